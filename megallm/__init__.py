@@ -1,0 +1,1 @@
+"""megallm: a 3D-parallel trainer for large language models."""

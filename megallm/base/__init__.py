@@ -1,0 +1,1 @@
+"""Configuration, errors, keyed randomness, files, devices: what everything else stands on."""

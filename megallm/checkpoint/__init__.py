@@ -1,0 +1,1 @@
+"""Layout-free checkpoints: pieces of logical tensors, hashed, committed atomically."""

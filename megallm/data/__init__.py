@@ -1,0 +1,1 @@
+"""From text to token batches; usable without the rest of megallm."""

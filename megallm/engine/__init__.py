@@ -1,0 +1,1 @@
+"""Engine: the only thing trainers see."""

@@ -1,0 +1,1 @@
+"""Pure functions from per-token scalars to sums."""

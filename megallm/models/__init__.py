@@ -1,0 +1,1 @@
+"""The transformer decoder, its configuration and its division into pipeline stages."""

@@ -1,0 +1,131 @@
+"""What a decoder looks like: sizes and switches, with families and presets filled in. No torch.
+
+A field left at None is taken from the preset, then from the family, then from its general default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from megallm.base.errors import UsageError
+from megallm.models.presets import FAMILIES, PRESETS
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model as the user writes it; `resolve()` fills every None that matters."""
+
+    preset: str | None = None
+    hf: str | None = None
+    family: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_size: int | None = None
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    tie_embeddings: bool | None = None
+    norm: str | None = None  # rmsnorm | layernorm
+    norm_eps: float | None = None
+    activation: str | None = None  # swiglu | gelu | gelu_tanh
+    positions: str | None = None  # rope | learned
+    rope_theta: float | None = None
+    qkv_bias: bool | None = None
+    bias: bool | None = None  # o, up, down; and qkv unless qkv_bias says otherwise
+    qk_norm: bool | None = None
+    sliding_window: int | None = None
+    init_std: float | None = None
+
+    def resolve(self) -> ModelConfig:
+        """Fill the fields from preset, family and defaults; raises UsageError naming what is missing."""
+        preset: dict[str, Any] = {}
+        if self.preset is not None:
+            preset = _entry("model.preset", self.preset, PRESETS)
+        family_name = self.family or preset.get("family") or "llama"
+        values = dict(_entry("model.family", family_name, FAMILIES))
+        values.update(preset)
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            if given is not None:
+                values[field.name] = given
+        values["family"] = family_name
+        missing = [k for k in ("num_layers", "hidden_size", "num_heads", "vocab_size") if not values.get(k)]
+        if missing:
+            names = ", ".join(f"model.{name}" for name in missing)
+            raise UsageError(f"The model lacks {names}: give them, or name a model.preset ({', '.join(PRESETS)}).")
+        _derive(values)
+        return ModelConfig(**values)
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "swiglu"
+
+    def num_params(self) -> int:
+        """Parameters of the resolved model; tied embeddings count once. Equals the built model's count."""
+        d, e = self.hidden_size, self.head_size
+        norm = d * (2 if self.norm == "layernorm" else 1)
+        q, kv = self.num_heads * e, 2 * self.num_kv_heads * e
+        attention = d * (q + kv) + q * d
+        attention += (q + kv) * self.qkv_bias + d * self.bias + 2 * e * self.qk_norm
+        mlp = (3 if self.gated else 2) * d * self.ffn_hidden_size
+        mlp += self.bias * (d + (2 if self.gated else 1) * self.ffn_hidden_size)
+        total = self.num_layers * (2 * norm + attention + mlp) + norm
+        total += self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return total + (self.max_positions * d if self.positions == "learned" else 0)
+
+    def num_flops(self, seq_len: int, causal: bool = False) -> int:
+        """Training FLOPs (forward and backward) per token: 6 per weight of each matrix multiply, plus attention.
+
+        `causal` counts the lower triangle only; without it, the full square (Megatron's convention).
+        """
+        d, e = self.hidden_size, self.head_size
+        matrices = d * e * (2 * self.num_heads + 2 * self.num_kv_heads)
+        matrices += (3 if self.gated else 2) * d * self.ffn_hidden_size
+        span = min(seq_len, self.sliding_window or seq_len)
+        attention = 2 * 2 * self.num_heads * e * span * 3
+        if causal:
+            attention = attention * (2 * seq_len - span) // (2 * seq_len)
+        return self.num_layers * (6 * matrices + attention) + 6 * d * self.vocab_size
+
+
+def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if name in table:
+        return table[name]
+    close = get_close_matches(name, table, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise UsageError(f"{key} is '{name}'; known names are {', '.join(table)}.{hint}")
+
+
+def _derive(values: dict[str, Any]) -> None:
+    """Sizes that follow from others, in place."""
+    heads, d = values["num_heads"], values["hidden_size"]
+    values.setdefault("num_kv_heads", heads)
+    if "head_size" not in values:
+        if d % heads:
+            raise UsageError(
+                f"model.hidden_size {d} is not divisible by model.num_heads {heads}: "
+                f"give model.head_size, or a hidden size such as {d // heads * heads or heads}."
+            )
+        values["head_size"] = d // heads
+    if values["num_kv_heads"] < 1 or heads % values["num_kv_heads"]:
+        fits = [k for k in range(1, heads + 1) if heads % k == 0]
+        raise UsageError(
+            f"model.num_heads {heads} is not a multiple of model.num_kv_heads {values['num_kv_heads']}: use one of {fits}."
+        )
+    if "ffn_hidden_size" not in values:
+        gated = values["activation"] == "swiglu"
+        values["ffn_hidden_size"] = -(-8 * d // 3 // 64) * 64 if gated else 4 * d
+    if values.get("qkv_bias") is None:
+        values["qkv_bias"] = values["bias"]
+
+
+CHOICES = {
+    "norm": ("rmsnorm", "layernorm"),
+    "activation": ("swiglu", "gelu", "gelu_tanh"),
+    "positions": ("rope", "learned"),
+}

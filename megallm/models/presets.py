@@ -1,0 +1,75 @@
+"""Families (which switches) and presets (which sizes), as tables. No torch.
+
+Sizes are those of the published models' `config.json`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ROPE_DECODER: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "norm_eps": 1e-5,
+    "activation": "swiglu",
+    "positions": "rope",
+    "rope_theta": 10000.0,
+    "qkv_bias": False,
+    "bias": False,
+    "qk_norm": False,
+    "sliding_window": None,
+    "tie_embeddings": False,
+    "max_positions": 4096,
+    "init_std": 0.02,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _ROPE_DECODER,
+    "mistral": _ROPE_DECODER,
+    "qwen2": _ROPE_DECODER | {"qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
+    "qwen3": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
+    "gpt2": _ROPE_DECODER
+    | {
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "positions": "learned",
+        "qkv_bias": True,
+        "bias": True,
+        "tie_embeddings": True,
+        "max_positions": 1024,
+    },
+}
+
+
+def _sizes(family: str, layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, **rest: Any) -> dict[str, Any]:
+    return {
+        "family": family,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "num_heads": heads,
+        "num_kv_heads": kv,
+        "vocab_size": vocab,
+    } | rest
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": _sizes("gpt2", 12, 768, 3072, 12, 12, 50257),
+    "gpt2-medium": _sizes("gpt2", 24, 1024, 4096, 16, 16, 50257),
+    "gpt2-large": _sizes("gpt2", 36, 1280, 5120, 20, 20, 50257),
+    "gpt2-xl": _sizes("gpt2", 48, 1600, 6400, 25, 25, 50257),
+    "llama2-7b": _sizes("llama", 32, 4096, 11008, 32, 32, 32000),
+    "llama2-13b": _sizes("llama", 40, 5120, 13824, 40, 40, 32000),
+    "llama2-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 32000),
+    "llama3-8b": _sizes("llama", 32, 4096, 14336, 32, 8, 128256, rope_theta=500000.0, max_positions=8192),
+    "llama3-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 128256, rope_theta=500000.0, max_positions=8192),
+    "qwen2-0.5b": _sizes("qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=131072),
+    "qwen2-7b": _sizes("qwen2", 28, 3584, 18944, 28, 4, 152064, max_positions=131072),
+    "qwen2.5-0.5b": _sizes("qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=32768),
+    "qwen2.5-1.5b": _sizes("qwen2", 28, 1536, 8960, 12, 2, 151936, tie_embeddings=True, max_positions=131072),
+    "qwen2.5-7b": _sizes("qwen2", 28, 3584, 18944, 28, 4, 152064, max_positions=131072),
+    "qwen3-0.6b": _sizes(
+        "qwen3", 28, 1024, 3072, 16, 8, 151936, head_size=128, tie_embeddings=True, max_positions=40960
+    ),
+    "qwen3-8b": _sizes("qwen3", 36, 4096, 12288, 32, 8, 151936, head_size=128, max_positions=40960),
+    "mistral-7b": _sizes("mistral", 32, 4096, 14336, 32, 8, 32000, sliding_window=4096, max_positions=32768),
+}

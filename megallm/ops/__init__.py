@@ -1,0 +1,1 @@
+"""One file per operation; `backends` is the one table of optional libraries."""

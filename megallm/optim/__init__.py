@@ -1,0 +1,1 @@
+"""Gradient buckets, clipping and sharded update rules."""

@@ -1,0 +1,1 @@
+"""The layout oracle: every layout against an independent float64 reference."""

@@ -1,0 +1,1 @@
+"""Layout, shards, process groups, collectives, parallel layers and the pipeline."""

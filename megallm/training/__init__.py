@@ -1,0 +1,1 @@
+"""Run configuration, its validation, and the training loops."""
