@@ -1,0 +1,127 @@
+"""Collectives as autograd functions whose names state both directions.
+
+Each reduction has a name, listed in `REDUCTIONS`. An axis whose `broken` set contains the name skips
+that reduction; the layout oracle does this on purpose to prove that it would notice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megallm.parallel.mesh import Axis
+
+REDUCTIONS = {
+    "tp.enter": "gradient of the input of column-parallel layers, summed over tp (no sequence parallelism)",
+    "tp.leave": "output of row-parallel layers, summed over tp (no sequence parallelism)",
+    "sp.enter": "gradient of the gathered input of column-parallel layers, reduce-scattered over tp",
+    "sp.leave": "output of row-parallel layers, reduce-scattered over tp",
+    "vocab.embedding": "output of the vocabulary-parallel embedding, summed or reduce-scattered over tp",
+    "vocab.logits": "gradient of the hidden states before the head, summed or reduce-scattered over tp",
+    "vocab.max": "largest logit over the vocabulary pieces",
+    "vocab.sum": "sum of exponentials over the vocabulary pieces",
+    "vocab.label": "logit of the label, found on one vocabulary piece",
+    "grads.data": "parameter gradients, summed over dp and cp",
+    "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms under sequence parallelism)",
+    "grads.tie": "gradient of the embedding shared by the first and the last stage",
+    "clip.norm": "squares of owned gradient elements, summed over the world",
+    "loss.counts": "number of tokens of each loss term, summed over data",
+}
+
+
+def all_reduce_(x: Tensor, axis: Axis, name: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce `x` in place over the axis and return it; no gradient."""
+    if axis.size > 1 and name not in axis.broken:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Concatenate equal pieces along `dim` in rank order; no gradient."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty((axis.size, *x.shape))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+    """Sum over the axis and keep this rank's piece of `dim`; no gradient."""
+    if axis.size == 1:
+        return x
+    if name in axis.broken:
+        return own_slice(x, axis, dim)
+    pieces = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    out = torch.empty_like(pieces[0])
+    dist.reduce_scatter_tensor(out, pieces, group=axis.group)
+    return out
+
+
+def own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """This rank's equal piece of `dim`."""
+    return x.chunk(axis.size, dim)[axis.rank] if axis.size > 1 else x
+
+
+class _CopyFwdSumBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, name: str) -> Tensor:
+        ctx.axis, ctx.name = axis, name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis, ctx.name), None, None
+
+
+class _SumFwdCopyBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, name: str) -> Tensor:
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis, name)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return grad, None, None
+
+
+class _GatherFwdReduceScatterBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+        ctx.axis, ctx.dim, ctx.name = axis, dim, name
+        return all_gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return reduce_scatter(grad, ctx.axis, ctx.dim, ctx.name), None, None, None
+
+
+class _ReduceScatterFwdGatherBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return reduce_scatter(x, axis, dim, name)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return all_gather(grad, ctx.axis, ctx.dim), None, None, None
+
+
+def copy_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """Identity forward; the gradient is summed over the axis. Megatron's `f` (arXiv 1909.08053)."""
+    return x if axis.size == 1 else _CopyFwdSumBwd.apply(x, axis, name)
+
+
+def sum_fwd_copy_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """Sum over the axis forward; the gradient passes as it is. Megatron's `g` (arXiv 1909.08053)."""
+    return x if axis.size == 1 else _SumFwdCopyBwd.apply(x, axis, name)
+
+
+def gather_fwd_reduce_scatter_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+    """Gather pieces of `dim` forward, sum and scatter the gradient. Sequence parallelism (arXiv 2205.05198)."""
+    return x if axis.size == 1 else _GatherFwdReduceScatterBwd.apply(x, axis, dim, name)
+
+
+def reduce_scatter_fwd_gather_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+    """Sum and scatter pieces of `dim` forward, gather the gradient. Sequence parallelism (arXiv 2205.05198)."""
+    return x if axis.size == 1 else _ReduceScatterFwdGatherBwd.apply(x, axis, dim, name)

@@ -1,0 +1,122 @@
+"""The process groups of one layout. A `Mesh` is passed to whoever needs it; there is no global one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megallm.base.errors import UsageError
+from megallm.parallel.layout import AXES, PURPOSES, Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's view of one group: its own place, the size, the global ranks, the process group.
+
+    `broken` names the reductions that are left out on purpose (the oracle's negative controls).
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+    broken: frozenset[str] = frozenset()
+
+
+class Mesh:
+    """Groups by purpose (`tp cp dp pp data grads model world`) of this rank in a layout.
+
+    `Mesh.single()` has size 1 everywhere and makes each collective the identity, so one-process code
+    and parallel code are the same code.
+    """
+
+    def __init__(self, layout: Layout, rank: int, device: torch.device, axes: dict[str, Axis]) -> None:
+        self.layout = layout
+        self.rank = rank
+        self.device = device
+        self.coords = layout.coords(rank)
+        self.axes = axes
+        self.tp, self.cp, self.dp, self.pp = axes["tp"], axes["cp"], axes["dp"], axes["pp"]
+        self.data, self.grads, self.model, self.world = axes["data"], axes["grads"], axes["model"], axes["world"]
+
+    @staticmethod
+    def single(device: torch.device | str = "cpu") -> Mesh:
+        """One process: every axis has size 1."""
+        return Mesh(Layout(), 0, torch.device(device), {name: Axis(name) for name in PURPOSES})
+
+    @staticmethod
+    def start(layout: Layout, device: torch.device | str = "cpu", broken: frozenset[str] = frozenset()) -> Mesh:
+        """Create this rank's groups; collective over the world, after `init_process_group`.
+
+        Raises UsageError when the world is not of the layout's size.
+        """
+        if layout.world == 1:
+            axes = {name: Axis(name, broken=broken) for name in PURPOSES}
+            return Mesh(layout, 0, torch.device(device), axes)
+        if dist.get_world_size() != layout.world:
+            raise UsageError(
+                f"{dist.get_world_size()} processes were started, but the layout pp={layout.pp} dp={layout.dp} "
+                f"cp={layout.cp} tp={layout.tp} needs {layout.world}."
+            )
+        rank = dist.get_rank()
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(layout.world)): dist.group.WORLD}
+        axes = {}
+        for purpose in PURPOSES:
+            ranks = layout.ranks(purpose, of=rank)
+            if len(ranks) > 1 and ranks not in made:
+                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            axes[purpose] = Axis(purpose, ranks.index(rank), len(ranks), ranks, made.get(ranks), broken)
+        return Mesh(layout, rank, torch.device(device), axes)
+
+    def pair(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """A new group of the given ranks (all of them must call, in the same order of calls)."""
+        return dist.new_group(list(ranks), use_local_synchronization=True)
+
+    def line(self, purpose: str) -> tuple[int, ...]:
+        """Global ranks of this rank's group of a purpose."""
+        return self.axes[purpose].ranks
+
+    # Control messages: JSON over the world group, never pickle.
+
+    def gather_json(self, value: Any) -> list[Any] | None:
+        """Every rank's value on rank 0, None elsewhere; collective over the world."""
+        if self.world.size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world.size, dtype=torch.int64)
+        sizes[self.world.rank] = payload.numel()
+        dist.all_reduce(sizes, group=self.world.group)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        rows = [torch.empty_like(padded) for _ in range(self.world.size)] if self.world.rank == 0 else None
+        dist.gather(padded, rows, dst=0, group=self.world.group)
+        if rows is None:
+            return None
+        return [json.loads(bytes(row[:n].numpy())) for row, n in zip(rows, sizes.tolist(), strict=True)]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value on every rank; collective over the world."""
+        if self.world.size == 1:
+            return value
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([payload.numel()])
+        dist.broadcast(size, 0, group=self.world.group)
+        if self.world.rank != 0:
+            payload = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(payload, 0, group=self.world.group)
+        return json.loads(bytes(payload.numpy()))
+
+    def barrier(self) -> None:
+        """Wait for every rank of the world."""
+        if self.world.size > 1:
+            dist.all_reduce(torch.zeros(1), group=self.world.group)
+
+
+def replicating_axes(split: set[str]) -> tuple[str, ...]:
+    """The axes (other than pp) along which a parameter with this split is replicated."""
+    return tuple(axis for axis in AXES if axis != "pp" and axis not in split)

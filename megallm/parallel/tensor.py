@@ -1,0 +1,122 @@
+"""Tensor- and sequence-parallel layers: linears split by columns or rows, and norms.
+
+A block enters the tensor-parallel region once (`enter`), runs any number of column-parallel linears on
+that input, and leaves through a row-parallel linear. With sequence parallelism the activations outside
+are split along T, `[B, T/tp, D]`, so parameters used there have a gradient that is partial over tp.
+Papers: Megatron-LM (arXiv 1909.08053), sequence parallelism (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megallm.ops.norm import layer_norm, rms_norm
+from megallm.parallel import comm
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import Init, Shard, constant
+
+SEQUENCE_DIM = 1
+
+
+class ShardedModule(nn.Module):
+    """A module whose parameters live on the meta device until the engine places them; `shards` describes each."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.shards: dict[str, Shard] = {}
+
+    def add_parameter(self, name: str, shard: Shard) -> None:
+        """Register a meta parameter of this rank's local shape."""
+        self.shards[name] = shard
+        shape = shard.box(self.mesh.layout, self.mesh.coords).shape
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+def enter(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
+    """Into the tensor-parallel region: `[B, T/tp, D]` (sp) or `[B, T, D]` -> `[B, T, D]`; collective over tp."""
+    if sp:
+        return comm.gather_fwd_reduce_scatter_bwd(x, mesh.tp, SEQUENCE_DIM, name or "sp.enter")
+    return comm.copy_fwd_sum_bwd(x, mesh.tp, name or "tp.enter")
+
+
+def leave(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
+    """Out of the tensor-parallel region: partial sums `[B, T, D]` -> `[B, T/tp, D]` (sp) or `[B, T, D]`; over tp."""
+    if sp:
+        return comm.reduce_scatter_fwd_gather_bwd(x, mesh.tp, SEQUENCE_DIM, name or "sp.leave")
+    return comm.sum_fwd_copy_bwd(x, mesh.tp, name or "tp.leave")
+
+
+def sequence_partial(mesh: Mesh, sp: bool) -> tuple[str, ...]:
+    """`partial` of a parameter that is applied to sequence-split activations."""
+    return ("tp",) if sp and mesh.tp.size > 1 else ()
+
+
+class ColumnLinear(ShardedModule):
+    """`y = x W^T + b` with W `(*stack, out, in)`, `out` split over tp: `[B, T, in] -> [B, T, stack * out/tp]`.
+
+    No communication: the input comes from `enter`. With `replicated` the weight is whole on every rank
+    and its gradient is a partial sum over tp, because each rank projects only `rows` of it.
+    """
+
+    def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init, bias: bool, replicated: bool = False) -> None:
+        super().__init__(mesh)
+        dim = len(full) - 2
+        split = {} if replicated else {dim: "tp"}
+        partial = ("tp",) if replicated and mesh.tp.size > 1 else ()
+        self.add_parameter("weight", Shard(full, split, partial, init))
+        self.bias: Tensor | None = None
+        if bias:
+            self.add_parameter("bias", Shard(full[:-1], split, partial, constant(0.0), decay=False))
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if rows is not None:
+            weight = weight[..., rows, :]
+            bias = bias[..., rows] if bias is not None else None
+        return F.linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+
+
+class RowLinear(ShardedModule):
+    """`y = sum over tp of x W^T, + b` with W `(out, in)`, `in` split over tp; the bias is added once, after the sum."""
+
+    def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
+        super().__init__(mesh)
+        self.sp = sp
+        self.add_parameter("weight", Shard(full, {1: "tp"}, (), init))
+        self.bias: Tensor | None = None
+        if bias:
+            self.add_parameter(
+                "bias", Shard(full[:1], {}, sequence_partial(mesh, sp), constant(0.0), decay=False)
+            )
+
+    def local(self, x: Tensor) -> Tensor:
+        """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
+        return F.linear(x, self.weight)
+
+    def reduce(self, y: Tensor) -> Tensor:
+        """Sum the partial sums over tp and add the bias."""
+        y = leave(y, self.mesh, self.sp)
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(self.local(x))
+
+
+class Norm(ShardedModule):
+    """RMSNorm or LayerNorm over the last dim, computed wide."""
+
+    def __init__(self, mesh: Mesh, kind: str, size: int, eps: float, partial: tuple[str, ...]) -> None:
+        super().__init__(mesh)
+        self.eps = eps
+        self.bias: Tensor | None = None
+        self.add_parameter("weight", Shard((size,), {}, partial, constant(1.0), decay=False))
+        if kind == "layernorm":
+            self.add_parameter("bias", Shard((size,), {}, partial, constant(0.0), decay=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
