@@ -1,0 +1,484 @@
+"""Frozen nested dataclasses <-> one YAML file <-> dotted overrides such as `layout.tp=2`. No torch.
+
+The dataclass is the only description: names, types, defaults, and (as the comment beside a field) its
+documentation. Scalars are read by the type of the field they go to, so `3e-4` is a number for a float field and
+stays text for a text field, and none of YAML 1.1's surprises (`no` as false, `1:30` as 90) exists here.
+Everything that is wrong with a file and its overrides is collected and raised as one UsageError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import math
+import re
+import tokenize
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from megallm.base.errors import UsageError
+
+Config = TypeVar("Config")
+
+MAX_BYTES = 1 << 20  # of a configuration file
+MAX_NODES = 10_000  # after aliases are followed: a "billion laughs" file stops here
+MAX_DEPTH = 32
+COMMAND_LINE = "command line"  # where an override stands, in messages
+
+_NULLS = ("", "~", "null", "Null", "NULL")
+_BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_EXPONENT_INT = re.compile(r"\+?[0-9][0-9_]*[eE]\+?[0-9]{1,2}")  # 1e6 is a fine number of steps
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_BAD = object()  # a value that could not be read; its problem is on the list
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One YAML scalar as written; `plain` means that it was not quoted."""
+
+    text: str
+    plain: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A YAML sequence."""
+
+    items: tuple[Node, ...]
+    where: str
+
+
+@dataclass
+class Table:
+    """A YAML mapping: key -> (where the key stands, value)."""
+
+    items: dict[str, tuple[str, Node]]
+    where: str
+
+
+Node = Scalar | Items | Table
+
+
+def load(cls: type[Config], path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read `path` (None: defaults only), apply `key=value` overrides in order, and build a `cls`.
+
+    Raises one UsageError that lists every problem as `file:line: sentence` or `command line: sentence`.
+    """
+    problems: list[str] = []
+    root = Table({}, "defaults") if path is None else _read(Path(path), problems)
+    for override in overrides:
+        _apply_override(cls, root, override, problems)
+    config = _build(cls, cls, root, "", problems)
+    raise_problems(problems)
+    return config
+
+
+def loads(cls: type[Config], text: str, name: str = "text") -> Config:
+    """`load` from a string; `name` stands for the file in messages."""
+    problems: list[str] = []
+    config = _build(cls, cls, _parse(text, name, problems), "", problems)
+    raise_problems(problems)
+    return config
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise one UsageError that carries every sentence of the list; return when it is empty."""
+    if len(problems) == 1:
+        raise UsageError(problems[0])
+    if problems:
+        raise UsageError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values, in the order of the fields."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """YAML that `load` turns into an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def schema(cls: type) -> dict[str, Any]:
+    """The JSON schema of a configuration class, with the comments beside its fields as descriptions."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _schema_of(cls)
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted name that can be set, e.g. `layout.tp`."""
+    for name, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted name, e.g. `get(config, "layout.tp")`."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def replace(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with the values at the given dotted names."""
+    direct: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            direct[head] = value
+    for head, inner in nested.items():
+        direct[head] = replace(getattr(config, head), inner)
+    return dataclasses.replace(config, **direct)
+
+
+# Reading YAML into nodes.
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer without tags and without deep nesting."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        tag = None if self.check_event(yaml.AliasEvent) else event.tag
+        if tag is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"the tag '{tag}' is refused: only plain values are read", problem_mark=event.start_mark
+            )
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"values are nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _read(path: Path, problems: list[str]) -> Table:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UsageError(
+                f"{path}: the file is larger than {MAX_BYTES} bytes; a configuration is a short YAML file."
+            )
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UsageError(f"{path}:{line}: the file is not UTF-8 text; save it as UTF-8.") from error
+    except OSError as error:
+        raise UsageError(f"{path}: the configuration file cannot be read: {error.strerror}.") from error
+    return _parse(text, str(path), problems)
+
+
+def _parse(text: str, name: str, problems: list[str]) -> Table:
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{name}{line}: {error.problem or error.context}; this is not valid YAML here.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: {str(error).splitlines()[0]}; this is not valid YAML.") from error
+    if root is None:
+        return Table({}, f"{name}:1")
+    node = _Converter(name, problems).node(root, ())
+    if isinstance(node, Table):
+        return node
+    problems.append(f"{node.where}: the file must be a mapping of sections, such as 'layout:' with 'tp: 2' below it.")
+    return Table({}, node.where)
+
+
+class _Converter:
+    """Turns PyYAML nodes into ours; counts what aliases expand to."""
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        self.name = name
+        self.problems = problems
+        self.count = 0
+
+    def node(self, node: yaml.Node, above: tuple[int, ...]) -> Node:
+        where = f"{self.name}:{node.start_mark.line + 1}"
+        self.count += 1
+        if self.count > MAX_NODES or id(node) in above:
+            raise UsageError(f"{where}: aliases expand to more than {MAX_NODES} values; write the values out.")
+        above = (*above, id(node))
+        if isinstance(node, yaml.ScalarNode):
+            return Scalar(node.value, node.style is None, where)
+        if isinstance(node, yaml.SequenceNode):
+            return Items(tuple(self.node(item, above) for item in node.value), where)
+        table: dict[str, tuple[str, Node]] = {}
+        for key, value in node.value:
+            at = f"{self.name}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                self.problems.append(f"{at}: a key must be a single word or text, not a list or a mapping.")
+                continue
+            if key.value in table:
+                first = table[key.value][0].rpartition(":")[2]
+                self.problems.append(f"{at}: the key '{key.value}' is given twice, first on line {first}; keep one.")
+                continue
+            table[key.value] = (at, self.node(value, above))
+        return Table(table, where)
+
+
+def _apply_override(cls: type, root: Table, override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        problems.append(f"{COMMAND_LINE}: '{override}' is not of the form key=value, such as layout.tp=2.")
+        return
+    value = _override_value(text.strip(), key, problems)
+    if value is None:
+        return
+    table, hint, names = root, cls, key.split(".")
+    for depth, name in enumerate(names):
+        hint = _hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+        rest = ".".join(names[depth + 1 :])
+        old = table.items.get(name, (COMMAND_LINE, None))[1]
+        if not rest or hint is None:
+            merged = _merge(old, value) if dataclasses.is_dataclass(hint) else value
+            table.items[".".join(names[depth:])] = (COMMAND_LINE, merged)
+            return
+        inner = old if isinstance(old, Table) else Table({}, COMMAND_LINE)
+        table.items[name] = (COMMAND_LINE, inner)
+        if typing.get_origin(hint) is dict:
+            inner.items[rest] = (COMMAND_LINE, value)
+            return
+        table = inner
+
+
+def _override_value(text: str, key: str, problems: list[str]) -> Node | None:
+    """Lists, mappings and quoted text are YAML; anything else is one scalar as typed."""
+    if text[:1] not in ("{", "[", '"', "'"):
+        return Scalar(text, True, COMMAND_LINE)
+    try:
+        return _relocate(_parse(f"value: {text}", COMMAND_LINE, problems).items["value"][1])
+    except UsageError:
+        problems.append(f"{COMMAND_LINE}: the value of {key} is not valid YAML: {text[:80]}")
+        return None
+
+
+def _merge(old: Node | None, new: Node) -> Node:
+    """A section given as a mapping changes the keys it names and leaves the others."""
+    if not (isinstance(old, Table) and isinstance(new, Table)):
+        return new
+    return Table(old.items | new.items, new.where)
+
+
+def _relocate(node: Node) -> Node:
+    """The same node, said to stand on the command line."""
+    if isinstance(node, Scalar):
+        return dataclasses.replace(node, where=COMMAND_LINE)
+    if isinstance(node, Items):
+        return Items(tuple(_relocate(item) for item in node.items), COMMAND_LINE)
+    items = {key: (COMMAND_LINE, _relocate(value)) for key, (_, value) in node.items.items()}
+    return Table(items, COMMAND_LINE)
+
+
+# Building dataclasses from nodes.
+
+
+def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[str]) -> Any:
+    hints = _hints(cls)
+    if isinstance(node, Scalar) and node.plain and node.text in _NULLS:
+        return cls()  # a section with nothing below it
+    if not isinstance(node, Table):
+        problems.append(f"{node.where}: {prefix[:-1]} must be a mapping of {', '.join(hints)}.")
+        return cls()
+    values = {}
+    for name, (where, child) in node.items.items():
+        if name not in hints:
+            problems.append(f"{where}: {_unknown(root_cls, hints, prefix, name)}")
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(root_cls, hints[name], child, f"{prefix}{name}.", problems)
+        else:
+            value = _convert(hints[name], child, f"{prefix}{name}", problems)
+            if value is not _BAD:
+                values[name] = value
+    return cls(**values)
+
+
+def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
+    section = f"Keys of {prefix[:-1]}" if prefix else "Sections"
+    close = [f"{prefix}{match}" for match in get_close_matches(name, hints, n=1)]
+    if not close:
+        last = name.rpartition(".")[2]
+        close = [leaf for leaf in leaves(root_cls) if leaf.rpartition(".")[2] == last]
+    if not close:
+        close = get_close_matches(f"{prefix}{name}", list(leaves(root_cls)), n=1, cutoff=0.75)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
+
+
+def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
+    """The value of the type `hint`, or _BAD with a sentence added to `problems`."""
+    hint, optional = _unwrap(hint)
+    if isinstance(node, Scalar) and node.plain and node.text in _NULLS and optional:
+        return None
+    value = _BAD
+    origin = typing.get_origin(hint)
+    if isinstance(node, Scalar) and origin is Literal:
+        value = {str(choice): choice for choice in typing.get_args(hint)}.get(node.text, _BAD)
+    elif isinstance(node, Scalar) and hint in _SCALARS:
+        value = _SCALARS[hint](node)
+    elif isinstance(node, Items) and origin is tuple:
+        return _convert_items(hint, node, key, problems)
+    elif isinstance(node, Table) and origin is dict:
+        inner = typing.get_args(hint)[1]
+        table = {name: _convert(inner, child, f"{key}.{name}", problems) for name, (_, child) in node.items.items()}
+        return _BAD if _BAD in table.values() else table
+    if value is _BAD:
+        shown, close = "a list" if isinstance(node, Items) else "a mapping", ""
+        if isinstance(node, Scalar):
+            shown = f"'{node.text[:80]}'" if node.text or not node.plain else "empty"
+            if origin is Literal:
+                match = get_close_matches(node.text, [str(choice) for choice in typing.get_args(hint)], n=1)
+                close = f" Did you mean '{match[0]}'?" if match else ""
+        null = " or null" if optional else ""
+        problems.append(f"{node.where}: {key} is {shown}; it must be {_expected(hint)}{null}.{close}")
+    return value
+
+
+def _convert_items(hint: Any, node: Items, key: str, problems: list[str]) -> Any:
+    args = typing.get_args(hint)
+    size = None if args[-1] is Ellipsis else len(args)
+    if size is not None and size != len(node.items):
+        problems.append(f"{node.where}: {key} has {len(node.items)} values; it must be {_expected(hint)}.")
+        return _BAD
+    values = tuple(_convert(args[0], item, f"{key}[{i}]", problems) for i, item in enumerate(node.items))
+    return _BAD if _BAD in values else values
+
+
+def _to_int(node: Scalar) -> Any:
+    if node.plain and _INT.fullmatch(node.text):
+        return int(node.text.replace("_", ""))
+    if node.plain and _EXPONENT_INT.fullmatch(node.text):
+        mantissa, _, exponent = node.text.lower().replace("_", "").partition("e")
+        return int(mantissa) * 10 ** int(exponent)
+    return _BAD
+
+
+def _to_float(node: Scalar) -> Any:
+    if not (node.plain and _FLOAT.fullmatch(node.text)):
+        return _BAD
+    value = float(node.text.replace("_", ""))
+    return value if math.isfinite(value) else _BAD
+
+
+def _to_bool(node: Scalar) -> Any:
+    return _BOOLS.get(node.text, _BAD) if node.plain else _BAD
+
+
+def _to_str(node: Scalar) -> Any:
+    return _BAD if node.plain and (node.text in _NULLS or node.text in _BOOLS) else node.text
+
+
+_SCALARS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+_EXPECTED = {int: "an integer such as 8", float: "a finite number such as 3e-4", bool: "true or false", str: "text"}
+
+
+def _expected(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in args)
+    if origin is tuple:
+        count = "" if args[-1] is Ellipsis else f" of {len(args)} values"
+        return f"a list{count}, each {_expected(args[0])}"
+    if origin is dict:
+        return f"a mapping such as {{name: value}}, each value {_expected(args[1])}"
+    return _EXPECTED[hint]
+
+
+# Looking at classes.
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _unwrap(hint: Any) -> tuple[Any, bool]:
+    """`X | None` -> (X, True)."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return inner, True
+    return hint, False
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The comment beside each field, and the comment lines directly above it."""
+    source = inspect.getsource(cls)
+    comments, alone = {}, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ").strip()
+            if not token.line[: token.start[1]].strip():
+                alone.add(token.start[0])
+    docs = {}
+    names = {field.name for field in dataclasses.fields(cls)}
+    for number, line in enumerate(source.splitlines(), start=1):
+        match = re.match(r"    (\w+):", line)
+        if not match or match[1] not in names:
+            continue
+        above, row = [], number - 1
+        while row in alone:
+            above.insert(0, comments[row])
+            row -= 1
+        docs[match[1]] = " ".join([*above, *([comments[number]] if number in comments else [])])
+    return docs
+
+
+def _schema_of(hint: Any) -> dict[str, Any]:
+    hint, optional = _unwrap(hint)
+    if optional:
+        return {"anyOf": [_schema_of(hint), {"type": "null"}]}
+    if dataclasses.is_dataclass(hint):
+        return _schema_of_class(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return {"enum": list(args)}
+    if origin is tuple:
+        items: dict[str, Any] = {"type": "array", "items": _schema_of(args[0])}
+        return items if args[-1] is Ellipsis else items | {"minItems": len(args), "maxItems": len(args)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema_of(args[1])}
+    return {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[hint]}
+
+
+def _schema_of_class(cls: type) -> dict[str, Any]:
+    docs, defaults = field_docs(cls), cls()
+    properties = {}
+    for name, hint in _hints(cls).items():
+        entry = _schema_of(hint)
+        if not dataclasses.is_dataclass(hint):
+            entry["default"] = _plain(getattr(defaults, name))
+        if docs.get(name):
+            entry["description"] = docs[name]
+        properties[name] = entry
+    description = inspect.cleandoc(cls.__doc__ or "")
+    return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

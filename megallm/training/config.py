@@ -1,0 +1,116 @@
+"""The configuration of a pretraining run: the same dotted names in Python, in YAML and on the command line. No torch.
+
+The comment beside a field is its documentation (`megallm config --schema` prints it). What today's code cannot do
+yet is listed in one table, `validate.AVAILABLE`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megallm.models.config import ModelConfig
+from megallm.optim.config import OptimConfig
+from megallm.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and what its randomness is keyed by."""
+
+    dir: str = "runs/default"  # run folder: logs, metrics, checkpoints; made when missing
+    seed: int = 1234  # initial weights and dropout; the same seed gives the same weights at every layout
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How the ranks are split; world = pp x dp x cp x tp."""
+
+    tp: int = 1  # tensor-parallel ranks
+    sp: bool = False  # sequence parallelism: split activations between tensor-parallel regions over tp
+    pp: int = 1  # pipeline stages
+    cp: int = 1  # context-parallel ranks
+    ep: int = 1  # expert-parallel ranks
+    dp: int | None = None  # data-parallel replicas; null: what the number of processes leaves
+    chunks: int = 1  # model chunks per pipeline rank
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "1f1b"  # pipeline schedule
+    cp_kind: Literal["ring", "ulysses", "allgather", "hybrid"] = "ring"  # how context parallelism exchanges keys
+    stages: str | None = None  # explicit placement of layers on stages; null: as even as possible
+
+    def grid(self) -> Layout:
+        """The pure rank grid; `dp` left open counts as 1."""
+        return Layout(pp=self.pp, dp=self.dp or 1, cp=self.cp, tp=self.tp, ep=self.ep)
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """What stays sharded over data-parallel ranks between uses."""
+
+    stage: Literal[0, 1, 2, 3] = 0  # 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens are read, and in which order."""
+
+    sources: dict[str, float] = field(default_factory=dict)  # prefix of .bin/.idx -> weight
+    split: str = "969,30,1"  # shares of train, validation and test
+    seq_len: int = 1024  # tokens per sample
+    order: Literal["megatron", "stream"] = "megatron"  # sample order
+    seed: int | None = None  # of the sample order; null: run.seed
+    tokenizer: str | None = None  # tokenizer folder or 'bytes'; null: what the sources were made with
+    log_samples: bool = False  # append what each rank consumed to RUN/samples.jsonl
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, in which precision."""
+
+    steps: int = 1000  # optimizer updates of the whole run; the learning-rate schedule spans them
+    stop_at: int | None = None  # save and stop after this step; the schedule keeps the horizon of train.steps
+    global_batch: int = 8  # samples per step over all ranks
+    micro_batch: int = 1  # samples per forward pass of one rank
+    precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "fp32"  # bf16 keeps fp32 master weights
+    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
+    determinism: Literal["none", "tree"] = "none"  # tree: gradients summed in one fixed order whatever dp is
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When states are saved and how many are kept."""
+
+    every: int = 500  # steps; 0 saves only at the end
+    keep: int = 3  # newest checkpoints kept; 0 keeps all
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss during the run."""
+
+    every: int = 0  # steps; 0 evaluates only at the end
+    batches: int = 10  # global batches of the validation split; 0 switches evaluation off
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a person sees; RUN/metrics.jsonl has one row a step regardless."""
+
+    every: int = 1  # steps between printed lines
+    tensorboard: bool = False  # also write TensorBoard event files (optional package)
+    plot: bool = True  # draw RUN/plots/loss.png at the end
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything about one pretraining run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
