@@ -131,7 +131,7 @@ class Trainer:
         scale = min(1.0, self.adam.clip / (norm + 1e-6)) if self.adam.clip > 0 else 1.0
         self.count += 1
         self.weights = {name: self._update(name, w, grads[name] * scale, lr) for name, w in self.weights.items()}
-        return float(loss), grads, norm
+        return loss.item(), grads, norm
 
     def _update(self, name: str, weight: Tensor, grad: Tensor, lr: float) -> Tensor:
         """Decoupled decay, then Adam with both bias corrections (arXiv 1711.05101)."""
