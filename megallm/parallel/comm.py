@@ -28,6 +28,7 @@ REDUCTIONS = {
     "grads.tie": "gradient of the embedding shared by the first and the last stage",
     "clip.norm": "squares of owned gradient elements, summed over the world",
     "loss.counts": "number of tokens of each loss term, summed over data",
+    "loss.report": "loss terms as reported, summed over data and told to every stage",
 }
 
 

@@ -1,0 +1,113 @@
+"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megallm.models.config import ModelConfig
+from megallm.ops.attention import causal_attention
+from megallm.ops.rope import apply_rope
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.recompute import recompute
+from megallm.parallel.shard import normal
+from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, enter
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer for decoding, `[B, capacity, K_local, E]`, filled up to `length`."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new positions and return everything so far."""
+        end = self.length + k.shape[1]
+        self.keys[:, self.length : end] = k
+        self.values[:, self.length : end] = v
+        self.length = end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Which heads a tp rank computes: its query heads, the kv heads they read, and how they pair up.
+
+    When tp does not divide the kv heads each rank holds all of kv and projects `kv_rows` of it; `pairing`
+    is None when the local query heads divide evenly over the local kv heads in order.
+    """
+
+    num_q: int
+    kv_begin: int
+    num_kv: int
+    replicated: bool
+    pairing: tuple[int, ...] | None
+
+    @staticmethod
+    def of(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadPlan:
+        num_q = num_heads // tp_size
+        if num_kv_heads % tp_size == 0:
+            num_kv = num_kv_heads // tp_size
+            return HeadPlan(num_q, tp_rank * num_kv, num_kv, False, None)
+        group = num_heads // num_kv_heads
+        reads = [head // group for head in range(tp_rank * num_q, (tp_rank + 1) * num_q)]
+        begin, count = reads[0], reads[-1] - reads[0] + 1
+        local = tuple(head - begin for head in reads)
+        even = num_q % count == 0 and local == tuple(head // (num_q // count) for head in range(num_q))
+        return HeadPlan(num_q, begin, count, True, None if even else local)
+
+
+class Attention(ShardedModule):
+    """`[B, T/tp or T, D]` -> the same; projections are column-parallel over heads, the output row-parallel."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
+        super().__init__(mesh)
+        self.sp, self.selective = sp, selective
+        self.head_size, self.window = config.head_size, config.sliding_window
+        self.rope = config.positions == "rope"
+        self.heads = HeadPlan.of(config.num_heads, config.num_kv_heads, mesh.tp.size, mesh.tp.rank)
+        d, e, init = config.hidden_size, config.head_size, normal(config.init_std)
+        self.q = ColumnLinear(mesh, (config.num_heads * e, d), init, config.qkv_bias)
+        self.kv = ColumnLinear(mesh, (2, config.num_kv_heads * e, d), init, config.qkv_bias, self.heads.replicated)
+        self.o = RowLinear(mesh, (d, config.num_heads * e), scaled_init(config), config.bias, sp)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            partial = ("tp",) if mesh.tp.size > 1 else ()
+            self.q_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
+            self.k_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, T, D]` -> q `[B, T, H/tp, E]`, k and v `[B, T, K_local, E]`, before position embedding."""
+        plan, e = self.heads, self.head_size
+        rows = slice(plan.kv_begin * e, (plan.kv_begin + plan.num_kv) * e) if plan.replicated else None
+        q = self.q(x).unflatten(-1, (plan.num_q, e))
+        k, v = self.kv(x, rows).unflatten(-1, (2, plan.num_kv, e)).unbind(-3)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Rotate, attend; `[B, T, H/tp, E]`."""
+        if cos is not None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if self.heads.pairing is not None:
+            index = torch.tensor(self.heads.pairing, device=q.device)
+            k, v = k.index_select(2, index), v.index_select(2, index)
+        return causal_attention(q, k, v, self.window)
+
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor | None, Tensor | None], cache: LayerCache | None = None
+    ) -> Tensor:
+        q, k, v = self.project(enter(x, self.mesh, self.sp))
+        return self.o(recompute(self.selective, self.core, q, k, v, *tables, cache).flatten(-2))
+
+
+def scaled_init(config: ModelConfig):
+    """Output projections start smaller by sqrt(2 L), as in GPT-2."""
+    return normal(config.init_std / (2 * config.num_layers) ** 0.5)

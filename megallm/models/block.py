@@ -1,0 +1,30 @@
+"""The transformer block (pre-norm): the one unit of recompute, gradient buckets and sharding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megallm.models.attention import Attention, LayerCache
+from megallm.models.config import ModelConfig
+from megallm.models.mlp import Mlp
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.tensor import Norm, ShardedModule, sequence_partial
+
+
+class Block(ShardedModule):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recompute_mode: str) -> None:
+        super().__init__(mesh)
+        partial = sequence_partial(mesh, sp)
+        selective = recompute_mode == "selective"
+        self.attention_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
+        self.attention = Attention(config, mesh, sp, selective)
+        self.mlp_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
+        self.mlp = Mlp(config, mesh, sp, selective)
+
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor | None, Tensor | None], cache: LayerCache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), tables, cache)
+        return x + self.mlp(self.mlp_norm(x))

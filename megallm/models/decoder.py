@@ -1,0 +1,115 @@
+"""One pipeline stage of a decoder-only transformer; with one stage it is the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megallm.models.attention import LayerCache
+from megallm.models.block import Block
+from megallm.models.config import ModelConfig
+from megallm.models.heads import LmHead, final_norm, language_model, local_logits, next_token_logits
+from megallm.models.stages import StageSpan
+from megallm.ops.precision import wide_dtype
+from megallm.ops.rope import rope_tables
+from megallm.parallel import comm
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.recompute import recompute
+from megallm.parallel.shard import Shard, normal
+from megallm.parallel.tensor import SEQUENCE_DIM, ShardedModule, sequence_partial
+from megallm.parallel.vocab import VocabEmbedding
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none, selective, full."""
+
+    sp: bool = False
+    recompute: str = "none"
+
+
+class PositionEmbedding(ShardedModule):
+    """Learned absolute positions `(max_positions, D)`, on every tp rank."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
+        super().__init__(mesh)
+        shard = Shard(
+            (config.max_positions, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std)
+        )
+        self.add_parameter("weight", shard)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return nn.functional.embedding(positions, self.weight)
+
+
+class Stage(ShardedModule):
+    """Layers of one pipeline stage.
+
+    The first stage takes tokens, the others hidden states `[B, T/tp or T, D]`; the last returns the head's
+    per-token scalars. With tied embeddings the last stage holds its own piece under the same logical name
+    `embedding.weight`; the engine keeps the two equal.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, span: StageSpan, options: StageOptions) -> None:
+        super().__init__(mesh)
+        self.config, self.span = config, span
+        self.sp = options.sp and mesh.tp.size > 1
+        self.recompute_blocks = options.recompute == "full"
+        self.positions = None
+        if span.first or (span.last and config.tie_embeddings):
+            self.embedding = VocabEmbedding(
+                mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
+            )
+        if span.first and config.positions == "learned":
+            self.positions = PositionEmbedding(config, mesh, self.sp)
+        self.layers = nn.ModuleDict(
+            {str(n): Block(config, mesh, self.sp, options.recompute) for n in range(span.begin, span.end)}
+        )
+        if span.last:
+            self.final_norm = final_norm(config, mesh, self.sp)
+            if not config.tie_embeddings:
+                self.head = LmHead(config, mesh)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embedding.weight if self.config.tie_embeddings else self.head.weight
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """`[B, T]` -> hidden states `[B, T/tp or T, D]`."""
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            here = comm.own_slice(positions, self.mesh.tp, SEQUENCE_DIM) if self.sp else positions
+            x = x + self.positions(here)
+        return x
+
+    def blocks(self, x: Tensor, positions: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+        """Run this stage's layers; `positions` are those of all T tokens."""
+        tables: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.config.positions == "rope":
+            tables = rope_tables(positions, self.config.head_size, self.config.rope_theta, wide_dtype(x.dtype))
+        for i, block in enumerate(self.layers.values()):
+            x = recompute(self.recompute_blocks, block, x, tables, caches[i] if caches else None)
+        return x
+
+    def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """One microbatch: hidden states to the next stage, or `{"log_prob": [B, T]}` on the last."""
+        if self.span.first:
+            x = self.embed(batch["tokens"], batch["positions"])
+        x = self.blocks(x, batch["positions"])
+        if not self.span.last:
+            return x
+        logits = local_logits(self.final_norm(x), self.head_weight, self.mesh, self.sp)
+        return language_model(logits, batch["labels"], self.mesh, self.config.vocab_size)
+
+    def decode(self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]) -> Tensor:
+        """New positions against the cache: hidden states, or the next token's logits `[B, V]` on the last stage.
+
+        Built without sequence parallelism, since a step of decoding has a single position.
+        """
+        if self.span.first:
+            x = self.embed(tokens, positions)
+        x = self.blocks(x, positions, caches)
+        if not self.span.last:
+            return x
+        return next_token_logits(self.final_norm(x[:, -1:]), self.head_weight, self.mesh, self.config.vocab_size)

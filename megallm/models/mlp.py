@@ -1,0 +1,37 @@
+"""Feed-forward layer: SwiGLU with `gate_up (2, F, D)`, or GELU with `up (F, D)`; `down (D, F)`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megallm.models.attention import scaled_init
+from megallm.models.config import ModelConfig
+from megallm.ops.activation import ACTIVATIONS
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.recompute import recompute
+from megallm.parallel.shard import normal
+from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, enter
+
+
+class Mlp(ShardedModule):
+    """`[B, T/tp or T, D]` -> the same; F is split over tp."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
+        super().__init__(mesh)
+        self.sp, self.selective, self.gated = sp, selective, config.gated
+        self.activation = ACTIVATIONS[config.activation]
+        d, f, init = config.hidden_size, config.ffn_hidden_size, normal(config.init_std)
+        if self.gated:
+            self.gate_up = ColumnLinear(mesh, (2, f, d), init, config.bias)
+        else:
+            self.up = ColumnLinear(mesh, (f, d), init, config.bias)
+        self.down = RowLinear(mesh, (d, f), scaled_init(config), config.bias, sp)
+
+    def inner(self, hidden: Tensor) -> Tensor:
+        """Nonlinearity and the local part of `down`."""
+        return self.down.local(self.activation(hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = enter(x, self.mesh, self.sp)
+        hidden = self.gate_up(x) if self.gated else self.up(x)
+        return self.down.reduce(recompute(self.selective, self.inner, hidden))
