@@ -91,12 +91,12 @@ def loads(cls: type[Config], text: str, name: str = "text") -> Config:
     return config
 
 
-def raise_problems(problems: list[str]) -> None:
-    """Raise one UsageError that carries every sentence of the list; return when it is empty."""
-    if len(problems) == 1:
-        raise UsageError(problems[0])
-    if problems:
-        raise UsageError(f"{len(problems)} problems in the configuration:\n  " + "\n  ".join(problems))
+def raise_problems(problems: list[str], hint: str = "") -> None:
+    """Raise one UsageError that carries every sentence of the list, then the hint; return when there are none."""
+    if not problems:
+        return
+    lines = problems if len(problems) == 1 else [f"{len(problems)} problems in the configuration:", *problems]
+    raise UsageError("\n  ".join([*lines, *([hint] if hint else [])]))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,0 +1,401 @@
+"""Every rule between the fields of a configuration, checked before any process starts. Pure.
+
+A rule is a generator of `Problem`s: the rule in words, the numbers that break it, and the nearest values that keep
+it. `check` runs them all, so that one attempt shows everything that is wrong. What the code cannot do yet stands in
+one table, `AVAILABLE`: making it work means deleting its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from megallm.base.config import get, raise_problems, replace
+from megallm.base.errors import UsageError
+from megallm.models.config import CHOICES, ModelConfig
+from megallm.optim.config import RULES, SCHEDULES
+from megallm.training.config import PretrainConfig
+
+WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
+
+# What each key may be today. A row leaves this table when the code behind it arrives.
+AVAILABLE: dict[str, tuple[Any, ...]] = {
+    "layout.cp": (1,),
+    "layout.ep": (1,),
+    "layout.chunks": (1,),
+    "layout.schedule": ("1f1b",),
+    "layout.stages": (None,),
+    "zero.stage": (0,),
+    "data.order": ("megatron",),
+    "train.precision": ("fp32", "bf16", "fp64"),
+    "train.determinism": ("none",),
+    "model.hf": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule. Applying any one of `fixes` (dotted key -> value) makes this rule hold."""
+
+    rule: str
+    sentence: str
+    fixes: tuple[dict[str, Any], ...] = ()
+    key: str = ""  # the key whose value is unusable by itself: rules that compute with it are left out
+
+    def __str__(self) -> str:
+        if not self.fixes:
+            return self.sentence
+        return f"{self.sentence} Nearest valid: {' or '.join(_shown(fix) for fix in self.fixes)}."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at: the configuration with its model resolved, and the size of the world."""
+
+    config: PretrainConfig
+    model: ModelConfig
+    world: int | None  # None: as many processes as the layout asks for
+    tokenizer_vocab: int | None
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one replica."""
+        layout = self.config.layout
+        return layout.pp * layout.cp * layout.tp
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas: given, or what the world leaves (at least 1)."""
+        if self.config.layout.dp is not None:
+            return self.config.layout.dp
+        return max(1, self.world // self.model_ranks) if self.world else 1
+
+
+def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int | None = None) -> PretrainConfig:
+    """The configuration with every inferred value filled in; raises one UsageError that lists all problems.
+
+    `world` is the number of processes (None: what the layout asks for), `tokenizer_vocab` the tokenizer's size if
+    known: it fills a missing `model.vocab_size`.
+    """
+    problems = find_problems(config, world, tokenizer_vocab)
+    hint = ""
+    if world is not None and any(problem.rule in LAYOUT_RULES for problem in problems):
+        close = nearest_layouts(config, world, tokenizer_vocab)
+        if close:
+            hint = f"Layouts of {world} processes that fit: {'; '.join(_shown(layout) for layout in close)}."
+    raise_problems([str(problem) for problem in problems], hint)
+    facts = _facts(config, world, tokenizer_vocab)
+    seed = config.run.seed if config.data.seed is None else config.data.seed
+    return replace(config, {"model": facts.model, "layout.dp": facts.dp, "data.seed": seed})
+
+
+def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None = None) -> list[Problem]:
+    """All broken rules. Rules about the model's sizes are left out while the model itself cannot be resolved."""
+    problems = [*_ranges(config, world), *_choices(config), *_available(config), *_split(config), *_optimizer(config)]
+    broken = {problem.key for problem in problems}
+    try:
+        facts = _facts(config, world, tokenizer_vocab)
+    except UsageError as error:
+        if not any(key.startswith("model.") for key in broken):
+            problems.append(Problem("model", str(error)))
+        return problems
+    for rule, needs in CROSS_RULES.items():
+        if not broken.intersection(needs):
+            problems += rule(facts)
+    return problems
+
+
+def nearest_layouts(config: PretrainConfig, world: int, tokenizer_vocab: int | None = None) -> list[dict[str, int]]:
+    """Up to three layouts of `world` ranks that break no rule about layouts, the closest to the wish first."""
+    wish, found = config.layout, []
+    for tp in _divisors(world):
+        for pp in _divisors(world // tp):
+            layout = {"layout.pp": pp, "layout.dp": world // tp // pp, "layout.tp": tp}
+            trial = replace(config, layout | {"layout.cp": 1, "layout.ep": 1})
+            if not any(problem.rule in LAYOUT_RULES for problem in find_problems(trial, world, tokenizer_vocab)):
+                found.append((_ratio(tp, wish.tp) * _ratio(pp, wish.pp), layout))
+    return [layout for _, layout in sorted(found, key=lambda pair: pair[0])[:3]]
+
+
+def _facts(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None) -> Facts:
+    model = config.model
+    if model.vocab_size is None and model.preset is None and tokenizer_vocab is not None:
+        model = dataclasses.replace(model, vocab_size=tokenizer_vocab)
+    return Facts(config, model.resolve(), world, tokenizer_vocab)
+
+
+# Rules about single keys.
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number; `above` excludes the lower bound, `below` the upper one."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def nearest(self, value: Any, default: Any) -> Any:
+        """`value` itself when inside; the closed bound it passed; else the default."""
+        if self.low is not None and value < self.low:
+            return self.low
+        if self.high is not None and value > self.high:
+            return self.high
+        if (self.above is not None and value <= self.above) or (self.below is not None and value >= self.below):
+            return default
+        return value
+
+    def __str__(self) -> str:
+        words = {"at least": self.low, "greater than": self.above, "at most": self.high, "less than": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+
+
+_COUNT = Range(low=1)
+_NOT_NEGATIVE = Range(low=0)
+_SEED = Range(low=0, high=2**32 - 1)
+RANGES: dict[str, Range] = {
+    "run.seed": _SEED,
+    "data.seed": _SEED,
+    "data.seq_len": _COUNT,
+    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks")},
+    **{f"train.{name}": _COUNT for name in ("steps", "stop_at", "global_batch", "micro_batch")},
+    **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
+    **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
+    "model.sliding_window": _COUNT,
+    "model.norm_eps": Range(above=0),
+    "model.init_std": Range(above=0),
+    "model.rope_theta": Range(above=0),
+    "optim.lr": Range(above=0),
+    "optim.min_lr": _NOT_NEGATIVE,
+    "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.decay_fraction": Range(above=0, high=1),
+    "optim.eps": Range(above=0),
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.clip": _NOT_NEGATIVE,
+    "checkpoint.every": _NOT_NEGATIVE,
+    "checkpoint.keep": _NOT_NEGATIVE,
+    "eval.every": _NOT_NEGATIVE,
+    "eval.batches": _NOT_NEGATIVE,
+    "log.every": _COUNT,
+}
+
+
+def _ranges(config: PretrainConfig, world: int | None) -> Iterator[Problem]:
+    if world is not None and world < 1:
+        yield Problem("ranges", f"{WORLD} is {world}; it must be at least 1.", ({WORLD: 1},), WORLD)
+    for key, allowed in RANGES.items():
+        value = get(config, key)
+        if value is None:
+            continue
+        near = allowed.nearest(value, get(_DEFAULTS, key))
+        if near != value:
+            fixes = () if near is None else ({key: near},)
+            yield Problem("ranges", f"{key} is {value}; it must be {allowed}.", fixes, key)
+
+
+def _choices(config: PretrainConfig) -> Iterator[Problem]:
+    tables = {f"model.{name}": values for name, values in CHOICES.items()}
+    for key, values in (tables | {"optim.rule": RULES, "optim.schedule": SCHEDULES}).items():
+        value = get(config, key)
+        if value is not None and value not in values:
+            close = get_close_matches(value, values, n=1, cutoff=0) or values[:1]
+            sentence = f"{key} is '{value}'; it must be one of {', '.join(values)}."
+            yield Problem("choices", sentence, ({key: close[0]},), key)
+
+
+def _available(config: PretrainConfig) -> Iterator[Problem]:
+    for key, accepted in AVAILABLE.items():
+        value = get(config, key)
+        if value not in accepted:
+            names = ", ".join(_value(choice) for choice in accepted)
+            sentence = f"{key} is {_value(value)}, which this version cannot do yet; accepted today: {names}."
+            yield Problem("available", sentence, ({key: accepted[0]},))
+
+
+def _split(config: PretrainConfig) -> Iterator[Problem]:
+    shares = parse_split(config.data.split)
+    if shares is None:
+        sentence = (
+            f"data.split is '{config.data.split}'; it must be up to three shares of train, validation and test, "
+            "not negative, the first above 0."
+        )
+        yield Problem("split", sentence, ({"data.split": "969,30,1"},))
+    elif config.eval.every > 0 and config.eval.batches > 0 and shares[1] == 0:
+        sentence = (
+            f"eval.every is {config.eval.every}, but data.split '{config.data.split}' leaves nothing for validation."
+        )
+        yield Problem("split", sentence, ({"eval.every": 0}, {"data.split": "969,30,1"}))
+    if not config.data.sources:
+        yield Problem("sources", "data.sources is empty; give at least one, such as data.sources.PREFIX=1.")
+    for prefix, weight in config.data.sources.items():
+        if weight <= 0:
+            yield Problem("sources", f"data.sources.{prefix} is {weight}; a weight must be greater than 0.")
+
+
+def parse_split(split: str) -> tuple[float, float, float] | None:
+    """`"90,5,5"` -> three shares as written, missing ones 0; None when it is not a usable split."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        return None
+    if len(shares) > 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
+        return None
+    first, second, third = (shares + [0.0, 0.0])[:3]
+    return first, second, third
+
+
+def _optimizer(config: PretrainConfig) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield Problem(
+            "betas",
+            f"optim.betas are {list(optim.betas)}; each must be at least 0 and less than 1.",
+            ({"optim.betas": _DEFAULTS.optim.betas},),
+        )
+    if optim.min_lr > optim.lr > 0:
+        sentence = f"optim.min_lr {optim.min_lr:g} is greater than optim.lr {optim.lr:g}."
+        yield Problem("min_lr", sentence, ({"optim.min_lr": optim.lr}, {"optim.lr": optim.min_lr}))
+    if steps >= 1 and optim.warmup_steps >= steps:
+        sentence = f"optim.warmup_steps {optim.warmup_steps} must be less than train.steps {steps}."
+        fixes = ({"optim.warmup_steps": steps - 1}, {"train.steps": optim.warmup_steps + 1})
+        yield Problem("warmup", sentence, fixes)
+    stop_at = config.train.stop_at
+    if stop_at is not None and stop_at > steps >= 1:
+        sentence = f"train.stop_at {stop_at} lies beyond train.steps {steps}."
+        yield Problem("stop_at", sentence, ({"train.stop_at": steps}, {"train.steps": stop_at}))
+
+
+# Rules between the model, the layout and the batch.
+
+
+def _heads(facts: Facts) -> Iterator[Problem]:
+    heads, tp = facts.model.num_heads, facts.config.layout.tp
+    if heads % tp:
+        sentence = f"layout.tp {tp} does not divide model.num_heads {heads}: a tensor-parallel rank holds whole heads."
+        yield Problem("heads", sentence, _fixes("layout.tp", tp, _divisors(heads)))
+    if facts.model.positions == "rope" and facts.model.head_size % 2:
+        size = facts.model.head_size
+        sentence = f"model.head_size is {size}; rotary positions turn pairs of features, so it must be even."
+        yield Problem("head_size", sentence, _fixes("model.head_size", size, (size - 1, size + 1)))
+
+
+def _widths(facts: Facts) -> Iterator[Problem]:
+    tp = facts.config.layout.tp
+    for name, size in (("ffn_hidden_size", facts.model.ffn_hidden_size), ("vocab_size", facts.model.vocab_size)):
+        if size < tp:
+            sentence = f"model.{name} {size} is less than layout.tp {tp}: a rank would hold nothing."
+            yield Problem("widths", sentence, ({"layout.tp": size}, {f"model.{name}": tp}))
+
+
+def _layers(facts: Facts) -> Iterator[Problem]:
+    layers, layout = facts.model.num_layers, facts.config.layout
+    stages = layout.pp * layout.chunks
+    if stages > layers:
+        sentence = f"layout.pp {layout.pp} x layout.chunks {layout.chunks} = {stages} stages, but the model has "
+        sentence += f"model.num_layers {layers}: each stage needs at least one layer."
+        fixes: list[dict[str, Any]] = [{"model.num_layers": stages}]
+        if layers >= layout.chunks:
+            fixes.insert(0, {"layout.pp": layers // layout.chunks})
+        yield Problem("layers", sentence, tuple(fixes))
+
+
+def _batch(facts: Facts) -> Iterator[Problem]:
+    train, dp = facts.config.train, facts.dp
+    unit = train.micro_batch * dp
+    if facts.world is not None and facts.world % facts.model_ranks:
+        return  # dp is not known
+    if train.global_batch % unit:
+        sentence = f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch "
+        sentence += f"{train.micro_batch} x dp {dp} = {unit}: every replica runs the same number of whole microbatches."
+        fixes = _fixes("train.global_batch", train.global_batch, _multiples(train.global_batch, unit))
+        if train.global_batch % dp == 0:
+            fixes += _fixes("train.micro_batch", train.micro_batch, _divisors(train.global_batch // dp))
+        yield Problem("batch", sentence, fixes)
+
+
+def _sequence(facts: Facts) -> Iterator[Problem]:
+    layout, seq_len, model = facts.config.layout, facts.config.data.seq_len, facts.model
+    if layout.sp and seq_len % layout.tp:
+        sentence = f"layout.sp splits data.seq_len {seq_len} over layout.tp {layout.tp}, which does not divide it."
+        fixes = _fixes("data.seq_len", seq_len, _multiples(seq_len, layout.tp))
+        yield Problem("sequence", sentence, (*fixes, {"layout.sp": False}))
+    if model.positions == "learned" and seq_len > model.max_positions:
+        sentence = f"data.seq_len {seq_len} is greater than model.max_positions {model.max_positions}, and this model "
+        sentence += "has one learned vector per position."
+        yield Problem("positions", sentence, ({"data.seq_len": model.max_positions}, {"model.max_positions": seq_len}))
+
+
+def _world(facts: Facts) -> Iterator[Problem]:
+    layout, world, ranks = facts.config.layout, facts.world, facts.model_ranks
+    if world is None:
+        return
+    product = f"pp {layout.pp} x cp {layout.cp} x tp {layout.tp}"
+    if layout.dp is not None and layout.dp * ranks != world:
+        sentence = f"{world} processes, but layout {product} x dp {layout.dp} needs {layout.dp * ranks}."
+        fixes: tuple[dict[str, Any], ...] = ({WORLD: layout.dp * ranks},)
+        if world % ranks == 0:
+            fixes = ({"layout.dp": world // ranks}, *fixes)
+        yield Problem("world", sentence, fixes)
+    elif layout.dp is None and world % ranks:
+        sentence = f"{world} processes are not a multiple of layout {product} = {ranks}."
+        yield Problem("world", sentence, _fixes(WORLD, world, _multiples(world, ranks)))
+
+
+def _vocabulary(facts: Facts) -> Iterator[Problem]:
+    vocab, needed = facts.model.vocab_size, facts.tokenizer_vocab
+    if needed is not None and vocab < needed:
+        sentence = f"model.vocab_size {vocab} is smaller than the tokenizer's {needed}: some tokens would have no row."
+        yield Problem("vocabulary", sentence, ({"model.vocab_size": needed},))
+
+
+# Each rule and the keys it computes with: a rule is left out while one of its keys is out of range.
+_AXES = ("layout.tp", "layout.pp", "layout.cp", "layout.dp", WORLD)
+CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
+    _world: _AXES,
+    _heads: ("layout.tp", "model.num_heads", "model.head_size"),
+    _widths: ("layout.tp", "model.ffn_hidden_size", "model.vocab_size"),
+    _layers: ("layout.pp", "model.num_layers"),
+    _batch: (*_AXES, "train.global_batch", "train.micro_batch"),
+    _sequence: ("layout.tp", "data.seq_len", "model.max_positions"),
+    _vocabulary: ("model.vocab_size",),
+}
+LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence")
+_DEFAULTS = PretrainConfig()
+
+
+# Nearest values.
+
+
+def _fixes(key: str, value: int, valid: Iterable[int]) -> tuple[dict[str, int], ...]:
+    """The valid values next below and next above `value`."""
+    valid = sorted(candidate for candidate in valid if candidate >= 1)
+    below = [candidate for candidate in valid if candidate < value][-1:]
+    above = [candidate for candidate in valid if candidate > value][:1]
+    return tuple({key: candidate} for candidate in below + above)
+
+
+def _divisors(value: int) -> list[int]:
+    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+
+
+def _multiples(value: int, unit: int) -> tuple[int, int]:
+    """The multiples of `unit` around `value`; the lower one may be 0."""
+    return value // unit * unit, (value // unit + 1) * unit
+
+
+def _ratio(a: int, b: int) -> float:
+    return max(a, b) / max(1, min(a, b))
+
+
+def _shown(fix: dict[str, Any]) -> str:
+    return " ".join(f"{WORLD} {value}" if key == WORLD else f"{key}={_value(value)}" for key, value in fix.items())
+
+
+def _value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,263 @@
+"""training.validate: over a grid of layouts, what is accepted divides and what is refused says how to repair it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+from itertools import product
+
+import pytest
+
+from megallm.base.config import get, load, replace
+from megallm.base.errors import UsageError
+from megallm.models.config import ModelConfig
+from megallm.training import validate
+from megallm.training.config import PretrainConfig
+from megallm.training.validate import (
+    AVAILABLE,
+    RANGES,
+    WORLD,
+    Range,
+    check,
+    find_problems,
+    nearest_layouts,
+    parse_split,
+)
+
+MODEL = ModelConfig(
+    family="llama", num_layers=4, hidden_size=64, num_heads=8, num_kv_heads=2, vocab_size=300, ffn_hidden_size=96
+)
+GOOD = replace(PretrainConfig(model=MODEL), {"data.sources": {"p": 1.0}, "data.seq_len": 32})
+
+
+def apply(config: PretrainConfig, world: int | None, fix: dict) -> tuple[PretrainConfig, int | None]:
+    values = {key: value for key, value in fix.items() if key != WORLD}
+    return replace(config, values), fix.get(WORLD, world)
+
+
+def assert_fixes_hold(config: PretrainConfig, world: int | None, vocab: int | None = None) -> set[str]:
+    """Each fix of each problem makes that rule pass; returns the broken rules."""
+    problems = find_problems(config, world, vocab)
+    for problem in problems:
+        for fix in problem.fixes:
+            again = find_problems(*apply(config, world, fix), vocab)
+            keys = {other.key for other in again if other.rule == problem.rule and other.key == problem.key}
+            assert not keys, f"{problem} -> {fix} -> {[str(other) for other in again]}"
+    return {problem.rule for problem in problems}
+
+
+def grid():
+    axes = product((1, 2, 3, 4, 5, 8), (1, 2, 3, 5), (None, 1, 2, 3), (1, 4, 6, 8, 12), (6, 16), (1, 2), (False, True))
+    for tp, pp, dp, world, global_batch, micro_batch, sp in axes:
+        values = {"layout.tp": tp, "layout.pp": pp, "layout.dp": dp, "layout.sp": sp}
+        values |= {"train.global_batch": global_batch, "train.micro_batch": micro_batch}
+        yield replace(GOOD, values), world
+
+
+def test_grid_of_layouts():
+    accepted = refused = 0
+    broken: set[str] = set()
+    for config, world in grid():
+        layout, train = config.layout, config.train
+        ranks = layout.tp * layout.pp
+        dp = layout.dp if layout.dp is not None else world // ranks
+        fits = (
+            ranks * dp == world
+            and 8 % layout.tp == 0
+            and layout.pp <= 4
+            and train.global_batch % (train.micro_batch * max(dp, 1)) == 0
+            and not (layout.sp and 32 % layout.tp)
+        )
+        if fits:
+            accepted += 1
+            resolved = check(config, world)
+            assert resolved.layout.grid().world == world and resolved.layout.dp == dp
+            assert resolved.model.num_heads % layout.tp == 0
+            assert resolved.train.global_batch % (resolved.train.micro_batch * dp) == 0
+        else:
+            refused += 1
+            rules = assert_fixes_hold(config, world)
+            assert rules, config
+            broken |= rules
+    assert accepted + refused >= 2000 and accepted >= 100
+    assert broken == {"world", "heads", "layers", "batch", "sequence"}
+
+
+def test_nearest_layouts_fit_and_are_named():
+    refused = 0
+    for config, world in list(grid())[::17]:
+        for layout in nearest_layouts(config, world):
+            assert not find_problems(replace(config, layout), world)
+        if find_problems(config, world):
+            refused += 1
+    assert refused > 50
+    wish = replace(GOOD, {"layout.tp": 3, "train.global_batch": 16})
+    with pytest.raises(UsageError) as caught:
+        check(wish, 8)
+    assert (
+        "Layouts of 8 processes that fit: layout.pp=1 layout.dp=2 layout.tp=4; layout.pp=1 layout.dp=4 layout.tp=2;"
+        in str(caught.value)
+    )
+    assert nearest_layouts(replace(GOOD, {"train.global_batch": 7}), 5) == []
+
+
+BROKEN = [
+    ("ranges", {"layout.tp": 0}, "layout.tp is 0; it must be at least 1."),
+    ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1."),
+    ("ranges", {"optim.lr": 0.0}, "optim.lr is 0.0; it must be greater than 0."),
+    ("ranges", {"optim.decay_fraction": 1.5}, "it must be greater than 0 and at most 1."),
+    ("ranges", {"data.seed": 2**32}, "it must be at least 0 and at most"),
+    ("ranges", {"model.num_layers": 0}, "model.num_layers is 0"),
+    ("ranges", {"model.num_heads": -8}, "model.num_heads is -8"),
+    ("ranges", {"model.vocab_size": 0}, "model.vocab_size is 0"),
+    (
+        "choices",
+        {"optim.rule": "adam"},
+        "optim.rule is 'adam'; it must be one of adamw. Nearest valid: optim.rule=adamw.",
+    ),
+    ("choices", {"optim.schedule": "cosin"}, "Nearest valid: optim.schedule=cosine."),
+    ("choices", {"model.norm": "rms"}, "Nearest valid: model.norm=rmsnorm."),
+    ("betas", {"optim.betas": (0.9, 1.0)}, "optim.betas are [0.9, 1.0]"),
+    ("min_lr", {"optim.min_lr": 1.0}, "optim.min_lr 1 is greater than optim.lr 0.0003."),
+    (
+        "warmup",
+        {"optim.warmup_steps": 1000},
+        "must be less than train.steps 1000. Nearest valid: optim.warmup_steps=999",
+    ),
+    ("stop_at", {"train.stop_at": 1001}, "train.stop_at 1001 lies beyond train.steps 1000."),
+    ("split", {"data.split": "0,1,1"}, "the first above 0"),
+    ("split", {"data.split": "a,b"}, "data.split is 'a,b'"),
+    ("split", {"data.split": "1,0,0", "eval.every": 5}, "leaves nothing for validation"),
+    ("sources", {"data.sources": {}}, "data.sources is empty"),
+    ("sources", {"data.sources": {"p": 0.0}}, "data.sources.p is 0.0; a weight must be greater than 0."),
+    ("heads", {"layout.tp": 3, "train.global_batch": 9}, "Nearest valid: layout.tp=2 or layout.tp=4."),
+    ("head_size", {"model.head_size": 7}, "it must be even. Nearest valid: model.head_size=6 or model.head_size=8."),
+    ("widths", {"layout.tp": 8, "model.ffn_hidden_size": 4}, "a rank would hold nothing"),
+    ("layers", {"layout.pp": 5}, "Nearest valid: layout.pp=4 or model.num_layers=5."),
+    ("batch", {"train.micro_batch": 3}, "Nearest valid: train.global_batch=6 or train.global_batch=9 or"),
+    ("sequence", {"layout.tp": 8, "layout.sp": True, "data.seq_len": 36}, "data.seq_len=32 or data.seq_len=40 or"),
+    (
+        "positions",
+        {"model.family": "gpt2", "data.seq_len": 1025},
+        "data.seq_len 1025 is greater than model.max_positions",
+    ),
+    ("model", {"model.num_kv_heads": 3}, "is not a multiple of model.num_kv_heads 3"),
+    ("model", {"model.hidden_size": None}, "The model lacks model.hidden_size"),
+    ("model", {"model.preset": "lama3-8b"}, "Did you mean 'llama3-8b'?"),
+]
+
+
+@pytest.mark.parametrize(("rule", "values", "sentence"), BROKEN, ids=[f"{row[0]}-{i}" for i, row in enumerate(BROKEN)])
+def test_each_rule(rule, values, sentence):
+    config = replace(GOOD, values)
+    with pytest.raises(UsageError) as caught:
+        check(config)
+    assert sentence in str(caught.value)
+    assert assert_fixes_hold(config, None) == {rule}
+
+
+def test_every_rule_has_a_row():
+    source = inspect.getsource(validate)
+    names = {
+        piece.split('"')[1]
+        for piece in source.replace("\n", "").replace(" ", "").split("Problem(")[1:]
+        if '"' in piece[:2]
+    }
+    tested = {row[0] for row in BROKEN} | {"world", "available", "vocabulary"}
+    assert names == tested
+
+
+@pytest.mark.parametrize("key", AVAILABLE)
+def test_what_is_not_there_yet_is_refused_in_words(key):
+    wrong = {
+        "layout.schedule": "interleaved",
+        "layout.stages": "E|L",
+        "data.order": "stream",
+        "train.precision": "fp8",
+        "train.determinism": "tree",
+        "model.hf": "dir",
+    }.get(key, 2)
+    problems = find_problems(replace(GOOD, {key: wrong}), None)
+    (problem,) = [problem for problem in problems if problem.rule == "available"]
+    assert f"{key} is {wrong}, which this version cannot do yet; accepted today: " in problem.sentence
+    assert_fixes_hold(replace(GOOD, {key: wrong}), None)
+
+
+def test_world():
+    config = replace(GOOD, {"layout.tp": 2, "layout.dp": 3, "train.global_batch": 24})
+    assert check(config).layout.dp == 3
+    with pytest.raises(UsageError, match=r"8 processes, but layout pp 1 x cp 1 x tp 2 x dp 3 needs 6\."):
+        check(config, 8)
+    with pytest.raises(
+        UsageError, match=r"3 processes are not a multiple of .* = 2\. Nearest valid: --nproc 2 or --nproc 4"
+    ):
+        check(replace(GOOD, {"layout.tp": 2}), 3)
+    with pytest.raises(UsageError, match="--nproc is 0"):
+        check(GOOD, 0)
+
+
+def test_vocabulary_against_the_tokenizer():
+    with pytest.raises(UsageError, match="model.vocab_size 300 is smaller than the tokenizer's 301"):
+        check(GOOD, tokenizer_vocab=301)
+    assert assert_fixes_hold(GOOD, None, 301) == {"vocabulary"}
+    assert check(replace(GOOD, {"model.vocab_size": None}), tokenizer_vocab=257).model.vocab_size == 257
+
+
+def test_kv_heads_fewer_than_tp_are_allowed():
+    assert check(replace(GOOD, {"layout.tp": 8}), 8).layout.tp == 8
+
+
+def test_all_problems_at_once():
+    values = {"layout.tp": 3, "layout.pp": 9, "optim.warmup_steps": 5000, "train.precision": "fp16", "eval.every": -1}
+    with pytest.raises(UsageError) as caught:
+        check(replace(GOOD, values))
+    text = str(caught.value)
+    assert text.startswith("5 problems")
+    for key in values:
+        assert key in text
+
+
+def test_resolved_values():
+    resolved = check(replace(GOOD, {"run.seed": 7}), 4)
+    assert (resolved.layout.dp, resolved.data.seed, resolved.model.head_size) == (4, 7, 8)
+    assert check(resolved, 4) == resolved
+
+
+def test_every_ranged_key_exists_and_defaults_are_inside():
+    defaults = PretrainConfig()
+    for key, allowed in RANGES.items():
+        value = get(defaults, key)
+        assert value is None or allowed.nearest(value, None) == value
+    assert str(Range(above=0, high=1)) == "greater than 0 and at most 1"
+
+
+def test_parse_split():
+    assert parse_split("90,5,5") == (90.0, 5.0, 5.0)
+    assert parse_split("1") == (1.0, 0.0, 0.0)
+    for bad in ("", "1,2,3,4", "-1,2", "nan,1", "inf,1", "0,1"):
+        assert parse_split(bad) is None
+
+
+def test_number_of_config_fields_keeps_the_budget():
+    from megallm.base.config import leaves
+
+    assert len(list(leaves(PretrainConfig))) <= 250
+
+
+def test_fast_and_without_torch(tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from megallm.base.config import load\n"
+        "from megallm.training.config import PretrainConfig\n"
+        "from megallm.training.validate import check\n"
+        "check(load(PretrainConfig, None, ['model.preset=gpt2', 'data.sources.p=1', 'layout.tp=4']), 8)\n"
+    )
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    assert time.monotonic() - start < 5  # 0.2 s alone on a core
+
+
+def test_shipped_defaults_with_a_preset_are_valid():
+    check(load(PretrainConfig, None, ["model.preset=gpt2", "data.sources.p=1"]))
