@@ -1,0 +1,58 @@
+"""Loads the C++ extension `megallm._index`, and says why when it cannot.
+
+Nothing depends on it: every function in it has a numpy twin with the same bits next to its caller.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+from megallm.base.errors import UsageError
+
+MODULE = "megallm._index"
+VERSION = 1  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `megallm doctor` shows: is the extension used, and from where or why not."""
+
+    name: str
+    loaded: bool
+    detail: str
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module(MODULE)
+    except ImportError as error:
+        return None, f"not built or not loadable ({error}); the numpy twin is used, same results, slower"
+    if module.VERSION != VERSION:
+        return None, (
+            f"{module.__file__} is a stale build (version {module.VERSION}, want {VERSION}); "
+            f"reinstall megallm to rebuild it; the numpy twin is used"
+        )
+    return module, str(module.__file__)
+
+
+def index(native: bool | None = None) -> ModuleType | None:
+    """The extension, or None when the caller must use its numpy twin.
+
+    `native` None takes the extension when it is there, False never, True insists (`UsageError`).
+    """
+    if native is False:
+        return None
+    module, detail = _load()
+    if native and module is None:
+        raise UsageError(f"The extension {MODULE} was asked for but is {detail}.")
+    return module
+
+
+def status() -> Status:
+    """Whether the extension is loaded, with its path or the reason it is not."""
+    module, detail = _load()
+    return Status(MODULE, module is not None, detail)

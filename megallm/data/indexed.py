@@ -1,0 +1,335 @@
+"""Reader, writer, merger and verifier of `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM.
+
+`.bin` holds the tokens of all sequences back to back; `.idx` (little-endian, 34-byte header) holds
+dtype, lengths, byte offsets and document boundaries. `PREFIX.meta.json` is ours and optional: counts
+and the tokenizer's fingerprint.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megallm.base import files
+from megallm.base.errors import DataError
+from megallm.data import meta
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {
+    1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_SCAN = 1 << 20  # entries or tokens looked at together: bounds the memory of checks
+_COPY_BYTES = 1 << 22
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """uint16 when every id of the vocabulary surely fits (Megatron's limit), else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+class IndexedDataset:
+    """A tokenised corpus, memory-mapped; every check is made on open, each failure a `DataError`.
+
+    lengths int32 [S] in tokens, offsets int64 [S] in bytes, document_indices int64 [documents + 1].
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.index_path, self.data_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
+        index = _map(self.index_path)
+        self.dtype, sequences, entries = _read_header(self.index_path, index)
+        at = _HEADER.size
+        self.lengths = np.frombuffer(index, "<i4", sequences, at)
+        self.offsets = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
+        self.document_indices = np.frombuffer(index, "<i8", entries, at + 12 * sequences)
+        self._data = _map(self.data_path)
+        _check_documents(self)
+        _check_sequences(self)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._data) // self.dtype.itemsize
+
+    def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens `offset` to `offset + length` (default: to the end) of a sequence: a read-only view."""
+        total = int(self.lengths[sequence])
+        length = total - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > total:
+            raise IndexError(f"Tokens {offset} to {offset + length} of sequence {sequence}, which has {total}.")
+        begin = int(self.offsets[sequence]) + offset * self.dtype.itemsize
+        return np.frombuffer(self._data, self.dtype, length, begin)
+
+    def document_of(self, sequence: int) -> int:
+        """The document that a sequence belongs to."""
+        return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
+
+    def place_of(self, sequence: int, offset: int) -> tuple[int, int]:
+        """(document, position in the document) of token `offset` of a sequence."""
+        document = self.document_of(sequence)
+        first = int(self.document_indices[document])
+        return document, int(self.lengths[first:sequence].sum(dtype=np.int64)) + offset
+
+    def document(self, document: int) -> np.ndarray:
+        """All tokens of one document."""
+        begin, end = self.document_indices[document : document + 2].tolist()
+        parts = [self.get(sequence) for sequence in range(begin, end)]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+
+def _map(path: str) -> mmap.mmap | bytes:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} does not exist. Give the common prefix of a .bin and an .idx file, without the suffix; "
+            f"`megallm preprocess` makes them."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _bad(path: str, at: int, what: str) -> DataError:
+    return DataError(f"{path}: byte {at}: {what}. The file is damaged or not an indexed dataset; make it again.")
+
+
+def _read_header(path: str, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int]:
+    """(dtype, number of sequences, number of document entries)."""
+    if index[: len(MAGIC)] != MAGIC:
+        raise _bad(path, 0, f"the file must begin with {MAGIC!r}, not {index[: len(MAGIC)]!r}")
+    if len(index) < _HEADER.size:
+        raise _bad(path, len(index), f"the file ends inside its header of {_HEADER.size} bytes")
+    _, version, code, sequences, entries = _HEADER.unpack_from(index)
+    if version != VERSION:
+        raise _bad(path, 9, f"version {version} is unknown, this megallm reads version {VERSION}")
+    if code not in DTYPES:
+        raise _bad(path, 17, f"dtype code {code} is unknown, accepted are 1 to 8")
+    if DTYPES[code].kind == "f":
+        raise _bad(path, 17, f"dtype code {code} is {DTYPES[code].name}, but tokens are integers")
+    wanted = _HEADER.size + 12 * sequences + 8 * entries
+    if len(index) not in (wanted, wanted + sequences):
+        raise _bad(
+            path, min(len(index), wanted),
+            f"the file has {len(index)} bytes, but {sequences} sequences and {entries} document entries need {wanted}",
+        )  # fmt: skip
+    return DTYPES[code], sequences, entries
+
+
+def _check_documents(data: IndexedDataset) -> None:
+    path, at, entries = data.index_path, _HEADER.size + 12 * len(data), data.document_indices
+    if len(entries) == 0 or entries[0] != 0:
+        raise _bad(path, at, "the first document entry must be 0")
+    for lo in range(0, len(entries) - 1, _SCAN):
+        part = entries[lo : lo + _SCAN + 1]
+        wrong = np.flatnonzero(part[1:] < part[:-1])
+        if wrong.size:
+            i = lo + 1 + int(wrong[0])
+            raise _bad(path, at + 8 * i, f"document entry {i} is {entries[i]}, less than the {entries[i - 1]} before it")
+    if entries[-1] != len(data):
+        at += 8 * (len(entries) - 1)
+        raise _bad(path, at, f"the last document entry is {entries[-1]}, but there are {len(data)} sequences")
+
+
+def _check_sequences(data: IndexedDataset) -> None:
+    """Lengths >= 0, offsets the running sum of the lengths, and a .bin file of exactly that size."""
+    path, item, expected = data.index_path, data.dtype.itemsize, 0
+    for lo in range(0, len(data), _SCAN):
+        lengths, offsets = data.lengths[lo : lo + _SCAN], data.offsets[lo : lo + _SCAN]
+        negative = np.flatnonzero(lengths < 0)
+        if negative.size:
+            i = lo + int(negative[0])
+            raise _bad(path, _HEADER.size + 4 * i, f"the length of sequence {i} is {data.lengths[i]}")
+        ends = expected + np.cumsum(lengths, dtype=np.int64) * item
+        begins = np.concatenate(([expected], ends[:-1]))
+        wrong = np.flatnonzero(offsets != begins)
+        if wrong.size:
+            i, want = lo + int(wrong[0]), begins[wrong[0]]
+            at = _HEADER.size + 4 * len(data) + 8 * i
+            raise _bad(path, at, f"the offset of sequence {i} is {data.offsets[i]}, want {want}, where the one before ends")
+        expected = int(ends[-1])
+    if len(data._data) != expected:
+        raise _bad(
+            data.data_path, min(len(data._data), expected),
+            f"the file has {len(data._data)} bytes, but {path} describes {expected}",
+        )  # fmt: skip
+
+
+class IndexedWriter:
+    """Writes a dataset by streaming; nothing exists under the final names until `commit`.
+
+    Use as a context manager: leaving it without `commit`, or by an error, removes everything.
+    Errors: `CannotWrite`.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype) -> None:
+        self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
+        if self.dtype not in _CODES:
+            raise ValueError(f"{dtype} cannot be stored; accepted: {[d.name for d in _CODES]}.")
+        self.num_tokens = self.num_sequences = 0
+        self._lengths: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
+        self._temporary = {suffix: files.temporary_name(f"{self.prefix}.{suffix}") for suffix in ("bin", "idx")}
+        self._data: BinaryIO | None = None
+        with files.writing(f"{self.prefix}.bin"):
+            self._data = open(self._temporary["bin"], "wb")  # noqa: SIM115 (closed by commit or abort)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    @property
+    def num_documents(self) -> int:
+        return sum(len(part) for part in self._documents) - 1
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray | None = None) -> None:
+        """Append sequences: `tokens` of all of them back to back, their `lengths`, and how many make each document.
+
+        tokens [sum(lengths)], lengths [n], sequences_per_document [documents] with sum n (default: one each).
+        """
+        lengths = np.asarray(lengths)
+        per_document = np.ones(len(lengths), np.int64) if sequences_per_document is None else sequences_per_document
+        if int(lengths.sum()) != len(tokens) or int(np.sum(per_document)) != len(lengths):
+            raise ValueError("tokens, lengths and sequences_per_document do not describe the same sequences.")
+        with files.writing(f"{self.prefix}.bin"):
+            self._data.write(np.ascontiguousarray(tokens, self.dtype).data)
+        self._lengths.append(lengths.astype("<i4"))
+        self._documents.append(self.num_sequences + np.cumsum(per_document, dtype=np.int64))
+        self.num_sequences += len(lengths)
+        self.num_tokens += len(tokens)
+
+    def add_file(self, data: IndexedDataset) -> None:
+        """Append a whole dataset of the same dtype."""
+        with files.writing(f"{self.prefix}.bin"):
+            for lo in range(0, len(data._data), _COPY_BYTES):
+                self._data.write(data._data[lo : lo + _COPY_BYTES])
+        self._lengths.append(data.lengths)
+        self._documents.append(self.num_sequences + data.document_indices[1:])
+        self.num_sequences += len(data)
+        self.num_tokens += data.num_tokens
+
+    def commit(self, side_car: Mapping[str, Any] | None = None) -> None:
+        """Publish: side-car (None: none), then `.bin`, then `.idx`, so that an `.idx` never lies about its `.bin`."""
+        with files.writing(self.prefix):
+            self._data.close()
+            with open(self._temporary["idx"], "wb") as index:
+                self._write_index(index)
+            for suffix in ("idx", "meta.json"):
+                Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
+            if side_car is not None:
+                meta.write(self.prefix, side_car)
+            for suffix in ("bin", "idx"):
+                files.publish(self._temporary[suffix], Path(f"{self.prefix}.{suffix}"))
+        self._data = None
+
+    def abort(self) -> None:
+        """Remove what was written, unless it was committed."""
+        if self._data is not None:
+            self._data.close()
+            self._data = None
+            for path in self._temporary.values():
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def _write_index(self, index: BinaryIO) -> None:
+        documents = np.concatenate(self._documents).astype("<i8", copy=False)
+        lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths]).astype("<i4", copy=False)
+        offsets = np.zeros(len(lengths), "<i8")
+        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(documents)))
+        for array in (lengths, offsets, documents):
+            index.write(array.data)
+
+
+def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, Any]:
+    """Concatenate datasets of one dtype, in the order given; returns the counts."""
+    sources = [IndexedDataset(prefix) for prefix in prefixes]
+    if not sources:
+        raise DataError("There is nothing to merge: give at least one prefix.")
+    for source in sources[1:]:
+        if source.dtype != sources[0].dtype:
+            raise DataError(
+                f"{source.prefix} holds {source.dtype.name} but {sources[0].prefix} holds {sources[0].dtype.name}: "
+                f"only datasets of the same dtype can be merged; preprocess one of them again."
+            )
+    side_car = meta.merged([source.prefix for source in sources])
+    with IndexedWriter(output, sources[0].dtype) as writer:
+        for source in sources:
+            writer.add_file(source)
+        counts = {
+            "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
+        }  # fmt: skip
+        writer.commit({**side_car, **counts} if side_car is not None else None)
+    return counts
+
+
+def check_tokens(data: IndexedDataset, sequence: int, offset: int, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raise the `DataError` that names file, document and position of the first id outside the vocabulary."""
+    if tokens.size == 0 or (tokens.max() < vocab_size and tokens.min() >= 0):
+        return
+    first = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
+    document, position = data.place_of(sequence, offset + first)
+    raise DataError(
+        f"{data.data_path}: document {document}, position {position}: token id {int(tokens[first])} is outside the "
+        f"vocabulary of {vocab_size}. The corpus was tokenised with another tokenizer, or model.vocab_size is wrong."
+    )
+
+
+def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dict[str, Any]:
+    """Check a whole dataset, every token included; returns counts and the range of ids.
+
+    Without `vocab_size` the side-car's is used when there is one. Errors: `DataError` naming file and
+    byte, or document and position.
+    """
+    data = IndexedDataset(prefix)
+    side_car = meta.read(prefix)
+    if side_car is not None:
+        meta.check_counts(prefix, side_car, {"documents": data.num_documents, "sequences": len(data),
+                                             "tokens": data.num_tokens})  # fmt: skip
+        vocab_size = side_car["tokenizer"]["vocab_size"] if vocab_size is None else vocab_size
+    limit = int(np.iinfo(data.dtype).max) + 1 if vocab_size is None else vocab_size
+    lowest, highest = None, None
+    for sequence, offset, tokens in _scan(data):
+        check_tokens(data, sequence, offset, tokens, limit)
+        lowest = int(tokens.min()) if lowest is None else min(lowest, int(tokens.min()))
+        highest = int(tokens.max()) if highest is None else max(highest, int(tokens.max()))
+    return {
+        "prefix": data.prefix, "dtype": data.dtype.name, "documents": data.num_documents, "sequences": len(data),
+        "tokens": data.num_tokens, "empty_documents": int((np.diff(data.document_indices) == 0).sum()),
+        "lowest_token": lowest, "highest_token": highest, "vocab_size": vocab_size,
+        "tokenizer": None if side_car is None else side_car["tokenizer"],
+    }  # fmt: skip
+
+
+def _scan(data: IndexedDataset) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Tokens in long stretches: (sequence, offset) of the first one, and a view that may span sequences."""
+    item, total = data.dtype.itemsize, data.num_tokens
+    for lo in range(0, total, _SCAN):
+        sequence = int(np.searchsorted(data.offsets, lo * item, side="right")) - 1
+        while data.lengths[sequence] == 0:
+            sequence -= 1
+        offset = lo - int(data.offsets[sequence]) // item
+        yield sequence, offset, np.frombuffer(data._data, data.dtype, min(_SCAN, total - lo), lo * item)
