@@ -60,22 +60,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         with writing(path):
-            publish(temporary, path)
-    except BaseException:
+            fsync_file(temporary)
+            os.replace(temporary, path)
+            fsync_dir(path.parent)
+    finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+            temporary.unlink(missing_ok=True)  # there is one only when something failed
 
 
-def publish(temporary: Path, path: Path) -> None:
-    """Make a finished temporary file durable under its final name (raises OSError)."""
-    fd = os.open(temporary, os.O_RDONLY)
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Make the content of a file durable (raises OSError)."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    os.replace(temporary, path)
-    fsync_dir(path.parent)
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

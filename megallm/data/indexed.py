@@ -10,8 +10,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,11 +82,15 @@ class IndexedDataset:
         """The document that a sequence belongs to."""
         return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
 
-    def place_of(self, sequence: int, offset: int) -> tuple[int, int]:
-        """(document, position in the document) of token `offset` of a sequence."""
+    def token_index(self, sequence: int, offset: int = 0) -> int:
+        """Where a token stands in `.bin`, counted in tokens."""
+        return int(self.offsets[sequence]) // self.dtype.itemsize + offset
+
+    def place_of(self, token_index: int) -> tuple[int, int]:
+        """(document, position in the document) of a token of `.bin`."""
+        sequence = int(np.searchsorted(self.offsets, token_index * self.dtype.itemsize, side="right")) - 1
         document = self.document_of(sequence)
-        first = int(self.document_indices[document])
-        return document, int(self.lengths[first:sequence].sum(dtype=np.int64)) + offset
+        return document, token_index - self.token_index(int(self.document_indices[document]))
 
     def document(self, document: int) -> np.ndarray:
         """All tokens of one document."""
@@ -145,7 +149,7 @@ def _check_documents(data: IndexedDataset) -> None:
         wrong = np.flatnonzero(part[1:] < part[:-1])
         if wrong.size:
             i = lo + 1 + int(wrong[0])
-            raise _bad(path, at + 8 * i, f"document entry {i} is {entries[i]}, less than the {entries[i - 1]} before it")
+            raise _bad(path, at + 8 * i, f"document entry {i} is {entries[i]}, less than {entries[i - 1]} before it")
     if entries[-1] != len(data):
         at += 8 * (len(entries) - 1)
         raise _bad(path, at, f"the last document entry is {entries[-1]}, but there are {len(data)} sequences")
@@ -166,7 +170,7 @@ def _check_sequences(data: IndexedDataset) -> None:
         if wrong.size:
             i, want = lo + int(wrong[0]), begins[wrong[0]]
             at = _HEADER.size + 4 * len(data) + 8 * i
-            raise _bad(path, at, f"the offset of sequence {i} is {data.offsets[i]}, want {want}, where the one before ends")
+            raise _bad(path, at, f"the offset of sequence {i} is {data.offsets[i]}, but the one before ends at {want}")
         expected = int(ends[-1])
     if len(data._data) != expected:
         raise _bad(
@@ -236,12 +240,15 @@ class IndexedWriter:
             self._data.close()
             with open(self._temporary["idx"], "wb") as index:
                 self._write_index(index)
+            for temporary in self._temporary.values():
+                files.fsync_file(temporary)
             for suffix in ("idx", "meta.json"):
                 Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
             if side_car is not None:
                 meta.write(self.prefix, side_car)
             for suffix in ("bin", "idx"):
-                files.publish(self._temporary[suffix], Path(f"{self.prefix}.{suffix}"))
+                os.replace(self._temporary[suffix], f"{self.prefix}.{suffix}")
+            files.fsync_dir(Path(self.prefix).parent)
         self._data = None
 
     def abort(self) -> None:
@@ -286,12 +293,15 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     return counts
 
 
-def check_tokens(data: IndexedDataset, sequence: int, offset: int, tokens: np.ndarray, vocab_size: int) -> None:
-    """Raise the `DataError` that names file, document and position of the first id outside the vocabulary."""
+def check_tokens(data: IndexedDataset, token_index: int, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raise the `DataError` that names file, document and position of the first id outside the vocabulary.
+
+    tokens [n]: what stands in `.bin` from token `token_index` on.
+    """
     if tokens.size == 0 or (tokens.max() < vocab_size and tokens.min() >= 0):
         return
     first = int(np.flatnonzero((tokens >= vocab_size) | (tokens < 0))[0])
-    document, position = data.place_of(sequence, offset + first)
+    document, position = data.place_of(token_index + first)
     raise DataError(
         f"{data.data_path}: document {document}, position {position}: token id {int(tokens[first])} is outside the "
         f"vocabulary of {vocab_size}. The corpus was tokenised with another tokenizer, or model.vocab_size is wrong."
@@ -312,8 +322,9 @@ def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dic
         vocab_size = side_car["tokenizer"]["vocab_size"] if vocab_size is None else vocab_size
     limit = int(np.iinfo(data.dtype).max) + 1 if vocab_size is None else vocab_size
     lowest, highest = None, None
-    for sequence, offset, tokens in _scan(data):
-        check_tokens(data, sequence, offset, tokens, limit)
+    for lo in range(0, data.num_tokens, _SCAN):
+        tokens = np.frombuffer(data._data, data.dtype, min(_SCAN, data.num_tokens - lo), lo * data.dtype.itemsize)
+        check_tokens(data, lo, tokens, limit)
         lowest = int(tokens.min()) if lowest is None else min(lowest, int(tokens.min()))
         highest = int(tokens.max()) if highest is None else max(highest, int(tokens.max()))
     return {
@@ -323,13 +334,3 @@ def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dic
         "tokenizer": None if side_car is None else side_car["tokenizer"],
     }  # fmt: skip
 
-
-def _scan(data: IndexedDataset) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Tokens in long stretches: (sequence, offset) of the first one, and a view that may span sequences."""
-    item, total = data.dtype.itemsize, data.num_tokens
-    for lo in range(0, total, _SCAN):
-        sequence = int(np.searchsorted(data.offsets, lo * item, side="right")) - 1
-        while data.lengths[sequence] == 0:
-            sequence -= 1
-        offset = lo - int(data.offsets[sequence]) // item
-        yield sequence, offset, np.frombuffer(data._data, data.dtype, min(_SCAN, total - lo), lo * item)

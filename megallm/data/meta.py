@@ -67,13 +67,16 @@ def check_tokenizer(prefix: str | os.PathLike[str], fingerprint: str) -> None:
     side_car = read(prefix)
     if side_car is not None and side_car["tokenizer"]["fingerprint"] != fingerprint:
         raise DataError(
-            f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, but data.tokenizer is "
-            f"{fingerprint}: the ids mean other texts. Set data.tokenizer to the one used, or preprocess again."
+            f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, but data.tokenizer "
+            f"is {fingerprint}: the ids mean other texts. Set data.tokenizer to the one used, or preprocess again."
         )
 
 
 def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
-    """The side-car of a merge without its counts: None unless every part has one. Errors: `DataError` when they differ."""
+    """The side-car of a merge without its counts: None unless every part has one.
+
+    Errors: `DataError` when the parts were made with different tokenizers.
+    """
     parts = [read(prefix) for prefix in prefixes]
     known = [(prefix, part) for prefix, part in zip(prefixes, parts, strict=True) if part is not None]
     for prefix, part in known[1:]:

@@ -140,6 +140,7 @@ def build_sample_index(
     wide = max(len(document), int(lengths.max(initial=0))) > _INT32_MAX
     module = extension.index(native)
     if module is not None:
+        lengths = np.require(lengths, np.int32, ["C", "A"])  # a view of an .idx file is not aligned
         return module.build_sample_index(lengths, document, seq_len, num_samples, wide)
     ends = np.cumsum(lengths[document], dtype=np.int64)
     first = np.arange(num_samples + 1, dtype=np.int64) * seq_len

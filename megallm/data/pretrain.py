@@ -1,0 +1,131 @@
+"""Pretraining samples: one or several indexed datasets, split, ordered and blended as Megatron-LM does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megallm.base.errors import UsageError
+from megallm.data import blend, order
+from megallm.data.indexed import IndexedDataset, check_tokens
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of one document that a sample reads: positions begin to end of `document` in `prefix`."""
+
+    prefix: str
+    document: int
+    begin: int
+    end: int
+
+
+class SampleDataset(Protocol):
+    """What the loader needs: `sample(i)` is int64 [seq_len + 1] for i in range(len)."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, i: int) -> np.ndarray: ...
+
+    def spans(self, i: int) -> list[Span]: ...
+
+
+class SourceSplit:
+    """One split of one indexed dataset in Megatron's order; see `order.Order` for the arrays."""
+
+    def __init__(self, data: IndexedDataset, arrays: order.Order, seq_len: int, vocab_size: int | None) -> None:
+        self.data, self.order, self.seq_len, self.vocab_size = data, arrays, seq_len, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def sample(self, i: int) -> np.ndarray:
+        """Tokens of item i, int64 [seq_len + 1]. Errors: `DataError` for an id outside the vocabulary."""
+        out = np.empty(self.seq_len + 1, np.int64)
+        at = 0
+        for sequence, offset, length in self._pieces(i):
+            tokens = self.data.get(sequence, offset, length)
+            if self.vocab_size is not None:
+                check_tokens(self.data, self.data.token_index(sequence, offset), tokens, self.vocab_size)
+            out[at : at + length] = tokens
+            at += length
+        return out
+
+    def spans(self, i: int) -> list[Span]:
+        """The documents that item i reads, in order."""
+        out = []
+        for sequence, offset, length in self._pieces(i):
+            if length:
+                document, begin = self.data.place_of(self.data.token_index(sequence, offset))
+                out.append(Span(self.data.prefix, document, begin, begin + length))
+        return out
+
+    def _pieces(self, i: int) -> list[tuple[int, int, int]]:
+        """(sequence, offset, length) of the stretches of item i."""
+        j = int(self.order.shuffle[_checked(i, len(self))])
+        (first, begin), (last, end) = self.order.sample[j].tolist(), self.order.sample[j + 1].tolist()
+        sequences = self.order.document[first : last + 1].tolist()
+        if first == last:
+            return [(sequences[0], begin, end + 1 - begin)]
+        lengths = [int(self.data.lengths[sequence]) for sequence in sequences]
+        middle = [(s, 0, n) for s, n in zip(sequences[1:-1], lengths[1:-1], strict=True)]
+        return [(sequences[0], begin, lengths[0] - begin), *middle, (sequences[-1], 0, end + 1)]
+
+
+class Blend:
+    """A mixture: item i is sample `sample_of[i]` of source `source_of[i]`."""
+
+    def __init__(self, sources: list[SourceSplit], source_of: np.ndarray, sample_of: np.ndarray) -> None:
+        self.sources, self.source_of, self.sample_of = sources, source_of, sample_of
+
+    def __len__(self) -> int:
+        return len(self.source_of)
+
+    def sample(self, i: int) -> np.ndarray:
+        """Tokens of item i, int64 [seq_len + 1]."""
+        return self.sources[self.source_of[_checked(i, len(self))]].sample(int(self.sample_of[i]))
+
+    def spans(self, i: int) -> list[Span]:
+        """The documents that item i reads, in order."""
+        return self.sources[self.source_of[_checked(i, len(self))]].spans(int(self.sample_of[i]))
+
+
+def _checked(i: int, length: int) -> int:
+    if not 0 <= i < length:
+        raise IndexError(f"There is no sample {i}: the split has {length}.")
+    return i
+
+
+def build_split(
+    sources: Mapping[str, float], split: str, which: str, num_samples: int | None, seq_len: int, seed: int,
+    vocab_size: int | None = None,
+) -> SourceSplit | Blend:  # fmt: skip
+    """The samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's order.
+
+    sources: prefix -> weight (one source alone needs no margin and ignores its weight); split: "90,5,5";
+    num_samples: how many will be read (None: one epoch of each source, all of it); vocab_size: read
+    tokens are checked against it. A single source may hold more samples than asked, as Megatron's does.
+    Errors: `DataError` for missing, damaged or too small files, `UsageError` for split and weights.
+    """
+    if seq_len < 1 or (num_samples is not None and num_samples < 0):
+        raise UsageError(f"data.seq_len must be >= 1 and the number of samples >= 0; got {seq_len} and {num_samples}.")
+    if not sources:
+        raise UsageError("data.sources is empty: give at least one PREFIX: WEIGHT.")
+    weights = blend.normalise(list(sources.values()))
+    sizes: list[int | None] = [num_samples]
+    if len(sources) > 1:
+        sizes = [None] * len(sources) if num_samples is None else [*blend.source_sizes(weights, num_samples)]
+    built = []
+    for prefix, size in zip(sources, sizes, strict=True):
+        data = IndexedDataset(prefix)
+        sequences = np.arange(*order.split_range(split, which, len(data)), dtype=np.int32)
+        arrays = order.build_order(data.lengths, sequences, size, seq_len, seed)
+        built.append(SourceSplit(data, arrays, seq_len, vocab_size))
+    if len(built) == 1:
+        return built[0]
+    if num_samples is None:
+        return Blend(built, *blend.exhaustive([len(source) for source in built]))
+    return Blend(built, *blend.blend(weights, num_samples))
