@@ -1,0 +1,67 @@
+"""The process group of a started rank: made once, always destroyed (without that, gloo may abort at exit)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megallm.base.errors import PeerLost
+from megallm.launch.environment import RankEnv, use_loopback
+
+
+def rank_device(env: RankEnv) -> torch.device:
+    """The GPU of this local rank where there are enough of them, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= env.local_world:
+        return torch.device("cuda", env.local_rank)
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torch.device]:
+    """Join the world of `env` (collective over it) and leave at the end; yields this rank's device.
+
+    A world of one makes no group. Raises PeerLost when not all ranks arrive in time.
+    """
+    device = rank_device(env)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if env.world == 1:
+        yield device
+        return
+    start_process_group(env, timeout_seconds, device)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.device) -> None:
+    """`init_process_group` over `env`: nccl beside gloo on GPUs, gloo on CPUs; see `process_group`."""
+    if env.one_host:
+        use_loopback()
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store = dist.TCPStore(
+            env.host,
+            env.port,
+            env.world,
+            is_master=env.rank == 0 and not env.agent_store,
+            timeout=timeout,
+            master_listen_fd=env.listen_fd,
+        )
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"megallm/{env.attempt}", store),
+            rank=env.rank,
+            world_size=env.world,
+            timeout=timeout,
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise PeerLost(
+            f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} within "
+            f"{timeout_seconds:g} s: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,287 @@
+"""Start the ranks of one machine, show rank 0, and end them all when one fails. No torch at import.
+
+The launcher imports what the ranks need and forks: importing torch costs seconds, a fork milliseconds. It must not
+run a tensor operation itself (after one on two threads, a forked child hangs). Rank 0's socket is opened before the
+fork and inherited, so that no port can be taken in between.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import pty
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+from megallm.base.errors import InternalError, MegallmError, PeerLost, Requeue, UsageError
+from megallm.launch.environment import LOOPBACK, RankEnv
+from megallm.launch.rank import INTERRUPTED, Ending, rank_main
+
+POLL_SECONDS = 0.03
+SETTLE_SECONDS = 0.3  # after a failure: peers may still say more about the cause, then they are killed
+TAIL_LINES = 20
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class RanksFailed(MegallmError):
+    """A local rank failed; `exit_code` is that of the rank that failed first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class Rank:
+    """One child process as the launcher sees it."""
+
+    number: int
+    pid: int
+    log: Path
+    report: int
+    status: int | None = None  # of waitpid
+    ended_at: float = 0.0
+    ending: Ending | None = None
+    said: bytearray = field(default_factory=bytearray)
+
+    @property
+    def failed(self) -> bool:
+        """Ended otherwise than by finishing or by saving for a requeue."""
+        return self.status is not None and self.code not in (0, Requeue.exit_code)
+
+    @property
+    def code(self) -> int:
+        """Exit code; a death by signal is 128 + its number, an exit 0 without a report is not a success."""
+        if self.ending is not None:
+            return self.ending.code
+        code = os.waitstatus_to_exitcode(self.status or 0)
+        if code < 0:
+            return 128 - code
+        return code or InternalError.exit_code
+
+    def cause(self) -> str:
+        """What happened, in words."""
+        if self.ending is not None:
+            return self.ending.message
+        code = os.waitstatus_to_exitcode(self.status or 0)
+        if code < 0:
+            return f"killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"it left with exit code {code} before its end"
+
+
+def run_ranks(
+    fn: Callable[..., None],
+    args: Sequence[Any],
+    nproc: int,
+    log_dir: Path | None = None,
+    preload: Sequence[str] = ("torch",),
+) -> None:
+    """Run `fn(env: RankEnv, *args)` in `nproc` forked ranks and wait for all of them.
+
+    Output goes to `log_dir/rank-N.log` (None: a folder that is removed afterwards), rank 0's also to ours.
+    The first failure ends all ranks within a second and raises RanksFailed with that rank's number, cause, exit
+    code and last lines; ranks that saved and left with 75 raise Requeue. SIGTERM, SIGUSR1 and SIGUSR2 are passed
+    on; so is a first SIGINT, while a second one ends everything at once.
+    """
+    if nproc < 1:
+        raise UsageError(f"--nproc is {nproc}; it must be at least 1.")
+    for name in preload:
+        importlib.import_module(name)
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        _Launch(fn, tuple(args), nproc, log_dir).run()
+        return
+    with tempfile.TemporaryDirectory(prefix="megallm-") as folder:
+        _Launch(fn, tuple(args), nproc, Path(folder)).run()
+
+
+class _Launch:
+    """One start of `nproc` ranks."""
+
+    def __init__(self, fn: Callable[..., None], args: tuple[Any, ...], nproc: int, log_dir: Path) -> None:
+        self.fn, self.args, self.nproc, self.log_dir = fn, args, nproc, log_dir
+        self.ranks: list[Rank] = []
+        self.selector = selectors.DefaultSelector()
+        self.screens: dict[int, BinaryIO | None] = {}  # rank 0's output -> ours; None when ours is closed
+        self.log = open(log_dir / "rank-0.log", "ab", buffering=0)  # noqa: SIM115 - closed in run()
+        self.interrupts = 0
+
+    def run(self) -> None:
+        handlers = {number: signal.signal(number, self._pass_on) for number in FORWARDED}
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            self._fork_all()
+            self._watch()
+        finally:
+            self._kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for fd in list(self.screens) + [rank.report for rank in self.ranks]:
+                os.close(fd)
+            self.selector.close()
+            self.log.close()
+        self._judge()
+
+    def _fork_all(self) -> None:
+        """Fork each rank with its log and a pipe on which it reports its end."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A signal between a fork and the child's own handlers would run ours in the child.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *FORWARDED))
+        try:
+            with socket.create_server((LOOPBACK, 0), backlog=max(128, self.nproc)) as server:
+                for number in range(self.nproc):
+                    self._fork(number, server)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _fork(self, number: int, server: socket.socket) -> None:
+        listen_fd = server.fileno() if number == 0 else None
+        env = RankEnv(number, self.nproc, number, self.nproc, LOOPBACK, server.getsockname()[1], listen_fd)
+        path = self.log_dir / f"rank-{env.rank}.log"
+        if env.rank == 0:
+            pairs = [_terminal_or_pipe(sys.stdout), os.pipe()]
+            outputs = (pairs[0][1], pairs[1][1])
+        else:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            pairs, outputs = [], (file, file)
+        read_end, write_end = os.pipe()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            if number != 0:
+                server.close()
+            rank_main(self.fn, self.args, env, parent, outputs, write_end)
+        for fd in {*outputs, write_end}:
+            os.close(fd)
+        with suppress(PermissionError, ProcessLookupError):  # the child does the same; whoever comes first
+            os.setpgid(pid, pid)
+        os.set_blocking(read_end, False)
+        self.ranks.append(Rank(env.rank, pid, path, read_end))
+        for (fd, _), stream in zip(pairs, (sys.stdout.buffer, sys.stderr.buffer), strict=False):
+            os.set_blocking(fd, False)
+            self.screens[fd] = stream
+            self.selector.register(fd, selectors.EVENT_READ)
+
+    def _watch(self) -> None:
+        """Until all ranks have ended, or SETTLE_SECONDS after the first failure."""
+        deadline = float("inf")
+        while any(rank.status is None for rank in self.ranks) and time.monotonic() < deadline and self.interrupts < 2:
+            for key, _ in self.selector.select(POLL_SECONDS):
+                self._show(key.fd)
+            for rank in self.ranks:
+                self._reap(rank)
+            if deadline == float("inf") and any(rank.failed for rank in self.ranks):
+                deadline = time.monotonic() + SETTLE_SECONDS
+        for fd in list(self.selector.get_map()):
+            while self._show(fd):
+                pass
+
+    def _show(self, fd: int) -> bool:
+        """Copy what rank 0 wrote to its log and to our own output; False when there is nothing (more)."""
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        except OSError:  # a terminal whose other end closed
+            data = b""
+        if not data:
+            if fd in self.selector.get_map():
+                self.selector.unregister(fd)
+            return False
+        self.log.write(data)
+        stream = self.screens[fd]
+        if stream is not None:
+            try:
+                stream.write(data)
+                stream.flush()
+            except (BrokenPipeError, ValueError):  # `megallm ... | head`: the run goes on, in its log
+                self.screens[fd] = None
+        return True
+
+    def _reap(self, rank: Rank) -> None:
+        if rank.status is not None:
+            return
+        pid, status = os.waitpid(rank.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        rank.status, rank.ended_at = status, time.monotonic()
+        _hear(rank)
+
+    def _kill(self) -> None:
+        """End every rank that still runs, and collect it."""
+        for rank in self.ranks:
+            if rank.status is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+        for rank in self.ranks:
+            if rank.status is None:
+                rank.status, rank.ended_at = os.waitpid(rank.pid, 0)[1], float("inf")
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        for rank in self.ranks:
+            if rank.status is None:
+                os.kill(rank.pid, number)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupts += 1
+        if self.interrupts == 1:
+            os.write(2, b"megallm: stopping when this step is done; press Ctrl-C again to stop at once\n")
+            self._pass_on(number, frame)
+
+    def _judge(self) -> None:
+        """Raise what the ended ranks mean; return when all finished."""
+        if self.interrupts >= 2:
+            raise RanksFailed("interrupted twice; all ranks were ended at once.", INTERRUPTED)
+        # A rank killed by us ended at infinity. The loss of a peer is a consequence: any other cause goes first.
+        failed = [rank for rank in self.ranks if rank.failed and rank.ended_at < float("inf")]
+        if failed:
+            first = min(failed, key=lambda rank: (rank.code == PeerLost.exit_code, _moment(rank)))
+            raise RanksFailed(_describe(first, self.nproc), first.code)
+        saved = [rank for rank in self.ranks if rank.code == Requeue.exit_code]
+        if saved:
+            raise Requeue(saved[0].cause())
+
+
+def _moment(rank: Rank) -> float:
+    return rank.ending.at if rank.ending is not None else rank.ended_at
+
+
+def _hear(rank: Rank) -> None:
+    """Read what the rank reported of its end, if it did."""
+    try:
+        said = os.read(rank.report, 1 << 20)
+    except BlockingIOError:
+        return
+    if said:
+        rank.ending = Ending(**json.loads(said))
+
+
+def _describe(rank: Rank, nproc: int) -> str:
+    if rank.ending is not None and rank.ending.expected:
+        return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
+    lines = rank.log.read_bytes()[-8192:].decode(errors="replace").splitlines()[-TAIL_LINES:]
+    tail = "".join(f"\n    {line}" for line in lines) or " (empty)"
+    return f"rank {rank.number} of {nproc} failed: {rank.cause()}. {rank.log} ends with:{tail}"
+
+
+def _terminal_or_pipe(stream: Any) -> tuple[int, int]:
+    """(read end, write end) for rank 0: a pseudo-terminal of our size when we write to a terminal, else a pipe."""
+    if not stream.isatty():
+        return os.pipe()
+    read_end, write_end = pty.openpty()
+    size = fcntl.ioctl(stream.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
+    fcntl.ioctl(write_end, termios.TIOCSWINSZ, size)
+    return read_end, write_end

@@ -1,0 +1,53 @@
+"""What a rank's process sets up for itself before anything else runs. No torch at import."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from megallm.base.errors import Requeue
+
+_PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when `parent`, its direct parent, dies; no orphans hold ports or memory."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def keep_memory() -> bool:
+    """Tell glibc to keep freed tensors instead of returning them to the kernel: 15-40 % of a CPU step otherwise.
+
+    Returns False where the C library has no `mallopt` (musl, macOS).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1), mallopt(_M_TOP_PAD, 64 << 20)])
+
+
+def limit_threads(count: int) -> None:
+    """Threads of this process's tensor operations, when torch is there."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(count)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Requeue("Stopped by SIGTERM before there was anything to save; the job may be queued again.")
+
+
+def default_signals() -> None:
+    """Handlers until the training loop sets its own: SIGTERM leaves with exit code 75, SIGINT with 130."""
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,87 @@
+"""The body of one forked rank: run the function, report how it ended over a pipe, leave. No torch at import."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from megallm.base.errors import InternalError, MegallmError, PeerLost
+from megallm.launch.environment import RankEnv, thread_count
+from megallm.launch.process import default_signals, die_with, keep_memory, limit_threads
+
+INTERRUPTED = 130
+MAX_MESSAGE = 8000  # characters: the report must fit a pipe's buffer, it is read after the end
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank ended, in its own words; a rank that says nothing did not end by itself."""
+
+    code: int
+    message: str
+    expected: bool  # an error with a sentence of ours, which needs no log beside it
+    at: float  # time.monotonic, which all processes of a machine share
+
+
+def rank_main(
+    fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv, parent: int, outputs: tuple[int, int], report: int
+) -> NoReturn:
+    """Run `fn(env, *args)` in this forked process with its outputs redirected; never returns."""
+    code = INTERRUPTED
+    try:
+        os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the launcher only, which passes it on once
+        die_with(parent)
+        default_signals()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(outputs[0], 1)
+        os.dup2(outputs[1], 2)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - what it was may not be fd 1
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        faulthandler.enable(sys.stderr)  # a segmentation fault leaves its stack in the log
+        keep_memory()
+        limit_threads(thread_count(env.local_world))
+        ending = run_function(fn, args, env)
+        os.write(report, json.dumps(vars(ending)).encode())
+        code = ending.code
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -> Ending:
+    """Call `fn(env, *args)`; every way of leaving it but the death of the process becomes an Ending."""
+    try:
+        fn(env, *args)
+    except KeyboardInterrupt:
+        return Ending(INTERRUPTED, "interrupted", True, time.monotonic())
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+        return Ending(code or InternalError.exit_code, f"sys.exit({error.code})", False, time.monotonic())
+    except MegallmError as error:
+        print(f"megallm: error: {error}", file=sys.stderr)
+        return Ending(error.exit_code, str(error)[:MAX_MESSAGE], True, time.monotonic())
+    except Exception as error:  # the boundary of the process: nothing above could catch it
+        at = time.monotonic()
+        traceback.print_exc()
+        code = PeerLost.exit_code if lost_peer(error) else InternalError.exit_code
+        return Ending(code, f"{type(error).__name__}: {error}"[:MAX_MESSAGE], False, at)
+    return Ending(0, "", True, time.monotonic())
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that another rank went away (gloo raises plain RuntimeErrors)."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"DistNetworkError", "DistBackendError", "DistStoreError"}:
+        return True
+    text = str(error)
+    return "RuntimeError" in names and ("gloo" in text or "Connection closed by peer" in text)

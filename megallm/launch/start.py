@@ -1,0 +1,52 @@
+"""One door for every verb that runs on ranks: start them here, or be the rank that torchrun or srun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megallm.base.errors import PeerLost, UsageError
+from megallm.launch.environment import RankEnv, detect, thread_count
+from megallm.launch.local import run_ranks
+from megallm.launch.process import default_signals, keep_memory, limit_threads
+from megallm.launch.rank import lost_peer
+
+
+def world_size(nproc: int | None) -> int | None:
+    """How many ranks there will be: the environment's, else `nproc`, else None (what the layout asks for)."""
+    env = started_by_others()
+    if env is None:
+        return nproc
+    if nproc is not None and nproc != env.world:
+        raise UsageError(
+            f"--nproc is {nproc}, but {env.launcher} started {env.world} ranks: leave --nproc out under {env.launcher}."
+        )
+    return env.world
+
+
+def started_by_others() -> RankEnv | None:
+    """This rank under torchrun or srun. A single srun task counts as a plain process, which may start ranks."""
+    env = detect()
+    return None if env is not None and env.launcher == "srun" and env.world == 1 else env
+
+
+def start(fn: Callable[..., None], args: Sequence[Any], nproc: int, log_dir: Path | None) -> None:
+    """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process if it is one."""
+    env = started_by_others()
+    if env is None:
+        run_ranks(fn, args, nproc, log_dir)
+        return
+    if env.rank != 0 and log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        os.dup2(os.open(log_dir / f"rank-{env.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 1)
+    default_signals()
+    keep_memory()
+    limit_threads(thread_count(env.local_world))
+    try:
+        fn(env, *args)
+    except Exception as error:
+        if lost_peer(error):
+            raise PeerLost(f"rank {env.rank} of {env.world} lost a peer: {error}") from error
+        raise
