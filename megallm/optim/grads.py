@@ -111,11 +111,16 @@ class Buckets:
 
 
 def tie_axis(mesh: Mesh, tied: bool) -> Axis:
-    """The group of the first and the last pipeline stage; collective over both, size 1 when nothing is shared."""
-    ends = (mesh.pp.ranks[0], mesh.pp.ranks[-1])
-    if not tied or ends[0] == ends[1] or mesh.rank not in ends:
+    """The group of the first and the last pipeline stage, size 1 when nothing is shared; collective over the world."""
+    if not tied or mesh.pp.size == 1:
         return Axis("tie")
-    group = mesh.pp.group if mesh.pp.size == 2 else mesh.pair(ends)
+    ends = (mesh.pp.ranks[0], mesh.pp.ranks[-1])
+    group = mesh.pp.group
+    if mesh.pp.size > 2:
+        made = {line: mesh.pair((line[0], line[-1])) for line in mesh.layout.groups("pp")}
+        group = made[mesh.pp.ranks]
+    if mesh.rank not in ends:
+        return Axis("tie")
     return Axis("tie", ends.index(mesh.rank), 2, ends, group, mesh.pp.broken)
 
 

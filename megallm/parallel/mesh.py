@@ -74,8 +74,12 @@ class Mesh:
         return Mesh(layout, rank, torch.device(device), axes)
 
     def pair(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """A new group of the given ranks (all of them must call, in the same order of calls)."""
-        return dist.new_group(list(ranks), use_local_synchronization=True)
+        """A new group of the given ranks; collective over the world: every rank makes every pair in one order.
+
+        `use_local_synchronization` would not do: torch derives the group's name from how many groups the
+        process already has, and that differs between the middle and the ends of a pipeline.
+        """
+        return dist.new_group(list(ranks))
 
     def line(self, purpose: str) -> tuple[int, ...]:
         """Global ranks of this rank's group of a purpose."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import InternalError
+from megallm.parallel.mesh import Mesh
 
 Key = tuple[int, int]  # (micro, receiving stage)
 POSTED = 2  # receives kept in flight on a wire
@@ -65,16 +67,14 @@ class Wire:
             self.posted.append((self.expected.popleft(), buffer, work))
 
 
-def open_wires(ranks: tuple[int, ...], me: int, pair: Callable[[tuple[int, ...]], dist.ProcessGroup]) -> dict[tuple[str, str], Wire]:
-    """This rank's wires along its pipeline line: `("in"|"out", "F"|"B")`, made in the same order on both ends."""
+def open_wires(mesh: Mesh) -> dict[tuple[str, str], Wire]:
+    """This rank's wires along its pipeline line: `("in"|"out", "F"|"B")`; collective over the world."""
     wires = {}
-    for position in range(len(ranks) - 1):
-        early, late = ranks[position], ranks[position + 1]
-        if me not in (early, late):
-            continue
+    for early, late in (pair for line in mesh.layout.groups("pp") for pair in pairwise(line)):
         for kind, source, destination in (("F", early, late), ("B", late, early)):
-            group = pair((early, late))
-            wires["out" if me == source else "in", kind] = Wire(source, destination, group)
+            group = mesh.pair((early, late))
+            if mesh.rank in (early, late):
+                wires["out" if mesh.rank == source else "in", kind] = Wire(source, destination, group)
     return wires
 
 

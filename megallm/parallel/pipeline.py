@@ -34,7 +34,7 @@ class Pipeline:
         self.rank, self.last = mesh.pp.rank, mesh.pp.size - 1
         self.wires: dict[tuple[str, str], Wire] = {}
         if mesh.pp.size > 1:
-            self.wires = open_wires(mesh.pp.ranks, mesh.rank, mesh.pair)
+            self.wires = open_wires(mesh)
 
     def run(
         self,

@@ -67,7 +67,7 @@ class ColumnLinear(ShardedModule):
         split = {} if replicated else {dim: "tp"}
         partial = ("tp",) if replicated and mesh.tp.size > 1 else ()
         self.add_parameter("weight", Shard(full, split, partial, init))
-        self.bias: Tensor | None = None
+        self.register_parameter("bias", None)
         if bias:
             self.add_parameter("bias", Shard(full[:-1], split, partial, constant(0.0), decay=False))
 
@@ -86,7 +86,7 @@ class RowLinear(ShardedModule):
         super().__init__(mesh)
         self.sp = sp
         self.add_parameter("weight", Shard(full, {1: "tp"}, (), init))
-        self.bias: Tensor | None = None
+        self.register_parameter("bias", None)
         if bias:
             self.add_parameter(
                 "bias", Shard(full[:1], {}, sequence_partial(mesh, sp), constant(0.0), decay=False)
@@ -111,7 +111,7 @@ class Norm(ShardedModule):
     def __init__(self, mesh: Mesh, kind: str, size: int, eps: float, partial: tuple[str, ...]) -> None:
         super().__init__(mesh)
         self.eps = eps
-        self.bias: Tensor | None = None
+        self.register_parameter("bias", None)
         self.add_parameter("weight", Shard((size,), {}, partial, constant(1.0), decay=False))
         if kind == "layernorm":
             self.add_parameter("bias", Shard((size,), {}, partial, constant(0.0), decay=False))
