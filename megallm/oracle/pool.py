@@ -209,7 +209,9 @@ class Pool:
         time.sleep(0.2)
         lines = [f"no answer in time from rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}:"]
         for rank in ranks:
-            lines += [f"[rank {rank}] {line}" for line in self._workers[rank].stack.read_text().splitlines()]
+            frames = self._workers[rank].stack.read_text().splitlines()
+            own = [n for n, frame in enumerate(frames) if frame.endswith("in _perform")]  # below it, only the pool
+            lines += [f"[rank {rank}] {frame}" for frame in frames[: own[-1] if own else None]]
         return "\n".join(lines)
 
     def _kill(self) -> None:

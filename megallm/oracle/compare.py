@@ -1,0 +1,197 @@
+"""One row of the oracle: train it inside ranks, train the reference here, and say how far apart they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megallm.base.errors import Hang, InternalError, PeerLost
+from megallm.engine.config import EngineConfig
+from megallm.engine.engine import Engine
+from megallm.losses.language import NextToken
+from megallm.models.build import initial_values
+from megallm.optim.config import OptimConfig
+from megallm.oracle.feed import global_batch, micro_batches
+from megallm.oracle.pool import Pool
+from megallm.oracle.reference import Adam, Trainer
+from megallm.oracle.table import Row
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import Shard
+
+TOLERANCE = 1e-9
+FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: below this share of the norm, nothing counts
+RATES = (0.02, 0.01, 0.03)  # learning rates of successive steps, repeated
+ROW_SECONDS = 120.0
+
+Pieces = dict[str, Tensor]  # logical name -> the box of it that one rank holds
+
+
+@dataclass
+class StepRecord:
+    """What one rank saw of one step; gradients are reduced and not clipped."""
+
+    loss: float
+    grad_norm: float
+    grads: Pieces
+
+
+@dataclass
+class RankRecord:
+    """What one rank hands back."""
+
+    shards: dict[str, Shard]
+    initial: Pieces
+    steps: list[StepRecord] = field(default_factory=list)
+    final: Pieces = field(default_factory=dict)
+
+
+@dataclass
+class Verdict:
+    """Errors of one row, each relative to max(max|reference|, FLOOR * grad_norm); infinite where not finite."""
+
+    row: Row
+    initial: bool = False
+    loss: float = math.inf
+    grads: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = math.inf
+    weights: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        errors = [self.loss, self.grad_norm, *self.grads.values(), *self.weights.values()]
+        return self.problem is None and self.initial and all(error <= TOLERANCE for error in errors)
+
+    @property
+    def failures(self) -> list[str]:
+        """What is out of tolerance, the worst first, in words."""
+        if self.problem is not None:
+            return [self.problem.splitlines()[0]] + [line for line in self.problem.splitlines() if "Error: " in line]
+        named = {"loss": self.loss, "grad_norm": self.grad_norm}
+        named |= {f"gradient of {k}": v for k, v in self.grads.items()}
+        named |= {f"weight {k}": v for k, v in self.weights.items()}
+        bad = sorted(((error, what) for what, error in named.items() if not error <= TOLERANCE), reverse=True)
+        start = [] if self.initial else ["initial weights differ"]
+        return start + [f"{what} off by {error:.1e}" for error, what in bad]
+
+
+def optim_config(row: Row) -> OptimConfig:
+    """Settings under which every term of the update acts; a large eps keeps noise in zero gradients small."""
+    return OptimConfig(betas=(0.8, 0.9), eps=1e-5, weight_decay=0.3, clip=row.clip)
+
+
+def train_rank(row: Row, broken: frozenset[str]) -> RankRecord:
+    """The rank's side, run by the pool: build the engine, train, and copy out what this rank holds."""
+    mesh = Mesh.start(row.layout, "cpu", broken)
+    config = EngineConfig(
+        model=row.config, optim=optim_config(row), sp=row.sp, precision="fp64", recompute=row.recompute, seed=row.seed
+    )
+    engine = Engine.build(config, mesh)
+    record = RankRecord(dict(engine.buckets.shards), _copies(engine, "params"))
+    for step in range(row.steps):
+        stats = engine.train_step(micro_batches(row, step, mesh.data.rank), NextToken(), RATES[step % len(RATES)])
+        scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
+        grads = {name: grad / scale for name, grad in _copies(engine, "grads").items()}
+        record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
+    record.final = _copies(engine, "params")
+    return record
+
+
+def _copies(engine: Engine, which: str) -> Pieces:
+    return {name: view.detach().clone() for name, view in engine.buckets.views(which).items()}
+
+
+def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset()) -> Verdict:
+    """Train the row on the pool's ranks and compare; a rank that fails or hangs becomes the verdict's problem."""
+    verdict, started = Verdict(row), time.monotonic()
+    try:
+        records = pool.run(row.layout.world, train_rank, row, broken, timeout=ROW_SECONDS)
+        _judge(verdict, records)
+    except (InternalError, PeerLost, Hang) as error:
+        verdict.problem = str(error)
+    verdict.seconds = time.monotonic() - started
+    return verdict
+
+
+def _judge(verdict: Verdict, records: list[RankRecord]) -> None:
+    row = verdict.row
+    shards = _logical_shards(records)
+    logical = {k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()}
+    verdict.initial = all(
+        torch.equal(mine, theirs) for _, mine, theirs in _paired(row, [r.initial for r in records], shards, logical)
+    )
+    optim = optim_config(row)
+    trainer = Trainer(
+        dataclasses.asdict(row.config), Adam(optim.betas, optim.eps, optim.weight_decay, optim.clip), logical
+    )
+    verdict.loss = verdict.grad_norm = 0.0
+    norm = 0.0
+    for step in range(row.steps):
+        seen = [record.steps[step] for record in records]
+        loss, grads, norm = trainer.step(global_batch(row, step), RATES[step % len(RATES)])
+        floor = FLOOR * norm
+        verdict.loss = max([verdict.loss, *(_relative(s.loss - loss, loss, 0.0) for s in seen)])
+        verdict.grad_norm = max([verdict.grad_norm, *(_relative(s.grad_norm - norm, norm, 0.0) for s in seen)])
+        _merge(verdict.grads, _errors(_paired(row, [s.grads for s in seen], shards, grads), grads, floor))
+    final = _paired(row, [r.final for r in records], shards, trainer.weights)
+    verdict.weights = _errors(final, trainer.weights, FLOOR * norm)
+
+
+def _logical_shards(records: list[RankRecord]) -> dict[str, Shard]:
+    """The record of every logical tensor of the model, from the ranks that hold a piece of it."""
+    shards: dict[str, Shard] = {}
+    for record in records:
+        for name, shard in record.shards.items():
+            if shards.setdefault(name, shard) != shard:
+                raise InternalError(f"ranks disagree about {name}: {shards[name]} and {shard}.")
+    return shards
+
+
+def _paired(
+    row: Row, held: list[Pieces], shards: Mapping[str, Shard], logical: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """`(name, a rank's piece, the same box of the logical tensor)` for every piece on every rank.
+
+    Together the pieces have to cover each logical tensor, otherwise InternalError.
+    """
+    covered = {name: torch.zeros(shard.full, dtype=torch.bool) for name, shard in shards.items()}
+    for rank, pieces in enumerate(held):
+        for name, piece in pieces.items():
+            box = shards[name].box(row.layout, row.layout.coords(rank))
+            covered[name][box.slices()] = True
+            yield name, piece, logical[name][box.slices()]
+    gaps = [name for name, seen in covered.items() if not seen.all()]
+    if gaps:
+        raise InternalError(f"no rank holds some elements of {', '.join(gaps)}.")
+
+
+def _errors(
+    pairs: Iterator[tuple[str, Tensor, Tensor]], logical: Mapping[str, Tensor], floor: float
+) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for name, mine, theirs in pairs:
+        if mine.shape != theirs.shape or mine.dtype != torch.float64:
+            raise InternalError(f"a rank holds {name} as {tuple(mine.shape)} {mine.dtype}, not {tuple(theirs.shape)} float64.")
+        if mine.numel():
+            error = _relative((mine - theirs).abs().max().item(), logical[name].abs().max().item(), floor)
+            _merge(errors, {name: error})
+    return errors
+
+
+def _relative(difference: float, reference: float, floor: float) -> float:
+    if not math.isfinite(difference):
+        return math.inf
+    return abs(difference) / max(abs(reference), floor, 1e-300)
+
+
+def _merge(into: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, error in more.items():
+        into[name] = max(into.get(name, 0.0), error)

@@ -1,0 +1,115 @@
+"""`megallm oracle`: every layout against the reference in float64, and reductions left out on purpose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from megallm.base.errors import UsageError
+from megallm.base.files import atomic_write_json
+from megallm.oracle.compare import Verdict, run_row
+from megallm.oracle.pool import MAX_RANKS, Pool
+from megallm.oracle.table import CONTROLS, ROWS, Row, describe, row_for_layout, row_named, sample_rows
+from megallm.parallel.comm import REDUCTIONS
+
+EXIT_FAILED = 70
+
+
+def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.write) -> int:
+    """Run the command; `args` has model, layout, layouts, seed, break_name, json and list. The exit code: 0 or 70.
+
+    Raises UsageError (exit code 2) for what cannot be run.
+    """
+    check(args)
+    if args.list:
+        listing = {"rows": [describe(row) for row in ROWS], "reductions": REDUCTIONS}
+        return _report(args, listing, write, _list_lines(), failed=False)
+    rows = select_rows(args)
+    broken = frozenset({args.break_name} if args.break_name else ())
+    verdicts = []
+    with closing(Pool()) as pool:
+        for row in rows:
+            verdict = run_row(pool, row, broken)
+            verdicts.append(verdict)
+            write(line(verdict) + "\n")
+    failed = sum(not verdict.passed for verdict in verdicts)
+    summary = f"{len(rows) - failed} of {len(rows)} rows equal the reference"
+    summary += f" with the reduction {args.break_name} left out" if args.break_name else ""
+    document = {"model": args.model, "break": args.break_name, "rows": [as_json(verdict) for verdict in verdicts]}
+    return _report(args, document, write, [summary + "."], failed=failed > 0)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what this oracle does not have."""
+    if args.model != "gqa":
+        raise UsageError(f"--model {args.model} is not available yet: the oracle has the decoder 'gqa' so far.")
+    if args.break_name is not None and args.break_name not in REDUCTIONS:
+        raise UsageError(f"--break {args.break_name} is no reduction; the names are {', '.join(REDUCTIONS)}.")
+    if args.layout is not None and args.layouts is not None:
+        raise UsageError("--layout names one layout and --layouts asks for random ones: give one of the two.")
+    if args.layouts is not None and args.layouts < 1:
+        raise UsageError(f"--layouts is {args.layouts}; it takes a number of random layouts of at least 1.")
+
+
+def select_rows(args: argparse.Namespace) -> list[Row]:
+    """One layout, random layouts, or the table; `--break` alone takes the row of the table made for that name."""
+    if args.layout is not None:
+        row = row_for_layout(args.layout)
+        if row.layout.world > MAX_RANKS:
+            raise UsageError(f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most {MAX_RANKS}.")
+        return [row]
+    if args.layouts is not None:
+        return sample_rows(args.layouts, args.seed or 0)
+    if args.break_name is not None:
+        return [row_named(CONTROLS[args.break_name])]
+    return list(ROWS)
+
+
+def as_json(verdict: Verdict) -> dict[str, Any]:
+    """The row of the report; an error that is not finite is null, and then the row does not pass."""
+    return describe(verdict.row) | {
+        "initial_weights_equal": verdict.initial,
+        "loss": _finite(verdict.loss),
+        "grads": {name: _finite(error) for name, error in verdict.grads.items()},
+        "grad_norm": _finite(verdict.grad_norm),
+        "weights": _finite(max(verdict.weights.values(), default=math.inf)),
+        "weights_by_name": {name: _finite(error) for name, error in verdict.weights.items()},
+        "seconds": round(verdict.seconds, 3),
+        "problem": verdict.problem,
+        "pass": verdict.passed,
+    }
+
+
+def line(verdict: Verdict) -> str:
+    """One line of the table a person reads."""
+    head = f"{'pass' if verdict.passed else 'FAIL'}  {verdict.row.name:<32} {verdict.row.layout_text:<22}"
+    worst = max([verdict.loss, verdict.grad_norm, *verdict.grads.values(), *verdict.weights.values()])
+    tail = f"worst {worst:.1e}" if verdict.passed else "; ".join(verdict.failures[:3])
+    return f"{head} {verdict.seconds:5.1f} s  {tail}"
+
+
+def _list_lines() -> list[str]:
+    lines = ["Rows:"]
+    for row in ROWS:
+        told = {k: v for k, v in describe(row).items() if k not in ("name", "layout", "world")}
+        lines.append(f"  {row.name:<32} {row.layout_text:<22} {json.dumps(told) if told else ''}".rstrip())
+    lines.append("Reductions (--break NAME leaves one out; the row that must then fail):")
+    return lines + [f"  {name:<18} {CONTROLS[name]:<12} {what}" for name, what in REDUCTIONS.items()]
+
+
+def _report(
+    args: argparse.Namespace, document: dict[str, Any], write: Callable[[str], Any], lines: list[str], failed: bool
+) -> int:
+    write("\n".join(lines) + "\n")
+    if args.json is not None:
+        atomic_write_json(args.json, document)
+    return EXIT_FAILED if failed else 0
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,228 @@
+"""The rows of the layout oracle as data: which model, on which layout, fed how. No torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import gcd
+from typing import Any
+
+from megallm.base.errors import UsageError
+from megallm.models.config import ModelConfig
+from megallm.parallel.layout import Layout
+
+MASKS = {
+    "full": "every token counts",
+    "uneven": "each token with a chance that grows from row to row, so data ranks count different numbers",
+    "rank": "all tokens of the first data rank are masked",
+    "micro": "all tokens of the last micro batch of every data rank are masked",
+    "one": "one single token of the global batch counts",
+}
+RECOMPUTE = ("none", "selective", "full")
+
+# Sizes are small and mutually prime where they can be: a transposed or mixed-up dim then changes a shape.
+TINY: dict[str, Any] = {
+    "family": "llama",
+    "num_layers": 2,
+    "hidden_size": 20,
+    "ffn_hidden_size": 28,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_size": 6,
+    "vocab_size": 61,
+    "max_positions": 40,
+    "init_std": 0.3,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"tie_embeddings": True},
+    "four-kv": {"num_kv_heads": 4},
+    "one-kv": {"num_kv_heads": 1},
+    "three-groups": {"num_heads": 6, "num_kv_heads": 3},  # tp=2: a rank's three heads read two kv heads unevenly
+    "gpt2": {"family": "gpt2", "num_kv_heads": 4},
+    "gpt2-exact": {"family": "gpt2", "num_kv_heads": 2, "activation": "gelu", "tie_embeddings": False},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "tie_embeddings": True},
+    "mistral": {"family": "mistral", "sliding_window": 3},
+    "biased": {"bias": True, "qk_norm": True, "norm": "layernorm"},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `steps` optimizer steps of a model on a layout against the reference.
+
+    The global batch of a step is `dp * micros * micro_batch` rows of `seq_len` tokens, data rank after
+    data rank, micro batch after micro batch.
+    """
+
+    name: str
+    model: str = "llama"
+    layout: Layout = field(default_factory=Layout)
+    sp: bool = False
+    recompute: str = "none"
+    micros: int = 1
+    micro_batch: int = 2
+    seq_len: int = 8
+    mask: str = "uneven"
+    clip: float = 0.05  # far below the norms of these models, so that it acts
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model, beyond `model`
+    steps: int = 3
+    seed: int = 1
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(**(TINY | MODELS[self.model] | dict(self.overrides))).resolve()
+
+    @property
+    def layout_text(self) -> str:
+        """`tp=2,pp=2,sp=1`: what `--layout` takes."""
+        parts = [f"{axis}={self.layout.size(axis)}" for axis in ("dp", "tp", "pp", "cp") if self.layout.size(axis) > 1]
+        return ",".join(parts + ["sp=1"] * self.sp) or "tp=1"
+
+
+def _row(name: str, layout: str = "", **rest: Any) -> Row:
+    axes = parse_layout(layout) if layout else {}
+    sp = bool(axes.pop("sp", 0))
+    return Row(name, layout=Layout(**axes), sp=sp, **rest)
+
+
+def parse_layout(text: str) -> dict[str, int]:
+    """`tp=2,pp=2,sp=1` -> the axis sizes; raises UsageError naming what is not understood."""
+    known = ("dp", "tp", "pp", "sp")
+    values: dict[str, int] = {}
+    for item in text.split(","):
+        key, _, value = item.strip().partition("=")
+        value = {"true": "1", "false": "0"}.get(value.lower(), value)
+        if key not in known or not value.isdecimal() or (key == "sp" and value not in ("0", "1")):
+            raise UsageError(
+                f"--layout has '{item}'; it takes comma-separated {', '.join(k + '=N' for k in known)} (sp is 0 or 1)."
+            )
+        values[key] = int(value)
+    return values
+
+
+ROWS: tuple[Row, ...] = (
+    _row("single"),
+    _row("single-unclipped", clip=0.0, mask="full"),
+    _row("accumulation", micros=3),
+    _row("dp2", "dp=2"),
+    _row("dp3-accumulation", "dp=3", micros=2),
+    _row("dp2-masked-rank", "dp=2", mask="rank"),
+    _row("dp2-masked-micro", "dp=2", micros=2, mask="micro"),
+    _row("dp2-one-token", "dp=2", mask="one"),
+    _row("tp2", "tp=2"),
+    _row("tp2-tied", "tp=2", model="tied"),
+    _row("tp2-gpt2", "tp=2", model="gpt2"),
+    _row("tp2-gpt2-exact-untied", "tp=2", model="gpt2-exact"),
+    _row("tp2-qwen2", "tp=2", model="qwen2"),
+    _row("tp2-qwen3", "tp=2", model="qwen3"),
+    _row("tp2-mistral", "tp=2", model="mistral"),
+    _row("tp2-biased", "tp=2", model="biased"),
+    _row("tp2-one-kv", "tp=2", model="one-kv"),
+    _row("tp2-three-groups", "tp=2", model="three-groups"),
+    _row("tp2-uneven-ffn", "tp=2", overrides={"ffn_hidden_size": 27}),
+    _row("tp4-two-kv", "tp=4"),
+    _row("tp4-qwen2-two-kv", "tp=4", model="qwen2"),
+    _row("tp2-sp", "tp=2,sp=1"),
+    _row("tp2-sp-tied", "tp=2,sp=1", model="tied"),
+    _row("tp2-sp-gpt2", "tp=2,sp=1", model="gpt2"),
+    _row("tp2-sp-qwen3", "tp=2,sp=1", model="qwen3"),
+    _row("tp2-sp-biased", "tp=2,sp=1", model="biased"),
+    _row("tp4-sp-two-kv", "tp=4,sp=1"),
+    _row("pp2", "pp=2", micros=4),
+    _row("pp2-one-micro", "pp=2"),
+    _row("pp2-tied", "pp=2", model="tied", micros=3),
+    _row("pp2-gpt2", "pp=2", model="gpt2", micros=2),
+    _row("pp2-uneven-layers", "pp=2", micros=3, overrides={"num_layers": 3}),
+    _row("pp4-uneven-layers-tied", "pp=4", model="tied", micros=5, overrides={"num_layers": 6}),
+    _row("pp4-fewer-micros", "pp=4", micros=2, overrides={"num_layers": 4}),
+    _row("recompute-full", recompute="full"),
+    _row("recompute-selective", recompute="selective"),
+    _row("tp2-sp-recompute-full", "tp=2,sp=1", recompute="full", model="qwen3"),
+    _row("tp2-recompute-selective", "tp=2", recompute="selective", model="three-groups"),
+    _row("pp2-recompute-full", "pp=2", micros=3, recompute="full", model="gpt2"),
+    _row("dp2-tp2", "dp=2,tp=2"),
+    _row("dp2-tp2-sp-one-token", "dp=2,tp=2,sp=1", mask="one", model="one-kv"),
+    _row("dp2-pp2-tied", "dp=2,pp=2", model="tied", micros=2),
+    _row("dp2-pp2-masked-rank", "dp=2,pp=2", micros=2, mask="rank"),
+    _row("tp2-pp2-tied-sp", "tp=2,pp=2,sp=1", model="tied", micros=2),
+    _row("dp2-tp2-pp2", "dp=2,tp=2,pp=2", micros=3),
+    _row("dp2-tp2-pp2-sp-tied", "dp=2,tp=2,pp=2,sp=1", model="qwen3", micros=3),
+    _row("dp2-tp2-pp2-sp-gpt2-recompute", "dp=2,tp=2,pp=2,sp=1", model="gpt2", micros=2, recompute="full"),
+)
+
+# For every reduction a small row in which leaving it out must show.
+CONTROLS: dict[str, str] = {
+    "tp.enter": "tp2",
+    "tp.leave": "tp2",
+    "sp.enter": "tp2-sp",
+    "sp.leave": "tp2-sp",
+    "vocab.embedding": "tp2",
+    "vocab.logits": "tp2",
+    "vocab.max": "tp2",
+    "vocab.sum": "tp2",
+    "vocab.label": "tp2",
+    "grads.data": "dp2",
+    "grads.partial": "tp2-sp",
+    "grads.tie": "pp2-tied",
+    "clip.norm": "tp2",
+    "loss.counts": "dp2",
+    "loss.report": "dp2",
+}
+
+
+def row_named(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
+
+
+def row_for_layout(text: str) -> Row:
+    """A row of a model that fits the layout a person asked for, with enough layers, heads and micro batches."""
+    base = _row(f"--layout {text}", text, micros=2)
+    heads = 4 * base.layout.tp // gcd(4, base.layout.tp)
+    sizes = {"num_heads": heads, "num_layers": max(2, base.layout.pp)}
+    length = 8 * base.layout.tp // gcd(8, base.layout.tp)
+    return replace(base, overrides=sizes, seq_len=length)
+
+
+def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
+    """`n` random rows, the same for the same seed; valid by construction, at most `max_ranks` ranks."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(n):
+        model = draw.choice(list(MODELS))
+        heads = int((TINY | MODELS[model])["num_heads"])
+        tp = draw.choice([t for t in (1, 1, 2, 2, 3, 4, 6) if heads % t == 0 and t <= max_ranks])
+        pp = draw.choice([p for p in (1, 1, 2, 2, 3, 4) if p * tp <= max_ranks])
+        dp = draw.choice([d for d in (1, 2, 3, 4) if d * tp * pp <= max_ranks])
+        sizes = {
+            "num_layers": draw.randint(pp, pp + 2),
+            "vocab_size": draw.randint(50, 80),
+            "ffn_hidden_size": draw.randint(2 * tp, 30),
+            "tie_embeddings": draw.random() < 0.5,
+        }
+        row = Row(
+            name=f"random-{seed}-{i}",
+            model=model,
+            layout=Layout(dp=dp, tp=tp, pp=pp),
+            sp=tp > 1 and draw.random() < 0.5,
+            recompute=draw.choice(RECOMPUTE),
+            micros=draw.randint(1, 4),
+            micro_batch=draw.randint(1, 2),
+            seq_len=tp * draw.randint(2, 6) if tp > 2 else 2 * draw.randint(2, 6),
+            mask=draw.choice([mask for mask in MASKS if mask != "rank" or dp > 1]),
+            clip=draw.choice((0.0, 0.05, 10.0)),
+            overrides=sizes,
+            seed=draw.randrange(2**31),
+        )
+        rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
+    return rows
+
+
+def describe(row: Row) -> dict[str, Any]:
+    """What sets a row apart from the default one, as plain JSON values."""
+    standard = Row(row.name)
+    seen = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in ("name", "layout", "sp")}
+    told = {k: dict(v) if k == "overrides" else v for k, v in seen.items() if v != getattr(standard, k)}
+    return {"name": row.name, "layout": row.layout_text, "world": row.layout.world} | told
