@@ -31,6 +31,11 @@ REDUCTIONS = {
     "loss.report": "loss terms as reported, summed over data and told to every stage",
 }
 
+# torch 2.13 renamed the two; older releases have the old names only.
+_RENAMED = "all_gather_single" in vars(dist)
+_all_gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
+
 
 def all_reduce_(x: Tensor, axis: Axis, name: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x` in place over the axis and return it; no gradient."""
@@ -44,7 +49,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((axis.size, *x.shape))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    _all_gather(out.flatten(0, 1), x.contiguous(), group=axis.group)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -56,7 +61,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
         return own_slice(x, axis, dim)
     pieces = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     out = torch.empty_like(pieces[0])
-    dist.reduce_scatter_tensor(out, pieces, group=axis.group)
+    _reduce_scatter(out, pieces.flatten(0, 1), group=axis.group)
     return out
 
 
