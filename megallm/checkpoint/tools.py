@@ -15,7 +15,9 @@ from megallm.base.errors import CheckpointError
 from megallm.base.files import atomic_path, writing
 from megallm.checkpoint.io import ShardWriter, header_bytes, raw
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.store import Reader, latest, load_manifest, pin_file, step_folders
+from megallm.checkpoint.reader import Reader, load_manifest, step_folders
+from megallm.checkpoint.retention import pin_file
+from megallm.checkpoint.store import latest
 
 CHECKPOINTS = "checkpoints"
 

@@ -10,9 +10,10 @@ import time
 import pytest
 import torch
 
-from megallm.checkpoint import store
+from megallm.checkpoint import retention, store
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.store import Part, Reader, latest, save
+from megallm.checkpoint.reader import Reader, load_manifest, step_folders
+from megallm.checkpoint.store import Part, latest, save
 
 CALLS = ("write", "fsync", "rename", "mkdir", "open", "unlink", "rmdir")
 
@@ -108,6 +109,8 @@ def test_killed_at_every_system_call_the_newest_valid_step_is_whole(tmp_path):
             assert reader.meta["step"] == reader.step
             assert all(reader.read(name).eq(reader.step).all() for name in reader.names())
             outcomes.append(reader.step)
+        for _, folder in step_folders(root):  # nor does a deletion leave half a step
+            load_manifest(folder)
         save(root, 4, parts(4), {"step": 4}, Alone(), keep=1)  # what the dead one left is swept
         assert os.listdir(root) == ["step-00000004"]
     commit = next(i for i, (name, path) in enumerate(calls) if name == "rename" and path.count("step-00000003.tmp"))
@@ -233,5 +236,5 @@ def test_real_processes_save_together(tmp_path, cuts, victim):
         child.join(timeout=10)
         assert child.exitcode is not None
     if victim is not None:
-        store.sweep(tmp_path)
+        retention.sweep(tmp_path)
         assert os.listdir(tmp_path) == []

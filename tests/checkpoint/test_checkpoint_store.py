@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 
 from megallm.base.errors import CannotWrite, CheckpointError, InternalError
-from megallm.checkpoint import io, store
-from megallm.checkpoint.manifest import MANIFEST, digest
+from megallm.checkpoint import io, retention, store
+from megallm.checkpoint.manifest import MANIFEST, Manifest, digest
 from megallm.checkpoint.plan import boxes_of_range
-from megallm.checkpoint.store import Part, Reader
+from megallm.checkpoint.reader import Reader, step_folders
+from megallm.checkpoint.store import Part
 
 DTYPES = list(io.DTYPE_NAMES)
 
@@ -75,7 +76,7 @@ def test_small_pieces_strided_targets_and_parameters(tmp_path):
     record, table = io.write_shard(tmp_path / "a.safetensors", [Part("w", (10, 6), (0, 0), weight)], 32)
     assert len(table["w"].pieces) == 10 and record.nbytes == (tmp_path / "a.safetensors").stat().st_size
     assert all(piece.offset % 4 == 0 for piece in table["w"].pieces)
-    manifest = store.Manifest(0, {"a.safetensors": record}, table, None)
+    manifest = Manifest(0, {"a.safetensors": record}, table, None)
     (tmp_path / MANIFEST).write_bytes(manifest.encode())
     with Reader(tmp_path) as reader:
         parameter = torch.nn.Parameter(torch.zeros(6, 10))
@@ -215,16 +216,16 @@ def test_retention_keeps_valid_pinned_and_read_steps(tmp_path, cluster, cuts):
         return cluster.save(tmp_path, step, cuts.axis("w", torch.full((4, 4), float(step)), 2, 0), keep=keep)
 
     folders = {step: save(step) for step in range(1, 8)}
-    store.pin(folders[2])
+    retention.pin(folders[2])
     shutil.rmtree(folders[7])
     folders[7].mkdir()  # a damaged step does not count as kept
     with Reader(folders[3]) as reader:
         save(8, keep=2)
-        assert [step for step, _ in store.step_folders(tmp_path)] == [8, 7, 6, 3, 2]
+        assert [step for step, _ in step_folders(tmp_path)] == [8, 7, 6, 3, 2]
         assert reader.read("w").eq(3).all()
-    store.unpin(folders[2])
+    retention.unpin(folders[2])
     save(9, keep=1)
-    assert [step for step, _ in store.step_folders(tmp_path)] == [9]
+    assert [step for step, _ in step_folders(tmp_path)] == [9]
     assert sorted(os.listdir(tmp_path)) == ["step-00000009"]
 
 
@@ -295,7 +296,7 @@ def test_saving_a_step_again(tmp_path, cluster):
 
 
 def test_the_sweep_takes_only_our_dead_folders(tmp_path):
-    host = store._host()
+    host = retention._host()
     dead = next(pid for pid in range(4_000_000, 4_190_000) if not Path(f"/proc/{pid}").exists())
     names = {
         f"step-00000001.tmp-{host}.{dead}.0123abcd": True,
@@ -311,21 +312,19 @@ def test_the_sweep_takes_only_our_dead_folders(tmp_path):
         (tmp_path / name).mkdir()
     os.utime(tmp_path / "step-00000002.tmp-otherhost.1.0123abcd", (0, 0))
     (tmp_path / f"step-00000003.tmp-{host}.{dead}.0123abcd").symlink_to(tmp_path)
-    assert {path.name for path in store.sweep(tmp_path)} == {name for name, goes in names.items() if goes}
+    assert {path.name for path in retention.sweep(tmp_path)} == {name for name, goes in names.items() if goes}
     assert len(os.listdir(tmp_path)) == 6
 
 
 def test_a_shard_on_a_disk_that_is_not_shared_is_told(tmp_path, cluster, cuts, monkeypatch):
     monkeypatch.setattr(store, "_APPEAR_SECONDS", 0.2)
     parts = cuts.axis("w", torch.ones(4, 4), 2, 0)
-    write = store.write_shard
-
-    def elsewhere(path, own):
-        return write(tmp_path / path.name, own) if "00001" in path.name else write(path, own)
-
-    monkeypatch.setattr(store, "write_shard", elsewhere)
-    with pytest.raises(CannotWrite, match="all hosts share"):
-        cluster.save(tmp_path / "root", 1, parts)
+    disks = [tmp_path / "host0", tmp_path / "host1"]
+    for disk in disks:
+        disk.mkdir()
+    results = cluster.run(2, lambda mesh: store.save(disks[mesh.world.rank], 1, parts[mesh.world.rank], {}, mesh))
+    assert all(isinstance(r, CannotWrite) and "all hosts share" in str(r) for r in results)
+    assert [os.listdir(disk) for disk in disks] == [[], []]
 
 
 def test_a_manifest_that_leads_outside_is_refused(small):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megallm.base.errors import CannotWrite, CheckpointError
-from megallm.checkpoint import store, tools
+from megallm.checkpoint import retention, store, tools
 from megallm.checkpoint.manifest import MANIFEST
 
 
@@ -48,7 +48,7 @@ def test_a_dump_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
 
 def test_ls_and_show(small, tmp_path):
     (tmp_path / "checkpoints" / "step-00000009").mkdir()
-    store.pin(small)
+    retention.pin(small)
     first, second = tools.ls(tmp_path)
     assert (first["step"], first["valid"], first["pinned"], first["problem"]) == (5, True, True, None)
     assert first["bytes"] == sum(path.stat().st_size for path in small.glob("*.safetensors"))
