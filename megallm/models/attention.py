@@ -65,8 +65,8 @@ class Attention(ShardedModule):
     """`[B, T/tp or T, D]` -> the same; projections are column-parallel over heads, the output row-parallel."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
-        super().__init__(mesh)
-        self.sp, self.selective = sp, selective
+        super().__init__(mesh, sp)
+        self.selective = selective
         self.head_size, self.window = config.head_size, config.sliding_window
         self.rope = config.positions == "rope"
         self.heads = HeadPlan.of(config.num_heads, config.num_kv_heads, mesh.tp.size, mesh.tp.rank)

@@ -52,9 +52,8 @@ class Stage(ShardedModule):
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, span: StageSpan, options: StageOptions) -> None:
-        super().__init__(mesh)
+        super().__init__(mesh, options.sp)
         self.config, self.span = config, span
-        self.sp = options.sp and mesh.tp.size > 1
         self.recompute_blocks = options.recompute == "full"
         self.positions = None
         if span.first or (span.last and config.tie_embeddings):

@@ -17,8 +17,8 @@ class Mlp(ShardedModule):
     """`[B, T/tp or T, D]` -> the same; F is split over tp."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
-        super().__init__(mesh)
-        self.sp, self.selective, self.gated = sp, selective, config.gated
+        super().__init__(mesh, sp)
+        self.selective, self.gated = selective, config.gated
         self.activation = ACTIVATIONS[config.activation]
         d, f, init = config.hidden_size, config.ffn_hidden_size, normal(config.init_std)
         if self.gated:

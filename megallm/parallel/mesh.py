@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megallm.base.errors import UsageError
-from megallm.parallel.layout import AXES, PURPOSES, Layout
+from megallm.parallel.layout import PURPOSES, Layout
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,6 @@ class Mesh:
         """
         return dist.new_group(list(ranks))
 
-    def line(self, purpose: str) -> tuple[int, ...]:
-        """Global ranks of this rank's group of a purpose."""
-        return self.axes[purpose].ranks
-
     # Control messages: JSON over the world group, never pickle.
 
     def gather_json(self, value: Any) -> list[Any] | None:
@@ -115,12 +111,16 @@ class Mesh:
         dist.broadcast(payload, 0, group=self.world.group)
         return json.loads(bytes(payload.numpy()))
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank of the world; collective over it."""
+        if self.world.size == 1:
+            return flag
+        vote = torch.tensor([int(flag)])
+        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.world.group)
+        return bool(vote)
+
     def barrier(self) -> None:
         """Wait for every rank of the world."""
         if self.world.size > 1:
             dist.all_reduce(torch.zeros(1), group=self.world.group)
 
-
-def replicating_axes(split: set[str]) -> tuple[str, ...]:
-    """The axes (other than pp) along which a parameter with this split is replicated."""
-    return tuple(axis for axis in AXES if axis != "pp" and axis not in split)

@@ -8,6 +8,9 @@ Papers: Megatron-LM (arXiv 1909.08053), sequence parallelism (arXiv 2205.05198).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +24,16 @@ SEQUENCE_DIM = 1
 
 
 class ShardedModule(nn.Module):
-    """A module whose parameters live on the meta device until the engine places them; `shards` describes each."""
+    """A module whose parameters live on the meta device until the engine places them; `shards` describes each.
 
-    def __init__(self, mesh: Mesh) -> None:
+    `sp` says whether activations outside the tensor-parallel region are split along T; it is a property of
+    activations, not of parameters, and decoding switches it off (`whole_sequences`).
+    """
+
+    def __init__(self, mesh: Mesh, sp: bool = False) -> None:
         super().__init__()
         self.mesh = mesh
+        self.sp = sp and mesh.tp.size > 1
         self.shards: dict[str, Shard] = {}
 
     def add_parameter(self, name: str, shard: Shard) -> None:
@@ -33,6 +41,19 @@ class ShardedModule(nn.Module):
         self.shards[name] = shard
         shape = shard.box(self.mesh.layout, self.mesh.coords).shape
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+@contextmanager
+def whole_sequences(model: nn.Module) -> Iterator[None]:
+    """Run `model` without sequence parallelism inside the context."""
+    split = [module for module in model.modules() if isinstance(module, ShardedModule) and module.sp]
+    for module in split:
+        module.sp = False
+    try:
+        yield
+    finally:
+        for module in split:
+            module.sp = True
 
 
 def enter(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
@@ -83,8 +104,7 @@ class RowLinear(ShardedModule):
     """`y = sum over tp of x W^T, + b` with W `(out, in)`, `in` split over tp; the bias is added once, after the sum."""
 
     def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
-        super().__init__(mesh)
-        self.sp = sp
+        super().__init__(mesh, sp)
         self.add_parameter("weight", Shard(full, {1: "tp"}, (), init))
         self.register_parameter("bias", None)
         if bias:

@@ -22,8 +22,7 @@ class VocabEmbedding(ShardedModule):
     """Rows of `(V, D)` split over tp; `tokens [B, T] -> [B, T/tp, D]` (sp) or `[B, T, D]`; collective over tp."""
 
     def __init__(self, mesh: Mesh, vocab: int, size: int, init: Init, sp: bool) -> None:
-        super().__init__(mesh)
-        self.sp = sp
+        super().__init__(mesh, sp)
         self.range = piece(vocab, mesh.tp.size, mesh.tp.rank)
         self.add_parameter("weight", Shard((vocab, size), {0: "tp"}, (), init))
 
