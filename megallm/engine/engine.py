@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallm.checkpoint.store import Part, Reader
+from megallm.checkpoint.io import Part
+from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.models.build import build_stage, initialise, place_parameters
 from megallm.models.decoder import StageOptions
