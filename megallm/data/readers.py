@@ -1,0 +1,352 @@
+"""Raw text files, cut into chunks of bounded size: JSONL (.gz, .zst), plain text, Parquet.
+
+`chunks` runs in the parent and cuts; `parse` runs in a worker and turns a chunk into documents and
+rejected lines. How a file is cut depends on nothing but the file, so neither does any result.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from megallm.base.errors import DataError, UsageError
+
+CHUNK_BYTES = 1 << 18
+_FEED_BYTES = 1 << 12  # compressed bytes given to zstd at once: bounds what a bomb can unfold to
+_TEXT_SUFFIXES = (".txt", ".text", ".md")
+_SPLITS = ("file", "lines", "paragraphs")
+_BOM = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_BLANK_LINES_BYTES = re.compile(_BLANK_LINES.pattern.encode())
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
+_PARQUET_ROWS = 256
+_JSON_TYPES = {
+    type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a document is: the JSON keys of its texts, how plain text is split, and how long one may be."""
+
+    keys: tuple[str, ...] = ("text",)
+    split_text: str = "file"
+    max_document_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if self.split_text not in _SPLITS:
+            raise UsageError(f"--split-text {self.split_text} is unknown; accepted: {', '.join(_SPLITS)}.")
+        if not self.keys or len(set(self.keys)) < len(self.keys) or any("/" in key or not key for key in self.keys):
+            raise UsageError(f"--json-keys {' '.join(self.keys)}: give one or more different names without '/'.")
+        if self.max_document_bytes < 1:
+            raise UsageError(f"The longest document must be at least 1 byte; got {self.max_document_bytes}.")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some whole documents of one file: `data`, or for a plain file its range [begin, end), or Parquet `rows`.
+
+    `too_long` says that here was one document over the limit, of so many `lines`; it was not kept.
+    """
+
+    file: str
+    kind: str
+    begin: int = 0
+    end: int = 0
+    data: bytes | None = None
+    rows: list[tuple[Any, ...]] | None = None
+    too_long: bool = False
+    lines: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass
+class Parsed:
+    """Documents (line, one text per key), rejected lines (line, reason), and counts of lines; lines from 0."""
+
+    documents: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    rejects: list[tuple[int, str]] = field(default_factory=list)
+    lines: int = 0
+    blank: int = 0
+
+
+def check_inputs(inputs: Sequence[str]) -> None:
+    """Refuse what is not a readable file before any work starts. Errors: `DataError`."""
+    if not inputs:
+        raise UsageError("There is no input: give at least one file.")
+    for name in inputs:
+        if Path(name).is_dir():
+            raise DataError(f"{name} is a folder: give the files in it, for example {name}/*.jsonl.")
+        try:
+            with open(name, "rb"):
+                pass
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+
+
+def chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
+    """Cut one file. Errors: `DataError` for a file that cannot be read or decompressed."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+    suffix = suffixes[-1] if suffixes else ""
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_chunks(name, options)
+            return
+        kind = options.split_text if suffix in _TEXT_SUFFIXES else "jsonl"
+        with open(name, "rb") as file:
+            blocks = {"": _plain, ".gz": _gzip, ".zst": _zstd}[packed](file)
+            for chunk in _cut(name, kind, blocks, options.max_document_bytes):
+                yield chunk if packed or chunk.too_long else Chunk(name, kind, chunk.begin, chunk.end)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name} cannot be read: {error}. The file is damaged or incomplete.") from error
+
+
+def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
+    """Every text of every file, in order, in this process. Errors: `DataError` `file:line: reason`."""
+    check_inputs(inputs)
+    for name in inputs:
+        first = 1
+        for chunk in chunks(name, options):
+            parsed = parse(chunk, options)
+            for line, reason in parsed.rejects:
+                raise rejected(name, first + line, reason)
+            first += parsed.lines
+            for _, document in parsed.documents:
+                yield from document
+
+
+def rejected(name: str, line: int, reason: str) -> DataError:
+    """The error of the policy "stop"."""
+    return DataError(f"{name}:{line}: {reason}. Mend the line, or pass --on-error skip to leave such lines out.")
+
+
+def _plain(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(CHUNK_BYTES):
+        yield block
+
+
+def _gzip(file: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file) as unpacked:
+        while block := unpacked.read(CHUNK_BYTES):
+            yield block
+
+
+def _zstd(file: BinaryIO) -> Iterator[bytes]:
+    zstandard = _optional("zstandard", file.name)
+    frame = None
+    held: list[bytes] = []
+    size = 0
+    while block := file.read(_FEED_BYTES):
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                held.append(frame.decompress(block))
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            size += len(held[-1])
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if size >= CHUNK_BYTES:
+            yield b"".join(held)
+            held, size = [], 0
+    if frame is not None:
+        raise EOFError("the last zstd frame has no end")
+    yield b"".join(held)
+
+
+def _optional(module: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UsageError(f"Reading {name} needs the package {package}: pip install 'megallm[data]'.") from error
+
+
+@dataclass(frozen=True)
+class _Separator:
+    """Where documents end in a stretch of a file: just after the first or the last match, 0 for none."""
+
+    marks: tuple[bytes, ...]
+
+    def last(self, data: bytearray) -> int:
+        return max((at + len(mark) for mark in self.marks if (at := data.rfind(mark)) >= 0), default=0)
+
+    def first(self, data: bytearray) -> int:
+        return min((at + len(mark) for mark in self.marks if (at := data.find(mark)) >= 0), default=0)
+
+
+_LINE = _Separator((b"\n",))
+_SEPARATORS = {
+    "jsonl": _LINE, "lines": _LINE, "paragraphs": _Separator((b"\n\n", b"\n\r\n")), "file": _Separator(()),
+}  # fmt: skip
+
+
+def _cut(name: str, kind: str, blocks: Iterator[bytes], limit: int) -> Iterator[Chunk]:
+    """Whole documents, about CHUNK_BYTES at once; holds no more than the limit and two blocks."""
+    separator = _SEPARATORS[kind]
+    held = bytearray()  # not yet given out; held[0] is byte `begin` of the file
+    begin, dropped_lines, dropping, first = 0, 0, False, True
+    for block in blocks:
+        held += block
+        if first and held.startswith(_BOM):
+            del held[: len(_BOM)]
+            begin = len(_BOM)
+        first = False
+        if dropping:
+            end = separator.first(held)
+            gone = end or max(len(held) - 2, 0)  # a separator may straddle two blocks
+            dropped_lines += held.count(b"\n", 0, gone)
+            del held[:gone]
+            begin += gone
+            if not end:
+                continue
+            yield Chunk(name, kind, too_long=True, lines=dropped_lines)
+            dropping, dropped_lines = False, 0
+        end = separator.last(held)
+        if end:
+            yield Chunk(name, kind, begin, begin + end, bytes(held[:end]))
+            del held[:end]
+            begin += end
+        dropping = len(held) > limit
+    if dropping:
+        yield Chunk(name, kind, too_long=True, lines=dropped_lines + held.count(b"\n") + (held[-1:] != b"\n"))
+    elif held:
+        yield Chunk(name, kind, begin, begin + len(held), bytes(held))
+
+
+def _parquet_chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
+    pyarrow = _optional("pyarrow", name)
+    parquet = _optional("pyarrow.parquet", name)
+    try:
+        with parquet.ParquetFile(name) as file:
+            missing = [key for key in options.keys if key not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{name} has no column '{missing[0]}', only {_quoted(file.schema_arrow.names)}.")
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(options.keys)):
+                columns = [batch.column(key).to_pylist() for key in options.keys]
+                yield Chunk(name, "rows", rows=list(zip(*columns, strict=True)))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{name} is not a Parquet file that can be read: {error}.") from error
+
+
+def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
+    """Documents and rejected lines of a chunk."""
+    if chunk.too_long:
+        reason = f"the document is longer than {options.max_document_bytes} bytes"
+        if chunk.kind == "file":
+            reason += " (--split-text lines or paragraphs makes several of one file)"
+        return Parsed(rejects=[(0, reason)], lines=chunk.lines)
+    if chunk.rows is not None:
+        return _parse_rows(chunk.rows, options)
+    data = chunk.data
+    if data is None:
+        with open(chunk.file, "rb") as file:
+            file.seek(chunk.begin)
+            data = file.read(chunk.size)
+    parsed = Parsed(lines=data.count(b"\n") + (data[-1:] not in (b"\n", b"")))
+    for line, raw in _documents(chunk.kind, data):
+        try:
+            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+            if len(raw) > options.max_document_bytes:
+                raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
+            if not text.strip():
+                parsed.blank += 1
+            else:
+                found = _texts_of_json(text, options.keys) if chunk.kind == "jsonl" else (text,) * len(options.keys)
+                parsed.documents.append((line, found))
+        except UnicodeDecodeError as error:
+            parsed.rejects.append((line, f"invalid UTF-8 at byte {error.start} of the document"))
+        except _Reject as reject:
+            parsed.rejects.append((line, reject.reason))
+    return parsed
+
+
+class _Reject(Exception):
+    """This document cannot be used."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _documents(kind: str, data: bytes) -> Iterator[tuple[int, bytes | str]]:
+    """(line, text) of the documents of a chunk; bytes where the chunk as a whole is not UTF-8."""
+    try:
+        text: bytes | str = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data
+    newline = "\n" if isinstance(text, str) else b"\n"
+    if kind == "file":
+        yield 0, text
+    elif kind == "paragraphs":
+        at = line = 0
+        for gap in (_BLANK_LINES if isinstance(text, str) else _BLANK_LINES_BYTES).finditer(text):
+            yield line, text[at : gap.start()].strip(newline)
+            line += text.count(newline, at, gap.end())
+            at = gap.end()
+        if at < len(text):
+            yield line, text[at:].strip(newline)
+    else:
+        lines = text.split(newline)
+        if not lines[-1]:
+            lines.pop()
+        for line, one in enumerate(lines):
+            yield line, one.rstrip("\r" if isinstance(one, str) else b"\r")
+
+
+def _texts_of_json(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _Reject(f"not valid JSON, {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise _Reject(f"not usable JSON, {error}") from None
+    except RecursionError:
+        raise _Reject("not usable JSON, it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise _Reject(f"the line holds a JSON {_JSON_TYPES[type(value)]}, want an object with {_quoted(keys)}")
+    found = []
+    for key in keys:
+        if key not in value:
+            raise _Reject(f"the key '{key}' is missing; the line has {_quoted(list(value)[:8]) or 'no keys'}")
+        found.append(value[key])
+    return _sound(found, keys)
+
+
+def _parse_rows(rows: list[tuple[Any, ...]], options: ReadOptions) -> Parsed:
+    parsed = Parsed(lines=len(rows))
+    for row, values in enumerate(rows):
+        try:
+            texts_of_row = _sound(list(values), options.keys)
+            if any(len(text) > options.max_document_bytes for text in texts_of_row):
+                raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
+            parsed.documents.append((row, texts_of_row))
+        except _Reject as reject:
+            parsed.rejects.append((row, reject.reason))
+    return parsed
+
+
+def _sound(values: list[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The values as texts, or a `_Reject` for one that is no string or holds a lone surrogate."""
+    for key, value in zip(keys, values, strict=True):
+        if not isinstance(value, str):
+            kind = _JSON_TYPES.get(type(value), type(value).__name__)
+            raise _Reject(f"the value of '{key}' is a {kind}, want a string")
+        if not value.isascii() and _SURROGATE.search(value):
+            raise _Reject(f"the value of '{key}' holds a lone surrogate, which UTF-8 cannot hold")
+    return tuple(values)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

@@ -1,0 +1,217 @@
+"""Tokenizers: raw bytes, or a Hugging Face folder's `tokenizer.json`; and training a byte-level BPE.
+
+The text of a document is ordinary text: a literal `<|endoftext|>` in it never becomes the end-of-document
+id. Nothing here runs code of the folder, and `transformers` is not needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+
+from megallm.base import files
+from megallm.base.errors import DataError, UsageError
+from megallm.data import readers
+
+BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"
+_FINGERPRINT_BYTES = 16
+_FALLBACK_EODS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+
+
+class Encoder(Protocol):
+    """What preprocessing needs; a faster implementation only has to give the same ids."""
+
+    kind: str
+    vocab_size: int
+
+    @property
+    def eod(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, integer arrays [tokens]."""
+        ...
+
+
+class Tokenizer(Encoder, Protocol):
+    """Text to ids and back. `eod` is the end-of-document id; `fingerprint` names vocabulary and rules."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text; `special` lets special tokens written in it become their ids (chat templates)."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+def load(spec: str) -> Tokenizer:
+    """The tokenizer called `bytes`, or of a Hugging Face folder or `tokenizer.json`. Errors: `DataError`."""
+    return ByteTokenizer() if spec == BYTES else FolderTokenizer(spec)
+
+
+def _check_sound(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The text has a lone surrogate at character {error.start}, which UTF-8 cannot hold: remove it."
+        ) from None
+
+
+class ByteTokenizer:
+    """256 bytes of UTF-8 and the end-of-document id 256."""
+
+    kind = BYTES
+    vocab_size = 257
+    eod = 256
+    fingerprint = "bytes-257"
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Bytes of the text; the one special token has no written form, so `special` changes nothing."""
+        _check_sound(text)
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; the end-of-document id gives nothing, broken UTF-8 gives replacement characters."""
+        return bytes(i for i in ids if i < self.eod).decode("utf-8", errors="replace")
+
+
+class FolderTokenizer:
+    """A Hugging Face tokenizer read with the `tokenizers` library; one thread, no truncation, no padding."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.file = self.path / "tokenizer.json" if self.path.is_dir() else self.path
+        self._definition = _read_json(self.file, required=True)
+        self._plain, self._special = _build(self.file, True), _build(self.file, False)
+        self._vocab = self._plain.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+
+    @cached_property
+    def eod(self) -> int:
+        """Id of `eos_token` in tokenizer_config.json or special_tokens_map.json. Errors: `DataError`."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = _read_json(self.file.parent / name, required=False).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                if token not in self._vocab:
+                    raise DataError(f"{self.file.parent / name} names eos_token {token!r}, which {self.file} lacks.")
+                return self._vocab[token]
+        for token in _FALLBACK_EODS:
+            if token in self._vocab:
+                return self._vocab[token]
+        raise DataError(
+            f"{self.file.parent} does not say which token ends a document: put "
+            f'{{"eos_token": "..."}} with a token of the vocabulary into its tokenizer_config.json.'
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
+        relevant = {k: v for k, v in self._definition.items() if k not in ("version", "truncation", "padding")}
+        text = json.dumps(relevant, sort_keys=True, ensure_ascii=True)
+        return "hf-" + hashlib.blake2b(text.encode(), digest_size=_FINGERPRINT_BYTES).hexdigest()
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text, without any token that a template would add around it."""
+        _check_sound(text)
+        return (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # One text at a time: encode_batch of the library would start its own threads in every worker.
+        plain = self._plain
+        return [np.array(plain.encode(text, add_special_tokens=False).ids, dtype=np.int64) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text, special tokens written out."""
+        return self._plain.decode(list(ids), skip_special_tokens=False)
+
+
+def _read_json(path: Path, required: bool) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise DataError(
+            f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with a tokenizer.json "
+            f"(`megallm tokenizer train` makes one; other kinds: save them with transformers' fast tokenizer)."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _build(file: Path, specials_are_text: bool) -> tokenizers.Tokenizer:
+    try:
+        built = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower for a bad definition
+        raise DataError(f"{file} is not a tokenizer definition that `tokenizers` can load: {error}.") from error
+    built.no_truncation()
+    built.no_padding()
+    built.encode_special_tokens = specials_are_text
+    return built
+
+
+def train_bpe(
+    inputs: Sequence[str], vocab_size: int, output: str, options: readers.ReadOptions | None = None
+) -> dict[str, Any]:
+    """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can load.
+
+    The vocabulary holds `<|endoftext|>` (id 0, the eos_token), 256 bytes and the merges; it is smaller than
+    asked when the text is too small. Returns {output, vocab_size, documents, fingerprint}.
+    Errors: `UsageError` for the size, `DataError` for the files, `CannotWrite`.
+    """
+    smallest = 257
+    if vocab_size < smallest:
+        raise UsageError(f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need {smallest}.")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    documents = characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal documents, characters
+        for text in readers.texts(inputs, options or readers.ReadOptions()):
+            documents += 1
+            characters += len(text)
+            yield text
+
+    bpe.train_from_iterator(counted(), trainer)
+    if not characters:
+        raise DataError(f"There is no usable text in {', '.join(inputs)}: a tokenizer needs some.")
+    folder = Path(output)
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": None, "pad_token": None,
+        "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": 10**12,
+    }  # fmt: skip
+    files.atomic_write_text(folder / "tokenizer.json", bpe.to_str(pretty=True))
+    files.atomic_write_json(folder / "special_tokens_map.json", {"eos_token": END_OF_TEXT})
+    files.atomic_write_json(folder / "tokenizer_config.json", config)
+    made = FolderTokenizer(output)
+    return {
+        "output": output, "vocab_size": made.vocab_size, "documents": documents, "fingerprint": made.fingerprint,
+    }  # fmt: skip
+
