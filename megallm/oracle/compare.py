@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,14 +113,18 @@ def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset()) -> Verdi
     verdict, started = Verdict(row), time.monotonic()
     try:
         records = pool.run(row.layout.world, train_rank, row, broken, timeout=ROW_SECONDS)
-        _judge(verdict, records)
+        judge(verdict, records)
     except (InternalError, PeerLost, Hang) as error:
         verdict.problem = str(error)
     verdict.seconds = time.monotonic() - started
     return verdict
 
 
-def _judge(verdict: Verdict, records: list[RankRecord]) -> None:
+def judge(verdict: Verdict, records: list[RankRecord]) -> None:
+    """Fill in the verdict: every rank's every number against the reference trained here.
+
+    Raises InternalError when the ranks disagree about a tensor's layout or together do not hold all of it.
+    """
     row = verdict.row
     shards = _logical_shards(records)
     logical = {k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()}
@@ -179,7 +182,9 @@ def _errors(
     errors: dict[str, float] = {}
     for name, mine, theirs in pairs:
         if mine.shape != theirs.shape or mine.dtype != torch.float64:
-            raise InternalError(f"a rank holds {name} as {tuple(mine.shape)} {mine.dtype}, not {tuple(theirs.shape)} float64.")
+            raise InternalError(
+                f"a rank holds {name} as {tuple(mine.shape)} {mine.dtype}, not {tuple(theirs.shape)} float64."
+            )
         if mine.numel():
             error = _relative((mine - theirs).abs().max().item(), logical[name].abs().max().item(), floor)
             _merge(errors, {name: error})

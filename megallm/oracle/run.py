@@ -8,9 +8,10 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import UsageError
+from megallm.base.errors import CannotWrite, UsageError
 from megallm.base.files import atomic_write_json
 from megallm.oracle.compare import Verdict, run_row
 from megallm.oracle.pool import MAX_RANKS, Pool
@@ -54,6 +55,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--layout names one layout and --layouts asks for random ones: give one of the two.")
     if args.layouts is not None and args.layouts < 1:
         raise UsageError(f"--layouts is {args.layouts}; it takes a number of random layouts of at least 1.")
+    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+        raise CannotWrite(f"--json {args.json} cannot be written: its folder does not exist.")
 
 
 def select_rows(args: argparse.Namespace) -> list[Row]:
@@ -61,7 +64,9 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
     if args.layout is not None:
         row = row_for_layout(args.layout)
         if row.layout.world > MAX_RANKS:
-            raise UsageError(f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most {MAX_RANKS}.")
+            raise UsageError(
+                f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most {MAX_RANKS}."
+            )
         return [row]
     if args.layouts is not None:
         return sample_rows(args.layouts, args.seed or 0)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from megallm.models.config import ModelConfig
 from megallm.oracle import reference
-from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="the reference is compared with transformers' models")
 
@@ -103,7 +104,12 @@ def batch_of(length: int = 9) -> dict[str, Tensor]:
     torch.manual_seed(2)
     tokens = torch.randint(0, 61, (3, length + 1))
     mask = torch.rand(3, length) < 0.7
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": torch.arange(length).expand(3, length), "mask": mask}
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "positions": torch.arange(length).expand(3, length),
+        "mask": mask,
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
