@@ -318,8 +318,8 @@ def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[st
 
 
 def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
-    section = f"Keys of {prefix[:-1]}" if prefix else "Sections"
-    close = [f"{prefix}{match}" for match in get_close_matches(name, hints, n=1)]
+    section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
+    close = [f"{prefix}{match}" for match in get_close_matches(name, hints, n=1, cutoff=0.5)]
     if not close:
         last = name.rpartition(".")[2]
         close = [leaf for leaf in leaves(root_cls) if leaf.rpartition(".")[2] == last]

@@ -15,6 +15,7 @@ from typing import Any
 
 from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
+from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
 from megallm.optim.config import RULES, SCHEDULES
 from megallm.training.config import PretrainConfig
@@ -94,7 +95,8 @@ def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int
 
 def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None = None) -> list[Problem]:
     """All broken rules. Rules about the model's sizes are left out while the model itself cannot be resolved."""
-    problems = [*_ranges(config, world), *_choices(config), *_available(config), *_split(config), *_optimizer(config)]
+    problems = [*_ranges(config, world), *_choices(config), *_available(config), *_split(config)]
+    problems += [*_sources(config), *_optimizer(config)]
     broken = {problem.key for problem in problems}
     try:
         facts = _facts(config, world, tokenizer_vocab)
@@ -217,35 +219,27 @@ def _available(config: PretrainConfig) -> Iterator[Problem]:
 
 
 def _split(config: PretrainConfig) -> Iterator[Problem]:
-    shares = parse_split(config.data.split)
-    if shares is None:
-        sentence = (
-            f"data.split is '{config.data.split}'; it must be up to three shares of train, validation and test, "
-            "not negative, the first above 0."
-        )
-        yield Problem("split", sentence, ({"data.split": "969,30,1"},))
-    elif config.eval.every > 0 and config.eval.batches > 0 and shares[1] == 0:
+    fixes: tuple[dict[str, Any], ...] = ({"data.split": _DEFAULTS.data.split},)
+    try:
+        train, valid, _ = parse_split(config.data.split)
+    except UsageError as error:
+        yield Problem("split", str(error), fixes)
+        return
+    if train == 0:
+        yield Problem("split", f"data.split '{config.data.split}' leaves nothing for training.", fixes)
+    elif config.eval.every > 0 and config.eval.batches > 0 and valid == 0:
         sentence = (
             f"eval.every is {config.eval.every}, but data.split '{config.data.split}' leaves nothing for validation."
         )
-        yield Problem("split", sentence, ({"eval.every": 0}, {"data.split": "969,30,1"}))
+        yield Problem("split", sentence, ({"eval.every": 0}, *fixes))
+
+
+def _sources(config: PretrainConfig) -> Iterator[Problem]:
     if not config.data.sources:
         yield Problem("sources", "data.sources is empty; give at least one, such as data.sources.PREFIX=1.")
     for prefix, weight in config.data.sources.items():
         if weight <= 0:
             yield Problem("sources", f"data.sources.{prefix} is {weight}; a weight must be greater than 0.")
-
-
-def parse_split(split: str) -> tuple[float, float, float] | None:
-    """`"90,5,5"` -> three shares as written, missing ones 0; None when it is not a usable split."""
-    try:
-        shares = [float(part) for part in split.split(",")]
-    except ValueError:
-        return None
-    if len(shares) > 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
-        return None
-    first, second, third = (shares + [0.0, 0.0])[:3]
-    return first, second, third
 
 
 def _optimizer(config: PretrainConfig) -> Iterator[Problem]:

@@ -23,7 +23,6 @@ from megallm.training.validate import (
     check,
     find_problems,
     nearest_layouts,
-    parse_split,
 )
 
 MODEL = ModelConfig(
@@ -127,8 +126,8 @@ BROKEN = [
         "must be less than train.steps 1000. Nearest valid: optim.warmup_steps=999",
     ),
     ("stop_at", {"train.stop_at": 1001}, "train.stop_at 1001 lies beyond train.steps 1000."),
-    ("split", {"data.split": "0,1,1"}, "the first above 0"),
-    ("split", {"data.split": "a,b"}, "data.split is 'a,b'"),
+    ("split", {"data.split": "0,1,1"}, "leaves nothing for training"),
+    ("split", {"data.split": "a,b"}, "data.split 'a,b' is not usable"),
     ("split", {"data.split": "1,0,0", "eval.every": 5}, "leaves nothing for validation"),
     ("sources", {"data.sources": {}}, "data.sources is empty"),
     ("sources", {"data.sources": {"p": 0.0}}, "data.sources.p is 0.0; a weight must be greater than 0."),
@@ -231,13 +230,6 @@ def test_every_ranged_key_exists_and_defaults_are_inside():
         value = get(defaults, key)
         assert value is None or allowed.nearest(value, None) == value
     assert str(Range(above=0, high=1)) == "greater than 0 and at most 1"
-
-
-def test_parse_split():
-    assert parse_split("90,5,5") == (90.0, 5.0, 5.0)
-    assert parse_split("1") == (1.0, 0.0, 0.0)
-    for bad in ("", "1,2,3,4", "-1,2", "nan,1", "inf,1", "0,1"):
-        assert parse_split(bad) is None
 
 
 def test_number_of_config_fields_keeps_the_budget():

@@ -1,0 +1,108 @@
+"""`megallm ckpt ls|show|verify|diff|dump`: look into checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from megallm.base.errors import CheckpointError, UsageError
+from megallm.cli.table import Command
+
+SOURCE = "a run folder (its newest valid checkpoint) or one step folder"
+
+
+def _one(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN|STEP", help=SOURCE)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _dump_arguments(parser: argparse.ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write")
+
+
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", metavar="RUN|STEP", help=SOURCE)
+    parser.add_argument("second", metavar="RUN|STEP", help=SOURCE)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from megallm.checkpoint import tools
+
+    rows = tools.ls(args.source)
+    lines = [
+        f"{row['step']:>10}  {_gib(row['bytes'])}  {'pinned  ' if row['pinned'] else ''}{row['problem'] or 'valid'}"
+        for row in rows
+    ]
+    return _out(args, rows, lines or [f"{args.source} has no checkpoints."])
+
+
+def _show(args: argparse.Namespace) -> int:
+    from megallm.checkpoint import tools
+
+    found = tools.show(args.source)
+    lines = [f"step {found['step']}  {_gib(found['bytes'])}  {found['path']}"]
+    for tensor in found["tensors"]:
+        shape = " x ".join(map(str, tensor["full"])) or "scalar"
+        lines.append(f"  {tensor['name']:<60} {tensor['dtype']:<6} {shape}  ({tensor['pieces']} pieces)")
+    lines.append(json.dumps(found["meta"], indent=2))
+    return _out(args, found, lines)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megallm.checkpoint import tools
+
+    found = tools.verify(args.source)
+    if found["ok"]:
+        return _out(
+            args, found, [f"{found['path']}: {found['pieces']} pieces, {_gib(found['bytes'])}, every hash right."]
+        )
+    if args.json:
+        _out(args, found, [])
+    raise CheckpointError("\n  ".join([f"{found['path']} is damaged:", *found["problems"]]))
+
+
+def _diff(args: argparse.Namespace) -> int:
+    """Exit code 0 when equal, 1 when not, as `diff` does."""
+    from megallm.checkpoint import tools
+
+    found = tools.diff(args.first, args.second)
+    lines = [
+        f"{row['name']}: {row['what']}"
+        + (f", max error {row['max_abs_error']:.3e}" if row["max_abs_error"] is not None else "")
+        for row in found["tensors"]
+    ]
+    lines += [f"meta.{key} differs" for key in found["meta"]]
+    _out(args, found, lines or ["The checkpoints are equal bit for bit."])
+    return 0 if found["same"] else 1
+
+
+def _dump(args: argparse.Namespace) -> int:
+    if not args.output.endswith(".safetensors"):
+        raise UsageError(f"--output {args.output} must end in .safetensors, since that is what is written.")
+    from megallm.checkpoint import tools
+
+    done = tools.dump(args.source, args.output)
+    return _out(
+        args, done, [f"step {done['step']}: {done['tensors']} tensors, {_gib(done['bytes'])} -> {done['output']}"]
+    )
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.3f} GiB" if size_bytes >= 1 << 28 else f"{size_bytes / 2**20:.2f} MiB"
+
+
+def _out(args: argparse.Namespace, value: Any, lines: list[str]) -> int:
+    print(json.dumps(value, indent=2) if args.json else "\n".join(lines))
+    return 0
+
+
+COMMANDS = {
+    "ckpt ls": Command(_one, _ls),
+    "ckpt show": Command(_one, _show),
+    "ckpt verify": Command(_one, _verify),
+    "ckpt diff": Command(_diff_arguments, _diff),
+    "ckpt dump": Command(_dump_arguments, _dump),
+}

@@ -1,0 +1,112 @@
+"""`megallm doctor`: what is installed, what is used, and whether ranks can talk to each other here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from megallm.base import extension
+from megallm.base.errors import InternalError, MegallmError
+from megallm.cli.main import VERSION
+from megallm.cli.table import Command
+from megallm.launch.environment import RankEnv, detect, thread_count
+from megallm.launch.local import run_ranks
+
+REQUIRED = ("torch", "numpy", "pyyaml", "safetensors", "xxhash", "tokenizers", "rich", "matplotlib", "zstandard")
+OPTIONAL = {
+    "tensorboard": "log.tensorboard",
+    "pyarrow": "Parquet input of `megallm preprocess`",
+    "transformers": "comparison with Hugging Face models",
+    "triton": "GPU kernels",
+    "transformer-engine": "FP8 on GPUs",
+    "flash-attn": "attention on GPUs",
+}
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    found = examine()
+    print(json.dumps(found, indent=2) if args.json else "\n".join(_lines(found)))
+    return 0 if found["ok"] else InternalError.exit_code
+
+
+def examine() -> dict[str, Any]:
+    """Versions, extension, optional libraries, machine and the loopback check, as plain values."""
+    status = extension.status()
+    env = detect()
+    required = {name: _version(name) for name in REQUIRED}
+    gloo = check_gloo()
+    return {
+        "ok": gloo == "ok" and all(required.values()),
+        "megallm": VERSION,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "threads_of_one_rank": thread_count(1),
+        "required": required,
+        "optional": {name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()},
+        "extension": {"name": status.name, "loaded": status.loaded, "detail": status.detail},
+        "gpus": _gpus() if required.get("torch") else [],
+        "launcher": "local" if env is None else env.launcher,
+        "gloo": gloo,
+    }
+
+
+def check_gloo() -> str:
+    """`ok` when two ranks of this machine can sum a number, else what went wrong."""
+    try:
+        run_ranks(_sum, (), 2)
+    except (MegallmError, ImportError) as error:
+        return str(error)
+    return "ok"
+
+
+def _sum(env: RankEnv) -> None:
+    import torch
+
+    from megallm.launch.group import process_group
+
+    with process_group(env, timeout_seconds=30):
+        value = torch.ones(1)
+        torch.distributed.all_reduce(value)
+    if value.item() != env.world:
+        raise InternalError(f"The sum of {env.world} ones is {value.item()} on rank {env.rank}.")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"megallm {found['megallm']}, Python {found['python']}, {found['platform']}"]
+    lines.append(
+        f"machine: {found['cores']} cores, {found['memory_gib']} GiB, GPUs: {', '.join(found['gpus']) or 'none'}"
+    )
+    lines += [f"  {name:<20} {version or 'MISSING'}" for name, version in found["required"].items()]
+    for name, entry in found["optional"].items():
+        lines.append(f"  {name:<20} {entry['version'] or '-':<12} (optional: {entry['for']})")
+    ext = found["extension"]
+    lines.append(f"extension {ext['name']}: {'loaded' if ext['loaded'] else 'not loaded'}, {ext['detail']}")
+    lines.append(f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}")
+    return lines
+
+
+COMMANDS = {"doctor": Command(_arguments, _run)}

@@ -1,0 +1,26 @@
+"""`megallm oracle`: parallel layouts against an independent reference in float64."""
+
+from __future__ import annotations
+
+import argparse
+
+from megallm.cli.table import Command
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="gqa", metavar="gqa|moe|mla|encoder", help="architecture (default gqa)")
+    parser.add_argument("--layout", metavar="k=v,..", help="one layout, such as tp=2,pp=2,sp=true")
+    parser.add_argument("--layouts", type=int, metavar="N", help="N random layouts instead of the table")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random layouts")
+    parser.add_argument("--break", dest="break_name", metavar="NAME", help="leave one reduction out: the row must fail")
+    parser.add_argument("--json", metavar="F", help="write the rows to this file")
+    parser.add_argument("--list", action="store_true", help="list the table and the reductions, run nothing")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from megallm.oracle.run import main
+
+    return main(args)
+
+
+COMMANDS = {"oracle": Command(_arguments, _run)}

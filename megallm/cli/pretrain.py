@@ -1,0 +1,47 @@
+"""`megallm pretrain`: everything is checked before a process starts; then the ranks run the training loop."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megallm.cli.config import load_and_check, overrides_argument
+from megallm.cli.table import Command
+from megallm.data.indexed import IndexedDataset
+from megallm.launch.environment import RankEnv
+from megallm.launch.start import start, world_size
+from megallm.training.config import PretrainConfig
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file (see `megallm config --schema`)")
+    overrides_argument(parser)
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="ranks to start on this machine (default: what the layout asks for)"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "must", "never"),
+        default="auto",
+        help="auto: from the newest checkpoint of run.dir when there is one; must: fail without one; never: refuse one",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = load_and_check(args.config, args.overrides, world_size(args.nproc))
+    for prefix in config.data.sources:
+        IndexedDataset(prefix)  # a missing or broken file ends here, before any rank
+    start(_rank, (config, args.resume), config.layout.grid().world, Path(config.run.dir) / "logs")
+    return 0
+
+
+def _rank(env: RankEnv, config: PretrainConfig, resume: str) -> None:
+    from megallm.launch.group import process_group
+    from megallm.parallel.mesh import Mesh
+    from megallm.training import pretrain
+
+    with process_group(env) as device:
+        pretrain.run(config, Mesh.start(config.layout.grid(), device), resume)
+
+
+COMMANDS = {"pretrain": Command(_arguments, _run)}

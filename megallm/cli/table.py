@@ -1,0 +1,43 @@
+"""Every verb of `megallm`, and the module that holds it. A module is imported only when its verb is called."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a verb's module exports: how its arguments are declared, and what it does (the exit code comes back)."""
+
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row of `megallm --help`. The module has `COMMANDS[words]`."""
+
+    words: str
+    module: str
+    help: str
+
+
+_ROWS = (
+    ("preprocess", "data", "turn raw text into an indexed dataset (.bin/.idx)"),
+    ("tokenizer train", "data", "train a byte-level BPE tokenizer on raw text"),
+    ("data verify", "data", "check every byte and token of an indexed dataset"),
+    ("data show", "data", "print documents of an indexed dataset"),
+    ("pretrain", "pretrain", "train a language model from a configuration"),
+    ("config", "config", "check a configuration and print it resolved, or its schema"),
+    ("generate", "generate", "continue prompts with a trained model"),
+    ("ckpt ls", "ckpt", "list the checkpoints of a run"),
+    ("ckpt show", "ckpt", "print what a checkpoint holds"),
+    ("ckpt verify", "ckpt", "read every byte of a checkpoint and compare its hashes"),
+    ("ckpt diff", "ckpt", "compare two checkpoints bit by bit"),
+    ("ckpt dump", "ckpt", "write a checkpoint's logical tensors to one safetensors file"),
+    ("oracle", "oracle", "compare parallel layouts with an independent reference in float64"),
+    ("doctor", "doctor", "show versions, the extension, optional libraries and a check of gloo"),
+)
+VERBS = {words: Verb(words, f"megallm.cli.{module}", text) for words, module, text in _ROWS}

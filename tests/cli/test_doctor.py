@@ -1,0 +1,32 @@
+"""`megallm doctor`: what it says, and that a broken gloo or a missing package is a failure."""
+
+from __future__ import annotations
+
+import json
+
+from megallm.base import extension
+from megallm.cli import doctor
+from megallm.cli.main import main
+
+
+def test_doctor_json(capfd):
+    code = main(["doctor", "--json"])
+    found = json.loads(capfd.readouterr().out)
+    assert code == 0 and found["ok"] and found["gloo"] == "ok"
+    assert found["required"]["torch"] and found["cores"] >= 1
+    assert found["extension"]["loaded"] == extension.status().loaded
+    assert "detail" in found["extension"]
+
+
+def test_doctor_fails_when_ranks_cannot_talk(capfd, monkeypatch):
+    monkeypatch.setattr(doctor, "check_gloo", lambda: "rank 1 did not answer")
+    assert main(["doctor"]) == 70
+    assert "gloo between two ranks here: rank 1 did not answer" in capfd.readouterr().out
+
+
+def test_doctor_names_what_is_missing(capfd, monkeypatch):
+    monkeypatch.setattr(doctor, "check_gloo", lambda: "ok")
+    monkeypatch.setattr(doctor, "REQUIRED", ("numpy", "no-such-package"))
+    monkeypatch.setattr(doctor, "_gpus", list)
+    assert main(["doctor"]) == 70
+    assert "no-such-package      MISSING" in capfd.readouterr().out
