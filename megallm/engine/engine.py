@@ -17,15 +17,14 @@ from torch import Tensor
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
-from megallm.models.build import build_stage, initialise, place_parameters
-from megallm.models.decoder import StageOptions
-from megallm.ops.precision import MODEL_DTYPES
+from megallm.engine.model import ParallelModel
+from megallm.models.build import initialise
 from megallm.optim.adamw import AdamW
 from megallm.optim.clip import clip_gradients
 from megallm.optim.grads import Buckets, tie_axis
 from megallm.parallel import comm
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.pipeline import Batch, Pipeline
+from megallm.parallel.pipeline import Batch
 from megallm.parallel.schedule import SCHEDULES, forward_only
 from megallm.parallel.shard import named_shards
 
@@ -61,15 +60,13 @@ class Engine:
 
     def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.dtype = MODEL_DTYPES[config.precision]
-        self.stage = build_stage(config.model, mesh, StageOptions(config.sp, config.recompute))
-        entries = list(named_shards(self.stage))
+        self.model = ParallelModel(config, mesh)
+        self.stage, self.pipeline = self.model.stage, self.model.pipeline
         tie = tie_axis(mesh, bool(config.model.tie_embeddings))
-        self.buckets = Buckets(entries, mesh, self.dtype, tie, TIED_NAME)
-        place_parameters(self.stage, self.buckets.views("params"))
+        self.buckets = Buckets(list(named_shards(self.stage)), mesh, self.model.dtype, tie, TIED_NAME)
+        self.model.place(self.buckets.views("params"))
         self.buckets.attach(list(named_shards(self.stage)))
         self.optimizer = AdamW(config.optim, self.buckets)
-        self.pipeline = Pipeline(mesh, self.stage, self.dtype)
 
     @staticmethod
     def build(config: EngineConfig, mesh: Mesh) -> Engine:
@@ -150,8 +147,14 @@ class Engine:
                 shard = self.buckets.shards[base]
                 yield Part(name, shard.full, shard.box(self.mesh.layout, self.mesh.coords).offset, tensor)
 
+    def counters(self) -> dict[str, int]:
+        """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
+        return {"updates": self.optimizer.step_count}
+
     def load(self, reader: Reader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; local, not collective."""
+        if optimizer:
+            self.optimizer.step_count = reader.meta["engine"]["updates"]
         for name, tensor in self._state(optimizer).items():
             base = name.split(".", 2)[2] if name.startswith("optim.") else name
             box = self.buckets.shards[base].box(self.mesh.layout, self.mesh.coords)

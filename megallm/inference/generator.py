@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.engine.engine import Engine
+from megallm.engine.model import ParallelModel
 from megallm.inference.sampling import Sampling, choose
 from megallm.models.attention import LayerCache
 from megallm.parallel.tensor import whole_sequences
@@ -24,11 +24,11 @@ class Completion:
 
 
 class Generator:
-    """Generates from an engine's weights as they are; collective over the ranks of a replica."""
+    """Generates from a model's weights as they are; collective over the ranks of a replica."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.stage, self.mesh = engine, engine.stage, engine.mesh
-        self.wires = engine.pipeline.wires
+    def __init__(self, model: ParallelModel) -> None:
+        self.model, self.stage, self.mesh = model, model.stage, model.mesh
+        self.wires = model.pipeline.wires
 
     def generate(self, prompt: list[int], sampling: Sampling, request: int = 0, stop: int | None = None) -> Completion:
         """Continue `prompt` by up to `max_new_tokens` tokens, ending after the token `stop`.
@@ -52,7 +52,7 @@ class Generator:
         return completion
 
     def _check(self, prompt: list[int], sampling: Sampling) -> None:
-        config = self.engine.config.model
+        config = self.model.config.model
         if not prompt:
             raise UsageError("The prompt has no tokens; give at least one.")
         total = len(prompt) + sampling.max_new_tokens
@@ -64,8 +64,8 @@ class Generator:
 
     def _caches(self, capacity: int) -> list[LayerCache]:
         heads, device = next(iter(self.stage.layers.values())).attention.heads, self.mesh.device
-        shape = (1, capacity, heads.num_kv, self.engine.config.model.head_size)
-        make = lambda: torch.zeros(shape, dtype=self.engine.dtype, device=device)  # noqa: E731
+        shape = (1, capacity, heads.num_kv, self.model.config.model.head_size)
+        make = lambda: torch.zeros(shape, dtype=self.model.dtype, device=device)  # noqa: E731
         return [LayerCache(make(), make()) for _ in self.stage.layers]
 
     def _step(
@@ -89,6 +89,6 @@ class Generator:
 
     def _receive(self, count: int, key: int) -> Tensor:
         wire = self.wires["in", "F"]
-        shape = (1, count, self.engine.config.model.hidden_size)
-        wire.expect([(key, 0)], lambda: torch.empty(shape, dtype=self.engine.dtype, device=self.mesh.device))
+        shape = (1, count, self.model.config.model.hidden_size)
+        wire.expect([(key, 0)], lambda: torch.empty(shape, dtype=self.model.dtype, device=self.mesh.device))
         return wire.take((key, 0))

@@ -111,13 +111,13 @@ class Mesh:
         dist.broadcast(payload, 0, group=self.world.group)
         return json.loads(bytes(payload.numpy()))
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank of the world; collective over it."""
+    def largest(self, value: int) -> int:
+        """The largest of every rank's value; collective over the world."""
         if self.world.size == 1:
-            return flag
-        vote = torch.tensor([int(flag)])
+            return value
+        vote = torch.tensor([value])
         dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.world.group)
-        return bool(vote)
+        return int(vote)
 
     def barrier(self) -> None:
         """Wait for every rank of the world."""

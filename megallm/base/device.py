@@ -1,0 +1,28 @@
+"""What the training loop asks of a device besides arithmetic."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+GIB = 2**30
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+# Dense bf16 FLOP/s of the chips for which a utilisation is reported, by a word of their name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU, else None: a utilisation would be a guess."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)

@@ -1,0 +1,86 @@
+"""`megallm generate`: load a checkpoint at the wanted layout and continue prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megallm.base.errors import CheckpointError, UsageError
+from megallm.base.files import atomic_write_text
+from megallm.checkpoint import store
+from megallm.checkpoint.reader import Reader
+from megallm.data import tokenizer
+from megallm.data.tokenizer import Tokenizer
+from megallm.engine.config import EngineConfig
+from megallm.engine.model import ParallelModel
+from megallm.inference.generator import Completion, Generator
+from megallm.inference.request import GenerateRequest
+from megallm.inference.sampling import Sampling
+from megallm.models.config import ModelConfig
+from megallm.parallel.mesh import Mesh
+
+
+def run(request: GenerateRequest, mesh: Mesh) -> list[dict[str, Any]]:
+    """Continue each prompt; rows {prompt, tokens, text, logprobs} on every rank. Collective over the world.
+
+    Rank 0 writes them to `request.output`, or prints prompt and text.
+    """
+    step = find_step(request.model)
+    with Reader(step) as reader:
+        config = model_config(reader)
+        model = ParallelModel.load(config, mesh, reader)
+        words = find_tokenizer(step, reader.meta)
+    sampling = Sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed)
+    generator = Generator(model)
+    rows = []
+    for number, prompt in enumerate(request.prompts):
+        tokens = words.encode(prompt) or [words.eod]
+        completion = generator.generate(tokens, sampling, request=number, stop=words.eod)
+        rows.append(row_of(prompt, completion, words))
+        if mesh.rank == 0 and request.output is None:
+            print(f"{prompt}{rows[-1]['text']}\n", flush=True)
+    if mesh.rank == 0 and request.output is not None:
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        atomic_write_text(Path(request.output), "".join(f"{line}\n" for line in lines))
+    return rows
+
+
+def row_of(prompt: str, completion: Completion, words: Tokenizer) -> dict[str, Any]:
+    """The JSON row of one completion; the end-of-text token is not part of the text."""
+    shown = [token for token in completion.tokens if token != words.eod]
+    return {
+        "prompt": prompt,
+        "tokens": completion.tokens,
+        "text": words.decode(shown),
+        "logprobs": completion.log_probs,
+    }
+
+
+def find_step(model: str) -> Path:
+    """The checkpoint that a run folder or a step folder stands for; UsageError when there is none."""
+    path = Path(model)
+    if not path.is_dir():
+        raise UsageError(f"--model {model}: there is no such folder; give a run folder or one of its step folders.")
+    if (path / "manifest.json").exists():
+        return path
+    found, warnings = store.latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path} holds no valid checkpoint. {' '.join(warnings)}".rstrip())
+    return found
+
+
+def model_config(reader: Reader) -> EngineConfig:
+    """What to build, from what the checkpoint remembers."""
+    try:
+        return EngineConfig(model=ModelConfig(**reader.meta["model"]), precision=reader.meta["precision"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{reader.folder} does not say which model it holds ({error}).") from error
+
+
+def find_tokenizer(step: Path, meta: dict[str, Any]) -> Tokenizer:
+    """The copy in the run folder, else the tokenizer that the run was configured with, else bytes."""
+    kept = step.parent.parent / "tokenizer"
+    if kept.is_dir():
+        return tokenizer.load(str(kept))
+    return tokenizer.load(meta.get("tokenizer") or tokenizer.BYTES)

@@ -1,0 +1,169 @@
+"""The training loop: steps, held-out loss, checkpoints, and stopping when asked. One for every trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from megallm.base.device import peak_flops, peak_memory_gib
+from megallm.base.errors import CannotWrite, Diverged, Requeue
+from megallm.checkpoint import store
+from megallm.engine.engine import Engine, Loss, StepStats
+from megallm.optim.lr import learning_rate
+from megallm.parallel.pipeline import Batch
+from megallm.training.config import PretrainConfig
+from megallm.training.recorder import Recorder
+from megallm.training.signals import INTERRUPTED, NOTHING, PREEMPTED, Requests
+
+MAX_SKIPPED = 10  # updates in a row without a finite gradient: the run has diverged
+MAX_FAILED_SAVES = 3
+
+
+@dataclass
+class Ledger:
+    """What advances when a step commits; with the seed it determines everything that follows."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass
+class Job:
+    """What one run consists of: how batches come, what is minimised, and what a checkpoint has to remember."""
+
+    config: PretrainConfig
+    engine: Engine
+    loss: Loss
+    batches: Iterator[tuple[int, list[Batch]]]  # (step, this data rank's microbatches)
+    wait_seconds: Callable[[], float]  # spent waiting for data so far
+    held_out: Callable[[], float | None]  # collective; None without held-out data
+    identity: dict[str, Any]  # what a resumed run must agree with
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+class Loop:
+    """Runs a job to `train.stop_at` or `train.steps`; collective over the world."""
+
+    def __init__(self, job: Job, recorder: Recorder, requests: Requests) -> None:
+        self.job, self.recorder, self.requests = job, recorder, requests
+        self.config, self.engine, self.mesh = job.config, job.engine, job.engine.mesh
+        self.saved_step = job.ledger.step
+        self.skipped_in_a_row = self.failed_saves = 0
+        self.waited = 0.0
+        peak = peak_flops(self.mesh.device)
+        self.peak_flops = None if peak is None else peak * self.mesh.layout.world
+
+    def run(self) -> None:
+        """Train; saves at the end whatever the reason for stopping.
+
+        Raises Requeue after SIGTERM (state is safe), KeyboardInterrupt after SIGINT (state is safe),
+        Diverged, CannotWrite when checkpoints fail again and again.
+        """
+        last = self.config.train.stop_at or self.config.train.steps
+        request = NOTHING
+        for step, batches in self.job.batches:
+            row = self._step(step, batches)
+            if self._due(self.config.eval.every, step) and step < last:
+                row["val/loss"] = self.job.held_out()
+            request = self.mesh.largest(self.requests.seen)
+            if step == last or request:
+                break
+            self.recorder.row(row)
+            if self._due(self.config.checkpoint.every, step):
+                self._save()
+        else:
+            row = None
+        if row is not None:
+            if not request:
+                row["val/loss"] = self.job.held_out()
+            self.recorder.row(row)
+        if self.saved_step < self.job.ledger.step:
+            self._save(final=True)
+        self._leave(request)
+
+    def _leave(self, request: int) -> None:
+        if request == PREEMPTED:
+            self.recorder.event("preempted", step=self.job.ledger.step)
+            raise Requeue(f"Stopped by a signal after step {self.job.ledger.step}; the state is saved, start again to go on.")
+        if request == INTERRUPTED:
+            self.recorder.event("interrupted", step=self.job.ledger.step)
+            raise KeyboardInterrupt
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _step(self, step: int, batches: list[Batch]) -> dict[str, Any]:
+        """One update; returns its metrics."""
+        begin, waited = time.monotonic(), self.job.wait_seconds() - self.waited
+        self.waited += waited
+        lr = learning_rate(self.config.optim, step, self.config.train.steps)
+        stats = self.engine.train_step(batches, self.job.loss, lr)
+        ledger = self.job.ledger
+        ledger.step = step
+        ledger.consumed_samples += self.config.train.global_batch
+        tokens = self.config.train.global_batch * self.config.data.seq_len
+        ledger.consumed_tokens += tokens
+        ledger.skipped_steps += stats.skipped
+        self._watch(stats, step)
+        row = self._metrics(stats, lr, time.monotonic() - begin + waited, tokens)
+        return row | {"perf/data_wait_seconds": waited}
+
+    def _watch(self, stats: StepStats, step: int) -> None:
+        """Refuse to go on with numbers that are not finite."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped else 0
+        if stats.skipped:
+            self.recorder.event("skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm))
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise Diverged(
+                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to step {step} (loss {stats.loss}). "
+                f"Lower optim.lr, warm up for longer, or start again from an earlier checkpoint."
+            )
+
+    def _metrics(self, stats: StepStats, lr: float, seconds: float, tokens: int) -> dict[str, Any]:
+        ledger, world = self.job.ledger, self.mesh.layout.world
+        row: dict[str, Any] = {
+            "step": ledger.step,
+            "consumed_tokens": ledger.consumed_tokens,
+            "train/loss": _finite(stats.loss),
+            "train/lr": lr,
+            "train/grad_norm": _finite(stats.grad_norm),
+            "train/tokens": sum(stats.counts.values()),
+            "train/skipped_steps": ledger.skipped_steps,
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_sec": tokens / seconds,
+            "perf/tokens_per_sec_per_device": tokens / seconds / world,
+            "mem/peak_gib": peak_memory_gib(self.mesh.device),
+        }
+        if self.peak_flops is not None:
+            flops = self.config.model.num_flops(self.config.data.seq_len) * tokens
+            row["perf/mfu"] = flops / seconds / self.peak_flops
+        return row
+
+    def _save(self, final: bool = False) -> None:
+        """Write a checkpoint. A failure is reported and training goes on, unless it was the last chance."""
+        ledger, begin = self.job.ledger, time.monotonic()
+        self.recorder.before_save()
+        meta = {"engine": self.engine.counters(), "ledger": vars(ledger), **self.job.identity}
+        try:
+            store.save(
+                self.recorder.checkpoints, ledger.step, list(self.engine.parts()), meta, self.mesh,
+                self.config.checkpoint.keep,
+            )  # fmt: skip
+        except CannotWrite as error:
+            self.failed_saves += 1
+            self.recorder.event("save_failed", step=ledger.step, reason=str(error))
+            if final or self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            return
+        self.failed_saves, self.saved_step = 0, ledger.step
+        self.recorder.saved(ledger.step, time.monotonic() - begin)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN; a number that is not finite becomes null."""
+    return value if math.isfinite(value) else None
