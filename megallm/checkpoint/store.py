@@ -172,7 +172,11 @@ def _replace(root: Path, folder: Path, final: Path, data: bytes) -> None:
             shutil.rmtree(folder)
             return
     aside = set_aside(final)
-    os.rename(folder, final)
+    try:
+        os.rename(folder, final)
+    except OSError:
+        os.rename(aside, final)
+        raise
     fsync_dir(root)
     shutil.rmtree(aside, ignore_errors=True)
 
