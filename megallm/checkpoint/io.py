@@ -107,6 +107,7 @@ def write_shard(
             data = raw(part.tensor[box.slices(part.box)])
             held[part.name].append(Piece(path.name, file.position, box, digest(data)))
             file.write(data)
+            del data  # before the next piece is copied: one at a time
         record = FileRecord(file.position, len(header), digest(header))
     table = {
         part.name: TensorRecord(tuple(part.full), DTYPE_NAMES[part.tensor.dtype], tuple(held[part.name]))

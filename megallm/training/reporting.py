@@ -204,7 +204,10 @@ def _panel(row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds:
     table = Table.grid(padding=(0, 3))
     for start in range(1, len(fields), 3):
         table.add_row(
-            *(Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in fields[start : start + 3])
+            *(
+                Text.assemble((f"{label} " if label else "", "dim"), (value, "bold"))
+                for label, value in fields[start : start + 3]
+            )
         )
     bar = ProgressBar(total=total_steps, completed=row["step"])
     return Panel(Group(table, bar), title=f"step {fields[0][1]}", title_align="left", expand=False, width=72)

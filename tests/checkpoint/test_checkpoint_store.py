@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import weakref
 from math import prod
 from pathlib import Path
 
@@ -82,6 +83,21 @@ def test_small_pieces_strided_targets_and_parameters(tmp_path):
         parameter = torch.nn.Parameter(torch.zeros(6, 10))
         reader.read_into("w", (0, 0), parameter.t())
         assert torch.equal(parameter.detach().t(), weight)
+
+
+def test_one_piece_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """Strided parts have to be copied: the copy of a piece is gone before the next one is made."""
+    make, made = io.raw, []
+
+    def watched(tensor):
+        assert all(reference() is None for reference in made), "two pieces are in memory"
+        data = make(tensor)
+        made.append(weakref.ref(data))
+        return data
+
+    monkeypatch.setattr(io, "raw", watched)
+    io.write_shard(tmp_path / "a.safetensors", [Part("w", (10, 6), (0, 0), torch.randn(6, 10).t())], 32)
+    assert len(made) == 10
 
 
 def test_the_safetensors_library_reads_a_shard(small, tensors):
