@@ -38,6 +38,12 @@ LINE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def lines_reach_the_test(monkeypatch):
+    """Whatever `base.log.configure` did in an earlier test."""
+    monkeypatch.setattr(logging.getLogger("megallm"), "propagate", True)
+
+
 def test_the_line_is_the_documented_one():
     assert format_line(ROW, 20000, 1150, 4 * 3600 + 41 * 60 + 10) == LINE
 

@@ -17,6 +17,12 @@ from megallm.training import runfolder
 from megallm.training.runfolder import Events, Holder, JsonLines, Lease, Metrics, RunFolder, read_rows, rewind
 
 
+@pytest.fixture(autouse=True)
+def lines_reach_the_test(monkeypatch):
+    """Whatever `base.log.configure` did in an earlier test."""
+    monkeypatch.setattr(logging.getLogger("megallm"), "propagate", True)
+
+
 @pytest.fixture
 def folder(tmp_path):
     result = RunFolder(tmp_path / "run")
