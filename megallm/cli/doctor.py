@@ -12,7 +12,7 @@ from typing import Any
 
 from megallm.base import extension
 from megallm.base.errors import InternalError, MegallmError
-from megallm.cli.main import VERSION
+from megallm.base.version import VERSION
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv, detect, thread_count
 from megallm.launch.local import run_ranks

@@ -16,9 +16,9 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
+from megallm.base.version import VERSION
 from megallm.cli.table import VERBS, Verb
 
-VERSION = "0.1.0"
 INTERRUPTED = 130
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -25,6 +25,7 @@ from megallm.base.errors import (
     Requeue,
     UsageError,
 )
+from megallm.base.version import VERSION
 from megallm.cli import main as cli
 from megallm.cli.generate import parse_layout, read_prompts
 from megallm.cli.table import VERBS, Command, Verb
@@ -86,7 +87,7 @@ def test_every_row_of_the_table_has_its_command():
 
 def test_python_m_megallm(tmp_path):
     done = subprocess.run([sys.executable, "-m", "megallm", "--version"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"megallm {cli.VERSION}\n")
+    assert (done.returncode, done.stdout) == (0, f"megallm {VERSION}\n")
 
 
 @pytest.mark.parametrize(
