@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -13,6 +14,9 @@ from megallm.cli.table import Command
 def _inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, metavar="F", help="JSONL, plain text or Parquet; .gz .zst")
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text")
+    parser.add_argument(
+        "--split-text", choices=("file", "lines", "paragraphs"), default="file", help="what is a document of plain text"
+    )
 
 
 def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +41,9 @@ def _preprocess(args: argparse.Namespace) -> int:
         append_eod=args.append_eod,
         workers=args.workers,
         on_error=args.on_error,
+        split_text=args.split_text,
     )
-    print(json.dumps(preprocess.run(config), indent=2))
+    print(json.dumps(dataclasses.asdict(preprocess.run(config)), indent=2))
     return 0
 
 
