@@ -57,11 +57,8 @@ def _tokenizer_train(args: argparse.Namespace) -> int:
     from megallm.data.readers import ReadOptions
     from megallm.data.tokenizer import train_bpe
 
-    print(
-        json.dumps(
-            train_bpe(args.input, args.vocab_size, args.output, ReadOptions(keys=tuple(args.json_keys))), indent=2
-        )
-    )
+    options = ReadOptions(keys=tuple(args.json_keys), split_text=args.split_text)
+    print(json.dumps(train_bpe(args.input, args.vocab_size, args.output, options), indent=2))
     return 0
 
 

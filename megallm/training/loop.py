@@ -79,7 +79,7 @@ class Loop:
         else:
             row = None
         if row is not None:
-            if not request:
+            if not request or self.job.ledger.step == last:  # a finished run has no later chance to evaluate
                 row["val/loss"] = self.job.held_out()
             self.recorder.row(row)
         if self.saved_step < self.job.ledger.step:

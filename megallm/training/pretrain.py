@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
+
+log = logging.getLogger(__name__)
 
 
 def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
@@ -173,6 +176,8 @@ def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> Path | None:
         answer = {"found": str(found) if found else None, "warnings": warnings}
     answer = mesh.broadcast_json(answer)
     found = Path(answer["found"]) if answer["found"] else None
+    for warning in answer["warnings"] if found is not None and mesh.rank == 0 else ():
+        log.warning("%s", warning)
     if found is None and resume == "must":
         raise UsageError(f"--resume must: there is no valid checkpoint under {root}. {' '.join(answer['warnings'])}".rstrip())
     if found is not None and resume == "never":
