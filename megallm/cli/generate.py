@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from megallm.base.config import load
 from megallm.base.errors import DataError, UsageError
@@ -15,6 +16,8 @@ from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
 from megallm.training.config import LayoutConfig
+
+PRELOAD = ("megallm.inference.generate", "megallm.launch.group")  # imported once, before the ranks are forked
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--layout {args.layout or 'of one rank'} needs {layout.world} ranks, but {world} were started."
         )
-    start(_rank, (request, layout), layout.world, None)
+    start(_rank, (request, layout), layout.world, None, PRELOAD)
     return 0
 
 
@@ -97,7 +100,11 @@ def _rank(env: RankEnv, request: GenerateRequest, layout: Layout) -> None:
     from megallm.parallel.mesh import Mesh
 
     with process_group(env) as device:
-        generate.run(request, Mesh.start(layout, device))
+        generate.run(request, Mesh.start(layout, device), _show)
+
+
+def _show(row: dict[str, Any]) -> None:
+    print(f"{row['prompt']}{row['text']}\n", flush=True)
 
 
 COMMANDS = {"generate": Command(_arguments, _run)}

@@ -12,6 +12,8 @@ from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.training.config import PretrainConfig
 
+PRELOAD = ("megallm.training.pretrain", "megallm.launch.group")  # imported once, before the ranks are forked
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file (see `megallm config --schema`)")
@@ -31,7 +33,7 @@ def _run(args: argparse.Namespace) -> int:
     config = load_and_check(args.config, args.overrides, world_size(args.nproc))
     for prefix in config.data.sources:
         IndexedDataset(prefix)  # a missing or broken file ends here, before any rank
-    start(_rank, (config, args.resume), config.layout.grid().world, Path(config.run.dir) / "logs")
+    start(_rank, (config, args.resume), config.layout.grid().world, Path(config.run.dir) / "logs", PRELOAD)
     return 0
 
 

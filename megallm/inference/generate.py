@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from megallm.inference.sampling import Sampling
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 
+Row = dict[str, Any]
 
-def run(request: GenerateRequest, mesh: Mesh) -> list[dict[str, Any]]:
+
+def run(request: GenerateRequest, mesh: Mesh, show: Callable[[Row], None] | None = None) -> list[Row]:
     """Continue each prompt; rows {prompt, tokens, text, logprobs} on every rank. Collective over the world.
 
-    Rank 0 writes them to `request.output`, or prints prompt and text.
+    Rank 0 writes them to `request.output`, or passes each to `show` as it comes.
     """
     step = find_step(request.model)
     with Reader(step) as reader:
@@ -38,15 +41,15 @@ def run(request: GenerateRequest, mesh: Mesh) -> list[dict[str, Any]]:
         tokens = words.encode(prompt) or [words.eod]
         completion = generator.generate(tokens, sampling, request=number, stop=words.eod)
         rows.append(row_of(prompt, completion, words))
-        if mesh.rank == 0 and request.output is None:
-            print(f"{prompt}{rows[-1]['text']}\n", flush=True)
+        if mesh.rank == 0 and request.output is None and show is not None:
+            show(rows[-1])
     if mesh.rank == 0 and request.output is not None:
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         atomic_write_text(Path(request.output), "".join(f"{line}\n" for line in lines))
     return rows
 
 
-def row_of(prompt: str, completion: Completion, words: Tokenizer) -> dict[str, Any]:
+def row_of(prompt: str, completion: Completion, words: Tokenizer) -> Row:
     """The JSON row of one completion; the end-of-text token is not part of the text."""
     shown = [token for token in completion.tokens if token != words.eod]
     return {

@@ -32,11 +32,13 @@ def started_by_others() -> RankEnv | None:
     return None if env is not None and env.launcher == "srun" and env.world == 1 else env
 
 
-def start(fn: Callable[..., None], args: Sequence[Any], nproc: int, log_dir: Path | None) -> None:
+def start(
+    fn: Callable[..., None], args: Sequence[Any], nproc: int, log_dir: Path | None, preload: Sequence[str] = ("torch",)
+) -> None:
     """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process if it is one."""
     env = started_by_others()
     if env is None:
-        run_ranks(fn, args, nproc, log_dir)
+        run_ranks(fn, args, nproc, log_dir, preload)
         return
     if env.rank != 0 and log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)

@@ -86,14 +86,15 @@ def _serve(rank: int, wire: connection.Connection, stack: str) -> None:
     with open(stack, "w") as file, _Reporter(wire):
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
         while (request := wire.recv_bytes()) != b"":
-            wire.send_bytes(pickle.dumps((True, _perform(rank, pickle.loads(request)))))
+            call = pickle.loads(request)  # from our own process
+            wire.send_bytes(pickle.dumps((True, _perform(rank, call))))
             wire.recv_bytes()
             dist.destroy_process_group()
 
 
 def _perform(rank: int, call: _Call) -> Any:
     sys.path[:] = call.path
-    fn, args = pickle.loads(call.job)
+    fn, args = pickle.loads(call.job)  # from our own process
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     store = dist.FileStore(call.store, call.size)
@@ -175,7 +176,7 @@ class Pool:
             for wire in connection.wait(list(waiting), left):
                 rank = waiting.pop(wire)
                 try:
-                    good, value = pickle.loads(wire.recv_bytes())
+                    good, value = pickle.loads(wire.recv_bytes())  # from our own process
                 except (EOFError, ConnectionResetError):
                     dead[rank] = self._obituary(rank)
                     good, value = False, None

@@ -31,6 +31,7 @@ AVAILABLE: dict[str, tuple[Any, ...]] = {
     "layout.stages": (None,),
     "zero.stage": (0,),
     "data.order": ("megatron",),
+    "data.log_samples": (False,),
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.determinism": ("none",),
     "model.hf": (None,),

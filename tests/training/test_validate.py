@@ -174,13 +174,17 @@ def test_what_is_not_there_yet_is_refused_in_words(key):
         "layout.schedule": "interleaved",
         "layout.stages": "E|L",
         "data.order": "stream",
+        "data.log_samples": True,
         "train.precision": "fp8",
         "train.determinism": "tree",
         "model.hf": "dir",
     }.get(key, 2)
     problems = find_problems(replace(GOOD, {key: wrong}), None)
     (problem,) = [problem for problem in problems if problem.rule == "available"]
-    assert f"{key} is {wrong}, which this version cannot do yet; accepted today: " in problem.sentence
+    assert (
+        f"{key} is {str(wrong).replace('True', 'true')}, which this version cannot do yet; accepted today: "
+        in problem.sentence
+    )
     assert_fixes_hold(replace(GOOD, {key: wrong}), None)
 
 
