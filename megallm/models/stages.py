@@ -1,11 +1,17 @@
-"""Which layers a pipeline stage holds. Pure."""
+"""Which layers a pipeline stage holds. Pure.
+
+Stages are balanced by work: a layer counts 1, the loss counts what its matrix multiply costs in layers. Or the
+user writes the layout down: `Et*3|t*4|t*4|t*3L` is four stages, embedding and 3 layers, 4, 4, 3 and the loss.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
 
 from megallm.base.errors import UsageError
-from megallm.parallel.shard import piece
+from megallm.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,91 @@ class StageSpan:
     last: bool
 
 
-def plan_stages(num_layers: int, num_stages: int) -> list[StageSpan]:
-    """Divide the layers as evenly as they go, earlier stages longer by one: the last also computes the loss."""
-    if num_stages > num_layers:
+def plan_stages(
+    num_layers: int, num_stages: int, layout: str | None = None, loss_work: float = 0.0
+) -> list[StageSpan]:
+    """The layers of each stage, by `layout` or balanced; each balanced stage has at least one layer.
+
+    `loss_work` is the cost of the head in layers (`head_work`). Raises UsageError when it cannot be done.
+    """
+    if layout is not None:
+        counts = parse_stages(layout, num_layers, num_stages)
+    elif num_stages > num_layers:
         raise UsageError(f"{num_stages} pipeline stages need at least {num_stages} layers; the model has {num_layers}.")
-    spans = [piece(num_layers, num_stages, stage) for stage in range(num_stages)]
-    return [StageSpan(b, e, stage == 0, stage == num_stages - 1) for stage, (b, e) in enumerate(spans)]
+    else:
+        counts = _balanced(num_layers, num_stages, loss_work)
+    ends = [sum(counts[: stage + 1]) for stage in range(num_stages)]
+    return [
+        StageSpan(end - count, end, stage == 0, stage == num_stages - 1)
+        for stage, (count, end) in enumerate(zip(counts, ends, strict=True))
+    ]
+
+
+def head_work(config: ModelConfig) -> float:
+    """Matrix-multiply FLOPs of the head over those of one layer; the embedding is a look-up and counts 0."""
+    d, e = config.hidden_size, config.head_size
+    layer = d * e * (2 * config.num_heads + 2 * config.num_kv_heads) + (3 if config.gated else 2) * d * config.ffn_hidden_size
+    return d * config.vocab_size / layer
+
+
+def _balanced(num_layers: int, num_stages: int, loss_work: float) -> list[int]:
+    """The smallest possible largest work; then the earlier stages take what does not divide."""
+    body = num_stages - 1
+    if body == 0:
+        return [num_layers]
+    most, even = num_layers - body, num_layers / num_stages  # the others keep a layer each
+    last = min(range(1, most + 1), key=lambda n: (max(n + loss_work, -(-(num_layers - n) // body)), abs(n - even)))
+    base, extra = divmod(num_layers - last, body)
+    return [base + (stage < extra) for stage in range(body)] + [last]
+
+
+MAX_EXPANDED = 100_000
+_TOKEN = re.compile(r"([EtL|])(?:\*(\d+))?")
+
+
+def parse_stages(layout: str, num_layers: int, num_stages: int) -> list[int]:
+    """Layers per stage of a layout string: `E` embedding, `t` a layer, `L` loss, `|` between stages, `*n`
+    repeats what stands before it, `(...)` groups."""
+    stages = _expand(layout.replace(" ", "")).split("|")
+    problem = None
+    if len(stages) != num_stages:
+        problem = f"it has {len(stages)} stages, the layout needs pp x chunks = {num_stages}"
+    elif not re.fullmatch(r"Et*(\|t*)*\|t*L|Et*L", "|".join(stages)):
+        problem = "it must begin with E (embedding), end with L (loss), and have nothing but t (layers) between"
+    elif "".join(stages).count("t") != num_layers:
+        problem = f"it has {''.join(stages).count('t')} layers t, the model has {num_layers}"
+    if problem:
+        raise UsageError(
+            f"layout.stages '{layout}' does not fit: {problem}. An even one is '{_even(num_layers, num_stages)}'."
+        )
+    return [stage.count("t") for stage in stages]
+
+
+def _expand(text: str) -> str:
+    """Replace `(...)*n` from the inside out, then `x*n`."""
+    while match := re.search(r"\(([^()]*)\)(?:\*(\d+))?", text):
+        text = text[: match.start()] + match[1] * _repeat(match[2], text) + text[match.end() :]
+        if len(text) > MAX_EXPANDED:
+            raise UsageError(f"layout.stages describes more than {MAX_EXPANDED} pieces; check its repeats.")
+    parts, end = [], 0
+    for match in _TOKEN.finditer(text):
+        if match.start() != end:
+            break
+        parts.append(match[1] * _repeat(match[2], text))
+        end = match.end()
+    if end != len(text):
+        raise UsageError(f"layout.stages: '{text[end:]}' is not understood; use E, t, L, | and *n, as in 'Et*3|t*3L'.")
+    return "".join(parts)
+
+
+def _repeat(digits: str | None, text: str) -> int:
+    if digits is not None and (len(digits) > 4 or int(digits) < 1):
+        raise UsageError(f"layout.stages '{text[:60]}': the repeat *{digits} must be between 1 and 9999.")
+    return int(digits or 1)
+
+
+@cache
+def _even(num_layers: int, num_stages: int) -> str:
+    counts = _balanced(num_layers, num_stages, 0.0) if num_stages <= num_layers else [1] * num_stages
+    stages = [f"t*{count}" for count in counts]
+    return f"E{'|'.join(stages)}L"
