@@ -21,12 +21,13 @@ import termios
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
 from megallm.base.errors import InternalError, MegallmError, PeerLost, Requeue, UsageError
+from megallm.base.files import writing
 from megallm.launch.environment import LOOPBACK, RankEnv
 from megallm.launch.rank import INTERRUPTED, Ending, rank_main
 
@@ -55,7 +56,6 @@ class Rank:
     status: int | None = None  # of waitpid
     ended_at: float = 0.0
     ending: Ending | None = None
-    said: bytearray = field(default_factory=bytearray)
 
     @property
     def failed(self) -> bool:
@@ -101,7 +101,8 @@ def run_ranks(
     for name in preload:
         importlib.import_module(name)
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        with writing(log_dir):
+            log_dir.mkdir(parents=True, exist_ok=True)
         _Launch(fn, tuple(args), nproc, log_dir).run()
         return
     with tempfile.TemporaryDirectory(prefix="megallm-") as folder:
@@ -245,10 +246,11 @@ class _Launch:
         """Raise what the ended ranks mean; return when all finished."""
         if self.interrupts >= 2:
             raise RanksFailed("interrupted twice; all ranks were ended at once.", INTERRUPTED)
-        # A rank killed by us ended at infinity. The loss of a peer is a consequence: any other cause goes first.
+        # A rank killed by us ended at infinity. A lost peer is a consequence and an interrupt was asked for: any other
+        # cause goes first.
         failed = [rank for rank in self.ranks if rank.failed and rank.ended_at < float("inf")]
         if failed:
-            first = min(failed, key=lambda rank: (rank.code == PeerLost.exit_code, _moment(rank)))
+            first = min(failed, key=lambda rank: (rank.code in (PeerLost.exit_code, INTERRUPTED), _moment(rank)))
             raise RanksFailed(_describe(first, self.nproc), first.code)
         saved = [rank for rank in self.ranks if rank.code == Requeue.exit_code]
         if saved:
@@ -265,13 +267,21 @@ def _hear(rank: Rank) -> None:
         said = os.read(rank.report, 1 << 20)
     except BlockingIOError:
         return
-    if said:
-        rank.ending = Ending(**json.loads(said))
+    if not said:
+        return
+    rank.ending = Ending(**json.loads(said))
+    if rank.ending.expected and rank.ending.message:  # ours to show; the rank's log keeps it too
+        with rank.log.open("a") as log:
+            log.write(f"megallm: error: {rank.ending.message}\n")
 
 
 def _describe(rank: Rank, nproc: int) -> str:
+    if rank.code == INTERRUPTED:
+        return "interrupted."
     if rank.ending is not None and rank.ending.expected:
         return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
+    if rank.ending is not None and rank.number == 0:
+        return f"rank 0 of {nproc} failed: {rank.cause()}. What it wrote stands above, and in {rank.log}."
     lines = rank.log.read_bytes()[-8192:].decode(errors="replace").splitlines()[-TAIL_LINES:]
     tail = "".join(f"\n    {line}" for line in lines) or " (empty)"
     return f"rank {rank.number} of {nproc} failed: {rank.cause()}. {rank.log} ends with:{tail}"

@@ -68,7 +68,6 @@ def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -
         code = error.code if isinstance(error.code, int) else 1
         return Ending(code or InternalError.exit_code, f"sys.exit({error.code})", False, time.monotonic())
     except MegallmError as error:
-        print(f"megallm: error: {error}", file=sys.stderr)
         return Ending(error.exit_code, str(error)[:MAX_MESSAGE], True, time.monotonic())
     except Exception as error:  # the boundary of the process: nothing above could catch it
         at = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import PeerLost, UsageError
+from megallm.base.files import writing
 from megallm.launch.environment import RankEnv, detect, thread_count
 from megallm.launch.local import run_ranks
 from megallm.launch.process import default_signals, keep_memory, limit_threads
@@ -41,7 +42,8 @@ def start(
         run_ranks(fn, args, nproc, log_dir, preload)
         return
     if env.rank != 0 and log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        with writing(log_dir):
+            log_dir.mkdir(parents=True, exist_ok=True)
         os.dup2(os.open(log_dir / f"rank-{env.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 1)
     default_signals()
     keep_memory()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megallm.base.errors import DataError, Requeue, UsageError
+from megallm.base.errors import CannotWrite, DataError, Requeue, UsageError
 from megallm.launch.environment import RankEnv
 from megallm.launch.local import RanksFailed, run_ranks
 
@@ -146,7 +146,9 @@ def test_the_first_failure_is_named_and_ends_all(tmp_path, kind, code, words):
     assert time.monotonic() - start < 3
     assert caught.value.exit_code == code
     assert words in str(caught.value)
-    if kind != "data":
+    if kind == "data":
+        assert "megallm: error: corpus.jsonl:7" in (tmp_path / "logs" / "rank-1.log").read_text()
+    else:
         assert "rank-1.log ends with:" in str(caught.value)
         assert "last words of rank 1" in (tmp_path / "logs" / "rank-1.log").read_text()
     if kind in ("segv", "abort"):
@@ -159,6 +161,22 @@ def test_a_lost_peer_does_not_mask_the_cause():
         with pytest.raises(RanksFailed, match=r"rank 2 of 3 failed: killed by signal 9") as caught:
             run(blame_cause)
         assert caught.value.exit_code == 137
+
+
+def fail_with_a_sentence(env: RankEnv) -> None:
+    raise DataError("no usable text.")
+
+
+def test_a_sentence_is_shown_once(capfd):
+    with pytest.raises(RanksFailed, match=r"^no usable text\.$"):
+        run(fail_with_a_sentence, nproc=1)
+    assert capfd.readouterr().err == ""  # cli.main prints it
+
+
+def test_a_log_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(CannotWrite, match="run"):
+        run(write_place, str(tmp_path), log_dir=tmp_path / "run" / "logs")
 
 
 def test_nproc_must_be_positive():

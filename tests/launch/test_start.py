@@ -1,0 +1,90 @@
+"""Ranks that others start: two plain processes with torchrun's variables, and with srun's, meet and sum."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megallm.base.errors import UsageError
+from megallm.launch.environment import rendezvous_port
+from megallm.launch.start import started_by_others, world_size
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import sys
+from pathlib import Path
+from tests.launch.test_local import one_all_reduce
+from megallm.launch.start import start
+start(one_all_reduce, (sys.argv[1],), 1, Path(sys.argv[1]) / "logs")
+print("done")
+"""
+STARTED = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "ENVIRONMENT")
+
+
+def torchrun(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+
+
+def srun(rank: int) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_NODELIST": "127.0.0.1"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def free_job() -> int:
+    """A job number whose derived port is free here."""
+    for job in range(os.getpid(), os.getpid() + 100):
+        try:
+            socket.create_server(("127.0.0.1", rendezvous_port(job, 0))).close()
+        except OSError:
+            continue
+        return job
+    raise AssertionError("no free port")
+
+
+@pytest.mark.parametrize("launcher", [torchrun, srun])
+def test_two_ranks_started_by_others_meet(tmp_path, launcher):
+    shared = {"MASTER_PORT": str(free_port())} if launcher is torchrun else {"SLURM_JOB_ID": str(free_job())}
+    plain = {name: value for name, value in os.environ.items() if name not in STARTED}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, str(tmp_path)],
+            cwd=ROOT,
+            env=plain | launcher(rank) | shared,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert [(tmp_path / str(rank)).read_text().split()[0] for rank in range(2)] == ["3", "3"]
+    assert said[0][0] == "done\n" and said[1][0] == ""
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "done\n"
+
+
+def test_world_size(monkeypatch):
+    for name in STARTED:
+        monkeypatch.delenv(name, raising=False)
+    assert world_size(None) is None and world_size(3) == 3 and started_by_others() is None
+    for name, value in (torchrun(1) | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert world_size(None) == 2 and started_by_others().rank == 1
+    with pytest.raises(UsageError, match="--nproc is 3, but torchrun started 2 ranks"):
+        world_size(3)
+
+
+def test_one_srun_task_is_a_plain_process(monkeypatch):
+    for name, value in (srun(0) | {"SLURM_NTASKS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    assert started_by_others() is None and world_size(4) == 4
