@@ -203,7 +203,8 @@ class _Launch:
             if fd in self.selector.get_map():
                 self.selector.unregister(fd)
             return False
-        self.log.write(data)
+        with suppress(OSError):  # a full disk costs the copy, not the run
+            self.log.write(data)
         stream = self.screens[fd]
         if stream is not None:
             try:
@@ -271,7 +272,7 @@ def _hear(rank: Rank) -> None:
         return
     rank.ending = Ending(**json.loads(said))
     if rank.ending.expected and rank.ending.message:  # ours to show; the rank's log keeps it too
-        with rank.log.open("a") as log:
+        with suppress(OSError), rank.log.open("a") as log:
             log.write(f"megallm: error: {rank.ending.message}\n")
 
 

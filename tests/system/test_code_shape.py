@@ -36,11 +36,16 @@ FLOORS: dict[str, set[str]] = {
     "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
     "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine"},
 }
+FLOORS["convert"] = {"base", "data", "parallel", "models", "checkpoint"}
+FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
+FLOORS["planning"] = {"base", "parallel", "models", "optim"}
+FLOORS["evaluation"] = {"base", "data", "losses", "engine", "inference"}
 _LOWER = set(FLOORS)
 FLOORS["training"] = _LOWER
 FLOORS["oracle"] = _LOWER | {"training"}
 FLOORS["launch"] = {"base"}
-FLOORS["cli"] = _LOWER | {"training", "oracle", "launch"}
+FLOORS["report"] = {"base", "training"}
+FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
 
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
