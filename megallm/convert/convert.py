@@ -1,0 +1,257 @@
+"""`megallm convert`: a checkpoint to a Hugging Face folder and back, block by block, into a folder that appears whole.
+
+Whatever is read lies in another folder than what is written, and the output has a temporary name until everything
+is in it, synced, and verified when that was asked for: a crash leaves nothing at the final name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megallm.base.config import to_yaml
+from megallm.base.errors import CheckpointError, InternalError, UsageError
+from megallm.base.files import atomic_write_json, atomic_write_text, fsync_dir, fsync_file, temporary_name, writing
+from megallm.checkpoint import store
+from megallm.checkpoint.io import DTYPE_NAMES, Part, ShardWriter, header_bytes, raw
+from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
+from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.tools import resolve
+from megallm.convert import tokenizer_files, verify
+from megallm.convert.folder import INDEX, SINGLE, is_model_folder
+from megallm.convert.hf_config import CONFIG, family_of, write_config
+from megallm.convert.rules import Bridge, plan_bridge
+from megallm.convert.weights import PRECISIONS, Cast, HfReader, Source, fill_theirs, logical_shapes, stored_model
+from megallm.data.tokenizer import BYTES
+from megallm.models.config import ModelConfig
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import Box
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SHARD_BYTES = 4 * 2**30
+TOLERANCE = 1e-5  # of float32 logits against transformers
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """`target` is hf or megallm; `dtype` a key of DTYPES or None for the stored one."""
+
+    target: str
+    input: str
+    output: str
+    dtype: str | None = None
+    verify: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+class NotEqual(InternalError):
+    """The converted model computes something else; `max_rel_error` is by how much."""
+
+    def __init__(self, sentence: str, max_rel_error: float) -> None:
+        super().__init__(sentence)
+        self.max_rel_error = max_rel_error
+
+
+def run(request: ConvertRequest) -> dict[str, Any]:
+    """Convert; returns {output, family, dtype, tensors, bytes, notes, max_rel_error when verified}.
+
+    Errors: UsageError, CheckpointError, CannotWrite; NotEqual when the logits differ from transformers' by more
+    than TOLERANCE. With any of them nothing is left at the output.
+    """
+    output = Path(request.output)
+    if request.verify:
+        verify.check_available()
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise UsageError(f"--output {output} exists; choose a new folder, conversion never overwrites.")
+    if not Path(request.input).is_dir():
+        raise UsageError(f"--input {request.input} is not a folder; give a run, step or model folder.")
+    with whole_folder(output) as folder:
+        return to_hf(request, folder) if request.target == "hf" else to_megallm(request, folder)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that is synced and takes its name when the block ends well, else vanishes."""
+    temporary = temporary_name(output.absolute())
+    with writing(output):
+        temporary.mkdir()
+    try:
+        yield temporary
+        with writing(output):
+            for path, _, files in os.walk(temporary, topdown=False):
+                for name in files:
+                    fsync_file(os.path.join(path, name))
+                fsync_dir(path)
+            os.rename(temporary, output)
+            fsync_dir(temporary.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # only there when something failed
+
+
+# To Hugging Face.
+
+
+def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
+    """Fill `folder` from the checkpoint `request.input`."""
+    if is_model_folder(Path(request.input)):
+        raise UsageError(f"--input {request.input} is a Hugging Face folder already; --to megallm converts it.")
+    step = resolve(request.input)
+    with Reader(step) as reader:
+        model = stored_model(reader)
+        family = family_of(model)
+        bridge = plan_bridge(family.rules, logical_shapes(model), model.num_layers)
+        missing = [name for name in bridge.ours if name not in reader.names()]
+        if missing:
+            raise CheckpointError(f"{step} lacks {', '.join(missing[:3])}, which its model has.")
+        dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
+        source = Cast(reader)
+        nbytes = write_weights(folder, bridge, source, dtype, request.max_shard_bytes)
+        notes, ids = _write_tokenizer(folder, tokenizer_files.find_tokenizer(step, reader.meta))
+        atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
+        tokenizer_files.write_generation_config(folder, ids)
+        result = _result(request, family.name, dtype, len(bridge.theirs), nbytes, notes)
+        if request.verify:
+            result |= _compare(model, Cast(reader, through=dtype), folder)
+    return result
+
+
+def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dtype, max_shard_bytes: int) -> int:
+    """All tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an index when there are more.
+
+    Beside what the source holds, one block of at most MAX_PIECE_BYTES is in memory. Returns the bytes of the data.
+    """
+    shards = plan_shards({name: prod(full) * dtype.itemsize for name, full in bridge.theirs.items()}, max_shard_bytes)
+    weight_map, total = {}, 0
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries = [(n, DTYPE_NAMES[dtype], bridge.theirs[n], prod(bridge.theirs[n]) * dtype.itemsize) for n in names]
+        with writing(folder / file), ShardWriter(folder / file) as out:
+            out.write(header_bytes(entries, {"format": "pt"}))
+            for name in names:
+                full = bridge.theirs[name]
+                for box in split_box(Box((0,) * len(full), full), dtype.itemsize, MAX_PIECE_BYTES):
+                    block = torch.empty(box.shape, dtype=dtype)
+                    fill_theirs(bridge, source, name, box, block)
+                    out.write(raw(block))
+                    del block  # before the next one is made
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(nbytes for _, _, _, nbytes in entries)
+    if len(shards) > 1:
+        atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into files of at most `limit` bytes; a tensor that is larger has a file to itself."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and held + nbytes > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += nbytes
+    return shards
+
+
+def _write_tokenizer(folder: Path, spec: str | None) -> tuple[list[str], dict[str, int | None]]:
+    """Copy or make the tokenizer's files; notes, and the ids that begin and end a text."""
+    if spec is None:
+        return ["no tokenizer is known for this checkpoint; add one to the folder"], {}
+    if spec == BYTES:
+        tokenizer_files.write_byte_tokenizer(folder)
+    else:
+        tokenizer_files.copy_tokenizer(Path(spec), folder)
+    return [], tokenizer_files.token_ids(folder)
+
+
+# To megallm.
+
+
+class Lazy:
+    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it is asked for."""
+
+    def __init__(self, source: Source, name: str, full: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.source, self.name, self.shape, self.dtype = source, name, full, dtype
+        self.itemsize = dtype.itemsize
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        """The box that `slices` (with begin and end) cut out."""
+        block = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
+        self.source.read_into(self.name, tuple(s.start for s in slices), block)
+        return block
+
+
+def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
+    """Fill `folder`, a run folder with one checkpoint of step 0, from the Hugging Face folder `request.input`."""
+    if not is_model_folder(Path(request.input)):
+        raise UsageError(f"--input {request.input} is no Hugging Face folder: it has no {CONFIG}.")
+    with HfReader(request.input) as reader:
+        dtype = DTYPES[request.dtype] if request.dtype else reader.dtype
+        if dtype not in PRECISIONS:
+            raise UsageError(f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}.")
+        lazy = [Lazy(reader, name, reader.info(name)[0], dtype) for name in reader.names()]
+        parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
+        meta = imported_meta(reader.model, dtype)
+        notes = list(reader.notes)
+        if tokenizer_files.has_tokenizer(reader.folder):
+            with writing(folder):
+                (folder / "tokenizer").mkdir()
+            tokenizer_files.copy_tokenizer(reader.folder, folder / "tokenizer")
+        else:
+            notes.append(f"{reader.folder} has no {tokenizer_files.DEFINITION}; the result has no tokenizer")
+        step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
+        atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
+        nbytes = sum(prod(part.shape) * dtype.itemsize for part in lazy)
+        result = _result(request, reader.model.family, dtype, len(lazy), nbytes, notes)
+        if request.verify:
+            with Reader(step) as written:
+                result |= _compare(reader.model, Cast(written), reader.folder, round_theirs=dtype)
+    return result
+
+
+IMPORTED = "import"
+
+
+def imported_meta(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The meta of a checkpoint that conversion made: weights only, no history of training."""
+    described = asdict(replace(model, hf=None))
+    return {"kind": IMPORTED, "model": described, "precision": PRECISIONS[dtype], "tokenizer": None}
+
+
+def to_yaml_section(model: ModelConfig) -> str:
+    """The `model:` section of a training configuration for this model."""
+    lines = to_yaml(replace(model, hf=None)).splitlines()
+    return "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))]) + "\n"
+
+
+def _result(
+    request: ConvertRequest, family: str, dtype: torch.dtype, tensors: int, nbytes: int, notes: list[str]
+) -> dict[str, Any]:
+    return {
+        "output": request.output,
+        "family": family,
+        "dtype": DTYPE_NAMES[dtype],
+        "tensors": tensors,
+        "bytes": nbytes,
+        "notes": notes,
+    }
+
+
+def _compare(model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None) -> dict[str, Any]:
+    error = verify.max_rel_error(model, ours, theirs, round_theirs)
+    if not error <= TOLERANCE:
+        raise NotEqual(
+            f"The logits differ from those of transformers by {error:.2e} of the largest; at most {TOLERANCE:g} is "
+            "accepted in float32. Nothing was written; please report the model's config.json.",
+            error,
+        )
+    return {"max_rel_error": error}

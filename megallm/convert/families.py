@@ -1,0 +1,184 @@
+"""One table per Hugging Face family: its tensors, its configuration keys, and what of them megallm can do. Pure.
+
+To add a family: its rules, its keys, the defaults that transformers takes for absent keys, and the keys that must
+have one value for the architecture to be ours. Everything else reads these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megallm.convert.rules import Rule, rule
+
+LLAMA_RULES = (
+    rule("model.embed_tokens.weight", "embedding.weight"),
+    rule("model.layers.{n}.input_layernorm.weight", "layers.{n}.attention_norm.weight"),
+    rule("model.layers.{n}.self_attn.q_proj.weight", "layers.{n}.attention.q.weight"),
+    rule("model.layers.{n}.self_attn.q_proj.bias", "layers.{n}.attention.q.bias"),
+    rule("model.layers.{n}.self_attn.k_proj.weight", "layers.{n}.attention.kv.weight[0]"),
+    rule("model.layers.{n}.self_attn.k_proj.bias", "layers.{n}.attention.kv.bias[0]"),
+    rule("model.layers.{n}.self_attn.v_proj.weight", "layers.{n}.attention.kv.weight[1]"),
+    rule("model.layers.{n}.self_attn.v_proj.bias", "layers.{n}.attention.kv.bias[1]"),
+    rule("model.layers.{n}.self_attn.q_norm.weight", "layers.{n}.attention.q_norm.weight"),
+    rule("model.layers.{n}.self_attn.k_norm.weight", "layers.{n}.attention.k_norm.weight"),
+    rule("model.layers.{n}.self_attn.o_proj.weight", "layers.{n}.attention.o.weight"),
+    rule("model.layers.{n}.self_attn.o_proj.bias", "layers.{n}.attention.o.bias"),
+    rule("model.layers.{n}.post_attention_layernorm.weight", "layers.{n}.mlp_norm.weight"),
+    rule("model.layers.{n}.mlp.gate_proj.weight", "layers.{n}.mlp.gate_up.weight[0]"),
+    rule("model.layers.{n}.mlp.gate_proj.bias", "layers.{n}.mlp.gate_up.bias[0]"),
+    rule("model.layers.{n}.mlp.up_proj.weight", "layers.{n}.mlp.gate_up.weight[1]"),
+    rule("model.layers.{n}.mlp.up_proj.bias", "layers.{n}.mlp.gate_up.bias[1]"),
+    rule("model.layers.{n}.mlp.down_proj.weight", "layers.{n}.mlp.down.weight"),
+    rule("model.layers.{n}.mlp.down_proj.bias", "layers.{n}.mlp.down.bias"),
+    rule("model.norm.weight", "final_norm.weight"),
+    rule("lm_head.weight", "head.weight"),
+)
+
+_ATTENTION = "layers.{n}.attention."
+GPT2_RULES = (  # their Conv1D keeps a matrix as (input, output), and c_attn holds q, k and v side by side
+    rule("transformer.wte.weight", "embedding.weight"),
+    rule("transformer.wpe.weight", "positions.weight"),
+    rule("transformer.h.{n}.ln_1.weight", "layers.{n}.attention_norm.weight"),
+    rule("transformer.h.{n}.ln_1.bias", "layers.{n}.attention_norm.bias"),
+    rule(
+        "transformer.h.{n}.attn.c_attn.weight",
+        _ATTENTION + "q.weight", _ATTENTION + "kv.weight[0]", _ATTENTION + "kv.weight[1]", transpose=True,
+    ),
+    rule(
+        "transformer.h.{n}.attn.c_attn.bias",
+        _ATTENTION + "q.bias", _ATTENTION + "kv.bias[0]", _ATTENTION + "kv.bias[1]",
+    ),
+    rule("transformer.h.{n}.attn.c_proj.weight", _ATTENTION + "o.weight", transpose=True),
+    rule("transformer.h.{n}.attn.c_proj.bias", _ATTENTION + "o.bias"),
+    rule("transformer.h.{n}.ln_2.weight", "layers.{n}.mlp_norm.weight"),
+    rule("transformer.h.{n}.ln_2.bias", "layers.{n}.mlp_norm.bias"),
+    rule("transformer.h.{n}.mlp.c_fc.weight", "layers.{n}.mlp.up.weight", transpose=True),
+    rule("transformer.h.{n}.mlp.c_fc.bias", "layers.{n}.mlp.up.bias"),
+    rule("transformer.h.{n}.mlp.c_proj.weight", "layers.{n}.mlp.down.weight", transpose=True),
+    rule("transformer.h.{n}.mlp.c_proj.bias", "layers.{n}.mlp.down.bias"),
+    rule("transformer.ln_f.weight", "final_norm.weight"),
+    rule("transformer.ln_f.bias", "final_norm.bias"),
+    rule("lm_head.weight", "head.weight"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What conversion knows about one `model_type`.
+
+    `keys`: our field -> their key. `defaults`: what transformers takes when a key is absent. `only`: keys that must
+    be absent, null or have one of these values. `switches`: what our model must be to be written as this family.
+    `hidden_act`: their activation -> ours. `buffers`: regular expression of stored tensors that are no weights.
+    """
+
+    name: str
+    architecture: str
+    prefix: str  # of the body's tensors; folders saved from the bare body lack it
+    rules: tuple[Rule, ...]
+    keys: Mapping[str, str]
+    activation_key: str
+    activations: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    switches: Mapping[str, Any]
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    buffers: str = r".*\.rotary_emb\.inv_freq"
+
+
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+_SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
+_ROPE_SWITCHES = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
+_DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu",
+             "rope_theta": 10000.0}  # fmt: skip
+
+# Keys of any config.json that ask for something no family here computes, with the values that ask for nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "rotary_pct": (1, 1.0),
+    "no_rope_layers": ([],),
+    "no_rope_layer_interval": (),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "logits_scaling": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+    "logits_soft_cap": (),
+    "logit_scale": (1, 1.0),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "quantization_config": (),
+    "compression_config": (),
+    "auto_map": ({},),
+    "attention_chunk_size": (),
+    "parallel_attn": (False,),
+    "alibi": (False,),
+    "clip_qkv": (),
+    "num_nextn_predict_layers": (0,),
+    "tie_encoder_decoder": (False,),
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "llama", "LlamaForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 2048},
+        _ROPE_SWITCHES | {"qk_norm": False, "sliding_window": None},
+        {"sliding_window": (), "use_sliding_window": (False,)},
+    ),
+    "mistral": Family(
+        "mistral", "MistralForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "bias": False},
+        {"attention_bias": (False,), "mlp_bias": (False,)},
+    ),
+    "qwen2": Family(
+        "qwen2", "Qwen2ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+        _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": True, "bias": False},
+        {"attention_bias": (True,), "mlp_bias": (False,)},
+    ),
+    "qwen3": Family(
+        "qwen3", "Qwen3ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        _ROPE_SWITCHES | {"qk_norm": True, "qkv_bias": False, "bias": False},
+        {"attention_bias": (False,), "mlp_bias": (False,)},
+    ),
+    "gpt2": Family(
+        "gpt2", "GPT2LMHeadModel", "transformer.", GPT2_RULES,
+        {
+            "num_layers": "n_layer", "hidden_size": "n_embd", "ffn_hidden_size": "n_inner", "num_heads": "n_head",
+            "vocab_size": "vocab_size", "max_positions": "n_positions", "tie_embeddings": "tie_word_embeddings",
+            "norm_eps": "layer_norm_epsilon", "init_std": "initializer_range",
+        },
+        "activation_function",
+        {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
+        {
+            "n_positions": 1024, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+            "activation_function": "gelu_new",
+        },
+        {"norm": "layernorm", "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False,
+         "sliding_window": None},
+        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
+        r".*\.attn\.(bias|masked_bias)",
+    ),
+}  # fmt: skip

@@ -1,0 +1,288 @@
+"""`config.json` <-> `ModelConfig`, without transformers and without running anything. Pure.
+
+What a key asks for is computed, or refused by name; a key that nobody here knows is told as a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megallm.base.errors import UsageError
+from megallm.convert.families import FAMILIES, NEUTRAL, Family
+from megallm.convert.folder import is_model_folder, read_json
+from megallm.models.config import ModelConfig
+
+CONFIG = "config.json"
+ADVICE = "Nothing was converted: the result would not be the same model."
+
+# Keys that say nothing about the computation of a forward pass (dropout is a training choice: megallm has none).
+HARMLESS = frozenset((
+    "architectures", "attention_bias", "attention_dropout", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "hidden_dropout", "id2label",
+    "is_llama_config", "label2id", "layer_types", "max_length", "max_window_layers", "mlp_bias", "model_type",
+    "n_ctx", "original_max_position_embeddings", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "rope_parameters",
+    "rope_scaling", "rope_theta", "sep_token_id", "sliding_window", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache", "use_sliding_window",
+    "vocab_file",
+))  # fmt: skip
+)
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What a folder says about its model: resolved sizes and switches, its family, and notes for the user."""
+
+    model: ModelConfig
+    family: Family
+    raw: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def read_config(folder: Path) -> HfConfig:
+    """Read `folder/config.json`. Errors: UsageError for a model that megallm cannot compute, each switch by name."""
+    if not is_model_folder(folder):
+        raise UsageError(f"{folder} is no Hugging Face model folder: it has no {CONFIG}.")
+    return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
+    """The model of a decoded config.json; `where` names it in errors."""
+    family = _family(raw, where)
+    problems = _refused(raw, family)
+    values: dict[str, Any] = {}
+    for field, key in family.keys.items():
+        value = raw[key] if key in raw else family.defaults.get(key)
+        if value is not None:
+            values[field] = _typed(field, key, value, problems)
+    act = raw.get(family.activation_key) or family.defaults[family.activation_key]
+    if not isinstance(act, str) or act not in family.activations:
+        known = ", ".join(family.activations)
+        problems.append(f"{family.activation_key} is {act!r}; megallm computes {known} in this family")
+    else:
+        values["activation"] = family.activations[act]
+    values |= _biases(raw, family, problems) | _window(raw, family, problems)
+    if family.switches["positions"] == "rope":
+        values |= _rope(raw, family, problems)
+    for field in ("num_layers", "hidden_size", "num_heads", "vocab_size"):
+        if field not in values:
+            problems.append(f"{family.keys[field]} is missing")
+    if problems:
+        listed = "\n  ".join(f"{problem}." for problem in problems)
+        raise UsageError(f"{where}: megallm cannot compute this model:\n  {listed}\n{ADVICE}")
+    model = ModelConfig(family=family.name, **{k: v for k, v in values.items() if v is not None})
+    return HfConfig(model.resolve(), family, raw, tuple(_notes(raw, family, where)))
+
+
+def _family(raw: Mapping[str, Any], where: str) -> Family:
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UsageError(
+            f"{where} has model_type {str(name)[:60]!r}; megallm converts {', '.join(FAMILIES)} (Qwen2.5 is qwen2, "
+            "Llama 2 and 3 are llama). Code that a folder brings along is never run."
+        )
+    named = raw.get("architectures") or []
+    family = FAMILIES[name]
+    bare = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+    if not isinstance(named, list) or any(one not in (family.architecture, bare) for one in named):
+        raise UsageError(
+            f"{where} has architectures {str(named)[:120]}; known is {family.architecture}."
+        )
+    return family
+
+
+def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
+    """A sentence for each key that asks for something else than this family computes."""
+    problems = []
+    for key, accepted in {**NEUTRAL, **family.only}.items():
+        value = raw.get(key)
+        if value is None or any(type(value) is type(good) and value == good for good in accepted):
+            continue
+        words = " or ".join(["absent", *(repr(good) for good in accepted)])
+        problem = f"{key} is {str(value)[:80]}; it must be {words}"
+        if key == "auto_map":
+            problem += ", since it asks for code of the folder, which is never run"
+        problems.append(problem)
+    return problems
+
+
+_INTEGERS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_size", "vocab_size",
+             "max_positions")  # fmt: skip
+_LARGEST = 2**31 - 1
+
+
+def _typed(field: str, key: str, value: Any, problems: list[str]) -> Any:
+    """The value when it has the type and range of the field, else None with a sentence added."""
+    if field in _INTEGERS:
+        good, words = type(value) is int and 1 <= value <= _LARGEST, f"a whole number from 1 to {_LARGEST}"
+    elif field == "tie_embeddings":
+        good, words = type(value) is bool, "true or false"
+    else:
+        good, words = type(value) in (int, float) and 0 < value < 1e30, "a positive number"
+    if good:
+        return value
+    problems.append(f"{key} is {str(value)[:40]!r}; it must be {words}")
+    return None
+
+
+def _biases(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, bool]:
+    if family.name != "llama":
+        return {field: family.switches[field] for field in ("qkv_bias", "bias")}
+    attention, mlp = (raw.get(key) or False for key in ("attention_bias", "mlp_bias"))
+    if attention != mlp or type(attention) is not bool:
+        problems.append(f"attention_bias is {attention} and mlp_bias {mlp}; megallm has both of them or neither")
+    return {"qkv_bias": attention, "bias": attention}
+
+
+def _window(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, int | None]:
+    """The one window of all layers; layers that differ among themselves are refused."""
+    layers = raw.get(family.keys["num_layers"])
+    window = raw["sliding_window"] if "sliding_window" in raw else family.defaults.get("sliding_window")
+    kinds = raw.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and kinds):
+        problems.append(f"layer_types is {str(kinds)[:40]!r}; it must be a list of words")
+        return {}
+    if family.name in ("qwen2", "qwen3"):
+        slides = (raw.get("use_sliding_window") or False) and window is not None
+        first = raw.get("max_window_layers", 28)
+        if kinds is None and slides and type(layers) is int and type(first) is int:
+            kinds = ["full_attention" if n < first else "sliding_attention" for n in range(min(layers, 10_000))]
+        if not slides:
+            window = None
+    if kinds and len({str(kind) for kind in kinds}) > 1:
+        problems.append("layer_types (or max_window_layers) mixes full and sliding attention; all layers must be alike")
+    elif kinds and kinds[0] == "full_attention":
+        window = None
+    elif kinds and (kinds[0] != "sliding_attention" or window is None):
+        problems.append(
+            f"layer_types is {kinds[0]!r} with sliding_window {window}; megallm computes full_attention, or "
+            "sliding_attention with a window"
+        )
+    if window is not None and (type(window) is not int or window < 1):
+        problems.append(f"sliding_window is {str(window)[:40]!r}; it must be a whole number of at least 1, or null")
+        return {}
+    return {"sliding_window": window}
+
+
+def _rope(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, float]:
+    """rope_theta from either key; scaled rotary embeddings are refused by name."""
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        table = raw.get(key)
+        if table is None:
+            continue
+        if not isinstance(table, dict):
+            problems.append(f"{key} is {str(table)[:40]!r}; it must be an object")
+            continue
+        kind = table.get("rope_type", table.get("type", "default"))
+        if kind != "default":
+            problems.append(f"{key} asks for rope type {str(kind)[:40]!r}; megallm computes the default one")
+        elif table.get("partial_rotary_factor", 1) != 1:
+            problems.append(f"{key}.partial_rotary_factor is {table['partial_rotary_factor']}; it must be 1")
+        if table.get("rope_theta") is not None:
+            found[f"{key}.rope_theta"] = table["rope_theta"]
+    if raw.get("rope_theta") is not None:
+        found["rope_theta"] = raw["rope_theta"]
+    if len(set(map(str, map(_number, found.values())))) > 1:
+        problems.append(" and ".join(f"{key} is {value}" for key, value in found.items()) + ": they must agree")
+    theta = next(iter(found.values()), family.defaults["rope_theta"])
+    theta = _typed("rope_theta", "rope_theta", theta, problems)
+    return {"rope_theta": None if theta is None else float(theta)}
+
+
+def _number(value: Any) -> Any:
+    return float(value) if type(value) is int else value
+
+
+def _notes(raw: Mapping[str, Any], family: Family, where: str) -> list[str]:
+    known = HARMLESS | set(NEUTRAL) | set(family.only) | set(family.keys.values()) | {family.activation_key}
+    unknown = [key for key, value in raw.items() if key not in known and key[:1] != "_" and value not in (None, False)]
+    if not unknown:
+        return []
+    names = ", ".join(sorted(unknown)[:20])
+    return [f"{where}: left aside, since megallm does not know {names}; --verify tells whether it matters."]
+
+
+# Writing.
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family that can hold this model: its own, else the first that fits. UsageError says what hinders."""
+    own = FAMILIES.get(model.family or "")
+    for family in [own, *FAMILIES.values()] if own else FAMILIES.values():
+        if not _hindrances(model, family):
+            return family
+    reasons = "; ".join(_hindrances(model, own)) if own else f"its family is {model.family!r}"
+    raise UsageError(f"No Hugging Face family ({', '.join(FAMILIES)}) can hold this model: {reasons}.")
+
+
+def _hindrances(model: ModelConfig, family: Family) -> list[str]:
+    found = [
+        f"model.{field} is {getattr(model, field)}, {family.name} needs {wanted}"
+        for field, wanted in family.switches.items()
+        if getattr(model, field) != wanted
+    ]
+    if model.activation not in family.activations.values():
+        found.append(f"model.activation is {model.activation}, {family.name} has {', '.join(family.activations)}")
+    if family.name == "llama" and model.qkv_bias != model.bias:
+        found.append("model.qkv_bias and model.bias differ, llama has both or neither")
+    if "num_kv_heads" not in family.keys and model.num_kv_heads != model.num_heads:
+        found.append(f"model.num_kv_heads differs from model.num_heads, {family.name} has no such key")
+    if "head_size" not in family.keys and model.head_size * model.num_heads != model.hidden_size:
+        found.append(f"model.head_size x model.num_heads is not model.hidden_size, {family.name} needs that")
+    return found
+
+
+def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """The content of config.json; `dtype` is their word (float32), `token_ids` holds bos_token_id and eos_token_id.
+
+    The base of the rotary embedding stands under both names: transformers 4 reads only `rope_theta` and would
+    silently take 10000, transformers 5 reads `rope_parameters`.
+    """
+    family = family_of(model)
+    values = asdict(model)
+    content: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.name}
+    content |= {key: values[field] for field, key in family.keys.items()}
+    acts = {ours: theirs for theirs, ours in reversed(family.activations.items())}
+    content[family.activation_key] = acts[model.activation]
+    if model.positions == "rope":
+        content |= {
+            "rope_theta": model.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        }
+    if family.name == "llama":
+        content |= {"attention_bias": model.bias, "mlp_bias": model.bias}
+    if family.name == "mistral":
+        content |= {"sliding_window": model.sliding_window}
+    if family.name in ("qwen2", "qwen3"):
+        slides = model.sliding_window is not None
+        content |= {"use_sliding_window": slides, "sliding_window": model.sliding_window}
+        content |= {"max_window_layers": 0 if slides else model.num_layers}
+    if family.name == "gpt2":
+        content |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    content |= token_ids
+    return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
+
+
+def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
+    """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another model.
+
+    A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and `init_std` hold no
+    weights of a rotary model and may be given.
+    """
+    free = {"rope_theta", "sliding_window", "init_std"} | ({"max_positions"} if found.positions == "rope" else set())
+    given = {name: value for name, value in asdict(wanted).items() if value is not None and name != "hf"}
+    if "preset" in given:
+        raise UsageError("model.hf and model.preset are both given; the folder says what the model is: keep one.")
+    differing = [
+        f"model.{name} is {value}, {where} has {getattr(found, name)}"
+        for name, value in given.items()
+        if name not in free and value != getattr(found, name)
+    ]
+    if differing:
+        raise UsageError(f"The configuration contradicts model.hf: {'; '.join(differing)}. Leave these keys out.")
+    return replace(found, hf=wanted.hf, **{name: value for name, value in given.items() if name in free})

@@ -1,0 +1,232 @@
+"""Sources of weights: anything with `names`, `info` and `read_into`, whatever the bytes lie in.
+
+`HfReader` reads a Hugging Face folder by logical name; `Cast` lets a checkpoint's Reader fill tensors of another
+dtype. Both hold one block of at most BLOCK_BYTES (one row where a row is longer) beside the caller's tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megallm.base.errors import CheckpointError, UsageError
+from megallm.checkpoint.plan import outside_problem, split_box
+from megallm.checkpoint.reader import Reader
+from megallm.convert.folder import Entry, catalogue, match_shapes
+from megallm.convert.hf_config import read_config
+from megallm.convert.rules import Bridge, plan_bridge
+from megallm.models.build import build_stage
+from megallm.models.config import ModelConfig
+from megallm.models.decoder import StageOptions
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import Box, named_shards
+
+BLOCK_BYTES = 16 * 2**20
+MASTER = "optim.master."
+
+HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class Source(Protocol):
+    """What conversion, training and generation need of weights."""
+
+    def names(self) -> list[str]: ...
+
+    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
+
+
+def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The full shape of each logical tensor of a resolved model, from the built model's own Shard records."""
+    stage = build_stage(model, Mesh.single("meta"), StageOptions())
+    return {name: tuple(shard.full) for name, _, shard in named_shards(stage)}
+
+
+class HfReader:
+    """A Hugging Face folder, read by logical name; a context manager. Nothing of the folder is executed.
+
+    `meta` is what `generate` asks a checkpoint for: the model, the precision that holds its weights exactly, and
+    where its tokenizer is. Errors: UsageError for a model that megallm cannot compute, CheckpointError for a folder
+    that is damaged or not what its config.json says.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        described = read_config(self.folder)
+        self.model, self.notes = described.model, described.notes
+        found = catalogue(self.folder)
+        if self.model.num_layers > len(found):
+            raise CheckpointError(
+                f"{self.folder} has {len(found)} tensors, but its config.json says {self.model.num_layers} layers."
+            )
+        self.bridge = plan_bridge(described.family.rules, logical_shapes(self.model), self.model.num_layers)
+        self.entries = self._own(found, described.family.prefix, described.family.buffers)
+        match_shapes(self.folder, self.entries, self.bridge.theirs)
+        self._files: dict[Path, int] = {}
+
+    def _own(self, found: dict[str, Entry], prefix: str, buffers: str) -> dict[str, Entry]:
+        """The entries by the names of the rules; what is left over is refused by name."""
+        bare = not any(name.startswith(prefix) for name in found)
+        add = prefix if bare else ""
+        named = {name if name == "lm_head.weight" else add + name: entry for name, entry in found.items()}
+        extra = [name for name in named if name not in self.bridge.theirs and not re.fullmatch(buffers, name)]
+        if self.model.tie_embeddings and "lm_head.weight" in extra:
+            extra.remove("lm_head.weight")
+            self.notes += ("lm_head.weight is left aside: config.json ties it to the embedding.",)
+            self._check_tie(named)
+        if extra:
+            raise CheckpointError(
+                f"{self.folder} holds tensors that a {self.model.family} of its config.json does not have: "
+                f"{', '.join(sorted(extra)[:5])}{' and others' if len(extra) > 5 else ''}. {_DIFFERENT}"
+            )
+        for name in self.bridge.theirs:
+            if name in named and named[name].dtype not in HF_DTYPES:
+                kinds = ", ".join(HF_DTYPES)
+                raise CheckpointError(f"{name} in {self.folder} is {named[name].dtype}; weights are {kinds}.")
+        return {name: named[name] for name in self.bridge.theirs if name in named}
+
+    def _check_tie(self, named: dict[str, Entry]) -> None:
+        """A stored lm_head.weight beside tied embeddings must at least have their shape."""
+        head, (embedding,) = named["lm_head.weight"], self.bridge.by_ours["embedding.weight"]
+        if head.shape != self.bridge.theirs[embedding.theirs]:
+            raise CheckpointError(f"{self.folder}: lm_head.weight of shape {head.shape} is tied to another shape.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype of ours that holds every weight exactly; float16 becomes float32."""
+        kinds = {HF_DTYPES[entry.dtype] for entry in self.entries.values()}
+        if kinds == {torch.bfloat16}:
+            return torch.bfloat16
+        return torch.float64 if torch.float64 in kinds else torch.float32
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"model": asdict(self.model), "precision": PRECISIONS[self.dtype], "tokenizer": str(self.folder)}
+
+    def names(self) -> list[str]:
+        return sorted(self.bridge.ours)
+
+    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Full logical shape, and the dtype of the first stored piece."""
+        if name not in self.bridge.ours:
+            raise CheckpointError(f"{self.folder} holds no tensor for {name}.")
+        return self.bridge.ours[name], HF_DTYPES[self.entries[self.bridge.by_ours[name][0].theirs].dtype]
+
+    @torch.no_grad()
+    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
+        """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and strides it has."""
+        full, _ = self.info(name)
+        target = Box(tuple(offset), tuple(tensor.shape))
+        problem = outside_problem(full, target)
+        if problem is not None:
+            raise CheckpointError(f"Tensor {name} of shape {full} cannot be read that way: {problem}.")
+        for link in self.bridge.by_ours[name]:
+            common = link.ours_box.intersect(target)
+            if common is None:
+                continue
+            view = tensor[common.slices(target)][(0,) * link.stack_dims]
+            view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
+            self._read_box(self.entries[link.theirs], link.to_theirs(common), view)
+
+    def _read_box(self, entry: Entry, box: Box, into: Tensor) -> None:
+        """Copy a box of a stored tensor, whole rows at a time."""
+        row = prod(entry.shape[1:])
+        itemsize = HF_DTYPES[entry.dtype].itemsize
+        step = max(1, BLOCK_BYTES // (row * itemsize))
+        inner = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.shape[1:], strict=True))
+        for begin in range(0, box.shape[0], step):
+            count = min(step, box.shape[0] - begin)
+            data = self._bytes(entry, (box.offset[0] + begin) * row * itemsize, count * row * itemsize)
+            block = torch.frombuffer(data, dtype=HF_DTYPES[entry.dtype]).view(count, *entry.shape[1:])
+            into[begin : begin + count].copy_(block[(slice(None), *inner)])
+
+    def _bytes(self, entry: Entry, offset: int, nbytes: int) -> bytearray:
+        if entry.path not in self._files:
+            self._files[entry.path] = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        data = bytearray(nbytes)
+        view = memoryview(data)
+        while view:
+            count = os.preadv(self._files[entry.path], [view], entry.offset + offset + nbytes - len(view))
+            if count == 0:
+                raise CheckpointError(f"{entry.path} was cut off while it was read.")
+            view = view[count:]
+        return data
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __enter__(self) -> HfReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_DIFFERENT = "It would be another model without them."
+
+
+class Cast:
+    """A checkpoint's weights in whatever dtype is asked for, block by block.
+
+    A wider dtype than the stored one takes the float32 master weights when the checkpoint has them. `through` rounds
+    every value to that dtype first. Only weights are listed, no optimizer state.
+    """
+
+    def __init__(self, reader: Source, through: torch.dtype | None = None) -> None:
+        self.reader, self.through = reader, through
+        self._all = set(reader.names())
+
+    def names(self) -> list[str]:
+        return sorted(name for name in self._all if not name.startswith("optim."))
+
+    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return self.reader.info(name)
+
+    @torch.no_grad()
+    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
+        """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and strides it has."""
+        _, stored = self.reader.info(name)
+        wanted = self.through or tensor.dtype
+        if wanted.itemsize > stored.itemsize and MASTER + name in self._all:
+            name = MASTER + name
+            _, stored = self.reader.info(name)
+        if stored == tensor.dtype and self.through in (None, stored):
+            self.reader.read_into(name, offset, tensor)
+            return
+        whole = Box(tuple(offset), tuple(tensor.shape))
+        for box in split_box(whole, stored.itemsize, BLOCK_BYTES):
+            block = torch.empty(box.shape, dtype=stored)
+            self.reader.read_into(name, box.offset, block)
+            tensor[box.slices(whole)].copy_(block if self.through is None else block.to(self.through))
+
+
+def fill_theirs(bridge: Bridge, source: Source, name: str, box: Box, into: Tensor) -> None:
+    """Fill `into`, of the box's shape, with the box of their tensor `name`, from our tensors."""
+    for link in bridge.by_theirs[name]:
+        common = link.theirs_box.intersect(box)
+        if common is None:
+            continue
+        view = into[common.slices(box)]
+        view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
+        source.read_into(link.ours, link.to_ours(common).offset, view[(None,) * link.stack_dims])
+
+
+def stored_model(reader: Reader) -> ModelConfig:
+    """The model of one of our checkpoints. Errors: UsageError when its meta does not hold one."""
+    meta = reader.meta
+    try:
+        return ModelConfig(**meta["model"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{reader.folder} does not say which model it holds ({error}).") from error

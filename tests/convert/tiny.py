@@ -1,0 +1,65 @@
+"""Tiny random models of each family, made with transformers, and megallm's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+THETA = {"rope_theta": 1e6, "rope_type": "default"}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One transformers model: its config class and arguments."""
+
+    name: str
+    config: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def case(name: str, config: str, **arguments: Any) -> Case:
+    return Case(name, config, (GPT2 if config == "GPT2Config" else SIZES) | arguments)
+
+
+CASES = [
+    case("gpt2", "GPT2Config"),
+    case("gpt2-untied", "GPT2Config", tie_word_embeddings=False, activation_function="gelu", n_inner=40),
+    case("llama", "LlamaConfig"),
+    case("llama-tied", "LlamaConfig", tie_word_embeddings=True, rope_parameters=THETA | {"rope_theta": 5e5}),
+    case("llama-head-dim", "LlamaConfig", head_dim=16, num_key_value_heads=1),
+    case("llama-biases", "LlamaConfig", attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+    case("mistral", "MistralConfig", sliding_window=8),
+    case("mistral-full", "MistralConfig", sliding_window=None, head_dim=24),
+    case("qwen2", "Qwen2Config", rope_parameters=THETA),
+    case("qwen2-tied", "Qwen2Config", tie_word_embeddings=True, num_key_value_heads=1),
+    case("qwen2-window", "Qwen2Config", use_sliding_window=True, sliding_window=7, max_window_layers=0),
+    case("qwen3", "Qwen3Config", head_dim=16),
+    case("qwen3-tied", "Qwen3Config", head_dim=8, tie_word_embeddings=True),
+]
+
+
+def make(folder: Path, wanted: Case, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    """Save a random model of the case, all its parameters (norms and biases too) away from their neutral values."""
+    import transformers
+
+    torch.manual_seed(3)
+    config = getattr(transformers, wanted.config)(**wanted.arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
