@@ -7,32 +7,26 @@ few chunks each. Everything is written under temporary names and published at th
 
 from __future__ import annotations
 
-import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 
 from megallm.base import files
-from megallm.base.errors import DataError, InternalError, UsageError
+from megallm.base.errors import DataError, UsageError
 from megallm.data import readers, tokenizer
 from megallm.data.indexed import IndexedWriter, dtype_for
+from megallm.data.workers import Workers
 
 _POLICIES = ("stop", "skip")
-_CHUNKS_AHEAD = 3  # per worker: enough to keep it busy while the parent writes
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = Non
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with _stopped_by_sigterm(), ExitStack() as stack:
         output = _Output(config, np.dtype(job.dtype), stack)
-        results = stack.enter_context(_closing(_encoded(config, job)))
+        results = stack.enter_context(closing(_encoded(config, job)))
         for chunk, encoded in results:
             output.add(chunk, encoded)
             if progress is not None:
@@ -194,7 +188,7 @@ def _encoder(spec: str) -> tokenizer.Encoder:
     return tokenizer.load(spec)
 
 
-def _encode_chunk(chunk: readers.Chunk, job: _Job) -> _Encoded:
+def _encode_chunk(job: _Job, chunk: readers.Chunk) -> _Encoded:
     """Parse and tokenise: all the work that is worth dividing."""
     parsed = readers.parse(chunk, job.options)
     encoder, columns, characters = _encoder(job.tokenizer), [], 0
@@ -224,45 +218,13 @@ def _join(
 def _encoded(config: PreprocessConfig, job: _Job) -> Iterator[tuple[readers.Chunk, _Encoded]]:
     """Every chunk of every file in order, tokenised here or by workers."""
     every = (chunk for name in config.inputs for chunk in readers.chunks(name, job.options))
+    encode = partial(_encode_chunk, job)
     if config.workers == 1:
         for chunk in every:
-            yield chunk, _encode_chunk(chunk, job)
+            yield chunk, encode(chunk)
         return
-    # A forked worker is there in milliseconds and owns the tokenizer, but forking next to other threads may hang.
-    method = "fork" if threading.active_count() == 1 else "spawn"
-    pool = ProcessPoolExecutor(config.workers, multiprocessing.get_context(method), _start_worker, (os.getpid(),))
-    try:
-        yield from _in_order(pool, every, job, config.workers * _CHUNKS_AHEAD)
-    except BrokenProcessPool as error:
-        raise InternalError(
-            "A preprocessing worker died (killed by someone, or out of memory). Nothing was written. "
-            "Run again, with fewer --workers when memory is short."
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, every: Iterator[readers.Chunk], job: _Job, ahead: int
-) -> Iterator[tuple[readers.Chunk, _Encoded]]:
-    waiting: deque[tuple[readers.Chunk, Future[_Encoded]]] = deque()
-    for chunk in every:
-        waiting.append((chunk, pool.submit(_encode_chunk, chunk, job)))
-        if len(waiting) >= ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
-
-
-def _start_worker(parent: int) -> None:
-    """Signals are the parent's business; a worker dies with it, even when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    with Workers(config.workers, encode) as workers:
+        yield from workers.map(every)
 
 
 class _Terminated(BaseException):
@@ -290,10 +252,3 @@ def _stopped_by_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
 
-
-@contextmanager
-def _closing(results: Any) -> Iterator[Iterator[tuple[readers.Chunk, _Encoded]]]:
-    try:
-        yield results
-    finally:
-        results.close()

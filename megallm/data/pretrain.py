@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megallm.base.errors import UsageError
+from megallm.base.errors import DataError, UsageError
 from megallm.data import blend, order
 from megallm.data.indexed import IndexedDataset, check_tokens
 
@@ -122,7 +122,10 @@ def build_split(
     for prefix, size in zip(sources, sizes, strict=True):
         data = IndexedDataset(prefix)
         sequences = np.arange(*order.split_range(split, which, len(data)), dtype=np.int32)
-        arrays = order.build_order(data.lengths, sequences, size, seq_len, seed)
+        try:
+            arrays = order.build_order(data.lengths, sequences, size, seq_len, seed)
+        except DataError as error:
+            raise DataError(f"{prefix}, split '{which}' of {split}: {error}") from None
         built.append(SourceSplit(data, arrays, seq_len, vocab_size))
     if len(built) == 1:
         return built[0]

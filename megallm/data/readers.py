@@ -24,8 +24,6 @@ _FEED_BYTES = 1 << 12  # compressed bytes given to zstd at once: bounds what a b
 _TEXT_SUFFIXES = (".txt", ".text", ".md")
 _SPLITS = ("file", "lines", "paragraphs")
 _BOM = b"\xef\xbb\xbf"
-_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
-_BLANK_LINES_BYTES = re.compile(_BLANK_LINES.pattern.encode())
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 _PARQUET_ROWS = 256
 _JSON_TYPES = {
@@ -257,19 +255,25 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
     parsed = Parsed(lines=data.count(b"\n") + (data[-1:] not in (b"\n", b"")))
     for line, raw in _documents(chunk.kind, data):
         try:
-            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-            if len(raw) > options.max_document_bytes:
+            if _encoded_size(raw) > options.max_document_bytes:
                 raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
+            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
             if not text.strip():
                 parsed.blank += 1
+            elif chunk.kind == "jsonl":
+                parsed.documents.append((line, _texts_of_json(text, options.keys)))
             else:
-                found = _texts_of_json(text, options.keys) if chunk.kind == "jsonl" else (text,) * len(options.keys)
-                parsed.documents.append((line, found))
+                whole = text if chunk.kind == "file" else text.rstrip("\r")
+                parsed.documents.append((line, (whole,) * len(options.keys)))
         except UnicodeDecodeError as error:
             parsed.rejects.append((line, f"invalid UTF-8 at byte {error.start} of the document"))
         except _Reject as reject:
             parsed.rejects.append((line, reject.reason))
     return parsed
+
+
+def _encoded_size(raw: bytes | str) -> int:
+    return len(raw) if isinstance(raw, bytes) or raw.isascii() else len(raw.encode("utf-8"))
 
 
 class _Reject(Exception):
@@ -289,20 +293,19 @@ def _documents(kind: str, data: bytes) -> Iterator[tuple[int, bytes | str]]:
     newline = "\n" if isinstance(text, str) else b"\n"
     if kind == "file":
         yield 0, text
-    elif kind == "paragraphs":
-        at = line = 0
-        for gap in (_BLANK_LINES if isinstance(text, str) else _BLANK_LINES_BYTES).finditer(text):
-            yield line, text[at : gap.start()].strip(newline)
-            line += text.count(newline, at, gap.end())
-            at = gap.end()
-        if at < len(text):
-            yield line, text[at:].strip(newline)
-    else:
-        lines = text.split(newline)
-        if not lines[-1]:
-            lines.pop()
-        for line, one in enumerate(lines):
-            yield line, one.rstrip("\r" if isinstance(one, str) else b"\r")
+        return
+    lines = text.split(newline)
+    if not lines[-1]:
+        lines.pop()
+    if kind != "paragraphs":
+        yield from enumerate(lines)
+        return
+    begin = 0
+    for line, one in enumerate([*lines, newline]):
+        if not one.strip():  # a blank line, or the end
+            if line > begin:
+                yield begin, newline.join(lines[begin:line])
+            begin = line + 1
 
 
 def _texts_of_json(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -329,7 +332,7 @@ def _parse_rows(rows: list[tuple[Any, ...]], options: ReadOptions) -> Parsed:
     for row, values in enumerate(rows):
         try:
             texts_of_row = _sound(list(values), options.keys)
-            if any(len(text) > options.max_document_bytes for text in texts_of_row):
+            if any(_encoded_size(text) > options.max_document_bytes for text in texts_of_row):
                 raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
             parsed.documents.append((row, texts_of_row))
         except _Reject as reject:

@@ -105,7 +105,7 @@ def test_moments_and_bounds():
     assert abs(x.mean()) < 4e-3 and abs(x.std() - 1) < 3e-3
     assert abs((x**3).mean()) < 0.012 and abs((x**4).mean() - 3) < 0.03
     lowest = rng._to_uniform(np.array([0, 2**64 - 1], dtype=np.uint64))
-    assert 0 < lowest[0] and lowest[1] < 1
+    assert lowest[0] > 0 and lowest[1] < 1
 
 
 def test_permutation_is_one_and_depends_on_the_key():
