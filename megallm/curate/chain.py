@@ -1,0 +1,319 @@
+"""The chain: steps that judge batches, and the work on one shard between two global decisions.
+
+A local step looks at documents one by one. A global step (exact, near) compares all of them: it signs them at
+the end of a segment, decides once, and the next segment begins with applying the decision. A shard's
+work depends on the configuration, its input and the decisions only, never on who does it or when.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import zstandard
+
+from megallm.base import config as configs
+from megallm.base.errors import DataError
+from megallm.base.files import temporary_name, writing
+from megallm.curate import readers
+from megallm.curate.config import GLOBAL, CurateConfig
+from megallm.curate.document import Batch, Document, Verdict
+from megallm.curate.exact import Exact, Signatures
+from megallm.curate.near import Near
+from megallm.curate.steps import build_step
+from megallm.curate.tally import Tally
+
+BATCH_CHARS = 1 << 18
+BATCH_DOCUMENTS = 512
+DOCUMENTS, LEDGER, TALLY, KEPT = "documents.jsonl.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
+READ = "read"
+
+
+class LocalStep(Protocol):
+    """Judges documents by themselves. `marks` are the limits that the report draws into the histograms."""
+
+    name: str
+    marks: dict[str, float]
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        """One verdict a document. The step may record metrics on the batch and add to a document's `meta`."""
+        ...
+
+
+class GlobalStep(Protocol):
+    """Judges documents by comparison with all others."""
+
+    name: str
+
+    def sign(self, batch: Batch, shard: int, out: Signatures) -> None: ...
+
+    def resolve(self, shards: list[Path], scratch: Path, memory_bytes: int) -> dict[int, dict[str, np.ndarray]]: ...
+
+    def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]: ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps between two global decisions: apply `begin`, run `local`, sign for `end`; the last one has no `end`."""
+
+    begin: str | None
+    local: tuple[str, ...]
+    end: str | None
+
+
+def segments_of(steps: Iterable[str]) -> list[Segment]:
+    """Cut the chain at its global steps."""
+    out: list[Segment] = []
+    begin, local = None, []
+    for name in steps:
+        if name in GLOBAL:
+            out.append(Segment(begin, tuple(local), name))
+            begin, local = name, []
+        else:
+            local.append(name)
+    return [*out, Segment(begin, tuple(local), None)]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The steps of a configuration, built once a process."""
+
+    config: CurateConfig
+    segments: tuple[Segment, ...]
+    local: dict[str, LocalStep] = field(default_factory=dict)
+    glob: dict[str, GlobalStep] = field(default_factory=dict)
+
+
+def build_chain(config: CurateConfig) -> Chain:
+    """Load every model that the steps need. Errors: `UsageError`, `DataError`."""
+    local = {name: build_step(name, config) for name in config.steps if name not in GLOBAL}
+    glob: dict[str, GlobalStep] = {"exact": Exact(config.exact), "near": Near(config.near)}
+    return Chain(config, tuple(segments_of(config.steps)), local, glob)
+
+
+@lru_cache(maxsize=2)
+def chain_of(config_yaml: str) -> Chain:
+    """`build_chain`, remembered: a worker builds its chain at its first shard."""
+    return build_chain(configs.loads(CurateConfig, config_yaml))
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that a worker needs for one shard of one segment; `target` is the folder that it makes."""
+
+    config_yaml: str
+    segment: int
+    shard: int
+    target: Path
+    units: tuple[readers.Unit, ...] = ()
+    source: Path | None = None  # the folder of the segment before
+    decisions: Path | None = None  # the folder of this shard's decisions
+
+
+def run_shard(job: ShardJob) -> Path:
+    """Do one shard and publish its folder whole. Errors: `DataError` for a bad line when input.on_error is stop."""
+    chain = chain_of(job.config_yaml)
+    temporary = temporary_name(job.target)
+    with writing(job.target):
+        temporary.mkdir(parents=True)
+        try:
+            _ShardRun(chain, job, temporary).run()
+            temporary.replace(job.target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return job.target
+
+
+class _ShardRun:
+    """One pass of documents through one segment."""
+
+    def __init__(self, chain: Chain, job: ShardJob, folder: Path) -> None:
+        self.chain, self.job, self.folder = chain, job, folder
+        self.segment = chain.segments[job.segment]
+        self.tally, self.signatures = Tally(), Signatures()
+        self.ledger: list[tuple[int, str]] = []
+        self.decisions, self.names = load_decisions(job.decisions)
+
+    def run(self) -> None:
+        last = self.segment.end is None
+        with _writer(self.folder, last, self.chain.config.gzip_level) as out:
+            for documents in batches(self._documents()):
+                batch = self._judge(Batch(documents))
+                self._sign(batch)
+                for document in batch.documents:
+                    out.write(kept_row(document) if last else _dump(document))
+                    if last:
+                        self._keep(document)
+        self.signatures.save(self.folder)
+        with open(self.folder / LEDGER, "w", encoding="utf-8") as file:
+            file.writelines(f"{index}\t{row}\n" for index, row in sorted(self.ledger))
+        (self.folder / TALLY).write_text(json.dumps(self.tally.to_json()), "utf-8")
+
+    def _documents(self) -> Iterator[Document]:
+        if self.job.source is not None:
+            yield from _load(self.job.source / DOCUMENTS)
+            return
+        index = 0
+        started = time.process_time()
+        for unit in self.job.units:
+            for item in readers.parse(unit, self.chain.config.input):
+                if isinstance(item, readers.Reject):
+                    self._reject(item, index)
+                elif not item.text.strip():
+                    self.tally.add("documents", 1)
+                    self._write_ledger(index, ledger_row(item, "drop", READ, "empty"))
+                    self.tally.note(READ, [item], [Verdict("drop", "empty")])
+                else:
+                    item.index = index
+                    self.tally.add("documents", 1)
+                    self.tally.add("characters", len(item.text))
+                    self.tally.spend(READ, time.process_time() - started)
+                    yield item
+                    started = time.process_time()
+                index += 1
+
+    def _reject(self, item: readers.Reject, index: int) -> None:
+        if self.chain.config.input.on_error == "stop":
+            raise DataError(
+                f"{item.file}:{item.line}: {item.reason}. Mend it, or set input.on_error=skip to leave such lines out."
+            )
+        self.tally.add("lines_rejected", 1)
+        row = {"id": None, "file": item.file, "line": item.line, "action": "reject"}
+        self._write_ledger(index, row | {"step": READ, "reason": item.reason, "spans": []})
+
+    def _judge(self, batch: Batch) -> Batch:
+        if self.segment.begin is not None and len(batch):
+            step = self.chain.glob[self.segment.begin]
+            started = time.process_time()
+            verdicts = step.judge(batch, self.decisions, self.names)
+            batch = self._take(step.name, batch, verdicts, started)
+        for name in self.segment.local:
+            if not len(batch):
+                break
+            started = time.process_time()
+            batch = self._take(name, batch, self.chain.local[name].judge(batch), started)
+        return batch
+
+    def _take(self, step: str, batch: Batch, verdicts: list[Verdict], started: float) -> Batch:
+        self.tally.note(step, batch.documents, verdicts)
+        self.tally.note_metrics(batch.metrics)
+        batch.metrics.clear()
+        for document, verdict in zip(batch.documents, verdicts, strict=True):
+            if verdict.action == "edit":
+                document.edits += [[span.begin, span.end, span.reason, step] for span in verdict.spans]
+            elif verdict.action == "drop":
+                self._write_ledger(document.index, ledger_row(document, "drop", step, verdict.reason, verdict.note))
+        batch = batch.after(verdicts)
+        self.tally.spend(step, time.process_time() - started)
+        return batch
+
+    def _sign(self, batch: Batch) -> None:
+        if self.segment.end is None or not len(batch):
+            return
+        step = self.chain.glob[self.segment.end]
+        started = time.process_time()
+        step.sign(batch, self.job.shard, self.signatures)
+        self.signatures.ids.update({document.index: document.id for document in batch.documents})
+        self.tally.spend(f"{step.name} sign", time.process_time() - started)
+
+    def _keep(self, document: Document) -> None:
+        self.tally.add("kept", 1)
+        self.tally.add("characters_kept", len(document.text))
+        steps = list(dict.fromkeys(span[3] for span in document.edits))
+        reasons = list(dict.fromkeys(span[2] for span in document.edits))
+        action = "edit" if document.edits else "keep"
+        self._write_ledger(document.index, ledger_row(document, action, "+".join(steps), "+".join(reasons)))
+
+    def _write_ledger(self, index: int, row: dict[str, Any]) -> None:
+        self.ledger.append((index, json.dumps(row, ensure_ascii=False)))
+
+
+def ledger_row(
+    document: Document, action: str, step: str, reason: str, note: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One row of ledger.jsonl; spans are [begin, end, reason, step] in the text as that step saw it."""
+    row = {
+        "id": document.id, "file": document.file, "line": document.line, "action": action, "step": step,
+        "reason": reason, "spans": document.edits,
+    }  # fmt: skip
+    return row | ({"note": note} if note else {})
+
+
+def kept_row(document: Document) -> str:
+    """One line of kept/*.jsonl.gz."""
+    row = {"id": document.id, "text": document.text, "file": document.file, "line": document.line}
+    row |= {key: value for key, value in document.meta.items() if key not in row}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Up to BATCH_DOCUMENTS documents and, beyond the first, BATCH_CHARS characters at once."""
+    held: list[Document] = []
+    size = 0
+    for document in documents:
+        if held and (size + len(document.text) > BATCH_CHARS or len(held) >= BATCH_DOCUMENTS):
+            yield held
+            held, size = [], 0
+        held.append(document)
+        size += len(document.text)
+    if held:
+        yield held
+
+
+def _dump(document: Document) -> str:
+    row = [document.index, document.id, document.file, document.line, document.meta, document.edits, document.text]
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _load(path: Path) -> Iterator[Document]:
+    with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+        for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
+            index, name, origin, number, meta, edits, text = json.loads(line)
+            yield Document(name, text, origin, number, index, meta, edits)
+
+
+class _writer:
+    """The text file that a segment writes: compressed documents for the next segment, or what is kept."""
+
+    def __init__(self, folder: Path, last: bool, level: int) -> None:
+        self._raw = open(folder / (KEPT if last else DOCUMENTS), "wb")  # noqa: SIM115 (closed in __exit__)
+        if last:
+            packed: Any = gzip.GzipFile("", "wb", level, self._raw, mtime=0)
+        else:
+            packed = zstandard.ZstdCompressor(level=1).stream_writer(self._raw, closefd=False)
+        self._text: TextIO = io.TextIOWrapper(io.BufferedWriter(packed, 1 << 18), "utf-8", newline="\n")
+
+    def __enter__(self) -> TextIO:
+        return self._text
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._text.close()
+        finally:
+            self._raw.close()
+
+
+def save_decisions(folder: Path, decisions: dict[str, np.ndarray], names: dict[int, str]) -> None:
+    """Write what `resolve` decided for one shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for level, rows in decisions.items():
+        np.save(folder / f"{level}.npy", rows, allow_pickle=False)
+    (folder / "names.json").write_text(json.dumps(names), "utf-8")
+
+
+def load_decisions(folder: Path | None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """What `save_decisions` wrote."""
+    if folder is None:
+        return {}, {}
+    arrays = {path.stem: np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
+    names = json.loads((folder / "names.json").read_text("utf-8"))
+    return arrays, {int(number): name for number, name in names.items()}

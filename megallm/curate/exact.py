@@ -1,0 +1,219 @@
+"""Exact duplicates of documents, paragraphs and lines: the first occurrence in input order stays.
+
+Units are equal when they are equal after NFC and after runs of white space became one blank; the key is
+xxh3-128. Workers sign every shard; one pass over files sorted on disk decides; the next segment applies.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from megallm.base.files import writing
+from megallm.curate.config import ExactConfig
+from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
+from megallm.curate.external import Scatter, contains, parts_for, spread
+
+RECORD = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("document", "<u8"), ("paragraph", "<u4"), ("unit", "<u4")])
+DROP = np.dtype([("document", "<u8"), ("unit", "<u4"), ("first", "<u8")])
+LEVELS = ("document", "paragraph", "line")
+_PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
+_LINE = re.compile(r"\n")
+_UNIT_BITS = 32
+INDEX_BITS = 32  # a document's number is shard << 32 | index
+
+
+def normalised(text: str) -> str:
+    """NFC, and runs of white space made one blank."""
+    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
+
+
+def key_of(text: str) -> bytes:
+    """16 bytes that are equal exactly (but for a chance of 2^-128) for equal normalised texts."""
+    return xxhash.xxh3_128_digest(normalised(text).encode("utf-8", "surrogatepass"))
+
+
+def split(
+    text: str, separator: re.Pattern[str], begin: int = 0, end: int | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Units as (begin, end of content, end including the separator)."""
+    end = len(text) if end is None else end
+    for match in separator.finditer(text, begin, end):
+        yield begin, match.start(), match.end()
+        begin = match.end()
+    if begin < end:
+        yield begin, end, end
+
+
+def units(text: str, level: str) -> Iterator[tuple[int, int, int, int]]:
+    """Paragraphs or lines as (begin, end, end with separator, number of the paragraph)."""
+    for number, (begin, end, stop) in enumerate(split(text, _PARAGRAPH)):
+        if level == "paragraph":
+            yield begin, end, stop, number
+        else:
+            for one in split(text, _LINE, begin, stop):
+                yield *one, number
+
+
+@dataclass
+class Signatures:
+    """What a shard's documents are compared by; written as NAME.npy files next to the shard's documents."""
+
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    ids: dict[int, str] = field(default_factory=dict)
+
+    def add(self, **arrays: np.ndarray) -> None:
+        for name, array in arrays.items():
+            self.arrays.setdefault(name, []).append(array)
+
+    def save(self, folder: Path) -> None:
+        with writing(folder):
+            for name, pieces in self.arrays.items():
+                np.save(folder / f"{name}.npy", np.concatenate(pieces), allow_pickle=False)
+            (folder / "ids.json").write_text(json.dumps(self.ids), "utf-8")
+
+
+def load(folder: Path, name: str) -> np.ndarray | None:
+    """One array of a shard as a memory map; None when the shard has none."""
+    path = folder / f"{name}.npy"
+    return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+
+
+class Exact:
+    """The step `exact`. `sign` runs in workers, `resolve` once, `judge` in workers again."""
+
+    name = "exact"
+
+    def __init__(self, config: ExactConfig) -> None:
+        self.config = config
+        self._levels = [level for level in LEVELS if {"document": config.document, "paragraph": config.paragraph,
+                                                      "line": config.line}[level]]  # fmt: skip
+
+    def sign(self, batch: Batch, shard: int, out: Signatures) -> None:
+        """Add the keys of the batch's documents and units."""
+        for level in self._levels:
+            out.add(**{f"exact_{level}": self._keys(batch, shard, level)})
+
+    def _keys(self, batch: Batch, shard: int, level: str) -> np.ndarray:
+        keys, where = [], []
+        for document in batch.documents:
+            number = shard << INDEX_BITS | document.index
+            if level == "document":
+                keys.append(key_of(document.text))
+                where.append((number, 0, 0))
+                continue
+            for unit, (begin, end, _, paragraph) in enumerate(units(document.text, level)):
+                if end - begin >= self.config.min_chars:
+                    keys.append(key_of(document.text[begin:end]))
+                    where.append((number, paragraph, unit))
+        out = np.empty(len(keys), RECORD)
+        digests = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
+        out["hi"], out["lo"] = digests[:, 0], digests[:, 1]
+        places = np.array(where, np.uint64).reshape(-1, 3)
+        out["document"], out["paragraph"], out["unit"] = places[:, 0], places[:, 1], places[:, 2]
+        return out
+
+    def resolve(self, shards: Sequence[Path], scratch: Path, memory_bytes: int) -> dict[int, dict[str, np.ndarray]]:
+        """For every shard and level the records to drop. A unit that is gone with its document or paragraph is no
+        first occurrence for others."""
+        out: dict[int, dict[str, np.ndarray]] = {shard: {} for shard in range(len(shards))}
+        gone = np.zeros(0, np.uint64)  # documents, then documents << 32 | paragraph of dropped paragraphs
+        gone_paragraphs = np.zeros(0, np.dtype([("document", "<u8"), ("unit", "<u4")]))
+        for level in self._levels:
+            drops = _duplicates(shards, level, scratch, memory_bytes, gone, gone_paragraphs)
+            if level == "document":
+                gone = drops["document"].copy()
+            elif level == "paragraph":
+                gone_paragraphs = np.sort(drops[["document", "unit"]].astype(gone_paragraphs.dtype))
+            shard_of = drops["document"] >> np.uint64(INDEX_BITS)
+            cuts = np.searchsorted(shard_of, np.arange(len(shards) + 1))
+            for shard in range(len(shards)):
+                out[shard][level] = drops[cuts[shard] : cuts[shard + 1]]
+        return out
+
+    def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]:
+        """Apply what `resolve` decided for this shard; `name_of` gives the id of a first occurrence."""
+        documents = {
+            int(row["document"]) & (1 << INDEX_BITS) - 1: int(row["first"]) for row in decisions.get("document", ())
+        }
+        cuts: dict[str, dict[int, set[int]]] = {}
+        for level in ("paragraph", "line"):
+            cuts[level] = {}
+            for row in decisions.get(level, ()):
+                index = int(row["document"]) & (1 << INDEX_BITS) - 1
+                cuts[level].setdefault(index, set()).add(int(row["unit"]))
+        return [self._verdict(document.text, document.index, documents, cuts, name_of) for document in batch.documents]
+
+    def _verdict(
+        self,
+        text: str,
+        index: int,
+        documents: dict[int, int],
+        cuts: dict[str, dict[int, set[int]]],
+        name_of: dict[int, str],
+    ) -> Verdict:
+        if index in documents:
+            return drop("duplicate_document", of=name_of.get(documents[index], ""))
+        spans = []
+        for level in ("paragraph", "line"):
+            chosen = cuts[level].get(index)
+            if chosen:
+                spans += [
+                    Span(begin, stop, f"duplicate_{level}")
+                    for unit, (begin, _, stop, _) in enumerate(units(text, level))
+                    if unit in chosen
+                ]
+        if not spans:
+            return KEEP
+        verdict = edit(spans)
+        left = len(text) - sum(span.end - span.begin for span in verdict.spans)
+        return verdict if left else drop("only_duplicate_parts")
+
+
+def _duplicates(
+    shards: Sequence[Path], level: str, scratch: Path, memory_bytes: int, gone: np.ndarray, paragraphs: np.ndarray
+) -> np.ndarray:
+    """Every record but the first of equal keys, sorted by document and unit."""
+    arrays = [load(folder, f"exact_{level}") for folder in shards]
+    total = sum(array.nbytes for array in arrays if array is not None)
+    parts = parts_for(total, memory_bytes)
+    scatter = Scatter(scratch / f"exact-{level}", parts, RECORD)
+    for array in arrays:
+        if array is None:
+            continue
+        records = np.asarray(array)
+        records = records[~contains(gone, records["document"])]
+        if level == "line" and len(paragraphs):
+            own = np.empty(len(records), paragraphs.dtype)
+            own["document"], own["unit"] = records["document"], records["paragraph"]
+            records = records[~_contains_rows(paragraphs, own)]
+        scatter.add(records, spread(records["hi"], parts))
+    found = []
+    for records in scatter.each():
+        order = np.lexsort((records["unit"], records["document"], records["lo"], records["hi"]))
+        records = records[order]
+        same = (records["hi"][1:] == records["hi"][:-1]) & (records["lo"][1:] == records["lo"][:-1])
+        start = np.concatenate([[True], ~same]) if len(records) else np.zeros(0, bool)
+        leader = np.flatnonzero(start)[np.cumsum(start) - 1]
+        rows = np.flatnonzero(~start)
+        drops = np.empty(len(rows), DROP)
+        drops["document"], drops["unit"] = records["document"][rows], records["unit"][rows]
+        drops["first"] = records["document"][leader[rows]]
+        found.append(drops)
+    drops = np.concatenate(found)
+    return drops[np.lexsort((drops["unit"], drops["document"]))]
+
+
+def _contains_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`contains` for (document, unit) pairs, sorted."""
+    place = np.minimum(np.searchsorted(table, rows), len(table) - 1)
+    return table[place] == rows

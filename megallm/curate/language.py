@@ -1,0 +1,63 @@
+"""Language identification with fastText's lid.176 (Joulin et al. 2016; Grave et al. 2018)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallm.base.errors import DataError
+from megallm.curate import optional
+from megallm.curate.config import LanguageConfig
+from megallm.curate.document import KEEP, Batch, Verdict, drop
+
+_LABEL = "__label__"
+_WINDOWS = 4
+
+
+class Language:
+    """The step `language`: notes `language` and `language_score`, drops other or unsure ones."""
+
+    name = "language"
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self.config = config
+        self.marks = {"language.score": config.min_score}
+        path = optional.language_model() if config.model == "auto" else Path(config.model)
+        if not path.is_file():
+            raise DataError(f"language.model: {path} does not exist; give a fastText .bin or .ftz file, or auto.")
+        fasttext = optional.need("fasttext", "take 'language' out of steps")
+        try:
+            self._model = fasttext.load_model(str(path))
+        except ValueError as error:
+            raise DataError(f"language.model: {path} is not a fastText model: {error}.") from error
+
+    def identify(self, text: str) -> tuple[str, float]:
+        """(code, confidence) of a text; of a long one a few windows spread over it are read."""
+        labels, scores = self._model.predict(sample(text, self.config.sample_chars).replace("\n", " "), k=1)
+        return (labels[0].removeprefix(_LABEL), min(float(scores[0]), 1.0)) if len(labels) else ("und", 0.0)
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        found = [self.identify(document.text) for document in batch.documents]
+        batch.record("language.score", [score for _, score in found])
+        verdicts = []
+        for document, (code, score) in zip(batch.documents, found, strict=True):
+            document.meta["language"], document.meta["language_score"] = code, round(score, 4)
+            if score < self.config.min_score:
+                verdicts.append(drop("language_unsure", language=code, score=round(score, 4)))
+            elif self.config.keep and code not in self.config.keep:
+                verdicts.append(drop("language_other", language=code, score=round(score, 4)))
+            else:
+                verdicts.append(KEEP)
+        return verdicts
+
+
+def sample(text: str, size: int) -> str:
+    """At most `size` characters: a short text whole, otherwise windows spread evenly, each begun at a word."""
+    if len(text) <= size:
+        return text
+    width = size // _WINDOWS
+    pieces = []
+    for k in range(_WINDOWS):
+        begin = k * (len(text) - width) // (_WINDOWS - 1)
+        piece = text[begin : begin + width]
+        pieces.append(piece if k == 0 else piece[piece.find(" ") + 1 :])
+    return " ".join(pieces)

@@ -1,0 +1,213 @@
+"""Personal data: email, IP, IBAN, card, social security and telephone numbers, and access keys.
+
+Each kind has a cheap scan for places that could hold it and a check that decides (checksums, ranges, the
+phonenumbers library). The stand-in is a pure function of what it replaces, so that two mentions of one address stay
+one address; it lies in ranges that are reserved for examples, so that it can belong to nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+
+from megallm.curate import optional
+from megallm.curate.config import PiiConfig
+from megallm.curate.document import Batch, Span, Verdict, edit
+
+_LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*$")
+_DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])")
+_DIGITS = re.compile(r"\d[\d .\-/()\u00a0]{5,34}\d")
+_IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+_SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
+_CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-]|[.,]\d)")
+_PHONE = re.compile(r"(?<![\w./:=#-])(?:\+\d|\(\d{2,4}\)|\d)[\d\u00a0 .\-/()]{5,20}\d(?![\w/:=-]|\.\d)")
+_SECRETS = (
+    re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
+    re.compile(r"(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36}(?![A-Za-z0-9])"),
+    re.compile(r"(?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9-]{20,72}"),
+    re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[\s\S]{40,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"),
+)
+_SECRET_MARKS = ("AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "xox", "PRIVATE KEY-----")
+_LOCAL_CHARS = 64
+# A number after one of these words, or at the start of a heading, is a section or version number and no address.
+_NUMBERING = re.compile(
+    r"(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
+    r"|build|kernel|linux|abschnitt|kapitel|tabelle|chapitre|paragraphe|capítulo|v|ver\.?|oid|draft|step|item)[\s:#(]*$",
+    re.IGNORECASE,
+)
+_RESERVED_DOMAINS = ("example.com", "example.org", "example.net", "example.edu")
+_RESERVED_SUFFIXES = (".example", ".invalid", ".test", ".localhost")
+_CARD_PREFIXES = re.compile(r"4|5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)|3[47]|6(?:011|4[4-9]|5)|3(?:0[0-5]|[68])|35")
+_IBAN_LENGTHS = {
+    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28,
+    "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18,
+    "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18, "GR": 27, "GT": 28, "HR": 21, "HU": 28, "IE": 22,
+    "IL": 23, "IQ": 23, "IS": 26, "IT": 27, "JO": 30, "KW": 30, "KZ": 20, "LB": 28, "LC": 32, "LI": 21, "LT": 20,
+    "LU": 20, "LV": 21, "MC": 27, "MD": 24, "ME": 22, "MK": 19, "MR": 27, "MT": 31, "MU": 30, "NL": 18, "NO": 15,
+    "PK": 24, "PL": 28, "PS": 29, "PT": 25, "QA": 29, "RO": 24, "RS": 22, "SA": 24, "SC": 31, "SE": 24, "SI": 19,
+    "SK": 24, "SM": 27, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24, "XK": 20,
+}  # fmt: skip
+
+
+def luhn(digits: str) -> bool:
+    """Whether the last digit is the check digit of the others (ISO/IEC 7812)."""
+    doubled = [2 * int(digit) for digit in digits[-2::-2]]
+    return (sum(int(digit) for digit in digits[-1::-2]) + sum(value - 9 * (value > 9) for value in doubled)) % 10 == 0
+
+
+def iban_valid(text: str) -> bool:
+    """Whether it is an IBAN of its country's length with a right checksum modulo 97 (ISO 13616)."""
+    code = text.replace(" ", "")
+    if _IBAN_LENGTHS.get(code[:2]) != len(code):
+        return False
+    return int("".join(str(int(char, 36)) for char in code[4:] + code[:4])) % 97 == 1
+
+
+def find_emails(text: str) -> Iterator[tuple[int, int]]:
+    """Addresses around each @; those in domains reserved for examples are left."""
+    at = text.find("@")
+    while at >= 0:
+        before = _LOCAL.search(text[max(0, at - _LOCAL_CHARS) : at])
+        after = _DOMAIN.match(text, at + 1, at + 256)
+        if before and after:
+            domain = after[0].lower()
+            reserved = any(domain == name or domain.endswith(f".{name}") for name in _RESERVED_DOMAINS)
+            if not reserved and not domain.endswith(_RESERVED_SUFFIXES):
+                yield at - len(before[0]), after.end()
+        at = text.find("@", at + 1)
+
+
+def find_ips(text: str) -> Iterator[tuple[int, int]]:
+    """Public addresses of version 4 and 6; section and version numbers are told by what stands before them."""
+    patterns = ([_IPV4] if "." in text else []) + ([_IPV6] if ":" in text else [])
+    for pattern in patterns:
+        for match in pattern.finditer(text):
+            if pattern is _IPV6 and ("::" not in match[0] and match[0].count(":") != 7):
+                continue
+            try:
+                address = ipaddress.ip_address(match[0])
+            except ValueError:
+                continue
+            if address.is_global and not address.is_multicast and not _is_numbering(text, match, address.version):
+                yield match.span()
+
+
+def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
+    """Whether a dotted number is the number of a section or a version."""
+    if version == 6:
+        return False
+    line = text.rfind("\n", 0, match.start()) + 1
+    before = text[max(line, match.start() - 24) : match.start()]
+    if _NUMBERING.search(before):
+        return True
+    parts = [int(part) for part in match[0].split(".")]
+    after = text[match.end() : match.end() + 3]
+    heading = not before.strip() and re.match(r"\.?[ \t]+[A-Z]", after) is not None
+    return max(parts) < 40 and (heading or parts[0] < 10)
+
+
+def find_ibans(text: str) -> Iterator[tuple[int, int]]:
+    """International bank account numbers, written together or in groups of four."""
+    for match in _IBAN.finditer(text):
+        size = _IBAN_LENGTHS.get(match[0][:2])
+        if size is None:
+            continue
+        end, seen = match.start(), 0
+        while end < match.end() and seen < size:
+            seen += text[end] != " "
+            end += 1
+        if seen == size and iban_valid(text[match.start() : end]):
+            yield match.start(), end
+
+
+def find_cards(text: str) -> Iterator[tuple[int, int]]:
+    """Payment card numbers: an issuer's prefix, 13 to 19 digits, the Luhn digit, groups of a usual size."""
+    for match in _CARD.finditer(text):
+        digits = re.sub(r"\D", "", match[0])
+        groups = re.split(r"[ -]", match[0])
+        grouped = len(groups) == 1 or all(3 <= len(group) <= 7 for group in groups)
+        if _CARD_PREFIXES.match(digits) and grouped and len(set(digits)) > 2 and luhn(digits):
+            yield match.span()
+
+
+def find_ssns(text: str) -> Iterator[tuple[int, int]]:
+    """Social security numbers of the USA in the written form 123-45-6789, without the numbers never given out."""
+    for match in _SSN.finditer(text):
+        area, group, serial = match[0].split("-")
+        if area not in ("000", "666") and area < "900" and group != "00" and serial != "0000":
+            yield match.span()
+
+
+def find_secrets(text: str) -> Iterator[tuple[int, int]]:
+    """Access keys that are known by their form, and private keys."""
+    if any(mark in text for mark in _SECRET_MARKS):
+        for pattern in _SECRETS:
+            yield from (match.span() for match in pattern.finditer(text))
+
+
+class Pii:
+    """The step `pii`: edits, never drops."""
+
+    name = "pii"
+
+    def __init__(self, config: PiiConfig) -> None:
+        self.config = config
+        self.marks: dict[str, float] = {}
+        finders: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
+            "secret": find_secrets, "email": find_emails, "iban": find_ibans, "card": find_cards, "ssn": find_ssns,
+            "ip": find_ips, "phone": self._find_phones,
+        }  # fmt: skip
+        self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
+        if "phone" in config.kinds:
+            self._phones = optional.need("phonenumbers", "take 'phone' out of pii.kinds")
+
+    def _find_phones(self, text: str) -> Iterator[tuple[int, int]]:
+        """Telephone numbers that are valid in their country; a local form must be grouped as people group it."""
+        for match in _PHONE.finditer(text):
+            written = match[0]
+            digits = sum(char.isdigit() for char in written)
+            groups = len(re.findall(r"\d+", written))
+            international = written[0] == "+" or match.start() and text[match.start() - 1] == "+"
+            if not 7 <= digits <= 15 or (not international and (groups < 3 or groups > 5 or digits < 10)):
+                continue
+            try:
+                number = self._phones.parse(written, self.config.phone_region)
+            except self._phones.NumberParseException:
+                continue
+            if self._phones.is_valid_number(number):
+                yield match.span()
+
+    def find(self, text: str) -> list[Span]:
+        """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of the table wins."""
+        taken: list[Span] = []
+        numbers = _DIGITS.search(text) is not None
+        for kind, finder in self._finders.items():
+            if kind in ("card", "ssn", "phone") and not numbers:
+                continue
+            for begin, end in finder(text):
+                if all(end <= span.begin or span.end <= begin for span in taken):
+                    taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
+        return taken
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        return [edit(self.find(document.text)) for document in batch.documents]
+
+
+def stand_in(kind: str, text: str) -> str:
+    """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for examples."""
+    number = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest(), "little")
+    if kind == "email":
+        return f"user{number:05d}@example.com"
+    if kind == "ip":
+        return f"2001:db8::{number:x}" if ":" in text else f"192.0.2.{number % 256}"
+    if kind == "phone":
+        return f"+1 202-555-01{number % 100:02d}"
+    if kind == "ssn":
+        return "000-00-0000"
+    if kind == "card":
+        return "4000 0000 0000 0000"
+    return {"iban": "XX00 0000 0000 0000", "secret": "REDACTED_KEY"}[kind]

@@ -1,0 +1,221 @@
+"""Quality rules with reason codes: Gopher (Rae et al. 2021, A.1.1), C4 (Raffel et al. 2020, 2.2), FineWeb
+(Penedo et al. 2024, 3.6) and, for code, StarCoder (Li et al. 2023, 3.1).
+
+All rules are rows of one table: a metric and its limit in each profile. Metrics are arrays over the batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+
+from megallm.base.errors import UsageError
+from megallm.curate import repetition, stopwords
+from megallm.curate.config import QualityConfig
+from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
+from megallm.curate.text import DIGIT, LETTER, SOLO, WORD, Analysis, Pieces, lowered, segment_sums
+
+NONE = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Drop when `metric` is below (or above) the limit of the profile; None: the profile does not have the rule."""
+
+    reason: str
+    metric: str
+    below: bool
+    web: float | None
+    docs: float | None
+    code: float | None
+
+
+RULES = (
+    Rule("too_few_words", "words", True, 50, 20, 10),
+    Rule("too_many_words", "words", False, 100_000, 1_000_000, 200_000),
+    Rule("mean_word_length_low", "mean_word_length", True, 3.0, 2.5, NONE),
+    Rule("mean_word_length_high", "mean_word_length", False, 10.0, 12.0, NONE),
+    Rule("symbol_words", "symbol_word_ratio", False, 0.1, NONE, NONE),
+    Rule("bullet_lines", "bullet_line_share", False, 0.9, 0.95, NONE),
+    Rule("ellipsis_lines", "ellipsis_line_share", False, 0.3, 0.3, NONE),
+    Rule("alphabetic_words", "alphabetic_word_share", True, 0.8, 0.6, NONE),
+    Rule("stop_words", "stop_words", True, 2, 2, NONE),
+    Rule("dup_lines", "dup_line_share", False, 0.3, 0.45, 0.6),
+    Rule("dup_line_chars", "dup_line_char_share", False, 0.2, 0.35, 0.5),
+    Rule("dup_paragraphs", "dup_paragraph_share", False, 0.3, 0.45, NONE),
+    Rule("dup_paragraph_chars", "dup_paragraph_char_share", False, 0.2, 0.35, NONE),
+    Rule("top_2gram", "top_2gram", False, 0.20, 0.25, NONE),
+    Rule("top_3gram", "top_3gram", False, 0.18, 0.22, NONE),
+    Rule("top_4gram", "top_4gram", False, 0.16, 0.20, NONE),
+    Rule("dup_5gram", "dup_5gram", False, 0.15, 0.45, NONE),
+    Rule("dup_6gram", "dup_6gram", False, 0.14, 0.42, NONE),
+    Rule("dup_7gram", "dup_7gram", False, 0.13, 0.39, NONE),
+    Rule("dup_8gram", "dup_8gram", False, 0.12, 0.36, NONE),
+    Rule("dup_9gram", "dup_9gram", False, 0.11, 0.33, NONE),
+    Rule("dup_10gram", "dup_10gram", False, 0.10, 0.30, 0.60),
+    Rule("lorem_ipsum", "lorem_ipsum", False, 0, 0, NONE),
+    Rule("curly_bracket", "curly_brackets", False, 0, NONE, NONE),
+    Rule("few_sentences", "sentences", True, 3, NONE, NONE),
+    Rule("line_punctuation", "punctuated_line_share", True, 0.12, NONE, NONE),
+    Rule("short_lines", "short_line_share", False, 0.67, NONE, NONE),
+    Rule("newlines", "newlines_per_word", False, 0.3, NONE, NONE),
+    Rule("long_line", "longest_line", False, NONE, NONE, 1000),
+    Rule("mean_line_length", "mean_line_length", False, NONE, NONE, 100),
+    Rule("alphanumeric_chars", "alphanumeric_share", True, NONE, 0.3, 0.25),
+    Rule("digits", "digit_share", False, 0.5, 0.6, 0.5),
+    Rule("encoded_data", "longest_word", False, 200, 400, 200),
+    Rule("generated_code", "generated", False, NONE, NONE, 0),
+)
+_WORD_RULES = {"mean_word_length_low", "mean_word_length_high"}  # say nothing where characters are words
+_TERMINAL = np.array([ord(char) for char in ".!?\"'”’。！？…:;।؟"], np.uint32)
+_BULLETS = np.array([ord(char) for char in "-*•‣◦▪·–●○"], np.uint32)
+_SENTENCE_ENDS = np.array([ord(char) for char in ".!?。！？।؟"], np.uint32)
+_SHORT_LINE_CHARS = 30
+_CODE_HEAD_CHARS = 600
+_GENERATED = re.compile(r"auto[- ]?generated|generated (?:by|from|code)|do not (?:edit|modify)", re.IGNORECASE)
+_BOILERPLATE = (
+    "javascript", "cookie", "terms of use", "terms of service", "privacy policy", "all rights reserved", "powered by",
+    "sign in", "sign up", "log in", "login", "subscribe",
+)  # fmt: skip
+_BOILERPLATE_MAX_WORDS = 12  # longer lines are prose that happens to speak of it
+
+
+def measure(analysis: Analysis, texts: Sequence[str], languages: list[str | None]) -> dict[str, np.ndarray]:
+    """Every metric of every document, float64 [documents]."""
+    words, lines = analysis.words, analysis.lines
+    num_words, num_lines = words.counts, lines.counts
+    ink = repetition.ink_counts(analysis)
+    out = _word_metrics(analysis, num_words) | _line_metrics(analysis, lines, num_lines)
+    out["stop_words"] = stopwords.counts(analysis, languages)
+    out["dup_line_share"], out["dup_line_char_share"] = repetition.duplicate_pieces(lines, ink)
+    paragraphs = repetition.duplicate_pieces(analysis.paragraphs, ink)
+    out["dup_paragraph_share"], out["dup_paragraph_char_share"] = paragraphs
+    out |= repetition.word_repetition(analysis)
+    out["newlines_per_word"] = analysis.newlines / np.maximum(num_words, 1)
+    out["lorem_ipsum"] = np.array(["lorem ipsum" in text or "Lorem ipsum" in text for text in texts])
+    out["curly_brackets"] = np.array(["{" in text for text in texts])
+    out["generated"] = np.array([_GENERATED.search(text[:_CODE_HEAD_CHARS]) is not None for text in texts])
+    return {name: np.asarray(values, np.float64) for name, values in out.items()}
+
+
+def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.ndarray]:
+    words = analysis.words
+    some = np.maximum(num_words, 1)
+    letters = np.zeros(len(analysis.codes) + 1, np.int64)
+    np.cumsum((analysis.kinds & LETTER) > 0, out=letters[1:])
+    alphabetic = letters[words.end] > letters[words.begin]
+    solo = segment_sums((analysis.kinds[words.begin] & SOLO) > 0, words.offsets) / some
+    codes = analysis.codes
+    symbols = (codes == ord("#")) | (codes == ord("…"))
+    dots = (codes[:-2] == ord(".")) & (codes[1:-1] == ord(".")) & (codes[2:] == ord(".")) if len(codes) > 2 else symbols
+    symbol_count = segment_sums(symbols, analysis.starts)
+    if len(codes) > 2:
+        symbol_count = symbol_count + segment_sums(np.concatenate([dots, [False, False]]), analysis.starts) / 3
+    ends = np.isin(codes[:-1], _SENTENCE_ENDS) & ((analysis.kinds[1:] & WORD) == 0)
+    ends = np.concatenate([ends, [False]])
+    return {
+        "words": num_words,
+        "solo_word_share": solo,
+        "mean_word_length": segment_sums(words.lengths, words.offsets) / some,
+        "longest_word": _longest(words),
+        "alphabetic_word_share": segment_sums(alphabetic, words.offsets) / some,
+        "symbol_word_ratio": symbol_count / some,
+        "sentences": segment_sums(ends, analysis.starts),
+        "alphanumeric_share": analysis.share(WORD),
+        "digit_share": analysis.share(DIGIT),
+    }
+
+
+def _line_metrics(analysis: Analysis, lines: Pieces, num_lines: np.ndarray) -> dict[str, np.ndarray]:
+    some = np.maximum(num_lines, 1)
+    first, last = analysis.codes[lines.begin], analysis.codes[lines.end - 1]
+    ellipsis = last == ord("…")
+    long = np.flatnonzero(lines.lengths >= 3)
+    end = lines.end[long]
+    ellipsis[long] |= (analysis.codes[end[:, None] - np.arange(1, 4)] == ord(".")).all(axis=1)
+
+    def share(flags: np.ndarray) -> np.ndarray:
+        return segment_sums(flags, lines.offsets) / some
+
+    return {
+        "bullet_line_share": share(np.isin(first, _BULLETS)),
+        "ellipsis_line_share": share(ellipsis),
+        "punctuated_line_share": share(np.isin(last, _TERMINAL)),
+        "short_line_share": share(lines.lengths < _SHORT_LINE_CHARS),
+        "mean_line_length": segment_sums(lines.lengths, lines.offsets) / some,
+        "longest_line": _longest(lines),
+    }
+
+
+def _longest(pieces: Pieces) -> np.ndarray:
+    out = np.zeros(len(pieces.counts), np.int64)
+    used = np.flatnonzero(pieces.counts)
+    if len(used):
+        out[used] = np.maximum.reduceat(pieces.lengths, pieces.offsets[:-1][used])
+    return out
+
+
+class Quality:
+    """The step `quality`: drops with the first rule that a document breaks; the web profile cuts boilerplate lines."""
+
+    name = "quality"
+
+    def __init__(self, config: QualityConfig) -> None:
+        names = [rule.reason for rule in RULES]
+        for given in (*config.limits, *config.off):
+            if given not in names:
+                close = get_close_matches(given, names, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                raise UsageError(
+                    f"quality: the rule '{given}' does not exist.{hint} The rules are: {', '.join(names)}."
+                )
+        self._cut = config.boilerplate_lines and config.profile == "web"
+        self.limits: list[tuple[Rule, float]] = []
+        for rule in RULES:
+            limits = {"web": rule.web, "docs": rule.docs, "code": rule.code}
+            limit = config.limits.get(rule.reason, limits[config.profile])
+            if limit is not None and rule.reason not in config.off:
+                self.limits.append((rule, limit))
+        self.marks = {f"quality.{rule.metric}": limit for rule, limit in self.limits}
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        """One verdict a document; the note of a drop has the value and the limit."""
+        texts = [document.text for document in batch.documents]
+        metrics = measure(batch.analysis, texts, [document.meta.get("language") for document in batch.documents])
+        for rule, _ in self.limits:
+            batch.record(f"quality.{rule.metric}", metrics[rule.metric])
+        broken = np.stack([self._breaks(rule, limit, metrics) for rule, limit in self.limits])
+        verdicts = []
+        for row, which in enumerate(broken.argmax(axis=0)):
+            rule, limit = self.limits[which]
+            if broken[which, row]:
+                verdicts.append(drop(rule.reason, value=round(float(metrics[rule.metric][row]), 4), limit=limit))
+            else:
+                verdicts.append(edit(boilerplate_spans(texts[row])) if self._cut else KEEP)
+        return verdicts
+
+    def _breaks(self, rule: Rule, limit: float, metrics: dict[str, np.ndarray]) -> np.ndarray:
+        values = metrics[rule.metric]
+        broken = values < limit if rule.below else values > limit
+        if rule.metric == "stop_words":
+            broken &= values >= 0  # we know no stop words of the language
+        return broken & (metrics["solo_word_share"] < 0.3) if rule.reason in _WORD_RULES else broken
+
+
+def boilerplate_spans(text: str) -> list[Span]:
+    """Short lines about cookies, JavaScript, terms and log-ins, each with the newline that ends it."""
+    low, spans = lowered(text), []
+    for phrase in _BOILERPLATE:
+        at = low.find(phrase)
+        while at >= 0:
+            begin = low.rfind("\n", 0, at) + 1
+            end = low.find("\n", at) + 1 or len(text)
+            line = text[begin:end]
+            if len(line.split()) <= _BOILERPLATE_MAX_WORDS and not line.rstrip().endswith((".", "!", "?", ":")):
+                spans.append(Span(begin, end, "boilerplate_line"))
+            at = low.find(phrase, end)
+    return spans

@@ -1,0 +1,251 @@
+"""Raw files to documents: JSONL and Parquet (cut by `data.readers`), whole text files, HTML; each also as .gz or .zst.
+
+`units` runs in the parent and cuts; `parse` runs in a worker. What cannot be read becomes a `Reject` with file and
+line. At most one document of the allowed size and two blocks are held, whatever a file unfolds to.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from megallm.base.errors import DataError
+from megallm.curate.config import InputConfig
+from megallm.curate.document import Document
+from megallm.curate.html import text_of_html
+from megallm.data import readers
+
+_PACKED = (".gz", ".zst")
+_JSONL = (".jsonl", ".json", ".ndjson", ".parquet")
+_HTML = (".html", ".htm", ".xhtml")
+_BOMB_BYTES = 64 << 20  # a small file may unfold as much as it likes
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CHARSET = re.compile(rb"charset=[\"']?([A-Za-z0-9_-]+)")
+_BOM = b"\xef\xbb\xbf"
+_TYPES = {
+    type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Part of one file: a chunk of lines or rows from `line` on, or a whole file, or the reason why it is neither."""
+
+    file: str
+    kind: str  # lines | rows | text | html | damaged
+    size: int  # bytes
+    line: int = 1
+    chunk: readers.Chunk | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A line that is no document."""
+
+    file: str
+    line: int
+    reason: str
+
+
+def find_files(config: InputConfig) -> list[str]:
+    """Every input file, sorted. Errors: `DataError` for a name that matches nothing."""
+    found: set[str] = set()
+    for name in config.files:
+        path = Path(name)
+        if path.is_dir():
+            matches = [str(one) for one in path.rglob("*") if one.is_file()]
+        else:
+            matches = [name] if path.is_file() else [one for one in glob(name, recursive=True) if Path(one).is_file()]
+        if not matches:
+            raise DataError(f"input.files: {name} matches no file; give files, folders or patterns that exist.")
+        found.update(matches)
+    for name in sorted(found):
+        try:
+            open(name, "rb").close()
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+    return sorted(found)
+
+
+def kind_of(name: str, config: InputConfig) -> str:
+    """`jsonl` (and Parquet), `html` or `text`."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes and suffixes[-1] in _PACKED:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    if config.format != "auto":
+        return config.format
+    return "jsonl" if suffix in _JSONL else "html" if suffix in _HTML else "text"
+
+
+def units(name: str, config: InputConfig) -> Iterator[Unit]:
+    """Cut one file; what is damaged becomes a last unit that says so."""
+    kind = kind_of(name, config)
+    packed_bytes = Path(name).stat().st_size
+    if kind != "jsonl":
+        yield Unit(name, kind, min(packed_bytes, config.max_document_bytes))
+        return
+    options = readers.ReadOptions(keys=_keys(config), max_document_bytes=config.max_document_bytes)
+    line = 1
+    bomb = max(_BOMB_BYTES, packed_bytes * config.max_unpacked_ratio)
+    try:
+        for chunk in readers.chunks(name, options):
+            if chunk.data is not None and chunk.end > bomb:
+                reason = f"the file unfolds to over {config.max_unpacked_ratio} times its size; the rest was not read"
+                yield Unit(name, "damaged", 0, line, reason=reason)
+                return
+            kind = "rows" if chunk.rows is not None else "lines"
+            yield Unit(name, kind, _size(chunk), line, chunk)
+            line += _count_lines(chunk)
+    except DataError as error:
+        yield Unit(name, "damaged", 0, line, reason=str(error))
+
+
+def _keys(config: InputConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([config.key, *([config.id_key] if config.id_key else []), *config.keep_keys]))
+
+
+def _size(chunk: readers.Chunk) -> int:
+    if chunk.rows is None:
+        return chunk.size
+    return sum(len(value) for row in chunk.rows for value in row if isinstance(value, str))
+
+
+def _count_lines(chunk: readers.Chunk) -> int:
+    if chunk.rows is not None:
+        return len(chunk.rows)
+    if chunk.too_long:
+        return chunk.lines
+    return _bytes_of(chunk).count(b"\n")
+
+
+def _bytes_of(chunk: readers.Chunk) -> bytes:
+    if chunk.data is not None:
+        return chunk.data
+    with open(chunk.file, "rb") as file:
+        file.seek(chunk.begin)
+        return file.read(chunk.size)
+
+
+def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
+    """Documents and rejected lines of a unit, in order; ids are made of file and line unless there is `id_key`."""
+    if unit.kind == "damaged":
+        yield Reject(unit.file, unit.line, unit.reason)
+    elif unit.chunk is not None and unit.chunk.too_long:
+        yield Reject(unit.file, unit.line, _too_long(config))
+    elif unit.kind == "rows":
+        assert unit.chunk is not None and unit.chunk.rows is not None
+        for number, row in enumerate(unit.chunk.rows):
+            yield _document(dict(zip(_keys(config), row, strict=True)), unit.file, unit.line + number, config)
+    elif unit.kind == "lines":
+        assert unit.chunk is not None
+        for number, raw in enumerate(_bytes_of(unit.chunk).split(b"\n")):
+            if raw.strip():
+                yield _line(raw, unit.file, unit.line + number, config)
+    else:
+        yield _whole_file(unit, config)
+
+
+def _too_long(config: InputConfig) -> str:
+    return f"the document is longer than input.max_document_bytes={config.max_document_bytes}"
+
+
+def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | Reject:
+    if len(raw) > config.max_document_bytes:
+        return Reject(file, line, _too_long(config))
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Reject(file, line, f"invalid UTF-8 at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return Reject(file, line, f"not valid JSON, {error.msg} at column {error.colno}")
+    except ValueError as error:
+        return Reject(file, line, f"not usable JSON, {error}")
+    except RecursionError:
+        return Reject(file, line, "not usable JSON, it is nested too deeply")
+    if not isinstance(value, dict):
+        return Reject(file, line, f"the line holds a JSON {_TYPES[type(value)]}, want an object with '{config.key}'")
+    return _document(value, file, line, config)
+
+
+def _document(value: dict[str, Any], file: str, line: int, config: InputConfig) -> Document | Reject:
+    if config.key not in value:
+        has = ", ".join(f"'{name}'" for name in list(value)[:8]) or "no keys"
+        return Reject(file, line, f"the key '{config.key}' is missing; the line has {has}")
+    text = value[config.key]
+    if not isinstance(text, str):
+        return Reject(file, line, f"the value of '{config.key}' is a {_TYPES.get(type(text), 'value')}, want a string")
+    problem = _unsound(text)
+    if problem:
+        return Reject(file, line, problem)
+    name = value.get(config.id_key) if config.id_key else None
+    if name is not None and not isinstance(name, (str, int)):
+        kind = _TYPES.get(type(name), "value")
+        return Reject(file, line, f"the value of '{config.id_key}' is a {kind}, want a string or a number")
+    if isinstance(name, str) and _SURROGATE.search(name):
+        return Reject(file, line, f"the value of '{config.id_key}' holds a lone surrogate")
+    meta = {key: value[key] for key in config.keep_keys if key in value}
+    return Document(f"{file}:{line}" if name is None else str(name), text, file, line, meta=meta)
+
+
+def _unsound(text: str) -> str:
+    if "\0" in text:
+        return "the text holds NUL bytes, so it is not text"
+    if not text.isascii() and _SURROGATE.search(text):
+        return "the text holds a lone surrogate, which UTF-8 cannot hold"
+    return ""
+
+
+def _whole_file(unit: Unit, config: InputConfig) -> Document | Reject:
+    try:
+        data = _unpacked(unit.file, config.max_document_bytes + 1)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        return Reject(unit.file, 1, f"cannot be read: {error}; the file is damaged or incomplete")
+    if len(data) > config.max_document_bytes:
+        return Reject(unit.file, 1, _too_long(config))
+    try:
+        text = data.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        declared = _CHARSET.search(data[:2048]) if unit.kind == "html" else None
+        if declared is None:
+            line = data.count(b"\n", 0, error.start) + 1
+            return Reject(unit.file, line, f"invalid UTF-8 at byte {error.start}")
+        try:
+            text = data.decode(declared[1].decode())
+        except (UnicodeDecodeError, LookupError):
+            return Reject(unit.file, 1, f"neither UTF-8 nor the charset it declares, {declared[1].decode()}")
+    problem = _unsound(text)
+    if problem:
+        return Reject(unit.file, 1, problem)
+    return Document(unit.file, text_of_html(text) if unit.kind == "html" else text, unit.file, 1)
+
+
+def _unpacked(name: str, limit: int) -> bytes:
+    """The first `limit` bytes of a file, unpacked."""
+    with open(name, "rb") as file:
+        if name.endswith(".gz"):
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                return unpacked.read(limit)
+        if name.endswith(".zst"):
+            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+                return _read(stream, limit)
+        return file.read(limit)
+
+
+def _read(stream: Any | BinaryIO, limit: int) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while size < limit and (piece := stream.read(min(limit - size, 1 << 20))):
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)

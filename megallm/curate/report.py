@@ -1,0 +1,136 @@
+"""report.html: one file without scripts or outside links; every text that came from data is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from megallm.curate.tally import BINS, bins_of
+
+_WIDTH, _HEIGHT, _FOOT = 420, 110, 22
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1c2430}
+h1{font-size:1.5em}h2{font-size:1.2em;border-bottom:1px solid #d5dbe3;margin-top:2em}
+table{border-collapse:collapse;width:100%}td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #e8ecf1}
+td:first-child,th:first-child{text-align:left}.bar{background:#4878b0;height:.8em}.gone{background:#d98a4b;height:.8em}
+.track{display:flex;width:220px;background:#eef1f5}.plots{display:flex;flex-wrap:wrap;gap:1em}
+figure{margin:0}figcaption{font-size:.85em;color:#556}pre{white-space:pre-wrap;word-break:break-word;background:#f6f8fa;
+padding:.6em;font-size:.8em;max-height:14em;overflow:auto;margin:.2em 0 .8em}del{background:#f6d5c3}
+ins{background:#cfe8d0;text-decoration:none}.where{font-size:.8em;color:#667}summary{cursor:pointer}
+"""
+
+
+def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
+    """The report of a run from its stats.json and the examples of what each rule removed."""
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Curation report</title>",
+        f"<style>{_STYLE}</style><h1>Curation report</h1>",
+        _totals(stats["totals"]),
+        "<h2>Steps</h2>",
+        _steps(stats["steps"], stats["totals"]["documents"]),
+        "<h2>Reasons and examples</h2>",
+        *(_reasons(name, row, examples) for name, row in stats["steps"].items()),
+        "<h2>Distributions</h2><p>Every document that reached the step; the line is the limit.</p><div class=plots>",
+        *(_histogram(name, entry["counts"], entry["limit"]) for name, entry in stats["histograms"].items()),
+        "</div></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _totals(totals: dict[str, int]) -> str:
+    kept = _percent(totals["kept"], totals["documents"])
+    chars = _percent(totals["characters_kept"], totals["characters"])
+    return (
+        f"<p><b>{totals['kept']:,}</b> of {totals['documents']:,} documents kept ({kept}), "
+        f"<b>{totals['characters_kept']:,}</b> of {totals['characters']:,} characters ({chars}); "
+        f"{totals['lines_rejected']:,} lines could not be read.</p>"
+    )
+
+
+def _steps(steps: dict[str, dict[str, Any]], documents: int) -> str:
+    rows = []
+    for name, row in steps.items():
+        dropped = sum(row["dropped"].values())
+        left = row["in"] - dropped
+        bars = f"<div class=track>{_bar('bar', left, documents)}{_bar('gone', dropped, documents)}</div>"
+        rows.append(
+            _row(
+                escape(name), f"{row['in']:,}", f"{dropped:,}", _percent(dropped, row["in"]),
+                f"{row['edited_documents']:,}", f"{row['characters_dropped'] + row['characters_cut']:,}", bars,
+            )
+        )  # fmt: skip
+    titles = ("step", "in", "dropped", "share", "edited", "characters removed", "left, dropped")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _bar(kind: str, part: int, whole: int) -> str:
+    return f'<div class={kind} style="width:{100 * part / max(whole, 1):.2f}%"></div>'
+
+
+def _row(*cells: str) -> str:
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.1f} %"
+
+
+def _reasons(step: str, row: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
+    parts = []
+    counts = [("dropped", reason, number) for reason, number in row["dropped"].items()]
+    counts += [("edited", reason, number) for reason, number in row["edited"].items()]
+    for action, reason, number in sorted(counts, key=lambda item: (-item[2], item[1])):
+        unit = "documents dropped" if action == "dropped" else "spans edited"
+        shown = "".join(_example(one) for one in examples.get(f"{step}/{reason}", ()))
+        parts.append(
+            f"<details><summary><b>{escape(step)} / {escape(reason)}</b>: {number:,} {unit}</summary>{shown}</details>"
+        )
+    return "".join(parts)
+
+
+def _example(row: dict[str, Any]) -> str:
+    note = ", ".join(f"{name} {value}" for name, value in row.get("note", {}).items())
+    where = escape(f"{row['file']}:{row['line']}  {row['id'] if row['id'] != row['file'] else ''}  {note}")
+    if "text" in row:
+        body = escape(row["text"])
+    else:
+        body = f"{escape(row['before'])}<del>{escape(row['cut'])}</del><ins>{escape(row['replacement'])}</ins>"
+        body += escape(row["after"])
+    return f"<div class=where>{where}</div><pre>{body}</pre>"
+
+
+def _histogram(name: str, counts: Sequence[int], limit: float | None) -> str:
+    edges, most = bins_of(name), max([*counts, 1])
+    step = _WIDTH / BINS
+    bars = "".join(
+        f'<rect x="{k * step:.1f}" y="{_HEIGHT - _HEIGHT * count / most:.1f}" width="{step - 1:.1f}" '
+        f'height="{_HEIGHT * count / most:.1f}" fill="#4878b0"><title>{_short(edges[k])} to {_short(edges[k + 1])}: '
+        f"{count:,}</title></rect>"
+        for k, count in enumerate(counts)
+        if count
+    )
+    ticks = "".join(
+        f'<text x="{k * step:.1f}" y="{_HEIGHT + 15}" font-size="10" fill="#556">{_short(edges[k])}</text>'
+        for k in range(0, BINS, BINS // 5)
+    )
+    line = "" if limit is None else _limit_line(edges, limit)
+    return (
+        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="{_WIDTH}" height="{_HEIGHT + _FOOT}" role="img">'
+        f"{bars}{line}{ticks}</svg><figcaption>{escape(name)}"
+        f"{'' if limit is None else f', limit {_short(limit)}'}</figcaption></figure>"
+    )
+
+
+def _limit_line(edges: Iterable[float], limit: float) -> str:
+    held = list(edges)
+    below = sum(edge <= limit for edge in held) - 1
+    if not 0 <= below < BINS:
+        return ""
+    x = _WIDTH / BINS * (below + (limit - held[below]) / (held[below + 1] - held[below]))
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}" stroke="#c0392b" stroke-width="1.5"/>'
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")

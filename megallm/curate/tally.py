@@ -1,0 +1,134 @@
+"""What is counted on the way: documents and characters by step and reason, histograms of metrics, a few examples.
+
+A tally is plain JSON; the sum of the shards' tallies in shard order does not depend on who made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megallm.curate.document import Document, Verdict
+
+EXAMPLES = 5  # kept for each step and reason
+EXCERPT_CHARS = 400
+_CONTEXT_CHARS = 80  # around the first edited span
+BINS = 40
+_SHARES = ("_share", "gram", "_ratio", "score", "_density", "coverage")  # names that end so lie from 0 to 1
+_LOG_TOP = 7.0  # the other histograms are of log10(1 + value), up to 10^7
+
+
+def bins_of(metric: str) -> np.ndarray:
+    """The edges of a metric's histogram, float64 [BINS + 1]."""
+    if metric.endswith(_SHARES):
+        return np.linspace(0, 1, BINS + 1)
+    return np.power(10, np.linspace(0, _LOG_TOP, BINS + 1)) - 1
+
+
+class Tally:
+    """Counts of one shard, or of several added together."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.histograms: dict[str, list[int]] = {}
+        self.examples: dict[str, list[dict[str, Any]]] = {}
+        self.totals = {"lines_rejected": 0, "documents": 0, "characters": 0, "kept": 0, "characters_kept": 0}
+        self.seconds: dict[str, float] = {}
+
+    def note(self, step: str, documents: Sequence[Document], verdicts: Sequence[Verdict]) -> None:
+        """Count a step's verdicts over the documents as they were before it."""
+        row = self._row(step)
+        row["in"] += len(documents)
+        for document, verdict in zip(documents, verdicts, strict=True):
+            if verdict.action == "keep":
+                continue
+            if verdict.action == "drop":
+                self._add(row["dropped"], verdict.reason, 1)
+                row["characters_dropped"] += len(document.text)
+                reasons = {verdict.reason}
+            else:
+                row["edited_documents"] += 1
+                for span in verdict.spans:
+                    self._add(row["edited"], span.reason, 1)
+                    row["characters_cut"] += span.end - span.begin - len(span.replacement)
+                reasons = {span.reason for span in verdict.spans}
+            for reason in sorted(reasons):
+                self._example(step, reason, document, verdict)
+
+    def _row(self, step: str) -> dict[str, Any]:
+        empty: dict[str, Any] = {"in": 0, "dropped": {}, "edited": {}, "edited_documents": 0}
+        empty |= {"characters_dropped": 0, "characters_cut": 0}
+        return self.steps.setdefault(step, empty)
+
+    @staticmethod
+    def _add(counts: dict[str, int], key: str, number: int) -> None:
+        counts[key] = counts.get(key, 0) + number
+
+    def _example(self, step: str, reason: str, document: Document, verdict: Verdict) -> None:
+        held = self.examples.setdefault(f"{step}/{reason}", [])
+        if len(held) >= EXAMPLES:
+            return
+        row: dict[str, Any] = {"id": document.id, "file": document.file, "line": document.line}
+        if verdict.action == "drop":
+            row["text"] = document.text[:EXCERPT_CHARS]
+        else:
+            span = next(span for span in verdict.spans if span.reason == reason)
+            before = document.text[max(0, span.begin - _CONTEXT_CHARS) : span.begin]
+            after = document.text[span.end : span.end + _CONTEXT_CHARS]
+            # Personal data must not come back in the report: a replaced span is shown as its replacement only.
+            cut = "" if span.replacement else document.text[span.begin : span.end][:EXCERPT_CHARS]
+            row |= {"before": before, "cut": cut, "replacement": span.replacement, "after": after}
+        if verdict.note:
+            row["note"] = verdict.note
+        held.append(row)
+
+    def note_metrics(self, metrics: dict[str, np.ndarray]) -> None:
+        """Add one number a document to the histogram of each metric; what lies outside goes into the last bin."""
+        for name, values in metrics.items():
+            edges = bins_of(name)
+            place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, BINS - 1)
+            counts = np.bincount(place, minlength=BINS)
+            held = self.histograms.setdefault(name, [0] * BINS)
+            self.histograms[name] = [old + int(new) for old, new in zip(held, counts, strict=True)]
+
+    def add(self, name: str, number: int) -> None:
+        """Add to one of `totals`."""
+        self.totals[name] += number
+
+    def spend(self, step: str, seconds: float) -> None:
+        """Processor time of a step."""
+        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "totals": self.totals, "steps": self.steps, "histograms": self.histograms, "examples": self.examples,
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def add_up(tallies: Iterable[dict[str, Any]]) -> Tally:
+    """The sum, in the order given; examples of the first come first."""
+    out = Tally()
+    for tally in tallies:
+        for name, number in tally["totals"].items():
+            out.add(name, number)
+        for step, row in tally["steps"].items():
+            total = out._row(step)
+            for name, value in row.items():
+                if isinstance(value, dict):
+                    for reason, number in value.items():
+                        out._add(total[name], reason, number)
+                else:
+                    total[name] += value
+        for name, counts in tally["histograms"].items():
+            held = out.histograms.setdefault(name, [0] * BINS)
+            out.histograms[name] = [old + new for old, new in zip(held, counts, strict=True)]
+        for name, rows in tally["examples"].items():
+            held_rows = out.examples.setdefault(name, [])
+            held_rows += rows[: EXAMPLES - len(held_rows)]
+        for step, seconds in tally["seconds"].items():
+            out.spend(step, seconds)
+    return out

@@ -1,0 +1,223 @@
+"""Words, lines and paragraphs of a batch of texts as numpy arrays, and 64-bit hashes of any of them.
+
+All texts of a batch are laid end to end as code points, so that one array operation serves them all.
+A word is a maximal run of letters, digits, marks and underscores, lower-cased; in scripts written
+without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word. The hash of a run of
+characters is a polynomial modulo 2^64 read off prefix sums (Karp and Rabin, "Efficient randomized
+pattern-matching algorithms", 1987), then mixed.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from functools import cache, cached_property
+
+import numpy as np
+
+WORD, LETTER, SPACE, SOLO, DIGIT = 1, 2, 4, 8, 16  # bits of a character's class; SOLO: a word by itself
+_SOLO_RANGES = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)  # fmt: skip
+_NEWLINE = 10
+_BASE = 0x9E3779B97F4A7C15 | 1  # odd, so it has an inverse modulo 2^64
+_INVERSE = pow(_BASE, -1, 1 << 64)
+_NGRAM_BASE = 0xD6E8FEB86659FD93
+_MIN_POWERS = 1 << 16
+
+
+@cache
+def classes() -> np.ndarray:
+    """The class of every code point, uint8 [0x110000]."""
+    table = np.zeros(0x110000, np.uint8)
+    for code in range(0x110000):
+        kind = unicodedata.category(chr(code))
+        if kind[0] == "L":
+            table[code] = WORD | LETTER
+        elif kind[0] == "M":
+            table[code] = WORD
+        elif kind[0] == "N":
+            table[code] = WORD | DIGIT
+        elif kind[0] == "Z" or code in (9, 10, 11, 12, 13, 28, 29, 30, 31, 0x85):
+            table[code] = SPACE
+    table[ord("_")] = WORD
+    for low, high in _SOLO_RANGES:
+        part = table[low : high + 1]
+        part[(part & WORD) > 0] |= SOLO
+    return table
+
+
+@cache
+def _powers_of(base: int, count: int) -> np.ndarray:
+    """base^0 .. base^(count-1) modulo 2^64."""
+    out = np.full(count, base, np.uint64)
+    out[0] = 1
+    with np.errstate(over="ignore"):
+        return np.multiply.accumulate(out)
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    size = _MIN_POWERS
+    while size < count:
+        size *= 2
+    return _powers_of(base, size)[:count]
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread every bit over all 64 (the finaliser of MurmurHash3); a bijection of uint64."""
+    values = values ^ (values >> np.uint64(33))
+    values = values * np.uint64(0xFF51AFD7ED558CCD)
+    values = values ^ (values >> np.uint64(33))
+    values = values * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))
+
+
+def lowered(text: str) -> str:
+    """Lower case, one code point for one code point, so that positions stay."""
+    low = text.lower()
+    if len(low) == len(text):
+        return low
+    return "".join(small if len(small := char.lower()) == 1 else char for char in text)
+
+
+def code_points(text: str) -> np.ndarray:
+    """uint32 [len(text)]; a lone surrogate is allowed."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sums of values[offsets[i]:offsets[i+1]], empty segments included."""
+    total = np.zeros(len(values) + 1, np.float64 if values.dtype.kind == "f" else np.int64)
+    np.cumsum(values, out=total[1:])
+    return total[offsets[1:]] - total[offsets[:-1]]
+
+
+class Pieces:
+    """Some runs of characters [begin, end) in order, and for each document the range of its runs in `offsets`."""
+
+    def __init__(self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, source: Analysis) -> None:
+        self.begin, self.end, self._source = begin, end, source
+        self.offsets = np.searchsorted(begin, document_starts)
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many runs each document has, int64 [documents]."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return self.end - self.begin
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """The document of every run."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """uint64, equal for equal (lower-cased) runs wherever they stand."""
+        return self._source.hash(self.begin, self.end)
+
+    def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of `size` consecutive runs inside one document, and the number of the first run of each."""
+        count = len(self) - size + 1
+        if count <= 0:
+            return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        inside = self.documents[:count] == self.documents[size - 1 :]
+        first = np.flatnonzero(inside)
+        return self.ngrams_at(first, size), first
+
+    def ngrams_at(self, first: np.ndarray, size: int) -> np.ndarray:
+        """Hashes of the n-grams that begin at the given runs; the caller knows that they stay inside a document."""
+        total = np.zeros(len(first), np.uint64)
+        power = 1
+        for k in range(size):
+            total += self.hashes[first + k] * np.uint64(power)
+            power = power * _NGRAM_BASE % (1 << 64)
+        return mix(total)
+
+
+class Analysis:
+    """A batch of texts, lower-cased and laid end to end with a newline after each.
+
+    `starts` int64 [documents + 1]: where each text begins; the last is the end. `codes` uint32 and `kinds` uint8
+    [characters].
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.lengths = np.array([len(text) for text in texts], np.int64)
+        self.starts = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum(self.lengths + 1, out=self.starts[1:])
+        joined = "\n".join(texts) + "\n" if texts else ""
+        self.codes = code_points(lowered(joined))
+        self.kinds = classes()[self.codes]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def words(self) -> Pieces:
+        """The words, lower-cased."""
+        if not len(self.codes):
+            return self._pieces(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        word, solo = (self.kinds & WORD) > 0, (self.kinds & SOLO) > 0
+        border = np.ones(len(word) + 1, bool)  # between character i - 1 and i
+        border[1:-1] = (word[1:] != word[:-1]) | solo[1:] | solo[:-1]
+        return self._pieces(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1)
+
+    @cached_property
+    def ink(self) -> np.ndarray:
+        """Positions of the characters that are not space."""
+        return np.flatnonzero((self.kinds & SPACE) == 0)
+
+    @cached_property
+    def lines(self) -> Pieces:
+        """The lines that are not blank, without the space around them."""
+        ends = np.flatnonzero(self.codes == _NEWLINE)
+        starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+        first, last = np.searchsorted(self.ink, starts), np.searchsorted(self.ink, ends)
+        used = last > first
+        return self._pieces(self.ink[first[used]], self.ink[last[used] - 1] + 1)
+
+    @cached_property
+    def newlines(self) -> np.ndarray:
+        """Newlines of each document, the one that ends it not counted."""
+        return segment_sums(self.codes == _NEWLINE, self.starts) - 1
+
+    @cached_property
+    def paragraphs(self) -> Pieces:
+        """Runs of lines between blank lines, from the first to the last character that is not space."""
+        lines = self.lines
+        if not len(lines):
+            return lines
+        # Two newlines between the end of a line and the start of the next make a blank line.
+        count = np.zeros(len(self.codes) + 1, np.int64)
+        np.cumsum(self.codes == _NEWLINE, out=count[1:])
+        gap = count[lines.begin[1:]] - count[lines.end[:-1]] > 1
+        new = np.concatenate([[True], gap | (lines.documents[1:] != lines.documents[:-1])])
+        last = np.concatenate([new[1:], [True]])
+        return self._pieces(lines.begin[new], lines.end[last])
+
+    def hash(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """uint64 hashes of the runs [begin, end) of `codes`."""
+        shift = _powers(_INVERSE, len(self.codes) + 1)
+        return mix((self._prefix[end] - self._prefix[begin]) * shift[begin])
+
+    @cached_property
+    def _prefix(self) -> np.ndarray:
+        out = np.zeros(len(self.codes) + 1, np.uint64)
+        values = (self.codes.astype(np.uint64) + np.uint64(1)) * _powers(_BASE, len(self.codes))
+        np.cumsum(values, out=out[1:])
+        return out
+
+    def _pieces(self, begin: np.ndarray, end: np.ndarray) -> Pieces:
+        return Pieces(begin, end, self.starts, self)
+
+    def share(self, bits: int) -> np.ndarray:
+        """The share of each document's non-space characters that have one of the class bits."""
+        ink = segment_sums((self.kinds & SPACE) == 0, self.starts)
+        return segment_sums((self.kinds & bits) > 0, self.starts) / np.maximum(ink, 1)
