@@ -1,10 +1,27 @@
-"""Causal attention of query heads over (fewer) key/value heads, with an optional sliding window."""
+"""Causal attention of query heads over (fewer) key/value heads, with windows, packed documents and blocks.
+
+`causal_attention` is the one-rank path. Blocks are the parts of a larger softmax: `attention_block` returns
+its output together with the log-sum-exp of its scores, from which `Partial` merges any number of blocks
+exactly (online softmax, arXiv 2205.14135; ring attention, arXiv 2310.01889), and `attention_block_backward`
+gives the gradients of one block from the output and the log-sum-exp of the whole.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megallm.ops.precision import wide, wide_dtype
+from megallm.ops.tiles import BAND, CAUSAL, Sight, Span, Tile, plan_tiles
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
@@ -21,13 +38,185 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     Tk positions. Returns `[B, Tq, H, E]`.
     """
     tq, tk = q.shape[1], k.shape[1]
+    if tq == tk and window is not None and window < tk:
+        return packed_attention(q, k, v, Sight((0, tk), window))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = None
-    square = tq == tk and (window is None or window >= tk)
-    if not square and (tq > 1 or window is not None):
+    if tq != tk and (tq > 1 or window is not None):
         places = torch.arange(tk, device=q.device)
         mask = visible(places[tk - tq :], places, window)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=square and tq > 1, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=tq == tk and tq > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """Attention inside the documents of a row: q `[B, T, H, E]`, k and v `[B, T, K, E]` -> `[B, T, H, E]`.
+
+    Only tiles with something visible are computed, so work grows with the documents (and the window), not with T^2.
+    """
+    return _Packed.apply(q, k, v, sight)
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+        row = (Span(0, q.shape[1]),)
+        ctx.tiles = plan_tiles(row, row, sight)
+        partial = Partial.empty(q, v)
+        partial.add(q, k, v, ctx.tiles)
+        out = partial.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, partial.lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = Gradients.zeros(q, k, v)
+        grads.add(Queries(q, out, lse, grad), k, v, ctx.tiles)
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None
+
+
+# Parts of a larger softmax
+
+
+@dataclass
+class Partial:
+    """Attention over the keys seen so far: `out` `[B, Tq, H, E]` wide and `lse` `[B, Tq, H]`, -inf before the first."""
+
+    out: Tensor
+    lse: Tensor
+
+    @staticmethod
+    def empty(q: Tensor, v: Tensor) -> Partial:
+        """Nothing seen yet."""
+        out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=wide_dtype(q.dtype))
+        return Partial(out, out.new_full(q.shape[:3], -torch.inf))
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile]) -> None:
+        """Merge tiles of the queries against further keys, in place."""
+        for tile in tiles:
+            rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
+            out, lse = attention_block(q[:, rows], k[:, keys], v[:, keys], tile)
+            before, so_far = self.lse[:, rows], self.out[:, rows]
+            after = torch.logaddexp(before, lse)
+            so_far.mul_((before - after).exp_()[..., None]).add_(out * (lse - after).exp_()[..., None])
+            before.copy_(after)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries with the finished result of theirs and its gradient: all a block's backward needs beside its keys."""
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    grad: Tensor
+
+    def rows(self, tile: Tile) -> Queries:
+        """The queries of a tile."""
+        rows = slice(tile.q_begin, tile.q_end)
+        return Queries(self.q[:, rows], self.out[:, rows], self.lse[:, rows], self.grad[:, rows])
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Wide sums of the gradients of q, k and v."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def zeros(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+        return Gradients(*(torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in (q, k, v)))
+
+    def add(self, queries: Queries, k: Tensor, v: Tensor, tiles: Iterable[Tile]) -> None:
+        """Add what the tiles contribute, in place."""
+        for tile in tiles:
+            rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
+            grads = attention_block_backward(queries.rows(tile), k[:, keys], v[:, keys], tile)
+            for total, part, where in zip((self.q, self.k, self.v), grads, (rows, keys, keys), strict=True):
+                total[:, where] += part
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E]` alone, masked as the tile's kind says.
+
+    Returns the output `[B, Tq, H, E]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
+    """
+    if not _flash_fits(q, v):
+        return _block(q, k, v, tile)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = _FLASH(q, k, v, 0.0, tile.kind == CAUSAL, attn_mask=_additive(tile, q), scale=q.shape[-1] ** -0.5)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def attention_block_backward(queries: Queries, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v through this block, one of those merged into `queries.out` and `queries.lse`."""
+    if not _flash_fits(queries.q, v):
+        return _block_backward(queries, k, v, tile)
+    q, out, lse, grad = (x.transpose(1, 2) for x in (queries.q, queries.out, queries.lse, queries.grad))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    mask, scale = _additive(tile, q), q.shape[-1] ** -0.5
+    grads = _FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, tile.kind == CAUSAL, attn_mask=mask, scale=scale)
+    return tuple(x.transpose(1, 2) for x in grads)
+
+
+def _flash_fits(q: Tensor, v: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1]
+
+
+def _seen(tile: Tile, device: torch.device) -> Tensor | None:
+    """Bool `[Tq, Tk]` of what a tile shows; None when it shows everything."""
+    if tile.kind not in (CAUSAL, BAND):
+        return None
+    rows = torch.arange(tile.q_end - tile.q_begin, device=device) + tile.shift
+    keys = torch.arange(tile.k_end - tile.k_begin, device=device)
+    return visible(rows, keys, tile.window)
+
+
+def _additive(tile: Tile, q: Tensor) -> Tensor | None:
+    """A BAND as what the flash kernel adds to the scores."""
+    if tile.kind != BAND:
+        return None
+    seen = _seen(tile, q.device)
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+
+
+# Written out, for every device and dtype, and for values of another size than the keys
+
+
+def _grouped(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q `[B, K, H/K, Tq, E]` and k `[B, K, 1, Tk, E]`, wide."""
+    return wide(q).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4), wide(k).transpose(1, 2)[:, :, None]
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """`[B, K, H/K, Tq, E]` -> `[B, Tq, H, E]`."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _scores(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    seen = _seen(tile, q.device)
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    rows, keys = _grouped(q, k)
+    scores = _scores(rows, keys, tile)
+    lse = scores.logsumexp(-1, keepdim=True)
+    out = (scores - lse).exp_() @ wide(v).transpose(1, 2)[:, :, None]
+    return _ungrouped(out).to(q.dtype), _ungrouped(lse).squeeze(-1)
+
+
+def _block_backward(queries: Queries, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    rows, keys = _grouped(queries.q, k)
+    values = wide(v).transpose(1, 2)[:, :, None]
+    out, grad, lse = (_grouped(x, k)[0] for x in (queries.out, queries.grad, queries.lse[..., None]))
+    weights = (_scores(rows, keys, tile) - lse).exp_()
+    inner = (grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * weights * rows.shape[-1] ** -0.5
+    grad_k, grad_v = (inner.transpose(-1, -2) @ rows).sum(2), (weights.transpose(-1, -2) @ grad).sum(2)
+    return _ungrouped(inner @ keys), grad_k.transpose(1, 2), grad_v.transpose(1, 2)

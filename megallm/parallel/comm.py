@@ -6,6 +6,8 @@ that reduction; the layout oracle does this on purpose to prove that it would no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,8 +25,12 @@ REDUCTIONS = {
     "vocab.max": "largest logit over the vocabulary pieces",
     "vocab.sum": "sum of exponentials over the vocabulary pieces",
     "vocab.label": "logit of the label, found on one vocabulary piece",
+    "cp.lse": "attention over the key blocks of other cp ranks, merged by log-sum-exp (ring)",
+    "cp.kv_grads": "gradient of a rank's keys and values, summed over the cp ranks that attended to them",
+    "cp.heads": "all-to-all over cp of heads for tokens (Ulysses)",
+    "cp.outputs": "per-token results of the other cp ranks, gathered before the loss",
     "grads.data": "parameter gradients, summed over dp and cp",
-    "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms under sequence parallelism)",
+    "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms under sp)",
     "grads.tie": "gradient of the embedding shared by the first and the last stage",
     "clip.norm": "squares of owned gradient elements, summed over the world",
     "loss.counts": "number of tokens of each loss term, summed over data",
@@ -63,6 +69,23 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
     out = torch.empty_like(pieces[0])
     _reduce_scatter(out, pieces.flatten(0, 1), group=axis.group)
     return out
+
+
+def start_all_reduce(x: Tensor, axis: Axis, name: str) -> Callable[[], None]:
+    """Begin summing `x` in place over the axis; call the result before reading it."""
+    if axis.size == 1 or name in axis.broken:
+        return lambda: None
+    return dist.all_reduce(x, group=axis.group, async_op=True).wait
+
+
+def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> dist.Work:
+    """Begin gathering equal flat pieces into `out`; wait on the result before reading it."""
+    return _all_gather(out, piece, group=axis.group, async_op=True)
+
+
+def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> dist.Work:
+    """Begin summing `whole` over the axis into this rank's piece `out`; wait on the result before reading it."""
+    return _reduce_scatter(out, whole, group=axis.group, async_op=True)
 
 
 def own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -113,6 +136,36 @@ class _ReduceScatterFwdGatherBwd(torch.autograd.Function):
         return all_gather(grad, ctx.axis, ctx.dim), None, None, None
 
 
+class _GatherFwdSliceBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return torch.cat([x] * axis.size, dim) if name in axis.broken else all_gather(x, axis, dim)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return own_slice(grad, ctx.axis, ctx.dim).contiguous(), None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, name: str) -> Tensor:
+        ctx.axis, ctx.name = axis, name
+        return _all_to_all(x, axis, name)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return _all_to_all(grad, ctx.axis, ctx.name), None, None
+
+
+def _all_to_all(x: Tensor, axis: Axis, name: str) -> Tensor:
+    if name in axis.broken:
+        return x.clone()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+    return out
+
+
 def copy_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
     """Identity forward; the gradient is summed over the axis. Megatron's `f` (arXiv 1909.08053)."""
     return x if axis.size == 1 else _CopyFwdSumBwd.apply(x, axis, name)
@@ -131,3 +184,13 @@ def gather_fwd_reduce_scatter_bwd(x: Tensor, axis: Axis, dim: int, name: str) ->
 def reduce_scatter_fwd_gather_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
     """Sum and scatter pieces of `dim` forward, gather the gradient. Sequence parallelism (arXiv 2205.05198)."""
     return x if axis.size == 1 else _ReduceScatterFwdGatherBwd.apply(x, axis, dim, name)
+
+
+def gather_fwd_slice_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+    """Gather pieces of `dim` forward; backward keeps the own slice: for what every rank then uses identically."""
+    return x if axis.size == 1 else _GatherFwdSliceBwd.apply(x, axis, dim, name)
+
+
+def all_to_all_fwd_all_to_all_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """`x[i]` of `[size, ...]` goes to rank i, result `[i]` came from rank i; the gradient goes the same way back."""
+    return x if axis.size == 1 else _AllToAll.apply(x, axis, name)

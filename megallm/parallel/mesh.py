@@ -41,6 +41,7 @@ class Mesh:
         self.device = device
         self.coords = layout.coords(rank)
         self.axes = axes
+        self.views: dict[tuple[str, int], tuple[Axis, Axis]] = {}
         self.tp, self.cp, self.dp, self.pp = axes["tp"], axes["cp"], axes["dp"], axes["pp"]
         self.data, self.grads, self.model, self.world = axes["data"], axes["grads"], axes["model"], axes["world"]
 
@@ -80,6 +81,30 @@ class Mesh:
         process already has, and that differs between the middle and the ends of a pipeline.
         """
         return dist.new_group(list(ranks))
+
+    def view(self, name: str, inner: int) -> tuple[Axis, Axis]:
+        """An axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal places the outer one.
+
+        Collective over the world the first time a view is asked for; `inner` divides the axis's size.
+        """
+        if (name, inner) not in self.views:
+            axis = self.axes[name]
+            alone = Axis(name, ranks=(self.rank,), broken=axis.broken)
+            if inner in (1, axis.size):
+                self.views[name, inner] = (axis, alone) if inner == 1 else (alone, axis)
+            else:
+                self.views[name, inner] = self._grid(axis, inner)
+        return self.views[name, inner]
+
+    def _grid(self, axis: Axis, inner: int) -> tuple[Axis, Axis]:
+        mine: list[Axis] = []
+        for line in self.layout.groups(axis.name):  # every rank makes every group, in one order
+            outer = [line[first::inner] for first in range(inner)]
+            for ranks in (*outer, *(line[begin : begin + inner] for begin in range(0, len(line), inner))):
+                group = dist.new_group(list(ranks))
+                if self.rank in ranks:
+                    mine.append(Axis(axis.name, ranks.index(self.rank), len(ranks), ranks, group, axis.broken))
+        return mine[0], mine[1]
 
     # Control messages: JSON over the world group, never pickle.
 

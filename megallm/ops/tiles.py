@@ -1,0 +1,125 @@
+"""Which rectangles of the attention matrix hold anything visible. Pure.
+
+Causality, documents and a window leave most of the matrix empty. `plan_tiles` cuts what is left into
+rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL) or with a band
+(BAND); a rectangle in which nothing is visible is not in the plan, so nothing is computed for it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megallm.base.errors import DataError
+
+FULL, CAUSAL, BAND = "full", "causal", "band"
+SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
+
+    `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row without packing is `(0, T)`.
+    """
+
+    documents: tuple[int, ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `begin <= t < end` of the row, stored from index `at` on."""
+
+    begin: int
+    end: int
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries `[q_begin, q_end)` against keys `[k_begin, k_end)`, as indices into what is stored.
+
+    `shift` is the token of the first query minus the token of the first key; with `window` it says what is
+    visible in a BAND tile. Every query of a tile sees at least one of its keys.
+    """
+
+    kind: str
+    q_begin: int
+    q_end: int
+    k_begin: int
+    k_end: int
+    shift: int
+    window: int | None = None
+
+    @property
+    def work(self) -> int:
+        """Scores computed: the whole rectangle, or its lower triangle."""
+        queries, keys = self.q_end - self.q_begin, self.k_end - self.k_begin
+        return queries * (queries + 1) // 2 if self.kind == CAUSAL else queries * keys
+
+
+def row_sight(length: int, cu_seqlens: Sequence[int] | None, window: int | None) -> Sight:
+    """The sight of a row of `length` tokens; raises DataError when `cu_seqlens` does not divide up that row."""
+    if cu_seqlens is None:
+        return Sight((0, length), window)
+    ends = tuple(cu_seqlens)
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        raise DataError(
+            f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row of {length} tokens: "
+            f"they must rise from 0 to {length}."
+        )
+    return Sight(tuple(sorted(set(ends))), window)
+
+
+@lru_cache(maxsize=4096)
+def plan_tiles(queries: tuple[Span, ...], keys: tuple[Span, ...], sight: Sight) -> tuple[Tile, ...]:
+    """The tiles of these queries against these keys; together they hold each visible pair exactly once."""
+    tiles: list[Tile] = []
+    for q in queries:
+        for begin, end in _documents(sight.documents, q):
+            for k in keys:
+                for kind, (a, b), (c, d) in _cut(max(q.begin, begin), min(q.end, end), k, begin, sight.window):
+                    q_at, k_at = a - q.begin + q.at, c - k.begin + k.at
+                    tiles.append(Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, sight.window))
+    return tuple(tiles)
+
+
+def _documents(ends: tuple[int, ...], span: Span) -> Iterator[tuple[int, int]]:
+    """The documents that have tokens in the span."""
+    n = bisect_right(ends, span.begin) - 1
+    while n + 1 < len(ends) and ends[n] < span.end:
+        yield ends[n], ends[n + 1]
+        n += 1
+
+
+Cut = tuple[str, tuple[int, int], tuple[int, int]]  # kind, queries and keys as tokens of the row
+
+
+def _cut(a: int, b: int, k: Span, document: int, window: int | None) -> Iterator[Cut]:
+    """Tiles of queries `[a, b)` of one document against the keys of it in `k`."""
+    c, d = max(k.begin, document), min(k.end, b)
+    a = max(a, c)
+    if a >= b or c >= d:
+        return
+    if window is not None and b - 1 - c >= window:
+        yield from _strips(a, b, c, d, window)
+        return
+    if c < a:
+        yield FULL, (a, b), (c, min(d, a))
+    if a < d:
+        yield CAUSAL, (a, d), (a, d)
+        if d < b:
+            yield FULL, (d, b), (a, d)
+
+
+def _strips(a: int, b: int, c: int, d: int, window: int) -> Iterator[Cut]:
+    """Short strips of queries, each against the keys that its window reaches: work grows as T x window."""
+    size = max(window, SHORTEST_STRIP)
+    for x in range(a, b, size):
+        low, high = max(c, x - window + 1), min(d, x + size, b)
+        y = min(x + size, b, high - 1 + window)  # queries from y on are past the window of the last key
+        if low < high and x < y:
+            yield (FULL if high <= x + 1 and y - 1 - low < window else BAND), (x, y), (low, high)

@@ -1,0 +1,200 @@
+"""ops.attention and ops.tiles: tiles hold each visible pair once; merged blocks equal plain attention."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from megallm.base.errors import DataError
+from megallm.ops import attention
+from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention, visible
+from megallm.ops.tiles import CAUSAL, FULL, Sight, Span, Tile, plan_tiles, row_sight
+
+ATOL = 1e-12
+
+
+def dense_mask(sight: Sight) -> Tensor:
+    """Bool [T, T] written from the definition."""
+    length = sight.documents[-1]
+    document = torch.zeros(length, dtype=torch.long)
+    for end in sight.documents[1:-1]:
+        document[end:] += 1
+    gap = torch.arange(length)[:, None] - torch.arange(length)[None]
+    seen = (gap >= 0) & (document[:, None] == document[None])
+    return seen if sight.window is None else seen & (gap < sight.window)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention over `[B, T, H, E]` by the textbook."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bihe,bjhe->bhij", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def random_sight(draw: random.Random, length: int) -> Sight:
+    ends = sorted(draw.sample(range(1, length), draw.randint(0, min(5, length - 1))))
+    return Sight((0, *ends, length), draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length]))
+
+
+def tensors(length: int, heads: int, kv_heads: int, size: int = 6, value_size: int = 6, dtype=torch.float64):
+    make = torch.Generator().manual_seed(length)
+    shapes = ((2, length, heads, size), (2, length, kv_heads, size), (2, length, kv_heads, value_size))
+    return [torch.randn(s, generator=make, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return list(torch.autograd.grad(out, leaves, direction.to(out.dtype)))
+
+
+# Tiles
+
+
+def covered(tiles: tuple[Tile, ...], rows: int, keys: int) -> Tensor:
+    """How often each pair is computed, and seen, by the tiles."""
+    count = torch.zeros(rows, keys, dtype=torch.long)
+    for tile in tiles:
+        block = count[tile.q_begin : tile.q_end, tile.k_begin : tile.k_end]
+        i = torch.arange(block.shape[0])[:, None] + tile.shift
+        seen = (
+            torch.ones(block.shape, dtype=torch.bool)
+            if tile.kind == FULL
+            else visible(i[:, 0], torch.arange(block.shape[1]), tile.window)
+        )
+        assert seen.any(1).all(), f"a query of {tile} sees nothing"
+        block += seen
+    return count
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tiles_hold_each_visible_pair_once(seed: int) -> None:
+    draw = random.Random(seed)
+    length = draw.randint(2, 300)
+    sight = random_sight(draw, length)
+    cuts = sorted({0, length, *draw.choices(range(length), k=draw.randint(0, 4))})
+    runs = [Span(a, b) for a, b in pairwise(cuts)]
+    draw.shuffle(runs)
+    stored, at = [], 0
+    for run in runs:
+        stored.append(Span(run.begin, run.end, at))
+        at += run.end - run.begin
+    order = [token for span in stored for token in range(span.begin, span.end)]
+    mask = dense_mask(sight)
+    queries, keys = tuple(stored), (Span(0, length),)
+    assert torch.equal(covered(plan_tiles(queries, keys, sight), length, length), mask[order].long())
+    assert torch.equal(covered(plan_tiles(keys, queries, sight), length, length), mask[:, order].long())
+    assert torch.equal(covered(plan_tiles(queries, queries, sight), length, length), mask[order][:, order].long())
+
+
+def test_masked_tiles_are_not_computed() -> None:
+    row = (Span(0, 4096),)
+    whole = sum(tile.work for tile in plan_tiles(row, row, Sight((0, 4096))))
+    packed = sum(tile.work for tile in plan_tiles(row, row, Sight(tuple(range(0, 4097, 256)))))
+    windowed = sum(tile.work for tile in plan_tiles(row, row, Sight((0, 4096), 128)))
+    assert whole == 4096 * 4097 // 2
+    assert packed == 16 * 256 * 257 // 2
+    assert windowed < 4096 * 128 * 2
+    later = (Span(8, 16),)
+    assert plan_tiles((Span(0, 8),), later, Sight((0, 16))) == ()
+    assert plan_tiles(later, (Span(0, 8),), Sight((0, 8, 16))) == ()
+    assert [tile.kind for tile in plan_tiles(later, (Span(0, 8),), Sight((0, 16)))] == [FULL]
+
+
+@pytest.mark.parametrize("ends", [[0, 3, 9], [1, 8], [0, 5, 4, 8], [8], []])
+def test_documents_that_do_not_divide_the_row_are_refused(ends: list[int]) -> None:
+    with pytest.raises(DataError, match="must rise from 0 to 8"):
+        row_sight(8, ends, None)
+    assert row_sight(8, [0, 3, 3, 8], None) == Sight((0, 3, 8))
+
+
+# Attention of one rank
+
+
+@pytest.mark.parametrize("path", ["flash", "written out"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_attention_equals_plain(seed: int, kv_heads: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "written out":
+        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+    draw = random.Random(seed)
+    sight = random_sight(draw, 90)
+    q, k, v = tensors(90, 6, kv_heads)
+    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
+
+
+def test_values_of_another_size_than_keys() -> None:
+    q, k, v = tensors(40, 4, 2, size=6, value_size=10)
+    sight = Sight((0, 13, 40))
+    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("queries", [1, 4, 20])
+def test_causal_attention_of_the_last_queries(queries: int, window: int | None) -> None:
+    q, k, v = tensors(20, 6, 2)
+    want = plain_attention(q, k, v, dense_mask(Sight((0, 20), window)))[:, -queries:]
+    got = causal_attention(q[:, -queries:], k, v, window)
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("path", ["flash", "written out"])
+def test_narrow_types_stay_within_their_precision(
+    path: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "written out":
+        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+    sight = Sight((0, 21, 64), 17)
+    q, k, v = tensors(64, 4, 2, dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, got = plain_attention(*exact, dense_mask(sight)), packed_attention(q, k, v, sight)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, exact), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=4 * tolerance)
+
+
+# Negative controls: the comparison sees what is left out
+
+
+def test_a_block_ignored_in_the_merge_is_seen() -> None:
+    q, k, v = (x.detach() for x in tensors(32, 4, 2))
+    row = (Span(16, 32),)
+    full = Sight((0, 32))
+    tiles = plan_tiles(row, (Span(0, 32),), full)
+    assert [tile.kind for tile in tiles] == [FULL, CAUSAL]
+    want = plain_attention(q, k, v, dense_mask(full))[:, 16:]
+    for order in (tiles, tiles[::-1]):
+        partial = Partial.empty(q[:, 16:], v)
+        partial.add(q[:, 16:], k, v, order)
+        torch.testing.assert_close(partial.out, want, rtol=0, atol=ATOL)
+    lost = Partial.empty(q[:, 16:], v)
+    lost.add(q[:, 16:], k, v, tiles[1:])
+    assert (lost.out - want).abs().max() > 0.1
+
+
+def test_gradients_need_the_log_sum_exp_of_the_whole() -> None:
+    q, k, v = tensors(32, 4, 2)
+    row, sight = (Span(0, 32),), Sight((0, 32))
+    out = plain_attention(q, k, v, dense_mask(sight))
+    want = gradients(out, [q, k, v])
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    partial = Partial.empty(q, v)
+    with torch.no_grad():
+        partial.add(q, k, v, plan_tiles(row, row, sight))
+        for shift, equal in ((0.0, True), (0.1, False)):
+            grads = Gradients.zeros(q, k, v)
+            grads.add(Queries(q, partial.out, partial.lse + shift, grad), k, v, plan_tiles(row, row, sight))
+            errors = [(a - b).abs().max() for a, b in zip((grads.q, grads.k, grads.v), want, strict=True)]
+            assert (max(errors) < ATOL) == equal
