@@ -71,7 +71,10 @@ def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -
         return Ending(error.exit_code, str(error)[:MAX_MESSAGE], True, time.monotonic())
     except Exception as error:  # the boundary of the process: nothing above could catch it
         at = time.monotonic()
-        traceback.print_exc()
+        if hung_up(error):  # the cause is what the other rank says; a traceback of ours would bury it
+            print(f"megallm: another rank went away: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = PeerLost.exit_code if lost_peer(error) else InternalError.exit_code
         return Ending(code, f"{type(error).__name__}: {error}"[:MAX_MESSAGE], False, at)
     return Ending(0, "", True, time.monotonic())
@@ -84,3 +87,8 @@ def lost_peer(error: BaseException) -> bool:
         return True
     text = str(error)
     return "RuntimeError" in names and ("gloo" in text or "Connection closed by peer" in text)
+
+
+def hung_up(error: BaseException) -> bool:
+    """Whether another rank's process ended, as opposed to not answering in time."""
+    return lost_peer(error) and any(words in str(error) for words in ("closed by peer", "reset by peer"))
