@@ -21,7 +21,7 @@ PRELOAD = ("megallm.inference.generate", "megallm.launch.group")  # imported onc
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="RUN|STEP", help="run folder or one step folder")
+    parser.add_argument("--model", required=True, metavar="RUN|STEP|HF", help="run folder, step folder or Hugging Face folder")
     parser.add_argument("--prompts", metavar="F.jsonl", help='one {"prompt": "..."} a line')
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")

@@ -30,7 +30,6 @@ HARMLESS = frozenset((
     "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache", "use_sliding_window",
     "vocab_file",
 ))  # fmt: skip
-)
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,7 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     family = FAMILIES[name]
     bare = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
     if not isinstance(named, list) or any(one not in (family.architecture, bare) for one in named):
-        raise UsageError(
-            f"{where} has architectures {str(named)[:120]}; known is {family.architecture}."
-        )
+        raise UsageError(f"{where} has architectures {str(named)[:120]}; known is {family.architecture}.")
     return family
 
 

@@ -18,15 +18,15 @@ from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
-from megallm.models.build import initialise
+from megallm.engine.state import Piece, pieces
+from megallm.models.build import initial_values
 from megallm.optim.adamw import AdamW
 from megallm.optim.clip import clip_gradients
-from megallm.optim.grads import Buckets, tie_axis
+from megallm.optim.zero import Groups, ShardedParameters, shard_groups
 from megallm.parallel import comm
-from megallm.parallel.mesh import Mesh
-from megallm.parallel.pipeline import Batch
-from megallm.parallel.schedule import SCHEDULES, forward_only
-from megallm.parallel.shard import named_shards
+from megallm.parallel.mesh import Axis, Mesh
+from megallm.parallel.pipeline import Batch, Walk
+from megallm.parallel.schedule import Placement
 
 TIED_NAME = "embedding.weight"
 
@@ -37,6 +37,12 @@ class Loss(Protocol):
     def counts(self, batch: Batch) -> dict[str, Tensor]: ...
 
     def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...
+
+
+class Weights(Protocol):
+    """Fills a tensor of any dtype with the box at `offset` of the logical tensor `name`."""
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -56,29 +62,36 @@ class StepStats:
 
 
 class Engine:
-    """The stage of this rank, its buckets and its optimizer."""
+    """The stages of this rank, their flat parameters and their optimizer."""
 
     def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.model = ParallelModel(config, mesh)
-        self.stage, self.pipeline = self.model.stage, self.model.pipeline
-        tie = tie_axis(mesh, bool(config.model.tie_embeddings))
-        self.buckets = Buckets(list(named_shards(self.stage)), mesh, self.model.dtype, tie, TIED_NAME)
-        self.model.place(self.buckets.views("params"))
-        self.buckets.attach(list(named_shards(self.stage)))
-        self.optimizer = AdamW(config.optim, self.buckets)
+        tie = tie_axis(mesh, self.model.placement, bool(config.model.tie_embeddings))
+        groups = Groups(*shard_groups(mesh, config.zero), tie)
+        shared = self.model.shared_units()
+        self.parameters = ShardedParameters(
+            self.model.entries(), mesh, self.model.dtype, config.zero, groups, TIED_NAME, shared
+        )
+        self.model.place(self.parameters.views())
+        self.parameters.attach({entry.name: entry.param for entry in self.model.entries()})
+        for stage in self.model.stages.values():
+            stage.units = self.parameters
+        self.optimizer = AdamW(config.optim, self.parameters)
+        self.last_walk: Walk | None = None
 
     @staticmethod
     def build(config: EngineConfig, mesh: Mesh) -> Engine:
         """An engine with its initial weights, the same logical weights at every layout, bit for bit."""
         engine = Engine(config, mesh)
-        initialise(engine.stage, mesh, config.seed, engine.buckets.views("master"))
-        engine.buckets.publish()
+        for name, shard, box, tensor in engine.masters():
+            tensor.copy_(initial_values(name, shard, box.offset, box.shape, config.seed))
+        engine.parameters.publish()
         return engine
 
     def num_local_params(self) -> int:
-        """Parameters held by this rank."""
-        return sum(bucket.plan.numel for bucket in self.buckets.flat)
+        """Parameters of this rank's stages."""
+        return sum(shape.numel() for shape in self.parameters.shapes.values())
 
     # Steps
 
@@ -87,10 +100,10 @@ class Engine:
 
         An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
         """
-        self.buckets.zero()
+        self.parameters.begin_step()
         sums, counts = self._run(batches, loss, training=True)
-        self.buckets.reduce()
-        norm = clip_gradients(self.buckets, self.config.optim.clip)
+        self.parameters.finish()
+        norm = clip_gradients(self.parameters, self.config.optim.clip)
         skipped = not math.isfinite(norm)
         if not skipped:
             self.optimizer.step(lr)
@@ -110,15 +123,8 @@ class Engine:
             total = sum(terms[term] / max(counts[term], 1) for term in terms)
             return total, {term: value.detach() for term, value in terms.items()}
 
-        schedule = SCHEDULES[self.config.schedule] if training else forward_only
-        pp = self.mesh.pp.size
-        plans = [schedule(rank, pp, len(batches)) for rank in range(pp)]
-        walk = self.pipeline.run(plans, batches, self._hidden_shape(batches[0]), loss_of, self.buckets.collect)
-        return self._global_sums(walk.results, list(counts)), counts
-
-    def _hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
-        rows, tokens = batch["tokens"].shape
-        return rows, tokens // self.mesh.tp.size if self.stage.sp else tokens, self.config.model.hidden_size
+        self.last_walk = self.model.walk(batches, loss_of, training, self.parameters)
+        return self._global_sums(self.last_walk.results, list(counts)), counts
 
     def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, int]:
         """The number each term is divided by: this data rank's counts, summed over data before the forward pass."""
@@ -139,36 +145,58 @@ class Engine:
 
     # State
 
+    def masters(self) -> Iterator[Piece]:
+        """The wide master weights that this rank keeps, as boxes of logical tensors."""
+        return pieces(self.parameters, [bucket.master for bucket in self.parameters.flat])
+
+    def gradients(self) -> Iterator[Piece]:
+        """The completed gradients that this rank keeps, after `train_step` (clipped)."""
+        return pieces(self.parameters, [bucket.shard_grads for bucket in self.parameters.flat])
+
     def parts(self) -> Iterator[Part]:
         """What this rank owns of the logical state: weights and optimizer state, as boxes of logical tensors."""
-        for name, tensor in self._state().items():
-            base = name.split(".", 2)[2] if name.startswith("optim.") else name
-            if self.buckets.owned(base):
-                shard = self.buckets.shards[base]
-                yield Part(name, shard.full, shard.box(self.mesh.layout, self.mesh.coords).offset, tensor)
+        for prefix, flats in self._state().items():
+            for name, shard, box, tensor in pieces(self.parameters, flats):
+                if self.parameters.owns(name):
+                    yield Part(f"{prefix}{name}", shard.full, box.offset, tensor)
 
     def counters(self) -> dict[str, int]:
         """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
         return {"updates": self.optimizer.step_count}
 
     def load(self, reader: Reader, optimizer: bool = True) -> None:
-        """Fill weights (and optimizer state) from a checkpoint written at any layout; local, not collective."""
+        """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp."""
         if optimizer:
             self.optimizer.step_count = reader.meta["engine"]["updates"]
-        for name, tensor in self._state(optimizer).items():
-            base = name.split(".", 2)[2] if name.startswith("optim.") else name
-            box = self.buckets.shards[base].box(self.mesh.layout, self.mesh.coords)
-            reader.read_into(name, box.offset, tensor)
-        if not optimizer:
-            for bucket in self.buckets.flat:
-                if bucket.master is not bucket.params:
-                    bucket.master.copy_(bucket.params)
+        for prefix, flats in self._state(optimizer).items():
+            for name, _, box, tensor in pieces(self.parameters, flats):
+                reader.read_into(f"{prefix}{name}", box.offset, tensor)
+        for bucket in self.parameters.flat:
+            if not optimizer and bucket.master is not bucket.weights:
+                bucket.master.copy_(bucket.weights)
+        self.parameters.publish()
 
-    def _state(self, optimizer: bool = True) -> dict[str, Tensor]:
-        state = dict(self.buckets.views("params"))
+    def _state(self, optimizer: bool = True) -> dict[str, list[Tensor]]:
+        """Name prefix -> for each bucket this rank's range of that part of the state."""
+        flat = self.parameters.flat
+        state = {"": [bucket.weights for bucket in flat]}
         if optimizer:
-            if any(bucket.master is not bucket.params for bucket in self.buckets.flat):
-                state |= {f"optim.master.{name}": x for name, x in self.buckets.views("master").items()}
-            for moment, views in self.optimizer.state_views().items():
-                state |= {f"optim.{moment}.{name}": x for name, x in views.items()}
+            if any(bucket.master is not bucket.weights for bucket in flat):
+                state["optim.master."] = [bucket.master for bucket in flat]
+            state |= {f"optim.{name}.": flats for name, flats in self.optimizer.states.items()}
         return state
+
+
+def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
+    """The group of the holders of the first and the last stage, size 1 when nothing is shared; collective over the world."""
+    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
+    if not tied or first == last:
+        return Axis("tie")
+    group = mesh.pp.group
+    if mesh.pp.size > 2:
+        made = {line: mesh.pair((line[first], line[last])) for line in mesh.layout.groups("pp")}
+        group = made[mesh.pp.ranks]
+    ends = (mesh.pp.ranks[first], mesh.pp.ranks[last])
+    if mesh.rank not in ends:
+        return Axis("tie")
+    return Axis("tie", ends.index(mesh.rank), 2, ends, group, mesh.pp.broken)

@@ -11,6 +11,8 @@ from megallm.base.errors import CheckpointError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
+from megallm.convert.folder import is_model_folder
+from megallm.convert.weights import HfReader
 from megallm.data import tokenizer
 from megallm.data.tokenizer import Tokenizer
 from megallm.engine.config import EngineConfig
@@ -29,11 +31,10 @@ def run(request: GenerateRequest, mesh: Mesh, show: Callable[[Row], None] | None
 
     Rank 0 writes them to `request.output`, or passes each to `show` as it comes.
     """
-    step = find_step(request.model)
-    with Reader(step) as reader:
+    with open_model(request.model) as reader:
         config = model_config(reader)
         model = ParallelModel.load(config, mesh, reader)
-        words = find_tokenizer(step, reader.meta)
+        words = find_tokenizer(reader)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed)
     generator = Generator(model)
     rows = []
@@ -60,6 +61,11 @@ def row_of(prompt: str, completion: Completion, words: Tokenizer) -> Row:
     }
 
 
+def open_model(model: str) -> Reader | HfReader:
+    """The weights of a run folder, a step folder or a Hugging Face folder."""
+    return HfReader(model) if is_model_folder(Path(model)) else Reader(find_step(model))
+
+
 def find_step(model: str) -> Path:
     """The checkpoint that a run folder or a step folder stands for; UsageError when there is none."""
     path = Path(model)
@@ -73,7 +79,7 @@ def find_step(model: str) -> Path:
     return found
 
 
-def model_config(reader: Reader) -> EngineConfig:
+def model_config(reader: Reader | HfReader) -> EngineConfig:
     """What to build, from what the checkpoint remembers."""
     try:
         return EngineConfig(model=ModelConfig(**reader.meta["model"]), precision=reader.meta["precision"])
@@ -81,9 +87,9 @@ def model_config(reader: Reader) -> EngineConfig:
         raise CheckpointError(f"{reader.folder} does not say which model it holds ({error}).") from error
 
 
-def find_tokenizer(step: Path, meta: dict[str, Any]) -> Tokenizer:
-    """The copy in the run folder, else the tokenizer that the run was configured with, else bytes."""
-    kept = step.parent.parent / "tokenizer"
-    if kept.is_dir():
+def find_tokenizer(reader: Reader | HfReader) -> Tokenizer:
+    """The copy in the run folder, else what the run was configured with or came with its folder, else bytes."""
+    kept = reader.folder.parent.parent / "tokenizer"
+    if isinstance(reader, Reader) and kept.is_dir():
         return tokenizer.load(str(kept))
-    return tokenizer.load(meta.get("tokenizer") or tokenizer.BYTES)
+    return tokenizer.load(reader.meta.get("tokenizer") or tokenizer.BYTES)

@@ -12,18 +12,23 @@ from megallm.base.errors import CheckpointError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
+from megallm.convert.convert import IMPORTED
+from megallm.convert.folder import is_model_folder
+from megallm.convert.tokenizer_files import copy_tokenizer, has_tokenizer
 from megallm.data import meta, order, tokenizer
 from megallm.data.loader import Loader, make_batch
 from megallm.data.pretrain import SampleDataset, build_split
 from megallm.data.sampler import rows_after
-from megallm.engine.config import EngineConfig
+from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
+from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
+from megallm.training.weights import build_engine, is_import
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +43,12 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
         identity = describe(config)
         found = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger = Ledger() if found is None else Ledger(**check_identity(found, identity))
-        engine = Engine.build(engine_config(config), mesh)
-        if found is not None:
-            with Reader(found) as reader:
-                engine.load(reader)
+        engine, begin = build_engine(engine_config(config), mesh, found)
         layout = dataclasses.asdict(mesh.layout)
         recorder.start(ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)})
         if mesh.rank == 0:
             keep_tokenizer(config)
-        recorder.note(opening(config, engine, ledger))
+        recorder.note(opening(config, engine, begin))
         with train_loader(config, mesh, ledger) as loader:
             held_out = HeldOut(config, engine)
             job = Job(config, engine, NextToken(), loader, lambda: loader.wait_seconds, held_out.loss, identity, ledger)
@@ -59,19 +61,19 @@ def engine_config(config: PretrainConfig) -> EngineConfig:
         model=config.model,
         optim=config.optim,
         sp=config.layout.sp,
-        schedule=config.layout.schedule,
+        pipeline=PipelineOptions(config.layout.schedule, config.layout.chunks, config.layout.stages),
+        zero=ZeroOptions(config.zero.stage, tree=config.train.determinism == "tree"),
         precision=config.train.precision,
         recompute=config.train.recompute,
         seed=config.run.seed,
     )
 
 
-def opening(config: PretrainConfig, engine: Engine, ledger: Ledger) -> str:
-    """One line about what starts or goes on."""
+def opening(config: PretrainConfig, engine: Engine, begin: str) -> str:
+    """One line about what starts or goes on; `begin` is a clause about the weights."""
     layout = engine.mesh.layout
     size = f"{config.model.num_params() / 1e6:.1f}M parameters"
     where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''} {config.train.precision}"
-    begin = f"resumed at step {ledger.step}" if ledger.step else "starting"
     return f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, run folder {config.run.dir}"
 
 
@@ -94,10 +96,18 @@ def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Loader:
     return Loader(samples, rows_of_step, ledger.step + 1, last + 1, pin=mesh.device.type == "cuda")
 
 
+def tokenizer_of(config: PretrainConfig) -> str | None:
+    """`data.tokenizer`, else the tokenizer that came with `model.hf`, else None."""
+    if config.data.tokenizer is None and config.model.hf is not None and has_tokenizer(Path(config.model.hf)):
+        return config.model.hf
+    return config.data.tokenizer
+
+
 def check_tokenizers(config: PretrainConfig, mesh: Mesh) -> None:
-    """Refuse sources that were made with another tokenizer than `data.tokenizer`."""
-    if config.data.tokenizer is not None and mesh.rank == 0:
-        fingerprint = tokenizer.load(config.data.tokenizer).fingerprint
+    """Refuse sources that were made with another tokenizer than the run's."""
+    spec = tokenizer_of(config)
+    if spec is not None and mesh.rank == 0:
+        fingerprint = tokenizer.load(spec).fingerprint
         for prefix in config.data.sources:
             meta.check_tokenizer(prefix, fingerprint)
 
@@ -132,12 +142,15 @@ class HeldOut:
 
 def keep_tokenizer(config: PretrainConfig) -> None:
     """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run folder goes."""
-    spec, target = config.data.tokenizer, Path(config.run.dir) / "tokenizer"
+    spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
     if spec in (None, tokenizer.BYTES) or target.exists():
         return
     source = Path(spec)
     with atomic_path(target) as temporary:
-        if source.is_dir():
+        if is_model_folder(source):  # weights lie beside the tokenizer: its files only
+            temporary.mkdir()
+            copy_tokenizer(source, temporary)
+        elif source.is_dir():
             shutil.copytree(source, temporary)
         else:
             temporary.mkdir()
@@ -152,10 +165,10 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
     data = config.data
     return {
         "kind": "pretrain",
-        "model": dataclasses.asdict(config.model),
+        "model": dataclasses.asdict(dataclasses.replace(config.model, hf=None)),
         "precision": config.train.precision,
         "seed": config.run.seed,
-        "tokenizer": data.tokenizer,
+        "tokenizer": tokenizer_of(config),
         "data": {
             "sources": data.sources,
             "split": data.split,
@@ -194,7 +207,10 @@ def check_identity(found: Path, identity: dict[str, Any]) -> dict[str, int]:
     """The ledger of a checkpoint; UsageError with a table of what differs when the run is another one."""
     with Reader(found) as reader:
         saved = reader.meta
-    if not isinstance(saved, dict) or saved.get("kind") != identity["kind"]:
+        if is_import(reader):
+            identity = {"model": identity["model"]}
+            saved = {"ledger": {}, **saved}
+    if not isinstance(saved, dict) or saved.get("kind") not in (identity.get("kind"), IMPORTED):
         raise CheckpointError(f"{found} was not written by a pretraining run.")
     differences = [
         f"  {'.'.join(path)}: checkpoint {old!r}, configuration {new!r}"

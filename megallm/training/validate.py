@@ -11,10 +11,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
+from megallm.convert.hf_config import agree, read_config
 from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
 from megallm.optim.config import RULES, SCHEDULES
@@ -34,7 +36,6 @@ AVAILABLE: dict[str, tuple[Any, ...]] = {
     "data.log_samples": (False,),
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.determinism": ("none",),
-    "model.hf": (None,),
 }
 
 
@@ -125,7 +126,9 @@ def nearest_layouts(config: PretrainConfig, world: int, tokenizer_vocab: int | N
 
 def _facts(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None) -> Facts:
     model = config.model
-    if model.vocab_size is None and model.preset is None and tokenizer_vocab is not None:
+    if model.hf is not None:
+        model = agree(model, read_config(Path(model.hf)).model, f"model.hf {model.hf}")
+    elif model.vocab_size is None and model.preset is None and tokenizer_vocab is not None:
         model = dataclasses.replace(model, vocab_size=tokenizer_vocab)
     return Facts(config, model.resolve(), world, tokenizer_vocab)
 

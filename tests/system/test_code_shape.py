@@ -33,8 +33,9 @@ FLOORS: dict[str, set[str]] = {
     "curate": {"base", "data"},
     "optim": {"base", "ops", "parallel"},
     "checkpoint": {"base", "parallel"},
+    "convert": {"base", "data", "ops", "parallel", "models", "checkpoint"},
     "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
-    "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine"},
+    "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine", "convert"},
 }
 FLOORS["convert"] = {"base", "data", "parallel", "models", "checkpoint"}
 FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
@@ -51,7 +52,8 @@ FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
 PURE = (
     "base.", "cli.", "data.", "training.config", "training.validate", "parallel.layout", "parallel.shard",
     "parallel.schedule", "models.config", "models.presets", "models.stages", "optim.config", "optim.lr",
-    "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "engine.config", "inference.request",
+    "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
+    "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device", "base.timers")

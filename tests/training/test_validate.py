@@ -177,7 +177,6 @@ def test_what_is_not_there_yet_is_refused_in_words(key):
         "data.log_samples": True,
         "train.precision": "fp8",
         "train.determinism": "tree",
-        "model.hf": "dir",
     }.get(key, 2)
     problems = find_problems(replace(GOOD, {key: wrong}), None)
     (problem,) = [problem for problem in problems if problem.rule == "available"]

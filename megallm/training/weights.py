@@ -1,0 +1,39 @@
+"""Where the weights of a run come from: its own checkpoint, imported weights, a Hugging Face folder, or the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megallm.checkpoint.reader import Reader
+from megallm.convert.convert import IMPORTED
+from megallm.convert.weights import Cast, HfReader
+from megallm.engine.config import EngineConfig
+from megallm.engine.engine import Engine
+from megallm.parallel.mesh import Mesh
+
+
+def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
+    """An engine with the weights that the run starts or goes on with, and a clause that says which.
+
+    `found` is the run's newest checkpoint; it wins over `model.hf`. Each rank reads its own pieces only.
+    Collective over the world.
+    """
+    folder = config.model.hf
+    if found is None and folder is None:
+        return Engine.build(config, mesh), "starting"
+    if found is None:
+        with HfReader(folder) as source:
+            notes = "".join(f" (note: {note})" for note in source.notes)
+            return Engine.build(config, mesh, source), f"starting from the weights of {folder}{notes}"
+    with Reader(found) as reader:
+        if is_import(reader):
+            return Engine.build(config, mesh, Cast(reader)), f"starting from the imported weights of {found}"
+        engine = Engine.build(config, mesh)
+        engine.load(reader)
+        wins = f" of its own checkpoint, which wins over model.hf {folder}" if folder else ""
+        return engine, f"resumed at step {reader.step}{wins}"
+
+
+def is_import(reader: Reader) -> bool:
+    """Whether `megallm convert` made this checkpoint: weights without a history of training."""
+    return isinstance(reader.meta, dict) and reader.meta.get("kind") == IMPORTED
