@@ -13,7 +13,7 @@ _ROPE_DECODER: dict[str, Any] = {
     "activation": "swiglu",
     "positions": "rope",
     "rope_theta": 10000.0,
-    "qkv_bias": False,
+    "qkv_bias": None,  # as `bias`
     "bias": False,
     "qk_norm": False,
     "sliding_window": None,
@@ -32,7 +32,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm": "layernorm",
         "activation": "gelu_tanh",
         "positions": "learned",
-        "qkv_bias": True,
         "bias": True,
         "tie_embeddings": True,
         "max_positions": 1024,
