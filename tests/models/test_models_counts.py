@@ -1,0 +1,132 @@
+"""The closed forms of the configuration equal what is counted on the built model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megallm.models.build import build_stage, initial_values, place_parameters
+from megallm.models.config import ModelConfig
+from megallm.models.decoder import StageOptions
+from megallm.models.presets import PRESETS
+from megallm.parallel.layout import Layout
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import named_shards
+
+TINY = ModelConfig(
+    family="llama", num_layers=2, hidden_size=24, ffn_hidden_size=40, num_heads=4, num_kv_heads=2, vocab_size=57,
+    max_positions=32,
+)  # fmt: skip
+
+# What the authors' own model cards and papers say, in millions.
+PUBLISHED = {
+    "gpt2": 124.4, "gpt2-xl": 1557.6, "llama2-7b": 6738.4, "llama2-70b": 68976.6, "llama3-8b": 8030.3,
+    "qwen2-0.5b": 494.0, "qwen2.5-7b": 7615.6, "qwen3-0.6b": 596.0, "qwen3-8b": 8190.7, "mistral-7b": 7241.7,
+}  # fmt: skip
+
+
+def built_count(config: ModelConfig) -> int:
+    """Parameters of the model on the meta device; a tied matrix is there once."""
+    stage = build_stage(config, Mesh.single(), StageOptions())
+    assert all(parameter.device.type == "meta" for parameter in stage.parameters())
+    return sum(parameter.numel() for parameter in stage.parameters())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    config = ModelConfig(preset=preset).resolve()
+    assert config.num_params() == built_count(config)
+    if preset in PUBLISHED:
+        assert config.num_params() / 1e6 == pytest.approx(PUBLISHED[preset], abs=0.06)
+
+
+def test_every_combination_of_switches():
+    switches = {
+        "tie_embeddings": (False, True),
+        "norm": ("rmsnorm", "layernorm"),
+        "activation": ("swiglu", "gelu"),
+        "positions": ("rope", "learned"),
+        "qkv_bias": (None, True),
+        "bias": (False, True),
+        "qk_norm": (False, True),
+        "head_size": (None, 10),
+        "num_kv_heads": (1, 4),
+    }
+    seen = set()
+    for values in product(*switches.values()):
+        config = replace(TINY, **dict(zip(switches, values, strict=True))).resolve()
+        assert config.num_params() == built_count(config), values
+        seen.add(config.num_params())
+    assert len(seen) > 100, "the switches change the number of parameters"
+
+
+def test_the_pieces_of_a_layout_add_up_to_the_model():
+    """Owned elements over all ranks = the closed form, at a layout with replicated and tied parts."""
+    config = replace(TINY, num_kv_heads=1, tie_embeddings=True, qk_norm=True, bias=True).resolve()
+    layout = Layout(pp=2, dp=2, tp=4)
+    total = 0
+    for rank in range(layout.world):
+        mesh = mesh_on_paper(layout, rank)
+        for name, parameter, shard in named_shards(build_stage(config, mesh, StageOptions(sp=True))):
+            first = name != "embedding.weight" or mesh.coords["pp"] == 0
+            total += parameter.numel() * shard.owned(mesh.coords, first)
+    assert total == config.num_params()
+
+
+def mesh_on_paper(layout: Layout, rank: int) -> Mesh:
+    """A mesh without processes, to build stages on the meta device."""
+    from megallm.parallel.layout import PURPOSES
+    from megallm.parallel.mesh import Axis
+
+    axes = {}
+    for purpose in PURPOSES:
+        ranks = layout.ranks(purpose, of=rank)
+        axes[purpose] = Axis(purpose, ranks.index(rank), len(ranks), ranks)
+    return Mesh(layout, rank, torch.device("cpu"), axes)
+
+
+FLOP_CONFIGS = {
+    "llama": {},
+    "gpt2": {"family": "gpt2", "num_kv_heads": 4},
+    "one kv head, another head size": {"num_kv_heads": 1, "head_size": 10},
+    "tied": {"tie_embeddings": True, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("name", FLOP_CONFIGS)
+def test_flops_equal_counted_ones(name):
+    """Forward and backward of one batch, attention as plain matrix products so that each is seen."""
+    config = replace(TINY, **FLOP_CONFIGS[name]).resolve()
+    rows, tokens = 2, 16
+    stage = build_stage(config, Mesh.single(), StageOptions())
+    shards = {key: shard for key, _, shard in named_shards(stage)}
+    place_parameters(
+        stage,
+        {k: initial_values(k, s, (0,) * len(s.full), s.full, 0).float() for k, s in shards.items()},
+    )
+    draw = torch.randint(config.vocab_size, (rows, tokens + 1))
+    batch = {
+        "tokens": draw[:, :-1],
+        "labels": draw[:, 1:],
+        "positions": torch.arange(tokens).expand(rows, tokens),
+    }
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        stage(None, batch)["log_prob"].sum().backward()
+    assert counter.get_total_flops() == config.num_flops(tokens) * rows * tokens
+
+
+def test_causal_flops_count_the_triangle():
+    config = TINY.resolve()
+    for tokens in (8, 32):
+        whole, half = config.num_flops(tokens), config.num_flops(tokens, causal=True)
+        matrices = config.num_flops(0)
+        assert half - matrices == (whole - matrices) // 2
+    window = replace(TINY, sliding_window=8).resolve()
+    pairs = sum(min(i + 1, 8) for i in range(4096))  # what query i sees
+    exact = pairs / 4096 * 12 * window.num_heads * window.head_size * window.num_layers
+    assert window.num_flops(4096, causal=True) - window.num_flops(0) == pytest.approx(exact, rel=2e-3)
