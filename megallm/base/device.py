@@ -1,8 +1,9 @@
-"""What the training loop asks of a device besides arithmetic."""
+"""What training asks of a device besides arithmetic: memory, time. The only place that names CUDA events."""
 
 from __future__ import annotations
 
 import resource
+import time
 
 import torch
 
@@ -26,3 +27,26 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)
+
+
+class Stopwatch:
+    """Moments on a device's own time line. On a GPU a mark is an event in the stream: marking never waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.origin = self.mark()
+
+    def mark(self) -> float | torch.cuda.Event:
+        """The moment at which everything issued so far is done."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, moment: float | torch.cuda.Event) -> float:
+        """Seconds from the start of the watch; on a GPU this waits for the moment."""
+        if not self.on_gpu:
+            return moment - self.origin
+        moment.synchronize()
+        return self.origin.elapsed_time(moment) / 1000.0

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megallm.models.config import ModelConfig
-from megallm.optim.config import OptimConfig
+from megallm.optim.config import OptimConfig, ZeroOptions
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """`schedule` and `chunks` as in `parallel.schedule`; `stages` is a layout string; `group` the microbatch group."""
+
+    schedule: str = "1f1b"
+    chunks: int = 1
+    stages: str | None = None
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -14,8 +24,9 @@ class EngineConfig:
 
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    zero: ZeroOptions = field(default_factory=ZeroOptions)
     sp: bool = False
-    schedule: str = "1f1b"
     precision: str = "fp32"
     recompute: str = "none"
     seed: int = 1234

@@ -73,7 +73,7 @@ class Engine:
         self.parameters = ShardedParameters(
             self.model.entries(), mesh, self.model.dtype, config.zero, groups, TIED_NAME, shared
         )
-        self.model.place(self.parameters.views())
+        self.model.place(self.parameters.views)
         self.parameters.attach({entry.name: entry.param for entry in self.model.entries()})
         for stage in self.model.stages.values():
             stage.units = self.parameters

@@ -1,18 +1,25 @@
-"""The parallel model without an optimizer: this rank's stage, its storage and its pipeline."""
+"""The parallel model without an optimizer: this rank's stages, their storage and their pipeline."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
-from megallm.models.build import build_stage, place_parameters
+from megallm.models.build import build_stages, place_parameters
 from megallm.models.decoder import StageOptions
 from megallm.ops.precision import MODEL_DTYPES
+from megallm.optim.zero import Entry
+from megallm.parallel.linear import WeightQueue
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.pipeline import Pipeline
+from megallm.parallel.pipeline import Batch, LossOf, Pipeline, Walk, buffer_maker
+from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
+from megallm.parallel.tensor import defer_weights
+from megallm.parallel.units import unit_of
 
 
 class ParallelModel:
@@ -21,21 +28,64 @@ class ParallelModel:
     def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.dtype = MODEL_DTYPES[config.precision]
-        self.stage = build_stage(config.model, mesh, StageOptions(config.sp, config.recompute))
-        self.pipeline = Pipeline(mesh, self.stage, self.dtype)
+        options = config.pipeline
+        self.placement = place(options.schedule, mesh.pp.size, options.chunks)
+        self.stages = build_stages(
+            config.model, mesh, StageOptions(config.sp, config.recompute), self.placement, options.stages
+        )
+        self.sp = config.sp and mesh.tp.size > 1
+        self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
+
+    def _defer(self) -> WeightQueue | None:
+        """A queue for weight gradients when the schedule splits backward passes."""
+        plans = plan_schedule(self.config.pipeline.schedule, self.placement, 1)
+        if not any(action.op == WEIGHT for action in plans[0]):
+            return None
+        later = WeightQueue()
+        for stage in self.stages.values():
+            defer_weights(stage, later)
+        return later
+
+    def entries(self) -> list[Entry]:
+        """This rank's parameters in model order, each once, with the earliest local stage that holds it."""
+        found: dict[str, Entry] = {}
+        for number, stage in self.stages.items():
+            for name, param, shard in named_shards(stage):
+                found.setdefault(name, Entry(name, param, shard, number))
+        return list(found.values())
+
+    def shared_units(self) -> frozenset[str]:
+        """Units whose parameters more than one use completes: a tied embedding that is whole on this rank."""
+        ends = {0, self.placement.num_stages - 1}
+        tied = self.config.model.tie_embeddings and ends <= set(self.stages)
+        return frozenset({unit_of("embedding.weight")}) if tied else frozenset()
 
     def place(self, storage: dict[str, Tensor]) -> None:
         """Let the parameters live in `storage`, by logical name."""
-        place_parameters(self.stage, storage)
+        for stage in self.stages.values():
+            place_parameters(stage, storage)
+
+    def walk(self, batches: list[Batch], loss_of: LossOf, training: bool, listener=None) -> Walk:
+        """One pass of the microbatches through the pipeline, with or without backward."""
+        options = self.config.pipeline
+        kind = options.schedule if training else "forward"
+        plans = plan_schedule(kind, self.placement, len(batches), options.group)
+        return self.pipeline.run(plans, batches, self._new_buffer(batches[0]), loss_of, listener if training else None)
+
+    def _new_buffer(self, batch: Batch) -> Callable[[], Tensor]:
+        rows, tokens = batch["tokens"].shape
+        local = tokens // self.mesh.tp.size if self.sp else tokens
+        return buffer_maker((rows, local, self.config.model.hidden_size), self.dtype, self.mesh.device)
 
     @staticmethod
     def load(config: EngineConfig, mesh: Mesh, reader: Reader) -> ParallelModel:
         """A model for inference: this rank's pieces of the weights of a checkpoint written at any layout."""
         model = ParallelModel(config, mesh)
         storage = {}
-        for name, param, shard in named_shards(model.stage):
+        for name, param, shard, _ in model.entries():
             storage[name] = torch.empty(param.shape, dtype=model.dtype, device=mesh.device)
             reader.read_into(name, shard.box(mesh.layout, mesh.coords).offset, storage[name])
         model.place(storage)
-        model.stage.requires_grad_(False)
+        for stage in model.stages.values():
+            stage.requires_grad_(False)
         return model

@@ -1,4 +1,4 @@
-"""Build the stage of this rank and give its parameters their values."""
+"""Build the stages of this rank and give their parameters their values."""
 
 from __future__ import annotations
 
@@ -8,14 +8,25 @@ from torch import Tensor, nn
 from megallm.base.rng import key_of, normal_box
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage, StageOptions
-from megallm.models.stages import plan_stages
+from megallm.models.stages import head_work, plan_stages
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.schedule import Placement
 from megallm.parallel.shard import Shard, named_shards
 
 
-def build_stage(config: ModelConfig, mesh: Mesh, options: StageOptions) -> Stage:
-    """This rank's stage with parameters on the meta device; `place_parameters` gives them storage."""
-    return Stage(config, mesh, plan_stages(config.num_layers, mesh.pp.size)[mesh.pp.rank], options)
+def build_stages(
+    config: ModelConfig, mesh: Mesh, options: StageOptions, placement: Placement, layout: str | None = None
+) -> dict[int, Stage]:
+    """This rank's stages, earliest first, with parameters on the meta device; `place_parameters` gives them storage.
+
+    `layout` is a string such as `Et*3|t*3L`; without it stages are balanced by work.
+    """
+    spans = plan_stages(config.num_layers, placement.num_stages, layout, head_work(config))
+    stages: dict[int, Stage] = {}
+    for stage in sorted(placement.stages_of(mesh.pp.rank)):
+        share = stages[0].embedding if spans[stage].last and config.tie_embeddings and 0 in stages else None
+        stages[stage] = Stage(config, mesh, spans[stage], options, share)
+    return stages
 
 
 def initial_values(name: str, shard: Shard, offset: tuple[int, ...], shape: tuple[int, ...], seed: int) -> Tensor:
@@ -32,10 +43,3 @@ def place_parameters(model: nn.Module, storage: dict[str, Tensor]) -> None:
         module_path, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_path)
         module.register_parameter(leaf, nn.Parameter(storage[name]))
-
-
-def initialise(model: nn.Module, mesh: Mesh, seed: int, into: dict[str, Tensor]) -> None:
-    """Write this rank's initial values into `into[name]`, one tensor at a time."""
-    for name, _, shard in named_shards(model):
-        box = shard.box(mesh.layout, mesh.coords)
-        into[name].copy_(initial_values(name, shard, box.offset, box.shape, seed))

@@ -18,6 +18,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import SEQUENCE_DIM, ShardedModule, sequence_partial
+from megallm.parallel.units import Units, run_unit
 from megallm.parallel.vocab import VocabEmbedding
 
 
@@ -47,17 +48,22 @@ class Stage(ShardedModule):
     """Layers of one pipeline stage.
 
     The first stage takes tokens, the others hidden states `[B, T/tp or T, D]`; the last returns the head's
-    per-token scalars. With tied embeddings the last stage holds its own piece under the same logical name
-    `embedding.weight`; the engine keeps the two equal.
+    per-token scalars. With tied embeddings the last stage shares the first one's embedding when that is on the
+    same rank, and otherwise holds its own piece under the same logical name `embedding.weight`; the engine keeps
+    the two equal. `units` is told when the embedding, a block or the head is about to be used or done with.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, span: StageSpan, options: StageOptions) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, span: StageSpan, options: StageOptions,
+        embedding: VocabEmbedding | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(mesh, options.sp)
         self.config, self.span = config, span
+        self.units: Units | None = None
         self.recompute_blocks = options.recompute == "full"
         self.positions = None
         if span.first or (span.last and config.tie_embeddings):
-            self.embedding = VocabEmbedding(
+            self.embedding = embedding or VocabEmbedding(
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
             )
         if span.first and config.positions == "learned":
@@ -87,18 +93,28 @@ class Stage(ShardedModule):
         tables: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.config.positions == "rope":
             tables = rope_tables(positions, self.config.head_size, self.config.rope_theta, wide_dtype(x.dtype))
-        for i, block in enumerate(self.layers.values()):
-            x = recompute(self.recompute_blocks, block, x, tables, caches[i] if caches else None)
+        for i, (number, block) in enumerate(self.layers.items()):
+            cache = caches[i] if caches else None
+            x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, tables, cache)
         return x
+
+    def block(self, x: Tensor, block: Block, tables: tuple, cache: LayerCache | None) -> Tensor:
+        """One block, its activations kept or made again."""
+        return recompute(self.recompute_blocks, block, x, tables, cache)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """This rank's piece of the logits, `[B, T, V/tp]`."""
+        return local_logits(self.final_norm(x), self.head_weight, self.mesh, self.sp, self.later)
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """One microbatch: hidden states to the next stage, or `{"log_prob": [B, T]}` on the last."""
         if self.span.first:
-            x = self.embed(batch["tokens"], batch["positions"])
+            x = run_unit(self.units, ("embedding",), self.embed, batch["tokens"], batch["positions"])
         x = self.blocks(x, batch["positions"])
         if not self.span.last:
             return x
-        logits = local_logits(self.final_norm(x), self.head_weight, self.mesh, self.sp)
+        keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
+        logits = run_unit(self.units, keys, self.logits, x)
         return language_model(logits, batch["labels"], self.mesh, self.config.vocab_size)
 
     def decode(self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.models.config import ModelConfig
+from megallm.parallel.linear import WeightQueue, linear
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import Norm, ShardedModule, enter, sequence_partial
@@ -25,9 +25,9 @@ def final_norm(config: ModelConfig, mesh: Mesh, sp: bool) -> Norm:
     return Norm(mesh, config.norm, config.hidden_size, config.norm_eps, sequence_partial(mesh, sp))
 
 
-def local_logits(hidden: Tensor, weight: Tensor, mesh: Mesh, sp: bool) -> Tensor:
+def local_logits(hidden: Tensor, weight: Tensor, mesh: Mesh, sp: bool, later: WeightQueue | None = None) -> Tensor:
     """`[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`; collective over tp."""
-    return F.linear(enter(hidden, mesh, sp, "vocab.logits"), weight)
+    return linear(enter(hidden, mesh, sp, "vocab.logits"), weight, None, later)
 
 
 def language_model(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> dict[str, Tensor]:

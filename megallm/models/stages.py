@@ -47,8 +47,9 @@ def plan_stages(
 def head_work(config: ModelConfig) -> float:
     """Matrix-multiply FLOPs of the head over those of one layer; the embedding is a look-up and counts 0."""
     d, e = config.hidden_size, config.head_size
-    layer = d * e * (2 * config.num_heads + 2 * config.num_kv_heads) + (3 if config.gated else 2) * d * config.ffn_hidden_size
-    return d * config.vocab_size / layer
+    attention = d * e * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = (3 if config.gated else 2) * d * config.ffn_hidden_size
+    return d * config.vocab_size / (attention + mlp)
 
 
 def _balanced(num_layers: int, num_stages: int, loss_work: float) -> list[int]:
@@ -62,7 +63,7 @@ def _balanced(num_layers: int, num_stages: int, loss_work: float) -> list[int]:
     return [base + (stage < extra) for stage in range(body)] + [last]
 
 
-MAX_EXPANDED = 100_000
+MAX_WRITTEN, MAX_EXPANDED = 4_096, 100_000  # characters of a layout string, before and after its repeats
 _TOKEN = re.compile(r"([EtL|])(?:\*(\d+))?")
 
 
@@ -86,29 +87,42 @@ def parse_stages(layout: str, num_layers: int, num_stages: int) -> list[int]:
 
 def _expand(text: str) -> str:
     """Replace `(...)*n` from the inside out, then `x*n`."""
+    _check_length(text, MAX_WRITTEN)
     while match := re.search(r"\(([^()]*)\)(?:\*(\d+))?", text):
-        text = text[: match.start()] + match[1] * _repeat(match[2], text) + text[match.end() :]
-        if len(text) > MAX_EXPANDED:
-            raise UsageError(f"layout.stages describes more than {MAX_EXPANDED} pieces; check its repeats.")
-    parts, end = [], 0
+        text = text[: match.start()] + _repeated(match[1], match[2]) + text[match.end() :]
+        _check_length(text, MAX_EXPANDED)
+    expanded, end = "", 0
     for match in _TOKEN.finditer(text):
         if match.start() != end:
             break
-        parts.append(match[1] * _repeat(match[2], text))
+        expanded += _repeated(match[1], match[2])
+        _check_length(expanded, MAX_EXPANDED)
         end = match.end()
     if end != len(text):
-        raise UsageError(f"layout.stages: '{text[end:]}' is not understood; use E, t, L, | and *n, as in 'Et*3|t*3L'.")
-    return "".join(parts)
+        rest = text[end : end + 60]
+        raise UsageError(f"layout.stages: '{rest}' is not understood; use E, t, L, | and *n, as in 'Et*3|t*3L'.")
+    return expanded
 
 
-def _repeat(digits: str | None, text: str) -> int:
-    if digits is not None and (len(digits) > 4 or int(digits) < 1):
-        raise UsageError(f"layout.stages '{text[:60]}': the repeat *{digits} must be between 1 and 9999.")
-    return int(digits or 1)
+def _check_length(text: str, most: int) -> None:
+    if len(text) > most:
+        raise UsageError(f"layout.stages '{text[:60]}...' is too long: at most {most} characters; check its repeats.")
+
+
+def _repeated(piece: str, digits: str | None) -> str:
+    if digits is not None and (len(digits) > 4 or int(digits) < 1 or len(piece) * int(digits) > MAX_EXPANDED):
+        raise UsageError(
+            f"layout.stages '{piece[:60]}': the repeat *{digits[:60]} must be between 1 and 9999, "
+            f"and make at most {MAX_EXPANDED} characters."
+        )
+    return piece * int(digits or 1)
 
 
 @cache
 def _even(num_layers: int, num_stages: int) -> str:
-    counts = _balanced(num_layers, num_stages, 0.0) if num_stages <= num_layers else [1] * num_stages
-    stages = [f"t*{count}" for count in counts]
+    if num_stages <= num_layers:
+        counts = _balanced(num_layers, num_stages, 0.0)
+    else:
+        counts = [1] * num_layers + [0] * (num_stages - num_layers)
+    stages = [f"t*{count}" if count else "" for count in counts]
     return f"E{'|'.join(stages)}L"

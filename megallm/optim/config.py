@@ -21,5 +21,16 @@ class OptimConfig:
     clip: float = 1.0
 
 
+@dataclass(frozen=True)
+class ZeroOptions:
+    """What stays sharded over dp x cp between uses, and how gradients travel."""
+
+    stage: int = 0  # 0 nothing, 1 master weights and optimizer state, 2 gradients too, 3 parameters too
+    shard_size: int | None = None  # ranks that divide the state, replicated across the rest; None: all (else hybrid)
+    bf16_grads: bool = False  # gradient messages in bf16 (stages 1 to 3); sums stay wide
+    offload: bool = False  # master weights and optimizer state in CPU memory
+    tree: bool = False  # gradients summed in a fixed tree: the same bits for any dp (stages 0 and 1)
+
+
 RULES = ("adamw",)
 SCHEDULES = ("constant", "linear", "cosine", "wsd")

@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import Hang, InternalError, PeerLost
-from megallm.engine.config import EngineConfig
+from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
+from megallm.engine.state import Piece
 from megallm.losses.language import NextToken
 from megallm.models.build import initial_values
-from megallm.optim.config import OptimConfig
+from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Adam, Trainer
 from megallm.oracle.table import Row
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Shard
+from megallm.parallel.shard import Box, Shard
 
 TOLERANCE = 1e-9
 FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: below this share of the norm, nothing counts
 RATES = (0.02, 0.01, 0.03)  # learning rates of successive steps, repeated
 ROW_SECONDS = 120.0
 
-Pieces = dict[str, Tensor]  # logical name -> the box of it that one rank holds
+Pieces = list[tuple[str, Box, Tensor]]  # logical name, and a box of it that one rank holds
 
 
 @dataclass
@@ -48,7 +49,7 @@ class RankRecord:
     shards: dict[str, Shard]
     initial: Pieces
     steps: list[StepRecord] = field(default_factory=list)
-    final: Pieces = field(default_factory=dict)
+    final: Pieces = field(default_factory=list)
 
 
 @dataclass
@@ -91,21 +92,28 @@ def train_rank(row: Row, broken: frozenset[str]) -> RankRecord:
     """The rank's side, run by the pool: build the engine, train, and copy out what this rank holds."""
     mesh = Mesh.start(row.layout, "cpu", broken)
     config = EngineConfig(
-        model=row.config, optim=optim_config(row), sp=row.sp, precision="fp64", recompute=row.recompute, seed=row.seed
+        model=row.config,
+        optim=optim_config(row),
+        pipeline=PipelineOptions(row.schedule, row.chunks, row.stages),
+        zero=ZeroOptions(row.zero, row.shard_size, tree=row.tree),
+        sp=row.sp,
+        precision="fp64",
+        recompute=row.recompute,
+        seed=row.seed,
     )
     engine = Engine.build(config, mesh)
-    record = RankRecord(dict(engine.buckets.shards), _copies(engine, "params"))
+    record = RankRecord(dict(engine.parameters.shards), _copies(engine.masters()))
     for step in range(row.steps):
         stats = engine.train_step(micro_batches(row, step, mesh.data.rank), NextToken(), RATES[step % len(RATES)])
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
-        grads = {name: grad / scale for name, grad in _copies(engine, "grads").items()}
+        grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
         record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
-    record.final = _copies(engine, "params")
+    record.final = _copies(engine.masters())
     return record
 
 
-def _copies(engine: Engine, which: str) -> Pieces:
-    return {name: view.detach().clone() for name, view in engine.buckets.views(which).items()}
+def _copies(held: Iterator[Piece]) -> Pieces:
+    return [(piece.name, piece.box, piece.tensor.detach().clone()) for piece in held]
 
 
 def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset()) -> Verdict:
@@ -129,7 +137,7 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     shards = _logical_shards(records)
     logical = {k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()}
     verdict.initial = all(
-        torch.equal(mine, theirs) for _, mine, theirs in _paired(row, [r.initial for r in records], shards, logical)
+        torch.equal(mine, theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
     optim = optim_config(row)
     trainer = Trainer(
@@ -143,8 +151,8 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         floor = FLOOR * norm
         verdict.loss = max([verdict.loss, *(_relative(s.loss - loss, loss, 0.0) for s in seen)])
         verdict.grad_norm = max([verdict.grad_norm, *(_relative(s.grad_norm - norm, norm, 0.0) for s in seen)])
-        _merge(verdict.grads, _errors(_paired(row, [s.grads for s in seen], shards, grads), grads, floor))
-    final = _paired(row, [r.final for r in records], shards, trainer.weights)
+        _merge(verdict.grads, _errors(_paired([s.grads for s in seen], shards, grads), grads, floor))
+    final = _paired([r.final for r in records], shards, trainer.weights)
     verdict.weights = _errors(final, trainer.weights, FLOOR * norm)
 
 
@@ -159,16 +167,15 @@ def _logical_shards(records: list[RankRecord]) -> dict[str, Shard]:
 
 
 def _paired(
-    row: Row, held: list[Pieces], shards: Mapping[str, Shard], logical: Mapping[str, Tensor]
+    held: list[Pieces], shards: Mapping[str, Shard], logical: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """`(name, a rank's piece, the same box of the logical tensor)` for every piece on every rank.
 
     Together the pieces have to cover each logical tensor, otherwise InternalError.
     """
     covered = {name: torch.zeros(shard.full, dtype=torch.bool) for name, shard in shards.items()}
-    for rank, pieces in enumerate(held):
-        for name, piece in pieces.items():
-            box = shards[name].box(row.layout, row.layout.coords(rank))
+    for pieces in held:
+        for name, box, piece in pieces:
             covered[name][box.slices()] = True
             yield name, piece, logical[name][box.slices()]
     gaps = [name for name, seen in covered.items() if not seen.all()]

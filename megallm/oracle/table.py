@@ -11,6 +11,7 @@ from typing import Any
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
 from megallm.parallel.layout import Layout
+from megallm.parallel.schedule import SCHEDULES
 
 MASKS = {
     "full": "every token counts",
@@ -61,6 +62,12 @@ class Row:
     model: str = "llama"
     layout: Layout = field(default_factory=Layout)
     sp: bool = False
+    schedule: str = "1f1b"
+    chunks: int = 1
+    stages: str | None = None  # a layout string such as "Et*2|tL"
+    zero: int = 0
+    shard_size: int | None = None
+    tree: bool = False
     recompute: str = "none"
     micros: int = 1
     micro_batch: int = 2
@@ -79,27 +86,33 @@ class Row:
     def layout_text(self) -> str:
         """`tp=2,pp=2,sp=1`: what `--layout` takes."""
         parts = [f"{axis}={self.layout.size(axis)}" for axis in ("dp", "tp", "pp", "cp") if self.layout.size(axis) > 1]
-        return ",".join(parts + ["sp=1"] * self.sp) or "tp=1"
+        parts += ["sp=1"] * self.sp + [f"chunks={self.chunks}"] * (self.chunks > 1) + [f"zero={self.zero}"] * (self.zero > 0)
+        parts += [f"schedule={self.schedule}"] * (self.schedule != "1f1b")
+        return ",".join(parts) or "tp=1"
 
 
-def _row(name: str, layout: str = "", **rest: Any) -> Row:
-    axes = parse_layout(layout) if layout else {}
-    sp = bool(axes.pop("sp", 0))
-    return Row(name, layout=Layout(**axes), sp=sp, **rest)
+def _row(name: str, layout: str = "", model: str = "llama", **rest: Any) -> Row:
+    settings = parse_layout(layout) if layout else {}
+    axes = {axis: settings.pop(axis) for axis in ("dp", "tp", "pp") if axis in settings}
+    return Row(name, model, Layout(**axes), **settings, **rest)
 
 
-def parse_layout(text: str) -> dict[str, int]:
-    """`tp=2,pp=2,sp=1` -> the axis sizes; raises UsageError naming what is not understood."""
-    known = ("dp", "tp", "pp", "sp")
-    values: dict[str, int] = {}
+CHOICES = {"sp": ("0", "1"), "zero": ("0", "1", "2", "3"), "schedule": tuple(k for k in SCHEDULES if k != "forward")}
+
+
+def parse_layout(text: str) -> dict[str, Any]:
+    """`tp=2,pp=2,sp=1,schedule=zb-v` -> settings of a row; raises UsageError naming what is not understood."""
+    values: dict[str, Any] = {}
     for item in text.split(","):
         key, _, value = item.strip().partition("=")
         value = {"true": "1", "false": "0"}.get(value.lower(), value)
-        if key not in known or not value.isdecimal() or (key == "sp" and value not in ("0", "1")):
-            raise UsageError(
-                f"--layout has '{item}'; it takes comma-separated {', '.join(k + '=N' for k in known)} (sp is 0 or 1)."
-            )
-        values[key] = int(value)
+        sizes = ("dp", "tp", "pp", "chunks")
+        if not (value in CHOICES[key] if key in CHOICES else key in sizes and value.isdecimal()):
+            takes = [f"{size}=N" for size in sizes] + [f"{k}={'|'.join(v)}" for k, v in CHOICES.items()]
+            raise UsageError(f"--layout has '{item}'; it takes, separated by commas, {', '.join(takes)}.")
+        values[key] = value if key == "schedule" else bool(int(value)) if key == "sp" else int(value)
+    if "chunks" not in values and SCHEDULES[values.get("schedule", "1f1b")].chunks != 1:
+        values["chunks"] = 2
     return values
 
 
@@ -151,6 +164,35 @@ ROWS: tuple[Row, ...] = (
     _row("dp2-tp2-pp2", "dp=2,tp=2,pp=2", micros=3),
     _row("dp2-tp2-pp2-sp-tied", "dp=2,tp=2,pp=2,sp=1", model="qwen3", micros=3),
     _row("dp2-tp2-pp2-sp-gpt2-recompute", "dp=2,tp=2,pp=2,sp=1", model="gpt2", micros=2, recompute="full"),
+    _row("gpipe", "pp=2,schedule=gpipe", micros=3),
+    _row("interleaved", "pp=2,schedule=interleaved", micros=4, overrides={"num_layers": 4}),
+    _row("interleaved-ragged", "pp=2,chunks=3,schedule=interleaved", "tied", micros=5, overrides={"num_layers": 7}),
+    _row("interleaved-pp4-sp", "pp=4,tp=2,sp=1,schedule=interleaved", micros=4, overrides={"num_layers": 8}),
+    _row("one-rank-chunks", "pp=1,chunks=2,schedule=interleaved", "tied", micros=2),
+    _row("zb-h1", "pp=2,schedule=zb-h1", micros=4),
+    _row("zb-h1-tied-tp2", "pp=2,tp=2,schedule=zb-h1", "tied", micros=3),
+    _row("zb-h1-pp4-gpt2", "pp=4,schedule=zb-h1", "gpt2", micros=5, overrides={"num_layers": 4}),
+    _row("zb-v", "pp=2,schedule=zb-v", micros=4, overrides={"num_layers": 4}),
+    _row("zb-v-tied-kv", "pp=2,tp=2,schedule=zb-v", "three-groups", micros=3, overrides={"num_layers": 5, "tie_embeddings": True}),
+    _row("zb-v-pp4-recompute", "pp=4,schedule=zb-v", "qwen3", micros=7, recompute="full", overrides={"num_layers": 8}),
+    _row("zb-v-zero2-dp2", "pp=2,dp=2,schedule=zb-v,zero=2", "tied", micros=3, overrides={"num_layers": 4}),
+    _row("stages-written", "pp=2", "tied", micros=2, stages="Et|t*2L", overrides={"num_layers": 3}),
+    _row("stages-head-alone", "pp=3", micros=3, stages="E|t*2|L"),
+    _row("zero1-dp2", "dp=2,zero=1", micros=2),
+    _row("zero1-dp3-tied-pp2", "dp=3,pp=2,zero=1", "tied", micros=2),
+    _row("zero2-dp2", "dp=2,zero=2", "gpt2", micros=2),
+    _row("zero2-dp2-tp2-sp", "dp=2,tp=2,sp=1,zero=2", "biased", micros=2, mask="rank"),
+    _row("zero3-dp2", "dp=2,zero=3", "tied", micros=2),
+    _row("zero3-dp3-recompute", "dp=3,zero=3", "qwen3", micros=2, recompute="full", mask="one"),
+    _row("zero3-dp2-tp2-sp-selective", "dp=2,tp=2,sp=1,zero=3", "three-groups", micros=2, recompute="selective"),
+    _row("zero3-dp2-interleaved", "dp=2,pp=2,schedule=interleaved,zero=3", micros=4, overrides={"num_layers": 4}),
+    _row("zero3-dp2-zb-h1", "dp=2,pp=2,schedule=zb-h1,zero=3", "tied", micros=3),
+    _row("zero3-hybrid-dp4", "dp=4,zero=3", "gpt2", micros=1, shard_size=2),
+    _row("zero1-hybrid-dp4", "dp=4,zero=1", "tied", micros=2, shard_size=2),
+    _row("zero3-8-ranks", "dp=2,tp=2,pp=2,sp=1,zero=3", "qwen3", micros=3),
+    _row("tree-dp2", "dp=2", "tied", micros=4, tree=True),
+    _row("tree-dp4-zero1", "dp=4,zero=1", micros=2, tree=True),
+    _row("tree-dp2-tp2-pp2-sp", "dp=2,tp=2,pp=2,sp=1", "tied", micros=2, tree=True),
 )
 
 # For every reduction a small row in which leaving it out must show.
@@ -165,6 +207,7 @@ CONTROLS: dict[str, str] = {
     "vocab.sum": "tp2",
     "vocab.label": "tp2",
     "grads.data": "dp2",
+    "zero.parameters": "zero1-dp2",
     "grads.partial": "tp2-sp",
     "grads.tie": "pp2-tied",
     "clip.norm": "tp2",
@@ -181,7 +224,7 @@ def row_for_layout(text: str) -> Row:
     """A row of a model that fits the layout a person asked for, with enough layers, heads and micro batches."""
     base = _row(f"--layout {text}", text, micros=2)
     heads = 4 * base.layout.tp // gcd(4, base.layout.tp)
-    sizes = {"num_heads": heads, "num_layers": max(2, base.layout.pp)}
+    sizes = {"num_heads": heads, "num_layers": max(2, base.layout.pp * base.chunks)}
     length = 8 * base.layout.tp // gcd(8, base.layout.tp)
     return replace(base, overrides=sizes, seq_len=length)
 
@@ -223,6 +266,6 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
 def describe(row: Row) -> dict[str, Any]:
     """What sets a row apart from the default one, as plain JSON values."""
     standard = Row(row.name)
-    seen = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in ("name", "layout", "sp")}
+    seen = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in ("name", "layout")}
     told = {k: dict(v) if k == "overrides" else v for k, v in seen.items() if v != getattr(standard, k)}
     return {"name": row.name, "layout": row.layout_text, "world": row.layout.world} | told

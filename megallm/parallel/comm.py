@@ -32,6 +32,7 @@ REDUCTIONS = {
     "grads.data": "parameter gradients, summed over dp and cp",
     "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms under sp)",
     "grads.tie": "gradient of the embedding shared by the first and the last stage",
+    "zero.parameters": "updated weights, gathered over the ranks that divide them (ZeRO 1 to 3)",
     "clip.norm": "squares of owned gradient elements, summed over the world",
     "loss.counts": "number of tokens of each loss term, summed over data",
     "loss.report": "loss terms as reported, summed over data and told to every stage",

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import InternalError
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.schedule import BACKWARD, FORWARD, Placement
 
 Key = tuple[int, int]  # (micro, receiving stage)
 POSTED = 2  # receives kept in flight on a wire
@@ -32,10 +32,12 @@ class Wire:
     group: dist.ProcessGroup
     expected: deque[Key] = field(default_factory=deque)
     posted: deque[tuple[Key, Tensor, dist.Work]] = field(default_factory=deque)
-    sent: list[tuple[Tensor, dist.Work]] = field(default_factory=list)
+    sent: deque[tuple[Tensor, dist.Work]] = field(default_factory=deque)
 
     def send(self, x: Tensor) -> None:
-        """Start sending; the tensor is kept alive until `flush`."""
+        """Start sending; the tensor is kept alive until it has left."""
+        while self.sent and self.sent[0][1].is_completed():
+            self.sent.popleft()
         x = x.contiguous()
         self.sent.append((x, dist.isend(x, self.destination, group=self.group)))
 
@@ -47,6 +49,8 @@ class Wire:
 
     def take(self, key: Key) -> Tensor:
         """Wait for the next message, which has to be `key`."""
+        if not self.posted:
+            raise InternalError(f"The plan asks for {key} from wire {self.source}->{self.destination}; nothing is due.")
         posted, buffer, work = self.posted.popleft()
         if posted != key:
             raise InternalError(f"The wire {self.source}->{self.destination} delivers {posted}, the plan asks for {key}.")
@@ -56,9 +60,8 @@ class Wire:
 
     def flush(self) -> None:
         """Wait until everything sent has left."""
-        for _, work in self.sent:
-            work.wait()
-        self.sent.clear()
+        while self.sent:
+            self.sent.popleft()[1].wait()
 
     def _post(self) -> None:
         while self.expected and len(self.posted) < POSTED:
@@ -67,17 +70,15 @@ class Wire:
             self.posted.append((self.expected.popleft(), buffer, work))
 
 
-def open_wires(mesh: Mesh) -> dict[tuple[str, str], Wire]:
-    """This rank's wires along its pipeline line: `("in"|"out", "F"|"B")`; collective over the world."""
+def open_wires(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str], Wire]:
+    """This rank's wires by (source, destination, kind), in global ranks; collective over the world."""
     wires = {}
-    for early, late in (pair for line in mesh.layout.groups("pp") for pair in pairwise(line)):
-        for kind, source, destination in (("F", early, late), ("B", late, early)):
-            group = mesh.pair((early, late))
-            if mesh.rank in (early, late):
-                wires["out" if mesh.rank == source else "in", kind] = Wire(source, destination, group)
+    holders = [placement.rank_of(stage) for stage in range(placement.num_stages)]
+    edges = [(a, b, FORWARD) for a, b in pairwise(holders)] + [(b, a, BACKWARD) for a, b in pairwise(holders)]
+    for line in mesh.layout.groups("pp"):
+        for a, b, kind in dict.fromkeys(edge for edge in edges if edge[0] != edge[1]):
+            source, destination = line[a], line[b]
+            group = mesh.pair((min(source, destination), max(source, destination)))
+            if mesh.rank in (source, destination):
+                wires[source, destination, kind] = Wire(source, destination, group)
     return wires
-
-
-def empty_like_hidden(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """A maker of receive buffers of one shape."""
-    return lambda: torch.empty(shape, dtype=dtype, device=device)

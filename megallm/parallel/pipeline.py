@@ -4,93 +4,153 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megallm.base.device import Stopwatch
+from megallm.parallel.linear import WeightQueue, finish_weights
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.p2p import Wire, empty_like_hidden, open_wires
-from megallm.parallel.schedule import BACKWARD, FORWARD, Plan
+from megallm.parallel.p2p import Key, open_wires
+from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placement, Plan
+from megallm.parallel.simulate import Slot
 
 Batch = dict[str, Tensor]
 LossOf = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Any]]
 
 
+class Listener(Protocol):
+    """Told when a backward pass begins on a stage, and when the gradients of one microbatch are complete there.
+
+    `last`: it is the step's last one on that stage. `whole`: weight gradients come with the backward pass.
+    """
+
+    def starts(self, stage: int, last: bool, whole: bool) -> None: ...
+
+    def stage_done(self, stage: int, last: bool) -> None: ...
+
+
 @dataclass
 class Walk:
-    """One run: per microbatch the live (input, output), and what the last stage's losses returned."""
+    """One run: what is alive, what the last stage's losses returned, and when each action ran."""
 
-    live: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    live: dict[Key, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
+    weights: dict[Key, list] = field(default_factory=dict)
+    here: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     results: list[Any] = field(default_factory=list)
+    moments: list[tuple[Action, Any, Any]] = field(default_factory=list)
     peak_live: int = 0
 
 
 class Pipeline:
-    """Runs the stage of this rank through a plan; collective over pp (and over tp inside the stage)."""
+    """Runs this rank's stages through a plan; collective over pp (and over tp and cp inside the stages)."""
 
-    def __init__(self, mesh: Mesh, stage: nn.Module, dtype: torch.dtype) -> None:
-        self.mesh, self.stage, self.dtype = mesh, stage, dtype
-        self.rank, self.last = mesh.pp.rank, mesh.pp.size - 1
-        self.wires: dict[tuple[str, str], Wire] = {}
-        if mesh.pp.size > 1:
-            self.wires = open_wires(mesh)
+    def __init__(self, mesh: Mesh, placement: Placement, stages: dict[int, nn.Module], later: WeightQueue | None) -> None:
+        self.mesh, self.placement, self.stages, self.later = mesh, placement, stages, later
+        self.rank, self.last = mesh.pp.rank, placement.num_stages - 1
+        self.wires = open_wires(mesh, placement) if mesh.pp.size > 1 else {}
+        self.watch = Stopwatch(mesh.device)
 
     def run(
         self,
         plans: list[Plan],
         batches: list[Batch],
-        hidden_shape: tuple[int, ...],
+        new_buffer: Callable[[], Tensor],
         loss_of: LossOf,
-        after_backward: Callable[[], None],
+        listener: Listener | None = None,
     ) -> Walk:
         """Walk this rank's plan over `batches`.
 
         `plans` are those of all pipeline ranks: what the neighbours send, and in which order, follows from
-        theirs. `loss_of(outputs, batch)` returns the scalar to differentiate and anything to report;
-        `after_backward` is called when the gradients of one microbatch are complete.
+        theirs. `new_buffer` makes a tensor of the shape that travels; `loss_of(outputs, batch)` returns the
+        scalar to differentiate and anything to report. Without a listener the plan has forwards only.
         """
-        self._expect(plans, hidden_shape)
-        walk = Walk()
-        training = any(action.op == BACKWARD for action in plans[self.rank])
-        with torch.set_grad_enabled(training):
-            for action in plans[self.rank]:
+        self._expect(plans, new_buffer)
+        walk, plan = Walk(), plans[self.rank]
+        split = any(action.op == WEIGHT for action in plan)
+        closing = WEIGHT if split else BACKWARD
+        ends = {(action.op, action.stage): action for action in plan}
+        with torch.set_grad_enabled(listener is not None):
+            for action in plan:
                 if action.op == FORWARD:
-                    self._forward(walk, action.micro, batches[action.micro], loss_of, training)
+                    self._forward(walk, action, batches[action.micro], loss_of)
+                elif action.op == BACKWARD:
+                    listener.starts(action.stage, action is ends[BACKWARD, action.stage], not split)
+                    self._backward(walk, action, split)
                 else:
-                    self._backward(walk, action.micro)
-                    after_backward()
-        for (direction, _), wire in self.wires.items():
-            if direction == "out":
-                wire.flush()
+                    begin = self.watch.mark()
+                    finish_weights(walk.weights.pop((action.micro, action.stage)))
+                    walk.moments.append((action, begin, self.watch.mark()))
+                if action.op == closing:
+                    listener.stage_done(action.stage, action is ends[closing, action.stage])
+        for wire in self.wires.values():
+            wire.flush()
         return walk
 
-    def _expect(self, plans: list[Plan], hidden_shape: tuple[int, ...]) -> None:
-        new_buffer = empty_like_hidden(hidden_shape, self.dtype, self.mesh.device)
-        for kind, neighbour in ((FORWARD, self.rank - 1), (BACKWARD, self.rank + 1)):
-            if ("in", kind) in self.wires:
-                keys = [(a.micro, self.rank) for a in plans[neighbour] if a.op == kind]
-                self.wires["in", kind].expect(keys, new_buffer)
+    def timeline(self, walk: Walk) -> list[Slot]:
+        """When this rank was busy, in seconds of its own clock; waits for messages are the gaps."""
+        return [Slot(action, self.watch.seconds(a), self.watch.seconds(b)) for action, a, b in walk.moments]
 
-    def _forward(self, walk: Walk, micro: int, batch: Batch, loss_of: LossOf, training: bool) -> None:
+    def _expect(self, plans: list[Plan], new_buffer: Callable[[], Tensor]) -> None:
+        for (source, destination, kind), wire in self.wires.items():
+            if destination == self.mesh.rank:
+                plan = plans[self.mesh.pp.ranks.index(source)]
+                wire.expect([key for action in plan if (key := self._arrives(action, kind))], new_buffer)
+
+    def _arrives(self, action: Action, kind: str) -> Key | None:
+        """The message to this rank that an action of another rank ends with, if it does."""
+        target = action.stage + (1 if kind == FORWARD else -1)
+        if action.op != kind or not 0 <= target <= self.last or self.placement.rank_of(target) != self.rank:
+            return None
+        return action.micro, target
+
+    def _pass_on(self, walk: Walk, kind: str, micro: int, target: int, x: Tensor) -> None:
+        """Hand a tensor to the rank of stage `target`, which may be this one."""
+        holder = self.placement.rank_of(target)
+        if holder == self.rank:
+            walk.here[kind, micro, target] = x
+        else:
+            self.wires[self.mesh.rank, self.mesh.pp.ranks[holder], kind].send(x)
+
+    def _obtain(self, walk: Walk, kind: str, micro: int, stage: int) -> Tensor:
+        """The tensor that stage `stage` needs from its neighbour, waiting if it has to come."""
+        holder = self.placement.rank_of(stage + (-1 if kind == FORWARD else 1))
+        if holder == self.rank:
+            return walk.here.pop((kind, micro, stage))
+        return self.wires[self.mesh.pp.ranks[holder], self.mesh.rank, kind].take((micro, stage))
+
+    def _forward(self, walk: Walk, action: Action, batch: Batch, loss_of: LossOf) -> None:
+        micro, stage, training = action.micro, action.stage, torch.is_grad_enabled()
         x = None
-        if self.rank > 0:
-            x = self.wires["in", FORWARD].take((micro, self.rank)).requires_grad_(training)
-        out = self.stage(x, batch)
-        if self.rank == self.last:
+        if stage > 0:
+            x = self._obtain(walk, FORWARD, micro, stage).requires_grad_(training)
+        begin = self.watch.mark()
+        out = self.stages[stage](x, batch)
+        if stage == self.last:
             out, report = loss_of(out, batch)
             walk.results.append(report)
-        else:
-            self.wires["out", FORWARD].send(out.detach())
+        walk.moments.append((action, begin, self.watch.mark()))
+        if stage < self.last:
+            self._pass_on(walk, FORWARD, micro, stage + 1, out.detach())
         if training:
-            walk.live[micro] = (x, out)
-            walk.peak_live = max(walk.peak_live, len(walk.live))
+            walk.live[micro, stage] = (x, out)
+            walk.peak_live = max(walk.peak_live, len(walk.live) + len(walk.weights))
 
-    def _backward(self, walk: Walk, micro: int) -> None:
-        x, out = walk.live.pop(micro)
-        grad = None
-        if self.rank < self.last:
-            grad = self.wires["in", BACKWARD].take((micro, self.rank))
+    def _backward(self, walk: Walk, action: Action, split: bool) -> None:
+        micro, stage = action.micro, action.stage
+        x, out = walk.live.pop((micro, stage))
+        grad = self._obtain(walk, BACKWARD, micro, stage) if stage < self.last else None
+        begin = self.watch.mark()
         torch.autograd.backward(out, grad)
+        if split:
+            walk.weights[micro, stage] = self.later.take()
+        walk.moments.append((action, begin, self.watch.mark()))
         if x is not None:
-            self.wires["out", BACKWARD].send(x.grad)
+            self._pass_on(walk, BACKWARD, micro, stage - 1, x.grad)
+
+
+def buffer_maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """A maker of receive buffers of one shape."""
+    return partial(torch.empty, shape, dtype=dtype, device=device)

@@ -116,7 +116,12 @@ def _check_finished(plans: list[Plan], places: list[int], ended: dict[Action, fl
 
 
 def _peak_live(plan: Plan, split: bool) -> int:
-    """The most (micro, stage) pairs between their forward and the action that lets go of their activations."""
+    """The most (micro, stage) pairs between their forward and the action that lets go of their activations.
+
+    Nothing is kept for a backward pass that the plan does not have.
+    """
+    if all(action.op == FORWARD for action in plan):
+        return 0
     last, live, peak = WEIGHT if split else BACKWARD, 0, 0
     for action in plan:
         live += (action.op == FORWARD) - (action.op == last)

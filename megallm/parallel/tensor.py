@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megallm.ops.norm import layer_norm, rms_norm
 from megallm.parallel import comm
+from megallm.parallel.linear import WeightQueue, linear
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Init, Shard, constant
 
@@ -27,7 +27,8 @@ class ShardedModule(nn.Module):
     """A module whose parameters live on the meta device until the engine places them; `shards` describes each.
 
     `sp` says whether activations outside the tensor-parallel region are split along T; it is a property of
-    activations, not of parameters, and decoding switches it off (`whole_sequences`).
+    activations, not of parameters, and decoding switches it off (`whole_sequences`). With `later`, linears put
+    their weight gradients off (`defer_weights`).
     """
 
     def __init__(self, mesh: Mesh, sp: bool = False) -> None:
@@ -35,12 +36,20 @@ class ShardedModule(nn.Module):
         self.mesh = mesh
         self.sp = sp and mesh.tp.size > 1
         self.shards: dict[str, Shard] = {}
+        self.later: WeightQueue | None = None
 
     def add_parameter(self, name: str, shard: Shard) -> None:
         """Register a meta parameter of this rank's local shape."""
         self.shards[name] = shard
         shape = shard.box(self.mesh.layout, self.mesh.coords).shape
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+def defer_weights(model: nn.Module, later: WeightQueue) -> None:
+    """Let every linear of `model` put its weight gradients into the queue."""
+    for module in model.modules():
+        if isinstance(module, ShardedModule):
+            module.later = later
 
 
 @contextmanager
@@ -97,7 +106,7 @@ class ColumnLinear(ShardedModule):
         if rows is not None:
             weight = weight[..., rows, :]
             bias = bias[..., rows] if bias is not None else None
-        return F.linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+        return linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None, self.later)
 
 
 class RowLinear(ShardedModule):
@@ -114,7 +123,7 @@ class RowLinear(ShardedModule):
 
     def local(self, x: Tensor) -> Tensor:
         """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight, None, self.later)
 
     def reduce(self, y: Tensor) -> Tensor:
         """Sum the partial sums over tp and add the bias."""

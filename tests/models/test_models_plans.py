@@ -76,7 +76,7 @@ def initial_pieces(config: ModelConfig, layout: Layout, sp: bool, precision: str
     engine = Engine.build(EngineConfig(model=config, sp=sp, precision=precision, seed=11), Mesh.start(layout))
     coords = engine.mesh.coords
     boxes = {name: shard.box(layout, coords) for name, shard in engine.parameters.shards.items()}
-    return {name: (boxes[name], view.detach().clone()) for name, view in engine.parameters.views().items()}
+    return {name: (boxes[name], view.detach().clone()) for name, view in engine.parameters.views.items()}
 
 
 def differences(whole: Held, ranks: list[Held]) -> list[str]:

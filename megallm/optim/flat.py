@@ -1,0 +1,132 @@
+"""One bucket in memory: parameters, gradients and master weights as flat buffers, whole or this rank's range.
+
+What stays sharded between uses is ZeRO's stage (arXiv 1910.02054): 0 nothing, 1 the master weights and the
+optimizer's state, 2 the gradients too, 3 the parameters too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megallm.optim.buckets import Bucket
+from megallm.optim.config import ZeroOptions
+from megallm.parallel import comm
+from megallm.parallel.mesh import Axis
+
+PARAMETERS = "zero.parameters"
+
+
+class FlatBucket:
+    """Storage and messages of one bucket. `shard` is the group that divides it (size 1: whole everywhere)."""
+
+    def __init__(
+        self, index: int, plan: Bucket, options: ZeroOptions, shard: Axis,
+        dtypes: tuple[torch.dtype, torch.dtype], device: torch.device,
+    ) -> None:  # fmt: skip
+        dtype, wide = dtypes
+        self.index, self.plan, self.shard = index, plan, shard
+        self.begin, self.end = plan.shard_range(shard.size, shard.rank)
+        self.sharded_grads = options.stage >= 2
+        self.frees_params = options.stage >= 3 and shard.size > 1
+        self.message_dtype = torch.bfloat16 if options.bf16_grads else wide
+        self.present = True
+        count, home = self.end - self.begin, torch.device("cpu") if options.offload else device
+        self.params = torch.zeros(plan.numel, dtype=dtype, device=device)
+        self.weights = self.params[self.begin : self.end]
+        if self.frees_params:
+            self.weights = self.weights.clone()
+        shared = dtype == wide and home == device
+        self.master = self.weights if shared else torch.zeros(count, dtype=wide, device=home)
+        self.grads = torch.zeros(count if self.sharded_grads else plan.numel, dtype=wide, device=device)
+        self.shard_grads = self.grads if self.sharded_grads else self.grads[self.begin : self.end]
+        self.gathering: dist.Work | None = None
+
+    def views(self, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+        """The whole members, as views of `params` that do not notice when a gather rewrites it.
+
+        To be made once, before parameters are let go for the first time: no view can be made of freed memory.
+        """
+        flat = self.params.data
+        return {
+            member.name: flat[offset : offset + member.numel].view(shapes[member.name])
+            for member, offset in zip(self.plan.members, self.plan.offsets, strict=True)
+        }
+
+    # Parameters
+
+    def publish(self) -> None:
+        """After an update: the new weights in the model's dtype, on their way to the other ranks of the shard group."""
+        if self.master is not self.weights:
+            self.weights.copy_(self.master)
+        if not self.frees_params:
+            self._start_gather()
+
+    def request(self) -> None:
+        """Start bringing the parameters, if they are neither here nor on their way."""
+        if self.frees_params and not self.present and self.gathering is None:
+            self.params.untyped_storage().resize_(self.params.numel() * self.params.element_size())
+            self._start_gather()
+
+    def arrive(self) -> None:
+        """Have the parameters here."""
+        self.request()
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
+        self.present = True
+
+    def release(self) -> None:
+        """Let go of parameters that are not kept between uses."""
+        if self.frees_params:
+            self.arrive()
+            self.params.untyped_storage().resize_(0)
+            self.present = False
+
+    def _start_gather(self) -> None:
+        if self.shard.size > 1 and PARAMETERS not in self.shard.broken:
+            piece = self.weights if self.frees_params else self.weights.clone()  # never its own output
+            self.gathering = comm.start_all_gather(self.params, piece, self.shard)
+
+    # Gradients
+
+    def reduce_scatter(self, whole: Tensor, done: list[Callable[[], None]]) -> None:
+        """Start summing `whole` over the shard group; what is done on completion is appended to `done`."""
+        message = whole.to(self.message_dtype)
+        if "grads.data" in self.shard.broken or self.shard.size == 1:
+            piece = message[self.begin : self.end].clone()
+            done.append(lambda: self._keep(piece))
+            return
+        piece = message.new_empty(self.end - self.begin)
+        work = comm.start_reduce_scatter(piece, message, self.shard)
+
+        def finish(sent: Tensor = message) -> None:  # holds what is being sent until it has left
+            work.wait()
+            self._keep(piece)
+
+        done.append(finish)
+
+    def _keep(self, piece: Tensor) -> None:
+        if self.sharded_grads:
+            self.shard_grads.add_(piece)
+        else:
+            self.shard_grads.copy_(piece)
+
+    def accumulate(self, params: dict[str, nn.Parameter]) -> None:
+        """Add the members' gradients of one microbatch to the whole wide accumulator; takes them away."""
+        self._drain(params, self.grads)
+
+    def pack(self, params: dict[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
+        """The members' gradients of one microbatch end to end; takes them away."""
+        return self._drain(params, torch.zeros(self.plan.numel, dtype=dtype, device=self.params.device))
+
+    def _drain(self, params: dict[str, nn.Parameter], into: Tensor) -> Tensor:
+        for member, offset in zip(self.plan.members, self.plan.offsets, strict=True):
+            grad = params[member.name].grad
+            if grad is not None:
+                into[offset : offset + member.numel].add_(grad.flatten())
+                params[member.name].grad = None
+        return into

@@ -1,0 +1,281 @@
+"""Parameters, gradients and their reductions on one rank: ZeRO 0 to 3 as one mechanism (arXiv 1910.02054).
+
+The pipeline says when a stage's gradients of a microbatch are complete, the stage says when a unit is about to
+be used or done with; this class gathers, lets go, accumulates wide and reduces as the Shard records and the
+ZeRO stage ask. Messages start as soon as their gradients are complete and are waited for in `finish`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megallm.ops.precision import wide_dtype
+from megallm.optim.buckets import BUCKET_BYTES, Cut, Member, plan_buckets
+from megallm.optim.config import ZeroOptions
+from megallm.optim.flat import FlatBucket
+from megallm.optim.tree import TreeSum, exchanger, tree_all_reduce_
+from megallm.parallel import comm
+from megallm.parallel.mesh import Axis, Mesh
+from megallm.parallel.shard import Shard
+from megallm.parallel.units import unit_of
+
+
+class Entry(NamedTuple):
+    """A parameter of this rank: logical name, the parameter, its record, and the earliest local stage that holds it."""
+
+    name: str
+    param: nn.Parameter
+    shard: Shard
+    stage: int
+
+
+class Groups(NamedTuple):
+    """Who divides the state (`shard`), who holds the same range (`replica`), and who shares the embedding (`tie`)."""
+
+    shard: Axis
+    replica: Axis
+    tie: Axis
+
+
+class ShardedParameters:
+    """All parameters of this rank's stages. Listens to the pipeline (`starts`, `stage_done`) and to units.
+
+    `shared` names units that several local stages use (an embedding that is also the head): their gradient
+    is complete only at the end of the step.
+    """
+
+    def __init__(
+        self, entries: list[Entry], mesh: Mesh, dtype: torch.dtype, options: ZeroOptions, groups: Groups,
+        tied_name: str | None, shared: frozenset[str] = frozenset(), bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:  # fmt: skip
+        self.mesh, self.options, self.groups, self.shared = mesh, options, groups, shared
+        self.shards = {entry.name: entry.shard for entry in entries}
+        self.shapes = {entry.name: entry.param.shape for entry in entries}
+        self.tied_name = tied_name if groups.tie.size > 1 else None
+        self.flat = self._allocate(entries, dtype, bucket_bytes)
+        self.params: dict[str, nn.Parameter] = {}
+        self.views = {name: view for bucket in self.flat for name, view in bucket.views(self.shapes).items()}
+        self.by_unit: dict[str, list[FlatBucket]] = {}
+        self.by_stage: dict[int, list[str]] = {}
+        for bucket in self.flat:
+            for unit in sorted(bucket.plan.units):
+                self.by_unit.setdefault(unit, []).append(bucket)
+        for entry in entries:
+            units = self.by_stage.setdefault(entry.stage, [])
+            if unit_of(entry.name) not in units:
+                units.append(unit_of(entry.name))
+        self.ahead, self.behind = self._neighbours()
+        self.trees = [TreeSum() for _ in self.flat] if options.tree else []
+        self._reset()
+
+    def _allocate(self, entries: list[Entry], dtype: torch.dtype, bucket_bytes: int) -> list[FlatBucket]:
+        members = {}
+        for entry in entries:
+            members.setdefault(entry.stage, []).append(
+                Member(
+                    entry.name, entry.param.numel(), unit_of(entry.name), entry.shard.partial,
+                    entry.name == self.tied_name, entry.shard.decay,
+                )  # fmt: skip
+            )
+        wide, device = wide_dtype(dtype), self.mesh.device
+        shard = self.groups.shard if self.options.stage else Axis("shard", broken=self.groups.shard.broken)
+        plans = [
+            plan
+            for stage in sorted(members)
+            for plan in plan_buckets(
+                members[stage], wide.itemsize, shard.size, bucket_bytes, by_unit=self.options.stage == 3
+            )
+        ]
+        return [FlatBucket(i, plan, self.options, shard, (dtype, wide), device) for i, plan in enumerate(plans)]
+
+    def _neighbours(self) -> tuple[dict[str, str], dict[str, str]]:
+        """For each unit the next one in a forward and in a backward pass through its stage."""
+        pairs = [pair for units in self.by_stage.values() for pair in zip(units, units[1:], strict=False)]
+        return dict(pairs), {second: first for first, second in pairs}
+
+    def _reset(self) -> None:
+        self.done: list[Callable[[], None]] = []
+        self.launched: set[int] = set()
+        self.waiting = [set(bucket.plan.units) for bucket in self.flat]
+        self.early = self.last = False
+
+    def attach(self, params: dict[str, nn.Parameter]) -> None:
+        """The parameters placed on `views` (logical name -> local piece in the model's dtype); collects their `.grad`."""
+        self.params = params
+        self.unsettle()
+
+    # Units: bring parameters and let them go
+
+    def before_forward(self, keys: tuple[str, ...]) -> None:
+        self._bring(keys, self.ahead)
+
+    def after_forward(self, keys: tuple[str, ...]) -> None:
+        self._release(keys)
+
+    def before_backward(self, keys: tuple[str, ...]) -> None:
+        self._bring(keys, self.behind)
+
+    def after_backward(self, keys: tuple[str, ...]) -> None:
+        self._release(keys)
+        if self.early:
+            self._complete([key for key in keys if key not in self.shared])
+
+    def _bring(self, keys: tuple[str, ...], following: dict[str, str]) -> None:
+        for key in keys:
+            for bucket in self.by_unit[key]:
+                bucket.arrive()
+        for key in keys:
+            for bucket in self.by_unit.get(following.get(key, ""), ()):
+                bucket.request()
+
+    def _release(self, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            for bucket in self.by_unit[key]:
+                bucket.release()
+
+    def settle(self) -> None:
+        """Have every parameter of this rank here (evaluation outside a stage, export); collective over the shard group."""
+        for bucket in self.flat:
+            bucket.arrive()
+
+    def unsettle(self) -> None:
+        """Let go again of what is not kept between uses."""
+        for bucket in self.flat:
+            bucket.release()
+
+    # Gradients
+
+    def begin_step(self) -> None:
+        """Clear the accumulators before the first microbatch."""
+        self._reset()
+        for bucket in self.flat:
+            bucket.grads.zero_()
+
+    def starts(self, stage: int, last: bool, whole: bool) -> None:
+        """A backward pass begins on a stage; `whole`: weight gradients come with it, so units complete one by one."""
+        self.last, self.early = last, whole
+
+    def stage_done(self, stage: int, last: bool) -> None:
+        """The gradients of one microbatch on one stage are complete."""
+        self.early, self.last = False, last
+        units = self.by_stage.get(stage, [])
+        self._release(tuple(units))
+        self._complete(units)
+
+    def _complete(self, units: list[str]) -> None:
+        """Take the gradients of finished units; start the reduction of buckets that have all they wait for.
+
+        A unit may have been taken already when its own backward pass ended; then it waits for the next microbatch.
+        """
+        for unit in units:
+            for bucket in self.by_unit[unit]:
+                waiting = self.waiting[bucket.index]
+                waiting.discard(unit)
+                if not waiting:
+                    waiting |= bucket.plan.units
+                    self._take(bucket)
+
+    def _take(self, bucket: FlatBucket) -> None:
+        """Add the gradients of one microbatch to where they accumulate."""
+        if not any(self.params[member.name].grad is not None for member in bucket.plan.members):
+            return
+        if bucket.sharded_grads:
+            bucket.reduce_scatter(bucket.pack(self.params, bucket.message_dtype), self.done)
+        elif self.options.tree:
+            self.trees[bucket.index].add(bucket.pack(self.params, bucket.grads.dtype))
+        else:
+            bucket.accumulate(self.params)
+            if self.last and not bucket.plan.units & self.shared:
+                self._launch(bucket)
+
+    def _launch(self, bucket: FlatBucket) -> None:
+        """Start the one reduction of a bucket whose gradients were accumulated whole."""
+        self.launched.add(bucket.index)
+        if self.options.stage:
+            bucket.reduce_scatter(bucket.grads, self.done)
+        else:
+            self.done.append(comm.start_all_reduce(bucket.grads, self.groups.shard, "grads.data"))
+
+    def finish(self) -> None:
+        """Complete all gradients; collective over dp x cp, the partial axes and the tie."""
+        self.last = True
+        for bucket in self.flat:
+            self._take(bucket)
+            if not bucket.sharded_grads and not self.options.tree and bucket.index not in self.launched:
+                self._launch(bucket)
+        for wait in self.done:
+            wait()
+        self.done.clear()
+        for bucket in self.flat:
+            self._finish_bucket(bucket)
+
+    def _finish_bucket(self, bucket: FlatBucket) -> None:
+        if self.options.tree:
+            axis = self.mesh.grads
+            bucket.grads.copy_(self.trees[bucket.index].total())
+            if "grads.data" not in axis.broken:
+                tree_all_reduce_(bucket.grads, axis, exchanger(axis))
+        elif self.options.stage:
+            comm.all_reduce_(bucket.shard_grads, self.groups.replica, "grads.data")
+        target = bucket.grads if self.options.tree else bucket.shard_grads
+        for axis in bucket.plan.partial:
+            comm.all_reduce_(target, self.mesh.axes[axis], "grads.partial")
+        if bucket.plan.tied:
+            comm.all_reduce_(target, self.groups.tie, "grads.tie")
+
+    def publish(self) -> None:
+        """After an update: weights in the model's dtype, on their way to whoever needs them."""
+        for bucket in self.flat:
+            bucket.publish()
+
+    # Ownership
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank is the one that answers for its range of a parameter (one owner per logical element)."""
+        if name == self.tied_name and self.groups.tie.rank:
+            return False
+        coords = self.mesh.coords
+        if self.options.stage:  # dp x cp is divided, or counted by `replica`
+            coords = coords | {"dp": 0, "cp": 0}
+            if self.groups.replica.rank:
+                return False
+        return self.shards[name].owned(coords)
+
+    def cuts(self, bucket: FlatBucket) -> Iterator[Cut]:
+        """The stretches of members in this rank's range of a bucket."""
+        yield from bucket.plan.cuts(bucket.begin, bucket.end)
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of all logical gradient elements, a float64 scalar; collective over the world.
+
+        In tree mode every rank holds the whole sums, and one replica is added up in an order that does not
+        depend on the number of replicas.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for bucket in self.flat:
+            tree = self.options.tree
+            flat = bucket.grads if tree else bucket.shard_grads
+            for cut in bucket.plan.cuts(0, bucket.plan.numel) if tree else self.cuts(bucket):
+                if self._counts(cut.member.name):
+                    part = flat[cut.place : cut.place + cut.end - cut.begin]
+                    total += torch.linalg.vector_norm(part, dtype=part.dtype).to(torch.float64) ** 2
+        axis = self.mesh.model if self.options.tree else self.mesh.world
+        return comm.all_reduce_(total, axis, "clip.norm")
+
+    def _counts(self, name: str) -> bool:
+        if not self.options.tree:
+            return self.owns(name)
+        tied_twice = name == self.tied_name and self.groups.tie.rank
+        return not tied_twice and self.shards[name].owned(self.mesh.coords | {"dp": 0})
+
+
+def shard_groups(mesh: Mesh, options: ZeroOptions) -> tuple[Axis, Axis]:
+    """The `shard` and `replica` axes inside dp x cp; collective over the world when they are new groups."""
+    if options.shard_size in (None, mesh.grads.size):
+        return mesh.grads, Axis("replica", broken=mesh.grads.broken)
+    replica, shard = mesh.view("grads", options.shard_size)
+    return shard, replica

@@ -1,0 +1,53 @@
+"""A linear whose weight gradient can be put off: `B` gives the gradient of the input, `W` that of the weight.
+
+Zero-bubble schedules (arXiv 2401.10241) need the two apart. `W` needs only the input and the gradient of the
+output, so nothing else of the forward pass stays alive between `B` and `W`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class WeightQueue:
+    """The weight gradients that backward passes have put off, in order."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Everything put off since the last call."""
+        pending, self.pending = self.pending, []
+        return pending
+
+
+def finish_weights(work: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Add each `dy^T x` to its weight's `.grad`, through whatever view of the parameter was used."""
+    for weight, x, dy in work:
+        torch.autograd.backward(weight, dy.flatten(0, -2).mT @ x.flatten(0, -2))
+    work.clear()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightQueue | None) -> Tensor:
+    """`x W^T + b`, `[..., in] -> [..., out]`; with a queue the weight's gradient goes there."""
+    if later is None or not weight.requires_grad:
+        return F.linear(x, weight, bias)
+    return _SplitLinear.apply(x, weight, bias, later)
+
+
+class _SplitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightQueue) -> Tensor:
+        ctx.save_for_backward(x)
+        # Not save_for_backward: recomputation would hand back a detached copy, which leads to no parameter.
+        ctx.weight, ctx.later, ctx.has_bias = weight, later, bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        (x,) = ctx.saved_tensors
+        ctx.later.pending.append((ctx.weight, x.detach(), dy))
+        return dy @ ctx.weight.detach(), None, dy.flatten(0, -2).sum(0) if ctx.has_bias else None, None

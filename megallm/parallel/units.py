@@ -1,0 +1,62 @@
+"""The moments at which a unit (embedding, one block, head) of a stage is about to be used or done with.
+
+Whoever shards parameters listens: gather before use, let go after it, reduce gradients when they are
+complete. The moments in the backward pass come from two identities around the unit, not from hooks on
+parameters: the backward of the outer one runs before the unit's, that of the inner one after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Units(Protocol):
+    """Listens to the use of the units named by `keys`."""
+
+    def before_forward(self, keys: tuple[str, ...]) -> None: ...
+
+    def after_forward(self, keys: tuple[str, ...]) -> None: ...
+
+    def before_backward(self, keys: tuple[str, ...]) -> None: ...
+
+    def after_backward(self, keys: tuple[str, ...]) -> None: ...
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, on_backward: Callable[[tuple[str, ...]], None], keys: tuple[str, ...]) -> Tensor:
+        ctx.on_backward, ctx.keys = on_backward, keys
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        ctx.on_backward(ctx.keys)
+        return grad, None, None
+
+
+def run_unit(units: Units | None, keys: tuple[str, ...], function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    """`function(x, *rest)` with the four moments around it; x may be integer tokens, which have no backward."""
+    if units is None:
+        return function(x, *rest)
+    units.before_forward(keys)
+    training = torch.is_grad_enabled()
+    if training and x.requires_grad:
+        x = _Gate.apply(x, units.after_backward, keys)
+    out = function(x, *rest)
+    if training:
+        out = _Gate.apply(out, units.before_backward, keys)
+    units.after_forward(keys)
+    return out
+
+
+def unit_of(name: str) -> str:
+    """The unit of a parameter, from its logical name."""
+    first, _, rest = name.partition(".")
+    if first == "layers":
+        return f"layers.{rest.partition('.')[0]}"
+    return "head" if first in ("final_norm", "head") else "embedding"
