@@ -16,10 +16,9 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.convert.folder import read_json
 from megallm.convert.hf_config import CONFIG
-from megallm.convert.weights import Source
-from megallm.models.build import build_stage, place_parameters
+from megallm.convert.weights import Source, whole_stage
+from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import StageOptions
 from megallm.models.heads import local_logits
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
@@ -60,7 +59,7 @@ def sample_tokens(model: ModelConfig) -> Tensor:
 def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source."""
     mesh = Mesh.single()
-    stage = build_stage(model, mesh, StageOptions())
+    stage = whole_stage(model, mesh)
     storage = {}
     for name, parameter, _ in named_shards(stage):
         storage[name] = torch.empty(parameter.shape, dtype=torch.float32)

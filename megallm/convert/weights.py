@@ -23,9 +23,9 @@ from megallm.checkpoint.reader import Reader
 from megallm.convert.folder import Entry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
 from megallm.convert.rules import Bridge, plan_bridge
-from megallm.models.build import build_stage
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import StageOptions
+from megallm.models.decoder import Stage, StageOptions
+from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, named_shards
 
@@ -48,8 +48,12 @@ class Source(Protocol):
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The full shape of each logical tensor of a resolved model, from the built model's own Shard records."""
-    stage = build_stage(model, Mesh.single("meta"), StageOptions())
-    return {name: tuple(shard.full) for name, _, shard in named_shards(stage)}
+    return {name: tuple(shard.full) for name, _, shard in named_shards(whole_stage(model, Mesh.single("meta")))}
+
+
+def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:
+    """All layers of the model in one stage, with parameters on the meta device."""
+    return Stage(model, mesh, StageSpan(0, model.num_layers, True, True), StageOptions())
 
 
 class HfReader:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megallm.checkpoint.reader import Reader
 from megallm.convert.convert import IMPORTED
-from megallm.convert.weights import Cast, HfReader
+from megallm.convert.weights import Cast, HfReader, Source
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
@@ -24,14 +24,23 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
     if found is None:
         with HfReader(folder) as source:
             notes = "".join(f" (note: {note})" for note in source.notes)
-            return Engine.build(config, mesh, source), f"starting from the weights of {folder}{notes}"
+            return read_weights(config, mesh, source), f"starting from the weights of {folder}{notes}"
     with Reader(found) as reader:
         if is_import(reader):
-            return Engine.build(config, mesh, Cast(reader)), f"starting from the imported weights of {found}"
+            return read_weights(config, mesh, Cast(reader)), f"starting from the imported weights of {found}"
         engine = Engine.build(config, mesh)
         engine.load(reader)
         wins = f" of its own checkpoint, which wins over model.hf {folder}" if folder else ""
         return engine, f"resumed at step {reader.step}{wins}"
+
+
+def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
+    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads what it keeps."""
+    engine = Engine(config, mesh)
+    for name, _, box, tensor in engine.masters():
+        source.read_into(name, box.offset, tensor)
+    engine.parameters.publish()
+    return engine
 
 
 def is_import(reader: Reader) -> bool:

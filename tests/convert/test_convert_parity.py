@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,14 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megallm.base.errors import UsageError
+from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.tools import resolve
-from megallm.convert import convert, families, verify
+from megallm.convert import convert, families
 from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.rules import rule
 from megallm.convert.weights import Cast, HfReader
-
+from megallm.engine.config import EngineConfig
+from megallm.parallel.layout import Layout
+from megallm.parallel.mesh import Mesh
+from megallm.training.weights import read_weights
 from tests.convert.tiny import CASES, case, make
+from tests.ranks import run_ranks
+
+LLAMA, GPT2 = case("llama", "LlamaConfig"), case("gpt2", "GPT2Config")
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,3 +46,138 @@ def test_logits_and_round_trip(wanted, tmp_path):
     before, after = loaded(original), loaded(back)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+def save_at_layout(folder: str, root: str, layout: Layout, precision: str) -> int:
+    """One rank: build the model from the folder, its own pieces only, and save what it owns; bytes that it holds."""
+    mesh = Mesh.start(layout)
+    with HfReader(folder) as reader:
+        engine = read_weights(EngineConfig(model=reader.model, precision=precision), mesh, reader)
+        meta = convert.imported_meta(reader.model, reader.dtype) | {"engine": engine.counters()}
+    store.save(root, 7, list(engine.parts()), meta, mesh)
+    return engine.num_local_params()
+
+
+@pytest.mark.parametrize("wanted", CASES[::2], ids=lambda one: one.name)
+def test_through_ranks_bit_for_bit(wanted, tmp_path):
+    original = make(tmp_path / "hf", wanted, shard="12KB")
+    assert (original / "model.safetensors.index.json").exists()
+    held = run_ranks(4, save_at_layout, str(original), str(tmp_path / "run/checkpoints"), Layout(tp=2, pp=2), "fp32")
+    with HfReader(original) as reader:
+        assert max(held) < 0.62 * reader.model.num_params()
+    convert.run(ConvertRequest("hf", str(tmp_path / "run"), str(tmp_path / "back")))
+    before, after = loaded(original), loaded(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bf16_keeps_its_bits_and_fp32_masters_are_preferred(tmp_path):
+    """bf16 folder -> bf16 training with fp32 masters -> bf16 folder; --dtype fp32 writes the masters."""
+    original = make(tmp_path / "hf", LLAMA)  # float32 values that bf16 cannot hold
+    run_ranks(2, save_at_layout, str(original), str(tmp_path / "run/checkpoints"), Layout(tp=2), "bf16")
+    convert.run(ConvertRequest("hf", str(tmp_path / "run"), str(tmp_path / "bf16"), verify=True))
+    done = convert.run(ConvertRequest("hf", str(tmp_path / "run"), str(tmp_path / "fp32"), dtype="fp32", verify=True))
+    assert done["max_rel_error"] <= 1e-5
+    before, narrow, wide = loaded(original), loaded(tmp_path / "bf16"), loaded(tmp_path / "fp32")
+    assert all(torch.equal(before[name].to(torch.bfloat16), narrow[name]) for name in before)
+    assert all(torch.equal(before[name], wide[name]) for name in before)
+
+
+def test_narrower_dtypes_are_compared_after_rounding(tmp_path):
+    original = make(tmp_path / "hf", LLAMA)
+    done = convert.run(ConvertRequest("megallm", str(original), str(tmp_path / "a"), dtype="bf16", verify=True))
+    assert done["dtype"] == "bfloat16" and done["max_rel_error"] <= 1e-5
+    done = convert.run(ConvertRequest("hf", str(tmp_path / "a"), str(tmp_path / "b"), dtype="fp16", verify=True))
+    assert json.loads((tmp_path / "b/config.json").read_text())["torch_dtype"] == "float16"
+    half = convert.run(ConvertRequest("megallm", str(tmp_path / "b"), str(tmp_path / "c")))
+    assert half["dtype"] == "float32"  # the narrowest of ours that holds float16 exactly
+
+
+def test_shards_and_index(tmp_path):
+    original = make(tmp_path / "hf", LLAMA)
+    convert.run(ConvertRequest("megallm", str(original), str(tmp_path / "a")))
+    limit = 10_000
+    done = convert.run(
+        ConvertRequest("hf", str(tmp_path / "a"), str(tmp_path / "b"), max_shard_bytes=limit, verify=True)
+    )
+    files = sorted((tmp_path / "b").glob("*.safetensors"))
+    index = json.loads((tmp_path / "b/model.safetensors.index.json").read_text())
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == done["bytes"]
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
+
+
+def broken(family: str, change) -> families.Family:
+    rules = tuple(change(each) for each in families.FAMILIES[family].rules)
+    return dataclasses.replace(families.FAMILIES[family], rules=rules)
+
+
+def swap_gate_and_up(each):
+    names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    for old, new in names.items():
+        if old in each.theirs:
+            return dataclasses.replace(each, theirs=each.theirs.replace(old, new))
+    return each
+
+
+def swap_keys_and_values(each):
+    if "c_attn" not in each.theirs:
+        return each
+    q, k, v = each.ours
+    return rule(each.theirs, q, v, k, transpose=each.transpose)
+
+
+def forget_transpose(each):
+    return dataclasses.replace(each, transpose=each.transpose and not each.theirs.endswith("attn.c_proj.weight"))
+
+
+def swap_norms(each):
+    swapped = {"ln_1": "ln_2", "ln_2": "ln_1"}
+    for old, new in swapped.items():
+        if old in each.theirs:
+            return dataclasses.replace(each, theirs=each.theirs.replace(old, new))
+    return each
+
+
+@pytest.mark.parametrize(
+    ("wanted", "change"),
+    [(LLAMA, swap_gate_and_up), (GPT2, swap_keys_and_values), (GPT2, forget_transpose), (GPT2, swap_norms)],
+    ids=lambda one: getattr(one, "name", getattr(one, "__name__", "")),
+)
+@pytest.mark.parametrize("target", ["megallm", "hf"])
+def test_wrong_rules_are_found(wanted, change, target, tmp_path, monkeypatch):
+    """Negative control: a wrong rule converts without complaint, and --verify finds it; nothing is left."""
+    source = make(tmp_path / "hf", wanted)
+    if target == "hf":
+        convert.run(ConvertRequest("megallm", str(source), str(tmp_path / "ours")))
+        source = tmp_path / "ours"
+    monkeypatch.setitem(families.FAMILIES, wanted.name, broken(wanted.name, change))
+    convert.run(ConvertRequest(target, str(source), str(tmp_path / "unnoticed")))
+    with pytest.raises(NotEqual) as caught:
+        convert.run(ConvertRequest(target, str(source), str(tmp_path / "out"), verify=True))
+    assert caught.value.max_rel_error > 1e-3 and caught.value.exit_code == 70
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_no_family_holds_is_refused(tmp_path):
+    with HfReader(make(tmp_path / "hf", LLAMA)) as reader:
+        odd = dataclasses.replace(reader.model, qk_norm=True, qkv_bias=True, bias=True)
+        from megallm.convert.hf_config import family_of
+
+        with pytest.raises(UsageError, match="No Hugging Face family .* model.qk_norm is True, llama needs False"):
+            family_of(odd)
+        assert family_of(dataclasses.replace(reader.model, sliding_window=9)).name == "mistral"
+
+
+def test_a_checkpoint_reads_as_any_dtype(tmp_path):
+    convert.run(ConvertRequest("megallm", str(make(tmp_path / "hf", LLAMA)), str(tmp_path / "a")))
+    with Reader(resolve(tmp_path / "a")) as reader:
+        whole = reader.read("layers.1.mlp.down.weight")
+        part = torch.empty(5, 7, dtype=torch.float64).T.contiguous().T
+        Cast(reader).read_into("layers.1.mlp.down.weight", (3, 2), part)
+        assert torch.equal(part, whole[3:8, 2:9].double())
+        Cast(reader, through=torch.bfloat16).read_into("layers.1.mlp.down.weight", (3, 2), part)
+        assert torch.equal(part, whole[3:8, 2:9].bfloat16().double())
