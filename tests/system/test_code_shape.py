@@ -51,7 +51,8 @@ FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
     "base.", "cli.", "data.", "training.config", "training.validate", "parallel.layout", "parallel.shard",
-    "parallel.schedule", "models.config", "models.presets", "models.stages", "optim.config", "optim.lr",
+    "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
+    "optim.config", "optim.lr",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
