@@ -20,7 +20,10 @@ class PipelineOptions:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`model` is resolved; `precision` is fp64, fp32 or bf16; `recompute` none, selective or full."""
+    """`model` is resolved; `precision` is fp64, fp32 or bf16; `recompute` none, selective or full.
+
+    `cp_kind` and `cp_ulysses` are those of the layout: how context-parallel ranks exchange keys.
+    """
 
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -30,3 +33,5 @@ class EngineConfig:
     precision: str = "fp32"
     recompute: str = "none"
     seed: int = 1234
+    cp_kind: str = "ring"
+    cp_ulysses: int | None = None

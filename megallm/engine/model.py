@@ -30,8 +30,9 @@ class ParallelModel:
         self.dtype = MODEL_DTYPES[config.precision]
         options = config.pipeline
         self.placement = place(options.schedule, mesh.pp.size, options.chunks)
+        stage_options = StageOptions(config.sp, config.recompute, config.cp_kind, config.cp_ulysses)
         self.stages = build_stages(
-            config.model, mesh, StageOptions(config.sp, config.recompute), self.placement, options.stages
+            config.model, mesh, stage_options, self.placement, options.stages
         )
         self.sp = config.sp and mesh.tp.size > 1
         self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
@@ -74,8 +75,8 @@ class ParallelModel:
 
     def _new_buffer(self, batch: Batch) -> Callable[[], Tensor]:
         rows, tokens = batch["tokens"].shape
-        local = tokens // self.mesh.tp.size if self.sp else tokens
-        return buffer_maker((rows, local, self.config.model.hidden_size), self.dtype, self.mesh.device)
+        pieces = self.mesh.cp.size * (self.mesh.tp.size if self.sp else 1)
+        return buffer_maker((rows, tokens // pieces, self.config.model.hidden_size), self.dtype, self.mesh.device)
 
     @staticmethod
     def load(config: EngineConfig, mesh: Mesh, reader: Reader) -> ParallelModel:

@@ -10,6 +10,8 @@ from torch import Tensor
 from megallm.models.config import ModelConfig
 from megallm.ops.attention import causal_attention
 from megallm.ops.rope import apply_rope
+from megallm.ops.tiles import Sight
+from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import normal
@@ -31,6 +33,16 @@ class LayerCache:
         self.values[:, self.length : end] = v
         self.length = end
         return self.keys[:, :end], self.values[:, :end]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where this rank's tokens of a microbatch stand: rotary tables `[B, T/cp, E/2]`, and what they may see of the row."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    context: Context
+    sight: Sight | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class HeadPlan:
 
 
 class Attention(ShardedModule):
-    """`[B, T/tp or T, D]` -> the same; projections are column-parallel over heads, the output row-parallel."""
+    """`[B, T/cp/tp or T/cp, D]` -> the same; projections column-parallel over heads, the output row-parallel."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
         super().__init__(mesh, sp)
@@ -90,22 +102,22 @@ class Attention(ShardedModule):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """Rotate, attend; `[B, T, H/tp, E]`."""
-        if cos is not None:
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    def core(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
+        """Rotate, attend; `[B, T/cp, H/tp, E]`. Decoding has whole sequences on every cp rank."""
+        if places.cos is not None:
+            q, k = apply_rope(q, places.cos, places.sin), apply_rope(k, places.cos, places.sin)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.heads.pairing is not None:
             index = torch.tensor(self.heads.pairing, device=q.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
-        return causal_attention(q, k, v, self.window)
+        if cache is not None:
+            return causal_attention(q, k, v, self.window)
+        return places.context.attend(q, k, v, places.sight, self.window)
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor | None, Tensor | None], cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
         q, k, v = self.project(enter(x, self.mesh, self.sp))
-        return self.o(recompute(self.selective, self.core, q, k, v, *tables, cache).flatten(-2))
+        return self.o(recompute(self.selective, self.core, q, k, v, places, cache).flatten(-2))
 
 
 def scaled_init(config: ModelConfig):

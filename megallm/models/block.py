@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megallm.models.attention import Attention, LayerCache
+from megallm.models.attention import Attention, LayerCache, Places
 from megallm.models.config import ModelConfig
 from megallm.models.mlp import Mlp
 from megallm.parallel.mesh import Mesh
@@ -23,8 +23,6 @@ class Block(ShardedModule):
         self.mlp_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.mlp = Mlp(config, mesh, sp, selective)
 
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor | None, Tensor | None], cache: LayerCache | None = None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), tables, cache)
+    def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), places, cache)
         return x + self.mlp(self.mlp_norm(x))

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from megallm.models.attention import LayerCache
+from megallm.models.attention import LayerCache, Places
 from megallm.models.block import Block
 from megallm.models.config import ModelConfig
 from megallm.models.heads import LmHead, final_norm, language_model, local_logits, next_token_logits
 from megallm.models.stages import StageSpan
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
+from megallm.ops.tiles import Sight
 from megallm.parallel import comm
+from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import Shard, normal
@@ -24,10 +26,15 @@ from megallm.parallel.vocab import VocabEmbedding
 
 @dataclass(frozen=True)
 class StageOptions:
-    """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none, selective, full."""
+    """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none, selective, full.
+
+    `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`).
+    """
 
     sp: bool = False
     recompute: str = "none"
+    cp_kind: str = "ring"
+    cp_ulysses: int | None = None
 
 
 class PositionEmbedding(ShardedModule):
@@ -47,7 +54,7 @@ class PositionEmbedding(ShardedModule):
 class Stage(ShardedModule):
     """Layers of one pipeline stage.
 
-    The first stage takes tokens, the others hidden states `[B, T/tp or T, D]`; the last returns the head's
+    The first stage takes tokens, the others hidden states `[B, T/cp/tp or T/cp, D]`; the last returns the head's
     per-token scalars. With tied embeddings the last stage shares the first one's embedding when that is on the
     same rank, and otherwise holds its own piece under the same logical name `embedding.weight`; the engine keeps
     the two equal. `units` is told when the embedding, a block or the head is about to be used or done with.
@@ -61,6 +68,7 @@ class Stage(ShardedModule):
         self.config, self.span = config, span
         self.units: Units | None = None
         self.recompute_blocks = options.recompute == "full"
+        self.context = Context(mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses)
         self.positions = None
         if span.first or (span.last and config.tie_embeddings):
             self.embedding = embedding or VocabEmbedding(
@@ -81,41 +89,47 @@ class Stage(ShardedModule):
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """`[B, T]` -> hidden states `[B, T/tp or T, D]`."""
+        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`."""
         x = self.embedding(tokens)
         if self.positions is not None:
             here = comm.own_slice(positions, self.mesh.tp, SEQUENCE_DIM) if self.sp else positions
             x = x + self.positions(here)
         return x
 
-    def blocks(self, x: Tensor, positions: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """Run this stage's layers; `positions` are those of all T tokens."""
+    def blocks(
+        self, x: Tensor, positions: Tensor, sight: Sight | None = None, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Run this stage's layers; `positions` `[B, T/cp]` are those of this cp rank's tokens."""
         tables: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.config.positions == "rope":
             tables = rope_tables(positions, self.config.head_size, self.config.rope_theta, wide_dtype(x.dtype))
+        places = Places(*tables, self.context, sight)
         for i, (number, block) in enumerate(self.layers.items()):
             cache = caches[i] if caches else None
-            x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, tables, cache)
+            x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, places, cache)
         return x
 
-    def block(self, x: Tensor, block: Block, tables: tuple, cache: LayerCache | None) -> Tensor:
+    def block(self, x: Tensor, block: Block, places: Places, cache: LayerCache | None) -> Tensor:
         """One block, its activations kept or made again."""
-        return recompute(self.recompute_blocks, block, x, tables, cache)
+        return recompute(self.recompute_blocks, block, x, places, cache)
 
     def logits(self, x: Tensor) -> Tensor:
-        """This rank's piece of the logits, `[B, T, V/tp]`."""
+        """This rank's piece of the logits, `[B, T/cp, V/tp]`."""
         return local_logits(self.final_norm(x), self.head_weight, self.mesh, self.sp, self.later)
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """One microbatch: hidden states to the next stage, or `{"log_prob": [B, T]}` on the last."""
+        positions = self.context.local(batch["positions"])
         if self.span.first:
-            x = run_unit(self.units, ("embedding",), self.embed, batch["tokens"], batch["positions"])
-        x = self.blocks(x, batch["positions"])
+            tokens = self.context.local(batch["tokens"])
+            x = run_unit(self.units, ("embedding",), self.embed, tokens, positions)
+        x = self.blocks(x, positions, self.context.sight(batch, self.config.sliding_window))
         if not self.span.last:
             return x
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
         logits = run_unit(self.units, keys, self.logits, x)
-        return language_model(logits, batch["labels"], self.mesh, self.config.vocab_size)
+        outputs = language_model(logits, self.context.local(batch["labels"]), self.mesh, self.config.vocab_size)
+        return {name: self.context.whole(values) for name, values in outputs.items()}
 
     def decode(self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]) -> Tensor:
         """New positions against the cache: hidden states, or the next token's logits `[B, V]` on the last stage.
@@ -124,7 +138,7 @@ class Stage(ShardedModule):
         """
         if self.span.first:
             x = self.embed(tokens, positions)
-        x = self.blocks(x, positions, caches)
+        x = self.blocks(x, positions, caches=caches)
         if not self.span.last:
             return x
         return next_token_logits(self.final_norm(x[:, -1:]), self.head_weight, self.mesh, self.config.vocab_size)

@@ -100,6 +100,8 @@ def train_rank(row: Row, broken: frozenset[str]) -> RankRecord:
         precision="fp64",
         recompute=row.recompute,
         seed=row.seed,
+        cp_kind=row.cp_kind,
+        cp_ulysses=row.cp_ulysses,
     )
     engine = Engine.build(config, mesh)
     record = RankRecord(dict(engine.parameters.shards), _copies(engine.masters()))

@@ -11,18 +11,27 @@ Batch = dict[str, Tensor]
 
 
 def global_batch(row: Row, step: int) -> Batch:
-    """`tokens labels positions mask` of one step, each `[dp * micros * micro_batch, T]`; the same everywhere."""
+    """`tokens labels positions mask` of one step, each `[dp * micros * micro_batch, T]`; the same everywhere.
+
+    A packed row also has `documents`, the number of each token's document.
+    """
     rows, length = row.layout.dp * row.micros * row.micro_batch, row.seq_len
     draw = torch.Generator().manual_seed(row.seed * 1000 + step)
     tokens = torch.randint(row.config.vocab_size, (rows, length + 1), generator=draw)
     places = torch.arange(length).expand(rows, length)
     jumps = (places >= length // 2) * (torch.arange(rows) % 4)[:, None]  # so that positions are not just 0, 1, 2, ...
-    return {
+    batch = {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
         "positions": places + jumps,
         "mask": _mask(row, rows, length, draw),
     }
+    if row.packed:
+        starts = torch.rand(rows, length, generator=draw) < 0.3
+        starts[:, 0] = True
+        begin = torch.where(starts, places, 0).cummax(1).values
+        batch |= {"documents": starts.cumsum(1), "positions": places - begin}
+    return batch
 
 
 def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:
@@ -48,4 +57,11 @@ def micro_batches(row: Row, step: int, data_rank: int) -> list[Batch]:
     share = row.micros * row.micro_batch
     block = {key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()}
     pieces = {key: value.split(row.micro_batch) for key, value in block.items()}
-    return [{key: value[micro] for key, value in pieces.items()} for micro in range(row.micros)]
+    micros = [{key: value[micro] for key, value in pieces.items()} for micro in range(row.micros)]
+    return [micro | {"cu_seqlens": _ends(micro["documents"])} if row.packed else micro for micro in micros]
+
+
+def _ends(documents: Tensor) -> Tensor:
+    """cu_seqlens int32 `[n+1]` of one packed row `[1, T]`."""
+    lengths = documents[0].bincount()[1:]
+    return torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(torch.int32)

@@ -17,15 +17,17 @@ from torch import Tensor
 Weights = Mapping[str, Tensor]
 
 
-def forward(config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64."""
+def forward(
+    config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
+) -> Tensor:
+    """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside `documents` [B, T]."""
     x = weights["embedding.weight"][tokens]
     if config["positions"] == "learned":
         x = x + weights["positions.weight"][positions]
     for layer in range(config["num_layers"]):
         at = f"layers.{layer}."
         y = _norm(config, weights, at + "attention_norm", x)
-        x = x + _attention(config, weights, at + "attention.", y, positions)
+        x = x + _attention(config, weights, at + "attention.", y, positions, documents)
         x = x + _mlp(config, weights, at + "mlp.", _norm(config, weights, at + "mlp_norm", x))
     head = "embedding.weight" if config["tie_embeddings"] else "head.weight"
     return _norm(config, weights, "final_norm", x) @ weights[head].T
@@ -61,7 +63,9 @@ def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), dim=-1)
 
 
-def _attention(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, positions: Tensor) -> Tensor:
+def _attention(
+    config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
+) -> Tensor:
     batch, length, _ = x.shape
     size, heads, kv_heads = config["head_size"], config["num_heads"], config["num_kv_heads"]
     q = _linear(weights, at + "q", x).view(batch, length, heads, size)
@@ -76,6 +80,8 @@ def _attention(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, 
     scores = torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     visible = (j <= i) & (j > i - (config["sliding_window"] or length))
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
     mixed = torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
     return _linear(weights, at + "o", mixed.reshape(batch, length, heads * size))
 
@@ -91,7 +97,7 @@ def _mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Ten
 
 def masked_loss(config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the mask."""
-    logits = forward(config, weights, batch["tokens"], batch["positions"])
+    logits = forward(config, weights, batch["tokens"], batch["positions"], batch.get("documents"))
     nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["mask"].flatten().to(nll.dtype)
     return (nll * mask).sum() / mask.sum()

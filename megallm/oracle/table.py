@@ -12,6 +12,7 @@ from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
+from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
 
 MASKS = {
     "full": "every token counts",
@@ -68,6 +69,9 @@ class Row:
     zero: int = 0
     shard_size: int | None = None
     tree: bool = False
+    cp_kind: str = "ring"
+    cp_ulysses: int | None = None
+    packed: bool = False  # rows of several documents, attention inside each; micro_batch is 1
     recompute: str = "none"
     micros: int = 1
     micro_batch: int = 2
@@ -87,17 +91,18 @@ class Row:
         """`tp=2,pp=2,sp=1`: what `--layout` takes."""
         parts = [f"{axis}={self.layout.size(axis)}" for axis in ("dp", "tp", "pp", "cp") if self.layout.size(axis) > 1]
         parts += ["sp=1"] * self.sp + [f"chunks={self.chunks}"] * (self.chunks > 1) + [f"zero={self.zero}"] * (self.zero > 0)
+        parts += [f"cp_kind={self.cp_kind}"] * (self.cp_kind != "ring")
         parts += [f"schedule={self.schedule}"] * (self.schedule != "1f1b")
         return ",".join(parts) or "tp=1"
 
 
 def _row(name: str, layout: str = "", model: str = "llama", **rest: Any) -> Row:
     settings = parse_layout(layout) if layout else {}
-    axes = {axis: settings.pop(axis) for axis in ("dp", "tp", "pp") if axis in settings}
+    axes = {axis: settings.pop(axis) for axis in ("dp", "tp", "pp", "cp") if axis in settings}
     return Row(name, model, Layout(**axes), **settings, **rest)
 
 
-CHOICES = {"sp": ("0", "1"), "zero": ("0", "1", "2", "3"), "schedule": tuple(k for k in SCHEDULES if k != "forward")}
+CHOICES = {"cp_kind": KINDS, "sp": ("0", "1"), "zero": ("0", "1", "2", "3"), "schedule": tuple(k for k in SCHEDULES if k != "forward")}
 
 
 def parse_layout(text: str) -> dict[str, Any]:
@@ -106,11 +111,11 @@ def parse_layout(text: str) -> dict[str, Any]:
     for item in text.split(","):
         key, _, value = item.strip().partition("=")
         value = {"true": "1", "false": "0"}.get(value.lower(), value)
-        sizes = ("dp", "tp", "pp", "chunks")
+        sizes = ("dp", "tp", "pp", "cp", "chunks")
         if not (value in CHOICES[key] if key in CHOICES else key in sizes and value.isdecimal()):
             takes = [f"{size}=N" for size in sizes] + [f"{k}={'|'.join(v)}" for k, v in CHOICES.items()]
             raise UsageError(f"--layout has '{item}'; it takes, separated by commas, {', '.join(takes)}.")
-        values[key] = value if key == "schedule" else bool(int(value)) if key == "sp" else int(value)
+        values[key] = value if key in ("schedule", "cp_kind") else bool(int(value)) if key == "sp" else int(value)
     if "chunks" not in values and SCHEDULES[values.get("schedule", "1f1b")].chunks != 1:
         values["chunks"] = 2
     return values
@@ -156,6 +161,21 @@ ROWS: tuple[Row, ...] = (
     _row("tp2-sp-recompute-full", "tp=2,sp=1", recompute="full", model="qwen3"),
     _row("tp2-recompute-selective", "tp=2", recompute="selective", model="three-groups"),
     _row("pp2-recompute-full", "pp=2", micros=3, recompute="full", model="gpt2"),
+    _row("packed", packed=True, micro_batch=1, micros=2),
+    _row("cp2-ring", "cp=2"),
+    _row("cp2-ulysses-one-kv", "cp=2,cp_kind=ulysses", "one-kv"),
+    _row("cp2-allgather-mistral", "cp=2,cp_kind=allgather", "mistral"),
+    _row("cp2-ring-packed-mistral", "cp=2", "mistral", packed=True, micro_batch=1, seq_len=16),
+    _row("cp4-ring-packed-recompute-full", "cp=4", packed=True, micro_batch=1, seq_len=16, recompute="full"),
+    _row("cp4-hybrid-qwen3", "cp=4,cp_kind=hybrid", "qwen3"),
+    _row("cp2-tp2-sp-ring", "cp=2,tp=2,sp=1", "three-groups"),
+    _row("cp2-tp2-ulysses-packed", "cp=2,tp=2,cp_kind=ulysses", packed=True, micro_batch=1, seq_len=16),
+    _row("cp2-pp2-tied-ring", "cp=2,pp=2", "tied", micros=3),
+    _row("dp2-cp2-ulysses-one-token", "dp=2,cp=2,cp_kind=ulysses", mask="one"),
+    _row("dp2-cp2-allgather-selective", "dp=2,cp=2,cp_kind=allgather", mask="rank", recompute="selective"),
+    _row("cp2-tp2-pp2-sp-ring-gpt2", "cp=2,tp=2,pp=2,sp=1", "gpt2", micros=2, recompute="full"),
+    _row("zb-h1-cp2", "pp=2,cp=2,schedule=zb-h1", micros=3),
+    _row("zero3-dp2-cp2-recompute", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full"),
     _row("dp2-tp2", "dp=2,tp=2"),
     _row("dp2-tp2-sp-one-token", "dp=2,tp=2,sp=1", mask="one", model="one-kv"),
     _row("dp2-pp2-tied", "dp=2,pp=2", model="tied", micros=2),
@@ -206,6 +226,10 @@ CONTROLS: dict[str, str] = {
     "vocab.max": "tp2",
     "vocab.sum": "tp2",
     "vocab.label": "tp2",
+    "cp.lse": "cp2-ring",
+    "cp.kv_grads": "cp2-ring",
+    "cp.heads": "cp2-ulysses-one-kv",
+    "cp.outputs": "cp2-ring",
     "grads.data": "dp2",
     "zero.parameters": "zero1-dp2",
     "grads.partial": "tp2-sp",
@@ -223,9 +247,12 @@ def row_named(name: str) -> Row:
 def row_for_layout(text: str) -> Row:
     """A row of a model that fits the layout a person asked for, with enough layers, heads and micro batches."""
     base = _row(f"--layout {text}", text, micros=2)
-    heads = 4 * base.layout.tp // gcd(4, base.layout.tp)
+    ranks = base.layout.tp * base.layout.cp
+    heads = 4 * ranks // gcd(4, ranks)
+    ulysses_degree(base.cp_kind, base.layout.cp, heads // base.layout.tp)
     sizes = {"num_heads": heads, "num_layers": max(2, base.layout.pp * base.chunks)}
-    length = 8 * base.layout.tp // gcd(8, base.layout.tp)
+    unit = base.layout.tp * (2 * base.layout.cp if base.layout.cp > 1 else 1)
+    length = 8 * unit // gcd(8, unit)
     return replace(base, overrides=sizes, seq_len=length)
 
 
@@ -259,8 +286,24 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
             overrides=sizes,
             seed=draw.randrange(2**31),
         )
+        row = _with_context(row, draw, max_ranks)
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
     return rows
+
+
+def _with_context(row: Row, draw: random.Random, max_ranks: int) -> Row:
+    """The row with a random number of context-parallel ranks of any kind that fits, and perhaps packed."""
+    layout, heads = row.layout, row.config.num_heads // row.layout.tp
+    cp = draw.choice([c for c in (1, 1, 2, 2, 3, 4) if c * layout.world <= max_ranks])
+    fits = {"ulysses": heads % cp == 0, "hybrid": bool(hybrid_degrees(cp, heads))}
+    kind = draw.choice([kind for kind in KINDS if fits.get(kind, True)])
+    if draw.random() < 0.3:
+        row = replace(row, packed=True, micro_batch=1)
+    if cp == 1:
+        return row
+    unit = 2 * cp * layout.tp
+    length = unit * draw.randint(1, max(1, 36 // unit))
+    return replace(row, layout=replace(layout, cp=cp), cp_kind=kind, seq_len=length)
 
 
 def describe(row: Row) -> dict[str, Any]:

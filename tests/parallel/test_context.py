@@ -237,7 +237,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="30 tokens cannot be split over layout.cp 2"):
         Context(two, "ring", 4).local(torch.zeros(1, 30))
     batch = batch_of(CASES[5])
-    with pytest.raises(DataError, match="has 2 rows; packed documents fill one row each"):
+    with pytest.raises(DataError, match="has 2 rows; packed documents fill one row"):
         alone.sight(batch | {"positions": torch.zeros(2, 32)}, None)
     with pytest.raises(DataError, match="must rise from 0 to 40"):
         alone.sight(batch | {"positions": torch.zeros(1, 40)}, None)
