@@ -149,9 +149,8 @@ def test_bad_names_and_sizes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-DOCUMENTED = re.findall(
-    r"^megallm (schedule .* --draw (docs/pictures/\S+))$", (ROOT / "docs/parallelism.md").read_text(), re.MULTILINE
-)
+PAGE = (ROOT / "docs/parallelism.md").read_text()
+DOCUMENTED = re.findall(r"^ +megallm (schedule .* --draw (docs/pictures/\S+))$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("command", "path"), DOCUMENTED, ids=[path for _, path in DOCUMENTED])
@@ -166,3 +165,18 @@ def test_every_checked_in_picture_has_its_command():
     assert sorted(path for _, path in DOCUMENTED) == sorted(
         str(path.relative_to(ROOT)) for path in (ROOT / "docs/pictures").iterdir()
     )
+
+
+def test_the_documents_table_is_what_the_simulator_says():
+    rows = re.findall(r"^\| `([\w-]+)`.* \| ([\d.]+%) \| ([\d.]+%) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 5
+    for kind, *figures in rows:
+        case = Case(kind, 4, 2 if kind in ("interleaved", "zb-v") else 1, 8)
+        timeline = drawn(case).timeline
+        live = f"{timeline.peak_live[0] / case.chunks:g}"
+        assert figures == [f"{timeline.bubble_fraction:.1%}", f"{timeline.idle_fraction:.1%}", live]
+
+
+def test_the_document_names_files_that_exist():
+    named = set(re.findall(r"`((?:megallm|tests)/[\w/]+\.py)`", PAGE))
+    assert len(named) > 15 and all((ROOT / name).is_file() for name in named)
