@@ -22,7 +22,7 @@ from megallm.engine.state import Piece, pieces
 from megallm.models.build import initial_values
 from megallm.optim.adamw import AdamW
 from megallm.optim.clip import clip_gradients
-from megallm.optim.zero import Groups, ShardedParameters, shard_groups
+from megallm.optim.zero import ShardedParameters, Sharing, shard_groups
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, Walk
@@ -68,11 +68,8 @@ class Engine:
         self.config, self.mesh = config, mesh
         self.model = ParallelModel(config, mesh)
         tie = tie_axis(mesh, self.model.placement, bool(config.model.tie_embeddings))
-        groups = Groups(*shard_groups(mesh, config.zero), tie)
-        shared = self.model.shared_units()
-        self.parameters = ShardedParameters(
-            self.model.entries(), mesh, self.model.dtype, config.zero, groups, TIED_NAME, shared
-        )
+        sharing = Sharing(*shard_groups(mesh, config.zero), tie, TIED_NAME, self.model.shared_units())
+        self.parameters = ShardedParameters(self.model.entries(), mesh, self.model.dtype, config.zero, sharing)
         self.model.place(self.parameters.views)
         self.parameters.attach({entry.name: entry.param for entry in self.model.entries()})
         for stage in self.model.stages.values():
@@ -188,7 +185,7 @@ class Engine:
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
-    """The group of the holders of the first and the last stage, size 1 when nothing is shared; collective over the world."""
+    """The holders of the first and the last stage, size 1 when nothing is shared; collective over the world."""
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     if not tied or first == last:
         return Axis("tie")

@@ -31,9 +31,7 @@ class ParallelModel:
         options = config.pipeline
         self.placement = place(options.schedule, mesh.pp.size, options.chunks)
         stage_options = StageOptions(config.sp, config.recompute, config.cp_kind, config.cp_ulysses)
-        self.stages = build_stages(
-            config.model, mesh, stage_options, self.placement, options.stages
-        )
+        self.stages = build_stages(config.model, mesh, stage_options, self.placement, options.stages)
         self.sp = config.sp and mesh.tp.size > 1
         self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
 

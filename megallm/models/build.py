@@ -30,7 +30,7 @@ def build_stages(
 
 
 def initial_values(name: str, shard: Shard, offset: tuple[int, ...], shape: tuple[int, ...], seed: int) -> Tensor:
-    """The box of a parameter's starting values, float64, a function of (seed, name, element): the same at any layout."""
+    """A box of a parameter's start, float64, a function of (seed, name, element): the same at any layout."""
     if shard.init.kind == "constant":
         return torch.full(shape, shard.init.value, dtype=torch.float64)
     values = normal_box(key_of(seed, "init", name), shard.full, offset, shape)

@@ -115,7 +115,8 @@ def _derive(values: dict[str, Any]) -> None:
     if values["num_kv_heads"] < 1 or heads % values["num_kv_heads"]:
         fits = [k for k in range(1, heads + 1) if heads % k == 0]
         raise UsageError(
-            f"model.num_heads {heads} is not a multiple of model.num_kv_heads {values['num_kv_heads']}: use one of {fits}."
+            f"model.num_heads {heads} is not a multiple of model.num_kv_heads {values['num_kv_heads']}: "
+            f"use one of {fits}."
         )
     if "ffn_hidden_size" not in values:
         gated = values["activation"] == "swiglu"

@@ -39,7 +39,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _sizes(family: str, layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, **rest: Any) -> dict[str, Any]:
+def _sizes(
+    family: str, layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, **rest: Any
+) -> dict[str, Any]:
     return {
         "family": family,
         "num_layers": layers,

@@ -24,9 +24,7 @@ class StageSpan:
     last: bool
 
 
-def plan_stages(
-    num_layers: int, num_stages: int, layout: str | None = None, loss_work: float = 0.0
-) -> list[StageSpan]:
+def plan_stages(num_layers: int, num_stages: int, layout: str | None = None, loss_work: float = 0.0) -> list[StageSpan]:
     """The layers of each stage, by `layout` or balanced; each balanced stage has at least one layer.
 
     `loss_work` is the cost of the head in layers (`head_work`). Raises UsageError when it cannot be done.

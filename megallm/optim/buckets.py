@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-BUCKET_BYTES = 32 * 2**20
-
 
 @dataclass(frozen=True)
 class Member:
@@ -83,7 +81,7 @@ class Cut:
 
 
 def plan_buckets(
-    members: list[Member], itemsize: int, shards: int = 1, bucket_bytes: int = BUCKET_BYTES, by_unit: bool = False
+    members: list[Member], itemsize: int, shards: int = 1, bucket_bytes: int = 32 * 2**20, by_unit: bool = False
 ) -> list[Bucket]:
     """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit); members are whole.
 

@@ -29,6 +29,7 @@ class ZeroOptions:
     shard_size: int | None = None  # ranks that divide the state, replicated across the rest; None: all (else hybrid)
     bf16_grads: bool = False  # gradient messages in bf16 (stages 1 to 3); sums stay wide
     offload: bool = False  # master weights and optimizer state in CPU memory
+    bucket_bytes: int = 32 * 2**20  # of wide gradients in one message; stage 3 has a bucket per block instead
     tree: bool = False  # gradients summed in a fixed tree: the same bits for any dp (stages 0 and 1)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megallm.ops.precision import wide_dtype
-from megallm.optim.buckets import BUCKET_BYTES, Cut, Member, plan_buckets
+from megallm.optim.buckets import Cut, Member, plan_buckets
 from megallm.optim.config import ZeroOptions
 from megallm.optim.flat import FlatBucket
 from megallm.optim.tree import TreeSum, exchanger, tree_all_reduce_
@@ -33,30 +33,32 @@ class Entry(NamedTuple):
     stage: int
 
 
-class Groups(NamedTuple):
-    """Who divides the state (`shard`), who holds the same range (`replica`), and who shares the embedding (`tie`)."""
+class Sharing(NamedTuple):
+    """Who divides the state (`shard`), who holds the same range (`replica`), and who shares the embedding (`tie`,
+    under the logical name `tied_name`).
+
+    `units` names units that several local stages use (an embedding that is also the head): their gradient is
+    complete only at the end of the step.
+    """
 
     shard: Axis
     replica: Axis
     tie: Axis
+    tied_name: str
+    units: frozenset[str] = frozenset()
 
 
 class ShardedParameters:
-    """All parameters of this rank's stages. Listens to the pipeline (`starts`, `stage_done`) and to units.
-
-    `shared` names units that several local stages use (an embedding that is also the head): their gradient
-    is complete only at the end of the step.
-    """
+    """All parameters of this rank's stages. Listens to the pipeline (`starts`, `stage_done`) and to units."""
 
     def __init__(
-        self, entries: list[Entry], mesh: Mesh, dtype: torch.dtype, options: ZeroOptions, groups: Groups,
-        tied_name: str | None, shared: frozenset[str] = frozenset(), bucket_bytes: int = BUCKET_BYTES,
-    ) -> None:  # fmt: skip
-        self.mesh, self.options, self.groups, self.shared = mesh, options, groups, shared
+        self, entries: list[Entry], mesh: Mesh, dtype: torch.dtype, options: ZeroOptions, sharing: Sharing
+    ) -> None:
+        self.mesh, self.options, self.groups, self.shared = mesh, options, sharing, sharing.units
         self.shards = {entry.name: entry.shard for entry in entries}
         self.shapes = {entry.name: entry.param.shape for entry in entries}
-        self.tied_name = tied_name if groups.tie.size > 1 else None
-        self.flat = self._allocate(entries, dtype, bucket_bytes)
+        self.tied_name = sharing.tied_name if sharing.tie.size > 1 else None
+        self.flat = self._allocate(entries, dtype)
         self.params: dict[str, nn.Parameter] = {}
         self.views = {name: view for bucket in self.flat for name, view in bucket.views(self.shapes).items()}
         self.by_unit: dict[str, list[FlatBucket]] = {}
@@ -72,13 +74,17 @@ class ShardedParameters:
         self.trees = [TreeSum() for _ in self.flat] if options.tree else []
         self._reset()
 
-    def _allocate(self, entries: list[Entry], dtype: torch.dtype, bucket_bytes: int) -> list[FlatBucket]:
+    def _allocate(self, entries: list[Entry], dtype: torch.dtype) -> list[FlatBucket]:
         members = {}
         for entry in entries:
             members.setdefault(entry.stage, []).append(
                 Member(
-                    entry.name, entry.param.numel(), unit_of(entry.name), entry.shard.partial,
-                    entry.name == self.tied_name, entry.shard.decay,
+                    entry.name,
+                    entry.param.numel(),
+                    unit_of(entry.name),
+                    entry.shard.partial,
+                    entry.name == self.tied_name,
+                    entry.shard.decay,
                 )  # fmt: skip
             )
         wide, device = wide_dtype(dtype), self.mesh.device
@@ -87,7 +93,7 @@ class ShardedParameters:
             plan
             for stage in sorted(members)
             for plan in plan_buckets(
-                members[stage], wide.itemsize, shard.size, bucket_bytes, by_unit=self.options.stage == 3
+                members[stage], wide.itemsize, shard.size, self.options.bucket_bytes, by_unit=self.options.stage == 3
             )
         ]
         return [FlatBucket(i, plan, self.options, shard, (dtype, wide), device) for i, plan in enumerate(plans)]
@@ -104,7 +110,7 @@ class ShardedParameters:
         self.early = self.last = False
 
     def attach(self, params: dict[str, nn.Parameter]) -> None:
-        """The parameters placed on `views` (logical name -> local piece in the model's dtype); collects their `.grad`."""
+        """The parameters that now live on `views`; their `.grad` is collected."""
         self.params = params
         self.unsettle()
 
@@ -138,7 +144,7 @@ class ShardedParameters:
                 bucket.release()
 
     def settle(self) -> None:
-        """Have every parameter of this rank here (evaluation outside a stage, export); collective over the shard group."""
+        """Have every parameter of this rank here, for use outside a stage; collective over the shard group."""
         for bucket in self.flat:
             bucket.arrive()
 

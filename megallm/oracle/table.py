@@ -90,7 +90,9 @@ class Row:
     def layout_text(self) -> str:
         """`tp=2,pp=2,sp=1`: what `--layout` takes."""
         parts = [f"{axis}={self.layout.size(axis)}" for axis in ("dp", "tp", "pp", "cp") if self.layout.size(axis) > 1]
-        parts += ["sp=1"] * self.sp + [f"chunks={self.chunks}"] * (self.chunks > 1) + [f"zero={self.zero}"] * (self.zero > 0)
+        parts += (
+            ["sp=1"] * self.sp + [f"chunks={self.chunks}"] * (self.chunks > 1) + [f"zero={self.zero}"] * (self.zero > 0)
+        )
         parts += [f"cp_kind={self.cp_kind}"] * (self.cp_kind != "ring")
         parts += [f"schedule={self.schedule}"] * (self.schedule != "1f1b")
         return ",".join(parts) or "tp=1"
@@ -102,7 +104,12 @@ def _row(name: str, layout: str = "", model: str = "llama", **rest: Any) -> Row:
     return Row(name, model, Layout(**axes), **settings, **rest)
 
 
-CHOICES = {"cp_kind": KINDS, "sp": ("0", "1"), "zero": ("0", "1", "2", "3"), "schedule": tuple(k for k in SCHEDULES if k != "forward")}
+CHOICES = {
+    "cp_kind": KINDS,
+    "sp": ("0", "1"),
+    "zero": ("0", "1", "2", "3"),
+    "schedule": tuple(k for k in SCHEDULES if k != "forward"),
+}
 
 
 def parse_layout(text: str) -> dict[str, Any]:
@@ -193,7 +200,13 @@ ROWS: tuple[Row, ...] = (
     _row("zb-h1-tied-tp2", "pp=2,tp=2,schedule=zb-h1", "tied", micros=3),
     _row("zb-h1-pp4-gpt2", "pp=4,schedule=zb-h1", "gpt2", micros=5, overrides={"num_layers": 4}),
     _row("zb-v", "pp=2,schedule=zb-v", micros=4, overrides={"num_layers": 4}),
-    _row("zb-v-tied-kv", "pp=2,tp=2,schedule=zb-v", "three-groups", micros=3, overrides={"num_layers": 5, "tie_embeddings": True}),
+    _row(
+        "zb-v-tied-kv",
+        "pp=2,tp=2,schedule=zb-v",
+        "three-groups",
+        micros=3,
+        overrides={"num_layers": 5, "tie_embeddings": True},
+    ),
     _row("zb-v-pp4-recompute", "pp=4,schedule=zb-v", "qwen3", micros=7, recompute="full", overrides={"num_layers": 8}),
     _row("zb-v-zero2-dp2", "pp=2,dp=2,schedule=zb-v,zero=2", "tied", micros=3, overrides={"num_layers": 4}),
     _row("stages-written", "pp=2", "tied", micros=2, stages="Et|t*2L", overrides={"num_layers": 3}),

@@ -148,4 +148,3 @@ class Mesh:
         """Wait for every rank of the world."""
         if self.world.size > 1:
             dist.all_reduce(torch.zeros(1), group=self.world.group)
-

@@ -53,7 +53,9 @@ class Wire:
             raise InternalError(f"The plan asks for {key} from wire {self.source}->{self.destination}; nothing is due.")
         posted, buffer, work = self.posted.popleft()
         if posted != key:
-            raise InternalError(f"The wire {self.source}->{self.destination} delivers {posted}, the plan asks for {key}.")
+            raise InternalError(
+                f"The wire {self.source}->{self.destination} delivers {posted}, the plan asks for {key}."
+            )
         work.wait()
         self._post()
         return buffer

@@ -47,7 +47,9 @@ class Walk:
 class Pipeline:
     """Runs this rank's stages through a plan; collective over pp (and over tp and cp inside the stages)."""
 
-    def __init__(self, mesh: Mesh, placement: Placement, stages: dict[int, nn.Module], later: WeightQueue | None) -> None:
+    def __init__(
+        self, mesh: Mesh, placement: Placement, stages: dict[int, nn.Module], later: WeightQueue | None
+    ) -> None:
         self.mesh, self.placement, self.stages, self.later = mesh, placement, stages, later
         self.rank, self.last = mesh.pp.rank, placement.num_stages - 1
         self.wires = open_wires(mesh, placement) if mesh.pp.size > 1 else {}

@@ -45,8 +45,7 @@ class Box:
         """The common box, or None when nothing is shared."""
         begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         end = tuple(
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
         )
         if any(e <= b for b, e in zip(begin, end, strict=True)):
             return None
@@ -55,9 +54,7 @@ class Box:
     def slices(self, inside: Box | None = None) -> tuple[slice, ...]:
         """Slices of this box, counted from the origin of `inside` (default: the logical tensor)."""
         origin = inside.offset if inside else (0,) * len(self.offset)
-        return tuple(
-            slice(o - s, o - s + n) for o, n, s in zip(self.offset, self.shape, origin, strict=True)
-        )
+        return tuple(slice(o - s, o - s + n) for o, n, s in zip(self.offset, self.shape, origin, strict=True))
 
 
 def piece(total: int, size: int, rank: int) -> tuple[int, int]:
@@ -97,9 +94,7 @@ class Shard:
         `first_stage` is False on the later holders of a tied parameter; pp itself never replicates.
         """
         divided = set(self.split.values())
-        return first_stage and all(
-            coords[axis] == 0 for axis in AXES if axis != "pp" and axis not in divided
-        )
+        return first_stage and all(coords[axis] == 0 for axis in AXES if axis != "pp" and axis not in divided)
 
 
 def named_shards(model: Any) -> Iterator[tuple[str, Any, Shard]]:

@@ -117,9 +117,7 @@ class RowLinear(ShardedModule):
         self.add_parameter("weight", Shard(full, {1: "tp"}, (), init))
         self.register_parameter("bias", None)
         if bias:
-            self.add_parameter(
-                "bias", Shard(full[:1], {}, sequence_partial(mesh, sp), constant(0.0), decay=False)
-            )
+            self.add_parameter("bias", Shard(full[:1], {}, sequence_partial(mesh, sp), constant(0.0), decay=False))
 
     def local(self, x: Tensor) -> Tensor:
         """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""

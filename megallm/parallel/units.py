@@ -29,7 +29,9 @@ class Units(Protocol):
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, on_backward: Callable[[tuple[str, ...]], None], keys: tuple[str, ...]) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, on_backward: Callable[[tuple[str, ...]], None], keys: tuple[str, ...]
+    ) -> Tensor:
         ctx.on_backward, ctx.keys = on_backward, keys
         return x.view_as(x)
 
@@ -39,7 +41,9 @@ class _Gate(torch.autograd.Function):
         return grad, None, None
 
 
-def run_unit(units: Units | None, keys: tuple[str, ...], function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def run_unit(
+    units: Units | None, keys: tuple[str, ...], function: Callable[..., Tensor], x: Tensor, *rest: Any
+) -> Tensor:
     """`function(x, *rest)` with the four moments around it; x may be integer tokens, which have no backward."""
     if units is None:
         return function(x, *rest)

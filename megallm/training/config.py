@@ -34,8 +34,9 @@ class LayoutConfig:
     dp: int | None = None  # data-parallel replicas; null: what the number of processes leaves
     chunks: int = 1  # model chunks per pipeline rank
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "1f1b"  # pipeline schedule
+    group: int | None = None  # microbatches a rank takes through one chunk before the next; null: pp (interleaved)
     cp_kind: Literal["ring", "ulysses", "allgather", "hybrid"] = "ring"  # how context parallelism exchanges keys
-    stages: str | None = None  # explicit placement of layers on stages; null: as even as possible
+    stages: str | None = None  # layers of each stage, such as Et*3|t*4|t*3L; null: balanced by work
 
     def grid(self) -> Layout:
         """The pure rank grid; `dp` left open counts as 1."""
@@ -47,6 +48,9 @@ class ZeroConfig:
     """What stays sharded over data-parallel ranks between uses."""
 
     stage: Literal[0, 1, 2, 3] = 0  # 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights
+    shard_size: int | None = None  # ranks of dp x cp that divide the state, replicated across the rest; null: all
+    bf16_grads: bool = False  # gradient messages in bf16; sums stay wide
+    offload: bool = False  # optimizer state and master weights in CPU memory
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ class Loop:
     def _leave(self, request: int) -> None:
         if request == PREEMPTED:
             self.recorder.event("preempted", step=self.job.ledger.step)
-            raise Requeue(f"Stopped by a signal after step {self.job.ledger.step}; the state is saved, start again to go on.")
+            raise Requeue(
+                f"Stopped by a signal after step {self.job.ledger.step}; the state is saved, start again to go on."
+            )
         if request == INTERRUPTED:
             self.recorder.event("interrupted", step=self.job.ledger.step)
             raise KeyboardInterrupt
@@ -120,7 +122,7 @@ class Loop:
             self.recorder.event("skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm))
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(
-                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to step {step} (loss {stats.loss}). "
+                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} (loss {stats.loss}). "
                 f"Lower optim.lr, warm up for longer, or start again from an earlier checkpoint."
             )
 

@@ -57,12 +57,15 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
 
 def engine_config(config: PretrainConfig) -> EngineConfig:
     """The part of the configuration that the engine needs."""
+    layout, zero = config.layout, config.zero
     return EngineConfig(
         model=config.model,
         optim=config.optim,
-        sp=config.layout.sp,
-        pipeline=PipelineOptions(config.layout.schedule, config.layout.chunks, config.layout.stages),
-        zero=ZeroOptions(config.zero.stage, tree=config.train.determinism == "tree"),
+        sp=layout.sp,
+        pipeline=PipelineOptions(layout.schedule, layout.chunks, layout.stages, layout.group),
+        zero=ZeroOptions(
+            zero.stage, zero.shard_size, zero.bf16_grads, zero.offload, tree=config.train.determinism == "tree"
+        ),
         precision=config.train.precision,
         recompute=config.train.recompute,
         seed=config.run.seed,
@@ -84,7 +87,13 @@ def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Loader:
     """Batches of the steps that are left; the same on every rank of a replica. Steps count from 1."""
     train, data = config.train, config.data
     samples = build_split(
-        data.sources, data.split, "train", train.steps * train.global_batch, data.seq_len, data.seed, config.model.vocab_size
+        data.sources,
+        data.split,
+        "train",
+        train.steps * train.global_batch,
+        data.seq_len,
+        data.seed,
+        config.model.vocab_size,
     )
     last = train.stop_at or train.steps
     check_tokenizers(config, mesh)
@@ -192,7 +201,9 @@ def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> Path | None:
     for warning in answer["warnings"] if found is not None and mesh.rank == 0 else ():
         log.warning("%s", warning)
     if found is None and resume == "must":
-        raise UsageError(f"--resume must: there is no valid checkpoint under {root}. {' '.join(answer['warnings'])}".rstrip())
+        raise UsageError(
+            f"--resume must: there is no valid checkpoint under {root}. {' '.join(answer['warnings'])}".rstrip()
+        )
     if found is not None and resume == "never":
         raise UsageError(f"--resume never: {found} exists. Choose another run.dir, or remove it.")
     if found is None and answer["warnings"]:
@@ -220,7 +231,8 @@ def check_identity(found: Path, identity: dict[str, Any]) -> dict[str, int]:
         lines = "\n".join(differences)
         raise UsageError(
             f"{found} belongs to a run that differs from this configuration:\n{lines}\n"
-            "Restore these values, or start anew in another run.dir. (Layout, learning rate, evaluation and logging may change.)"
+            "Restore these values, or start anew in another run.dir. "
+            "(Layout, learning rate, evaluation and logging may change.)"
         )
     return saved["ledger"]
 
@@ -234,4 +246,3 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], path: tuple[str,
         elif old != new and key != "tokenizer":
             found.append(((*path, key), old, new))
     return found
-

@@ -19,7 +19,9 @@ from megallm.base.errors import UsageError
 from megallm.convert.hf_config import agree, read_config
 from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
+from megallm.models.stages import parse_stages
 from megallm.optim.config import RULES, SCHEDULES
+from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.training.config import PretrainConfig
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
@@ -28,14 +30,9 @@ WORLD = "--nproc"  # stands for the number of processes among the fixes of a pro
 AVAILABLE: dict[str, tuple[Any, ...]] = {
     "layout.cp": (1,),
     "layout.ep": (1,),
-    "layout.chunks": (1,),
-    "layout.schedule": ("1f1b",),
-    "layout.stages": (None,),
-    "zero.stage": (0,),
     "data.order": ("megatron",),
     "data.log_samples": (False,),
     "train.precision": ("fp32", "bf16", "fp64"),
-    "train.determinism": ("none",),
 }
 
 
@@ -167,7 +164,8 @@ RANGES: dict[str, Range] = {
     "run.seed": _SEED,
     "data.seed": _SEED,
     "data.seq_len": _COUNT,
-    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks")},
+    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group")},
+    "zero.shard_size": _COUNT,
     **{f"train.{name}": _COUNT for name in ("steps", "stop_at", "global_batch", "micro_batch")},
     **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
     **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
@@ -289,10 +287,63 @@ def _widths(facts: Facts) -> Iterator[Problem]:
             yield Problem("widths", sentence, ({"layout.tp": size}, {f"model.{name}": tp}))
 
 
+def _schedule(facts: Facts) -> Iterator[Problem]:
+    layout = facts.config.layout
+    wanted = PIPELINES[layout.schedule].chunks
+    if wanted is not None and layout.chunks != wanted:
+        sentence = f"layout.schedule {layout.schedule} has {wanted} chunk{'s' * (wanted > 1)} a rank, "
+        sentence += f"but layout.chunks is {layout.chunks}."
+        yield Problem("schedule", sentence, ({"layout.chunks": wanted}, {"layout.schedule": "interleaved"}))
+    if layout.group is not None and layout.group < layout.pp:
+        sentence = (
+            f"layout.group {layout.group} is less than layout.pp {layout.pp}: the pipeline would wait for itself."
+        )
+        yield Problem("schedule", sentence, ({"layout.group": layout.pp},))
+
+
+def _zero(facts: Facts) -> Iterator[Problem]:
+    zero, group = facts.config.zero, facts.dp * facts.config.layout.cp
+    size = zero.shard_size
+    if size is not None and zero.stage == 0:
+        sentence = f"zero.shard_size is {size}, but zero.stage 0 divides nothing."
+        yield Problem("zero", sentence, ({"zero.shard_size": None},))
+    elif size is not None and group % size:
+        sentence = f"zero.shard_size {size} does not divide dp x cp = {group}."
+        yield Problem("zero", sentence, _fixes("zero.shard_size", size, _divisors(group)))
+
+
+def _tree(facts: Facts) -> Iterator[Problem]:
+    config, dp = facts.config, facts.dp
+    if config.train.determinism != "tree":
+        return
+    if config.zero.stage > 1:
+        sentence = f"train.determinism tree keeps whole gradients, which zero.stage {config.zero.stage} does not."
+        yield Problem("tree", sentence, ({"zero.stage": 1}, {"train.determinism": "none"}))
+    micros = config.train.global_batch // config.train.micro_batch
+    if facts.config.train.global_batch % (config.train.micro_batch * dp) == 0 and not _power_of_two(micros):
+        sentence = "train.determinism tree sums pairs of microbatches, but train.global_batch / train.micro_batch is "
+        sentence += f"{micros}, which is not a power of two."
+        sizes = [config.train.micro_batch * 2**k for k in range(40)]
+        fixes = _fixes("train.global_batch", config.train.global_batch, [size for size in sizes if size % dp == 0])
+        yield Problem("tree", sentence, (*fixes, {"train.determinism": "none"}))
+    if config.layout.schedule == "zb-v":
+        sentence = (
+            "train.determinism tree needs microbatches to end in order, which layout.schedule zb-v does not promise."
+        )
+        yield Problem(
+            "tree", sentence, ({"layout.schedule": "1f1b", "layout.chunks": 1}, {"train.determinism": "none"})
+        )
+
+
 def _layers(facts: Facts) -> Iterator[Problem]:
     layers, layout = facts.model.num_layers, facts.config.layout
     stages = layout.pp * layout.chunks
-    if stages > layers:
+    if layout.stages is not None:
+        try:
+            parse_stages(layout.stages, layers, stages)
+        except UsageError as error:
+            yield Problem("layers", str(error), ({"layout.stages": None},))
+    elif stages > layers:
         sentence = f"layout.pp {layout.pp} x layout.chunks {layout.chunks} = {stages} stages, but the model has "
         sentence += f"model.num_layers {layers}: each stage needs at least one layer."
         fixes: list[dict[str, Any]] = [{"model.num_layers": stages}]
@@ -356,12 +407,15 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _world: _AXES,
     _heads: ("layout.tp", "model.num_heads", "model.head_size"),
     _widths: ("layout.tp", "model.ffn_hidden_size", "model.vocab_size"),
-    _layers: ("layout.pp", "model.num_layers"),
+    _layers: ("layout.pp", "layout.chunks", "model.num_layers"),
+    _schedule: ("layout.pp", "layout.chunks", "layout.group"),
+    _zero: (*_AXES, "zero.shard_size"),
+    _tree: (*_AXES, "train.global_batch", "train.micro_batch"),
     _batch: (*_AXES, "train.global_batch", "train.micro_batch"),
     _sequence: ("layout.tp", "data.seq_len", "model.max_positions"),
     _vocabulary: ("model.vocab_size",),
 }
-LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence")
+LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "schedule")
 _DEFAULTS = PretrainConfig()
 
 
@@ -383,6 +437,10 @@ def _divisors(value: int) -> list[int]:
 def _multiples(value: int, unit: int) -> tuple[int, int]:
     """The multiples of `unit` around `value`; the lower one may be 0."""
     return value // unit * unit, (value // unit + 1) * unit
+
+
+def _power_of_two(value: int) -> bool:
+    return value >= 1 and value & (value - 1) == 0
 
 
 def _ratio(a: int, b: int) -> float:

@@ -135,6 +135,13 @@ BROKEN = [
     ("head_size", {"model.head_size": 7}, "it must be even. Nearest valid: model.head_size=6 or model.head_size=8."),
     ("widths", {"layout.tp": 8, "model.ffn_hidden_size": 4}, "a rank would hold nothing"),
     ("layers", {"layout.pp": 5}, "Nearest valid: layout.pp=4 or model.num_layers=5."),
+    ("layers", {"layout.pp": 2, "layout.stages": "Et|L"}, "does not fit: it has 1 layers t"),
+    ("schedule", {"layout.schedule": "zb-v", "layout.pp": 2}, "Nearest valid: layout.chunks=2 or"),
+    ("schedule", {"layout.schedule": "interleaved", "layout.pp": 2, "layout.group": 1}, "Nearest valid: layout.group=2."),
+    ("zero", {"zero.shard_size": 2}, "zero.stage 0 divides nothing"),
+    ("zero", {"zero.shard_size": 3, "zero.stage": 1, "layout.dp": 4}, "zero.shard_size=2 or zero.shard_size=4."),
+    ("tree", {"train.determinism": "tree", "zero.stage": 2}, "Nearest valid: zero.stage=1 or train.determinism=none."),
+    ("tree", {"train.determinism": "tree", "train.global_batch": 6}, "train.global_batch=4 or train.global_batch=8 or"),
     ("batch", {"train.micro_batch": 3}, "Nearest valid: train.global_batch=6 or train.global_batch=9 or"),
     ("sequence", {"layout.tp": 8, "layout.sp": True, "data.seq_len": 36}, "data.seq_len=32 or data.seq_len=40 or"),
     (
