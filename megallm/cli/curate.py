@@ -50,12 +50,12 @@ def _progress() -> Iterator[Any]:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         tasks: dict[str, Any] = {}
-        with Progress(*columns, console=Console(stderr=True)) as bars:
+        with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bars:  # no thread: workers fork
 
             def show(phase: str, done: int, total: int | None) -> None:
                 if phase not in tasks:
                     tasks[phase] = bars.add_task(phase, total=total)
-                bars.update(tasks[phase], completed=done, total=total)
+                bars.update(tasks[phase], completed=done, total=total, refresh=True)
 
             yield show
         return
@@ -70,6 +70,70 @@ def _progress() -> Iterator[Any]:
     yield say
 
 
+def _classifier_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--good", nargs="+", required=True, metavar="F", help="files of documents to keep")
+    parser.add_argument("--bad", nargs="+", required=True, metavar="F", help="files of documents to drop")
+    parser.add_argument("--key", default="text", metavar="KEY", help="JSON key of the text")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out tenth and the order")
+    parser.add_argument("--output", required=True, metavar="M.npz", help="the model file")
+
+
+def _train_classifier(args: argparse.Namespace) -> int:
+    from megallm.curate import classifier
+
+    model = classifier.train(args.good, args.bad, args.key, args.seed)
+    model.save(args.output)
+    print(json.dumps(model.about, indent=2))
+    return 0
+
+
+def _lm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", nargs="+", required=True, metavar="F", help="files of good text")
+    parser.add_argument("--key", default="text", metavar="KEY", help="JSON key of the text")
+    parser.add_argument("--order", type=int, default=3, metavar="N", help="length of the longest n-gram")
+    parser.add_argument("--min-count", type=int, default=2, metavar="N", help="rarer words become <unk>")
+    parser.add_argument("--output", required=True, metavar="M.arpa", help="the model file")
+
+
+def _train_lm(args: argparse.Namespace) -> int:
+    from megallm.curate import kneser_ney, readers
+
+    model = kneser_ney.train(readers.texts(args.input, args.key), args.order, args.min_count)
+    model.save(args.output)
+    print(json.dumps({f"{size}-grams": len(level.count) for size, level in enumerate(model.levels, start=1)}, indent=2))
+    return 0
+
+
+def _synth_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", nargs="+", default=["arithmetic", "code", "template"], metavar="K", help="in turn")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many tasks")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed makes the same tasks")
+    parser.add_argument(
+        "--avoid", nargs="*", default=[], metavar="F", help="training and evaluation sets not to repeat"
+    )
+    parser.add_argument("--output", required=True, metavar="F.jsonl[.gz]", help="one task a line")
+
+
+def _synth(args: argparse.Namespace) -> int:
+    import gzip
+
+    from megallm.base.files import atomic_path, writing
+    from megallm.curate import synth
+
+    rows = synth.generate(args.kind, args.count, args.seed, args.avoid)
+    with writing(args.output), atomic_path(args.output) as path, open(path, "wb") as raw:
+        packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if args.output.endswith(".gz") else raw
+        for row in rows:
+            packed.write(synth.dump(row).encode())
+        if packed is not raw:
+            packed.close()
+    print(json.dumps({"tasks": args.count, "output": args.output}))
+    return 0
+
+
 COMMANDS = {
+    "curate train-classifier": Command(_classifier_arguments, _train_classifier),
+    "curate train-lm": Command(_lm_arguments, _train_lm),
+    "synth": Command(_synth_arguments, _synth),
     "curate": Command(_curate_arguments, _curate),
 }

@@ -20,7 +20,8 @@ _LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])")
 _DIGITS = re.compile(r"\d[\d .\-/()\u00a0]{5,34}\d")
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+# Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
+_IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
 _CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-]|[.,]\d)")
@@ -37,6 +38,11 @@ _LOCAL_CHARS = 64
 _NUMBERING = re.compile(
     r"(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
     r"|build|kernel|linux|abschnitt|kapitel|tabelle|chapitre|paragraphe|capítulo|v|ver\.?|oid|draft|step|item)[\s:#(]*$",
+    re.IGNORECASE,
+)
+_ADDRESSING = re.compile(
+    r"\b(?:ips?|address|addr|host|server|dns|resolver|nameserver|ping|client|inet|gateway|peer|connected|login)\b"
+    r"[\s:=(\[\"']*(?:to|from|at|is|of)?[\s:=(\[\"']*$",
     re.IGNORECASE,
 )
 _RESERVED_DOMAINS = ("example.com", "example.org", "example.net", "example.edu")
@@ -97,11 +103,14 @@ def find_ips(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
-    """Whether a dotted number is the number of a section or a version."""
+    """Whether a dotted number is the number of a section or a version: by the words before it, as the beginning of a
+    heading, or because all its parts are small and nothing speaks of an address."""
     if version == 6:
         return False
     line = text.rfind("\n", 0, match.start()) + 1
     before = text[max(line, match.start() - 24) : match.start()]
+    if _ADDRESSING.search(before):
+        return False
     if _NUMBERING.search(before):
         return True
     parts = [int(part) for part in match[0].split(".")]
@@ -130,7 +139,7 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
         digits = re.sub(r"\D", "", match[0])
         groups = re.split(r"[ -]", match[0])
         grouped = len(groups) == 1 or all(3 <= len(group) <= 7 for group in groups)
-        if _CARD_PREFIXES.match(digits) and grouped and len(set(digits)) > 2 and luhn(digits):
+        if _CARD_PREFIXES.match(digits) and grouped and len(set(digits)) > 1 and luhn(digits):
             yield match.span()
 
 

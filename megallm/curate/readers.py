@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -111,6 +111,16 @@ def units(name: str, config: InputConfig) -> Iterator[Unit]:
         yield Unit(name, "damaged", 0, line, reason=str(error))
 
 
+def texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
+    """The texts of files that are not empty, in order; what cannot be read is passed over. Errors: `DataError`."""
+    config = InputConfig(files=tuple(names), key=key)
+    for name in find_files(config):
+        for unit in units(name, config):
+            for item in parse(unit, config):
+                if isinstance(item, Document) and item.text.strip():
+                    yield item.text
+
+
 def _keys(config: InputConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys([config.key, *([config.id_key] if config.id_key else []), *config.keep_keys]))
 
@@ -126,10 +136,11 @@ def _count_lines(chunk: readers.Chunk) -> int:
         return len(chunk.rows)
     if chunk.too_long:
         return chunk.lines
-    return _bytes_of(chunk).count(b"\n")
+    return bytes_of(chunk).count(b"\n")
 
 
-def _bytes_of(chunk: readers.Chunk) -> bytes:
+def bytes_of(chunk: readers.Chunk) -> bytes:
+    """The lines of a chunk, read from its file when the chunk is only a range."""
     if chunk.data is not None:
         return chunk.data
     with open(chunk.file, "rb") as file:
@@ -149,7 +160,7 @@ def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
             yield _document(dict(zip(_keys(config), row, strict=True)), unit.file, unit.line + number, config)
     elif unit.kind == "lines":
         assert unit.chunk is not None
-        for number, raw in enumerate(_bytes_of(unit.chunk).split(b"\n")):
+        for number, raw in enumerate(bytes_of(unit.chunk).split(b"\n")):
             if raw.strip():
                 yield _line(raw, unit.file, unit.line + number, config)
     else:

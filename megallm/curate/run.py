@@ -12,7 +12,7 @@ import heapq
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,15 +25,16 @@ from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import writing
 from megallm.curate import chain as chains
-from megallm.curate import readers, report
+from megallm.curate import decontaminate, readers, report
 from megallm.curate.chain import ShardJob, build_chain, run_shard, save_decisions
 from megallm.curate.config import CurateConfig, check
 from megallm.curate.exact import INDEX_BITS
-from megallm.curate.pool import ordered_map
 from megallm.curate.tally import Tally, add_up
+from megallm.data.workers import Workers
 
 FORMAT = 1  # of the work folder and the outputs; a change makes old work folders unusable
 STATS, LEDGER, REPORT, KEPT, TIMINGS = "stats.json", "ledger.jsonl", "report.html", "kept", "timings.json"
+CONTAMINATION = "contamination.json"
 
 Progress = Callable[[str, int, int | None], None]  # (phase, shards done, shards in all or None)
 
@@ -98,7 +99,7 @@ class _Run:
         with writing(self.output):
             for name in ("work", KEPT):
                 shutil.rmtree(self.output / name, ignore_errors=True)
-            for name in (STATS, LEDGER, REPORT, TIMINGS):
+            for name in (STATS, LEDGER, REPORT, TIMINGS, CONTAMINATION):
                 (self.output / name).unlink(missing_ok=True)
 
     def _claim(self, identity: str) -> None:
@@ -137,11 +138,19 @@ class _Run:
 
         with writing(self.work):
             (self.work / "segment-0").mkdir(exist_ok=True)
-        for done, _ in enumerate(ordered_map(run_shard, jobs(), self.workers), start=1):
+        for done, _ in enumerate(self._each(jobs()), start=1):
             self.progress(_phase(chain, 0), done, None)
         self._check_read(count)
         files.atomic_write_text(mark, str(count))
         return count
+
+    def _each(self, jobs: Iterable[ShardJob]) -> Iterator[object]:
+        """Do the jobs here or in workers; yields once for each that is done."""
+        if self.workers == 1:
+            yield from map(run_shard, jobs)
+            return
+        with Workers(self.workers, run_shard) as workers:
+            yield from workers.map(jobs)
 
     def _check_read(self, count: int) -> None:
         totals = add_up(self._tallies(0, count)).totals
@@ -204,7 +213,7 @@ class _Run:
             if not (target := self._folder(number, shard)).exists()
         ]  # fmt: skip
         finished = count - len(jobs)
-        for done, _ in enumerate(ordered_map(run_shard, jobs, self.workers), start=finished + 1):
+        for done, _ in enumerate(self._each(jobs), start=finished + 1):
             self.progress(_phase(chain, number), done, count)
         for shard in range(count):
             for path in self._folder(number - 1, shard).iterdir():
@@ -225,6 +234,9 @@ class _Run:
             with files.atomic_path(self.output / LEDGER) as path, open(path, "w", encoding="utf-8") as out:
                 for shard in range(count):
                     out.writelines(self._ledger_of(shard, last))
+        if "decontaminate" in chain.local:
+            found = decontaminate.report_of(chain.local["decontaminate"], self._dropped_by("decontaminate"))
+            files.atomic_write_json(self.output / CONTAMINATION, found)
         stats = stats_of(tally, chain, identity)
         files.atomic_write_text(self.output / REPORT, report.render(stats, tally.examples))
         seconds = {step: round(spent, 3) for step, spent in tally.seconds.items()}
@@ -232,6 +244,12 @@ class _Run:
         files.atomic_write_json(self.output / STATS, stats)
         shutil.rmtree(self.work, ignore_errors=True)
         return stats
+
+    def _dropped_by(self, step: str) -> Iterator[dict[str, Any]]:
+        with open(self.output / LEDGER, encoding="utf-8") as file:
+            for line in file:
+                if f'"{step}"' in line and (row := json.loads(line))["action"] == "drop" and row["step"] == step:
+                    yield row
 
     def _ledger_of(self, shard: int, last: int) -> Iterator[str]:
         """The rows of all segments, in the order of the documents."""

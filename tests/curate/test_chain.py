@@ -86,12 +86,10 @@ def corpus(folder: Path) -> Path:
         rows.append({"text": prose(5003)})  # again in every file
         rows.append({"text": prose(5007, 400).replace("river", "stream", 1 + number)})  # nearly the same
         rows.append({"text": "too short"})
-        rows.append(
-            {
-                "text": prose(900 + number)
-                + f"\nWrite to reader{number}@mail.org today please, dear reader.\nPrinted by the harbour museum for its summer guests."
-            }
+        ending = (
+            f"Write to reader{number}@mail.org today please, dear reader.\nPrinted by the museum for its summer guests."
         )
+        rows.append({"text": f"{prose(900 + number)}\n{ending}"})
         rows.append("{broken")
         write_jsonl(raw / f"{number}.jsonl{'.gz' if number % 2 else ''}", rows)
     return raw

@@ -1,0 +1,91 @@
+"""Perplexity per word under an n-gram model (as in CCNet, Wenzek et al. 2020), or under any scorer of the user's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megallm.base.errors import DataError, UsageError
+from megallm.curate import optional
+from megallm.curate.arpa import ArpaModel
+from megallm.curate.config import PerplexityConfig
+from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.kneser_ney import sentences
+from megallm.curate.language import sample
+
+Scorer = Callable[[list[str]], Sequence[float]]
+
+
+def ngram_scorer(path: str) -> Scorer:
+    """Perplexity per word (the end of each line counts as one) of texts; 1 for a text without words.
+
+    kenlm reads ARPA and its own binary files; without kenlm ARPA files are read in Python.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"perplexity.model: {path} does not exist; `megallm curate train-lm` makes one.")
+    if optional.available("kenlm"):
+        kenlm = optional.need("kenlm", "give an ARPA file")
+        try:
+            score = kenlm.Model(str(path)).score
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"perplexity.model: {path} cannot be read by kenlm: {error}.") from error
+    else:
+        score = ArpaModel(path).score
+
+    def perplexities(texts: list[str]) -> list[float]:
+        out = []
+        for text in texts:
+            lines = sentences(text)
+            words = sum(line.count(" ") + 2 for line in lines)
+            out.append(10.0 ** (-sum(score(line) for line in lines) / words) if words else 1.0)
+        return out
+
+    return perplexities
+
+
+def load_scorer(spec: str) -> Scorer:
+    """The function of `file.py:function`. Errors: `UsageError`."""
+    path, colon, name = spec.rpartition(":")
+    if not colon or not Path(path).is_file():
+        raise UsageError(f"perplexity.scorer is '{spec}'; it must be file.py:function with a file that exists.")
+    module_spec = importlib.util.spec_from_file_location(f"megallm_scorer_{Path(path).stem}", path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function = vars(module).get(name)
+    if not callable(function):
+        raise UsageError(f"perplexity.scorer: {path} has no function '{name}'.")
+    return function
+
+
+class Perplexity:
+    """The step `perplexity`: drops `perplexity_high` and `perplexity_low`."""
+
+    name = "perplexity"
+
+    def __init__(self, config: PerplexityConfig) -> None:
+        self.config = config
+        self.marks = {"perplexity.per_word": config.max_perplexity}
+        self._score = load_scorer(config.scorer) if config.scorer else ngram_scorer(config.model or "")
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        texts = [sample(document.text, self.config.sample_chars) for document in batch.documents]
+        values = np.asarray(self._score(texts), np.float64)
+        if values.shape != (len(texts),) or np.isnan(values).any():
+            raise DataError(
+                f"perplexity.scorer {self.config.scorer} returned {values.shape} for {len(texts)} texts, or NaN; it "
+                "must return one number a text."
+            )
+        batch.record("perplexity.per_word", values)
+        verdicts = []
+        for value in values.tolist():
+            if value > self.config.max_perplexity:
+                verdicts.append(drop("perplexity_high", perplexity=round(value, 2)))
+            elif value < self.config.min_perplexity:
+                verdicts.append(drop("perplexity_low", perplexity=round(value, 2)))
+            else:
+                verdicts.append(KEEP)
+        return verdicts

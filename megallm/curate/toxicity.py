@@ -1,0 +1,143 @@
+"""Toxic text: how dense are listed words, and what a trained score says of the passages that hold them.
+
+Words are matched whole, so that a town's name is safe, and a listed word inside an allowed phrase does not
+count. The score (alt-profanity-check, a linear model) is asked only about documents with enough listed words.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megallm.base.errors import DataError
+from megallm.curate import optional
+from megallm.curate.config import ToxicityConfig
+from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.external import contains
+from megallm.curate.text import Analysis, Pieces
+
+# Rotated by 13 letters, so that reading this file offends nobody. Words with a common harmless sense (animals,
+# the King James Bible's vocabulary, insults of the playground) are left out on purpose.
+_WORDS = codecs.decode(
+    "shpx shpxf shpxrq shpxre shpxref shpxva shpxvat zbgureshpxre zbgureshpxref zbgureshpxvat fuvg fuvgf fuvggl "
+    "ohyyfuvg qvcfuvg fuvgurnq phag phagf nffubyr nffubyrf gjng jnaxre jnaxref pbpxfhpxre pbpxfhpxref oybjwbo "
+    "oybjwobf unaqwbo unaqwobf wvmm phzfubg phzfubgf qvyqb qvyqbf tnatonat penzcvr ohxxnxr qrrcguebng zvys zvysf "
+    "uneqpber cbea cbeab cbeaubt fyhg fyhgf juber jubevat ovgpu ovgpurf cevpxf gvggvrf gvgf chffl chffvrf pbpx "
+    "pbpxf qvpx qvpxf ubeal phzzvat bnetnfz enjqbt cvff cvffrq qbhpuront snttbg snttbgf snt avttre avttref "
+    "avttn avttnf xvxr xvxrf fcvp fcvpf puvax puvaxf tbbx tbbxf jrgonpx enturnq genaal ergneq ergneqrq "
+    "fpurvffr nefpuybpu svpxra ibgmr uheraobpx anmvfpujrva chgnva zreqr rapuyr pbaaneq fnybcr rapnyr avdhr "
+    "wbqre cbyyn pbño zvreqn chgn chgnf znevpón pnoeóa pnmmb infinaphyb fgebamn fgebamb zvaxvnp nhpryyb cvpunyub "
+    "pnenyub sbqre ohprgn xhein fxhejlfla cvreqbyvć xhgnf xbxfhpxre",
+    "rot13",
+).split()
+# Harmless phrases, by listed word: names, birds, plants, idioms, technical terms.
+ALLOWED = (
+    "moby dick", "dick cheney", "dick van dyke", "dick tracy", "philip k dick", "dick francis", "spotted dick",
+    "cock crow", "cock crew", "cock crows", "the cock crowed", "cock a doodle", "cock of the walk", "cock and bull",
+    "stop cock", "ball cock", "black cock", "weather cock", "cock robin", "cock fight", "cock pit",
+    "pussy cat", "pussy willow", "pussy willows", "pussy riot", "puss in boots", "tit for tat", "blue tits",
+    "great tits", "coal tits", "hardcore unlocking", "hardcore punk", "hard core", "soft hardcore", "hardcore mode",
+    "flame retarded", "retarded growth", "retarded potential", "retarded time", "retarded green",
+    "son of a bitch stew", "chink in the armour", "chink in the armor", "chinks in the armour", "chink of light",
+    "spic and span", "whore of babylon", "played the whore", "the great whore", "an whore", "a whore", "piss pot",
+    "gates of babylon", "take a prick", "pin pricks", "needle pricks", "kicked against the pricks",
+    "kick against the pricks", "stack canary",
+)  # fmt: skip
+_PASSAGE_CHARS = 160
+_MAX_PASSAGES = 8
+
+
+def read_phrases(path: str, section: str) -> list[str]:
+    """Phrases of a file, one a line. Errors: `DataError`."""
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{section}: {path} cannot be read as UTF-8 text: {error}.") from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def phrase_tables(phrases: Iterable[str]) -> dict[int, np.ndarray]:
+    """Sorted hashes of phrases by their number of words."""
+    out: dict[int, list[int]] = {}
+    for phrase in phrases:
+        words = Analysis([phrase]).words
+        if len(words):
+            out.setdefault(len(words), []).append(int(words.ngrams_at(np.zeros(1, np.int64), len(words))[0]))
+    return {size: np.unique(np.array(hashes, np.uint64)) for size, hashes in out.items()}
+
+
+def phrase_hits(words: Pieces, tables: dict[int, np.ndarray], near: np.ndarray | None = None) -> np.ndarray:
+    """Which words stand in a phrase of the tables, bool [words]; `near`: look only at phrases around these words."""
+    out = np.zeros(len(words), bool)
+    for size, table in tables.items():
+        if near is None:
+            hashes, first = words.ngrams(size)
+        else:
+            first = np.unique((near[:, None] - np.arange(size)).ravel())
+            first = first[(first >= 0) & (first + size <= len(words))]
+            first = first[words.documents[first] == words.documents[first + size - 1]]
+            hashes = words.ngrams_at(first, size)
+        found = first[contains(table, hashes)]
+        for k in range(size):
+            out[found + k] = True
+    return out
+
+
+class Toxicity:
+    """The step `toxicity`: drops `toxic_words` by density and `toxic_score` by the trained score."""
+
+    name = "toxicity"
+
+    def __init__(self, config: ToxicityConfig) -> None:
+        self.config = config
+        self.marks = {"toxicity.word_density": config.max_density, "toxicity.score": config.max_score}
+        self._listed = phrase_tables(read_phrases(config.words, "toxicity.words") if config.words else _WORDS)
+        extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
+        self._allowed = phrase_tables([*ALLOWED, *extra])
+        self._score = None
+        if config.score:
+            self._score = optional.need("profanity_check", "set toxicity.score=false").predict_prob
+
+    def matches(self, words: Pieces) -> np.ndarray:
+        """The numbers of the words that are listed and not inside an allowed phrase."""
+        found = np.flatnonzero(phrase_hits(words, self._listed))
+        return found[~phrase_hits(words, self._allowed, found)[found]] if len(found) else found
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        words = batch.analysis.words
+        found = self.matches(words)
+        counts = np.bincount(words.documents[found], minlength=len(batch))
+        density = counts / np.maximum(words.counts, 1)
+        batch.record("toxicity.word_density", density)
+        enough = counts >= self.config.min_matches
+        scores = self._scores(batch, words, found, enough)
+        verdicts = []
+        for row in range(len(batch)):
+            note = {"matches": int(counts[row]), "density": round(float(density[row]), 5)}
+            if enough[row] and density[row] > self.config.max_density:
+                verdicts.append(drop("toxic_words", **note))
+            elif row in scores and scores[row] > self.config.max_score:
+                verdicts.append(drop("toxic_score", **note, score=round(scores[row], 4)))
+            else:
+                verdicts.append(KEEP)
+        return verdicts
+
+    def _scores(self, batch: Batch, words: Pieces, found: np.ndarray, asked: np.ndarray) -> dict[int, float]:
+        """The mean score of the passages around the first listed words of each document asked about."""
+        if self._score is None or not asked.any():
+            return {}
+        passages, owners = [], []
+        taken = np.zeros(len(batch), np.int64)
+        for word in found[asked[words.documents[found]]].tolist():
+            row = int(words.documents[word])
+            if taken[row] < _MAX_PASSAGES:
+                taken[row] += 1
+                at = int(words.begin[word] - batch.analysis.starts[row])
+                passages.append(batch.documents[row].text[max(0, at - _PASSAGE_CHARS) : at + _PASSAGE_CHARS])
+                owners.append(row)
+        values = np.asarray(self._score(passages))
+        totals = np.bincount(owners, values, minlength=len(batch)) / np.maximum(taken, 1)
+        return {row: float(totals[row]) for row in np.flatnonzero(taken).tolist()}
