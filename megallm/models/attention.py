@@ -34,10 +34,14 @@ class LayerCache:
         self.length = end
         return self.keys[:, :end], self.values[:, :end]
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Attention of new queries, which stand last, to what `append` returned (after pairing of heads)."""
+        return causal_attention(q, k, v, window)
+
 
 @dataclass(frozen=True)
 class Places:
-    """Where this rank's tokens of a microbatch stand: rotary tables `[B, T/cp, E/2]`, and what they may see of the row."""
+    """This rank's tokens of a microbatch: rotary tables `[B, T/cp, E/2]` of their positions, and what they may see."""
 
     cos: Tensor | None
     sin: Tensor | None
@@ -112,7 +116,7 @@ class Attention(ShardedModule):
             index = torch.tensor(self.heads.pairing, device=q.device)
             k, v = k.index_select(2, index), v.index_select(2, index)
         if cache is not None:
-            return causal_attention(q, k, v, self.window)
+            return cache.attend(q, k, v, self.window)
         return places.context.attend(q, k, v, places.sight, self.window)
 
     def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:

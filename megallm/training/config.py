@@ -36,6 +36,7 @@ class LayoutConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "1f1b"  # pipeline schedule
     group: int | None = None  # microbatches a rank takes through one chunk before the next; null: pp (interleaved)
     cp_kind: Literal["ring", "ulysses", "allgather", "hybrid"] = "ring"  # how context parallelism exchanges keys
+    cp_ulysses: int | None = None  # hybrid: neighbouring cp ranks that exchange heads; null: as many as fit
     stages: str | None = None  # layers of each stage, such as Et*3|t*4|t*3L; null: balanced by work
 
     def grid(self) -> Layout:

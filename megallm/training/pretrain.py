@@ -62,6 +62,8 @@ def engine_config(config: PretrainConfig) -> EngineConfig:
         model=config.model,
         optim=config.optim,
         sp=layout.sp,
+        cp_kind=layout.cp_kind,
+        cp_ulysses=layout.cp_ulysses,
         pipeline=PipelineOptions(layout.schedule, layout.chunks, layout.stages, layout.group),
         zero=ZeroOptions(
             zero.stage, zero.shard_size, zero.bf16_grads, zero.offload, tree=config.train.determinism == "tree"
@@ -76,7 +78,8 @@ def opening(config: PretrainConfig, engine: Engine, begin: str) -> str:
     """One line about what starts or goes on; `begin` is a clause about the weights."""
     layout = engine.mesh.layout
     size = f"{config.model.num_params() / 1e6:.1f}M parameters"
-    where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''} {config.train.precision}"
+    where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''}"
+    where += f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
     return f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, run folder {config.run.dir}"
 
 
@@ -106,10 +109,14 @@ def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Loader:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """`data.tokenizer`, else the tokenizer that came with `model.hf`, else None."""
-    if config.data.tokenizer is None and config.model.hf is not None and has_tokenizer(Path(config.model.hf)):
+    """`data.tokenizer`, else the tokenizer that came with `model.hf`, else bytes if they made the sources, else None."""
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer
+    if config.model.hf is not None and has_tokenizer(Path(config.model.hf)):
         return config.model.hf
-    return config.data.tokenizer
+    side_cars = [meta.read(prefix) for prefix in config.data.sources]
+    bytewise = all(car and car["tokenizer"]["fingerprint"] == tokenizer.ByteTokenizer.fingerprint for car in side_cars)
+    return tokenizer.BYTES if bytewise else None
 
 
 def check_tokenizers(config: PretrainConfig, mesh: Mesh) -> None:

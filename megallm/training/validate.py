@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from megallm.models.config import CHOICES, ModelConfig
 from megallm.models.stages import parse_stages
 from megallm.optim.config import RULES, SCHEDULES
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
+from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
 
 # What each key may be today. A row leaves this table when the code behind it arrives.
 AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "layout.cp": (1,),
     "layout.ep": (1,),
     "data.order": ("megatron",),
     "data.log_samples": (False,),
@@ -113,11 +114,14 @@ def nearest_layouts(config: PretrainConfig, world: int, tokenizer_vocab: int | N
     """Up to three layouts of `world` ranks that break no rule about layouts, the closest to the wish first."""
     wish, found = config.layout, []
     for tp in _divisors(world):
-        for pp in _divisors(world // tp):
-            layout = {"layout.pp": pp, "layout.dp": world // tp // pp, "layout.tp": tp}
-            trial = replace(config, layout | {"layout.cp": 1, "layout.ep": 1})
+        for pp, cp in product(_divisors(world // tp), {1, wish.cp}):
+            if world // tp // pp % cp:
+                continue
+            layout = {"layout.pp": pp, "layout.dp": world // tp // pp // cp, "layout.tp": tp}
+            layout |= {"layout.cp": cp} if wish.cp > 1 else {}
+            trial = replace(config, layout | {"layout.ep": 1})
             if not any(problem.rule in LAYOUT_RULES for problem in find_problems(trial, world, tokenizer_vocab)):
-                found.append((_ratio(tp, wish.tp) * _ratio(pp, wish.pp), layout))
+                found.append((_ratio(tp, wish.tp) * _ratio(pp, wish.pp) * _ratio(cp, wish.cp), layout))
     return [layout for _, layout in sorted(found, key=lambda pair: pair[0])[:3]]
 
 
@@ -164,7 +168,7 @@ RANGES: dict[str, Range] = {
     "run.seed": _SEED,
     "data.seed": _SEED,
     "data.seq_len": _COUNT,
-    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group")},
+    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
     "zero.shard_size": _COUNT,
     **{f"train.{name}": _COUNT for name in ("steps", "stop_at", "global_batch", "micro_batch")},
     **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
@@ -368,7 +372,16 @@ def _batch(facts: Facts) -> Iterator[Problem]:
 
 def _sequence(facts: Facts) -> Iterator[Problem]:
     layout, seq_len, model = facts.config.layout, facts.config.data.seq_len, facts.model
-    if layout.sp and seq_len % layout.tp:
+    tp = layout.tp if layout.sp else 1
+    if layout.cp > 1 and seq_len % (2 * layout.cp * tp):
+        unit = 2 * layout.cp * tp
+        sentence = f"data.seq_len {seq_len} is not a multiple of 2 x layout.cp {layout.cp}"
+        sentence += f" x layout.tp {tp} (layout.sp)" * (tp > 1)
+        sentence += f" = {unit}: a context-parallel rank holds two equal chunks of each row."
+        fits = [cp for cp in range(2, layout.cp) if seq_len % (2 * cp * tp) == 0] + [1] * (seq_len % tp == 0)
+        fixes = _fixes("data.seq_len", seq_len, _multiples(seq_len, unit)) + _fixes("layout.cp", layout.cp, fits)
+        yield Problem("sequence", sentence, fixes)
+    elif layout.sp and seq_len % layout.tp:
         sentence = f"layout.sp splits data.seq_len {seq_len} over layout.tp {layout.tp}, which does not divide it."
         fixes = _fixes("data.seq_len", seq_len, _multiples(seq_len, layout.tp))
         yield Problem("sequence", sentence, (*fixes, {"layout.sp": False}))
@@ -376,6 +389,27 @@ def _sequence(facts: Facts) -> Iterator[Problem]:
         sentence = f"data.seq_len {seq_len} is greater than model.max_positions {model.max_positions}, and this model "
         sentence += "has one learned vector per position."
         yield Problem("positions", sentence, ({"data.seq_len": model.max_positions}, {"model.max_positions": seq_len}))
+
+
+def _context(facts: Facts) -> Iterator[Problem]:
+    layout, heads = facts.config.layout, facts.model.num_heads
+    cp, wanted = layout.cp, layout.cp_ulysses
+    if wanted is not None and layout.cp_kind != "hybrid":
+        sentence = f"layout.cp_ulysses is {wanted}, which only layout.cp_kind hybrid reads, not {layout.cp_kind}."
+        yield Problem("cp_ulysses", sentence, ({"layout.cp_ulysses": None},))
+    if heads % layout.tp == 0 and cp > 1:
+        heads //= layout.tp
+        ring = {"layout.cp_kind": "ring", "layout.cp_ulysses": None}
+        if layout.cp_kind == "ulysses" and heads % cp:
+            sentence = f"layout.cp_kind ulysses spreads the {heads} query heads of a tensor-parallel rank over "
+            sentence += f"layout.cp {cp}, which does not divide them."
+            yield Problem("context", sentence, (*_fixes("layout.cp", cp, _divisors(heads)), ring))
+        degrees = hybrid_degrees(cp, heads)
+        if layout.cp_kind == "hybrid" and (not degrees if wanted is None else wanted not in degrees):
+            sentence = "layout.cp_kind hybrid is a ring of groups that exchange heads: layout.cp_ulysses "
+            sentence += f"{'' if wanted is None else f'{wanted} '}must divide layout.cp {cp} and the {heads} query "
+            sentence += "heads of a tensor-parallel rank, and groups and ring be of more than one rank."
+            yield Problem("context", sentence, (*_fixes("layout.cp_ulysses", wanted or 0, degrees), ring))
 
 
 def _world(facts: Facts) -> Iterator[Problem]:
@@ -412,10 +446,11 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _zero: (*_AXES, "zero.shard_size"),
     _tree: (*_AXES, "train.global_batch", "train.micro_batch"),
     _batch: (*_AXES, "train.global_batch", "train.micro_batch"),
-    _sequence: ("layout.tp", "data.seq_len", "model.max_positions"),
+    _sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
+    _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
     _vocabulary: ("model.vocab_size",),
 }
-LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "schedule")
+LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "context", "schedule")
 _DEFAULTS = PretrainConfig()
 
 

@@ -13,6 +13,7 @@ import pytest
 from megallm.base.config import get, load, replace
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
+from megallm.parallel import zigzag
 from megallm.training import validate
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import (
@@ -84,6 +85,44 @@ def test_grid_of_layouts():
     assert broken == {"world", "heads", "layers", "batch", "sequence"}
 
 
+def fits_context(cp: int, kind: str, ulysses: int | None, heads: int) -> bool:
+    """Whether the parallel model would take it, asked of the model's own code."""
+    try:
+        zigzag.ulysses_degree(kind, cp, heads, ulysses)
+    except UsageError:
+        return False
+    return ulysses is None or kind == "hybrid"
+
+
+def test_grid_of_context_parallel_layouts():
+    axes = product((1, 2, 4), (1, 2, 3, 4, 6, 8), zigzag.KINDS, (None, 2, 3, 4), (False, True), (20, 24, 32, 48))
+    accepted, refused = 0, set()
+    for tp, cp, kind, ulysses, sp, seq_len in axes:
+        values = {"layout.tp": tp, "layout.cp": cp, "layout.cp_kind": kind, "layout.cp_ulysses": ulysses}
+        config = replace(GOOD, values | {"layout.sp": sp, "data.seq_len": seq_len})
+        splits = seq_len % (2 * cp) == 0 or cp == 1
+        if fits_context(cp, kind, ulysses, 8 // tp) and splits and (not sp or seq_len // cp % tp == 0):
+            local = [sum(span.end - span.begin for span in zigzag.spans(seq_len, cp, rank)) for rank in range(cp)]
+            assert set(local) == {seq_len // cp}
+            if seq_len % (2 * cp * (tp if sp else 1)) == 0 or cp == 1:
+                accepted += 1
+                check(config)
+                continue
+        rules = assert_fixes_hold(config, None)
+        assert rules, config
+        refused |= rules
+    assert accepted > 300
+    assert refused == {"sequence", "context", "cp_ulysses"}
+
+
+def test_nearest_layouts_keep_context_parallelism():
+    wish = replace(GOOD, {"layout.tp": 3, "layout.cp": 2, "train.global_batch": 16})
+    close = nearest_layouts(wish, 8)
+    assert [layout["layout.cp"] for layout in close] == [2, 2, 1]
+    for layout in close:
+        assert not find_problems(replace(wish, layout), 8)
+
+
 def test_nearest_layouts_fit_and_are_named():
     refused = 0
     for config, world in list(grid())[::17]:
@@ -143,6 +182,25 @@ BROKEN = [
     ("tree", {"train.determinism": "tree", "zero.stage": 2}, "Nearest valid: zero.stage=1 or train.determinism=none."),
     ("tree", {"train.determinism": "tree", "train.global_batch": 6}, "train.global_batch=4 or train.global_batch=8 or"),
     ("batch", {"train.micro_batch": 3}, "Nearest valid: train.global_batch=6 or train.global_batch=9 or"),
+    ("sequence", {"layout.cp": 2, "data.seq_len": 30}, "data.seq_len=28 or data.seq_len=32 or layout.cp=1."),
+    (
+        "sequence",
+        {"layout.cp": 4, "layout.tp": 2, "layout.sp": True, "data.seq_len": 24},
+        "multiple of 2 x layout.cp 4 x layout.tp 2 (layout.sp) = 16: a context-parallel rank holds two equal chunks of "
+        "each row. Nearest valid: data.seq_len=16 or data.seq_len=32 or layout.cp=3.",
+    ),
+    (
+        "context",
+        {"layout.cp": 4, "layout.tp": 4, "layout.cp_kind": "ulysses"},
+        "Nearest valid: layout.cp=2 or layout.cp_kind=ring layout.cp_ulysses=null.",
+    ),
+    ("context", {"layout.cp": 2, "layout.cp_kind": "hybrid"}, "Nearest valid: layout.cp_kind=ring"),
+    (
+        "context",
+        {"layout.cp": 8, "layout.cp_kind": "hybrid", "layout.cp_ulysses": 3},
+        "Nearest valid: layout.cp_ulysses=2 or layout.cp_ulysses=4 or layout.cp_kind=ring",
+    ),
+    ("cp_ulysses", {"layout.cp": 4, "layout.cp_ulysses": 2}, "Nearest valid: layout.cp_ulysses=null."),
     ("sequence", {"layout.tp": 8, "layout.sp": True, "data.seq_len": 36}, "data.seq_len=32 or data.seq_len=40 or"),
     (
         "positions",
