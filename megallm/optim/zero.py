@@ -101,7 +101,8 @@ class ShardedParameters:
     def _neighbours(self) -> tuple[dict[str, str], dict[str, str]]:
         """For each unit the next one in a forward and in a backward pass through its stage."""
         pairs = [pair for units in self.by_stage.values() for pair in zip(units, units[1:], strict=False)]
-        return dict(pairs), {second: first for first, second in pairs}
+behind = {second: first for first, second in pairs if first != "embedding"}  # a look-up needs no weights again
+        return dict(pairs), behind
 
     def _reset(self) -> None:
         self.done: list[Callable[[], None]] = []
@@ -134,9 +135,8 @@ class ShardedParameters:
         for key in keys:
             for bucket in self.by_unit[key]:
                 bucket.arrive()
-        for key in keys:
-            for bucket in self.by_unit.get(following.get(key, ""), ()):
-                bucket.request()
+        for bucket in self.by_unit.get(following.get(keys[0], ""), ()):
+            bucket.request()
 
     def _release(self, keys: tuple[str, ...]) -> None:
         for key in keys:

@@ -44,15 +44,16 @@ class _Gate(torch.autograd.Function):
 def run_unit(
     units: Units | None, keys: tuple[str, ...], function: Callable[..., Tensor], x: Tensor, *rest: Any
 ) -> Tensor:
-    """`function(x, *rest)` with the four moments around it; x may be integer tokens, which have no backward."""
+    """`function(x, *rest)` with the four moments around it.
+
+    Integer tokens have no backward pass to wait for, and a look-up needs its weights only once.
+    """
     if units is None:
         return function(x, *rest)
     units.before_forward(keys)
-    training = torch.is_grad_enabled()
-    if training and x.requires_grad:
-        x = _Gate.apply(x, units.after_backward, keys)
-    out = function(x, *rest)
-    if training:
+    watched = torch.is_grad_enabled() and x.requires_grad
+    out = function(_Gate.apply(x, units.after_backward, keys) if watched else x, *rest)
+    if watched:
         out = _Gate.apply(out, units.before_backward, keys)
     units.after_forward(keys)
     return out
