@@ -101,7 +101,7 @@ class ShardedParameters:
     def _neighbours(self) -> tuple[dict[str, str], dict[str, str]]:
         """For each unit the next one in a forward and in a backward pass through its stage."""
         pairs = [pair for units in self.by_stage.values() for pair in zip(units, units[1:], strict=False)]
-behind = {second: first for first, second in pairs if first != "embedding"}  # a look-up needs no weights again
+        behind = {second: first for first, second in pairs if first != "embedding"}  # a look-up needs no weights again
         return dict(pairs), behind
 
     def _reset(self) -> None:
