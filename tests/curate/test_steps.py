@@ -104,7 +104,7 @@ BAD = {
     "curly_bracket": GOOD + "\nfunction() { return 1; }",
     "line_punctuation": GOOD.replace(". ", " ").replace("region.", "region and so on"),
     "short_lines": "\n".join(f"The {word} is old." for word in prose(8, 40).split()),
-    "digits": GOOD + "\n" + "9" * 190 + " " + "8" * 190 + " " + "7" * 190 + " " + "6" * 190 + " " + "5" * 190 + "0" * 9,
+    "digits": GOOD + "\n" + " ".join(digit * 190 for digit in "9876543210"),
     "encoded_data": GOOD + "\n" + "QUJD" * 60 + ".",
 }
 
