@@ -21,7 +21,7 @@ say() { step=$1; printf '\n[%3d s] %s\n' "$SECONDS" "$1"; }
 on_exit() {
   local status=$?
   if [ $status -ne 0 ]; then
-    echo "run.sh: stopped at: $step (exit code $status). The reason is above; the same command goes on from there." >&2
+    echo "run.sh: stopped at: $step (exit code $status). The reason is above; once it is removed, the same command goes on from there." >&2
   fi
 }
 trap on_exit EXIT
