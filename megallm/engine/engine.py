@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,19 @@ class StepStats:
         return sum(self.losses.values())
 
 
+class LossSums(NamedTuple):
+    """The terms of a loss over the global batch, still on the device."""
+
+    names: list[str]
+    sums: Tensor
+    counts: dict[str, Tensor]
+
+    def read(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Sums and counts as numbers; waits for the device."""
+        counts = {name: int(count) for name, count in self.counts.items()}
+        return dict(zip(self.names, self.sums.tolist(), strict=True)), counts
+
+
 class Engine:
     """The stages of this rank, their flat parameters and their optimizer."""
 
@@ -98,47 +111,46 @@ class Engine:
         An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
         """
         self.parameters.begin_step()
-        sums, counts = self._run(batches, loss, training=True)
+        run = self._run(batches, loss, training=True)
         self.parameters.finish()
         norm = clip_gradients(self.parameters, self.config.optim.clip)
-        skipped = not math.isfinite(norm)
-        if not skipped:
-            self.optimizer.step(lr)
+        self.optimizer.step(lr, skip=~norm.isfinite())
+        sums, counts = run.read()  # the only wait for the device, when everything is on its way
         losses = {term: sums[term] / max(counts[term], 1) for term in counts}
-        return StepStats(losses, counts, norm, skipped)
+        return StepStats(losses, counts, float(norm), not math.isfinite(norm))
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[dict[str, float], dict[str, int]]:
         """Forward only: the sum of each term over all data ranks, and its count."""
-        return self._run(batches, loss, training=False)
+        return self._run(batches, loss, training=False).read()
 
-    def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> tuple[dict[str, float], dict[str, int]]:
-        batches = [{key: x.to(self.mesh.device) for key, x in batch.items()} for batch in batches]
+    def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
+        batches = [{key: x.to(self.mesh.device, non_blocking=True) for key, x in batch.items()} for batch in batches]
         counts = self._global_counts(batches, loss)
 
         def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             terms = loss(outputs, batch)
-            total = sum(terms[term] / max(counts[term], 1) for term in terms)
+            total = sum(terms[term] / counts[term].clamp(min=1) for term in terms)
             return total, {term: value.detach() for term, value in terms.items()}
 
         self.last_walk = self.model.walk(batches, loss_of, training, self.parameters)
-        return self._global_sums(self.last_walk.results, list(counts)), counts
+        return LossSums(list(counts), self._global_sums(self.last_walk.results, list(counts)), counts)
 
-    def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, int]:
+    def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, Tensor]:
         """The number each term is divided by: this data rank's counts, summed over data before the forward pass."""
         per_micro = [loss.counts(batch) for batch in batches]
         names = list(per_micro[0])
         vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names]).to(torch.int64)
         comm.all_reduce_(vector, self.mesh.data, "loss.counts")
-        return dict(zip(names, vector.tolist(), strict=True))
+        return dict(zip(names, vector.unbind(), strict=True))
 
-    def _global_sums(self, results: list[dict[str, Tensor]], names: list[str]) -> dict[str, float]:
+    def _global_sums(self, results: list[dict[str, Tensor]], names: list[str]) -> Tensor:
         """Sum the reported terms over microbatches and data, and tell every stage; collective over data and pp."""
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
         for terms in results:
             vector += torch.stack([terms[name].to(torch.float64) for name in names])
         comm.all_reduce_(vector, self.mesh.data, "loss.report")
         comm.all_reduce_(vector, self.mesh.pp, "loss.report")  # only the last stage holds anything but zero
-        return dict(zip(names, vector.tolist(), strict=True))
+        return vector
 
     # State
 
@@ -159,12 +171,12 @@ class Engine:
 
     def counters(self) -> dict[str, int]:
         """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
-        return {"updates": self.optimizer.step_count}
+        return {"updates": self.optimizer.updates}
 
     def load(self, reader: Reader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp."""
         if optimizer:
-            self.optimizer.step_count = reader.meta["engine"]["updates"]
+            self.optimizer.updates = reader.meta["engine"]["updates"]
         for prefix, flats in self._state(optimizer).items():
             for name, _, box, tensor in pieces(self.parameters, flats):
                 reader.read_into(f"{prefix}{name}", box.offset, tensor)

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-@dataclass(frozen=True)
-class AdamRule:
-    """Hyperparameters of one update; `step` counts from 1."""
+class AdamRule(NamedTuple):
+    """Hyperparameters of one update."""
 
-    step: int
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
 
 
-def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rule: AdamRule) -> None:
-    """Update param and both moments in place; all four are flat and of one dtype.
+class FlatState(NamedTuple):
+    """Flat buffers of one length, dtype and device."""
 
-    p -= lr wd p, then p -= lr m_hat / (sqrt(v_hat) + eps) with bias-corrected moments.
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def adamw_(state: FlatState, rule: AdamRule, count: Tensor, skip: Tensor) -> None:
+    """Update param and both moments in place, after `count` (a float scalar tensor) earlier updates.
+
+    p -= lr wd p, then p -= lr m_hat / (sqrt(v_hat) + eps) with bias-corrected moments. With `skip` 1.0 instead
+    of 0.0 nothing changes; neither tensor is read by the host.
     """
-    count = torch.tensor(float(rule.step - 1), device=param.device)  # the functional form adds 1 itself
+    steps = count.clone()  # the functional form counts on it
     adamw(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], [count],
-        fused=True, amsgrad=False, beta1=rule.betas[0], beta2=rule.betas[1],
+        [state.param], [state.grad], [state.exp_avg], [state.exp_avg_sq], [], [steps],
+        fused=True, found_inf=skip, amsgrad=False, beta1=rule.betas[0], beta2=rule.betas[1],
         lr=rule.lr, weight_decay=rule.weight_decay, eps=rule.eps, maximize=False,
     )  # fmt: skip

@@ -19,7 +19,6 @@ from megallm.base.config import load
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint.reader import Reader, step_name
 from megallm.engine.engine import Engine
-from megallm.optim.adamw import AdamW
 from megallm.parallel.mesh import Mesh
 from megallm.training import loop, pretrain
 from megallm.training.config import PretrainConfig
@@ -389,13 +388,13 @@ def test_two_legs_equal_one(short, tmp_path):
 
 def forget_moments(patch: pytest.MonkeyPatch) -> None:
     """What is read for the second moments goes nowhere."""
-    real = AdamW.state_views
+    real = Engine._state
 
-    def views(self: AdamW) -> dict[str, dict[str, torch.Tensor]]:
-        state = real(self)
-        return state | {"exp_avg_sq": {name: x.clone() for name, x in state["exp_avg_sq"].items()}}
+    def state(self: Engine, optimizer: bool = True) -> dict[str, list[torch.Tensor]]:
+        found = real(self, optimizer)
+        return found | {"optim.exp_avg_sq.": [x.clone() for x in found["optim.exp_avg_sq."]]}
 
-    patch.setattr(AdamW, "state_views", views)
+    patch.setattr(Engine, "_state", state)
 
 
 def forget_updates(patch: pytest.MonkeyPatch) -> None:
@@ -404,7 +403,7 @@ def forget_updates(patch: pytest.MonkeyPatch) -> None:
 
     def load_and_forget(self: Engine, reader: Reader) -> None:
         real(self, reader)
-        self.optimizer.step_count = 0
+        self.optimizer.updates = 0
 
     patch.setattr(Engine, "load", load_and_forget)
 
