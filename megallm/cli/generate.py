@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from megallm.base.config import load
 from megallm.base.errors import DataError, UsageError
 from megallm.cli.table import Command
-from megallm.inference.request import GenerateRequest
+from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
@@ -20,40 +21,75 @@ from megallm.training.config import LayoutConfig
 PRELOAD = ("megallm.inference.generate", "megallm.launch.group")  # imported once, before the ranks are forked
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="RUN|STEP|HF", help="run folder, step folder or Hugging Face folder")
-    parser.add_argument("--prompts", metavar="F.jsonl", help='one {"prompt": "..."} a line')
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0: all")
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights, at which layout: the same for `generate` and `chat`."""
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this total share"
+        "--model", required=True, metavar="RUN|STEP|HF", help="run folder, step folder or Hugging Face folder"
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", default="", metavar="tp=2,pp=2", help="layout to run at, whatever wrote the model")
-    parser.add_argument("--json", metavar="F", help="write rows {prompt, tokens, text, logprobs} to this file")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="compute in this precision (default: the one the weights have)"
+    )
 
 
-def _run(args: argparse.Namespace) -> int:
+def sampling_arguments(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
+    """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    add("--temperature", type=float, default=temperature, help=f"0 takes the likeliest token (default {temperature:g})")
+    add("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this total share")
+    add("--repetition-penalty", type=float, default=1.0, metavar="F",
+        help="above 1, tokens that were already there become less likely")  # fmt: skip
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end an answer before this text; may be given several times")  # fmt: skip
+    add("--seed", type=int, default=0)
+
+
+def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
+    """The checked request that the arguments of `generate` or `chat` stand for."""
     request = GenerateRequest(
         model=args.model,
-        prompts=tuple(_prompts(args)),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
         seed=args.seed,
-        output=args.json,
+        precision=args.precision,
+        **more,
     )
     request.check()
+    return request
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    model_arguments(parser)
+    parser.add_argument("--prompts", metavar="F.jsonl", help='one {"prompt": "..."} a line')
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    sampling_arguments(parser, temperature=0.0, max_new_tokens=64)
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="prompts decoded together (default 16)")
+    parser.add_argument(
+        "--json", metavar="F", help="write rows {prompt, tokens, text, logprobs, finish_reason} to this file"
+    )
+    parser.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction,
+        help="print text as it is generated (default: on a terminal)",
+    )  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    request = request_of(args, prompts=tuple(_prompts(args)), batch=args.batch, output=args.json)
     layout = parse_layout(args.layout)
     world = world_size(None)
     if world is not None and world != layout.world:
         raise UsageError(
             f"--layout {args.layout or 'of one rank'} needs {layout.world} ranks, but {world} were started."
         )
-    start(_rank, (request, layout), layout.world, None, PRELOAD)
+    live = sys.stdout.isatty() if args.stream is None else args.stream
+    printer = Printer(request.prompts, live) if args.stream or request.output is None else None
+    start(_rank, (request, layout, printer), layout.world, None, PRELOAD)
     return 0
 
 
@@ -94,17 +130,37 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _rank(env: RankEnv, request: GenerateRequest, layout: Layout) -> None:
+class Printer:
+    """Prints prompts with their continuations, in their order: `live` piece by piece, else each when it has ended."""
+
+    def __init__(self, prompts: tuple[str, ...], live: bool) -> None:
+        self.prompts, self.live = prompts, live
+        self.pending = ["" for _ in prompts]
+        self.ended = [False for _ in prompts]
+        self.turn = 0  # the prompt that is being printed
+        self.begun = False
+
+    def __call__(self, number: int, piece: str, ended: bool) -> None:
+        """New text of one prompt; those that are not yet to be printed are kept."""
+        self.pending[number] += piece
+        self.ended[number] = ended
+        while self.turn < len(self.prompts) and (self.ended[self.turn] or (self.live and self.pending[self.turn])):
+            text = self.pending[self.turn] if self.begun else self.prompts[self.turn] + self.pending[self.turn]
+            self.pending[self.turn], self.begun = "", True
+            print(text, end="", flush=True)
+            if not self.ended[self.turn]:
+                return
+            print("\n", flush=True)
+            self.turn, self.begun = self.turn + 1, False
+
+
+def _rank(env: RankEnv, request: GenerateRequest, layout: Layout, printer: Printer | None) -> None:
     from megallm.inference import generate
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
 
     with process_group(env) as device:
-        generate.run(request, Mesh.start(layout, device), _show)
-
-
-def _show(row: dict[str, Any]) -> None:
-    print(f"{row['prompt']}{row['text']}\n", flush=True)
+        generate.run(request, Mesh.start(layout, device), printer)
 
 
 COMMANDS = {"generate": Command(_arguments, _run)}

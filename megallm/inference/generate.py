@@ -1,63 +1,121 @@
-"""`megallm generate`: load a checkpoint at the wanted layout and continue prompts."""
+"""`megallm generate`: load weights at the wanted layout and continue prompts, many at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import CheckpointError, UsageError
+from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
-from megallm.convert.folder import is_model_folder
-from megallm.convert.weights import HfReader
+from megallm.convert.folder import is_model_folder, read_json
+from megallm.convert.tokenizer_files import GENERATION
+from megallm.convert.weights import Cast, HfReader
 from megallm.data import tokenizer
-from megallm.data.tokenizer import Tokenizer
+from megallm.data.tokenizer import BYTES, Tokenizer
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
-from megallm.inference.generator import Completion, Generator
+from megallm.inference.answer import Answer, Ending
+from megallm.inference.generator import Generator, Job
 from megallm.inference.request import GenerateRequest
 from megallm.inference.sampling import Sampling
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 
 Row = dict[str, Any]
+Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whether it has ended)
 
 
-def run(request: GenerateRequest, mesh: Mesh, show: Callable[[Row], None] | None = None) -> list[Row]:
-    """Continue each prompt; rows {prompt, tokens, text, logprobs} on every rank. Collective over the world.
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to generate: its ranks' weights, its tokenizer, the ids that end a text, the tokenizer's folder."""
 
-    Rank 0 writes them to `request.output`, or passes each to `show` as it comes.
+    generator: Generator
+    words: Tokenizer
+    ends: frozenset[int]
+    folder: Path | None
+
+    def job(self, number: int, tokens: list[int], request: GenerateRequest) -> Job:
+        """One text to continue as the request says."""
+        ending = Ending(request.max_new_tokens, self.ends, request.stop)
+        return Job(number, tokens, Answer(ending, self.words, tokens))
+
+
+def run(request: GenerateRequest, mesh: Mesh, show: Show | None = None) -> list[Row]:
+    """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the prompts' order.
+
+    Data-parallel ranks share the prompts out. Rank 0 passes text to `show` as it becomes certain, and writes the
+    rows to `request.output`. Collective over the world; other ranks get the rows of their own replica.
     """
+    loaded = load(request, mesh)
+    mine = range(mesh.dp.rank, len(request.prompts), mesh.dp.size)
+    jobs = []
+    for number in mine:
+        tokens = loaded.words.encode(request.prompts[number]) or [min(loaded.ends)]
+        jobs.append(loaded.job(number, tokens, request))
+
+    def listen(job: Job) -> None:
+        show(job.number, job.answer.fresh(), job.answer.done)
+
+    loaded.generator.generate(jobs, sampling_of(request), listen if show is not None and mesh.rank == 0 else None)
+    rows = {job.number: row_of(request.prompts[job.number], job.answer) for job in jobs}
+    rows = _collect(rows, mesh)
+    if mesh.rank == 0 and show is not None:
+        for number in sorted(rows.keys() - set(mine)):
+            show(number, rows[number]["text"], True)
+    ordered = [rows[number] for number in sorted(rows)]
+    if mesh.rank == 0 and request.output is not None:
+        lines = (json.dumps(row, ensure_ascii=False) for row in ordered)
+        atomic_write_text(Path(request.output), "".join(f"{line}\n" for line in lines))
+    return ordered
+
+
+def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
+    """On rank 0 the rows of every replica. Collective over the world when there are several."""
+    if mesh.dp.size == 1:
+        return rows
+    first = mesh.rank == mesh.model.ranks[0]
+    gathered = mesh.gather_json([[number, row] for number, row in rows.items()] if first else [])
+    return rows if gathered is None else {number: row for part in gathered for number, row in part}
+
+
+def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
+    """The model of `request.model` at this mesh's layout; each rank reads its own pieces. Collective over the world."""
     with open_model(request.model) as reader:
         config = model_config(reader)
-        model = ParallelModel.load(config, mesh, reader)
-        words = find_tokenizer(reader)
-    sampling = Sampling(request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed)
-    generator = Generator(model)
-    rows = []
-    for number, prompt in enumerate(request.prompts):
-        tokens = words.encode(prompt) or [words.eod]
-        completion = generator.generate(tokens, sampling, request=number, stop=words.eod)
-        rows.append(row_of(prompt, completion, words))
-        if mesh.rank == 0 and request.output is None and show is not None:
-            show(rows[-1])
-    if mesh.rank == 0 and request.output is not None:
-        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        atomic_write_text(Path(request.output), "".join(f"{line}\n" for line in lines))
-    return rows
+        source: Any = reader
+        if request.precision not in (None, config.precision):
+            config = dataclasses.replace(config, precision=request.precision)
+            source = Cast(reader) if isinstance(reader, Reader) else reader
+        model = ParallelModel.load(config, mesh, source)
+        spec = find_tokenizer(reader)
+    words = tokenizer.load(spec)
+    folder = None if spec == BYTES else Path(spec)
+    ends = end_tokens(words, folder)
+    return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder)
 
 
-def row_of(prompt: str, completion: Completion, words: Tokenizer) -> Row:
-    """The JSON row of one completion; the end-of-text token is not part of the text."""
-    shown = [token for token in completion.tokens if token != words.eod]
+def sampling_of(request: GenerateRequest) -> Sampling:
+    """The request's part that chooses tokens."""
+    return Sampling(
+        request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed,
+        request.repetition_penalty,
+    )  # fmt: skip
+
+
+def row_of(prompt: str, answer: Answer) -> Row:
+    """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that ended it."""
     return {
         "prompt": prompt,
-        "tokens": completion.tokens,
-        "text": words.decode(shown),
-        "logprobs": completion.log_probs,
+        "tokens": answer.tokens,
+        "text": answer.text,
+        "logprobs": answer.log_probs,
+        "finish_reason": answer.reason,
     }
 
 
@@ -70,7 +128,10 @@ def find_step(model: str) -> Path:
     """The checkpoint that a run folder or a step folder stands for; UsageError when there is none."""
     path = Path(model)
     if not path.is_dir():
-        raise UsageError(f"--model {model}: there is no such folder; give a run folder or one of its step folders.")
+        raise UsageError(
+            f"--model {model}: there is no such folder; give a run folder, one of its step folders or a Hugging Face "
+            "folder."
+        )
     if (path / "manifest.json").exists():
         return path
     found, warnings = store.latest(path / "checkpoints")
@@ -87,9 +148,23 @@ def model_config(reader: Reader | HfReader) -> EngineConfig:
         raise CheckpointError(f"{reader.folder} does not say which model it holds ({error}).") from error
 
 
-def find_tokenizer(reader: Reader | HfReader) -> Tokenizer:
+def find_tokenizer(reader: Reader | HfReader) -> str:
     """The copy in the run folder, else what the run was configured with or came with its folder, else bytes."""
     kept = reader.folder.parent.parent / "tokenizer"
     if isinstance(reader, Reader) and kept.is_dir():
-        return tokenizer.load(str(kept))
-    return tokenizer.load(reader.meta.get("tokenizer") or tokenizer.BYTES)
+        return str(kept)
+    return reader.meta.get("tokenizer") or BYTES
+
+
+def end_tokens(words: Tokenizer, folder: Path | None) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's own, and `eos_token_id` of a generation_config.json beside it."""
+    named: list[int] = []
+    if folder is not None and (folder / GENERATION).is_file():
+        value = read_json(folder / GENERATION).get("eos_token_id")
+        named = [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+    try:
+        return frozenset([*named, words.eod])
+    except DataError:
+        if not named:
+            raise
+        return frozenset(named)

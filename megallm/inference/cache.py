@@ -1,0 +1,80 @@
+"""Keys and values of several texts of different lengths, side by side; each text fills a row from position 0.
+
+No text is padded: rotary and learned positions of a text are those it would have alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megallm.models.attention import LayerCache
+from megallm.ops.cached_attention import attend_rows
+
+Shape = tuple[int, int]  # local kv heads, head size
+BLOCK = 64  # capacity grows in multiples of this many positions
+
+
+@dataclass(kw_only=True)
+class RowCache(LayerCache):
+    """One layer for a step in which each text gets one token: views `[n, longest + 1, K, E]`, int64 lengths `[n]`."""
+
+    lengths: Tensor
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one new position per row, `[n, 1, K, E]`, each behind what its row holds."""
+        rows = torch.arange(len(self.lengths), device=k.device)
+        self.keys[rows, self.lengths] = k[:, 0]
+        self.values[rows, self.lengths] = v[:, 0]
+        return self.keys, self.values
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Each row's new query against that row's positions."""
+        return attend_rows(q, k, v, self.lengths + 1, window)
+
+
+class TextCache:
+    """`[rows, capacity, K_local, E]` keys and values for every layer of one pipeline stage; grows as texts need it."""
+
+    def __init__(self, num_layers: int, rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.capacity, self.shape = rows, 0, shape
+        self.empty = partial(torch.zeros, dtype=dtype, device=device)
+        self.layers = [self._allocate(0) for _ in range(num_layers)]
+
+    def _allocate(self, capacity: int) -> tuple[Tensor, Tensor]:
+        size = (self.rows, capacity, *self.shape)
+        return self.empty(size), self.empty(size)
+
+    def reserve(self, positions: int) -> None:
+        """Make room for texts of this many positions; what is stored stays."""
+        if positions <= self.capacity:
+            return
+        grown, old = -(-positions // BLOCK) * BLOCK, self.capacity
+        for number, pair in enumerate(self.layers):
+            wider = self._allocate(grown)
+            for new, stored in zip(wider, pair, strict=True):
+                new[:, :old] = stored
+            self.layers[number] = wider
+        self.capacity = grown
+
+    def begin(self, row: int) -> list[LayerCache]:
+        """An emptied row, for feeding a whole prompt at once."""
+        for keys, values in self.layers:
+            keys[row].zero_()
+            values[row].zero_()
+        return [LayerCache(keys[row : row + 1], values[row : row + 1]) for keys, values in self.layers]
+
+    def step(self, lengths: list[int], device: torch.device) -> list[LayerCache]:
+        """The first `len(lengths)` rows, which hold that many positions each, for feeding one token to each."""
+        count, end = len(lengths), max(lengths) + 1
+        places = torch.tensor(lengths, device=device)
+        return [RowCache(keys[:count, :end], values[:count, :end], lengths=places) for keys, values in self.layers]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another."""
+        for keys, values in self.layers:
+            keys[target] = keys[source]
+            values[target] = values[source]

@@ -1,0 +1,240 @@
+"""Generation: token for token what transformers gives, whatever the layout and whatever else is in the batch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from megallm.base.errors import UsageError
+from megallm.convert.tokenizer_files import write_byte_tokenizer
+from megallm.inference import cache as cache_module
+from megallm.inference import generate, sampling
+from megallm.inference.answer import Answer
+from megallm.inference.cache import RowCache
+from megallm.inference.request import GenerateRequest
+from megallm.inference.sampling import Sampling
+from megallm.parallel.layout import Layout
+from megallm.parallel.mesh import Mesh
+from tests.convert.tiny import case, make
+from tests.inference.tiny import END, continue_all, make_model, prompts
+from tests.ranks import run_ranks
+
+GREEDY = Sampling(max_new_tokens=14, temperature=0.0)
+DRAWN = Sampling(max_new_tokens=14, temperature=1.1, top_k=40, top_p=0.9, seed=7, repetition_penalty=1.3)
+LAYOUTS = [Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)]
+PROMPTS = prompts(20)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def get(name: str) -> str:
+        return make_model(folder, name)
+
+    return get
+
+
+def at(layout: Layout, *args) -> list:
+    """The same on every rank; rank 0's."""
+    results = run_ranks(layout.world, continue_all, args[0], layout, *args[1:])
+    assert all(result == results[0] for result in results[1:])
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def theirs(models):
+    """Greedy continuations of transformers, one prompt at a time."""
+    import transformers
+
+    @cache
+    def get(name: str, penalty: float = 1.0) -> list[list[int]]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
+        found = []
+        for prompt in PROMPTS:
+            out = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False,
+                max_new_tokens=GREEDY.max_new_tokens, eos_token_id=END, pad_token_id=END, repetition_penalty=penalty,
+            )  # fmt: skip
+            found.append(out[0, len(prompt) :].tolist())
+        return found
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_greedy_equals_transformers_at_each_layout(models, theirs, name, layout):
+    ours = [tokens for tokens, _ in at(layout, models(name), PROMPTS, GREEDY, 6)]
+    assert ours == theirs(name)
+    assert len({tuple(tokens) for tokens in ours}) > 15  # the model does not say the same whatever it is asked
+
+
+@pytest.mark.parametrize("name", ["mistral", "odd"])
+def test_greedy_equals_transformers_with_windows_and_shared_heads(models, theirs, name):
+    """A sliding window shorter than the texts, and 2 kv heads read by 6 query heads on tp=3."""
+    layout = Layout(tp=3) if name == "odd" else Layout(pp=2)
+    assert [tokens for tokens, _ in at(layout, models(name), PROMPTS, GREEDY, 7)] == theirs(name)
+
+
+def test_repetition_penalty_equals_transformers(models, theirs):
+    penal = Sampling(max_new_tokens=14, temperature=0.0, repetition_penalty=1.8)
+    ours = [tokens for tokens, _ in continue_all(models("llama"), Layout(), PROMPTS, penal)]
+    assert ours == theirs("llama", 1.8) != theirs("llama")
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(models):
+    """Sampled continuations of one process, one prompt at a time."""
+    return continue_all(models("llama"), Layout(), PROMPTS, DRAWN, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch"),
+    [(Layout(), 5), (Layout(), 20), *((layout, 5) for layout in LAYOUTS), (Layout(pp=3), 7)],
+    ids=str,
+)
+def test_sampling_does_not_depend_on_layout_or_batch(models, drawn_alone, layout, batch):
+    ours = at(layout, models("llama"), PROMPTS, DRAWN, batch)
+    assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in drawn_alone]
+    for (_, mine), (_, alone) in zip(ours, drawn_alone, strict=True):
+        assert mine == pytest.approx(alone, abs=2e-5)
+
+
+def test_sampling_depends_on_what_it_should(models, drawn_alone):
+    """Seed and request number: another of either gives other text (so equality above is not for lack of chance)."""
+    others = continue_all(models("llama"), Layout(), PROMPTS, Sampling(**(vars(DRAWN) | {"seed": 8})), 20)
+    assert sum(a[0] != b[0] for a, b in zip(others, drawn_alone, strict=True)) > 15
+    twice = continue_all(models("llama"), Layout(), [PROMPTS[3], PROMPTS[3]], DRAWN, 2)
+    assert twice[0][0] != twice[1][0]
+
+
+# Negative controls: each mistake of a batched decoder must change the tokens.
+
+
+def same_as_alone(model: str, batch: int = 20) -> bool:
+    return [t for t, _ in continue_all(model, Layout(), PROMPTS, GREEDY, batch)] == [
+        t for t, _ in continue_all(model, Layout(), PROMPTS, GREEDY, 1)
+    ]
+
+
+def test_a_mask_that_shows_other_rows_ends_is_noticed(models, monkeypatch):
+    """Rows shorter than the longest would see what lies beyond their end."""
+    assert same_as_alone(models("gpt2"))
+    real = cache_module.attend_rows
+    monkeypatch.setattr(
+        cache_module, "attend_rows", lambda q, k, v, n, window=None: real(q, k, v, n.fill_(int(n.max())), window)
+    )
+    assert not same_as_alone(models("gpt2"))
+
+
+def test_keys_stored_at_the_longest_row_are_noticed(models, monkeypatch):
+    def append(self, k, v):
+        self.keys[:, -1], self.values[:, -1] = k[:, 0], v[:, 0]
+        return self.keys, self.values
+
+    monkeypatch.setattr(RowCache, "append", append)
+    assert not same_as_alone(models("llama"))
+
+
+def end_early(monkeypatch) -> None:
+    """Let texts end after 3 to 8 tokens, so that rows become free at different times."""
+    real = Answer.push
+
+    def push(self, token, log_prob):
+        real(self, token, log_prob)
+        if len(self.tokens) == 3 + sum(self.tokens[:2]) % 6:
+            self.end("end")
+
+    monkeypatch.setattr(Answer, "push", push)
+
+
+def test_a_row_that_is_not_moved_is_noticed(models, monkeypatch):
+    """When a text ends, the last row takes its place: forgetting the copy leaves it another text's keys."""
+    end_early(monkeypatch)
+    assert same_as_alone(models("llama"), batch=6)
+    monkeypatch.setattr(cache_module.TextCache, "move", lambda self, source, target: None)
+    assert not same_as_alone(models("llama"), batch=6)
+
+
+def test_randomness_keyed_by_row_is_noticed(models, monkeypatch, drawn_alone):
+    """The usual mistake: one generator for the whole batch, in the order of the draws."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(sampling, "uniform", lambda key, begin, count: torch.rand(count, dtype=torch.float64).numpy())
+    ours = continue_all(models("llama"), Layout(), PROMPTS, DRAWN, 20)
+    again = continue_all(models("llama"), Layout(), PROMPTS, DRAWN, 20)
+    assert [t for t, _ in ours] != [t for t, _ in again]
+
+
+# Memory, refusals, texts.
+
+
+def bytes_held(model: str, layout: Layout) -> tuple[int, int]:
+    loaded = generate.load(GenerateRequest(model), Mesh.start(layout))
+    held = sum(param.numel() * param.element_size() for _, param, _, _ in loaded.generator.model.entries())
+    return held, loaded.generator.model.config.model.num_params() * 4
+
+
+def test_a_rank_holds_its_share_of_the_weights(tmp_path):
+    deep = case("deep", "LlamaConfig", vocab_size=64, num_hidden_layers=8)
+    folder = str(make(tmp_path / "deep", deep))
+    write_byte_tokenizer(tmp_path / "deep")
+    held = run_ranks(4, bytes_held, folder, Layout(tp=2, pp=2))
+    assert all(mine <= 0.35 * whole for mine, whole in held), held
+    assert sum(mine for mine, _ in held) >= held[0][1]
+    ((alone, whole),) = [bytes_held(folder, Layout())]
+    assert alone == whole
+
+
+def refused(model: str, texts: list[list[int]], new_tokens: int) -> str:
+    try:
+        continue_all(model, Layout(), texts, Sampling(max_new_tokens=new_tokens))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_prompts_that_cannot_run_are_refused_before_any_does(models):
+    assert "no tokens" in refused(models("llama"), [[1], []], 4)
+    assert "need 130 positions; this model learned 128" in refused(models("gpt2"), [[1], [1, 2]], 128)
+    assert "token 300" in refused(models("llama"), [[300]], 4)
+    assert refused(models("llama"), [[1, 2]], 4) == ""
+
+
+def run_request(request: GenerateRequest, layout: Layout) -> tuple[list, list]:
+    shown: list = []
+    rows = generate.run(request, Mesh.start(layout), lambda *event: shown.append(event))
+    return rows, shown
+
+
+def test_rows_stream_and_files_agree_at_data_parallel_layouts(models, tmp_path):
+    request = GenerateRequest(models("llama"), ("ab", "c", "", "defg", "h"), 9, 1.0, seed=3, batch=2)
+    alone, shown = run_request(request, Layout())
+    assert [row["prompt"] for row in alone] == list(request.prompts)
+    for number, row in enumerate(alone):
+        mine = [event for event in shown if event[0] == number]
+        assert "".join(piece for _, piece, _ in mine) == row["text"]
+        assert [ended for _, _, ended in mine].count(True) == 1 and mine[-1][2]
+        assert len(row["tokens"]) == len(row["logprobs"]) and row["finish_reason"] in ("length", "end")
+    output = tmp_path / "rows.jsonl"
+    shared = GenerateRequest(**(vars(request) | {"output": str(output)}))
+    rows, shown = run_ranks(2, run_request, shared, Layout(dp=2))[0]
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in alone]
+    assert output.read_text().count("\n") == 5
+    assert {number for number, _, ended in shown if ended} == set(range(5))
+
+
+def test_stop_strings_cut_the_text_at_every_layout(models):
+    request = GenerateRequest(models("llama"), ("ab", "zz"), 30, 0.0)
+    free, _ = run_request(request, Layout())
+    stop = free[0]["text"][5:7]
+    assert len(stop.encode()) >= 2
+    cut = GenerateRequest(**(vars(request) | {"stop": (stop,)}))
+    for layout in (Layout(), Layout(pp=2)):
+        rows, shown = run_ranks(layout.world, run_request, cut, layout)[0]
+        assert rows[0]["text"] == free[0]["text"][: free[0]["text"].index(stop)]
+        assert rows[0]["finish_reason"] == "stop"
+        assert "".join(piece for number, piece, _ in shown if number == 0) == rows[0]["text"]
