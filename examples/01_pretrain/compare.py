@@ -22,7 +22,7 @@ from megallm.training.config import PretrainConfig
 
 
 def held_out_labels(config: PretrainConfig) -> np.ndarray:
-    """The tokens that the run's held-out loss is the mean over: `eval.batches` global batches of the validation split."""
+    """The tokens that the run's held-out loss is the mean over: `eval.batches` global batches of the held-out split."""
     data, count = config.data, config.eval.batches * config.train.global_batch
     samples = build_split(data.sources, data.split, "valid", count, data.seq_len, data.seed)
     return np.concatenate([samples.sample(row)[1:] for row in range(count)])
@@ -67,9 +67,10 @@ def main() -> int:
         return 2
     unigram = unigram_nats(counts, labels)
     met = unigram - loss >= args.margin
-    print(f"unigram, {counts.sum():,} training tokens, add-one: {unigram:.4f} nats a token on {labels.size:,} held-out tokens")
-    print(f"model after step {step}, same tokens:                 {loss:.4f} nats a token (perplexity {np.exp(loss):.1f})")
-    print(f"margin: {unigram - loss:.4f} nats, wanted {args.margin}: {'met' if met else 'NOT MET'}")
+    print(f"cross-entropy of the same {labels.size:,} held-out tokens, nats a token:")
+    print(f"  {unigram:.4f}  unigram frequencies of the {counts.sum():,} training tokens, add-one smoothing")
+    print(f"  {loss:.4f}  the model after step {step} (perplexity {np.exp(loss):.1f})")
+    print(f"  {unigram - loss:.4f}  margin, wanted {args.margin}: {'met' if met else 'NOT MET'}")
     return 0 if met else 1
 
 

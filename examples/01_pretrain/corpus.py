@@ -25,7 +25,7 @@ def read_chapters(path: Path) -> dict[str, list[str]]:
         for number, line in enumerate(lines, start=1):
             verse = VERSE.fullmatch(line.rstrip("\n"))
             if verse is None:
-                raise ValueError(f"{path}:{number}: expected a line such as 'Ge1:1 In the beginning ...', got {line!r}.")
+                raise ValueError(f"{path}:{number}: expected a line such as 'Ge1:1 In the beginning', got {line!r}.")
             chapters.setdefault(f"{verse[1]} {verse[2]}", []).append(verse[3])
     found = len(chapters), sum(map(len, chapters.values()))
     if found != (CHAPTERS, VERSES):

@@ -59,7 +59,7 @@ say "5/6 train: tp=2 x pp=2, 4 processes"
 precision=()
 if [ -r /proc/cpuinfo ] && ! grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo &&
   ! $python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "This CPU has no bf16 instructions and would emulate them, 3 to 12 times slower: training in fp32 instead."
+  echo "This CPU has no bf16 instructions and would emulate them, 3 to 14 times slower: training in fp32 instead."
   precision=(train.precision=fp32)
 fi
 $megallm pretrain $here/config.yaml "${precision[@]}" "$@"
