@@ -30,11 +30,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Stopwatch:
-    """Moments on a device's own time line. On a GPU a mark is an event in the stream: marking never waits."""
+    """Moments on a device's own time line. On a GPU a mark is an event in the stream: marking never waits.
+
+    Seconds are those of `time.perf_counter`, which all processes of a machine share.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.origin = self.mark()
+        self.origin, self.begun = self.mark(), time.perf_counter()
 
     def mark(self) -> float | torch.cuda.Event:
         """The moment at which everything issued so far is done."""
@@ -45,8 +48,8 @@ class Stopwatch:
         return event
 
     def seconds(self, moment: float | torch.cuda.Event) -> float:
-        """Seconds from the start of the watch; on a GPU this waits for the moment."""
+        """When a moment was; on a GPU this waits for it, and the stream's lag at the start is the error."""
         if not self.on_gpu:
-            return moment - self.origin
+            return moment
         moment.synchronize()
-        return self.origin.elapsed_time(moment) / 1000.0
+        return self.begun + self.origin.elapsed_time(moment) / 1000.0

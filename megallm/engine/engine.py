@@ -26,7 +26,8 @@ from megallm.optim.zero import ShardedParameters, Sharing, shard_groups
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, Walk
-from megallm.parallel.schedule import Placement
+from megallm.parallel.schedule import Action, Placement
+from megallm.parallel.simulate import Slot, Timeline, peak_live
 
 TIED_NAME = "embedding.weight"
 
@@ -151,6 +152,21 @@ class Engine:
         comm.all_reduce_(vector, self.mesh.data, "loss.report")
         comm.all_reduce_(vector, self.mesh.pp, "loss.report")  # only the last stage holds anything but zero
         return vector
+
+    def timeline(self) -> Timeline | None:
+        """The last step as it ran on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over the world.
+
+        Clocks are those of the machines: lines that span several machines are off by their difference.
+        """
+        slots = self.model.pipeline.timeline(self.last_walk)
+        rows = [[slot.action.op, slot.action.micro, slot.action.stage, slot.start, slot.end] for slot in slots]
+        gathered = self.mesh.gather_json(rows)
+        if gathered is None:
+            return None
+        line = [gathered[rank] for rank in self.mesh.pp.ranks]
+        begin = min(row[3] for rows in line for row in rows)
+        ranks = [[Slot(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows] for rows in line]
+        return Timeline(ranks, [peak_live([slot.action for slot in slots]) for slots in ranks])
 
     # State
 

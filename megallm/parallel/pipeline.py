@@ -92,7 +92,7 @@ class Pipeline:
         return walk
 
     def timeline(self, walk: Walk) -> list[Slot]:
-        """When this rank was busy, in seconds of its own clock; waits for messages are the gaps."""
+        """When this rank was busy, in seconds of the machine's clock; waits for messages are the gaps."""
         return [Slot(action, self.watch.seconds(a), self.watch.seconds(b)) for action, a, b in walk.moments]
 
     def _expect(self, plans: list[Plan], new_buffer: Callable[[], Tensor]) -> None:

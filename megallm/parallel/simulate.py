@@ -90,7 +90,7 @@ def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) 
                 places[rank] += 1
                 progress = True
     _check_finished(plans, places, ended, placement)
-    return Timeline(slots, [_peak_live(plan, has_w) for plan, has_w in zip(plans, split, strict=True)])
+    return Timeline(slots, [peak_live(plan) for plan in plans])
 
 
 def _needs(action: Action, placement: Placement) -> list[Action]:
@@ -115,14 +115,15 @@ def _check_finished(plans: list[Plan], places: list[int], ended: dict[Action, fl
         raise Deadlock(f"The schedule deadlocks: {'; '.join(waiting)}.")
 
 
-def _peak_live(plan: Plan, split: bool) -> int:
+def peak_live(plan: Plan) -> int:
     """The most (micro, stage) pairs between their forward and the action that lets go of their activations.
 
     Nothing is kept for a backward pass that the plan does not have.
     """
     if all(action.op == FORWARD for action in plan):
         return 0
-    last, live, peak = WEIGHT if split else BACKWARD, 0, 0
+    last = WEIGHT if any(action.op == WEIGHT for action in plan) else BACKWARD
+    live = peak = 0
     for action in plan:
         live += (action.op == FORWARD) - (action.op == last)
         peak = max(peak, live)

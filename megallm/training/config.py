@@ -55,16 +55,42 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class FimConfig:
+    """Fill in the middle (arXiv 2207.14255), in the stream order."""
+
+    rate: float = 0.0  # share of the documents that are rearranged
+    spm: float = 0.5  # share of those in the form suffix, prefix, middle; the rest are prefix, suffix, middle
+    form: Literal["document", "context"] = "document"  # rearrange whole documents, or what a row holds of them
+    tokens: tuple[str, str, str] | None = None  # names or ids of prefix, suffix, middle; null: those well known
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """A stretch of the stream; null: as in `data`. The last one holds to the end."""
+
+    until_tokens: int | None = None  # places of rows (tokens and padding) read when the next segment begins
+    sources: dict[str, float] | None = None  # prefix of data.sources -> weight; the others rest
+    seq_len: int | None = None
+    fim_rate: float | None = None
+    packing: Literal["best_fit", "concat"] | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which tokens are read, and in which order."""
 
     sources: dict[str, float] = field(default_factory=dict)  # prefix of .bin/.idx -> weight
     split: str = "969,30,1"  # shares of train, validation and test
     seq_len: int = 1024  # tokens per sample
-    order: Literal["megatron", "stream"] = "megatron"  # sample order
+    order: Literal["megatron", "stream"] = "stream"  # stream: packed documents, exactly once; megatron: its samples
     seed: int | None = None  # of the sample order; null: run.seed
     tokenizer: str | None = None  # tokenizer folder or 'bytes'; null: what the sources were made with
     log_samples: bool = False  # append what each rank consumed to RUN/samples.jsonl
+    packing: Literal["best_fit", "concat"] = "best_fit"  # stream: no cut of what fits, or back to back in chunks
+    window: int = 256  # stream: rows packed and shuffled together
+    document_masks: bool = True  # stream: documents of a row do not see each other
+    fim: FimConfig = field(default_factory=FimConfig)
+    segments: tuple[SegmentConfig, ...] = ()  # stream: changes of weights, length, ... on the way
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,7 @@ class LogConfig:
     every: int = 1  # steps between printed lines
     tensorboard: bool = False  # also write TensorBoard event files (optional package)
     plot: bool = True  # draw RUN/plots/loss.png at the end
+    trace_step: int | None = None  # draw how the pipeline ran in this step: RUN/plots/pipeline.svg and .json
 
 
 @dataclass(frozen=True)

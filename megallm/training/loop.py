@@ -30,6 +30,7 @@ class Ledger:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     skipped_steps: int = 0
+    data: dict[str, Any] = field(default_factory=dict)  # where the stream stands: counts per source
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Job:
     held_out: Callable[[], float | None]  # collective; None without held-out data
     identity: dict[str, Any]  # what a resumed run must agree with
     ledger: Ledger = field(default_factory=Ledger)
+    data_after: Callable[[int], dict[str, Any]] = lambda step: {}  # the ledger's `data` once a step is done
 
 
 class Loop:
@@ -70,6 +72,8 @@ class Loop:
             row = self._step(step, batches)
             if self._due(self.config.eval.every, step) and step < last:
                 row["val/loss"] = self.job.held_out()
+            if step == self.config.log.trace_step:
+                self.recorder.pipeline(self.engine.timeline(), self.engine.model.placement, step)
             request = self.mesh.largest(self.requests.seen)
             if step == last or request:
                 break
@@ -108,7 +112,8 @@ class Loop:
         ledger = self.job.ledger
         ledger.step = step
         ledger.consumed_samples += self.config.train.global_batch
-        tokens = self.config.train.global_batch * self.config.data.seq_len
+        ledger.data = self.job.data_after(step)
+        tokens = sum(batch["tokens"].numel() for batch in batches) * self.mesh.data.size
         ledger.consumed_tokens += tokens
         ledger.skipped_steps += stats.skipped
         self._watch(stats, step)

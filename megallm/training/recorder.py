@@ -8,6 +8,10 @@ from types import TracebackType
 from typing import Any
 
 from megallm.base.config import to_yaml
+from megallm.base.files import atomic_write_json
+from megallm.parallel import picture
+from megallm.parallel.schedule import Placement
+from megallm.parallel.simulate import Timeline
 from megallm.training.config import PretrainConfig
 from megallm.training.reporting import LossCurve, Reporter, Sink, TensorBoard
 from megallm.training.runfolder import Events, Lease, Metrics, RunFolder
@@ -85,6 +89,15 @@ class Recorder:
         """A sentence for whoever watches."""
         if self.writes:
             self.reporter.note(text)
+
+    def pipeline(self, timeline: Timeline | None, placement: Placement, step: int) -> None:
+        """Draw how one step ran: plots/pipeline.svg, and a trace for chrome://tracing."""
+        if timeline is None or not self.writes:
+            return
+        title = f"{self.config.layout.schedule} as it ran in step {step}: idle {timeline.idle_fraction:.1%}"
+        drawn = picture.Picture(timeline, placement, title, unit="s")
+        picture.save(drawn, self.folder.plots / "pipeline.svg")
+        atomic_write_json(self.folder.plots / "pipeline.json", picture.chrome_trace(drawn))
 
     def before_save(self) -> None:
         """The rows that a checkpoint counts on are durable, and the folder is still ours."""

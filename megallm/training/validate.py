@@ -25,14 +25,13 @@ from megallm.optim.config import RULES, SCHEDULES
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
+from megallm.training.reading import segment_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
 
 # What each key may be today. A row leaves this table when the code behind it arrives.
 AVAILABLE: dict[str, tuple[Any, ...]] = {
     "layout.ep": (1,),
-    "data.order": ("megatron",),
-    "data.log_samples": (False,),
     "train.precision": ("fp32", "bf16", "fp64"),
 }
 
@@ -96,7 +95,7 @@ def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int
 def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None = None) -> list[Problem]:
     """All broken rules. Rules about the model's sizes are left out while the model itself cannot be resolved."""
     problems = [*_ranges(config, world), *_choices(config), *_available(config), *_split(config)]
-    problems += [*_sources(config), *_optimizer(config)]
+    problems += [*_sources(config), *_segments(config), *_optimizer(config)]
     broken = {problem.key for problem in problems}
     try:
         facts = _facts(config, world, tokenizer_vocab)
@@ -168,6 +167,9 @@ RANGES: dict[str, Range] = {
     "run.seed": _SEED,
     "data.seed": _SEED,
     "data.seq_len": _COUNT,
+    "data.window": _COUNT,
+    "data.fim.rate": Range(low=0, high=1),
+    "data.fim.spm": Range(low=0, high=1),
     **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
     "zero.shard_size": _COUNT,
     **{f"train.{name}": _COUNT for name in ("steps", "stop_at", "global_batch", "micro_batch")},
@@ -189,6 +191,7 @@ RANGES: dict[str, Range] = {
     "eval.every": _NOT_NEGATIVE,
     "eval.batches": _NOT_NEGATIVE,
     "log.every": _COUNT,
+    "log.trace_step": _COUNT,
 }
 
 
@@ -238,6 +241,11 @@ def _split(config: PretrainConfig) -> Iterator[Problem]:
             f"eval.every is {config.eval.every}, but data.split '{config.data.split}' leaves nothing for validation."
         )
         yield Problem("split", sentence, ({"eval.every": 0}, *fixes))
+
+
+def _segments(config: PretrainConfig) -> Iterator[Problem]:
+    for sentence, fix in segment_faults(config):
+        yield Problem("segments", sentence, (fix,))
 
 
 def _sources(config: PretrainConfig) -> Iterator[Problem]:
@@ -371,7 +379,16 @@ def _batch(facts: Facts) -> Iterator[Problem]:
 
 
 def _sequence(facts: Facts) -> Iterator[Problem]:
-    layout, seq_len, model = facts.config.layout, facts.config.data.seq_len, facts.model
+    yield from _row_length(facts, facts.config.data.seq_len)
+    for number, segment in enumerate(facts.config.data.segments):
+        for problem in _row_length(facts, segment.seq_len) if segment.seq_len else ():
+            fixes = tuple(fix for fix in problem.fixes if "data.seq_len" not in fix) or ({"data.segments": ()},)
+            sentence = problem.sentence.replace("data.seq_len", f"data.segments[{number}].seq_len")
+            yield Problem(problem.rule, sentence, fixes)
+
+
+def _row_length(facts: Facts, seq_len: int) -> Iterator[Problem]:
+    layout, model = facts.config.layout, facts.model
     tp = layout.tp if layout.sp else 1
     if layout.cp > 1 and seq_len % (2 * layout.cp * tp):
         unit = 2 * layout.cp * tp
