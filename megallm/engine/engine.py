@@ -125,7 +125,7 @@ class Engine:
         return self._run(batches, loss, training=False).read()
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
-        batches = [{key: x.to(self.mesh.device, non_blocking=True) for key, x in batch.items()} for batch in batches]
+        batches = [self._on_device(batch) for batch in batches]
         counts = self._global_counts(batches, loss)
 
         def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,6 +135,11 @@ class Engine:
 
         self.last_walk = self.model.walk(batches, loss_of, training, self.parameters)
         return LossSums(list(counts), self._global_sums(self.last_walk.results, list(counts)), counts)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it, on the CPU."""
+        device = self.mesh.device
+        return {key: x if key == "cu_seqlens" else x.to(device, non_blocking=True) for key, x in batch.items()}
 
     def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, Tensor]:
         """The number each term is divided by: this data rank's counts, summed over data before the forward pass."""

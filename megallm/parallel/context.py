@@ -84,8 +84,8 @@ def to_ranks(x: Tensor, size: int) -> Tensor:
 
 
 def _reorder(x: Tensor, order: list[int]) -> Tensor:
-    chunks = x.unflatten(TOKENS_DIM, (len(order), -1))
-    return chunks.index_select(TOKENS_DIM, torch.tensor(order, device=x.device)).flatten(TOKENS_DIM, TOKENS_DIM + 1)
+    chunks = x.chunk(len(order), TOKENS_DIM)  # not an index tensor: making one on the device would wait for it
+    return torch.cat([chunks[n] for n in order], TOKENS_DIM)
 
 
 # Transports of keys: each has `forward` -> the finished Partial of this rank's queries, and `backward` -> Gradients.

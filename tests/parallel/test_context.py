@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megallm.base.errors import DataError, UsageError
+from megallm.ops.attention import Gradients, Partial
 from megallm.ops.tiles import Sight, Span, plan_tiles
 from megallm.parallel import context
-from megallm.parallel.context import AllGather, Context, Ring, divisible_heads, pass_on
+from megallm.parallel.context import (
+    GRADIENTS,
+    KEYS,
+    AllGather,
+    Context,
+    Moving,
+    Ring,
+    divisible_heads,
+    pass_on,
+)
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Axis, Mesh
-from megallm.parallel.zigzag import hybrid_degrees, natural_order, rank_order, spans, ulysses_degree
+from megallm.parallel.zigzag import KINDS, hybrid_degrees, natural_order, rank_order, spans, ulysses_degree
 from tests.ops.test_attention import dense_mask, plain_attention
 from tests.ranks import run_ranks
 
@@ -124,6 +136,81 @@ def test_equals_one_process(kind: str, cp: int, degree: int | None, cases: tuple
     for n, case in enumerate(cases):
         worst = errors(cp, case, [rank[n] for rank in pieces])
         assert max(worst) < ATOL, (case, worst)
+
+
+def attend_narrow(kind: str, case: Case, dtype: torch.dtype) -> list[Tensor]:
+    mesh = Mesh.start(Layout(cp=4))
+    here = Context(mesh, kind, case.heads)
+    *leaves, direction = (here.local(x).to(dtype) for x in inputs(case))
+    leaves = [x.requires_grad_() for x in leaves]
+    out = here.attend(*leaves, here.sight(batch_of(case), case.window), case.window)
+    return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_as_good_as_its_storage(kind: str) -> None:
+    case = CASES[5]
+    pieces = run_ranks(4, attend_narrow, kind, case, torch.bfloat16)
+    assert {x.dtype for rank in pieces for x in rank} == {torch.bfloat16}
+    worst = errors(4, case, [[x.double() for x in rank] for rank in pieces])
+    assert max(worst) < 0.06, worst  # values up to 3 in 8 bits; sums of blocks and of gradients are wide
+
+
+# What is kept and what is overlapped
+
+
+def saved_bytes(kind: str, case: Case) -> tuple[int, int]:
+    """Bytes that attention keeps for its backward pass, and those of q, k, v, the output and the log-sum-exp."""
+    mesh = Mesh.start(Layout(cp=4))
+    here = Context(mesh, kind, case.heads)
+    q, k, v = (here.local(x).requires_grad_() for x in inputs(case)[:3])
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        here.attend(q, k, v, here.sight(batch_of(case), None), None)
+    lse = q.numel() // SIZE
+    return sum(kept.values()), (2 * q.numel() + k.numel() + v.numel() + lse) * q.element_size()
+
+
+@pytest.mark.parametrize("kind", ["ring", "allgather", "ulysses"])
+def test_only_this_ranks_share_is_kept(kind: str) -> None:
+    for kept, share in run_ranks(4, saved_bytes, kind, Case(kv_heads=4)):
+        assert kept == share
+
+
+def order_of_events(case: Case) -> list[str]:
+    """What one rank of a ring does, in order, forward and backward."""
+    mesh, events = Mesh.start(Layout(cp=4)), []
+    send, add, add_grads, wait = context.pass_on, Partial.add, Gradients.add, Moving.wait
+
+    def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            events.append(name if name != "send" else {KEYS: "send keys", GRADIENTS: "send gradients"}[arguments[2]])
+            return function(*arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context, "pass_on", told("send", send))
+        patch.setattr(Partial, "add", told("compute", add))
+        patch.setattr(Gradients, "add", told("compute", add_grads))
+        patch.setattr(Moving, "wait", told("wait", wait))
+        here = Context(mesh, "ring", case.heads)
+        q, k, v = (here.local(x).requires_grad_() for x in inputs(case)[:3])
+        here.attend(q, k, v, here.sight(batch_of(case), None), None).sum().backward()
+    return events
+
+
+def test_a_block_travels_while_another_is_computed() -> None:
+    forward = ["send keys", "compute", "wait"] * 3 + ["compute"]
+    first = ["send keys", "compute", "send gradients", "wait"]
+    between = ["send keys", "compute", "wait", "send gradients", "wait"] * 2
+    last = ["compute", "wait", "send gradients", "wait"]
+    assert run_ranks(4, order_of_events, Case()) == [forward + first + between + last] * 4
 
 
 # Negative controls: leaving something out is seen where it should be, and only there
@@ -254,8 +341,8 @@ def pass_many(rounds: int) -> list[tuple[int, ...]]:
     big = torch.randn(300, 300)
     flights = []
     for n in range(rounds):
-        for tag in (context.KEYS, context.GRADIENTS):
-            size = 20000 if (n + tag) % 2 else 3  # large and small ones take different paths
+        for tag in (KEYS, GRADIENTS):
+            size = 300_000 if (n + tag) % 2 else 3  # large and small ones take different paths
             flights.append(pass_on(torch.full((size,), 100 * rank + 10 * tag + n), mesh.cp, tag))
         if rank == n % 2:
             big @ big  # one rank is late, now this one and now that one
