@@ -199,7 +199,8 @@ class Generator:
             rows = torch.cat(turn.logits)
             for row, job in enumerate(turn.jobs):
                 seen = job.prompt + job.answer.tokens
-                chosen[row] = torch.tensor(choose(rows[row], sampling, job.number, len(seen), seen))
+                token, log_prob = choose(rows[row], sampling, job.number, len(seen), seen)
+                chosen[row, 0], chosen[row, 1] = token, log_prob
         self._tell(chosen, self.chooser)
         stop = self._stop(stopped)
         for job, (token, log_prob) in zip(turn.jobs, chosen.tolist(), strict=True):
