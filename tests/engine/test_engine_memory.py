@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
+from megallm.engine import engine as engine_module
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.engine.model import ParallelModel
-from megallm.models import build
 from megallm.models.config import ModelConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -101,12 +101,12 @@ def warm_mesh() -> Mesh:
 def build_peak(greedy: bool) -> tuple[int, int]:
     """(most bytes alive while the engine is built, local parameters)."""
     mesh = warm_mesh()
-    original = build.initial_values
+    original = engine_module.initial_values
     if greedy:
-        build.initial_values = hoard(original)
+        engine_module.initial_values = hoard(original)
     with Alive() as alive:
         engine = Engine.build(CONFIG, mesh)
-    build.initial_values = original
+    engine_module.initial_values = original
     return alive.bytes, engine.num_local_params()
 
 
@@ -136,7 +136,7 @@ def save_and_load_peaks(root: str) -> tuple[int, int, int, int]:
     del loaded
     with Alive() as inference, Reader(step) as reader:
         model = ParallelModel.load(CONFIG, mesh, reader)
-    assert model.stage is not None
+    assert sum(x.numel() for stage in model.stages.values() for x in stage.parameters()) == local
     return saving.bytes, loading.bytes, inference.bytes, local
 
 
@@ -164,7 +164,7 @@ def test_saving_and_loading_hold_the_shard_and_one_piece(tmp_path: Path):
     for saving, loading, inference, local in run_ranks(4, save_and_load_peaks, str(tmp_path)):
         # Rank 0 merges the tables of all pieces; a copy of the state would be 3 x FP32 x local more.
         assert saving <= one + 4 * SLACK < 3 * FP32 * local
-        assert loading <= STATES * FP32 * local + one + SLACK
+        assert loading <= STATES * FP32 * local + one + 2 * SLACK  # the manifest of all tensors
         assert FP32 * local <= inference <= FP32 * local + one + SLACK
         assert FP32 * local <= 0.35 * FP32 * MODEL.num_params()
 

@@ -10,10 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megallm.models.build import build_stage, initial_values, place_parameters
+from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import StageOptions
+from megallm.models.decoder import Stage, StageOptions
 from megallm.models.presets import PRESETS
+from megallm.models.stages import StageSpan, plan_stages
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
@@ -30,9 +31,14 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+def whole_model(config: ModelConfig) -> Stage:
+    """One stage that is first and last, on the meta device."""
+    return Stage(config, Mesh.single(), StageSpan(0, config.num_layers, True, True), StageOptions())
+
+
 def built_count(config: ModelConfig) -> int:
     """Parameters of the model on the meta device; a tied matrix is there once."""
-    stage = build_stage(config, Mesh.single(), StageOptions())
+    stage = whole_model(config)
     assert all(parameter.device.type == "meta" for parameter in stage.parameters())
     return sum(parameter.numel() for parameter in stage.parameters())
 
@@ -72,7 +78,8 @@ def test_the_pieces_of_a_layout_add_up_to_the_model():
     total = 0
     for rank in range(layout.world):
         mesh = mesh_on_paper(layout, rank)
-        for name, parameter, shard in named_shards(build_stage(config, mesh, StageOptions(sp=True))):
+        span = plan_stages(config.num_layers, layout.pp)[mesh.pp.rank]
+        for name, parameter, shard in named_shards(Stage(config, mesh, span, StageOptions(sp=True))):
             first = name != "embedding.weight" or mesh.coords["pp"] == 0
             total += parameter.numel() * shard.owned(mesh.coords, first)
     assert total == config.num_params()
@@ -103,7 +110,7 @@ def test_flops_equal_counted_ones(name):
     """Forward and backward of one batch, attention as plain matrix products so that each is seen."""
     config = replace(TINY, **FLOP_CONFIGS[name]).resolve()
     rows, tokens = 2, 16
-    stage = build_stage(config, Mesh.single(), StageOptions())
+    stage = whole_model(config)
     shards = {key: shard for key, _, shard in named_shards(stage)}
     place_parameters(
         stage,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
+from megallm.engine import engine as engine_module
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
-from megallm.models import build
 from megallm.models.attention import HeadPlan
 from megallm.models.config import ModelConfig
 from megallm.models.stages import plan_stages
@@ -112,12 +112,12 @@ def by_rank(name: str, shard: Shard, offset: tuple[int, ...], shape: tuple[int, 
 
 
 def initial_pieces_by_rank(config: ModelConfig, layout: Layout) -> Held:
-    original = build.initial_values
-    build.initial_values = by_rank
+    original = engine_module.initial_values
+    engine_module.initial_values = by_rank
     try:
         return initial_pieces(config, layout, False, "fp32")
     finally:
-        build.initial_values = original
+        engine_module.initial_values = original
 
 
 def test_a_start_drawn_piece_by_piece_is_noticed():
