@@ -13,7 +13,7 @@ from typing import Any
 from megallm.base.errors import UsageError
 from megallm.convert.families import FAMILIES, NEUTRAL, Family
 from megallm.convert.folder import is_model_folder, read_json
-from megallm.models.config import ModelConfig
+from megallm.models.config import ROPE_SCALINGS, ModelConfig
 
 CONFIG = "config.json"
 ADVICE = "Nothing was converted: the result would not be the same model."
@@ -108,7 +108,7 @@ def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
 
 
 _INTEGERS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_size", "vocab_size",
-             "max_positions")  # fmt: skip
+             "max_positions", "rope_positions")  # fmt: skip
 _LARGEST = 2**31 - 1
 
 
@@ -165,9 +165,9 @@ def _window(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
     return {"sliding_window": window}
 
 
-def _rope(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, float]:
-    """rope_theta from either key; scaled rotary embeddings are refused by name."""
-    found = {}
+def _rope(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
+    """rope_theta from either key, and how the embedding was stretched, from either key."""
+    found, values = {}, {}
     for key in ("rope_parameters", "rope_scaling"):
         table = raw.get(key)
         if table is None:
@@ -175,10 +175,8 @@ def _rope(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[s
         if not isinstance(table, dict):
             problems.append(f"{key} is {str(table)[:40]!r}; it must be an object")
             continue
-        kind = table.get("rope_type", table.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{key} asks for rope type {str(kind)[:40]!r}; megallm computes the default one")
-        elif table.get("partial_rotary_factor", 1) != 1:
+        values |= _stretch(key, table, raw, problems)
+        if table.get("partial_rotary_factor", 1) != 1:
             problems.append(f"{key}.partial_rotary_factor is {table['partial_rotary_factor']}; it must be 1")
         if table.get("rope_theta") is not None:
             found[f"{key}.rope_theta"] = table["rope_theta"]
@@ -188,7 +186,39 @@ def _rope(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[s
         problems.append(" and ".join(f"{key} is {value}" for key, value in found.items()) + ": they must agree")
     theta = next(iter(found.values()), family.defaults["rope_theta"])
     theta = _typed("rope_theta", "rope_theta", theta, problems)
-    return {"rope_theta": None if theta is None else float(theta)}
+    return values | {"rope_theta": None if theta is None else float(theta)}
+
+
+# Their rope types -> our fields and where their numbers stand.
+STRETCHES: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {
+        "rope_factor": "factor",
+        "rope_low_factor": "low_freq_factor",
+        "rope_high_factor": "high_freq_factor",
+        "rope_positions": "original_max_position_embeddings",
+    },
+}
+
+
+def _stretch(key: str, table: Mapping[str, Any], raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The fields of a stretched rotary embedding; others than STRETCHES are refused by name."""
+    kind = table.get("rope_type", table.get("type", "default"))
+    if not isinstance(kind, str) or kind not in STRETCHES:
+        problems.append(f"{key} asks for rope type {str(kind)[:40]!r}; megallm computes {', '.join(STRETCHES)}")
+        return {}
+    if kind == "default":
+        return {}
+    values: dict[str, Any] = {"rope_scaling": kind}
+    for field, name in STRETCHES[kind].items():
+        value = table.get(name, raw.get(name))
+        if value is None:
+            problems.append(f"{key} of type {kind} lacks {name}")
+        else:
+            value = _typed(field, f"{key}.{name}", value, problems)
+            values[field] = float(value) if type(value) is int and field != "rope_positions" else value
+    return values
 
 
 def _number(value: Any) -> Any:
@@ -247,10 +277,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
     acts = {ours: theirs for theirs, ours in reversed(family.activations.items())}
     content[family.activation_key] = acts[model.activation]
     if model.positions == "rope":
-        content |= {
-            "rope_theta": model.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        }
+        content |= _rope_keys(model)
     if family.name == "llama":
         content |= {"attention_bias": model.bias, "mlp_bias": model.bias}
     if family.name == "mistral":
@@ -265,13 +292,23 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
     return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
 
 
+def _rope_keys(model: ModelConfig) -> dict[str, Any]:
+    """`rope_theta` and, when stretched, `rope_scaling` for transformers 4; `rope_parameters` for 5."""
+    kind = model.rope_scaling or "default"
+    table = {"rope_type": kind} | {name: getattr(model, field) for field, name in STRETCHES[kind].items()}
+    keys = {"rope_theta": model.rope_theta, "rope_parameters": table | {"rope_theta": model.rope_theta}}
+    return keys | ({} if model.rope_scaling is None else {"rope_scaling": table})
+
+
 def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another model.
 
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and `init_std` hold no
     weights of a rotary model and may be given.
     """
-    free = {"rope_theta", "sliding_window", "init_std"} | ({"max_positions"} if found.positions == "rope" else set())
+    free = {"rope_theta", "sliding_window", "init_std", *ROPE_SCALINGS["llama3"], "rope_scaling"} | (
+        {"max_positions"} if found.positions == "rope" else set()
+    )
     given = {name: value for name, value in asdict(wanted).items() if value is not None and name != "hf"}
     if "preset" in given:
         raise UsageError("model.hf and model.preset are both given; the folder says what the model is: keep one.")

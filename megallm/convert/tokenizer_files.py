@@ -79,7 +79,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def token_ids(folder: Path) -> dict[str, int | None]:
-    """`bos_token_id` and `eos_token_id` as the tokenizer's settings name them; None where they do not."""
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` as the tokenizer's settings name them, or None."""
     settings: dict[str, Any] = {}
     for name in (SPECIALS, SETTINGS):
         if os.path.lexists(folder / name):
@@ -87,7 +87,7 @@ def token_ids(folder: Path) -> dict[str, int | None]:
     definition = _definition(folder)
     ids = dict(_vocabulary(definition))
     found: dict[str, int | None] = {}
-    for kind in ("bos", "eos"):
+    for kind in ("bos", "eos", "pad"):
         token = settings.get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
         found[f"{kind}_token_id"] = ids.get(token) if isinstance(token, str) else None

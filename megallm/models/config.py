@@ -15,6 +15,17 @@ from megallm.models.presets import FAMILIES, PRESETS
 
 
 @dataclass(frozen=True)
+class RopeStretch:
+    """How a rotary embedding was stretched to a longer context; linear uses `factor` only."""
+
+    kind: str  # linear | llama3
+    factor: float
+    low_factor: float | None
+    high_factor: float | None
+    positions: int | None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The model as the user writes it; `resolve()` fills every None that matters."""
 
@@ -35,6 +46,11 @@ class ModelConfig:
     activation: str | None = None  # swiglu | gelu | gelu_tanh
     positions: str | None = None  # rope | learned
     rope_theta: float | None = None
+    rope_scaling: str | None = None  # linear | llama3: stretches rotary positions by rope_factor
+    rope_factor: float | None = None
+    rope_low_factor: float | None = None  # llama3: waves longer than rope_positions / this are stretched in full
+    rope_high_factor: float | None = None  # llama3: waves shorter than rope_positions / this are left alone
+    rope_positions: int | None = None  # llama3: positions that the model knew before it was stretched
     qkv_bias: bool | None = None
     bias: bool | None = None  # o, up, down; and qkv unless qkv_bias says otherwise
     qk_norm: bool | None = None
@@ -60,6 +76,15 @@ class ModelConfig:
             raise UsageError(f"The model lacks {names}: give them, or name a model.preset ({', '.join(PRESETS)}).")
         _derive(values)
         return ModelConfig(**values)
+
+    @property
+    def rope_stretch(self) -> RopeStretch | None:
+        """None for the plain rotary embedding."""
+        if self.rope_scaling is None:
+            return None
+        return RopeStretch(
+            self.rope_scaling, self.rope_factor, self.rope_low_factor, self.rope_high_factor, self.rope_positions
+        )
 
     @property
     def gated(self) -> bool:
@@ -121,11 +146,37 @@ def _derive(values: dict[str, Any]) -> None:
     if "ffn_hidden_size" not in values:
         gated = values["activation"] == "swiglu"
         values["ffn_hidden_size"] = -(-8 * d // 3 // 64) * 64 if gated else 4 * d
+    _check_rope(values)
     if values.get("qkv_bias") is None:
         values["qkv_bias"] = values["bias"]
 
 
+def _check_rope(values: dict[str, Any]) -> None:
+    """A stretched rotary embedding has exactly the numbers that its kind needs."""
+    kind = values.get("rope_scaling")
+    if kind is not None and kind not in ROPE_SCALINGS:
+        raise UsageError(f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or null.")
+    needed = ROPE_SCALINGS.get(kind, ())
+    for name in ROPE_SCALINGS["llama3"]:
+        given = values.get(name) is not None
+        if given != (name in needed):
+            must = "needs" if name in needed else "has no"
+            raise UsageError(f"model.rope_scaling {kind or 'null'} {must} model.{name}.")
+        if given and values[name] <= 0:
+            raise UsageError(f"model.{name} is {values[name]}; it must be greater than 0.")
+    if kind == "llama3" and values["rope_low_factor"] >= values["rope_high_factor"]:
+        raise UsageError(
+            f"model.rope_low_factor {values['rope_low_factor']} must be less than model.rope_high_factor "
+            f"{values['rope_high_factor']}."
+        )
+
+
+ROPE_SCALINGS = {
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_low_factor", "rope_high_factor", "rope_positions"),
+}
 CHOICES = {
+    "rope_scaling": tuple(ROPE_SCALINGS),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("swiglu", "gelu", "gelu_tanh"),
     "positions": ("rope", "learned"),

@@ -102,7 +102,10 @@ class Stage(ShardedModule):
         """Run this stage's layers; `positions` `[B, T/cp]` are those of this cp rank's tokens."""
         tables: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.config.positions == "rope":
-            tables = rope_tables(positions, self.config.head_size, self.config.rope_theta, wide_dtype(x.dtype))
+            config = self.config
+            tables = rope_tables(
+                positions, config.head_size, config.rope_theta, wide_dtype(x.dtype), config.rope_stretch
+            )
         places = Places(*tables, self.context, sight)
         for i, (number, block) in enumerate(self.layers.items()):
             cache = caches[i] if caches else None

@@ -54,10 +54,12 @@ def _linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> 
     return y if bias is None else y + bias
 
 
-def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T, heads, E]."""
     size = x.shape[-1]
-    speed = theta ** (-torch.arange(0, size, 2, dtype=x.dtype) / size)
+    speed = config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=x.dtype) / size)
+    if config.get("rope_scaling") is not None:
+        speed = torch.stack([_slower(one, config) for one in speed])
     angle = (positions[..., None].to(x.dtype) * speed)[:, :, None, :]
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), dim=-1)
@@ -75,7 +77,7 @@ def _attention(
         q = _rms(q, weights[at + "q_norm.weight"], config["norm_eps"])
         k = _rms(k, weights[at + "k_norm.weight"], config["norm_eps"])
     if config["positions"] == "rope":
-        q, k = (_rotate(z, positions, config["rope_theta"]) for z in (q, k))
+        q, k = (_rotate(z, positions, config) for z in (q, k))
     k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))
     scores = torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
@@ -84,6 +86,20 @@ def _attention(
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
     mixed = torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
     return _linear(weights, at + "o", mixed.reshape(batch, length, heads * size))
+
+
+def _slower(speed: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """One frequency after linear or llama3 stretching, case by case on its wavelength."""
+    factor = config["rope_factor"]
+    if config["rope_scaling"] == "linear":
+        return speed / factor
+    wavelength, old = 2 * torch.pi / speed, config["rope_positions"]
+    if wavelength > old / config["rope_low_factor"]:
+        return speed / factor
+    if wavelength < old / config["rope_high_factor"]:
+        return speed
+    smooth = (old / wavelength - config["rope_low_factor"]) / (config["rope_high_factor"] - config["rope_low_factor"])
+    return (1 - smooth) * speed / factor + smooth * speed
 
 
 def _mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tensor:

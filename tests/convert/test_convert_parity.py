@@ -19,6 +19,9 @@ from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.rules import rule
 from megallm.convert.weights import Cast, HfReader
 from megallm.engine.config import EngineConfig
+from megallm.models.config import ModelConfig, RopeStretch
+from megallm.ops.rope import stretched
+from megallm.oracle import reference
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.training.weights import read_weights
@@ -170,6 +173,37 @@ def test_a_model_that_no_family_holds_is_refused(tmp_path):
         with pytest.raises(UsageError, match="No Hugging Face family .* model.qk_norm is True, llama needs False"):
             family_of(odd)
         assert family_of(dataclasses.replace(reader.model, sliding_window=9)).name == "mistral"
+
+
+def test_stretched_rotary_embeddings_equal_the_reference():
+    """Waves that are kept, blended and stretched all occur; the table equals the oracle's, which goes case by case."""
+    config = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_low_factor": 1.0, "rope_high_factor": 4.0}
+    config |= {"rope_positions": 48}
+    speeds = 1e4 ** -(torch.arange(0, 32, 2, dtype=torch.float64) / 32)
+    found = stretched(speeds, RopeStretch("llama3", 8.0, 1.0, 4.0, 48))
+    expected = torch.stack([reference._slower(speed, config) for speed in speeds])
+    assert torch.allclose(found, expected, rtol=1e-14, atol=0)
+    ratio = (found / speeds).tolist()
+    assert ratio[0] == 1.0 and ratio[-1] == pytest.approx(1 / 8) and any(0.2 < one < 0.9 for one in ratio)
+    linear = stretched(speeds, RopeStretch("linear", 4.0, None, None, None))
+    assert torch.equal(linear, speeds / 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"rope_scaling": "yarn"}, "it must be one of linear, llama3"),
+        ({"rope_scaling": "linear"}, "linear needs model.rope_factor"),
+        ({"rope_factor": 2.0}, "null has no model.rope_factor"),
+        ({"rope_scaling": "linear", "rope_factor": -2.0}, "rope_factor is -2.0"),
+        ({"rope_scaling": "linear", "rope_factor": 2.0, "rope_positions": 5}, "linear has no model.rope_positions"),
+        ({"rope_scaling": "llama3", "rope_factor": 2.0, "rope_low_factor": 4.0, "rope_high_factor": 1.0,
+          "rope_positions": 9}, "must be less than model.rope_high_factor"),
+    ],
+)  # fmt: skip
+def test_stretches_that_make_no_sense_are_refused(fields, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        ModelConfig(preset="llama3-8b", **fields).resolve()
 
 
 def test_a_checkpoint_reads_as_any_dtype(tmp_path):

@@ -28,6 +28,8 @@ def begin():
 """
 
 THETA = {"rope_theta": 1e6, "rope_type": "default"}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 48}  # fmt: skip
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 
 
@@ -51,6 +53,8 @@ CASES = [
     case("llama-tied", "LlamaConfig", tie_word_embeddings=True, rope_parameters=THETA | {"rope_theta": 5e5}),
     case("llama-head-dim", "LlamaConfig", head_dim=16, num_key_value_heads=1),
     case("llama-biases", "LlamaConfig", attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+    case("llama-linear", "LlamaConfig", rope_parameters=THETA | {"rope_type": "linear", "factor": 4.0}),
+    case("llama-3.1", "LlamaConfig", rope_parameters=LLAMA3, tie_word_embeddings=True, head_dim=32),
     case("mistral", "MistralConfig", sliding_window=8),
     case("mistral-full", "MistralConfig", sliding_window=None, head_dim=24),
     case("qwen2", "Qwen2Config", rope_parameters=THETA),
