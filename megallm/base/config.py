@@ -342,6 +342,8 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         value = _SCALARS[hint](node)
     elif isinstance(node, Items) and origin is tuple:
         return _convert_items(hint, node, key, problems)
+    elif isinstance(node, Table) and dataclasses.is_dataclass(hint):
+        return _build(hint, hint, node, f"{key}.", problems)
     elif isinstance(node, Table) and origin is dict:
         inner = typing.get_args(hint)[1]
         table = {name: _convert(inner, child, f"{key}.{name}", problems) for name, (_, child) in node.items.items()}
@@ -398,6 +400,8 @@ _EXPECTED = {int: "an integer such as 8", float: "a finite number such as 3e-4",
 
 def _expected(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping of {', '.join(_hints(hint))}"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in args)
     if origin is tuple:

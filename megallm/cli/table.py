@@ -29,6 +29,8 @@ _ROWS = (
     ("tokenizer train", "data", "train a byte-level BPE tokenizer on raw text"),
     ("data verify", "data", "check every byte and token of an indexed dataset"),
     ("data show", "data", "print documents of an indexed dataset"),
+    ("data stream", "stream", "print which documents a run reads at which step"),
+    ("data trace", "stream", "name the documents, and the raw lines, behind one row of a step"),
     ("curate", "curate", "clean raw text: language, quality, duplicates, personal data; with a ledger and a report"),
     ("curate train-classifier", "curate", "train a quality classifier on good and bad documents"),
     ("curate train-lm", "curate", "train a Kneser-Ney n-gram model for the perplexity step"),
@@ -36,6 +38,7 @@ _ROWS = (
     ("pretrain", "pretrain", "train a language model from a configuration"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),
+    ("chat", "chat", "talk to a trained model"),
     ("convert", "convert", "convert between checkpoints and Hugging Face folders"),
     ("ckpt ls", "ckpt", "list the checkpoints of a run"),
     ("ckpt show", "ckpt", "print what a checkpoint holds"),
@@ -44,6 +47,7 @@ _ROWS = (
     ("ckpt dump", "ckpt", "write a checkpoint's logical tensors to one safetensors file"),
     ("schedule", "schedule", "print, draw or trace what each pipeline rank does when"),
     ("oracle", "oracle", "compare parallel layouts with an independent reference in float64"),
+    ("completion", "completion", "print the completion script of a shell: bash, zsh or fish"),
     ("doctor", "doctor", "show versions, the extension, optional libraries and a check of gloo"),
 )
 VERBS = {words: Verb(words, f"megallm.cli.{module}", text) for words, module, text in _ROWS}

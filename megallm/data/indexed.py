@@ -29,6 +29,7 @@ DTYPES = {
     5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_NONE = {dtype: np.empty(0, dtype) for dtype in DTYPES.values()}
 _SCAN = 1 << 20  # entries or tokens looked at together: bounds the memory of checks
 _COPY_BYTES = 1 << 22
 
@@ -93,10 +94,23 @@ class IndexedDataset:
         return document, token_index - self.token_index(int(self.document_indices[document]))
 
     def document(self, document: int) -> np.ndarray:
-        """All tokens of one document."""
-        begin, end = self.document_indices[document : document + 2].tolist()
-        parts = [self.get(sequence) for sequence in range(begin, end)]
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        """All tokens of one document: a read-only view."""
+        begin, end = self.document_starts(np.array([document, document + 1])).tolist()
+        return self.tokens(begin, end - begin)
+
+    def document_starts(self, documents: np.ndarray) -> np.ndarray:
+        """Where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the end of the last."""
+        sequences = self.document_indices[documents]
+        ends = sequences == len(self)
+        if len(self) == 0:
+            return np.zeros(len(sequences), np.int64)
+        return np.where(ends, self.num_tokens, self.offsets[np.where(ends, 0, sequences)] // self.dtype.itemsize)
+
+    def tokens(self, begin: int, count: int) -> np.ndarray:
+        """`count` tokens of `.bin` from token `begin` on: a read-only view."""
+        if begin < 0 or count < 0 or begin + count > self.num_tokens:
+            raise IndexError(f"Tokens {begin} to {begin + count} of {self.data_path}, which has {self.num_tokens}.")
+        return np.frombuffer(self._data, self.dtype, count, begin * self.dtype.itemsize) if count else _NONE[self.dtype]
 
 
 def _map(path: str) -> mmap.mmap | bytes:

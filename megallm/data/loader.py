@@ -12,38 +12,34 @@ from itertools import islice
 import numpy as np
 import torch
 
-from megallm.data.pretrain import SampleDataset
+from megallm.data.batches import Arrays, stack
 
 Batch = dict[str, torch.Tensor]
-Rows = list[list[int]]
 
 
 def make_batch(samples: list[np.ndarray]) -> Batch:
     """{"tokens", "labels", "positions": int64 [B, T], "mask": bool [B, T]} of B samples of T + 1 tokens."""
-    both = torch.from_numpy(np.stack(samples))
-    rows, length = both.shape[0], both.shape[1] - 1
-    return {
-        "tokens": both[:, :-1].contiguous(),
-        "labels": both[:, 1:].contiguous(),
-        "positions": torch.arange(length).expand(rows, length).contiguous(),
-        "mask": torch.ones(rows, length, dtype=torch.bool),
-    }
+    return to_tensors(stack(samples))
+
+
+def to_tensors(arrays: Arrays, pin: bool = False) -> Batch:
+    """The same memory as tensors; `pin` copies all but "cu_seqlens" to pinned memory (that one is read on the CPU)."""
+    batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return {name: x.pin_memory() if pin and name != "cu_seqlens" else x for name, x in batch.items()}
 
 
 class Loader:
-    """Iterate `(step, [batch, ...])` for steps first_step <= step < last_step.
+    """Iterate `(step, [batch, ...])` for steps first_step <= step < last_step, which `read` makes in this order.
 
-    rows_of_step(step) gives the sample numbers of each microbatch (`sampler.micro_rows`). `prefetch`
-    steps are made ahead. An error of the thread is raised where its step would have come. Close it, or
-    use it as a context manager; `wait_seconds` is how long the consumer has waited for data in all.
+    `prefetch` steps are made ahead by a thread. An error of the thread is raised where its step would have come.
+    Close it, or use it as a context manager; `wait_seconds` is how long the consumer has waited for data in all.
     """
 
     def __init__(
-        self, dataset: SampleDataset, rows_of_step: Callable[[int], Rows], first_step: int, last_step: int,
-        prefetch: int = 2, pin: bool = False,
-    ) -> None:  # fmt: skip
+        self, read: Callable[[int], list[Arrays]], first_step: int, last_step: int, prefetch: int = 2, pin: bool = False
+    ) -> None:
         self.wait_seconds = 0.0
-        self._dataset, self._rows_of_step, self._pin = dataset, rows_of_step, pin
+        self._read, self._pin = read, pin
         self._steps = iter(range(first_step, last_step))
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
@@ -82,10 +78,6 @@ class Loader:
         self.close()
 
     def _make(self, step: int) -> tuple[int, list[Batch]]:
-        batches = []
-        for rows in self._rows_of_step(step):
-            if self._stop.is_set():
-                break
-            batch = make_batch([self._dataset.sample(row) for row in rows])
-            batches.append({k: v.pin_memory() for k, v in batch.items()} if self._pin else batch)
-        return step, batches
+        if self._stop.is_set():
+            return step, []
+        return step, [to_tensors(arrays, self._pin) for arrays in self._read(step)]

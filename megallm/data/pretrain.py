@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,12 +32,17 @@ class SampleDataset(Protocol):
 
     def spans(self, i: int) -> list[Span]: ...
 
+    def where(self, i: int) -> dict[str, Any]: ...
+
 
 class SourceSplit:
     """One split of one indexed dataset in Megatron's order; see `order.Order` for the arrays."""
 
-    def __init__(self, data: IndexedDataset, arrays: order.Order, seq_len: int, vocab_size: int | None) -> None:
+    def __init__(
+        self, data: IndexedDataset, arrays: order.Order, seq_len: int, vocab_size: int | None, epochs: int = 1
+    ) -> None:
         self.data, self.order, self.seq_len, self.vocab_size = data, arrays, seq_len, vocab_size
+        self.epochs = epochs  # passes over the split that `arrays` holds
 
     def __len__(self) -> int:
         return len(self.order)
@@ -62,6 +67,13 @@ class SourceSplit:
                 document, begin = self.data.place_of(self.data.token_index(sequence, offset))
                 out.append(Span(self.data.prefix, document, begin, begin + length))
         return out
+
+    def where(self, i: int) -> dict[str, Any]:
+        """{source, epoch, spans}; the epoch is how often the shuffled list had been gone through before item i."""
+        first = int(self.order.sample[int(self.order.shuffle[_checked(i, len(self))])][0])
+        epoch = first // max(1, len(self.order.document) // self.epochs)
+        spans = [[span.document, span.begin, span.end] for span in self.spans(i)]
+        return {"source": self.data.prefix, "epoch": epoch, "spans": spans}
 
     def _pieces(self, i: int) -> list[tuple[int, int, int]]:
         """(sequence, offset, length) of the stretches of item i."""
@@ -91,6 +103,10 @@ class Blend:
     def spans(self, i: int) -> list[Span]:
         """The documents that item i reads, in order."""
         return self.sources[self.source_of[_checked(i, len(self))]].spans(int(self.sample_of[i]))
+
+    def where(self, i: int) -> dict[str, Any]:
+        """{source, epoch, spans} of item i."""
+        return self.sources[self.source_of[_checked(i, len(self))]].where(int(self.sample_of[i]))
 
 
 def _checked(i: int, length: int) -> int:
@@ -126,7 +142,8 @@ def build_split(
             arrays = order.build_order(data.lengths, sequences, size, seq_len, seed)
         except DataError as error:
             raise DataError(f"{prefix}, split '{which}' of {split}: {error}") from None
-        built.append(SourceSplit(data, arrays, seq_len, vocab_size))
+        epochs = max(1, len(arrays.document) // max(1, len(sequences)))
+        built.append(SourceSplit(data, arrays, seq_len, vocab_size, epochs))
     if len(built) == 1:
         return built[0]
     if num_samples is None:

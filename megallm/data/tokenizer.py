@@ -52,6 +52,10 @@ class Tokenizer(Encoder, Protocol):
 
     def decode(self, ids: Iterable[int]) -> str: ...
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None when there is none."""
+        ...
+
 
 def load(spec: str) -> Tokenizer:
     """The tokenizer called `bytes`, or of a Hugging Face folder or `tokenizer.json`. Errors: `DataError`."""
@@ -86,6 +90,10 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text; the end-of-document id gives nothing, broken UTF-8 gives replacement characters."""
         return bytes(i for i in ids if i < self.eod).decode("utf-8", errors="replace")
+
+    def token_id(self, token: str) -> int | None:
+        """None: no token has a name."""
+        return None
 
 
 class FolderTokenizer:
@@ -139,6 +147,10 @@ class FolderTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens written out."""
         return self._plain.decode(list(ids), skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None when there is none."""
+        return self._vocab.get(token)
 
 
 def _read_json(path: Path, required: bool) -> dict[str, Any]:

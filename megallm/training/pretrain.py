@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED
 from megallm.convert.folder import is_model_folder
-from megallm.convert.tokenizer_files import copy_tokenizer, has_tokenizer
-from megallm.data import meta, order, tokenizer
-from megallm.data.loader import Loader, make_batch
+from megallm.convert.tokenizer_files import copy_tokenizer
+from megallm.data import order, samplelog, tokenizer
+from megallm.data.batches import Reader, Share
+from megallm.data.indexed import IndexedDataset
+from megallm.data.loader import Batch, Loader, make_batch
 from megallm.data.pretrain import SampleDataset, build_split
 from megallm.data.sampler import rows_after
+from megallm.data.source import fingerprint
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
@@ -26,11 +31,14 @@ from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
+from megallm.training.reading import check_tokenizers, open_reader, tokenizer_of
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine, is_import
 
 log = logging.getLogger(__name__)
+
+Batches = Iterator[tuple[int, list[Batch]]]
 
 
 def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
@@ -49,9 +57,14 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
         if mesh.rank == 0:
             keep_tokenizer(config)
         recorder.note(opening(config, engine, begin))
-        with train_loader(config, mesh, ledger) as loader:
+        reader, step = train_reader(config, mesh, ledger), ledger.step
+        with (
+            train_loader(config, mesh, ledger, reader) as loader,
+            logged(config, mesh, loader, reader, step) as batches,
+        ):
             held_out = HeldOut(config, engine)
-            job = Job(config, engine, NextToken(), loader, lambda: loader.wait_seconds, held_out.loss, identity, ledger)
+            waited = lambda: loader.wait_seconds  # noqa: E731 (a property would be read only once)
+            job = Job(config, engine, NextToken(), batches, waited, held_out.loss, identity, ledger, reader.state_after)
             Loop(job, recorder, requests).run()
 
 
@@ -86,46 +99,40 @@ def opening(config: PretrainConfig, engine: Engine, begin: str) -> str:
 # Data
 
 
-def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Loader:
-    """Batches of the steps that are left; the same on every rank of a replica. Steps count from 1."""
-    train, data = config.train, config.data
-    samples = build_split(
-        data.sources,
-        data.split,
-        "train",
-        train.steps * train.global_batch,
-        data.seq_len,
-        data.seed,
-        config.model.vocab_size,
-    )
-    last = train.stop_at or train.steps
-    check_tokenizers(config, mesh)
-
-    def rows_of_step(step: int) -> list[list[int]]:
-        consumed = (step - 1) * train.global_batch
-        return rows_after(consumed, train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
-
-    return Loader(samples, rows_of_step, ledger.step + 1, last + 1, pin=mesh.device.type == "cuda")
+def train_reader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Reader:
+    """What this rank's replica reads after the ledger's step; the same on every rank of a replica."""
+    if mesh.rank == 0:
+        check_tokenizers(config)
+    share = Share(config.train.global_batch, config.train.micro_batch, mesh.data.size, mesh.data.rank)
+    return open_reader(config, share, ledger.step + 1, ledger.data)
 
 
-def tokenizer_of(config: PretrainConfig) -> str | None:
-    """`data.tokenizer`, else the tokenizer that came with `model.hf`, else bytes if they made the sources, else None."""
-    if config.data.tokenizer is not None:
-        return config.data.tokenizer
-    if config.model.hf is not None and has_tokenizer(Path(config.model.hf)):
-        return config.model.hf
-    side_cars = [meta.read(prefix) for prefix in config.data.sources]
-    bytewise = all(car and car["tokenizer"]["fingerprint"] == tokenizer.ByteTokenizer.fingerprint for car in side_cars)
-    return tokenizer.BYTES if bytewise else None
+def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger, reader: Reader) -> Loader:
+    """Batches of the steps that are left. Steps count from 1."""
+    last = config.train.stop_at or config.train.steps
+    return Loader(reader.batches, ledger.step + 1, last + 1, pin=mesh.device.type == "cuda")
 
 
-def check_tokenizers(config: PretrainConfig, mesh: Mesh) -> None:
-    """Refuse sources that were made with another tokenizer than the run's."""
-    spec = tokenizer_of(config)
-    if spec is not None and mesh.rank == 0:
-        fingerprint = tokenizer.load(spec).fingerprint
-        for prefix in config.data.sources:
-            meta.check_tokenizer(prefix, fingerprint)
+@contextmanager
+def logged(config: PretrainConfig, mesh: Mesh, loader: Loader, reader: Reader, step: int) -> Iterator[Batches]:
+    """The loader's batches, each step's rows in RUN/samples.jsonl before it is trained on; collective over the world.
+
+    Rows after `step`, which a run that was killed has left, are removed first. One rank of each replica writes.
+    """
+    if not config.data.log_samples:
+        yield loader
+        return
+    path = Path(config.run.dir) / "samples.jsonl"
+    if mesh.rank == 0:
+        samplelog.cut(path, step)
+    mesh.barrier()
+    coords = mesh.layout.coords(mesh.rank)
+    if any(coords[axis] for axis in ("pp", "cp", "tp")):
+        yield loader
+        return
+    every = config.checkpoint.every
+    with samplelog.SampleLog(path) as rows:
+        yield rows.writing(loader, reader.consumed, lambda step: every > 0 and step % every == 0)
 
 
 class HeldOut:
@@ -177,23 +184,27 @@ def keep_tokenizer(config: PretrainConfig) -> None:
 
 
 def describe(config: PretrainConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of the configuration, to refuse a run that is not the same run."""
-    data = config.data
+    """What a checkpoint remembers of the configuration, to refuse a run that is not the same run.
+
+    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read.
+    """
+    data, train = config.data, config.train
+    reading = {"order": data.order, "split": data.split, "seed": data.seed}
+    if data.order == "megatron":
+        reading |= {
+            "sources": data.sources,
+            "seq_len": data.seq_len,
+            "samples": train.steps * train.global_batch,
+            "global_batch": train.global_batch,
+            "files": {prefix: fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
+        }
     return {
         "kind": "pretrain",
         "model": dataclasses.asdict(dataclasses.replace(config.model, hf=None)),
-        "precision": config.train.precision,
+        "precision": train.precision,
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
-        "data": {
-            "sources": data.sources,
-            "split": data.split,
-            "seq_len": data.seq_len,
-            "order": data.order,
-            "seed": data.seed,
-            "samples": config.train.steps * config.train.global_batch,
-            "global_batch": config.train.global_batch,
-        },
+        "data": reading,
     }
 
 
@@ -223,7 +234,7 @@ def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> Path | None:
 
 def check_identity(found: Path, identity: dict[str, Any]) -> dict[str, int]:
     """The ledger of a checkpoint; UsageError with a table of what differs when the run is another one."""
-    with Reader(found) as reader:
+    with CheckpointReader(found) as reader:
         saved = reader.meta
         if is_import(reader):
             identity = {"model": identity["model"]}
@@ -248,7 +259,7 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], path: tuple[str,
     found = []
     for key, new in wanted.items():
         old = saved.get(key)
-        if isinstance(new, dict) and isinstance(old, dict) and key != "sources":
+        if isinstance(new, dict) and isinstance(old, dict) and key not in ("sources", "files"):
             found += _differences(old, new, (*path, key))
         elif old != new and key != "tokenizer":
             found.append(((*path, key), old, new))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import DataError, UsageError
+from megallm.data.batches import stack
 from megallm.data.loader import Loader
 from megallm.data.pretrain import Blend, Span, build_split
 from megallm.data.sampler import micro_rows, rows_after
@@ -129,13 +130,18 @@ class Counting:
         return []
 
 
-def rows_of(step):
-    return micro_rows(step, 4, 2, 1, 0)
+def reading(dataset):
+    """What the loader reads: step 0 is samples 0 to 3."""
+
+    def read(step):
+        return [stack([dataset.sample(i) for i in micro]) for micro in micro_rows(step, 4, 2, 1, 0)]
+
+    return read
 
 
 def test_loader_gives_batches_in_order():
     torch = pytest.importorskip("torch")
-    with Loader(Counting(), rows_of, 3, 6) as loader:
+    with Loader(reading(Counting()), 3, 6) as loader:
         got = list(loader)
     assert [step for step, _ in got] == [3, 4, 5] and all(len(batches) == 2 for _, batches in got)
     batch = got[0][1][1]
@@ -148,7 +154,7 @@ def test_loader_gives_batches_in_order():
 
 def test_loader_raises_the_error_at_its_step_and_ends():
     before = threading.active_count()
-    loader = Loader(Counting(broken=9), rows_of, 0, 10)
+    loader = Loader(reading(Counting(broken=9)), 0, 10)
     assert next(loader)[0] == 0 and next(loader)[0] == 1
     with pytest.raises(DataError, match="sample 9 is broken"):
         next(loader)
@@ -159,7 +165,7 @@ def test_loader_raises_the_error_at_its_step_and_ends():
 
 def test_loader_runs_ahead_only_so_far_and_closes():
     dataset = Counting()
-    loader = Loader(dataset, rows_of, 0, 200, prefetch=2)
+    loader = Loader(reading(dataset), 0, 200, prefetch=2)
     deadline = time.monotonic() + 5
     while len(dataset.read) < 8 and time.monotonic() < deadline:
         time.sleep(0.01)

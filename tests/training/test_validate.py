@@ -16,6 +16,7 @@ from megallm.models.config import ModelConfig
 from megallm.parallel import zigzag
 from megallm.training import validate
 from megallm.training.config import PretrainConfig
+from megallm.training.config import SegmentConfig as Segment
 from megallm.training.validate import (
     AVAILABLE,
     RANGES,
@@ -142,6 +143,28 @@ def test_nearest_layouts_fit_and_are_named():
 
 
 BROKEN = [
+    ("ranges", {"data.fim.rate": 1.5}, "data.fim.rate is 1.5; it must be at least 0 and at most 1."),
+    ("segments", {"data.segments": (Segment(), Segment())}, "data.segments[0] has no until_tokens"),
+    (
+        "segments",
+        {"data.segments": (Segment(until_tokens=9), Segment(until_tokens=9))},
+        "data.segments[1].until_tokens is 9; it must be greater than 9, where the segment begins.",
+    ),
+    ("segments", {"data.segments": (Segment(sources={"q": 1.0}),)}, "names q, which data.sources does not have."),
+    ("segments", {"data.segments": (Segment(sources={"p": 0.0}),)}, "has no source with a weight above 0."),
+    ("segments", {"data.segments": (Segment(seq_len=0),)}, "data.segments[0].seq_len is 0; it must be at least 1."),
+    ("segments", {"data.segments": (Segment(fim_rate=2.0),)}, "fim_rate is 2; it must be between 0 and 1."),
+    ("segments", {"data.order": "megatron", "data.fim.rate": 0.5}, "data.fim.rate 0.5 needs data.order stream."),
+    (
+        "segments",
+        {"data.fim.rate": 0.5, "data.fim.form": "context", "data.packing": "concat"},
+        "data.fim.form context needs packing best_fit",
+    ),
+    (
+        "sequence",
+        {"layout.tp": 2, "layout.sp": True, "data.segments": (Segment(seq_len=33),)},
+        "layout.sp splits data.segments[0].seq_len 33 over layout.tp 2",
+    ),
     ("ranges", {"layout.tp": 0}, "layout.tp is 0; it must be at least 1."),
     ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1."),
     ("ranges", {"optim.lr": 0.0}, "optim.lr is 0.0; it must be greater than 0."),
@@ -238,8 +261,6 @@ def test_what_is_not_there_yet_is_refused_in_words(key):
     wrong = {
         "layout.schedule": "interleaved",
         "layout.stages": "E|L",
-        "data.order": "stream",
-        "data.log_samples": True,
         "train.precision": "fp8",
         "train.determinism": "tree",
     }.get(key, 2)

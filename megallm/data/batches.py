@@ -1,0 +1,177 @@
+"""From rows to the arrays of a batch, and the two readers of a training run: our stream, and Megatron's order. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from megallm.data.pretrain import SampleDataset
+from megallm.data.sampler import rows_after
+from megallm.data.source import Row, Source
+from megallm.data.stream import Stream
+
+Arrays = dict[str, np.ndarray]
+_AHEAD = 16  # steps whose state is kept
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a global batch one data-parallel rank reads, in microbatches: a contiguous block of them."""
+
+    global_batch: int
+    micro_batch: int
+    dp_size: int = 1
+    dp_rank: int = 0
+
+    def micros(self, consumed: int = 0) -> list[list[int]]:
+        """Row numbers [microbatches][micro_batch] after `consumed` rows."""
+        return rows_after(consumed, self.global_batch, self.micro_batch, self.dp_size, self.dp_rank)
+
+
+class Reader(Protocol):
+    """What a run reads, step by step in order; steps count from 1."""
+
+    def batches(self, step: int) -> list[Arrays]:
+        """This rank's microbatches of a step: {"tokens", "labels", "positions": int64 [B, T], "mask": bool [B, T]},
+        and for packed documents "cu_seqlens" int32 [n + 1] with B = 1."""
+        ...
+
+    def consumed(self, step: int) -> list[dict[str, Any]]:
+        """This rank's rows of a step: {step, micro, row, source, epoch, spans}; micro and row count over all ranks."""
+        ...
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of this step keeps."""
+        ...
+
+
+def fill(row: Row, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """(tokens, labels int64 [T], mask bool [T], ends of the documents in it) of one row.
+
+    A label is the next token of the same document, also where that stands in another row. The last token of a
+    document and the padding have none: 0, masked.
+    """
+    tokens, labels = np.zeros((2, row.seq_len), np.int64)
+    mask = np.zeros(row.seq_len, bool)
+    at, ends = 0, [0]
+    for item in row.items:
+        ids, following = source.read(item, row.epoch)
+        end = at + len(ids)
+        tokens[at:end] = ids
+        labels[at : end - 1] = ids[1:]
+        mask[at : end - 1] = True
+        if following is not None:
+            labels[end - 1], mask[end - 1] = following, True
+        at = end
+        ends.append(at)
+    return tokens, labels, mask, ends if at == row.seq_len else [*ends, row.seq_len]
+
+
+def pack(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
+    """A microbatch of B rows as one row of B x T tokens: documents see only themselves, their positions start at 0."""
+    filled = [fill(row, sources[row.prefix]) for row in rows]
+    tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
+    length = rows[0].seq_len
+    ends = np.unique(np.concatenate([np.array(one[3]) + i * length for i, one in enumerate(filled)]))
+    positions = np.arange(tokens.shape[1]) - np.repeat(ends[:-1], np.diff(ends))
+    return {
+        "tokens": tokens, "labels": labels, "positions": positions[None], "mask": mask,
+        "cu_seqlens": ends.astype(np.int32),
+    }  # fmt: skip
+
+
+def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
+    """A microbatch without document masks: each row is one text, the next token is the label wherever a row has one."""
+    filled = [fill(row, sources[row.prefix]) for row in rows]
+    tokens, labels, mask = (np.stack([one[i] for one in filled]) for i in range(3))
+    for row, (number, one) in zip(rows, enumerate(filled), strict=True):
+        used = sum(item.size for item in row.items)
+        labels[number, : used - 1], mask[number, : used - 1] = one[0][1:used], True
+    return {
+        "tokens": tokens, "labels": labels, "mask": mask,
+        "positions": np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape).copy(),
+    }  # fmt: skip
+
+
+class StreamReader:
+    """Our order. `document_masks`: documents of a row do not see each other (`pack`, else `lay`)."""
+
+    def __init__(self, stream: Stream, share: Share, first_step: int, document_masks: bool = True) -> None:
+        self.stream, self.share, self.next_step = stream, share, first_step
+        self._arrange = pack if document_masks else lay
+        self._states: dict[int, dict[str, Any]] = {first_step - 1: stream.state()}
+        self._rows: dict[int, list[Row]] = {}
+
+    def batches(self, step: int) -> list[Arrays]:
+        rows = self._take(step)
+        return [self._arrange([rows[i] for i in micro], self.stream.sources) for micro in self.share.micros()]
+
+    def consumed(self, step: int) -> list[dict[str, Any]]:
+        rows = self._take(step)
+        return [
+            {"step": step, "micro": number // self.share.micro_batch, "row": number, "source": rows[number].prefix,
+             "epoch": rows[number].epoch, "spans": rows[number].spans, **_forms(rows[number])}
+            for micro in self.share.micros() for number in micro
+        ]  # fmt: skip
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        return self._states[step]
+
+    def _take(self, step: int) -> list[Row]:
+        """All rows of a step; the one after the last, or one of the last few again."""
+        if step not in self._rows:
+            if step != self.next_step:
+                raise ValueError(f"The stream stands before step {self.next_step}; step {step} cannot be read now.")
+            self._rows[step] = self.stream.take(self.share.global_batch)
+            self._states[step] = self.stream.state()
+            self.next_step += 1
+            for kept in (self._rows, self._states):
+                kept.pop(step - _AHEAD, None)
+        return self._rows[step]
+
+
+def _forms(row: Row) -> dict[str, list[str]]:
+    """The forms of the items, when any is not as it stands in the file."""
+    forms = [item.form for item in row.items]
+    return {"forms": forms} if set(forms) != {"plain"} else {}
+
+
+class MegatronReader:
+    """Megatron-LM's order: samples by number, nothing to keep but the steps made."""
+
+    def __init__(self, samples: SampleDataset, share: Share) -> None:
+        self.samples, self.share = samples, share
+
+    def batches(self, step: int) -> list[Arrays]:
+        return [stack([self.samples.sample(i) for i in micro]) for micro in self._micros(step)]
+
+    def consumed(self, step: int) -> list[dict[str, Any]]:
+        return [
+            {"step": step, "micro": row // self.share.micro_batch, "row": row, **self.samples.where(first + row)}
+            for first, row in self._numbered(step)
+        ]
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        return {}
+
+    def _micros(self, step: int) -> list[list[int]]:
+        return self.share.micros((step - 1) * self.share.global_batch)
+
+    def _numbered(self, step: int) -> Iterator[tuple[int, int]]:
+        """(first sample of the step, row in it)."""
+        first = (step - 1) * self.share.global_batch
+        return ((first, number - first) for micro in self._micros(step) for number in micro)
+
+
+def stack(samples: Sequence[np.ndarray]) -> Arrays:
+    """B samples of T + 1 tokens: each token's label is the next, all of them count."""
+    both = np.stack(samples)
+    rows, length = both.shape[0], both.shape[1] - 1
+    return {
+        "tokens": both[:, :-1].copy(), "labels": both[:, 1:].copy(),
+        "positions": np.broadcast_to(np.arange(length), (rows, length)).copy(), "mask": np.ones((rows, length), bool),
+    }  # fmt: skip
+

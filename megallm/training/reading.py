@@ -1,0 +1,147 @@
+"""From a configuration to what is read: the plan of the stream, its sources, or Megatron's samples. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megallm.base.errors import CheckpointError, DataError, UsageError
+from megallm.checkpoint import manifest
+from megallm.convert.tokenizer_files import has_tokenizer
+from megallm.data import fim, meta, tokenizer
+from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
+from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, segments_of
+from megallm.data.pretrain import build_split
+from megallm.data.source import Source
+from megallm.data.stream import Stream
+from megallm.training.config import PretrainConfig, SegmentConfig
+
+
+def plan_of(config: PretrainConfig) -> Plan:
+    """The stream's plan; the configuration is checked and resolved."""
+    data = config.data
+    reading = Reading(data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form)
+    changes = [(segment.until_tokens, _given(segment)) for segment in data.segments]
+    return Plan(segments_of(data.sources, reading, changes), data.seed, data.split)
+
+
+def _given(segment: SegmentConfig) -> dict[str, Any]:
+    return {key: value for key, value in vars(segment).items() if value is not None and key != "until_tokens"}
+
+
+def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sentences about what is wrong with `data.segments` and what goes with the stream only, each with a remedy."""
+    data = config.data
+    whole: dict[str, Any] = {"data.segments": ()}
+    if data.order != "stream":
+        if data.segments:
+            yield "data.segments needs data.order stream.", {"data.order": "stream"}
+        if data.fim.rate:
+            yield f"data.fim.rate {data.fim.rate:g} needs data.order stream.", {"data.order": "stream"}
+        return
+    before = 0
+    for number, segment in enumerate(data.segments):
+        name, until = f"data.segments[{number}]", segment.until_tokens
+        if number + 1 < len(data.segments) and until is None:
+            yield f"{name} has no until_tokens, so the segments after it would never begin.", whole
+        elif until is not None and until <= before:
+            yield f"{name}.until_tokens is {until}; it must be greater than {before}, where the segment begins.", whole
+        before = until or before
+        unknown = [prefix for prefix in segment.sources or {} if prefix not in data.sources]
+        if unknown:
+            yield f"{name}.sources names {unknown[0]}, which data.sources does not have.", whole
+        if segment.sources is not None and not any(weight > 0 for weight in segment.sources.values()):
+            yield f"{name}.sources has no source with a weight above 0.", whole
+        if any(weight < 0 for weight in (segment.sources or {}).values()):
+            yield f"{name}.sources has a weight below 0.", whole
+        if segment.seq_len is not None and segment.seq_len < 1:
+            yield f"{name}.seq_len is {segment.seq_len}; it must be at least 1.", whole
+        if segment.fim_rate is not None and not 0 <= segment.fim_rate <= 1:
+            yield f"{name}.fim_rate is {segment.fim_rate:g}; it must be between 0 and 1.", whole
+    packings = {data.packing, *(segment.packing for segment in data.segments)}
+    if uses_fim(config) and data.fim.form == CONTEXT and CONCAT in packings:
+        sentence = "data.fim.form context needs packing best_fit: rearranging changes lengths."
+        yield sentence, {"data.fim.form": "document"}
+
+
+def uses_fim(config: PretrainConfig) -> bool:
+    """Whether any segment rearranges documents."""
+    return any(rate > 0 for rate in (config.data.fim.rate, *(s.fim_rate or 0 for s in config.data.segments)))
+
+
+def tokenizer_of(config: PretrainConfig) -> str | None:
+    """`data.tokenizer`, else the one that came with `model.hf`, else bytes if they made the sources, else None."""
+    if config.data.tokenizer is not None:
+        return config.data.tokenizer
+    if config.model.hf is not None and has_tokenizer(Path(config.model.hf)):
+        return config.model.hf
+    side_cars = [meta.read(prefix) for prefix in config.data.sources]
+    bytewise = all(car and car["tokenizer"]["fingerprint"] == tokenizer.ByteTokenizer.fingerprint for car in side_cars)
+    return tokenizer.BYTES if bytewise else None
+
+
+def check_tokenizers(config: PretrainConfig) -> None:
+    """Refuse sources that were made with different tokenizers, or with another one than the run's."""
+    spec = tokenizer_of(config)
+    wanted = None if spec is None else tokenizer.load(spec).fingerprint
+    first = None
+    for prefix in config.data.sources:
+        side_car = meta.read(prefix)
+        if side_car is None:
+            continue
+        if wanted is not None:
+            meta.check_tokenizer(prefix, wanted)
+        made_by = side_car["tokenizer"]["fingerprint"]
+        first = first or (prefix, made_by)
+        if made_by != first[1]:
+            raise DataError(
+                f"{prefix} was made with tokenizer {made_by}, but {first[0]} with {first[1]}: the same ids would mean "
+                f"different texts. Preprocess one of them again."
+            )
+
+
+def open_sources(config: PretrainConfig, plan: Plan) -> dict[str, Source]:
+    """The sources of a plan. Errors: `DataError` for files, `UsageError` when data.fim cannot work."""
+    rearranger = None
+    vocab = config.model.vocab_size
+    if uses_fim(config):
+        spec = tokenizer_of(config)
+        if spec is None:
+            raise UsageError("data.fim.rate needs the text of the documents: set data.tokenizer.")
+        loaded = tokenizer.load(spec)
+        rearranger = fim.Rearranger(loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab))
+    return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
+
+
+def open_reader(config: PretrainConfig, share: Share, first_step: int, state: dict[str, Any] | None = None) -> Reader:
+    """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step before kept.
+
+    Without a state the stream is gone through from its beginning (lengths only, no tokens).
+    """
+    data, train = config.data, config.train
+    if data.order == "megatron":
+        samples = build_split(
+            data.sources, data.split, "train", train.steps * train.global_batch, data.seq_len, data.seed,
+            config.model.vocab_size,
+        )  # fmt: skip
+        return MegatronReader(samples, share)
+    plan = plan_of(config)
+    stream = Stream(plan, open_sources(config, plan), state)
+    if not state:
+        for _ in range(1, first_step):
+            stream.take(share.global_batch)
+    return StreamReader(stream, share, first_step, data.document_masks)
+
+
+def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:
+    """(step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError` without a state."""
+    path = step_dir / manifest.MANIFEST
+    try:
+        meta_data = manifest.decode(path.read_bytes(), str(path)).meta
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    ledger = meta_data.get("ledger", {}) if isinstance(meta_data, dict) else {}
+    if not ledger.get("data"):
+        raise UsageError(f"{step_dir} was not written by a run with data.order stream.")
+    return ledger["step"], ledger["data"]
