@@ -299,9 +299,28 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
             overrides=sizes,
             seed=draw.randrange(2**31),
         )
-        row = _with_context(row, draw, max_ranks)
+        row = _with_sharding(_with_schedule(_with_context(row, draw, max_ranks), draw), draw)
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
     return rows
+
+
+def _with_schedule(row: Row, draw: random.Random) -> Row:
+    """The row with a random schedule, and as many layers as its stages need."""
+    kind = draw.choice([kind for kind in SCHEDULES if kind != "forward"])
+    chunks = SCHEDULES[kind].chunks or draw.randint(1, 3)
+    stages = row.layout.pp * chunks
+    sizes = dict(row.overrides) | {"num_layers": draw.randint(stages, stages + 2)}
+    return replace(row, schedule=kind, chunks=chunks, overrides=sizes)
+
+
+def _with_sharding(row: Row, draw: random.Random) -> Row:
+    """The row with a random ZeRO stage, perhaps hybrid, or with sums in a tree where that is defined."""
+    zero, group = draw.randint(0, 3), row.layout.dp * row.layout.cp
+    sizes = [size for size in range(1, group + 1) if group % size == 0]
+    row = replace(row, zero=zero, shard_size=draw.choice([None, *sizes]) if zero else None)
+    powers = all(n & (n - 1) == 0 for n in (row.layout.dp, row.layout.cp, row.micros))
+    tree = zero <= 1 and row.schedule != "zb-v" and powers and draw.random() < 0.5
+    return replace(row, tree=tree, shard_size=None if tree else row.shard_size)
 
 
 def _with_context(row: Row, draw: random.Random, max_ranks: int) -> Row:
