@@ -38,7 +38,7 @@ class Span:
     at: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tile:
     """Queries `[q_begin, q_end)` against keys `[k_begin, k_end)`, as indices into what is stored.
 
@@ -74,7 +74,7 @@ def row_sight(length: int, cu_seqlens: Sequence[int] | None, window: int | None)
     return Sight(tuple(sorted(set(ends))), window)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def plan_tiles(queries: tuple[Span, ...], keys: tuple[Span, ...], sight: Sight) -> tuple[Tile, ...]:
     """The tiles of these queries against these keys; together they hold each visible pair exactly once."""
     tiles: list[Tile] = []

@@ -61,9 +61,9 @@ def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) ->
         degree = wanted or (fitting[-1] if fitting else 0)
         if degree not in fitting:
             raise UsageError(
-                f"layout.cp_kind hybrid splits layout.cp {cp} into a ring and groups that exchange heads, of "
-                f"layout.cp_ulysses {wanted} ranks: it must divide cp {cp} and the {heads} query heads of a rank and "
-                f"leave more than one rank in both. Accepted here: {fitting or 'none'}."
+                f"layout.cp_kind hybrid splits layout.cp {cp} into a ring of groups that exchange heads. The size of a "
+                f"group, layout.cp_ulysses{'' if wanted is None else f' {wanted}'}, must divide cp and the {heads} "
+                f"query heads of a rank and leave a ring of more than one group; here that is {fitting or 'no number'}."
             )
     if heads % degree:
         raise UsageError(

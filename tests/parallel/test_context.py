@@ -45,6 +45,7 @@ class Case:
     packed: bool = False
     window: int | None = None
     seed: int = 0
+    value_size: int = SIZE  # of the values, as in latent attention
 
     @property
     def sight(self) -> Sight:
@@ -65,6 +66,7 @@ CASES = (
     Case(packed=True, seed=2, kv_heads=1),
     Case(packed=True, seed=3, window=4),
     Case(heads=12, kv_heads=6, packed=True, seed=4),
+    Case(value_size=10, packed=True, seed=6),
 )
 EIGHT = (Case(heads=8, length=48), Case(heads=8, length=48, packed=True, seed=5, window=7), Case(heads=8, kv_heads=8))
 
@@ -87,7 +89,8 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     make = torch.Generator().manual_seed(case.seed)
     rows = 1 if case.packed else 2
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    return tuple(torch.randn(rows, case.length, h, SIZE, generator=make, dtype=torch.float64) for h in heads)
+    sizes = zip(heads, (SIZE, SIZE, case.value_size, case.value_size), strict=True)
+    return tuple(torch.randn(rows, case.length, *size, generator=make, dtype=torch.float64) for size in sizes)
 
 
 def batch_of(case: Case) -> dict[str, Tensor]:
@@ -242,6 +245,22 @@ def attend_with_plain_order(case: Case) -> list[Tensor]:
 
 def test_wrong_positions_are_seen() -> None:
     assert min(errors(2, CASES[0], run_ranks(2, attend_with_plain_order, CASES[0]))) > 1e-3
+
+
+def attend_across_documents(kind: str, case: Case) -> list[Tensor]:
+    """A packed row whose document ends were lost on the way."""
+    mesh = Mesh.start(Layout(cp=2))
+    here = Context(mesh, kind, case.heads)
+    *leaves, direction = (here.local(x) for x in inputs(case))
+    leaves = [x.requires_grad_() for x in leaves]
+    batch = {"positions": batch_of(case)["positions"]}
+    out = here.attend(*leaves, here.sight(batch, None), None)
+    return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
+
+
+@pytest.mark.parametrize("kind", ["ring", "ulysses", "allgather"])
+def test_attention_across_documents_is_seen(kind: str) -> None:
+    assert min(errors(2, CASES[5], run_ranks(2, attend_across_documents, kind, CASES[5]))) > 1e-3
 
 
 # Zigzag order and the balance of work
