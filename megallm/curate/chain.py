@@ -12,8 +12,8 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -56,31 +56,44 @@ class GlobalStep(Protocol):
 
     def sign(self, batch: Batch, shard: int, out: Signatures) -> None: ...
 
-    def resolve(self, shards: list[Path], scratch: Path, memory_bytes: int) -> dict[int, dict[str, np.ndarray]]: ...
+    def resolve(
+        self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """Decisions by shard; `gone` are the sorted numbers of documents that a step decided before drops."""
+        ...
+
+    def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
+        """The numbers of the documents that decisions drop, sorted."""
+        ...
 
     def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps between two global decisions: apply `begin`, run `local`, sign for `end`; the last one has no `end`."""
+    """Steps between two global decisions: apply `begin`, run `local`, sign for `end` (the last has none)."""
 
-    begin: str | None
+    begin: tuple[str, ...]
     local: tuple[str, ...]
-    end: str | None
+    end: tuple[str, ...]
 
 
-def segments_of(steps: Iterable[str]) -> list[Segment]:
-    """Cut the chain at its global steps."""
+def segments_of(config: CurateConfig) -> list[Segment]:
+    """Cut the chain at its global steps; neighbours are decided together when the first only drops."""
     out: list[Segment] = []
-    begin, local = None, []
-    for name in steps:
-        if name in GLOBAL:
-            out.append(Segment(begin, tuple(local), name))
-            begin, local = name, []
-        else:
+    begin: tuple[str, ...] = ()
+    local: list[str] = []
+    edits = {"exact"} if config.exact.paragraph or config.exact.line else set()
+    for name in config.steps:
+        if name not in GLOBAL:
             local.append(name)
-    return [*out, Segment(begin, tuple(local), None)]
+        elif begin and not local and not edits & set(begin):
+            out[-1] = replace(out[-1], end=(*begin, name))
+            begin = (*begin, name)
+        else:
+            out.append(Segment(begin, tuple(local), (name,)))
+            begin, local = (name,), []
+    return [*out, Segment(begin, tuple(local), ())]
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ def build_chain(config: CurateConfig) -> Chain:
     """Load every model that the steps need. Errors: `UsageError`, `DataError`."""
     local = {name: build_step(name, config) for name in config.steps if name not in GLOBAL}
     glob: dict[str, GlobalStep] = {"exact": Exact(config.exact), "near": Near(config.near)}
-    return Chain(config, tuple(segments_of(config.steps)), local, glob)
+    return Chain(config, tuple(segments_of(config)), local, glob)
 
 
 @lru_cache(maxsize=2)
@@ -144,7 +157,7 @@ class _ShardRun:
         self.decisions, self.names = load_decisions(job.decisions)
 
     def run(self) -> None:
-        last = self.segment.end is None
+        last = not self.segment.end
         with _writer(self.folder, last, self.chain.config.gzip_level) as out:
             for documents in batches(self._documents()):
                 batch = self._judge(Batch(documents))
@@ -191,11 +204,12 @@ class _ShardRun:
         self._write_ledger(index, row | {"step": READ, "reason": item.reason, "spans": []})
 
     def _judge(self, batch: Batch) -> Batch:
-        if self.segment.begin is not None and len(batch):
-            step = self.chain.glob[self.segment.begin]
+        for name in self.segment.begin:
+            if not len(batch):
+                break
             started = time.process_time()
-            verdicts = step.judge(batch, self.decisions, self.names)
-            batch = self._take(step.name, batch, verdicts, started)
+            verdicts = self.chain.glob[name].judge(batch, self.decisions, self.names)
+            batch = self._take(name, batch, verdicts, started)
         for name in self.segment.local:
             if not len(batch):
                 break
@@ -217,13 +231,12 @@ class _ShardRun:
         return batch
 
     def _sign(self, batch: Batch) -> None:
-        if self.segment.end is None or not len(batch):
-            return
-        step = self.chain.glob[self.segment.end]
-        started = time.process_time()
-        step.sign(batch, self.job.shard, self.signatures)
-        self.signatures.ids.update({document.index: document.id for document in batch.documents})
-        self.tally.spend(f"{step.name} sign", time.process_time() - started)
+        for name in self.segment.end if len(batch) else ():
+            started = time.process_time()
+            self.chain.glob[name].sign(batch, self.job.shard, self.signatures)
+            self.tally.spend(f"{name} sign", time.process_time() - started)
+        if self.segment.end:
+            self.signatures.ids.update({document.index: document.id for document in batch.documents})
 
     def _keep(self, document: Document) -> None:
         self.tally.add("kept", 1)

@@ -20,7 +20,7 @@ from megallm.base.files import atomic_path, writing
 from megallm.curate import optional, readers
 from megallm.curate.config import ClassifierConfig
 from megallm.curate.document import KEEP, Batch, Verdict, drop
-from megallm.curate.text import Analysis
+from megallm.curate.text import Analysis, sorted_set
 
 BITS = 20  # of the hashed feature space
 _BATCH = 64
@@ -36,7 +36,7 @@ def features(analysis: Analysis, bits: int = BITS) -> tuple[np.ndarray, np.ndarr
     pairs, first = words.ngrams(2)
     hashes = np.concatenate([words.hashes, pairs])
     documents = np.concatenate([words.documents, words.documents[first]])
-    packed = np.unique(documents.astype(np.uint64) << np.uint64(bits) | hashes >> np.uint64(64 - bits))
+    packed = sorted_set(documents.astype(np.uint64) << np.uint64(bits) | hashes >> np.uint64(64 - bits))
     offsets = np.searchsorted(packed, np.arange(len(analysis) + 1, dtype=np.uint64) << np.uint64(bits))
     return (packed & np.uint64((1 << bits) - 1)).astype(np.int64), offsets
 

@@ -21,7 +21,7 @@ class InputConfig:
     key: str = "text"  # the JSON key or Parquet column of the text
     id_key: str | None = None  # the key of a document's id; without one the id is file:line
     keep_keys: tuple[str, ...] = ()  # keys that are copied to the output
-    max_document_bytes: int = 16 << 20  # a longer document is rejected without being held
+    max_document_bytes: int = 8 << 20  # a longer document is rejected without being held
     max_unpacked_ratio: int = 1000  # a compressed file that unfolds more than this (past 64 MiB) is a bomb
     on_error: Literal["skip", "stop"] = "skip"  # skip: a bad line becomes a reject in the ledger
     max_reject_percent: float = 50.0  # stop with exit 65 when more of the input is rejected

@@ -82,6 +82,7 @@ class Batch:
     def __init__(self, documents: Sequence[Document]) -> None:
         self.documents = list(documents)
         self.metrics: dict[str, np.ndarray] = {}
+        self._wider: tuple[Analysis, np.ndarray] | None = None  # of a batch that ours is a part of, and our rows
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -91,6 +92,13 @@ class Batch:
         """Words, lines and paragraphs of all texts; made when a step first asks."""
         return Analysis([document.text for document in self.documents])
 
+    def shared_analysis(self) -> tuple[Analysis, np.ndarray]:
+        """An analysis that holds our documents and perhaps dropped ones too, and the rows of ours in it: for steps
+        that need not make a new one after a drop."""
+        if self._wider is not None:
+            return self._wider
+        return self.analysis, np.arange(len(self))
+
     def record(self, name: str, values: np.ndarray | Sequence[float]) -> None:
         """Note one number for every document of the batch."""
         self.metrics[name] = np.asarray(values, np.float64)
@@ -99,10 +107,15 @@ class Batch:
         """The batch that the next step sees: dropped documents gone, spans replaced. Itself when all are kept."""
         if all(verdict.action == "keep" for verdict in verdicts):
             return self
-        left = []
-        for document, verdict in zip(self.documents, verdicts, strict=True):
+        left, rows = [], []
+        for row, (document, verdict) in enumerate(zip(self.documents, verdicts, strict=True)):
             if verdict.action == "edit":
                 document.text = apply_spans(document.text, verdict.spans)
             if verdict.action != "drop":
                 left.append(document)
-        return Batch(left)
+                rows.append(row)
+        batch = Batch(left)
+        if all(verdict.action != "edit" for verdict in verdicts) and ("analysis" in vars(self) or self._wider):
+            analysis, ours = self.shared_analysis()
+            batch._wider = analysis, ours[rows]
+        return batch

@@ -122,16 +122,17 @@ class Exact:
         out["document"], out["paragraph"], out["unit"] = places[:, 0], places[:, 1], places[:, 2]
         return out
 
-    def resolve(self, shards: Sequence[Path], scratch: Path, memory_bytes: int) -> dict[int, dict[str, np.ndarray]]:
+    def resolve(
+        self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
+    ) -> dict[int, dict[str, np.ndarray]]:
         """For every shard and level the records to drop. A unit that is gone with its document or paragraph is no
         first occurrence for others."""
         out: dict[int, dict[str, np.ndarray]] = {shard: {} for shard in range(len(shards))}
-        gone = np.zeros(0, np.uint64)  # documents, then documents << 32 | paragraph of dropped paragraphs
         gone_paragraphs = np.zeros(0, np.dtype([("document", "<u8"), ("unit", "<u4")]))
         for level in self._levels:
             drops = _duplicates(shards, level, scratch, memory_bytes, gone, gone_paragraphs)
             if level == "document":
-                gone = drops["document"].copy()
+                gone = np.union1d(gone, drops["document"])
             elif level == "paragraph":
                 gone_paragraphs = np.sort(drops[["document", "unit"]].astype(gone_paragraphs.dtype))
             shard_of = drops["document"] >> np.uint64(INDEX_BITS)
@@ -139,6 +140,10 @@ class Exact:
             for shard in range(len(shards)):
                 out[shard][level] = drops[cuts[shard] : cuts[shard + 1]]
         return out
+
+    def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
+        rows = [levels["document"]["document"] for levels in decisions.values() if "document" in levels]
+        return np.sort(np.concatenate([np.zeros(0, np.uint64), *rows]))
 
     def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]:
         """Apply what `resolve` decided for this shard; `name_of` gives the id of a first occurrence."""

@@ -16,8 +16,8 @@ import numpy as np
 from megallm.curate.config import NearConfig
 from megallm.curate.document import KEEP, Batch, Verdict, drop
 from megallm.curate.exact import INDEX_BITS, Signatures, load
-from megallm.curate.external import Scatter, parts_for, spread
-from megallm.curate.text import Analysis, mix
+from megallm.curate.external import Scatter, contains, parts_for, spread
+from megallm.curate.text import Analysis, mix, sorted_set
 
 ENTRY = np.dtype([("hash", "<u8"), ("document", "<u8")])
 MEMBER = np.dtype([("document", "<u8"), ("bucket", "<u8")])
@@ -32,7 +32,7 @@ def shingles(analysis: Analysis, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     hashes, first = analysis.words.ngrams(size)
     document = analysis.words.documents[first].astype(np.uint64)
-    packed = np.unique(document << np.uint64(32) | (hashes >> np.uint64(32)))
+    packed = sorted_set(document << np.uint64(32) | (hashes >> np.uint64(32)))
     offsets = np.searchsorted(packed, np.arange(len(analysis) + 1, dtype=np.uint64) << np.uint64(32))
     return packed.astype(np.uint32), offsets
 
@@ -76,26 +76,39 @@ class Near:
 
     def sign(self, batch: Batch, shard: int, out: Signatures) -> None:
         """Add the n-gram sets and band hashes of the batch's documents; documents without n-grams are left out."""
-        values, offsets = shingles(batch.analysis, self.config.ngram)
-        used = np.flatnonzero(np.diff(offsets))
-        bands = band_hashes(values, np.append(offsets[:-1][used], len(values)), self.config.bands, self.config.rows)
+        analysis, rows = batch.shared_analysis()
+        values, offsets = shingles(analysis, self.config.ngram)
+        sizes = np.diff(offsets)
+        wanted = np.zeros(len(sizes), bool)
+        wanted[rows] = True
+        values = values[np.repeat(wanted, sizes)]
+        used, sizes = np.flatnonzero(sizes[rows]), sizes[rows]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
         index = np.array([document.index for document in batch.documents], np.uint64)
         out.add(
             near_number=index[used] | np.uint64(shard << INDEX_BITS),
-            near_bands=bands,
-            near_sizes=np.diff(offsets)[used],
+            near_bands=band_hashes(
+                values, np.append(starts[:-1][used], len(values)), self.config.bands, self.config.rows
+            ),
+            near_sizes=sizes[used],
             near_values=values,
         )
 
-    def resolve(self, shards: Sequence[Path], scratch: Path, memory_bytes: int) -> dict[int, dict[str, np.ndarray]]:
+    def resolve(
+        self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
+    ) -> dict[int, dict[str, np.ndarray]]:
         """For every shard the documents to drop, their centres and similarities."""
-        members = self._buckets(shards, scratch, memory_bytes)
+        members = self._buckets(shards, scratch, memory_bytes, gone)
         drops = _stars(members, _Sets(shards), self.config)
         shard_of = drops["document"] >> np.uint64(INDEX_BITS)
         cuts = np.searchsorted(shard_of, np.arange(len(shards) + 1))
         return {shard: {"near": drops[cuts[shard] : cuts[shard + 1]]} for shard in range(len(shards))}
 
-    def _buckets(self, shards: Sequence[Path], scratch: Path, memory_bytes: int) -> Scatter:
+    def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
+        rows = [levels["near"]["document"] for levels in decisions.values()]
+        return np.sort(np.concatenate([np.zeros(0, np.uint64), *rows]))
+
+    def _buckets(self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray) -> Scatter:
         """Band values that several documents share, numbered, as (document, bucket) scattered by document."""
         sizes = [array.nbytes for folder in shards if (array := load(folder, "near_bands")) is not None]
         parts = parts_for(2 * sum(sizes), memory_bytes)
@@ -107,6 +120,7 @@ class Near:
             records = np.empty(bands.size, ENTRY)
             records["hash"] = np.asarray(bands).ravel()
             records["document"] = np.repeat(np.asarray(numbers), bands.shape[1])
+            records = records[~contains(gone, records["document"])]
             entries.add(records, spread(records["hash"], parts))
         members = Scatter(scratch / "near-members", len(shards), MEMBER)  # a shard's documents meet in one file
         count = 0

@@ -12,13 +12,15 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from megallm.curate import optional
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import Batch, Span, Verdict, edit
+from megallm.curate.text import code_points
 
 _LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*$")
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])")
-_DIGITS = re.compile(r"\d[\d .\-/()\u00a0]{5,34}\d")
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 # Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])")
@@ -34,6 +36,7 @@ _SECRETS = (
 )
 _SECRET_MARKS = ("AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "xox", "PRIVATE KEY-----")
 _LOCAL_CHARS = 64
+_LEAST_DIGITS = {"ip": 3, "iban": 4, "card": 13, "ssn": 9, "phone": 7}  # in a line; the other kinds need none
 # A number after one of these words, or at the start of a heading, is a section or version number and no address.
 _NUMBERING = re.compile(
     r"(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
@@ -192,18 +195,45 @@ class Pii:
 
     def find(self, text: str) -> list[Span]:
         """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of the table wins."""
-        taken: list[Span] = []
-        numbers = _DIGITS.search(text) is not None
-        for kind, finder in self._finders.items():
-            if kind in ("card", "ssn", "phone") and not numbers:
-                continue
-            for begin, end in finder(text):
-                if all(end <= span.begin or span.end <= begin for span in taken):
-                    taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
-        return taken
+        return self._find_all([text])[0]
 
     def judge(self, batch: Batch) -> list[Verdict]:
-        return [edit(self.find(document.text)) for document in batch.documents]
+        return [edit(spans) for spans in self._find_all([document.text for document in batch.documents])]
+
+    def _find_all(self, texts: list[str]) -> list[list[Span]]:
+        found: list[list[Span]] = []
+        for text, lines in zip(texts, lines_with_digits(texts), strict=True):
+            taken: list[Span] = []
+            for kind, finder in self._finders.items():
+                least = _LEAST_DIGITS.get(kind)
+                pieces = [(0, text)] if least is None else [(b, text[b:e]) for b, e, digits in lines if digits >= least]
+                for shift, piece in pieces:
+                    for begin, end in finder(piece):
+                        begin, end = begin + shift, end + shift
+                        if all(end <= span.begin or span.end <= begin for span in taken):
+                            taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
+            found.append(taken)
+        return found
+
+
+def lines_with_digits(texts: list[str]) -> list[list[tuple[int, int, int]]]:
+    """For each text its lines with at least three digits, as (begin, end, digits)."""
+    out: list[list[tuple[int, int, int]]] = [[] for _ in texts]
+    codes = code_points("\n".join(texts) + "\n")
+    starts = np.cumsum([0, *(len(text) + 1 for text in texts)])
+    digits = np.flatnonzero((codes - np.uint32(ord("0"))) < 10)  # what lies below 0 wraps around
+    if not len(digits):
+        return out
+    ends = np.flatnonzero(codes == ord("\n"))
+    lines, counts = np.unique(np.searchsorted(ends, digits), return_counts=True)
+    lines, counts = lines[counts >= 3], counts[counts >= 3]
+    begins = np.where(lines > 0, ends[lines - 1] + 1, 0)
+    owners = np.searchsorted(starts, begins, side="right") - 1
+    shift = starts[owners]
+    rows = zip(owners.tolist(), (begins - shift).tolist(), (ends[lines] - shift).tolist(), counts.tolist(), strict=True)
+    for owner, begin, end, count in rows:
+        out[owner].append((begin, end, count))
+    return out
 
 
 def stand_in(kind: str, text: str) -> str:

@@ -17,7 +17,7 @@ from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
 from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
-from megallm.curate.text import DIGIT, LETTER, SOLO, WORD, Analysis, Pieces, lowered, segment_sums
+from megallm.curate.text import DIGIT, LETTER, SOLO, STOP, WORD, Analysis, Pieces, lowered, segment_sums
 
 NONE = None
 
@@ -73,7 +73,6 @@ RULES = (
 _WORD_RULES = {"mean_word_length_low", "mean_word_length_high"}  # say nothing where characters are words
 _TERMINAL = np.array([ord(char) for char in ".!?\"'”’。！？…:;।؟"], np.uint32)
 _BULLETS = np.array([ord(char) for char in "-*•‣◦▪·–●○"], np.uint32)
-_SENTENCE_ENDS = np.array([ord(char) for char in ".!?。！？।؟"], np.uint32)
 _SHORT_LINE_CHARS = 30
 _CODE_HEAD_CHARS = 600
 _GENERATED = re.compile(r"auto[- ]?generated|generated (?:by|from|code)|do not (?:edit|modify)", re.IGNORECASE)
@@ -105,26 +104,24 @@ def measure(analysis: Analysis, texts: Sequence[str], languages: list[str | None
 def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.ndarray]:
     words = analysis.words
     some = np.maximum(num_words, 1)
-    letters = np.zeros(len(analysis.codes) + 1, np.int64)
-    np.cumsum((analysis.kinds & LETTER) > 0, out=letters[1:])
-    alphabetic = letters[words.end] > letters[words.begin]
+    # Between one word's begin and the next there are no letters but its own.
+    bits = np.bitwise_or.reduceat(analysis.kinds, words.begin) if len(words) else analysis.kinds[:0]
     solo = segment_sums((analysis.kinds[words.begin] & SOLO) > 0, words.offsets) / some
     codes = analysis.codes
-    symbols = (codes == ord("#")) | (codes == ord("…"))
-    dots = (codes[:-2] == ord(".")) & (codes[1:-1] == ord(".")) & (codes[2:] == ord(".")) if len(codes) > 2 else symbols
-    symbol_count = segment_sums(symbols, analysis.starts)
-    if len(codes) > 2:
-        symbol_count = symbol_count + segment_sums(np.concatenate([dots, [False, False]]), analysis.starts) / 3
-    ends = np.isin(codes[:-1], _SENTENCE_ENDS) & ((analysis.kinds[1:] & WORD) == 0)
-    ends = np.concatenate([ends, [False]])
+    symbols = segment_sums((codes == ord("#")) | (codes == ord("…")), analysis.starts)
+    dots = np.flatnonzero(codes == ord("."))
+    three = dots[:-2][dots[2:] - dots[:-2] == 2] if len(dots) > 2 else dots[:0]
+    symbols = symbols + np.diff(np.searchsorted(three, analysis.starts)) / 3
+    ends = np.flatnonzero(analysis.kinds & STOP)
+    ends = ends[(analysis.kinds[np.minimum(ends + 1, len(codes) - 1)] & WORD) == 0]
     return {
         "words": num_words,
         "solo_word_share": solo,
         "mean_word_length": segment_sums(words.lengths, words.offsets) / some,
         "longest_word": _longest(words),
-        "alphabetic_word_share": segment_sums(alphabetic, words.offsets) / some,
-        "symbol_word_ratio": symbol_count / some,
-        "sentences": segment_sums(ends, analysis.starts),
+        "alphabetic_word_share": segment_sums((bits & LETTER) > 0, words.offsets) / some,
+        "symbol_word_ratio": symbols / some,
+        "sentences": np.diff(np.searchsorted(ends, analysis.starts)),
         "alphanumeric_share": analysis.share(WORD),
         "digit_share": analysis.share(DIGIT),
     }

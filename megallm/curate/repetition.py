@@ -16,32 +16,38 @@ DUPLICATE = (5, 6, 7, 8, 9, 10)
 _POSITION_BITS = 20  # a batch has fewer pieces than this; the other 44 bits of the sorted word are hash
 
 
-def repeated(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each piece: is it a second or later occurrence in its document, and does it occur twice at all. Two bool [n].
+def runs(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces that are equal inside one document, next to each other: their numbers in `order`, first occurrences
+    first, and for each place of `order` whether it belongs to the run of the place before.
 
-    The place of a piece rides in the low bits of the sorted word, so one plain sort does it.
+    The number of a piece rides in the low bits of the sorted word, so one plain sort does it.
     """
     size = len(hashes)
-    later, shared = np.zeros(size, bool), np.zeros(size, bool)
-    if size < 2:
-        return later, shared
     keys = mix(hashes + documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     if size >= 1 << _POSITION_BITS:
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
     else:
-        packed = np.sort((keys & ~np.uint64((1 << _POSITION_BITS) - 1)) | np.arange(size, dtype=np.uint64))
-        order = (packed & np.uint64((1 << _POSITION_BITS) - 1)).astype(np.int64)
-        same = (packed[1:] ^ packed[:-1]) < np.uint64(1 << _POSITION_BITS)
-    later[order[1:][same]] = True
-    shared[order[1:][same]] = True
-    shared[order[:-1][same]] = True
-    return later, shared
+        low = np.uint64((1 << _POSITION_BITS) - 1)
+        keys &= ~low
+        keys |= np.arange(size, dtype=np.uint64)
+        keys.sort()
+        order = (keys & low).view(np.int64)
+        same = (keys[1:] ^ keys[:-1]) <= low
+    return order, np.concatenate([[False], same]) if size else same[:0]
+
+
+def repeated(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Which pieces are second or later occurrences in their document, bool [n]."""
+    order, same = runs(hashes, documents)
+    later = np.zeros(len(hashes), bool)
+    later[order[same]] = True
+    return later
 
 
 def duplicate_pieces(pieces: Pieces, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The share of a document's lines (paragraphs) that are repeats, and the share of its characters in them."""
-    later, _ = repeated(pieces.hashes, pieces.documents)
+    later = repeated(pieces.hashes, pieces.documents)
     count = segment_sums(later, pieces.offsets) / np.maximum(pieces.counts, 1)
     chars = segment_sums(np.where(later, pieces.lengths, 0), pieces.offsets) / np.maximum(ink, 1)
     return count, np.minimum(chars, 1.0)
@@ -57,44 +63,36 @@ def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
         if first is None:
             hashes, first = words.ngrams(size)
         else:
-            inside = first + size - 1 < len(words)
-            first = first[inside]
+            first = first[first + size - 1 < len(words)]
             first = first[words.documents[first] == words.documents[first + size - 1]]
             hashes = words.ngrams_at(first, size)
-        documents = words.documents[first]
-        later, shared = repeated(hashes, documents)
+        order, same = runs(hashes, words.documents[first])
+        shared = same.copy()
+        shared[:-1] |= same[1:]
         if size in TOP:
-            out[f"top_{size}gram"] = _top_share(words, size, first[shared], hashes[shared], total)
+            out[f"top_{size}gram"] = _top_share(words, size, first[order[shared]], ~same[shared], total)
         else:
-            out[f"dup_{size}gram"] = _covered_share(words, size, first[later], total)
-        first = first[shared]
+            out[f"dup_{size}gram"] = _covered_share(words, size, first[order[same]], total)
+        first = np.sort(first[order[shared]])
     return out
 
 
-def _top_share(words: Pieces, size: int, first: np.ndarray, hashes: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """The share of a document's word characters in its most frequent n-gram (that occurs at least twice)."""
-    out = np.zeros(len(total))
-    if not len(first):
-        return out
-    documents = words.documents[first]
-    keys = mix(hashes + documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    _, example, count = np.unique(keys, return_index=True, return_counts=True)
-    begin = first[example]
-    length = sum(words.lengths[begin + k] for k in range(size))
-    chars = length * count
-    # Of two equally frequent n-grams the longer counts.
-    order = np.lexsort((chars, count, documents[example]))
-    document = documents[example][order]
-    last = np.concatenate([document[1:] != document[:-1], [True]])
-    out[document[last]] = chars[order][last]
-    return np.minimum(out / total, 1.0)
+def _top_share(words: Pieces, size: int, first: np.ndarray, heads: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """The share of a document's word characters in its most frequent n-gram (that occurs at least twice); of equally
+    frequent ones the longest. `first` are n-grams in runs of equal ones, `heads` marks where a run begins."""
+    starts = np.flatnonzero(heads)
+    counts = np.diff(np.append(starts, len(first)))
+    begin = first[starts]
+    chars = counts * sum(words.lengths[begin + k] for k in range(size))
+    best = np.zeros(len(total), np.int64)
+    np.maximum.at(best, words.documents[begin], counts << 32 | np.minimum(chars, (1 << 32) - 1))
+    return np.minimum((best & (1 << 32) - 1) / total, 1.0)
 
 
 def _covered_share(words: Pieces, size: int, first: np.ndarray, total: np.ndarray) -> np.ndarray:
     """The share of a document's word characters covered by the n-grams that begin at `first`."""
-    depth = np.zeros(len(words) + 1, np.int32)
-    np.add.at(depth, first, 1)
-    np.subtract.at(depth, first + size, 1)
+    size_of = len(words) + 1
+    depth = np.bincount(first, minlength=size_of) - np.bincount(first + size, minlength=size_of)
     covered = np.cumsum(depth[:-1]) > 0
     return segment_sums(np.where(covered, words.lengths, 0), words.offsets) / total
 

@@ -182,18 +182,24 @@ class _Run:
             yield json.loads((self._folder(segment, shard) / chains.TALLY).read_text("utf-8"))
 
     def _decide(self, chain: chains.Chain, number: int, count: int) -> None:
-        """Resolve the global step that ends segment number - 1."""
-        step = chain.glob[chain.segments[number].begin or ""]
+        """Resolve the global steps that end segment number - 1, each without what those before it drop."""
+        names = chain.segments[number].begin
         target = self.work / f"decide-{number}"
         if target.exists():
             return
-        self.progress(f"{step.name}: deciding", 0, None)
+        self.progress(f"{' > '.join(names)}: deciding", 0, None)
         scratch = self.work / f"scratch{files.TEMPORARY}"
         temporary = files.temporary_name(target)
         shutil.rmtree(scratch, ignore_errors=True)
         shards = [self._folder(number - 1, shard) for shard in range(count)]
         with writing(target):
-            decisions = step.resolve(shards, scratch, self.config.memory_mib << 20)
+            decisions: dict[int, dict[str, np.ndarray]] = {shard: {} for shard in range(count)}
+            gone = np.zeros(0, np.uint64)
+            for name in names:
+                found = chain.glob[name].resolve(shards, scratch, self.config.memory_mib << 20, gone)
+                gone = np.union1d(gone, chain.glob[name].dropped(found))
+                for shard in range(count):
+                    decisions[shard] |= found[shard]
             ids = lru_cache(16)(lambda shard: json.loads((shards[shard] / "ids.json").read_text("utf-8")))
             for shard in range(count):
                 save_decisions(temporary / f"{shard:06d}", decisions[shard], _names(decisions[shard], ids))
@@ -294,7 +300,7 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
 
 def _phase(chain: chains.Chain, number: int) -> str:
     segment = chain.segments[number]
-    names = [*(["read"] if number == 0 else []), *([segment.begin] if segment.begin else []), *segment.local]
+    names = [*(["read"] if number == 0 else []), *segment.begin, *segment.local]
     return " > ".join(names)
 
 

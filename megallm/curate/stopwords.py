@@ -26,22 +26,33 @@ STOP_WORDS = {
 }
 
 
+_FILTER_BITS = 16
+
+
 @cache
-def hashes_of(words: str) -> np.ndarray:
-    """Sorted word hashes of the words of a line of text, uint64."""
-    return np.unique(Analysis([words]).words.hashes)
+def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sorted hashes of all stop words, the languages of each as bits, and a filter over the high bits of a hash."""
+    hashes = [Analysis([line]).words.hashes for line in STOP_WORDS.values()]
+    every = np.unique(np.concatenate(hashes))
+    languages = np.zeros(len(every), np.int64)
+    for number, own in enumerate(hashes):
+        languages[np.searchsorted(every, own)] |= 1 << number
+    some = np.zeros(1 << _FILTER_BITS, bool)
+    some[every >> np.uint64(64 - _FILTER_BITS)] = True
+    return every, languages, some
 
 
 def counts(analysis: Analysis, languages: list[str | None]) -> np.ndarray:
-    """How many different stop words of its language each document has; -1 where we know none, int64 [documents]."""
-    out = np.full(len(analysis), -1, np.int64)
+    """How many different stop words of its language (English, where none is given) each document has; -1 where we
+    know none, int64 [documents]."""
+    every, bits, some = _tables()
+    numbers = {name: number for number, name in enumerate(STOP_WORDS)}
+    own = np.array([numbers.get(name or "en", -1) for name in languages], np.int64)
     words = analysis.words
-    for language in sorted({name or "en" for name in languages} & set(STOP_WORDS)):
-        table = hashes_of(STOP_WORDS[language])
-        place = np.searchsorted(table, words.hashes)
-        found = np.flatnonzero(table[np.minimum(place, len(table) - 1)] == words.hashes)
-        seen = np.zeros((len(analysis), len(table)), bool)
-        seen[words.documents[found], place[found]] = True
-        rows = np.array([(name or "en") == language for name in languages])
-        out[rows] = seen.sum(axis=1)[rows]
-    return out
+    found = np.flatnonzero(some[words.hashes >> np.uint64(64 - _FILTER_BITS)])
+    hashes, documents = words.hashes[found], words.documents[found]
+    place = np.minimum(np.searchsorted(every, hashes), len(every) - 1)
+    right = (every[place] == hashes) & (own[documents] >= 0) & ((bits[place] >> np.maximum(own[documents], 0)) & 1 > 0)
+    pairs = np.unique(documents[right] * len(every) + place[right])
+    out = np.bincount(pairs // len(every), minlength=len(analysis))
+    return np.where(own < 0, -1, out)

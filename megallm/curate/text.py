@@ -15,7 +15,8 @@ from functools import cache, cached_property
 
 import numpy as np
 
-WORD, LETTER, SPACE, SOLO, DIGIT = 1, 2, 4, 8, 16  # bits of a character's class; SOLO: a word by itself
+# Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence.
+WORD, LETTER, SPACE, SOLO, DIGIT, STOP = 1, 2, 4, 8, 16, 32
 _SOLO_RANGES = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF),
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
@@ -42,6 +43,7 @@ def classes() -> np.ndarray:
         elif kind[0] == "Z" or code in (9, 10, 11, 12, 13, 28, 29, 30, 31, 0x85):
             table[code] = SPACE
     table[ord("_")] = WORD
+    table[[ord(char) for char in ".!?。！？।؟"]] |= STOP
     for low, high in _SOLO_RANGES:
         part = table[low : high + 1]
         part[(part & WORD) > 0] |= SOLO
@@ -75,10 +77,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def lowered(text: str) -> str:
     """Lower case, one code point for one code point, so that positions stay."""
-    low = text.lower()
-    if len(low) == len(text):
-        return low
-    return "".join(small if len(small := char.lower()) == 1 else char for char in text)
+    return text.replace("İ", "i").lower()  # the only letter whose lower case is longer
 
 
 def code_points(text: str) -> np.ndarray:
@@ -87,10 +86,23 @@ def code_points(text: str) -> np.ndarray:
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sums of values[offsets[i]:offsets[i+1]], empty segments included."""
-    total = np.zeros(len(values) + 1, np.float64 if values.dtype.kind == "f" else np.int64)
-    np.cumsum(values, out=total[1:])
-    return total[offsets[1:]] - total[offsets[:-1]]
+    """Sums of values[offsets[i]:offsets[i+1]], empty segments included; of flags the counts of true ones."""
+    if values.dtype == bool:
+        bounds = offsets.tolist()
+        return np.array(
+            [np.count_nonzero(values[low:high]) for low, high in zip(bounds[:-1], bounds[1:], strict=True)], np.int64
+        )
+    out = np.zeros(len(offsets) - 1, values.dtype)
+    used = np.flatnonzero(np.diff(offsets))
+    if len(used):
+        out[used] = np.add.reduceat(values[: offsets[-1]], offsets[:-1][used])
+    return out
+
+
+def sorted_set(values: np.ndarray) -> np.ndarray:
+    """The different values in order (numpy's own goes through a hash table, which is slower here)."""
+    values = np.sort(values)
+    return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
 
 
 class Pieces:
@@ -177,16 +189,20 @@ class Analysis:
     @cached_property
     def lines(self) -> Pieces:
         """The lines that are not blank, without the space around them."""
-        ends = np.flatnonzero(self.codes == _NEWLINE)
+        ends = self._newline_places
         starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
         first, last = np.searchsorted(self.ink, starts), np.searchsorted(self.ink, ends)
         used = last > first
         return self._pieces(self.ink[first[used]], self.ink[last[used] - 1] + 1)
 
     @cached_property
+    def _newline_places(self) -> np.ndarray:
+        return np.flatnonzero(self.codes == _NEWLINE)
+
+    @cached_property
     def newlines(self) -> np.ndarray:
         """Newlines of each document, the one that ends it not counted."""
-        return segment_sums(self.codes == _NEWLINE, self.starts) - 1
+        return np.diff(np.searchsorted(self._newline_places, self.starts)) - 1
 
     @cached_property
     def paragraphs(self) -> Pieces:
@@ -195,9 +211,8 @@ class Analysis:
         if not len(lines):
             return lines
         # Two newlines between the end of a line and the start of the next make a blank line.
-        count = np.zeros(len(self.codes) + 1, np.int64)
-        np.cumsum(self.codes == _NEWLINE, out=count[1:])
-        gap = count[lines.begin[1:]] - count[lines.end[:-1]] > 1
+        places = self._newline_places
+        gap = np.searchsorted(places, lines.begin[1:]) - np.searchsorted(places, lines.end[:-1]) > 1
         new = np.concatenate([[True], gap | (lines.documents[1:] != lines.documents[:-1])])
         last = np.concatenate([new[1:], [True]])
         return self._pieces(lines.begin[new], lines.end[last])

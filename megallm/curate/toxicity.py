@@ -107,13 +107,19 @@ class Toxicity:
         return found[~phrase_hits(words, self._allowed, found)[found]] if len(found) else found
 
     def judge(self, batch: Batch) -> list[Verdict]:
-        words = batch.analysis.words
+        analysis, rows = batch.shared_analysis()
+        words = analysis.words
+        place = np.full(len(analysis), -1)  # of each analysed document in our batch
+        place[rows] = np.arange(len(batch))
         found = self.matches(words)
-        counts = np.bincount(words.documents[found], minlength=len(batch))
-        density = counts / np.maximum(words.counts, 1)
+        found = found[place[words.documents[found]] >= 0]
+        owners = place[words.documents[found]]
+        counts = np.bincount(owners, minlength=len(batch))
+        density = counts / np.maximum(words.counts[rows], 1)
         batch.record("toxicity.word_density", density)
         enough = counts >= self.config.min_matches
-        scores = self._scores(batch, words, found, enough)
+        at = words.begin[found] - analysis.starts[words.documents[found]]
+        scores = self._scores(batch, at[enough[owners]], owners[enough[owners]])
         verdicts = []
         for row in range(len(batch)):
             note = {"matches": int(counts[row]), "density": round(float(density[row]), 5)}
@@ -125,17 +131,15 @@ class Toxicity:
                 verdicts.append(KEEP)
         return verdicts
 
-    def _scores(self, batch: Batch, words: Pieces, found: np.ndarray, asked: np.ndarray) -> dict[int, float]:
-        """The mean score of the passages around the first listed words of each document asked about."""
-        if self._score is None or not asked.any():
+    def _scores(self, batch: Batch, places: np.ndarray, rows: np.ndarray) -> dict[int, float]:
+        """The mean score of the passages around the first listed words of each document: `places` in text `rows`."""
+        if self._score is None or not len(rows):
             return {}
         passages, owners = [], []
         taken = np.zeros(len(batch), np.int64)
-        for word in found[asked[words.documents[found]]].tolist():
-            row = int(words.documents[word])
+        for at, row in zip(places.tolist(), rows.tolist(), strict=True):
             if taken[row] < _MAX_PASSAGES:
                 taken[row] += 1
-                at = int(words.begin[word] - batch.analysis.starts[row])
                 passages.append(batch.documents[row].text[max(0, at - _PASSAGE_CHARS) : at + _PASSAGE_CHARS])
                 owners.append(row)
         values = np.asarray(self._score(passages))
