@@ -63,13 +63,6 @@ class Timeline:
         return 1.0 - busy / (self.makespan * len(self.ranks))
 
 
-def measured(ranks: list[list[Slot]], peak_live: list[int]) -> Timeline:
-    """The timeline of a real run from the slots of a clock that all ranks share; time begins with the first action."""
-    begin = min(slot.start for slots in ranks for slot in slots)
-    shifted = [[Slot(slot.action, slot.start - begin, slot.end - begin) for slot in slots] for slots in ranks]
-    return Timeline(shifted, peak_live)
-
-
 class Deadlock(InternalError):
     """No rank can go on; the message lists the action that each rank waits to run, and for what."""
 
