@@ -51,6 +51,7 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     _inputs(parser)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="at most this many tokens")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
+    parser.add_argument("--special-tokens", nargs="+", default=[], metavar="T", help="more special tokens, as for FIM")
 
 
 def _tokenizer_train(args: argparse.Namespace) -> int:
@@ -58,7 +59,7 @@ def _tokenizer_train(args: argparse.Namespace) -> int:
     from megallm.data.tokenizer import train_bpe
 
     options = ReadOptions(keys=tuple(args.json_keys), split_text=args.split_text)
-    print(json.dumps(train_bpe(args.input, args.vocab_size, args.output, options), indent=2))
+    print(json.dumps(train_bpe(args.input, args.vocab_size, args.output, options, args.special_tokens), indent=2))
     return 0
 
 

@@ -182,22 +182,27 @@ def _build(file: Path, specials_are_text: bool) -> tokenizers.Tokenizer:
 
 
 def train_bpe(
-    inputs: Sequence[str], vocab_size: int, output: str, options: readers.ReadOptions | None = None
+    inputs: Sequence[str],
+    vocab_size: int,
+    output: str,
+    options: readers.ReadOptions | None = None,
+    special_tokens: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can load.
 
-    The vocabulary holds `<|endoftext|>` (id 0, the eos_token), 256 bytes and the merges; it is smaller than
-    asked when the text is too small. Returns {output, vocab_size, documents, fingerprint}.
+    The vocabulary holds `<|endoftext|>` (id 0, the eos_token), the other special tokens, 256 bytes and the merges;
+    it is smaller than asked when the text is too small. Returns {output, vocab_size, documents, fingerprint}.
     Errors: `UsageError` for the size, `DataError` for the files, `CannotWrite`.
     """
-    smallest = 257
-    if vocab_size < smallest:
-        raise UsageError(f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need {smallest}.")
+    specials = list(dict.fromkeys((END_OF_TEXT, *special_tokens)))
+    least = 256 + len(specials)
+    if vocab_size < least:
+        raise UsageError(f"--vocab-size {vocab_size} is too small: 256 bytes and {', '.join(specials)} need {least}.")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        vocab_size=vocab_size, special_tokens=specials, show_progress=False,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     documents = characters = 0
