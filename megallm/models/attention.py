@@ -113,8 +113,7 @@ class Attention(ShardedModule):
         if cache is not None:
             k, v = cache.append(k, v)
         if self.heads.pairing is not None:
-            index = torch.tensor(self.heads.pairing, device=q.device)
-            k, v = k.index_select(2, index), v.index_select(2, index)
+            k, v = (torch.cat([x.split(1, 2)[head] for head in self.heads.pairing], 2) for x in (k, v))
         if cache is not None:
             return cache.attend(q, k, v, self.window)
         return places.context.attend(q, k, v, places.sight, self.window)
