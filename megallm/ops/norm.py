@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from megallm.ops.precision import wide
 
 
+class _RmsNorm(torch.autograd.Function):
+    """Keeps the input as it came and one wide scalar a row; torch's composite form keeps several wide copies."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        values = wide(x)
+        scale = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (values * scale).mul_(wide(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        x, weight, scale = ctx.saved_tensors
+        unit, grad = x * scale, wide(grad)  # the product is wide because the scale is
+        grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * wide(weight)
+        shared = (grad * unit).mean(-1, keepdim=True)
+        return (grad - unit.mul_(shared)).mul_(scale).to(x.dtype), grad_weight, None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight`, `[..., D]` in the dtype of `x`."""
-    return F.rms_norm(wide(x), weight.shape, wide(weight), eps).to(x.dtype)
+    return _RmsNorm.apply(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ ZeRO stage ask. Messages start as soon as their gradients are complete and are w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -265,10 +266,12 @@ class ShardedParameters:
         for bucket in self.flat:
             tree = self.options.tree
             flat = bucket.grads if tree else bucket.shard_grads
-            for cut in bucket.plan.cuts(0, bucket.plan.numel) if tree else self.cuts(bucket):
-                if self._counts(cut.member.name):
-                    part = flat[cut.place : cut.place + cut.end - cut.begin]
-                    total += torch.linalg.vector_norm(part, dtype=part.dtype).to(torch.float64) ** 2
+            cuts = bucket.plan.cuts(0, bucket.plan.numel) if tree else self.cuts(bucket)
+            for counts, run in groupby(cuts, key=lambda cut: self._counts(cut.member.name)):
+                if counts:
+                    run = list(run)
+                    part = flat[run[0].place : run[-1].place + run[-1].end - run[-1].begin]
+                    total += torch.linalg.vector_norm(part).to(torch.float64) ** 2
         axis = self.mesh.model if self.options.tree else self.mesh.world
         return comm.all_reduce_(total, axis, "clip.norm")
 

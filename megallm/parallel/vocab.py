@@ -40,13 +40,13 @@ class _LabelLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, begin: int, axis: Axis) -> Tensor:
-        values = wide(logits)
-        top = comm.all_reduce_(values.amax(-1), axis, "vocab.max", dist.ReduceOp.MAX)
-        total = comm.all_reduce_((values - top[..., None]).exp_().sum(-1), axis, "vocab.sum")
+        # A wide `top` makes the difference wide in one pass over narrow logits; no wide copy of them is made.
+        top = comm.all_reduce_(wide(logits.amax(-1)), axis, "vocab.max", dist.ReduceOp.MAX)
+        total = comm.all_reduce_((logits - top[..., None]).exp_().sum(-1), axis, "vocab.sum")
         lse = top + total.log()
         here = (labels >= begin) & (labels < begin + logits.shape[-1])
         local = torch.where(here, labels - begin, 0)
-        label = values.gather(-1, local[..., None]).squeeze(-1) * here
+        label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
         label = comm.all_reduce_(label, axis, "vocab.label")
         ctx.save_for_backward(logits, lse, local, here)
         return label - lse
@@ -54,7 +54,7 @@ class _LabelLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         logits, lse, local, here = ctx.saved_tensors
-        result = (wide(logits) - lse[..., None]).exp_().mul_(-grad[..., None])
+        result = (logits - lse[..., None]).exp_().mul_(-grad[..., None])
         result.scatter_add_(-1, local[..., None], (grad * here)[..., None])
         return result.to(logits.dtype), None, None, None
 
