@@ -200,13 +200,14 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
             raise UsageError(f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}.")
         lazy = [Lazy(reader, name, reader.info(name)[0], dtype) for name in reader.names()]
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
-        meta = imported_meta(reader.model, dtype)
+        spec = tokenizer_files.tokenizer_spec(reader.folder)
+        meta = imported_meta(reader.model, dtype, spec if spec == BYTES else None)
         notes = list(reader.notes)
-        if tokenizer_files.has_tokenizer(reader.folder):
+        if spec not in (None, BYTES):
             with writing(folder):
                 (folder / "tokenizer").mkdir()
             tokenizer_files.copy_tokenizer(reader.folder, folder / "tokenizer")
-        else:
+        if spec is None:
             notes.append(f"{reader.folder} has no {tokenizer_files.DEFINITION}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
@@ -221,10 +222,10 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
 IMPORTED = "import"
 
 
-def imported_meta(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def imported_meta(model: ModelConfig, dtype: torch.dtype, tokenizer: str | None = None) -> dict[str, Any]:
     """The meta of a checkpoint that conversion made: weights only, no history of training."""
     described = asdict(replace(model, hf=None))
-    return {"kind": IMPORTED, "model": described, "precision": PRECISIONS[dtype], "tokenizer": None}
+    return {"kind": IMPORTED, "model": described, "precision": PRECISIONS[dtype], "tokenizer": tokenizer}
 
 
 def to_yaml_section(model: ModelConfig) -> str:

@@ -27,6 +27,13 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / DEFINITION).is_file()
 
 
+def tokenizer_spec(folder: Path) -> str | None:
+    """What `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one, None without any."""
+    if not has_tokenizer(folder):
+        return None
+    return BYTES if _is_byte_tokenizer(_definition(folder)) else str(folder)
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the files of `FILES` that `source` has into the existing folder `target`; their names.
 
@@ -55,7 +62,7 @@ def write_byte_tokenizer(target: Path) -> list[str]:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    vocabulary = {character: byte for byte, character in _byte_characters().items()}
+    vocabulary = _byte_vocabulary()
     built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     built.decoder = decoders.ByteLevel()
@@ -71,11 +78,21 @@ def write_byte_tokenizer(target: Path) -> list[str]:
     return [DEFINITION, SETTINGS, SPECIALS]
 
 
-def _byte_characters() -> dict[int, str]:
+def _is_byte_tokenizer(definition: dict[str, Any]) -> bool:
+    """Whether `write_byte_tokenizer` made this: the ids are the bytes and one token ends a text."""
+    model, splitter = definition.get("model"), definition.get("pre_tokenizer")
+    if not isinstance(model, dict) or not isinstance(splitter, dict) or model.get("merges") != []:
+        return False
+    plain = splitter.get("type") == "ByteLevel" and splitter.get("add_prefix_space") is False
+    numbers = dict(_vocabulary(definition))
+    return plain and definition.get("normalizer") is None and numbers == _byte_vocabulary() | {END_OF_TEXT: 256}
+
+
+def _byte_vocabulary() -> dict[str, int]:
     """GPT-2's printable character for each byte: itself where printable, else the next free one from 256."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte if byte in printable else 256 + hidden.index(byte)) for byte in range(256)}
+    return {chr(byte if byte in printable else 256 + hidden.index(byte)): byte for byte in range(256)}
 
 
 def token_ids(folder: Path) -> dict[str, int | None]:

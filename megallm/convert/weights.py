@@ -23,6 +23,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.convert.folder import Entry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
 from megallm.convert.rules import Bridge, plan_bridge
+from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage, StageOptions
 from megallm.models.stages import StageSpan
@@ -115,7 +116,8 @@ class HfReader:
 
     @property
     def meta(self) -> dict[str, Any]:
-        return {"model": asdict(self.model), "precision": PRECISIONS[self.dtype], "tokenizer": str(self.folder)}
+        spec = tokenizer_spec(self.folder) or str(self.folder)
+        return {"model": asdict(self.model), "precision": PRECISIONS[self.dtype], "tokenizer": spec}
 
     def names(self) -> list[str]:
         return sorted(self.bridge.ours)

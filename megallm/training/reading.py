@@ -8,7 +8,7 @@ from typing import Any
 
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
-from megallm.convert.tokenizer_files import has_tokenizer
+from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import fim, meta, tokenizer
 from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
 from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, segments_of
@@ -74,8 +74,9 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     """`data.tokenizer`, else the one that came with `model.hf`, else bytes if they made the sources, else None."""
     if config.data.tokenizer is not None:
         return config.data.tokenizer
-    if config.model.hf is not None and has_tokenizer(Path(config.model.hf)):
-        return config.model.hf
+    came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
+    if came_along is not None:
+        return came_along
     side_cars = [meta.read(prefix) for prefix in config.data.sources]
     bytewise = all(car and car["tokenizer"]["fingerprint"] == tokenizer.ByteTokenizer.fingerprint for car in side_cars)
     return tokenizer.BYTES if bytewise else None
