@@ -49,6 +49,7 @@ def _collect(root: object, pieces: list[str]) -> None:
         mark = "\n\n" if tag in _PARAGRAPHS else "\n" if tag in _LINES else " " if tag in _CELLS else ""
         children = list(node.iter(include_text=True)) if tag != "-comment" else []  # type: ignore[attr-defined]
         if mark:
-            pieces.append(mark)
-            stack.append(mark)
+            stack.append(mark)  # comes after the children
+            if tag in _PARAGRAPHS:
+                pieces.append(mark)
         stack.extend(reversed(children))

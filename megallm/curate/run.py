@@ -12,7 +12,7 @@ import heapq
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -59,36 +59,50 @@ def run(
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
-        return _Run(config, output, inputs, workers, progress).go(fresh)
+        return Run(config, output, inputs, progress).go(workers, fresh)
 
 
-class _Run:
-    def __init__(self, config: CurateConfig, output: Path, inputs: list[str], workers: int, progress: Progress) -> None:
-        self.config, self.output, self.inputs, self.workers = config, output, inputs, workers
-        self.progress = progress
+class Run:
+    """One output folder: which shards there are, what was decided, and how all of it is published.
+
+    `go` does everything on this machine. An engine for several machines calls `begin`, then for each segment `jobs`
+    (each to be done once, anywhere), `end_segment` and `decide`, and last `publish`.
+    """
+
+    def __init__(self, config: CurateConfig, output: Path, inputs: list[str], progress: Progress = quiet) -> None:
+        self.config, self.output, self.inputs, self.progress = config, output, inputs, progress
         self.work = output / "work"
         self.yaml = configs.to_yaml(config)
+        self.segments = chains.segments_of(config)
+        self._count: int | None = None
 
-    def go(self, fresh: bool) -> dict[str, Any]:
-        identity = self._identity()
+    def go(self, workers: int, fresh: bool) -> dict[str, Any]:
+        finished = self.begin(fresh)
+        if finished is not None:
+            return finished
+        chain = build_chain(self.config)  # fails here, before any work, when a model is missing
+        for number in range(len(self.segments)):
+            if number:
+                self.decide(number, chain)
+            self._walk(number, workers)
+            self.end_segment(number)
+        return self.publish(chain)
+
+    def begin(self, fresh: bool = False) -> dict[str, Any] | None:
+        """Take up the work folder; the statistics when this very run is already finished. Errors: `UsageError`."""
         done = self.output / STATS
         if fresh:
             self._sweep()
         elif done.exists():
             stats = json.loads(done.read_text("utf-8"))
-            if stats.get("identity") == identity:
+            if stats.get("identity") == self._identity():
                 return stats
             raise UsageError(
                 f"{self.output} holds a finished run of another configuration or input; choose another --output, or "
                 "pass --fresh to replace it."
             )
-        self._claim(identity)
-        chain = build_chain(self.config)  # fails here, before any work, when a model is missing
-        num_shards = self._read(chain)
-        for number in range(1, len(chain.segments)):
-            self._decide(chain, number, num_shards)
-            self._walk(chain, number, num_shards)
-        return self._publish(chain, num_shards, identity)
+        self._claim(self._identity())
+        return None
 
     def _identity(self) -> str:
         """Changes with the configuration and with any input file."""
@@ -121,36 +135,64 @@ class _Run:
     def _folder(self, segment: int, shard: int) -> Path:
         return self.work / f"segment-{segment}" / f"{shard:06d}"
 
-    def _read(self, chain: chains.Chain) -> int:
-        """Segment 0: cut the input into shards and do each; returns how many there are."""
-        count = 0
-        mark = self.work / "shards"
-        if mark.exists():
-            return int(mark.read_text("utf-8"))
+    @property
+    def _shards(self) -> Path:
+        return self.work / "shards"
 
-        def jobs() -> Iterator[ShardJob]:
-            nonlocal count
-            for shard, units in enumerate(plan_shards(self.inputs, self.config)):
-                count = shard + 1
-                target = self._folder(0, shard)
-                if not target.exists():
-                    yield ShardJob(self.yaml, 0, shard, target, units=units)
+    @property
+    def count(self) -> int:
+        """How many shards there are; known once segment 0 has ended."""
+        if self._count is None:
+            self._count = int(self._shards.read_text("utf-8"))
+        return self._count
 
+    def jobs(self, number: int, part: int = 0, parts: int = 1) -> Iterator[ShardJob]:
+        """The shards of a segment that are still to be done, of them those with shard % parts == part."""
         with writing(self.work):
-            (self.work / "segment-0").mkdir(exist_ok=True)
-        for done, _ in enumerate(self._each(jobs()), start=1):
-            self.progress(_phase(chain, 0), done, None)
-        self._check_read(count)
-        files.atomic_write_text(mark, str(count))
-        return count
-
-    def _each(self, jobs: Iterable[ShardJob]) -> Iterator[object]:
-        """Do the jobs here or in workers; yields once for each that is done."""
-        if self.workers == 1:
-            yield from map(run_shard, jobs)
+            (self.work / f"segment-{number}").mkdir(exist_ok=True)
+        if number == 0:
+            planned = enumerate(()) if self._shards.exists() else enumerate(plan_shards(self.inputs, self.config))
+            seen = 0
+            for shard, units in planned:
+                seen = shard + 1
+                target = self._folder(0, shard)
+                if shard % parts == part and not target.exists():
+                    yield ShardJob(self.yaml, 0, shard, target, units=units)
+            self._count = self._count or seen
             return
-        with Workers(self.workers, run_shard) as workers:
-            yield from workers.map(jobs)
+        for shard in range(part, self.count, parts):
+            target = self._folder(number, shard)
+            if not target.exists():
+                decisions = self.work / f"decide-{number}" / f"{shard:06d}"
+                yield ShardJob(self.yaml, number, shard, target, (), self._folder(number - 1, shard), decisions)
+
+    def end_segment(self, number: int) -> None:
+        """Every shard of the segment is there: check what was read, or remove what is not needed any more."""
+        if number == 0:
+            if not self._shards.exists():
+                found = sorted(path for path in (self.work / "segment-0").iterdir() if files.TEMPORARY not in path.name)
+                self._check_read(len(found))
+                files.atomic_write_text(self._shards, str(len(found)))
+            return
+        for shard in range(self.count):
+            for path in self._folder(number - 1, shard).iterdir():
+                if path.name not in (chains.LEDGER, chains.TALLY):
+                    path.unlink()
+
+    def _walk(self, number: int, workers: int) -> None:
+        """Do the jobs of a segment here or in workers."""
+        total = self.count if number else None
+        segment = self.segments[number]
+        phase = " > ".join([*(["read"] if number == 0 else []), *segment.begin, *segment.local])
+        done = 0
+        jobs = self.jobs(number)
+        with ExitStack() as stack:
+            results: Iterator[Any] = map(run_shard, jobs)
+            if workers > 1:
+                results = stack.enter_context(Workers(workers, run_shard)).map(jobs)
+            for _ in results:
+                done += 1
+                self.progress(phase, done, total)
 
     def _check_read(self, count: int) -> None:
         totals = add_up(self._tallies(0, count)).totals
@@ -181,9 +223,9 @@ class _Run:
         for shard in range(count):
             yield json.loads((self._folder(segment, shard) / chains.TALLY).read_text("utf-8"))
 
-    def _decide(self, chain: chains.Chain, number: int, count: int) -> None:
+    def decide(self, number: int, chain: chains.Chain) -> None:
         """Resolve the global steps that end segment number - 1, each without what those before it drop."""
-        names = chain.segments[number].begin
+        names, count = self.segments[number].begin, self.count
         target = self.work / f"decide-{number}"
         if target.exists():
             return
@@ -206,28 +248,9 @@ class _Run:
             temporary.replace(target)
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _walk(self, chain: chains.Chain, number: int, count: int) -> None:
-        """A later segment over all shards; afterwards the documents of the one before are not needed any more."""
-        with writing(self.work):
-            (self.work / f"segment-{number}").mkdir(exist_ok=True)
-        jobs = [
-            ShardJob(
-                self.yaml, number, shard, target, source=self._folder(number - 1, shard),
-                decisions=self.work / f"decide-{number}" / f"{shard:06d}",
-            )
-            for shard in range(count)
-            if not (target := self._folder(number, shard)).exists()
-        ]  # fmt: skip
-        finished = count - len(jobs)
-        for done, _ in enumerate(self._each(jobs), start=finished + 1):
-            self.progress(_phase(chain, number), done, count)
-        for shard in range(count):
-            for path in self._folder(number - 1, shard).iterdir():
-                if path.name not in (chains.LEDGER, chains.TALLY):
-                    path.unlink()
-
-    def _publish(self, chain: chains.Chain, count: int, identity: str) -> dict[str, Any]:
-        last = len(chain.segments) - 1
+    def publish(self, chain: chains.Chain) -> dict[str, Any]:
+        """Write the outputs, stats.json last, and remove the work folder."""
+        last, count = len(self.segments) - 1, self.count
         self.progress("writing", 0, None)
         tally = add_up(one for number in range(last + 1) for one in self._tallies(number, count))
         kept = files.temporary_name(self.output / KEPT)
@@ -243,7 +266,7 @@ class _Run:
         if "decontaminate" in chain.local:
             found = decontaminate.report_of(chain.local["decontaminate"], self._dropped_by("decontaminate"))
             files.atomic_write_json(self.output / CONTAMINATION, found)
-        stats = stats_of(tally, chain, identity)
+        stats = stats_of(tally, chain, self._identity())
         files.atomic_write_text(self.output / REPORT, report.render(stats, tally.examples))
         seconds = {step: round(spent, 3) for step, spent in tally.seconds.items()}
         files.atomic_write_json(self.output / TIMINGS, {"cpu_seconds": seconds})
@@ -296,12 +319,6 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
         },
         "config": configs.to_dict(chain.config),
     }
-
-
-def _phase(chain: chains.Chain, number: int) -> str:
-    segment = chain.segments[number]
-    names = [*(["read"] if number == 0 else []), *segment.begin, *segment.local]
-    return " > ".join(names)
 
 
 def _names(decisions: dict[str, np.ndarray], ids: Callable[[int], dict[str, str]]) -> dict[int, str]:
