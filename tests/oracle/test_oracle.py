@@ -71,13 +71,18 @@ def records() -> list[RankRecord]:
     return run_ranks(2, train_rank, row_named("tp2"), frozenset())
 
 
+def held(pieces: compare.Pieces, name: str) -> torch.Tensor:
+    """The piece of one tensor that a rank of this row holds."""
+    return next(tensor for piece, _, tensor in pieces if piece == name)
+
+
 def tamper_gradient(record: RankRecord) -> str:
-    record.steps[2].grads["layers.1.mlp.down.weight"][0, 0] += 1e-8 * record.steps[2].grad_norm
+    held(record.steps[2].grads, "layers.1.mlp.down.weight")[0, 0] += 1e-8 * record.steps[2].grad_norm
     return "gradient of layers.1.mlp.down.weight"
 
 
 def tamper_weight(record: RankRecord) -> str:
-    record.final["embedding.weight"][3, 3] *= 1 + 1e-7
+    held(record.final, "embedding.weight")[3, 3] *= 1 + 1e-7
     return "weight embedding.weight"
 
 
@@ -92,13 +97,13 @@ def tamper_norm(record: RankRecord) -> str:
 
 
 def tamper_start(record: RankRecord) -> str:
-    weight = record.initial["final_norm.weight"]
+    weight = held(record.initial, "final_norm.weight")
     weight[0] = torch.nextafter(weight[0], weight[0] + 1)
     return "initial weights differ"
 
 
 def tamper_with_nan(record: RankRecord) -> str:
-    record.steps[0].grads["final_norm.weight"][0] = float("nan")
+    held(record.steps[0].grads, "final_norm.weight")[0] = float("nan")
     return "gradient of final_norm.weight"
 
 
@@ -127,12 +132,12 @@ def test_a_deviation_on_one_rank_is_seen_and_named(
 
 
 def clone(pieces: compare.Pieces) -> compare.Pieces:
-    return {name: piece.clone() for name, piece in pieces.items()}
+    return [(name, box, piece.clone()) for name, box, piece in pieces]
 
 
 def test_a_piece_nobody_holds_is_an_error(records: list[RankRecord]) -> None:
     lacking = [
-        dataclasses.replace(r, initial={k: v for k, v in r.initial.items() if k != "final_norm.weight"})
+        dataclasses.replace(r, initial=[piece for piece in r.initial if piece[0] != "final_norm.weight"])
         for r in records
     ]
     with pytest.raises(InternalError, match="no rank holds some elements of final_norm.weight"):
