@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 from megallm.base.config import load, schema, to_dict, to_yaml
 from megallm.base.errors import UsageError
 from megallm.cli.table import Command
 from megallm.data import meta
 from megallm.training.config import PretrainConfig
+from megallm.training.from_megatron import to_yaml as megatron_yaml
+from megallm.training.from_megatron import translate
 from megallm.training.validate import check
 
 
@@ -40,12 +44,36 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema with the documentation of each key"
     )
+    parser.add_argument(
+        "--from-megatron-args", metavar='FILE.sh|"--flags"',
+        help="print the configuration that a launch script of Megatron-LM, or its flags, stand for",
+    )  # fmt: skip
+
+
+def from_megatron(source: str) -> int:
+    """Print YAML for a launch script or for flags; what could not be mapped also goes to stderr."""
+    text, name = source, "the flags"
+    if not source.lstrip().startswith("--"):
+        name = source
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f'--from-megatron-args: {source} cannot be read as a script ({error}); give a file, or "--flags ...".'
+            ) from error
+    found = translate(text, name)
+    print(megatron_yaml(found, name), end="")
+    for problem in found.problems:
+        print(f"megallm: not mapped: {problem}", file=sys.stderr)
+    return 0
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.schema:
         print(json.dumps(schema(PretrainConfig), indent=2))
         return 0
+    if args.from_megatron_args is not None:
+        return from_megatron(args.from_megatron_args)
     if args.config is None:
         raise UsageError("megallm config needs a CONFIG file, or --schema.")
     config = load_and_check(args.config, args.overrides, args.world)

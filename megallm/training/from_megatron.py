@@ -1,0 +1,308 @@
+"""A Megatron-LM launch script as a configuration of megallm. Nothing of the script is run. No torch.
+
+`FLAGS` is the whole knowledge: each flag of Megatron-LM with what it becomes here. `docs/from_megatron.md` is made
+from it by `markdown`. Where a flag is absent, Megatron-LM's default is written out, since megallm's often differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from megallm.base.errors import UsageError
+from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
+from megallm.training.shell_words import read_script, unresolved
+
+Values = dict[str, list[str]]  # flag -> its values; a switch has none
+
+
+@dataclass
+class Translation:
+    """Dotted key -> value, and sentences about what did not fit."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    given: Values = field(default_factory=dict)
+
+    def number(self, flag: str, default: float | None = None) -> float | None:
+        """The value of a flag as a number; a problem is noted when it is none."""
+        if flag not in self.given:
+            return default
+        text = (self.given[flag] or [""])[0]
+        try:
+            value = float(text.replace("_", ""))
+        except ValueError:
+            self.problems.append(f"{flag} {text}: this is not a number that can be read here; its default is used.")
+            return default
+        return int(value) if value == int(value) and "e-" not in text else value
+
+    def text(self, flag: str, default: str = "") -> str:
+        return (self.given.get(flag) or [default])[0]
+
+
+def translate(source: str, name: str) -> Translation:
+    """What the words of a script (or the flags themselves) become. Errors: UsageError without any flag."""
+    words = arguments_of(source, name)
+    found = Translation(given=_flags(words))
+    if not found.given:
+        raise UsageError(f"{name} holds no flags of Megatron-LM; give a launch script, or the flags as one text.")
+    for flag, values in found.given.items():
+        _translate_flag(flag, values, found)
+    for rule in _RULES:
+        rule(found)
+    return found
+
+
+def arguments_of(source: str, name: str) -> list[str]:
+    """The words behind the Python file that a script runs (the last such command with flags); else all its words."""
+    commands = read_script(source, name).commands
+    best: list[str] = []
+    for words in commands:
+        ends = [index for index, word in enumerate(words) if word.endswith(".py")]
+        if ends and any(word.startswith("--") for word in words[ends[-1] :]):
+            best = words[ends[-1] + 1 :]
+    return best or [word for words in commands for word in words]
+
+
+def _flags(words: Iterable[str]) -> Values:
+    """Flags with their values, in order; a repeated flag keeps its last values, as argparse does."""
+    found: Values = {}
+    current: list[str] | None = None
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            flag, equals, value = word.partition("=")
+            current = [value] if equals else []
+            found.pop(flag, None)
+            found[flag] = current
+        elif current is not None and word not in ("(", ")"):
+            current.append(word)
+    return found
+
+
+def _translate_flag(flag: str, values: list[str], found: Translation) -> None:
+    row = TABLE.get(flag)
+    if row is None:
+        found.problems.append(f"{flag}{_shown(values)}: not in the table; look in docs/from_megatron.md.")
+        return
+    missing = [value for value in values if unresolved(value)]
+    if missing and row.kind in (SET, READ):
+        found.problems.append(f"{flag}{_shown(values)}: the script computes {missing[0]} when it runs; fill it in.")
+        if row.kind == SET:
+            return
+    if row.kind == DROPPED:
+        if row.harmless not in (_shown(values).strip(), "*"):
+            found.problems.append(f"{flag}{_shown(values)}: {row.note}.")
+    elif row.kind == SET and row.value is not None:
+        found.config[row.key] = row.value
+    elif row.kind == SET:
+        _set_from(flag, row, found)
+
+
+def _set_from(flag: str, row: Flag, found: Translation) -> None:
+    if row.choices:
+        text = found.text(flag)
+        if text in row.choices:
+            found.config[row.key] = row.choices[text]
+        else:
+            found.problems.append(f"{flag} {text}: megallm has {', '.join(row.choices)} only.")
+        return
+    value = found.text(flag) if row.text else found.number(flag)
+    if value is not None:
+        found.config[row.key] = value
+
+
+def _shown(values: list[str]) -> str:
+    return "".join(f" {value}" for value in values)
+
+
+# What depends on several flags. Each rule reads `given` and writes `config` and `problems`.
+
+Rule = Callable[[Translation], None]
+_RULES: list[Rule] = []
+
+
+def _rule(function: Rule) -> Rule:
+    _RULES.append(function)
+    return function
+
+
+@_rule
+def _defaults(found: Translation) -> None:
+    """Megatron-LM's defaults where its flag is absent."""
+    for key, value in {
+        "model.norm": "layernorm", "model.norm_eps": 1e-5, "model.activation": "gelu", "model.bias": True,
+        "model.qk_norm": False, "model.tie_embeddings": True, "model.init_std": 0.02, "model.positions": "learned",
+        "data.split": "969,30,1", "data.order": "megatron", "run.seed": 1234, "train.precision": "fp32",
+        "optim.rule": "adamw", "optim.min_lr": 0.0, "optim.eps": 1e-8, "optim.weight_decay": 0.01, "optim.clip": 1.0,
+        "optim.schedule": "linear", "eval.every": 1000, "eval.batches": 100, "log.every": 100,
+    }.items():  # fmt: skip
+        found.config.setdefault(key, value)
+    found.config["optim.betas"] = [found.number("--adam-beta1", 0.9), found.number("--adam-beta2", 0.999)]
+
+
+@_rule
+def _model(found: Translation) -> None:
+    config = found.config
+    if config["model.positions"] == "rope":
+        config.setdefault("model.rope_theta", 10000.0)
+    hidden, heads = config.get("model.hidden_size"), config.get("model.num_heads")
+    if "model.ffn_hidden_size" not in config and hidden:
+        gated = config["model.activation"] == "swiglu"
+        config["model.ffn_hidden_size"] = int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden
+    if heads:
+        grouped = "--group-query-attention" in found.given
+        config["model.num_kv_heads"] = found.number("--num-query-groups", 1) if grouped else heads
+    if "--window-size" in found.given:
+        sizes = " ".join(found.given["--window-size"]).replace("(", "").replace(")", "").replace(",", " ").split()
+        if len(sizes) == 2 and sizes[0].isdigit() and sizes[1] == "0":
+            config["model.sliding_window"] = int(sizes[0]) + 1
+        else:
+            found.problems.append(f"--window-size{_shown(found.given['--window-size'])}: only `N,0` has a counterpart.")
+    for flag in ("--attention-dropout", "--hidden-dropout"):
+        if found.number(flag, 0.1) != 0:
+            given = found.text(flag, "0.1 (its default)")
+            found.problems.append(f"{flag} {given}: megallm has no dropout.")
+    config["model.family"] = _family(config)
+
+
+def _family(config: dict[str, Any]) -> str:
+    """The family whose switches are nearest; every switch is written out beside it."""
+    if config["model.norm"] == "layernorm":
+        return "gpt2"
+    if config["model.qk_norm"]:
+        return "qwen3"
+    if config.get("model.qkv_bias") and not config["model.bias"]:
+        return "qwen2"
+    return "mistral" if config.get("model.sliding_window") else "llama"
+
+
+@_rule
+def _layout(found: Translation) -> None:
+    config = found.config
+    per_chunk = found.number("--num-layers-per-virtual-pipeline-stage")
+    if per_chunk and config.get("model.num_layers"):
+        config["layout.chunks"] = int(config["model.num_layers"] / config.get("layout.pp", 1) / per_chunk)
+    if config.get("layout.chunks", 1) > 1:
+        config["layout.schedule"] = "interleaved"
+    if config.get("layout.stages"):
+        config["layout.stages"] = config["layout.stages"].replace(",", "")
+
+
+@_rule
+def _batch(found: Translation) -> None:
+    config = found.config
+    config.setdefault("train.micro_batch", 1)
+    if "train.global_batch" not in config:
+        config["train.global_batch"] = config["train.micro_batch"]
+        found.problems.append(
+            "--global-batch-size is absent: Megatron-LM takes micro batch x data-parallel ranks; "
+            "set train.global_batch to that."
+        )
+    if "--train-samples" in found.given:
+        config["train.steps"] = _per_step(found, "--train-samples")
+    if "train.steps" not in config:
+        found.problems.append("--train-iters is absent: train.steps has to be given.")
+    exit_at = found.number("--exit-interval")
+    if exit_at and exit_at < config.get("train.steps", exit_at):
+        config["train.stop_at"] = exit_at
+
+
+def _per_step(found: Translation, flag: str) -> int:
+    """A number of samples as a number of steps."""
+    return int((found.number(flag) or 0) // found.config["train.global_batch"])
+
+
+@_rule
+def _schedule(found: Translation) -> None:
+    config = found.config
+    steps = config.get("train.steps")
+    horizon = found.number("--lr-decay-iters", steps)
+    if "--lr-decay-samples" in found.given:
+        horizon = _per_step(found, "--lr-decay-samples")
+    if steps and horizon and horizon != steps and config["optim.schedule"] != "constant":
+        found.problems.append(
+            f"The learning rate decays over {horizon:g} steps of {steps:g}; here it decays over train.steps. "
+            f"For the same curve set train.steps={horizon:g} and train.stop_at={steps:g} (only if that is less)."
+        )
+    if "--lr-warmup-samples" in found.given:
+        config["optim.warmup_steps"] = _per_step(found, "--lr-warmup-samples")
+    share = found.number("--lr-warmup-fraction")
+    if share and horizon:
+        config["optim.warmup_steps"] = int(share * horizon)
+    last = found.number("--lr-wsd-decay-iters")
+    if config["optim.schedule"] == "wsd" and steps:
+        if last is None:
+            found.problems.append("--lr-decay-style WSD without --lr-wsd-decay-iters: optim.decay_fraction stays 0.2.")
+        else:
+            config["optim.decay_fraction"] = last / max(1, steps - config.get("optim.warmup_steps", 0))
+        if found.text("--lr-wsd-decay-style", "exponential") != "linear":
+            found.problems.append("--lr-wsd-decay-style: the last part falls linearly here.")
+
+
+@_rule
+def _data(found: Translation) -> None:
+    paths = found.given.get("--data-path", [])
+    if paths:
+        weighted = len(paths) % 2 == 0 and all(_is_number(word) for word in paths[::2])
+        pairs = zip(paths[1::2], map(float, paths[::2]), strict=True) if weighted else ((path, 1.0) for path in paths)
+        found.config["data.sources"] = dict(pairs)
+    else:
+        found.problems.append("--data-path is absent: data.sources has to be given.")
+    kind, model = found.text("--tokenizer-type"), found.text("--tokenizer-model")
+    if kind == "HuggingFaceTokenizer" and model:
+        found.config["data.tokenizer"] = model
+    elif kind and kind != "NullTokenizer":
+        found.problems.append(
+            f"--tokenizer-type {kind}: megallm reads a Hugging Face tokenizer.json; set data.tokenizer to a folder "
+            "with one (data that is already tokenised is read as it is)."
+        )
+
+
+def _is_number(word: str) -> bool:
+    return word.replace(".", "", 1).isdigit()
+
+
+@_rule
+def _saving(found: Translation) -> None:
+    save, load = found.text("--save"), found.text("--load")
+    if load and load != save:
+        found.problems.append(
+            f"--load {load}: a run goes on from its own folder (run.dir); Megatron-LM's checkpoints are not read. "
+            "Convert them to a Hugging Face folder and give it as model.hf."
+        )
+    if "--save-interval" not in found.given:
+        found.config["checkpoint.every"] = 0
+    found.config["checkpoint.keep"] = 0
+
+
+# Writing.
+
+
+def to_yaml(found: Translation, name: str) -> str:
+    """The configuration, with what could not be mapped as comments above it."""
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in found.config.items():
+        section, _, rest = key.partition(".")
+        tree.setdefault(section, {})[rest] = value
+    ordered = {section: tree[section] for section in _SECTIONS if section in tree}
+    head = [f"# From {name} by `megallm config --from-megatron-args`; check it with `megallm config FILE`."]
+    head += ["# Not mapped:"] if found.problems else ["# Everything was mapped."]
+    head += [f"#   {' '.join(problem.split())}" for problem in found.problems]
+    body = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    return "\n".join(head) + "\n" + body
+
+
+_SECTIONS = ("run", "model", "layout", "zero", "data", "train", "optim", "checkpoint", "eval", "log")
+TABLE: dict[str, Flag] = {name: row for row in FLAGS for name in row.names}
+
+
+def markdown() -> str:
+    """The table of docs/from_megatron.md."""
+    lines = ["| Megatron-LM | megallm | note |", "|---|---|---|"]
+    for row in FLAGS:
+        names = ", ".join(f"`{name}`" for name in row.names)
+        lines.append(f"| {names} | {row.shown()} | {row.note} |")
+    return "\n".join(lines) + "\n"
