@@ -50,7 +50,14 @@ _ADDRESSING = re.compile(
 )
 _RESERVED_DOMAINS = ("example.com", "example.org", "example.net", "example.edu")
 _RESERVED_SUFFIXES = (".example", ".invalid", ".test", ".localhost")
-_CARD_PREFIXES = re.compile(r"4|5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)|3[47]|6(?:011|4[4-9]|5)|3(?:0[0-5]|[68])|35")
+_CARD_ISSUERS = (  # first digits, and how many digits in all
+    (re.compile(r"4"), (13, 16, 19)),
+    (re.compile(r"5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)"), (16,)),
+    (re.compile(r"3[47]"), (15,)),
+    (re.compile(r"6(?:011|4[4-9]|5)"), (16, 19)),
+    (re.compile(r"3(?:0[0-5]|[68])"), (14,)),
+    (re.compile(r"35"), (16,)),
+)
 _IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28,
     "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18,
@@ -137,12 +144,13 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Payment card numbers: an issuer's prefix, 13 to 19 digits, the Luhn digit, groups of a usual size."""
+    """Payment card numbers: an issuer's prefix and length, the Luhn digit, groups of a usual size."""
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
         groups = re.split(r"[ -]", match[0])
         grouped = len(groups) == 1 or all(3 <= len(group) <= 7 for group in groups)
-        if _CARD_PREFIXES.match(digits) and grouped and len(set(digits)) > 1 and luhn(digits):
+        issued = any(len(digits) in lengths and first.match(digits) for first, lengths in _CARD_ISSUERS)
+        if issued and grouped and len(set(digits)) > 1 and luhn(digits):
             yield match.span()
 
 
