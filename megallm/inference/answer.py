@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 CONTEXT = 4  # tokens of the prompt that the first new token is decoded with: a leading space may depend on them
+HELD = 8  # tokens that may wait for the rest of a character; more are not the beginning of one
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -81,7 +82,7 @@ class Answer:
             return
         before = self.decoder.decode(self._window[: self._known])
         whole = self.decoder.decode(self._window)
-        if whole.endswith(BROKEN) and not last:
+        if whole.endswith(BROKEN) and not last and len(self._window) - self._known < HELD:
             return
         start = len(self.text)
         self.text += whole[len(before) :]

@@ -33,16 +33,19 @@ Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whet
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to generate: its ranks' weights, its tokenizer, the ids that end a text, the tokenizer's folder."""
+    """A model ready to generate: this rank's weights, the tokenizer, the ids that end a text.
+
+    `folder` is where a chat template and a generation_config.json would be.
+    """
 
     generator: Generator
     words: Tokenizer
     ends: frozenset[int]
     folder: Path | None
 
-    def job(self, number: int, tokens: list[int], request: GenerateRequest) -> Job:
-        """One text to continue as the request says."""
-        ending = Ending(request.max_new_tokens, self.ends, request.stop)
+    def job(self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()) -> Job:
+        """One text to continue as the request says, which also ends before any of `stops`."""
+        ending = Ending(request.max_new_tokens, self.ends, (*request.stop, *stops))
         return Job(number, tokens, Answer(ending, self.words, tokens))
 
 
@@ -94,8 +97,8 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
             source = Cast(reader) if isinstance(reader, Reader) else reader
         model = ParallelModel.load(config, mesh, source)
         spec = find_tokenizer(reader)
+        folder = reader.folder if isinstance(reader, HfReader) else None if spec == BYTES else Path(spec)
     words = tokenizer.load(spec)
-    folder = None if spec == BYTES else Path(spec)
     ends = end_tokens(words, folder)
     return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder)
 
