@@ -42,7 +42,7 @@ def plain_of_roff(text: str) -> str:
 def label_of(package: str, path: str) -> str:
     """The language that package or path declare, "" where neither does."""
     if package.startswith(ENGLISH):
-        return "en"
+        return "" if "/translations/" in path else "en"
     for pattern, text in ((SUFFIX, package), (HANDBOOK, path), (GUIDE, path)):
         match = pattern.search(text)
         if match:

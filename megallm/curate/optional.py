@@ -26,13 +26,18 @@ def available(module: str) -> bool:
     return importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
-def need(module: str, instead: str) -> ModuleType:
-    """The library, or a `UsageError` that says what it is for and what to do without it."""
+def check(module: str, instead: str) -> None:
+    """A `UsageError` that says what the library is for and what to do without it, when it is not installed."""
     package, purpose = LIBRARIES[module]
     if not available(module):
         raise UsageError(
             f"The package {package} ({purpose}) is not installed: pip install 'megallm[data]', or {instead}."
         )
+
+
+def need(module: str, instead: str) -> ModuleType:
+    """The library. Errors: those of `check`."""
+    check(module, instead)
     return importlib.import_module(module)
 
 

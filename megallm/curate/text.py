@@ -32,7 +32,7 @@ _MIN_POWERS = 1 << 16
 def classes() -> np.ndarray:
     """The class of every code point, uint8 [0x110000]."""
     table = np.zeros(0x110000, np.uint8)
-    for code in range(0x110000):
+    for code in (*range(0x20000), *range(0xE0000, 0xE01F0)):
         kind = unicodedata.category(chr(code))
         if kind[0] == "L":
             table[code] = WORD | LETTER
@@ -42,6 +42,7 @@ def classes() -> np.ndarray:
             table[code] = WORD | DIGIT
         elif kind[0] == "Z" or code in (9, 10, 11, 12, 13, 28, 29, 30, 31, 0x85):
             table[code] = SPACE
+    table[0x20000:0x323B0] = WORD | LETTER  # Han; the other planes hold no text
     table[ord("_")] = WORD
     table[[ord(char) for char in ".!?。！？।؟"]] |= STOP
     for low, high in _SOLO_RANGES:

@@ -97,9 +97,8 @@ class Toxicity:
         self._listed = phrase_tables(read_phrases(config.words, "toxicity.words") if config.words else _WORDS)
         extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
         self._allowed = phrase_tables([*ALLOWED, *extra])
-        self._score = None
         if config.score:
-            self._score = optional.need("profanity_check", "set toxicity.score=false").predict_prob
+            optional.check("profanity_check", "set toxicity.score=false")
 
     def matches(self, words: Pieces) -> np.ndarray:
         """The numbers of the words that are listed and not inside an allowed phrase."""
@@ -133,8 +132,10 @@ class Toxicity:
 
     def _scores(self, batch: Batch, places: np.ndarray, rows: np.ndarray) -> dict[int, float]:
         """The mean score of the passages around the first listed words of each document: `places` in text `rows`."""
-        if self._score is None or not len(rows):
+        if not self.config.score or not len(rows):
             return {}
+        # Imported only here: it takes two seconds, and most shards never ask.
+        predict = optional.need("profanity_check", "set toxicity.score=false").predict_prob
         passages, owners = [], []
         taken = np.zeros(len(batch), np.int64)
         for at, row in zip(places.tolist(), rows.tolist(), strict=True):
@@ -142,6 +143,6 @@ class Toxicity:
                 taken[row] += 1
                 passages.append(batch.documents[row].text[max(0, at - _PASSAGE_CHARS) : at + _PASSAGE_CHARS])
                 owners.append(row)
-        values = np.asarray(self._score(passages))
+        values = np.asarray(predict(passages))
         totals = np.bincount(owners, values, minlength=len(batch)) / np.maximum(taken, 1)
         return {row: float(totals[row]) for row in np.flatnonzero(taken).tolist()}
