@@ -58,13 +58,13 @@ def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
     words = analysis.words
     total = np.maximum(segment_sums(words.lengths, words.offsets), 1)
     out: dict[str, np.ndarray] = {}
+    ends = words.offsets[1:]
     first: np.ndarray | None = None  # where an n-gram that occurs twice begins; a longer one begins nowhere else
     for size in (*TOP, *DUPLICATE):
         if first is None:
             hashes, first = words.ngrams(size)
         else:
-            first = first[first + size - 1 < len(words)]
-            first = first[words.documents[first] == words.documents[first + size - 1]]
+            first = first[first + size <= ends[words.documents[first]]]
             hashes = words.ngrams_at(first, size)
         order, same = runs(hashes, words.documents[first])
         shared = same.copy()
@@ -91,10 +91,13 @@ def _top_share(words: Pieces, size: int, first: np.ndarray, heads: np.ndarray, t
 
 def _covered_share(words: Pieces, size: int, first: np.ndarray, total: np.ndarray) -> np.ndarray:
     """The share of a document's word characters covered by the n-grams that begin at `first`."""
-    size_of = len(words) + 1
-    depth = np.bincount(first, minlength=size_of) - np.bincount(first + size, minlength=size_of)
-    covered = np.cumsum(depth[:-1]) > 0
-    return segment_sums(np.where(covered, words.lengths, 0), words.offsets) / total
+    if not len(first):
+        return np.zeros(len(total))
+    covered = np.zeros(len(words), bool)
+    for k in range(size):
+        covered[first + k] = True
+    where = np.flatnonzero(covered)
+    return np.bincount(words.documents[where], words.lengths[where], minlength=len(total)) / total
 
 
 def ink_counts(analysis: Analysis) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def classes() -> np.ndarray:
     return table
 
 
-@cache
+@lru_cache(maxsize=2)  # one size of each base: the tables of a huge document do not stay
 def _powers_of(base: int, count: int) -> np.ndarray:
     """base^0 .. base^(count-1) modulo 2^64."""
     out = np.full(count, base, np.uint64)
