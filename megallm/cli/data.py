@@ -1,10 +1,13 @@
-"""`megallm preprocess`, `megallm tokenizer train`, `megallm data verify|show`: raw text and indexed datasets."""
+"""`megallm preprocess|tokenizer train|data verify|show|merge|split|stats`: raw text and indexed datasets."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 from megallm.base.errors import UsageError
@@ -28,6 +31,18 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop", help="skip writes bad lines to P.rejects.jsonl"
     )
+    parser.add_argument(
+        "--max-reject-percent", type=float, default=100.0, metavar="X", help="with skip: more bad lines are an error"
+    )
+    parser.add_argument(
+        "--max-document-mib", type=int, default=64, metavar="N", help="a longer document is a bad line (default 64)"
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", "gigatoken", "tokenizers"), default="auto",
+        help="auto: gigatoken where it is installed and gives the same ids",
+    )  # fmt: skip
+    parser.add_argument("--shards", type=int, metavar="N", help="write N datasets P-00000-of-N, each of whole files")
+    parser.add_argument("--shard", type=int, metavar="I", help="with --shards: only this one (one machine of several)")
 
 
 def _preprocess(args: argparse.Namespace) -> int:
@@ -42,9 +57,35 @@ def _preprocess(args: argparse.Namespace) -> int:
         workers=args.workers,
         on_error=args.on_error,
         split_text=args.split_text,
+        max_document_mib=args.max_document_mib,
+        backend=args.backend,
+        max_reject_percent=args.max_reject_percent,
     )
-    print(json.dumps(dataclasses.asdict(preprocess.run(config)), indent=2))
+    if args.shard is not None and args.shards is None:
+        raise UsageError("--shard needs --shards.")
+    if args.shards is None:
+        found: Any = dataclasses.asdict(preprocess.run(config, _progress()))
+    else:
+        found = [dataclasses.asdict(one) for one in preprocess.run_shards(config, args.shards, args.shard, _progress())]
+    print(json.dumps(found, indent=2))
     return 0
+
+
+def _progress() -> Callable[[Any], None] | None:
+    """A line of counts on standard error, a few times a second, for a person at a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    last = 0.0
+
+    def show(stats: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.3:
+            last = time.monotonic()
+            tokens = sum(stats.tokens.values())
+            sys.stderr.write(f"\r{stats.documents:,} documents, {tokens:,} tokens, {stats.rejected:,} rejected ")
+            sys.stderr.flush()
+
+    return show
 
 
 def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,9 +152,57 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="datasets of one dtype and tokenizer, in order")
+    parser.add_argument("--output", required=True, metavar="P", help="prefix of the new dataset")
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from megallm.data import indexed
+
+    print(json.dumps({"output": args.output, **indexed.merge(args.prefixes, args.output)}, indent=2))
+    return 0
+
+
+def _split_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", metavar="PREFIX", help="path without .bin/.idx")
+    parser.add_argument("--output", required=True, metavar="P", help="writes P-0, P-1, ...")
+    parser.add_argument("--shares", required=True, metavar="A,B,..", help="documents of each part, such as 98,1,1")
+    parser.add_argument("--seed", type=int, metavar="S", help="choose documents at random; without it: in order")
+
+
+def _split(args: argparse.Namespace) -> int:
+    from megallm.data import surgery
+
+    print(json.dumps(surgery.split(args.prefix, args.output, surgery.parse_shares(args.shares), args.seed), indent=2))
+    return 0
+
+
+def _stats_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", metavar="PREFIX", help="path without .bin/.idx")
+    parser.add_argument("--seq-len", type=int, default=2048, metavar="T", help="row length for the packing figures")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from megallm.data import surgery
+
+    found = surgery.stats(args.prefix, args.seq_len)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else value
+        print(f"{name.replace('_', ' ')}: {shown}")
+    return 0
+
+
 COMMANDS = {
     "preprocess": Command(_preprocess_arguments, _preprocess),
     "tokenizer train": Command(_tokenizer_arguments, _tokenizer_train),
     "data verify": Command(_verify_arguments, _verify),
     "data show": Command(_show_arguments, _show),
+    "data merge": Command(_merge_arguments, _merge),
+    "data split": Command(_split_arguments, _split),
+    "data stats": Command(_stats_arguments, _stats),
 }

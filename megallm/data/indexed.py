@@ -32,6 +32,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _NONE = {dtype: np.empty(0, dtype) for dtype in DTYPES.values()}
 _SCAN = 1 << 20  # entries or tokens looked at together: bounds the memory of checks
 _COPY_BYTES = 1 << 22
+_PARTS = ("bin", "lengths", "documents")  # what a writer appends to
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -194,33 +195,42 @@ def _check_sequences(data: IndexedDataset) -> None:
 
 
 class IndexedWriter:
-    """Writes a dataset by streaming; nothing exists under the final names until `commit`.
+    """Writes a dataset by streaming, in memory that does not grow; nothing has a final name until `commit`.
 
-    Use as a context manager: leaving it without `commit`, or by an error, removes everything.
-    Errors: `CannotWrite`.
+    Use as a context manager: leaving it without `commit`, or by an error, removes everything. With `parts`, a folder,
+    the temporary files have fixed names there and stay after an error, and `done`, what `sync` returned, takes up
+    from such files: whatever was written later is cut off. Errors: `CannotWrite`.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype) -> None:
-        self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        dtype: np.dtype,
+        parts: Path | None = None,
+        done: Sequence[int] = (0, 0, 0),
+    ) -> None:
+        self.prefix, self.dtype, self._keep = os.fspath(prefix), np.dtype(dtype), parts is not None
         if self.dtype not in _CODES:
             raise ValueError(f"{dtype} cannot be stored; accepted: {[d.name for d in _CODES]}.")
-        self.num_tokens = self.num_sequences = 0
-        self._lengths: list[np.ndarray] = []
-        self._documents: list[np.ndarray] = [np.zeros(1, np.int64)]
-        self._temporary = {suffix: files.temporary_name(f"{self.prefix}.{suffix}") for suffix in ("bin", "idx")}
-        self._data: BinaryIO | None = None
-        with files.writing(f"{self.prefix}.bin"):
-            self._data = open(self._temporary["bin"], "wb")  # noqa: SIM115 (closed by commit or abort)
+        self.num_tokens, self.num_sequences, self.num_documents = done
+        base = Path(self.prefix)
+        self._paths = {
+            suffix: files.temporary_name(f"{base}.{suffix}") if parts is None else parts / f"{base.name}.{suffix}"
+            for suffix in ("bin", "idx", "lengths", "documents")
+        }
+        self._open: dict[str, BinaryIO] = {}
+        sizes = (self.num_tokens * self.dtype.itemsize, 4 * self.num_sequences, 8 * self.num_documents)
+        with files.writing(self._paths["bin"]):
+            for suffix, size in zip(_PARTS, sizes, strict=True):
+                self._open[suffix] = open(self._paths[suffix], "r+b" if size else "wb")  # noqa: SIM115
+                self._open[suffix].truncate(size)
+                self._open[suffix].seek(size)
 
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.abort()
-
-    @property
-    def num_documents(self) -> int:
-        return sum(len(part) for part in self._documents) - 1
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray | None = None) -> None:
         """Append sequences: `tokens` of all of them back to back, their `lengths`, and how many make each document.
@@ -231,58 +241,83 @@ class IndexedWriter:
         per_document = np.ones(len(lengths), np.int64) if sequences_per_document is None else sequences_per_document
         if int(lengths.sum()) != len(tokens) or int(np.sum(per_document)) != len(lengths):
             raise ValueError("tokens, lengths and sequences_per_document do not describe the same sequences.")
+        ends = self.num_sequences + np.cumsum(per_document, dtype="<i8")
         with files.writing(f"{self.prefix}.bin"):
-            self._data.write(np.ascontiguousarray(tokens, self.dtype).data)
-        self._lengths.append(lengths.astype("<i4"))
-        self._documents.append(self.num_sequences + np.cumsum(per_document, dtype=np.int64))
+            for suffix, array in zip(_PARTS, (tokens.astype(self.dtype), lengths.astype("<i4"), ends), strict=True):
+                self._open[suffix].write(np.ascontiguousarray(array).data)
+        self.num_documents += len(per_document)
         self.num_sequences += len(lengths)
         self.num_tokens += len(tokens)
 
-    def add_file(self, data: IndexedDataset) -> None:
-        """Append a whole dataset of the same dtype."""
+    def add_documents(self, data: IndexedDataset, first: int, last: int) -> None:
+        """Append the documents first to last (not included) of a dataset of the same dtype."""
+        sequences = data.document_indices[first : last + 1]
+        begin, end = data.document_starts(np.array([first, last])).tolist()
+        step = _COPY_BYTES // self.dtype.itemsize
         with files.writing(f"{self.prefix}.bin"):
-            for lo in range(0, len(data._data), _COPY_BYTES):
-                self._data.write(data._data[lo : lo + _COPY_BYTES])
-        self._lengths.append(data.lengths)
-        self._documents.append(self.num_sequences + data.document_indices[1:])
-        self.num_sequences += len(data)
-        self.num_tokens += data.num_tokens
+            for lo in range(begin, end, step):
+                self._open["bin"].write(data.tokens(lo, min(step, end - lo)).data)
+            self._open["lengths"].write(data.lengths[sequences[0] : sequences[-1]].tobytes())
+            self._open["documents"].write((self.num_sequences + (sequences[1:] - sequences[0])).astype("<i8").tobytes())
+        self.num_documents += last - first
+        self.num_sequences += int(sequences[-1] - sequences[0])
+        self.num_tokens += end - begin
+
+    def sync(self) -> tuple[int, int, int]:
+        """Make what was written durable; (tokens, sequences, documents) so far."""
+        with files.writing(f"{self.prefix}.bin"):
+            for file in self._open.values():
+                file.flush()
+                os.fsync(file.fileno())
+        return self.num_tokens, self.num_sequences, self.num_documents
 
     def commit(self, side_car: Mapping[str, Any] | None = None) -> None:
         """Publish: side-car (None: none), then `.bin`, then `.idx`, so that an `.idx` never lies about its `.bin`."""
         with files.writing(self.prefix):
-            self._data.close()
-            with open(self._temporary["idx"], "wb") as index:
+            for file in self._open.values():
+                file.close()
+            with open(self._paths["idx"], "wb") as index:
                 self._write_index(index)
-            for temporary in self._temporary.values():
-                files.fsync_file(temporary)
+            for suffix in ("bin", "idx"):
+                files.fsync_file(self._paths[suffix])
             for suffix in ("idx", "meta.json"):
                 Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
             if side_car is not None:
                 meta.write(self.prefix, side_car)
             for suffix in ("bin", "idx"):
-                os.replace(self._temporary[suffix], f"{self.prefix}.{suffix}")
+                os.replace(self._paths[suffix], f"{self.prefix}.{suffix}")
             files.fsync_dir(Path(self.prefix).parent)
-        self._data = None
+        self._open.clear()
+        self._remove()
 
     def abort(self) -> None:
-        """Remove what was written, unless it was committed."""
-        if self._data is not None:
-            self._data.close()
-            self._data = None
-            for path in self._temporary.values():
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+        """Remove what was written, unless it was committed or is kept in `parts`."""
+        for file in self._open.values():
+            with suppress(OSError):
+                file.close()
+        if self._open and not self._keep:
+            self._remove()
+        self._open.clear()
+
+    def _remove(self) -> None:
+        for path in self._paths.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _write_index(self, index: BinaryIO) -> None:
-        documents = np.concatenate(self._documents).astype("<i8", copy=False)
-        lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths]).astype("<i4", copy=False)
-        offsets = np.zeros(len(lengths), "<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(documents)))
-        for array in (lengths, offsets, documents):
-            index.write(array.data)
+        index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.num_sequences, self.num_documents + 1))
+        with open(self._paths["lengths"], "rb") as lengths, open(self._paths["documents"], "rb") as documents:
+            while block := lengths.read(4 * _SCAN):
+                index.write(block)
+            lengths.seek(0)
+            begin = 0
+            while block := lengths.read(4 * _SCAN):
+                ends = begin + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
+                index.write(np.concatenate(([begin], ends[:-1])).astype("<i8", copy=False).data)
+                begin = int(ends[-1])
+            index.write(bytes(8))
+            while block := documents.read(8 * _SCAN):
+                index.write(block)
 
 
 def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, Any]:
@@ -299,7 +334,7 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     side_car = meta.merged([source.prefix for source in sources])
     with IndexedWriter(output, sources[0].dtype) as writer:
         for source in sources:
-            writer.add_file(source)
+            writer.add_documents(source, 0, source.num_documents)
         counts = {
             "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
         }  # fmt: skip

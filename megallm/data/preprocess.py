@@ -2,36 +2,49 @@
 
 The parent cuts files into chunks and writes results in the order of the chunks; workers parse and
 tokenise. So the output is byte-identical whatever the number of workers, and memory is bounded by a
-few chunks each. Everything is written under temporary names and published at the end.
+few chunks each. Work in progress lies in `OUTPUT.partial`; final names appear at the end. A run that was
+killed goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from megallm.base import files
-from megallm.base.errors import DataError, UsageError
-from megallm.data import readers, tokenizer
+from megallm.base.errors import CannotWrite, DataError, UsageError
+from megallm.data import accelerated, readers, tokenizer
+from megallm.data.encode import Encoded, Job, encode_chunk, encoder_of, sample_texts
 from megallm.data.indexed import IndexedWriter, dtype_for
+from megallm.data.partial import Partial, sweep
 from megallm.data.workers import Workers
 
+FORMAT = 1  # of the work in progress: a change makes what an older megallm left unusable
 _POLICIES = ("stop", "skip")
+_SAVE_SECONDS = 5.0  # between records of what is done
+_MAX_RUNS = 100_000  # of documents on consecutive lines, that the side-car lists
+_FAST_FROM_BYTES = 4 << 20  # of input
+_REJECT_LINES = 1000  # before the share of rejected lines says anything
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json}` for each key."""
+    """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json}` for each key.
+
+    backend: `accelerated.BACKENDS`; max_reject_percent: of lines that may be rejected under the policy "skip".
+    """
 
     inputs: tuple[str, ...]
     output: str
@@ -42,12 +55,16 @@ class PreprocessConfig:
     on_error: str = "stop"
     split_text: str = "file"
     max_document_mib: int = 64
+    backend: str = accelerated.AUTO
+    max_reject_percent: float = 100.0
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers} must be at least 1.")
         if self.on_error not in _POLICIES:
             raise UsageError(f"--on-error {self.on_error} is unknown; accepted: {', '.join(_POLICIES)}.")
+        if not 0 <= self.max_reject_percent <= 100:
+            raise UsageError(f"--max-reject-percent {self.max_reject_percent} must be between 0 and 100.")
 
     def read_options(self) -> readers.ReadOptions:
         return readers.ReadOptions(tuple(self.json_keys), self.split_text, self.max_document_mib << 20)
@@ -58,7 +75,10 @@ class PreprocessConfig:
 
 @dataclass
 class Stats:
-    """Counts of a run; `empty` and `tokens` per key, `lines` of text or rows of Parquet."""
+    """Counts of a run; `empty` and `tokens` per key, `lines` of text or rows of Parquet.
+
+    backend: what tokenised; resumed: chunks that an earlier, killed run had done.
+    """
 
     lines: int = 0
     blank: int = 0
@@ -68,163 +88,255 @@ class Stats:
     empty: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a worker needs to know beside the chunk."""
-
-    tokenizer: str
-    options: readers.ReadOptions
-    dtype: str
-    eod: int | None
-
-
-@dataclass
-class _Encoded:
-    """A tokenised chunk; per key (tokens, lengths of the sequences, sequences of each document)."""
-
-    parsed: readers.Parsed
-    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    characters: int
+    backend: str = ""
+    resumed: int = 0
 
 
 def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = None) -> Stats:
     """Tokenise `config.inputs`; `progress` is called with the counts so far after every chunk.
 
-    Errors: `DataError` (`file:line: reason` under the policy "stop"; no usable text under both),
-    `UsageError`, `CannotWrite`, `InternalError` when a worker dies. On every error, Ctrl-C and SIGTERM
-    nothing is left under any name.
+    Errors: `DataError` (`file:line: reason` under the policy "stop"; no usable text under both), `UsageError`,
+    `CannotWrite`: nothing is left. After Ctrl-C, SIGTERM, SIGKILL or `InternalError` when a worker dies nothing has
+    a final name, and what is done stays in `OUTPUT.partial`.
     """
     options = config.read_options()
     readers.check_inputs(config.inputs)
-    _encoder.cache_clear()
-    encoder = _encoder(config.tokenizer)
-    job = _Job(config.tokenizer, options, dtype_for(encoder.vocab_size).str, encoder.eod if config.append_eod else None)
+    encoder_of.cache_clear()
+    plain = encoder_of(config.tokenizer, accelerated.PLAIN)
+    backend = _choose(plain, config)
+    eod = plain.eod if config.append_eod else None
+    job = Job(config.tokenizer, options, dtype_for(plain.vocab_size).str, eod, backend)
     with files.writing(config.output):
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    sweep(config.output)
     with _stopped_by_sigterm(), ExitStack() as stack:
-        output = _Output(config, np.dtype(job.dtype), stack)
-        results = stack.enter_context(closing(_encoded(config, job)))
-        for chunk, encoded in results:
-            output.add(chunk, encoded)
-            if progress is not None:
-                progress(output.stats)
-        output.commit(encoder)
+        work = stack.enter_context(Partial(config.output, _identity(config, plain)))
+        try:
+            output = _Output(config, job, work, stack)
+            results = stack.enter_context(closing(_encoded(config, job, output.place)))
+            for chunk, encoded in results:
+                output.add(chunk, encoded)
+                if progress is not None:
+                    progress(output.stats)
+            output.commit(plain)
+        except (DataError, UsageError, CannotWrite):
+            stack.callback(work.remove)
+            raise
+        stack.callback(work.remove)
     return output.stats
 
 
-class _Output:
-    """The files of a run: one writer per key, and the rejected lines."""
+def run_shards(
+    config: PreprocessConfig, shards: int, only: int | None = None, progress: Callable[[Stats], None] | None = None
+) -> list[Stats]:
+    """The same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally many bytes in each.
 
-    def __init__(self, config: PreprocessConfig, dtype: np.dtype, stack: ExitStack) -> None:
-        self.config = config
-        keys = config.json_keys
+    only: the number of one shard, so that several machines can share the work. Errors: as `run`.
+    """
+    if not 1 <= shards <= len(config.inputs):
+        raise UsageError(f"--shards {shards} needs 1 to {len(config.inputs)}: a shard holds whole files.")
+    if only is not None and not 0 <= only < shards:
+        raise UsageError(f"--shard {only} must be 0 to {shards - 1}.")
+    readers.check_inputs(config.inputs)
+    found = []
+    for number, inputs in enumerate(divide(config.inputs, shards)):
+        if only in (None, number):
+            output = f"{config.output}-{number:05d}-of-{shards:05d}"
+            found.append(run(PreprocessConfig(**{**vars(config), "inputs": inputs, "output": output}), progress))
+    return found
+
+
+def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
+    """Consecutive files for each shard, at least one, ends where the running sum of sizes is nearest to equal parts."""
+    sizes = np.array([max(1, os.path.getsize(name)) for name in inputs], np.float64)
+    ends = np.cumsum(sizes)
+    groups, begin = [], 0
+    for shard in range(1, shards + 1):
+        wanted = ends[-1] * shard / shards
+        end = len(inputs) if shard == shards else int(np.argmin(np.abs(ends - wanted))) + 1
+        end = min(max(end, begin + 1), len(inputs) - (shards - shard))
+        groups.append(inputs[begin:end])
+        begin = end
+    return groups
+
+
+def _choose(plain: tokenizer.Encoder, config: PreprocessConfig) -> str:
+    """The backend. The fast one takes about a second to load and to prove itself, which small inputs do not repay."""
+    if not isinstance(plain, tokenizer.FolderTokenizer) or config.backend == accelerated.PLAIN:
+        return accelerated.choose(plain, config.backend, ())[1]
+    if config.backend == accelerated.AUTO and sum(map(os.path.getsize, config.inputs)) < _FAST_FROM_BYTES:
+        return f"{accelerated.PLAIN} (a small input)"
+    return accelerated.choose(plain, config.backend, sample_texts(config.inputs, config.read_options()))[1]
+
+
+def _identity(config: PreprocessConfig, plain: tokenizer.Encoder) -> dict[str, Any]:
+    """What decides the bytes of the output."""
+    inputs = []
+    for name in config.inputs:
+        found = os.stat(name)
+        inputs.append([name, found.st_size, found.st_mtime_ns])
+    fixed = ("json_keys", "append_eod", "on_error", "split_text", "max_document_mib")
+    chosen = {key: vars(config)[key] for key in fixed}
+    return {"format": FORMAT, "inputs": inputs, "tokenizer": plain.fingerprint, "cut": readers.CHUNK_BYTES, **chosen}
+
+
+class _Output:
+    """The files of a run: one writer per key, the rejected lines, and the record of what is done.
+
+    `place` is (file, chunks done of it): where the input goes on.
+    """
+
+    def __init__(self, config: PreprocessConfig, job: Job, work: Partial, stack: ExitStack) -> None:
+        self.config, self._work, keys = config, work, config.json_keys
         self.stats = Stats(
             empty=dict.fromkeys(keys, 0), tokens=dict.fromkeys(keys, 0),
             outputs={key: config.prefix(key) for key in keys},
         )  # fmt: skip
-        self._rejects: TextIO | None = None
+        saved = work.state or {}
+        self.place: list[int] = saved.get("place", [0, 0])
+        self._next_line: int = saved.get("next_line", 1)
+        self._runs: list[list[int]] = saved.get("runs", [])
+        self._first_reject: str = saved.get("first_reject", "")
+        vars(self.stats).update(saved.get("stats", {}), backend=job.backend, resumed=saved.get("chunks", 0))
+        self._chunks = self.stats.resumed
+        dtype, done = np.dtype(job.dtype), saved.get("done", dict.fromkeys(keys, (0, 0, 0)))
+        self._writers = {
+            key: stack.enter_context(IndexedWriter(config.prefix(key), dtype, work.folder, done[key])) for key in keys
+        }
+        self._rejects: BinaryIO | None = None
         if config.on_error == "skip":
-            path = f"{config.output}.rejects.jsonl"
+            path = work.folder / "rejects.jsonl"
             with files.writing(path):
-                temporary = stack.enter_context(files.atomic_path(path))
-                self._rejects = stack.enter_context(temporary.open("w", encoding="utf-8"))
-        self._writers = {key: stack.enter_context(IndexedWriter(config.prefix(key), dtype)) for key in keys}
-        self._first_line: dict[str, int] = {}
-        self._first_reject = ""
+                size = saved.get("rejects", 0)
+                self._rejects = stack.enter_context(path.open("r+b" if size else "wb"))
+                self._rejects.truncate(size)
+                self._rejects.seek(size)
+        self._saved_at = time.monotonic()
 
-    def add(self, chunk: readers.Chunk, encoded: _Encoded) -> None:
-        """Write one chunk. Errors: `DataError` for a rejected line under the policy "stop"."""
-        first = self._first_line.get(chunk.file, 1)
-        self._first_line[chunk.file] = first + encoded.parsed.lines
+    def add(self, chunk: tuple[int, readers.Chunk], encoded: Encoded) -> None:
+        """Write one chunk. Errors: `DataError` for a rejected line under the policy "stop", or for too many."""
+        file, _ = chunk
+        if file != self.place[0]:
+            self.place, self._next_line = [file, 0], 1
+        first, name = self._next_line, self.config.inputs[file]
+        self._next_line += encoded.parsed.lines
         for line, reason in encoded.parsed.rejects:
-            self._reject(chunk.file, first + line, reason)
+            self._reject(name, first + line, reason)
+        self._remember(file, first + encoded.lines)
         stats = self.stats
         stats.lines += encoded.parsed.lines
         stats.blank += encoded.parsed.blank
-        stats.documents += len(encoded.parsed.documents)
+        stats.documents += len(encoded.lines)
         stats.characters += encoded.characters
         for (key, writer), column in zip(self._writers.items(), encoded.columns, strict=True):
             writer.add(*column)
             stats.empty[key] += int((column[2] == 0).sum())
             stats.tokens[key] += len(column[0])
+        self.place[1] += 1
+        self._chunks += 1
+        if time.monotonic() - self._saved_at > _SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Record what is done, once it is durable."""
+        done = {key: writer.sync() for key, writer in self._writers.items()}
+        size = 0
+        if self._rejects is not None:
+            with files.writing(f"{self.config.output}.rejects.jsonl"):
+                self._rejects.flush()
+                os.fsync(self._rejects.fileno())
+            size = self._rejects.tell()
+        self._work.save({
+            "place": self.place, "next_line": self._next_line, "chunks": self._chunks, "done": done, "rejects": size,
+            "stats": vars(self.stats), "runs": self._runs, "first_reject": self._first_reject,
+        })  # fmt: skip
+        self._saved_at = time.monotonic()
 
     def commit(self, encoder: tokenizer.Encoder) -> None:
-        """Publish everything. Errors: `DataError` when no text gave any token."""
+        """Publish everything. Errors: `DataError` when no text gave any token, or too many lines were rejected."""
         stats, config = self.stats, self.config
+        why = f" The first of {stats.rejected} rejected: {self._first_reject}." if stats.rejected else ""
         if not any(stats.tokens.values()):
-            why = f" The first of {stats.rejected} rejected: {self._first_reject}." if stats.rejected else ""
             raise DataError(
                 f"There is no usable text in {', '.join(config.inputs)}: {stats.lines} lines, "
                 f"{stats.documents} documents, all of them empty.{why}"
             )
+        self._check_rejects(1)
         made_by = {
             "kind": encoder.kind, "fingerprint": encoder.fingerprint,
             "vocab_size": encoder.vocab_size, "eod": encoder.eod if config.append_eod else None,
         }  # fmt: skip
         if self._rejects is not None:
             with files.writing(f"{config.output}.rejects.jsonl"):
-                self._rejects.flush()
+                self._rejects.close()
+                files.fsync_file(self._work.folder / "rejects.jsonl")
+                os.replace(self._work.folder / "rejects.jsonl", f"{config.output}.rejects.jsonl")
+        origins = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= _MAX_RUNS else None
         for key, writer in self._writers.items():
             writer.commit({
                 "tokenizer": made_by, "documents": writer.num_documents, "sequences": writer.num_sequences,
                 "tokens": writer.num_tokens, "empty_documents": stats.empty[key], "rejected": stats.rejected,
                 "json_key": key, "append_eod": config.append_eod, "inputs": [Path(name).name for name in config.inputs],
+                "origins": origins,
             })  # fmt: skip
+
+    def _remember(self, file: int, lines: np.ndarray) -> None:
+        """Note [document, file, line] wherever documents do not stand on consecutive lines."""
+        if len(self._runs) > _MAX_RUNS or not len(lines):
+            return
+        before = self.stats.documents
+        breaks = np.flatnonzero(np.diff(lines) != 1) + 1
+        for at in [0, *breaks.tolist()]:
+            line = int(lines[at])
+            if at == 0 and self._runs:
+                document, last_file, last_line = self._runs[-1]
+                if last_file == file and line - last_line == before - document:
+                    continue
+            self._runs.append([before + at, file, line])
 
     def _reject(self, name: str, line: int, reason: str) -> None:
         if self._rejects is None:
             raise readers.rejected(name, line, reason)
         self.stats.rejected += 1
         self._first_reject = self._first_reject or f"{name}:{line}: {reason}"
+        row = json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n"
         with files.writing(f"{self.config.output}.rejects.jsonl"):
-            self._rejects.write(json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
+            self._rejects.write(row.encode())
+        self._check_rejects(_REJECT_LINES)
+
+    def _check_rejects(self, least_lines: int) -> None:
+        stats, percent = self.stats, self.config.max_reject_percent
+        if percent < 100 and stats.lines >= least_lines and stats.rejected * 100 > percent * stats.lines:
+            raise DataError(
+                f"{stats.rejected} of {stats.lines} lines were rejected, more than --max-reject-percent {percent:g}; "
+                f"the first: {self._first_reject}."
+            )
 
 
-@cache
-def _encoder(spec: str) -> tokenizer.Encoder:
-    """The tokenizer of this process; a forked worker inherits the parent's."""
-    return tokenizer.load(spec)
+def _encoded(
+    config: PreprocessConfig, job: Job, place: list[int]
+) -> Iterator[tuple[tuple[int, readers.Chunk], Encoded]]:
+    """Every chunk from `place` on, with the number of its file, in order; tokenised here or by workers."""
+    first, done = place
 
+    def every() -> Iterator[tuple[int, readers.Chunk]]:
+        for file in range(first, len(config.inputs)):
+            skipped = done if file == first else 0
+            for chunk in itertools.islice(readers.chunks(config.inputs[file], job.options), skipped, None):
+                yield file, chunk
 
-def _encode_chunk(job: _Job, chunk: readers.Chunk) -> _Encoded:
-    """Parse and tokenise: all the work that is worth dividing."""
-    parsed = readers.parse(chunk, job.options)
-    encoder, columns, characters = _encoder(job.tokenizer), [], 0
-    for column in range(len(job.options.keys)):
-        ids = encoder.encode_batch([texts[column] for _, texts in parsed.documents])
-        columns.append(_join(ids, np.dtype(job.dtype), job.eod))
-        characters += sum(len(texts[column]) for _, texts in parsed.documents)
-    parsed.documents = [(line, ()) for line, _ in parsed.documents]
-    return _Encoded(parsed, columns, characters)
-
-
-def _join(
-    ids: Sequence[np.ndarray], dtype: np.dtype, eod: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens back to back, lengths of the sequences, sequences of each document); an empty text has none."""
-    lengths = np.fromiter((len(one) for one in ids), np.int64, len(ids))
-    per_document = (lengths > 0).astype(np.uint8)
-    parts = [one for one in ids if len(one)]
-    if eod is not None:
-        end = np.array([eod], dtype)
-        parts = [part for one in parts for part in (one, end)]
-        lengths += lengths > 0
-    tokens = np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.empty(0, dtype)
-    return tokens, lengths[lengths > 0].astype(np.int32), per_document
-
-
-def _encoded(config: PreprocessConfig, job: _Job) -> Iterator[tuple[readers.Chunk, _Encoded]]:
-    """Every chunk of every file in order, tokenised here or by workers."""
-    every = (chunk for name in config.inputs for chunk in readers.chunks(name, job.options))
-    encode = partial(_encode_chunk, job)
+    encode = partial(_encode_numbered, job)
     if config.workers == 1:
-        for chunk in every:
-            yield chunk, encode(chunk)
+        for item in every():
+            yield item, encode(item)
         return
+    encoder_of(job.tokenizer, job.backend)  # made once, before the workers are forked
     with Workers(config.workers, encode) as workers:
-        yield from workers.map(every)
+        yield from workers.map(every())
+
+
+def _encode_numbered(job: Job, item: tuple[int, readers.Chunk]) -> Encoded:
+    return encode_chunk(job, item[1])
 
 
 class _Terminated(BaseException):

@@ -9,17 +9,20 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 from megallm.base.errors import DataError, UsageError
 
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 20
+_SEEK_BYTES = 1 << 14  # read at once where a chunk may end
 _FEED_BYTES = 1 << 12  # compressed bytes given to zstd at once: bounds what a bomb can unfold to
 _TEXT_SUFFIXES = (".txt", ".text", ".md")
 _SPLITS = ("file", "lines", "paragraphs")
@@ -104,8 +107,14 @@ def chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
             return
         kind = options.split_text if suffix in _TEXT_SUFFIXES else "jsonl"
         with open(name, "rb") as file:
+            begin = 0
+            if not packed and kind in ("jsonl", "lines"):
+                for chunk in _cut_by_seeking(name, kind, file, options.max_document_bytes):
+                    yield chunk
+                    begin = chunk.end
+                file.seek(begin)
             blocks = {"": _plain, ".gz": _gzip, ".zst": _zstd}[packed](file)
-            for chunk in _cut(name, kind, blocks, options.max_document_bytes):
+            for chunk in _cut(name, kind, blocks, options.max_document_bytes, begin):
                 yield chunk if packed or chunk.too_long else Chunk(name, kind, chunk.begin, chunk.end)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} cannot be read: {error}. The file is damaged or incomplete.") from error
@@ -190,11 +199,33 @@ _SEPARATORS = {
 }  # fmt: skip
 
 
-def _cut(name: str, kind: str, blocks: Iterator[bytes], limit: int) -> Iterator[Chunk]:
-    """Whole documents, about CHUNK_BYTES at once; holds no more than the limit and two blocks."""
+def _cut_by_seeking(name: str, kind: str, file: BinaryIO, limit: int) -> Iterator[Chunk]:
+    """Ranges of whole lines of a plain file, looking only where they might end; stops before a very long line."""
+    size = os.fstat(file.fileno()).st_size
+    begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    while begin < size:
+        end = begin + CHUNK_BYTES
+        found = -1
+        while found < 0 and end < size and end - begin < CHUNK_BYTES + min(limit, CHUNK_BYTES):
+            file.seek(end)
+            block = file.read(_SEEK_BYTES)
+            found = block.find(b"\n")
+            end += len(block) if found < 0 else found + 1
+        if found < 0 and end < size:
+            return
+        end = min(end, size)
+        yield Chunk(name, kind, begin, end)
+        begin = end
+
+
+def _cut(name: str, kind: str, blocks: Iterator[bytes], limit: int, begin: int = 0) -> Iterator[Chunk]:
+    """Whole documents, about CHUNK_BYTES at once; holds no more than the limit and two blocks.
+
+    begin: where in the file the blocks begin.
+    """
     separator = _SEPARATORS[kind]
     held = bytearray()  # not yet given out; held[0] is byte `begin` of the file
-    begin, dropped_lines, dropping, first = 0, 0, False, True
+    dropped_lines, dropping, first = 0, False, begin == 0
     for block in blocks:
         held += block
         if first and held.startswith(_BOM):
@@ -253,23 +284,63 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
             file.seek(chunk.begin)
             data = file.read(chunk.size)
     parsed = Parsed(lines=data.count(b"\n") + (data[-1:] not in (b"\n", b"")))
-    for line, raw in _documents(chunk.kind, data):
-        try:
-            if _encoded_size(raw) > options.max_document_bytes:
-                raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
-            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-            if not text.strip():
-                parsed.blank += 1
-            elif chunk.kind == "jsonl":
-                parsed.documents.append((line, _texts_of_json(text, options.keys)))
-            else:
-                whole = text if chunk.kind == "file" else text.rstrip("\r")
-                parsed.documents.append((line, (whole,) * len(options.keys)))
-        except UnicodeDecodeError as error:
-            parsed.rejects.append((line, f"invalid UTF-8 at byte {error.start} of the document"))
-        except _Reject as reject:
-            parsed.rejects.append((line, reject.reason))
+    loads = fast_loads() if chunk.kind == "jsonl" else None
+    for line, raw in enumerate(_lines(data)) if loads is not None else _documents(chunk.kind, data):
+        found = None if loads is None else _quick_texts(raw, options, loads)
+        if found is None:
+            _parse_one(line, raw, chunk.kind, options, parsed)
+        else:
+            parsed.documents.append((line, found))
     return parsed
+
+
+def _parse_one(line: int, raw: bytes | str, kind: str, options: ReadOptions, parsed: Parsed) -> None:
+    """Add one document, or the reason against it, to `parsed`."""
+    try:
+        if _encoded_size(raw) > options.max_document_bytes:
+            raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        if not text.strip():
+            parsed.blank += 1
+        elif kind == "jsonl":
+            parsed.documents.append((line, _texts_of_json(text, options.keys)))
+        else:
+            whole = text if kind == "file" else text.rstrip("\r")
+            parsed.documents.append((line, (whole,) * len(options.keys)))
+    except UnicodeDecodeError as error:
+        parsed.rejects.append((line, f"invalid UTF-8 at byte {error.start} of the document"))
+    except _Reject as reject:
+        parsed.rejects.append((line, reject.reason))
+
+
+@cache
+def fast_loads() -> Callable[[bytes], Any] | None:
+    """orjson's reader where it is installed. It only ever says yes: a line it refuses is judged by `json`."""
+    try:
+        return importlib.import_module("orjson").loads
+    except ImportError:
+        return None
+
+
+def _quick_texts(raw: bytes, options: ReadOptions, loads: Callable[[bytes], Any]) -> tuple[str, ...] | None:
+    """The texts of a line without any fault, else None."""
+    if len(raw) > options.max_document_bytes:
+        return None
+    try:
+        value = loads(raw)
+    except ValueError:
+        return None
+    if type(value) is not dict:
+        return None
+    found = tuple([value.get(key) for key in options.keys])
+    return found if all(type(text) is str for text in found) else None
+
+
+def _lines(data: bytes) -> list[bytes]:
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def _encoded_size(raw: bytes | str) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import tokenizers
 
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
-from megallm.data import readers
+from megallm.data import native, readers
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -38,8 +39,8 @@ class Encoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, integer arrays [tokens]."""
+    def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts back to back, and how many each has (int64 [texts])."""
         ...
 
 
@@ -58,8 +59,20 @@ class Tokenizer(Encoder, Protocol):
 
 
 def load(spec: str) -> Tokenizer:
-    """The tokenizer called `bytes`, or of a Hugging Face folder or `tokenizer.json`. Errors: `DataError`."""
-    return ByteTokenizer() if spec == BYTES else FolderTokenizer(spec)
+    """The tokenizer called `bytes`, of a Hugging Face folder or `tokenizer.json`, or of a file in another format.
+
+    Other formats are sentencepiece's `.model` and tiktoken's ranks; see `native`. Errors: `DataError`.
+    """
+    if spec == BYTES:
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
+        path = path / "tokenizer.model"
+    if path.suffix in native.SENTENCEPIECE:
+        return native.SentencePieceTokenizer(path)
+    if path.suffix in native.TIKTOKEN:
+        return native.TiktokenTokenizer(path)
+    return FolderTokenizer(spec)
 
 
 def _check_sound(text: str) -> None:
@@ -84,8 +97,10 @@ class ByteTokenizer:
         _check_sound(text)
         return list(text.encode("utf-8"))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+    def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts back to back, and how many each has."""
+        parts = [text.encode("utf-8") for text in texts]
+        return np.frombuffer(b"".join(parts), np.uint8), np.fromiter(map(len, parts), np.int64, len(parts))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; the end-of-document id gives nothing, broken UTF-8 gives replacement characters."""
@@ -139,10 +154,17 @@ class FolderTokenizer:
         _check_sound(text)
         return (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """The added tokens of the definition, special or not."""
+        return self._definition.get("added_tokens") or []
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts back to back, and how many each has."""
         # One text at a time: encode_batch of the library would start its own threads in every worker.
-        plain = self._plain
-        return [np.array(plain.encode(text, add_special_tokens=False).ids, dtype=np.int64) for text in texts]
+        parts = [self._plain.encode(text, add_special_tokens=False).ids for text in texts]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, special tokens written out."""
@@ -161,7 +183,7 @@ def _read_json(path: Path, required: bool) -> dict[str, Any]:
             return {}
         raise DataError(
             f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with a tokenizer.json "
-            f"(`megallm tokenizer train` makes one; other kinds: save them with transformers' fast tokenizer)."
+            f"(`megallm tokenizer train` makes one), or a sentencepiece .model, or a .tiktoken file of ranks."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}.") from error

@@ -278,7 +278,7 @@ def test_killed_worker_is_an_error_not_a_hang(tmp_path):
         preprocess.run(
             PreprocessConfig((source,), str(tmp_path / "out" / "o"), "bytes", workers=2, on_error="skip"), kill
         )
-    assert killed and not list((tmp_path / "out").iterdir())
+    assert killed and [path.name for path in (tmp_path / "out").iterdir()] == ["o.partial"]
 
 
 SLOW = """
@@ -307,13 +307,13 @@ def children_of(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_sigterm_leaves_nothing(tmp_path):
+def test_sigterm_leaves_only_what_can_be_gone_on_with(tmp_path):
     process = start_slow(tmp_path)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == -signal.SIGTERM
     assert "finished" not in process.stdout.read()
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["o.partial"]
 
 
 def test_workers_die_with_a_killed_parent(tmp_path):
@@ -349,3 +349,27 @@ def test_work_is_in_the_workers(tmp_path):
         own = cpu_seconds(resource.RUSAGE_SELF) - own
         share[workers] = own / (own + cpu_seconds(resource.RUSAGE_CHILDREN) - children)
     assert share[2] < 0.1 and share[1] > 0.9, share
+
+
+def test_seeking_cuts_as_reading_does(tmp_path, monkeypatch):
+    """Where a plain file is cut by seeking, and where by reading, and where a line is too long: the same documents."""
+    lines = [json.dumps({"text": f"{i} " + "é" * (i * 37 % 200)}).encode() for i in range(300)]
+    lines[120] = b'{"text": "' + b"x" * 9000 + b'"}'
+    for content in (b"\n".join(lines), b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\n", lines[0], b"", b"\n\n"):
+        plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+        plain.write_bytes(content)
+        packed.write_bytes(gzip.compress(content))
+        monkeypatch.setattr(readers, "_SEEK_BYTES", 64)
+        for size in (100, 1000, 5000, 1 << 20):
+            monkeypatch.setattr(readers, "CHUNK_BYTES", size)
+            found = [read_all(name, ReadOptions(max_document_bytes=3000)) for name in (plain, packed)]
+            assert found[0] == found[1]
+
+
+def read_all(name, options):
+    first, out = 1, []
+    for chunk in readers.chunks(str(name), options):
+        parsed = readers.parse(chunk, options)
+        out += [(first + line, found) for line, found in [*parsed.documents, *parsed.rejects]]
+        first += parsed.lines
+    return sorted(out, key=str), first

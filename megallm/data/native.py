@@ -1,0 +1,194 @@
+"""Tokenizers in formats of their own: a sentencepiece model, or tiktoken ranks. Both libraries are optional."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from megallm.base.errors import DataError, UsageError
+
+SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
+_END = "<|endoftext|>"
+# How OpenAI's published encodings split text, and their special tokens: the file itself does not say.
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
+    r"\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_CAPS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = "|".join((
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPS}*{_SMALL}+{_SHORT}", rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPS}+{_SMALL}*{_SHORT}",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+))  # fmt: skip
+_FIM_100K = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+KNOWN: dict[str, tuple[str, dict[str, int]]] = {
+    "gpt2": (_GPT2, {_END: 50256}),
+    "r50k_base": (_GPT2, {_END: 50256}),
+    "p50k_base": (_GPT2, {_END: 50256}),
+    "cl100k_base": (_CL100K, {_END: 100257, **_FIM_100K}),
+    "o200k_base": (_O200K, {_END: 199999, "<|endofprompt|>": 200018}),
+}
+
+
+class _Native:
+    """What both have in common."""
+
+    kind: str
+    path: Path
+    vocab_size: int
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self.encode(text), np.int64) for text in texts]
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts back to back, and how many each has."""
+        ids = self.encode_batch(texts)
+        return np.concatenate([np.empty(0, np.int64), *ids]), np.array([len(one) for one in ids], np.int64)
+
+
+class SentencePieceTokenizer(_Native):
+    """A sentencepiece `.model`; control symbols written in a text are ordinary text. Errors: `DataError`."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        library = _library("sentencepiece", path)
+        self.path, data = path, _read(path)
+        self._model = library.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(data)
+        except RuntimeError as error:
+            raise DataError(f"{path} is not a sentencepiece model: {error}.") from error
+        self.vocab_size = self._model.vocab_size()
+        self.fingerprint = f"sentencepiece-{_digest(data)}"
+
+    @property
+    def eod(self) -> int:
+        """The model's end-of-sentence id. Errors: `DataError`."""
+        if self._model.eos_id() < 0:
+            raise DataError(f"{self.path} has no end-of-sentence symbol: train it with one, or leave out --append-eod.")
+        return self._model.eos_id()
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text; `special` changes nothing: the library never finds control symbols in text."""
+        return self._model.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary; None when there is none."""
+        found = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None
+
+
+class TiktokenTokenizer(_Native):
+    """A file of tiktoken ranks; special tokens written in a text are ordinary text. Errors: `DataError`, `UsageError`.
+
+    How text is split stands in `NAME.json` beside `NAME.tiktoken`: {"pattern": "...", "special_tokens": {token: id}};
+    encodings that OpenAI publishes need none when the file has their name.
+    """
+
+    kind = "tiktoken"
+
+    def __init__(self, path: Path) -> None:
+        library = _library("tiktoken", path)
+        self.path, data = path, _read(path)
+        pattern, self._special_tokens = _rules(path)
+        try:
+            self._encoding = library.Encoding(
+                path.stem, pat_str=pattern, mergeable_ranks=_ranks(path, data), special_tokens=self._special_tokens
+            )
+        except (ValueError, AssertionError) as error:
+            raise DataError(f"{path} cannot be used with its rules: {error}.") from error
+        self.vocab_size = self._encoding.n_vocab
+        rules = json.dumps([pattern, self._special_tokens], sort_keys=True).encode()
+        self.fingerprint = f"tiktoken-{_digest(data + rules)}"
+
+    @property
+    def eod(self) -> int:
+        """The id of <|endoftext|> or <|end_of_text|>. Errors: `DataError`."""
+        for token in (_END, "<|end_of_text|>"):
+            if token in self._special_tokens:
+                return self._special_tokens[token]
+        raise DataError(f"{self.path.with_suffix('.json')} names no special token {_END} that could end a document.")
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text; `special` lets special tokens written in it become their ids."""
+        return self._encoding.encode(text, allowed_special="all") if special else self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode(list(ids))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token, or of an ordinary one by its text; None when there is none."""
+        try:
+            return self._encoding.encode_single_token(token)
+        except KeyError:
+            return None
+
+
+def _rules(path: Path) -> tuple[str, dict[str, int]]:
+    """(pattern, special tokens) of a rank file."""
+    side = path.with_suffix(".json")
+    if not side.exists():
+        if path.stem in KNOWN:
+            return KNOWN[path.stem]
+        raise UsageError(
+            f"{path} does not say how text is split: write {side.name} beside it, "
+            f'{{"pattern": "...", "special_tokens": {{"{_END}": id}}}}, or give the file one of the names '
+            f"{', '.join(KNOWN)} if it is that encoding."
+        )
+    try:
+        value: Any = json.loads(side.read_text(encoding="utf-8"))
+        pattern, specials = value["pattern"], value["special_tokens"]
+        if isinstance(pattern, str) and all(isinstance(one, int) for one in specials.values()):
+            return pattern, specials
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(f'{side} must hold {{"pattern": text, "special_tokens": {{token: id}}}}.')
+
+
+def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if line.strip():
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                raise DataError(f"{path}:{number}: want a base64 token and its rank, such as 'IQ== 0'.") from None
+    if not ranks:
+        raise DataError(f"{path} holds no ranks.")
+    return ranks
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _library(name: str, path: Path) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"The tokenizer {path} needs the package {name}: pip install 'megallm[data]'.") from error
