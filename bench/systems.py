@@ -5,8 +5,10 @@ Everything is imported here, so that every system's memory is counted from the s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from torch.distributed.tensor import parallel as tp
 
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
+from megallm.launch.process import keep_memory
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.models.stages import head_work, plan_stages
@@ -70,7 +73,8 @@ def build(name: str, job: Job) -> Step:
 
 
 def megallm(options: dict[str, str], job: Job) -> Step:
-    """Our engine at a layout."""
+    """Our engine at a layout, with the memory settings that `megallm pretrain` gives its ranks."""
+    keep_memory()
     sizes = {axis: int(options.pop(axis, 1)) for axis in ("tp", "pp", "dp", "cp")}
     zero = ZeroOptions(stage=int(options.pop("zero", 0)))
     pipeline = PipelineOptions(options.pop("schedule", "1f1b"), int(options.pop("chunks", 1)))
@@ -166,6 +170,34 @@ def fsdp2(job: Job, free: bool = True) -> Step:
     return data_parallel(model, adamw(model), job)
 
 
+def deepspeed_zero(job: Job, stage: int) -> Step:
+    """DeepSpeed's engine in fp32 on gloo; needs the package deepspeed (0.19.8 was used)."""
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # it refuses to start without
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    model = whole_model(job)
+    compiled(model, job)
+    settings = {
+        "train_micro_batch_size_per_gpu": job.rows * job.micros,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=settings)
+
+    def step(number: int) -> float:
+        tokens, labels = job.batch(number, dist.get_world_size(), dist.get_rank())
+        loss = cross_entropy(engine(tokens), labels)
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        return total.item() / dist.get_world_size()
+
+    return step
+
+
 def dtensor(job: Job, sequence: bool = False) -> Step:
     """parallelize_module with column- and row-wise linears and a loss over the divided vocabulary."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -256,6 +288,9 @@ PEERS: dict[str, Callable[[Job], Step]] = {
     "ddp": ddp,
     "ddp-zero1": ddp_zero1,
     "fsdp2": fsdp2,
+    "deepspeed-1": partial(deepspeed_zero, stage=1),
+    "deepspeed-2": partial(deepspeed_zero, stage=2),
+    "deepspeed-3": partial(deepspeed_zero, stage=3),
     "fsdp2-keep": lambda job: fsdp2(job, free=False),
     "dtensor-tp": dtensor,
     "dtensor-sp": lambda job: dtensor(job, sequence=True),
