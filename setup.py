@@ -84,7 +84,7 @@ setup(
             "selectolax>=0.4",
             "datatrove>=0.10",
         ],
-        "bench": ["transformers>=4.57"],
+        "bench": ["transformers>=4.57", "deepspeed==0.19.8"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
