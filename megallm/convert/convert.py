@@ -248,11 +248,12 @@ def _result(
 
 
 def _compare(model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None) -> dict[str, Any]:
-    error = verify.max_rel_error(model, ours, theirs, round_theirs)
+    compared = verify.compare(model, ours, theirs, round_theirs)
+    error = compared.max_rel_error
     if not error <= TOLERANCE:
         raise NotEqual(
             f"The logits differ from those of transformers by {error:.2e} of the largest; at most {TOLERANCE:g} is "
             "accepted in float32. Nothing was written; please report the model's config.json.",
             error,
         )
-    return {"max_rel_error": error}
+    return {"max_rel_error": error, "positions": compared.positions, "left_out": compared.left_out}

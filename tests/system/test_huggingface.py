@@ -26,7 +26,7 @@ def place(tmp_path_factory) -> Path:
     assert done.code == 0, done.err
     assert json.loads(done.out)["max_rel_error"] <= 1e-5
     model = {"hf": "hf"}
-    write_config(folder / "next.yaml", prefix, run={"dir": "next"}, optim={"lr": 0.001})
+    write_config(folder / "next.yaml", prefix, run={"dir": "next"}, optim={"lr": 0.001}, data={"order": "megatron"})
     text = (folder / "next.yaml").read_text()
     section = text[text.index("model:") : text.index("optim:")]
     (folder / "next.yaml").write_text(text.replace(section, f"model: {json.dumps(model)}\n"))
