@@ -1,0 +1,117 @@
+"""Each command of README.md, run literally in a fresh clone in an empty folder.
+
+The two long commands run literally in the test marked slow (they install PyTorch). The others, and the second one with
+a documented argument, run in every suite: there the clone's `.venv` is a door to the interpreter that runs the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megallm.cli.table import VERBS
+from tests.system.commands import ROOT
+
+LONG = ("bash examples/01_pretrain/run.sh", "bash tests/run.sh")
+STAMP = (
+    'extras=test; { echo "$PWD $extras"; cat setup.py pyproject.toml tests/constraints.txt csrc/*/*.cpp; } | cksum '
+    "> .venv/megallm-installed-test"
+)  # what tools/install.sh writes when it is done
+
+
+def commands() -> list[str]:
+    """The lines of README's code blocks that are commands, without the comments beside them."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [re.sub(r"\s+# .*", "", line) for line in lines if re.match(r"(bash|megallm|source|python|docker) ", line)]
+
+
+def shell(command: str, cwd: Path, timeout: float, **more: str) -> subprocess.CompletedProcess[str]:
+    kept = ("HOME", "LANG", "PATH", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "HTTPS_PROXY", "SSL_CERT_FILE", "TMPDIR")
+    environment = {name: os.environ[name] for name in kept if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
+        env=environment | more,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """What a person gets: the committed files, nothing else."""
+    target = tmp_path / "megallm"
+    done = shell(f"git clone -q --no-hardlinks '{ROOT}' '{target}'", tmp_path, 120)
+    if done.returncode:
+        pytest.skip(f"this is no git repository that can be cloned: {done.stderr.strip()}")
+    return target
+
+
+def open_door(clone: Path) -> None:
+    """A `.venv` in the clone whose programs are those of the interpreter that runs this test."""
+    binaries = clone / ".venv/bin"
+    binaries.mkdir(parents=True)
+    for name, words in (("python", ""), ("megallm", "-m megallm ")):
+        program = binaries / name
+        program.write_text(f'#!/bin/sh\nPYTHONPATH="{clone}" exec "{sys.executable}" {words}"$@"\n')
+        program.chmod(0o755)
+    (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
+    assert shell(STAMP, clone, 20).returncode == 0
+
+
+def test_the_two_commands_are_there():
+    assert commands()[:2] == list(LONG)
+
+
+def test_short_commands_run_in_a_fresh_clone(clone):
+    open_door(clone)
+    short = [command for command in commands() if command not in LONG]
+    assert len(short) >= 5
+    for command in short:
+        done = shell(f"source .venv/bin/activate; {command}", clone, 180)
+        assert done.returncode == 0 and done.stdout, f"{command}: {done.stdout}{done.stderr}"
+    assert shell("git status --porcelain", clone, 20).stdout == "", "a command left files behind"
+
+
+def test_the_suite_starts_in_a_fresh_clone(clone):
+    """`bash tests/run.sh` with a documented argument: which tests to run."""
+    open_door(clone)
+    done = shell("bash tests/run.sh tests/base", clone, 300, MEGALLM_FACILITIES="no")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_two_commands_literally(clone):
+    """Minutes, and needs a package index: both commands as they stand, one after the other."""
+    for command in LONG:
+        done = shell(command, clone, 3600)
+        assert done.returncode == 0, f"{command}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+    assert (clone / "examples/01_pretrain/work/run/plots/loss.png").exists()
+
+
+def test_every_verb_is_in_the_table_and_every_path_exists():
+    text = (ROOT / "README.md").read_text()
+    table = " ".join(re.findall(r"^\| `megallm .*?\|", text, flags=re.M))
+    for words in VERBS:
+        assert words.split()[0] in table and words.split()[-1] in table, f"README does not name `megallm {words}`"
+    for path in re.findall(r"\]\(([\w./-]+)\)", text) + re.findall(r"`((?:docs|megallm|examples)/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"^  (\w+)/ ", text, flags=re.M):
+        assert (ROOT / "megallm" / name).is_dir(), name
+    packages = {path.name for path in (ROOT / "megallm").iterdir() if (path / "__init__.py").exists()}
+    assert packages <= set(re.findall(r"^  (\w+)/ ", text, flags=re.M))
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_pages_name_real_files_and_verbs(page):
+    text = (ROOT / "docs" / page).read_text()
+    names = r"(?<![\w/.])((?:docs|megallm|examples|tests|tools)/[\w/]+\.(?:md|py|sh|sbatch|yaml))"
+    for path in re.findall(names, text):
+        assert (ROOT / path).exists() or "/work/" in path, f"{page} names {path}, which does not exist"
+    firsts = {words.split()[0] for words in VERBS}
+    for verb in re.findall(r"^megallm (\w+)", text, flags=re.M):
+        assert verb in firsts, f"{page} names megallm {verb}, which is no verb"
