@@ -159,7 +159,7 @@ class Engine:
         return vector
 
     def timeline(self) -> Timeline | None:
-        """The last step as it ran on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over the world.
+        """The last step on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over the world.
 
         Clocks are those of the machines: lines that span several machines are off by their difference.
         """
@@ -196,6 +196,7 @@ class Engine:
 
     def load(self, reader: Reader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp."""
+        self.parameters.land()
         if optimizer:
             self.optimizer.updates = reader.meta["engine"]["updates"]
         for prefix, flats in self._state(optimizer).items():

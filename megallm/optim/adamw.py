@@ -17,7 +17,7 @@ class AdamW:
 
     def __init__(self, config: OptimConfig, parameters: ShardedParameters) -> None:
         self.config, self.parameters = config, parameters
-        home = parameters.flat[0].master.device
+        home = torch.device("cpu") if parameters.options.offload else parameters.mesh.device
         self.count = torch.zeros((), dtype=torch.float32, device=home)  # updates applied so far
         self.states: dict[str, list[Tensor]] = {
             name: [torch.zeros_like(bucket.master) for bucket in parameters.flat] for name in STATES

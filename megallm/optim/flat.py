@@ -6,6 +6,7 @@ optimizer's state, 2 the gradients too, 3 the parameters too.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -80,11 +81,17 @@ class FlatBucket:
         self.present = True
 
     def release(self) -> None:
-        """Let go of parameters that are not kept between uses."""
-        if self.frees_params:
+        """Let go of parameters that are not kept between uses; nothing happens to those that are not here."""
+        if self.frees_params and (self.present or self.gathering is not None):
             self.arrive()
             self.params.untyped_storage().resize_(0)
             self.present = False
+
+    def land(self) -> None:
+        """Have nothing on its way and nothing stale, before the weights are written from outside."""
+        if self.gathering is not None:
+            self.arrive()
+        self.release()
 
     def _start_gather(self) -> None:
         if self.shard.size > 1 and PARAMETERS not in self.shard.broken:
@@ -93,7 +100,7 @@ class FlatBucket:
 
     # Gradients
 
-    def reduce_scatter(self, whole: Tensor, done: list[Callable[[], None]]) -> None:
+    def reduce_scatter(self, whole: Tensor, done: deque[Callable[[], None]]) -> None:
         """Start summing `whole` over the shard group; what is done on completion is appended to `done`."""
         message = whole.to(self.message_dtype)
         if "grads.data" in self.shard.broken or self.shard.size == 1:

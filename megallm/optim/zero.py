@@ -7,6 +7,7 @@ ZeRO stage ask. Messages start as soon as their gradients are complete and are w
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Shard
 from megallm.parallel.units import unit_of
+
+IN_FLIGHT = 2  # reduce-scatters of one microbatch's gradients under way; each holds a whole bucket until it is done
 
 
 class Entry(NamedTuple):
@@ -106,7 +109,7 @@ class ShardedParameters:
         return dict(pairs), behind
 
     def _reset(self) -> None:
-        self.done: list[Callable[[], None]] = []
+        self.done: deque[Callable[[], None]] = deque()
         self.launched: set[int] = set()
         self.waiting = [set(bucket.plan.units) for bucket in self.flat]
         self.early = self.last = False
@@ -154,6 +157,11 @@ class ShardedParameters:
         for bucket in self.flat:
             bucket.release()
 
+    def land(self) -> None:
+        """Have nothing on its way and nothing stale, before weights are written from outside."""
+        for bucket in self.flat:
+            bucket.land()
+
     # Gradients
 
     def begin_step(self) -> None:
@@ -191,6 +199,8 @@ class ShardedParameters:
         if not any(self.params[member.name].grad is not None for member in bucket.plan.members):
             return
         if bucket.sharded_grads:
+            while len(self.done) >= IN_FLIGHT:
+                self.done.popleft()()
             bucket.reduce_scatter(bucket.pack(self.params, bucket.message_dtype), self.done)
         elif self.options.tree:
             self.trees[bucket.index].add(bucket.pack(self.params, bucket.grads.dtype))
@@ -214,9 +224,8 @@ class ShardedParameters:
             self._take(bucket)
             if not bucket.sharded_grads and not self.options.tree and bucket.index not in self.launched:
                 self._launch(bucket)
-        for wait in self.done:
-            wait()
-        self.done.clear()
+        while self.done:
+            self.done.popleft()()
         for bucket in self.flat:
             self._finish_bucket(bucket)
 

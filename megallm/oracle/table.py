@@ -211,6 +211,7 @@ ROWS: tuple[Row, ...] = (
     _row("zb-v-zero2-dp2", "pp=2,dp=2,schedule=zb-v,zero=2", "tied", micros=3, overrides={"num_layers": 4}),
     _row("stages-written", "pp=2", "tied", micros=2, stages="Et|t*2L", overrides={"num_layers": 3}),
     _row("stages-head-alone", "pp=3", micros=3, stages="E|t*2|L"),
+    _row("stages-empty-rank", "pp=3,dp=2,zero=3", "tied", micros=3, stages="Et||tL"),
     _row("zero1-dp2", "dp=2,zero=1", micros=2),
     _row("zero1-dp3-tied-pp2", "dp=3,pp=2,zero=1", "tied", micros=2),
     _row("zero2-dp2", "dp=2,zero=2", "gpt2", micros=2),

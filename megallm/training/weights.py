@@ -28,7 +28,7 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
     with Reader(found) as reader:
         if is_import(reader):
             return read_weights(config, mesh, Cast(reader)), f"starting from the imported weights of {found}"
-        engine = Engine.build(config, mesh)
+        engine = Engine(config, mesh)
         engine.load(reader)
         wins = f" of its own checkpoint, which wins over model.hf {folder}" if folder else ""
         return engine, f"resumed at step {reader.step}{wins}"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megallm.engine.config import EngineConfig
+from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.optim.flat import FlatBucket
+from megallm.optim.zero import IN_FLIGHT
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.ranks import run_ranks
@@ -161,6 +165,57 @@ def test_stage_3_holds_at_most_two_units_at_a_time():
     assert max(count for _, count in seen) <= 3  # the head uses two: its norm and the tied embedding
     assert max(count for name, count in seen if name == "after_forward") == 1  # what is prefetched
     assert min(count for name, count in seen if name == "after_backward") == 0
+
+
+def count_messages(layout: Layout, zero: ZeroOptions, schedule: str, micros: int) -> tuple[int, int]:
+    """Gathers of one step, and the most reduce-scatters that were under way at once, on this rank."""
+    rows = batches(0, Mesh.single(), 1)[:micros]
+    engine = Engine.build(config(zero, pipeline=PipelineOptions(schedule)), Mesh.start(layout))
+    gather, send, seen = FlatBucket._start_gather, FlatBucket.reduce_scatter, []
+    FlatBucket._start_gather = lambda bucket: (seen.append(0), gather(bucket))[1]
+    FlatBucket.reduce_scatter = lambda bucket, whole, done: (send(bucket, whole, done), seen.append(len(done)))[0]
+    try:
+        engine.train_step(rows, NextToken(), 1e-2)
+    finally:
+        FlatBucket._start_gather, FlatBucket.reduce_scatter = gather, send
+    return seen.count(0), max(seen)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_stage_3_gathers_once_for_each_use_and_keeps_few_messages(schedule):
+    """A microbatch: every unit's buckets forward, the head's (it shares the embedding) and the blocks' backward."""
+    per_micro = (1 + 3 + 2) + (2 + 3)
+    counts = {
+        micros: run_ranks(2, count_messages, Layout(dp=2), ZeroOptions(3), schedule, micros)[0] for micros in (1, 4)
+    }
+    assert [gathers for gathers, _ in counts.values()] == [per_micro, 4 * per_micro]
+    assert all(most <= IN_FLIGHT for _, most in counts.values())
+
+
+class SlowWeights:
+    """A source of the constant 5, slow enough on rank 0 for what was on its way to arrive meanwhile."""
+
+    def __init__(self, pause: float) -> None:
+        self.pause = pause
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: torch.Tensor) -> None:
+        time.sleep(self.pause)
+        tensor.fill_(5.0)
+
+
+def load_while_weights_travel(layout: Layout, zero: ZeroOptions) -> bool:
+    mesh = Mesh.start(layout)
+    engine = Engine(config(zero), mesh)
+    time.sleep(0.3 * mesh.rank)  # so that rank 0's gathers are still waiting for rank 1 when it loads
+    engine.parameters.publish()
+    engine.load(SlowWeights(0.0 if mesh.rank else 0.02), optimizer=False)
+    engine.parameters.settle()
+    return all(bool((view == 5.0).all()) for view in engine.parameters.views.values())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_on_their_way_do_not_overwrite_what_is_loaded(stage):
+    assert all(run_ranks(2, load_while_weights_travel, Layout(dp=2), ZeroOptions(stage, bucket_bytes=1)))
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------
