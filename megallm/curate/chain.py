@@ -42,7 +42,7 @@ class LocalStep(Protocol):
     """Judges documents by themselves. `marks` are the limits that the report draws into the histograms."""
 
     name: str
-    marks: dict[str, float]
+    marks: dict[str, tuple[float, ...]]
 
     def judge(self, batch: Batch) -> list[Verdict]:
         """One verdict a document. The step may record metrics on the batch and add to a document's `meta`."""

@@ -154,7 +154,7 @@ class Classifier:
 
     def __init__(self, config: ClassifierConfig) -> None:
         self.config = config
-        self.marks = {"classifier.score": config.min_score}
+        self.marks = {"classifier.score": (config.min_score,)}
         assert config.model is not None  # `config.check` asks for it
         self._linear = self._fasttext = None
         if config.model.endswith((".bin", ".ftz")):

@@ -64,7 +64,7 @@ class Decontaminate:
 
     def __init__(self, config: DecontaminateConfig) -> None:
         self.config = config
-        self.marks = {"decontaminate.coverage": config.coverage}
+        self.marks = {"decontaminate.coverage": (config.coverage,)}
         found = [(f"{path}:{line}:{key}", text) for path in config.sets for line, key, text in items(path, config.keys)]
         lengths = Analysis([text for _, text in found]).words.counts
         self.num_texts = len(found)

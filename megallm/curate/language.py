@@ -20,7 +20,7 @@ class Language:
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
-        self.marks = {"language.score": config.min_score}
+        self.marks = {"language.score": (config.min_score,)}
         path = optional.language_model() if config.model == "auto" else Path(config.model)
         if not path.is_file():
             raise DataError(f"language.model: {path} does not exist; give a fastText .bin or .ftz file, or auto.")

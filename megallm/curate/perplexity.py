@@ -68,7 +68,7 @@ class Perplexity:
 
     def __init__(self, config: PerplexityConfig) -> None:
         self.config = config
-        self.marks = {"perplexity.per_word": config.max_perplexity}
+        self.marks = {"perplexity.per_word": (config.min_perplexity, config.max_perplexity)}
         self._score = load_scorer(config.scorer) if config.scorer else ngram_scorer(config.model or "")
 
     def judge(self, batch: Batch) -> list[Verdict]:

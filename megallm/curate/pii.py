@@ -176,7 +176,7 @@ class Pii:
 
     def __init__(self, config: PiiConfig) -> None:
         self.config = config
-        self.marks: dict[str, float] = {}
+        self.marks: dict[str, tuple[float, ...]] = {}
         finders: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
             "secret": find_secrets, "email": find_emails, "iban": find_ibans, "card": find_cards, "ssn": find_ssns,
             "ip": find_ips, "phone": self._find_phones,

@@ -177,7 +177,10 @@ class Quality:
             limit = config.limits.get(rule.reason, limits[config.profile])
             if limit is not None and rule.reason not in config.off:
                 self.limits.append((rule, limit))
-        self.marks = {f"quality.{rule.metric}": limit for rule, limit in self.limits}
+        self.marks: dict[str, tuple[float, ...]] = {}
+        for rule, limit in self.limits:
+            name = f"quality.{rule.metric}"
+            self.marks[name] = (*self.marks.get(name, ()), limit)
 
     def judge(self, batch: Batch) -> list[Verdict]:
         """One verdict a document; the note of a drop has the value and the limit."""

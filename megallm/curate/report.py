@@ -32,7 +32,7 @@ def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> 
         "<h2>Reasons and examples</h2>",
         *(_reasons(name, row, examples) for name, row in stats["steps"].items()),
         "<h2>Distributions</h2><p>Every document that reached the step; the line is the limit.</p><div class=plots>",
-        *(_histogram(name, entry["counts"], entry["limit"]) for name, entry in stats["histograms"].items()),
+        *(_histogram(name, entry["counts"], entry["limits"]) for name, entry in stats["histograms"].items()),
         "</div></html>\n",
     ]
     return "\n".join(parts)
@@ -101,7 +101,7 @@ def _example(row: dict[str, Any]) -> str:
     return f"<div class=where>{where}</div><pre>{body}</pre>"
 
 
-def _histogram(name: str, counts: Sequence[int], limit: float | None) -> str:
+def _histogram(name: str, counts: Sequence[int], limits: Sequence[float]) -> str:
     edges, most = bins_of(name), max([*counts, 1])
     step = _WIDTH / BINS
     bars = "".join(
@@ -115,11 +115,11 @@ def _histogram(name: str, counts: Sequence[int], limit: float | None) -> str:
         f'<text x="{k * step:.1f}" y="{_HEIGHT + 15}" font-size="10" fill="#556">{_short(edges[k])}</text>'
         for k in range(0, BINS, BINS // 5)
     )
-    line = "" if limit is None else _limit_line(edges, limit)
+    line = "".join(_limit_line(edges, limit) for limit in limits)
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="{_WIDTH}" height="{_HEIGHT + _FOOT}" role="img">'
         f"{bars}{line}{ticks}</svg><figcaption>{escape(name)}"
-        f"{'' if limit is None else f', limit {_short(limit)}'}</figcaption></figure>"
+        f"{', limit ' if limits else ''}{' and '.join(map(_short, limits))}</figcaption></figure>"
     )
 
 

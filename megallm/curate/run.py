@@ -22,7 +22,7 @@ import numpy as np
 
 from megallm.base import config as configs
 from megallm.base import files
-from megallm.base.errors import DataError, UsageError
+from megallm.base.errors import DataError, InternalError, UsageError
 from megallm.base.files import writing
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
@@ -171,6 +171,9 @@ class Run:
         if number == 0:
             if not self._shards.exists():
                 found = sorted(path for path in (self.work / "segment-0").iterdir() if files.TEMPORARY not in path.name)
+                missing = [shard for shard, path in enumerate(found) if path.name != f"{shard:06d}"]
+                if missing:
+                    raise InternalError(f"Shard {missing[0]} of {self.output} was not done; run its stage again.")
                 self._check_read(len(found))
                 files.atomic_write_text(self._shards, str(len(found)))
             return
@@ -315,7 +318,8 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
         "totals": tally.totals,
         "steps": {name: tally.steps[name] for name in order if name in tally.steps},
         "histograms": {
-            name: {"counts": counts, "limit": marks.get(name)} for name, counts in sorted(tally.histograms.items())
+            name: {"counts": counts, "limits": list(marks.get(name, ()))}
+            for name, counts in sorted(tally.histograms.items())
         },
         "config": configs.to_dict(chain.config),
     }

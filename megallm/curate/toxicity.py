@@ -93,7 +93,7 @@ class Toxicity:
 
     def __init__(self, config: ToxicityConfig) -> None:
         self.config = config
-        self.marks = {"toxicity.word_density": config.max_density, "toxicity.score": config.max_score}
+        self.marks = {"toxicity.word_density": (config.max_density,)}
         self._listed = phrase_tables(read_phrases(config.words, "toxicity.words") if config.words else _WORDS)
         extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
         self._allowed = phrase_tables([*ALLOWED, *extra])
