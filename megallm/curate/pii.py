@@ -36,6 +36,9 @@ _SECRETS = (
 )
 _SECRET_MARKS = ("AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "xox", "PRIVATE KEY-----")
 _LOCAL_CHARS = 64
+_SMALL_PART = 40  # one public address in 1,700 has only parts below
+_HEADING_PART = 100  # of a number that begins a line and has a title after it
+_HEADING = re.compile(r"\.?[ \t]+\S")
 _LEAST_DIGITS = {"ip": 3, "iban": 4, "card": 13, "ssn": 9, "phone": 7}  # in a line; the other kinds need none
 # A number after one of these words, or at the start of a heading, is a section or version number and no address.
 _NUMBERING = re.compile(
@@ -113,8 +116,8 @@ def find_ips(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
-    """Whether a dotted number is the number of a section or a version: by the words before it, as the beginning of a
-    heading, or because all its parts are small and nothing speaks of an address."""
+    """Whether a dotted number is the number of a section or a version: by the words before it, or because all its
+    parts are small and nothing speaks of an address."""
     if version == 6:
         return False
     line = text.rfind("\n", 0, match.start()) + 1
@@ -123,10 +126,8 @@ def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
         return False
     if _NUMBERING.search(before):
         return True
-    parts = [int(part) for part in match[0].split(".")]
-    after = text[match.end() : match.end() + 3]
-    heading = not before.strip() and re.match(r"\.?[ \t]+[A-Z]", after) is not None
-    return max(parts) < 40 and (heading or parts[0] < 10)
+    heading = not before.strip() and _HEADING.match(text, match.end()) is not None
+    return max(int(part) for part in match[0].split(".")) < (_HEADING_PART if heading else _SMALL_PART)
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -193,6 +194,8 @@ class Pii:
             groups = len(re.findall(r"\d+", written))
             international = written[0] == "+" or match.start() and text[match.start() - 1] == "+"
             if not 7 <= digits <= 15 or (not international and (groups < 3 or groups > 5 or digits < 10)):
+                continue
+            if written.count("(") != written.count(")"):
                 continue
             try:
                 number = self._phones.parse(written, self.config.phone_region)

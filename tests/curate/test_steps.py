@@ -210,6 +210,9 @@ FOUND = {
     "secret": ["AKIAIOSFODNN7EXAMPLE", "ghp_" + "a1B2" * 9],
 }
 LEFT = (
+    "Used Dev Size : 4189184 (4.00 GiB 4.29 GB)",
+    "end\n43.6.4.3. IF-THEN-ELSE\ntext",
+    "قسم 12.1.1.2 هنا",
     "as 8.8.8.8 says",
     "See section 4.2.1.8 for details.",
     "Version 10.12.14.3 is out.",
