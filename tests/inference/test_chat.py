@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -193,6 +195,30 @@ def test_interrupting_stops_the_answer_and_not_the_chat(model):
     finally:
         chat.kill()
     assert len(first) == 20 and "[stopped]" in out and chat.returncode == 0, err
+
+
+def test_on_a_terminal_control_c_stops_the_answer_and_control_d_leaves(model):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"})
+        words = ["chat", "--model", str(model), "--temperature", "0", "--max-new-tokens", "20000", "--layout", "tp=2"]
+        os.execv(sys.executable, [sys.executable, "-m", "megallm", *words])
+    said = b""
+    try:
+        for expected, answer in ((b"> ", b"hello\n"), (b"r\x19r", b"\x03"), (b"[stopped]\r\n> ", b"\x04")):
+            deadline = time.monotonic() + 90
+            while expected not in said:
+                assert time.monotonic() < deadline, (expected, said[-300:])
+                if select.select([terminal], [], [], 0.5)[0]:
+                    said += os.read(terminal, 4096)
+            said = said[said.index(expected) + len(expected) :]
+            os.write(terminal, answer)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        os.close(terminal)
 
 
 def test_the_ranks_end_when_the_person_is_gone(model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megallm.base.errors import UsageError
+from megallm.cli.generate import Printer
 from megallm.convert.tokenizer_files import write_byte_tokenizer
 from megallm.inference import cache as cache_module
 from megallm.inference import generate, sampling
@@ -238,3 +239,18 @@ def test_stop_strings_cut_the_text_at_every_layout(models):
         assert rows[0]["text"] == free[0]["text"][: free[0]["text"].index(stop)]
         assert rows[0]["finish_reason"] == "stop"
         assert "".join(piece for number, piece, _ in shown if number == 0) == rows[0]["text"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_prompts_are_printed_in_their_order(live, capsys):
+    """Answers grow together; a terminal shows the first as it comes, and the others when their turn has come."""
+    printer = Printer(("A:", "B:"), live)
+    printer(1, "b1", False)
+    assert capsys.readouterr().out == ""
+    printer(0, "a1", False)
+    assert capsys.readouterr().out == ("A:a1" if live else "")
+    printer(1, "b2", True)
+    printer(0, "a2", False)
+    assert capsys.readouterr().out == ("a2" if live else "")
+    printer(0, "", True)
+    assert capsys.readouterr().out == ("" if live else "A:a1a2") + "\n\nB:b1b2\n\n"

@@ -113,5 +113,6 @@ def test_the_pages_name_real_files_and_verbs(page):
     for path in re.findall(names, text):
         assert (ROOT / path).exists() or "/work/" in path, f"{page} names {path}, which does not exist"
     firsts = {words.split()[0] for words in VERBS}
-    for verb in re.findall(r"^megallm (\w+)", text, flags=re.M):
+    code = "".join(re.findall(r"^```\n(.*?)^```", text, flags=re.M | re.S))
+    for verb in re.findall(r"^megallm (\w+)", code, flags=re.M):
         assert verb in firsts, f"{page} names megallm {verb}, which is no verb"
