@@ -11,5 +11,5 @@ status=0
 if [ $# -eq 0 ]; then
   "$python" -m pytest -q --without-extension tests/data || status=$?
 fi
-"$python" -m pytest -q "$@" || status=$?
+"$python" -m pytest -q -rs "$@" || status=$?
 exit $status

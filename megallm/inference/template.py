@@ -83,7 +83,7 @@ def find_template(folder: Path | None) -> ChatTemplate:
     specials = _specials(folder)
     found = _source(folder, settings)
     if found is None:
-        return ChatTemplate(tokens=tokens, specials=tuple({*specials, *CHATML_STOPS}))
+        return ChatTemplate(tokens=tokens, specials=tuple(sorted({*specials, *CHATML_STOPS})))
     if len(found.encode()) > MAX_TEMPLATE:
         raise DataError(f"The chat template of {folder} is larger than {MAX_TEMPLATE} bytes; none is.")
     return ChatTemplate(found, str(folder), tokens, specials, ())
