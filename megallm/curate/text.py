@@ -106,11 +106,31 @@ def sorted_set(values: np.ndarray) -> np.ndarray:
     return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
 
 
+class Hasher:
+    """Hashes of any runs of characters of a text. (Apart from `Analysis`, so that nothing refers to it in a circle:
+    what does waits for the garbage collector, with all its arrays.)"""
+
+    def __init__(self, codes: np.ndarray) -> None:
+        self._codes = codes
+
+    @cached_property
+    def _prefix(self) -> np.ndarray:
+        out = np.zeros(len(self._codes) + 1, np.uint64)
+        values = (self._codes.astype(np.uint64) + np.uint64(1)) * _powers(_BASE, len(self._codes))
+        np.cumsum(values, out=out[1:])
+        return out
+
+    def hash(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """uint64 hashes of the runs [begin, end)."""
+        shift = _powers(_INVERSE, len(self._codes) + 1)
+        return mix((self._prefix[end] - self._prefix[begin]) * shift[begin])
+
+
 class Pieces:
     """Some runs of characters [begin, end) in order, and for each document the range of its runs in `offsets`."""
 
-    def __init__(self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, source: Analysis) -> None:
-        self.begin, self.end, self._source = begin, end, source
+    def __init__(self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, hasher: Hasher) -> None:
+        self.begin, self.end, self._hasher = begin, end, hasher
         self.offsets = np.searchsorted(begin, document_starts)
 
     def __len__(self) -> int:
@@ -133,7 +153,7 @@ class Pieces:
     @cached_property
     def hashes(self) -> np.ndarray:
         """uint64, equal for equal (lower-cased) runs wherever they stand."""
-        return self._source.hash(self.begin, self.end)
+        return self._hasher.hash(self.begin, self.end)
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of `size` consecutive runs inside one document, and the number of the first run of each."""
@@ -168,6 +188,7 @@ class Analysis:
         joined = "\n".join(texts) + "\n" if texts else ""
         self.codes = code_points(lowered(joined))
         self.kinds = classes()[self.codes]
+        self._hasher = Hasher(self.codes)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -218,20 +239,8 @@ class Analysis:
         last = np.concatenate([new[1:], [True]])
         return self._pieces(lines.begin[new], lines.end[last])
 
-    def hash(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """uint64 hashes of the runs [begin, end) of `codes`."""
-        shift = _powers(_INVERSE, len(self.codes) + 1)
-        return mix((self._prefix[end] - self._prefix[begin]) * shift[begin])
-
-    @cached_property
-    def _prefix(self) -> np.ndarray:
-        out = np.zeros(len(self.codes) + 1, np.uint64)
-        values = (self.codes.astype(np.uint64) + np.uint64(1)) * _powers(_BASE, len(self.codes))
-        np.cumsum(values, out=out[1:])
-        return out
-
     def _pieces(self, begin: np.ndarray, end: np.ndarray) -> Pieces:
-        return Pieces(begin, end, self.starts, self)
+        return Pieces(begin, end, self.starts, self._hasher)
 
     def share(self, bits: int) -> np.ndarray:
         """The share of each document's non-space characters that have one of the class bits."""
