@@ -75,6 +75,21 @@ def test_hashes_follow_the_words_and_nothing_else() -> None:
     assert len(Analysis([]).words) == 0 and len(Analysis(["", ""]).words.ngrams(2)[0]) == 0
 
 
+def test_an_analysis_is_gone_when_nobody_needs_it() -> None:
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        analysis = Analysis([prose(1)])
+        assert len(analysis.words.hashes) and len(analysis.lines) and len(analysis.paragraphs)
+        gone = weakref.ref(analysis)
+        del analysis
+        assert gone() is None  # no circle of references: big arrays must not wait for the collector
+    finally:
+        gc.enable()
+
+
 def test_lower_case_keeps_positions() -> None:
     for text in ("İstanbul", "ẞtraße", "ΑΣ Σ", "plain"):
         assert len(lowered(text)) == len(text)
