@@ -16,7 +16,7 @@ import pytest
 
 from megallm.base.errors import DataError, UsageError
 from megallm.curate import run
-from megallm.curate.config import CurateConfig, ExactConfig, InputConfig, QualityConfig
+from megallm.curate.config import CurateConfig, ExactConfig, InputConfig, PiiConfig, QualityConfig
 
 WORDS = [
     "the",
@@ -98,6 +98,7 @@ def corpus(folder: Path) -> Path:
 def config_of(raw: Path, **changes: object) -> CurateConfig:
     values: dict[str, object] = {
         "input": InputConfig(files=(str(raw),), keep_keys=("url",)), "steps": STEPS, "shard_mib": 0.001,
+        "pii": PiiConfig(kinds=("email", "ip")),
         "quality": QualityConfig(limits={"newlines": 1.0, "mean_word_length_low": 2.0}, off=("top_2gram",)),
     }  # fmt: skip
     return CurateConfig(**(values | changes))  # type: ignore[arg-type]
