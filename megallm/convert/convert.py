@@ -6,6 +6,7 @@ is in it, synced, and verified when that was asked for: a crash leaves nothing a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -256,4 +257,4 @@ def _compare(model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch
             "accepted in float32. Nothing was written; please report the model's config.json.",
             error,
         )
-    return {"max_rel_error": error, "positions": compared.positions, "left_out": compared.left_out}
+    return dataclasses.asdict(compared)
