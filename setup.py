@@ -67,6 +67,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "zstandard>=0.22",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["triton>=3.3"],
