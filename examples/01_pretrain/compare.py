@@ -16,16 +16,19 @@ import numpy as np
 from megallm.base.config import load
 from megallm.base.errors import MegallmError
 from megallm.data import order
+from megallm.data.batches import Share
 from megallm.data.indexed import IndexedDataset
-from megallm.data.pretrain import build_split
 from megallm.training.config import PretrainConfig
+from megallm.training.reading import open_held_out
 
 
 def held_out_labels(config: PretrainConfig) -> np.ndarray:
     """The tokens that the run's held-out loss is the mean over: `eval.batches` global batches of the held-out split."""
-    data, count = config.data, config.eval.batches * config.train.global_batch
-    samples = build_split(data.sources, data.split, "valid", count, data.seq_len, data.seed)
-    return np.concatenate([samples.sample(row)[1:] for row in range(count)])
+    reader = open_held_out(config, Share(config.train.global_batch, config.train.micro_batch))
+    if reader is None:
+        raise ValueError("the run has no held-out data: eval.batches or the validation share of data.split is 0.")
+    batches = [arrays for step in range(1, config.eval.batches + 1) for arrays in reader.batches(step)]
+    return np.concatenate([arrays["labels"][arrays["mask"]] for arrays in batches])
 
 
 def training_counts(config: PretrainConfig) -> np.ndarray:

@@ -12,14 +12,9 @@ from itertools import islice
 import numpy as np
 import torch
 
-from megallm.data.batches import Arrays, stack
+from megallm.data.batches import Arrays
 
 Batch = dict[str, torch.Tensor]
-
-
-def make_batch(samples: list[np.ndarray]) -> Batch:
-    """{"tokens", "labels", "positions": int64 [B, T], "mask": bool [B, T]} of B samples of T + 1 tokens."""
-    return to_tensors(stack(samples))
 
 
 def to_tensors(arrays: Arrays, pin: bool = False) -> Batch:

@@ -17,12 +17,10 @@ from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer
-from megallm.data import order, samplelog, tokenizer
+from megallm.data import samplelog, tokenizer
 from megallm.data.batches import Reader, Share
 from megallm.data.indexed import IndexedDataset
-from megallm.data.loader import Batch, Loader, make_batch
-from megallm.data.pretrain import SampleDataset, build_split
-from megallm.data.sampler import rows_after
+from megallm.data.loader import Batch, Loader, to_tensors
 from megallm.data.source import fingerprint
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
@@ -31,7 +29,7 @@ from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
-from megallm.training.reading import check_tokenizers, open_reader, tokenizer_of
+from megallm.training.reading import check_tokenizers, open_held_out, open_reader, tokenizer_of
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine, is_import
@@ -48,6 +46,8 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
     one), must (UsageError without one) or never (UsageError with one).
     """
     with listening() as requests, Recorder(config, mesh.rank) as recorder:
+        if mesh.rank == 0:
+            check_tokenizers(config)
         identity = describe(config)
         found = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger = Ledger() if found is None else Ledger(**check_identity(found, identity))
@@ -101,8 +101,6 @@ def opening(config: PretrainConfig, engine: Engine, begin: str) -> str:
 
 def train_reader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Reader:
     """What this rank's replica reads after the ledger's step; the same on every rank of a replica."""
-    if mesh.rank == 0:
-        check_tokenizers(config)
     share = Share(config.train.global_batch, config.train.micro_batch, mesh.data.size, mesh.data.rank)
     return open_reader(config, share, ledger.step + 1, ledger.data)
 
@@ -139,34 +137,37 @@ class HeldOut:
     """The mean loss over the first `eval.batches` global batches of the validation split."""
 
     def __init__(self, config: PretrainConfig, engine: Engine) -> None:
-        self.config, self.engine = config, engine
-        self.samples: SampleDataset | None = None
-        data, wanted = config.data, config.eval.batches * config.train.global_batch
-        shares = order.parse_split(data.split)
-        if wanted and shares[1] > 0:
-            self.samples = build_split(
-                data.sources, data.split, "valid", wanted, data.seq_len, data.seed, config.model.vocab_size
-            )
+        self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
+        self.share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
+        open_held_out(config, self.share)  # what cannot be read is said before the first step
 
     def loss(self) -> float | None:
         """Nats per token, None without held-out data; collective over the world."""
-        if self.samples is None:
+        reader = open_held_out(self.config, self.share)
+        if reader is None:
             return None
-        train, mesh = self.config.train, self.engine.mesh
         total, count = 0.0, 0
-        for batch in range(self.config.eval.batches):
-            consumed = batch * train.global_batch
-            rows = rows_after(consumed, train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
-            micros = [make_batch([self.samples.sample(row) for row in micro]) for micro in rows]
+        for batch in range(1, self.config.eval.batches + 1):
+            micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
             sums, counts = self.engine.evaluate(micros, NextToken())
             total, count = total + sums["loss"], count + counts["loss"]
         return total / count
 
 
 def keep_tokenizer(config: PretrainConfig) -> None:
-    """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run folder goes."""
+    """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run folder goes.
+
+    Errors: `UsageError` when another one lies there already.
+    """
     spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
-    if spec in (None, tokenizer.BYTES) or target.exists():
+    if spec is not None and target.exists():
+        if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
+            raise UsageError(
+                f"{target} is another tokenizer than {spec}, which the data was made with: a run folder keeps the one "
+                "that its checkpoints belong to. Choose another run.dir, or remove that folder."
+            )
+        return
+    if spec in (None, tokenizer.BYTES):
         return
     source = Path(spec)
     with atomic_path(target) as temporary:

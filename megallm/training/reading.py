@@ -11,7 +11,8 @@ from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import fim, meta, tokenizer
 from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
-from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, segments_of
+from megallm.data.order import parse_split
+from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
 from megallm.data.pretrain import build_split
 from megallm.data.source import Source
 from megallm.data.stream import Stream
@@ -133,6 +134,26 @@ def open_reader(config: PretrainConfig, share: Share, first_step: int, state: di
         for _ in range(1, first_step):
             stream.take(share.global_batch)
     return StreamReader(stream, share, first_step, data.document_masks)
+
+
+def open_held_out(config: PretrainConfig, share: Share) -> Reader | None:
+    """The validation split, always from its beginning: packed as the training rows are, or Megatron's samples.
+
+    Nothing is rearranged in it, and its rows have `data.seq_len`. None without held-out data.
+    """
+    data, batches = config.data, config.eval.batches
+    if not batches or parse_split(data.split)[1] == 0:
+        return None
+    if data.order == "megatron":
+        wanted = batches * config.train.global_batch
+        vocab = config.model.vocab_size
+        return MegatronReader(
+            build_split(data.sources, data.split, "valid", wanted, data.seq_len, data.seed, vocab), share
+        )
+    segment = Segment(0, dict(data.sources), Reading(data.seq_len, data.packing, data.window))
+    plan = Plan((segment,), data.seed, data.split, "valid")
+    sources = {prefix: Source(prefix, plan, config.model.vocab_size) for prefix in plan.prefixes}
+    return StreamReader(Stream(plan, sources), share, 1, data.document_masks)
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:

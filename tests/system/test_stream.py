@@ -37,28 +37,30 @@ def samples(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def kill_and_compare(config: Path, name: str, kills: int, seed: int) -> None:
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in rows_of(run)), default=0)
+
+
+def kill_and_compare(config: Path, name: str, kills: int, seed: int, steps: int = STEPS) -> None:
     """Kill the run `kills` times, each time on another layout; then let it end and compare."""
-    chance, run = random.Random(seed), config.parent / name
+    chance, run, length = random.Random(seed), config.parent / name, f"train.steps={steps}"
     reached = 0
     for _ in range(kills):
-        if reached >= STEPS - 4:
-            break
         layout = chance.choice(LAYOUTS)
-        running = start("pretrain", config, f"run.dir={name}", *layout, cwd=config.parent)
-        until = min(STEPS - 2, reached + chance.randint(1, max(2, STEPS // kills)))
-        going = wait_for(lambda until=until: rows_of(run) and rows_of(run)[-1]["step"] >= until, running)
+        running = start("pretrain", config, f"run.dir={name}", length, *layout, cwd=config.parent)
+        until = min(steps - 2, reached + chance.randint(1, max(2, steps // kills)))
+        going = wait_for(lambda until=until: last_step(run) >= until, running)
         assert going, running.output.read_text()
         chance.choice([running.kill_all, running.kill_launcher, lambda r=running: r.kill_rank(0)])()
         running.wait()
-        reached = rows_of(run)[-1]["step"]
-    done = megallm("pretrain", config, f"run.dir={name}", "layout.dp=2", "--resume", "must", cwd=config.parent)
+        reached = last_step(run)
+    done = megallm("pretrain", config, f"run.dir={name}", length, "layout.dp=2", "--resume", "must", cwd=config.parent)
     assert done.code == 0, done.err
-    done = megallm("data", "stream", config, "--steps", f"0:{STEPS}", "--json", f"{name}.jsonl", cwd=config.parent)
+    done = megallm("data", "stream", config, "--steps", f"0:{steps}", "--json", f"{name}.jsonl", cwd=config.parent)
     assert done.code == 0, done.err
     wanted = [json.loads(line) for line in (config.parent / f"{name}.jsonl").read_text().splitlines()]
     got = sorted(samples(run), key=lambda row: (row["step"], row["row"]))
-    assert len(got) == STEPS * 8 and got == wanted
+    assert len(got) == steps * 8 and got == wanted
     check_once(got)
 
 
@@ -86,7 +88,7 @@ def test_killed_runs_read_what_the_plan_says(config):
 
 @pytest.mark.chaos
 def test_fifty_kills(config):
-    kill_and_compare(config, "chaos", kills=50, seed=11)
+    kill_and_compare(config, "chaos", kills=50, seed=11, steps=150)
 
 
 def test_a_lost_state_would_be_noticed(config):
