@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,8 @@ def temporary_name(path: str | os.PathLike[str]) -> Path:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name next to `path`; on success it is synced and renamed to `path`, on error removed.
 
+    What the block makes there is a file or a folder.
+
     Errors: `CannotWrite` for an OSError of the final sync and rename; what the block raises stays as it is.
     """
     path = Path(path)
@@ -64,8 +67,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, path)
             fsync_dir(path.parent)
     finally:
+        if temporary.is_dir():  # there is one only when something failed
+            shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # there is one only when something failed
+            temporary.unlink(missing_ok=True)
 
 
 def fsync_file(path: str | os.PathLike[str]) -> None:

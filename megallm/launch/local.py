@@ -52,6 +52,7 @@ class Rank:
     number: int
     pid: int
     log: Path
+    log_begin: int  # size of the log when the rank started: what stands before is of earlier runs
     report: int
     status: int | None = None  # of waitpid
     ended_at: float = 0.0
@@ -153,6 +154,7 @@ class _Launch:
         listen_fd = server.fileno() if number == 0 else None
         env = RankEnv(number, self.nproc, number, self.nproc, LOOPBACK, server.getsockname()[1], listen_fd)
         path = self.log_dir / f"rank-{env.rank}.log"
+        log_begin = path.stat().st_size if path.exists() else 0
         if env.rank == 0:
             pairs = [_terminal_or_pipe(sys.stdout), os.pipe()]
             outputs = (pairs[0][1], pairs[1][1])
@@ -171,7 +173,7 @@ class _Launch:
         with suppress(PermissionError, ProcessLookupError):  # the child does the same; whoever comes first
             os.setpgid(pid, pid)
         os.set_blocking(read_end, False)
-        self.ranks.append(Rank(env.rank, pid, path, read_end))
+        self.ranks.append(Rank(env.rank, pid, path, log_begin, read_end))
         for (fd, _), stream in zip(pairs, (sys.stdout.buffer, sys.stderr.buffer), strict=False):
             os.set_blocking(fd, False)
             self.screens[fd] = stream
@@ -283,7 +285,7 @@ def _describe(rank: Rank, nproc: int) -> str:
         return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
     if rank.ending is not None and rank.number == 0:
         return f"rank 0 of {nproc} failed: {rank.cause()}. What it wrote stands above, and in {rank.log}."
-    lines = rank.log.read_bytes()[-8192:].decode(errors="replace").splitlines()[-TAIL_LINES:]
+    lines = rank.log.read_bytes()[rank.log_begin :][-8192:].decode(errors="replace").splitlines()[-TAIL_LINES:]
     tail = "".join(f"\n    {line}" for line in lines) or " (empty)"
     return f"rank {rank.number} of {nproc} failed: {rank.cause()}. {rank.log} ends with:{tail}"
 

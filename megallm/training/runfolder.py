@@ -176,8 +176,12 @@ class Lease:
                 fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             except FileExistsError as error:
                 raise CannotWrite(f"The run folder {self.path.parent} was just taken by another job.") from error
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self.holder)) + "\n")
+            try:
+                with os.fdopen(fd, "w", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(self.holder)) + "\n")
+            except OSError:  # a full disk: a LOCK that names nobody would keep everybody out
+                self.path.unlink(missing_ok=True)
+                raise
 
     def _check_dead(self, now: float, stale_seconds: float) -> None:
         holder = read_holder(self.path)

@@ -157,7 +157,7 @@ class Range:
 
     def __str__(self) -> str:
         words = {"at least": self.low, "greater than": self.above, "at most": self.high, "less than": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        return " and ".join(f"{word} {bound:.12g}" for word, bound in words.items() if bound is not None)
 
 
 _COUNT = Range(low=1)

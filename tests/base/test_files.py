@@ -29,6 +29,14 @@ def test_error_keeps_the_old_file_and_removes_the_new(tmp_path):
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.atomic_path(tmp_path / "a") as temporary:
+        temporary.mkdir()
+        (temporary / "half").write_text("new")
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_reader_never_sees_a_part(tmp_path):
     with files.atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("half")

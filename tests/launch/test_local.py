@@ -156,6 +156,16 @@ def test_the_first_failure_is_named_and_ends_all(tmp_path, kind, code, words):
     assert not any(alive(int(path.read_text())) for path in tmp_path.glob("pid-*"))
 
 
+def test_the_words_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
+    log = tmp_path / "logs" / "rank-1.log"
+    log.parent.mkdir()
+    log.write_text("words of last week\n")
+    with pytest.raises(RanksFailed) as caught:
+        run(end_badly, "kill", str(tmp_path), log_dir=tmp_path / "logs")
+    assert "last words of rank 1" in str(caught.value) and "last week" not in str(caught.value)
+    assert log.read_text().startswith("words of last week\n")
+
+
 def test_a_lost_peer_does_not_mask_the_cause():
     for _ in range(3):
         with pytest.raises(RanksFailed, match=r"rank 2 of 3 failed: killed by signal 9") as caught:

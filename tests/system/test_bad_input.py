@@ -151,6 +151,21 @@ def test_a_token_outside_the_vocabulary_while_training(tmp_path, copied, axis):
     assert megallm("data", "verify", copied, "--vocab", "301", cwd=tmp_path).code == 0
 
 
+def test_a_tokenizer_that_is_missing_or_another_one(tmp_path, corpus):
+    """Neither is kept in the run folder, where the next attempt would take it for the run's own."""
+    config = write_config(tmp_path / "c.yaml", corpus)
+    own = ("run/logs/",)
+    refused(tmp_path, DATA, "pretrain", config, "data.tokenizer=nowhere", names=("nowhere",), keeps=own)
+    (tmp_path / "text.jsonl").write_text('{"text": "in the beginning was the word"}\n' * 20)
+    other = ("tokenizer", "train", "--input", "text.jsonl", "--vocab-size", "257", "--output", "other")
+    assert megallm(*other, cwd=tmp_path).code == 0
+    refused(tmp_path, DATA, "pretrain", config, "data.tokenizer=other", names=("data.tokenizer",), keeps=own)
+    assert not list((tmp_path / "run").glob("tokenizer*"))
+    shutil.copytree(tmp_path / "other", tmp_path / "run" / "tokenizer")
+    own += ("run/events.jsonl", "run/metrics.jsonl", "run/run.yaml", "run/env.json")
+    refused(tmp_path, USAGE, "pretrain", config, names=("run/tokenizer", "another tokenizer"), keeps=own)
+
+
 def test_a_split_without_documents(tmp_path, corpus):
     config = write_config(tmp_path / "c.yaml", corpus, data={"split": "0,100,0"})
     refused(tmp_path, USAGE, "pretrain", config, names=("data.split", "0,100,0"))

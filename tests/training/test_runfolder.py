@@ -100,6 +100,18 @@ def test_a_pid_that_was_used_again_is_not_the_holder(folder):
         pass
 
 
+def test_a_lock_that_cannot_be_written_is_not_left_behind(folder, monkeypatch):
+    def full(fd, *_, **__):
+        os.close(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CannotWrite, match="disk is full"):
+        patch.setattr(runfolder.os, "fdopen", full)
+        Lease(folder)
+    assert not folder.lock.exists()
+    Lease(folder).release()
+
+
 def test_a_lease_of_another_machine_goes_by_its_heartbeat(folder):
     elsewhere = replace(Holder.me(), host="elsewhere", machine="another boot")
     folder.lock.write_text(json.dumps(vars(elsewhere)))
