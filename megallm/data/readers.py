@@ -23,7 +23,7 @@ from megallm.base.errors import DataError, UsageError
 
 CHUNK_BYTES = 1 << 20
 _SEEK_BYTES = 1 << 14  # read at once where a chunk may end
-_FEED_BYTES = 1 << 12  # compressed bytes given to zstd at once: bounds what a bomb can unfold to
+_FEED_BYTES = 1 << 8  # compressed bytes given to zstd at once: 4 of them unfold to at most 128 KiB
 _TEXT_SUFFIXES = (".txt", ".text", ".md")
 _SPLITS = ("file", "lines", "paragraphs")
 _BOM = b"\xef\xbb\xbf"
@@ -155,7 +155,7 @@ def _zstd(file: BinaryIO) -> Iterator[bytes]:
     frame = None
     held: list[bytes] = []
     size = 0
-    while block := file.read(_FEED_BYTES):
+    while block := file.read(_FEED_BYTES):  # the file is buffered
         while block:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:

@@ -373,3 +373,33 @@ def read_all(name, options):
         out += [(first + line, found) for line, found in [*parsed.documents, *parsed.rejects]]
         first += parsed.lines
     return sorted(out, key=str), first
+
+
+BOMB = """
+import resource, sys
+from megallm.data import preprocess
+config = preprocess.PreprocessConfig((sys.argv[1],), sys.argv[2], "bytes", on_error="skip", max_document_mib=1)
+stats = preprocess.run(config)
+print(stats.documents, stats.rejected, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_bomb_takes_bounded_memory(tmp_path, suffix):
+    """FAULTS row 67: one line of 300 MB in a few hundred kilobytes; the limit of a document is 1 MiB."""
+    head, tail = b'{"text": "before"}\n{"text": "', b'"}\n{"text": "after"}\n'
+    path = tmp_path / f"a.jsonl.{suffix}"
+    library = gzip if suffix == "gz" else pytest.importorskip("zstandard")
+    with library.open(path, "wb") as file:
+        file.write(head)
+        for _ in range(300):
+            file.write(b"x" * 1_000_000)
+        file.write(tail)
+    done = subprocess.run(
+        [sys.executable, "-c", BOMB, str(path), str(tmp_path / "o")], cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    documents_found, rejected, peak = map(int, done.stdout.split())
+    assert (documents_found, rejected) == (2, 1) and peak < 150
+    reject = json.loads((tmp_path / "o.rejects.jsonl").read_text())
+    assert reject["line"] == 2 and "longer than 1048576 bytes" in reject["reason"]

@@ -1,0 +1,114 @@
+"""From a configuration to what is read: plans, tokenizers that must agree, states of checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megallm.base.config import load, replace
+from megallm.base.errors import CheckpointError, DataError, UsageError
+from megallm.data.batches import MegatronReader, Share, StreamReader
+from megallm.data.preprocess import PreprocessConfig
+from megallm.data.preprocess import run as preprocess
+from megallm.training import reading
+from megallm.training.config import PretrainConfig
+from megallm.training.validate import check
+
+YAML = """
+model: {{family: llama, num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_heads: 4, vocab_size: 260}}
+data:
+  sources: {{{a}: 0.7, {b}: 0.3}}
+  split: "80,20,0"
+  seq_len: 32
+  window: 8
+  segments:
+    - {{until_tokens: 500, sources: {{{a}: 1.0}}}}
+    - {{until_tokens: 2000, seq_len: 64, packing: concat}}
+    - {{fim_rate: 0.5}}
+train: {{steps: 40, global_batch: 4, micro_batch: 2}}
+eval: {{batches: 2}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> PretrainConfig:
+    prefixes = {}
+    for name in "ab":
+        rows = [json.dumps({"text": f"{name} {i} " * (i % 9 + 1)}) for i in range(80)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        preprocess(PreprocessConfig((str(tmp_path / f"{name}.jsonl"),), str(tmp_path / name), "bytes", append_eod=True))
+        prefixes[name] = str(tmp_path / f"{name}_text_document")
+    path = tmp_path / "c.yaml"
+    path.write_text(YAML.format(**prefixes))
+    found = load(PretrainConfig, path, ["data.fim.tokens=['257','258','259']"])
+    return check(found, None, 257)
+
+
+def test_segments_become_a_plan(config):
+    a, b = config.data.sources
+    plan = reading.plan_of(config)
+    assert [segment.begin_tokens for segment in plan.segments] == [0, 500, 2000]
+    assert [segment.weights for segment in plan.segments] == [{a: 1.0}, {a: 0.7, b: 0.3}, {a: 0.7, b: 0.3}]
+    assert [segment.reading.seq_len for segment in plan.segments] == [32, 64, 32]
+    assert [segment.reading.packing for segment in plan.segments] == ["best_fit", "concat", "best_fit"]
+    assert [segment.reading.fim_rate for segment in plan.segments] == [0.0, 0.0, 0.5]
+    assert plan.prefixes == [a, b] and plan.seed == config.data.seed
+
+
+def test_readers_of_both_orders(config):
+    share = Share(4, 2)
+    stream = reading.open_reader(config, share, 1)
+    assert isinstance(stream, StreamReader)
+    steps = [stream.consumed(step) for step in range(1, 31)]
+    assert {row["source"] for row in steps[2]} == {list(config.data.sources)[0]}
+    assert any("forms" in row for rows in steps[15:] for row in rows)
+    jumped = reading.open_reader(config, share, 21)
+    assert jumped.consumed(21) == steps[20]
+    megatron = replace(config, {"data.order": "megatron", "data.segments": ()})
+    assert isinstance(reading.open_reader(megatron, share, 1), MegatronReader)
+    assert set(reading.open_reader(megatron, share, 1).consumed(3)[0]) == {
+        "step", "micro", "row", "source", "epoch", "spans"
+    }  # fmt: skip
+
+
+def test_held_out_documents_are_no_training_documents(config):
+    trained = {
+        (row["source"], document)
+        for step in range(1, 41) for row in reading.open_reader(config, Share(4, 2), step).consumed(step)
+        for document, _, _ in row["spans"]
+    }  # fmt: skip
+    reader = reading.open_held_out(config, Share(4, 2))
+    held = {(row["source"], d) for step in (1, 2) for row in reader.consumed(step) for d, _, _ in row["spans"]}
+    assert held and not held & trained
+    assert reading.open_held_out(replace(config, {"eval.batches": 0}), Share(4, 2)) is None
+    assert reading.open_held_out(replace(config, {"data.split": "100"}), Share(4, 2)) is None
+
+
+def test_tokenizers_must_agree(config):
+    """FAULTS row 68."""
+    reading.check_tokenizers(config)
+    side_car = Path(f"{list(config.data.sources)[1]}.meta.json")
+    changed = json.loads(side_car.read_text())
+    changed["tokenizer"]["fingerprint"] = "hf-other"
+    side_car.write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="was made with tokenizer hf-other, but .* with bytes-257"):
+        reading.check_tokenizers(config)
+    with pytest.raises(DataError, match="was made with tokenizer hf-other, but data.tokenizer"):
+        reading.check_tokenizers(replace(config, {"data.tokenizer": "bytes"}))
+
+
+def test_fim_needs_a_tokenizer_and_its_tokens(config):
+    plan = reading.plan_of(config)
+    with pytest.raises(UsageError, match="needs three different tokens"):
+        reading.open_sources(replace(config, {"data.fim.tokens": None}), plan)
+    for name in config.data.sources:
+        Path(f"{name}.meta.json").unlink()
+    with pytest.raises(UsageError, match="set data.tokenizer"):
+        reading.open_sources(config, plan)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
+        reading.saved_state(tmp_path)
