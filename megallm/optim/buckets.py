@@ -2,13 +2,16 @@
 
 Parameters whose gradients travel the same way (same partial axes, same tie) and that sit in neighbouring
 units are laid end to end, so a reduction is one message and an update is one loop. The buffer is padded to
-a multiple of the shard group, and rank k of the group keeps range k.
+a multiple of the shard group, and rank k of the group keeps range k. Members and ranges begin at multiples of
+`ALIGN`, so that an update gives the same bits however parameters are laid out and divided.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+
+ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Members end to end; `offsets[i]` is where member i begins, `numel` includes the padding."""
+    """Members one after another; `offsets[i]` is where member i begins, `numel` includes the padding, which is zero."""
 
     members: tuple[Member, ...]
     offsets: tuple[int, ...]
@@ -62,11 +65,14 @@ class Bucket:
         return cuts
 
     def decay_runs(self, begin: int, end: int) -> list[tuple[int, int, bool]]:
-        """`(first, last, decay)` stretches of `begin <= i < end` with one decay flag, counted from `begin`."""
+        """`(first, last, decay)` stretches of `begin <= i < end` with one decay flag, counted from `begin`.
+
+        For `begin` and `end` of a shard they are whole multiples of `ALIGN`, padding included.
+        """
         runs = []
         for decay, cuts in groupby(self.cuts(begin, end), key=lambda cut: cut.member.decay):
             cuts = list(cuts)
-            runs.append((cuts[0].place, cuts[-1].place + cuts[-1].end - cuts[-1].begin, decay))
+            runs.append((cuts[0].place, _padded(cuts[-1].place + cuts[-1].end - cuts[-1].begin), decay))
         return runs
 
 
@@ -104,5 +110,9 @@ def _bucket(group: list[Member], shards: int) -> Bucket:
     offsets, total = [], 0
     for member in group:
         offsets.append(total)
-        total += member.numel
-    return Bucket(tuple(group), tuple(offsets), -(-total // shards) * shards)
+        total += _padded(member.numel)
+    return Bucket(tuple(group), tuple(offsets), _padded(total, shards * ALIGN))
+
+
+def _padded(count: int, unit: int = ALIGN) -> int:
+    return -(-count // unit) * unit

@@ -27,7 +27,7 @@ class ZeroOptions:
 
     stage: int = 0  # 0 nothing, 1 master weights and optimizer state, 2 gradients too, 3 parameters too
     shard_size: int | None = None  # ranks that divide the state, replicated across the rest; None: all (else hybrid)
-    bf16_grads: bool = False  # gradient messages in bf16 (stages 1 to 3); sums stay wide
+    bf16_grads: bool = False  # stages 1 to 3: gradients travel and meet in bf16; accumulation stays wide
     offload: bool = False  # master weights and optimizer state in CPU memory
     bucket_bytes: int = 32 * 2**20  # of wide gradients in one message; stage 3 has a bucket per block instead
     tree: bool = False  # gradients summed in a fixed tree: the same bits for any dp (stages 0 and 1)

@@ -50,7 +50,7 @@ class ZeroConfig:
 
     stage: Literal[0, 1, 2, 3] = 0  # 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights
     shard_size: int | None = None  # ranks of dp x cp that divide the state, replicated across the rest; null: all
-    bf16_grads: bool = False  # gradient messages in bf16; sums stay wide
+    bf16_grads: bool = False  # stages 1 to 3: gradients travel and meet in bf16; accumulation stays wide
     offload: bool = False  # optimizer state and master weights in CPU memory
 
 

@@ -331,6 +331,11 @@ def _tree(facts: Facts) -> Iterator[Problem]:
     if config.zero.stage > 1:
         sentence = f"train.determinism tree keeps whole gradients, which zero.stage {config.zero.stage} does not."
         yield Problem("tree", sentence, ({"zero.stage": 1}, {"train.determinism": "none"}))
+    cp = config.layout.cp
+    if not _power_of_two(cp):
+        sentence = f"train.determinism tree sums pairs of ranks, but layout.cp {cp} is not a power of two."
+        fixes = _fixes("layout.cp", cp, [2**k for k in range(cp.bit_length() + 1)])
+        yield Problem("tree", sentence, (*fixes, {"train.determinism": "none"}))
     micros = config.train.global_batch // config.train.micro_batch
     if facts.config.train.global_batch % (config.train.micro_batch * dp) == 0 and not _power_of_two(micros):
         sentence = "train.determinism tree sums pairs of microbatches, but train.global_batch / train.micro_batch is "

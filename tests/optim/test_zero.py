@@ -14,6 +14,7 @@ from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
+from megallm.optim.buckets import ALIGN
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.optim.flat import FlatBucket
 from megallm.optim.zero import IN_FLIGHT
@@ -21,9 +22,10 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.ranks import run_ranks
 
-MODEL = ModelConfig(
-    num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=2, vocab_size=67, tie_embeddings=True, init_std=0.2
-).resolve()
+MODEL = ModelConfig(  # sizes that no vector width divides
+    num_layers=3, hidden_size=21, num_heads=4, num_kv_heads=2, head_size=6, ffn_hidden_size=53, vocab_size=67,
+    tie_embeddings=True, init_std=0.2,
+).resolve()  # fmt: skip
 STEPS, ROWS, LENGTH = 3, 8, 16
 
 
@@ -155,7 +157,9 @@ FORMULAS = {0: lambda d: 18.0, 1: lambda d: 6 + 12 / d, 2: lambda d: 2 + 16 / d,
 def test_bytes_per_parameter_follow_the_formula(stage, size):
     """bf16 weights, fp32 gradients, master weights and two moments: 18 bytes, divided as the stage says."""
     bytes_, params, _ = run_ranks(size, measured_bytes, Layout(dp=size), ZeroOptions(stage))[0]
-    padding = 18 * size * 16  # a bucket is padded to a multiple of the ranks
+    members, buckets = 3 * 7 + 2, 5  # at most: each begins at a multiple of ALIGN, and each bucket ends at one a rank
+    padding = 18 * ALIGN * (members + buckets * size)
+    assert padding < 0.05 * 18 * params
     assert abs(bytes_ - FORMULAS[stage](size) * params) <= padding
 
 
