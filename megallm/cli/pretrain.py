@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
@@ -11,6 +10,7 @@ from megallm.data.indexed import IndexedDataset
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.training.config import PretrainConfig
+from megallm.training.runfolder import RunFolder, drop_dead_lease
 
 PRELOAD = ("megallm.training.pretrain", "megallm.launch.group")  # imported once, before the ranks are forked
 
@@ -33,7 +33,11 @@ def _run(args: argparse.Namespace) -> int:
     config = load_and_check(args.config, args.overrides, world_size(args.nproc))
     for prefix in config.data.sources:
         IndexedDataset(prefix)  # a missing or broken file ends here, before any rank
-    start(_rank, (config, args.resume), config.layout.grid().world, Path(config.run.dir) / "logs", PRELOAD)
+    folder = RunFolder(config.run.dir)
+    try:
+        start(_rank, (config, args.resume), config.layout.grid().world, folder.logs, PRELOAD)
+    finally:
+        drop_dead_lease(folder)  # of rank 0, when it was ended because another rank failed
     return 0
 
 

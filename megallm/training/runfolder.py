@@ -129,6 +129,16 @@ class Holder:
     since: str
     token: str
 
+    @property
+    def is_here(self) -> bool:
+        """Its process can be seen from this one."""
+        return self.machine == _machine() and self.host == socket.gethostname()
+
+    @property
+    def runs(self) -> bool:
+        """Its process lives; only for one that `is_here`."""
+        return _process_start(self.pid) == self.process_start
+
     @staticmethod
     def me() -> Holder:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -189,11 +199,7 @@ class Lease:
             silent = max(0.0, now - self.path.stat().st_mtime)
         except FileNotFoundError:
             return
-        if holder is not None and holder.machine == _machine() and holder.host == socket.gethostname():
-            start = _process_start(holder.pid)
-            alive = start is not None and start == holder.process_start
-        else:
-            alive = silent <= stale_seconds
+        alive = silent <= stale_seconds if holder is None or not holder.is_here else holder.runs
         if alive:
             who = f"host {holder.host}, process {holder.pid}, since {holder.since}" if holder else "an unknown job"
             raise CannotWrite(
@@ -249,6 +255,14 @@ def read_holder(path: Path) -> Holder | None:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def drop_dead_lease(folder: RunFolder) -> None:
+    """Remove the LOCK of a process of this machine that was killed: a job elsewhere would wait until it is stale."""
+    with suppress(OSError), _alone(folder.path):
+        holder = read_holder(folder.lock)
+        if holder is not None and holder.is_here and not holder.runs:
+            folder.lock.unlink()
 
 
 @contextmanager

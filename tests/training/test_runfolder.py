@@ -14,7 +14,17 @@ import pytest
 
 from megallm.base.errors import CannotWrite, InternalError
 from megallm.training import runfolder
-from megallm.training.runfolder import Events, Holder, JsonLines, Lease, Metrics, RunFolder, read_rows, rewind
+from megallm.training.runfolder import (
+    Events,
+    Holder,
+    JsonLines,
+    Lease,
+    Metrics,
+    RunFolder,
+    drop_dead_lease,
+    read_rows,
+    rewind,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +101,19 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(folder):
     with Lease(folder) as lease:
         assert runfolder.read_holder(folder.lock).token == lease.holder.token
     os.waitpid(pid, 0)
+
+
+def test_only_the_lock_of_a_dead_process_of_this_machine_is_dropped(folder):
+    me = Holder.me()
+    drop_dead_lease(folder)  # there is none
+    for other in (me, replace(me, machine="another boot"), replace(me, host="another-host")):
+        folder.lock.write_text(json.dumps(vars(other)))
+        drop_dead_lease(folder)
+        assert folder.lock.exists()
+    folder.lock.write_text(json.dumps(vars(replace(me, process_start=me.process_start - 1))))
+    drop_dead_lease(folder)
+    assert not folder.lock.exists()
+    drop_dead_lease(RunFolder(folder.path / "nowhere"))
 
 
 def test_a_pid_that_was_used_again_is_not_the_holder(folder):
