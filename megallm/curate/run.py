@@ -151,14 +151,12 @@ class Run:
         with writing(self.work):
             (self.work / f"segment-{number}").mkdir(exist_ok=True)
         if number == 0:
-            planned = enumerate(()) if self._shards.exists() else enumerate(plan_shards(self.inputs, self.config))
-            seen = 0
-            for shard, units in planned:
-                seen = shard + 1
+            if self._shards.exists():
+                return
+            for shard, units in enumerate(plan_shards(self.inputs, self.config)):
                 target = self._folder(0, shard)
                 if shard % parts == part and not target.exists():
                     yield ShardJob(self.yaml, 0, shard, target, units=units)
-            self._count = self._count or seen
             return
         for shard in range(part, self.count, parts):
             target = self._folder(number, shard)
