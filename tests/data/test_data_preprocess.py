@@ -376,11 +376,12 @@ def read_all(name, options):
 
 
 BOMB = """
-import resource, sys
+import sys
 from megallm.data import preprocess
 config = preprocess.PreprocessConfig((sys.argv[1],), sys.argv[2], "bytes", on_error="skip", max_document_mib=1)
 stats = preprocess.run(config)
-print(stats.documents, stats.rejected, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(stats.documents, stats.rejected, int(peak.split()[1]) // 1024)
 """
 
 
