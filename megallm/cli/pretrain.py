@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
@@ -46,8 +47,9 @@ def _rank(env: RankEnv, config: PretrainConfig, resume: str) -> None:
     from megallm.parallel.mesh import Mesh
     from megallm.training import pretrain
 
+    own_log = env.launcher != "local" or sys.stdout.isatty()  # else our launcher copies rank 0's lines to its log
     with process_group(env) as device:
-        pretrain.run(config, Mesh.start(config.layout.grid(), device), resume)
+        pretrain.run(config, Mesh.start(config.layout.grid(), device), resume, own_log)
 
 
 COMMANDS = {"pretrain": Command(_arguments, _run)}

@@ -205,8 +205,9 @@ class _Launch:
             if fd in self.selector.get_map():
                 self.selector.unregister(fd)
             return False
-        with suppress(OSError):  # a full disk costs the copy, not the run
-            self.log.write(data)
+        if not os.isatty(fd):  # what is drawn on a terminal is no log; the rank then keeps one itself
+            with suppress(OSError):  # a full disk costs the copy, not the run
+                self.log.write(data)
         stream = self.screens[fd]
         if stream is not None:
             try:

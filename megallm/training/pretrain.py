@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import CheckpointError, UsageError
+from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
@@ -39,13 +39,14 @@ log = logging.getLogger(__name__)
 Batches = Iterator[tuple[int, list[Batch]]]
 
 
-def run(config: PretrainConfig, mesh: Mesh, resume: str) -> None:
+def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) -> None:
     """Train to `train.stop_at` or `train.steps`; collective over the world.
 
     `config` is checked and resolved. `resume` is auto (go on from the newest valid checkpoint if there is
-    one), must (UsageError without one) or never (UsageError with one).
+    one), must (UsageError without one) or never (UsageError with one). With `own_log` rank 0 writes its lines to
+    RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there.
     """
-    with listening() as requests, Recorder(config, mesh.rank) as recorder:
+    with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
         if mesh.rank == 0:
             check_tokenizers(config)
         identity = describe(config)
@@ -139,7 +140,10 @@ class HeldOut:
     def __init__(self, config: PretrainConfig, engine: Engine) -> None:
         self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
         self.share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
-        open_held_out(config, self.share)  # what cannot be read is said before the first step
+        try:
+            open_held_out(config, self.share)  # what cannot be read is said before the first step
+        except DataError as error:
+            raise DataError(f"{error} Or train without a held-out loss: eval.batches=0.") from error
 
     def loss(self) -> float | None:
         """Nats per token, None without held-out data; collective over the world."""

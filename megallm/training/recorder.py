@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from megallm.base.config import to_yaml
 from megallm.base.files import atomic_write_json
@@ -24,8 +24,9 @@ class Recorder:
     folder cannot be written or another job holds it.
     """
 
-    def __init__(self, config: PretrainConfig, rank: int) -> None:
-        self.config, self.writes = config, rank == 0
+    def __init__(self, config: PretrainConfig, rank: int, own_log: bool = False) -> None:
+        self.config, self.writes, self.own_log = config, rank == 0, own_log
+        self.log: TextIO | None = None
         self.folder = RunFolder(config.run.dir)
         self.last_checkpoint: int | None = None
 
@@ -46,6 +47,8 @@ class Recorder:
             return
         if self.started:
             self.reporter.close()
+            if self.log is not None:
+                self.log.close()
             if error is not None:
                 self.events.add("stopped", reason=f"{kind.__name__}: {error}")
             self.metrics.close()
@@ -69,7 +72,9 @@ class Recorder:
             sinks.append(LossCurve(self.folder.plots / "loss.png", f"loss of {name}", self.folder.metrics))
         if config.log.tensorboard:
             sinks.append(TensorBoard(self.folder.path / "tensorboard", resumed_step))
-        self.reporter = Reporter(sys.stdout, config.train.steps, config.log.every, sinks=tuple(sinks))
+        if self.own_log:
+            self.log = open(self.folder.log_path(0), "a", encoding="utf-8")  # noqa: SIM115 - closed on leaving
+        self.reporter = Reporter(sys.stdout, config.train.steps, config.log.every, self.log, tuple(sinks))
         self.last_checkpoint = resumed_step or None
         self.started = True
         self.events.add("resumed" if resumed_step else "started", step=resumed_step)
