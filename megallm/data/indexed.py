@@ -243,8 +243,8 @@ class IndexedWriter:
             raise ValueError("tokens, lengths and sequences_per_document do not describe the same sequences.")
         ends = self.num_sequences + np.cumsum(per_document, dtype="<i8")
         with files.writing(f"{self.prefix}.bin"):
-            for suffix, array in zip(_PARTS, (tokens.astype(self.dtype), lengths.astype("<i4"), ends), strict=True):
-                self._open[suffix].write(np.ascontiguousarray(array).data)
+            for suffix, array, dtype in zip(_PARTS, (tokens, lengths, ends), (self.dtype, "<i4", "<i8"), strict=True):
+                self._open[suffix].write(np.ascontiguousarray(array, dtype).data)
         self.num_documents += len(per_document)
         self.num_sequences += len(lengths)
         self.num_tokens += len(tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,23 @@ def test_fim_needs_a_tokenizer_and_its_tokens(config):
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="manifest.json cannot be read"):
         reading.saved_state(tmp_path)
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from megallm.cli.main import main
+sys.exit(main(["data", "stream", sys.argv[1], "--steps", "0:3", "data.fim.tokens=['257','258','259']"]))
+"""
+
+
+def test_the_stream_is_printed_without_torch(config, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "c.yaml")], cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reader = reading.open_reader(config, Share(4, 2), 1)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        row for step in (1, 2, 3) for row in reader.consumed(step)
+    ]
