@@ -85,7 +85,7 @@ setup(
             "selectolax>=0.4",
             "datatrove>=0.10",
         ],
-        "bench": ["transformers>=4.57", "deepspeed==0.19.8"],
+        "bench": ["transformers>=4.57", "deepspeed==0.19.8", "datatrove>=0.10", "spacy>=3.7"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",

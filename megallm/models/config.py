@@ -63,6 +63,11 @@ class ModelConfig:
         if self.preset is not None:
             preset = _entry("model.preset", self.preset, PRESETS)
         family_name = self.family or preset.get("family") or "llama"
+        if preset and family_name != preset["family"]:
+            raise UsageError(
+                f"model.family is {family_name}, but model.preset {self.preset} is of the family {preset['family']}: "
+                "leave one of the two out."
+            )
         values = dict(_entry("model.family", family_name, FAMILIES))
         values.update(preset)
         for field in dataclasses.fields(self):

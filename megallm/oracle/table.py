@@ -144,6 +144,7 @@ ROWS: tuple[Row, ...] = (
     _row("tp2-qwen2", "tp=2", model="qwen2"),
     _row("tp2-qwen3", "tp=2", model="qwen3"),
     _row("tp2-mistral", "tp=2", model="mistral"),
+    _row("tp2-mistral-long", "tp=2", "mistral", seq_len=70, micro_batch=1),  # longer than a strip of the window
     _row("tp2-biased", "tp=2", model="biased"),
     _row("tp2-one-kv", "tp=2", model="one-kv"),
     _row("tp2-three-groups", "tp=2", model="three-groups"),

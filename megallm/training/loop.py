@@ -67,6 +67,8 @@ class Loop:
         Diverged, CannotWrite when checkpoints fail again and again.
         """
         last = self.config.train.stop_at or self.config.train.steps
+        if self.job.ledger.step >= last:
+            self.recorder.note(f"step {self.job.ledger.step} was reached before: nothing is left to train up to {last}.")
         request = NOTHING
         for step, batches in self.job.batches:
             row = self._step(step, batches)

@@ -172,7 +172,7 @@ RANGES: dict[str, Range] = {
     "data.fim.spm": Range(low=0, high=1),
     **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
     "zero.shard_size": _COUNT,
-    **{f"train.{name}": _COUNT for name in ("steps", "stop_at", "global_batch", "micro_batch")},
+    **{f"train.{name}": Range(low=1, high=10**12) for name in ("steps", "stop_at", "global_batch", "micro_batch")},
     **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
     **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
     "model.sliding_window": _COUNT,

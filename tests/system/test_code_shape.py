@@ -37,7 +37,6 @@ FLOORS: dict[str, set[str]] = {
     "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
     "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine", "convert"},
 }
-FLOORS["convert"] = {"base", "data", "parallel", "models", "checkpoint"}
 FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
 FLOORS["planning"] = {"base", "parallel", "models", "optim"}
 FLOORS["evaluation"] = {"base", "data", "losses", "engine", "inference"}
@@ -58,7 +57,7 @@ PURE = (
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
-WITH_TORCH = ("data.loader", "base.device", "base.timers")
+WITH_TORCH = ("data.loader", "base.device")
 
 OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "bitsandbytes", "liger_kernel", "deepspeed"}
 NO_FLOAT_CAST = {"ops", "parallel", "models", "losses", "engine"}
