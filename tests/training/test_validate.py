@@ -166,7 +166,7 @@ BROKEN = [
         "layout.sp splits data.segments[0].seq_len 33 over layout.tp 2",
     ),
     ("ranges", {"layout.tp": 0}, "layout.tp is 0; it must be at least 1."),
-    ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1."),
+    ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1 and at most"),
     ("ranges", {"optim.lr": 0.0}, "optim.lr is 0.0; it must be greater than 0."),
     ("ranges", {"optim.decay_fraction": 1.5}, "it must be greater than 0 and at most 1."),
     ("ranges", {"data.seed": 2**32}, "it must be at least 0 and at most"),
