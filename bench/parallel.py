@@ -44,6 +44,7 @@ COMPARISONS = {
     "zero-1-deepspeed": ("megallm:dp=2,zero=1", "deepspeed-1", 1),
     "zero-2-deepspeed": ("megallm:dp=2,zero=2", "deepspeed-2", 1),
     "zero-3-deepspeed": ("megallm:dp=2,zero=3", "deepspeed-3", 1),
+    "tree": ("megallm:dp=2,tree=1", "megallm:dp=2", 4),  # what equal bits for any dp cost
     "tp": ("megallm:tp=2", "dtensor-tp", 1),
     "tp+sp": ("megallm:tp=2,sp=1", "dtensor-sp", 1),
     "pp-1f1b": ("megallm:pp=2,schedule=1f1b", "torch-1f1b", 8),

@@ -76,7 +76,7 @@ def megallm(options: dict[str, str], job: Job) -> Step:
     """Our engine at a layout, with the memory settings that `megallm pretrain` gives its ranks."""
     keep_memory()
     sizes = {axis: int(options.pop(axis, 1)) for axis in ("tp", "pp", "dp", "cp")}
-    zero = ZeroOptions(stage=int(options.pop("zero", 0)))
+    zero = ZeroOptions(stage=int(options.pop("zero", 0)), tree=bool(options.pop("tree", "")))
     pipeline = PipelineOptions(options.pop("schedule", "1f1b"), int(options.pop("chunks", 1)))
     sp = bool(options.pop("sp", ""))
     mesh = Mesh.start(Layout(**sizes))

@@ -68,7 +68,7 @@ class Loop:
         """
         last = self.config.train.stop_at or self.config.train.steps
         if self.job.ledger.step >= last:
-            self.recorder.note(f"step {self.job.ledger.step} was reached before: nothing is left to train up to {last}.")
+            self.recorder.note(f"step {self.job.ledger.step} was reached before; nothing is left up to {last}.")
         request = NOTHING
         for step, batches in self.job.batches:
             row = self._step(step, batches)

@@ -25,6 +25,7 @@ from megallm.optim.config import RULES, SCHEDULES
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
+from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
 from megallm.training.reading import segment_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
@@ -112,15 +113,15 @@ def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: in
 def nearest_layouts(config: PretrainConfig, world: int, tokenizer_vocab: int | None = None) -> list[dict[str, int]]:
     """Up to three layouts of `world` ranks that break no rule about layouts, the closest to the wish first."""
     wish, found = config.layout, []
-    for tp in _divisors(world):
-        for pp, cp in product(_divisors(world // tp), {1, wish.cp}):
+    for tp in divisors(world):
+        for pp, cp in product(divisors(world // tp), {1, wish.cp}):
             if world // tp // pp % cp:
                 continue
             layout = {"layout.pp": pp, "layout.dp": world // tp // pp // cp, "layout.tp": tp}
             layout |= {"layout.cp": cp} if wish.cp > 1 else {}
             trial = replace(config, layout | {"layout.ep": 1})
             if not any(problem.rule in LAYOUT_RULES for problem in find_problems(trial, world, tokenizer_vocab)):
-                found.append((_ratio(tp, wish.tp) * _ratio(pp, wish.pp) * _ratio(cp, wish.cp), layout))
+                found.append((ratio(tp, wish.tp) * ratio(pp, wish.pp) * ratio(cp, wish.cp), layout))
     return [layout for _, layout in sorted(found, key=lambda pair: pair[0])[:3]]
 
 
@@ -284,11 +285,11 @@ def _heads(facts: Facts) -> Iterator[Problem]:
     heads, tp = facts.model.num_heads, facts.config.layout.tp
     if heads % tp:
         sentence = f"layout.tp {tp} does not divide model.num_heads {heads}: a tensor-parallel rank holds whole heads."
-        yield Problem("heads", sentence, _fixes("layout.tp", tp, _divisors(heads)))
+        yield Problem("heads", sentence, nearest_fixes("layout.tp", tp, divisors(heads)))
     if facts.model.positions == "rope" and facts.model.head_size % 2:
         size = facts.model.head_size
         sentence = f"model.head_size is {size}; rotary positions turn pairs of features, so it must be even."
-        yield Problem("head_size", sentence, _fixes("model.head_size", size, (size - 1, size + 1)))
+        yield Problem("head_size", sentence, nearest_fixes("model.head_size", size, (size - 1, size + 1)))
 
 
 def _widths(facts: Facts) -> Iterator[Problem]:
@@ -306,7 +307,10 @@ def _schedule(facts: Facts) -> Iterator[Problem]:
         sentence = f"layout.schedule {layout.schedule} has {wanted} chunk{'s' * (wanted > 1)} a rank, "
         sentence += f"but layout.chunks is {layout.chunks}."
         yield Problem("schedule", sentence, ({"layout.chunks": wanted}, {"layout.schedule": "interleaved"}))
-    if layout.group is not None and layout.group < layout.pp:
+    if layout.group is not None and layout.schedule != "interleaved":
+        sentence = f"layout.group is {layout.group}, which layout.schedule {layout.schedule} does not use."
+        yield Problem("schedule", sentence, ({"layout.group": None},))
+    elif layout.group is not None and layout.group < layout.pp:
         sentence = (
             f"layout.group {layout.group} is less than layout.pp {layout.pp}: the pipeline would wait for itself."
         )
@@ -316,12 +320,15 @@ def _schedule(facts: Facts) -> Iterator[Problem]:
 def _zero(facts: Facts) -> Iterator[Problem]:
     zero, group = facts.config.zero, facts.dp * facts.config.layout.cp
     size = zero.shard_size
+    if zero.bf16_grads and (zero.stage == 0 or facts.config.train.determinism == "tree"):
+        sentence = "zero.bf16_grads is for the messages of zero.stage 1 to 3 without train.determinism tree."
+        yield Problem("zero", sentence, ({"zero.bf16_grads": False},))
     if size is not None and zero.stage == 0:
         sentence = f"zero.shard_size is {size}, but zero.stage 0 divides nothing."
         yield Problem("zero", sentence, ({"zero.shard_size": None},))
     elif size is not None and group % size:
         sentence = f"zero.shard_size {size} does not divide dp x cp = {group}."
-        yield Problem("zero", sentence, _fixes("zero.shard_size", size, _divisors(group)))
+        yield Problem("zero", sentence, nearest_fixes("zero.shard_size", size, divisors(group)))
 
 
 def _tree(facts: Facts) -> Iterator[Problem]:
@@ -332,16 +339,18 @@ def _tree(facts: Facts) -> Iterator[Problem]:
         sentence = f"train.determinism tree keeps whole gradients, which zero.stage {config.zero.stage} does not."
         yield Problem("tree", sentence, ({"zero.stage": 1}, {"train.determinism": "none"}))
     cp = config.layout.cp
-    if not _power_of_two(cp):
+    if not power_of_two(cp):
         sentence = f"train.determinism tree sums pairs of ranks, but layout.cp {cp} is not a power of two."
-        fixes = _fixes("layout.cp", cp, [2**k for k in range(cp.bit_length() + 1)])
+        fixes = nearest_fixes("layout.cp", cp, [2**k for k in range(cp.bit_length() + 1)])
         yield Problem("tree", sentence, (*fixes, {"train.determinism": "none"}))
     micros = config.train.global_batch // config.train.micro_batch
-    if facts.config.train.global_batch % (config.train.micro_batch * dp) == 0 and not _power_of_two(micros):
+    if facts.config.train.global_batch % (config.train.micro_batch * dp) == 0 and not power_of_two(micros):
         sentence = "train.determinism tree sums pairs of microbatches, but train.global_batch / train.micro_batch is "
         sentence += f"{micros}, which is not a power of two."
         sizes = [config.train.micro_batch * 2**k for k in range(40)]
-        fixes = _fixes("train.global_batch", config.train.global_batch, [size for size in sizes if size % dp == 0])
+        fixes = nearest_fixes(
+            "train.global_batch", config.train.global_batch, [size for size in sizes if size % dp == 0]
+        )
         yield Problem("tree", sentence, (*fixes, {"train.determinism": "none"}))
     if config.layout.schedule == "zb-v":
         sentence = (
@@ -377,9 +386,9 @@ def _batch(facts: Facts) -> Iterator[Problem]:
     if train.global_batch % unit:
         sentence = f"train.global_batch {train.global_batch} is not a multiple of train.micro_batch "
         sentence += f"{train.micro_batch} x dp {dp} = {unit}: every replica runs the same number of whole microbatches."
-        fixes = _fixes("train.global_batch", train.global_batch, _multiples(train.global_batch, unit))
+        fixes = nearest_fixes("train.global_batch", train.global_batch, multiples(train.global_batch, unit))
         if train.global_batch % dp == 0:
-            fixes += _fixes("train.micro_batch", train.micro_batch, _divisors(train.global_batch // dp))
+            fixes += nearest_fixes("train.micro_batch", train.micro_batch, divisors(train.global_batch // dp))
         yield Problem("batch", sentence, fixes)
 
 
@@ -401,11 +410,13 @@ def _row_length(facts: Facts, seq_len: int) -> Iterator[Problem]:
         sentence += f" x layout.tp {tp} (layout.sp)" * (tp > 1)
         sentence += f" = {unit}: a context-parallel rank holds two equal chunks of each row."
         fits = [cp for cp in range(2, layout.cp) if seq_len % (2 * cp * tp) == 0] + [1] * (seq_len % tp == 0)
-        fixes = _fixes("data.seq_len", seq_len, _multiples(seq_len, unit)) + _fixes("layout.cp", layout.cp, fits)
+        fixes = nearest_fixes("data.seq_len", seq_len, multiples(seq_len, unit)) + nearest_fixes(
+            "layout.cp", layout.cp, fits
+        )
         yield Problem("sequence", sentence, fixes)
     elif layout.sp and seq_len % layout.tp:
         sentence = f"layout.sp splits data.seq_len {seq_len} over layout.tp {layout.tp}, which does not divide it."
-        fixes = _fixes("data.seq_len", seq_len, _multiples(seq_len, layout.tp))
+        fixes = nearest_fixes("data.seq_len", seq_len, multiples(seq_len, layout.tp))
         yield Problem("sequence", sentence, (*fixes, {"layout.sp": False}))
     if model.positions == "learned" and seq_len > model.max_positions:
         sentence = f"data.seq_len {seq_len} is greater than model.max_positions {model.max_positions}, and this model "
@@ -425,13 +436,13 @@ def _context(facts: Facts) -> Iterator[Problem]:
         if layout.cp_kind == "ulysses" and heads % cp:
             sentence = f"layout.cp_kind ulysses spreads the {heads} query heads of a tensor-parallel rank over "
             sentence += f"layout.cp {cp}, which does not divide them."
-            yield Problem("context", sentence, (*_fixes("layout.cp", cp, _divisors(heads)), ring))
+            yield Problem("context", sentence, (*nearest_fixes("layout.cp", cp, divisors(heads)), ring))
         degrees = hybrid_degrees(cp, heads)
         if layout.cp_kind == "hybrid" and (not degrees if wanted is None else wanted not in degrees):
             sentence = "layout.cp_kind hybrid is a ring of groups that exchange heads: layout.cp_ulysses "
             sentence += f"{'' if wanted is None else f'{wanted} '}must divide layout.cp {cp} and the {heads} query "
             sentence += "heads of a tensor-parallel rank, and groups and ring be of more than one rank."
-            yield Problem("context", sentence, (*_fixes("layout.cp_ulysses", wanted or 0, degrees), ring))
+            yield Problem("context", sentence, (*nearest_fixes("layout.cp_ulysses", wanted or 0, degrees), ring))
 
 
 def _world(facts: Facts) -> Iterator[Problem]:
@@ -447,7 +458,7 @@ def _world(facts: Facts) -> Iterator[Problem]:
         yield Problem("world", sentence, fixes)
     elif layout.dp is None and world % ranks:
         sentence = f"{world} processes are not a multiple of layout {product} = {ranks}."
-        yield Problem("world", sentence, _fixes(WORLD, world, _multiples(world, ranks)))
+        yield Problem("world", sentence, nearest_fixes(WORLD, world, multiples(world, ranks)))
 
 
 def _vocabulary(facts: Facts) -> Iterator[Problem]:
@@ -476,32 +487,7 @@ LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "cont
 _DEFAULTS = PretrainConfig()
 
 
-# Nearest values.
-
-
-def _fixes(key: str, value: int, valid: Iterable[int]) -> tuple[dict[str, int], ...]:
-    """The valid values next below and next above `value`."""
-    valid = sorted(candidate for candidate in valid if candidate >= 1)
-    below = [candidate for candidate in valid if candidate < value][-1:]
-    above = [candidate for candidate in valid if candidate > value][:1]
-    return tuple({key: candidate} for candidate in below + above)
-
-
-def _divisors(value: int) -> list[int]:
-    return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-
-
-def _multiples(value: int, unit: int) -> tuple[int, int]:
-    """The multiples of `unit` around `value`; the lower one may be 0."""
-    return value // unit * unit, (value // unit + 1) * unit
-
-
-def _power_of_two(value: int) -> bool:
-    return value >= 1 and value & (value - 1) == 0
-
-
-def _ratio(a: int, b: int) -> float:
-    return max(a, b) / max(1, min(a, b))
+# Words.
 
 
 def _shown(fix: dict[str, Any]) -> str:

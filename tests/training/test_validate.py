@@ -200,6 +200,8 @@ BROKEN = [
     ("layers", {"layout.pp": 2, "layout.stages": "Et|L"}, "does not fit: it has 1 layers t"),
     ("schedule", {"layout.schedule": "zb-v", "layout.pp": 2}, "Nearest valid: layout.chunks=2 or"),
     ("schedule", {"layout.schedule": "interleaved", "layout.pp": 2, "layout.group": 1}, "valid: layout.group=2."),
+    ("zero", {"zero.bf16_grads": True}, "Nearest valid: zero.bf16_grads=false."),
+    ("schedule", {"layout.group": 4}, "Nearest valid: layout.group=null."),
     ("zero", {"zero.shard_size": 2}, "zero.stage 0 divides nothing"),
     ("zero", {"zero.shard_size": 3, "zero.stage": 1, "layout.dp": 4}, "zero.shard_size=2 or zero.shard_size=4."),
     ("tree", {"train.determinism": "tree", "zero.stage": 2}, "Nearest valid: zero.stage=1 or train.determinism=none."),
