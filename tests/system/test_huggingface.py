@@ -1,4 +1,4 @@
-"""From a training run to a Hugging Face folder and on from there: real commands and ranks, transformers as the judge."""
+"""From a training run to a Hugging Face folder and on from there: real commands, ranks, and transformers to judge."""
 
 from __future__ import annotations
 
