@@ -5,16 +5,6 @@ from __future__ import annotations
 from megallm.base.errors import UsageError
 
 
-def micro_rows(
-    step: int, global_batch: int, micro_batch: int, dp_size: int, dp_rank: int, strided: bool = False
-) -> list[list[int]]:
-    """Sample numbers of every microbatch of `dp_rank` in `step` (from 0), with one batch size throughout.
-
-    Returns [microbatches][micro_batch]; see `rows_after`.
-    """
-    return rows_after(step * global_batch, global_batch, micro_batch, dp_size, dp_rank, strided)
-
-
 def rows_after(
     consumed: int, global_batch: int, micro_batch: int, dp_size: int, dp_rank: int, strided: bool = False
 ) -> list[list[int]]:

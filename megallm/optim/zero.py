@@ -2,7 +2,8 @@
 
 The pipeline says when a stage's gradients of a microbatch are complete, the stage says when a unit is about to
 be used or done with; this class gathers, lets go, accumulates wide and reduces as the Shard records and the
-ZeRO stage ask. Messages start as soon as their gradients are complete and are waited for in `finish`.
+ZeRO stage ask. Messages start as soon as their gradients are complete; at most IN_FLIGHT of them are waited for
+before `finish`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,12 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import stack
 from megallm.data.loader import Loader
 from megallm.data.pretrain import Blend, Span, build_split
-from megallm.data.sampler import micro_rows, rows_after
+from megallm.data.sampler import rows_after
+
+
+def micro_rows(step: int, batch: int, *rest) -> list[list[int]]:
+    """The rows of a step of a run with one batch size throughout."""
+    return rows_after(step * batch, batch, *rest)
 
 
 @pytest.mark.parametrize("case", range(3))

@@ -29,7 +29,7 @@ from megallm.training.runfolder import (
 
 @pytest.fixture(autouse=True)
 def lines_reach_the_test(monkeypatch):
-    """Whatever `base.log.configure` did in an earlier test."""
+    """Whatever an earlier test did to logging."""
     monkeypatch.setattr(logging.getLogger("megallm"), "propagate", True)
 
 
