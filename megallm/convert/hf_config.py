@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megallm.base.config import get, leaves
 from megallm.base.errors import UsageError
 from megallm.convert.families import FAMILIES, NEUTRAL, Family
 from megallm.convert.folder import is_model_folder, read_json
@@ -309,14 +310,14 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     free = {"rope_theta", "sliding_window", "init_std", *ROPE_SCALINGS["llama3"], "rope_scaling"} | (
         {"max_positions"} if found.positions == "rope" else set()
     )
-    given = {name: value for name, value in asdict(wanted).items() if value is not None and name != "hf"}
+    given = {key: value for key in leaves(ModelConfig) if (value := get(wanted, key)) is not None and key != "hf"}
     if "preset" in given:
         raise UsageError("model.hf and model.preset are both given; the folder says what the model is: keep one.")
     differing = [
-        f"model.{name} is {value}, {where} has {getattr(found, name)}"
-        for name, value in given.items()
-        if name not in free and value != getattr(found, name)
+        f"model.{key} is {value}, {where} has {get(found, key)}"
+        for key, value in given.items()
+        if key not in free and value != get(found, key)
     ]
     if differing:
         raise UsageError(f"The configuration contradicts model.hf: {'; '.join(differing)}. Leave these keys out.")
-    return replace(found, hf=wanted.hf, **{name: value for name, value in given.items() if name in free})
+    return replace(found, hf=wanted.hf, **{key: value for key, value in given.items() if key in free})

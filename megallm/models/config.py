@@ -6,12 +6,14 @@ A field left at None is taken from the preset, then from the family, then from i
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.models.presets import FAMILIES, PRESETS
+from megallm.models.sections import MlaConfig, MoeConfig, MtpConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class ModelConfig:
     qk_norm: bool | None = None
     sliding_window: int | None = None
     init_std: float | None = None
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    mla: MlaConfig = field(default_factory=MlaConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+
+    def __post_init__(self) -> None:
+        for name, section in SECTIONS.items():
+            given = getattr(self, name)
+            if isinstance(given, Mapping):  # plain JSON of a checkpoint or an oracle row
+                object.__setattr__(self, name, section(**given))
 
     def resolve(self) -> ModelConfig:
         """Fill the fields from preset, family and defaults; raises UsageError naming what is missing."""
@@ -70,10 +81,12 @@ class ModelConfig:
             )
         values = dict(_entry("model.family", family_name, FAMILIES))
         values.update(preset)
-        for field in dataclasses.fields(self):
-            given = getattr(self, field.name)
-            if given is not None:
-                values[field.name] = given
+        for name in (f.name for f in dataclasses.fields(self)):
+            given = getattr(self, name)
+            if name in SECTIONS:
+                values[name] = given.resolve(values.get(name, {}))
+            elif given is not None:
+                values[name] = given
         values["family"] = family_name
         missing = [k for k in ("num_layers", "hidden_size", "num_heads", "vocab_size") if not values.get(k)]
         if missing:
@@ -176,6 +189,7 @@ def _check_rope(values: dict[str, Any]) -> None:
         )
 
 
+SECTIONS = {"moe": MoeConfig, "mla": MlaConfig, "mtp": MtpConfig}
 ROPE_SCALINGS = {
     "linear": ("rope_factor",),
     "llama3": ("rope_factor", "rope_low_factor", "rope_high_factor", "rope_positions"),
