@@ -64,6 +64,7 @@ class Verdict:
     weights: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     problem: str | None = None
+    device: str = "cpu"
 
     @property
     def passed(self) -> bool:
@@ -88,9 +89,9 @@ def optim_config(row: Row) -> OptimConfig:
     return OptimConfig(betas=(0.8, 0.9), eps=1e-5, weight_decay=0.3, clip=row.clip)
 
 
-def train_rank(row: Row, broken: frozenset[str]) -> RankRecord:
+def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRecord:
     """The rank's side, run by the pool: build the engine, train, and copy out what this rank holds."""
-    mesh = Mesh.start(row.layout, "cpu", broken)
+    mesh = Mesh.start(row.layout, device, broken)
     config = EngineConfig(
         model=row.config,
         optim=optim_config(row),
@@ -115,14 +116,17 @@ def train_rank(row: Row, broken: frozenset[str]) -> RankRecord:
 
 
 def _copies(held: Iterator[Piece]) -> Pieces:
-    return [(piece.name, piece.box, piece.tensor.detach().clone()) for piece in held]
+    return [(piece.name, piece.box, piece.tensor.detach().clone().cpu()) for piece in held]
 
 
-def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset()) -> Verdict:
-    """Train the row on the pool's ranks and compare; a rank that fails or hangs becomes the verdict's problem."""
-    verdict, started = Verdict(row), time.monotonic()
+def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset(), device: str = "cpu") -> Verdict:
+    """Train the row on the pool's ranks and compare; a rank that fails or hangs becomes the verdict's problem.
+
+    `device` cuda takes a GPU for each rank. The reference always runs on the CPU.
+    """
+    verdict, started = Verdict(row, device=device), time.monotonic()
     try:
-        records = pool.run(row.layout.world, train_rank, row, broken, timeout=ROW_SECONDS)
+        records = pool.run(row.layout.world, train_rank, row, broken, device, timeout=ROW_SECONDS, device=device)
         judge(verdict, records)
     except (InternalError, PeerLost, Hang) as error:
         verdict.problem = str(error)

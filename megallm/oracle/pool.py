@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that stays alive between calls: importing torch costs seconds, a call milliseconds.
+"""A pool of ranks (gloo, or nccl on GPUs) that stays alive: importing torch costs seconds, a call milliseconds.
 
 Workers are forked from a server that has imported torch and run nothing (after one operation on two
 threads a forked child hangs). Each call gets a process group of its own. A rank that raises ends:
@@ -32,6 +32,7 @@ import torch.distributed as dist
 from megallm.base.errors import Hang, InternalError, PeerLost, UsageError
 
 MAX_RANKS = 8
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 GRACE_SECONDS = 1.0  # how long peers of a failed rank may still report before they are killed
 
 
@@ -52,6 +53,7 @@ class _Call:
     size: int
     store: str
     timeout: float
+    device: str  # cpu, or cuda: rank r takes GPU r, and CUDA tensors travel over nccl
     path: list[str]  # the caller's sys.path, so that functions of test modules can be imported
     job: bytes  # pickled (fn, args); opened only after `path` is in force
 
@@ -99,7 +101,9 @@ def _perform(rank: int, call: _Call) -> Any:
     torch.manual_seed(0)
     store = dist.FileStore(call.store, call.size)
     limit = timedelta(seconds=call.timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=call.size, timeout=limit)
+    if call.device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(BACKENDS[call.device], store=store, rank=rank, world_size=call.size, timeout=limit)
     return fn(*args)
 
 
@@ -113,8 +117,10 @@ class Pool:
         self._workers: list[_Worker] = []
         self._calls = 0
 
-    def run(self, size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-        """Call `fn(*args)` on `size` ranks inside a fresh gloo world; the results, by rank.
+    def run(
+        self, size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, device: str = "cpu"
+    ) -> list[Any]:
+        """Call `fn(*args)` on `size` ranks inside a fresh world (gloo; on `cuda` nccl beside it); the results, by rank.
 
         `fn` must be importable by name (no lambda, no nested function); it, its arguments and its results
         travel by pickle. Raises RankFailed with the first rank's traceback, PeerLost naming a rank that died
@@ -126,7 +132,7 @@ class Pool:
         self._start(size)
         self._calls += 1
         store = Path(self._folder.name) / f"store-{self._calls}"
-        request = pickle.dumps(_Call(size, str(store), timeout, list(sys.path), job))
+        request = pickle.dumps(_Call(size, str(store), timeout, device, list(sys.path), job))
         deadline = time.monotonic() + timeout
         finished = False
         try:

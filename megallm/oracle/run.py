@@ -11,6 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megallm.base.errors import CannotWrite, UsageError
 from megallm.base.files import atomic_write_json
 from megallm.oracle.compare import Verdict, run_row
@@ -22,7 +24,7 @@ EXIT_FAILED = 70
 
 
 def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.write) -> int:
-    """Run the command; `args` has model, layout, layouts, seed, break_name, json and list. The exit code: 0 or 70.
+    """Run the command and return the exit code, 0 or 70; `args` are those of `cli.oracle`.
 
     Raises UsageError (exit code 2) for what cannot be run.
     """
@@ -35,7 +37,7 @@ def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.writ
     verdicts = []
     with closing(Pool()) as pool:
         for row in rows:
-            verdict = run_row(pool, row, broken)
+            verdict = run_row(pool, row, broken, device_for(row, args.device))
             verdicts.append(verdict)
             write(line(verdict) + "\n")
     failed = sum(not verdict.passed for verdict in verdicts)
@@ -75,6 +77,20 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
     return list(ROWS)
 
 
+def device_for(row: Row, wanted: str) -> str:
+    """Where a row runs: `auto` takes GPUs when there is one for each rank, since nccl wants a GPU of its own each.
+
+    Raises UsageError when GPUs were asked for and there are too few.
+    """
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and gpus < row.layout.world:
+        raise UsageError(
+            f"--device cuda: the row {row.name} needs a GPU for each of its {row.layout.world} ranks, and {gpus} are "
+            "here; --device auto runs such rows on the CPU."
+        )
+    return "cuda" if wanted != "cpu" and gpus >= row.layout.world else "cpu"
+
+
 def as_json(verdict: Verdict) -> dict[str, Any]:
     """The row of the report; an error that is not finite is null, and then the row does not pass."""
     return describe(verdict.row) | {
@@ -85,6 +101,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
         "weights": _finite(max(verdict.weights.values(), default=math.inf)),
         "weights_by_name": {name: _finite(error) for name, error in verdict.weights.items()},
         "seconds": round(verdict.seconds, 3),
+        "device": verdict.device,
         "problem": verdict.problem,
         "pass": verdict.passed,
     }
@@ -95,7 +112,7 @@ def line(verdict: Verdict) -> str:
     head = f"{'pass' if verdict.passed else 'FAIL'}  {verdict.row.name:<32} {verdict.row.layout_text:<22}"
     worst = max([verdict.loss, verdict.grad_norm, *verdict.grads.values(), *verdict.weights.values()])
     tail = f"worst {worst:.1e}" if verdict.passed else "; ".join(verdict.failures[:3])
-    return f"{head} {verdict.seconds:5.1f} s  {tail}"
+    return f"{head} {verdict.device:<4} {verdict.seconds:5.1f} s  {tail}"
 
 
 def _list_lines() -> list[str]:

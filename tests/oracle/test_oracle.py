@@ -199,6 +199,7 @@ def arguments(**given: object) -> argparse.Namespace:
         "layouts": None,
         "seed": 0,
         "break_name": None,
+        "device": "cpu",
         "json": None,
         "list": False,
     }
