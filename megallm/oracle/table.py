@@ -209,6 +209,7 @@ ROWS: tuple[Row, ...] = (
         overrides={"num_layers": 5, "tie_embeddings": True},
     ),
     _row("zb-v-pp4-recompute", "pp=4,schedule=zb-v", "qwen3", micros=7, recompute="full", overrides={"num_layers": 8}),
+    _row("zb-v-dp2", "pp=2,dp=2,schedule=zb-v", "tied", micros=3, overrides={"num_layers": 4}),
     _row("zb-v-zero2-dp2", "pp=2,dp=2,schedule=zb-v,zero=2", "tied", micros=3, overrides={"num_layers": 4}),
     _row("stages-written", "pp=2", "tied", micros=2, stages="Et|t*2L", overrides={"num_layers": 3}),
     _row("stages-head-alone", "pp=3", micros=3, stages="E|t*2|L"),
