@@ -89,7 +89,7 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     place_parameters(stage, storage)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     hidden = stage.blocks(stage.embed(tokens, positions), positions)
-    return local_logits(stage.final_norm(hidden), stage.head_weight, mesh, sp=False)
+    return local_logits(stage.features(hidden), stage.head_weight, mesh, sp=False, bias=stage.head_bias)
 
 
 @torch.no_grad()

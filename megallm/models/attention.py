@@ -124,5 +124,7 @@ class Attention(ShardedModule):
 
 
 def scaled_init(config: ModelConfig):
-    """Output projections start smaller by sqrt(2 L), as in GPT-2."""
+    """Output projections start smaller by sqrt(2 L), as in GPT-2; not where each sum is normalised (post-norm)."""
+    if config.norm_place == "post":
+        return normal(config.init_std)
     return normal(config.init_std / (2 * config.num_layers) ** 0.5)

@@ -1,4 +1,4 @@
-"""The transformer block (pre-norm): the one unit of recompute, gradient buckets and sharding."""
+"""The transformer block: the one unit of recompute, gradient buckets and sharding."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from megallm.parallel.tensor import Norm, ShardedModule, sequence_partial
 
 
 class Block(ShardedModule):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """Pre-norm: `x + attention(norm(x))`, then `x + mlp(norm(x))`. Post-norm: `norm(x + attention(x))`, and so on."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recompute_mode: str) -> None:
         super().__init__(mesh)
         partial = sequence_partial(mesh, sp)
         selective = recompute_mode == "selective"
+        self.post = config.norm_place == "post"
         self.attention_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.attention = Attention(config, mesh, sp, selective)
         self.mlp_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.mlp = Mlp(config, mesh, sp, selective)
 
     def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
+        if self.post:
+            x = self.attention_norm(x + self.attention(x, places, cache))
+            return self.mlp_norm(x + self.mlp(x))
         x = x + self.attention(self.attention_norm(x), places, cache)
         return x + self.mlp(self.mlp_norm(x))

@@ -1,4 +1,4 @@
-"""What a decoder looks like: sizes and switches, with families and presets filled in. No torch.
+"""What a model looks like: sizes and switches, with families and presets filled in. No torch.
 
 A field left at None is taken from the preset, then from the family, then from its general default.
 """
@@ -47,6 +47,14 @@ class ModelConfig:
     norm_eps: float | None = None
     activation: str | None = None  # swiglu | gelu | gelu_tanh
     positions: str | None = None  # rope | learned
+    causal: bool | None = None  # false: every token sees its whole document (encoders, masked diffusion)
+    norm_place: str | None = None  # pre: before attention and mlp | post: after they were added, and none at the end
+    embedding_norm: bool | None = None  # a norm after the embedding
+    token_types: int | None = None  # kinds of tokens with a learned vector each (BERT's segments); 0: none
+    head: str | None = None  # lm | mlm | classification | value (regression, reward, critic) | none (the body alone)
+    head_bias: bool | None = None  # of the head's matrices
+    num_labels: int | None = None  # classes of the classification head
+    pooler: bool | None = None  # a tanh layer before the classification or value head
     rope_theta: float | None = None
     rope_scaling: str | None = None  # linear | llama3: stretches rotary positions by rope_factor
     rope_factor: float | None = None
@@ -111,15 +119,42 @@ class ModelConfig:
     def num_params(self) -> int:
         """Parameters of the resolved model; tied embeddings count once. Equals the built model's count."""
         d, e = self.hidden_size, self.head_size
-        norm = d * (2 if self.norm == "layernorm" else 1)
+        norm = self._norm_params
         q, kv = self.num_heads * e, 2 * self.num_kv_heads * e
         attention = d * (q + kv) + q * d
         attention += (q + kv) * self.qkv_bias + d * self.bias + 2 * e * self.qk_norm
         mlp = (3 if self.gated else 2) * d * self.ffn_hidden_size
         mlp += self.bias * (d + (2 if self.gated else 1) * self.ffn_hidden_size)
-        total = self.num_layers * (2 * norm + attention + mlp) + norm
-        total += self.vocab_size * d * (1 if self.tie_embeddings else 2)
-        return total + (self.max_positions * d if self.positions == "learned" else 0)
+        total = self.num_layers * (2 * norm + attention + mlp)
+        total += norm * (self.norm_place == "pre") + norm * self.embedding_norm
+        rows = self.vocab_size + self.token_types + (self.max_positions if self.positions == "learned" else 0)
+        return total + rows * d + self._head_params
+
+    @property
+    def _norm_params(self) -> int:
+        return self.hidden_size * (2 if self.norm == "layernorm" else 1)
+
+    @property
+    def _head_params(self) -> int:
+        d, outputs, layers = self.hidden_size, self.head_outputs, self.head_layers
+        total = layers * d * (d + self.head_bias) + self._norm_params * (self.head == "mlm")
+        return total + outputs * (d * (not self.tie_embeddings) + self.head_bias)
+
+    @property
+    def head_outputs(self) -> int:
+        """Rows of the head's last matrix: the vocabulary, the classes, one value, or nothing."""
+        sizes = {"lm": self.vocab_size, "mlm": self.vocab_size, "classification": self.num_labels, "value": 1}
+        return sizes.get(self.head, 0)
+
+    @property
+    def head_layers(self) -> int:
+        """`D x D` layers before that: the transform of a masked language model, or the pooler."""
+        return int(self.head == "mlm" or self.pooler)
+
+    @property
+    def head_matrices(self) -> int:
+        """Weights of the head's matrix multiplies."""
+        return self.hidden_size * (self.head_layers * self.hidden_size + self.head_outputs)
 
     def num_flops(self, seq_len: int, causal: bool = False) -> int:
         """Training FLOPs (forward and backward) per token: 6 per weight of each matrix multiply, plus attention.
@@ -133,7 +168,7 @@ class ModelConfig:
         attention = 2 * 2 * self.num_heads * e * span * 3
         if causal:
             attention = attention * (2 * seq_len - span) // (2 * seq_len)
-        return self.num_layers * (6 * matrices + attention) + 6 * d * self.vocab_size
+        return self.num_layers * (6 * matrices + attention) + 6 * self.head_matrices
 
 
 def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -165,8 +200,25 @@ def _derive(values: dict[str, Any]) -> None:
         gated = values["activation"] == "swiglu"
         values["ffn_hidden_size"] = -(-8 * d // 3 // 64) * 64 if gated else 4 * d
     _check_rope(values)
+    _check_head(values)
     if values.get("qkv_bias") is None:
         values["qkv_bias"] = values["bias"]
+
+
+def _check_head(values: dict[str, Any]) -> None:
+    """The head has what it needs and nothing that it does not use; only heads over the vocabulary are tied."""
+    head, labels = values["head"], values.get("num_labels")
+    if (head == "classification") != (labels is not None):
+        need = "needs model.num_labels, the number of classes" if labels is None else "has no model.num_labels"
+        raise UsageError(f"model.head {head} {need}.")
+    if labels is not None and labels < 2:
+        raise UsageError(f"model.num_labels is {labels}; classes are at least 2. For one number take model.head value.")
+    if values["pooler"] and head in VOCABULARY_HEADS:
+        raise UsageError(f"model.pooler stands before a classification or value head; model.head is {head}.")
+    if head not in VOCABULARY_HEADS:
+        values["tie_embeddings"] = False
+    if not values["causal"] and values.get("sliding_window") is not None:
+        raise UsageError("model.sliding_window looks back only; model.causal false cannot have one: leave it out.")
 
 
 def _check_rope(values: dict[str, Any]) -> None:
@@ -199,4 +251,7 @@ CHOICES = {
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("swiglu", "gelu", "gelu_tanh"),
     "positions": ("rope", "learned"),
+    "norm_place": ("pre", "post"),
+    "head": ("lm", "mlm", "classification", "value", "none"),
 }
+VOCABULARY_HEADS = ("lm", "mlm")

@@ -1,15 +1,18 @@
-"""One pipeline stage of a decoder-only transformer; with one stage it is the whole model."""
+"""One pipeline stage of a transformer, decoder or encoder; with one stage it is the whole model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+from megallm.base.errors import UsageError
 
 from megallm.models.attention import LayerCache, Places
 from megallm.models.block import Block
-from megallm.models.config import ModelConfig
-from megallm.models.heads import LmHead, final_norm, language_model, local_logits, next_token_logits
+from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.heads import build_head, final_norm, language_model, local_logits, next_token_logits
 from megallm.models.stages import StageSpan
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
@@ -19,7 +22,7 @@ from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import Shard, normal
-from megallm.parallel.tensor import SEQUENCE_DIM, ShardedModule, sequence_partial
+from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, sequence_partial
 from megallm.parallel.units import Units, run_unit
 from megallm.parallel.vocab import VocabEmbedding
 
@@ -37,18 +40,19 @@ class StageOptions:
     cp_ulysses: int | None = None
 
 
-class PositionEmbedding(ShardedModule):
-    """Learned absolute positions `(max_positions, D)`, on every tp rank."""
+class TokenTable(ShardedModule):
+    """Learned vectors `(rows, D)` on every tp rank, looked up for its own tokens: positions, or types of tokens."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
-        super().__init__(mesh)
-        shard = Shard(
-            (config.max_positions, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std)
+    def __init__(self, config: ModelConfig, mesh: Mesh, rows: int, sp: bool) -> None:
+        super().__init__(mesh, sp)
+        self.add_parameter(
+            "weight", Shard((rows, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std))
         )
-        self.add_parameter("weight", shard)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        return nn.functional.embedding(positions, self.weight)
+    def forward(self, numbers: Tensor) -> Tensor:
+        """`[B, T/cp]` -> `[B, T/cp/tp or T/cp, D]`."""
+        here = comm.own_slice(numbers, self.mesh.tp, SEQUENCE_DIM) if self.sp else numbers
+        return nn.functional.embedding(here, self.weight)
 
 
 class Stage(ShardedModule):
@@ -69,32 +73,42 @@ class Stage(ShardedModule):
         self.units: Units | None = None
         self.recompute_blocks = options.recompute == "full"
         self.context = Context(mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses)
-        self.positions = None
+        self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.tie_embeddings):
             self.embedding = embedding or VocabEmbedding(
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
             )
         if span.first and config.positions == "learned":
-            self.positions = PositionEmbedding(config, mesh, self.sp)
+            self.positions = TokenTable(config, mesh, config.max_positions, self.sp)
+        if span.first and config.token_types:
+            self.token_types = TokenTable(config, mesh, config.token_types, self.sp)
+        if span.first and config.embedding_norm:
+            partial = sequence_partial(mesh, self.sp)
+            self.embedding_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.layers = nn.ModuleDict(
             {str(n): Block(config, mesh, self.sp, options.recompute) for n in range(span.begin, span.end)}
         )
         if span.last:
-            self.final_norm = final_norm(config, mesh, self.sp)
-            if not config.tie_embeddings:
-                self.head = LmHead(config, mesh)
+            if config.norm_place == "pre":
+                self.final_norm = final_norm(config, mesh, self.sp)
+            self.head = build_head(config, mesh, self.sp)
 
     @property
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.config.tie_embeddings else self.head.weight
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`."""
+    @property
+    def head_bias(self) -> Tensor | None:
+        return None if self.head is None else self.head.bias
+
+    def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types all are of type 0."""
         x = self.embedding(tokens)
         if self.positions is not None:
-            here = comm.own_slice(positions, self.mesh.tp, SEQUENCE_DIM) if self.sp else positions
-            x = x + self.positions(here)
-        return x
+            x = x + self.positions(positions)
+        if self.token_types is not None:
+            x = x + self.token_types(torch.zeros_like(tokens) if token_types is None else token_types)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def blocks(
         self, x: Tensor, positions: Tensor, sight: Sight | None = None, caches: list[LayerCache] | None = None
@@ -116,23 +130,43 @@ class Stage(ShardedModule):
         """One block, its activations kept or made again."""
         return recompute(self.recompute_blocks, block, x, places, cache)
 
+    def features(self, x: Tensor) -> Tensor:
+        """Hidden states of the last block -> what the head's matrix is applied to, `[B, T/cp/tp or T/cp, D]`."""
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if self.head is None else self.head.features(x)
+
     def logits(self, x: Tensor) -> Tensor:
-        """This rank's piece of the logits, `[B, T/cp, V/tp]`."""
-        return local_logits(self.final_norm(x), self.head_weight, self.mesh, self.sp, self.later)
+        """This rank's piece of the logits, `[B, T/cp, V/tp]`; of a head with few outputs `[B, T/cp/tp or T/cp, C]`."""
+        if self.config.head not in VOCABULARY_HEADS:
+            return self.head.logits(self.features(x))
+        return local_logits(self.features(x), self.head_weight, self.mesh, self.sp, self.later, self.head_bias)
+
+    def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """This rank's tokens of the head's per-token scalars, each `[B, T/cp]`."""
+        if self.config.head not in VOCABULARY_HEADS:
+            return self.head.outputs(logits, labels)
+        return language_model(logits, labels, self.mesh, self.config.vocab_size)
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """One microbatch: hidden states to the next stage, or `{"log_prob": [B, T]}` on the last."""
-        positions = self.context.local(batch["positions"])
+        """One microbatch: hidden states to the next stage, or per-token scalars such as `{"log_prob": [B, T]}`.
+
+        The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of values.
+        """
+        positions, token_types, labels = (self._local(batch, name) for name in ("positions", "token_types", "labels"))
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
-            x = run_unit(self.units, ("embedding",), self.embed, tokens, positions)
-        x = self.blocks(x, positions, self.context.sight(batch, self.config.sliding_window))
+            x = run_unit(self.units, ("embedding",), self.embed, tokens, positions, token_types)
+        x = self.blocks(x, positions, self.context.sight(batch, self.config.sliding_window, self.config.causal))
         if not self.span.last:
             return x
+        if self.config.head == "none":
+            raise UsageError("model.head is none: this model is a body alone, which computes nothing to train on.")
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
         logits = run_unit(self.units, keys, self.logits, x)
-        outputs = language_model(logits, self.context.local(batch["labels"]), self.mesh, self.config.vocab_size)
-        return {name: self.context.whole(values) for name, values in outputs.items()}
+        return {name: self.context.whole(values) for name, values in self.outputs(logits, labels).items()}
+
+    def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
+        return self.context.local(batch[name]) if name in batch else None
 
     def decode(self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]) -> Tensor:
         """New positions against the cache: hidden states, or the next token's logits `[B, V]` on the last stage.
@@ -144,4 +178,5 @@ class Stage(ShardedModule):
         x = self.blocks(x, positions, caches=caches)
         if not self.span.last:
             return x
-        return next_token_logits(self.final_norm(x[:, -1:]), self.head_weight, self.mesh, self.config.vocab_size)
+        features, vocab = self.features(x[:, -1:]), self.config.vocab_size
+        return next_token_logits(features, self.head_weight, self.mesh, vocab, self.head_bias)

@@ -20,6 +20,14 @@ _ROPE_DECODER: dict[str, Any] = {
     "tie_embeddings": False,
     "max_positions": 4096,
     "init_std": 0.02,
+    "causal": True,
+    "norm_place": "pre",
+    "embedding_norm": False,
+    "token_types": 0,
+    "head": "lm",
+    "head_bias": False,
+    "num_labels": None,
+    "pooler": False,
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -35,6 +43,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "bias": True,
         "tie_embeddings": True,
         "max_positions": 1024,
+    },
+    "bert": _ROPE_DECODER
+    | {
+        "norm": "layernorm",
+        "norm_eps": 1e-12,
+        "activation": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "tie_embeddings": True,
+        "max_positions": 512,
+        "causal": False,
+        "norm_place": "post",
+        "embedding_norm": True,
+        "token_types": 2,
+        "head": "mlm",
+        "head_bias": True,
     },
 }
 
@@ -72,5 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qwen3", 28, 1024, 3072, 16, 8, 151936, head_size=128, tie_embeddings=True, max_positions=40960
     ),
     "qwen3-8b": _sizes("qwen3", 36, 4096, 12288, 32, 8, 151936, head_size=128, max_positions=40960),
+    "bert-base": _sizes("bert", 12, 768, 3072, 12, 12, 30522),
+    "bert-large": _sizes("bert", 24, 1024, 4096, 16, 16, 30522),
     "mistral-7b": _sizes("mistral", 32, 4096, 14336, 32, 8, 32000, sliding_window=4096, max_positions=32768),
 }

@@ -47,7 +47,7 @@ def head_work(config: ModelConfig) -> float:
     d, e = config.hidden_size, config.head_size
     attention = d * e * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = (3 if config.gated else 2) * d * config.ffn_hidden_size
-    return d * config.vocab_size / (attention + mlp)
+    return config.head_matrices / (attention + mlp)
 
 
 def _balanced(num_layers: int, num_stages: int, loss_work: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""Causal attention of query heads over (fewer) key/value heads, with windows, packed documents and blocks.
+"""Causal or full attention of query heads over (fewer) key/value heads, with windows, packed documents and blocks.
 
 `causal_attention` is the one-rank path. Blocks are the parts of a larger softmax: `attention_block` returns
 its output together with the log-sum-exp of its scores, from which `Partial` merges any number of blocks
@@ -54,8 +54,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
     """Attention inside the documents of a row: q `[B, T, H, E]`, k and v `[B, T, K, E]` -> `[B, T, H, E]`.
 
+    A row that is one document and sees itself whole is torch's own attention.
     Only tiles with something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
+    if not sight.causal and len(sight.documents) == 2:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
     return _Packed.apply(q, k, v, sight)
 
 

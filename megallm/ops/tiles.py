@@ -20,13 +20,15 @@ SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
 
 @dataclass(frozen=True)
 class Sight:
-    """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
+    """What a query at token t of a row may see: keys `t - window < j <= t` of its own document, all of it if not causal.
 
+    Padding is a document of its own, which no other token sees.
     `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row without packing is `(0, T)`.
     """
 
     documents: tuple[int, ...]
     window: int | None = None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,17 @@ class Tile:
         return queries * (queries + 1) // 2 if self.kind == CAUSAL else queries * keys
 
 
-def row_sight(length: int, cu_seqlens: Sequence[int] | None, window: int | None) -> Sight:
+def row_sight(length: int, cu_seqlens: Sequence[int] | None, window: int | None, causal: bool = True) -> Sight:
     """The sight of a row of `length` tokens; raises DataError when `cu_seqlens` does not divide up that row."""
     if cu_seqlens is None:
-        return Sight((0, length), window)
+        return Sight((0, length), window, causal)
     ends = tuple(cu_seqlens)
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
         raise DataError(
             f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row of {length} tokens: "
             f"they must rise from 0 to {length}."
         )
-    return Sight(tuple(sorted(set(ends))), window)
+    return Sight(tuple(sorted(set(ends))), window, causal)
 
 
 @lru_cache(maxsize=256)
@@ -80,8 +82,10 @@ def plan_tiles(queries: tuple[Span, ...], keys: tuple[Span, ...], sight: Sight) 
     tiles: list[Tile] = []
     for q in queries:
         for begin, end in _documents(sight.documents, q):
+            mine = max(q.begin, begin), min(q.end, end)
             for k in keys:
-                for kind, (a, b), (c, d) in _cut(max(q.begin, begin), min(q.end, end), k, begin, sight.window):
+                cuts = _cut(*mine, k, begin, sight.window) if sight.causal else _rectangle(mine, k, (begin, end))
+                for kind, (a, b), (c, d) in cuts:
                     q_at, k_at = a - q.begin + q.at, c - k.begin + k.at
                     tiles.append(Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, sight.window))
     return tuple(tiles)
@@ -96,6 +100,13 @@ def _documents(ends: tuple[int, ...], span: Span) -> Iterator[tuple[int, int]]:
 
 
 Cut = tuple[str, tuple[int, int], tuple[int, int]]  # kind, queries and keys as tokens of the row
+
+
+def _rectangle(queries: tuple[int, int], k: Span, document: tuple[int, int]) -> Iterator[Cut]:
+    """The one tile of some queries of a document that sees itself whole, against the keys of it in `k`."""
+    begin, end = max(k.begin, document[0]), min(k.end, document[1])
+    if begin < end:
+        yield FULL, queries, (begin, end)
 
 
 def _cut(a: int, b: int, k: Span, document: int, window: int | None) -> Iterator[Cut]:

@@ -25,6 +25,7 @@ REDUCTIONS = {
     "vocab.max": "largest logit over the vocabulary pieces",
     "vocab.sum": "sum of exponentials over the vocabulary pieces",
     "vocab.label": "logit of the label, found on one vocabulary piece",
+    "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss (sequence parallelism)",
     "cp.lse": "attention over the key blocks of other cp ranks, merged by log-sum-exp (ring)",
     "cp.kv_grads": "gradient of a rank's keys and values, summed over the cp ranks that attended to them",
     "cp.heads": "all-to-all over cp of heads for tokens (Ulysses)",

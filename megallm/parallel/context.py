@@ -237,17 +237,17 @@ class Context:
             return x
         return to_natural(comm.gather_fwd_slice_bwd(x, self.axis, TOKENS_DIM, "cp.outputs"), self.axis.size)
 
-    def sight(self, batch: dict[str, Tensor], window: int | None) -> Sight | None:
+    def sight(self, batch: dict[str, Tensor], window: int | None, causal: bool = True) -> Sight | None:
         """What the tokens of a microbatch may see; None when that is ordinary causal attention on one rank.
 
         A packed row has `cu_seqlens` int32 `[n+1]` (on the CPU: it is read here) and B = 1; else DataError is raised.
         """
         rows, length = batch["positions"].shape
         if "cu_seqlens" not in batch:
-            return None if self.axis.size == 1 else row_sight(length, None, window)
+            return None if causal and self.axis.size == 1 else row_sight(length, None, window, causal)
         if rows != 1:
             raise DataError(f"a microbatch with cu_seqlens has {rows} rows; packed documents fill one row (B = 1).")
-        return row_sight(length, batch["cu_seqlens"].tolist(), window)
+        return row_sight(length, batch["cu_seqlens"].tolist(), window, causal)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight | None, window: int | None) -> Tensor:
         """q `[B, T/cp, H, E]`, k and v `[B, T/cp, K, E]` -> `[B, T/cp, H, E]`; collective over cp."""
