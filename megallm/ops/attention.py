@@ -3,7 +3,10 @@
 `causal_attention` is the one-rank path. Blocks are the parts of a larger softmax: `attention_block` returns
 its output together with the log-sum-exp of its scores, from which `Partial` merges any number of blocks
 exactly (online softmax, arXiv 2205.14135; ring attention, arXiv 2310.01889), and `attention_block_backward`
-gives the gradients of one block from the output and the log-sum-exp of the whole.
+gives the gradients of one block from the output and the log-sum-exp of the whole. Values may be smaller than keys.
+
+Attention sinks are one more score a head with no value behind it, as in gpt-oss: they are merged into the finished
+softmax by its log-sum-exp, so no block knows of them.
 """
 
 from __future__ import annotations
@@ -31,15 +34,17 @@ def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Ten
     return seen if window is None else seen & (gap < window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
     """Softmax attention, scale `E**-0.5`.
 
-    q `[B, Tq, H, E]`, k and v `[B, Tk, K, E]` with H a multiple of K; the queries are the *last* Tq of the
-    Tk positions. Returns `[B, Tq, H, E]`.
+    q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`; the queries are
+    the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
     """
-    tq, tk = q.shape[1], k.shape[1]
-    if tq == tk and window is not None and window < tk:
-        return packed_attention(q, k, v, Sight((0, tk), window))
+    tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
+    if sinks is not None or (tq == tk and window is not None and window < tk):
+        return packed_attention(q, k, v, Sight((0, tk), window), sinks)
+    if q.device.type == "cpu":
+        v = _widened(v, q)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = None
     if tq != tk and (tq > 1 or window is not None):
@@ -48,38 +53,40 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=tq == tk and tq > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2)[..., :size]
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-    """Attention inside the documents of a row: q `[B, T, H, E]`, k and v `[B, T, K, E]` -> `[B, T, H, E]`.
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight, sinks: Tensor | None = None) -> Tensor:
+    """Attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or Ev]` -> `[B, Tq, H, Ev]`.
+
+    The queries are the last Tq of the T tokens; sinks `[H]`.
 
     A row that is one document and sees itself whole is torch's own attention.
     Only tiles with something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
-    if not sight.causal and len(sight.documents) == 2:
+    if not sight.causal and len(sight.documents) == 2 and sinks is None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-    return _Packed.apply(q, k, v, sight)
+    return _Packed.apply(q, k, v, sight, sinks)
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-        row = (Span(0, q.shape[1]),)
-        ctx.tiles = plan_tiles(row, row, sight)
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sight: Sight, sinks: Tensor | None) -> Tensor:
+        end = k.shape[1]
+        ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), sight)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
-        out = partial.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, partial.lse)
+        out = partial.finish(sinks).to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, out, partial.lse)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = Gradients.zeros(q, k, v)
-        grads.add(Queries(q, out, lse, grad), k, v, ctx.tiles)
-        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        queries, grads = Queries(q, out, lse, grad), Gradients.zeros(q, k, v)
+        grads.add(queries, k, v, ctx.tiles)
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, queries.sink_gradient(sinks)
 
 
 # Parts of a larger softmax
@@ -87,7 +94,7 @@ class _Packed(torch.autograd.Function):
 
 @dataclass
 class Partial:
-    """Attention over the keys seen so far: `out` `[B, Tq, H, E]` wide and `lse` `[B, Tq, H]`, -inf before the first."""
+    """Attention over the keys seen so far: `out` `[B, Tq, H, Ev]` wide, `lse` `[B, Tq, H]`, -inf before the first."""
 
     out: Tensor
     lse: Tensor
@@ -108,6 +115,14 @@ class Partial:
             so_far.mul_((before - after).exp_()[..., None]).add_(out * (lse - after).exp_()[..., None])
             before.copy_(after)
 
+    def finish(self, sinks: Tensor | None) -> Tensor:
+        """`out` when all keys were seen; with sinks `[H]` one more score a head, of a value that is zero."""
+        if sinks is not None:
+            after = torch.logaddexp(self.lse, wide(sinks))
+            self.out.mul_((self.lse - after).exp_()[..., None])
+            self.lse = after
+        return self.out
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -122,6 +137,13 @@ class Queries:
         """The queries of a tile."""
         rows = slice(tile.q_begin, tile.q_end)
         return Queries(self.q[:, rows], self.out[:, rows], self.lse[:, rows], self.grad[:, rows])
+
+    def sink_gradient(self, sinks: Tensor | None) -> Tensor | None:
+        """Gradient `[H]` of the sinks: each takes its share of the softmax away from the output."""
+        if sinks is None:
+            return None
+        share = (wide(sinks) - self.lse).exp_()
+        return -(share * (wide(self.grad) * wide(self.out)).sum(-1)).sum((0, 1)).to(sinks.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,30 +168,38 @@ class Gradients:
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E]` alone, masked as the tile's kind says.
+    """Attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E or Ev]` alone, masked as the tile's kind says.
 
-    Returns the output `[B, Tq, H, E]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
+    Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
     if not _flash_fits(q, v):
         return _block(q, k, v, tile)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    size = v.shape[-1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), _widened(v, q).transpose(1, 2)
     out, lse = _FLASH(q, k, v, 0.0, tile.kind == CAUSAL, attn_mask=_additive(tile, q), scale=q.shape[-1] ** -0.5)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    return out.transpose(1, 2)[..., :size], lse.transpose(1, 2)
 
 
 def attention_block_backward(queries: Queries, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through this block, one of those merged into `queries.out` and `queries.lse`."""
     if not _flash_fits(queries.q, v):
         return _block_backward(queries, k, v, tile)
-    q, out, lse, grad = (x.transpose(1, 2) for x in (queries.q, queries.out, queries.lse, queries.grad))
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    size, whole = v.shape[-1], (_widened(x, queries.q) for x in (queries.out, queries.grad, v))
+    q, k, lse, out, grad, v = (x.transpose(1, 2) for x in (queries.q, k, queries.lse, *whole))
     mask, scale = _additive(tile, q), q.shape[-1] ** -0.5
     grads = _FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, tile.kind == CAUSAL, attn_mask=mask, scale=scale)
-    return tuple(x.transpose(1, 2) for x in grads)
+    grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
+    return grad_q, grad_k, grad_v[..., :size]
 
 
 def _flash_fits(q: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and q.shape[-1] == v.shape[-1]
+    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and q.shape[-1] >= v.shape[-1]
+
+
+def _widened(x: Tensor, q: Tensor) -> Tensor:
+    """`x` with zeros behind its last dim up to the size of a query: kernels want one size."""
+    missing = q.shape[-1] - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing > 0 else x
 
 
 def _seen(tile: Tile, device: torch.device) -> Tensor | None:
@@ -189,7 +219,7 @@ def _additive(tile: Tile, q: Tensor) -> Tensor | None:
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
 
 
-# Written out, for every device and dtype, and for values of another size than the keys
+# Written out, for every device and dtype, and for values that are larger than the keys
 
 
 def _grouped(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

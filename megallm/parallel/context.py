@@ -164,18 +164,23 @@ class _Attend(torch.autograd.Function):
     """Attention of this rank's queries over the keys of all ranks of the transport."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, transport: Ring | AllGather, sight: Sight) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, transport: Ring | AllGather, sight: Sight,
+        sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         partial = transport.forward(q, k, v, sight)
-        out = partial.out.to(q.dtype)
+        out = partial.finish(sinks).to(q.dtype)
         ctx.transport, ctx.sight = transport, sight
-        ctx.save_for_backward(q, k, v, out, partial.lse)
+        ctx.save_for_backward(q, k, v, sinks, out, partial.lse)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = ctx.transport.backward(Queries(q, out, lse, grad), k, v, ctx.sight)
-        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, None
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        queries = Queries(q, out, lse, grad)
+        grads = ctx.transport.backward(queries, k, v, ctx.sight)
+        sink_grad = queries.sink_gradient(sinks)
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, None, sink_grad
 
 
 # Ulysses
@@ -249,20 +254,23 @@ class Context:
             raise DataError(f"a microbatch with cu_seqlens has {rows} rows; packed documents fill one row (B = 1).")
         return row_sight(length, batch["cu_seqlens"].tolist(), window, causal)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight | None, window: int | None) -> Tensor:
-        """q `[B, T/cp, H, E]`, k and v `[B, T/cp, K, E]` -> `[B, T/cp, H, E]`; collective over cp."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sight: Sight | None, window: int | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q `[B, T/cp, H, E]`, k `[B, T/cp, K, E]`, v `[B, T/cp, K, Ev]`, sinks `[H]` -> `[B, T/cp, H, Ev]`; over cp"""
         if sight is None:
-            return causal_attention(q, k, v, window)
+            return causal_attention(q, k, v, window, sinks)
         if self.axis.size == 1:
-            return packed_attention(q, k, v, sight)
+            return packed_attention(q, k, v, sight, sinks)
         tokens, row = q.shape[TOKENS_DIM], sight.documents[-1]
         if tokens * self.axis.size != row:
             raise InternalError(f"{tokens} tokens on each of {self.axis.size} cp ranks, but {row} in the row.")
         size = self.ulysses.size
         if size > 1:
             q, k, v = heads_for_tokens((q, divisible_heads(k, size), divisible_heads(v, size)), self.ulysses)
+            sinks = None if sinks is None else comm.own_slice(sinks, self.ulysses, 0)
         if self.transport.axis.size == 1:
-            out = packed_attention(q, k, v, sight)
+            out = packed_attention(q, k, v, sight, sinks)
         else:
-            out = _Attend.apply(q, k, v, self.transport, sight)
+            out = _Attend.apply(q, k, v, self.transport, sight, sinks)
         return tokens_for_heads(out, self.ulysses) if size > 1 else out

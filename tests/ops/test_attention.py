@@ -12,6 +12,7 @@ from torch import Tensor
 from megallm.base.errors import DataError
 from megallm.ops import attention
 from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention, visible
+from megallm.ops.cached_attention import attend_rows
 from megallm.ops.tiles import CAUSAL, FULL, Sight, Span, Tile, plan_tiles, row_sight
 
 ATOL = 1e-12
@@ -129,8 +130,11 @@ def test_packed_attention_equals_plain(seed: int, kv_heads: int, path: str, monk
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
 
 
-def test_values_of_another_size_than_keys() -> None:
-    q, k, v = tensors(40, 4, 2, size=6, value_size=10)
+@pytest.mark.parametrize("value_size", [10, 4])
+def test_values_of_another_size_than_keys(value_size: int) -> None:
+    q, k, v = tensors(40, 4, 2, size=6, value_size=value_size)
+    row = plain_attention(q, k, v, dense_mask(Sight((0, 40))))
+    torch.testing.assert_close(causal_attention(q, k, v), row, rtol=0, atol=ATOL)
     sight = Sight((0, 13, 40))
     want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
@@ -163,6 +167,53 @@ def test_narrow_types_stay_within_their_precision(
     for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, exact), strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=4 * tolerance)
+
+
+def sunk_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor) -> Tensor:
+    """Attention sinks by the textbook: a column of scores before the softmax, dropped after it."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bihe,bjhe->bhij", q, k) * q.shape[-1] ** -0.5
+    column = sinks[:, None, None].expand(q.shape[0], -1, scores.shape[2], 1)
+    weights = torch.cat((scores.masked_fill(~seen, -torch.inf), column), -1).softmax(-1)[..., :-1]
+    return torch.einsum("bhij,bjhe->bihe", weights, v)
+
+
+@pytest.mark.parametrize("path", ["flash", "written out"])
+@pytest.mark.parametrize("sight", [Sight((0, 40)), Sight((0, 9, 40), 7)])
+def test_sinks_equal_a_column_of_scores(sight: Sight, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "written out":
+        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+    q, k, v = tensors(40, 4, 2, value_size=5)
+    sinks = torch.tensor([-3.0, 0.0, 1.5, 4.0], dtype=torch.float64, requires_grad=True)
+    want = sunk_attention(q, k, v, dense_mask(sight), sinks)
+    got = packed_attention(q, k, v, sight, sinks)
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    for mine, theirs in zip(gradients(got, [q, k, v, sinks]), gradients(want, [q, k, v, sinks]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
+    assert (packed_attention(q, k, v, sight) - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("queries", [1, 4, 20])
+def test_sinks_of_the_last_queries(queries: int, window: int | None) -> None:
+    q, k, v = tensors(20, 6, 2)
+    sinks = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    want = sunk_attention(q, k, v, dense_mask(Sight((0, 20), window)), sinks)[:, -queries:]
+    torch.testing.assert_close(causal_attention(q[:, -queries:], k, v, window, sinks), want, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("with_sinks", [True, False])
+def test_rows_of_a_cache_see_their_own_lengths(with_sinks: bool, window: int | None) -> None:
+    q, k, v = (x.detach() for x in tensors(20, 6, 2, value_size=4))
+    sinks = torch.linspace(-1, 2, 6, dtype=torch.float64) if with_sinks else None
+    lengths = torch.tensor([20, 7])
+    got = attend_rows(torch.stack([q[0, 19:20], q[1, 6:7]]), k, v, lengths, window, sinks)
+    for row, length in enumerate(lengths.tolist()):
+        part = [x[row : row + 1, :length] for x in (q, k, v)]
+        seen = dense_mask(Sight((0, length), window))
+        want = sunk_attention(*part, seen, sinks) if with_sinks else plain_attention(*part, seen)
+        torch.testing.assert_close(got[row], want[0, -1:], rtol=0, atol=ATOL)
 
 
 # Negative controls: the comparison sees what is left out
