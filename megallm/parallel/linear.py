@@ -6,29 +6,43 @@ output, so nothing else of the forward pass stays alive between `B` and `W`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+PutOff = tuple[Tensor, Callable[[], Tensor]]  # a weight as it was used, and what computes its gradient
 
 
 class WeightQueue:
     """The weight gradients that backward passes have put off, in order."""
 
     def __init__(self) -> None:
-        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.pending: list[PutOff] = []
 
-    def take(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def put(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """Put off `gradient()`, of the shape of `weight`, which is the parameter or a view made of it."""
+        self.pending.append((weight, gradient))
+
+    def take(self) -> list[PutOff]:
         """Everything put off since the last call."""
         pending, self.pending = self.pending, []
         return pending
 
 
-def finish_weights(work: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Add each `dy^T x` to its weight's `.grad`, through whatever view of the parameter was used."""
-    for weight, x, dy in work:
-        torch.autograd.backward(weight, dy.flatten(0, -2).mT @ x.flatten(0, -2))
+def finish_weights(work: list[PutOff]) -> None:
+    """Add each gradient to its weight's `.grad`, through whatever view of the parameter was used."""
+    for weight, gradient in work:
+        torch.autograd.backward(weight, gradient())
     work.clear()
+
+
+def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """`dy^T x` of all rows, `[..., in]` and `[..., out]` -> `[out, in]`."""
+    return dy.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightQueue | None) -> Tensor:
@@ -49,5 +63,5 @@ class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         (x,) = ctx.saved_tensors
-        ctx.later.pending.append((ctx.weight, x.detach(), dy))
+        ctx.later.put(ctx.weight, partial(weight_gradient, x.detach(), dy))
         return dy @ ctx.weight.detach(), None, dy.flatten(0, -2).sum(0) if ctx.has_bias else None, None

@@ -29,7 +29,7 @@ class Axis:
 
 
 class Mesh:
-    """Groups by purpose (`tp cp dp pp data grads model world`) of this rank in a layout.
+    """Groups by purpose (`tp cp dp pp data grads model ep expert_grads world`) of this rank in a layout.
 
     `Mesh.single()` has size 1 everywhere and makes each collective the identity, so one-process code
     and parallel code are the same code.
@@ -44,6 +44,7 @@ class Mesh:
         self.views: dict[tuple[str, int], tuple[Axis, Axis]] = {}
         self.tp, self.cp, self.dp, self.pp = axes["tp"], axes["cp"], axes["dp"], axes["pp"]
         self.data, self.grads, self.model, self.world = axes["data"], axes["grads"], axes["model"], axes["world"]
+        self.ep, self.expert_grads = axes["ep"], axes["expert_grads"]
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:

@@ -78,6 +78,11 @@ class Shard:
     init: Init = Init()
     decay: bool = True
 
+    @property
+    def expert(self) -> bool:
+        """Whether the parameter is divided over expert-parallel ranks, and so replicated over edp, not dp, cp, tp."""
+        return "ep" in self.split.values()
+
     def box(self, layout: Layout, coords: Mapping[str, int]) -> Box:
         """The piece of the logical tensor that the rank at `coords` holds."""
         offset, shape = [], []
@@ -91,10 +96,12 @@ class Shard:
     def owned(self, coords: Mapping[str, int], first_stage: bool = True) -> bool:
         """Whether this rank is the one owner of its piece: coordinate 0 on every axis that replicates it.
 
-        `first_stage` is False on the later holders of a tied parameter; pp itself never replicates.
+        `first_stage` is False on the later holders of a tied parameter; pp itself never replicates. An expert's piece
+        is replicated over edp, the axis beside ep.
         """
         divided = set(self.split.values())
-        return first_stage and all(coords[axis] == 0 for axis in AXES if axis != "pp" and axis not in divided)
+        axes = ("edp",) if self.expert else [axis for axis in AXES if axis != "pp" and axis not in divided]
+        return first_stage and all(coords[axis] == 0 for axis in axes)
 
 
 def named_shards(model: Any) -> Iterator[tuple[str, Any, Shard]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megallm.parallel.layout import Layout
-from megallm.parallel.linear import WeightQueue
+from megallm.parallel.linear import WeightQueue, weight_gradient
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Pipeline, buffer_maker
 from megallm.parallel.schedule import Placement, place, plan_schedule
@@ -36,7 +37,7 @@ class _Sleep(torch.autograd.Function):
         if ctx.later is None:
             time.sleep(SLEEP["W"])
         else:
-            ctx.later.pending.append((ctx.weight, ctx.saved_tensors[0], grad))
+            ctx.later.put(ctx.weight, partial(weight_gradient, ctx.saved_tensors[0], grad))
         return grad, None, None
 
 

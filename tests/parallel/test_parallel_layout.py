@@ -11,16 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import UsageError
-from megallm.parallel.layout import AXES, PURPOSES, Layout
+from megallm.parallel.layout import AXES, EXPERT_AXES, PURPOSES, Layout
 from megallm.parallel.shard import Box, Shard, piece
 
 sizes = st.integers(1, 4)
-layouts = st.builds(Layout, pp=sizes, dp=sizes, cp=st.integers(1, 3), tp=sizes)
+
+
+@st.composite
+def layouts_of(draw) -> Layout:
+    """Any grid, with an expert-parallel size that divides the ranks of a stage."""
+    pp, dp, cp, tp = draw(sizes), draw(sizes), draw(st.integers(1, 3)), draw(sizes)
+    ep = draw(st.sampled_from([n for n in range(1, dp * cp * tp + 1) if dp * cp * tp % n == 0]))
+    return Layout(pp=pp, dp=dp, cp=cp, tp=tp, ep=ep)
+
+
+layouts = layouts_of()
 
 
 def test_the_example_of_the_architecture_page():
     layout = Layout(pp=2, dp=2, cp=1, tp=2)
-    assert layout.coords(5) == {"pp": 1, "dp": 0, "cp": 0, "tp": 1}
+    assert layout.coords(5) == {"pp": 1, "dp": 0, "cp": 0, "tp": 1, "edp": 1, "ep": 0}
     assert layout.ranks("tp", of=5) == (4, 5)
     assert layout.ranks("pp", of=5) == (1, 5) and layout.ranks("data", of=5) == (5, 7)
     assert layout.groups("tp") == [(0, 1), (2, 3), (4, 5), (6, 7)]
@@ -32,8 +42,28 @@ def test_ranks_are_one_grid_with_tp_fastest(layout):
     points = product(*(range(layout.size(axis)) for axis in AXES))
     for rank, point in enumerate(points):
         coords = dict(zip(AXES, point, strict=True))
-        assert layout.coords(rank) == coords and layout.rank(**coords) == rank
+        assert coords.items() <= layout.coords(rank).items() and layout.rank(**coords) == rank
     assert layout.world == rank + 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(layouts)
+def test_experts_see_the_same_ranks_with_ep_fastest(layout):
+    """ep spans tp, then cp, then dp: the coordinates are those of `arange(world).view(pp, edp, ep)`."""
+    for rank, point in enumerate(product(*(range(layout.size(axis)) for axis in EXPERT_AXES))):
+        assert dict(zip(EXPERT_AXES, point, strict=True)).items() <= layout.coords(rank).items()
+    assert layout.world == rank + 1
+
+
+def test_ep_spans_tp_then_cp_then_dp():
+    layout = Layout(pp=2, dp=2, cp=2, tp=2, ep=4)
+    assert layout.ranks("ep", of=9) == (8, 9, 10, 11) and layout.ranks("expert_grads", of=9) == (9, 13)
+    assert layout.size("edp") == 2 and Layout(dp=2, tp=2, ep=2).ranks("ep", of=1) == Layout(dp=2, tp=2).ranks("tp", 1)
+
+
+def test_an_ep_that_does_not_divide_the_ranks_of_a_stage_is_refused():
+    with pytest.raises(UsageError, match="layout.ep 4 does not divide dp x cp x tp = 6"):
+        Layout(pp=2, dp=3, tp=2, ep=4)
 
 
 @settings(deadline=None, max_examples=50)
@@ -46,7 +76,8 @@ def test_groups_partition_the_world_and_agree_with_coordinates(layout, purpose):
         assert len(group) == prod(layout.size(axis) for axis in free) and list(group) == sorted(group)
         for rank in group:
             assert layout.ranks(purpose, of=rank) == group
-        fixed = {tuple(layout.coords(rank)[axis] for axis in AXES if axis not in free) for rank in group}
+        view = AXES if set(free) <= set(AXES) else EXPERT_AXES
+        fixed = {tuple(layout.coords(rank)[axis] for axis in view if axis not in free) for rank in group}
         assert len(fixed) == 1, "only the free axes vary inside a group"
 
 
@@ -78,7 +109,8 @@ shards = st.integers(1, 3).flatmap(
         full=st.tuples(*[st.integers(4, 9)] * dims),
         split=st.dictionaries(st.integers(0, dims - 1), st.sampled_from(("tp", "dp", "cp")), max_size=2).filter(
             lambda split: len(set(split.values())) == len(split)
-        ),
+        )
+        | st.just({0: "ep"}),
     )
 )
 

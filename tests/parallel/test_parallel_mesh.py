@@ -27,7 +27,14 @@ def sums_of_ranks(layout: Layout) -> Found:
     return found
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=2, dp=2, tp=2), Layout(pp=3), Layout(dp=2, cp=2), Layout(tp=4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2, dp=2, tp=2), Layout(pp=3), Layout(dp=2, cp=2), Layout(tp=4), Layout(pp=2, dp=2, tp=2, ep=2),
+        Layout(dp=2, cp=2, tp=2, ep=4), Layout(tp=3, cp=2, ep=2),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_every_group_holds_just_its_ranks(layout):
     for rank, found in enumerate(run_ranks(layout.world, sums_of_ranks, layout)):
         assert found.keys() == PURPOSES.keys()
