@@ -95,7 +95,8 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON with a final newline to `path`; floats round-trip exactly."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate as its JSON escape
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:

@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from megallm.base.errors import DataError
 from megallm.base.files import temporary_name, writing
 from megallm.curate import readers
 from megallm.curate.config import GLOBAL, CurateConfig
-from megallm.curate.document import Batch, Document, Verdict
+from megallm.curate.document import Batch, Document, Verdict, apply_spans, edit
 from megallm.curate.exact import Exact, Signatures
 from megallm.curate.near import Near
 from megallm.curate.steps import build_step
@@ -36,6 +36,8 @@ BATCH_CHARS = 1 << 18
 BATCH_DOCUMENTS = 512
 DOCUMENTS, LEDGER, TALLY, KEPT = "documents.jsonl.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
 READ = "read"
+# What UTF-8 cannot hold (lone surrogates, in names of files and of keys) is written as its JSON escape.
+ESCAPED = "backslashreplace"
 
 
 class LocalStep(Protocol):
@@ -152,7 +154,7 @@ class _ShardRun:
     def __init__(self, chain: Chain, job: ShardJob, folder: Path) -> None:
         self.chain, self.job, self.folder = chain, job, folder
         self.segment = chain.segments[job.segment]
-        self.tally, self.signatures = Tally(), Signatures()
+        self.tally, self.signatures = Tally(_redactor(chain)), Signatures()
         self.ledger: list[tuple[int, str]] = []
         self.decisions, self.names = load_decisions(job.decisions)
 
@@ -167,7 +169,7 @@ class _ShardRun:
                     if last:
                         self._keep(document)
         self.signatures.save(self.folder)
-        with open(self.folder / LEDGER, "w", encoding="utf-8") as file:
+        with open(self.folder / LEDGER, "w", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(f"{index}\t{row}\n" for index, row in sorted(self.ledger))
         (self.folder / TALLY).write_text(json.dumps(self.tally.to_json()), "utf-8")
 
@@ -250,6 +252,12 @@ class _ShardRun:
         self.ledger.append((index, json.dumps(row, ensure_ascii=False)))
 
 
+def _redactor(chain: Chain) -> Callable[[str], str] | None:
+    """What takes personal data out of the report's excerpts; None when the chain does not look for it."""
+    step = chain.local.get("pii")
+    return None if step is None else lambda text: apply_spans(text, edit(step.find(text)).spans)
+
+
 def ledger_row(
     document: Document, action: str, step: str, reason: str, note: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -303,7 +311,7 @@ class _writer:
             packed: Any = gzip.GzipFile("", "wb", level, self._raw, mtime=0)
         else:
             packed = zstandard.ZstdCompressor(level=1).stream_writer(self._raw, closefd=False)
-        self._text: TextIO = io.TextIOWrapper(io.BufferedWriter(packed, 1 << 18), "utf-8", newline="\n")
+        self._text: TextIO = io.TextIOWrapper(io.BufferedWriter(packed, 1 << 18), "utf-8", ESCAPED, newline="\n")
 
     def __enter__(self) -> TextIO:
         return self._text

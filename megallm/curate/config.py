@@ -182,5 +182,17 @@ def check(config: CurateConfig) -> None:
     configs.raise_problems(problems)
 
 
+def used_files(config: CurateConfig) -> list[str]:
+    """The files beside the input that the steps read: models, word lists, evaluation sets, a scorer."""
+    found: dict[str, tuple[str | None, ...]] = {
+        "language": (config.language.model,),
+        "classifier": (config.classifier.model,),
+        "toxicity": (config.toxicity.words, config.toxicity.allow),
+        "perplexity": (config.perplexity.model, (config.perplexity.scorer or "").rpartition(":")[0]),
+        "decontaminate": config.decontaminate.sets,
+    }
+    return [name for step in config.steps for name in found.get(step, ()) if name]
+
+
 def _twice(names: tuple[str, ...]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})

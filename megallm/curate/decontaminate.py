@@ -25,7 +25,7 @@ from megallm.data.readers import ReadOptions, chunks
 _TEMPLATE_ITEMS = 10  # an n-gram of so many items, and of TEMPLATE_SHARE of them, is a template
 _TEMPLATE_SHARE = 0.05
 _FILTER_BITS = 22
-_MAX_NAMED = 5
+_MAX_EXAMPLES = 5  # documents named for each text found
 
 
 class _Grams:
@@ -113,7 +113,7 @@ class Decontaminate:
         if not hits:
             return KEEP
         reason = "contaminated_ngram" if "ngram" in hits.values() else "contaminated_coverage"
-        return drop(reason, items=[self.names[number] for number in sorted(hits)][:_MAX_NAMED], num_items=len(hits))
+        return drop(reason, items=[self.names[number] for number in sorted(hits)])
 
 
 def items(path: str, keys: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
@@ -162,7 +162,7 @@ def report_of(step: Decontaminate, rows: Iterable[dict[str, Any]]) -> dict[str, 
         for name in row["note"]["items"]:
             entry = found.setdefault(name, {"documents": 0, "examples": []})
             entry["documents"] += 1
-            if len(entry["examples"]) < _MAX_NAMED:
+            if len(entry["examples"]) < _MAX_EXAMPLES:
                 entry["examples"].append(row["id"])
     return {
         "texts": step.num_texts, "too_short": step.short, "contaminated": len(found),

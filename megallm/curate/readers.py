@@ -6,15 +6,19 @@ line. At most one document of the allowed size and two blocks are held, whatever
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import UUID
 
 import zstandard
 
@@ -31,6 +35,7 @@ _BOMB_BYTES = 64 << 20  # a small file may unfold as much as it likes
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHARSET = re.compile(rb"charset=[\"']?([A-Za-z0-9_-]+)")
 _BOM = b"\xef\xbb\xbf"
+_MAX_DEPTH = 100  # of a value that is kept
 _TYPES = {
     type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object",
 }  # fmt: skip
@@ -195,18 +200,46 @@ def _document(value: dict[str, Any], file: str, line: int, config: InputConfig) 
         return Reject(file, line, f"the key '{config.key}' is missing; the line has {has}")
     text = value[config.key]
     if not isinstance(text, str):
-        return Reject(file, line, f"the value of '{config.key}' is a {_TYPES.get(type(text), 'value')}, want a string")
+        return Reject(
+            file, line, f"the value of '{config.key}' is a {_TYPES.get(type(text), type(text).__name__)}, want a string"
+        )
     problem = _unsound(text)
     if problem:
         return Reject(file, line, problem)
     name = value.get(config.id_key) if config.id_key else None
     if name is not None and not isinstance(name, (str, int)):
         kind = _TYPES.get(type(name), "value")
-        return Reject(file, line, f"the value of '{config.id_key}' is a {kind}, want a string or a number")
+        return Reject(file, line, f"the value of '{config.id_key}' is a {kind}, want a string or a whole number")
     if isinstance(name, str) and _SURROGATE.search(name):
         return Reject(file, line, f"the value of '{config.id_key}' holds a lone surrogate")
-    meta = {key: value[key] for key in config.keep_keys if key in value}
+    meta = {}
+    for key in config.keep_keys:
+        if key in value:
+            try:
+                meta[key] = _plain(value[key])
+            except TypeError as error:
+                return Reject(file, line, f"the value of '{key}' is {error}")
     return Document(f"{file}:{line}" if name is None else str(name), text, file, line, meta=meta)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value that strict JSON can hold: numbers that are not finite become null; of Parquet's types, times become
+    ISO 8601 and decimals text. Errors: `TypeError` for others and for what is nested too deeply."""
+    if depth > _MAX_DEPTH:
+        raise TypeError(f"nested more than {_MAX_DEPTH} levels deep")
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, depth + 1) for one in value]
+    if isinstance(value, dict):
+        return {key: _plain(one, depth + 1) for key, one in value.items()}
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (datetime.timedelta, Decimal, UUID)):
+        return str(value)
+    raise TypeError(f"of the type {type(value).__name__}, which JSON cannot hold")
 
 
 def _unsound(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from megallm.curate.tally import BINS, bins_of
 
 _WIDTH, _HEIGHT, _FOOT = 420, 110, 22
+_NOTE_CHARS = 300
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1c2430}
 h1{font-size:1.5em}h2{font-size:1.2em;border-bottom:1px solid #d5dbe3;margin-top:2em}
@@ -92,6 +93,7 @@ def _reasons(step: str, row: dict[str, Any], examples: dict[str, list[dict[str, 
 
 def _example(row: dict[str, Any]) -> str:
     note = ", ".join(f"{name} {value}" for name, value in row.get("note", {}).items())
+    note = note if len(note) <= _NOTE_CHARS else f"{note[:_NOTE_CHARS]}..."
     where = escape(f"{row['file']}:{row['line']}  {row['id'] if row['id'] != row['file'] else ''}  {note}")
     if "text" in row:
         body = escape(row["text"])

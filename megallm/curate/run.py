@@ -27,7 +27,7 @@ from megallm.base.files import writing
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
 from megallm.curate.chain import ShardJob, build_chain, run_shard, save_decisions
-from megallm.curate.config import CurateConfig, check
+from megallm.curate.config import CurateConfig, check, used_files
 from megallm.curate.exact import INDEX_BITS
 from megallm.curate.tally import Tally, add_up
 from megallm.data.workers import Workers
@@ -105,8 +105,9 @@ class Run:
         return None
 
     def _identity(self) -> str:
-        """Changes with the configuration and with any input file."""
-        rows = [[name, (stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in self.inputs]
+        """Changes with the configuration and with any file that is read: input, models, word lists, evaluation sets."""
+        names = [*self.inputs, *(name for name in used_files(self.config) if os.path.isfile(name))]
+        rows = [[name, (stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in names]
         return hashlib.sha256(json.dumps([FORMAT, self.yaml, rows]).encode()).hexdigest()
 
     def _sweep(self) -> None:
@@ -261,14 +262,18 @@ class Run:
                 _link(self._folder(last, shard) / chains.KEPT, kept / f"part-{shard:06d}.jsonl.gz")
             shutil.rmtree(self.output / KEPT, ignore_errors=True)
             kept.replace(self.output / KEPT)
-            with files.atomic_path(self.output / LEDGER) as path, open(path, "w", encoding="utf-8") as out:
+            with (
+                files.atomic_path(self.output / LEDGER) as path,
+                open(path, "w", encoding="utf-8", errors=chains.ESCAPED) as out,
+            ):
                 for shard in range(count):
                     out.writelines(self._ledger_of(shard, last))
         if "decontaminate" in chain.local:
             found = decontaminate.report_of(chain.local["decontaminate"], self._dropped_by("decontaminate"))
             files.atomic_write_json(self.output / CONTAMINATION, found)
         stats = stats_of(tally, chain, self._identity())
-        files.atomic_write_text(self.output / REPORT, report.render(stats, tally.examples))
+        page = report.render(stats, tally.examples)
+        files.atomic_write_bytes(self.output / REPORT, page.encode("utf-8", "replace"))
         seconds = {step: round(spent, 3) for step, spent in tally.seconds.items()}
         files.atomic_write_json(self.output / TIMINGS, {"cpu_seconds": seconds})
         files.atomic_write_json(self.output / STATS, stats)

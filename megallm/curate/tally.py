@@ -5,16 +5,17 @@ A tally is plain JSON; the sum of the shards' tallies in shard order does not de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from megallm.curate.document import Document, Verdict
+from megallm.curate.document import Document, Span, Verdict, apply_spans
 
 EXAMPLES = 5  # kept for each step and reason
 EXCERPT_CHARS = 400
 _CONTEXT_CHARS = 80  # around the first edited span
+_LOOKED_AT_CHARS = 20_000  # for personal data, before an excerpt is cut out of them
 BINS = 40
 _SHARES = ("_share", "gram", "_ratio", "score", "_density", "coverage")  # names that end so lie from 0 to 1
 _LOG_TOP = 7.0  # the other histograms are of log10(1 + value), up to 10^7
@@ -28,9 +29,10 @@ def bins_of(metric: str) -> np.ndarray:
 
 
 class Tally:
-    """Counts of one shard, or of several added together."""
+    """Counts of one shard, or of several added together; `redact` takes personal data out of examples."""
 
-    def __init__(self) -> None:
+    def __init__(self, redact: Callable[[str], str] | None = None) -> None:
+        self._redact = redact or str
         self.steps: dict[str, dict[str, Any]] = {}
         self.histograms: dict[str, list[int]] = {}
         self.examples: dict[str, list[dict[str, Any]]] = {}
@@ -72,17 +74,29 @@ class Tally:
             return
         row: dict[str, Any] = {"id": document.id, "file": document.file, "line": document.line}
         if verdict.action == "drop":
-            row["text"] = document.text[:EXCERPT_CHARS]
+            row["text"] = self._redact(document.text[:_LOOKED_AT_CHARS])[:EXCERPT_CHARS]
         else:
             span = next(span for span in verdict.spans if span.reason == reason)
-            before = document.text[max(0, span.begin - _CONTEXT_CHARS) : span.begin]
-            after = document.text[span.end : span.end + _CONTEXT_CHARS]
-            # Personal data must not come back in the report: a replaced span is shown as its replacement only.
-            cut = "" if span.replacement else document.text[span.begin : span.end][:EXCERPT_CHARS]
-            row |= {"before": before, "cut": cut, "replacement": span.replacement, "after": after}
+            # Personal data must not come back in the report: replaced spans are shown as their replacements only.
+            before = self._context(document.text, verdict.spans, max(0, span.begin - _LOOKED_AT_CHARS), span.begin)
+            after = self._context(document.text, verdict.spans, span.end, span.end + _LOOKED_AT_CHARS)
+            cut = "" if span.replacement else self._redact(document.text[span.begin : span.end][:_LOOKED_AT_CHARS])
+            row |= {
+                "before": before[-_CONTEXT_CHARS:], "cut": cut[:EXCERPT_CHARS], "replacement": span.replacement,
+                "after": after[:_CONTEXT_CHARS],
+            }  # fmt: skip
         if verdict.note:
             row["note"] = verdict.note
         held.append(row)
+
+    def _context(self, text: str, spans: Sequence[Span], begin: int, end: int) -> str:
+        """The text from `begin` to `end` with what was replaced in it replaced."""
+        inside = [
+            Span(max(span.begin, begin) - begin, min(span.end, end) - begin, span.reason, span.replacement)
+            for span in spans
+            if span.replacement and span.begin < end and span.end > begin
+        ]
+        return self._redact(apply_spans(text[begin:end], inside))
 
     def note_metrics(self, metrics: dict[str, np.ndarray]) -> None:
         """Add one number a document to the histogram of each metric; what lies outside goes into the last bin."""

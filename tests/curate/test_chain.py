@@ -16,7 +16,7 @@ import pytest
 
 from megallm.base.errors import DataError, UsageError
 from megallm.curate import run
-from megallm.curate.config import CurateConfig, ExactConfig, InputConfig, PiiConfig, QualityConfig
+from megallm.curate.config import CurateConfig, ExactConfig, InputConfig, PiiConfig, QualityConfig, ToxicityConfig
 
 WORDS = [
     "the",
@@ -259,3 +259,14 @@ def test_configuration_problems_come_together(tmp_path: Path) -> None:
     text = str(caught.value)
     for words in ("'nearly' is not a step", "named twice", "classifier.model", "perplexity.model", "input.files"):
         assert words in text
+
+
+def test_other_models_lists_and_sets_are_another_run(tmp_path: Path) -> None:
+    raw, words = corpus(tmp_path), tmp_path / "words.txt"
+    words.write_text("xyzzy\n")
+    config = config_of(raw, steps=("toxicity",), toxicity=ToxicityConfig(words=str(words), score=False))
+    first = run.run(config, tmp_path / "out")
+    assert run.run(config, tmp_path / "out") == first
+    words.write_text("harbour\n")
+    with pytest.raises(UsageError, match="another configuration or input"):
+        run.run(config, tmp_path / "out")

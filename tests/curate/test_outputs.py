@@ -98,3 +98,20 @@ def test_the_other_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "c.yaml").write_text(configs.to_yaml(config), "utf-8")
     assert cli("curate", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "out"), *overrides) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == 40
+
+
+def test_no_personal_data_comes_back_in_the_report(tmp_path: Path) -> None:
+    """Neither in a dropped document's excerpt nor beside another replaced span nor cut at an excerpt's edge."""
+    names = ["anna.lind@mail.org", "bob.berg@mail.org", "cleo.dahl@mail.org"]
+    rows: list[object] = [{"text": f"short {names[0]}"}]
+    rows.append({"text": f"{prose(2)}\n{names[1]}, {'x' * 60} {names[2]} and {names[0]}.\nSign in to go on"})
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_jsonl(raw / "a.jsonl", rows)
+    for steps in (("quality", "pii"), ("pii", "quality")):
+        run.run(config_of(raw, steps=steps), tmp_path / steps[0])
+        page = (tmp_path / steps[0] / run.REPORT).read_text("utf-8")
+        assert "quality / too_few_words" in page and "pii / email" in page and "@example.com" in page
+        assert not any(part in page for name in names for part in (name, name.split("@")[0]))
+    run.run(config_of(raw, steps=("quality",)), tmp_path / "control")
+    assert names[0] in (tmp_path / "control" / run.REPORT).read_text("utf-8")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import os
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow
 import pytest
 import zstandard
+from pyarrow import parquet
 
 from megallm.base.errors import DataError
 from megallm.curate import optional, readers, run
 from megallm.curate.config import CurateConfig, InputConfig
 from megallm.curate.document import Document
 
-from .test_chain import kept, ledger, prose
+from .test_chain import config_of, kept, ledger, prose
 
 
 def read(*names: Path, **changes: object) -> list[Document | readers.Reject]:
@@ -183,3 +188,33 @@ def test_rejects_stay_out_of_memory_of_the_result(tmp_path: Path) -> None:
         "lines_rejected": 50, "documents": 1, "characters": len(prose(1)), "kept": 1, "characters_kept": len(prose(1)),
     }  # fmt: skip
     assert [row["line"] for row in ledger(tmp_path / "out")] == list(range(1, 52))
+
+
+def test_what_utf8_cannot_hold_in_names_and_keys_ends_nothing(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = [json.dumps({"text": prose(1), "url": "\ud800"}), '{"\\ud800": 1}']
+    (raw / os.fsdecode(b"a\xff.jsonl")).write_text("\n".join(rows) + "\n")
+    run.run(config_of(raw, steps=("exact",)), tmp_path / "out")
+    (document, reject), (row,) = ledger(tmp_path / "out"), kept(tmp_path / "out")
+    assert document["file"] == reject["file"] == os.fsdecode(os.fsencode(raw) + b"/a\xff.jsonl")
+    assert row["url"] == "\ud800" and "\ud800" in str(reject["reason"])
+
+
+def test_kept_values_are_strict_json_or_a_reject(tmp_path: Path) -> None:
+    table = {
+        "text": [prose(1), prose(2), prose(3)],
+        "when": [datetime.datetime(2020, 1, 2), None, None],
+        "price": [Decimal("1.50"), None, None],
+        "share": [float("nan"), 0.5, 0.1],
+        "raw": [None, None, b"\xff"],
+    }
+    parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    first, second, third = read(tmp_path / "a.parquet", keep_keys=("when", "price", "share", "raw"))
+    assert isinstance(first, Document) and isinstance(second, Document) and isinstance(third, readers.Reject)
+    assert first.meta == {"when": "2020-01-02T00:00:00", "price": "1.50", "share": None, "raw": None}
+    assert second.meta["share"] == 0.5
+    assert (third.line, third.reason) == (3, "the value of 'raw' is of the type bytes, which JSON cannot hold")
+    (tmp_path / "deep.jsonl").write_text('{"text": "x", "url": %s%s}' % ("[" * 900, "]" * 900))
+    (deep,) = read(tmp_path / "deep.jsonl", keep_keys=("url",))
+    assert line_of(deep) == (1, "the value of 'url' is nested more than 100 levels deep")

@@ -396,6 +396,10 @@ def test_contamination_report(tmp_path: Path) -> None:
     assert (report["texts"], report["contaminated"], len(report["too_short"])) == (4, 1, 2)
     assert report["found"] == [{"text": f"{tmp_path}/set.jsonl:1:q", "documents": 1, "examples": ["d"]}]
     assert step.names[1].endswith("set.jsonl:3:q")
+    many = [prose(600 + k, 30) for k in range(12)]  # one page that holds a whole set
+    verdict = contaminated_by(tmp_path, [{"q": one} for one in many], "\n".join(many))[0]
+    assert len(verdict.note["items"]) == 12
+    (tmp_path / "set.jsonl").unlink()
     for text, words in (("{", r":1: .* not JSON"), ('{"q": "a b"}', "8 words"), ("[]", "must be a JSON object")):
         (tmp_path / "set.jsonl").write_text(text + "\n")
         with pytest.raises(DataError, match=words):
