@@ -215,6 +215,6 @@ def test_kept_values_are_strict_json_or_a_reject(tmp_path: Path) -> None:
     assert first.meta == {"when": "2020-01-02T00:00:00", "price": "1.50", "share": None, "raw": None}
     assert second.meta["share"] == 0.5
     assert (third.line, third.reason) == (3, "the value of 'raw' is of the type bytes, which JSON cannot hold")
-    (tmp_path / "deep.jsonl").write_text('{"text": "x", "url": %s%s}' % ("[" * 900, "]" * 900))
+    (tmp_path / "deep.jsonl").write_text(f'{{"text": "x", "url": {"[" * 900}{"]" * 900}}}')
     (deep,) = read(tmp_path / "deep.jsonl", keep_keys=("url",))
     assert line_of(deep) == (1, "the value of 'url' is nested more than 100 levels deep")
