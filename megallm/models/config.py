@@ -13,18 +13,8 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.models.presets import FAMILIES, PRESETS
-from megallm.models.sections import MlaConfig, MoeConfig, MtpConfig
-
-
-@dataclass(frozen=True)
-class RopeStretch:
-    """How a rotary embedding was stretched to a longer context; linear uses `factor` only."""
-
-    kind: str  # linear | llama3
-    factor: float
-    low_factor: float | None
-    high_factor: float | None
-    positions: int | None
+from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
+from megallm.models.stretch import ROPE_SCALINGS, RopeStretch, check_rope
 
 
 @dataclass(frozen=True)
@@ -56,15 +46,24 @@ class ModelConfig:
     num_labels: int | None = None  # classes of the classification head
     pooler: bool | None = None  # a tanh layer before the classification or value head
     rope_theta: float | None = None
-    rope_scaling: str | None = None  # linear | llama3: stretches rotary positions by rope_factor
+    rope_scaling: str | None = None  # linear | ntk | dynamic | llama3 | yarn: stretches positions by rope_factor
     rope_factor: float | None = None
     rope_low_factor: float | None = None  # llama3: waves longer than rope_positions / this are stretched in full
     rope_high_factor: float | None = None  # llama3: waves shorter than rope_positions / this are left alone
-    rope_positions: int | None = None  # llama3: positions that the model knew before it was stretched
+    rope_positions: int | None = None  # dynamic, llama3, yarn: positions that the model knew before it was stretched
+    rope_beta_fast: float | None = None  # yarn: waves that turn this often in rope_positions are left alone; null: 32
+    rope_beta_slow: float | None = None  # yarn: waves that turn this often are stretched in full; null: 1
+    rope_attention_factor: float | None = None  # yarn: size of cosines and sines; null: from factor and mscales
+    rope_mscale: float | None = None  # yarn: numerator of that size, with rope_mscale_all_dim
+    rope_mscale_all_dim: float | None = None  # yarn: its denominator; its square also scales latent attention
+    rope_truncate: bool | None = None  # yarn: the ramp begins and ends at whole features; null: true
     qkv_bias: bool | None = None
     bias: bool | None = None  # o, up, down; and qkv unless qkv_bias says otherwise
     qk_norm: bool | None = None
     sliding_window: int | None = None
+    attention_sinks: bool | None = (
+        None  # a learned score for each head, which takes weight and gives no value (gpt-oss)
+    )
     init_std: float | None = None
     moe: MoeConfig = field(default_factory=MoeConfig)
     mla: MlaConfig = field(default_factory=MlaConfig)
@@ -106,11 +105,12 @@ class ModelConfig:
     @property
     def rope_stretch(self) -> RopeStretch | None:
         """None for the plain rotary embedding."""
-        if self.rope_scaling is None:
-            return None
-        return RopeStretch(
-            self.rope_scaling, self.rope_factor, self.rope_low_factor, self.rope_high_factor, self.rope_positions
-        )
+        return RopeStretch.of(vars(self))
+
+    @property
+    def rope_size(self) -> int:
+        """Features of a head that are rotated."""
+        return self.mla.rope_head_size if self.mla.on else self.head_size
 
     @property
     def gated(self) -> bool:
@@ -118,17 +118,52 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Parameters of the resolved model; tied embeddings count once. Equals the built model's count."""
-        d, e = self.hidden_size, self.head_size
         norm = self._norm_params
-        q, kv = self.num_heads * e, 2 * self.num_kv_heads * e
-        attention = d * (q + kv) + q * d
-        attention += (q + kv) * self.qkv_bias + d * self.bias + 2 * e * self.qk_norm
-        mlp = (3 if self.gated else 2) * d * self.ffn_hidden_size
-        mlp += self.bias * (d + (2 if self.gated else 1) * self.ffn_hidden_size)
-        total = self.num_layers * (2 * norm + attention + mlp)
+        total = (self.num_layers + self.mtp.depth) * (2 * norm + self._attention_params + self._mlp_params)
         total += norm * (self.norm_place == "pre") + norm * self.embedding_norm
         rows = self.vocab_size + self.token_types + (self.max_positions if self.positions == "learned" else 0)
-        return total + rows * d + self._head_params
+        return total + rows * self.hidden_size + self._head_params + self._mtp_params
+
+    @property
+    def _attention_params(self) -> int:
+        q, kv = self.num_heads * self.head_size, 2 * self.num_kv_heads * self.head_size
+        total = self.attention_matrices + self.hidden_size * self.bias + self.num_heads * self.attention_sinks
+        if self.mla.on:
+            return total + self.mla.q_lora_dim + self.mla.kv_lora_dim  # the norms of the latents
+        return total + (q + kv) * self.qkv_bias + 2 * self.head_size * self.qk_norm
+
+    @property
+    def _mlp_params(self) -> int:
+        biases = self.hidden_size + (2 if self.gated else 1) * self.ffn_hidden_size
+        return self.mlp_matrices + self.bias * biases
+
+    @property
+    def _mtp_params(self) -> int:
+        """Beside the blocks: a norm before the head, and what joins hidden state and embedding."""
+        norms = 3 if self.mtp.joins else 1
+        return self.mtp.depth * (norms * self._norm_params + self.mtp_matrices)
+
+    @property
+    def attention_matrices(self) -> int:
+        """Weights of one layer's attention matrices."""
+        d, h, mla = self.hidden_size, self.num_heads, self.mla
+        if not mla.on:
+            return d * self.head_size * (2 * h + 2 * self.num_kv_heads)
+        q = (d + h * self.head_size) * mla.q_lora_dim if mla.q_lora_dim else d * h * self.head_size
+        kv = d * (mla.kv_lora_dim + mla.rope_head_size) + mla.kv_lora_dim * h * (
+            mla.nope_head_size + mla.value_head_size
+        )
+        return q + kv + h * mla.value_head_size * d
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Weights of one layer's feed-forward matrices."""
+        return (3 if self.gated else 2) * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def mtp_matrices(self) -> int:
+        """Weights of the matrix that joins hidden state and embedding, of one depth of multi-token prediction."""
+        return 2 * self.hidden_size**2 * self.mtp.joins
 
     @property
     def _norm_params(self) -> int:
@@ -161,14 +196,15 @@ class ModelConfig:
 
         `causal` counts the lower triangle only; without it, the full square (Megatron's convention).
         """
-        d, e = self.hidden_size, self.head_size
-        matrices = d * e * (2 * self.num_heads + 2 * self.num_kv_heads)
-        matrices += (3 if self.gated else 2) * d * self.ffn_hidden_size
+        matrices = self.attention_matrices + self.mlp_matrices
         span = min(seq_len, self.sliding_window or seq_len)
-        attention = 2 * 2 * self.num_heads * e * span * 3
+        value_size = self.mla.value_head_size if self.mla.on else self.head_size
+        attention = 2 * self.num_heads * (self.head_size + value_size) * span * 3
         if causal:
             attention = attention * (2 * seq_len - span) // (2 * seq_len)
-        return self.num_layers * (6 * matrices + attention) + 6 * self.head_matrices
+        ahead = self.mtp.depth
+        further = ahead * (self.mtp_matrices + self.head_matrices)
+        return (self.num_layers + ahead) * (6 * matrices + attention) + 6 * (self.head_matrices + further)
 
 
 def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -182,6 +218,8 @@ def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, A
 def _derive(values: dict[str, Any]) -> None:
     """Sizes that follow from others, in place."""
     heads, d = values["num_heads"], values["hidden_size"]
+    if values["mla"].on:
+        _derive_latent(values)
     values.setdefault("num_kv_heads", heads)
     if "head_size" not in values:
         if d % heads:
@@ -199,8 +237,9 @@ def _derive(values: dict[str, Any]) -> None:
     if "ffn_hidden_size" not in values:
         gated = values["activation"] == "swiglu"
         values["ffn_hidden_size"] = -(-8 * d // 3 // 64) * 64 if gated else 4 * d
-    _check_rope(values)
+    check_rope(values)
     _check_head(values)
+    _check_mtp(values)
     if values.get("qkv_bias") is None:
         values["qkv_bias"] = values["bias"]
 
@@ -221,36 +260,41 @@ def _check_head(values: dict[str, Any]) -> None:
         raise UsageError("model.sliding_window looks back only; model.causal false cannot have one: leave it out.")
 
 
-def _check_rope(values: dict[str, Any]) -> None:
-    """A stretched rotary embedding has exactly the numbers that its kind needs."""
-    kind = values.get("rope_scaling")
-    if kind is not None and kind not in ROPE_SCALINGS:
-        raise UsageError(f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or null.")
-    needed = ROPE_SCALINGS.get(kind, ())
-    for name in ROPE_SCALINGS["llama3"]:
-        given = values.get(name) is not None
-        if given != (name in needed):
-            must = "needs" if name in needed else "has no"
-            raise UsageError(f"model.rope_scaling {kind or 'null'} {must} model.{name}.")
-        if given and values[name] <= 0:
-            raise UsageError(f"model.{name} is {values[name]}; it must be greater than 0.")
-    if kind == "llama3" and values["rope_low_factor"] >= values["rope_high_factor"]:
+def _derive_latent(values: dict[str, Any]) -> None:
+    """Latent attention says what a head is; the fields of ordinary attention must not say otherwise."""
+    mla = values["mla"]
+    size = mla.nope_head_size + mla.rope_head_size
+    for name, wanted in (("head_size", size), ("num_kv_heads", values["num_heads"])):
+        if values.setdefault(name, wanted) != wanted:
+            raise UsageError(
+                f"model.{name} is {values[name]}, but latent attention (model.mla) makes it {wanted}: leave it out."
+            )
+    if mla.rope_head_size % 2:
+        raise UsageError(f"model.mla.rope_head_size {mla.rope_head_size} must be even: rotary positions turn pairs.")
+    if values["positions"] != "rope":
+        raise UsageError("Latent attention (model.mla) has its own rotary key: model.positions must be rope.")
+    for name in ("qkv_bias", "qk_norm"):
+        if values.get(name):
+            raise UsageError(f"Latent attention (model.mla) has no model.{name}: leave it out.")
+    values["qkv_bias"] = False
+
+
+def _check_mtp(values: dict[str, Any]) -> None:
+    """Multi-token prediction belongs to a causal language model with pre-norm blocks."""
+    if values["mtp"].depth and not (values["head"] == "lm" and values["causal"] and values["norm_place"] == "pre"):
         raise UsageError(
-            f"model.rope_low_factor {values['rope_low_factor']} must be less than model.rope_high_factor "
-            f"{values['rope_high_factor']}."
+            f"model.mtp.depth {values['mtp'].depth} predicts further tokens: that takes model.head lm, "
+            "model.causal true and model.norm_place pre. Or leave it at 0."
         )
 
 
 SECTIONS = {"moe": MoeConfig, "mla": MlaConfig, "mtp": MtpConfig}
-ROPE_SCALINGS = {
-    "linear": ("rope_factor",),
-    "llama3": ("rope_factor", "rope_low_factor", "rope_high_factor", "rope_positions"),
-}
 CHOICES = {
     "rope_scaling": tuple(ROPE_SCALINGS),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("swiglu", "gelu", "gelu_tanh"),
     "positions": ("rope", "learned"),
+    "mtp.kind": MTP_KINDS,
     "norm_place": ("pre", "post"),
     "head": ("lm", "mlm", "classification", "value", "none"),
 }

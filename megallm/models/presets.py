@@ -17,6 +17,7 @@ _ROPE_DECODER: dict[str, Any] = {
     "bias": False,
     "qk_norm": False,
     "sliding_window": None,
+    "attention_sinks": False,
     "tie_embeddings": False,
     "max_positions": 4096,
     "init_std": 0.02,
@@ -77,6 +78,16 @@ def _sizes(
     } | rest
 
 
+_LLAMA31: dict[str, Any] = {
+    "rope_theta": 500000.0,
+    "max_positions": 131072,
+    "rope_scaling": "llama3",
+    "rope_factor": 8.0,
+    "rope_low_factor": 1.0,
+    "rope_high_factor": 4.0,
+    "rope_positions": 8192,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": _sizes("gpt2", 12, 768, 3072, 12, 12, 50257),
     "gpt2-medium": _sizes("gpt2", 24, 1024, 4096, 16, 16, 50257),
@@ -87,6 +98,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 32000),
     "llama3-8b": _sizes("llama", 32, 4096, 14336, 32, 8, 128256, rope_theta=500000.0, max_positions=8192),
     "llama3-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 128256, rope_theta=500000.0, max_positions=8192),
+    "llama3.1-8b": _sizes("llama", 32, 4096, 14336, 32, 8, 128256, **_LLAMA31),
+    "llama3.1-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 128256, **_LLAMA31),
+    "llama3.2-1b": _sizes(
+        "llama", 16, 2048, 8192, 32, 8, 128256, tie_embeddings=True, **(_LLAMA31 | {"rope_factor": 32.0})
+    ),
     "qwen2-0.5b": _sizes("qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=131072),
     "qwen2-7b": _sizes("qwen2", 28, 3584, 18944, 28, 4, 152064, max_positions=131072),
     "qwen2.5-0.5b": _sizes("qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=32768),

@@ -43,11 +43,12 @@ def plan_stages(num_layers: int, num_stages: int, layout: str | None = None, los
 
 
 def head_work(config: ModelConfig) -> float:
-    """Matrix-multiply FLOPs of the head over those of one layer; the embedding is a look-up and counts 0."""
-    d, e = config.hidden_size, config.head_size
-    attention = d * e * (2 * config.num_heads + 2 * config.num_kv_heads)
-    mlp = (3 if config.gated else 2) * d * config.ffn_hidden_size
-    return config.head_matrices / (attention + mlp)
+    """Matrix-multiply FLOPs of the head, and of what predicts further tokens, over those of one layer.
+
+    The embedding is a look-up and counts 0.
+    """
+    layer, ahead = config.attention_matrices + config.mlp_matrices, config.mtp.depth
+    return ((1 + ahead) * config.head_matrices + ahead * config.mtp_matrices) / layer + ahead
 
 
 def _balanced(num_layers: int, num_stages: int, loss_work: float) -> list[int]:

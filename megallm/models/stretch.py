@@ -1,0 +1,75 @@
+"""Which numbers each way of stretching rotary positions needs, and their check. No torch; the maths is `ops.rope`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megallm.base.errors import UsageError
+
+# Kind -> the fields that it needs, and those that it may have.
+ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("rope_factor",),
+    "ntk": ("rope_factor",),
+    "dynamic": ("rope_factor", "rope_positions"),
+    "llama3": ("rope_factor", "rope_low_factor", "rope_high_factor", "rope_positions"),
+    "yarn": ("rope_factor", "rope_positions"),
+}
+ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "yarn": (
+        "rope_beta_fast", "rope_beta_slow", "rope_attention_factor", "rope_mscale", "rope_mscale_all_dim",
+        "rope_truncate",
+    ),
+}  # fmt: skip
+ROPE_NUMBERS = tuple(
+    dict.fromkeys(name for table in (ROPE_SCALINGS, ROPE_OPTIONS) for names in table.values() for name in names)
+)
+
+
+@dataclass(frozen=True)
+class RopeStretch:
+    """How a rotary embedding was stretched to a longer context, as `ops.rope.Stretch` reads it."""
+
+    kind: str
+    factor: float
+    low_factor: float | None = None
+    high_factor: float | None = None
+    positions: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> RopeStretch | None:
+        """From the fields of a resolved model; None for the plain rotary embedding."""
+        if values["rope_scaling"] is None:
+            return None
+        given = {name: values[name] for name in ROPE_NUMBERS if values[name] is not None}
+        return RopeStretch(
+            values["rope_scaling"], **{name.removeprefix("rope_"): value for name, value in given.items()}
+        )
+
+
+def check_rope(values: Mapping[str, Any]) -> None:
+    """A stretched rotary embedding has exactly the numbers that its kind reads; raises UsageError."""
+    kind = values.get("rope_scaling")
+    if kind is not None and kind not in ROPE_SCALINGS:
+        raise UsageError(f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or null.")
+    needed, allowed = ROPE_SCALINGS.get(kind, ()), ROPE_OPTIONS.get(kind, ())
+    for name in ROPE_NUMBERS:
+        given = values.get(name) is not None
+        if name not in allowed and given != (name in needed):
+            must = "needs" if name in needed else "has no"
+            raise UsageError(f"model.rope_scaling {kind or 'null'} {must} model.{name}.")
+        if given and name != "rope_truncate" and values[name] <= 0:
+            raise UsageError(f"model.{name} is {values[name]}; it must be greater than 0.")
+    for low, high in (("rope_low_factor", "rope_high_factor"), ("rope_beta_slow", "rope_beta_fast")):
+        given = [values.get(name) for name in (low, high)]
+        if None not in given and given[0] >= given[1]:
+            raise UsageError(f"model.{low} {given[0]} must be less than model.{high} {given[1]}.")
+    if kind == "ntk" and values["rope_factor"] < 1:
+        raise UsageError(f"model.rope_factor is {values['rope_factor']}; model.rope_scaling ntk needs at least 1.")
