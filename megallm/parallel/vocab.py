@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megallm.ops.precision import wide
+from megallm.ops.cross_entropy import (
+    Statistics,
+    chunk_tokens,
+    linear_gradients,
+    linear_statistics,
+    logit_gradient,
+    statistics,
+)
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard, piece
@@ -40,23 +47,48 @@ class _LabelLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, begin: int, axis: Axis) -> Tensor:
-        # A wide `top` makes the difference wide in one pass over narrow logits; no wide copy of them is made.
-        top = comm.all_reduce_(wide(logits.amax(-1)), axis, "vocab.max", dist.ReduceOp.MAX)
-        total = comm.all_reduce_((logits - top[..., None]).exp_().sum(-1), axis, "vocab.sum")
-        lse = top + total.log()
-        here = (labels >= begin) & (labels < begin + logits.shape[-1])
-        local = torch.where(here, labels - begin, 0)
-        label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
-        label = comm.all_reduce_(label, axis, "vocab.label")
-        ctx.save_for_backward(logits, lse, local, here)
+        lse, label = _merge(statistics(logits, labels, begin), axis)
+        ctx.save_for_backward(logits, lse, labels)
+        ctx.begin = begin
         return label - lse
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        logits, lse, local, here = ctx.saved_tensors
-        result = (logits - lse[..., None]).exp_().mul_(-grad[..., None])
-        result.scatter_add_(-1, local[..., None], (grad * here)[..., None])
-        return result.to(logits.dtype), None, None, None
+        logits, lse, labels = ctx.saved_tensors
+        return logit_gradient(logits, lse, labels, ctx.begin, grad), None, None, None
+
+
+class _FusedLogProb(torch.autograd.Function):
+    """The same from hidden states, a chunk of tokens at a time: no logits are kept.
+
+    The gradients of weight and bias are complete at the end of `backward` even where weight gradients are put off: to
+    put them off, the logits would have to be made a third time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int, axis: Axis
+    ) -> Tensor:
+        flat, marks = hidden.flatten(0, -2), labels.flatten()
+        lse, label = _merge(linear_statistics(flat, weight, bias, marks, begin), axis)
+        ctx.save_for_backward(hidden, lse, labels)
+        ctx.weight, ctx.bias, ctx.begin = weight, bias, begin  # parameters: not to be copied or moved by hooks
+        return (label - lse).view_as(labels)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        hidden, lse, labels = ctx.saved_tensors
+        found = linear_gradients(
+            hidden.flatten(0, -2), ctx.weight, ctx.bias, labels.flatten(), ctx.begin, lse, grad.flatten()
+        )
+        return found.hidden.view_as(hidden), found.weight, found.bias, None, None, None
+
+
+def _merge(local: Statistics, axis: Axis) -> tuple[Tensor, Tensor]:
+    """(log of the sum of exponentials, the label's logit) over all pieces of the vocabulary; three all-reduces."""
+    top = comm.all_reduce_(local.top.clone(), axis, "vocab.max", dist.ReduceOp.MAX)
+    total = comm.all_reduce_(local.total * (local.top - top).exp(), axis, "vocab.sum")
+    return top + total.log(), comm.all_reduce_(local.label, axis, "vocab.label")
 
 
 def label_log_prob(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> Tensor:
@@ -66,6 +98,28 @@ def label_log_prob(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> Te
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
     return _LabelLogProb.apply(logits, labels, begin, mesh.tp)
+
+
+def fused_log_prob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mesh: Mesh, vocab: int
+) -> Tensor:
+    """`label_log_prob` of `hidden W^T + b` for hidden states `[B, T, D]`, W `[V/tp, D]`: the logits never exist.
+
+    Collective over tp, as `label_log_prob`. The gradient of the hidden states is this rank's share, still to be
+    summed over tp (`tensor.enter` does it).
+    """
+    begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
+    return _FusedLogProb.apply(hidden, weight, bias, labels, begin, mesh.tp)
+
+
+FUSED = ("auto", "on", "off")
+
+
+def fuses(choice: str, tokens: int, weight: Tensor) -> bool:
+    """Whether to fuse: `auto` does when the logits of `tokens` tokens would fill more than one chunk."""
+    if choice == "auto":
+        return tokens > chunk_tokens(weight.shape[0], weight.dtype)
+    return choice == "on"
 
 
 def gather_logits(logits: Tensor, mesh: Mesh, vocab: int) -> Tensor:

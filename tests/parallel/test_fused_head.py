@@ -1,0 +1,133 @@
+"""The fused head: per-token log-probabilities from hidden states, against torch's logits and log-softmax."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallm.ops import cross_entropy
+from megallm.parallel.layout import Layout
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import piece
+from megallm.parallel.vocab import fused_log_prob, fuses, label_log_prob
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[2]
+VOCAB, SIZE = 11, 6
+WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
+
+
+def problem(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """hidden [2, 7, D], weight [V, D], bias [V], labels, upstream gradient [2, 7]: some of it zero, as where masked."""
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 7, SIZE, generator=draw, dtype=torch.float64) * scale
+    weight = torch.randn(VOCAB, SIZE, generator=draw, dtype=torch.float64)
+    bias = torch.randn(VOCAB, generator=draw, dtype=torch.float64)
+    labels = torch.randint(VOCAB, (2, 7), generator=draw)
+    labels[0, :2] = torch.tensor([0, VOCAB - 1])
+    grad = torch.randn(2, 7, generator=draw, dtype=torch.float64) * (torch.rand(2, 7, generator=draw) > 0.3)
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels, grad.to(WIDE[dtype])
+
+
+def expected(dtype: torch.dtype, scale: float = 1.0, with_bias: bool = True) -> tuple[Tensor, ...]:
+    """(log-probabilities, gradients of hidden, weight and bias) in float64, from the numbers as `dtype` holds them."""
+    hidden, weight, bias, labels, grad = problem(dtype, scale)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    logits = F.linear(leaves[0], leaves[1], leaves[2] if with_bias else None)
+    log_prob = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    log_prob.backward(grad.double())
+    return log_prob.detach(), *(x.grad for x in leaves)
+
+
+def fused(
+    mesh: Mesh, dtype: torch.dtype, scale: float = 1.0, with_bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same from this rank's piece of the vocabulary, two tokens at a time."""
+    cross_entropy.MIN_TOKENS, cross_entropy.CHUNK_BYTES = 2, 0
+    hidden, weight, bias, labels, grad = problem(dtype, scale)
+    begin, end = piece(VOCAB, mesh.tp.size, mesh.tp.rank)
+    hidden, weight = hidden.clone().requires_grad_(), weight[begin:end].clone().requires_grad_()
+    bias = bias[begin:end].clone().requires_grad_() if with_bias else None
+    log_prob = fused_log_prob(hidden, weight, bias, labels, mesh, VOCAB)
+    log_prob.backward(grad)
+    return log_prob.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad
+
+
+def on_ranks(dtype: torch.dtype, scale: float, with_bias: bool, broken: frozenset[str] = frozenset()) -> tuple:
+    mesh = Mesh.start(Layout(tp=torch.distributed.get_world_size()), "cpu", broken)
+    return fused(mesh, dtype, scale, with_bias)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("scale", [1.0, 200.0])  # large logits overflow an exp without the maximum
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_equal_log_softmax(size, scale, with_bias):
+    log_prob, hidden, weight, bias = expected(torch.float64, scale, with_bias)
+    ranks = run_ranks(size, on_ranks, torch.float64, scale, with_bias)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    for mine, _, _, _ in ranks:
+        torch.testing.assert_close(mine, log_prob, **close)
+    torch.testing.assert_close(sum(rank[1] for rank in ranks), hidden, **close)
+    torch.testing.assert_close(torch.cat([rank[2] for rank in ranks]), weight, **close)
+    if with_bias:
+        torch.testing.assert_close(torch.cat([rank[3] for rank in ranks]), bias, **close)
+
+
+@pytest.mark.parametrize("name", ["vocab.max", "vocab.sum", "vocab.label"])
+def test_a_reduction_left_out_is_noticed(name):
+    log_prob = expected(torch.float64, 1.0, True)[0]
+    ranks = run_ranks(2, on_ranks, torch.float64, 1.0, True, frozenset((name,)))
+    assert not all(torch.allclose(mine, log_prob, rtol=1e-9) for mine, *_ in ranks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_numbers_lose_no_more_than_their_own_rounding(dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "MIN_TOKENS", 2)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 0)
+    wanted, found = expected(dtype), fused(Mesh.single(), dtype)
+    assert found[0].dtype == torch.float32 and all(x.dtype == dtype for x in found[1:])
+    for mine, theirs in zip(found, wanted, strict=True):
+        error = (mine.double() - theirs).abs().max() / theirs.abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps, error
+
+
+def test_it_equals_the_path_through_logits_and_keeps_no_logits():
+    hidden, weight, _, labels, grad = problem(torch.float64)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        x = hidden.clone().requires_grad_()
+        log_prob = fused_log_prob(x, weight, None, labels, Mesh.single(), VOCAB)
+    assert max(kept) < 2 * 7 * VOCAB and sum(kept) == hidden.numel() + 2 * labels.numel()
+    y = hidden.clone().requires_grad_()
+    other = label_log_prob(F.linear(y, weight), labels, Mesh.single(), VOCAB)
+    log_prob.backward(grad)
+    other.backward(grad)
+    torch.testing.assert_close(log_prob, other, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-13)
+
+
+def test_auto_fuses_when_there_is_more_than_one_chunk():
+    weight = torch.empty(128_000, 8, device="meta")
+    tokens = cross_entropy.chunk_tokens(128_000, torch.float32)
+    assert tokens * 128_000 * 4 <= cross_entropy.CHUNK_BYTES < (tokens + 1) * 128_000 * 4
+    assert fuses("auto", tokens + 1, weight) and not fuses("auto", tokens, weight)
+    assert fuses("on", 1, weight) and not fuses("off", 10**9, weight)
+
+
+def test_memory_grows_eight_times_less_than_with_logits():
+    """In processes of their own, by resident memory; docs/performance.md has the figures of more tokens."""
+    sizes = ["--tokens", "1024", "--vocab", "128000", "--hidden", "16", "--ways", "torch", "fused"]
+    command = [sys.executable, "bench/head.py", *sizes, "--json"]
+    out = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                         capture_output=True, text=True, timeout=120, check=True).stdout  # fmt: skip
+    found = json.loads(out)
+    assert found["torch_mib"] >= 2 * 1024 * 128_000 * 4 / 2**20, "the control: the measurement sees logits"
+    assert found["memory_ratio"] >= 8.0, found
+    assert found["fused_loss"] == pytest.approx(found["torch_loss"], rel=1e-5)
