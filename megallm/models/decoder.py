@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
-
 from megallm.models.attention import LayerCache, Places
 from megallm.models.block import Block
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
@@ -22,22 +21,24 @@ from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import Shard, normal
-from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, sequence_partial
+from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, enter, sequence_partial
 from megallm.parallel.units import Units, run_unit
-from megallm.parallel.vocab import VocabEmbedding
+from megallm.parallel.vocab import VocabEmbedding, fused_log_prob, fuses
 
 
 @dataclass(frozen=True)
 class StageOptions:
     """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none, selective, full.
 
-    `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`).
+    `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`). `fused_head`: auto, on
+    or off, whether the head's logits exist (`parallel.vocab.fuses`).
     """
 
     sp: bool = False
     recompute: str = "none"
     cp_kind: str = "ring"
     cp_ulysses: int | None = None
+    fused_head: str = "auto"
 
 
 class TokenTable(ShardedModule):
@@ -72,6 +73,7 @@ class Stage(ShardedModule):
         self.config, self.span = config, span
         self.units: Units | None = None
         self.recompute_blocks = options.recompute == "full"
+        self.fused_head = options.fused_head
         self.context = Context(mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.tie_embeddings):
@@ -102,7 +104,7 @@ class Stage(ShardedModule):
         return None if self.head is None else self.head.bias
 
     def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
-        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types all are of type 0."""
+        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types all are 0."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(positions)
@@ -141,6 +143,11 @@ class Stage(ShardedModule):
             return self.head.logits(self.features(x))
         return local_logits(self.features(x), self.head_weight, self.mesh, self.sp, self.later, self.head_bias)
 
+    def label_log_prob(self, x: Tensor, labels: Tensor) -> Tensor:
+        """`[B, T/cp]` straight from the last block's output: a head over the vocabulary without logits."""
+        hidden = enter(self.features(x), self.mesh, self.sp, "vocab.logits")
+        return fused_log_prob(hidden, self.head_weight, self.head_bias, labels, self.mesh, self.config.vocab_size)
+
     def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """This rank's tokens of the head's per-token scalars, each `[B, T/cp]`."""
         if self.config.head not in VOCABULARY_HEADS:
@@ -162,6 +169,8 @@ class Stage(ShardedModule):
         if self.config.head == "none":
             raise UsageError("model.head is none: this model is a body alone, which computes nothing to train on.")
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
+        if self.config.head in VOCABULARY_HEADS and fuses(self.fused_head, labels.numel(), self.head_weight):
+            return {"log_prob": self.context.whole(run_unit(self.units, keys, self.label_log_prob, x, labels))}
         logits = run_unit(self.units, keys, self.logits, x)
         return {name: self.context.whole(values) for name, values in self.outputs(logits, labels).items()}
 
