@@ -104,13 +104,21 @@ class Stage(ShardedModule):
         return None if self.head is None else self.head.bias
 
     def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
-        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types all are 0."""
+        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types all are 0.
+
+        The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
+        """
+        x = run_unit(self.units, ("embedding",), self.look_up, tokens, positions, token_types)
+        return x if self.embedding_norm is None else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
+
+    def look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        """The sum of the embedding's rows and of the learned positions and types that there are."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.token_types is not None:
             x = x + self.token_types(torch.zeros_like(tokens) if token_types is None else token_types)
-        return x if self.embedding_norm is None else self.embedding_norm(x)
+        return x
 
     def blocks(
         self, x: Tensor, positions: Tensor, sight: Sight | None = None, caches: list[LayerCache] | None = None
@@ -162,7 +170,7 @@ class Stage(ShardedModule):
         positions, token_types, labels = (self._local(batch, name) for name in ("positions", "token_types", "labels"))
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
-            x = run_unit(self.units, ("embedding",), self.embed, tokens, positions, token_types)
+            x = self.embed(tokens, positions, token_types)
         x = self.blocks(x, positions, self.context.sight(batch, self.config.sliding_window, self.config.causal))
         if not self.span.last:
             return x

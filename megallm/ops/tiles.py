@@ -20,9 +20,9 @@ SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
 
 @dataclass(frozen=True)
 class Sight:
-    """What a query at token t of a row may see: keys `t - window < j <= t` of its own document, all of it if not causal.
+    """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
 
-    Padding is a document of its own, which no other token sees.
+    When not causal it sees its document whole. Padding is a document of its own, which no other token sees.
     `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row without packing is `(0, T)`.
     """
 

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from megallm.base.errors import Hang, InternalError, PeerLost
 from megallm.engine.config import EngineConfig, PipelineOptions
-from megallm.engine.engine import Engine
+from megallm.engine.engine import Engine, Loss
 from megallm.engine.state import Piece
-from megallm.losses.language import NextToken
+from megallm.losses.language import MaskedDiffusion, NextToken
+from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.models.build import initial_values
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.pool import Pool
-from megallm.oracle.reference import Adam, Trainer
+from megallm.oracle.reference import Adam, Trainer, masked_loss
+from megallm.oracle.reference_encoder import CLIP, loss_named
 from megallm.oracle.table import Row
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
@@ -29,6 +31,15 @@ TOLERANCE = 1e-9
 FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: below this share of the norm, nothing counts
 RATES = (0.02, 0.01, 0.03)  # learning rates of successive steps, repeated
 ROW_SECONDS = 120.0
+
+LOSSES: dict[str, Loss] = {
+    "next_token": NextToken(),
+    "cross_entropy": NextToken(),
+    "diffusion": MaskedDiffusion(),
+    "regression": Regression(),
+    "critic": Value(CLIP),
+    "reward": PairwiseReward(),
+}
 
 Pieces = list[tuple[str, Box, Tensor]]  # logical name, and a box of it that one rank holds
 
@@ -106,8 +117,9 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
     )
     engine = Engine.build(config, mesh)
     record = RankRecord(dict(engine.parameters.shards), _copies(engine.masters()))
+    loss = LOSSES[row.loss_name]
     for step in range(row.steps):
-        stats = engine.train_step(micro_batches(row, step, mesh.data.rank), NextToken(), RATES[step % len(RATES)])
+        stats = engine.train_step(micro_batches(row, step, mesh.data.rank), loss, RATES[step % len(RATES)])
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
         grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
         record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
@@ -146,9 +158,9 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         torch.equal(mine, theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
     optim = optim_config(row)
-    trainer = Trainer(
-        dataclasses.asdict(row.config), Adam(optim.betas, optim.eps, optim.weight_decay, optim.clip), logical
-    )
+    adam = Adam(optim.betas, optim.eps, optim.weight_decay, optim.clip)
+    loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
+    trainer = Trainer(dataclasses.asdict(row.config), adam, logical, loss_of)
     verdict.loss = verdict.grad_norm = 0.0
     norm = 0.0
     for step in range(row.steps):

@@ -31,7 +31,28 @@ def global_batch(row: Row, step: int) -> Batch:
         starts[:, 0] = True
         begin = torch.where(starts, places, 0).cummax(1).values
         batch |= {"documents": starts.cumsum(1), "positions": places - begin}
-    return batch
+    return batch | _extras(row, batch, draw)
+
+
+def _extras(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
+    """What encoders and other heads read besides: types of tokens, classes as labels, targets, weights, even masks."""
+    shape, extras = batch["tokens"].shape, {}
+    if row.config.token_types:
+        extras["token_types"] = torch.randint(row.config.token_types, shape, generator=draw)
+    if row.config.head == "classification":
+        extras["labels"] = torch.randint(row.config.num_labels, shape, generator=draw)
+    if row.config.head == "value":
+        extras["targets"], extras["old_values"] = torch.randn(2, *shape, generator=draw, dtype=torch.float64)
+    if row.loss_name == "diffusion":
+        hidden = torch.rand(shape, generator=draw) < 0.6
+        extras["weight"] = torch.rand(shape, generator=draw, dtype=torch.float64).add(0.1).reciprocal() * hidden
+    if row.loss_name == "reward":
+        mask = batch["mask"].clone().view(-1, row.micro_batch * row.seq_len)
+        for micro in mask:
+            if micro.sum() % 2:
+                micro[(~micro).nonzero()[0]] = True
+        extras["mask"] = mask.view(shape)
+    return extras
 
 
 def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ docs/architecture.md; the configuration is a plain mapping with the fields of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +26,14 @@ def forward(
         x = x + weights["positions.weight"][positions]
     for layer in range(config["num_layers"]):
         at = f"layers.{layer}."
-        y = _norm(config, weights, at + "attention_norm", x)
-        x = x + _attention(config, weights, at + "attention.", y, positions, documents)
-        x = x + _mlp(config, weights, at + "mlp.", _norm(config, weights, at + "mlp_norm", x))
+        y = norm(config, weights, at + "attention_norm", x)
+        x = x + attention(config, weights, at + "attention.", y, positions, documents)
+        x = x + mlp(config, weights, at + "mlp.", norm(config, weights, at + "mlp_norm", x))
     head = "embedding.weight" if config["tie_embeddings"] else "head.weight"
-    return _norm(config, weights, "final_norm", x) @ weights[head].T
+    return norm(config, weights, "final_norm", x) @ weights[head].T
 
 
-def _norm(config: Mapping[str, Any], weights: Weights, name: str, x: Tensor) -> Tensor:
+def norm(config: Mapping[str, Any], weights: Weights, name: str, x: Tensor) -> Tensor:
     if config["norm"] == "layernorm":
         centred = x - x.mean(-1, keepdim=True)
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + config["norm_eps"])
@@ -45,7 +45,7 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def _linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> Tensor:
+def linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> Tensor:
     """x @ W.T + b; `part` picks one of a stacked weight (K or V, gate or up)."""
     weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
     if part is not None:
@@ -65,14 +65,14 @@ def _rotate(x: Tensor, positions: Tensor, config: Mapping[str, Any]) -> Tensor:
     return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), dim=-1)
 
 
-def _attention(
+def attention(
     config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
 ) -> Tensor:
     batch, length, _ = x.shape
     size, heads, kv_heads = config["head_size"], config["num_heads"], config["num_kv_heads"]
-    q = _linear(weights, at + "q", x).view(batch, length, heads, size)
-    k = _linear(weights, at + "kv", x, 0).view(batch, length, kv_heads, size)
-    v = _linear(weights, at + "kv", x, 1).view(batch, length, kv_heads, size)
+    q = linear(weights, at + "q", x).view(batch, length, heads, size)
+    k = linear(weights, at + "kv", x, 0).view(batch, length, kv_heads, size)
+    v = linear(weights, at + "kv", x, 1).view(batch, length, kv_heads, size)
     if config["qk_norm"]:
         q = _rms(q, weights[at + "q_norm.weight"], config["norm_eps"])
         k = _rms(k, weights[at + "k_norm.weight"], config["norm_eps"])
@@ -82,10 +82,11 @@ def _attention(
     scores = torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     visible = (j <= i) & (j > i - (config["sliding_window"] or length))
+    visible = visible | (not config["causal"])
     if documents is not None:
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
     mixed = torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
-    return _linear(weights, at + "o", mixed.reshape(batch, length, heads * size))
+    return linear(weights, at + "o", mixed.reshape(batch, length, heads * size))
 
 
 def _slower(speed: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -102,13 +103,13 @@ def _slower(speed: Tensor, config: Mapping[str, Any]) -> Tensor:
     return (1 - smooth) * speed / factor + smooth * speed
 
 
-def _mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tensor:
+def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tensor:
     if config["activation"] == "swiglu":
-        hidden = F.silu(_linear(weights, at + "gate_up", x, 0)) * _linear(weights, at + "gate_up", x, 1)
+        hidden = F.silu(linear(weights, at + "gate_up", x, 0)) * linear(weights, at + "gate_up", x, 1)
     else:
         approximate = "tanh" if config["activation"] == "gelu_tanh" else "none"
-        hidden = F.gelu(_linear(weights, at + "up", x), approximate=approximate)
-    return _linear(weights, at + "down", hidden)
+        hidden = F.gelu(linear(weights, at + "up", x), approximate=approximate)
+    return linear(weights, at + "down", hidden)
 
 
 def masked_loss(config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
@@ -141,13 +142,14 @@ class Trainer:
     config: Mapping[str, Any]
     adam: Adam
     weights: dict[str, Tensor]
+    loss: Callable[[Mapping[str, Any], Weights, Mapping[str, Tensor]], Tensor] = masked_loss
     count: int = 0
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
 
     def step(self, batch: Mapping[str, Tensor], lr: float) -> tuple[float, dict[str, Tensor], float]:
         leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items()}
-        loss = masked_loss(self.config, leaves, batch)
+        loss = self.loss(self.config, leaves, batch)
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norm = float(torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt())
         scale = min(1.0, self.adam.clip / (norm + 1e-6)) if self.adam.clip > 0 else 1.0

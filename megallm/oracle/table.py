@@ -22,6 +22,12 @@ MASKS = {
     "one": "one single token of the global batch counts",
 }
 RECOMPUTE = ("none", "selective", "full")
+LOSSES = {
+    "lm": ("next_token",),
+    "mlm": ("cross_entropy", "diffusion"),
+    "classification": ("cross_entropy",),
+    "value": ("regression", "critic", "reward"),
+}  # by head
 
 # Sizes are small and mutually prime where they can be: a transposed or mixed-up dim then changes a shape.
 TINY: dict[str, Any] = {
@@ -47,6 +53,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2"},
     "qwen3": {"family": "qwen3", "tie_embeddings": True},
     "mistral": {"family": "mistral", "sliding_window": 3},
+    "bert": {"family": "bert", "num_kv_heads": 4},
+    "bert-untied": {"family": "bert", "tie_embeddings": False, "activation": "gelu_tanh"},
+    "bert-classes": {"family": "bert", "head": "classification", "num_labels": 3, "pooler": True},
+    "bert-value": {"family": "bert", "num_kv_heads": 1, "head": "value", "pooler": True},
+    "diffusion": {"causal": False, "head": "mlm", "tie_embeddings": True},
+    "reward": {"head": "value", "qk_norm": True},
     "biased": {"bias": True, "qk_norm": True, "norm": "layernorm"},
 }
 
@@ -77,6 +89,7 @@ class Row:
     micro_batch: int = 2
     seq_len: int = 8
     mask: str = "uneven"
+    loss: str | None = None  # one of LOSSES of the model's head; None: the first
     clip: float = 0.05  # far below the norms of these models, so that it acts
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model, beyond `model`
     steps: int = 3
@@ -85,6 +98,10 @@ class Row:
     @property
     def config(self) -> ModelConfig:
         return ModelConfig(**(TINY | MODELS[self.model] | dict(self.overrides))).resolve()
+
+    @property
+    def loss_name(self) -> str:
+        return self.loss or LOSSES[self.config.head][0]
 
     @property
     def layout_text(self) -> str:
@@ -184,6 +201,34 @@ ROWS: tuple[Row, ...] = (
     _row("cp2-tp2-pp2-sp-ring-gpt2", "cp=2,tp=2,pp=2,sp=1", "gpt2", micros=2, recompute="full"),
     _row("zb-h1-cp2", "pp=2,cp=2,schedule=zb-h1", micros=3),
     _row("zero3-dp2-cp2-recompute", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full"),
+    _row("encoder", model="bert"),
+    _row("encoder-packed", model="bert", packed=True, micro_batch=1, micros=2),
+    _row("encoder-dp2-masked-rank", "dp=2", "bert", micros=2, mask="rank"),
+    _row("encoder-tp2", "tp=2", "bert"),
+    _row("encoder-tp2-sp", "tp=2,sp=1", "bert-untied"),
+    _row("encoder-pp2", "pp=2", "bert", micros=3),
+    _row("encoder-pp2-tp2-sp", "pp=2,tp=2,sp=1", "bert", micros=2, recompute="selective"),
+    _row("encoder-interleaved", "pp=2,schedule=interleaved", "bert", micros=4, overrides={"num_layers": 4}),
+    _row("encoder-zb-h1", "pp=2,schedule=zb-h1", "bert-untied", micros=3),
+    _row("encoder-zb-v-tp2", "pp=2,tp=2,schedule=zb-v", "bert", micros=3, overrides={"num_layers": 4}),
+    _row("encoder-cp2-ring", "cp=2", "bert"),
+    _row("encoder-cp2-ring-packed", "cp=2", "bert", packed=True, micro_batch=1, seq_len=16),
+    _row("encoder-cp2-ulysses", "cp=2,cp_kind=ulysses", "bert-untied"),
+    _row("encoder-cp2-allgather-packed", "cp=2,cp_kind=allgather", "bert", packed=True, micro_batch=1, seq_len=16),
+    _row("encoder-cp4-hybrid-tp2-sp", "cp=4,tp=2,sp=1,cp_kind=hybrid", "bert", seq_len=16),
+    _row("encoder-zero3-dp2-recompute", "dp=2,zero=3", "bert", micros=2, recompute="full"),
+    _row("encoder-zero2-dp2-cp2-pp2", "dp=2,cp=2,pp=2,zero=2", "bert", micros=2, mask="one"),
+    _row("diffusion-dp2-cp2", "dp=2,cp=2", "diffusion", loss="diffusion", packed=True, micro_batch=1, seq_len=16),
+    _row("classes-tp4", "tp=4", "bert-classes"),  # fewer classes than ranks
+    _row("classes-tp2-sp-pp2", "tp=2,pp=2,sp=1", "bert-classes", micros=2),
+    _row("classes-cp2-dp2", "cp=2,dp=2", "bert-classes", micros=2, mask="one"),
+    _row("regression-tp2-sp", "tp=2,sp=1", "bert-value", mask="full"),
+    _row("regression-dp2-masked-rank-zero3", "dp=2,zero=3", "reward", loss="regression", mask="rank", micros=2),
+    _row("critic-tp2-sp-cp2", "tp=2,sp=1,cp=2", "reward", loss="critic"),
+    _row("critic-pp2-zb-h1", "pp=2,schedule=zb-h1", "reward", loss="critic", micros=3),
+    _row("reward-tp2-sp-dp2", "tp=2,sp=1,dp=2", "reward", loss="reward", micros=2),
+    _row("reward-cp2-dp2-packed", "cp=2,dp=2", "reward", loss="reward", packed=True, micro_batch=1, seq_len=16),
+    _row("reward-pp2-dp2-masked-micro", "pp=2,dp=2", "reward", loss="reward", micros=3, mask="micro"),
     _row("dp2-tp2", "dp=2,tp=2"),
     _row("dp2-tp2-sp-one-token", "dp=2,tp=2,sp=1", mask="one", model="one-kv"),
     _row("dp2-pp2-tied", "dp=2,pp=2", model="tied", micros=2),
@@ -242,6 +287,7 @@ CONTROLS: dict[str, str] = {
     "vocab.max": "tp2",
     "vocab.sum": "tp2",
     "vocab.label": "tp2",
+    "head.outputs": "regression-tp2-sp",
     "cp.lse": "cp2-ring",
     "cp.kv_grads": "cp2-ring",
     "cp.heads": "cp2-ulysses-one-kv",
@@ -303,6 +349,8 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
             seed=draw.randrange(2**31),
         )
         row = _with_sharding(_with_schedule(_with_context(row, draw, max_ranks), draw), draw)
+        losses = [kind for kind in LOSSES[row.config.head] if kind != "reward" or not row.config.head_bias]
+        row = replace(row, loss=draw.choice(losses))  # of a reward's bias the gradient is zero, and Adam's step noise
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
     return rows
 

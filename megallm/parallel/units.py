@@ -64,4 +64,6 @@ def unit_of(name: str) -> str:
     first, _, rest = name.partition(".")
     if first == "layers":
         return f"layers.{rest.partition('.')[0]}"
-    return "head" if first in ("final_norm", "head") else "embedding"
+    if first in ("final_norm", "head"):
+        return "head"
+    return "embedding_norm" if first == "embedding_norm" else "embedding"

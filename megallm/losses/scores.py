@@ -1,0 +1,72 @@
+"""Losses of a value head, which gives each token one number: regression, pairs of answers, and critics.
+
+`mask` `[B, T]` is True at the tokens whose number counts, such as the last one of each sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallm.base.errors import DataError
+
+
+@dataclass(frozen=True)
+class Regression:
+    """`sum(mask * (value - target)^2)` with `targets` `[B, T]`; divided by the number of targets that count."""
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Targets of one microbatch, known before its forward pass."""
+        return {"loss": batch["mask"].sum()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": ((outputs["value"] - batch["targets"]).square() * batch["mask"]).sum()}
+
+
+@dataclass(frozen=True)
+class PairwiseReward:
+    """`-sum log sigmoid(chosen - rejected)` over pairs of sequences (Bradley-Terry; Ouyang et al., arXiv 2203.02155).
+
+    The tokens that count, in the order of the microbatch, are the last ones of a chosen sequence, of its rejected one,
+    of the next chosen one, and so on. A pair stands in one microbatch, whether as rows or packed.
+    """
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pairs of one microbatch. Errors: DataError for a number of sequences that is odd."""
+        scored = int(batch["mask"].sum())
+        if scored % 2:
+            raise DataError(
+                f"a microbatch scores {scored} sequences; a chosen and a rejected one belong into the same microbatch, "
+                "so their number must be even."
+            )
+        return {"loss": batch["mask"].sum() // 2}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        chosen, rejected = outputs["value"][batch["mask"]].view(-1, 2).unbind(-1)
+        return {"loss": -F.logsigmoid(chosen - rejected).sum()}
+
+
+@dataclass(frozen=True)
+class Value:
+    """`sum(mask * (value - target)^2) / 2` for a critic, with `targets` `[B, T]`; divided by the tokens that count.
+
+    With `clip` the values may leave `old_values` `[B, T]`, those of the rollout, by at most that before they cease to
+    lower the loss: the larger of the clipped and the plain square counts (PPO, arXiv 1707.06347).
+    """
+
+    clip: float | None = None
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tokens of one microbatch that have a target."""
+        return {"loss": batch["mask"].sum()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        value, targets = outputs["value"], batch["targets"]
+        error = (value - targets).square()
+        if self.clip is not None:
+            old = batch["old_values"]
+            near = old + (value - old).clamp(-self.clip, self.clip)
+            error = error.maximum((near - targets).square())
+        return {"loss": (error * batch["mask"]).sum() / 2}

@@ -1,0 +1,101 @@
+"""Independent float64 encoders, heads and losses in ordinary torch, beside the decoder of `reference`.
+
+It imports nothing of megallm but that referee. Weights are a plain dict of logical tensors, named and shaped as in
+docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallm.oracle.reference import Weights, attention, linear, mlp, norm
+
+Config = Mapping[str, Any]
+Batch = Mapping[str, Tensor]
+CLIP = 0.2  # of the critic's loss
+
+
+def hidden_states(config: Config, weights: Weights, batch: Batch) -> Tensor:
+    """What the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B, T]."""
+    x = weights["embedding.weight"][batch["tokens"]]
+    if config["positions"] == "learned":
+        x = x + weights["positions.weight"][batch["positions"]]
+    if config["token_types"]:
+        x = x + weights["token_types.weight"][batch["token_types"]]
+    if config["embedding_norm"]:
+        x = norm(config, weights, "embedding_norm", x)
+    for layer in range(config["num_layers"]):
+        x = _block(config, weights, f"layers.{layer}.", x, batch)
+    return norm(config, weights, "final_norm", x) if config["norm_place"] == "pre" else x
+
+
+def _block(config: Config, weights: Weights, at: str, x: Tensor, batch: Batch) -> Tensor:
+    def attend(y: Tensor) -> Tensor:
+        return attention(config, weights, at + "attention.", y, batch["positions"], batch.get("documents"))
+
+    if config["norm_place"] == "post":
+        x = norm(config, weights, at + "attention_norm", x + attend(x))
+        return norm(config, weights, at + "mlp_norm", x + mlp(config, weights, at + "mlp.", x))
+    x = x + attend(norm(config, weights, at + "attention_norm", x))
+    return x + mlp(config, weights, at + "mlp.", norm(config, weights, at + "mlp_norm", x))
+
+
+def scores(config: Config, weights: Weights, batch: Batch) -> Tensor:
+    """Logits [B, T, V or classes], or [B, T, 1] of a value head."""
+    x = hidden_states(config, weights, batch)
+    if config["head"] == "mlm":
+        act = "tanh" if config["activation"] == "gelu_tanh" else "none"
+        x = norm(config, weights, "head.norm", F.gelu(linear(weights, "head.dense", x), approximate=act))
+    if config["pooler"]:
+        x = torch.tanh(linear(weights, "head.pooler", x))
+    matrix = weights["embedding.weight" if config["tie_embeddings"] else "head.weight"]
+    return x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
+
+
+def _nll(scores: Tensor, batch: Batch) -> Tensor:
+    nll = F.cross_entropy(scores.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return nll.view(batch["labels"].shape)
+
+
+def cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
+    """Mean over the tokens that count."""
+    return _nll(scores, batch)[batch["mask"]].mean()
+
+
+def diffusion(scores: Tensor, batch: Batch) -> Tensor:
+    """Hidden tokens weighted, per token that could have been hidden."""
+    return (_nll(scores, batch) * batch["weight"])[batch["mask"]].mean()
+
+
+def regression(scores: Tensor, batch: Batch) -> Tensor:
+    """Mean squared error of the tokens that count."""
+    return F.mse_loss(scores[..., 0][batch["mask"]], batch["targets"][batch["mask"]])
+
+
+def critic(scores: Tensor, batch: Batch) -> Tensor:
+    """Half the mean of the larger square, plain or with the value kept within CLIP of the old one."""
+    value, old, targets = (x[batch["mask"]] for x in (scores[..., 0], batch["old_values"], batch["targets"]))
+    near = torch.minimum(torch.maximum(value, old - CLIP), old + CLIP)
+    return torch.stack([(value - targets).square(), (near - targets).square()]).amax(0).mean() / 2
+
+
+def reward(scores: Tensor, batch: Batch) -> Tensor:
+    """Mean of log(1 + exp(rejected - chosen)); the tokens that count are chosen and rejected by turns."""
+    found = scores[..., 0][batch["mask"]]
+    return torch.log1p(torch.exp(found[1::2] - found[0::2])).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "cross_entropy": cross_entropy, "diffusion": diffusion, "regression": regression, "critic": critic,
+    "reward": reward,
+}  # fmt: skip
+
+
+def loss_named(name: str) -> Callable[[Config, Weights, Batch], Tensor]:
+    """The loss of a model and a batch, for `reference.Trainer`."""
+    return lambda config, weights, batch: LOSSES[name](scores(config, weights, batch), batch)
