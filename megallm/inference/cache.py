@@ -5,48 +5,51 @@ No text is padded: rotary and learned positions of a text are those it would hav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from megallm.models.attention import LayerCache
+from megallm.models.attention import CacheShape, LayerCache
 from megallm.ops.cached_attention import attend_rows
 
-Shape = tuple[int, int]  # local kv heads, head size
 BLOCK = 64  # capacity grows in multiples of this many positions
 
 
 @dataclass(kw_only=True)
 class RowCache(LayerCache):
-    """One layer for a step in which each text gets one token: views `[n, longest + 1, K, E]`, int64 lengths `[n]`."""
+    """One layer for a step in which each text gets one token: views `[n, longest + 1, ...]`, int64 lengths `[n]`."""
 
     lengths: Tensor
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one new position per row, `[n, 1, K, E]`, each behind what its row holds."""
+        """Store one new position per row, `[n, 1, ...]`, each behind what its row holds."""
         rows = torch.arange(len(self.lengths), device=k.device)
         self.keys[rows, self.lengths] = k[:, 0]
         self.values[rows, self.lengths] = v[:, 0]
         return self.keys, self.values
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
         """Each row's new query against that row's positions."""
-        return attend_rows(q, k, v, self.lengths + 1, window)
+        return attend_rows(q, k, v, self.lengths + 1, window, sinks)
 
 
 class TextCache:
-    """`[rows, capacity, K_local, E]` keys and values for every layer of one pipeline stage; grows as texts need it."""
+    """Keys and values `[rows, capacity, *shape]` of every layer of one pipeline stage; grows as texts need it.
 
-    def __init__(self, num_layers: int, rows: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows, self.capacity, self.shape = rows, 0, shape
+    `shapes` are those of a position in each layer.
+    """
+
+    def __init__(self, shapes: Sequence[CacheShape], rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.capacity, self.shapes = rows, 0, shapes
         self.empty = partial(torch.zeros, dtype=dtype, device=device)
-        self.layers = [self._allocate(0) for _ in range(num_layers)]
+        self.layers = [self._allocate(0, shape) for shape in shapes]
 
-    def _allocate(self, capacity: int) -> tuple[Tensor, Tensor]:
-        size = (self.rows, capacity, *self.shape)
-        return self.empty(size), self.empty(size)
+    def _allocate(self, capacity: int, shape: CacheShape) -> tuple[Tensor, Tensor]:
+        keys, values = (self.empty((self.rows, capacity, *size)) for size in shape)
+        return keys, values
 
     def reserve(self, positions: int) -> None:
         """Make room for texts of this many positions; what is stored stays."""
@@ -54,7 +57,7 @@ class TextCache:
             return
         grown, old = -(-positions // BLOCK) * BLOCK, self.capacity
         for number, pair in enumerate(self.layers):
-            wider = self._allocate(grown)
+            wider = self._allocate(grown, self.shapes[number])
             for new, stored in zip(wider, pair, strict=True):
                 new[:, :old] = stored
             self.layers[number] = wider

@@ -21,7 +21,7 @@ from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer
 from megallm.inference.cache import TextCache
 from megallm.inference.sampling import Sampling, choose
-from megallm.models.attention import HeadPlan, LayerCache
+from megallm.models.attention import LayerCache
 from megallm.parallel.p2p import Wire
 from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
@@ -123,6 +123,12 @@ class Generator:
                 f"The prompt has the token {outside[0]}, but the model's vocabulary has {config.vocab_size}: "
                 "the tokenizer is not the one that the model was trained with."
             )
+        if config.rope_scaling == "dynamic" and job.most > config.rope_positions:
+            raise UsageError(
+                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need {job.most} "
+                f"positions; beyond model.rope_positions {config.rope_positions} model.rope_scaling dynamic turns all "
+                "of them otherwise, which cached keys cannot follow: ask for fewer new tokens."
+            )
         if config.positions == "learned" and job.most > config.max_positions:
             raise UsageError(
                 f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need {job.most} "
@@ -131,13 +137,13 @@ class Generator:
 
     def _caches(self) -> dict[int, TextCache]:
         """Caches for the layers of each local stage."""
-        config, tp = self.model.config.model, self.mesh.tp
-        heads = HeadPlan.of(config.num_heads, config.num_kv_heads, tp.size, tp.rank)
-        shape = (heads.num_kv, config.head_size)
         return {
-            number: TextCache(len(stage.layers), self.rows, shape, self.model.dtype, self.mesh.device)
+            number: TextCache(
+                [block.attention.cache_shape for block in stage.layers.values()], self.rows, self.model.dtype,
+                self.mesh.device,
+            )
             for number, stage in self.stages.items()
-        }
+        }  # fmt: skip
 
     def _begin(self, group: Group, waiting: deque[Job]) -> Turn:
         """Run this rank's layers for one step of a group: a token for each text in it, the prompt of each new one."""

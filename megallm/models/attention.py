@@ -1,4 +1,4 @@
-"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads."""
+"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads, and what its relatives share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from megallm.ops.tiles import Sight
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
-from megallm.parallel.shard import normal
+from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, enter
+
+CacheShape = tuple[tuple[int, int], tuple[int, int]]  # local kv heads and size of a key, and of a value
 
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer for decoding, `[B, capacity, K_local, E]`, filled up to `length`."""
+    """What one layer keeps for decoding, `[B, capacity, *CacheShape]`: keys and values, filled up to `length`."""
 
     keys: Tensor
     values: Tensor
@@ -34,9 +36,9 @@ class LayerCache:
         self.length = end
         return self.keys[:, :end], self.values[:, :end]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
         """Attention of new queries, which stand last, to what `append` returned (after pairing of heads)."""
-        return causal_attention(q, k, v, window)
+        return causal_attention(q, k, v, window, sinks)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class Attention(ShardedModule):
             partial = ("tp",) if mesh.tp.size > 1 else ()
             self.q_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
             self.k_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
+        add_sinks(self, config)
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Of a position in the cache, on this rank."""
+        return (self.heads.num_kv, self.head_size), (self.heads.num_kv, self.head_size)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, T, D]` -> q `[B, T, H/tp, E]`, k and v `[B, T, K_local, E]`, before position embedding."""
@@ -115,12 +123,20 @@ class Attention(ShardedModule):
         if self.heads.pairing is not None:
             k, v = (torch.cat([x.split(1, 2)[head] for head in self.heads.pairing], 2) for x in (k, v))
         if cache is not None:
-            return cache.attend(q, k, v, self.window)
-        return places.context.attend(q, k, v, places.sight, self.window)
+            return cache.attend(q, k, v, self.window, self.sinks)
+        return places.context.attend(q, k, v, places.sight, self.window, self.sinks)
 
     def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
         q, k, v = self.project(enter(x, self.mesh, self.sp))
         return self.o(recompute(self.selective, self.core, q, k, v, places, cache).flatten(-2))
+
+
+def add_sinks(attention: ShardedModule, config: ModelConfig) -> None:
+    """`sinks (H,)`, split over tp: a score for each head that takes weight and gives no value; else None."""
+    attention.register_parameter("sinks", None)
+    if config.attention_sinks:
+        shard = Shard((config.num_heads,), {0: "tp"}, (), normal(config.init_std), decay=False)
+        attention.add_parameter("sinks", shard)
 
 
 def scaled_init(config: ModelConfig):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megallm.models.attention import Attention, LayerCache, Places
 from megallm.models.config import ModelConfig
+from megallm.models.mla import LatentAttention
 from megallm.models.mlp import Mlp
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.tensor import Norm, ShardedModule, sequence_partial
@@ -20,7 +21,7 @@ class Block(ShardedModule):
         selective = recompute_mode == "selective"
         self.post = config.norm_place == "post"
         self.attention_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
-        self.attention = Attention(config, mesh, sp, selective)
+        self.attention = (LatentAttention if config.mla.on else Attention)(config, mesh, sp, selective)
         self.mlp_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.mlp = Mlp(config, mesh, sp, selective)
 

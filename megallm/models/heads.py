@@ -18,23 +18,8 @@ from megallm.parallel import comm
 from megallm.parallel.linear import WeightQueue, linear
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, constant, normal
-from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, enter, sequence_partial
+from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, TokenLinear, enter, sequence_partial
 from megallm.parallel.vocab import gather_logits, label_log_prob
-
-
-class TokenLinear(ShardedModule):
-    """`x W^T + b` on this rank's tokens, the matrix whole on every tp rank: `[B, T/tp or T, in]` -> `[.., out]`."""
-
-    def __init__(self, config: ModelConfig, mesh: Mesh, outputs: int, sp: bool) -> None:
-        super().__init__(mesh)
-        partial = sequence_partial(mesh, sp)
-        self.add_parameter("weight", Shard((outputs, config.hidden_size), {}, partial, normal(config.init_std)))
-        self.register_parameter("bias", None)
-        if config.head_bias:
-            self.add_parameter("bias", Shard((outputs,), {}, partial, constant(0.0), decay=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.later)
 
 
 class VocabularyHead(ShardedModule):
@@ -52,7 +37,7 @@ class VocabularyHead(ShardedModule):
             self.add_parameter("bias", Shard((config.vocab_size,), {0: "tp"}, (), constant(0.0), decay=False))
         if config.head == "mlm":
             self.activation = ACTIVATIONS["gelu" if config.gated else config.activation]
-            self.dense = TokenLinear(config, mesh, config.hidden_size, sp)
+            self.dense = square(config, mesh, sp)
             self.norm = final_norm(config, mesh, sp)
 
     def features(self, x: Tensor) -> Tensor:
@@ -70,7 +55,7 @@ class TokenHead(ShardedModule):
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
         super().__init__(mesh, sp)
         self.kind = config.head
-        self.pooler = TokenLinear(config, mesh, config.hidden_size, sp) if config.pooler else None
+        self.pooler = square(config, mesh, sp) if config.pooler else None
         self.register_parameter("bias", None)
         partial, outputs = sequence_partial(mesh, sp), config.head_outputs
         if outputs:
@@ -105,6 +90,12 @@ class TokenHead(ShardedModule):
         if not self.sp:
             return values
         return comm.gather_fwd_slice_bwd(values, self.mesh.tp, SEQUENCE_DIM, "head.outputs")
+
+
+def square(config: ModelConfig, mesh: Mesh, sp: bool) -> TokenLinear:
+    """A layer `(D, D)` of the head."""
+    size = config.hidden_size
+    return TokenLinear(mesh, (size, size), normal(config.init_std), config.head_bias, sp)
 
 
 Head = VocabularyHead | TokenHead

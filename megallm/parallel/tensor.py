@@ -109,6 +109,24 @@ class ColumnLinear(ShardedModule):
         return linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None, self.later)
 
 
+class TokenLinear(ShardedModule):
+    """`y = x W^T + b` outside the tensor-parallel region: W `(out, in)` whole on every rank, applied to its own tokens.
+
+    `[B, T/tp or T, in] -> [B, T/tp or T, out]`, no communication; with `sp` the gradient is partial over tp.
+    """
+
+    def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
+        super().__init__(mesh)
+        partial = sequence_partial(mesh, sp)
+        self.add_parameter("weight", Shard(full, {}, partial, init))
+        self.register_parameter("bias", None)
+        if bias:
+            self.add_parameter("bias", Shard(full[:1], {}, partial, constant(0.0), decay=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.later)
+
+
 class RowLinear(ShardedModule):
     """`y = sum over tp of x W^T, + b` with W `(out, in)`, `in` split over tp; the bias is added once, after the sum."""
 
