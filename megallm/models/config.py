@@ -116,10 +116,13 @@ class ModelConfig:
     def gated(self) -> bool:
         return self.activation == "swiglu"
 
-    def num_params(self) -> int:
-        """Parameters of the resolved model; tied embeddings count once. Equals the built model's count."""
+    def num_params(self, active: bool = False) -> int:
+        """Parameters of the resolved model; tied embeddings count once. Equals the built model's count.
+
+        `active` leaves out the experts that a token does not go to.
+        """
         norm = self._norm_params
-        total = (self.num_layers + self.mtp.depth) * (2 * norm + self._attention_params + self._mlp_params)
+        total = self.num_blocks * (2 * norm + self._attention_params) + self._ffn_params(active)
         total += norm * (self.norm_place == "pre") + norm * self.embedding_norm
         rows = self.vocab_size + self.token_types + (self.max_positions if self.positions == "learned" else 0)
         return total + rows * self.hidden_size + self._head_params + self._mtp_params
@@ -132,10 +135,33 @@ class ModelConfig:
             return total + self.mla.q_lora_dim + self.mla.kv_lora_dim  # the norms of the latents
         return total + (q + kv) * self.qkv_bias + 2 * self.head_size * self.qk_norm
 
-    @property
-    def _mlp_params(self) -> int:
+    def _ffn_params(self, active: bool) -> int:
+        """Of all feed-forward layers."""
         biases = self.hidden_size + (2 if self.gated else 1) * self.ffn_hidden_size
-        return self.mlp_matrices + self.bias * biases
+        return self._ffn_matrices(active) + self.bias * self.num_blocks * biases  # no biases beside experts
+
+    def _ffn_matrices(self, active: bool) -> int:
+        """Weights of the matrices (and gates) of all feed-forward layers: `active` are those that one token uses."""
+        experts = self.num_expert_layers
+        dense = (self.num_blocks - experts) * self.mlp_matrices
+        if not experts:
+            return dense
+        return dense + experts * self.moe.layer_params(self.hidden_size, 3 if self.gated else 2, active)
+
+    @property
+    def num_blocks(self) -> int:
+        """Layers, and the blocks of multi-token prediction, which are numbered after them."""
+        return self.num_layers + self.mtp.depth
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Blocks with experts."""
+        return sum(self.moe.has_experts(layer) for layer in range(self.num_blocks))
+
+    @property
+    def block_matrices(self) -> int:
+        """Weights that a token meets in one block, on average over the blocks."""
+        return self.attention_matrices + self._ffn_matrices(active=True) // self.num_blocks
 
     @property
     def _mtp_params(self) -> int:
@@ -159,6 +185,11 @@ class ModelConfig:
     def mlp_matrices(self) -> int:
         """Weights of one layer's feed-forward matrices."""
         return (3 if self.gated else 2) * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def embeds_last(self) -> bool:
+        """Whether the last stage needs the embedding too: as the head's matrix, or for multi-token prediction."""
+        return bool(self.tie_embeddings or self.mtp.joins)
 
     @property
     def mtp_matrices(self) -> int:
@@ -196,15 +227,14 @@ class ModelConfig:
 
         `causal` counts the lower triangle only; without it, the full square (Megatron's convention).
         """
-        matrices = self.attention_matrices + self.mlp_matrices
+        matrices = self.num_blocks * self.attention_matrices + self._ffn_matrices(active=True)
         span = min(seq_len, self.sliding_window or seq_len)
         value_size = self.mla.value_head_size if self.mla.on else self.head_size
         attention = 2 * self.num_heads * (self.head_size + value_size) * span * 3
         if causal:
             attention = attention * (2 * seq_len - span) // (2 * seq_len)
-        ahead = self.mtp.depth
-        further = ahead * (self.mtp_matrices + self.head_matrices)
-        return (self.num_layers + ahead) * (6 * matrices + attention) + 6 * (self.head_matrices + further)
+        further = self.mtp.depth * (self.mtp_matrices + self.head_matrices)
+        return self.num_blocks * attention + 6 * (matrices + self.head_matrices + further)
 
 
 def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -240,6 +270,7 @@ def _derive(values: dict[str, Any]) -> None:
     check_rope(values)
     _check_head(values)
     _check_mtp(values)
+    _check_experts(values)
     if values.get("qkv_bias") is None:
         values["qkv_bias"] = values["bias"]
 
@@ -279,6 +310,21 @@ def _derive_latent(values: dict[str, Any]) -> None:
     values["qkv_bias"] = False
 
 
+def _check_experts(values: dict[str, Any]) -> None:
+    """Experts have sizes that go together, and no biases."""
+    moe: MoeConfig = values["moe"]
+    if moe.num_experts == 0:
+        return
+    if moe.ffn_hidden_size is None:
+        values["moe"] = moe = dataclasses.replace(moe, ffn_hidden_size=values["ffn_hidden_size"])
+    moe.check()
+    if values["bias"]:
+        raise UsageError(
+            f"model.moe.num_experts is {moe.num_experts}, but experts have no biases and model.bias is true: "
+            "set model.bias=false (model.qkv_bias may stay true)."
+        )
+
+
 def _check_mtp(values: dict[str, Any]) -> None:
     """Multi-token prediction belongs to a causal language model with pre-norm blocks."""
     if values["mtp"].depth and not (values["head"] == "lm" and values["causal"] and values["norm_place"] == "pre"):
@@ -296,6 +342,8 @@ CHOICES = {
     "positions": ("rope", "learned"),
     "mtp.kind": MTP_KINDS,
     "norm_place": ("pre", "post"),
+    "moe.score": ("softmax", "sigmoid"),
+    "moe.drop": ("score", "position"),
     "head": ("lm", "mlm", "classification", "value", "none"),
 }
 VOCABULARY_HEADS = ("lm", "mlm")

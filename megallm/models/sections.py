@@ -73,25 +73,35 @@ class MoeConfig(Section):
         here = layer >= self.first_dense and (layer - self.first_dense) % self.every == 0
         return self.num_experts > 0 and here
 
+    def layer_params(self, hidden: int, matrices: int, active: bool = False) -> int:
+        """Parameters of one layer with experts, each of `matrices` matrices; `active`: those that one token uses.
+
+        The selection bias is state, not a parameter.
+        """
+        experts = self.top_k if active else self.num_experts
+        width = experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
+        gate = hidden * (self.shared_gate and self.shared_ffn_hidden_size > 0)
+        return self.num_experts * hidden + matrices * hidden * width + gate
+
     def check(self) -> None:
         """Raise UsageError for numbers that do not go together."""
+        experts, groups = self.num_experts, self.num_groups
         for name, fits, must in (
-            ("num_experts", self.num_experts >= 0, "at least 0"),
-            ("top_k", 1 <= self.top_k <= max(self.num_experts, 1), f"from 1 to model.moe.num_experts {self.num_experts}"),
+            ("num_experts", experts >= 0, "at least 0"),
+            ("top_k", 1 <= self.top_k <= max(experts, 1), f"from 1 to num_experts {experts}"),
             ("every", self.every >= 1, "at least 1"),
             ("first_dense", self.first_dense >= 0, "at least 0"),
             ("shared_ffn_hidden_size", self.shared_ffn_hidden_size >= 0, "at least 0"),
-            ("num_groups", self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
-             f"a divisor of model.moe.num_experts {self.num_experts}"),
-            ("top_groups", 1 <= self.top_groups <= self.num_groups, f"from 1 to model.moe.num_groups {self.num_groups}"),
+            ("num_groups", groups >= 1 and experts % max(groups, 1) == 0, f"a divisor of num_experts {experts}"),
+            ("top_groups", 1 <= self.top_groups <= groups, f"from 1 to num_groups {groups}"),
             ("capacity", self.capacity is None or self.capacity > 0, "greater than 0, or null"),
         ):  # fmt: skip
-            if not fits and self.num_experts:
+            if not fits and experts:
                 raise UsageError(f"model.moe.{name} is {vars(self)[name]}; it must be {must}.")
-        if self.num_experts and self.top_k > self.top_groups * (self.num_experts // self.num_groups):
+        if experts and self.top_k > self.top_groups * (experts // groups):
             raise UsageError(
                 f"model.moe.top_k {self.top_k} is more than the experts of model.moe.top_groups {self.top_groups} "
-                f"groups of {self.num_experts // self.num_groups}."
+                f"groups of {experts // groups}."
             )
 
 

@@ -47,7 +47,7 @@ def head_work(config: ModelConfig) -> float:
 
     The embedding is a look-up and counts 0.
     """
-    layer, ahead = config.attention_matrices + config.mlp_matrices, config.mtp.depth
+    layer, ahead = config.block_matrices, config.mtp.depth
     return ((1 + ahead) * config.head_matrices + ahead * config.mtp_matrices) / layer + ahead
 
 

@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.parallel.mesh import Axis
+from megallm.parallel.shard import piece
 
 REDUCTIONS = {
     "tp.enter": "gradient of the input of column-parallel layers, summed over tp (no sequence parallelism)",
     "tp.leave": "output of row-parallel layers, summed over tp (no sequence parallelism)",
     "sp.enter": "gradient of the gathered input of column-parallel layers, reduce-scattered over tp",
     "sp.leave": "output of row-parallel layers, reduce-scattered over tp",
+    "tp.latents": "gradient of the latents of latent attention, summed over tp (no sequence parallelism)",
+    "sp.latents": "gradient of the gathered latents of latent attention, reduce-scattered over tp",
     "vocab.embedding": "output of the vocabulary-parallel embedding, summed or reduce-scattered over tp",
     "vocab.logits": "gradient of the hidden states before the head, summed or reduce-scattered over tp",
     "vocab.max": "largest logit over the vocabulary pieces",
@@ -34,9 +37,26 @@ REDUCTIONS = {
     "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms under sp)",
     "grads.tie": "gradient of the embedding shared by the first and the last stage",
     "zero.parameters": "updated weights, gathered over the ranks that divide them (ZeRO 1 to 3)",
+    "grads.expert": "gradients of an expert, summed over the ranks that hold the same experts (edp)",
+    "moe.enter": "gradient of the tokens that tp ranks share out before experts, gathered (no sequence parallelism)",
+    "moe.leave": "outputs of the experts for the tokens of the other tp ranks, gathered (no sequence parallelism)",
+    "moe.dispatch": "all-to-all over ep of tokens to the ranks that hold their experts",
+    "moe.combine": "all-to-all over ep of the experts' outputs back to their tokens",
+    "moe.counts": "tokens of a sequence that chose each expert, summed over tp and cp for the balancing loss",
+    "moe.capacity": "choices of a sequence's tokens on other tp and cp ranks, gathered to say which are dropped",
+    "moe.load": "tokens of the step that chose each expert, summed over dp, cp and tp for the selection bias",
+    "moe.report": "router losses as reported, summed over the world",
+    "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
+    "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over tp (Adafactor)",
     "clip.norm": "squares of owned gradient elements, summed over the world",
     "loss.counts": "number of tokens of each loss term, summed over data",
     "loss.report": "loss terms as reported, summed over data and told to every stage",
+}
+
+# Mistakes that are no missing reduction, which `--break` makes the same way.
+MISTAKES = {
+    "moe.twice": "the balancing loss counted once on every tp rank instead of once",
+    "grads.wrong_group": "gradients of an expert summed over dp and cp, as those of dense layers, instead of over edp",
 }
 
 # torch 2.13 renamed the two; older releases have the old names only.
@@ -83,6 +103,25 @@ def start_all_reduce(x: Tensor, axis: Axis, name: str) -> Callable[[], None]:
 def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> dist.Work:
     """Begin gathering equal flat pieces into `out`; wait on the result before reading it."""
     return _all_gather(out, piece, group=axis.group, async_op=True)
+
+
+def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:
+    """Begin to gather the pieces of `total` along `dim`, long ones first; the result waits and joins them."""
+    ends = [piece(total, axis.size, rank) for rank in range(axis.size)]
+    longest = ends[0][1]
+    front = x.movedim(dim, 0)
+    if len(front) < longest:
+        front = torch.cat((front, front.new_zeros(longest - len(front), *front.shape[1:])))
+    out = front.new_empty(axis.size * longest, *front.shape[1:])
+    sent = front.contiguous()
+    work = _all_gather(out, sent, group=axis.group, async_op=True)
+
+    def finish(sent: Tensor = sent) -> Tensor:  # holds what is being sent until it has left
+        work.wait()
+        pieces = [out[rank * longest : rank * longest + end - begin] for rank, (begin, end) in enumerate(ends)]
+        return torch.cat(pieces).movedim(0, dim)
+
+    return finish
 
 
 def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> dist.Work:
@@ -149,6 +188,44 @@ class _GatherFwdSliceBwd(torch.autograd.Function):
         return own_slice(grad, ctx.axis, ctx.dim).contiguous(), None, None, None
 
 
+class _SliceFwdGatherBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+        ctx.axis, ctx.dim, ctx.name = axis, dim, name
+        return own_slice(x, axis, dim).contiguous()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        axis, dim = ctx.axis, ctx.dim
+        whole = torch.cat([grad] * axis.size, dim) if ctx.name in axis.broken else all_gather(grad, axis, dim)
+        return whole, None, None, None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str) -> Tensor:
+        ctx.axis, ctx.sent, ctx.received, ctx.name = axis, sent, received, name
+        return exchange_rows(x, axis, sent, received, name)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return exchange_rows(grad, ctx.axis, ctx.received, ctx.sent, ctx.name), None, None, None, None
+
+
+def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str) -> Tensor:
+    """Rows of `x` in runs of `sent[i]` for rank i -> runs of `received[i]` rows from rank i; no gradient."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(sum(received), *x.shape[1:])
+    if name in axis.broken:
+        out.zero_()
+        both = min(len(out), len(x))
+        out[:both] = x[:both]
+    else:
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
+    return out
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, name: str) -> Tensor:
@@ -196,3 +273,15 @@ def gather_fwd_slice_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
 def all_to_all_fwd_all_to_all_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
     """`x[i]` of `[size, ...]` goes to rank i, result `[i]` came from rank i; the gradient goes the same way back."""
     return x if axis.size == 1 else _AllToAll.apply(x, axis, name)
+
+
+def slice_fwd_gather_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
+    """This rank's equal piece of `dim` of what all ranks hold alike; the gradient is gathered."""
+    return x if axis.size == 1 else _SliceFwdGatherBwd.apply(x, axis, dim, name)
+
+
+def exchange_rows_fwd_exchange_rows_bwd(
+    x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str
+) -> Tensor:
+    """`exchange_rows` of uneven runs; the gradient goes the same way back."""
+    return x if axis.size == 1 else _ExchangeRows.apply(x, axis, sent, received, name)

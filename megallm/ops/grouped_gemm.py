@@ -1,0 +1,102 @@
+"""Matrix products of runs of rows, each run with its own matrix: what the experts of one rank compute.
+
+Rows are sorted by expert. `loop` is the reference, one product after another in any dtype; `F.grouped_mm` is one
+kernel, for the dtypes and strides that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is refused by the kernel
+STRIDE_BYTES = 16  # what the kernel asks of the rows of its matrices
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How many rows each of the X matrices has: `sizes` on the host, `ends` int32 `[X]` on the device."""
+
+    sizes: tuple[int, ...]
+    ends: Tensor
+
+    @staticmethod
+    def of(sizes: list[int], device: torch.device) -> Runs:
+        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, torch.int32)
+        return Runs(tuple(sizes), ends.to(device, non_blocking=True))
+
+
+class Later(Protocol):
+    """Takes weight gradients that are put off (`parallel.linear.WeightQueue`)."""
+
+    def put(self, weight: Tensor, gradient: Callable[[], Tensor]) -> None: ...
+
+
+def loop_rows(x: Tensor, matrices: Tensor, runs: Runs) -> Tensor:
+    """`[N, K]` times `[X, K, M]` of each row's run -> `[N, M]`."""
+    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(runs.sizes), matrices, strict=True)])
+
+
+def loop_outer(a: Tensor, b: Tensor, runs: Runs) -> Tensor:
+    """`a_e^T b_e` of each run of `[N, K]` and `[N, M]` -> `[X, K, M]`; zero where a run is empty."""
+    return torch.stack([p.mT @ q for p, q in zip(a.split(runs.sizes), b.split(runs.sizes), strict=True)])
+
+
+def fits_kernel(*matrices: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these: a known dtype, rows at whole multiples of 16 bytes, something to do."""
+    first = matrices[0]
+    if first.dtype not in GROUPED_DTYPES or any(x.dtype != first.dtype or x.numel() == 0 for x in matrices):
+        return False
+    return all(x.shape[-1] * x.element_size() % STRIDE_BYTES == 0 for x in matrices)
+
+
+def _rows(x: Tensor, matrices: Tensor, runs: Runs, stored: Tensor) -> Tensor:
+    """`stored` is the contiguous tensor of which `matrices` may be the transpose."""
+    if fits_kernel(x, stored):
+        return F.grouped_mm(x, matrices, offs=runs.ends)
+    return loop_rows(x, matrices, runs)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, runs: Runs) -> Tensor:
+    """`[N, in]` and `[N, out]` -> `[X, out, in]`: always of the full shape, zero for experts without rows."""
+    if fits_kernel(x, dy):
+        return F.grouped_mm(dy.mT, x, offs=runs.ends)
+    return loop_outer(dy, x, runs)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, runs: Runs, later: Later | None = None) -> Tensor:
+    """`x_e W_e^T` for the rows of each expert: `[N, in]`, W `[X, out, in]` -> `[N, out]`.
+
+    With `later` the weight's gradient goes there. The weight always gets one, also where no expert has a row:
+    whether ranks reduce it together must not depend on the tokens.
+    """
+    return _GroupedLinear.apply(x, weight, runs, later)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, runs: Runs, later: Later | None) -> Tensor:
+        ctx.save_for_backward(x)
+        # Not save_for_backward: recomputation would hand back a detached copy, which leads to no parameter.
+        ctx.weight, ctx.runs, ctx.later = weight, runs, later
+        return _rows(x, weight.mT, runs, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
+        (x,) = ctx.saved_tensors
+        weight, runs, dy = ctx.weight.detach(), ctx.runs, dy.contiguous()
+        dx = _rows(dy, weight, runs, weight) if ctx.needs_input_grad[0] else None
+        gradient = None
+        if ctx.needs_input_grad[1]:
+            if ctx.later is None:
+                gradient = weight_gradient(x, dy, runs)
+            else:
+                ctx.later.put(ctx.weight, partial(weight_gradient, x.detach(), dy, runs))
+        return dx, gradient, None, None

@@ -1,0 +1,67 @@
+"""Tokens to the order of their experts and back: each token is copied once for each expert it goes to.
+
+Copy `t k + j` is token t's for its j-th expert. An order lists copies by expert; copies that are dropped are not in
+it. Both directions are gathers of unique rows, so gradients are sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+def order_of(experts: Tensor, num_experts: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Experts `[N, k]` -> (order int64 `[M]` of the copies by expert, copies per expert int64 `[X]`).
+
+    `keep` `[N, k]` says which copies are not dropped; counting those waits for the device.
+    """
+    flat = experts.flatten()
+    if keep is not None:
+        flat = flat.masked_fill(~keep.flatten(), num_experts)
+    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+    order = flat.argsort(stable=True)
+    return order if keep is None else order[: int(counts.sum())], counts
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.shape, ctx.copies = x.shape, copies
+        return x.index_select(0, order // copies)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        (order,) = ctx.saved_tensors
+        rows, width = ctx.shape
+        flat = grad.new_zeros(rows * ctx.copies, width).index_copy_(0, order, grad)
+        return flat.view(rows, ctx.copies, width).sum(1) if ctx.copies > 1 else flat, None, None
+
+
+def permute(x: Tensor, order: Tensor, copies: int) -> Tensor:
+    """Tokens `[N, D]` -> their copies in the given order `[M, D]`."""
+    return _Permute.apply(x, order, copies)
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, order: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(order)
+        return y.new_zeros(rows, y.shape[1]).index_copy_(0, order, y)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def unpermute(y: Tensor, order: Tensor, rows: int) -> Tensor:
+    """Rows `[M, D]` back to where they were: row `order[i]` of the result `[rows, D]` is `y[i]`, the rest is zero."""
+    return _Unpermute.apply(y, order, rows)
+
+
+def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of each token's copies: `[M, D]` in the given order, weights wide `[N, k]` -> `[N, D]`."""
+    rows, copies = weights.shape
+    flat = unpermute(y, order, rows * copies).view(rows, copies, y.shape[1])
+    return torch.einsum("nk,nkd->nd", weights, flat.to(weights.dtype)).to(y.dtype)

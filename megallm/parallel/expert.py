@@ -1,0 +1,84 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and back (GShard, arXiv 2006.16668).
+
+The tp ranks of a tensor-parallel group share out the tokens, since all of them would hold the same (under sequence
+parallelism they already have different ones). Each copy of a token then goes by all-to-all over ep to the rank of its
+expert; a rank holds X/ep whole experts. How many rows travel depends on the router, so a layer waits for the device
+once, to learn it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallm.ops.grouped_gemm import Runs, grouped_linear
+from megallm.ops.moe_permute import permute, unpermute
+from megallm.parallel import comm
+from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import Init, Shard
+from megallm.parallel.tensor import ShardedModule
+
+
+def spread(x: Tensor, mesh: Mesh) -> Tensor:
+    """`[N, ...]`, the same on every tp rank -> this rank's share `[ceil(N / tp), ...]`, zeros after the last."""
+    missing = -len(x) % mesh.tp.size
+    if missing:
+        x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+    return comm.slice_fwd_gather_bwd(x, mesh.tp, 0, "moe.enter")
+
+
+def collect(y: Tensor, count: int, mesh: Mesh) -> Tensor:
+    """The shares of all tp ranks put together again, `[count, ...]` on each; collective over tp."""
+    return comm.gather_fwd_slice_bwd(y, mesh.tp, 0, "moe.leave")[:count]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Rows to and from each ep rank; `order` sorts what came by local expert (None: it is sorted)."""
+
+    sent: list[int]
+    received: list[int]
+    order: Tensor | None
+    runs: Runs
+
+
+def plan_route(counts: Tensor, mesh: Mesh) -> Route:
+    """From the number of rows for each expert here, int64 `[X]`; collective over ep. Waits for the device."""
+    size, device = mesh.ep.size, counts.device
+    mine = counts.view(size, -1)
+    theirs = comm.exchange_rows(mine, mesh.ep, [1] * size, [1] * size, "moe.dispatch")
+    out, here = torch.stack((mine, theirs)).tolist()
+    sent, received = [sum(row) for row in out], [sum(row) for row in here]
+    order = None
+    if size > 1:
+        local = torch.arange(mine.shape[1], device=device).repeat(size)
+        local = torch.repeat_interleave(local, theirs.flatten(), output_size=sum(received))
+        order = local.argsort(stable=True)
+    return Route(sent, received, order, Runs.of([sum(column) for column in zip(*here, strict=True)], device))
+
+
+def dispatch(x: Tensor, route: Route, mesh: Mesh) -> Tensor:
+    """Copies sorted by expert `[M, D]` -> the rows of this rank's experts, sorted by expert; collective over ep."""
+    x = comm.exchange_rows_fwd_exchange_rows_bwd(x, mesh.ep, route.sent, route.received, "moe.dispatch")
+    return x if route.order is None else permute(x, route.order, 1)
+
+
+def give_back(y: Tensor, route: Route, mesh: Mesh) -> Tensor:
+    """The experts' outputs back to where `dispatch` took their rows from; collective over ep."""
+    y = y if route.order is None else unpermute(y, route.order, len(y))
+    return comm.exchange_rows_fwd_exchange_rows_bwd(y, mesh.ep, route.received, route.sent, "moe.combine")
+
+
+class GroupedLinear(ShardedModule):
+    """A linear of each expert: W `(X, *stack, out, in)`, whole experts divided over ep; never split over tp."""
+
+    def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init) -> None:
+        super().__init__(mesh)
+        self.add_parameter("weight", Shard(full, {0: "ep"}, (), init))
+
+    def forward(self, x: Tensor, runs: Runs) -> Tensor:
+        """Rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
+        return grouped_linear(x, self.weight.flatten(1, -2), runs, self.later)
