@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megallm.models.balance import Seats
 from megallm.models.config import ModelConfig
 from megallm.ops.attention import causal_attention
 from megallm.ops.rope import apply_rope
@@ -43,12 +44,14 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Places:
-    """This rank's tokens of a microbatch: rotary tables `[B, T/cp, E/2]` of their positions, and what they may see."""
+    """This rank's tokens of a microbatch: rotary tables `[B, T/cp, E/2]` of their positions, what they may see, and
+    where those stand that it routes to experts (None without experts, and in decoding)."""
 
     cos: Tensor | None
     sin: Tensor | None
     context: Context
     sight: Sight | None = None
+    seats: Seats | None = None
 
 
 @dataclass(frozen=True)
