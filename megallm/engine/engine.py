@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,8 +21,10 @@ from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
 from megallm.engine.state import Piece, pieces
 from megallm.models.build import initial_values
-from megallm.optim.adamw import AdamW
+from megallm.optim.buckets import Treatment
 from megallm.optim.clip import clip_gradients
+from megallm.optim.groups import check_groups, treatment
+from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters, Sharing, shard_groups
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
@@ -83,12 +86,15 @@ class Engine:
         self.model = ParallelModel(config, mesh)
         tie = tie_axis(mesh, self.model.placement, bool(config.model.tie_embeddings))
         sharing = Sharing(*shard_groups(mesh, config.zero), tie, TIED_NAME, self.model.shared_units())
-        self.parameters = ShardedParameters(self.model.entries(), mesh, self.model.dtype, config.zero, sharing)
+        treatments = self._treatments()
+        self.parameters = ShardedParameters(
+            self.model.entries(), mesh, self.model.dtype, config.zero, sharing, treatments
+        )
         self.model.place(self.parameters.views)
         self.parameters.attach({entry.name: entry.param for entry in self.model.entries()})
         for stage in self.model.stages.values():
             stage.units = self.parameters
-        self.optimizer = AdamW(config.optim, self.parameters)
+        self.optimizer = Optimizer(config.optim, self.parameters)
         self.last_walk: Walk | None = None
 
     @staticmethod
@@ -99,6 +105,17 @@ class Engine:
             tensor.copy_(initial_values(name, shard, box.offset, box.shape, config.seed))
         engine.parameters.publish()
         return engine
+
+    def _treatments(self) -> dict[str, Treatment]:
+        """How the optimizer treats each parameter of this rank; collective over the world when there are groups.
+
+        Raises UsageError for a group that matches no parameter of the model.
+        """
+        optim, shards = self.config.optim.resolve(), {entry.name: entry.shard for entry in self.model.entries()}
+        if optim.groups:
+            gathered = self.mesh.gather_json(list(shards))
+            check_groups(optim, self.mesh.broadcast_json(gathered and sorted(set(chain(*gathered)))))
+        return {name: treatment(optim, name, shard) for name, shard in shards.items()}
 
     def num_local_params(self) -> int:
         """Parameters of this rank's stages."""
@@ -177,11 +194,11 @@ class Engine:
 
     def masters(self) -> Iterator[Piece]:
         """The wide master weights that this rank keeps, as boxes of logical tensors."""
-        return pieces(self.parameters, [bucket.master for bucket in self.parameters.flat])
+        return pieces(self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat})
 
     def gradients(self) -> Iterator[Piece]:
         """The completed gradients that this rank keeps, after `train_step` (clipped)."""
-        return pieces(self.parameters, [bucket.shard_grads for bucket in self.parameters.flat])
+        return pieces(self.parameters, {bucket.index: bucket.shard_grads for bucket in self.parameters.flat})
 
     def parts(self) -> Iterator[Part]:
         """What this rank owns of the logical state: weights and optimizer state, as boxes of logical tensors."""
@@ -189,6 +206,10 @@ class Engine:
             for name, shard, box, tensor in pieces(self.parameters, flats):
                 if self.parameters.owns(name):
                     yield Part(f"{prefix}{name}", shard.full, box.offset, tensor)
+        for state, name, shard, tensor, owned in self.optimizer.factors():
+            if owned:
+                box = shard.box(self.mesh.layout, self.mesh.coords)
+                yield Part(f"optim.{state}.{name}", shard.full, box.offset, tensor)
 
     def counters(self) -> dict[str, int]:
         """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
@@ -202,18 +223,21 @@ class Engine:
         for prefix, flats in self._state(optimizer).items():
             for name, _, box, tensor in pieces(self.parameters, flats):
                 reader.read_into(f"{prefix}{name}", box.offset, tensor)
+        for state, name, shard, tensor, _ in self.optimizer.factors() if optimizer else ():
+            box = shard.box(self.mesh.layout, self.mesh.coords)
+            reader.read_into(f"optim.{state}.{name}", box.offset, tensor)
         for bucket in self.parameters.flat:
             if not optimizer and bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
         self.parameters.publish()
 
-    def _state(self, optimizer: bool = True) -> dict[str, list[Tensor]]:
-        """Name prefix -> for each bucket this rank's range of that part of the state."""
+    def _state(self, optimizer: bool = True) -> dict[str, dict[int, Tensor]]:
+        """Name prefix -> by bucket this rank's range of that part of the state."""
         flat = self.parameters.flat
-        state = {"": [bucket.weights for bucket in flat]}
+        state = {"": {bucket.index: bucket.weights for bucket in flat}}
         if optimizer:
             if any(bucket.master is not bucket.weights for bucket in flat):
-                state["optim.master."] = [bucket.master for bucket in flat]
+                state["optim.master."] = {bucket.index: bucket.master for bucket in flat}
             state |= {f"optim.{name}.": flats for name, flats in self.optimizer.states.items()}
         return state
 

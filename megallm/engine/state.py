@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -22,10 +22,11 @@ class Piece(NamedTuple):
     tensor: Tensor
 
 
-def pieces(parameters: ShardedParameters, flats: list[Tensor]) -> Iterator[Piece]:
-    """The pieces in buffers that hold, for each bucket, this rank's range of it."""
+def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterator[Piece]:
+    """The pieces in buffers that hold, by the number of a bucket, this rank's range of it."""
     mesh = parameters.mesh
-    for bucket, flat in zip(parameters.flat, flats, strict=True):
+    for index, flat in flats.items():
+        bucket = parameters.flat[index]
         for cut in parameters.cuts(bucket):
             name, place = cut.member.name, cut.place
             shard = parameters.shards[name]

@@ -10,24 +10,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
+
+from megallm.base.errors import InternalError
 
 ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest
 
 
+class Treatment(NamedTuple):
+    """How the optimizer treats a parameter; `frozen` ones are not updated and not part of the gradient norm."""
+
+    rule: str = "adamw"
+    weight_decay: float = 0.0
+    lr_scale: float = 1.0
+    frozen: bool = False
+
+
 @dataclass(frozen=True)
 class Member:
-    """One parameter on this rank: its logical name, unit, local element count and how its gradient is reduced."""
+    """One parameter on this rank: its logical name, unit, local element count and how its gradient is reduced.
+
+    `whole` elements in a row stay on one rank of the shard group (a matrix, for rules that need all of it): all of
+    them, or a multiple of `ALIGN` that is the same on all ranks that split the parameter; 0: any elements may part.
+    `room` is the largest local count on any of those ranks, so that they all plan alike; 0: `numel`.
+    """
 
     name: str
     numel: int
     unit: str
     partial: tuple[str, ...] = ()
     tied: bool = False
-    decay: bool = True
+    treatment: Treatment = Treatment()
+    whole: int = 0
+    room: int = 0
 
     @property
-    def route(self) -> tuple[tuple[str, ...], bool]:
-        return (self.partial, self.tied)
+    def route(self) -> tuple:
+        """Equal for members that may share a bucket."""
+        return (self.partial, self.tied, self.treatment.rule, self.whole > 0)
+
+    @property
+    def space(self) -> int:
+        """Elements to leave for it, a multiple of `ALIGN`."""
+        return _padded(self.room or self.numel)
+
+    @property
+    def lump(self) -> int:
+        """The longest stretch that must stay on one rank; 0 when any may part."""
+        return self.space if self.whole == self.numel else self.whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +77,10 @@ class Bucket:
         return self.members[0].tied
 
     @property
+    def rule(self) -> str:
+        return self.members[0].treatment.rule
+
+    @property
     def units(self) -> frozenset[str]:
         return frozenset(member.unit for member in self.members)
 
@@ -64,15 +98,15 @@ class Bucket:
                 cuts.append(Cut(member, first - offset, last - offset, first - begin))
         return cuts
 
-    def decay_runs(self, begin: int, end: int) -> list[tuple[int, int, bool]]:
-        """`(first, last, decay)` stretches of `begin <= i < end` with one decay flag, counted from `begin`.
+    def runs(self, begin: int, end: int) -> list[tuple[int, int, Treatment]]:
+        """`(first, last, treatment)` stretches of `begin <= i < end` treated alike, counted from `begin`.
 
         For `begin` and `end` of a shard they are whole multiples of `ALIGN`, padding included.
         """
         runs = []
-        for decay, cuts in groupby(self.cuts(begin, end), key=lambda cut: cut.member.decay):
+        for treatment, cuts in groupby(self.cuts(begin, end), key=lambda cut: cut.member.treatment):
             cuts = list(cuts)
-            runs.append((cuts[0].place, _padded(cuts[-1].place + cuts[-1].end - cuts[-1].begin), decay))
+            runs.append((cuts[0].place, _padded(cuts[-1].place + cuts[-1].end - cuts[-1].begin), treatment))
         return runs
 
 
@@ -91,13 +125,15 @@ def plan_buckets(
 ) -> list[Bucket]:
     """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit); members are whole.
 
-    Inside a bucket decayed members come first, so that a shard has at most two runs of decay.
+    Inside a bucket members that are treated alike lie together, those with most decay first, so that a shard has few
+    runs. A bucket of members with a `whole` grows until each of `shards` ranks can get as much as the largest one.
     """
     open_lists: dict[tuple, list[Member]] = {}
     closed: list[list[Member]] = []
     for member in members:
         group = open_lists.setdefault(member.route, [])
-        full = group and (sum(m.numel for m in group) + member.numel) * itemsize > bucket_bytes
+        total, largest = sum(m.space for m in group), max((m.lump for m in group), default=0)
+        full = (total + member.space) * itemsize > bucket_bytes and total >= shards * largest
         if group and (group[-1].unit != member.unit if by_unit else full):
             closed.append(group)
             open_lists[member.route] = group = []
@@ -106,12 +142,66 @@ def plan_buckets(
 
 
 def _bucket(group: list[Member], shards: int) -> Bucket:
-    group = sorted(group, key=lambda member: not member.decay)
+    if group[0].whole and shards > 1:
+        return _whole_bucket(group, shards)
+    group = sorted(group, key=lambda m: (-m.treatment.weight_decay, m.treatment.lr_scale, m.treatment.frozen))
     offsets, total = [], 0
     for member in group:
         offsets.append(total)
-        total += _padded(member.numel)
+        total += member.space
     return Bucket(tuple(group), tuple(offsets), _padded(total, shards * ALIGN))
+
+
+# Members of which some elements must stay together
+
+
+def _whole_bucket(group: list[Member], shards: int) -> Bucket:
+    """The smallest equal ranges that were found in which no `whole` lies across two of them."""
+    total = sum(member.space for member in group)
+    fair = max(_padded(-(-total // shards)), *(member.lump for member in group))
+    steps = {fair + _padded(fair * i // 32) for i in range(32 * shards)}
+    steps |= {-(-fair // member.lump) * member.lump for member in group}
+    for each in sorted(steps):
+        starts = _fit(group, each, shards)
+        if starts is not None:
+            order = sorted(range(len(group)), key=lambda i: starts[i])
+            return Bucket(tuple(group[i] for i in order), tuple(starts[i] for i in order), each * shards)
+    raise InternalError(f"no ranges for {', '.join(m.name for m in group)} over {shards} ranks: the plan is wrong.")
+
+
+def _fit(group: list[Member], each: int, shards: int) -> list[int] | None:
+    """Where each member begins when every range has `each` elements; None when that was not found to be possible.
+
+    Stacks longer than a range are laid first, from one range into the next: what is in front of a boundary ends
+    exactly there. The others go, longest first, into the first gap of one range that is left.
+    """
+    starts = [-1] * len(group)
+    order = sorted(range(len(group)), key=lambda i: -group[i].space)
+    gaps: list[tuple[int, int]] = []
+    place = 0
+    for i in order:
+        member = group[i]
+        if member.space <= each:
+            continue
+        boundary = (place // each + 1) * each
+        head = min((boundary - place) // member.whole, member.numel // member.whole) * member.whole
+        if member.numel - head > each and each % member.whole:
+            return None
+        starts[i] = boundary - head
+        gaps.append((place, starts[i]))
+        place = starts[i] + member.space
+    if place > each * shards:
+        return None
+    boundary = min(-(-place // each), shards) * each
+    gaps += [(place, boundary)] + [(begin, begin + each) for begin in range(boundary, each * shards, each)]
+    for i in order:
+        if starts[i] < 0:
+            gap = next((k for k, (begin, end) in enumerate(gaps) if end - begin >= group[i].space), None)
+            if gap is None:
+                return None
+            starts[i], end = gaps[gap]
+            gaps[gap] = (starts[i] + group[i].space, end)
+    return starts
 
 
 def _padded(count: int, unit: int = ALIGN) -> int:

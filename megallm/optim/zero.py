@@ -9,7 +9,7 @@ before `finish`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from megallm.ops.precision import wide_dtype
-from megallm.optim.buckets import Cut, Member, plan_buckets
+from megallm.optim.buckets import Cut, Member, Treatment, plan_buckets
 from megallm.optim.config import ZeroOptions
 from megallm.optim.flat import FlatBucket
+from megallm.optim.rules import whole_elements
 from megallm.optim.tree import TreeSum, exchanger, tree_all_reduce_
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
@@ -57,9 +58,11 @@ class ShardedParameters:
     """All parameters of this rank's stages. Listens to the pipeline (`starts`, `stage_done`) and to units."""
 
     def __init__(
-        self, entries: list[Entry], mesh: Mesh, dtype: torch.dtype, options: ZeroOptions, sharing: Sharing
-    ) -> None:
+        self, entries: list[Entry], mesh: Mesh, dtype: torch.dtype, options: ZeroOptions, sharing: Sharing,
+        treatments: Mapping[str, Treatment],
+    ) -> None:  # fmt: skip
         self.mesh, self.options, self.groups, self.shared = mesh, options, sharing, sharing.units
+        self.treatments = treatments
         self.shards = {entry.name: entry.shard for entry in entries}
         self.shapes = {entry.name: entry.param.shape for entry in entries}
         self.tied_name = sharing.tied_name if sharing.tie.size > 1 else None
@@ -80,18 +83,9 @@ class ShardedParameters:
         self._reset()
 
     def _allocate(self, entries: list[Entry], dtype: torch.dtype) -> list[FlatBucket]:
-        members = {}
+        members: dict[int, list[Member]] = {}
         for entry in entries:
-            members.setdefault(entry.stage, []).append(
-                Member(
-                    entry.name,
-                    entry.param.numel(),
-                    unit_of(entry.name),
-                    entry.shard.partial,
-                    entry.name == self.tied_name,
-                    entry.shard.decay,
-                )  # fmt: skip
-            )
+            members.setdefault(entry.stage, []).append(self._member(entry))
         wide, device = wide_dtype(dtype), self.mesh.device
         shard = self.groups.shard if self.options.stage else Axis("shard", broken=self.groups.shard.broken)
         plans = [
@@ -102,6 +96,14 @@ class ShardedParameters:
             )
         ]
         return [FlatBucket(i, plan, self.options, shard, (dtype, wide), device) for i, plan in enumerate(plans)]
+
+    def _member(self, entry: Entry) -> Member:
+        name, param, shard, _ = entry
+        treatment, layout = self.treatments[name], self.mesh.layout
+        largest = shard.box(layout, self.mesh.coords | dict.fromkeys(shard.split.values(), 0))
+        whole = whole_elements(treatment.rule, shard, layout, param.shape)
+        tied = name == self.tied_name
+        return Member(name, param.numel(), unit_of(name), shard.partial, tied, treatment, whole, largest.size)
 
     def _neighbours(self) -> tuple[dict[str, str], dict[str, str]]:
         """For each unit the next one in a forward and in a backward pass through its stage."""
@@ -267,7 +269,7 @@ class ShardedParameters:
         yield from bucket.plan.cuts(bucket.begin, bucket.end)
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of all logical gradient elements, a float64 scalar; collective over the world.
+        """Sum of squares of all logical gradient elements but frozen ones, a float64 scalar; collective over the world.
 
         In tree mode every rank holds the whole sums, and one replica is added up in an order that does not
         depend on the number of replicas.
@@ -286,6 +288,8 @@ class ShardedParameters:
         return comm.all_reduce_(total, axis, "clip.norm")
 
     def _counts(self, name: str) -> bool:
+        if self.treatments[name].frozen:
+            return False
         if not self.options.tree:
             return self.owns(name)
         tied_twice = name == self.tied_name and self.groups.tie.rank

@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 from megallm.parallel.mesh import Axis
 from megallm.parallel.shard import piece
+from megallm.parallel.shard import piece
 
 REDUCTIONS = {
     "tp.enter": "gradient of the input of column-parallel layers, summed over tp (no sequence parallelism)",
@@ -46,6 +47,8 @@ REDUCTIONS = {
     "moe.capacity": "choices of a sequence's tokens on other tp and cp ranks, gathered to say which are dropped",
     "moe.load": "tokens of the step that chose each expert, summed over dp, cp and tp for the selection bias",
     "moe.report": "router losses as reported, summed over the world",
+    "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
+    "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over tp (Adafactor)",
     "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
     "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over tp (Adafactor)",
     "clip.norm": "squares of owned gradient elements, summed over the world",
@@ -103,6 +106,25 @@ def start_all_reduce(x: Tensor, axis: Axis, name: str) -> Callable[[], None]:
 def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> dist.Work:
     """Begin gathering equal flat pieces into `out`; wait on the result before reading it."""
     return _all_gather(out, piece, group=axis.group, async_op=True)
+
+
+def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:
+    """Begin to gather the pieces of `total` along `dim`, long ones first; the result waits and joins them."""
+    ends = [piece(total, axis.size, rank) for rank in range(axis.size)]
+    longest = ends[0][1]
+    front = x.movedim(dim, 0)
+    if len(front) < longest:
+        front = torch.cat((front, front.new_zeros(longest - len(front), *front.shape[1:])))
+    out = front.new_empty(axis.size * longest, *front.shape[1:])
+    sent = front.contiguous()
+    work = _all_gather(out, sent, group=axis.group, async_op=True)
+
+    def finish(sent: Tensor = sent) -> Tensor:  # holds what is being sent until it has left
+        work.wait()
+        pieces = [out[rank * longest : rank * longest + end - begin] for rank, (begin, end) in enumerate(ends)]
+        return torch.cat(pieces).movedim(0, dim)
+
+    return finish
 
 
 def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:

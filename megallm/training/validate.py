@@ -21,12 +21,14 @@ from megallm.convert.hf_config import agree, read_config
 from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
 from megallm.models.stages import parse_stages
-from megallm.optim.config import RULES, SCHEDULES
+from megallm.optim.config import CHOICES as OPTIM_CHOICES
+from megallm.optim.config import OptimConfig, unused
+from megallm.optim.groups import pattern_problem
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
 from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
-from megallm.training.reading import segment_faults
+from megallm.training.reading import objective_faults, segment_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
 
@@ -90,7 +92,9 @@ def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int
     raise_problems([str(problem) for problem in problems], hint)
     facts = _facts(config, world, tokenizer_vocab)
     seed = config.run.seed if config.data.seed is None else config.data.seed
-    return replace(config, {"model": facts.model, "layout.dp": facts.dp, "data.seed": seed})
+    return replace(
+        config, {"model": facts.model, "layout.dp": facts.dp, "data.seed": seed, "optim": config.optim.resolve()}
+    )
 
 
 def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None = None) -> list[Problem]:
@@ -169,6 +173,11 @@ RANGES: dict[str, Range] = {
     "data.seed": _SEED,
     "data.seq_len": _COUNT,
     "data.window": _COUNT,
+    "data.masking.rate": Range(above=0, high=1),
+    "data.masking.masked": Range(low=0, high=1),
+    "data.masking.random": Range(low=0, high=1),
+    "model.num_labels": Range(low=2),
+    "model.token_types": _NOT_NEGATIVE,
     "data.fim.rate": Range(low=0, high=1),
     "data.fim.spm": Range(low=0, high=1),
     **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
@@ -186,6 +195,12 @@ RANGES: dict[str, Range] = {
     "optim.decay_fraction": Range(above=0, high=1),
     "optim.eps": Range(above=0),
     "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.momentum": Range(low=0, below=1),
+    "optim.smoothing": Range(low=0, below=1),
+    "optim.decay_power": Range(above=0, high=1),
+    "optim.update_clip": Range(above=0),
+    "optim.min_scale": Range(above=0),
+    "optim.ns_steps": Range(low=1, high=20),
     "optim.clip": _NOT_NEGATIVE,
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.keep": _NOT_NEGATIVE,
@@ -211,7 +226,8 @@ def _ranges(config: PretrainConfig, world: int | None) -> Iterator[Problem]:
 
 def _choices(config: PretrainConfig) -> Iterator[Problem]:
     tables = {f"model.{name}": values for name, values in CHOICES.items()}
-    for key, values in (tables | {"optim.rule": RULES, "optim.schedule": SCHEDULES}).items():
+    tables |= {f"optim.{name}": values for name, values in OPTIM_CHOICES.items()}
+    for key, values in tables.items():
         value = get(config, key)
         if value is not None and value not in values:
             close = get_close_matches(value, values, n=1, cutoff=0) or values[:1]
@@ -259,15 +275,11 @@ def _sources(config: PretrainConfig) -> Iterator[Problem]:
 
 def _optimizer(config: PretrainConfig) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        yield Problem(
-            "betas",
-            f"optim.betas are {list(optim.betas)}; each must be at least 0 and less than 1.",
-            ({"optim.betas": _DEFAULTS.optim.betas},),
-        )
-    if optim.min_lr > optim.lr > 0:
-        sentence = f"optim.min_lr {optim.min_lr:g} is greater than optim.lr {optim.lr:g}."
-        yield Problem("min_lr", sentence, ({"optim.min_lr": optim.lr}, {"optim.lr": optim.min_lr}))
+    if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
+        sentence = f"optim.betas are {list(optim.betas)}; each must be at least 0 and less than 1."
+        yield Problem("betas", sentence, ({"optim.betas": None},))
+    if optim.rule in OPTIM_CHOICES["rule"] and optim.schedule in OPTIM_CHOICES["schedule"]:
+        yield from _optimizer_keys(optim)
     if steps >= 1 and optim.warmup_steps >= steps:
         sentence = f"optim.warmup_steps {optim.warmup_steps} must be less than train.steps {steps}."
         fixes = ({"optim.warmup_steps": steps - 1}, {"train.steps": optim.warmup_steps + 1})
@@ -276,6 +288,34 @@ def _optimizer(config: PretrainConfig) -> Iterator[Problem]:
     if stop_at is not None and stop_at > steps >= 1:
         sentence = f"train.stop_at {stop_at} lies beyond train.steps {steps}."
         yield Problem("stop_at", sentence, ({"train.stop_at": steps}, {"train.steps": stop_at}))
+
+
+def _optimizer_keys(optim: OptimConfig) -> Iterator[Problem]:
+    """Which keys the rule and the schedule read, and how they go together."""
+    for key, who, reads in unused(optim):
+        sentence = (
+            f"optim.{key} is given, but optim.{who} does not read it; it reads {', '.join(reads) or 'no such key'}."
+        )
+        yield Problem("unused", sentence, ({f"optim.{key}": None},))
+    full = optim.resolve()
+    if full.lr is not None and full.min_lr > full.lr > 0:
+        sentence = f"optim.min_lr {full.min_lr:g} is greater than optim.lr {full.lr:g}."
+        yield Problem("min_lr", sentence, ({"optim.min_lr": full.lr}, {"optim.lr": full.min_lr}))
+    if full.nesterov and full.momentum == 0:
+        sentence = "optim.nesterov looks ahead along a momentum, but optim.momentum is 0."
+        yield Problem("nesterov", sentence, ({"optim.nesterov": False}, {"optim.momentum": 0.9}))
+    for number, group in enumerate(optim.groups):
+        at, values = f"optim.groups[{number}]", list(optim.groups)
+        trouble = pattern_problem(group.match)
+        if trouble is not None:
+            yield Problem(
+                "groups", f"{at}.match {trouble}.", ({"optim.groups": (*values[:number], *values[number + 1 :])},)
+            )
+        for key, value in (("lr_scale", group.lr_scale), ("weight_decay", group.weight_decay)):
+            if value is not None and value < 0:
+                values[number] = dataclasses.replace(values[number], **{key: 0.0})
+                sentence = f"{at}.{key} is {value:g}; it must be at least 0."
+                yield Problem("groups", sentence, ({"optim.groups": tuple(values)},))
 
 
 # Rules between the model, the layout and the batch.
@@ -461,6 +501,11 @@ def _world(facts: Facts) -> Iterator[Problem]:
         yield Problem("world", sentence, nearest_fixes(WORLD, world, multiples(world, ranks)))
 
 
+def _objective(facts: Facts) -> Iterator[Problem]:
+    for rule, sentence, fixes in objective_faults(facts.config, facts.model):
+        yield Problem(rule, sentence, fixes)
+
+
 def _vocabulary(facts: Facts) -> Iterator[Problem]:
     vocab, needed = facts.model.vocab_size, facts.tokenizer_vocab
     if needed is not None and vocab < needed:
@@ -482,6 +527,7 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
     _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
     _vocabulary: ("model.vocab_size",),
+    _objective: ("data.masking.masked", "data.masking.random", "data.fim.rate"),
 }
 LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "context", "schedule")
 _DEFAULTS = PretrainConfig()

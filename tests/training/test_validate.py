@@ -13,6 +13,7 @@ import pytest
 from megallm.base.config import get, load, replace
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
+from megallm.optim.config import GroupConfig
 from megallm.parallel import zigzag
 from megallm.training import validate
 from megallm.training.config import PretrainConfig
@@ -168,19 +169,32 @@ BROKEN = [
     ("ranges", {"layout.tp": 0}, "layout.tp is 0; it must be at least 1."),
     ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1 and at most"),
     ("ranges", {"optim.lr": 0.0}, "optim.lr is 0.0; it must be greater than 0."),
-    ("ranges", {"optim.decay_fraction": 1.5}, "it must be greater than 0 and at most 1."),
+    ("ranges", {"optim.schedule": "wsd", "optim.decay_fraction": 1.5}, "it must be greater than 0 and at most 1."),
     ("ranges", {"data.seed": 2**32}, "it must be at least 0 and at most"),
     ("ranges", {"model.num_layers": 0}, "model.num_layers is 0"),
     ("ranges", {"model.num_heads": -8}, "model.num_heads is -8"),
     ("ranges", {"model.vocab_size": 0}, "model.vocab_size is 0"),
     (
         "choices",
-        {"optim.rule": "adam"},
-        "optim.rule is 'adam'; it must be one of adamw. Nearest valid: optim.rule=adamw.",
+        {"optim.rule": "adamv"},
+        "optim.rule is 'adamv'; it must be one of adamw, adam, sgd, adagrad, rmsprop, lion, adafactor, muon. Nearest",
     ),
     ("choices", {"optim.schedule": "cosin"}, "Nearest valid: optim.schedule=cosine."),
     ("choices", {"model.norm": "rms"}, "Nearest valid: model.norm=rmsnorm."),
     ("betas", {"optim.betas": (0.9, 1.0)}, "optim.betas are [0.9, 1.0]"),
+    (
+        "unused",
+        {"optim.rule": "lion", "optim.eps": 1e-8},
+        "optim.eps is given, but optim.rule lion does not read it; it reads lr, betas, weight_decay. Nearest valid: "
+        "optim.eps=null.",
+    ),
+    ("unused", {"optim.decay_shape": "sqrt"}, "optim.schedule cosine does not read it"),
+    ("ranges", {"optim.rule": "sgd", "optim.momentum": 1.0}, "it must be at least 0 and less than 1."),
+    ("choices", {"optim.rule": "muon", "optim.update_scale": "rsm"}, "Nearest valid: optim.update_scale=rms."),
+    ("nesterov", {"optim.rule": "sgd", "optim.nesterov": True}, "Nearest valid: optim.nesterov=false or"),
+    ("groups", {"optim.groups": (GroupConfig("/(/"),)}, "optim.groups[0].match is no regular expression"),
+    ("groups", {"optim.groups": (GroupConfig(),)}, "optim.groups[0].match is empty; give a pattern of logical names"),
+    ("groups", {"optim.groups": (GroupConfig("*"), GroupConfig("*", -1.0))}, "optim.groups[1].lr_scale is -1;"),
     ("min_lr", {"optim.min_lr": 1.0}, "optim.min_lr 1 is greater than optim.lr 0.0003."),
     (
         "warmup",

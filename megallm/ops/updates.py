@@ -1,0 +1,92 @@
+"""Updates of flat buffers element by element: SGD, AdaGrad, RMSProp, Lion. All in place.
+
+`skip` is a float scalar tensor on the buffers' device: with 1.0 instead of 0.0 nothing changes, whatever is in the
+gradient, and the host never reads it. Buffers of one call have one length, dtype and device; state starts at zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+
+class Flat(NamedTuple):
+    """A stretch of parameters with its gradient; the gradient is left as it is."""
+
+    param: Tensor
+    grad: Tensor
+
+
+def unless(skip: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, or zeros when the update is skipped: an infinity times nothing would not be nothing."""
+    return torch.where(skip > 0, 0.0, grad)
+
+
+def keeping(skip: Tensor, like: Tensor) -> Tensor:
+    """1 as a scalar of the buffers' dtype, or 0 when the update is skipped."""
+    return 1 - skip.to(like.dtype)
+
+
+class SgdRule(NamedTuple):
+    lr: float
+    weight_decay: float
+    momentum: float = 0.0
+    nesterov: bool = False
+
+
+def sgd_(flat: Flat, buffer: Tensor | None, rule: SgdRule, skip: Tensor) -> None:
+    """g += wd p; b = momentum b + g; p -= lr b, or lr (g + momentum b) with Nesterov (Sutskever et al. 2013).
+
+    `buffer` is None without momentum: p -= lr g. Through torch's fused functional form.
+    """
+    sgd(
+        [flat.param], [flat.grad], [buffer], fused=True, found_inf=skip, weight_decay=rule.weight_decay,
+        momentum=rule.momentum, lr=rule.lr, dampening=0.0, nesterov=rule.nesterov, maximize=False,
+    )  # fmt: skip
+
+
+class ScaleRule(NamedTuple):
+    """AdaGrad and RMSProp: what divides the gradient, and what becomes of it. `smoothing` None: a sum (AdaGrad)."""
+
+    lr: float
+    weight_decay: float
+    eps: float
+    smoothing: float | None = None
+    momentum: float = 0.0
+
+
+def adagrad_(flat: Flat, squares: Tensor, rule: ScaleRule, skip: Tensor) -> None:
+    """g += wd p; s += g^2; p -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
+    grad = unless(skip, flat.grad.add(flat.param, alpha=rule.weight_decay))
+    squares.addcmul_(grad, grad)
+    flat.param.addcdiv_(grad, squares.sqrt().add_(rule.eps), value=-rule.lr)
+
+
+def rmsprop_(flat: Flat, squares: Tensor, buffer: Tensor | None, rule: ScaleRule, skip: Tensor) -> None:
+    """g += wd p; s = a s + (1 - a) g^2; p -= lr g / (sqrt(s) + eps) (Hinton 2012).
+
+    With a `buffer` the quotient q goes through momentum first: b = momentum b + q; p -= lr b.
+    """
+    grad, keep = unless(skip, flat.grad.add(flat.param, alpha=rule.weight_decay)), keeping(skip, flat.param)
+    squares.lerp_(grad.square(), (1 - rule.smoothing) * keep)
+    step = grad.div_(squares.sqrt().add_(rule.eps))
+    if buffer is not None:
+        step = buffer.lerp_(buffer.mul(rule.momentum).add_(step), keep) * keep
+    flat.param.add_(step, alpha=-rule.lr)
+
+
+class LionRule(NamedTuple):
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+
+
+def lion_(flat: Flat, exp_avg: Tensor, rule: LionRule, skip: Tensor) -> None:
+    """p -= lr (sign(b1 m + (1 - b1) g) + wd p); m = b2 m + (1 - b2) g (arXiv 2302.06675, algorithm 2)."""
+    grad, keep = unless(skip, flat.grad), keeping(skip, flat.param)
+    direction = exp_avg.lerp(grad, 1 - rule.betas[0]).sign_().add_(flat.param, alpha=rule.weight_decay)
+    flat.param.addcmul_(direction, keep, value=-rule.lr)
+    exp_avg.lerp_(grad, (1 - rule.betas[1]) * keep)

@@ -1,0 +1,86 @@
+"""Rules that treat each element by itself, over the flat buckets: SGD, AdaGrad, RMSProp, Adam, AdamW, Lion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megallm.ops.adam import AdamRule, FlatState, adamw_
+from megallm.ops.updates import Flat, LionRule, ScaleRule, SgdRule, adagrad_, lion_, rmsprop_, sgd_
+from megallm.optim.buckets import Treatment
+from megallm.optim.config import OptimConfig
+from megallm.optim.flat import FlatBucket
+
+
+class Clock(NamedTuple):
+    """When an update takes place: scalars on the device of the state, not read by the host."""
+
+    count: Tensor  # float32: updates applied so far
+    skip: Tensor  # float32: 1.0 leaves everything as it is
+
+
+class Elementwise:
+    """The buckets of one rule. `states` has for each state name and bucket index this rank's range."""
+
+    def __init__(self, rule: str, config: OptimConfig, states: dict[str, dict[int, Tensor]]) -> None:
+        self.apply, self.config, self.states = APPLY[rule], config, states
+
+    def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None:
+        """Apply the completed and clipped gradients of `buckets`."""
+        for bucket in buckets:
+            grads = bucket.shard_grads.to(bucket.master.device)
+            for begin, end, treatment in bucket.plan.runs(bucket.begin, bucket.end):
+                if not treatment.frozen:
+                    run = slice(begin, end)
+                    states = {name: flats[bucket.index][run] for name, flats in self.states.items()}
+                    settings = Settings(lr * treatment.lr_scale, treatment, self.config)
+                    self.apply(Flat(bucket.master[run], grads[run]), states, settings, clock)
+
+
+class Settings(NamedTuple):
+    """What one run of elements is updated with."""
+
+    lr: float
+    treatment: Treatment
+    config: OptimConfig
+
+
+def _adam(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
+    lr, treatment, config = settings
+    decoupled = treatment.rule != "adam"
+    rule = AdamRule(lr, config.betas, config.eps, treatment.weight_decay, decoupled)
+    adamw_(FlatState(*flat, states["exp_avg"], states["exp_avg_sq"]), rule, *clock)
+
+
+def _sgd(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
+    lr, treatment, config = settings
+    rule = SgdRule(lr, treatment.weight_decay, config.momentum, config.nesterov)
+    sgd_(flat, states.get("momentum"), rule, clock.skip)
+
+
+def _adagrad(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
+    lr, treatment, config = settings
+    adagrad_(flat, states["sum"], ScaleRule(lr, treatment.weight_decay, config.eps), clock.skip)
+
+
+def _rmsprop(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
+    lr, treatment, config = settings
+    rule = ScaleRule(lr, treatment.weight_decay, config.eps, config.smoothing, config.momentum)
+    rmsprop_(flat, states["square_avg"], states.get("momentum"), rule, clock.skip)
+
+
+def _lion(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
+    lr, treatment, config = settings
+    lion_(flat, states["exp_avg"], LionRule(lr, treatment.weight_decay, config.betas), clock.skip)
+
+
+APPLY: dict[str, Callable[[Flat, dict[str, Tensor], Settings, Clock], None]] = {
+    "adamw": _adam,
+    "adam": _adam,
+    "sgd": _sgd,
+    "adagrad": _adagrad,
+    "rmsprop": _rmsprop,
+    "lion": _lion,
+}

@@ -1,0 +1,124 @@
+"""Muon over flat buckets (Jordan 2024; arXiv 2502.16982): momentum, made orthogonal matrix by matrix.
+
+Shards end where matrices end (`Member.whole`), so a rank has all of each of its matrices but what tensor
+parallelism splits; those pieces are gathered, and every tensor-parallel rank does the same work and keeps its slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megallm.base.errors import InternalError
+from megallm.ops.newton_schulz import orthogonalized
+from megallm.ops.updates import keeping, unless
+from megallm.optim.buckets import Cut
+from megallm.optim.config import OptimConfig
+from megallm.optim.elementwise import Clock
+from megallm.optim.flat import FlatBucket
+from megallm.optim.zero import ShardedParameters
+from megallm.parallel import comm
+from megallm.parallel.shard import Shard, piece
+
+GATHER = "muon.matrices"
+RMS = 0.2  # of the elements of an AdamW update, as observed in arXiv 2502.16982
+
+
+class Matrices(NamedTuple):
+    """Neighbouring matrices `[n, rows, columns]` of one parameter in this rank's range, as held here."""
+
+    cut: Cut
+    shard: Shard
+    shape: tuple[int, int, int]
+
+    @property
+    def split_dim(self) -> int | None:
+        """The dim of `shape` that an axis divides."""
+        last = len(self.shard.full) - 1
+        return next((dim for dim, place in ((2, last), (1, last - 1)) if place in self.shard.split), None)
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat[self.cut.place : self.cut.place + self.cut.end - self.cut.begin].view(self.shape)
+
+
+class Muon:
+    """The buckets of hidden matrices; `states["momentum"]` has this rank's range by bucket index."""
+
+    def __init__(
+        self, config: OptimConfig, parameters: ShardedParameters, states: dict[str, dict[int, Tensor]]
+    ) -> None:
+        self.config, self.parameters, self.states = config, parameters, states
+
+    def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None:
+        """Apply the completed and clipped gradients of `buckets`; collective over the axes that split matrices."""
+        pending: list[Callable[[], None]] = []
+        for bucket in buckets:
+            direction = self._direction(bucket, clock)
+            for matrices in map(self._matrices, self.parameters.cuts(bucket)):
+                if not matrices.cut.member.treatment.frozen:
+                    whole = self._start_gather(matrices, matrices.view(direction))
+                    pending.append(lambda b=bucket, m=matrices, w=whole: self._apply(b, m, w(), lr, clock))
+                if len(pending) > 1:  # one gather is under way while another's matrices are worked on
+                    pending.pop(0)()
+        for apply in pending:
+            apply()
+
+    def _direction(self, bucket: FlatBucket, clock: Clock) -> Tensor:
+        """What is to be made orthogonal: the momentum, or with Nesterov the gradient moved along it."""
+        grads, mu = bucket.shard_grads.to(bucket.master.device), self.config.momentum
+        grads = unless(clock.skip, grads)
+        if mu == 0:
+            return grads
+        momentum = self.states["momentum"][bucket.index]
+        momentum.lerp_(grads, (1 - mu) * keeping(clock.skip, grads))
+        return grads.lerp_(momentum, mu) if self.config.nesterov else momentum
+
+    def _matrices(self, cut: Cut) -> Matrices:
+        name = cut.member.name
+        rows, columns = self.parameters.shapes[name][-2:]
+        if cut.begin % (rows * columns) or cut.end % (rows * columns):
+            raise InternalError(
+                f"elements {cut.begin} to {cut.end} of {name} are no whole {rows} x {columns} matrices."
+            )
+        shape = ((cut.end - cut.begin) // (rows * columns), rows, columns)
+        return Matrices(cut, self.parameters.shards[name], shape)
+
+    def _start_gather(self, matrices: Matrices, part: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring whole matrices together on the mesh's device; the result waits for them."""
+        dim, mesh = matrices.split_dim, self.parameters.mesh
+        part = part.to(mesh.device)
+        if dim is None:
+            return lambda: part
+        place = len(matrices.shard.full) - 3 + dim
+        axis, total = mesh.axes[matrices.shard.split[place]], matrices.shard.full[place]
+        if axis.size == 1 or GATHER in axis.broken:
+            return lambda: part
+        return comm.start_gather_uneven(part, axis, dim, total)
+
+    def _apply(self, bucket: FlatBucket, matrices: Matrices, whole: Tensor, lr: float, clock: Clock) -> None:
+        weights, treatment = matrices.view(bucket.master), matrices.cut.member.treatment
+        dtype = torch.bfloat16 if weights.dtype == torch.float32 else weights.dtype
+        step = orthogonalized(whole, self.config.ns_steps, dtype)
+        step = self._own(matrices, step).to(weights.device, weights.dtype)
+        lr, keep = lr * treatment.lr_scale, keeping(clock.skip, weights)
+        weights.mul_(1 - lr * treatment.weight_decay * keep)
+        weights.addcmul_(step, keep, value=-lr * update_scale(self.config.update_scale, *matrices.shard.full[-2:]))
+
+    def _own(self, matrices: Matrices, whole: Tensor) -> Tensor:
+        """This rank's slice of whole matrices."""
+        dim, mesh = matrices.split_dim, self.parameters.mesh
+        if dim is None or whole.shape[dim] == matrices.shape[dim]:
+            return whole
+        axis = mesh.axes[matrices.shard.split[len(matrices.shard.full) - 3 + dim]]
+        begin, end = piece(whole.shape[dim], axis.size, axis.rank)
+        return whole.narrow(dim, begin, end - begin)
+
+
+def update_scale(kind: str, rows: int, columns: int) -> float:
+    """What an orthogonal update is multiplied by: `rms` brings its root mean square to AdamW's, whatever the shape
+    (arXiv 2502.16982, section 2.2); `original` is Jordan's sqrt(max(1, rows / columns))."""
+    return RMS * math.sqrt(max(rows, columns)) if kind == "rms" else math.sqrt(max(1.0, rows / columns))
