@@ -33,7 +33,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 
 LR, SEED = 1e-3, 1234
-OPTIM = OptimConfig(clip=0.0).resolve()
+OPTIM = OptimConfig(clip=0.0)
 Step = Callable[[int], float | None]
 
 
@@ -182,6 +182,7 @@ def deepspeed_zero(job: Job, stage: int) -> Step:
         "train_micro_batch_size_per_gpu": job.rows * job.micros,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=settings)
