@@ -36,9 +36,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHARSET = re.compile(rb"charset=[\"']?([A-Za-z0-9_-]+)")
 _BOM = b"\xef\xbb\xbf"
 _MAX_DEPTH = 100  # of a value that is kept
-_TYPES = {
-    type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,16 +138,7 @@ def _count_lines(chunk: readers.Chunk) -> int:
         return len(chunk.rows)
     if chunk.too_long:
         return chunk.lines
-    return bytes_of(chunk).count(b"\n")
-
-
-def bytes_of(chunk: readers.Chunk) -> bytes:
-    """The lines of a chunk, read from its file when the chunk is only a range."""
-    if chunk.data is not None:
-        return chunk.data
-    with open(chunk.file, "rb") as file:
-        file.seek(chunk.begin)
-        return file.read(chunk.size)
+    return readers.bytes_of(chunk).count(b"\n")
 
 
 def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
@@ -165,7 +153,7 @@ def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
             yield _document(dict(zip(_keys(config), row, strict=True)), unit.file, unit.line + number, config)
     elif unit.kind == "lines":
         assert unit.chunk is not None
-        for number, raw in enumerate(bytes_of(unit.chunk).split(b"\n")):
+        for number, raw in enumerate(readers.bytes_of(unit.chunk).split(b"\n")):
             if raw.strip():
                 yield _line(raw, unit.file, unit.line + number, config)
     else:
@@ -190,7 +178,9 @@ def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | R
     except RecursionError:
         return Reject(file, line, "not usable JSON, it is nested too deeply")
     if not isinstance(value, dict):
-        return Reject(file, line, f"the line holds a JSON {_TYPES[type(value)]}, want an object with '{config.key}'")
+        return Reject(
+            file, line, f"the line holds a JSON {readers.type_name(value)}, want an object with '{config.key}'"
+        )
     return _document(value, file, line, config)
 
 
@@ -200,15 +190,13 @@ def _document(value: dict[str, Any], file: str, line: int, config: InputConfig) 
         return Reject(file, line, f"the key '{config.key}' is missing; the line has {has}")
     text = value[config.key]
     if not isinstance(text, str):
-        return Reject(
-            file, line, f"the value of '{config.key}' is a {_TYPES.get(type(text), type(text).__name__)}, want a string"
-        )
+        return Reject(file, line, f"the value of '{config.key}' is a {readers.type_name(text)}, want a string")
     problem = _unsound(text)
     if problem:
         return Reject(file, line, problem)
     name = value.get(config.id_key) if config.id_key else None
     if name is not None and not isinstance(name, (str, int)):
-        kind = _TYPES.get(type(name), "value")
+        kind = readers.type_name(name)
         return Reject(file, line, f"the value of '{config.id_key}' is a {kind}, want a string or a whole number")
     if isinstance(name, str) and _SURROGATE.search(name):
         return Reject(file, line, f"the value of '{config.id_key}' holds a lone surrogate")

@@ -216,7 +216,7 @@ class IndexedWriter:
         base = Path(self.prefix)
         self._paths = {
             suffix: files.temporary_name(f"{base}.{suffix}") if parts is None else parts / f"{base.name}.{suffix}"
-            for suffix in ("bin", "idx", "lengths", "documents")
+            for suffix in ("bin", "idx", "meta.json", "lengths", "documents")
         }
         self._open: dict[str, BinaryIO] = {}
         sizes = (self.num_tokens * self.dtype.itemsize, 4 * self.num_sequences, 8 * self.num_documents)
@@ -272,7 +272,12 @@ class IndexedWriter:
         return self.num_tokens, self.num_sequences, self.num_documents
 
     def commit(self, side_car: Mapping[str, Any] | None = None) -> None:
-        """Publish: side-car (None: none), then `.bin`, then `.idx`, so that an `.idx` never lies about its `.bin`."""
+        """Publish what was written, with a side-car (None: none)."""
+        publish(self.prefix, self.prepare(side_car))
+        self.release()
+
+    def prepare(self, side_car: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Make everything ready and durable; what `publish` moves, by suffix."""
         with files.writing(self.prefix):
             for file in self._open.values():
                 file.close()
@@ -280,13 +285,13 @@ class IndexedWriter:
                 self._write_index(index)
             for suffix in ("bin", "idx"):
                 files.fsync_file(self._paths[suffix])
-            for suffix in ("idx", "meta.json"):
-                Path(f"{self.prefix}.{suffix}").unlink(missing_ok=True)
             if side_car is not None:
-                meta.write(self.prefix, side_car)
-            for suffix in ("bin", "idx"):
-                os.replace(self._paths[suffix], f"{self.prefix}.{suffix}")
-            files.fsync_dir(Path(self.prefix).parent)
+                meta.write(self.prefix, side_car, self._paths["meta.json"])
+        wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
+        return {suffix: os.fspath(self._paths[suffix]) for suffix in wanted}
+
+    def release(self) -> None:
+        """What was prepared is published: remove the rest."""
         self._open.clear()
         self._remove()
 
@@ -318,6 +323,23 @@ class IndexedWriter:
             index.write(bytes(8))
             while block := documents.read(8 * _SCAN):
                 index.write(block)
+
+
+def publish(prefix: str, prepared: Mapping[str, str]) -> None:
+    """Give prepared files their names: side-car, `.bin`, then `.idx`, so that an `.idx` never lies about its `.bin`.
+
+    Doing it again after it was interrupted anywhere finishes it. Errors: `CannotWrite`.
+    """
+    with files.writing(prefix):
+        if not os.path.exists(prepared["idx"]):
+            return  # it is the last, so it was all done
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+        if "meta.json" not in prepared:
+            Path(f"{prefix}.meta.json").unlink(missing_ok=True)
+        for suffix, path in prepared.items():
+            if os.path.exists(path):
+                os.replace(path, f"{prefix}.{suffix}")
+        files.fsync_dir(Path(prefix).parent)
 
 
 def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, Any]:
@@ -382,4 +404,3 @@ def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dic
         "lowest_token": lowest, "highest_token": highest, "vocab_size": vocab_size,
         "tokenizer": None if side_car is None else side_car["tokenizer"],
     }  # fmt: skip
-

@@ -18,9 +18,10 @@ def path_of(prefix: str | os.PathLike[str]) -> str:
     return f"{os.fspath(prefix)}.meta.json"
 
 
-def write(prefix: str | os.PathLike[str], side_car: Mapping[str, Any]) -> None:
-    """Write the side-car atomically. Keys: tokenizer {kind, fingerprint, vocab_size, eod} and the counts."""
-    files.atomic_write_json(path_of(prefix), {"schema": SCHEMA, **side_car})
+def write(prefix: str | os.PathLike[str], side_car: Mapping[str, Any], path: str | os.PathLike[str] = "") -> None:
+    """Write the side-car atomically, or to `path` for now. Keys: tokenizer {kind, fingerprint, vocab_size, eod} and
+    the counts."""
+    files.atomic_write_json(path or path_of(prefix), {"schema": SCHEMA, **side_car})
 
 
 def read(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:

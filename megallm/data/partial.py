@@ -53,6 +53,7 @@ class Partial:
 
     def save(self, state: dict[str, Any]) -> None:
         """Record what is done; the files it speaks of are durable already."""
+        self.state = state
         files.atomic_write_json(self.folder / _STATE, {"identity": self._identity, "state": state})
 
     def remove(self) -> None:

@@ -27,11 +27,11 @@ from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
 from megallm.data import accelerated, readers, tokenizer
 from megallm.data.encode import Encoded, Job, encode_chunk, encoder_of, sample_texts
-from megallm.data.indexed import IndexedWriter, dtype_for
+from megallm.data.indexed import IndexedWriter, dtype_for, publish
 from megallm.data.partial import Partial, sweep
 from megallm.data.workers import Workers
 
-FORMAT = 1  # of the work in progress: a change makes what an older megallm left unusable
+FORMAT = 2  # of the work in progress: a change makes what an older megallm left unusable
 _POLICIES = ("stop", "skip")
 _SAVE_SECONDS = 5.0  # between records of what is done
 _MAX_RUNS = 100_000  # of documents on consecutive lines, that the side-car lists
@@ -111,6 +111,10 @@ def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = Non
     sweep(config.output)
     with _stopped_by_sigterm(), ExitStack() as stack:
         work = stack.enter_context(Partial(config.output, _identity(config, plain)))
+        stats = _publish(config, work)  # of a run that was killed while it published
+        if stats is not None:
+            stack.callback(work.remove)
+            return stats
         try:
             output = _Output(config, job, work, stack)
             results = stack.enter_context(closing(_encoded(config, job, output.place)))
@@ -253,7 +257,8 @@ class _Output:
         self._saved_at = time.monotonic()
 
     def commit(self, encoder: tokenizer.Encoder) -> None:
-        """Publish everything. Errors: `DataError` when no text gave any token, or too many lines were rejected."""
+        """Publish everything: first all is made ready and noted, then it is moved, so that a run that is killed in
+        between can finish. Errors: `DataError` when no text gave any token, or too many lines were rejected."""
         stats, config = self.stats, self.config
         why = f" The first of {stats.rejected} rejected: {self._first_reject}." if stats.rejected else ""
         if not any(stats.tokens.values()):
@@ -270,15 +275,19 @@ class _Output:
             with files.writing(f"{config.output}.rejects.jsonl"):
                 self._rejects.close()
                 files.fsync_file(self._work.folder / "rejects.jsonl")
-                os.replace(self._work.folder / "rejects.jsonl", f"{config.output}.rejects.jsonl")
         origins = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= _MAX_RUNS else None
+        prepared = {}
         for key, writer in self._writers.items():
-            writer.commit({
+            prepared[config.prefix(key)] = writer.prepare({
                 "tokenizer": made_by, "documents": writer.num_documents, "sequences": writer.num_sequences,
                 "tokens": writer.num_tokens, "empty_documents": stats.empty[key], "rejected": stats.rejected,
                 "json_key": key, "append_eod": config.append_eod, "inputs": [Path(name).name for name in config.inputs],
                 "origins": origins,
             })  # fmt: skip
+        self._work.save({"publish": prepared, "stats": vars(stats)})
+        _publish(config, self._work)
+        for writer in self._writers.values():
+            writer.release()
 
     def _remember(self, file: int, lines: np.ndarray) -> None:
         """Note [document, file, line] wherever documents do not stand on consecutive lines."""
@@ -301,7 +310,7 @@ class _Output:
         self._first_reject = self._first_reject or f"{name}:{line}: {reason}"
         row = json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n"
         with files.writing(f"{self.config.output}.rejects.jsonl"):
-            self._rejects.write(row.encode())
+            self._rejects.write(row.encode(errors="backslashreplace"))  # a lone surrogate as its JSON escape
         self._check_rejects(_REJECT_LINES)
 
     def _check_rejects(self, least_lines: int) -> None:
@@ -311,6 +320,20 @@ class _Output:
                 f"{stats.rejected} of {stats.lines} lines were rejected, more than --max-reject-percent {percent:g}; "
                 f"the first: {self._first_reject}."
             )
+
+
+def _publish(config: PreprocessConfig, work: Partial) -> Stats | None:
+    """Move what is ready to its final names; None when nothing is ready yet."""
+    state = work.state or {}
+    if "publish" not in state:
+        return None
+    rejects = work.folder / "rejects.jsonl"
+    with files.writing(f"{config.output}.rejects.jsonl"):
+        if rejects.exists():
+            os.replace(rejects, f"{config.output}.rejects.jsonl")
+    for prefix, prepared in state["publish"].items():
+        publish(prefix, prepared)
+    return Stats(**state["stats"])
 
 
 def _encoded(
@@ -363,4 +386,3 @@ def _stopped_by_sigterm() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-

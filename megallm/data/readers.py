@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 from megallm.base.errors import DataError, UsageError
+from megallm.data import optional, parquet
 
 CHUNK_BYTES = 1 << 20
 _SEEK_BYTES = 1 << 14  # read at once where a chunk may end
@@ -28,9 +28,9 @@ _TEXT_SUFFIXES = (".txt", ".text", ".md")
 _SPLITS = ("file", "lines", "paragraphs")
 _BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
-_PARQUET_ROWS = 256
-_JSON_TYPES = {
+_TYPES = {
     type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object",
+    bytes: "binary value, or text that is not UTF-8",
 }  # fmt: skip
 
 
@@ -103,7 +103,8 @@ def chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
     suffix = suffixes[-1] if suffixes else ""
     try:
         if suffix == ".parquet":
-            yield from _parquet_chunks(name, options)
+            for rows in parquet.row_batches(name, options.keys, CHUNK_BYTES, options.max_document_bytes):
+                yield Chunk(name, "rows", rows=rows or None, too_long=not rows, lines=1)
             return
         kind = options.split_text if suffix in _TEXT_SUFFIXES else "jsonl"
         with open(name, "rb") as file:
@@ -151,7 +152,7 @@ def _gzip(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    zstandard = _optional("zstandard", file.name)
+    zstandard = optional.need("zstandard", file.name)
     frame = None
     held: list[bytes] = []
     size = 0
@@ -170,14 +171,6 @@ def _zstd(file: BinaryIO) -> Iterator[bytes]:
     if frame is not None:
         raise EOFError("the last zstd frame has no end")
     yield b"".join(held)
-
-
-def _optional(module: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UsageError(f"Reading {name} needs the package {package}: pip install 'megallm[data]'.") from error
 
 
 @dataclass(frozen=True)
@@ -254,21 +247,6 @@ def _cut(name: str, kind: str, blocks: Iterator[bytes], limit: int, begin: int =
         yield Chunk(name, kind, begin, begin + len(held), bytes(held))
 
 
-def _parquet_chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
-    pyarrow = _optional("pyarrow", name)
-    parquet = _optional("pyarrow.parquet", name)
-    try:
-        with parquet.ParquetFile(name) as file:
-            missing = [key for key in options.keys if key not in file.schema_arrow.names]
-            if missing:
-                raise DataError(f"{name} has no column '{missing[0]}', only {_quoted(file.schema_arrow.names)}.")
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(options.keys)):
-                columns = [batch.column(key).to_pylist() for key in options.keys]
-                yield Chunk(name, "rows", rows=list(zip(*columns, strict=True)))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is not a Parquet file that can be read: {error}.") from error
-
-
 def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
     """Documents and rejected lines of a chunk."""
     if chunk.too_long:
@@ -278,11 +256,7 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
         return Parsed(rejects=[(0, reason)], lines=chunk.lines)
     if chunk.rows is not None:
         return _parse_rows(chunk.rows, options)
-    data = chunk.data
-    if data is None:
-        with open(chunk.file, "rb") as file:
-            file.seek(chunk.begin)
-            data = file.read(chunk.size)
+    data = bytes_of(chunk)
     parsed = Parsed(lines=data.count(b"\n") + (data[-1:] not in (b"\n", b"")))
     loads = fast_loads() if chunk.kind == "jsonl" else None
     for line, raw in enumerate(_lines(data)) if loads is not None else _documents(chunk.kind, data):
@@ -292,6 +266,15 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
         else:
             parsed.documents.append((line, found))
     return parsed
+
+
+def bytes_of(chunk: Chunk) -> bytes:
+    """The lines of a chunk, read from its file when the chunk is only a range."""
+    if chunk.data is not None:
+        return chunk.data
+    with open(chunk.file, "rb") as file:
+        file.seek(chunk.begin)
+        return file.read(chunk.size)
 
 
 def _parse_one(line: int, raw: bytes | str, kind: str, options: ReadOptions, parsed: Parsed) -> None:
@@ -389,7 +372,7 @@ def _texts_of_json(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     except RecursionError:
         raise _Reject("not usable JSON, it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise _Reject(f"the line holds a JSON {_JSON_TYPES[type(value)]}, want an object with {_quoted(keys)}")
+        raise _Reject(f"the line holds a JSON {type_name(value)}, want an object with {_quoted(keys)}")
     found = []
     for key in keys:
         if key not in value:
@@ -415,11 +398,15 @@ def _sound(values: list[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
     """The values as texts, or a `_Reject` for one that is no string or holds a lone surrogate."""
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
-            kind = _JSON_TYPES.get(type(value), type(value).__name__)
-            raise _Reject(f"the value of '{key}' is a {kind}, want a string")
+            raise _Reject(f"the value of '{key}' is a {type_name(value)}, want a string")
         if not value.isascii() and _SURROGATE.search(value):
             raise _Reject(f"the value of '{key}' holds a lone surrogate, which UTF-8 cannot hold")
     return tuple(values)
+
+
+def type_name(value: Any) -> str:
+    """What JSON calls the type of a value."""
+    return _TYPES.get(type(value), type(value).__name__)
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -159,6 +159,13 @@ class FolderTokenizer:
         """The added tokens of the definition, special or not."""
         return self._definition.get("added_tokens") or []
 
+    def pieces(self) -> list[str]:
+        """Each token as the vocabulary writes it, by id; an id without a token is empty."""
+        written = [""] * self.vocab_size
+        for piece, number in self._vocab.items():
+            written[number] = piece
+        return written
+
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has."""
         # One text at a time: encode_batch of the library would start its own threads in every worker.
@@ -253,4 +260,3 @@ def train_bpe(
     return {
         "output": output, "vocab_size": made.vocab_size, "documents": documents, "fingerprint": made.fingerprint,
     }  # fmt: skip
-

@@ -97,7 +97,7 @@ def test_bad_line_stops_or_is_skipped(work, tmp_path, line, reason):
     assert rows[0]["reason"].startswith(reason)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n', b'\xef\xbb\xbf'])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n', b"\xef\xbb\xbf"])
 def test_no_usable_text_is_an_error(work, tmp_path, content):
     with pytest.raises(DataError, match="no usable text in .*in.jsonl"):
         work(content, append_eod=True)
@@ -171,6 +171,63 @@ def test_parquet(tmp_path):
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="in.parquet"):
         preprocess.run(PreprocessConfig((str(path),), str(tmp_path / "p"), "bytes"))
+
+
+def test_parquet_that_no_text_can_be(tmp_path):
+    """Bytes that are not UTF-8, columns of other types, one name twice: a reject or a sentence."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    sizes = pyarrow.py_buffer(np.array([0, 2, 4], "<i4").tobytes())
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, sizes, pyarrow.py_buffer(b"ok\xff\xfe")])
+    path, out = tmp_path / "in.parquet", str(tmp_path / "o")
+    for column, words in (
+        (broken, "text that is not UTF-8"),
+        (pyarrow.array(["ok", None]).dictionary_encode(), "null"),
+    ):
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        stats = preprocess.run(PreprocessConfig((str(path),), out, "bytes", on_error="skip"))
+        assert documents(IndexedDataset(f"{out}_text_document")) == ["ok"] and stats.rejected == 1
+        reject = json.loads(Path(f"{out}.rejects.jsonl").read_text())
+        assert reject["line"] == 2 and words in reject["reason"]
+    for column, words in (([["a"]], "is a list"), ([5], "is a number"), ([{"a": 1}], "is a object")):
+        parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(DataError, match=words):
+            preprocess.run(PreprocessConfig((str(path),), out, "bytes"))
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(DataError, match="2 columns 'text'"):
+        preprocess.run(PreprocessConfig((str(path),), out, "bytes"))
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_parquet_bomb_takes_bounded_memory(tmp_path, dictionary):
+    """600 MB of text in some kB: a dictionary's value is held once; what is unpacked for real is refused."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array(["a b " * (1 << 17)]).take(pyarrow.array([0] * 1200))
+    table = pyarrow.table({"text": column.dictionary_encode() if dictionary else column})
+    path = tmp_path / "in.parquet"
+    parquet.write_table(table, path, compression="zstd", use_dictionary=dictionary)
+    assert path.stat().st_size < 200_000
+    code = (
+        "import sys\nfrom megallm.data import readers\n"
+        "for chunk in readers.chunks(sys.argv[1], readers.ReadOptions()): readers.parse(chunk, readers.ReadOptions())\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    if dictionary:
+        assert int(done.stdout) < 250_000, done.stderr
+    else:
+        assert done.returncode and "is a bomb" in done.stderr
+
+
+def test_names_that_utf8_cannot_hold_are_rejected_lines_too(tmp_path):
+    path = tmp_path / os.fsdecode(b"a\xff.jsonl")
+    path.write_bytes(b'{"text": "good"}\n{"\\ud800": 1}\n')
+    preprocess.run(PreprocessConfig((str(path),), str(tmp_path / "o"), "bytes", on_error="skip"))
+    reject = json.loads((tmp_path / "o.rejects.jsonl").read_text("utf-8"))
+    assert reject["file"] == str(path) and reject["line"] == 2 and "'\ud800'" in reject["reason"]
+    assert meta.read(tmp_path / "o_text_document")["inputs"] == [path.name]
 
 
 def test_missing_and_impossible_inputs(work, tmp_path):

@@ -175,6 +175,48 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
     assert digests(tmp_path / "killed") == digests(tmp_path / "quiet")
 
 
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+def test_a_kill_while_publishing_is_finished_by_the_same_command(tmp_path, monkeypatch):
+    """At each renaming, before and after it: two keys, rejected lines, six files with final names."""
+    rows = [json.dumps({"a": "x" * i, "b": "y" * (i % 7)}) for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*rows, "{"]) + "\n")
+    monkeypatch.setattr(preprocess, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
+    replace, renamed = os.replace, []
+
+    def run(name, last=10**6, after=False):
+        def counted(source, target, **options):
+            renamed.append(target)
+            if len(renamed) == last and not after:
+                raise Killed
+            replace(source, target, **options)
+            if len(renamed) == last:
+                raise Killed
+
+        renamed.clear()
+        monkeypatch.setattr(os, "replace", counted)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return preprocess.run(
+            PreprocessConfig(
+                (str(tmp_path / "in.jsonl"),), str(tmp_path / name / "o"), "bytes", ("a", "b"), on_error="skip"
+            )
+        )
+
+    stats = run("quiet")
+    total = len(renamed)
+    assert total > 10
+    for last in range(1, total + 1):
+        for after in (False, True):
+            with pytest.raises(Killed):
+                run(f"{last}{after}", last, after)
+            found = run(f"{last}{after}")
+            assert (found.documents, found.tokens, found.rejected) == (stats.documents, stats.tokens, 1)
+            assert digests(tmp_path / f"{last}{after}") == digests(tmp_path / "quiet")
+
+
 def test_other_work_in_progress_is_thrown_away(tmp_path):
     source = corpus(tmp_path / "a.jsonl", 120)
     config = {"inputs": [source], "output": str(tmp_path / "out" / "o"), "tokenizer": "bytes", "on_error": "skip"}

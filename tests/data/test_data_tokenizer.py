@@ -45,7 +45,6 @@ def joined(one, texts):
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
 
 
-
 def test_bytes():
     one = tokenizer.load("bytes")
     assert (one.vocab_size, one.eod) == (257, 256)
