@@ -18,7 +18,7 @@ from typing import Any
 
 from megallm.base.errors import CheckpointError, UsageError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 MAX_JSON_BYTES = 4 * 2**20  # config.json and friends
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
@@ -100,8 +100,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def catalogue(folder: Path) -> dict[str, Entry]:
     """Every tensor of the folder's safetensors files, by their name. Errors: CheckpointError, UsageError.
 
-    A single `model.safetensors` comes first; otherwise the index says which files there are. Pickles are refused.
+    A single `model.safetensors` comes first; otherwise the index says which files there are. Pickles are refused, and
+    so are adapters, which other readers would silently add to the weights or take instead of them.
     """
+    if os.path.lexists(folder / ADAPTER):
+        raise UsageError(
+            f"{folder} holds an adapter ({ADAPTER}), so its weights alone are not the model: merge it first with peft "
+            "(`model.merge_and_unload().save_pretrained(Y)`), or take the file away."
+        )
     if os.path.lexists(folder / SINGLE):
         return read_header(plain_file(folder, SINGLE))
     if not os.path.lexists(folder / INDEX):

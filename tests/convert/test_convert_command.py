@@ -130,5 +130,7 @@ def test_a_kill_leaves_nothing_at_the_final_name(folder, tmp_path, delay):
     running.kill()
     running.wait()
     assert not (tmp_path / "out").exists()
-    assert subprocess.run(words, env=ENVIRONMENT, capture_output=True, timeout=60, check=False).returncode == 0
+    (left,) = tmp_path.glob("out.tmp-*")
+    again = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 0 and f"{left}: left by a conversion that was killed" in again.stderr
     assert (tmp_path / "out/checkpoints/step-00000000/manifest.json").exists()

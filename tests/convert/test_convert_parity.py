@@ -14,7 +14,7 @@ from megallm.base.errors import UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.tools import resolve
-from megallm.convert import convert, families
+from megallm.convert import convert, families, verify
 from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.rules import rule
 from megallm.convert.weights import Cast, HfReader
@@ -42,7 +42,7 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
 def test_logits_and_round_trip(wanted, tmp_path):
     original = make(tmp_path / "hf", wanted)
     done = convert.run(ConvertRequest("megallm", str(original), str(tmp_path / "ours"), verify=True))
-    assert done["max_rel_error"] <= 1e-5
+    assert done["max_rel_error"] == done["max_rel_error_everywhere"] <= 1e-5 and done["left_out"] == 0
     back = tmp_path / "back"
     done = convert.run(ConvertRequest("hf", str(tmp_path / "ours"), str(back), verify=True))
     assert done["max_rel_error"] <= 1e-5
@@ -111,6 +111,38 @@ def test_shards_and_index(tmp_path):
     for file in files:
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shaky", "left_out"),
+    [([], [], 0), ([7], [7, 8], 2), ([7], [8], None), ([7], list(range(30)), None)],
+    ids=["all agree", "float32 cannot judge it", "another position is shaky", "too many are shaky"],
+)
+def test_positions_are_left_out_only_where_float32_cannot_judge(wrong, shaky, left_out, tmp_path, monkeypatch):
+    """`wrong` positions differ by 3e-5; transformers' own logits move by 1e-5 at the `shaky` ones."""
+    original, real, ours = make(tmp_path / "hf", LLAMA), verify.transformers_logits, verify.our_logits
+
+    def nudged(model, tokens, nudge=0.0):
+        logits = real(model, tokens)
+        logits[0, shaky] += nudge / verify.NUDGE * 1e-5 * logits.abs().max()
+        return logits
+
+    def off(model, source, tokens):
+        logits = ours(model, source, tokens)
+        logits[0, wrong] += 3e-5 * logits.abs().max()
+        return logits
+
+    monkeypatch.setattr(verify, "transformers_logits", nudged)
+    monkeypatch.setattr(verify, "our_logits", off)
+    request = ConvertRequest("megallm", str(original), str(tmp_path / "out"), verify=True)
+    if left_out is None:
+        with pytest.raises(NotEqual, match="differ from those of transformers by 3"):
+            convert.run(request)
+        return
+    done = convert.run(request)
+    assert (done["left_out"], done["positions"]) == (left_out, 96) and done["max_rel_error"] <= 1e-6
+    assert any("2 of 96 positions differ by up to 3.0e-05" in note for note in done["notes"]) == (left_out > 0)
+    assert (done["max_rel_error_everywhere"] > 2e-5) == (left_out > 0)
 
 
 def broken(family: str, change) -> families.Family:
@@ -192,7 +224,7 @@ def test_stretched_rotary_embeddings_equal_the_reference():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"rope_scaling": "yarn"}, "it must be one of linear, llama3"),
+        ({"rope_scaling": "dynamic"}, "it must be one of linear, llama3"),
         ({"rope_scaling": "linear"}, "linear needs model.rope_factor"),
         ({"rope_factor": 2.0}, "null has no model.rope_factor"),
         ({"rope_scaling": "linear", "rope_factor": -2.0}, "rope_factor is -2.0"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megallm.base.errors import CheckpointError, UsageError
-from megallm.convert import convert
+from megallm.convert import convert, weights
 from megallm.convert.convert import ConvertRequest
 from megallm.convert.folder import MAX_HEADER_BYTES, catalogue, plain_file, read_header
 from megallm.convert.weights import HfReader
@@ -212,6 +212,22 @@ def test_pickled_weights_are_refused_with_advice(folder, tmp_path):
     with pytest.raises(UsageError, match=r"as model\.pt, a pickle.*save_pretrained"):
         convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "out")))
     assert not marker.exists() and not list(tmp_path.glob("out*"))
+
+
+def test_an_adapter_beside_the_weights_is_not_left_out_silently(folder, tmp_path):
+    """transformers would load the base model that the adapter names, from wherever that is, and add the adapter."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/somewhere/else", "peft_type": "LORA"}')
+    with pytest.raises(UsageError, match="holds an adapter .* merge it first"):
+        convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "out"), verify=True))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_tensors_for_more_layers_than_any_model_has(folder, monkeypatch):
+    """A header of 16 MB can name the tensors of 18,000 tiny layers: refused before a layer is built."""
+    HfReader(folder).close()
+    monkeypatch.setattr(weights, "MAX_LAYERS", 2)
+    with pytest.raises(CheckpointError, match="says 3 layers; more than 2 are refused"):
+        HfReader(folder)
 
 
 CHANGES = {
