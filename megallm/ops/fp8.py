@@ -1,0 +1,115 @@
+"""FP8 matrix products: scales, quantisation, and the product itself, native where a kernel exists, emulated elsewhere.
+
+A value is stored as `fp8(x * scale)` and read as `data * inverse`. Operands are matrices whose last dim is the one
+that the product sums over. Emulation multiplies what was stored, dequantised, and accumulates in fp32 (float64 in the
+oracle): the sum of exact products, so it equals a kernel up to the order of that sum. Formats: arXiv 2209.05433;
+scale rules: Transformer Engine's recipes; blocks of 128: DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallm.ops.precision import wide, wide_dtype
+
+FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+LARGEST = {name: torch.finfo(dtype).max for name, dtype in FORMATS.items()}  # 448 and 57344
+BLOCK = 128
+SCALED = ("tensor", "row", "block", "square")  # square: BLOCK x BLOCK, of weights
+ALIGNED = 16  # both dims of each operand, for the native kernels of a GPU
+
+Reduce = Callable[[Tensor], Tensor]  # the largest over the ranks that hold other parts of the same tensor
+
+
+class Quantised(NamedTuple):
+    """A matrix `[R, C]` in FP8, and the inverse of its scale: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`."""
+
+    data: Tensor
+    inverse: Tensor
+
+    def turned(self) -> Quantised:
+        """The transpose `[C, R]`; of a matrix with one scale, or with scales of square blocks."""
+        return Quantised(
+            self.data.t().contiguous(), self.inverse.t().contiguous() if self.inverse.dim() else self.inverse
+        )
+
+
+def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False) -> Tensor:
+    """`largest / amax / 2^margin`, or the power of two next below it; 1 where amax is zero or not finite."""
+    usable = (amax > 0) & amax.isfinite()
+    scale = (largest / torch.where(usable, amax, 1.0)) / 2.0**margin
+    scale = torch.where(scale.isinf(), torch.finfo(scale.dtype).max, scale)
+    if powers:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
+    return torch.where(usable, scale, 1.0)
+
+
+def amax_of(x: Tensor, scaled: str) -> Tensor:
+    """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`."""
+    size = wide(x).abs()
+    if scaled == "tensor":
+        return size.amax() if size.numel() else size.new_zeros(())
+    if scaled == "row":
+        return size.amax(-1, keepdim=True)
+    height = BLOCK if scaled == "square" else 1
+    padded = F.pad(size, (0, -size.shape[1] % BLOCK, 0, -size.shape[0] % height))
+    return padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).amax((1, 3))
+
+
+def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
+    """`[R, C]` in the format `form`; what a scale makes too large becomes the largest value, as no format rounds."""
+    largest = LARGEST[form]
+    data = (wide(x) * spread(scale, x.shape)).clamp_(-largest, largest).to(FORMATS[form])
+    return Quantised(data, 1.0 / scale)
+
+
+def quantise_now(x: Tensor, form: str, scaled: str, powers: bool, reduce: Reduce, margin: int = 0) -> Quantised:
+    """`quantise` with scales from the matrix itself; `reduce` completes amax over other ranks."""
+    return quantise(x, form, scale_of(reduce(amax_of(x, scaled)), LARGEST[form], margin, powers))
+
+
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """A factor for every element of `shape`, or what broadcasts to that."""
+    for dim in range(scale.dim()):
+        if scale.shape[dim] not in (1, shape[dim]):
+            scale = scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, shape[dim])
+    return scale
+
+
+def dequantise(x: Quantised, dtype: torch.dtype) -> Tensor:
+    """The stored values in a wide dtype."""
+    return x.data.to(dtype) * spread(x.inverse.to(dtype), x.data.shape)
+
+
+def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+    """`a b^T` for `[M, K]` and `[N, K]` -> `[M, N]` in `dtype`."""
+    return native(a, b, dtype) if runs_natively(a, b) else emulated(a, b, dtype)
+
+
+def emulated(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+    """`product` from dequantised operands, accumulated wide."""
+    wider = wide_dtype(dtype)
+    return (dequantise(a, wider) @ dequantise(b, wider).t()).to(dtype)
+
+
+def native(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
+    """`product` by torch's kernel; with one scale per tensor or per row only."""
+    second = b.inverse.t().contiguous() if b.inverse.dim() else b.inverse
+    return torch._scaled_mm(a.data, b.data.t(), scale_a=a.inverse, scale_b=second, out_dtype=dtype)
+
+
+def runs_natively(a: Quantised, b: Quantised) -> bool:
+    """On GPUs that have FP8 arithmetic, for shapes and scales that their kernels take.
+
+    A CPU has a kernel too, slower than the emulation: tests compare the two.
+    """
+    if a.data.device.type != "cuda" or torch.cuda.get_device_capability(a.data.device) < (8, 9):
+        return False
+    whole = all(x.inverse.dim() == 0 or x.inverse.shape == (x.data.shape[0], 1) for x in (a, b))
+    return whole and not any(size % ALIGNED for x in (a, b) for size in x.data.shape)

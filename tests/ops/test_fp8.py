@@ -1,0 +1,164 @@
+"""FP8: scale rules, what quantisation keeps, and the emulated product against torch's own kernel."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megallm.ops import fp8
+from megallm.ops.fp8 import LARGEST, Quantised, amax_of, dequantise, emulated, native, quantise, quantise_now, scale_of
+from megallm.ops.narrow import RECIPES
+
+SHAPES = [(16, 16, 16), (16, 48, 32), (64, 128, 96), (128, 256, 64), (32, 1024, 48)]
+
+
+def whole(amax: Tensor) -> Tensor:
+    """The reduction of one process."""
+    return amax
+
+
+def matrix(rows: int, columns: int, seed: int = 0, spread: float = 3.0) -> Tensor:
+    """Numbers of very different size, by row and by column."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(spread * torch.randn(rows, 1, generator=draw)) * torch.exp(torch.randn(columns, generator=draw))
+    return torch.randn(rows, columns, generator=draw) * sizes
+
+
+# --- scales --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", LARGEST)
+@pytest.mark.parametrize("margin", [0, 2])
+def test_the_scale_is_that_of_transformer_engine(form, margin):
+    """Documented there: the largest magnitude of the tensor becomes 2^-margin times the largest of the format."""
+    for amax in (1e-6, 0.37, 448.0, 3e5):
+        scale = scale_of(torch.tensor(amax), LARGEST[form], margin)
+        assert float(scale) == pytest.approx(LARGEST[form] / amax / 2**margin, rel=1e-6)
+
+
+def test_no_scale_from_zero_or_from_what_is_not_finite():
+    bad = torch.tensor([0.0, math.inf, math.nan, 2.0])
+    assert scale_of(bad, 448.0).tolist() == [1.0, 1.0, 1.0, 224.0]
+    assert float(scale_of(torch.tensor(1e-40), 448.0)) == torch.finfo(torch.float32).max, "not infinity"
+
+
+def test_powers_of_two_are_rounded_down_so_that_nothing_overflows():
+    for amax in (0.1, 0.875, 1.0, 1.75, 3.0, 447.0, 448.0, 449.0):
+        plain = float(scale_of(torch.tensor(amax), 448.0))
+        power = float(scale_of(torch.tensor(amax), 448.0, powers=True))
+        assert math.log2(power).is_integer() and power <= plain < 2 * power
+        assert amax * power <= 448.0
+
+
+def test_amax_of_each_granularity_and_ragged_blocks():
+    x = matrix(130, 300)
+    assert amax_of(x, "tensor") == x.abs().max()
+    assert torch.equal(amax_of(x, "row")[:, 0], x.abs().max(1).values)
+    assert amax_of(x, "block").shape == (130, 3) and amax_of(x, "square").shape == (2, 3)
+    assert torch.equal(amax_of(x, "block")[:, 2], x[:, 256:].abs().max(1).values)
+    assert amax_of(x, "square")[1, 1] == x[128:, 128:256].abs().max()
+
+
+# --- quantisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", LARGEST)
+@pytest.mark.parametrize("scaled", fp8.SCALED)
+def test_what_is_stored_is_within_half_a_step(form, scaled):
+    """Relative error at most 2^-4 (2^-3 for e5m2), or half the smallest subnormal step below the scale's reach."""
+    x = matrix(130, 300)
+    stored = quantise_now(x, form, scaled, powers=False, reduce=whole)
+    bits, tiny = {"e4m3": (3, 2.0**-9), "e5m2": (2, 2.0**-16)}[form]
+    bound = torch.maximum(x.abs() * 2.0 ** -(bits + 1), fp8.spread(stored.inverse, x.shape) * tiny / 2)
+    assert ((dequantise(stored, torch.float32) - x).abs() <= bound * 1.0001).all()
+    assert stored.data.float().abs().max() == LARGEST[form]
+
+
+def test_finer_scales_lose_less():
+    x = matrix(256, 384)
+    error = {}
+    for scaled in ("tensor", "row", "block"):
+        stored = quantise_now(x, "e4m3", scaled, False, whole)
+        error[scaled] = ((dequantise(stored, torch.float32) - x) / x.abs()).abs().median()
+    assert error["block"] <= error["row"] < error["tensor"]
+
+
+def test_too_small_a_history_clips_instead_of_overflowing():
+    x = torch.tensor([[1.0, 100.0, -100.0]])
+    stored = quantise(x, "e4m3", scale_of(torch.tensor(1.0), 448.0))
+    assert dequantise(stored, torch.float32).tolist() == [[1.0, 1.0, -1.0]]
+
+
+@pytest.mark.parametrize("scaled", ["tensor", "square"])
+def test_turned_is_the_transpose(scaled):
+    x = matrix(130, 300)
+    stored = quantise_now(x, "e4m3", scaled, True, whole)
+    assert torch.equal(dequantise(stored.turned(), torch.float32), dequantise(stored, torch.float32).t())
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rowwise_equals_torchs_kernel_bit_for_bit(shape, out):
+    a = quantise_now(matrix(shape[0], shape[1], 1), "e4m3", "row", True, whole)
+    b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "row", True, whole)
+    assert torch.equal(emulated(a, b, out), native(a, b, out))
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gradient_times_a_weight_equals_torchs_kernel_bit_for_bit(shape, out):
+    """e5m2 by e4m3 with one scale each: the products of the backward pass."""
+    a = quantise_now(matrix(shape[0], shape[1], 1), "e5m2", "tensor", False, whole)
+    b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "tensor", False, whole)
+    assert torch.equal(emulated(a, b, out), native(a, b, out))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_e4m3_by_e4m3_equals_torchs_kernel_where_sums_are_exact(shape):
+    """Its kernel adds in an order of its own; whole numbers times powers of two add up exactly in any order."""
+    draw = torch.Generator().manual_seed(5)
+    a, b = (
+        Quantised(torch.randint(-8, 9, (n, shape[1]), generator=draw).float().to(torch.float8_e4m3fn), torch.tensor(s))
+        for n, s in ((shape[0], 0.25), (shape[2], 2.0))
+    )
+    assert torch.equal(emulated(a, b, torch.float32), native(a, b, torch.float32))
+    assert torch.equal(emulated(a, b, torch.bfloat16), native(a, b, torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_e4m3_by_e4m3_is_within_the_rounding_of_the_sum(shape):
+    a = quantise_now(matrix(shape[0], shape[1], 1, 0.5), "e4m3", "tensor", False, whole)
+    b = quantise_now(matrix(shape[2], shape[1], 2, 0.5), "e4m3", "tensor", False, whole)
+    sizes = dequantise(a, torch.float64).abs() @ dequantise(b, torch.float64).abs().t()
+    bound = sizes * (shape[1] + 4) * 2.0**-23  # two sums of K terms and a few factors, each rounded to fp32
+    difference = emulated(a, b, torch.float32).double() - native(a, b, torch.float32).double()
+    assert (difference.abs() <= bound).all()
+
+
+def test_another_number_in_an_operand_changes_bits():
+    """The control of the equalities above."""
+    a = quantise_now(matrix(16, 32, 1), "e4m3", "row", True, whole)
+    b = quantise_now(matrix(16, 32, 2), "e4m3", "row", True, whole)
+    other = a.data.clone().view(torch.uint8)
+    other[3, 5] ^= 1
+    changed = Quantised(other.view(torch.float8_e4m3fn), a.inverse)
+    assert not torch.equal(emulated(changed, b, torch.float32), native(a, b, torch.float32))
+
+
+def test_every_recipe_is_near_the_product_of_what_it_was_given():
+    a, b = matrix(64, 256, 1, 1.0), matrix(96, 256, 2, 1.0)
+    exact = a.double() @ b.double().t()
+    found = {}
+    for name, recipe in RECIPES.items():
+        forms = {"row": ("row", "row"), "tensor": ("tensor", "tensor"), "block": ("block", "square")}[recipe.scaled]
+        x, w = (quantise_now(m, "e4m3", s, recipe.powers, whole) for m, s in zip((a, b), forms, strict=True))
+        error = emulated(x, w, torch.float32).double() - exact
+        found[name] = float(error.norm() / exact.norm())
+    assert all(error < 0.05 for error in found.values()), found
+    assert found["rowwise"] < found["tensorwise"] * 1.05
