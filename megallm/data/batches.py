@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from megallm.data.objective import Hider, hide_rows, hide_samples
 from megallm.data.pretrain import SampleDataset
 from megallm.data.sampler import rows_after
 from megallm.data.source import Row, Source
@@ -36,7 +38,7 @@ class Reader(Protocol):
 
     def batches(self, step: int) -> list[Arrays]:
         """This rank's microbatches of a step: {"tokens", "labels", "positions": int64 [B, T], "mask": bool [B, T]},
-        and for packed documents "cu_seqlens" int32 [n + 1] with B = 1."""
+        for packed documents "cu_seqlens" int32 [n + 1] with B = 1, and for masked diffusion "weight" float32 [B, T]."""
         ...
 
     def consumed(self, step: int) -> list[dict[str, Any]]:
@@ -97,11 +99,18 @@ def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
 
 
 class StreamReader:
-    """Our order. `document_masks`: documents of a row do not see each other (`pack`, else `lay`)."""
+    """Our order. `document_masks`: documents of a row do not see each other (`pack`, else `lay`).
 
-    def __init__(self, stream: Stream, share: Share, first_step: int, document_masks: bool = True) -> None:
+    With `hide` the model sees both sides of each token and predicts those that were hidden, not the next ones.
+    """
+
+    def __init__(
+        self, stream: Stream, share: Share, first_step: int, document_masks: bool = True, hide: Hider | None = None
+    ) -> None:
         self.stream, self.share, self.next_step = stream, share, first_step
         self._arrange = pack if document_masks else lay
+        if hide is not None:
+            self._arrange = partial(hide_rows, hide=hide, apart=document_masks)
         self._states: dict[int, dict[str, Any]] = {first_step - 1: stream.state()}
         self._rows: dict[int, list[Row]] = {}
 
@@ -140,12 +149,15 @@ def _forms(row: Row) -> dict[str, list[str]]:
 
 
 class MegatronReader:
-    """Megatron-LM's order: samples by number, nothing to keep but the steps made."""
+    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `hide` as in `StreamReader`."""
 
-    def __init__(self, samples: SampleDataset, share: Share) -> None:
-        self.samples, self.share = samples, share
+    def __init__(self, samples: SampleDataset, share: Share, hide: Hider | None = None) -> None:
+        self.samples, self.share, self.hide = samples, share, hide
 
     def batches(self, step: int) -> list[Arrays]:
+        if self.hide is not None:
+            micros = self._micros(step)
+            return [hide_samples([self.samples.sample(i) for i in micro], micro, self.hide) for micro in micros]
         return [stack([self.samples.sample(i) for i in micro]) for micro in self._micros(step)]
 
     def consumed(self, step: int) -> list[dict[str, Any]]:
@@ -174,4 +186,3 @@ def stack(samples: Sequence[np.ndarray]) -> Arrays:
         "tokens": both[:, :-1].copy(), "labels": both[:, 1:].copy(),
         "positions": np.broadcast_to(np.arange(length), (rows, length)).copy(), "mask": np.ones((rows, length), bool),
     }  # fmt: skip
-

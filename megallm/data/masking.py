@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,11 +53,17 @@ def mask_tokens(
     fate = rng.uniform(rng.key_of(key, "fate"), 0, len(tokens))
     seen = np.where(chosen & (fate < rule.masked), rule.mask_token, tokens)
     swapped = chosen & (fate >= rule.masked) & (fate < rule.masked + rule.random)
-    ordinary = np.setdiff1d(np.arange(rule.vocab_size), np.asarray(rule.special, np.int64)) if swapped.any() else None
-    if ordinary is not None:
+    if swapped.any():
+        ordinary = _ordinary(rule.vocab_size, rule.special)
         pick = rng.uniform(rng.key_of(key, "token"), 0, len(tokens)) * len(ordinary)
         seen[swapped] = ordinary[pick.astype(np.int64)[swapped]]
     return {"tokens": seen, "labels": tokens, "mask": chosen}
+
+
+@lru_cache(maxsize=8)
+def _ordinary(vocab_size: int, special: tuple[int, ...]) -> np.ndarray:
+    """The tokens that may stand in another's place."""
+    return np.setdiff1d(np.arange(vocab_size), np.asarray(special, np.int64))
 
 
 def word_starts_of(pieces: Sequence[str], boundary: str = "Ġ") -> np.ndarray:

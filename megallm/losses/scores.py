@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.base.errors import DataError
-
 
 @dataclass(frozen=True)
 class Regression:
@@ -34,10 +32,10 @@ class PairwiseReward:
     """
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pairs of one microbatch. Errors: DataError for a number of sequences that is odd."""
+        """Pairs of one microbatch. Errors: ValueError for a number of sequences that is odd."""
         scored = int(batch["mask"].sum())
         if scored % 2:
-            raise DataError(
+            raise ValueError(
                 f"a microbatch scores {scored} sequences; a chosen and a rejected one belong into the same microbatch, "
                 "so their number must be even."
             )

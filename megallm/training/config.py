@@ -65,6 +65,17 @@ class FimConfig:
 
 
 @dataclass(frozen=True)
+class MaskingConfig:
+    """Which tokens the objectives mlm and diffusion hide (BERT, arXiv 1810.04805; LLaDA, arXiv 2502.09992)."""
+
+    token: str | None = None  # name or id of the mask token; null: the tokenizer's [MASK] or <mask>
+    rate: float = 0.15  # mlm: share of the tokens to predict
+    masked: float = 0.8  # mlm: share of those that become the mask token
+    random: float = 0.1  # mlm: share of those that become a random token; the rest stay
+    whole_word: bool = False  # mlm: choose whole words
+
+
+@dataclass(frozen=True)
 class SegmentConfig:
     """A stretch of the stream; null: as in `data`. The last one holds to the end."""
 
@@ -89,6 +100,8 @@ class DataConfig:
     packing: Literal["best_fit", "concat"] = "best_fit"  # stream: no cut of what fits, or back to back in chunks
     window: int = 256  # stream: rows packed and shuffled together
     document_masks: bool = True  # stream: documents of a row do not see each other
+    objective: Literal["next_token", "mlm", "diffusion"] = "next_token"  # the last two: model.causal false
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     fim: FimConfig = field(default_factory=FimConfig)
     segments: tuple[SegmentConfig, ...] = ()  # stream: changes of weights, length, ... on the way
 

@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on indexed datasets. A page over Engine and Loop."""
+"""Pretraining on indexed datasets: the next token, or tokens that were hidden. A page over Engine and Loop."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from megallm.data.indexed import IndexedDataset
 from megallm.data.loader import Batch, Loader, to_tensors
 from megallm.data.source import fingerprint
 from megallm.engine.config import EngineConfig, PipelineOptions
-from megallm.engine.engine import Engine
-from megallm.losses.language import NextToken
+from megallm.engine.engine import Engine, Loss
+from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
@@ -33,6 +33,8 @@ from megallm.training.reading import check_tokenizers, open_held_out, open_reade
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine, is_import
+
+LOSSES: dict[str, Loss] = {"next_token": NextToken(), "mlm": NextToken(), "diffusion": MaskedDiffusion()}
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
         ):
             held_out = HeldOut(config, engine)
             waited = lambda: loader.wait_seconds  # noqa: E731 (a property would be read only once)
-            job = Job(config, engine, NextToken(), batches, waited, held_out.loss, identity, ledger, reader.state_after)
+            loss = LOSSES[config.data.objective]
+            job = Job(config, engine, loss, batches, waited, held_out.loss, identity, ledger, reader.state_after)
             Loop(job, recorder, requests).run()
 
 
@@ -153,9 +156,9 @@ class HeldOut:
         total, count = 0.0, 0
         for batch in range(1, self.config.eval.batches + 1):
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
-            sums, counts = self.engine.evaluate(micros, NextToken())
+            sums, counts = self.engine.evaluate(micros, LOSSES[self.config.data.objective])
             total, count = total + sums["loss"], count + counts["loss"]
-        return total / count
+        return total / count if count else None
 
 
 def keep_tokenizer(config: PretrainConfig) -> None:
@@ -195,6 +198,8 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
     """
     data, train = config.data, config.train
     reading = {"order": data.order, "split": data.split, "seed": data.seed}
+    if data.objective != "next_token":
+        reading |= {"objective": data.objective, "masking": dataclasses.asdict(data.masking)}
     if data.order == "megatron":
         reading |= {
             "sources": data.sources,

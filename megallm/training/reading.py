@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
-from megallm.data import fim, meta, tokenizer
+from megallm.data import fim, meta, objective, tokenizer
 from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
+from megallm.data.masking import MaskRule
+from megallm.data.objective import Hider
 from megallm.data.order import parse_split
 from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
 from megallm.data.pretrain import build_split
 from megallm.data.source import Source
 from megallm.data.stream import Stream
+from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.training.config import PretrainConfig, SegmentConfig
 
 
@@ -64,6 +68,31 @@ def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]
     if uses_fim(config) and data.fim.form == CONTEXT and CONCAT in packings:
         sentence = "data.fim.form context needs packing best_fit: rearranging changes lengths."
         yield sentence, {"data.fim.form": "document"}
+
+
+def objective_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[tuple[str, str, tuple[dict, ...]]]:
+    """(rule, sentence, remedies) about what `data.objective` and the resolved model do not have in common."""
+    data, ahead = config.data, config.data.objective == objective.NEXT_TOKEN
+    if model.head not in VOCABULARY_HEADS:
+        sentence = f"model.head {model.head} gives no probabilities of tokens, which megallm pretrain learns."
+        yield "head", sentence, ({"model.head": "lm" if ahead else "mlm", "model.num_labels": None},)
+    if ahead and not model.causal:
+        sentence = "model.causal is false: the model sees the next token, which data.objective next_token has it "
+        sentence += "predict. Hide tokens instead, or look back only."
+        yield "objective", sentence, ({"data.objective": "mlm"}, {"model.causal": True})
+    elif not ahead and model.causal:
+        sentence = f"data.objective {data.objective} hides tokens that both sides tell about, but model.causal is "
+        sentence += "true: the model looks back only."
+        yield "objective", sentence, ({"model.causal": False}, {"data.objective": "next_token"})
+    if not ahead and uses_fim(config):
+        sentence = f"data.fim.rate rearranges texts for data.objective next_token, not for {data.objective}."
+        quiet = tuple(replace(segment, fim_rate=None) for segment in data.segments)
+        yield "objective_fim", sentence, ({"data.fim.rate": 0.0, "data.segments": quiet},)
+    masking = data.masking
+    if masking.masked + masking.random > 1:
+        sentence = f"data.masking.masked {masking.masked:g} and data.masking.random {masking.random:g} are shares of "
+        sentence += "the same tokens: together at most 1."
+        yield "masking", sentence, ({"data.masking.random": round(1 - masking.masked, 12)},)
 
 
 def uses_fim(config: PretrainConfig) -> bool:
@@ -116,6 +145,20 @@ def open_sources(config: PretrainConfig, plan: Plan) -> dict[str, Source]:
     return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
 
 
+def hider_of(config: PretrainConfig) -> Hider | None:
+    """What hides tokens, None for the next token. Errors: `UsageError` without a mask token, `DataError`."""
+    data, masking = config.data, config.data.masking
+    if data.objective == objective.NEXT_TOKEN:
+        return None
+    spec = tokenizer_of(config)
+    words = None if spec is None else tokenizer.load(spec)
+    mask = objective.mask_token_of(words, masking.token, config.model.vocab_size)
+    special = tuple(sorted(objective.special_tokens(words) | {mask}))
+    vocab = config.model.vocab_size if words is None else min(words.vocab_size, config.model.vocab_size)
+    rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
+    return Hider(data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None)
+
+
 def open_reader(config: PretrainConfig, share: Share, first_step: int, state: dict[str, Any] | None = None) -> Reader:
     """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step before kept.
 
@@ -127,13 +170,13 @@ def open_reader(config: PretrainConfig, share: Share, first_step: int, state: di
             data.sources, data.split, "train", train.steps * train.global_batch, data.seq_len, data.seed,
             config.model.vocab_size,
         )  # fmt: skip
-        return MegatronReader(samples, share)
+        return MegatronReader(samples, share, hider_of(config))
     plan = plan_of(config)
     stream = Stream(plan, open_sources(config, plan), state)
     if not state:
         for _ in range(1, first_step):
             stream.take(share.global_batch)
-    return StreamReader(stream, share, first_step, data.document_masks)
+    return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
 
 
 def open_held_out(config: PretrainConfig, share: Share) -> Reader | None:
@@ -148,12 +191,13 @@ def open_held_out(config: PretrainConfig, share: Share) -> Reader | None:
         wanted = batches * config.train.global_batch
         vocab = config.model.vocab_size
         return MegatronReader(
-            build_split(data.sources, data.split, "valid", wanted, data.seq_len, data.seed, vocab), share
-        )
+            build_split(data.sources, data.split, "valid", wanted, data.seq_len, data.seed, vocab), share,
+            hider_of(config),
+        )  # fmt: skip
     segment = Segment(0, dict(data.sources), Reading(data.seq_len, data.packing, data.window))
     plan = Plan((segment,), data.seed, data.split, "valid")
     sources = {prefix: Source(prefix, plan, config.model.vocab_size) for prefix in plan.prefixes}
-    return StreamReader(Stream(plan, sources), share, 1, data.document_masks)
+    return StreamReader(Stream(plan, sources), share, 1, data.document_masks, hider_of(config))
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:

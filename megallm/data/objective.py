@@ -1,0 +1,136 @@
+"""What a bidirectional model is asked: tokens of a text are hidden, and it says what stood there. Pure.
+
+`Hider` hides tokens by BERT's rule or by that of masked diffusion (`masking`). What it hides hangs on (seed, which
+text, epoch) alone, so layout, batch and resume change nothing, and the same text loses other tokens in its next epoch.
+Each document in a packed row is a text of its own; padding is a document too, so that nothing attends to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megallm.base import rng
+from megallm.base.errors import DataError, UsageError
+from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
+from megallm.data.source import Row, Source
+from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer, Tokenizer
+
+NEXT_TOKEN, MLM, DIFFUSION = "next_token", "mlm", "diffusion"
+KNOWN = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")  # names of mask tokens
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Hider:
+    """Hides tokens of a text. `begins` bool [V] says which tokens begin a word: then whole words are hidden."""
+
+    kind: str
+    rule: MaskRule
+    seed: int
+    begins: np.ndarray | None = None
+
+    def __call__(self, tokens: np.ndarray, *sample: str | int) -> Arrays:
+        """{"tokens", "labels": int64 [T], "mask": bool [T]} of the text called `sample`, for diffusion also "weight".
+
+        The mask is True where the loss counts: at the tokens to predict, or for diffusion at all that could have been
+        hidden; "weight" float32 [T] is 1 / t at those that are.
+        """
+        key = rng.key_of(self.seed, self.kind, *sample)
+        if self.kind == MLM:
+            return mask_tokens(tokens, self.rule, key, None if self.begins is None else self._word_starts(tokens))
+        keep = np.isin(tokens, self.rule.special)
+        made = diffuse_tokens(tokens, key, self.rule.mask_token, keep)
+        return made | {"mask": ~keep, "weight": made["weight"].astype(np.float32)}
+
+    def _word_starts(self, tokens: np.ndarray) -> np.ndarray:
+        known = tokens < len(self.begins)
+        starts = np.where(known, self.begins[np.where(known, tokens, 0)], True)
+        starts[:1] = True
+        return starts
+
+
+def hide_rows(rows: Sequence[Row], sources: dict[str, Source], hide: Hider, apart: bool) -> Arrays:
+    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not see each other.
+
+    Arrays [1, B x T] as in `batches.pack`; positions start at 0 with each document, or else with each row.
+    """
+    length = rows[0].seq_len
+    filled = [_fill(row, sources[row.prefix], hide) for row in rows]
+    arrays = {name: np.concatenate([one[name] for one, _ in filled])[None] for name in filled[0][0]}
+    bounds = [np.array(ends if apart else [0, ends[-1], length]) + i * length for i, (_, ends) in enumerate(filled)]
+    ends = np.unique(np.concatenate([*bounds, [len(rows) * length]]))
+    positions = np.arange(arrays["tokens"].shape[1]) - np.repeat(ends[:-1], np.diff(ends))
+    return arrays | {"positions": positions[None], "cu_seqlens": ends.astype(np.int32)}
+
+
+def _fill(row: Row, source: Source, hide: Hider) -> tuple[Arrays, list[int]]:
+    """The arrays [T] of a row, zero in the padding, and the ends of its documents."""
+    made, ends = [], [0]
+    for item in row.items:
+        ids, _ = source.read(item, row.epoch)
+        made.append(hide(ids, source.fingerprint, item.document, item.begin, row.epoch))
+        ends.append(ends[-1] + len(ids))
+    room = row.seq_len - ends[-1]
+    return {name: np.pad(np.concatenate([one[name] for one in made]), (0, room)) for name in made[0]}, ends
+
+
+def hide_samples(samples: Sequence[np.ndarray], numbers: Sequence[int], hide: Hider) -> Arrays:
+    """B samples of Megatron's order without their last token [B, T]; a sample is one text, named by its number."""
+    made = [hide(sample[:-1].astype(np.int64), number) for sample, number in zip(samples, numbers, strict=True)]
+    arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}
+    return arrays | {"positions": np.tile(np.arange(arrays["tokens"].shape[1]), (len(samples), 1))}
+
+
+# From a tokenizer
+
+
+def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) -> int:
+    """The id of the mask token: given by name or id, else one of the `KNOWN` names. Errors: `UsageError`."""
+    for one in KNOWN if name is None else (name,):
+        token = int(one) if one.isdecimal() else None if words is None else words.token_id(one)
+        if token is None:
+            continue
+        if token >= vocab_size:
+            raise UsageError(
+                f"data.masking.token is the id {token}, but model.vocab_size is {vocab_size}: give the model at least "
+                f"{token + 1} rows."
+            )
+        return token
+    free = "" if words is None else f" A free id does too: data.masking.token={words.vocab_size} and model.vocab_size="
+    free += "" if words is None else f"{words.vocab_size + 1}."
+    raise UsageError(
+        f"Hiding tokens needs a mask token, and the tokenizer has no {' or '.join(KNOWN if name is None else [name])}: "
+        f"name one of its tokens or an id in data.masking.token.{free}"
+    )
+
+
+def special_tokens(words: Tokenizer | None) -> set[int]:
+    """Ids that are never hidden nor put in another's place: the end of a document and what the tokenizer added."""
+    if words is None:
+        return set()
+    added = words.added_tokens if isinstance(words, FolderTokenizer) else []
+    found = {token["id"] for token in added if token.get("special")}
+    try:
+        return found | {words.eod}
+    except DataError:  # a tokenizer without an end of documents, such as BERT's
+        return found
+
+
+def word_table(words: Tokenizer | None) -> np.ndarray:
+    """bool [V]: which tokens begin a word. Errors: `UsageError` for a tokenizer that does not show its pieces."""
+    if isinstance(words, ByteTokenizer):
+        pieces = [chr(byte) for byte in range(256)] + [" "]
+        return np.array([piece.isspace() for piece in pieces])
+    if not isinstance(words, FolderTokenizer):
+        raise UsageError("data.masking.whole_word needs a tokenizer.json, which says where words begin: leave it out.")
+    pieces = words.pieces()
+    for boundary in ("##", "Ġ", "▁"):
+        if any(piece.startswith(boundary) and piece != boundary for piece in pieces):
+            return word_starts_of(pieces, boundary)
+    raise UsageError(
+        "data.masking.whole_word cannot tell where words begin: no token of the tokenizer starts with ##, Ġ or ▁."
+    )
