@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,14 +16,39 @@ class NextToken:
     The same sum is the loss of a masked language model, whose labels are the tokens that were hidden, and of a
     classification head, whose labels are classes and whose mask is True at the tokens that are classified: all of
     them, the first of each sequence, or the last.
+
+    With `depth` there is a term `mtp_k` for every k from 1 on: the same for the token k + 1 places ahead, which the
+    model calls `mtp_k` (multi-token prediction, arXiv 2412.19437). Together they weigh `weight` beside the first term,
+    each divided by its own number of labels.
     """
+
+    depth: int = 0
+    weight: float = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unmasked labels of one microbatch, known before its forward pass."""
-        return {"loss": batch["mask"].sum()}
+        further = {f"mtp_{ahead}": mask_ahead(batch, ahead).sum() for ahead in range(1, self.depth + 1)}
+        return {"loss": batch["mask"].sum()} | further
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": -(outputs["log_prob"] * batch["mask"]).sum()}
+        terms = {"loss": -(outputs["log_prob"] * batch["mask"]).sum()}
+        for ahead in range(1, self.depth + 1):
+            total = -(outputs[f"mtp_{ahead}"] * mask_ahead(batch, ahead)).sum()
+            terms[f"mtp_{ahead}"] = total * (self.weight / self.depth)
+        return terms
+
+
+def mask_ahead(batch: dict[str, Tensor], ahead: int) -> Tensor:
+    """Bool `[B, T]`: tokens for which the label `ahead` places on counts, and lies in the same document.
+
+    The documents of a packed row are those of `cu_seqlens`, on the CPU; a row without them is one document.
+    """
+    mask = F.pad(batch["mask"], (0, ahead))[:, ahead:]
+    if "cu_seqlens" not in batch:
+        return mask
+    ends = batch["cu_seqlens"].to(torch.int64)
+    inside = torch.arange(mask.shape[1]) + ahead < ends[1:].repeat_interleave(ends.diff())
+    return mask & inside.to(mask.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def build_stages(
     spans = plan_stages(config.num_layers, placement.num_stages, layout, head_work(config))
     stages: dict[int, Stage] = {}
     for stage in sorted(placement.stages_of(mesh.pp.rank)):
-        share = stages[0].embedding if spans[stage].last and config.tie_embeddings and 0 in stages else None
+        share = stages[0].embedding if spans[stage].last and config.embeds_last and 0 in stages else None
         stages[stage] = Stage(config, mesh, spans[stage], options, share)
     return stages
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
 from megallm.models.attention import LayerCache, Places
+from megallm.models.balance import Seats
 from megallm.models.block import Block
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.heads import build_head, final_norm, language_model, local_logits, next_token_logits
+from megallm.models.mtp import FurtherToken, places_ahead
 from megallm.models.stages import StageSpan
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
@@ -41,6 +45,13 @@ class StageOptions:
     fused_head: str = "auto"
 
 
+Ready = Callable[[Tensor], Tensor]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class TokenTable(ShardedModule):
     """Learned vectors `(rows, D)` on every tp rank, looked up for its own tokens: positions, or types of tokens."""
 
@@ -60,9 +71,10 @@ class Stage(ShardedModule):
     """Layers of one pipeline stage.
 
     The first stage takes tokens, the others hidden states `[B, T/cp/tp or T/cp, D]`; the last returns the head's
-    per-token scalars. With tied embeddings the last stage shares the first one's embedding when that is on the
-    same rank, and otherwise holds its own piece under the same logical name `embedding.weight`; the engine keeps
-    the two equal. `units` is told when the embedding, a block or the head is about to be used or done with.
+    per-token scalars. With tied embeddings, or tokens that are embedded again to predict further ones, the last
+    stage shares the first one's embedding when that is on the same rank, and otherwise holds its own piece under the
+    same logical name `embedding.weight`; the engine keeps the two equal. `units` is told when the embedding, a block,
+    a depth of multi-token prediction or the head is about to be used or done with.
     """
 
     def __init__(
@@ -76,7 +88,7 @@ class Stage(ShardedModule):
         self.fused_head = options.fused_head
         self.context = Context(mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
-        if span.first or (span.last and config.tie_embeddings):
+        if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
             )
@@ -88,12 +100,17 @@ class Stage(ShardedModule):
             partial = sequence_partial(mesh, self.sp)
             self.embedding_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.layers = nn.ModuleDict(
-            {str(n): Block(config, mesh, self.sp, options.recompute) for n in range(span.begin, span.end)}
+            {
+                str(n): Block(config, mesh, self.sp, options.recompute, config.moe.has_experts(n))
+                for n in range(span.begin, span.end)
+            }
         )
         if span.last:
             if config.norm_place == "pre":
                 self.final_norm = final_norm(config, mesh, self.sp)
             self.head = build_head(config, mesh, self.sp)
+        depths = range(config.mtp.depth if span.last else 0)
+        self.mtp = nn.ModuleDict({str(n): FurtherToken(config, mesh, self.sp, options.recompute) for n in depths})
 
     @property
     def head_weight(self) -> Tensor:
@@ -120,21 +137,24 @@ class Stage(ShardedModule):
             x = x + self.token_types(torch.zeros_like(tokens) if token_types is None else token_types)
         return x
 
-    def blocks(
-        self, x: Tensor, positions: Tensor, sight: Sight | None = None, caches: list[LayerCache] | None = None
-    ) -> Tensor:
-        """Run this stage's layers; `positions` `[B, T/cp]` are those of this cp rank's tokens."""
-        tables: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.config.positions == "rope":
-            config = self.config
-            tables = rope_tables(
-                positions, config.head_size, config.rope_theta, wide_dtype(x.dtype), config.rope_stretch
-            )
-        places = Places(*tables, self.context, sight)
+    def blocks(self, x: Tensor, places: Places, caches: list[LayerCache] | None = None) -> Tensor:
+        """Run this stage's layers on this cp rank's tokens, which stand at `places`."""
         for i, (number, block) in enumerate(self.layers.items()):
             cache = caches[i] if caches else None
             x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, places, cache)
         return x
+
+    def places(
+        self, positions: Tensor, dtype: torch.dtype, sight: Sight | None = None, seats: Seats | None = None
+    ) -> Places:
+        """Where this rank's tokens `[B, T/cp]` stand and what they see; rotary tables in `dtype`."""
+        config = self.config
+        if config.positions != "rope":
+            return Places(None, None, self.context, sight, seats)
+        longest = positions.shape[1] if sight is None else max(b - a for a, b in pairwise(sight.documents))
+        stretch = config.rope_stretch
+        tables = rope_tables(positions, config.rope_size, config.rope_theta, dtype, stretch, longest)
+        return Places(*tables, self.context, sight, seats)
 
     def block(self, x: Tensor, block: Block, places: Places, cache: LayerCache | None) -> Tensor:
         """One block, its activations kept or made again."""
@@ -145,15 +165,15 @@ class Stage(ShardedModule):
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.head is None else self.head.features(x)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, ready: Ready) -> Tensor:
         """This rank's piece of the logits, `[B, T/cp, V/tp]`; of a head with few outputs `[B, T/cp/tp or T/cp, C]`."""
         if self.config.head not in VOCABULARY_HEADS:
-            return self.head.logits(self.features(x))
-        return local_logits(self.features(x), self.head_weight, self.mesh, self.sp, self.later, self.head_bias)
+            return self.head.logits(ready(x))
+        return local_logits(ready(x), self.head_weight, self.mesh, self.sp, self.later, self.head_bias)
 
-    def label_log_prob(self, x: Tensor, labels: Tensor) -> Tensor:
-        """`[B, T/cp]` straight from the last block's output: a head over the vocabulary without logits."""
-        hidden = enter(self.features(x), self.mesh, self.sp, "vocab.logits")
+    def label_log_prob(self, x: Tensor, ready: Ready, labels: Tensor) -> Tensor:
+        """`[B, T/cp]` straight from hidden states: a head over the vocabulary without logits."""
+        hidden = enter(ready(x), self.mesh, self.sp, "vocab.logits")
         return fused_log_prob(hidden, self.head_weight, self.head_bias, labels, self.mesh, self.config.vocab_size)
 
     def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -171,16 +191,49 @@ class Stage(ShardedModule):
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
             x = self.embed(tokens, positions, token_types)
-        x = self.blocks(x, positions, self.context.sight(batch, self.config.sliding_window, self.config.causal))
+        sight = self.context.sight(batch, self.config.sliding_window, self.config.causal)
+        seats = Seats.of(batch, self.context, self.mesh, self.sp) if self.config.moe.num_experts else None
+        places = self.places(positions, wide_dtype(x.dtype), sight, seats)
+        x = self.blocks(x, places)
         if not self.span.last:
             return x
         if self.config.head == "none":
             raise UsageError("model.head is none: this model is a body alone, which computes nothing to train on.")
+        outputs = self.score(x, self.features, labels)
+        if self.mtp:
+            outputs |= self.further(x, batch["labels"], places)
+        return {name: self.context.whole(values) for name, values in outputs.items()}
+
+    def score(self, x: Tensor, ready: Ready, labels: Tensor | None) -> dict[str, Tensor]:
+        """This rank's tokens of the head's per-token scalars; `ready` makes of hidden states what its matrix takes."""
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
         if self.config.head in VOCABULARY_HEADS and fuses(self.fused_head, labels.numel(), self.head_weight):
-            return {"log_prob": self.context.whole(run_unit(self.units, keys, self.label_log_prob, x, labels))}
-        logits = run_unit(self.units, keys, self.logits, x)
-        return {name: self.context.whole(values) for name, values in self.outputs(logits, labels).items()}
+            return {"log_prob": run_unit(self.units, keys, self.label_log_prob, x, ready, labels)}
+        return self.outputs(run_unit(self.units, keys, self.logits, x, ready), labels)
+
+    def further(self, x: Tensor, labels: Tensor, places: Places) -> dict[str, Tensor]:
+        """`{"mtp_k": [B, T/cp]}`: the log-probability of the token k + 1 places ahead, for k = 1, 2, ...
+
+        `labels` `[B, T]` are those of whole rows: what lies ahead may be on another cp rank.
+        """
+        ready, joins, found = self.features if self.config.mtp.joins else _as_it_is, self.config.mtp.joins, {}
+        for number, depth in self.mtp.items():
+            ahead = int(number) + 1
+            tokens = self.context.local(places_ahead(labels, ahead - 1)) if joins else None
+            keys = (f"mtp.{number}", "embedding", "head") if joins else (f"mtp.{number}",)
+            hidden = run_unit(self.units, keys, self.look_ahead, x, ready, depth, tokens, places)
+            own_labels = self.context.local(places_ahead(labels, ahead))
+            found[f"mtp_{ahead}"] = self.score(hidden, _as_it_is, own_labels)["log_prob"]
+            if joins:
+                x, ready = hidden, _as_it_is
+        return found
+
+    def look_ahead(
+        self, x: Tensor, ready: Ready, depth: FurtherToken, tokens: Tensor | None, places: Places
+    ) -> Tensor:  # fmt: skip
+        """One depth of multi-token prediction, its activations kept or made again."""
+        embedded = None if tokens is None else self.embedding(tokens)
+        return recompute(self.recompute_blocks, depth, ready(x), embedded, places)
 
     def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
         return self.context.local(batch[name]) if name in batch else None
@@ -192,7 +245,7 @@ class Stage(ShardedModule):
         """
         if self.span.first:
             x = self.embed(tokens, positions)
-        x = self.blocks(x, positions, caches=caches)
+        x = self.blocks(x, self.places(positions, wide_dtype(x.dtype)), caches)
         if not self.span.last:
             return x
         features, vocab = self.features(x[:, -1:]), self.config.vocab_size

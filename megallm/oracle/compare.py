@@ -100,6 +100,12 @@ def optim_config(row: Row) -> OptimConfig:
     return OptimConfig(betas=(0.8, 0.9), eps=1e-5, weight_decay=0.3, clip=row.clip)
 
 
+def trained_loss(row: Row) -> Loss:
+    """The loss of the row's model, with its further tokens."""
+    mtp = row.config.mtp
+    return NextToken(mtp.depth, mtp.weight) if mtp.depth else LOSSES[row.loss_name]
+
+
 def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRecord:
     """The rank's side, run by the pool: build the engine, train, and copy out what this rank holds."""
     mesh = Mesh.start(row.layout, device, broken)
@@ -117,7 +123,7 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
     )
     engine = Engine.build(config, mesh)
     record = RankRecord(dict(engine.parameters.shards), _copies(engine.masters()))
-    loss = LOSSES[row.loss_name]
+    loss = trained_loss(row)
     for step in range(row.steps):
         stats = engine.train_step(micro_batches(row, step, mesh.data.rank), loss, RATES[step % len(RATES)])
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0

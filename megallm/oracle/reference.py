@@ -1,34 +1,51 @@
 """An independent float64 decoder and optimizer in ordinary torch: the referee of the layout oracle.
 
-It imports nothing of megallm. Weights are a plain dict of logical tensors, named and shaped as in
-docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
+It imports nothing of megallm but the referee's other parts. Weights are a plain dict of logical tensors, named and
+shaped as in docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Weights = Mapping[str, Tensor]
+from megallm.oracle.reference_mla import Weights, attention, linear, rms
+from megallm.oracle.reference_mtp import further_loss
 
 
 def forward(
     config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
 ) -> Tensor:
     """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside `documents` [B, T]."""
+    return _logits(config, weights, _last_layer(config, weights, tokens, positions, documents))
+
+
+def _last_layer(
+    config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None
+) -> Tensor:
     x = weights["embedding.weight"][tokens]
     if config["positions"] == "learned":
         x = x + weights["positions.weight"][positions]
     for layer in range(config["num_layers"]):
-        at = f"layers.{layer}."
-        y = norm(config, weights, at + "attention_norm", x)
-        x = x + attention(config, weights, at + "attention.", y, positions, documents)
-        x = x + mlp(config, weights, at + "mlp.", norm(config, weights, at + "mlp_norm", x))
+        x = _block(config, weights, f"layers.{layer}.", x, positions, documents)
+    return x
+
+
+def _block(
+    config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
+) -> Tensor:
+    y = norm(config, weights, at + "attention_norm", x)
+    x = x + attention(config, weights, at + "attention.", y, positions, documents)
+    return x + mlp(config, weights, at + "mlp.", norm(config, weights, at + "mlp_norm", x))
+
+
+def _logits(config: Mapping[str, Any], weights: Weights, x: Tensor) -> Tensor:
     head = "embedding.weight" if config["tie_embeddings"] else "head.weight"
     return norm(config, weights, "final_norm", x) @ weights[head].T
 
@@ -38,69 +55,7 @@ def norm(config: Mapping[str, Any], weights: Weights, name: str, x: Tensor) -> T
         centred = x - x.mean(-1, keepdim=True)
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + config["norm_eps"])
         return centred * scale * weights[name + ".weight"] + weights[name + ".bias"]
-    return _rms(x, weights[name + ".weight"], config["norm_eps"])
-
-
-def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> Tensor:
-    """x @ W.T + b; `part` picks one of a stacked weight (K or V, gate or up)."""
-    weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
-    if part is not None:
-        weight, bias = weight[part], None if bias is None else bias[part]
-    y = x @ weight.T
-    return y if bias is None else y + bias
-
-
-def _rotate(x: Tensor, positions: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T, heads, E]."""
-    size = x.shape[-1]
-    speed = config["rope_theta"] ** (-torch.arange(0, size, 2, dtype=x.dtype) / size)
-    if config.get("rope_scaling") is not None:
-        speed = torch.stack([_slower(one, config) for one in speed])
-    angle = (positions[..., None].to(x.dtype) * speed)[:, :, None, :]
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), dim=-1)
-
-
-def attention(
-    config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
-) -> Tensor:
-    batch, length, _ = x.shape
-    size, heads, kv_heads = config["head_size"], config["num_heads"], config["num_kv_heads"]
-    q = linear(weights, at + "q", x).view(batch, length, heads, size)
-    k = linear(weights, at + "kv", x, 0).view(batch, length, kv_heads, size)
-    v = linear(weights, at + "kv", x, 1).view(batch, length, kv_heads, size)
-    if config["qk_norm"]:
-        q = _rms(q, weights[at + "q_norm.weight"], config["norm_eps"])
-        k = _rms(k, weights[at + "k_norm.weight"], config["norm_eps"])
-    if config["positions"] == "rope":
-        q, k = (_rotate(z, positions, config) for z in (q, k))
-    k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))
-    scores = torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5
-    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    visible = (j <= i) & (j > i - (config["sliding_window"] or length))
-    visible = visible | (not config["causal"])
-    if documents is not None:
-        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
-    mixed = torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
-    return linear(weights, at + "o", mixed.reshape(batch, length, heads * size))
-
-
-def _slower(speed: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """One frequency after linear or llama3 stretching, case by case on its wavelength."""
-    factor = config["rope_factor"]
-    if config["rope_scaling"] == "linear":
-        return speed / factor
-    wavelength, old = 2 * torch.pi / speed, config["rope_positions"]
-    if wavelength > old / config["rope_low_factor"]:
-        return speed / factor
-    if wavelength < old / config["rope_high_factor"]:
-        return speed
-    smooth = (old / wavelength - config["rope_low_factor"]) / (config["rope_high_factor"] - config["rope_low_factor"])
-    return (1 - smooth) * speed / factor + smooth * speed
+    return rms(x, weights[name + ".weight"], config["norm_eps"])
 
 
 def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tensor:
@@ -114,15 +69,22 @@ def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tens
 
 def masked_loss(config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the mask."""
-    logits = forward(config, weights, batch["tokens"], batch["positions"], batch.get("documents"))
-    nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    place = batch["positions"], batch.get("documents")
+    last = _last_layer(config, weights, batch["tokens"], *place)
+    nll = F.cross_entropy(_logits(config, weights, last).flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["mask"].flatten().to(nll.dtype)
-    return (nll * mask).sum() / mask.sum()
+    loss = (nll * mask).sum() / mask.sum()
+    if config["mtp"]["depth"]:
+        of_norm = partial(norm, config, weights)
+        loss = loss + further_loss(
+            config, weights, last, batch, of_norm, lambda at, layer, x: _block(config, weights, at, x, *place)
+        )
+    return loss
 
 
 def decays(name: str) -> bool:
-    """Weight decay skips norms and biases and nothing else."""
-    return not name.endswith(".bias") and "norm" not in name
+    """Weight decay skips norms, biases and attention sinks and nothing else."""
+    return not name.endswith((".bias", ".sinks")) and "norm" not in name
 
 
 @dataclass(frozen=True)

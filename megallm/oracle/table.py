@@ -42,6 +42,8 @@ TINY: dict[str, Any] = {
     "max_positions": 40,
     "init_std": 0.3,
 }
+LATENT: dict[str, Any] = {"head_size": None, "num_kv_heads": None}  # latent attention says what a head is
+LATENT_SIZES = {"kv_lora_dim": 7, "q_lora_dim": 9, "nope_head_size": 3, "rope_head_size": 4, "value_head_size": 5}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "tied": {"tie_embeddings": True},
@@ -59,6 +61,37 @@ MODELS: dict[str, dict[str, Any]] = {
     "bert-value": {"family": "bert", "num_kv_heads": 1, "head": "value", "pooler": True},
     "diffusion": {"causal": False, "head": "mlm", "tie_embeddings": True},
     "reward": {"head": "value", "qk_norm": True},
+    "llama31": {
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_low_factor": 1.0,
+        "rope_high_factor": 4.0,
+        "rope_positions": 20,
+        "rope_theta": 50.0,
+    },
+    "ntk": {"rope_scaling": "ntk", "rope_factor": 3.0},
+    "dynamic": {"rope_scaling": "dynamic", "rope_factor": 3.0, "rope_positions": 5},  # rows are longer
+    "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_positions": 20, "rope_theta": 50.0},
+    "sinks": {"attention_sinks": True},
+    "sinks-window": {"attention_sinks": True, "sliding_window": 3, "num_kv_heads": 4, "tie_embeddings": True},
+    "mla": LATENT | {"mla": LATENT_SIZES},
+    "mla-direct": LATENT | {"mla": LATENT_SIZES | {"q_lora_dim": 0, "value_head_size": 9}, "attention_sinks": True},
+    "mla-yarn": LATENT
+    | {
+        "mla": LATENT_SIZES,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_positions": 20,
+        "rope_theta": 50.0,
+        "rope_mscale": 0.8,
+        "rope_mscale_all_dim": 1.1,
+        "rope_truncate": False,
+    },
+    "mtp": {"mtp": {"depth": 2}},
+    "mtp-tied": {"mtp": {"depth": 2, "weight": 0.7}, "tie_embeddings": True},
+    "mtp-heads": {"mtp": {"depth": 2, "kind": "heads", "weight": 2.0}},
+    "mtp-heads-tied": {"mtp": {"depth": 1, "kind": "heads"}, "tie_embeddings": True, "norm": "layernorm"},
+    "mla-mtp": LATENT | {"mla": LATENT_SIZES, "mtp": {"depth": 1}},
     "biased": {"bias": True, "qk_norm": True, "norm": "layernorm"},
 }
 

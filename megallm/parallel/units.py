@@ -62,8 +62,8 @@ def run_unit(
 def unit_of(name: str) -> str:
     """The unit of a parameter, from its logical name."""
     first, _, rest = name.partition(".")
-    if first == "layers":
-        return f"layers.{rest.partition('.')[0]}"
+    if first in ("layers", "mtp"):
+        return f"{first}.{rest.partition('.')[0]}"
     if first in ("final_norm", "head"):
         return "head"
     return "embedding_norm" if first == "embedding_norm" else "embedding"

@@ -1,0 +1,156 @@
+"""Independent float64 attention in ordinary torch, grouped and latent, beside the decoder of `reference`.
+
+It imports nothing of megallm. Weights are a plain dict of logical tensors, named and shaped as in
+docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Config = Mapping[str, Any]
+Weights = Mapping[str, Tensor]
+
+
+def attention(
+    config: Config, weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
+) -> Tensor:
+    """Of x [B, T, D] at positions [B, T], inside `documents` [B, T]."""
+    if config["mla"]["kv_lora_dim"]:
+        return _latent(config, weights, at, x, positions, documents)
+    batch, length, _ = x.shape
+    size, heads, kv_heads = config["head_size"], config["num_heads"], config["num_kv_heads"]
+    q = linear(weights, at + "q", x).view(batch, length, heads, size)
+    k = linear(weights, at + "kv", x, 0).view(batch, length, kv_heads, size)
+    v = linear(weights, at + "kv", x, 1).view(batch, length, kv_heads, size)
+    if config["qk_norm"]:
+        q = rms(q, weights[at + "q_norm.weight"], config["norm_eps"])
+        k = rms(k, weights[at + "k_norm.weight"], config["norm_eps"])
+    if config["positions"] == "rope":
+        q, k = (_rotate(z, positions, config, documents) for z in (q, k))
+    k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))
+    mixed = _mix(config, torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5, v, documents, weights.get(at + "sinks"))
+    return linear(weights, at + "o", mixed)
+
+
+def _latent(
+    config: Config, weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
+) -> Tensor:
+    """DeepSeek-V2 (arXiv 2405.04434), equations 9 to 19, head by head."""
+    mla, heads = config["mla"], config["num_heads"]
+    plain, rotated, size = mla["nope_head_size"], mla["rope_head_size"], mla["value_head_size"]
+    source = x
+    if mla["q_lora_dim"]:
+        source = rms(linear(weights, at + "q_down", x), weights[at + "q_latent_norm.weight"], config["norm_eps"])
+    latent = rms(linear(weights, at + "kv_down", x), weights[at + "kv_latent_norm.weight"], config["norm_eps"])
+    shared = _rotate(linear(weights, at + "k_rope", x)[:, :, None], positions, config, documents)[:, :, 0]
+    scale = (plain + rotated) ** -0.5
+    if config["rope_scaling"] == "yarn" and config["rope_mscale_all_dim"]:
+        scale *= (0.1 * config["rope_mscale_all_dim"] * math.log(config["rope_factor"]) + 1) ** 2
+    scores, values = [], []
+    for head in range(heads):
+        q = source @ weights[at + "q.weight"].view(heads, plain + rotated, -1)[head].T
+        turned = _rotate(q[:, :, None, plain:], positions, config, documents)[:, :, 0]
+        k = latent @ weights[at + "k_up.weight"].view(heads, plain, -1)[head].T
+        scores.append((q[..., :plain] @ k.mT + turned @ shared.mT) * scale)
+        values.append(latent @ weights[at + "v_up.weight"].view(heads, size, -1)[head].T)
+    sinks = weights.get(at + "sinks")
+    return linear(weights, at + "o", _mix(config, torch.stack(scores, 1), torch.stack(values, 2), documents, sinks))
+
+
+def _mix(config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """Softmax of the visible scores [B, H, T, T] over values [B, T, H, E], heads side by side [B, T, H E]."""
+    length = scores.shape[-1]
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    visible = (j <= i) & (j > i - (config["sliding_window"] or length))
+    visible = visible | (not config["causal"])
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:  # one more column, whose value is nothing
+        scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
+    mixed = torch.einsum("bhij,bjhe->bihe", scores.softmax(-1)[..., :length], v)
+    return mixed.flatten(2)
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> Tensor:
+    """x @ W.T + b; `part` picks one of a stacked weight (K or V, gate or up)."""
+    weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
+    if part is not None:
+        weight, bias = weight[part], None if bias is None else bias[part]
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | None) -> Tensor:
+    """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T, heads, E]."""
+    size, kind, base, height = x.shape[-1], config["rope_scaling"], config["rope_theta"], 1.0
+    if kind == "ntk":
+        base = base * config["rope_factor"] ** (size / (size - 2))
+    speed = base ** (-torch.arange(0, size, 2, dtype=x.dtype) / size)
+    if kind in ("linear", "llama3"):
+        speed = torch.stack([_slower(one, config) for one in speed])
+    elif kind == "yarn":
+        speed, height = _yarn(speed, config)
+    elif kind == "dynamic":
+        speed = torch.stack([_dynamic(row, size, config) for row in _longest(positions, documents)])[:, None]
+    angle = (positions[..., None].to(x.dtype) * speed)[:, :, None, :]
+    cos, sin, (low, high) = angle.cos() * height, angle.sin() * height, x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def _longest(positions: Tensor, documents: Tensor | None) -> list[int]:
+    """The number of tokens of the longest document of each row."""
+    if documents is None:
+        return [positions.shape[1]] * positions.shape[0]
+    return [int(row.bincount().max()) for row in documents]
+
+
+def _dynamic(longest: int, size: int, config: Config) -> Tensor:
+    """Frequencies [E/2] of the base that grows with the longest text."""
+    known, factor, base = config["rope_positions"], config["rope_factor"], config["rope_theta"]
+    if longest > known:
+        base = base * (factor * longest / known - (factor - 1)) ** (size / (size - 2))
+    return base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+
+def _slower(speed: Tensor, config: Config) -> Tensor:
+    """One frequency after linear or llama3 stretching, case by case on its wavelength."""
+    factor = config["rope_factor"]
+    if config["rope_scaling"] == "linear":
+        return speed / factor
+    wavelength, old = 2 * torch.pi / speed, config["rope_positions"]
+    if wavelength > old / config["rope_low_factor"]:
+        return speed / factor
+    if wavelength < old / config["rope_high_factor"]:
+        return speed
+    smooth = (old / wavelength - config["rope_low_factor"]) / (config["rope_high_factor"] - config["rope_low_factor"])
+    return (1 - smooth) * speed / factor + smooth * speed
+
+
+def _yarn(speeds: Tensor, config: Config) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071): frequencies [E/2] blended over a ramp of features, and the height of the tables."""
+    count, known, factor = len(speeds), config["rope_positions"], config["rope_factor"]
+    ends = [
+        count * math.log(known / (2 * math.pi * turns)) / math.log(config["rope_theta"])
+        for turns in (config["rope_beta_fast"] or 32, config["rope_beta_slow"] or 1)
+    ]
+    if config["rope_truncate"] is not False:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], 2 * count - 1)
+    slow = [min(max((i - first) / ((last - first) or 0.001), 0.0), 1.0) for i in range(count)]
+    blended = torch.stack([s * (1 - part) + s / factor * part for s, part in zip(speeds, slow, strict=True)])
+    height, (over, under) = config["rope_attention_factor"], (config["rope_mscale"], config["rope_mscale_all_dim"])
+    if height is None:
+        log = 0.1 * math.log(factor)
+        height = (log * over + 1) / (log * under + 1) if over and under else log + 1
+    return blended, height
