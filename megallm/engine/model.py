@@ -19,7 +19,6 @@ from megallm.parallel.pipeline import Batch, LossOf, Pipeline, Walk, buffer_make
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
 from megallm.parallel.tensor import defer_weights
-from megallm.parallel.units import unit_of
 
 
 class ParallelModel:
@@ -54,10 +53,16 @@ class ParallelModel:
         return list(found.values())
 
     def shared_units(self) -> frozenset[str]:
-        """Units whose parameters more than one use completes: a tied embedding that is whole on this rank."""
-        ends = {0, self.placement.num_stages - 1}
-        tied = self.config.model.tie_embeddings and ends <= set(self.stages)
-        return frozenset({unit_of("embedding.weight")}) if tied else frozenset()
+        """Units whose parameters more than one use completes.
+
+        That is an embedding that is whole on this rank and used at both ends, and with multi-token prediction the head
+        and the embedding of the last stage, which every depth uses.
+        """
+        config, last = self.config.model, self.placement.num_stages - 1
+        if last not in self.stages:
+            return frozenset()
+        embedding = config.embeds_last and (0 in self.stages or config.mtp.depth > 0)
+        return frozenset({"embedding"} if embedding else ()) | frozenset({"head"} if config.mtp.depth else ())
 
     def place(self, storage: dict[str, Tensor]) -> None:
         """Let the parameters live in `storage`, by logical name."""
