@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -25,6 +25,7 @@ from megallm.optim.buckets import Treatment
 from megallm.optim.clip import clip_gradients
 from megallm.optim.groups import check_groups, treatment
 from megallm.optim.optimizer import Optimizer
+from megallm.optim.scaler import LossScaler
 from megallm.optim.zero import ShardedParameters, Sharing, shard_groups
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
@@ -58,6 +59,8 @@ class StepStats:
     counts: dict[str, int]
     grad_norm: float
     skipped: bool
+    loss_scale: float | None = None  # fp16: what the loss was multiplied by
+    metrics: dict[str, float] = field(default_factory=dict)  # what else was measured, under the names of metrics.jsonl
 
     @property
     def loss(self) -> float:
@@ -84,7 +87,7 @@ class Engine:
     def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self.model = ParallelModel(config, mesh)
-        tie = tie_axis(mesh, self.model.placement, bool(config.model.tie_embeddings))
+        tie = tie_axis(mesh, self.model.placement, config.model.embeds_last)
         sharing = Sharing(*shard_groups(mesh, config.zero), tie, TIED_NAME, self.model.shared_units())
         treatments = self._treatments()
         self.parameters = ShardedParameters(
@@ -95,6 +98,7 @@ class Engine:
         for stage in self.model.stages.values():
             stage.units = self.parameters
         self.optimizer = Optimizer(config.optim, self.parameters)
+        self.scaler = LossScaler(config.loss_scale, mesh.device) if config.precision == "fp16" else None
         self.last_walk: Walk | None = None
 
     @staticmethod
@@ -126,16 +130,23 @@ class Engine:
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
         """One update from this data rank's microbatches; every data rank gives the same number of them.
 
-        An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
+        An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike. Raises Diverged
+        when the loss scale of fp16 had to fall below its minimum, on all ranks.
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
         self.parameters.finish()
-        norm = clip_gradients(self.parameters, self.config.optim.clip)
+        norm = clip_gradients(self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale)
         self.optimizer.step(lr, skip=~norm.isfinite())
+        loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite())
+        routing = None if self.model.routers is None else self.model.routers.finish(skip=~norm.isfinite())
         sums, counts = run.read()  # the only wait for the device, when everything is on its way
         losses = {term: sums[term] / max(counts[term], 1) for term in counts}
-        return StepStats(losses, counts, float(norm), not math.isfinite(norm))
+        further, metrics = ({}, {}) if routing is None else routing.read()
+        if self.scaler is not None:
+            self.scaler.check()
+        skipped, loss_scale = not math.isfinite(norm), loss_scale and float(loss_scale)
+        return StepStats(losses | further, counts, float(norm), skipped, loss_scale, metrics)
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[dict[str, float], dict[str, int]]:
         """Forward only: the sum of each term over all data ranks, and its count."""
@@ -144,10 +155,14 @@ class Engine:
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         batches = [self._on_device(batch) for batch in batches]
         counts = self._global_counts(batches, loss)
+        if training and self.model.routers is not None:
+            self.model.routers.begin(batches, 1.0 if self.scaler is None else self.scaler.scale)
 
         def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             terms = loss(outputs, batch)
             total = sum(terms[term] / counts[term].clamp(min=1) for term in terms)
+            if self.scaler is not None:
+                total = total * self.scaler.scale
             return total, {term: value.detach() for term, value in terms.items()}
 
         self.last_walk = self.model.walk(batches, loss_of, training, self.parameters)
@@ -206,26 +221,33 @@ class Engine:
             for name, shard, box, tensor in pieces(self.parameters, flats):
                 if self.parameters.owns(name):
                     yield Part(f"{prefix}{name}", shard.full, box.offset, tensor)
+        if not any(self.mesh.coords[axis] for axis in ("dp", "cp", "tp")):
+            for name, bias in self.model.selection_biases():
+                yield Part(name, tuple(bias.shape), (0,), bias)
         for state, name, shard, tensor, owned in self.optimizer.factors():
             if owned:
                 box = shard.box(self.mesh.layout, self.mesh.coords)
                 yield Part(f"optim.{state}.{name}", shard.full, box.offset, tensor)
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, float]:
         """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
-        return {"updates": self.optimizer.updates}
+        return {"updates": self.optimizer.updates} | ({} if self.scaler is None else self.scaler.counters())
 
     def load(self, reader: Reader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp."""
         self.parameters.land()
         if optimizer:
             self.optimizer.updates = reader.meta["engine"]["updates"]
+            if self.scaler is not None:
+                self.scaler.restore(reader.meta["engine"])
         for prefix, flats in self._state(optimizer).items():
             for name, _, box, tensor in pieces(self.parameters, flats):
                 reader.read_into(f"{prefix}{name}", box.offset, tensor)
         for state, name, shard, tensor, _ in self.optimizer.factors() if optimizer else ():
             box = shard.box(self.mesh.layout, self.mesh.coords)
             reader.read_into(f"optim.{state}.{name}", box.offset, tensor)
+        for name, bias in self.model.selection_biases():
+            reader.read_into(name, (0,), bias)
         for bucket in self.parameters.flat:
             if not optimizer and bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
