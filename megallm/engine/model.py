@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.models.build import build_stages, place_parameters
 from megallm.models.decoder import StageOptions
+from megallm.models.router import Routers
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim.zero import Entry
 from megallm.parallel.linear import WeightQueue
@@ -31,6 +32,7 @@ class ParallelModel:
         self.placement = place(options.schedule, mesh.pp.size, options.chunks)
         stage_options = StageOptions(config.sp, config.recompute, config.cp_kind, config.cp_ulysses)
         self.stages = build_stages(config.model, mesh, stage_options, self.placement, options.stages)
+        self.routers = Routers(config.model, mesh, self.stages) if config.model.moe.num_experts else None
         self.sp = config.sp and mesh.tp.size > 1
         self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
 
@@ -64,6 +66,10 @@ class ParallelModel:
         embedding = config.embeds_last and (0 in self.stages or config.mtp.depth > 0)
         return frozenset({"embedding"} if embedding else ()) | frozenset({"head"} if config.mtp.depth else ())
 
+    def selection_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """State beside the parameters: the routers' biases, the same on every rank of a stage."""
+        yield from () if self.routers is None else self.routers.biases()
+
     def place(self, storage: dict[str, Tensor]) -> None:
         """Let the parameters live in `storage`, by logical name."""
         for stage in self.stages.values():
@@ -89,6 +95,8 @@ class ParallelModel:
         for name, param, shard, _ in model.entries():
             storage[name] = torch.empty(param.shape, dtype=model.dtype, device=mesh.device)
             reader.read_into(name, shard.box(mesh.layout, mesh.coords).offset, storage[name])
+        for name, bias in model.selection_biases():
+            reader.read_into(name, (0,), bias)
         model.place(storage)
         for stage in model.stages.values():
             stage.requires_grad_(False)

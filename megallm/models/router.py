@@ -23,6 +23,8 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import ShardedModule
 
+TERMS = ("moe_balance", "moe_z")  # the losses of `balance_terms`, as a step reports them
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -80,12 +82,20 @@ def select(scores: Tensor, bias: Tensor | None, moe: MoeConfig) -> Tensor:
 class RouterReport:
     """The router losses of a step `[2]`, weighed as they were differentiated, and how even it was; on the device.
 
-    `load_balance` is the load of the busiest expert over the mean, in the worst layer; `dropped` a share of all copies.
+    `names` are those of the losses that the model has. `load_balance` is the load of the busiest expert over the mean,
+    in the worst layer; `dropped` a share of all copies.
     """
 
+    names: tuple[str, ...]
     losses: Tensor
     load_balance: Tensor
     dropped: Tensor
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The losses that the model has by name, and metrics by name; waits for the device."""
+        values = dict(zip(TERMS, self.losses.tolist(), strict=True))
+        losses = {name: value for name, value in values.items() if name in self.names}
+        return losses, {"moe/load_balance": float(self.load_balance), "moe/dropped_fraction": float(self.dropped)}
 
 
 class Routers:
@@ -124,7 +134,8 @@ class Routers:
         worst = torch.cat((ratios, ratios.new_zeros(1))).amax()
         worst = comm.all_reduce_(worst, mesh.pp, "moe.report", dist.ReduceOp.MAX)
         comm.all_reduce_(sums, mesh.world, "moe.report")
-        return RouterReport(sums[:2] * self.weights, worst, sums[2] / sums[3].clamp(min=1))
+        names = tuple(name for name, used in zip(TERMS, (self.moe.aux_coef, self.moe.z_coef), strict=True) if used)
+        return RouterReport(names, sums[:2] * self.weights, worst, sums[2] / sums[3].clamp(min=1))
 
     def _move_biases(self, load: Tensor, skip: Tensor) -> None:
         """Up where an expert had fewer tokens than the mean, down where it had more (arXiv 2408.15664)."""

@@ -29,7 +29,7 @@ class Runs:
 
     @staticmethod
     def of(sizes: list[int], device: torch.device) -> Runs:
-        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, torch.int32)
+        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return Runs(tuple(sizes), ends.to(device, non_blocking=True))
 
 

@@ -33,6 +33,7 @@ class Member:
     `whole` elements in a row stay on one rank of the shard group (a matrix, for rules that need all of it): all of
     them, or a multiple of `ALIGN` that is the same on all ranks that split the parameter; 0: any elements may part.
     `room` is the largest local count on any of those ranks, so that they all plan alike; 0: `numel`.
+    `expert`: gradients are summed over edp, the ranks with the same experts, instead of dp x cp.
     """
 
     name: str
@@ -43,11 +44,12 @@ class Member:
     treatment: Treatment = Treatment()
     whole: int = 0
     room: int = 0
+    expert: bool = False
 
     @property
     def route(self) -> tuple:
         """Equal for members that may share a bucket."""
-        return (self.partial, self.tied, self.treatment.rule, self.whole > 0)
+        return (self.partial, self.tied, self.treatment.rule, self.whole > 0, self.expert)
 
     @property
     def space(self) -> int:
@@ -75,6 +77,10 @@ class Bucket:
     @property
     def tied(self) -> bool:
         return self.members[0].tied
+
+    @property
+    def expert(self) -> bool:
+        return self.members[0].expert
 
     @property
     def rule(self) -> str:

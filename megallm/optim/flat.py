@@ -34,6 +34,7 @@ class FlatBucket:
         self.sharded_grads = options.stage >= 2
         self.frees_params = options.stage >= 3 and shard.size > 1
         self.message_dtype = torch.bfloat16 if options.bf16_grads else wide
+        self.reduction = "grads.expert" if plan.expert else "grads.data"
         self.present = True
         count, home = self.end - self.begin, torch.device("cpu") if options.offload else device
         self.params = torch.zeros(plan.numel, dtype=dtype, device=device)
@@ -103,7 +104,7 @@ class FlatBucket:
     def reduce_scatter(self, whole: Tensor, done: deque[Callable[[], None]]) -> None:
         """Start summing `whole` over the shard group; what is done on completion is appended to `done`."""
         message = whole.to(self.message_dtype)
-        if "grads.data" in self.shard.broken or self.shard.size == 1:
+        if self.reduction in self.shard.broken or self.shard.size == 1:
             piece = message[self.begin : self.end].clone()
             done.append(lambda: self._keep(piece))
             return

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, product
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -39,16 +40,23 @@ class Entry(NamedTuple):
     stage: int
 
 
+class Division(NamedTuple):
+    """Who divides the state (`shard`), and who holds the same range (`replica`); together they sum gradients."""
+
+    shard: Axis
+    replica: Axis
+
+
 class Sharing(NamedTuple):
-    """Who divides the state (`shard`), who holds the same range (`replica`), and who shares the embedding (`tie`,
-    under the logical name `tied_name`).
+    """Who divides the state of dense parameters and of experts, and who shares the embedding (`tie`, under the logical
+    name `tied_name`).
 
     `units` names units that several local stages use (an embedding that is also the head): their gradient is
     complete only at the end of the step.
     """
 
-    shard: Axis
-    replica: Axis
+    dense: Division
+    experts: Division
     tie: Axis
     tied_name: str
     units: frozenset[str] = frozenset()
@@ -87,15 +95,20 @@ class ShardedParameters:
         for entry in entries:
             members.setdefault(entry.stage, []).append(self._member(entry))
         wide, device = wide_dtype(dtype), self.mesh.device
-        shard = self.groups.shard if self.options.stage else Axis("shard", broken=self.groups.shard.broken)
-        plans = [
-            plan
-            for stage in sorted(members)
-            for plan in plan_buckets(
-                members[stage], wide.itemsize, shard.size, self.options.bucket_bytes, by_unit=self.options.stage == 3
-            )
-        ]
-        return [FlatBucket(i, plan, self.options, shard, (dtype, wide), device) for i, plan in enumerate(plans)]
+        made: list[FlatBucket] = []
+        for stage, expert in product(sorted(members), (False, True)):
+            shard = self._division(expert).shard
+            shard = shard if self.options.stage else Axis("shard", broken=shard.broken)
+            some = [member for member in members[stage] if member.expert == expert]
+            by_unit = self.options.stage == 3
+            for plan in plan_buckets(some, wide.itemsize, shard.size, self.options.bucket_bytes, by_unit):
+                made.append(FlatBucket(len(made), plan, self.options, shard, (dtype, wide), device))
+        return made
+
+    def _division(self, expert: bool) -> Division:
+        """Who divides and sums gradients of a kind of parameter."""
+        wrong = "grads.wrong_group" in self.mesh.world.broken
+        return self.groups.experts if expert and not wrong else self.groups.dense
 
     def _member(self, entry: Entry) -> Member:
         name, param, shard, _ = entry
@@ -103,7 +116,9 @@ class ShardedParameters:
         largest = shard.box(layout, self.mesh.coords | dict.fromkeys(shard.split.values(), 0))
         whole = whole_elements(treatment.rule, shard, layout, param.shape)
         tied = name == self.tied_name
-        return Member(name, param.numel(), unit_of(name), shard.partial, tied, treatment, whole, largest.size)
+        return Member(
+            name, param.numel(), unit_of(name), shard.partial, tied, treatment, whole, largest.size, shard.expert
+        )  # fmt: skip
 
     def _neighbours(self) -> tuple[dict[str, str], dict[str, str]]:
         """For each unit the next one in a forward and in a backward pass through its stage."""
@@ -198,7 +213,11 @@ class ShardedParameters:
                     self._take(bucket)
 
     def _take(self, bucket: FlatBucket) -> None:
-        """Add the gradients of one microbatch to where they accumulate."""
+        """Add the gradients of one microbatch to where they accumulate.
+
+        A bucket without any gradient was taken already. Which buckets have one follows from the plan, not from the
+        tokens: experts that no token chose have one of zeros (`ops.grouped_gemm`), so all ranks reduce alike.
+        """
         if not any(self.params[member.name].grad is not None for member in bucket.plan.members):
             return
         if bucket.sharded_grads:
@@ -218,7 +237,8 @@ class ShardedParameters:
         if self.options.stage:
             bucket.reduce_scatter(bucket.grads, self.done)
         else:
-            self.done.append(comm.start_all_reduce(bucket.grads, self.groups.shard, "grads.data"))
+            axis = self._division(bucket.plan.expert).shard
+            self.done.append(comm.start_all_reduce(bucket.grads, axis, bucket.reduction))
 
     def finish(self) -> None:
         """Complete all gradients; collective over dp x cp, the partial axes and the tie."""
@@ -239,7 +259,7 @@ class ShardedParameters:
             if "grads.data" not in axis.broken:
                 tree_all_reduce_(bucket.grads, axis, exchanger(axis))
         elif self.options.stage:
-            comm.all_reduce_(bucket.shard_grads, self.groups.replica, "grads.data")
+            comm.all_reduce_(bucket.shard_grads, self._division(bucket.plan.expert).replica, bucket.reduction)
         target = bucket.grads if self.options.tree else bucket.shard_grads
         for axis in bucket.plan.partial:
             comm.all_reduce_(target, self.mesh.axes[axis], "grads.partial")
@@ -257,12 +277,12 @@ class ShardedParameters:
         """Whether this rank is the one that answers for its range of a parameter (one owner per logical element)."""
         if name == self.tied_name and self.groups.tie.rank:
             return False
-        coords = self.mesh.coords
-        if self.options.stage:  # dp x cp is divided, or counted by `replica`
-            coords = coords | {"dp": 0, "cp": 0}
-            if self.groups.replica.rank:
+        shard, coords = self.shards[name], self.mesh.coords
+        if self.options.stage:  # dp x cp (edp of experts) is divided, or counted by `replica`
+            coords = coords | {"dp": 0, "cp": 0, "edp": 0}
+            if self._division(shard.expert).replica.rank:
                 return False
-        return self.shards[name].owned(coords)
+        return shard.owned(coords)
 
     def cuts(self, bucket: FlatBucket) -> Iterator[Cut]:
         """The stretches of members in this rank's range of a bucket."""
@@ -296,9 +316,16 @@ class ShardedParameters:
         return not tied_twice and self.shards[name].owned(self.mesh.coords | {"dp": 0})
 
 
-def shard_groups(mesh: Mesh, options: ZeroOptions) -> tuple[Axis, Axis]:
-    """The `shard` and `replica` axes inside dp x cp; collective over the world when they are new groups."""
-    if options.shard_size in (None, mesh.grads.size):
-        return mesh.grads, Axis("replica", broken=mesh.grads.broken)
-    replica, shard = mesh.view("grads", options.shard_size)
-    return shard, replica
+def shard_groups(mesh: Mesh, options: ZeroOptions) -> tuple[Division, Division]:
+    """Who divides dense parameters (inside dp x cp) and experts (inside edp); collective over the world when they are
+    new groups. Where `shard_size` does not divide edp, experts are divided by its largest part that does."""
+    return _division(mesh, "grads", options.shard_size), _division(mesh, "expert_grads", options.shard_size)
+
+
+def _division(mesh: Mesh, purpose: str, size: int | None) -> Division:
+    axis = mesh.axes[purpose]
+    inner = axis.size if size is None else gcd(size, axis.size)
+    if inner == axis.size:
+        return Division(axis, Axis("replica", broken=axis.broken))
+    replica, shard = mesh.view(purpose, inner)
+    return Division(shard, replica)
