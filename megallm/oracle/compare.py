@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.models.build import initial_values
 from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.pool import Pool
-from megallm.oracle.reference import Adam, Trainer, masked_loss
+from megallm.oracle.reference import Rule, Trainer, masked_loss
 from megallm.oracle.reference_encoder import CLIP, loss_named
 from megallm.oracle.table import Row
 from megallm.parallel.mesh import Mesh
@@ -95,9 +97,39 @@ class Verdict:
         return start + [f"{what} off by {error:.1e}" for error, what in bad]
 
 
+# Settings under which every term of the update acts; a large eps keeps noise in zero gradients small.
+_MOMENTS = {"betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
+RULE_SETTINGS: dict[str, dict[str, Any]] = {
+    "adamw": _MOMENTS,
+    "adam": _MOMENTS,
+    "sgd": {"momentum": 0.7, "nesterov": True, "weight_decay": 0.3},
+    "adagrad": {"eps": 1e-5, "weight_decay": 0.3},
+    "rmsprop": {"smoothing": 0.8, "eps": 1e-5, "momentum": 0.6, "weight_decay": 0.3},
+    "lion": {"betas": (0.8, 0.9), "weight_decay": 0.3},
+    "adafactor": {"decay_power": 0.7, "update_clip": 0.8, "eps": 1e-8, "min_scale": 0.4, "weight_decay": 0.3},
+    "muon": _MOMENTS | {"momentum": 0.7, "nesterov": True, "ns_steps": 5, "update_scale": "rms"},
+}
+
+
 def optim_config(row: Row) -> OptimConfig:
-    """Settings under which every term of the update acts; a large eps keeps noise in zero gradients small."""
-    return OptimConfig(betas=(0.8, 0.9), eps=1e-5, weight_decay=0.3, clip=row.clip)
+    """The settings of a row's update rule."""
+    return OptimConfig(rule=row.rule, clip=row.clip, **RULE_SETTINGS[row.rule])
+
+
+def reference_rule(row: Row) -> Rule:
+    """The independent implementation of a row's update rule."""
+    clip, values = row.clip, RULE_SETTINGS[row.rule]
+    made = {
+        "adamw": lambda: rules.Adam(clip=clip, **values),
+        "adam": lambda: rules.Adam(clip=clip, decoupled=False, **values),
+        "sgd": lambda: rules.Sgd(clip=clip, **values),
+        "adagrad": lambda: rules.Quotient(None, 0.0, clip=clip, **values),
+        "rmsprop": lambda: rules.Quotient(clip=clip, **values),
+        "lion": lambda: rules.Lion(clip=clip, **values),
+        "adafactor": lambda: rules.Adafactor(clip=clip, **values),
+        "muon": lambda: rules.Muon(0.7, True, 5, "rms", rules.Adam(clip=clip, **_MOMENTS)),
+    }
+    return made[row.rule]()
 
 
 def trained_loss(row: Row) -> Loss:
@@ -163,10 +195,8 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     verdict.initial = all(
         torch.equal(mine, theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
-    optim = optim_config(row)
-    adam = Adam(optim.betas, optim.eps, optim.weight_decay, optim.clip)
     loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
-    trainer = Trainer(dataclasses.asdict(row.config), adam, logical, loss_of)
+    trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical, loss_of)
     verdict.loss = verdict.grad_norm = 0.0
     norm = 0.0
     for step in range(row.steps):

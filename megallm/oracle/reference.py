@@ -7,9 +7,9 @@ shaped as in docs/architecture.md; the configuration is a plain mapping with the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -87,14 +87,12 @@ def decays(name: str) -> bool:
     return not name.endswith((".bias", ".sinks")) and "norm" not in name
 
 
-@dataclass(frozen=True)
-class Adam:
-    """AdamW as torch.optim.AdamW, after clipping as torch.nn.utils.clip_grad_norm_; `clip` 0 is off."""
+class Rule(Protocol):
+    """An update rule with its state (`oracle.reference_rules`); `clip` is the largest global norm, 0 is off."""
 
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
     clip: float
+
+    def update(self, name: str, weight: Tensor, grad: Tensor, lr: float, count: int) -> Tensor: ...
 
 
 @dataclass
@@ -102,29 +100,18 @@ class Trainer:
     """One process that trains the logical weights; `step` returns (loss, unclipped gradients, global norm)."""
 
     config: Mapping[str, Any]
-    adam: Adam
+    rule: Rule
     weights: dict[str, Tensor]
     loss: Callable[[Mapping[str, Any], Weights, Mapping[str, Tensor]], Tensor] = masked_loss
     count: int = 0
-    first: dict[str, Tensor] = field(default_factory=dict)
-    second: dict[str, Tensor] = field(default_factory=dict)
 
     def step(self, batch: Mapping[str, Tensor], lr: float) -> tuple[float, dict[str, Tensor], float]:
         leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items()}
         loss = self.loss(self.config, leaves, batch)
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norm = float(torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt())
-        scale = min(1.0, self.adam.clip / (norm + 1e-6)) if self.adam.clip > 0 else 1.0
+        scale = min(1.0, self.rule.clip / (norm + 1e-6)) if self.rule.clip > 0 else 1.0
         self.count += 1
-        self.weights = {name: self._update(name, w, grads[name] * scale, lr) for name, w in self.weights.items()}
+        update, count = self.rule.update, self.count
+        self.weights = {name: update(name, w, grads[name] * scale, lr, count) for name, w in self.weights.items()}
         return loss.item(), grads, norm
-
-    def _update(self, name: str, weight: Tensor, grad: Tensor, lr: float) -> Tensor:
-        """Decoupled decay, then Adam with both bias corrections (arXiv 1711.05101)."""
-        beta1, beta2 = self.adam.betas
-        first = beta1 * self.first.get(name, 0.0) + (1 - beta1) * grad
-        second = beta2 * self.second.get(name, 0.0) + (1 - beta2) * grad.square()
-        self.first[name], self.second[name] = first, second
-        mean, spread = first / (1 - beta1**self.count), (second / (1 - beta2**self.count)).sqrt()
-        kept = weight * (1 - lr * self.adam.weight_decay) if decays(name) else weight
-        return kept - lr * mean / (spread + self.adam.eps)
