@@ -132,19 +132,26 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from megallm.data.indexed import IndexedDataset
+    import numpy as np
+
+    from megallm.data import meta
+    from megallm.data.indexed import IndexedDataset, check_tokens
     from megallm.data.tokenizer import load
 
     data = IndexedDataset(args.prefix)
     last = min(args.document + args.count, data.num_documents)
     if not 0 <= args.document < data.num_documents or args.count < 1:
-        raise UsageError(
-            f"--document {args.document} --count {args.count}: {args.prefix} has documents 0 to "
-            f"{data.num_documents - 1}."
-        )
+        has = f"documents 0 to {data.num_documents - 1}" if data.num_documents else "no documents"
+        raise UsageError(f"--document {args.document} --count {args.count}: {args.prefix} has {has}.")
     tokenizer = None if args.tokenizer is None else load(args.tokenizer)
+    if tokenizer is not None:
+        meta.check_tokenizer(args.prefix, tokenizer.fingerprint, "--tokenizer")
     for number in range(args.document, last):
-        tokens = data.document(number).tolist()
+        tokens = data.document(number)
+        if tokenizer is not None:
+            begin = int(data.document_starts(np.array([number]))[0])
+            check_tokens(data, begin, tokens, tokenizer.vocab_size)
+        tokens = tokens.tolist()
         row: dict[str, Any] = {"document": number, "tokens": tokens}
         if tokenizer is not None:
             row["text"] = tokenizer.decode(tokens)

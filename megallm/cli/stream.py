@@ -95,11 +95,11 @@ def _trace(args: argparse.Namespace) -> int:
     ]
     if args.ledger is not None:
         places = [entry["origin"] for entry in documents if entry["origin"]]
-        ids = dict(trace.raw_ids(places))
-        rows = trace.ledger_rows(args.ledger, ids.values())
+        raw = trace.raw_places(places)
+        rows = trace.ledger_rows(args.ledger, raw.values())
         for entry in documents:
             place = entry["origin"]
-            entry["raw"] = rows.get(ids.get((place["file"], place["line"]), "")) if place else None
+            entry["raw"] = rows.get(raw.get((place["file"], place["line"]))) if place else None
     found = {key: row[key] for key in ("step", "micro", "row", "source", "epoch")} | {"documents": documents}
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else _told(found))
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import DataError
+from megallm.data import origins
 
 SCHEMA = 1
 _COUNTS = ("documents", "sequences", "tokens")
@@ -63,13 +64,14 @@ def check_counts(prefix: str | os.PathLike[str], side_car: Mapping[str, Any], fo
             )
 
 
-def check_tokenizer(prefix: str | os.PathLike[str], fingerprint: str) -> None:
-    """Refuse a dataset made with another tokenizer than the one of `fingerprint`; without a side-car all pass."""
+def check_tokenizer(prefix: str | os.PathLike[str], fingerprint: str, name: str = "data.tokenizer") -> None:
+    """Refuse a dataset made with another tokenizer than that of `fingerprint`; without a side-car all pass. `name` is
+    the option that chose it."""
     side_car = read(prefix)
     if side_car is not None and side_car["tokenizer"]["fingerprint"] != fingerprint:
         raise DataError(
-            f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, but data.tokenizer "
-            f"is {fingerprint}: the ids mean other texts. Set data.tokenizer to the one used, or preprocess again."
+            f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, but {name} is "
+            f"{fingerprint}: the ids mean other texts. Set {name} to the one used, or preprocess again."
         )
 
 
@@ -89,4 +91,5 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
             )
     if len(known) < len(parts):
         return None
-    return {"tokenizer": known[0][1]["tokenizer"], "merged_from": list(prefixes)}
+    found = origins.joined((part.get("origins"), part["documents"]) for _, part in known)
+    return {"tokenizer": known[0][1]["tokenizer"], "merged_from": list(prefixes), "origins": found}

@@ -28,13 +28,13 @@ from megallm.base.errors import CannotWrite, DataError, UsageError
 from megallm.data import accelerated, readers, tokenizer
 from megallm.data.encode import Encoded, Job, encode_chunk, encoder_of, sample_texts
 from megallm.data.indexed import IndexedWriter, dtype_for, publish
+from megallm.data.origins import MAX_RUNS
 from megallm.data.partial import Partial, sweep
 from megallm.data.workers import Workers
 
 FORMAT = 2  # of the work in progress: a change makes what an older megallm left unusable
 _POLICIES = ("stop", "skip")
 _SAVE_SECONDS = 5.0  # between records of what is done
-_MAX_RUNS = 100_000  # of documents on consecutive lines, that the side-car lists
 _FAST_FROM_BYTES = 4 << 20  # of input
 _REJECT_LINES = 1000  # before the share of rejected lines says anything
 
@@ -275,7 +275,7 @@ class _Output:
             with files.writing(f"{config.output}.rejects.jsonl"):
                 self._rejects.close()
                 files.fsync_file(self._work.folder / "rejects.jsonl")
-        origins = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= _MAX_RUNS else None
+        origins = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= MAX_RUNS else None
         prepared = {}
         for key, writer in self._writers.items():
             prepared[config.prefix(key)] = writer.prepare({
@@ -291,7 +291,7 @@ class _Output:
 
     def _remember(self, file: int, lines: np.ndarray) -> None:
         """Note [document, file, line] wherever documents do not stand on consecutive lines."""
-        if len(self._runs) > _MAX_RUNS or not len(lines):
+        if len(self._runs) > MAX_RUNS or not len(lines):
             return
         before = self.stats.documents
         breaks = np.flatnonzero(np.diff(lines) != 1) + 1

@@ -11,7 +11,7 @@ import numpy as np
 
 from megallm.base import rng
 from megallm.base.errors import UsageError
-from megallm.data import meta, packing
+from megallm.data import meta, origins, packing
 from megallm.data.indexed import IndexedDataset, IndexedWriter
 
 _AT_ONCE = 1 << 20  # documents or tokens looked at together
@@ -44,6 +44,8 @@ def split(
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(f"{output}-{part}", data.dtype)) for part in range(len(shares))]
         edges = np.round(ends * total).astype(np.int64)
+        side_car = meta.read(prefix)
+        joined = [origins.Joined() for _ in shares]
         for low in range(0, total, _AT_ONCE):
             numbers = np.arange(low, min(low + _AT_ONCE, total))
             if seed is None:
@@ -55,13 +57,13 @@ def split(
             runs = np.flatnonzero(np.diff(part_of, prepend=-1, append=-1))
             for begin, end in zip(runs[:-1].tolist(), runs[1:].tolist(), strict=True):
                 writers[part_of[begin]].add_documents(data, low + begin, low + end)
-        side_car = meta.read(prefix)
-        for writer in writers:
+                joined[part_of[begin]].add((side_car or {}).get("origins"), low + begin, low + end)
+        for writer, lines in zip(writers, joined, strict=True):
             counts = {
                 "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
             }  # fmt: skip
-            kept = {"tokenizer": side_car["tokenizer"], "split_from": os.fspath(prefix)} if side_car else None
-            writer.commit({**kept, **counts} if kept else None)
+            kept = {"split_from": os.fspath(prefix), "origins": lines.origins(), **counts}
+            writer.commit({"tokenizer": side_car["tokenizer"], **kept} if side_car else None)
             found.append({"prefix": writer.prefix, **counts})
     return found
 

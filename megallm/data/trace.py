@@ -2,55 +2,80 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import DataError
-from megallm.data import meta
+from megallm.data import meta, origins, readers
+
+Place = tuple[str, int]  # file, line
+_CURATED = ("id", "file", "line")  # what a curated row says about the raw document
 
 
 def origin(prefix: str, document: int) -> dict[str, Any] | None:
     """{"file", "line"} that a document was made of; None when the side-car does not say."""
-    side_car = meta.read(prefix) or {}
-    known = side_car.get("origins")
-    if not known:
-        return None
-    runs = known["runs"]  # [first document, file, first line]: documents on consecutive lines
-    first, file, line = runs[bisect_right(runs, document, key=lambda run: run[0]) - 1]
-    return {"file": known["files"][file], "line": line + document - first}
+    known = (meta.read(prefix) or {}).get("origins")
+    return origins.place(known, document) if known else None
 
 
-def raw_ids(places: Iterable[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, int], str]]:
-    """((file, line), id) of the places that can still be read and are curated rows, which carry an id."""
+def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Place]]:
+    """(id, raw place) by place, for those places that can still be read and hold curated rows."""
+    wanted: dict[str, set[int]] = {}
     for place in places:
-        path = Path(place["file"])
-        if not path.is_file():
-            continue
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            line = next(islice(lines, place["line"] - 1, None), b"")
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("id"), str):
-            yield (place["file"], place["line"]), row["id"]
+        if Path(place["file"]).is_file():
+            wanted.setdefault(place["file"], set()).add(place["line"])
+    return {
+        (file, line): (str(row["id"]), (str(row["file"]), int(row["line"])))
+        for file, lines in wanted.items()
+        for line, row in _rows(file, lines)
+        if isinstance(row.get("id"), str) and isinstance(row.get("line"), int)
+    }
 
 
-def ledger_rows(path: str, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The rows of a curation ledger with these ids. Errors: `DataError`."""
-    wanted, found, number = set(ids), {}, 0
+def _rows(file: str, lines: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects on some lines of a file (rows of Parquet), as far as they can be read."""
+    first = 1
+    try:
+        for chunk in readers.chunks(file, readers.ReadOptions(keys=_CURATED)):
+            found: list[Any] = [dict(zip(_CURATED, row, strict=True)) for row in chunk.rows or ()]
+            if chunk.rows is None and not chunk.too_long:
+                data = readers.bytes_of(chunk)
+                found = data.split(b"\n")[: data.count(b"\n") + (not data.endswith(b"\n"))]
+            for number in sorted(lines & set(range(first, first + len(found)))):
+                row = _object(found[number - first])
+                if row is not None:
+                    yield number, row
+            first += chunk.lines if chunk.too_long else len(found)
+            if first > max(lines):
+                return
+    except DataError:
+        return
+
+
+def _object(row: Any) -> dict[str, Any] | None:
+    try:
+        row = json.loads(row) if isinstance(row, bytes) else row
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def ledger_rows(path: str, wanted: Iterable[tuple[str, Place]]) -> dict[tuple[str, Place], dict[str, Any]]:
+    """The rows of a curation ledger about these documents: id, and file and line, since ids of users may repeat.
+
+    Errors: `DataError`.
+    """
+    left, found, number = set(wanted), {}, 0
     try:
         with open(path, encoding="utf-8") as lines:
             for line in lines:
                 number += 1
                 row = json.loads(line)
-                if row["id"] in wanted:
-                    found[row["id"]] = row
+                key = (row["id"], (row["file"], row["line"]))
+                if key in left:
+                    found[key] = row
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:

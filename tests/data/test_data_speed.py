@@ -322,6 +322,53 @@ def test_split_and_stats(tmp_path):
         surgery.parse_shares("0,0")
 
 
+def test_lines_are_known_after_merging_and_splitting(tmp_path):
+    """Documents of two files with rejected lines among them, merged, split at random, and merged again."""
+    files = [corpus(tmp_path / f"{name}.jsonl", rows, rows) for name, rows in (("a", 90), ("b", 40))]
+    for name in "ab":
+        config = PreprocessConfig((f"{tmp_path}/{name}.jsonl",), f"{tmp_path}/{name}", "bytes", on_error="skip")
+        assert preprocess.run(config).rejected
+    prefix = {name: f"{tmp_path}/{name}_text_document" for name in "ab"}
+    indexed.merge([prefix["a"], prefix["b"], prefix["a"]], tmp_path / "all")
+    parts = [part["prefix"] for part in surgery.split(tmp_path / "all", str(tmp_path / "part"), [1, 1, 0], seed=3)]
+    indexed.merge(parts, tmp_path / "again")
+    lines = {name: Path(name).read_text().splitlines() for name in files}
+    for made in (tmp_path / "all", *parts, tmp_path / "again"):
+        data = IndexedDataset(made)
+        for document in range(data.num_documents):
+            place = trace.origin(str(made), document)
+            text = json.loads(lines[place["file"]][place["line"] - 1])["text"]
+            assert bytes(data.document(document).tolist()).decode() == text
+    Path(f"{prefix['b']}.meta.json").unlink()
+    indexed.merge([prefix["a"], prefix["b"]], tmp_path / "half")
+    assert trace.origin(str(tmp_path / "half"), 0) is None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_raw_lines_are_found_in_files_of_any_kind(tmp_path, suffix):
+    """Ids that users gave may repeat, so file and line of the raw document count too."""
+    curated = [{"id": "x", "text": f"{i}", "file": "raw.jsonl", "line": i} for i in range(1, 9)]
+    path, text = tmp_path / f"kept{suffix}", "".join(json.dumps(row) + "\n" for row in curated)
+    if suffix == ".parquet":
+        parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        parquet.write_table(pyarrow.Table.from_pylist(curated), path)
+    else:
+        library = {"": None, "gz": "gzip", "zst": "zstandard"}[suffix[7:]]
+        opened = open if library is None else pytest.importorskip(library).open
+        with opened(path, "wt") as file:
+            file.write(text)
+    ledger = [{"id": "x", "file": "raw.jsonl", "line": i, "action": "keep"} for i in range(1, 9)]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ledger))
+    places = [{"file": str(path), "line": line} for line in (5, 2, 99)] + [{"file": "absent", "line": 1}]
+    raw = trace.raw_places(places)
+    assert raw == {(str(path), line): ("x", ("raw.jsonl", line)) for line in (2, 5)}
+    rows = trace.ledger_rows(str(tmp_path / "ledger.jsonl"), raw.values())
+    assert [rows[raw[str(path), line]]["line"] for line in (5, 2)] == [5, 2]
+    (tmp_path / "ledger.jsonl").write_text('{"id": "x"}\n')
+    with pytest.raises(DataError, match="ledger.jsonl:1: not a row"):
+        trace.ledger_rows(str(tmp_path / "ledger.jsonl"), raw.values())
+
+
 # Other formats of tokenizers.
 
 
