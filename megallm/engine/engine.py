@@ -34,6 +34,7 @@ from megallm.parallel.schedule import Action, Placement
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 
 TIED_NAME = "embedding.weight"
+AMAX = "optim.fp8_amax."
 
 
 class Loss(Protocol):
@@ -138,6 +139,7 @@ class Engine:
         self.parameters.finish()
         norm = clip_gradients(self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale)
         self.optimizer.step(lr, skip=~norm.isfinite())
+        self.model.fp8.commit()
         loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite())
         routing = None if self.model.routers is None else self.model.routers.finish(skip=~norm.isfinite())
         sums, counts = run.read()  # the only wait for the device, when everything is on its way
@@ -224,6 +226,8 @@ class Engine:
         if not any(self.mesh.coords[axis] for axis in ("dp", "cp", "tp")):
             for name, bias in self.model.selection_biases():
                 yield Part(name, tuple(bias.shape), (0,), bias)
+            for name, history in self.model.fp8.histories():
+                yield Part(f"{AMAX}{name}", tuple(history.shape), (0, 0), history)
         for state, name, shard, tensor, owned in self.optimizer.factors():
             if owned:
                 box = shard.box(self.mesh.layout, self.mesh.coords)
@@ -251,7 +255,16 @@ class Engine:
         for bucket in self.parameters.flat:
             if not optimizer and bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
+        self._load_fp8(reader, optimizer)
         self.parameters.publish()
+
+    def _load_fp8(self, reader: Reader, optimizer: bool) -> None:
+        """Take up the histories of delayed scales; those of another length, or of none, start afresh."""
+        known = set(reader.names()) if optimizer else set()
+        for name, history in self.model.fp8.histories():
+            if f"{AMAX}{name}" in known and tuple(reader.info(f"{AMAX}{name}")[0]) == tuple(history.shape):
+                reader.read_into(f"{AMAX}{name}", (0, 0), history)
+        self.model.fp8.loaded()
 
     def _state(self, optimizer: bool = True) -> dict[str, dict[int, Tensor]]:
         """Name prefix -> by bucket this rank's range of that part of the state."""

@@ -14,12 +14,13 @@ from megallm.models.decoder import StageOptions
 from megallm.models.router import Routers
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim.zero import Entry
+from megallm.parallel.fp8 import Fp8Linears
 from megallm.parallel.linear import WeightQueue
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Batch, LossOf, Pipeline, Walk, buffer_maker
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
-from megallm.parallel.tensor import defer_weights
+from megallm.parallel.tensor import defer_weights, use_fp8
 
 
 class ParallelModel:
@@ -30,10 +31,13 @@ class ParallelModel:
         self.dtype = MODEL_DTYPES[config.precision]
         options = config.pipeline
         self.placement = place(options.schedule, mesh.pp.size, options.chunks)
-        stage_options = StageOptions(config.sp, config.recompute, config.cp_kind, config.cp_ulysses)
+        stage_options = StageOptions(
+            config.sp, config.recompute, config.cp_kind, config.cp_ulysses, config.fused_head
+        )  # fmt: skip
         self.stages = build_stages(config.model, mesh, stage_options, self.placement, options.stages)
         self.routers = Routers(config.model, mesh, self.stages) if config.model.moe.num_experts else None
         self.sp = config.sp and mesh.tp.size > 1
+        self.fp8 = self._use_fp8()
         self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
 
     def _defer(self) -> WeightQueue | None:
@@ -45,6 +49,19 @@ class ParallelModel:
         for stage in self.stages.values():
             defer_weights(stage, later)
         return later
+
+    def _use_fp8(self) -> Fp8Linears:
+        """The linears of this rank's blocks that compute in FP8: none without the option."""
+        options, found = self.config.fp8, {}
+        if options is not None:
+            wanted = range(options.bf16_first, self.config.model.num_layers - options.bf16_last)
+            blocks = [item for stage in self.stages.values() for item in stage.layers.items()]
+            for number, block in blocks:
+                made = use_fp8(block, options) if int(number) in wanted else {}
+                found |= {f"layers.{number}.{name}": linear for name, linear in made.items()}
+        for linear in found.values():
+            linear.keeps_weights = self.config.zero.stage < 3  # stage 3 is there to keep no whole weight
+        return Fp8Linears(found, self.mesh)
 
     def entries(self) -> list[Entry]:
         """This rank's parameters in model order, each once, with the earliest local stage that holds it."""

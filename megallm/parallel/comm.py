@@ -15,7 +15,6 @@ from torch.autograd.function import FunctionCtx
 
 from megallm.parallel.mesh import Axis
 from megallm.parallel.shard import piece
-from megallm.parallel.shard import piece
 
 REDUCTIONS = {
     "tp.enter": "gradient of the input of column-parallel layers, summed over tp (no sequence parallelism)",
@@ -30,6 +29,7 @@ REDUCTIONS = {
     "vocab.sum": "sum of exponentials over the vocabulary pieces",
     "vocab.label": "logit of the label, found on one vocabulary piece",
     "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss (sequence parallelism)",
+    "fp8.amax": "largest magnitude of a tensor that tp or cp divides, or of a step, for its FP8 scale",
     "cp.lse": "attention over the key blocks of other cp ranks, merged by log-sum-exp (ring)",
     "cp.kv_grads": "gradient of a rank's keys and values, summed over the cp ranks that attended to them",
     "cp.heads": "all-to-all over cp of heads for tokens (Ulysses)",
@@ -49,8 +49,6 @@ REDUCTIONS = {
     "moe.report": "router losses as reported, summed over the world",
     "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
     "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over tp (Adafactor)",
-    "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
-    "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over tp (Adafactor)",
     "clip.norm": "squares of owned gradient elements, summed over the world",
     "loss.counts": "number of tokens of each loss term, summed over data",
     "loss.report": "loss terms as reported, summed over data and told to every stage",
@@ -61,6 +59,7 @@ MISTAKES = {
     "moe.twice": "the balancing loss counted once on every tp rank instead of once",
     "grads.wrong_group": "gradients of an expert summed over dp and cp, as those of dense layers, instead of over edp",
 }
+BREAKS = REDUCTIONS | MISTAKES
 
 # torch 2.13 renamed the two; older releases have the old names only.
 _RENAMED = "all_gather_single" in vars(dist)
@@ -106,25 +105,6 @@ def start_all_reduce(x: Tensor, axis: Axis, name: str) -> Callable[[], None]:
 def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> dist.Work:
     """Begin gathering equal flat pieces into `out`; wait on the result before reading it."""
     return _all_gather(out, piece, group=axis.group, async_op=True)
-
-
-def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:
-    """Begin to gather the pieces of `total` along `dim`, long ones first; the result waits and joins them."""
-    ends = [piece(total, axis.size, rank) for rank in range(axis.size)]
-    longest = ends[0][1]
-    front = x.movedim(dim, 0)
-    if len(front) < longest:
-        front = torch.cat((front, front.new_zeros(longest - len(front), *front.shape[1:])))
-    out = front.new_empty(axis.size * longest, *front.shape[1:])
-    sent = front.contiguous()
-    work = _all_gather(out, sent, group=axis.group, async_op=True)
-
-    def finish(sent: Tensor = sent) -> Tensor:  # holds what is being sent until it has left
-        work.wait()
-        pieces = [out[rank * longest : rank * longest + end - begin] for rank, (begin, end) in enumerate(ends)]
-        return torch.cat(pieces).movedim(0, dim)
-
-    return finish
 
 
 def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:

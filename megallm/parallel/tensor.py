@@ -14,10 +14,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from megallm.ops.narrow import Fp8Options
 from megallm.ops.norm import layer_norm, rms_norm
 from megallm.parallel import comm
+from megallm.parallel.fp8 import Fp8Linear, fp8_linear
 from megallm.parallel.linear import WeightQueue, linear
-from megallm.parallel.mesh import Mesh
+from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard, constant
 
 SEQUENCE_DIM = 1
@@ -37,12 +39,28 @@ class ShardedModule(nn.Module):
         self.sp = sp and mesh.tp.size > 1
         self.shards: dict[str, Shard] = {}
         self.later: WeightQueue | None = None
+        self.fp8: Fp8Linear | None = None
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + b`, `[..., in] -> [..., out]`, in FP8, with the weight gradient put off, where asked."""
+        if self.fp8 is not None:
+            return fp8_linear(x, weight, bias, self.fp8, self.later)
+        return linear(x, weight, bias, self.later)
 
     def add_parameter(self, name: str, shard: Shard) -> None:
         """Register a meta parameter of this rank's local shape."""
         self.shards[name] = shard
         shape = shard.box(self.mesh.layout, self.mesh.coords).shape
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+def use_fp8(model: nn.Module, options: Fp8Options) -> dict[str, Fp8Linear]:
+    """Let every linear of `model` compute in FP8; by the name of its weight."""
+    made = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnLinear | TokenLinear | RowLinear):
+            module.fp8 = made[f"{name}.weight"] = Fp8Linear(options, module.divided, module.mesh.device)
+    return made
 
 
 def defer_weights(model: nn.Module, later: WeightQueue) -> None:
@@ -106,7 +124,12 @@ class ColumnLinear(ShardedModule):
         if rows is not None:
             weight = weight[..., rows, :]
             bias = bias[..., rows] if bias is not None else None
-        return linear(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None, self.later)
+        return self.multiply(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+
+    @property
+    def divided(self) -> dict[str, tuple[Axis, ...]]:
+        """The axes that split the dims of input, weight and output."""
+        return {"tokens": (self.mesh.cp,), "in": (), "out": (self.mesh.tp,) if self.shards["weight"].split else ()}
 
 
 class TokenLinear(ShardedModule):
@@ -116,7 +139,7 @@ class TokenLinear(ShardedModule):
     """
 
     def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
-        super().__init__(mesh)
+        super().__init__(mesh, sp)
         partial = sequence_partial(mesh, sp)
         self.add_parameter("weight", Shard(full, {}, partial, init))
         self.register_parameter("bias", None)
@@ -124,7 +147,12 @@ class TokenLinear(ShardedModule):
             self.add_parameter("bias", Shard(full[:1], {}, partial, constant(0.0), decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.later)
+        return self.multiply(x, self.weight, self.bias)
+
+    @property
+    def divided(self) -> dict[str, tuple[Axis, ...]]:
+        """The axes that split the dims of input, weight and output."""
+        return {"tokens": (self.mesh.cp, self.mesh.tp) if self.sp else (self.mesh.cp,), "in": (), "out": ()}
 
 
 class RowLinear(ShardedModule):
@@ -139,7 +167,12 @@ class RowLinear(ShardedModule):
 
     def local(self, x: Tensor) -> Tensor:
         """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
-        return linear(x, self.weight, None, self.later)
+        return self.multiply(x, self.weight, None)
+
+    @property
+    def divided(self) -> dict[str, tuple[Axis, ...]]:
+        """The axes that split the dims of input, weight and output."""
+        return {"tokens": (self.mesh.cp,), "in": (self.mesh.tp,), "out": ()}
 
     def reduce(self, y: Tensor) -> Tensor:
         """Sum the partial sums over tp and add the bias."""
