@@ -6,15 +6,17 @@ from it by `markdown`. Where a flag is absent, Megatron-LM's default is written 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megallm.base.errors import UsageError
 from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
-from megallm.training.shell_words import read_script, unresolved
+from megallm.training.shell_words import Shell, read_script, unresolved
 
 Values = dict[str, list[str]]  # flag -> its values; a switch has none
 
@@ -45,10 +47,19 @@ class Translation:
 
 def translate(source: str, name: str) -> Translation:
     """What the words of a script (or the flags themselves) become. Errors: UsageError without any flag."""
-    words = arguments_of(source, name)
+    shell = read_script(source, name)
+    program, words = _arguments(shell)
     found = Translation(given=_flags(words))
     if not found.given:
         raise UsageError(f"{name} holds no flags of Megatron-LM; give a launch script, or the flags as one text.")
+    if re.search("bert|t5|mamba|retro|ict|vision|vlm|mimo|biencoder", Path(program).name):
+        found.problems.append(f"The script runs {program}: only what pretrain_gpt.py does is translated.")
+    if shell.branches:
+        lines = ", ".join(map(str, shell.branches[:10]))
+        found.problems.append(
+            f"Flags are set inside an `if`, a `case` or a loop, in line {lines}: every branch was read, and the later "
+            "one wins. Look whether that is what you run."
+        )
     for flag, values in found.given.items():
         _translate_flag(flag, values, found)
     for rule in _RULES:
@@ -56,15 +67,23 @@ def translate(source: str, name: str) -> Translation:
     return found
 
 
-def arguments_of(source: str, name: str) -> list[str]:
-    """The words behind the Python file that a script runs (the last such command with flags); else all its words."""
-    commands = read_script(source, name).commands
-    best: list[str] = []
-    for words in commands:
+def _arguments(shell: Shell) -> tuple[str, list[str]]:
+    """The Python file that a script runs and the words behind it (of the last such command with flags).
+
+    Without one, all its words; where these hold no flags, as in a file that others `source`, its variables'.
+    """
+    program, best = "", []
+    for command in shell.commands:
+        words = [part for word in command for part in (word.split() if ".py " in word else [word])]  # bash -c "..."
         ends = [index for index, word in enumerate(words) if word.endswith(".py")]
         if ends and any(word.startswith("--") for word in words[ends[-1] :]):
-            best = words[ends[-1] + 1 :]
-    return best or [word for words in commands for word in words]
+            program, best = words[ends[-1]], words[ends[-1] + 1 :]
+    if not best:
+        best = [word for words in shell.commands for word in words]
+    if not any(word.startswith("--") for word in best):
+        texts = [value.split() for values in shell.variables.values() for value in values]
+        best = [word for words in texts if any(word.startswith("--") for word in words) for word in words]
+    return program, best
 
 
 def _flags(words: Iterable[str]) -> Values:
@@ -74,11 +93,11 @@ def _flags(words: Iterable[str]) -> Values:
     for word in words:
         if word.startswith("--") and len(word) > 2:
             flag, equals, value = word.partition("=")
-            current = [value] if equals else []
+            current = [value.strip("'\"")] if equals else []
             found.pop(flag, None)
             found[flag] = current
         elif current is not None and word not in ("(", ")"):
-            current.append(word)
+            current.append(word.strip("'\""))
     return found
 
 
@@ -165,7 +184,75 @@ def _model(found: Translation) -> None:
         if found.number(flag, 0.1) != 0:
             given = found.text(flag, "0.1 (its default)")
             found.problems.append(f"{flag} {given}: megallm has no dropout.")
-    config["model.family"] = _family(config)
+    if "--no-position-embedding" in found.given and config["model.positions"] != "rope":
+        found.problems.append("--no-position-embedding: a model without positions has no counterpart.")
+
+
+@_rule
+def _stretch(found: Translation) -> None:
+    """Rotary positions made slower: Llama 3.1's form, by one factor, or YaRN's beside latent attention."""
+    latent = found.number("--rotary-scaling-factor", 1.0) if "--multi-latent-attention" in found.given else 1.0
+    one = found.number("--rotary-seq-len-interpolation-factor")
+    if "--use-rope-scaling" in found.given:
+        factor = found.number("--rope-scaling-factor", 8.0)
+        values = {"scaling": "llama3", "factor": factor, "low_factor": 1.0, "high_factor": 4.0, "positions": 8192}
+    elif one:
+        values = {"scaling": "linear", "factor": one}
+    elif latent > 1 and found.text("--rope-type", "yarn") == "yarn":
+        sizes = {"mscale": found.number("--mscale", 1.0), "mscale_all_dim": found.number("--mscale-all-dim", 0.0)}
+        values = {"scaling": "yarn", "factor": latent, "positions": 4096} | sizes
+    else:
+        return
+    found.config |= {f"model.rope_{key}": value for key, value in values.items()}
+
+
+@_rule
+def _latent(found: Translation) -> None:
+    """Latent attention and further predicted tokens, with Megatron-LM's defaults."""
+    if "--multi-latent-attention" in found.given:
+        for flag, key, default in (
+            ("--kv-lora-rank", "kv_lora_dim", 32),
+            ("--q-lora-rank", "q_lora_dim", 0),
+            ("--qk-head-dim", "nope_head_size", 128),
+            ("--qk-pos-emb-head-dim", "rope_head_size", 64),
+            ("--v-head-dim", "value_head_size", 128),
+        ):
+            found.config[f"model.mla.{key}"] = found.number(flag, default)
+        found.config.pop("model.head_size", None)
+        found.config["model.qk_norm"] = False  # their flag norms the latents, which is always done here
+    if found.number("--mtp-num-layers"):
+        found.config["model.mtp.depth"] = found.number("--mtp-num-layers")
+        found.config["model.mtp.weight"] = found.number("--mtp-loss-scaling-factor", 0.1)
+    found.config["model.family"] = _family(found.config)
+
+
+@_rule
+def _experts(found: Translation) -> None:
+    """Experts; without --num-experts their other flags mean nothing."""
+    config = found.config
+    if not found.number("--num-experts"):
+        for key in [key for key in config if key.startswith("model.moe.")]:
+            del config[key]
+        return
+    config["model.moe.num_experts"] = found.number("--num-experts")
+    config.setdefault("model.moe.top_k", 2)
+    sigmoid = config.get("model.moe.score") == "sigmoid"  # whose scores are always scaled to a sum of 1
+    config["model.moe.norm_topk_prob"] = sigmoid or "--moe-router-pre-softmax" not in found.given
+    balance = found.given.get("--moe-router-load-balancing-type", ["aux_loss"])
+    config["model.moe.aux_coef"] = 0.0 if balance == ["none"] else found.number("--moe-aux-loss-coeff", 0.0)
+    if balance != ["seq_aux_loss"] and config["model.moe.aux_coef"]:
+        found.problems.append(
+            f"--moe-router-load-balancing-type{_shown(balance)}: here the balancing loss is that of each sequence, "
+            "Megatron-LM's seq_aux_loss."
+        )
+    layers = "".join(found.given.get("--moe-layer-freq", ["1"])).replace(" ", "")
+    dense = re.fullmatch(r"\(?\[0\]\*(\d+)\+\[1\]\*\d+\)?", layers)
+    if dense is not None:
+        config["model.moe.first_dense"] = int(dense[1])
+    elif layers.isdigit():
+        config["model.moe.every"] = int(layers)
+    else:
+        found.problems.append(f"--moe-layer-freq {layers}: write model.moe.first_dense and model.moe.every.")
 
 
 def _family(config: dict[str, Any]) -> str:
@@ -187,6 +274,10 @@ def _layout(found: Translation) -> None:
         config["layout.chunks"] = int(config["model.num_layers"] / config.get("layout.pp", 1) / per_chunk)
     if config.get("layout.chunks", 1) > 1:
         config["layout.schedule"] = "interleaved"
+    sharding = found.text("--data-parallel-sharding-strategy")
+    if sharding or found.given.keys() & {"--use-torch-fsdp2", "--use-custom-fsdp", "--use-megatron-fsdp"}:
+        config["zero.stage"] = max(TABLE["--data-parallel-sharding-strategy"].choices.get(sharding, 3),
+                                   int("--use-distributed-optimizer" in found.given))  # fmt: skip
     if config.get("layout.stages"):
         config["layout.stages"] = config["layout.stages"].replace(",", "")
 
@@ -223,10 +314,12 @@ def _schedule(found: Translation) -> None:
     if "--lr-decay-samples" in found.given:
         horizon = _per_step(found, "--lr-decay-samples")
     if steps and horizon and horizon != steps and config["optim.schedule"] != "constant":
-        found.problems.append(
-            f"The learning rate decays over {horizon:g} steps of {steps:g}; here it decays over train.steps. "
-            f"For the same curve set train.steps={horizon:g} and train.stop_at={steps:g} (only if that is less)."
+        remedy = (
+            f"For the same curve set train.steps={int(horizon)} and train.stop_at={int(steps)}."
+            if horizon > steps
+            else f"Megatron-LM goes on at --min-lr after step {int(horizon)}; here the decay takes until the last step."
         )
+        found.problems.append(f"The learning rate decays over {int(horizon)} steps of {int(steps)}. {remedy}")
     if "--lr-warmup-samples" in found.given:
         config["optim.warmup_steps"] = _per_step(found, "--lr-warmup-samples")
     share = found.number("--lr-warmup-fraction")
@@ -252,8 +345,11 @@ def _data(found: Translation) -> None:
     else:
         found.problems.append("--data-path is absent: data.sources has to be given.")
     kind, model = found.text("--tokenizer-type"), found.text("--tokenizer-model")
-    if kind == "HuggingFaceTokenizer" and model:
-        found.config["data.tokenizer"] = model
+    if kind == "HuggingFaceTokenizer":
+        if model:
+            found.config["data.tokenizer"] = model
+        else:
+            found.problems.append("--tokenizer-model is absent: set data.tokenizer to a folder with a tokenizer.json.")
     elif kind and kind != "NullTokenizer":
         found.problems.append(
             f"--tokenizer-type {kind}: megallm reads a Hugging Face tokenizer.json; set data.tokenizer to a folder "
@@ -283,10 +379,13 @@ def _saving(found: Translation) -> None:
 
 def to_yaml(found: Translation, name: str) -> str:
     """The configuration, with what could not be mapped as comments above it."""
-    tree: dict[str, dict[str, Any]] = {}
+    tree: dict[str, Any] = {}
     for key, value in found.config.items():
-        section, _, rest = key.partition(".")
-        tree.setdefault(section, {})[rest] = value
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
     ordered = {section: tree[section] for section in _SECTIONS if section in tree}
     head = [f"# From {name} by `megallm config --from-megatron-args`; check it with `megallm config FILE`."]
     head += ["# Not mapped:"] if found.problems else ["# Everything was mapped."]

@@ -68,7 +68,13 @@ FLAGS: tuple[Flag, ...] = (
     _set("--use-rotary-position-embeddings", "model.positions", value="rope"),
     _set("--rotary-base", "model.rope_theta"),
     _dropped("--rotary-percent", "rotary embeddings cover the whole head", "1.0"),
-    _dropped("--use-rope-scaling --rope-scaling-factor --rotary-seq-len-interpolation-factor", "no RoPE scaling yet"),
+    _read("--use-rope-scaling --rope-scaling-factor", "model.rope_scaling model.rope_factor",
+          "Llama 3.1's, of 8192 positions; the factor is 8 when absent"),
+    _read("--rotary-seq-len-interpolation-factor", "model.rope_scaling model.rope_factor", "linear"),
+    _read("--rotary-scaling-factor --mscale --mscale-all-dim", "model.rope_scaling model.rope_factor",
+          "YaRN of 4096 positions, with --multi-latent-attention"),
+    _dropped("--rope-type", "`--position-embedding-type` and the scaling say it", "*"),
+    _read("--no-position-embedding", "-", "says nothing beside rotary positions"),
     _dropped("--rotary-interleaved --no-rope-freq --mrope-section", "rotary embeddings turn halves, in every layer"),
     _set("--normalization", "model.norm", choices={"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}),
     _set("--norm-epsilon --layernorm-epsilon", "model.norm_eps"),
@@ -85,10 +91,40 @@ FLAGS: tuple[Flag, ...] = (
     _set("--vocab-size", "model.vocab_size", "absent: the size of the tokenizer that made the data"),
     _alike("--make-vocab-size-divisible-by --padded-vocab-size", "the vocabulary is never padded, at any tp"),
     _read("--attention-dropout --hidden-dropout", "-", "no dropout; reported unless 0 (Megatron-LM's default is 0.1)"),
-    _dropped("--num-experts --moe-router-topk --moe-aux-loss-coeff --moe-token-dispatcher-type --moe-grouped-gemm "
-             "--moe-router-load-balancing-type --moe-ffn-hidden-size --moe-layer-freq --expert-tensor-parallel-size",
-             "no experts yet"),
-    _dropped("--multi-latent-attention --q-lora-rank --kv-lora-rank --mtp-num-layers", "no MLA and no MTP yet"),
+    _set("--softmax-type", "model.attention_sinks", choices={"vanilla": False, "learnable": True}),
+    _dropped("--window-attn-skip-freq", "all layers see the same window"),
+    # Experts, latent attention, further tokens.
+    _read("--num-experts", "model.moe.num_experts", "the other flags of experts mean nothing without it"),
+    _set("--moe-router-topk", "model.moe.top_k", "absent: 2"),
+    _set("--moe-ffn-hidden-size", "model.moe.ffn_hidden_size"),
+    _set("--moe-shared-expert-intermediate-size", "model.moe.shared_ffn_hidden_size"),
+    _set("--moe-shared-expert-gate", "model.moe.shared_gate", value=True),
+    _read("--moe-layer-freq", "model.moe.first_dense model.moe.every", "a number, or `[0]*D+[1]*N`"),
+    _set("--moe-router-score-function", "model.moe.score", choices={"softmax": "softmax", "sigmoid": "sigmoid"}),
+    _read("--moe-router-pre-softmax", "model.moe.norm_topk_prob", "false with the flag"),
+    _set("--moe-router-topk-scaling-factor", "model.moe.routed_scale"),
+    _set("--moe-router-num-groups", "model.moe.num_groups"),
+    _set("--moe-router-group-topk", "model.moe.top_groups"),
+    _set("--moe-router-enable-expert-bias", "model.moe.selection_bias", value=True),
+    _set("--moe-router-bias-update-rate", "model.moe.bias_rate"),
+    _read("--moe-router-load-balancing-type --moe-aux-loss-coeff", "model.moe.aux_coef", "of each sequence"),
+    _set("--moe-z-loss-coeff", "model.moe.z_coef"),
+    _set("--moe-expert-capacity-factor", "model.moe.capacity", "counted in each sequence"),
+    _set("--moe-token-drop-policy", "model.moe.drop", choices={"probs": "score", "position": "position"}),
+    _alike("--moe-token-dispatcher-type --moe-grouped-gemm --moe-permute-fusion --moe-router-fusion --moe-router-dtype "
+           "--moe-per-layer-logging --moe-flex-dispatcher-backend --moe-enable-deepep",
+           "tokens travel by all-to-all; the router is fp32"),
+    _dropped("--moe-pad-expert-input-to-capacity --moe-input-jitter-eps --moe-router-force-load-balancing "
+             "--moe-shared-expert-overlap --overlap-moe-expert-parallel-comm --moe-use-upcycling "
+             "--moe-upcycling-granularity", "no such choice"),
+    _dropped("--expert-tensor-parallel-size", "experts are never split over tp", "1"),
+    _read("--multi-latent-attention --kv-lora-rank", "model.mla.kv_lora_dim", "absent: 32"),
+    _read("--q-lora-rank", "model.mla.q_lora_dim", "absent: 0, none"),
+    _read("--qk-head-dim", "model.mla.nope_head_size", "absent: 128"),
+    _read("--qk-pos-emb-head-dim", "model.mla.rope_head_size", "absent: 64"),
+    _read("--v-head-dim", "model.mla.value_head_size", "absent: 128"),
+    _read("--mtp-num-layers", "model.mtp.depth"),
+    _read("--mtp-loss-scaling-factor", "model.mtp.weight", "absent: 0.1"),
     # Layout.
     _set("--tensor-model-parallel-size --model-parallel-size", "layout.tp"),
     _set("--sequence-parallel", "layout.sp", value=True),
@@ -124,7 +160,8 @@ FLAGS: tuple[Flag, ...] = (
     # Batch and length.
     _set("--micro-batch-size --batch-size", "train.micro_batch"),
     _set("--global-batch-size", "train.global_batch"),
-    _dropped("--rampup-batch-size", "the batch has one size"),
+    _dropped("--rampup-batch-size --step-batch-size-schedule", "the batch has one size"),
+    _alike("--calculate-per-token-loss", "the loss is always the mean over the tokens of the whole batch"),
     _set("--seq-length --encoder-seq-length", "data.seq_len"),
     _set("--train-iters", "train.steps"),
     _read("--train-samples", "train.steps", "samples / global batch"),
@@ -162,7 +199,7 @@ FLAGS: tuple[Flag, ...] = (
     _dropped("--initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis --loss-scale", "no loss "
              "scaling yet"),
     _dropped("--fp32-residual-connection --fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo "
-             "--first-last-layers-bf16 --use-precision-aware-optimizer", "no such recipe yet"),
+             "--fp8-param-gather --first-last-layers-bf16 --use-precision-aware-optimizer", "no such recipe yet"),
     _set("--recompute-activations", "train.recompute", value="selective"),
     _set("--recompute-granularity", "train.recompute", choices={"selective": "selective", "full": "full"}),
     _set("--checkpoint-activations", "train.recompute", value="full"),
@@ -174,6 +211,7 @@ FLAGS: tuple[Flag, ...] = (
            "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
            "--no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm --cross-entropy-loss-fusion "
            "--cross-entropy-fusion-impl --enable-cuda-graph --use-cpu-initialization --empty-unused-memory-level "
+           "--cuda-graph-impl --cuda-graph-scope --external-cuda-graph --disable-bf16-reduced-precision-matmul "
            "--manual-gc --manual-gc-interval --deterministic-mode --no-async-tensor-model-parallel-allreduce",
            "kernels are chosen by what is installed"),
     # Data.
@@ -183,7 +221,8 @@ FLAGS: tuple[Flag, ...] = (
     _dropped("--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path "
              "--mock-data", "give data.sources and data.split"),
     _read("--tokenizer-type --tokenizer-model", "data.tokenizer", "HuggingFaceTokenizer; NullTokenizer needs none"),
-    _dropped("--vocab-file --merge-file", "a Hugging Face tokenizer.json holds both"),
+    _dropped("--vocab-file --merge-file --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens",
+             "a Hugging Face tokenizer.json holds it"),
     _alike("--data-cache-path --num-workers --no-mmap-bin-files --no-create-attention-mask-in-dataloader "
            "--num-dataset-builder-threads --vocab-extra-ids", "index arrays are made in seconds; nothing is cached"),
     _dropped("--dataloader-type", "samples are read once, in the shuffled order", "single"),
@@ -195,7 +234,8 @@ FLAGS: tuple[Flag, ...] = (
     _set("--save-interval", "checkpoint.every"),
     _alike("--ckpt-format --dist-ckpt-format --use-dist-ckpt --async-save --ckpt-fully-parallel-save "
            "--ckpt-fully-parallel-load --auto-detect-ckpt-format --ckpt-assume-constant-structure "
-           "--use-checkpoint-args "
+           "--use-checkpoint-args --dist-ckpt-strictness --exit-on-missing-checkpoint "
+           "--no-use-tokenizer-model-from-checkpoint-args "
            "--no-ckpt-fully-parallel-save", "one format, which any layout reads"),
     _dropped("--no-save-optim --no-save-rng --no-load-optim --no-load-rng --finetune --pretrained-checkpoint "
              "--non-persistent-save-interval --save-retain-interval", "a checkpoint is whole; new runs start "
@@ -209,6 +249,8 @@ FLAGS: tuple[Flag, ...] = (
            "--log-batch-size-to-tensorboard --log-world-size-to-tensorboard --tensorboard-queue-size "
            "--tensorboard-log-interval --log-progress --log-straggler --log-learning-rate-to-tensorboard",
            "RUN/metrics.jsonl has a row a step"),
+    _dropped("--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler",
+             "no profiler of its own"),
     _dropped("--wandb-project --wandb-exp-name --wandb-save-dir --one-logger-project", "log.tensorboard is there"),
     _alike("--distributed-backend --distributed-timeout-minutes --local-rank --lazy-mpu-init "
            "--nccl-communicator-config-path "

@@ -2,7 +2,8 @@
 
 Understood: comments, line continuations, quotes, `NAME=value`, `export`, arrays and `+=`, `$NAME`, `${NAME}`,
 `${NAME:-default}`, `${NAME[@]}` and whole-number `$((...))`. Anything else that a shell would work out
-(`$(command)`, backticks, `$1`, unknown variables) stays as it is written, and the word says so.
+(`$(command)`, backticks, `$1`, unknown variables) stays as it is written, and the word says so. Of `if` and `case`
+every branch is read, one after the other.
 """
 
 from __future__ import annotations
@@ -26,14 +27,20 @@ _OPERATORS = {
     ast.Mod: operator.mod,
 }  # fmt: skip
 _SEPARATORS = (";", "&", "|", "(", ")", "<", ">")
+_OPENING, _CLOSING = ("if", "case", "for", "while", "until", "select"), ("fi", "esac", "done")
+_SKIPPED = ("export", "declare", "local", "readonly", "then", "else", "do", "(", ")")
 
 
 @dataclass
 class Shell:
-    """Variables and arrays so far, and the words of every command."""
+    """Variables and arrays so far, and the words of every command.
+
+    `branches` are the lines that assign flags (words with `--`) inside an `if`, a `case` or a loop.
+    """
 
     variables: dict[str, list[str]] = field(default_factory=dict)
     commands: list[list[str]] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
     words: int = 0
 
 
@@ -41,9 +48,13 @@ def read_script(text: str, name: str) -> Shell:
     """The commands of a script with variables filled in. Errors: UsageError `name:line: reason`."""
     if len(text) > MAX_BYTES:
         raise UsageError(f"{name} is larger than {MAX_BYTES} bytes; a launch script is short.")
-    shell = Shell()
+    shell, depth = Shell(), 0
     for line, command in _commands(text, name):
         for tokens in _simple(list(_split(command))):
+            first = next((token for token in tokens if token not in _SKIPPED), "")
+            depth += (first in _OPENING) - (first in _CLOSING)
+            if depth > 0 and _ASSIGNMENT.match(first) and any("--" in token for token in tokens):
+                shell.branches.append(line)
             words = list(_words(tokens, f"{name}:{line}", shell))
             if words:
                 shell.commands.append(words)
@@ -146,7 +157,7 @@ def _words(tokens: list[str], where: str, shell: Shell) -> Iterator[str]:
     at = 0
     while at < len(tokens):
         raw = tokens[at]
-        if raw in ("export", "declare", "local", "readonly", "(", ")"):
+        if raw in _SKIPPED:
             at += 1
             continue
         found = _ASSIGNMENT.match(raw)
@@ -192,7 +203,10 @@ def _expand(raw: str, shell: Shell, where: str, split: bool = True) -> list[str]
             piece = re.sub(r'\\(["\\`])', r"\1", piece)
             arrays = _VARIABLE.fullmatch(piece)
             if arrays is not None and arrays[3] and (arrays[2] in shell.variables):
-                return _counted(list(shell.variables[arrays[2]]), shell, where)
+                elements = shell.variables[arrays[2]]
+                loose = quote == "$"  # without quotes around it, elements are split at blanks like everything else
+                parted = [word for element in elements for word in element.split()] if loose else list(elements)
+                return _counted(parted, shell, where)
             parts.append((_filled(piece, shell), quote == "$"))
         else:
             parts.append((piece, True))

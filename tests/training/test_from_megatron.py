@@ -120,6 +120,23 @@ def config_of(flags: str) -> dict:
         ("--pipeline-model-parallel-layout 'Et*2|(t|)*2,L'", "layout.stages", "Et*2|(t|)*2L"),
         ("--cp-comm-type a2a+p2p --context-parallel-size 4", "layout.cp_kind", "hybrid"),
         ("--use-torch-fsdp2", "zero.stage", 3),
+        ("--use-megatron-fsdp --use-distributed-optimizer", "zero.stage", 3),
+        ("--data-parallel-sharding-strategy no_shard --use-distributed-optimizer", "zero.stage", 1),
+        ("--use-rope-scaling", "model.rope_factor", 8.0),
+        ("--use-rope-scaling --rope-scaling-factor 32", "model.rope_factor", 32),
+        ("--rotary-seq-len-interpolation-factor 4", "model.rope_scaling", "linear"),
+        ("--softmax-type learnable", "model.attention_sinks", True),
+        ("--num-experts 8", "model.moe.top_k", 2),
+        ("--num-experts 8 --moe-router-pre-softmax", "model.moe.norm_topk_prob", False),
+        ("--num-experts 8 --moe-router-pre-softmax --moe-router-score-function sigmoid", "model.moe.norm_topk_prob",
+         True),
+        ("--num-experts 8 --moe-layer-freq ([0]*3+[1]*58)", "model.moe.first_dense", 3),
+        ("--num-experts 8 --moe-layer-freq 2", "model.moe.every", 2),
+        ("--num-experts 8 --moe-router-load-balancing-type none --moe-aux-loss-coeff 1", "model.moe.aux_coef", 0),
+        ("--multi-latent-attention --kv-lora-rank 512 --kv-channels 128", "model.mla.kv_lora_dim", 512),
+        ("--multi-latent-attention --qk-layernorm", "model.qk_norm", False),
+        ("--multi-latent-attention --rotary-scaling-factor 40", "model.rope_scaling", "yarn"),
+        ("--mtp-num-layers 1", "model.mtp.weight", 0.1),
         ("--data-parallel-sharding-strategy optim_grads", "zero.stage", 2),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 18 --lr-warmup-iters 10", "optim.decay_fraction", 0.2),
         ("--lr-warmup-samples 80", "optim.warmup_steps", 10),
@@ -143,7 +160,11 @@ def test_flags(flags, key, value):
     ("flags", "words"),
     [
         ("--no-such-flag 3", "--no-such-flag 3: not in the table"),
-        ("--num-experts 8", "--num-experts 8: no experts yet"),
+        ("--num-experts 8 --moe-aux-loss-coeff 0.01", "balancing loss is that of each sequence"),
+        ("--num-experts 8 --moe-layer-freq [0,1,1]", "--moe-layer-freq [0,1,1]: write model.moe.first_dense"),
+        ("--no-position-embedding", "a model without positions"),
+        ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model is absent"),
+        ("--lr-decay-iters 200", "set train.steps=200 and train.stop_at=100"),
         ("--rampup-batch-size 1 1 100", "the batch has one size"),
         ("--optimizer sgd", "--optimizer sgd: megallm has adam only"),
         ("--lr-decay-iters 50", "decays over 50 steps of 100"),
@@ -162,6 +183,50 @@ def test_what_does_not_fit_is_named(flags, words):
     assert len(problems) == 1 + (flags == "--lr-decay-style WSD") and words in problems[0]
     assert problems[0] in to_yaml(translate(QUIET + flags, "flags"), "flags").replace("\n#   ", "\n")
     assert translate(QUIET, "flags").problems == []
+
+
+BRANCHES = """#!/bin/bash
+MODE=${1:-real}
+ARGS=()
+if [[ $MODE == mock ]]; then
+    ARGS+=("--mock-data" "--vocab-size 128")
+else
+    ARGS+=(
+        "--data-path my_text_document"  # a word with a blank inside, split by the shell
+        "--split '99,1,0'"
+    )
+fi
+torchrun --nproc_per_node 8 pretrain_gpt.py ${ARGS[@]} --num-layers 4
+"""
+
+
+def test_branches_are_all_read_and_said():
+    found = translate(BRANCHES, "x.sh")
+    assert found.config["data.sources"] == {"my_text_document": 1.0} and found.config["data.split"] == "99,1,0"
+    assert found.config["model.vocab_size"] == 128
+    assert "in line 5, 7: every branch was read" in found.problems[0]
+    assert "every branch" not in " ".join(translate(LLAMA, "x.sh").problems)  # its `if` sets no flags
+
+
+def test_files_that_others_source_and_commands_in_a_text():
+    only = "NAME=x\nMODEL_ARGS=' \\\n --num-layers 4 \\\n --hidden-size 64 '\nexport OTHER=(--lr 1e-3)\n"
+    config = translate(only, "conf.sh").config
+    assert (config["model.num_layers"], config["model.hidden_size"], config["optim.lr"]) == (4, 64, 1e-3)
+    inside = "O='--num-layers 4 --lr 1e-3'\nsrun -l --mpi pmix bash -c \"cd x; python a/pretrain_gpt.py ${O}\"\n"
+    found = translate(inside, "x.sbatch")
+    assert found.config["model.num_layers"] == 4 and "--mpi" not in found.given
+
+
+def test_programs_of_other_models_are_said():
+    problems = translate("python pretrain_t5.py " + QUIET, "x.sh").problems
+    assert len(problems) == 1 and "runs pretrain_t5.py: only what pretrain_gpt.py does" in problems[0]
+
+
+def test_nested_keys_load():
+    flags = "--seq-length 64 --vocab-size 96 --lr 1e-3 --disable-bias-linear --num-experts 8 --moe-layer-freq 2 "
+    text = to_yaml(translate(QUIET + flags, "x"), "x")
+    config = loads(PretrainConfig, text)
+    assert config.model.moe.num_experts == 8 and config.model.moe.every == 2 and config.model.bias is False
 
 
 def test_defaults_that_are_missing_are_named():
@@ -208,6 +273,8 @@ def words(text: str) -> list[list[str]]:
         ("export A=1 B=2\ncmd $A$B", [["cmd", "12"]]),
         ("cmd a\\ b it\\'s", [["cmd", "a b", "it's"]]),
         ("A='--x 1 \\\n --y'\ncmd $A", [["cmd", "--x", "1", "--y"]]),
+        ("A=('--x 1' '--y')\ncmd ${A[@]} \"${A[@]}\"", [["cmd", "--x", "1", "--y", "--x 1", "--y"]]),
+        ("if true; then A=1; else A=2; fi\ncmd $A", [["if", "true"], ["fi"], ["cmd", "2"]]),
     ],
 )
 def test_shell_words(text, expected):
@@ -239,11 +306,11 @@ def test_nothing_runs(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "run.sh"
-    path.write_text(LLAMA.replace("--bf16", "--bf16 --num-experts 8"))
+    path.write_text(LLAMA.replace("--bf16", "--bf16 --lr-warmup-init 1"))
     assert main(["config", "--from-megatron-args", str(path)]) == 0
     out, err = capsys.readouterr()
-    assert err == "megallm: not mapped: --num-experts 8: no experts yet.\n"
-    assert "#   --num-experts 8: no experts yet.\n" in out and yaml.safe_load(out)["layout"]["tp"] == 4
+    assert err == "megallm: not mapped: --lr-warmup-init 1: the warm-up begins at 0.\n"
+    assert "#   --lr-warmup-init 1: the warm-up begins at 0.\n" in out and yaml.safe_load(out)["layout"]["tp"] == 4
     assert main(["config", "--from-megatron-args", BASE]) == 0
     assert "num_layers: 4" in capsys.readouterr().out
     assert main(["config", "--from-megatron-args", str(tmp_path / "missing.sh")]) == 2
