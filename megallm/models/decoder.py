@@ -110,7 +110,9 @@ class Stage(ShardedModule):
                 self.final_norm = final_norm(config, mesh, self.sp)
             self.head = build_head(config, mesh, self.sp)
         depths = range(config.mtp.depth if span.last else 0)
-        self.mtp = nn.ModuleDict({str(n): FurtherToken(config, mesh, self.sp, options.recompute) for n in depths})
+        self.mtp = nn.ModuleDict(
+            {str(n): FurtherToken(config, mesh, self.sp, options.recompute, config.num_layers + n) for n in depths}
+        )
 
     @property
     def head_weight(self) -> Tensor:

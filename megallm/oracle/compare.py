@@ -57,9 +57,10 @@ class StepRecord:
 
 @dataclass
 class RankRecord:
-    """What one rank hands back."""
+    """What one rank hands back; `state` are the records of tensors that have no gradient and begin at zero."""
 
     shards: dict[str, Shard]
+    state: dict[str, Shard]
     initial: Pieces
     steps: list[StepRecord] = field(default_factory=list)
     final: Pieces = field(default_factory=list)
@@ -154,7 +155,8 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
         cp_ulysses=row.cp_ulysses,
     )
     engine = Engine.build(config, mesh)
-    record = RankRecord(dict(engine.parameters.shards), _copies(engine.masters()))
+    state = {name: Shard(tuple(bias.shape)) for name, bias in engine.model.selection_biases()}
+    record = RankRecord(dict(engine.parameters.shards), state, _copies(engine.masters()))
     loss = trained_loss(row)
     for step in range(row.steps):
         stats = engine.train_step(micro_batches(row, step, mesh.data.rank), loss, RATES[step % len(RATES)])
@@ -162,6 +164,7 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
         grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
         record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
     record.final = _copies(engine.masters())
+    record.final += [(k, Box((0,), state[k].full), v.double().cpu()) for k, v in engine.model.selection_biases()]
     return record
 
 
@@ -190,13 +193,14 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     Raises InternalError when the ranks disagree about a tensor's layout or together do not hold all of it.
     """
     row = verdict.row
-    shards = _logical_shards(records)
+    shards, state = (_logical_shards(held) for held in ([r.shards for r in records], [r.state for r in records]))
     logical = {k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()}
     verdict.initial = all(
         torch.equal(mine, theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
     loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
-    trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical, loss_of)
+    zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
+    trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of)
     verdict.loss = verdict.grad_norm = 0.0
     norm = 0.0
     for step in range(row.steps):
@@ -206,15 +210,15 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         verdict.loss = max([verdict.loss, *(_relative(s.loss - loss, loss, 0.0) for s in seen)])
         verdict.grad_norm = max([verdict.grad_norm, *(_relative(s.grad_norm - norm, norm, 0.0) for s in seen)])
         _merge(verdict.grads, _errors(_paired([s.grads for s in seen], shards, grads), grads, floor))
-    final = _paired([r.final for r in records], shards, trainer.weights)
+    final = _paired([r.final for r in records], shards | state, trainer.weights)
     verdict.weights = _errors(final, trainer.weights, FLOOR * norm)
 
 
-def _logical_shards(records: list[RankRecord]) -> dict[str, Shard]:
-    """The record of every logical tensor of the model, from the ranks that hold a piece of it."""
+def _logical_shards(held: list[dict[str, Shard]]) -> dict[str, Shard]:
+    """The record of every logical tensor, from the ranks that hold a piece of it."""
     shards: dict[str, Shard] = {}
-    for record in records:
-        for name, shard in record.shards.items():
+    for records in held:
+        for name, shard in records.items():
             if shards.setdefault(name, shard) != shard:
                 raise InternalError(f"ranks disagree about {name}: {shards[name]} and {shard}.")
     return shards

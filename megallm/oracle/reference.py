@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.oracle.reference_mla import Weights, attention, linear, rms
+from megallm.oracle.reference_moe import Notes, experts, has_experts, moved_biases
 from megallm.oracle.reference_mtp import further_loss
 
 
@@ -23,26 +24,34 @@ def forward(
     config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
 ) -> Tensor:
     """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside `documents` [B, T]."""
-    return _logits(config, weights, _last_layer(config, weights, tokens, positions, documents))
+    seen = Seen(positions, documents, Notes(torch.ones_like(tokens, dtype=torch.bool), documents))
+    return _logits(config, weights, _last_layer(config, weights, tokens, seen))
 
 
-def _last_layer(
-    config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None
-) -> Tensor:
+class Seen(NamedTuple):
+    """Where tokens stand, and what the routers of experts leave behind."""
+
+    positions: Tensor
+    documents: Tensor | None
+    notes: Notes
+
+
+def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, seen: Seen) -> Tensor:
     x = weights["embedding.weight"][tokens]
     if config["positions"] == "learned":
-        x = x + weights["positions.weight"][positions]
+        x = x + weights["positions.weight"][seen.positions]
     for layer in range(config["num_layers"]):
-        x = _block(config, weights, f"layers.{layer}.", x, positions, documents)
+        x = _block(config, weights, f"layers.{layer}.", layer, x, seen)
     return x
 
 
-def _block(
-    config: Mapping[str, Any], weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
-) -> Tensor:
+def _block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: Tensor, seen: Seen) -> Tensor:
     y = norm(config, weights, at + "attention_norm", x)
-    x = x + attention(config, weights, at + "attention.", y, positions, documents)
-    return x + mlp(config, weights, at + "mlp.", norm(config, weights, at + "mlp_norm", x))
+    x = x + attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
+    y = norm(config, weights, at + "mlp_norm", x)
+    if has_experts(config, layer):
+        return x + experts(config, weights, at + "moe.", y, seen.notes, mlp)
+    return x + mlp(config, weights, at + "mlp.", y)
 
 
 def _logits(config: Mapping[str, Any], weights: Weights, x: Tensor) -> Tensor:
@@ -67,24 +76,35 @@ def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tens
     return linear(weights, at + "down", hidden)
 
 
-def masked_loss(config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the mask."""
-    place = batch["positions"], batch.get("documents")
-    last = _last_layer(config, weights, batch["tokens"], *place)
+def masked_loss(
+    config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor], notes: Notes | None = None
+) -> Tensor:
+    """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the mask.
+
+    And what predicts further tokens and the routers of experts add; `notes` gets the loads of the experts.
+    """
+    notes = notes or Notes(batch["mask"], batch.get("documents"))
+    seen = Seen(batch["positions"], batch.get("documents"), notes)
+    last = _last_layer(config, weights, batch["tokens"], seen)
     nll = F.cross_entropy(_logits(config, weights, last).flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["mask"].flatten().to(nll.dtype)
     loss = (nll * mask).sum() / mask.sum()
     if config["mtp"]["depth"]:
         of_norm = partial(norm, config, weights)
         loss = loss + further_loss(
-            config, weights, last, batch, of_norm, lambda at, layer, x: _block(config, weights, at, x, *place)
+            config, weights, last, batch, of_norm, lambda at, layer, x: _block(config, weights, at, layer, x, seen)
         )
-    return loss
+    return loss + notes.loss()
 
 
 def decays(name: str) -> bool:
     """Weight decay skips norms, biases and attention sinks and nothing else."""
     return not name.endswith((".bias", ".sinks")) and "norm" not in name
+
+
+def is_state(name: str) -> bool:
+    """The selection bias of a router has no gradient."""
+    return name.endswith(".router.bias")
 
 
 class Rule(Protocol):
@@ -106,12 +126,19 @@ class Trainer:
     count: int = 0
 
     def step(self, batch: Mapping[str, Tensor], lr: float) -> tuple[float, dict[str, Tensor], float]:
-        leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items()}
-        loss = self.loss(self.config, leaves, batch)
+        state = {name: w for name, w in self.weights.items() if is_state(name)}
+        leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items() if name not in state}
+        loss = self.loss(self.config, leaves | state, batch)
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norm = float(torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt())
         scale = min(1.0, self.rule.clip / (norm + 1e-6)) if self.rule.clip > 0 else 1.0
         self.count += 1
         update, count = self.rule.update, self.count
-        self.weights = {name: update(name, w, grads[name] * scale, lr, count) for name, w in self.weights.items()}
+        if state:
+            notes = Notes(batch["mask"], batch.get("documents"))
+            with torch.no_grad():
+                self.loss(self.config, self.weights, batch, notes)
+            state = moved_biases(self.config, self.weights, notes)
+        moved = {name: update(name, self.weights[name], grad * scale, lr, count) for name, grad in grads.items()}
+        self.weights = moved | state
         return loss.item(), grads, norm

@@ -18,7 +18,7 @@ from megallm.base.files import atomic_write_json
 from megallm.oracle.compare import Verdict, run_row
 from megallm.oracle.pool import MAX_RANKS, Pool
 from megallm.oracle.table import CONTROLS, ROWS, Row, describe, row_for_layout, row_named, sample_rows
-from megallm.parallel.comm import REDUCTIONS
+from megallm.parallel.comm import BREAKS
 
 EXIT_FAILED = 70
 
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.writ
     """
     check(args)
     if args.list:
-        listing = {"rows": [describe(row) for row in ROWS], "reductions": REDUCTIONS}
+        listing = {"rows": [describe(row) for row in ROWS], "reductions": BREAKS}
         return _report(args, listing, write, _list_lines(), failed=False)
     rows = select_rows(args)
     broken = frozenset({args.break_name} if args.break_name else ())
@@ -51,8 +51,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what this oracle does not have."""
     if args.model != "gqa":
         raise UsageError(f"--model {args.model} is not available yet: the oracle has the decoder 'gqa' so far.")
-    if args.break_name is not None and args.break_name not in REDUCTIONS:
-        raise UsageError(f"--break {args.break_name} is no reduction; the names are {', '.join(REDUCTIONS)}.")
+    if args.break_name is not None and args.break_name not in BREAKS:
+        raise UsageError(f"--break {args.break_name} is no reduction; the names are {', '.join(BREAKS)}.")
     if args.layout is not None and args.layouts is not None:
         raise UsageError("--layout names one layout and --layouts asks for random ones: give one of the two.")
     if args.layouts is not None and args.layouts < 1:
@@ -121,7 +121,7 @@ def _list_lines() -> list[str]:
         told = {k: v for k, v in describe(row).items() if k not in ("name", "layout", "world")}
         lines.append(f"  {row.name:<32} {row.layout_text:<22} {json.dumps(told) if told else ''}".rstrip())
     lines.append("Reductions (--break NAME leaves one out; the row that must then fail):")
-    return lines + [f"  {name:<18} {CONTROLS[name]:<12} {what}" for name, what in REDUCTIONS.items()]
+    return lines + [f"  {name:<18} {CONTROLS[name]:<12} {what}" for name, what in BREAKS.items()]
 
 
 def _report(

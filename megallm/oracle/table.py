@@ -10,6 +10,7 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
+from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -21,6 +22,7 @@ MASKS = {
     "micro": "all tokens of the last micro batch of every data rank are masked",
     "one": "one single token of the global batch counts",
 }
+SIZES = ("dp", "tp", "pp", "cp", "ep")
 RECOMPUTE = ("none", "selective", "full")
 LOSSES = {
     "lm": ("next_token",),
@@ -93,7 +95,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mtp-heads-tied": {"mtp": {"depth": 1, "kind": "heads"}, "tie_embeddings": True, "norm": "layernorm"},
     "mla-mtp": LATENT | {"mla": LATENT_SIZES, "mtp": {"depth": 1}},
     "biased": {"bias": True, "qk_norm": True, "norm": "layernorm"},
-}
+} | EXPERT_MODELS
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Row:
     @property
     def layout_text(self) -> str:
         """`tp=2,pp=2,sp=1`: what `--layout` takes."""
-        parts = [f"{axis}={self.layout.size(axis)}" for axis in ("dp", "tp", "pp", "cp") if self.layout.size(axis) > 1]
+        parts = [f"{axis}={self.layout.size(axis)}" for axis in SIZES if self.layout.size(axis) > 1]
         parts += (
             ["sp=1"] * self.sp + [f"chunks={self.chunks}"] * (self.chunks > 1) + [f"zero={self.zero}"] * (self.zero > 0)
         )
@@ -151,7 +153,7 @@ class Row:
 
 def _row(name: str, layout: str = "", model: str = "llama", **rest: Any) -> Row:
     settings = parse_layout(layout) if layout else {}
-    axes = {axis: settings.pop(axis) for axis in ("dp", "tp", "pp", "cp") if axis in settings}
+    axes = {axis: settings.pop(axis) for axis in SIZES if axis in settings}
     return Row(name, model, Layout(**axes), **settings, **rest)
 
 
@@ -169,7 +171,7 @@ def parse_layout(text: str) -> dict[str, Any]:
     for item in text.split(","):
         key, _, value = item.strip().partition("=")
         value = {"true": "1", "false": "0"}.get(value.lower(), value)
-        sizes = ("dp", "tp", "pp", "cp", "chunks")
+        sizes = (*SIZES, "chunks")
         if not (value in CHOICES[key] if key in CHOICES else key in sizes and value.isdecimal()):
             takes = [f"{size}=N" for size in sizes] + [f"{k}={'|'.join(v)}" for k, v in CHOICES.items()]
             raise UsageError(f"--layout has '{item}'; it takes, separated by commas, {', '.join(takes)}.")
@@ -376,6 +378,7 @@ ROWS: tuple[Row, ...] = (
     _row("rmsprop-tp2-sp", "tp=2,sp=1", "gpt2", rule="rmsprop"),
     _row("adam-zero1-dp3-tied-pp2", "dp=3,pp=2,zero=1", "tied", rule="adam", micros=2),
     _row("lion-zero3-dp2-tp2", "dp=2,tp=2,zero=3", rule="lion", micros=2),
+    *(_row(name, layout, model, **rest) for name, layout, model, rest in EXPERT_ROWS),
 )
 
 # For every reduction a small row in which leaving it out must show.
@@ -405,7 +408,7 @@ CONTROLS: dict[str, str] = {
     "clip.norm": "tp2",
     "loss.counts": "dp2",
     "loss.report": "dp2",
-}
+} | EXPERT_CONTROLS
 
 
 def row_named(name: str) -> Row:

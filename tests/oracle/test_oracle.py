@@ -16,7 +16,7 @@ from megallm.oracle import compare, run, table
 from megallm.oracle.compare import RankRecord, Verdict, run_row, train_rank
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.table import CONTROLS, MASKS, MODELS, RECOMPUTE, ROWS, Row, row_named, sample_rows
-from megallm.parallel.comm import REDUCTIONS
+from megallm.parallel.comm import BREAKS
 from tests.ranks import pool, run_ranks
 
 pytestmark = pytest.mark.oracle
@@ -42,10 +42,10 @@ def assert_passed(verdict: Verdict) -> None:
 
 
 def test_every_reduction_has_a_control_row() -> None:
-    assert CONTROLS.keys() == REDUCTIONS.keys()
+    assert CONTROLS.keys() == BREAKS.keys()
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("name", BREAKS)
 def test_leaving_a_reduction_out_is_noticed(name: str) -> None:
     row = row_named(CONTROLS[name])  # passes unbroken: it is one of the rows above
     verdict = run_row(pool(), row, frozenset({name}))
@@ -228,8 +228,8 @@ def test_list_names_rows_and_reductions(tmp_path: Path) -> None:
     assert run.main(arguments(list=True, json=str(tmp_path / "list.json")), said.append) == 0
     listing = json.loads((tmp_path / "list.json").read_text())
     assert [row["name"] for row in listing["rows"]] == [row.name for row in ROWS]
-    assert listing["reductions"] == REDUCTIONS
-    assert all(name in "".join(said) for name in [*REDUCTIONS, *(row.name for row in ROWS)])
+    assert listing["reductions"] == BREAKS
+    assert all(name in "".join(said) for name in [*BREAKS, *(row.name for row in ROWS)])
 
 
 @pytest.mark.parametrize(
