@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def torch_training(optim: OptimConfig, steps: int, decay_all: bool = False) -> t
     for step in range(steps):
         whole = {key: torch.cat([b[key] for b in batches(2, seed=step)]) for key in batches(1)[0]}
         optimizer.zero_grad()
-        reference.masked_loss(vars(MODEL), weights, whole).backward()
+        reference.masked_loss(asdict(MODEL), weights, whole).backward()
         limit = optim.clip or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(list(weights.values()), limit)))
         for group in optimizer.param_groups:
