@@ -124,7 +124,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
     with Reader(step) as reader:
         model = stored_model(reader)
         family = family_of(model)
-        bridge = plan_bridge(family.rules, logical_shapes(model), model.num_layers)
+        bridge = plan_bridge(family.rules_of(model.head), logical_shapes(model), model.num_layers)
         missing = [name for name in bridge.ours if name not in reader.names()]
         if missing:
             raise CheckpointError(f"{step} lacks {', '.join(missing[:3])}, which its model has.")

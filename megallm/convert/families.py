@@ -7,7 +7,7 @@ have one value for the architecture to be ours. Everything else reads these tabl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megallm.convert.rules import Rule, rule
@@ -63,6 +63,40 @@ GPT2_RULES = (  # their Conv1D keeps a matrix as (input, output), and c_attn hol
     rule("lm_head.weight", "head.weight"),
 )  # fmt: skip
 
+_LAYER = "bert.encoder.layer.{n}."
+BERT_RULES = (  # post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer
+    rule("bert.embeddings.word_embeddings.weight", "embedding.weight"),
+    rule("bert.embeddings.position_embeddings.weight", "positions.weight"),
+    rule("bert.embeddings.token_type_embeddings.weight", "token_types.weight"),
+    rule("bert.embeddings.LayerNorm.weight", "embedding_norm.weight"),
+    rule("bert.embeddings.LayerNorm.bias", "embedding_norm.bias"),
+    *(
+        rule(f"{_LAYER}{theirs}.{kind}", ours.replace("*", kind))
+        for theirs, ours in (
+            ("attention.self.query", _ATTENTION + "q.*"),
+            ("attention.self.key", _ATTENTION + "kv.*[0]"),
+            ("attention.self.value", _ATTENTION + "kv.*[1]"),
+            ("attention.output.dense", _ATTENTION + "o.*"),
+            ("attention.output.LayerNorm", "layers.{n}.attention_norm.*"),
+            ("intermediate.dense", "layers.{n}.mlp.up.*"),
+            ("output.dense", "layers.{n}.mlp.down.*"),
+            ("output.LayerNorm", "layers.{n}.mlp_norm.*"),
+        )
+        for kind in ("weight", "bias")
+    ),
+    rule("cls.predictions.transform.dense.weight", "head.dense.weight"),
+    rule("cls.predictions.transform.dense.bias", "head.dense.bias"),
+    rule("cls.predictions.transform.LayerNorm.weight", "head.norm.weight"),
+    rule("cls.predictions.transform.LayerNorm.bias", "head.norm.bias"),
+    rule("cls.predictions.bias", "head.bias"),
+)
+BERT_CLASSIFIER = (
+    rule("bert.pooler.dense.weight", "head.pooler.weight"),
+    rule("bert.pooler.dense.bias", "head.pooler.bias"),
+    rule("classifier.weight", "head.weight"),
+    rule("classifier.bias", "head.bias"),
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -71,6 +105,10 @@ class Family:
     `keys`: our field -> their key. `defaults`: what transformers takes when a key is absent. `only`: keys that must
     be absent, null or have one of these values. `switches`: what our model must be to be written as this family.
     `hidden_act`: their activation -> ours. `buffers`: regular expression of stored tensors that are no weights.
+
+    `architecture` is that of the family's own head (`head`), `classifier` the one of classes or of one number, and
+    `body` the one without a head; `rules` hold the first, `score` those of the classifier. `aside` matches stored
+    tensors of a head that megallm does not have, `spellings` are old endings of names and what they are now.
     """
 
     name: str
@@ -84,6 +122,30 @@ class Family:
     switches: Mapping[str, Any]
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     buffers: str = r".*\.rotary_emb\.inv_freq"
+    head: str = "lm"
+    tied: str = "lm_head.weight"  # their name of the head's matrix when it is the embedding
+    classifier: str | None = None
+    score: tuple[Rule, ...] = (rule("score.weight", "head.weight"),)
+    pooler: bool = False  # before the classifier
+    body: str | None = None
+    also: tuple[str, ...] = ()  # other architectures that hold all of `architecture`
+    aside: str = ""
+    spellings: tuple[tuple[str, str], ...] = ()
+
+    def rules_of(self, head: str) -> tuple[Rule, ...]:
+        """The rules of a model with this head; of a body alone, whose tensors have no prefix."""
+        if head == self.head:
+            return self.rules
+        rest = tuple(each for each in self.rules if not each.ours[0].startswith("head."))
+        if head != "none":
+            return rest + self.score
+        bare = (replace(each, theirs=each.theirs.removeprefix(self.prefix)) for each in rest + self.score)
+        return tuple(bare)
+
+    def architecture_of(self, head: str) -> str | None:
+        """Their class of a model with this head, None when there is none."""
+        others = {"classification": self.classifier, "value": self.classifier, "none": self.body}
+        return self.architecture if head == self.head else others.get(head)
 
 
 _KEYS = {
@@ -100,7 +162,8 @@ _KEYS = {
     "init_std": "initializer_range",
 }
 _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
-_ROPE_SWITCHES = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
+_DECODER = {"causal": True, "norm_place": "pre", "embedding_norm": False, "token_types": 0, "head_bias": False}
+_ROPE_SWITCHES = _DECODER | {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
 _DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu",
              "rope_theta": 10000.0}  # fmt: skip
 
@@ -144,24 +207,28 @@ FAMILIES: dict[str, Family] = {
         _DEFAULTS | {"max_position_embeddings": 2048},
         _ROPE_SWITCHES | {"qk_norm": False, "sliding_window": None},
         {"sliding_window": (), "use_sliding_window": (False,)},
+        classifier="LlamaForSequenceClassification",
     ),
     "mistral": Family(
         "mistral", "MistralForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
         _DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "bias": False},
         {"attention_bias": (False,), "mlp_bias": (False,)},
+        classifier="MistralForSequenceClassification",
     ),
     "qwen2": Family(
         "qwen2", "Qwen2ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
         _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
         _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": True, "bias": False},
         {"attention_bias": (True,), "mlp_bias": (False,)},
+        classifier="Qwen2ForSequenceClassification",
     ),
     "qwen3": Family(
         "qwen3", "Qwen3ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
         _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
         _ROPE_SWITCHES | {"qk_norm": True, "qkv_bias": False, "bias": False},
         {"attention_bias": (False,), "mlp_bias": (False,)},
+        classifier="Qwen3ForSequenceClassification",
     ),
     "gpt2": Family(
         "gpt2", "GPT2LMHeadModel", "transformer.", GPT2_RULES,
@@ -176,9 +243,32 @@ FAMILIES: dict[str, Family] = {
             "n_positions": 1024, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
             "activation_function": "gelu_new",
         },
-        {"norm": "layernorm", "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False,
-         "sliding_window": None},
+        _DECODER | {"norm": "layernorm", "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False,
+                    "sliding_window": None},
         {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
         r".*\.attn\.(bias|masked_bias)",
+        classifier="GPT2ForSequenceClassification",
+    ),
+    "bert": Family(
+        "bert", "BertForMaskedLM", "bert.", BERT_RULES,
+        {
+            "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
+            "num_heads": "num_attention_heads", "vocab_size": "vocab_size", "token_types": "type_vocab_size",
+            "max_positions": "max_position_embeddings", "norm_eps": "layer_norm_eps", "init_std": "initializer_range",
+        },
+        "hidden_act",
+        {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+        {
+            "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
+            "hidden_act": "gelu",
+        },
+        {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True, "norm": "layernorm",
+         "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False, "sliding_window": None},
+        {"position_embedding_type": ("absolute",), "is_decoder": (False,), "tie_word_embeddings": (True,)},
+        r".*\.position_ids|cls\.predictions\.decoder\.bias",
+        head="mlm", tied="cls.predictions.decoder.weight", classifier="BertForSequenceClassification",
+        score=BERT_CLASSIFIER, pooler=True, body="BertModel", also=("BertForPreTraining",),
+        aside=r"cls\.seq_relationship\..*|bert\.pooler\..*",
+        spellings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
     ),
 }  # fmt: skip

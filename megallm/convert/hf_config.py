@@ -21,7 +21,8 @@ ADVICE = "Nothing was converted: the result would not be the same model."
 
 # Keys that say nothing about the computation of a forward pass (dropout is a training choice: megallm has none).
 HARMLESS = frozenset((
-    "architectures", "attention_bias", "attention_dropout", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward",
+    "architectures", "attention_bias", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop",
+    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "hidden_dropout_prob", "num_labels",
     "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "hidden_dropout", "id2label",
     "is_llama_config", "label2id", "layer_types", "max_length", "max_window_layers", "mlp_bias", "model_type",
     "n_ctx", "original_max_position_embeddings", "output_attentions", "output_hidden_states", "pad_token_id",
@@ -65,7 +66,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
         problems.append(f"{family.activation_key} is {act!r}; megallm computes {known} in this family")
     else:
         values["activation"] = family.activations[act]
-    values |= _biases(raw, family, problems) | _window(raw, family, problems)
+    values |= _biases(raw, family, problems) | _window(raw, family, problems) | _head(raw, family, problems)
     if family.switches["positions"] == "rope":
         values |= _rope(raw, family, problems)
     for field in ("num_layers", "hidden_size", "num_heads", "vocab_size"):
@@ -87,10 +88,34 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
         )
     named = raw.get("architectures") or []
     family = FAMILIES[name]
-    bare = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
-    if not isinstance(named, list) or any(one not in (family.architecture, bare) for one in named):
-        raise UsageError(f"{where} has architectures {str(named)[:120]}; known is {family.architecture}.")
+    if not isinstance(named, list) or any(one not in _heads(family) for one in named):
+        known = [one for one in (family.architecture, family.classifier, family.body) if one is not None]
+        raise UsageError(f"{where} has architectures {str(named)[:120]}; known is {' or '.join(known)}.")
     return family
+
+
+def _heads(family: Family) -> dict[str, str]:
+    """Their architecture -> our head."""
+    bare = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+    heads = dict.fromkeys((family.architecture, bare, *family.also), family.head)
+    if family.classifier is not None:
+        heads[family.classifier] = "classification"
+    return heads if family.body is None else heads | {family.body: "none"}
+
+
+def _head(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
+    """The head that the architecture names; a classifier with one label gives a value."""
+    named = raw.get("architectures") or [family.architecture]
+    head = _heads(family)[named[0]]
+    if head == "none":
+        return {"head": head, "pooler": family.pooler}
+    if head != "classification":
+        return {"head": head}
+    names = raw.get("id2label")
+    labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)
+    labels = _typed("num_labels", "num_labels", labels, problems)
+    head = "value" if labels == 1 else "classification"
+    return {"head": head, "num_labels": labels if head == "classification" else None, "pooler": family.pooler}
 
 
 def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
@@ -109,7 +134,7 @@ def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
 
 
 _INTEGERS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_size", "vocab_size",
-             "max_positions", "rope_positions")  # fmt: skip
+             "max_positions", "rope_positions", "token_types", "num_labels")  # fmt: skip
 _LARGEST = 2**31 - 1
 
 
@@ -258,6 +283,12 @@ def _hindrances(model: ModelConfig, family: Family) -> list[str]:
         found.append(f"model.activation is {model.activation}, {family.name} has {', '.join(family.activations)}")
     if family.name == "llama" and model.qkv_bias != model.bias:
         found.append("model.qkv_bias and model.bias differ, llama has both or neither")
+    if family.architecture_of(model.head) is None:
+        found.append(f"model.head is {model.head}, {family.name} has no class of that")
+    if model.head in ("classification", "value") and model.pooler != family.pooler:
+        found.append(f"model.pooler is {model.pooler}, {family.name} has {'one' if family.pooler else 'none'}")
+    if "tie_embeddings" not in family.keys and model.head == family.head and not model.tie_embeddings:
+        found.append(f"model.tie_embeddings is False, {family.name} ties them")
     if "num_kv_heads" not in family.keys and model.num_kv_heads != model.num_heads:
         found.append(f"model.num_kv_heads differs from model.num_heads, {family.name} has no such key")
     if "head_size" not in family.keys and model.head_size * model.num_heads != model.hidden_size:
@@ -273,7 +304,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
     """
     family = family_of(model)
     values = asdict(model)
-    content: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.name}
+    content: dict[str, Any] = {"architectures": [family.architecture_of(model.head)], "model_type": family.name}
     content |= {key: values[field] for field, key in family.keys.items()}
     acts = {ours: theirs for theirs, ours in reversed(family.activations.items())}
     content[family.activation_key] = acts[model.activation]
@@ -287,6 +318,13 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
         slides = model.sliding_window is not None
         content |= {"use_sliding_window": slides, "sliding_window": model.sliding_window}
         content |= {"max_window_layers": 0 if slides else model.num_layers}
+    if family.name == "bert":
+        content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": True}
+    if model.head in ("classification", "value"):
+        names = [f"LABEL_{n}" for n in range(model.head_outputs)]
+        content |= {"id2label": {str(n): name for n, name in enumerate(names)}}
+        content |= {"label2id": {name: n for n, name in enumerate(names)}}
+        content |= {"problem_type": "regression"} if model.head == "value" else {}
     if family.name == "gpt2":
         content |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     content |= token_ids

@@ -19,7 +19,7 @@ from megallm.convert.folder import read_json
 from megallm.convert.hf_config import CONFIG
 from megallm.convert.weights import Source, whole_stage
 from megallm.models.build import place_parameters
-from megallm.models.config import ModelConfig
+from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.heads import local_logits
 from megallm.ops.precision import wide_dtype
 from megallm.parallel.mesh import Mesh
@@ -62,7 +62,7 @@ def compare(model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.
     MOST_SHAKY of all, none is. `round_theirs` rounds their weights to a dtype first, as the conversion did.
     """
     tokens = sample_tokens(model)
-    judge = load_transformers(theirs, round_theirs)
+    judge = load_transformers(theirs, model.head, round_theirs)
     expected = transformers_logits(judge, tokens)
     found = our_logits(model, ours, tokens)
     scale = expected.abs().max()
@@ -85,7 +85,11 @@ def sample_tokens(model: ModelConfig) -> Tensor:
 
 @torch.no_grad()
 def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
-    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source."""
+    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
+
+    Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the first of an encoder.
+    Of a body alone the hidden states, and after them the pooled first one.
+    """
     mesh = Mesh.single()
     stage = whole_stage(model, mesh)
     storage = {}
@@ -95,18 +99,32 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     place_parameters(stage, storage)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     embedded = stage.embed(tokens, positions)
-    hidden = stage.blocks(embedded, stage.places(positions, wide_dtype(embedded.dtype)))
-    return local_logits(stage.features(hidden), stage.head_weight, mesh, sp=False, bias=stage.head_bias)
+    sight = stage.context.sight({"positions": positions}, model.sliding_window, model.causal)
+    hidden = stage.blocks(embedded, stage.places(positions, wide_dtype(embedded.dtype), sight))
+    features = stage.features(hidden)
+    if model.head in VOCABULARY_HEADS:
+        return local_logits(features, stage.head_weight, mesh, sp=False, bias=stage.head_bias)
+    if model.head == "none":
+        return torch.cat((hidden, features[:, :1]), 1) if model.pooler else hidden
+    return stage.head.logits(features[:, -1:] if model.causal else features[:, :1])
+
+
+AUTO = {
+    "lm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM", "none": "AutoModel",
+    "classification": "AutoModelForSequenceClassification", "value": "AutoModelForSequenceClassification",
+}  # fmt: skip
 
 
 @torch.no_grad()
-def load_transformers(folder: Path, rounded: torch.dtype | None = None) -> Any:
+def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | None = None) -> Any:
     """transformers' float32 model of the folder, its weights rounded to a dtype first when one is given."""
     transformers = check_available()
     raw = {key: value for key, value in read_json(folder / CONFIG).items() if key[:1] != "_" and key != "auto_map"}
     config = transformers.AutoConfig.for_model(**raw)
-    config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    config._attn_implementation, config.use_cache = "eager", False
+    if head in ("classification", "value"):
+        config.pad_token_id = None  # with one, some tokens of the sample would not count
+    model = getattr(transformers, AUTO[head]).from_pretrained(
         str(folder), config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
         trust_remote_code=False,
     ).eval()  # fmt: skip
@@ -119,8 +137,17 @@ def load_transformers(folder: Path, rounded: torch.dtype | None = None) -> Any:
 @torch.no_grad()
 def transformers_logits(model: Any, tokens: Tensor, nudge: float = 0.0) -> Tensor:
     """Float32 logits `[B, T, V]` of `tokens` `[B, T]`; `nudge` scales the noise that its inputs are multiplied with."""
-    if not nudge:
-        return model(tokens, use_cache=False).logits.float()
-    inputs = model.get_input_embeddings()(tokens)
-    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
-    return model(inputs_embeds=inputs * (1 + nudge * noise), use_cache=False).logits.float()
+    given = [{"input_ids": row[None]} for row in tokens]
+    if nudge:
+        inputs = model.get_input_embeddings()(tokens)
+        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+        given = [{"inputs_embeds": row[None]} for row in inputs * (1 + nudge * noise)]
+    return torch.cat([_scores(model(**row)) for row in given]).float()
+
+
+def _scores(output: Any) -> Tensor:
+    """What `our_logits` gives of the same row, from what transformers returns."""
+    if "logits" in output:
+        return output.logits if output.logits.dim() == 3 else output.logits[:, None]
+    pooled = [output.pooler_output[:, None]] if output.get("pooler_output") is not None else []
+    return torch.cat((output.last_hidden_state, *pooled), 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint.plan import outside_problem, split_box
 from megallm.checkpoint.reader import Reader
+from megallm.convert.families import Family
 from megallm.convert.folder import Entry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
 from megallm.convert.rules import Bridge, plan_bridge
@@ -76,21 +77,26 @@ class HfReader:
                 f"{self.folder} has {len(found)} tensors, but its config.json says {self.model.num_layers} layers; "
                 f"more than {MAX_LAYERS} are refused."
             )
-        self.bridge = plan_bridge(described.family.rules, logical_shapes(self.model), self.model.num_layers)
-        self.entries = self._own(found, described.family.prefix, described.family.buffers)
+        family = described.family
+        if self.model.head == "none" and not any("pooler." in name for name in found):
+            self.model = replace(self.model, pooler=False)
+        self.bridge = plan_bridge(family.rules_of(self.model.head), logical_shapes(self.model), self.model.num_layers)
+        self.entries = self._own(found, family)
         match_shapes(self.folder, self.entries, self.bridge.theirs)
         self._files: dict[Path, int] = {}
 
-    def _own(self, found: dict[str, Entry], prefix: str, buffers: str) -> dict[str, Entry]:
+    def _own(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
         """The entries by the names of the rules; what is left over is refused by name."""
-        bare = not any(name.startswith(prefix) for name in found)
-        add = prefix if bare else ""
-        named = {name if name == "lm_head.weight" else add + name: entry for name, entry in found.items()}
-        extra = [name for name in named if name not in self.bridge.theirs and not re.fullmatch(buffers, name)]
-        if self.model.tie_embeddings and "lm_head.weight" in extra:
-            extra.remove("lm_head.weight")
-            self.notes += ("lm_head.weight is left aside: config.json ties it to the embedding.",)
-            self._check_tie(named)
+        named = self._named(found, family)
+        extra = [name for name in named if name not in self.bridge.theirs and not re.fullmatch(family.buffers, name)]
+        if self.model.tie_embeddings and family.tied in extra:
+            extra.remove(family.tied)
+            self.notes += (f"{family.tied} is left aside: config.json ties it to the embedding.",)
+            self._check_tie(named[family.tied], family.tied)
+        aside = [name for name in extra if re.fullmatch(family.aside, name)]
+        if aside:
+            extra = [name for name in extra if name not in aside]
+            self.notes += (f"{', '.join(aside)}: left aside, they belong to another head.",)
         if extra:
             raise CheckpointError(
                 f"{self.folder} holds tensors that a {self.model.family} of its config.json does not have: "
@@ -102,11 +108,24 @@ class HfReader:
                 raise CheckpointError(f"{name} in {self.folder} is {named[name].dtype}; weights are {kinds}.")
         return {name: named[name] for name in self.bridge.theirs if name in named}
 
-    def _check_tie(self, named: dict[str, Entry]) -> None:
-        """A stored lm_head.weight beside tied embeddings must at least have their shape."""
-        head, (embedding,) = named["lm_head.weight"], self.bridge.by_ours["embedding.weight"]
+    def _named(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
+        """The tensors as the rules call them: old spellings made new, and with the prefix that bare bodies lack."""
+        named = {}
+        for name, entry in found.items():
+            for old, new in family.spellings:
+                name = name.replace(old, new)
+            named[name] = entry
+        if self.model.head == "none":
+            return {name.removeprefix(family.prefix): entry for name, entry in named.items()}
+        if any(name.startswith(family.prefix) for name in named):
+            return named
+        return {name if name == family.tied else family.prefix + name: entry for name, entry in named.items()}
+
+    def _check_tie(self, head: Entry, name: str) -> None:
+        """A stored matrix of the head beside tied embeddings must at least have their shape."""
+        (embedding,) = self.bridge.by_ours["embedding.weight"]
         if head.shape != self.bridge.theirs[embedding.theirs]:
-            raise CheckpointError(f"{self.folder}: lm_head.weight of shape {head.shape} is tied to another shape.")
+            raise CheckpointError(f"{self.folder}: {name} of shape {head.shape} is tied to another shape.")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,6 +254,6 @@ def stored_model(reader: Reader) -> ModelConfig:
     """The model of one of our checkpoints. Errors: UsageError when its meta does not hold one."""
     meta = reader.meta
     try:
-        return ModelConfig(**meta["model"])
+        return ModelConfig(**meta["model"]).resolve()
     except (KeyError, TypeError) as error:
         raise UsageError(f"{reader.folder} does not say which model it holds ({error}).") from error

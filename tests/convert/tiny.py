@@ -35,15 +35,22 @@ GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions"
 
 @dataclass(frozen=True)
 class Case:
-    """One transformers model: its config class and arguments."""
+    """One transformers model: its config class and arguments, and what makes a model of them."""
 
     name: str
     config: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    auto: str = "AutoModelForCausalLM"
 
 
-def case(name: str, config: str, **arguments: Any) -> Case:
-    return Case(name, config, (GPT2 if config == "GPT2Config" else SIZES) | arguments)
+def case(name: str, config: str, auto: str = "AutoModelForCausalLM", **arguments: Any) -> Case:
+    sizes = GPT2 if config == "GPT2Config" else SIZES
+    if config == "BertConfig":
+        sizes = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    return Case(name, config, sizes | arguments, auto)
+
+
+CLASSES = "AutoModelForSequenceClassification"
 
 
 CASES = [
@@ -62,6 +69,18 @@ CASES = [
     case("qwen2-window", "Qwen2Config", use_sliding_window=True, sliding_window=7, max_window_layers=0),
     case("qwen3", "Qwen3Config", head_dim=16),
     case("qwen3-tied", "Qwen3Config", head_dim=8, tie_word_embeddings=True),
+    case("bert", "BertConfig", "AutoModelForMaskedLM"),
+    case("bert-tanh", "BertConfig", "AutoModelForMaskedLM", hidden_act="gelu_new", type_vocab_size=3),
+    case("bert-body", "BertConfig", "AutoModel"),
+    case("bert-classes", "BertConfig", CLASSES, num_labels=5),
+    case("bert-value", "BertConfig", CLASSES, num_labels=1),
+    case("llama-classes", "LlamaConfig", CLASSES, num_labels=3),
+    case("llama-two-classes", "LlamaConfig", CLASSES),
+    case("llama-reward", "LlamaConfig", CLASSES, num_labels=1, tie_word_embeddings=True),
+    case("gpt2-reward", "GPT2Config", CLASSES, num_labels=1),
+    case("mistral-classes", "MistralConfig", CLASSES, sliding_window=8, num_labels=4),
+    case("qwen2-classes", "Qwen2Config", CLASSES, rope_parameters=THETA, num_labels=4),
+    case("qwen3-reward", "Qwen3Config", CLASSES, head_dim=16, num_labels=1),
 ]
 
 
@@ -71,7 +90,7 @@ def make(folder: Path, wanted: Case, dtype: torch.dtype = torch.float32, shard: 
 
     torch.manual_seed(3)
     config = getattr(transformers, wanted.config)(**wanted.arguments)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model = getattr(transformers, wanted.auto).from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
