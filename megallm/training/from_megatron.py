@@ -81,7 +81,7 @@ def _arguments(shell: Shell) -> tuple[str, list[str]]:
     if not best:
         best = [word for words in shell.commands for word in words]
     if not any(word.startswith("--") for word in best):
-        texts = [value.split() for values in shell.variables.values() for value in values]
+        texts = [" ".join(values).split() for values in shell.variables.values()]
         best = [word for words in texts if any(word.startswith("--") for word in words) for word in words]
     return program, best
 
