@@ -12,6 +12,7 @@ from megallm.base.device import peak_flops, peak_memory_gib
 from megallm.base.errors import CannotWrite, Diverged, Requeue
 from megallm.checkpoint import store
 from megallm.engine.engine import Engine, Loss, StepStats
+from megallm.models.sections import MtpConfig
 from megallm.optim.lr import learning_rate
 from megallm.parallel.pipeline import Batch
 from megallm.training.config import PretrainConfig
@@ -138,16 +139,17 @@ class Loop:
         row: dict[str, Any] = {
             "step": ledger.step,
             "consumed_tokens": ledger.consumed_tokens,
-            "train/loss": _finite(stats.loss),
+            "train/loss": _finite(stats.losses["loss"]),
             "train/lr": lr,
             "train/grad_norm": _finite(stats.grad_norm),
-            "train/tokens": sum(stats.counts.values()),
+            "train/tokens": stats.counts["loss"],
             "train/skipped_steps": ledger.skipped_steps,
             "perf/step_seconds": seconds,
             "perf/tokens_per_sec": tokens / seconds,
             "perf/tokens_per_sec_per_device": tokens / seconds / world,
             "mem/peak_gib": peak_memory_gib(self.mesh.device),
         }
+        row |= further_losses(stats, self.config.model.mtp)
         if self.peak_flops is not None:
             flops = self.config.model.num_flops(self.config.data.seq_len) * tokens
             row["perf/mfu"] = flops / seconds / self.peak_flops
@@ -171,6 +173,15 @@ class Loop:
             return
         self.failed_saves, self.saved_step = 0, ledger.step
         self.recorder.saved(ledger.step, time.monotonic() - begin)
+
+
+def further_losses(stats: StepStats, mtp: MtpConfig) -> dict[str, float | None]:
+    """`train/mtp_loss`: the mean over depths in nats per token, without its weight; and each depth's where several."""
+    terms = {name: value * mtp.depth / mtp.weight for name, value in stats.losses.items() if name.startswith("mtp_")}
+    if not terms:
+        return {}
+    each = {f"train/{name}_loss": _finite(value) for name, value in terms.items()} if len(terms) > 1 else {}
+    return {"train/mtp_loss": _finite(sum(terms.values()) / len(terms))} | each
 
 
 def _finite(value: float) -> float | None:

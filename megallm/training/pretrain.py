@@ -67,9 +67,15 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
         ):
             held_out = HeldOut(config, engine)
             waited = lambda: loader.wait_seconds  # noqa: E731 (a property would be read only once)
-            loss = LOSSES[config.data.objective]
+            loss = trained_loss(config)
             job = Job(config, engine, loss, batches, waited, held_out.loss, identity, ledger, reader.state_after)
             Loop(job, recorder, requests).run()
+
+
+def trained_loss(config: PretrainConfig) -> Loss:
+    """The loss of the objective, with a term for each further token that the model predicts."""
+    mtp = config.model.mtp
+    return NextToken(mtp.depth, mtp.weight) if mtp.depth else LOSSES[config.data.objective]
 
 
 def engine_config(config: PretrainConfig) -> EngineConfig:

@@ -186,6 +186,10 @@ RANGES: dict[str, Range] = {
     **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
     **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
     "model.sliding_window": _COUNT,
+    **{f"model.mla.{name}": _NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
+    **{f"model.mla.{name}_head_size": _COUNT for name in ("nope", "rope", "value")},
+    "model.mtp.depth": Range(low=0, high=100),
+    "model.mtp.weight": Range(above=0),
     "model.norm_eps": Range(above=0),
     "model.init_std": Range(above=0),
     "model.rope_theta": Range(above=0),
@@ -326,7 +330,7 @@ def _heads(facts: Facts) -> Iterator[Problem]:
     if heads % tp:
         sentence = f"layout.tp {tp} does not divide model.num_heads {heads}: a tensor-parallel rank holds whole heads."
         yield Problem("heads", sentence, nearest_fixes("layout.tp", tp, divisors(heads)))
-    if facts.model.positions == "rope" and facts.model.head_size % 2:
+    if facts.model.positions == "rope" and facts.model.rope_size % 2:
         size = facts.model.head_size
         sentence = f"model.head_size is {size}; rotary positions turn pairs of features, so it must be even."
         yield Problem("head_size", sentence, nearest_fixes("model.head_size", size, (size - 1, size + 1)))
@@ -464,6 +468,15 @@ def _row_length(facts: Facts, seq_len: int) -> Iterator[Problem]:
         yield Problem("positions", sentence, ({"data.seq_len": model.max_positions}, {"model.max_positions": seq_len}))
 
 
+def _further(facts: Facts) -> Iterator[Problem]:
+    depth, data = facts.model.mtp.depth, facts.config.data
+    lengths = [data.seq_len] + [segment.seq_len for segment in data.segments if segment.seq_len]
+    if depth >= min(lengths):
+        sentence = f"model.mtp.depth {depth} looks further ahead than a row of {min(lengths)} tokens reaches."
+        fixes: tuple[dict[str, Any], ...] = ({"model.mtp.depth": min(lengths) - 1},)
+        yield Problem("further", sentence, fixes + ({"data.seq_len": depth + 1},) * (len(lengths) == 1))
+
+
 def _context(facts: Facts) -> Iterator[Problem]:
     layout, heads = facts.config.layout, facts.model.num_heads
     cp, wanted = layout.cp, layout.cp_ulysses
@@ -525,6 +538,7 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _tree: (*_AXES, "train.global_batch", "train.micro_batch"),
     _batch: (*_AXES, "train.global_batch", "train.micro_batch"),
     _sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
+    _further: ("model.mtp.depth", "data.seq_len"),
     _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
     _vocabulary: ("model.vocab_size",),
     _objective: ("data.masking.masked", "data.masking.random", "data.fim.rate"),
