@@ -91,11 +91,13 @@ class Run:
     def begin(self, fresh: bool = False) -> dict[str, Any] | None:
         """Take up the work folder; the statistics when this very run is already finished. Errors: `UsageError`."""
         done = self.output / STATS
+        self._sweep_temporaries()
         if fresh:
             self._sweep()
         elif done.exists():
             stats = json.loads(done.read_text("utf-8"))
             if stats.get("identity") == self._identity():
+                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed at its very end
                 return stats
             raise UsageError(
                 f"{self.output} holds a finished run of another configuration or input; choose another --output, or "
@@ -117,6 +119,15 @@ class Run:
             for name in (STATS, LEDGER, REPORT, TIMINGS, CONTAMINATION):
                 (self.output / name).unlink(missing_ok=True)
 
+    def _sweep_temporaries(self) -> None:
+        """Remove what killed runs were writing."""
+        for name in (KEPT, LEDGER, REPORT, TIMINGS, CONTAMINATION, STATS, "work/*", "work/*/*"):
+            for left in self.output.glob(f"{name}{files.TEMPORARY}*"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+
     def _claim(self, identity: str) -> None:
         """Take up the work folder of this very run, or begin one."""
         mark = self.work / "identity"
@@ -126,8 +137,6 @@ class Run:
                     f"{self.work} holds an unfinished run of another configuration or input; choose another --output, "
                     "or pass --fresh to throw it away."
                 )
-            for left in self.work.glob(f"*/*{files.TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)
             return
         with writing(self.work):
             self.work.mkdir(exist_ok=True)

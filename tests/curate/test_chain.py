@@ -270,3 +270,44 @@ def test_other_models_lists_and_sets_are_another_run(tmp_path: Path) -> None:
     words.write_text("harbour\n")
     with pytest.raises(UsageError, match="another configuration or input"):
         run.run(config, tmp_path / "out")
+
+
+def test_a_kill_while_publishing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each renaming of the run: the same command ends with the same files and no others."""
+
+    class Killed(BaseException):
+        pass
+
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write_jsonl(raw / "a.jsonl", [{"text": prose(1)}, {"text": prose(1)}, {"text": prose(2)}])
+    config, replace, renamed = config_of(raw), os.replace, []
+    rename = Path.replace
+
+    def go(name: str, last: int = 0) -> None:
+        def counted(do: object, *paths: object) -> object:
+            renamed.append(paths)
+            if len(renamed) == last:
+                raise Killed
+            return do(*paths)  # type: ignore[operator]
+
+        renamed.clear()
+        monkeypatch.setattr(os, "replace", lambda *paths: counted(replace, *paths))
+        monkeypatch.setattr(Path, "replace", lambda *paths: counted(rename, *paths))
+        run.run(config, tmp_path / name)
+
+    def names(name: str) -> list[str]:
+        return sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*"))
+
+    go("quiet")
+    total = len(renamed)
+    assert total > 8
+    for last in range(1, total + 1):
+        with pytest.raises(Killed):
+            go(f"k{last}", last)
+        go(f"k{last}")
+        assert outputs(tmp_path / f"k{last}") == outputs(tmp_path / "quiet") and names(f"k{last}") == names("quiet")
+    (tmp_path / "quiet" / "work").mkdir()  # killed after its last file, before it tidied up
+    (tmp_path / "quiet" / f"{run.LEDGER}.tmp-1-ab").write_text("half")
+    go("quiet")
+    assert names("quiet") == names("k1")
