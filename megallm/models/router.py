@@ -95,7 +95,8 @@ class RouterReport:
         """The losses that the model has by name, and metrics by name; waits for the device."""
         values = dict(zip(TERMS, self.losses.tolist(), strict=True))
         losses = {name: value for name, value in values.items() if name in self.names}
-        return losses, {"moe/load_balance": float(self.load_balance), "moe/dropped_fraction": float(self.dropped)}
+        metrics = {"moe/load_balance": float(self.load_balance), "moe/dropped_fraction": float(self.dropped)}
+        return losses, metrics | {f"train/{name}": value for name, value in losses.items()}
 
 
 class Routers:

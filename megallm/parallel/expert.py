@@ -49,7 +49,7 @@ def plan_route(counts: Tensor, mesh: Mesh) -> Route:
     """From the number of rows for each expert here, int64 `[X]`; collective over ep. Waits for the device."""
     size, device = mesh.ep.size, counts.device
     mine = counts.view(size, -1)
-    theirs = comm.exchange_rows(mine, mesh.ep, [1] * size, [1] * size, "moe.dispatch")
+    theirs = comm.exchange_rows(mine, mesh.ep, [1] * size, [1] * size, "sizes")
     out, here = torch.stack((mine, theirs)).tolist()
     sent, received = [sum(row) for row in out], [sum(row) for row in here]
     order = None

@@ -149,7 +149,7 @@ class Loop:
             "perf/tokens_per_sec_per_device": tokens / seconds / world,
             "mem/peak_gib": peak_memory_gib(self.mesh.device),
         }
-        row |= further_losses(stats, self.config.model.mtp)
+        row |= further_losses(stats, self.config.model.mtp) | stats.metrics
         if self.peak_flops is not None:
             flops = self.config.model.num_flops(self.config.data.seq_len) * tokens
             row["perf/mfu"] = flops / seconds / self.peak_flops
