@@ -1,0 +1,163 @@
+"""Multi-token prediction: which labels count, what must not leak into the loss, and what generation does without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megallm.base.config import replace
+from megallm.engine.config import EngineConfig
+from megallm.engine.model import ParallelModel
+from megallm.inference.answer import Answer, Ending
+from megallm.inference.generator import Generator, Job
+from megallm.inference.sampling import Sampling
+from megallm.losses import language
+from megallm.losses.language import NextToken, mask_ahead
+from megallm.models import decoder, mla
+from megallm.models.build import initial_values
+from megallm.models.config import ModelConfig
+from megallm.models.mtp import places_ahead
+from megallm.oracle.compare import RankRecord, Verdict, judge, train_rank
+from megallm.oracle.table import Row, row_named
+from megallm.parallel import tensor
+from megallm.parallel.mesh import Mesh
+from megallm.training.config import PretrainConfig
+from megallm.training.loop import further_losses
+from megallm.training.validate import find_problems
+from tests.ranks import run_ranks
+
+TINY = ModelConfig(num_layers=2, hidden_size=24, ffn_hidden_size=40, num_heads=4, vocab_size=61, init_std=0.3)
+
+
+# Labels and masks
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_labels_ahead_stay_inside_their_document(seed: int) -> None:
+    draw = random.Random(seed)
+    length, ahead = draw.randint(1, 40), draw.randint(1, 5)
+    ends = sorted({0, length, *draw.choices(range(length), k=draw.randint(0, 6))})
+    counts = torch.rand(1, length) < 0.7
+    text = torch.randint(1, 1000, (length + 1,))
+    labels = text[1:][None]
+    got = mask_ahead({"mask": counts, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}, ahead)
+    moved = places_ahead(labels, ahead)
+    for i in range(length):
+        document = max(e for e in ends if e <= i)
+        inside = i + ahead < length and max(e for e in ends if e <= i + ahead) == document
+        assert got[0, i] == (inside and bool(counts[0, i + ahead]))
+        if got[0, i]:
+            assert moved[0, i] == text[i + ahead + 1]
+    assert got.shape == moved.shape == labels.shape
+
+
+def test_each_term_has_its_own_count_and_share_of_the_weight() -> None:
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False  # padding
+    batch = {"mask": mask}
+    loss = NextToken(depth=2, weight=0.5)
+    assert {name: int(n) for name, n in loss.counts(batch).items()} == {"loss": 10, "mtp_1": 8, "mtp_2": 6}
+    ones = {name: torch.full((2, 6), -1.0) for name in ("log_prob", "mtp_1", "mtp_2")}
+    terms = {name: float(value) for name, value in loss(ones, batch).items()}
+    assert terms == {"loss": 10.0, "mtp_1": 8 * 0.25, "mtp_2": 6 * 0.25}
+
+
+# Negative controls: the oracle's row fails when the mask or a gradient is wrong
+
+
+def verdict_of(row: Row, records: list[RankRecord]) -> Verdict:
+    verdict = Verdict(row)
+    judge(verdict, records)
+    return verdict
+
+
+def passes(row: Row) -> bool:
+    return verdict_of(row, [train_rank(row, frozenset())]).passed
+
+
+def shifted_only(batch: dict[str, Tensor], ahead: int) -> Tensor:
+    """A mask that forgets where documents end."""
+    return F.pad(batch["mask"], (0, ahead))[:, ahead:]
+
+
+def not_shifted(batch: dict[str, Tensor], ahead: int) -> Tensor:
+    """The mask of the next token for further ones."""
+    return batch["mask"]
+
+
+def labels_too_far(labels: Tensor, ahead: int) -> Tensor:
+    return places_ahead(labels, ahead + 1)
+
+
+def test_a_loss_over_padding_or_across_documents_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(row_named("mtp-packed"), steps=1, seq_len=12)
+    assert passes(row)
+    for wrong in (shifted_only, not_shifted):
+        monkeypatch.setattr(language, "mask_ahead", wrong)
+        assert not passes(row), wrong.__name__
+    monkeypatch.undo()
+    monkeypatch.setattr(decoder, "places_ahead", labels_too_far)
+    assert not passes(row)
+
+
+def train_with_latents_counted_twice(row: Row) -> RankRecord:
+    """On a rank: gradients of the matrices down to the latents are summed over tp although each rank has them whole."""
+    real = tensor.sequence_partial
+    for module in (mla, tensor):
+        module.sequence_partial = lambda mesh, sp: ("tp",)
+    try:
+        return train_rank(row, frozenset())
+    finally:
+        for module in (mla, tensor):
+            module.sequence_partial = real
+
+
+def test_latent_gradients_summed_twice_are_noticed() -> None:
+    row = dataclasses.replace(row_named("mla-tp2"), steps=1)
+    verdict = verdict_of(row, run_ranks(2, train_with_latents_counted_twice, row))
+    wrong = {name for name, error in verdict.grads.items() if error > 1e-9}
+    made = {"q_down", "q_latent_norm", "kv_down", "kv_latent_norm", "k_rope"}
+    assert {name.split(".")[-2] for name in wrong} == made
+
+
+# Beside training
+
+
+def continuation(config: ModelConfig) -> list[int]:
+    """Greedy, from initial values that depend on names only."""
+    model = ParallelModel(EngineConfig(config.resolve(), precision="fp64"), Mesh.single())
+    zeros = {e.name: (0,) * len(e.shard.full) for e in model.entries()}
+    model.place({e.name: initial_values(e.name, e.shard, zeros[e.name], e.shard.full, 1) for e in model.entries()})
+    job = Job(0, [5, 9, 30], Answer(Ending(10, frozenset())))
+    Generator(model, 1).generate([job], Sampling(max_new_tokens=10, temperature=0.0))
+    return job.answer.tokens
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "heads"])
+def test_generation_ignores_further_tokens(kind: str) -> None:
+    assert continuation(dataclasses.replace(TINY, mtp={"depth": 2, "kind": kind})) == continuation(TINY)
+
+
+def test_a_depth_beyond_the_row_is_refused() -> None:
+    model = dataclasses.replace(TINY, mtp={"depth": 8})
+    config = replace(PretrainConfig(model=model), {"data.sources": {"p": 1.0}, "data.seq_len": 8})
+    (problem,) = find_problems(config, 1)
+    assert problem.rule == "further" and "model.mtp.depth=7 or data.seq_len=9" in str(problem)
+    for fix in problem.fixes:
+        assert not find_problems(replace(config, fix), 1)
+
+
+def test_losses_are_reported_without_their_weight() -> None:
+    @dataclasses.dataclass
+    class Stats:
+        losses: dict[str, float]
+
+    mtp = dataclasses.replace(TINY, mtp={"depth": 2, "weight": 0.5}).resolve().mtp
+    found = further_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp)
+    assert found == {"train/mtp_loss": 5.0, "train/mtp_1_loss": 4.0, "train/mtp_2_loss": 6.0}
+    assert further_losses(Stats({"loss": 3.0}), mtp) == {}
