@@ -25,7 +25,7 @@ def dense_mask(sight: Sight) -> Tensor:
     for end in sight.documents[1:-1]:
         document[end:] += 1
     gap = torch.arange(length)[:, None] - torch.arange(length)[None]
-    seen = (gap >= 0) & (document[:, None] == document[None])
+    seen = ((gap >= 0) | (not sight.causal)) & (document[:, None] == document[None])
     return seen if sight.window is None else seen & (gap < sight.window)
 
 
@@ -38,7 +38,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 def random_sight(draw: random.Random, length: int) -> Sight:
     ends = sorted(draw.sample(range(1, length), draw.randint(0, min(5, length - 1))))
-    return Sight((0, *ends, length), draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length]))
+    window = draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length])
+    return Sight((0, *ends, length), window, causal=window is not None or draw.random() < 0.5)
 
 
 def tensors(length: int, heads: int, kv_heads: int, size: int = 6, value_size: int = 6, dtype=torch.float64):
@@ -89,6 +90,28 @@ def test_tiles_hold_each_visible_pair_once(seed: int) -> None:
     assert torch.equal(covered(plan_tiles(queries, keys, sight), length, length), mask[order].long())
     assert torch.equal(covered(plan_tiles(keys, queries, sight), length, length), mask[:, order].long())
     assert torch.equal(covered(plan_tiles(queries, queries, sight), length, length), mask[order][:, order].long())
+
+
+def test_full_sight_is_one_rectangle_for_each_document_and_padding_is_one() -> None:
+    row = (Span(0, 12),)
+    tiles = plan_tiles(row, row, row_sight(12, [0, 5, 9, 12], None, causal=False))  # three places of padding
+    assert [(t.kind, t.q_begin, t.q_end, t.k_begin, t.k_end) for t in tiles] == [
+        (FULL, 0, 5, 0, 5), (FULL, 5, 9, 5, 9), (FULL, 9, 12, 9, 12),
+    ]  # fmt: skip
+    halves = plan_tiles((Span(0, 4),), (Span(4, 12),), Sight((0, 12), causal=False))
+    assert [(t.q_begin, t.q_end, t.k_begin, t.k_end) for t in halves] == [(0, 4, 0, 8)]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 6])
+def test_a_row_that_sees_itself_whole(kv_heads: int) -> None:
+    q, k, v = tensors(33, 6, kv_heads)
+    sight = Sight((0, 33), causal=False)
+    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
+    causal = packed_attention(q, k, v, Sight((0, 33)))
+    assert (causal - want).abs().max() > 0.1
 
 
 def test_masked_tiles_are_not_computed() -> None:

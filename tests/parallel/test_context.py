@@ -46,14 +46,15 @@ class Case:
     window: int | None = None
     seed: int = 0
     value_size: int = SIZE  # of the values, as in latent attention
+    causal: bool = True
 
     @property
     def sight(self) -> Sight:
         if not self.packed:
-            return Sight((0, self.length), self.window)
+            return Sight((0, self.length), self.window, self.causal)
         draw = random.Random(self.seed)
         ends = sorted(draw.sample(range(1, self.length), draw.randint(1, 6)))
-        return Sight((0, *ends, self.length), self.window)
+        return Sight((0, *ends, self.length), self.window, self.causal)
 
 
 CASES = (
@@ -67,6 +68,8 @@ CASES = (
     Case(packed=True, seed=3, window=4),
     Case(heads=12, kv_heads=6, packed=True, seed=4),
     Case(value_size=10, packed=True, seed=6),
+    Case(causal=False),
+    Case(causal=False, packed=True, seed=7, kv_heads=1),
 )
 EIGHT = (Case(heads=8, length=48), Case(heads=8, length=48, packed=True, seed=5, window=7), Case(heads=8, kv_heads=8))
 
@@ -116,7 +119,7 @@ def attend(cp: int, kind: str, degree: int | None, cases: tuple[Case, ...], brok
         here = Context(mesh, kind, case.heads, degree)
         *leaves, direction = (here.local(x) for x in inputs(case))
         leaves = [x.requires_grad_() for x in leaves]
-        sight = here.sight(batch_of(case), case.window)
+        sight = here.sight(batch_of(case), case.window, case.causal)
         out = here.attend(*leaves, sight, case.window)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, direction)])
     return results
