@@ -15,6 +15,7 @@ from typing import NamedTuple
 from megallm.base.errors import InternalError
 
 ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest
+WASTE = 1 / 8  # of a bucket whose ranges hold whole matrices, at which it grows no further
 
 
 class Treatment(NamedTuple):
@@ -132,19 +133,25 @@ def plan_buckets(
     """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit); members are whole.
 
     Inside a bucket members that are treated alike lie together, those with most decay first, so that a shard has few
-    runs. A bucket of members with a `whole` grows until each of `shards` ranks can get as much as the largest one.
+    runs. A bucket of members with a `whole` grows until it can be divided nearly evenly; what is left over at the end
+    and cannot joins the bucket before it.
     """
     open_lists: dict[tuple, list[Member]] = {}
     closed: list[list[Member]] = []
     for member in members:
         group = open_lists.setdefault(member.route, [])
-        total, largest = sum(m.space for m in group), max((m.lump for m in group), default=0)
-        full = (total + member.space) * itemsize > bucket_bytes and total >= shards * largest
-        if group and (group[-1].unit != member.unit if by_unit else full):
+        full = group and (sum(m.space for m in group) + member.space) * itemsize > bucket_bytes
+        if group and (group[-1].unit != member.unit if by_unit else full and _even(group, shards)):
             closed.append(group)
             open_lists[member.route] = group = []
         group.append(member)
-    return [_bucket(group, shards) for group in closed + list(open_lists.values())]
+    for group in open_lists.values():
+        before = [other for other in closed if other[0].route == group[0].route]
+        if before and not by_unit and not _even(group, shards):
+            before[-1].extend(group)
+        else:
+            closed.append(group)
+    return [_bucket(group, shards) for group in closed]
 
 
 def _bucket(group: list[Member], shards: int) -> Bucket:
@@ -159,6 +166,12 @@ def _bucket(group: list[Member], shards: int) -> Bucket:
 
 
 # Members of which some elements must stay together
+
+
+def _even(group: list[Member], shards: int) -> bool:
+    """Whether equal ranges cost little: `WASTE` of the elements at most."""
+    total = sum(member.space for member in group)
+    return shards == 1 or not group[0].whole or _whole_bucket(group, shards).numel <= (1 + WASTE) * total
 
 
 def _whole_bucket(group: list[Member], shards: int) -> Bucket:
