@@ -1,4 +1,6 @@
-"""Training targets other than the next token: masked language modelling, several tokens ahead, masked diffusion. Pure.
+"""Training targets other than the next token: masked language modelling, masked diffusion. Pure.
+
+Labels of several tokens ahead follow from those of the next one (`losses.language`).
 
 Each function takes what a row holds and a key and returns arrays; which rank or worker calls it changes nothing.
 They are collators for the heads that need them: the arrays are named as a batch names them.
@@ -74,20 +76,6 @@ def word_starts_of(pieces: Sequence[str], boundary: str = "Ġ") -> np.ndarray:
         starts = np.array([piece.startswith(boundary) for piece in pieces], bool)
     starts[:1] = True
     return starts
-
-
-def tokens_ahead(tokens: np.ndarray, cu_seqlens: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """(labels int64 [depth, T], mask bool [depth, T]): row k - 1 holds the token k places ahead in the same document.
-
-    Where the document ends sooner, or in padding that `cu_seqlens` keeps apart, the label is 0 and the mask False
-    (multi-token prediction, DeepSeek-V3, arXiv 2412.19437; Gloeckle et al., arXiv 2404.19737).
-    """
-    tokens = np.asarray(tokens, np.int64)
-    length = len(tokens)
-    ends = np.repeat(np.asarray(cu_seqlens, np.int64)[1:], np.diff(cu_seqlens))
-    ahead = np.arange(length) + np.arange(1, depth + 1)[:, None]
-    mask = ahead < ends
-    return np.where(mask, tokens[np.minimum(ahead, length - 1)], 0), mask
 
 
 def diffuse_tokens(

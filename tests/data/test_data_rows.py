@@ -15,7 +15,7 @@ from megallm.base.errors import UsageError
 from megallm.data import fim, packing, tokenizer
 from megallm.data.batches import Share, StreamReader
 from megallm.data.fim import PLAIN, PSM, SPM, Rearranger, Sentinels
-from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, tokens_ahead, word_starts_of
+from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
 from megallm.data.plan import CONTEXT, Plan, Reading, Segment
 from megallm.data.source import Source
 from megallm.data.stream import Stream
@@ -238,20 +238,7 @@ def test_bad_shares_are_refused():
         MaskRule(4, 1000, masked=0.8, random=0.3)
 
 
-# Several tokens ahead, and diffusion.
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 4))
-def test_labels_ahead_stay_inside_documents(lengths, depth):
-    ends = np.cumsum([0, *lengths])
-    tokens = np.concatenate([1000 * (i + 1) + np.arange(n) for i, n in enumerate(lengths)])
-    labels, mask = tokens_ahead(tokens, ends, depth)
-    for k in range(1, depth + 1):
-        for at in range(len(tokens)):
-            document = int(np.searchsorted(ends, at, side="right")) - 1
-            inside = at + k < ends[document + 1]
-            assert mask[k - 1, at] == inside and labels[k - 1, at] == (tokens[at + k] if inside else 0)
+# Diffusion.
 
 
 def test_diffusion_masks_at_its_level_and_weighs_by_it():
