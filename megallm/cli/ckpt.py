@@ -1,4 +1,4 @@
-"""`megallm ckpt ls|show|verify|diff|dump`: look into checkpoints."""
+"""`megallm ckpt ls|show|verify|diff|dump|upcycle`: look into checkpoints, and give a dense one experts."""
 
 from __future__ import annotations
 
@@ -90,6 +90,27 @@ def _dump(args: argparse.Namespace) -> int:
     )
 
 
+def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    _one(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="the run folder to make")
+    parser.add_argument("--experts", required=True, type=int, metavar="N", help="copies of each feed-forward layer")
+    parser.add_argument("--top-k", type=int, default=2, metavar="N", help="experts of each token")
+    parser.add_argument("--first-dense", type=int, default=0, metavar="N", help="layers before the first with experts")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="from there on, every how many layers")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the routers' start")
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from megallm.convert.upcycle import UpcycleRequest, run
+
+    request = UpcycleRequest(
+        args.source, args.output, args.experts, args.top_k, args.first_dense, args.every, args.seed
+    )
+    done = run(request)
+    sizes = f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for a token"
+    return _out(args, done, [f"{done['output']}: {sizes}, {_gib(done['bytes'])}. Train it with --resume auto."])
+
+
 def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.3f} GiB" if size_bytes >= 1 << 28 else f"{size_bytes / 2**20:.2f} MiB"
 
@@ -105,4 +126,5 @@ COMMANDS = {
     "ckpt verify": Command(_one, _verify),
     "ckpt diff": Command(_diff_arguments, _diff),
     "ckpt dump": Command(_dump_arguments, _dump),
+    "ckpt upcycle": Command(_upcycle_arguments, _upcycle),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.config import load
-from megallm.base.errors import DataError, UsageError
+from megallm.base.errors import CannotWrite, DataError, UsageError
 from megallm.cli.table import Command
 from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
@@ -82,6 +82,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     request = request_of(args, prompts=tuple(_prompts(args)), batch=args.batch, output=args.json)
     layout = parse_layout(args.layout)
+    if request.output is not None:
+        _check_output(Path(request.output))
     world = world_size(None)
     if world is not None and world != layout.world:
         raise UsageError(
@@ -93,12 +95,29 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_output(path: Path) -> None:
+    """What can be seen before anything is generated; a full disk is only noticed at the end."""
+    if path.is_dir():
+        raise CannotWrite(f"Cannot write {path}: it is a folder; choose another name.")
+    if not path.absolute().parent.is_dir():
+        raise CannotWrite(f"Cannot write {path}: a folder on the way to it does not exist; create it first.")
+
+
+def _warn(text: str) -> None:
+    print(f"megallm: note: {text}", file=sys.stderr, flush=True)
+
+
 def parse_layout(text: str) -> Layout:
     """`"tp=2,pp=2"` -> Layout; the same rules as `layout.*` of a configuration."""
     config = load(LayoutConfig, None, [part for part in text.split(",") if part])
-    usual = dataclasses.replace(LayoutConfig(), tp=config.tp, pp=config.pp, dp=config.dp)
+    usual = dataclasses.replace(LayoutConfig(), tp=config.tp, pp=config.pp, dp=config.dp, ep=config.ep)
     if config != usual:
-        raise UsageError(f"--layout {text}: only tp, pp and dp can be chosen for generation.")
+        raise UsageError(f"--layout {text}: only tp, pp, dp and ep can be chosen for generation.")
+    if config.tp % config.ep:
+        raise UsageError(
+            f"--layout {text}: ep {config.ep} does not divide tp {config.tp}. Ranks that hold different experts decode "
+            "the same texts, so they are ranks of one tensor-parallel group."
+        )
     return config.grid()
 
 
@@ -160,7 +179,7 @@ def _rank(env: RankEnv, request: GenerateRequest, layout: Layout, printer: Print
     from megallm.parallel.mesh import Mesh
 
     with process_group(env) as device:
-        generate.run(request, Mesh.start(layout, device), printer)
+        generate.run(request, Mesh.start(layout, device), printer, _warn)
 
 
 COMMANDS = {"generate": Command(_arguments, _run)}

@@ -48,6 +48,7 @@ _ROWS = (
     ("ckpt verify", "ckpt", "read every byte of a checkpoint and compare its hashes"),
     ("ckpt diff", "ckpt", "compare two checkpoints bit by bit"),
     ("ckpt dump", "ckpt", "write a checkpoint's logical tensors to one safetensors file"),
+    ("ckpt upcycle", "ckpt", "make a mixture of experts of a dense checkpoint"),
     ("schedule", "schedule", "print, draw or trace what each pipeline rank does when"),
     ("oracle", "oracle", "compare parallel layouts with an independent reference in float64"),
     ("completion", "completion", "print the completion script of a shell: bash, zsh or fish"),

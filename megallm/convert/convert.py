@@ -215,7 +215,11 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         dtype = DTYPES[request.dtype] if request.dtype else reader.dtype
         if dtype not in PRECISIONS:
             raise UsageError(f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}.")
-        lazy = [Lazy(reader, name, reader.info(name)[0], dtype) for name in reader.names()]
+        state = reader.model.state_shapes()  # float32 whatever the weights are
+        lazy = [
+            Lazy(reader, name, reader.info(name)[0], torch.float32 if name in state else dtype)
+            for name in reader.names()
+        ]
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         spec = tokenizer_files.tokenizer_spec(reader.folder)
         meta = imported_meta(reader.model, dtype, spec if spec == BYTES else None)
@@ -228,7 +232,7 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
             notes.append(f"{reader.folder} has no {tokenizer_files.DEFINITION}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
-        nbytes = sum(prod(part.shape) * dtype.itemsize for part in lazy)
+        nbytes = sum(prod(part.shape) * part.itemsize for part in lazy)
         result = _result(request, reader.model.family, dtype, len(lazy), nbytes, notes)
         if request.verify:
             with Reader(step) as written:

@@ -21,6 +21,7 @@ from megallm.convert.weights import Source, whole_stage
 from megallm.models.build import place_parameters
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.heads import local_logits
+from megallm.models.router import Routers
 from megallm.ops.precision import wide_dtype
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
@@ -96,6 +97,8 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     for name, parameter, _ in named_shards(stage):
         storage[name] = torch.empty(parameter.shape, dtype=torch.float32)
         source.read_into(name, (0,) * parameter.dim(), storage[name])
+    for name, bias in Routers(model, mesh, {0: stage}).biases():
+        source.read_into(name, (0,), bias)
     place_parameters(stage, storage)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     embedded = stage.embed(tokens, positions)

@@ -50,8 +50,10 @@ class Source(Protocol):
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The full shape of each logical tensor of a resolved model, from the built model's own Shard records."""
-    return {name: tuple(shard.full) for name, _, shard in named_shards(whole_stage(model, Mesh.single("meta")))}
+    """The full shape of each logical tensor of a resolved model, from the built model's own Shard records, and of its
+    state beside parameters."""
+    shards = named_shards(whole_stage(model, Mesh.single("meta")))
+    return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
 
 def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:

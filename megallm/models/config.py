@@ -158,6 +158,15 @@ class ModelConfig:
         """Blocks with experts."""
         return sum(self.moe.has_experts(layer) for layer in range(self.num_blocks))
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a checkpoint holds of the model beside parameters, float32: the routers' selection biases."""
+        if not self.moe.selection_bias:
+            return {}
+        first_ahead = self.num_layers
+        places = [f"layers.{n}" if n < first_ahead else f"mtp.{n - first_ahead}.block" for n in range(self.num_blocks)]
+        layers = [place for n, place in enumerate(places) if self.moe.has_experts(n)]
+        return {f"{place}.moe.router.bias": (self.moe.num_experts,) for place in layers}
+
     @property
     def block_matrices(self) -> int:
         """Weights that a token meets in one block, on average over the blocks."""

@@ -39,6 +39,8 @@ def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
     engine = Engine(config, mesh)
     for name, _, box, tensor in engine.masters():
         source.read_into(name, box.offset, tensor)
+    for name, bias in engine.model.selection_biases():
+        source.read_into(name, (0,), bias)
     engine.parameters.publish()
     return engine
 
