@@ -53,3 +53,41 @@ class Stopwatch:
             return moment
         moment.synchronize()
         return self.begun + self.origin.elapsed_time(moment) / 1000.0
+
+
+class SideCopies:
+    """Copies to CPU memory and back, beside the computation: on a GPU through pinned memory, on a stream of their own.
+
+    On a CPU a copy away is a copy, and one back is nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def away(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Start copying; the tensor may be let go of at once."""
+        if self.stream is None:
+            return tensor.detach().clone()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(self.stream)
+        return host
+
+    def back(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying back; `arrived` makes the result usable."""
+        if self.stream is None:
+            return host, None
+        with torch.cuda.stream(self.stream):
+            tensor = host.to(self.device, non_blocking=True)
+            return tensor, self.stream.record_event()
+
+    def arrived(self, tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
+        """The tensor, for use on the current stream."""
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            tensor.record_stream(current)
+        return tensor

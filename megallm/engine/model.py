@@ -32,7 +32,8 @@ class ParallelModel:
         options = config.pipeline
         self.placement = place(options.schedule, mesh.pp.size, options.chunks)
         stage_options = StageOptions(
-            config.sp, config.recompute, config.cp_kind, config.cp_ulysses, config.fused_head
+            config.sp, config.recompute, config.cp_kind, config.cp_ulysses, config.fused_head,
+            config.recompute_modules, config.recompute_layers, config.offload,
         )  # fmt: skip
         self.stages = build_stages(config.model, mesh, stage_options, self.placement, options.stages)
         self.routers = Routers(config.model, mesh, self.stages) if config.model.moe.num_experts else None

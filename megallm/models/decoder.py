@@ -23,7 +23,9 @@ from megallm.ops.tiles import Sight
 from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.offload import Offload
 from megallm.parallel.recompute import recompute
+from megallm.parallel.remade import BLOCK, remade_parts
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, enter, sequence_partial
 from megallm.parallel.units import Units, run_unit
@@ -35,7 +37,8 @@ class StageOptions:
     """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none, selective, full.
 
     `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`). `fused_head`: auto, on
-    or off, whether the head's logits exist (`parallel.vocab.fuses`).
+    or off, whether the head's logits exist (`parallel.vocab.fuses`). `recompute_modules` are those of selective, and
+    `recompute_layers` the first blocks of a stage that are meant; with `offload` what blocks save waits in CPU memory.
     """
 
     sp: bool = False
@@ -43,6 +46,13 @@ class StageOptions:
     cp_kind: str = "ring"
     cp_ulysses: int | None = None
     fused_head: str = "auto"
+    recompute_modules: tuple[str, ...] = ("core", "activation")
+    recompute_layers: int | None = None
+    offload: bool = False
+
+    def remade(self, place: int) -> frozenset[str]:
+        """What is made again of the block at `place` of its stage."""
+        return remade_parts(self.recompute, self.recompute_modules, self.recompute_layers, place)
 
 
 Ready = Callable[[Tensor], Tensor]
@@ -84,7 +94,7 @@ class Stage(ShardedModule):
         super().__init__(mesh, options.sp)
         self.config, self.span = config, span
         self.units: Units | None = None
-        self.recompute_blocks = options.recompute == "full"
+        self.offload = Offload(mesh.device) if options.offload else None
         self.fused_head = options.fused_head
         self.context = Context(mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
@@ -101,7 +111,7 @@ class Stage(ShardedModule):
             self.embedding_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.layers = nn.ModuleDict(
             {
-                str(n): Block(config, mesh, self.sp, options.recompute, config.moe.has_experts(n))
+                str(n): Block(config, mesh, self.sp, options.remade(n - span.begin), config.moe.has_experts(n))
                 for n in range(span.begin, span.end)
             }
         )
@@ -111,7 +121,10 @@ class Stage(ShardedModule):
             self.head = build_head(config, mesh, self.sp)
         depths = range(config.mtp.depth if span.last else 0)
         self.mtp = nn.ModuleDict(
-            {str(n): FurtherToken(config, mesh, self.sp, options.recompute, config.num_layers + n) for n in depths}
+            {
+                str(n): FurtherToken(config, mesh, self.sp, options.remade(span.end + n - span.begin), span.end + n)
+                for n in depths
+            }
         )
 
     @property
@@ -141,6 +154,8 @@ class Stage(ShardedModule):
 
     def blocks(self, x: Tensor, places: Places, caches: list[LayerCache] | None = None) -> Tensor:
         """Run this stage's layers on this cp rank's tokens, which stand at `places`."""
+        if self.offload is not None:
+            self.offload.begin()
         for i, (number, block) in enumerate(self.layers.items()):
             cache = caches[i] if caches else None
             x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, places, cache)
@@ -160,7 +175,11 @@ class Stage(ShardedModule):
 
     def block(self, x: Tensor, block: Block, places: Places, cache: LayerCache | None) -> Tensor:
         """One block, its activations kept or made again."""
-        return recompute(self.recompute_blocks, block, x, places, cache)
+        again = BLOCK in block.remade
+        if self.offload is None or not torch.is_grad_enabled():
+            return recompute(again, block, x, places, cache)
+        with self.offload.block((*block.parameters(), places.cos, places.sin)):
+            return recompute(again, block, x, places, cache)
 
     def features(self, x: Tensor) -> Tensor:
         """Hidden states of the last block -> what the head's matrix is applied to, `[B, T/cp/tp or T/cp, D]`."""
@@ -235,7 +254,7 @@ class Stage(ShardedModule):
     ) -> Tensor:  # fmt: skip
         """One depth of multi-token prediction, its activations kept or made again."""
         embedded = None if tokens is None else self.embedding(tokens)
-        return recompute(self.recompute_blocks, depth, ready(x), embedded, places)
+        return recompute(BLOCK in depth.block.remade, depth, ready(x), embedded, places)
 
     def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
         return self.context.local(batch[name]) if name in batch else None

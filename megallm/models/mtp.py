@@ -28,7 +28,7 @@ class FurtherToken(ShardedModule):
     every tp rank and acts on the rank's own tokens.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recompute_mode: str, number: int) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, remade: frozenset[str], number: int) -> None:
         super().__init__(mesh)
         d, partial = config.hidden_size, sequence_partial(mesh, sp)
         self.projection = None
@@ -37,7 +37,7 @@ class FurtherToken(ShardedModule):
                 Norm(mesh, config.norm, d, config.norm_eps, partial) for _ in range(2)
             )
             self.projection = TokenLinear(mesh, (d, 2 * d), normal(config.init_std), False, sp)
-        self.block = Block(config, mesh, sp, recompute_mode, config.moe.has_experts(number))
+        self.block = Block(config, mesh, sp, remade, config.moe.has_experts(number))
         self.norm = final_norm(config, mesh, sp)
 
     def forward(self, x: Tensor, embedded: Tensor | None, places: Places) -> Tensor:

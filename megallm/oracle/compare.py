@@ -19,12 +19,14 @@ from megallm.engine.state import Piece
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.models.build import initial_values
+from megallm.ops.narrow import Fp8Options
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Rule, Trainer, masked_loss
 from megallm.oracle.reference_encoder import CLIP, loss_named
+from megallm.oracle.reference_fp8 import Fp8Loss
 from megallm.oracle.table import Row
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
@@ -150,6 +152,11 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
         sp=row.sp,
         precision="fp64",
         recompute=row.recompute,
+        recompute_modules=row.recompute_modules,
+        recompute_layers=row.recompute_layers,
+        offload=row.offload,
+        fused_head=row.fused_head,
+        fp8=Fp8Options(row.fp8) if row.fp8 else None,
         seed=row.seed,
         cp_kind=row.cp_kind,
         cp_ulysses=row.cp_ulysses,
@@ -199,6 +206,7 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         torch.equal(mine, theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
     loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
+    loss_of = Fp8Loss(row.fp8, row.layout.dp * row.micros) if row.fp8 else loss_of
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
     trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of)
     verdict.loss = verdict.grad_norm = 0.0

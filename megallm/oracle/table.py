@@ -120,6 +120,11 @@ class Row:
     cp_ulysses: int | None = None
     packed: bool = False  # rows of several documents, attention inside each; micro_batch is 1
     recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ("core", "activation")
+    recompute_layers: int | None = None
+    offload: bool = False
+    fused_head: str = "off"
+    fp8: str | None = None  # a recipe: the linears of the blocks compute in FP8, everything else in float64
     micros: int = 1
     micro_batch: int = 2
     seq_len: int = 8
@@ -222,6 +227,32 @@ ROWS: tuple[Row, ...] = (
     _row("tp2-sp-recompute-full", "tp=2,sp=1", recompute="full", model="qwen3"),
     _row("tp2-recompute-selective", "tp=2", recompute="selective", model="three-groups"),
     _row("pp2-recompute-full", "pp=2", micros=3, recompute="full", model="gpt2"),
+    _row("recompute-norm", recompute="selective", recompute_modules=("norm",), model="qwen3"),
+    _row("tp2-recompute-attention", "tp=2", recompute="selective", recompute_modules=("attention",)),
+    _row("tp2-sp-recompute-all-parts", "tp=2,sp=1", recompute="selective", recompute_modules=("attention", "mlp")),
+    _row("tp2-recompute-norm-mlp", "tp=2", recompute="selective", recompute_modules=("norm", "mlp", "core")),
+    _row("zb-h1-recompute-norm", "pp=2,schedule=zb-h1", recompute="selective", recompute_modules=("norm",), micros=3),
+    _row("zero3-dp2-recompute-one-layer", "dp=2,zero=3", recompute="full", recompute_layers=1, micros=2),
+    _row("offload", offload=True, micros=2),
+    _row("offload-tp2-sp-selective", "tp=2,sp=1", recompute="selective", offload=True),
+    _row("offload-pp2-recompute-full", "pp=2", "tied", recompute="full", offload=True, micros=3),
+    _row("offload-zero3-dp2", "dp=2,zero=3", "qwen3", offload=True, micros=2),
+    _row("offload-zb-v-cp2", "pp=2,cp=2,schedule=zb-v", offload=True, micros=3, overrides={"num_layers": 4}),
+    _row("fused-tp2", "tp=2", fused_head="on"),
+    _row("fused-tp2-sp", "tp=2,sp=1", "tied", fused_head="on"),
+    _row("fused-tp4-one-token", "tp=4", fused_head="on", mask="one"),
+    _row("fused-encoder-tp2-sp", "tp=2,sp=1", "bert", fused_head="on"),
+    _row("fused-pp2-tied", "pp=2", "tied", micros=3, fused_head="on"),
+    _row("fused-cp2-tp2", "cp=2,tp=2", fused_head="on"),
+    _row("fused-zb-h1-tied-tp2", "pp=2,tp=2,schedule=zb-h1", "tied", micros=3, fused_head="on"),
+    _row("fused-zero3-dp2", "dp=2,zero=3", "tied", micros=2, fused_head="on"),
+    _row("fp8", fp8="tensorwise", micros=2),
+    _row("fp8-tp2", "tp=2", "four-kv", fp8="tensorwise"),
+    _row("fp8-tp2-sp-biased", "tp=2,sp=1", "biased", fp8="tensorwise", recompute="full"),
+    _row("fp8-rowwise-tp2", "tp=2", "qwen3", fp8="rowwise"),
+    _row("fp8-rowwise-tp2-sp-zb-h1", "pp=2,tp=2,sp=1,schedule=zb-h1", "gpt2", fp8="rowwise", micros=3),
+    _row("fp8-cp2-tp2", "cp=2,tp=2", "four-kv", fp8="tensorwise"),
+    _row("fp8-zero3-dp2", "dp=2,zero=3", fp8="rowwise", micros=1),
     _row("packed", packed=True, micro_batch=1, micros=2),
     _row("cp2-ring", "cp=2"),
     _row("cp2-ulysses-one-kv", "cp=2,cp_kind=ulysses", "one-kv"),
@@ -395,6 +426,7 @@ CONTROLS: dict[str, str] = {
     "vocab.sum": "tp2",
     "vocab.label": "tp2",
     "head.outputs": "regression-tp2-sp",
+    "fp8.amax": "fp8-tp2",
     "cp.lse": "cp2-ring",
     "cp.kv_grads": "cp2-ring",
     "cp.heads": "cp2-ulysses-one-kv",

@@ -1,4 +1,4 @@
-"""Activation recomputation (arXiv 1604.06174): nothing random runs inside a block, so no RNG state is kept."""
+"""Activation recomputation (arXiv 1604.06174, 2205.05198). Nothing random runs in a block: no RNG state is kept."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-MODES = ("none", "selective", "full")
 
 
 def recompute(wanted: bool, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -16,3 +15,46 @@ def recompute(wanted: bool, function: Callable[..., Any], *inputs: Any) -> Any:
     if not wanted or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def remake(
+    wanted: bool, make: Callable[[Tensor], Tensor], x: Tensor, consume: Callable[..., Tensor], *rest: Any
+) -> Tensor:
+    """`consume(make(x), *rest)`; when wanted, `consume` keeps no copy of `make(x)`: the backward pass makes it again.
+
+    For a cheap `make` that keeps its input and not its output, such as a norm. What `consume` gathers from it over
+    tp is kept as it is.
+    """
+    y = make(x)
+    if not wanted or not torch.is_grad_enabled():
+        return consume(y, *rest)
+    held = _Remade(make, x.detach(), y)
+    with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
+        return consume(y, *rest)
+
+
+class _Remade:
+    """Stands in for one tensor in what autograd keeps; made once more however often it is asked for."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+        self.make, self.x, self.uses = make, x, 0
+        self.address, self.numel, self.dtype = y.data_ptr(), y.numel(), y.dtype
+        self.again: Tensor | None = None
+
+    def pack(self, tensor: Tensor) -> Tensor | torch.Size:
+        same = tensor.data_ptr() == self.address and tensor.numel() == self.numel and tensor.dtype == self.dtype
+        if not (same and tensor.is_contiguous()):
+            return tensor
+        self.uses += 1
+        return tensor.shape
+
+    def unpack(self, kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if self.again is None:
+            with torch.no_grad():
+                self.again = self.make(self.x)
+        again, self.uses = self.again, self.uses - 1
+        if not self.uses:
+            self.again = None
+        return again.view(kept)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megallm.models.config import ModelConfig
+from megallm.ops.narrow import Fp8Options, LossScaleOptions
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 
@@ -114,8 +115,14 @@ class TrainConfig:
     stop_at: int | None = None  # save and stop after this step; the schedule keeps the horizon of train.steps
     global_batch: int = 8  # samples per step over all ranks
     micro_batch: int = 1  # samples per forward pass of one rank
-    precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "fp32"  # bf16 keeps fp32 master weights
+    precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "fp32"  # the last three keep fp32 master weights
+    loss_scale: LossScaleOptions = field(default_factory=LossScaleOptions)  # fp16
+    fp8: Fp8Options = field(default_factory=Fp8Options)  # fp8: bf16 with linears in FP8
     recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
+    recompute_modules: tuple[Literal["norm", "attention", "core", "mlp", "activation"], ...] = ("core", "activation")
+    recompute_layers: int | None = None  # only the first so many of each pipeline stage; null: all
+    offload: bool = False  # what the blocks keep for the backward pass waits in CPU memory
+    fused_head: Literal["auto", "on", "off"] = "auto"  # the head's logits never exist; auto: where they would be large
     determinism: Literal["none", "tree"] = "none"  # tree: gradients summed in one fixed order whatever dp is
 
 

@@ -92,7 +92,13 @@ def engine_config(config: PretrainConfig) -> EngineConfig:
             zero.stage, zero.shard_size, zero.bf16_grads, zero.offload, tree=config.train.determinism == "tree"
         ),
         precision=config.train.precision,
+        fp8=config.train.fp8 if config.train.precision == "fp8" else None,
+        loss_scale=config.train.loss_scale,
         recompute=config.train.recompute,
+        recompute_modules=config.train.recompute_modules,
+        recompute_layers=config.train.recompute_layers,
+        offload=config.train.offload,
+        fused_head=config.train.fused_head,
         seed=config.run.seed,
     )
 

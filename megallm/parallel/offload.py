@@ -1,0 +1,102 @@
+"""What blocks keep for the backward pass waits in CPU memory, copied beside the computation and back before its use.
+
+A block's tensors leave as they are saved; when the backward pass first asks for one of them, those of the block before
+start to come back too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megallm.base.device import SideCopies
+
+MIN_BYTES = 1024  # a copy of less costs more than it frees
+
+
+class Offload:
+    """Of one pipeline stage; one microbatch's blocks run between two `begin`s."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.copies = SideCopies(device)
+        self.latest: weakref.ref[_Group] | None = None
+        self.bytes_away = 0  # copied so far, for whoever wants to know that it happens
+
+    def begin(self) -> None:
+        """The blocks of a microbatch follow."""
+        self.latest = None
+
+    @contextmanager
+    def block(self, staying: Iterable[Tensor | None]) -> Iterator[None]:
+        """What autograd saves inside leaves the device, but for memory of the `staying` tensors (weights, tables)."""
+        group = _Group(self, staying, self.latest)
+        with torch.autograd.graph.saved_tensors_hooks(group.pack, _unpack):
+            yield
+        group.close()
+        self.latest = weakref.ref(group)
+
+
+class _Away:
+    """One saved tensor in CPU memory; autograd holds it, and it holds its group."""
+
+    def __init__(self, group: _Group, tensor: Tensor) -> None:
+        self.group, self.uses = group, 0
+        self.host = group.owner.copies.away(tensor)
+        self.coming: tuple[Tensor, object] | None = None
+
+    def request(self) -> None:
+        if self.coming is None:
+            self.coming = self.group.owner.copies.back(self.host)
+
+    def take(self) -> Tensor:
+        self.request()
+        tensor = self.group.owner.copies.arrived(*self.coming)
+        self.uses -= 1
+        if self.uses <= 0:
+            self.coming = None
+        return tensor
+
+
+class _Group:
+    """The saved tensors of one block; a tensor that is saved twice leaves once."""
+
+    def __init__(self, owner: Offload, staying: Iterable[Tensor | None], before: weakref.ref[_Group] | None) -> None:
+        self.owner, self.before = owner, before
+        self.staying = {x.untyped_storage().data_ptr() for x in staying if x is not None}
+        self.saved: dict[tuple, tuple[Tensor, _Away]] = {}  # the tensors too, or their memory would be given to others
+        self.members: weakref.WeakSet[_Away] = weakref.WeakSet()
+
+    def pack(self, tensor: Tensor) -> Tensor | _Away:
+        if tensor.nbytes < MIN_BYTES or tensor.untyped_storage().data_ptr() in self.staying:
+            return tensor
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in self.saved:
+            away = _Away(self, tensor)
+            self.saved[key] = (tensor, away)
+            self.members.add(away)
+            self.owner.bytes_away += tensor.nbytes
+        away = self.saved[key][1]
+        away.uses += 1
+        return away
+
+    def close(self) -> None:
+        """The block has run."""
+        self.saved.clear()
+
+    def request(self) -> None:
+        for away in self.members:
+            away.request()
+
+
+def _unpack(kept: Tensor | _Away) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    kept.group.request()
+    before = kept.group.before and kept.group.before()
+    if before is not None:
+        before.request()
+    return kept.take()
