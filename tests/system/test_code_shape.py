@@ -50,10 +50,11 @@ FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
     "base.", "cli.", "data.", "training.config", "training.validate", "training.nearest", "training.reading",
+    "training.optimizing",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
-    "optim.config", "optim.lr",
+    "optim.config", "optim.lr", "optim.groups", "optim.rules",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
