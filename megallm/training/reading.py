@@ -70,29 +70,29 @@ def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]
         yield sentence, {"data.fim.form": "document"}
 
 
-def objective_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[tuple[str, str, tuple[dict, ...]]]:
-    """(rule, sentence, remedies) about what `data.objective` and the resolved model do not have in common."""
+def objective_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
+    """(sentence, remedies) about what `data.objective` and the resolved model do not have in common."""
     data, ahead = config.data, config.data.objective == objective.NEXT_TOKEN
     if model.head not in VOCABULARY_HEADS:
         sentence = f"model.head {model.head} gives no probabilities of tokens, which megallm pretrain learns."
-        yield "head", sentence, ({"model.head": "lm" if ahead else "mlm", "model.num_labels": None},)
+        yield sentence, ({"model.head": "lm" if ahead else "mlm", "model.num_labels": None},)
     if ahead and not model.causal:
         sentence = "model.causal is false: the model sees the next token, which data.objective next_token has it "
         sentence += "predict. Hide tokens instead, or look back only."
-        yield "objective", sentence, ({"data.objective": "mlm"}, {"model.causal": True})
+        yield sentence, ({"data.objective": "mlm"}, {"model.causal": True})
     elif not ahead and model.causal:
         sentence = f"data.objective {data.objective} hides tokens that both sides tell about, but model.causal is "
         sentence += "true: the model looks back only."
-        yield "objective", sentence, ({"model.causal": False}, {"data.objective": "next_token"})
+        yield sentence, ({"model.causal": False}, {"data.objective": "next_token"})
     if not ahead and uses_fim(config):
         sentence = f"data.fim.rate rearranges texts for data.objective next_token, not for {data.objective}."
         quiet = tuple(replace(segment, fim_rate=None) for segment in data.segments)
-        yield "objective_fim", sentence, ({"data.fim.rate": 0.0, "data.segments": quiet},)
+        yield sentence, ({"data.fim.rate": 0.0, "data.segments": quiet},)
     masking = data.masking
     if masking.masked + masking.random > 1:
         sentence = f"data.masking.masked {masking.masked:g} and data.masking.random {masking.random:g} are shares of "
         sentence += "the same tokens: together at most 1."
-        yield "masking", sentence, ({"data.masking.random": round(1 - masking.masked, 12)},)
+        yield sentence, ({"data.masking.random": round(1 - masking.masked, 12)},)
 
 
 def uses_fim(config: PretrainConfig) -> bool:

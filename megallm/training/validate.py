@@ -22,11 +22,12 @@ from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
 from megallm.models.stages import parse_stages
 from megallm.optim.config import CHOICES as OPTIM_CHOICES
+from megallm.optim.config import OptimConfig, unused
+from megallm.optim.groups import pattern_problem
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
 from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
-from megallm.training.optimizing import optimizer_faults
 from megallm.training.reading import objective_faults, segment_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
@@ -277,8 +278,48 @@ def _sources(config: PretrainConfig) -> Iterator[Problem]:
 
 
 def _optimizer(config: PretrainConfig) -> Iterator[Problem]:
-    for rule, sentence, fixes in optimizer_faults(config):
-        yield Problem(rule, sentence, fixes)
+    optim, steps = config.optim, config.train.steps
+    if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
+        sentence = f"optim.betas are {list(optim.betas)}; each must be at least 0 and less than 1."
+        yield Problem("betas", sentence, ({"optim.betas": None},))
+    if optim.rule in OPTIM_CHOICES["rule"] and optim.schedule in OPTIM_CHOICES["schedule"]:
+        yield from _optimizer_keys(optim)
+    if steps >= 1 and optim.warmup_steps >= steps:
+        sentence = f"optim.warmup_steps {optim.warmup_steps} must be less than train.steps {steps}."
+        fixes = ({"optim.warmup_steps": steps - 1}, {"train.steps": optim.warmup_steps + 1})
+        yield Problem("warmup", sentence, fixes)
+    stop_at = config.train.stop_at
+    if stop_at is not None and stop_at > steps >= 1:
+        sentence = f"train.stop_at {stop_at} lies beyond train.steps {steps}."
+        yield Problem("stop_at", sentence, ({"train.stop_at": steps}, {"train.steps": stop_at}))
+
+
+def _optimizer_keys(optim: OptimConfig) -> Iterator[Problem]:
+    """Which keys the rule and the schedule read, and how they go together."""
+    for key, who, reads in unused(optim):
+        sentence = (
+            f"optim.{key} is given, but optim.{who} does not read it; it reads {', '.join(reads) or 'no such key'}."
+        )
+        yield Problem("unused", sentence, ({f"optim.{key}": None},))
+    full = optim.resolve()
+    if full.lr is not None and full.min_lr > full.lr > 0:
+        sentence = f"optim.min_lr {full.min_lr:g} is greater than optim.lr {full.lr:g}."
+        yield Problem("min_lr", sentence, ({"optim.min_lr": full.lr}, {"optim.lr": full.min_lr}))
+    if full.nesterov and full.momentum == 0:
+        sentence = "optim.nesterov looks ahead along a momentum, but optim.momentum is 0."
+        yield Problem("nesterov", sentence, ({"optim.nesterov": False}, {"optim.momentum": 0.9}))
+    for number, group in enumerate(optim.groups):
+        at, values = f"optim.groups[{number}]", list(optim.groups)
+        trouble = pattern_problem(group.match)
+        if trouble is not None:
+            yield Problem(
+                "groups", f"{at}.match {trouble}.", ({"optim.groups": (*values[:number], *values[number + 1 :])},)
+            )
+        for key, value in (("lr_scale", group.lr_scale), ("weight_decay", group.weight_decay)):
+            if value is not None and value < 0:
+                values[number] = dataclasses.replace(values[number], **{key: 0.0})
+                sentence = f"{at}.{key} is {value:g}; it must be at least 0."
+                yield Problem("groups", sentence, ({"optim.groups": tuple(values)},))
 
 
 # Rules between the model, the layout and the batch.
@@ -474,8 +515,8 @@ def _world(facts: Facts) -> Iterator[Problem]:
 
 
 def _objective(facts: Facts) -> Iterator[Problem]:
-    for rule, sentence, fixes in objective_faults(facts.config, facts.model):
-        yield Problem(rule, sentence, fixes)
+    for sentence, fixes in objective_faults(facts.config, facts.model):
+        yield Problem("objective", sentence, fixes)
 
 
 def _vocabulary(facts: Facts) -> Iterator[Problem]:
@@ -500,7 +541,7 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _further: ("model.mtp.depth", "data.seq_len"),
     _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
     _vocabulary: ("model.vocab_size",),
-    _objective: ("data.masking.masked", "data.masking.random", "data.fim.rate"),
+    _objective: ("data.masking.masked", "data.masking.random", "data.fim.rate", "model.head"),
 }
 LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "context", "schedule")
 _DEFAULTS = PretrainConfig()
