@@ -155,7 +155,7 @@ class Muon:
 
     def _orthogonal(self, x: Tensor) -> Tensor:
         """Jordan's quintic on x / |x|, without its shortcut for tall matrices: X X^T X is (X X^T) X and X (X^T X)."""
-        x = x / x.square().sum().sqrt()
+        x = x / max(float(x.square().sum().sqrt()), 1e-7)  # experts that no token chose have no gradient
         for _ in range(self.steps):
             cube = x @ x.T @ x
             x = 3.4445 * x - 4.7750 * cube + 2.0315 * (x @ x.T @ cube)

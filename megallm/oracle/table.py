@@ -13,6 +13,7 @@ from megallm.models.config import ModelConfig
 from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
+from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -289,27 +290,7 @@ ROWS: tuple[Row, ...] = (
     _row("tree-dp2", "dp=2", "tied", micros=4, tree=True),
     _row("tree-dp4-zero1", "dp=4,zero=1", micros=2, tree=True),
     _row("tree-dp2-tp2-pp2-sp", "dp=2,tp=2,pp=2,sp=1", "tied", micros=2, tree=True),
-    _row("muon-tp2", "tp=2", "biased", rule="muon"),
-    _row("muon-tp2-uneven-ffn", "tp=2", rule="muon", overrides={"ffn_hidden_size": 27}),
-    _row("muon-tp4-sp-two-kv", "tp=4,sp=1", rule="muon"),
-    _row("muon-zero1-dp2", "dp=2,zero=1", rule="muon", micros=2),
-    _row("muon-zero1-hybrid-dp4", "dp=4,zero=1", "tied", rule="muon", shard_size=2),
-    _row("muon-zero2-dp2-tp2", "dp=2,tp=2,zero=2", rule="muon", micros=2, overrides={"ffn_hidden_size": 27}),
-    _row("muon-zero3-dp2", "dp=2,zero=3", "tied", rule="muon", micros=2, recompute="full"),
-    _row("muon-zero3-dp3-cp2", "dp=3,cp=2,zero=3", rule="muon", micros=1),
-    _row("muon-pp2-tied", "pp=2", "tied", rule="muon", micros=3),
-    _row("adafactor", rule="adafactor", clip=0.0),
-    _row("adafactor-tp2", "tp=2", "biased", rule="adafactor"),
-    _row("adafactor-tp4-sp-two-kv", "tp=4,sp=1", "qwen2", rule="adafactor"),
-    _row("adafactor-zero1-dp2", "dp=2,zero=1", rule="adafactor", micros=2),
-    _row("adafactor-zero2-dp2-tp2", "dp=2,tp=2,zero=2", "three-groups", rule="adafactor", micros=2),
-    _row("adafactor-zero3-dp3-tied-pp2", "dp=3,pp=2,zero=3", "tied", rule="adafactor", micros=2),
-    _row("sgd-zero1-dp2-tp2", "dp=2,tp=2,zero=1", "biased", rule="sgd", micros=2),
-    _row("adagrad-zero2-dp2", "dp=2,zero=2", rule="adagrad", micros=2),
-    _row("rmsprop-tp2-sp", "tp=2,sp=1", "gpt2", rule="rmsprop"),
-    _row("adam-zero1-dp3-tied-pp2", "dp=3,pp=2,zero=1", "tied", rule="adam", micros=2),
-    _row("lion-zero3-dp2-tp2", "dp=2,tp=2,zero=3", rule="lion", micros=2),
-    *(_row(name, layout, model, **rest) for name, layout, model, rest in LATENT_ROWS + EXPERT_ROWS),
+    *(_row(name, layout, model, **rest) for name, layout, model, rest in LATENT_ROWS + EXPERT_ROWS + RULE_ROWS),
 )
 
 # For every reduction a small row in which leaving it out must show.
@@ -342,6 +323,7 @@ CONTROLS: dict[str, str] = (
     }
     | LATENT_CONTROLS
     | EXPERT_CONTROLS
+    | RULE_CONTROLS
 )
 
 
