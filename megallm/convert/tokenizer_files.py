@@ -85,7 +85,8 @@ def _is_byte_tokenizer(definition: dict[str, Any]) -> bool:
         return False
     plain = splitter.get("type") == "ByteLevel" and splitter.get("add_prefix_space") is False
     numbers = dict(_vocabulary(definition))
-    return plain and definition.get("normalizer") is None and numbers == _byte_vocabulary() | {END_OF_TEXT: 256}
+    plain = plain and definition.get("normalizer") is None and definition.get("post_processor") is None
+    return plain and numbers == _byte_vocabulary() | {END_OF_TEXT: 256}
 
 
 def _byte_vocabulary() -> dict[str, int]:

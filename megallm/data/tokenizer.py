@@ -154,6 +154,13 @@ class FolderTokenizer:
         _check_sound(text)
         return (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
 
+    @cached_property
+    def opening(self) -> list[int]:
+        """Ids that the definition's template puts before a text (a Llama's `<s>`); most tokenizers have none."""
+        bare, whole = (self._special.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        begins = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+        return whole[: next(begins, 0)]
+
     @property
     def added_tokens(self) -> list[dict[str, Any]]:
         """The added tokens of the definition, special or not."""

@@ -13,11 +13,12 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
+from megallm.convert.convert import IMPORTED
 from megallm.convert.folder import is_model_folder, read_json
 from megallm.convert.tokenizer_files import GENERATION
 from megallm.convert.weights import Cast, HfReader
 from megallm.data import tokenizer
-from megallm.data.tokenizer import BYTES, Tokenizer
+from megallm.data.tokenizer import BYTES, FolderTokenizer, Tokenizer
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
@@ -35,13 +36,14 @@ Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whet
 class Loaded:
     """A model ready to generate: this rank's weights, the tokenizer, the ids that end a text.
 
-    `folder` is where a chat template and a generation_config.json would be.
+    `folder` is where a chat template and a generation_config.json would be, `opening` what stands before a prompt.
     """
 
     generator: Generator
     words: Tokenizer
     ends: frozenset[int]
     folder: Path | None
+    opening: tuple[int, ...] = ()
 
     def job(self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()) -> Job:
         """One text to continue as the request says, which also ends before any of `stops`."""
@@ -49,18 +51,26 @@ class Loaded:
         return Job(number, tokens, Answer(ending, self.words, tokens))
 
 
-def run(request: GenerateRequest, mesh: Mesh, show: Show | None = None) -> list[Row]:
+def run(
+    request: GenerateRequest, mesh: Mesh, show: Show | None = None, warn: Callable[[str], None] | None = None
+) -> list[Row]:
     """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the prompts' order.
 
     Data-parallel ranks share the prompts out. Rank 0 passes text to `show` as it becomes certain, and writes the
-    rows to `request.output`. Collective over the world; other ranks get the rows of their own replica.
+    rows to `request.output`; `warn` is told of its prompts that are longer than the model knows. Collective over the
+    world; other ranks get the rows of their own replica.
     """
     loaded = load(request, mesh)
     mine = range(mesh.dp.rank, len(request.prompts), mesh.dp.size)
     jobs = []
     for number in mine:
-        tokens = loaded.words.encode(request.prompts[number]) or [min(loaded.ends)]
+        tokens = [*loaded.opening, *loaded.words.encode(request.prompts[number])] or [min(loaded.ends)]
         jobs.append(loaded.job(number, tokens, request))
+    if warn is not None and mesh.rank == 0:
+        for job in jobs:
+            known = loaded.generator.model.config.model.max_positions
+            if job.most > known:
+                warn(f"prompt {job.number + 1} may reach position {job.most}; the model was made for {known}")
 
     def listen(job: Job) -> None:
         show(job.number, job.answer.fresh(), job.answer.done)
@@ -91,6 +101,7 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
     """The model of `request.model` at this mesh's layout; each rank reads its own pieces. Collective over the world."""
     with open_model(request.model) as reader:
         config = model_config(reader)
+        _check_model(config.model, mesh.tp.size)
         source: Any = reader
         if request.precision not in (None, config.precision):
             config = dataclasses.replace(config, precision=request.precision)
@@ -98,9 +109,24 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         model = ParallelModel.load(config, mesh, source)
         spec = find_tokenizer(reader)
         folder = reader.folder if isinstance(reader, HfReader) else None if spec == BYTES else Path(spec)
+        imported = isinstance(reader, HfReader) or reader.meta.get("kind") == IMPORTED
     words = tokenizer.load(spec)
     ends = end_tokens(words, folder)
-    return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder)
+    opening = opening_tokens(words) if imported else ()
+    return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder, opening)
+
+
+def _check_model(model: ModelConfig, tp: int) -> None:
+    """Only causal language models continue texts; a tensor-parallel rank holds whole heads, as in training."""
+    if not model.causal or model.head != "lm":
+        seen = "only what came before" if model.causal else "the whole text"
+        raise UsageError(
+            f"--model: this model has the head {model.head} and its tokens see {seen}; only causal language models "
+            "(model.causal true, model.head lm) generate text."
+        )
+    if model.num_heads % tp:
+        fits = ", ".join(str(n) for n in range(1, model.num_heads + 1) if model.num_heads % n == 0)
+        raise UsageError(f"--layout: tp {tp} does not divide the {model.num_heads} heads of the model; choose {fits}.")
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:
@@ -157,6 +183,14 @@ def find_tokenizer(reader: Reader | HfReader) -> str:
     if isinstance(reader, Reader) and kept.is_dir():
         return str(kept)
     return reader.meta.get("tokenizer") or BYTES
+
+
+def opening_tokens(words: Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer's own template puts before a text, such as a Llama's `<s>`, as `transformers` does.
+
+    Only for models that come from a Hugging Face folder: the rows that megallm trains on have no such tokens.
+    """
+    return tuple(words.opening) if isinstance(words, FolderTokenizer) else ()
 
 
 def end_tokens(words: Tokenizer, folder: Path | None) -> frozenset[int]:

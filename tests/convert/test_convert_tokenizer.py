@@ -38,6 +38,9 @@ def test_bytes_as_a_folder(tmp_path):
         lambda d: d["model"]["vocab"].update(a=98, b=97),
         lambda d: d["model"].update(merges=["a b"]),
         lambda d: d.update(normalizer={"type": "NFC"}),
+        lambda d: d.update(
+            post_processor={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+        ),
         lambda d: d["added_tokens"].clear(),
         lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
     ],

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
 from megallm.base.errors import UsageError
 from megallm.cli.generate import Printer
+from megallm.cli.main import main
 from megallm.convert.tokenizer_files import write_byte_tokenizer
 from megallm.inference import cache as cache_module
 from megallm.inference import generate, sampling
@@ -21,6 +26,7 @@ from megallm.parallel.mesh import Mesh
 from tests.convert.tiny import case, make
 from tests.inference.tiny import END, continue_all, make_model, prompts
 from tests.ranks import run_ranks
+from tests.system.commands import megallm
 
 GREEDY = Sampling(max_new_tokens=14, temperature=0.0)
 DRAWN = Sampling(max_new_tokens=14, temperature=1.1, top_k=40, top_p=0.9, seed=7, repetition_penalty=1.3)
@@ -127,7 +133,7 @@ def test_a_mask_that_shows_other_rows_ends_is_noticed(models, monkeypatch):
     assert same_as_alone(models("gpt2"))
     real = cache_module.attend_rows
     monkeypatch.setattr(
-        cache_module, "attend_rows", lambda q, k, v, n, window=None: real(q, k, v, n.fill_(int(n.max())), window)
+        cache_module, "attend_rows", lambda q, k, v, n, *rest: real(q, k, v, n.fill_(int(n.max())), *rest)
     )
     assert not same_as_alone(models("gpt2"))
 
@@ -203,6 +209,58 @@ def test_prompts_that_cannot_run_are_refused_before_any_does(models):
     assert "need 130 positions; this model learned 128" in refused(models("gpt2"), [[1, 2]], 128)
     assert "token 300" in refused(models("llama"), [[300]], 4)
     assert refused(models("llama"), [[1, 2]], 4) == ""
+
+
+def test_heads_that_tp_does_not_divide_are_refused_with_the_sizes_that_fit(models, tmp_path):
+    done = megallm("generate", "--model", models("llama"), "--prompt", "ab", "--layout", "tp=3", cwd=tmp_path)
+    assert done.code == 2 and "tp 3 does not divide the 4 heads of the model; choose 1, 2, 4." in done.err
+    assert "Traceback" not in done.err
+
+
+def test_models_that_do_not_continue_texts_are_refused(models):
+    with generate.open_model(models("llama")) as reader:
+        model = generate.model_config(reader).model
+    for change in ({"causal": False}, {"head": "classification", "num_labels": 3}, {"head": "none"}):
+        with pytest.raises(UsageError, match="only causal language models"):
+            generate._check_model(replace(model, **change), 1)
+    generate._check_model(model, 2)
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_generated(models, tmp_path, capsys):
+    for output, words in ((tmp_path / "no/rows.jsonl", "does not exist"), (tmp_path, "it is a folder")):
+        assert main(["generate", "--model", "nowhere", "--prompt", "ab", "--json", str(output)]) == 73
+        assert words in capsys.readouterr().err
+
+
+def test_prompts_begin_as_the_tokenizer_of_the_folder_wants(models, tmp_path):
+    """A Llama's `<s>`: transformers puts it before a text, and so do we; a run of our own has none in its data."""
+    import transformers
+
+    folder = Path(shutil.copytree(models("llama"), tmp_path / "hf"))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    assert generate.load(GenerateRequest(str(folder)), Mesh.single()).opening == ()
+    begin = {"<s>": {"id": "<s>", "ids": [7], "tokens": ["<s>"]}}
+    definition["post_processor"] = {
+        "type": "TemplateProcessing", "special_tokens": begin, "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("ab", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[7, 97, 98]]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made = theirs.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=END)[0, 3:].tolist()
+    request = GenerateRequest(str(folder), ("ab", ""), 9)
+    rows = generate.run(request, Mesh.single())
+    assert rows[0]["tokens"] == made
+    request = GenerateRequest(models("llama"), ("ab",), 9)
+    assert generate.run(request, Mesh.single())[0]["tokens"] != made  # the control: without it something else
+
+
+def test_texts_longer_than_the_model_knows_are_told(models):
+    told: list[str] = []
+    request = GenerateRequest(models("llama"), ("ab", "x" * 130), 4)
+    rows = generate.run(request, Mesh.single(), None, told.append)
+    assert len(rows) == 2 and told == ["prompt 2 may reach position 134; the model was made for 128"]
 
 
 def run_request(request: GenerateRequest, layout: Layout) -> tuple[list, list]:

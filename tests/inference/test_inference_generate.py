@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def naive(name: str, step: str, sampling: Sampling) -> list[Completion]:
         text, log_probs = list(prompt), []
         for _ in range(NEW):
             tokens = torch.tensor([text])
-            logits = reference.forward(vars(model_of(name)), weights, tokens, torch.arange(len(text))[None])[0, -1]
+            logits = reference.forward(asdict(model_of(name)), weights, tokens, torch.arange(len(text))[None])[0, -1]
             token, log_prob = choose(logits, sampling, number, len(text))
             log_probs.append(log_prob)
             text.append(token)
