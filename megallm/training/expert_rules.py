@@ -46,7 +46,7 @@ def layout_faults(config: PretrainConfig, model: ModelConfig, dp: int) -> Iterat
     ranks, ep = dp * layout.cp * layout.tp, layout.ep
     if ep > 1 and not experts:
         sentence = f"layout.ep is {ep}, but the model has no experts (model.moe.num_experts 0)."
-        yield sentence, ({"layout.ep": 1}, {"model.moe.num_experts": ep})
+        yield sentence, ({"layout.ep": 1}, *(({"model.moe.num_experts": ep},) if ranks % ep == 0 else ()))
         return
     if ranks % ep:
         sentence = f"layout.ep {ep} does not divide the {ranks} ranks of a pipeline stage, dp {dp} x cp {layout.cp} x "
