@@ -16,6 +16,7 @@ from megallm.base.version import VERSION
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv, detect, thread_count
 from megallm.launch.local import run_ranks
+from megallm.ops import backends
 
 REQUIRED = ("torch", "numpy", "pyyaml", "safetensors", "xxhash", "tokenizers", "rich", "matplotlib", "zstandard")
 OPTIONAL = {
@@ -23,8 +24,6 @@ OPTIONAL = {
     "pyarrow": "Parquet input of `megallm preprocess`",
     "transformers": "comparison with Hugging Face models",
     "triton": "GPU kernels",
-    "transformer-engine": "FP8 on GPUs",
-    "flash-attn": "attention on GPUs",
 }
 
 
@@ -54,11 +53,18 @@ def examine() -> dict[str, Any]:
         "threads_of_one_rank": thread_count(1),
         "required": required,
         "optional": {name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()},
+        "backends": {name: _backend(name) for name in backends.BACKENDS},
         "extension": {"name": status.name, "loaded": status.loaded, "detail": status.detail},
         "gpus": _gpus() if required.get("torch") else [],
         "launcher": "local" if env is None else env.launcher,
         "gloo": gloo,
     }
+
+
+def _backend(name: str) -> dict[str, str | None]:
+    """A row of the table of optional libraries, and the version found."""
+    backend = backends.BACKENDS[name]
+    return {"version": backends.version(name), "replaces": backend.replaces, "key": backend.key or None}
 
 
 def check_gloo() -> str:
@@ -103,6 +109,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"  {name:<20} {version or 'MISSING'}" for name, version in found["required"].items()]
     for name, entry in found["optional"].items():
         lines.append(f"  {name:<20} {entry['version'] or '-':<12} (optional: {entry['for']})")
+    for name, entry in found["backends"].items():
+        key = f", asked for by {entry['key']}" if entry["key"] else ", not used yet"
+        lines.append(f"  {name:<20} {entry['version'] or '-':<12} (optional backend: {entry['replaces']}{key})")
     ext = found["extension"]
     lines.append(f"extension {ext['name']}: {'loaded' if ext['loaded'] else 'not loaded'}, {ext['detail']}")
     lines.append(f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megallm.ops.narrow import Fp8Options
 from megallm.ops.norm import layer_norm, rms_norm
+from megallm.ops.te_linear import TeLinear
 from megallm.parallel import comm
 from megallm.parallel.fp8 import Fp8Linear, fp8_linear
 from megallm.parallel.linear import WeightQueue, linear
@@ -40,9 +41,12 @@ class ShardedModule(nn.Module):
         self.shards: dict[str, Shard] = {}
         self.later: WeightQueue | None = None
         self.fp8: Fp8Linear | None = None
+        self.te: TeLinear | None = None
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`, `[..., in] -> [..., out]`, in FP8, with the weight gradient put off, where asked."""
+        if self.te is not None:
+            return self.te(x, weight, bias)
         if self.fp8 is not None:
             return fp8_linear(x, weight, bias, self.fp8, self.later)
         return linear(x, weight, bias, self.later)
@@ -55,10 +59,13 @@ class ShardedModule(nn.Module):
 
 
 def use_fp8(model: nn.Module, options: Fp8Options) -> dict[str, Fp8Linear]:
-    """Let every linear of `model` compute in FP8; by the name of its weight."""
+    """Let every linear of `model` compute in FP8; ours by the name of its weight, none of Transformer Engine's."""
     made = {}
     for name, module in model.named_modules():
         if isinstance(module, ColumnLinear | TokenLinear | RowLinear):
+            if options.backend == "transformer_engine":
+                module.te = TeLinear(options, module.mesh.tp.group)
+                continue
             module.fp8 = made[f"{name}.weight"] = Fp8Linear(options, module.divided, module.mesh.device)
     return made
 

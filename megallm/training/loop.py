@@ -125,7 +125,9 @@ class Loop:
 
     def _watch(self, stats: StepStats, step: int) -> None:
         """Refuse to go on with numbers that are not finite."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if stats.skipped else 0
+        # A loss scale that is too large is made smaller step by step, and has an end of its own (LossScaler.check).
+        alone = stats.skipped and stats.loss_scale is None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if alone else 0
         if stats.skipped:
             self.recorder.event("skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm))
         if self.skipped_in_a_row >= MAX_SKIPPED:
@@ -150,6 +152,8 @@ class Loop:
             "mem/peak_gib": peak_memory_gib(self.mesh.device),
         }
         row |= further_losses(stats, self.config.model.mtp) | stats.metrics
+        if stats.loss_scale is not None:
+            row["train/loss_scale"] = stats.loss_scale
         if self.peak_flops is not None:
             flops = self.config.model.num_flops(self.config.data.seq_len) * tokens
             row["perf/mfu"] = flops / seconds / self.peak_flops

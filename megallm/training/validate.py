@@ -22,20 +22,19 @@ from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
 from megallm.models.stages import parse_stages
 from megallm.optim.config import CHOICES as OPTIM_CHOICES
-from megallm.optim.config import OptimConfig, unused
-from megallm.optim.groups import pattern_problem
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
+from megallm.training.expert_rules import layout_faults, size_faults
+from megallm.training.narrow_rules import narrow_faults
 from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
+from megallm.training.optimizing import optimizer_faults
 from megallm.training.reading import objective_faults, segment_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
 
 # What each key may be today. A row leaves this table when the code behind it arrives.
 AVAILABLE: dict[str, tuple[Any, ...]] = {
-    "layout.ep": (1,),
-    "train.precision": ("fp32", "bf16", "fp64"),
 }
 
 
@@ -100,7 +99,7 @@ def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int
 def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None = None) -> list[Problem]:
     """All broken rules. Rules about the model's sizes are left out while the model itself cannot be resolved."""
     problems = [*_ranges(config, world), *_choices(config), *_available(config), *_split(config)]
-    problems += [*_sources(config), *_segments(config), *_optimizer(config)]
+    problems += [*_sources(config), *_segments(config), *_optimizer(config), *_expert_sizes(config)]
     broken = {problem.key for problem in problems}
     try:
         facts = _facts(config, world, tokenizer_vocab)
@@ -182,9 +181,20 @@ RANGES: dict[str, Range] = {
     "data.fim.spm": Range(low=0, high=1),
     **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
     "zero.shard_size": _COUNT,
+    "train.recompute_layers": _COUNT,
+    "train.loss_scale.initial": Range(low=2**-14, high=2**24),
+    "train.loss_scale.minimum": Range(above=0),
+    **{f"train.{name}": Range(low=1, high=10**6) for name in ("loss_scale.growth_steps", "fp8.history")},
+    "train.fp8.margin": Range(low=0, high=16),
+    **{f"train.fp8.{name}": _NOT_NEGATIVE for name in ("bf16_first", "bf16_last")},
     **{f"train.{name}": Range(low=1, high=10**12) for name in ("steps", "stop_at", "global_batch", "micro_batch")},
     **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
     **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
+    **{f"model.moe.{name}": _COUNT for name in ("top_k", "ffn_hidden_size", "every", "num_groups", "top_groups")},
+    **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("num_experts", "shared_ffn_hidden_size", "first_dense")},
+    **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("aux_coef", "z_coef", "bias_rate")},
+    "model.moe.routed_scale": Range(above=0),
+    "model.moe.capacity": Range(above=0),
     "model.sliding_window": _COUNT,
     **{f"model.mla.{name}": _NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
     **{f"model.mla.{name}_head_size": _COUNT for name in ("nope", "rope", "value")},
@@ -269,6 +279,11 @@ def _segments(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem("segments", sentence, (fix,))
 
 
+def _expert_sizes(config: PretrainConfig) -> Iterator[Problem]:
+    for key, sentence, fixes in size_faults(config):
+        yield Problem("expert_sizes", sentence, fixes, key)
+
+
 def _sources(config: PretrainConfig) -> Iterator[Problem]:
     if not config.data.sources:
         yield Problem("sources", "data.sources is empty; give at least one, such as data.sources.PREFIX=1.")
@@ -278,48 +293,8 @@ def _sources(config: PretrainConfig) -> Iterator[Problem]:
 
 
 def _optimizer(config: PretrainConfig) -> Iterator[Problem]:
-    optim, steps = config.optim, config.train.steps
-    if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
-        sentence = f"optim.betas are {list(optim.betas)}; each must be at least 0 and less than 1."
-        yield Problem("betas", sentence, ({"optim.betas": None},))
-    if optim.rule in OPTIM_CHOICES["rule"] and optim.schedule in OPTIM_CHOICES["schedule"]:
-        yield from _optimizer_keys(optim)
-    if steps >= 1 and optim.warmup_steps >= steps:
-        sentence = f"optim.warmup_steps {optim.warmup_steps} must be less than train.steps {steps}."
-        fixes = ({"optim.warmup_steps": steps - 1}, {"train.steps": optim.warmup_steps + 1})
-        yield Problem("warmup", sentence, fixes)
-    stop_at = config.train.stop_at
-    if stop_at is not None and stop_at > steps >= 1:
-        sentence = f"train.stop_at {stop_at} lies beyond train.steps {steps}."
-        yield Problem("stop_at", sentence, ({"train.stop_at": steps}, {"train.steps": stop_at}))
-
-
-def _optimizer_keys(optim: OptimConfig) -> Iterator[Problem]:
-    """Which keys the rule and the schedule read, and how they go together."""
-    for key, who, reads in unused(optim):
-        sentence = (
-            f"optim.{key} is given, but optim.{who} does not read it; it reads {', '.join(reads) or 'no such key'}."
-        )
-        yield Problem("unused", sentence, ({f"optim.{key}": None},))
-    full = optim.resolve()
-    if full.lr is not None and full.min_lr > full.lr > 0:
-        sentence = f"optim.min_lr {full.min_lr:g} is greater than optim.lr {full.lr:g}."
-        yield Problem("min_lr", sentence, ({"optim.min_lr": full.lr}, {"optim.lr": full.min_lr}))
-    if full.nesterov and full.momentum == 0:
-        sentence = "optim.nesterov looks ahead along a momentum, but optim.momentum is 0."
-        yield Problem("nesterov", sentence, ({"optim.nesterov": False}, {"optim.momentum": 0.9}))
-    for number, group in enumerate(optim.groups):
-        at, values = f"optim.groups[{number}]", list(optim.groups)
-        trouble = pattern_problem(group.match)
-        if trouble is not None:
-            yield Problem(
-                "groups", f"{at}.match {trouble}.", ({"optim.groups": (*values[:number], *values[number + 1 :])},)
-            )
-        for key, value in (("lr_scale", group.lr_scale), ("weight_decay", group.weight_decay)):
-            if value is not None and value < 0:
-                values[number] = dataclasses.replace(values[number], **{key: 0.0})
-                sentence = f"{at}.{key} is {value:g}; it must be at least 0."
-                yield Problem("groups", sentence, ({"optim.groups": tuple(values)},))
+    for rule, sentence, fixes in optimizer_faults(config):
+        yield Problem(rule, sentence, fixes)
 
 
 # Rules between the model, the layout and the batch.
@@ -477,6 +452,13 @@ def _further(facts: Facts) -> Iterator[Problem]:
         yield Problem("further", sentence, fixes + ({"data.seq_len": depth + 1},) * (len(lengths) == 1))
 
 
+def _experts(facts: Facts) -> Iterator[Problem]:
+    if facts.world is not None and facts.world % facts.model_ranks:
+        return  # dp is not known
+    for sentence, fixes in layout_faults(facts.config, facts.model, facts.dp):
+        yield Problem("experts", sentence, fixes)
+
+
 def _context(facts: Facts) -> Iterator[Problem]:
     layout, heads = facts.config.layout, facts.model.num_heads
     cp, wanted = layout.cp, layout.cp_ulysses
@@ -519,6 +501,11 @@ def _objective(facts: Facts) -> Iterator[Problem]:
         yield Problem("objective", sentence, fixes)
 
 
+def _narrow(facts: Facts) -> Iterator[Problem]:
+    for rule, sentence, fixes in narrow_faults(facts.config, facts.model):
+        yield Problem(rule, sentence, fixes)
+
+
 def _vocabulary(facts: Facts) -> Iterator[Problem]:
     vocab, needed = facts.model.vocab_size, facts.tokenizer_vocab
     if needed is not None and vocab < needed:
@@ -540,6 +527,8 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
     _further: ("model.mtp.depth", "data.seq_len"),
     _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
+    _experts: (*_AXES, "layout.ep", "model.moe.num_experts"),
+    _narrow: ("layout.tp", "model.num_layers", "train.fp8.bf16_first", "train.fp8.bf16_last"),
     _vocabulary: ("model.vocab_size",),
     _objective: ("data.masking.masked", "data.masking.random", "data.fim.rate", "model.head"),
 }

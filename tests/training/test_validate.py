@@ -167,6 +167,26 @@ BROKEN = [
         {"layout.tp": 2, "layout.sp": True, "data.segments": (Segment(seq_len=33),)},
         "layout.sp splits data.segments[0].seq_len 33 over layout.tp 2",
     ),
+    ("ranges", {"data.masking.rate": 0.0}, "data.masking.rate is 0.0; it must be greater than 0 and at most 1."),
+    ("objective", {"data.objective": "mlm"}, "Nearest valid: model.causal=false or data.objective=next_token."),
+    ("objective", {"data.objective": "diffusion"}, "the model looks back only."),
+    ("objective", {"model.causal": False}, "Nearest valid: data.objective=mlm or model.causal=true."),
+    ("objective", {"model.family": "bert"}, "the model sees the next token"),
+    ("objective", {"model.head": "value"}, "gives no probabilities of tokens, which megallm pretrain learns."),
+    (
+        "objective",
+        {"model.head": "classification", "model.num_labels": 4},
+        "Nearest valid: model.head=lm model.num_labels=null.",
+    ),
+    (
+        "objective",
+        {"data.objective": "mlm", "model.causal": False, "data.segments": (Segment(fim_rate=0.5),)},
+        "data.fim.rate rearranges texts for data.objective next_token, not for mlm.",
+    ),
+    ("objective", {"data.masking.random": 0.3}, "together at most 1. Nearest valid: data.masking.random=0.2."),
+    ("choices", {"model.head": "mlmm"}, "Nearest valid: model.head=mlm."),
+    ("choices", {"model.norm_place": "front"}, "must be one of pre, post."),
+    ("model", {"model.head": "classification"}, "model.head classification needs model.num_labels"),
     ("ranges", {"layout.tp": 0}, "layout.tp is 0; it must be at least 1."),
     ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1 and at most"),
     ("ranges", {"optim.lr": 0.0}, "optim.lr is 0.0; it must be greater than 0."),
@@ -252,6 +272,43 @@ BROKEN = [
         {"model.family": "gpt2", "data.seq_len": 1025},
         "data.seq_len 1025 is greater than model.max_positions",
     ),
+    ("experts", {"layout.ep": 2, "layout.tp": 2}, "Nearest valid: layout.ep=1 or model.moe.num_experts=2."),
+    ("experts", {"layout.ep": 2}, "the model has no experts (model.moe.num_experts 0). Nearest valid: layout.ep=1."),
+    (
+        "experts",
+        {"model.moe.num_experts": 6, "layout.tp": 4, "layout.ep": 3},
+        "layout.ep 3 does not divide the 4 ranks of a pipeline stage, dp 1 x cp 1 x tp 4, which are cut into groups "
+        "that each hold every expert. Nearest valid: layout.ep=2.",
+    ),
+    (
+        "experts",
+        {"model.moe.num_experts": 6, "layout.tp": 4, "layout.ep": 4},
+        "Nearest valid: layout.ep=2 or model.moe.num_experts=4 or model.moe.num_experts=8.",
+    ),
+    ("experts", {"model.moe.num_experts": 4, "train.determinism": "tree"}, "Nearest valid: train.determinism=none."),
+    (
+        "expert_sizes",
+        {"model.moe.num_experts": 4, "model.moe.top_k": 5},
+        "Nearest valid: model.moe.top_k=4 or model.moe.num_experts=5.",
+    ),
+    (
+        "expert_sizes",
+        {"model.moe.num_experts": 6, "model.moe.num_groups": 4},
+        "Nearest valid: model.moe.num_groups=3 or model.moe.num_groups=6.",
+    ),
+    (
+        "expert_sizes",
+        {"model.moe.num_experts": 4, "model.moe.num_groups": 2, "model.moe.top_groups": 3},
+        "Nearest valid: model.moe.top_groups=2.",
+    ),
+    (
+        "expert_sizes",
+        {"model.moe.num_experts": 8, "model.moe.num_groups": 4, "model.moe.top_k": 3},
+        "Nearest valid: model.moe.top_k=2 or model.moe.top_groups=2.",
+    ),
+    ("choices", {"model.moe.score": "softmx"}, "Nearest valid: model.moe.score=softmax."),
+    ("ranges", {"model.moe.aux_coef": -1.0}, "model.moe.aux_coef is -1.0; it must be at least 0."),
+    ("model", {"model.moe.num_experts": 4, "model.bias": True}, "experts have no biases and model.bias is true"),
     ("model", {"model.num_kv_heads": 3}, "is not a multiple of model.num_kv_heads 3"),
     ("model", {"model.hidden_size": None}, "The model lacks model.hidden_size"),
     ("model", {"model.preset": "lama3-8b"}, "Did you mean 'llama3-8b'?"),
@@ -321,7 +378,7 @@ def test_kv_heads_fewer_than_tp_are_allowed():
 
 
 def test_all_problems_at_once():
-    values = {"layout.tp": 3, "layout.pp": 9, "optim.warmup_steps": 5000, "train.precision": "fp16", "eval.every": -1}
+    values = {"layout.tp": 3, "layout.pp": 9, "optim.warmup_steps": 5000, "log.every": 0, "eval.every": -1}
     with pytest.raises(UsageError) as caught:
         check(replace(GOOD, values))
     text = str(caught.value)

@@ -1,0 +1,44 @@
+"""A linear through Transformer Engine, with our parameters and its FP8 recipes. Never run: no machine here has it.
+
+`ops.backends` says what is installed; nothing imports the library before a linear is made.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megallm.ops import backends
+from megallm.ops.narrow import Fp8Options
+
+
+class TeLinear:
+    """`x W^T + b` of local shapes; the weight may be a view of a parameter, the module of the library owns nothing."""
+
+    def __init__(self, options: Fp8Options, group: torch.distributed.ProcessGroup | None) -> None:
+        self.te: ModuleType = backends.require("transformer_engine")
+        self.options, self.group = options, group
+        self.recipe = te_recipe(options)
+        self.module: torch.nn.Module | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.module is None:
+            sizes = (weight.shape[1], weight.shape[0])
+            self.module = self.te.Linear(*sizes, bias=False, params_dtype=x.dtype, device="meta")
+        with self.te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=self.group):
+            y = torch.func.functional_call(self.module, {"weight": weight}, (x,))
+        return y if bias is None else y + bias
+
+
+def te_recipe(options: Fp8Options) -> object:
+    """Our options as a recipe of the library."""
+    recipe = backends.require("transformer_engine", "transformer_engine.common.recipe")
+    if options.recipe == "delayed":
+        return recipe.DelayedScaling(
+            margin=options.margin, amax_history_len=options.history, fp8_format=recipe.Format.HYBRID
+        )
+    if options.recipe == "tensorwise":
+        return recipe.Float8CurrentScaling(fp8_format=recipe.Format.HYBRID)
+    return recipe.Float8BlockScaling(fp8_format=recipe.Format.E4M3)

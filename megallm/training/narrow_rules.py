@@ -1,0 +1,130 @@
+"""Rules about precision and about what is kept of a forward pass. Pure.
+
+Each fault is a rule's name, a sentence and the nearest changes that mend it, for `validate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from megallm.models.config import ModelConfig
+from megallm.ops import backends
+from megallm.ops.narrow import RECIPES, Fp8Options
+from megallm.parallel.remade import PARTS
+from megallm.training.config import PretrainConfig, TrainConfig
+
+Fault = tuple[str, str, tuple[dict[str, Any], ...]]
+_DEFAULTS = TrainConfig()
+TE_RECIPES = ("delayed", "tensorwise", "blockwise")  # those that Transformer Engine has too
+
+
+def narrow_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[Fault]:
+    """Everything wrong with train.loss_scale, train.fp8, train.recompute* and train.offload."""
+    yield from _loss_scale(config.train)
+    yield from _unused_fp8(config.train)
+    if config.train.precision == "fp8":
+        yield from _fp8_layers(config.train.fp8, model)
+        yield from _fp8_backend(config)
+    yield from _recompute(config, model)
+
+
+def _loss_scale(train: TrainConfig) -> Iterator[Fault]:
+    scale = train.loss_scale
+    if train.precision != "fp16" and scale != _DEFAULTS.loss_scale:
+        sentence = f"train.loss_scale is of train.precision fp16; the precision is {train.precision}."
+        given = dataclasses.asdict(_DEFAULTS.loss_scale)
+        fixes = {f"train.loss_scale.{name}": value for name, value in given.items() if getattr(scale, name) != value}
+        yield "loss_scale", sentence, ({"train.precision": "fp16"}, fixes)
+    elif scale.minimum > scale.initial:
+        sentence = f"train.loss_scale.minimum {scale.minimum:g} is greater than train.loss_scale.initial "
+        yield "loss_scale", sentence + f"{scale.initial:g}.", ({"train.loss_scale.minimum": scale.initial},)
+
+
+def _unused_fp8(train: TrainConfig) -> Iterator[Fault]:
+    """Keys of train.fp8 that nothing reads."""
+    given, plain = dataclasses.asdict(train.fp8), dataclasses.asdict(Fp8Options())
+    changed = {name: plain[name] for name in given if given[name] != plain[name]}
+    if train.precision != "fp8":
+        if changed:
+            sentence = f"train.fp8.{next(iter(changed))} is of train.precision fp8; the precision is {train.precision}."
+            yield "fp8", sentence, ({"train.precision": "fp8"}, _plain_fp8(train.fp8))
+        return
+    recipe = RECIPES[train.fp8.recipe]
+    reads = {"history": recipe.delayed, "margin": recipe.scaled == "tensor"}
+    for name, read in reads.items():
+        if name in changed and not read:
+            sentence = f"train.fp8.{name} is {given[name]}, which train.fp8.recipe {train.fp8.recipe} does not use."
+            yield "fp8", sentence, ({f"train.fp8.{name}": changed[name]}, {"train.fp8.recipe": "delayed"})
+
+
+def _fp8_layers(fp8: Fp8Options, model: ModelConfig) -> Iterator[Fault]:
+    layers = model.num_layers
+    if fp8.bf16_first + fp8.bf16_last >= layers:
+        sentence = f"train.fp8.bf16_first {fp8.bf16_first} and train.fp8.bf16_last {fp8.bf16_last} leave none of the "
+        sentence += f"{layers} layers (model.num_layers) in FP8."
+        fixes: list[dict[str, Any]] = [{"train.precision": "bf16"} | _plain_fp8(fp8)]
+        if fp8.bf16_last < layers - 1:
+            fixes.insert(0, {"train.fp8.bf16_first": layers - 1 - fp8.bf16_last})
+        yield "fp8_layers", sentence, tuple(fixes)
+
+
+def _plain_fp8(fp8: Fp8Options) -> dict[str, Any]:
+    plain = dataclasses.asdict(Fp8Options())
+    return {f"train.fp8.{name}": plain[name] for name, value in dataclasses.asdict(fp8).items() if value != plain[name]}
+
+
+def _fp8_backend(config: PretrainConfig) -> Iterator[Fault]:
+    fp8, ours = config.train.fp8, {"train.fp8.backend": "megallm"}
+    if fp8.backend != "transformer_engine":
+        return
+    if backends.version("transformer_engine") is None:
+        sentence = f"train.fp8.backend is transformer_engine, {backends.missing('transformer_engine')}."
+        yield "fp8_backend", sentence, (ours,)
+    if fp8.recipe not in TE_RECIPES:
+        sentence = f"train.fp8.backend transformer_engine has no recipe {fp8.recipe}; it has {', '.join(TE_RECIPES)}."
+        yield "fp8_backend", sentence, (ours, {"train.fp8.recipe": "tensorwise"})
+    if config.layout.schedule.startswith("zb"):
+        sentence = f"layout.schedule {config.layout.schedule} puts weight gradients off, which train.fp8.backend "
+        fixes = (ours, {"layout.schedule": "1f1b", "layout.chunks": 1})
+        yield "fp8_backend", sentence + "transformer_engine does not do.", fixes
+
+
+def _recompute(config: PretrainConfig, model: ModelConfig) -> Iterator[Fault]:
+    train, plain = config.train, {"train.recompute_modules": _DEFAULTS.recompute_modules}
+    modules = train.recompute_modules
+    if train.recompute != "selective":
+        if modules != _DEFAULTS.recompute_modules:
+            sentence = "train.recompute_modules says what train.recompute selective makes again; train.recompute is "
+            yield "recompute", sentence + f"{train.recompute}.", ({"train.recompute": "selective"}, plain)
+        if train.recompute == "none" and train.recompute_layers is not None:
+            sentence = f"train.recompute_layers is {train.recompute_layers}, but train.recompute none makes nothing "
+            yield "recompute", sentence + "again.", ({"train.recompute_layers": None}, {"train.recompute": "full"})
+        return
+    if not modules:
+        sentence = "train.recompute_modules is empty: selective makes nothing again."
+        yield "recompute", sentence, (plain, plain | {"train.recompute": "none"})
+    kept = tuple(dict.fromkeys(part for part in modules if PARTS[part] not in modules))
+    if kept != modules:
+        sentence = f"train.recompute_modules {list(modules)} names something twice: attention contains core, mlp "
+        yield "recompute", sentence + "contains activation.", ({"train.recompute_modules": kept},)
+    if "norm" in modules:
+        yield from _norms(config, model, tuple(part for part in modules if part != "norm"))
+
+
+def _norms(config: PretrainConfig, model: ModelConfig, others: tuple[str, ...]) -> Iterator[Fault]:
+    """Where making norms again would free nothing."""
+    fix: dict[str, Any] = {"train.recompute_modules": others}
+    if not others:
+        fix = {"train.recompute": "none", "train.recompute_modules": _DEFAULTS.recompute_modules}
+    head = "train.recompute_modules has norm, "
+    if config.layout.sp and config.layout.tp > 1:
+        sentence = "whose output layout.sp gathers over tp: what is kept is the gathered copy."
+        yield "recompute_norm", head + sentence, (fix, {"layout.sp": False})
+    if config.train.offload:
+        yield "recompute_norm", head + "which does not go together with train.offload.", (fix, {"train.offload": False})
+    if config.train.precision == "fp8":
+        yield "recompute_norm", head + "but linears in FP8 keep their inputs in FP8, not the norms' outputs.", (fix,)
+    if model.norm_place == "post":
+        yield "recompute_norm", head + "but with model.norm_place post their outputs are the residual stream.", (fix,)
