@@ -143,7 +143,8 @@ def within_capacity(experts: Tensor, scores: Tensor, seats: Seats, moe: MoeConfi
     """Which copies `[n, k]` their experts keep: of each sequence of N tokens at most `ceil(capacity N k / X)`.
 
     Those of the highest scores, or of the first places (`drop`); of equal scores the first place. Which tokens are
-    dropped does not depend on the layout: the choices of a sequence are gathered over tp and cp.
+    dropped does not depend on the layout: the choices of a sequence are gathered over tp and cp, and scores are
+    compared in half their precision, so that a token and its repetition, which differ by rounding alone, are equal.
     """
     sequences, num_experts, k = len(seats.lengths), moe.num_experts, moe.top_k
     group = torch.where(seats.place > 0, seats.sequence, sequences)[:, None] * num_experts + experts
@@ -154,6 +155,7 @@ def within_capacity(experts: Tensor, scores: Tensor, seats: Seats, moe: MoeConfi
     groups = group.flatten()
     order = places.flatten().argsort(stable=True)
     if moe.drop == "score":
+        scores = scores.to(torch.float32 if scores.dtype == torch.float64 else torch.bfloat16)
         order = order[scores.flatten()[order].argsort(descending=True, stable=True)]
     order = order[groups[order].argsort(stable=True)]
     limits = (seats.lengths.to(torch.float64) * moe.capacity * k / num_experts).ceil().to(torch.int64)

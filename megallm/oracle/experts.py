@@ -77,6 +77,19 @@ EXPERT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("moe-capacity", model="moe-capacity"),
     _row("moe-capacity-tp2-cp2", "cp=2,tp=2,ep=4", "moe-capacity"),
     _row("moe-capacity-positions-cp2", "cp=2,dp=2,ep=2", "moe-positions", micros=2),
+    _row(
+        "moe-capacity-repeated-token",  # a document begins with one token twice: equal but for rounding
+        "tp=2,ep=2",
+        "moe-capacity",
+        packed=True,
+        micro_batch=1,
+        micros=2,
+        seq_len=12,
+        clip=0.0,
+        mask="full",
+        overrides={"num_layers": 1, "vocab_size": 70},
+        seed=1027989582,
+    ),
     _row("moe-capacity-packed-sp", "tp=2,sp=1,ep=2", "moe-positions", packed=True, micro_batch=1, seq_len=16),
 )
 

@@ -92,14 +92,17 @@ def _chosen(moe: Config, scores: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _kept(moe: Config, scores: Tensor, chosen: Tensor, notes: Notes) -> Tensor:
-    """1 where an expert keeps a token of its sequence, 0 beyond its capacity."""
+    """1 where an expert keeps a token of its sequence, 0 beyond its capacity.
+
+    A token that is repeated has the same score but for rounding: scores are compared as float32, ties by place.
+    """
     kept = chosen.clone()
     for row, places in notes.sequences():
         most = math.ceil(moe["capacity"] * len(places) * moe["top_k"] / moe["num_experts"])
         for e in range(moe["num_experts"]):
             mine = [i for i in places if chosen[row, i, e]]
             if moe["drop"] == "score":
-                mine.sort(key=lambda i: -float(scores[row, i, e]))
+                mine.sort(key=lambda i: -float(scores[row, i, e].to(torch.float32)))
             for i in mine[most:]:
                 kept[row, i, e] = 0.0
     return kept

@@ -340,6 +340,9 @@ def row_for_layout(text: str) -> Row:
     sizes = {"num_heads": heads, "num_layers": max(2, base.layout.pp * base.chunks)}
     unit = base.layout.tp * (2 * base.layout.cp if base.layout.cp > 1 else 1)
     length = 8 * unit // gcd(8, unit)
+    if base.layout.ep > 1:
+        experts = EXPERT_MODELS["moe"]["moe"] | {"num_experts": 2 * base.layout.ep}
+        base, sizes = replace(base, model="moe"), sizes | {"moe": experts}
     return replace(base, overrides=sizes, seq_len=length)
 
 
@@ -373,7 +376,7 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
             overrides=sizes,
             seed=draw.randrange(2**31),
         )
-        row = _with_sharding(_with_schedule(_with_context(row, draw, max_ranks), draw), draw)
+        row = _with_sharding(_with_experts(_with_schedule(_with_context(row, draw, max_ranks), draw), draw), draw)
         losses = [kind for kind in LOSSES[row.config.head] if kind != "reward" or not row.config.head_bias]
         row = replace(row, loss=draw.choice(losses))  # of a reward's bias the gradient is zero, and Adam's step noise
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
@@ -389,13 +392,22 @@ def _with_schedule(row: Row, draw: random.Random) -> Row:
     return replace(row, schedule=kind, chunks=chunks, overrides=sizes)
 
 
+def _with_experts(row: Row, draw: random.Random) -> Row:
+    """A row whose model has experts with a random number of ranks that divide them."""
+    experts, ranks = row.config.moe.num_experts, row.layout.stage_ranks
+    if not experts:
+        return row
+    ep = draw.choice([n for n in range(1, ranks + 1) if gcd(ranks, experts) % n == 0])
+    return replace(row, layout=replace(row.layout, ep=ep))
+
+
 def _with_sharding(row: Row, draw: random.Random) -> Row:
     """The row with a random ZeRO stage, perhaps hybrid, or with sums in a tree where that is defined."""
     zero, group = draw.randint(0, 3), row.layout.dp * row.layout.cp
     sizes = [size for size in range(1, group + 1) if group % size == 0]
     row = replace(row, zero=zero, shard_size=draw.choice([None, *sizes]) if zero else None)
     powers = all(n & (n - 1) == 0 for n in (row.layout.dp, row.layout.cp, row.micros))
-    tree = zero <= 1 and row.schedule != "zb-v" and powers and draw.random() < 0.5
+    tree = zero <= 1 and row.schedule != "zb-v" and powers and not row.config.moe.num_experts and draw.random() < 0.5
     return replace(row, tree=tree, shard_size=None if tree else row.shard_size)
 
 
