@@ -52,7 +52,8 @@ def first_words() -> dict[str, list[str]]:
 def script(shell: str) -> str:
     """The completion script of one shell."""
     head = f"# Completion of megallm for {shell}. {HOW[shell]}\n"
-    return head + {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]()
+    first = "#compdef megallm\n" if shell == "zsh" else ""  # compinit looks at the first line only
+    return first + head + {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]()
 
 
 def _cases(indent: str, variable: str) -> str:
@@ -90,8 +91,7 @@ complete -o filenames -F _megallm megallm
 def _zsh() -> str:
     firsts = " ".join(first_words())
     seconds = "|".join(f"'{words}'" for words in VERBS if " " in words)
-    return f"""#compdef megallm
-_megallm() {{
+    return f"""_megallm() {{
   local list verb=${{words[2]-}} before=$CURRENT
   local -a line=("${{words[@]}}")
   if (( before == 2 )); then
@@ -108,7 +108,7 @@ _megallm() {{
   compadd -- ${{=list}}
   _files
 }}
-compdef _megallm megallm
+if [ "$funcstack[1]" = _megallm ]; then _megallm "$@"; else compdef _megallm megallm; fi
 """
 
 
