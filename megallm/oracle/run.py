@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 
 from megallm.base.errors import CannotWrite, UsageError
 from megallm.base.files import atomic_write_json
+from megallm.models.config import ModelConfig
 from megallm.oracle.compare import Verdict, run_row
 from megallm.oracle.pool import MAX_RANKS, Pool
 from megallm.oracle.table import CONTROLS, ROWS, Row, describe, row_for_layout, row_named, sample_rows
 from megallm.parallel.comm import BREAKS
 
 EXIT_FAILED = 70
+TYPICAL = {"gqa": "llama", "moe": "moe", "mla": "mla", "encoder": "bert"}  # --model -> what --layout compares
 
 
 def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.write) -> int:
@@ -30,8 +33,8 @@ def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.writ
     """
     check(args)
     if args.list:
-        listing = {"rows": [describe(row) for row in ROWS], "reductions": BREAKS}
-        return _report(args, listing, write, _list_lines(), failed=False)
+        listing = {"rows": [describe(row) for row in rows_of(args.model)], "reductions": BREAKS}
+        return _report(args, listing, write, _list_lines(args.model), failed=False)
     rows = select_rows(args)
     broken = frozenset({args.break_name} if args.break_name else ())
     verdicts = []
@@ -49,8 +52,8 @@ def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.writ
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what this oracle does not have."""
-    if args.model != "gqa":
-        raise UsageError(f"--model {args.model} is not available yet: the oracle has the decoder 'gqa' so far.")
+    if args.model not in ("all", *TYPICAL):
+        raise UsageError(f"--model {args.model} is not known; it takes all, {', '.join(TYPICAL)}.")
     if args.break_name is not None and args.break_name not in BREAKS:
         raise UsageError(f"--break {args.break_name} is no reduction; the names are {', '.join(BREAKS)}.")
     if args.layout is not None and args.layouts is not None:
@@ -61,20 +64,45 @@ def check(args: argparse.Namespace) -> None:
         raise CannotWrite(f"--json {args.json} cannot be written: its folder does not exist.")
 
 
+def kind_of(model: ModelConfig) -> str:
+    """Which of TYPICAL a model is: an encoder sees whole documents or has another head than a language model."""
+    if not model.causal or model.head != "lm":
+        return "encoder"
+    if model.moe.num_experts:
+        return "moe"
+    return "mla" if model.mla.kv_lora_dim or model.mtp.depth else "gqa"
+
+
+def rows_of(kind: str) -> list[Row]:
+    """The rows of the table whose model is of this kind, or all."""
+    return [row for row in ROWS if kind in ("all", kind_of(row.config))]
+
+
+def random_rows(kind: str, n: int, seed: int) -> list[Row]:
+    """The first `n` random rows of a kind, the same for the same seed."""
+    drawn, found = n, []
+    while len(found) < n:
+        found = [row for row in sample_rows(drawn, seed) if kind in ("all", kind_of(row.config))][:n]
+        drawn *= 2
+    return found
+
+
 def select_rows(args: argparse.Namespace) -> list[Row]:
     """One layout, random layouts, or the table; `--break` alone takes the row of the table made for that name."""
     if args.layout is not None:
         row = row_for_layout(args.layout)
+        if args.model not in ("all", kind_of(row.config)):
+            row = replace(row, model=TYPICAL[args.model])
         if row.layout.world > MAX_RANKS:
             raise UsageError(
                 f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most {MAX_RANKS}."
             )
         return [row]
     if args.layouts is not None:
-        return sample_rows(args.layouts, args.seed or 0)
+        return random_rows(args.model, args.layouts, args.seed or 0)
     if args.break_name is not None:
         return [row_named(CONTROLS[args.break_name])]
-    return list(ROWS)
+    return rows_of(args.model)
 
 
 def device_for(row: Row, wanted: str) -> str:
@@ -115,9 +143,9 @@ def line(verdict: Verdict) -> str:
     return f"{head} {verdict.device:<4} {verdict.seconds:5.1f} s  {tail}"
 
 
-def _list_lines() -> list[str]:
+def _list_lines(kind: str) -> list[str]:
     lines = ["Rows:"]
-    for row in ROWS:
+    for row in rows_of(kind):
         told = {k: v for k, v in describe(row).items() if k not in ("name", "layout", "world")}
         lines.append(f"  {row.name:<32} {row.layout_text:<22} {json.dumps(told) if told else ''}".rstrip())
     lines.append("Reductions (--break NAME leaves one out; the row that must then fail):")

@@ -194,7 +194,7 @@ def test_masks_are_what_their_names_say() -> None:
 
 def arguments(**given: object) -> argparse.Namespace:
     standard = {
-        "model": "gqa",
+        "model": "all",
         "layout": None,
         "layouts": None,
         "seed": 0,
@@ -235,7 +235,7 @@ def test_list_names_rows_and_reductions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"model": "moe"}, "--model moe is not available yet"),
+        ({"model": "mamba"}, "--model mamba is not known; it takes all, gqa, moe, mla, encoder"),
         ({"break_name": "grads.dta"}, "grads.dta is no reduction; the names are tp.enter"),
         ({"layout": "tp=two"}, "--layout has 'tp=two'"),
         ({"layout": "tp=2,sp=3"}, "'sp=3'"),
@@ -248,6 +248,20 @@ def test_list_names_rows_and_reductions(tmp_path: Path) -> None:
 def test_what_cannot_be_run_is_refused_in_a_sentence(given: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         run.main(arguments(**given), lambda text: None)
+
+
+@pytest.mark.parametrize("kind", run.TYPICAL)
+def test_a_kind_of_model_selects_its_rows(kind: str) -> None:
+    """The kinds divide the table up, and each has a model for any layout and for random ones."""
+    rows = run.select_rows(arguments(model=kind))
+    assert {run.kind_of(row.config) for row in rows} == {kind} and len(rows) >= 10
+    assert sum(len(run.rows_of(other)) for other in run.TYPICAL) == len(ROWS)
+    drawn = run.select_rows(arguments(model=kind, layouts=3, seed=4))
+    assert [run.kind_of(row.config) for row in drawn] == [kind] * 3
+    assert drawn[:2] == run.select_rows(arguments(model=kind, layouts=2, seed=4))
+    (row,) = run.select_rows(arguments(model=kind, layout="tp=3,pp=2"))
+    assert run.kind_of(row.config) == kind and row.config.num_heads % 3 == 0
+    assert_passed(run_row(pool(), row))
 
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
