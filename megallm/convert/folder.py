@@ -20,8 +20,9 @@ from megallm.base.errors import CheckpointError, UsageError
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 MAX_JSON_BYTES = 4 * 2**20  # config.json and friends
-MAX_INDEX_BYTES = 64 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 500_000  # of all files together; each costs about a kilobyte of memory
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**48
 
@@ -118,7 +119,11 @@ def catalogue(folder: Path) -> dict[str, Entry]:
     for name in sorted(set(weight_map.values())):
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{folder / INDEX} names {name[:120]!r}; only .safetensors files are read.")
-    headers = {name: read_header(plain_file(folder, name)) for name in sorted(set(weight_map.values()))}
+    headers: dict[str, dict[str, Entry]] = {}
+    for name in sorted(set(weight_map.values())):
+        headers[name] = read_header(plain_file(folder, name))
+        if sum(map(len, headers.values())) > MAX_TENSORS:
+            raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors; no model has.")
     found: dict[str, Entry] = {}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:

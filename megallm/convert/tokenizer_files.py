@@ -18,7 +18,7 @@ FILES = (
     DEFINITION, SETTINGS, SPECIALS, GENERATION, "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model",
     "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-MAX_BYTES = 512 * 2**20
+MAX_BYTES = 64 * 2**20  # the largest tokenizer.json known has 33 MB
 _BLOCK = 1 << 20
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.convert import convert, weights
+from megallm.convert import folder as folder_module
 from megallm.convert.convert import ConvertRequest
 from megallm.convert.folder import MAX_HEADER_BYTES, catalogue, plain_file, read_header
 from megallm.convert.weights import HfReader
@@ -220,6 +221,12 @@ def test_an_adapter_beside_the_weights_is_not_left_out_silently(folder, tmp_path
     with pytest.raises(UsageError, match="holds an adapter .* merge it first"):
         convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "out"), verify=True))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_more_tensors_than_any_model_has(folder, monkeypatch):
+    monkeypatch.setattr(folder_module, "MAX_TENSORS", 20)  # this one has 30, in several files
+    with pytest.raises(CheckpointError, match="more than 20 tensors"):
+        catalogue(folder)
 
 
 def test_tensors_for_more_layers_than_any_model_has(folder, monkeypatch):
