@@ -38,9 +38,18 @@ from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files, verify
 from megallm.convert.folder import INDEX, SINGLE, is_model_folder
 from megallm.convert.hf_config import CONFIG, family_of, write_config
-from megallm.convert.rules import Bridge, plan_bridge
+from megallm.convert.rules import Bridge
 from megallm.convert.verify import TOLERANCE
-from megallm.convert.weights import PRECISIONS, Cast, HfReader, Source, fill_theirs, logical_shapes, stored_model
+from megallm.convert.weights import (
+    PRECISIONS,
+    Cast,
+    HfReader,
+    Source,
+    bridge_of,
+    dtype_of,
+    fill_theirs,
+    stored_model,
+)
 from megallm.data.tokenizer import BYTES
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
@@ -124,7 +133,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
     with Reader(step) as reader:
         model = stored_model(reader)
         family = family_of(model)
-        bridge = plan_bridge(family.rules_of(model.head), logical_shapes(model), model.num_layers)
+        bridge = bridge_of(model, family.rules_of(model.head))
         missing = [name for name in bridge.ours if name not in reader.names()]
         if missing:
             raise CheckpointError(f"{step} lacks {', '.join(missing[:3])}, which its model has.")
@@ -145,17 +154,19 @@ def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dty
 
     Beside what the source holds, one block of at most MAX_PIECE_BYTES is in memory. Returns the bytes of the data.
     """
-    shards = plan_shards({name: prod(full) * dtype.itemsize for name, full in bridge.theirs.items()}, max_shard_bytes)
+    dtypes = {name: dtype_of(bridge, name, dtype) for name in bridge.theirs}
+    sizes = {name: prod(full) * dtypes[name].itemsize for name, full in bridge.theirs.items()}
+    shards = plan_shards(sizes, max_shard_bytes)
     weight_map, total = {}, 0
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        entries = [(n, DTYPE_NAMES[dtype], bridge.theirs[n], prod(bridge.theirs[n]) * dtype.itemsize) for n in names]
+        entries = [(name, DTYPE_NAMES[dtypes[name]], bridge.theirs[name], sizes[name]) for name in names]
         with writing(folder / file), ShardWriter(folder / file) as out:
             out.write(header_bytes(entries, {"format": "pt"}))
             for name in names:
                 full = bridge.theirs[name]
-                for box in split_box(Box((0,) * len(full), full), dtype.itemsize, MAX_PIECE_BYTES):
-                    block = torch.empty(box.shape, dtype=dtype)
+                for box in split_box(Box((0,) * len(full), full), dtypes[name].itemsize, MAX_PIECE_BYTES):
+                    block = torch.empty(box.shape, dtype=dtypes[name])
                     fill_theirs(bridge, source, name, box, block)
                     out.write(raw(block))
                     del block  # before the next one is made

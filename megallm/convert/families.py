@@ -6,10 +6,12 @@ have one value for the architecture to be ours. Everything else reads these tabl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megallm.convert import moe_keys, moe_rules
+from megallm.convert.moe_keys import More
 from megallm.convert.rules import Rule, rule
 
 LLAMA_RULES = (
@@ -109,6 +111,9 @@ class Family:
     `architecture` is that of the family's own head (`head`), `classifier` the one of classes or of one number, and
     `body` the one without a head; `rules` hold the first, `score` those of the classifier. `aside` matches stored
     tensors of a head that megallm does not have, `spellings` are old endings of names and what they are now.
+    `fused` are rules of tensors with all experts of a layer in place of those with one each; `further` matches the
+    tensors of multi-token prediction; `more` are the keys that do not go over one by one; `aliases` are other names of
+    keys, which transformers writes.
     """
 
     name: str
@@ -131,12 +136,24 @@ class Family:
     also: tuple[str, ...] = ()  # other architectures that hold all of `architecture`
     aside: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
+    fused: tuple[Rule, ...] = ()
+    further: str = r"(?!)"
+    more: More | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
-    def rules_of(self, head: str) -> tuple[Rule, ...]:
+    def is_fused(self, names: Iterable[str]) -> bool:
+        """Whether tensors with these names hold all experts of a layer."""
+        endings = tuple(each.theirs.rpartition("}.")[2].split("[")[0] for each in self.fused)
+        return bool(endings) and any(name.endswith(endings) for name in names)
+
+    def rules_of(self, head: str, fused: bool = False) -> tuple[Rule, ...]:
         """The rules of a model with this head; of a body alone, whose tensors have no prefix."""
+        rules = self.rules
+        if fused:
+            rules = (*(each for each in rules if "{x}" not in each.theirs), *self.fused)
         if head == self.head:
-            return self.rules
-        rest = tuple(each for each in self.rules if not each.ours[0].startswith("head."))
+            return rules
+        rest = tuple(each for each in rules if not each.ours[0].startswith("head."))
         if head != "none":
             return rest + self.score
         bare = (replace(each, theirs=each.theirs.removeprefix(self.prefix)) for each in rest + self.score)
@@ -161,9 +178,19 @@ _KEYS = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
+_EXPERT_KEYS = _KEYS | {"moe.top_k": "num_experts_per_tok"}
+_QWEN_EXPERTS = _EXPERT_KEYS | {
+    "moe.num_experts": "num_experts", "moe.ffn_hidden_size": "moe_intermediate_size",
+    "moe.norm_topk_prob": "norm_topk_prob",
+}  # fmt: skip
 _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
-_DECODER = {"causal": True, "norm_place": "pre", "embedding_norm": False, "token_types": 0, "head_bias": False}
+_PLAIN = {"mla.kv_lora_dim": 0, "mtp.depth": 0, "attention_sinks": False}
+_DECODER = {"causal": True, "norm_place": "pre", "embedding_norm": False, "token_types": 0, "head_bias": False,
+            "moe.num_experts": 0} | _PLAIN  # fmt: skip
 _ROPE_SWITCHES = _DECODER | {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
+_SPARSE_SWITCHES = {name: value for name, value in _ROPE_SWITCHES.items() if name != "moe.num_experts"} | {
+    "bias": False, "moe.score": "softmax", "moe.routed_scale": 1.0, "moe.num_groups": 1, "moe.selection_bias": False,
+}  # fmt: skip
 _DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu",
              "rope_theta": 10000.0}  # fmt: skip
 
@@ -230,6 +257,39 @@ FAMILIES: dict[str, Family] = {
         {"attention_bias": (False,), "mlp_bias": (False,)},
         classifier="Qwen3ForSequenceClassification",
     ),
+    "mixtral": Family(
+        "mixtral", "MixtralForCausalLM", "model.", LLAMA_RULES + moe_rules.MIXTRAL,
+        _EXPERT_KEYS | {"moe.num_experts": "num_local_experts"}, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+                     "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
+        _SPARSE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "moe.norm_topk_prob": True,
+                            "moe.shared_ffn_hidden_size": 0},
+        {"attention_bias": (False,), "mlp_bias": (False,)},
+        classifier="MixtralForSequenceClassification", spellings=((".mlp.", ".block_sparse_moe."),),
+        fused=moe_rules.MIXTRAL_STACKED, more=moe_keys.EVERY_LAYER,
+    ),
+    "qwen2_moe": Family(
+        "qwen2_moe", "Qwen2MoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN + moe_rules.SHARED_GATE,
+        _QWEN_EXPERTS | {"moe.shared_ffn_hidden_size": "shared_expert_intermediate_size"}, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 16, "norm_topk_prob": False,
+                     "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+                     "shared_expert_intermediate_size": 5632, "intermediate_size": 5632},
+        _SPARSE_SWITCHES | {"qk_norm": False, "qkv_bias": True, "sliding_window": None, "moe.shared_gate": True},
+        {"attention_bias": (True,), "qkv_bias": (True,), "mlp_bias": (False,), "use_sliding_window": (False,)},
+        classifier="Qwen2MoeForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.SPARSE,
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe", "Qwen3MoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN, _QWEN_EXPERTS,
+        "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "norm_topk_prob": False,
+                     "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+                     "intermediate_size": 6144},
+        _SPARSE_SWITCHES | {"qk_norm": True, "qkv_bias": False, "sliding_window": None,
+                            "moe.shared_ffn_hidden_size": 0},
+        {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,)},
+        classifier="Qwen3MoeForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.SPARSE,
+        aliases={"num_local_experts": "num_experts"},
+    ),
     "gpt2": Family(
         "gpt2", "GPT2LMHeadModel", "transformer.", GPT2_RULES,
         {
@@ -262,8 +322,9 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
             "hidden_act": "gelu",
         },
-        {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True, "norm": "layernorm",
-         "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False, "sliding_window": None},
+        _DECODER | {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True,
+                    "norm": "layernorm", "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False,
+                    "sliding_window": None},
         {"position_embedding_type": ("absolute",), "is_decoder": (False,), "tie_word_embeddings": (True,)},
         r".*\.position_ids|cls\.predictions\.decoder\.bias",
         head="mlm", tied="cls.predictions.decoder.weight", classifier="BertForSequenceClassification",

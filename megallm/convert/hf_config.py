@@ -6,15 +6,16 @@ What a key asks for is computed, or refused by name; a key that nobody here know
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megallm.base.config import get, leaves
+from megallm.base.config import get, leaves, replace
 from megallm.base.errors import UsageError
 from megallm.convert.families import FAMILIES, NEUTRAL, Family
 from megallm.convert.folder import is_model_folder, read_json
-from megallm.models.config import ROPE_SCALINGS, ModelConfig
+from megallm.models.config import ModelConfig
+from megallm.models.stretch import ROPE_NUMBERS, ROPE_OPTIONS
 
 CONFIG = "config.json"
 ADVICE = "Nothing was converted: the result would not be the same model."
@@ -30,7 +31,8 @@ HARMLESS = frozenset((
     "rope_scaling", "rope_theta", "sep_token_id", "sliding_window", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache", "use_sliding_window",
-    "vocab_file",
+    "vocab_file", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "aux_loss_alpha", "seq_aux",
+    "ep_size",
 ))  # fmt: skip
 
 
@@ -54,7 +56,9 @@ def read_config(folder: Path) -> HfConfig:
 def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     """The model of a decoded config.json; `where` names it in errors."""
     family = _family(raw, where)
-    problems = _refused(raw, family)
+    problems: list[str] = []
+    raw = _by_own_names(raw, family, problems)
+    problems += _refused(raw, family)
     values: dict[str, Any] = {}
     for field, key in family.keys.items():
         value = raw[key] if key in raw else family.defaults.get(key)
@@ -67,6 +71,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     else:
         values["activation"] = family.activations[act]
     values |= _biases(raw, family, problems) | _window(raw, family, problems) | _head(raw, family, problems)
+    if family.more is not None:
+        values |= family.more.read(raw, problems)
     if family.switches["positions"] == "rope":
         values |= _rope(raw, family, problems)
     for field in ("num_layers", "hidden_size", "num_heads", "vocab_size"):
@@ -75,8 +81,30 @@ def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     if problems:
         listed = "\n  ".join(f"{problem}." for problem in problems)
         raise UsageError(f"{where}: megallm cannot compute this model:\n  {listed}\n{ADVICE}")
-    model = ModelConfig(family=family.name, **{k: v for k, v in values.items() if v is not None})
+    model = ModelConfig(family=family.name, **_nested(values))
     return HfConfig(model.resolve(), family, raw, tuple(_notes(raw, family, where)))
+
+
+def _by_own_names(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
+    """config.json with every key under one name; two names of a key must agree."""
+    result = {key: value for key, value in raw.items() if key not in family.aliases}
+    for alias, key in family.aliases.items():
+        if raw.get(alias) is None:
+            continue
+        if result.get(key) not in (None, raw[alias]):
+            problems.append(f"{key} is {str(result[key])[:40]} and {alias} {str(raw[alias])[:40]}: they must agree")
+        result[key] = raw[alias]
+    return result
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as the nested fields of a ModelConfig, those without a value left out."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        if value is not None:
+            (result.setdefault(section, {}) if section else result)[field] = value
+    return result
 
 
 def _family(raw: Mapping[str, Any], where: str) -> Family:
@@ -121,8 +149,9 @@ def _head(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[s
 def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
     """A sentence for each key that asks for something else than this family computes."""
     problems = []
+    read = {*family.keys.values(), *(family.more.keys if family.more is not None else ())}
     for key, accepted in {**NEUTRAL, **family.only}.items():
-        value = raw.get(key)
+        value = None if key in read else raw.get(key)
         if value is None or any(type(value) is type(good) and value == good for good in accepted):
             continue
         words = " or ".join(["absent", *(repr(good) for good in accepted)])
@@ -134,7 +163,9 @@ def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
 
 
 _INTEGERS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "head_size", "vocab_size",
-             "max_positions", "rope_positions", "token_types", "num_labels")  # fmt: skip
+             "max_positions", "rope_positions", "token_types", "num_labels", "moe.num_experts", "moe.top_k",
+             "moe.ffn_hidden_size", "moe.shared_ffn_hidden_size", "moe.num_groups", "moe.top_groups",
+             "mla.kv_lora_dim", "mla.nope_head_size", "mla.rope_head_size", "mla.value_head_size")  # fmt: skip
 _LARGEST = 2**31 - 1
 
 
@@ -142,7 +173,7 @@ def _typed(field: str, key: str, value: Any, problems: list[str]) -> Any:
     """The value when it has the type and range of the field, else None with a sentence added."""
     if field in _INTEGERS:
         good, words = type(value) is int and 1 <= value <= _LARGEST, f"a whole number from 1 to {_LARGEST}"
-    elif field == "tie_embeddings":
+    elif field in ("tie_embeddings", "moe.norm_topk_prob", "rope_truncate"):
         good, words = type(value) is bool, "true or false"
     else:
         good, words = type(value) in (int, float) and 0 < value < 1e30, "a positive number"
@@ -161,6 +192,9 @@ def _biases(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
     return {"qkv_bias": attention, "bias": attention}
 
 
+_QWEN = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+
+
 def _window(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, int | None]:
     """The one window of all layers; layers that differ among themselves are refused."""
     layers = raw.get(family.keys["num_layers"])
@@ -169,7 +203,7 @@ def _window(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
     if kinds is not None and not (isinstance(kinds, list) and kinds):
         problems.append(f"layer_types is {str(kinds)[:40]!r}; it must be a list of words")
         return {}
-    if family.name in ("qwen2", "qwen3"):
+    if family.name in _QWEN:
         slides = (raw.get("use_sliding_window") or False) and window is not None
         first = raw.get("max_window_layers", 28)
         if kinds is None and slides and type(layers) is int and type(first) is int:
@@ -225,6 +259,17 @@ STRETCHES: Mapping[str, Mapping[str, str]] = {
         "rope_high_factor": "high_freq_factor",
         "rope_positions": "original_max_position_embeddings",
     },
+    "dynamic": {"rope_factor": "factor", "rope_positions": "max_position_embeddings"},
+    "yarn": {
+        "rope_factor": "factor",
+        "rope_positions": "original_max_position_embeddings",
+        "rope_beta_fast": "beta_fast",
+        "rope_beta_slow": "beta_slow",
+        "rope_attention_factor": "attention_factor",
+        "rope_mscale": "mscale",
+        "rope_mscale_all_dim": "mscale_all_dim",
+        "rope_truncate": "truncate",
+    },
 }
 
 
@@ -239,9 +284,10 @@ def _stretch(key: str, table: Mapping[str, Any], raw: Mapping[str, Any], problem
     values: dict[str, Any] = {"rope_scaling": kind}
     for field, name in STRETCHES[kind].items():
         value = table.get(name, raw.get(name))
-        if value is None:
+        value = None if name.startswith("mscale") and value == 0 else value  # 0 is their way of saying none
+        if value is None and field not in ROPE_OPTIONS.get(kind, ()):
             problems.append(f"{key} of type {kind} lacks {name}")
-        else:
+        elif value is not None:
             value = _typed(field, f"{key}.{name}", value, problems)
             values[field] = float(value) if type(value) is int and field != "rope_positions" else value
     return values
@@ -253,6 +299,7 @@ def _number(value: Any) -> Any:
 
 def _notes(raw: Mapping[str, Any], family: Family, where: str) -> list[str]:
     known = HARMLESS | set(NEUTRAL) | set(family.only) | set(family.keys.values()) | {family.activation_key}
+    known |= family.more.keys if family.more is not None else set()
     unknown = [key for key, value in raw.items() if key not in known and key[:1] != "_" and value not in (None, False)]
     if not unknown:
         return []
@@ -275,9 +322,9 @@ def family_of(model: ModelConfig) -> Family:
 
 def _hindrances(model: ModelConfig, family: Family) -> list[str]:
     found = [
-        f"model.{field} is {getattr(model, field)}, {family.name} needs {wanted}"
+        f"model.{field} is {get(model, field)}, {family.name} needs {wanted}"
         for field, wanted in family.switches.items()
-        if getattr(model, field) != wanted
+        if get(model, field) != wanted
     ]
     if model.activation not in family.activations.values():
         found.append(f"model.activation is {model.activation}, {family.name} has {', '.join(family.activations)}")
@@ -291,7 +338,9 @@ def _hindrances(model: ModelConfig, family: Family) -> list[str]:
         found.append(f"model.tie_embeddings is False, {family.name} ties them")
     if "num_kv_heads" not in family.keys and model.num_kv_heads != model.num_heads:
         found.append(f"model.num_kv_heads differs from model.num_heads, {family.name} has no such key")
-    if "head_size" not in family.keys and model.head_size * model.num_heads != model.hidden_size:
+    if family.more is not None:
+        found += [] if found else family.more.hindrances(model)
+    if "head_size" not in family.keys and not model.mla.on and model.head_size * model.num_heads != model.hidden_size:
         found.append(f"model.head_size x model.num_heads is not model.hidden_size, {family.name} needs that")
     return found
 
@@ -303,18 +352,18 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
     silently take 10000, transformers 5 reads `rope_parameters`.
     """
     family = family_of(model)
-    values = asdict(model)
     content: dict[str, Any] = {"architectures": [family.architecture_of(model.head)], "model_type": family.name}
-    content |= {key: values[field] for field, key in family.keys.items()}
+    content |= {key: get(model, field) for field, key in family.keys.items()}
+    content |= {} if family.more is None else family.more.write(model)
     acts = {ours: theirs for theirs, ours in reversed(family.activations.items())}
     content[family.activation_key] = acts[model.activation]
     if model.positions == "rope":
         content |= _rope_keys(model)
     if family.name == "llama":
         content |= {"attention_bias": model.bias, "mlp_bias": model.bias}
-    if family.name == "mistral":
+    if family.name in ("mistral", "mixtral"):
         content |= {"sliding_window": model.sliding_window}
-    if family.name in ("qwen2", "qwen3"):
+    if family.name in _QWEN:
         slides = model.sliding_window is not None
         content |= {"use_sliding_window": slides, "sliding_window": model.sliding_window}
         content |= {"max_window_layers": 0 if slides else model.num_layers}
@@ -333,10 +382,24 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
 
 def _rope_keys(model: ModelConfig) -> dict[str, Any]:
     """`rope_theta` and, when stretched, `rope_scaling` for transformers 4; `rope_parameters` for 5."""
-    kind = model.rope_scaling or "default"
-    table = {"rope_type": kind} | {name: getattr(model, field) for field, name in STRETCHES[kind].items()}
-    keys = {"rope_theta": model.rope_theta, "rope_parameters": table | {"rope_theta": model.rope_theta}}
-    return keys | ({} if model.rope_scaling is None else {"rope_scaling": table})
+    kind, theta = model.rope_scaling or "default", model.rope_theta
+    if kind == "ntk":  # a larger theta and nothing else
+        kind, theta = "default", theta * model.rope_factor ** (model.rope_size / (model.rope_size - 2))
+    if kind == "dynamic" and model.rope_positions != model.max_positions:
+        raise UsageError(
+            f"model.rope_scaling dynamic has model.rope_positions {model.rope_positions}, for which transformers takes "
+            f"max_position_embeddings, here {model.max_positions}: the model has no Hugging Face form."
+        )
+    numbers = {name: getattr(model, field) for field, name in STRETCHES[kind].items()}
+    table = {"rope_type": kind} | {name: value for name, value in numbers.items() if value is not None}
+    if kind == "dynamic":
+        del table["max_position_embeddings"]  # which stands outside
+    keys = {"rope_theta": theta, "rope_parameters": table | {"rope_theta": theta}}
+    return keys | ({} if kind == "default" else {"rope_scaling": table})
+
+
+# Choices of training among the fields of a model.
+FREE = {"moe.aux_coef", "moe.z_coef", "moe.bias_rate", "moe.capacity", "moe.drop", "mtp.weight"}
 
 
 def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
@@ -345,8 +408,10 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and `init_std` hold no
     weights of a rotary model and may be given.
     """
-    free = {"rope_theta", "sliding_window", "init_std", *ROPE_SCALINGS["llama3"], "rope_scaling"} | (
-        {"max_positions"} if found.positions == "rope" else set()
+    free = (
+        {"rope_theta", "sliding_window", "init_std", *ROPE_NUMBERS, "rope_scaling"}
+        | FREE
+        | ({"max_positions"} if found.positions == "rope" else set())
     )
     given = {key: value for key in leaves(ModelConfig) if (value := get(wanted, key)) is not None and key != "hf"}
     if "preset" in given:
@@ -358,4 +423,5 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     ]
     if differing:
         raise UsageError(f"The configuration contradicts model.hf: {'; '.join(differing)}. Leave these keys out.")
-    return replace(found, hf=wanted.hf, **{key: value for key, value in given.items() if key in free})
+    chosen = {"hf": wanted.hf} | {key: value for key, value in given.items() if key in free}
+    return replace(found, chosen)

@@ -1,46 +1,68 @@
 """Reversible rules between our logical tensors and the tensors of another format. Pure.
 
 A rule says what one tensor of theirs is made of: one or several matrices of ours, laid end to end along the
-output dim, perhaps transposed. Rename, split, stack, merge and transpose are all of that form. Rules become
-`Link`s, boxes that hold the same numbers on both sides, and a link maps any box inside it either way. So any piece
-of a tensor of one side can be filled from pieces of the other, and nothing is ever made whole on the way.
+output dim or dealt out head by head, perhaps transposed, perhaps with rotary pairs side by side. Rename, split, stack,
+merge, transpose and reorder are all of that form. Rules become `Link`s, boxes that hold the same numbers on both
+sides, and a link maps any box inside it either way. So any piece of a tensor of one side can be filled from pieces of
+the other, and nothing is ever made whole on the way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megallm.base.errors import InternalError
 from megallm.checkpoint.plan import cover_problem
 from megallm.parallel.shard import Box
 
-_SOURCE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<index>\d+)\])?")
+_SOURCE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<index>\d+(,\d+)*)\])?")
 
 
 @dataclass(frozen=True)
 class Rule:
     """`theirs` = the matrices `ours` end to end along dim 0 (the output dim), transposed when `transpose`.
 
-    `name[i]` is one matrix of a stack. `{n}` in the names stands for the layer number.
+    `name[i]` is one matrix of a stack, on either side, `name[i,j]` of a stack of stacks. `{n}` in the names stands for
+    the layer number, `{x}` for that of an expert, `{d}` for a depth of multi-token prediction and `{m}` for the number
+    of its block in their count of layers.
+
+    With `by_head` every head has its share of each matrix of ours, one after another. With `pairs` the last `rotated`
+    rows (of every head) are rotary features that theirs keeps as neighbours `(x0, y0, x1, y1, ...)` and ours as
+    halves `(x0, x1, ..., y0, y1, ...)`. A `copy` repeats what other rules hold: it is written, and may be absent.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    by_head: bool = False
+    pairs: bool = False
+    copy: bool = False
 
 
-def rule(theirs: str, *ours: str, transpose: bool = False) -> Rule:
-    """One row of a table of rules."""
-    return Rule(theirs, ours, transpose)
+def rule(theirs: str, *ours: str, **how: bool) -> Rule:
+    """One row of a table of rules; `how` are the switches of `Rule`."""
+    return Rule(theirs, ours, **how)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often a rule is spelled out, and the sizes that reorder rows."""
+
+    layers: int
+    experts: int = 0
+    depths: int = 0  # of multi-token prediction
+    heads: int = 1
+    rotated: int = 0  # rotary features of a head
 
 
 @dataclass(frozen=True)
 class Link:
     """Two boxes that hold the same numbers: `ours_box` of the tensor `ours`, `theirs_box` of the tensor `theirs`.
 
-    Ours may have leading stack dims of size 1 that theirs lacks; with `transpose` the last two dims change places.
+    Either may have leading stack dims of size 1; with `transpose` the last two dims change places. `theirs_box` has
+    every `step`th row from its offset on.
     """
 
     ours: str
@@ -48,45 +70,72 @@ class Link:
     theirs: str
     theirs_box: Box
     transpose: bool = False
+    step: int = 1
+
+    @property
+    def _dims(self) -> int:
+        return min(2, len(self.ours_box.shape), len(self.theirs_box.shape))
 
     @property
     def stack_dims(self) -> int:
-        """Leading dims of ours that theirs does not have."""
-        return len(self.ours_box.shape) - len(self.theirs_box.shape)
+        """Leading dims of ours, before the matrix or vector."""
+        return len(self.ours_box.shape) - self._dims
+
+    @property
+    def their_stack_dims(self) -> int:
+        """The same of theirs."""
+        return len(self.theirs_box.shape) - self._dims
 
     def to_theirs(self, box: Box) -> Box:
-        """The box of theirs that holds `box`, which lies inside `ours_box`."""
-        k = self.stack_dims
+        """The box of theirs, of every `step`th row, that holds `box`, which lies inside `ours_box`."""
+        k, j = self.stack_dims, self.their_stack_dims
         offset = [o - start for o, start in zip(box.offset[k:], self.ours_box.offset[k:], strict=True)]
         shape = list(box.shape[k:])
         if self.transpose:
             offset.reverse()
             shape.reverse()
-        return Box(tuple(o + s for o, s in zip(offset, self.theirs_box.offset, strict=True)), tuple(shape))
+        offset[0] *= self.step
+        inner = (o + s for o, s in zip(offset, self.theirs_box.offset[j:], strict=True))
+        return Box((*self.theirs_box.offset[:j], *inner), (*self.theirs_box.shape[:j], *shape))
 
-    def to_ours(self, box: Box) -> Box:
-        """The box of ours that holds `box`, which lies inside `theirs_box`; the inverse of `to_theirs`."""
-        k = self.stack_dims
-        offset = [o - start for o, start in zip(box.offset, self.theirs_box.offset, strict=True)]
-        shape = list(box.shape)
+    def part_in(self, box: Box) -> tuple[Box, tuple[slice, ...]] | None:
+        """What of this link lies in `box` of theirs (all its rows): the box of ours, and where in `box` it stands."""
+        k, j = self.stack_dims, self.their_stack_dims
+        offset, shape, slices = [], [], []
+        rows = zip(self.theirs_box.offset, self.theirs_box.shape, box.offset, box.shape, strict=True)
+        for dim, (start, count, begin, length) in enumerate(rows):
+            step = self.step if dim == j else 1
+            first = max(0, -((start - begin) // step))
+            last = min(count, -((start - begin - length) // step))
+            if first >= last:
+                return None
+            at = start + first * step - begin
+            slices.append(slice(at, at + (last - first - 1) * step + 1, step))
+            if dim >= j:
+                offset.append(first)
+                shape.append(last - first)
         if self.transpose:
             offset.reverse()
             shape.reverse()
         inner = (o + s for o, s in zip(offset, self.ours_box.offset[k:], strict=True))
-        return Box((*self.ours_box.offset[:k], *inner), (*self.ours_box.shape[:k], *shape))
+        return Box((*self.ours_box.offset[:k], *inner), (*self.ours_box.shape[:k], *shape)), tuple(slices)
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """All links of a model, from both sides, and the full shape of each tensor on each side."""
+    """All links of a model, from both sides, and the full shape of each tensor on each side.
+
+    `copies` are tensors of theirs that repeat others; `by_ours` never reads them.
+    """
 
     ours: Mapping[str, tuple[int, ...]]
     theirs: Mapping[str, tuple[int, ...]]
     by_ours: Mapping[str, Sequence[Link]]
     by_theirs: Mapping[str, Sequence[Link]]
+    copies: frozenset[str] = frozenset()
 
 
-def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], num_layers: int) -> Bridge:
+def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], counts: Counts) -> Bridge:
     """Apply `rules` to a model whose logical tensors have the full shapes `ours`.
 
     A rule none of whose sources the model has is left out (a bias that is off). Errors: InternalError when the rules
@@ -94,61 +143,110 @@ def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], num_
     """
     links: list[Link] = []
     theirs: dict[str, tuple[int, ...]] = {}
-    for each in _expand(rules, num_layers):
+    copies = set()
+    for each in _expand(rules, counts):
         sources = [_parse(text) for text in each.ours]
         present = [name in ours for name, _ in sources]
         if not any(present):
             continue
         if not all(present):
             raise InternalError(f"The rule of {each.theirs} needs {', '.join(each.ours)}; some are lacking.")
-        if each.theirs in theirs:
+        name, stack = _parse(each.theirs)
+        if name in theirs and not stack:
             raise InternalError(f"Two rules make {each.theirs}.")
-        theirs[each.theirs], made = _links(each, sources, ours)
+        full, made = _links(each, name, stack, [(text, at, ours[text]) for text, at in sources], counts)
+        known = theirs.get(name, full)
+        theirs[name] = tuple(max(pair) for pair in zip(known, full, strict=True))
         links += made
-    bridge = Bridge(ours, theirs, _grouped(links, "ours", ours), _grouped(links, "theirs", theirs))
-    _check_cover(ours, {name: [link.ours_box for link in found] for name, found in bridge.by_ours.items()})
-    _check_cover(theirs, {name: [link.theirs_box for link in found] for name, found in bridge.by_theirs.items()})
+        copies |= {name} if each.copy else set()
+    own = [link for link in links if link.theirs not in copies]
+    bridge = Bridge(
+        ours, theirs, _grouped(own, "ours", ours), _grouped(links, "theirs", theirs), frozenset(copies)
+    )  # fmt: skip
+    for name, full in ours.items():
+        _check_cover(name, full, [(link.ours_box, 1, 0) for link in bridge.by_ours[name]])
+    for name, full in theirs.items():
+        found = bridge.by_theirs[name]
+        _check_cover(name, full, [(link.theirs_box, link.step, link.their_stack_dims) for link in found])
     return bridge
 
 
-def _expand(rules: Iterable[Rule], num_layers: int) -> Iterable[Rule]:
+def _expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
+    """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the layers."""
     for each in rules:
-        if "{n}" not in each.theirs:
-            yield each
+        if "{m}" in each.theirs:
+            for depth in range(counts.depths):
+                yield _named(_named(each, "{m}", str(counts.layers + depth)), "{d}", str(depth))
             continue
-        for n in range(num_layers):
-            layer = str(n)
-            ours = tuple(name.replace("{n}", layer) for name in each.ours)
-            yield Rule(each.theirs.replace("{n}", layer), ours, each.transpose)
+        layers = range(counts.layers + counts.depths) if "{n}" in each.theirs else (None,)
+        experts = range(counts.experts) if "{x}" in each.theirs else (None,)
+        for n in layers:
+            here = each if n is None else _of_layer(each, n, counts.layers)
+            for x in experts:
+                yield here if x is None else _named(here, "{x}", str(x))
 
 
-def _parse(text: str) -> tuple[str, int | None]:
+def _of_layer(each: Rule, n: int, layers: int) -> Rule:
+    if n >= layers:
+        ours = tuple(name.replace("layers.{n}.", f"mtp.{n - layers}.block.") for name in each.ours)
+        each = replace(each, ours=ours)
+    return _named(each, "{n}", str(n))
+
+
+def _named(each: Rule, place: str, number: str) -> Rule:
+    ours = tuple(name.replace(place, number) for name in each.ours)
+    return replace(each, theirs=each.theirs.replace(place, number), ours=ours)
+
+
+def _parse(text: str) -> tuple[str, tuple[int, ...]]:
     match = _SOURCE.fullmatch(text)
     if match is None:
         raise InternalError(f"A rule names {text!r}; write a tensor name, or name[i] for one matrix of a stack.")
-    return match["name"], None if match["index"] is None else int(match["index"])
+    return match["name"], () if match["index"] is None else tuple(map(int, match["index"].split(",")))
+
+
+Source = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, place in its stack, full shape
 
 
 def _links(
-    each: Rule, sources: list[tuple[str, int | None]], ours: Mapping[str, tuple[int, ...]]
+    each: Rule, theirs: str, their_stack: tuple[int, ...], sources: list[Source], counts: Counts
 ) -> tuple[tuple[int, ...], list[Link]]:
-    """The full shape of the rule's tensor, and one link per source."""
-    made, rows, columns = [], 0, ()
-    for name, index in sources:
-        full = ours[name]
-        stack = () if index is None else (index,)
-        matrix = full[len(stack) :]
-        if made and matrix[1:] != columns:
-            raise InternalError(f"The parts of {each.theirs} are {columns} and {matrix[1:]} wide: they do not join.")
-        columns = matrix[1:]
-        ours_box = Box((*stack, *(0 for _ in matrix)), (*(1 for _ in stack), *matrix))
-        offset, shape = (rows, *(0 for _ in columns)), matrix
-        if each.transpose:
-            offset, shape = offset[::-1], shape[::-1]
-        made.append(Link(name, ours_box, each.theirs, Box(offset, shape), each.transpose))
-        rows += matrix[0]
-    full_theirs = (rows, *columns)
-    return full_theirs[::-1] if each.transpose else full_theirs, made
+    """The full shape of the rule's tensor as far as this rule tells, and its links."""
+    made, rows, columns = [], 0, None
+    for head in range(counts.heads if each.by_head else 1):
+        for name, stack, full in sources:
+            matrix = full[len(stack) :]
+            if columns not in (None, matrix[1:]):
+                raise InternalError(
+                    f"The parts of {each.theirs} are {columns} and {matrix[1:]} wide: they do not join."
+                )
+            columns = matrix[1:]
+            count, uneven = divmod(matrix[0], counts.heads if each.by_head else 1)
+            if uneven:
+                raise InternalError(f"{name} of {matrix[0]} rows has no equal share for {counts.heads} heads.")
+            last = name == sources[-1][0]
+            paired = counts.rotated if each.pairs and last else 0
+            for begin, length, at, step in _runs(count, paired):
+                ours_box = Box(
+                    (*stack, head * count + begin, *(0 for _ in columns)), (*(1 for _ in stack), length, *columns)
+                )
+                offset, shape = (rows + at, *(0 for _ in columns)), (length, *columns)
+                if each.transpose:
+                    offset, shape = offset[::-1], shape[::-1]
+                box = Box((*their_stack, *offset), (*(1 for _ in their_stack), *shape))
+                made.append(Link(name, ours_box, theirs, box, each.transpose, step))
+            rows += count
+    matrix = (rows, *columns)[::-1] if each.transpose else (rows, *columns)
+    return (*(i + 1 for i in their_stack), *matrix), made
+
+
+def _runs(count: int, paired: int) -> Iterator[tuple[int, int, int, int]]:
+    """Runs of rows of one share: (begin in ours, rows, begin in theirs, step in theirs)."""
+    plain = count - paired
+    if plain:
+        yield 0, plain, 0, 1
+    for half in range(2 if paired else 0):
+        yield plain + half * paired // 2, paired // 2, plain + half, 2
 
 
 def _grouped(links: list[Link], side: str, names: Mapping[str, tuple[int, ...]]) -> dict[str, list[Link]]:
@@ -158,8 +256,22 @@ def _grouped(links: list[Link], side: str, names: Mapping[str, tuple[int, ...]])
     return groups
 
 
-def _check_cover(shapes: Mapping[str, tuple[int, ...]], boxes: Mapping[str, list[Box]]) -> None:
-    for name, full in shapes.items():
-        problem = cover_problem(full, boxes[name])
-        if problem is not None:
-            raise InternalError(f"The conversion rules do not hold {name} of shape {full} exactly once: {problem}.")
+def _check_cover(name: str, full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> None:
+    """Every element of a tensor is held once; `held` are boxes, the step of their rows, and the dim of rows."""
+    spread = any(step > 1 for _, step, _ in held)
+    problem = _rows_problem(full, held) if spread else cover_problem(full, [box for box, _, _ in held])
+    if problem is not None:
+        raise InternalError(f"The conversion rules do not hold {name} of shape {full} exactly once: {problem}.")
+
+
+def _rows_problem(full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> str | None:
+    """The same for boxes of whole rows of a matrix, some of every second row."""
+    seen = bytearray(full[0])
+    for box, step, dim in held:
+        if dim or box.shape[1:] != full[1:] or box.offset[0] + (box.shape[0] - 1) * step >= full[0]:
+            return f"the rows at {box.offset} are not whole rows of it"
+        rows = slice(box.offset[0], box.offset[0] + (box.shape[0] - 1) * step + 1, step)
+        if any(seen[rows]):
+            return f"rows from {box.offset[0]} on are held twice"
+        seen[rows] = bytes([1]) * box.shape[0]
+    return None if all(seen) else f"row {seen.index(0)} is not held"

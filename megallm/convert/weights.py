@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.convert.families import Family
 from megallm.convert.folder import Entry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
-from megallm.convert.rules import Bridge, plan_bridge
+from megallm.convert.rules import Bridge, Counts, Rule, plan_bridge
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage, StageOptions
@@ -56,6 +56,23 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
 
+def is_state(name: str) -> bool:
+    """Whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the weights are."""
+    return name.endswith(".router.bias")
+
+
+def bridge_of(model: ModelConfig, rules: Iterable[Rule]) -> Bridge:
+    """The rules of a family applied to a resolved model."""
+    heads = model.num_heads
+    counts = Counts(model.num_layers, model.moe.num_experts, model.mtp.depth, heads, model.rope_size)
+    return plan_bridge(rules, logical_shapes(model), counts)
+
+
+def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of theirs is written as in a folder of `dtype`."""
+    return torch.float32 if is_state(bridge.by_theirs[theirs][0].ours) else dtype
+
+
 def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:
     """All layers of the model in one stage, with parameters on the meta device."""
     return Stage(model, mesh, StageSpan(0, model.num_layers, True, True), StageOptions())
@@ -82,14 +99,18 @@ class HfReader:
         family = described.family
         if self.model.head == "none" and not any("pooler." in name for name in found):
             self.model = replace(self.model, pooler=False)
-        self.bridge = plan_bridge(family.rules_of(self.model.head), logical_shapes(self.model), self.model.num_layers)
-        self.entries = self._own(found, family)
-        match_shapes(self.folder, self.entries, self.bridge.theirs)
+        named = self._named(found, family)
+        if self.model.mtp.depth and not any(re.match(family.further, name) for name in named):
+            self.model = replace(self.model, mtp=replace(self.model.mtp, depth=0))
+            self.notes += ("config.json speaks of layers that predict further tokens; the folder has none of them.",)
+        self.bridge = bridge_of(self.model, family.rules_of(self.model.head, fused=family.is_fused(named)))
+        self.entries = self._own(named, family)
+        needed = {name: full for name, full in self.bridge.theirs.items() if name not in self.bridge.copies}
+        match_shapes(self.folder, self.entries, needed | {n: self.bridge.theirs[n] for n in self.entries})
         self._files: dict[Path, int] = {}
 
-    def _own(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
+    def _own(self, named: dict[str, Entry], family: Family) -> dict[str, Entry]:
         """The entries by the names of the rules; what is left over is refused by name."""
-        named = self._named(found, family)
         extra = [name for name in named if name not in self.bridge.theirs and not re.fullmatch(family.buffers, name)]
         if self.model.tie_embeddings and family.tied in extra:
             extra.remove(family.tied)
@@ -132,7 +153,8 @@ class HfReader:
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype of ours that holds every weight exactly; float16 becomes float32."""
-        kinds = {HF_DTYPES[entry.dtype] for entry in self.entries.values()}
+        weights = [links[0].theirs for name, links in self.bridge.by_ours.items() if not is_state(name)]
+        kinds = {HF_DTYPES[self.entries[name].dtype] for name in weights}
         if kinds == {torch.bfloat16}:
             return torch.bfloat16
         return torch.float64 if torch.float64 in kinds else torch.float32
@@ -165,19 +187,26 @@ class HfReader:
                 continue
             view = tensor[common.slices(target)][(0,) * link.stack_dims]
             view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
-            self._read_box(self.entries[link.theirs], link.to_theirs(common), view)
+            self._read_box(self.entries[link.theirs], link.to_theirs(common), view, link.step)
 
-    def _read_box(self, entry: Entry, box: Box, into: Tensor) -> None:
-        """Copy a box of a stored tensor, whole rows at a time."""
-        row = prod(entry.shape[1:])
-        itemsize = HF_DTYPES[entry.dtype].itemsize
-        step = max(1, BLOCK_BYTES // (row * itemsize))
-        inner = tuple(slice(o, o + n) for o, n in zip(box.offset[1:], box.shape[1:], strict=True))
-        for begin in range(0, box.shape[0], step):
-            count = min(step, box.shape[0] - begin)
-            data = self._bytes(entry, (box.offset[0] + begin) * row * itemsize, count * row * itemsize)
-            block = torch.frombuffer(data, dtype=HF_DTYPES[entry.dtype]).view(count, *entry.shape[1:])
-            into[begin : begin + count].copy_(block[(slice(None), *inner)])
+    def _read_box(self, entry: Entry, box: Box, into: Tensor, step: int) -> None:
+        """Copy a box of a stored tensor, or every `step`th row of it, whole rows at a time.
+
+        `into` is a vector or a matrix: stack dims of the box have one element and stand before it.
+        """
+        stack, dtype = len(entry.shape) - into.dim(), HF_DTYPES[entry.dtype]
+        row = prod(entry.shape[stack + 1 :])
+        first = 0  # number of the first row, counted through the stack
+        for size, offset in zip(entry.shape[: stack + 1], box.offset, strict=False):
+            first = first * size + offset
+        inner = tuple(slice(o, o + n) for o, n in zip(box.offset[stack + 1 :], box.shape[stack + 1 :], strict=True))
+        most = max(1, BLOCK_BYTES // (row * dtype.itemsize * step))
+        for begin in range(0, into.shape[0], most):
+            count = min(most, into.shape[0] - begin)
+            rows = (count - 1) * step + 1
+            data = self._bytes(entry, (first + begin * step) * row * dtype.itemsize, rows * row * dtype.itemsize)
+            block = torch.frombuffer(data, dtype=dtype).view(rows, *entry.shape[stack + 1 :])
+            into[begin : begin + count].copy_(block[(slice(None, None, step), *inner)])
 
     def _bytes(self, entry: Entry, offset: int, nbytes: int) -> bytearray:
         if entry.path not in self._files:
@@ -227,29 +256,31 @@ class Cast:
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
         """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and strides it has."""
         _, stored = self.reader.info(name)
-        wanted = self.through or tensor.dtype
+        through = None if is_state(name) else self.through
+        wanted = through or tensor.dtype
         if wanted.itemsize > stored.itemsize and MASTER + name in self._all:
             name = MASTER + name
             _, stored = self.reader.info(name)
-        if stored == tensor.dtype and self.through in (None, stored):
+        if stored == tensor.dtype and through in (None, stored):
             self.reader.read_into(name, offset, tensor)
             return
         whole = Box(tuple(offset), tuple(tensor.shape))
         for box in split_box(whole, stored.itemsize, BLOCK_BYTES):
             block = torch.empty(box.shape, dtype=stored)
             self.reader.read_into(name, box.offset, block)
-            tensor[box.slices(whole)].copy_(block if self.through is None else block.to(self.through))
+            tensor[box.slices(whole)].copy_(block if through is None else block.to(through))
 
 
 def fill_theirs(bridge: Bridge, source: Source, name: str, box: Box, into: Tensor) -> None:
     """Fill `into`, of the box's shape, with the box of their tensor `name`, from our tensors."""
     for link in bridge.by_theirs[name]:
-        common = link.theirs_box.intersect(box)
-        if common is None:
+        part = link.part_in(box)
+        if part is None:
             continue
-        view = into[common.slices(box)]
+        ours, slices = part
+        view = into[slices][(0,) * link.their_stack_dims]
         view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
-        source.read_into(link.ours, link.to_ours(common).offset, view[(None,) * link.stack_dims])
+        source.read_into(link.ours, ours.offset, view[(None,) * link.stack_dims])
 
 
 def stored_model(reader: Reader) -> ModelConfig:

@@ -36,6 +36,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _ROPE_DECODER,
     "qwen2": _ROPE_DECODER | {"qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
     "qwen3": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
+    "mixtral": _ROPE_DECODER | {"rope_theta": 1000000.0},
+    "qwen2_moe": _ROPE_DECODER
+    | {
+        "qkv_bias": True,
+        "norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "moe": {"norm_topk_prob": False, "shared_gate": True},
+    },
+    "qwen3_moe": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
     "gpt2": _ROPE_DECODER
     | {
         "norm": "layernorm",

@@ -30,6 +30,8 @@ def begin():
 THETA = {"rope_theta": 1e6, "rope_type": "default"}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 48}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8,
+        "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}  # fmt: skip
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 
 
@@ -62,6 +64,13 @@ CASES = [
     case("llama-biases", "LlamaConfig", attention_bias=True, mlp_bias=True, num_key_value_heads=4),
     case("llama-linear", "LlamaConfig", rope_parameters=THETA | {"rope_type": "linear", "factor": 4.0}),
     case("llama-3.1", "LlamaConfig", rope_parameters=LLAMA3, tie_word_embeddings=True, head_dim=32),
+    case("llama-yarn", "LlamaConfig", rope_parameters=YARN, head_dim=32),
+    case(
+        "llama-dynamic",
+        "LlamaConfig",
+        rope_parameters=THETA | {"rope_type": "dynamic", "factor": 3.0},
+        max_position_embeddings=6,
+    ),
     case("mistral", "MistralConfig", sliding_window=8),
     case("mistral-full", "MistralConfig", sliding_window=None, head_dim=24),
     case("qwen2", "Qwen2Config", rope_parameters=THETA),
@@ -94,5 +103,8 @@ def make(folder: Path, wanted: Case, dtype: torch.dtype = torch.float32, shard: 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
