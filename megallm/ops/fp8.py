@@ -52,26 +52,36 @@ def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False
 
 def amax_of(x: Tensor, scaled: str) -> Tensor:
     """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`."""
-    size = wide(x).abs()
+    size = x.abs()
     if scaled == "tensor":
-        return size.amax() if size.numel() else size.new_zeros(())
+        return wide(size.amax() if size.numel() else size.new_zeros(()))
     if scaled == "row":
-        return size.amax(-1, keepdim=True)
-    height = BLOCK if scaled == "square" else 1
-    padded = F.pad(size, (0, -size.shape[1] % BLOCK, 0, -size.shape[0] % height))
-    return padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).amax((1, 3))
+        return wide(size.amax(-1, keepdim=True))
+    height, (rows, columns) = BLOCK if scaled == "square" else 1, size.shape
+    if columns % BLOCK or rows % height:
+        size = F.pad(size, (0, -columns % BLOCK, 0, -rows % height))
+    return wide(size.view(-1, height, size.shape[1] // BLOCK, BLOCK).amax((1, 3)))
 
 
 def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
     """`[R, C]` in the format `form`; what a scale makes too large becomes the largest value, as no format rounds."""
     largest = LARGEST[form]
-    data = (wide(x) * spread(scale, x.shape)).clamp_(-largest, largest).to(FORMATS[form])
+    data = times(wide(x), scale).clamp_(-largest, largest).to(FORMATS[form])
     return Quantised(data, 1.0 / scale)
 
 
 def quantise_now(x: Tensor, form: str, scaled: str, powers: bool, reduce: Reduce, margin: int = 0) -> Quantised:
     """`quantise` with scales from the matrix itself; `reduce` completes amax over other ranks."""
     return quantise(x, form, scale_of(reduce(amax_of(x, scaled)), LARGEST[form], margin, powers))
+
+
+def times(x: Tensor, scale: Tensor) -> Tensor:
+    """`x [R, C]` times a scale of any granularity; whole blocks take no matrix of factors."""
+    (rows, columns), whole = x.shape, x.is_contiguous() and scale.dim() == 2
+    if whole and scale.shape[1] * BLOCK == columns and rows in (scale.shape[0], scale.shape[0] * BLOCK):
+        blocks = x.view(scale.shape[0], -1, scale.shape[1], BLOCK)
+        return (blocks * scale[:, None, :, None]).view(rows, columns)
+    return x * spread(scale, x.shape)
 
 
 def spread(scale: Tensor, shape: torch.Size) -> Tensor:
@@ -84,7 +94,7 @@ def spread(scale: Tensor, shape: torch.Size) -> Tensor:
 
 def dequantise(x: Quantised, dtype: torch.dtype) -> Tensor:
     """The stored values in a wide dtype."""
-    return x.data.to(dtype) * spread(x.inverse.to(dtype), x.data.shape)
+    return times(x.data.to(dtype), x.inverse.to(dtype))
 
 
 def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:

@@ -109,7 +109,7 @@ class Fp8Linear:
 
 
 def _turn(matrix: Tensor, turned: bool) -> Tensor:
-    return matrix.t() if turned else matrix
+    return matrix.t().contiguous() if turned else matrix
 
 
 class Fp8Linears:
