@@ -63,6 +63,7 @@ LATENT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("mla-direct-tp4-sp", "tp=4,sp=1", "mla-direct"),
     _row("mla-tp2-sp-selective", "tp=2,sp=1", "mla", recompute="selective"),
     _row("mla-pp2", "pp=2", "mla", micros=3),
+    _row("mla-fp8-tp2-sp", "tp=2,sp=1", "mla", fp8="tensorwise"),
     _row("mla-zb-h1", "pp=2,schedule=zb-h1", "mla", micros=3),
     _row("mla-packed", model="mla", packed=True, micro_batch=1, micros=2),
     _row("mla-cp2-ring", "cp=2", "mla"),

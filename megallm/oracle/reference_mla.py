@@ -52,15 +52,16 @@ def _latent(
     scale = (plain + rotated) ** -0.5
     if config["rope_scaling"] == "yarn" and config["rope_mscale_all_dim"]:
         scale *= (0.1 * config["rope_mscale_all_dim"] * math.log(config["rope_factor"]) + 1) ** 2
-    scores, values = [], []
+    queries = linear(weights, at + "q", source).unflatten(-1, (heads, plain + rotated))
+    keys = linear(weights, at + "k_up", latent).unflatten(-1, (heads, plain))
+    values = linear(weights, at + "v_up", latent).unflatten(-1, (heads, size))
+    scores = []
     for head in range(heads):
-        q = source @ weights[at + "q.weight"].view(heads, plain + rotated, -1)[head].T
+        q = queries[:, :, head]
         turned = _rotate(q[:, :, None, plain:], positions, config, documents)[:, :, 0]
-        k = latent @ weights[at + "k_up.weight"].view(heads, plain, -1)[head].T
-        scores.append((q[..., :plain] @ k.mT + turned @ shared.mT) * scale)
-        values.append(latent @ weights[at + "v_up.weight"].view(heads, size, -1)[head].T)
+        scores.append((q[..., :plain] @ keys[:, :, head].mT + turned @ shared.mT) * scale)
     sinks = weights.get(at + "sinks")
-    return linear(weights, at + "o", _mix(config, torch.stack(scores, 1), torch.stack(values, 2), documents, sinks))
+    return linear(weights, at + "o", _mix(config, torch.stack(scores, 1), values, documents, sinks))
 
 
 def _mix(config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None) -> Tensor:
