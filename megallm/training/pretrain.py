@@ -17,6 +17,7 @@ from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer
+from megallm.convert.weights import stored_model
 from megallm.data import samplelog, tokenizer
 from megallm.data.batches import Reader, Share
 from megallm.data.indexed import IndexedDataset
@@ -255,9 +256,14 @@ def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> Path | None:
 
 
 def check_identity(found: Path, identity: dict[str, Any]) -> dict[str, int]:
-    """The ledger of a checkpoint; UsageError with a table of what differs when the run is another one."""
+    """The ledger of a checkpoint; UsageError with a table of what differs when the run is another one.
+
+    What an older checkpoint's model does not say, because the key came later, is what its family says.
+    """
     with CheckpointReader(found) as reader:
         saved = reader.meta
+        if isinstance(saved, dict) and "model" in saved:
+            saved = saved | {"model": dataclasses.asdict(stored_model(reader))}
         if is_import(reader):
             identity = {"model": identity["model"]}
             saved = {"ledger": {}, **saved}
