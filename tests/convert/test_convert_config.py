@@ -76,10 +76,10 @@ def test_presets_survive(preset):
 REFUSED = [
     ("llama", {"attention_bias": True}, "attention_bias is True and mlp_bias False"),
     ("llama", {"mlp_bias": True}, "attention_bias is False and mlp_bias True"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling asks for rope type 'dynamic'"),
+    ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling asks for rope type 'longrope'"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 lacks low_freq_factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor is '-2'"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters asks for rope type 'yarn'"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type yarn lacks factor"),
     ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is .*they must agree"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),

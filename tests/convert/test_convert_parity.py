@@ -224,7 +224,7 @@ def test_stretched_rotary_embeddings_equal_the_reference():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"rope_scaling": "dynamic"}, "it must be one of linear, llama3"),
+        ({"rope_scaling": "longrope"}, "it must be one of linear, ntk"),
         ({"rope_scaling": "linear"}, "linear needs model.rope_factor"),
         ({"rope_factor": 2.0}, "null has no model.rope_factor"),
         ({"rope_scaling": "linear", "rope_factor": -2.0}, "rope_factor is -2.0"),
