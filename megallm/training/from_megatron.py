@@ -155,11 +155,43 @@ def _defaults(found: Translation) -> None:
         "model.norm": "layernorm", "model.norm_eps": 1e-5, "model.activation": "gelu", "model.bias": True,
         "model.qk_norm": False, "model.tie_embeddings": True, "model.init_std": 0.02, "model.positions": "learned",
         "data.split": "969,30,1", "data.order": "megatron", "run.seed": 1234, "train.precision": "fp32",
-        "optim.rule": "adamw", "optim.min_lr": 0.0, "optim.eps": 1e-8, "optim.weight_decay": 0.01, "optim.clip": 1.0,
+        "optim.rule": "adamw", "optim.min_lr": 0.0, "optim.weight_decay": 0.01, "optim.clip": 1.0,
         "optim.schedule": "linear", "eval.every": 1000, "eval.batches": 100, "log.every": 100,
     }.items():  # fmt: skip
         found.config.setdefault(key, value)
+    if found.config["optim.rule"] == "sgd":
+        found.config["optim.momentum"] = found.number("--sgd-momentum", 0.9)
+        return
     found.config["optim.betas"] = [found.number("--adam-beta1", 0.9), found.number("--adam-beta2", 0.999)]
+    found.config["optim.eps"] = found.number("--adam-eps", 1e-8)
+
+
+@_rule
+def _precision(found: Translation) -> None:
+    """FP8's recipe and fp16's loss scale; their flags mean nothing in another precision."""
+    config = found.config
+    if "--fp8-format" in found.given:  # beside --bf16, which is its other half, in any order
+        config["train.precision"] = "fp8"
+        recipe, form = found.text("--fp8-recipe", "delayed"), found.text("--fp8-format")
+        if recipe in ("delayed", "tensorwise", "blockwise"):
+            config["train.fp8.recipe"] = recipe
+        else:
+            found.problems.append(f"--fp8-recipe {recipe}: megallm has delayed, tensorwise, rowwise and blockwise.")
+        if (form == "e4m3") != (recipe == "blockwise"):
+            kind = "e4m3" if recipe == "blockwise" else "e5m2"
+            found.problems.append(f"--fp8-format {form}: gradients of the recipe {recipe} are {kind} here.")
+        if recipe == "delayed":
+            config["train.fp8.history"] = found.number("--fp8-amax-history-len", 1)
+        config["train.fp8.margin"] = found.number("--fp8-margin", 0)
+        if "--first-last-layers-bf16" in found.given:
+            config["train.fp8.bf16_first"] = found.number("--num-layers-at-start-in-bf16", 1)
+            config["train.fp8.bf16_last"] = found.number("--num-layers-at-end-in-bf16", 1)
+    if config["train.precision"] == "fp16":
+        if "--loss-scale" in found.given:
+            found.problems.append(f"--loss-scale {found.text('--loss-scale')}: the scale is always dynamic.")
+        config["train.loss_scale.initial"] = min(float(found.number("--initial-loss-scale", 2.0**32)), 2.0**24)
+        config["train.loss_scale.minimum"] = float(found.number("--min-loss-scale", 1.0))
+        config["train.loss_scale.growth_steps"] = int(found.number("--loss-scale-window", 1000))
 
 
 @_rule
