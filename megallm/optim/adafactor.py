@@ -17,7 +17,7 @@ from torch import Tensor
 from megallm.ops.updates import keeping, unless
 from megallm.optim.buckets import Cut
 from megallm.optim.config import OptimConfig
-from megallm.optim.elementwise import Clock
+from megallm.optim.elementwise import CHUNK, Clock
 from megallm.optim.flat import FlatBucket
 from megallm.optim.groups import is_matrix
 from megallm.optim.rules import column_factor, row_factor
@@ -69,8 +69,8 @@ class Rows(NamedTuple):
     values: Tensor
 
     @staticmethod
-    def of(grid: Grid, cut: Cut, flat: Tensor) -> Rows:
-        piece = flat[cut.place : cut.place + cut.end - cut.begin]
+    def of(grid: Grid, cut: Cut, piece: Tensor) -> Rows:
+        """The elements of `cut`, as they are or copied between zeros."""
         first, head = divmod(cut.begin, grid.columns)
         last = -(-cut.end // grid.columns)
         if (last - first) * grid.columns != piece.numel():
@@ -179,12 +179,9 @@ class Adafactor:
         total = self._like(group).new_zeros(group.squares.size)
         places = group.squares.places
         for bucket in group.buckets:
-            grads = self._grads(bucket, clock)
-            for cut in self.parameters.cuts(bucket):
-                grid = group.grids[cut.member.name]
-                squares = Rows.of(grid, cut, grads)
-                squares = squares._replace(values=squares.values.square())
-                weights = Rows.of(grid, cut, bucket.master).values
+            for grid, cut in self._cuts(group, bucket):
+                squares = Rows.of(grid, cut, self._grads(bucket, cut, clock).square_())
+                weights = Rows.of(grid, cut, cut.of(bucket.master)).values
                 for unit, here in squares.units():
                     total[places["weights", grid.name]][unit] += weights[here].square().sum()
                     if grid.factored:
@@ -195,8 +192,18 @@ class Adafactor:
                     rows[squares.first : squares.first + len(squares.values)] += squares.values.sum(1)
         return total
 
-    def _grads(self, bucket: FlatBucket, clock: Clock) -> Tensor:
-        return unless(clock.skip, bucket.shard_grads.to(bucket.master.device))
+    def _cuts(self, group: Group, bucket: FlatBucket) -> Iterator[tuple[Grid, Cut]]:
+        """This rank's stretches of a bucket; on a CPU in pieces of whole rows that fit into its cache."""
+        for cut in self.parameters.cuts(bucket):
+            grid = group.grids[cut.member.name]
+            step = cut.end if bucket.master.device.type != "cpu" else max(CHUNK // grid.columns, 1) * grid.columns
+            ends = [*range(cut.begin // step * step + step, cut.end, step), cut.end]
+            for begin, end in zip([cut.begin, *ends], ends, strict=False):
+                yield grid, Cut(cut.member, begin, end, cut.place + begin - cut.begin)
+
+    def _grads(self, bucket: FlatBucket, cut: Cut, clock: Clock) -> Tensor:
+        """A copy of a stretch of the gradient where the weights are, zeros when the update is skipped."""
+        return unless(clock.skip, cut.of(bucket.shard_grads).to(bucket.master.device))
 
     def _remember(self, group: Group, squares: dict[Hashable, Tensor], clock: Clock) -> None:
         """Move the means of squares along: after t steps they keep 1 - t^-decay_power of what they were."""
@@ -208,33 +215,31 @@ class Adafactor:
             self.columns[grid.name].lerp_(squares["columns", grid.name] / full_rows + self.config.eps, share)
         for bucket in group.buckets:
             if bucket.index in self.squares:
-                mean = self.squares[bucket.index]
-                mean.lerp_(self._grads(bucket, clock).square_().add_(self.config.eps), share)
+                mean, grads = self.squares[bucket.index], bucket.shard_grads.to(bucket.master.device)
+                mean.lerp_(unless(clock.skip, grads.square()).add_(self.config.eps), share)
 
     def _steps(self, group: Group, clock: Clock) -> Iterator[tuple[Rows, tuple[FlatBucket, Cut]]]:
         """Gradients over the root of their mean squares, stretch by stretch; not yet limited, and nan when skipped."""
         for bucket in group.buckets:
-            grads = self._grads(bucket, clock)
-            if bucket.index in self.squares:
-                grads *= self.squares[bucket.index].rsqrt()
-            for cut in self.parameters.cuts(bucket):
-                grid = group.grids[cut.member.name]
-                rows = Rows.of(grid, cut, grads)
+            for grid, cut in self._cuts(group, bucket):
+                step = self._grads(bucket, cut, clock)
+                if not grid.factored:
+                    step *= cut.of(self.squares[bucket.index]).rsqrt()
+                rows = Rows.of(grid, cut, step)
                 if grid.factored:
-                    rows = rows._replace(values=self._scaled(rows))
+                    self._scale_(rows)
                 yield rows, (bucket, cut)
 
-    def _scaled(self, rows: Rows) -> Tensor:
+    def _scale_(self, rows: Rows) -> None:
         """g / sqrt(r c / mean(r)): the mean of all squares is that of the factor which no axis divides."""
         grid, count = rows.grid, len(rows.values)
         row_means = self.rows[grid.name].view(grid.units, grid.rows)
         column_means = self.columns[grid.name].view(grid.units, grid.columns)
         mean = (column_means if grid.row_axis else row_means).mean(1, keepdim=True)
         per_row = (row_means / mean).rsqrt().flatten()[rows.first : rows.first + count]
-        scaled = rows.values * per_row[:, None]
+        rows.values.mul_(per_row[:, None])
         for unit, here in rows.units():
-            scaled[here] *= column_means[unit].rsqrt()
-        return scaled
+            rows.values[here] *= column_means[unit].rsqrt()
 
     def _rates(self, grid: Grid, weights: Tensor, steps: Tensor) -> Tensor:
         """For each matrix: max(min_scale, rms of the weight) / max(1, rms of the update / update_clip)."""
@@ -242,9 +247,7 @@ class Adafactor:
         size = (weights / count).sqrt().clamp(min=self.config.min_scale)
         return size / ((steps / count).sqrt() / self.config.update_clip).clamp(min=1.0)
 
-    def _apply(
-        self, rows: Rows, place: tuple[FlatBucket, Cut], rates: Tensor, lr: float, clock: Clock
-    ) -> None:  # fmt: skip
+    def _apply(self, rows: Rows, place: tuple[FlatBucket, Cut], rates: Tensor, lr: float, clock: Clock) -> None:
         bucket, cut = place
         treatment = cut.member.treatment
         lr, keep = lr * treatment.lr_scale, keeping(clock.skip, bucket.master)
@@ -252,5 +255,5 @@ class Adafactor:
         for unit, here in rows.units():
             rows.values[here] *= rates[unit] * relative
         step = rows.values.flatten()[rows.head : rows.head + cut.end - cut.begin]
-        weights = bucket.master[cut.place : cut.place + cut.end - cut.begin]
+        weights = cut.of(bucket.master)
         weights.mul_(1 - lr * treatment.weight_decay * keep).sub_(unless(clock.skip, step))

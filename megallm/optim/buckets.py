@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megallm.base.errors import InternalError
 
@@ -125,6 +125,10 @@ class Cut:
     begin: int
     end: int
     place: int
+
+    def of(self, flat: Any) -> Any:
+        """The elements in a buffer that holds the shard."""
+        return flat[self.place : self.place + self.end - self.begin]
 
 
 def plan_buckets(

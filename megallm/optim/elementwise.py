@@ -21,21 +21,26 @@ class Clock(NamedTuple):
     skip: Tensor  # float32: 1.0 leaves everything as it is
 
 
+CHUNK = 2**16  # elements that an update with temporaries works on at once on a CPU, so that they stay in its cache
+
+
 class Elementwise:
     """The buckets of one rule. `states` has for each state name and bucket index this rank's range."""
 
     def __init__(self, rule: str, config: OptimConfig, states: dict[str, dict[int, Tensor]]) -> None:
         self.apply, self.config, self.states = APPLY[rule], config, states
+        self.fused = rule in FUSED
 
     def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None:
         """Apply the completed and clipped gradients of `buckets`."""
         for bucket in buckets:
             grads = bucket.shard_grads.to(bucket.master.device)
             for begin, end, treatment in bucket.plan.runs(bucket.begin, bucket.end):
-                if not treatment.frozen:
-                    run = slice(begin, end)
+                settings = Settings(lr * treatment.lr_scale, treatment, self.config)
+                step = CHUNK if grads.device.type == "cpu" and not self.fused else max(end - begin, 1)
+                for first in range(begin, begin if treatment.frozen else end, step):
+                    run = slice(first, min(first + step, end))
                     states = {name: flats[bucket.index][run] for name, flats in self.states.items()}
-                    settings = Settings(lr * treatment.lr_scale, treatment, self.config)
                     self.apply(Flat(bucket.master[run], grads[run]), states, settings, clock)
 
 
@@ -84,3 +89,4 @@ APPLY: dict[str, Callable[[Flat, dict[str, Tensor], Settings, Clock], None]] = {
     "rmsprop": _rmsprop,
     "lion": _lion,
 }
+FUSED = ("adamw", "adam", "sgd")  # one pass over the buffers, without temporaries

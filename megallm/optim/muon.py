@@ -42,7 +42,7 @@ class Matrices(NamedTuple):
         return next((dim for dim, place in ((2, last), (1, last - 1)) if place in self.shard.split), None)
 
     def view(self, flat: Tensor) -> Tensor:
-        return flat[self.cut.place : self.cut.place + self.cut.end - self.cut.begin].view(self.shape)
+        return self.cut.of(flat).view(self.shape)
 
 
 class Muon:
