@@ -111,7 +111,8 @@ def opening(config: PretrainConfig, engine: Engine, begin: str) -> str:
     if config.model.moe.num_experts:
         size += f" ({config.model.num_params(active=True) / 1e6:.1f}M for a token)"
     where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''}"
-    where += f" ep={layout.ep}" * (layout.ep > 1) + f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
+    where += f" ep={layout.ep}" * (layout.ep > 1)
+    where += f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
     return f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, run folder {config.run.dir}"
 
 

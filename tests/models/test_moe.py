@@ -21,6 +21,7 @@ from megallm.models.moe import Moe
 from megallm.models.router import select
 from megallm.models.sections import MoeConfig
 from megallm.models.stages import StageSpan
+from megallm.ops.narrow import LossScaleOptions
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.parallel.context import Context
 from megallm.parallel.layout import Layout
@@ -225,6 +226,31 @@ def test_the_selection_bias_evens_out_the_load():
     seen = [engine.train_step(batches(2, seed=0), NextToken(), 0.0).metrics["moe/load_balance"] for _ in range(50)]
     assert seen[0] == pytest.approx(2.0), "every token takes expert 0 as one of its two"
     assert sum(seen[-5:]) / 5 < 1.3, seen
+
+
+def router_gradients(scale: float, broken: bool = False) -> dict[str, Tensor]:
+    """Gradients of the routers of one fp16 step at a loss scale, with a strong balancing loss."""
+    config = engine_config(
+        model_of(aux_coef=5.0),
+        precision="fp16",
+        loss_scale=LossScaleOptions(initial=scale),
+        optim=OptimConfig(clip=0.0),
+    )
+    engine = Engine.build(config, Mesh.single())
+    if broken:
+        begin = engine.model.routers.begin
+        engine.model.routers.begin = lambda batches, factor: begin(batches)
+    engine.train_step(batches(2), NextToken(), 0.0)
+    return {name: grad.double() for name, _, _, grad in engine.gradients() if name.endswith("router.weight")}
+
+
+def test_router_losses_are_scaled_with_the_loss_in_fp16():
+    """The gradient is the same at any loss scale; it would not be if the router losses were left as they are."""
+    expected = router_gradients(16.0)
+    for name, grad in router_gradients(1024.0).items():
+        assert (grad - expected[name]).abs().max() <= 0.02 * expected[name].abs().max()
+    wrong = router_gradients(1024.0, broken=True)
+    assert any((wrong[name] - x).abs().max() > 0.2 * x.abs().max() for name, x in expected.items())
 
 
 # transformers' blocks

@@ -17,7 +17,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.ranks import run_ranks
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXPERTS, WIDTH = 6, 4
 ROWS = (5, 0, 7)  # of each rank; one has nothing to send
 
