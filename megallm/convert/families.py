@@ -153,7 +153,7 @@ class Family:
             rules = (*(each for each in rules if "{x}" not in each.theirs), *self.fused)
         if head == self.head:
             return rules
-        rest = tuple(each for each in rules if not each.ours[0].startswith("head."))
+        rest = tuple(each for each in rules if not each.of_head)
         if head != "none":
             return rest + self.score
         bare = (replace(each, theirs=each.theirs.removeprefix(self.prefix)) for each in rest + self.score)
@@ -253,7 +253,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         "qwen3", "Qwen3ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
         _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-        _ROPE_SWITCHES | {"qk_norm": True, "qkv_bias": False, "bias": False},
+        _ROPE_SWITCHES | {"qk_norm": True, "qk_norm_span": "head", "qkv_bias": False, "bias": False},
         {"attention_bias": (False,), "mlp_bias": (False,)},
         classifier="Qwen3ForSequenceClassification",
     ),
@@ -284,11 +284,23 @@ FAMILIES: dict[str, Family] = {
         _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "norm_topk_prob": False,
                      "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
                      "intermediate_size": 6144},
-        _SPARSE_SWITCHES | {"qk_norm": True, "qkv_bias": False, "sliding_window": None,
+        _SPARSE_SWITCHES | {"qk_norm": True, "qk_norm_span": "head", "qkv_bias": False, "sliding_window": None,
                             "moe.shared_ffn_hidden_size": 0},
         {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,)},
         classifier="Qwen3MoeForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.SPARSE,
         aliases={"num_local_experts": "num_experts"},
+    ),
+    "olmoe": Family(
+        "olmoe", "OlmoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN,
+        {field: key for field, key in _EXPERT_KEYS.items() if field != "head_size"}
+        | {"moe.num_experts": "num_experts", "moe.norm_topk_prob": "norm_topk_prob"},
+        "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64,
+                     "num_experts_per_tok": 8, "norm_topk_prob": False, "intermediate_size": 2048},
+        _SPARSE_SWITCHES | {"qk_norm": True, "qk_norm_span": "all", "qkv_bias": False, "sliding_window": None,
+                            "moe.shared_ffn_hidden_size": 0},
+        {"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": ()},
+        fused=moe_rules.STACKED, more=moe_keys.EVERY_LAYER, aliases={"num_local_experts": "num_experts"},
     ),
     "gpt2": Family(
         "gpt2", "GPT2LMHeadModel", "transformer.", GPT2_RULES,
@@ -322,9 +334,9 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
             "hidden_act": "gelu",
         },
-        _DECODER | {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True,
-                    "norm": "layernorm", "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False,
-                    "sliding_window": None},
+        _PLAIN | {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True, "norm": "layernorm",
+                  "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False, "sliding_window": None,
+                  "moe.num_experts": 0},
         {"position_embedding_type": ("absolute",), "is_decoder": (False,), "tie_word_embeddings": (True,)},
         r".*\.position_ids|cls\.predictions\.decoder\.bias",
         head="mlm", tied="cls.predictions.decoder.weight", classifier="BertForSequenceClassification",

@@ -10,12 +10,14 @@ from torch import Tensor
 from megallm.models.balance import Seats
 from megallm.models.config import ModelConfig
 from megallm.ops.attention import causal_attention
+from megallm.ops.precision import wide
 from megallm.ops.rope import apply_rope
 from megallm.ops.tiles import Sight
+from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
-from megallm.parallel.shard import Shard, normal
+from megallm.parallel.shard import Shard, constant, normal
 from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, enter
 
 CacheShape = tuple[tuple[int, int], tuple[int, int]]  # local kv heads and size of a key, and of a value
@@ -67,6 +69,7 @@ class HeadPlan:
     num_kv: int
     replicated: bool
     pairing: tuple[int, ...] | None
+    kv_shared: int = 0  # the first of them that the rank before projects too
 
     @staticmethod
     def of(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> HeadPlan:
@@ -79,7 +82,36 @@ class HeadPlan:
         begin, count = reads[0], reads[-1] - reads[0] + 1
         local = tuple(head - begin for head in reads)
         even = num_q % count == 0 and local == tuple(head // (num_q // count) for head in range(num_q))
-        return HeadPlan(num_q, begin, count, True, None if even else local)
+        before = tp_rank * num_q - 1  # the last query head of the rank before
+        shared = 0 if before < 0 else max(0, before // group + 1 - begin)
+        return HeadPlan(num_q, begin, count, True, None if even else local, shared)
+
+
+class JointNorm(ShardedModule):
+    """RMSNorm over all heads of a layer together, which tp divides (OLMoE, arXiv 2409.02060): `[B, T, n, E]` -> same.
+
+    A rank adds the squares of its heads, and the ranks their sums; a key head that several ranks project counts once.
+    Its gradient is then the sum over the ranks, since each used the joint scale for its own heads.
+    """
+
+    def __init__(self, mesh: Mesh, config: ModelConfig, heads: int, kv: HeadPlan | None = None) -> None:
+        super().__init__(mesh)
+        size, whole = config.head_size, kv is not None and kv.replicated
+        self.count, self.eps = heads * size, config.norm_eps
+        self.shared, self.rows = 0, slice(None)
+        if whole:
+            self.shared = kv.kv_shared
+            self.rows = slice(kv.kv_begin * size, (kv.kv_begin + kv.num_kv) * size)
+        split = {} if whole else {0: "tp"}
+        shard = Shard((self.count,), split, ("tp",) if whole else (), constant(1.0), decay=False)
+        self.add_parameter("weight", shard)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = wide(x)
+        squares = values[..., self.shared :, :].square().sum((-2, -1), keepdim=True)
+        mean = comm.sum_fwd_sum_bwd(squares, self.mesh.tp, "tp.qk_norm") / self.count
+        weight = wide(self.weight)[self.rows].view(x.shape[-2:])
+        return (values * (mean + self.eps).rsqrt() * weight).to(x.dtype)
 
 
 class Attention(ShardedModule):
@@ -96,7 +128,10 @@ class Attention(ShardedModule):
         self.kv = ColumnLinear(mesh, (2, config.num_kv_heads * e, d), init, config.qkv_bias, self.heads.replicated)
         self.o = RowLinear(mesh, (d, config.num_heads * e), scaled_init(config), config.bias, sp)
         self.q_norm = self.k_norm = None
-        if config.qk_norm:
+        if config.qk_norm and config.qk_norm_span == "all":
+            self.q_norm = JointNorm(mesh, config, config.num_heads)
+            self.k_norm = JointNorm(mesh, config, config.num_kv_heads, self.heads)
+        elif config.qk_norm:
             partial = ("tp",) if mesh.tp.size > 1 else ()
             self.q_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
             self.k_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)

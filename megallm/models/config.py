@@ -60,6 +60,7 @@ class ModelConfig:
     qkv_bias: bool | None = None
     bias: bool | None = None  # o, up, down; and qkv unless qkv_bias says otherwise
     qk_norm: bool | None = None
+    qk_norm_span: str | None = None  # head: each head by itself (Qwen3) | all: the heads of a layer together (OLMoE)
     sliding_window: int | None = None
     attention_sinks: bool | None = (
         None  # a learned score for each head, which takes weight and gives no value (gpt-oss)
@@ -133,7 +134,12 @@ class ModelConfig:
         total = self.attention_matrices + self.hidden_size * self.bias + self.num_heads * self.attention_sinks
         if self.mla.on:
             return total + self.mla.q_lora_dim + self.mla.kv_lora_dim  # the norms of the latents
-        return total + (q + kv) * self.qkv_bias + 2 * self.head_size * self.qk_norm
+        return total + (q + kv) * self.qkv_bias + self._qk_norm_params
+
+    @property
+    def _qk_norm_params(self) -> int:
+        heads = self.num_heads + self.num_kv_heads if self.qk_norm_span == "all" else 2
+        return heads * self.head_size * self.qk_norm
 
     def _ffn_params(self, active: bool) -> int:
         """Of all feed-forward layers."""
@@ -351,6 +357,7 @@ CHOICES = {
     "positions": ("rope", "learned"),
     "mtp.kind": MTP_KINDS,
     "norm_place": ("pre", "post"),
+    "qk_norm_span": ("head", "all"),
     "moe.score": ("softmax", "sigmoid"),
     "moe.drop": ("score", "position"),
     "head": ("lm", "mlm", "classification", "value", "none"),

@@ -16,6 +16,7 @@ _ROPE_DECODER: dict[str, Any] = {
     "qkv_bias": None,  # as `bias`
     "bias": False,
     "qk_norm": False,
+    "qk_norm_span": "head",
     "sliding_window": None,
     "attention_sinks": False,
     "tie_embeddings": False,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe": {"norm_topk_prob": False, "shared_gate": True},
     },
     "qwen3_moe": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
+    "olmoe": _ROPE_DECODER | {"qk_norm": True, "qk_norm_span": "all", "moe": {"norm_topk_prob": False}},
     "gpt2": _ROPE_DECODER
     | {
         "norm": "layernorm",

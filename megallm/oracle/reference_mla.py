@@ -29,8 +29,11 @@ def attention(
     k = linear(weights, at + "kv", x, 0).view(batch, length, kv_heads, size)
     v = linear(weights, at + "kv", x, 1).view(batch, length, kv_heads, size)
     if config["qk_norm"]:
-        q = rms(q, weights[at + "q_norm.weight"], config["norm_eps"])
-        k = rms(k, weights[at + "k_norm.weight"], config["norm_eps"])
+        together = 2 if config["qk_norm_span"] == "all" else 1  # dims that a norm goes over
+        q, k = (
+            rms(z.flatten(-together), weights[at + name], config["norm_eps"]).view_as(z)
+            for z, name in ((q, "q_norm.weight"), (k, "k_norm.weight"))
+        )
     if config["positions"] == "rope":
         q, k = (_rotate(z, positions, config, documents) for z in (q, k))
     k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))

@@ -65,6 +65,8 @@ MODELS: dict[str, dict[str, Any]] = (
         "bert-value": {"family": "bert", "num_kv_heads": 1, "head": "value", "pooler": True},
         "diffusion": {"causal": False, "head": "mlm", "tie_embeddings": True},
         "reward": {"head": "value", "qk_norm": True},
+        "normed-together": {"family": "olmoe"},
+        "normed-three-groups": {"family": "olmoe", "num_heads": 6, "num_kv_heads": 3},  # tp=2: both project one kv head
         "biased": {"bias": True, "qk_norm": True, "norm": "layernorm"},
     }
     | LATENT_MODELS
@@ -180,6 +182,10 @@ ROWS: tuple[Row, ...] = (
     _row("tp2-biased", "tp=2", model="biased"),
     _row("tp2-one-kv", "tp=2", model="one-kv"),
     _row("tp2-three-groups", "tp=2", model="three-groups"),
+    _row("tp2-normed-together", "tp=2", model="normed-together"),
+    _row("tp2-sp-normed-three-groups", "tp=2,sp=1", model="normed-three-groups", recompute="full"),
+    _row("tp4-normed-together-zero1", "tp=4,dp=2,zero=1", model="normed-together", micros=2, mask="rank"),
+    _row("pp2-tp2-normed-zb-h1", "pp=2,tp=2,schedule=zb-h1", "normed-three-groups", micros=3),
     _row("tp2-uneven-ffn", "tp=2", overrides={"ffn_hidden_size": 27}),
     _row("tp4-two-kv", "tp=4"),
     _row("tp4-qwen2-two-kv", "tp=4", model="qwen2"),
@@ -300,6 +306,7 @@ CONTROLS: dict[str, str] = (
         "tp.leave": "tp2",
         "sp.enter": "tp2-sp",
         "sp.leave": "tp2-sp",
+        "tp.qk_norm": "tp2-normed-together",
         "vocab.embedding": "tp2",
         "vocab.logits": "tp2",
         "vocab.max": "tp2",

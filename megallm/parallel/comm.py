@@ -23,6 +23,7 @@ REDUCTIONS = {
     "sp.leave": "output of row-parallel layers, reduce-scattered over tp",
     "tp.latents": "gradient of the latents of latent attention, summed over tp (no sequence parallelism)",
     "sp.latents": "gradient of the gathered latents of latent attention, reduce-scattered over tp",
+    "tp.qk_norm": "squares of the query or key heads of a layer that are normalised together, summed over tp",
     "vocab.embedding": "output of the vocabulary-parallel embedding, summed or reduce-scattered over tp",
     "vocab.logits": "gradient of the hidden states before the head, summed or reduce-scattered over tp",
     "vocab.max": "largest logit over the vocabulary pieces",
@@ -157,6 +158,17 @@ class _SumFwdCopyBwd(torch.autograd.Function):
         return grad, None, None
 
 
+class _SumFwdSumBwd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, name: str) -> Tensor:
+        ctx.axis, ctx.name = axis, name
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis, name)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis, ctx.name), None, None
+
+
 class _GatherFwdReduceScatterBwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
@@ -255,6 +267,11 @@ def copy_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
 def sum_fwd_copy_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
     """Sum over the axis forward; the gradient passes as it is. Megatron's `g` (arXiv 1909.08053)."""
     return x if axis.size == 1 else _SumFwdCopyBwd.apply(x, axis, name)
+
+
+def sum_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
+    """Sum over the axis forward, and the gradient too: each rank used the sum for something of its own."""
+    return x if axis.size == 1 else _SumFwdSumBwd.apply(x, axis, name)
 
 
 def gather_fwd_reduce_scatter_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:

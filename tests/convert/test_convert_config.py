@@ -105,7 +105,7 @@ REFUSED = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
-    ("mamba", {}, "model_type 'mamba'; megallm converts llama, mistral, qwen2, qwen3, gpt2"),
+    ("mamba", {}, "model_type 'mamba'; megallm converts llama, mistral, qwen2, qwen3, mixtral"),
 ]
 
 

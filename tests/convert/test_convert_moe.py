@@ -41,7 +41,14 @@ def qwen3_moe(draw: random.Random) -> dict[str, Any]:
     return qwen(draw) | {"head_dim": draw.choice([8, 16]), "tie_word_embeddings": draw.random() < 0.3}
 
 
-FAMILIES = {"Mixtral": mixtral, "Qwen2Moe": qwen2_moe, "Qwen3Moe": qwen3_moe}
+def olmoe(draw: random.Random) -> dict[str, Any]:
+    experts = draw.choice([2, 5, 8])
+    return {"num_experts": experts, "num_experts_per_tok": draw.randint(1, experts)} | {
+        "norm_topk_prob": draw.random() < 0.5, "tie_word_embeddings": draw.random() < 0.5,
+    }  # fmt: skip
+
+
+FAMILIES = {"Mixtral": mixtral, "Qwen2Moe": qwen2_moe, "Qwen3Moe": qwen3_moe, "Olmoe": olmoe}
 
 
 def drawn(family: str, seed: int) -> Case:
