@@ -1,7 +1,6 @@
 """The configuration of a pretraining run: the same dotted names in Python, in YAML and on the command line. No torch.
 
-The comment beside a field is its documentation (`megallm config --schema` prints it). What today's code cannot do
-yet is listed in one table, `validate.AVAILABLE`.
+The comment beside a field is its documentation (`megallm config --schema` prints it).
 """
 
 from __future__ import annotations

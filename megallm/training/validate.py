@@ -1,8 +1,7 @@
 """Every rule between the fields of a configuration, checked before any process starts. Pure.
 
 A rule is a generator of `Problem`s: the rule in words, the numbers that break it, and the nearest values that keep
-it. `check` runs them all, so that one attempt shows everything that is wrong. What the code cannot do yet stands in
-one table, `AVAILABLE`: making it work means deleting its row.
+it. `check` runs them all, so that one attempt shows everything that is wrong.
 """
 
 from __future__ import annotations
@@ -29,13 +28,10 @@ from megallm.training.expert_rules import layout_faults, size_faults
 from megallm.training.narrow_rules import narrow_faults
 from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
 from megallm.training.optimizing import optimizer_faults
+from megallm.training.ranges import RANGES
 from megallm.training.reading import objective_faults, segment_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
-
-# What each key may be today. A row leaves this table when the code behind it arrives.
-AVAILABLE: dict[str, tuple[Any, ...]] = {
-}
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int
 
 def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: int | None = None) -> list[Problem]:
     """All broken rules. Rules about the model's sizes are left out while the model itself cannot be resolved."""
-    problems = [*_ranges(config, world), *_choices(config), *_available(config), *_split(config)]
+    problems = [*_ranges(config, world), *_choices(config), *_split(config)]
     problems += [*_sources(config), *_segments(config), *_optimizer(config), *_expert_sizes(config)]
     broken = {problem.key for problem in problems}
     try:
@@ -140,91 +136,6 @@ def _facts(config: PretrainConfig, world: int | None, tokenizer_vocab: int | Non
 # Rules about single keys.
 
 
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number; `above` excludes the lower bound, `below` the upper one."""
-
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def nearest(self, value: Any, default: Any) -> Any:
-        """`value` itself when inside; the closed bound it passed; else the default."""
-        if self.low is not None and value < self.low:
-            return self.low
-        if self.high is not None and value > self.high:
-            return self.high
-        if (self.above is not None and value <= self.above) or (self.below is not None and value >= self.below):
-            return default
-        return value
-
-    def __str__(self) -> str:
-        words = {"at least": self.low, "greater than": self.above, "at most": self.high, "less than": self.below}
-        return " and ".join(f"{word} {bound:.12g}" for word, bound in words.items() if bound is not None)
-
-
-_COUNT = Range(low=1)
-_NOT_NEGATIVE = Range(low=0)
-_SEED = Range(low=0, high=2**32 - 1)
-RANGES: dict[str, Range] = {
-    "run.seed": _SEED,
-    "data.seed": _SEED,
-    "data.seq_len": _COUNT,
-    "data.window": _COUNT,
-    "data.masking.rate": Range(above=0, high=1),
-    "data.masking.masked": Range(low=0, high=1),
-    "data.masking.random": Range(low=0, high=1),
-    "model.num_labels": Range(low=2),
-    "model.token_types": _NOT_NEGATIVE,
-    "data.fim.rate": Range(low=0, high=1),
-    "data.fim.spm": Range(low=0, high=1),
-    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
-    "zero.shard_size": _COUNT,
-    "train.recompute_layers": _COUNT,
-    "train.loss_scale.initial": Range(low=2**-14, high=2**24),
-    "train.loss_scale.minimum": Range(above=0),
-    **{f"train.{name}": Range(low=1, high=10**6) for name in ("loss_scale.growth_steps", "fp8.history")},
-    "train.fp8.margin": Range(low=0, high=16),
-    **{f"train.fp8.{name}": _NOT_NEGATIVE for name in ("bf16_first", "bf16_last")},
-    **{f"train.{name}": Range(low=1, high=10**12) for name in ("steps", "stop_at", "global_batch", "micro_batch")},
-    **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
-    **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
-    **{f"model.moe.{name}": _COUNT for name in ("top_k", "ffn_hidden_size", "every", "num_groups", "top_groups")},
-    **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("num_experts", "shared_ffn_hidden_size", "first_dense")},
-    **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("aux_coef", "z_coef", "bias_rate")},
-    "model.moe.routed_scale": Range(above=0),
-    "model.moe.capacity": Range(above=0),
-    "model.sliding_window": _COUNT,
-    **{f"model.mla.{name}": _NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
-    **{f"model.mla.{name}_head_size": _COUNT for name in ("nope", "rope", "value")},
-    "model.mtp.depth": Range(low=0, high=100),
-    "model.mtp.weight": Range(above=0),
-    "model.norm_eps": Range(above=0),
-    "model.init_std": Range(above=0),
-    "model.rope_theta": Range(above=0),
-    "optim.lr": Range(above=0),
-    "optim.min_lr": _NOT_NEGATIVE,
-    "optim.warmup_steps": _NOT_NEGATIVE,
-    "optim.decay_fraction": Range(above=0, high=1),
-    "optim.eps": Range(above=0),
-    "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.momentum": Range(low=0, below=1),
-    "optim.smoothing": Range(low=0, below=1),
-    "optim.decay_power": Range(above=0, high=1),
-    "optim.update_clip": Range(above=0),
-    "optim.min_scale": Range(above=0),
-    "optim.ns_steps": Range(low=1, high=20),
-    "optim.clip": _NOT_NEGATIVE,
-    "checkpoint.every": _NOT_NEGATIVE,
-    "checkpoint.keep": _NOT_NEGATIVE,
-    "eval.every": _NOT_NEGATIVE,
-    "eval.batches": _NOT_NEGATIVE,
-    "log.every": _COUNT,
-    "log.trace_step": _COUNT,
-}
-
-
 def _ranges(config: PretrainConfig, world: int | None) -> Iterator[Problem]:
     if world is not None and world < 1:
         yield Problem("ranges", f"{WORLD} is {world}; it must be at least 1.", ({WORLD: 1},), WORLD)
@@ -247,15 +158,6 @@ def _choices(config: PretrainConfig) -> Iterator[Problem]:
             close = get_close_matches(value, values, n=1, cutoff=0) or values[:1]
             sentence = f"{key} is '{value}'; it must be one of {', '.join(values)}."
             yield Problem("choices", sentence, ({key: close[0]},), key)
-
-
-def _available(config: PretrainConfig) -> Iterator[Problem]:
-    for key, accepted in AVAILABLE.items():
-        value = get(config, key)
-        if value not in accepted:
-            names = ", ".join(_value(choice) for choice in accepted)
-            sentence = f"{key} is {_value(value)}, which this version cannot do yet; accepted today: {names}."
-            yield Problem("available", sentence, ({key: accepted[0]},))
 
 
 def _split(config: PretrainConfig) -> Iterator[Problem]:
