@@ -406,10 +406,10 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another model.
 
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and `init_std` hold no
-    weights of a rotary model and may be given.
+    weights of a rotary model and may be given. So may `causal`, and another head, which then starts afresh.
     """
     free = (
-        {"rope_theta", "sliding_window", "init_std", *ROPE_NUMBERS, "rope_scaling"}
+        {"rope_theta", "sliding_window", "init_std", *ROPE_NUMBERS, "rope_scaling", "causal", *_HEAD}
         | FREE
         | ({"max_positions"} if found.positions == "rope" else set())
     )
@@ -424,4 +424,9 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     if differing:
         raise UsageError(f"The configuration contradicts model.hf: {'; '.join(differing)}. Leave these keys out.")
     chosen = {"hf": wanted.hf} | {key: value for key, value in given.items() if key in free}
-    return replace(found, chosen)
+    if given.get("head", found.head) != found.head:  # what is not said of the new head is as the family has it
+        chosen = dict.fromkeys((*_HEAD, "tie_embeddings")) | chosen
+    return replace(found, chosen).resolve()
+
+
+_HEAD = ("head", "num_labels", "pooler")

@@ -40,6 +40,10 @@ class Rule:
     pairs: bool = False
     copy: bool = False
 
+    @property
+    def of_head(self) -> bool:
+        return self.ours[0].startswith("head.")
+
 
 def rule(theirs: str, *ours: str, **how: bool) -> Rule:
     """One row of a table of rules; `how` are the switches of `Rule`."""

@@ -31,6 +31,7 @@ from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, named_shards
 
+BODY = {"head": "none", "head_bias": False, "num_labels": None, "pooler": False, "tie_embeddings": False}
 BLOCK_BYTES = 16 * 2**20
 MAX_LAYERS = 4096  # each costs 40 KiB and a millisecond before its tensors are looked at
 MASTER = "optim.master."
@@ -54,6 +55,10 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     state beside parameters."""
     shards = named_shards(whole_stage(model, Mesh.single("meta")))
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
+
+
+def _head(model: ModelConfig) -> tuple[Any, ...]:
+    return model.head, model.num_labels, model.pooler
 
 
 def is_state(name: str) -> bool:
@@ -84,9 +89,11 @@ class HfReader:
     `meta` is what `generate` asks a checkpoint for: the model, the precision that holds its weights exactly, and
     where its tokenizer is. Errors: UsageError for a model that megallm cannot compute, CheckpointError for a folder
     that is damaged or not what its config.json says.
+
+    `wanted` is the model to train, which may have another head than the folder: then `names` are those of the body.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], wanted: ModelConfig | None = None) -> None:
         self.folder = Path(folder)
         described = read_config(self.folder)
         self.model, self.notes = described.model, described.notes
@@ -97,13 +104,18 @@ class HfReader:
                 f"more than {MAX_LAYERS} are refused."
             )
         family = described.family
-        if self.model.head == "none" and not any("pooler." in name for name in found):
+        self.new_head = wanted is not None and _head(wanted) != _head(self.model)
+        if self.new_head:
+            self.model = wanted
+        elif self.model.head == "none" and not any("pooler." in name for name in found):
             self.model = replace(self.model, pooler=False)
         named = self._named(found, family)
         if self.model.mtp.depth and not any(re.match(family.further, name) for name in named):
             self.model = replace(self.model, mtp=replace(self.model.mtp, depth=0))
             self.notes += ("config.json speaks of layers that predict further tokens; the folder has none of them.",)
-        self.bridge = bridge_of(self.model, family.rules_of(self.model.head, fused=family.is_fused(named)))
+        stored = replace(self.model, **BODY) if self.new_head else self.model
+        rules = family.rules_of(self.model.head, fused=family.is_fused(named))
+        self.bridge = bridge_of(stored, [each for each in rules if not (self.new_head and each.of_head)])
         self.entries = self._own(named, family)
         needed = {name: full for name, full in self.bridge.theirs.items() if name not in self.bridge.copies}
         match_shapes(self.folder, self.entries, needed | {n: self.bridge.theirs[n] for n in self.entries})
@@ -116,7 +128,8 @@ class HfReader:
             extra.remove(family.tied)
             self.notes += (f"{family.tied} is left aside: config.json ties it to the embedding.",)
             self._check_tie(named[family.tied], family.tied)
-        aside = [name for name in extra if re.fullmatch(family.aside, name)]
+        heads = {each.theirs for head in ("lm", "mlm", "value") for each in family.rules_of(head) if each.of_head}
+        aside = [name for name in extra if re.fullmatch(family.aside, name) or (self.new_head and name in heads)]
         if aside:
             extra = [name for name in extra if name not in aside]
             self.notes += (f"{', '.join(aside)}: left aside, they belong to another head.",)

@@ -9,6 +9,7 @@ from megallm.convert.convert import IMPORTED
 from megallm.convert.weights import Cast, HfReader, Source
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
+from megallm.models.build import initial_values
 from megallm.parallel.mesh import Mesh
 
 
@@ -22,7 +23,7 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
     if found is None and folder is None:
         return Engine.build(config, mesh), "starting"
     if found is None:
-        with HfReader(folder) as source:
+        with HfReader(folder, config.model) as source:
             notes = "".join(f" (note: {note})" for note in source.notes)
             return read_weights(config, mesh, source), f"starting from the weights of {folder}{notes}"
     with Reader(found) as reader:
@@ -35,10 +36,16 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
 
 
 def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
-    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads what it keeps."""
-    engine = Engine(config, mesh)
-    for name, _, box, tensor in engine.masters():
-        source.read_into(name, box.offset, tensor)
+    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads what it keeps.
+
+    A head that the source lacks starts afresh, from the seed.
+    """
+    engine, known = Engine(config, mesh), set(source.names())
+    for name, shard, box, tensor in engine.masters():
+        if name not in known and name.startswith("head."):
+            tensor.copy_(initial_values(name, shard, box.offset, box.shape, config.seed))
+        else:
+            source.read_into(name, box.offset, tensor)
     for name, bias in engine.model.selection_biases():
         source.read_into(name, (0,), bias)
     engine.parameters.publish()

@@ -10,12 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megallm.base.errors import UsageError
+from megallm.base.errors import CheckpointError, UsageError
 from megallm.convert import convert
 from megallm.convert.convert import ConvertRequest
-from megallm.convert.hf_config import family_of, parse_config, write_config
+from megallm.convert.hf_config import agree, family_of, parse_config, read_config, write_config
 from megallm.convert.weights import HfReader
+from megallm.engine.config import EngineConfig
+from megallm.engine.engine import Engine
+from megallm.losses.language import NextToken
+from megallm.losses.scores import Regression
 from megallm.models.config import ModelConfig
+from megallm.parallel.mesh import Mesh
+from megallm.training.weights import build_engine
 from tests.convert.tiny import CLASSES, SIZES, case, make
 
 BERT = case("bert", "BertConfig", "AutoModelForMaskedLM")
@@ -137,3 +143,61 @@ def test_rules_that_swap_two_parts_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "our_logits", lambda model, *rest: real(dataclasses.replace(model, causal=True), *rest))
     with pytest.raises(convert.NotEqual):
         convert.run(dataclasses.replace(request, output=str(tmp_path / "c")))
+
+
+# A folder's body with a new head
+
+
+NEW_HEADS = {
+    "bert to classes": (BERT, {"head": "classification", "num_labels": 3, "pooler": True}),
+    "bare bert to classes": (case("b", "BertConfig", "AutoModel"), {"head": "classification", "num_labels": 3}),
+    "bert from five classes to a value": (case("b", "BertConfig", CLASSES, num_labels=5), {"head": "value"}),
+    "llama to a reward": (case("l", "LlamaConfig"), {"head": "value"}),
+    "tied llama to classes": (
+        case("l", "LlamaConfig", tie_word_embeddings=True), {"head": "classification", "num_labels": 4},
+    ),
+    "a reward to a language model": (case("l", "LlamaConfig", CLASSES, num_labels=1), {"head": "lm"}),
+    "a decoder to diffusion": (case("l", "LlamaConfig"), {"causal": False}),
+    "a decoder to a masked head": (case("l", "LlamaConfig"), {"causal": False, "head": "mlm"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEW_HEADS)
+def test_a_body_is_trained_on_with_a_new_head(name, tmp_path):
+    """The body's weights are the folder's, the head's those of a fresh model of this seed; one step runs."""
+    wanted, changes = NEW_HEADS[name]
+    folder = make(tmp_path / "hf", wanted)
+    model = agree(ModelConfig(hf=str(folder), **changes), read_config(folder).model, "the folder")
+    config = EngineConfig(model=model, seed=7)
+    engine, told = build_engine(config, Mesh.single(), None)
+    fresh = {piece.name: piece.tensor.clone() for piece in Engine.build(config, Mesh.single()).masters()}
+    with HfReader(folder) as reader:
+        stored = {}
+        for key in reader.names():
+            stored[key] = torch.empty(reader.info(key)[0])
+            reader.read_into(key, (0,) * stored[key].dim(), stored[key])
+    made = {piece.name: piece.tensor.clone() for piece in engine.masters()}
+    assert made.keys() == fresh.keys()
+    new = set(changes) != {"causal"}
+    for key, tensor in made.items():
+        want = fresh[key] if new and key.startswith("head.") else stored[key]
+        assert torch.equal(tensor, want), key
+    assert not new or any(key.startswith("head.") for key in made)
+    tokens = torch.randint(0, 3, (2, 8))
+    batch = {"tokens": tokens, "labels": tokens, "positions": torch.arange(8).expand(2, 8),
+             "mask": torch.ones(2, 8, dtype=torch.bool), "targets": torch.zeros(2, 8)}  # fmt: skip
+    loss = Regression() if model.head == "value" else NextToken()
+    assert engine.train_step([batch], loss, 1e-3).loss > 0
+    assert told.startswith("starting from the weights of")
+
+
+def test_a_head_must_fit_and_nothing_else_may_change(tmp_path):
+    folder = make(tmp_path / "hf", BERT)
+    found = read_config(folder).model
+    with pytest.raises(UsageError, match=r"model.head classification needs model.num_labels"):
+        agree(ModelConfig(head="classification"), found, "the folder")
+    with pytest.raises(UsageError, match=r"model.norm_place is pre, the folder has post"):
+        agree(ModelConfig(head="value", norm_place="pre"), found, "the folder")
+    rewrite(folder, lambda tensors: tensors | {"stranger.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"stranger\.weight"):
+        HfReader(folder, agree(ModelConfig(head="value"), found, "the folder"))
