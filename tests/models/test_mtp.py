@@ -19,9 +19,10 @@ from megallm.inference.sampling import Sampling
 from megallm.losses import language
 from megallm.losses.language import NextToken, mask_ahead
 from megallm.models import decoder, mla
-from megallm.models.build import initial_values
+from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
 from megallm.models.mtp import places_ahead
+from megallm.models.stages import StageSpan
 from megallm.oracle.compare import RankRecord, Verdict, judge, train_rank
 from megallm.oracle.table import Row, row_named
 from megallm.parallel import tensor
@@ -29,6 +30,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import further_losses
 from megallm.training.validate import find_problems
+from tests.models.test_mla import from_theirs
 from tests.ranks import run_ranks
 
 TINY = ModelConfig(num_layers=2, hidden_size=24, ffn_hidden_size=40, num_heads=4, vocab_size=61, init_std=0.3)
@@ -123,6 +125,48 @@ def test_latent_gradients_summed_twice_are_noticed() -> None:
     wrong = {name for name, error in verdict.grads.items() if error > 1e-9}
     made = {"q_down", "q_latent_norm", "kv_down", "kv_latent_norm", "k_rope"}
     assert {name.split(".")[-2] for name in wrong} == made
+
+
+# Against transformers
+
+
+def test_a_depth_equals_that_of_transformers() -> None:
+    layers = pytest.importorskip("transformers.modeling_layers")
+    if "MtpLayer" not in vars(layers):
+        pytest.skip("this release of transformers has no layer for multi-token prediction")
+    deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    sizes = {"kv_lora_dim": 12, "q_lora_dim": 10, "nope_head_size": 6, "rope_head_size": 8, "value_head_size": 10}
+    config = dataclasses.replace(TINY, mla=sizes, mtp={"depth": 1}, norm_eps=1e-6).resolve()
+    made = deepseek.DeepseekV3Config(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10, rms_norm_eps=1e-6,
+        first_k_dense_replace=9, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(4)
+    theirs = layers.MtpLayer(made, deepseek.DeepseekV3DecoderLayer, deepseek.DeepseekV3RMSNorm, 0)
+    for weight in theirs.parameters():
+        torch.nn.init.normal_(weight, mean=0.1, std=0.4)
+    state, block = theirs.state_dict(), theirs.mtp_block
+    ours = {
+        "embedding_norm.weight": state["enorm.weight"], "hidden_norm.weight": state["hnorm.weight"],
+        "projection.weight": state["eh_proj.weight"], "norm.weight": state["post_norm.weight"],
+        "block.attention_norm.weight": block.input_layernorm.weight,
+        "block.mlp_norm.weight": block.post_attention_layernorm.weight,
+        "block.mlp.gate_up.weight": torch.stack((block.mlp.gate_proj.weight, block.mlp.up_proj.weight)),
+        "block.mlp.down.weight": block.mlp.down_proj.weight,
+    }  # fmt: skip
+    ours |= {f"block.attention.{k}": v for k, v in from_theirs(block.self_attn, sizes, 4).items()}
+    stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True), decoder.StageOptions())
+    depth = stage.mtp["0"]
+    place_parameters(depth, ours)
+    hidden, embedded, positions = torch.randn(2, 11, 24), torch.randn(2, 11, 24), torch.arange(11).expand(2, 11)
+    mask = torch.full((11, 11), -torch.inf).triu(1)[None, None]
+    tables = deepseek.DeepseekV3RotaryEmbedding(made)(hidden, positions)
+    want = theirs(embedded, hidden, tables, mask, positions, None)
+    places = stage.places(positions, torch.float32)
+    assert (depth(hidden, embedded, places) - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (depth(embedded, hidden, places) - want).abs().max() > 1e-2 * want.abs().max()
 
 
 # Beside training
