@@ -71,6 +71,8 @@ EXPERT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("moe-ep2-zero2", "dp=2,tp=2,ep=2,zero=2", "moe-deepseek", micros=2, mask="rank"),
     _row("moe-ep2-zero3", "dp=2,tp=2,sp=1,ep=2,zero=3", "moe-qwen", micros=2),
     _row("moe-ep2-zero3-dp4-hybrid", "dp=4,ep=2,zero=3", "moe", shard_size=2, micros=2),
+    _row("moe-ep2-zero2-dp4-tp2-hybrid", "dp=4,tp=2,ep=2,zero=2", "moe", shard_size=2),
+    _row("moe-ep2-zero3-zb-h1", "pp=2,dp=2,ep=2,zero=3,schedule=zb-h1", "moe-qwen", micros=3),
     _row("moe-ep2-zero3-dp2-all-of-edp", "dp=2,ep=2,zero=3", "moe-deepseek", recompute="full"),
     _row("moe-ep2-zero2-zb-h1", "pp=2,dp=2,tp=2,ep=2,zero=2,schedule=zb-h1", "moe", micros=3),
     _row("moe-ep2-mla-mtp", "dp=2,tp=2,ep=2", "moe-mla-mtp", micros=2),
