@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import subprocess
 import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from megallm.base import extension
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,3 +29,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     status = extension.status()
     return f"{status.name}: {'loaded' if status.loaded else 'not loaded'}, {status.detail}"
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The installed extension, or one compiled here when megallm was installed without a compiler."""
+    module = extension.index()
+    if module is not None:
+        return module
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("NO C++ COMPILER AND NO EXTENSION: only the numpy twins are tested")
+    pybind11 = pytest.importorskip("pybind11")
+    target = tmp_path_factory.mktemp("index") / f"_index{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(
+        [compiler, "-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden",
+         f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
+         *map(str, (ROOT / "csrc/index").glob("*.cpp")), "-o", str(target)],
+        check=True, timeout=120,
+    )  # fmt: skip
+    spec = importlib.util.spec_from_file_location("_index", target)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

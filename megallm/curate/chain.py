@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import zstandard
 
 from megallm.base import config as configs
+from megallm.base import extension
 from megallm.base.errors import DataError
 from megallm.base.files import temporary_name, writing
 from megallm.curate import readers
@@ -34,7 +35,7 @@ from megallm.curate.tally import Tally
 
 BATCH_CHARS = 1 << 18
 BATCH_DOCUMENTS = 512
-DOCUMENTS, LEDGER, TALLY, KEPT = "documents.jsonl.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
+DOCUMENTS, LEDGER, TALLY, KEPT = "documents.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
 READ = "read"
 # What UTF-8 cannot hold (lone surrogates, in names of files and of keys) is written as its JSON escape.
 ESCAPED = "backslashreplace"
@@ -165,7 +166,7 @@ class _ShardRun:
                 batch = self._judge(Batch(documents))
                 self._sign(batch)
                 for document in batch.documents:
-                    out.write(kept_row(document) if last else _dump(document))
+                    out.write(kept_row(document) if last else b"".join(_dumped(document)))
                     if last:
                         self._keep(document)
         self.signatures.save(self.folder)
@@ -269,11 +270,17 @@ def ledger_row(
     return row | ({"note": note} if note else {})
 
 
-def kept_row(document: Document) -> str:
-    """One line of kept/*.jsonl.gz."""
-    row = {"id": document.id, "text": document.text, "file": document.file, "line": document.line}
-    row |= {key: value for key, value in document.meta.items() if key not in row}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def kept_row(document: Document) -> bytes:
+    """One line of kept/*.jsonl.gz: {"id", "text", "file", "line"} and what is kept beside."""
+    beside = {"file": document.file, "line": document.line}
+    beside |= {key: value for key, value in document.meta.items() if key not in ("id", "text", *beside)}
+    native = extension.index()
+    text = json.dumps(document.text, ensure_ascii=False).encode() if native is None else None
+    return b'{"id": %b, "text": %b, %b\n' % (
+        json.dumps(document.id, ensure_ascii=False).encode(errors=ESCAPED),
+        native.quote(document.text.encode()) if text is None else text,
+        json.dumps(beside, ensure_ascii=False).encode(errors=ESCAPED)[1:],
+    )
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -290,20 +297,23 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield held
 
 
-def _dump(document: Document) -> str:
-    row = [document.index, document.id, document.file, document.line, document.meta, document.edits, document.text]
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _dumped(document: Document) -> tuple[bytes, bytes]:
+    """A line of JSON that ends with the size of the text, and the text as it is."""
+    text = document.text.encode()
+    head = [document.index, document.id, document.file, document.line, document.meta, document.edits, len(text)]
+    return json.dumps(head).encode() + b"\n", text
 
 
 def _load(path: Path) -> Iterator[Document]:
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-        for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
-            index, name, origin, number, meta, edits, text = json.loads(line)
-            yield Document(name, text, origin, number, index, meta, edits)
+        lines = io.BufferedReader(stream, 1 << 18)
+        while head := lines.readline():
+            index, name, origin, number, meta, edits, size = json.loads(head)
+            yield Document(name, lines.read(size).decode(), origin, number, index, meta, edits)
 
 
 class _writer:
-    """The text file that a segment writes: compressed documents for the next segment, or what is kept."""
+    """The file that a segment writes: compressed documents for the next segment, or what is kept."""
 
     def __init__(self, folder: Path, last: bool, level: int) -> None:
         self._raw = open(folder / (KEPT if last else DOCUMENTS), "wb")  # noqa: SIM115 (closed in __exit__)
@@ -311,14 +321,14 @@ class _writer:
             packed: Any = gzip.GzipFile("", "wb", level, self._raw, mtime=0)
         else:
             packed = zstandard.ZstdCompressor(level=1).stream_writer(self._raw, closefd=False)
-        self._text: TextIO = io.TextIOWrapper(io.BufferedWriter(packed, 1 << 18), "utf-8", ESCAPED, newline="\n")
+        self._file = io.BufferedWriter(packed, 1 << 18)
 
-    def __enter__(self) -> TextIO:
-        return self._text
+    def __enter__(self) -> BinaryIO:
+        return self._file
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._text.close()
+            self._file.close()
         finally:
             self._raw.close()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megallm.base import extension
 from megallm.base.files import writing
 from megallm.curate.config import ExactConfig
 from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
@@ -32,14 +33,21 @@ INDEX_BITS = 32  # a document's number is shard << 32 | index
 
 def normalised(text: str) -> str:
     """NFC, and runs of white space made one blank."""
+    return " ".join(_composed(text).split())
+
+
+def _composed(text: str) -> str:
     if not text.isascii() and not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-    return " ".join(text.split())
+        return unicodedata.normalize("NFC", text)
+    return text
 
 
 def key_of(text: str) -> bytes:
     """16 bytes that are equal exactly (but for a chance of 2^-128) for equal normalised texts."""
-    return xxhash.xxh3_128_digest(normalised(text).encode("utf-8", "surrogatepass"))
+    native = extension.index()
+    if native is None:
+        return xxhash.xxh3_128_digest(normalised(text).encode("utf-8", "surrogatepass"))
+    return xxhash.xxh3_128_digest(native.collapse(_composed(text).encode("utf-8", "surrogatepass")))
 
 
 def split(

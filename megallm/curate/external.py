@@ -9,6 +9,7 @@ import numpy as np
 
 from megallm.base.files import writing
 
+_SMALL, _FILTER_BITS = 4096, 16
 _HEAD_ROOM = 4  # sorting one file takes a few times its size
 
 
@@ -56,8 +57,16 @@ def spread(hashes: np.ndarray, parts: int) -> np.ndarray:
 
 
 def contains(table: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which values are in the sorted table (it may be a memory map), bool [values]."""
+    """Which values, uint64, are in the sorted table (it may be a memory map), bool [values]."""
     if not len(table) or not len(values):
         return np.zeros(len(values), bool)
-    place = np.minimum(np.searchsorted(table, values), len(table) - 1)
-    return np.asarray(table[place]) == values
+    if len(table) > _SMALL or len(values) <= _SMALL:
+        place = np.minimum(np.searchsorted(table, values), len(table) - 1)
+        return np.asarray(table[place]) == values
+    some = np.zeros(1 << _FILTER_BITS, bool)  # says no to nearly every hash that is not in a small table
+    some[table >> np.uint64(64 - _FILTER_BITS)] = True
+    maybe = np.flatnonzero(some[values >> np.uint64(64 - _FILTER_BITS)])
+    out = np.zeros(len(values), bool)
+    place = np.minimum(np.searchsorted(table, values[maybe]), len(table) - 1)
+    out[maybe] = table[place] == values[maybe]
+    return out

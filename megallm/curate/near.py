@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import extension
 from megallm.curate.config import NearConfig
 from megallm.curate.document import KEEP, Batch, Verdict, drop
 from megallm.curate.exact import INDEX_BITS, Signatures, load
@@ -47,6 +48,10 @@ def band_hashes(values: np.ndarray, offsets: np.ndarray, bands: int, rows: int) 
 
     Permutation i of the 32-bit hashes is x -> (x ^ b_i) * a_i, a_i odd; the minimum over a set is its value.
     """
+    native = extension.index()
+    if native is not None:
+        out = native.bands(values, offsets, _multipliers(bands * rows), rows)
+        return mix(out + mix(np.arange(1, bands + 1, dtype=np.uint64)))
     out = np.zeros((len(offsets) - 1, bands), np.uint64)
     scratch = np.empty_like(values)
     for k, (factor, flip) in enumerate(_multipliers(bands * rows)):

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -19,7 +22,7 @@ from megallm.curate.config import PiiConfig
 from megallm.curate.document import Batch, Span, Verdict, edit
 from megallm.curate.text import code_points
 
-_LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*$")
+_LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")  # from its end, too
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])")
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 # Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
@@ -39,7 +42,8 @@ _LOCAL_CHARS = 64
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
 _HEADING_PART = 100  # of a number that begins a line and has a title after it
 _HEADING = re.compile(r"\.?[ \t]+\S")
-_LEAST_DIGITS = {"ip": 3, "iban": 4, "card": 13, "ssn": 9, "phone": 7}  # in a line; the other kinds need none
+# Digits that a line needs, and so many of one of these marks; the other kinds are looked for everywhere.
+_LEAST = {"ip": (3, ((".", 3), (":", 2))), "iban": (4, ()), "card": (13, ()), "ssn": (9, (("-", 2),)), "phone": (7, ())}
 # A number after one of these words, or at the start of a heading, is a section or version number and no address.
 _NUMBERING = re.compile(
     r"(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
@@ -90,7 +94,7 @@ def find_emails(text: str) -> Iterator[tuple[int, int]]:
     """Addresses around each @; those in domains reserved for examples are left."""
     at = text.find("@")
     while at >= 0:
-        before = _LOCAL.search(text[max(0, at - _LOCAL_CHARS) : at])
+        before = _LOCAL.match(text[max(0, at - _LOCAL_CHARS) : at][::-1])
         after = _DOMAIN.match(text, at + 1, at + 256)
         if before and after:
             domain = after[0].lower()
@@ -212,39 +216,63 @@ class Pii:
         return [edit(spans) for spans in self._find_all([document.text for document in batch.documents])]
 
     def _find_all(self, texts: list[str]) -> list[list[Span]]:
-        found: list[list[Span]] = []
-        for text, lines in zip(texts, lines_with_digits(texts), strict=True):
-            taken: list[Span] = []
-            for kind, finder in self._finders.items():
-                least = _LEAST_DIGITS.get(kind)
-                pieces = [(0, text)] if least is None else [(b, text[b:e]) for b, e, digits in lines if digits >= least]
-                for shift, piece in pieces:
-                    for begin, end in finder(piece):
-                        begin, end = begin + shift, end + shift
-                        if all(end <= span.begin or span.end <= begin for span in taken):
-                            taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
-            found.append(taken)
+        """Lines with enough digits of all texts are searched as one text: no kind that has digits spans lines."""
+        found: list[list[Span]] = [[] for _ in texts]
+        lines = lines_with_digits(texts)
+        for kind, finder in self._finders.items():
+            if kind not in _LEAST:
+                for text, taken in zip(texts, found, strict=True):
+                    for begin, end in finder(text):
+                        _take(taken, kind, text, begin, end)
+                continue
+            places = lines.those(*_LEAST[kind])
+            starts = list(accumulate((end - begin + 1 for _, begin, end in places), initial=0))
+            for begin, end in finder("\n".join([texts[owner][begin:end] for owner, begin, end in places])):
+                line = bisect_right(starts, begin) - 1
+                owner, shift = places[line][0], places[line][1] - starts[line]
+                _take(found[owner], kind, texts[owner], begin + shift, end + shift)
         return found
 
 
-def lines_with_digits(texts: list[str]) -> list[list[tuple[int, int, int]]]:
-    """For each text its lines with at least three digits, as (begin, end, digits)."""
-    out: list[list[tuple[int, int, int]]] = [[] for _ in texts]
+def _take(taken: list[Span], kind: str, text: str, begin: int, end: int) -> None:
+    """Add a span where none is yet."""
+    if all(end <= span.begin or span.end <= begin for span in taken):
+        taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of texts with at least three digits: `place` int64 [lines, 3] are (text, begin, end), and `count` how many
+    digits (under "0") and marks each has, int64 [lines]."""
+
+    place: np.ndarray
+    count: dict[str, np.ndarray]
+
+    def those(self, digits: int, marks: Sequence[tuple[str, int]]) -> list[list[int]]:
+        """The places with so many digits, and enough of one of the marks where there are any."""
+        wanted = self.count["0"] >= digits
+        if marks:
+            wanted &= np.logical_or.reduce([self.count[mark] >= least for mark, least in marks])
+        return self.place[wanted].tolist()
+
+
+def lines_with_digits(texts: list[str]) -> Lines:
+    """The lines that could hold something with digits in it."""
     codes = code_points("\n".join(texts) + "\n")
     starts = np.cumsum([0, *(len(text) + 1 for text in texts)])
-    digits = np.flatnonzero((codes - np.uint32(ord("0"))) < 10)  # what lies below 0 wraps around
-    if not len(digits):
-        return out
     ends = np.flatnonzero(codes == ord("\n"))
-    lines, counts = np.unique(np.searchsorted(ends, digits), return_counts=True)
-    lines, counts = lines[counts >= 3], counts[counts >= 3]
+    flags = {mark: codes == ord(mark) for mark in ".:-"}
+    flags["0"] = (codes - np.uint32(ord("0"))) < 10  # what lies below 0 wraps around
+    counts = {
+        mark: np.bincount(np.searchsorted(ends, np.flatnonzero(places)), minlength=len(ends))
+        for mark, places in flags.items()
+    }
+    lines = np.flatnonzero(counts["0"] >= 3)
     begins = np.where(lines > 0, ends[lines - 1] + 1, 0)
     owners = np.searchsorted(starts, begins, side="right") - 1
     shift = starts[owners]
-    rows = zip(owners.tolist(), (begins - shift).tolist(), (ends[lines] - shift).tolist(), counts.tolist(), strict=True)
-    for owner, begin, end, count in rows:
-        out[owner].append((begin, end, count))
-    return out
+    place = np.stack([owners, begins - shift, ends[lines] - shift], axis=1)
+    return Lines(place, {mark: found[lines] for mark, found in counts.items()})
 
 
 def stand_in(kind: str, text: str) -> str:

@@ -17,7 +17,7 @@ from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
 from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
-from megallm.curate.text import DIGIT, LETTER, SOLO, STOP, WORD, Analysis, Pieces, lowered, segment_sums
+from megallm.curate.text import LETTER, SOLO, Analysis, Pieces, lowered, segment_sums
 
 NONE = None
 
@@ -87,7 +87,7 @@ def measure(analysis: Analysis, texts: Sequence[str], languages: list[str | None
     """Every metric of every document, float64 [documents]."""
     words, lines = analysis.words, analysis.lines
     num_words, num_lines = words.counts, lines.counts
-    ink = repetition.ink_counts(analysis)
+    ink = analysis.characters[0]
     out = _word_metrics(analysis, num_words) | _line_metrics(analysis, lines, num_lines)
     out["stop_words"] = stopwords.counts(analysis, languages)
     out["dup_line_share"], out["dup_line_char_share"] = repetition.duplicate_pieces(lines, ink)
@@ -104,26 +104,18 @@ def measure(analysis: Analysis, texts: Sequence[str], languages: list[str | None
 def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.ndarray]:
     words = analysis.words
     some = np.maximum(num_words, 1)
-    # Between one word's begin and the next there are no letters but its own.
-    bits = np.bitwise_or.reduceat(analysis.kinds, words.begin) if len(words) else analysis.kinds[:0]
-    solo = segment_sums((analysis.kinds[words.begin] & SOLO) > 0, words.offsets) / some
-    codes = analysis.codes
-    symbols = segment_sums((codes == ord("#")) | (codes == ord("…")), analysis.starts)
-    dots = np.flatnonzero(codes == ord("."))
-    three = dots[:-2][dots[2:] - dots[:-2] == 2] if len(dots) > 2 else dots[:0]
-    symbols = symbols + np.diff(np.searchsorted(three, analysis.starts)) / 3
-    ends = np.flatnonzero(analysis.kinds & STOP)
-    ends = ends[(analysis.kinds[np.minimum(ends + 1, len(codes) - 1)] & WORD) == 0]
+    classes = analysis.word_classes
+    ink, in_words, digits, symbols, three_dots, sentences = analysis.characters
     return {
         "words": num_words,
-        "solo_word_share": solo,
+        "solo_word_share": segment_sums((classes & SOLO) > 0, words.offsets) / some,
         "mean_word_length": segment_sums(words.lengths, words.offsets) / some,
         "longest_word": _longest(words),
-        "alphabetic_word_share": segment_sums((bits & LETTER) > 0, words.offsets) / some,
-        "symbol_word_ratio": symbols / some,
-        "sentences": np.diff(np.searchsorted(ends, analysis.starts)),
-        "alphanumeric_share": analysis.share(WORD),
-        "digit_share": analysis.share(DIGIT),
+        "alphabetic_word_share": segment_sums((classes & LETTER) > 0, words.offsets) / some,
+        "symbol_word_ratio": (symbols + three_dots / 3) / some,
+        "sentences": sentences,
+        "alphanumeric_share": in_words / np.maximum(ink, 1),
+        "digit_share": digits / np.maximum(ink, 1),
     }
 
 

@@ -167,6 +167,9 @@ def _too_long(config: InputConfig) -> str:
 def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | Reject:
     if len(raw) > config.max_document_bytes:
         return Reject(file, line, _too_long(config))
+    value = _quick(raw, config)
+    if value is not None:
+        return _document(value, file, line, config)
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -182,6 +185,17 @@ def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | R
             file, line, f"the line holds a JSON {readers.type_name(value)}, want an object with '{config.key}'"
         )
     return _document(value, file, line, config)
+
+
+def _quick(raw: bytes, config: InputConfig) -> dict[str, Any] | None:
+    """The object on a line by the fast reader; None where `json` has to judge, or might read a number otherwise."""
+    loads = readers.fast_loads()
+    try:
+        value = None if loads is None else loads(raw)
+    except ValueError:
+        return None
+    sure = isinstance(value, dict) and all(isinstance(value.get(key, ""), str) for key in _keys(config))
+    return value if sure else None
 
 
 def _document(value: dict[str, Any], file: str, line: int, config: InputConfig) -> Document | Reject:

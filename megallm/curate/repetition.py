@@ -9,32 +9,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from megallm.curate.text import SPACE, Analysis, Pieces, mix, segment_sums
+from megallm.base import extension
+from megallm.curate.text import Analysis, Pieces, mix, segment_sums
 
 TOP = (2, 3, 4)
 DUPLICATE = (5, 6, 7, 8, 9, 10)
-_POSITION_BITS = 20  # a batch has fewer pieces than this; the other 44 bits of the sorted word are hash
 
 
 def runs(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pieces that are equal inside one document, next to each other: their numbers in `order`, first occurrences
     first, and for each place of `order` whether it belongs to the run of the place before.
-
-    The number of a piece rides in the low bits of the sorted word, so one plain sort does it.
     """
-    size = len(hashes)
     keys = mix(hashes + documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    if size >= 1 << _POSITION_BITS:
-        order = np.argsort(keys, kind="stable")
-        same = keys[order[1:]] == keys[order[:-1]]
-    else:
-        low = np.uint64((1 << _POSITION_BITS) - 1)
-        keys &= ~low
-        keys |= np.arange(size, dtype=np.uint64)
-        keys.sort()
-        order = (keys & low).view(np.int64)
-        same = (keys[1:] ^ keys[:-1]) <= low
-    return order, np.concatenate([[False], same]) if size else same[:0]
+    order = np.argsort(keys, kind="stable")
+    same = keys[order[1:]] == keys[order[:-1]]
+    return order, np.concatenate([[False], same]) if len(keys) else same
 
 
 def repeated(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -47,6 +36,10 @@ def repeated(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 def duplicate_pieces(pieces: Pieces, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The share of a document's lines (paragraphs) that are repeats, and the share of its characters in them."""
+    native = extension.index()
+    if native is not None:
+        number, size = native.duplicates(pieces.hashes, pieces.begin, pieces.end, pieces.offsets)
+        return number / np.maximum(pieces.counts, 1), np.minimum(size / np.maximum(ink, 1), 1.0)
     later = repeated(pieces.hashes, pieces.documents)
     count = segment_sums(later, pieces.offsets) / np.maximum(pieces.counts, 1)
     chars = segment_sums(np.where(later, pieces.lengths, 0), pieces.offsets) / np.maximum(ink, 1)
@@ -57,6 +50,11 @@ def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
     """`top_{2,3,4}gram` and `dup_{5..10}gram` of every document, float64 [documents]."""
     words = analysis.words
     total = np.maximum(segment_sums(words.lengths, words.offsets), 1)
+    native = extension.index()
+    if native is not None:
+        names = [*(f"top_{size}gram" for size in TOP), *(f"dup_{size}gram" for size in DUPLICATE)]
+        found = native.repetition(words.hashes, words.begin, words.end, words.offsets)
+        return {name: np.minimum(row / total, 1.0) for name, row in zip(names, found, strict=True)}
     out: dict[str, np.ndarray] = {}
     ends = words.offsets[1:]
     first: np.ndarray | None = None  # where an n-gram that occurs twice begins; a longer one begins nowhere else
@@ -98,8 +96,3 @@ def _covered_share(words: Pieces, size: int, first: np.ndarray, total: np.ndarra
         covered[first + k] = True
     where = np.flatnonzero(covered)
     return np.bincount(words.documents[where], words.lengths[where], minlength=len(total)) / total
-
-
-def ink_counts(analysis: Analysis) -> np.ndarray:
-    """Characters of each document that are not space."""
-    return segment_sums((analysis.kinds & SPACE) == 0, analysis.starts)

@@ -32,7 +32,7 @@ from megallm.curate.exact import INDEX_BITS
 from megallm.curate.tally import Tally, add_up
 from megallm.data.workers import Workers
 
-FORMAT = 1  # of the work folder and the outputs; a change makes old work folders unusable
+FORMAT = 2  # of the work folder and the outputs; a change makes old work folders unusable
 STATS, LEDGER, REPORT, KEPT, TIMINGS = "stats.json", "ledger.jsonl", "report.html", "kept", "timings.json"
 CONTAMINATION = "contamination.json"
 

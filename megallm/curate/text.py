@@ -4,7 +4,8 @@ All texts of a batch are laid end to end as code points, so that one array opera
 A word is a maximal run of letters, digits, marks and underscores, lower-cased; in scripts written
 without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word. The hash of a run of
 characters is a polynomial modulo 2^64 read off prefix sums (Karp and Rabin, "Efficient randomized
-pattern-matching algorithms", 1987), then mixed.
+pattern-matching algorithms", 1987), then mixed. Where the C++ extension is built, it does the same work with
+the same results (csrc/index/text.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from functools import cache, cached_property, lru_cache
 
 import numpy as np
+
+from megallm.base import extension
 
 # Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence.
 WORD, LETTER, SPACE, SOLO, DIGIT, STOP = 1, 2, 4, 8, 16, 32
@@ -122,6 +125,9 @@ class Hasher:
 
     def hash(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """uint64 hashes of the runs [begin, end)."""
+        native = extension.index()
+        if native is not None:
+            return native.hashes(self._codes, begin, end, _BASE)
         shift = _powers(_INVERSE, len(self._codes) + 1)
         return mix((self._prefix[end] - self._prefix[begin]) * shift[begin])
 
@@ -157,6 +163,9 @@ class Pieces:
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of `size` consecutive runs inside one document, and the number of the first run of each."""
+        native = extension.index()
+        if native is not None:
+            return native.ngrams(self.hashes, self.offsets, size)
         count = len(self) - size + 1
         if count <= 0:
             return np.zeros(0, np.uint64), np.zeros(0, np.int64)
@@ -196,12 +205,45 @@ class Analysis:
     @cached_property
     def words(self) -> Pieces:
         """The words, lower-cased."""
+        native = extension.index()
+        if native is not None:
+            begin, end, hashes, vars(self)["word_classes"] = native.words(self.codes, self.kinds, _BASE)
+            pieces = self._pieces(begin, end)
+            vars(pieces)["hashes"] = hashes
+            return pieces
         if not len(self.codes):
             return self._pieces(np.zeros(0, np.int64), np.zeros(0, np.int64))
         word, solo = (self.kinds & WORD) > 0, (self.kinds & SOLO) > 0
         border = np.ones(len(word) + 1, bool)  # between character i - 1 and i
         border[1:-1] = (word[1:] != word[:-1]) | solo[1:] | solo[:-1]
         return self._pieces(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1)
+
+    @cached_property
+    def word_classes(self) -> np.ndarray:
+        """The classes of the characters of each word together, uint8 [words]."""
+        words = self.words
+        if "word_classes" in vars(self):  # they came with the words
+            return vars(self)["word_classes"]
+        kinds = np.where(self.kinds & WORD, self.kinds, 0)  # what stands between two words has none
+        return np.bitwise_or.reduceat(kinds, words.begin) if len(words) else kinds[:0]
+
+    @cached_property
+    def characters(self) -> np.ndarray:
+        """Of each text the characters that are not space, those of words, digits, symbols (# and an ellipsis), places
+        where three dots begin, and ends of sentences, int64 [6, documents]."""
+        native = extension.index()
+        if native is not None:
+            return native.characters(self.codes, self.kinds, self.starts)
+        codes, kinds = self.codes, self.kinds
+        dots = codes == ord(".")
+        dots[:-2] &= dots[1:-1] & dots[2:]
+        dots[-2:] = False
+        following = np.append(kinds[1:], kinds[-1:])
+        found = (
+            (kinds & SPACE) == 0, (kinds & WORD) > 0, (kinds & DIGIT) > 0, (codes == ord("#")) | (codes == ord("…")),
+            dots, ((kinds & STOP) > 0) & ((following & WORD) == 0),
+        )  # fmt: skip
+        return np.stack([segment_sums(flags, self.starts) for flags in found])
 
     @cached_property
     def ink(self) -> np.ndarray:
@@ -211,6 +253,10 @@ class Analysis:
     @cached_property
     def lines(self) -> Pieces:
         """The lines that are not blank, without the space around them."""
+        native = extension.index()
+        if native is not None:
+            begin, end, vars(self)["after_blank"] = native.lines(self.codes, self.kinds, self.starts)
+            return self._pieces(begin, end)
         ends = self._newline_places
         starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
         first, last = np.searchsorted(self.ink, starts), np.searchsorted(self.ink, ends)
@@ -232,17 +278,21 @@ class Analysis:
         lines = self.lines
         if not len(lines):
             return lines
-        # Two newlines between the end of a line and the start of the next make a blank line.
-        places = self._newline_places
-        gap = np.searchsorted(places, lines.begin[1:]) - np.searchsorted(places, lines.end[:-1]) > 1
-        new = np.concatenate([[True], gap | (lines.documents[1:] != lines.documents[:-1])])
+        new = self.after_blank > 0
         last = np.concatenate([new[1:], [True]])
         return self._pieces(lines.begin[new], lines.end[last])
 
+    @cached_property
+    def after_blank(self) -> np.ndarray:
+        """Which lines follow a blank one or begin a text, uint8 [lines]."""
+        lines = self.lines
+        if "after_blank" in vars(self):  # it came with the lines
+            return vars(self)["after_blank"]
+        # Two newlines between the end of a line and the start of the next make a blank line.
+        places = self._newline_places
+        gap = np.searchsorted(places, lines.begin[1:]) - np.searchsorted(places, lines.end[:-1]) > 1
+        new = gap | (lines.documents[1:] != lines.documents[:-1])
+        return np.concatenate([[True], new])[: len(lines)].astype(np.uint8)
+
     def _pieces(self, begin: np.ndarray, end: np.ndarray) -> Pieces:
         return Pieces(begin, end, self.starts, self._hasher)
-
-    def share(self, bits: int) -> np.ndarray:
-        """The share of each document's non-space characters that have one of the class bits."""
-        ink = segment_sums((self.kinds & SPACE) == 0, self.starts)
-        return segment_sums((self.kinds & bits) > 0, self.starts) / np.maximum(ink, 1)

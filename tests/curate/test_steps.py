@@ -264,6 +264,22 @@ def test_personal_data_is_found_and_look_alikes_are_left() -> None:
         assert step.find(text) == [], text
 
 
+def test_lines_are_searched_together_but_nothing_spans_them() -> None:
+    """Batches and single texts agree, and a name at the end of one line and a host on the next are no address."""
+    step = Pii(PiiConfig(kinds=("email", "ip", "iban", "card", "ssn")))
+    texts = [
+        "<number\n@bugs.debian.org> and a.b@mail.org\n4111 1111 1111\n1111 and 4111 1111 1111 1111",
+        "", "none", "123-45\n-6789 but 123-45-6789\nDE89 3704 0044 0532\n0130 00",
+        "the server 81.2.69\n.160 or 81.2.69.160",
+    ]  # fmt: skip
+    found = [
+        [text[span.begin : span.end] for span in spans]
+        for text, spans in zip(texts, step._find_all(texts), strict=True)
+    ]
+    assert found == [["a.b@mail.org", "4111 1111 1111 1111"], [], [], ["123-45-6789"], ["81.2.69.160"]]
+    assert [step.find(text) for text in texts] == step._find_all(texts)
+
+
 def test_stand_ins_are_stable_and_are_left_in_peace() -> None:
     need("phonenumbers")
     step = Pii(PiiConfig())

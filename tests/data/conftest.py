@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +21,6 @@ def golden():
 @pytest.fixture(scope="session")
 def golden_prefix():
     return str(ROOT / "tests/golden/a")
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """The installed extension, or one compiled here when megallm was installed without a compiler."""
-    module = extension.index()
-    if module is not None:
-        return module
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("NO C++ COMPILER AND NO EXTENSION: only the numpy twins are tested")
-    pybind11 = pytest.importorskip("pybind11")
-    target = tmp_path_factory.mktemp("index") / f"_index{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(
-        [compiler, "-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden",
-         f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
-         str(ROOT / "csrc/index/index.cpp"), "-o", str(target)],
-        check=True, timeout=120,
-    )  # fmt: skip
-    spec = importlib.util.spec_from_file_location("_index", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=[False, True], ids=["numpy", "c++"])
