@@ -226,6 +226,7 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         dtype = DTYPES[request.dtype] if request.dtype else reader.dtype
         if dtype not in PRECISIONS:
             raise UsageError(f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}.")
+        reader.check_copies()
         state = reader.model.state_shapes()  # float32 whatever the weights are
         lazy = [
             Lazy(reader, name, reader.info(name)[0], torch.float32 if name in state else dtype)

@@ -38,6 +38,14 @@ LLAMA_RULES = (
     rule("lm_head.weight", "head.weight"),
 )
 
+DEEPSEEK_RULES = (
+    *(each for each in LLAMA_RULES if "attention.q." not in each.ours[0] and "attention.kv." not in each.ours[0]),
+    *moe_rules.PLAIN,
+    *moe_rules.SHARED_BIAS,
+    *moe_rules.LATENT,
+    *moe_rules.FURTHER,
+)
+
 _ATTENTION = "layers.{n}.attention."
 GPT2_RULES = (  # their Conv1D keeps a matrix as (input, output), and c_attn holds q, k and v side by side
     rule("transformer.wte.weight", "embedding.weight"),
@@ -301,6 +309,29 @@ FAMILIES: dict[str, Family] = {
                             "moe.shared_ffn_hidden_size": 0},
         {"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": ()},
         fused=moe_rules.STACKED, more=moe_keys.EVERY_LAYER, aliases={"num_local_experts": "num_experts"},
+    ),
+    "deepseek_v3": Family(
+        "deepseek_v3", "DeepseekV3ForCausalLM", "model.", DEEPSEEK_RULES,
+        {field: key for field, key in _EXPERT_KEYS.items() if field != "head_size"}
+        | {
+            "moe.num_experts": "n_routed_experts", "moe.ffn_hidden_size": "moe_intermediate_size",
+            "moe.norm_topk_prob": "norm_topk_prob", "moe.routed_scale": "routed_scaling_factor",
+            "moe.num_groups": "n_group", "moe.top_groups": "topk_group", "mla.kv_lora_dim": "kv_lora_rank",
+            "mla.nope_head_size": "qk_nope_head_dim", "mla.rope_head_size": "qk_rope_head_dim",
+            "mla.value_head_size": "v_head_dim",
+        },
+        "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 4096, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+                     "n_routed_experts": 256, "num_experts_per_tok": 8, "norm_topk_prob": True,
+                     "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "kv_lora_rank": 512,
+                     "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        {name: value for name, value in _SPARSE_SWITCHES.items() if name not in moe_keys.OPEN_IN_DEEPSEEK}
+        | {"moe.score": "sigmoid", "moe.selection_bias": True, "moe.shared_gate": False, "sliding_window": None,
+           "qk_norm": False, "qkv_bias": False, "norm_eps": 1e-6},
+        moe_keys.ONLY_IN_DEEPSEEK,
+        classifier="DeepseekV3ForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.DEEPSEEK,
+        further=r"model\.layers\.\d+\.(enorm|hnorm|eh_proj)\.weight",
+        aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     ),
     "gpt2": Family(
         "gpt2", "GPT2LMHeadModel", "transformer.", GPT2_RULES,

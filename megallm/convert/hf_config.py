@@ -73,6 +73,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     values |= _biases(raw, family, problems) | _window(raw, family, problems) | _head(raw, family, problems)
     if family.more is not None:
         values |= family.more.read(raw, problems)
+    if values.get("head") != "lm":
+        values["mtp.depth"] = 0  # which belongs to the head
     if family.switches["positions"] == "rope":
         values |= _rope(raw, family, problems)
     for field in ("num_layers", "hidden_size", "num_heads", "vocab_size"):
@@ -150,8 +152,9 @@ def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
     """A sentence for each key that asks for something else than this family computes."""
     problems = []
     read = {*family.keys.values(), *(family.more.keys if family.more is not None else ())}
-    for key, accepted in {**NEUTRAL, **family.only}.items():
-        value = None if key in read else raw.get(key)
+    neutral = {key: accepted for key, accepted in NEUTRAL.items() if key not in read}
+    for key, accepted in {**neutral, **family.only}.items():
+        value = raw.get(key)
         if value is None or any(type(value) is type(good) and value == good for good in accepted):
             continue
         words = " or ".join(["absent", *(repr(good) for good in accepted)])

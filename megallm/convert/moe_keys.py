@@ -130,6 +130,8 @@ def _write_deepseek(model: ModelConfig) -> dict[str, Any]:
 
 def _not_deepseek(model: ModelConfig) -> list[str]:
     moe, found = model.moe, []
+    if not model.mla.on:
+        found.append("model.mla.kv_lora_dim is 0, deepseek_v3 has latent attention")
     if not moe.shared_ffn_hidden_size or moe.shared_ffn_hidden_size % moe.ffn_hidden_size:
         found.append("model.moe.shared_ffn_hidden_size is not that of one or several experts")
     if model.mtp.depth and not model.mtp.joins:
@@ -142,3 +144,19 @@ def _not_deepseek(model: ModelConfig) -> list[str]:
 _DEEPSEEK_KEYS = ("n_shared_experts", "first_k_dense_replace", "q_lora_rank", "num_nextn_predict_layers",
                   "qk_head_dim", "head_dim")  # fmt: skip
 DEEPSEEK = More(frozenset(_DEEPSEEK_KEYS), _read_deepseek, _write_deepseek, _not_deepseek)
+OPEN_IN_DEEPSEEK = ("mla.kv_lora_dim", "mtp.depth", "moe.routed_scale", "moe.num_groups")
+ONLY_IN_DEEPSEEK: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True,),
+    "rms_norm_eps": (1e-6,),  # norms of latents have 1e-6 whatever the key says
+    "auto_map": ({}, {  # the published folder's; transformers has that code itself since, and nothing of it is run
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    }),
+}  # fmt: skip

@@ -68,9 +68,14 @@ LATENT = (  # rotary features are neighbours; keys and values of one head stand 
     ),
     rule(_THEIRS + "kv_a_layernorm.weight", _ATTENTION + "kv_latent_norm.weight"),
     rule(_THEIRS + "kv_b_proj.weight", _ATTENTION + "k_up.weight", _ATTENTION + "v_up.weight", by_head=True),
+    *(
+        rule(_THEIRS + name, _ATTENTION + "q.weight", by_head=True, pairs=True, where=where)
+        for name, where in (
+            ("q_b_proj.weight", _ATTENTION + "q_down.weight"),  # queries made of a latent
+            ("q_proj.weight", f"!{_ATTENTION}q_down.weight"),  # of the hidden state
+        )
+    ),
 )
-QUERY_OF_LATENT = (rule(_THEIRS + "q_b_proj.weight", _ATTENTION + "q.weight", by_head=True, pairs=True),)
-QUERY_OF_HIDDEN = (rule(_THEIRS + "q_proj.weight", _ATTENTION + "q.weight", by_head=True, pairs=True),)
 
 # The modules of further tokens follow the layers and are counted with them. Embedding and head are the model's own,
 # and published folders repeat them there.

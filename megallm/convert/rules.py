@@ -10,8 +10,9 @@ the other, and nothing is ever made whole on the way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megallm.base.errors import InternalError
 from megallm.checkpoint.plan import cover_problem
@@ -31,6 +32,7 @@ class Rule:
     With `by_head` every head has its share of each matrix of ours, one after another. With `pairs` the last `rotated`
     rows (of every head) are rotary features that theirs keeps as neighbours `(x0, y0, x1, y1, ...)` and ours as
     halves `(x0, x1, ..., y0, y1, ...)`. A `copy` repeats what other rules hold: it is written, and may be absent.
+    `where` names a tensor of ours without which, or with `!` before it with which, the rule is left out.
     """
 
     theirs: str
@@ -39,13 +41,18 @@ class Rule:
     by_head: bool = False
     pairs: bool = False
     copy: bool = False
+    where: str = ""
 
     @property
     def of_head(self) -> bool:
         return self.ours[0].startswith("head.")
 
+    def holds(self, ours: Container[str]) -> bool:
+        """Whether a model with the tensors `ours` is one that the rule is for."""
+        return not self.where or (self.where.removeprefix("!") in ours) != self.where.startswith("!")
 
-def rule(theirs: str, *ours: str, **how: bool) -> Rule:
+
+def rule(theirs: str, *ours: str, **how: Any) -> Rule:
     """One row of a table of rules; `how` are the switches of `Rule`."""
     return Rule(theirs, ours, **how)
 
@@ -151,7 +158,7 @@ def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], coun
     for each in _expand(rules, counts):
         sources = [_parse(text) for text in each.ours]
         present = [name in ours for name, _ in sources]
-        if not any(present):
+        if not any(present) or not each.holds(ours):
             continue
         if not all(present):
             raise InternalError(f"The rule of {each.theirs} needs {', '.join(each.ours)}; some are lacking.")
@@ -164,9 +171,7 @@ def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], coun
         links += made
         copies |= {name} if each.copy else set()
     own = [link for link in links if link.theirs not in copies]
-    bridge = Bridge(
-        ours, theirs, _grouped(own, "ours", ours), _grouped(links, "theirs", theirs), frozenset(copies)
-    )  # fmt: skip
+    bridge = Bridge(ours, theirs, _grouped(own, "ours", ours), _grouped(links, "theirs", theirs), frozenset(copies))
     for name, full in ours.items():
         _check_cover(name, full, [(link.ours_box, 1, 0) for link in bridge.by_ours[name]])
     for name, full in theirs.items():
@@ -192,14 +197,17 @@ def _expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
 
 def _of_layer(each: Rule, n: int, layers: int) -> Rule:
     if n >= layers:
-        ours = tuple(name.replace("layers.{n}.", f"mtp.{n - layers}.block.") for name in each.ours)
-        each = replace(each, ours=ours)
+        block = f"mtp.{n - layers}.block."
+        ours = tuple(name.replace("layers.{n}.", block) for name in each.ours)
+        each = replace(each, ours=ours, where=each.where.replace("layers.{n}.", block))
     return _named(each, "{n}", str(n))
 
 
 def _named(each: Rule, place: str, number: str) -> Rule:
     ours = tuple(name.replace(place, number) for name in each.ours)
-    return replace(each, theirs=each.theirs.replace(place, number), ours=ours)
+    return replace(
+        each, theirs=each.theirs.replace(place, number), ours=ours, where=each.where.replace(place, number)
+    )  # fmt: skip
 
 
 def _parse(text: str) -> tuple[str, tuple[int, ...]]:

@@ -120,6 +120,7 @@ class HfReader:
         needed = {name: full for name, full in self.bridge.theirs.items() if name not in self.bridge.copies}
         match_shapes(self.folder, self.entries, needed | {n: self.bridge.theirs[n] for n in self.entries})
         self._files: dict[Path, int] = {}
+        self.check_copies(sample=True)
 
     def _own(self, named: dict[str, Entry], family: Family) -> dict[str, Entry]:
         """The entries by the names of the rules; what is left over is refused by name."""
@@ -162,6 +163,26 @@ class HfReader:
         (embedding,) = self.bridge.by_ours["embedding.weight"]
         if head.shape != self.bridge.theirs[embedding.theirs]:
             raise CheckpointError(f"{self.folder}: {name} of shape {head.shape} is tied to another shape.")
+
+    def check_copies(self, sample: bool = False) -> None:
+        """Tensors that repeat others hold the same numbers (in their first and last rows). Errors: CheckpointError."""
+        for name in sorted(self.bridge.copies & self.entries.keys()):
+            (link,), entry = self.bridge.by_theirs[name], self.entries[name]
+            rows, columns = entry.shape
+            step = max(1, BLOCK_BYTES // (columns * HF_DTYPES[entry.dtype].itemsize))
+            begins = range(0, rows, step)
+            if sample:
+                step, begins = 1, (0, rows - 1)
+            for begin in begins:
+                box = Box((begin, 0), (min(step, rows - begin), columns))
+                copy, own = (torch.empty(box.shape, dtype=HF_DTYPES[entry.dtype]) for _ in range(2))
+                self._read_box(entry, box, copy, 1)
+                self.read_into(link.ours, box.offset, own)
+                if not torch.equal(copy, own):
+                    raise CheckpointError(
+                        f"{self.folder}: {name} must repeat the model's own {link.ours}, but differs from row {begin} "
+                        f"on; megallm has one matrix for both."
+                    )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
     "olmoe": _ROPE_DECODER | {"qk_norm": True, "qk_norm_span": "all", "moe": {"norm_topk_prob": False}},
+    "deepseek_v3": _ROPE_DECODER
+    | {"norm_eps": 1e-6, "moe": {"score": "sigmoid", "selection_bias": True, "aux_coef": 0.0001}},
     "gpt2": _ROPE_DECODER
     | {
         "norm": "layernorm",

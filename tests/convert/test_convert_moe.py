@@ -48,7 +48,26 @@ def olmoe(draw: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAMILIES = {"Mixtral": mixtral, "Qwen2Moe": qwen2_moe, "Qwen3Moe": qwen3_moe, "Olmoe": olmoe}
+def deepseek(draw: random.Random) -> dict[str, Any]:
+    groups = draw.choice([1, 2, 3])
+    top_groups = draw.randint(1, groups)
+    rope = {"rope_theta": 1e4, "rope_type": "default"}
+    if draw.random() < 0.5:
+        rope = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                "mscale": 1.0, "mscale_all_dim": draw.choice([0.7, 1.0])}  # fmt: skip
+    layers = draw.randint(2, 3)
+    return {
+        "num_key_value_heads": None, "num_hidden_layers": layers, "first_k_dense_replace": draw.randint(0, layers - 1),
+        "n_routed_experts": 4 * groups, "num_experts_per_tok": draw.randint(1, 4 * top_groups), "n_group": groups,
+        "topk_group": top_groups, "n_shared_experts": draw.choice([1, 2]), "moe_intermediate_size": draw.choice([8, 20]),
+        "norm_topk_prob": draw.random() < 0.7, "routed_scaling_factor": draw.choice([1.0, 2.5]),
+        "kv_lora_rank": draw.choice([12, 16]), "q_lora_rank": draw.choice([None, 20]),
+        "qk_rope_head_dim": draw.choice([4, 8]), "qk_nope_head_dim": draw.choice([6, 8]),
+        "v_head_dim": draw.choice([6, 10]), "rope_parameters": rope,
+    }  # fmt: skip
+
+
+FAMILIES = {"Mixtral": mixtral, "Qwen2Moe": qwen2_moe, "Qwen3Moe": qwen3_moe, "Olmoe": olmoe, "DeepseekV3": deepseek}
 
 
 def drawn(family: str, seed: int) -> Case:
@@ -63,7 +82,7 @@ def drawn(family: str, seed: int) -> Case:
     return Case(f"{family}-{seed}", f"{family}Config", sizes | FAMILIES[family](draw))
 
 
-CASES = [drawn(family, seed) for family in FAMILIES for seed in range(4)]
+CASES = [drawn(family, seed) for family in FAMILIES for seed in range(6 if family == "DeepseekV3" else 4)]
 
 
 @pytest.mark.parametrize("wanted", CASES, ids=lambda one: one.name)
