@@ -49,12 +49,14 @@ class _Away:
         self.coming: tuple[Tensor, object] | None = None
 
     def request(self) -> None:
-        if self.coming is None:
+        """Start to come back, unless that has begun or every use of it is over."""
+        if self.coming is None and self.uses > 0:
             self.coming = self.group.owner.copies.back(self.host)
 
     def take(self) -> Tensor:
-        self.request()
-        tensor = self.group.owner.copies.arrived(*self.coming)
+        """The tensor, back; let go of after its last use (a second backward pass fetches it again)."""
+        copies = self.group.owner.copies
+        tensor = copies.arrived(*(self.coming or copies.back(self.host)))
         self.uses -= 1
         if self.uses <= 0:
             self.coming = None
@@ -70,9 +72,14 @@ class _Group:
         self.saved: dict[tuple, tuple[Tensor, _Away]] = {}  # the tensors too, or their memory would be given to others
         self.members: weakref.WeakSet[_Away] = weakref.WeakSet()
 
-    def pack(self, tensor: Tensor) -> Tensor | _Away:
+    def pack(self, tensor: Tensor) -> Kept:
         if tensor.nbytes < MIN_BYTES or tensor.untyped_storage().data_ptr() in self.staying:
             return tensor
+        shape, stride = tensor.shape, tensor.stride()
+        if sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) == tensor.numel() - 1:
+            tensor = tensor.detach().as_strided((tensor.numel(),), (1,))  # without gaps: any view of it is one copy
+        else:
+            stride = None
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if key not in self.saved:
             away = _Away(self, tensor)
@@ -81,7 +88,7 @@ class _Group:
             self.owner.bytes_away += tensor.nbytes
         away = self.saved[key][1]
         away.uses += 1
-        return away
+        return away, shape, stride
 
     def close(self) -> None:
         """The block has run."""
@@ -92,11 +99,15 @@ class _Group:
             away.request()
 
 
-def _unpack(kept: Tensor | _Away) -> Tensor:
+Kept = Tensor | tuple[_Away, torch.Size, tuple[int, ...] | None]
+
+
+def _unpack(kept: Kept) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    kept.group.request()
-    before = kept.group.before and kept.group.before()
+    away, shape, stride = kept
+    away.group.request()
+    before = away.group.before and away.group.before()
     if before is not None:
         before.request()
-    return kept.take()
+    return away.take() if stride is None else away.take().as_strided(shape, stride)
