@@ -1,6 +1,6 @@
 """Independent float64 encoders, heads and losses in ordinary torch, beside the decoder of `reference`.
 
-It imports nothing of megallm but that referee. Weights are a plain dict of logical tensors, named and shaped as in
+It imports nothing of megallm but other referees. Weights are a plain dict of logical tensors, named and shaped as in
 docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
 """
 
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.oracle.reference import Weights, attention, linear, mlp, norm
+from megallm.oracle.reference_moe import Notes, experts, has_experts
 
 Config = Mapping[str, Any]
 Batch = Mapping[str, Tensor]
 CLIP = 0.2  # of the critic's loss
 
 
-def hidden_states(config: Config, weights: Weights, batch: Batch) -> Tensor:
-    """What the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B, T]."""
+def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
+    """What the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B, T]; experts need `notes`."""
     x = weights["embedding.weight"][batch["tokens"]]
     if config["positions"] == "learned":
         x = x + weights["positions.weight"][batch["positions"]]
@@ -30,24 +31,31 @@ def hidden_states(config: Config, weights: Weights, batch: Batch) -> Tensor:
     if config["embedding_norm"]:
         x = norm(config, weights, "embedding_norm", x)
     for layer in range(config["num_layers"]):
-        x = _block(config, weights, f"layers.{layer}.", x, batch)
+        x = _block(config, weights, layer, x, batch, notes)
     return norm(config, weights, "final_norm", x) if config["norm_place"] == "pre" else x
 
 
-def _block(config: Config, weights: Weights, at: str, x: Tensor, batch: Batch) -> Tensor:
+def _block(config: Config, weights: Weights, layer: int, x: Tensor, batch: Batch, notes: Notes | None) -> Tensor:
+    at = f"layers.{layer}."
+
     def attend(y: Tensor) -> Tensor:
         return attention(config, weights, at + "attention.", y, batch["positions"], batch.get("documents"))
 
+    def feed(y: Tensor) -> Tensor:
+        if has_experts(config, layer):
+            return experts(config, weights, at + "moe.", y, notes, mlp)
+        return mlp(config, weights, at + "mlp.", y)
+
     if config["norm_place"] == "post":
         x = norm(config, weights, at + "attention_norm", x + attend(x))
-        return norm(config, weights, at + "mlp_norm", x + mlp(config, weights, at + "mlp.", x))
+        return norm(config, weights, at + "mlp_norm", x + feed(x))
     x = x + attend(norm(config, weights, at + "attention_norm", x))
-    return x + mlp(config, weights, at + "mlp.", norm(config, weights, at + "mlp_norm", x))
+    return x + feed(norm(config, weights, at + "mlp_norm", x))
 
 
-def scores(config: Config, weights: Weights, batch: Batch) -> Tensor:
+def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
     """Logits [B, T, V or classes], or [B, T, 1] of a value head."""
-    x = hidden_states(config, weights, batch)
+    x = hidden_states(config, weights, batch, notes)
     if config["head"] == "mlm":
         act = "tanh" if config["activation"] == "gelu_tanh" else "none"
         x = norm(config, weights, "head.norm", F.gelu(linear(weights, "head.dense", x), approximate=act))
@@ -96,6 +104,11 @@ LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
 }  # fmt: skip
 
 
-def loss_named(name: str) -> Callable[[Config, Weights, Batch], Tensor]:
-    """The loss of a model and a batch, for `reference.Trainer`."""
-    return lambda config, weights, batch: LOSSES[name](scores(config, weights, batch), batch)
+def loss_named(name: str) -> Callable[..., Tensor]:
+    """The loss of a model and a batch, for `reference.Trainer`; with what routers of experts add."""
+
+    def loss(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
+        notes = notes or Notes(batch["mask"], batch.get("documents"))
+        return LOSSES[name](scores(config, weights, batch, notes), batch) + notes.loss()
+
+    return loss

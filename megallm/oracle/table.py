@@ -10,6 +10,7 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
+from megallm.oracle.encoders import ENCODER_CONTROLS, ENCODER_MODELS, ENCODER_ROWS, LOSSES
 from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
@@ -27,12 +28,6 @@ MASKS = {
 }
 SIZES = ("dp", "tp", "pp", "cp", "ep")
 RECOMPUTE = ("none", "selective", "full")
-LOSSES = {
-    "lm": ("next_token",),
-    "mlm": ("cross_entropy", "diffusion"),
-    "classification": ("cross_entropy",),
-    "value": ("regression", "critic", "reward"),
-}  # by head
 
 # Sizes are small and mutually prime where they can be: a transposed or mixed-up dim then changes a shape.
 TINY: dict[str, Any] = {
@@ -59,16 +54,11 @@ MODELS: dict[str, dict[str, Any]] = (
         "qwen2": {"family": "qwen2"},
         "qwen3": {"family": "qwen3", "tie_embeddings": True},
         "mistral": {"family": "mistral", "sliding_window": 3},
-        "bert": {"family": "bert", "num_kv_heads": 4},
-        "bert-untied": {"family": "bert", "tie_embeddings": False, "activation": "gelu_tanh"},
-        "bert-classes": {"family": "bert", "head": "classification", "num_labels": 3, "pooler": True},
-        "bert-value": {"family": "bert", "num_kv_heads": 1, "head": "value", "pooler": True},
-        "diffusion": {"causal": False, "head": "mlm", "tie_embeddings": True},
-        "reward": {"head": "value", "qk_norm": True},
         "normed-together": {"family": "olmoe"},
         "normed-three-groups": {"family": "olmoe", "num_heads": 6, "num_kv_heads": 3},  # tp=2: both project one kv head
         "biased": {"bias": True, "qk_norm": True, "norm": "layernorm"},
     }
+    | ENCODER_MODELS
     | LATENT_MODELS
     | EXPERT_MODELS
 )
@@ -223,34 +213,6 @@ ROWS: tuple[Row, ...] = (
     _row("cp2-tp2-pp2-sp-ring-gpt2", "cp=2,tp=2,pp=2,sp=1", "gpt2", micros=2, recompute="full"),
     _row("zb-h1-cp2", "pp=2,cp=2,schedule=zb-h1", micros=3),
     _row("zero3-dp2-cp2-recompute", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full"),
-    _row("encoder", model="bert"),
-    _row("encoder-packed", model="bert", packed=True, micro_batch=1, micros=2),
-    _row("encoder-dp2-masked-rank", "dp=2", "bert", micros=2, mask="rank"),
-    _row("encoder-tp2", "tp=2", "bert"),
-    _row("encoder-tp2-sp", "tp=2,sp=1", "bert-untied"),
-    _row("encoder-pp2", "pp=2", "bert", micros=3),
-    _row("encoder-pp2-tp2-sp", "pp=2,tp=2,sp=1", "bert", micros=2, recompute="selective"),
-    _row("encoder-interleaved", "pp=2,schedule=interleaved", "bert", micros=4, overrides={"num_layers": 4}),
-    _row("encoder-zb-h1", "pp=2,schedule=zb-h1", "bert-untied", micros=3),
-    _row("encoder-zb-v-tp2", "pp=2,tp=2,schedule=zb-v", "bert", micros=3, overrides={"num_layers": 4}),
-    _row("encoder-cp2-ring", "cp=2", "bert"),
-    _row("encoder-cp2-ring-packed", "cp=2", "bert", packed=True, micro_batch=1, seq_len=16),
-    _row("encoder-cp2-ulysses", "cp=2,cp_kind=ulysses", "bert-untied"),
-    _row("encoder-cp2-allgather-packed", "cp=2,cp_kind=allgather", "bert", packed=True, micro_batch=1, seq_len=16),
-    _row("encoder-cp4-hybrid-tp2-sp", "cp=4,tp=2,sp=1,cp_kind=hybrid", "bert", seq_len=16),
-    _row("encoder-zero3-dp2-recompute", "dp=2,zero=3", "bert", micros=2, recompute="full"),
-    _row("encoder-zero2-dp2-cp2-pp2", "dp=2,cp=2,pp=2,zero=2", "bert", micros=2, mask="one"),
-    _row("diffusion-dp2-cp2", "dp=2,cp=2", "diffusion", loss="diffusion", packed=True, micro_batch=1, seq_len=16),
-    _row("classes-tp4", "tp=4", "bert-classes"),  # fewer classes than ranks
-    _row("classes-tp2-sp-pp2", "tp=2,pp=2,sp=1", "bert-classes", micros=2),
-    _row("classes-cp2-dp2", "cp=2,dp=2", "bert-classes", micros=2, mask="one"),
-    _row("regression-tp2-sp", "tp=2,sp=1", "bert-value", mask="full"),
-    _row("regression-dp2-masked-rank-zero3", "dp=2,zero=3", "reward", loss="regression", mask="rank", micros=2),
-    _row("critic-tp2-sp-cp2", "tp=2,sp=1,cp=2", "reward", loss="critic"),
-    _row("critic-pp2-zb-h1", "pp=2,schedule=zb-h1", "reward", loss="critic", micros=3),
-    _row("reward-tp2-sp-dp2", "tp=2,sp=1,dp=2", "reward", loss="reward", micros=2),
-    _row("reward-cp2-dp2-packed", "cp=2,dp=2", "reward", loss="reward", packed=True, micro_batch=1, seq_len=16),
-    _row("reward-pp2-dp2-masked-micro", "pp=2,dp=2", "reward", loss="reward", micros=3, mask="micro"),
     _row("dp2-tp2", "dp=2,tp=2"),
     _row("dp2-tp2-sp-one-token", "dp=2,tp=2,sp=1", mask="one", model="one-kv"),
     _row("dp2-pp2-tied", "dp=2,pp=2", model="tied", micros=2),
@@ -296,7 +258,10 @@ ROWS: tuple[Row, ...] = (
     _row("tree-dp2", "dp=2", "tied", micros=4, tree=True),
     _row("tree-dp4-zero1", "dp=4,zero=1", micros=2, tree=True),
     _row("tree-dp2-tp2-pp2-sp", "dp=2,tp=2,pp=2,sp=1", "tied", micros=2, tree=True),
-    *(_row(name, layout, model, **rest) for name, layout, model, rest in LATENT_ROWS + EXPERT_ROWS + RULE_ROWS),
+    *(
+        _row(name, layout, model, **rest)
+        for name, layout, model, rest in ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS
+    ),
 )
 
 # For every reduction a small row in which leaving it out must show.
@@ -312,7 +277,6 @@ CONTROLS: dict[str, str] = (
         "vocab.max": "tp2",
         "vocab.sum": "tp2",
         "vocab.label": "tp2",
-        "head.outputs": "regression-tp2-sp",
         "fp8.amax": "fp8-tp2",
         "cp.lse": "cp2-ring",
         "cp.kv_grads": "cp2-ring",
@@ -328,6 +292,7 @@ CONTROLS: dict[str, str] = (
         "loss.counts": "dp2",
         "loss.report": "dp2",
     }
+    | ENCODER_CONTROLS
     | LATENT_CONTROLS
     | EXPERT_CONTROLS
     | RULE_CONTROLS
