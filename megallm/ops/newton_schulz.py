@@ -19,10 +19,12 @@ def orthogonalized(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     y = x.to(dtype).mT if tall else x.to(dtype)
     y = y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=EPS)
-    flat = y.flatten(0, -3) if y.dim() > 2 else y[None]
+    flat = y.flatten(0, -3) if y.dim() > 2 else y
+    flat = flat[0] if flat.dim() == 3 and len(flat) == 1 else flat  # one matrix: the batched kernels are slower
+    multiply_add = torch.addmm if flat.dim() == 2 else torch.baddbmm
     for _ in range(steps):
         gram = flat @ flat.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        flat = torch.baddbmm(flat, gram, flat, beta=a)
+        gram = multiply_add(gram, gram, gram, beta=b, alpha=c)
+        flat = multiply_add(flat, gram, flat, beta=a)
     y = flat.view(y.shape)
     return y.mT if tall else y

@@ -66,9 +66,15 @@ class ScaleRule(NamedTuple):
     momentum: float = 0.0
 
 
+def _decayed(flat: Flat, rule: ScaleRule, keep: Tensor, skip: Tensor) -> Tensor:
+    """A copy of g + wd p, or zeros."""
+    grad = unless(skip, flat.grad)
+    return grad.addcmul_(flat.param, keep, value=rule.weight_decay) if rule.weight_decay else grad
+
+
 def adagrad_(flat: Flat, squares: Tensor, rule: ScaleRule, skip: Tensor) -> None:
     """g += wd p; s += g^2; p -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
-    grad = unless(skip, flat.grad.add(flat.param, alpha=rule.weight_decay))
+    grad = _decayed(flat, rule, keeping(skip, flat.param), skip)
     squares.addcmul_(grad, grad)
     flat.param.addcdiv_(grad, squares.sqrt().add_(rule.eps), value=-rule.lr)
 
@@ -78,7 +84,8 @@ def rmsprop_(flat: Flat, squares: Tensor, buffer: Tensor | None, rule: ScaleRule
 
     With a `buffer` the quotient q goes through momentum first: b = momentum b + q; p -= lr b.
     """
-    grad, keep = unless(skip, flat.grad.add(flat.param, alpha=rule.weight_decay)), keeping(skip, flat.param)
+    keep = keeping(skip, flat.param)
+    grad = _decayed(flat, rule, keep, skip)
     squares.lerp_(grad.square(), (1 - rule.smoothing) * keep)
     step = grad.div_(squares.sqrt().add_(rule.eps))
     if buffer is not None:
