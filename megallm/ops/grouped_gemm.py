@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -22,15 +22,23 @@ STRIDE_BYTES = 16  # what the kernel asks of the rows of its matrices
 
 @dataclass(frozen=True)
 class Runs:
-    """How many rows each of the X matrices has: `sizes` on the host, `ends` int32 `[X]` on the device."""
+    """How many rows each of the X matrices has, as `ends` int32 `[X]` on the device; `known` when the host has them."""
 
-    sizes: tuple[int, ...]
     ends: Tensor
+    known: tuple[int, ...] | None = None
 
     @staticmethod
     def of(sizes: list[int], device: torch.device) -> Runs:
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Runs(tuple(sizes), ends.to(device, non_blocking=True))
+        return Runs(ends.to(device, non_blocking=True), tuple(sizes))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each matrix on the host: the loop needs them, the kernel does not. May wait for the device."""
+        if self.known is not None:
+            return self.known
+        ends = self.ends.tolist()
+        return tuple(end - begin for begin, end in zip([0, *ends], ends, strict=False))
 
 
 class Later(Protocol):

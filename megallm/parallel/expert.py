@@ -2,8 +2,8 @@
 
 The tp ranks of a tensor-parallel group share out the tokens, since all of them would hold the same (under sequence
 parallelism they already have different ones). Each copy of a token then goes by all-to-all over ep to the rank of its
-expert; a rank holds X/ep whole experts. How many rows travel depends on the router, so a layer waits for the device
-once, to learn it.
+expert; a rank holds X/ep whole experts. How many rows travel depends on the router, so with ep > 1 a layer waits for
+the device once, to learn it.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Route:
 
 
 def plan_route(counts: Tensor, mesh: Mesh) -> Route:
-    """From the number of rows for each expert here, int64 `[X]`; collective over ep. Waits for the device."""
+    """From the number of rows for each expert here, int64 `[X]`; collective over ep, and waits for the device then."""
     size, device = mesh.ep.size, counts.device
+    if size == 1:
+        return Route([], [], None, Runs(counts.cumsum(0).to(torch.int32)))
     mine = counts.view(size, -1)
     theirs = comm.exchange_rows(mine, mesh.ep, [1] * size, [1] * size, "sizes")
     out, here = torch.stack((mine, theirs)).tolist()
     sent, received = [sum(row) for row in out], [sum(row) for row in here]
-    order = None
-    if size > 1:
-        local = torch.arange(mine.shape[1], device=device).repeat(size)
-        local = torch.repeat_interleave(local, theirs.flatten(), output_size=sum(received))
-        order = local.argsort(stable=True)
+    local = torch.arange(mine.shape[1], device=device).repeat(size)
+    local = torch.repeat_interleave(local, theirs.flatten(), output_size=sum(received))
+    order = local.argsort(stable=True)
     return Route(sent, received, order, Runs.of([sum(column) for column in zip(*here, strict=True)], device))
 
 
