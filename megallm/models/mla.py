@@ -6,7 +6,8 @@ usual. Decoding keeps latents and rotated keys only, C + R numbers a position, a
 `q k = (q W_k) c` and `sum p v = W_v sum p c`.
 
 Tensor parallelism divides the heads. The matrices down to the latents are whole on every rank and act on its own
-tokens, outside the tensor-parallel region; what enters it is the latents, not the hidden state.
+tokens, outside the tensor-parallel region; what enters it is the latents, and the hidden state only where queries are
+made of it.
 """
 
 from __future__ import annotations

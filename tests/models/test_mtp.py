@@ -23,7 +23,7 @@ from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
 from megallm.models.mtp import places_ahead
 from megallm.models.stages import StageSpan
-from megallm.oracle.compare import RankRecord, Verdict, judge, train_rank
+from megallm.oracle.compare import RankRecord, Verdict, judge, run_row, train_rank
 from megallm.oracle.table import Row, row_named
 from megallm.parallel import tensor
 from megallm.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ from megallm.training.config import PretrainConfig
 from megallm.training.loop import further_losses
 from megallm.training.validate import find_problems
 from tests.models.test_mla import from_theirs
-from tests.ranks import run_ranks
+from tests.ranks import pool, run_ranks
 
 TINY = ModelConfig(num_layers=2, hidden_size=24, ffn_hidden_size=40, num_heads=4, vocab_size=61, init_std=0.3)
 
@@ -125,6 +125,14 @@ def test_latent_gradients_summed_twice_are_noticed() -> None:
     wrong = {name for name, error in verdict.grads.items() if error > 1e-9}
     made = {"q_down", "q_latent_norm", "kv_down", "kv_latent_norm", "k_rope"}
     assert {name.split(".")[-2] for name in wrong} == made
+
+
+def test_an_embedding_of_the_last_stage_that_is_not_summed_is_noticed() -> None:
+    """An untied model: first and last stage hold the embedding because further tokens are embedded on the last."""
+    row = dataclasses.replace(row_named("mtp-pp2"), steps=1)
+    verdict = run_row(pool(), row, frozenset({"grads.tie"}))
+    assert not verdict.passed and verdict.problem is None
+    assert {name for name, error in verdict.grads.items() if error > 1e-9} == {"embedding.weight"}
 
 
 # Against transformers
