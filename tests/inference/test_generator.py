@@ -26,7 +26,7 @@ from megallm.parallel.mesh import Mesh
 from tests.convert.tiny import case, make
 from tests.inference.tiny import END, continue_all, make_model, prompts
 from tests.ranks import run_ranks
-from tests.system.commands import megallm
+from tests.system.commands import megallm, start, wait_for
 
 GREEDY = Sampling(max_new_tokens=14, temperature=0.0)
 DRAWN = Sampling(max_new_tokens=14, temperature=1.1, top_k=40, top_p=0.9, seed=7, repetition_penalty=1.3)
@@ -215,6 +215,16 @@ def test_heads_that_tp_does_not_divide_are_refused_with_the_sizes_that_fit(model
     done = megallm("generate", "--model", models("llama"), "--prompt", "ab", "--layout", "tp=3", cwd=tmp_path)
     assert done.code == 2 and "tp 3 does not divide the 4 heads of the model; choose 1, 2, 4." in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_dead_rank_ends_the_command(models, tmp_path):
+    """In the middle of an answer that would take minutes; the others neither hang nor go on."""
+    running = start("generate", "--model", models("llama"), "--prompt", "ab", "--layout", "tp=2", "--max-new-tokens",
+                    "20000", "--stream", cwd=tmp_path)  # fmt: skip
+    assert wait_for(lambda: running.output.stat().st_size > 20, running)
+    running.kill_rank(1)
+    done = running.wait(60)
+    assert done.code == 137 and "rank 1 of 2 failed: killed by signal 9" in done.out
 
 
 def test_models_that_do_not_continue_texts_are_refused(models):
