@@ -14,7 +14,7 @@ from megallm.oracle.encoders import ENCODER_CONTROLS, ENCODER_MODELS, ENCODER_RO
 from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
-from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS
+from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -351,6 +351,7 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
         row = _with_sharding(_with_experts(_with_schedule(_with_context(row, draw, max_ranks), draw), draw), draw)
         losses = [kind for kind in LOSSES[row.config.head] if kind != "reward" or not row.config.head_bias]
         row = replace(row, loss=draw.choice(losses))  # of a reward's bias the gradient is zero, and Adam's step noise
+        row = replace(row, rule=draw.choice(("adamw", *SMOOTH_RULES)))
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
     return rows
 
