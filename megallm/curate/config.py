@@ -173,6 +173,8 @@ def check(config: CurateConfig) -> None:
         ("memory_mib", config.memory_mib, 1, 1 << 24), ("gzip_level", config.gzip_level, 1, 9),
         ("decontaminate.coverage", config.decontaminate.coverage, 0.01, 1.0),
         ("decontaminate.coverage_ngram", config.decontaminate.coverage_ngram, 2, config.decontaminate.ngram),
+        ("input.max_unpacked_ratio", config.input.max_unpacked_ratio, 1, 1 << 30),
+        ("input.max_reject_percent", config.input.max_reject_percent, 0, 100),
         ("input.max_document_bytes", config.input.max_document_bytes, 1, 1 << 30),
         ("language.sample_chars", config.language.sample_chars, 100, 1 << 30),
         ("exact.min_chars", config.exact.min_chars, 1, 1 << 30),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -52,13 +54,25 @@ def load_scorer(spec: str) -> Scorer:
     if not colon or not Path(path).is_file():
         raise UsageError(f"perplexity.scorer is '{spec}'; it must be file.py:function with a file that exists.")
     module_spec = importlib.util.spec_from_file_location(f"megallm_scorer_{Path(path).stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"perplexity.scorer: {path} is not a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # boundary: whatever the user's file raises
+        raise UsageError(f"perplexity.scorer: {path} cannot be loaded: {_told(error)}.") from error
     function = vars(module).get(name)
     if not callable(function):
         raise UsageError(f"perplexity.scorer: {path} has no function '{name}'.")
     return function
+
+
+def _told(error: BaseException) -> str:
+    """The error of a user's file, with the line where it came from."""
+    places = traceback.extract_tb(error.__traceback__)
+    where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 class Perplexity:
@@ -71,14 +85,26 @@ class Perplexity:
         self.marks = {"perplexity.per_word": (config.min_perplexity, config.max_perplexity)}
         self._score = load_scorer(config.scorer) if config.scorer else ngram_scorer(config.model or "")
 
-    def judge(self, batch: Batch) -> list[Verdict]:
-        texts = [sample(document.text, self.config.sample_chars) for document in batch.documents]
-        values = np.asarray(self._score(texts), np.float64)
+    def _values(self, texts: list[str]) -> np.ndarray:
+        """Perplexities, float64 [texts]; infinite ones become the largest number. Errors: `UsageError`, `DataError`."""
+        try:
+            found = self._score(texts)
+        except Exception as error:  # boundary: whatever the user's function raises
+            raise UsageError(f"perplexity.scorer {self.config.scorer} failed: {_told(error)}.") from error
+        try:
+            values = np.asarray(list(found), np.float64)
+        except (TypeError, ValueError):
+            values = np.full(1, np.nan)
         if values.shape != (len(texts),) or np.isnan(values).any():
             raise DataError(
-                f"perplexity.scorer {self.config.scorer} returned {values.shape} for {len(texts)} texts, or NaN; it "
-                "must return one number a text."
+                f"perplexity.scorer {self.config.scorer} returned {str(found)[:80]} for {len(texts)} texts; it must "
+                "return one number a text, and none that is NaN."
             )
+        return np.nan_to_num(values)
+
+    def judge(self, batch: Batch) -> list[Verdict]:
+        texts = [sample(document.text, self.config.sample_chars) for document in batch.documents]
+        values = self._values(texts)
         batch.record("perplexity.per_word", values)
         verdicts = []
         for value in values.tolist():

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from megallm.base.errors import UsageError
 from megallm.curate import optional
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import Batch, Span, Verdict, edit
@@ -189,6 +190,11 @@ class Pii:
         self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
         if "phone" in config.kinds:
             self._phones = optional.need("phonenumbers", "take 'phone' out of pii.kinds")
+            if config.phone_region not in self._phones.SUPPORTED_REGIONS:
+                raise UsageError(
+                    f"pii.phone_region is '{config.phone_region}'; give the two capital letters of a country, such as "
+                    "US or DE."
+                )
 
     def _find_phones(self, text: str) -> Iterator[tuple[int, int]]:
         """Telephone numbers that are valid in their country; a local form must be grouped as people group it."""

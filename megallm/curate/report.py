@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as _escape
 from typing import Any
 
 from megallm.curate.tally import BINS, bins_of
 
 _WIDTH, _HEIGHT, _FOOT = 420, 110, 22
 _NOTE_CHARS = 300
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1c2430}
 h1{font-size:1.5em}h2{font-size:1.2em;border-bottom:1px solid #d5dbe3;margin-top:2em}
@@ -20,6 +22,11 @@ figure{margin:0}figcaption{font-size:.85em;color:#556}pre{white-space:pre-wrap;w
 padding:.6em;font-size:.8em;max-height:14em;overflow:auto;margin:.2em 0 .8em}del{background:#f6d5c3}
 ins{background:#cfe8d0;text-decoration:none}.where{font-size:.8em;color:#667}summary{cursor:pointer}
 """
+
+
+def escape(text: str) -> str:
+    """Text for a page; characters that no page may hold become replacement characters."""
+    return _escape(_FORBIDDEN.sub("\ufffd", text))
 
 
 def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:

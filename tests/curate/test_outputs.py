@@ -21,7 +21,7 @@ EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 def test_the_report_escapes_everything_and_needs_nothing_else(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    bad = f"{EVIL} & co"
+    bad = f"{EVIL} & co \x1b[31m \x01"
     rows: list[object] = [{"text": bad, "id": EVIL}, {"text": prose(1)}]
     rows += [{"text": prose(2) + "\nMail jane.roe@mail.org or visit.", "id": "mail"}]
     write_jsonl(raw / "a<b>.jsonl", rows)
@@ -30,7 +30,7 @@ def test_the_report_escapes_everything_and_needs_nothing_else(tmp_path: Path) ->
     page = (tmp_path / "out" / run.REPORT).read_text("utf-8")
     assert "<script" not in page and "<img" not in page and "a<b>" not in page
     assert "&lt;script&gt;alert(&quot;x&quot;)" in page and "quality / too_few_words" in page
-    assert "jane.roe" not in page and "@example.com" in page
+    assert "jane.roe" not in page and "@example.com" in page and not any(char in page for char in "\x1b\x01")
     assert (
         page.count("<svg") > 5
         and "http://" not in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import Counter
@@ -13,7 +14,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.curate import kneser_ney
 from megallm.curate.arpa import ArpaModel
 from megallm.curate.config import PerplexityConfig
-from megallm.curate.document import Batch, Document
+from megallm.curate.document import Batch, Document, Verdict
 from megallm.curate.perplexity import Perplexity, load_scorer
 
 LETTERS = "a b c d e f g".split()  # noqa: SIM905
@@ -139,3 +140,34 @@ def test_a_scorer_of_the_users(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one number a text"):
         Perplexity(PerplexityConfig(scorer=f"{tmp_path}/short.py:score")).judge(Batch([Document("a", "x", "f", 1)] * 2))
     assert math.isnan(load_scorer(f"{tmp_path}/short.py:score")([])[0])
+
+
+def scored(path: Path) -> list[Verdict]:
+    step = Perplexity(PerplexityConfig(scorer=f"{path}:f"))
+    return step.judge(Batch([Document("a", "one", "f", 1), Document("b", "two", "f", 2)]))
+
+
+def test_a_scorer_that_fails_is_told_with_its_line(tmp_path: Path) -> None:
+    """In its file, in its call, or by what it returns; infinity is a number that JSON cannot hold."""
+    for number, (text, words) in enumerate(
+        (
+            ("def f(t:\n", "cannot be loaded: SyntaxError"),
+            ("raise SystemExit(3)", r"SystemExit: 3 at .*\.py:1"), ("def g(t): return 1", "no function 'f'"),
+            ("def f(t):\n    return t[99]", r"failed: IndexError: .* at .*\.py:2"),
+            ("def f(t): return ['x'] * len(t)", "must return one number a text"),
+            ("def f(t): return [[1], [2, 3]]", "must return one number"),
+            ("def f(t): return []", "must return one number"),
+            ("def f(t): return [float('nan')] * len(t)", "none that is NaN"),
+        )
+    ):  # fmt: skip
+        path = tmp_path / f"s{number}.py"
+        path.write_text(text)
+        with pytest.raises((UsageError, DataError), match=words):
+            scored(path)
+    (tmp_path / "inf.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: float\n"
+        "def f(t):\n    yield from [float('inf')] * len(t)\n"
+    )
+    verdict = scored(tmp_path / "inf.py")[0]
+    assert verdict.reason == "perplexity_high"
+    json.dumps(verdict.note, allow_nan=False)
