@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from megallm.optim.config import ZeroOptions
 from megallm.optim.scaler import LARGEST, LossScaler
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from tests.engine.tiny import batches, engine_of, equal, gradients_of, share, state_of, worst
+from tests.engine.tiny import MODEL, batches, engine_of, equal, gradients_of, share, state_of, worst
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -165,3 +166,23 @@ def test_resume_takes_up_the_scale_bit_for_bit(tmp_path):
         second.load(reader)
     steps(second, range(3, 5))
     assert equal(state_of(second), state_of(straight)) and second.counters() == straight.counters()
+
+
+def router_gradients(initial: float, leave_out: bool = False) -> tuple[dict[str, Tensor], float]:
+    """Gradients of a model with experts whose balancing losses enter beside the loss, in fp16."""
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16, "aux_coef": 0.1, "z_coef": 0.01}
+    options = LossScaleOptions(initial=initial)
+    engine = engine_of(model=replace(MODEL, moe=moe).resolve(), precision="fp16", loss_scale=options)
+    if leave_out:
+        begin = engine.model.routers.begin
+        engine.model.routers.begin = lambda batches, scale: begin(batches, 1.0)
+    stats = engine.train_step(batches(2), NextToken(), 0.0)
+    return gradients_of(state_of(engine)), stats.grad_norm
+
+
+def test_balancing_losses_of_experts_are_scaled_too():
+    (small, norm), (large, other) = router_gradients(256.0), router_gradients(2048.0)
+    assert other == pytest.approx(norm, rel=1e-4) and worst(small, large) < 0.01
+    wrong, _ = router_gradients(2048.0, leave_out=True)
+    routers = [name for name in small if "router" in name]
+    assert routers and all(worst({"r": wrong[n]}, {"r": large[n]}) > 0.02 for n in routers), "the control"
