@@ -91,6 +91,40 @@ def _sizes(
     } | rest
 
 
+def _experts(family: str, *sizes: int, moe: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    """`_sizes` with those of experts added to the family's switches of them."""
+    return _sizes(family, *sizes, moe=FAMILIES[family].get("moe", {}) | moe, **rest)
+
+
+_DEEPSEEK_V3: dict[str, Any] = {
+    "moe": {
+        "num_experts": 256,
+        "top_k": 8,
+        "ffn_hidden_size": 2048,
+        "shared_ffn_hidden_size": 2048,
+        "first_dense": 3,
+        "num_groups": 8,
+        "top_groups": 4,
+        "routed_scale": 2.5,
+    },
+    "mla": {
+        "kv_lora_dim": 512,
+        "q_lora_dim": 1536,
+        "nope_head_size": 128,
+        "rope_head_size": 64,
+        "value_head_size": 128,
+    },
+    "mtp": {"depth": 1},
+    "max_positions": 163840,
+    "rope_scaling": "yarn",
+    "rope_factor": 40.0,
+    "rope_positions": 4096,
+    "rope_beta_fast": 32.0,
+    "rope_beta_slow": 1.0,
+    "rope_mscale": 1.0,
+    "rope_mscale_all_dim": 1.0,
+}
+
 _LLAMA31: dict[str, Any] = {
     "rope_theta": 500000.0,
     "max_positions": 131072,
@@ -127,5 +161,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-8b": _sizes("qwen3", 36, 4096, 12288, 32, 8, 151936, head_size=128, max_positions=40960),
     "bert-base": _sizes("bert", 12, 768, 3072, 12, 12, 30522),
     "bert-large": _sizes("bert", 24, 1024, 4096, 16, 16, 30522),
+    "mixtral-8x7b": _experts("mixtral", 32, 4096, 14336, 32, 8, 32000, moe={"num_experts": 8}, max_positions=32768),
+    "qwen1.5-moe-a2.7b": _experts(
+        "qwen2_moe",
+        24,
+        2048,
+        5632,
+        16,
+        16,
+        151936,
+        max_positions=8192,
+        moe={"num_experts": 60, "top_k": 4, "ffn_hidden_size": 1408, "shared_ffn_hidden_size": 5632},
+    ),
+    "qwen3-30b-a3b": _experts(
+        "qwen3_moe",
+        48,
+        2048,
+        6144,
+        32,
+        4,
+        151936,
+        head_size=128,
+        max_positions=40960,
+        moe={"num_experts": 128, "top_k": 8, "ffn_hidden_size": 768},
+    ),
+    "olmoe-1b-7b": _experts("olmoe", 16, 2048, 1024, 16, 16, 50304, moe={"num_experts": 64, "top_k": 8}),
+    "deepseek-v3": _experts("deepseek_v3", 61, 7168, 18432, 128, 128, 129280, **_DEEPSEEK_V3),
     "mistral-7b": _sizes("mistral", 32, 4096, 14336, 32, 8, 32000, sliding_window=4096, max_positions=32768),
 }

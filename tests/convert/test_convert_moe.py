@@ -57,9 +57,11 @@ def deepseek(draw: random.Random) -> dict[str, Any]:
                 "mscale": 1.0, "mscale_all_dim": draw.choice([0.7, 1.0])}  # fmt: skip
     layers = draw.randint(2, 3)
     return {
-        "num_key_value_heads": None, "num_hidden_layers": layers, "first_k_dense_replace": draw.randint(0, layers - 1),
+        "num_key_value_heads": None, "num_hidden_layers": layers,
+        "first_k_dense_replace": draw.randint(0, layers - 1),
         "n_routed_experts": 4 * groups, "num_experts_per_tok": draw.randint(1, 4 * top_groups), "n_group": groups,
-        "topk_group": top_groups, "n_shared_experts": draw.choice([1, 2]), "moe_intermediate_size": draw.choice([8, 20]),
+        "topk_group": top_groups, "n_shared_experts": draw.choice([1, 2]),
+        "moe_intermediate_size": draw.choice([8, 20]),
         "norm_topk_prob": draw.random() < 0.7, "routed_scaling_factor": draw.choice([1.0, 2.5]),
         "kv_lora_rank": draw.choice([12, 16]), "q_lora_rank": draw.choice([None, 20]),
         "qk_rope_head_dim": draw.choice([4, 8]), "qk_nope_head_dim": draw.choice([6, 8]),
