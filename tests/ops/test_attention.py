@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,15 @@ def test_sinks_equal_a_column_of_scores(sight: Sight, path: str, monkeypatch: py
     for mine, theirs in zip(gradients(got, [q, k, v, sinks]), gradients(want, [q, k, v, sinks]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
     assert (packed_attention(q, k, v, sight) - want).abs().max() > 0.1
+
+
+def test_sinks_equal_those_of_transformers() -> None:
+    module = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    q, k, v = (x.detach() for x in tensors(20, 6, 2))
+    layer = SimpleNamespace(sinks=torch.linspace(-1, 2, 6).double(), num_key_value_groups=3, training=False)
+    mask = torch.full((20, 20), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    theirs, _ = module.eager_attention_forward(layer, *(x.transpose(1, 2) for x in (q, k, v)), mask, 6**-0.5)
+    torch.testing.assert_close(causal_attention(q, k, v, None, layer.sinks), theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [None, 3])
