@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megallm.cli.completion import options
 from megallm.cli.table import VERBS
 from tests.system.commands import ROOT
 
@@ -104,6 +105,36 @@ def test_every_verb_is_in_the_table_and_every_path_exists():
         assert (ROOT / "megallm" / name).is_dir(), name
     packages = {path.name for path in (ROOT / "megallm").iterdir() if (path / "__init__.py").exists()}
     assert packages <= set(re.findall(r"^  (\w+)/ ", text, flags=re.M))
+
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/*.md")])
+
+
+def unknown_options(text: str) -> list[str]:
+    """Options of `megallm VERB --option` commands, in blocks or between backticks, that the verb does not have."""
+    known, found = {verb: {name for name, _ in rows} for verb, rows in options().items()}, []
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for command in [*lines, *re.findall(r"`(megallm [^`]+)`", text)]:
+        command = re.sub(r"\"[^\"]*\"|'[^']*'|\s# .*", " x", command)  # neither texts nor comments
+        for words in re.findall(r"\bmegallm ([a-z].*)", command):
+            first = words.split()
+            verb = next((" ".join(first[:n]) for n in (2, 1) if " ".join(first[:n]) in known), None)
+            if verb is not None:
+                named = re.findall(r"(?:^|\s)(--[a-z][a-z-]*)", words)
+                found += [f"megallm {verb} {name}" for name in named if name not in known[verb] | {"--help"}]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name + "/" + path.name)
+def test_the_pages_name_real_options(page):
+    assert unknown_options(page.read_text()) == []
+
+
+def test_an_option_that_is_not_there_is_noticed():
+    block = "megallm ckpt ls runs --outptu x   # --no\nmegallm config a --world 2 \\\n  --worlds 3\n"
+    text = f"x\n```\n{block}```\n`megallm oracle --lst`"
+    assert unknown_options(text) == ["megallm ckpt ls --outptu", "megallm config --worlds", "megallm oracle --lst"]
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
