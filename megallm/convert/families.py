@@ -38,6 +38,20 @@ LLAMA_RULES = (
     rule("lm_head.weight", "head.weight"),
 )
 
+PHI3_RULES = (  # q, k and v in one matrix, gate and up in another
+    *(each for each in LLAMA_RULES if not each.theirs.endswith(("_proj.weight", "_proj.bias", "_norm.weight"))),
+    rule(
+        "model.layers.{n}.self_attn.qkv_proj.weight",
+        "layers.{n}.attention.q.weight", "layers.{n}.attention.kv.weight[0]", "layers.{n}.attention.kv.weight[1]",
+    ),
+    rule("model.layers.{n}.self_attn.o_proj.weight", "layers.{n}.attention.o.weight"),
+    rule(
+        "model.layers.{n}.mlp.gate_up_proj.weight",
+        "layers.{n}.mlp.gate_up.weight[0]", "layers.{n}.mlp.gate_up.weight[1]",
+    ),
+    rule("model.layers.{n}.mlp.down_proj.weight", "layers.{n}.mlp.down.weight"),
+)  # fmt: skip
+
 DEEPSEEK_RULES = (
     *(each for each in LLAMA_RULES if "attention.q." not in each.ours[0] and "attention.kv." not in each.ours[0]),
     *moe_rules.PLAIN,
@@ -264,6 +278,14 @@ FAMILIES: dict[str, Family] = {
         _ROPE_SWITCHES | {"qk_norm": True, "qk_norm_span": "head", "qkv_bias": False, "bias": False},
         {"attention_bias": (False,), "mlp_bias": (False,)},
         classifier="Qwen3ForSequenceClassification",
+    ),
+    "phi3": Family(
+        "phi3", "Phi3ForCausalLM", "model.", PHI3_RULES,
+        {field: key for field, key in _KEYS.items() if field != "head_size"}, "hidden_act", _SWIGLU,
+        _DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "bias": False, "rope_scaling": None},
+        {"attention_bias": (False,), "mlp_bias": (False,)},
+        classifier="Phi3ForSequenceClassification",
     ),
     "mixtral": Family(
         "mixtral", "MixtralForCausalLM", "model.", LLAMA_RULES + moe_rules.MIXTRAL,

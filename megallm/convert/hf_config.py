@@ -83,8 +83,10 @@ def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     if problems:
         listed = "\n  ".join(f"{problem}." for problem in problems)
         raise UsageError(f"{where}: megallm cannot compute this model:\n  {listed}\n{ADVICE}")
-    model = ModelConfig(family=family.name, **_nested(values))
-    return HfConfig(model.resolve(), family, raw, tuple(_notes(raw, family, where)))
+    model = ModelConfig(family=family.name, **_nested(values)).resolve()
+    if found := _hindrances(model, family):
+        raise UsageError(f"{where} is no {family.name} that megallm knows: {'; '.join(found)}. {ADVICE}")
+    return HfConfig(model, family, raw, tuple(_notes(raw, family, where)))
 
 
 def _by_own_names(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
@@ -364,7 +366,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
         content |= _rope_keys(model)
     if family.name == "llama":
         content |= {"attention_bias": model.bias, "mlp_bias": model.bias}
-    if family.name in ("mistral", "mixtral"):
+    if "sliding_window" not in family.switches and family.name not in _QWEN:
         content |= {"sliding_window": model.sliding_window}
     if family.name in _QWEN:
         slides = model.sliding_window is not None
@@ -379,7 +381,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
         content |= {"problem_type": "regression"} if model.head == "value" else {}
     if family.name == "gpt2":
         content |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    content |= token_ids
+    content |= {"pad_token_id": None} | token_ids  # absent, some families have a default beyond a small vocabulary
     return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
 
 

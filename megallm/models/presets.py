@@ -37,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _ROPE_DECODER,
     "qwen2": _ROPE_DECODER | {"qkv_bias": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
     "qwen3": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
+    "phi3": _ROPE_DECODER,
     "mixtral": _ROPE_DECODER | {"rope_theta": 1000000.0},
     "qwen2_moe": _ROPE_DECODER
     | {
@@ -187,5 +188,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "olmoe-1b-7b": _experts("olmoe", 16, 2048, 1024, 16, 16, 50304, moe={"num_experts": 64, "top_k": 8}),
     "deepseek-v3": _experts("deepseek_v3", 61, 7168, 18432, 128, 128, 129280, **_DEEPSEEK_V3),
+    "phi-4": _sizes("phi3", 40, 5120, 17920, 40, 10, 100352, rope_theta=250000.0, max_positions=16384),
     "mistral-7b": _sizes("mistral", 32, 4096, 14336, 32, 8, 32000, sliding_window=4096, max_positions=32768),
 }

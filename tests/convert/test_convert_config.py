@@ -24,7 +24,8 @@ SIZES = {
     "num_attention_heads": 32,
     "vocab_size": 61,
 }
-CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
+           "phi3": "Phi3Config"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -82,6 +83,12 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type yarn lacks factor"),
     ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is .*they must agree"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "asks for rope type 'longrope'"),
+    (
+        "phi3",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        "is no phi3 that megallm knows: model.rope_scaling is yarn",
+    ),
     ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ("llama", {"rope_interleaved": True}, "rope_interleaved is True"),
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'; megallm computes silu"),
@@ -105,7 +112,7 @@ REFUSED = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
-    ("mamba", {}, "model_type 'mamba'; megallm converts llama, mistral, qwen2, qwen3, mixtral"),
+    ("mamba", {}, "model_type 'mamba'; megallm converts llama, mistral, qwen2, qwen3, phi3"),
 ]
 
 

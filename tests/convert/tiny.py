@@ -78,6 +78,8 @@ CASES = [
     case("qwen2-window", "Qwen2Config", use_sliding_window=True, sliding_window=7, max_window_layers=0),
     case("qwen3", "Qwen3Config", head_dim=16),
     case("qwen3-tied", "Qwen3Config", head_dim=8, tie_word_embeddings=True),
+    case("phi3", "Phi3Config", sliding_window=9, rope_parameters=THETA, pad_token_id=None),
+    case("phi3-tied", "Phi3Config", tie_word_embeddings=True, num_key_value_heads=4, pad_token_id=None),
     case("bert", "BertConfig", "AutoModelForMaskedLM"),
     case("bert-tanh", "BertConfig", "AutoModelForMaskedLM", hidden_act="gelu_new", type_vocab_size=3),
     case("bert-body", "BertConfig", "AutoModel"),
