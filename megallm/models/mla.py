@@ -2,8 +2,9 @@
 
 Keys and values of all heads are made of one small latent a token, and a rotated key of `R` features is shared by the
 heads; queries come from the hidden state or from a latent of their own. Training makes keys and values and attends as
-usual. Decoding keeps latents and rotated keys only, C + R numbers a position, and attends in the latent's own space:
-`q k = (q W_k) c` and `sum p v = W_v sum p c`.
+usual; where keys travel over context-parallel ranks it is the latents that do, and each rank makes keys and values of
+what arrives. Decoding keeps latents and rotated keys only, C + R numbers a position, and attends in the latent's own
+space: `q k = (q W_k) c` and `sum p v = W_v sum p c`.
 
 Tensor parallelism divides the heads. The matrices down to the latents are whole on every rank and act on its own
 tokens, outside the tensor-parallel region; what enters it is the latents, and the hidden state only where queries are
@@ -84,13 +85,18 @@ class LatentAttention(ShardedModule):
             seen, _ = cache.append(torch.cat((latent[:, :, None], key), dim=-1), latent.new_empty((*key.shape[:3], 0)))
             if seen.shape[1] > q.shape[1] or q.shape[1] == 1:
                 return self.absorbed(plain, rotated, seen, cache)
-        k = self.k_up(latent).unflatten(-1, (self.num_heads, -1))
-        k = torch.cat((k, key.expand(-1, -1, self.num_heads, -1)), dim=-1)
-        v = self.v_up(latent).unflatten(-1, (self.num_heads, -1))
-        q = torch.cat((plain, rotated), dim=-1)
+        q, latent, context = torch.cat((plain, rotated), dim=-1), latent[:, :, None], places.context
+        if cache is None and context.carries_latents:
+            return context.attend_latents(q, latent, key, self.keys_and_values, places.sight, self.sinks)
+        k, v = self.keys_and_values(latent, key)
         if cache is not None:  # a whole prompt: keys and values of its tokens are cheaper than its latents
             return causal_attention(q, k, v, self.window, self.sinks)
-        return places.context.attend(q, k, v, places.sight, self.window, self.sinks)
+        return context.attend(q, k, v, places.sight, self.window, self.sinks)
+
+    def keys_and_values(self, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all heads, `[B, T, H/tp, N + R or E]`, of latents `[B, T, 1, C]` and rotated keys `[B, T, 1, R]`."""
+        plain, values = (up(latent[:, :, 0]).unflatten(-1, (self.num_heads, -1)) for up in (self.k_up, self.v_up))
+        return torch.cat((plain, key.expand(-1, -1, self.num_heads, -1)), dim=-1), values
 
     def absorbed(self, plain: Tensor, rotated: Tensor, seen: Tensor, cache: LayerCache) -> Tensor:
         """The same against the cache `[B, T, 1, C + R]`: one key a position for all heads, its latent the value."""

@@ -67,6 +67,8 @@ LATENT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("mla-zb-h1", "pp=2,schedule=zb-h1", "mla", micros=3),
     _row("mla-packed", model="mla", packed=True, micro_batch=1, micros=2),
     _row("mla-cp2-ring", "cp=2", "mla"),
+    _row("mla-zb-h1-cp2", "pp=2,cp=2,schedule=zb-h1", "mla", micros=3),
+    _row("mla-zero3-cp4-ring-recompute", "cp=4,zero=3", "mla", seq_len=16, recompute="full"),
     _row("mla-direct-cp2-ulysses", "cp=2,cp_kind=ulysses", "mla-direct"),
     _row("mla-cp2-allgather-packed", "cp=2,cp_kind=allgather", "mla", packed=True, micro_batch=1, seq_len=16),
     _row("mla-cp4-hybrid", "cp=4,cp_kind=hybrid", "mla"),

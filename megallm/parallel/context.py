@@ -10,6 +10,7 @@ The backward passes are written by hand: a ring's key gradients travel the ring 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
 
@@ -88,6 +89,43 @@ def _reorder(x: Tensor, order: list[int]) -> Tensor:
     return torch.cat([chunks[n] for n in order], TOKENS_DIM)
 
 
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How this rank's queries meet the keys of all ranks: over which transport, and what they may see of them.
+
+    With `expand` it is not keys and values that travel but the pair of which it makes them, such as the latents of all
+    heads: less to send and to keep, for work that every rank does anew in both passes.
+    """
+
+    transport: Ring | AllGather
+    sight: Sight
+    expand: Expand | None = None
+
+    def keys_and_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what has travelled."""
+        return (k, v) if self.expand is None else self.expand(k, v)
+
+    def add_gradients(self, sums: Gradients, queries: Queries, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> None:
+        """Add what the tiles contribute to the gradients of queries and of what has travelled, in place.
+
+        Parameters that `expand` uses get their gradients too.
+        """
+        if self.expand is None or not tiles:
+            sums.add(queries, k, v, tiles)
+            return
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (k, v)]
+            made = self.expand(*leaves)
+        found = Gradients(sums.q, *(torch.zeros_like(x, dtype=wide_dtype(x.dtype)) for x in made))
+        found.add(queries, *(x.detach() for x in made), tiles)
+        torch.autograd.backward(made, [grad.to(x.dtype) for grad, x in zip((found.k, found.v), made, strict=True)])
+        for total, leaf in zip((sums.k, sums.v), leaves, strict=True):
+            total += leaf.grad
+
+
 # Transports of keys: each has `forward` -> the finished Partial of this rank's queries, and `backward` -> Gradients.
 
 
@@ -106,25 +144,26 @@ class Ring:
         size = self.axis.size
         return plan_tiles(spans(length, size, self.axis.rank), spans(length, size, self.source(step)), sight)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Partial:
-        size, length = self.axis.size, sight.documents[-1]
-        partial, here = Partial.empty(q, v), pack(k, v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, route: Route) -> Partial:
+        size, length, here, partial = self.axis.size, route.sight.documents[-1], pack(k, v), None
         for step in range(size):
             moving = pass_on(here, self.axis, KEYS) if step + 1 < size else None
             if step == 0 or "cp.lse" not in self.axis.broken:
-                partial.add(q, *unpack(here, k, v), self.tiles(step, length, sight))
+                keys, values = route.keys_and_values(*unpack(here, k, v))
+                partial = Partial.empty(q, values) if partial is None else partial
+                partial.add(q, keys, values, self.tiles(step, length, route.sight))
             here = moving.wait() if moving else here
         return partial
 
-    def backward(self, queries: Queries, k: Tensor, v: Tensor, sight: Sight) -> Gradients:
-        size, length = self.axis.size, sight.documents[-1]
+    def backward(self, queries: Queries, k: Tensor, v: Tensor, route: Route) -> Gradients:
+        size, length = self.axis.size, route.sight.documents[-1]
         here, dtype = pack(k, v), wide_dtype(k.dtype)
         grad_q, own, arriving = torch.zeros_like(queries.q, dtype=dtype), None, None
         for step in range(size):
             moving = pass_on(here, self.axis, KEYS) if step + 1 < size else None
             sums = torch.zeros_like(here, dtype=dtype)
-            grads = Gradients(grad_q, *unpack(sums, k, v))
-            grads.add(queries, *unpack(here, k, v), self.tiles(step, length, sight))
+            grads, tiles = Gradients(grad_q, *unpack(sums, k, v)), self.tiles(step, length, route.sight)
+            route.add_gradients(grads, queries, *unpack(here, k, v), tiles)
             own = sums.clone() if own is None else own
             if arriving:
                 sums += arriving.wait()  # of this block, from the ranks that had it before
@@ -147,15 +186,16 @@ class AllGather:
     def gather(self, x: Tensor) -> Tensor:
         return to_natural(comm.all_gather(x, self.axis, TOKENS_DIM), self.axis.size)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Partial:
-        partial = Partial.empty(q, v)
-        partial.add(q, self.gather(k), self.gather(v), self.tiles(sight.documents[-1], sight))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, route: Route) -> Partial:
+        keys, values = route.keys_and_values(self.gather(k), self.gather(v))
+        partial = Partial.empty(q, values)
+        partial.add(q, keys, values, self.tiles(route.sight.documents[-1], route.sight))
         return partial
 
-    def backward(self, queries: Queries, k: Tensor, v: Tensor, sight: Sight) -> Gradients:
+    def backward(self, queries: Queries, k: Tensor, v: Tensor, route: Route) -> Gradients:
         keys, values = self.gather(k), self.gather(v)
         grads = Gradients.zeros(queries.q, keys, values)
-        grads.add(queries, keys, values, self.tiles(sight.documents[-1], sight))
+        route.add_gradients(grads, queries, keys, values, self.tiles(route.sight.documents[-1], route.sight))
         pieces = (to_ranks(x, self.axis.size) for x in (grads.k, grads.v))
         return Gradients(grads.q, *(comm.reduce_scatter(x, self.axis, TOKENS_DIM, "cp.kv_grads") for x in pieces))
 
@@ -164,13 +204,10 @@ class _Attend(torch.autograd.Function):
     """Attention of this rank's queries over the keys of all ranks of the transport."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, transport: Ring | AllGather, sight: Sight,
-        sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        partial = transport.forward(q, k, v, sight)
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, route: Route, sinks: Tensor | None) -> Tensor:
+        partial = route.transport.forward(q, k, v, route)
         out = partial.finish(sinks).to(q.dtype)
-        ctx.transport, ctx.sight = transport, sight
+        ctx.route = route
         ctx.save_for_backward(q, k, v, sinks, out, partial.lse)
         return out
 
@@ -178,9 +215,9 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         q, k, v, sinks, out, lse = ctx.saved_tensors
         queries = Queries(q, out, lse, grad)
-        grads = ctx.transport.backward(queries, k, v, ctx.sight)
+        grads = ctx.route.transport.backward(queries, k, v, ctx.route)
         sink_grad = queries.sink_gradient(sinks)
-        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, None, sink_grad
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, sink_grad
 
 
 # Ulysses
@@ -262,9 +299,7 @@ class Context:
             return causal_attention(q, k, v, window, sinks)
         if self.axis.size == 1:
             return packed_attention(q, k, v, sight, sinks)
-        tokens, row = q.shape[TOKENS_DIM], sight.documents[-1]
-        if tokens * self.axis.size != row:
-            raise InternalError(f"{tokens} tokens on each of {self.axis.size} cp ranks, but {row} in the row.")
+        self._check(q, sight)
         size = self.ulysses.size
         if size > 1:
             q, k, v = heads_for_tokens((q, divisible_heads(k, size), divisible_heads(v, size)), self.ulysses)
@@ -272,5 +307,22 @@ class Context:
         if self.transport.axis.size == 1:
             out = packed_attention(q, k, v, sight, sinks)
         else:
-            out = _Attend.apply(q, k, v, self.transport, sight, sinks)
+            out = _Attend.apply(q, k, v, Route(self.transport, sight), sinks)
         return tokens_for_heads(out, self.ulysses) if size > 1 else out
+
+    @property
+    def carries_latents(self) -> bool:
+        """Whether `attend_latents` applies: keys travel, and no heads are exchanged for tokens before."""
+        return self.transport.axis.size > 1 and self.ulysses.size == 1
+
+    def attend_latents(
+        self, q: Tensor, latent: Tensor, key: Tensor, expand: Expand, sight: Sight, sinks: Tensor | None
+    ) -> Tensor:
+        """`attend` to `expand(latent, key)` of every rank's `[B, T/cp, 1, ...]`, which travel in place of that."""
+        self._check(q, sight)
+        return _Attend.apply(q, latent, key, Route(self.transport, sight, expand), sinks)
+
+    def _check(self, q: Tensor, sight: Sight) -> None:
+        tokens, row = q.shape[TOKENS_DIM], sight.documents[-1]
+        if tokens * self.axis.size != row:
+            raise InternalError(f"{tokens} tokens on each of {self.axis.size} cp ranks, but {row} in the row.")

@@ -21,8 +21,10 @@ from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage, StageOptions
 from megallm.models.stages import StageSpan
 from megallm.oracle import reference
+from megallm.parallel import context
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import named_shards
 from tests.ranks import run_ranks
 
 SIZES = {"kv_lora_dim": 12, "q_lora_dim": 10, "nope_head_size": 6, "rope_head_size": 8, "value_head_size": 10}
@@ -163,6 +165,39 @@ def test_the_scale_of_absorbed_scores_is_that_of_the_heads(monkeypatch: pytest.M
     want = by_the_referee("latent queries")
     monkeypatch.setattr(mla.LatentAttention, "absorbed", scaled_by_latent)
     assert continue_all("latent queries", Layout()) != want
+
+
+# Over context-parallel ranks
+
+
+def numbers_sent(kind: str) -> list[int]:
+    """On a rank: the sizes of the messages of one row's attention, forward and backward, in numbers."""
+    sent, real = [], context.pass_on
+
+    def counting(x, axis, tag):
+        sent.append(x.numel())
+        return real(x, axis, tag)
+
+    mesh = Mesh.start(Layout(cp=2))
+    config = dataclasses.replace(TINY, mla=SIZES if kind == "latent" else {}).resolve()
+    stage = Stage(config, mesh, StageSpan(0, 1, True, True), StageOptions())
+    shards = {name: shard for name, _, shard in named_shards(stage)}
+    place_parameters(stage, {n: initial_values(n, s, (0,) * len(s.full), s.full, 1) for n, s in shards.items()})
+    tokens = torch.arange(12)[None]
+    batch = {"tokens": tokens, "labels": tokens, "positions": tokens}
+    context.pass_on = counting
+    try:
+        stage(None, batch)["log_prob"].sum().backward()
+    finally:
+        context.pass_on = real
+    return sent
+
+
+def test_latents_travel_in_place_of_keys_and_values() -> None:
+    per_token = SIZES["kv_lora_dim"] + SIZES["rope_head_size"]
+    # keys forward; keys again, and gradients of both ranks' keys, backward
+    assert run_ranks(2, numbers_sent, "latent") == [[6 * per_token] * 4] * 2
+    assert run_ranks(2, numbers_sent, "ordinary") == [[6 * 2 * 4 * 6] * 4] * 2
 
 
 # Refusals
