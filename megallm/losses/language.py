@@ -65,3 +65,15 @@ class MaskedDiffusion:
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"loss": -(outputs["log_prob"] * (batch["weight"] * batch["mask"])).sum()}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many labels are the likeliest class, for `Engine.evaluate` of a classification head; it has no gradient."""
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Labels of one microbatch that count."""
+        return {"accuracy": batch["mask"].sum()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"accuracy": (outputs["correct"] * batch["mask"]).sum()}
