@@ -2,6 +2,8 @@
 
 python bench/data.py --tokenizer DIR [--input F.jsonl] [--megabytes 200] [--megatron CHECKOUT] [--json F]
 
+A checkout of Megatron-LM of the end of 2024 runs beside Python 3.11 (it wants the modules six and pkg_resources).
+
 Each candidate is a process of its own, children included; CPU seconds do not depend on how busy the machine is as
 wall-clock does, but caches and hyperthreads are shared, so run it alone. Without --input the text is the Python
 library's own sources, cut into documents of 6,000 characters. Every output is compared with the first one's bytes.
@@ -56,7 +58,8 @@ class Measured:
 
 def measured(name: str, command: list[str], megabytes: float) -> Measured:
     """Run a command to its end."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     begin = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     errors = process.stderr.read()
