@@ -28,6 +28,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard
 from tests.engine.tiny import MODEL, batches, engine_of, share, state_of
+from tests.optim import test_zero
 from tests.ranks import run_ranks
 
 RULES = {
@@ -93,6 +94,17 @@ def test_state_saved_at_one_layout_goes_on_at_another(rule, before, after, tmp_p
         run_ranks(second.world, leg, second, other, optim, source, tmp_path / "c", 2)
         run_ranks(1, leg, Layout(), 0, optim, None, tmp_path / "whole", 0, 4)
         assert worst(saved(tmp_path / "c"), saved(tmp_path / "whole")) <= 1e-9
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "rmsprop", "lion"])
+def test_zero_1_gives_the_bits_of_data_parallelism(rule):
+    """Members and ranges begin where vectorised loops do, so an element's update does not depend on the layout."""
+    optim = OptimConfig(rule, clip=0.0)
+    plain, sharded = (
+        run_ranks(2, test_zero.train, Layout(dp=2), replace(test_zero.config(ZeroOptions(stage)), optim=optim))[0][0]
+        for stage in (0, 1)
+    )
+    assert test_zero.same(plain, sharded)
 
 
 def test_factors_have_the_shape_of_rows_and_columns():
