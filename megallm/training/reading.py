@@ -20,7 +20,7 @@ from megallm.data.pretrain import build_split
 from megallm.data.source import Source
 from megallm.data.stream import Stream
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
-from megallm.training.config import PretrainConfig, SegmentConfig
+from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
 
 
 def plan_of(config: PretrainConfig) -> Plan:
@@ -88,7 +88,12 @@ def objective_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[tup
         sentence = f"data.fim.rate rearranges texts for data.objective next_token, not for {data.objective}."
         quiet = tuple(replace(segment, fim_rate=None) for segment in data.segments)
         yield sentence, ({"data.fim.rate": 0.0, "data.segments": quiet},)
-    masking = data.masking
+    masking, usual = data.masking, MaskingConfig()
+    for name in () if data.objective == objective.MLM else vars(usual):
+        given, default = getattr(masking, name), getattr(usual, name)
+        if given != default and (ahead or name != "token"):
+            sentence = f"data.masking.{name} is {given}, which data.objective {data.objective} does not read."
+            yield sentence, ({f"data.masking.{name}": default},)
     if masking.masked + masking.random > 1:
         sentence = f"data.masking.masked {masking.masked:g} and data.masking.random {masking.random:g} are shares of "
         sentence += "the same tokens: together at most 1."

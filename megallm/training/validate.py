@@ -432,7 +432,7 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _experts: (*_AXES, "layout.ep", "model.moe.num_experts"),
     _narrow: ("layout.tp", "model.num_layers", "train.fp8.bf16_first", "train.fp8.bf16_last"),
     _vocabulary: ("model.vocab_size",),
-    _objective: ("data.masking.masked", "data.masking.random", "data.fim.rate", "model.head"),
+    _objective: (*(f"data.masking.{name}" for name in ("rate", "masked", "random")), "data.fim.rate", "model.head"),
 }
 LAYOUT_RULES = ("world", "heads", "widths", "layers", "batch", "sequence", "context", "schedule")
 _DEFAULTS = PretrainConfig()

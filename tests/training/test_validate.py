@@ -181,7 +181,22 @@ BROKEN = [
         {"data.objective": "mlm", "model.causal": False, "data.segments": (Segment(fim_rate=0.5),)},
         "data.fim.rate rearranges texts for data.objective next_token, not for mlm.",
     ),
-    ("objective", {"data.masking.random": 0.3}, "together at most 1. Nearest valid: data.masking.random=0.2."),
+    (
+        "objective",
+        {"data.objective": "mlm", "model.causal": False, "data.masking.random": 0.3},
+        "together at most 1. Nearest valid: data.masking.random=0.2.",
+    ),
+    (
+        "objective",
+        {"data.masking.whole_word": True},
+        "data.masking.whole_word is True, which data.objective next_token does not read. Nearest valid: "
+        "data.masking.whole_word=false.",
+    ),
+    (
+        "objective",
+        {"data.objective": "diffusion", "model.causal": False, "data.masking.rate": 0.3, "data.masking.token": "7"},
+        "data.masking.rate is 0.3, which data.objective diffusion does not read.",
+    ),
     ("choices", {"model.head": "mlmm"}, "Nearest valid: model.head=mlm."),
     ("choices", {"model.norm_place": "front"}, "must be one of pre, post."),
     ("model", {"model.head": "classification"}, "model.head classification needs model.num_labels"),
