@@ -112,6 +112,19 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     return stage.head.logits(features[:, -1:] if model.causal else features[:, :1])
 
 
+# Keys that say nothing about a forward pass, which transformers would nevertheless act upon or stumble over.
+SILENT = frozenset((
+    "auto_map", "dtype", "torch_dtype", "torchscript", "return_dict", "use_cache", "output_attentions",
+    "output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "task_specific_params",
+    "initializer_range", "attention_dropout", "transformers_version", "name_or_path",
+))  # fmt: skip
+
+
+def _counts(key: str) -> bool:
+    """Whether transformers gets to see a key; what chooses implementations (kernels of others) it never does."""
+    return key not in SILENT and key[:1] != "_" and not key.endswith("_implementation")
+
+
 AUTO = {
     "lm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM", "none": "AutoModel",
     "classification": "AutoModelForSequenceClassification", "value": "AutoModelForSequenceClassification",
@@ -122,15 +135,20 @@ AUTO = {
 def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | None = None) -> Any:
     """transformers' float32 model of the folder, its weights rounded to a dtype first when one is given."""
     transformers = check_available()
-    raw = {key: value for key, value in read_json(folder / CONFIG).items() if key[:1] != "_" and key != "auto_map"}
-    config = transformers.AutoConfig.for_model(**raw)
-    config._attn_implementation, config.use_cache = "eager", False
-    if head in ("classification", "value"):
+    raw = {key: value for key, value in read_json(folder / CONFIG).items() if _counts(key)}
+    try:
+        config = transformers.AutoConfig.for_model(**raw)
+        config._attn_implementation, config.use_cache = "eager", False
         config.pad_token_id = None  # with one, some tokens of the sample would not count
-    model = getattr(transformers, AUTO[head]).from_pretrained(
-        str(folder), config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-        trust_remote_code=False,
-    ).eval()  # fmt: skip
+        model = getattr(transformers, AUTO[head]).from_pretrained(
+            str(folder), config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False,
+        ).eval()  # fmt: skip
+    except Exception as error:  # transformers raises whatever a strange config.json leads it to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UsageError(
+            f"--verify: transformers cannot load {folder} ({reason}). Mend its {CONFIG}, or leave --verify out."
+        ) from error
     for parameter in model.parameters():
         if rounded is not None:
             parameter.copy_(parameter.to(rounded))

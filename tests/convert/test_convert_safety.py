@@ -205,6 +205,22 @@ def test_nothing_of_a_folder_runs(folder, tmp_path, change):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("change", [{"dtype": "evil"}, {"attn_implementation": "evil/kernel"}, {"use_cache": "no"},
+                                    {"experts_implementation": "evil"}, {"pad_token_id": 10**9}])  # fmt: skip
+def test_strange_words_that_say_nothing_do_not_reach_transformers(folder, tmp_path, change):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "out"), verify=True))["left_out"] == 0
+
+
+def test_what_transformers_cannot_load_is_a_sentence(folder, tmp_path):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": {"a": 1}}))
+    with pytest.raises(UsageError, match="transformers cannot load .*AttributeError.* or leave --verify out"):
+        convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "out"), verify=True))
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_pickled_weights_are_refused_with_advice(folder, tmp_path):
     marker = tmp_path / "ran"
     plant(folder, marker)
