@@ -5,6 +5,8 @@ What a key asks for is computed, or refused by name; a key that nobody here know
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from megallm.base.config import get, leaves, replace
 from megallm.base.errors import UsageError
 from megallm.convert.families import FAMILIES, NEUTRAL, Family
-from megallm.convert.folder import is_model_folder, read_json
+from megallm.convert.folder import catalogue, is_model_folder, read_json
 from megallm.models.config import ModelConfig
 from megallm.models.stretch import ROPE_NUMBERS, ROPE_OPTIONS
 
@@ -47,10 +49,17 @@ class HfConfig:
 
 
 def read_config(folder: Path) -> HfConfig:
-    """Read `folder/config.json`. Errors: UsageError for a model that megallm cannot compute, each switch by name."""
+    """Read `folder/config.json`. Errors: UsageError for a model that megallm cannot compute, each switch by name.
+
+    transformers writes that there are modules of further tokens whether it saves them or not: the tensors tell.
+    """
     if not is_model_folder(folder):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no {CONFIG}.")
-    return parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    found = parse_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    if not found.model.mtp.depth or any(re.match(found.family.further, name) for name in catalogue(folder)):
+        return found
+    note = f"{CONFIG} speaks of modules that predict further tokens; the folder has none of them."
+    return dataclasses.replace(found, model=replace(found.model, {"mtp.depth": 0}), notes=(*found.notes, note))
 
 
 def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
@@ -411,7 +420,8 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another model.
 
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and `init_std` hold no
-    weights of a rotary model and may be given. So may `causal`, and another head, which then starts afresh.
+    weights of a rotary model and may be given. So may `causal`, another head, which then starts afresh, and fewer
+    depths of multi-token prediction.
     """
     free = (
         {"rope_theta", "sliding_window", "init_std", *ROPE_NUMBERS, "rope_scaling", "causal", *_HEAD}
@@ -424,13 +434,13 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     differing = [
         f"model.{key} is {value}, {where} has {get(found, key)}"
         for key, value in given.items()
-        if key not in free and value != get(found, key)
+        if key not in free and value != get(found, key) and not (key == "mtp.depth" and 0 <= value < found.mtp.depth)
     ]
     if differing:
         raise UsageError(f"The configuration contradicts model.hf: {'; '.join(differing)}. Leave these keys out.")
-    chosen = {"hf": wanted.hf} | {key: value for key, value in given.items() if key in free}
+    chosen = {"hf": wanted.hf} | {key: value for key, value in given.items() if key in free or key == "mtp.depth"}
     if given.get("head", found.head) != found.head:  # what is not said of the new head is as the family has it
-        chosen = dict.fromkeys((*_HEAD, "tie_embeddings")) | chosen
+        chosen = dict.fromkeys((*_HEAD, "tie_embeddings")) | {"mtp.depth": 0} | chosen
     return replace(found, chosen).resolve()
 
 

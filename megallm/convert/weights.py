@@ -91,6 +91,7 @@ class HfReader:
     that is damaged or not what its config.json says.
 
     `wanted` is the model to train, which may have another head than the folder: then `names` are those of the body.
+    It may also predict fewer further tokens.
     """
 
     def __init__(self, folder: str | os.PathLike[str], wanted: ModelConfig | None = None) -> None:
@@ -110,9 +111,9 @@ class HfReader:
         elif self.model.head == "none" and not any("pooler." in name for name in found):
             self.model = replace(self.model, pooler=False)
         named = self._named(found, family)
-        if self.model.mtp.depth and not any(re.match(family.further, name) for name in named):
-            self.model = replace(self.model, mtp=replace(self.model.mtp, depth=0))
-            self.notes += ("config.json speaks of layers that predict further tokens; the folder has none of them.",)
+        self.blocks = described.model.num_blocks
+        if wanted is not None and wanted.mtp.depth < self.model.mtp.depth:
+            self.model = replace(self.model, mtp=wanted.mtp)
         stored = replace(self.model, **BODY) if self.new_head else self.model
         rules = family.rules_of(self.model.head, fused=family.is_fused(named))
         self.bridge = bridge_of(stored, [each for each in rules if not (self.new_head and each.of_head)])
@@ -130,10 +131,16 @@ class HfReader:
             self.notes += (f"{family.tied} is left aside: config.json ties it to the embedding.",)
             self._check_tie(named[family.tied], family.tied)
         heads = {each.theirs for head in ("lm", "mlm", "value") for each in family.rules_of(head) if each.of_head}
-        aside = [name for name in extra if re.fullmatch(family.aside, name) or (self.new_head and name in heads)]
+        unused = tuple(f"{family.prefix}layers.{n}." for n in range(self.model.num_blocks, self.blocks))
+        aside = [
+            name
+            for name in extra
+            if re.fullmatch(family.aside, name) or name.startswith(unused) or (self.new_head and name in heads)
+        ]
         if aside:
             extra = [name for name in extra if name not in aside]
-            self.notes += (f"{', '.join(aside)}: left aside, they belong to another head.",)
+            more = f" and {len(aside) - 8} others" if len(aside) > 8 else ""
+            self.notes += (f"{', '.join(aside[:8])}{more}: left aside, they belong to another head.",)
         if extra:
             raise CheckpointError(
                 f"{self.folder} holds tensors that a {self.model.family} of its config.json does not have: "
