@@ -24,6 +24,12 @@ def order_of(experts: Tensor, num_experts: int, keep: Tensor | None = None) -> t
     return order if keep is None else order[: int(counts.sum())], counts
 
 
+def _room(like: Tensor, order: Tensor, rows: int) -> Tensor:
+    """`[rows, D]`, zero unless an order of all of them will fill it."""
+    shape = (rows, like.shape[1])
+    return like.new_empty(shape) if len(order) == rows else like.new_zeros(shape)
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, copies: int) -> Tensor:
@@ -35,7 +41,7 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         (order,) = ctx.saved_tensors
         rows, width = ctx.shape
-        flat = grad.new_zeros(rows * ctx.copies, width).index_copy_(0, order, grad)
+        flat = _room(grad, order, rows * ctx.copies).index_copy_(0, order, grad)
         return flat.view(rows, ctx.copies, width).sum(1) if ctx.copies > 1 else flat, None, None
 
 
@@ -48,7 +54,7 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, order: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(order)
-        return y.new_zeros(rows, y.shape[1]).index_copy_(0, order, y)
+        return _room(y, order, rows).index_copy_(0, order, y)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
@@ -60,8 +66,29 @@ def unpermute(y: Tensor, order: Tensor, rows: int) -> Tensor:
     return _Unpermute.apply(y, order, rows)
 
 
+class _WeightedSum(torch.autograd.Function):
+    """Copy by copy: a batched product of n tiny matrices would be slower."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, flat: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(flat, weights)
+        total = flat[:, 0] * weights[:, 0, None]
+        for j in range(1, weights.shape[1]):
+            total += flat[:, j] * weights[:, j, None]
+        return total.to(flat.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        flat, weights = ctx.saved_tensors
+        grad_flat, grad_weights = torch.empty_like(flat), torch.empty_like(weights)
+        wide = grad.to(weights.dtype)
+        for j in range(weights.shape[1]):
+            grad_flat[:, j] = wide * weights[:, j, None]
+            grad_weights[:, j] = (wide * flat[:, j]).sum(-1)
+        return grad_flat, grad_weights
+
+
 def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of each token's copies: `[M, D]` in the given order, weights wide `[N, k]` -> `[N, D]`."""
     rows, copies = weights.shape
-    flat = unpermute(y, order, rows * copies).view(rows, copies, y.shape[1])
-    return torch.einsum("nk,nkd->nd", weights, flat.to(weights.dtype)).to(y.dtype)
+    return _WeightedSum.apply(unpermute(y, order, rows * copies).view(rows, copies, y.shape[1]), weights)
