@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,3 +85,11 @@ def test_a_head_learns_its_task_and_the_layout_does_not_matter(task):
     for other, told in run_ranks(4, train, task, Layout(tp=2, dp=2), True, 4):
         assert other == pytest.approx(losses[:4], rel=1e-4)
         assert told == pytest.approx(early, rel=1e-3)
+
+
+def test_the_example_of_the_page_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs/encoders.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "docs/encoders.md", "exec"), {})
+    loss, counts = capsys.readouterr().out.split(" ", 1)
+    assert 0.1 < float(loss) < 3 and counts.strip() == "{'loss': 2}"
