@@ -54,10 +54,10 @@ def neighbours_to_halves(rows: Tensor) -> Tensor:
     return torch.cat((rows[0::2], rows[1::2]))
 
 
-def from_theirs(theirs: torch.nn.Module, sizes: dict[str, int], heads: int) -> dict[str, Tensor]:
-    """What a conversion has to do: split what is fused, reorder rotated rows."""
+def latent_weights(theirs: dict[str, Tensor], sizes: dict[str, int], heads: int) -> dict[str, Tensor]:
+    """What a conversion has to do to one layer's attention: split what is fused, reorder rotated rows."""
     n, r, e, c = (sizes[k] for k in ("nope_head_size", "rope_head_size", "value_head_size", "kv_lora_dim"))
-    state = {name.removesuffix(".weight"): value for name, value in theirs.state_dict().items()}
+    state = {name.removesuffix(".weight"): value for name, value in theirs.items()}
     q = state["q_b_proj" if sizes["q_lora_dim"] else "q_proj"].unflatten(0, (heads, n + r))
     q = torch.cat((q[:, :n], torch.stack([neighbours_to_halves(head) for head in q[:, n:]])), 1).flatten(0, 1)
     up = state["kv_b_proj"].unflatten(0, (heads, n + e))
@@ -93,7 +93,7 @@ def test_attention_equals_that_of_transformers(queries: int, stretch: dict) -> N
         torch.nn.init.normal_(weight, mean=0.1, std=0.4)
     stage = Stage(config, Mesh.single(), StageSpan(0, 1, True, True), StageOptions())
     ours = stage.layers["0"].attention
-    place_parameters(ours, from_theirs(theirs, sizes, 4))
+    place_parameters(ours, latent_weights(theirs.state_dict(), sizes, 4))
     x, places = torch.randn(2, 11, 24), torch.arange(11).expand(2, 11)
     mask = torch.full((11, 11), -torch.inf).triu(1)[None, None]
     want = theirs(x, rotary(x, places), mask)[0]

@@ -30,7 +30,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import further_losses
 from megallm.training.validate import find_problems
-from tests.models.test_mla import from_theirs
+from tests.models.test_mla import latent_weights
 from tests.ranks import pool, run_ranks
 
 TINY = ModelConfig(num_layers=2, hidden_size=24, ffn_hidden_size=40, num_heads=4, vocab_size=61, init_std=0.3)
@@ -164,7 +164,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
         "block.mlp.gate_up.weight": torch.stack((block.mlp.gate_proj.weight, block.mlp.up_proj.weight)),
         "block.mlp.down.weight": block.mlp.down_proj.weight,
     }  # fmt: skip
-    ours |= {f"block.attention.{k}": v for k, v in from_theirs(block.self_attn, sizes, 4).items()}
+    ours |= {f"block.attention.{k}": v for k, v in latent_weights(block.self_attn.state_dict(), sizes, 4).items()}
     stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True), decoder.StageOptions())
     depth = stage.mtp["0"]
     place_parameters(depth, ours)

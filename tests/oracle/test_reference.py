@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +14,20 @@ import torch
 from torch import Tensor
 
 from megallm.models.config import ModelConfig
-from megallm.oracle import reference, reference_rules
+from megallm.oracle import reference, reference_mla, reference_mtp, reference_rules
+from tests.models.test_mla import latent_weights
 
 transformers = pytest.importorskip("transformers", reason="the reference is compared with transformers' models")
 
 SIZES = {"vocab_size": 61, "num_layers": 2, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "max_positions": 32}
+LATENT = {"kv_lora_dim": 12, "q_lora_dim": 10, "nope_head_size": 6, "rope_head_size": 8, "value_head_size": 10}
+YARN = {
+    "rope_scaling": "yarn",
+    "rope_factor": 4.0,
+    "rope_positions": 16,
+    "rope_mscale": 0.7,
+    "rope_mscale_all_dim": 1.2,
+}
 FAMILIES = {
     "llama": {"family": "llama", "ffn_hidden_size": 24},
     "llama-tied": {"family": "llama", "ffn_hidden_size": 24, "tie_embeddings": True},
@@ -24,12 +35,12 @@ FAMILIES = {
     "qwen3": {"family": "qwen3", "ffn_hidden_size": 24, "head_size": 6},
     "mistral": {"family": "mistral", "ffn_hidden_size": 24, "sliding_window": 3},
     "gpt2": {"family": "gpt2", "num_kv_heads": 4},
+    "latent": {"ffn_hidden_size": 24, "num_kv_heads": None, "mla": LATENT, "norm_eps": 1e-6} | YARN,
 }
 
 
 def resolved(name: str) -> dict[str, Any]:
-    config = ModelConfig(**(SIZES | FAMILIES[name])).resolve()
-    return {field: getattr(config, field) for field in config.__dataclass_fields__}
+    return dataclasses.asdict(ModelConfig(**(SIZES | FAMILIES[name])).resolve())
 
 
 def theirs(config: dict[str, Any]) -> Any:
@@ -42,6 +53,16 @@ def theirs(config: dict[str, Any]) -> Any:
             attn_implementation="eager",
         )  # fmt: skip
         model = transformers.GPT2LMHeadModel(made)
+    elif config["mla"]["kv_lora_dim"]:
+        made = transformers.DeepseekV3Config(
+            vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], num_hidden_layers=config["num_layers"],
+            num_attention_heads=config["num_heads"], num_key_value_heads=config["num_heads"], rms_norm_eps=1e-6,
+            intermediate_size=config["ffn_hidden_size"], first_k_dense_replace=99, q_lora_rank=10, kv_lora_rank=12,
+            qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10, attn_implementation="eager",
+            rope_parameters={"rope_type": "yarn", "rope_theta": config["rope_theta"], "factor": 4.0, "mscale": 0.7,
+                             "mscale_all_dim": 1.2, "original_max_position_embeddings": 16},
+        )  # fmt: skip
+        model = transformers.DeepseekV3ForCausalLM(made)
     else:
         kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[config["family"]]
         made = getattr(transformers, kind + "Config")(
@@ -95,6 +116,10 @@ def logical(config: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tenso
             if not gpt2 and kind == "weight":
                 pair = [state[f"{at}mlp.{p}_proj.weight"] for p in ("gate", "up")]
                 ours[f"{to}mlp.gate_up.weight"] = torch.stack(pair)
+    for n in range(config["num_layers"] if config["mla"]["kv_lora_dim"] else 0):
+        at = f"model.layers.{n}.self_attn."
+        made = latent_weights({k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}, LATENT, 4)
+        ours |= {f"layers.{n}.attention.{k}": v for k, v in made.items()}
     if not config["tie_embeddings"]:
         ours["head.weight"] = state["lm_head.weight"]
     return ours
@@ -174,15 +199,17 @@ def test_masked_labels_do_not_matter_and_unmasked_ones_do() -> None:
     assert reference.masked_loss(config, weights, batch | {"labels": changed}) != loss
 
 
-def test_it_imports_torch_and_the_standard_library_only() -> None:
-    source = Path(reference.__file__).read_text()
-    roots = set()
+@pytest.mark.parametrize("part", [reference, reference_mla, reference_mtp], ids=lambda part: part.__name__)
+def test_it_imports_torch_and_the_standard_library_only(part: ModuleType) -> None:
+    source = Path(part.__file__).read_text()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            roots |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            roots.add(node.module.split(".")[0])
-    assert roots <= {"torch"} | set(sys.stdlib_module_names)
+            names.add(node.module)
+    others = {name for name in names if not name.startswith("megallm.oracle.reference")}
+    assert {name.split(".")[0] for name in others} <= {"torch"} | set(sys.stdlib_module_names)
     code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(code) <= 150
