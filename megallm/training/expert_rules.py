@@ -40,8 +40,10 @@ def size_faults(config: PretrainConfig) -> Iterator[Fault]:
         yield "model.moe.top_k", sentence, ({"model.moe.top_k": room}, {"model.moe.top_groups": needed})
 
 
-def layout_faults(config: PretrainConfig, model: ModelConfig, dp: int) -> Iterator[tuple[str, tuple[dict, ...]]]:
-    """What a layout and a way of summing gradients ask of experts."""
+def layout_faults(
+    config: PretrainConfig, model: ModelConfig, dp: int, world: int | None
+) -> Iterator[tuple[str, tuple[dict, ...]]]:
+    """What a layout and a way of summing gradients ask of experts; `dp` counts as 1 when nothing says what it is."""
     layout, experts = config.layout, model.moe.num_experts
     ranks, ep = dp * layout.cp * layout.tp, layout.ep
     if ep > 1 and not experts:
@@ -51,8 +53,10 @@ def layout_faults(config: PretrainConfig, model: ModelConfig, dp: int) -> Iterat
     if ranks % ep:
         sentence = f"layout.ep {ep} does not divide the {ranks} ranks of a pipeline stage, dp {dp} x cp {layout.cp} x "
         sentence += f"tp {layout.tp}, which are cut into groups that each hold every expert."
-        fits = divisors(gcd(ranks, experts) if experts else ranks)
-        yield sentence, nearest_fixes("layout.ep", ep, fits)
+        fixes = nearest_fixes("layout.ep", ep, divisors(gcd(ranks, experts)))
+        if layout.dp is None and world is None and experts % ep == 0:
+            fixes += ({"layout.dp": ep // gcd(ep, ranks)},)
+        yield sentence, fixes
     elif experts % ep:
         sentence = f"layout.ep {ep} does not divide model.moe.num_experts {experts}: a rank holds whole experts."
         fixes = nearest_fixes("layout.ep", ep, divisors(gcd(ranks, experts)))

@@ -357,7 +357,7 @@ def _further(facts: Facts) -> Iterator[Problem]:
 def _experts(facts: Facts) -> Iterator[Problem]:
     if facts.world is not None and facts.world % facts.model_ranks:
         return  # dp is not known
-    for sentence, fixes in layout_faults(facts.config, facts.model, facts.dp):
+    for sentence, fixes in layout_faults(facts.config, facts.model, facts.dp, facts.world):
         yield Problem("experts", sentence, fixes)
 
 

@@ -296,7 +296,7 @@ BROKEN = [
         "experts",
         {"model.moe.num_experts": 6, "layout.tp": 4, "layout.ep": 3},
         "layout.ep 3 does not divide the 4 ranks of a pipeline stage, dp 1 x cp 1 x tp 4, which are cut into groups "
-        "that each hold every expert. Nearest valid: layout.ep=2.",
+        "that each hold every expert. Nearest valid: layout.ep=2 or layout.dp=3.",
     ),
     (
         "experts",
