@@ -46,8 +46,9 @@ def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) 
 
 
 def _minus(logits: Tensor, row: Tensor, reuse: bool) -> Tensor:
-    """Wide `logits - row[..., None]` in one pass: no wide copy of narrow logits is made."""
-    return logits.sub_(row[..., None]) if reuse and logits.dtype == row.dtype else logits - row[..., None]
+    """Wide `logits - row[..., None]`; a copy that becomes wide may be overwritten too."""
+    own = reuse or logits.dtype != row.dtype
+    return wide(logits).sub_(row[..., None]) if own else logits - row[..., None]
 
 
 def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
@@ -60,10 +61,15 @@ def logit_gradient(
     logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, reuse: bool = False
 ) -> Tensor:
     """Gradient of `logits [..., V]` in their dtype, from that of the log-probabilities `[...]`; `reuse` as above."""
+    return _wide_gradient(logits, lse, labels, begin, grad, reuse).to(logits.dtype)
+
+
+def _wide_gradient(
+    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, reuse: bool
+) -> Tensor:  # fmt: skip
     result = _minus(logits, lse, reuse).exp_().mul_(-grad[..., None])
     here, local = locate(labels, begin, logits.shape[-1])
-    result.scatter_add_(-1, local[..., None], (grad * here)[..., None])
-    return result.to(logits.dtype)
+    return result.scatter_add_(-1, local[..., None], (grad * here)[..., None])
 
 
 def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int) -> Statistics:
@@ -97,21 +103,21 @@ def linear_gradients(
     weight = weight.detach()
     for rows in _chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        dy = logit_gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], reuse=True)
-        torch.mm(dy, weight, out=into[rows])
+        dy = _wide_gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], reuse=True)
+        torch.mm(dy.to(x.dtype), weight, out=into[rows])
         if into_bias is not None:
-            into_bias += dy.sum(0, dtype=dtype)
+            into_bias += dy.sum(0)
         if into_weight is not None:
             _add_product_(into_weight, dy, x)
     return LinearGradients(into, into_weight, into_bias)
 
 
 def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    """`total += dy^T x`; a product of narrow factors is rounded once a chunk, as any gradient of theirs is."""
-    if dy.dtype == total.dtype:
-        total.addmm_(dy.mT, x)
+    """`total += dy^T x` for wide dy. A GPU multiplies narrow numbers many times faster, a CPU adds wide ones faster."""
+    if x.dtype == total.dtype or total.device.type == "cpu":
+        total.addmm_(dy.mT, x.to(total.dtype))
     else:
-        total += dy.mT @ x
+        total += dy.to(x.dtype).mT @ x
 
 
 def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.ops import cross_entropy
+from megallm.parallel import vocab
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import piece
@@ -113,10 +114,9 @@ def test_it_equals_the_path_through_logits_and_keeps_no_logits():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-13)
 
 
-def test_auto_fuses_when_there_is_more_than_one_chunk():
+def test_auto_fuses_when_the_logits_would_be_large():
     weight = torch.empty(128_000, 8, device="meta")
-    tokens = cross_entropy.chunk_tokens(128_000, torch.float32)
-    assert tokens * 128_000 * 4 <= cross_entropy.CHUNK_BYTES < (tokens + 1) * 128_000 * 4
+    tokens = vocab.FUSE_BYTES // (128_000 * 4)
     assert fuses("auto", tokens + 1, weight) and not fuses("auto", tokens, weight)
     assert fuses("on", 1, weight) and not fuses("off", 10**9, weight)
 
