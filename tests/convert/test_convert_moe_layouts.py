@@ -178,6 +178,29 @@ def test_the_loss_of_further_tokens_is_that_of_a_written_out_reference(tmp_path)
     assert (found["mtp_1"][:, :-1] - first[:, :-1]).abs().max() > 0.1  # and it is another prediction
 
 
+def test_transformers_reads_the_module_of_further_tokens_that_we_write(tmp_path):
+    """Its own drafting model, loaded from an exported folder, says what we say."""
+    import transformers
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    folder = with_further_tokens(make(tmp_path / "hf", CASES["deepseek_v3"]))
+    convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "ours")))
+    convert.run(ConvertRequest("hf", str(tmp_path / "ours"), str(tmp_path / "back")))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2.*"]  # it looks for the published number of layers
+    drafting = MtpModel.from_pretrained(model).eval()
+    tokens = torch.randint(0, 61, (2, 25), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        hidden, positions = model.model(tokens).last_hidden_state[:, :-1], torch.arange(1, 25).expand(2, 24)
+        cache = MtpCache(config=model.config.get_mtp_config())
+        out = drafting.forward_layer(0, hidden, positions, cache, input_ids=tokens[:, 1:])
+        second = drafting._project_to_logits(out).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 2:, None])[..., 0]
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": torch.arange(24).expand(2, 24),
+             "mask": torch.ones(2, 24, dtype=torch.bool)}  # fmt: skip
+    assert (our_outputs(tmp_path / "back", batch)["mtp_1"][:, :-1] - second).abs().max() < 2e-5
+
+
 def test_config_json_may_speak_of_modules_that_the_folder_lacks(tmp_path):
     folder = make(tmp_path / "hf", CASES["deepseek_v3"])
     with HfReader(folder) as reader:
