@@ -89,7 +89,12 @@ class Engine:
         self.config, self.mesh = config, mesh
         self.model = ParallelModel(config, mesh)
         tie = tie_axis(mesh, self.model.placement, config.model.embeds_last)
-        sharing = Sharing(*shard_groups(mesh, config.zero), tie, TIED_NAME, self.model.shared_units())
+        sharing = Sharing(
+            *shard_groups(mesh, config.zero, config.model.moe.num_experts > 0),
+            tie,
+            TIED_NAME,
+            self.model.shared_units(),
+        )
         treatments = self._treatments()
         self.parameters = ShardedParameters(
             self.model.entries(), mesh, self.model.dtype, config.zero, sharing, treatments

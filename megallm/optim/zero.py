@@ -316,10 +316,12 @@ class ShardedParameters:
         return not tied_twice and self.shards[name].owned(self.mesh.coords | {"dp": 0})
 
 
-def shard_groups(mesh: Mesh, options: ZeroOptions) -> tuple[Division, Division]:
-    """Who divides dense parameters (inside dp x cp) and experts (inside edp); collective over the world when they are
-    new groups. Where `shard_size` does not divide edp, experts are divided by its largest part that does."""
-    return _division(mesh, "grads", options.shard_size), _division(mesh, "expert_grads", options.shard_size)
+def shard_groups(mesh: Mesh, options: ZeroOptions, experts: bool) -> tuple[Division, Division]:
+    """Who divides dense parameters (inside dp x cp) and experts, if there are any (inside edp); collective over the
+    world when they are new groups. Where `shard_size` does not divide edp, its largest part that does divides experts.
+    """
+    dense = _division(mesh, "grads", options.shard_size)
+    return dense, _division(mesh, "expert_grads", options.shard_size) if experts else dense
 
 
 def _division(mesh: Mesh, purpose: str, size: int | None) -> Division:
