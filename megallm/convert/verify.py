@@ -135,6 +135,7 @@ AUTO = {
 def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | None = None) -> Any:
     """transformers' float32 model of the folder, its weights rounded to a dtype first when one is given."""
     transformers = check_available()
+    transformers.utils.logging.disable_progress_bar()
     raw = {key: value for key, value in read_json(folder / CONFIG).items() if _counts(key)}
     try:
         config = transformers.AutoConfig.for_model(**raw)
