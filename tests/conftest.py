@@ -46,7 +46,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         [compiler, "-O1", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden",
          f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
          *map(str, (ROOT / "csrc/index").glob("*.cpp")), "-o", str(target)],
-        check=True, timeout=120,
+        check=True, timeout=600,
     )  # fmt: skip
     spec = importlib.util.spec_from_file_location("_index", target)
     assert spec is not None and spec.loader is not None
