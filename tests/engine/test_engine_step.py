@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from weakref import finalize
 
@@ -154,7 +154,7 @@ def reference_loss(seed: int) -> float:
     """The loss of all four microbatches by the oracle's independent decoder."""
     weights = {name: x for name, x in state_of(engine_of()).items() if not name.startswith("optim.")}
     whole = {key: torch.cat([batch[key] for batch in batches(4, seed=seed)]) for key in batches(1)[0]}
-    return float(reference.masked_loss(vars(MODEL), weights, whole))
+    return float(reference.masked_loss(asdict(MODEL), weights, whole))
 
 
 @pytest.mark.parametrize("layout", layouts(), ids=str)
