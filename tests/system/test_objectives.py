@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,47 @@ def test_what_an_objective_needs_is_said_before_the_run(prefix, tmp_path):
         done = megallm("pretrain", config, override, cwd=tmp_path)
         assert done.code == 2 and words in done.err, (override, done.err)
         assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def word_pieces(folder: Path, text: str) -> Path:
+    """A tokenizer folder as BERT's are: pieces of words, five special tokens, none that ends a document."""
+    import tokenizers
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=60, special_tokens=specials, show_progress=False)
+    made.train_from_iterator([text], trainer)
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    named = {f"{token[1:-1].lower()}_token": token for token in specials}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def test_a_bert_from_text_to_transformers(tmp_path):
+    """Whole words of a WordPiece tokenizer are hidden, at tp=2; transformers computes the same from the export."""
+    transformers = pytest.importorskip("transformers")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
+    lines = [json.dumps({"text": " ".join(draw.choices(words, k=60))}) for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    pieces = word_pieces(tmp_path / "pieces", " ".join(words))
+    done = megallm("preprocess", "--input", "text.jsonl", "--output", "d", "--tokenizer", pieces, cwd=tmp_path)
+    assert done.code == 0, done.err
+    data = {"objective": "mlm", "masking": {"whole_word": True}, "tokenizer": str(pieces)}
+    config = write_config(
+        tmp_path / "c.yaml", "d_text_document", data=data, train={"steps": 6, "global_batch": 8, "micro_batch": 4},
+        checkpoint={"every": 0},
+    )  # fmt: skip
+    config.write_text(
+        yaml.safe_dump(yaml.safe_load(config.read_text()) | {"model": MODELS["mlm"] | {"vocab_size": 60}})
+    )
+    done = megallm("pretrain", config, "layout.tp=2", cwd=tmp_path)
+    assert done.code == 0, done.err
+    done = megallm("convert", "--to", "hf", "--input", "run", "--output", "hf", "--verify", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["max_rel_error"] <= 1e-5
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "hf")
+    assert type(model).__name__ == "BertForMaskedLM"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").mask_token_id == 4
