@@ -55,7 +55,8 @@ class LatentAttention(ShardedModule):
         add_sinks(self, config)
 
     def _norm(self, config: ModelConfig, size: int, sp: bool) -> Norm:
-        return Norm(self.mesh, "rmsnorm", size, config.norm_eps, sequence_partial(self.mesh, sp))
+        eps = config.norm_eps if config.mla.norm_eps is None else config.mla.norm_eps
+        return Norm(self.mesh, "rmsnorm", size, eps, sequence_partial(self.mesh, sp))
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -86,7 +87,8 @@ class LatentAttention(ShardedModule):
             if seen.shape[1] > q.shape[1] or q.shape[1] == 1:
                 return self.absorbed(plain, rotated, seen, cache)
         q, latent, context = torch.cat((plain, rotated), dim=-1), latent[:, :, None], places.context
-        if cache is None and context.carries_latents:
+        exact = self.k_up.fp8 is None and self.k_up.te is None  # FP8 rounds the gradient of whole keys, not of shares
+        if cache is None and exact and context.carries_latents:
             return context.attend_latents(q, latent, key, self.keys_and_values, places.sight, self.sinks)
         k, v = self.keys_and_values(latent, key)
         if cache is not None:  # a whole prompt: keys and values of its tokens are cheaper than its latents

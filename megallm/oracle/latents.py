@@ -22,7 +22,7 @@ LATENT_MODELS: dict[str, dict[str, Any]] = {
     "sinks": {"attention_sinks": True},
     "sinks-window": {"attention_sinks": True, "sliding_window": 3, "num_kv_heads": 4, "tie_embeddings": True},
     "mla": LATENT | {"mla": LATENT_SIZES},
-    "mla-direct": LATENT | {"mla": LATENT_SIZES | {"q_lora_dim": 0, "value_head_size": 9}, "attention_sinks": True},
+    "mla-direct": LATENT | {"mla": LATENT_SIZES | {"q_lora_dim": 0, "value_head_size": 9, "norm_eps": 0.1}, "attention_sinks": True},
     "mla-yarn": LATENT
     | {
         "mla": LATENT_SIZES,
@@ -64,6 +64,7 @@ LATENT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("mla-tp2-sp-selective", "tp=2,sp=1", "mla", recompute="selective"),
     _row("mla-pp2", "pp=2", "mla", micros=3),
     _row("mla-fp8-tp2-sp", "tp=2,sp=1", "mla", fp8="tensorwise"),
+    _row("mla-fp8-cp2-ring", "cp=2", "mla", fp8="tensorwise"),
     _row("mla-zb-h1", "pp=2,schedule=zb-h1", "mla", micros=3),
     _row("mla-packed", model="mla", packed=True, micro_batch=1, micros=2),
     _row("mla-cp2-ring", "cp=2", "mla"),
