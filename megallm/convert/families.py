@@ -216,6 +216,12 @@ _SPARSE_SWITCHES = {name: value for name, value in _ROPE_SWITCHES.items() if nam
 _DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu",
              "rope_theta": 10000.0}  # fmt: skip
 
+# Published folders name code of their own, which transformers has itself by now. None of it is run.
+_CODE_OF_PHI3 = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
+
 # Keys of any config.json that ask for something no family here computes, with the values that ask for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
@@ -284,7 +290,7 @@ FAMILIES: dict[str, Family] = {
         {field: key for field, key in _KEYS.items() if field != "head_size"}, "hidden_act", _SWIGLU,
         _DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "bias": False, "rope_scaling": None},
-        {"attention_bias": (False,), "mlp_bias": (False,)},
+        {"attention_bias": (False,), "mlp_bias": (False,), "auto_map": ({}, _CODE_OF_PHI3)},
         classifier="Phi3ForSequenceClassification",
     ),
     "mixtral": Family(
@@ -349,7 +355,7 @@ FAMILIES: dict[str, Family] = {
                      "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
         {name: value for name, value in _SPARSE_SWITCHES.items() if name not in moe_keys.OPEN_IN_DEEPSEEK}
         | {"moe.score": "sigmoid", "moe.selection_bias": True, "moe.shared_gate": False, "sliding_window": None,
-           "qk_norm": False, "qkv_bias": False, "norm_eps": 1e-6},
+           "qk_norm": False, "qkv_bias": False},
         moe_keys.ONLY_IN_DEEPSEEK,
         classifier="DeepseekV3ForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.DEEPSEEK,
         further=r"model\.layers\.\d+\.(enorm|hnorm|eh_proj)\.weight",

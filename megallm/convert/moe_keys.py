@@ -132,6 +132,8 @@ def _not_deepseek(model: ModelConfig) -> list[str]:
     moe, found = model.moe, []
     if not model.mla.on:
         found.append("model.mla.kv_lora_dim is 0, deepseek_v3 has latent attention")
+    if (model.mla.norm_eps or model.norm_eps) != 1e-6:
+        found.append("the norms of latents (model.mla.norm_eps) have another epsilon than 1e-06")
     if not moe.shared_ffn_hidden_size or moe.shared_ffn_hidden_size % moe.ffn_hidden_size:
         found.append("model.moe.shared_ffn_hidden_size is not that of one or several experts")
     if model.mtp.depth and not model.mtp.joins:
@@ -153,7 +155,6 @@ ONLY_IN_DEEPSEEK: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
     "rope_interleave": (True,),
-    "rms_norm_eps": (1e-6,),  # norms of latents have 1e-6 whatever the key says
     "auto_map": ({}, {  # the published folder's; transformers has that code itself since, and nothing of it is run
         "AutoConfig": "configuration_deepseek.DeepseekV3Config",
         "AutoModel": "modeling_deepseek.DeepseekV3Model",

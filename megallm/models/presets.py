@@ -49,7 +49,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
     "olmoe": _ROPE_DECODER | {"qk_norm": True, "qk_norm_span": "all", "moe": {"norm_topk_prob": False}},
     "deepseek_v3": _ROPE_DECODER
-    | {"norm_eps": 1e-6, "moe": {"score": "sigmoid", "selection_bias": True, "aux_coef": 0.0001}},
+    | {
+        "norm_eps": 1e-6,
+        "moe": {"score": "sigmoid", "selection_bias": True, "aux_coef": 0.0001},
+        "mla": {"norm_eps": 1e-6},
+    },
     "gpt2": _ROPE_DECODER
     | {
         "norm": "layernorm",
@@ -92,9 +96,11 @@ def _sizes(
     } | rest
 
 
-def _experts(family: str, *sizes: int, moe: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    """`_sizes` with those of experts added to the family's switches of them."""
-    return _sizes(family, *sizes, moe=FAMILIES[family].get("moe", {}) | moe, **rest)
+def _experts(family: str, *sizes: int, **rest: Any) -> dict[str, Any]:
+    """`_sizes` with those of experts and latents added to the family's switches of them."""
+    switches = FAMILIES[family]
+    joined = {name: switches.get(name, {}) | rest[name] for name in ("moe", "mla") if name in rest}
+    return _sizes(family, *sizes, **(rest | joined))
 
 
 _DEEPSEEK_V3: dict[str, Any] = {

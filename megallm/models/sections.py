@@ -118,6 +118,7 @@ class MlaConfig(Section):
     nope_head_size: int | None = None  # features of a head's queries and keys without position
     rope_head_size: int | None = None  # rotated features beside them; this part of the key is shared by all heads
     value_head_size: int | None = None  # features of a head's values
+    norm_eps: float | None = None  # of the norms of the latents; null: model.norm_eps
 
     @property
     def on(self) -> bool:

@@ -22,7 +22,8 @@ LATENT_MODELS: dict[str, dict[str, Any]] = {
     "sinks": {"attention_sinks": True},
     "sinks-window": {"attention_sinks": True, "sliding_window": 3, "num_kv_heads": 4, "tie_embeddings": True},
     "mla": LATENT | {"mla": LATENT_SIZES},
-    "mla-direct": LATENT | {"mla": LATENT_SIZES | {"q_lora_dim": 0, "value_head_size": 9, "norm_eps": 0.1}, "attention_sinks": True},
+    "mla-direct": LATENT
+    | {"mla": LATENT_SIZES | {"q_lora_dim": 0, "value_head_size": 9, "norm_eps": 0.1}, "attention_sinks": True},
     "mla-yarn": LATENT
     | {
         "mla": LATENT_SIZES,

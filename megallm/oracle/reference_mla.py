@@ -47,10 +47,10 @@ def _latent(
     """DeepSeek-V2 (arXiv 2405.04434), equations 9 to 19, head by head."""
     mla, heads = config["mla"], config["num_heads"]
     plain, rotated, size = mla["nope_head_size"], mla["rope_head_size"], mla["value_head_size"]
-    source = x
+    source, eps = x, mla["norm_eps"] or config["norm_eps"]
     if mla["q_lora_dim"]:
-        source = rms(linear(weights, at + "q_down", x), weights[at + "q_latent_norm.weight"], config["norm_eps"])
-    latent = rms(linear(weights, at + "kv_down", x), weights[at + "kv_latent_norm.weight"], config["norm_eps"])
+        source = rms(linear(weights, at + "q_down", x), weights[at + "q_latent_norm.weight"], eps)
+    latent = rms(linear(weights, at + "kv_down", x), weights[at + "kv_latent_norm.weight"], eps)
     shared = _rotate(linear(weights, at + "k_rope", x)[:, :, None], positions, config, documents)[:, :, 0]
     scale = (plain + rotated) ** -0.5
     if config["rope_scaling"] == "yarn" and config["rope_mscale_all_dim"]:

@@ -67,6 +67,7 @@ RANGES: dict[str, Range] = {
     "model.mtp.depth": Range(low=0, high=100),
     "model.mtp.weight": Range(above=0),
     "model.norm_eps": Range(above=0),
+    "model.mla.norm_eps": Range(above=0),
     "model.init_std": Range(above=0),
     "model.rope_theta": Range(above=0),
     "optim.lr": Range(above=0),

@@ -83,6 +83,7 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type yarn lacks factor"),
     ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is .*they must agree"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("phi3", {"auto_map": {"AutoConfig": "configuration_phi4.Phi3Config"}}, "auto_map is .* never run"),
     ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "asks for rope type 'longrope'"),
     (
         "phi3",

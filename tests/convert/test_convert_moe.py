@@ -65,7 +65,7 @@ def deepseek(draw: random.Random) -> dict[str, Any]:
         "norm_topk_prob": draw.random() < 0.7, "routed_scaling_factor": draw.choice([1.0, 2.5]),
         "kv_lora_rank": draw.choice([12, 16]), "q_lora_rank": draw.choice([None, 20]),
         "qk_rope_head_dim": draw.choice([4, 8]), "qk_nope_head_dim": draw.choice([6, 8]),
-        "v_head_dim": draw.choice([6, 10]), "rope_parameters": rope,
+        "v_head_dim": draw.choice([6, 10]), "rope_parameters": rope, "rms_norm_eps": draw.choice([1e-6, 0.1]),
     }  # fmt: skip
 
 

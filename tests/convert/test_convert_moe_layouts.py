@@ -330,7 +330,6 @@ def config_of(family: str) -> dict:
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias is True"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_kv_heads is 2, but latent attention"),
         ("deepseek_v3", {"n_shared_experts": 0}, "n_shared_experts is '0'; it must be a whole number of at least 1"),
         ("deepseek_v3", {"n_group": 3}, "num_groups is 3; it must be a divisor"),
@@ -398,6 +397,14 @@ def test_models_that_no_family_holds():
     ):
         with pytest.raises(UsageError, match=words):
             family_of(dataclasses.replace(model, **change))
+    latent = parse_config(config_of("deepseek_v3"), "c").model
+    for change, words in (
+        ({"mla": dataclasses.replace(latent.mla, norm_eps=1e-5)}, "another epsilon than 1e-06"),
+        ({"moe": dataclasses.replace(latent.moe, selection_bias=False)}, "selection_bias is False"),
+        ({"mtp": dataclasses.replace(latent.mtp, depth=1, kind="heads")}, "model.mtp.kind is not deepseek"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            family_of(dataclasses.replace(latent, **change))
     dense = ModelConfig(preset="llama3-8b").resolve()
     experts = dataclasses.replace(dense.moe, num_experts=4, ffn_hidden_size=dense.ffn_hidden_size)
     assert family_of(dataclasses.replace(dense, moe=experts)).name == "mixtral"  # what upcycling makes of it
