@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 is refused by the kernel
+CPU_DTYPES = (torch.float32,)  # of these on a CPU; its products of narrow numbers are better made by the loop
 STRIDE_BYTES = 16  # what the kernel asks of the rows of its matrices
+CPU_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,34 @@ class Later(Protocol):
 
 def loop_rows(x: Tensor, matrices: Tensor, runs: Runs) -> Tensor:
     """`[N, K]` times `[X, K, M]` of each row's run -> `[N, M]`."""
-    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(runs.sizes), matrices, strict=True)])
+    pairs = zip(x.split(runs.sizes), matrices, strict=True)
+    return torch.cat([(_filled(rows) @ matrix)[: len(rows)] for rows, matrix in pairs])
 
 
 def loop_outer(a: Tensor, b: Tensor, runs: Runs) -> Tensor:
     """`a_e^T b_e` of each run of `[N, K]` and `[N, M]` -> `[X, K, M]`; zero where a run is empty."""
-    return torch.stack([p.mT @ q for p, q in zip(a.split(runs.sizes), b.split(runs.sizes), strict=True)])
+    pairs = zip(a.split(runs.sizes), b.split(runs.sizes), strict=True)
+    return torch.stack([_filled(p).mT @ _filled(q) for p, q in pairs])
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Rows of zeros up to a multiple of CPU_ROWS, for narrow numbers on a CPU.
+
+    There oneDNN makes code for every number of rows that it meets, and keeps the last thousand of them: runs of any
+    length would cost up to a gigabyte, and more time than the products.
+    """
+    missing = -len(rows) % CPU_ROWS
+    if not missing or rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16):
+        return rows
+    return F.pad(rows, (0, 0, 0, missing))
 
 
 def fits_kernel(*matrices: Tensor) -> bool:
     """Whether `F.grouped_mm` takes these: a known dtype, rows at whole multiples of 16 bytes, something to do."""
     first = matrices[0]
     if first.dtype not in GROUPED_DTYPES or any(x.dtype != first.dtype or x.numel() == 0 for x in matrices):
+        return False
+    if first.device.type == "cpu" and first.dtype not in CPU_DTYPES:
         return False
     return all(x.shape[-1] * x.element_size() % STRIDE_BYTES == 0 for x in matrices)
 

@@ -55,6 +55,7 @@ def test_grouped_linear_is_its_definition(dtype, sizes, later):
 def test_the_kernel_and_the_loop_agree(dtype, monkeypatch):
     """The same products twice: by `F.grouped_mm`, and with the kernel refused."""
     used = []
+    monkeypatch.setattr(grouped_gemm, "CPU_DTYPES", grouped_gemm.GROUPED_DTYPES)
     monkeypatch.setattr(grouped_gemm, "loop_rows", lambda *a: used.append("loop") or loop_rows(*a))
     kernel = run(dtype, [3, 0, 5])
     assert not used, "these sizes fit the kernel"
@@ -68,7 +69,8 @@ def test_the_kernel_and_the_loop_agree(dtype, monkeypatch):
 def test_the_kernel_is_asked_only_for_what_it_takes():
     x = torch.zeros(4, 16)
     assert fits_kernel(x) and not fits_kernel(x.double()), "float64 goes through the loop"
-    assert not fits_kernel(torch.zeros(4, 5, dtype=torch.bfloat16)), "rows of 10 bytes"
+    assert not fits_kernel(torch.zeros(4, 5)), "rows of 20 bytes"
+    assert not fits_kernel(x.bfloat16()), "on a CPU the loop"
     assert not fits_kernel(x[:0]) and not fits_kernel(x, x.bfloat16())
 
 
@@ -106,3 +108,16 @@ def test_unpermute_undoes_permute():
     order = torch.tensor([2, 0, 3, 1])
     x = torch.arange(8.0).view(4, 2)
     assert torch.equal(unpermute(permute(x, order, 1), order, 4), x)
+
+
+def test_narrow_runs_of_any_length_meet_few_shapes_on_a_cpu(monkeypatch):
+    """oneDNN would make code for each number of rows; the rows that are added change nothing."""
+    seen = set()
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.add(tuple(a.shape)) or matmul(a, b))
+    runs = Runs.of([1, 37, 64, 65, 0], torch.device("cpu"))
+    x, w = torch.randn(167, 16).bfloat16(), torch.randn(5, 16, 8).bfloat16()
+    y = loop_rows(x, w, runs)
+    assert y.shape == (167, 8) and {shape[0] for shape in seen} == {0, 64, 128}
+    plain = torch.cat([matmul(a, b) for a, b in zip(x.split(runs.sizes), w, strict=True)])
+    assert (y - plain).abs().max() <= TOLERANCES[torch.bfloat16] * plain.abs().max()
