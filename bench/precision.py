@@ -67,20 +67,20 @@ def mean_of_last(rows: list[dict]) -> float:
 
 
 def plot(curves: dict[str, list[dict]], path: Path) -> None:
-    """Loss curves, and how far each is from bf16's at the same step."""
+    """Loss curves, and how far each is from that of fp32 at the same step."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    reference = [row["train/loss"] for row in curves["bf16"]]
+    reference = [row["train/loss"] for row in curves["fp32"]]
     for name, rows in curves.items():
         steps, losses = [row["step"] for row in rows], [row["train/loss"] for row in rows]
         left.plot(steps, losses, label=name, linewidth=1)
         right.plot(steps, [a - b for a, b in zip(losses, reference, strict=True)], label=name, linewidth=1)
     left.set(xlabel="step", ylabel="training loss (nats)", title="loss")
-    right.set(xlabel="step", ylabel="nats", title="loss less bf16's")
+    right.set(xlabel="step", ylabel="nats", title="loss less fp32's")
     left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -98,10 +98,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     curves = {name: train(name, args) for name in args.only}
-    print(f"{'precision':<16} {'loss, last ' + str(SHOWN):>14} {'less bf16':>10} {'held out':>9} {'s/step':>7}")
+    print(f"{'precision':<16} {'loss, last ' + str(SHOWN):>14} {'less fp32':>10} {'held out':>9} {'s/step':>7}")
     for name, rows in curves.items():
         last = mean_of_last(rows)
-        apart = last - mean_of_last(curves["bf16"]) if "bf16" in curves else float("nan")
+        apart = last - mean_of_last(curves["fp32"]) if "fp32" in curves else float("nan")
         seconds = sorted(row["perf/step_seconds"] for row in rows)[len(rows) // 2]
         print(f"{name:<16} {last:>14.4f} {apart:>+10.4f} {rows[-1]['val/loss']:>9.4f} {seconds:>7.2f}")
     if args.plot:

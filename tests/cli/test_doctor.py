@@ -16,6 +16,8 @@ def test_doctor_json(capfd):
     assert found["required"]["torch"] and found["cores"] >= 1
     assert found["extension"]["loaded"] == extension.status().loaded
     assert "detail" in found["extension"]
+    assert found["backends"]["transformer_engine"]["key"] == "train.fp8.backend"
+    assert set(found["backends"]) == {"transformer_engine", "flash_attn", "apex"}
 
 
 def test_doctor_fails_when_ranks_cannot_talk(capfd, monkeypatch):
