@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from megallm.data.masking import MaskRule
+from megallm.data.objective import MLM, Hider
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import Accuracy, NextToken
@@ -93,3 +96,21 @@ def test_the_example_of_the_page_runs(capsys):
     exec(compile(code, "docs/encoders.md", "exec"), {})
     loss, counts = capsys.readouterr().out.split(" ", 1)
     assert 0.1 < float(loss) < 3 and counts.strip() == "{'loss': 2}"
+
+
+def test_an_encoder_finds_hidden_tokens_on_both_sides():
+    """Four random tokens again and again: what is hidden stands four places before or after it too."""
+    size, hide = VOCABULARY, Hider(MLM, MaskRule(VOCABULARY, VOCABULARY, (VOCABULARY,)), seed=3)
+    model = ModelConfig(
+        family="bert", num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128, vocab_size=size + 1,
+        max_positions=16,
+    ).resolve()  # fmt: skip
+    engine = Engine.build(EngineConfig(model=model, optim=OptimConfig(weight_decay=0.0)), Mesh.single())
+    draw = np.random.RandomState(0)
+    losses = []
+    for step in range(250):
+        rows = [hide(np.tile(draw.randint(0, size, 4), 4).astype(np.int64), step, row) for row in range(64)]
+        batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        batch["positions"] = torch.arange(16).expand(64, 16)
+        losses.append(engine.train_step([batch], NextToken(), 2e-3 * min(1, step / 50)).loss)
+    assert losses[0] > 2.9 > 0.3 > sum(losses[-20:]) / 20, losses[::25]
