@@ -105,29 +105,29 @@ class _Attach(torch.autograd.Function):
         return grad, ctx.tally.scale.to(terms.dtype), None, None
 
 
-def balance_terms(logits: Tensor, scores: Tensor, experts: Tensor, seats: Seats, mesh: Mesh) -> Tensor:
-    """This rank's share of the two losses `[2]`, as sums over tokens that count.
+def balance_sum(scores: Tensor, experts: Tensor, seats: Seats, mesh: Mesh) -> Tensor:
+    """This rank's share of the balancing loss, a sum over tokens that count; collective over tp and cp.
 
-    For a sequence of N such tokens the first is `X / (k N) sum_i c_i S_i`, with c_i how many chose expert i (over tp
-    and cp, without a gradient) and S_i the sum of their scores for it, scaled to a sum of 1: N times the sequence
-    loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20). The second is the square of log sum exp of the logits
-    `[n, X]` (arXiv 2202.08906). Collective over tp and cp.
+    For a sequence of N such tokens it is `X / (k N) sum_i c_i S_i`, with c_i how many chose expert i (over tp and cp,
+    without a gradient) and S_i the sum of their scores for it, scaled to a sum of 1: N times the sequence loss of
+    DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20). Scores `[n, X]`, experts `[n, k]`.
     """
-    num_experts, k = logits.shape[1], experts.shape[1]
-    counts = seats.counts.to(logits.dtype)
-    shares = scores / scores.sum(-1, keepdim=True) * counts[:, None]
-    sequences = len(seats.lengths)
-    chosen = torch.zeros(sequences * num_experts, dtype=torch.int64, device=logits.device)
+    num_experts, k, sequences = scores.shape[1], experts.shape[1], len(seats.lengths)
+    shares = scores / scores.sum(-1, keepdim=True) * seats.counts[:, None]
+    chosen = torch.zeros(sequences * num_experts, dtype=torch.int64, device=scores.device)
     index = (seats.sequence[:, None] * num_experts + experts).flatten()
     chosen.index_add_(0, index, seats.counts[:, None].expand(-1, k).flatten())
     for axis in (mesh.tp, mesh.cp):
         comm.all_reduce_(chosen, axis, "moe.counts")
-    weights = chosen.view(sequences, num_experts).to(logits.dtype) * num_experts / k
-    weights = weights / seats.counted.clamp(min=1)[:, None].to(logits.dtype)
-    balance = (weights[seats.sequence] * shares).sum()
-    if "moe.twice" in mesh.tp.broken:
-        balance = balance * mesh.tp.size
-    return torch.stack((balance, (logits.logsumexp(-1).square() * counts).sum()))
+    weights = chosen.view(sequences, num_experts).to(scores.dtype) * num_experts / k
+    weights = weights / seats.counted.clamp(min=1)[:, None]
+    times = mesh.tp.size if "moe.twice" in mesh.tp.broken else 1
+    return (weights[seats.sequence] * shares).sum() * times
+
+
+def z_sum(logits: Tensor, seats: Seats) -> Tensor:
+    """The square of log sum exp of the logits `[n, X]`, summed over tokens that count (arXiv 2202.08906)."""
+    return (logits.logsumexp(-1).square() * seats.counts).sum()
 
 
 def load_of(experts: Tensor, keep: Tensor | None, counts: Tensor, num_experts: int) -> Tensor:

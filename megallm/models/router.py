@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megallm.models.balance import Batch, Found, Seats, Tally, balance_terms, load_of, within_capacity
+from megallm.models.balance import Batch, Found, Seats, Tally, balance_sum, load_of, within_capacity, z_sum
 from megallm.models.config import ModelConfig
 from megallm.models.sections import MoeConfig
 from megallm.ops.precision import wide
@@ -23,7 +23,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import ShardedModule
 
-TERMS = ("moe_balance", "moe_z")  # the losses of `balance_terms`, as a step reports them
+TERMS = ("moe_balance", "moe_z")  # the router's losses, as a step reports them
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Router(ShardedModule):
         if seats is not None and moe.capacity is not None:
             keep = within_capacity(experts, chosen.detach(), seats, moe, self.mesh)
         if seats is not None and torch.is_grad_enabled():
-            terms = balance_terms(logits, scores, experts, seats, self.mesh)
+            nothing = logits.new_zeros(())
+            balance = balance_sum(scores, experts, seats, self.mesh) if moe.aux_coef else nothing
+            terms = torch.stack((balance, z_sum(logits, seats) if moe.z_coef else nothing))
             found = Found(terms, load_of(experts, keep, seats.counts, moe.num_experts))
         return Choice(experts, weights * moe.routed_scale, keep, found)
 
