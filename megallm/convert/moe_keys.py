@@ -48,7 +48,7 @@ def _same_size(model: ModelConfig) -> list[str]:
 
 
 def _each_layer(model: ModelConfig) -> list[str]:
-    if all(model.moe.has_experts(layer) for layer in range(model.num_layers)):
+    if model.moe.first_dense == 0 and (model.moe.every == 1 or model.num_layers == 1):
         return []
     return ["some layers have no experts (model.moe.first_dense, model.moe.every), in this family all have"]
 
@@ -94,7 +94,7 @@ def _write_sparse(model: ModelConfig) -> dict[str, Any]:
 
 
 def _some_layer(model: ModelConfig) -> list[str]:
-    return [] if model.num_expert_layers else ["no layer has experts (model.moe.first_dense)"]
+    return [] if model.moe.first_dense < model.num_layers else ["no layer has experts (model.moe.first_dense)"]
 
 
 SPARSE = More(frozenset(("decoder_sparse_step", "mlp_only_layers")), _read_sparse, _write_sparse, _some_layer)

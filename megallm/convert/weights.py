@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
@@ -99,12 +99,8 @@ class HfReader:
         described = read_config(self.folder)
         self.model, self.notes = described.model, described.notes
         found = catalogue(self.folder)
-        if self.model.num_layers > min(len(found), MAX_LAYERS):
-            raise CheckpointError(
-                f"{self.folder} has {len(found)} tensors, but its config.json says {self.model.num_layers} layers; "
-                f"more than {MAX_LAYERS} are refused."
-            )
         family = described.family
+        _check_size(self.folder, self.model, found)
         self.new_head = wanted is not None and _head(wanted) != _head(self.model)
         if self.new_head:
             self.model = wanted
@@ -271,6 +267,20 @@ class HfReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, Entry]) -> None:
+    """config.json cannot ask for far more than there is: rules are spelled out for each layer, expert and head."""
+    if model.num_blocks > min(len(found), MAX_LAYERS):
+        raise CheckpointError(
+            f"{folder} has {len(found)} tensors, but its config.json says {model.num_blocks} layers; more than "
+            f"{MAX_LAYERS} are refused."
+        )
+    wanted, stored = model.num_params(), sum(prod(entry.shape) for entry in found.values())
+    if wanted > 2 * stored:
+        raise CheckpointError(
+            f"{folder} holds {stored} numbers, but the model of its config.json has {wanted} parameters."
+        )
 
 
 _DIFFERENT = "It would be another model without them."

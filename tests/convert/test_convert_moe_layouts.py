@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -358,6 +359,38 @@ def test_what_another_model_asks_for_is_refused(family, change, sentence):
         change = change | {"num_hidden_layers": 4, "layer_types": None}
     with pytest.raises(UsageError, match=sentence):
         parse_config(config_of(family) | change, "c")
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("mixtral", {"num_local_experts": 2**31 - 1}),
+        ("mixtral", {"num_local_experts": 5}),
+        ("mixtral", {"num_hidden_layers": 2**31 - 1}),
+        ("qwen3_moe", {"num_hidden_layers": 9999}),
+        ("deepseek_v3", {"num_attention_heads": 2**31 - 1, "num_key_value_heads": 2**31 - 1}),
+        ("deepseek_v3", {"num_nextn_predict_layers": 2**31 - 1, "num_mtp_layers": None, "n_routed_experts": 3}),
+        ("deepseek_v3", {"kv_lora_rank": 2**31 - 1, "v_head_dim": 2**31 - 1}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", [True, False], ids=["one by one", "stacked"])
+def test_absurd_counts_are_refused_at_once(family, change, form, tmp_path):
+    import transformers
+
+    original = make(tmp_path / "hf", CASES[family])
+    if family == "deepseek_v3":
+        with_further_tokens(original)
+    if not form:
+        transformers.AutoModelForCausalLM.from_pretrained(original).save_pretrained(
+            tmp_path / "hf2", save_original_format=False
+        )
+        original = tmp_path / "hf2"
+    config = json.loads((original / "config.json").read_text()) | change
+    (original / "config.json").write_text(json.dumps(config))
+    begin = time.monotonic()
+    with pytest.raises((CheckpointError, UsageError)):
+        HfReader(original)
+    assert time.monotonic() - begin < 5
 
 
 def test_the_published_deepseek_names_its_code_which_is_not_run():
