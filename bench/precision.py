@@ -1,6 +1,6 @@
 """What each precision does to the loss: one small model, the same tokens and start, trained once per precision.
 
-    bash examples/01_pretrain/run.sh train.steps=1      # prepares the text (or any dataset with its tokenizer)
+    bash examples/01_pretrain/run.sh      # steps 1 to 4 prepare the text; any other dataset will do
     python bench/precision.py --data examples/01_pretrain/work/data/kjv_text_document --work /tmp/precision \\
         --plot docs/precision.png
 
