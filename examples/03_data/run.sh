@@ -26,7 +26,7 @@ mkdir -p "$work/debs" "$work/root"
 say "2/6 packages"
 for package in $packages; do
   if ! [ -e "$work/root/$package" ]; then
-    if ! (cd "$work/debs" && apt-get download -qq "$package"); then
+    if ! (cd "$work/debs" && apt-get -o APT::Sandbox::User="$(id -un)" download -qq "$package"); then
       echo "run.sh: apt-get cannot download $package; this example needs a Debian 12 with its package lists (apt-get update)." >&2
       exit 65
     fi
