@@ -31,7 +31,8 @@ LATENT = {"kv_lora_dim": 10, "q_lora_dim": 9, "nope_head_size": 5, "rope_head_si
 PUBLISHED = {
     "gpt2": 124.4, "gpt2-xl": 1557.6, "llama2-7b": 6738.4, "llama2-70b": 68976.6, "llama3-8b": 8030.3,
     "qwen2-0.5b": 494.0, "qwen2.5-7b": 7615.6, "qwen3-0.6b": 596.0, "qwen3-8b": 8190.7, "mistral-7b": 7241.7,
-    "phi-4": 14659.5, "mixtral-8x7b": 46702.8, "qwen1.5-moe-a2.7b": 14315.8, "qwen3-30b-a3b": 30532.1, "olmoe-1b-7b": 6919.2,
+    "phi-4": 14659.5, "mixtral-8x7b": 46702.8, "qwen1.5-moe-a2.7b": 14315.8, "qwen3-30b-a3b": 30532.1,
+    "olmoe-1b-7b": 6919.2,
 }  # fmt: skip
 
 

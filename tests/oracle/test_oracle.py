@@ -35,7 +35,8 @@ def assert_passed(verdict: Verdict) -> None:
     assert verdict.passed, verdict.problem or verdict.failures
     parameters = verdict.row.config.num_params()
     assert parameters > 0
-    assert verdict.grads.keys() == verdict.weights.keys()
+    state = {name for name in verdict.weights if name.endswith(".moe.router.bias")}  # moved by loads, not by gradients
+    assert verdict.grads.keys() == verdict.weights.keys() - state
 
 
 # Negative controls
