@@ -60,7 +60,7 @@ RANGES: dict[str, Range] = {
     **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("num_experts", "shared_ffn_hidden_size", "first_dense")},
     **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("aux_coef", "z_coef", "bias_rate")},
     "model.moe.routed_scale": Range(above=0),
-    "model.moe.capacity": Range(above=0),
+    "model.moe.capacity": Range(above=0, high=10**6),
     "model.sliding_window": _COUNT,
     **{f"model.mla.{name}": _NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
     **{f"model.mla.{name}_head_size": _COUNT for name in ("nope", "rope", "value")},

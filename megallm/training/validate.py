@@ -30,6 +30,7 @@ from megallm.training.nearest import divisors, multiples, nearest_fixes, power_o
 from megallm.training.optimizing import optimizer_faults
 from megallm.training.ranges import RANGES
 from megallm.training.reading import objective_faults, segment_faults
+from megallm.training.section_rules import section_faults
 
 WORLD = "--nproc"  # stands for the number of processes among the fixes of a problem
 
@@ -361,6 +362,11 @@ def _experts(facts: Facts) -> Iterator[Problem]:
         yield Problem("experts", sentence, fixes)
 
 
+def _sections_of_model(facts: Facts) -> Iterator[Problem]:
+    for sentence, fixes in section_faults(facts.config, facts.model):
+        yield Problem("sections", sentence, fixes)
+
+
 def _context(facts: Facts) -> Iterator[Problem]:
     layout, heads = facts.config.layout, facts.model.num_heads
     cp, wanted = layout.cp, layout.cp_ulysses
@@ -430,6 +436,7 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _further: ("model.mtp.depth", "data.seq_len"),
     _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
     _experts: (*_AXES, "layout.ep", "model.moe.num_experts"),
+    _sections_of_model: ("model.num_layers", "model.moe.num_experts", "model.mla.kv_lora_dim", "model.mtp.depth"),
     _narrow: ("layout.tp", "model.num_layers", "train.fp8.bf16_first", "train.fp8.bf16_last"),
     _vocabulary: ("model.vocab_size",),
     _objective: (*(f"data.masking.{name}" for name in ("rate", "masked", "random")), "data.fim.rate", "model.head"),

@@ -324,8 +324,28 @@ BROKEN = [
         {"model.moe.num_experts": 8, "model.moe.num_groups": 4, "model.moe.top_k": 3},
         "Nearest valid: model.moe.top_k=2 or model.moe.top_groups=2.",
     ),
-    ("choices", {"model.moe.score": "softmx"}, "Nearest valid: model.moe.score=softmax."),
-    ("ranges", {"model.moe.aux_coef": -1.0}, "model.moe.aux_coef is -1.0; it must be at least 0."),
+    (
+        "sections",
+        {"model.moe.aux_coef": 0.1},
+        "model.moe.aux_coef is given, but model.moe.num_experts is 0 and nothing reads it. "
+        "Nearest valid: model.moe.aux_coef=null.",
+    ),
+    ("sections", {"model.mla.value_head_size": 8}, "but model.mla.kv_lora_dim is 0 and nothing reads it."),
+    ("sections", {"model.mtp.kind": "heads"}, "but model.mtp.depth is 0 and nothing reads it."),
+    (
+        "sections",
+        {"model.moe.num_experts": 4, "model.moe.bias_rate": 0.01},
+        "model.moe.bias_rate is given, but model.moe.selection_bias is false and nothing reads it.",
+    ),
+    ("sections", {"model.moe.num_experts": 4, "model.moe.drop": "position"}, "but model.moe.capacity is null"),
+    (
+        "sections",
+        {"model.moe.num_experts": 4, "model.moe.first_dense": 9},
+        "model.moe.first_dense 9 leaves no layer for the experts",
+    ),
+    ("ranges", {"model.moe.num_experts": 4, "model.moe.capacity": 1e300}, "at most 1000000"),
+    ("choices", {"model.moe.num_experts": 4, "model.moe.score": "softmx"}, "Nearest valid: model.moe.score=softmax."),
+    ("ranges", {"model.moe.num_experts": 4, "model.moe.aux_coef": -1.0}, "model.moe.aux_coef is -1.0; it must be at least 0."),
     ("model", {"model.moe.num_experts": 4, "model.bias": True}, "experts have no biases and model.bias is true"),
     ("model", {"model.num_kv_heads": 3}, "is not a multiple of model.num_kv_heads 3"),
     ("model", {"model.hidden_size": None}, "The model lacks model.hidden_size"),
@@ -340,6 +360,19 @@ def test_each_rule(rule, values, sentence):
         check(config)
     assert sentence in str(caught.value)
     assert assert_fixes_hold(config, None) == {rule}
+
+
+@pytest.mark.parametrize("values", [
+    {"model.preset": "deepseek-v3", "model.moe.num_experts": 0, "model.mtp.depth": 0},
+    {"model.moe.num_experts": 4, "model.moe.selection_bias": True, "model.moe.bias_rate": 0.01},
+    {},
+])  # fmt: skip
+def test_what_a_check_filled_in_passes_another(values):
+    """Ranks and later runs read the resolved configuration: keys that a preset gives are not taken for a person's."""
+    config = replace(PretrainConfig() if "model.preset" in values else GOOD, values)
+    config = replace(config, {"data.sources": GOOD.data.sources, "data.seq_len": GOOD.data.seq_len})
+    once = check(config)
+    assert check(once) == once
 
 
 def test_every_rule_has_a_row():
