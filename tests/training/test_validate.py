@@ -345,7 +345,11 @@ BROKEN = [
     ),
     ("ranges", {"model.moe.num_experts": 4, "model.moe.capacity": 1e300}, "at most 1000000"),
     ("choices", {"model.moe.num_experts": 4, "model.moe.score": "softmx"}, "Nearest valid: model.moe.score=softmax."),
-    ("ranges", {"model.moe.num_experts": 4, "model.moe.aux_coef": -1.0}, "model.moe.aux_coef is -1.0; it must be at least 0."),
+    (
+        "ranges",
+        {"model.moe.num_experts": 4, "model.moe.aux_coef": -1.0},
+        "model.moe.aux_coef is -1.0; it must be at least 0.",
+    ),
     ("model", {"model.moe.num_experts": 4, "model.bias": True}, "experts have no biases and model.bias is true"),
     ("model", {"model.num_kv_heads": 3}, "is not a multiple of model.num_kv_heads 3"),
     ("model", {"model.hidden_size": None}, "The model lacks model.hidden_size"),
