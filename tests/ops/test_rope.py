@@ -153,6 +153,20 @@ def test_bounds_that_cross_are_refused() -> None:
         dataclasses.replace(TINY, rope_scaling="longrope").resolve()
 
 
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"rope_scaling": "ntk", "head_size": 2}, "2 rotated features and so a single wave"),
+    ({"rope_scaling": "dynamic", "rope_positions": 4, "head_size": 2}, "2 rotated features"),
+    ({"rope_scaling": "yarn", "rope_positions": 4, "rope_theta": 1.0}, "yarn needs more than 1"),
+    ({"rope_scaling": "linear", "family": "gpt2"}, "but model.positions is learned"),
+])  # fmt: skip
+def test_a_stretch_without_waves_to_stretch_is_refused(changed, said) -> None:
+    """Each of them would divide by zero in the first forward pass, or be read by nothing."""
+    with pytest.raises(UsageError, match=said):
+        dataclasses.replace(TINY, rope_factor=2.0, **changed).resolve()
+    changed = {"rope_scaling": "ntk", "head_size": 4}
+    assert dataclasses.replace(TINY, rope_factor=2.0, **changed).resolve().rope_stretch.kind == "ntk"
+
+
 def test_llama_31_has_the_numbers_of_its_publication() -> None:
     stretch = ModelConfig(preset="llama3.1-8b").resolve().rope_stretch
     assert stretch == RopeStretch("llama3", 8.0, 1.0, 4.0, 8192)
