@@ -85,7 +85,8 @@ class Fp8Linear:
         if self.recipe.delayed and training:
             self.seen[place] = torch.maximum(self.seen[place], amax)
         if self.recipe.delayed and not self.fresh:
-            amax = self.history[place].amax()
+            past = self.history[place].amax()
+            amax = torch.where(past > 0, past, amax)  # no step has entered any yet: this rank's part scales itself
         else:
             amax = self._largest(amax, [axis for kind in OPERANDS[name] for axis in self.split[kind]])
         return scale_of(amax, LARGEST[form], self.options.margin, self.recipe.powers)

@@ -121,6 +121,19 @@ def test_evaluation_and_numbers_that_are_not_finite_leave_the_history_alone():
     assert torch.equal(linear.history, before)
 
 
+def test_gradients_that_no_step_has_entered_scale_themselves():
+    """After a first step without labels there is a history of inputs and weights, and none of gradients."""
+    engines = [engine_of(precision="fp8", fp8=DELAYED) for _ in range(2)]
+    nothing = [batch | {"mask": torch.zeros_like(batch["mask"])} for batch in batches(1)]
+    engines[1].train_step(nothing, NextToken(), 0.0)
+    linear = engines[1].model.fp8.linears["layers.0.mlp.down.weight"]
+    assert linear.history[:2, 0].all() and not linear.history[2].any() and not linear.fresh
+    fresh, later = ([engine.train_step(batches(1), NextToken(), 0.0).grad_norm, engine] for engine in engines)
+    assert later[0] == fresh[0]
+    for ours, theirs in zip(later[1].gradients(), fresh[1].gradients(), strict=True):
+        assert torch.equal(ours.tensor, theirs.tensor), ours.name
+
+
 def history_of(layout: Layout, micros: int, recompute: str) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """(losses, histories, state) after three steps in fp32 around FP8 linears."""
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
