@@ -83,6 +83,7 @@ EXPERT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("moe-ep2-zero3-zb-h1", "pp=2,dp=2,ep=2,zero=3,schedule=zb-h1", "moe-qwen", micros=3),
     _row("moe-ep2-zero3-dp2-all-of-edp", "dp=2,ep=2,zero=3", "moe-deepseek", recompute="full"),
     _row("moe-ep2-zero2-zb-h1", "pp=2,dp=2,tp=2,ep=2,zero=2,schedule=zb-h1", "moe", micros=3),
+    _row("moe-stages-empty-rank", "pp=3,dp=2,ep=2", "moe", stages="Et||tL", micros=3),  # a stage without a router
     _row("moe-ep2-mla-mtp", "dp=2,tp=2,ep=2", "moe-mla-mtp", micros=2),
     _row("moe-capacity", model="moe-capacity"),
     _row("moe-capacity-tp2-cp2", "cp=2,tp=2,ep=4", "moe-capacity"),

@@ -78,6 +78,9 @@ LATENT_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     _row("mla-zero3-dp2-recompute", "dp=2,zero=3", "mla", micros=2, recompute="full"),
     _row("mtp", model="mtp"),
     _row("mtp-packed", model="mtp", packed=True, micro_batch=1, micros=2),
+    _row(
+        "mtp-deeper-than-documents", model="mtp", packed=True, micro_batch=1, micros=2, overrides={"mtp": {"depth": 5}}
+    ),
     _row("mtp-dp2-masked-rank", "dp=2", "mtp", micros=2, mask="rank"),
     _row("mtp-dp2-one-token", "dp=2", "mtp", mask="one"),
     _row("mtp-tp2", "tp=2", "mtp"),

@@ -16,6 +16,7 @@ from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.parallel.layout import Layout
+from megallm.parallel.remade import PARTS
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
 
@@ -352,6 +353,7 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
         losses = [kind for kind in LOSSES[row.config.head] if kind != "reward" or not row.config.head_bias]
         row = replace(row, loss=draw.choice(losses))  # of a reward's bias the gradient is zero, and Adam's step noise
         row = replace(row, rule=draw.choice(("adamw", *SMOOTH_RULES)))
+        row = _with_memory(row, random.Random(f"memory-{seed}-{i}"))
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
     return rows
 
@@ -363,6 +365,16 @@ def _with_schedule(row: Row, draw: random.Random) -> Row:
     stages = row.layout.pp * chunks
     sizes = dict(row.overrides) | {"num_layers": draw.randint(stages, stages + 2)}
     return replace(row, schedule=kind, chunks=chunks, overrides=sizes)
+
+
+def _with_memory(row: Row, draw: random.Random) -> Row:
+    """The row with random ways to keep less of a forward pass."""
+    row = replace(row, offload=draw.random() < 0.3)
+    if row.config.head in ("lm", "mlm"):
+        row = replace(row, fused_head=draw.choice(("on", "off")))
+    if row.recompute == "selective":
+        row = replace(row, recompute_modules=tuple(draw.sample(sorted(PARTS), draw.randint(1, len(PARTS)))))
+    return row if row.recompute == "none" else replace(row, recompute_layers=draw.choice((None, None, 1)))
 
 
 def _with_experts(row: Row, draw: random.Random) -> Row:
