@@ -13,6 +13,8 @@ from megallm.ops.narrow import Fp8Options, LossScaleOptions
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 
+Part = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -118,7 +120,7 @@ class TrainConfig:
     loss_scale: LossScaleOptions = field(default_factory=LossScaleOptions)  # fp16
     fp8: Fp8Options = field(default_factory=Fp8Options)  # fp8: bf16 with linears in FP8
     recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
-    recompute_modules: tuple[Literal["norm", "attention", "core", "mlp", "activation"], ...] = ("core", "activation")
+    recompute_modules: tuple[Part, ...] = ("core", "activation")  # selective: the parts of a block made again
     recompute_layers: int | None = None  # only the first so many of each pipeline stage; null: all
     offload: bool = False  # what the blocks keep for the backward pass waits in CPU memory
     fused_head: Literal["auto", "on", "off"] = "auto"  # the head's logits never exist; auto: where they would be large

@@ -238,7 +238,7 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path):
 def test_generate_reads_layouts_and_prompts(tmp_path):
     assert parse_layout("tp=2,pp=2").world == 4
     assert parse_layout("").world == 1
-    with pytest.raises(UsageError, match="only tp, pp and dp"):
+    with pytest.raises(UsageError, match="only tp, pp, dp and ep"):
         parse_layout("cp=2")
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')

@@ -393,9 +393,9 @@ def forget_moments(patch: pytest.MonkeyPatch) -> None:
     """What is read for the second moments goes nowhere."""
     real = Engine._state
 
-    def state(self: Engine, optimizer: bool = True) -> dict[str, list[torch.Tensor]]:
+    def state(self: Engine, optimizer: bool = True) -> dict[str, dict[int, torch.Tensor]]:
         found = real(self, optimizer)
-        return found | {"optim.exp_avg_sq.": [x.clone() for x in found["optim.exp_avg_sq."]]}
+        return found | {"optim.exp_avg_sq.": {k: x.clone() for k, x in found["optim.exp_avg_sq."].items()}}
 
     patch.setattr(Engine, "_state", state)
 
