@@ -18,6 +18,7 @@ CLUSTER = ROOT / "tests/cluster"
 BATCH = ROOT / "examples/slurm/pretrain.sbatch"
 STEPS, LIMIT_SECONDS = 400, 240.0
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+OVER = ("FAILED", "CANCELLED", "TIMEOUT")
 ENVIRONMENT = os.environ | {
     "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo", "NO_COLOR": "1",
@@ -78,7 +79,10 @@ class Cluster:
             state = self.field(job, "JobState")
             if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
                 self.start_again(job)
-            assert state not in ("FAILED", "CANCELLED", "TIMEOUT"), f"{state}\n{output.read_text()}"
+            if state in OVER:  # so it is shown for a moment, too, when it is about to be queued again
+                time.sleep(10)
+                state = self.field(job, "JobState")
+            assert state not in OVER, f"{state}\n{output.read_text()}"
             return state == "COMPLETED"
 
         until(ended, "the end of the job", output.read_text)
