@@ -30,7 +30,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--margin", type=float, default=0.02, help="nats by which the mixtures may be worse")
     args = parser.parse_args()
-    seeds = sorted(int(run.name.removeprefix("moe-")) for run in args.folder.glob("moe-*"))
+    names = [run.name.removeprefix("moe-") for run in args.folder.glob("moe-*") if run.is_dir()]
+    seeds = sorted(int(name) for name in names if name.isdecimal())
     if not seeds:
         print(f"compare.py: {args.folder} has no run moe-SEED: train them with run.sh.", file=sys.stderr)
         return 2

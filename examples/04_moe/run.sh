@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A mixture of experts (9.2M parameters, 4.5M active) beside the dense model of equal active size, three seeds each:
+# A mixture of experts (10.0M parameters, 4.5M active) beside the dense model of equal active size, three seeds each:
 #   bash examples/04_moe/run.sh [SEED ...]
 # The text is that of examples/01_pretrain, which is run first when its data are not there. Runs that are finished are
 # not trained again; to start anew: rm -r examples/04_moe/work.
