@@ -7,6 +7,7 @@ reported with a bootstrap 95 % interval. A system against itself (A/A) must give
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -111,7 +112,8 @@ class Workers:
             process.kill()
         for process in self.processes:
             process.wait()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what was still to be sent to a process that failed
+                process.stdin.close()
             process.stdout.close()
 
     def __enter__(self) -> Workers:

@@ -33,7 +33,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 
 LR, SEED = 1e-3, 1234
-OPTIM = OptimConfig(clip=0.0)
+OPTIM = OptimConfig(clip=0.0).resolve()
 Step = Callable[[int], float | None]
 
 
