@@ -28,6 +28,14 @@ GATHER = "muon.matrices"
 RMS = 0.2  # of the elements of an AdamW update, as observed in arXiv 2502.16982
 
 
+class Split(NamedTuple):
+    """An axis divides a dim of `Matrices.shape`, which has `total` elements in all."""
+
+    dim: int
+    axis: str
+    total: int
+
+
 class Matrices(NamedTuple):
     """Neighbouring matrices `[n, rows, columns]` of one parameter in this rank's range, as held here."""
 
@@ -36,10 +44,13 @@ class Matrices(NamedTuple):
     shape: tuple[int, int, int]
 
     @property
-    def split_dim(self) -> int | None:
-        """The dim of `shape` that an axis divides."""
-        last = len(self.shard.full) - 1
-        return next((dim for dim, place in ((2, last), (1, last - 1)) if place in self.shard.split), None)
+    def split(self) -> Split | None:
+        """How an axis divides the rows or the columns, if one does."""
+        for dim in (2, 1):
+            place = len(self.shard.full) - len(self.shape) + dim
+            if place in self.shard.split:
+                return Split(dim, self.shard.split[place], self.shard.full[place])
+        return None
 
     def view(self, flat: Tensor) -> Tensor:
         return self.cut.of(flat).view(self.shape)
@@ -89,15 +100,14 @@ class Muon:
 
     def _start_gather(self, matrices: Matrices, part: Tensor) -> Callable[[], Tensor]:
         """Begin to bring whole matrices together on the mesh's device; the result waits for them."""
-        dim, mesh = matrices.split_dim, self.parameters.mesh
+        split, mesh = matrices.split, self.parameters.mesh
         part = part.to(mesh.device)
-        if dim is None:
+        if split is None:
             return lambda: part
-        place = len(matrices.shard.full) - 3 + dim
-        axis, total = mesh.axes[matrices.shard.split[place]], matrices.shard.full[place]
+        axis = mesh.axes[split.axis]
         if axis.size == 1 or GATHER in axis.broken:
             return lambda: part
-        return comm.start_gather_uneven(part, axis, dim, total)
+        return comm.start_gather_uneven(part, axis, split.dim, split.total)
 
     def _apply(self, bucket: FlatBucket, matrices: Matrices, whole: Tensor, lr: float, clock: Clock) -> None:
         weights, treatment = matrices.view(bucket.master), matrices.cut.member.treatment
@@ -110,12 +120,12 @@ class Muon:
 
     def _own(self, matrices: Matrices, whole: Tensor) -> Tensor:
         """This rank's slice of whole matrices."""
-        dim, mesh = matrices.split_dim, self.parameters.mesh
-        if dim is None or whole.shape[dim] == matrices.shape[dim]:
+        split = matrices.split
+        if split is None or whole.shape[split.dim] == matrices.shape[split.dim]:
             return whole
-        axis = mesh.axes[matrices.shard.split[len(matrices.shard.full) - 3 + dim]]
-        begin, end = piece(whole.shape[dim], axis.size, axis.rank)
-        return whole.narrow(dim, begin, end - begin)
+        axis = self.parameters.mesh.axes[split.axis]
+        begin, end = piece(split.total, axis.size, axis.rank)
+        return whole.narrow(split.dim, begin, end - begin)
 
 
 def update_scale(kind: str, rows: int, columns: int) -> float:
