@@ -8,6 +8,7 @@ rotary tables, and k twice: k and v share one tensor, so the k before rotation s
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallm.base.device import SideCopies
 from megallm.losses.language import NextToken
@@ -49,15 +51,28 @@ def model(shape: tuple[int, ...]) -> ModelConfig:
     ).resolve()  # fmt: skip
 
 
-class Allocated:
-    """Bytes allocated and not given back inside, by the allocator's own reports."""
+class Allocated(TorchDispatchMode):
+    """Bytes allocated and not given back inside, by the allocator's own reports.
+
+    The profiler sees what its own thread gives back, and gloo's may be the last to hold a buffer of a collective: so
+    each tensor made inside is held here until the end.
+    """
 
     def __enter__(self) -> Allocated:
+        super().__enter__()
+        self.held: list[Any] = []
         self.profile = torch.autograd.profiler.profile(use_device=None, profile_memory=True)
         self.profile.__enter__()
         return self
 
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.held.append(op(*args, **(kwargs or {})))
+        return self.held[-1]
+
     def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        time.sleep(0.05)  # what gloo's thread needs to let go
+        self.held.clear()
         gc.collect()
         self.profile.__exit__(*error)
         events = self.profile.kineto_results.events()
