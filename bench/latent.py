@@ -35,10 +35,7 @@ def expanded(
     self: LatentAttention, plain: torch.Tensor, rotated: torch.Tensor, seen: torch.Tensor, cache
 ) -> torch.Tensor:
     """In place of `absorbed`: keys and values of all heads from the latents of the whole cache."""
-    latent, key = seen[:, :, 0, : self.latent_size], seen[:, :, :, self.latent_size :]
-    k = self.k_up(latent).unflatten(-1, (self.num_heads, -1))
-    k = torch.cat((k, key.expand(-1, -1, self.num_heads, -1)), -1)
-    v = self.v_up(latent).unflatten(-1, (self.num_heads, -1))
+    k, v = self.keys_and_values(seen[..., : self.latent_size], seen[..., self.latent_size :])
     return attend_rows(torch.cat((plain, rotated), -1), k, v, cache.lengths + 1)
 
 

@@ -1,6 +1,6 @@
 """One optimizer step of each update rule beside torch.optim's: CPU seconds, the same shapes, one thread.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python bench/optimizers.py [RULE ...] [--rounds 7]
+    OMP_NUM_THREADS=1 python bench/optimizers.py [RULE ...] [--rounds 7]
 
 Both update the 24.7M parameters of a small Llama in fp32 from gradients that stay as they are; ours includes what a
 step of the engine adds (it can be skipped, weights are published). torch runs as its users write it, with defaults.

@@ -1,7 +1,7 @@
 """What each precision does to the loss: one small model, the same tokens and start, trained once per precision.
 
     bash examples/01_pretrain/run.sh      # steps 1 to 4 prepare the text; any other dataset will do
-    python bench/precision.py --data examples/01_pretrain/work/data/kjv_text_document --work /tmp/precision \\
+    python bench/precision.py --data examples/01_pretrain/work/data/kjv_text_document --work runs/precision \\
         --plot docs/precision.png
 
 Each run is `megallm pretrain` in a process of its own; a run that is already in --work is read, not repeated.
