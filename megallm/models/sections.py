@@ -84,11 +84,11 @@ class MoeConfig(Section):
         return self.num_experts * hidden + matrices * hidden * width + gate
 
     def check(self) -> None:
-        """Raise UsageError for numbers that do not go together."""
+        """Raise UsageError for numbers of a model with experts that do not go together."""
         experts, groups = self.num_experts, self.num_groups
         for name, fits, must in (
             ("num_experts", experts >= 0, "at least 0"),
-            ("top_k", 1 <= self.top_k <= max(experts, 1), f"from 1 to num_experts {experts}"),
+            ("top_k", 1 <= self.top_k <= experts, f"from 1 to num_experts {experts}"),
             ("every", self.every >= 1, "at least 1"),
             ("first_dense", self.first_dense >= 0, "at least 0"),
             ("shared_ffn_hidden_size", self.shared_ffn_hidden_size >= 0, "at least 0"),
@@ -96,9 +96,9 @@ class MoeConfig(Section):
             ("top_groups", 1 <= self.top_groups <= groups, f"from 1 to num_groups {groups}"),
             ("capacity", self.capacity is None or self.capacity > 0, "greater than 0, or null"),
         ):  # fmt: skip
-            if not fits and experts:
+            if not fits:
                 raise UsageError(f"model.moe.{name} is {vars(self)[name]}; it must be {must}.")
-        if experts and self.top_k > self.top_groups * (experts // groups):
+        if self.top_k > self.top_groups * (experts // groups):
             raise UsageError(
                 f"model.moe.top_k {self.top_k} is more than the experts of model.moe.top_groups {self.top_groups} "
                 f"groups of {experts // groups}."

@@ -1,4 +1,4 @@
-"""The one table of optional libraries: what each replaces, which key asks for it, and where it was seen to work.
+"""The one table of optional libraries: what each replaces, which key asks for it, and how to have it.
 
 Nothing else in the package imports them. No torch: `version` reads what is installed, `require` imports.
 """
@@ -22,21 +22,20 @@ class Backend:
     replaces: str
     key: str  # the configuration key that asks for it; "" when nothing does yet
     install: str
-    tested: str  # on what machine our use of it was run; "" for never
 
 
 BACKENDS: dict[str, Backend] = {
     "transformer_engine": Backend(
         "transformer-engine", "transformer_engine.pytorch", "FP8 products of linears", "train.fp8.backend",
-        "pip install --no-build-isolation 'transformer-engine[pytorch]', or the build argument of the Dockerfile", "",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]', or the build argument of the Dockerfile",
     ),
     "flash_attn": Backend(
         "flash-attn", "flash_attn", "attention on GPUs (torch's own kernels are used)", "",
-        "pip install --no-build-isolation flash-attn, or the build argument of the Dockerfile", "",
+        "pip install --no-build-isolation flash-attn, or the build argument of the Dockerfile",
     ),
     "apex": Backend(
         "apex", "apex", "fused optimizers and norms (torch's own and ours are used)", "",
-        "the build argument of the Dockerfile", "",
+        "the build argument of the Dockerfile",
     ),
 }  # fmt: skip
 

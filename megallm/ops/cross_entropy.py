@@ -57,11 +57,9 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
     return here, torch.where(here, labels - begin, 0)
 
 
-def logit_gradient(
-    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, reuse: bool = False
-) -> Tensor:
-    """Gradient of `logits [..., V]` in their dtype, from that of the log-probabilities `[...]`; `reuse` as above."""
-    return _wide_gradient(logits, lse, labels, begin, grad, reuse).to(logits.dtype)
+def logit_gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
+    """Gradient of `logits [..., V]` in their dtype, from that of the log-probabilities `[...]`."""
+    return _wide_gradient(logits, lse, labels, begin, grad, reuse=False).to(logits.dtype)
 
 
 def _wide_gradient(
