@@ -103,11 +103,6 @@ def test_a_block_keeps_what_the_closed_form_says(shape, modules):
     assert kept_by_a_block(SHAPES[shape], Layout(), False, modules) == KEPT[modules](*SHAPES[shape])
 
 
-def test_selective_keeps_less_than_none_and_more_than_full():
-    kept = {modules: formula(*SHAPES["gqa"]) for modules, formula in KEPT.items()}
-    assert kept[("block",)] < kept[("norm", "attention", "mlp")] < kept[("core", "activation")] < kept[()]
-
-
 def test_sequence_parallelism_divides_what_lies_outside_the_split_region_too():
     """All of the closed form over tp but the two gathered inputs of the column-parallel linears, which stay whole."""
     d, f, h, k, e = SHAPES["gqa"]
