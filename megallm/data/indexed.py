@@ -274,7 +274,8 @@ class IndexedWriter:
     def commit(self, side_car: Mapping[str, Any] | None = None) -> None:
         """Publish what was written, with a side-car (None: none)."""
         publish(self.prefix, self.prepare(side_car))
-        self.release()
+        self._open.clear()
+        self._remove()
 
     def prepare(self, side_car: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Make everything ready and durable; what `publish` moves, by suffix."""
@@ -289,11 +290,6 @@ class IndexedWriter:
                 meta.write(self.prefix, side_car, self._paths["meta.json"])
         wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
         return {suffix: os.fspath(self._paths[suffix]) for suffix in wanted}
-
-    def release(self) -> None:
-        """What was prepared is published: remove the rest."""
-        self._open.clear()
-        self._remove()
 
     def abort(self) -> None:
         """Remove what was written, unless it was committed or is kept in `parts`."""

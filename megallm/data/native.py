@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from megallm.base.errors import DataError, UsageError
+from megallm.data import optional
 
 SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
 _END = "<|endoftext|>"
@@ -65,7 +64,7 @@ class SentencePieceTokenizer(_Native):
     kind = "sentencepiece"
 
     def __init__(self, path: Path) -> None:
-        library = _library("sentencepiece", path)
+        library = optional.need("sentencepiece", str(path))
         self.path, data = path, _read(path)
         self._model = library.SentencePieceProcessor()
         try:
@@ -105,7 +104,7 @@ class TiktokenTokenizer(_Native):
     kind = "tiktoken"
 
     def __init__(self, path: Path) -> None:
-        library = _library("tiktoken", path)
+        library = optional.need("tiktoken", str(path))
         self.path, data = path, _read(path)
         pattern, self._special_tokens = _rules(path)
         try:
@@ -185,10 +184,3 @@ def _read(path: Path) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _library(name: str, path: Path) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"The tokenizer {path} needs the package {name}: pip install 'megallm[data]'.") from error

@@ -19,6 +19,15 @@ def place(known: Mapping[str, Any], document: int) -> dict[str, Any]:
     return {"file": known["files"][file], "line": line + document - first}
 
 
+def append(runs: list[list[int]], document: int, file: int, line: int) -> None:
+    """Note where the next document was made, unless the last run says so already."""
+    if runs:
+        first, last_file, last_line = runs[-1]
+        if last_file == file and line - last_line == document - first:
+            return
+    runs.append([document, file, line])
+
+
 class Joined:
     """Collects the origins of stretches of datasets that are written one behind the other."""
 
@@ -39,17 +48,10 @@ class Joined:
                 first, file, line = runs[at]
                 skipped = max(begin - first, 0)
                 number = self._files.setdefault(known["files"][file], len(self._files))
-                self._append(self._documents + first + skipped - begin, number, line + skipped)
+                append(self._runs, self._documents + first + skipped - begin, number, line + skipped)
                 at += 1
+            self._known = len(self._runs) <= MAX_RUNS
         self._documents += end - begin
-
-    def _append(self, document: int, file: int, line: int) -> None:
-        if self._runs:
-            first, last_file, last_line = self._runs[-1]
-            if last_file == file and line - last_line == document - first:
-                return
-        self._runs.append([document, file, line])
-        self._known = len(self._runs) <= MAX_RUNS
 
     def origins(self) -> dict[str, Any] | None:
         """What the side-car of all of them says; None when a part did not say, or there are too many runs."""

@@ -25,10 +25,9 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data import accelerated, readers, tokenizer
+from megallm.data import accelerated, origins, readers, tokenizer
 from megallm.data.encode import Encoded, Job, encode_chunk, encoder_of, sample_texts
 from megallm.data.indexed import IndexedWriter, dtype_for, publish
-from megallm.data.origins import MAX_RUNS
 from megallm.data.partial import Partial, sweep
 from megallm.data.workers import Workers
 
@@ -275,33 +274,26 @@ class _Output:
             with files.writing(f"{config.output}.rejects.jsonl"):
                 self._rejects.close()
                 files.fsync_file(self._work.folder / "rejects.jsonl")
-        origins = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= MAX_RUNS else None
+        lines = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= origins.MAX_RUNS else None
         prepared = {}
         for key, writer in self._writers.items():
             prepared[config.prefix(key)] = writer.prepare({
                 "tokenizer": made_by, "documents": writer.num_documents, "sequences": writer.num_sequences,
                 "tokens": writer.num_tokens, "empty_documents": stats.empty[key], "rejected": stats.rejected,
                 "json_key": key, "append_eod": config.append_eod, "inputs": [Path(name).name for name in config.inputs],
-                "origins": origins,
+                "origins": lines,
             })  # fmt: skip
         self._work.save({"publish": prepared, "stats": vars(stats)})
         _publish(config, self._work)
-        for writer in self._writers.values():
-            writer.release()
 
     def _remember(self, file: int, lines: np.ndarray) -> None:
         """Note [document, file, line] wherever documents do not stand on consecutive lines."""
-        if len(self._runs) > MAX_RUNS or not len(lines):
+        if len(self._runs) > origins.MAX_RUNS or not len(lines):
             return
         before = self.stats.documents
         breaks = np.flatnonzero(np.diff(lines) != 1) + 1
         for at in [0, *breaks.tolist()]:
-            line = int(lines[at])
-            if at == 0 and self._runs:
-                document, last_file, last_line = self._runs[-1]
-                if last_file == file and line - last_line == before - document:
-                    continue
-            self._runs.append([before + at, file, line])
+            origins.append(self._runs, before + at, file, int(lines[at]))
 
     def _reject(self, name: str, line: int, reason: str) -> None:
         if self._rejects is None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, AnyStr, BinaryIO
 
 from megallm.base.errors import DataError, UsageError
 from megallm.data import optional, parquet
@@ -259,7 +259,7 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
     data = bytes_of(chunk)
     parsed = Parsed(lines=data.count(b"\n") + (data[-1:] not in (b"\n", b"")))
     loads = fast_loads() if chunk.kind == "jsonl" else None
-    for line, raw in enumerate(_lines(data)) if loads is not None else _documents(chunk.kind, data):
+    for line, raw in enumerate(lines_of(data)) if loads is not None else _documents(chunk.kind, data):
         found = None if loads is None else _quick_texts(raw, options, loads)
         if found is None:
             _parse_one(line, raw, chunk.kind, options, parsed)
@@ -319,8 +319,9 @@ def _quick_texts(raw: bytes, options: ReadOptions, loads: Callable[[bytes], Any]
     return found if all(type(text) is str for text in found) else None
 
 
-def _lines(data: bytes) -> list[bytes]:
-    lines = data.split(b"\n")
+def lines_of(data: AnyStr) -> list[AnyStr]:
+    """The lines without their ends; what a last newline ends is no line more."""
+    lines = data.split("\n" if isinstance(data, str) else b"\n")
     if not lines[-1]:
         lines.pop()
     return lines
@@ -344,13 +345,10 @@ def _documents(kind: str, data: bytes) -> Iterator[tuple[int, bytes | str]]:
         text: bytes | str = data.decode("utf-8")
     except UnicodeDecodeError:
         text = data
-    newline = "\n" if isinstance(text, str) else b"\n"
     if kind == "file":
         yield 0, text
         return
-    lines = text.split(newline)
-    if not lines[-1]:
-        lines.pop()
+    lines, newline = lines_of(text), "\n" if isinstance(text, str) else b"\n"
     if kind != "paragraphs":
         yield from enumerate(lines)
         return

@@ -41,8 +41,7 @@ def _rows(file: str, lines: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         for chunk in readers.chunks(file, readers.ReadOptions(keys=_CURATED)):
             found: list[Any] = [dict(zip(_CURATED, row, strict=True)) for row in chunk.rows or ()]
             if chunk.rows is None and not chunk.too_long:
-                data = readers.bytes_of(chunk)
-                found = data.split(b"\n")[: data.count(b"\n") + (not data.endswith(b"\n"))]
+                found = readers.lines_of(readers.bytes_of(chunk))
             for number in sorted(lines & set(range(first, first + len(found)))):
                 row = _object(found[number - first])
                 if row is not None:
