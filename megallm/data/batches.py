@@ -9,13 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megallm.data.objective import Hider, hide_rows, hide_samples
+from megallm.data.objective import Arrays, Hider
 from megallm.data.pretrain import SampleDataset
 from megallm.data.sampler import rows_after
 from megallm.data.source import Row, Source
 from megallm.data.stream import Stream
 
-Arrays = dict[str, np.ndarray]
 _AHEAD = 16  # steps whose state is kept
 
 
@@ -76,13 +75,14 @@ def pack(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
     """A microbatch of B rows as one row of B x T tokens: documents see only themselves, their positions start at 0."""
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
-    length = rows[0].seq_len
-    ends = np.unique(np.concatenate([np.array(one[3]) + i * length for i, one in enumerate(filled)]))
-    positions = np.arange(tokens.shape[1]) - np.repeat(ends[:-1], np.diff(ends))
-    return {
-        "tokens": tokens, "labels": labels, "positions": positions[None], "mask": mask,
-        "cu_seqlens": ends.astype(np.int32),
-    }  # fmt: skip
+    return {"tokens": tokens, "labels": labels, "mask": mask} | _apart([one[3] for one in filled])
+
+
+def _apart(ends: Sequence[Sequence[int]]) -> Arrays:
+    """{"positions" int64 [1, B x T], "cu_seqlens" int32 [n + 1]} of rows whose documents have these ends, 0 to T."""
+    joined = np.unique(np.concatenate([np.array(one) + i * one[-1] for i, one in enumerate(ends)]))
+    positions = np.arange(joined[-1]) - np.repeat(joined[:-1], np.diff(joined))
+    return {"positions": positions[None], "cu_seqlens": joined.astype(np.int32)}
 
 
 def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
@@ -96,6 +96,28 @@ def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
         "tokens": tokens, "labels": labels, "mask": mask,
         "positions": np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape).copy(),
     }  # fmt: skip
+
+
+def hide_rows(rows: Sequence[Row], sources: dict[str, Source], hide: Hider, apart: bool) -> Arrays:
+    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not see each other.
+
+    Arrays [1, B x T] as in `pack`; positions start at 0 with each document, or else with each row.
+    """
+    filled = [_fill_hidden(row, sources[row.prefix], hide) for row in rows]
+    arrays = {name: np.concatenate([one[name] for one, _ in filled])[None] for name in filled[0][0]}
+    kept = [ends if apart else [0, ends[-1]] for _, ends in filled]
+    return arrays | _apart([[*ends, row.seq_len] for ends, row in zip(kept, rows, strict=True)])
+
+
+def _fill_hidden(row: Row, source: Source, hide: Hider) -> tuple[Arrays, list[int]]:
+    """The arrays [T] of a row, zero in the padding, and the ends of its documents."""
+    made, ends = [], [0]
+    for item in row.items:
+        ids, _ = source.read(item, row.epoch)
+        made.append(hide(ids, source.fingerprint, item.document, item.begin, row.epoch))
+        ends.append(ends[-1] + len(ids))
+    room = row.seq_len - ends[-1]
+    return {name: np.pad(np.concatenate([one[name] for one in made]), (0, room)) for name in made[0]}, ends
 
 
 class StreamReader:
@@ -186,3 +208,10 @@ def stack(samples: Sequence[np.ndarray]) -> Arrays:
         "tokens": both[:, :-1].copy(), "labels": both[:, 1:].copy(),
         "positions": np.broadcast_to(np.arange(length), (rows, length)).copy(), "mask": np.ones((rows, length), bool),
     }  # fmt: skip
+
+
+def hide_samples(samples: Sequence[np.ndarray], numbers: Sequence[int], hide: Hider) -> Arrays:
+    """The same [B, T] without their last token; a sample is one text, named by its number."""
+    made = [hide(sample[:-1].astype(np.int64), number) for sample, number in zip(samples, numbers, strict=True)]
+    arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}
+    return arrays | {"positions": np.tile(np.arange(arrays["tokens"].shape[1]), (len(samples), 1))}

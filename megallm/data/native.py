@@ -81,6 +81,12 @@ class SentencePieceTokenizer(_Native):
             raise DataError(f"{self.path} has no end-of-sentence symbol: train it with one, or leave out --append-eod.")
         return self._model.eos_id()
 
+    @property
+    def specials(self) -> set[int]:
+        """Ids of control symbols and of the unknown piece."""
+        model = self._model
+        return {i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)}
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` changes nothing: the library never finds control symbols in text."""
         return self._model.encode(text)
@@ -124,6 +130,11 @@ class TiktokenTokenizer(_Native):
             if token in self._special_tokens:
                 return self._special_tokens[token]
         raise DataError(f"{self.path.with_suffix('.json')} names no special token {_END} that could end a document.")
+
+    @property
+    def specials(self) -> set[int]:
+        """Ids of the special tokens of the rules."""
+        return set(self._special_tokens.values())
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids."""

@@ -7,7 +7,6 @@ Each document in a packed row is a text of its own; padding is a document too, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy as np
 from megallm.base import rng
 from megallm.base.errors import DataError, UsageError
 from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
-from megallm.data.source import Row, Source
 from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer, Tokenizer
 
 NEXT_TOKEN, MLM, DIFFUSION = "next_token", "mlm", "diffusion"
@@ -53,38 +51,6 @@ class Hider:
         return starts
 
 
-def hide_rows(rows: Sequence[Row], sources: dict[str, Source], hide: Hider, apart: bool) -> Arrays:
-    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not see each other.
-
-    Arrays [1, B x T] as in `batches.pack`; positions start at 0 with each document, or else with each row.
-    """
-    length = rows[0].seq_len
-    filled = [_fill(row, sources[row.prefix], hide) for row in rows]
-    arrays = {name: np.concatenate([one[name] for one, _ in filled])[None] for name in filled[0][0]}
-    bounds = [np.array(ends if apart else [0, ends[-1], length]) + i * length for i, (_, ends) in enumerate(filled)]
-    ends = np.unique(np.concatenate([*bounds, [len(rows) * length]]))
-    positions = np.arange(arrays["tokens"].shape[1]) - np.repeat(ends[:-1], np.diff(ends))
-    return arrays | {"positions": positions[None], "cu_seqlens": ends.astype(np.int32)}
-
-
-def _fill(row: Row, source: Source, hide: Hider) -> tuple[Arrays, list[int]]:
-    """The arrays [T] of a row, zero in the padding, and the ends of its documents."""
-    made, ends = [], [0]
-    for item in row.items:
-        ids, _ = source.read(item, row.epoch)
-        made.append(hide(ids, source.fingerprint, item.document, item.begin, row.epoch))
-        ends.append(ends[-1] + len(ids))
-    room = row.seq_len - ends[-1]
-    return {name: np.pad(np.concatenate([one[name] for one in made]), (0, room)) for name in made[0]}, ends
-
-
-def hide_samples(samples: Sequence[np.ndarray], numbers: Sequence[int], hide: Hider) -> Arrays:
-    """B samples of Megatron's order without their last token [B, T]; a sample is one text, named by its number."""
-    made = [hide(sample[:-1].astype(np.int64), number) for sample, number in zip(samples, numbers, strict=True)]
-    arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}
-    return arrays | {"positions": np.tile(np.arange(arrays["tokens"].shape[1]), (len(samples), 1))}
-
-
 # From a tokenizer
 
 
@@ -109,15 +75,13 @@ def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) ->
 
 
 def special_tokens(words: Tokenizer | None) -> set[int]:
-    """Ids that are never hidden nor put in another's place: the end of a document and what the tokenizer added."""
+    """Ids that are never hidden nor put in another's place: the end of a document and the tokenizer's specials."""
     if words is None:
         return set()
-    added = words.added_tokens if isinstance(words, FolderTokenizer) else []
-    found = {token["id"] for token in added if token.get("special")}
     try:
-        return found | {words.eod}
+        return words.specials | {words.eod}
     except DataError:  # a tokenizer without an end of documents, such as BERT's
-        return found
+        return words.specials
 
 
 def word_table(words: Tokenizer | None) -> np.ndarray:

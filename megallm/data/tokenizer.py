@@ -47,6 +47,11 @@ class Encoder(Protocol):
 class Tokenizer(Encoder, Protocol):
     """Text to ids and back. `eod` is the end-of-document id; `fingerprint` names vocabulary and rules."""
 
+    @property
+    def specials(self) -> set[int]:
+        """Ids of the tokens that stand for no text."""
+        ...
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids (chat templates)."""
         ...
@@ -91,6 +96,11 @@ class ByteTokenizer:
     vocab_size = 257
     eod = 256
     fingerprint = "bytes-257"
+
+    @property
+    def specials(self) -> set[int]:
+        """The end of a document."""
+        return {self.eod}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Bytes of the text; the one special token has no written form, so `special` changes nothing."""
@@ -165,6 +175,11 @@ class FolderTokenizer:
     def added_tokens(self) -> list[dict[str, Any]]:
         """The added tokens of the definition, special or not."""
         return self._definition.get("added_tokens") or []
+
+    @property
+    def specials(self) -> set[int]:
+        """Ids of the added tokens that the definition calls special."""
+        return {token["id"] for token in self.added_tokens if token.get("special")}
 
     def pieces(self) -> list[str]:
         """Each token as the vocabulary writes it, by id; an id without a token is empty."""

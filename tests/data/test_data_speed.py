@@ -384,6 +384,7 @@ def test_sentencepiece(tmp_path):
     assert isinstance(one, native.SentencePieceTokenizer) and one.vocab_size == 340 and one.eod == reference.eos_id()
     assert one.encode(TEXT) == reference.encode(TEXT) and one.decode(one.encode("the fox")) == "the fox"
     assert one.eod not in one.encode("a</s>b") and one.token_id("</s>") == one.eod and one.token_id("<no>") is None
+    assert one.specials == {one.token_id(name) for name in ("<unk>", "<s>", "</s>")}
     source = corpus(tmp_path / "a.jsonl", 30)
     config = PreprocessConfig((source,), str(tmp_path / "o"), str(tmp_path), append_eod=True, on_error="skip")
     assert preprocess.run(config).backend == "sentencepiece"
@@ -402,12 +403,13 @@ def test_tiktoken_ranks(tmp_path):
     (tmp_path / "mine.tiktoken").write_bytes(lines)
     with pytest.raises(UsageError, match="write mine.json beside it"):
         tokenizer.load(str(tmp_path / "mine.tiktoken"))
-    rules = {"pattern": native.KNOWN["gpt2"][0], "special_tokens": {"<|endoftext|>": 300}}
+    rules = {"pattern": native.KNOWN["gpt2"][0], "special_tokens": {"<|endoftext|>": 300, "<|mask|>": 299}}
     (tmp_path / "mine.json").write_text(json.dumps(rules))
     one = tokenizer.load(str(tmp_path / "mine.tiktoken"))
     assert one.encode("the the") == [257, 258] and (one.eod, one.vocab_size) == (300, 301)
     assert 300 not in one.encode("a<|endoftext|>b") and 300 in one.encode("a<|endoftext|>b", special=True)
     assert one.decode(one.encode(TEXT)) == TEXT and one.token_id("<|endoftext|>") == 300
+    assert one.specials == {299, 300}
     (tmp_path / "gpt2.tiktoken").write_bytes(lines)
     known = tokenizer.load(str(tmp_path / "gpt2.tiktoken"))
     assert known.eod == 50256 and known.fingerprint != one.fingerprint
