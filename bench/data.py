@@ -5,8 +5,8 @@ python bench/data.py --tokenizer DIR [--input F.jsonl] [--megabytes 200] [--mega
 A checkout of Megatron-LM of the end of 2024 runs beside Python 3.11 (it wants the modules six and pkg_resources).
 
 Each candidate is a process of its own, children included; CPU seconds do not depend on how busy the machine is as
-wall-clock does, but caches and hyperthreads are shared, so run it alone. Without --input the text is the Python
-library's own sources, cut into documents of 6,000 characters. Every output is compared with the first one's bytes.
+wall-clock does, but caches and hyperthreads are shared, so run it alone. Without --input the text is the Python sources
+of the installed packages, cut into documents of 6,000 characters. Every output is compared with the first one's bytes.
 """
 
 from __future__ import annotations
