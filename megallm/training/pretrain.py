@@ -30,7 +30,7 @@ from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
-from megallm.training.reading import check_tokenizers, open_held_out, open_reader, tokenizer_of
+from megallm.training.reading import check_tokenizers, held_out_readers, open_reader, tokenizer_of
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine, is_import
@@ -158,18 +158,17 @@ class HeldOut:
 
     def __init__(self, config: PretrainConfig, engine: Engine) -> None:
         self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
-        self.share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
+        share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
         try:
-            open_held_out(config, self.share)  # what cannot be read is said before the first step
+            self.readers = held_out_readers(config, share)  # what cannot be read is said before the first step
         except DataError as error:
             raise DataError(f"{error} Or train without a held-out loss: eval.batches=0.") from error
 
     def loss(self) -> float | None:
         """Nats per token, None without held-out data; collective over the world."""
-        reader = open_held_out(self.config, self.share)
-        if reader is None:
+        if self.readers is None:
             return None
-        total, count = 0.0, 0
+        reader, total, count = self.readers(), 0.0, 0
         for batch in range(1, self.config.eval.batches + 1):
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
             sums, counts = self.engine.evaluate(micros, LOSSES[self.config.data.objective])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,25 +184,24 @@ def open_reader(config: PretrainConfig, share: Share, first_step: int, state: di
     return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
 
 
-def open_held_out(config: PretrainConfig, share: Share) -> Reader | None:
-    """The validation split, always from its beginning: packed as the training rows are, or Megatron's samples.
+def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
+    """What reads the validation split from its beginning: packed as the training rows are, or Megatron's samples.
 
-    Nothing is rearranged in it, and its rows have `data.seq_len`. None without held-out data.
+    Nothing is rearranged in it, and its rows have `data.seq_len`. Files and tokenizer are opened once, however often
+    a reader is asked for. None without held-out data.
     """
     data, batches = config.data, config.eval.batches
     if not batches or parse_split(data.split)[1] == 0:
         return None
+    hide, vocab = hider_of(config), config.model.vocab_size
     if data.order == "megatron":
         wanted = batches * config.train.global_batch
-        vocab = config.model.vocab_size
-        return MegatronReader(
-            build_split(data.sources, data.split, "valid", wanted, data.seq_len, data.seed, vocab), share,
-            hider_of(config),
-        )  # fmt: skip
+        samples = build_split(data.sources, data.split, "valid", wanted, data.seq_len, data.seed, vocab)
+        return lambda: MegatronReader(samples, share, hide)
     segment = Segment(0, dict(data.sources), Reading(data.seq_len, data.packing, data.window))
     plan = Plan((segment,), data.seed, data.split, "valid")
-    sources = {prefix: Source(prefix, plan, config.model.vocab_size) for prefix in plan.prefixes}
-    return StreamReader(Stream(plan, sources), share, 1, data.document_masks, hider_of(config))
+    sources = {prefix: Source(prefix, plan, vocab) for prefix in plan.prefixes}
+    return lambda: StreamReader(Stream(plan, sources), share, 1, data.document_masks, hide)
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:

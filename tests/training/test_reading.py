@@ -81,11 +81,12 @@ def test_held_out_documents_are_no_training_documents(config):
         for step in range(1, 41) for row in reading.open_reader(config, Share(4, 2), step).consumed(step)
         for document, _, _ in row["spans"]
     }  # fmt: skip
-    reader = reading.open_held_out(config, Share(4, 2))
-    held = {(row["source"], d) for step in (1, 2) for row in reader.consumed(step) for d, _, _ in row["spans"]}
-    assert held and not held & trained
-    assert reading.open_held_out(replace(config, {"eval.batches": 0}), Share(4, 2)) is None
-    assert reading.open_held_out(replace(config, {"data.split": "100"}), Share(4, 2)) is None
+    readers = reading.held_out_readers(config, Share(4, 2))
+    rows, again = ([row for step in (1, 2) for row in reader.consumed(step)] for reader in (readers(), readers()))
+    held = {(row["source"], document) for row in rows for document, _, _ in row["spans"]}
+    assert held and not held & trained and again == rows
+    assert reading.held_out_readers(replace(config, {"eval.batches": 0}), Share(4, 2)) is None
+    assert reading.held_out_readers(replace(config, {"data.split": "100"}), Share(4, 2)) is None
 
 
 def test_tokenizers_must_agree(config):
