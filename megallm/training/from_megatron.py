@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from megallm.base.errors import UsageError
+from megallm.ops.narrow import RECIPES
 from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
 from megallm.training.shell_words import Shell, read_script, unresolved
 
@@ -173,15 +174,15 @@ def _precision(found: Translation) -> None:
     if "--fp8-format" in found.given:  # beside --bf16, which is its other half, in any order
         config["train.precision"] = "fp8"
         recipe, form = found.text("--fp8-recipe", "delayed"), found.text("--fp8-format")
-        if recipe in ("delayed", "tensorwise", "blockwise"):
+        if recipe in RECIPES:
             config["train.fp8.recipe"] = recipe
+            kind = RECIPES[recipe].gradients
+            if (form == "e4m3") != (kind == "e4m3"):
+                found.problems.append(f"--fp8-format {form}: gradients of the recipe {recipe} are {kind} here.")
+            if RECIPES[recipe].delayed:
+                config["train.fp8.history"] = found.number("--fp8-amax-history-len", 1)
         else:
-            found.problems.append(f"--fp8-recipe {recipe}: megallm has delayed, tensorwise, rowwise and blockwise.")
-        if (form == "e4m3") != (recipe == "blockwise"):
-            kind = "e4m3" if recipe == "blockwise" else "e5m2"
-            found.problems.append(f"--fp8-format {form}: gradients of the recipe {recipe} are {kind} here.")
-        if recipe == "delayed":
-            config["train.fp8.history"] = found.number("--fp8-amax-history-len", 1)
+            found.problems.append(f"--fp8-recipe {recipe}: megallm has {', '.join(RECIPES)}.")
         config["train.fp8.margin"] = found.number("--fp8-margin", 0)
         if "--first-last-layers-bf16" in found.given:
             config["train.fp8.bf16_first"] = found.number("--num-layers-at-start-in-bf16", 1)

@@ -5,13 +5,12 @@ Each fault is a rule's name, a sentence and the nearest changes that mend it, fo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from megallm.models.config import ModelConfig
 from megallm.ops import backends
-from megallm.ops.narrow import RECIPES, Fp8Options
+from megallm.ops.narrow import RECIPES, Fp8Options, LossScaleOptions
 from megallm.parallel.remade import PARTS
 from megallm.training.config import PretrainConfig, TrainConfig
 
@@ -34,9 +33,7 @@ def _loss_scale(train: TrainConfig) -> Iterator[Fault]:
     scale = train.loss_scale
     if train.precision != "fp16" and scale != _DEFAULTS.loss_scale:
         sentence = f"train.loss_scale is of train.precision fp16; the precision is {train.precision}."
-        given = dataclasses.asdict(_DEFAULTS.loss_scale)
-        fixes = {f"train.loss_scale.{name}": value for name, value in given.items() if getattr(scale, name) != value}
-        yield "loss_scale", sentence, ({"train.precision": "fp16"}, fixes)
+        yield "loss_scale", sentence, ({"train.precision": "fp16"}, _back("train.loss_scale", scale))
     elif scale.minimum > scale.initial:
         sentence = f"train.loss_scale.minimum {scale.minimum:g} is greater than train.loss_scale.initial "
         yield "loss_scale", sentence + f"{scale.initial:g}.", ({"train.loss_scale.minimum": scale.initial},)
@@ -44,19 +41,19 @@ def _loss_scale(train: TrainConfig) -> Iterator[Fault]:
 
 def _unused_fp8(train: TrainConfig) -> Iterator[Fault]:
     """Keys of train.fp8 that nothing reads."""
-    given, plain = dataclasses.asdict(train.fp8), dataclasses.asdict(Fp8Options())
-    changed = {name: plain[name] for name in given if given[name] != plain[name]}
+    changed = _back("train.fp8", train.fp8)
     if train.precision != "fp8":
         if changed:
-            sentence = f"train.fp8.{next(iter(changed))} is of train.precision fp8; the precision is {train.precision}."
-            yield "fp8", sentence, ({"train.precision": "fp8"}, _plain_fp8(train.fp8))
+            sentence = f"{next(iter(changed))} is of train.precision fp8; the precision is {train.precision}."
+            yield "fp8", sentence, ({"train.precision": "fp8"}, changed)
         return
     recipe = RECIPES[train.fp8.recipe]
     reads = {"history": recipe.delayed, "margin": recipe.scaled == "tensor"}
     for name, read in reads.items():
-        if name in changed and not read:
-            sentence = f"train.fp8.{name} is {given[name]}, which train.fp8.recipe {train.fp8.recipe} does not use."
-            yield "fp8", sentence, ({f"train.fp8.{name}": changed[name]}, {"train.fp8.recipe": "delayed"})
+        key = f"train.fp8.{name}"
+        if key in changed and not read:
+            sentence = f"{key} is {getattr(train.fp8, name)}, which train.fp8.recipe {train.fp8.recipe} does not use."
+            yield "fp8", sentence, ({key: changed[key]}, {"train.fp8.recipe": "delayed"})
 
 
 def _fp8_layers(fp8: Fp8Options, model: ModelConfig) -> Iterator[Fault]:
@@ -64,15 +61,16 @@ def _fp8_layers(fp8: Fp8Options, model: ModelConfig) -> Iterator[Fault]:
     if fp8.bf16_first + fp8.bf16_last >= layers:
         sentence = f"train.fp8.bf16_first {fp8.bf16_first} and train.fp8.bf16_last {fp8.bf16_last} leave none of the "
         sentence += f"{layers} layers (model.num_layers) in FP8."
-        fixes: list[dict[str, Any]] = [{"train.precision": "bf16"} | _plain_fp8(fp8)]
+        fixes: list[dict[str, Any]] = [{"train.precision": "bf16"} | _back("train.fp8", fp8)]
         if fp8.bf16_last < layers - 1:
             fixes.insert(0, {"train.fp8.bf16_first": layers - 1 - fp8.bf16_last})
         yield "fp8_layers", sentence, tuple(fixes)
 
 
-def _plain_fp8(fp8: Fp8Options) -> dict[str, Any]:
-    plain = dataclasses.asdict(Fp8Options())
-    return {f"train.fp8.{name}": plain[name] for name, value in dataclasses.asdict(fp8).items() if value != plain[name]}
+def _back(section: str, given: Fp8Options | LossScaleOptions) -> dict[str, Any]:
+    """The defaults of those keys of a section that say something else."""
+    plain = type(given)()
+    return {f"{section}.{name}": value for name, value in vars(plain).items() if getattr(given, name) != value}
 
 
 def _fp8_backend(config: PretrainConfig) -> Iterator[Fault]:

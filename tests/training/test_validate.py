@@ -49,6 +49,15 @@ def assert_fixes_hold(config: PretrainConfig, world: int | None, vocab: int | No
     return {problem.rule for problem in problems}
 
 
+def assert_refused(rule: str, values: dict, sentence: str) -> None:
+    """GOOD with these values breaks this rule alone, is told so in these words, and each fix mends it."""
+    config = replace(GOOD, values)
+    with pytest.raises(UsageError) as caught:
+        check(config)
+    assert sentence in str(caught.value)
+    assert assert_fixes_hold(config, None) == {rule}
+
+
 def grid():
     axes = product((1, 2, 3, 4, 5, 8), (1, 2, 3, 5), (None, 1, 2, 3), (1, 4, 6, 8, 12), (6, 16), (1, 2), (False, True))
     for tp, pp, dp, world, global_batch, micro_batch, sp in axes:
@@ -359,11 +368,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("rule", "values", "sentence"), BROKEN, ids=[f"{row[0]}-{i}" for i, row in enumerate(BROKEN)])
 def test_each_rule(rule, values, sentence):
-    config = replace(GOOD, values)
-    with pytest.raises(UsageError) as caught:
-        check(config)
-    assert sentence in str(caught.value)
-    assert assert_fixes_hold(config, None) == {rule}
+    assert_refused(rule, values, sentence)
 
 
 @pytest.mark.parametrize("values", [
