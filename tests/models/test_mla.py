@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.engine.config import EngineConfig
-from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator, Job
 from megallm.inference.sampling import Sampling
@@ -25,6 +23,7 @@ from megallm.parallel import context
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
+from tests.engine.tiny import engine_of, state_of
 from tests.ranks import run_ranks
 
 SIZES = {"kv_lora_dim": 12, "q_lora_dim": 10, "nope_head_size": 6, "rope_head_size": 8, "value_head_size": 10}
@@ -107,13 +106,7 @@ def test_attention_equals_that_of_transformers(queries: int, stretch: dict) -> N
 
 def continue_all(name: str, layout: Layout, batch: int = 4, count: int = 6) -> list[list[int]]:
     """On a rank: greedy continuations in float64."""
-    mesh = Mesh.start(layout)
-    model = ParallelModel(EngineConfig(MODELS[name].resolve(), precision="fp64"), mesh)
-    storage = {}
-    for entry in model.entries():
-        box = entry.shard.box(mesh.layout, mesh.coords)
-        storage[entry.name] = initial_values(entry.name, entry.shard, box.offset, box.shape, 1)
-    model.place(storage)
+    model = engine_of(Mesh.start(layout), model=MODELS[name].resolve(), seed=1).model
     jobs = [Job(i, list(prompt), Answer(Ending(count, frozenset()))) for i, prompt in enumerate(PROMPTS)]
     Generator(model, batch).generate(jobs, Sampling(max_new_tokens=count, temperature=0.0))
     return [job.answer.tokens for job in jobs]
@@ -122,11 +115,7 @@ def continue_all(name: str, layout: Layout, batch: int = 4, count: int = 6) -> l
 def by_the_referee(name: str, count: int = 6) -> list[list[int]]:
     """The same by whole sequences in ordinary torch, without a cache."""
     config = MODELS[name].resolve()
-    model = ParallelModel(EngineConfig(config, precision="fp64"), Mesh.single())
-    weights = {
-        entry.name: initial_values(entry.name, entry.shard, (0,) * len(entry.shard.full), entry.shard.full, 1)
-        for entry in model.entries()
-    }
+    weights = state_of(engine_of(model=config, seed=1))
     found = []
     for prompt in PROMPTS:
         text = list(prompt)

@@ -41,6 +41,32 @@ def whole_model(config: ModelConfig) -> Stage:
     return Stage(config, Mesh.single(), StageSpan(0, config.num_layers, True, True), StageOptions())
 
 
+def built(config: ModelConfig) -> Stage:
+    """The whole model with its initial weights in float64."""
+    stage = whole_model(config)
+    shards = {name: shard for name, _, shard in named_shards(stage)}
+    place_parameters(stage, {k: initial_values(k, s, (0,) * len(s.full), s.full, 0) for k, s in shards.items()})
+    return stage
+
+
+def batch_of(rows: int, tokens: int, vocab: int = 57) -> dict[str, torch.Tensor]:
+    """Tokens, with labels that two classes have too."""
+    draw = torch.Generator().manual_seed(4)
+    return {
+        "tokens": torch.randint(vocab, (rows, tokens), generator=draw),
+        "labels": torch.randint(2, (rows, tokens), generator=draw),
+        "positions": torch.arange(tokens).expand(rows, tokens),
+    }
+
+
+def counted_flops(config: ModelConfig, tokens: int, rows: int = 2) -> float:
+    """A token's, forward and backward of one batch, with attention as plain matrix products so that each is seen."""
+    stage, batch = built(config).float(), batch_of(rows, tokens)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        sum(found.sum() for found in stage(None, batch).values()).backward()
+    return counter.get_total_flops() / (rows * tokens)
+
+
 def built_count(config: ModelConfig) -> int:
     """Parameters of the model on the meta device; a tied matrix is there once."""
     stage = whole_model(config)
@@ -139,25 +165,9 @@ FLOP_CONFIGS = {
 
 @pytest.mark.parametrize("name", FLOP_CONFIGS)
 def test_flops_equal_counted_ones(name, monkeypatch):
-    """Forward and backward of one batch, attention as plain matrix products so that each is seen."""
     monkeypatch.setattr(attention, "_widened", lambda x, q: x)  # zeros that a fast kernel wants are no work of ours
     config = replace(TINY, **FLOP_CONFIGS[name]).resolve()
-    rows, tokens = 2, 16
-    stage = whole_model(config)
-    shards = {key: shard for key, _, shard in named_shards(stage)}
-    place_parameters(
-        stage,
-        {k: initial_values(k, s, (0,) * len(s.full), s.full, 0).float() for k, s in shards.items()},
-    )
-    draw = torch.randint(config.vocab_size, (rows, tokens + 1))
-    batch = {
-        "tokens": draw[:, :-1],
-        "labels": draw[:, 1:],
-        "positions": torch.arange(tokens).expand(rows, tokens),
-    }
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        sum(found.sum() for found in stage(None, batch).values()).backward()
-    assert counter.get_total_flops() == config.num_flops(tokens) * rows * tokens
+    assert counted_flops(config, 16) == config.num_flops(16)
 
 
 def test_causal_flops_count_the_triangle():

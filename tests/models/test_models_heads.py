@@ -7,16 +7,11 @@ from itertools import product
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from megallm.base.errors import UsageError
-from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage
 from megallm.models.presets import PRESETS
-from megallm.parallel.shard import named_shards
-from tests.models.test_models_counts import TINY, built_count, whole_model
+from tests.models.test_models_counts import TINY, batch_of, built, built_count, counted_flops
 
 BERT = replace(TINY, family="bert", num_kv_heads=4)
 HEADS = {
@@ -25,23 +20,6 @@ HEADS = {
     "pooled classes": {"head": "classification", "num_labels": 5, "pooler": True}, "body": {"head": "none"},
     "pooled body": {"head": "none", "pooler": True},
 }  # fmt: skip
-
-
-def built(config: ModelConfig) -> Stage:
-    """The whole model with its initial weights in float64."""
-    stage = whole_model(config)
-    shards = {name: shard for name, _, shard in named_shards(stage)}
-    place_parameters(stage, {k: initial_values(k, s, (0,) * len(s.full), s.full, 0) for k, s in shards.items()})
-    return stage
-
-
-def batch_of(rows: int, tokens: int, vocab: int = 57) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(4)
-    return {
-        "tokens": torch.randint(vocab, (rows, tokens), generator=draw),
-        "labels": torch.randint(2, (rows, tokens), generator=draw),
-        "positions": torch.arange(tokens).expand(rows, tokens),
-    }
 
 
 def test_parameters_of_every_head_and_switch_of_an_encoder():
@@ -66,12 +44,7 @@ def test_presets_have_the_published_sizes():
 @pytest.mark.parametrize("base", [TINY, BERT], ids=["decoder", "encoder"])
 def test_flops_equal_counted_ones(base, head):
     config = replace(base, **({"causal": False} if base is BERT else {}) | HEADS[head]).resolve()
-    rows, tokens = 2, 16
-    stage, batch = built(config).float(), batch_of(rows, tokens)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        outputs = stage(None, batch)
-        outputs["value" if head == "value" else "log_prob"].sum().backward()
-    assert counter.get_total_flops() == config.num_flops(tokens) * rows * tokens
+    assert counted_flops(config, 16) == config.num_flops(16)
 
 
 @pytest.mark.parametrize("head", ["mlm", "pooled classes", "value"])

@@ -11,15 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.base.config import replace
-from megallm.engine.config import EngineConfig
-from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator, Job
 from megallm.inference.sampling import Sampling
 from megallm.losses import language
 from megallm.losses.language import NextToken, mask_ahead
 from megallm.models import decoder, mla
-from megallm.models.build import initial_values, place_parameters
+from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
 from megallm.models.mtp import places_ahead
 from megallm.models.stages import StageSpan
@@ -30,7 +28,8 @@ from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import further_losses
 from megallm.training.validate import find_problems
-from tests.models.test_mla import latent_weights
+from tests.engine.tiny import engine_of
+from tests.models.test_mla import SIZES, latent_weights
 from tests.ranks import pool, run_ranks
 
 TINY = ModelConfig(num_layers=2, hidden_size=24, ffn_hidden_size=40, num_heads=4, vocab_size=61, init_std=0.3)
@@ -143,8 +142,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
     if "MtpLayer" not in vars(layers):
         pytest.skip("this release of transformers has no layer for multi-token prediction")
     deepseek = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
-    sizes = {"kv_lora_dim": 12, "q_lora_dim": 10, "nope_head_size": 6, "rope_head_size": 8, "value_head_size": 10}
-    config = dataclasses.replace(TINY, mla=sizes, mtp={"depth": 1}, norm_eps=1e-6).resolve()
+    config = dataclasses.replace(TINY, mla=SIZES, mtp={"depth": 1}, norm_eps=1e-6).resolve()
     made = deepseek.DeepseekV3Config(
         hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10, rms_norm_eps=1e-6,
@@ -164,7 +162,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
         "block.mlp.gate_up.weight": torch.stack((block.mlp.gate_proj.weight, block.mlp.up_proj.weight)),
         "block.mlp.down.weight": block.mlp.down_proj.weight,
     }  # fmt: skip
-    ours |= {f"block.attention.{k}": v for k, v in latent_weights(block.self_attn.state_dict(), sizes, 4).items()}
+    ours |= {f"block.attention.{k}": v for k, v in latent_weights(block.self_attn.state_dict(), SIZES, 4).items()}
     stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True), decoder.StageOptions())
     depth = stage.mtp["0"]
     place_parameters(depth, ours)
@@ -182,9 +180,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
 
 def continuation(config: ModelConfig) -> list[int]:
     """Greedy, from initial values that depend on names only."""
-    model = ParallelModel(EngineConfig(config.resolve(), precision="fp64"), Mesh.single())
-    zeros = {e.name: (0,) * len(e.shard.full) for e in model.entries()}
-    model.place({e.name: initial_values(e.name, e.shard, zeros[e.name], e.shard.full, 1) for e in model.entries()})
+    model = engine_of(model=config.resolve(), seed=1).model
     job = Job(0, [5, 9, 30], Answer(Ending(10, frozenset())))
     Generator(model, 1).generate([job], Sampling(max_new_tokens=10, temperature=0.0))
     return job.answer.tokens

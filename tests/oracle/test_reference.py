@@ -15,19 +15,13 @@ from torch import Tensor
 
 from megallm.models.config import ModelConfig
 from megallm.oracle import reference, reference_mla, reference_mtp, reference_rules
-from tests.models.test_mla import latent_weights
+from tests.models.test_mla import SIZES as LATENT
+from tests.models.test_mla import YARN, latent_weights
 
 transformers = pytest.importorskip("transformers", reason="the reference is compared with transformers' models")
 
 SIZES = {"vocab_size": 61, "num_layers": 2, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "max_positions": 32}
-LATENT = {"kv_lora_dim": 12, "q_lora_dim": 10, "nope_head_size": 6, "rope_head_size": 8, "value_head_size": 10}
-YARN = {
-    "rope_scaling": "yarn",
-    "rope_factor": 4.0,
-    "rope_positions": 16,
-    "rope_mscale": 0.7,
-    "rope_mscale_all_dim": 1.2,
-}
+TWO_MSCALES = YARN | {"rope_mscale": 0.7, "rope_mscale_all_dim": 1.2}
 FAMILIES = {
     "llama": {"family": "llama", "ffn_hidden_size": 24},
     "llama-tied": {"family": "llama", "ffn_hidden_size": 24, "tie_embeddings": True},
@@ -35,7 +29,7 @@ FAMILIES = {
     "qwen3": {"family": "qwen3", "ffn_hidden_size": 24, "head_size": 6},
     "mistral": {"family": "mistral", "ffn_hidden_size": 24, "sliding_window": 3},
     "gpt2": {"family": "gpt2", "num_kv_heads": 4},
-    "latent": {"ffn_hidden_size": 24, "num_kv_heads": None, "mla": LATENT, "norm_eps": 1e-6} | YARN,
+    "latent": {"ffn_hidden_size": 24, "num_kv_heads": None, "mla": LATENT, "norm_eps": 1e-6} | TWO_MSCALES,
 }
 
 
