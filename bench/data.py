@@ -92,8 +92,10 @@ def ours(options: dict[str, list[str]], source: str, spec: str, folder: Path) ->
 def others(source: str, spec: str, folder: Path, megatron: str | None) -> Iterator[Candidate]:
     """The same of other tools."""
     output = folder / "per-document"
-    yield "tokenizers, document by document", [sys.executable, "-c", PER_DOCUMENT, source, spec, str(output)], Path(
-        f"{output}_text_document.bin"
+    yield (
+        "tokenizers, document by document",
+        [sys.executable, "-c", PER_DOCUMENT, source, spec, str(output)],
+        Path(f"{output}_text_document.bin"),
     )
     if megatron:
         output = folder / "megatron"
