@@ -127,8 +127,4 @@ def gather_logits(logits: Tensor, mesh: Mesh, vocab: int) -> Tensor:
     """The whole `[B, T, V]` on every tp rank from uneven pieces, no gradient; collective over tp."""
     if mesh.tp.size == 1:
         return logits
-    longest = piece(vocab, mesh.tp.size, 0)[1]
-    padded = F.pad(logits, (0, longest - logits.shape[-1]))
-    pieces = comm.all_gather(padded, mesh.tp, logits.dim() - 1).unflatten(-1, (mesh.tp.size, longest))
-    spans = [piece(vocab, mesh.tp.size, rank) for rank in range(mesh.tp.size)]
-    return torch.cat([pieces[..., rank, : end - begin] for rank, (begin, end) in enumerate(spans)], dim=-1)
+    return comm.start_gather_uneven(logits, mesh.tp, logits.dim() - 1, vocab)()
