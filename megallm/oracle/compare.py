@@ -102,6 +102,7 @@ class Verdict:
 
 # Settings under which every term of the update acts; a large eps keeps noise in zero gradients small.
 _MOMENTS = {"betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
+_MUON = {"momentum": 0.7, "nesterov": True, "ns_steps": 5, "update_scale": "rms"}
 RULE_SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": _MOMENTS,
     "adam": _MOMENTS,
@@ -110,7 +111,7 @@ RULE_SETTINGS: dict[str, dict[str, Any]] = {
     "rmsprop": {"smoothing": 0.8, "eps": 1e-5, "momentum": 0.6, "weight_decay": 0.3},
     "lion": {"betas": (0.8, 0.9), "weight_decay": 0.3},
     "adafactor": {"decay_power": 0.7, "update_clip": 0.8, "eps": 1e-8, "min_scale": 0.4, "weight_decay": 0.3},
-    "muon": _MOMENTS | {"momentum": 0.7, "nesterov": True, "ns_steps": 5, "update_scale": "rms"},
+    "muon": _MOMENTS | _MUON,
 }
 
 
@@ -130,7 +131,7 @@ def reference_rule(row: Row) -> Rule:
         "rmsprop": lambda: rules.Quotient(clip=clip, **values),
         "lion": lambda: rules.Lion(clip=clip, **values),
         "adafactor": lambda: rules.Adafactor(clip=clip, **values),
-        "muon": lambda: rules.Muon(0.7, True, 5, "rms", rules.Adam(clip=clip, **_MOMENTS)),
+        "muon": lambda: rules.Muon(**_MUON, rest=rules.Adam(clip=clip, **_MOMENTS)),
     }
     return made[row.rule]()
 

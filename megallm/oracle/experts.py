@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megallm.oracle.latents import LATENT_MODELS
+
 # Coefficients so large that the router losses are a part of every gradient; the bias step is a power of two.
 EXPERTS: dict[str, Any] = {"num_experts": 4, "ffn_hidden_size": 14, "aux_coef": 0.5, "z_coef": 0.1}
 DEEPSEEK: dict[str, Any] = {
@@ -17,19 +19,13 @@ DEEPSEEK: dict[str, Any] = {
     "selection_bias": True,
     "bias_rate": 0.125,
 }
-LATENT_EXPERTS: dict[str, Any] = {
-    "head_size": None,  # latent attention says what a head is
-    "num_kv_heads": None,
-    "mla": {"kv_lora_dim": 7, "q_lora_dim": 9, "nope_head_size": 3, "rope_head_size": 4, "value_head_size": 5},
-    "mtp": {"depth": 1},
-}
 EXPERT_MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": EXPERTS},
     "moe-deepseek": {"moe": EXPERTS | DEEPSEEK, "num_layers": 3, "tie_embeddings": True},
     "moe-qwen": {"moe": EXPERTS | {"norm_topk_prob": False, "shared_ffn_hidden_size": 10, "shared_gate": True}},
     "moe-capacity": {"moe": EXPERTS | {"capacity": 0.75}},
     "moe-positions": {"moe": EXPERTS | {"capacity": 1.0, "drop": "position", "top_k": 3}},
-    "moe-mla-mtp": LATENT_EXPERTS | {"moe": EXPERTS | DEEPSEEK},
+    "moe-mla-mtp": LATENT_MODELS["mla-mtp"] | {"moe": EXPERTS | DEEPSEEK},
     "moe-gelu": {"family": "gpt2", "bias": False, "num_kv_heads": 4, "moe": EXPERTS | {"every": 2}},
 }
 

@@ -29,11 +29,11 @@ def forward(
 
 
 class Seen(NamedTuple):
-    """Where tokens stand, and what the routers of experts leave behind."""
+    """Where tokens stand, and what the routers of experts leave behind (None: there are none)."""
 
     positions: Tensor
     documents: Tensor | None
-    notes: Notes
+    notes: Notes | None
 
 
 def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, seen: Seen) -> Tensor:
@@ -41,17 +41,26 @@ def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, see
     if config["positions"] == "learned":
         x = x + weights["positions.weight"][seen.positions]
     for layer in range(config["num_layers"]):
-        x = _block(config, weights, f"layers.{layer}.", layer, x, seen)
+        x = block(config, weights, f"layers.{layer}.", layer, x, seen)
     return x
 
 
-def _block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: Tensor, seen: Seen) -> Tensor:
-    y = norm(config, weights, at + "attention_norm", x)
-    x = x + attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
-    y = norm(config, weights, at + "mlp_norm", x)
-    if has_experts(config, layer):
-        return x + experts(config, weights, at + "moe.", y, seen.notes, mlp)
-    return x + mlp(config, weights, at + "mlp.", y)
+def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: Tensor, seen: Seen) -> Tensor:
+    """The layer of this number, with the weights at this prefix; norms stand before or after."""
+
+    def attend(y: Tensor) -> Tensor:
+        return attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
+
+    def feed(y: Tensor) -> Tensor:
+        if has_experts(config, layer):
+            return experts(config, weights, at + "moe.", y, seen.notes, mlp)
+        return mlp(config, weights, at + "mlp.", y)
+
+    if config["norm_place"] == "post":
+        x = norm(config, weights, at + "attention_norm", x + attend(x))
+        return norm(config, weights, at + "mlp_norm", x + feed(x))
+    x = x + attend(norm(config, weights, at + "attention_norm", x))
+    return x + feed(norm(config, weights, at + "mlp_norm", x))
 
 
 def _logits(config: Mapping[str, Any], weights: Weights, x: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ def masked_loss(
     if config["mtp"]["depth"]:
         of_norm = partial(norm, config, weights)
         loss = loss + further_loss(
-            config, weights, last, batch, of_norm, lambda at, layer, x: _block(config, weights, at, layer, x, seen)
+            config, weights, last, batch, of_norm, lambda at, layer, x: block(config, weights, at, layer, x, seen)
         )
     return loss + notes.loss()
 

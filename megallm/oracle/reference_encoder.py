@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.oracle.reference import Weights, attention, linear, mlp, norm
-from megallm.oracle.reference_moe import Notes, experts, has_experts
+from megallm.oracle.reference import Seen, Weights, block, norm
+from megallm.oracle.reference_mla import linear
+from megallm.oracle.reference_moe import Notes
 
 Config = Mapping[str, Any]
 Batch = Mapping[str, Tensor]
@@ -30,27 +31,10 @@ def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes |
         x = x + weights["token_types.weight"][batch["token_types"]]
     if config["embedding_norm"]:
         x = norm(config, weights, "embedding_norm", x)
+    seen = Seen(batch["positions"], batch.get("documents"), notes)
     for layer in range(config["num_layers"]):
-        x = _block(config, weights, layer, x, batch, notes)
+        x = block(config, weights, f"layers.{layer}.", layer, x, seen)
     return norm(config, weights, "final_norm", x) if config["norm_place"] == "pre" else x
-
-
-def _block(config: Config, weights: Weights, layer: int, x: Tensor, batch: Batch, notes: Notes | None) -> Tensor:
-    at = f"layers.{layer}."
-
-    def attend(y: Tensor) -> Tensor:
-        return attention(config, weights, at + "attention.", y, batch["positions"], batch.get("documents"))
-
-    def feed(y: Tensor) -> Tensor:
-        if has_experts(config, layer):
-            return experts(config, weights, at + "moe.", y, notes, mlp)
-        return mlp(config, weights, at + "mlp.", y)
-
-    if config["norm_place"] == "post":
-        x = norm(config, weights, at + "attention_norm", x + attend(x))
-        return norm(config, weights, at + "mlp_norm", x + feed(x))
-    x = x + attend(norm(config, weights, at + "attention_norm", x))
-    return x + feed(norm(config, weights, at + "mlp_norm", x))
 
 
 def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:

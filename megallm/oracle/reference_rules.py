@@ -134,8 +134,8 @@ class Muon:
 
     momentum: float
     nesterov: bool
-    steps: int
-    scale: str
+    ns_steps: int
+    update_scale: str
     rest: Adam
     buffer: dict[str, Tensor] = field(default_factory=dict)
 
@@ -149,14 +149,14 @@ class Muon:
         self.buffer[name] = self.momentum * self.buffer.get(name, 0.0) + grad
         ahead = grad + self.momentum * self.buffer[name] if self.nesterov else self.buffer[name]
         rows, columns = grad.shape[-2:]
-        size = 0.2 * max(rows, columns) ** 0.5 if self.scale == "rms" else max(1.0, rows / columns) ** 0.5
+        size = 0.2 * max(rows, columns) ** 0.5 if self.update_scale == "rms" else max(1.0, rows / columns) ** 0.5
         turned = torch.stack([self._orthogonal(one) for one in _flat(ahead, 2)]).view(grad.shape)
         return weight * (1 - lr * self.rest.weight_decay) - lr * size * turned
 
     def _orthogonal(self, x: Tensor) -> Tensor:
         """Jordan's quintic on x / |x|, without its shortcut for tall matrices: X X^T X is (X X^T) X and X (X^T X)."""
         x = x / max(float(x.square().sum().sqrt()), 1e-7)  # experts that no token chose have no gradient
-        for _ in range(self.steps):
+        for _ in range(self.ns_steps):
             cube = x @ x.T @ x
             x = 3.4445 * x - 4.7750 * cube + 2.0315 * (x @ x.T @ cube)
         return x

@@ -287,8 +287,6 @@ CONTROLS: dict[str, str] = (
         "zero.parameters": "zero1-dp2",
         "grads.partial": "tp2-sp",
         "grads.tie": "pp2-tied",
-        "muon.matrices": "muon-tp2",
-        "adafactor.sums": "adafactor-tp2",
         "clip.norm": "tp2",
         "loss.counts": "dp2",
         "loss.report": "dp2",
