@@ -33,8 +33,7 @@ class State:
 class Rule:
     """`matrix` rules need whole matrices (the last two dims): shards end where matrices end."""
 
-    paper: str
-    states: tuple[State, ...] = ()
+    states: tuple[State, ...]
     granularity: Literal["element", "matrix"] = "element"
 
     def like(self, config: OptimConfig) -> list[str]:
@@ -68,13 +67,13 @@ def whole_elements(rule: str, shard: Shard, layout: Layout, local: tuple[int, ..
 _MOMENTUM = State("momentum", kept=lambda config: config.momentum != 0)
 _MOMENTS = (State("exp_avg"), State("exp_avg_sq"))
 RULES: dict[str, Rule] = {
-    "adamw": Rule("arXiv 1711.05101", _MOMENTS),
-    "adam": Rule("arXiv 1412.6980", _MOMENTS),
-    "sgd": Rule("Sutskever et al. 2013", (_MOMENTUM,)),
-    "adagrad": Rule("Duchi et al. 2011", (State("sum"),)),
-    "rmsprop": Rule("Hinton 2012, lecture 6e", (State("square_avg"), _MOMENTUM)),
-    "lion": Rule("arXiv 2302.06675", (State("exp_avg"),)),
-    "adafactor": Rule("arXiv 1804.04235", (State("rows", row_factor), State("columns", column_factor))),
-    "adafactor.vector": Rule("arXiv 1804.04235", (State("exp_avg_sq"),)),
-    "muon": Rule("Jordan 2024; arXiv 2502.16982", (_MOMENTUM,), "matrix"),
+    "adamw": Rule(_MOMENTS),  # arXiv 1711.05101
+    "adam": Rule(_MOMENTS),  # arXiv 1412.6980
+    "sgd": Rule((_MOMENTUM,)),  # Sutskever et al. 2013
+    "adagrad": Rule((State("sum"),)),  # Duchi et al. 2011
+    "rmsprop": Rule((State("square_avg"), _MOMENTUM)),  # Hinton 2012, lecture 6e
+    "lion": Rule((State("exp_avg"),)),  # arXiv 2302.06675
+    "adafactor": Rule((State("rows", row_factor), State("columns", column_factor))),  # arXiv 1804.04235
+    "adafactor.vector": Rule((State("exp_avg_sq"),)),
+    "muon": Rule((_MOMENTUM,), "matrix"),  # Jordan 2024; arXiv 2502.16982
 }
