@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from megallm.base.config import load
-from megallm.base.errors import CannotWrite, DataError, UsageError
+from megallm.base.errors import DataError, UsageError
+from megallm.base.files import cannot_write
 from megallm.cli.table import Command
 from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
@@ -98,9 +100,9 @@ def _run(args: argparse.Namespace) -> int:
 def _check_output(path: Path) -> None:
     """What can be seen before anything is generated; a full disk is only noticed at the end."""
     if path.is_dir():
-        raise CannotWrite(f"Cannot write {path}: it is a folder; choose another name.")
+        raise cannot_write(path, IsADirectoryError(errno.EISDIR, "Is a directory"))
     if not path.absolute().parent.is_dir():
-        raise CannotWrite(f"Cannot write {path}: a folder on the way to it does not exist; create it first.")
+        raise cannot_write(path, FileNotFoundError(errno.ENOENT, "No such file or directory"))
 
 
 def _warn(text: str) -> None:

@@ -48,6 +48,7 @@ from megallm.convert.weights import (
     bridge_of,
     dtype_of,
     fill_theirs,
+    is_state,
     stored_model,
 )
 from megallm.data.tokenizer import BYTES
@@ -227,9 +228,8 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         if dtype not in PRECISIONS:
             raise UsageError(f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}.")
         reader.check_copies()
-        state = reader.model.state_shapes()  # float32 whatever the weights are
         lazy = [
-            Lazy(reader, name, reader.info(name)[0], torch.float32 if name in state else dtype)
+            Lazy(reader, name, reader.info(name)[0], torch.float32 if is_state(name) else dtype)
             for name in reader.names()
         ]
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
@@ -259,6 +259,11 @@ def imported_meta(model: ModelConfig, dtype: torch.dtype, tokenizer: str | None 
     """The meta of a checkpoint that conversion made: weights only, no history of training."""
     described = asdict(replace(model, hf=None))
     return {"kind": IMPORTED, "model": described, "precision": PRECISIONS[dtype], "tokenizer": tokenizer}
+
+
+def is_import(reader: Reader) -> bool:
+    """Whether conversion made this checkpoint: weights without a history of training."""
+    return isinstance(reader.meta, dict) and reader.meta.get("kind") == IMPORTED
 
 
 def to_yaml_section(model: ModelConfig) -> str:

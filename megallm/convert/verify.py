@@ -20,6 +20,7 @@ from megallm.convert.hf_config import CONFIG
 from megallm.convert.weights import Source, whole_stage
 from megallm.models.build import place_parameters
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.decoder import Stage
 from megallm.models.heads import local_logits
 from megallm.models.router import Routers
 from megallm.ops.precision import wide_dtype
@@ -84,14 +85,8 @@ def sample_tokens(model: ModelConfig) -> Tensor:
     return torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
 
 
-@torch.no_grad()
-def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
-    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
-
-    Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the first of an encoder.
-    Of a body alone the hidden states, and after them the pooled first one.
-    """
-    mesh = Mesh.single()
+def loaded_stage(model: ModelConfig, source: Source, mesh: Mesh) -> Stage:
+    """The whole model on one rank in float32, with the weights of the source."""
     stage = whole_stage(model, mesh)
     storage = {}
     for name, parameter, _ in named_shards(stage):
@@ -100,6 +95,18 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     for name, bias in Routers(model, mesh, {0: stage}).biases():
         source.read_into(name, (0,), bias)
     place_parameters(stage, storage)
+    return stage
+
+
+@torch.no_grad()
+def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
+    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
+
+    Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the first of an encoder.
+    Of a body alone the hidden states, and after them the pooled first one.
+    """
+    mesh = Mesh.single()
+    stage = loaded_stage(model, source, mesh)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     embedded = stage.embed(tokens, positions)
     sight = stage.context.sight({"positions": positions}, model.sliding_window, model.causal)

@@ -13,7 +13,7 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
-from megallm.convert.convert import IMPORTED
+from megallm.convert.convert import is_import
 from megallm.convert.folder import is_model_folder, read_json
 from megallm.convert.tokenizer_files import GENERATION
 from megallm.convert.weights import Cast, HfReader
@@ -109,7 +109,7 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         model = ParallelModel.load(config, mesh, source)
         spec = find_tokenizer(reader)
         folder = reader.folder if isinstance(reader, HfReader) else None if spec == BYTES else Path(spec)
-        imported = isinstance(reader, HfReader) or reader.meta.get("kind") == IMPORTED
+        imported = isinstance(reader, HfReader) or is_import(reader)
     words = tokenizer.load(spec)
     ends = end_tokens(words, folder)
     opening = opening_tokens(words) if imported else ()

@@ -14,7 +14,7 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
-from megallm.convert.convert import IMPORTED
+from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer
 from megallm.convert.weights import stored_model
@@ -33,7 +33,7 @@ from megallm.training.loop import Job, Ledger, Loop
 from megallm.training.reading import check_tokenizers, held_out_readers, open_reader, tokenizer_of
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
-from megallm.training.weights import build_engine, is_import
+from megallm.training.weights import build_engine
 
 LOSSES: dict[str, Loss] = {"next_token": NextToken(), "mlm": NextToken(), "diffusion": MaskedDiffusion()}
 

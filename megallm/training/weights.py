@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megallm.checkpoint.reader import Reader
-from megallm.convert.convert import IMPORTED
+from megallm.convert.convert import is_import
 from megallm.convert.weights import Cast, HfReader, Source
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
@@ -50,8 +50,3 @@ def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
         source.read_into(name, (0,), bias)
     engine.parameters.publish()
     return engine
-
-
-def is_import(reader: Reader) -> bool:
-    """Whether `megallm convert` made this checkpoint: weights without a history of training."""
-    return isinstance(reader.meta, dict) and reader.meta.get("kind") == IMPORTED

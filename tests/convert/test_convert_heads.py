@@ -36,6 +36,14 @@ def rewrite(folder: Path, change) -> None:
     save_file(change(tensors), file, {"format": "pt"})
 
 
+def tensors_of(reader: HfReader) -> dict[str, torch.Tensor]:
+    """Every logical tensor of a folder, float32."""
+    found = {name: torch.empty(reader.info(name)[0]) for name in reader.names()}
+    for name, tensor in found.items():
+        reader.read_into(name, (0,) * tensor.dim(), tensor)
+    return found
+
+
 def old_spelling(tensors: dict) -> dict:
     """As the first published folders are: gamma and beta, a pooler, a head for the next sentence, a tied matrix."""
     named = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
@@ -49,11 +57,8 @@ def old_spelling(tensors: dict) -> dict:
 
 def test_an_old_folder_is_the_same_model(tmp_path):
     folder = make(tmp_path / "hf", BERT)
-    plain = {name: torch.empty(0) for name in ()}
     with HfReader(folder) as reader:
-        for name in reader.names():
-            plain[name] = torch.empty(reader.info(name)[0])
-            reader.read_into(name, (0,) * plain[name].dim(), plain[name])
+        plain = tensors_of(reader)
     rewrite(folder, old_spelling)
     for architecture in ("BertForPreTraining", "BertForMaskedLM"):
         config = json.loads((folder / "config.json").read_text()) | {"architectures": [architecture]}
@@ -62,10 +67,9 @@ def test_an_old_folder_is_the_same_model(tmp_path):
             notes = " ".join(reader.notes)
             assert "cls.seq_relationship.bias" in notes and "bert.pooler.dense.weight" in notes
             assert "cls.predictions.decoder.weight is left aside" in notes
-            for name, want in plain.items():
-                got = torch.empty_like(want)
-                reader.read_into(name, (0,) * want.dim(), got)
-                assert torch.equal(got, want), name
+            found = tensors_of(reader)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], want) for name, want in plain.items())
 
 
 def test_a_body_without_a_pooler(tmp_path):
@@ -172,10 +176,7 @@ def test_a_body_is_trained_on_with_a_new_head(name, tmp_path):
     engine, told = build_engine(config, Mesh.single(), None)
     fresh = {piece.name: piece.tensor.clone() for piece in Engine.build(config, Mesh.single()).masters()}
     with HfReader(folder) as reader:
-        stored = {}
-        for key in reader.names():
-            stored[key] = torch.empty(reader.info(key)[0])
-            reader.read_into(key, (0,) * stored[key].dim(), stored[key])
+        stored = tensors_of(reader)
     made = {piece.name: piece.tensor.clone() for piece in engine.masters()}
     assert made.keys() == fresh.keys()
     new = set(changes) != {"causal"}

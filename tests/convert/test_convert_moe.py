@@ -6,11 +6,10 @@ import random
 from typing import Any
 
 import pytest
-import torch
 
 from megallm.convert import convert
 from megallm.convert.convert import ConvertRequest
-from tests.convert.test_convert_parity import loaded
+from tests.convert.test_convert_parity import assert_same_bits
 from tests.convert.tiny import THETA, Case, make
 
 
@@ -94,6 +93,4 @@ def test_logits_and_round_trip(wanted, tmp_path):
     assert done["max_rel_error"] == done["max_rel_error_everywhere"] <= 1e-5 and done["left_out"] == 0
     done = convert.run(ConvertRequest("hf", str(tmp_path / "ours"), str(tmp_path / "back"), verify=True))
     assert done["max_rel_error"] <= 1e-5 and not done["notes"][1:]
-    before, after = loaded(original), loaded(tmp_path / "back")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert_same_bits(original, tmp_path / "back")

@@ -17,16 +17,14 @@ from megallm.base.errors import CheckpointError, UsageError
 from megallm.convert import convert, families
 from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.hf_config import agree, family_of, parse_config, write_config
-from megallm.convert.weights import HfReader, whole_stage
-from megallm.models.build import place_parameters
+from megallm.convert.verify import loaded_stage
+from megallm.convert.weights import HfReader
 from megallm.models.config import ModelConfig
 from megallm.models.presets import PRESETS
-from megallm.models.router import Routers
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import named_shards
 from tests.convert.test_convert_moe import drawn
-from tests.convert.test_convert_parity import loaded, save_at_layout
+from tests.convert.test_convert_parity import assert_same_bits, loaded, save_at_layout
 from tests.convert.tiny import Case, make
 from tests.ranks import run_ranks
 
@@ -68,9 +66,7 @@ def back_again(original: Path, tmp_path: Path, layout: Layout) -> None:
     world = layout.pp * layout.dp * layout.cp * layout.tp
     run_ranks(world, save_at_layout, str(original), str(tmp_path / "run/checkpoints"), layout, "fp32")
     convert.run(ConvertRequest("hf", str(tmp_path / "run"), str(tmp_path / "back")))
-    before, after = loaded(original), loaded(tmp_path / "back")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert_same_bits(original, tmp_path / "back")
 
 
 @pytest.mark.parametrize(
@@ -115,16 +111,8 @@ def test_further_tokens_through_ranks_bit_for_bit(layout, tmp_path):
 
 def our_outputs(folder: Path, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Per-token log-probabilities of the next and the further tokens, with the weights of the folder."""
-    mesh = Mesh.single()
-    with HfReader(folder) as reader:
-        stage = whole_stage(reader.model, mesh)
-        storage = {name: torch.empty(parameter.shape) for name, parameter, _ in named_shards(stage)}
-        biases = dict(Routers(reader.model, mesh, {0: stage}).biases())
-        for name, tensor in {**storage, **biases}.items():
-            reader.read_into(name, (0,) * tensor.dim(), tensor)
-    place_parameters(stage, storage)
-    with torch.no_grad():
-        return stage(None, batch)
+    with HfReader(folder) as reader, torch.no_grad():
+        return loaded_stage(reader.model, reader, Mesh.single())(None, batch)
 
 
 def written_out(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,8 +248,7 @@ def test_stacked_experts_are_the_same_model(family, tmp_path):
     assert any(name.endswith("mlp.experts.gate_up_proj") for name in stacked)
     convert.run(ConvertRequest("megallm", str(tmp_path / "stacked"), str(tmp_path / "ours"), verify=True))
     convert.run(ConvertRequest("hf", str(tmp_path / "ours"), str(tmp_path / "back")))
-    before, after = loaded(original), loaded(tmp_path / "back")
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_bits(original, tmp_path / "back")
 
 
 def test_a_bf16_folder_keeps_float32_selection_biases(tmp_path):

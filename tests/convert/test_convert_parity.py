@@ -38,6 +38,13 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Two folders hold the same tensors: names, dtypes and every bit."""
+    before, after = loaded(one), loaded(other)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
 @pytest.mark.parametrize("wanted", CASES, ids=lambda one: one.name)
 def test_logits_and_round_trip(wanted, tmp_path):
     original = make(tmp_path / "hf", wanted)
@@ -46,9 +53,7 @@ def test_logits_and_round_trip(wanted, tmp_path):
     back = tmp_path / "back"
     done = convert.run(ConvertRequest("hf", str(tmp_path / "ours"), str(back), verify=True))
     assert done["max_rel_error"] <= 1e-5
-    before, after = loaded(original), loaded(back)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert_same_bits(original, back)
 
 
 def save_at_layout(folder: str, root: str, layout: Layout, precision: str) -> int:
@@ -69,9 +74,7 @@ def test_through_ranks_bit_for_bit(wanted, tmp_path):
     with HfReader(original) as reader:
         assert max(held) < 0.62 * reader.model.num_params()
     convert.run(ConvertRequest("hf", str(tmp_path / "run"), str(tmp_path / "back")))
-    before, after = loaded(original), loaded(tmp_path / "back")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_bits(original, tmp_path / "back")
 
 
 def test_bf16_keeps_its_bits_and_fp32_masters_are_preferred(tmp_path):
