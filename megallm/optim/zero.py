@@ -165,13 +165,8 @@ class ShardedParameters:
             for bucket in self.by_unit[key]:
                 bucket.release()
 
-    def settle(self) -> None:
-        """Have every parameter of this rank here, for use outside a stage; collective over the shard group."""
-        for bucket in self.flat:
-            bucket.arrive()
-
     def unsettle(self) -> None:
-        """Let go again of what is not kept between uses."""
+        """Let go of what is not kept between uses."""
         for bucket in self.flat:
             bucket.release()
 

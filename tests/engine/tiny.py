@@ -66,9 +66,10 @@ def gradients_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest max|a - b| / max|b| over all tensors."""
+    """The largest max|a - b| / max|b| over all tensors; one that is zero must be zero."""
     assert ours.keys() == theirs.keys()
-    return max(float((ours[n].double() - x.double()).abs().max() / x.double().abs().max()) for n, x in theirs.items())
+    pairs = [(ours[name].double(), x.double()) for name, x in theirs.items()]
+    return max(float((mine - x).abs().max() / x.abs().max().clamp(min=1e-300)) for mine, x in pairs)
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

@@ -54,8 +54,14 @@ def train(layout: Layout, engine_config: EngineConfig, micro: int = 2) -> tuple[
     """Train here; the whole weights of this rank's stages and the losses."""
     engine = Engine.build(engine_config, Mesh.start(layout))
     losses = [engine.train_step(batches(step, engine.mesh, micro), NextToken(), 1e-2).loss for step in range(STEPS)]
-    engine.parameters.settle()
-    return {name: view.clone() for name, view in engine.parameters.views.items()}, losses
+    return whole_weights(engine), losses
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of the weights of this rank's stages; collective over the shard group."""
+    for bucket in engine.parameters.flat:
+        bucket.arrive()
+    return {name: view.clone() for name, view in engine.parameters.views.items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -213,8 +219,7 @@ def load_while_weights_travel(layout: Layout, zero: ZeroOptions) -> bool:
     time.sleep(0.3 * mesh.rank)  # so that rank 0's gathers are still waiting for rank 1 when it loads
     engine.parameters.publish()
     engine.load(SlowWeights(0.0 if mesh.rank else 0.02), optimizer=False)
-    engine.parameters.settle()
-    return all(bool((view == 5.0).all()) for view in engine.parameters.views.values())
+    return all(bool((weight == 5.0).all()) for weight in whole_weights(engine).values())
 
 
 @pytest.mark.parametrize("stage", [1, 3])
