@@ -128,14 +128,14 @@ class Family:
 
     `keys`: our field -> their key. `defaults`: what transformers takes when a key is absent. `only`: keys that must
     be absent, null or have one of these values. `switches`: what our model must be to be written as this family.
-    `hidden_act`: their activation -> ours. `buffers`: regular expression of stored tensors that are no weights.
+    `activations`: their activation -> ours. `buffers`: regular expression of stored tensors that are no weights.
 
     `architecture` is that of the family's own head (`head`), `classifier` the one of classes or of one number, and
     `body` the one without a head; `rules` hold the first, `score` those of the classifier. `aside` matches stored
     tensors of a head that megallm does not have, `spellings` are old endings of names and what they are now.
     `fused` are rules of tensors with all experts of a layer in place of those with one each; `further` matches the
     tensors of multi-token prediction; `more` are the keys that do not go over one by one; `aliases` are other names of
-    keys, which transformers writes.
+    keys, which transformers writes; `writes` are keys of an exported config.json with one value.
     """
 
     name: str
@@ -162,6 +162,7 @@ class Family:
     further: str = r"(?!)"
     more: More | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    writes: Mapping[str, Any] = field(default_factory=dict)
 
     def is_fused(self, names: Iterable[str]) -> bool:
         """Whether tensors with these names hold all experts of a layer."""
@@ -378,7 +379,7 @@ FAMILIES: dict[str, Family] = {
                     "sliding_window": None},
         {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
         r".*\.attn\.(bias|masked_bias)",
-        classifier="GPT2ForSequenceClassification",
+        classifier="GPT2ForSequenceClassification", writes={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
     "bert": Family(
         "bert", "BertForMaskedLM", "bert.", BERT_RULES,
@@ -402,5 +403,6 @@ FAMILIES: dict[str, Family] = {
         score=BERT_CLASSIFIER, pooler=True, body="BertModel", also=("BertForPreTraining",),
         aside=r"cls\.seq_relationship\..*|bert\.pooler\..*",
         spellings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+        writes={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": True},
     ),
 }  # fmt: skip

@@ -367,7 +367,7 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
     """
     family = family_of(model)
     content: dict[str, Any] = {"architectures": [family.architecture_of(model.head)], "model_type": family.name}
-    content |= {key: get(model, field) for field, key in family.keys.items()}
+    content |= {key: get(model, field) for field, key in family.keys.items()} | family.writes
     content |= {} if family.more is None else family.more.write(model)
     acts = {ours: theirs for theirs, ours in reversed(family.activations.items())}
     content[family.activation_key] = acts[model.activation]
@@ -381,15 +381,11 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
         slides = model.sliding_window is not None
         content |= {"use_sliding_window": slides, "sliding_window": model.sliding_window}
         content |= {"max_window_layers": 0 if slides else model.num_layers}
-    if family.name == "bert":
-        content |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": True}
     if model.head in ("classification", "value"):
         names = [f"LABEL_{n}" for n in range(model.head_outputs)]
         content |= {"id2label": {str(n): name for n, name in enumerate(names)}}
         content |= {"label2id": {name: n for n, name in enumerate(names)}}
         content |= {"problem_type": "regression"} if model.head == "value" else {}
-    if family.name == "gpt2":
-        content |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     content |= {"pad_token_id": None} | token_ids  # absent, some families have a default beyond a small vocabulary
     return content | {"torch_dtype": dtype, "dtype": dtype, "use_cache": True}
 
