@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from megallm.oracle.rows import Written, row
 
-def _row(name: str, rule: str, layout: str = "", model: str = "llama", **rest: Any) -> tuple[str, str, str, dict]:
-    return f"{rule}-{name}", layout, model, {"rule": rule} | rest
+
+def _row(name: str, rule: str, layout: str = "", model: str = "llama", **rest: Any) -> Written:
+    return row(f"{rule}-{name}", layout, model, rule=rule, **rest)
 
 
 UNEVEN = {"ffn_hidden_size": 27}  # tensor-parallel ranks hold matrices of different sizes
-RULE_ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+RULE_ROWS: tuple[Written, ...] = (
     _row("tp2", "muon", "tp=2", "biased"),
     _row("tp2-uneven-ffn", "muon", "tp=2", overrides=UNEVEN),
     _row("tp4-sp-two-kv", "muon", "tp=4,sp=1"),
