@@ -231,8 +231,9 @@ class Engine:
         if not any(self.mesh.coords[axis] for axis in ("dp", "cp", "tp")):
             for name, bias in self.model.selection_biases():
                 yield Part(name, tuple(bias.shape), (0,), bias)
-            for name, history in self.model.fp8.histories():
-                yield Part(f"{AMAX}{name}", tuple(history.shape), (0, 0), history)
+        for name, history, shard in self.model.fp8.histories():
+            if shard.owned(self.mesh.coords):
+                yield Part(f"{AMAX}{name}", shard.full, shard.box(self.mesh.layout, self.mesh.coords).offset, history)
         for state, name, shard, tensor, owned in self.optimizer.factors():
             if owned:
                 box = shard.box(self.mesh.layout, self.mesh.coords)
@@ -266,9 +267,10 @@ class Engine:
     def _load_fp8(self, reader: Reader, optimizer: bool) -> None:
         """Take up the histories of delayed scales; those of another length, or of none, start afresh."""
         known = set(reader.names()) if optimizer else set()
-        for name, history in self.model.fp8.histories():
-            if f"{AMAX}{name}" in known and tuple(reader.info(f"{AMAX}{name}")[0]) == tuple(history.shape):
-                reader.read_into(f"{AMAX}{name}", (0, 0), history)
+        for name, history, shard in self.model.fp8.histories():
+            if f"{AMAX}{name}" in known and tuple(reader.info(f"{AMAX}{name}")[0]) == shard.full:
+                offset = shard.box(self.mesh.layout, self.mesh.coords).offset
+                reader.read_into(f"{AMAX}{name}", offset, history)
         self.model.fp8.loaded()
 
     def _state(self, optimizer: bool = True) -> dict[str, dict[int, Tensor]]:

@@ -14,6 +14,7 @@ from megallm.models.decoder import StageOptions
 from megallm.models.router import Routers
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim.zero import Entry
+from megallm.parallel.expert import twins
 from megallm.parallel.fp8 import Fp8Linears
 from megallm.parallel.linear import WeightQueue
 from megallm.parallel.mesh import Mesh
@@ -52,14 +53,17 @@ class ParallelModel:
         return later
 
     def _use_fp8(self) -> Fp8Linears:
-        """The linears of this rank's blocks that compute in FP8: none without the option."""
+        """The linears of this rank's blocks and further tokens that compute in FP8: none without the option."""
         options, found = self.config.fp8, {}
         if options is not None:
+            if self.config.model.moe.num_experts:
+                twins(self.mesh)  # makes groups of the world: also where a stage has no experts
             wanted = range(options.bf16_first, self.config.model.num_layers - options.bf16_last)
-            blocks = [item for stage in self.stages.values() for item in stage.layers.items()]
-            for number, block in blocks:
-                made = use_fp8(block, options) if int(number) in wanted else {}
-                found |= {f"layers.{number}.{name}": linear for name, linear in made.items()}
+            for stage in self.stages.values():
+                parts = {f"layers.{n}": block for n, block in stage.layers.items() if int(n) in wanted}
+                parts |= {f"mtp.{n}": depth for n, depth in stage.mtp.items()}
+                for at, part in parts.items():
+                    found |= {f"{at}.{name}": linear for name, linear in use_fp8(part, options).items()}
         for linear in found.values():
             linear.keeps_weights = self.config.zero.stage < 3  # stage 3 is there to keep no whole weight
         return Fp8Linears(found, self.mesh)

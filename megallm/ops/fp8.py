@@ -8,7 +8,6 @@ scale rules: Transformer Engine's recipes; blocks of 128: DeepSeek-V3 (arXiv 241
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,6 @@ LARGEST = {name: torch.finfo(dtype).max for name, dtype in FORMATS.items()}  # 4
 BLOCK = 128
 SCALED = ("tensor", "row", "block", "square")  # square: BLOCK x BLOCK, of weights
 ALIGNED = 16  # both dims of each operand, for the native kernels of a GPU
-
-Reduce = Callable[[Tensor], Tensor]  # the largest over the ranks that hold other parts of the same tensor
 
 
 class Quantised(NamedTuple):
@@ -51,16 +48,20 @@ def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False
 
 
 def amax_of(x: Tensor, scaled: str) -> Tensor:
-    """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`."""
+    """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`.
+
+    Zero where there is nothing: an expert may have no rows.
+    """
     size = x.abs()
     if scaled == "tensor":
         return wide(size.amax() if size.numel() else size.new_zeros(()))
     if scaled == "row":
-        return wide(size.amax(-1, keepdim=True))
+        return wide(size.amax(-1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1))
     height, (rows, columns) = BLOCK if scaled == "square" else 1, size.shape
     if columns % BLOCK or rows % height:
         size = F.pad(size, (0, -columns % BLOCK, 0, -rows % height))
-    return wide(size.view(-1, height, size.shape[1] // BLOCK, BLOCK).amax((1, 3)))
+    rows, columns = size.shape
+    return wide(size.view(rows // height, height, columns // BLOCK, BLOCK).amax((1, 3)))
 
 
 def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
@@ -70,14 +71,11 @@ def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
     return Quantised(data, 1.0 / scale)
 
 
-def quantise_now(x: Tensor, form: str, scaled: str, powers: bool, reduce: Reduce, margin: int = 0) -> Quantised:
-    """`quantise` with scales from the matrix itself; `reduce` completes amax over other ranks."""
-    return quantise(x, form, scale_of(reduce(amax_of(x, scaled)), LARGEST[form], margin, powers))
-
-
 def times(x: Tensor, scale: Tensor) -> Tensor:
     """`x [R, C]` times a scale of any granularity; whole blocks take no matrix of factors."""
     (rows, columns), whole = x.shape, x.is_contiguous() and scale.dim() == 2
+    if not x.numel():
+        return x
     if whole and scale.shape[1] * BLOCK == columns and rows in (scale.shape[0], scale.shape[0] * BLOCK):
         blocks = x.view(scale.shape[0], -1, scale.shape[1], BLOCK)
         return (blocks * scale[:, None, :, None]).view(rows, columns)
@@ -109,17 +107,31 @@ def emulated(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def native(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
-    """`product` by torch's kernel; with one scale per tensor or per row only."""
+    """`product` by torch's kernel; with one scale per tensor or per row only.
+
+    It takes whole multiples of `ALIGNED`: what is missing is filled up with zeros, which add nothing to a sum.
+    """
+    rows, columns = len(a.data), len(b.data)
+    a, b = _aligned(a), _aligned(b)
     second = b.inverse.t().contiguous() if b.inverse.dim() else b.inverse
-    return torch._scaled_mm(a.data, b.data.t(), scale_a=a.inverse, scale_b=second, out_dtype=dtype)
+    y = torch._scaled_mm(a.data, b.data.t(), scale_a=a.inverse, scale_b=second, out_dtype=dtype)
+    return y[:rows, :columns]
+
+
+def _aligned(x: Quantised) -> Quantised:
+    missing = [-size % ALIGNED for size in x.data.shape]
+    if not any(missing):
+        return x
+    data = F.pad(x.data.view(torch.uint8), (0, missing[1], 0, missing[0])).view(x.data.dtype)  # eight zero bits are 0.0
+    return Quantised(data, F.pad(x.inverse, (0, 0, 0, missing[0]), value=1.0) if x.inverse.dim() else x.inverse)
 
 
 def runs_natively(a: Quantised, b: Quantised) -> bool:
-    """On GPUs that have FP8 arithmetic, for shapes and scales that their kernels take.
+    """On GPUs that have FP8 arithmetic, for scales that their kernels take.
 
     A CPU has a kernel too, slower than the emulation: tests compare the two.
     """
     if a.data.device.type != "cuda" or torch.cuda.get_device_capability(a.data.device) < (8, 9):
         return False
     whole = all(x.inverse.dim() == 0 or x.inverse.shape == (x.data.shape[0], 1) for x in (a, b))
-    return whole and not any(size % ALIGNED for x in (a, b) for size in x.data.shape)
+    return whole and a.data.numel() > 0 and b.data.numel() > 0

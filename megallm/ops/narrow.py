@@ -40,7 +40,8 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Fp8Options:
-    """Which linears of the blocks compute in FP8, and how; embedding, norms, attention and head never do."""
+    """Which linears compute in FP8, and how: those of blocks, experts and further tokens. Embedding, norms, routers,
+    attention itself and head never do."""
 
     recipe: Literal["delayed", "tensorwise", "rowwise", "blockwise"] = "tensorwise"  # how values are scaled
     history: int = 16  # delayed: steps whose largest amax gives the scale

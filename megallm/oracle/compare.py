@@ -207,7 +207,9 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         torch.equal(mine, theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
     loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
-    loss_of = Fp8Loss(row.fp8, row.layout.dp * row.micros) if row.fp8 else loss_of
+    if row.fp8:
+        tokens = row.layout.tp * row.layout.cp
+        loss_of = Fp8Loss(row.fp8, row.layout.dp, row.micros, math.lcm(row.layout.ep, tokens) // tokens)
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
     trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of)
     verdict.loss = verdict.grad_norm = 0.0

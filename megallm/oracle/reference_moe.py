@@ -1,6 +1,6 @@
 """Independent float64 mixture of experts in ordinary torch, beside the decoder of `reference`.
 
-It imports nothing of megallm. Every expert is applied to every token and weighed by zero where it was not chosen;
+It imports nothing of megallm. Every expert is applied to every token, to zeros where it was not chosen, and weighed;
 choices, capacities and loads are made token by token in Python. DeepSeek-V3 (arXiv 2412.19437), equations 12 to 20.
 """
 
@@ -59,13 +59,15 @@ def experts(config: Config, weights: Weights, at: str, x: Tensor, notes: Notes, 
     share = scores * chosen
     if moe["norm_topk_prob"]:
         share = share / share.sum(-1, keepdim=True)
+    taken = chosen
     if moe["capacity"] is not None:
-        share = share * _kept(moe, scores.detach(), chosen, notes)
+        taken = _kept(moe, scores.detach(), chosen, notes)
+        share = share * taken
     out = torch.zeros_like(x)
     for e in range(number):
-        own = {f"e.{name}": weights[f"{at}experts.{name}"][e] for name in ("gate_up.weight", "up.weight", "down.weight")
-               if f"{at}experts.{name}" in weights}  # fmt: skip
-        out = out + share[..., e, None] * moe["routed_scale"] * mlp(config, own, "e.", x)
+        one, names = f"{at}experts.{e}.", ("gate_up.weight", "up.weight", "down.weight")
+        own = {one + name: weights[f"{at}experts.{name}"][e] for name in names if f"{at}experts.{name}" in weights}
+        out = out + share[..., e, None] * moe["routed_scale"] * mlp(config, own, one, x * taken[..., e, None])
     if moe["shared_ffn_hidden_size"]:
         beside = mlp(config, weights, at + "shared.", x)
         gate = (x @ weights[at + "shared_gate.weight"].T).sigmoid() if moe["shared_gate"] else 1.0

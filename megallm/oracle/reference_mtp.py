@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.oracle.reference_mla import Config, Weights
+from megallm.oracle.reference_mla import Config, Weights, linear
 
 Batch = dict[str, Tensor]
 Norm = Callable[[str, Tensor], Tensor]  # of the weights of that name
@@ -37,7 +37,7 @@ def further_loss(config: Config, weights: Weights, last: Tensor, batch: Batch, n
                                 norm(at + "hidden_norm", seen)), dim=-1)  # fmt: skip
             seen = norm(
                 at + "norm",
-                block(at + "block.", config["num_layers"] + k - 1, joined @ weights[at + "projection.weight"].T),
+                block(at + "block.", config["num_layers"] + k - 1, linear(weights, at + "projection", joined)),
             )
         else:
             seen = norm(at + "norm", block(at + "block.", config["num_layers"] + k - 1, last))

@@ -91,7 +91,7 @@ class Row:
     recompute_layers: int | None = None
     offload: bool = False
     fused_head: str = "off"
-    fp8: str | None = None  # a recipe: the linears of the blocks compute in FP8, everything else in float64
+    fp8: str | None = None  # a recipe: linears of blocks, experts and further tokens in FP8, the rest in float64
     micros: int = 1
     micro_batch: int = 2
     seq_len: int = 8
@@ -279,6 +279,8 @@ CONTROLS: dict[str, str] = (
         "vocab.sum": "tp2",
         "vocab.label": "tp2",
         "fp8.amax": "fp8-tp2",
+        "fp8.expert_amax": "fp8-moe-tp2-replicated",
+        "fp8.wrong_expert": "fp8-moe",
         "cp.lse": "cp2-ring",
         "cp.kv_grads": "cp2-ring",
         "cp.heads": "cp2-ulysses-one-kv",

@@ -31,6 +31,7 @@ REDUCTIONS = {
     "vocab.label": "logit of the label, found on one vocabulary piece",
     "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss (sequence parallelism)",
     "fp8.amax": "largest magnitude of a tensor that tp or cp divides, or of a step, for its FP8 scale",
+    "fp8.expert_amax": "the same of an expert whose rows lie on several ranks that hold it, or of a step, over edp",
     "cp.lse": "attention over the key blocks of other cp ranks, merged by log-sum-exp (ring)",
     "cp.kv_grads": "gradient of a rank's keys and values, summed over the cp ranks that attended to them",
     "cp.heads": "all-to-all over cp of heads for tokens (Ulysses)",
@@ -57,6 +58,7 @@ REDUCTIONS = {
 
 # Mistakes that are no missing reduction, which `--break` makes the same way.
 MISTAKES = {
+    "fp8.wrong_expert": "the FP8 scale of one expert used for another",
     "moe.twice": "the balancing loss counted once on every tp rank instead of once",
     "grads.wrong_group": "gradients of an expert summed over dp and cp, as those of dense layers, instead of over edp",
 }

@@ -9,6 +9,7 @@ the device once, to learn it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from torch import Tensor
 from megallm.ops.grouped_gemm import Runs, grouped_linear
 from megallm.ops.moe_permute import permute, unpermute
 from megallm.parallel import comm
-from megallm.parallel.mesh import Mesh
+from megallm.parallel.fp8 import fp8_grouped_linear
+from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard
-from megallm.parallel.tensor import ShardedModule
+from megallm.parallel.tensor import Linear
 
 
 def spread(x: Tensor, mesh: Mesh) -> Tensor:
@@ -72,7 +74,17 @@ def give_back(y: Tensor, route: Route, mesh: Mesh) -> Tensor:
     return comm.exchange_rows_fwd_exchange_rows_bwd(y, mesh.ep, route.received, route.sent, "moe.combine")
 
 
-class GroupedLinear(ShardedModule):
+def twins(mesh: Mesh) -> Axis:
+    """The ranks that have the other rows of an expert's input in a microbatch; collective over the world, once.
+
+    They are neighbours on edp. Where ep lies inside tp x cp, that is those of one data rank's tokens. Where it spans
+    data ranks, an expert's input is what all of them send it, and one rank has it.
+    """
+    tokens = mesh.layout.tp * mesh.layout.cp
+    return mesh.view("expert_grads", lcm(mesh.layout.ep, tokens) // mesh.layout.ep)[1]
+
+
+class GroupedLinear(Linear):
     """A linear of each expert: W `(X, *stack, out, in)`, whole experts divided over ep; never split over tp."""
 
     def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init) -> None:
@@ -81,4 +93,11 @@ class GroupedLinear(ShardedModule):
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
         """Rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
-        return grouped_linear(x, self.weight.flatten(1, -2), runs, self.later)
+        weight = self.weight.flatten(1, -2)
+        if self.fp8 is not None:
+            return fp8_grouped_linear(x, weight, runs, self.fp8, self.later)
+        return grouped_linear(x, weight, runs, self.later)
+
+    @property
+    def divided(self) -> dict[str, tuple[Axis, ...]]:
+        return {"tokens": (twins(self.mesh),), "in": (), "out": ()}

@@ -1,116 +1,153 @@
-"""Linears that compute in FP8, with scales of logical tensors: the same at any split over tp (and cp).
+"""Linears that compute in FP8, with scales of logical tensors: the same at any split over tp, cp and ep.
 
 The three products of a linear sum over another dim each, so a recipe that scales rows or blocks stores x and dy twice.
 A weight is stored once an update. Delayed scales come from a history of *steps*: the largest magnitude of a step over
 all microbatches and ranks enters it when the step commits, so recomputation and accumulation change nothing.
+Experts are linears side by side: each has scales of its own, from the rows that it was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megallm.ops.fp8 import LARGEST, Quantised, amax_of, product, quantise, quantise_now, scale_of
+from megallm.ops.fp8 import LARGEST, Quantised, amax_of, product, quantise, scale_of
+from megallm.ops.grouped_gemm import Runs
 from megallm.ops.narrow import RECIPES, Fp8Options
 from megallm.parallel import comm
 from megallm.parallel.linear import WeightQueue
 from megallm.parallel.mesh import Axis, Mesh
+from megallm.parallel.shard import Shard
 
-AMAX = "fp8.amax"
+AMAX, EXPERT_AMAX, WRONG_EXPERT = "fp8.amax", "fp8.expert_amax", "fp8.wrong_expert"
 OPERANDS = {"x": ("tokens", "in"), "weight": ("out", "in"), "dy": ("tokens", "out")}  # what their dims are
 ORDER = tuple(OPERANDS)
+ITSELF_TURNED = ("tensor", "square")  # scales that are those of the transpose too
 
 
 class Fp8Linear:
-    """How one linear stores its operands; `split` has the axes over which `tokens`, `in` and `out` are divided."""
+    """How one linear stores its operands; `split` has the axes over which `tokens`, `in` and `out` are divided.
 
-    def __init__(self, options: Fp8Options, split: Mapping[str, tuple[Axis, ...]], device: torch.device) -> None:
+    With `experts` it is that many linears, of which this rank holds those of its place on ep. Operands are lists then,
+    a matrix for each expert here; otherwise lists of one.
+    """
+
+    def __init__(self, options: Fp8Options, split: Mapping[str, tuple[Axis, ...]], mesh: Mesh, experts: int) -> None:
         self.options, self.recipe, self.split = options, RECIPES[options.recipe], split
         self.keeps_weights = True  # between the microbatches of a step
-        self.weight: dict[bool, Quantised] = {}
-        self.seen = torch.zeros(len(ORDER), device=device)  # the largest magnitudes of this step so far
-        self.history = torch.zeros(len(ORDER), options.history, device=device)
-        self.fresh = True  # no step has committed: scales are those of the tensors themselves
+        self.weight: dict[bool, list[Quantised]] = {}
+        size = (len(ORDER), options.history)
+        self.shard = Shard((experts, *size), {0: "ep"}) if experts else Shard(size)  # of the history
+        self.name = EXPERT_AMAX if experts else AMAX
+        self.mixed_up = experts > 0 and WRONG_EXPERT in mesh.world.broken
+        self.history = torch.zeros(self.shard.box(mesh.layout, mesh.coords).shape, device=mesh.device)
+        self.seen = torch.zeros_like(self.history[..., 0])  # the largest magnitudes of this step so far
+        self.complete = False  # whether some step has entered each operand into the history
 
-    def store(self, name: str, matrix: Tensor, turned: bool = False, training: bool = False) -> Quantised:
-        """An operand `[rows, columns]`, or its transpose, ready for a product over its last dim.
+    def store(
+        self, name: str, matrices: Sequence[Tensor], turned: bool = False, training: bool = False
+    ) -> list[Quantised]:
+        """Operands `[rows, columns]`, or their transposes, ready for products over their last dim.
 
         Collective over the axes that split what shares a scale, unless scales are delayed.
         """
         recipe, form = self.recipe, self.recipe.gradients if name == "dy" else "e4m3"
-        if recipe.scaled == "tensor":
-            stored = quantise(matrix, form, self._scale(name, matrix, form, training))
-            return stored.turned() if turned else stored
-        if recipe.scaled == "block":
-            if name == "weight":
-                stored = quantise_now(matrix, form, "square", recipe.powers, partial(self._largest, axes=()))
-                return stored.turned() if turned else stored
-            return quantise_now(_turn(matrix, turned), form, "block", recipe.powers, partial(self._largest, axes=()))
-        summed = OPERANDS[name][0 if turned else 1]
-        return quantise_now(
-            _turn(matrix, turned), form, "row", recipe.powers, partial(self._largest, axes=self.split[summed])
-        )
+        scaled, axes = self._grain(name, turned)
+        afterwards = turned and scaled in ITSELF_TURNED
+        if turned and not afterwards:
+            matrices = [matrix.t().contiguous() for matrix in matrices]
+        amax = [amax_of(matrix, scaled) for matrix in matrices]
+        amax = self._delayed(name, amax, axes, training) if recipe.delayed else self._largest(amax, axes)
+        if self.mixed_up and scaled == "tensor":
+            amax = amax[1:] + amax[:1]
+        margin = self.options.margin if scaled == "tensor" else 0
+        scales = [scale_of(one, LARGEST[form], margin, recipe.powers) for one in amax]
+        stored = [quantise(matrix, form, scale) for matrix, scale in zip(matrices, scales, strict=True)]
+        return _turned(stored) if afterwards else stored
 
-    def store_weight(self, weight: Tensor, turned: bool = False) -> Quantised:
-        """The weight `[out, in]`, stored once an update."""
+    def store_weight(self, weight: Tensor, turned: bool = False) -> list[Quantised]:
+        """The weights `[X, out, in]`, stored once an update."""
         if turned in self.weight:
             return self.weight[turned]
-        stored = self.store("weight", weight.detach(), turned, training=True)
+        stored = self.store("weight", weight.detach().unbind(), turned, training=True)
         if self.keeps_weights:
             self.weight[turned] = stored
         return stored
 
-    def keep_input(self, matrix: Tensor, stored: Quantised) -> tuple[Tensor, Tensor]:
-        """What the product for the weight's gradient will need of x."""
-        return stored if self.recipe.scaled == "tensor" else self.store("x", matrix, turned=True)
+    def keep_input(self, matrices: Sequence[Tensor], stored: list[Quantised]) -> list[Quantised]:
+        """What the products for the weights' gradients will need of x."""
+        return stored if self.recipe.scaled == "tensor" else self.store("x", matrices, turned=True)
 
-    def kept_input(self, data: Tensor, inverse: Tensor) -> Quantised:
-        """x transposed, from what `keep_input` gave."""
-        stored = Quantised(data, inverse)
-        return stored.turned() if self.recipe.scaled == "tensor" else stored
+    def kept_input(self, kept: Sequence[Tensor]) -> list[Quantised]:
+        """x transposed, from the tensors of what `keep_input` gave."""
+        stored = [Quantised(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
+        return _turned(stored) if self.recipe.scaled == "tensor" else stored
 
-    def store_gradient(self, matrix: Tensor) -> tuple[Quantised, Quantised]:
+    def store_gradient(self, matrices: Sequence[Tensor]) -> tuple[list[Quantised], list[Quantised]]:
         """dy, and dy transposed."""
-        stored = self.store("dy", matrix, training=True)
-        return stored, stored.turned() if self.recipe.scaled == "tensor" else self.store("dy", matrix, turned=True)
+        stored = self.store("dy", matrices, training=True)
+        return stored, _turned(stored) if self.recipe.scaled == "tensor" else self.store("dy", matrices, turned=True)
 
-    def _scale(self, name: str, matrix: Tensor, form: str, training: bool) -> Tensor:
-        """One scale for the logical tensor of which `matrix` is this rank's part."""
-        amax, place = amax_of(matrix, "tensor"), ORDER.index(name)
-        if self.recipe.delayed and training:
-            self.seen[place] = torch.maximum(self.seen[place], amax)
-        if self.recipe.delayed and not self.fresh:
-            past = self.history[place].amax()
-            amax = torch.where(past > 0, past, amax)  # no step has entered any yet: this rank's part scales itself
-        else:
-            amax = self._largest(amax, [axis for kind in OPERANDS[name] for axis in self.split[kind]])
-        return scale_of(amax, LARGEST[form], self.options.margin, self.recipe.powers)
+    def _grain(self, name: str, turned: bool) -> tuple[str, Sequence[Axis]]:
+        """What shares a scale, and the axes that split it. Blocks are those of a rank's own part."""
+        if self.recipe.scaled == "tensor":
+            return "tensor", [axis for kind in OPERANDS[name] for axis in self.split[kind]]
+        if self.recipe.scaled == "row":
+            return "row", self.split[OPERANDS[name][0 if turned else 1]]
+        return "square" if name == "weight" else "block", ()
 
-    def _largest(self, amax: Tensor, axes: list[Axis] | tuple[Axis, ...]) -> Tensor:
+    def _delayed(self, name: str, amax: list[Tensor], axes: Sequence[Axis], training: bool) -> list[Tensor]:
+        """The largest of the history; of the tensor itself where no step has entered any yet."""
+        now, place = torch.stack(amax), ORDER.index(name)
+        seen = self.seen[..., place]
+        if training:
+            seen.copy_(torch.maximum(seen, now.view_as(seen)))
+        past = self.history[..., place, :].amax(-1).view_as(now).to(now.dtype)
+        if not self.complete:
+            past = torch.where(past > 0, past, torch.stack(self._largest(amax, axes)))
+        return list(past)
+
+    def _largest(self, amax: list[Tensor], axes: Sequence[Axis]) -> list[Tensor]:
+        """Completed over the axes, all in one reduction each."""
+        if all(axis.size == 1 for axis in axes):
+            return amax
+        flat = torch.cat([one.flatten() for one in amax])
         for axis in axes:
-            comm.all_reduce_(amax, axis, AMAX, dist.ReduceOp.MAX)
-        return amax
+            comm.all_reduce_(flat, axis, self.name, dist.ReduceOp.MAX)
+        return [part.view_as(one) for part, one in zip(flat.split([one.numel() for one in amax]), amax, strict=True)]
 
     def forget(self) -> None:
         """The weight has changed: what was stored of it is stale."""
         self.weight.clear()
 
     def advance(self, seen: Tensor) -> None:
-        """Enter a step's largest magnitudes, by operand; what is not finite or was not seen leaves the history be."""
+        """Enter a step's largest magnitudes, by operand; what is not finite or was not seen leaves the history be.
+
+        An expert without tokens saw neither input nor gradient. Waits for the device until all were entered once.
+        """
         usable = (seen > 0) & seen.isfinite()
-        moved = torch.cat((seen[:, None], self.history[:, :-1]), dim=1)
-        self.history.copy_(torch.where(usable[:, None], moved, self.history))
+        moved = torch.cat((seen[..., None], self.history[..., :-1]), dim=-1)
+        self.history.copy_(torch.where(usable[..., None], moved, self.history))
         self.seen.zero_()
-        self.fresh = False
+        self.complete = self.complete or self._entered()
+
+    def loaded(self) -> None:
+        """Weight and history were filled from outside."""
+        self.forget()
+        self.complete = self._entered()
+
+    def _entered(self) -> bool:
+        return bool((self.history[..., 0] > 0).all())
 
 
-def _turn(matrix: Tensor, turned: bool) -> Tensor:
-    return matrix.t().contiguous() if turned else matrix
+def _turned(stored: list[Quantised]) -> list[Quantised]:
+    return [one.turned() for one in stored]
 
 
 class Fp8Linears:
@@ -120,59 +157,84 @@ class Fp8Linears:
         self.linears, self.mesh = linears, mesh
 
     def commit(self) -> None:
-        """After an update. With delayed scales collective over tp and dp x cp: one reduction of all linears."""
+        """After an update. With delayed scales collective over tp and dp x cp, for experts over edp: one reduction of
+        all linears each."""
         for linear in self.linears.values():
             linear.forget()
         delayed = [linear for linear in self.linears.values() if linear.recipe.delayed]
-        if not delayed:
-            return
-        seen = torch.stack([linear.seen for linear in delayed])
-        for axis in (self.mesh.tp, self.mesh.grads):
-            comm.all_reduce_(seen, axis, AMAX, dist.ReduceOp.MAX)
-        for linear, mine in zip(delayed, seen, strict=True):
-            linear.advance(mine)
+        for name, axes in ((AMAX, (self.mesh.tp, self.mesh.grads)), (EXPERT_AMAX, (self.mesh.expert_grads,))):
+            some = [linear for linear in delayed if linear.name == name]
+            if not some:
+                continue
+            seen = torch.cat([linear.seen.flatten() for linear in some])
+            for axis in axes:
+                comm.all_reduce_(seen, axis, name, dist.ReduceOp.MAX)
+            for linear, mine in zip(some, seen.split([linear.seen.numel() for linear in some]), strict=True):
+                linear.advance(mine.view_as(linear.seen))
 
-    def histories(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint remembers: `[3, history]` of each linear with delayed scales, the same on all tp ranks."""
+    def histories(self) -> Iterator[tuple[str, Tensor, Shard]]:
+        """What a checkpoint remembers of each linear with delayed scales: `[3, history]`, the same on all ranks of a
+        stage, or `[X, 3, history]`, divided over ep like the experts."""
         for name, linear in self.linears.items():
             if linear.recipe.delayed:
-                yield name, linear.history
+                yield name, linear.history, linear.shard
 
     def loaded(self) -> None:
         """Weights and histories were filled from outside."""
         for linear in self.linears.values():
-            linear.forget()
-            linear.fresh = not bool(linear.history.any())
+            linear.loaded()
 
 
-class _Fp8Product(torch.autograd.Function):
+class _Fp8Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, state: Fp8Linear,
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, sizes: tuple[int, ...], state: Fp8Linear,
         later: WeightQueue | None, training: bool,
     ) -> Tensor:  # fmt: skip
-        rows = x.flatten(0, -2)
+        rows = x.split(sizes)
         stored = state.store("x", rows, training=training)
-        y = product(stored, state.store_weight(weight), x.dtype)
         if training:
-            ctx.save_for_backward(*state.keep_input(rows, stored))
-        ctx.weight, ctx.state, ctx.later, ctx.shape, ctx.has_bias = weight, state, later, x.shape, bias is not None
-        y = y.unflatten(0, x.shape[:-1])
-        return y if bias is None else y + bias
+            ctx.save_for_backward(*chain(*state.keep_input(rows, stored)))
+        ctx.weight, ctx.state, ctx.later, ctx.sizes = weight, state, later, sizes
+        return _products(stored, state.store_weight(weight), x.dtype, torch.cat)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
-        rows, state, dtype = dy.flatten(0, -2), ctx.state, dy.dtype
-        stored, turned = state.store_gradient(rows)
-        dx = product(stored, state.store_weight(ctx.weight, turned=True), dtype).view(ctx.shape)
-        dw, kept = None, state.kept_input(*ctx.saved_tensors)
+        state, dtype, dw = ctx.state, dy.dtype, None
+        stored, turned = state.store_gradient(dy.split(ctx.sizes))
+        dx = _products(stored, state.store_weight(ctx.weight, turned=True), dtype, torch.cat)
+        gradient = partial(_products, turned, state.kept_input(ctx.saved_tensors), dtype, torch.stack)
         if ctx.later is not None and ctx.needs_input_grad[1]:
-            ctx.later.put(ctx.weight, partial(product, turned, kept, dtype))
+            ctx.later.put(ctx.weight, gradient)
         elif ctx.needs_input_grad[1]:
-            dw = product(turned, kept, dtype)
-        return dx, dw, rows.sum(0) if ctx.has_bias else None, None, None, None
+            dw = gradient()
+        return dx, dw, None, None, None, None
+
+
+def _products(
+    a: list[Quantised], b: list[Quantised], dtype: torch.dtype, join: Callable[[list[Tensor]], Tensor]
+) -> Tensor:
+    """`a_e b_e^T` of each pair, together by `torch.cat` or `torch.stack`; of one pair without a copy."""
+    made = [product(*pair, dtype) for pair in zip(a, b, strict=True)]
+    if len(made) == 1:
+        return made[0] if join is torch.cat else made[0][None]
+    return join(made)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Fp8Linear, later: WeightQueue | None) -> Tensor:
     """`x W^T + b` from operands in FP8, `[..., in] -> [..., out]`; both gradients from operands in FP8 too."""
-    return _Fp8Product.apply(x, weight, bias, state, later, torch.is_grad_enabled())
+    rows = x.flatten(0, -2)
+    y = _Fp8Products.apply(rows, weight[None], (len(rows),), state, later, torch.is_grad_enabled())
+    y = y.unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+def fp8_grouped_linear(
+    x: Tensor, weight: Tensor, runs: Runs, state: Fp8Linear, later: WeightQueue | None
+) -> Tensor:  # fmt: skip
+    """`x_e W_e^T` for the rows of each expert, as `ops.grouped_gemm.grouped_linear`, by the products of `fp8_linear`.
+
+    Waits for the device where `runs` does not know its sizes. Every rank that holds an expert takes part in the
+    reductions of its magnitudes, also without a row for it.
+    """
+    return _Fp8Products.apply(x, weight, runs.sizes, state, later, torch.is_grad_enabled())

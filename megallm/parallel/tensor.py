@@ -40,8 +40,26 @@ class ShardedModule(nn.Module):
         self.sp = sp and mesh.tp.size > 1
         self.shards: dict[str, Shard] = {}
         self.later: WeightQueue | None = None
+
+    def add_parameter(self, name: str, shard: Shard) -> None:
+        """Register a meta parameter of this rank's local shape."""
+        self.shards[name] = shard
+        shape = shard.box(self.mesh.layout, self.mesh.coords).shape
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+
+
+class Linear(ShardedModule):
+    """A layer that is one product with its `weight`, or one for each expert; in FP8 where `use_fp8` says so."""
+
+    def __init__(self, mesh: Mesh, sp: bool = False) -> None:
+        super().__init__(mesh, sp)
         self.fp8: Fp8Linear | None = None
         self.te: TeLinear | None = None
+
+    @property
+    def divided(self) -> dict[str, tuple[Axis, ...]]:
+        """The axes that split the dims of input, weight and output: `tokens`, `in` and `out`."""
+        raise NotImplementedError
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b`, `[..., in] -> [..., out]`, in FP8, with the weight gradient put off, where asked."""
@@ -51,22 +69,22 @@ class ShardedModule(nn.Module):
             return fp8_linear(x, weight, bias, self.fp8, self.later)
         return linear(x, weight, bias, self.later)
 
-    def add_parameter(self, name: str, shard: Shard) -> None:
-        """Register a meta parameter of this rank's local shape."""
-        self.shards[name] = shard
-        shape = shard.box(self.mesh.layout, self.mesh.coords).shape
-        self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
-
 
 def use_fp8(model: nn.Module, options: Fp8Options) -> dict[str, Fp8Linear]:
-    """Let every linear of `model` compute in FP8; ours by the name of its weight, none of Transformer Engine's."""
+    """Let every linear of `model` compute in FP8; ours by the name of its weight, none of Transformer Engine's.
+
+    That library's linears take no runs of any length: with it experts stay as they are.
+    """
     made = {}
     for name, module in model.named_modules():
-        if isinstance(module, ColumnLinear | TokenLinear | RowLinear):
-            if options.backend == "transformer_engine":
-                module.te = TeLinear(options, module.mesh.tp.group)
-                continue
-            module.fp8 = made[f"{name}.weight"] = Fp8Linear(options, module.divided, module.mesh.device)
+        if not isinstance(module, Linear):
+            continue
+        weight, ours = module.shards["weight"], options.backend == "megallm"
+        if ours:
+            experts = weight.full[0] if weight.expert else 0
+            module.fp8 = made[f"{name}.weight"] = Fp8Linear(options, module.divided, module.mesh, experts)
+        elif not weight.expert:
+            module.te = TeLinear(options, module.mesh.tp.group)
     return made
 
 
@@ -109,7 +127,7 @@ def sequence_partial(mesh: Mesh, sp: bool) -> tuple[str, ...]:
     return ("tp",) if sp and mesh.tp.size > 1 else ()
 
 
-class ColumnLinear(ShardedModule):
+class ColumnLinear(Linear):
     """`y = x W^T + b` with W `(*stack, out, in)`, `out` split over tp: `[B, T, in] -> [B, T, stack * out/tp]`.
 
     No communication: the input comes from `enter`. With `replicated` the weight is whole on every rank
@@ -135,11 +153,10 @@ class ColumnLinear(ShardedModule):
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
-        """The axes that split the dims of input, weight and output."""
         return {"tokens": (self.mesh.cp,), "in": (), "out": (self.mesh.tp,) if self.shards["weight"].split else ()}
 
 
-class TokenLinear(ShardedModule):
+class TokenLinear(Linear):
     """`y = x W^T + b` outside the tensor-parallel region: W `(out, in)` whole on every rank, applied to its own tokens.
 
     `[B, T/tp or T, in] -> [B, T/tp or T, out]`, no communication; with `sp` the gradient is partial over tp.
@@ -158,11 +175,10 @@ class TokenLinear(ShardedModule):
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
-        """The axes that split the dims of input, weight and output."""
         return {"tokens": (self.mesh.cp, self.mesh.tp) if self.sp else (self.mesh.cp,), "in": (), "out": ()}
 
 
-class RowLinear(ShardedModule):
+class RowLinear(Linear):
     """`y = sum over tp of x W^T, + b` with W `(out, in)`, `in` split over tp; the bias is added once, after the sum."""
 
     def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
@@ -178,7 +194,6 @@ class RowLinear(ShardedModule):
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
-        """The axes that split the dims of input, weight and output."""
         return {"tokens": (self.mesh.cp,), "in": (self.mesh.tp,), "out": ()}
 
     def reduce(self, y: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from megallm.ops import fp8
-from megallm.ops.fp8 import LARGEST, Quantised, amax_of, dequantise, emulated, native, quantise, quantise_now, scale_of
+from megallm.ops.fp8 import LARGEST, Quantised, amax_of, dequantise, emulated, native, quantise, scale_of
 from megallm.ops.narrow import RECIPES
 
 SHAPES = [(16, 16, 16), (16, 48, 32), (64, 128, 96), (128, 256, 64), (32, 1024, 48)]
 
 
-def whole(amax: Tensor) -> Tensor:
-    """The reduction of one process."""
-    return amax
+def quantise_now(x: Tensor, form: str, scaled: str, powers: bool = False) -> Quantised:
+    """With scales from the matrix itself."""
+    return quantise(x, form, scale_of(amax_of(x, scaled), LARGEST[form], powers=powers))
 
 
 def matrix(rows: int, columns: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -70,7 +70,7 @@ def test_amax_of_each_granularity_and_ragged_blocks():
 def test_what_is_stored_is_within_half_a_step(form, scaled):
     """Relative error at most 2^-4 (2^-3 for e5m2), or half the smallest subnormal step below the scale's reach."""
     x = matrix(130, 300)
-    stored = quantise_now(x, form, scaled, powers=False, reduce=whole)
+    stored = quantise_now(x, form, scaled)
     bits, tiny = {"e4m3": (3, 2.0**-9), "e5m2": (2, 2.0**-16)}[form]
     bound = torch.maximum(x.abs() * 2.0 ** -(bits + 1), fp8.spread(stored.inverse, x.shape) * tiny / 2)
     assert ((dequantise(stored, torch.float32) - x).abs() <= bound * 1.0001).all()
@@ -81,7 +81,7 @@ def test_finer_scales_lose_less():
     x = matrix(256, 384)
     error = {}
     for scaled in ("tensor", "row", "block"):
-        stored = quantise_now(x, "e4m3", scaled, False, whole)
+        stored = quantise_now(x, "e4m3", scaled)
         error[scaled] = ((dequantise(stored, torch.float32) - x) / x.abs()).abs().median()
     assert error["block"] <= error["row"] < error["tensor"]
 
@@ -95,7 +95,7 @@ def test_too_small_a_history_clips_instead_of_overflowing():
 @pytest.mark.parametrize("scaled", ["tensor", "square"])
 def test_turned_is_the_transpose(scaled):
     x = matrix(130, 300)
-    stored = quantise_now(x, "e4m3", scaled, True, whole)
+    stored = quantise_now(x, "e4m3", scaled, True)
     assert torch.equal(dequantise(stored.turned(), torch.float32), dequantise(stored, torch.float32).t())
 
 
@@ -105,8 +105,8 @@ def test_turned_is_the_transpose(scaled):
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rowwise_equals_torchs_kernel_bit_for_bit(shape, out):
-    a = quantise_now(matrix(shape[0], shape[1], 1), "e4m3", "row", True, whole)
-    b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "row", True, whole)
+    a = quantise_now(matrix(shape[0], shape[1], 1), "e4m3", "row", True)
+    b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "row", True)
     assert torch.equal(emulated(a, b, out), native(a, b, out))
 
 
@@ -114,8 +114,8 @@ def test_rowwise_equals_torchs_kernel_bit_for_bit(shape, out):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_gradient_times_a_weight_equals_torchs_kernel_bit_for_bit(shape, out):
     """e5m2 by e4m3 with one scale each: the products of the backward pass."""
-    a = quantise_now(matrix(shape[0], shape[1], 1), "e5m2", "tensor", False, whole)
-    b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "tensor", False, whole)
+    a = quantise_now(matrix(shape[0], shape[1], 1), "e5m2", "tensor")
+    b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "tensor")
     assert torch.equal(emulated(a, b, out), native(a, b, out))
 
 
@@ -133,8 +133,8 @@ def test_e4m3_by_e4m3_equals_torchs_kernel_where_sums_are_exact(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_e4m3_by_e4m3_is_within_the_rounding_of_the_sum(shape):
-    a = quantise_now(matrix(shape[0], shape[1], 1, 0.5), "e4m3", "tensor", False, whole)
-    b = quantise_now(matrix(shape[2], shape[1], 2, 0.5), "e4m3", "tensor", False, whole)
+    a = quantise_now(matrix(shape[0], shape[1], 1, 0.5), "e4m3", "tensor")
+    b = quantise_now(matrix(shape[2], shape[1], 2, 0.5), "e4m3", "tensor")
     sizes = dequantise(a, torch.float64).abs() @ dequantise(b, torch.float64).abs().t()
     bound = sizes * (shape[1] + 4) * 2.0**-23  # two sums of K terms and a few factors, each rounded to fp32
     difference = emulated(a, b, torch.float32).double() - native(a, b, torch.float32).double()
@@ -143,8 +143,8 @@ def test_e4m3_by_e4m3_is_within_the_rounding_of_the_sum(shape):
 
 def test_another_number_in_an_operand_changes_bits():
     """The control of the equalities above."""
-    a = quantise_now(matrix(16, 32, 1), "e4m3", "row", True, whole)
-    b = quantise_now(matrix(16, 32, 2), "e4m3", "row", True, whole)
+    a = quantise_now(matrix(16, 32, 1), "e4m3", "row", True)
+    b = quantise_now(matrix(16, 32, 2), "e4m3", "row", True)
     other = a.data.clone().view(torch.uint8)
     other[3, 5] ^= 1
     changed = Quantised(other.view(torch.float8_e4m3fn), a.inverse)
@@ -157,7 +157,7 @@ def test_every_recipe_is_near_the_product_of_what_it_was_given():
     found = {}
     for name, recipe in RECIPES.items():
         forms = {"row": ("row", "row"), "tensor": ("tensor", "tensor"), "block": ("block", "square")}[recipe.scaled]
-        x, w = (quantise_now(m, "e4m3", s, recipe.powers, whole) for m, s in zip((a, b), forms, strict=True))
+        x, w = (quantise_now(m, "e4m3", s, recipe.powers) for m, s in zip((a, b), forms, strict=True))
         error = emulated(x, w, torch.float32).double() - exact
         found[name] = float(error.norm() / exact.norm())
     assert all(error < 0.05 for error in found.values()), found

@@ -99,14 +99,14 @@ def test_a_cache_that_outlives_an_update_is_noticed(monkeypatch):
 def test_history_holds_steps_and_its_largest_gives_the_scale():
     engine = engine_of(precision="fp8", fp8=DELAYED)
     linear = engine.model.fp8.linears["layers.0.mlp.down.weight"]
-    assert linear.fresh
+    assert not linear.complete
     seen = []
     for step in range(4):
         engine.train_step(batches(2, seed=step), NextToken(), 0.01)
         seen.append(linear.history[:, 0].clone())
     assert torch.equal(linear.history, torch.stack(seen[:0:-1], 1)), "newest first, the oldest gone"
-    assert (linear.history > 0).all() and not linear.fresh
-    used = linear.store("x", torch.full((2, 40), 0.01))
+    assert (linear.history > 0).all() and linear.complete
+    (used,) = linear.store("x", [torch.full((2, 40), 0.01)])
     assert float(used.inverse) == pytest.approx(float(linear.history[0].max()) / 448.0)
 
 
@@ -127,7 +127,7 @@ def test_gradients_that_no_step_has_entered_scale_themselves():
     nothing = [batch | {"mask": torch.zeros_like(batch["mask"])} for batch in batches(1)]
     engines[1].train_step(nothing, NextToken(), 0.0)
     linear = engines[1].model.fp8.linears["layers.0.mlp.down.weight"]
-    assert linear.history[:2, 0].all() and not linear.history[2].any() and not linear.fresh
+    assert linear.history[:2, 0].all() and not linear.history[2].any() and not linear.complete
     fresh, later = ([engine.train_step(batches(1), NextToken(), 0.0).grad_norm, engine] for engine in engines)
     assert later[0] == fresh[0]
     for ours, theirs in zip(later[1].gradients(), fresh[1].gradients(), strict=True):
@@ -139,7 +139,7 @@ def history_of(layout: Layout, micros: int, recompute: str) -> tuple[list[float]
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
     engine = engine_of(mesh, model=FOUR_KV, precision="fp32", fp8=DELAYED, recompute=recompute)
     found = [engine.train_step(share(batches(micros, seed=step), mesh), NextToken(), 0.01).loss for step in range(3)]
-    return found, {n: h.clone() for n, h in engine.model.fp8.histories()}, state_of(engine)
+    return found, {n: h.clone() for n, h, _ in engine.model.fp8.histories()}, state_of(engine)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_resume_takes_up_histories_bit_for_bit(tmp_path):
         without.load(reader)
     for linear in without.model.fp8.linears.values():
         linear.history.zero_()
-        linear.fresh = True
+        linear.complete = False
     steps(second, range(3, 5))
     steps(without, range(3, 5))
     assert equal(state_of(second), state_of(straight))
