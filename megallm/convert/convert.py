@@ -89,8 +89,7 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     output = Path(request.output)
     if request.verify:
         verify.check_available()
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UsageError(f"--output {output} exists; choose a new folder, conversion never overwrites.")
+    check_new(output)
     if not Path(request.input).is_dir():
         raise UsageError(f"--input {request.input} is not a folder; give a run, step or model folder.")
     abandoned = sorted(str(path) for path in output.absolute().parent.glob(f"{escape(output.name)}{TEMPORARY}*"))
@@ -102,6 +101,12 @@ def run(request: ConvertRequest) -> dict[str, Any]:
             "delete it in the first case"
         )
     return done
+
+
+def check_new(output: Path) -> None:
+    """Errors: UsageError for an output that is there already, unless it is an empty folder."""
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise UsageError(f"--output {output} exists; choose a new folder, conversion never overwrites.")
 
 
 @contextmanager

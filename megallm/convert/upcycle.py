@@ -7,7 +7,6 @@ computes what the dense one did, whatever the router, which is drawn from the se
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,8 +22,8 @@ from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.tools import resolve
-from megallm.convert.convert import Lazy, imported_meta, to_yaml_section, whole_folder
-from megallm.convert.tokenizer_files import find_tokenizer
+from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
+from megallm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from megallm.convert.weights import Cast, Source, stored_model, whole_stage
 from megallm.data.tokenizer import BYTES
 from megallm.models.build import initial_values
@@ -85,8 +84,7 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
     Errors: UsageError, CheckpointError, CannotWrite; with any of them nothing is left at the output.
     """
     output = Path(request.output)
-    if output.is_symlink() or output.exists():
-        raise UsageError(f"--output {output} exists; choose a new folder, upcycling never overwrites.")
+    check_new(output)
     step = resolve(request.source)
     with Reader(step) as reader, whole_folder(output) as folder:
         model = with_experts(stored_model(reader), request)
@@ -97,7 +95,8 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
         meta = imported_meta(model, dtype, spec if spec == BYTES else None)
         if spec not in (None, BYTES):
             with writing(folder):
-                shutil.copytree(spec, folder / "tokenizer")
+                (folder / "tokenizer").mkdir()
+            copy_tokenizer(Path(spec), folder / "tokenizer")
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(model))

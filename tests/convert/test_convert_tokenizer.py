@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megallm.base.errors import CheckpointError
-from megallm.convert import tokenizer_files
+from megallm.convert import tokenizer_files, upcycle
 from megallm.convert.convert import ConvertRequest, run
 from megallm.convert.tokenizer_files import copy_tokenizer, token_ids, tokenizer_spec, write_byte_tokenizer
+from megallm.convert.upcycle import UpcycleRequest
 from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer
 from tests.convert.tiny import case, make
 
@@ -67,6 +68,10 @@ def test_files_travel_both_ways_and_only_they(tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == 256
     assert not (tmp_path / "back/secrets.json").exists()
+    (tmp_path / "ours/tokenizer/model.safetensors").write_bytes(b"weights that lie beside a tokenizer")
+    upcycle.run(UpcycleRequest(str(tmp_path / "ours"), str(tmp_path / "grown"), experts=2))
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "grown/tokenizer").iterdir()}
+    assert kept == {name: (folder / name).read_bytes() for name in kept} and "tokenizer.json" in kept
 
 
 def test_a_link_to_somewhere_else_is_no_tokenizer_file(tmp_path, monkeypatch):
