@@ -35,7 +35,11 @@ def main() -> int:
     if not seeds:
         print(f"compare.py: {args.folder} has no run moe-SEED: train them with run.sh.", file=sys.stderr)
         return 2
-    pairs = [(held_out(args.folder / f"dense-{seed}"), held_out(args.folder / f"moe-{seed}")) for seed in seeds]
+    try:
+        pairs = [(held_out(args.folder / f"dense-{seed}"), held_out(args.folder / f"moe-{seed}")) for seed in seeds]
+    except (OSError, ValueError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
     print("seed   dense    moe      moe - dense   busiest expert over the mean")
     for seed, (dense, moe) in zip(seeds, pairs, strict=True):
         rows = rows_of(args.folder / f"moe-{seed}")
