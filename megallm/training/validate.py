@@ -113,13 +113,14 @@ def find_problems(config: PretrainConfig, world: int | None, tokenizer_vocab: in
 def nearest_layouts(config: PretrainConfig, world: int, tokenizer_vocab: int | None = None) -> list[dict[str, int]]:
     """Up to three layouts of `world` ranks that break no rule about layouts, the closest to the wish first."""
     wish, found = config.layout, []
+    model = dataclasses.replace(_facts(config, world, tokenizer_vocab).model, hf=None)  # a folder is read once
     for tp in divisors(world):
         for pp, cp in product(divisors(world // tp), {1, wish.cp}):
             if world // tp // pp % cp:
                 continue
             layout = {"layout.pp": pp, "layout.dp": world // tp // pp // cp, "layout.tp": tp}
             layout |= {"layout.cp": cp} if wish.cp > 1 else {}
-            trial = replace(config, layout | {"layout.ep": 1})
+            trial = replace(config, layout | {"layout.ep": 1, "model": model})
             if not any(problem.rule in LAYOUT_RULES for problem in find_problems(trial, world, tokenizer_vocab)):
                 found.append((ratio(tp, wish.tp) * ratio(pp, wish.pp) * ratio(cp, wish.cp), layout))
     return [layout for _, layout in sorted(found, key=lambda pair: pair[0])[:3]]

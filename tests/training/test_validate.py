@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from megallm.base.config import get, load, replace
 from megallm.base.errors import UsageError
+from megallm.convert.hf_config import read_config, write_config
 from megallm.models.config import ModelConfig
 from megallm.optim.config import GroupConfig
 from megallm.parallel import zigzag
@@ -149,6 +152,16 @@ def test_nearest_layouts_fit_and_are_named():
         in str(caught.value)
     )
     assert nearest_layouts(replace(GOOD, {"train.global_batch": 7}), 5) == []
+
+
+def test_a_folder_is_not_read_again_for_every_layout(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(write_config(MODEL.resolve(), "float32", {})))
+    reads: list[Path] = []
+    monkeypatch.setattr(validate, "read_config", lambda path: reads.append(path) or read_config(path))
+    wish = {"layout.tp": 3, "train.global_batch": 16}
+    found = nearest_layouts(replace(GOOD, wish | {"model": ModelConfig(hf=str(tmp_path))}), 8)
+    assert found == nearest_layouts(replace(GOOD, wish), 8) and len(found) == 3
+    assert reads == [tmp_path]
 
 
 BROKEN = [
