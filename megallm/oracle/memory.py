@@ -1,12 +1,10 @@
-"""Rows of the oracle for what saves memory and for FP8: `(name, layout, model, settings)`. No torch."""
+"""Rows of the oracle for what saves memory and for FP8. No torch."""
 
 from __future__ import annotations
 
-from typing import Any
+from megallm.oracle.rows import Written
 
-Rows = tuple[tuple[str, str, str, dict[str, Any]], ...]
-
-MEMORY_ROWS: Rows = (
+MEMORY_ROWS: tuple[Written, ...] = (
     ("recompute-norm", "", "qwen3", {"recompute": "selective", "recompute_modules": ("norm",)}),
     ("tp2-recompute-attention", "tp=2", "llama", {"recompute": "selective", "recompute_modules": ("attention",)}),
     (
@@ -52,7 +50,7 @@ MEMORY_ROWS: Rows = (
     ("fused-zb-h1-tied-tp2", "pp=2,tp=2,schedule=zb-h1", "tied", {"micros": 3, "fused_head": "on"}),
     ("fused-zero3-dp2", "dp=2,zero=3", "tied", {"micros": 2, "fused_head": "on"}),
 )
-FP8_ROWS: Rows = (
+FP8_ROWS: tuple[Written, ...] = (
     ("fp8", "", "llama", {"fp8": "tensorwise", "micros": 2}),
     ("fp8-tp2", "tp=2", "four-kv", {"fp8": "tensorwise"}),
     ("fp8-tp2-sp-biased", "tp=2,sp=1", "biased", {"fp8": "tensorwise", "recompute": "full"}),
