@@ -13,6 +13,8 @@ from megallm.ops.fp8 import LARGEST, Quantised, amax_of, dequantise, emulated, n
 from megallm.ops.narrow import RECIPES
 
 SHAPES = [(16, 16, 16), (16, 48, 32), (64, 128, 96), (128, 256, 64), (32, 1024, 48)]
+RAGGED = [(3, 40, 21), (17, 7, 2), (130, 300, 5)]  # no multiples of what kernels take
+VECTORS = [(1, 16, 16), (17, 7, 1)]  # which the emulation adds up in another order
 
 
 def quantise_now(x: Tensor, form: str, scaled: str, powers: bool = False) -> Quantised:
@@ -103,7 +105,7 @@ def test_turned_is_the_transpose(scaled):
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + RAGGED, ids=str)
 def test_rowwise_equals_torchs_kernel_bit_for_bit(shape, out):
     a = quantise_now(matrix(shape[0], shape[1], 1), "e4m3", "row", True)
     b = quantise_now(matrix(shape[2], shape[1], 2), "e4m3", "row", True)
@@ -111,7 +113,7 @@ def test_rowwise_equals_torchs_kernel_bit_for_bit(shape, out):
 
 
 @pytest.mark.parametrize("out", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + RAGGED, ids=str)
 def test_a_gradient_times_a_weight_equals_torchs_kernel_bit_for_bit(shape, out):
     """e5m2 by e4m3 with one scale each: the products of the backward pass."""
     a = quantise_now(matrix(shape[0], shape[1], 1), "e5m2", "tensor")
@@ -119,7 +121,7 @@ def test_a_gradient_times_a_weight_equals_torchs_kernel_bit_for_bit(shape, out):
     assert torch.equal(emulated(a, b, out), native(a, b, out))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + RAGGED + VECTORS, ids=str)
 def test_e4m3_by_e4m3_equals_torchs_kernel_where_sums_are_exact(shape):
     """Its kernel adds in an order of its own; whole numbers times powers of two add up exactly in any order."""
     draw = torch.Generator().manual_seed(5)
@@ -149,6 +151,17 @@ def test_another_number_in_an_operand_changes_bits():
     other[3, 5] ^= 1
     changed = Quantised(other.view(torch.float8_e4m3fn), a.inverse)
     assert not torch.equal(emulated(changed, b, torch.float32), native(a, b, torch.float32))
+
+
+@pytest.mark.parametrize("scaled", fp8.SCALED)
+@pytest.mark.parametrize("shape", [(0, 200), (130, 0), (0, 0)], ids=str)
+def test_nothing_has_no_magnitude_and_adds_nothing(shape, scaled):
+    """The rows of an expert that no token chose, and their transpose."""
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    stored = quantise_now(x, "e4m3", scaled)
+    assert stored.data.shape == shape and (stored.inverse == 1).all()
+    other = quantise_now(matrix(6, shape[1]), "e4m3", "square" if scaled == "block" else scaled)
+    assert torch.equal(fp8.product(stored, other, torch.float32), torch.zeros(shape[0], 6))
 
 
 def test_every_recipe_is_near_the_product_of_what_it_was_given():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megallm.models.sections import MoeConfig
 from megallm.ops import backends, te_linear
 from megallm.ops.narrow import Fp8Options
-from tests.engine.tiny import engine_of
+from tests.engine.tiny import MODEL, engine_of
 
 
 class Linear(nn.Module):
@@ -84,3 +86,10 @@ def test_an_engine_takes_it_for_the_linears_of_its_blocks():
     block = engine.model.stages[0].layers["0"]
     assert isinstance(block.mlp.down.te, te_linear.TeLinear) and block.attention.q.te is not None
     assert not engine.model.fp8.linears
+
+
+def test_experts_stay_as_they_are():
+    model = replace(MODEL, moe=MoeConfig(num_experts=4, ffn_hidden_size=12, shared_ffn_hidden_size=8)).resolve()
+    engine = engine_of(model=model, precision="fp8", fp8=Fp8Options(backend="transformer_engine"))
+    moe = engine.model.stages[0].layers["0"].moe
+    assert moe.shared.down.te is not None and moe.experts.down.te is None and moe.experts.down.fp8 is None
