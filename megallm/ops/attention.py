@@ -25,6 +25,7 @@ from megallm.ops.tiles import BAND, CAUSAL, Sight, Span, Tile, plan_tiles
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_LENGTHS = {torch.bfloat16: 64}  # what lengths of documents are rounded up to
 
 
 def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
@@ -174,22 +175,23 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
     """
     if not _flash_fits(q, v):
         return _block(q, k, v, tile)
-    size = v.shape[-1]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), _widened(v, q).transpose(1, 2)
+    tokens, size = q.shape[1], v.shape[-1]
+    q, k, v = (_lengthened(x, tile, q.dtype).transpose(1, 2) for x in (q, k, _widened(v, q)))
     out, lse = _FLASH(q, k, v, 0.0, tile.kind == CAUSAL, attn_mask=_additive(tile, q), scale=q.shape[-1] ** -0.5)
-    return out.transpose(1, 2)[..., :size], lse.transpose(1, 2)
+    return out.transpose(1, 2)[:, :tokens, :, :size], lse.transpose(1, 2)[:, :tokens]
 
 
 def attention_block_backward(queries: Queries, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through this block, one of those merged into `queries.out` and `queries.lse`."""
     if not _flash_fits(queries.q, v):
         return _block_backward(queries, k, v, tile)
-    size, whole = v.shape[-1], (_widened(x, queries.q) for x in (queries.out, queries.grad, v))
-    q, k, lse, out, grad, v = (x.transpose(1, 2) for x in (queries.q, k, queries.lse, *whole))
+    tokens, size, whole = k.shape[1], v.shape[-1], (_widened(x, queries.q) for x in (queries.out, queries.grad, v))
+    given = (_lengthened(x, tile, k.dtype) for x in (queries.q, k, queries.lse, *whole))
+    q, k, lse, out, grad, v = (x.transpose(1, 2) for x in given)
     mask, scale = _additive(tile, q), q.shape[-1] ** -0.5
     grads = _FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, tile.kind == CAUSAL, attn_mask=mask, scale=scale)
     grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
-    return grad_q, grad_k, grad_v[..., :size]
+    return grad_q[:, : tile.q_end - tile.q_begin], grad_k[:, :tokens], grad_v[:, :tokens, :, :size]
 
 
 def _flash_fits(q: Tensor, v: Tensor) -> bool:
@@ -200,6 +202,15 @@ def _widened(x: Tensor, q: Tensor) -> Tensor:
     """`x` with zeros behind its last dim up to the size of a query: kernels want one size."""
     missing = q.shape[-1] - x.shape[-1]
     return F.pad(x, (0, missing)) if missing > 0 else x
+
+
+def _lengthened(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """`x` with zeros behind its tokens, which no query of theirs sees, up to a length that many documents share.
+
+    oneDNN compiles its bf16 kernels for each size it meets and keeps a thousand of them, about 1 MB each.
+    """
+    missing = -x.shape[1] % _LENGTHS.get(dtype, 1) if tile.kind == CAUSAL else 0
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
 
 
 def _seen(tile: Tile, device: torch.device) -> Tensor | None:
