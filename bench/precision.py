@@ -28,6 +28,7 @@ MODEL = {
     "family": "llama", "num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_heads": 4, "num_kv_heads": 4,
     "vocab_size": 4096,
 }  # fmt: skip
+EXPERTS = {"top_k": 2, "ffn_hidden_size": 384}  # two of half the width: a token uses as much as of the dense model
 SHOWN = 20  # steps at the end over which the loss is averaged
 
 
@@ -36,7 +37,7 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     batch = {"global_batch": args.batch, "micro_batch": args.batch}
     return {
         "run": {"dir": str(folder), "seed": args.seed},
-        "model": MODEL,
+        "model": MODEL | ({"moe": EXPERTS | {"num_experts": args.experts}} if args.experts else {}),
         "data": {"sources": {args.data: 1.0}, "split": "95,5,0", "seq_len": args.seq_len},
         "train": {"steps": args.steps, **batch},
         "optim": {"lr": 2e-3, "min_lr": 2e-4, "warmup_steps": 10},
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--experts", type=int, default=0, help="feed-forward layers become so many experts; 0: dense")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

@@ -63,12 +63,15 @@ class Fp8Linear:
         if turned and not afterwards:
             matrices = [matrix.t().contiguous() for matrix in matrices]
         amax = [amax_of(matrix, scaled) for matrix in matrices]
-        amax = self._delayed(name, amax, axes, training) if recipe.delayed else self._largest(amax, axes)
+        flat = torch.cat([one.flatten() for one in amax])
+        flat = self._delayed(name, flat, axes, training) if recipe.delayed else self._largest(flat, axes)
         if self.mixed_up and scaled == "tensor":
-            amax = amax[1:] + amax[:1]
-        margin = self.options.margin if scaled == "tensor" else 0
-        scales = [scale_of(one, LARGEST[form], margin, recipe.powers) for one in amax]
-        stored = [quantise(matrix, form, scale) for matrix, scale in zip(matrices, scales, strict=True)]
+            flat = flat.roll(1)
+        scale = scale_of(flat, LARGEST[form], self.options.margin if scaled == "tensor" else 0, recipe.powers)
+        stored = [
+            quantise(matrix, form, part.view_as(one))
+            for matrix, part, one in zip(matrices, scale.split([one.numel() for one in amax]), amax, strict=True)
+        ]
         return _turned(stored) if afterwards else stored
 
     def store_weight(self, weight: Tensor, turned: bool = False) -> list[Quantised]:
@@ -102,25 +105,20 @@ class Fp8Linear:
             return "row", self.split[OPERANDS[name][0 if turned else 1]]
         return "square" if name == "weight" else "block", ()
 
-    def _delayed(self, name: str, amax: list[Tensor], axes: Sequence[Axis], training: bool) -> list[Tensor]:
-        """The largest of the history; of the tensor itself where no step has entered any yet."""
-        now, place = torch.stack(amax), ORDER.index(name)
+    def _delayed(self, name: str, amax: Tensor, axes: Sequence[Axis], training: bool) -> Tensor:
+        """The largest of the history, by matrix; of the tensor itself where no step has entered any yet."""
+        place = ORDER.index(name)
         seen = self.seen[..., place]
         if training:
-            seen.copy_(torch.maximum(seen, now.view_as(seen)))
-        past = self.history[..., place, :].amax(-1).view_as(now).to(now.dtype)
-        if not self.complete:
-            past = torch.where(past > 0, past, torch.stack(self._largest(amax, axes)))
-        return list(past)
+            seen.copy_(torch.maximum(seen, amax.view_as(seen)))
+        past = self.history[..., place, :].amax(-1).view_as(amax).to(amax.dtype)
+        return past if self.complete else torch.where(past > 0, past, self._largest(amax, axes))
 
-    def _largest(self, amax: list[Tensor], axes: Sequence[Axis]) -> list[Tensor]:
-        """Completed over the axes, all in one reduction each."""
-        if all(axis.size == 1 for axis in axes):
-            return amax
-        flat = torch.cat([one.flatten() for one in amax])
+    def _largest(self, amax: Tensor, axes: Sequence[Axis]) -> Tensor:
+        """Completed in place over the axes."""
         for axis in axes:
-            comm.all_reduce_(flat, axis, self.name, dist.ReduceOp.MAX)
-        return [part.view_as(one) for part, one in zip(flat.split([one.numel() for one in amax]), amax, strict=True)]
+            comm.all_reduce_(amax, axis, self.name, dist.ReduceOp.MAX)
+        return amax
 
     def forget(self) -> None:
         """The weight has changed: what was stored of it is stale."""

@@ -17,12 +17,14 @@ from megallm.models.config import ModelConfig
 from megallm.ops.grouped_gemm import Runs
 from megallm.ops.narrow import RECIPES, Fp8Options
 from megallm.optim.config import ZeroOptions
+from megallm.oracle.compare import run_row
+from megallm.oracle.table import row_named
 from megallm.parallel.fp8 import Fp8Linear, fp8_grouped_linear, fp8_linear
 from megallm.parallel.layout import Layout
 from megallm.parallel.linear import WeightQueue, finish_weights
 from megallm.parallel.mesh import Mesh
 from tests.engine.tiny import batches, engine_of, equal, share, state_of
-from tests.ranks import run_ranks
+from tests.ranks import pool, run_ranks
 
 WHOLE: dict[str, Any] = {"tokens": (), "in": (), "out": ()}
 WIDE, NARROW = 160, 48  # in and out: blocks of 128 are ragged
@@ -197,6 +199,12 @@ def test_idle_experts_hang_no_rank_and_spoil_nothing(recipe, stage):
             assert history.isfinite().all() and (entered[:, 1] == 2).all()
             assert (entered[:, 0] == (1 if rank % 2 else 2)).all(), f"{name} of rank {rank}: {entered.tolist()}"
             assert torch.equal(history, results[rank % 2][2][name]), "the ranks that hold an expert agree"
+
+
+def test_a_history_of_each_rank_for_itself_would_be_noticed():
+    """dp=2 with all experts on both: nothing but the histories is reduced. Unbroken it is a row of the oracle."""
+    verdict = run_row(pool(), row_named("fp8-moe-delayed-replicated"), frozenset({"fp8.expert_amax"}))
+    assert verdict.problem is None and not verdict.passed
 
 
 def test_recomputation_changes_no_bit():
