@@ -77,8 +77,8 @@ def give_back(y: Tensor, route: Route, mesh: Mesh) -> Tensor:
 def twins(mesh: Mesh) -> Axis:
     """The ranks that have the other rows of an expert's input in a microbatch; collective over the world, once.
 
-    They are neighbours on edp. Where ep lies inside tp x cp, that is those of one data rank's tokens. Where it spans
-    data ranks, an expert's input is what all of them send it, and one rank has it.
+    That input is what one data rank sends where ep divides tp x cp, and otherwise what the fewest neighbouring data
+    ranks send that are whole runs of ep. The ranks are neighbours on edp.
     """
     tokens = mesh.layout.tp * mesh.layout.cp
     return mesh.view("expert_grads", lcm(mesh.layout.ep, tokens) // mesh.layout.ep)[1]
