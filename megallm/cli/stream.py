@@ -89,13 +89,13 @@ def _trace(args: argparse.Namespace) -> int:
             f"--step {args.step} --row {args.row}: steps count from 1, rows from 0 to {config.train.global_batch - 1}."
         )
     (row,) = [one for one in _rows(config, args.step - 1, args.step, args.start) if one["row"] == args.row]
+    places = trace.places(row["source"], [document for document, _, _ in row["spans"]])
     documents = [
-        {"document": document, "begin": begin, "end": end, "origin": trace.origin(row["source"], document)}
-        for document, begin, end in row["spans"]
+        {"document": document, "begin": begin, "end": end, "origin": place}
+        for (document, begin, end), place in zip(row["spans"], places, strict=True)
     ]
     if args.ledger is not None:
-        places = [entry["origin"] for entry in documents if entry["origin"]]
-        raw = trace.raw_places(places)
+        raw = trace.raw_places(place for place in places if place)
         rows = trace.ledger_rows(args.ledger, raw.values())
         for entry in documents:
             place = entry["origin"]

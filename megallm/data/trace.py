@@ -14,10 +14,10 @@ Place = tuple[str, int]  # file, line
 _CURATED = ("id", "file", "line")  # what a curated row says about the raw document
 
 
-def origin(prefix: str, document: int) -> dict[str, Any] | None:
-    """{"file", "line"} that a document was made of; None when the side-car does not say."""
+def places(prefix: str, documents: Iterable[int]) -> list[dict[str, Any] | None]:
+    """{"file", "line"} that each document was made of; None where the side-car does not say."""
     known = (meta.read(prefix) or {}).get("origins")
-    return origins.place(known, document) if known else None
+    return [origins.place(known, document) if known else None for document in documents]
 
 
 def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Place]]:

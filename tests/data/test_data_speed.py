@@ -287,13 +287,12 @@ def test_every_document_knows_its_line(tmp_path):
     prefix = str(tmp_path / "o_text_document")
     preprocess.run(PreprocessConfig(inputs, str(tmp_path / "o"), "bytes", on_error="skip"))
     lines = {name: Path(name).read_text().split("\n") for name in inputs}
-    data, places = IndexedDataset(prefix), []
-    for document in range(data.num_documents):
-        place = trace.origin(prefix, document)
+    data = IndexedDataset(prefix)
+    places = trace.places(prefix, range(data.num_documents))
+    for document, place in enumerate(places):
         text = json.loads(lines[place["file"]][place["line"] - 1])["text"]
         assert text.encode() == bytes(data.document(document).tolist())
-        places.append((place["file"], place["line"]))
-    assert len(set(places)) == data.num_documents == 600 and trace.origin(prefix, 0)["line"] == 2
+    assert len({(place["file"], place["line"]) for place in places}) == len(places) == 600 and places[0]["line"] == 2
     assert len(meta.read(prefix)["origins"]["runs"]) < 12
 
 
@@ -335,13 +334,12 @@ def test_lines_are_known_after_merging_and_splitting(tmp_path):
     lines = {name: Path(name).read_text().splitlines() for name in files}
     for made in (tmp_path / "all", *parts, tmp_path / "again"):
         data = IndexedDataset(made)
-        for document in range(data.num_documents):
-            place = trace.origin(str(made), document)
+        for document, place in enumerate(trace.places(str(made), range(data.num_documents))):
             text = json.loads(lines[place["file"]][place["line"] - 1])["text"]
             assert bytes(data.document(document).tolist()).decode() == text
     Path(f"{prefix['b']}.meta.json").unlink()
     indexed.merge([prefix["a"], prefix["b"]], tmp_path / "half")
-    assert trace.origin(str(tmp_path / "half"), 0) is None
+    assert trace.places(str(tmp_path / "half"), [0]) == [None]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
