@@ -13,7 +13,7 @@ python=$venv/bin/python
   { echo "tools/install.sh: $base is older than Python 3.11; name another one with PYTHON=..." >&2; exit 2; }
 
 stamp=$venv/megallm-installed-${extras:-plain}
-state=$({ echo "$PWD $extras"; cat setup.py pyproject.toml tests/constraints.txt csrc/*/*.cpp; } | cksum)
+state=$({ echo "$PWD $extras"; cat setup.py pyproject.toml tests/constraints.txt csrc/*/*.?pp; } | cksum)
 if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$python" -c 'import torch, megallm' 2>/dev/null; then
   exit 0
 fi

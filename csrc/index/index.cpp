@@ -98,13 +98,19 @@ static py::tuple build_blending_indices(Array<double> weights, std::int64_t size
 }
 
 void bind_text(py::module_& m);  // text.cpp
+void bind_repetition(py::module_& m);  // repetition.cpp
+void bind_documents(py::module_& m);  // documents.cpp
+void bind_language(py::module_& m);  // language.cpp
 
 PYBIND11_MODULE(_index, m) {
   m.doc() = "Index arrays of the Megatron sample order, and words of texts; the numpy twins are in megallm";
-  m.attr("VERSION") = 2;
+  m.attr("VERSION") = 3;
   m.def("build_sample_index", &build_sample_index, py::arg("lengths"), py::arg("order"), py::arg("seq_len"),
         py::arg("num_samples"), py::arg("wide"), "int32 or (wide) int64 [num_samples + 1, 2]");
   m.def("build_blending_indices", &build_blending_indices, py::arg("weights"), py::arg("size"), py::arg("limits"),
         "(int16 source [size], int64 sample in the source [size])");
   bind_text(m);
+  bind_repetition(m);
+  bind_documents(m);
+  bind_language(m);
 }

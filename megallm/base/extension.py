@@ -13,7 +13,7 @@ from types import ModuleType
 from megallm.base.errors import UsageError
 
 MODULE = "megallm._index"
-VERSION = 2  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
+VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ READ = "read"
 ESCAPED = "backslashreplace"
 
 
+# What json.dumps(ensure_ascii=False) writes; json.dumps makes a new encoder at every call.
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class LocalStep(Protocol):
     """Judges documents by themselves. `marks` are the limits that the report draws into the histograms."""
 
@@ -250,7 +254,7 @@ class _ShardRun:
         self._write_ledger(document.index, ledger_row(document, action, "+".join(steps), "+".join(reasons)))
 
     def _write_ledger(self, index: int, row: dict[str, Any]) -> None:
-        self.ledger.append((index, json.dumps(row, ensure_ascii=False)))
+        self.ledger.append((index, _as_json(row)))
 
 
 def _redactor(chain: Chain) -> Callable[[str], str] | None:
@@ -275,11 +279,11 @@ def kept_row(document: Document) -> bytes:
     beside = {"file": document.file, "line": document.line}
     beside |= {key: value for key, value in document.meta.items() if key not in ("id", "text", *beside)}
     native = extension.index()
-    text = json.dumps(document.text, ensure_ascii=False).encode() if native is None else None
+    text = _as_json(document.text).encode() if native is None else None
     return b'{"id": %b, "text": %b, %b\n' % (
-        json.dumps(document.id, ensure_ascii=False).encode(errors=ESCAPED),
+        _as_json(document.id).encode(errors=ESCAPED),
         native.quote(document.text.encode()) if text is None else text,
-        json.dumps(beside, ensure_ascii=False).encode(errors=ESCAPED)[1:],
+        _as_json(beside).encode(errors=ESCAPED)[1:],
     )
 
 

@@ -96,6 +96,16 @@ def load(folder: Path, name: str) -> np.ndarray | None:
     return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
 
 
+def of_batch(rows: np.ndarray | None, batch: Batch) -> np.ndarray | tuple[()]:
+    """The decisions of a shard, sorted by document, from the first to the last document of a batch of it."""
+    if rows is None or not len(batch):
+        return ()
+    numbers = rows["document"] & np.uint64((1 << INDEX_BITS) - 1)
+    index = [document.index for document in batch.documents]
+    low, high = np.searchsorted(numbers, np.array([min(index), max(index) + 1], np.uint64))
+    return rows[low:high]
+
+
 class Exact:
     """The step `exact`. `sign` runs in workers, `resolve` once, `judge` in workers again."""
 
@@ -156,12 +166,13 @@ class Exact:
     def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]:
         """Apply what `resolve` decided for this shard; `name_of` gives the id of a first occurrence."""
         documents = {
-            int(row["document"]) & (1 << INDEX_BITS) - 1: int(row["first"]) for row in decisions.get("document", ())
+            int(row["document"]) & (1 << INDEX_BITS) - 1: int(row["first"])
+            for row in of_batch(decisions.get("document"), batch)
         }
         cuts: dict[str, dict[int, set[int]]] = {}
         for level in ("paragraph", "line"):
             cuts[level] = {}
-            for row in decisions.get(level, ()):
+            for row in of_batch(decisions.get(level), batch):
                 index = int(row["document"]) & (1 << INDEX_BITS) - 1
                 cuts[level].setdefault(index, set()).add(int(row["unit"]))
         return [self._verdict(document.text, document.index, documents, cuts, name_of) for document in batch.documents]

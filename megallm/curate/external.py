@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import extension
 from megallm.base.files import writing
 
 _SMALL, _FILTER_BITS = 4096, 16
@@ -60,6 +61,9 @@ def contains(table: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Which values, uint64, are in the sorted table (it may be a memory map), bool [values]."""
     if not len(table) or not len(values):
         return np.zeros(len(values), bool)
+    native = extension.index()
+    if native is not None and len(table) <= _SMALL < len(values):
+        return native.contains(table, values)
     if len(table) > _SMALL or len(values) <= _SMALL:
         place = np.minimum(np.searchsorted(table, values), len(table) - 1)
         return np.asarray(table[place]) == values

@@ -16,7 +16,7 @@ import numpy as np
 from megallm.base import extension
 from megallm.curate.config import NearConfig
 from megallm.curate.document import KEEP, Batch, Verdict, drop
-from megallm.curate.exact import INDEX_BITS, Signatures, load
+from megallm.curate.exact import INDEX_BITS, Signatures, load, of_batch
 from megallm.curate.external import Scatter, contains, parts_for, spread
 from megallm.curate.text import Analysis, mix, sorted_set
 
@@ -31,9 +31,10 @@ def shingles(analysis: Analysis, size: int) -> tuple[np.ndarray, np.ndarray]:
 
     A document of fewer than `size` words has none.
     """
-    hashes, first = analysis.words.ngrams(size)
-    document = analysis.words.documents[first].astype(np.uint64)
-    packed = sorted_set(document << np.uint64(32) | (hashes >> np.uint64(32)))
+    hashes, _ = analysis.words.ngrams(size)
+    numbers = np.arange(len(analysis), dtype=np.uint64) << np.uint64(32)
+    document = np.repeat(numbers, np.maximum(analysis.words.counts - size + 1, 0))
+    packed = sorted_set(document | (hashes >> np.uint64(32)))
     offsets = np.searchsorted(packed, np.arange(len(analysis) + 1, dtype=np.uint64) << np.uint64(32))
     return packed.astype(np.uint32), offsets
 
@@ -145,7 +146,7 @@ class Near:
 
     def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]:
         """Apply what `resolve` decided for this shard."""
-        rows = {int(row["document"]) & (1 << INDEX_BITS) - 1: row for row in decisions.get("near", ())}
+        rows = {int(row["document"]) & (1 << INDEX_BITS) - 1: row for row in of_batch(decisions.get("near"), batch)}
         verdicts = []
         for document in batch.documents:
             row = rows.get(document.index)

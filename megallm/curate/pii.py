@@ -13,10 +13,12 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 
+from megallm.base import extension
 from megallm.base.errors import UsageError
 from megallm.curate import optional
 from megallm.curate.config import PiiConfig
@@ -38,13 +40,19 @@ _SECRETS = (
     re.compile(r"(?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9-]{20,72}"),
     re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[\s\S]{40,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"),
 )
-_SECRET_MARKS = ("AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "xox", "PRIVATE KEY-----")
+# Each with the place of a character that is rare in text.
+_SECRET_MARKS = {"AKIA": 1, "ghp_": 3, "gho_": 3, "ghu_": 3, "ghs_": 3, "ghr_": 3, "xox": 0, "PRIVATE KEY-----": 8}
 _LOCAL_CHARS = 64
+_REMEMBERED = 1 << 14
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
 _HEADING_PART = 100  # of a number that begins a line and has a title after it
 _HEADING = re.compile(r"\.?[ \t]+\S")
 # Digits that a line needs, and so many of one of these marks; the other kinds are looked for everywhere.
-_LEAST = {"ip": (3, ((".", 3), (":", 2))), "iban": (4, ()), "card": (13, ()), "ssn": (9, (("-", 2),)), "phone": (7, ())}
+_LEAST = {
+    "ip": (3, (("v4", 3), ("v6", 1))), "iban": (4, (("iban", 1),)), "card": (13, ()), "ssn": (9, (("-", 2),)),
+    "phone": (7, ()),
+}  # fmt: skip
+_COUNTED = ("0", "v4", "v6", "iban", "-")
 # A number after one of these words, or at the start of a heading, is a section or version number and no address.
 _NUMBERING = re.compile(
     r"(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
@@ -170,9 +178,8 @@ def find_ssns(text: str) -> Iterator[tuple[int, int]]:
 
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Access keys that are known by their form, and private keys."""
-    if any(mark in text for mark in _SECRET_MARKS):
-        for pattern in _SECRETS:
-            yield from (match.span() for match in pattern.finditer(text))
+    for pattern in _SECRETS:
+        yield from (match.span() for match in pattern.finditer(text))
 
 
 class Pii:
@@ -195,6 +202,7 @@ class Pii:
                     f"pii.phone_region is '{config.phone_region}'; give the two capital letters of a country, such as "
                     "US or DE."
                 )
+            self._is_phone = lru_cache(_REMEMBERED)(self._valid)  # pages of a manual share their numbers
 
     def _find_phones(self, text: str) -> Iterator[tuple[int, int]]:
         """Telephone numbers that are valid in their country; a local form must be grouped as people group it."""
@@ -207,12 +215,14 @@ class Pii:
                 continue
             if written.count("(") != written.count(")"):
                 continue
-            try:
-                number = self._phones.parse(written, self.config.phone_region)
-            except self._phones.NumberParseException:
-                continue
-            if self._phones.is_valid_number(number):
+            if self._is_phone(written):
                 yield match.span()
+
+    def _valid(self, written: str) -> bool:
+        try:
+            return self._phones.is_valid_number(self._phones.parse(written, self.config.phone_region))
+        except self._phones.NumberParseException:
+            return False
 
     def find(self, text: str) -> list[Span]:
         """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of the table wins."""
@@ -227,11 +237,13 @@ class Pii:
         lines = lines_with_digits(texts)
         for kind, finder in self._finders.items():
             if kind not in _LEAST:
-                for text, taken in zip(texts, found, strict=True):
-                    for begin, end in finder(text):
-                        _take(taken, kind, text, begin, end)
+                for owner, text in enumerate(texts):
+                    for begin, end in finder(text) if kind != "secret" or lines.marked[owner] else ():
+                        _take(found[owner], kind, text, begin, end)
                 continue
             places = lines.those(*_LEAST[kind])
+            if not places:
+                continue
             starts = list(accumulate((end - begin + 1 for _, begin, end in places), initial=0))
             for begin, end in finder("\n".join([texts[owner][begin:end] for owner, begin, end in places])):
                 line = bisect_right(starts, begin) - 1
@@ -249,10 +261,13 @@ def _take(taken: list[Span], kind: str, text: str, begin: int, end: int) -> None
 @dataclass(frozen=True)
 class Lines:
     """Lines of texts with at least three digits: `place` int64 [lines, 3] are (text, begin, end), and `count` how many
-    digits (under "0") and marks each has, int64 [lines]."""
+    digits (under "0") and marks each has, int64 [lines]: dots between digits ("v4"), colons after four hexadecimal
+    digits of which the first is 2 or 3 ("v6"), digits after two capitals ("iban"; what is not ASCII may be a digit),
+    and "-". `marked`, bool [texts], are the texts that hold one of _SECRET_MARKS."""
 
     place: np.ndarray
     count: dict[str, np.ndarray]
+    marked: np.ndarray
 
     def those(self, digits: int, marks: Sequence[tuple[str, int]]) -> list[list[int]]:
         """The places with so many digits, and enough of one of the marks where there are any."""
@@ -264,21 +279,44 @@ class Lines:
 
 def lines_with_digits(texts: list[str]) -> Lines:
     """The lines that could hold something with digits in it."""
+    native = extension.index()
+    if native is not None:
+        place, counts, marked = native.digit_lines(texts, list(_SECRET_MARKS.items()))
+        columns = counts.reshape(-1, len(_COUNTED)).T
+        return Lines(place.reshape(-1, 3), dict(zip(_COUNTED, columns, strict=True)), marked > 0)
     codes = code_points("\n".join(texts) + "\n")
     starts = np.cumsum([0, *(len(text) + 1 for text in texts)])
     ends = np.flatnonzero(codes == ord("\n"))
-    flags = {mark: codes == ord(mark) for mark in ".:-"}
-    flags["0"] = (codes - np.uint32(ord("0"))) < 10  # what lies below 0 wraps around
     counts = {
         mark: np.bincount(np.searchsorted(ends, np.flatnonzero(places)), minlength=len(ends))
-        for mark, places in flags.items()
+        for mark, places in zip(_COUNTED, _marks(codes), strict=True)
     }
     lines = np.flatnonzero(counts["0"] >= 3)
     begins = np.where(lines > 0, ends[lines - 1] + 1, 0)
     owners = np.searchsorted(starts, begins, side="right") - 1
     shift = starts[owners]
     place = np.stack([owners, begins - shift, ends[lines] - shift], axis=1)
-    return Lines(place, {mark: found[lines] for mark, found in counts.items()})
+    marked = np.array([any(mark in text for mark in _SECRET_MARKS) for text in texts], bool)
+    return Lines(place, {mark: found[lines] for mark, found in counts.items()}, marked)
+
+
+def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What lies below the first of a
+    range wraps around.)"""
+
+    def between(first: str, last: str, of: np.ndarray = codes) -> np.ndarray:
+        return of - np.uint32(ord(first)) <= np.uint32(ord(last) - ord(first))
+
+    def before(flags: np.ndarray, steps: int) -> np.ndarray:
+        return np.concatenate([np.zeros(steps, bool), flags])[: len(flags)]
+
+    digits, capitals = between("0", "9"), between("A", "Z")
+    hexadecimal = digits | between("a", "f", codes | np.uint32(32))
+    v4 = (codes == ord(".")) & before(digits, 1) & np.append(digits[1:], False)
+    v6 = (codes == ord(":")) & before(between("2", "3"), 4)
+    v6 &= before(hexadecimal, 1) & before(hexadecimal, 2) & before(hexadecimal, 3)
+    iban = (digits | (codes >= 128)) & before(capitals, 1) & before(capitals, 2)
+    return digits, v4, v6, iban, codes == ord("-")
 
 
 def stand_in(kind: str, text: str) -> str:

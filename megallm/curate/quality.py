@@ -7,12 +7,13 @@ All rules are rows of one table: a metric and its limit in each profile. Metrics
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
 
+from megallm.base import extension
 from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
@@ -83,8 +84,10 @@ _BOILERPLATE = (
 _BOILERPLATE_MAX_WORDS = 12  # longer lines are prose that happens to speak of it
 
 
-def measure(analysis: Analysis, texts: Sequence[str], languages: list[str | None]) -> dict[str, np.ndarray]:
-    """Every metric of every document, float64 [documents]."""
+def measure(
+    analysis: Analysis, texts: Sequence[str], languages: list[str | None], wanted: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Every metric of every document, float64 [documents]; those that search the texts anew only when `wanted`."""
     words, lines = analysis.words, analysis.lines
     num_words, num_lines = words.counts, lines.counts
     ink = analysis.characters[0]
@@ -95,10 +98,24 @@ def measure(analysis: Analysis, texts: Sequence[str], languages: list[str | None
     out["dup_paragraph_share"], out["dup_paragraph_char_share"] = paragraphs
     out |= repetition.word_repetition(analysis)
     out["newlines_per_word"] = analysis.newlines / np.maximum(num_words, 1)
-    out["lorem_ipsum"] = np.array(["lorem ipsum" in text or "Lorem ipsum" in text for text in texts])
-    out["curly_brackets"] = np.array(["{" in text for text in texts])
-    out["generated"] = np.array([_GENERATED.search(text[:_CODE_HEAD_CHARS]) is not None for text in texts])
+    for name, search in _SEARCHES.items():
+        if wanted is None or name in wanted:
+            out[name] = np.array([search(text) for text in texts])
     return {name: np.asarray(values, np.float64) for name, values in out.items()}
+
+
+def _speaks_lorem(text: str) -> bool:
+    at = text.find("orem ipsum", 1)
+    while at > 0 and text[at - 1] not in "lL":
+        at = text.find("orem ipsum", at + 1)
+    return at > 0
+
+
+_SEARCHES: dict[str, Callable[[str], bool]] = {
+    "lorem_ipsum": _speaks_lorem,
+    "curly_brackets": lambda text: "{" in text,
+    "generated": lambda text: _GENERATED.search(text[:_CODE_HEAD_CHARS]) is not None,
+}
 
 
 def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.ndarray]:
@@ -109,8 +126,8 @@ def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.nda
     return {
         "words": num_words,
         "solo_word_share": segment_sums((classes & SOLO) > 0, words.offsets) / some,
-        "mean_word_length": segment_sums(words.lengths, words.offsets) / some,
-        "longest_word": _longest(words),
+        "mean_word_length": words.extent[0] / some,
+        "longest_word": words.extent[1],
         "alphabetic_word_share": segment_sums((classes & LETTER) > 0, words.offsets) / some,
         "symbol_word_ratio": (symbols + three_dots / 3) / some,
         "sentences": sentences,
@@ -120,32 +137,32 @@ def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.nda
 
 
 def _line_metrics(analysis: Analysis, lines: Pieces, num_lines: np.ndarray) -> dict[str, np.ndarray]:
-    some = np.maximum(num_lines, 1)
+    bullets, ellipses, punctuated, short = _line_marks(analysis, lines) / np.maximum(num_lines, 1)
+    return {
+        "bullet_line_share": bullets,
+        "ellipsis_line_share": ellipses,
+        "punctuated_line_share": punctuated,
+        "short_line_share": short,
+        "mean_line_length": lines.extent[0] / np.maximum(num_lines, 1),
+        "longest_line": lines.extent[1],
+    }
+
+
+def _line_marks(analysis: Analysis, lines: Pieces) -> np.ndarray:
+    """Lines of each document that begin with a bullet, end with an ellipsis, end a sentence, are short: int64
+    [4, documents]."""
+    native = extension.index()
+    if native is not None:
+        return native.line_marks(
+            analysis.codes, lines.begin, lines.end, lines.offsets, _BULLETS, _TERMINAL, _SHORT_LINE_CHARS
+        )
     first, last = analysis.codes[lines.begin], analysis.codes[lines.end - 1]
     ellipsis = last == ord("…")
     long = np.flatnonzero(lines.lengths >= 3)
     end = lines.end[long]
     ellipsis[long] |= (analysis.codes[end[:, None] - np.arange(1, 4)] == ord(".")).all(axis=1)
-
-    def share(flags: np.ndarray) -> np.ndarray:
-        return segment_sums(flags, lines.offsets) / some
-
-    return {
-        "bullet_line_share": share(np.isin(first, _BULLETS)),
-        "ellipsis_line_share": share(ellipsis),
-        "punctuated_line_share": share(np.isin(last, _TERMINAL)),
-        "short_line_share": share(lines.lengths < _SHORT_LINE_CHARS),
-        "mean_line_length": segment_sums(lines.lengths, lines.offsets) / some,
-        "longest_line": _longest(lines),
-    }
-
-
-def _longest(pieces: Pieces) -> np.ndarray:
-    out = np.zeros(len(pieces.counts), np.int64)
-    used = np.flatnonzero(pieces.counts)
-    if len(used):
-        out[used] = np.maximum.reduceat(pieces.lengths, pieces.offsets[:-1][used])
-    return out
+    flags = np.isin(first, _BULLETS), ellipsis, np.isin(last, _TERMINAL), lines.lengths < _SHORT_LINE_CHARS
+    return np.stack([segment_sums(flag, lines.offsets) for flag in flags])
 
 
 class Quality:
@@ -177,7 +194,8 @@ class Quality:
     def judge(self, batch: Batch) -> list[Verdict]:
         """One verdict a document; the note of a drop has the value and the limit."""
         texts = [document.text for document in batch.documents]
-        metrics = measure(batch.analysis, texts, [document.meta.get("language") for document in batch.documents])
+        languages = [document.meta.get("language") for document in batch.documents]
+        metrics = measure(batch.analysis, texts, languages, {rule.metric for rule, _ in self.limits})
         for rule, _ in self.limits:
             batch.record(f"quality.{rule.metric}", metrics[rule.metric])
         broken = np.stack([self._breaks(rule, limit, metrics) for rule, limit in self.limits])

@@ -49,7 +49,7 @@ def duplicate_pieces(pieces: Pieces, ink: np.ndarray) -> tuple[np.ndarray, np.nd
 def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
     """`top_{2,3,4}gram` and `dup_{5..10}gram` of every document, float64 [documents]."""
     words = analysis.words
-    total = np.maximum(segment_sums(words.lengths, words.offsets), 1)
+    total = np.maximum(words.extent[0], 1)
     native = extension.index()
     if native is not None:
         names = [*(f"top_{size}gram" for size in TOP), *(f"dup_{size}gram" for size in DUPLICATE)]

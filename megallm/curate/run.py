@@ -330,7 +330,7 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
         "totals": tally.totals,
         "steps": {name: tally.steps[name] for name in order if name in tally.steps},
         "histograms": {
-            name: {"counts": counts, "limits": list(marks.get(name, ()))}
+            name: {"counts": counts.tolist(), "limits": list(marks.get(name, ()))}
             for name, counts in sorted(tally.histograms.items())
         },
         "config": configs.to_dict(chain.config),

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from megallm.base import extension
 from megallm.curate.text import Analysis
 
 STOP_WORDS = {
@@ -49,6 +50,9 @@ def counts(analysis: Analysis, languages: list[str | None]) -> np.ndarray:
     numbers = {name: number for number, name in enumerate(STOP_WORDS)}
     own = np.array([numbers.get(name or "en", -1) for name in languages], np.int64)
     words = analysis.words
+    native = extension.index()
+    if native is not None:
+        return native.stop_words(words.hashes, words.offsets, every, bits, own)
     found = np.flatnonzero(some[words.hashes >> np.uint64(64 - _FILTER_BITS)])
     hashes, documents = words.hashes[found], words.documents[found]
     place = np.minimum(np.searchsorted(every, hashes), len(every) - 1)

@@ -6,6 +6,7 @@ A tally is plain JSON; the sum of the shards' tallies in shard order does not de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ _SHARES = ("_share", "gram", "_ratio", "score", "_density", "coverage")  # names
 _LOG_TOP = 7.0  # the other histograms are of log10(1 + value), up to 10^7
 
 
+@lru_cache(maxsize=256)
 def bins_of(metric: str) -> np.ndarray:
     """The edges of a metric's histogram, float64 [BINS + 1]."""
     if metric.endswith(_SHARES):
@@ -34,7 +36,7 @@ class Tally:
     def __init__(self, redact: Callable[[str], str] | None = None) -> None:
         self._redact = redact or str
         self.steps: dict[str, dict[str, Any]] = {}
-        self.histograms: dict[str, list[int]] = {}
+        self.histograms: dict[str, np.ndarray] = {}  # int64 [BINS] each
         self.examples: dict[str, list[dict[str, Any]]] = {}
         self.totals = {"lines_rejected": 0, "documents": 0, "characters": 0, "kept": 0, "characters_kept": 0}
         self.seconds: dict[str, float] = {}
@@ -101,11 +103,9 @@ class Tally:
     def note_metrics(self, metrics: dict[str, np.ndarray]) -> None:
         """Add one number a document to the histogram of each metric; what lies outside goes into the last bin."""
         for name, values in metrics.items():
-            edges = bins_of(name)
-            place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, BINS - 1)
-            counts = np.bincount(place, minlength=BINS)
-            held = self.histograms.setdefault(name, [0] * BINS)
-            self.histograms[name] = [old + int(new) for old, new in zip(held, counts, strict=True)]
+            counts = np.bincount(np.searchsorted(bins_of(name)[1:-1], values, side="right"), minlength=BINS)
+            held = self.histograms.get(name)
+            self.histograms[name] = counts if held is None else held + counts
 
     def add(self, name: str, number: int) -> None:
         """Add to one of `totals`."""
@@ -118,8 +118,9 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
         return {
-            "totals": self.totals, "steps": self.steps, "histograms": self.histograms, "examples": self.examples,
-            "seconds": self.seconds,
+            "totals": self.totals, "steps": self.steps,
+            "histograms": {name: counts.tolist() for name, counts in self.histograms.items()},
+            "examples": self.examples, "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -138,8 +139,7 @@ def add_up(tallies: Iterable[dict[str, Any]]) -> Tally:
                 else:
                     total[name] += value
         for name, counts in tally["histograms"].items():
-            held = out.histograms.setdefault(name, [0] * BINS)
-            out.histograms[name] = [old + new for old, new in zip(held, counts, strict=True)]
+            out.histograms[name] = out.histograms.get(name, 0) + np.array(counts, np.int64)
         for name, rows in tally["examples"].items():
             held_rows = out.examples.setdefault(name, [])
             held_rows += rows[: EXAMPLES - len(held_rows)]

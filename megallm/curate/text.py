@@ -18,8 +18,8 @@ import numpy as np
 
 from megallm.base import extension
 
-# Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence.
-WORD, LETTER, SPACE, SOLO, DIGIT, STOP = 1, 2, 4, 8, 16, 32
+# Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence; SYMBOL: # and an ellipsis.
+WORD, LETTER, SPACE, SOLO, DIGIT, STOP, SYMBOL = 1, 2, 4, 8, 16, 32, 64
 _SOLO_RANGES = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF),
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
@@ -48,9 +48,21 @@ def classes() -> np.ndarray:
     table[0x20000:0x323B0] = WORD | LETTER  # Han; the other planes hold no text
     table[ord("_")] = WORD
     table[[ord(char) for char in ".!?。！？।؟"]] |= STOP
+    table[[ord(char) for char in "#…"]] |= SYMBOL
     for low, high in _SOLO_RANGES:
         part = table[low : high + 1]
         part[(part & WORD) > 0] |= SOLO
+    return table
+
+
+@cache
+def folded() -> np.ndarray:
+    """What the extension makes of every code point, uint32 [0x110000]: its lower case and, from bit 24 on, the class of
+    that. Bit 23 marks the capital sigma, whose lower case depends on its neighbours."""
+    lower = np.arange(0x110000, dtype=np.uint32)
+    lower[:0x20000] = code_points(lowered("".join(map(chr, range(0x20000)))))  # no capitals stand behind
+    table = lower | classes()[lower].astype(np.uint32) << np.uint32(24)
+    table[ord("Σ")] |= np.uint32(1 << 23)
     return table
 
 
@@ -152,6 +164,18 @@ class Pieces:
         return self.end - self.begin
 
     @cached_property
+    def extent(self) -> np.ndarray:
+        """The characters of each document's runs together, and of its longest run, int64 [2, documents]."""
+        native = extension.index()
+        if native is not None:
+            return native.lengths(self.begin, self.end, self.offsets)
+        longest = np.zeros(len(self.counts), np.int64)
+        used = np.flatnonzero(self.counts)
+        if len(used):
+            longest[used] = np.maximum.reduceat(self.lengths, self.offsets[:-1][used])
+        return np.stack([segment_sums(self.lengths, self.offsets), longest])
+
+    @cached_property
     def documents(self) -> np.ndarray:
         """The document of every run."""
         return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
@@ -194,9 +218,12 @@ class Analysis:
         self.lengths = np.array([len(text) for text in texts], np.int64)
         self.starts = np.zeros(len(texts) + 1, np.int64)
         np.cumsum(self.lengths + 1, out=self.starts[1:])
-        joined = "\n".join(texts) + "\n" if texts else ""
-        self.codes = code_points(lowered(joined))
-        self.kinds = classes()[self.codes]
+        native = extension.index()
+        found = native.fold(list(texts), folded()) if native is not None else None
+        if found is None:
+            codes = code_points(lowered("\n".join(texts) + "\n" if texts else ""))
+            found = codes, classes()[codes]
+        self.codes, self.kinds = found
         self._hasher = Hasher(self.codes)
 
     def __len__(self) -> int:
@@ -240,8 +267,8 @@ class Analysis:
         dots[-2:] = False
         following = np.append(kinds[1:], kinds[-1:])
         found = (
-            (kinds & SPACE) == 0, (kinds & WORD) > 0, (kinds & DIGIT) > 0, (codes == ord("#")) | (codes == ord("…")),
-            dots, ((kinds & STOP) > 0) & ((following & WORD) == 0),
+            (kinds & SPACE) == 0, (kinds & WORD) > 0, (kinds & DIGIT) > 0, (kinds & SYMBOL) > 0, dots,
+            ((kinds & STOP) > 0) & ((following & WORD) == 0),
         )  # fmt: skip
         return np.stack([segment_sums(flags, self.starts) for flags in found])
 
@@ -255,7 +282,8 @@ class Analysis:
         """The lines that are not blank, without the space around them."""
         native = extension.index()
         if native is not None:
-            begin, end, vars(self)["after_blank"] = native.lines(self.codes, self.kinds, self.starts)
+            begin, end, after_blank, newlines = native.lines(self.codes, self.kinds, self.starts)
+            vars(self)["after_blank"], vars(self)["newlines"] = after_blank, newlines
             return self._pieces(begin, end)
         ends = self._newline_places
         starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
@@ -269,7 +297,7 @@ class Analysis:
 
     @cached_property
     def newlines(self) -> np.ndarray:
-        """Newlines of each document, the one that ends it not counted."""
+        """Newlines of each document, the one that ends it not counted. (The extension counts them with the lines.)"""
         return np.diff(np.searchsorted(self._newline_places, self.starts)) - 1
 
     @cached_property

