@@ -27,6 +27,10 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="P", help="prefix: P_text_document.bin, .idx, .meta.json")
     parser.add_argument("--tokenizer", required=True, metavar="DIR|bytes", help="tokenizer folder, or 'bytes'")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument(
+        "--add-special-tokens", action="store_true",
+        help="put around each document what the tokenizer's template does, such as [CLS] and [SEP]",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
         "--on-error", choices=("stop", "skip"), default="stop", help="skip writes bad lines to P.rejects.jsonl"
@@ -54,6 +58,7 @@ def _preprocess(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         json_keys=tuple(args.json_keys),
         append_eod=args.append_eod,
+        add_special_tokens=args.add_special_tokens,
         workers=args.workers,
         on_error=args.on_error,
         split_text=args.split_text,

@@ -13,12 +13,17 @@ from megallm.data import accelerated, readers, tokenizer
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know beside the chunk. `backend`: `accelerated.FAST`, anything else is the plain one."""
+    """What a worker needs to know beside the chunk.
+
+    `opening` and `closing` stand before and behind each text; `backend`: `accelerated.FAST`, anything else is the plain
+    one.
+    """
 
     tokenizer: str
     options: readers.ReadOptions
     dtype: str
-    eod: int | None
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
     backend: str
 
 
@@ -48,26 +53,26 @@ def encode_chunk(job: Job, chunk: readers.Chunk) -> Encoded:
     encoder, columns, characters = encoder_of(job.tokenizer, job.backend), [], 0
     for column in range(len(job.options.keys)):
         texts = [document[column] for _, document in parsed.documents]
-        columns.append(join(*encoder.encode_joined(texts), np.dtype(job.dtype), job.eod))
+        columns.append(join(*encoder.encode_joined(texts), job))
         characters += sum(map(len, texts))
     lines = np.fromiter((line for line, _ in parsed.documents), np.int64, len(parsed.documents))
     parsed.documents = []
     return Encoded(parsed, lines, columns, characters)
 
 
-def join(
-    ids: np.ndarray, lengths: np.ndarray, dtype: np.dtype, eod: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def join(ids: np.ndarray, lengths: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tokens back to back, lengths of the sequences, sequences of each document); an empty text has none.
 
-    ids [sum(lengths)]; `eod` goes behind every text that has tokens.
+    ids [sum(lengths)]; opening and closing go around every text that has tokens.
     """
     full = lengths > 0
     ends = np.cumsum(lengths)[full]
-    tokens = ids.astype(dtype)
-    if eod is not None:
-        tokens = np.insert(tokens, ends, eod)
-    return tokens, (lengths[full] + (eod is not None)).astype(np.int32), full.astype(np.uint8)
+    tokens, around = ids.astype(np.dtype(job.dtype)), (*job.opening, *job.closing)
+    if around:
+        places = (ends - lengths[full], ends)  # those of one text before those of the next: insert keeps their order
+        places = np.repeat(np.stack(places, 1).ravel(), np.tile((len(job.opening), len(job.closing)), len(ends)))
+        tokens = np.insert(tokens, places, np.tile(around, len(ends)))
+    return tokens, (lengths[full] + len(around)).astype(np.int32), full.astype(np.uint8)
 
 
 def sample_texts(inputs: Sequence[str], options: readers.ReadOptions, characters: int = 1 << 16) -> list[str]:

@@ -45,6 +45,7 @@ class _Native:
     kind: str
     path: Path
     vocab_size: int
+    template: tuple[list[int], list[int]] = ([], [])  # neither format has one
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         raise NotImplementedError

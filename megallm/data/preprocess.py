@@ -50,6 +50,7 @@ class PreprocessConfig:
     tokenizer: str
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
+    add_special_tokens: bool = False
     workers: int = 1
     on_error: str = "stop"
     split_text: str = "file"
@@ -103,8 +104,8 @@ def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = Non
     encoder_of.cache_clear()
     plain = encoder_of(config.tokenizer, accelerated.PLAIN)
     backend = _choose(plain, config)
-    eod = plain.eod if config.append_eod else None
-    job = Job(config.tokenizer, options, dtype_for(plain.vocab_size).str, eod, backend)
+    before, behind = around(config, plain)
+    job = Job(config.tokenizer, options, dtype_for(plain.vocab_size).str, before, behind, backend)
     with files.writing(config.output):
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     sweep(config.output)
@@ -172,13 +173,29 @@ def _choose(plain: tokenizer.Encoder, config: PreprocessConfig) -> str:
     return accelerated.choose(plain, config.backend, sample_texts(config.inputs, config.read_options()))[1]
 
 
+def around(config: PreprocessConfig, plain: tokenizer.Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and behind each text: of the tokenizer's template, and the end of a document where that has it not.
+
+    Errors: `UsageError` when a template is wanted and there is none.
+    """
+    before, behind = plain.template if config.add_special_tokens else ([], [])
+    if config.add_special_tokens and not (before or behind):
+        raise UsageError(
+            f"--add-special-tokens: the template of {config.tokenizer} puts nothing around a text. Leave the option "
+            f"out, or use a tokenizer.json whose post_processor does."
+        )
+    if config.append_eod and behind[-1:] != [plain.eod]:
+        behind = [*behind, plain.eod]
+    return tuple(before), tuple(behind)
+
+
 def _identity(config: PreprocessConfig, plain: tokenizer.Encoder) -> dict[str, Any]:
     """What decides the bytes of the output."""
     inputs = []
     for name in config.inputs:
         found = os.stat(name)
         inputs.append([name, found.st_size, found.st_mtime_ns])
-    fixed = ("json_keys", "append_eod", "on_error", "split_text", "max_document_mib")
+    fixed = ("json_keys", "append_eod", "add_special_tokens", "on_error", "split_text", "max_document_mib")
     chosen = {key: vars(config)[key] for key in fixed}
     return {"format": FORMAT, "inputs": inputs, "tokenizer": plain.fingerprint, "cut": readers.CHUNK_BYTES, **chosen}
 
@@ -280,8 +297,8 @@ class _Output:
             prepared[config.prefix(key)] = writer.prepare({
                 "tokenizer": made_by, "documents": writer.num_documents, "sequences": writer.num_sequences,
                 "tokens": writer.num_tokens, "empty_documents": stats.empty[key], "rejected": stats.rejected,
-                "json_key": key, "append_eod": config.append_eod, "inputs": [Path(name).name for name in config.inputs],
-                "origins": lines,
+                "json_key": key, "append_eod": config.append_eod, "add_special_tokens": config.add_special_tokens,
+                "inputs": [Path(name).name for name in config.inputs], "origins": lines,
             })  # fmt: skip
         self._work.save({"publish": prepared, "stats": vars(stats)})
         _publish(config, self._work)

@@ -39,6 +39,11 @@ class Encoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def template(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer's own template puts before and behind a text."""
+        ...
+
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has (int64 [texts])."""
         ...
@@ -96,6 +101,7 @@ class ByteTokenizer:
     vocab_size = 257
     eod = 256
     fingerprint = "bytes-257"
+    template = ([], [])
 
     @property
     def specials(self) -> set[int]:
@@ -165,11 +171,12 @@ class FolderTokenizer:
         return (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
 
     @cached_property
-    def opening(self) -> list[int]:
-        """Ids that the definition's template puts before a text (a Llama's `<s>`); most tokenizers have none."""
+    def template(self) -> tuple[list[int], list[int]]:
+        """Ids that the definition's template puts before and behind a text: a Llama's `<s>`, BERT's [CLS] and [SEP]."""
         bare, whole = (self._special.encode("a", add_special_tokens=flag).ids for flag in (False, True))
         begins = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
-        return whole[: next(begins, 0)]
+        begin = next(begins, None)
+        return ([], []) if begin is None else (whole[:begin], whole[begin + len(bare) :])
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:

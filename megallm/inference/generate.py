@@ -18,7 +18,7 @@ from megallm.convert.folder import is_model_folder, read_json
 from megallm.convert.tokenizer_files import GENERATION
 from megallm.convert.weights import Cast, HfReader
 from megallm.data import tokenizer
-from megallm.data.tokenizer import BYTES, FolderTokenizer, Tokenizer
+from megallm.data.tokenizer import BYTES, Tokenizer
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
@@ -36,7 +36,8 @@ Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whet
 class Loaded:
     """A model ready to generate: this rank's weights, the tokenizer, the ids that end a text.
 
-    `folder` is where a chat template and a generation_config.json would be, `opening` what stands before a prompt.
+    `folder` is where a chat template and a generation_config.json would be, `opening` what the tokenizer's
+    template puts before a prompt: of models from Hugging Face folders, and of those that were trained with it.
     """
 
     generator: Generator
@@ -109,10 +110,10 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         model = ParallelModel.load(config, mesh, source)
         spec = find_tokenizer(reader)
         folder = reader.folder if isinstance(reader, HfReader) else None if spec == BYTES else Path(spec)
-        imported = isinstance(reader, HfReader) or is_import(reader)
+        framed = isinstance(reader, HfReader) or is_import(reader) or reader.meta.get("framed")
     words = tokenizer.load(spec)
     ends = end_tokens(words, folder)
-    opening = opening_tokens(words) if imported else ()
+    opening = tuple(words.template[0]) if framed else ()
     return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder, opening)
 
 
@@ -183,14 +184,6 @@ def find_tokenizer(reader: Reader | HfReader) -> str:
     if isinstance(reader, Reader) and kept.is_dir():
         return str(kept)
     return reader.meta.get("tokenizer") or BYTES
-
-
-def opening_tokens(words: Tokenizer) -> tuple[int, ...]:
-    """What the tokenizer's own template puts before a text, such as a Llama's `<s>`, as `transformers` does.
-
-    Only for models that come from a Hugging Face folder: the rows that megallm trains on have no such tokens.
-    """
-    return tuple(words.opening) if isinstance(words, FolderTokenizer) else ()
 
 
 def end_tokens(words: Tokenizer, folder: Path | None) -> frozenset[int]:

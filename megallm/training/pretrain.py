@@ -18,7 +18,7 @@ from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer
 from megallm.convert.weights import stored_model
-from megallm.data import samplelog, tokenizer
+from megallm.data import meta, samplelog, tokenizer
 from megallm.data.batches import Reader, Share
 from megallm.data.indexed import IndexedDataset
 from megallm.data.loader import Batch, Loader, to_tensors
@@ -209,7 +209,8 @@ def keep_tokenizer(config: PretrainConfig) -> None:
 def describe(config: PretrainConfig) -> dict[str, Any]:
     """What a checkpoint remembers of the configuration, to refuse a run that is not the same run.
 
-    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read.
+    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read. `framed`, that
+    the tokenizer's template stands around documents, is for generation.
     """
     data, train = config.data, config.train
     reading = {"order": data.order, "split": data.split, "seed": data.seed}
@@ -229,6 +230,7 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         "precision": train.precision,
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
+        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.sources),
         "data": reading,
     }
 
@@ -291,6 +293,6 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], path: tuple[str,
         old = saved.get(key)
         if isinstance(new, dict) and isinstance(old, dict) and key not in ("sources", "files"):
             found += _differences(old, new, (*path, key))
-        elif old != new and key != "tokenizer":
+        elif old != new and key not in ("tokenizer", "framed"):
             found.append(((*path, key), old, new))
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,45 @@ def work(tmp_path):
 
 def documents(data):
     return [bytes(t for t in data.document(i).tolist() if t != EOD).decode() for i in range(data.num_documents)]
+
+
+def bert_tokenizer(folder):
+    """A tokenizer.json of words whose template is [CLS] text [SEP]."""
+    words = {name: i for i, name in enumerate(("[UNK]", "[CLS]", "[SEP]", "one", "two", "three"))}
+    built = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    built.add_special_tokens(["[CLS]", "[SEP]"])
+    around = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
+    built.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=around)
+    folder.mkdir()
+    built.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(("eos", "ending"), [(None, []), ("[SEP]", []), ("three", [5])])
+def test_the_template_of_the_tokenizer_stands_around_texts(tmp_path, eos, ending):
+    """As transformers calls it; an end of the document that the template has already is not put twice."""
+    import transformers
+
+    folder, texts = bert_tokenizer(tmp_path / "bert"), ["one two", "", "two [SEP] one", "three"]
+    if eos is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = PreprocessConfig(
+        (str(source),), str(tmp_path / "o"), str(folder), append_eod=eos is not None, add_special_tokens=True
+    )
+    preprocess.run(config)
+    data = IndexedDataset(tmp_path / "o_text_document")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    wanted = [theirs(text, split_special_tokens=True)["input_ids"] + ending if text else [] for text in texts]
+    assert [data.document(i).tolist() for i in range(4)] == wanted and wanted[0] == [1, 3, 4, 2, *ending]
+    assert meta.read(tmp_path / "o_text_document")["add_special_tokens"]
+
+
+def test_a_template_that_puts_nothing_is_refused(work):
+    with pytest.raises(UsageError, match="template of bytes puts nothing around a text"):
+        work([{"text": "one"}], add_special_tokens=True)
 
 
 def test_texts_become_documents(work, tmp_path):

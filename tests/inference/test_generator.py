@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -12,15 +12,19 @@ import pytest
 import torch
 
 from megallm.base.errors import UsageError
+from megallm.checkpoint import store
 from megallm.cli.generate import Printer
 from megallm.cli.main import main
 from megallm.convert.tokenizer_files import write_byte_tokenizer
+from megallm.engine.config import EngineConfig
+from megallm.engine.engine import Engine
 from megallm.inference import cache as cache_module
 from megallm.inference import generate, sampling
 from megallm.inference.answer import Answer
 from megallm.inference.cache import RowCache
 from megallm.inference.request import GenerateRequest
 from megallm.inference.sampling import Sampling
+from megallm.models.config import ModelConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.convert.tiny import case, make
@@ -243,7 +247,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_generated(models
 
 
 def test_prompts_begin_as_the_tokenizer_of_the_folder_wants(models, tmp_path):
-    """A Llama's `<s>`: transformers puts it before a text, and so do we; a run of our own has none in its data."""
+    """A Llama's `<s>`: transformers puts it before a text, and so do we; a run of our own where its data had it."""
     import transformers
 
     folder = Path(shutil.copytree(models("llama"), tmp_path / "hf"))
@@ -264,6 +268,13 @@ def test_prompts_begin_as_the_tokenizer_of_the_folder_wants(models, tmp_path):
     assert rows[0]["tokens"] == made
     request = GenerateRequest(models("llama"), ("ab",), 9)
     assert generate.run(request, Mesh.single())[0]["tokens"] != made  # the control: without it something else
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 300}
+    config = EngineConfig(model=ModelConfig(family="llama", **sizes).resolve(), precision="fp32")
+    parts = list(Engine.build(config, Mesh.single()).parts())
+    for framed, opening in ((True, (7,)), (False, ())):
+        remembered = {"tokenizer": str(folder), "framed": framed, "precision": "fp32", "model": asdict(config.model)}
+        step = store.save(tmp_path / str(framed), 1, parts, remembered, Mesh.single())
+        assert generate.load(GenerateRequest(str(step)), Mesh.single()).opening == opening
 
 
 def test_texts_longer_than_the_model_knows_are_told(models):
