@@ -127,21 +127,12 @@ class Fp8Linear:
     def advance(self, seen: Tensor) -> None:
         """Enter a step's largest magnitudes, by operand; what is not finite or was not seen leaves the history be.
 
-        An expert without tokens saw neither input nor gradient. Waits for the device until all were entered once.
+        An expert without tokens saw neither input nor gradient.
         """
         usable = (seen > 0) & seen.isfinite()
         moved = torch.cat((seen[..., None], self.history[..., :-1]), dim=-1)
         self.history.copy_(torch.where(usable[..., None], moved, self.history))
         self.seen.zero_()
-        self.complete = self.complete or self._entered()
-
-    def loaded(self) -> None:
-        """Weight and history were filled from outside."""
-        self.forget()
-        self.complete = self._entered()
-
-    def _entered(self) -> bool:
-        return bool((self.history[..., 0] > 0).all())
 
 
 def _turned(stored: list[Quantised]) -> list[Quantised]:
@@ -156,7 +147,7 @@ class Fp8Linears:
 
     def commit(self) -> None:
         """After an update. With delayed scales collective over tp and dp x cp, for experts over edp: one reduction of
-        all linears each."""
+        all linears each. Waits for the device, once, until every operand was entered."""
         for linear in self.linears.values():
             linear.forget()
         delayed = [linear for linear in self.linears.values() if linear.recipe.delayed]
@@ -169,6 +160,14 @@ class Fp8Linears:
                 comm.all_reduce_(seen, axis, name, dist.ReduceOp.MAX)
             for linear, mine in zip(some, seen.split([linear.seen.numel() for linear in some]), strict=True):
                 linear.advance(mine.view_as(linear.seen))
+        self._look([linear for linear in delayed if not linear.complete])
+
+    def _look(self, linears: list[Fp8Linear]) -> None:
+        """Learn of which linears every operand has been entered into the history."""
+        if linears:
+            entered = torch.stack([(linear.history[..., 0] > 0).all() for linear in linears]).tolist()
+            for linear, all_of_them in zip(linears, entered, strict=True):
+                linear.complete = all_of_them
 
     def histories(self) -> Iterator[tuple[str, Tensor, Shard]]:
         """What a checkpoint remembers of each linear with delayed scales: `[3, history]`, the same on all ranks of a
@@ -180,7 +179,8 @@ class Fp8Linears:
     def loaded(self) -> None:
         """Weights and histories were filled from outside."""
         for linear in self.linears.values():
-            linear.loaded()
+            linear.forget()
+        self._look(list(self.linears.values()))
 
 
 class _Fp8Products(torch.autograd.Function):

@@ -19,7 +19,7 @@ from megallm.ops.narrow import RECIPES, Fp8Options
 from megallm.optim.config import ZeroOptions
 from megallm.oracle.compare import run_row
 from megallm.oracle.table import row_named
-from megallm.parallel.fp8 import Fp8Linear, fp8_grouped_linear, fp8_linear
+from megallm.parallel.fp8 import Fp8Linear, Fp8Linears, fp8_grouped_linear, fp8_linear
 from megallm.parallel.layout import Layout
 from megallm.parallel.linear import WeightQueue, finish_weights
 from megallm.parallel.mesh import Mesh
@@ -110,16 +110,19 @@ def test_one_scale_for_all_experts_would_be_noticed():
 # --- delayed scales of experts -------------------------------------------------------------------------------------
 
 
+def after_an_update(state: Fp8Linear) -> None:
+    Fp8Linears({"x": state}, Mesh.single()).commit()
+
+
 def test_an_idle_expert_keeps_its_history_and_the_others_move():
     state = state_for("delayed")
     grouped(state, [4, 4, 8], loud=100.0)
     first = state.seen.clone()
-    state.advance(state.seen.clone())
-    state.forget()
+    after_an_update(state)
     assert state.complete and torch.equal(state.history[..., 0], first) and len(set(first[:, 0].tolist())) == 3
     grouped(state, [5, 0, 8])
     assert state.seen[1].tolist() == [0.0, float(first[1, 1]), 0.0], "the weight is there all the same"
-    state.advance(state.seen.clone())
+    after_an_update(state)
     moved = state.history[..., 1] > 0
     assert moved.tolist() == [[True, True, True], [False, True, False], [True, True, True]]
     assert torch.equal(state.history[1, :, 0], first[1])
@@ -131,7 +134,7 @@ def test_an_idle_expert_keeps_its_history_and_the_others_move():
 def test_an_expert_without_a_history_scales_itself_beside_those_that_have_one():
     state = state_for("delayed")
     grouped(state, [4, 0, 8])
-    state.advance(state.seen.clone())
+    after_an_update(state)
     assert not state.complete
     first, second, _ = state.store("x", [torch.full((2, WIDE), 0.5)] * 3)
     assert float(second.inverse) == pytest.approx(0.5 / 448.0)
