@@ -26,7 +26,7 @@ from megallm.base.errors import DataError, InternalError, UsageError
 from megallm.base.files import writing
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
-from megallm.curate.chain import ShardJob, build_chain, run_shard, save_decisions
+from megallm.curate.chain import ShardJob, chain_of, run_shard, save_decisions
 from megallm.curate.config import CurateConfig, check, used_files
 from megallm.curate.exact import INDEX_BITS
 from megallm.curate.tally import Tally, add_up
@@ -80,7 +80,7 @@ class Run:
         finished = self.begin(fresh)
         if finished is not None:
             return finished
-        chain = build_chain(self.config)  # fails here, before any work, when a model is missing
+        chain = chain_of(self.yaml)  # fails here, before any work, when a model is missing
         for number in range(len(self.segments)):
             if number:
                 self.decide(number, chain)
