@@ -18,6 +18,7 @@ from megallm.ops.precision import wide, wide_dtype
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's wide logits; a chunk has at least MIN_TOKENS, or the matrix is read too often
 MIN_TOKENS = 64
+BLOCK_BYTES = 2**20  # of wide logits that several passes go over while they are in a CPU's cache
 
 
 class Statistics(NamedTuple):
@@ -41,8 +42,19 @@ def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) 
     """
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
-    top = wide(logits.amax(-1))
-    return Statistics(top, _minus(logits, top, reuse).exp_().sum(-1), label)
+    tops, totals = [], []
+    for rows in _blocks(flat := logits.flatten(0, -2)):
+        tops.append(wide(flat[rows].amax(-1)))
+        totals.append(_minus(flat[rows], tops[-1], reuse).exp_().sum(-1))
+    return Statistics(torch.cat(tops).view_as(label), torch.cat(totals).view_as(label), label)
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows of `[T, V]` whose wide logits a CPU's cache holds through all passes over them; elsewhere all at once."""
+    tokens, vocab = logits.shape
+    wide_row = vocab * wide_dtype(logits.dtype).itemsize
+    step = max(1, BLOCK_BYTES // wide_row) if logits.device.type == "cpu" else max(1, tokens)
+    return [slice(begin, begin + step) for begin in range(0, max(1, tokens), step)]
 
 
 def _minus(logits: Tensor, row: Tensor, reuse: bool) -> Tensor:
@@ -59,15 +71,24 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 def logit_gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
     """Gradient of `logits [..., V]` in their dtype, from that of the log-probabilities `[...]`."""
-    return _wide_gradient(logits, lse, labels, begin, grad, reuse=False).to(logits.dtype)
+    flat = logits.flatten(0, -2)
+    return _gradient(flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype, False).view_as(logits)
 
 
-def _wide_gradient(
-    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, reuse: bool
-) -> Tensor:  # fmt: skip
-    result = _minus(logits, lse, reuse).exp_().mul_(-grad[..., None])
+def _gradient(
+    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, dtype: torch.dtype, reuse: bool
+) -> Tensor:
+    """Of logits `[T, V]`, in `dtype`; with `reuse` wide ones are overwritten."""
     here, local = locate(labels, begin, logits.shape[-1])
-    return result.scatter_add_(-1, local[..., None], (grad * here)[..., None])
+    blocks, into = _blocks(logits), logits if reuse and dtype == logits.dtype else None
+    for rows in blocks:
+        part = _minus(logits[rows], lse[rows], reuse).exp_().mul_(-grad[rows, None])
+        part.scatter_add_(-1, local[rows, None], (grad * here)[rows, None])
+        if len(blocks) == 1:
+            return part.to(dtype)
+        into = torch.empty_like(logits, dtype=dtype) if into is None else into
+        into[rows] = part
+    return into
 
 
 def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int) -> Statistics:
@@ -101,7 +122,7 @@ def linear_gradients(
     weight = weight.detach()
     for rows in _chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        dy = _wide_gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], reuse=True)
+        dy = _gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], dtype, reuse=True)
         torch.mm(dy.to(x.dtype), weight, out=into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)
