@@ -228,7 +228,10 @@ def test_a_closed_pipe_is_quiet():
 def test_ctrl_c_is_130_without_a_traceback(tmp_path):
     fifo = tmp_path / "c.yaml"
     os.mkfifo(fifo)
-    process = subprocess.Popen([sys.executable, "-m", "megallm", "config", str(fifo)], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megallm", "config", str(fifo)], cwd=ROOT, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
