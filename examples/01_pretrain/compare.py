@@ -19,14 +19,15 @@ from megallm.data import order
 from megallm.data.batches import Share
 from megallm.data.indexed import IndexedDataset
 from megallm.training.config import PretrainConfig
-from megallm.training.reading import open_held_out
+from megallm.training.reading import held_out_readers
 
 
 def held_out_labels(config: PretrainConfig) -> np.ndarray:
     """The tokens that the run's held-out loss is the mean over: `eval.batches` global batches of the held-out split."""
-    reader = open_held_out(config, Share(config.train.global_batch, config.train.micro_batch))
-    if reader is None:
+    readers = held_out_readers(config, Share(config.train.global_batch, config.train.micro_batch))
+    if readers is None:
         raise ValueError("the run has no held-out data: eval.batches or the validation share of data.split is 0.")
+    reader = readers()
     batches = [arrays for step in range(1, config.eval.batches + 1) for arrays in reader.batches(step)]
     return np.concatenate([arrays["labels"][arrays["mask"]] for arrays in batches])
 

@@ -99,18 +99,20 @@ def restore(ids: Sequence[int], decode: Callable[[list[int]], str], sentinels: S
 
 
 class Rearranger:
-    """Applies `rearrange` to tokens of a document: decodes, cuts, encodes, and keeps a last end-of-document token."""
+    """Applies `rearrange` to tokens of a document: decodes, cuts, encodes; special tokens around it stay."""
 
     def __init__(self, tokenizer: Tokenizer, sentinels: Sentinels) -> None:
         check_exact(tokenizer)
         self.tokenizer, self.sentinels = tokenizer, sentinels
-        self._eod = tokenizer.eod
+        self._special = tokenizer.specials | {tokenizer.eod}
 
     def __call__(self, tokens: np.ndarray, form: str, key: int) -> np.ndarray | None:
-        """int64 [any], or None when the tokens are not a text (broken UTF-8), which is then read as it is."""
+        """int64 [any], or None when the tokens are not a text (broken UTF-8, special tokens), read as it is then."""
         ids = tokens.tolist()
-        end = ids[-1:] if ids[-1:] == [self._eod] else []
-        text = self.tokenizer.decode(ids[: len(ids) - len(end)])
-        if not text or _REPLACEMENT in text:
+        ordinary = [place for place, token in enumerate(ids) if token not in self._special]
+        begin, end = (ordinary[0], ordinary[-1] + 1) if ordinary else (0, 0)
+        text = self.tokenizer.decode(ids[begin:end])
+        if not text or _REPLACEMENT in text or len(ordinary) < end - begin:
             return None
-        return np.array([*rearrange(text, form, key, self.tokenizer.encode, self.sentinels), *end], np.int64)
+        made = rearrange(text, form, key, self.tokenizer.encode, self.sentinels)
+        return np.array([*ids[:begin], *made, *ids[end:]], np.int64)

@@ -92,4 +92,8 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
     if len(known) < len(parts):
         return None
     found = origins.joined((part.get("origins"), part["documents"]) for _, part in known)
-    return {"tokenizer": known[0][1]["tokenizer"], "merged_from": list(prefixes), "origins": found}
+    framed = any(part.get("add_special_tokens") for _, part in known)
+    return {
+        "tokenizer": known[0][1]["tokenizer"], "add_special_tokens": framed, "merged_from": list(prefixes),
+        "origins": found,
+    }  # fmt: skip

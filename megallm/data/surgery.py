@@ -63,7 +63,8 @@ def split(
                 "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
             }  # fmt: skip
             kept = {"split_from": os.fspath(prefix), "origins": lines.origins(), **counts}
-            writer.commit({"tokenizer": side_car["tokenizer"], **kept} if side_car else None)
+            same = {key: side_car[key] for key in ("tokenizer", "add_special_tokens") if key in (side_car or ())}
+            writer.commit({**same, **kept} if side_car else None)
             found.append({"prefix": writer.prefix, **counts})
     return found
 

@@ -173,10 +173,12 @@ class FolderTokenizer:
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
         """Ids that the definition's template puts before and behind a text: a Llama's `<s>`, BERT's [CLS] and [SEP]."""
-        bare, whole = (self._special.encode("a", add_special_tokens=flag).ids for flag in (False, True))
-        begins = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
-        begin = next(begins, None)
-        return ([], []) if begin is None else (whole[:begin], whole[begin + len(bare) :])
+        for text in ("a", *self.pieces()):  # some vocabularies have no token for an a
+            made = self._special.encode(text, add_special_tokens=True)
+            own = [place for place, sequence in enumerate(made.sequence_ids) if sequence is not None]
+            if own:
+                return made.ids[: own[0]], made.ids[own[-1] + 1 :]
+        return [], []
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:

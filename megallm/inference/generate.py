@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,11 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         model = ParallelModel.load(config, mesh, source)
         spec = find_tokenizer(reader)
         folder = reader.folder if isinstance(reader, HfReader) else None if spec == BYTES else Path(spec)
-        framed = isinstance(reader, HfReader) or is_import(reader) or reader.meta.get("framed")
+        imported = isinstance(reader, HfReader) or is_import(reader)
+        framed = not imported and reader.meta.get("framed")
     words = tokenizer.load(spec)
-    ends = end_tokens(words, folder)
-    opening = tuple(words.template[0]) if framed else ()
+    opening = tuple(words.template[0]) if imported or framed else ()
+    ends = end_tokens(words, folder, words.template[1][-1:] if framed else ())
     return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder, opening)
 
 
@@ -186,15 +187,16 @@ def find_tokenizer(reader: Reader | HfReader) -> str:
     return reader.meta.get("tokenizer") or BYTES
 
 
-def end_tokens(words: Tokenizer, folder: Path | None) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, and `eos_token_id` of a generation_config.json beside it."""
+def end_tokens(words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id` of a
+    generation_config.json beside it."""
     named: list[int] = []
     if folder is not None and (folder / GENERATION).is_file():
         value = read_json(folder / GENERATION).get("eos_token_id")
         named = [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
     try:
-        return frozenset([*named, words.eod])
+        return frozenset([*named, *closing, words.eod])
     except DataError:
-        if not named:
+        if not named and not closing:
             raise
-        return frozenset(named)
+        return frozenset([*named, *closing])

@@ -36,7 +36,7 @@ def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
 
 
 def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) -> Statistics:
-    """Of logits `[..., V]` of the vocabulary's entries from `begin` on; labels `[...]` count from entry 0.
+    """Of logits `[..., T, V]` of the vocabulary's entries from `begin` on; labels `[..., T]` count from entry 0.
 
     With `reuse` wide logits are overwritten.
     """
@@ -70,7 +70,7 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def logit_gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
-    """Gradient of `logits [..., V]` in their dtype, from that of the log-probabilities `[...]`."""
+    """Gradient of `logits [..., T, V]` in their dtype, from that of the log-probabilities `[..., T]`."""
     flat = logits.flatten(0, -2)
     return _gradient(flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype, False).view_as(logits)
 

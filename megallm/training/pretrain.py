@@ -209,8 +209,8 @@ def keep_tokenizer(config: PretrainConfig) -> None:
 def describe(config: PretrainConfig) -> dict[str, Any]:
     """What a checkpoint remembers of the configuration, to refuse a run that is not the same run.
 
-    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read. `framed`, that
-    the tokenizer's template stands around documents, is for generation.
+    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read. `framed`,
+    that the tokenizer's template stands around documents, is for generation.
     """
     data, train = config.data, config.train
     reading = {"order": data.order, "split": data.split, "seed": data.seed}

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import CannotWrite, DataError, InternalError, UsageError
-from megallm.data import meta, preprocess, readers, tokenizer
+from megallm.data import indexed, meta, preprocess, readers, surgery, tokenizer
 from megallm.data.indexed import IndexedDataset, verify
 from megallm.data.preprocess import PreprocessConfig
 from megallm.data.readers import ReadOptions
@@ -80,6 +80,18 @@ def test_the_template_of_the_tokenizer_stands_around_texts(tmp_path, eos, ending
     wanted = [theirs(text, split_special_tokens=True)["input_ids"] + ending if text else [] for text in texts]
     assert [data.document(i).tolist() for i in range(4)] == wanted and wanted[0] == [1, 3, 4, 2, *ending]
     assert meta.read(tmp_path / "o_text_document")["add_special_tokens"]
+    prefix = str(tmp_path / "o_text_document")
+    indexed.merge([prefix, prefix], tmp_path / "all")
+    surgery.split(prefix, str(tmp_path / "part"), [1, 1], seed=3)
+    assert meta.read(tmp_path / "all")["add_special_tokens"] and meta.read(tmp_path / "part-0")["add_special_tokens"]
+
+
+def test_a_template_is_found_without_a_token_for_an_a(tmp_path):
+    path = bert_tokenizer(tmp_path / "dna") / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"] = {"type": "BPE", "vocab": {"G": 0, "[CLS]": 1, "[SEP]": 2}, "merges": []}
+    path.write_text(json.dumps(definition))
+    assert tokenizer.load(str(path)).template == ([1], [2])
 
 
 def test_a_template_that_puts_nothing_is_refused(work):

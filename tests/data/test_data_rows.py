@@ -130,6 +130,17 @@ def test_fim_keeps_the_end_of_document_last_and_leaves_broken_text_alone():
     assert rearranger(np.array([0xFF, 65]), PSM, 5) is None and rearranger(np.array([256]), PSM, 5) is None
 
 
+@pytest.mark.parametrize("form", [PSM, SPM])
+def test_fim_leaves_the_frame_of_a_document_around_it(form):
+    class Framed(tokenizer.ByteTokenizer):
+        specials = {256, 260, 261}
+
+    out = Rearranger(Framed(), SENTINELS)(np.array([260, *"héllo".encode(), 261, 256]), form, 5).tolist()
+    assert (out[0], out[-2:]) == (260, [261, 256])
+    assert fim.restore(out[1:-2], BYTES.decode, SENTINELS)[1] == "héllo"
+    assert Rearranger(Framed(), SENTINELS)(np.array([*b"a", 261, *b"b"]), form, 5) is None, "it is not one text"
+
+
 def test_fim_needs_sentinels_inside_the_vocabulary(bpe):
     with pytest.raises(UsageError, match="tokenizer train --special-tokens"):
         fim.find_sentinels(BYTES, None, None)

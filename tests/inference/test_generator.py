@@ -268,13 +268,17 @@ def test_prompts_begin_as_the_tokenizer_of_the_folder_wants(models, tmp_path):
     assert rows[0]["tokens"] == made
     request = GenerateRequest(models("llama"), ("ab",), 9)
     assert generate.run(request, Mesh.single())[0]["tokens"] != made  # the control: without it something else
+    definition["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [9], "tokens": ["</s>"]}
+    definition["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
     sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 300}
     config = EngineConfig(model=ModelConfig(family="llama", **sizes).resolve(), precision="fp32")
     parts = list(Engine.build(config, Mesh.single()).parts())
     for framed, opening in ((True, (7,)), (False, ())):
         remembered = {"tokenizer": str(folder), "framed": framed, "precision": "fp32", "model": asdict(config.model)}
         step = store.save(tmp_path / str(framed), 1, parts, remembered, Mesh.single())
-        assert generate.load(GenerateRequest(str(step)), Mesh.single()).opening == opening
+        loaded = generate.load(GenerateRequest(str(step)), Mesh.single())
+        assert loaded.opening == opening and (9 in loaded.ends) == framed
 
 
 def test_texts_longer_than_the_model_knows_are_told(models):

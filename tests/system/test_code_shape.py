@@ -7,6 +7,7 @@ megallm, `test_each_rule_catches_its_bad_example` shows that each of them can fa
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
 import subprocess
 import sys
@@ -462,3 +463,27 @@ def test_each_rule_catches_its_bad_example(name, module, bad, good):
     assert list(RULES[name](Source(module, bad))), "the bad example passed"
     if good is not None:
         assert not list(RULES[name](Source(module, good)))
+
+
+@pytest.mark.parametrize("folder", ["examples", "bench", "tools"])
+def test_what_scripts_import_from_the_package_is_there(folder):
+    """A script that only its own command runs would otherwise be found broken by whoever runs it first."""
+    missing, looked_up = [], 0
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if "work" in path.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megallm":
+                for alias in node.names:
+                    looked_up += 1
+                    if not _exists(str(node.module), alias.name):
+                        missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}.{alias.name}")
+    assert looked_up and not missing, missing
+    assert not _exists("megallm.training.reading", "open_held_out"), "the control"
+
+
+def _exists(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name) or bool(importlib.util.find_spec(f"{module}.{name}"))
+    except ModuleNotFoundError:
+        return False
