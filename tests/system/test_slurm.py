@@ -79,9 +79,10 @@ class Cluster:
             state = self.field(job, "JobState")
             if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
                 self.start_again(job)
-            if state in OVER:  # so it is shown for a moment, too, when it is about to be queued again
-                time.sleep(10)
-                state = self.field(job, "JobState")
+            for _ in range(30):  # so it is shown for a moment, too, when it is about to be queued again
+                if state in OVER:
+                    time.sleep(1)
+                    state = self.field(job, "JobState")
             assert state not in OVER, f"{state}\n{output.read_text()}"
             return state == "COMPLETED"
 
