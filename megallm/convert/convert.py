@@ -106,7 +106,7 @@ def run(request: ConvertRequest) -> dict[str, Any]:
 def check_new(output: Path) -> None:
     """Errors: UsageError for an output that is there already, unless it is an empty folder."""
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UsageError(f"--output {output} exists; choose a new folder, conversion never overwrites.")
+        raise UsageError(f"--output {output} exists; choose a new folder: nothing is ever overwritten.")
 
 
 @contextmanager

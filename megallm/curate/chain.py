@@ -279,10 +279,9 @@ def kept_row(document: Document) -> bytes:
     beside = {"file": document.file, "line": document.line}
     beside |= {key: value for key, value in document.meta.items() if key not in ("id", "text", *beside)}
     native = extension.index()
-    text = _as_json(document.text).encode() if native is None else None
     return b'{"id": %b, "text": %b, %b\n' % (
         _as_json(document.id).encode(errors=ESCAPED),
-        native.quote(document.text.encode()) if text is None else text,
+        _as_json(document.text).encode() if native is None else native.quote(document.text.encode()),
         _as_json(beside).encode(errors=ESCAPED)[1:],
     )
 

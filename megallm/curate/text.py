@@ -147,8 +147,11 @@ class Hasher:
 class Pieces:
     """Some runs of characters [begin, end) in order, and for each document the range of its runs in `offsets`."""
 
-    def __init__(self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, hasher: Hasher) -> None:
-        self.begin, self.end, self._hasher = begin, end, hasher
+    def __init__(
+        self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, hasher: Hasher,
+        hashes: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.begin, self.end, self._hasher, self._hashes = begin, end, hasher, hashes
         self.offsets = np.searchsorted(begin, document_starts)
 
     def __len__(self) -> int:
@@ -183,7 +186,7 @@ class Pieces:
     @cached_property
     def hashes(self) -> np.ndarray:
         """uint64, equal for equal (lower-cased) runs wherever they stand."""
-        return self._hasher.hash(self.begin, self.end)
+        return self._hasher.hash(self.begin, self.end) if self._hashes is None else self._hashes
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Hashes of `size` consecutive runs inside one document, and the number of the first run of each."""
@@ -229,30 +232,30 @@ class Analysis:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @cached_property
+    @property
     def words(self) -> Pieces:
         """The words, lower-cased."""
+        return self._words[0]
+
+    @property
+    def word_classes(self) -> np.ndarray:
+        """The classes of the characters of each word together, uint8 [words]."""
+        return self._words[1]
+
+    @cached_property
+    def _words(self) -> tuple[Pieces, np.ndarray]:
         native = extension.index()
         if native is not None:
-            begin, end, hashes, vars(self)["word_classes"] = native.words(self.codes, self.kinds, _BASE)
-            pieces = self._pieces(begin, end)
-            vars(pieces)["hashes"] = hashes
-            return pieces
+            begin, end, hashes, found = native.words(self.codes, self.kinds, _BASE)
+            return self._pieces(begin, end, hashes), found
         if not len(self.codes):
-            return self._pieces(np.zeros(0, np.int64), np.zeros(0, np.int64))
+            return self._pieces(np.zeros(0, np.int64), np.zeros(0, np.int64)), self.kinds
         word, solo = (self.kinds & WORD) > 0, (self.kinds & SOLO) > 0
         border = np.ones(len(word) + 1, bool)  # between character i - 1 and i
         border[1:-1] = (word[1:] != word[:-1]) | solo[1:] | solo[:-1]
-        return self._pieces(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1)
-
-    @cached_property
-    def word_classes(self) -> np.ndarray:
-        """The classes of the characters of each word together, uint8 [words]."""
-        words = self.words
-        if "word_classes" in vars(self):  # they came with the words
-            return vars(self)["word_classes"]
+        words = self._pieces(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1)
         kinds = np.where(self.kinds & WORD, self.kinds, 0)  # what stands between two words has none
-        return np.bitwise_or.reduceat(kinds, words.begin) if len(words) else kinds[:0]
+        return words, np.bitwise_or.reduceat(kinds, words.begin) if len(words) else kinds[:0]
 
     @cached_property
     def characters(self) -> np.ndarray:
@@ -277,28 +280,32 @@ class Analysis:
         """Positions of the characters that are not space."""
         return np.flatnonzero((self.kinds & SPACE) == 0)
 
-    @cached_property
+    @property
     def lines(self) -> Pieces:
         """The lines that are not blank, without the space around them."""
+        return self._lines[0]
+
+    @property
+    def newlines(self) -> np.ndarray:
+        """Newlines of each document, the one that ends it not counted."""
+        return self._lines[2]
+
+    @cached_property
+    def _lines(self) -> tuple[Pieces, np.ndarray, np.ndarray]:
+        """`lines`, which of them follow a blank one or begin a text (uint8 [lines]), and `newlines`."""
         native = extension.index()
         if native is not None:
             begin, end, after_blank, newlines = native.lines(self.codes, self.kinds, self.starts)
-            vars(self)["after_blank"], vars(self)["newlines"] = after_blank, newlines
-            return self._pieces(begin, end)
-        ends = self._newline_places
+            return self._pieces(begin, end), after_blank, newlines
+        ends = np.flatnonzero(self.codes == _NEWLINE)
         starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
         first, last = np.searchsorted(self.ink, starts), np.searchsorted(self.ink, ends)
         used = last > first
-        return self._pieces(self.ink[first[used]], self.ink[last[used] - 1] + 1)
-
-    @cached_property
-    def _newline_places(self) -> np.ndarray:
-        return np.flatnonzero(self.codes == _NEWLINE)
-
-    @cached_property
-    def newlines(self) -> np.ndarray:
-        """Newlines of each document, the one that ends it not counted. (The extension counts them with the lines.)"""
-        return np.diff(np.searchsorted(self._newline_places, self.starts)) - 1
+        lines = self._pieces(self.ink[first[used]], self.ink[last[used] - 1] + 1)
+        # Two newlines between the end of a line and the start of the next make a blank line.
+        gap = np.searchsorted(ends, lines.begin[1:]) - np.searchsorted(ends, lines.end[:-1]) > 1
+        new = np.concatenate([[True], gap | (lines.documents[1:] != lines.documents[:-1])])[: len(lines)]
+        return lines, new.astype(np.uint8), np.diff(np.searchsorted(ends, self.starts)) - 1
 
     @cached_property
     def paragraphs(self) -> Pieces:
@@ -306,21 +313,9 @@ class Analysis:
         lines = self.lines
         if not len(lines):
             return lines
-        new = self.after_blank > 0
+        new = self._lines[1] > 0
         last = np.concatenate([new[1:], [True]])
         return self._pieces(lines.begin[new], lines.end[last])
 
-    @cached_property
-    def after_blank(self) -> np.ndarray:
-        """Which lines follow a blank one or begin a text, uint8 [lines]."""
-        lines = self.lines
-        if "after_blank" in vars(self):  # it came with the lines
-            return vars(self)["after_blank"]
-        # Two newlines between the end of a line and the start of the next make a blank line.
-        places = self._newline_places
-        gap = np.searchsorted(places, lines.begin[1:]) - np.searchsorted(places, lines.end[:-1]) > 1
-        new = gap | (lines.documents[1:] != lines.documents[:-1])
-        return np.concatenate([[True], new])[: len(lines)].astype(np.uint8)
-
-    def _pieces(self, begin: np.ndarray, end: np.ndarray) -> Pieces:
-        return Pieces(begin, end, self.starts, self._hasher)
+    def _pieces(self, begin: np.ndarray, end: np.ndarray, hashes: np.ndarray | None = None) -> Pieces:
+        return Pieces(begin, end, self.starts, self._hasher, hashes)

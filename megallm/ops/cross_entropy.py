@@ -80,14 +80,18 @@ def _gradient(
 ) -> Tensor:
     """Of logits `[T, V]`, in `dtype`; with `reuse` wide ones are overwritten."""
     here, local = locate(labels, begin, logits.shape[-1])
-    blocks, into = _blocks(logits), logits if reuse and dtype == logits.dtype else None
+    at_label = grad * here
+
+    def block(rows: slice) -> Tensor:
+        share = _minus(logits[rows], lse[rows], reuse).exp_().mul_(-grad[rows, None])
+        return share.scatter_add_(-1, local[rows, None], at_label[rows, None])
+
+    blocks = _blocks(logits)
+    if len(blocks) == 1:
+        return block(blocks[0]).to(dtype)
+    into = logits if reuse and dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in blocks:
-        part = _minus(logits[rows], lse[rows], reuse).exp_().mul_(-grad[rows, None])
-        part.scatter_add_(-1, local[rows, None], (grad * here)[rows, None])
-        if len(blocks) == 1:
-            return part.to(dtype)
-        into = torch.empty_like(logits, dtype=dtype) if into is None else into
-        into[rows] = part
+        into[rows] = block(rows)
     return into
 
 

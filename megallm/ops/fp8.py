@@ -19,7 +19,6 @@ from megallm.ops.precision import wide, wide_dtype
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in FORMATS.items()}  # 448 and 57344
 BLOCK = 128
-SCALED = ("tensor", "row", "block", "square")  # square: BLOCK x BLOCK, of weights
 ALIGNED = 16  # both dims of each operand, for the native kernels of a GPU
 
 

@@ -12,6 +12,7 @@ from megallm.ops import fp8
 from megallm.ops.fp8 import LARGEST, Quantised, amax_of, dequantise, emulated, native, quantise, scale_of
 from megallm.ops.narrow import RECIPES
 
+SCALED = ("tensor", "row", "block", "square")  # square: BLOCK x BLOCK, of weights
 SHAPES = [(16, 16, 16), (16, 48, 32), (64, 128, 96), (128, 256, 64), (32, 1024, 48)]
 RAGGED = [(3, 40, 21), (17, 7, 2), (130, 300, 5)]  # no multiples of what kernels take
 VECTORS = [(1, 16, 16), (17, 7, 1)]  # which the emulation adds up in another order
@@ -68,7 +69,7 @@ def test_amax_of_each_granularity_and_ragged_blocks():
 
 
 @pytest.mark.parametrize("form", LARGEST)
-@pytest.mark.parametrize("scaled", fp8.SCALED)
+@pytest.mark.parametrize("scaled", SCALED)
 def test_what_is_stored_is_within_half_a_step(form, scaled):
     """Relative error at most 2^-4 (2^-3 for e5m2), or half the smallest subnormal step below the scale's reach."""
     x = matrix(130, 300)
@@ -153,7 +154,7 @@ def test_another_number_in_an_operand_changes_bits():
     assert not torch.equal(emulated(changed, b, torch.float32), native(a, b, torch.float32))
 
 
-@pytest.mark.parametrize("scaled", fp8.SCALED)
+@pytest.mark.parametrize("scaled", SCALED)
 @pytest.mark.parametrize("shape", [(0, 200), (130, 0), (0, 0)], ids=str)
 def test_nothing_has_no_magnitude_and_adds_nothing(shape, scaled):
     """The rows of an expert that no token chose, and their transpose."""
