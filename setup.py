@@ -38,10 +38,11 @@ class OptionalBuild(build_ext):
 def extensions():
     """`megallm._index` from csrc/index; none when pybind11 itself is missing."""
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
     except ImportError as error:
         OptionalBuild.warn_of("megallm._index", error)
         return []
+    ParallelCompile().install()  # one file a core
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.cpp"))
     # No fused multiply-add: the bits must equal numpy's.
     flags = ["-O3", "-ffp-contract=off", "-g0"]

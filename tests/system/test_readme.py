@@ -19,10 +19,6 @@ from megallm.cli.table import VERBS
 from tests.system.commands import ROOT
 
 LONG = ("bash examples/01_pretrain/run.sh", "bash tests/run.sh")
-STAMP = (
-    'extras=test; { echo "$PWD $extras"; cat setup.py pyproject.toml tests/constraints.txt csrc/*/*.cpp; } | cksum '
-    "> .venv/megallm-installed-test"
-)  # what tools/install.sh writes when it is done
 
 
 def commands() -> list[str]:
@@ -53,15 +49,23 @@ def clone(tmp_path) -> Path:
 
 
 def open_door(clone: Path) -> None:
-    """A `.venv` in the clone whose programs are those of the interpreter that runs this test."""
+    """A `.venv` in the clone whose programs are those of the interpreter that runs this test.
+
+    It says of itself that it is installed, as tools/install.sh does, and installs nothing: that would change the
+    interpreter's own packages.
+    """
     binaries = clone / ".venv/bin"
     binaries.mkdir(parents=True)
+    refusal = '[ "$1 $2" = "-m pip" ] && echo "nothing is installed through this .venv" >&2 && exit 9\n'
     for name, words in (("python", ""), ("megallm", "-m megallm ")):
         program = binaries / name
-        program.write_text(f'#!/bin/sh\nPYTHONPATH="{clone}" exec "{sys.executable}" {words}"$@"\n')
+        program.write_text(f'#!/bin/sh\n{refusal}PYTHONPATH="{clone}" exec "{sys.executable}" {words}"$@"\n')
         program.chmod(0o755)
     (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
-    assert shell(STAMP, clone, 20).returncode == 0
+    script = (clone / "tools/install.sh").read_text()
+    state = re.findall(r"^state=\$\((.*)\)$", script, flags=re.M)
+    assert len(state) == 1 and 'stamp=$venv/megallm-installed-${extras:-plain}' in script
+    assert shell(f"extras=test; {state[0]} > .venv/megallm-installed-test", clone, 20).returncode == 0
 
 
 def test_the_two_commands_are_there():
@@ -83,6 +87,14 @@ def test_the_suite_starts_in_a_fresh_clone(clone):
     open_door(clone)
     done = shell("bash tests/run.sh tests/base", clone, 300, MEGALLM_FACILITIES="no")
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_stale_clone_would_install(clone):
+    """The control: with another setup.py the same command goes to pip."""
+    open_door(clone)
+    (clone / "setup.py").write_text((clone / "setup.py").read_text() + "\n")
+    done = shell("bash tests/run.sh tests/base", clone, 60, MEGALLM_FACILITIES="no")
+    assert done.returncode == 9 and "nothing is installed through this .venv" in done.stderr
 
 
 @pytest.mark.slow
