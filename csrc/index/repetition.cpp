@@ -20,9 +20,8 @@ constexpr int kTopFirst = 2, kTopLast = 4, kDuplicateLast = 10;
 // n-grams of `size` pieces inside one document: their hashes, and the number of the first piece of each.
 py::tuple ngrams(Array<U64> hashes, Array<I64> offsets, I64 size) {
   const U64* hash = hashes.data();
-  const I64 *offset = offsets.data(), texts = offsets.size() - 1;
-  if (size < 1 || texts < 0 || (texts > 0 && offset[texts] > hashes.size()))
-    throw std::invalid_argument("size must be at least 1, and offsets must lie inside the pieces");
+  const I64 *offset = offsets.data(), texts = texts_of(offsets, hashes.size());
+  if (size < 1) throw std::invalid_argument("size must be at least 1");
   I64 count = 0;
   for (I64 text = 0; text < texts; ++text) count += std::max<I64>(offset[text + 1] - offset[text] - size + 1, 0);
   Array<U64> grams(count);
@@ -75,9 +74,10 @@ class Repeats {
 // [3 + 6, texts].
 Array<I64> repetition(Array<U64> hashes, Array<I64> begin, Array<I64> end, Array<I64> offsets) {
   const U64* hash = hashes.data();
-  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data(), texts = offsets.size() - 1;
-  if (texts < 0 || begin.size() != hashes.size() || end.size() != hashes.size() || offset[texts] > hashes.size())
-    throw std::invalid_argument("begin, end and hashes must have the same length, and offsets lie inside");
+  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data();
+  const I64 texts = texts_of(offsets, hashes.size());
+  if (begin.size() != hashes.size() || end.size() != hashes.size())
+    throw std::invalid_argument("begin, end and hashes must have the same length");
   Array<I64> out({static_cast<py::ssize_t>(kDuplicateLast - kTopFirst + 1), static_cast<py::ssize_t>(texts)});
   I64* to = out.mutable_data();
   std::fill(to, to + out.size(), I64{0});
@@ -131,9 +131,10 @@ Array<I64> repetition(Array<U64> hashes, Array<I64> begin, Array<I64> end, Array
 // How many pieces of each document are repeats of earlier ones, and how many characters they have: [2, texts].
 Array<I64> duplicates(Array<U64> hashes, Array<I64> begin, Array<I64> end, Array<I64> offsets) {
   const U64* hash = hashes.data();
-  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data(), texts = offsets.size() - 1;
-  if (texts < 0 || begin.size() != hashes.size() || end.size() != hashes.size() || offset[texts] > hashes.size())
-    throw std::invalid_argument("begin, end and hashes must have the same length, and offsets lie inside");
+  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data();
+  const I64 texts = texts_of(offsets, hashes.size());
+  if (begin.size() != hashes.size() || end.size() != hashes.size())
+    throw std::invalid_argument("begin, end and hashes must have the same length");
   Array<I64> out({py::ssize_t{2}, static_cast<py::ssize_t>(texts)});
   I64* to = out.mutable_data();
   Repeats repeats;
@@ -162,9 +163,8 @@ WIDE void least_of(const std::uint32_t* value, I64 count, std::uint32_t flip, st
 // uint64 [sets, bands] before the last mixing; `multipliers` [bands x rows, 2] are (factor, flip).
 Array<U64> bands(Array<std::uint32_t> values, Array<I64> offsets, Array<std::uint32_t> multipliers, I64 rows) {
   const std::uint32_t *value = values.data(), *multiplier = multipliers.data();
-  const I64 *offset = offsets.data(), sets = offsets.size() - 1, all = multipliers.size() / 2;
-  if (rows < 1 || all % rows || sets < 0 || offset[sets] > values.size())
-    throw std::invalid_argument("a whole number of bands, and offsets inside the values");
+  const I64 *offset = offsets.data(), sets = texts_of(offsets, values.size()), all = multipliers.size() / 2;
+  if (rows < 1 || all % rows) throw std::invalid_argument("rows must divide the multipliers into bands");
   Array<U64> out({static_cast<py::ssize_t>(sets), static_cast<py::ssize_t>(all / rows)});
   U64* to = out.mutable_data();
   for (I64 set = 0; set < sets; ++set)

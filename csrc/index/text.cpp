@@ -52,8 +52,7 @@ py::tuple lines(Array<std::uint32_t> codes, Array<std::uint8_t> kinds, Array<I64
   if (codes.size() != kinds.size()) throw std::invalid_argument("codes and kinds must have the same length");
   const std::uint32_t* code = codes.data();
   const std::uint8_t* kind = kinds.data();
-  const I64* start = starts.data();
-  const I64 size = codes.size(), texts = std::max<I64>(starts.size() - 1, 0);
+  const I64 *start = starts.data(), texts = texts_of(starts, codes.size());
   std::vector<I64> begins, ends;
   std::vector<std::uint8_t> after_blank;
   Array<I64> newlines(texts);
@@ -61,7 +60,7 @@ py::tuple lines(Array<std::uint32_t> codes, Array<std::uint8_t> kinds, Array<I64
   for (I64 text = 0; text < texts; ++text) {
     I64 since = 2;  // newlines since the last line that is not blank
     all[text] = -1;
-    const I64 stop = std::min(start[text + 1], size);
+    const I64 stop = start[text + 1];
     for (I64 at = start[text]; at < stop; ++since) {
       const auto* from = reinterpret_cast<const wchar_t*>(code + at);
       const wchar_t* found = std::wmemchr(from, L'\n', stop - at);
@@ -95,15 +94,15 @@ Array<I64> characters(Array<std::uint32_t> codes, Array<std::uint8_t> kinds, Arr
   if (codes.size() != kinds.size()) throw std::invalid_argument("codes and kinds must have the same length");
   const std::uint32_t* code = codes.data();
   const std::uint8_t* kind = kinds.data();
-  const I64 *start = starts.data(), size = codes.size(), texts = starts.size() - 1;
-  Array<I64> out({py::ssize_t{6}, static_cast<py::ssize_t>(std::max<I64>(texts, 0))});
+  const I64 *start = starts.data(), size = codes.size(), texts = texts_of(starts, size);
+  Array<I64> out({py::ssize_t{6}, static_cast<py::ssize_t>(texts)});
   I64* to = out.mutable_data();
   U64 step[256];  // what a character of a class adds to three counts of 16 bits: ink, word, digit
   for (unsigned is = 0; is < 256; ++is)
     step[is] = U64{!(is & kSpace)} | U64{(is & kWord) > 0} << 16 | U64{(is & kDigit) > 0} << 32;
   for (I64 text = 0; text < texts; ++text) {
     I64 found[6] = {};  // ink, word, digit, symbols, dots, ends
-    const I64 stop = std::min(start[text + 1], size);
+    const I64 stop = start[text + 1];
     for (I64 i = start[text]; i < stop;) {
       U64 counts = 0;
       for (const I64 end = std::min<I64>(stop, i + 0xFFFF); i < end; ++i) {
@@ -123,9 +122,8 @@ Array<I64> characters(Array<std::uint32_t> codes, Array<std::uint8_t> kinds, Arr
 
 // Of each text's pieces the characters together, and those of the longest: [2, texts].
 Array<I64> lengths(Array<I64> begin, Array<I64> end, Array<I64> offsets) {
-  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data(), texts = offsets.size() - 1;
-  if (texts < 0 || begin.size() != end.size() || offset[texts] > end.size())
-    throw std::invalid_argument("begin and end must have the same length, and offsets lie inside");
+  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data(), texts = texts_of(offsets, end.size());
+  if (begin.size() != end.size()) throw std::invalid_argument("begin and end must have the same length");
   Array<I64> out({py::ssize_t{2}, static_cast<py::ssize_t>(texts)});
   I64* to = out.mutable_data();
   for (I64 text = 0; text < texts; ++text) {
@@ -142,9 +140,8 @@ Array<I64> lengths(Array<I64> begin, Array<I64> end, Array<I64> offsets) {
 Array<I64> line_marks(Array<std::uint32_t> codes, Array<I64> begin, Array<I64> end, Array<I64> offsets,
                       Array<std::uint32_t> bullets, Array<std::uint32_t> terminal, I64 few) {
   const std::uint32_t* code = codes.data();
-  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data(), texts = offsets.size() - 1;
-  if (texts < 0 || begin.size() != end.size() || offset[texts] > end.size())
-    throw std::invalid_argument("begin and end must have the same length, and offsets lie inside");
+  const I64 *low = begin.data(), *high = end.data(), *offset = offsets.data(), texts = texts_of(offsets, end.size());
+  if (begin.size() != end.size()) throw std::invalid_argument("begin and end must have the same length");
   const auto among = [](const Array<std::uint32_t>& marks, std::uint32_t value) {
     return std::find(marks.data(), marks.data() + marks.size(), value) != marks.data() + marks.size();
   };
@@ -201,9 +198,10 @@ py::array_t<bool> contains(Array<U64> table, Array<U64> values) {
 // -1 for a text without a language.
 Array<I64> stop_words(Array<U64> hashes, Array<I64> offsets, Array<U64> table, Array<I64> languages, Array<I64> own) {
   const U64* hash = hashes.data();
-  const I64 *offset = offsets.data(), *bits = languages.data(), *mine = own.data(), texts = offsets.size() - 1;
-  if (texts < 0 || offset[texts] > hashes.size() || own.size() != texts || languages.size() != table.size())
-    throw std::invalid_argument("offsets must lie inside the hashes, and each text and each word have a language");
+  const I64 *offset = offsets.data(), *bits = languages.data(), *mine = own.data();
+  const I64 texts = texts_of(offsets, hashes.size());
+  if (own.size() != texts || languages.size() != table.size())
+    throw std::invalid_argument("each text and each word of the table must have a language");
   const Table known(table);
   std::vector<I64> last(table.size(), -1);  // the text where a word was seen last
   Array<I64> out(texts);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 namespace py = pybind11;
@@ -31,4 +32,13 @@ py::array_t<T> array_of(const std::vector<T>& values) {
   py::array_t<T> out(static_cast<py::ssize_t>(values.size()));
   if (!values.empty()) std::memcpy(out.mutable_data(), values.data(), values.size() * sizeof(T));
   return out;
+}
+
+// How many texts `offsets` divides `size` pieces (or characters) into.
+inline I64 texts_of(const Array<I64>& offsets, I64 size) {
+  const I64 *offset = offsets.data(), texts = offsets.size() - 1;
+  bool inside = texts >= 0 && offset[0] >= 0 && offset[texts] <= size;
+  for (I64 text = 0; inside && text < texts; ++text) inside = offset[text] <= offset[text + 1];
+  if (!inside) throw std::invalid_argument("offsets must rise and lie inside what they divide");
+  return texts;
 }

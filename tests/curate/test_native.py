@@ -208,26 +208,29 @@ def test_minhash(compiled: ModuleType) -> None:
 
 def test_what_would_read_outside_is_refused(compiled: ModuleType) -> None:
     one, far = np.zeros(1, np.uint64), np.array([0, 9])
+    zero, two = np.zeros(1, np.int64), (np.zeros(2, np.uint32), np.zeros(2, np.uint8))
+    by_offsets = (
+        lambda offsets: compiled.lines(*two, offsets),
+        lambda offsets: compiled.characters(*two, offsets),
+        lambda offsets: compiled.ngrams(one, offsets, 2),
+        lambda offsets: compiled.repetition(one, zero, zero + 1, offsets),
+        lambda offsets: compiled.duplicates(one, zero, zero + 1, offsets),
+        lambda offsets: compiled.bands(np.zeros(1, np.uint32), offsets, np.ones((8, 2), np.uint32), 8),
+        lambda offsets: compiled.lengths(zero, zero + 1, offsets),
+        lambda offsets: compiled.line_marks(two[0], zero, zero + 1, offsets, two[0], two[0], 3),
+        lambda offsets: compiled.stop_words(one, offsets, one, zero, np.zeros(len(offsets) - 1, np.int64)),
+    )
+    for call in by_offsets:
+        call(np.array([0, 1]))
+        for offsets in (far, np.array([-5, 1]), np.array([0, 1, 0, 1]), np.array([0, -5])):
+            with pytest.raises(ValueError, match="offsets must rise and lie inside"):
+                call(offsets)
     for call in (
         lambda: compiled.words(np.zeros(2, np.uint32), np.zeros(1, np.uint8), 3),
         lambda: compiled.lines(np.zeros(2, np.uint32), np.zeros(1, np.uint8), far),
         lambda: compiled.characters(np.zeros(2, np.uint32), np.zeros(1, np.uint8), far),
         lambda: compiled.hashes(np.zeros(2, np.uint32), np.array([0]), np.array([3]), 3),
-        lambda: compiled.ngrams(one, far, 2),
-        lambda: compiled.repetition(one, np.array([0]), np.array([1]), far),
-        lambda: compiled.duplicates(one, np.array([0]), np.array([1]), far),
-        lambda: compiled.bands(np.zeros(1, np.uint32), far, np.ones((8, 2), np.uint32), 8),
-        lambda: compiled.lengths(np.array([0]), np.array([1]), far),
-        lambda: compiled.line_marks(
-            np.zeros(2, np.uint32),
-            np.array([1]),
-            np.array([5]),
-            np.array([0, 1]),
-            np.zeros(1, np.uint32),
-            np.zeros(1, np.uint32),
-            3,
-        ),
-        lambda: compiled.stop_words(one, far, one, np.zeros(1, np.int64), np.zeros(1, np.int64)),
+        lambda: compiled.line_marks(two[0], zero + 1, zero + 5, np.array([0, 1]), two[0], two[0], 3),
         lambda: compiled.fold(["a"], np.zeros(5, np.uint32)),
         lambda: compiled.fold([b"a"], np.zeros(0x110000, np.uint32)),
         lambda: compiled.digit_lines([5], [("x", 0)]),
