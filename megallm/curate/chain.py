@@ -27,7 +27,7 @@ from megallm.base.errors import DataError
 from megallm.base.files import temporary_name, writing
 from megallm.curate import readers
 from megallm.curate.config import GLOBAL, CurateConfig
-from megallm.curate.document import Batch, Document, Verdict, apply_spans, edit
+from megallm.curate.document import KEEP, Batch, Document, Verdict, apply_spans, drop, edit
 from megallm.curate.exact import Exact, Signatures
 from megallm.curate.near import Near
 from megallm.curate.steps import build_step
@@ -191,11 +191,12 @@ class _ShardRun:
                 elif not item.text.strip():
                     self.tally.add("documents", 1)
                     self._write_ledger(index, ledger_row(item, "drop", READ, "empty"))
-                    self.tally.note(READ, [item], [Verdict("drop", "empty")])
+                    self.tally.note(READ, [item], [drop("empty")])
                 else:
                     item.index = index
                     self.tally.add("documents", 1)
                     self.tally.add("characters", len(item.text))
+                    self.tally.note(READ, [item], [KEEP])
                     self.tally.spend(READ, time.process_time() - started)
                     yield item
                     started = time.process_time()

@@ -9,17 +9,19 @@ from typing import Any
 
 from megallm.curate.tally import BINS, bins_of
 
-_WIDTH, _HEIGHT, _FOOT = 420, 110, 22
+_WIDTH, _HEIGHT, _FOOT = 330, 90, 18
 _NOTE_CHARS = 300
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1c2430}
 h1{font-size:1.5em}h2{font-size:1.2em;border-bottom:1px solid #d5dbe3;margin-top:2em}
 table{border-collapse:collapse;width:100%}td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #e8ecf1}
-td:first-child,th:first-child{text-align:left}.bar{background:#4878b0;height:.8em}.gone{background:#d98a4b;height:.8em}
-.track{display:flex;width:220px;background:#eef1f5}.plots{display:flex;flex-wrap:wrap;gap:1em}
-figure{margin:0}figcaption{font-size:.85em;color:#556}pre{white-space:pre-wrap;word-break:break-word;background:#f6f8fa;
-padding:.6em;font-size:.8em;max-height:14em;overflow:auto;margin:.2em 0 .8em}del{background:#f6d5c3}
+td:first-child,th:first-child,th:last-child{text-align:left}
+.bar{background:#4878b0;height:.8em}.gone{background:#d98a4b;height:.8em}
+.track{display:flex;width:220px;background:#eef1f5}.plots{display:flex;flex-wrap:wrap;gap:1.6em 2em}
+figure{margin:0;width:330px}figcaption{font-size:.8em;color:#556}i{color:#4878b0;font-style:normal}i~i{color:#d98a4b}
+pre{white-space:pre-wrap;word-break:break-word;background:#f6f8fa;padding:.6em;font-size:.8em;
+max-height:14em;overflow:auto;margin:.2em 0 .8em}del{background:#f6d5c3}
 ins{background:#cfe8d0;text-decoration:none}.where{font-size:.8em;color:#667}summary{cursor:pointer}
 """
 
@@ -39,7 +41,8 @@ def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> 
         _steps(stats["steps"], stats["totals"]["documents"]),
         "<h2>Reasons and examples</h2>",
         *(_reasons(name, row, examples) for name, row in stats["steps"].items()),
-        "<h2>Distributions</h2><p>Every document that reached the step; the line is the limit.</p><div class=plots>",
+        "<h2>Distributions</h2><p>Each document that came to the step, by the value that its rule looks at; a bar "
+        "says its own count when pointed at. The line is the limit.</p><div class=plots>",
         *(_histogram(name, entry["counts"], entry["limits"]) for name, entry in stats["histograms"].items()),
         "</div></html>\n",
     ]
@@ -68,7 +71,7 @@ def _steps(steps: dict[str, dict[str, Any]], documents: int) -> str:
                 f"{row['edited_documents']:,}", f"{row['characters_dropped'] + row['characters_cut']:,}", bars,
             )
         )  # fmt: skip
-    titles = ("step", "in", "dropped", "share", "edited", "characters removed", "left, dropped")
+    titles = ("step", "in", "dropped", "share", "edited", "characters removed", "<i>left</i>, <i>dropped</i>")
     head = "".join(f"<th>{title}</th>" for title in titles)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
@@ -90,7 +93,7 @@ def _reasons(step: str, row: dict[str, Any], examples: dict[str, list[dict[str, 
     counts = [("dropped", reason, number) for reason, number in row["dropped"].items()]
     counts += [("edited", reason, number) for reason, number in row["edited"].items()]
     for action, reason, number in sorted(counts, key=lambda item: (-item[2], item[1])):
-        unit = "documents dropped" if action == "dropped" else "spans edited"
+        unit = f"{'document' if action == 'dropped' else 'span'}{'s' if number != 1 else ''} {action}"
         shown = "".join(_example(one) for one in examples.get(f"{step}/{reason}", ()))
         parts.append(
             f"<details><summary><b>{escape(step)} / {escape(reason)}</b>: {number:,} {unit}</summary>{shown}</details>"
@@ -125,10 +128,12 @@ def _histogram(name: str, counts: Sequence[int], limits: Sequence[float]) -> str
         for k in range(0, BINS, BINS // 5)
     )
     line = "".join(_limit_line(edges, limit) for limit in limits)
+    axis = f'<path d="M0 {_HEIGHT}H{_WIDTH}" stroke="#aab4c0"/>'
+    limit = f", limit {' and '.join(map(_short, limits))}" if limits else ""
     return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="{_WIDTH}" height="{_HEIGHT + _FOOT}" role="img">'
-        f"{bars}{line}{ticks}</svg><figcaption>{escape(name)}"
-        f"{', limit ' if limits else ''}{' and '.join(map(_short, limits))}</figcaption></figure>"
+        f"<figure><figcaption>{escape(name)}{limit}; tallest bar {max(counts, default=0):,}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="{_WIDTH}" height="{_HEIGHT + _FOOT}" role="img">'
+        f"{bars}{line}{axis}{ticks}</svg></figure>"
     )
 
 

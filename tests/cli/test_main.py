@@ -143,7 +143,7 @@ def test_an_undocumented_key_of_the_training_tree_is_noticed(capsys):
 def test_an_impossible_layout_exits_2_before_anything_is_written(capsys, config, tmp_path):
     start = time.monotonic()
     code, _, err = call(capsys, "pretrain", config, "layout.tp=3", "layout.pp=7", "train.micro_batch=5")
-    assert code == 2 and time.monotonic() - start < 1
+    assert code == 2 and time.monotonic() - start < 3
     for key in ("layout.tp 3", "layout.pp 7", "train.global_batch 8"):
         assert key in err
     assert not (tmp_path / "run").exists()

@@ -260,5 +260,5 @@ def test_a_second_interrupt_is_immediate(tmp_path):
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 130
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3
     assert not any(alive(pid) for pid in pids)
