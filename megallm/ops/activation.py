@@ -19,9 +19,14 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)  # wide inside, unlike a product of narrow factors
-        return torch.cat((grad_gate, F.silu(gate).mul_(grad)), dim=-1)
+        (gate_up,) = ctx.saved_tensors
+        into = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), into.chunk(2, dim=-1)
+        torch.mul(grad, up, out=grad_gate)
+        # Wide inside, unlike a product of narrow factors.
+        torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate)
+        torch.ops.aten.silu(gate, out=grad_up).mul_(grad)
+        return into
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -69,29 +69,22 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
     return here, torch.where(here, labels - begin, 0)
 
 
-def logit_gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
-    """Gradient of `logits [..., T, V]` in their dtype, from that of the log-probabilities `[..., T]`."""
+def logit_gradient_(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
+    """Gradient of `logits [..., T, V]` in their place, from that of the log-probabilities `[..., T]`."""
     flat = logits.flatten(0, -2)
-    return _gradient(flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype, False).view_as(logits)
+    return _gradient(flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype).view_as(logits)
 
 
-def _gradient(
-    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, dtype: torch.dtype, reuse: bool
-) -> Tensor:
-    """Of logits `[T, V]`, in `dtype`; with `reuse` wide ones are overwritten."""
+def _gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of logits `[T, V]`, in `dtype`; in their place when that is theirs."""
     here, local = locate(labels, begin, logits.shape[-1])
     at_label = grad * here
-
-    def block(rows: slice) -> Tensor:
-        share = _minus(logits[rows], lse[rows], reuse).exp_().mul_(-grad[rows, None])
-        return share.scatter_add_(-1, local[rows, None], at_label[rows, None])
-
-    blocks = _blocks(logits)
-    if len(blocks) == 1:
-        return block(blocks[0]).to(dtype)
-    into = logits if reuse and dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    for rows in blocks:
-        into[rows] = block(rows)
+    into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    for rows in _blocks(logits):
+        share = torch.sub(logits[rows], lse[rows, None], out=into[rows] if dtype == lse.dtype else None)
+        share.exp_().mul_(-grad[rows, None]).scatter_add_(-1, local[rows, None], at_label[rows, None])
+        if dtype != share.dtype:
+            into[rows] = share
     return into
 
 
@@ -126,7 +119,7 @@ def linear_gradients(
     weight = weight.detach()
     for rows in _chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        dy = _gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], dtype, reuse=True)
+        dy = _gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], dtype)
         torch.mm(dy.to(x.dtype), weight, out=into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)

@@ -15,7 +15,7 @@ from megallm.ops.cross_entropy import (
     Statistics,
     linear_gradients,
     linear_statistics,
-    logit_gradient,
+    logit_gradient_,
     statistics,
 )
 from megallm.ops.precision import wide_dtype
@@ -43,7 +43,11 @@ class VocabEmbedding(ShardedModule):
 
 
 class _LabelLogProb(torch.autograd.Function):
-    """log softmax at the label, from logits split over the vocabulary; backward keeps only logits and lse."""
+    """log softmax at the label, from logits split over the vocabulary.
+
+    Only logits and lse are kept, and their gradient takes the logits' place: who else keeps them for a backward pass of
+    its own is told so by autograd.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, begin: int, axis: Axis) -> Tensor:
@@ -55,7 +59,7 @@ class _LabelLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         logits, lse, labels = ctx.saved_tensors
-        return logit_gradient(logits, lse, labels, ctx.begin, grad), None, None, None
+        return logit_gradient_(logits, lse, labels, ctx.begin, grad), None, None, None
 
 
 class _FusedLogProb(torch.autograd.Function):
@@ -94,7 +98,8 @@ def _merge(local: Statistics, axis: Axis) -> tuple[Tensor, Tensor]:
 def label_log_prob(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> Tensor:
     """Log-probability of each label, wide `[B, T]`, from this rank's piece of the logits `[B, T, V/tp]`.
 
-    Collective over tp (three all-reduces of `[B, T]`); every tp rank gets the same values.
+    Collective over tp (three all-reduces of `[B, T]`); every tp rank gets the same values. The backward pass overwrites
+    the logits.
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
     return _LabelLogProb.apply(logits, labels, begin, mesh.tp)

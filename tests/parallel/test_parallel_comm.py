@@ -129,9 +129,22 @@ def log_prob_on_ranks(vocab: int, dtype: torch.dtype, scale: float) -> tuple[Ten
     logits, labels, grad = problem(vocab, scale)
     begin, end = piece(vocab, mesh.tp.size, mesh.tp.rank)
     mine = logits[..., begin:end].to(dtype).clone().requires_grad_()
-    log_prob = label_log_prob(mine, labels, mesh, vocab)
+    whole, made = gather_logits(mine.detach(), mesh, vocab), mine * 1  # logits that a backward pass may overwrite
+    log_prob = label_log_prob(made, labels, mesh, vocab)
     log_prob.backward(grad.to(log_prob.dtype))
-    return log_prob.detach(), mine.grad, gather_logits(mine.detach(), mesh, vocab)
+    assert not torch.equal(made, mine)
+    return log_prob.detach(), mine.grad, whole
+
+
+def test_logits_that_another_keeps_are_not_overwritten_in_silence():
+    logits, labels, grad = problem(11, 1.0)
+    made = logits.requires_grad_() * 1
+    held = made.exp()  # keeps its result
+    other = made.square()  # keeps its input
+    log_prob = label_log_prob(made, labels, Mesh.single(), 11)
+    ((log_prob * grad).sum() + held.sum()).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.sum().backward()
 
 
 def problem(vocab: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
