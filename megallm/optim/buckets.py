@@ -91,6 +91,12 @@ class Bucket:
     def units(self) -> frozenset[str]:
         return frozenset(member.unit for member in self.members)
 
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """The padding after members, where there is some."""
+        ends = [offset + member.numel for member, offset in zip(self.members, self.offsets, strict=True)]
+        return [gap for gap in zip(ends, (*self.offsets[1:], self.numel), strict=True) if gap[0] < gap[1]]
+
     def shard_range(self, size: int, rank: int) -> tuple[int, int]:
         """The elements that `rank` of `size` keeps."""
         each = self.numel // size

@@ -45,6 +45,7 @@ class FlatBucket:
         self.master = self.weights if shared else torch.zeros(count, dtype=wide, device=home)
         self.grads = torch.zeros(count if self.sharded_grads else plan.numel, dtype=wide, device=device)
         self.shard_grads = self.grads if self.sharded_grads else self.grads[self.begin : self.end]
+        self.empty = True  # nothing of this step is in `grads`, whatever they hold
         self.gathering: dist.Work | None = None
 
     def views(self, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -101,6 +102,16 @@ class FlatBucket:
 
     # Gradients
 
+    def clear(self) -> None:
+        """A step begins: what comes first overwrites the accumulator."""
+        self.empty = True
+
+    def settle(self) -> None:
+        """Nothing more comes: zeros where nothing came."""
+        if self.empty:
+            self.grads.zero_()
+            self.empty = False
+
     def reduce_scatter(self, whole: Tensor, done: deque[Callable[[], None]]) -> None:
         """Start summing `whole` over the shard group; what is done on completion is appended to `done`."""
         message = whole.to(self.message_dtype)
@@ -118,23 +129,32 @@ class FlatBucket:
         done.append(finish)
 
     def _keep(self, piece: Tensor) -> None:
-        if self.sharded_grads:
+        if self.sharded_grads and not self.empty:
             self.shard_grads.add_(piece)
         else:
             self.shard_grads.copy_(piece)
+        self.empty = False
 
     def accumulate(self, params: dict[str, nn.Parameter]) -> None:
         """Add the members' gradients of one microbatch to the whole wide accumulator; takes them away."""
-        self._drain(params, self.grads)
+        self._drain(params, self.grads, self.empty)
+        self.empty = False
 
     def pack(self, params: dict[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
         """The members' gradients of one microbatch end to end; takes them away."""
-        return self._drain(params, torch.zeros(self.plan.numel, dtype=dtype, device=self.params.device))
+        return self._drain(params, torch.empty(self.plan.numel, dtype=dtype, device=self.params.device), True)
 
-    def _drain(self, params: dict[str, nn.Parameter], into: Tensor) -> Tensor:
+    def _drain(self, params: dict[str, nn.Parameter], into: Tensor, first: bool) -> Tensor:
+        """Gradients go into the buffer, in the place of what it holds or (not `first`) on top of it."""
         for member, offset in zip(self.plan.members, self.plan.offsets, strict=True):
-            grad = params[member.name].grad
+            grad, end = params[member.name].grad, offset + member.numel
             if grad is not None:
-                into[offset : offset + member.numel].add_(grad.flatten())
+                part = into[offset:end]
+                (part.copy_ if first else part.add_)(grad.flatten())
                 params[member.name].grad = None
+            elif first:
+                into[offset:end].zero_()
+        if first:
+            for begin, end in self.plan.gaps:
+                into[begin:end].zero_()
         return into

@@ -181,7 +181,7 @@ class ShardedParameters:
         """Clear the accumulators before the first microbatch."""
         self._reset()
         for bucket in self.flat:
-            bucket.grads.zero_()
+            bucket.clear()
 
     def starts(self, stage: int, last: bool, whole: bool) -> None:
         """A backward pass begins on a stage; `whole`: weight gradients come with it, so units complete one by one."""
@@ -241,6 +241,7 @@ class ShardedParameters:
         for bucket in self.flat:
             self._take(bucket)
             if not bucket.sharded_grads and not self.options.tree and bucket.index not in self.launched:
+                bucket.settle()
                 self._launch(bucket)
         while self.done:
             self.done.popleft()()
@@ -248,6 +249,7 @@ class ShardedParameters:
             self._finish_bucket(bucket)
 
     def _finish_bucket(self, bucket: FlatBucket) -> None:
+        bucket.settle()
         if self.options.tree:
             axis = self.mesh.grads
             bucket.grads.copy_(self.trees[bucket.index].total())

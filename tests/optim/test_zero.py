@@ -14,7 +14,7 @@ from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
-from megallm.optim.buckets import ALIGN
+from megallm.optim.buckets import ALIGN, Member, plan_buckets
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.optim.flat import FlatBucket
 from megallm.optim.zero import IN_FLIGHT
@@ -279,3 +279,47 @@ def test_reductions_start_while_the_backward_pass_goes_on():
     last = len(log) - 1 - log[::-1].index("layers.0")
     assert "message" in log[:last], "every message waited for the end of the backward pass"
     assert "message" not in log[: log.index("layers.0")], "a message left before the last microbatch"
+
+
+# What a step leaves in the buffers.
+
+
+def steps_between(zero: ZeroOptions, layout: Layout, spoil: bool, keep: bool) -> dict[str, torch.Tensor]:
+    """Weights after STEPS steps; `spoil`: between them the gradient buffers are filled, their padding too."""
+    engine = Engine.build(config(zero, clip=1.0), Mesh.start(layout))
+    for step in range(STEPS):
+        if spoil:
+            for bucket in engine.parameters.flat:
+                bucket.grads.fill_(float("nan"))
+                if keep:  # the control: as if the step had not begun
+                    bucket.clear = lambda: None
+        engine.train_step(batches(step, engine.mesh), NextToken(), 1e-2)
+    assert any(bucket.plan.gaps for bucket in engine.parameters.flat), "sizes that leave padding"
+    assert all(bool((b.grads == b.grads).all()) for b in engine.parameters.flat) or keep
+    return whole_weights(engine)
+
+
+@pytest.mark.parametrize("zero", [ZeroOptions(), ZeroOptions(stage=1), ZeroOptions(stage=2), ZeroOptions(stage=3),
+                                  ZeroOptions(tree=True)], ids=str)  # fmt: skip
+def test_what_gradients_were_in_the_buffers_before_changes_no_bit(zero):
+    layout = Layout(dp=2)
+    for quiet, spoilt in zip(run_ranks(2, steps_between, zero, layout, False, False),
+                             run_ranks(2, steps_between, zero, layout, True, False), strict=True):  # fmt: skip
+        assert all(torch.equal(quiet[name], spoilt[name]) for name in quiet)
+
+
+def test_a_step_that_keeps_the_gradients_of_the_last_is_noticed():
+    quiet, spoilt = (
+        run_ranks(2, steps_between, ZeroOptions(stage=2), Layout(dp=2), bad, bad)[0] for bad in (False, True)
+    )
+    assert not any(torch.equal(quiet[name], spoilt[name]) for name in quiet), "steps that are not finite are skipped"
+
+
+def test_the_gaps_of_a_bucket_are_what_no_member_fills():
+    def made(sizes: list[int], shards: int) -> list[list[tuple[int, int]]]:
+        members = [Member(str(i), size, "u") for i, size in enumerate(sizes)]
+        return [bucket.gaps for bucket in plan_buckets(members, 4, shards)]
+
+    assert made([ALIGN, 2 * ALIGN], 1) == [[]]
+    assert made([ALIGN - 1, ALIGN + 5], 1) == [[(ALIGN - 1, ALIGN), (2 * ALIGN + 5, 3 * ALIGN)]]
+    assert made([ALIGN], 3) == [[(ALIGN, 3 * ALIGN)]]
