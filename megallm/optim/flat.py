@@ -147,14 +147,25 @@ class FlatBucket:
     def _drain(self, params: dict[str, nn.Parameter], into: Tensor, first: bool) -> Tensor:
         """Gradients go into the buffer, in the place of what it holds or (not `first`) on top of it."""
         for member, offset in zip(self.plan.members, self.plan.offsets, strict=True):
-            grad, end = params[member.name].grad, offset + member.numel
-            if grad is not None:
-                part = into[offset:end]
-                (part.copy_ if first else part.add_)(grad.flatten())
-                params[member.name].grad = None
+            grad, part = params[member.name].grad, into[offset : offset + member.numel]
+            params[member.name].grad = None
+            if first and (grad is None or grad.is_sparse):
+                part.zero_()
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                _add_rows(grad, part)
             elif first:
-                into[offset:end].zero_()
+                part.copy_(grad.flatten())
+            else:
+                part.add_(grad.flatten())
         if first:
             for begin, end in self.plan.gaps:
                 into[begin:end].zero_()
         return into
+
+
+def _add_rows(grad: Tensor, part: Tensor) -> None:
+    """The rows of an embedding that were read (`parallel.vocab`), each once, to its flat elements."""
+    rows = grad.coalesce()
+    part.view(grad.shape).index_add_(0, rows.indices()[0], rows.values().to(part.dtype))

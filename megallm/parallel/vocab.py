@@ -35,11 +35,19 @@ class VocabEmbedding(ShardedModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.tp.size == 1:
-            return F.embedding(tokens, self.weight)
+            return _rows(tokens, self.weight)
         begin, end = self.range
         here = (tokens >= begin) & (tokens < end)
-        rows = F.embedding(torch.where(here, tokens - begin, 0), self.weight)
+        rows = _rows(torch.where(here, tokens - begin, 0), self.weight)
         return leave(rows * here[..., None], self.mesh, self.sp, "vocab.embedding")
+
+
+def _rows(tokens: Tensor, weight: Tensor) -> Tensor:
+    """On a CPU the gradient is of the rows that were read (`FlatBucket` adds them), not a matrix of zeros for most.
+
+    On a GPU rows added at once would meet in any order.
+    """
+    return F.embedding(tokens, weight, sparse=weight.device.type == "cpu")
 
 
 class _LabelLogProb(torch.autograd.Function):

@@ -15,6 +15,7 @@ from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.oracle import reference
+from megallm.parallel import vocab
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.engine.tiny import (
@@ -74,6 +75,29 @@ def sum_narrow(terms: list[Tensor]) -> Tensor:
     for term in terms:
         total += term.bfloat16()
     return total
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_rows_of_the_embedding_add_up_to_the_gradient_of_the_whole(precision, tied, monkeypatch):
+    """A CPU is given the rows that were read alone; some are read twice and most of them by another microbatch."""
+    model, micros = replace(MODEL, tie_embeddings=tied), batches(3)
+    assert len(micros[0]["tokens"].unique()) < micros[0]["tokens"].numel()
+
+    def found() -> dict[str, Tensor]:
+        engine = engine_of(model=model, precision=precision)
+        engine.train_step(micros, NextToken(), 0.0)
+        return gradients_of(state_of(engine))
+
+    rows = found()
+    monkeypatch.setattr(vocab, "_rows", torch.nn.functional.embedding)
+    whole = found()
+    if tied:  # rows and the head's gradient meet in another order
+        assert worst(rows, whole) <= {"fp64": 1e-14, "bf16": 2e-2}[precision]
+    else:
+        assert equal(rows, whole)
+    monkeypatch.setattr(vocab, "_rows", lambda tokens, weight: weight[tokens].detach())
+    assert worst(found(), whole) > 0.1, "the control: without it"
 
 
 def test_microbatches_of_one_row_equal_one_batch():
