@@ -81,9 +81,9 @@ def _gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Ten
     at_label = grad * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in _blocks(logits):
-        share = torch.sub(logits[rows], lse[rows, None], out=into[rows] if dtype == lse.dtype else None)
-        share.exp_().mul_(-grad[rows, None]).scatter_add_(-1, local[rows, None], at_label[rows, None])
-        if dtype != share.dtype:
+        share = wide(logits[rows]).sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
+        share.scatter_add_(-1, local[rows, None], at_label[rows, None])
+        if logits.dtype != share.dtype:
             into[rows] = share
     return into
 
