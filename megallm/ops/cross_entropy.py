@@ -42,11 +42,12 @@ def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) 
     """
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
-    tops, totals = [], []
-    for rows in _blocks(flat := logits.flatten(0, -2)):
-        tops.append(wide(flat[rows].amax(-1)))
-        totals.append(_minus(flat[rows], tops[-1], reuse).exp_().sum(-1))
-    return Statistics(torch.cat(tops).view_as(label), torch.cat(totals).view_as(label), label)
+    flat, top, total = logits.flatten(0, -2), label.new_empty(label.shape), label.new_empty(label.shape)
+    tops, totals = top.view(-1), total.view(-1)  # written in place: small results of blocks would part free memory
+    for rows in _blocks(flat):
+        tops[rows] = flat[rows].amax(-1)
+        torch.sum(_minus(flat[rows], tops[rows], reuse).exp_(), -1, out=totals[rows])
+    return Statistics(top, total, label)
 
 
 def _blocks(logits: Tensor) -> list[slice]:
