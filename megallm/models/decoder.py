@@ -17,6 +17,7 @@ from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.heads import build_head, final_norm, language_model, local_logits, next_token_logits
 from megallm.models.mtp import FurtherToken, places_ahead
 from megallm.models.stages import StageSpan
+from megallm.ops.embedding import look_up
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
 from megallm.ops.tiles import Sight
@@ -74,7 +75,7 @@ class TokenTable(ShardedModule):
     def forward(self, numbers: Tensor) -> Tensor:
         """`[B, T/cp]` -> `[B, T/cp/tp or T/cp, D]`."""
         here = comm.own_slice(numbers, self.mesh.tp, SEQUENCE_DIM) if self.sp else numbers
-        return nn.functional.embedding(here, self.weight)
+        return look_up(here, self.weight)
 
 
 class Stage(ShardedModule):

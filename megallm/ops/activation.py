@@ -23,7 +23,7 @@ class _SwiGlu(torch.autograd.Function):
         into = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), into.chunk(2, dim=-1)
         torch.mul(grad, up, out=grad_gate)
-        # Wide inside, unlike a product of narrow factors.
+        # silu_backward is wide inside, unlike a product of narrow factors.
         torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate)
         torch.ops.aten.silu(gate, out=grad_up).mul_(grad)
         return into

@@ -43,7 +43,7 @@ def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) 
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
     flat, top, total = logits.flatten(0, -2), label.new_empty(label.shape), label.new_empty(label.shape)
-    tops, totals = top.view(-1), total.view(-1)  # written in place: small results of blocks would part free memory
+    tops, totals = top.view(-1), total.view(-1)  # written in place: small allocations between blocks fragment memory
     for rows in _blocks(flat):
         tops[rows] = flat[rows].amax(-1)
         torch.sum(_minus(flat[rows], tops[rows], reuse).exp_(), -1, out=totals[rows])
@@ -71,7 +71,10 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def logit_gradient_(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
-    """Gradient of `logits [..., T, V]` in their place, from that of the log-probabilities `[..., T]`."""
+    """Gradient of `logits [..., T, V]` in their place, from that of the log-probabilities `[..., T]`.
+
+    Logits that are no matrix in memory are copied first, and stay.
+    """
     flat = logits.flatten(0, -2)
     return _gradient(flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype).view_as(logits)
 
@@ -84,7 +87,7 @@ def _gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Ten
     for rows in _blocks(logits):
         share = wide(logits[rows]).sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
         share.scatter_add_(-1, local[rows, None], at_label[rows, None])
-        if logits.dtype != share.dtype:
+        if into is not logits or share.dtype != dtype:
             into[rows] = share
     return into
 

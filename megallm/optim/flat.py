@@ -45,7 +45,7 @@ class FlatBucket:
         self.master = self.weights if shared else torch.zeros(count, dtype=wide, device=home)
         self.grads = torch.zeros(count if self.sharded_grads else plan.numel, dtype=wide, device=device)
         self.shard_grads = self.grads if self.sharded_grads else self.grads[self.begin : self.end]
-        self.empty = True  # nothing of this step is in `grads`, whatever they hold
+        self.untouched = True  # nothing of this step is in `grads`, whatever they hold
         self.gathering: dist.Work | None = None
 
     def views(self, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -102,15 +102,15 @@ class FlatBucket:
 
     # Gradients
 
-    def clear(self) -> None:
-        """A step begins: what comes first overwrites the accumulator."""
-        self.empty = True
+    def begin_step(self) -> None:
+        """What comes first overwrites the accumulator."""
+        self.untouched = True
 
-    def settle(self) -> None:
-        """Nothing more comes: zeros where nothing came."""
-        if self.empty:
+    def zero_if_untouched(self) -> None:
+        """Nothing more comes in this step, and nothing came."""
+        if self.untouched:
             self.grads.zero_()
-            self.empty = False
+            self.untouched = False
 
     def reduce_scatter(self, whole: Tensor, done: deque[Callable[[], None]]) -> None:
         """Start summing `whole` over the shard group; what is done on completion is appended to `done`."""
@@ -129,23 +129,23 @@ class FlatBucket:
         done.append(finish)
 
     def _keep(self, piece: Tensor) -> None:
-        if self.sharded_grads and not self.empty:
+        if self.sharded_grads and not self.untouched:
             self.shard_grads.add_(piece)
         else:
             self.shard_grads.copy_(piece)
-        self.empty = False
+        self.untouched = False
 
     def accumulate(self, params: dict[str, nn.Parameter]) -> None:
         """Add the members' gradients of one microbatch to the whole wide accumulator; takes them away."""
-        self._drain(params, self.grads, self.empty)
-        self.empty = False
+        self._drain(params, self.grads, self.untouched)
+        self.untouched = False
 
     def pack(self, params: dict[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
         """The members' gradients of one microbatch end to end; takes them away."""
         return self._drain(params, torch.empty(self.plan.numel, dtype=dtype, device=self.params.device), True)
 
     def _drain(self, params: dict[str, nn.Parameter], into: Tensor, first: bool) -> Tensor:
-        """Gradients go into the buffer, in the place of what it holds or (not `first`) on top of it."""
+        """`first`: the gradients replace what the buffer holds; else they are added to it."""
         for member, offset in zip(self.plan.members, self.plan.offsets, strict=True):
             grad, part = params[member.name].grad, into[offset : offset + member.numel]
             params[member.name].grad = None
@@ -166,6 +166,5 @@ class FlatBucket:
 
 
 def _add_rows(grad: Tensor, part: Tensor) -> None:
-    """The rows of an embedding that were read (`parallel.vocab`), each once, to its flat elements."""
-    rows = grad.coalesce()
-    part.view(grad.shape).index_add_(0, rows.indices()[0], rows.values().to(part.dtype))
+    """The rows of a table that were read (`ops.embedding`), to its flat elements."""
+    part.view(grad.shape).index_add_(0, grad._indices()[0], grad._values().to(part.dtype))

@@ -178,10 +178,10 @@ class ShardedParameters:
     # Gradients
 
     def begin_step(self) -> None:
-        """Clear the accumulators before the first microbatch."""
+        """Before the first microbatch."""
         self._reset()
         for bucket in self.flat:
-            bucket.clear()
+            bucket.begin_step()
 
     def starts(self, stage: int, last: bool, whole: bool) -> None:
         """A backward pass begins on a stage; `whole`: weight gradients come with it, so units complete one by one."""
@@ -241,7 +241,7 @@ class ShardedParameters:
         for bucket in self.flat:
             self._take(bucket)
             if not bucket.sharded_grads and not self.options.tree and bucket.index not in self.launched:
-                bucket.settle()
+                bucket.zero_if_untouched()
                 self._launch(bucket)
         while self.done:
             self.done.popleft()()
@@ -249,13 +249,13 @@ class ShardedParameters:
             self._finish_bucket(bucket)
 
     def _finish_bucket(self, bucket: FlatBucket) -> None:
-        bucket.settle()
         if self.options.tree:
             axis = self.mesh.grads
             bucket.grads.copy_(self.trees[bucket.index].total())
             if "grads.data" not in axis.broken:
                 tree_all_reduce_(bucket.grads, axis, exchanger(axis))
         elif self.options.stage:
+            bucket.zero_if_untouched()
             comm.all_reduce_(bucket.shard_grads, self._division(bucket.plan.expert).replica, bucket.reduction)
         target = bucket.grads if self.options.tree else bucket.shard_grads
         for axis in bucket.plan.partial:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -18,6 +17,7 @@ from megallm.ops.cross_entropy import (
     logit_gradient_,
     statistics,
 )
+from megallm.ops.embedding import look_up
 from megallm.ops.precision import wide_dtype
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
@@ -35,26 +35,18 @@ class VocabEmbedding(ShardedModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.tp.size == 1:
-            return _rows(tokens, self.weight)
+            return look_up(tokens, self.weight)
         begin, end = self.range
         here = (tokens >= begin) & (tokens < end)
-        rows = _rows(torch.where(here, tokens - begin, 0), self.weight)
+        rows = look_up(torch.where(here, tokens - begin, 0), self.weight)
         return leave(rows * here[..., None], self.mesh, self.sp, "vocab.embedding")
-
-
-def _rows(tokens: Tensor, weight: Tensor) -> Tensor:
-    """On a CPU the gradient is of the rows that were read (`FlatBucket` adds them), not a matrix of zeros for most.
-
-    On a GPU rows added at once would meet in any order.
-    """
-    return F.embedding(tokens, weight, sparse=weight.device.type == "cpu")
 
 
 class _LabelLogProb(torch.autograd.Function):
     """log softmax at the label, from logits split over the vocabulary.
 
-    Only logits and lse are kept, and their gradient takes the logits' place: who else keeps them for a backward pass of
-    its own is told so by autograd.
+    Only logits and lse are kept, and the gradient takes the logits' place: nothing else may read them from then on.
+    Autograd raises when another operation saved them for its own backward pass.
     """
 
     @staticmethod

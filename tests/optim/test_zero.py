@@ -292,7 +292,7 @@ def steps_between(zero: ZeroOptions, layout: Layout, spoil: bool, keep: bool) ->
             for bucket in engine.parameters.flat:
                 bucket.grads.fill_(float("nan"))
                 if keep:  # the control: as if the step had not begun
-                    bucket.clear = lambda: None
+                    bucket.begin_step = lambda: None
         engine.train_step(batches(step, engine.mesh), NextToken(), 1e-2)
     assert any(bucket.plan.gaps for bucket in engine.parameters.flat), "sizes that leave padding"
     assert all(bool((b.grads == b.grads).all()) for b in engine.parameters.flat) or keep
