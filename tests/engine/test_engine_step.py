@@ -98,7 +98,7 @@ def test_rows_of_the_embedding_add_up_to_the_gradient_of_the_whole(tied, monkeyp
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_token_that_stands_everywhere_keeps_its_gradient_in_bf16(tied, monkeypatch):
-    """Half of 2,048 tokens are the same one: its gradients, added one by one in bf16, soon would be too small to count."""
+    """Half of 2,048 tokens are the same one: its gradients, added one by one in bf16, soon are too small to count."""
     model, batch = replace(MODEL, tie_embeddings=tied, max_positions=2048), batches(1, rows=1, tokens=2048)[0]
     draw = torch.Generator().manual_seed(1)
     batch["tokens"][torch.rand(1, 2048, generator=draw) < 0.5] = 3
