@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable
@@ -43,6 +44,11 @@ class Idle(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+# Threads that write files or belong to gloo let go of memory in their own time, without Python's lock: switching
+# tracemalloc meanwhile can end a process by SIGSEGV.
+QUIET_SECONDS = 0.1
+
+
 class Alive(TorchDispatchMode):
     """The most bytes of tensor storage alive at once (by weak references), and of numpy and Python (tracemalloc).
 
@@ -77,12 +83,14 @@ class Alive(TorchDispatchMode):
         with Idle():
             torch.ones(1).mul(2.0)
         gc.collect()
+        time.sleep(QUIET_SECONDS)
         tracemalloc.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.python_peak = tracemalloc.get_traced_memory()[1]
+        time.sleep(QUIET_SECONDS)
         tracemalloc.stop()
 
     @property
