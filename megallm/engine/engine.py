@@ -7,7 +7,7 @@ every rank of a replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -15,12 +15,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megallm.base.errors import UsageError
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
-from megallm.engine.model import ParallelModel
-from megallm.engine.state import Piece, pieces
+from megallm.engine.model import ParallelModel, Prepare
+from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
 from megallm.models.build import initial_values
+from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import Treatment
 from megallm.optim.clip import clip_gradients
 from megallm.optim.groups import check_groups, treatment
@@ -31,10 +33,10 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, Walk
 from megallm.parallel.schedule import Action, Placement
+from megallm.parallel.shard import StateProvider, StateTensor
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 
 TIED_NAME = "embedding.weight"
-AMAX = "optim.fp8_amax."
 
 
 class Loss(Protocol):
@@ -45,8 +47,13 @@ class Loss(Protocol):
     def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...
 
 
-class Weights(Protocol):
-    """Fills a tensor of any dtype with the box at `offset` of the logical tensor `name`."""
+class Source(Protocol):
+    """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into` fills a tensor of any
+    dtype with the box at `offset`."""
+
+    def names(self) -> list[str]: ...
+
+    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
 
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
@@ -85,9 +92,9 @@ class LossSums(NamedTuple):
 class Engine:
     """The stages of this rank, their flat parameters and their optimizer."""
 
-    def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
+    def __init__(self, config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> None:
         self.config, self.mesh = config, mesh
-        self.model = ParallelModel(config, mesh)
+        self.model = ParallelModel(config, mesh, prepare)
         tie = tie_axis(mesh, self.model.placement, config.model.embeds_last)
         sharing = Sharing(
             *shard_groups(mesh, config.zero, config.model.moe.num_experts > 0),
@@ -96,6 +103,8 @@ class Engine:
             self.model.shared_units(),
         )
         treatments = self._treatments()
+        for entry in self.model.entries():
+            entry.param.requires_grad_(not treatments[entry.name].frozen)
         self.parameters = ShardedParameters(
             self.model.entries(), mesh, self.model.dtype, config.zero, sharing, treatments
         )
@@ -105,14 +114,24 @@ class Engine:
             stage.units = self.parameters
         self.optimizer = Optimizer(config.optim, self.parameters)
         self.scaler = LossScaler(config.loss_scale, mesh.device) if config.precision == "fp16" else None
+        self.providers: list[StateProvider] = [
+            ParameterState(self.parameters, self.optimizer),
+            *([] if self.model.routers is None else [self.model.routers]),
+            self.model.fp8,
+            self.optimizer,
+        ]
         self.last_walk: Walk | None = None
 
     @staticmethod
-    def build(config: EngineConfig, mesh: Mesh) -> Engine:
-        """An engine with its initial weights, the same logical weights at every layout, bit for bit."""
-        engine = Engine(config, mesh)
-        for name, shard, box, tensor in engine.masters():
-            tensor.copy_(initial_values(name, shard, box.offset, box.shape, config.seed))
+    def build(config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> Engine:
+        """An engine with its initial weights, the same logical weights at every layout, bit for bit.
+
+        `prepare` is called with each stage of this rank on the meta device, before buckets are planned: it may fill
+        adapter slots and freeze parameters (`requires_grad_(False)`).
+        """
+        engine = Engine(config, mesh, prepare)
+        for piece in engine.masters():
+            engine._initialise(piece)
         engine.parameters.publish()
         return engine
 
@@ -121,11 +140,13 @@ class Engine:
 
         Raises UsageError for a group that matches no parameter of the model.
         """
-        optim, shards = self.config.optim.resolve(), {entry.name: entry.shard for entry in self.model.entries()}
+        optim, entries = self.config.optim.resolve(), self.model.entries()
         if optim.groups:
-            gathered = self.mesh.gather_json(list(shards))
+            gathered = self.mesh.gather_json([entry.name for entry in entries])
             check_groups(optim, self.mesh.broadcast_json(gathered and sorted(set(chain(*gathered)))))
-        return {name: treatment(optim, name, shard) for name, shard in shards.items()}
+        chosen = {entry.name: treatment(optim, entry.name, entry.shard) for entry in entries}
+        frozen = {entry.name for entry in entries if not entry.param.requires_grad}
+        return {name: each._replace(frozen=each.frozen or name in frozen) for name, each in chosen.items()}
 
     def num_local_params(self) -> int:
         """Parameters of this rank's stages."""
@@ -173,7 +194,7 @@ class Engine:
             return total, {term: value.detach() for term, value in terms.items()}
 
         self.last_walk = self.model.walk(batches, loss_of, training, self.parameters)
-        return LossSums(list(counts), self._global_sums(self.last_walk.results, list(counts)), counts)
+        return LossSums(list(counts), self._global_sums(self.last_walk.results.values(), list(counts)), counts)
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it, on the CPU."""
@@ -188,7 +209,7 @@ class Engine:
         comm.all_reduce_(vector, self.mesh.data, "loss.counts")
         return dict(zip(names, vector.unbind(), strict=True))
 
-    def _global_sums(self, results: list[dict[str, Tensor]], names: list[str]) -> Tensor:
+    def _global_sums(self, results: Iterable[dict[str, Tensor]], names: list[str]) -> Tensor:
         """Sum the reported terms over microbatches and data, and tell every stage; collective over data and pp."""
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
         for terms in results:
@@ -215,73 +236,88 @@ class Engine:
     # State
 
     def masters(self) -> Iterator[Piece]:
-        """The wide master weights that this rank keeps, as boxes of logical tensors."""
+        """The wide master weights that this rank keeps, as boxes of logical tensors; frozen: the weights."""
         return pieces(self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat})
 
     def gradients(self) -> Iterator[Piece]:
         """The completed gradients that this rank keeps, after `train_step` (clipped)."""
-        return pieces(self.parameters, {bucket.index: bucket.shard_grads for bucket in self.parameters.flat})
+        return pieces(self.parameters, {bucket.index: bucket.shard_grads for bucket in self.parameters.trainable})
+
+    def state(self) -> Iterator[StateTensor]:
+        """Everything that a checkpoint remembers, as this rank's boxes of logical tensors, from all providers."""
+        for provider in self.providers:
+            yield from provider.state()
 
     def parts(self) -> Iterator[Part]:
         """What this rank owns of the logical state: weights and optimizer state, as boxes of logical tensors."""
-        for prefix, flats in self._state().items():
-            for name, shard, box, tensor in pieces(self.parameters, flats):
-                if self.parameters.owns(name):
-                    yield Part(f"{prefix}{name}", shard.full, box.offset, tensor)
-        if not any(self.mesh.coords[axis] for axis in ("dp", "cp", "tp")):
-            for name, bias in self.model.selection_biases():
-                yield Part(name, tuple(bias.shape), (0,), bias)
-        for name, history, shard in self.model.fp8.histories():
-            if shard.owned(self.mesh.coords):
-                yield Part(f"{AMAX}{name}", shard.full, shard.box(self.mesh.layout, self.mesh.coords).offset, history)
-        for state, name, shard, tensor, owned in self.optimizer.factors():
-            if owned:
-                box = shard.box(self.mesh.layout, self.mesh.coords)
-                yield Part(f"optim.{state}.{name}", shard.full, box.offset, tensor)
+        for held in self.state():
+            if held.owned:
+                yield Part(held.name, held.shard.full, held.box.offset, held.tensor)
 
     def counters(self) -> dict[str, float]:
         """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
         return {"updates": self.optimizer.updates} | ({} if self.scaler is None else self.scaler.counters())
 
     def load(self, reader: Reader, optimizer: bool = True) -> None:
-        """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp."""
+        """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp.
+
+        A parameter that was frozen when the checkpoint was written has no optimizer state there: it starts with its
+        weights and nothing else, like a new one.
+        """
         self.parameters.land()
         if optimizer:
             self.optimizer.updates = reader.meta["engine"]["updates"]
             if self.scaler is not None:
                 self.scaler.restore(reader.meta["engine"])
-        for prefix, flats in self._state(optimizer).items():
-            for name, _, box, tensor in pieces(self.parameters, flats):
-                reader.read_into(f"{prefix}{name}", box.offset, tensor)
-        for state, name, shard, tensor, _ in self.optimizer.factors() if optimizer else ():
-            box = shard.box(self.mesh.layout, self.mesh.coords)
-            reader.read_into(f"optim.{state}.{name}", box.offset, tensor)
-        for name, bias in self.model.selection_biases():
-            reader.read_into(name, (0,), bias)
-        for bucket in self.parameters.flat:
-            if not optimizer and bucket.master is not bucket.weights:
+        for held in self.state():
+            if not held.optimizer:
+                reader.read_into(held.name, held.box.offset, held.tensor)
+        for bucket in self.parameters.trainable:
+            if bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
-        self._load_fp8(reader, optimizer)
+        if optimizer:
+            self._load_optimizer(reader)
+        self.model.fp8.loaded()
         self.parameters.publish()
 
-    def _load_fp8(self, reader: Reader, optimizer: bool) -> None:
-        """Take up the histories of delayed scales; those of another length, or of none, start afresh."""
-        known = set(reader.names()) if optimizer else set()
-        for name, history, shard in self.model.fp8.histories():
-            if f"{AMAX}{name}" in known and tuple(reader.info(f"{AMAX}{name}")[0]) == shard.full:
-                offset = shard.box(self.mesh.layout, self.mesh.coords).offset
-                reader.read_into(f"{AMAX}{name}", offset, history)
-        self.model.fp8.loaded()
+    def _load_optimizer(self, reader: Reader) -> None:
+        known = set(reader.names())
+        stored = stored_parameters(known)
+        for held in self.state():
+            if held.optional:
+                there = held.name in known and tuple(reader.info(held.name)[0]) == held.shard.full
+            else:
+                there = not stored or parameter_of(held.name) in stored
+            if held.optimizer and there:
+                reader.read_into(held.name, held.box.offset, held.tensor)
 
-    def _state(self, optimizer: bool = True) -> dict[str, dict[int, Tensor]]:
-        """Name prefix -> by bucket this rank's range of that part of the state."""
-        flat = self.parameters.flat
-        state = {"": {bucket.index: bucket.weights for bucket in flat}}
-        if optimizer:
-            if any(bucket.master is not bucket.weights for bucket in flat):
-                state["optim.master."] = {bucket.index: bucket.master for bucket in flat}
-            state |= {f"optim.{name}.": flats for name, flats in self.optimizer.states.items()}
-        return state
+    def fill(self, source: Source) -> None:
+        """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
+
+        A head that the source lacks, or has in another shape, starts afresh, from the seed. Raises UsageError for any
+        other parameter whose shape differs.
+        """
+        known = set(source.names())
+        for name, shard, box, tensor in self.masters():
+            stored = tuple(source.info(name)[0]) if name in known else None
+            if name.startswith("head.") and stored != shard.full:
+                self._initialise(Piece(name, shard, box, tensor))
+            elif stored is not None and stored != shard.full:
+                raise UsageError(
+                    f"The source has {name} in the shape {list(stored)}, this model needs {list(shard.full)}: "
+                    "it is another model. Check the sizes of the section `model`."
+                )
+            else:
+                source.read_into(name, box.offset, tensor)
+        for name, bias in self.model.selection_biases():
+            source.read_into(name, (0,), bias)
+        self.parameters.publish()
+
+    def _initialise(self, piece: Piece) -> None:
+        """Give a piece of the weights its start, by way of the wide dtype also where none is kept."""
+        name, shard, box, tensor = piece
+        values = initial_values(name, shard, box.offset, box.shape, self.config.seed)
+        tensor.copy_(values.to(wide_dtype(tensor.dtype)))
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.models.build import build_stages, place_parameters
-from megallm.models.decoder import StageOptions
+from megallm.models.decoder import Stage, StageOptions
 from megallm.models.router import Routers
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim.zero import Entry
@@ -23,11 +23,16 @@ from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
 from megallm.parallel.tensor import defer_weights, use_fp8
 
+Prepare = Callable[[Stage], None]  # changes a stage on the meta device: fills adapter slots, freezes parameters
+
 
 class ParallelModel:
-    """Built on the meta device; `place` gives it storage. Construction is collective over the world."""
+    """Built on the meta device; `place` gives it storage. Construction is collective over the world.
 
-    def __init__(self, config: EngineConfig, mesh: Mesh) -> None:
+    `prepare` is called with each stage of this rank before anything is derived from its parameters.
+    """
+
+    def __init__(self, config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> None:
         self.config, self.mesh = config, mesh
         self.dtype = MODEL_DTYPES[config.precision]
         options = config.pipeline
@@ -37,6 +42,9 @@ class ParallelModel:
             config.recompute_modules, config.recompute_layers, config.offload,
         )  # fmt: skip
         self.stages = build_stages(config.model, mesh, stage_options, self.placement, options.stages)
+        if prepare is not None:
+            for stage in self.stages.values():
+                prepare(stage)
         self.routers = Routers(config.model, mesh, self.stages) if config.model.moe.num_experts else None
         self.sp = config.sp and mesh.tp.size > 1
         self.fp8 = self._use_fp8()
@@ -110,9 +118,11 @@ class ParallelModel:
         return buffer_maker((rows, tokens // pieces, self.config.model.hidden_size), self.dtype, self.mesh.device)
 
     @staticmethod
-    def load(config: EngineConfig, mesh: Mesh, reader: Reader) -> ParallelModel:
+    def load(
+        config: EngineConfig, mesh: Mesh, reader: Reader, prepare: Prepare | None = None
+    ) -> ParallelModel:
         """A model for inference: this rank's pieces of the weights of a checkpoint written at any layout."""
-        model = ParallelModel(config, mesh)
+        model = ParallelModel(config, mesh, prepare)
         storage = {}
         for name, param, shard, _ in model.entries():
             storage[name] = torch.empty(param.shape, dtype=model.dtype, device=mesh.device)

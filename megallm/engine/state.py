@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
 
 from megallm.checkpoint.plan import boxes_of_range
+from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters
-from megallm.parallel.shard import Box, Shard
+from megallm.parallel.fp8 import HISTORY
+from megallm.parallel.shard import Box, Shard, StateTensor
 
 
 class Piece(NamedTuple):
@@ -36,3 +38,37 @@ def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterat
                 offset = tuple(a + b for a, b in zip(origin, box.offset, strict=True))
                 yield Piece(name, shard, Box(offset, box.shape), flat[place : place + count].view(box.shape))
                 place += count
+
+
+class ParameterState:
+    """Yields the weights, their wide masters and the optimizer's state that is shaped like them.
+
+    A frozen parameter has weights alone.
+    """
+
+    def __init__(self, parameters: ShardedParameters, optimizer: Optimizer) -> None:
+        self.parameters, self.optimizer = parameters, optimizer
+
+    def state(self) -> Iterator[StateTensor]:
+        """Everything of one kind after another, in the order of the buckets."""
+        flat = self.parameters.flat
+        yield from self._tensors("", {bucket.index: bucket.weights for bucket in flat}, False)
+        masters = {bucket.index: bucket.master for bucket in flat if bucket.master is not bucket.weights}
+        yield from self._tensors("optim.master.", masters, True)
+        for name, flats in self.optimizer.states.items():
+            yield from self._tensors(f"optim.{name}.", flats, True)
+
+    def _tensors(self, prefix: str, flats: Mapping[int, Tensor], optimizer: bool) -> Iterator[StateTensor]:
+        for name, shard, box, tensor in pieces(self.parameters, flats):
+            owned = self.parameters.owns(name)
+            yield StateTensor(f"{prefix}{name}", shard, box, tensor, owned, optimizer)
+
+
+def stored_parameters(names: Iterable[str]) -> set[str]:
+    """Returns the parameters that have optimizer state among the tensors of a checkpoint."""
+    return {parameter_of(name) for name in names if name.startswith("optim.") and not name.startswith(HISTORY)}
+
+
+def parameter_of(name: str) -> str:
+    """Returns the parameter that the tensor `optim.STATE.PARAMETER` belongs to."""
+    return name.split(".", 2)[-1]

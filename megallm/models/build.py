@@ -38,8 +38,11 @@ def initial_values(name: str, shard: Shard, offset: tuple[int, ...], shape: tupl
 
 
 def place_parameters(model: nn.Module, storage: dict[str, Tensor]) -> None:
-    """Replace the meta parameters by `storage[name]` (views into buckets keep their memory)."""
-    for name, _, _ in list(named_shards(model)):
+    """Replace the meta parameters by `storage[name]` (views into buckets keep their memory).
+
+    A parameter that needed no gradient needs none afterwards.
+    """
+    for name, param, _ in list(named_shards(model)):
         module_path, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_path)
-        module.register_parameter(leaf, nn.Parameter(storage[name]))
+        module.register_parameter(leaf, nn.Parameter(storage[name], param.requires_grad))

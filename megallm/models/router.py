@@ -20,7 +20,7 @@ from megallm.models.sections import MoeConfig
 from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Shard, normal
+from megallm.parallel.shard import Box, Shard, StateTensor, normal
 from megallm.parallel.tensor import ShardedModule
 
 TERMS = ("moe_balance", "moe_z")  # the router's losses, as a step reports them
@@ -148,6 +148,12 @@ class Routers:
         for tally, counts in zip(self.tallies.values(), load, strict=True):
             # Of integers, so the sign is exact and the bias has the same bits on every rank and at every layout.
             tally.bias += step * torch.sign(counts.sum() - counts * len(counts)).to(tally.bias.dtype)
+
+    def state(self) -> Iterator[StateTensor]:
+        """The selection biases, float32 `[X]`: state that every rank of a stage holds alike."""
+        for name, bias in self.biases():
+            shard = Shard(tuple(bias.shape))
+            yield StateTensor(name, shard, Box((0,), shard.full), bias, shard.owned(self.mesh.coords))
 
     def biases(self) -> Iterator[tuple[str, Tensor]]:
         """`(logical name, float32 [X])`: state that every rank of a stage holds alike."""

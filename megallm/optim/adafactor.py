@@ -131,7 +131,7 @@ class Adafactor:
     def __init__(self, config: OptimConfig, parameters: ShardedParameters, squares: dict[int, Tensor]) -> None:
         self.config, self.parameters, self.squares = config, parameters, squares
         by_shard: dict[tuple[int, ...], list[FlatBucket]] = {}
-        for bucket in parameters.flat:
+        for bucket in parameters.trainable:
             by_shard.setdefault(bucket.shard.ranks, []).append(bucket)
         self.groups = [self._group(buckets) for buckets in by_shard.values()]
         self.rows: dict[str, Tensor] = {}
@@ -168,8 +168,7 @@ class Adafactor:
             steps = group.steps.reduced(sums, group.buckets[0].shard, self.parameters.mesh)
             rates = {name: self._rates(group.grids[name], squares["weights", name], steps[name]) for name in steps}
             for rows, (bucket, cut) in self._steps(group, clock):
-                if not cut.member.treatment.frozen:
-                    self._apply(rows, (bucket, cut), rates[rows.grid.name], lr, clock)
+                self._apply(rows, (bucket, cut), rates[rows.grid.name], lr, clock)
 
     def _like(self, group: Group) -> Tensor:
         return group.buckets[0].master

@@ -19,7 +19,7 @@ WASTE = 1 / 8  # of a bucket whose ranges hold whole matrices, at which it grows
 
 
 class Treatment(NamedTuple):
-    """How the optimizer treats a parameter; `frozen` ones are not updated and not part of the gradient norm."""
+    """How the optimizer treats a parameter. A `frozen` one costs its weights and nothing else."""
 
     rule: str = "adamw"
     weight_decay: float = 0.0
@@ -50,7 +50,8 @@ class Member:
     @property
     def route(self) -> tuple:
         """Equal for members that may share a bucket."""
-        return (self.partial, self.tied, self.treatment.rule, self.whole > 0, self.expert)
+        frozen = self.treatment.frozen
+        return (self.partial, self.tied, "" if frozen else self.treatment.rule, self.whole > 0, self.expert, frozen)
 
     @property
     def space(self) -> int:
@@ -86,6 +87,10 @@ class Bucket:
     @property
     def rule(self) -> str:
         return self.members[0].treatment.rule
+
+    @property
+    def frozen(self) -> bool:
+        return self.members[0].treatment.frozen
 
     @property
     def units(self) -> frozenset[str]:
@@ -167,7 +172,7 @@ def plan_buckets(
 def _bucket(group: list[Member], shards: int) -> Bucket:
     if group[0].whole and shards > 1:
         return _whole_bucket(group, shards)
-    group = sorted(group, key=lambda m: (-m.treatment.weight_decay, m.treatment.lr_scale, m.treatment.frozen))
+    group = sorted(group, key=lambda m: (-m.treatment.weight_decay, m.treatment.lr_scale))
     offsets, total = [], 0
     for member in group:
         offsets.append(total)

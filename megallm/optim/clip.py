@@ -21,6 +21,6 @@ def clip_gradients(parameters: ShardedParameters, limit: float, loss_scale: Tens
     if loss_scale is not None:
         scale = (1.0 if scale is None else scale) / loss_scale
     if scale is not None:
-        for bucket in parameters.flat:
+        for bucket in parameters.trainable:
             bucket.shard_grads.mul_(scale)
     return norm

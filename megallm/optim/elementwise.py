@@ -38,7 +38,7 @@ class Elementwise:
             for begin, end, treatment in bucket.plan.runs(bucket.begin, bucket.end):
                 settings = Settings(lr * treatment.lr_scale, treatment, self.config)
                 step = CHUNK if grads.device.type == "cpu" and not self.fused else max(end - begin, 1)
-                for first in range(begin, begin if treatment.frozen else end, step):
+                for first in range(begin, end, step):
                     run = slice(first, min(first + step, end))
                     states = {name: flats[bucket.index][run] for name, flats in self.states.items()}
                     self.apply(Flat(bucket.master[run], grads[run]), states, settings, clock)

@@ -29,7 +29,7 @@ class FlatBucket:
         dtypes: tuple[torch.dtype, torch.dtype], device: torch.device,
     ) -> None:  # fmt: skip
         dtype, wide = dtypes
-        self.index, self.plan, self.shard = index, plan, shard
+        self.index, self.plan, self.shard, self.frozen = index, plan, shard, plan.frozen
         self.begin, self.end = plan.shard_range(shard.size, shard.rank)
         self.sharded_grads = options.stage >= 2
         self.frees_params = options.stage >= 3 and shard.size > 1
@@ -41,10 +41,12 @@ class FlatBucket:
         self.weights = self.params[self.begin : self.end]
         if self.frees_params:
             self.weights = self.weights.clone()
-        shared = dtype == wide and home == device
+        shared = self.frozen or (dtype == wide and home == device)
         self.master = self.weights if shared else torch.zeros(count, dtype=wide, device=home)
-        self.grads = torch.zeros(count if self.sharded_grads else plan.numel, dtype=wide, device=device)
-        self.shard_grads = self.grads if self.sharded_grads else self.grads[self.begin : self.end]
+        # Frozen parameters have no gradient: their buffer is empty and nothing may read it.
+        numel = 0 if self.frozen else count if self.sharded_grads else plan.numel
+        self.grads = torch.zeros(numel, dtype=wide, device=device)
+        self.shard_grads = self.grads if self.sharded_grads or self.frozen else self.grads[self.begin : self.end]
         self.untouched = True  # nothing of this step is in `grads`, whatever they hold
         self.gathering: dist.Work | None = None
 

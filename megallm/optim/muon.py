@@ -70,9 +70,8 @@ class Muon:
         for bucket in buckets:
             direction = self._direction(bucket, clock)
             for matrices in map(self._matrices, self.parameters.cuts(bucket)):
-                if not matrices.cut.member.treatment.frozen:
-                    whole = self._start_gather(matrices, matrices.view(direction))
-                    pending.append(lambda b=bucket, m=matrices, w=whole: self._apply(b, m, w(), lr, clock))
+                whole = self._start_gather(matrices, matrices.view(direction))
+                pending.append(lambda b=bucket, m=matrices, w=whole: self._apply(b, m, w(), lr, clock))
                 if len(pending) > 1:  # one gather is under way while another's matrices are worked on
                     pending.pop(0)()
         for apply in pending:

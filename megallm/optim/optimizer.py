@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +15,7 @@ from megallm.optim.flat import FlatBucket
 from megallm.optim.muon import Muon
 from megallm.optim.rules import RULES
 from megallm.optim.zero import ShardedParameters
-from megallm.parallel.shard import Shard
-
-
-class Factor(NamedTuple):
-    """State that has a Shard of its own: `tensor` is this rank's box of `optim.STATE.NAME`; one rank owns it."""
-
-    state: str
-    name: str
-    shard: Shard
-    tensor: Tensor
-    owned: bool
+from megallm.parallel.shard import StateTensor
 
 
 class Updater(Protocol):
@@ -47,17 +37,18 @@ class Optimizer:
         self.states: dict[str, dict[int, Tensor]] = {}
         self.updaters: list[tuple[Updater, list[FlatBucket]]] = []
         self.adafactor: Adafactor | None = None
-        rules = dict.fromkeys(bucket.plan.rule for bucket in parameters.flat)
+        trainable = parameters.trainable
+        rules = dict.fromkeys(bucket.plan.rule for bucket in trainable)
         for rule in [rule for rule in rules if not rule.startswith("adafactor")]:
-            buckets = [bucket for bucket in parameters.flat if bucket.plan.rule == rule]
+            buckets = [bucket for bucket in trainable if bucket.plan.rule == rule]
             states = self._allocate(rule, buckets)
             made = Elementwise(rule, self.config, states) if rule in APPLY else Muon(self.config, parameters, states)
             self.updaters.append((made, buckets))
         if self.config.rule == "adafactor":
-            vectors = [bucket for bucket in parameters.flat if bucket.plan.rule == "adafactor.vector"]
+            vectors = [bucket for bucket in trainable if bucket.plan.rule == "adafactor.vector"]
             states = self._allocate("adafactor.vector", vectors)
             self.adafactor = Adafactor(self.config, parameters, states["exp_avg_sq"])
-            self.updaters.append((self.adafactor, parameters.flat))
+            self.updaters.append((self.adafactor, trainable))
 
     def _allocate(self, rule: str, buckets: list[FlatBucket]) -> dict[str, dict[int, Tensor]]:
         made = {
@@ -77,13 +68,14 @@ class Optimizer:
     def updates(self, count: int) -> None:
         self.count.fill_(count)
 
-    def factors(self) -> Iterator[Factor]:
-        """The state on this rank that is not shaped like the parameters."""
+    def state(self) -> Iterator[StateTensor]:
+        """The state that has a Shard of its own; what is shaped like the parameters lies in `states`."""
         if self.adafactor is not None:
-            coords, tied = self.parameters.mesh.coords, self.parameters.groups.tie.rank
+            mesh, tied = self.parameters.mesh, self.parameters.groups.tie.rank
             for state, name, shard, tensor in self.adafactor.factors():
                 later = tied and name == self.parameters.tied_name
-                yield Factor(state, name, shard, tensor, shard.owned(coords, first_stage=not later))
+                owned, box = shard.owned(mesh.coords, first_stage=not later), shard.box(mesh.layout, mesh.coords)
+                yield StateTensor(f"optim.{state}.{name}", shard, box, tensor, owned, optimizer=True)
 
     def step(self, lr: float, skip: Tensor) -> None:
         """Apply the completed and clipped gradients, unless `skip` (a bool scalar, on the device) says not to, and
@@ -92,4 +84,4 @@ class Optimizer:
         for updater, buckets in self.updaters:
             updater.update(buckets, lr, clock)
         self.count += 1 - clock.skip
-        self.parameters.publish()
+        self.parameters.publish(frozen=False)

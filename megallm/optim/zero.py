@@ -76,6 +76,7 @@ class ShardedParameters:
         self.tied_name = sharing.tied_name if sharing.tie.size > 1 else None
         self.flat = self._allocate(entries, dtype)
         self.params: dict[str, nn.Parameter] = {}
+        self.trainable = [bucket for bucket in self.flat if not bucket.frozen]
         self.views = {name: view for bucket in self.flat for name, view in bucket.views(self.shapes).items()}
         self.by_unit: dict[str, list[FlatBucket]] = {}
         self.by_stage: dict[int, list[str]] = {}
@@ -114,7 +115,7 @@ class ShardedParameters:
         name, param, shard, _ = entry
         treatment, layout = self.treatments[name], self.mesh.layout
         largest = shard.box(layout, self.mesh.coords | dict.fromkeys(shard.split.values(), 0))
-        whole = whole_elements(treatment.rule, shard, layout, param.shape)
+        whole = 0 if treatment.frozen else whole_elements(treatment.rule, shard, layout, param.shape)
         tied = name == self.tied_name
         return Member(
             name, param.numel(), unit_of(name), shard.partial, tied, treatment, whole, largest.size, shard.expert
@@ -180,7 +181,7 @@ class ShardedParameters:
     def begin_step(self) -> None:
         """Before the first microbatch."""
         self._reset()
-        for bucket in self.flat:
+        for bucket in self.trainable:
             bucket.begin_step()
 
     def starts(self, stage: int, last: bool, whole: bool) -> None:
@@ -200,7 +201,7 @@ class ShardedParameters:
         A unit may have been taken already when its own backward pass ended; then it waits for the next microbatch.
         """
         for unit in units:
-            for bucket in self.by_unit[unit]:
+            for bucket in (bucket for bucket in self.by_unit[unit] if not bucket.frozen):
                 waiting = self.waiting[bucket.index]
                 waiting.discard(unit)
                 if not waiting:
@@ -238,14 +239,14 @@ class ShardedParameters:
     def finish(self) -> None:
         """Complete all gradients; collective over dp x cp, the partial axes and the tie."""
         self.last = True
-        for bucket in self.flat:
+        for bucket in self.trainable:
             self._take(bucket)
             if not bucket.sharded_grads and not self.options.tree and bucket.index not in self.launched:
                 bucket.zero_if_untouched()
                 self._launch(bucket)
         while self.done:
             self.done.popleft()()
-        for bucket in self.flat:
+        for bucket in self.trainable:
             self._finish_bucket(bucket)
 
     def _finish_bucket(self, bucket: FlatBucket) -> None:
@@ -263,9 +264,12 @@ class ShardedParameters:
         if bucket.plan.tied:
             comm.all_reduce_(target, self.groups.tie, "grads.tie")
 
-    def publish(self) -> None:
-        """After an update: weights in the model's dtype, on their way to whoever needs them."""
-        for bucket in self.flat:
+    def publish(self, frozen: bool = True) -> None:
+        """Send the weights, in the model's dtype, on their way to whoever needs them.
+
+        An update leaves `frozen` ones as they are: it need not send them again.
+        """
+        for bucket in self.flat if frozen else self.trainable:
             bucket.publish()
 
     # Ownership
@@ -292,7 +296,7 @@ class ShardedParameters:
         depend on the number of replicas.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for bucket in self.flat:
+        for bucket in self.trainable:
             tree = self.options.tree
             flat = bucket.grads if tree else bucket.shard_grads
             cuts = bucket.plan.cuts(0, bucket.plan.numel) if tree else self.cuts(bucket)
@@ -305,8 +309,6 @@ class ShardedParameters:
         return comm.all_reduce_(total, axis, "clip.norm")
 
     def _counts(self, name: str) -> bool:
-        if self.treatments[name].frozen:
-            return False
         if not self.options.tree:
             return self.owns(name)
         tied_twice = name == self.tied_name and self.groups.tie.rank

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.models.build import initial_values
 from megallm.ops.narrow import Fp8Options
-from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.pool import Pool
@@ -117,7 +118,8 @@ RULE_SETTINGS: dict[str, dict[str, Any]] = {
 
 def optim_config(row: Row) -> OptimConfig:
     """The settings of a row's update rule."""
-    return OptimConfig(rule=row.rule, clip=row.clip, **RULE_SETTINGS[row.rule])
+    groups = tuple(GroupConfig(pattern, frozen=True) for pattern in row.frozen)
+    return OptimConfig(rule=row.rule, clip=row.clip, groups=groups, **RULE_SETTINGS[row.rule])
 
 
 def reference_rule(row: Row) -> Rule:
@@ -211,7 +213,9 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         tokens = row.layout.tp * row.layout.cp
         loss_of = Fp8Loss(row.fp8, row.layout.dp, row.micros, math.lcm(row.layout.ep, tokens) // tokens)
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
-    trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of)
+    fixed = frozen(row, shards)
+    trained = {name: shard for name, shard in shards.items() if name not in fixed}
+    trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of, fixed)
     verdict.loss = verdict.grad_norm = 0.0
     norm = 0.0
     for step in range(row.steps):
@@ -220,9 +224,14 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         floor = FLOOR * norm
         verdict.loss = max([verdict.loss, *(_relative(s.loss - loss, loss, 0.0) for s in seen)])
         verdict.grad_norm = max([verdict.grad_norm, *(_relative(s.grad_norm - norm, norm, 0.0) for s in seen)])
-        _merge(verdict.grads, _errors(_paired([s.grads for s in seen], shards, grads), grads, floor))
+        _merge(verdict.grads, _errors(_paired([s.grads for s in seen], trained, grads), grads, floor))
     final = _paired([r.final for r in records], shards | state, trainer.weights)
     verdict.weights = _errors(final, trainer.weights, FLOOR * norm)
+
+
+def frozen(row: Row, names: Iterable[str]) -> frozenset[str]:
+    """Returns the parameters that the row does not train."""
+    return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in row.frozen))
 
 
 def _logical_shards(held: list[dict[str, Shard]]) -> dict[str, Shard]:

@@ -132,12 +132,14 @@ class Trainer:
     rule: Rule
     weights: dict[str, Tensor]
     loss: Callable[[Mapping[str, Any], Weights, Mapping[str, Tensor]], Tensor] = masked_loss
+    frozen: frozenset[str] = frozenset()  # names that have no gradient and stay as they are
     count: int = 0
 
     def step(self, batch: Mapping[str, Tensor], lr: float) -> tuple[float, dict[str, Tensor], float]:
         state = {name: w for name, w in self.weights.items() if is_state(name)}
-        leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items() if name not in state}
-        loss = self.loss(self.config, leaves | state, batch)
+        fixed = state | {name: self.weights[name] for name in self.frozen}
+        leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items() if name not in fixed}
+        loss = self.loss(self.config, leaves | fixed, batch)
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norm = float(torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt())
         scale = min(1.0, self.rule.clip / (norm + 1e-6)) if self.rule.clip > 0 else 1.0
@@ -149,5 +151,5 @@ class Trainer:
                 self.loss(self.config, self.weights, batch, notes)
             state = moved_biases(self.config, self.weights, notes)
         moved = {name: update(name, self.weights[name], grad * scale, lr, count) for name, grad in grads.items()}
-        self.weights = moved | state
+        self.weights = fixed | moved | state
         return loss.item(), grads, norm

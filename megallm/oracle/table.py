@@ -12,6 +12,7 @@ from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
 from megallm.oracle.encoders import ENCODER_CONTROLS, ENCODER_MODELS, ENCODER_ROWS, LOSSES
 from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
+from megallm.oracle.frozen import FROZEN_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
@@ -97,6 +98,7 @@ class Row:
     seq_len: int = 8
     mask: str = "uneven"
     loss: str | None = None  # one of LOSSES of the model's head; None: the first
+    frozen: tuple[str, ...] = ()  # patterns of logical names that are not trained
     rule: str = "adamw"  # the update rule, with the settings of `compare.RULE_SETTINGS`
     clip: float = 0.05  # far below the norms of these models, so that it acts
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model, beyond `model`
@@ -261,7 +263,7 @@ ROWS: tuple[Row, ...] = (
     _row("tree-dp2-tp2-pp2-sp", "dp=2,tp=2,pp=2,sp=1", "tied", micros=2, tree=True),
     *(
         _row(name, layout, model, **rest)
-        for name, layout, model, rest in ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS
+        for name, layout, model, rest in ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS + FROZEN_ROWS
     ),
 )
 

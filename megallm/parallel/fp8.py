@@ -23,9 +23,10 @@ from megallm.ops.narrow import RECIPES, Fp8Options
 from megallm.parallel import comm
 from megallm.parallel.linear import WeightQueue
 from megallm.parallel.mesh import Axis, Mesh
-from megallm.parallel.shard import Shard
+from megallm.parallel.shard import Shard, StateTensor
 
 AMAX, EXPERT_AMAX, WRONG_EXPERT = "fp8.amax", "fp8.expert_amax", "fp8.wrong_expert"
+HISTORY = "optim.fp8_amax."  # what the names of histories begin with in a checkpoint
 OPERANDS = {"x": ("tokens", "in"), "weight": ("out", "in"), "dy": ("tokens", "out")}  # what their dims are
 ORDER = tuple(OPERANDS)
 ITSELF_TURNED = ("tensor", "square")  # scales that are those of the transpose too
@@ -175,6 +176,13 @@ class Fp8Linears:
         for name, linear in self.linears.items():
             if linear.recipe.delayed:
                 yield name, linear.history, linear.shard
+
+    def state(self) -> Iterator[StateTensor]:
+        """The histories of delayed scales; those of another length, or of none, start afresh."""
+        coords = self.mesh.coords
+        for name, history, shard in self.histories():
+            box = shard.box(self.mesh.layout, coords)
+            yield StateTensor(f"{HISTORY}{name}", shard, box, history, shard.owned(coords), True, True)
 
     def loaded(self) -> None:
         """Weights and histories were filled from outside."""

@@ -39,7 +39,7 @@ class Walk:
     live: dict[Key, tuple[Tensor | None, Tensor]] = field(default_factory=dict)
     weights: dict[Key, list] = field(default_factory=dict)
     here: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    results: list[Any] = field(default_factory=list)
+    results: dict[int, Any] = field(default_factory=dict)  # by microbatch
     moments: list[tuple[Action, Any, Any]] = field(default_factory=list)
     peak_live: int = 0
 
@@ -132,7 +132,7 @@ class Pipeline:
         out = self.stages[stage](x, batch)
         if stage == self.last:
             out, report = loss_of(out, batch)
-            walk.results.append(report)
+            walk.results[micro] = report
         walk.moments.append((action, begin, self.watch.mark()))
         if stage < self.last:
             self._pass_on(walk, FORWARD, micro, stage + 1, out.detach())
@@ -145,7 +145,8 @@ class Pipeline:
         x, out = walk.live.pop((micro, stage))
         grad = self._obtain(walk, BACKWARD, micro, stage) if stage < self.last else None
         begin = self.watch.mark()
-        torch.autograd.backward(out, grad)
+        if out.requires_grad:  # a first stage may be frozen as a whole
+            torch.autograd.backward(out, grad)
         if split:
             walk.weights[micro, stage] = self.later.take()
         walk.moments.append((action, begin, self.watch.mark()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from megallm.parallel.layout import AXES, Layout
 
@@ -102,6 +102,29 @@ class Shard:
         divided = set(self.split.values())
         axes = ("edp",) if self.expert else [axis for axis in AXES if axis != "pp" and axis not in divided]
         return first_stage and all(coords[axis] == 0 for axis in axes)
+
+
+class StateTensor(NamedTuple):
+    """This rank's box of one logical tensor of the state of a run, as a view that can be read and written.
+
+    `owned` says whether this rank answers for it: each logical element has one owner. A tensor of the `optimizer` is
+    left out where only weights are wanted; an `optional` one starts afresh where a checkpoint lacks it or has another
+    shape.
+    """
+
+    name: str
+    shard: Shard
+    box: Box
+    tensor: Any
+    owned: bool
+    optimizer: bool = False
+    optional: bool = False
+
+
+class StateProvider(Protocol):
+    """Owns a part of the state: `state()` yields every tensor of it that this rank holds, in a fixed order."""
+
+    def state(self) -> Iterator[StateTensor]: ...
 
 
 def named_shards(model: Any) -> Iterator[tuple[str, Any, Shard]]:

@@ -44,16 +44,19 @@ class _Gate(torch.autograd.Function):
 def run_unit(
     units: Units | None, keys: tuple[str, ...], function: Callable[..., Tensor], x: Tensor, *rest: Any
 ) -> Tensor:
-    """`function(x, *rest)` with the four moments around it.
+    """Returns `function(x, *rest)` and tells `units` of the four moments around it.
 
-    Integer tokens have no backward pass to wait for, and a look-up needs its weights only once.
+    The backward pass uses the weights wherever the *output* needs a gradient: also where the input needs none, because
+    everything below is frozen. Then nothing ends the unit's own backward pass; the stage's end releases it
+    (`Listener.stage_done`). A look-up of integer tokens needs its weights only once.
     """
     if units is None:
         return function(x, *rest)
     units.before_forward(keys)
-    watched = torch.is_grad_enabled() and x.requires_grad
-    out = function(_Gate.apply(x, units.after_backward, keys) if watched else x, *rest)
-    if watched:
+    training = torch.is_grad_enabled()
+    inside = _Gate.apply(x, units.after_backward, keys) if training and x.requires_grad else x
+    out = function(inside, *rest)
+    if training and out.requires_grad and x.is_floating_point():
         out = _Gate.apply(out, units.before_backward, keys)
     units.after_forward(keys)
     return out

@@ -9,7 +9,6 @@ from megallm.convert.convert import is_import
 from megallm.convert.weights import Cast, HfReader, Source
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
-from megallm.models.build import initial_values
 from megallm.parallel.mesh import Mesh
 
 
@@ -40,13 +39,6 @@ def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
 
     A head that the source lacks starts afresh, from the seed.
     """
-    engine, known = Engine(config, mesh), set(source.names())
-    for name, shard, box, tensor in engine.masters():
-        if name not in known and name.startswith("head."):
-            tensor.copy_(initial_values(name, shard, box.offset, box.shape, config.seed))
-        else:
-            source.read_into(name, box.offset, tensor)
-    for name, bias in engine.model.selection_biases():
-        source.read_into(name, (0,), bias)
-    engine.parameters.publish()
+    engine = Engine(config, mesh)
+    engine.fill(source)
     return engine

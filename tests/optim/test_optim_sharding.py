@@ -333,7 +333,7 @@ def state_elements(layout: Layout, rule: str, zero: int) -> int:
     ).resolve()  # fmt: skip
     engine = Engine.build(EngineConfig(model, OptimConfig(rule), zero=ZeroOptions(zero)), Mesh.start(layout))
     flat = sum(x.numel() for flats in engine.optimizer.states.values() for x in flats.values())
-    return flat + sum(factor.tensor.numel() for factor in engine.optimizer.factors())
+    return flat + sum(held.tensor.numel() for held in engine.optimizer.state())
 
 
 @pytest.mark.parametrize("zero", [0, 1])

@@ -13,7 +13,7 @@ import torch
 
 from megallm.base.errors import CannotWrite, InternalError, UsageError
 from megallm.oracle import compare, run, table
-from megallm.oracle.compare import RankRecord, Verdict, run_row, train_rank
+from megallm.oracle.compare import RankRecord, Verdict, frozen, run_row, train_rank
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.table import CONTROLS, MASKS, MODELS, RECOMPUTE, ROWS, Row, row_named, sample_rows
 from megallm.parallel.comm import BREAKS
@@ -36,7 +36,7 @@ def assert_passed(verdict: Verdict) -> None:
     parameters = verdict.row.config.num_params()
     assert parameters > 0
     state = {name for name in verdict.weights if name.endswith(".moe.router.bias")}  # moved by loads, not by gradients
-    assert verdict.grads.keys() == verdict.weights.keys() - state
+    assert verdict.grads.keys() == verdict.weights.keys() - state - frozen(verdict.row, verdict.weights)
 
 
 # Negative controls
