@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,10 +33,11 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, Walk
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.shard import StateProvider, StateTensor
+from megallm.parallel.shard import StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 
 TIED_NAME = "embedding.weight"
+Item = TypeVar("Item")
 
 
 class Loss(Protocol):
@@ -130,8 +131,8 @@ class Engine:
         adapter slots and freeze parameters (`requires_grad_(False)`).
         """
         engine = Engine(config, mesh, prepare)
-        for piece in engine.masters():
-            engine._initialise(piece)
+        for held in engine.masters():
+            engine._initialise(held)
         engine.parameters.publish()
         return engine
 
@@ -179,6 +180,63 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[dict[str, float], dict[str, int]]:
         """Forward only: the sum of each term over all data ranks, and its count."""
         return self._run(batches, loss, training=False).read()
+
+    def scores(
+        self, batches: Sequence[Batch], wanted: Sequence[str] = ("log_prob",)
+    ) -> list[dict[str, Tensor]]:
+        """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and without gradient.
+
+        The schedule is the one of `evaluate`; the result is in the caller's order and the same on every rank of a
+        replica. Every data rank gives the same number of microbatches. Collective over the world. Raises UsageError
+        when the model's head has no such output.
+        """
+        missing = [name for name in wanted if name not in self.config.model.scores]
+        if missing or not wanted:
+            raise UsageError(
+                f"scores wants {', '.join(missing) or 'nothing'}; the head model.head={self.config.model.head} gives "
+                f"{', '.join(self.config.model.scores) or 'none'}."
+            )
+        batches = [self._on_device(batch) for batch in batches]
+        if self.model.routers is not None:
+            self.model.routers.begin(batches)
+
+        def outputs_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            return outputs[wanted[0]], {name: outputs[name] for name in wanted}
+
+        results = self.model.walk(batches, outputs_of, training=False).results
+        shapes = [batch["tokens"].shape for batch in batches]
+        total = len(wanted) * sum(shape.numel() for shape in shapes)
+        flat = torch.empty(total, dtype=wide_dtype(self.model.dtype), device=self.mesh.device)
+        if results:
+            torch.cat([results[micro][name].flatten() for micro in range(len(batches)) for name in wanted], out=flat)
+        comm.broadcast_(flat, self.mesh.pp, self.model.placement.rank_of(self.model.placement.num_stages - 1))
+        pieces_of = iter(flat.split([shape.numel() for shape in shapes for _ in wanted]))
+        return [{name: next(pieces_of).view(shape) for name in wanted} for shape in shapes]
+
+    def log_probs(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Returns the log-probability of every label of each microbatch, `[B, T]`; see `scores`."""
+        return [scores["log_prob"] for scores in self.scores(batches)]
+
+    def values(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Returns the value head's number for every token of each microbatch, `[B, T]`; see `scores`."""
+        return [scores["value"] for scores in self.scores(batches, ("value",))]
+
+    # A batch divided over data ranks
+
+    def mine(self, items: Sequence[Item]) -> list[Item]:
+        """Returns this data rank's contiguous share of `items`, the same on every rank of a replica."""
+        begin, end = piece(len(items), self.mesh.data.size, self.mesh.data.rank)
+        return list(items[begin:end])
+
+    def all(self, items: Sequence[Item]) -> list[Item]:
+        """Returns the items of all data ranks, in the order of the ranks, on every rank; collective over the world.
+
+        Items are what JSON can hold. `all(mine(items))` is `items`.
+        """
+        first = not any(self.mesh.coords[axis] for axis in ("pp", "cp", "tp"))
+        gathered = self.mesh.gather_json(list(items) if first else None)
+        joined = gathered and [item for share in gathered if share is not None for item in share]
+        return self.mesh.broadcast_json(joined)
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         batches = [self._on_device(batch) for batch in batches]
@@ -313,9 +371,9 @@ class Engine:
             source.read_into(name, (0,), bias)
         self.parameters.publish()
 
-    def _initialise(self, piece: Piece) -> None:
+    def _initialise(self, held: Piece) -> None:
         """Give a piece of the weights its start, by way of the wide dtype also where none is kept."""
-        name, shard, box, tensor = piece
+        name, shard, box, tensor = held
         values = initial_values(name, shard, box.offset, box.shape, self.config.seed)
         tensor.copy_(values.to(wide_dtype(tensor.dtype)))
 

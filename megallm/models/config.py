@@ -222,6 +222,13 @@ class ModelConfig:
         return total + outputs * (d * (not self.tie_embeddings) + self.head_bias)
 
     @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the per-token scalars `[B, T]` that the model's last stage returns."""
+        of_head = {"classification": ("log_prob", "correct"), "value": ("value",), "none": ()}
+        further = tuple(f"mtp_{depth}" for depth in range(1, self.mtp.depth + 1))
+        return of_head.get(self.head, ("log_prob",)) + further
+
+    @property
     def head_outputs(self) -> int:
         """Rows of the head's last matrix: the vocabulary, the classes, one value, or nothing."""
         sizes = {"lm": self.vocab_size, "mlm": self.vocab_size, "classification": self.num_labels, "value": 1}

@@ -270,5 +270,10 @@ class Stage(ShardedModule):
         x = self.blocks(x, self.places(positions, wide_dtype(x.dtype)), caches)
         if not self.span.last:
             return x
+        keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
+        return run_unit(self.units, keys, self.last_logits, x)
+
+    def last_logits(self, x: Tensor) -> Tensor:
+        """Returns wide logits `[B, V]` of the last position, on every tp rank."""
         features, vocab = self.features(x[:, -1:]), self.config.vocab_size
         return next_token_logits(features, self.head_weight, self.mesh, vocab, self.head_bias)

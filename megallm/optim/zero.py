@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby, product
 from math import gcd
 from typing import NamedTuple
@@ -89,6 +90,7 @@ class ShardedParameters:
                 units.append(unit_of(entry.name))
         self.ahead, self.behind = self._neighbours()
         self.trees = [TreeSum() for _ in self.flat] if options.tree else []
+        self.keeps = False  # all parameters stay gathered (`gathered`)
         self._reset()
 
     def _allocate(self, entries: list[Entry], dtype: torch.dtype) -> list[FlatBucket]:
@@ -161,7 +163,24 @@ class ShardedParameters:
         for bucket in self.by_unit.get(following.get(keys[0], ""), ()):
             bucket.request()
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep all parameters on this rank inside the context, gathered once: for many forward passes in a row.
+
+        Collective over the shard groups; ranks may then use their weights in any order, or not at all.
+        """
+        self.keeps = True
+        try:
+            for bucket in self.flat:
+                bucket.arrive()
+            yield
+        finally:
+            self.keeps = False
+            self.unsettle()
+
     def _release(self, keys: tuple[str, ...]) -> None:
+        if self.keeps:
+            return
         for key in keys:
             for bucket in self.by_unit[key]:
                 bucket.release()

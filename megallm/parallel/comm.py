@@ -77,6 +77,13 @@ def all_reduce_(x: Tensor, axis: Axis, name: str, op: dist.ReduceOp.RedOpType = 
     return x
 
 
+def broadcast_(x: Tensor, axis: Axis, source: int) -> Tensor:
+    """Give every rank of the axis the values that its rank `source` has, in place."""
+    if axis.size > 1:
+        dist.broadcast(x, axis.ranks[source], group=axis.group)
+    return x
+
+
 def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Concatenate equal pieces along `dim` in rank order; no gradient."""
     if axis.size == 1:

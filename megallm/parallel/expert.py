@@ -95,8 +95,10 @@ class GroupedLinear(Linear):
         """Rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
         weight = self.weight.flatten(1, -2)
         if self.fp8 is not None:
-            return fp8_grouped_linear(x, weight, runs, self.fp8, self.later)
-        return grouped_linear(x, weight, runs, self.later)
+            y = fp8_grouped_linear(x, weight, runs, self.fp8, self.later)
+        else:
+            y = grouped_linear(x, weight, runs, self.later)
+        return self.adapted(x, y, runs)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,16 @@ class Linear(ShardedModule):
         super().__init__(mesh, sp)
         self.fp8: Fp8Linear | None = None
         self.te: TeLinear | None = None
+        self.adapter: nn.Module | None = None
+        self.adapts = True
+
+    def adapted(self, x: Tensor, y: Tensor, *where: Any) -> Tensor:
+        """Returns what the adapter makes of this rank's product `y` of `x`, before anything is reduced over tp.
+
+        The slot takes a module called with `(x, y, *where)`; `where` are the rows of the weight that were used, or the
+        runs of rows of each expert. Its parameters have Shard records of their own and stand under the linear's name.
+        """
+        return self.adapter(x, y, *where) if self.adapter is not None and self.adapts else y
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
@@ -108,6 +119,19 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
             module.sp = True
 
 
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Run `model` as it is without its adapters inside the context: the reference model at no cost of memory."""
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.adapts]
+    for module in linears:
+        module.adapts = False
+    try:
+        yield
+    finally:
+        for module in linears:
+            module.adapts = True
+
+
 def enter(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
     """Into the tensor-parallel region: `[B, T/tp, D]` (sp) or `[B, T, D]` -> `[B, T, D]`; collective over tp."""
     if sp:
@@ -149,7 +173,8 @@ class ColumnLinear(Linear):
         if rows is not None:
             weight = weight[..., rows, :]
             bias = bias[..., rows] if bias is not None else None
-        return self.multiply(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+        y = self.multiply(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
+        return self.adapted(x, y, rows)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
@@ -171,7 +196,7 @@ class TokenLinear(Linear):
             self.add_parameter("bias", Shard(full[:1], {}, partial, constant(0.0), decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)
+        return self.adapted(x, self.multiply(x, self.weight, self.bias), None)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
@@ -190,7 +215,7 @@ class RowLinear(Linear):
 
     def local(self, x: Tensor) -> Tensor:
         """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
-        return self.multiply(x, self.weight, None)
+        return self.adapted(x, self.multiply(x, self.weight, None), None)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:

@@ -127,7 +127,7 @@ def live_bytes(engine: Engine) -> int:
     """Bytes of the state that lives between uses: every distinct storage of buckets and optimizer."""
     storages = {}
     for bucket in engine.parameters.flat:
-        moments = [flats[bucket.index] for flats in engine.optimizer.states.values()]
+        moments = [flats[bucket.index] for flats in engine.optimizer.states.values() if bucket.index in flats]
         for tensor in (bucket.params, bucket.weights, bucket.master, bucket.grads, *moments):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
