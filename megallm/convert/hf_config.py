@@ -17,7 +17,7 @@ from megallm.base.errors import UsageError
 from megallm.convert.families import FAMILIES, NEUTRAL, Family
 from megallm.convert.folder import catalogue, is_model_folder, read_json
 from megallm.models.config import ModelConfig
-from megallm.models.stretch import ROPE_NUMBERS, ROPE_OPTIONS
+from megallm.models.rope_scaling import ROPE_NUMBERS, ROPE_OPTIONS
 
 CONFIG = "config.json"
 ADVICE = "Nothing was converted: the result would not be the same model."

@@ -109,8 +109,8 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     stage = loaded_stage(model, source, mesh)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     embedded = stage.embed(tokens, positions)
-    sight = stage.context.sight({"positions": positions}, model.sliding_window, model.causal)
-    hidden = stage.blocks(embedded, stage.places(positions, wide_dtype(embedded.dtype), sight))
+    mask_spec = stage.context.mask_spec({"positions": positions}, model.sliding_window, model.causal)
+    hidden = stage.blocks(embedded, stage.places(positions, wide_dtype(embedded.dtype), mask_spec))
     features = stage.features(hidden)
     if model.head in VOCABULARY_HEADS:
         return local_logits(features, stage.head_weight, mesh, sp=False, bias=stage.head_bias)

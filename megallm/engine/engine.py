@@ -1,7 +1,7 @@
 """Engine: one parallel model with its optimizer. Trainers see this and nothing below it.
 
-`train_step`, `evaluate`, `parts` and `load` are collective over the world, and return the same values on
-every rank of a replica.
+`train_step`, `evaluate`, `parts` and `load` are collective over the world, and return the same
+values on every rank of a replica.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from megallm.engine.model import ParallelModel, Prepare
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
 from megallm.models.build import initial_values
 from megallm.ops.precision import wide_dtype
-from megallm.optim.buckets import Treatment
+from megallm.optim.buckets import ParamGroup
 from megallm.optim.clip import clip_gradients
-from megallm.optim.groups import check_groups, treatment
+from megallm.optim.groups import check_groups, param_group
 from megallm.optim.optimizer import Optimizer
 from megallm.optim.scaler import LossScaler
 from megallm.optim.zero import ShardedParameters, Sharing, shard_groups
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
-from megallm.parallel.pipeline import Batch, Walk
+from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
 from megallm.parallel.shard import StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
@@ -49,8 +49,8 @@ class Loss(Protocol):
 
 
 class Source(Protocol):
-    """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into` fills a tensor of any
-    dtype with the box at `offset`."""
+    """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into`
+    fills a tensor of any dtype with the box at `offset`."""
 
     def names(self) -> list[str]: ...
 
@@ -69,7 +69,9 @@ class StepStats:
     grad_norm: float
     skipped: bool
     loss_scale: float | None = None  # fp16: what the loss was multiplied by
-    metrics: dict[str, float] = field(default_factory=dict)  # what else was measured, under the names of metrics.jsonl
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # what else was measured, under the names of metrics.jsonl
 
     @property
     def loss(self) -> float:
@@ -103,32 +105,35 @@ class Engine:
             TIED_NAME,
             self.model.shared_units(),
         )
-        treatments = self._treatments()
+        param_groups = self._treatments()
         for entry in self.model.entries():
-            entry.param.requires_grad_(not treatments[entry.name].frozen)
+            entry.param.requires_grad_(not param_groups[entry.name].frozen)
         self.parameters = ShardedParameters(
-            self.model.entries(), mesh, self.model.dtype, config.zero, sharing, treatments
+            self.model.entries(), mesh, self.model.dtype, config.zero, sharing, param_groups
         )
         self.model.place(self.parameters.views)
         self.parameters.attach({entry.name: entry.param for entry in self.model.entries()})
         for stage in self.model.stages.values():
             stage.units = self.parameters
         self.optimizer = Optimizer(config.optim, self.parameters)
-        self.scaler = LossScaler(config.loss_scale, mesh.device) if config.precision == "fp16" else None
+        self.scaler = (
+            LossScaler(config.loss_scale, mesh.device) if config.precision == "fp16" else None
+        )
         self.providers: list[StateProvider] = [
             ParameterState(self.parameters, self.optimizer),
             *([] if self.model.routers is None else [self.model.routers]),
             self.model.fp8,
             self.optimizer,
         ]
-        self.last_walk: Walk | None = None
+        self.last_run: ScheduleRun | None = None
 
     @staticmethod
     def build(config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> Engine:
-        """An engine with its initial weights, the same logical weights at every layout, bit for bit.
+        """An engine with its initial weights, the same logical weights at every layout, bit for
+        bit.
 
-        `prepare` is called with each stage of this rank on the meta device, before buckets are planned: it may fill
-        adapter slots and freeze parameters (`requires_grad_(False)`).
+        `prepare` is called with each stage of this rank on the meta device, before buckets are
+        planned: it may fill adapter slots and freeze parameters (`requires_grad_(False)`).
         """
         engine = Engine(config, mesh, prepare)
         for held in engine.masters():
@@ -136,18 +141,24 @@ class Engine:
         engine.parameters.publish()
         return engine
 
-    def _treatments(self) -> dict[str, Treatment]:
-        """How the optimizer treats each parameter of this rank; collective over the world when there are groups.
+    def _treatments(self) -> dict[str, ParamGroup]:
+        """How the optimizer treats each parameter of this rank; collective over the world when
+        there are groups.
 
         Raises UsageError for a group that matches no parameter of the model.
         """
         optim, entries = self.config.optim.resolve(), self.model.entries()
         if optim.groups:
             gathered = self.mesh.gather_json([entry.name for entry in entries])
-            check_groups(optim, self.mesh.broadcast_json(gathered and sorted(set(chain(*gathered)))))
-        chosen = {entry.name: treatment(optim, entry.name, entry.shard) for entry in entries}
+            check_groups(
+                optim, self.mesh.broadcast_json(gathered and sorted(set(chain(*gathered))))
+            )
+        chosen = {entry.name: param_group(optim, entry.name, entry.shard) for entry in entries}
         frozen = {entry.name for entry in entries if not entry.param.requires_grad}
-        return {name: each._replace(frozen=each.frozen or name in frozen) for name, each in chosen.items()}
+        return {
+            name: each._replace(frozen=each.frozen or name in frozen)
+            for name, each in chosen.items()
+        }
 
     def num_local_params(self) -> int:
         """Parameters of this rank's stages."""
@@ -156,19 +167,24 @@ class Engine:
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
-        """One update from this data rank's microbatches; every data rank gives the same number of them.
+        """One update from this data rank's microbatches; every data rank gives the same number of
+        them.
 
-        An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike. Raises Diverged
-        when the loss scale of fp16 had to fall below its minimum, on all ranks.
+        An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
+        Raises Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
         self.parameters.finish()
-        norm = clip_gradients(self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale)
+        norm = clip_gradients(
+            self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
+        )
         self.optimizer.step(lr, skip=~norm.isfinite())
         self.model.fp8.commit()
         loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite())
-        routing = None if self.model.routers is None else self.model.routers.finish(skip=~norm.isfinite())
+        routing = (
+            None if self.model.routers is None else self.model.routers.finish(skip=~norm.isfinite())
+        )
         sums, counts = run.read()  # the only wait for the device, when everything is on its way
         losses = {term: sums[term] / max(counts[term], 1) for term in counts}
         further, metrics = ({}, {}) if routing is None else routing.read()
@@ -177,18 +193,21 @@ class Engine:
         skipped, loss_scale = not math.isfinite(norm), loss_scale and float(loss_scale)
         return StepStats(losses | further, counts, float(norm), skipped, loss_scale, metrics)
 
-    def evaluate(self, batches: Sequence[Batch], loss: Loss) -> tuple[dict[str, float], dict[str, int]]:
+    def evaluate(
+        self, batches: Sequence[Batch], loss: Loss
+    ) -> tuple[dict[str, float], dict[str, int]]:
         """Forward only: the sum of each term over all data ranks, and its count."""
         return self._run(batches, loss, training=False).read()
 
     def scores(
         self, batches: Sequence[Batch], wanted: Sequence[str] = ("log_prob",)
     ) -> list[dict[str, Tensor]]:
-        """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and without gradient.
+        """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and
+        without gradient.
 
-        The schedule is the one of `evaluate`; the result is in the caller's order and the same on every rank of a
-        replica. Every data rank gives the same number of microbatches. Collective over the world. Raises UsageError
-        when the model's head has no such output.
+        The schedule is the one of `evaluate`; the result is in the caller's order and the same on
+        every rank of a replica. Every data rank gives the same number of microbatches. Collective
+        over the world. Raises UsageError when the model's head has no such output.
         """
         missing = [name for name in wanted if name not in self.config.model.scores]
         if missing or not wanted:
@@ -200,16 +219,27 @@ class Engine:
         if self.model.routers is not None:
             self.model.routers.begin(batches)
 
-        def outputs_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def outputs_of(
+            outputs: dict[str, Tensor], batch: Batch
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             return outputs[wanted[0]], {name: outputs[name] for name in wanted}
 
-        results = self.model.walk(batches, outputs_of, training=False).results
+        results = self.model.run_schedule(batches, outputs_of, training=False).results
         shapes = [batch["tokens"].shape for batch in batches]
         total = len(wanted) * sum(shape.numel() for shape in shapes)
         flat = torch.empty(total, dtype=wide_dtype(self.model.dtype), device=self.mesh.device)
         if results:
-            torch.cat([results[micro][name].flatten() for micro in range(len(batches)) for name in wanted], out=flat)
-        comm.broadcast_(flat, self.mesh.pp, self.model.placement.rank_of(self.model.placement.num_stages - 1))
+            torch.cat(
+                [
+                    results[micro][name].flatten()
+                    for micro in range(len(batches))
+                    for name in wanted
+                ],
+                out=flat,
+            )
+        comm.broadcast_(
+            flat, self.mesh.pp, self.model.placement.rank_of(self.model.placement.num_stages - 1)
+        )
         pieces_of = iter(flat.split([shape.numel() for shape in shapes for _ in wanted]))
         return [{name: next(pieces_of).view(shape) for name in wanted} for shape in shapes]
 
@@ -218,18 +248,23 @@ class Engine:
         return [scores["log_prob"] for scores in self.scores(batches)]
 
     def values(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Returns the value head's number for every token of each microbatch, `[B, T]`; see `scores`."""
+        """Returns the value head's number for every token of each microbatch, `[B, T]`; see
+        `scores`.
+        """
         return [scores["value"] for scores in self.scores(batches, ("value",))]
 
     # A batch divided over data ranks
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
-        """Returns this data rank's contiguous share of `items`, the same on every rank of a replica."""
+        """Returns this data rank's contiguous share of `items`, the same on every rank of a
+        replica.
+        """
         begin, end = piece(len(items), self.mesh.data.size, self.mesh.data.rank)
         return list(items[begin:end])
 
     def all(self, items: Sequence[Item]) -> list[Item]:
-        """Returns the items of all data ranks, in the order of the ranks, on every rank; collective over the world.
+        """Returns the items of all data ranks, in the order of the ranks, on every rank; collective
+        over the world.
 
         Items are what JSON can hold. `all(mine(items))` is `items`.
         """
@@ -251,78 +286,117 @@ class Engine:
                 total = total * self.scaler.scale
             return total, {term: value.detach() for term, value in terms.items()}
 
-        self.last_walk = self.model.walk(batches, loss_of, training, self.parameters)
-        return LossSums(list(counts), self._global_sums(self.last_walk.results.values(), list(counts)), counts)
+        self.last_run = self.model.run_schedule(batches, loss_of, training, self.parameters)
+        return LossSums(
+            list(counts), self._global_sums(self.last_run.results.values(), list(counts)), counts
+        )
 
     def _on_device(self, batch: Batch) -> Batch:
-        """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it, on the CPU."""
+        """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it,
+        on the CPU.
+        """
         device = self.mesh.device
-        return {key: x if key == "cu_seqlens" else x.to(device, non_blocking=True) for key, x in batch.items()}
+        return {
+            key: x if key == "cu_seqlens" else x.to(device, non_blocking=True)
+            for key, x in batch.items()
+        }
 
     def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, Tensor]:
-        """The number each term is divided by: this data rank's counts, summed over data before the forward pass."""
+        """The number each term is divided by: this data rank's counts, summed over data before the
+        forward pass.
+        """
         per_micro = [loss.counts(batch) for batch in batches]
         names = list(per_micro[0])
-        vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names]).to(torch.int64)
+        vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names]).to(
+            torch.int64
+        )
         comm.all_reduce_(vector, self.mesh.data, "loss.counts")
         return dict(zip(names, vector.unbind(), strict=True))
 
     def _global_sums(self, results: Iterable[dict[str, Tensor]], names: list[str]) -> Tensor:
-        """Sum the reported terms over microbatches and data, and tell every stage; collective over data and pp."""
+        """Sum the reported terms over microbatches and data, and tell every stage; collective over
+        data and pp.
+        """
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
         for terms in results:
             vector += torch.stack([terms[name].to(torch.float64) for name in names])
         comm.all_reduce_(vector, self.mesh.data, "loss.report")
-        comm.all_reduce_(vector, self.mesh.pp, "loss.report")  # only the last stage holds anything but zero
+        comm.all_reduce_(
+            vector, self.mesh.pp, "loss.report"
+        )  # only the last stage holds anything but zero
         return vector
 
     def timeline(self) -> Timeline | None:
-        """The last step on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over the world.
+        """The last step on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over
+        the world.
 
-        Clocks are those of the machines: lines that span several machines are off by their difference.
+        Clocks are those of the machines: lines that span several machines are off by their
+        difference.
         """
-        slots = self.model.pipeline.timeline(self.last_walk)
-        rows = [[slot.action.op, slot.action.micro, slot.action.stage, slot.start, slot.end] for slot in slots]
+        slots = self.model.pipeline.timeline(self.last_run)
+        rows = [
+            [slot.action.op, slot.action.micro, slot.action.stage, slot.start, slot.end]
+            for slot in slots
+        ]
         gathered = self.mesh.gather_json(rows)
         if gathered is None:
             return None
         line = [gathered[rank] for rank in self.mesh.pp.ranks]
         begin = min(row[3] for rows in line for row in rows)
-        ranks = [[Slot(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows] for rows in line]
+        ranks = [
+            [Slot(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
+            for rows in line
+        ]
         return Timeline(ranks, [peak_live([slot.action for slot in slots]) for slots in ranks])
 
     # State
 
     def masters(self) -> Iterator[Piece]:
-        """The wide master weights that this rank keeps, as boxes of logical tensors; frozen: the weights."""
-        return pieces(self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat})
+        """The wide master weights that this rank keeps, as boxes of logical tensors; frozen: the
+        weights.
+        """
+        return pieces(
+            self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat}
+        )
 
     def gradients(self) -> Iterator[Piece]:
         """The completed gradients that this rank keeps, after `train_step` (clipped)."""
-        return pieces(self.parameters, {bucket.index: bucket.shard_grads for bucket in self.parameters.trainable})
+        return pieces(
+            self.parameters,
+            {bucket.index: bucket.shard_grads for bucket in self.parameters.trainable},
+        )
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything that a checkpoint remembers, as this rank's boxes of logical tensors, from all providers."""
+        """Everything that a checkpoint remembers, as this rank's boxes of logical tensors, from all
+        providers.
+        """
         for provider in self.providers:
             yield from provider.state()
 
     def parts(self) -> Iterator[Part]:
-        """What this rank owns of the logical state: weights and optimizer state, as boxes of logical tensors."""
+        """What this rank owns of the logical state: weights and optimizer state, as boxes of
+        logical tensors.
+        """
         for held in self.state():
             if held.owned:
                 yield Part(held.name, held.shard.full, held.box.offset, held.tensor)
 
     def counters(self) -> dict[str, float]:
-        """What belongs to the state besides tensors; goes into a checkpoint's meta under "engine"."""
-        return {"updates": self.optimizer.updates} | ({} if self.scaler is None else self.scaler.counters())
+        """What belongs to the state besides tensors; goes into a checkpoint's meta under
+        "engine".
+        """
+        return {"updates": self.optimizer.updates} | (
+            {} if self.scaler is None else self.scaler.counters()
+        )
 
     def load(self, reader: Reader, optimizer: bool = True) -> None:
-        """Fill weights (and optimizer state) from a checkpoint written at any layout; collective over dp x cp.
+        """Fill weights (and optimizer state) from a checkpoint written at any layout; collective
+        over dp x cp.
 
-        A parameter that was frozen when the checkpoint was written has no optimizer state there: it starts with its
-        weights and nothing else, like a new one.
+        A parameter that was frozen when the checkpoint was written has no optimizer state there: it
+        starts with its weights and nothing else, like a new one.
         """
-        self.parameters.land()
+        self.parameters.wait_and_reshard()
         if optimizer:
             self.optimizer.updates = reader.meta["engine"]["updates"]
             if self.scaler is not None:
@@ -352,8 +426,8 @@ class Engine:
     def fill(self, source: Source) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
 
-        A head that the source lacks, or has in another shape, starts afresh, from the seed. Raises UsageError for any
-        other parameter whose shape differs.
+        A head that the source lacks, or has in another shape, starts afresh, from the seed. Raises
+        UsageError for any other parameter whose shape differs.
         """
         known = set(source.names())
         for name, shard, box, tensor in self.masters():
@@ -372,14 +446,18 @@ class Engine:
         self.parameters.publish()
 
     def _initialise(self, held: Piece) -> None:
-        """Give a piece of the weights its start, by way of the wide dtype also where none is kept."""
+        """Give a piece of the weights its start, by way of the wide dtype also where none is
+        kept.
+        """
         name, shard, box, tensor = held
         values = initial_values(name, shard, box.offset, box.shape, self.config.seed)
         tensor.copy_(values.to(wide_dtype(tensor.dtype)))
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
-    """The holders of the first and the last stage, size 1 when nothing is shared; collective over the world."""
+    """The holders of the first and the last stage, size 1 when nothing is shared; collective over
+    the world.
+    """
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     if not tied or first == last:
         return Axis("tie")

@@ -29,14 +29,16 @@ def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterat
     mesh = parameters.mesh
     for index, flat in flats.items():
         bucket = parameters.flat[index]
-        for cut in parameters.cuts(bucket):
+        for cut in parameters.slices(bucket):
             name, place = cut.member.name, cut.place
             shard = parameters.shards[name]
             origin = shard.box(mesh.layout, mesh.coords).offset
             for box in boxes_of_range(parameters.shapes[name], cut.begin, cut.end):
                 count = prod(box.shape)
                 offset = tuple(a + b for a, b in zip(origin, box.offset, strict=True))
-                yield Piece(name, shard, Box(offset, box.shape), flat[place : place + count].view(box.shape))
+                yield Piece(
+                    name, shard, Box(offset, box.shape), flat[place : place + count].view(box.shape)
+                )
                 place += count
 
 
@@ -53,12 +55,16 @@ class ParameterState:
         """Everything of one kind after another, in the order of the buckets."""
         flat = self.parameters.flat
         yield from self._tensors("", {bucket.index: bucket.weights for bucket in flat}, False)
-        masters = {bucket.index: bucket.master for bucket in flat if bucket.master is not bucket.weights}
+        masters = {
+            bucket.index: bucket.master for bucket in flat if bucket.master is not bucket.weights
+        }
         yield from self._tensors("optim.master.", masters, True)
         for name, flats in self.optimizer.states.items():
             yield from self._tensors(f"optim.{name}.", flats, True)
 
-    def _tensors(self, prefix: str, flats: Mapping[int, Tensor], optimizer: bool) -> Iterator[StateTensor]:
+    def _tensors(
+        self, prefix: str, flats: Mapping[int, Tensor], optimizer: bool
+    ) -> Iterator[StateTensor]:
         for name, shard, box, tensor in pieces(self.parameters, flats):
             owned = self.parameters.owns(name)
             yield StateTensor(f"{prefix}{name}", shard, box, tensor, owned, optimizer)
@@ -66,7 +72,11 @@ class ParameterState:
 
 def stored_parameters(names: Iterable[str]) -> set[str]:
     """Returns the parameters that have optimizer state among the tensors of a checkpoint."""
-    return {parameter_of(name) for name in names if name.startswith("optim.") and not name.startswith(HISTORY)}
+    return {
+        parameter_of(name)
+        for name in names
+        if name.startswith("optim.") and not name.startswith(HISTORY)
+    }
 
 
 def parameter_of(name: str) -> str:

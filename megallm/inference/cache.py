@@ -31,7 +31,9 @@ class RowCache(LayerCache):
         self.values[rows, self.lengths] = v[:, 0]
         return self.keys, self.values
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
+    def cached_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Each row's new query against that row's positions."""
         return attend_rows(q, k, v, self.lengths + 1, window, sinks)
 

@@ -22,7 +22,7 @@ from megallm.inference.answer import Answer
 from megallm.inference.cache import TextCache
 from megallm.inference.sampling import Sampling, choose
 from megallm.models.attention import LayerCache
-from megallm.parallel.p2p import Wire
+from megallm.parallel.p2p import Channel
 from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
 from megallm.parallel.tensor import whole_sequences
@@ -110,8 +110,8 @@ class Generator:
                 number += 1
                 if len(started) > self.lag:
                     self._finish(started.popleft(), sampling, listen, stopped)
-        for wire in self.model.pipeline.wires.values():
-            wire.flush()
+        for channel in self.model.pipeline.channels.values():
+            channel.flush()
 
     def _check(self, job: Job) -> None:
         config = self.model.config.model
@@ -230,14 +230,14 @@ class Generator:
         if self.mesh.model.size > 1:
             dist.broadcast(values, source, group=self.mesh.model.group)
 
-    def _wire(self, source: int, destination: int) -> Wire:
+    def _wire(self, source: int, destination: int) -> Channel:
         line = self.mesh.pp.ranks
-        return self.model.pipeline.wires[line[source], line[destination], FORWARD]
+        return self.model.pipeline.channels[line[source], line[destination], FORWARD]
 
     def _receive(self, shape: tuple[int, int], number: int) -> Tensor:
         """Hidden states `[n, T, D]` from the stage before `number`; messages come in the order of the steps."""
-        wire = self._wire(self.rank_of(number - 1), self.mesh.pp.rank)
+        channel = self._wire(self.rank_of(number - 1), self.mesh.pp.rank)
         key = (0, number)
         hidden = self.model.config.model.hidden_size
-        wire.expect([key], buffer_maker((*shape, hidden), self.model.dtype, self.mesh.device))
-        return wire.take(key)
+        channel.expect([key], buffer_maker((*shape, hidden), self.model.dtype, self.mesh.device))
+        return channel.take(key)

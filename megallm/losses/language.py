@@ -11,15 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NextToken:
-    """`-sum(mask * log_prob)`; the engine divides by the number of unmasked labels of the global batch.
+    """`-sum(mask * log_prob)`; the engine divides by the number of unmasked labels of the global
+    batch.
 
-    The same sum is the loss of a masked language model, whose labels are the tokens that were hidden, and of a
-    classification head, whose labels are classes and whose mask is True at the tokens that are classified: all of
-    them, the first of each sequence, or the last.
+    The same sum is the loss of a masked language model, whose labels are the tokens that were
+    hidden, and of a classification head, whose labels are classes and whose mask is True at the
+    tokens that are classified: all of them, the first of each sequence, or the last.
 
-    With `depth` there is a term `mtp_k` for every k from 1 on: the same for the token k + 1 places ahead, which the
-    model calls `mtp_k` (multi-token prediction, arXiv 2412.19437). Together they weigh `weight` beside the first term,
-    each divided by its own number of labels.
+    With `depth` there is a term `mtp_k` for every k from 1 on: the same for the token k + 1 places
+    ahead, which the model calls `mtp_k` (multi-token prediction, arXiv 2412.19437). Together they
+    weigh `weight` beside the first term, each divided by its own number of labels.
     """
 
     depth: int = 0
@@ -27,21 +28,25 @@ class NextToken:
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unmasked labels of one microbatch, known before its forward pass."""
-        further = {f"mtp_{ahead}": mask_ahead(batch, ahead).sum() for ahead in range(1, self.depth + 1)}
+        further = {
+            f"mtp_{ahead}": shift_mask(batch, ahead).sum() for ahead in range(1, self.depth + 1)
+        }
         return {"loss": batch["mask"].sum()} | further
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         terms = {"loss": -(outputs["log_prob"] * batch["mask"]).sum()}
         for ahead in range(1, self.depth + 1):
-            total = -(outputs[f"mtp_{ahead}"] * mask_ahead(batch, ahead)).sum()
+            total = -(outputs[f"mtp_{ahead}"] * shift_mask(batch, ahead)).sum()
             terms[f"mtp_{ahead}"] = total * (self.weight / self.depth)
         return terms
 
 
-def mask_ahead(batch: dict[str, Tensor], ahead: int) -> Tensor:
-    """Bool `[B, T]`: tokens for which the label `ahead` places on counts, and lies in the same document.
+def shift_mask(batch: dict[str, Tensor], ahead: int) -> Tensor:
+    """Bool `[B, T]`: tokens for which the label `ahead` places on counts, and lies in the same
+    document.
 
-    The documents of a packed row are those of `cu_seqlens`, on the CPU; a row without them is one document.
+    The documents of a packed row are those of `cu_seqlens`, on the CPU; a row without them is one
+    document.
     """
     mask = F.pad(batch["mask"], (0, ahead))[:, ahead:]
     if "cu_seqlens" not in batch:
@@ -53,10 +58,12 @@ def mask_ahead(batch: dict[str, Tensor], ahead: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskedDiffusion:
-    """`-sum(weight * log_prob)` over the tokens that were hidden (LLaDA, Nie et al., arXiv 2502.09992).
+    """`-sum(weight * log_prob)` over the tokens that were hidden (LLaDA, Nie et al., arXiv
+    2502.09992).
 
-    `weight` `[B, T]` is 1 / t where a token was hidden, at the rate t of its text, and 0 elsewhere; `mask` is True at
-    every token that could have been hidden, and their number is the divisor: the bound is in nats per token.
+    `weight` `[B, T]` is 1 / t where a token was hidden, at the rate t of its text, and 0 elsewhere;
+    `mask` is True at every token that could have been hidden, and their number is the divisor: the
+    bound is in nats per token.
     """
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +76,9 @@ class MaskedDiffusion:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many labels are the likeliest class, for `Engine.evaluate` of a classification head; it has no gradient."""
+    """How many labels are the likeliest class, for `Engine.evaluate` of a classification head; it
+    has no gradient.
+    """
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Labels of one microbatch that count."""

@@ -1,4 +1,5 @@
-"""Losses of a value head, which gives each token one number: regression, pairs of answers, and critics.
+"""Losses of a value head, which gives each token one number: regression, pairs of answers, and
+critics.
 
 `mask` `[B, T]` is True at the tokens whose number counts, such as the last one of each sequence.
 """
@@ -13,7 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Regression:
-    """`sum(mask * (value - target)^2)` with `targets` `[B, T]`; divided by the number of targets that count."""
+    """`sum(mask * (value - target)^2)` with `targets` `[B, T]`; divided by the number of targets
+    that count.
+    """
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Targets of one microbatch, known before its forward pass."""
@@ -25,10 +28,12 @@ class Regression:
 
 @dataclass(frozen=True)
 class PairwiseReward:
-    """`-sum log sigmoid(chosen - rejected)` over pairs of sequences (Bradley-Terry; Ouyang et al., arXiv 2203.02155).
+    """`-sum log sigmoid(chosen - rejected)` over pairs of sequences (Bradley-Terry; Ouyang et al.,
+    arXiv 2203.02155).
 
-    The tokens that count, in the order of the microbatch, are the last ones of a chosen sequence, of its rejected one,
-    of the next chosen one, and so on. A pair stands in one microbatch, whether as rows or packed.
+    The tokens that count, in the order of the microbatch, are the last ones of a chosen sequence,
+    of its rejected one, of the next chosen one, and so on. A pair stands in one microbatch, whether
+    as rows or packed.
     """
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -48,10 +53,12 @@ class PairwiseReward:
 
 @dataclass(frozen=True)
 class Value:
-    """`sum(mask * (value - target)^2) / 2` for a critic, with `targets` `[B, T]`; divided by the tokens that count.
+    """`sum(mask * (value - target)^2) / 2` for a critic, with `targets` `[B, T]`; divided by the
+    tokens that count.
 
-    With `clip` the values may leave `old_values` `[B, T]`, those of the rollout, by at most that before they cease to
-    lower the loss: the larger of the clipped and the plain square counts (PPO, arXiv 1707.06347).
+    With `clip` the values may leave `old_values` `[B, T]`, those of the rollout, by at most that
+    before they cease to lower the loss: the larger of the clipped and the plain square counts (PPO,
+    arXiv 1707.06347).
     """
 
     clip: float | None = None

@@ -1,4 +1,6 @@
-"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads, and what its relatives share."""
+"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads, and what its relatives
+share.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megallm.models.balance import Seats
+from megallm.models.balance import RoutingInputs
 from megallm.models.config import ModelConfig
 from megallm.ops.attention import causal_attention
 from megallm.ops.precision import wide
 from megallm.ops.rope import apply_rope
-from megallm.ops.tiles import Sight
+from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import Shard, constant, normal
-from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, enter
+from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, gather_input
 
-CacheShape = tuple[tuple[int, int], tuple[int, int]]  # local kv heads and size of a key, and of a value
+CacheShape = tuple[
+    tuple[int, int], tuple[int, int]
+]  # local kv heads and size of a key, and of a value
 
 
 @dataclass
 class LayerCache:
-    """What one layer keeps for decoding, `[B, capacity, *CacheShape]`: keys and values, filled up to `length`."""
+    """What one layer keeps for decoding, `[B, capacity, *CacheShape]`: keys and values, filled up
+    to `length`.
+    """
 
     keys: Tensor
     values: Tensor
@@ -39,29 +45,35 @@ class LayerCache:
         self.length = end
         return self.keys[:, :end], self.values[:, :end]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None) -> Tensor:
-        """Attention of new queries, which stand last, to what `append` returned (after pairing of heads)."""
+    def cached_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attention of new queries, which stand last, to what `append` returned (after pairing of
+        heads).
+        """
         return causal_attention(q, k, v, window, sinks)
 
 
 @dataclass(frozen=True)
-class Places:
-    """This rank's tokens of a microbatch: rotary tables `[B, T/cp, E/2]` of their positions, what they may see, and
-    where those stand that it routes to experts (None without experts, and in decoding)."""
+class AttentionInputs:
+    """This rank's tokens of a microbatch: rotary tables `[B, T/cp, E/2]` of their positions, what
+    they may see, and where those stand that it routes to experts (None without experts, and in
+    decoding)."""
 
     cos: Tensor | None
     sin: Tensor | None
     context: Context
-    sight: Sight | None = None
-    seats: Seats | None = None
+    mask_spec: MaskSpec | None = None
+    routing: RoutingInputs | None = None
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Which heads a tp rank computes: its query heads, the kv heads they read, and how they pair up.
+    """Which heads a tp rank computes: its query heads, the kv heads they read, and how they pair
+    up.
 
-    When tp does not divide the kv heads each rank holds all of kv and projects `kv_rows` of it; `pairing`
-    is None when the local query heads divide evenly over the local kv heads in order.
+    When tp does not divide the kv heads each rank holds all of kv and projects `kv_rows` of it;
+    `pairing` is None when the local query heads divide evenly over the local kv heads in order.
     """
 
     num_q: int
@@ -81,20 +93,26 @@ class HeadPlan:
         reads = [head // group for head in range(tp_rank * num_q, (tp_rank + 1) * num_q)]
         begin, count = reads[0], reads[-1] - reads[0] + 1
         local = tuple(head - begin for head in reads)
-        even = num_q % count == 0 and local == tuple(head // (num_q // count) for head in range(num_q))
+        even = num_q % count == 0 and local == tuple(
+            head // (num_q // count) for head in range(num_q)
+        )
         before = tp_rank * num_q - 1  # the last query head of the rank before
         shared = 0 if before < 0 else max(0, before // group + 1 - begin)
         return HeadPlan(num_q, begin, count, True, None if even else local, shared)
 
 
 class JointNorm(ShardedModule):
-    """RMSNorm over all heads of a layer together, which tp divides (OLMoE, arXiv 2409.02060): `[B, T, n, E]` -> same.
+    """RMSNorm over all heads of a layer together, which tp divides (OLMoE, arXiv 2409.02060): `[B,
+    T, n, E]` -> same.
 
-    A rank adds the squares of its heads, and the ranks their sums; a key head that several ranks project counts once.
-    Its gradient is then the sum over the ranks, since each used the joint scale for its own heads.
+    A rank adds the squares of its heads, and the ranks their sums; a key head that several ranks
+    project counts once. Its gradient is then the sum over the ranks, since each used the joint
+    scale for its own heads.
     """
 
-    def __init__(self, mesh: Mesh, config: ModelConfig, heads: int, kv: HeadPlan | None = None) -> None:
+    def __init__(
+        self, mesh: Mesh, config: ModelConfig, heads: int, kv: HeadPlan | None = None
+    ) -> None:
         super().__init__(mesh)
         size, whole = config.head_size, kv is not None and kv.replicated
         self.count, self.eps = heads * size, config.norm_eps
@@ -115,7 +133,9 @@ class JointNorm(ShardedModule):
 
 
 class Attention(ShardedModule):
-    """`[B, T/cp/tp or T/cp, D]` -> the same; projections column-parallel over heads, the output row-parallel."""
+    """`[B, T/cp/tp or T/cp, D]` -> the same; projections column-parallel over heads, the output
+    row-parallel.
+    """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
         super().__init__(mesh, sp)
@@ -125,7 +145,9 @@ class Attention(ShardedModule):
         self.heads = HeadPlan.of(config.num_heads, config.num_kv_heads, mesh.tp.size, mesh.tp.rank)
         d, e, init = config.hidden_size, config.head_size, normal(config.init_std)
         self.q = ColumnLinear(mesh, (config.num_heads * e, d), init, config.qkv_bias)
-        self.kv = ColumnLinear(mesh, (2, config.num_kv_heads * e, d), init, config.qkv_bias, self.heads.replicated)
+        self.kv = ColumnLinear(
+            mesh, (2, config.num_kv_heads * e, d), init, config.qkv_bias, self.heads.replicated
+        )
         self.o = RowLinear(mesh, (d, config.num_heads * e), scaled_init(config), config.bias, sp)
         self.q_norm = self.k_norm = None
         if config.qk_norm and config.qk_norm_span == "all":
@@ -143,34 +165,46 @@ class Attention(ShardedModule):
         return (self.heads.num_kv, self.head_size), (self.heads.num_kv, self.head_size)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, T, D]` -> q `[B, T, H/tp, E]`, k and v `[B, T, K_local, E]`, before position embedding."""
+        """`[B, T, D]` -> q `[B, T, H/tp, E]`, k and v `[B, T, K_local, E]`, before position
+        embedding.
+        """
         plan, e = self.heads, self.head_size
-        rows = slice(plan.kv_begin * e, (plan.kv_begin + plan.num_kv) * e) if plan.replicated else None
+        rows = (
+            slice(plan.kv_begin * e, (plan.kv_begin + plan.num_kv) * e) if plan.replicated else None
+        )
         q = self.q(x).unflatten(-1, (plan.num_q, e))
         k, v = self.kv(x, rows).unflatten(-1, (2, plan.num_kv, e)).unbind(-3)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor, places: Places, cache: LayerCache | None) -> Tensor:
+    def core(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, cache: LayerCache | None
+    ) -> Tensor:
         """Rotate, attend; `[B, T/cp, H/tp, E]`. Decoding has whole sequences on every cp rank."""
-        if places.cos is not None:
-            q, k = apply_rope(q, places.cos, places.sin), apply_rope(k, places.cos, places.sin)
+        if inputs.cos is not None:
+            q, k = apply_rope(q, inputs.cos, inputs.sin), apply_rope(k, inputs.cos, inputs.sin)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.heads.pairing is not None:
-            k, v = (torch.cat([x.split(1, 2)[head] for head in self.heads.pairing], 2) for x in (k, v))
+            k, v = (
+                torch.cat([x.split(1, 2)[head] for head in self.heads.pairing], 2) for x in (k, v)
+            )
         if cache is not None:
-            return cache.attend(q, k, v, self.window, self.sinks)
-        return places.context.attend(q, k, v, places.sight, self.window, self.sinks)
+            return cache.cached_attention(q, k, v, self.window, self.sinks)
+        return inputs.context.parallel_attention(q, k, v, inputs.mask_spec, self.window, self.sinks)
 
-    def forward(self, x: Tensor, places: Places, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = self.project(enter(x, self.mesh, self.sp))
-        return self.o(recompute(self.selective, self.core, q, k, v, places, cache).flatten(-2))
+    def forward(
+        self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None
+    ) -> Tensor:
+        q, k, v = self.project(gather_input(x, self.mesh, self.sp))
+        return self.o(recompute(self.selective, self.core, q, k, v, inputs, cache).flatten(-2))
 
 
 def add_sinks(attention: ShardedModule, config: ModelConfig) -> None:
-    """`sinks (H,)`, split over tp: a score for each head that takes weight and gives no value; else None."""
+    """`sinks (H,)`, split over tp: a score for each head that takes weight and gives no value; else
+    None.
+    """
     attention.register_parameter("sinks", None)
     if config.attention_sinks:
         shard = Shard((config.num_heads,), {0: "tp"}, (), normal(config.init_std), decay=False)
@@ -178,7 +212,9 @@ def add_sinks(attention: ShardedModule, config: ModelConfig) -> None:
 
 
 def scaled_init(config: ModelConfig):
-    """Output projections start smaller by sqrt(2 L), as in GPT-2; not where each sum is normalised (post-norm)."""
+    """Output projections start smaller by sqrt(2 L), as in GPT-2; not where each sum is normalised
+    (post-norm).
+    """
     if config.norm_place == "post":
         return normal(config.init_std)
     return normal(config.init_std / (2 * config.num_layers) ** 0.5)

@@ -15,22 +15,35 @@ from megallm.parallel.shard import Shard, named_shards
 
 
 def build_stages(
-    config: ModelConfig, mesh: Mesh, options: StageOptions, placement: Placement, layout: str | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    options: StageOptions,
+    placement: Placement,
+    layout: str | None = None,
 ) -> dict[int, Stage]:
-    """This rank's stages, earliest first, with parameters on the meta device; `place_parameters` gives them storage.
+    """This rank's stages, earliest first, with parameters on the meta device; `place_parameters`
+    gives them storage.
 
     `layout` is a string such as `Et*3|t*3L`; without it stages are balanced by work.
     """
     spans = plan_stages(config.num_layers, placement.num_stages, layout, head_work(config))
     stages: dict[int, Stage] = {}
     for stage in sorted(placement.stages_of(mesh.pp.rank)):
-        share = stages[0].embedding if spans[stage].last and config.embeds_last and 0 in stages else None
+        share = (
+            stages[0].embedding
+            if spans[stage].last and config.embeds_last and 0 in stages
+            else None
+        )
         stages[stage] = Stage(config, mesh, spans[stage], options, share)
     return stages
 
 
-def initial_values(name: str, shard: Shard, offset: tuple[int, ...], shape: tuple[int, ...], seed: int) -> Tensor:
-    """A box of a parameter's start, float64, a function of (seed, name, element): the same at any layout."""
+def initial_values(
+    name: str, shard: Shard, offset: tuple[int, ...], shape: tuple[int, ...], seed: int
+) -> Tensor:
+    """A box of a parameter's start, float64, a function of (seed, name, element): the same at any
+    layout.
+    """
     if shard.init.kind == "constant":
         return torch.full(shape, shard.init.value, dtype=torch.float64)
     values = normal_box(key_of(seed, "init", name), shard.full, offset, shape)

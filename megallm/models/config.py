@@ -13,8 +13,8 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.models.presets import FAMILIES, PRESETS
+from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope
 from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
-from megallm.models.stretch import ROPE_SCALINGS, RopeStretch, check_rope
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class ModelConfig:
         return ModelConfig(**values)
 
     @property
-    def rope_stretch(self) -> RopeStretch | None:
+    def rope_scaling_spec(self) -> RopeScaling | None:
         """None for the plain rotary embedding."""
-        return RopeStretch.of(vars(self))
+        return RopeScaling.of(vars(self))
 
     @property
     def rope_size(self) -> int:

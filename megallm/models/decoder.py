@@ -10,36 +10,50 @@ import torch
 from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
-from megallm.models.attention import LayerCache, Places
-from megallm.models.balance import Seats
+from megallm.models.attention import AttentionInputs, LayerCache
+from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
-from megallm.models.heads import build_head, final_norm, language_model, local_logits, next_token_logits
-from megallm.models.mtp import FurtherToken, places_ahead
+from megallm.models.heads import (
+    build_head,
+    final_norm,
+    language_model,
+    local_logits,
+    next_token_logits,
+)
+from megallm.models.mtp import MtpModule, shift_labels
 from megallm.models.stages import StageSpan
 from megallm.ops.embedding import look_up
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
-from megallm.ops.tiles import Sight
+from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.offload import Offload
 from megallm.parallel.recompute import recompute
-from megallm.parallel.remade import BLOCK, remade_parts
+from megallm.parallel.recompute_policy import BLOCK, recomputed_parts
 from megallm.parallel.shard import Shard, normal
-from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, enter, sequence_partial
+from megallm.parallel.tensor import (
+    SEQUENCE_DIM,
+    Norm,
+    ShardedModule,
+    gather_input,
+    sequence_partial,
+)
 from megallm.parallel.units import Units, run_unit
 from megallm.parallel.vocab import VocabEmbedding, fused_log_prob, fuses
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none, selective, full.
+    """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none,
+    selective, full.
 
-    `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`). `fused_head`: auto, on
-    or off, whether the head's logits exist (`parallel.vocab.fuses`). `recompute_modules` are those of selective, and
-    `recompute_layers` the first blocks of a stage that are meant; with `offload` what blocks save waits in CPU memory.
+    `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`).
+    `fused_head`: auto, on or off, whether the head's logits exist (`parallel.vocab.fuses`).
+    `recompute_modules` are those of selective, and `recompute_layers` the first blocks of a stage
+    that are meant; with `offload` what blocks save waits in CPU memory.
     """
 
     sp: bool = False
@@ -51,9 +65,11 @@ class StageOptions:
     recompute_layers: int | None = None
     offload: bool = False
 
-    def remade(self, place: int) -> frozenset[str]:
+    def recomputed(self, place: int) -> frozenset[str]:
         """What is made again of the block at `place` of its stage."""
-        return remade_parts(self.recompute, self.recompute_modules, self.recompute_layers, place)
+        return recomputed_parts(
+            self.recompute, self.recompute_modules, self.recompute_layers, place
+        )
 
 
 Ready = Callable[[Tensor], Tensor]
@@ -64,12 +80,17 @@ def _as_it_is(x: Tensor) -> Tensor:
 
 
 class TokenTable(ShardedModule):
-    """Learned vectors `(rows, D)` on every tp rank, looked up for its own tokens: positions, or types of tokens."""
+    """Learned vectors `(rows, D)` on every tp rank, looked up for its own tokens: positions, or
+    types of tokens.
+    """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, rows: int, sp: bool) -> None:
         super().__init__(mesh, sp)
         self.add_parameter(
-            "weight", Shard((rows, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std))
+            "weight",
+            Shard(
+                (rows, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std)
+            ),
         )
 
     def forward(self, numbers: Tensor) -> Tensor:
@@ -81,23 +102,30 @@ class TokenTable(ShardedModule):
 class Stage(ShardedModule):
     """Layers of one pipeline stage.
 
-    The first stage takes tokens, the others hidden states `[B, T/cp/tp or T/cp, D]`; the last returns the head's
-    per-token scalars. With tied embeddings, or tokens that are embedded again to predict further ones, the last
-    stage shares the first one's embedding when that is on the same rank, and otherwise holds its own piece under the
-    same logical name `embedding.weight`; the engine keeps the two equal. `units` is told when the embedding, a block,
-    a depth of multi-token prediction or the head is about to be used or done with.
+    The first stage takes tokens, the others hidden states `[B, T/cp/tp or T/cp, D]`; the last
+    returns the head's per-token scalars. With tied embeddings, or tokens that are embedded again to
+    predict further ones, the last stage shares the first one's embedding when that is on the same
+    rank, and otherwise holds its own piece under the same logical name `embedding.weight`; the
+    engine keeps the two equal. `units` is told when the embedding, a block, a depth of multi-token
+    prediction or the head is about to be used or done with.
     """
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, span: StageSpan, options: StageOptions,
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        span: StageSpan,
+        options: StageOptions,
         embedding: VocabEmbedding | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(mesh, options.sp)
         self.config, self.span = config, span
         self.units: Units | None = None
         self.offload = Offload(mesh.device) if options.offload else None
         self.fused_head = options.fused_head
-        self.context = Context(mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses)
+        self.context = Context(
+            mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses
+        )
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -109,10 +137,18 @@ class Stage(ShardedModule):
             self.token_types = TokenTable(config, mesh, config.token_types, self.sp)
         if span.first and config.embedding_norm:
             partial = sequence_partial(mesh, self.sp)
-            self.embedding_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
+            self.embedding_norm = Norm(
+                mesh, config.norm, config.hidden_size, config.norm_eps, partial
+            )
         self.layers = nn.ModuleDict(
             {
-                str(n): Block(config, mesh, self.sp, options.remade(n - span.begin), config.moe.has_experts(n))
+                str(n): Block(
+                    config,
+                    mesh,
+                    self.sp,
+                    options.recomputed(n - span.begin),
+                    config.moe.has_experts(n),
+                )
                 for n in range(span.begin, span.end)
             }
         )
@@ -123,7 +159,13 @@ class Stage(ShardedModule):
         depths = range(config.mtp.depth if span.last else 0)
         self.mtp = nn.ModuleDict(
             {
-                str(n): FurtherToken(config, mesh, self.sp, options.remade(span.end + n - span.begin), span.end + n)
+                str(n): MtpModule(
+                    config,
+                    mesh,
+                    self.sp,
+                    options.recomputed(span.end + n - span.begin),
+                    span.end + n,
+                )
                 for n in depths
             }
         )
@@ -137,12 +179,17 @@ class Stage(ShardedModule):
         return None if self.head is None else self.head.bias
 
     def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
-        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types all are 0.
+        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types
+        all are 0.
 
         The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
         """
         x = run_unit(self.units, ("embedding",), self.look_up, tokens, positions, token_types)
-        return x if self.embedding_norm is None else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
+        return (
+            x
+            if self.embedding_norm is None
+            else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
+        )
 
     def look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
         """The sum of the embedding's rows and of the learned positions and types that there are."""
@@ -150,53 +197,79 @@ class Stage(ShardedModule):
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.token_types is not None:
-            x = x + self.token_types(torch.zeros_like(tokens) if token_types is None else token_types)
+            x = x + self.token_types(
+                torch.zeros_like(tokens) if token_types is None else token_types
+            )
         return x
 
-    def blocks(self, x: Tensor, places: Places, caches: list[LayerCache] | None = None) -> Tensor:
-        """Run this stage's layers on this cp rank's tokens, which stand at `places`."""
+    def blocks(
+        self, x: Tensor, inputs: AttentionInputs, caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """Run this stage's layers on this cp rank's tokens, which are described by `inputs`."""
         if self.offload is not None:
             self.offload.begin()
         for i, (number, block) in enumerate(self.layers.items()):
             cache = caches[i] if caches else None
-            x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, places, cache)
+            x = run_unit(self.units, (f"layers.{number}",), self.block, x, block, inputs, cache)
         return x
 
-    def places(
-        self, positions: Tensor, dtype: torch.dtype, sight: Sight | None = None, seats: Seats | None = None
-    ) -> Places:
-        """Where this rank's tokens `[B, T/cp]` stand and what they see; rotary tables in `dtype`."""
+    def attention_inputs(
+        self,
+        positions: Tensor,
+        dtype: torch.dtype,
+        mask_spec: MaskSpec | None = None,
+        routing: RoutingInputs | None = None,
+    ) -> AttentionInputs:
+        """Where this rank's tokens `[B, T/cp]` stand and what they see; rotary tables in
+        `dtype`.
+        """
         config = self.config
         if config.positions != "rope":
-            return Places(None, None, self.context, sight, seats)
-        longest = positions.shape[1] if sight is None else max(b - a for a, b in pairwise(sight.documents))
-        stretch = config.rope_stretch
-        tables = rope_tables(positions, config.rope_size, config.rope_theta, dtype, stretch, longest)
-        return Places(*tables, self.context, sight, seats)
+            return AttentionInputs(None, None, self.context, mask_spec, routing)
+        longest = (
+            positions.shape[1]
+            if mask_spec is None
+            else max(b - a for a, b in pairwise(mask_spec.documents))
+        )
+        scaling = config.rope_scaling_spec
+        tables = rope_tables(
+            positions, config.rope_size, config.rope_theta, dtype, scaling, longest
+        )
+        return AttentionInputs(*tables, self.context, mask_spec, routing)
 
-    def block(self, x: Tensor, block: Block, places: Places, cache: LayerCache | None) -> Tensor:
+    def block(
+        self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
+    ) -> Tensor:
         """One block, its activations kept or made again."""
-        again = BLOCK in block.remade
+        again = BLOCK in block.recomputed
         if self.offload is None or not torch.is_grad_enabled():
-            return recompute(again, block, x, places, cache)
-        with self.offload.block((*block.parameters(), places.cos, places.sin)):
-            return recompute(again, block, x, places, cache)
+            return recompute(again, block, x, inputs, cache)
+        with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
+            return recompute(again, block, x, inputs, cache)
 
     def features(self, x: Tensor) -> Tensor:
-        """Hidden states of the last block -> what the head's matrix is applied to, `[B, T/cp/tp or T/cp, D]`."""
+        """Hidden states of the last block -> what the head's matrix is applied to, `[B, T/cp/tp or
+        T/cp, D]`.
+        """
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.head is None else self.head.features(x)
 
     def logits(self, x: Tensor, ready: Ready) -> Tensor:
-        """This rank's piece of the logits, `[B, T/cp, V/tp]`; of a head with few outputs `[B, T/cp/tp or T/cp, C]`."""
+        """This rank's piece of the logits, `[B, T/cp, V/tp]`; of a head with few outputs `[B,
+        T/cp/tp or T/cp, C]`.
+        """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
-        return local_logits(ready(x), self.head_weight, self.mesh, self.sp, self.later, self.head_bias)
+        return local_logits(
+            ready(x), self.head_weight, self.mesh, self.sp, self.weight_grads, self.head_bias
+        )
 
     def label_log_prob(self, x: Tensor, ready: Ready, labels: Tensor) -> Tensor:
         """`[B, T/cp]` straight from hidden states: a head over the vocabulary without logits."""
-        hidden = enter(ready(x), self.mesh, self.sp, "vocab.logits")
-        return fused_log_prob(hidden, self.head_weight, self.head_bias, labels, self.mesh, self.config.vocab_size)
+        hidden = gather_input(ready(x), self.mesh, self.sp, "vocab.logits")
+        return fused_log_prob(
+            hidden, self.head_weight, self.head_bias, labels, self.mesh, self.config.vocab_size
+        )
 
     def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """This rank's tokens of the head's per-token scalars, each `[B, T/cp]`."""
@@ -205,69 +278,96 @@ class Stage(ShardedModule):
         return language_model(logits, labels, self.mesh, self.config.vocab_size)
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """One microbatch: hidden states to the next stage, or per-token scalars such as `{"log_prob": [B, T]}`.
+        """One microbatch: hidden states to the next stage, or per-token scalars such as
+        `{"log_prob": [B, T]}`.
 
-        The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of values.
+        The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of
+        values.
         """
-        positions, token_types, labels = (self._local(batch, name) for name in ("positions", "token_types", "labels"))
+        positions, token_types, labels = (
+            self._local(batch, name) for name in ("positions", "token_types", "labels")
+        )
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
             x = self.embed(tokens, positions, token_types)
-        sight = self.context.sight(batch, self.config.sliding_window, self.config.causal)
-        seats = Seats.of(batch, self.context, self.mesh, self.sp) if self.config.moe.num_experts else None
-        places = self.places(positions, wide_dtype(x.dtype), sight, seats)
-        x = self.blocks(x, places)
+        mask_spec = self.context.mask_spec(batch, self.config.sliding_window, self.config.causal)
+        routing = (
+            RoutingInputs.of(batch, self.context, self.mesh, self.sp)
+            if self.config.moe.num_experts
+            else None
+        )
+        inputs = self.attention_inputs(positions, wide_dtype(x.dtype), mask_spec, routing)
+        x = self.blocks(x, inputs)
         if not self.span.last:
             return x
         if self.config.head == "none":
-            raise UsageError("model.head is none: this model is a body alone, which computes nothing to train on.")
+            raise UsageError(
+                "model.head is none: this model is a body alone, which computes nothing to train on."
+            )
         outputs = self.score(x, self.features, labels)
         if self.mtp:
-            outputs |= self.further(x, batch["labels"], places)
+            outputs |= self.mtp_scores(x, batch["labels"], inputs)
         return {name: self.context.whole(values) for name, values in outputs.items()}
 
     def score(self, x: Tensor, ready: Ready, labels: Tensor | None) -> dict[str, Tensor]:
-        """This rank's tokens of the head's per-token scalars; `ready` makes of hidden states what its matrix takes."""
+        """This rank's tokens of the head's per-token scalars; `ready` makes of hidden states what
+        its matrix takes.
+        """
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
-        if self.config.head in VOCABULARY_HEADS and fuses(self.fused_head, labels.numel(), self.head_weight):
+        if self.config.head in VOCABULARY_HEADS and fuses(
+            self.fused_head, labels.numel(), self.head_weight
+        ):
             return {"log_prob": run_unit(self.units, keys, self.label_log_prob, x, ready, labels)}
         return self.outputs(run_unit(self.units, keys, self.logits, x, ready), labels)
 
-    def further(self, x: Tensor, labels: Tensor, places: Places) -> dict[str, Tensor]:
-        """`{"mtp_k": [B, T/cp]}`: the log-probability of the token k + 1 places ahead, for k = 1, 2, ...
+    def mtp_scores(self, x: Tensor, labels: Tensor, inputs: AttentionInputs) -> dict[str, Tensor]:
+        """`{"mtp_k": [B, T/cp]}`: the log-probability of the token k + 1 places ahead, for k = 1,
+        2, ...
 
         `labels` `[B, T]` are those of whole rows: what lies ahead may be on another cp rank.
         """
-        ready, joins, found = self.features if self.config.mtp.joins else _as_it_is, self.config.mtp.joins, {}
+        ready, joins, found = (
+            self.features if self.config.mtp.joins else _as_it_is,
+            self.config.mtp.joins,
+            {},
+        )
         for number, depth in self.mtp.items():
             ahead = int(number) + 1
-            tokens = self.context.local(places_ahead(labels, ahead - 1)) if joins else None
+            tokens = self.context.local(shift_labels(labels, ahead - 1)) if joins else None
             keys = (f"mtp.{number}", "embedding", "head") if joins else (f"mtp.{number}",)
-            hidden = run_unit(self.units, keys, self.look_ahead, x, ready, depth, tokens, places)
-            own_labels = self.context.local(places_ahead(labels, ahead))
+            hidden = run_unit(self.units, keys, self.mtp_hidden, x, ready, depth, tokens, inputs)
+            own_labels = self.context.local(shift_labels(labels, ahead))
             found[f"mtp_{ahead}"] = self.score(hidden, _as_it_is, own_labels)["log_prob"]
             if joins:
                 x, ready = hidden, _as_it_is
         return found
 
-    def look_ahead(
-        self, x: Tensor, ready: Ready, depth: FurtherToken, tokens: Tensor | None, places: Places
-    ) -> Tensor:  # fmt: skip
+    def mtp_hidden(
+        self,
+        x: Tensor,
+        ready: Ready,
+        depth: MtpModule,
+        tokens: Tensor | None,
+        inputs: AttentionInputs,
+    ) -> Tensor:
         """One depth of multi-token prediction, its activations kept or made again."""
         embedded = None if tokens is None else self.embedding(tokens)
-        return recompute(BLOCK in depth.block.remade, depth, ready(x), embedded, places)
+        return recompute(BLOCK in depth.block.recomputed, depth, ready(x), embedded, inputs)
 
     def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
         return self.context.local(batch[name]) if name in batch else None
 
-    def decode(self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]) -> Tensor:
-        """New positions against the cache: hidden states, or the next token's logits `[B, V]` on the last stage.
+    def decode(
+        self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]
+    ) -> Tensor:
+        """New positions against the cache: hidden states, or the next token's logits `[B, V]` on
+        the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
         """
         if self.span.first:
             x = self.embed(tokens, positions)
-        x = self.blocks(x, self.places(positions, wide_dtype(x.dtype)), caches)
+        x = self.blocks(x, self.attention_inputs(positions, wide_dtype(x.dtype)), caches)
         if not self.span.last:
             return x
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)

@@ -1,9 +1,10 @@
 """Heads turn hidden states into per-token scalars; logits stay inside.
 
-A language model's head gives the log-probability of each token's label, a masked language model's the same after a
-transform (BERT, arXiv 1810.04805). A classification head is one with the classes for a vocabulary; a value head gives
-one number a token, for regression, rewards and critics. They are applied to every token: which tokens count (all, the
-first, the last) is a matter of the batch's mask, not of the model.
+A language model's head gives the log-probability of each token's label, a masked language model's
+the same after a transform (BERT, arXiv 1810.04805). A classification head is one with the classes
+for a vocabulary; a value head gives one number a token, for regression, rewards and critics. They
+are applied to every token: which tokens count (all, the first, the last) is a matter of the batch's
+mask, not of the model.
 """
 
 from __future__ import annotations
@@ -15,26 +16,37 @@ from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.ops.activation import ACTIVATIONS
 from megallm.ops.precision import wide
 from megallm.parallel import comm
-from megallm.parallel.linear import WeightQueue, linear
+from megallm.parallel.linear import WeightGradQueue, linear
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, constant, normal
-from megallm.parallel.tensor import SEQUENCE_DIM, Norm, ShardedModule, TokenLinear, enter, sequence_partial
+from megallm.parallel.tensor import (
+    SEQUENCE_DIM,
+    Norm,
+    ShardedModule,
+    TokenLinear,
+    gather_input,
+    sequence_partial,
+)
 from megallm.parallel.vocab import gather_logits, label_log_prob
 
 
 class VocabularyHead(ShardedModule):
-    """What a head over the vocabulary has of its own, rows split over tp: `weight (V, D)` unless tied, `bias (V,)`;
-    for mlm also the transform `dense (D, D)`, activation, `norm`."""
+    """What a head over the vocabulary has of its own, rows split over tp: `weight (V, D)` unless
+    tied, `bias (V,)`; for mlm also the transform `dense (D, D)`, activation, `norm`."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
         super().__init__(mesh)
         self.register_parameter("bias", None)
         self.dense = None
         if not config.tie_embeddings:
-            shard = Shard((config.vocab_size, config.hidden_size), {0: "tp"}, (), normal(config.init_std))
+            shard = Shard(
+                (config.vocab_size, config.hidden_size), {0: "tp"}, (), normal(config.init_std)
+            )
             self.add_parameter("weight", shard)
         if config.head_bias:
-            self.add_parameter("bias", Shard((config.vocab_size,), {0: "tp"}, (), constant(0.0), decay=False))
+            self.add_parameter(
+                "bias", Shard((config.vocab_size,), {0: "tp"}, (), constant(0.0), decay=False)
+            )
         if config.head == "mlm":
             self.activation = ACTIVATIONS["gelu" if config.gated else config.activation]
             self.dense = square(config, mesh, sp)
@@ -46,10 +58,11 @@ class VocabularyHead(ShardedModule):
 
 
 class TokenHead(ShardedModule):
-    """Few numbers a token: `weight (C, D)` and `bias (C,)`, perhaps after `pooler (D, D)` with tanh (BERT's).
+    """Few numbers a token: `weight (C, D)` and `bias (C,)`, perhaps after `pooler (D, D)` with tanh
+    (BERT's).
 
-    C is the number of classes, 1 for a value, 0 for the body alone. Whole on every tp rank, each applying it to its own
-    tokens under sequence parallelism, so C may be smaller than tp.
+    C is the number of classes, 1 for a value, 0 for the body alone. Whole on every tp rank, each
+    applying it to its own tokens under sequence parallelism, so C may be smaller than tp.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
@@ -59,7 +72,9 @@ class TokenHead(ShardedModule):
         self.register_parameter("bias", None)
         partial, outputs = sequence_partial(mesh, sp), config.head_outputs
         if outputs:
-            self.add_parameter("weight", Shard((outputs, config.hidden_size), {}, partial, normal(config.init_std)))
+            self.add_parameter(
+                "weight", Shard((outputs, config.hidden_size), {}, partial, normal(config.init_std))
+            )
         if outputs and config.head_bias:
             self.add_parameter("bias", Shard((outputs,), {}, partial, constant(0.0), decay=False))
 
@@ -69,10 +84,11 @@ class TokenHead(ShardedModule):
 
     def logits(self, features: Tensor) -> Tensor:
         """`[B, T/tp or T, C]`."""
-        return linear(features, self.weight, self.bias, self.later)
+        return linear(features, self.weight, self.bias, self.weight_grads)
 
     def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """`{"value": [B, T]}`, or for labels `[B, T]` `{"log_prob", "correct": [B, T]}`; collective over tp.
+        """`{"value": [B, T]}`, or for labels `[B, T]` `{"log_prob", "correct": [B, T]}`; collective
+        over tp.
 
         `correct` is 1 where the label's class is the most likely one; it has no gradient.
         """
@@ -86,7 +102,9 @@ class TokenHead(ShardedModule):
         return {name: self._whole(values) for name, values in found.items()}
 
     def _whole(self, values: Tensor) -> Tensor:
-        """The tokens of all tp ranks; each of them computes the identical loss, so the gradient is a slice."""
+        """The tokens of all tp ranks; each of them computes the identical loss, so the gradient is
+        a slice.
+        """
         if not self.sp:
             return values
         return comm.gather_fwd_slice_bwd(values, self.mesh.tp, SEQUENCE_DIM, "head.outputs")
@@ -102,7 +120,9 @@ Head = VocabularyHead | TokenHead
 
 
 def build_head(config: ModelConfig, mesh: Mesh, sp: bool) -> Head | None:
-    """The module of the head; None when a language model's is the tied embedding and nothing else."""
+    """The module of the head; None when a language model's is the tied embedding and nothing
+    else.
+    """
     if config.head not in VOCABULARY_HEADS:
         return TokenHead(config, mesh, sp)
     if config.head == "lm" and config.tie_embeddings and not config.head_bias:
@@ -115,10 +135,15 @@ def final_norm(config: ModelConfig, mesh: Mesh, sp: bool) -> Norm:
 
 
 def local_logits(
-    hidden: Tensor, weight: Tensor, mesh: Mesh, sp: bool, later: WeightQueue | None = None, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    mesh: Mesh,
+    sp: bool,
+    weight_grads: WeightGradQueue | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`; collective over tp."""
-    return linear(enter(hidden, mesh, sp, "vocab.logits"), weight, bias, later)
+    return linear(gather_input(hidden, mesh, sp, "vocab.logits"), weight, bias, weight_grads)
 
 
 def language_model(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> dict[str, Tensor]:
@@ -126,6 +151,10 @@ def language_model(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> di
     return {"log_prob": label_log_prob(logits, labels, mesh, vocab)}
 
 
-def next_token_logits(hidden: Tensor, weight: Tensor, mesh: Mesh, vocab: int, bias: Tensor | None = None) -> Tensor:
+def next_token_logits(
+    hidden: Tensor, weight: Tensor, mesh: Mesh, vocab: int, bias: Tensor | None = None
+) -> Tensor:
     """Wide logits `[B, V]` of the last position on every tp rank, for sampling; no gradient."""
-    return gather_logits(local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias), mesh, vocab)[:, -1]
+    return gather_logits(
+        local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias), mesh, vocab
+    )[:, -1]

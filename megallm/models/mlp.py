@@ -10,7 +10,7 @@ from megallm.ops.activation import ACTIVATIONS
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import normal
-from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, enter
+from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, gather_input
 
 
 class Mlp(ShardedModule):
@@ -32,6 +32,6 @@ class Mlp(ShardedModule):
         return self.down.local(self.activation(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter(x, self.mesh, self.sp)
+        x = gather_input(x, self.mesh, self.sp)
         hidden = self.gate_up(x) if self.gated else self.up(x)
         return self.down.reduce(recompute(self.selective, self.inner, hidden))

@@ -1,6 +1,7 @@
 """Mixture of experts in place of a feed-forward layer, with an optional dense layer beside it.
 
-Experts are whole matrices on the ranks of an ep group: `gate_up (X, 2, F, D)` or `up (X, F, D)`, and `down (X, D, F)`.
+Experts are whole matrices on the ranks of an ep group: `gate_up (X, 2, F, D)` or `up (X, F, D)`,
+and `down (X, D, F)`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.models.attention import scaled_init
-from megallm.models.balance import Seats
+from megallm.models.balance import RoutingInputs
 from megallm.models.config import ModelConfig
 from megallm.models.mlp import Mlp
 from megallm.models.router import Choice, Router
 from megallm.ops.activation import ACTIVATIONS
 from megallm.ops.grouped_gemm import Runs
 from megallm.ops.moe_permute import combine, order_of, permute
-from megallm.parallel.expert import GroupedLinear, collect, dispatch, give_back, plan_route, spread
+from megallm.parallel.expert import (
+    GroupedLinear,
+    combine_rows,
+    dispatch,
+    gather_over_tp,
+    plan_dispatch,
+    scatter_over_tp,
+)
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute
 from megallm.parallel.shard import Shard, normal
@@ -33,14 +41,18 @@ class Experts(ShardedModule):
         super().__init__(mesh)
         moe, d, init = config.moe, config.hidden_size, normal(config.init_std)
         if moe.num_experts % mesh.ep.size:
-            raise UsageError(f"layout.ep {mesh.ep.size} does not divide model.moe.num_experts {moe.num_experts}.")
+            raise UsageError(
+                f"layout.ep {mesh.ep.size} does not divide model.moe.num_experts {moe.num_experts}."
+            )
         self.selective, self.gated = selective, config.gated
         self.activation = ACTIVATIONS[config.activation]
         if self.gated:
             self.gate_up = GroupedLinear(mesh, (moe.num_experts, 2, moe.ffn_hidden_size, d), init)
         else:
             self.up = GroupedLinear(mesh, (moe.num_experts, moe.ffn_hidden_size, d), init)
-        self.down = GroupedLinear(mesh, (moe.num_experts, d, moe.ffn_hidden_size), scaled_init(config))
+        self.down = GroupedLinear(
+            mesh, (moe.num_experts, d, moe.ffn_hidden_size), scaled_init(config)
+        )
 
     def inner(self, hidden: Tensor, runs: Runs) -> Tensor:
         """Nonlinearity and `down`."""
@@ -56,7 +68,9 @@ class SharedGate(ShardedModule):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
         super().__init__(mesh)
-        shard = Shard((1, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std))
+        shard = Shard(
+            (1, config.hidden_size), {}, sequence_partial(mesh, sp), normal(config.init_std)
+        )
         self.add_parameter("weight", shard)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +78,7 @@ class SharedGate(ShardedModule):
 
 
 class Moe(ShardedModule):
-    """`[B, T/tp or T, D]` -> the same; `seats` says where the tokens stand (None in decoding)."""
+    """`[B, T/tp or T, D]` -> the same; `routing` says where the tokens stand (None in decoding)."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
         super().__init__(mesh, sp)
@@ -73,22 +87,26 @@ class Moe(ShardedModule):
         self.shared = self.shared_gate = None
         size = config.moe.shared_ffn_hidden_size
         if size:
-            self.shared = Mlp(dataclasses.replace(config, ffn_hidden_size=size), mesh, sp, selective)
+            self.shared = Mlp(
+                dataclasses.replace(config, ffn_hidden_size=size), mesh, sp, selective
+            )
             self.shared_gate = SharedGate(config, mesh, sp) if config.moe.shared_gate else None
 
     def routed(self, tokens: Tensor, choice: Choice) -> Tensor:
         """The weighted sum of each token's experts, `[n, D]`; collective over ep."""
         order, counts = order_of(choice.experts, self.router.moe.num_experts, choice.keep)
-        route = plan_route(counts, self.mesh)
-        rows = dispatch(permute(tokens, order, self.router.moe.top_k), route, self.mesh)
-        return combine(give_back(self.experts(rows, route.runs), route, self.mesh), order, choice.weights)
+        plan = plan_dispatch(counts, self.mesh)
+        rows = dispatch(permute(tokens, order, self.router.moe.top_k), plan, self.mesh)
+        return combine(
+            combine_rows(self.experts(rows, plan.runs), plan, self.mesh), order, choice.weights
+        )
 
-    def forward(self, x: Tensor, seats: Seats | None = None) -> Tensor:
+    def forward(self, x: Tensor, routing: RoutingInputs | None = None) -> Tensor:
         flat = x.flatten(0, 1)
-        tokens = flat if self.sp else spread(flat, self.mesh)
-        choice = self.router(tokens, seats)
-        y = self.router.tally.attach(self.routed(tokens, choice), choice.found)
-        y = (y if self.sp else collect(y, len(flat), self.mesh)).view_as(x)
+        tokens = flat if self.sp else scatter_over_tp(flat, self.mesh)
+        choice = self.router(tokens, routing)
+        y = self.router.stats.attach(self.routed(tokens, choice), choice.sums)
+        y = (y if self.sp else gather_over_tp(y, len(flat), self.mesh)).view_as(x)
         if self.shared is None:
             return y
         beside = self.shared(x)

@@ -1,7 +1,8 @@
 """Which layers a pipeline stage holds. Pure.
 
-Stages are balanced by work: a layer counts 1, the loss counts what its matrix multiply costs in layers. Or the
-user writes the layout down: `Et*3|t*4|t*4|t*3L` is four stages, embedding and 3 layers, 4, 4, 3 and the loss.
+Stages are balanced by work: a layer counts 1, the loss counts what its matrix multiply costs in
+layers. Or the user writes the layout down: `Et*3|t*4|t*4|t*3L` is four stages, embedding and 3
+layers, 4, 4, 3 and the loss.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ class StageSpan:
     last: bool
 
 
-def plan_stages(num_layers: int, num_stages: int, layout: str | None = None, loss_work: float = 0.0) -> list[StageSpan]:
-    """The layers of each stage, by `layout` or balanced; each balanced stage has at least one layer.
+def plan_stages(
+    num_layers: int, num_stages: int, layout: str | None = None, loss_work: float = 0.0
+) -> list[StageSpan]:
+    """The layers of each stage, by `layout` or balanced; each balanced stage has at least one
+    layer.
 
-    `loss_work` is the cost of the head in layers (`head_work`). Raises UsageError when it cannot be done.
+    `loss_work` is the cost of the head in layers (`head_work`). Raises UsageError when it cannot be
+    done.
     """
     if layout is not None:
         counts = parse_stages(layout, num_layers, num_stages)
     elif num_stages > num_layers:
-        raise UsageError(f"{num_stages} pipeline stages need at least {num_stages} layers; the model has {num_layers}.")
+        raise UsageError(
+            f"{num_stages} pipeline stages need at least {num_stages} layers; the model has {num_layers}."
+        )
     else:
         counts = _balanced(num_layers, num_stages, loss_work)
     ends = [sum(counts[: stage + 1]) for stage in range(num_stages)]
@@ -43,7 +50,8 @@ def plan_stages(num_layers: int, num_stages: int, layout: str | None = None, los
 
 
 def head_work(config: ModelConfig) -> float:
-    """Matrix-multiply FLOPs of the head, and of what predicts further tokens, over those of one layer.
+    """Matrix-multiply FLOPs of the head, and of what predicts further tokens, over those of one
+    layer.
 
     The embedding is a look-up and counts 0.
     """
@@ -57,18 +65,24 @@ def _balanced(num_layers: int, num_stages: int, loss_work: float) -> list[int]:
     if body == 0:
         return [num_layers]
     most, even = num_layers - body, num_layers / num_stages  # the others keep a layer each
-    last = min(range(1, most + 1), key=lambda n: (max(n + loss_work, -(-(num_layers - n) // body)), abs(n - even)))
+    last = min(
+        range(1, most + 1),
+        key=lambda n: (max(n + loss_work, -(-(num_layers - n) // body)), abs(n - even)),
+    )
     base, extra = divmod(num_layers - last, body)
     return [base + (stage < extra) for stage in range(body)] + [last]
 
 
-MAX_WRITTEN, MAX_EXPANDED = 4_096, 100_000  # characters of a layout string, before and after its repeats
+MAX_WRITTEN, MAX_EXPANDED = (
+    4_096,
+    100_000,
+)  # characters of a layout string, before and after its repeats
 _TOKEN = re.compile(r"([EtL|])(?:\*(\d+))?")
 
 
 def parse_stages(layout: str, num_layers: int, num_stages: int) -> list[int]:
-    """Layers per stage of a layout string: `E` embedding, `t` a layer, `L` loss, `|` between stages, `*n`
-    repeats what stands before it, `(...)` groups."""
+    """Layers per stage of a layout string: `E` embedding, `t` a layer, `L` loss, `|` between
+    stages, `*n` repeats what stands before it, `(...)` groups."""
     stages = _expand(layout.replace(" ", "")).split("|")
     problem = None
     if len(stages) != num_stages:
@@ -99,17 +113,23 @@ def _expand(text: str) -> str:
         end = match.end()
     if end != len(text):
         rest = text[end : end + 60]
-        raise UsageError(f"layout.stages: '{rest}' is not understood; use E, t, L, | and *n, as in 'Et*3|t*3L'.")
+        raise UsageError(
+            f"layout.stages: '{rest}' is not understood; use E, t, L, | and *n, as in 'Et*3|t*3L'."
+        )
     return expanded
 
 
 def _check_length(text: str, most: int) -> None:
     if len(text) > most:
-        raise UsageError(f"layout.stages '{text[:60]}...' is too long: at most {most} characters; check its repeats.")
+        raise UsageError(
+            f"layout.stages '{text[:60]}...' is too long: at most {most} characters; check its repeats."
+        )
 
 
 def _repeated(piece: str, digits: str | None) -> str:
-    if digits is not None and (len(digits) > 4 or int(digits) < 1 or len(piece) * int(digits) > MAX_EXPANDED):
+    if digits is not None and (
+        len(digits) > 4 or int(digits) < 1 or len(piece) * int(digits) > MAX_EXPANDED
+    ):
         raise UsageError(
             f"layout.stages '{piece[:60]}': the repeat *{digits[:60]} must be between 1 and 9999, "
             f"and make at most {MAX_EXPANDED} characters."

@@ -1,12 +1,14 @@
-"""Causal or full attention of query heads over (fewer) key/value heads, with windows, packed documents and blocks.
+"""Causal or full attention of query heads over (fewer) key/value heads, with windows, packed
+documents and blocks.
 
-`causal_attention` is the one-rank path. Blocks are the parts of a larger softmax: `attention_block` returns
-its output together with the log-sum-exp of its scores, from which `Partial` merges any number of blocks
-exactly (online softmax, arXiv 2205.14135; ring attention, arXiv 2310.01889), and `attention_block_backward`
-gives the gradients of one block from the output and the log-sum-exp of the whole. Values may be smaller than keys.
+`causal_attention` is the one-rank path. Blocks are the parts of a larger softmax: `attention_block`
+returns its output together with the log-sum-exp of its scores, from which `Partial` merges any
+number of blocks exactly (online softmax, arXiv 2205.14135; ring attention, arXiv 2310.01889), and
+`attention_block_backward` gives the gradients of one block from the output and the log-sum-exp of
+the whole. Values may be smaller than keys.
 
-Attention sinks are one more score a head with no value behind it, as in gpt-oss: they are merged into the finished
-softmax by its log-sum-exp, so no block knows of them.
+Attention sinks are one more score a head with no value behind it, as in gpt-oss: they are merged
+into the finished softmax by its log-sum-exp, so no block knows of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.ops.precision import wide, wide_dtype
-from megallm.ops.tiles import BAND, CAUSAL, Sight, Span, Tile, plan_tiles
+from megallm.ops.tiles import BAND, CAUSAL, MaskSpec, Span, Tile, plan_tiles
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,21 +31,25 @@ _LENGTHS = {torch.bfloat16: 64}  # what lengths of documents are rounded up to
 
 
 def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
-    """Bool `[..., Tq, Tk]`: key j is seen from query i when `i - window < j <= i` (Mistral, arXiv 2310.06825)."""
+    """Bool `[..., Tq, Tk]`: key j is seen from query i when `i - window < j <= i` (Mistral, arXiv
+    2310.06825).
+    """
     gap = q_positions[..., :, None] - k_positions[..., None, :]
     seen = gap >= 0
     return seen if window is None else seen & (gap < window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Softmax attention, scale `E**-0.5`.
 
-    q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`; the queries are
-    the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
+    q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`;
+    the queries are the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
     """
     tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
     if sinks is not None or (tq == tk and window is not None and window < tk):
-        return packed_attention(q, k, v, Sight((0, tk), window), sinks)
+        return packed_attention(q, k, v, MaskSpec((0, tk), window), sinks)
     if q.device.type == "cpu":
         v = _widened(v, q)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -57,25 +63,32 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     return out.transpose(1, 2)[..., :size]
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight, sinks: Tensor | None = None) -> Tensor:
-    """Attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or Ev]` -> `[B, Tq, H, Ev]`.
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or Ev]` ->
+    `[B, Tq, H, Ev]`.
 
     The queries are the last Tq of the T tokens; sinks `[H]`.
 
-    A row that is one document and sees itself whole is torch's own attention.
-    Only tiles with something visible are computed, so work grows with the documents (and the window), not with T^2.
+    A row that is one document and sees itself whole is torch's own attention. Only tiles with
+    something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
-    if not sight.causal and len(sight.documents) == 2 and sinks is None:
+    if not mask_spec.causal and len(mask_spec.documents) == 2 and sinks is None:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-    return _Packed.apply(q, k, v, sight, sinks)
+        return F.scaled_dot_product_attention(
+            q, k, v, enable_gqa=q.shape[1] != k.shape[1]
+        ).transpose(1, 2)
+    return _Packed.apply(q, k, v, mask_spec, sinks)
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sight: Sight, sinks: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, sinks: Tensor | None
+    ) -> Tensor:
         end = k.shape[1]
-        ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), sight)
+        ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), mask_spec)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
         out = partial.finish(sinks).to(q.dtype)
@@ -87,7 +100,13 @@ class _Packed(torch.autograd.Function):
         q, k, v, sinks, out, lse = ctx.saved_tensors
         queries, grads = Queries(q, out, lse, grad), Gradients.zeros(q, k, v)
         grads.add(queries, k, v, ctx.tiles)
-        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, queries.sink_gradient(sinks)
+        return (
+            grads.q.to(q.dtype),
+            grads.k.to(k.dtype),
+            grads.v.to(v.dtype),
+            None,
+            queries.sink_gradient(sinks),
+        )
 
 
 # Parts of a larger softmax
@@ -95,7 +114,9 @@ class _Packed(torch.autograd.Function):
 
 @dataclass
 class Partial:
-    """Attention over the keys seen so far: `out` `[B, Tq, H, Ev]` wide, `lse` `[B, Tq, H]`, -inf before the first."""
+    """Attention over the keys seen so far: `out` `[B, Tq, H, Ev]` wide, `lse` `[B, Tq, H]`, -inf
+    before the first.
+    """
 
     out: Tensor
     lse: Tensor
@@ -113,11 +134,15 @@ class Partial:
             out, lse = attention_block(q[:, rows], k[:, keys], v[:, keys], tile)
             before, so_far = self.lse[:, rows], self.out[:, rows]
             after = torch.logaddexp(before, lse)
-            so_far.mul_((before - after).exp_()[..., None]).add_(out * (lse - after).exp_()[..., None])
+            so_far.mul_((before - after).exp_()[..., None]).add_(
+                out * (lse - after).exp_()[..., None]
+            )
             before.copy_(after)
 
     def finish(self, sinks: Tensor | None) -> Tensor:
-        """`out` when all keys were seen; with sinks `[H]` one more score a head, of a value that is zero."""
+        """`out` when all keys were seen; with sinks `[H]` one more score a head, of a value that is
+        zero.
+        """
         if sinks is not None:
             after = torch.logaddexp(self.lse, wide(sinks))
             self.out.mul_((self.lse - after).exp_()[..., None])
@@ -127,7 +152,9 @@ class Partial:
 
 @dataclass(frozen=True)
 class Queries:
-    """Queries with the finished result of theirs and its gradient: all a block's backward needs beside its keys."""
+    """Queries with the finished result of theirs and its gradient: all a block's backward needs
+    beside its keys.
+    """
 
     q: Tensor
     out: Tensor
@@ -164,12 +191,15 @@ class Gradients:
         for tile in tiles:
             rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
             grads = attention_block_backward(queries.rows(tile), k[:, keys], v[:, keys], tile)
-            for total, part, where in zip((self.q, self.k, self.v), grads, (rows, keys, keys), strict=True):
+            for total, part, where in zip(
+                (self.q, self.k, self.v), grads, (rows, keys, keys), strict=True
+            ):
                 total[:, where] += part
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E or Ev]` alone, masked as the tile's kind says.
+    """Attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E or Ev]` alone, masked as the tile's
+    kind says.
 
     Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
@@ -177,19 +207,31 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
         return _block(q, k, v, tile)
     tokens, size = q.shape[1], v.shape[-1]
     q, k, v = (_lengthened(x, tile, q.dtype).transpose(1, 2) for x in (q, k, _widened(v, q)))
-    out, lse = _FLASH(q, k, v, 0.0, tile.kind == CAUSAL, attn_mask=_additive(tile, q), scale=q.shape[-1] ** -0.5)
+    out, lse = _FLASH(
+        q, k, v, 0.0, tile.kind == CAUSAL, attn_mask=_additive(tile, q), scale=q.shape[-1] ** -0.5
+    )
     return out.transpose(1, 2)[:, :tokens, :, :size], lse.transpose(1, 2)[:, :tokens]
 
 
-def attention_block_backward(queries: Queries, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through this block, one of those merged into `queries.out` and `queries.lse`."""
+def attention_block_backward(
+    queries: Queries, k: Tensor, v: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v through this block, one of those merged into `queries.out` and
+    `queries.lse`.
+    """
     if not _flash_fits(queries.q, v):
         return _block_backward(queries, k, v, tile)
-    tokens, size, whole = k.shape[1], v.shape[-1], (_widened(x, queries.q) for x in (queries.out, queries.grad, v))
+    tokens, size, whole = (
+        k.shape[1],
+        v.shape[-1],
+        (_widened(x, queries.q) for x in (queries.out, queries.grad, v)),
+    )
     given = (_lengthened(x, tile, k.dtype) for x in (queries.q, k, queries.lse, *whole))
     q, k, lse, out, grad, v = (x.transpose(1, 2) for x in given)
     mask, scale = _additive(tile, q), q.shape[-1] ** -0.5
-    grads = _FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, tile.kind == CAUSAL, attn_mask=mask, scale=scale)
+    grads = _FLASH_BACKWARD(
+        grad, q, k, v, out, lse, 0.0, tile.kind == CAUSAL, attn_mask=mask, scale=scale
+    )
     grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
     return grad_q[:, : tile.q_end - tile.q_begin], grad_k[:, :tokens], grad_v[:, :tokens, :, :size]
 
@@ -205,9 +247,11 @@ def _widened(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _lengthened(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
-    """`x` with zeros behind its tokens, which no query of theirs sees, up to a length that many documents share.
+    """`x` with zeros behind its tokens, which no query of theirs sees, up to a length that many
+    documents share.
 
-    oneDNN compiles its bf16 kernels for each size it meets and keeps a thousand of them, about 1 MB each.
+    oneDNN compiles its bf16 kernels for each size it meets and keeps a thousand of them, about 1 MB
+    each.
     """
     missing = -x.shape[1] % _LENGTHS.get(dtype, 1) if tile.kind == CAUSAL else 0
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
@@ -235,7 +279,9 @@ def _additive(tile: Tile, q: Tensor) -> Tensor | None:
 
 def _grouped(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q `[B, K, H/K, Tq, E]` and k `[B, K, 1, Tk, E]`, wide."""
-    return wide(q).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4), wide(k).transpose(1, 2)[:, :, None]
+    return wide(q).unflatten(2, (k.shape[2], -1)).permute(0, 2, 3, 1, 4), wide(k).transpose(1, 2)[
+        :, :, None
+    ]
 
 
 def _ungrouped(x: Tensor) -> Tensor:
@@ -257,11 +303,22 @@ def _block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]
     return _ungrouped(out).to(q.dtype), _ungrouped(lse).squeeze(-1)
 
 
-def _block_backward(queries: Queries, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+def _block_backward(
+    queries: Queries, k: Tensor, v: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, keys = _grouped(queries.q, k)
     values = wide(v).transpose(1, 2)[:, :, None]
-    out, grad, lse = (_grouped(x, k)[0] for x in (queries.out, queries.grad, queries.lse[..., None]))
+    out, grad, lse = (
+        _grouped(x, k)[0] for x in (queries.out, queries.grad, queries.lse[..., None])
+    )
     weights = (_scores(rows, keys, tile) - lse).exp_()
-    inner = (grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * weights * rows.shape[-1] ** -0.5
-    grad_k, grad_v = (inner.transpose(-1, -2) @ rows).sum(2), (weights.transpose(-1, -2) @ grad).sum(2)
+    inner = (
+        (grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
+        * weights
+        * rows.shape[-1] ** -0.5
+    )
+    grad_k, grad_v = (
+        (inner.transpose(-1, -2) @ rows).sum(2),
+        (weights.transpose(-1, -2) @ grad).sum(2),
+    )
     return _ungrouped(inner @ keys), grad_k.transpose(1, 2), grad_v.transpose(1, 2)

@@ -1,6 +1,8 @@
-"""The one table of optional libraries: what each replaces, which key asks for it, and how to have it.
+"""The one table of optional libraries: what each replaces, which key asks for it, and how to have
+it.
 
-Nothing else in the package imports them. No torch: `version` reads what is installed, `require` imports.
+Nothing else in the package imports them. No torch: `version` reads what is installed, `require`
+imports.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from megallm.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Backend:
-    """A library: its distribution, the module that `require` imports, what it replaces, and how to have it."""
+    """A library: its distribution, the module that `require` imports, what it replaces, and how to
+    have it.
+    """
 
     distribution: str
     module: str
@@ -26,18 +30,27 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "transformer_engine": Backend(
-        "transformer-engine", "transformer_engine.pytorch", "FP8 products of linears", "train.fp8.backend",
+        "transformer-engine",
+        "transformer_engine.pytorch",
+        "FP8 products of linears",
+        "train.fp8.backend",
         "pip install --no-build-isolation 'transformer-engine[pytorch]', or the build argument of the Dockerfile",
     ),
     "flash_attn": Backend(
-        "flash-attn", "flash_attn", "attention on GPUs (torch's own kernels are used)", "",
+        "flash-attn",
+        "flash_attn",
+        "attention on GPUs (torch's own kernels are used)",
+        "",
         "pip install --no-build-isolation flash-attn, or the build argument of the Dockerfile",
     ),
     "apex": Backend(
-        "apex", "apex", "fused optimizers and norms (torch's own and ours are used)", "",
+        "apex",
+        "apex",
+        "fused optimizers and norms (torch's own and ours are used)",
+        "",
         "the build argument of the Dockerfile",
     ),
-}  # fmt: skip
+}
 
 
 def version(name: str) -> str | None:
@@ -55,7 +68,9 @@ def missing(name: str) -> str:
 
 
 def require(name: str, module: str | None = None) -> ModuleType:
-    """The library's module, or another `module` of it; raises UsageError when it is missing or cannot be imported."""
+    """The library's module, or another `module` of it; raises UsageError when it is missing or
+    cannot be imported.
+    """
     backend = BACKENDS[name]
     if version(name) is None:
         raise UsageError(f"{backend.key or name} asks for {backend.distribution}, {missing(name)}.")

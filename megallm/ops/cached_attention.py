@@ -10,13 +10,19 @@ from megallm.ops.precision import wide
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, scale `E**-0.5`: row b sees its first `lengths[b]` positions, or the last `window` of those.
+    """Softmax attention, scale `E**-0.5`: row b sees its first `lengths[b]` positions, or the last
+    `window` of those.
 
-    q `[B, 1, H, E]`, k `[B, C, K, E]` and v `[B, C, K, Ev]` with H a multiple of K, lengths int64 `[B]`, each from 1 to
-    C; what lies beyond a row's length must be finite and has no influence. Sinks `[H]` are one more score a head, of a
-    value that is zero. Returns `[B, 1, H, Ev]`.
+    q `[B, 1, H, E]`, k `[B, C, K, E]` and v `[B, C, K, Ev]` with H a multiple of K, lengths int64
+    `[B]`, each from 1 to C; what lies beyond a row's length must be finite and has no influence.
+    Sinks `[H]` are one more score a head, of a value that is zero. Returns `[B, 1, H, Ev]`.
     """
     places = torch.arange(k.shape[1], device=q.device)
     seen = places < lengths[:, None]
@@ -25,7 +31,9 @@ def attend_rows(
     if sinks is not None or k.shape[-1] != v.shape[-1]:
         return _written_out(q, k, v, seen, sinks)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2)
 
 

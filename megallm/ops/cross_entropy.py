@@ -1,8 +1,10 @@
-"""Cross entropy over a piece of a large vocabulary, some tokens at a time: `[T, V]` logits never exist as a whole.
+"""Cross entropy over a piece of a large vocabulary, some tokens at a time: `[T, V]` logits never
+exist as a whole.
 
-A chunk of tokens makes its logits, keeps three numbers a token of them, and makes them again in the backward pass,
-since the gradient of a per-token log-probability is known only then. Pieces of the vocabulary on other ranks are
-merged by whoever knows them (`parallel.vocab`). The online form of the sum: arXiv 1805.02867.
+A chunk of tokens makes its logits, keeps three numbers a token of them, and makes them again in the
+backward pass, since the gradient of a per-token log-probability is known only then. Pieces of the
+vocabulary on other ranks are merged by whoever knows them (`parallel.vocab`). The online form of
+the sum: arXiv 1805.02867.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from torch import Tensor
 
 from megallm.ops.precision import wide, wide_dtype
 
-CHUNK_BYTES = 64 * 2**20  # of one chunk's wide logits; a chunk has at least MIN_TOKENS, or the matrix is read too often
+CHUNK_BYTES = (
+    64 * 2**20
+)  # of one chunk's wide logits; a chunk has at least MIN_TOKENS, or the matrix is read too often
 MIN_TOKENS = 64
 BLOCK_BYTES = 2**20  # of wide logits that several passes go over while they are in a CPU's cache
 
 
 class Statistics(NamedTuple):
-    """Of each token's logits over a piece of the vocabulary, wide `[T]`: the largest, the sum of exponentials less
-    that, and the label's (0 where the label is elsewhere)."""
+    """Of each token's logits over a piece of the vocabulary, wide `[T]`: the largest, the sum of
+    exponentials less that, and the label's (0 where the label is elsewhere)."""
 
     top: Tensor
     total: Tensor
@@ -36,14 +40,22 @@ def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
 
 
 def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) -> Statistics:
-    """Of logits `[..., T, V]` of the vocabulary's entries from `begin` on; labels `[..., T]` count from entry 0.
+    """Of logits `[..., T, V]` of the vocabulary's entries from `begin` on; labels `[..., T]` count
+    from entry 0.
 
     With `reuse` wide logits are overwritten.
     """
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
-    flat, top, total = logits.flatten(0, -2), label.new_empty(label.shape), label.new_empty(label.shape)
-    tops, totals = top.view(-1), total.view(-1)  # written in place: small allocations between blocks fragment memory
+    flat, top, total = (
+        logits.flatten(0, -2),
+        label.new_empty(label.shape),
+        label.new_empty(label.shape),
+    )
+    tops, totals = (
+        top.view(-1),
+        total.view(-1),
+    )  # written in place: small allocations between blocks fragment memory
     for rows in _blocks(flat):
         tops[rows] = flat[rows].amax(-1)
         torch.sum(_minus(flat[rows], tops[rows], reuse).exp_(), -1, out=totals[rows])
@@ -51,7 +63,9 @@ def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) 
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Rows of `[T, V]` whose wide logits a CPU's cache holds through all passes over them; elsewhere all at once."""
+    """Rows of `[T, V]` whose wide logits a CPU's cache holds through all passes over them;
+    elsewhere all at once.
+    """
     tokens, vocab = logits.shape
     wide_row = vocab * wide_dtype(logits.dtype).itemsize
     step = max(1, BLOCK_BYTES // wide_row) if logits.device.type == "cpu" else max(1, tokens)
@@ -65,21 +79,30 @@ def _minus(logits: Tensor, row: Tensor, reuse: bool) -> Tensor:
 
 
 def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Whether each label is among entries `begin .. begin + vocab`, and its place there (0 elsewhere)."""
+    """Whether each label is among entries `begin .. begin + vocab`, and its place there (0
+    elsewhere).
+    """
     here = (labels >= begin) & (labels < begin + vocab)
     return here, torch.where(here, labels - begin, 0)
 
 
-def logit_gradient_(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor) -> Tensor:
-    """Gradient of `logits [..., T, V]` in their place, from that of the log-probabilities `[..., T]`.
+def logit_gradient_(
+    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor
+) -> Tensor:
+    """Gradient of `logits [..., T, V]` in their place, from that of the log-probabilities `[...,
+    T]`.
 
     Logits that are no matrix in memory are copied first, and stay.
     """
     flat = logits.flatten(0, -2)
-    return _gradient(flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype).view_as(logits)
+    return _gradient(
+        flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype
+    ).view_as(logits)
 
 
-def _gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, dtype: torch.dtype) -> Tensor:
+def _gradient(
+    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Of logits `[T, V]`, in `dtype`; in their place when that is theirs."""
     here, local = locate(labels, begin, logits.shape[-1])
     at_label = grad * here
@@ -92,8 +115,12 @@ def _gradient(logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Ten
     return into
 
 
-def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int) -> Statistics:
-    """`statistics` of `hidden W^T + b` without the logits: hidden `[T, D]`, W `[V, D]`, labels `[T]`."""
+def linear_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int
+) -> Statistics:
+    """`statistics` of `hidden W^T + b` without the logits: hidden `[T, D]`, W `[V, D]`, labels
+    `[T]`.
+    """
     parts = [
         statistics(F.linear(hidden[rows], weight, bias), labels[rows], begin, reuse=True)
         for rows in _chunks(hidden.shape[0], weight)
@@ -102,7 +129,9 @@ def linear_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, label
 
 
 class LinearGradients(NamedTuple):
-    """Of the hidden states, in their dtype, and of weight and bias, accumulated wide over the chunks."""
+    """Of the hidden states, in their dtype, and of weight and bias, accumulated wide over the
+    chunks.
+    """
 
     hidden: Tensor
     weight: Tensor | None
@@ -110,15 +139,24 @@ class LinearGradients(NamedTuple):
 
 
 def linear_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int, lse: Tensor, grad: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    begin: int,
+    lse: Tensor,
+    grad: Tensor,
 ) -> LinearGradients:
-    """Gradients of the log-probabilities `[T]` of which `grad` is given, through logits that are made again.
+    """Gradients of the log-probabilities `[T]` of which `grad` is given, through logits that are
+    made again.
 
     The weight's is left out (None) when it takes none.
     """
     dtype, device = wide_dtype(weight.dtype), weight.device
     into = torch.empty_like(hidden)
-    into_weight = torch.zeros(weight.shape, dtype=dtype, device=device) if weight.requires_grad else None
+    into_weight = (
+        torch.zeros(weight.shape, dtype=dtype, device=device) if weight.requires_grad else None
+    )
     into_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=device)
     weight = weight.detach()
     for rows in _chunks(hidden.shape[0], weight):
@@ -133,7 +171,9 @@ def linear_gradients(
 
 
 def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    """`total += dy^T x` for wide dy. A GPU multiplies narrow numbers many times faster, a CPU adds wide ones faster."""
+    """`total += dy^T x` for wide dy. A GPU multiplies narrow numbers many times faster, a CPU adds
+    wide ones faster.
+    """
     if x.dtype == total.dtype or total.device.type == "cpu":
         total.addmm_(dy.mT, x.to(total.dtype))
     else:

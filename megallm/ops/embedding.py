@@ -1,4 +1,6 @@
-"""Rows of a table, with a gradient of those that were read: a microbatch reads few of a large table's."""
+"""Rows of a table, with a gradient of those that were read: a microbatch reads few of a large
+table's.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,21 @@ from megallm.ops.precision import wide
 
 
 def look_up(numbers: Tensor, table: Tensor) -> Tensor:
-    """Rows `numbers` `[...]` of `table` `[V, D]`: `[..., D]`. Raises IndexError for a number outside the table.
+    """Rows `numbers` `[...]` of `table` `[V, D]`: `[..., D]`. Raises IndexError for a number
+    outside the table.
 
-    On a CPU the table's gradient is sparse: each row that was read, once (`optim.flat` adds them). On a GPU it is
-    dense, since atomic additions of rows have no fixed order.
+    On a CPU the table's gradient is sparse: each row that was read, once (`optim.flat` adds them).
+    On a GPU it is dense, since atomic additions of rows have no fixed order.
     """
-    return _Rows.apply(numbers, table) if table.device.type == "cpu" else F.embedding(numbers, table)
+    return (
+        _Rows.apply(numbers, table) if table.device.type == "cpu" else F.embedding(numbers, table)
+    )
 
 
 class _Rows(torch.autograd.Function):
-    """The gradients of a row that was read often are added wide: in bf16 a sum of thousands would stop growing."""
+    """The gradients of a row that was read often are added wide: in bf16 a sum of thousands would
+    stop growing.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, numbers: Tensor, table: Tensor) -> Tensor:
@@ -32,5 +39,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         (numbers,) = ctx.saved_tensors
         values = wide(grad.flatten(0, -2))
-        rows = torch.sparse_coo_tensor(numbers.flatten()[None], values, ctx.shape, check_invariants=False)
+        rows = torch.sparse_coo_tensor(
+            numbers.flatten()[None], values, ctx.shape, check_invariants=False
+        )
         return None, rows.coalesce().to(grad.dtype)

@@ -1,9 +1,11 @@
-"""FP8 matrix products: scales, quantisation, and the product itself, native where a kernel exists, emulated elsewhere.
+"""FP8 matrix products: scales, quantisation, and the product itself, native where a kernel exists,
+emulated elsewhere.
 
-A value is stored as `fp8(x * scale)` and read as `data * inverse`. Operands are matrices whose last dim is the one
-that the product sums over. Emulation multiplies what was stored, dequantised, and accumulates in fp32 (float64 in the
-oracle): the sum of exact products, so it equals a kernel up to the order of that sum. Formats: arXiv 2209.05433;
-scale rules: Transformer Engine's recipes; blocks of 128: DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+A value is stored as `fp8(x * scale)` and read as `data * inverse`. Operands are matrices whose last
+dim is the one that the product sums over. Emulation multiplies what was stored, dequantised, and
+accumulates in fp32 (float64 in the oracle): the sum of exact products, so it equals a kernel up to
+the order of that sum. Formats: arXiv 2209.05433; scale rules: Transformer Engine's recipes; blocks
+of 128: DeepSeek-V3 (arXiv 2412.19437, section 3.3).
 """
 
 from __future__ import annotations
@@ -23,20 +25,25 @@ ALIGNED = 16  # both dims of each operand, for the native kernels of a GPU
 
 
 class Quantised(NamedTuple):
-    """A matrix `[R, C]` in FP8, and the inverse of its scale: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`."""
+    """A matrix `[R, C]` in FP8, and the inverse of its scale: `[]`, `[R, 1]`, `[R, C/128]` or
+    `[R/128, C/128]`.
+    """
 
     data: Tensor
     inverse: Tensor
 
-    def turned(self) -> Quantised:
+    def transposed(self) -> Quantised:
         """The transpose `[C, R]`; of a matrix with one scale, or with scales of square blocks."""
         return Quantised(
-            self.data.t().contiguous(), self.inverse.t().contiguous() if self.inverse.dim() else self.inverse
+            self.data.t().contiguous(),
+            self.inverse.t().contiguous() if self.inverse.dim() else self.inverse,
         )
 
 
 def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False) -> Tensor:
-    """`largest / amax / 2^margin`, or the power of two next below it; 1 where amax is zero or not finite."""
+    """`largest / amax / 2^margin`, or the power of two next below it; 1 where amax is zero or not
+    finite.
+    """
     usable = (amax > 0) & amax.isfinite()
     scale = (largest / torch.where(usable, amax, 1.0)) / 2.0**margin
     scale = torch.where(scale.isinf(), torch.finfo(scale.dtype).max, scale)
@@ -47,7 +54,8 @@ def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False
 
 
 def amax_of(x: Tensor, scaled: str) -> Tensor:
-    """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or `[R/128, C/128]`.
+    """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or
+    `[R/128, C/128]`.
 
     Zero where there is nothing: an expert may have no rows.
     """
@@ -64,7 +72,9 @@ def amax_of(x: Tensor, scaled: str) -> Tensor:
 
 
 def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
-    """`[R, C]` in the format `form`; what a scale makes too large becomes the largest value, as no format rounds."""
+    """`[R, C]` in the format `form`; what a scale makes too large becomes the largest value, as no
+    format rounds.
+    """
     largest = LARGEST[form]
     data = times(wide(x), scale).clamp_(-largest, largest).to(FORMATS[form])
     return Quantised(data, 1.0 / scale)
@@ -75,7 +85,11 @@ def times(x: Tensor, scale: Tensor) -> Tensor:
     (rows, columns), whole = x.shape, x.is_contiguous() and scale.dim() == 2
     if not x.numel():
         return x
-    if whole and scale.shape[1] * BLOCK == columns and rows in (scale.shape[0], scale.shape[0] * BLOCK):
+    if (
+        whole
+        and scale.shape[1] * BLOCK == columns
+        and rows in (scale.shape[0], scale.shape[0] * BLOCK)
+    ):
         blocks = x.view(scale.shape[0], -1, scale.shape[1], BLOCK)
         return (blocks * scale[:, None, :, None]).view(rows, columns)
     return x * spread(scale, x.shape)
@@ -108,7 +122,8 @@ def emulated(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
 def native(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
     """`product` by torch's kernel; with one scale per tensor or per row only.
 
-    It takes whole multiples of `ALIGNED`: what is missing is filled up with zeros, which add nothing to a sum.
+    It takes whole multiples of `ALIGNED`: what is missing is filled up with zeros, which add
+    nothing to a sum.
     """
     rows, columns = len(a.data), len(b.data)
     a, b = _aligned(a), _aligned(b)
@@ -121,8 +136,12 @@ def _aligned(x: Quantised) -> Quantised:
     missing = [-size % ALIGNED for size in x.data.shape]
     if not any(missing):
         return x
-    data = F.pad(x.data.view(torch.uint8), (0, missing[1], 0, missing[0])).view(x.data.dtype)  # eight zero bits are 0.0
-    return Quantised(data, F.pad(x.inverse, (0, 0, 0, missing[0]), value=1.0) if x.inverse.dim() else x.inverse)
+    data = F.pad(x.data.view(torch.uint8), (0, missing[1], 0, missing[0])).view(
+        x.data.dtype
+    )  # eight zero bits are 0.0
+    return Quantised(
+        data, F.pad(x.inverse, (0, 0, 0, missing[0]), value=1.0) if x.inverse.dim() else x.inverse
+    )
 
 
 def runs_natively(a: Quantised, b: Quantised) -> bool:

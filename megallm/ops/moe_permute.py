@@ -1,7 +1,9 @@
-"""Tokens to the order of their experts and back: each token is copied once for each expert it goes to.
+"""Tokens to the order of their experts and back: each token is copied once for each expert it goes
+to.
 
-Copy `t k + j` is token t's for its j-th expert. An order lists copies by expert; copies that are dropped are not in
-it. Both directions are gathers of unique rows, so gradients are sums in a fixed order.
+Copy `t k + j` is token t's for its j-th expert. An order lists copies by expert; copies that are
+dropped are not in it. Both directions are gathers of unique rows, so gradients are sums in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -11,15 +13,20 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-def order_of(experts: Tensor, num_experts: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Experts `[N, k]` -> (order int64 `[M]` of the copies by expert, copies per expert int64 `[X]`).
+def order_of(
+    experts: Tensor, num_experts: int, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Experts `[N, k]` -> (order int64 `[M]` of the copies by expert, copies per expert int64
+    `[X]`).
 
     `keep` `[N, k]` says which copies are not dropped; counting those waits for the device.
     """
     flat = experts.flatten()
     if keep is not None:
         flat = flat.masked_fill(~keep.flatten(), num_experts)
-    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+    counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[
+        :num_experts
+    ]
     order = flat.argsort(stable=True)
     return order if keep is None else order[: int(counts.sum())], counts
 
@@ -62,7 +69,9 @@ class _Unpermute(torch.autograd.Function):
 
 
 def unpermute(y: Tensor, order: Tensor, rows: int) -> Tensor:
-    """Rows `[M, D]` back to where they were: row `order[i]` of the result `[rows, D]` is `y[i]`, the rest is zero."""
+    """Rows `[M, D]` back to where they were: row `order[i]` of the result `[rows, D]` is `y[i]`,
+    the rest is zero.
+    """
     return _Unpermute.apply(y, order, rows)
 
 
@@ -89,6 +98,10 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of each token's copies: `[M, D]` in the given order, weights wide `[N, k]` -> `[N, D]`."""
+    """Weighted sum of each token's copies: `[M, D]` in the given order, weights wide `[N, k]` ->
+    `[N, D]`.
+    """
     rows, copies = weights.shape
-    return _WeightedSum.apply(unpermute(y, order, rows * copies).view(rows, copies, y.shape[1]), weights)
+    return _WeightedSum.apply(
+        unpermute(y, order, rows * copies).view(rows, copies, y.shape[1]), weights
+    )

@@ -11,7 +11,9 @@ from megallm.ops.precision import wide
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Keeps the input as it came and one wide scalar a row; torch's composite form keeps several wide copies."""
+    """Keeps the input as it came and one wide scalar a row; torch's composite form keeps several
+    wide copies.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MODEL_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODEL_DTYPES["fp8"] = torch.bfloat16  # what FP8 linears take and give, and what everything else computes in
+MODEL_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+MODEL_DTYPES["fp8"] = (
+    torch.bfloat16
+)  # what FP8 linears take and give, and what everything else computes in
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

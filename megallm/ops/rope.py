@@ -1,7 +1,9 @@
-"""Rotary position embedding (arXiv 2104.09864), rotate-half convention, as a function of positions: no buffers.
+"""Rotary position embedding (arXiv 2104.09864), rotate-half convention, as a function of positions:
+no buffers.
 
-A `Stretch` adapts it to longer texts than the model knew: by smaller frequencies (linear, llama3, yarn), by a larger
-theta (ntk, dynamic), and with YaRN also by larger cosines and sines. Frequencies equal those of transformers.
+A `Scaling` adapts it to longer texts than the model knew: by smaller frequencies (linear, llama3,
+yarn), by a larger theta (ntk, dynamic), and with YaRN also by larger cosines and sines. Frequencies
+equal those of transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 
-class Stretch(Protocol):
+class Scaling(Protocol):
     """How a rotary embedding is adapted; each `kind` reads the numbers named beside it."""
 
     kind: str  # linear | ntk | dynamic | llama3 | yarn, all of which read `factor`
@@ -31,67 +33,80 @@ class Stretch(Protocol):
 
 
 def rope_tables(
-    positions: Tensor, head_size: int, theta: float, dtype: torch.dtype, stretch: Stretch | None = None, length: int = 0
+    positions: Tensor,
+    head_size: int,
+    theta: float,
+    dtype: torch.dtype,
+    scaling: Scaling | None = None,
+    length: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """cos and sin `[B, T, E/2]` of the angles at `positions` `[B, T]`, in the wide `dtype`.
 
     `length` is that of the longest text, in tokens; only a dynamic stretch looks at it.
     """
-    if stretch is not None:
-        theta = stretched_theta(theta, head_size, stretch, length)
+    if scaling is not None:
+        theta = stretched_theta(theta, head_size, scaling, length)
     exponent = torch.arange(0, head_size, 2, dtype=dtype, device=positions.device) / head_size
     frequencies = theta**-exponent
-    if stretch is not None:
-        frequencies = stretched(frequencies, stretch, theta)
+    if scaling is not None:
+        frequencies = stretched(frequencies, scaling, theta)
     angles = positions.to(dtype)[..., None] * frequencies
-    size = table_factor(stretch)
+    size = table_factor(scaling)
     return (angles.cos(), angles.sin()) if size == 1 else (angles.cos() * size, angles.sin() * size)
 
 
-def stretched_theta(theta: float, head_size: int, stretch: Stretch, length: int) -> float:
-    """theta for a longer context: the fastest wave stays, the slowest becomes `factor` times as long ("NTK-aware").
+def stretched_theta(theta: float, head_size: int, scaling: Scaling, length: int) -> float:
+    """theta for a longer context: the fastest wave stays, the slowest becomes `factor` times as
+    long ("NTK-aware").
 
-    ntk always; dynamic by as much as texts of `length` tokens exceed the positions that were known, so that shorter
-    ones see no change.
+    ntk always; dynamic by as much as texts of `length` tokens exceed the positions that were known,
+    so that shorter ones see no change.
     """
-    if stretch.kind not in ("ntk", "dynamic"):
+    if scaling.kind not in ("ntk", "dynamic"):
         return theta
-    factor = stretch.factor
-    if stretch.kind == "dynamic":
-        factor = factor * max(length, stretch.positions) / stretch.positions - (factor - 1)
+    factor = scaling.factor
+    if scaling.kind == "dynamic":
+        factor = factor * max(length, scaling.positions) / scaling.positions - (factor - 1)
     return theta * factor ** (head_size / (head_size - 2))
 
 
-def stretched(frequencies: Tensor, stretch: Stretch, theta: float = 10000.0) -> Tensor:
+def stretched(frequencies: Tensor, scaling: Scaling, theta: float = 10000.0) -> Tensor:
     """Lowered frequencies `[E/2]`; `theta` is the one that they were made with (yarn looks at it).
 
-    linear divides all by `factor` (arXiv 2306.15595). llama3 (Llama 3.1, arXiv 2407.21783) divides those of waves
-    that did not turn `low_factor` times within the old context of `positions`, leaves those that turned more than
-    `high_factor` times, and blends in between. yarn (arXiv 2309.00071) does the same between `beta_slow` and
-    `beta_fast` turns, but blends evenly over the features.
+    linear divides all by `factor` (arXiv 2306.15595). llama3 (Llama 3.1, arXiv 2407.21783) divides
+    those of waves that did not turn `low_factor` times within the old context of `positions`,
+    leaves those that turned more than `high_factor` times, and blends in between. yarn (arXiv
+    2309.00071) does the same between `beta_slow` and `beta_fast` turns, but blends evenly over the
+    features.
     """
-    if stretch.kind in ("ntk", "dynamic"):
+    if scaling.kind in ("ntk", "dynamic"):
         return frequencies
-    if stretch.kind == "linear":
-        return frequencies / stretch.factor
-    if stretch.kind == "yarn":
-        kept = _kept_by_yarn(frequencies, stretch, theta)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        kept = _kept_by_yarn(frequencies, scaling, theta)
     else:
-        turns = stretch.positions * frequencies / (2 * math.pi)
-        kept = ((turns - stretch.low_factor) / (stretch.high_factor - stretch.low_factor)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / stretch.factor)
+        turns = scaling.positions * frequencies / (2 * math.pi)
+        kept = ((turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)).clamp(
+            0, 1
+        )
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def _kept_by_yarn(frequencies: Tensor, stretch: Stretch, theta: float) -> Tensor:
-    """The share `[E/2]` of each frequency that stays: 1 for fast waves, 0 for slow ones, a ramp between."""
+def _kept_by_yarn(frequencies: Tensor, scaling: Scaling, theta: float) -> Tensor:
+    """The share `[E/2]` of each frequency that stays: 1 for fast waves, 0 for slow ones, a ramp
+    between.
+    """
     size = 2 * len(frequencies)
 
     def feature(turns: float) -> float:
-        """Which pair of features turns this often within the old context; pairs count from 0 as real numbers."""
-        return size * math.log(stretch.positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        """Which pair of features turns this often within the old context; pairs count from 0 as
+        real numbers.
+        """
+        return size * math.log(scaling.positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = feature(stretch.beta_fast), feature(stretch.beta_slow)
-    if stretch.truncate:
+    first, last = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
     pairs = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
@@ -103,22 +118,28 @@ def mscale(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def table_factor(stretch: Stretch | None) -> float:
-    """What cosines and sines are multiplied by: `attention_factor`, or what YaRN makes of its mscales; else 1."""
-    if stretch is None or stretch.kind != "yarn":
+def table_factor(scaling: Scaling | None) -> float:
+    """What cosines and sines are multiplied by: `attention_factor`, or what YaRN makes of its
+    mscales; else 1.
+    """
+    if scaling is None or scaling.kind != "yarn":
         return 1.0
-    if stretch.attention_factor is not None:
-        return stretch.attention_factor
-    if stretch.mscale and stretch.mscale_all_dim:
-        return mscale(stretch.factor, stretch.mscale) / mscale(stretch.factor, stretch.mscale_all_dim)
-    return mscale(stretch.factor)
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.factor, scaling.mscale) / mscale(
+            scaling.factor, scaling.mscale_all_dim
+        )
+    return mscale(scaling.factor)
 
 
-def score_factor(stretch: Stretch | None) -> float:
-    """What all scores of latent attention are multiplied by: the square of the mscale of all dims (DeepSeek-V2)."""
-    if stretch is None or stretch.kind != "yarn" or not stretch.mscale_all_dim:
+def score_factor(scaling: Scaling | None) -> float:
+    """What all scores of latent attention are multiplied by: the square of the mscale of all dims
+    (DeepSeek-V2).
+    """
+    if scaling is None or scaling.kind != "yarn" or not scaling.mscale_all_dim:
         return 1.0
-    return mscale(stretch.factor, stretch.mscale_all_dim) ** 2
+    return mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""A linear through Transformer Engine, with our parameters and its FP8 recipes. Never run: no machine here has it.
+"""A linear through Transformer Engine, with our parameters and its FP8 recipes. Never run: no
+machine here has it.
 
 `ops.backends` says what is installed; nothing imports the library before a linear is made.
 """
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from megallm.ops import backends
-from megallm.ops.narrow import Fp8Options
+from megallm.ops.low_precision import Fp8Options
 
 
 class TeLinear:
-    """`x W^T + b` of local shapes; the weight may be a view of a parameter, the module of the library owns nothing."""
+    """`x W^T + b` of local shapes; the weight may be a view of a parameter, the module of the
+    library owns nothing.
+    """
 
     def __init__(self, options: Fp8Options, group: torch.distributed.ProcessGroup | None) -> None:
         self.te: ModuleType = backends.require("transformer_engine")

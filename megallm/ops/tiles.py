@@ -1,8 +1,9 @@
 """Which rectangles of the attention matrix hold anything visible. Pure.
 
-Causality, documents and a window leave most of the matrix empty. `plan_tiles` cuts what is left into
-rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL) or with a band
-(BAND); a rectangle in which nothing is visible is not in the plan, so nothing is computed for it.
+Causality, documents and a window leave most of the matrix empty. `plan_tiles` cuts what is left
+into rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL) or
+with a band (BAND); a rectangle in which nothing is visible is not in the plan, so nothing is
+computed for it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
 
 
 @dataclass(frozen=True)
-class Sight:
+class MaskSpec:
     """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
 
-    When not causal it sees its document whole. Padding is a document of its own, which no other token sees.
-    `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row without packing is `(0, T)`.
+    When not causal it sees its document whole. Padding is a document of its own, which no other
+    token sees. `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row
+    without packing is `(0, T)`.
     """
 
     documents: tuple[int, ...]
@@ -44,8 +46,8 @@ class Span:
 class Tile:
     """Queries `[q_begin, q_end)` against keys `[k_begin, k_end)`, as indices into what is stored.
 
-    `shift` is the token of the first query minus the token of the first key; with `window` it says what is
-    visible in a BAND tile. Every query of a tile sees at least one of its keys.
+    `shift` is the token of the first query minus the token of the first key; with `window` it says
+    what is visible in a BAND tile. Every query of a tile sees at least one of its keys.
     """
 
     kind: str
@@ -63,31 +65,50 @@ class Tile:
         return queries * (queries + 1) // 2 if self.kind == CAUSAL else queries * keys
 
 
-def row_sight(length: int, cu_seqlens: Sequence[int] | None, window: int | None, causal: bool = True) -> Sight:
-    """The sight of a row of `length` tokens; raises DataError when `cu_seqlens` does not divide up that row."""
+def row_mask_spec(
+    length: int, cu_seqlens: Sequence[int] | None, window: int | None, causal: bool = True
+) -> MaskSpec:
+    """The sight of a row of `length` tokens; raises DataError when `cu_seqlens` does not divide up
+    that row.
+    """
     if cu_seqlens is None:
-        return Sight((0, length), window, causal)
+        return MaskSpec((0, length), window, causal)
     ends = tuple(cu_seqlens)
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if (
+        len(ends) < 2
+        or ends[0] != 0
+        or ends[-1] != length
+        or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+    ):
         raise DataError(
             f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row of {length} tokens: "
             f"they must rise from 0 to {length}."
         )
-    return Sight(tuple(sorted(set(ends))), window, causal)
+    return MaskSpec(tuple(sorted(set(ends))), window, causal)
 
 
 @lru_cache(maxsize=256)
-def plan_tiles(queries: tuple[Span, ...], keys: tuple[Span, ...], sight: Sight) -> tuple[Tile, ...]:
-    """The tiles of these queries against these keys; together they hold each visible pair exactly once."""
+def plan_tiles(
+    queries: tuple[Span, ...], keys: tuple[Span, ...], mask_spec: MaskSpec
+) -> tuple[Tile, ...]:
+    """The tiles of these queries against these keys; together they hold each visible pair exactly
+    once.
+    """
     tiles: list[Tile] = []
     for q in queries:
-        for begin, end in _documents(sight.documents, q):
+        for begin, end in _documents(mask_spec.documents, q):
             mine = max(q.begin, begin), min(q.end, end)
             for k in keys:
-                cuts = _cut(*mine, k, begin, sight.window) if sight.causal else _rectangle(mine, k, (begin, end))
+                cuts = (
+                    _cut(*mine, k, begin, mask_spec.window)
+                    if mask_spec.causal
+                    else _rectangle(mine, k, (begin, end))
+                )
                 for kind, (a, b), (c, d) in cuts:
                     q_at, k_at = a - q.begin + q.at, c - k.begin + k.at
-                    tiles.append(Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, sight.window))
+                    tiles.append(
+                        Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, mask_spec.window)
+                    )
     return tuple(tiles)
 
 
@@ -103,7 +124,9 @@ Cut = tuple[str, tuple[int, int], tuple[int, int]]  # kind, queries and keys as 
 
 
 def _rectangle(queries: tuple[int, int], k: Span, document: tuple[int, int]) -> Iterator[Cut]:
-    """The one tile of some queries of a document that sees itself whole, against the keys of it in `k`."""
+    """The one tile of some queries of a document that sees itself whole, against the keys of it in
+    `k`.
+    """
     begin, end = max(k.begin, document[0]), min(k.end, document[1])
     if begin < end:
         yield FULL, queries, (begin, end)
@@ -127,10 +150,14 @@ def _cut(a: int, b: int, k: Span, document: int, window: int | None) -> Iterator
 
 
 def _strips(a: int, b: int, c: int, d: int, window: int) -> Iterator[Cut]:
-    """Short strips of queries, each against the keys that its window reaches: work grows as T x window."""
+    """Short strips of queries, each against the keys that its window reaches: work grows as T x
+    window.
+    """
     size = max(window, SHORTEST_STRIP)
     for x in range(a, b, size):
         low, high = max(c, x - window + 1), min(d, x + size, b)
-        y = min(x + size, b, high - 1 + window)  # queries from y on are past the window of the last key
+        y = min(
+            x + size, b, high - 1 + window
+        )  # queries from y on are past the window of the last key
         if low < high and x < y:
             yield (FULL if high <= x + 1 and y - 1 - low < window else BAND), (x, y), (low, high)

@@ -1,7 +1,8 @@
 """Updates of flat buffers element by element: SGD, AdaGrad, RMSProp, Lion. All in place.
 
-`skip` is a float scalar tensor on the buffers' device: with 1.0 instead of 0.0 nothing changes, whatever is in the
-gradient, and the host never reads it. Buffers of one call have one length, dtype and device; state starts at zero.
+`skip` is a float scalar tensor on the buffers' device: with 1.0 instead of 0.0 nothing changes,
+whatever is in the gradient, and the host never reads it. Buffers of one call have one length, dtype
+and device; state starts at zero.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unless(skip: Tensor, grad: Tensor) -> Tensor:
-    """A copy of the gradient, or zeros when the update is skipped: an infinity times nothing would not be nothing.
+    """A copy of the gradient, or zeros when the update is skipped: an infinity times nothing would
+    not be nothing.
 
-    Done on bits, in one vectorised pass; a select with a scalar condition takes six times as long on a CPU.
+    Done on bits, in one vectorised pass; a select with a scalar condition takes six times as long
+    on a CPU.
     """
     bits = _BITS[grad.element_size()]
     every = -(1 - skip).to(bits)  # all bits, or none
@@ -46,18 +49,30 @@ class SgdRule(NamedTuple):
 
 
 def sgd_(flat: Flat, buffer: Tensor | None, rule: SgdRule, skip: Tensor) -> None:
-    """g += wd p; b = momentum b + g; p -= lr b, or lr (g + momentum b) with Nesterov (Sutskever et al. 2013).
+    """g += wd p; b = momentum b + g; p -= lr b, or lr (g + momentum b) with Nesterov (Sutskever et
+    al. 2013).
 
     `buffer` is None without momentum: p -= lr g. Through torch's fused functional form.
     """
     sgd(
-        [flat.param], [flat.grad], [buffer], fused=True, found_inf=skip, weight_decay=rule.weight_decay,
-        momentum=rule.momentum, lr=rule.lr, dampening=0.0, nesterov=rule.nesterov, maximize=False,
-    )  # fmt: skip
+        [flat.param],
+        [flat.grad],
+        [buffer],
+        fused=True,
+        found_inf=skip,
+        weight_decay=rule.weight_decay,
+        momentum=rule.momentum,
+        lr=rule.lr,
+        dampening=0.0,
+        nesterov=rule.nesterov,
+        maximize=False,
+    )
 
 
 class ScaleRule(NamedTuple):
-    """AdaGrad and RMSProp: what divides the gradient, and what becomes of it. `smoothing` None: a sum (AdaGrad)."""
+    """AdaGrad and RMSProp: what divides the gradient, and what becomes of it. `smoothing` None: a
+    sum (AdaGrad).
+    """
 
     lr: float
     weight_decay: float
@@ -79,7 +94,9 @@ def adagrad_(flat: Flat, squares: Tensor, rule: ScaleRule, skip: Tensor) -> None
     flat.param.addcdiv_(grad, squares.sqrt().add_(rule.eps), value=-rule.lr)
 
 
-def rmsprop_(flat: Flat, squares: Tensor, buffer: Tensor | None, rule: ScaleRule, skip: Tensor) -> None:
+def rmsprop_(
+    flat: Flat, squares: Tensor, buffer: Tensor | None, rule: ScaleRule, skip: Tensor
+) -> None:
     """g += wd p; s = a s + (1 - a) g^2; p -= lr g / (sqrt(s) + eps) (Hinton 2012).
 
     With a `buffer` the quotient q goes through momentum first: b = momentum b + q; p -= lr b.
@@ -100,8 +117,12 @@ class LionRule(NamedTuple):
 
 
 def lion_(flat: Flat, exp_avg: Tensor, rule: LionRule, skip: Tensor) -> None:
-    """p -= lr (sign(b1 m + (1 - b1) g) + wd p); m = b2 m + (1 - b2) g (arXiv 2302.06675, algorithm 2)."""
+    """p -= lr (sign(b1 m + (1 - b1) g) + wd p); m = b2 m + (1 - b2) g (arXiv 2302.06675, algorithm
+    2).
+    """
     grad, keep = unless(skip, flat.grad), keeping(skip, flat.param)
-    direction = exp_avg.lerp(grad, 1 - rule.betas[0]).sign_().add_(flat.param, alpha=rule.weight_decay)
+    direction = (
+        exp_avg.lerp(grad, 1 - rule.betas[0]).sign_().add_(flat.param, alpha=rule.weight_decay)
+    )
     flat.param.addcmul_(direction, keep, value=-rule.lr)
     exp_avg.lerp_(grad, (1 - rule.betas[1]) * keep)

@@ -1,9 +1,11 @@
-"""Adafactor over flat buckets (arXiv 1804.04235): second moments of matrices as one number a row and one a column.
+"""Adafactor over flat buckets (arXiv 1804.04235): second moments of matrices as one number a row
+and one a column.
 
-The mean of squares along a row or column, the size of a weight and the size of an update are sums over all elements
-of a matrix, wherever they lie: over the shard group, because ZeRO's ranges cut matrices anywhere, and over the axis
-that splits the matrix. Two messages a step (and two over the splitting axis) carry all of them. Every rank of the
-shard group keeps the factors of all its matrices; each matrix of a stack is a parameter of its own.
+The mean of squares along a row or column, the size of a weight and the size of an update are sums
+over all elements of a matrix, wherever they lie: over the shard group, because ZeRO's ranges cut
+matrices anywhere, and over the axis that splits the matrix. Two messages a step (and two over the
+splitting axis) carry all of them. Every rank of the shard group keeps the factors of all its
+matrices; each matrix of a stack is a parameter of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megallm.ops.updates import keeping, unless
-from megallm.optim.buckets import Cut
+from megallm.optim.buckets import ParamSlice
 from megallm.optim.config import OptimConfig
 from megallm.optim.elementwise import CHUNK, Clock
 from megallm.optim.flat import FlatBucket
@@ -30,9 +32,11 @@ SUMS = "adafactor.sums"
 
 
 class Grid(NamedTuple):
-    """The piece of one parameter on this rank as `units` matrices of `rows` x `columns`; vectors have one row.
+    """The piece of one parameter on this rank as `units` matrices of `rows` x `columns`; vectors
+    have one row.
 
-    `row_axis` and `column_axis` name the axes that divide the rows and the columns of whole matrices.
+    `row_axis` and `column_axis` name the axes that divide the rows and the columns of whole
+    matrices.
     """
 
     name: str
@@ -48,7 +52,15 @@ class Grid(NamedTuple):
         last = len(shape) - 1
         rows = shape[-2] if is_matrix(shard) else 1
         row_axis = shard.split.get(last - 1) if is_matrix(shard) else None
-        return Grid(name, shard, shape.numel() // rows // shape[-1], rows, shape[-1], row_axis, shard.split.get(last))
+        return Grid(
+            name,
+            shard,
+            shape.numel() // rows // shape[-1],
+            rows,
+            shape[-1],
+            row_axis,
+            shard.split.get(last),
+        )
 
     @property
     def factored(self) -> bool:
@@ -61,7 +73,9 @@ class Grid(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A stretch of a parameter as whole rows `[n, columns]`, filled up with zeros; `first` counts over all units."""
+    """A stretch of a parameter as whole rows `[n, columns]`, filled up with zeros; `first` counts
+    over all units.
+    """
 
     grid: Grid
     first: int
@@ -69,7 +83,7 @@ class Rows(NamedTuple):
     values: Tensor
 
     @staticmethod
-    def of(grid: Grid, cut: Cut, piece: Tensor) -> Rows:
+    def of(grid: Grid, cut: ParamSlice, piece: Tensor) -> Rows:
         """The elements of `cut`, as they are or copied between zeros."""
         first, head = divmod(cut.begin, grid.columns)
         last = -(-cut.end // grid.columns)
@@ -83,11 +97,16 @@ class Rows(NamedTuple):
         """Each matrix that the stretch touches, and its rows here."""
         count, rows = len(self.values), self.grid.rows
         for unit in range(self.first // rows, -(-(self.first + count) // rows)):
-            yield unit, slice(max(unit * rows - self.first, 0), min((unit + 1) * rows - self.first, count))
+            yield (
+                unit,
+                slice(max(unit * rows - self.first, 0), min((unit + 1) * rows - self.first, count)),
+            )
 
 
 class Sums:
-    """Named stretches of one vector that is summed over a shard group, and those with an axis over that axis too."""
+    """Named stretches of one vector that is summed over a shard group, and those with an axis over
+    that axis too.
+    """
 
     def __init__(self, wanted: list[tuple[Hashable, int, str | None]]) -> None:
         self.places: dict[Hashable, slice] = {}
@@ -111,7 +130,9 @@ class Sums:
 
 
 class Group:
-    """The parameters whose buckets are divided over one shard group, in an order that all its ranks share."""
+    """The parameters whose buckets are divided over one shard group, in an order that all its ranks
+    share.
+    """
 
     def __init__(self, buckets: list[FlatBucket], grids: list[Grid]) -> None:
         self.buckets, self.grids = buckets, {grid.name: grid for grid in grids}
@@ -122,13 +143,19 @@ class Group:
                 squares.append((("columns", grid.name), grid.units * grid.columns, grid.row_axis))
             squares.append((("weights", grid.name), grid.units, grid.row_axis or grid.column_axis))
         self.squares = Sums(squares)
-        self.steps = Sums([(grid.name, grid.units, grid.row_axis or grid.column_axis) for grid in grids])
+        self.steps = Sums(
+            [(grid.name, grid.units, grid.row_axis or grid.column_axis) for grid in grids]
+        )
 
 
 class Adafactor:
-    """All parameters; `squares` has the plain second moments of vectors, this rank's range by bucket index."""
+    """All parameters; `squares` has the plain second moments of vectors, this rank's range by
+    bucket index.
+    """
 
-    def __init__(self, config: OptimConfig, parameters: ShardedParameters, squares: dict[int, Tensor]) -> None:
+    def __init__(
+        self, config: OptimConfig, parameters: ShardedParameters, squares: dict[int, Tensor]
+    ) -> None:
         self.config, self.parameters, self.squares = config, parameters, squares
         by_shard: dict[tuple[int, ...], list[FlatBucket]] = {}
         for bucket in parameters.trainable:
@@ -145,7 +172,9 @@ class Adafactor:
     def _group(self, buckets: list[FlatBucket]) -> Group:
         names = {member.name for bucket in buckets for member in bucket.plan.members}
         shapes, shards = self.parameters.shapes, self.parameters.shards
-        return Group(buckets, [Grid.of(name, shards[name], shapes[name]) for name in shapes if name in names])
+        return Group(
+            buckets, [Grid.of(name, shards[name], shapes[name]) for name in shapes if name in names]
+        )
 
     def factors(self) -> Iterator[tuple[str, str, Shard, Tensor]]:
         """`(state, parameter, record, this rank's box)` of the factors."""
@@ -156,9 +185,13 @@ class Adafactor:
             yield "columns", name, column_factor(shards[name]), columns
 
     def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None:
-        """Apply the completed and clipped gradients; collective over the shard group and axes that split parameters."""
+        """Apply the completed and clipped gradients; collective over the shard group and axes that
+        split parameters.
+        """
         for group in self.groups:
-            squares = group.squares.reduced(self._squares(group, clock), group.buckets[0].shard, self.parameters.mesh)
+            squares = group.squares.reduced(
+                self._squares(group, clock), group.buckets[0].shard, self.parameters.mesh
+            )
             self._remember(group, squares, clock)
             sums = self._like(group).new_zeros(group.steps.size)
             for rows, _ in self._steps(group, clock):
@@ -166,7 +199,10 @@ class Adafactor:
                 for unit, here in rows.units():
                     place[unit] += rows.values[here].square().sum()
             steps = group.steps.reduced(sums, group.buckets[0].shard, self.parameters.mesh)
-            rates = {name: self._rates(group.grids[name], squares["weights", name], steps[name]) for name in steps}
+            rates = {
+                name: self._rates(group.grids[name], squares["weights", name], steps[name])
+                for name in steps
+            }
             for rows, (bucket, cut) in self._steps(group, clock):
                 self._apply(rows, (bucket, cut), rates[rows.grid.name], lr, clock)
 
@@ -174,7 +210,9 @@ class Adafactor:
         return group.buckets[0].master
 
     def _squares(self, group: Group, clock: Clock) -> Tensor:
-        """This rank's share of the sums of squares: of gradients by row and column, of weights by matrix."""
+        """This rank's share of the sums of squares: of gradients by row and column, of weights by
+        matrix.
+        """
         total = self._like(group).new_zeros(group.squares.size)
         places = group.squares.places
         for bucket in group.buckets:
@@ -188,37 +226,62 @@ class Adafactor:
                         columns[unit] += squares.values[here].sum(0)
                 if grid.factored:
                     rows = total[places["rows", grid.name]]
-                    rows[squares.first : squares.first + len(squares.values)] += squares.values.sum(1)
+                    rows[squares.first : squares.first + len(squares.values)] += squares.values.sum(
+                        1
+                    )
         return total
 
-    def _cuts(self, group: Group, bucket: FlatBucket) -> Iterator[tuple[Grid, Cut]]:
-        """This rank's stretches of a bucket; on a CPU in pieces of whole rows that fit into its cache."""
-        for cut in self.parameters.cuts(bucket):
+    def _cuts(self, group: Group, bucket: FlatBucket) -> Iterator[tuple[Grid, ParamSlice]]:
+        """This rank's stretches of a bucket; on a CPU in pieces of whole rows that fit into its
+        cache.
+        """
+        for cut in self.parameters.slices(bucket):
             grid = group.grids[cut.member.name]
-            step = cut.end if bucket.master.device.type != "cpu" else max(CHUNK // grid.columns, 1) * grid.columns
+            step = (
+                cut.end
+                if bucket.master.device.type != "cpu"
+                else max(CHUNK // grid.columns, 1) * grid.columns
+            )
             ends = [*range(cut.begin // step * step + step, cut.end, step), cut.end]
             for begin, end in zip([cut.begin, *ends], ends, strict=False):
-                yield grid, Cut(cut.member, begin, end, cut.place + begin - cut.begin)
+                yield grid, ParamSlice(cut.member, begin, end, cut.place + begin - cut.begin)
 
-    def _grads(self, bucket: FlatBucket, cut: Cut, clock: Clock) -> Tensor:
-        """A copy of a stretch of the gradient where the weights are, zeros when the update is skipped."""
+    def _grads(self, bucket: FlatBucket, cut: ParamSlice, clock: Clock) -> Tensor:
+        """A copy of a stretch of the gradient where the weights are, zeros when the update is
+        skipped.
+        """
         return unless(clock.skip, cut.of(bucket.shard_grads).to(bucket.master.device))
 
     def _remember(self, group: Group, squares: dict[Hashable, Tensor], clock: Clock) -> None:
-        """Move the means of squares along: after t steps they keep 1 - t^-decay_power of what they were."""
+        """Move the means of squares along: after t steps they keep 1 - t^-decay_power of what they
+        were.
+        """
         like = self._like(group)
-        share = (clock.count.to(like.dtype) + 1) ** -self.config.decay_power * keeping(clock.skip, like)
+        share = (clock.count.to(like.dtype) + 1) ** -self.config.decay_power * keeping(
+            clock.skip, like
+        )
         for grid in (grid for grid in group.grids.values() if grid.factored):
             full_rows, full_columns = grid.full
-            self.rows[grid.name].lerp_(squares["rows", grid.name] / full_columns + self.config.eps, share)
-            self.columns[grid.name].lerp_(squares["columns", grid.name] / full_rows + self.config.eps, share)
+            self.rows[grid.name].lerp_(
+                squares["rows", grid.name] / full_columns + self.config.eps, share
+            )
+            self.columns[grid.name].lerp_(
+                squares["columns", grid.name] / full_rows + self.config.eps, share
+            )
         for bucket in group.buckets:
             if bucket.index in self.squares:
-                mean, grads = self.squares[bucket.index], bucket.shard_grads.to(bucket.master.device)
+                mean, grads = (
+                    self.squares[bucket.index],
+                    bucket.shard_grads.to(bucket.master.device),
+                )
                 mean.lerp_(unless(clock.skip, grads.square()).add_(self.config.eps), share)
 
-    def _steps(self, group: Group, clock: Clock) -> Iterator[tuple[Rows, tuple[FlatBucket, Cut]]]:
-        """Gradients over the root of their mean squares, stretch by stretch; not yet limited, and nan when skipped."""
+    def _steps(
+        self, group: Group, clock: Clock
+    ) -> Iterator[tuple[Rows, tuple[FlatBucket, ParamSlice]]]:
+        """Gradients over the root of their mean squares, stretch by stretch; not yet limited, and
+        nan when skipped.
+        """
         for bucket in group.buckets:
             for grid, cut in self._cuts(group, bucket):
                 step = self._grads(bucket, cut, clock)
@@ -230,7 +293,9 @@ class Adafactor:
                 yield rows, (bucket, cut)
 
     def _scale_(self, rows: Rows) -> None:
-        """g / sqrt(r c / mean(r)): the mean of all squares is that of the factor which no axis divides."""
+        """g / sqrt(r c / mean(r)): the mean of all squares is that of the factor which no axis
+        divides.
+        """
         grid, count = rows.grid, len(rows.values)
         row_means = self.rows[grid.name].view(grid.units, grid.rows)
         column_means = self.columns[grid.name].view(grid.units, grid.columns)
@@ -241,18 +306,27 @@ class Adafactor:
             rows.values[here] *= column_means[unit].rsqrt()
 
     def _rates(self, grid: Grid, weights: Tensor, steps: Tensor) -> Tensor:
-        """For each matrix: max(min_scale, rms of the weight) / max(1, rms of the update / update_clip)."""
+        """For each matrix: max(min_scale, rms of the weight) / max(1, rms of the update /
+        update_clip).
+        """
         count = grid.full[0] * grid.full[1]
         size = (weights / count).sqrt().clamp(min=self.config.min_scale)
         return size / ((steps / count).sqrt() / self.config.update_clip).clamp(min=1.0)
 
-    def _apply(self, rows: Rows, place: tuple[FlatBucket, Cut], rates: Tensor, lr: float, clock: Clock) -> None:
+    def _apply(
+        self,
+        rows: Rows,
+        place: tuple[FlatBucket, ParamSlice],
+        rates: Tensor,
+        lr: float,
+        clock: Clock,
+    ) -> None:
         bucket, cut = place
-        treatment = cut.member.treatment
-        lr, keep = lr * treatment.lr_scale, keeping(clock.skip, bucket.master)
+        param_group = cut.member.param_group
+        lr, keep = lr * param_group.lr_scale, keeping(clock.skip, bucket.master)
         relative = (clock.count.to(bucket.master.dtype) + 1).rsqrt().clamp(max=lr)
         for unit, here in rows.units():
             rows.values[here] *= rates[unit] * relative
         step = rows.values.flatten()[rows.head : rows.head + cut.end - cut.begin]
         weights = cut.of(bucket.master)
-        weights.mul_(1 - lr * treatment.weight_decay * keep).sub_(unless(clock.skip, step))
+        weights.mul_(1 - lr * param_group.weight_decay * keep).sub_(unless(clock.skip, step))

@@ -1,9 +1,10 @@
 """Which parameters share a flat buffer, and which range of it a rank keeps. Pure.
 
-Parameters whose gradients travel the same way (same partial axes, same tie) and that sit in neighbouring
-units are laid end to end, so a reduction is one message and an update is one loop. The buffer is padded to
-a multiple of the shard group, and rank k of the group keeps range k. Members and ranges begin at multiples of
-`ALIGN`, so that an update gives the same bits however parameters are laid out and divided.
+Parameters whose gradients travel the same way (same partial axes, same tie) and that sit in
+neighbouring units are laid end to end, so a reduction is one message and an update is one loop. The
+buffer is padded to a multiple of the shard group, and rank k of the group keeps range k. Members
+and ranges begin at multiples of `ALIGN`, so that an update gives the same bits however parameters
+are laid out and divided.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rou
 WASTE = 1 / 8  # of a bucket whose ranges hold whole matrices, at which it grows no further
 
 
-class Treatment(NamedTuple):
+class ParamGroup(NamedTuple):
     """How the optimizer treats a parameter. A `frozen` one costs its weights and nothing else."""
 
     rule: str = "adamw"
@@ -28,13 +29,15 @@ class Treatment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Member:
-    """One parameter on this rank: its logical name, unit, local element count and how its gradient is reduced.
+class BucketParam:
+    """One parameter on this rank: its logical name, unit, local element count and how its gradient
+    is reduced.
 
-    `whole` elements in a row stay on one rank of the shard group (a matrix, for rules that need all of it): all of
-    them, or a multiple of `ALIGN` that is the same on all ranks that split the parameter; 0: any elements may part.
-    `room` is the largest local count on any of those ranks, so that they all plan alike; 0: `numel`.
-    `expert`: gradients are summed over edp, the ranks with the same experts, instead of dp x cp.
+    `whole` elements in a row stay on one rank of the shard group (a matrix, for rules that need all
+    of it): all of them, or a multiple of `ALIGN` that is the same on all ranks that split the
+    parameter; 0: any elements may part. `max_numel` is the largest local count on any of those
+    ranks, so that they all plan alike; 0: `numel`. `expert`: gradients are summed over edp, the
+    ranks with the same experts, instead of dp x cp.
     """
 
     name: str
@@ -42,33 +45,42 @@ class Member:
     unit: str
     partial: tuple[str, ...] = ()
     tied: bool = False
-    treatment: Treatment = Treatment()
+    param_group: ParamGroup = ParamGroup()
     whole: int = 0
-    room: int = 0
+    max_numel: int = 0
     expert: bool = False
 
     @property
-    def route(self) -> tuple:
+    def bucket_key(self) -> tuple:
         """Equal for members that may share a bucket."""
-        frozen = self.treatment.frozen
-        return (self.partial, self.tied, "" if frozen else self.treatment.rule, self.whole > 0, self.expert, frozen)
+        frozen = self.param_group.frozen
+        return (
+            self.partial,
+            self.tied,
+            "" if frozen else self.param_group.rule,
+            self.whole > 0,
+            self.expert,
+            frozen,
+        )
 
     @property
     def space(self) -> int:
         """Elements to leave for it, a multiple of `ALIGN`."""
-        return _padded(self.room or self.numel)
+        return _padded(self.max_numel or self.numel)
 
     @property
-    def lump(self) -> int:
+    def atomic_size(self) -> int:
         """The longest stretch that must stay on one rank; 0 when any may part."""
         return self.space if self.whole == self.numel else self.whole
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Members one after another; `offsets[i]` is where member i begins, `numel` includes the padding, which is zero."""
+    """Members one after another; `offsets[i]` is where member i begins, `numel` includes the
+    padding, which is zero.
+    """
 
-    members: tuple[Member, ...]
+    members: tuple[BucketParam, ...]
     offsets: tuple[int, ...]
     numel: int
 
@@ -86,11 +98,11 @@ class Bucket:
 
     @property
     def rule(self) -> str:
-        return self.members[0].treatment.rule
+        return self.members[0].param_group.rule
 
     @property
     def frozen(self) -> bool:
-        return self.members[0].treatment.frozen
+        return self.members[0].param_group.frozen
 
     @property
     def units(self) -> frozenset[str]:
@@ -99,40 +111,55 @@ class Bucket:
     @property
     def gaps(self) -> list[tuple[int, int]]:
         """The padding after members, where there is some."""
-        ends = [offset + member.numel for member, offset in zip(self.members, self.offsets, strict=True)]
-        return [gap for gap in zip(ends, (*self.offsets[1:], self.numel), strict=True) if gap[0] < gap[1]]
+        ends = [
+            offset + member.numel for member, offset in zip(self.members, self.offsets, strict=True)
+        ]
+        return [
+            gap
+            for gap in zip(ends, (*self.offsets[1:], self.numel), strict=True)
+            if gap[0] < gap[1]
+        ]
 
     def shard_range(self, size: int, rank: int) -> tuple[int, int]:
         """The elements that `rank` of `size` keeps."""
         each = self.numel // size
         return rank * each, (rank + 1) * each
 
-    def cuts(self, begin: int, end: int) -> list[Cut]:
+    def slices(self, begin: int, end: int) -> list[ParamSlice]:
         """The stretches of members inside `begin <= i < end`, in order."""
         cuts = []
         for member, offset in zip(self.members, self.offsets, strict=True):
             first, last = max(begin, offset), min(end, offset + member.numel)
             if first < last:
-                cuts.append(Cut(member, first - offset, last - offset, first - begin))
+                cuts.append(ParamSlice(member, first - offset, last - offset, first - begin))
         return cuts
 
-    def runs(self, begin: int, end: int) -> list[tuple[int, int, Treatment]]:
-        """`(first, last, treatment)` stretches of `begin <= i < end` treated alike, counted from `begin`.
+    def runs(self, begin: int, end: int) -> list[tuple[int, int, ParamGroup]]:
+        """`(first, last, param_group)` stretches of `begin <= i < end` treated alike, counted from
+        `begin`.
 
         For `begin` and `end` of a shard they are whole multiples of `ALIGN`, padding included.
         """
         runs = []
-        for treatment, cuts in groupby(self.cuts(begin, end), key=lambda cut: cut.member.treatment):
+        for param_group, cuts in groupby(
+            self.slices(begin, end), key=lambda cut: cut.member.param_group
+        ):
             cuts = list(cuts)
-            runs.append((cuts[0].place, _padded(cuts[-1].place + cuts[-1].end - cuts[-1].begin), treatment))
+            runs.append(
+                (
+                    cuts[0].place,
+                    _padded(cuts[-1].place + cuts[-1].end - cuts[-1].begin),
+                    param_group,
+                )
+            )
         return runs
 
 
 @dataclass(frozen=True)
-class Cut:
+class ParamSlice:
     """Elements `begin <= i < end` of a member's flat local tensor, found at `place` of a shard."""
 
-    member: Member
+    member: BucketParam
     begin: int
     end: int
     place: int
@@ -143,25 +170,30 @@ class Cut:
 
 
 def plan_buckets(
-    members: list[Member], itemsize: int, shards: int = 1, bucket_bytes: int = 32 * 2**20, by_unit: bool = False
+    members: list[BucketParam],
+    itemsize: int,
+    shards: int = 1,
+    bucket_bytes: int = 32 * 2**20,
+    by_unit: bool = False,
 ) -> list[Bucket]:
-    """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit); members are whole.
+    """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit);
+    members are whole.
 
-    Inside a bucket members that are treated alike lie together, those with most decay first, so that a shard has few
-    runs. A bucket of members with a `whole` grows until it can be divided nearly evenly; what is left over at the end
-    and cannot joins the bucket before it.
+    Inside a bucket members that are treated alike lie together, those with most decay first, so
+    that a shard has few runs. A bucket of members with a `whole` grows until it can be divided
+    nearly evenly; what is left over at the end and cannot joins the bucket before it.
     """
-    open_lists: dict[tuple, list[Member]] = {}
-    closed: list[list[Member]] = []
+    open_lists: dict[tuple, list[BucketParam]] = {}
+    closed: list[list[BucketParam]] = []
     for member in members:
-        group = open_lists.setdefault(member.route, [])
+        group = open_lists.setdefault(member.bucket_key, [])
         full = group and (sum(m.space for m in group) + member.space) * itemsize > bucket_bytes
         if group and (group[-1].unit != member.unit if by_unit else full and _even(group, shards)):
             closed.append(group)
-            open_lists[member.route] = group = []
+            open_lists[member.bucket_key] = group = []
         group.append(member)
     for group in open_lists.values():
-        before = [other for other in closed if other[0].route == group[0].route]
+        before = [other for other in closed if other[0].bucket_key == group[0].bucket_key]
         if before and not by_unit and not _even(group, shards):
             before[-1].extend(group)
         else:
@@ -169,10 +201,10 @@ def plan_buckets(
     return [_bucket(group, shards) for group in closed]
 
 
-def _bucket(group: list[Member], shards: int) -> Bucket:
+def _bucket(group: list[BucketParam], shards: int) -> Bucket:
     if group[0].whole and shards > 1:
         return _whole_bucket(group, shards)
-    group = sorted(group, key=lambda m: (-m.treatment.weight_decay, m.treatment.lr_scale))
+    group = sorted(group, key=lambda m: (-m.param_group.weight_decay, m.param_group.lr_scale))
     offsets, total = [], 0
     for member in group:
         offsets.append(total)
@@ -183,31 +215,41 @@ def _bucket(group: list[Member], shards: int) -> Bucket:
 # Members of which some elements must stay together
 
 
-def _even(group: list[Member], shards: int) -> bool:
+def _even(group: list[BucketParam], shards: int) -> bool:
     """Whether equal ranges cost little: `WASTE` of the elements at most."""
     total = sum(member.space for member in group)
-    return shards == 1 or not group[0].whole or _whole_bucket(group, shards).numel <= (1 + WASTE) * total
+    return (
+        shards == 1
+        or not group[0].whole
+        or _whole_bucket(group, shards).numel <= (1 + WASTE) * total
+    )
 
 
-def _whole_bucket(group: list[Member], shards: int) -> Bucket:
+def _whole_bucket(group: list[BucketParam], shards: int) -> Bucket:
     """The smallest equal ranges that were found in which no `whole` lies across two of them."""
     total = sum(member.space for member in group)
-    fair = max(_padded(-(-total // shards)), *(member.lump for member in group))
+    fair = max(_padded(-(-total // shards)), *(member.atomic_size for member in group))
     steps = {fair + _padded(fair * i // 32) for i in range(32 * shards)}
-    steps |= {-(-fair // member.lump) * member.lump for member in group}
+    steps |= {-(-fair // member.atomic_size) * member.atomic_size for member in group}
     for each in sorted(steps):
         starts = _fit(group, each, shards)
         if starts is not None:
             order = sorted(range(len(group)), key=lambda i: starts[i])
-            return Bucket(tuple(group[i] for i in order), tuple(starts[i] for i in order), each * shards)
-    raise InternalError(f"no ranges for {', '.join(m.name for m in group)} over {shards} ranks: the plan is wrong.")
+            return Bucket(
+                tuple(group[i] for i in order), tuple(starts[i] for i in order), each * shards
+            )
+    raise InternalError(
+        f"no ranges for {', '.join(m.name for m in group)} over {shards} ranks: the plan is wrong."
+    )
 
 
-def _fit(group: list[Member], each: int, shards: int) -> list[int] | None:
-    """Where each member begins when every range has `each` elements; None when that was not found to be possible.
+def _fit(group: list[BucketParam], each: int, shards: int) -> list[int] | None:
+    """Where each member begins when every range has `each` elements; None when that was not found
+    to be possible.
 
-    Stacks longer than a range are laid first, from one range into the next: what is in front of a boundary ends
-    exactly there. The others go, longest first, into the first gap of one range that is left.
+    Stacks longer than a range are laid first, from one range into the next: what is in front of a
+    boundary ends exactly there. The others go, longest first, into the first gap of one range that
+    is left.
     """
     starts = [-1] * len(group)
     order = sorted(range(len(group)), key=lambda i: -group[i].space)
@@ -227,10 +269,14 @@ def _fit(group: list[Member], each: int, shards: int) -> list[int] | None:
     if place > each * shards:
         return None
     boundary = min(-(-place // each), shards) * each
-    gaps += [(place, boundary)] + [(begin, begin + each) for begin in range(boundary, each * shards, each)]
+    gaps += [(place, boundary)] + [
+        (begin, begin + each) for begin in range(boundary, each * shards, each)
+    ]
     for i in order:
         if starts[i] < 0:
-            gap = next((k for k, (begin, end) in enumerate(gaps) if end - begin >= group[i].space), None)
+            gap = next(
+                (k for k, (begin, end) in enumerate(gaps) if end - begin >= group[i].space), None
+            )
             if gap is None:
                 return None
             starts[i], end = gaps[gap]

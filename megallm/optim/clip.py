@@ -7,12 +7,16 @@ from torch import Tensor
 from megallm.optim.zero import ShardedParameters
 
 
-def clip_gradients(parameters: ShardedParameters, limit: float, loss_scale: Tensor | None = None) -> Tensor:
-    """Scale all gradients by `min(1, limit / (norm + 1e-6))` and return the norm before; 0 switches clipping off.
+def clip_gradients(
+    parameters: ShardedParameters, limit: float, loss_scale: Tensor | None = None
+) -> Tensor:
+    """Scale all gradients by `min(1, limit / (norm + 1e-6))` and return the norm before; 0 switches
+    clipping off.
 
     `loss_scale` is what the loss was multiplied by: the gradients are divided by it first.
 
-    Collective over the world; every rank gets the same float64 scalar, on its device: nothing waits for it.
+    Collective over the world; every rank gets the same float64 scalar, on its device: nothing waits
+    for it.
     """
     norm = parameters.squared_norm().sqrt()
     if loss_scale is not None:

@@ -1,4 +1,6 @@
-"""Rules that treat each element by itself, over the flat buckets: SGD, AdaGrad, RMSProp, Adam, AdamW, Lion."""
+"""Rules that treat each element by itself, over the flat buckets: SGD, AdaGrad, RMSProp, Adam,
+AdamW, Lion.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from megallm.ops.adam import AdamRule, FlatState, adamw_
 from megallm.ops.updates import Flat, LionRule, ScaleRule, SgdRule, adagrad_, lion_, rmsprop_, sgd_
-from megallm.optim.buckets import Treatment
+from megallm.optim.buckets import ParamGroup
 from megallm.optim.config import OptimConfig
 from megallm.optim.flat import FlatBucket
 
@@ -21,13 +23,19 @@ class Clock(NamedTuple):
     skip: Tensor  # float32: 1.0 leaves everything as it is
 
 
-CHUNK = 2**18  # elements that an update with temporaries works on at once on a CPU, so that they stay in its cache
+CHUNK = (
+    2**18
+)  # elements that an update with temporaries works on at once on a CPU, so that they stay in its cache
 
 
 class Elementwise:
-    """The buckets of one rule. `states` has for each state name and bucket index this rank's range."""
+    """The buckets of one rule. `states` has for each state name and bucket index this rank's
+    range.
+    """
 
-    def __init__(self, rule: str, config: OptimConfig, states: dict[str, dict[int, Tensor]]) -> None:
+    def __init__(
+        self, rule: str, config: OptimConfig, states: dict[str, dict[int, Tensor]]
+    ) -> None:
         self.apply, self.config, self.states = APPLY[rule], config, states
         self.fused = rule in FUSED
 
@@ -35,9 +43,11 @@ class Elementwise:
         """Apply the completed and clipped gradients of `buckets`."""
         for bucket in buckets:
             grads = bucket.shard_grads.to(bucket.master.device)
-            for begin, end, treatment in bucket.plan.runs(bucket.begin, bucket.end):
-                settings = Settings(lr * treatment.lr_scale, treatment, self.config)
-                step = CHUNK if grads.device.type == "cpu" and not self.fused else max(end - begin, 1)
+            for begin, end, param_group in bucket.plan.runs(bucket.begin, bucket.end):
+                settings = Settings(lr * param_group.lr_scale, param_group, self.config)
+                step = (
+                    CHUNK if grads.device.type == "cpu" and not self.fused else max(end - begin, 1)
+                )
                 for first in range(begin, end, step):
                     run = slice(first, min(first + step, end))
                     states = {name: flats[bucket.index][run] for name, flats in self.states.items()}
@@ -48,37 +58,37 @@ class Settings(NamedTuple):
     """What one run of elements is updated with."""
 
     lr: float
-    treatment: Treatment
+    param_group: ParamGroup
     config: OptimConfig
 
 
 def _adam(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
-    lr, treatment, config = settings
-    decoupled = treatment.rule != "adam"
-    rule = AdamRule(lr, config.betas, config.eps, treatment.weight_decay, decoupled)
+    lr, param_group, config = settings
+    decoupled = param_group.rule != "adam"
+    rule = AdamRule(lr, config.betas, config.eps, param_group.weight_decay, decoupled)
     adamw_(FlatState(*flat, states["exp_avg"], states["exp_avg_sq"]), rule, *clock)
 
 
 def _sgd(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
-    lr, treatment, config = settings
-    rule = SgdRule(lr, treatment.weight_decay, config.momentum, config.nesterov)
+    lr, param_group, config = settings
+    rule = SgdRule(lr, param_group.weight_decay, config.momentum, config.nesterov)
     sgd_(flat, states.get("momentum"), rule, clock.skip)
 
 
 def _adagrad(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
-    lr, treatment, config = settings
-    adagrad_(flat, states["sum"], ScaleRule(lr, treatment.weight_decay, config.eps), clock.skip)
+    lr, param_group, config = settings
+    adagrad_(flat, states["sum"], ScaleRule(lr, param_group.weight_decay, config.eps), clock.skip)
 
 
 def _rmsprop(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
-    lr, treatment, config = settings
-    rule = ScaleRule(lr, treatment.weight_decay, config.eps, config.smoothing, config.momentum)
+    lr, param_group, config = settings
+    rule = ScaleRule(lr, param_group.weight_decay, config.eps, config.smoothing, config.momentum)
     rmsprop_(flat, states["square_avg"], states.get("momentum"), rule, clock.skip)
 
 
 def _lion(flat: Flat, states: dict[str, Tensor], settings: Settings, clock: Clock) -> None:
-    lr, treatment, config = settings
-    lion_(flat, states["exp_avg"], LionRule(lr, treatment.weight_decay, config.betas), clock.skip)
+    lr, param_group, config = settings
+    lion_(flat, states["exp_avg"], LionRule(lr, param_group.weight_decay, config.betas), clock.skip)
 
 
 APPLY: dict[str, Callable[[Flat, dict[str, Tensor], Settings, Clock], None]] = {

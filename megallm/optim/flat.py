@@ -1,7 +1,8 @@
-"""One bucket in memory: parameters, gradients and master weights as flat buffers, whole or this rank's range.
+"""One bucket in memory: parameters, gradients and master weights as flat buffers, whole or this
+rank's range.
 
-What stays sharded between uses is ZeRO's stage (arXiv 1910.02054): 0 nothing, 1 the master weights and the
-optimizer's state, 2 the gradients too, 3 the parameters too.
+What stays sharded between uses is ZeRO's stage (arXiv 1910.02054): 0 nothing, 1 the master weights
+and the optimizer's state, 2 the gradients too, 3 the parameters too.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ PARAMETERS = "zero.parameters"
 
 
 class FlatBucket:
-    """Storage and messages of one bucket. `shard` is the group that divides it (size 1: whole everywhere)."""
+    """Storage and messages of one bucket. `shard` is the group that divides it (size 1: whole
+    everywhere).
+    """
 
     def __init__(
-        self, index: int, plan: Bucket, options: ZeroOptions, shard: Axis,
-        dtypes: tuple[torch.dtype, torch.dtype], device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        index: int,
+        plan: Bucket,
+        options: ZeroOptions,
+        shard: Axis,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        device: torch.device,
+    ) -> None:
         dtype, wide = dtypes
         self.index, self.plan, self.shard, self.frozen = index, plan, shard, plan.frozen
         self.begin, self.end = plan.shard_range(shard.size, shard.rank)
@@ -46,14 +54,17 @@ class FlatBucket:
         # Frozen parameters have no gradient: their buffer is empty and nothing may read it.
         numel = 0 if self.frozen else count if self.sharded_grads else plan.numel
         self.grads = torch.zeros(numel, dtype=wide, device=device)
-        self.shard_grads = self.grads if self.sharded_grads or self.frozen else self.grads[self.begin : self.end]
+        self.shard_grads = (
+            self.grads if self.sharded_grads or self.frozen else self.grads[self.begin : self.end]
+        )
         self.untouched = True  # nothing of this step is in `grads`, whatever they hold
         self.gathering: dist.Work | None = None
 
     def views(self, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
         """The whole members, as views of `params` that do not notice when a gather rewrites it.
 
-        To be made once, before parameters are let go for the first time: no view can be made of freed memory.
+        To be made once, before parameters are let go for the first time: no view can be made of
+        freed memory.
         """
         flat = self.params.data
         return {
@@ -64,42 +75,50 @@ class FlatBucket:
     # Parameters
 
     def publish(self) -> None:
-        """After an update: the new weights in the model's dtype, on their way to the other ranks of the shard group."""
+        """After an update: the new weights in the model's dtype, on their way to the other ranks of
+        the shard group.
+        """
         if self.master is not self.weights:
             self.weights.copy_(self.master)
         if not self.frees_params:
             self._start_gather()
 
-    def request(self) -> None:
+    def prefetch(self) -> None:
         """Start bringing the parameters, if they are neither here nor on their way."""
         if self.frees_params and not self.present and self.gathering is None:
             self.params.untyped_storage().resize_(self.params.numel() * self.params.element_size())
             self._start_gather()
 
-    def arrive(self) -> None:
+    def unshard(self) -> None:
         """Have the parameters here."""
-        self.request()
+        self.prefetch()
         if self.gathering is not None:
             self.gathering.wait()
             self.gathering = None
         self.present = True
 
-    def release(self) -> None:
-        """Let go of parameters that are not kept between uses; nothing happens to those that are not here."""
+    def reshard(self) -> None:
+        """Let go of parameters that are not kept between uses; nothing happens to those that are
+        not here.
+        """
         if self.frees_params and (self.present or self.gathering is not None):
-            self.arrive()
+            self.unshard()
             self.params.untyped_storage().resize_(0)
             self.present = False
 
-    def land(self) -> None:
-        """Have nothing on its way and nothing stale, before the weights are written from outside."""
+    def wait_and_reshard(self) -> None:
+        """Have nothing on its way and nothing stale, before the weights are written from
+        outside.
+        """
         if self.gathering is not None:
-            self.arrive()
-        self.release()
+            self.unshard()
+        self.reshard()
 
     def _start_gather(self) -> None:
         if self.shard.size > 1 and PARAMETERS not in self.shard.broken:
-            piece = self.weights if self.frees_params else self.weights.clone()  # never its own output
+            piece = (
+                self.weights if self.frees_params else self.weights.clone()
+            )  # never its own output
             self.gathering = comm.start_all_gather(self.params, piece, self.shard)
 
     # Gradients
@@ -115,7 +134,9 @@ class FlatBucket:
             self.untouched = False
 
     def reduce_scatter(self, whole: Tensor, done: deque[Callable[[], None]]) -> None:
-        """Start summing `whole` over the shard group; what is done on completion is appended to `done`."""
+        """Start summing `whole` over the shard group; what is done on completion is appended to
+        `done`.
+        """
         message = whole.to(self.message_dtype)
         if self.reduction in self.shard.broken or self.shard.size == 1:
             piece = message[self.begin : self.end].clone()
@@ -138,13 +159,17 @@ class FlatBucket:
         self.untouched = False
 
     def accumulate(self, params: dict[str, nn.Parameter]) -> None:
-        """Add the members' gradients of one microbatch to the whole wide accumulator; takes them away."""
+        """Add the members' gradients of one microbatch to the whole wide accumulator; takes them
+        away.
+        """
         self._drain(params, self.grads, self.untouched)
         self.untouched = False
 
     def pack(self, params: dict[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
         """The members' gradients of one microbatch end to end; takes them away."""
-        return self._drain(params, torch.empty(self.plan.numel, dtype=dtype, device=self.params.device), True)
+        return self._drain(
+            params, torch.empty(self.plan.numel, dtype=dtype, device=self.params.device), True
+        )
 
     def _drain(self, params: dict[str, nn.Parameter], into: Tensor, first: bool) -> Tensor:
         """`first`: the gradients replace what the buffer holds; else they are added to it."""

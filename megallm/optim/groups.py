@@ -1,4 +1,6 @@
-"""Which rule, learning rate and decay each parameter gets, from its logical name and its Shard. Pure."""
+"""Which rule, learning rate and decay each parameter gets, from its logical name and its Shard.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +9,28 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from megallm.base.errors import UsageError
-from megallm.optim.buckets import Treatment
+from megallm.optim.buckets import ParamGroup
 from megallm.optim.config import GroupConfig, OptimConfig
 from megallm.parallel.shard import Shard
 
-HIDDEN = ("layers.", "mtp.")  # where Muon's matrices are: the blocks of a model, not its embeddings and heads
+HIDDEN = (
+    "layers.",
+    "mtp.",
+)  # where Muon's matrices are: the blocks of a model, not its embeddings and heads
 
 
-def treatment(config: OptimConfig, name: str, shard: Shard) -> Treatment:
+def param_group(config: OptimConfig, name: str, shard: Shard) -> ParamGroup:
     """How the optimizer of a resolved configuration treats one parameter."""
     group = next((group for group in config.groups if matches(group.match, name)), GroupConfig())
     decay = config.weight_decay if shard.decay else 0.0
     decay = decay if group.weight_decay is None else group.weight_decay
-    return Treatment(rule_of(config.rule, name, shard), decay, group.lr_scale, group.frozen)
+    return ParamGroup(rule_of(config.rule, name, shard), decay, group.lr_scale, group.frozen)
 
 
 def rule_of(rule: str, name: str, shard: Shard) -> str:
-    """The update of one parameter: Muon leaves all but hidden matrices to AdamW, Adafactor does not factor vectors."""
+    """The update of one parameter: Muon leaves all but hidden matrices to AdamW, Adafactor does not
+    factor vectors.
+    """
     if rule == "muon" and not (is_matrix(shard) and name.startswith(HIDDEN)):
         return "adamw"
     if rule == "adafactor" and not is_matrix(shard):
@@ -37,7 +44,9 @@ def is_matrix(shard: Shard) -> bool:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """A pattern between slashes is a regular expression that occurs in the name, any other a glob of all of it."""
+    """A pattern between slashes is a regular expression that occurs in the name, any other a glob
+    of all of it.
+    """
     if len(pattern) >= 2 and pattern[0] == pattern[-1] == "/":
         return re.search(pattern[1:-1], name) is not None
     return fnmatchcase(name, pattern)
@@ -63,7 +72,11 @@ def check_groups(config: OptimConfig, names: Iterable[str]) -> None:
     for i, group in groups:
         if i not in taken:
             earlier = any(matches(group.match, name) for name in names)
-            why = "all it matches belongs to an earlier group" if earlier else "no parameter has such a name"
+            why = (
+                "all it matches belongs to an earlier group"
+                if earlier
+                else "no parameter has such a name"
+            )
             raise UsageError(
                 f"optim.groups[{i}].match '{group.match}' takes no parameter: {why}. The model has, for example, "
                 f"{', '.join(names[:: max(1, len(names) // 6)][:6])}."

@@ -10,10 +10,11 @@ from megallm.optim.config import OptimConfig
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """The rate of update number `step` (the first is 1) out of `total_steps`.
 
-    Linear warm-up from 0 over `warmup_steps`, then the schedule down to `min_lr` at `total_steps`. WSD
-    (arXiv 2404.06395) holds the rate and falls over the last `decay_fraction` of the steps, linearly, as half a
-    cosine, or as 1 - sqrt (arXiv 2405.18392). `inverse_sqrt` (arXiv 1706.03762) is lr sqrt(max(warmup_steps, 1) /
-    step), never below `min_lr`; it does not depend on `total_steps`.
+    Linear warm-up from 0 over `warmup_steps`, then the schedule down to `min_lr` at `total_steps`.
+    WSD (arXiv 2404.06395) holds the rate and falls over the last `decay_fraction` of the steps,
+    linearly, as half a cosine, or as 1 - sqrt (arXiv 2405.18392). `inverse_sqrt` (arXiv 1706.03762)
+    is lr sqrt(max(warmup_steps, 1) / step), never below `min_lr`; it does not depend on
+    `total_steps`.
     """
     config = config.resolve()
     if step <= config.warmup_steps:

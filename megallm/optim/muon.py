@@ -1,7 +1,9 @@
-"""Muon over flat buckets (Jordan 2024; arXiv 2502.16982): momentum, made orthogonal matrix by matrix.
+"""Muon over flat buckets (Jordan 2024; arXiv 2502.16982): momentum, made orthogonal matrix by
+matrix.
 
-Shards end where matrices end (`Member.whole`), so a rank has all of each of its matrices but what tensor
-parallelism splits; those pieces are gathered, and every tensor-parallel rank does the same work and keeps its slice.
+Shards end where matrices end (`BucketParam.whole`), so a rank has all of each of its matrices but
+what tensor parallelism splits; those pieces are gathered, and every tensor-parallel rank does the
+same work and keeps its slice.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from megallm.base.errors import InternalError
 from megallm.ops.newton_schulz import orthogonalized
 from megallm.ops.updates import keeping, unless
-from megallm.optim.buckets import Cut
+from megallm.optim.buckets import ParamSlice
 from megallm.optim.config import OptimConfig
 from megallm.optim.elementwise import Clock
 from megallm.optim.flat import FlatBucket
@@ -37,9 +39,11 @@ class Split(NamedTuple):
 
 
 class Matrices(NamedTuple):
-    """Neighbouring matrices `[n, rows, columns]` of one parameter in this rank's range, as held here."""
+    """Neighbouring matrices `[n, rows, columns]` of one parameter in this rank's range, as held
+    here.
+    """
 
-    cut: Cut
+    cut: ParamSlice
     shard: Shard
     shape: tuple[int, int, int]
 
@@ -57,28 +61,41 @@ class Matrices(NamedTuple):
 
 
 class Muon:
-    """The buckets of hidden matrices; `states["momentum"]` has this rank's range by bucket index."""
+    """The buckets of hidden matrices; `states["momentum"]` has this rank's range by bucket
+    index.
+    """
 
     def __init__(
-        self, config: OptimConfig, parameters: ShardedParameters, states: dict[str, dict[int, Tensor]]
+        self,
+        config: OptimConfig,
+        parameters: ShardedParameters,
+        states: dict[str, dict[int, Tensor]],
     ) -> None:
         self.config, self.parameters, self.states = config, parameters, states
 
     def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None:
-        """Apply the completed and clipped gradients of `buckets`; collective over the axes that split matrices."""
+        """Apply the completed and clipped gradients of `buckets`; collective over the axes that
+        split matrices.
+        """
         pending: list[Callable[[], None]] = []
         for bucket in buckets:
             direction = self._direction(bucket, clock)
-            for matrices in map(self._matrices, self.parameters.cuts(bucket)):
+            for matrices in map(self._matrices, self.parameters.slices(bucket)):
                 whole = self._start_gather(matrices, matrices.view(direction))
-                pending.append(lambda b=bucket, m=matrices, w=whole: self._apply(b, m, w(), lr, clock))
-                if len(pending) > 1:  # one gather is under way while another's matrices are worked on
+                pending.append(
+                    lambda b=bucket, m=matrices, w=whole: self._apply(b, m, w(), lr, clock)
+                )
+                if (
+                    len(pending) > 1
+                ):  # one gather is under way while another's matrices are worked on
                     pending.pop(0)()
         for apply in pending:
             apply()
 
     def _direction(self, bucket: FlatBucket, clock: Clock) -> Tensor:
-        """What is to be made orthogonal: the momentum, or with Nesterov the gradient moved along it."""
+        """What is to be made orthogonal: the momentum, or with Nesterov the gradient moved along
+        it.
+        """
         grads, mu = bucket.shard_grads.to(bucket.master.device), self.config.momentum
         grads = unless(clock.skip, grads)
         if mu == 0:
@@ -87,7 +104,7 @@ class Muon:
         momentum.lerp_(grads, (1 - mu) * keeping(clock.skip, grads))
         return grads.lerp_(momentum, mu) if self.config.nesterov else momentum
 
-    def _matrices(self, cut: Cut) -> Matrices:
+    def _matrices(self, cut: ParamSlice) -> Matrices:
         name = cut.member.name
         rows, columns = self.parameters.shapes[name][-2:]
         if cut.begin % (rows * columns) or cut.end % (rows * columns):
@@ -98,7 +115,9 @@ class Muon:
         return Matrices(cut, self.parameters.shards[name], shape)
 
     def _start_gather(self, matrices: Matrices, part: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring whole matrices together on the mesh's device; the result waits for them."""
+        """Begin to bring whole matrices together on the mesh's device; the result waits for
+        them.
+        """
         split, mesh = matrices.split, self.parameters.mesh
         part = part.to(mesh.device)
         if split is None:
@@ -108,14 +127,20 @@ class Muon:
             return lambda: part
         return comm.start_gather_uneven(part, axis, split.dim, split.total)
 
-    def _apply(self, bucket: FlatBucket, matrices: Matrices, whole: Tensor, lr: float, clock: Clock) -> None:
-        weights, treatment = matrices.view(bucket.master), matrices.cut.member.treatment
+    def _apply(
+        self, bucket: FlatBucket, matrices: Matrices, whole: Tensor, lr: float, clock: Clock
+    ) -> None:
+        weights, param_group = matrices.view(bucket.master), matrices.cut.member.param_group
         dtype = torch.bfloat16 if weights.dtype == torch.float32 else weights.dtype
         step = orthogonalized(whole, self.config.ns_steps, dtype)
         step = self._own(matrices, step).to(weights.device, weights.dtype)
-        lr, keep = lr * treatment.lr_scale, keeping(clock.skip, weights)
-        weights.mul_(1 - lr * treatment.weight_decay * keep)
-        weights.addcmul_(step, keep, value=-lr * update_scale(self.config.update_scale, *matrices.shard.full[-2:]))
+        lr, keep = lr * param_group.lr_scale, keeping(clock.skip, weights)
+        weights.mul_(1 - lr * param_group.weight_decay * keep)
+        weights.addcmul_(
+            step,
+            keep,
+            value=-lr * update_scale(self.config.update_scale, *matrices.shard.full[-2:]),
+        )
 
     def _own(self, matrices: Matrices, whole: Tensor) -> Tensor:
         """This rank's slice of whole matrices."""
@@ -128,6 +153,11 @@ class Muon:
 
 
 def update_scale(kind: str, rows: int, columns: int) -> float:
-    """What an orthogonal update is multiplied by: `rms` brings its root mean square to AdamW's, whatever the shape
-    (arXiv 2502.16982, section 2.2); `original` is Jordan's sqrt(max(1, rows / columns))."""
-    return RMS * math.sqrt(max(rows, columns)) if kind == "rms" else math.sqrt(max(1.0, rows / columns))
+    """What an orthogonal update is multiplied by: `rms` brings its root mean square to AdamW's,
+    whatever the shape (arXiv 2502.16982, section 2.2); `original` is Jordan's sqrt(max(1, rows /
+    columns))."""
+    return (
+        RMS * math.sqrt(max(rows, columns))
+        if kind == "rms"
+        else math.sqrt(max(1.0, rows / columns))
+    )

@@ -19,15 +19,18 @@ from megallm.parallel.shard import StateTensor
 
 
 class Updater(Protocol):
-    """Applies one rule; may be collective over the shard group and the axes that split parameters."""
+    """Applies one rule; may be collective over the shard group and the axes that split
+    parameters.
+    """
 
     def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None: ...
 
 
 class Optimizer:
-    """State lives beside the master weights; each parameter is treated as its `Treatment` says.
+    """State lives beside the master weights; each parameter is treated as its `ParamGroup` says.
 
-    `states` has by state name and bucket index this rank's range of state that is shaped like the parameters.
+    `states` has by state name and bucket index this rank's range of state that is shaped like the
+    parameters.
     """
 
     def __init__(self, config: OptimConfig, parameters: ShardedParameters) -> None:
@@ -42,7 +45,11 @@ class Optimizer:
         for rule in [rule for rule in rules if not rule.startswith("adafactor")]:
             buckets = [bucket for bucket in trainable if bucket.plan.rule == rule]
             states = self._allocate(rule, buckets)
-            made = Elementwise(rule, self.config, states) if rule in APPLY else Muon(self.config, parameters, states)
+            made = (
+                Elementwise(rule, self.config, states)
+                if rule in APPLY
+                else Muon(self.config, parameters, states)
+            )
             self.updaters.append((made, buckets))
         if self.config.rule == "adafactor":
             vectors = [bucket for bucket in trainable if bucket.plan.rule == "adafactor.vector"]
@@ -69,17 +76,24 @@ class Optimizer:
         self.count.fill_(count)
 
     def state(self) -> Iterator[StateTensor]:
-        """The state that has a Shard of its own; what is shaped like the parameters lies in `states`."""
+        """The state that has a Shard of its own; what is shaped like the parameters lies in
+        `states`.
+        """
         if self.adafactor is not None:
             mesh, tied = self.parameters.mesh, self.parameters.groups.tie.rank
             for state, name, shard, tensor in self.adafactor.factors():
                 later = tied and name == self.parameters.tied_name
-                owned, box = shard.owned(mesh.coords, first_stage=not later), shard.box(mesh.layout, mesh.coords)
-                yield StateTensor(f"optim.{state}.{name}", shard, box, tensor, owned, optimizer=True)
+                owned, box = (
+                    shard.owned(mesh.coords, first_stage=not later),
+                    shard.box(mesh.layout, mesh.coords),
+                )
+                yield StateTensor(
+                    f"optim.{state}.{name}", shard, box, tensor, owned, optimizer=True
+                )
 
     def step(self, lr: float, skip: Tensor) -> None:
-        """Apply the completed and clipped gradients, unless `skip` (a bool scalar, on the device) says not to, and
-        send the new weights on their way."""
+        """Apply the completed and clipped gradients, unless `skip` (a bool scalar, on the device)
+        says not to, and send the new weights on their way."""
         clock = Clock(self.count, skip.to(self.count.device, self.count.dtype))
         for updater, buckets in self.updaters:
             updater.update(buckets, lr, clock)

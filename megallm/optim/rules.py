@@ -1,7 +1,8 @@
 """The update rules: what each keeps for a parameter, and what a shard of it must not cut. Pure.
 
-State that is shaped like the parameter lies in flat buffers beside it; any other state has a Shard of its own. Both
-are saved as boxes of logical tensors `optim.STATE.PARAMETER`, so that they can be read at any layout.
+State that is shaped like the parameter lies in flat buffers beside it; any other state has a Shard
+of its own. Both are saved as boxes of logical tensors `optim.STATE.PARAMETER`, so that they can be
+read at any layout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from megallm.parallel.shard import Shard
 
 @dataclass(frozen=True)
 class State:
-    """One tensor for each parameter; `shard` makes its record from the parameter's, None: shaped like it.
+    """One tensor for each parameter; `shard` makes its record from the parameter's, None: shaped
+    like it.
 
     `kept` says whether settings call for it at all.
     """
@@ -44,7 +46,12 @@ class Rule:
 def row_factor(shard: Shard) -> Shard:
     """One number for each row of each matrix: the parameter without its last dim."""
     last = len(shard.full) - 1
-    return replace(shard, full=shard.full[:-1], split={d: a for d, a in shard.split.items() if d != last}, partial=())
+    return replace(
+        shard,
+        full=shard.full[:-1],
+        split={d: a for d, a in shard.split.items() if d != last},
+        partial=(),
+    )
 
 
 def column_factor(shard: Shard) -> Shard:
@@ -55,7 +62,9 @@ def column_factor(shard: Shard) -> Shard:
 
 
 def whole_elements(rule: str, shard: Shard, layout: Layout, local: tuple[int, ...]) -> int:
-    """`Member.whole` of a parameter of this rule whose piece on this rank has the shape `local`."""
+    """`BucketParam.whole` of a parameter of this rule whose piece on this rank has the shape
+    `local`.
+    """
     if RULES[rule].granularity == "element":
         return 0
     rows, columns = local[-2:]
@@ -73,7 +82,9 @@ RULES: dict[str, Rule] = {
     "adagrad": Rule((State("sum"),)),  # Duchi et al. 2011
     "rmsprop": Rule((State("square_avg"), _MOMENTUM)),  # Hinton 2012, lecture 6e
     "lion": Rule((State("exp_avg"),)),  # arXiv 2302.06675
-    "adafactor": Rule((State("rows", row_factor), State("columns", column_factor))),  # arXiv 1804.04235
+    "adafactor": Rule(
+        (State("rows", row_factor), State("columns", column_factor))
+    ),  # arXiv 1804.04235
     "adafactor.vector": Rule((State("exp_avg_sq"),)),
     "muon": Rule((_MOMENTUM,), "matrix"),  # Jordan 2024; arXiv 2502.16982
 }

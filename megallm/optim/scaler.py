@@ -1,7 +1,9 @@
-"""Dynamic loss scaling for fp16 (arXiv 1710.03740, section 3.2): gradients too small for fp16 are made larger.
+"""Dynamic loss scaling for fp16 (arXiv 1710.03740, section 3.2): gradients too small for fp16 are
+made larger.
 
-The loss is multiplied, gradients divided again before they are clipped. An overflow anywhere shows in the global norm,
-which every rank has, so all ranks decide alike. Nothing here is read by the host within a step.
+The loss is multiplied, gradients divided again before they are clipped. An overflow anywhere shows
+in the global norm, which every rank has, so all ranks decide alike. Nothing here is read by the
+host within a step.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import Diverged
-from megallm.ops.narrow import LossScaleOptions
+from megallm.ops.low_precision import LossScaleOptions
 
 LARGEST = 2.0**24  # growth ends here: gradients that are all zero would let it grow for ever
 
@@ -24,7 +26,8 @@ class LossScaler:
         self.held = torch.zeros((), dtype=torch.int64, device=device)
 
     def advance(self, finite: Tensor) -> Tensor:
-        """After a step: half the scale where the gradients were not finite, twice after `growth_steps` that were.
+        """After a step: half the scale where the gradients were not finite, twice after
+        `growth_steps` that were.
 
         Returns the scale that this step had.
         """
@@ -49,6 +52,8 @@ class LossScaler:
         return {"loss_scale": float(self.scale), "loss_scale_held": int(self.held)}
 
     def restore(self, counters: dict[str, float]) -> None:
-        """Take up a checkpoint's scale; one of another precision has none, and the scale starts afresh."""
+        """Take up a checkpoint's scale; one of another precision has none, and the scale starts
+        afresh.
+        """
         self.scale.fill_(counters.get("loss_scale", self.options.initial))
         self.held.fill_(counters.get("loss_scale_held", 0))

@@ -1,7 +1,9 @@
-"""Sums in a fixed binary tree over the microbatches of a step: the same bits for 1, 2 or 4 data ranks.
+"""Sums in a fixed binary tree over the microbatches of a step: the same bits for 1, 2 or 4 data
+ranks.
 
-Leaf i is the gradient of logical microbatch i of the global batch. Ranks own contiguous blocks whose length is a
-power of two, so each rank's sum is one node of the tree, and the nodes above are sums of pairs of ranks.
+Leaf i is the gradient of logical microbatch i of the global batch. Ranks own contiguous blocks
+whose length is a power of two, so each rank's sum is one node of the tree, and the nodes above are
+sums of pairs of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class TreeSum:
         self.partial.append((count, leaf))
 
     def total(self) -> Tensor:
-        """The root, and an empty tree afterwards; a single node when the count was a power of two."""
+        """The root, and an empty tree afterwards; a single node when the count was a power of
+        two.
+        """
         _, total = self.partial.pop()
         while self.partial:
             total = self.partial.pop()[1].add_(total)
@@ -39,7 +43,9 @@ class TreeSum:
 
 
 def tree_all_reduce_(x: Tensor, axis: Axis, exchange: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Sum `x` over the axis (its size a power of two) by doubling, always lower rank plus higher rank; in place."""
+    """Sum `x` over the axis (its size a power of two) by doubling, always lower rank plus higher
+    rank; in place.
+    """
     distance = 1
     while distance < axis.size:
         partner = axis.rank ^ distance
@@ -56,7 +62,10 @@ def exchanger(axis: Axis) -> Callable[[Tensor, int], Tensor]:
     def exchange(x: Tensor, partner: int) -> Tensor:
         other = torch.empty_like(x)
         peer = axis.ranks[partner]
-        work = [dist.P2POp(dist.isend, x, peer, axis.group), dist.P2POp(dist.irecv, other, peer, axis.group)]
+        work = [
+            dist.P2POp(dist.isend, x, peer, axis.group),
+            dist.P2POp(dist.irecv, other, peer, axis.group),
+        ]
         for handle in dist.batch_isend_irecv(work):
             handle.wait()
         return other

@@ -1,9 +1,10 @@
-"""Parameters, gradients and their reductions on one rank: ZeRO 0 to 3 as one mechanism (arXiv 1910.02054).
+"""Parameters, gradients and their reductions on one rank: ZeRO 0 to 3 as one mechanism (arXiv
+1910.02054).
 
-The pipeline says when a stage's gradients of a microbatch are complete, the stage says when a unit is about to
-be used or done with; this class gathers, lets go, accumulates wide and reduces as the Shard records and the
-ZeRO stage ask. Messages start as soon as their gradients are complete; at most IN_FLIGHT of them are waited for
-before `finish`.
+The pipeline says when a stage's gradients of a microbatch are complete, the stage says when a unit
+is about to be used or done with; this class gathers, lets go, accumulates wide and reduces as the
+Shard records and the ZeRO stage ask. Messages start as soon as their gradients are complete; at
+most IN_FLIGHT of them are waited for before `finish`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megallm.ops.precision import wide_dtype
-from megallm.optim.buckets import Cut, Member, Treatment, plan_buckets
+from megallm.optim.buckets import BucketParam, ParamGroup, ParamSlice, plan_buckets
 from megallm.optim.config import ZeroOptions
 from megallm.optim.flat import FlatBucket
 from megallm.optim.rules import whole_elements
@@ -33,7 +34,9 @@ IN_FLIGHT = 2  # reduce-scatters of one microbatch's gradients under way; each h
 
 
 class Entry(NamedTuple):
-    """A parameter of this rank: logical name, the parameter, its record, and the earliest local stage that holds it."""
+    """A parameter of this rank: logical name, the parameter, its record, and the earliest local
+    stage that holds it.
+    """
 
     name: str
     param: nn.Parameter
@@ -42,18 +45,20 @@ class Entry(NamedTuple):
 
 
 class Division(NamedTuple):
-    """Who divides the state (`shard`), and who holds the same range (`replica`); together they sum gradients."""
+    """Who divides the state (`shard`), and who holds the same range (`replica`); together they sum
+    gradients.
+    """
 
     shard: Axis
     replica: Axis
 
 
 class Sharing(NamedTuple):
-    """Who divides the state of dense parameters and of experts, and who shares the embedding (`tie`, under the logical
-    name `tied_name`).
+    """Who divides the state of dense parameters and of experts, and who shares the embedding
+    (`tie`, under the logical name `tied_name`).
 
-    `units` names units that several local stages use (an embedding that is also the head): their gradient is
-    complete only at the end of the step.
+    `units` names units that several local stages use (an embedding that is also the head): their
+    gradient is complete only at the end of the step.
     """
 
     dense: Division
@@ -64,21 +69,30 @@ class Sharing(NamedTuple):
 
 
 class ShardedParameters:
-    """All parameters of this rank's stages. Listens to the pipeline (`starts`, `stage_done`) and to units."""
+    """All parameters of this rank's stages. Listens to the pipeline (`starts`, `stage_done`) and to
+    units.
+    """
 
     def __init__(
-        self, entries: list[Entry], mesh: Mesh, dtype: torch.dtype, options: ZeroOptions, sharing: Sharing,
-        treatments: Mapping[str, Treatment],
-    ) -> None:  # fmt: skip
+        self,
+        entries: list[Entry],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        options: ZeroOptions,
+        sharing: Sharing,
+        param_groups: Mapping[str, ParamGroup],
+    ) -> None:
         self.mesh, self.options, self.groups, self.shared = mesh, options, sharing, sharing.units
-        self.treatments = treatments
+        self.param_groups = param_groups
         self.shards = {entry.name: entry.shard for entry in entries}
         self.shapes = {entry.name: entry.param.shape for entry in entries}
         self.tied_name = sharing.tied_name if sharing.tie.size > 1 else None
         self.flat = self._allocate(entries, dtype)
         self.params: dict[str, nn.Parameter] = {}
         self.trainable = [bucket for bucket in self.flat if not bucket.frozen]
-        self.views = {name: view for bucket in self.flat for name, view in bucket.views(self.shapes).items()}
+        self.views = {
+            name: view for bucket in self.flat for name, view in bucket.views(self.shapes).items()
+        }
         self.by_unit: dict[str, list[FlatBucket]] = {}
         self.by_stage: dict[int, list[str]] = {}
         for bucket in self.flat:
@@ -94,7 +108,7 @@ class ShardedParameters:
         self._reset()
 
     def _allocate(self, entries: list[Entry], dtype: torch.dtype) -> list[FlatBucket]:
-        members: dict[int, list[Member]] = {}
+        members: dict[int, list[BucketParam]] = {}
         for entry in entries:
             members.setdefault(entry.stage, []).append(self._member(entry))
         wide, device = wide_dtype(dtype), self.mesh.device
@@ -104,7 +118,9 @@ class ShardedParameters:
             shard = shard if self.options.stage else Axis("shard", broken=shard.broken)
             some = [member for member in members[stage] if member.expert == expert]
             by_unit = self.options.stage == 3
-            for plan in plan_buckets(some, wide.itemsize, shard.size, self.options.bucket_bytes, by_unit):
+            for plan in plan_buckets(
+                some, wide.itemsize, shard.size, self.options.bucket_bytes, by_unit
+            ):
                 made.append(FlatBucket(len(made), plan, self.options, shard, (dtype, wide), device))
         return made
 
@@ -113,20 +129,36 @@ class ShardedParameters:
         wrong = "grads.wrong_group" in self.mesh.world.broken
         return self.groups.experts if expert and not wrong else self.groups.dense
 
-    def _member(self, entry: Entry) -> Member:
+    def _member(self, entry: Entry) -> BucketParam:
         name, param, shard, _ = entry
-        treatment, layout = self.treatments[name], self.mesh.layout
+        param_group, layout = self.param_groups[name], self.mesh.layout
         largest = shard.box(layout, self.mesh.coords | dict.fromkeys(shard.split.values(), 0))
-        whole = 0 if treatment.frozen else whole_elements(treatment.rule, shard, layout, param.shape)
+        whole = (
+            0
+            if param_group.frozen
+            else whole_elements(param_group.rule, shard, layout, param.shape)
+        )
         tied = name == self.tied_name
-        return Member(
-            name, param.numel(), unit_of(name), shard.partial, tied, treatment, whole, largest.size, shard.expert
-        )  # fmt: skip
+        return BucketParam(
+            name,
+            param.numel(),
+            unit_of(name),
+            shard.partial,
+            tied,
+            param_group,
+            whole,
+            largest.size,
+            shard.expert,
+        )
 
     def _neighbours(self) -> tuple[dict[str, str], dict[str, str]]:
         """For each unit the next one in a forward and in a backward pass through its stage."""
-        pairs = [pair for units in self.by_stage.values() for pair in zip(units, units[1:], strict=False)]
-        behind = {second: first for first, second in pairs if first != "embedding"}  # a look-up needs no weights again
+        pairs = [
+            pair for units in self.by_stage.values() for pair in zip(units, units[1:], strict=False)
+        ]
+        behind = {
+            second: first for first, second in pairs if first != "embedding"
+        }  # a look-up needs no weights again
         return dict(pairs), behind
 
     def _reset(self) -> None:
@@ -138,62 +170,64 @@ class ShardedParameters:
     def attach(self, params: dict[str, nn.Parameter]) -> None:
         """The parameters that now live on `views`; their `.grad` is collected."""
         self.params = params
-        self.unsettle()
+        self.reshard()
 
     # Units: bring parameters and let them go
 
     def before_forward(self, keys: tuple[str, ...]) -> None:
-        self._bring(keys, self.ahead)
+        self._unshard(keys, self.ahead)
 
     def after_forward(self, keys: tuple[str, ...]) -> None:
-        self._release(keys)
+        self._reshard(keys)
 
     def before_backward(self, keys: tuple[str, ...]) -> None:
-        self._bring(keys, self.behind)
+        self._unshard(keys, self.behind)
 
     def after_backward(self, keys: tuple[str, ...]) -> None:
-        self._release(keys)
+        self._reshard(keys)
         if self.early:
             self._complete([key for key in keys if key not in self.shared])
 
-    def _bring(self, keys: tuple[str, ...], following: dict[str, str]) -> None:
+    def _unshard(self, keys: tuple[str, ...], following: dict[str, str]) -> None:
         for key in keys:
             for bucket in self.by_unit[key]:
-                bucket.arrive()
+                bucket.unshard()
         for bucket in self.by_unit.get(following.get(keys[0], ""), ()):
-            bucket.request()
+            bucket.prefetch()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Keep all parameters on this rank inside the context, gathered once: for many forward passes in a row.
+        """Keep all parameters on this rank inside the context, gathered once: for many forward
+        passes in a row.
 
-        Collective over the shard groups; ranks may then use their weights in any order, or not at all.
+        Collective over the shard groups; ranks may then use their weights in any order, or not at
+        all.
         """
         self.keeps = True
         try:
             for bucket in self.flat:
-                bucket.arrive()
+                bucket.unshard()
             yield
         finally:
             self.keeps = False
-            self.unsettle()
+            self.reshard()
 
-    def _release(self, keys: tuple[str, ...]) -> None:
+    def _reshard(self, keys: tuple[str, ...]) -> None:
         if self.keeps:
             return
         for key in keys:
             for bucket in self.by_unit[key]:
-                bucket.release()
+                bucket.reshard()
 
-    def unsettle(self) -> None:
+    def reshard(self) -> None:
         """Let go of what is not kept between uses."""
         for bucket in self.flat:
-            bucket.release()
+            bucket.reshard()
 
-    def land(self) -> None:
+    def wait_and_reshard(self) -> None:
         """Have nothing on its way and nothing stale, before weights are written from outside."""
         for bucket in self.flat:
-            bucket.land()
+            bucket.wait_and_reshard()
 
     # Gradients
 
@@ -204,20 +238,24 @@ class ShardedParameters:
             bucket.begin_step()
 
     def starts(self, stage: int, last: bool, whole: bool) -> None:
-        """A backward pass begins on a stage; `whole`: weight gradients come with it, so units complete one by one."""
+        """A backward pass begins on a stage; `whole`: weight gradients come with it, so units
+        complete one by one.
+        """
         self.last, self.early = last, whole
 
     def stage_done(self, stage: int, last: bool) -> None:
         """The gradients of one microbatch on one stage are complete."""
         self.early, self.last = False, last
         units = self.by_stage.get(stage, [])
-        self._release(tuple(units))
+        self._reshard(tuple(units))
         self._complete(units)
 
     def _complete(self, units: list[str]) -> None:
-        """Take the gradients of finished units; start the reduction of buckets that have all they wait for.
+        """Take the gradients of finished units; start the reduction of buckets that have all they
+        wait for.
 
-        A unit may have been taken already when its own backward pass ended; then it waits for the next microbatch.
+        A unit may have been taken already when its own backward pass ended; then it waits for the
+        next microbatch.
         """
         for unit in units:
             for bucket in (bucket for bucket in self.by_unit[unit] if not bucket.frozen):
@@ -230,8 +268,9 @@ class ShardedParameters:
     def _take(self, bucket: FlatBucket) -> None:
         """Add the gradients of one microbatch to where they accumulate.
 
-        A bucket without any gradient was taken already. Which buckets have one follows from the plan, not from the
-        tokens: experts that no token chose have one of zeros (`ops.grouped_gemm`), so all ranks reduce alike.
+        A bucket without any gradient was taken already. Which buckets have one follows from the
+        plan, not from the tokens: experts that no token chose have one of zeros
+        (`ops.grouped_gemm`), so all ranks reduce alike.
         """
         if not any(self.params[member.name].grad is not None for member in bucket.plan.members):
             return
@@ -260,7 +299,11 @@ class ShardedParameters:
         self.last = True
         for bucket in self.trainable:
             self._take(bucket)
-            if not bucket.sharded_grads and not self.options.tree and bucket.index not in self.launched:
+            if (
+                not bucket.sharded_grads
+                and not self.options.tree
+                and bucket.index not in self.launched
+            ):
                 bucket.zero_if_untouched()
                 self._launch(bucket)
         while self.done:
@@ -276,7 +319,9 @@ class ShardedParameters:
                 tree_all_reduce_(bucket.grads, axis, exchanger(axis))
         elif self.options.stage:
             bucket.zero_if_untouched()
-            comm.all_reduce_(bucket.shard_grads, self._division(bucket.plan.expert).replica, bucket.reduction)
+            comm.all_reduce_(
+                bucket.shard_grads, self._division(bucket.plan.expert).replica, bucket.reduction
+            )
         target = bucket.grads if self.options.tree else bucket.shard_grads
         for axis in bucket.plan.partial:
             comm.all_reduce_(target, self.mesh.axes[axis], "grads.partial")
@@ -294,7 +339,9 @@ class ShardedParameters:
     # Ownership
 
     def owns(self, name: str) -> bool:
-        """Whether this rank is the one that answers for its range of a parameter (one owner per logical element)."""
+        """Whether this rank is the one that answers for its range of a parameter (one owner per
+        logical element).
+        """
         if name == self.tied_name and self.groups.tie.rank:
             return False
         shard, coords = self.shards[name], self.mesh.coords
@@ -304,21 +351,22 @@ class ShardedParameters:
                 return False
         return shard.owned(coords)
 
-    def cuts(self, bucket: FlatBucket) -> Iterator[Cut]:
+    def slices(self, bucket: FlatBucket) -> Iterator[ParamSlice]:
         """The stretches of members in this rank's range of a bucket."""
-        yield from bucket.plan.cuts(bucket.begin, bucket.end)
+        yield from bucket.plan.slices(bucket.begin, bucket.end)
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of all logical gradient elements but frozen ones, a float64 scalar; collective over the world.
+        """Sum of squares of all logical gradient elements but frozen ones, a float64 scalar;
+        collective over the world.
 
-        In tree mode every rank holds the whole sums, and one replica is added up in an order that does not
-        depend on the number of replicas.
+        In tree mode every rank holds the whole sums, and one replica is added up in an order that
+        does not depend on the number of replicas.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for bucket in self.trainable:
             tree = self.options.tree
             flat = bucket.grads if tree else bucket.shard_grads
-            cuts = bucket.plan.cuts(0, bucket.plan.numel) if tree else self.cuts(bucket)
+            cuts = bucket.plan.slices(0, bucket.plan.numel) if tree else self.slices(bucket)
             for counts, run in groupby(cuts, key=lambda cut: self._counts(cut.member.name)):
                 if counts:
                     run = list(run)
@@ -335,8 +383,9 @@ class ShardedParameters:
 
 
 def shard_groups(mesh: Mesh, options: ZeroOptions, experts: bool) -> tuple[Division, Division]:
-    """Who divides dense parameters (inside dp x cp) and experts, if there are any (inside edp); collective over the
-    world when they are new groups. Where `shard_size` does not divide edp, its largest part that does divides experts.
+    """Who divides dense parameters (inside dp x cp) and experts, if there are any (inside edp);
+    collective over the world when they are new groups. Where `shard_size` does not divide edp, its
+    largest part that does divides experts.
     """
     dense = _division(mesh, "grads", options.shard_size)
     return dense, _division(mesh, "expert_grads", options.shard_size) if experts else dense

@@ -20,7 +20,7 @@ from megallm.engine.state import Piece
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.models.build import initial_values
-from megallm.ops.narrow import Fp8Options
+from megallm.ops.low_precision import Fp8Options
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches

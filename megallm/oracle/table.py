@@ -17,7 +17,7 @@ from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.parallel.layout import Layout
-from megallm.parallel.remade import PARTS
+from megallm.parallel.recompute_policy import PARTS
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
 

@@ -1,7 +1,7 @@
 """Collectives as autograd functions whose names state both directions.
 
-Each reduction has a name, listed in `REDUCTIONS`. An axis whose `broken` set contains the name skips
-that reduction; the layout oracle does this on purpose to prove that it would notice.
+Each reduction has a name, listed in `REDUCTIONS`. An axis whose `broken` set contains the name
+skips that reduction; the layout oracle does this on purpose to prove that it would notice.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ _all_gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tenso
 _reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
 
 
-def all_reduce_(x: Tensor, axis: Axis, name: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce_(
+    x: Tensor, axis: Axis, name: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """Reduce `x` in place over the axis and return it; no gradient."""
     if axis.size > 1 and name not in axis.broken:
         dist.all_reduce(x, op=op, group=axis.group)
@@ -118,7 +120,9 @@ def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> dist.Work:
 
 
 def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:
-    """Begin to gather the pieces of `total` along `dim`, long ones first; the result waits and joins them."""
+    """Begin to gather the pieces of `total` along `dim`, long ones first; the result waits and
+    joins them.
+    """
     ends = [piece(total, axis.size, rank) for rank in range(axis.size)]
     longest = ends[0][1]
     front = x.movedim(dim, 0)
@@ -130,14 +134,19 @@ def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable
 
     def finish(sent: Tensor = sent) -> Tensor:  # holds what is being sent until it has left
         work.wait()
-        pieces = [out[rank * longest : rank * longest + end - begin] for rank, (begin, end) in enumerate(ends)]
+        pieces = [
+            out[rank * longest : rank * longest + end - begin]
+            for rank, (begin, end) in enumerate(ends)
+        ]
         return torch.cat(pieces).movedim(0, dim)
 
     return finish
 
 
 def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> dist.Work:
-    """Begin summing `whole` over the axis into this rank's piece `out`; wait on the result before reading it."""
+    """Begin summing `whole` over the axis into this rank's piece `out`; wait on the result before
+    reading it.
+    """
     return _reduce_scatter(out, whole, group=axis.group, async_op=True)
 
 
@@ -154,7 +163,11 @@ class _CopyFwdSumBwd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis, ctx.name), None, None
+        return (
+            all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis, ctx.name),
+            None,
+            None,
+        )
 
 
 class _SumFwdCopyBwd(torch.autograd.Function):
@@ -175,7 +188,11 @@ class _SumFwdSumBwd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis, ctx.name), None, None
+        return (
+            all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis, ctx.name),
+            None,
+            None,
+        )
 
 
 class _GatherFwdReduceScatterBwd(torch.autograd.Function):
@@ -220,23 +237,37 @@ class _SliceFwdGatherBwd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         axis, dim = ctx.axis, ctx.dim
-        whole = torch.cat([grad] * axis.size, dim) if ctx.name in axis.broken else all_gather(grad, axis, dim)
+        whole = (
+            torch.cat([grad] * axis.size, dim)
+            if ctx.name in axis.broken
+            else all_gather(grad, axis, dim)
+        )
         return whole, None, None, None
 
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str
+    ) -> Tensor:
         ctx.axis, ctx.sent, ctx.received, ctx.name = axis, sent, received, name
         return exchange_rows(x, axis, sent, received, name)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        return exchange_rows(grad, ctx.axis, ctx.received, ctx.sent, ctx.name), None, None, None, None
+        return (
+            exchange_rows(grad, ctx.axis, ctx.received, ctx.sent, ctx.name),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str) -> Tensor:
-    """Rows of `x` in runs of `sent[i]` for rank i -> runs of `received[i]` rows from rank i; no gradient."""
+    """Rows of `x` in runs of `sent[i]` for rank i -> runs of `received[i]` rows from rank i; no
+    gradient.
+    """
     if axis.size == 1:
         return x
     out = x.new_empty(sum(received), *x.shape[1:])
@@ -274,32 +305,44 @@ def copy_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
 
 
 def sum_fwd_copy_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
-    """Sum over the axis forward; the gradient passes as it is. Megatron's `g` (arXiv 1909.08053)."""
+    """Sum over the axis forward; the gradient passes as it is. Megatron's `g` (arXiv
+    1909.08053).
+    """
     return x if axis.size == 1 else _SumFwdCopyBwd.apply(x, axis, name)
 
 
 def sum_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
-    """Sum over the axis forward, and the gradient too: each rank used the sum for something of its own."""
+    """Sum over the axis forward, and the gradient too: each rank used the sum for something of its
+    own.
+    """
     return x if axis.size == 1 else _SumFwdSumBwd.apply(x, axis, name)
 
 
 def gather_fwd_reduce_scatter_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
-    """Gather pieces of `dim` forward, sum and scatter the gradient. Sequence parallelism (arXiv 2205.05198)."""
+    """Gather pieces of `dim` forward, sum and scatter the gradient. Sequence parallelism (arXiv
+    2205.05198).
+    """
     return x if axis.size == 1 else _GatherFwdReduceScatterBwd.apply(x, axis, dim, name)
 
 
 def reduce_scatter_fwd_gather_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
-    """Sum and scatter pieces of `dim` forward, gather the gradient. Sequence parallelism (arXiv 2205.05198)."""
+    """Sum and scatter pieces of `dim` forward, gather the gradient. Sequence parallelism (arXiv
+    2205.05198).
+    """
     return x if axis.size == 1 else _ReduceScatterFwdGatherBwd.apply(x, axis, dim, name)
 
 
 def gather_fwd_slice_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
-    """Gather pieces of `dim` forward; backward keeps the own slice: for what every rank then uses identically."""
+    """Gather pieces of `dim` forward; backward keeps the own slice: for what every rank then uses
+    identically.
+    """
     return x if axis.size == 1 else _GatherFwdSliceBwd.apply(x, axis, dim, name)
 
 
 def all_to_all_fwd_all_to_all_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
-    """`x[i]` of `[size, ...]` goes to rank i, result `[i]` came from rank i; the gradient goes the same way back."""
+    """`x[i]` of `[size, ...]` goes to rank i, result `[i]` came from rank i; the gradient goes the
+    same way back.
+    """
     return x if axis.size == 1 else _AllToAll.apply(x, axis, name)
 
 

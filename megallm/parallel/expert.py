@@ -1,9 +1,10 @@
-"""Expert parallelism: tokens travel to the ranks that hold their experts, and back (GShard, arXiv 2006.16668).
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and back (GShard, arXiv
+2006.16668).
 
-The tp ranks of a tensor-parallel group share out the tokens, since all of them would hold the same (under sequence
-parallelism they already have different ones). Each copy of a token then goes by all-to-all over ep to the rank of its
-expert; a rank holds X/ep whole experts. How many rows travel depends on the router, so with ep > 1 a layer waits for
-the device once, to learn it.
+The tp ranks of a tensor-parallel group share out the tokens, since all of them would hold the same
+(under sequence parallelism they already have different ones). Each copy of a token then goes by
+all-to-all over ep to the rank of its expert; a rank holds X/ep whole experts. How many rows travel
+depends on the router, so with ep > 1 a layer waits for the device once, to learn it.
 """
 
 from __future__ import annotations
@@ -24,22 +25,26 @@ from megallm.parallel.shard import Init, Shard
 from megallm.parallel.tensor import Linear
 
 
-def spread(x: Tensor, mesh: Mesh) -> Tensor:
-    """`[N, ...]`, the same on every tp rank -> this rank's share `[ceil(N / tp), ...]`, zeros after the last."""
+def scatter_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
+    """`[N, ...]`, the same on every tp rank -> this rank's share `[ceil(N / tp), ...]`, zeros after
+    the last.
+    """
     missing = -len(x) % mesh.tp.size
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
     return comm.slice_fwd_gather_bwd(x, mesh.tp, 0, "moe.enter")
 
 
-def collect(y: Tensor, count: int, mesh: Mesh) -> Tensor:
+def gather_over_tp(y: Tensor, count: int, mesh: Mesh) -> Tensor:
     """The shares of all tp ranks put together again, `[count, ...]` on each; collective over tp."""
     return comm.gather_fwd_slice_bwd(y, mesh.tp, 0, "moe.leave")[:count]
 
 
 @dataclass(frozen=True)
-class Route:
-    """Rows to and from each ep rank; `order` sorts what came by local expert (None: it is sorted)."""
+class DispatchPlan:
+    """Rows to and from each ep rank; `order` sorts what came by local expert (None: it is
+    sorted).
+    """
 
     sent: list[int]
     received: list[int]
@@ -47,11 +52,13 @@ class Route:
     runs: Runs
 
 
-def plan_route(counts: Tensor, mesh: Mesh) -> Route:
-    """From the number of rows for each expert here, int64 `[X]`; collective over ep, and waits for the device then."""
+def plan_dispatch(counts: Tensor, mesh: Mesh) -> DispatchPlan:
+    """From the number of rows for each expert here, int64 `[X]`; collective over ep, and waits for
+    the device then.
+    """
     size, device = mesh.ep.size, counts.device
     if size == 1:
-        return Route([], [], None, Runs(counts.cumsum(0).to(torch.int32)))
+        return DispatchPlan([], [], None, Runs(counts.cumsum(0).to(torch.int32)))
     mine = counts.view(size, -1)
     theirs = comm.exchange_rows(mine, mesh.ep, [1] * size, [1] * size, "sizes")
     out, here = torch.stack((mine, theirs)).tolist()
@@ -59,33 +66,44 @@ def plan_route(counts: Tensor, mesh: Mesh) -> Route:
     local = torch.arange(mine.shape[1], device=device).repeat(size)
     local = torch.repeat_interleave(local, theirs.flatten(), output_size=sum(received))
     order = local.argsort(stable=True)
-    return Route(sent, received, order, Runs.of([sum(column) for column in zip(*here, strict=True)], device))
+    return DispatchPlan(
+        sent, received, order, Runs.of([sum(column) for column in zip(*here, strict=True)], device)
+    )
 
 
-def dispatch(x: Tensor, route: Route, mesh: Mesh) -> Tensor:
-    """Copies sorted by expert `[M, D]` -> the rows of this rank's experts, sorted by expert; collective over ep."""
-    x = comm.exchange_rows_fwd_exchange_rows_bwd(x, mesh.ep, route.sent, route.received, "moe.dispatch")
-    return x if route.order is None else permute(x, route.order, 1)
+def dispatch(x: Tensor, plan: DispatchPlan, mesh: Mesh) -> Tensor:
+    """Copies sorted by expert `[M, D]` -> the rows of this rank's experts, sorted by expert;
+    collective over ep.
+    """
+    x = comm.exchange_rows_fwd_exchange_rows_bwd(
+        x, mesh.ep, plan.sent, plan.received, "moe.dispatch"
+    )
+    return x if plan.order is None else permute(x, plan.order, 1)
 
 
-def give_back(y: Tensor, route: Route, mesh: Mesh) -> Tensor:
+def combine_rows(y: Tensor, plan: DispatchPlan, mesh: Mesh) -> Tensor:
     """The experts' outputs back to where `dispatch` took their rows from; collective over ep."""
-    y = y if route.order is None else unpermute(y, route.order, len(y))
-    return comm.exchange_rows_fwd_exchange_rows_bwd(y, mesh.ep, route.received, route.sent, "moe.combine")
+    y = y if plan.order is None else unpermute(y, plan.order, len(y))
+    return comm.exchange_rows_fwd_exchange_rows_bwd(
+        y, mesh.ep, plan.received, plan.sent, "moe.combine"
+    )
 
 
-def twins(mesh: Mesh) -> Axis:
-    """The ranks that have the other rows of an expert's input in a microbatch; collective over the world, once.
+def expert_replicas(mesh: Mesh) -> Axis:
+    """The ranks that have the other rows of an expert's input in a microbatch; collective over the
+    world, once.
 
-    That input is what one data rank sends where ep divides tp x cp, and otherwise what the fewest neighbouring data
-    ranks send that are whole runs of ep. The ranks are neighbours on edp.
+    That input is what one data rank sends where ep divides tp x cp, and otherwise what the fewest
+    neighbouring data ranks send that are whole runs of ep. The ranks are neighbours on edp.
     """
     tokens = mesh.layout.tp * mesh.layout.cp
     return mesh.view("expert_grads", lcm(mesh.layout.ep, tokens) // mesh.layout.ep)[1]
 
 
 class GroupedLinear(Linear):
-    """A linear of each expert: W `(X, *stack, out, in)`, whole experts divided over ep; never split over tp."""
+    """A linear of each expert: W `(X, *stack, out, in)`, whole experts divided over ep; never split
+    over tp.
+    """
 
     def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init) -> None:
         super().__init__(mesh)
@@ -95,11 +113,11 @@ class GroupedLinear(Linear):
         """Rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
         weight = self.weight.flatten(1, -2)
         if self.fp8 is not None:
-            y = fp8_grouped_linear(x, weight, runs, self.fp8, self.later)
+            y = fp8_grouped_linear(x, weight, runs, self.fp8, self.weight_grads)
         else:
-            y = grouped_linear(x, weight, runs, self.later)
+            y = grouped_linear(x, weight, runs, self.weight_grads)
         return self.adapted(x, y, runs)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
-        return {"tokens": (twins(self.mesh),), "in": (), "out": ()}
+        return {"tokens": (expert_replicas(self.mesh),), "in": (), "out": ()}

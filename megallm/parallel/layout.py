@@ -30,8 +30,9 @@ PURPOSES = {
 class Layout:
     """The rank grid `arange(world).view(pp, dp, cp, tp)`; every size is at least 1.
 
-    Experts see the same ranks as `(pp, edp, ep)`: ep spans tp, then cp, then dp. The ranks of a stage, numbered with
-    tp fastest, are cut into runs of ep neighbours; a run holds every expert once.
+    Experts see the same ranks as `(pp, edp, ep)`: ep spans tp, then cp, then dp. The ranks of a
+    stage, numbered with tp fastest, are cut into runs of ep neighbours; a run holds every expert
+    once.
     """
 
     pp: int = 1
@@ -67,7 +68,9 @@ class Layout:
         return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep}[axis]
 
     def coords(self, rank: int) -> dict[str, int]:
-        """The coordinates of a rank in both views, e.g. `{"pp": 1, "dp": 0, "cp": 0, "tp": 1, "edp": 1, "ep": 0}`."""
+        """The coordinates of a rank in both views, e.g. `{"pp": 1, "dp": 0, "cp": 0, "tp": 1,
+        "edp": 1, "ep": 0}`.
+        """
         if not 0 <= rank < self.world:
             raise UsageError(f"rank {rank} is outside this layout of {self.world} ranks.")
         edp, ep = divmod(rank % self.stage_ranks, self.ep)
@@ -86,7 +89,9 @@ class Layout:
         free = PURPOSES[purpose]
         view = AXES if set(free) <= set(AXES) else EXPERT_AXES
         sizes = [self.size(axis) for axis in view]
-        choices = [range(n) if axis in free else (here[axis],) for axis, n in zip(view, sizes, strict=True)]
+        choices = [
+            range(n) if axis in free else (here[axis],) for axis, n in zip(view, sizes, strict=True)
+        ]
         return tuple(_number(point, sizes) for point in product(*choices))
 
     def groups(self, purpose: str) -> list[tuple[int, ...]]:

@@ -1,4 +1,6 @@
-"""The process groups of one layout. A `Mesh` is passed to whoever needs it; there is no global one."""
+"""The process groups of one layout. A `Mesh` is passed to whoever needs it; there is no global
+one.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,16 @@ class Axis:
 
 
 class Mesh:
-    """Groups by purpose (`tp cp dp pp data grads model ep expert_grads world`) of this rank in a layout.
+    """Groups by purpose (`tp cp dp pp data grads model ep expert_grads world`) of this rank in a
+    layout.
 
-    `Mesh.single()` has size 1 everywhere and makes each collective the identity, so one-process code
-    and parallel code are the same code.
+    `Mesh.single()` has size 1 everywhere and makes each collective the identity, so one-process
+    code and parallel code are the same code.
     """
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device, axes: dict[str, Axis]) -> None:
+    def __init__(
+        self, layout: Layout, rank: int, device: torch.device, axes: dict[str, Axis]
+    ) -> None:
         self.layout = layout
         self.rank = rank
         self.device = device
@@ -43,7 +48,12 @@ class Mesh:
         self.axes = axes
         self.views: dict[tuple[str, int], tuple[Axis, Axis]] = {}
         self.tp, self.cp, self.dp, self.pp = axes["tp"], axes["cp"], axes["dp"], axes["pp"]
-        self.data, self.grads, self.model, self.world = axes["data"], axes["grads"], axes["model"], axes["world"]
+        self.data, self.grads, self.model, self.world = (
+            axes["data"],
+            axes["grads"],
+            axes["model"],
+            axes["world"],
+        )
         self.ep, self.expert_grads = axes["ep"], axes["expert_grads"]
 
     @staticmethod
@@ -52,7 +62,9 @@ class Mesh:
         return Mesh(Layout(), 0, torch.device(device), {name: Axis(name) for name in PURPOSES})
 
     @staticmethod
-    def start(layout: Layout, device: torch.device | str = "cpu", broken: frozenset[str] = frozenset()) -> Mesh:
+    def start(
+        layout: Layout, device: torch.device | str = "cpu", broken: frozenset[str] = frozenset()
+    ) -> Mesh:
         """Create this rank's groups; collective over the world, after `init_process_group`.
 
         Raises UsageError when the world is not of the layout's size.
@@ -66,27 +78,35 @@ class Mesh:
                 f"cp={layout.cp} tp={layout.tp} needs {layout.world}."
             )
         rank = dist.get_rank()
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(layout.world)): dist.group.WORLD}
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {
+            tuple(range(layout.world)): dist.group.WORLD
+        }
         axes = {}
         for purpose in PURPOSES:
             ranks = layout.ranks(purpose, of=rank)
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-            axes[purpose] = Axis(purpose, ranks.index(rank), len(ranks), ranks, made.get(ranks), broken)
+            axes[purpose] = Axis(
+                purpose, ranks.index(rank), len(ranks), ranks, made.get(ranks), broken
+            )
         return Mesh(layout, rank, torch.device(device), axes)
 
     def pair(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """A new group of the given ranks; collective over the world: every rank makes every pair in one order.
+        """A new group of the given ranks; collective over the world: every rank makes every pair in
+        one order.
 
-        `use_local_synchronization` would not do: torch derives the group's name from how many groups the
-        process already has, and that differs between the middle and the ends of a pipeline.
+        `use_local_synchronization` would not do: torch derives the group's name from how many
+        groups the process already has, and that differs between the middle and the ends of a
+        pipeline.
         """
         return dist.new_group(list(ranks))
 
     def view(self, name: str, inner: int) -> tuple[Axis, Axis]:
-        """An axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal places the outer one.
+        """An axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal places
+        the outer one.
 
-        Collective over the world the first time a view is asked for; `inner` divides the axis's size.
+        Collective over the world the first time a view is asked for; `inner` divides the axis's
+        size.
         """
         if (name, inner) not in self.views:
             axis = self.axes[name]
@@ -101,10 +121,17 @@ class Mesh:
         mine: list[Axis] = []
         for line in self.layout.groups(axis.name):  # every rank makes every group, in one order
             outer = [line[first::inner] for first in range(inner)]
-            for ranks in (*outer, *(line[begin : begin + inner] for begin in range(0, len(line), inner))):
+            for ranks in (
+                *outer,
+                *(line[begin : begin + inner] for begin in range(0, len(line), inner)),
+            ):
                 group = dist.new_group(list(ranks))
                 if self.rank in ranks:
-                    mine.append(Axis(axis.name, ranks.index(self.rank), len(ranks), ranks, group, axis.broken))
+                    mine.append(
+                        Axis(
+                            axis.name, ranks.index(self.rank), len(ranks), ranks, group, axis.broken
+                        )
+                    )
         return mine[0], mine[1]
 
     # Control messages: JSON over the world group, never pickle.
@@ -119,11 +146,17 @@ class Mesh:
         dist.all_reduce(sizes, group=self.world.group)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: payload.numel()] = payload
-        rows = [torch.empty_like(padded) for _ in range(self.world.size)] if self.world.rank == 0 else None
+        rows = (
+            [torch.empty_like(padded) for _ in range(self.world.size)]
+            if self.world.rank == 0
+            else None
+        )
         dist.gather(padded, rows, dst=0, group=self.world.group)
         if rows is None:
             return None
-        return [json.loads(bytes(row[:n].numpy())) for row, n in zip(rows, sizes.tolist(), strict=True)]
+        return [
+            json.loads(bytes(row[:n].numpy())) for row, n in zip(rows, sizes.tolist(), strict=True)
+        ]
 
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's value on every rank; collective over the world."""

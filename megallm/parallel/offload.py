@@ -1,7 +1,8 @@
-"""What blocks keep for the backward pass waits in CPU memory, copied beside the computation and back before its use.
+"""What blocks keep for the backward pass waits in CPU memory, copied beside the computation and
+back before its use.
 
-A block's tensors leave as they are saved; when the backward pass first asks for one of them, those of the block before
-start to come back too.
+A block's tensors leave as they are saved; when the backward pass first asks for one of them, those
+of the block before start to come back too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Offload:
 
     @contextmanager
     def block(self, staying: Iterable[Tensor | None]) -> Iterator[None]:
-        """What autograd saves inside leaves the device, but for memory of the `staying` tensors (weights, tables)."""
+        """What autograd saves inside leaves the device, but for memory of the `staying` tensors
+        (weights, tables).
+        """
         group = _Group(self, staying, self.latest)
         with torch.autograd.graph.saved_tensors_hooks(group.pack, _unpack):
             yield
@@ -54,7 +57,9 @@ class _Away:
             self.coming = self.group.owner.copies.back(self.host)
 
     def take(self) -> Tensor:
-        """The tensor, back; let go of after its last use (a second backward pass fetches it again)."""
+        """The tensor, back; let go of after its last use (a second backward pass fetches it
+        again).
+        """
         copies = self.group.owner.copies
         tensor = copies.arrived(*(self.coming or copies.back(self.host)))
         self.uses -= 1
@@ -66,10 +71,14 @@ class _Away:
 class _Group:
     """The saved tensors of one block; a tensor that is saved twice leaves once."""
 
-    def __init__(self, owner: Offload, staying: Iterable[Tensor | None], before: weakref.ref[_Group] | None) -> None:
+    def __init__(
+        self, owner: Offload, staying: Iterable[Tensor | None], before: weakref.ref[_Group] | None
+    ) -> None:
         self.owner, self.before = owner, before
         self.staying = {x.untyped_storage().data_ptr() for x in staying if x is not None}
-        self.saved: dict[tuple, tuple[Tensor, _Away]] = {}  # the tensors too, or their memory would be given to others
+        self.saved: dict[
+            tuple, tuple[Tensor, _Away]
+        ] = {}  # the tensors too, or their memory would be given to others
         self.members: weakref.WeakSet[_Away] = weakref.WeakSet()
 
     def pack(self, tensor: Tensor) -> Kept:
@@ -77,7 +86,9 @@ class _Group:
             return tensor
         shape, stride = tensor.shape, tensor.stride()
         if sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) == tensor.numel() - 1:
-            tensor = tensor.detach().as_strided((tensor.numel(),), (1,))  # without gaps: any view of it is one copy
+            tensor = tensor.detach().as_strided(
+                (tensor.numel(),), (1,)
+            )  # without gaps: any view of it is one copy
         else:
             stride = None
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

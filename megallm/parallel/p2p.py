@@ -1,8 +1,8 @@
 """Messages between pipeline ranks: one two-rank group per (source, destination, kind).
 
-A wire carries messages in the order of the sender's plan, and the receiver posts its receives in that
-same order, so two messages between the same peers can never be mistaken for one another, not even when
-the previous and the next stage are the same rank.
+A channel carries messages in the order of the sender's plan, and the receiver posts its receives in
+that same order, so two messages between the same peers can never be mistaken for one another, not
+even when the previous and the next stage are the same rank.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.schedule import BACKWARD, FORWARD, Placement
 
 Key = tuple[int, int]  # (micro, receiving stage)
-POSTED = 2  # receives kept in flight on a wire
+POSTED = 2  # receives kept in flight on a channel
 
 
 @dataclass
-class Wire:
+class Channel:
     """One direction between two ranks for one kind of message."""
 
     source: int
@@ -50,11 +50,13 @@ class Wire:
     def take(self, key: Key) -> Tensor:
         """Wait for the next message, which has to be `key`."""
         if not self.posted:
-            raise InternalError(f"The plan asks for {key} from wire {self.source}->{self.destination}; nothing is due.")
+            raise InternalError(
+                f"The plan asks for {key} from channel {self.source}->{self.destination}; nothing is due."
+            )
         posted, buffer, work = self.posted.popleft()
         if posted != key:
             raise InternalError(
-                f"The wire {self.source}->{self.destination} delivers {posted}, the plan asks for {key}."
+                f"The channel {self.source}->{self.destination} delivers {posted}, the plan asks for {key}."
             )
         work.wait()
         self._post()
@@ -72,15 +74,19 @@ class Wire:
             self.posted.append((self.expected.popleft(), buffer, work))
 
 
-def open_wires(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str], Wire]:
-    """This rank's wires by (source, destination, kind), in global ranks; collective over the world."""
-    wires = {}
+def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str], Channel]:
+    """This rank's channels by (source, destination, kind), in global ranks; collective over the
+    world.
+    """
+    channels = {}
     holders = [placement.rank_of(stage) for stage in range(placement.num_stages)]
-    edges = [(a, b, FORWARD) for a, b in pairwise(holders)] + [(b, a, BACKWARD) for a, b in pairwise(holders)]
+    edges = [(a, b, FORWARD) for a, b in pairwise(holders)] + [
+        (b, a, BACKWARD) for a, b in pairwise(holders)
+    ]
     for line in mesh.layout.groups("pp"):
         for a, b, kind in dict.fromkeys(edge for edge in edges if edge[0] != edge[1]):
             source, destination = line[a], line[b]
             group = mesh.pair((min(source, destination), max(source, destination)))
             if mesh.rank in (source, destination):
-                wires[source, destination, kind] = Wire(source, destination, group)
-    return wires
+                channels[source, destination, kind] = Channel(source, destination, group)
+    return channels

@@ -1,4 +1,6 @@
-"""Activation recomputation (arXiv 1604.06174, 2205.05198). Nothing random runs in a block: no RNG state is kept."""
+"""Activation recomputation (arXiv 1604.06174, 2205.05198). Nothing random runs in a block: no RNG
+state is kept.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +13,39 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(wanted: bool, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call `function(*inputs)`; when wanted, keep only its inputs and run it again in the backward pass."""
+    """Call `function(*inputs)`; when wanted, keep only its inputs and run it again in the backward
+    pass.
+    """
     if not wanted or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def remake(
-    wanted: bool, make: Callable[[Tensor], Tensor], x: Tensor, consume: Callable[..., Tensor], *rest: Any
+def recompute_input(
+    wanted: bool,
+    make: Callable[[Tensor], Tensor],
+    x: Tensor,
+    consume: Callable[..., Tensor],
+    *rest: Any,
 ) -> Tensor:
-    """`consume(make(x), *rest)`; when wanted, `consume` keeps no copy of `make(x)`: the backward pass makes it again.
+    """`consume(make(x), *rest)`; when wanted, `consume` keeps no copy of `make(x)`: the backward
+    pass makes it again.
 
-    For a cheap `make` that keeps its input and not its output, such as a norm. What `consume` gathers from it over
-    tp is kept as it is.
+    For a cheap `make` that keeps its input and not its output, such as a norm. What `consume`
+    gathers from it over tp is kept as it is.
     """
     y = make(x)
     if not wanted or not torch.is_grad_enabled():
         return consume(y, *rest)
-    held = _Remade(make, x.detach(), y)
+    held = _RecomputedTensor(make, x.detach(), y)
     with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
         return consume(y, *rest)
 
 
-class _Remade:
-    """Stands in for one tensor in what autograd keeps; made once more however often it is asked for."""
+class _RecomputedTensor:
+    """Stands in for one tensor in what autograd keeps; made once more however often it is asked
+    for.
+    """
 
     def __init__(self, make: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
         self.make, self.x, self.uses = make, x, 0
@@ -42,7 +53,11 @@ class _Remade:
         self.again: Tensor | None = None
 
     def pack(self, tensor: Tensor) -> Tensor | torch.Size:
-        same = tensor.data_ptr() == self.address and tensor.numel() == self.numel and tensor.dtype == self.dtype
+        same = (
+            tensor.data_ptr() == self.address
+            and tensor.numel() == self.numel
+            and tensor.dtype == self.dtype
+        )
         if not (same and tensor.is_contiguous()):
             return tensor
         self.uses += 1

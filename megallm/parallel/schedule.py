@@ -1,11 +1,11 @@
 """Pipeline schedules as data: for each rank the list of its actions, in order. Pure.
 
-A generator is a page: it says what one rank does. `parallel.pipeline` walks the lists, `parallel.simulate`
-times them, finds deadlocks and counts live activations, and `parallel.picture` draws them; none of the three
-knows a schedule by name.
+A generator is a page: it says what one rank does. `parallel.pipeline` walks the lists,
+`parallel.simulate` times them, finds deadlocks and counts live activations, and `parallel.picture`
+draws them; none of the three knows a schedule by name.
 
-A plan either has whole backward passes (`B` alone) or splits each into `B`, the gradient of the input, and `W`,
-the gradient of the weights, which nobody waits for (zero bubble, arXiv 2401.10241).
+A plan either has whole backward passes (`B` alone) or splits each into `B`, the gradient of the
+input, and `W`, the gradient of the weights, which nobody waits for (zero bubble, arXiv 2401.10241).
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Plan = list[Action]
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rank holds which of the `pp * chunks` stages: in a loop, or (two chunks) down and up again in a V."""
+    """Which rank holds which of the `pp * chunks` stages: in a loop, or (two chunks) down and up
+    again in a V.
+    """
 
     pp: int
     chunks: int = 1
@@ -63,8 +65,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a generator needs: the placement, the number of microbatches, and how many of them a rank takes
-    through one chunk before it turns to the next (`group`, for interleaved schedules)."""
+    """What a generator needs: the placement, the number of microbatches, and how many of them a
+    rank takes through one chunk before it turns to the next (`group`, for interleaved
+    schedules)."""
 
     placement: Placement
     micros: int
@@ -75,18 +78,28 @@ def gpipe(rank: int, shape: Shape) -> Plan:
     """All forwards, then all backwards (arXiv 1811.06965); every microbatch is live at once."""
     stages = shape.placement.stages_of(rank)
     forward = [Action(FORWARD, micro, stage) for stage in stages for micro in range(shape.micros)]
-    return forward + [Action(BACKWARD, micro, stage) for stage in reversed(stages) for micro in range(shape.micros)]
+    return forward + [
+        Action(BACKWARD, micro, stage)
+        for stage in reversed(stages)
+        for micro in range(shape.micros)
+    ]
 
 
 def interleaved(rank: int, shape: Shape) -> Plan:
-    """Interleaved 1F1B (arXiv 2104.04473): the rank's chunks take turns, a group of microbatches each.
+    """Interleaved 1F1B (arXiv 2104.04473): the rank's chunks take turns, a group of microbatches
+    each.
 
-    With one chunk it is 1F1B (PipeDream-Flush, arXiv 2006.09503), where `pp - rank` microbatches are live.
+    With one chunk it is 1F1B (PipeDream-Flush, arXiv 2006.09503), where `pp - rank` microbatches
+    are live.
     """
     pp, chunks = shape.placement.pp, shape.placement.chunks
     forward = _turns(rank, shape, FORWARD)
     backward = _turns(rank, shape, BACKWARD)
-    warmup = pp - 1 - rank if chunks == 1 else 2 * (pp - 1 - rank) + (chunks - 1) * len(_groups(shape)[0])
+    warmup = (
+        pp - 1 - rank
+        if chunks == 1
+        else 2 * (pp - 1 - rank) + (chunks - 1) * len(_groups(shape)[0])
+    )
     warmup = min(warmup, len(forward))
     plan = forward[:warmup]
     for ahead, behind in zip(forward[warmup:], backward, strict=False):
@@ -95,9 +108,11 @@ def interleaved(rank: int, shape: Shape) -> Plan:
 
 
 def zb_h1(rank: int, shape: Shape) -> Plan:
-    """ZB-H1 (arXiv 2401.10241): 1F1B whose weight gradients fill the bubble, with 1F1B's peak memory.
+    """ZB-H1 (arXiv 2401.10241): 1F1B whose weight gradients fill the bubble, with 1F1B's peak
+    memory.
 
-    Rank r runs r microbatches behind with `W`: it keeps as many activations as rank 0 of 1F1B, `pp`.
+    Rank r runs r microbatches behind with `W`: it keeps as many activations as rank 0 of 1F1B,
+    `pp`.
     """
     pp, micros = shape.placement.pp, shape.micros
     warmup = min(pp - 1 - rank, micros)
@@ -114,11 +129,12 @@ def zb_h1(rank: int, shape: Shape) -> Plan:
 
 
 def zb_v(rank: int, shape: Shape) -> Plan:
-    """ZB-V (arXiv 2401.10241, section 6): two chunks placed in a V, no bubble when F = B = W, 1F1B's peak memory.
+    """ZB-V (arXiv 2401.10241, section 6): two chunks placed in a V, no bubble when F = B = W,
+    1F1B's peak memory.
 
-    Three warm-up phases fill the V, a steady phase alternates the two chunks, and the weight gradients that
-    the last phase put off end the step. Written for at least 2 pp - 1 microbatches; with fewer, the actions of
-    the missing ones fall out.
+    Three warm-up phases fill the V, a steady phase alternates the two chunks, and the weight
+    gradients that the last phase put off end the step. Written for at least 2 pp - 1 microbatches;
+    with fewer, the actions of the missing ones fall out.
     """
     pp, down, up = shape.placement.pp, *shape.placement.stages_of(rank)
     counted = max(shape.micros, 2 * pp - 1)
@@ -168,8 +184,8 @@ def forward_only(rank: int, shape: Shape) -> Plan:
 def _groups(shape: Shape) -> list[range]:
     """The microbatches in groups of `group`; what is left over joins the first one.
 
-    A group of its own, smaller than pp, would deadlock an interleaved schedule, and so would a larger group
-    behind the first, whose size sets the length of the warm-up.
+    A group of its own, smaller than pp, would deadlock an interleaved schedule, and so would a
+    larger group behind the first, whose size sets the length of the warm-up.
     """
     first = shape.micros % shape.group + shape.group
     bounds = [0, *range(first, shape.micros, shape.group), shape.micros]
@@ -177,7 +193,9 @@ def _groups(shape: Shape) -> list[range]:
 
 
 def _turns(rank: int, shape: Shape, op: str) -> Plan:
-    """One pass over all (micro, stage) of a rank: group after group, within a group chunk after chunk."""
+    """One pass over all (micro, stage) of a rank: group after group, within a group chunk after
+    chunk.
+    """
     stages = shape.placement.stages_of(rank)
     return [
         Action(op, micro, stage)
@@ -212,12 +230,18 @@ def place(kind: str, pp: int, chunks: int = 1) -> Placement:
         raise UsageError(f"There is no schedule '{kind}'; known are {', '.join(SCHEDULES)}.")
     wanted = SCHEDULES[kind].chunks
     if wanted is not None and chunks != wanted:
-        raise UsageError(f"Schedule {kind} has {wanted} chunk(s) a rank, not {chunks}: set layout.chunks={wanted}.")
+        raise UsageError(
+            f"Schedule {kind} has {wanted} chunk(s) a rank, not {chunks}: set layout.chunks={wanted}."
+        )
     return Placement(pp, chunks, SCHEDULES[kind].vee)
 
 
-def plan_schedule(kind: str, placement: Placement, micros: int, group: int | None = None) -> list[Plan]:
-    """The plan of every pipeline rank. `group` (default pp) is the microbatch group of interleaved schedules."""
+def plan_schedule(
+    kind: str, placement: Placement, micros: int, group: int | None = None
+) -> list[Plan]:
+    """The plan of every pipeline rank. `group` (default pp) is the microbatch group of interleaved
+    schedules.
+    """
     if micros < 1:
         raise UsageError(f"A step needs at least 1 microbatch, not {micros}.")
     shape = Shape(placement, micros, group or placement.pp)

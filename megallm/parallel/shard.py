@@ -45,7 +45,8 @@ class Box:
         """The common box, or None when nothing is shared."""
         begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         end = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
         )
         if any(e <= b for b, e in zip(begin, end, strict=True)):
             return None
@@ -54,11 +55,15 @@ class Box:
     def slices(self, inside: Box | None = None) -> tuple[slice, ...]:
         """Slices of this box, counted from the origin of `inside` (default: the logical tensor)."""
         origin = inside.offset if inside else (0,) * len(self.offset)
-        return tuple(slice(o - s, o - s + n) for o, n, s in zip(self.offset, self.shape, origin, strict=True))
+        return tuple(
+            slice(o - s, o - s + n) for o, n, s in zip(self.offset, self.shape, origin, strict=True)
+        )
 
 
 def piece(total: int, size: int, rank: int) -> tuple[int, int]:
-    """The half-open range of `total` items that `rank` of `size` holds; the first pieces are longer by one."""
+    """The half-open range of `total` items that `rank` of `size` holds; the first pieces are longer
+    by one.
+    """
     base, extra = divmod(total, size)
     begin = rank * base + min(rank, extra)
     return begin, begin + base + (rank < extra)
@@ -68,8 +73,9 @@ def piece(total: int, size: int, rank: int) -> tuple[int, int]:
 class Shard:
     """Layout of one parameter.
 
-    `split` maps a dim to the axis it is divided over; `partial` names axes over which its *gradient*
-    is a partial sum that still has to be added up; `decay` says whether weight decay applies.
+    `split` maps a dim to the axis it is divided over; `partial` names axes over which its
+    *gradient* is a partial sum that still has to be added up; `decay` says whether weight decay
+    applies.
     """
 
     full: tuple[int, ...]
@@ -80,7 +86,9 @@ class Shard:
 
     @property
     def expert(self) -> bool:
-        """Whether the parameter is divided over expert-parallel ranks, and so replicated over edp, not dp, cp, tp."""
+        """Whether the parameter is divided over expert-parallel ranks, and so replicated over edp,
+        not dp, cp, tp.
+        """
         return "ep" in self.split.values()
 
     def box(self, layout: Layout, coords: Mapping[str, int]) -> Box:
@@ -88,28 +96,36 @@ class Shard:
         offset, shape = [], []
         for dim, total in enumerate(self.full):
             axis = self.split.get(dim)
-            begin, end = (0, total) if axis is None else piece(total, layout.size(axis), coords[axis])
+            begin, end = (
+                (0, total) if axis is None else piece(total, layout.size(axis), coords[axis])
+            )
             offset.append(begin)
             shape.append(end - begin)
         return Box(tuple(offset), tuple(shape))
 
     def owned(self, coords: Mapping[str, int], first_stage: bool = True) -> bool:
-        """Whether this rank is the one owner of its piece: coordinate 0 on every axis that replicates it.
+        """Whether this rank is the one owner of its piece: coordinate 0 on every axis that
+        replicates it.
 
-        `first_stage` is False on the later holders of a tied parameter; pp itself never replicates. An expert's piece
-        is replicated over edp, the axis beside ep.
+        `first_stage` is False on the later holders of a tied parameter; pp itself never replicates.
+        An expert's piece is replicated over edp, the axis beside ep.
         """
         divided = set(self.split.values())
-        axes = ("edp",) if self.expert else [axis for axis in AXES if axis != "pp" and axis not in divided]
+        axes = (
+            ("edp",)
+            if self.expert
+            else [axis for axis in AXES if axis != "pp" and axis not in divided]
+        )
         return first_stage and all(coords[axis] == 0 for axis in axes)
 
 
 class StateTensor(NamedTuple):
-    """This rank's box of one logical tensor of the state of a run, as a view that can be read and written.
+    """This rank's box of one logical tensor of the state of a run, as a view that can be read and
+    written.
 
-    `owned` says whether this rank answers for it: each logical element has one owner. A tensor of the `optimizer` is
-    left out where only weights are wanted; an `optional` one starts afresh where a checkpoint lacks it or has another
-    shape.
+    `owned` says whether this rank answers for it: each logical element has one owner. A tensor of
+    the `optimizer` is left out where only weights are wanted; an `optional` one starts afresh where
+    a checkpoint lacks it or has another shape.
     """
 
     name: str
@@ -122,15 +138,19 @@ class StateTensor(NamedTuple):
 
 
 class StateProvider(Protocol):
-    """Owns a part of the state: `state()` yields every tensor of it that this rank holds, in a fixed order."""
+    """Owns a part of the state: `state()` yields every tensor of it that this rank holds, in a
+    fixed order.
+    """
 
     def state(self) -> Iterator[StateTensor]: ...
 
 
 def named_shards(model: Any) -> Iterator[tuple[str, Any, Shard]]:
-    """Walk `(logical name, parameter, shard)` over a model; a parameter without a record is an error.
+    """Walk `(logical name, parameter, shard)` over a model; a parameter without a record is an
+    error.
 
-    Blocks sit in a `ModuleDict` keyed by global layer number, so the module path is the logical name.
+    Blocks sit in a `ModuleDict` keyed by global layer number, so the module path is the logical
+    name.
     """
     yield from _walk(model, "")
 
@@ -139,7 +159,9 @@ def _walk(module: Any, path: str) -> Iterator[tuple[str, Any, Shard]]:
     own = dict(module.named_parameters(recurse=False))
     for name, parameter in own.items():
         if name not in module.shards:
-            raise KeyError(f"{type(module).__name__} at '{path}' has a parameter '{name}' without a Shard record.")
+            raise KeyError(
+                f"{type(module).__name__} at '{path}' has a parameter '{name}' without a Shard record."
+            )
         yield f"{path}.{name}".lstrip("."), parameter, module.shards[name]
     for name, child in module.named_children():
         yield from _walk(child, f"{path}.{name}".lstrip("."))

@@ -10,7 +10,9 @@ from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placeme
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of one action; `message` is what a hand-over to another rank adds. A whole backward costs B + W."""
+    """Time of one action; `message` is what a hand-over to another rank adds. A whole backward
+    costs B + W.
+    """
 
     forward: float = 1.0
     backward: float = 1.0
@@ -44,7 +46,9 @@ class Timeline:
     makespan: float = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "makespan", max(slot.end for slots in self.ranks for slot in slots))
+        object.__setattr__(
+            self, "makespan", max(slot.end for slots in self.ranks for slot in slots)
+        )
 
     @property
     def work(self) -> float:
@@ -83,7 +87,10 @@ def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) 
                 before = _needs(action, placement)
                 if any(need not in ended for need in before):
                     break
-                ready = [ended[n] + (cost.message if placement.rank_of(n.stage) != rank else 0.0) for n in before]
+                ready = [
+                    ended[n] + (cost.message if placement.rank_of(n.stage) != rank else 0.0)
+                    for n in before
+                ]
                 start = max([clocks[rank], *ready])
                 clocks[rank] = ended[action] = start + cost.of(action, split[rank])
                 slots[rank].append(Slot(action, start, clocks[rank]))
@@ -105,7 +112,9 @@ def _needs(action: Action, placement: Placement) -> list[Action]:
     return own if last else [*own, Action(BACKWARD, micro, stage + 1)]
 
 
-def _check_finished(plans: list[Plan], places: list[int], ended: dict[Action, float], placement: Placement) -> None:
+def _check_finished(
+    plans: list[Plan], places: list[int], ended: dict[Action, float], placement: Placement
+) -> None:
     waiting = []
     for rank, (plan, place) in enumerate(zip(plans, places, strict=True)):
         if place < len(plan):
@@ -116,7 +125,8 @@ def _check_finished(plans: list[Plan], places: list[int], ended: dict[Action, fl
 
 
 def peak_live(plan: Plan) -> int:
-    """The most (micro, stage) pairs between their forward and the action that lets go of their activations.
+    """The most (micro, stage) pairs between their forward and the action that lets go of their
+    activations.
 
     Nothing is kept for a backward pass that the plan does not have.
     """

@@ -1,9 +1,9 @@
 """Tensor- and sequence-parallel layers: linears split by columns or rows, and norms.
 
-A block enters the tensor-parallel region once (`enter`), runs any number of column-parallel linears on
-that input, and leaves through a row-parallel linear. With sequence parallelism the activations outside
-are split along T, `[B, T/tp, D]`, so parameters used there have a gradient that is partial over tp.
-Papers: Megatron-LM (arXiv 1909.08053), sequence parallelism (arXiv 2205.05198).
+A block enters the tensor-parallel region once (`gather_input`), runs any number of column-parallel
+linears on that input, and leaves through a row-parallel linear. With sequence parallelism the
+activations outside are split along T, `[B, T/tp, D]`, so parameters used there have a gradient that
+is partial over tp. Papers: Megatron-LM (arXiv 1909.08053), sequence parallelism (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megallm.ops.narrow import Fp8Options
+from megallm.ops.low_precision import Fp8Options
 from megallm.ops.norm import layer_norm, rms_norm
 from megallm.ops.te_linear import TeLinear
 from megallm.parallel import comm
 from megallm.parallel.fp8 import Fp8Linear, fp8_linear
-from megallm.parallel.linear import WeightQueue, linear
+from megallm.parallel.linear import WeightGradQueue, linear
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard, constant
 
@@ -28,11 +28,12 @@ SEQUENCE_DIM = 1
 
 
 class ShardedModule(nn.Module):
-    """A module whose parameters live on the meta device until the engine places them; `shards` describes each.
+    """A module whose parameters live on the meta device until the engine places them; `shards`
+    describes each.
 
-    `sp` says whether activations outside the tensor-parallel region are split along T; it is a property of
-    activations, not of parameters, and decoding switches it off (`whole_sequences`). With `later`, linears put
-    their weight gradients off (`defer_weights`).
+    `sp` says whether activations outside the tensor-parallel region are split along T; it is a
+    property of activations, not of parameters, and decoding switches it off (`whole_sequences`).
+    With `weight_grads`, linears put their weight gradients off (`defer_weight_grads`).
     """
 
     def __init__(self, mesh: Mesh, sp: bool = False) -> None:
@@ -40,7 +41,7 @@ class ShardedModule(nn.Module):
         self.mesh = mesh
         self.sp = sp and mesh.tp.size > 1
         self.shards: dict[str, Shard] = {}
-        self.later: WeightQueue | None = None
+        self.weight_grads: WeightGradQueue | None = None
 
     def add_parameter(self, name: str, shard: Shard) -> None:
         """Register a meta parameter of this rank's local shape."""
@@ -50,7 +51,9 @@ class ShardedModule(nn.Module):
 
 
 class Linear(ShardedModule):
-    """A layer that is one product with its `weight`, or one for each expert; in FP8 where `use_fp8` says so."""
+    """A layer that is one product with its `weight`, or one for each expert; in FP8 where `use_fp8`
+    says so.
+    """
 
     def __init__(self, mesh: Mesh, sp: bool = False) -> None:
         super().__init__(mesh, sp)
@@ -60,10 +63,12 @@ class Linear(ShardedModule):
         self.adapts = True
 
     def adapted(self, x: Tensor, y: Tensor, *where: Any) -> Tensor:
-        """Returns what the adapter makes of this rank's product `y` of `x`, before anything is reduced over tp.
+        """Returns what the adapter makes of this rank's product `y` of `x`, before anything is
+        reduced over tp.
 
-        The slot takes a module called with `(x, y, *where)`; `where` are the rows of the weight that were used, or the
-        runs of rows of each expert. Its parameters have Shard records of their own and stand under the linear's name.
+        The slot takes a module called with `(x, y, *where)`; `where` are the rows of the weight
+        that were used, or the runs of rows of each expert. Its parameters have Shard records of
+        their own and stand under the linear's name.
         """
         return self.adapter(x, y, *where) if self.adapter is not None and self.adapts else y
 
@@ -73,16 +78,19 @@ class Linear(ShardedModule):
         raise NotImplementedError
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x W^T + b`, `[..., in] -> [..., out]`, in FP8, with the weight gradient put off, where asked."""
+        """`x W^T + b`, `[..., in] -> [..., out]`, in FP8, with the weight gradient put off, where
+        asked.
+        """
         if self.te is not None:
             return self.te(x, weight, bias)
         if self.fp8 is not None:
-            return fp8_linear(x, weight, bias, self.fp8, self.later)
-        return linear(x, weight, bias, self.later)
+            return fp8_linear(x, weight, bias, self.fp8, self.weight_grads)
+        return linear(x, weight, bias, self.weight_grads)
 
 
 def use_fp8(model: nn.Module, options: Fp8Options) -> dict[str, Fp8Linear]:
-    """Let every linear of `model` compute in FP8; ours by the name of its weight, none of Transformer Engine's.
+    """Let every linear of `model` compute in FP8; ours by the name of its weight, none of
+    Transformer Engine's.
 
     That library's linears take no runs of any length: with it experts stay as they are.
     """
@@ -93,23 +101,27 @@ def use_fp8(model: nn.Module, options: Fp8Options) -> dict[str, Fp8Linear]:
         weight, ours = module.shards["weight"], options.backend == "megallm"
         if ours:
             experts = weight.full[0] if weight.expert else 0
-            module.fp8 = made[f"{name}.weight"] = Fp8Linear(options, module.divided, module.mesh, experts)
+            module.fp8 = made[f"{name}.weight"] = Fp8Linear(
+                options, module.divided, module.mesh, experts
+            )
         elif not weight.expert:
             module.te = TeLinear(options, module.mesh.tp.group)
     return made
 
 
-def defer_weights(model: nn.Module, later: WeightQueue) -> None:
+def defer_weight_grads(model: nn.Module, weight_grads: WeightGradQueue) -> None:
     """Let every linear of `model` put its weight gradients into the queue."""
     for module in model.modules():
         if isinstance(module, ShardedModule):
-            module.later = later
+            module.weight_grads = weight_grads
 
 
 @contextmanager
 def whole_sequences(model: nn.Module) -> Iterator[None]:
     """Run `model` without sequence parallelism inside the context."""
-    split = [module for module in model.modules() if isinstance(module, ShardedModule) and module.sp]
+    split = [
+        module for module in model.modules() if isinstance(module, ShardedModule) and module.sp
+    ]
     for module in split:
         module.sp = False
     try:
@@ -121,7 +133,9 @@ def whole_sequences(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Run `model` as it is without its adapters inside the context: the reference model at no cost of memory."""
+    """Run `model` as it is without its adapters inside the context: the reference model at no cost
+    of memory.
+    """
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.adapts]
     for module in linears:
         module.adapts = False
@@ -132,15 +146,19 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             module.adapts = True
 
 
-def enter(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
-    """Into the tensor-parallel region: `[B, T/tp, D]` (sp) or `[B, T, D]` -> `[B, T, D]`; collective over tp."""
+def gather_input(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
+    """Into the tensor-parallel region: `[B, T/tp, D]` (sp) or `[B, T, D]` -> `[B, T, D]`;
+    collective over tp.
+    """
     if sp:
         return comm.gather_fwd_reduce_scatter_bwd(x, mesh.tp, SEQUENCE_DIM, name or "sp.enter")
     return comm.copy_fwd_sum_bwd(x, mesh.tp, name or "tp.enter")
 
 
-def leave(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
-    """Out of the tensor-parallel region: partial sums `[B, T, D]` -> `[B, T/tp, D]` (sp) or `[B, T, D]`; over tp."""
+def reduce_output(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
+    """Out of the tensor-parallel region: partial sums `[B, T, D]` -> `[B, T/tp, D]` (sp) or `[B, T,
+    D]`; over tp.
+    """
     if sp:
         return comm.reduce_scatter_fwd_gather_bwd(x, mesh.tp, SEQUENCE_DIM, name or "sp.leave")
     return comm.sum_fwd_copy_bwd(x, mesh.tp, name or "tp.leave")
@@ -152,13 +170,17 @@ def sequence_partial(mesh: Mesh, sp: bool) -> tuple[str, ...]:
 
 
 class ColumnLinear(Linear):
-    """`y = x W^T + b` with W `(*stack, out, in)`, `out` split over tp: `[B, T, in] -> [B, T, stack * out/tp]`.
+    """`y = x W^T + b` with W `(*stack, out, in)`, `out` split over tp: `[B, T, in] -> [B, T, stack
+    * out/tp]`.
 
-    No communication: the input comes from `enter`. With `replicated` the weight is whole on every rank
-    and its gradient is a partial sum over tp, because each rank projects only `rows` of it.
+    No communication: the input comes from `gather_input`. With `replicated` the weight is whole on
+    every rank and its gradient is a partial sum over tp, because each rank projects only `rows` of
+    it.
     """
 
-    def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init, bias: bool, replicated: bool = False) -> None:
+    def __init__(
+        self, mesh: Mesh, full: tuple[int, ...], init: Init, bias: bool, replicated: bool = False
+    ) -> None:
         super().__init__(mesh)
         dim = len(full) - 2
         split = {} if replicated else {dim: "tp"}
@@ -178,13 +200,19 @@ class ColumnLinear(Linear):
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
-        return {"tokens": (self.mesh.cp,), "in": (), "out": (self.mesh.tp,) if self.shards["weight"].split else ()}
+        return {
+            "tokens": (self.mesh.cp,),
+            "in": (),
+            "out": (self.mesh.tp,) if self.shards["weight"].split else (),
+        }
 
 
 class TokenLinear(Linear):
-    """`y = x W^T + b` outside the tensor-parallel region: W `(out, in)` whole on every rank, applied to its own tokens.
+    """`y = x W^T + b` outside the tensor-parallel region: W `(out, in)` whole on every rank,
+    applied to its own tokens.
 
-    `[B, T/tp or T, in] -> [B, T/tp or T, out]`, no communication; with `sp` the gradient is partial over tp.
+    `[B, T/tp or T, in] -> [B, T/tp or T, out]`, no communication; with `sp` the gradient is partial
+    over tp.
     """
 
     def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
@@ -200,18 +228,26 @@ class TokenLinear(Linear):
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
-        return {"tokens": (self.mesh.cp, self.mesh.tp) if self.sp else (self.mesh.cp,), "in": (), "out": ()}
+        return {
+            "tokens": (self.mesh.cp, self.mesh.tp) if self.sp else (self.mesh.cp,),
+            "in": (),
+            "out": (),
+        }
 
 
 class RowLinear(Linear):
-    """`y = sum over tp of x W^T, + b` with W `(out, in)`, `in` split over tp; the bias is added once, after the sum."""
+    """`y = sum over tp of x W^T, + b` with W `(out, in)`, `in` split over tp; the bias is added
+    once, after the sum.
+    """
 
     def __init__(self, mesh: Mesh, full: tuple[int, int], init: Init, bias: bool, sp: bool) -> None:
         super().__init__(mesh, sp)
         self.add_parameter("weight", Shard(full, {1: "tp"}, (), init))
         self.register_parameter("bias", None)
         if bias:
-            self.add_parameter("bias", Shard(full[:1], {}, sequence_partial(mesh, sp), constant(0.0), decay=False))
+            self.add_parameter(
+                "bias", Shard(full[:1], {}, sequence_partial(mesh, sp), constant(0.0), decay=False)
+            )
 
     def local(self, x: Tensor) -> Tensor:
         """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
@@ -223,7 +259,7 @@ class RowLinear(Linear):
 
     def reduce(self, y: Tensor) -> Tensor:
         """Sum the partial sums over tp and add the bias."""
-        y = leave(y, self.mesh, self.sp)
+        y = reduce_output(y, self.mesh, self.sp)
         return y if self.bias is None else y + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +269,9 @@ class RowLinear(Linear):
 class Norm(ShardedModule):
     """RMSNorm or LayerNorm over the last dim, computed wide."""
 
-    def __init__(self, mesh: Mesh, kind: str, size: int, eps: float, partial: tuple[str, ...]) -> None:
+    def __init__(
+        self, mesh: Mesh, kind: str, size: int, eps: float, partial: tuple[str, ...]
+    ) -> None:
         super().__init__(mesh)
         self.eps = eps
         self.register_parameter("bias", None)

@@ -1,8 +1,10 @@
-"""The moments at which a unit (embedding, one block, head) of a stage is about to be used or done with.
+"""The moments at which a unit (embedding, one block, head) of a stage is about to be used or done
+with.
 
-Whoever shards parameters listens: gather before use, let go after it, reduce gradients when they are
-complete. The moments in the backward pass come from two identities around the unit, not from hooks on
-parameters: the backward of the outer one runs before the unit's, that of the inner one after it.
+Whoever shards parameters listens: gather before use, let go after it, reduce gradients when they
+are complete. The moments in the backward pass come from two identities around the unit, not from
+hooks on parameters: the backward of the outer one runs before the unit's, that of the inner one
+after it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ class Units(Protocol):
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, on_backward: Callable[[tuple[str, ...]], None], keys: tuple[str, ...]
+        ctx: FunctionCtx,
+        x: Tensor,
+        on_backward: Callable[[tuple[str, ...]], None],
+        keys: tuple[str, ...],
     ) -> Tensor:
         ctx.on_backward, ctx.keys = on_backward, keys
         return x.view_as(x)
@@ -42,13 +47,18 @@ class _Gate(torch.autograd.Function):
 
 
 def run_unit(
-    units: Units | None, keys: tuple[str, ...], function: Callable[..., Tensor], x: Tensor, *rest: Any
+    units: Units | None,
+    keys: tuple[str, ...],
+    function: Callable[..., Tensor],
+    x: Tensor,
+    *rest: Any,
 ) -> Tensor:
     """Returns `function(x, *rest)` and tells `units` of the four moments around it.
 
-    The backward pass uses the weights wherever the *output* needs a gradient: also where the input needs none, because
-    everything below is frozen. Then nothing ends the unit's own backward pass; the stage's end releases it
-    (`Listener.stage_done`). A look-up of integer tokens needs its weights only once.
+    The backward pass uses the weights wherever the *output* needs a gradient: also where the input
+    needs none, because everything below is frozen. Then nothing ends the unit's own backward pass;
+    the stage's end releases it (`Listener.stage_done`). A look-up of integer tokens needs its
+    weights only once.
     """
     if units is None:
         return function(x, *rest)

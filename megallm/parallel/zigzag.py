@@ -1,8 +1,8 @@
 """Which tokens a context-parallel rank holds, and how its ranks exchange keys. Pure.
 
-A row of T tokens is cut into `2 cp` chunks; rank i holds chunks i and `2 cp - 1 - i`, the front one first.
-Early tokens see few keys and late ones many, so every rank has the same amount of causal attention
-(striped and zigzag orders: arXiv 2311.09431; Llama 3, arXiv 2407.21783, section 3.3.2).
+A row of T tokens is cut into `2 cp` chunks; rank i holds chunks i and `2 cp - 1 - i`, the front one
+first. Early tokens see few keys and late ones many, so every rank has the same amount of causal
+attention (striped and zigzag orders: arXiv 2311.09431; Llama 3, arXiv 2407.21783, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ KINDS = ("ring", "ulysses", "allgather", "hybrid")
 
 
 def spans(length: int, size: int, rank: int) -> tuple[Span, ...]:
-    """The runs of tokens of one rank of `size`, with where it stores them; two that touch are one."""
+    """The runs of tokens of one rank of `size`, with where it stores them; two that touch are
+    one.
+    """
     chunk = length // (2 * size)
     front, back = rank * chunk, (2 * size - 1 - rank) * chunk
     if front + chunk == back:
@@ -45,10 +47,12 @@ def check_length(length: int, size: int) -> None:
 
 
 def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) -> int:
-    """How many neighbouring cp ranks exchange heads for tokens; `cp / degree` of them then exchange keys.
+    """How many neighbouring cp ranks exchange heads for tokens; `cp / degree` of them then exchange
+    keys.
 
-    `heads` are the query heads of a tensor-parallel rank. `wanted` is the degree of a hybrid; without it, the
-    largest one that leaves a ring. Raises UsageError when the heads or cp do not divide.
+    `heads` are the query heads of a tensor-parallel rank. `wanted` is the degree of a hybrid;
+    without it, the largest one that leaves a ring. Raises UsageError when the heads or cp do not
+    divide.
     """
     if kind not in KINDS:
         raise UsageError(f"layout.cp_kind is '{kind}'; it must be one of {', '.join(KINDS)}.")
@@ -74,6 +78,8 @@ def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) ->
 
 
 def hybrid_degrees(cp: int, heads: int) -> list[int]:
-    """Ulysses degrees with which a hybrid of `cp` ranks works, ascending; empty when there is none."""
+    """Ulysses degrees with which a hybrid of `cp` ranks works, ascending; empty when there is
+    none.
+    """
     common = gcd(cp, heads)
     return [degree for degree in range(2, cp) if common % degree == 0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megallm.models.config import ModelConfig
-from megallm.ops.narrow import Fp8Options, LossScaleOptions
+from megallm.ops.low_precision import Fp8Options, LossScaleOptions
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megallm.base.errors import UsageError
-from megallm.ops.narrow import RECIPES
+from megallm.ops.low_precision import RECIPES
 from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
 from megallm.training.shell_words import Shell, read_script, unresolved
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from megallm.models.config import ModelConfig
 from megallm.ops import backends
-from megallm.ops.narrow import RECIPES, Fp8Options, LossScaleOptions
-from megallm.parallel.remade import PARTS
+from megallm.ops.low_precision import RECIPES, Fp8Options, LossScaleOptions
+from megallm.parallel.recompute_policy import PARTS
 from megallm.training.config import PretrainConfig, TrainConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]

@@ -19,7 +19,7 @@ from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.rules import rule
 from megallm.convert.weights import Cast, HfReader
 from megallm.engine.config import EngineConfig
-from megallm.models.config import ModelConfig, RopeStretch
+from megallm.models.config import ModelConfig, RopeScaling
 from megallm.ops.rope import stretched
 from megallm.oracle import reference_mla
 from megallm.parallel.layout import Layout
@@ -215,12 +215,12 @@ def test_stretched_rotary_embeddings_equal_the_reference():
     config = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_low_factor": 1.0, "rope_high_factor": 4.0}
     config |= {"rope_positions": 48}
     speeds = 1e4 ** -(torch.arange(0, 32, 2, dtype=torch.float64) / 32)
-    found = stretched(speeds, RopeStretch("llama3", 8.0, 1.0, 4.0, 48))
+    found = stretched(speeds, RopeScaling("llama3", 8.0, 1.0, 4.0, 48))
     expected = torch.stack([reference_mla._slower(speed, config) for speed in speeds])
     assert torch.allclose(found, expected, rtol=1e-14, atol=0)
     ratio = (found / speeds).tolist()
     assert ratio[0] == 1.0 and ratio[-1] == pytest.approx(1 / 8) and any(0.2 < one < 0.9 for one in ratio)
-    linear = stretched(speeds, RopeStretch("linear", 4.0, None, None, None))
+    linear = stretched(speeds, RopeScaling("linear", 4.0, None, None, None))
     assert torch.equal(linear, speeds / 4)
 
 

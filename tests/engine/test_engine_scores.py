@@ -60,12 +60,12 @@ def test_log_probs_equal_those_of_one_process_on_every_rank(case):
 
 def test_results_in_another_order_would_be_noticed(monkeypatch):
     """The control: microbatches differ, so a mixed-up order shows."""
-    run = Pipeline.run
+    original = Pipeline.run
 
     def reversed_results(self, *args, **kwargs):
-        walk = run(self, *args, **kwargs)
-        walk.results = dict(zip(walk.results, reversed(walk.results.values()), strict=True))
-        return walk
+        run = original(self, *args, **kwargs)
+        run.results = dict(zip(run.results, reversed(run.results.values()), strict=True))
+        return run
 
     engine = trained(Mesh.single(), {})
     right = engine.log_probs(batches(2, tokens=16))

@@ -116,9 +116,9 @@ def test_sequence_parallelism_divides_what_lies_outside_the_split_region_too():
 
 def test_only_the_first_layers_of_a_stage_are_made_again():
     engine = engine_of(recompute="full", recompute_layers=1)
-    assert [block.remade for block in engine.model.stages[0].layers.values()] == [{"block"}, frozenset()]
+    assert [block.recomputed for block in engine.model.stages[0].layers.values()] == [{"block"}, frozenset()]
     engine = engine_of(recompute="selective", recompute_modules=("mlp",))
-    assert [block.remade for block in engine.model.stages[0].layers.values()] == [{"mlp"}, {"mlp"}]
+    assert [block.recomputed for block in engine.model.stages[0].layers.values()] == [{"mlp"}, {"mlp"}]
 
 
 # --- offload -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from megallm.base.errors import UsageError
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
-from megallm.models.balance import Seats, within_capacity
+from megallm.models.balance import RoutingInputs, within_capacity
 from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage, StageOptions
@@ -21,7 +21,7 @@ from megallm.models.moe import Moe
 from megallm.models.router import select
 from megallm.models.sections import MoeConfig
 from megallm.models.stages import StageSpan
-from megallm.ops.narrow import LossScaleOptions
+from megallm.ops.low_precision import LossScaleOptions
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.parallel.context import Context
 from megallm.parallel.layout import Layout
@@ -115,8 +115,8 @@ def test_groups_limit_the_choice():
 # Capacity
 
 
-def seats_of(mask: Tensor) -> Seats:
-    return Seats.of({"mask": mask}, Context(Mesh.single(), "ring", 4, None), Mesh.single(), False)
+def seats_of(mask: Tensor) -> RoutingInputs:
+    return RoutingInputs.of({"mask": mask}, Context(Mesh.single(), "ring", 4, None), Mesh.single(), False)
 
 
 @pytest.mark.parametrize("drop", ["score", "position"])
@@ -298,7 +298,7 @@ def test_the_layer_equals_that_of_transformers(name):
     if name == "deepseek":
         bias = torch.rand(8) * 0.3
         block.gate.e_score_correction_bias.copy_(bias)
-        ours.router.tally.bias.copy_(bias)
+        ours.router.stats.bias.copy_(bias)
     x = torch.randn(2, 7, 24)
     with torch.no_grad():
         expected, found = block(x), ours(x)

@@ -15,13 +15,13 @@ from megallm.engine.engine import AMAX, Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.ops.grouped_gemm import Runs
-from megallm.ops.narrow import RECIPES, Fp8Options
+from megallm.ops.low_precision import RECIPES, Fp8Options
 from megallm.optim.config import ZeroOptions
 from megallm.oracle.compare import run_row
 from megallm.oracle.table import row_named
 from megallm.parallel.fp8 import Fp8Linear, Fp8Linears, fp8_grouped_linear, fp8_linear
 from megallm.parallel.layout import Layout
-from megallm.parallel.linear import WeightQueue, finish_weights
+from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
 from megallm.parallel.mesh import Mesh
 from tests.engine.tiny import batches, engine_of, equal, share, state_of
 from tests.ranks import pool, run_ranks
@@ -41,17 +41,19 @@ def numbers(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float
     return torch.randn(rows, columns, generator=draw).mul_(torch.exp(torch.randn(rows, 1, generator=draw))).to(dtype)
 
 
-def grouped(state: Fp8Linear, sizes: list[int], later: WeightQueue | None = None, loud: float = 1.0) -> list[Tensor]:
+def grouped(
+    state: Fp8Linear, sizes: list[int], weight_grads: WeightGradQueue | None = None, loud: float = 1.0
+) -> list[Tensor]:
     """Output and both gradients; the last expert's rows are `loud` times larger."""
     x, dy = numbers(sum(sizes), WIDE, 1), numbers(sum(sizes), NARROW, 2)
     x[sum(sizes[:-1]) :] *= loud
     weight = numbers(len(sizes) * NARROW, WIDE, 3).view(len(sizes), NARROW, WIDE)
     x.requires_grad_(), weight.requires_grad_()
-    y = fp8_grouped_linear(x, weight, Runs.of(sizes, x.device), state, later)
+    y = fp8_grouped_linear(x, weight, Runs.of(sizes, x.device), state, weight_grads)
     y.backward(dy)
-    if later is not None:
+    if weight_grads is not None:
         assert weight.grad is None, "put off"
-        finish_weights(later.take())
+        compute_weight_grads(weight_grads.take())
     return [y.detach(), x.grad, weight.grad]
 
 
@@ -76,11 +78,11 @@ def state_for(recipe: str, experts: int = 3) -> Fp8Linear:
 # --- the grouped product -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["at once", "put off"])
+@pytest.mark.parametrize("weight_grads", [False, True], ids=["at once", "put off"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_expert_is_a_dense_linear_bit_for_bit(recipe, sizes, later):
-    ours = grouped(state_for(recipe), sizes, WeightQueue() if later else None)
+def test_each_expert_is_a_dense_linear_bit_for_bit(recipe, sizes, weight_grads):
+    ours = grouped(state_for(recipe), sizes, WeightGradQueue() if weight_grads else None)
     for mine, theirs in zip(ours, one_by_one(recipe, sizes), strict=True):
         assert torch.equal(mine, theirs) and mine.isfinite().all()
     assert all(not ours[2][e].any() for e, size in enumerate(sizes) if not size)

@@ -15,11 +15,11 @@ from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator, Job
 from megallm.inference.sampling import Sampling
 from megallm.losses import language
-from megallm.losses.language import NextToken, mask_ahead
+from megallm.losses.language import NextToken, shift_mask
 from megallm.models import decoder, mla
 from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.mtp import places_ahead
+from megallm.models.mtp import shift_labels
 from megallm.models.stages import StageSpan
 from megallm.oracle.compare import RankRecord, Verdict, judge, run_row, train_rank
 from megallm.oracle.table import Row, row_named
@@ -46,8 +46,8 @@ def test_labels_ahead_stay_inside_their_document(seed: int) -> None:
     counts = torch.rand(1, length) < 0.7
     text = torch.randint(1, 1000, (length + 1,))
     labels = text[1:][None]
-    got = mask_ahead({"mask": counts, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}, ahead)
-    moved = places_ahead(labels, ahead)
+    got = shift_mask({"mask": counts, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}, ahead)
+    moved = shift_labels(labels, ahead)
     for i in range(length):
         document = max(e for e in ends if e <= i)
         inside = i + ahead < length and max(e for e in ends if e <= i + ahead) == document
@@ -92,17 +92,17 @@ def not_shifted(batch: dict[str, Tensor], ahead: int) -> Tensor:
 
 
 def labels_too_far(labels: Tensor, ahead: int) -> Tensor:
-    return places_ahead(labels, ahead + 1)
+    return shift_labels(labels, ahead + 1)
 
 
 def test_a_loss_over_padding_or_across_documents_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     row = dataclasses.replace(row_named("mtp-packed"), steps=1, seq_len=12)
     assert passes(row)
     for wrong in (shifted_only, not_shifted):
-        monkeypatch.setattr(language, "mask_ahead", wrong)
+        monkeypatch.setattr(language, "shift_mask", wrong)
         assert not passes(row), wrong.__name__
     monkeypatch.undo()
-    monkeypatch.setattr(decoder, "places_ahead", labels_too_far)
+    monkeypatch.setattr(decoder, "shift_labels", labels_too_far)
     assert not passes(row)
 
 

@@ -14,20 +14,20 @@ from megallm.base.errors import DataError
 from megallm.ops import attention
 from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention, visible
 from megallm.ops.cached_attention import attend_rows
-from megallm.ops.tiles import CAUSAL, FULL, Sight, Span, Tile, plan_tiles, row_sight
+from megallm.ops.tiles import CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles, row_mask_spec
 
 ATOL = 1e-12
 
 
-def dense_mask(sight: Sight) -> Tensor:
+def dense_mask(mask_spec: MaskSpec) -> Tensor:
     """Bool [T, T] written from the definition."""
-    length = sight.documents[-1]
+    length = mask_spec.documents[-1]
     document = torch.zeros(length, dtype=torch.long)
-    for end in sight.documents[1:-1]:
+    for end in mask_spec.documents[1:-1]:
         document[end:] += 1
     gap = torch.arange(length)[:, None] - torch.arange(length)[None]
-    seen = ((gap >= 0) | (not sight.causal)) & (document[:, None] == document[None])
-    return seen if sight.window is None else seen & (gap < sight.window)
+    seen = ((gap >= 0) | (not mask_spec.causal)) & (document[:, None] == document[None])
+    return seen if mask_spec.window is None else seen & (gap < mask_spec.window)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def random_sight(draw: random.Random, length: int) -> Sight:
+def random_sight(draw: random.Random, length: int) -> MaskSpec:
     ends = sorted(draw.sample(range(1, length), draw.randint(0, min(5, length - 1))))
     window = draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length])
-    return Sight((0, *ends, length), window, causal=window is not None or draw.random() < 0.5)
+    return MaskSpec((0, *ends, length), window, causal=window is not None or draw.random() < 0.5)
 
 
 def tensors(length: int, heads: int, kv_heads: int, size: int = 6, value_size: int = 6, dtype=torch.float64):
@@ -77,7 +77,7 @@ def covered(tiles: tuple[Tile, ...], rows: int, keys: int) -> Tensor:
 def test_tiles_hold_each_visible_pair_once(seed: int) -> None:
     draw = random.Random(seed)
     length = draw.randint(2, 300)
-    sight = random_sight(draw, length)
+    mask_spec = random_sight(draw, length)
     cuts = sorted({0, length, *draw.choices(range(length), k=draw.randint(0, 4))})
     runs = [Span(a, b) for a, b in pairwise(cuts)]
     draw.shuffle(runs)
@@ -86,54 +86,54 @@ def test_tiles_hold_each_visible_pair_once(seed: int) -> None:
         stored.append(Span(run.begin, run.end, at))
         at += run.end - run.begin
     order = [token for span in stored for token in range(span.begin, span.end)]
-    mask = dense_mask(sight)
+    mask = dense_mask(mask_spec)
     queries, keys = tuple(stored), (Span(0, length),)
-    assert torch.equal(covered(plan_tiles(queries, keys, sight), length, length), mask[order].long())
-    assert torch.equal(covered(plan_tiles(keys, queries, sight), length, length), mask[:, order].long())
-    assert torch.equal(covered(plan_tiles(queries, queries, sight), length, length), mask[order][:, order].long())
+    assert torch.equal(covered(plan_tiles(queries, keys, mask_spec), length, length), mask[order].long())
+    assert torch.equal(covered(plan_tiles(keys, queries, mask_spec), length, length), mask[:, order].long())
+    assert torch.equal(covered(plan_tiles(queries, queries, mask_spec), length, length), mask[order][:, order].long())
 
 
 def test_full_sight_is_one_rectangle_for_each_document_and_padding_is_one() -> None:
     row = (Span(0, 12),)
-    tiles = plan_tiles(row, row, row_sight(12, [0, 5, 9, 12], None, causal=False))  # three places of padding
+    tiles = plan_tiles(row, row, row_mask_spec(12, [0, 5, 9, 12], None, causal=False))  # three places of padding
     assert [(t.kind, t.q_begin, t.q_end, t.k_begin, t.k_end) for t in tiles] == [
         (FULL, 0, 5, 0, 5), (FULL, 5, 9, 5, 9), (FULL, 9, 12, 9, 12),
     ]  # fmt: skip
-    halves = plan_tiles((Span(0, 4),), (Span(4, 12),), Sight((0, 12), causal=False))
+    halves = plan_tiles((Span(0, 4),), (Span(4, 12),), MaskSpec((0, 12), causal=False))
     assert [(t.q_begin, t.q_end, t.k_begin, t.k_end) for t in halves] == [(0, 4, 0, 8)]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 6])
 def test_a_row_that_sees_itself_whole(kv_heads: int) -> None:
     q, k, v = tensors(33, 6, kv_heads)
-    sight = Sight((0, 33), causal=False)
-    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    mask_spec = MaskSpec((0, 33), causal=False)
+    want, got = plain_attention(q, k, v, dense_mask(mask_spec)), packed_attention(q, k, v, mask_spec)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
     for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
-    causal = packed_attention(q, k, v, Sight((0, 33)))
+    causal = packed_attention(q, k, v, MaskSpec((0, 33)))
     assert (causal - want).abs().max() > 0.1
 
 
 def test_masked_tiles_are_not_computed() -> None:
     row = (Span(0, 4096),)
-    whole = sum(tile.work for tile in plan_tiles(row, row, Sight((0, 4096))))
-    packed = sum(tile.work for tile in plan_tiles(row, row, Sight(tuple(range(0, 4097, 256)))))
-    windowed = sum(tile.work for tile in plan_tiles(row, row, Sight((0, 4096), 128)))
+    whole = sum(tile.work for tile in plan_tiles(row, row, MaskSpec((0, 4096))))
+    packed = sum(tile.work for tile in plan_tiles(row, row, MaskSpec(tuple(range(0, 4097, 256)))))
+    windowed = sum(tile.work for tile in plan_tiles(row, row, MaskSpec((0, 4096), 128)))
     assert whole == 4096 * 4097 // 2
     assert packed == 16 * 256 * 257 // 2
     assert windowed < 4096 * 128 * 2
     later = (Span(8, 16),)
-    assert plan_tiles((Span(0, 8),), later, Sight((0, 16))) == ()
-    assert plan_tiles(later, (Span(0, 8),), Sight((0, 8, 16))) == ()
-    assert [tile.kind for tile in plan_tiles(later, (Span(0, 8),), Sight((0, 16)))] == [FULL]
+    assert plan_tiles((Span(0, 8),), later, MaskSpec((0, 16))) == ()
+    assert plan_tiles(later, (Span(0, 8),), MaskSpec((0, 8, 16))) == ()
+    assert [tile.kind for tile in plan_tiles(later, (Span(0, 8),), MaskSpec((0, 16)))] == [FULL]
 
 
 @pytest.mark.parametrize("ends", [[0, 3, 9], [1, 8], [0, 5, 4, 8], [8], []])
 def test_documents_that_do_not_divide_the_row_are_refused(ends: list[int]) -> None:
     with pytest.raises(DataError, match="must rise from 0 to 8"):
-        row_sight(8, ends, None)
-    assert row_sight(8, [0, 3, 3, 8], None) == Sight((0, 3, 8))
+        row_mask_spec(8, ends, None)
+    assert row_mask_spec(8, [0, 3, 3, 8], None) == MaskSpec((0, 3, 8))
 
 
 # Attention of one rank
@@ -146,9 +146,9 @@ def test_documents_of_many_lengths_reach_the_kernel_in_few(monkeypatch: pytest.M
     for name, met in lengths.items():
         kernel = getattr(attention, name)
         monkeypatch.setattr(attention, name, lambda *x, k=kernel, m=met, **y: m.add(x[1].shape[2]) or k(*x, **y))
-    sight = Sight((0, 1, 6, 16, 47, 80, 90))
+    mask_spec = MaskSpec((0, 1, 6, 16, 47, 80, 90))
     q, k, v = tensors(90, 6, 2, value_size=4)
-    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    want, got = plain_attention(q, k, v, dense_mask(mask_spec)), packed_attention(q, k, v, mask_spec)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
     for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
@@ -162,9 +162,9 @@ def test_packed_attention_equals_plain(seed: int, kv_heads: int, path: str, monk
     if path == "written out":
         monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
     draw = random.Random(seed)
-    sight = random_sight(draw, 90)
+    mask_spec = random_sight(draw, 90)
     q, k, v = tensors(90, 6, kv_heads)
-    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    want, got = plain_attention(q, k, v, dense_mask(mask_spec)), packed_attention(q, k, v, mask_spec)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
     for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
@@ -173,10 +173,10 @@ def test_packed_attention_equals_plain(seed: int, kv_heads: int, path: str, monk
 @pytest.mark.parametrize("value_size", [10, 4])
 def test_values_of_another_size_than_keys(value_size: int) -> None:
     q, k, v = tensors(40, 4, 2, size=6, value_size=value_size)
-    row = plain_attention(q, k, v, dense_mask(Sight((0, 40))))
+    row = plain_attention(q, k, v, dense_mask(MaskSpec((0, 40))))
     torch.testing.assert_close(causal_attention(q, k, v), row, rtol=0, atol=ATOL)
-    sight = Sight((0, 13, 40))
-    want, got = plain_attention(q, k, v, dense_mask(sight)), packed_attention(q, k, v, sight)
+    mask_spec = MaskSpec((0, 13, 40))
+    want, got = plain_attention(q, k, v, dense_mask(mask_spec)), packed_attention(q, k, v, mask_spec)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
     for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, [q, k, v]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
@@ -186,7 +186,7 @@ def test_values_of_another_size_than_keys(value_size: int) -> None:
 @pytest.mark.parametrize("queries", [1, 4, 20])
 def test_causal_attention_of_the_last_queries(queries: int, window: int | None) -> None:
     q, k, v = tensors(20, 6, 2)
-    want = plain_attention(q, k, v, dense_mask(Sight((0, 20), window)))[:, -queries:]
+    want = plain_attention(q, k, v, dense_mask(MaskSpec((0, 20), window)))[:, -queries:]
     got = causal_attention(q[:, -queries:], k, v, window)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
 
@@ -198,10 +198,10 @@ def test_narrow_types_stay_within_their_precision(
 ) -> None:
     if path == "written out":
         monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
-    sight = Sight((0, 21, 64), 17)
+    mask_spec = MaskSpec((0, 21, 64), 17)
     q, k, v = tensors(64, 4, 2, dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want, got = plain_attention(*exact, dense_mask(sight)), packed_attention(q, k, v, sight)
+    want, got = plain_attention(*exact, dense_mask(mask_spec)), packed_attention(q, k, v, mask_spec)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     for mine, theirs in zip(gradients(got, [q, k, v]), gradients(want, exact), strict=True):
@@ -219,18 +219,18 @@ def sunk_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor)
 
 
 @pytest.mark.parametrize("path", ["flash", "written out"])
-@pytest.mark.parametrize("sight", [Sight((0, 40)), Sight((0, 9, 40), 7)])
-def test_sinks_equal_a_column_of_scores(sight: Sight, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mask_spec", [MaskSpec((0, 40)), MaskSpec((0, 9, 40), 7)])
+def test_sinks_equal_a_column_of_scores(mask_spec: MaskSpec, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "written out":
         monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
     q, k, v = tensors(40, 4, 2, value_size=5)
     sinks = torch.tensor([-3.0, 0.0, 1.5, 4.0], dtype=torch.float64, requires_grad=True)
-    want = sunk_attention(q, k, v, dense_mask(sight), sinks)
-    got = packed_attention(q, k, v, sight, sinks)
+    want = sunk_attention(q, k, v, dense_mask(mask_spec), sinks)
+    got = packed_attention(q, k, v, mask_spec, sinks)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
     for mine, theirs in zip(gradients(got, [q, k, v, sinks]), gradients(want, [q, k, v, sinks]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=ATOL)
-    assert (packed_attention(q, k, v, sight) - want).abs().max() > 0.1
+    assert (packed_attention(q, k, v, mask_spec) - want).abs().max() > 0.1
 
 
 def test_sinks_equal_those_of_transformers() -> None:
@@ -247,7 +247,7 @@ def test_sinks_equal_those_of_transformers() -> None:
 def test_sinks_of_the_last_queries(queries: int, window: int | None) -> None:
     q, k, v = tensors(20, 6, 2)
     sinks = torch.linspace(-1, 2, 6, dtype=torch.float64)
-    want = sunk_attention(q, k, v, dense_mask(Sight((0, 20), window)), sinks)[:, -queries:]
+    want = sunk_attention(q, k, v, dense_mask(MaskSpec((0, 20), window)), sinks)[:, -queries:]
     torch.testing.assert_close(causal_attention(q[:, -queries:], k, v, window, sinks), want, rtol=0, atol=ATOL)
 
 
@@ -260,7 +260,7 @@ def test_rows_of_a_cache_see_their_own_lengths(with_sinks: bool, window: int | N
     got = attend_rows(torch.stack([q[0, 19:20], q[1, 6:7]]), k, v, lengths, window, sinks)
     for row, length in enumerate(lengths.tolist()):
         part = [x[row : row + 1, :length] for x in (q, k, v)]
-        seen = dense_mask(Sight((0, length), window))
+        seen = dense_mask(MaskSpec((0, length), window))
         want = sunk_attention(*part, seen, sinks) if with_sinks else plain_attention(*part, seen)
         torch.testing.assert_close(got[row], want[0, -1:], rtol=0, atol=ATOL)
 
@@ -271,7 +271,7 @@ def test_rows_of_a_cache_see_their_own_lengths(with_sinks: bool, window: int | N
 def test_a_block_ignored_in_the_merge_is_seen() -> None:
     q, k, v = (x.detach() for x in tensors(32, 4, 2))
     row = (Span(16, 32),)
-    full = Sight((0, 32))
+    full = MaskSpec((0, 32))
     tiles = plan_tiles(row, (Span(0, 32),), full)
     assert [tile.kind for tile in tiles] == [FULL, CAUSAL]
     want = plain_attention(q, k, v, dense_mask(full))[:, 16:]
@@ -286,15 +286,15 @@ def test_a_block_ignored_in_the_merge_is_seen() -> None:
 
 def test_gradients_need_the_log_sum_exp_of_the_whole() -> None:
     q, k, v = tensors(32, 4, 2)
-    row, sight = (Span(0, 32),), Sight((0, 32))
-    out = plain_attention(q, k, v, dense_mask(sight))
+    row, mask_spec = (Span(0, 32),), MaskSpec((0, 32))
+    out = plain_attention(q, k, v, dense_mask(mask_spec))
     want = gradients(out, [q, k, v])
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     partial = Partial.empty(q, v)
     with torch.no_grad():
-        partial.add(q, k, v, plan_tiles(row, row, sight))
+        partial.add(q, k, v, plan_tiles(row, row, mask_spec))
         for shift, equal in ((0.0, True), (0.1, False)):
             grads = Gradients.zeros(q, k, v)
-            grads.add(Queries(q, partial.out, partial.lse + shift, grad), k, v, plan_tiles(row, row, sight))
+            grads.add(Queries(q, partial.out, partial.lse + shift, grad), k, v, plan_tiles(row, row, mask_spec))
             errors = [(a - b).abs().max() for a, b in zip((grads.q, grads.k, grads.v), want, strict=True)]
             assert (max(errors) < ATOL) == equal

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megallm.ops import fp8
 from megallm.ops.fp8 import LARGEST, Quantised, amax_of, dequantise, emulated, native, quantise, scale_of
-from megallm.ops.narrow import RECIPES
+from megallm.ops.low_precision import RECIPES
 
 SCALED = ("tensor", "row", "block", "square")  # square: BLOCK x BLOCK, of weights
 SHAPES = [(16, 16, 16), (16, 48, 32), (64, 128, 96), (128, 256, 64), (32, 1024, 48)]
@@ -99,7 +99,7 @@ def test_too_small_a_history_clips_instead_of_overflowing():
 def test_turned_is_the_transpose(scaled):
     x = matrix(130, 300)
     stored = quantise_now(x, "e4m3", scaled, True)
-    assert torch.equal(dequantise(stored.turned(), torch.float32), dequantise(stored, torch.float32).t())
+    assert torch.equal(dequantise(stored.transposed(), torch.float32), dequantise(stored, torch.float32).t())
 
 
 # --- products ------------------------------------------------------------------------------------------------------

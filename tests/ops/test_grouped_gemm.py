@@ -10,23 +10,23 @@ from hypothesis import strategies as st
 from megallm.ops import grouped_gemm
 from megallm.ops.grouped_gemm import Runs, fits_kernel, grouped_linear, loop_rows
 from megallm.ops.moe_permute import combine, order_of, permute, unpermute
-from megallm.parallel.linear import WeightQueue, finish_weights
+from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SIZES = [([3, 5, 2], "all"), ([0, 7, 0], "idle"), ([0, 0, 0], "nothing"), ([1, 0, 9], "one row")]
 
 
-def run(dtype: torch.dtype, sizes: list[int], later: WeightQueue | None = None, wide: int = 24):
+def run(dtype: torch.dtype, sizes: list[int], weight_grads: WeightGradQueue | None = None, wide: int = 24):
     """Output and gradients of one product of seeded numbers, and the leaves' values."""
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(sum(sizes), 16, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(len(sizes), wide, 16, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
     grad = torch.randn(sum(sizes), wide, generator=draw, dtype=torch.float64).to(dtype)
-    y = grouped_linear(x, weight, Runs.of(sizes, x.device), later)
+    y = grouped_linear(x, weight, Runs.of(sizes, x.device), weight_grads)
     y.backward(grad)
-    if later is not None:
+    if weight_grads is not None:
         assert weight.grad is None, "put off"
-        finish_weights(later.take())
+        compute_weight_grads(weight_grads.take())
     return y.detach(), x.grad, weight.grad, (x.detach(), weight.detach(), grad)
 
 
@@ -40,11 +40,11 @@ def by_definition(x, weight, grad, sizes):
     return y, dx, dw
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["at once", "put off"])
+@pytest.mark.parametrize("weight_grads", [False, True], ids=["at once", "put off"])
 @pytest.mark.parametrize("sizes", [sizes for sizes, _ in SIZES], ids=[name for _, name in SIZES])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_grouped_linear_is_its_definition(dtype, sizes, later):
-    y, dx, dw, inputs = run(dtype, sizes, WeightQueue() if later else None)
+def test_grouped_linear_is_its_definition(dtype, sizes, weight_grads):
+    y, dx, dw, inputs = run(dtype, sizes, WeightGradQueue() if weight_grads else None)
     for mine, theirs in zip((y, dx, dw), by_definition(*inputs, sizes), strict=True):
         assert mine.dtype == dtype and mine.shape == theirs.shape
         scale = theirs.abs().max() if theirs.numel() else 0.0

@@ -10,7 +10,7 @@ import torch
 
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
-from megallm.models.stretch import ROPE_NUMBERS, ROPE_OPTIONS, ROPE_SCALINGS, RopeStretch
+from megallm.models.rope_scaling import ROPE_NUMBERS, ROPE_OPTIONS, ROPE_SCALINGS, RopeScaling
 from megallm.ops.rope import rope_tables, score_factor, table_factor
 
 utilities = pytest.importorskip("transformers.modeling_rope_utils", reason="stretches are compared with transformers")
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def frequencies(stretch: RopeStretch | None, length: int = 0) -> torch.Tensor:
+def frequencies(stretch: RopeScaling | None, length: int = 0) -> torch.Tensor:
     """From the angle of position 1, whose sine and cosine have the size of the tables."""
     cos, sin = rope_tables(torch.ones(1, 1), SIZE, THETA, torch.float64, stretch, length)
     return torch.atan2(sin, cos)[0, 0]
@@ -71,7 +71,7 @@ def theirs(values: dict[str, Any], length: int | None = None, known: int = 13107
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_and_size_equal_transformers(name: str) -> None:
     ours, other = CASES[name]
-    stretch = RopeStretch(**ours)
+    stretch = RopeScaling(**ours)
     want, size = theirs(other)
     got = frequencies(stretch)
     assert ((got - want).abs() / want).max() <= 1e-6
@@ -86,25 +86,25 @@ def test_frequencies_and_size_equal_transformers(name: str) -> None:
 @pytest.mark.parametrize("length", [100, 4096, 5000, 20000])
 def test_dynamic_equals_transformers_at_each_length(length: int) -> None:
     want, _ = theirs({"rope_type": "dynamic", "factor": 3.0}, length, 4096)
-    got = frequencies(RopeStretch("dynamic", 3.0, positions=4096), length)
+    got = frequencies(RopeScaling("dynamic", 3.0, positions=4096), length)
     assert ((got - want).abs() / want).max() <= 1e-6
     assert torch.equal(got, frequencies(None)) == (length <= 4096)
 
 
 def test_ntk_keeps_the_fastest_wave_and_stretches_the_slowest_by_the_factor() -> None:
-    plain, got = frequencies(None), frequencies(RopeStretch("ntk", 5.0))
+    plain, got = frequencies(None), frequencies(RopeScaling("ntk", 5.0))
     assert got[0] == plain[0]
     assert plain[-1] / got[-1] == pytest.approx(5.0, rel=1e-9)
     assert (got[1:] < plain[1:]).all()
     dynamic, _ = theirs({"rope_type": "dynamic", "factor": 5.0}, 2 * 4096, 4096)  # a factor of 5 x 2 - 4 = 6
-    assert ((frequencies(RopeStretch("ntk", 6.0)) - dynamic).abs() / dynamic).max() <= 1e-6
+    assert ((frequencies(RopeScaling("ntk", 6.0)) - dynamic).abs() / dynamic).max() <= 1e-6
 
 
 def test_scores_of_latent_attention_grow_with_the_mscale_of_all_dims() -> None:
     modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
     want = modeling.yarn_apply_mscale({"rope_type": "yarn", "factor": 40.0, "mscale_all_dim": 1.2}, 1.0)
-    assert score_factor(RopeStretch("yarn", 40.0, positions=4096, mscale_all_dim=1.2)) == pytest.approx(want)
-    assert score_factor(RopeStretch("yarn", 40.0, positions=4096)) == score_factor(None) == 1
+    assert score_factor(RopeScaling("yarn", 40.0, positions=4096, mscale_all_dim=1.2)) == pytest.approx(want)
+    assert score_factor(RopeScaling("yarn", 40.0, positions=4096)) == score_factor(None) == 1
 
 
 # What a configuration may say
@@ -124,15 +124,15 @@ def test_each_kind_has_its_numbers_and_no_others(kind: str | None) -> None:
     whole = {name: NUMBERS[name] for name in (*needed, *allowed)} | {"rope_scaling": kind}
     resolved = dataclasses.replace(TINY, **whole).resolve()
     if kind is not None:
-        assert frequencies(resolved.rope_stretch, 999).shape == (SIZE // 2,)
+        assert frequencies(resolved.rope_scaling_spec, 999).shape == (SIZE // 2,)
     for name in NUMBERS:
         given = {key: value for key, value in whole.items() if key != name}
         if name not in needed and name not in allowed:
             given[name] = NUMBERS[name]
         if name in allowed:
-            without = dataclasses.replace(TINY, **given).resolve().rope_stretch
+            without = dataclasses.replace(TINY, **given).resolve().rope_scaling_spec
             assert getattr(without, name.removeprefix("rope_")) == getattr(
-                RopeStretch(kind, 4.0), name.removeprefix("rope_")
+                RopeScaling(kind, 4.0), name.removeprefix("rope_")
             )
             continue
         with pytest.raises(UsageError, match=f"{'needs' if name in needed else 'has no'} model.{name}"):
@@ -164,10 +164,10 @@ def test_a_stretch_without_waves_to_stretch_is_refused(changed, said) -> None:
     with pytest.raises(UsageError, match=said):
         dataclasses.replace(TINY, rope_factor=2.0, **changed).resolve()
     changed = {"rope_scaling": "ntk", "head_size": 4}
-    assert dataclasses.replace(TINY, rope_factor=2.0, **changed).resolve().rope_stretch.kind == "ntk"
+    assert dataclasses.replace(TINY, rope_factor=2.0, **changed).resolve().rope_scaling_spec.kind == "ntk"
 
 
 def test_llama_31_has_the_numbers_of_its_publication() -> None:
-    stretch = ModelConfig(preset="llama3.1-8b").resolve().rope_stretch
-    assert stretch == RopeStretch("llama3", 8.0, 1.0, 4.0, 8192)
-    assert ModelConfig(preset="llama3.2-1b").resolve().rope_stretch.factor == 32.0
+    stretch = ModelConfig(preset="llama3.1-8b").resolve().rope_scaling_spec
+    assert stretch == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert ModelConfig(preset="llama3.2-1b").resolve().rope_scaling_spec.factor == 32.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megallm.models.sections import MoeConfig
 from megallm.ops import backends, te_linear
-from megallm.ops.narrow import Fp8Options
+from megallm.ops.low_precision import Fp8Options
 from tests.engine.tiny import MODEL, engine_of
 
 

@@ -34,7 +34,7 @@ def used_bytes(layout: Layout, stage: int, everything: bool) -> tuple[int, int, 
     mesh = Mesh.start(layout)
     engine = engine_of(mesh, (GroupConfig("*", frozen=True),) if everything else BLOCKS, stage)
     before = whole_weights(engine)
-    engine.parameters.unsettle()
+    engine.parameters.reshard()
     engine.train_step(share(batches(2), mesh), NextToken(), 0.1) if not everything else None
     held = live_bytes(engine)
     after = whole_weights(engine)

@@ -19,9 +19,9 @@ from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.optim import zero as zero_module
-from megallm.optim.buckets import ALIGN, Bucket, Member, Treatment, plan_buckets
+from megallm.optim.buckets import ALIGN, Bucket, BucketParam, ParamGroup, plan_buckets
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
-from megallm.optim.groups import check_groups, matches, treatment
+from megallm.optim.groups import check_groups, matches, param_group
 from megallm.optim.rules import column_factor, row_factor
 from megallm.oracle import reference
 from megallm.parallel.layout import Layout
@@ -112,7 +112,7 @@ def test_factors_have_the_shape_of_rows_and_columns():
 # --- matrices stay whole ---------------------------------------------------------------------------------------------
 
 
-MUON = Treatment("muon")
+MUON = ParamGroup("muon")
 members = st.lists(
     st.tuples(st.integers(1, 12), st.integers(1, 40), st.booleans()).map(
         lambda t: (t[0], t[1] * (ALIGN if t[2] else 1), t[2])
@@ -121,7 +121,7 @@ members = st.lists(
     max_size=12,
 ).map(
     lambda rows: [
-        Member(f"m{i}", n * size, "layers.0", treatment=MUON, whole=size if cut else n * size)
+        BucketParam(f"m{i}", n * size, "layers.0", param_group=MUON, whole=size if cut else n * size)
         for i, (n, size, cut) in enumerate(rows)
     ]
 )
@@ -138,7 +138,7 @@ def check_plan(bucket: Bucket, shards: int) -> int:
         for begin in range(offset, last, member.whole):
             assert begin // each == (begin + member.whole - 1) // each, (member, offset, each)
     assert last <= bucket.numel
-    held = [cut for rank in range(shards) for cut in bucket.cuts(*bucket.shard_range(shards, rank))]
+    held = [cut for rank in range(shards) for cut in bucket.slices(*bucket.shard_range(shards, rank))]
     assert sum(cut.end - cut.begin for cut in held) == sum(member.numel for member in bucket.members)
     return each
 
@@ -148,14 +148,14 @@ def check_plan(bucket: Bucket, shards: int) -> int:
 def test_no_matrix_lies_across_two_ranges_and_ranges_are_fair(some, shards):
     for bucket in plan_buckets(some, 8, shards, bucket_bytes=4096):
         each = check_plan(bucket, shards)
-        fair = max(sum(m.space for m in bucket.members) / shards, max(m.lump for m in bucket.members))
-        long = {member.lump for member in bucket.members if member.space > fair}  # stacks over several ranges
+        fair = max(sum(m.space for m in bucket.members) / shards, max(m.atomic_size for m in bucket.members))
+        long = {member.atomic_size for member in bucket.members if member.space > fair}  # stacks over several ranges
         assert len(long) > 1 or each <= 2 * fair + ALIGN
 
 
 def test_a_boundary_through_a_matrix_is_seen_by_the_check():
     """The control: the ranges that rules on single elements get cut matrices."""
-    some = [Member(f"m{i}", 480, "layers.0", treatment=MUON) for i in range(3)]
+    some = [BucketParam(f"m{i}", 480, "layers.0", param_group=MUON) for i in range(3)]
     (bucket,) = plan_buckets(some, 8, 2)
     cut = Bucket(tuple(replace(m, whole=480) for m in bucket.members), bucket.offsets, bucket.numel)
     with pytest.raises(AssertionError):
@@ -164,17 +164,17 @@ def test_a_boundary_through_a_matrix_is_seen_by_the_check():
 
 def test_a_stack_of_experts_is_shared_out_evenly():
     """64 experts of two matrices over 8 ranks: sixteen matrices each, and nothing is left over."""
-    stack = Member("experts", 64 * 2 * 96, "layers.0", treatment=MUON, whole=96)
+    stack = BucketParam("experts", 64 * 2 * 96, "layers.0", param_group=MUON, whole=96)
     (bucket,) = plan_buckets([stack], 8, 8, by_unit=True)
     assert check_plan(bucket, 8) == 16 * 96
 
 
-def llama_block(hidden: int, ffn: int, kv: int, layers: int) -> list[Member]:
+def llama_block(hidden: int, ffn: int, kv: int, layers: int) -> list[BucketParam]:
     """The hidden matrices of Llama blocks as Muon's members."""
     shapes = {"q": (1, hidden * hidden), "kv": (2, kv * hidden), "o": (1, hidden * hidden)}
     shapes |= {"gate_up": (2, ffn * hidden), "down": (1, ffn * hidden)}
     return [
-        Member(f"layers.{i}.{name}", n * size, f"layers.{i}", treatment=MUON, whole=size)
+        BucketParam(f"layers.{i}.{name}", n * size, f"layers.{i}", param_group=MUON, whole=size)
         for i in range(layers)
         for name, (n, size) in shapes.items()
     ]
@@ -196,7 +196,7 @@ def held(layout: Layout, stage: int) -> list[tuple[str, int, int]]:
     found = []
     for bucket in engine.parameters.flat:
         if bucket.plan.rule == "muon":
-            for cut in engine.parameters.cuts(bucket):
+            for cut in engine.parameters.slices(bucket):
                 rows, columns = engine.parameters.shapes[cut.member.name][-2:]
                 found.append((cut.member.name, cut.begin // (rows * columns), cut.end // (rows * columns)))
     return found
@@ -284,8 +284,8 @@ def test_the_first_matching_group_counts():
     shard = Shard((4, 4))
     name = "layers.0.mlp.down.weight"
     config = replace(GROUPED, groups=(GroupConfig("layers.0.*", 3.0), *GROUPS)).resolve()
-    assert treatment(config, name, shard) == Treatment("adamw", 0.3, 3.0, False)
-    assert treatment(GROUPED.resolve(), name, shard) == Treatment("adamw", 0.0, 0.5, False)
+    assert param_group(config, name, shard) == ParamGroup("adamw", 0.3, 3.0, False)
+    assert param_group(GROUPED.resolve(), name, shard) == ParamGroup("adamw", 0.0, 0.5, False)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
-from megallm.ops.narrow import LossScaleOptions
+from megallm.ops.low_precision import LossScaleOptions
 from megallm.optim.config import ZeroOptions
 from megallm.optim.scaler import LARGEST, LossScaler
 from megallm.parallel.layout import Layout

@@ -14,7 +14,7 @@ from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
-from megallm.optim.buckets import ALIGN, Member, plan_buckets
+from megallm.optim.buckets import ALIGN, BucketParam, plan_buckets
 from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.optim.flat import FlatBucket
 from megallm.optim.zero import IN_FLIGHT
@@ -60,7 +60,7 @@ def train(layout: Layout, engine_config: EngineConfig, micro: int = 2) -> tuple[
 def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Copies of the weights of this rank's stages; collective over the shard group."""
     for bucket in engine.parameters.flat:
-        bucket.arrive()
+        bucket.unshard()
     return {name: view.clone() for name, view in engine.parameters.views.items()}
 
 
@@ -317,7 +317,7 @@ def test_a_step_that_keeps_the_gradients_of_the_last_is_noticed():
 
 def test_the_gaps_of_a_bucket_are_what_no_member_fills():
     def made(sizes: list[int], shards: int) -> list[list[tuple[int, int]]]:
-        members = [Member(str(i), size, "u") for i, size in enumerate(sizes)]
+        members = [BucketParam(str(i), size, "u") for i, size in enumerate(sizes)]
         return [bucket.gaps for bucket in plan_buckets(members, 4, shards)]
 
     assert made([ALIGN, 2 * ALIGN], 1) == [[]]

@@ -19,7 +19,7 @@ from megallm.parallel.schedule import (
     plan_schedule,
 )
 
-Wire = tuple[int, int, str]  # source rank, destination rank, kind of message
+Channel = tuple[int, int, str]  # source rank, destination rank, kind of message
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,23 @@ def wrong_actions(plans: list[Plan], placement: Placement, ops: str, micros: int
     return problems
 
 
-def traffic(plans: list[Plan], placement: Placement) -> dict[Wire, tuple[list, list]]:
-    """Per wire the messages (micro, receiving stage), as its source makes them and as its destination needs them."""
-    wires: dict[Wire, tuple[list, list]] = defaultdict(lambda: ([], []))
+def traffic(plans: list[Plan], placement: Placement) -> dict[Channel, tuple[list, list]]:
+    """Per channel the messages (micro, receiving stage), as its source makes them and as its destination needs them."""
+    channels: dict[Channel, tuple[list, list]] = defaultdict(lambda: ([], []))
     for rank, plan in enumerate(plans):
         for action in plan:
             step = {FORWARD: 1, BACKWARD: -1, WEIGHT: 0}[action.op]
             to, source = action.stage + step, action.stage - step
             if step and 0 <= to < placement.num_stages and placement.rank_of(to) != rank:
-                wires[rank, placement.rank_of(to), action.op][0].append((action.micro, to))
+                channels[rank, placement.rank_of(to), action.op][0].append((action.micro, to))
             if step and 0 <= source < placement.num_stages and placement.rank_of(source) != rank:
-                wires[placement.rank_of(source), rank, action.op][1].append((action.micro, action.stage))
-    return wires
+                channels[placement.rank_of(source), rank, action.op][1].append((action.micro, action.stage))
+    return channels
 
 
-def crossed_wires(plans: list[Plan], placement: Placement) -> list[Wire]:
+def crossed_wires(plans: list[Plan], placement: Placement) -> list[Channel]:
     """Wires whose messages are needed in another order than they are made in."""
-    return [wire for wire, (made, needed) in traffic(plans, placement).items() if made != needed]
+    return [channel for channel, (made, needed) in traffic(plans, placement).items() if made != needed]
 
 
 def swapped(plans: list[Plan], rank: int, one: int, other: int) -> list[Plan]:

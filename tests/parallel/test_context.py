@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallm.base.errors import DataError, UsageError
 from megallm.ops.attention import Gradients, Partial
-from megallm.ops.tiles import Sight, Span, plan_tiles
+from megallm.ops.tiles import MaskSpec, Span, plan_tiles
 from megallm.parallel import context
 from megallm.parallel.context import (
     GRADIENTS,
@@ -49,12 +49,12 @@ class Case:
     causal: bool = True
 
     @property
-    def sight(self) -> Sight:
+    def mask_spec(self) -> MaskSpec:
         if not self.packed:
-            return Sight((0, self.length), self.window, self.causal)
+            return MaskSpec((0, self.length), self.window, self.causal)
         draw = random.Random(self.seed)
         ends = sorted(draw.sample(range(1, self.length), draw.randint(1, 6)))
-        return Sight((0, *ends, self.length), self.window, self.causal)
+        return MaskSpec((0, *ends, self.length), self.window, self.causal)
 
 
 CASES = (
@@ -99,7 +99,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def batch_of(case: Case) -> dict[str, Tensor]:
     batch = {"positions": torch.zeros(1 if case.packed else 2, case.length, dtype=torch.long)}
     if case.packed:
-        batch["cu_seqlens"] = torch.tensor(case.sight.documents, dtype=torch.int32)
+        batch["cu_seqlens"] = torch.tensor(case.mask_spec.documents, dtype=torch.int32)
     return batch
 
 
@@ -107,7 +107,7 @@ def single(case: Case) -> list[Tensor]:
     """The output and the gradients of q, k and v in one process."""
     *leaves, direction = inputs(case)
     leaves = [x.requires_grad_() for x in leaves]
-    out = plain_attention(*leaves, dense_mask(case.sight))
+    out = plain_attention(*leaves, dense_mask(case.mask_spec))
     return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
 
 
@@ -119,8 +119,8 @@ def attend(cp: int, kind: str, degree: int | None, cases: tuple[Case, ...], brok
         here = Context(mesh, kind, case.heads, degree)
         *leaves, direction = (here.local(x) for x in inputs(case))
         leaves = [x.requires_grad_() for x in leaves]
-        sight = here.sight(batch_of(case), case.window, case.causal)
-        out = here.attend(*leaves, sight, case.window)
+        mask_spec = here.mask_spec(batch_of(case), case.window, case.causal)
+        out = here.parallel_attention(*leaves, mask_spec, case.window)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, direction)])
     return results
 
@@ -149,7 +149,7 @@ def attend_narrow(kind: str, case: Case, dtype: torch.dtype) -> list[Tensor]:
     here = Context(mesh, kind, case.heads)
     *leaves, direction = (here.local(x).to(dtype) for x in inputs(case))
     leaves = [x.requires_grad_() for x in leaves]
-    out = here.attend(*leaves, here.sight(batch_of(case), case.window), case.window)
+    out = here.parallel_attention(*leaves, here.mask_spec(batch_of(case), case.window), case.window)
     return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
 
 
@@ -177,7 +177,7 @@ def saved_bytes(kind: str, case: Case) -> tuple[int, int]:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        here.attend(q, k, v, here.sight(batch_of(case), None), None)
+        here.parallel_attention(q, k, v, here.mask_spec(batch_of(case), None), None)
     lse = q.numel() // SIZE
     return sum(kept.values()), (2 * q.numel() + k.numel() + v.numel() + lse) * q.element_size()
 
@@ -207,7 +207,7 @@ def order_of_events(case: Case) -> list[str]:
         patch.setattr(Moving, "wait", told("wait", wait))
         here = Context(mesh, "ring", case.heads)
         q, k, v = (here.local(x).requires_grad_() for x in inputs(case)[:3])
-        here.attend(q, k, v, here.sight(batch_of(case), None), None).sum().backward()
+        here.parallel_attention(q, k, v, here.mask_spec(batch_of(case), None), None).sum().backward()
     return events
 
 
@@ -242,7 +242,7 @@ def attend_with_plain_order(case: Case) -> list[Tensor]:
     here = Context(mesh, "ring", case.heads)
     *leaves, direction = (x.chunk(2, dim=1)[mesh.cp.rank].contiguous() for x in inputs(case))
     leaves = [x.requires_grad_() for x in leaves]
-    out = here.attend(*leaves, here.sight(batch_of(case), None), None)
+    out = here.parallel_attention(*leaves, here.mask_spec(batch_of(case), None), None)
     return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
 
 
@@ -257,7 +257,7 @@ def attend_across_documents(kind: str, case: Case) -> list[Tensor]:
     *leaves, direction = (here.local(x) for x in inputs(case))
     leaves = [x.requires_grad_() for x in leaves]
     batch = {"positions": batch_of(case)["positions"]}
-    out = here.attend(*leaves, here.sight(batch, None), None)
+    out = here.parallel_attention(*leaves, here.mask_spec(batch, None), None)
     return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
 
 
@@ -286,35 +286,35 @@ def axis(size: int, rank: int) -> Axis:
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_causal_work_is_balanced_at_every_step(size: int) -> None:
-    length, sight = 16 * size, Sight((0, 16 * size))
+    length, mask_spec = 16 * size, MaskSpec((0, 16 * size))
     chunk = 8
     square, triangle = chunk * chunk, chunk * (chunk + 1) // 2
     for step in range(size):
-        work = [sum(t.work for t in Ring(axis(size, rank)).tiles(step, length, sight)) for rank in range(size)]
+        work = [sum(t.work for t in Ring(axis(size, rank)).tiles(step, length, mask_spec)) for rank in range(size)]
         assert set(work) == {square + 2 * triangle if step == 0 else 2 * square}
-    gathered = [sum(t.work for t in AllGather(axis(size, rank)).tiles(length, sight)) for rank in range(size)]
+    gathered = [sum(t.work for t in AllGather(axis(size, rank)).tiles(length, mask_spec)) for rank in range(size)]
     assert set(gathered) == {(2 * size - 1) * square + 2 * triangle}
     assert size * gathered[0] == length * (length + 1) // 2, "nothing masked is computed"
     straight = [Span(rank * 16, (rank + 1) * 16) for rank in range(size)]
-    uneven = [sum(t.work for t in plan_tiles((span,), (Span(0, length),), sight)) for span in straight]
+    uneven = [sum(t.work for t in plan_tiles((span,), (Span(0, length),), mask_spec)) for span in straight]
     assert max(uneven) > 2.5 * min(uneven), "without zigzag the last rank would do most of it"
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_packed_off_diagonal_chunk_pairs_are_at_most_one_rectangle(seed: int) -> None:
     size, length = 4, 64
-    sight = Case(length=length, packed=True, seed=seed).sight
+    mask_spec = Case(length=length, packed=True, seed=seed).mask_spec
     chunks = [Span(begin, begin + 8) for begin in range(0, length, 8)]
     total = 0
     for i, queries in enumerate(chunks):
         for j, keys in enumerate(chunks):
-            tiles = plan_tiles((queries,), (keys,), sight)
+            tiles = plan_tiles((queries,), (keys,), mask_spec)
             total += sum(tile.work for tile in tiles)
             if i != j:
                 assert len(tiles) <= 1
                 assert all(tile.kind == "full" for tile in tiles)
-    assert total == int(dense_mask(sight).sum())
-    work = [sum(t.work for t in AllGather(axis(size, rank)).tiles(length, sight)) for rank in range(size)]
+    assert total == int(dense_mask(mask_spec).sum())
+    work = [sum(t.work for t in AllGather(axis(size, rank)).tiles(length, mask_spec)) for rank in range(size)]
     assert sum(work) == total
 
 
@@ -347,10 +347,10 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         Context(two, "ring", 4).local(torch.zeros(1, 30))
     batch = batch_of(CASES[5])
     with pytest.raises(DataError, match="has 2 rows; packed documents fill one row"):
-        alone.sight(batch | {"positions": torch.zeros(2, 32)}, None)
+        alone.mask_spec(batch | {"positions": torch.zeros(2, 32)}, None)
     with pytest.raises(DataError, match="must rise from 0 to 40"):
-        alone.sight(batch | {"positions": torch.zeros(1, 40)}, None)
-    assert alone.sight(batch_of(CASES[0]), None) is None
+        alone.mask_spec(batch | {"positions": torch.zeros(1, 40)}, None)
+    assert alone.mask_spec(batch_of(CASES[0]), None) is None
 
 
 # Messages
@@ -390,7 +390,7 @@ def many_layers(kind: str, layers: int) -> float:
     for layer in range(layers):
         if mesh.cp.rank == layer % 4:
             torch.randn(200, 200) @ torch.randn(200, 200)
-        x = here.attend(x, k, v, here.sight(batch_of(case), None), None)
+        x = here.parallel_attention(x, k, v, here.mask_spec(batch_of(case), None), None)
     (grad,) = torch.autograd.grad(x, q, direction)
     return float(grad.abs().sum())
 

@@ -12,7 +12,7 @@ from megallm.models.config import ModelConfig
 from megallm.ops.moe_permute import order_of, permute
 from megallm.optim.config import ZeroOptions
 from megallm.parallel import comm
-from megallm.parallel.expert import collect, dispatch, give_back, plan_route, spread
+from megallm.parallel.expert import combine_rows, dispatch, gather_over_tp, plan_dispatch, scatter_over_tp
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.ranks import run_ranks
@@ -39,14 +39,14 @@ def round_trip(broken: frozenset[str]) -> list[tuple[list[int], Tensor, Tensor]]
     for dtype in DTYPES:
         x = numbers(mesh.rank, ROWS[mesh.rank], dtype).requires_grad_()
         order, counts = order_of(choices(mesh.rank)[:, None], EXPERTS)
-        route = plan_route(counts, mesh)
-        rows = dispatch(permute(x, order, 1), route, mesh)
+        plan = plan_dispatch(counts, mesh)
+        rows = dispatch(permute(x, order, 1), plan, mesh)
         mine = torch.arange(2 * mesh.rank, 2 * mesh.rank + 2)
-        factors = torch.repeat_interleave(mine + 1, torch.tensor(route.runs.sizes)).to(dtype)
-        y = give_back(rows * factors[:, None], route, mesh)
+        factors = torch.repeat_interleave(mine + 1, torch.tensor(plan.runs.sizes)).to(dtype)
+        y = combine_rows(rows * factors[:, None], plan, mesh)
         back = torch.zeros_like(x).index_copy(0, order, y)
         back.backward(numbers(mesh.rank + 5, ROWS[mesh.rank], dtype))
-        found.append((list(route.runs.sizes), back.detach(), x.grad))
+        found.append((list(plan.runs.sizes), back.detach(), x.grad))
     return found
 
 
@@ -73,8 +73,8 @@ def test_a_dispatch_that_is_left_out_shows_and_does_not_hang(name):
 def share_and_collect(count: int, broken: frozenset[str]) -> tuple[Tensor, Tensor, Tensor]:
     mesh = Mesh.start(Layout(tp=3), "cpu", broken)
     x = torch.arange(2.0 * count).view(count, 2).requires_grad_()
-    mine = spread(x, mesh)
-    y = collect(mine * (mesh.tp.rank + 1), count, mesh)
+    mine = scatter_over_tp(x, mesh)
+    y = gather_over_tp(mine * (mesh.tp.rank + 1), count, mesh)
     y.backward(torch.ones_like(y))
     return mine.detach(), y.detach(), x.grad
 
@@ -96,7 +96,7 @@ def test_tensor_parallel_ranks_share_out_any_number_of_tokens(count):
 def test_one_process_exchanges_nothing():
     x, axis = torch.ones(3, 2), Mesh.single().ep
     assert comm.exchange_rows_fwd_exchange_rows_bwd(x, axis, [3], [3], "moe.dispatch") is x
-    assert spread(x, Mesh.single()) is x and torch.equal(collect(x, 3, Mesh.single()), x)
+    assert scatter_over_tp(x, Mesh.single()) is x and torch.equal(gather_over_tp(x, 3, Mesh.single()), x)
 
 
 # What a rank holds
@@ -113,7 +113,7 @@ def held(layout: Layout, stage: int) -> tuple[int, int, int, int]:
     options = ZeroOptions(stage)
     config = EngineConfig(MODEL, precision="bf16", zero=options)
     engine = Engine.build(config, Mesh.start(layout))
-    engine.parameters.unsettle()
+    engine.parameters.reshard()
     flat = [bucket for bucket in engine.parameters.flat if bucket.plan.expert]
     params = sum(max(b.params.untyped_storage().nbytes() // 2, len(b.weights) if b.frees_params else 0) for b in flat)
     owned = sum(part.tensor.numel() for part in engine.parts() if part.name.startswith("layers") and "exp" in part.name)

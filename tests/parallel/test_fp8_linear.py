@@ -14,7 +14,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
-from megallm.ops.narrow import RECIPES, Fp8Options
+from megallm.ops.low_precision import RECIPES, Fp8Options
 from megallm.optim.config import ZeroOptions
 from megallm.parallel.fp8 import Fp8Linear
 from megallm.parallel.layout import Layout

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megallm.parallel.layout import Layout
-from megallm.parallel.linear import WeightQueue, weight_gradient
+from megallm.parallel.linear import WeightGradQueue, weight_gradient
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Pipeline, buffer_maker
 from megallm.parallel.schedule import Placement, place, plan_schedule
@@ -25,19 +25,19 @@ class _Sleep(torch.autograd.Function):
     """Sleeps in both directions; with a queue the weight's share of the backward pass is put off."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, later: WeightQueue | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, weight_grads: WeightGradQueue | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.later = weight, later
+        ctx.weight, ctx.weight_grads = weight, weight_grads
         time.sleep(SLEEP["F"])
         return x * 1.0
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         time.sleep(SLEEP["B"])
-        if ctx.later is None:
+        if ctx.weight_grads is None:
             time.sleep(SLEEP["W"])
         else:
-            ctx.later.put(ctx.weight, partial(weight_gradient, ctx.saved_tensors[0], grad))
+            ctx.weight_grads.put(ctx.weight, partial(weight_gradient, ctx.saved_tensors[0], grad))
         return grad, None, None
 
 
@@ -57,14 +57,14 @@ class _SlowWeight(torch.autograd.Function):
 class Sleeper(nn.Module):
     """A stage without arithmetic, so that many ranks fit on few cores."""
 
-    def __init__(self, first: bool, last: bool, later: WeightQueue | None) -> None:
+    def __init__(self, first: bool, last: bool, weight_grads: WeightGradQueue | None) -> None:
         super().__init__()
-        self.first, self.last, self.later = first, last, later
+        self.first, self.last, self.weight_grads = first, last, weight_grads
         self.weight = nn.Parameter(torch.zeros(1, 1))
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         x = batch["x"].clone().requires_grad_() if self.first else x
-        x = _Sleep.apply(x, _SlowWeight.apply(self.weight), self.later)
+        x = _Sleep.apply(x, _SlowWeight.apply(self.weight), self.weight_grads)
         return {"out": x} if self.last else x
 
 
@@ -81,18 +81,18 @@ def sleep_through(layout: Layout, kind: str, chunks: int, micros: int) -> list[l
     mesh = Mesh.start(layout)
     placement = place(kind, layout.pp, chunks)
     plans = plan_schedule(kind, placement, micros)
-    later = WeightQueue() if any(action.op == "W" for action in plans[0]) else None
+    weight_grads = WeightGradQueue() if any(action.op == "W" for action in plans[0]) else None
     last = placement.num_stages - 1
-    stages = {n: Sleeper(n == 0, n == last, later) for n in placement.stages_of(mesh.pp.rank)}
-    pipeline = Pipeline(mesh, placement, stages, later)
+    stages = {n: Sleeper(n == 0, n == last, weight_grads) for n in placement.stages_of(mesh.pp.rank)}
+    pipeline = Pipeline(mesh, placement, stages, weight_grads)
     batches = [{"x": torch.ones(1, 1)} for _ in range(micros)]
 
     def loss_of(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, None]:
         return outputs["out"].sum(), None
 
     mesh.barrier()
-    walk = pipeline.run(plans, batches, buffer_maker((1, 1), torch.float32, mesh.device), loss_of, Quiet())
-    return [[slot.action, slot.start, slot.end] for slot in pipeline.timeline(walk)]
+    run = pipeline.run(plans, batches, buffer_maker((1, 1), torch.float32, mesh.device), loss_of, Quiet())
+    return [[slot.action, slot.start, slot.end] for slot in pipeline.timeline(run)]
 
 
 def timeline_of(rows: list[list[list]]) -> Timeline:

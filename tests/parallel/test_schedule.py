@@ -57,9 +57,9 @@ def test_a_damaged_plan_is_noticed(kind):
 def test_two_ranks_are_next_and_previous_to_each_other():
     """pp = 2 with chunks: one peer is both neighbours, and only the kind and the order tell its messages apart."""
     case = Case("interleaved", 2, 3, 4)
-    wires = traffic(case.plans, case.placement)
-    assert set(wires) == {(0, 1, "F"), (1, 0, "F"), (0, 1, "B"), (1, 0, "B")}
-    made, needed = wires[0, 1, "F"]
+    channels = traffic(case.plans, case.placement)
+    assert set(channels) == {(0, 1, "F"), (1, 0, "F"), (0, 1, "B"), (1, 0, "B")}
+    made, needed = channels[0, 1, "F"]
     assert made == needed == [(micro, stage) for group in ((0, 1), (2, 3)) for stage in (1, 3, 5) for micro in group]
 
 

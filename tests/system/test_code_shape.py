@@ -52,7 +52,7 @@ FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
 PURE = (
     "base.", "cli.", "data.", "training.config", "training.validate", "training.nearest", "training.reading",
     "training.ranges", "training.expert_rules",
-    "training.optimizing", "training.narrow_rules", "ops.backends", "ops.narrow", "parallel.remade",
+    "training.optimizing", "training.narrow_rules", "ops.backends", "ops.low_precision", "parallel.recompute_policy",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",

@@ -7,10 +7,14 @@ BLOCK = "block"
 PARTS = {"norm": None, "attention": None, "core": "attention", "mlp": None, "activation": "mlp"}
 
 
-def remade_parts(mode: str, modules: tuple[str, ...], layers: int | None, place: int) -> frozenset[str]:
-    """What is made again of the block at `place` of its stage: nothing, some of PARTS, or the whole BLOCK.
+def recomputed_parts(
+    mode: str, modules: tuple[str, ...], layers: int | None, place: int
+) -> frozenset[str]:
+    """What is made again of the block at `place` of its stage: nothing, some of PARTS, or the whole
+    BLOCK.
 
-    `mode` is none, selective (the `modules`) or full; only the first `layers` blocks are meant, all for None.
+    `mode` is none, selective (the `modules`) or full; only the first `layers` blocks are meant, all
+    for None.
     """
     if mode == "none" or (layers is not None and place >= layers):
         return frozenset()

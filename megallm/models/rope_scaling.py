@@ -1,4 +1,6 @@
-"""Which numbers each way of stretching rotary positions needs, and their check. No torch; the maths is `ops.rope`."""
+"""Which numbers each way of stretching rotary positions needs, and their check. No torch; the maths
+is `ops.rope`.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,27 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 }
 ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
     "yarn": (
-        "rope_beta_fast", "rope_beta_slow", "rope_attention_factor", "rope_mscale", "rope_mscale_all_dim",
+        "rope_beta_fast",
+        "rope_beta_slow",
+        "rope_attention_factor",
+        "rope_mscale",
+        "rope_mscale_all_dim",
         "rope_truncate",
     ),
-}  # fmt: skip
+}
 ROPE_NUMBERS = tuple(
-    dict.fromkeys(name for table in (ROPE_SCALINGS, ROPE_OPTIONS) for names in table.values() for name in names)
+    dict.fromkeys(
+        name
+        for table in (ROPE_SCALINGS, ROPE_OPTIONS)
+        for names in table.values()
+        for name in names
+    )
 )
 
 
 @dataclass(frozen=True)
-class RopeStretch:
-    """How a rotary embedding was stretched to a longer context, as `ops.rope.Stretch` reads it."""
+class RopeScaling:
+    """How a rotary embedding was stretched to a longer context, as `ops.rope.Scaling` reads it."""
 
     kind: str
     factor: float
@@ -44,21 +55,26 @@ class RopeStretch:
     truncate: bool = True
 
     @staticmethod
-    def of(values: Mapping[str, Any]) -> RopeStretch | None:
+    def of(values: Mapping[str, Any]) -> RopeScaling | None:
         """From the fields of a resolved model; None for the plain rotary embedding."""
         if values["rope_scaling"] is None:
             return None
         given = {name: values[name] for name in ROPE_NUMBERS if values[name] is not None}
-        return RopeStretch(
-            values["rope_scaling"], **{name.removeprefix("rope_"): value for name, value in given.items()}
+        return RopeScaling(
+            values["rope_scaling"],
+            **{name.removeprefix("rope_"): value for name, value in given.items()},
         )
 
 
 def check_rope(values: Mapping[str, Any]) -> None:
-    """A stretched rotary embedding has exactly the numbers that its kind reads; raises UsageError."""
+    """A stretched rotary embedding has exactly the numbers that its kind reads; raises
+    UsageError.
+    """
     kind = values.get("rope_scaling")
     if kind is not None and kind not in ROPE_SCALINGS:
-        raise UsageError(f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or null.")
+        raise UsageError(
+            f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or null."
+        )
     needed, allowed = ROPE_SCALINGS.get(kind, ()), ROPE_OPTIONS.get(kind, ())
     for name in ROPE_NUMBERS:
         given = values.get(name) is not None
@@ -67,17 +83,22 @@ def check_rope(values: Mapping[str, Any]) -> None:
             raise UsageError(f"model.rope_scaling {kind or 'null'} {must} model.{name}.")
         if given and name != "rope_truncate" and values[name] <= 0:
             raise UsageError(f"model.{name} is {values[name]}; it must be greater than 0.")
-    for low, high in (("rope_low_factor", "rope_high_factor"), ("rope_beta_slow", "rope_beta_fast")):
+    for low, high in (
+        ("rope_low_factor", "rope_high_factor"),
+        ("rope_beta_slow", "rope_beta_fast"),
+    ):
         given = [values.get(name) for name in (low, high)]
         if None not in given and given[0] >= given[1]:
             raise UsageError(f"model.{low} {given[0]} must be less than model.{high} {given[1]}.")
     if kind == "ntk" and values["rope_factor"] < 1:
-        raise UsageError(f"model.rope_factor is {values['rope_factor']}; model.rope_scaling ntk needs at least 1.")
+        raise UsageError(
+            f"model.rope_factor is {values['rope_factor']}; model.rope_scaling ntk needs at least 1."
+        )
     _check_waves(kind, values)
 
 
 def _check_waves(kind: str | None, values: Mapping[str, Any]) -> None:
-    """There are waves to stretch, and slow ones among them."""
+    """There are waves to scaling, and slow ones among them."""
     if kind is not None and values["positions"] != "rope":
         raise UsageError(
             f"model.rope_scaling {kind} stretches rotary positions, but model.positions is {values['positions']}: "
