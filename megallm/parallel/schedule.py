@@ -85,26 +85,34 @@ def gpipe(rank: int, shape: Shape) -> Plan:
     ]
 
 
-def interleaved(rank: int, shape: Shape) -> Plan:
-    """Interleaved 1F1B (arXiv 2104.04473): the rank's chunks take turns, a group of microbatches
-    each.
+def one_f_one_b(rank: int, shape: Shape) -> Plan:
+    """1F1B (PipeDream-Flush, arXiv 2006.09503): at most `pp - rank` microbatches are live."""
+    forward = [Action(FORWARD, micro, rank) for micro in range(shape.micros)]
+    backward = [Action(BACKWARD, micro, rank) for micro in range(shape.micros)]
+    return _one_forward_one_backward(forward, backward, warmup=shape.placement.pp - 1 - rank)
 
-    With one chunk it is 1F1B (PipeDream-Flush, arXiv 2006.09503), where `pp - rank` microbatches
-    are live.
+
+def interleaved(rank: int, shape: Shape) -> Plan:
+    """Interleaved 1F1B (arXiv 2104.04473): a rank's chunks take turns, a group of microbatches each.
+
+    With one chunk it is `one_f_one_b`.
     """
     pp, chunks = shape.placement.pp, shape.placement.chunks
-    forward = _turns(rank, shape, FORWARD)
-    backward = _turns(rank, shape, BACKWARD)
-    warmup = (
-        pp - 1 - rank
-        if chunks == 1
-        else 2 * (pp - 1 - rank) + (chunks - 1) * len(_groups(shape)[0])
-    )
+    if chunks == 1:
+        return one_f_one_b(rank, shape)
+    warmup = 2 * (pp - 1 - rank) + (chunks - 1) * len(_groups(shape)[0])
+    forward, backward = (_turns(rank, shape, op) for op in (FORWARD, BACKWARD))
+    return _one_forward_one_backward(forward, backward, warmup)
+
+
+def _one_forward_one_backward(forward: Plan, backward: Plan, warmup: int) -> Plan:
+    """Returns the actions in the three phases of 1F1B; each pass is given in its own order."""
     warmup = min(warmup, len(forward))
-    plan = forward[:warmup]
-    for ahead, behind in zip(forward[warmup:], backward, strict=False):
-        plan += [ahead, behind]
-    return plan + backward[len(forward) - warmup :]
+    steady = len(forward) - warmup
+    plan = forward[:warmup]  # warm-up: fill the stages below before the first gradient comes
+    for ahead, behind in zip(forward[warmup:], backward[:steady], strict=True):
+        plan += [ahead, behind]  # steady state: one forward, one backward
+    return plan + backward[steady:]  # cool-down: gradients of what is still live
 
 
 def zb_h1(rank: int, shape: Shape) -> Plan:
@@ -216,7 +224,7 @@ class Kind:
 
 SCHEDULES = {
     "gpipe": Kind(gpipe),
-    "1f1b": Kind(interleaved),
+    "1f1b": Kind(one_f_one_b),
     "interleaved": Kind(interleaved, None),
     "zb-h1": Kind(zb_h1),
     "zb-v": Kind(zb_v, 2, vee=True),
