@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megallm.base.errors import CannotWrite, CheckpointError, InternalError, MegallmError
+from megallm.base.errors import CannotWrite, CheckpointError, InternalError, LeaseLost, MegallmError
 from megallm.base.files import fsync_dir, writing
 from megallm.checkpoint.io import Part, ShardWriter, read_regular, write_shard
 from megallm.checkpoint.manifest import MANIFEST, Manifest, file_from_json, merge_tables, table_from_json
@@ -53,31 +54,46 @@ def latest(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What `save` does with older steps, and who may change the folder; that of rank 0 counts.
+
+    `newest` valid steps stay, the new one included (0: all), and `proven` does. `guard` is called before each change
+    of the folder and raises `LeaseLost` when it belongs to another job.
+    """
+
+    newest: int = 0
+    proven: int | None = None
+    guard: Callable[[], None] = lambda: None
+
+
 def save(
-    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: Mesh, keep: int | None = None
-) -> Path:
+    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: Mesh,
+    keep: int | Keeping | None = None,
+) -> Path:  # fmt: skip
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
     `meta` is any JSON value (that of rank 0 counts). `keep` is how many valid steps stay, this one included;
     None or 0 keeps all. Errors, the same on every rank, with nothing left behind: `CannotWrite` when any rank
-    cannot write; `CheckpointError` or `InternalError` when the parts do not hold every tensor exactly once.
+    cannot write; `LeaseLost`; `CheckpointError` or `InternalError` when the parts do not hold every tensor exactly
+    once.
     """
     root = Path(root)
+    keeping = keep if isinstance(keep, Keeping) else Keeping(keep or 0)
     first = mesh.world.rank == 0
-    begun = mesh.broadcast_json(_begin(root, step) if first else None)
+    begun = mesh.broadcast_json(_begin(root, step, keeping) if first else None)
     _raise_if_failed(begun)
     folder = root / begun["folder"]
     reports = mesh.gather_json(_write_own(folder, mesh.world.rank, parts))
-    outcome = mesh.broadcast_json(_finish(root, folder, step, reports, meta) if reports is not None else None)
+    done = None if reports is None else _finish(root, folder, keeping, lambda: _assemble(step, reports, meta))
+    outcome = mesh.broadcast_json(done)
     if "error" in outcome:
         shutil.rmtree(folder, ignore_errors=True)  # rank 0 did; a folder that is not shared has its own copy here
     _raise_if_failed(outcome)
-    if first and keep:
-        retire(root, keep, step)
     return root / step_name(step)
 
 
-_KINDS = {kind.__name__: kind for kind in (CannotWrite, CheckpointError, InternalError)}
+_KINDS = {kind.__name__: kind for kind in (CannotWrite, LeaseLost, CheckpointError, InternalError)}
 
 
 def _failure(error: MegallmError) -> dict[str, str]:
@@ -90,9 +106,10 @@ def _raise_if_failed(report: dict[str, Any]) -> None:
         raise _KINDS[report["kind"]](report["error"])
 
 
-def _begin(root: Path, step: int) -> dict[str, str]:
+def _begin(root: Path, step: int, keeping: Keeping) -> dict[str, str]:
     """Rank 0: sweep what dead writers left, and make the temporary folder of this save."""
     try:
+        keeping.guard()
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
             sweep(root)
@@ -120,14 +137,16 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
     }
 
 
-def _finish(root: Path, folder: Path, step: int, reports: list[Any], meta: Any) -> dict[str, Any]:
+def _finish(root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], Manifest]) -> dict[str, Any]:
     """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
     try:
-        for report in reports:
-            _raise_if_failed(report)
-        manifest = _assemble(step, reports, meta)
+        manifest = assemble()
+        keeping.guard()
         with writing(folder):
             _commit(root, folder, manifest)
+        if keeping.newest:
+            keeping.guard()
+            retire(root, keeping.newest, manifest.step, keeping.proven)
     except MegallmError as error:
         shutil.rmtree(folder, ignore_errors=True)
         return _failure(error)
@@ -135,6 +154,8 @@ def _finish(root: Path, folder: Path, step: int, reports: list[Any], meta: Any) 
 
 
 def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
+    for report in reports:
+        _raise_if_failed(report)
     files = {name: file_from_json(entry, name) for report in reports for name, entry in report["files"].items()}
     tensors = merge_tables([table_from_json(report["tensors"]) for report in reports])
     manifest = Manifest(step, files, tensors, meta)

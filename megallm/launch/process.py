@@ -6,10 +6,18 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from megallm.base.errors import Requeue
+from megallm.base.output import show_error
+from megallm.base.stopping import stop_signals
+
+INTERRUPTED = 130
+NOTHING_TO_SAVE = "before the first step: there is nothing to save. The same command starts again."
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -42,12 +50,49 @@ def limit_threads(count: int) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Requeue("Stopped by SIGTERM before there was anything to save; the job may be queued again.")
+    raise Requeue(f"Stopped by {signal.Signals(number).name} {NOTHING_TO_SAVE}")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"Interrupted {NOTHING_TO_SAVE}")
 
 
 def default_signals() -> None:
-    """Handlers until the training loop sets its own: SIGTERM leaves with exit code 75, SIGINT with 130."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    """Handlers until the training loop sets its own: SIGTERM and the like leave with exit code 75, SIGINT with 130."""
+    for number in stop_signals():
+        signal.signal(number, _stop)
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+class BeforeRanks:
+    """Handles signals while a run is still being prepared: says that there is nothing to save, and leaves at once.
+
+    An exception would not do: it may be swallowed inside the imports that it interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.over = False  # ranks were started: what arrives after their end changes nothing
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.over:
+            return
+        interrupted = number == signal.SIGINT
+        how = "Interrupted" if interrupted else f"Stopped by {signal.Signals(number).name}"
+        show_error(f"megallm: {how} {NOTHING_TO_SAVE}")
+        os._exit(INTERRUPTED if interrupted else Requeue.exit_code)
+
+
+@contextmanager
+def before_ranks(wanted: bool) -> Iterator[None]:
+    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be set."""
+    installed = isinstance(signal.getsignal(signal.SIGTERM), BeforeRanks)
+    if not wanted or installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = BeforeRanks()
+    before = {number: signal.signal(number, handler) for number in (*stop_signals(), signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

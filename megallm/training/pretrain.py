@@ -71,6 +71,22 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
             loss = trained_loss(config)
             job = Job(config, engine, loss, batches, waited, held_out.loss, identity, ledger, reader.state_after)
             Loop(job, recorder, requests).run()
+            recorder.last_words = closing(config, ledger.step)
+
+
+def closing(config: PretrainConfig, step: int) -> tuple[str, ...]:
+    """What a run says at its end: where its results are, and what to do with them."""
+    run = Path(config.run.dir)
+    where = f"step {step} is saved in {run / 'checkpoints' / store.step_name(step)}"
+    if config.log.plot:
+        where += f"; the loss curve is {run / 'plots' / 'loss.png'}"
+    if step < config.train.steps:
+        then = f"next: the same command without train.stop_at goes on to step {config.train.steps}"
+    elif config.data.objective == "next_token":
+        then = f'next: megallm generate --model {run} --prompt "..."'
+    else:
+        then = f"next: megallm convert --to hf --input {run} --output DIR"
+    return where, then
 
 
 def trained_loss(config: PretrainConfig) -> Loss:
