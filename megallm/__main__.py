@@ -2,7 +2,7 @@
 
 import sys
 
-from megallm.launch.process import before_ranks
+from megallm.base.stopping import before_ranks
 
 
 def main() -> int:

@@ -155,7 +155,7 @@ def descriptor(stream: Any, default: int) -> int:
         return default
 
 
-def show_error(text: str, seconds: float = 2.0) -> None:
+def show_error(text: str, seconds: float = 1.0) -> None:
     """Write a text to stderr, waiting for a reader at most `seconds`; it never raises."""
     if descriptor(sys.stderr, -1) != 2:  # redirected inside the process
         sys.stderr.write(f"{text}\n")

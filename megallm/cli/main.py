@@ -17,11 +17,10 @@ from typing import NoReturn
 
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
 from megallm.base.output import open_standard_streams, show_error
+from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
 from megallm.cli.table import VERBS, Verb
-from megallm.launch.process import before_ranks
 
-INTERRUPTED = 130
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 

@@ -31,16 +31,15 @@ from typing import Any
 from megallm.base.errors import InternalError, MegallmError, PeerLost, Requeue, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, descriptor
-from megallm.base.stopping import stop_signals
+from megallm.base.stopping import INTERRUPTED, BeforeRanks, stop_signals
 from megallm.launch.environment import LOOPBACK, RankEnv
-from megallm.launch.process import INTERRUPTED, BeforeRanks
 from megallm.launch.rank import Ending, rank_main
 
 POLL_SECONDS = 0.03
 SETTLE_SECONDS = 0.3  # after a failure: peers may still say more about the cause, then they are killed
 TAIL_LINES = 20
 STOPPING = "stopping when this step is done; press Ctrl-C again to stop at once"
-SHOW_SECONDS = 2.0  # at the end, for a reader that does not read
+SHOW_SECONDS = 1.0  # at the end, for a reader that does not read
 
 
 class RanksFailed(MegallmError):

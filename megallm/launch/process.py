@@ -6,18 +6,11 @@ import ctypes
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from megallm.base.errors import Requeue
-from megallm.base.output import show_error
-from megallm.base.stopping import stop_signals
-
-INTERRUPTED = 130
-NOTHING_TO_SAVE = "before the first step: there is nothing to save. The same command starts again."
+from megallm.base.stopping import NOTHING_TO_SAVE, stop_signals
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -62,37 +55,3 @@ def default_signals() -> None:
     for number in stop_signals():
         signal.signal(number, _stop)
     signal.signal(signal.SIGINT, _interrupt)
-
-
-class BeforeRanks:
-    """Handles signals while a run is still being prepared: says that there is nothing to save, and leaves at once.
-
-    An exception would not do: it may be swallowed inside the imports that it interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.over = False  # ranks were started: what arrives after their end changes nothing
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.over:
-            return
-        interrupted = number == signal.SIGINT
-        how = "Interrupted" if interrupted else f"Stopped by {signal.Signals(number).name}"
-        show_error(f"megallm: {how} {NOTHING_TO_SAVE}")
-        os._exit(INTERRUPTED if interrupted else Requeue.exit_code)
-
-
-@contextmanager
-def before_ranks(wanted: bool) -> Iterator[None]:
-    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be set."""
-    installed = isinstance(signal.getsignal(signal.SIGTERM), BeforeRanks)
-    if not wanted or installed or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = BeforeRanks()
-    before = {number: signal.signal(number, handler) for number in (*stop_signals(), signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -23,11 +23,10 @@ class Soundness:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, row: Mapping[str, Any]) -> None:
-        """Take the metrics of one step. With a loss scale, gradients that overflow are usual."""
+        """Take the metrics of one step; what was not finite is None."""
         loss, norm = row.get("train/loss"), row.get("train/grad_norm")
-        scaled = row.get("train/loss_scale") is not None
-        known = loss is not None and math.isfinite(loss)
-        if known and (scaled or norm is not None) and loss <= self.limit:
+        known = loss is not None
+        if known and norm is not None and loss <= self.limit:
             self.bad_since = None
         elif self.bad_since is None:
             self.bad_since = row["step"]

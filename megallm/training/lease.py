@@ -151,8 +151,8 @@ class Lease:
             if holder is not None and holder.token != self.holder.token:
                 who = f"host {holder.host}, process {holder.pid}, since {holder.since}"
             raise LeaseLost(
-                f"The run folder {self.path.parent} was taken over by {who}: this job was silent for too long. It stops "
-                "and writes nothing more there; the new one goes on from the newest checkpoint."
+                f"The run folder {self.path.parent} was taken over by {who}: this job was silent for too "
+                "long. It stops and writes nothing more there; the new one goes on from the newest checkpoint."
             )
 
     def release(self) -> None:

@@ -21,7 +21,7 @@ from megallm.parallel.pipeline import Batch
 from megallm.training.config import PretrainConfig
 from megallm.training.divergence import MAX_SKIPPED
 from megallm.training.recorder import Recorder
-from megallm.training.signals import INTERRUPTED, NOTHING, PREEMPTED, Requests
+from megallm.training.signals import INTERRUPTED, PREEMPTED, Requests
 
 MAX_FAILED_SAVES = 3
 
@@ -102,7 +102,7 @@ class Loop:
             if not request or self.job.ledger.step == last:  # a finished run has no later chance to evaluate
                 row["val/loss"] = self.job.held_out()
             self.recorder.row(row)
-            self._check_end(request, row["val/loss"] if "val/loss" in row else None)
+            self._check_end(request, row.get("val/loss"))
         if self.saved_step < self.job.ledger.step and not self.skipped_in_a_row:
             self._save(final=True)
         self._leave(request)

@@ -20,9 +20,9 @@ from megallm.parallel import picture
 from megallm.parallel.schedule import Placement
 from megallm.parallel.simulate import Timeline
 from megallm.training.config import PretrainConfig
-from megallm.training.reporting import LossCurve, Reporter, Sink, TensorBoard
 from megallm.training.divergence import Soundness
 from megallm.training.lease import Lease
+from megallm.training.reporting import LossCurve, Reporter, Sink, TensorBoard
 from megallm.training.rows import Events, Metrics, read_rows
 from megallm.training.runfolder import RunFolder
 
@@ -168,9 +168,7 @@ class Recorder:
     def set_diverged_aside(self, step: int) -> str:
         """Rename the checkpoints whose state led to the divergence noticed at `step`; sentences for the user."""
         self.lease.check()
-        bad_since = step if self.soundness.bad_since is None else self.soundness.bad_since
-        if self.metrics.last_step < step - 1:  # the steps in between gave no row: none was sound
-            bad_since = min(bad_since, self.metrics.last_step + 1)
+        bad_since = self.soundness.bad_since or self.metrics.last_step + 1  # a step without a row was not sound
         moved = quarantine(self.checkpoints, max(1, bad_since - 1), "diverged")
         self.event("diverged", step=step, bad_since=bad_since, set_aside=[path.name for path in moved])
         left = next((number for number, _ in step_folders(self.checkpoints)), None)
