@@ -31,6 +31,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: from the newest checkpoint of run.dir when there is one; must: fail without one; never: refuse one",
     )
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY",
+        help="go on from a checkpoint although this key, or section, makes it another run; may be given again",
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -40,13 +44,13 @@ def _run(args: argparse.Namespace) -> int:
     folder = RunFolder(config.run.dir)
     try:
         world, owns = config.layout.grid().world, partial(held_by, folder)
-        start(_rank, (config, args.resume), world, folder.logs, PRELOAD, owns)
+        start(_rank, (config, args.resume, args.allow_change), world, folder.logs, PRELOAD, owns)
     finally:
         drop_dead_lease(folder)  # of rank 0, when it was ended because another rank failed
     return 0
 
 
-def _rank(env: RankEnv, config: PretrainConfig, resume: str) -> None:
+def _rank(env: RankEnv, config: PretrainConfig, resume: str, allowed: list[str]) -> None:
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
     from megallm.training import pretrain
@@ -54,7 +58,7 @@ def _rank(env: RankEnv, config: PretrainConfig, resume: str) -> None:
     own_log = env.launcher != "local" or sys.stdout.isatty()  # else our launcher copies rank 0's lines to its log
     with process_group(env) as device:
         try:
-            pretrain.run(config, Mesh.start(config.layout.grid(), device), resume, own_log)
+            pretrain.run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 

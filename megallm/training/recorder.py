@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ from megallm.training.config import PretrainConfig
 from megallm.training.divergence import Soundness
 from megallm.training.lease import Lease
 from megallm.training.reporting import LossCurve, Reporter, Sink, TensorBoard
+from megallm.training.resuming import Change, table_of
 from megallm.training.rows import Events, Metrics, read_rows
 from megallm.training.runfolder import RunFolder
 
@@ -164,6 +166,24 @@ class Recorder:
     def keeping(self, newest: int) -> Keeping:
         """What a save keeps of older steps: while the losses are unsound also the last that was proven."""
         return Keeping(newest, self.proven, self.lease.check) if self.writes else Keeping(newest)
+
+    def damaged(self, step: int, warnings: Sequence[str]) -> None:
+        """Say which checkpoints were passed over, and rename them: no later save may take them for its own."""
+        if not self.writes or not warnings:
+            return
+        self.lease.check()
+        moved = quarantine(self.checkpoints, step + 1, "damaged")
+        for warning in warnings:
+            log.warning("%s The run goes on from step %d.", warning, step)
+        self.event("damaged", step=step, problems=list(warnings), set_aside=[path.name for path in moved])
+
+    def changed(self, step: int, changes: Sequence[Change]) -> None:
+        """Say in one table what is not as it was in this run folder, and keep it."""
+        if not self.writes or not changes:
+            return
+        self.note(f"changed since the last start in this run folder:\n{table_of(changes)}")
+        rows = [{"key": change.key, "before": change.before, "now": change.now} for change in changes]
+        self.event("changed", step=step, changes=rows)
 
     def set_diverged_aside(self, step: int) -> str:
         """Rename the checkpoints whose state led to the divergence noticed at `step`; sentences for the user."""
