@@ -147,7 +147,7 @@ def _identity_changes(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     held, holds = saved.get("content") or {}, identity.get("content") or {}
     for prefix in holds:
         if prefix in held and held[prefix] != holds[prefix]:
-            yield Change(f"{CONTENT}.{prefix}", held[prefix], holds[prefix], "checkpoint", True)
+            yield Change(f"{CONTENT} of {prefix}", held[prefix], holds[prefix], "checkpoint", True)
     words, now = saved.get("words"), identity.get("words")
     if words is not None and now is not None and words != now:
         yield Change("data.tokenizer", words, now, "checkpoint", True)
@@ -160,9 +160,11 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: tupl
     found = []
     for key, new in wanted.items():
         old = saved.get(key)
+        if key in _APART:
+            continue
         if isinstance(new, dict) and isinstance(old, dict) and key not in ("sources", "files"):
             found += _differences(old, new, (*path, key))
-        elif old != new and key not in _APART:
+        elif old != new:
             found.append(((*path, key), old, new))
     return found
 
@@ -198,14 +200,15 @@ def check_allowed(keys: Sequence[str]) -> None:
     known = {CONTENT, SAMPLES, *leaves(PretrainConfig)}
     sections = {key.rsplit(".", count)[0] for key in known for count in range(1, key.count(".") + 1)}
     for key in keys:
-        if key not in known | sections and not key.startswith(f"{CONTENT}."):
+        if key not in known | sections:
             close = get_close_matches(key, sorted(known | sections), n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise UsageError(f"--allow-change {key}: there is no such key.{hint}")
 
 
 def _is_allowed(change: Change, allowed: Sequence[str]) -> bool:
-    return any(change.key == key or change.key.startswith(f"{key}.") for key in allowed)
+    name = change.key.partition(" ")[0]  # of the content of a source: without its prefix
+    return any(name == key or name.startswith(f"{key}.") for key in allowed)
 
 
 def table_of(changes: Sequence[Change], allowed: Sequence[str] | None = None) -> str:
@@ -215,11 +218,11 @@ def table_of(changes: Sequence[Change], allowed: Sequence[str] | None = None) ->
 
 
 def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> str:
-    first = next(change.key for change in changes if change.refused and not _is_allowed(change, allowed))
+    first = next(change for change in changes if change.refused and not _is_allowed(change, allowed))
     return (
         f"{found} belongs to a run that differs from this configuration:\n{table_of(changes, allowed)}\n"
         "What is marked with * makes it another run: restore these values, start anew in another run.dir, or let "
-        f"each pass, as in --allow-change {CONTENT if first.startswith(CONTENT) else first}. The rest may change."
+        f"each pass, as in --allow-change {first.key.partition(' ')[0]}. The rest may change."
     )
 
 
@@ -232,7 +235,7 @@ def _ledger(ledger: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]
         return ledger | {"data": {}}
     sources = dict(state["sources"])
     for change in changes:
-        prefix = change.key.removeprefix(f"{CONTENT}.")
+        prefix = change.key.removeprefix(f"{CONTENT} of ")
         if prefix in sources and sources[prefix]["files"] != fingerprint(IndexedDataset(prefix)):
             del sources[prefix]
     return ledger | {"data": state | {"sources": sources}}
