@@ -187,12 +187,10 @@ def _finish(root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], M
     """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
     try:
         manifest = assemble()
-        keeping.guard()
         with writing(folder):
-            _commit(root, folder, manifest)
+            _commit(root, folder, manifest, keeping.guard)
         if keeping.newest:
-            keeping.guard()
-            retire(root, keeping.newest, manifest.step, keeping.proven)
+            retire(root, keeping.newest, manifest.step, keeping.proven, keeping.guard)
     except MegallmError as error:
         shutil.rmtree(folder, ignore_errors=True)
         return _failure(error)
@@ -209,8 +207,8 @@ def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
     return manifest
 
 
-def _commit(root: Path, folder: Path, manifest: Manifest) -> None:
-    """The manifest last, then the rename; a step of the same number gives way (raises OSError)."""
+def _commit(root: Path, folder: Path, manifest: Manifest, guard: Callable[[], None]) -> None:
+    """The manifest last, then `guard`, then the rename; a step of the same number gives way (raises OSError)."""
     try:
         data = manifest.encode()
     except (TypeError, ValueError) as error:
@@ -220,6 +218,7 @@ def _commit(root: Path, folder: Path, manifest: Manifest) -> None:
         file.write(data)
     fsync_dir(folder)
     final = root / step_name(manifest.step)
+    guard()  # nothing slow follows until the rename
     if final.exists():
         _replace(root, folder, final, data)
     else:

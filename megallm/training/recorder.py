@@ -105,7 +105,8 @@ class Recorder:
         sinks: list[Sink] = []
         if config.log.plot:
             name = Path(config.run.dir).name
-            sinks.append(LossCurve(self.folder.plots / "loss.png", f"loss of {name}", self.folder.metrics))
+            path, metrics = self.folder.plots / "loss.png", self.folder.metrics
+            sinks.append(LossCurve(path, f"loss of {name}", metrics, guard=self.lease.check))
         if config.log.tensorboard:
             sinks.append(TensorBoard(self.folder.path / "tensorboard", resumed_step))
         if self.own_log:

@@ -236,8 +236,15 @@ class LossCurve:
     Starts with the rows that `metrics` (a metrics.jsonl) already has, so a resumed run draws its whole curve.
     """
 
-    def __init__(self, path: Path, title: str, metrics: Path | None = None, seconds: float = 60.0) -> None:
-        self.path, self.title, self.seconds = path, title, seconds
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        metrics: Path | None = None,
+        seconds: float = 60.0,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self.title, self.seconds, self.guard = path, title, seconds, guard
         self._train, self._held_out = _Series(), _Series()
         self._tokens: tuple[int, float] | None = None
         self._drawn = time.monotonic()
@@ -268,6 +275,7 @@ class LossCurve:
         try:
             with atomic_path(self.path) as temporary:
                 self._figure().savefig(temporary, format="png", dpi=120)
+                self.guard()  # drawing takes a while: is the folder still ours?
         except (OSError, ImportError, CannotWrite) as error:
             if not self._failed:
                 log.warning("The loss curve cannot be drawn: %s", error)

@@ -1,4 +1,4 @@
-"""Issue R, B.12: a signal in the first seconds, and a hangup, end with 75 and a checkpoint or with "nothing to save"."""
+"""Issue R, B.12: a signal in the first seconds ends with 75 and a checkpoint or with "nothing to save"."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sleep(env: RankEnv) -> None:
 
 @pytest.mark.parametrize("name", [*STOPS, "SIGINT"])
 def test_b12_between_two_forks(name, monkeypatch):
-    """It arrives while the first rank is there and the last is not: all hear of it, none runs the launcher's handler."""
+    """It arrives when the first rank is there and the last is not: all hear of it, none runs the launcher's handler."""
     real, number = local._Launch._fork, signal.Signals[name]
 
     def fork(self, rank, server):
@@ -120,7 +120,7 @@ def test_b12_while_the_weights_are_made_or_read(config, monkeypatch, name):
     assert not list((config.parent / "run/checkpoints").iterdir())
     train(config, "train.stop_at=3")
     monkeypatch.setattr(pretrain, "build_engine", build_engine)
-    there = rf"before step 4: there is nothing new to save, step 3 is saved in .*{step_name(3)}; the same command goes on"
+    there = rf"before step 4: there is nothing new to save, step 3 is saved in .*{step_name(3)}; the same command"
     with pytest.raises(wanted, match=there):
         train(config)
     assert not (config.parent / "run/LOCK").exists()
