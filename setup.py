@@ -57,7 +57,7 @@ setup(
     packages=find_packages(include=["megallm", "megallm.*"]),
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
-    entry_points={"console_scripts": ["megallm = megallm.cli.main:main"]},
+    entry_points={"console_scripts": ["megallm = megallm.__main__:main"]},
     install_requires=[
         "torch>=2.7",
         "numpy>=1.26",

@@ -37,6 +37,10 @@ class CannotWrite(MegallmError):
     exit_code = 73
 
 
+class LeaseLost(CannotWrite):
+    """Another job took the run folder over: this one writes nothing more."""
+
+
 class CheckpointError(MegallmError):
     """A checkpoint is missing, incomplete or does not match its hashes."""
 

@@ -6,7 +6,7 @@ import difflib
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,10 @@ class Reader:
         self.read_into(name, (0,) * len(full), tensor)
         return tensor
 
-    def problems(self, rank: int = 0, size: int = 1) -> Iterator[str]:
-        """Read and hash everything; a sentence for each damaged piece or header. Not collective.
+    def problems(
+        self, rank: int = 0, size: int = 1, wanted: Callable[[str], bool] = lambda name: True
+    ) -> Iterator[str]:
+        """Read and hash all wanted tensors; a sentence for each damaged piece or header. Not collective.
 
         Rank `rank` of `size` looks at every `size`-th piece and header, so that ranks can share the work.
         """
@@ -139,7 +141,8 @@ class Reader:
                 self._pieces.check_header(file)
             except CheckpointError as error:
                 yield str(error)
-        pieces = [(name, piece) for name in self.names() for piece in self.manifest.tensors[name].pieces]
+        names = [name for name in self.names() if wanted(name)]
+        pieces = [(name, piece) for name in names for piece in self.manifest.tensors[name].pieces]
         for name, piece in sorted(pieces, key=lambda item: (item[1].file, item[1].offset))[rank::size]:
             try:
                 self._pieces.load(name, piece)

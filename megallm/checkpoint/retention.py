@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -86,24 +86,48 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def retire(root: str | os.PathLike[str], keep: int, step: int) -> list[Path]:
+def retire(
+    root: str | os.PathLike[str], keep: int, step: int, proven: int | None = None,
+    guard: Callable[[], None] = lambda: None,
+) -> list[Path]:  # fmt: skip
     """Delete the steps older than the newest `keep` valid ones up to `step`; returns what went.
 
-    Call it when `step` is durable. Pinned steps and steps that a `Reader` on this host holds open stay.
-    What cannot be deleted is logged and stays.
+    Call it when `step` is durable. Pinned steps, `proven` and steps that a `Reader` on this host holds open stay.
+    What cannot be deleted is logged and stays. `guard` is called before each deletion, and may raise.
     """
     gone, valid = [], 0
     for number, folder in step_folders(root):
         if number > step:
             continue
         if valid >= keep:
-            if not pin_file(folder).exists() and _delete(folder):
+            if number == proven or pin_file(folder).exists():
+                continue
+            guard()
+            if _delete(folder):
                 gone.append(folder)
             continue
         with suppress(CheckpointError):
             load_manifest(folder)
             valid += 1
     return gone
+
+
+def quarantine(root: str | os.PathLike[str], first: int, mark: str, last: int | None = None) -> list[Path]:
+    """Rename the steps `first` to `last` (None: all later ones) to `step-N.MARK`; returns their new names.
+
+    No search for a checkpoint finds them any more, but by its path each can still be looked at. Errors: `CannotWrite`.
+    """
+    moved = []
+    for number, folder in step_folders(root):
+        if number < first or (last is not None and number > last):
+            continue
+        aside = folder.with_name(f"{folder.name}.{mark}")
+        with writing(folder):
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(folder, aside)
+        moved.append(aside)
+    return moved
 
 
 def _delete(folder: Path) -> bool:

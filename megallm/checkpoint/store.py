@@ -3,7 +3,7 @@
 Commit: every rank writes and syncs its shard in `step-N.tmp-<host>.<pid>.<id>/`, rank 0 writes the manifest last,
 syncs, renames the folder and syncs its parent. A crash at any byte leaves the older steps as they were, and a
 temporary folder that the next save sweeps once its writer is dead. A step counts only when its manifest parses
-and every file has its size; the hashes are checked when bytes are read.
+and every file has its size; the hashes are checked when bytes are read, and by `latest_whole` before.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megallm.base.errors import CannotWrite, CheckpointError, InternalError, MegallmError
+from megallm.base.errors import CannotWrite, CheckpointError, InternalError, LeaseLost, MegallmError
 from megallm.base.files import fsync_dir, writing
 from megallm.checkpoint.io import Part, ShardWriter, read_regular, write_shard
 from megallm.checkpoint.manifest import MANIFEST, Manifest, file_from_json, merge_tables, table_from_json
-from megallm.checkpoint.reader import file_problems, load_manifest, step_folders, step_name
+from megallm.checkpoint.reader import Reader, file_problems, load_manifest, step_folders, step_name
 from megallm.checkpoint.retention import retire, set_aside, sweep, temporary_step
 
 _APPEAR_SECONDS = 5.0  # how long a shard of another host may take to appear on a network file system
@@ -40,10 +41,15 @@ class Mesh(Protocol):
     def broadcast_json(self, value: Any) -> Any: ...
 
 
-def latest(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """The newest valid step under `root` (None without any), and a warning for each newer one that is damaged."""
+def latest(root: str | os.PathLike[str], without: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
+    """The newest valid step under `root` (None without any), and a warning for each newer one that is damaged.
+
+    Steps whose names are in `without` are left out. Hashes of tensors are not looked at.
+    """
     warnings = []
     for _, folder in step_folders(root):
+        if folder.name in without:
+            continue
         try:
             load_manifest(folder)
         except CheckpointError as error:
@@ -53,31 +59,87 @@ def latest(root: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """What `save` does with older steps, and who may change the folder; that of rank 0 counts.
+
+    `newest` valid steps stay, the new one included (0: all), and `proven` does. `guard` is called before each change
+    of the folder and raises `LeaseLost` when it belongs to another job.
+    """
+
+    newest: int = 0
+    proven: int | None = None
+    guard: Callable[[], None] = lambda: None
+
+
+def weights_only(name: str) -> bool:
+    """The tensors that a model is made of, without the optimizer's."""
+    return not name.startswith("optim.")
+
+
+def latest_whole(
+    root: str | os.PathLike[str], mesh: Mesh | None = None, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[Path | None, list[str]]:
+    """The newest step under `root` whose wanted tensors all match their hashes, and a warning for each newer one.
+
+    Collective over the world: each rank reads its share, so a start reads a checkpoint once more, from the page cache
+    if it fits (2 to 10 GB/s a rank, the speed of the file system or of xxh3). None: this process is alone.
+    """
+    rank, size = (0, 1) if mesh is None else (mesh.world.rank, mesh.world.size)
+    damaged: list[str] = []
+    warnings: list[str] = []
+    while True:
+        found, passed = latest(root, damaged) if rank == 0 else (None, [])
+        answer = [found.name if found else None, passed]
+        name, passed = answer if mesh is None else mesh.broadcast_json(answer)
+        warnings = sorted({*warnings, *passed}, reverse=True)  # by step, the newest first
+        if name is None:
+            return None, warnings
+        problem = _first_problem(Path(root) / name, rank, size, wanted)
+        told = [problem] if mesh is None else mesh.gather_json(problem)
+        first = next((text for text in told or () if text), "")
+        problem = first if mesh is None else mesh.broadcast_json(first)
+        if not problem:
+            return Path(root) / name, warnings
+        damaged.append(name)
+        warnings.append(f"{name} is damaged and passed over: {problem}")
+
+
+def _first_problem(folder: Path, rank: int, size: int, wanted: Callable[[str], bool]) -> str:
+    try:
+        with Reader(folder) as reader:
+            return next(reader.problems(rank, size, wanted), "")
+    except CheckpointError as error:
+        return str(error)
+
+
 def save(
-    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: Mesh, keep: int | None = None
-) -> Path:
+    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: Mesh,
+    keep: int | Keeping | None = None,
+) -> Path:  # fmt: skip
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
     `meta` is any JSON value (that of rank 0 counts). `keep` is how many valid steps stay, this one included;
     None or 0 keeps all. Errors, the same on every rank, with nothing left behind: `CannotWrite` when any rank
-    cannot write; `CheckpointError` or `InternalError` when the parts do not hold every tensor exactly once.
+    cannot write; `LeaseLost`; `CheckpointError` or `InternalError` when the parts do not hold every tensor exactly
+    once.
     """
     root = Path(root)
+    keeping = keep if isinstance(keep, Keeping) else Keeping(keep or 0)
     first = mesh.world.rank == 0
-    begun = mesh.broadcast_json(_begin(root, step) if first else None)
+    begun = mesh.broadcast_json(_begin(root, step, keeping) if first else None)
     _raise_if_failed(begun)
     folder = root / begun["folder"]
     reports = mesh.gather_json(_write_own(folder, mesh.world.rank, parts))
-    outcome = mesh.broadcast_json(_finish(root, folder, step, reports, meta) if reports is not None else None)
+    done = None if reports is None else _finish(root, folder, keeping, lambda: _assemble(step, reports, meta))
+    outcome = mesh.broadcast_json(done)
     if "error" in outcome:
         shutil.rmtree(folder, ignore_errors=True)  # rank 0 did; a folder that is not shared has its own copy here
     _raise_if_failed(outcome)
-    if first and keep:
-        retire(root, keep, step)
     return root / step_name(step)
 
 
-_KINDS = {kind.__name__: kind for kind in (CannotWrite, CheckpointError, InternalError)}
+_KINDS = {kind.__name__: kind for kind in (CannotWrite, LeaseLost, CheckpointError, InternalError)}
 
 
 def _failure(error: MegallmError) -> dict[str, str]:
@@ -90,9 +152,10 @@ def _raise_if_failed(report: dict[str, Any]) -> None:
         raise _KINDS[report["kind"]](report["error"])
 
 
-def _begin(root: Path, step: int) -> dict[str, str]:
+def _begin(root: Path, step: int, keeping: Keeping) -> dict[str, str]:
     """Rank 0: sweep what dead writers left, and make the temporary folder of this save."""
     try:
+        keeping.guard()
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
             sweep(root)
@@ -120,14 +183,14 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
     }
 
 
-def _finish(root: Path, folder: Path, step: int, reports: list[Any], meta: Any) -> dict[str, Any]:
+def _finish(root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], Manifest]) -> dict[str, Any]:
     """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
     try:
-        for report in reports:
-            _raise_if_failed(report)
-        manifest = _assemble(step, reports, meta)
+        manifest = assemble()
         with writing(folder):
-            _commit(root, folder, manifest)
+            _commit(root, folder, manifest, keeping.guard)
+        if keeping.newest:
+            retire(root, keeping.newest, manifest.step, keeping.proven, keeping.guard)
     except MegallmError as error:
         shutil.rmtree(folder, ignore_errors=True)
         return _failure(error)
@@ -135,6 +198,8 @@ def _finish(root: Path, folder: Path, step: int, reports: list[Any], meta: Any) 
 
 
 def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
+    for report in reports:
+        _raise_if_failed(report)
     files = {name: file_from_json(entry, name) for report in reports for name, entry in report["files"].items()}
     tensors = merge_tables([table_from_json(report["tensors"]) for report in reports])
     manifest = Manifest(step, files, tensors, meta)
@@ -142,8 +207,8 @@ def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
     return manifest
 
 
-def _commit(root: Path, folder: Path, manifest: Manifest) -> None:
-    """The manifest last, then the rename; a step of the same number gives way (raises OSError)."""
+def _commit(root: Path, folder: Path, manifest: Manifest, guard: Callable[[], None]) -> None:
+    """The manifest last, then `guard`, then the rename; a step of the same number gives way (raises OSError)."""
     try:
         data = manifest.encode()
     except (TypeError, ValueError) as error:
@@ -153,6 +218,7 @@ def _commit(root: Path, folder: Path, manifest: Manifest) -> None:
         file.write(data)
     fsync_dir(folder)
     final = root / step_name(manifest.step)
+    guard()  # nothing slow follows until the rename
     if final.exists():
         _replace(root, folder, final, data)
     else:

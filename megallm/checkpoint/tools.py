@@ -5,7 +5,9 @@ A source is a run folder, its `checkpoints` folder or one step folder; the first
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from megallm.checkpoint.io import ShardWriter, header_bytes, raw
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.checkpoint.reader import Reader, load_manifest, step_folders
 from megallm.checkpoint.retention import pin_file
-from megallm.checkpoint.store import latest
+from megallm.checkpoint.store import latest, latest_whole
 
 CHECKPOINTS = "checkpoints"
+
+log = logging.getLogger(__name__)
 
 
 def root_of(source: str | os.PathLike[str]) -> Path:
@@ -28,18 +32,29 @@ def root_of(source: str | os.PathLike[str]) -> Path:
     return source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The step folder that a source means. Errors: `CheckpointError` when it has none that is valid."""
+def resolve(source: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Path:
+    """The step folder that a source means; of a run folder the newest whose `wanted` tensors are whole.
+
+    Without `wanted` hashes are not looked at. What is passed over is logged. A step that is named is taken as it is.
+    Errors: `CheckpointError` when there is none that is valid.
+    """
     source = Path(source)
     if (source / MANIFEST).exists():
         return source
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a folder; give a run folder or a checkpoint step folder.")
-    found, warnings = latest(root_of(source))
+    root = root_of(source)
+    found, warnings = latest(root) if wanted is None else latest_whole(root, wanted=wanted)
+    for warning in warnings if found is not None else ():
+        log.warning("%s %s is used.", warning, found.name)
     if found is None:
         details = " ".join(warnings) or "Checkpoints are folders named like step-00001200 with a manifest.json."
         raise CheckpointError(f"{source} holds no valid checkpoint. {details}")
     return found
+
+
+def _all(name: str) -> bool:
+    return True
 
 
 def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -127,7 +142,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[
     max_abs_error is computed in float64 and is NaN when a NaN stands against a number, None without values.
     """
     rows = []
-    with Reader(resolve(first)) as a, Reader(resolve(second)) as b:
+    with Reader(resolve(first, _all)) as a, Reader(resolve(second, _all)) as b:
         names_a, names_b = set(a.names()), set(b.names())
         for name in sorted(names_a | names_b):
             row = None
@@ -174,7 +189,7 @@ def dump(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> dict
     Returns step, output, tensors, bytes. Errors: `CheckpointError`, `CannotWrite`.
     """
     output = Path(output)
-    with Reader(resolve(source)) as reader:
+    with Reader(resolve(source, _all)) as reader:
         records = reader.manifest.tensors
         names = sorted(records, key=lambda name: (-records[name].itemsize, name))
         header = header_bytes(

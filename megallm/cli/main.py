@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
+from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
+from megallm.base.output import open_standard_streams, show_error
+from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
 from megallm.cli.table import VERBS, Verb
 
-INTERRUPTED = 130
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -39,6 +40,12 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; nothing but the interpreter's own exit follows."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
+    with before_ranks(arguments[:1] == ["pretrain"]):
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = dispatch(arguments)
         sys.stdout.flush()
@@ -106,12 +113,13 @@ def _sentence(text: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"megallm: error: {message}", file=sys.stderr)
+    asked = code == Requeue.exit_code or (code == INTERRUPTED and message != "interrupted.")
+    show_error(f"megallm: {message}" if asked else f"megallm: error: {message}")
     return code
 
 
 def _unexpected(error: Exception) -> int:
-    traceback.print_exception(error)
+    show_error("".join(traceback.format_exception(error)).rstrip())
     return _fail(
         f"unexpected {type(error).__name__}; this is a bug in megallm: please report the lines above, the command "
         "line and the output of `megallm doctor`.",

@@ -34,6 +34,7 @@ from megallm.checkpoint import store
 from megallm.checkpoint.io import DTYPE_NAMES, Part, ShardWriter, header_bytes, raw
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
 from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files, verify
 from megallm.convert.folder import INDEX, SINGLE, is_model_folder
@@ -135,7 +136,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
     """Fill `folder` from the checkpoint `request.input`."""
     if is_model_folder(Path(request.input)):
         raise UsageError(f"--input {request.input} is a Hugging Face folder already; --to megallm converts it.")
-    step = resolve(request.input)
+    step = resolve(request.input, weights_only)
     with Reader(step) as reader:
         model = stored_model(reader)
         family = family_of(model)

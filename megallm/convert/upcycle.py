@@ -21,6 +21,7 @@ from megallm.base.files import atomic_write_text, writing
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
 from megallm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
@@ -85,7 +86,7 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
     """
     output = Path(request.output)
     check_new(output)
-    step = resolve(request.source)
+    step = resolve(request.source, weights_only)
     with Reader(step) as reader, whole_folder(output) as folder:
         model = with_experts(stored_model(reader), request)
         dtype = reader.info("embedding.weight")[1]

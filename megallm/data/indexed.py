@@ -19,7 +19,7 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import DataError
-from megallm.data import meta
+from megallm.data import content, meta
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -287,7 +287,8 @@ class IndexedWriter:
             for suffix in ("bin", "idx"):
                 files.fsync_file(self._paths[suffix])
             if side_car is not None:
-                meta.write(self.prefix, side_car, self._paths["meta.json"])
+                held = content.records_of({suffix: self._paths[suffix] for suffix in content.SUFFIXES})
+                meta.write(self.prefix, {**side_car, "content": held}, self._paths["meta.json"])
         wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
         return {suffix: os.fspath(self._paths[suffix]) for suffix in wanted}
 

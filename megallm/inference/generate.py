@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from megallm.inference.request import GenerateRequest
 from megallm.inference.sampling import Sampling
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whether it has ended)
@@ -100,7 +103,7 @@ def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
 
 def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
     """The model of `request.model` at this mesh's layout; each rank reads its own pieces. Collective over the world."""
-    with open_model(request.model) as reader:
+    with open_model(request.model, mesh) as reader:
         config = model_config(reader)
         _check_model(config.model, mesh.tp.size)
         source: Any = reader
@@ -150,13 +153,16 @@ def row_of(prompt: str, answer: Answer) -> Row:
     }
 
 
-def open_model(model: str) -> Reader | HfReader:
-    """The weights of a run folder, a step folder or a Hugging Face folder."""
-    return HfReader(model) if is_model_folder(Path(model)) else Reader(find_step(model))
+def open_model(model: str, mesh: Mesh | None = None) -> Reader | HfReader:
+    """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the world."""
+    return HfReader(model) if is_model_folder(Path(model)) else Reader(find_step(model, mesh))
 
 
-def find_step(model: str) -> Path:
-    """The checkpoint that a run folder or a step folder stands for; UsageError when there is none."""
+def find_step(model: str, mesh: Mesh | None = None) -> Path:
+    """The checkpoint that a run folder or a step folder stands for; UsageError when there is none.
+
+    Of a run folder it is the newest whose weights are whole; what is passed over is logged. Collective over the world.
+    """
     path = Path(model)
     if not path.is_dir():
         raise UsageError(
@@ -165,7 +171,9 @@ def find_step(model: str) -> Path:
         )
     if (path / "manifest.json").exists():
         return path
-    found, warnings = store.latest(path / "checkpoints")
+    found, warnings = store.latest_whole(path / "checkpoints", mesh, store.weights_only)
+    for warning in warnings if found is not None and (mesh is None or mesh.rank == 0) else ():
+        log.warning("%s %s is used.", warning, found.name)
     if found is None:
         raise CheckpointError(f"{path} holds no valid checkpoint. {' '.join(warnings)}".rstrip())
     return found

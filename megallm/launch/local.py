@@ -1,5 +1,7 @@
 """Start the ranks of one machine, show rank 0, and end them all when one fails. No torch at import.
 
+What rank 0 writes is always read, and shown by threads: a terminal or a reader that is stuck holds nobody up.
+
 The launcher imports what the ranks need and forks: importing torch costs seconds, a fork milliseconds. It must not
 run a tensor operation itself (after one on two threads, a forked child hangs). Rank 0's socket is opened before the
 fork and inherited, so that no port can be taken in between.
@@ -24,17 +26,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 from megallm.base.errors import InternalError, MegallmError, PeerLost, Requeue, UsageError
 from megallm.base.files import writing
+from megallm.base.output import BackgroundWriter, descriptor
+from megallm.base.stopping import INTERRUPTED, BeforeRanks, stop_signals
 from megallm.launch.environment import LOOPBACK, RankEnv
-from megallm.launch.rank import INTERRUPTED, Ending, rank_main
+from megallm.launch.rank import Ending, rank_main
 
 POLL_SECONDS = 0.03
 SETTLE_SECONDS = 0.3  # after a failure: peers may still say more about the cause, then they are killed
 TAIL_LINES = 20
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPING = "stopping when this step is done; press Ctrl-C again to stop at once"
+SHOW_SECONDS = 1.0  # at the end, for a reader that does not read
 
 
 class RanksFailed(MegallmError):
@@ -89,13 +94,15 @@ def run_ranks(
     nproc: int,
     log_dir: Path | None = None,
     preload: Sequence[str] = ("torch",),
+    owns_logs: Callable[[int], bool] = lambda pid: True,
 ) -> None:
     """Run `fn(env: RankEnv, *args)` in `nproc` forked ranks and wait for all of them.
 
     Output goes to `log_dir/rank-N.log` (None: a folder that is removed afterwards), rank 0's also to ours.
     The first failure ends all ranks within a second and raises RanksFailed with that rank's number, cause, exit
-    code and last lines; ranks that saved and left with 75 raise Requeue. SIGTERM, SIGUSR1 and SIGUSR2 are passed
-    on; so is a first SIGINT, while a second one ends everything at once.
+    code and last lines; ranks that saved and left with 75 raise Requeue. SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and
+    SIGHUP (not under nohup) are passed on; so is a first SIGINT, while a second one ends everything at once.
+    `owns_logs(process id of rank 0)` is asked before `log_dir` is written by the launcher.
     """
     if nproc < 1:
         raise UsageError(f"--nproc is {nproc}; it must be at least 1.")
@@ -104,51 +111,86 @@ def run_ranks(
     if log_dir is not None:
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
-        _Launch(fn, tuple(args), nproc, log_dir).run()
+        _Launch(fn, tuple(args), nproc, log_dir, owns_logs).run()
         return
     with tempfile.TemporaryDirectory(prefix="megallm-") as folder:
-        _Launch(fn, tuple(args), nproc, Path(folder)).run()
+        _Launch(fn, tuple(args), nproc, Path(folder), owns_logs).run()
 
 
 class _Launch:
     """One start of `nproc` ranks."""
 
-    def __init__(self, fn: Callable[..., None], args: tuple[Any, ...], nproc: int, log_dir: Path) -> None:
-        self.fn, self.args, self.nproc, self.log_dir = fn, args, nproc, log_dir
+    def __init__(
+        self,
+        fn: Callable[..., None],
+        args: tuple[Any, ...],
+        nproc: int,
+        log_dir: Path,
+        owns_logs: Callable[[int], bool],
+    ) -> None:
+        self.fn, self.args, self.nproc, self.log_dir, self.owns_logs = fn, args, nproc, log_dir, owns_logs
         self.ranks: list[Rank] = []
         self.selector = selectors.DefaultSelector()
-        self.screens: dict[int, BinaryIO | None] = {}  # rank 0's output -> ours; None when ours is closed
-        self.log = open(log_dir / "rank-0.log", "ab", buffering=0)  # noqa: SIM115 - closed in run()
-        self.interrupts = 0
+        self.out = BackgroundWriter(descriptor(sys.stdout, 1))
+        one = os.path.sameopenfile(self.out.fd, descriptor(sys.stderr, 2))  # `2>&1`: keep the order of the lines
+        self.err = self.out if one else BackgroundWriter(descriptor(sys.stderr, 2))
+        self.log = BackgroundWriter(os.open(log_dir / "rank-0.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+        self.screens: dict[int, BackgroundWriter] = {}  # rank 0's output -> ours
+        self.interrupts, self.stopping = 0, False
 
     def run(self) -> None:
-        handlers = {number: signal.signal(number, self._pass_on) for number in FORWARDED}
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # full disks do not matter before there is anything to say
+                stream.flush()
+        # A signal between a fork and the child's own handlers would run ours in the child; one that comes before all
+        # ranks are there would miss some.
+        heard = (*stop_signals(), signal.SIGINT)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+        handlers = {number: signal.signal(number, self._pass_on) for number in heard[:-1]}
         handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         try:
-            self._fork_all()
+            try:
+                self._fork_all()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._watch()
         finally:
             self._kill()
             for number, handler in handlers.items():
+                if isinstance(handler, BeforeRanks):
+                    handler.over = True
                 signal.signal(number, handler)
             for fd in list(self.screens) + [rank.report for rank in self.ranks]:
                 os.close(fd)
             self.selector.close()
-            self.log.close()
+            self._finish_output()
         self._judge()
 
+    def _finish_output(self) -> None:
+        """Wait for readers that read, and tell what the others missed."""
+        for name, writer in (("stdout", self.out), ("stderr", self.err)):
+            lost = writer.close(SHOW_SECONDS)
+            if lost and (name == "stdout" or writer is not self.out):
+                told = f"megallm: {lost} lines could not be written to {name} ({writer.reason}).\n".encode()
+                self._log(told)
+                if writer is not self.err:
+                    self.err.write(told)
+                    self.err.close(SHOW_SECONDS)
+        lost = self.log.close(SHOW_SECONDS)
+        if lost:
+            self.err.write(f"megallm: {lost} lines are missing in {self.log_dir} ({self.log.reason}).\n".encode())
+            self.err.close(SHOW_SECONDS)
+        os.close(self.log.fd)
+
+    def _log(self, data: bytes) -> None:
+        if self.owns_logs(self.ranks[0].pid if self.ranks else 0):
+            self.log.write(data)
+
     def _fork_all(self) -> None:
-        """Fork each rank with its log and a pipe on which it reports its end."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # A signal between a fork and the child's own handlers would run ours in the child.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *FORWARDED))
-        try:
-            with socket.create_server((LOOPBACK, 0), backlog=max(128, self.nproc)) as server:
-                for number in range(self.nproc):
-                    self._fork(number, server)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        """Fork each rank with its log and a pipe on which it reports its end; signals are blocked."""
+        with socket.create_server((LOOPBACK, 0), backlog=max(128, self.nproc)) as server:
+            for number in range(self.nproc):
+                self._fork(number, server)
 
     def _fork(self, number: int, server: socket.socket) -> None:
         listen_fd = server.fileno() if number == 0 else None
@@ -174,9 +216,9 @@ class _Launch:
             os.setpgid(pid, pid)
         os.set_blocking(read_end, False)
         self.ranks.append(Rank(env.rank, pid, path, log_begin, read_end))
-        for (fd, _), stream in zip(pairs, (sys.stdout.buffer, sys.stderr.buffer), strict=False):
+        for (fd, _), writer in zip(pairs, (self.out, self.err), strict=False):
             os.set_blocking(fd, False)
-            self.screens[fd] = stream
+            self.screens[fd] = writer
             self.selector.register(fd, selectors.EVENT_READ)
 
     def _watch(self) -> None:
@@ -206,15 +248,8 @@ class _Launch:
                 self.selector.unregister(fd)
             return False
         if not os.isatty(fd):  # what is drawn on a terminal is no log; the rank then keeps one itself
-            with suppress(OSError):  # a full disk costs the copy, not the run
-                self.log.write(data)
-        stream = self.screens[fd]
-        if stream is not None:
-            try:
-                stream.write(data)
-                stream.flush()
-            except (BrokenPipeError, ValueError):  # `megallm ... | head`: the run goes on, in its log
-                self.screens[fd] = None
+            self._log(data)
+        self.screens[fd].write(data)
         return True
 
     def _reap(self, rank: Rank) -> None:
@@ -224,7 +259,7 @@ class _Launch:
         if pid == 0:
             return
         rank.status, rank.ended_at = status, time.monotonic()
-        _hear(rank)
+        _hear(rank, self.owns_logs(self.ranks[0].pid))
 
     def _kill(self) -> None:
         """End every rank that still runs, and collect it."""
@@ -236,6 +271,7 @@ class _Launch:
                 rank.status, rank.ended_at = os.waitpid(rank.pid, 0)[1], float("inf")
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
         for rank in self.ranks:
             if rank.status is None:
                 os.kill(rank.pid, number)
@@ -243,20 +279,24 @@ class _Launch:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupts += 1
         if self.interrupts == 1:
-            os.write(2, b"megallm: stopping when this step is done; press Ctrl-C again to stop at once\n")
+            if not os.isatty(self.out.fd):  # there rank 0 says it, above its panel
+                self.err.write(f"megallm: {STOPPING}\n".encode())
             self._pass_on(number, frame)
 
     def _judge(self) -> None:
         """Raise what the ended ranks mean; return when all finished."""
         if self.interrupts >= 2:
-            raise RanksFailed("interrupted twice; all ranks were ended at once.", INTERRUPTED)
+            text = "Interrupted twice: all ranks were ended at once. The same command goes on from what was saved."
+            raise RanksFailed(text, INTERRUPTED)
         # A rank killed by us ended at infinity. A lost peer is a consequence and an interrupt was asked for: any other
         # cause goes first.
         failed = [rank for rank in self.ranks if rank.failed and rank.ended_at < float("inf")]
+        saved = [rank for rank in self.ranks if rank.code == Requeue.exit_code]
+        if self.stopping and saved and all(rank.code == PeerLost.exit_code for rank in failed):
+            failed = []  # they met the end of those that were told first
         if failed:
             first = min(failed, key=lambda rank: (rank.code in (PeerLost.exit_code, INTERRUPTED), _moment(rank)))
             raise RanksFailed(_describe(first, self.nproc), first.code)
-        saved = [rank for rank in self.ranks if rank.code == Requeue.exit_code]
         if saved:
             raise Requeue(saved[0].cause())
 
@@ -265,8 +305,8 @@ def _moment(rank: Rank) -> float:
     return rank.ending.at if rank.ending is not None else rank.ended_at
 
 
-def _hear(rank: Rank) -> None:
-    """Read what the rank reported of its end, if it did."""
+def _hear(rank: Rank, keep: bool) -> None:
+    """Read what the rank reported of its end, if it did; `keep` it in the rank's log."""
     try:
         said = os.read(rank.report, 1 << 20)
     except BlockingIOError:
@@ -274,14 +314,14 @@ def _hear(rank: Rank) -> None:
     if not said:
         return
     rank.ending = Ending(**json.loads(said))
-    if rank.ending.expected and rank.ending.message:  # ours to show; the rank's log keeps it too
+    if keep and rank.ending.expected and rank.ending.message:  # ours to show; the rank's log keeps it too
         with suppress(OSError), rank.log.open("a") as log:
             log.write(f"megallm: error: {rank.ending.message}\n")
 
 
 def _describe(rank: Rank, nproc: int) -> str:
-    if rank.code == INTERRUPTED:
-        return "interrupted."
+    if rank.code == INTERRUPTED and rank.ending is not None:
+        return rank.cause()
     if rank.ending is not None and rank.ending.expected:
         return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
     if rank.ending is not None and rank.number == 0:

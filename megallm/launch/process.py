@@ -10,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megallm.base.errors import Requeue
+from megallm.base.stopping import NOTHING_TO_SAVE, stop_signals
 
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -42,12 +43,15 @@ def limit_threads(count: int) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Requeue("Stopped by SIGTERM before there was anything to save; the job may be queued again.")
+    raise Requeue(f"Stopped by {signal.Signals(number).name} {NOTHING_TO_SAVE}")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt(f"Interrupted {NOTHING_TO_SAVE}")
 
 
 def default_signals() -> None:
-    """Handlers until the training loop sets its own: SIGTERM leaves with exit code 75, SIGINT with 130."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    """Handlers until the training loop sets its own: SIGTERM and the like leave with exit code 75, SIGINT with 130."""
+    for number in stop_signals():
+        signal.signal(number, _stop)
+    signal.signal(signal.SIGINT, _interrupt)

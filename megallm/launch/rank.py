@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megallm.base.errors import InternalError, MegallmError, PeerLost
+from megallm.base.output import FdWriter, LossyText
+from megallm.base.stopping import INTERRUPTED, stop_signals
 from megallm.launch.environment import RankEnv, thread_count
 from megallm.launch.process import default_signals, die_with, keep_memory, limit_threads
 
-INTERRUPTED = 130
 MAX_MESSAGE = 8000  # characters: the report must fit a pipe's buffer, it is read after the end
 
 
@@ -34,36 +35,50 @@ class Ending:
 def rank_main(
     fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv, parent: int, outputs: tuple[int, int], report: int
 ) -> NoReturn:
-    """Run `fn(env, *args)` in this forked process with its outputs redirected; never returns."""
-    code = INTERRUPTED
+    """Run `fn(env, *args)` in this forked process with its outputs redirected; never returns.
+
+    Signals stay blocked but inside `run_function`, so that none can end the process without a report.
+    """
+    code = InternalError.exit_code
     try:
         os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the launcher only, which passes it on once
         die_with(parent)
         default_signals()
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(outputs[0], 1)
         os.dup2(outputs[1], 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - what it was may not be fd 1
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stdout, sys.stderr = LossyText(FdWriter(1)), LossyText(FdWriter(2))  # a full disk costs lines only
         faulthandler.enable(sys.stderr)  # a segmentation fault leaves its stack in the log
         keep_memory()
         limit_threads(thread_count(env.local_world))
-        ending = run_function(fn, args, env)
+        ending = run_function(_listening(fn), args, env)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os.write(report, json.dumps(vars(ending)).encode())
         code = ending.code
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
         os._exit(code)
+
+
+def _listening(fn: Callable[..., None]) -> Callable[..., None]:
+    """The same function, during which signals arrive; those that came before arrive when it begins."""
+
+    def call(*args: Any) -> None:
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            fn(*args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (*stop_signals(), signal.SIGINT))
+
+    return call
 
 
 def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -> Ending:
     """Call `fn(env, *args)`; every way of leaving it but the death of the process becomes an Ending."""
     try:
         fn(env, *args)
-    except KeyboardInterrupt:
-        return Ending(INTERRUPTED, "interrupted", True, time.monotonic())
+    except KeyboardInterrupt as error:
+        return Ending(INTERRUPTED, str(error) or "interrupted.", True, time.monotonic())
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
         return Ending(code or InternalError.exit_code, f"sys.exit({error.code})", False, time.monotonic())

@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from megallm.base.device import peak_flops, peak_memory_gib
-from megallm.base.errors import CannotWrite, Diverged, Requeue
+from megallm.base.errors import CannotWrite, Diverged, LeaseLost, Requeue
 from megallm.checkpoint import store
+from megallm.checkpoint.io import Part
 from megallm.engine.engine import Engine, Loss, StepStats
 from megallm.models.sections import MtpConfig
 from megallm.optim.lr import learning_rate
 from megallm.parallel.pipeline import Batch
 from megallm.training.config import PretrainConfig
+from megallm.training.divergence import MAX_SKIPPED
 from megallm.training.recorder import Recorder
-from megallm.training.signals import INTERRUPTED, NOTHING, PREEMPTED, Requests
+from megallm.training.signals import INTERRUPTED, PREEMPTED, Requests
 
-MAX_SKIPPED = 10  # updates in a row without a finite gradient: the run has diverged
 MAX_FAILED_SAVES = 3
 
 
@@ -55,22 +58,32 @@ class Loop:
     def __init__(self, job: Job, recorder: Recorder, requests: Requests) -> None:
         self.job, self.recorder, self.requests = job, recorder, requests
         self.config, self.engine, self.mesh = job.config, job.engine, job.engine.mesh
-        self.saved_step = job.ledger.step
+        self.saved_step = self.first_step = job.ledger.step
         self.skipped_in_a_row = self.failed_saves = 0
+        requests.told = recorder.stopping
         self.waited = 0.0
         peak = peak_flops(self.mesh.device)
         self.peak_flops = None if peak is None else peak * self.mesh.layout.world
 
     def run(self) -> None:
-        """Train; saves at the end whatever the reason for stopping.
+        """Train; saves at the end whatever the reason for stopping, but never a state that has diverged.
 
         Raises Requeue after SIGTERM (state is safe), KeyboardInterrupt after SIGINT (state is safe),
         Diverged, CannotWrite when checkpoints fail again and again.
         """
+        try:
+            self._train()
+        except Diverged as error:  # the same on every rank
+            told = self.recorder.set_diverged_aside(self.job.ledger.step) if self.mesh.rank == 0 else ""
+            raise Diverged(f"{error} {self.mesh.broadcast_json(told)}") from error
+
+    def _train(self) -> None:
         last = self.config.train.stop_at or self.config.train.steps
         if self.job.ledger.step >= last:
             self.recorder.note(f"step {self.job.ledger.step} was reached before; nothing is left up to {last}.")
-        request = NOTHING
+        request = self.mesh.largest(self.requests.seen)
+        if request:
+            self._leave(request)
         for step, batches in self.job.batches:
             row = self._step(step, batches)
             if self._due(self.config.eval.every, step) and step < last:
@@ -89,19 +102,40 @@ class Loop:
             if not request or self.job.ledger.step == last:  # a finished run has no later chance to evaluate
                 row["val/loss"] = self.job.held_out()
             self.recorder.row(row)
-        if self.saved_step < self.job.ledger.step:
+            self._check_end(request, row.get("val/loss"))
+        if self.saved_step < self.job.ledger.step and not self.skipped_in_a_row:
             self._save(final=True)
         self._leave(request)
 
+    def _check_end(self, request: int, held_out: float | None) -> None:
+        """Errors: Diverged when a run ends at its last step with a state that gives no finite numbers."""
+        step = self.job.ledger.step
+        if held_out is not None and math.isfinite(held_out):
+            self.skipped_in_a_row = 0  # the gradients of one batch were not finite: the state is sound all the same
+        elif held_out is not None:
+            raise Diverged(f"The held-out loss after step {step} is {held_out}.")
+        elif self.skipped_in_a_row and not request:
+            raise Diverged(f"The gradients were not finite for the last {self.skipped_in_a_row} steps, up to {step}.")
+
     def _leave(self, request: int) -> None:
+        if not request:
+            return
+        step, root = self.job.ledger.step, self.recorder.checkpoints
+        name = "Interrupted" if request == INTERRUPTED else f"Stopped by {self.requests.name or 'a signal'}"
+        self.recorder.event("preempted" if request == PREEMPTED else "interrupted", step=step)
+        state = f"step {self.saved_step} is saved in {root / store.step_name(self.saved_step)}"
+        if step == self.first_step:
+            text = f"{name} before step {step + 1}: there is nothing {'new ' if step else ''}to save"
+            text += f", {state}; the same command goes on." if step else "; the same command starts again."
+        elif self.saved_step < step:
+            text = f"{name} after step {step}, where the gradients have not been finite for {self.skipped_in_a_row} "
+            text += "steps: that state is not saved. "
+            text += f"{state[:1].upper()}{state[1:]}; the same command goes on." if self.saved_step else "None is."
+        else:
+            text = f"{name} after step {step}: {state}; the same command goes on."
         if request == PREEMPTED:
-            self.recorder.event("preempted", step=self.job.ledger.step)
-            raise Requeue(
-                f"Stopped by a signal after step {self.job.ledger.step}; the state is saved, start again to go on."
-            )
-        if request == INTERRUPTED:
-            self.recorder.event("interrupted", step=self.job.ledger.step)
-            raise KeyboardInterrupt
+            raise Requeue(text)
+        raise KeyboardInterrupt(text)
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
@@ -132,8 +166,7 @@ class Loop:
             self.recorder.event("skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm))
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(
-                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} (loss {stats.loss}). "
-                f"Lower optim.lr, warm up for longer, or start again from an earlier checkpoint."
+                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} (loss {stats.loss})."
             )
 
     def _metrics(self, stats: StepStats, lr: float, seconds: float, tokens: int) -> dict[str, Any]:
@@ -160,15 +193,24 @@ class Loop:
         return row
 
     def _save(self, final: bool = False) -> None:
-        """Write a checkpoint. A failure is reported and training goes on, unless it was the last chance."""
+        """Write a checkpoint. A failure is reported and training goes on, unless it was the last chance.
+
+        A state whose last gradients were not finite is not saved: whether it has diverged shows later.
+        """
         ledger, begin = self.job.ledger, time.monotonic()
+        if self.skipped_in_a_row:
+            self.recorder.event("not_saved", step=ledger.step, reason="the gradients were not finite")
+            return
         self.recorder.before_save()
         meta = {"engine": self.engine.counters(), "ledger": vars(ledger), **self.job.identity}
+        parts, keeping = list(self.engine.parts()), self.recorder.keeping(self.config.checkpoint.keep)
+        bad = next((part.name for part in parts if not _is_finite(part)), "")
+        if self.mesh.largest(int(bool(bad))):
+            raise Diverged(f"The state after step {ledger.step} is not finite{f', as in {bad}' * bool(bad)}.")
         try:
-            store.save(
-                self.recorder.checkpoints, ledger.step, list(self.engine.parts()), meta, self.mesh,
-                self.config.checkpoint.keep,
-            )  # fmt: skip
+            store.save(self.recorder.checkpoints, ledger.step, parts, meta, self.mesh, keeping)
+        except LeaseLost:
+            raise
         except CannotWrite as error:
             self.failed_saves += 1
             self.recorder.event("save_failed", step=ledger.step, reason=str(error))
@@ -186,6 +228,15 @@ def further_losses(stats: StepStats, mtp: MtpConfig) -> dict[str, float | None]:
         return {}
     each = {f"train/{name}_loss": _finite(value) for name, value in terms.items()} if len(terms) > 1 else {}
     return {"train/mtp_loss": _finite(sum(terms.values()) / len(terms))} | each
+
+
+def _is_finite(part: Part) -> bool:
+    """Whether a tensor holds finite numbers only; one byte formats have been clamped when they were made."""
+    tensor = part.tensor
+    if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _finite(value: float) -> float | None:

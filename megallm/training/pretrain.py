@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import CheckpointError, DataError, UsageError
+from megallm.base.errors import DataError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader as CheckpointReader
-from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer
-from megallm.convert.weights import stored_model
-from megallm.data import meta, samplelog, tokenizer
+from megallm.data import samplelog, tokenizer
 from megallm.data.batches import Reader, Share
-from megallm.data.indexed import IndexedDataset
 from megallm.data.loader import Batch, Loader, to_tensors
-from megallm.data.source import fingerprint
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import MaskedDiffusion, NextToken
@@ -32,6 +27,16 @@ from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
 from megallm.training.reading import check_tokenizers, held_out_readers, open_reader, tokenizer_of
 from megallm.training.recorder import Recorder
+from megallm.training.resuming import (
+    Change,
+    check_allowed,
+    config_changes,
+    describe,
+    describe_files,
+    find_checkpoint,
+    ledger_and_changes,
+)
+from megallm.training.runfolder import RunFolder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine
 
@@ -42,24 +47,30 @@ log = logging.getLogger(__name__)
 Batches = Iterator[tuple[int, list[Batch]]]
 
 
-def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) -> None:
+def run(
+    config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False, allowed: Sequence[str] = ()
+) -> None:
     """Train to `train.stop_at` or `train.steps`; collective over the world.
 
     `config` is checked and resolved. `resume` is auto (go on from the newest valid checkpoint if there is
     one), must (UsageError without one) or never (UsageError with one). With `own_log` rank 0 writes its lines to
-    RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there.
+    RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there. `allowed` are keys that may
+    differ from the checkpoint's although they make it another run.
     """
+    check_allowed(allowed)
     with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
         if mesh.rank == 0:
             check_tokenizers(config)
         identity = describe(config)
-        found = find_checkpoint(recorder.checkpoints, resume, mesh)
-        ledger = Ledger() if found is None else Ledger(**check_identity(found, identity))
+        found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
+        ledger, changes = same_run(config, identity, found, allowed, mesh)
         engine, begin = build_engine(engine_config(config), mesh, found)
         layout = dataclasses.asdict(mesh.layout)
         recorder.start(ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)})
         if mesh.rank == 0:
-            keep_tokenizer(config)
+            keep_tokenizer(config, replace=any(change.key == "data.tokenizer" for change in changes))
+        recorder.damaged(ledger.step, damaged)
+        recorder.changed(ledger.step, changes)
         recorder.note(opening(config, engine, begin))
         reader, step = train_reader(config, mesh, ledger), ledger.step
         with (
@@ -71,6 +82,42 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
             loss = trained_loss(config)
             job = Job(config, engine, loss, batches, waited, held_out.loss, identity, ledger, reader.state_after)
             Loop(job, recorder, requests).run()
+            recorder.last_words = closing(config, ledger.step)
+
+
+def same_run(
+    config: PretrainConfig, identity: dict[str, Any], found: Path | None, allowed: Sequence[str], mesh: Mesh
+) -> tuple[Ledger, list[Change]]:
+    """The ledger to go on with and what was changed since; completes `identity` with what rank 0 finds in the files.
+
+    Collective over the world. Errors: `UsageError` on rank 0 when the run is another one; the others lose a peer.
+    """
+    answer: dict[str, Any] = {}
+    changes: list[Change] = []
+    if mesh.rank == 0:
+        folder = RunFolder(config.run.dir)
+        answer["files"] = describe_files(config, folder)
+        if found is not None:
+            others = config_changes(folder, config)
+            answer["ledger"], changes = ledger_and_changes(found, identity | answer["files"], others, allowed)
+    answer = mesh.broadcast_json(answer)
+    identity |= answer["files"]
+    return Ledger(**answer.get("ledger", {})), changes
+
+
+def closing(config: PretrainConfig, step: int) -> tuple[str, ...]:
+    """What a run says at its end: where its results are, and what to do with them."""
+    run = Path(config.run.dir)
+    where = f"step {step} is saved in {run / 'checkpoints' / store.step_name(step)}"
+    if config.log.plot:
+        where += f"; the loss curve is {run / 'plots' / 'loss.png'}"
+    if step < config.train.steps:
+        then = f"next: the same command without train.stop_at goes on to step {config.train.steps}"
+    elif config.data.objective == "next_token":
+        then = f'next: megallm generate --model {run} --prompt "..."'
+    else:
+        then = f"next: megallm convert --to hf --input {run} --output DIR"
+    return where, then
 
 
 def trained_loss(config: PretrainConfig) -> Loss:
@@ -176,12 +223,14 @@ class HeldOut:
         return total / count if count else None
 
 
-def keep_tokenizer(config: PretrainConfig) -> None:
+def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
     """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run folder goes.
 
-    Errors: `UsageError` when another one lies there already.
+    Errors: `UsageError` when another one lies there already, unless it may be replaced.
     """
     spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
+    if replace and target.exists():
+        shutil.rmtree(target)
     if spec is not None and target.exists():
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
             raise UsageError(
@@ -201,98 +250,3 @@ def keep_tokenizer(config: PretrainConfig) -> None:
         else:
             temporary.mkdir()
             shutil.copy(source, temporary / "tokenizer.json")
-
-
-# Resuming
-
-
-def describe(config: PretrainConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of the configuration, to refuse a run that is not the same run.
-
-    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read. `framed`,
-    that the tokenizer's template stands around documents, is for generation.
-    """
-    data, train = config.data, config.train
-    reading = {"order": data.order, "split": data.split, "seed": data.seed}
-    if data.objective != "next_token":
-        reading |= {"objective": data.objective, "masking": dataclasses.asdict(data.masking)}
-    if data.order == "megatron":
-        reading |= {
-            "sources": data.sources,
-            "seq_len": data.seq_len,
-            "samples": train.steps * train.global_batch,
-            "global_batch": train.global_batch,
-            "files": {prefix: fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
-        }
-    return {
-        "kind": "pretrain",
-        "model": dataclasses.asdict(dataclasses.replace(config.model, hf=None)),
-        "precision": train.precision,
-        "seed": config.run.seed,
-        "tokenizer": tokenizer_of(config),
-        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.sources),
-        "data": reading,
-    }
-
-
-def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> Path | None:
-    """The newest valid checkpoint as rank 0 sees it; collective over the world."""
-    answer: dict[str, Any] = {}
-    if mesh.rank == 0:
-        found, warnings = store.latest(root)
-        answer = {"found": str(found) if found else None, "warnings": warnings}
-    answer = mesh.broadcast_json(answer)
-    found = Path(answer["found"]) if answer["found"] else None
-    for warning in answer["warnings"] if found is not None and mesh.rank == 0 else ():
-        log.warning("%s", warning)
-    if found is None and resume == "must":
-        raise UsageError(
-            f"--resume must: there is no valid checkpoint under {root}. {' '.join(answer['warnings'])}".rstrip()
-        )
-    if found is not None and resume == "never":
-        raise UsageError(f"--resume never: {found} exists. Choose another run.dir, or remove it.")
-    if found is None and answer["warnings"]:
-        raise CheckpointError(
-            f"No checkpoint under {root} is usable: {' '.join(answer['warnings'])} "
-            "Repair or remove the folder; starting afresh over it would hide the damage."
-        )
-    return found
-
-
-def check_identity(found: Path, identity: dict[str, Any]) -> dict[str, int]:
-    """The ledger of a checkpoint; UsageError with a table of what differs when the run is another one.
-
-    What an older checkpoint's model does not say, because the key came later, is what its family says.
-    """
-    with CheckpointReader(found) as reader:
-        saved = reader.meta
-        if isinstance(saved, dict) and "model" in saved:
-            saved = saved | {"model": dataclasses.asdict(stored_model(reader))}
-        if is_import(reader):
-            identity = {"model": identity["model"]}
-            saved = {"ledger": {}, **saved}
-    if not isinstance(saved, dict) or saved.get("kind") not in (identity.get("kind"), IMPORTED):
-        raise CheckpointError(f"{found} was not written by a pretraining run.")
-    differences = [
-        f"  {'.'.join(path)}: checkpoint {old!r}, configuration {new!r}"
-        for path, old, new in _differences(saved, identity)
-    ]
-    if differences:
-        lines = "\n".join(differences)
-        raise UsageError(
-            f"{found} belongs to a run that differs from this configuration:\n{lines}\n"
-            "Restore these values, or start anew in another run.dir. "
-            "(Layout, learning rate, evaluation and logging may change.)"
-        )
-    return saved["ledger"]
-
-
-def _differences(saved: dict[str, Any], wanted: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple]:
-    found = []
-    for key, new in wanted.items():
-        old = saved.get(key)
-        if isinstance(new, dict) and isinstance(old, dict) and key not in ("sources", "files"):
-            found += _differences(old, new, (*path, key))
-        elif old != new and key not in ("tokenizer", "framed"):
-            found.append(((*path, key), old, new))
-    return found

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from megallm.base.config import to_yaml
+from megallm.base.errors import CannotWrite, LeaseLost
 from megallm.base.files import atomic_write_json
+from megallm.base.output import FdWriter, LossyText
+from megallm.checkpoint.reader import step_folders
+from megallm.checkpoint.retention import quarantine
+from megallm.checkpoint.store import Keeping
 from megallm.parallel import picture
 from megallm.parallel.schedule import Placement
 from megallm.parallel.simulate import Timeline
 from megallm.training.config import PretrainConfig
+from megallm.training.divergence import Soundness
+from megallm.training.lease import Lease
 from megallm.training.reporting import LossCurve, Reporter, Sink, TensorBoard
-from megallm.training.runfolder import Events, Lease, Metrics, RunFolder
+from megallm.training.resuming import Change, table_of
+from megallm.training.rows import Events, Metrics, read_rows
+from megallm.training.runfolder import RunFolder
+
+STOPPING = "stopping when this step is done"
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
     """metrics.jsonl, events.jsonl, the live line and the plot of one run; a context manager.
 
-    Made on every rank; only rank 0 takes the lease and writes. Errors on entering: `CannotWrite` when the
-    folder cannot be written or another job holds it.
+    Made on every rank; only rank 0 takes the lease and writes, and asks the lease before each write. Errors on
+    entering: `CannotWrite` when the folder cannot be written or another job holds it; later `LeaseLost`.
     """
 
     def __init__(self, config: PretrainConfig, rank: int, own_log: bool = False) -> None:
         self.config, self.writes, self.own_log = config, rank == 0, own_log
-        self.log: TextIO | None = None
+        self.log: LossyText | None = None
         self.folder = RunFolder(config.run.dir)
         self.last_checkpoint: int | None = None
+        self.proven: int | None = None  # the newest checkpoint whose state gave a sound step afterwards
+        self.soundness = Soundness()
+        self.last_words: tuple[str, ...] = ()  # shown at the end of a run without an error
 
     @property
     def checkpoints(self) -> Path:
@@ -45,15 +64,28 @@ class Recorder:
     ) -> None:
         if not self.writes:
             return
-        if self.started:
-            self.reporter.close()
-            if self.log is not None:
-                self.log.close()
-            if error is not None:
-                self.events.add("stopped", reason=f"{kind.__name__}: {error}")
-            self.metrics.close()
-            self.events.close()
-        self.lease.release()
+        try:
+            self.lease.check()
+            if self.started:
+                self._close(f"{kind.__name__}: {error}" if kind is not None else None)
+        except LeaseLost:
+            if self.started:
+                self.reporter.abandon()
+                self.metrics.abandon()
+                self.events.abandon()
+            if kind is None or not issubclass(kind, LeaseLost):
+                raise
+        finally:
+            self.lease.release()
+
+    def _close(self, reason: str | None) -> None:
+        self.reporter.close(self.last_words if reason is None else ())
+        if reason is not None:
+            self.events.add("stopped", reason=reason)
+        self.metrics.close()
+        self.events.close()
+        if self.log is not None:
+            os.close(self.log.fileno())
 
     started = False
 
@@ -62,18 +94,24 @@ class Recorder:
         if not self.writes:
             return
         config = self.config
+        self.lease.check()
         self.folder.write_config(to_yaml(config))
         self.folder.write_environment(environment)
-        self.metrics = Metrics(self.folder.metrics, resumed_step)
-        self.events = Events(self.folder.events)
+        self.metrics = Metrics(self.folder.metrics, resumed_step, self.lease.check)
+        self.events = Events(self.folder.events, self.lease.check)
+        for row in read_rows(self.folder.metrics):
+            self.soundness.see(row)
+        self.proven = resumed_step or None
         sinks: list[Sink] = []
         if config.log.plot:
             name = Path(config.run.dir).name
-            sinks.append(LossCurve(self.folder.plots / "loss.png", f"loss of {name}", self.folder.metrics))
+            path, metrics = self.folder.plots / "loss.png", self.folder.metrics
+            sinks.append(LossCurve(path, f"loss of {name}", metrics, guard=self.lease.check))
         if config.log.tensorboard:
             sinks.append(TensorBoard(self.folder.path / "tensorboard", resumed_step))
         if self.own_log:
-            self.log = open(self.folder.log_path(0), "a", encoding="utf-8")  # noqa: SIM115 - closed on leaving
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self.log = LossyText(FdWriter(os.open(self.folder.log_path(0), flags, 0o644)))
         self.reporter = Reporter(sys.stdout, config.train.steps, config.log.every, self.log, tuple(sinks))
         self.last_checkpoint = resumed_step or None
         self.started = True
@@ -81,9 +119,14 @@ class Recorder:
 
     def row(self, row: dict[str, Any]) -> None:
         """The metrics of one finished step."""
-        if self.writes:
-            self.metrics.append(row)
-            self.reporter.step(row, self.last_checkpoint)
+        if not self.writes:
+            return
+        self.lease.check()
+        self.soundness.see(row)
+        if self.soundness.bad_since is None:
+            self.proven = self.last_checkpoint
+        self.metrics.append(row)
+        self.reporter.step(row, self.last_checkpoint)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened; a dashboard reads it from events.jsonl."""
@@ -95,20 +138,65 @@ class Recorder:
         if self.writes:
             self.reporter.note(text)
 
+    def stopping(self, name: str) -> None:
+        """Say that a signal was heard. Of Ctrl-C the launcher tells, except where a panel would hide its words."""
+        if name != "SIGINT":
+            self.note(f"{name}: {STOPPING}")
+        elif self.writes and self.reporter.on_terminal:
+            self.note(f"{STOPPING}; press Ctrl-C again to stop at once")
+
     def pipeline(self, timeline: Timeline | None, placement: Placement, step: int) -> None:
         """Draw how one step ran: plots/pipeline.svg, and a trace for chrome://tracing."""
         if timeline is None or not self.writes:
             return
+        self.lease.check()
         title = f"{self.config.layout.schedule} as it ran in step {step}: idle {timeline.idle_fraction:.1%}"
         drawn = picture.Picture(timeline, placement, title, unit="s")
-        picture.save(drawn, self.folder.plots / "pipeline.svg")
-        atomic_write_json(self.folder.plots / "pipeline.json", picture.chrome_trace(drawn))
+        try:
+            picture.save(drawn, self.folder.plots / "pipeline.svg")
+            atomic_write_json(self.folder.plots / "pipeline.json", picture.chrome_trace(drawn))
+        except (OSError, CannotWrite) as error:
+            log.warning("The picture of the pipeline cannot be drawn: %s", error)
 
     def before_save(self) -> None:
         """The rows that a checkpoint counts on are durable, and the folder is still ours."""
         if self.writes:
             self.lease.check()
             self.metrics.sync()
+
+    def keeping(self, newest: int) -> Keeping:
+        """What a save keeps of older steps: while the losses are unsound also the last that was proven."""
+        return Keeping(newest, self.proven, self.lease.check) if self.writes else Keeping(newest)
+
+    def damaged(self, step: int, warnings: Sequence[str]) -> None:
+        """Say which checkpoints were passed over, and rename them: no later save may take them for its own."""
+        if not self.writes or not warnings:
+            return
+        self.lease.check()
+        moved = quarantine(self.checkpoints, step + 1, "damaged")
+        for warning in warnings:
+            log.warning("%s The run goes on from step %d.", warning, step)
+        self.event("damaged", step=step, problems=list(warnings), set_aside=[path.name for path in moved])
+
+    def changed(self, step: int, changes: Sequence[Change]) -> None:
+        """Say in one table what is not as it was in this run folder, and keep it."""
+        if not self.writes or not changes:
+            return
+        self.note(f"changed since the last start in this run folder:\n{table_of(changes)}")
+        rows = [{"key": change.key, "before": change.before, "now": change.now} for change in changes]
+        self.event("changed", step=step, changes=rows)
+
+    def set_diverged_aside(self, step: int) -> str:
+        """Rename the checkpoints whose state led to the divergence noticed at `step`; sentences for the user."""
+        self.lease.check()
+        bad_since = self.soundness.bad_since or self.metrics.last_step + 1  # a step without a row was not sound
+        moved = quarantine(self.checkpoints, max(1, bad_since - 1), "diverged")
+        self.event("diverged", step=step, bad_since=bad_since, set_aside=[path.name for path in moved])
+        left = next((number for number, _ in step_folders(self.checkpoints)), None)
+        aside = f"Renamed as diverged, since step {bad_since} went wrong from there: " if moved else ""
+        aside += ", ".join(path.name for path in reversed(moved)) + ". " * bool(moved)
+        goes_on = "starts afresh" if left is None else f"goes on from step {left}"
+        return f"{aside}Lower optim.lr or warm up for longer: the same command then {goes_on}."
 
     def saved(self, step: int, seconds: float) -> None:
         self.last_checkpoint = step

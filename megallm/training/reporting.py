@@ -24,7 +24,7 @@ from rich.text import Text
 
 from megallm.base.errors import CannotWrite
 from megallm.base.files import atomic_path
-from megallm.training.runfolder import read_rows
+from megallm.training.rows import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Reporter:
         self.total_steps, self.every, self.sinks = total_steps, max(1, every), sinks
         self._streams = [log_stream] if log_stream else []
         self._clock = Clock(total_steps)
-        console = Console(file=stream)
+        console = self._console = Console(file=stream)
         self._live: Live | None = None
         if console.is_terminal:
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
@@ -174,12 +174,26 @@ class Reporter:
             self._on_terminal(partial(self._live.console.print, Text(text)))
         self._write(text)
 
-    def close(self) -> None:
-        """Draw and flush what is left; the last panel stays on the screen."""
+    @property
+    def on_terminal(self) -> bool:
+        """Whether a panel is shown."""
+        return self._live is not None
+
+    def close(self, last_words: tuple[str, ...] = ()) -> None:
+        """Draw and flush what is left; the last panel stays on the screen, `last_words` below it."""
         for sink in self.sinks:
             sink.close()
+        self.abandon()
+        for line in last_words:
+            if self._console.is_terminal:
+                self._on_terminal(partial(self._console.print, Text(line), soft_wrap=True))
+            self._write(line)
+
+    def abandon(self) -> None:
+        """Give the terminal back, and write no file."""
         if self._live is not None:
             self._on_terminal(self._live.stop)
+            self._live = None
 
     def _on_terminal(self, action: Callable[[], Any]) -> None:
         """Do something with the panel; a terminal that is gone ends it."""
@@ -222,8 +236,15 @@ class LossCurve:
     Starts with the rows that `metrics` (a metrics.jsonl) already has, so a resumed run draws its whole curve.
     """
 
-    def __init__(self, path: Path, title: str, metrics: Path | None = None, seconds: float = 60.0) -> None:
-        self.path, self.title, self.seconds = path, title, seconds
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        metrics: Path | None = None,
+        seconds: float = 60.0,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self.title, self.seconds, self.guard = path, title, seconds, guard
         self._train, self._held_out = _Series(), _Series()
         self._tokens: tuple[int, float] | None = None
         self._drawn = time.monotonic()
@@ -254,6 +275,7 @@ class LossCurve:
         try:
             with atomic_path(self.path) as temporary:
                 self._figure().savefig(temporary, format="png", dpi=120)
+                self.guard()  # drawing takes a while: is the folder still ours?
         except (OSError, ImportError, CannotWrite) as error:
             if not self._failed:
                 log.warning("The loss curve cannot be drawn: %s", error)

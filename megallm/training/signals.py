@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-NOTHING, INTERRUPTED, PREEMPTED = 0, 1, 2  # the larger one wins when ranks saw different signals
+from megallm.base.stopping import stop_signals
 
-_MEANING = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED, signal.SIGUSR1: PREEMPTED}
+NOTHING, INTERRUPTED, PREEMPTED = 0, 1, 2  # the larger one wins when ranks saw different signals
 
 
 class Requests:
-    """The most urgent request seen so far on this rank."""
+    """The most urgent request seen so far on this rank; `told` is called once, in a thread, when the first comes."""
 
     def __init__(self) -> None:
-        self.seen = NOTHING
+        self.seen, self.name = NOTHING, ""
+        self.told: Callable[[str], None] = lambda name: None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        self.seen = max(self.seen, _MEANING[signal.Signals(number)])
+        if self.seen == NOTHING:  # the handler runs anywhere in the main thread, perhaps inside a write
+            self.name = signal.Signals(number).name
+            threading.Thread(target=self.told, args=(self.name,), daemon=True).start()
+        self.seen = max(self.seen, INTERRUPTED if number == signal.SIGINT else PREEMPTED)
 
 
 @contextmanager
 def listening() -> Iterator[Requests]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into requests inside the context; repeated signals change nothing."""
+    """Turn SIGINT and `stop_signals` into requests inside the context; repeated signals change nothing."""
     requests = Requests()
-    before = {number: signal.signal(number, requests.note) for number in _MEANING}
+    before = {number: signal.signal(number, requests.note) for number in (*stop_signals(), signal.SIGINT)}
     try:
         yield requests
     finally:

@@ -240,7 +240,7 @@ def test_sigterm_reaches_the_ranks_and_asks_to_be_requeued(tmp_path):
     process, pids = launcher(tmp_path, "plain")
     process.terminate()
     assert process.wait(5) == Requeue.exit_code
-    assert "may be queued again" in process.stderr.read()
+    assert "Stopped by SIGTERM before the first step: there is nothing to save" in process.stderr.read()
     assert not any(alive(pid) for pid in pids)
 
 

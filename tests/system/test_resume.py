@@ -328,7 +328,7 @@ def short(request, tmp_path, corpus) -> Path:
         ("data.split='80,20,0'", ["data.split: checkpoint '90,10,0', configuration '80,20,0'"]),
         ("run.seed=4", ["seed: checkpoint 3, configuration 4"]),
         ("train.precision=fp64", ["precision: checkpoint 'fp32', configuration 'fp64'"]),
-        ("train.global_batch=8", ["data.global_batch: checkpoint 4, configuration 8", "data.samples: checkpoint 24"]),
+        ("train.global_batch=8", ["train.global_batch: checkpoint 4, configuration 8", "data.samples: checkpoint 24"]),
         ("optim.weight_decay=0.5", []),
         ("optim.lr=0.1", []),
         ("layout.dp=1", []),

@@ -15,7 +15,7 @@ from megallm.checkpoint.io import Part
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.pretrain import check_identity, describe
+from megallm.training.resuming import check_identity, describe
 from megallm.training.validate import check
 
 MODEL = ModelConfig(family="gpt2", num_layers=2, hidden_size=16, num_heads=2, vocab_size=300)
@@ -44,7 +44,7 @@ def test_what_differs_is_named(tmp_path):
         check_identity(step, describe(other))
     text = str(caught.value)
     assert "model.head: checkpoint 'lm', configuration 'mlm'" in text
-    assert "data.objective: checkpoint None, configuration 'mlm'" in text
+    assert "data.objective: checkpoint 'next_token', configuration 'mlm'" in text
     wider = dataclasses.asdict(dataclasses.replace(CONFIG.model, hidden_size=32))
     with pytest.raises(UsageError, match=r"model\.hidden_size: checkpoint 16, configuration 32"):
         check_identity(step, describe(CONFIG) | {"model": wider})

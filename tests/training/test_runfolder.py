@@ -13,18 +13,10 @@ from dataclasses import replace
 import pytest
 
 from megallm.base.errors import CannotWrite, InternalError
-from megallm.training import runfolder
-from megallm.training.runfolder import (
-    Events,
-    Holder,
-    JsonLines,
-    Lease,
-    Metrics,
-    RunFolder,
-    drop_dead_lease,
-    read_rows,
-    rewind,
-)
+from megallm.training import lease as leases
+from megallm.training.lease import Holder, Lease, drop_dead_lease
+from megallm.training.rows import Events, JsonLines, Metrics, read_rows, rewind
+from megallm.training.runfolder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +91,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(folder):
                 break
         time.sleep(0.01)
     with Lease(folder) as lease:
-        assert runfolder.read_holder(folder.lock).token == lease.holder.token
+        assert leases.read_holder(folder.lock).token == lease.holder.token
     os.waitpid(pid, 0)
 
 
@@ -129,7 +121,7 @@ def test_a_lock_that_cannot_be_written_is_not_left_behind(folder, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CannotWrite, match="disk is full"):
-        patch.setattr(runfolder.os, "fdopen", full)
+        patch.setattr(leases.os, "fdopen", full)
         Lease(folder)
     assert not folder.lock.exists()
     Lease(folder).release()

@@ -1,0 +1,64 @@
+"""Which signals ask a run to stop, and the answer while there is nothing to save yet. Imports next to nothing."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+INTERRUPTED, REQUEUE = 130, 75  # exit codes
+NOTHING_TO_SAVE = "before the first step: there is nothing to save. The same command starts again."
+
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What batch systems, `kill` and a terminal that closes send; without SIGHUP under `nohup`, which ignores it."""
+    hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return _STOPPING if hangup else _STOPPING[:-1]
+
+
+def ignore_stop_signals() -> None:
+    """The state is saved, or there is none: whatever still arrives changes nothing."""
+    for number in (*stop_signals(), signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class BeforeRanks:
+    """Handles signals while a run is still being prepared: says that there is nothing to save, and leaves at once.
+
+    An exception would not do: it may be swallowed inside the imports that it interrupts.
+    """
+
+    def __init__(self) -> None:
+        self.over = False  # ranks were started: what arrives after their end changes nothing
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.over:
+            return
+        interrupted = number == signal.SIGINT
+        how = "Interrupted" if interrupted else f"Stopped by {signal.Signals(number).name}"
+        if select.select((), (2,), (), 0)[1]:  # a reader that does not read must not hold it up
+            with suppress(OSError):
+                os.write(2, f"megallm: {how} {NOTHING_TO_SAVE}\n".encode())
+        os._exit(INTERRUPTED if interrupted else REQUEUE)
+
+
+@contextmanager
+def before_ranks(wanted: bool) -> Iterator[None]:
+    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be set."""
+    installed = isinstance(signal.getsignal(signal.SIGTERM), BeforeRanks)
+    if not wanted or installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = BeforeRanks()
+    before = {number: signal.signal(number, handler) for number in (*stop_signals(), signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
