@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <utility>
+#include <tuple>
 
 namespace {
 
@@ -52,20 +52,26 @@ py::object fold(const py::list& texts, Array<std::uint32_t> table) {
 }
 
 inline bool is_digit(std::uint32_t c) { return c - '0' < 10u; }
-inline bool is_capital(std::uint32_t c) { return c - 'A' < 26u; }
+inline bool is_letter(std::uint32_t c) { return (c | 32u) - 'a' < 26u; }
 inline bool is_hex(std::uint32_t c) { return is_digit(c) || (c | 32u) - 'a' < 6u; }
+
+// Something that a text is searched for: `bounded` where no letter or digit of ASCII may stand before it.
+struct Mark {
+  std::string text;
+  I64 pivot;  // the place of a character that text seldom has
+  bool bounded;
+};
 
 // Looks for lines with three digits and what they have beside, and for marks in whole texts.
 class LineScan {
  public:
-  // A mark is a string and the place in it of a character that text seldom has.
-  explicit LineScan(const std::vector<std::pair<std::string, std::size_t>>& marks) : marks_(marks) {
+  explicit LineScan(const std::vector<std::tuple<std::string, std::size_t, bool>>& marks) {
     for (const char c : std::string_view("0123456789.:-\n")) stops_[static_cast<int>(c)] = kSyntax;
-    for (const auto& [mark, pivot] : marks) {
-      const unsigned char c = mark.at(pivot);
-      if (c >= 128 || stops_[c] == kSyntax)
-        throw std::invalid_argument("a mark turns on an ASCII character that is neither a digit nor one of .:-");
-      stops_[c] = kPivot;
+    for (const auto& [text, pivot, bounded] : marks) {
+      const unsigned char c = text.at(pivot);
+      if (c >= 128 || is_digit(c)) throw std::invalid_argument("a mark turns on an ASCII character that is no digit");
+      stops_[c] |= kPivot;
+      marks_[c].push_back({text, static_cast<I64>(pivot), bounded});
     }
   }
 
@@ -77,58 +83,57 @@ class LineScan {
       const std::uint32_t c = text[i];
       const std::uint8_t stop = c < 128 ? stops_[c] : kOther;
       if (!stop) continue;
-      if (stop == kPivot) {
-        if (!marked.back()) marked.back() = is_marked(text, size, i);
-      } else if (c == '\n') {
+      if ((stop & kPivot) && !marked.back()) marked.back() = is_marked(text, size, i, marks_[c]);
+      if (stop == kPivot) continue;
+      if (c == '\n') {
         close(owner, i);
       } else if (stop == kOther || is_digit(c)) {
         digits_ += stop != kOther;
-        ibans_ += i > 1 && is_capital(text[i - 1]) && is_capital(text[i - 2]);
+        ibans_ += i > 1 && is_letter(text[i - 1]) && is_letter(text[i - 2]);
       } else if (c == '.') {
         v4_ += i > 0 && i + 1 < size && is_digit(text[i - 1]) && is_digit(text[i + 1]);
       } else if (c == ':') {
         v6_ += i > 3 && is_hex(text[i - 1]) && is_hex(text[i - 2]) && is_hex(text[i - 3]) &&
                (text[i - 4] == '2' || text[i - 4] == '3');
-      } else {
-        ++dashes_;
       }
     }
     close(owner, size);
   }
 
-  std::vector<I64> places, counts;    // (text, begin, end); (digits, v4, v6, ibans, dashes)
+  std::vector<I64> places, counts;    // (text, begin, end); (digits, v4, v6, ibans)
   std::vector<std::uint8_t> marked;   // by text
 
  private:
-  static constexpr std::uint8_t kSyntax = 1, kPivot = 2, kOther = 3;
+  static constexpr std::uint8_t kSyntax = 1, kPivot = 2, kOther = 4;
 
   void close(I64 owner, I64 end) {
     if (digits_ >= 3) {
       places.insert(places.end(), {owner, begin_, end});
-      counts.insert(counts.end(), {digits_, v4_, v6_, ibans_, dashes_});
+      counts.insert(counts.end(), {digits_, v4_, v6_, ibans_});
     }
     begin_ = end + 1;
-    digits_ = v4_ = v6_ = ibans_ = dashes_ = 0;
+    digits_ = v4_ = v6_ = ibans_ = 0;
   }
 
   template <typename Char>
-  bool is_marked(const Char* text, I64 size, I64 at) const {
-    for (const auto& [mark, pivot] : marks_) {
-      const I64 begin = at - static_cast<I64>(pivot), length = static_cast<I64>(mark.size());
+  static bool is_marked(const Char* text, I64 size, I64 at, const std::vector<Mark>& marks) {
+    for (const Mark& mark : marks) {
+      const I64 begin = at - mark.pivot, length = static_cast<I64>(mark.text.size());
       if (begin < 0 || begin + length > size) continue;
+      if (mark.bounded && begin > 0 && (is_letter(text[begin - 1]) || is_digit(text[begin - 1]))) continue;
       I64 k = 0;
-      while (k < length && text[begin + k] == static_cast<unsigned char>(mark[k])) ++k;
+      while (k < length && text[begin + k] == static_cast<unsigned char>(mark.text[k])) ++k;
       if (k == length) return true;
     }
     return false;
   }
 
-  std::vector<std::pair<std::string, std::size_t>> marks_;
+  std::vector<Mark> marks_[128];  // by the character that they turn on
   std::uint8_t stops_[128] = {};
-  I64 begin_ = 0, digits_ = 0, v4_ = 0, v6_ = 0, ibans_ = 0, dashes_ = 0;
+  I64 begin_ = 0, digits_ = 0, v4_ = 0, v6_ = 0, ibans_ = 0;
 };
 
-py::tuple digit_lines(const py::list& texts, const std::vector<std::pair<std::string, std::size_t>>& marks) {
+py::tuple digit_lines(const py::list& texts, const std::vector<std::tuple<std::string, std::size_t, bool>>& marks) {
   LineScan found(marks);
   I64 owner = 0;
   for (const py::handle text : texts)
@@ -211,7 +216,7 @@ py::bytes quote(const py::bytes& utf8) {
 
 void bind_documents(py::module_& m) {
   m.def("fold", &fold, "(code points uint32, classes uint8) of texts, or None where a character needs its neighbours");
-  m.def("digit_lines", &digit_lines, "(places int64 [lines x 3], counts int64 [lines x 5], marked uint8 [texts])");
+  m.def("digit_lines", &digit_lines, "(places int64 [lines x 3], counts int64 [lines x 4], marked uint8 [texts])");
   m.def("quote", &quote, "UTF-8 as a JSON string");
   m.def("collapse", &collapse, "UTF-8 with runs of white space made one blank");
 }

@@ -83,6 +83,8 @@ class PiiConfig:
 
     kinds: tuple[str, ...] = PII_KINDS
     phone_region: str = "US"  # for numbers written without a country code
+    # Countries whose numbers are also found in the local form that begins with 0, such as 020 7946 0958.
+    phone_regions: tuple[str, ...] = ("GB", "FR", "JP", "DE", "IT", "NL", "BE", "CH", "AU", "KR", "CN", "IN")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ PARTS = [
 PERSONAL = [
     "9.9.9.9", "93.184.216.34", "1.2.3", "10.0.0.1", "1..2", "2606:4700:4700::1111", "2ABC::5", "3.14:", "20:45:",
     "a::b", "DE89370400440532013000", "GB82 WEST 1234 5698 7654 32", "DE8", "XX1", "D\u06689", "FI2112345600000785",
-    "123-45-6789", "4111 1111 1111 1111", "+49 30 901820", "jane@mail.org", "AKIA", "AKIAIOSFODNN7EXAMPLE", "ghp_",
+    "123-45-6789", "4111 1111 1111 1111", "+49 30 901820", "jane@mail.org", "gb82west12345698765432", "sk-proj-" + "aB3_" * 9, "ask-proj-" + "aB3_" * 9, "://me:hunter22@db.io/",
+    "secret_access_key", "AKIA", "AKIAIOSFODNN7EXAMPLE", "ghp_",
     "xoxb-1234567890a", "xo", "PRIVATE KEY-----", "ip ", "\n", "\n", " ", ".", ":", "-", "0", "42", "é", "漢", "K", "_",
 ]  # fmt: skip
 PERSONAL_TEXTS = st.lists(st.lists(st.sampled_from(PERSONAL), max_size=30).map("".join), min_size=1, max_size=4)
@@ -91,7 +92,7 @@ def test_lines_that_could_hold_personal_data(compiled: ModuleType, texts: list[s
         places = {kind: sorted((span.begin, span.end) for span in step.find(one) if span.reason == kind)
                   for kind in ("ip", "iban", "secret")}  # fmt: skip
         searched = {"ip": digit_lines(one, 3, pii.find_ips), "iban": digit_lines(one, 4, pii.find_ibans)}
-        for kind, found in (searched | {"secret": list(pii.find_secrets(one))}).items():
+        for kind, found in (searched | {"secret": [*pii.find_keys(one), *pii.find_passwords(one)]}).items():
             assert {place for place in places[kind] if place not in found} == set(), kind
             missed = [place for place in found if place not in places[kind]]
             taken = [place for own in places.values() for place in own]
@@ -233,8 +234,9 @@ def test_what_would_read_outside_is_refused(compiled: ModuleType) -> None:
         lambda: compiled.line_marks(two[0], zero + 1, zero + 5, np.array([0, 1]), two[0], two[0], 3),
         lambda: compiled.fold(["a"], np.zeros(5, np.uint32)),
         lambda: compiled.fold([b"a"], np.zeros(0x110000, np.uint32)),
-        lambda: compiled.digit_lines([5], [("x", 0)]),
-        lambda: compiled.digit_lines(["a"], [("5", 0)]),
+        lambda: compiled.digit_lines([5], [("x", 0, True)]),
+        lambda: compiled.digit_lines(["a"], [("5", 0, True)]),
+        lambda: compiled.digit_lines(["a"], [("é", 0, True)]),
     ):
         with pytest.raises(ValueError):
             call()
