@@ -71,9 +71,7 @@ _FORMS = (
      r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----[\s\S]{40,16000}?"
      r"-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"),
 )  # fmt: skip
-_FORM = re.compile("|".join(
-    f"(?:(?<![A-Za-z0-9]){form})" if marks[0][0].isalnum() else f"(?:{form})" for marks, form in _FORMS
-))  # fmt: skip
+_MATCHES = tuple((mark, re.compile(form).match) for marks, form in _FORMS for mark in marks)
 # Values without a form of their own, told by what is set: a name, a sign, and what is quoted or runs to a blank.
 _ASSIGNED = re.compile(
     r"(?<![A-Za-z0-9])(?:aws_?secret_?access_?key|aws_?secret_?key|secret_?access_?key)[\"']?\s{0,3}(?::|=>?)\s{0,3}[\"']?"
@@ -111,7 +109,14 @@ def is_marked(text: str) -> bool:
 
 def find_keys(text: str) -> Iterator[tuple[int, int]]:
     """Access keys and private keys; of `name = value` the value."""
-    yield from (match.span() for match in _FORM.finditer(text))
+    for mark, matches in _MATCHES:
+        at = text.find(mark)
+        while at >= 0:
+            bounded = at and mark[0].isalnum() and text[at - 1].isascii() and text[at - 1].isalnum()
+            match = None if bounded else matches(text, at)
+            if match:
+                yield match.span()
+            at = text.find(mark, match.end() if match else at + 1)
     for match in _ASSIGNED.finditer(text):
         yield match.span(match.lastindex or 0)
 

@@ -69,7 +69,8 @@ def _end_of(text: str, begin: int) -> int:
     for pattern in _HOSTS:
         match = pattern.match(text, begin, begin + _HOST_CHARS)
         if match:
-            return _shortened(match[0], begin) if not _RETINA.match(match[0]) else 0
+            host = match[0].removesuffix("E" if text.startswith("<gt>", match.end()) else "")  # Perl's E<gt>
+            return _shortened(host, begin) if not _RETINA.match(host) else 0
     return 0
 
 

@@ -16,11 +16,12 @@ _PHONE = re.compile(
     rf"(?<![\w./#-])(?<!\d[:=])(?:\+\d|\(\+?\d{{1,5}}\)|\d)[\d{_SPACE}]{{5,20}}\d(?![\w/:=-]|\.\d)"
 )
 _CALLED = re.compile(
-    r"(?<![^\W_])(?:(?:tele)?phone|tel|tél|mobile|mob|cell|fax|call|whatsapp|sms|telefono|telefone|téléphone|teléfono|portable|handy"
-    r"|telefon|телефон|電話|电话|携帯|전화)[\s.:=)\"'#№]{0,4}"
-    r"(?:(?:no|number|nr|num|is|us|at|me|on)[\s.:=)\"'#№]{0,3}){0,2}$|[☎📞📱]\ufe0f?\s*$",
+    r"(?<![^\W_])(?:(?:tele)?phone|tel|tél|mobile|mob|cell|fax|call|whatsapp|sms|telefono|telefone|téléphone"
+    r"|teléfono|portable|handy|telefon|телефон|電話|电话|携帯|전화)[\s.:=)\"'#№]{0,4}"
+    r"(?:(?:no|number|nr|num|is|us|at|me|on|or)[\s.:=)\"'#№]{0,3}){0,2}$|[☎📞📱]\ufe0f?\s*$",
     re.IGNORECASE,
 )
+_DOTTED = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")  # an address of a machine
 _HEX_BEFORE = re.compile(r"(?<![0-9A-Za-z])[0-9A-Fa-f]{2}[ \t]$")
 _HEX_AFTER = re.compile(r"[ \t][0-9A-Fa-f]{2}(?![0-9A-Za-z])")
 _REMEMBERED = 1 << 14
@@ -48,7 +49,7 @@ class Phones:
         for match in _PHONE.finditer(text):
             written = match[0]
             digits = sum(char.isdigit() for char in written)
-            if not 7 <= digits <= 15 or written.count("(") != written.count(")"):
+            if not 7 <= digits <= 15 or _DOTTED.fullmatch(written) or written.count("(") != written.count(")"):
                 continue
             groups = tuple(re.findall(r"\d+", written))
             if written[0] == "+" or written[:2] == "(+" or text[match.start() - 1 : match.start()] == "+":

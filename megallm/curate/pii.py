@@ -29,16 +29,14 @@ _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 # Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])")
 _BLANK = r"[ \u00a0\u2009-]"
-_DASH = r"[-\u2010\u2011\u2013]"
 _IBAN = re.compile(
     rf"(?<![A-Za-z0-9])[A-Za-z]{{2}}\d{{2}}(?:{_BLANK}?[A-Za-z0-9]{{4}}){{2,7}}(?:{_BLANK}?[A-Za-z0-9]{{1,3}})?"
     r"(?![A-Za-z0-9])"
 )
-_SSN = re.compile(
-    rf"(?<![\d-])\d{{3}}({_DASH})\d{{2}}\1\d{{4}}(?![\d-])"
-    # With blanks it must stand alone: a table's columns are no number.
-    r"|(?<![\w.,:/-])(?<![\d.,:)][ \u00a0])\d{3}([ \u00a0])\d{2}\2\d{4}(?![\w-]|[ \u00a0.,/:]\(?\d)"
-)
+_SSN = re.compile(r"\d{3}([- \u00a0\u2010\u2011\u2013])\d{2}\1\d{4}(?![\d-])")
+# With blanks it must stand alone: a table's columns are no number.
+_COLUMN_BEFORE = re.compile(r"[\w.,:/-]$|[\d.,:)][ \u00a0]$")
+_COLUMN_AFTER = re.compile(r"\w|[ \u00a0.,/:]\(?\d")
 _CARD = re.compile(rf"(?<![\d.,-])\d(?:{_BLANK}?\d){{12,18}}(?![\d-]|[.,]\d)")
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
 _HEADING_PART = 100  # of a number that begins a line and has a title after it
@@ -159,6 +157,12 @@ def find_ssns(text: str) -> Iterator[tuple[int, int]]:
     """Social security numbers of the USA, written 123-45-6789 or 123 45 6789, without the numbers never given out."""
     for match in _SSN.finditer(text):
         area, group, serial = match[0][:3], match[0][4:6], match[0][7:]
+        begin, end = match.span()
+        if text[begin - 1 : begin].isdigit() or text[begin - 1 : begin] == "-":
+            continue
+        columns = _COLUMN_BEFORE.search(text, max(0, begin - 2), begin) or _COLUMN_AFTER.match(text, end)
+        if match[1] in " \u00a0" and columns:
+            continue
         if area not in ("000", "666") and area < "900" and group != "00" and serial != "0000":
             yield match.span()
 

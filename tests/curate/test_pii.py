@@ -39,7 +39,7 @@ AROUND = (  # A.7: 'bob@gmail.com' took the quote along, ?email=a@b.io&x=1 ate t
     "'{}'", '"{}"', "`{}`", "“{}”", "‘{}’", "«{}»", "„{}“", "「{}」", "<{}>", "[{}]", "({})", "{{{}}}", "|{}|", "**{}**",
     "_{}_", "*{}*", "~{}~", "[mail](mailto:{})", "[mail](mailto:{}?subject=Hi)", "<a href='mailto:{}'>me</a>",
     "https://x.org/?email={}&x=1", "https://x.org/u/{}/edit", "https://x.org/#{}", "email={};", "user:{}", "to={},cc",
-    "name='x' mail='{}'", "--author={}", "x,{},y", "a;{};b", "%3C{}%3E", "&lt;{}&gt;", "…{}…", "请联系{}谢谢", "連絡先は{}です",
+    "name='x' mail='{}'", "--author={}", "x,{},y", "a;{};b", "%3C{}%3E", "E<lt>{}E<gt>", "&lt;{}&gt;", "…{}…", "请联系{}谢谢", "連絡先は{}です",
     "Это {}.", "{}.Then we went", "{}. In the end", "{}!", "{}?", "l'{}", "qu'{}", "-{}-", "\u200b{}\u200b", "\t{}\n",
 )  # fmt: skip
 OTHER_SCRIPTS = (
@@ -196,6 +196,7 @@ def test_d28_local_telephone_numbers(phones: Pii) -> None:
         "01 02 03 04 05", "0a 04 22 32 10 00 ff", "1f 01 42 68 53 00", "01.02.2003 10", "2003-01-02 0312", "0.5 1.25 2.75 3.0",
         "id 0142685300", "0312345678", "at 01:42:68:53:00", "00 11 22 33 44", "ISBN 0-306-40615-2", "ISBN 978-0-306-40615-7",
         "0123 456", "007 and 008", "pages 010-020, 030-040", "version 01.42.68.53.00.11", "0x0142 6853 00", "000 000 000",
+        "maddr=239.255.255.1",
     ):  # fmt: skip
         assert found_in(text, phones) == [], text
     only = Pii(PiiConfig(kinds=("phone",), phone_regions=()))
