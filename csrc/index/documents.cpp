@@ -1,5 +1,5 @@
-// Texts as Python holds them: their folded characters, lines that could hold personal data, equal forms for keys, and
-// JSON. The twins: megallm/curate/text.py, pii.py, exact.py, chain.py.
+// Texts as Python holds them: their folded characters, forms to compare by, lines that could hold personal data,
+// and JSON. The twins: megallm/curate/text.py, pii.py, chain.py.
 
 #include "text.hpp"
 
@@ -26,29 +26,109 @@ void characters_of(py::handle text, Visit&& visit) {
   }
 }
 
-// What `table` makes of every character, a newline after each text: (code point, class), packed as code | class << 24.
-// None where a character asks for its neighbours (bit 23).
-py::object fold(const py::list& texts, Array<std::uint32_t> table) {
-  if (table.size() != 0x110000) throw std::invalid_argument("the table must have a row for every code point");
-  const std::uint32_t *folded = table.data(), newline = folded[static_cast<int>('\n')];
-  I64 size = 0;
-  for (const py::handle text : texts) characters_of(text, [&](const auto*, I64 count) { size += count + 1; });
-  py::array_t<std::uint32_t> codes(size);
-  py::array_t<std::uint8_t> kinds(size);
-  std::uint32_t *code = codes.mutable_data(), seen = 0;
-  std::uint8_t* kind = kinds.mutable_data();
+// What characters become (`folding` of megallm/curate/text.py): a row for every code point, and longer ones.
+class Folding {
+ public:
+  static constexpr std::uint32_t kCode = 0x1FFFFF, kJamo = 1u << 22, kLonger = 1u << 23;
+
+  Folding(const Array<std::uint32_t>& table, const Array<std::uint32_t>& longer) : table_(table), longer_(longer) {
+    if (table_.size() != 0x110000) throw std::invalid_argument("the table must have a row for every code point");
+    rows_ = table_.data(), more_ = longer_.data();
+    for (I64 code = 0; code < table_.size(); ++code) {
+      const std::uint32_t row = rows_[code];
+      if (!(row & kLonger)) continue;
+      const I64 at = row & kCode;
+      if (at >= longer_.size() || at + 1 + I64{more_[at]} > longer_.size())
+        throw std::invalid_argument("a row points outside the longer ones");
+    }
+  }
+  std::uint32_t row(std::uint32_t code) const { return rows_[code]; }
+  // How many characters a row stands for, and the first of them.
+  std::uint32_t size(std::uint32_t row) const { return row & kLonger ? more_[row & kCode] : 1; }
+  const std::uint32_t* rest(std::uint32_t row) const { return more_ + (row & kCode) + 1; }
+
+ private:
+  Array<std::uint32_t> table_, longer_;
+  const std::uint32_t *rows_, *more_;
+};
+
+// The folded characters of texts, a newline after each: (code points, classes, where each text begins, whether some are
+// parts of syllables).
+py::tuple fold(const Folding& folding, const py::list& texts) {
+  std::vector<I64> starts{0};
   for (const py::handle text : texts)
     characters_of(text, [&](const auto* character, I64 count) {
-      for (I64 i = 0; i < count; ++i) {
-        const std::uint32_t found = folded[character[i]];
-        seen |= found;
-        code[i] = found & 0x7FFFFF, kind[i] = static_cast<std::uint8_t>(found >> 24);
-      }
-      code += count, kind += count;
-      *code++ = newline & 0x7FFFFF, *kind++ = static_cast<std::uint8_t>(newline >> 24);
+      I64 size = count;
+      if (!PyUnicode_IS_ASCII(text.ptr()))
+        for (I64 i = 0; i < count; ++i) size += I64{folding.size(folding.row(character[i]))} - 1;
+      starts.push_back(starts.back() + size + 1);
     });
-  if (seen >> 23 & 1) return py::none();
-  return py::make_tuple(codes, kinds);
+  py::array_t<std::uint32_t> codes(starts.back());
+  py::array_t<std::uint8_t> kinds(starts.back());
+  std::uint32_t *code = codes.mutable_data(), seen = 0;
+  std::uint8_t* kind = kinds.mutable_data();
+  const auto put = [&](std::uint32_t row) {
+    *code++ = row & Folding::kCode, *kind++ = static_cast<std::uint8_t>(row >> 24);
+  };
+  for (const py::handle text : texts) {
+    characters_of(text, [&](const auto* character, I64 count) {
+      for (I64 i = 0; i < count; ++i) {
+        const std::uint32_t row = folding.row(character[i]);
+        seen |= row;
+        if (!(row & Folding::kLonger)) {
+          put(row);
+          continue;
+        }
+        const std::uint32_t* rest = folding.rest(row);
+        for (std::uint32_t k = 0; k < folding.size(row); ++k) put(rest[k]);
+      }
+    });
+    put(folding.row('\n'));
+  }
+  return py::make_tuple(codes, kinds, array_of(starts), (seen & Folding::kJamo) != 0);
+}
+
+inline void append_utf8(std::string& out, std::uint32_t c) {
+  const auto byte = [&](std::uint32_t value) { out.push_back(static_cast<char>(value)); };
+  if (c < 0x80) return byte(c);
+  if (c < 0x800) {
+    byte(0xC0 | c >> 6);
+  } else {
+    if (c < 0x10000) byte(0xE0 | c >> 12);
+    else byte(0xF0 | c >> 18), byte(0x80 | (c >> 12 & 0x3F));
+    byte(0x80 | (c >> 6 & 0x3F));
+  }
+  byte(0x80 | (c & 0x3F));
+}
+
+// UTF-8 of a folded text with runs of white space made one blank, none at the ends, and whether it has parts of syllables.
+py::tuple comparable(const Folding& folding, const py::str& text) {
+  std::string out;
+  std::uint32_t seen = 0;
+  bool blank = false;
+  const auto put = [&](std::uint32_t row) {
+    if (row >> 24 & kSpace) {
+      blank = !out.empty();
+      return;
+    }
+    if (blank) out.push_back(' ');
+    blank = false;
+    append_utf8(out, row & Folding::kCode);
+  };
+  characters_of(text, [&](const auto* character, I64 count) {
+    out.reserve(count + count / 8);
+    for (I64 i = 0; i < count; ++i) {
+      const std::uint32_t row = folding.row(character[i]);
+      seen |= row;
+      if (!(row & Folding::kLonger)) {
+        put(row);
+        continue;
+      }
+      const std::uint32_t* rest = folding.rest(row);
+      for (std::uint32_t k = 0; k < folding.size(row); ++k) put(rest[k]);
+    }
+  });
+  return py::make_tuple(py::bytes(out), (seen & Folding::kJamo) != 0);
 }
 
 inline bool is_digit(std::uint32_t c) { return c - '0' < 10u; }
@@ -141,47 +221,6 @@ py::tuple digit_lines(const py::list& texts, const std::vector<std::tuple<std::s
   return py::make_tuple(array_of(found.places), array_of(found.counts), array_of(found.marked));
 }
 
-// The bytes of white space at `at` of UTF-8 text, as str.split() sees it; 0 for none.
-inline int space_at(const unsigned char* at, const unsigned char* end) {
-  const unsigned char c = *at;
-  if (c < 0x80) return c == ' ' || (c >= 9 && c <= 13) || (c >= 28 && c <= 31);
-  if (c == 0xC2 && end - at > 1) return (at[1] == 0x85 || at[1] == 0xA0) ? 2 : 0;
-  if (end - at < 3) return 0;
-  if (c == 0xE1) return at[1] == 0x9A && at[2] == 0x80 ? 3 : 0;
-  if (c == 0xE3) return at[1] == 0x80 && at[2] == 0x80 ? 3 : 0;
-  if (c != 0xE2) return 0;
-  if (at[1] == 0x81) return at[2] == 0x9F ? 3 : 0;
-  const unsigned char d = at[2];
-  return at[1] == 0x80 && (d <= 0x8A || d == 0xA8 || d == 0xA9 || d == 0xAF) ? 3 : 0;
-}
-
-// UTF-8 text with runs of white space made one blank, none at the ends.
-py::bytes collapse(const py::bytes& utf8) {
-  const std::string_view text(utf8);
-  std::uint8_t kinds[256] = {};  // 0 never white space, 1 white space, 2 may begin some
-  for (unsigned c = 0; c < 0x80; ++c) kinds[c] = c == ' ' || (c >= 9 && c <= 13) || (c >= 28 && c <= 31);
-  for (const unsigned c : {0xC2u, 0xE1u, 0xE2u, 0xE3u}) kinds[c] = 2;
-  std::string out(text.size() + 1, '\0');
-  char* const begin = out.data();
-  char* to = begin;
-  const auto* at = reinterpret_cast<const unsigned char*>(text.data());
-  const auto* end = at + text.size();
-  bool blank = true;  // the last byte written is one, or none was
-  while (at < end) {
-    std::uint8_t kind = kinds[*at];
-    int width = 1;
-    if (kind == 2) {
-      width = space_at(at, end);
-      kind = width > 0, width += !width;
-    }
-    *to = kind ? ' ' : static_cast<char>(*at);
-    to += !(kind && blank);
-    blank = kind;
-    at += width;
-  }
-  return py::bytes(begin, to - begin - (blank && to != begin));
-}
-
 // UTF-8 text as a JSON string, as json.dumps(ensure_ascii=False) writes it.
 py::bytes quote(const py::bytes& utf8) {
   const std::string_view text(utf8);
@@ -215,8 +254,10 @@ py::bytes quote(const py::bytes& utf8) {
 }  // namespace
 
 void bind_documents(py::module_& m) {
-  m.def("fold", &fold, "(code points uint32, classes uint8) of texts, or None where a character needs its neighbours");
+  py::class_<Folding>(m, "Folding", "What characters become, so that what looks alike compares alike")
+      .def(py::init<Array<std::uint32_t>, Array<std::uint32_t>>())
+      .def("fold", &fold, "(code points uint32, classes uint8, beginnings int64, parts of syllables?) of texts")
+      .def("comparable", &comparable, "(UTF-8 of a folded text with single blanks, parts of syllables?)");
   m.def("digit_lines", &digit_lines, "(places int64 [lines x 3], counts int64 [lines x 4], marked uint8 [texts])");
   m.def("quote", &quote, "UTF-8 as a JSON string");
-  m.def("collapse", &collapse, "UTF-8 with runs of white space made one blank");
 }

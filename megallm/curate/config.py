@@ -58,7 +58,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """Exact duplicates: equal after NFC and with runs of white space made one blank."""
+    """Exact duplicates: equal after folding (text.py) and with runs of white space made one blank."""
 
     document: bool = True
     paragraph: bool = False

@@ -1,8 +1,9 @@
 """Personal data: email, IP, IBAN, card, social security and telephone numbers, and access keys.
 
 Each kind has a cheap scan for places that could hold it and a check that decides (checksums, ranges, the
-phonenumbers library); emails.py, phones.py and access_keys.py have those of three kinds. The stand-in is a pure function of what it replaces, so that two mentions of one address stay
-one address; it lies in ranges that are reserved for examples, so that it can belong to nobody.
+phonenumbers library); emails.py, phones.py and access_keys.py have those of three kinds. The stand-in is a pure
+function of what it replaces, so that two mentions of one address stay one address; it lies in ranges that are
+reserved for examples, so that it can belong to nobody.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from megallm.curate.access_keys import find_keys, find_passwords, is_marked, sca
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import Batch, Span, Verdict, edit
 from megallm.curate.emails import find_emails
+from megallm.curate.folding import code_points
 from megallm.curate.phones import Phones
-from megallm.curate.text import code_points
 
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 # Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
