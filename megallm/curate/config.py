@@ -119,6 +119,7 @@ class DecontaminateConfig:
     ngram: int = 13  # one shared n-gram of so many words is contamination
     coverage_ngram: int = 8
     coverage: float = 0.7  # or this share of an item's n-grams of `coverage_ngram` words
+    edited: float = 0.8  # or a passage with this share of an item's words in the same order; 0: not looked for
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def check(config: CurateConfig) -> None:
         ("near.max_centres", config.near.max_centres, 1, 1 << 20), ("shard_mib", config.shard_mib, 1e-3, 1024),
         ("memory_mib", config.memory_mib, 1, 1 << 24), ("gzip_level", config.gzip_level, 1, 9),
         ("decontaminate.coverage", config.decontaminate.coverage, 0.01, 1.0),
+        ("decontaminate.edited", config.decontaminate.edited or 1.0, 0.5, 1.0),
         ("decontaminate.coverage_ngram", config.decontaminate.coverage_ngram, 2, config.decontaminate.ngram),
         ("input.max_unpacked_ratio", config.input.max_unpacked_ratio, 1, 1 << 30),
         ("input.max_reject_percent", config.input.max_reject_percent, 0, 100),
