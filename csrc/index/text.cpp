@@ -38,8 +38,12 @@ py::tuple words(Array<std::uint32_t> codes, Array<std::uint8_t> kinds, U64 base)
       std::uint8_t is = kind[i];
       if (!(is & kSolo))
         for (; end < size && (kind[end] & kWord) && !(kind[end] & kSolo); ++end) is |= kind[end];
-      begins.push_back(i), ends.push_back(end), hashes.push_back(hash_of(code, i, end, base)), classes.push_back(is);
-      i = end;
+      const I64 next = end;
+      while (i < end && code[i] == '_') ++i;  // underscores around a word are punctuation
+      while (i < end && code[end - 1] == '_') --end;
+      if (i < end)
+        begins.push_back(i), ends.push_back(end), hashes.push_back(hash_of(code, i, end, base)), classes.push_back(is);
+      i = next;
     }
   }
   return py::make_tuple(array_of(begins), array_of(ends), array_of(hashes), array_of(classes));

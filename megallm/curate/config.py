@@ -58,7 +58,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """Exact duplicates: equal after NFC and with runs of white space made one blank."""
+    """Exact duplicates: equal after folding (text.py) and with runs of white space made one blank."""
 
     document: bool = True
     paragraph: bool = False
@@ -83,6 +83,8 @@ class PiiConfig:
 
     kinds: tuple[str, ...] = PII_KINDS
     phone_region: str = "US"  # for numbers written without a country code
+    # Countries whose numbers are also found in the local form that begins with 0, such as 020 7946 0958.
+    phone_regions: tuple[str, ...] = ("GB", "FR", "JP", "DE", "IT", "NL", "BE", "CH", "AU", "KR", "CN", "IN")
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class DecontaminateConfig:
     ngram: int = 13  # one shared n-gram of so many words is contamination
     coverage_ngram: int = 8
     coverage: float = 0.7  # or this share of an item's n-grams of `coverage_ngram` words
+    edited: float = 0.8  # or a passage with this share of an item's words in the same order; 0: not looked for
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def check(config: CurateConfig) -> None:
         ("near.max_centres", config.near.max_centres, 1, 1 << 20), ("shard_mib", config.shard_mib, 1e-3, 1024),
         ("memory_mib", config.memory_mib, 1, 1 << 24), ("gzip_level", config.gzip_level, 1, 9),
         ("decontaminate.coverage", config.decontaminate.coverage, 0.01, 1.0),
+        ("decontaminate.edited", config.decontaminate.edited or 1.0, 0.5, 1.0),
         ("decontaminate.coverage_ngram", config.decontaminate.coverage_ngram, 2, config.decontaminate.ngram),
         ("input.max_unpacked_ratio", config.input.max_unpacked_ratio, 1, 1 << 30),
         ("input.max_reject_percent", config.input.max_reject_percent, 0, 100),

@@ -1,8 +1,9 @@
 """Decontamination: drops documents that hold texts of evaluation sets.
 
 A document is contaminated by a text of a set when they share one n-gram of 13 words, or when it holds 70 % of the
-text's different n-grams of 8 words (Brown et al. 2020, C; Touvron et al. 2023, A.6). Words are lower-cased and
-punctuation and space do not matter. N-grams that many items share are the set's template and prove nothing.
+text's different n-grams of 8 words (Brown et al. 2020, C; Touvron et al. 2023, A.6), or when a passage of it is an
+edited copy: it has most of the text's words in the same order. Words are compared folded (folding.py), punctuation and
+space do not matter. N-grams that many items share are the set's template and prove nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _TEMPLATE_ITEMS = 10  # an n-gram of so many items, and of TEMPLATE_SHARE of the
 _TEMPLATE_SHARE = 0.05
 _FILTER_BITS = 22
 _MAX_EXAMPLES = 5  # documents named for each text found
+_SEED_WORDS = 5  # what is left between two edits of a copy
+_SEED_SHARE = 0.15  # of an item's seeds that a document must hold, so that few pairs are aligned
 
 
 class _Grams:
@@ -57,6 +60,55 @@ class _Grams:
         return np.repeat(documents, counts), self.items[np.repeat(self.begin[numbers], counts) + shift]
 
 
+class _Passages:
+    """Finds edited copies: seeds (n-grams between two edits) tell where to look, the longest common subsequence of
+    words decides."""
+
+    def __init__(self, texts: list[str], share: float) -> None:
+        words = Analysis(texts).words
+        self._words = np.split(words.hashes, words.offsets[1:-1])
+        self._seeds = _Grams(texts, _SEED_WORDS)
+        self._share = share
+
+    def find(self, words: Pieces, known: dict[int, dict[int, str]]) -> Iterator[tuple[int, int]]:
+        """(document, item) of the copies that are not `known`."""
+        hashes, first = words.ngrams(_SEED_WORDS)
+        at, numbers = self._seeds.find(hashes)
+        place, item = self._seeds.owners(numbers, first[at])
+        seed = np.repeat(numbers, self._seeds.counts[numbers])
+        pairs = np.stack([words.documents[place], item], axis=1)
+        different = np.unique(np.column_stack([pairs, seed]), axis=0)[:, :2]
+        both, counts = np.unique(different, axis=0, return_counts=True)
+        for row, number in both[counts >= _SEED_SHARE * self._seeds.sizes[both[:, 1]]].tolist():
+            if number not in known.get(row, {}):
+                own = place[(pairs[:, 0] == row) & (pairs[:, 1] == number)]
+                if self._is_copy(words, row, self._words[number], own):
+                    yield row, number
+
+    def _is_copy(self, words: Pieces, row: int, item: np.ndarray, places: np.ndarray) -> bool:
+        """Whether the passage with the most seeds, which begin at `places`, has enough of the item's words in order."""
+        size = len(item)
+        last = np.searchsorted(places, places + size)
+        begin = int((last - np.arange(len(places))).argmax())
+        slack = max(2, size // 8)
+        low = max(int(words.offsets[row]), int(places[last[begin] - 1]) + _SEED_WORDS - size - slack)
+        high = min(int(words.offsets[row + 1]), int(places[begin]) + size + slack)
+        return _in_order(item.tolist(), words.hashes[low:high].tolist()) >= self._share * size
+
+
+def _in_order(item: list[int], passage: list[int]) -> int:
+    """The length of the longest common subsequence, 64 words and more at a time (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited")."""
+    masks: dict[int, int] = {}
+    for place, word in enumerate(item):
+        masks[word] = masks.get(word, 0) | 1 << place
+    row = full = (1 << len(item)) - 1
+    for word in passage:
+        met = row & masks.get(word, 0)
+        row = (row + met | row - met) & full
+    return len(item) - row.bit_count()
+
+
 class Decontaminate:
     """The step `decontaminate`; `names` are the texts of the sets as set:line:key."""
 
@@ -78,6 +130,7 @@ class Decontaminate:
         self.names = [name for name, _ in used]
         self._short_grams = _Grams([text for _, text in used], config.coverage_ngram)
         self._long_grams = _Grams([text for _, text in used], config.ngram)
+        self._passages = _Passages([text for _, text in used], config.edited) if config.edited else None
 
     def judge(self, batch: Batch) -> list[Verdict]:
         words = batch.analysis.words
@@ -97,6 +150,9 @@ class Decontaminate:
                     hits.setdefault(row, {})[number] = "coverage"
             for row, number in self._long_hits(words, first[at]):
                 hits.setdefault(row, {})[number] = "ngram"
+        if self._passages is not None:
+            for row, number in list(self._passages.find(words, hits)):
+                hits.setdefault(row, {})[number] = "edited"
         batch.record("decontaminate.coverage", coverage)
         return [self._verdict(hits.get(row)) for row in range(len(batch))]
 
@@ -112,7 +168,8 @@ class Decontaminate:
     def _verdict(self, hits: dict[int, str] | None) -> Verdict:
         if not hits:
             return KEEP
-        reason = "contaminated_ngram" if "ngram" in hits.values() else "contaminated_coverage"
+        reason = next(kind for kind in ("ngram", "coverage", "edited") if kind in hits.values())
+        reason = f"contaminated_{reason}"
         return drop(reason, items=[self.names[number] for number in sorted(hits)])
 
 

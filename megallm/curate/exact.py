@@ -1,14 +1,14 @@
 """Exact duplicates of documents, paragraphs and lines: the first occurrence in input order stays.
 
-Units are equal when they are equal after NFC and after runs of white space became one blank; the key is
-xxh3-128. Workers sign every shard; one pass over files sorted on disk decides; the next segment applies.
+Units are equal when they are equal after folding (folding.py: compatibility forms, case, marks, invisible
+characters) and after runs of white space became one blank; punctuation counts. The key is xxh3-128. Workers
+sign every shard; one pass over files sorted on disk decides; the next segment applies.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megallm.base import extension
 from megallm.base.files import writing
 from megallm.curate.config import ExactConfig
 from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
 from megallm.curate.external import Scatter, contains, parts_for, spread
+from megallm.curate.folding import comparable
 
 RECORD = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("document", "<u8"), ("paragraph", "<u4"), ("unit", "<u4")])
 DROP = np.dtype([("document", "<u8"), ("unit", "<u4"), ("first", "<u8")])
@@ -31,23 +31,9 @@ _UNIT_BITS = 32
 INDEX_BITS = 32  # a document's number is shard << 32 | index
 
 
-def normalised(text: str) -> str:
-    """NFC, and runs of white space made one blank."""
-    return " ".join(_composed(text).split())
-
-
-def _composed(text: str) -> str:
-    if not text.isascii() and not unicodedata.is_normalized("NFC", text):
-        return unicodedata.normalize("NFC", text)
-    return text
-
-
 def key_of(text: str) -> bytes:
-    """16 bytes that are equal exactly (but for a chance of 2^-128) for equal normalised texts."""
-    native = extension.index()
-    if native is None:
-        return xxhash.xxh3_128_digest(normalised(text).encode("utf-8", "surrogatepass"))
-    return xxhash.xxh3_128_digest(native.collapse(_composed(text).encode("utf-8", "surrogatepass")))
+    """16 bytes that are equal exactly (but for a chance of 2^-128) for texts that compare alike."""
+    return xxhash.xxh3_128_digest(comparable(text))
 
 
 def split(

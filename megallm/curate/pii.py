@@ -1,8 +1,9 @@
 """Personal data: email, IP, IBAN, card, social security and telephone numbers, and access keys.
 
 Each kind has a cheap scan for places that could hold it and a check that decides (checksums, ranges, the
-phonenumbers library). The stand-in is a pure function of what it replaces, so that two mentions of one address stay
-one address; it lies in ranges that are reserved for examples, so that it can belong to nobody.
+phonenumbers library); emails.py, phones.py and access_keys.py have those of three kinds. The stand-in is a pure
+function of what it replaces, so that two mentions of one address stay one address; it lies in ranges that are
+reserved for examples, so that it can belong to nobody.
 """
 
 from __future__ import annotations
@@ -13,49 +14,43 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 
 from megallm.base import extension
-from megallm.base.errors import UsageError
-from megallm.curate import optional
+from megallm.curate.access_keys import find_keys, find_passwords, is_marked, scan_marks
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import Batch, Span, Verdict, edit
-from megallm.curate.text import code_points
+from megallm.curate.emails import find_emails
+from megallm.curate.folding import code_points
+from megallm.curate.phones import Phones
 
-_LOCAL = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")  # from its end, too
-_DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])")
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 # Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])")
-_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
-_SSN = re.compile(r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])")
-_CARD = re.compile(r"(?<![\d.,-])\d(?:[ -]?\d){12,18}(?![\d-]|[.,]\d)")
-_PHONE = re.compile(r"(?<![\w./:=#-])(?:\+\d|\(\d{2,4}\)|\d)[\d\u00a0 .\-/()]{5,20}\d(?![\w/:=-]|\.\d)")
-_SECRETS = (
-    re.compile(r"(?<![A-Za-z0-9])AKIA[0-9A-Z]{16}(?![A-Za-z0-9])"),
-    re.compile(r"(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36}(?![A-Za-z0-9])"),
-    re.compile(r"(?<![A-Za-z0-9])xox[abprs]-[A-Za-z0-9-]{20,72}"),
-    re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----[\s\S]{40,8000}?-----END (?:[A-Z]+ )?PRIVATE KEY-----"),
+_BLANK = r"[ \u00a0\u2009-]"
+_IBAN = re.compile(
+    rf"(?<![A-Za-z0-9])[A-Za-z]{{2}}\d{{2}}(?:{_BLANK}?[A-Za-z0-9]{{4}}){{2,7}}(?:{_BLANK}?[A-Za-z0-9]{{1,3}})?"
+    r"(?![A-Za-z0-9])"
 )
-# Each with the place of a character that is rare in text.
-_SECRET_MARKS = {"AKIA": 1, "ghp_": 3, "gho_": 3, "ghu_": 3, "ghs_": 3, "ghr_": 3, "xox": 0, "PRIVATE KEY-----": 8}
-_LOCAL_CHARS = 64
-_REMEMBERED = 1 << 14
+_SSN = re.compile(r"\d{3}([- \u00a0\u2010\u2011\u2013])\d{2}\1\d{4}(?![\d-])")
+# With blanks it must stand alone: a table's columns are no number.
+_COLUMN_BEFORE = re.compile(r"[\w.,:/-]$|[\d.,:)][ \u00a0]$")
+_COLUMN_AFTER = re.compile(r"\w|[ \u00a0.,/:]\(?\d")
+_CARD = re.compile(rf"(?<![\d.,-])\d(?:{_BLANK}?\d){{12,18}}(?![\d-]|[.,]\d)")
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
 _HEADING_PART = 100  # of a number that begins a line and has a title after it
 _HEADING = re.compile(r"\.?[ \t]+\S")
 # Digits that a line needs, and so many of one of these marks; the other kinds are looked for everywhere.
 _LEAST = {
-    "ip": (3, (("v4", 3), ("v6", 1))), "iban": (4, (("iban", 1),)), "card": (13, ()), "ssn": (9, (("-", 2),)),
+    "ip": (3, (("v4", 3), ("v6", 1))), "iban": (4, (("iban", 1),)), "card": (13, ()), "ssn": (9, ()),
     "phone": (7, ()),
 }  # fmt: skip
-_COUNTED = ("0", "v4", "v6", "iban", "-")
+_COUNTED = ("0", "v4", "v6", "iban")
 # A number after one of these words, or at the start of a heading, is a section or version number and no address.
 _NUMBERING = re.compile(
-    r"(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
+    r"(?<![^\W_])(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
     r"|build|kernel|linux|abschnitt|kapitel|tabelle|chapitre|paragraphe|capítulo|v|ver\.?|oid|draft|step|item)[\s:#(]*$",
     re.IGNORECASE,
 )
@@ -64,8 +59,6 @@ _ADDRESSING = re.compile(
     r"[\s:=(\[\"']*(?:to|from|at|is|of)?[\s:=(\[\"']*$",
     re.IGNORECASE,
 )
-_RESERVED_DOMAINS = ("example.com", "example.org", "example.net", "example.edu")
-_RESERVED_SUFFIXES = (".example", ".invalid", ".test", ".localhost")
 _CARD_ISSUERS = (  # first digits, and how many digits in all
     (re.compile(r"4"), (13, 16, 19)),
     (re.compile(r"5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)"), (16,)),
@@ -73,6 +66,9 @@ _CARD_ISSUERS = (  # first digits, and how many digits in all
     (re.compile(r"6(?:011|4[4-9]|5)"), (16, 19)),
     (re.compile(r"3(?:0[0-5]|[68])"), (14,)),
     (re.compile(r"35"), (16,)),
+    (re.compile(r"62|81"), (16, 17, 18, 19)),  # UnionPay
+    (re.compile(r"5018|5020|5038|5893|6304|6759|676[1-3]"), (16, 17, 18, 19)),  # Maestro
+    (re.compile(r"220[0-4]|9792"), (16,)),  # Mir, Troy
 )
 _IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28,
@@ -93,24 +89,10 @@ def luhn(digits: str) -> bool:
 
 def iban_valid(text: str) -> bool:
     """Whether it is an IBAN of its country's length with a right checksum modulo 97 (ISO 13616)."""
-    code = text.replace(" ", "")
+    code = re.sub(_BLANK, "", text).upper()
     if _IBAN_LENGTHS.get(code[:2]) != len(code):
         return False
     return int("".join(str(int(char, 36)) for char in code[4:] + code[:4])) % 97 == 1
-
-
-def find_emails(text: str) -> Iterator[tuple[int, int]]:
-    """Addresses around each @; those in domains reserved for examples are left."""
-    at = text.find("@")
-    while at >= 0:
-        before = _LOCAL.match(text[max(0, at - _LOCAL_CHARS) : at][::-1])
-        after = _DOMAIN.match(text, at + 1, at + 256)
-        if before and after:
-            domain = after[0].lower()
-            reserved = any(domain == name or domain.endswith(f".{name}") for name in _RESERVED_DOMAINS)
-            if not reserved and not domain.endswith(_RESERVED_SUFFIXES):
-                yield at - len(before[0]), after.end()
-        at = text.find("@", at + 1)
 
 
 def find_ips(text: str) -> Iterator[tuple[int, int]]:
@@ -144,16 +126,20 @@ def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
-    """International bank account numbers, written together or in groups of four."""
+    """International bank account numbers, written together or in groups of four, in capitals or not."""
     for match in _IBAN.finditer(text):
-        size = _IBAN_LENGTHS.get(match[0][:2])
+        size = _IBAN_LENGTHS.get(match[0][:2].upper())
         if size is None:
             continue
         end, seen = match.start(), 0
         while end < match.end() and seen < size:
-            seen += text[end] != " "
+            seen += text[end].isalnum()
             end += 1
-        if seen == size and iban_valid(text[match.start() : end]):
+        code = text[match.start() : end]
+        if seen != size or text[end : end + 1].isalnum() or not iban_valid(code):
+            continue
+        # Small letters are those of hashes and names, too: more than half must be digits then.
+        if code.isupper() or 2 * sum(char.isdigit() for char in code) > size:
             yield match.start(), end
 
 
@@ -161,25 +147,25 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
     """Payment card numbers: an issuer's prefix and length, the Luhn digit, groups of a usual size."""
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
-        groups = re.split(r"[ -]", match[0])
-        grouped = len(groups) == 1 or all(3 <= len(group) <= 7 for group in groups)
+        sizes = [len(group) for group in re.split(_BLANK, match[0])]
+        grouped = len(sizes) == 1 or all(3 <= size <= 7 for size in sizes) or sizes == [6, 13]
         issued = any(len(digits) in lengths and first.match(digits) for first, lengths in _CARD_ISSUERS)
         if issued and grouped and len(set(digits)) > 1 and luhn(digits):
             yield match.span()
 
 
 def find_ssns(text: str) -> Iterator[tuple[int, int]]:
-    """Social security numbers of the USA in the written form 123-45-6789, without the numbers never given out."""
+    """Social security numbers of the USA, written 123-45-6789 or 123 45 6789, without the numbers never given out."""
     for match in _SSN.finditer(text):
-        area, group, serial = match[0].split("-")
+        area, group, serial = match[0][:3], match[0][4:6], match[0][7:]
+        begin, end = match.span()
+        if text[begin - 1 : begin].isdigit() or text[begin - 1 : begin] == "-":
+            continue
+        columns = _COLUMN_BEFORE.search(text, max(0, begin - 2), begin) or _COLUMN_AFTER.match(text, end)
+        if match[1] in " \u00a0" and columns:
+            continue
         if area not in ("000", "666") and area < "900" and group != "00" and serial != "0000":
             yield match.span()
-
-
-def find_secrets(text: str) -> Iterator[tuple[int, int]]:
-    """Access keys that are known by their form, and private keys."""
-    for pattern in _SECRETS:
-        yield from (match.span() for match in pattern.finditer(text))
 
 
 class Pii:
@@ -191,38 +177,12 @@ class Pii:
         self.config = config
         self.marks: dict[str, tuple[float, ...]] = {}
         finders: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
-            "secret": find_secrets, "email": find_emails, "iban": find_ibans, "card": find_cards, "ssn": find_ssns,
-            "ip": find_ips, "phone": self._find_phones,
+            "secret": find_keys, "email": find_emails, "iban": find_ibans, "card": find_cards, "ssn": find_ssns,
+            "ip": find_ips,
         }  # fmt: skip
-        self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
         if "phone" in config.kinds:
-            self._phones = optional.need("phonenumbers", "take 'phone' out of pii.kinds")
-            if config.phone_region not in self._phones.SUPPORTED_REGIONS:
-                raise UsageError(
-                    f"pii.phone_region is '{config.phone_region}'; give the two capital letters of a country, such as "
-                    "US or DE."
-                )
-            self._is_phone = lru_cache(_REMEMBERED)(self._valid)  # pages of a manual share their numbers
-
-    def _find_phones(self, text: str) -> Iterator[tuple[int, int]]:
-        """Telephone numbers that are valid in their country; a local form must be grouped as people group it."""
-        for match in _PHONE.finditer(text):
-            written = match[0]
-            digits = sum(char.isdigit() for char in written)
-            groups = len(re.findall(r"\d+", written))
-            international = written[0] == "+" or match.start() and text[match.start() - 1] == "+"
-            if not 7 <= digits <= 15 or (not international and (groups < 3 or groups > 5 or digits < 10)):
-                continue
-            if written.count("(") != written.count(")"):
-                continue
-            if self._is_phone(written):
-                yield match.span()
-
-    def _valid(self, written: str) -> bool:
-        try:
-            return self._phones.is_valid_number(self._phones.parse(written, self.config.phone_region))
-        except self._phones.NumberParseException:
-            return False
+            finders["phone"] = Phones(config).find
+        self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
 
     def find(self, text: str) -> list[Span]:
         """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of the table wins."""
@@ -239,6 +199,8 @@ class Pii:
             if kind not in _LEAST:
                 for owner, text in enumerate(texts):
                     for begin, end in finder(text) if kind != "secret" or lines.marked[owner] else ():
+                        _take(found[owner], kind, text, begin, end)
+                    for begin, end in find_passwords(text) if kind == "secret" else ():
                         _take(found[owner], kind, text, begin, end)
                 continue
             places = lines.those(*_LEAST[kind])
@@ -262,8 +224,8 @@ def _take(taken: list[Span], kind: str, text: str, begin: int, end: int) -> None
 class Lines:
     """Lines of texts with at least three digits: `place` int64 [lines, 3] are (text, begin, end), and `count` how many
     digits (under "0") and marks each has, int64 [lines]: dots between digits ("v4"), colons after four hexadecimal
-    digits of which the first is 2 or 3 ("v6"), digits after two capitals ("iban"; what is not ASCII may be a digit),
-    and "-". `marked`, bool [texts], are the texts that hold one of _SECRET_MARKS."""
+    digits of which the first is 2 or 3 ("v6"), digits after two letters ("iban"; what is not ASCII may be a digit).
+    `marked`, bool [texts], are the texts that could hold an access key."""
 
     place: np.ndarray
     count: dict[str, np.ndarray]
@@ -281,7 +243,7 @@ def lines_with_digits(texts: list[str]) -> Lines:
     """The lines that could hold something with digits in it."""
     native = extension.index()
     if native is not None:
-        place, counts, marked = native.digit_lines(texts, list(_SECRET_MARKS.items()))
+        place, counts, marked = native.digit_lines(texts, list(scan_marks()))
         columns = counts.reshape(-1, len(_COUNTED)).T
         return Lines(place.reshape(-1, 3), dict(zip(_COUNTED, columns, strict=True)), marked > 0)
     codes = code_points("\n".join(texts) + "\n")
@@ -296,7 +258,7 @@ def lines_with_digits(texts: list[str]) -> Lines:
     owners = np.searchsorted(starts, begins, side="right") - 1
     shift = starts[owners]
     place = np.stack([owners, begins - shift, ends[lines] - shift], axis=1)
-    marked = np.array([any(mark in text for mark in _SECRET_MARKS) for text in texts], bool)
+    marked = np.array([is_marked(text) for text in texts], bool)
     return Lines(place, {mark: found[lines] for mark, found in counts.items()}, marked)
 
 
@@ -310,13 +272,13 @@ def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
     def before(flags: np.ndarray, steps: int) -> np.ndarray:
         return np.concatenate([np.zeros(steps, bool), flags])[: len(flags)]
 
-    digits, capitals = between("0", "9"), between("A", "Z")
+    digits, letters = between("0", "9"), between("a", "z", codes | np.uint32(32))
     hexadecimal = digits | between("a", "f", codes | np.uint32(32))
     v4 = (codes == ord(".")) & before(digits, 1) & np.append(digits[1:], False)
     v6 = (codes == ord(":")) & before(between("2", "3"), 4)
     v6 &= before(hexadecimal, 1) & before(hexadecimal, 2) & before(hexadecimal, 3)
-    iban = (digits | (codes >= 128)) & before(capitals, 1) & before(capitals, 2)
-    return digits, v4, v6, iban, codes == ord("-")
+    iban = (digits | (codes >= 128)) & before(letters, 1) & before(letters, 2)
+    return digits, v4, v6, iban
 
 
 def stand_in(kind: str, text: str) -> str:

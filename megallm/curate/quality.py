@@ -18,7 +18,8 @@ from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
 from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
-from megallm.curate.text import LETTER, SOLO, Analysis, Pieces, lowered, segment_sums
+from megallm.curate.folding import LETTER, SOLO
+from megallm.curate.text import Analysis, Pieces, lowered, segment_sums
 
 NONE = None
 

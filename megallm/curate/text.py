@@ -1,7 +1,8 @@
 """Words, lines and paragraphs of a batch of texts as numpy arrays, and 64-bit hashes of any of them.
 
 All texts of a batch are laid end to end as code points, so that one array operation serves them all.
-A word is a maximal run of letters, digits, marks and underscores, lower-cased; in scripts written
+They are folded first (folding.py), so that what looks alike compares alike in every step.
+A word is a maximal run of letters, digits, marks and underscores (none at its ends); in scripts written
 without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word. The hash of a run of
 characters is a polynomial modulo 2^64 read off prefix sums (Karp and Rabin, "Efficient randomized
 pattern-matching algorithms", 1987), then mixed. Where the C++ extension is built, it does the same work with
@@ -10,60 +11,20 @@ the same results (csrc/index/text.cpp).
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from megallm.base import extension
+from megallm.curate.folding import DIGIT, SOLO, SPACE, STOP, SYMBOL, WORD, fold
 
-# Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence; SYMBOL: # and an ellipsis.
-WORD, LETTER, SPACE, SOLO, DIGIT, STOP, SYMBOL = 1, 2, 4, 8, 16, 32, 64
-_SOLO_RANGES = (
-    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
-)  # fmt: skip
 _NEWLINE = 10
+_UNDERSCORE = ord("_")
 _BASE = 0x9E3779B97F4A7C15 | 1  # odd, so it has an inverse modulo 2^64
 _INVERSE = pow(_BASE, -1, 1 << 64)
 _NGRAM_BASE = 0xD6E8FEB86659FD93
 _MIN_POWERS = 1 << 16
-
-
-@cache
-def classes() -> np.ndarray:
-    """The class of every code point, uint8 [0x110000]."""
-    table = np.zeros(0x110000, np.uint8)
-    for code in (*range(0x20000), *range(0xE0000, 0xE01F0)):
-        kind = unicodedata.category(chr(code))
-        if kind[0] == "L":
-            table[code] = WORD | LETTER
-        elif kind[0] == "M":
-            table[code] = WORD
-        elif kind[0] == "N":
-            table[code] = WORD | DIGIT
-        elif kind[0] == "Z" or code in (9, 10, 11, 12, 13, 28, 29, 30, 31, 0x85):
-            table[code] = SPACE
-    table[0x20000:0x323B0] = WORD | LETTER  # Han; the other planes hold no text
-    table[ord("_")] = WORD
-    table[[ord(char) for char in ".!?。！？।؟"]] |= STOP
-    table[[ord(char) for char in "#…"]] |= SYMBOL
-    for low, high in _SOLO_RANGES:
-        part = table[low : high + 1]
-        part[(part & WORD) > 0] |= SOLO
-    return table
-
-
-@cache
-def folded() -> np.ndarray:
-    """What the extension makes of every code point, uint32 [0x110000]: its lower case and, from bit 24 on, the class of
-    that. Bit 23 marks the capital sigma, whose lower case depends on its neighbours."""
-    lower = np.arange(0x110000, dtype=np.uint32)
-    lower[:0x20000] = code_points(lowered("".join(map(chr, range(0x20000)))))  # no capitals stand behind
-    table = lower | classes()[lower].astype(np.uint32) << np.uint32(24)
-    table[ord("Σ")] |= np.uint32(1 << 23)
-    return table
 
 
 @lru_cache(maxsize=2)  # one size of each base: the tables of a huge document do not stay
@@ -94,11 +55,6 @@ def mix(values: np.ndarray) -> np.ndarray:
 def lowered(text: str) -> str:
     """Lower case, one code point for one code point, so that positions stay."""
     return text.replace("İ", "i").lower()  # the only letter whose lower case is longer
-
-
-def code_points(text: str) -> np.ndarray:
-    """uint32 [len(text)]; a lone surrogate is allowed."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -185,7 +141,7 @@ class Pieces:
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """uint64, equal for equal (lower-cased) runs wherever they stand."""
+        """uint64, equal for equal (folded) runs wherever they stand."""
         return self._hasher.hash(self.begin, self.end) if self._hashes is None else self._hashes
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,30 +167,31 @@ class Pieces:
 
 
 class Analysis:
-    """A batch of texts, lower-cased and laid end to end with a newline after each.
+    """A batch of texts, folded and laid end to end with a newline after each.
 
     `starts` int64 [documents + 1]: where each text begins; the last is the end. `codes` uint32 and `kinds` uint8
     [characters].
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.lengths = np.array([len(text) for text in texts], np.int64)
-        self.starts = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum(self.lengths + 1, out=self.starts[1:])
-        native = extension.index()
-        found = native.fold(list(texts), folded()) if native is not None else None
-        if found is None:
-            codes = code_points(lowered("\n".join(texts) + "\n" if texts else ""))
-            found = codes, classes()[codes]
-        self.codes, self.kinds = found
+        self.codes, self.kinds, self.starts = fold(texts)
         self._hasher = Hasher(self.codes)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.starts) - 1
+
+    def around(self, at: int, reach: int) -> tuple[int, int]:
+        """The range of characters at most `reach` away from the one at `at`, inside its text."""
+        document = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return max(int(self.starts[document]), at - reach), min(int(self.starts[document + 1]) - 1, at + reach)
+
+    def text(self, begin: int, end: int) -> str:
+        """The folded characters [begin, end)."""
+        return self.codes[begin:end].tobytes().decode("utf-32-le", "surrogatepass")
 
     @property
     def words(self) -> Pieces:
-        """The words, lower-cased."""
+        """The words, folded."""
         return self._words[0]
 
     @property
@@ -253,9 +210,17 @@ class Analysis:
         word, solo = (self.kinds & WORD) > 0, (self.kinds & SOLO) > 0
         border = np.ones(len(word) + 1, bool)  # between character i - 1 and i
         border[1:-1] = (word[1:] != word[:-1]) | solo[1:] | solo[:-1]
-        words = self._pieces(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1)
+        words = self._pieces(*self._trimmed(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1))
         kinds = np.where(self.kinds & WORD, self.kinds, 0)  # what stands between two words has none
         return words, np.bitwise_or.reduceat(kinds, words.begin) if len(words) else kinds[:0]
+
+    def _trimmed(self, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Words without the underscores around them, which are punctuation: _so_."""
+        while (low := (begin < end) & (self.codes[begin] == _UNDERSCORE)).any():
+            begin = begin + low
+        while (low := (begin < end) & (self.codes[end - 1] == _UNDERSCORE)).any():
+            end = end - low
+        return begin[begin < end], end[begin < end]
 
     @cached_property
     def characters(self) -> np.ndarray:

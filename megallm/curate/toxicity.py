@@ -117,8 +117,8 @@ class Toxicity:
         density = counts / np.maximum(words.counts[rows], 1)
         batch.record("toxicity.word_density", density)
         enough = counts >= self.config.min_matches
-        at = words.begin[found] - analysis.starts[words.documents[found]]
-        scores = self._scores(batch, at[enough[owners]], owners[enough[owners]])
+        asked = enough[owners]
+        scores = self._scores(analysis, words.begin[found[asked]], owners[asked], len(batch))
         verdicts = []
         for row in range(len(batch)):
             note = {"matches": int(counts[row]), "density": round(float(density[row]), 5)}
@@ -130,19 +130,21 @@ class Toxicity:
                 verdicts.append(KEEP)
         return verdicts
 
-    def _scores(self, batch: Batch, places: np.ndarray, rows: np.ndarray) -> dict[int, float]:
-        """The mean score of the passages around the first listed words of each document: `places` in text `rows`."""
+    def _scores(self, analysis: Analysis, places: np.ndarray, rows: np.ndarray, size: int) -> dict[int, float]:
+        """The mean score of the passages around the first listed words of each document: `places` in the analysis,
+        `rows` in our batch of `size`."""
         if not self.config.score or not len(rows):
             return {}
         # Imported only here: it takes two seconds, and most shards never ask.
         predict = optional.need("profanity_check", "set toxicity.score=false").predict_prob
         passages, owners = [], []
-        taken = np.zeros(len(batch), np.int64)
+        taken = np.zeros(size, np.int64)
         for at, row in zip(places.tolist(), rows.tolist(), strict=True):
             if taken[row] < _MAX_PASSAGES:
                 taken[row] += 1
-                passages.append(batch.documents[row].text[max(0, at - _PASSAGE_CHARS) : at + _PASSAGE_CHARS])
+                begin, end = analysis.around(at, _PASSAGE_CHARS)
+                passages.append(analysis.text(begin, end))
                 owners.append(row)
         values = np.asarray(predict(passages))
-        totals = np.bincount(owners, values, minlength=len(batch)) / np.maximum(taken, 1)
+        totals = np.bincount(owners, values, minlength=size) / np.maximum(taken, 1)
         return {row: float(totals[row]) for row in np.flatnonzero(taken).tolist()}
