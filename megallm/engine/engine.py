@@ -212,7 +212,8 @@ class Engine:
         missing = [name for name in wanted if name not in self.config.model.scores]
         if missing or not wanted:
             raise UsageError(
-                f"scores wants {', '.join(missing) or 'nothing'}; the head model.head={self.config.model.head} gives "
+                f"scores wants {', '.join(missing) or 'nothing'}; the head "
+                f"model.head={self.config.model.head} gives "
                 f"{', '.join(self.config.model.scores) or 'none'}."
             )
         batches = [self._on_device(batch) for batch in batches]
@@ -436,7 +437,8 @@ class Engine:
                 self._initialise(Piece(name, shard, box, tensor))
             elif stored is not None and stored != shard.full:
                 raise UsageError(
-                    f"The source has {name} in the shape {list(stored)}, this model needs {list(shard.full)}: "
+                    f"The source has {name} in the shape {list(stored)}, this model needs "
+                    f"{list(shard.full)}: "
                     "it is another model. Check the sizes of the section `model`."
                 )
             else:

@@ -41,7 +41,8 @@ class PairwiseReward:
         scored = int(batch["mask"].sum())
         if scored % 2:
             raise ValueError(
-                f"a microbatch scores {scored} sequences; a chosen and a rejected one belong into the same microbatch, "
+                f"a microbatch scores {scored} sequences; a chosen and a rejected one belong into "
+                "the same microbatch, "
                 "so their number must be even."
             )
         return {"loss": batch["mask"].sum() // 2}

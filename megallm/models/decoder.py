@@ -302,7 +302,8 @@ class Stage(ShardedModule):
             return x
         if self.config.head == "none":
             raise UsageError(
-                "model.head is none: this model is a body alone, which computes nothing to train on."
+                "model.head is none: this model is a body alone, which computes nothing to train "
+                "on."
             )
         outputs = self.score(x, self.features, labels)
         if self.mtp:

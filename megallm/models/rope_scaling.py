@@ -73,7 +73,8 @@ def check_rope(values: Mapping[str, Any]) -> None:
     kind = values.get("rope_scaling")
     if kind is not None and kind not in ROPE_SCALINGS:
         raise UsageError(
-            f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or null."
+            f"model.rope_scaling is '{kind}'; it must be one of {', '.join(ROPE_SCALINGS)}, or "
+            "null."
         )
     needed, allowed = ROPE_SCALINGS.get(kind, ()), ROPE_OPTIONS.get(kind, ())
     for name in ROPE_NUMBERS:
@@ -92,7 +93,8 @@ def check_rope(values: Mapping[str, Any]) -> None:
             raise UsageError(f"model.{low} {given[0]} must be less than model.{high} {given[1]}.")
     if kind == "ntk" and values["rope_factor"] < 1:
         raise UsageError(
-            f"model.rope_factor is {values['rope_factor']}; model.rope_scaling ntk needs at least 1."
+            f"model.rope_factor is {values['rope_factor']}; model.rope_scaling ntk needs at least "
+            "1."
         )
     _check_waves(kind, values)
 
@@ -101,17 +103,20 @@ def _check_waves(kind: str | None, values: Mapping[str, Any]) -> None:
     """There are waves to scaling, and slow ones among them."""
     if kind is not None and values["positions"] != "rope":
         raise UsageError(
-            f"model.rope_scaling {kind} stretches rotary positions, but model.positions is {values['positions']}: "
+            f"model.rope_scaling {kind} stretches rotary positions, but model.positions is "
+            f"{values['positions']}: "
             "leave it out."
         )
     if kind in ("ntk", "dynamic") and _rotated(values) == 2:
         raise UsageError(
-            f"model.rope_scaling {kind} keeps the fastest wave and stretches the slowest, but a head has 2 rotated "
+            f"model.rope_scaling {kind} keeps the fastest wave and stretches the slowest, but a "
+            "head has 2 rotated "
             "features and so a single wave: give it at least 4, or take model.rope_scaling linear."
         )
     if kind == "yarn" and values["rope_theta"] <= 1:
         raise UsageError(
-            f"model.rope_theta is {values['rope_theta']}; model.rope_scaling yarn needs more than 1, or no wave is "
+            f"model.rope_theta is {values['rope_theta']}; model.rope_scaling yarn needs more than "
+            "1, or no wave is "
             "slower than another."
         )
 

@@ -38,7 +38,8 @@ def plan_stages(
         counts = parse_stages(layout, num_layers, num_stages)
     elif num_stages > num_layers:
         raise UsageError(
-            f"{num_stages} pipeline stages need at least {num_stages} layers; the model has {num_layers}."
+            f"{num_stages} pipeline stages need at least {num_stages} layers; the model has "
+            f"{num_layers}."
         )
     else:
         counts = _balanced(num_layers, num_stages, loss_work)
@@ -93,7 +94,8 @@ def parse_stages(layout: str, num_layers: int, num_stages: int) -> list[int]:
         problem = f"it has {''.join(stages).count('t')} layers t, the model has {num_layers}"
     if problem:
         raise UsageError(
-            f"layout.stages '{layout}' does not fit: {problem}. An even one is '{_even(num_layers, num_stages)}'."
+            f"layout.stages '{layout}' does not fit: {problem}. An even one is "
+            f"'{_even(num_layers, num_stages)}'."
         )
     return [stage.count("t") for stage in stages]
 
@@ -122,7 +124,8 @@ def _expand(text: str) -> str:
 def _check_length(text: str, most: int) -> None:
     if len(text) > most:
         raise UsageError(
-            f"layout.stages '{text[:60]}...' is too long: at most {most} characters; check its repeats."
+            f"layout.stages '{text[:60]}...' is too long: at most {most} characters; check its "
+            "repeats."
         )
 
 

@@ -34,7 +34,8 @@ BACKENDS: dict[str, Backend] = {
         "transformer_engine.pytorch",
         "FP8 products of linears",
         "train.fp8.backend",
-        "pip install --no-build-isolation 'transformer-engine[pytorch]', or the build argument of the Dockerfile",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]', or the build argument of "
+        "the Dockerfile",
     ),
     "flash_attn": Backend(
         "flash-attn",

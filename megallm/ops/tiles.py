@@ -81,7 +81,8 @@ def row_mask_spec(
         or any(a > b for a, b in zip(ends, ends[1:], strict=False))
     ):
         raise DataError(
-            f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row of {length} tokens: "
+            f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row "
+            f"of {length} tokens: "
             f"they must rise from 0 to {length}."
         )
     return MaskSpec(tuple(sorted(set(ends))), window, causal)

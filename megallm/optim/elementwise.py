@@ -23,9 +23,8 @@ class Clock(NamedTuple):
     skip: Tensor  # float32: 1.0 leaves everything as it is
 
 
-CHUNK = (
-    2**18
-)  # elements that an update with temporaries works on at once on a CPU, so that they stay in its cache
+# Elements that an update with temporaries works on at once on a CPU: they stay in its cache.
+CHUNK = 2**18
 
 
 class Elementwise:

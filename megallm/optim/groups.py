@@ -78,6 +78,7 @@ def check_groups(config: OptimConfig, names: Iterable[str]) -> None:
                 else "no parameter has such a name"
             )
             raise UsageError(
-                f"optim.groups[{i}].match '{group.match}' takes no parameter: {why}. The model has, for example, "
+                f"optim.groups[{i}].match '{group.match}' takes no parameter: {why}. The model "
+                "has, for example, "
                 f"{', '.join(names[:: max(1, len(names) // 6)][:6])}."
             )

@@ -109,7 +109,8 @@ class Muon:
         rows, columns = self.parameters.shapes[name][-2:]
         if cut.begin % (rows * columns) or cut.end % (rows * columns):
             raise InternalError(
-                f"elements {cut.begin} to {cut.end} of {name} are no whole {rows} x {columns} matrices."
+                f"elements {cut.begin} to {cut.end} of {name} are no whole {rows} x {columns} "
+                "matrices."
             )
         shape = ((cut.end - cut.begin) // (rows * columns), rows, columns)
         return Matrices(cut, self.parameters.shards[name], shape)

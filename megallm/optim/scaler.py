@@ -43,7 +43,8 @@ class LossScaler:
         if self.scale < self.options.minimum:
             raise Diverged(
                 f"The loss scale fell to {float(self.scale):g}, below train.loss_scale.minimum "
-                f"{self.options.minimum:g}: gradients overflow fp16 however small the loss is made. Lower optim.lr, "
+                f"{self.options.minimum:g}: gradients overflow fp16 however small the loss is "
+                "made. Lower optim.lr, "
                 f"take train.precision bf16, or start again from an earlier checkpoint."
             )
 

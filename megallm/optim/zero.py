@@ -30,7 +30,8 @@ from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Shard
 from megallm.parallel.units import unit_of
 
-IN_FLIGHT = 2  # reduce-scatters of one microbatch's gradients under way; each holds a whole bucket until it is done
+# Reduce-scatters of one microbatch's gradients under way; each holds a whole bucket until done.
+IN_FLIGHT = 2
 
 
 class Entry(NamedTuple):

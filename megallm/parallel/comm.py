@@ -17,40 +17,58 @@ from megallm.parallel.mesh import Axis
 from megallm.parallel.shard import piece
 
 REDUCTIONS = {
-    "tp.enter": "gradient of the input of column-parallel layers, summed over tp (no sequence parallelism)",
+    "tp.enter": "gradient of the input of column-parallel layers, summed over tp (no sequence "
+    "parallelism)",
     "tp.leave": "output of row-parallel layers, summed over tp (no sequence parallelism)",
-    "sp.enter": "gradient of the gathered input of column-parallel layers, reduce-scattered over tp",
+    "sp.enter": "gradient of the gathered input of column-parallel layers, reduce-scattered over "
+    "tp",
     "sp.leave": "output of row-parallel layers, reduce-scattered over tp",
-    "tp.latents": "gradient of the latents of latent attention, summed over tp (no sequence parallelism)",
+    "tp.latents": "gradient of the latents of latent attention, summed over tp (no sequence "
+    "parallelism)",
     "sp.latents": "gradient of the gathered latents of latent attention, reduce-scattered over tp",
-    "tp.qk_norm": "squares of the query or key heads of a layer that are normalised together, summed over tp",
-    "vocab.embedding": "output of the vocabulary-parallel embedding, summed or reduce-scattered over tp",
-    "vocab.logits": "gradient of the hidden states before the head, summed or reduce-scattered over tp",
+    "tp.qk_norm": "squares of the query or key heads of a layer that are normalised together, "
+    "summed over tp",
+    "vocab.embedding": "output of the vocabulary-parallel embedding, summed or reduce-scattered "
+    "over tp",
+    "vocab.logits": "gradient of the hidden states before the head, summed or reduce-scattered "
+    "over tp",
     "vocab.max": "largest logit over the vocabulary pieces",
     "vocab.sum": "sum of exponentials over the vocabulary pieces",
     "vocab.label": "logit of the label, found on one vocabulary piece",
-    "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss (sequence parallelism)",
-    "fp8.amax": "largest magnitude of a tensor that tp or cp divides, or of a step, for its FP8 scale",
-    "fp8.expert_amax": "the same of an expert whose rows lie on several ranks that hold it, or of a step, over edp",
+    "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss "
+    "(sequence parallelism)",
+    "fp8.amax": "largest magnitude of a tensor that tp or cp divides, or of a step, for its FP8 "
+    "scale",
+    "fp8.expert_amax": "the same of an expert whose rows lie on several ranks that hold it, or of "
+    "a step, over edp",
     "cp.lse": "attention over the key blocks of other cp ranks, merged by log-sum-exp (ring)",
-    "cp.kv_grads": "gradient of a rank's keys and values, summed over the cp ranks that attended to them",
+    "cp.kv_grads": "gradient of a rank's keys and values, summed over the cp ranks that attended "
+    "to them",
     "cp.heads": "all-to-all over cp of heads for tokens (Ulysses)",
     "cp.outputs": "per-token results of the other cp ranks, gathered before the loss",
     "grads.data": "parameter gradients, summed over dp and cp",
-    "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms under sp)",
+    "grads.partial": "parameter gradients that are partial sums over tp (replicated kv, norms "
+    "under sp)",
     "grads.tie": "gradient of the embedding shared by the first and the last stage",
     "zero.parameters": "updated weights, gathered over the ranks that divide them (ZeRO 1 to 3)",
-    "grads.expert": "gradients of an expert, summed over the ranks that hold the same experts (edp)",
-    "moe.enter": "gradient of the tokens that tp ranks share out before experts, gathered (no sequence parallelism)",
-    "moe.leave": "outputs of the experts for the tokens of the other tp ranks, gathered (no sequence parallelism)",
+    "grads.expert": "gradients of an expert, summed over the ranks that hold the same experts "
+    "(edp)",
+    "moe.enter": "gradient of the tokens that tp ranks share out before experts, gathered (no "
+    "sequence parallelism)",
+    "moe.leave": "outputs of the experts for the tokens of the other tp ranks, gathered (no "
+    "sequence parallelism)",
     "moe.dispatch": "all-to-all over ep of tokens to the ranks that hold their experts",
     "moe.combine": "all-to-all over ep of the experts' outputs back to their tokens",
-    "moe.counts": "tokens of a sequence that chose each expert, summed over tp and cp for the balancing loss",
-    "moe.capacity": "choices of a sequence's tokens on other tp and cp ranks, gathered to say which are dropped",
-    "moe.load": "tokens of the step that chose each expert, summed over dp, cp and tp for the selection bias",
+    "moe.counts": "tokens of a sequence that chose each expert, summed over tp and cp for the "
+    "balancing loss",
+    "moe.capacity": "choices of a sequence's tokens on other tp and cp ranks, gathered to say "
+    "which are dropped",
+    "moe.load": "tokens of the step that chose each expert, summed over dp, cp and tp for the "
+    "selection bias",
     "moe.report": "router losses as reported, summed over the world",
     "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
-    "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over tp (Adafactor)",
+    "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over "
+    "tp (Adafactor)",
     "clip.norm": "squares of owned gradient elements, summed over the world",
     "loss.counts": "number of tokens of each loss term, summed over data",
     "loss.report": "loss terms as reported, summed over data and told to every stage",
@@ -60,7 +78,8 @@ REDUCTIONS = {
 MISTAKES = {
     "fp8.wrong_expert": "the FP8 scale of one expert used for another",
     "moe.twice": "the balancing loss counted once on every tp rank instead of once",
-    "grads.wrong_group": "gradients of an expert summed over dp and cp, as those of dense layers, instead of over edp",
+    "grads.wrong_group": "gradients of an expert summed over dp and cp, as those of dense layers, "
+    "instead of over edp",
 }
 BREAKS = REDUCTIONS | MISTAKES
 

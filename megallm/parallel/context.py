@@ -353,7 +353,8 @@ class Context:
             )
         if rows != 1:
             raise DataError(
-                f"a microbatch with cu_seqlens has {rows} rows; packed documents fill one row (B = 1)."
+                f"a microbatch with cu_seqlens has {rows} rows; packed documents fill one row (B "
+                "= 1)."
             )
         return row_mask_spec(length, batch["cu_seqlens"].tolist(), window, causal)
 

@@ -74,7 +74,8 @@ class Mesh:
             return Mesh(layout, 0, torch.device(device), axes)
         if dist.get_world_size() != layout.world:
             raise UsageError(
-                f"{dist.get_world_size()} processes were started, but the layout pp={layout.pp} dp={layout.dp} "
+                f"{dist.get_world_size()} processes were started, but the layout pp={layout.pp} "
+                f"dp={layout.dp} "
                 f"cp={layout.cp} tp={layout.tp} needs {layout.world}."
             )
         rank = dist.get_rank()

@@ -51,12 +51,14 @@ class Channel:
         """Wait for the next message, which has to be `key`."""
         if not self.posted:
             raise InternalError(
-                f"The plan asks for {key} from channel {self.source}->{self.destination}; nothing is due."
+                f"The plan asks for {key} from channel {self.source}->{self.destination}; nothing "
+                "is due."
             )
         posted, buffer, work = self.posted.popleft()
         if posted != key:
             raise InternalError(
-                f"The channel {self.source}->{self.destination} delivers {posted}, the plan asks for {key}."
+                f"The channel {self.source}->{self.destination} delivers {posted}, the plan asks "
+                f"for {key}."
             )
         work.wait()
         self._post()

@@ -93,7 +93,7 @@ def one_f_one_b(rank: int, shape: Shape) -> Plan:
 
 
 def interleaved(rank: int, shape: Shape) -> Plan:
-    """Interleaved 1F1B (arXiv 2104.04473): a rank's chunks take turns, a group of microbatches each.
+    """Interleaved 1F1B (arXiv 2104.04473): chunks take turns, a group of microbatches each.
 
     With one chunk it is `one_f_one_b`.
     """
@@ -239,7 +239,8 @@ def place(kind: str, pp: int, chunks: int = 1) -> Placement:
     wanted = SCHEDULES[kind].chunks
     if wanted is not None and chunks != wanted:
         raise UsageError(
-            f"Schedule {kind} has {wanted} chunk(s) a rank, not {chunks}: set layout.chunks={wanted}."
+            f"Schedule {kind} has {wanted} chunk(s) a rank, not {chunks}: set "
+            f"layout.chunks={wanted}."
         )
     return Placement(pp, chunks, SCHEDULES[kind].vee)
 

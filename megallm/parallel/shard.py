@@ -160,7 +160,8 @@ def _walk(module: Any, path: str) -> Iterator[tuple[str, Any, Shard]]:
     for name, parameter in own.items():
         if name not in module.shards:
             raise KeyError(
-                f"{type(module).__name__} at '{path}' has a parameter '{name}' without a Shard record."
+                f"{type(module).__name__} at '{path}' has a parameter '{name}' without a Shard "
+                "record."
             )
         yield f"{path}.{name}".lstrip("."), parameter, module.shards[name]
     for name, child in module.named_children():

@@ -41,7 +41,8 @@ def check_length(length: int, size: int) -> None:
     """Raises UsageError when a row of `length` tokens cannot be cut into `2 size` chunks."""
     if size > 1 and length % (2 * size):
         raise UsageError(
-            f"a row of {length} tokens cannot be split over layout.cp {size}: it takes a multiple of "
+            f"a row of {length} tokens cannot be split over layout.cp {size}: it takes a multiple "
+            "of "
             f"2 cp = {2 * size}, such as {max(1, length // (2 * size)) * 2 * size}."
         )
 
@@ -65,14 +66,19 @@ def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) ->
         degree = wanted or (fitting[-1] if fitting else 0)
         if degree not in fitting:
             raise UsageError(
-                f"layout.cp_kind hybrid splits layout.cp {cp} into a ring of groups that exchange heads. The size of a "
-                f"group, layout.cp_ulysses{'' if wanted is None else f' {wanted}'}, must divide cp and the {heads} "
-                f"query heads of a rank and leave a ring of more than one group; here that is {fitting or 'no number'}."
+                f"layout.cp_kind hybrid splits layout.cp {cp} into a ring of groups that exchange "
+                "heads. The size of a "
+                f"group, layout.cp_ulysses{'' if wanted is None else f' {wanted}'}, must divide "
+                f"cp and the {heads} "
+                "query heads of a rank and leave a ring of more than one group; here that is "
+                f"{fitting or 'no number'}."
             )
     if heads % degree:
         raise UsageError(
-            f"layout.cp_kind {kind} divides the {heads} query heads of a rank over {degree} ranks, which does not go: "
-            f"take a cp that divides {heads}, or layout.cp_kind ring or allgather, which do not split heads."
+            f"layout.cp_kind {kind} divides the {heads} query heads of a rank over {degree} "
+            "ranks, which does not go: "
+            f"take a cp that divides {heads}, or layout.cp_kind ring or allgather, which do not "
+            "split heads."
         )
     return degree
 
