@@ -1,12 +1,26 @@
-"""The readable text of an HTML page: blocks on lines of their own, preformatted text as it is, no scripts or menus."""
+"""The readable text of an HTML page: blocks on lines of their own, preformatted text as it is. Scripts, menus, the page's
+header and footer, asides, form controls and what a browser does not show are left out."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from megallm.curate import optional
 
-_SKIPPED = ("script", "style", "noscript", "template", "head", "nav", "svg", "iframe", "form", "button", "select")
+_SKIPPED = (
+    "script", "style", "noscript", "template", "head", "nav", "svg", "iframe", "object", "embed", "canvas", "audio", "video",
+    "aside", "dialog", "menu", "button", "select", "input", "textarea", "datalist", "output", "progress", "meter", "map",
+)  # fmt: skip
+# What a browser does not show, and boilerplate by its role.
+_HIDDEN = ", ".join((
+    "[hidden]", "label", ".sr-only", ".visually-hidden", ".screen-reader-text",
+    *(f'[role~="{role}" i]' for role in ("navigation", "search", "dialog", "alertdialog", "menu", "menubar", "toolbar",
+                                          "banner", "contentinfo", "complementary", "tablist", "tooltip")),
+))  # fmt: skip
+_NOT_SHOWN = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))\b", re.IGNORECASE)
+_OWN_HEADERS = ("article", "main")  # the header of an article is its headline, that of the page is not
+_FORM_PROSE = 400  # characters of paragraphs in a form that is wrapped around a whole page
 _PARAGRAPHS = frozenset(
     ("p", "div", "section", "article", "main", "aside", "header", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "ul",
      "ol", "dl", "table", "blockquote", "pre", "figure", "hr", "body")
@@ -24,11 +38,38 @@ def text_of_html(html: str) -> str:
     lexbor = optional.need("selectolax.lexbor", "give text or JSONL files")
     tree = lexbor.LexborHTMLParser(html)
     tree.strip_tags(list(_SKIPPED))
+    # From the end, so that no part of what is gone is looked at.
+    for node in reversed(tree.css(_HIDDEN)):
+        node.decompose()
+    for node in reversed(tree.css("[style], header, footer, form")):
+        if _is_boilerplate(node):
+            node.decompose()
     pieces: list[str] = []
     if tree.root is not None:
         _collect(tree.root, pieces)
     text = _BLANKS.sub("\n", "".join(pieces))
     return _MANY.sub("\n\n", text).replace(_KEPT_SPACE, "\n").strip()
+
+
+def _is_boilerplate(node: Any) -> bool:
+    """Whether an element with a style, a header, a footer or a form is left out."""
+    if _NOT_SHOWN.search(node.attributes.get("style") or ""):
+        return True
+    if node.tag == "header":
+        return not _is_inside(node, _OWN_HEADERS)
+    if node.tag == "footer":
+        return not _is_inside(node, ("blockquote",))  # whom it quotes
+    if node.tag == "form":
+        return sum(len(part.text()) for part in node.css("p, article, li, td")) < _FORM_PROSE
+    return False
+
+
+def _is_inside(node: Any, tags: tuple[str, ...]) -> bool:
+    while node is not None:
+        if node.tag in tags:
+            return True
+        node = node.parent
+    return False
 
 
 def _collect(root: object, pieces: list[str]) -> None:

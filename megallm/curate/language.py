@@ -6,6 +6,8 @@ library in a tenth of the time; other models, and all models where it is not bui
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from megallm.curate.document import KEEP, Batch, Verdict, drop
 
 _LABEL = "__label__"
 _WINDOWS = 4
+# After Latin, Greek and Cyrillic letters: other scripts need joiners, and Khmer and Thai part words so.
+_INVISIBLE = re.compile("(?<=[A-Za-z\u00c0-\u052f\u1e00-\u1fff])[\u00ad\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff]+")
+_STYLED = re.compile("[\uff21-\uff3a\uff41-\uff5a\U0001d400-\U0001d7ff]")  # full width, mathematical letters
 
 
 Predict = Callable[[str], tuple[str, float] | None]  # a line to its label and probability
@@ -61,7 +66,7 @@ class Language:
 
     def identify(self, text: str) -> tuple[str, float]:
         """(code, confidence) of a text; of a long one a few windows spread over it are read."""
-        found = self._predict(sample(text, self.config.sample_chars).replace("\n", " "))
+        found = self._predict(as_trained(sample(text, self.config.sample_chars)))
         return (found[0].removeprefix(_LABEL), min(found[1], 1.0)) if found else ("und", 0.0)
 
     def judge(self, batch: Batch) -> list[Verdict]:
@@ -77,6 +82,18 @@ class Language:
             else:
                 verdicts.append(KEEP)
         return verdicts
+
+
+def as_trained(text: str) -> str:
+    """The text as the model knows texts, on one line: composed, words in capitals in small letters, no invisible
+    characters inside words, letters of compatibility forms as plain ones."""
+    if not text.isascii():
+        text = _INVISIBLE.sub("", text)
+        if _STYLED.search(text):
+            text = unicodedata.normalize("NFKC", text)
+        elif not unicodedata.is_normalized("NFC", text):
+            text = unicodedata.normalize("NFC", text)
+    return " ".join([word if word.islower() or word.istitle() else word.lower() for word in text.split()])
 
 
 def sample(text: str, size: int) -> str:

@@ -77,11 +77,30 @@ _TERMINAL = np.array([ord(char) for char in ".!?\"'”’。！？…:;।؟"], 
 _BULLETS = np.array([ord(char) for char in "-*•‣◦▪·–●○"], np.uint32)
 _SHORT_LINE_CHARS = 30
 _CODE_HEAD_CHARS = 600
-_GENERATED = re.compile(r"auto[- ]?generated|generated (?:by|from|code)|do not (?:edit|modify)", re.IGNORECASE)
-_BOILERPLATE = (
-    "javascript", "cookie", "terms of use", "terms of service", "privacy policy", "all rights reserved", "powered by",
-    "sign in", "sign up", "log in", "login", "subscribe",
+_GENERATED = re.compile(r"\b(?:auto[- ]?generated|generated (?:by|from|code)|do not (?:edit|modify))\b", re.IGNORECASE)
+# Lists are matched by whole words: "Interior design in Berlin" asks nobody to sign in.
+_BOILERPLATE = re.compile(
+    r"\b(?:"
+    # Wherever they stand in a short line.
+    r"terms of (?:use|service)|privacy (?:policy|notice)|cookies? (?:policy|settings|preferences|notice|consent)"
+    r"|use(?:s|d)? (?:of )?cookies|(?:accept|reject|allow|manage|enable|disable|decline)(?: \w+)? cookies"
+    r"|all rights reserved|(?:enable|activate|requires?|supports?|turn on|without|need) javascript"
+    r"|javascript (?:is |must |needs |has |seems |to )?(?:be |to be |been |not )*(?:enabled|disabled|required|supported)"
+    r"|(?:please|to|or|and|must|already|can|then|you|not|first) (?:sign in|sign up|log ?in|subscribe)"
+    r")\b"
+    # Where a line or a part of it begins; a "Neon sign in Berlin" and "Cars powered by hydrogen" stay.
+    r"|(?:^|[|\u00b7\u2022\u00bb\u2013\u2014\u00a9,;:?!)\]]|\d{4}| [-/>])[ \t]*(?:powered by\b"
+    r"|(?:sign in|sign up|log ?in|subscribe)(?![\w-])[ \t]*(?=$|[^\w\s]|(?:to|with|here|or|now|for|using|as|via|if|by|and"
+    r"|today|free|page|required)\b))"
+    r"|[|\u00b7\u2022][ \t]*cookies[ \t]*$|\bcookies[ \t]*[|\u00b7\u2022]",
+    re.IGNORECASE,
+)
+# What a line must hold to be looked at; searching all lines by the expression takes twenty times as long.
+_BOILERPLATE_HINTS = (
+    "javascript", "cookie", "terms of ", "privacy ", "rights reserved", "powered by", "sign in", "sign up", "log in",
+    "login", "subscribe",
 )  # fmt: skip
+_LOREM = re.compile(r"\blorem ipsum\b", re.IGNORECASE)
 _BOILERPLATE_MAX_WORDS = 12  # longer lines are prose that happens to speak of it
 
 
@@ -105,15 +124,8 @@ def measure(
     return {name: np.asarray(values, np.float64) for name, values in out.items()}
 
 
-def _speaks_lorem(text: str) -> bool:
-    at = text.find("orem ipsum", 1)
-    while at > 0 and text[at - 1] not in "lL":
-        at = text.find("orem ipsum", at + 1)
-    return at > 0
-
-
 _SEARCHES: dict[str, Callable[[str], bool]] = {
-    "lorem_ipsum": _speaks_lorem,
+    "lorem_ipsum": lambda text: ("psum" in text or "PSUM" in text) and _LOREM.search(text) is not None,
     "curly_brackets": lambda text: "{" in text,
     "generated": lambda text: _GENERATED.search(text[:_CODE_HEAD_CHARS]) is not None,
 }
@@ -220,13 +232,14 @@ class Quality:
 def boilerplate_spans(text: str) -> list[Span]:
     """Short lines about cookies, JavaScript, terms and log-ins, each with the newline that ends it."""
     low, spans = lowered(text), []
-    for phrase in _BOILERPLATE:
-        at = low.find(phrase)
+    for hint in _BOILERPLATE_HINTS:
+        at = low.find(hint)
         while at >= 0:
-            begin = low.rfind("\n", 0, at) + 1
-            end = low.find("\n", at) + 1 or len(text)
-            line = text[begin:end]
-            if len(line.split()) <= _BOILERPLATE_MAX_WORDS and not line.rstrip().endswith((".", "!", "?", ":")):
-                spans.append(Span(begin, end, "boilerplate_line"))
-            at = low.find(phrase, end)
+            begin = text.rfind("\n", 0, at) + 1
+            end = text.find("\n", at) + 1 or len(text)
+            line = text[begin:end].rstrip()
+            if len(line.split()) <= _BOILERPLATE_MAX_WORDS and not line.endswith((".", "!", "?", ":")):
+                if _BOILERPLATE.search(line):
+                    spans.append(Span(begin, end, "boilerplate_line"))
+            at = low.find(hint, end)
     return spans

@@ -1,7 +1,8 @@
 """Toxic text: how dense are listed words, and what a trained score says of the passages that hold them.
 
 Words are matched whole, so that a town's name is safe, and a listed word inside an allowed phrase does not
-count. The score (alt-profanity-check, a linear model) is asked only about documents with enough listed words.
+count. Words that have a harmless sense, too, count only in the company of words that have none, or of many of their
+own kind: a page on titmice, retarded potentials or dog breeding has one or two of them, again and again. The score (alt-profanity-check, a linear model) is asked only about documents with enough listed words.
 """
 
 from __future__ import annotations
@@ -19,20 +20,31 @@ from megallm.curate.document import KEEP, Batch, Verdict, drop
 from megallm.curate.external import contains
 from megallm.curate.text import Analysis, Pieces
 
-# Rotated by 13 letters, so that reading this file offends nobody. Words with a common harmless sense (animals,
-# the King James Bible's vocabulary, insults of the playground) are left out on purpose.
+# Rotated by 13 letters, so that reading this file offends nobody. Words that are rude in every context.
 _WORDS = codecs.decode(
-    "shpx shpxf shpxrq shpxre shpxref shpxva shpxvat zbgureshpxre zbgureshpxref zbgureshpxvat fuvg fuvgf fuvggl "
-    "ohyyfuvg qvcfuvg fuvgurnq phag phagf nffubyr nffubyrf gjng jnaxre jnaxref pbpxfhpxre pbpxfhpxref oybjwbo "
-    "oybjwobf unaqwbo unaqwobf wvmm phzfubg phzfubgf qvyqb qvyqbf tnatonat penzcvr ohxxnxr qrrcguebng zvys zvysf "
-    "uneqpber cbea cbeab cbeaubt fyhg fyhgf juber jubevat ovgpu ovgpurf cevpxf gvggvrf gvgf chffl chffvrf pbpx "
-    "pbpxf qvpx qvpxf ubeal phzzvat bnetnfz enjqbt cvff cvffrq qbhpuront snttbg snttbgf snt avttre avttref "
-    "avttn avttnf xvxr xvxrf fcvp fcvpf puvax puvaxf tbbx tbbxf jrgonpx enturnq genaal ergneq ergneqrq "
-    "fpurvffr nefpuybpu svpxra ibgmr uheraobpx anmvfpujrva chgnva zreqr rapuyr pbaaneq fnybcr rapnyr avdhr "
-    "wbqre cbyyn pbño zvreqn chgn chgnf znevpón pnoeóa pnmmb infinaphyb fgebamn fgebamb zvaxvnp nhpryyb cvpunyub "
-    "pnenyub sbqre ohprgn xhein fxhejlfla cvreqbyvć xhgnf xbxfhpxre",
+    "shpx shpxf shpxrq shpxre shpxref shpxva shpxvat shpxsnpr zbgureshpxre zbgureshpxref "
+    "zbgureshpxvat pyhfgreshpx fuvg fuvgf fuvggl ohyyfuvg qvcfuvg fuvgurnq phag phagf nffubyr "
+    "nffubyrf nefrubyr nefrubyrf gjng gjngf jnaxre jnaxref pbpxfhpxre pbpxfhpxref oybjwbo "
+    "oybjwbof unaqwbo unaqwbof wvmm phzfubg phzfubgf tnatonat tnatonatf pernzcvr ohxxnxr "
+    "qrrcguebng gvggvrf qbhpuront qbhpurontf avttre avttref avttn avttnf jrgonpx jrgonpxf enturnq "
+    "enturnqf enjqbt fpurvffr fpurvßr nefpuybpu nefpuyöpure svpxra sbgmr jvpufre uherafbua "
+    "anmvfpujrva fpuynzcr chgnva zreqr raphyé raphyre pbaaneq pbaaneqf pbaanffr fnybcr fnybcrf "
+    "avdhr zvreqn wbqre pnoeóa pnoebarf znevpóa znevpbarf tvyvcbyynf uvwbchgn pnmmb inssnaphyb "
+    "fgebamb fgebamn zvapuvn pnenyub sbqre ohprgn ivnqb xhejn fxhejlfla cvreqbyvć fcvreqnynw "
+    "xhgnf puhw ",
     "rot13",
 ).split()
+# Words that are rude, or names of birds, dogs and people, terms of physics, words of other languages and of old books.
+# They count as often as words of the list above stand beside them, or where _DIVERSE different ones meet.
+_TWO_SENSES = codecs.decode(
+    "pbpx pbpxf qvpx qvpxf chffl chffvrf gvg gvgf ovgpu ovgpurf fyhg fyhgf juber juberf jubevat "
+    "cevpx cevpxf ubeal uneqpber cbea cbeab cbeauho qvyqb qvyqbf betnfz betnfzf cvff cvffrq snt "
+    "sntf snttbg snttbgf ergneq ergneqf ergneqrq fcvp fcvpf puvax puvaxf tbbx tbbxf genaal "
+    "genaavrf cbyyn pbba pbbaf qlxr qlxrf phzzvat xvxr xvxrf zvys zvysf chgn chgnf ",
+    "rot13",
+).split()
+_DIVERSE = 4
+_STEM_CHARS = 3  # tell the words of two senses apart, with their plurals
 # Harmless phrases, by listed word: names, birds, plants, idioms, technical terms.
 ALLOWED = (
     "moby dick", "dick cheney", "dick van dyke", "dick tracy", "philip k dick", "dick francis", "spotted dick",
@@ -94,7 +106,15 @@ class Toxicity:
     def __init__(self, config: ToxicityConfig) -> None:
         self.config = config
         self.marks = {"toxicity.word_density": (config.max_density,)}
-        self._listed = phrase_tables(read_phrases(config.words, "toxicity.words") if config.words else _WORDS)
+        two_senses = () if config.words else _TWO_SENSES
+        self._listed = phrase_tables(
+            read_phrases(config.words, "toxicity.words") if config.words else (*_WORDS, *_TWO_SENSES)
+        )
+        stems = {word: word[:_STEM_CHARS] for word in two_senses}
+        numbers = {stem: number for number, stem in enumerate(sorted(set(stems.values())))}
+        hashes = {int(phrase_tables([word])[1][0]): numbers[stem] for word, stem in stems.items()}
+        self._two_senses = np.array(sorted(hashes), np.uint64)
+        self._stems = np.array([hashes[key] for key in sorted(hashes)], np.int64)
         extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
         self._allowed = phrase_tables([*ALLOWED, *extra])
         if config.score:
@@ -105,6 +125,16 @@ class Toxicity:
         found = np.flatnonzero(phrase_hits(words, self._listed))
         return found[~phrase_hits(words, self._allowed, found)[found]] if len(found) else found
 
+    def _counted(self, hashes: np.ndarray, owners: np.ndarray, size: int) -> np.ndarray:
+        """How many listed words count in each of `size` documents; `hashes` and `owners` of every match."""
+        unsure = contains(self._two_senses, hashes)
+        sure = np.bincount(owners[~unsure], minlength=size)
+        others = np.bincount(owners[unsure], minlength=size)
+        stems = self._stems[np.searchsorted(self._two_senses, hashes[unsure])]
+        pairs = np.unique(np.stack([owners[unsure], stems], axis=1), axis=0)
+        different = np.bincount(pairs[:, 0], minlength=size)
+        return sure + np.where(different >= _DIVERSE, others, np.minimum(others, sure))
+
     def judge(self, batch: Batch) -> list[Verdict]:
         analysis, rows = batch.shared_analysis()
         words = analysis.words
@@ -113,7 +143,7 @@ class Toxicity:
         found = self.matches(words)
         found = found[place[words.documents[found]] >= 0]
         owners = place[words.documents[found]]
-        counts = np.bincount(owners, minlength=len(batch))
+        counts = self._counted(words.ngrams_at(found, 1), owners, len(batch))
         density = counts / np.maximum(words.counts[rows], 1)
         batch.record("toxicity.word_density", density)
         enough = counts >= self.config.min_matches
