@@ -35,7 +35,8 @@ from megallm.oracle.table import Row
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
 
-# Three steps in fp32 lose up to 5e-5 (seen with SSE, AVX2 and AVX-512); a wrong matrix of an expert shows by 3e-3 and more.
+# Three steps in fp32 lose up to 5e-5 (seen with SSE, AVX2 and AVX-512); a wrong matrix of an expert shows by 3e-3
+# and more.
 TOLERANCES = {"fp64": 1e-9, "fp32": 3e-4}
 FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: below this share of the norm, nothing counts
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}

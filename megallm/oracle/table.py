@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -107,7 +108,7 @@ class Row:
     steps: int = 3
     seed: int = 1
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig(**(TINY | MODELS[self.model] | dict(self.overrides))).resolve()
 
