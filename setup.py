@@ -88,7 +88,8 @@ setup(
         ],
         "bench": ["transformers>=4.57", "deepspeed==0.19.8", "datatrove>=0.10", "spacy>=3.7"],
         "test": [
-            "pytest>=8",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "gigatoken==0.10.0",

@@ -1,8 +1,12 @@
-"""`--without-extension` hides megallm._index, so that a run exercises the numpy twins."""
+"""`--without-extension` hides megallm._index, so that a run exercises the numpy twins.
+
+In a run of several processes the files that take longest come first.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +19,12 @@ import pytest
 from megallm.base import extension
 
 ROOT = Path(__file__).parents[1]
+# The files that take longest, so that no process is left with one of them at the end; the first mostly waits.
+LONG = (
+    "system/test_slurm.py", "oracle/test_oracle.py", "system/test_resume.py", "system/test_experts.py",
+    "system/test_bad_input.py", "system/test_huggingface.py", "system/test_objectives.py",
+    "inference/test_generator.py", "inference/test_chat.py",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--without-extension"):
         sys.modules[extension.MODULE] = None  # an import of it raises ImportError
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, files of LONG before the others, each in its own order."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

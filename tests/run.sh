@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Run the tests, setting everything up first on a fresh machine: bash tests/run.sh [pytest arguments]
-# The tests of the data order run twice: on the numpy twins first, then with the C++ extension in the whole suite.
+# Run the tests, setting everything up first on a fresh machine: bash tests/run.sh [--quick] [pytest arguments]
+# Without arguments: the whole default suite, after the tests that read by the extension's sample order on its numpy
+# twins. --quick: the files of tests/quick.txt, which touch every package. Both run in two processes, each with whole
+# files; JOBS=N sets their number, 0 is one process without pytest-xdist.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/install.sh test
 bash tests/install_facilities.sh
 python=$PWD/.venv/bin/python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-status=0
-if [ $# -eq 0 ]; then
-  "$python" -m pytest -q --without-extension tests/data || status=$?
+parallel=(-n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder)
+if [ "${1:-}" = --quick ]; then
+  exec "$python" -m pytest -q "${parallel[@]}" "${@:2}" @tests/quick.txt
 fi
-"$python" -m pytest -q -rs "$@" || status=$?
+if [ $# -gt 0 ]; then
+  exec "$python" -m pytest -q -rs "$@"
+fi
+status=0
+"$python" -m pytest -q --without-extension tests/data/test_data_{order,objective,rows,samples,stream}.py || status=$?
+"$python" -m pytest -q -rs "${parallel[@]}" || status=$?
 exit $status

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from math import gcd
 from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
+from megallm.oracle.branches import BRANCH_ROWS
 from megallm.oracle.encoders import ENCODER_CONTROLS, ENCODER_MODELS, ENCODER_ROWS, LOSSES
 from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
 from megallm.oracle.frozen import FROZEN_ROWS
@@ -101,11 +103,14 @@ class Row:
     frozen: tuple[str, ...] = ()  # patterns of logical names that are not trained
     rule: str = "adamw"  # the update rule, with the settings of `compare.RULE_SETTINGS`
     clip: float = 0.05  # far below the norms of these models, so that it acts
+    rates: tuple[float, ...] = (0.02, 0.01, 0.03)  # learning rates of successive steps, repeated
+    precision: str = "fp64"  # or fp32, for what has no float64
+    small_pieces: bool = False  # buckets, chunks of the fused head and of updates so small that there are several
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model, beyond `model`
     steps: int = 3
     seed: int = 1
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         return ModelConfig(**(TINY | MODELS[self.model] | dict(self.overrides))).resolve()
 
@@ -263,7 +268,9 @@ ROWS: tuple[Row, ...] = (
     _row("tree-dp2-tp2-pp2-sp", "dp=2,tp=2,pp=2,sp=1", "tied", micros=2, tree=True),
     *(
         _row(name, layout, model, **rest)
-        for name, layout, model, rest in ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS + FROZEN_ROWS
+        for name, layout, model, rest in (
+            ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS + FROZEN_ROWS + BRANCH_ROWS
+        )
     ),
 )
 
@@ -356,6 +363,7 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
         row = replace(row, loss=draw.choice(losses))  # of a reward's bias the gradient is zero, and Adam's step noise
         row = replace(row, rule=draw.choice(("adamw", *SMOOTH_RULES)))
         row = _with_memory(row, random.Random(f"memory-{seed}-{i}"))
+        row = replace(row, small_pieces=random.Random(f"pieces-{seed}-{i}").random() < 0.3)
         rows.append(replace(row, mask="uneven") if row.mask == "micro" and row.micros == 1 else row)
     return rows
 

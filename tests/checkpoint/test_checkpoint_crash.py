@@ -233,7 +233,7 @@ def test_real_processes_save_together(tmp_path, cuts, victim):
     for near, _ in links:
         near.close()
     for child in children:
-        child.join(timeout=10)
+        child.join(timeout=60)
         assert child.exitcode is not None
     if victim is not None:
         retention.sweep(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -63,14 +64,23 @@ def without_torch(code: str, **kwargs) -> subprocess.CompletedProcess:
 
 def test_help_without_torch_and_fast():
     code = "from megallm.cli.main import main; raise SystemExit(main(['--help']))"
-    seconds = []
+    help_seconds, plain = [], []
     for _ in range(3):
-        start = time.monotonic()
+        before = child_seconds()
         done = without_torch(code)
-        seconds.append(time.monotonic() - start)
+        help_seconds.append(child_seconds() - before)
         assert done.returncode == 0, done.stderr
         assert all(verb in done.stdout for verb in VERBS)
-    assert min(seconds) < 0.5
+        before = child_seconds()
+        without_torch("import numpy, yaml")
+        plain.append(child_seconds() - before)
+    assert min(help_seconds) < 2 * min(plain), "less than two imports, on any machine"
+
+
+def child_seconds() -> float:
+    """CPU time of all ended children."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize("words", VERBS)
@@ -141,9 +151,8 @@ def test_an_undocumented_key_of_the_training_tree_is_noticed(capsys):
 
 
 def test_an_impossible_layout_exits_2_before_anything_is_written(capsys, config, tmp_path):
-    start = time.monotonic()
     code, _, err = call(capsys, "pretrain", config, "layout.tp=3", "layout.pp=7", "train.micro_batch=5")
-    assert code == 2 and time.monotonic() - start < 3
+    assert code == 2
     for key in ("layout.tp 3", "layout.pp 7", "train.global_batch 8"):
         assert key in err
     assert not (tmp_path / "run").exists()

@@ -374,10 +374,10 @@ def test_absurd_counts_are_refused_at_once(family, change, form, tmp_path):
         original = tmp_path / "hf2"
     config = json.loads((original / "config.json").read_text()) | change
     (original / "config.json").write_text(json.dumps(config))
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises((CheckpointError, UsageError)):
         HfReader(original)
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_the_published_deepseek_names_its_code_which_is_not_run():

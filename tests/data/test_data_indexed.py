@@ -165,9 +165,12 @@ def test_ten_million_documents_index_in_a_second(tmp_path):
         begin = time.process_time()
         with open(tmp_path / "probe", "wb") as index:
             writer._write_index(index)
-        assert time.process_time() - begin < 1.0
+        ours, begin = time.process_time() - begin, time.process_time()
+        np.cumsum(lengths, dtype=np.int64).astype("<i8").tofile(tmp_path / "plain")
+        assert ours < 5 * (time.process_time() - begin), "no loop of Python over documents"
     assert (tmp_path / "probe").stat().st_size == HEADER + 12 * len(lengths) + 8 * (len(lengths) + 1)
     (tmp_path / "probe").unlink()
+    (tmp_path / "plain").unlink()
 
 
 def test_merge_concatenates(make_dataset, tmp_path):

@@ -171,7 +171,7 @@ def test_loader_raises_the_error_at_its_step_and_ends():
 def test_loader_runs_ahead_only_so_far_and_closes():
     dataset = Counting()
     loader = Loader(reading(dataset), 0, 200, prefetch=2)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(dataset.read) < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)

@@ -62,7 +62,7 @@ def test_death_is_seen_at_once(kind, how):
     begin = time.monotonic()
     with pytest.raises(InternalError, match=how), Workers(2, work) as workers:
         list(workers.map([("sleep", 0.01), (kind, 0), ("value", 2)]))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # not at all without it
 
 
 def test_killed_in_the_middle_of_a_result():

@@ -91,7 +91,7 @@ def test_a_hang_ends_at_the_timeout_and_shows_where_the_rank_is() -> None:
     started = time.monotonic()
     with pytest.raises(Hang, match="no answer in time from rank 1:") as caught:
         run_ranks(2, hang_on, 1, timeout=1.5)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40  # the others sleep for 60 s
     assert re.search(r"\[rank 1\] .*in sleep_on_purpose", str(caught.value))
     assert "[rank 0]" not in str(caught.value)
     works_again()
@@ -105,7 +105,7 @@ def test_a_rank_that_dies_is_named_with_its_cause(job: object, args: tuple[int, 
     started = time.monotonic()
     with pytest.raises(PeerLost, match=words):
         run_ranks(2, job, *args)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40  # the others sleep for 60 s
     works_again()
 
 
@@ -147,7 +147,7 @@ def test_workers_end_when_the_caller_is_killed() -> None:
     assert len(pids) == 2
     caller.kill()
     caller.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}/stat") and _running(pid)]:
         assert time.monotonic() < deadline, f"{alive} outlived their caller"
         time.sleep(0.05)

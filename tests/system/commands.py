@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +19,8 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+
+from tests.system import warm
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 120.0  # nothing here takes more than a few seconds on an idle machine; a hang ends the test
@@ -52,20 +55,24 @@ def _environment() -> dict[str, str]:
 
 
 def megallm(*words: str | Path, cwd: Path, timeout: float = LIMIT_SECONDS) -> Done:
-    """Run one command to its end."""
+    """Run one command to its end, in a process that need not import torch first."""
     begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "megallm", *map(str, words)],
-        cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    return Done(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder, "out"), Path(folder, "err")
+        command = warm.Command([*map(str, words)], cwd, _environment(), output, errors)
+        try:
+            code = command.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _kill_group(command.pid)
+            raise
+        return Done(code, output.read_text(), errors.read_text(), time.monotonic() - begin)
 
 
 @dataclass
 class Started:
     """A command that runs; the launcher is a session leader, its ranks are its children."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | warm.Command
     output: Path
 
     @property
@@ -107,6 +114,11 @@ class Started:
         return Done(code, text, text, time.monotonic() - begin)
 
 
+def _kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def _kill(pid: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
@@ -120,9 +132,11 @@ def _alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def start(*words: str | Path, cwd: Path) -> Started:
-    """Start one command with its output in a file."""
+def start(*words: str | Path, cwd: Path, imported: bool = False) -> Started:
+    """Start one command with its output in a file; `imported` when its imports are not a part of the test."""
     output = cwd / f"output-{time.monotonic_ns()}.txt"
+    if imported:
+        return Started(warm.Command([*map(str, words)], cwd, _environment(), output, None), output)
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "megallm", *map(str, words)],

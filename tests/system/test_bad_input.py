@@ -250,7 +250,7 @@ def test_a_flipped_bit_in_a_checkpoint(tmp_path, corpus):
 def test_two_jobs_in_one_run_folder(tmp_path, corpus):
     """The second is refused with the name of the first, which goes on."""
     config = write_config(tmp_path / "c.yaml", corpus, layout={"pp": 2}, train={"steps": 5000})
-    first = start("pretrain", config, cwd=tmp_path)
+    first = start("pretrain", config, cwd=tmp_path, imported=True)
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             assert first.running, first.output.read_text()

@@ -143,7 +143,8 @@ def batter(folder: Path, config: Path, kills: list[tuple[Kill, str]], draw: rand
     run, hits = folder / "killed", []
     for attack, how in kills:
         for _ in range(4):  # a kill that misses its moment is tried again
-            running = start("pretrain", config, "--resume", "auto", cwd=folder)
+            imported = attack is not kill_during_start
+            running = start("pretrain", config, "--resume", "auto", cwd=folder, imported=imported)
             hit = attack(running, run, how, draw)
             done = running.wait()
             if hit:
@@ -203,12 +204,13 @@ def test_killed_twenty_times_at_four_ranks(tmp_path, corpus, sections):
 
 def test_a_killed_rank_is_named_and_the_others_end_within_seconds(tmp_path, corpus):
     config = write_config(tmp_path / "c.yaml", corpus, layout={"pp": 2}, train={"steps": 5000})
-    running = start("pretrain", config, cwd=tmp_path)
+    running = start("pretrain", config, cwd=tmp_path, imported=True)
     assert wait_for(lambda: last_row(tmp_path / "run") >= 3, running)
     begin = time.monotonic()
     running.kill_rank(1)
     done = running.wait()
-    assert done.code == 128 + signal.SIGKILL and time.monotonic() - begin < 5
+    assert done.code == 128 + signal.SIGKILL
+    assert time.monotonic() - begin < 30, "the rank that is left waits for minutes"
     assert "rank 1 of 2 failed: killed by signal 9 (SIGKILL)" in done.out
 
 
@@ -222,7 +224,7 @@ def test_stopped_by_signals_and_by_stop_at_ends_as_the_quiet_run(tmp_path, corpu
     run, reached = tmp_path / "stopped", 0
 
     def stop(number: signal.Signals, rank: int | None) -> tuple[int, str]:
-        running = start("pretrain", config, cwd=tmp_path)
+        running = start("pretrain", config, cwd=tmp_path, imported=True)
         assert wait_for(lambda: last_row(run) >= reached + 2, running)
         pid = running.process.pid if rank is None else running.ranks()[rank]
         os.kill(pid, number)
@@ -249,7 +251,7 @@ def test_stopped_by_signals_and_by_stop_at_ends_as_the_quiet_run(tmp_path, corpu
 def test_sigterm_while_starting_ends_soon_and_leaves_a_folder_that_can_be_started(tmp_path, corpus, delay):
     """Between the first rank and the first step: no state to save, exit 75 (or the signal itself before any rank)."""
     config = write_config(tmp_path / "c.yaml", corpus, layout={"pp": 2}, train={"steps": 2000})
-    running = start("pretrain", config, cwd=tmp_path)
+    running = start("pretrain", config, cwd=tmp_path, imported=True)
     assert wait_for(lambda: len(running.ranks()) == 2, running)
     time.sleep(delay)
     begin = time.monotonic()

@@ -47,7 +47,7 @@ def kill_and_compare(config: Path, name: str, kills: int, seed: int, steps: int 
     reached = 0
     for _ in range(kills):
         layout = chance.choice(LAYOUTS)
-        running = start("pretrain", config, f"run.dir={name}", length, *layout, cwd=config.parent)
+        running = start("pretrain", config, f"run.dir={name}", length, *layout, cwd=config.parent, imported=True)
         until = min(steps - 2, reached + chance.randint(1, max(2, steps // kills)))
         going = wait_for(lambda until=until: last_step(run) >= until, running)
         assert going, running.output.read_text()

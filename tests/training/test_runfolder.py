@@ -144,7 +144,7 @@ def test_a_lease_of_another_machine_goes_by_its_heartbeat(folder):
 def test_the_heartbeat_moves_and_a_lost_lease_is_noticed(folder):
     with Lease(folder, beat_seconds=0.01) as lease:
         os.utime(folder.lock, (0, 0))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while folder.lock.stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert folder.lock.stat().st_mtime > 1e9
