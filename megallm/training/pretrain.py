@@ -30,7 +30,14 @@ from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
-from megallm.training.reading import check_tokenizers, held_out_readers, open_reader, tokenizer_of
+from megallm.training.reading import (
+    check_tokenizers,
+    first_held_out,
+    held_out_readers,
+    open_reader,
+    planned_samples,
+    tokenizer_of,
+)
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine
@@ -66,7 +73,7 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
             train_loader(config, mesh, ledger, reader) as loader,
             logged(config, mesh, loader, reader, step) as batches,
         ):
-            held_out = HeldOut(config, engine)
+            held_out = HeldOut(config, engine, ledger)
             waited = lambda: loader.wait_seconds  # noqa: E731 (a property would be read only once)
             loss = trained_loss(config)
             job = Job(config, engine, loss, batches, waited, held_out.loss, identity, ledger, reader.state_after)
@@ -154,10 +161,14 @@ def logged(config: PretrainConfig, mesh: Mesh, loader: Loader, reader: Reader, s
 
 
 class HeldOut:
-    """The mean loss over the first `eval.batches` global batches of the validation split."""
+    """The mean loss over `eval.batches` global batches of the validation split.
 
-    def __init__(self, config: PretrainConfig, engine: Engine) -> None:
+    In the stream order they are always the first ones, in Megatron-LM's each evaluation reads the next ones.
+    """
+
+    def __init__(self, config: PretrainConfig, engine: Engine, ledger: Ledger) -> None:
         self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
+        self.ledger = ledger  # says after which step the evaluation is
         share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
         try:
             self.readers = held_out_readers(config, share)  # what cannot be read is said before the first step
@@ -169,7 +180,8 @@ class HeldOut:
         if self.readers is None:
             return None
         reader, total, count = self.readers(), 0.0, 0
-        for batch in range(1, self.config.eval.batches + 1):
+        first = first_held_out(self.config, self.ledger.step)
+        for batch in range(first, first + self.config.eval.batches):
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
             sums, counts = self.engine.evaluate(micros, LOSSES[self.config.data.objective])
             total, count = total + sums["loss"], count + counts["loss"]
@@ -220,7 +232,8 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         reading |= {
             "sources": data.sources,
             "seq_len": data.seq_len,
-            "samples": train.steps * train.global_batch,
+            "samples": planned_samples(config),
+            "surplus": data.surplus,
             "global_batch": train.global_batch,
             "files": {prefix: fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
         }
@@ -230,7 +243,7 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         "precision": train.precision,
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
-        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.sources),
+        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.prefixes),
         "data": reading,
     }
 
