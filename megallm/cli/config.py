@@ -51,7 +51,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_megatron(source: str) -> int:
-    """Print YAML for a launch script or for flags; what could not be mapped also goes to stderr."""
+    """Print YAML for a launch script or for flags; what could not be mapped also goes to stderr when that is not seen."""
     text, name = source, "the flags"
     if not source.lstrip().startswith("--"):
         name = source
@@ -63,7 +63,7 @@ def from_megatron(source: str) -> int:
             ) from error
     found = translate(text, name)
     print(megatron_yaml(found, name), end="")
-    for problem in found.problems:
+    for problem in found.problems if not sys.stdout.isatty() else ():  # a terminal shows the comments of the YAML
         print(f"megallm: not mapped: {problem}", file=sys.stderr)
     return 0
 

@@ -16,6 +16,15 @@ import yaml
 
 from megallm.base.errors import UsageError
 from megallm.ops.narrow import RECIPES
+from megallm.training.data_rules import is_placeholder
+from megallm.training.megatron_data import (
+    SPLITS,
+    Sources,
+    sources_of,
+    splits_of_file,
+    tokenizer_of,
+    words_of_file,
+)
 from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
 from megallm.training.shell_words import Shell, read_script, unresolved
 
@@ -35,6 +44,8 @@ class Translation:
         if flag not in self.given:
             return default
         text = (self.given[flag] or [""])[0]
+        if unfilled(text):
+            return default  # said when the flag was read
         try:
             value = float(text.replace("_", ""))
         except ValueError:
@@ -65,6 +76,7 @@ def translate(source: str, name: str) -> Translation:
         _translate_flag(flag, values, found)
     for rule in _RULES:
         rule(found)
+    found.problems = list(dict.fromkeys(found.problems))  # several rules may read one flag
     return found
 
 
@@ -107,9 +119,10 @@ def _translate_flag(flag: str, values: list[str], found: Translation) -> None:
     if row is None:
         found.problems.append(f"{flag}{_shown(values)}: not in the table; look in docs/from_megatron.md.")
         return
-    missing = [value for value in values if unresolved(value)]
+    missing = [value for value in values if unfilled(value)]
     if missing and row.kind in (SET, READ):
-        found.problems.append(f"{flag}{_shown(values)}: the script computes {missing[0]} when it runs; fill it in.")
+        why = "the script computes {} when it runs" if unresolved(missing[0]) else "{} is a placeholder"
+        found.problems.append(f"{flag}{_shown(values)}: {why.format(missing[0])}; fill it in.")
         if row.kind == SET:
             return
     if row.kind == DROPPED:
@@ -119,6 +132,11 @@ def _translate_flag(flag: str, values: list[str], found: Translation) -> None:
         found.config[row.key] = row.value
     elif row.kind == SET:
         _set_from(flag, row, found)
+
+
+def unfilled(word: str) -> bool:
+    """Whether a word stands for something that is known only when the script runs, or that a person fills in."""
+    return unresolved(word) or is_placeholder(word)
 
 
 def _set_from(flag: str, row: Flag, found: Translation) -> None:
@@ -325,9 +343,12 @@ def _batch(found: Translation) -> None:
             "--global-batch-size is absent: Megatron-LM takes micro batch x data-parallel ranks; "
             "set train.global_batch to that."
         )
-    if "--train-samples" in found.given:
+    samples = int(found.number("--train-samples") or 0)
+    if samples:
         config["train.steps"] = _per_step(found, "--train-samples")
-    if "train.steps" not in config:
+        if samples > config["train.steps"] * config["train.global_batch"]:
+            config["data.samples"] = samples  # the order of the data is made for all of them
+    if "train.steps" not in config and "--train-samples" not in found.given:
         found.problems.append("--train-iters is absent: train.steps has to be given.")
     exit_at = found.number("--exit-interval")
     if exit_at and exit_at < config.get("train.steps", exit_at):
@@ -348,7 +369,8 @@ def _schedule(found: Translation) -> None:
         horizon = _per_step(found, "--lr-decay-samples")
     if steps and horizon and horizon != steps and config["optim.schedule"] != "constant":
         remedy = (
-            f"For the same curve set train.steps={int(horizon)} and train.stop_at={int(steps)}."
+            f"For the same curve set train.steps={int(horizon)} and train.stop_at={int(steps)}; for the same order of "
+            f"the data then data.samples={int(steps * config['train.global_batch'])}."
             if horizon > steps
             else f"Megatron-LM goes on at --min-lr after step {int(horizon)}; here the decay takes until the last step."
         )
@@ -368,36 +390,97 @@ def _schedule(found: Translation) -> None:
             found.problems.append("--lr-wsd-decay-style: the last part falls linearly here.")
 
 
+_WHOLE = ("--data-path", "--data-args-path")
+_APART = {"train": "--train-data-path", "valid": "--valid-data-path", "test": "--test-data-path"}
+
+
 @_rule
 def _data(found: Translation) -> None:
-    paths = found.given.get("--data-path", [])
-    if paths:
-        weighted = len(paths) % 2 == 0 and all(_is_number(word) for word in paths[::2])
-        pairs = zip(paths[1::2], map(float, paths[::2]), strict=True) if weighted else ((path, 1.0) for path in paths)
-        found.config["data.sources"] = dict(pairs)
-    else:
+    """The sources: one blend that `--split` divides, or a blend for each split."""
+    flags = [flag for flag in (*_WHOLE, *_APART.values(), "--per-split-data-args-path") if flag in found.given]
+    if not flags:
         found.problems.append("--data-path is absent: data.sources has to be given.")
-    kind, model = found.text("--tokenizer-type"), found.text("--tokenizer-model")
-    if kind == "HuggingFaceTokenizer":
-        if model:
-            found.config["data.tokenizer"] = model
-        else:
-            found.problems.append("--tokenizer-model is absent: set data.tokenizer to a folder with a tokenizer.json.")
-    elif kind and kind != "NullTokenizer":
-        found.problems.append(
-            f"--tokenizer-type {kind}: megallm reads a Hugging Face tokenizer.json; set data.tokenizer to a folder "
-            "with one (data that is already tokenised is read as it is)."
-        )
+    elif flags[0] in _WHOLE:
+        for ignored in flags[1:]:
+            found.problems.append(f"{ignored}: {flags[0]} is given too, and only that is read.")
+        sources, weighted = _sources(found, flags[0])
+        if sources and len(sources) == 1 and weighted:  # Megatron-LM makes a blend of it: with a surplus
+            found.config.setdefault("data.surplus", 0.005)
+        _set_sources(found, "data.sources", sources, weighted)
+    else:
+        _data_of_splits(found)
 
 
-def _is_number(word: str) -> bool:
-    return word.replace(".", "", 1).isdigit()
+def _data_of_splits(found: Translation) -> None:
+    """Training and validation data of their own; `--split` means nothing then."""
+    if "--split" in found.given:
+        found.problems.append(f"--split {found.text('--split')}: each split has data of its own, read whole.")
+    found.config["data.split"] = "100,0,0"
+    flag, words = "--per-split-data-args-path", {}
+    if flag in found.given and not any(map(unfilled, found.given[flag])):
+        try:
+            words = splits_of_file(found.text(flag))
+        except UsageError as error:
+            found.problems.append(f"{flag} {found.text(flag)}: {error}.")
+            return
+    flags = {split: flag for split in SPLITS} if words else _APART
+    for split, key in (("train", "data.sources"), ("valid", "data.valid_sources")):
+        sources, _ = _sources(found, flags[split], words.get(split))
+        if split == "train" and not (words.get(split) or found.given.get(flags[split])):
+            found.problems.append(f"{flags[split]} is absent: data.sources has to be given.")
+        _set_sources(found, key, sources, False)
+    if "data.valid_sources" not in found.config:
+        found.config["eval.batches"] = 0
+    if words.get("test") or found.given.get(_APART["test"]):
+        found.problems.append(f"{flags['test']}: a run ends without a loss on test data.")
+
+
+def _sources(found: Translation, flag: str, words: list[str] | None = None) -> tuple[Sources, bool]:
+    """The blend that a flag gives, and whether it has weights; ({}, False) without any, a problem is noted."""
+    words = found.given.get(flag, []) if words is None else words
+    if any(map(unfilled, words)):
+        if found.given.get(flag) != words:  # else it was said when the flag was read
+            found.problems.append(f"{flag}: {next(filter(unfilled, words))} is a placeholder; fill it in.")
+        return {}, False
+    try:
+        if flag in found.given and not words:
+            raise UsageError("no words follow it")
+        if flag == "--data-args-path":
+            words = words_of_file(" ".join(words))
+        sources = sources_of(words)
+    except UsageError as error:
+        found.problems.append(f"{flag}{_shown(words[:8])}: {error}.")
+        return {}, False
+    return sources, None not in sources.values()
+
+
+def _set_sources(found: Translation, key: str, sources: Sources, blended: bool) -> None:
+    """Write a blend; a source alone has no surplus in Megatron-LM unless it is `blended`."""
+    if len(sources) == 1 and not blended:
+        sources = dict.fromkeys(sources, None if "data.surplus" in found.config else 1.0)
+    if sources:
+        found.config[key] = sources
+
+
+@_rule
+def _tokenizer(found: Translation) -> None:
+    flags = ("--tokenizer-model", "--vocab-file", "--merge-file")
+    given = {flag: found.text(flag) for flag in flags}
+    if any(unfilled(text) for text in given.values()):
+        return  # said already
+    try:
+        spec = tokenizer_of(found.text("--tokenizer-type"), given)
+    except UsageError as error:
+        found.problems.append(str(error))
+        return
+    if spec is not None:
+        found.config["data.tokenizer"] = spec
 
 
 @_rule
 def _saving(found: Translation) -> None:
     save, load = found.text("--save"), found.text("--load")
-    if load and load != save:
+    if load and load != save and not unfilled(load):
         found.problems.append(
             f"--load {load}: a run goes on from its own folder (run.dir); Megatron-LM's checkpoints are not read. "
             "Convert them to a Hugging Face folder and give it as model.hf."
