@@ -51,7 +51,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_megatron(source: str) -> int:
-    """Print YAML for a launch script or for flags; what could not be mapped also goes to stderr when that is not seen."""
+    """Print YAML for a launch script or for flags.
+
+    What could not be mapped stands in its comments, and on stderr where stdout is no terminal.
+    """
     text, name = source, "the flags"
     if not source.lstrip().startswith("--"):
         name = source
@@ -63,7 +66,7 @@ def from_megatron(source: str) -> int:
             ) from error
     found = translate(text, name)
     print(megatron_yaml(found, name), end="")
-    for problem in found.problems if not sys.stdout.isatty() else ():  # a terminal shows the comments of the YAML
+    for problem in found.problems if not sys.stdout.isatty() else ():  # else it is seen twice
         print(f"megallm: not mapped: {problem}", file=sys.stderr)
     return 0
 

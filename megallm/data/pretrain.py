@@ -171,7 +171,10 @@ def _build_unweighted(
 ) -> SourceSplit | Blend:
     given = [prefix for prefix, weight in sources.items() if weight is not None]
     if given:
-        raise UsageError(f"data.sources has a weight for {given[0]}, but none for others: give all of them one, or none.")
+        raise UsageError(
+            f"data.sources has a weight for {given[0]}, but none for others: give all of them one, "
+            "or none."
+        )
     if len(sources) == 1:
         return _build_source(*sources, split, which, num_samples, how)
     built = [_build_source(prefix, split, which, None, how) for prefix in sources]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,10 @@ import yaml
 
 from megallm.base.errors import UsageError
 from megallm.ops.narrow import RECIPES
-from megallm.training.data_rules import is_placeholder
-from megallm.training.megatron_data import (
-    SPLITS,
-    Sources,
-    sources_of,
-    splits_of_file,
-    tokenizer_of,
-    words_of_file,
-)
+from megallm.training.megatron_data import translate_data, translate_tokenizer
 from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
+from megallm.training.megatron_translation import Translation, Values, shown, unfilled
 from megallm.training.shell_words import Shell, read_script, unresolved
-
-Values = dict[str, list[str]]  # flag -> its values; a switch has none
-
-
-@dataclass
-class Translation:
-    """Dotted key -> value, and sentences about what did not fit."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    given: Values = field(default_factory=dict)
-
-    def number(self, flag: str, default: float | None = None) -> float | None:
-        """The value of a flag as a number; a problem is noted when it is none."""
-        if flag not in self.given:
-            return default
-        text = (self.given[flag] or [""])[0]
-        if unfilled(text):
-            return default  # said when the flag was read
-        try:
-            value = float(text.replace("_", ""))
-        except ValueError:
-            self.problems.append(f"{flag} {text}: this is not a number that can be read here; its default is used.")
-            return default
-        return int(value) if value == int(value) and "e-" not in text else value
-
-    def text(self, flag: str, default: str = "") -> str:
-        return (self.given.get(flag) or [default])[0]
 
 
 def translate(source: str, name: str) -> Translation:
@@ -117,26 +81,21 @@ def _flags(words: Iterable[str]) -> Values:
 def _translate_flag(flag: str, values: list[str], found: Translation) -> None:
     row = TABLE.get(flag)
     if row is None:
-        found.problems.append(f"{flag}{_shown(values)}: not in the table; look in docs/from_megatron.md.")
+        found.problems.append(f"{flag}{shown(values)}: not in the table; look in docs/from_megatron.md.")
         return
     missing = [value for value in values if unfilled(value)]
     if missing and row.kind in (SET, READ):
         why = "the script computes {} when it runs" if unresolved(missing[0]) else "{} is a placeholder"
-        found.problems.append(f"{flag}{_shown(values)}: {why.format(missing[0])}; fill it in.")
+        found.problems.append(f"{flag}{shown(values)}: {why.format(missing[0])}; fill it in.")
         if row.kind == SET:
             return
     if row.kind == DROPPED:
-        if row.harmless not in (_shown(values).strip(), "*"):
-            found.problems.append(f"{flag}{_shown(values)}: {row.note}.")
+        if row.harmless not in (shown(values).strip(), "*"):
+            found.problems.append(f"{flag}{shown(values)}: {row.note}.")
     elif row.kind == SET and row.value is not None:
         found.config[row.key] = row.value
     elif row.kind == SET:
         _set_from(flag, row, found)
-
-
-def unfilled(word: str) -> bool:
-    """Whether a word stands for something that is known only when the script runs, or that a person fills in."""
-    return unresolved(word) or is_placeholder(word)
 
 
 def _set_from(flag: str, row: Flag, found: Translation) -> None:
@@ -150,10 +109,6 @@ def _set_from(flag: str, row: Flag, found: Translation) -> None:
     value = found.text(flag) if row.text else found.number(flag)
     if value is not None:
         found.config[row.key] = value
-
-
-def _shown(values: list[str]) -> str:
-    return "".join(f" {value}" for value in values)
 
 
 # What depends on several flags. Each rule reads `given` and writes `config` and `problems`.
@@ -230,7 +185,7 @@ def _model(found: Translation) -> None:
         if len(sizes) == 2 and sizes[0].isdigit() and sizes[1] == "0":
             config["model.sliding_window"] = int(sizes[0]) + 1
         else:
-            found.problems.append(f"--window-size{_shown(found.given['--window-size'])}: only `N,0` has a counterpart.")
+            found.problems.append(f"--window-size{shown(found.given['--window-size'])}: only `N,0` has a counterpart.")
     for flag in ("--attention-dropout", "--hidden-dropout"):
         if found.number(flag, 0.1) != 0:
             given = found.text(flag, "0.1 (its default)")
@@ -293,7 +248,7 @@ def _experts(found: Translation) -> None:
     config["model.moe.aux_coef"] = 0.0 if balance == ["none"] else found.number("--moe-aux-loss-coeff", 0.0)
     if balance != ["seq_aux_loss"] and config["model.moe.aux_coef"]:
         found.problems.append(
-            f"--moe-router-load-balancing-type{_shown(balance)}: here the balancing loss is that of each sequence, "
+            f"--moe-router-load-balancing-type{shown(balance)}: here the balancing loss is that of each sequence, "
             "Megatron-LM's seq_aux_loss."
         )
     layers = "".join(found.given.get("--moe-layer-freq", ["1"])).replace(" ", "")
@@ -390,91 +345,8 @@ def _schedule(found: Translation) -> None:
             found.problems.append("--lr-wsd-decay-style: the last part falls linearly here.")
 
 
-_WHOLE = ("--data-path", "--data-args-path")
-_APART = {"train": "--train-data-path", "valid": "--valid-data-path", "test": "--test-data-path"}
-
-
-@_rule
-def _data(found: Translation) -> None:
-    """The sources: one blend that `--split` divides, or a blend for each split."""
-    flags = [flag for flag in (*_WHOLE, *_APART.values(), "--per-split-data-args-path") if flag in found.given]
-    if not flags:
-        found.problems.append("--data-path is absent: data.sources has to be given.")
-    elif flags[0] in _WHOLE:
-        for ignored in flags[1:]:
-            found.problems.append(f"{ignored}: {flags[0]} is given too, and only that is read.")
-        sources, weighted = _sources(found, flags[0])
-        if sources and len(sources) == 1 and weighted:  # Megatron-LM makes a blend of it: with a surplus
-            found.config.setdefault("data.surplus", 0.005)
-        _set_sources(found, "data.sources", sources, weighted)
-    else:
-        _data_of_splits(found)
-
-
-def _data_of_splits(found: Translation) -> None:
-    """Training and validation data of their own; `--split` means nothing then."""
-    if "--split" in found.given:
-        found.problems.append(f"--split {found.text('--split')}: each split has data of its own, read whole.")
-    found.config["data.split"] = "100,0,0"
-    flag, words = "--per-split-data-args-path", {}
-    if flag in found.given and not any(map(unfilled, found.given[flag])):
-        try:
-            words = splits_of_file(found.text(flag))
-        except UsageError as error:
-            found.problems.append(f"{flag} {found.text(flag)}: {error}.")
-            return
-    flags = {split: flag for split in SPLITS} if words else _APART
-    for split, key in (("train", "data.sources"), ("valid", "data.valid_sources")):
-        sources, _ = _sources(found, flags[split], words.get(split))
-        if split == "train" and not (words.get(split) or found.given.get(flags[split])):
-            found.problems.append(f"{flags[split]} is absent: data.sources has to be given.")
-        _set_sources(found, key, sources, False)
-    if "data.valid_sources" not in found.config:
-        found.config["eval.batches"] = 0
-    if words.get("test") or found.given.get(_APART["test"]):
-        found.problems.append(f"{flags['test']}: a run ends without a loss on test data.")
-
-
-def _sources(found: Translation, flag: str, words: list[str] | None = None) -> tuple[Sources, bool]:
-    """The blend that a flag gives, and whether it has weights; ({}, False) without any, a problem is noted."""
-    words = found.given.get(flag, []) if words is None else words
-    if any(map(unfilled, words)):
-        if found.given.get(flag) != words:  # else it was said when the flag was read
-            found.problems.append(f"{flag}: {next(filter(unfilled, words))} is a placeholder; fill it in.")
-        return {}, False
-    try:
-        if flag in found.given and not words:
-            raise UsageError("no words follow it")
-        if flag == "--data-args-path":
-            words = words_of_file(" ".join(words))
-        sources = sources_of(words)
-    except UsageError as error:
-        found.problems.append(f"{flag}{_shown(words[:8])}: {error}.")
-        return {}, False
-    return sources, None not in sources.values()
-
-
-def _set_sources(found: Translation, key: str, sources: Sources, blended: bool) -> None:
-    """Write a blend; a source alone has no surplus in Megatron-LM unless it is `blended`."""
-    if len(sources) == 1 and not blended:
-        sources = dict.fromkeys(sources, None if "data.surplus" in found.config else 1.0)
-    if sources:
-        found.config[key] = sources
-
-
-@_rule
-def _tokenizer(found: Translation) -> None:
-    flags = ("--tokenizer-model", "--vocab-file", "--merge-file")
-    given = {flag: found.text(flag) for flag in flags}
-    if any(unfilled(text) for text in given.values()):
-        return  # said already
-    try:
-        spec = tokenizer_of(found.text("--tokenizer-type"), given)
-    except UsageError as error:
-        found.problems.append(str(error))
-        return
-    if spec is not None:
-        found.config["data.tokenizer"] = spec
+_rule(translate_data)
+_rule(translate_tokenizer)
 
 
 @_rule

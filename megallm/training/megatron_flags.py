@@ -243,7 +243,8 @@ FLAGS: tuple[Flag, ...] = (
              "NAME.json beside NAME.tiktoken says it"),
     _alike("--data-cache-path --num-workers --no-mmap-bin-files --no-create-attention-mask-in-dataloader "
            "--num-dataset-builder-threads --vocab-extra-ids --dataloader-fast-cache-load "
-           "--dataloader-defer-npy-index-mmap --per-dataset-sequences-path", "index arrays are made in seconds; nothing is cached"),
+           "--dataloader-defer-npy-index-mmap --per-dataset-sequences-path",
+           "index arrays are made in seconds; nothing is cached"),
     _dropped("--dataloader-type", "samples are read once, in the shuffled order", "single"),
     _dropped("--reset-position-ids --reset-attention-mask --eod-mask-loss", "documents of a sample see each other, "
              "as without the flag"),

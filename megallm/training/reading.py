@@ -149,8 +149,8 @@ def open_sources(config: PretrainConfig, plan: Plan, state: dict[str, Any] | Non
     if uses_fim(config) or holds_rearranged(state):
         spec = tokenizer_of(config)
         if spec is None:
-            what = "data.fim.rate needs" if uses_fim(config) else "The checkpoint stands amid rearranged documents, and needs"
-            raise UsageError(f"{what} the text of the documents: set data.tokenizer.")
+            what = "data.fim.rate" if uses_fim(config) else "Going on amid rearranged documents"
+            raise UsageError(f"{what} needs the text of the documents: set data.tokenizer.")
         loaded = tokenizer.load(spec)
         rearranger = fim.Rearranger(loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab))
     return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
@@ -193,7 +193,8 @@ def planned_samples(config: PretrainConfig) -> int:
 
 
 def planned_held_out(config: PretrainConfig) -> int:
-    """How many validation samples it is made for: those of an evaluation every `eval.every` steps and one at the end."""
+    """How many validation samples it is made for: for an evaluation every `eval.every` steps and one
+    at the end."""
     every = config.eval.every
     evaluations = (config.train.steps // every if every else 0) + 1
     return evaluations * config.eval.batches * config.train.global_batch
