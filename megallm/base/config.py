@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -36,7 +37,8 @@ COMMAND_LINE = "command line"  # where an override stands, in messages
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_EXPONENT_INT = re.compile(r"\+?[0-9][0-9_]*[eE]\+?[0-9]{1,2}")  # 1e6 is a fine number of steps
+_RADIX_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
+_MAX_DIGITS = 100  # 1e6 is a fine number of steps; the digits of 1e999999999 would fill the memory
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _BAD = object()  # a value that could not be read; its problem is on the list
 
@@ -337,7 +339,8 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
     value = _BAD
     origin = typing.get_origin(hint)
     if isinstance(node, Scalar) and origin is Literal:
-        value = {str(choice): choice for choice in typing.get_args(hint)}.get(node.text, _BAD)
+        choices = {str(choice): choice for choice in typing.get_args(hint)}
+        value = choices.get(node.text, choices.get(str(_to_int(node)), _BAD))
     elif isinstance(node, Scalar) and hint in _SCALARS:
         value = _SCALARS[hint](node)
     elif isinstance(node, Items) and origin is tuple:
@@ -371,12 +374,21 @@ def _convert_items(hint: Any, node: Items, key: str, problems: list[str]) -> Any
 
 
 def _to_int(node: Scalar) -> Any:
+    """The whole number that a scalar is, however it is written: 8, 8.0, 1e6, 1.0e+12, 0x10."""
+    if len(node.text) > _MAX_DIGITS:
+        return _BAD
     if node.plain and _INT.fullmatch(node.text):
         return int(node.text.replace("_", ""))
-    if node.plain and _EXPONENT_INT.fullmatch(node.text):
-        mantissa, _, exponent = node.text.lower().replace("_", "").partition("e")
-        return int(mantissa) * 10 ** int(exponent)
-    return _BAD
+    if node.plain and _RADIX_INT.fullmatch(node.text):
+        return int(node.text, 0)
+    if not (node.plain and _FLOAT.fullmatch(node.text)):
+        return _BAD
+    try:
+        number = Decimal(node.text.replace("_", ""))  # exact, where a float would round
+    except InvalidOperation:  # an exponent of 19 digits
+        return _BAD
+    whole = abs(number.adjusted()) < _MAX_DIGITS and number == number.to_integral_value()
+    return int(number) if whole else _BAD
 
 
 def _to_float(node: Scalar) -> Any:
@@ -408,7 +420,8 @@ def _expected(hint: Any) -> str:
         count = "" if args[-1] is Ellipsis else f" of {len(args)} values"
         return f"a list{count}, each {_expected(args[0])}"
     if origin is dict:
-        return f"a mapping such as {{name: value}}, each value {_expected(args[1])}"
+        inner, optional = _unwrap(args[1])
+        return f"a mapping such as {{name: value}}, each value {_expected(inner)}{' or null' * optional}"
     return _EXPECTED[hint]
 
 

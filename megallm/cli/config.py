@@ -25,7 +25,7 @@ def load_and_check(path: str, overrides: list[str], world: int | None) -> Pretra
 
 def tokenizer_vocab(config: PretrainConfig) -> int | None:
     """The largest vocabulary that the sources were made with, from their side-cars; None when none has one."""
-    side_cars = [meta.read(prefix) for prefix in config.data.sources]
+    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
     return max((side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None)
 
 
@@ -51,7 +51,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_megatron(source: str) -> int:
-    """Print YAML for a launch script or for flags; what could not be mapped also goes to stderr."""
+    """Print YAML for a launch script or for flags.
+
+    What could not be mapped stands in its comments, and on stderr where stdout is no terminal.
+    """
     text, name = source, "the flags"
     if not source.lstrip().startswith("--"):
         name = source
@@ -63,7 +66,7 @@ def from_megatron(source: str) -> int:
             ) from error
     found = translate(text, name)
     print(megatron_yaml(found, name), end="")
-    for problem in found.problems:
+    for problem in found.problems if not sys.stdout.isatty() else ():  # else it is seen twice
         print(f"megallm: not mapped: {problem}", file=sys.stderr)
     return 0
 

@@ -39,7 +39,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = load_and_check(args.config, args.overrides, world_size(args.nproc))
-    for prefix in config.data.sources:
+    for prefix in config.data.prefixes:
         IndexedDataset(prefix)  # a missing or broken file ends here, before any rank
     folder = RunFolder(config.run.dir)
     try:

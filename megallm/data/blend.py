@@ -10,20 +10,26 @@ import numpy as np
 from megallm.base import extension
 from megallm.base.errors import UsageError
 
-MARGIN = 1.005  # the greedy rule may take a little more of a source than its share
+SURPLUS = 0.005  # the greedy rule may take a little more of a source than its share
+MAX_SOURCES = 32766  # sources are numbered in int16
 
 
 def normalise(weights: Sequence[float]) -> np.ndarray:
-    """Weights divided by their sum, float64 [sources]."""
-    if not weights or not all(0 < w < inf for w in weights):
+    """Weights divided by their sum, float64 [sources].
+
+    The sum is numpy's, whose order of additions from eight weights on is not that of Python's.
+    """
+    if not len(weights) or not all(0 < w < inf for w in weights):
         raise UsageError(f"data.sources needs a finite weight > 0 for each source; got {list(weights)}.")
+    if len(weights) > MAX_SOURCES:
+        raise UsageError(f"data.sources has {len(weights)} sources; a blend holds at most {MAX_SOURCES}.")
     array = np.asarray(weights, dtype=np.float64)
-    return array / sum(array)
+    return array / np.sum(array)
 
 
-def source_sizes(weights: np.ndarray, size: int) -> list[int]:
-    """How many samples to build of each source so that a blend of `size` never runs out."""
-    return [ceil(ceil(size * w) * MARGIN) for w in weights.tolist()]
+def source_sizes(weights: np.ndarray, size: int, surplus: float = SURPLUS) -> list[int]:
+    """How many samples to build of each source for a blend of `size`; `surplus` is a share on top."""
+    return [ceil(ceil(size * w) * (1 + surplus)) for w in weights.tolist()]
 
 
 def blend(weights: np.ndarray, size: int, native: bool | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -115,37 +115,103 @@ def _checked(i: int, length: int) -> int:
     return i
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are cut and drawn.
+
+    surplus: samples built of each source beyond its share, as a part of it. None: Megatron-LM's 0.005, and none for a
+    source alone. There `--data-path A` has none either, but `--data-path 1.0 A` has.
+    """
+
+    seq_len: int
+    seed: int
+    surplus: float | None = None
+    vocab_size: int | None = None  # tokens that are read are checked against it
+
+
 def build_split(
-    sources: Mapping[str, float], split: str, which: str, num_samples: int | None, seq_len: int, seed: int,
+    sources: Mapping[str, float | None], split: str, which: str, num_samples: int | None, seq_len: int, seed: int,
     vocab_size: int | None = None,
 ) -> SourceSplit | Blend:  # fmt: skip
+    """`build_samples` with Megatron-LM's own surplus."""
+    return build_samples(sources, split, which, num_samples, Sampling(seq_len, seed, None, vocab_size))
+
+
+def build_samples(
+    sources: Mapping[str, float | None], split: str, which: str, num_samples: int | None, how: Sampling
+) -> SourceSplit | Blend:
     """The samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's order.
 
-    sources: prefix -> weight (one source alone needs no margin and ignores its weight); split: "90,5,5";
-    num_samples: how many will be read (None: one epoch of each source, all of it); vocab_size: read
-    tokens are checked against it. A single source may hold more samples than asked, as Megatron's does.
-    Errors: `DataError` for missing, damaged or too small files, `UsageError` for split and weights.
+    sources: prefix -> weight, or None for all of them: several are then one epoch of each, drawn in proportion to
+    their sizes. split: "90,5,5"; num_samples: how many will be read (None: one epoch of each source, all of it).
+    The result may hold more samples than asked, as Megatron's does. Errors: `DataError` for missing, damaged or too
+    small files, `UsageError` for split and weights.
     """
-    if seq_len < 1 or (num_samples is not None and num_samples < 0):
-        raise UsageError(f"data.seq_len must be >= 1 and the number of samples >= 0; got {seq_len} and {num_samples}.")
+    if how.seq_len < 1 or (num_samples is not None and num_samples < 0):
+        raise UsageError(
+            f"data.seq_len must be >= 1 and the number of samples >= 0; got {how.seq_len} and {num_samples}."
+        )
     if not sources:
         raise UsageError("data.sources is empty: give at least one PREFIX: WEIGHT.")
+    if None in sources.values():
+        return _build_unweighted(sources, split, which, num_samples, how)
     weights = blend.normalise(list(sources.values()))
-    sizes: list[int | None] = [num_samples]
-    if len(sources) > 1:
-        sizes = [None] * len(sources) if num_samples is None else [*blend.source_sizes(weights, num_samples)]
-    built = []
-    for prefix, size in zip(sources, sizes, strict=True):
-        data = IndexedDataset(prefix)
-        sequences = np.arange(*order.split_range(split, which, len(data)), dtype=np.int32)
-        try:
-            arrays = order.build_order(data.lengths, sequences, size, seq_len, seed)
-        except DataError as error:
-            raise DataError(f"{prefix}, split '{which}' of {split}: {error}") from None
-        epochs = max(1, len(arrays.document) // max(1, len(sequences)))
-        built.append(SourceSplit(data, arrays, seq_len, vocab_size, epochs))
+    if num_samples is None or (len(sources) == 1 and how.surplus is None):
+        return _all_of([_build_source(prefix, split, which, num_samples, how) for prefix in sources])
+    surplus = blend.SURPLUS if how.surplus is None else how.surplus
+    sizes = blend.source_sizes(weights, num_samples, surplus)
+    built = [_build_source(prefix, split, which, size, how) for prefix, size in zip(sources, sizes, strict=True)]
+    # Megatron-LM divides the weights by their sum twice, which may change a last bit and so who wins a tie.
+    total = sum(blend.source_sizes(weights, num_samples, 0.0))
+    return _blended(built, blend.normalise(weights), total, "raise data.surplus, such as tenfold")
+
+
+def _build_unweighted(
+    sources: Mapping[str, float | None], split: str, which: str, num_samples: int | None, how: Sampling
+) -> SourceSplit | Blend:
+    given = [prefix for prefix, weight in sources.items() if weight is not None]
+    if given:
+        raise UsageError(
+            f"data.sources has a weight for {given[0]}, but none for others: give all of them one, "
+            "or none."
+        )
+    if len(sources) == 1:
+        return _build_source(*sources, split, which, num_samples, how)
+    built = [_build_source(prefix, split, which, None, how) for prefix in sources]
+    lengths = [len(source) for source in built]
+    if num_samples is None:
+        return _all_of(built)
+    if num_samples > sum(lengths):
+        raise DataError(
+            f"data.sources without weights are read once: split '{which}' of {split} holds {sum(lengths)} samples, and "
+            f"{num_samples} are wanted. Give each source a weight, or ask for fewer steps (or evaluations)."
+        )
+    return _blended(built, blend.normalise(lengths), num_samples, "give each source a weight")
+
+
+def _build_source(prefix: str, split: str, which: str, num_samples: int | None, how: Sampling) -> SourceSplit:
+    data = IndexedDataset(prefix)
+    sequences = np.arange(*order.split_range(split, which, len(data)), dtype=np.int32)
+    try:
+        arrays = order.build_order(data.lengths, sequences, num_samples, how.seq_len, how.seed)
+    except DataError as error:
+        raise DataError(f"{prefix}, split '{which}' of {split}: {error}") from None
+    epochs = max(1, len(arrays.document) // max(1, len(sequences)))
+    return SourceSplit(data, arrays, how.seq_len, how.vocab_size, epochs)
+
+
+def _all_of(built: list[SourceSplit]) -> SourceSplit | Blend:
+    return built[0] if len(built) == 1 else Blend(built, *blend.exhaustive([len(source) for source in built]))
+
+
+def _blended(built: list[SourceSplit], weights: np.ndarray, size: int, remedy: str) -> SourceSplit | Blend:
+    """A blend of `size` items; refused, as Megatron-LM does, when it would take more of a source than was built."""
     if len(built) == 1:
         return built[0]
-    if num_samples is None:
-        return Blend(built, *blend.exhaustive([len(source) for source in built]))
-    return Blend(built, *blend.blend(weights, num_samples))
+    drawn = Blend(built, *blend.blend(weights, size))
+    for source, taken in zip(built, np.bincount(drawn.source_of, minlength=len(built)).tolist(), strict=True):
+        if taken > len(source):
+            raise DataError(
+                f"{source.data.prefix}: the blend takes {taken} samples of it, but {len(source)} were built: {remedy}."
+            )
+    return drawn

@@ -11,11 +11,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from megallm.base.errors import DataError
+from megallm.data import fim
 from megallm.data.mixture import Mixture
 from megallm.data.plan import Plan, Reading
 from megallm.data.source import Cursor, Row, Source, Window
 
 SCHEMA = 1
+
+
+def holds_rearranged(state: Mapping[str, Any] | None) -> bool:
+    """Whether going on from a state reads documents that fill-in-the-middle had rearranged before it was saved."""
+    cursors = state["sources"].values() if state else ()
+    return any(
+        (cursor["row"] and Reading(*cursor["reading"]).fim_rate > 0)  # the window that is open is packed once more
+        or any(form in (fim.PSM, fim.SPM) for *_, form in cursor["held"])
+        for cursor in cursors
+    )
 
 
 class Stream:

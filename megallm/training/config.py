@@ -92,10 +92,13 @@ class SegmentConfig:
 class DataConfig:
     """Which tokens are read, and in which order."""
 
-    sources: dict[str, float] = field(default_factory=dict)  # prefix of .bin/.idx -> weight
+    sources: dict[str, float | None] = field(default_factory=dict)  # prefix of .bin/.idx -> weight (null: by size)
+    valid_sources: dict[str, float | None] = field(default_factory=dict)  # validation data of its own, read whole
     split: str = "969,30,1"  # shares of train, validation and test
     seq_len: int = 1024  # tokens per sample
     order: Literal["megatron", "stream"] = "stream"  # stream: packed documents, exactly once; megatron: its samples
+    samples: int | None = None  # megatron: samples that its order is made for; null: train.steps x train.global_batch
+    surplus: float | None = None  # megatron: share built of a source beyond its own; null: 0.005, for one alone 0
     seed: int | None = None  # of the sample order; null: run.seed
     tokenizer: str | None = None  # tokenizer folder or 'bytes'; null: what the sources were made with
     log_samples: bool = False  # append what each rank consumed to RUN/samples.jsonl
@@ -106,6 +109,11 @@ class DataConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     fim: FimConfig = field(default_factory=FimConfig)
     segments: tuple[SegmentConfig, ...] = ()  # stream: changes of weights, length, ... on the way
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Every dataset that the run reads, training data first."""
+        return list(dict.fromkeys([*self.sources, *self.valid_sources]))
 
 
 @dataclass(frozen=True)

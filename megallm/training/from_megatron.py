@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,10 @@ import yaml
 
 from megallm.base.errors import UsageError
 from megallm.ops.low_precision import RECIPES
+from megallm.training.megatron_data import translate_data, translate_tokenizer
 from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
+from megallm.training.megatron_translation import Translation, Values, shown, unfilled
 from megallm.training.shell_words import Shell, read_script, unresolved
-
-Values = dict[str, list[str]]  # flag -> its values; a switch has none
-
-
-@dataclass
-class Translation:
-    """Dotted key -> value, and sentences about what did not fit."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    given: Values = field(default_factory=dict)
-
-    def number(self, flag: str, default: float | None = None) -> float | None:
-        """The value of a flag as a number; a problem is noted when it is none."""
-        if flag not in self.given:
-            return default
-        text = (self.given[flag] or [""])[0]
-        try:
-            value = float(text.replace("_", ""))
-        except ValueError:
-            self.problems.append(f"{flag} {text}: this is not a number that can be read here; its default is used.")
-            return default
-        return int(value) if value == int(value) and "e-" not in text else value
-
-    def text(self, flag: str, default: str = "") -> str:
-        return (self.given.get(flag) or [default])[0]
 
 
 def translate(source: str, name: str) -> Translation:
@@ -65,6 +40,7 @@ def translate(source: str, name: str) -> Translation:
         _translate_flag(flag, values, found)
     for rule in _RULES:
         rule(found)
+    found.problems = list(dict.fromkeys(found.problems))  # several rules may read one flag
     return found
 
 
@@ -105,16 +81,17 @@ def _flags(words: Iterable[str]) -> Values:
 def _translate_flag(flag: str, values: list[str], found: Translation) -> None:
     row = TABLE.get(flag)
     if row is None:
-        found.problems.append(f"{flag}{_shown(values)}: not in the table; look in docs/from_megatron.md.")
+        found.problems.append(f"{flag}{shown(values)}: not in the table; look in docs/from_megatron.md.")
         return
-    missing = [value for value in values if unresolved(value)]
+    missing = [value for value in values if unfilled(value)]
     if missing and row.kind in (SET, READ):
-        found.problems.append(f"{flag}{_shown(values)}: the script computes {missing[0]} when it runs; fill it in.")
+        why = "the script computes {} when it runs" if unresolved(missing[0]) else "{} is a placeholder"
+        found.problems.append(f"{flag}{shown(values)}: {why.format(missing[0])}; fill it in.")
         if row.kind == SET:
             return
     if row.kind == DROPPED:
-        if row.harmless not in (_shown(values).strip(), "*"):
-            found.problems.append(f"{flag}{_shown(values)}: {row.note}.")
+        if row.harmless not in (shown(values).strip(), "*"):
+            found.problems.append(f"{flag}{shown(values)}: {row.note}.")
     elif row.kind == SET and row.value is not None:
         found.config[row.key] = row.value
     elif row.kind == SET:
@@ -132,10 +109,6 @@ def _set_from(flag: str, row: Flag, found: Translation) -> None:
     value = found.text(flag) if row.text else found.number(flag)
     if value is not None:
         found.config[row.key] = value
-
-
-def _shown(values: list[str]) -> str:
-    return "".join(f" {value}" for value in values)
 
 
 # What depends on several flags. Each rule reads `given` and writes `config` and `problems`.
@@ -212,7 +185,7 @@ def _model(found: Translation) -> None:
         if len(sizes) == 2 and sizes[0].isdigit() and sizes[1] == "0":
             config["model.sliding_window"] = int(sizes[0]) + 1
         else:
-            found.problems.append(f"--window-size{_shown(found.given['--window-size'])}: only `N,0` has a counterpart.")
+            found.problems.append(f"--window-size{shown(found.given['--window-size'])}: only `N,0` has a counterpart.")
     for flag in ("--attention-dropout", "--hidden-dropout"):
         if found.number(flag, 0.1) != 0:
             given = found.text(flag, "0.1 (its default)")
@@ -275,7 +248,7 @@ def _experts(found: Translation) -> None:
     config["model.moe.aux_coef"] = 0.0 if balance == ["none"] else found.number("--moe-aux-loss-coeff", 0.0)
     if balance != ["seq_aux_loss"] and config["model.moe.aux_coef"]:
         found.problems.append(
-            f"--moe-router-load-balancing-type{_shown(balance)}: here the balancing loss is that of each sequence, "
+            f"--moe-router-load-balancing-type{shown(balance)}: here the balancing loss is that of each sequence, "
             "Megatron-LM's seq_aux_loss."
         )
     layers = "".join(found.given.get("--moe-layer-freq", ["1"])).replace(" ", "")
@@ -325,9 +298,12 @@ def _batch(found: Translation) -> None:
             "--global-batch-size is absent: Megatron-LM takes micro batch x data-parallel ranks; "
             "set train.global_batch to that."
         )
-    if "--train-samples" in found.given:
+    samples = int(found.number("--train-samples") or 0)
+    if samples:
         config["train.steps"] = _per_step(found, "--train-samples")
-    if "train.steps" not in config:
+        if samples > config["train.steps"] * config["train.global_batch"]:
+            config["data.samples"] = samples  # the order of the data is made for all of them
+    if "train.steps" not in config and "--train-samples" not in found.given:
         found.problems.append("--train-iters is absent: train.steps has to be given.")
     exit_at = found.number("--exit-interval")
     if exit_at and exit_at < config.get("train.steps", exit_at):
@@ -348,7 +324,8 @@ def _schedule(found: Translation) -> None:
         horizon = _per_step(found, "--lr-decay-samples")
     if steps and horizon and horizon != steps and config["optim.schedule"] != "constant":
         remedy = (
-            f"For the same curve set train.steps={int(horizon)} and train.stop_at={int(steps)}."
+            f"For the same curve set train.steps={int(horizon)} and train.stop_at={int(steps)}; for the same order of "
+            f"the data then data.samples={int(steps * config['train.global_batch'])}."
             if horizon > steps
             else f"Megatron-LM goes on at --min-lr after step {int(horizon)}; here the decay takes until the last step."
         )
@@ -368,36 +345,14 @@ def _schedule(found: Translation) -> None:
             found.problems.append("--lr-wsd-decay-style: the last part falls linearly here.")
 
 
-@_rule
-def _data(found: Translation) -> None:
-    paths = found.given.get("--data-path", [])
-    if paths:
-        weighted = len(paths) % 2 == 0 and all(_is_number(word) for word in paths[::2])
-        pairs = zip(paths[1::2], map(float, paths[::2]), strict=True) if weighted else ((path, 1.0) for path in paths)
-        found.config["data.sources"] = dict(pairs)
-    else:
-        found.problems.append("--data-path is absent: data.sources has to be given.")
-    kind, model = found.text("--tokenizer-type"), found.text("--tokenizer-model")
-    if kind == "HuggingFaceTokenizer":
-        if model:
-            found.config["data.tokenizer"] = model
-        else:
-            found.problems.append("--tokenizer-model is absent: set data.tokenizer to a folder with a tokenizer.json.")
-    elif kind and kind != "NullTokenizer":
-        found.problems.append(
-            f"--tokenizer-type {kind}: megallm reads a Hugging Face tokenizer.json; set data.tokenizer to a folder "
-            "with one (data that is already tokenised is read as it is)."
-        )
-
-
-def _is_number(word: str) -> bool:
-    return word.replace(".", "", 1).isdigit()
+_rule(translate_data)
+_rule(translate_tokenizer)
 
 
 @_rule
 def _saving(found: Translation) -> None:
     save, load = found.text("--save"), found.text("--load")
-    if load and load != save:
+    if load and load != save and not unfilled(load):
         found.problems.append(
             f"--load {load}: a run goes on from its own folder (run.dir); Megatron-LM's checkpoints are not read. "
             "Convert them to a Hugging Face folder and give it as model.hf."

@@ -224,16 +224,27 @@ FLAGS: tuple[Flag, ...] = (
            "--manual-gc --manual-gc-interval --deterministic-mode --no-async-tensor-model-parallel-allreduce",
            "kernels are chosen by what is installed"),
     # Data.
-    _read("--data-path", "data.sources", "weights and prefixes, or prefixes of equal weight; files are read unchanged"),
+    _read("--data-path --data-args-path", "data.sources", "weights and prefixes, or prefixes (null: by size, one epoch "
+          "of each); the blend is the same, files are read unchanged"),
+    _read("--train-data-path --valid-data-path --per-split-data-args-path", "data.sources data.valid_sources",
+          "each read whole"),
+    _set("--mid-level-dataset-surplus", "data.surplus", "absent: 0.005, for `--data-path 1.0 A` too"),
     _set("--split", "data.split", "absent: 969,30,1", text=True),
     _set("--seed", "run.seed", "also of the sample order, which is Megatron-LM's (`data.order: megatron`)"),
-    _dropped("--train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path "
-             "--mock-data", "give data.sources and data.split"),
-    _read("--tokenizer-type --tokenizer-model", "data.tokenizer", "HuggingFaceTokenizer; NullTokenizer needs none"),
-    _dropped("--vocab-file --merge-file --tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens",
-             "a Hugging Face tokenizer.json holds it"),
+    _dropped("--mock-data", "give data.sources and data.split"),
+    _read("--test-data-path", "-", "a run ends without a loss on test data"),
+    _dropped("--full-validation --multiple-validation-sets --start-eval-at-iter --eval-global-batch-size "
+             "--eval-micro-batch-size --phase-transition-iterations --skip-train",
+             "eval.batches batches of train.global_batch every eval.every steps"),
+    _read("--tokenizer-type --tokenizer-model --vocab-file --merge-file", "data.tokenizer",
+          "HuggingFaceTokenizer, Llama2Tokenizer, SentencePieceTokenizer, GPT2BPETokenizer (vocab.json and merges.txt "
+          "of one folder), TikTokenizer (.tiktoken); NullTokenizer needs none"),
+    _dropped("--tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens",
+             "NAME.json beside NAME.tiktoken says it"),
     _alike("--data-cache-path --num-workers --no-mmap-bin-files --no-create-attention-mask-in-dataloader "
-           "--num-dataset-builder-threads --vocab-extra-ids", "index arrays are made in seconds; nothing is cached"),
+           "--num-dataset-builder-threads --vocab-extra-ids --dataloader-fast-cache-load "
+           "--dataloader-defer-npy-index-mmap --per-dataset-sequences-path",
+           "index arrays are made in seconds; nothing is cached"),
     _dropped("--dataloader-type", "samples are read once, in the shuffled order", "single"),
     _dropped("--reset-position-ids --reset-attention-mask --eod-mask-loss", "documents of a sample see each other, "
              "as without the flag"),

@@ -25,7 +25,13 @@ from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
-from megallm.training.reading import check_tokenizers, held_out_readers, open_reader, tokenizer_of
+from megallm.training.reading import (
+    check_tokenizers,
+    first_held_out,
+    held_out_readers,
+    open_reader,
+    tokenizer_of,
+)
 from megallm.training.recorder import Recorder
 from megallm.training.resuming import (
     Change,
@@ -77,7 +83,7 @@ def run(
             train_loader(config, mesh, ledger, reader) as loader,
             logged(config, mesh, loader, reader, step) as batches,
         ):
-            held_out = HeldOut(config, engine)
+            held_out = HeldOut(config, engine, ledger)
             waited = lambda: loader.wait_seconds  # noqa: E731 (a property would be read only once)
             loss = trained_loss(config)
             job = Job(config, engine, loss, batches, waited, held_out.loss, identity, ledger, reader.state_after)
@@ -201,10 +207,14 @@ def logged(config: PretrainConfig, mesh: Mesh, loader: Loader, reader: Reader, s
 
 
 class HeldOut:
-    """The mean loss over the first `eval.batches` global batches of the validation split."""
+    """The mean loss over `eval.batches` global batches of the validation split.
 
-    def __init__(self, config: PretrainConfig, engine: Engine) -> None:
+    In the stream order they are always the first ones, in Megatron-LM's each evaluation reads the next ones.
+    """
+
+    def __init__(self, config: PretrainConfig, engine: Engine, ledger: Ledger) -> None:
         self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
+        self.ledger = ledger  # says after which step the evaluation is
         share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
         try:
             self.readers = held_out_readers(config, share)  # what cannot be read is said before the first step
@@ -216,7 +226,8 @@ class HeldOut:
         if self.readers is None:
             return None
         reader, total, count = self.readers(), 0.0, 0
-        for batch in range(1, self.config.eval.batches + 1):
+        first = first_held_out(self.config, self.ledger.step)
+        for batch in range(first, first + self.config.eval.batches):
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
             sums, counts = self.engine.evaluate(micros, LOSSES[self.config.data.objective])
             total, count = total + sums["loss"], count + counts["loss"]

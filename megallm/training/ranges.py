@@ -38,6 +38,8 @@ RANGES: dict[str, Range] = {
     "data.seed": _SEED,
     "data.seq_len": _COUNT,
     "data.window": _COUNT,
+    "data.samples": Range(low=1, high=10**15),
+    "data.surplus": Range(low=0, high=1000),
     "data.masking.rate": Range(above=0, high=1),
     "data.masking.masked": Range(low=0, high=1),
     "data.masking.random": Range(low=0, high=1),

@@ -16,11 +16,13 @@ from megallm.data.masking import MaskRule
 from megallm.data.objective import Hider
 from megallm.data.order import parse_split
 from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
-from megallm.data.pretrain import build_split
+from megallm.data.pretrain import Sampling, build_samples
 from megallm.data.source import Source
-from megallm.data.stream import Stream
+from megallm.data.stream import Stream, holds_rearranged
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
+
+WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a whole
 
 
 def plan_of(config: PretrainConfig) -> Plan:
@@ -112,7 +114,7 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
     if came_along is not None:
         return came_along
-    side_cars = [meta.read(prefix) for prefix in config.data.sources]
+    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
     bytewise = all(car and car["tokenizer"]["fingerprint"] == tokenizer.ByteTokenizer.fingerprint for car in side_cars)
     return tokenizer.BYTES if bytewise else None
 
@@ -122,7 +124,7 @@ def check_tokenizers(config: PretrainConfig) -> None:
     spec = tokenizer_of(config)
     wanted = None if spec is None else tokenizer.load(spec).fingerprint
     first = None
-    for prefix in config.data.sources:
+    for prefix in config.data.prefixes:
         side_car = meta.read(prefix)
         if side_car is None:
             continue
@@ -137,14 +139,18 @@ def check_tokenizers(config: PretrainConfig) -> None:
             )
 
 
-def open_sources(config: PretrainConfig, plan: Plan) -> dict[str, Source]:
-    """The sources of a plan. Errors: `DataError` for files, `UsageError` when data.fim cannot work."""
+def open_sources(config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None) -> dict[str, Source]:
+    """The sources of a plan, which go on from `state`. Errors: `DataError` for files, `UsageError` for data.fim.
+
+    Documents that were being read when fill-in-the-middle was switched off are read to their end as they were begun.
+    """
     rearranger = None
     vocab = config.model.vocab_size
-    if uses_fim(config):
+    if uses_fim(config) or holds_rearranged(state):
         spec = tokenizer_of(config)
         if spec is None:
-            raise UsageError("data.fim.rate needs the text of the documents: set data.tokenizer.")
+            what = "data.fim.rate" if uses_fim(config) else "Going on amid rearranged documents"
+            raise UsageError(f"{what} needs the text of the documents: set data.tokenizer.")
         loaded = tokenizer.load(spec)
         rearranger = fim.Rearranger(loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab))
     return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
@@ -169,19 +175,43 @@ def open_reader(config: PretrainConfig, share: Share, first_step: int, state: di
 
     Without a state the stream is gone through from its beginning (lengths only, no tokens).
     """
-    data, train = config.data, config.train
+    data = config.data
     if data.order == "megatron":
-        samples = build_split(
-            data.sources, data.split, "train", train.steps * train.global_batch, data.seq_len, data.seed,
-            config.model.vocab_size,
-        )  # fmt: skip
+        samples = build_samples(data.sources, data.split, "train", planned_samples(config), _sampling(config))
         return MegatronReader(samples, share, hider_of(config))
     plan = plan_of(config)
-    stream = Stream(plan, open_sources(config, plan), state)
+    stream = Stream(plan, open_sources(config, plan, state), state)
     if not state:
         for _ in range(1, first_step):
             stream.take(share.global_batch)
     return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
+
+
+def planned_samples(config: PretrainConfig) -> int:
+    """How many training samples Megatron-LM's order is made for."""
+    return config.data.samples or config.train.steps * config.train.global_batch
+
+
+def planned_held_out(config: PretrainConfig) -> int:
+    """How many validation samples it is made for: for an evaluation every `eval.every` steps and one
+    at the end."""
+    every = config.eval.every
+    evaluations = (config.train.steps // every if every else 0) + 1
+    return evaluations * config.eval.batches * config.train.global_batch
+
+
+def first_held_out(config: PretrainConfig, step: int) -> int:
+    """The number, from 1, of the first batch that the evaluation after `step` reads.
+
+    Megatron-LM reads on from one evaluation to the next; in the stream order all read the same.
+    """
+    if config.data.order != "megatron" or not config.eval.every:
+        return 1
+    return max(0, step - 1) // config.eval.every * config.eval.batches + 1
+
+
+def _sampling(config: PretrainConfig) -> Sampling:
+    return Sampling(config.data.seq_len, config.data.seed, config.data.surplus, config.model.vocab_size)
 
 
 def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
@@ -190,18 +220,19 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reade
     Nothing is rearranged in it, and its rows have `data.seq_len`. Files and tokenizer are opened once, however often
     a reader is asked for. None without held-out data.
     """
-    data, batches = config.data, config.eval.batches
-    if not batches or parse_split(data.split)[1] == 0:
+    data, sources, split = config.data, config.data.sources, config.data.split
+    if data.valid_sources:
+        sources, split = data.valid_sources, WHOLE_VALID
+    if not config.eval.batches or parse_split(split)[1] == 0:
         return None
     hide, vocab = hider_of(config), config.model.vocab_size
     if data.order == "megatron":
-        wanted = batches * config.train.global_batch
-        samples = build_split(data.sources, data.split, "valid", wanted, data.seq_len, data.seed, vocab)
+        samples = build_samples(sources, split, "valid", planned_held_out(config), _sampling(config))
         return lambda: MegatronReader(samples, share, hide)
-    segment = Segment(0, dict(data.sources), Reading(data.seq_len, data.packing, data.window))
-    plan = Plan((segment,), data.seed, data.split, "valid")
-    sources = {prefix: Source(prefix, plan, vocab) for prefix in plan.prefixes}
-    return lambda: StreamReader(Stream(plan, sources), share, 1, data.document_masks, hide)
+    segment = Segment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
+    plan = Plan((segment,), data.seed, split, "valid")
+    opened = {prefix: Source(prefix, plan, vocab) for prefix in plan.prefixes}
+    return lambda: StreamReader(Stream(plan, opened), share, 1, data.document_masks, hide)
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:

@@ -22,7 +22,7 @@ from megallm.data.indexed import IndexedDataset
 from megallm.data.source import fingerprint
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.reading import tokenizer_of
+from megallm.training.reading import planned_samples, tokenizer_of
 from megallm.training.runfolder import RunFolder
 
 CONTENT, SAMPLES = "data.content", "data.samples"  # what may be allowed beside the keys of a configuration
@@ -78,7 +78,8 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         reading |= {
             "sources": data.sources,
             "seq_len": data.seq_len,
-            "samples": train.steps * train.global_batch,
+            "samples": planned_samples(config),
+            "surplus": data.surplus,
             "global_batch": train.global_batch,
             "files": {prefix: fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
         }
@@ -88,14 +89,14 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         "precision": train.precision,
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
-        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.sources),
+        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.prefixes),
         "data": reading,
     }
 
 
 def describe_files(config: PretrainConfig, folder: RunFolder) -> dict[str, Any]:
     """What a checkpoint remembers of the data's bytes and of the tokenizer. Rank 0 only; reads what is not known."""
-    sources = list(config.data.sources)
+    sources = list(config.data.prefixes)
     made_by = [car["tokenizer"]["fingerprint"] for car in map(meta.read, sources) if car is not None]
     spec = tokenizer_of(config)
     words = made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint

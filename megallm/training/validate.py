@@ -24,6 +24,7 @@ from megallm.optim.config import CHOICES as OPTIM_CHOICES
 from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
+from megallm.training.data_rules import placeholder_faults, source_faults
 from megallm.training.expert_rules import layout_faults, size_faults
 from megallm.training.narrow_rules import narrow_faults
 from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
@@ -171,7 +172,7 @@ def _split(config: PretrainConfig) -> Iterator[Problem]:
         return
     if train == 0:
         yield Problem("split", f"data.split '{config.data.split}' leaves nothing for training.", fixes)
-    elif config.eval.every > 0 and config.eval.batches > 0 and valid == 0:
+    elif config.eval.every > 0 and config.eval.batches > 0 and valid == 0 and not config.data.valid_sources:
         sentence = (
             f"eval.every is {config.eval.every}, but data.split '{config.data.split}' leaves nothing for validation."
         )
@@ -189,11 +190,8 @@ def _expert_sizes(config: PretrainConfig) -> Iterator[Problem]:
 
 
 def _sources(config: PretrainConfig) -> Iterator[Problem]:
-    if not config.data.sources:
-        yield Problem("sources", "data.sources is empty; give at least one, such as data.sources.PREFIX=1.")
-    for prefix, weight in config.data.sources.items():
-        if weight <= 0:
-            yield Problem("sources", f"data.sources.{prefix} is {weight}; a weight must be greater than 0.")
+    for rule, sentence, fixes in (*source_faults(config), *placeholder_faults(config)):
+        yield Problem(rule, sentence, fixes)
 
 
 def _optimizer(config: PretrainConfig) -> Iterator[Problem]:

@@ -151,7 +151,7 @@ def config_of(flags: str) -> dict:
         ("--fp8-format hybrid --first-last-layers-bf16 --num-layers-at-end-in-bf16 2", "train.fp8.bf16_last", 2),
         ("--optimizer sgd", "optim.momentum", 0.9),
         ("--optimizer sgd", "optim.rule", "sgd"),
-        ("--data-path a b c", "data.sources", {"a": 1.0, "b": 1.0, "c": 1.0}),
+        ("--data-path a b c", "data.sources", {"a": None, "b": None, "c": None}),
         ("--data-path 1 a .5 b", "data.sources", {"a": 1.0, "b": 0.5}),
         ("", "checkpoint.every", 0),
         ("", "optim.schedule", "linear"),

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megallm.base.config import load, replace
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.data.batches import MegatronReader, Share, StreamReader
+from megallm.data.indexed import IndexedDataset
 from megallm.data.preprocess import PreprocessConfig
 from megallm.data.preprocess import run as preprocess
 from megallm.training import reading
@@ -135,3 +137,91 @@ def test_the_stream_is_printed_without_torch(config, tmp_path):
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
         row for step in (1, 2, 3) for row in reader.consumed(step)
     ]
+
+
+# Fill-in-the-middle, switched off on the way.
+
+OFF = {"data.fim.rate": 0.0, "data.segments": ()}
+
+
+def fim_config(config: PretrainConfig, **values) -> PretrainConfig:
+    return replace(config, {"data.segments": (), "data.fim.rate": 0.9} | values)
+
+
+def tokens_read(reader, steps: range) -> dict[tuple, int]:
+    """How often each (source, epoch, document) was read, counted in plain tokens without the sentinels."""
+    found: dict[tuple, int] = {}
+    for step in steps:
+        for row in reader.consumed(step):
+            forms = row.get("forms", ["plain"] * len(row["spans"]))
+            for (document, begin, end), form in zip(row["spans"], forms, strict=True):
+                key = (row["source"], row["epoch"], document)
+                found[key] = found.get(key, 0) + end - begin - 3 * (form != "plain" and begin == 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"data.fim.form": "context"},
+        {"data.packing": "concat"},
+        {"data.seq_len": 16},
+        {"data.window": 12},
+    ],
+)
+def test_fim_switched_off_on_resume(config, values):
+    """Issue R item 9: ValueError, exit 70, though docs/stream.md allows it; whatever stands open is read to its end."""
+    share, on = Share(4, 2), fim_config(config, **values)
+    for stop in (1, 2, 5):
+        reader = reading.open_reader(on, share, 1)
+        begun = tokens_read(reader, range(1, stop + 1))
+        state = json.loads(json.dumps(reader.state_after(stop)))  # as a checkpoint keeps it
+        off = replace(on, OFF)
+        resumed = reading.open_reader(off, share, stop + 1, state)
+        assert resumed.batches(stop + 1)
+        rest = tokens_read(resumed, range(stop + 1, stop + 16))
+        last = resumed.state_after(stop + 15)
+        kept = reading.open_reader(off, share, stop + 16, last)
+        assert not any("forms" in row for row in kept.consumed(stop + 16))
+        sizes = {}
+        for key in begun.keys() & rest.keys():
+            sizes[key] = begun[key] + rest[key]
+        lengths = {
+            prefix: np.diff(IndexedDataset(prefix).document_starts(np.arange(81)))
+            for prefix in config.data.sources
+        }
+        wrong = {key: size for key, size in sizes.items() if size > lengths[key[0]][key[2]]}
+        assert not wrong, wrong
+
+
+def test_fim_switched_off_needs_its_tokenizer_only_while_documents_are_open(config):
+    share, on = Share(4, 2), fim_config(config)
+    reader = reading.open_reader(on, share, 1)
+    reader.consumed(1)
+    state = reader.state_after(1)
+    for name in config.data.sources:
+        Path(f"{name}.meta.json").unlink()
+    off = replace(on, OFF)
+    with pytest.raises(
+        UsageError, match="Going on amid rearranged documents needs the text .*data.tokenizer"
+    ):
+        reading.open_reader(off, share, 2, state)
+    assert reading.open_reader(off, share, 1).batches(1)  # a new run has no such documents
+    assert reading.open_reader(replace(off, {"data.tokenizer": "bytes"}), share, 2, state).batches(
+        2
+    )
+
+
+def test_a_source_that_rested_comes_back_without_fim(config):
+    a, b = config.data.sources
+    share, on = Share(4, 2), fim_config(config)
+    reader = reading.open_reader(on, share, 1)
+    reader.consumed(1)
+    alone = replace(on, {"data.sources": {a: 1.0}})
+    reader = reading.open_reader(alone, share, 2, reader.state_after(1))
+    reader.consumed(2)
+    both = replace(on, OFF)
+    again = reading.open_reader(both, share, 3, reader.state_after(2))
+    assert {row["source"] for step in (3, 4, 5) for row in again.consumed(step)} == {a, b}
+    assert again.batches(5)

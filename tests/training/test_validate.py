@@ -19,7 +19,7 @@ from megallm.convert.hf_config import read_config, write_config
 from megallm.models.config import ModelConfig
 from megallm.optim.config import GroupConfig
 from megallm.parallel import zigzag
-from megallm.training import optimizing, validate
+from megallm.training import data_rules, optimizing, validate
 from megallm.training.config import PretrainConfig
 from megallm.training.config import SegmentConfig as Segment
 from megallm.training.ranges import RANGES, Range
@@ -263,6 +263,29 @@ BROKEN = [
     ("split", {"data.split": "1,0,0", "eval.every": 5}, "leaves nothing for validation"),
     ("sources", {"data.sources": {}}, "data.sources is empty"),
     ("sources", {"data.sources": {"p": 0.0}}, "data.sources.p is 0.0; a weight must be greater than 0."),
+    ("sources", {"data.sources": {"p": None}}, "data.sources.p has no weight, which data.order stream needs"),
+    (
+        "sources",
+        {"data.sources": {"p": None, "q": 2.0}, "data.order": "megatron"},
+        "data.sources.p has no weight, but others have: give all of them one, or none.",
+    ),
+    ("sources", {"data.valid_sources": {"p": -1.0}, "data.split": "1"}, "data.valid_sources.p is -1.0; a weight must"),
+    ("valid_sources", {"data.valid_sources": {"q": 1.0}}, "Nearest valid: data.split=100,0,0 or"),
+    ("samples", {"data.samples": 9000}, "data.samples is 9000, which data.order stream does not read."),
+    (
+        "samples",
+        {"data.samples": 7999, "data.order": "megatron"},
+        "data.samples is 7999, but the run reads 8000. Nearest valid: data.samples=8000 or data.samples=null.",
+    ),
+    ("samples", {"data.surplus": 0.1}, "data.surplus is 0.1, which data.order stream does not read."),
+    *(
+        ("placeholder", {key: value}, f"{key} {shown} stands for something that is to be filled in")
+        for key, value, shown in (
+            ("run.dir", "$3", "$3"), ("run.dir", "runs/`date`", "runs/`date`"), ("data.tokenizer", "MOCK", "MOCK"),
+            ("data.sources", {"${DATA}": 1.0}, "${DATA}"), ("data.sources", {"/path/to/x": 1.0}, "/path/to/x"),
+            ("data.tokenizer", "<path>/tokenizer.model", "<path>/tokenizer.model"),
+        )
+    ),
     ("heads", {"layout.tp": 3, "train.global_batch": 9}, "Nearest valid: layout.tp=2 or layout.tp=4."),
     ("head_size", {"model.head_size": 7}, "it must be even. Nearest valid: model.head_size=6 or model.head_size=8."),
     ("widths", {"layout.tp": 8, "model.ffn_hidden_size": 4}, "a rank would hold nothing"),
@@ -404,7 +427,8 @@ def test_every_rule_has_a_row():
         for piece in source.replace("\n", "").replace(" ", "").split("Problem(")[1:]
         if '"' in piece[:2]
     }
-    names |= set(re.findall(r'yield "(\w+)"', inspect.getsource(optimizing)))
+    for rules in (optimizing, data_rules):
+        names |= set(re.findall(r'yield \(?\s*"(\w+)"', inspect.getsource(rules)))
     tested = {row[0] for row in BROKEN} | {"world", "vocabulary"}
     assert names == tested
 

@@ -1,0 +1,49 @@
+"""What a translation of Megatron-LM's flags has come to so far: the configuration, and what did not fit. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megallm.training.data_rules import is_placeholder
+from megallm.training.shell_words import unresolved
+
+Values = dict[str, list[str]]  # flag -> its values; a switch has none
+
+
+@dataclass
+class Translation:
+    """Dotted key -> value, and sentences about what did not fit."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    given: Values = field(default_factory=dict)
+
+    def number(self, flag: str, default: float | None = None) -> float | None:
+        """The value of a flag as a number; a problem is noted when it is none."""
+        if flag not in self.given:
+            return default
+        text = (self.given[flag] or [""])[0]
+        if unfilled(text):
+            return default  # said when the flag was read
+        try:
+            value = float(text.replace("_", ""))
+        except ValueError:
+            self.problems.append(
+                f"{flag} {text}: this is not a number that can be read here; its default is used."
+            )
+            return default
+        return int(value) if value == int(value) and "e-" not in text else value
+
+    def text(self, flag: str, default: str = "") -> str:
+        return (self.given.get(flag) or [default])[0]
+
+
+def unfilled(word: str) -> bool:
+    """Whether a word stands for something that is known only when the script runs, or that a person fills in."""
+    return unresolved(word) or is_placeholder(word)
+
+
+def shown(values: list[str]) -> str:
+    """The values of a flag as they stand behind it."""
+    return "".join(f" {value}" for value in values)
