@@ -71,7 +71,9 @@ class Partial:
     def _empty(self) -> None:
         with files.writing(self.folder):
             for path in self.folder.iterdir():
-                if path.name != _LOCK:
+                if path.is_dir():  # a tokenizer that was about to be published
+                    shutil.rmtree(path)
+                elif path.name != _LOCK:
                     path.unlink()
 
 
