@@ -52,6 +52,7 @@ from megallm.convert.weights import (
     stored_model,
 )
 from megallm.data.tokenizer import BYTES
+from megallm.data.tokenizer_folder import TOKEN_IDS, keep
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
@@ -146,7 +147,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
         source = Cast(reader)
         nbytes = write_weights(folder, bridge, source, dtype, request.max_shard_bytes)
-        notes, ids = _write_tokenizer(folder, tokenizer_files.find_tokenizer(step, reader.meta))
+        notes, ids = _write_tokenizer(folder, step, reader.meta)
         atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
         tokenizer_files.write_generation_config(folder, ids)
         result = _result(request, family.name, dtype, len(bridge.theirs), nbytes, notes)
@@ -196,15 +197,19 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_tokenizer(folder: Path, spec: str | None) -> tuple[list[str], dict[str, int | None]]:
-    """Copy or make the tokenizer's files; notes, and the ids that begin and end a text."""
-    if spec is None:
-        return ["no tokenizer is known for this checkpoint; add one to the folder"], {}
+def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
+    """Copy or make the tokenizer's files; notes, and the ids that begin, end and fill a text."""
+    spec, kept = tokenizer_files.find_tokenizer(step, meta), tokenizer_files.kept_folder(step)
+    if spec not in (None, BYTES):
+        source = Path(spec)
+        tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else keep(spec, folder)
+    elif kept is not None:
+        tokenizer_files.copy_tokenizer(kept, folder, definition=False)
     if spec == BYTES:
         tokenizer_files.write_byte_tokenizer(folder)
-    else:
-        tokenizer_files.copy_tokenizer(Path(spec), folder)
-    return [], tokenizer_files.token_ids(folder)
+    ids = tokenizer_files.token_ids(folder)
+    (folder / TOKEN_IDS).unlink(missing_ok=True)  # config.json says it from here on
+    return [] if spec is not None else ["no tokenizer is known for this checkpoint; add one to the folder"], ids
 
 
 # To megallm.
@@ -241,12 +246,9 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         spec = tokenizer_files.tokenizer_spec(reader.folder)
         meta = imported_meta(reader.model, dtype, spec if spec == BYTES else None)
         notes = list(reader.notes)
-        if spec not in (None, BYTES):
-            with writing(folder):
-                (folder / "tokenizer").mkdir()
-            tokenizer_files.copy_tokenizer(reader.folder, folder / "tokenizer")
+        tokenizer_files.keep_beside(reader.folder, folder, spec)
         if spec is None:
-            notes.append(f"{reader.folder} has no {tokenizer_files.DEFINITION}; the result has no tokenizer")
+            notes.append(f"{reader.folder} has no {tokenizer_files.FORMS}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
         nbytes = sum(prod(part.shape) * part.itemsize for part in lazy)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.base.files import atomic_write_text, writing
+from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.tools import resolve
 from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
-from megallm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
+from megallm.convert.tokenizer_files import find_tokenizer, keep_beside, kept_folder
 from megallm.convert.weights import Cast, Source, stored_model, whole_stage
 from megallm.data.tokenizer import BYTES
 from megallm.models.build import initial_values
@@ -93,10 +93,9 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
         lazy = [Lazy(source, name, *source.info(name)) for name in source.names()]
         spec = find_tokenizer(step, reader.meta)
         meta = imported_meta(model, dtype, spec if spec == BYTES else None)
-        if spec not in (None, BYTES):
-            with writing(folder):
-                (folder / "tokenizer").mkdir()
-            copy_tokenizer(Path(spec), folder / "tokenizer")
+        kept = kept_folder(step) if spec in (None, BYTES) else Path(spec)
+        if kept is not None:
+            keep_beside(kept, folder, spec)
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(model))

@@ -198,7 +198,7 @@ class HfReader:
 
     @property
     def meta(self) -> dict[str, Any]:
-        spec = tokenizer_spec(self.folder) or str(self.folder)
+        spec = tokenizer_spec(self.folder)
         return {"model": asdict(self.model), "precision": PRECISIONS[self.dtype], "tokenizer": spec}
 
     def names(self) -> list[str]:

@@ -86,15 +86,15 @@ class SentencePieceTokenizer(_Native):
         self.vocab_size = max([self._pieces - 1, *self._texts]) + 1
         found = _digest(data + json.dumps(sorted(self._added.items())).encode() if self._added else data)
         self.fingerprint = f"sentencepiece-{found}"
-        self._finder = self._special_finder()
+        texts = sorted(self.special_texts, key=len, reverse=True)
+        self._finder = re.compile("|".join(map(re.escape, texts))) if texts else None
 
-    def _special_finder(self) -> re.Pattern[str] | None:
-        """Finds special tokens written in a text, the longest first."""
-        model = self._model
-        symbols = {model.id_to_piece(i) for i in range(self._pieces) if model.is_control(i)}
+    @property
+    def special_texts(self) -> set[str]:
+        """Control symbols and added tokens as they are written."""
+        symbols = {self._model.id_to_piece(i) for i in range(self._pieces) if self._model.is_control(i)}
         named = {text for text in self._settings.specials if self.token_id(text) is not None}
-        texts = sorted(symbols | named | set(self._added), key=len, reverse=True)
-        return re.compile("|".join(f"({re.escape(text)})" for text in texts)) if texts else None
+        return symbols | named | set(self._added)
 
     @property
     def eod(self) -> int:
@@ -189,6 +189,11 @@ class TiktokenTokenizer(_Native):
     def specials(self) -> set[int]:
         """Ids of the special tokens of the rules."""
         return set(self._special_tokens.values())
+
+    @property
+    def special_texts(self) -> set[str]:
+        """The special tokens of the rules as they are written."""
+        return set(self._special_tokens)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids."""

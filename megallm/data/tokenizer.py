@@ -57,6 +57,11 @@ class Tokenizer(Encoder, Protocol):
         """Ids of the tokens that stand for no text."""
         ...
 
+    @property
+    def special_texts(self) -> set[str]:
+        """How the special tokens are written that `encode` finds when it is asked to."""
+        ...
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids (chat templates)."""
         ...
@@ -107,6 +112,7 @@ class ByteTokenizer:
     eod = 256
     fingerprint = "bytes-257"
     template = ([], [])
+    special_texts: frozenset[str] = frozenset()
 
     @property
     def specials(self) -> set[int]:
@@ -194,6 +200,11 @@ class FolderTokenizer:
     def specials(self) -> set[int]:
         """Ids of the added tokens that the definition calls special."""
         return {token["id"] for token in self.added_tokens if token.get("special")}
+
+    @property
+    def special_texts(self) -> set[str]:
+        """The special tokens as they are written."""
+        return {str(token["content"]) for token in self.added_tokens if token.get("special")}
 
     def pieces(self) -> list[str]:
         """Each token as the vocabulary writes it, by id; an id without a token is empty."""

@@ -52,17 +52,17 @@ def form_of(folder: Path) -> Path | None:
 
 
 def keep(spec: str, target: Path) -> None:
-    """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the new folder `target`.
+    """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder `target`.
 
     `tokenizer.load` of the copy gives the same tokenizer. Errors: `CannotWrite`.
     """
     source = Path(spec)
     with files.writing(target):
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         for path, name in _belonging(source):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target / name)
-    ids = None if (target / TOKEN_IDS).exists() else read_json(source / CONFIG)
+    ids = read_json(source / CONFIG)
     if ids is not None:
         files.atomic_write_json(target / TOKEN_IDS, said_of_texts(ids))
 
@@ -147,7 +147,7 @@ class Settings:
 def settings_of(folder: Path) -> Settings:
     """The settings of a folder, from whichever of its files say something. Errors: `DataError`."""
     config, specials, added = (read_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED))
-    model = read_json(folder / TOKEN_IDS) or read_json(folder / CONFIG) or {}
+    model = read_json(folder / CONFIG) or read_json(folder / TOKEN_IDS) or {}
     ids, special = {text: number for text, number in added.items() if type(number) is int}, set(added)
     flags = {}
     rows = config.get("added_tokens_decoder")

@@ -23,6 +23,7 @@ from megallm.data.batches import Reader, Share
 from megallm.data.indexed import IndexedDataset
 from megallm.data.loader import Batch, Loader, to_tensors
 from megallm.data.source import fingerprint
+from megallm.data.tokenizer_folder import form_of, keep
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import MaskedDiffusion, NextToken
@@ -30,7 +31,13 @@ from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
-from megallm.training.reading import check_tokenizers, held_out_readers, open_reader, tokenizer_of
+from megallm.training.reading import (
+    check_tokenizers,
+    held_out_readers,
+    need_tokenizer,
+    open_reader,
+    tokenizer_of,
+)
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
 from megallm.training.weights import build_engine
@@ -50,8 +57,10 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
     RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there.
     """
     with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
+        warning = None
         if mesh.rank == 0:
             check_tokenizers(config)
+            warning = need_tokenizer(config)
         identity = describe(config)
         found = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger = Ledger() if found is None else Ledger(**check_identity(found, identity))
@@ -60,6 +69,8 @@ def run(config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False) 
         recorder.start(ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)})
         if mesh.rank == 0:
             keep_tokenizer(config)
+        if warning is not None:
+            recorder.note(warning)
         recorder.note(opening(config, engine, begin))
         reader, step = train_reader(config, mesh, ledger), ledger.step
         with (
@@ -182,25 +193,26 @@ def keep_tokenizer(config: PretrainConfig) -> None:
     Errors: `UsageError` when another one lies there already.
     """
     spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
-    if spec is not None and target.exists():
+    if spec is not None and form_of(target) is not None:
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
             raise UsageError(
                 f"{target} is another tokenizer than {spec}, which the data was made with: a run folder keeps the one "
                 "that its checkpoints belong to. Choose another run.dir, or remove that folder."
             )
         return
-    if spec in (None, tokenizer.BYTES):
+    if spec is None or (spec == tokenizer.BYTES and config.model.hf is None):
         return
-    source = Path(spec)
     with atomic_path(target) as temporary:
-        if is_model_folder(source):  # weights lie beside the tokenizer: its files only
+        if spec != tokenizer.BYTES and not is_model_folder(Path(spec)):
+            keep(spec, temporary)
+        else:  # weights lie beside the tokenizer, whose files nobody vouches for
             temporary.mkdir()
-            copy_tokenizer(source, temporary)
-        elif source.is_dir():
-            shutil.copytree(source, temporary)
-        else:
-            temporary.mkdir()
-            shutil.copy(source, temporary / "tokenizer.json")
+            copy_tokenizer(Path(config.model.hf if spec == tokenizer.BYTES else spec), temporary, spec != tokenizer.BYTES)
+        if target.exists():  # what an import without a tokenizer said about texts
+            for path in target.iterdir():
+                if path.is_file() and not (temporary / path.name).exists():
+                    shutil.copyfile(path, temporary / path.name)
+            shutil.rmtree(target)
 
 
 # Resuming
