@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from glob import escape
 from math import prod
 from pathlib import Path
@@ -36,6 +37,7 @@ from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files, verify
+from megallm.convert.finite import check_finite
 from megallm.convert.folder import INDEX, SINGLE, is_model_folder
 from megallm.convert.hf_config import CONFIG, family_of, write_config
 from megallm.convert.rules import Bridge
@@ -175,6 +177,7 @@ def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dty
                 for box in split_box(Box((0,) * len(full), full), dtypes[name].itemsize, MAX_PIECE_BYTES):
                     block = torch.empty(box.shape, dtype=dtypes[name])
                     fill_theirs(bridge, source, name, box, block)
+                    check_finite(block, name, box.offset, partial(_their_number, bridge, source, name))
                     out.write(raw(block))
                     del block  # before the next one is made
         weight_map |= dict.fromkeys(names, file)
@@ -182,6 +185,13 @@ def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dty
     if len(shards) > 1:
         atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
+
+
+def _their_number(bridge: Bridge, source: Source, name: str, place: tuple[int, ...]) -> float:
+    """One number of their tensor `name` in float64."""
+    found = torch.empty((1,) * len(place), dtype=torch.float64)
+    fill_theirs(bridge, source, name, Box(place, (1,) * len(place)), found)
+    return float(found)
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -216,7 +226,8 @@ def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], to
 
 
 class Lazy:
-    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it is asked for."""
+    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it is asked for, and
+    refused unless all of it is finite."""
 
     def __init__(self, source: Source, name: str, full: tuple[int, ...], dtype: torch.dtype) -> None:
         self.source, self.name, self.shape, self.dtype = source, name, full, dtype
@@ -225,8 +236,16 @@ class Lazy:
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
         """The box that `slices` (with begin and end) cut out."""
         block = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
-        self.source.read_into(self.name, tuple(s.start for s in slices), block)
+        offset = tuple(s.start for s in slices)
+        self.source.read_into(self.name, offset, block)
+        check_finite(block, self.name, offset, self._number)
         return block
+
+    def _number(self, place: tuple[int, ...]) -> float:
+        """One number as the source has it."""
+        found = torch.empty((1,) * len(place), dtype=torch.float64)
+        self.source.read_into(self.name, place, found)
+        return float(found)
 
 
 def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
