@@ -54,7 +54,7 @@ from megallm.convert.weights import (
     stored_model,
 )
 from megallm.data.tokenizer import BYTES
-from megallm.data.tokenizer_folder import TOKEN_IDS, keep
+from megallm.data.tokenizer_folder import FORMS, TOKEN_IDS, keep
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
@@ -267,7 +267,7 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         notes = list(reader.notes)
         tokenizer_files.keep_beside(reader.folder, folder, spec)
         if spec is None:
-            notes.append(f"{reader.folder} has no {tokenizer_files.FORMS}; the result has no tokenizer")
+            notes.append(f"{reader.folder} has no {FORMS}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
         nbytes = sum(prod(part.shape) * part.itemsize for part in lazy)

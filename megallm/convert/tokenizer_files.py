@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from megallm.data.tokenizer_folder import (
     CONFIG,
     DEFINITION,
     FILES,
-    FORMS,
     GENERATION,
     ID_KEYS,
     MORE_TEMPLATES,
@@ -159,7 +159,7 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def token_ids(folder: Path) -> dict[str, Any]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`: those that the model's config.json had, else as the tokenizer's
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else as the tokenizer's
     settings name them, else None."""
     found = dict.fromkeys(ID_KEYS) | config_ids(folder)
     settings: dict[str, Any] = {}
@@ -179,10 +179,8 @@ def token_ids(folder: Path) -> dict[str, Any]:
     words = tokenizer.load(str(folder))
     found |= {key: words.token_id(token) for key, token in named.items()}
     if found["eos_token_id"] is None:
-        try:
+        with suppress(DataError):  # a tokenizer may have no end of texts
             found["eos_token_id"] = words.eod
-        except DataError:  # a tokenizer may have no end of texts
-            pass
     return found
 
 
@@ -224,4 +222,3 @@ def find_tokenizer(step: Path, meta: Any) -> str | None:
     if named == BYTES or (isinstance(named, str) and (has_tokenizer(Path(named)) or Path(named).is_file())):
         return named
     return None
-

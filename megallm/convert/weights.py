@@ -177,7 +177,7 @@ class HfReader:
                 continue
             aside, kept = named[name], self.entries[own]
             if aside.shape != kept.shape or aside.dtype not in HF_DTYPES:
-                raise CheckpointError(f"{self.folder}: {name} of shape {aside.shape} is tied to {own} of another shape.")
+                raise CheckpointError(f"{self.folder}: {name} of shape {aside.shape} is tied to {own} of another one.")
             row = self._first_difference(aside, kept)
             if row is not None:
                 free = name == family.tied and "tie_embeddings" in family.keys

@@ -204,9 +204,9 @@ def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple
         named = reader.meta.get("tokenizer")
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
-            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only where the data or the "
-            f"folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into {_home(reader)}; for a run to come, set "
-            "data.tokenizer."
+            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only where the data or "
+            f"the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into {_home(reader)}; for a run to come, "
+            "set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
 

@@ -45,8 +45,8 @@ def router_faults(model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
     moe = model.moe
     if moe.top_k != 1 or moe.num_experts < 2 or not moe.norm_topk_prob:
         return
-    sentence = "model.moe.top_k 1 with model.moe.norm_topk_prob true makes the weight of the one chosen expert 1, so the "
-    sentence += "router gets no gradient from the loss and never learns to choose."
+    sentence = "model.moe.top_k 1 with model.moe.norm_topk_prob true makes the weight of the one chosen expert 1, so "
+    sentence += "the router gets no gradient from the loss and never learns to choose."
     fixes: tuple[dict[str, Any], ...] = ({"model.moe.norm_topk_prob": False},)
     if moe.top_groups * (moe.num_experts // moe.num_groups) >= 2:
         fixes += ({"model.moe.top_k": 2},)

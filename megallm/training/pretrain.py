@@ -200,14 +200,17 @@ def keep_tokenizer(config: PretrainConfig) -> None:
                 "that its checkpoints belong to. Choose another run.dir, or remove that folder."
             )
         return
-    if spec is None or (spec == tokenizer.BYTES and config.model.hf is None):
+    if spec is None or (spec == tokenizer.BYTES and (config.model.hf is None or target.exists())):
         return
     with atomic_path(target) as temporary:
-        if spec != tokenizer.BYTES and not is_model_folder(Path(spec)):
-            keep(spec, temporary)
-        else:  # weights lie beside the tokenizer, whose files nobody vouches for
+        if spec == tokenizer.BYTES:  # of a folder that says more about texts than that
             temporary.mkdir()
-            copy_tokenizer(Path(config.model.hf if spec == tokenizer.BYTES else spec), temporary, spec != tokenizer.BYTES)
+            copy_tokenizer(Path(config.model.hf), temporary, definition=False)
+        elif is_model_folder(Path(spec)):  # weights lie beside it, and nobody vouches for its files
+            temporary.mkdir()
+            copy_tokenizer(Path(spec), temporary)
+        else:
+            keep(spec, temporary)
         if target.exists():  # what an import without a tokenizer said about texts
             for path in target.iterdir():
                 if path.is_file() and not (temporary / path.name).exists():

@@ -130,19 +130,19 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
     known = {prefix: car["tokenizer"]["fingerprint"] for prefix, car in side_cars.items() if car is not None}
     if not known:
         return (
-            "No metadata say which tokenizer made the sources, and data.tokenizer is not set: the checkpoints will have "
-            "none, so generate and chat will need --tokenizer."
+            "No metadata say which tokenizer made the sources, and data.tokenizer is not set: the checkpoints will "
+            "have none, so generate and chat will need --tokenizer."
         )
     prefix, made_by = next(iter(known.items()))
     bare = [each for each in side_cars if each not in known]
     if bare:
         raise DataError(
-            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made {bare[0]}: set data.tokenizer to "
-            "the tokenizer of both."
+            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made {bare[0]}: set data.tokenizer "
+            "to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess keeps it, holds none: set "
-        "data.tokenizer to its folder."
+        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess keeps it, holds none: "
+        "set data.tokenizer to its folder."
     )
 
 
@@ -164,8 +164,8 @@ def check_tokenizers(config: PretrainConfig) -> None:
             )
     if kept and wanted not in (None, known[first]):
         raise DataError(
-            f"{spec} holds the tokenizer {wanted}, but {first} was made with {known[first]}: set data.tokenizer to that "
-            "one, or preprocess again."
+            f"{spec} holds the tokenizer {wanted}, but {first} was made with {known[first]}: set data.tokenizer to "
+            "that one, or preprocess again."
         )
 
 

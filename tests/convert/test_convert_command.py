@@ -32,7 +32,7 @@ def test_it_prints_one_json_object(folder, tmp_path, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
         "output": str(tmp_path / "out"), "family": "llama", "dtype": "float32", "tensors": 24, "bytes": 4 * 27_168,
-        "notes": [f"{folder} has no tokenizer.json; the result has no tokenizer"],
+        "notes": [f"{folder} has no {FORMS}; the result has no tokenizer"],
     }  # fmt: skip
     assert "note: " in captured.err
     assert (tmp_path / "out/model.yaml").read_text().startswith("model:\n  family: llama\n  num_layers: 3\n")

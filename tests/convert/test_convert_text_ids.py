@@ -53,7 +53,10 @@ CASES = {
     "a list in config.json alone": ({"eos_token_id": [2, 7]}, None),
     "a list in each, that differ": ({"eos_token_id": [2, 7]}, {"eos_token_id": [9, 2], "temperature": 0.3}),
     "one, a list, a pad": ({"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 0}, {"eos_token_id": [6, 8]}),
-    "only generation_config.json": ({"bos_token_id": None, "eos_token_id": None}, {"bos_token_id": 3, "eos_token_id": 4}),
+    "only generation_config.json": (
+        {"bos_token_id": None, "eos_token_id": None},
+        {"bos_token_id": 3, "eos_token_id": 4},
+    ),
     "a pad of -1, as the first Llamas had": ({"pad_token_id": -1}, None),
 }
 

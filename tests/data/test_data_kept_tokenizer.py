@@ -199,7 +199,9 @@ def test_sentencepiece_in_a_folder_knows_its_settings(made, tmp_path):
     for text in ("In the beginning été 中文 😀", "the heaven", "a  b"):
         assert [1, *ours.encode(text)] == theirs.encode(text)
     talk = ours.encode("<s><|im_start|>the heaven<|im_end|>", special=True)
-    assert talk[:2] == [1, size + 1] and talk[-1] == size and ours.decode(talk[1:]) == "<|im_start|>the heaven<|im_end|>"
+    assert (
+        talk[:2] == [1, size + 1] and talk[-1] == size and ours.decode(talk[1:]) == "<|im_start|>the heaven<|im_end|>"
+    )
     assert size not in ours.encode("a<|im_end|>")
     del config["add_bos_token"]  # then as the class documents it: a Llama's text begins with <s>
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

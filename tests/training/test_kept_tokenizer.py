@@ -81,8 +81,8 @@ def test_a_megatron_script_without_a_tokenizer_gets_that_of_its_data(data):
 
 def small(path: Path, **data) -> str:
     write_config(
-        path, "d_text_document", data=data, train={"steps": 1, "global_batch": 1}, checkpoint={"every": 1}, optim={"warmup_steps": 0},
-        model={"vocab_size": 300, "num_layers": 1},
+        path, "d_text_document", data=data, train={"steps": 1, "global_batch": 1}, checkpoint={"every": 1},
+        optim={"warmup_steps": 0}, model={"vocab_size": 300, "num_layers": 1},
     )  # fmt: skip
     return str(path)
 

@@ -91,7 +91,7 @@ def test_upcycling_refuses_it_too():
         ({"model.max_positions": 16}, "data.seq_len 32 is greater than model.max_positions 16"),
         ({"data.seq_len": 8192}, "data.seq_len 8192 is greater than model.max_positions 4096"),
         ({"model.family": "gpt2", "model.max_positions": 16}, "one learned vector per position"),
-        ({"model.max_positions": 16, "model.rope_scaling": "linear", "model.rope_factor": 2.0}, "model.max_positions=32"),
+        ({"model.max_positions": 16, "model.rope_scaling": "linear", "model.rope_factor": 2.0}, ".max_positions=32"),
         ({"data.segments": (SegmentConfig(until_tokens=500), SegmentConfig(seq_len=8192))},
          "data.segments[1].seq_len 8192 is greater than model.max_positions 4096"),
     ],
