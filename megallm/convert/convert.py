@@ -53,6 +53,7 @@ from megallm.convert.weights import (
     is_state,
     stored_model,
 )
+from megallm.data import tokenizer
 from megallm.data.tokenizer import BYTES
 from megallm.data.tokenizer_folder import FORMS, TOKEN_IDS, keep
 from megallm.models.config import ModelConfig
@@ -210,6 +211,8 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
     """Copy or make the tokenizer's files; notes, and the ids that begin, end and fill a text."""
     spec, kept = tokenizer_files.find_tokenizer(step, meta), tokenizer_files.kept_folder(step)
+    if spec is not None:
+        tokenizer_files.check_words(meta, spec, tokenizer.load(spec))
     if spec not in (None, BYTES):
         source = Path(spec)
         tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else keep(spec, folder)

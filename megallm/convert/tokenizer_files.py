@@ -50,14 +50,14 @@ def tokenizer_spec(folder: Path) -> str | None:
 
 
 def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[str]:
-    """Copy the files about texts that `source` has into the existing folder `target`; their names.
+    """Copy the files about texts that `source` has and the existing folder `target` has not; their names.
 
     What config.json says about texts, their ids, becomes `token_ids.json`. Without `definition` the tokenizer itself
     stays behind. Errors: CheckpointError for links that leave the folder or files that are too large, CannotWrite.
     """
     copied, told = [], os.path.lexists(source / CONFIG)
     for name in FILES if definition else _ABOUT:
-        if os.path.lexists(source / name) and not (told and name == TOKEN_IDS):
+        if os.path.lexists(source / name) and not (target / name).exists() and not (told and name == TOKEN_IDS):
             _copy(plain_file(source, name), target / name)
             copied.append(name)
     templates = more_templates(source)
@@ -68,7 +68,7 @@ def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[
             (target / MORE_TEMPLATES).mkdir(exist_ok=True)
         _copy(plain_file(path.parent, path.name), target / MORE_TEMPLATES / path.name)
         copied.append(f"{MORE_TEMPLATES}/{path.name}")
-    if told:
+    if told and not (target / TOKEN_IDS).exists():
         atomic_write_json(target / TOKEN_IDS, _said(source))
         copied.append(TOKEN_IDS)
     return copied
@@ -210,6 +210,19 @@ def kept_folder(step: Path) -> Path | None:
     """The folder of a run that holds what belongs to its texts; None when there is none."""
     kept = step.parent.parent / TOKENIZER
     return kept if kept.is_dir() else None
+
+
+def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
+    """Refuse, for a checkpoint with this meta, another tokenizer than the one it was trained with.
+
+    A folder may have been changed since, or a path that was written down may lead elsewhere now. Errors: DataError.
+    """
+    trained = meta.get("words") if isinstance(meta, dict) else None
+    if trained is not None and words.fingerprint != trained:
+        raise DataError(
+            f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with {trained}: its ids mean "
+            "other texts. Put the one of data.tokenizer back."
+        )
 
 
 def find_tokenizer(step: Path, meta: Any) -> str | None:

@@ -23,8 +23,9 @@ from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.tools import resolve
 from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
-from megallm.convert.tokenizer_files import find_tokenizer, keep_beside, kept_folder
+from megallm.convert.tokenizer_files import check_words, find_tokenizer, keep_beside, kept_folder
 from megallm.convert.weights import Cast, Source, stored_model, whole_stage
+from megallm.data import tokenizer
 from megallm.data.tokenizer import BYTES
 from megallm.models.build import initial_values
 from megallm.models.config import ModelConfig
@@ -93,6 +94,8 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
         lazy = [Lazy(source, name, *source.info(name)) for name in source.names()]
         spec = find_tokenizer(step, reader.meta)
         meta = imported_meta(model, dtype, spec if spec == BYTES else None)
+        if spec is not None:
+            check_words(reader.meta, spec, tokenizer.load(spec))
         kept = kept_folder(step) if spec in (None, BYTES) else Path(spec)
         if kept is not None:
             keep_beside(kept, folder, spec)

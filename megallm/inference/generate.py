@@ -114,6 +114,8 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
     with open_model(request.model) as reader:
         spec, folder = find_tokenizer(reader, request.tokenizer)
         words = tokenizer.load(spec)
+        if request.tokenizer is None:
+            tokenizer_files.check_words(reader.meta, spec, words)
         config = model_config(reader)
         _check_model(config.model, mesh.tp.size)
         source: Any = reader

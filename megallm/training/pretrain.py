@@ -16,7 +16,7 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.folder import is_model_folder
-from megallm.convert.tokenizer_files import copy_tokenizer
+from megallm.convert.tokenizer_files import copy_tokenizer, tokenizer_spec
 from megallm.convert.weights import stored_model
 from megallm.data import meta, samplelog, tokenizer
 from megallm.data.batches import Reader, Share
@@ -37,6 +37,7 @@ from megallm.training.reading import (
     need_tokenizer,
     open_reader,
     tokenizer_of,
+    words_of,
 )
 from megallm.training.recorder import Recorder
 from megallm.training.signals import listening
@@ -200,17 +201,20 @@ def keep_tokenizer(config: PretrainConfig) -> None:
                 "that its checkpoints belong to. Choose another run.dir, or remove that folder."
             )
         return
-    if spec is None or (spec == tokenizer.BYTES and (config.model.hf is None or target.exists())):
+    folder = None if config.model.hf is None else Path(config.model.hf)
+    more = folder is not None and tokenizer_spec(folder) in (None, tokenizer.BYTES)  # it only says which ids end a text
+    if spec in (None, tokenizer.BYTES) and (not more or target.exists()):
         return
     with atomic_path(target) as temporary:
-        if spec == tokenizer.BYTES:  # of a folder that says more about texts than that
+        if spec in (None, tokenizer.BYTES):
             temporary.mkdir()
-            copy_tokenizer(Path(config.model.hf), temporary, definition=False)
         elif is_model_folder(Path(spec)):  # weights lie beside it, and nobody vouches for its files
             temporary.mkdir()
             copy_tokenizer(Path(spec), temporary)
         else:
             keep(spec, temporary)
+        if more:
+            copy_tokenizer(folder, temporary, definition=False)
         if target.exists():  # what an import without a tokenizer said about texts
             for path in target.iterdir():
                 if path.is_file() and not (temporary / path.name).exists():
@@ -225,7 +229,7 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
     """What a checkpoint remembers of the configuration, to refuse a run that is not the same run.
 
     In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read. `framed`,
-    that the tokenizer's template stands around documents, is for generation.
+    that the tokenizer's template stands around documents, and `words`, its fingerprint, are for generation.
     """
     data, train = config.data, config.train
     reading = {"order": data.order, "split": data.split, "seed": data.seed}
@@ -245,6 +249,7 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         "precision": train.precision,
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
+        "words": words_of(config),
         "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.sources),
         "data": reading,
     }
@@ -308,6 +313,6 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any], path: tuple[str,
         old = saved.get(key)
         if isinstance(new, dict) and isinstance(old, dict) and key not in ("sources", "files"):
             found += _differences(old, new, (*path, key))
-        elif old != new and key not in ("tokenizer", "framed"):
+        elif old != new and key not in ("tokenizer", "framed", "words"):
             found.append(((*path, key), old, new))
     return found

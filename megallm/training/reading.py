@@ -119,6 +119,13 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     return next(filter(None, map(meta.kept_tokenizer, config.data.sources)), None)
 
 
+def words_of(config: PretrainConfig) -> str | None:
+    """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
+    made_by = [car["tokenizer"]["fingerprint"] for car in map(meta.read, config.data.sources) if car is not None]
+    spec = tokenizer_of(config)
+    return made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint
+
+
 def need_tokenizer(config: PretrainConfig) -> str | None:
     """A sentence to warn with when nothing says which tokenizer made the sources; None when it is known.
 

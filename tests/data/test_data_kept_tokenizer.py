@@ -79,6 +79,17 @@ def test_every_form_is_kept_and_read_again(made, tmp_path, form):
     assert first == [*again.encode("In the beginning\n"), again.eod]
 
 
+@pytest.mark.parametrize("form", ["folder", "pair", "sentencepiece folder"])
+def test_the_fast_way_gives_the_same_ids(made, tmp_path, monkeypatch, form):
+    """Or is not taken: gigatoken reads a tokenizer.json only."""
+    for folder, least in (("slow", 1 << 40), ("fast", 0)):
+        monkeypatch.setattr("megallm.data.preprocess._FAST_FROM_BYTES", least)
+        (tmp_path / folder).mkdir()
+        preprocess(tmp_path / folder, made[form], text=HARD)
+    slow, fast = ((tmp_path / folder / "d_text_document.bin").read_bytes() for folder in ("slow", "fast"))
+    assert slow == fast
+
+
 def test_bytes_keep_nothing_and_an_older_tokenizer_goes(made, tmp_path):
     prefix = preprocess(tmp_path, made["folder"])
     assert kept_at(prefix).is_dir()

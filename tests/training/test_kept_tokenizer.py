@@ -13,15 +13,18 @@ from megallm.base.errors import DataError, UsageError
 from megallm.cli.config import load_and_check
 from megallm.convert.convert import ConvertRequest
 from megallm.convert.convert import run as convert
+from megallm.convert.tokenizer_files import write_byte_tokenizer
 from megallm.data import indexed, tokenizer
 from megallm.data.preprocess import PreprocessConfig
 from megallm.data.preprocess import run as preprocess
 from megallm.inference import generate
 from megallm.inference.request import GenerateRequest
+from megallm.inference.template import find_template
 from megallm.parallel.mesh import Mesh
 from megallm.training import pretrain, reading
 from megallm.training.config import PretrainConfig
 from megallm.training.from_megatron import to_yaml, translate
+from tests.convert.tiny import case, make
 from tests.system.commands import write_config
 
 TEXT = "In the beginning God created the heaven and the earth. "
@@ -66,7 +69,18 @@ def test_a_megatron_script_without_a_tokenizer_gets_that_of_its_data(data):
     assert continued("run") == own.encode("In the beginning") != tokenizer.load("bytes").encode("In the beginning")
     convert(ConvertRequest("hf", "run", "hf"))
     assert continued("hf") == own.encode("In the beginning")
-    shutil.rmtree("run/tokenizer")  # what stays is the path of the data's copy
+    for place in ("run/tokenizer", "d_text_document.tokenizer"):  # the name leads to another one now
+        shutil.move(place, "away")
+        tokenizer.train_bpe(["a.jsonl"], 280, place)
+        with pytest.raises(DataError, match=f"{place} is the tokenizer hf-.* trained with hf-"):
+            continued("run")
+        with pytest.raises(DataError, match=f"{place} is the tokenizer hf-.* trained with hf-"):
+            convert(ConvertRequest("hf", "run", "hf2"))
+        shutil.rmtree(place)
+        if place != "run/tokenizer":
+            shutil.move("away", place)
+        shutil.rmtree("away", ignore_errors=True)
+    shutil.rmtree("run/tokenizer", ignore_errors=True)  # what stays is the path of the data's copy
     assert continued("run") == own.encode("In the beginning")
     shutil.rmtree("d_text_document.tokenizer")
     with pytest.raises(DataError, match=r"data.tokenizer was d_text_document.tokenizer, which is not there any more"):
@@ -145,3 +159,30 @@ def test_a_sentencepiece_file_is_not_kept_as_json(data):
     assert tokenizer.load("run/tokenizer").fingerprint == tokenizer.load("pieces.model").fingerprint
     with pytest.raises(UsageError, match="another tokenizer"):
         pretrain.keep_tokenizer(load_and_check("c.yaml", ["data.tokenizer=elsewhere"], 1))
+
+
+@pytest.mark.parametrize("form", [None, "bytes", "bpe"])
+def test_what_a_folder_says_about_texts_survives_training_from_it(data, form):
+    """A.2: eos ids of config.json and a chat template, whether the folder has a tokenizer or not."""
+    make(Path("hf"), case("x", "LlamaConfig", vocab_size=300))
+    Path("hf/generation_config.json").unlink()
+    content = json.loads(Path("hf/config.json").read_text()) | {"eos_token_id": [2, 7]}
+    Path("hf/config.json").write_text(json.dumps(content))
+    Path("hf/chat_template.jinja").write_text("{{ messages }}")
+    prefix, own = "d_text_document", tokenizer.load("elsewhere")
+    if form == "bytes":
+        write_byte_tokenizer(Path("hf"))
+        preprocess(PreprocessConfig(("a.jsonl",), "b", "bytes"))
+        prefix, own = "b_text_document", tokenizer.load("bytes")
+    elif form is not None:
+        shutil.copytree("elsewhere", "hf", dirs_exist_ok=True)
+    config = {"model": {"hf": "hf"}, "data": {"sources": {prefix: 1}, "seq_len": 16, "split": "100,0,0"},
+              "train": {"steps": 1, "global_batch": 1}, "eval": {"batches": 0, "every": 0}, "run": {"dir": "run"},
+              "optim": {"warmup_steps": 0}, "log": {"plot": False}, "checkpoint": {"every": 1}}  # fmt: skip
+    Path("c.yaml").write_text(json.dumps(config))
+    trained("c.yaml")
+    loaded = generate.load(GenerateRequest("run", ("x",)), Mesh.single())
+    assert loaded.words.fingerprint == own.fingerprint and loaded.ends == {2, 7, own.eod}
+    assert find_template(loaded.folder).source == "{{ messages }}"
+    convert(ConvertRequest("hf", "run", "back"))
+    assert json.loads(Path("back/config.json").read_text())["eos_token_id"] == [2, 7]
