@@ -104,7 +104,7 @@ def config_ids(folder: Path) -> dict[str, Any]:
 def end_ids(folder: Path) -> list[int]:
     """`eos_token_id` as transformers takes it: of generation_config.json, else of config.json; empty without any."""
     value = read_json(folder / GENERATION).get("eos_token_id") if os.path.lexists(folder / GENERATION) else None
-    value = config_ids(folder).get("eos_token_id") if value is None else value
+    value = config_ids(folder).get("eos_token_id") if value in (None, []) else value
     return [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
 
 

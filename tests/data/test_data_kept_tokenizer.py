@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from megallm.base.errors import DataError
 from megallm.data import indexed, meta, surgery, tokenizer
+from megallm.data.partial import sweep
 from megallm.data.preprocess import PreprocessConfig, run
 from megallm.data.tokenizer_folder import kept_at
 
@@ -138,6 +140,16 @@ def test_a_killed_publication_is_finished_with_the_tokenizer(made, tmp_path, mon
     prefix = str(tmp_path / "d_text_document")
     assert tokenizer.load(meta.kept_tokenizer(prefix)).fingerprint == tokenizer.load(made["folder"]).fingerprint
     assert not (tmp_path / "d.partial").exists()
+
+
+def test_what_a_killed_merge_left_is_swept(tmp_path):
+    """The folder too, once its process is gone and an hour has passed; other folders stay."""
+    for name in ("d.tokenizer.tmp-999999999-ab", "d.bin.tmp-999999999-ab", "d.other.tmp-999999999-ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+        os.utime(tmp_path / name, (0, 0))
+    assert sweep(str(tmp_path / "d")) == ["d.tokenizer.tmp-999999999-ab"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # vocab.json and merges.txt, sentencepiece: the ids that transformers gives.
