@@ -30,6 +30,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layout", default="", metavar="tp=2,pp=2", help="layout to run at, whatever wrote the model")
     parser.add_argument(
+        "--tokenizer", metavar="DIR|bytes", help="tokenizer of the model (default: the one that it came with)"
+    )
+    parser.add_argument(
         "--precision", choices=PRECISIONS, help="compute in this precision (default: the one the weights have)"
     )
 
@@ -60,6 +63,7 @@ def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
         stop=tuple(args.stop),
         seed=args.seed,
         precision=args.precision,
+        tokenizer=args.tokenizer,
         **more,
     )
     request.check()

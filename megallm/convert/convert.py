@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from glob import escape
 from math import prod
 from pathlib import Path
@@ -37,6 +38,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files, verify
+from megallm.convert.finite import check_finite
 from megallm.convert.folder import INDEX, SINGLE, is_model_folder
 from megallm.convert.hf_config import CONFIG, family_of, write_config
 from megallm.convert.rules import Bridge
@@ -52,7 +54,9 @@ from megallm.convert.weights import (
     is_state,
     stored_model,
 )
+from megallm.data import tokenizer
 from megallm.data.tokenizer import BYTES
+from megallm.data.tokenizer_folder import FORMS, TOKEN_IDS, keep
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
@@ -147,7 +151,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
         source = Cast(reader)
         nbytes = write_weights(folder, bridge, source, dtype, request.max_shard_bytes)
-        notes, ids = _write_tokenizer(folder, tokenizer_files.find_tokenizer(step, reader.meta))
+        notes, ids = _write_tokenizer(folder, step, reader.meta)
         atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
         tokenizer_files.write_generation_config(folder, ids)
         result = _result(request, family.name, dtype, len(bridge.theirs), nbytes, notes)
@@ -175,6 +179,7 @@ def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dty
                 for box in split_box(Box((0,) * len(full), full), dtypes[name].itemsize, MAX_PIECE_BYTES):
                     block = torch.empty(box.shape, dtype=dtypes[name])
                     fill_theirs(bridge, source, name, box, block)
+                    check_finite(block, name, box.offset, partial(_their_number, bridge, source, name))
                     out.write(raw(block))
                     del block  # before the next one is made
         weight_map |= dict.fromkeys(names, file)
@@ -182,6 +187,13 @@ def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dty
     if len(shards) > 1:
         atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return total
+
+
+def _their_number(bridge: Bridge, source: Source, name: str, place: tuple[int, ...]) -> float:
+    """One number of their tensor `name` in float64."""
+    found = torch.empty((1,) * len(place), dtype=torch.float64)
+    fill_theirs(bridge, source, name, Box(place, (1,) * len(place)), found)
+    return float(found)
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -197,22 +209,29 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_tokenizer(folder: Path, spec: str | None) -> tuple[list[str], dict[str, int | None]]:
-    """Copy or make the tokenizer's files; notes, and the ids that begin and end a text."""
-    if spec is None:
-        return ["no tokenizer is known for this checkpoint; add one to the folder"], {}
+def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
+    """Copy or make the tokenizer's files; notes, and the ids that begin, end and fill a text."""
+    spec, kept = tokenizer_files.find_tokenizer(step, meta), tokenizer_files.kept_folder(step)
+    if spec is not None:
+        tokenizer_files.check_words(meta, spec, tokenizer.load(spec))
+    if spec not in (None, BYTES):
+        source = Path(spec)
+        tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else keep(spec, folder)
+    elif kept is not None:
+        tokenizer_files.copy_tokenizer(kept, folder, definition=False)
     if spec == BYTES:
         tokenizer_files.write_byte_tokenizer(folder)
-    else:
-        tokenizer_files.copy_tokenizer(Path(spec), folder)
-    return [], tokenizer_files.token_ids(folder)
+    ids = tokenizer_files.token_ids(folder)
+    (folder / TOKEN_IDS).unlink(missing_ok=True)  # config.json says it from here on
+    return [] if spec is not None else ["no tokenizer is known for this checkpoint; add one to the folder"], ids
 
 
 # To megallm.
 
 
 class Lazy:
-    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it is asked for."""
+    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it is asked for, and
+    refused unless all of it is finite."""
 
     def __init__(self, source: Source, name: str, full: tuple[int, ...], dtype: torch.dtype) -> None:
         self.source, self.name, self.shape, self.dtype = source, name, full, dtype
@@ -221,8 +240,16 @@ class Lazy:
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
         """The box that `slices` (with begin and end) cut out."""
         block = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
-        self.source.read_into(self.name, tuple(s.start for s in slices), block)
+        offset = tuple(s.start for s in slices)
+        self.source.read_into(self.name, offset, block)
+        check_finite(block, self.name, offset, self._number)
         return block
+
+    def _number(self, place: tuple[int, ...]) -> float:
+        """One number as the source has it."""
+        found = torch.empty((1,) * len(place), dtype=torch.float64)
+        self.source.read_into(self.name, place, found)
+        return float(found)
 
 
 def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
@@ -242,12 +269,9 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         spec = tokenizer_files.tokenizer_spec(reader.folder)
         meta = imported_meta(reader.model, dtype, spec if spec == BYTES else None)
         notes = list(reader.notes)
-        if spec not in (None, BYTES):
-            with writing(folder):
-                (folder / "tokenizer").mkdir()
-            tokenizer_files.copy_tokenizer(reader.folder, folder / "tokenizer")
+        tokenizer_files.keep_beside(reader.folder, folder, spec)
         if spec is None:
-            notes.append(f"{reader.folder} has no {tokenizer_files.DEFINITION}; the result has no tokenizer")
+            notes.append(f"{reader.folder} has no {FORMS}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
         nbytes = sum(prod(part.shape) * part.itemsize for part in lazy)

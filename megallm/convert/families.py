@@ -151,6 +151,7 @@ class Family:
     buffers: str = r".*\.rotary_emb\.inv_freq"
     head: str = "lm"
     tied: str = "lm_head.weight"  # their name of the head's matrix when it is the embedding
+    repeats: Mapping[str, str] = field(default_factory=dict)  # further tensors that must equal another one of theirs
     classifier: str | None = None
     score: tuple[Rule, ...] = (rule("score.weight", "head.weight"),)
     pooler: bool = False  # before the classifier
@@ -399,7 +400,8 @@ FAMILIES: dict[str, Family] = {
                   "moe.num_experts": 0},
         {"position_embedding_type": ("absolute",), "is_decoder": (False,), "tie_word_embeddings": (True,)},
         r".*\.position_ids|cls\.predictions\.decoder\.bias",
-        head="mlm", tied="cls.predictions.decoder.weight", classifier="BertForSequenceClassification",
+        head="mlm", tied="cls.predictions.decoder.weight",
+        repeats={"cls.predictions.decoder.bias": "cls.predictions.bias"}, classifier="BertForSequenceClassification",
         score=BERT_CLASSIFIER, pooler=True, body="BertModel", also=("BertForPreTraining",),
         aside=r"cls\.seq_relationship\..*|bert\.pooler\..*",
         spellings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),

@@ -3,48 +3,109 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import CannotWrite, CheckpointError
+from megallm.base.errors import CannotWrite, CheckpointError, DataError
 from megallm.base.files import atomic_write_json, writing
 from megallm.convert.folder import plain_file, read_json
+from megallm.data import tokenizer
 from megallm.data.tokenizer import BYTES, END_OF_TEXT
+from megallm.data.tokenizer_folder import (
+    CONFIG,
+    DEFINITION,
+    FILES,
+    GENERATION,
+    ID_KEYS,
+    MORE_TEMPLATES,
+    SETTINGS,
+    SPECIALS,
+    TOKEN_IDS,
+    form_of,
+    more_templates,
+    said_of_texts,
+)
 
-DEFINITION, SETTINGS, SPECIALS, GENERATION = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-)  # fmt: skip
-FILES = (
-    DEFINITION, SETTINGS, SPECIALS, GENERATION, "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model",
-    "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+TOKENIZER = "tokenizer"  # the folder of it in a run folder
 MAX_BYTES = 64 * 2**20  # the largest tokenizer.json known has 33 MB
+MAX_TEMPLATES = 100
 _BLOCK = 1 << 20
+
+Ids = Mapping[str, Any]  # bos_token_id, eos_token_id, pad_token_id: a number, a list of them, or None
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer that megallm reads."""
-    return (folder / DEFINITION).is_file()
+    """Whether the folder holds a tokenizer in a form that megallm reads."""
+    return form_of(folder) is not None
 
 
 def tokenizer_spec(folder: Path) -> str | None:
     """What `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one, None without any."""
-    if not has_tokenizer(folder):
+    form = form_of(folder)
+    if form is None:
         return None
-    return BYTES if _is_byte_tokenizer(_definition(folder)) else str(folder)
+    return BYTES if form.name == DEFINITION and _is_byte_tokenizer(_definition(folder)) else str(folder)
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the files of `FILES` that `source` has into the existing folder `target`; their names.
+def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[str]:
+    """Copy the files about texts that `source` has and the existing folder `target` has not; their names.
 
-    Errors: CheckpointError for links that leave the folder or files that are too large, CannotWrite.
+    What config.json says about texts, their ids, becomes `token_ids.json`. Without `definition` the tokenizer itself
+    stays behind. Errors: CheckpointError for links that leave the folder or files that are too large, CannotWrite.
     """
-    copied = []
-    for name in FILES:
-        if os.path.lexists(source / name):
+    copied, told = [], os.path.lexists(source / CONFIG)
+    for name in FILES if definition else _ABOUT:
+        if os.path.lexists(source / name) and not (target / name).exists() and not (told and name == TOKEN_IDS):
             _copy(plain_file(source, name), target / name)
             copied.append(name)
+    templates = more_templates(source)
+    if len(templates) > MAX_TEMPLATES:
+        raise CheckpointError(f"{source / MORE_TEMPLATES} has more than {MAX_TEMPLATES} templates; no model has.")
+    for path in templates:
+        with writing(target):
+            (target / MORE_TEMPLATES).mkdir(exist_ok=True)
+        _copy(plain_file(path.parent, path.name), target / MORE_TEMPLATES / path.name)
+        copied.append(f"{MORE_TEMPLATES}/{path.name}")
+    if told and not (target / TOKEN_IDS).exists():
+        atomic_write_json(target / TOKEN_IDS, _said(source))
+        copied.append(TOKEN_IDS)
     return copied
+
+
+_ABOUT = (SETTINGS, SPECIALS, GENERATION, TOKEN_IDS, "chat_template.jinja", "chat_template.json")
+
+
+def keep_beside(source: Path, folder: Path, spec: str | None) -> None:
+    """Put into the run folder `folder` what `source` says about texts: its tokenizer (but `bytes`), templates, ids."""
+    with writing(folder):
+        (folder / TOKENIZER).mkdir()
+    copy_tokenizer(source, folder / TOKENIZER, definition=spec != BYTES)
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    try:
+        return said_of_texts(read_json(folder / CONFIG))
+    except DataError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def config_ids(folder: Path) -> dict[str, Any]:
+    """The ids of texts that a model's config.json has, or had where only `token_ids.json` is left of it."""
+    said: dict[str, Any] = {}
+    if os.path.lexists(folder / CONFIG):
+        said = _said(folder)
+    elif os.path.lexists(folder / TOKEN_IDS):
+        said = read_json(folder / TOKEN_IDS)
+    return {key: said[key] for key in ID_KEYS if key in said}
+
+
+def end_ids(folder: Path) -> list[int]:
+    """`eos_token_id` as transformers takes it: of generation_config.json, else of config.json; empty without any."""
+    value = read_json(folder / GENERATION).get("eos_token_id") if os.path.lexists(folder / GENERATION) else None
+    value = config_ids(folder).get("eos_token_id") if value in (None, []) else value
+    return [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -73,8 +134,9 @@ def write_byte_tokenizer(target: Path) -> list[str]:
         raise CannotWrite(f"Cannot write {target / DEFINITION}: {error}.") from error
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": None,
                 "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
-    atomic_write_json(target / SETTINGS, settings)
-    atomic_write_json(target / SPECIALS, {"eos_token": END_OF_TEXT})
+    for name, content in ((SETTINGS, settings), (SPECIALS, {"eos_token": END_OF_TEXT})):
+        if not (target / name).exists():  # kept from where the model came from
+            atomic_write_json(target / name, content)
     return [DEFINITION, SETTINGS, SPECIALS]
 
 
@@ -96,19 +158,29 @@ def _byte_vocabulary() -> dict[str, int]:
     return {chr(byte if byte in printable else 256 + hidden.index(byte)): byte for byte in range(256)}
 
 
-def token_ids(folder: Path) -> dict[str, int | None]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id` as the tokenizer's settings name them, or None."""
+def token_ids(folder: Path) -> dict[str, Any]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else as the tokenizer's
+    settings name them, else None."""
+    found = dict.fromkeys(ID_KEYS) | config_ids(folder)
     settings: dict[str, Any] = {}
     for name in (SPECIALS, SETTINGS):
         if os.path.lexists(folder / name):
             settings |= {key: value for key, value in read_json(folder / name).items() if value is not None}
-    definition = _definition(folder)
-    ids = dict(_vocabulary(definition))
-    found: dict[str, int | None] = {}
-    for kind in ("bos", "eos", "pad"):
-        token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found[f"{kind}_token_id"] = ids.get(token) if isinstance(token, str) else None
+    missing = [key for key in ID_KEYS if found[key] is None]
+    named = {key: settings.get(key.removesuffix("_id")) for key in missing}
+    named = {key: token.get("content") if isinstance(token, dict) else token for key, token in named.items()}
+    named = {key: token for key, token in named.items() if isinstance(token, str)}
+    form = form_of(folder)
+    if form is not None and form.name == DEFINITION:
+        ids = dict(_vocabulary(_definition(folder)))
+        return found | {key: ids.get(token) for key, token in named.items()}
+    if form is None or not {"bos_token_id", "eos_token_id"} & {*missing}:
+        return found
+    words = tokenizer.load(str(folder))
+    found |= {key: words.token_id(token) for key, token in named.items()}
+    if found["eos_token_id"] is None:
+        with suppress(DataError):  # a tokenizer may have no end of texts
+            found["eos_token_id"] = words.eod
     return found
 
 
@@ -127,19 +199,39 @@ def _vocabulary(definition: dict[str, Any]) -> list[tuple[str, int]]:
     return [(token, number) for token, number in pairs if isinstance(token, str) and isinstance(number, int)]
 
 
-def write_generation_config(target: Path, ids: dict[str, int | None]) -> None:
+def write_generation_config(target: Path, ids: Ids) -> None:
     """generation_config.json with the ids that end and begin a text, unless one was copied."""
     if not (target / GENERATION).exists():
         known = {key: number for key, number in ids.items() if number is not None}
         atomic_write_json(target / GENERATION, {"_from_model_config": True} | known)
 
 
+def kept_folder(step: Path) -> Path | None:
+    """The folder of a run that holds what belongs to its texts; None when there is none."""
+    kept = step.parent.parent / TOKENIZER
+    return kept if kept.is_dir() else None
+
+
+def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
+    """Refuse, for a checkpoint with this meta, another tokenizer than the one it was trained with.
+
+    A folder may have been changed since, or a path that was written down may lead elsewhere now. Errors: DataError.
+    """
+    trained = meta.get("words") if isinstance(meta, dict) else None
+    if trained is not None and words.fingerprint != trained:
+        raise DataError(
+            f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with {trained}: its ids mean "
+            "other texts. Put the one of data.tokenizer back."
+        )
+
+
 def find_tokenizer(step: Path, meta: Any) -> str | None:
-    """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured; `bytes`; or None."""
-    kept = step.parent.parent / "tokenizer"
-    if has_tokenizer(kept):
+    """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured; `bytes` only where its
+    meta says so; or None."""
+    kept = kept_folder(step)
+    if kept is not None and has_tokenizer(kept):
         return str(kept)
     named = meta.get("tokenizer") if isinstance(meta, dict) else None
-    if named == BYTES or (isinstance(named, str) and has_tokenizer(Path(named))):
+    if named == BYTES or (isinstance(named, str) and (has_tokenizer(Path(named)) or Path(named).is_file())):
         return named
     return None

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.base.files import atomic_write_text, writing
+from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
-from megallm.convert.tokenizer_files import copy_tokenizer, find_tokenizer
+from megallm.convert.tokenizer_files import check_words, find_tokenizer, keep_beside, kept_folder
 from megallm.convert.weights import Cast, Source, stored_model, whole_stage
+from megallm.data import tokenizer
 from megallm.data.tokenizer import BYTES
 from megallm.models.build import initial_values
 from megallm.models.config import ModelConfig
@@ -94,10 +95,11 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
         lazy = [Lazy(source, name, *source.info(name)) for name in source.names()]
         spec = find_tokenizer(step, reader.meta)
         meta = imported_meta(model, dtype, spec if spec == BYTES else None)
-        if spec not in (None, BYTES):
-            with writing(folder):
-                (folder / "tokenizer").mkdir()
-            copy_tokenizer(Path(spec), folder / "tokenizer")
+        if spec is not None:
+            check_words(reader.meta, spec, tokenizer.load(spec))
+        kept = kept_folder(step) if spec in (None, BYTES) else Path(spec)
+        if kept is not None:
+            keep_beside(kept, folder, spec)
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(model))
@@ -118,6 +120,11 @@ def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
         )
     if request.experts < 1:
         raise UsageError(f"--experts is {request.experts}; it must be at least 1.")
+    if request.top_k == 1 < request.experts:
+        raise UsageError(
+            "--top-k 1: the weight of the one chosen expert is scaled to 1, so that the model computes what the dense "
+            "one did, and then the router gets no gradient and never learns to choose. Nearest valid: --top-k 2."
+        )
     moe = MoeConfig(
         num_experts=request.experts, top_k=request.top_k, first_dense=request.first_dense, every=request.every,
         ffn_hidden_size=dense.ffn_hidden_size,

@@ -117,6 +117,7 @@ class HfReader:
         needed = {name: full for name, full in self.bridge.theirs.items() if name not in self.bridge.copies}
         match_shapes(self.folder, self.entries, needed | {n: self.bridge.theirs[n] for n in self.entries})
         self._files: dict[Path, int] = {}
+        self._check_repeats(named, family)
         self.check_copies(sample=True)
 
     def _own(self, named: dict[str, Entry], family: Family) -> dict[str, Entry]:
@@ -124,8 +125,7 @@ class HfReader:
         extra = [name for name in named if name not in self.bridge.theirs and not re.fullmatch(family.buffers, name)]
         if self.model.tie_embeddings and family.tied in extra:
             extra.remove(family.tied)
-            self.notes += (f"{family.tied} is left aside: config.json ties it to the embedding.",)
-            self._check_tie(named[family.tied], family.tied)
+            self.notes += (f"{family.tied} is left aside: config.json ties it to the embedding, which it equals.",)
         heads = {each.theirs for head in ("lm", "mlm", "value") for each in family.rules_of(head) if each.of_head}
         unused = tuple(f"{family.prefix}layers.{n}." for n in range(self.model.num_blocks, self.blocks))
         aside = [
@@ -150,22 +150,60 @@ class HfReader:
 
     def _named(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
         """The tensors as the rules call them: old spellings made new, and with the prefix that bare bodies lack."""
-        named = {}
-        for name, entry in found.items():
+        named: dict[str, tuple[str, Entry]] = {}
+        bare = not any(name.startswith(family.prefix) for name in found)
+        for stored, entry in found.items():
+            name = stored
             for old, new in family.spellings:
                 name = name.replace(old, new)
-            named[name] = entry
-        if self.model.head == "none":
-            return {name.removeprefix(family.prefix): entry for name, entry in named.items()}
-        if any(name.startswith(family.prefix) for name in named):
-            return named
-        return {name if name == family.tied else family.prefix + name: entry for name, entry in named.items()}
+            if self.model.head == "none":
+                name = name.removeprefix(family.prefix)
+            elif bare and name != family.tied:
+                name = family.prefix + name
+            if name in named:
+                raise CheckpointError(
+                    f"{self.folder} holds one tensor under two names, {named[name][0]} and {stored}: take one away."
+                )
+            named[name] = stored, entry
+        return {name: entry for name, (_, entry) in named.items()}
 
-    def _check_tie(self, head: Entry, name: str) -> None:
-        """A stored matrix of the head beside tied embeddings must at least have their shape."""
-        (embedding,) = self.bridge.by_ours["embedding.weight"]
-        if head.shape != self.bridge.theirs[embedding.theirs]:
-            raise CheckpointError(f"{self.folder}: {name} of shape {head.shape} is tied to another shape.")
+    def _check_repeats(self, named: Mapping[str, Entry], family: Family) -> None:
+        """What is left aside because another tensor stands for it must equal that one. Errors: CheckpointError."""
+        repeats = dict(family.repeats)
+        if self.model.tie_embeddings:
+            repeats[family.tied] = self.bridge.by_ours["embedding.weight"][0].theirs
+        for name, own in repeats.items():
+            if name not in named or own not in self.entries:
+                continue
+            aside, kept = named[name], self.entries[own]
+            if aside.shape != kept.shape or aside.dtype not in HF_DTYPES:
+                raise CheckpointError(f"{self.folder}: {name} of shape {aside.shape} is tied to {own} of another one.")
+            row = self._first_difference(aside, kept)
+            if row is not None:
+                free = name == family.tied and "tie_embeddings" in family.keys
+                untie = 'set "tie_word_embeddings": false in config.json to keep both, or ' if free else ""
+                raise CheckpointError(
+                    f"{self.folder}: {name} differs from {own} in row {row}, though the two are tied: loaders disagree "
+                    f"on which counts (transformers 4 drops {name}, 5 keeps it). To mend it, {untie}"
+                    f"take {name} out of the file."
+                )
+
+    def _first_difference(self, one: Entry, other: Entry) -> int | None:
+        """The first row in which two tensors of one shape hold other numbers; a NaN equals a NaN."""
+        row = prod(one.shape[1:])
+        step = max(1, BLOCK_BYTES // (row * 8))
+        for begin in range(0, one.shape[0], step):
+            count = min(step, one.shape[0] - begin)
+            a, b = (self._rows(entry, begin * row, count * row) for entry in (one, other))
+            same = ((a == b) | (a.isnan() & b.isnan())).view(count, row).all(1)
+            if not same.all():
+                return begin + int(same.logical_not().nonzero()[0])
+        return None
+
+    def _rows(self, entry: Entry, begin: int, count: int) -> Tensor:
+        dtype = HF_DTYPES[entry.dtype]
+        data = self._bytes(entry, begin * dtype.itemsize, count * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype).to(torch.float64)
 
     def check_copies(self, sample: bool = False) -> None:
         """Tensors that repeat others hold the same numbers (in their first and last rows). Errors: CheckpointError."""
@@ -198,7 +236,7 @@ class HfReader:
 
     @property
     def meta(self) -> dict[str, Any]:
-        spec = tokenizer_spec(self.folder) or str(self.folder)
+        spec = tokenizer_spec(self.folder)
         return {"model": asdict(self.model), "precision": PRECISIONS[self.dtype], "tokenizer": spec}
 
     def names(self) -> list[str]:

@@ -2,13 +2,14 @@
 
 `.bin` holds the tokens of all sequences back to back; `.idx` (little-endian, 34-byte header) holds
 dtype, lengths, byte offsets and document boundaries. `PREFIX.meta.json` is ours and optional: counts
-and the tokenizer's fingerprint.
+and the tokenizer's fingerprint. So is `PREFIX.tokenizer/`, a copy of that tokenizer.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,8 @@ import numpy as np
 from megallm.base import files
 from megallm.base.errors import DataError
 from megallm.data import content, meta
+from megallm.data.tokenizer import BYTES
+from megallm.data.tokenizer_folder import KEPT, keep
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -216,7 +219,7 @@ class IndexedWriter:
         base = Path(self.prefix)
         self._paths = {
             suffix: files.temporary_name(f"{base}.{suffix}") if parts is None else parts / f"{base.name}.{suffix}"
-            for suffix in ("bin", "idx", "meta.json", "lengths", "documents")
+            for suffix in ("bin", "idx", "meta.json", KEPT, "lengths", "documents")
         }
         self._open: dict[str, BinaryIO] = {}
         sizes = (self.num_tokens * self.dtype.itemsize, 4 * self.num_sequences, 8 * self.num_documents)
@@ -271,14 +274,14 @@ class IndexedWriter:
                 os.fsync(file.fileno())
         return self.num_tokens, self.num_sequences, self.num_documents
 
-    def commit(self, side_car: Mapping[str, Any] | None = None) -> None:
-        """Publish what was written, with a side-car (None: none)."""
-        publish(self.prefix, self.prepare(side_car))
+    def commit(self, side_car: Mapping[str, Any] | None = None, tokenizer: str | None = None) -> None:
+        """Publish what was written, with a side-car (None: none) and a copy of the tokenizer that made it."""
+        publish(self.prefix, self.prepare(side_car, tokenizer))
         self._open.clear()
         self._remove()
 
-    def prepare(self, side_car: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """Make everything ready and durable; what `publish` moves, by suffix."""
+    def prepare(self, side_car: Mapping[str, Any] | None = None, tokenizer: str | None = None) -> dict[str, str]:
+        """Make everything ready and durable; what `publish` moves, by suffix. `tokenizer` is what `load` reads."""
         with files.writing(self.prefix):
             for file in self._open.values():
                 file.close()
@@ -290,6 +293,13 @@ class IndexedWriter:
                 held = content.records_of({suffix: self._paths[suffix] for suffix in content.SUFFIXES})
                 meta.write(self.prefix, {**side_car, "content": held}, self._paths["meta.json"])
         wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
+        if tokenizer not in (None, BYTES):
+            _remove(self._paths[KEPT])
+            keep(tokenizer, self._paths[KEPT])
+            with files.writing(self.prefix):
+                for path in (*self._paths[KEPT].rglob("*"), self._paths[KEPT]):
+                    files.fsync_file(path)
+            wanted = (KEPT, *wanted)
         return {suffix: os.fspath(self._paths[suffix]) for suffix in wanted}
 
     def abort(self) -> None:
@@ -304,7 +314,7 @@ class IndexedWriter:
     def _remove(self) -> None:
         for path in self._paths.values():
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def _write_index(self, index: BinaryIO) -> None:
         index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.num_sequences, self.num_documents + 1))
@@ -322,8 +332,17 @@ class IndexedWriter:
                 index.write(block)
 
 
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it, if it is there (raises OSError)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def publish(prefix: str, prepared: Mapping[str, str]) -> None:
-    """Give prepared files their names: side-car, `.bin`, then `.idx`, so that an `.idx` never lies about its `.bin`.
+    """Give prepared files their names: tokenizer, side-car, `.bin`, then `.idx`, so that an `.idx` never lies about its
+    `.bin`. What an earlier dataset of that name had and this one has not is removed.
 
     Doing it again after it was interrupted anywhere finishes it. Errors: `CannotWrite`.
     """
@@ -331,10 +350,12 @@ def publish(prefix: str, prepared: Mapping[str, str]) -> None:
         if not os.path.exists(prepared["idx"]):
             return  # it is the last, so it was all done
         Path(f"{prefix}.idx").unlink(missing_ok=True)
-        if "meta.json" not in prepared:
-            Path(f"{prefix}.meta.json").unlink(missing_ok=True)
+        for suffix in {"meta.json", KEPT} - prepared.keys():
+            _remove(Path(f"{prefix}.{suffix}"))
         for suffix, path in prepared.items():
             if os.path.exists(path):
+                if suffix == KEPT:
+                    _remove(Path(f"{prefix}.{suffix}"))  # a folder is not replaced by another
                 os.replace(path, f"{prefix}.{suffix}")
         files.fsync_dir(Path(prefix).parent)
 
@@ -350,14 +371,18 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
                 f"{source.prefix} holds {source.dtype.name} but {sources[0].prefix} holds {sources[0].dtype.name}: "
                 f"only datasets of the same dtype can be merged; preprocess one of them again."
             )
-    side_car = meta.merged([source.prefix for source in sources])
+    prefixes = [source.prefix for source in sources]
+    side_car = meta.merged(prefixes)
     with IndexedWriter(output, sources[0].dtype) as writer:
         for source in sources:
             writer.add_documents(source, 0, source.num_documents)
         counts = {
             "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
         }  # fmt: skip
-        writer.commit({**side_car, **counts} if side_car is not None else None)
+        if side_car is None:
+            writer.commit()
+        else:
+            writer.commit({**side_car, **counts}, next(filter(None, map(meta.kept_tokenizer, prefixes)), None))
     return counts
 
 

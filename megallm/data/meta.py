@@ -9,7 +9,8 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import DataError
-from megallm.data import origins
+from megallm.data import origins, tokenizer_folder
+from megallm.data.tokenizer import BYTES, ByteTokenizer
 
 SCHEMA = 1
 _COUNTS = ("documents", "sequences", "tokens")
@@ -73,6 +74,20 @@ def check_tokenizer(prefix: str | os.PathLike[str], fingerprint: str, name: str 
             f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, but {name} is "
             f"{fingerprint}: the ids mean other texts. Set {name} to the one used, or preprocess again."
         )
+
+
+def kept_tokenizer(prefix: str | os.PathLike[str]) -> str | None:
+    """The tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept beside it, or None.
+
+    Only with a side-car: a folder beside other data says nothing about them.
+    """
+    side_car = read(prefix)
+    if side_car is None:
+        return None
+    if side_car["tokenizer"]["fingerprint"] == ByteTokenizer.fingerprint:
+        return BYTES
+    kept = tokenizer_folder.kept_at(prefix)
+    return str(kept) if tokenizer_folder.form_of(kept) is not None else None
 
 
 def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import numpy as np
 
 from megallm.base.errors import DataError, UsageError
 from megallm.data import optional
+from megallm.data.tokenizer_folder import Settings
 
 SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
 _END = "<|endoftext|>"
+# Classes, or types of models, whose texts begin with a token unless their settings say otherwise.
+_BEGIN = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "llama", "mistral", "mixtral")
 # How OpenAI's published encodings split text, and their special tokens: the file itself does not say.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K = (
@@ -60,11 +64,15 @@ class _Native:
 
 
 class SentencePieceTokenizer(_Native):
-    """A sentencepiece `.model`; control symbols written in a text are ordinary text. Errors: `DataError`."""
+    """A sentencepiece `.model`; control symbols written in a text are ordinary text. Errors: `DataError`.
+
+    `settings` are those of the folder it lies in: added tokens beyond the model's pieces, which token ends a text,
+    and whether texts begin with one. A file by itself has none.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: Settings | None = None) -> None:
         library = optional.need("sentencepiece", str(path))
         self.path, data = path, _read(path)
         self._model = library.SentencePieceProcessor()
@@ -72,31 +80,76 @@ class SentencePieceTokenizer(_Native):
             self._model.LoadFromSerializedProto(data)
         except RuntimeError as error:
             raise DataError(f"{path} is not a sentencepiece model: {error}.") from error
-        self.vocab_size = self._model.vocab_size()
-        self.fingerprint = f"sentencepiece-{_digest(data)}"
+        self._settings, self._pieces = settings or Settings(), self._model.vocab_size()
+        self._added = {text: i for text, i in self._settings.added.items() if i >= self._pieces}
+        self._texts = {i: text for text, i in self._added.items()}
+        self.vocab_size = max([self._pieces - 1, *self._texts]) + 1
+        found = _digest(data + json.dumps(sorted(self._added.items())).encode() if self._added else data)
+        self.fingerprint = f"sentencepiece-{found}"
+        texts = sorted(self.special_texts, key=len, reverse=True)
+        self._finder = re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    @property
+    def special_texts(self) -> set[str]:
+        """Control symbols and added tokens as they are written."""
+        symbols = {self._model.id_to_piece(i) for i in range(self._pieces) if self._model.is_control(i)}
+        named = {text for text in self._settings.specials if self.token_id(text) is not None}
+        return symbols | named | set(self._added)
 
     @property
     def eod(self) -> int:
-        """The model's end-of-sentence id. Errors: `DataError`."""
-        if self._model.eos_id() < 0:
+        """The id that the settings name, else the model's end-of-sentence id. Errors: `DataError`."""
+        named = self._settings.tokens.get("eos")
+        found = None if named is None else self.token_id(named)
+        if found is None and self._model.eos_id() < 0:
             raise DataError(f"{self.path} has no end-of-sentence symbol: train it with one, or leave out --append-eod.")
-        return self._model.eos_id()
+        return self._model.eos_id() if found is None else found
+
+    @property
+    def template(self) -> tuple[list[int], list[int]]:
+        """Ids around a text: those that add_bos_token and add_eos_token ask for; a Llama's begins with one anyway."""
+        own = self._settings
+        begins = own.add_bos
+        if begins is None:
+            known = own.kind.removesuffix("Fast") or own.model_type
+            begins = known in _BEGIN
+        named = own.tokens.get("bos")
+        begin = self._model.bos_id() if named is None else self.token_id(named)
+        return [begin] if begins and begin is not None and begin >= 0 else [], [self.eod] if own.add_eos else []
 
     @property
     def specials(self) -> set[int]:
-        """Ids of control symbols and of the unknown piece."""
+        """Ids of control symbols, of the unknown piece and of special added tokens."""
         model = self._model
-        return {i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)}
+        found = {i for i in range(self._pieces) if model.is_control(i) or model.is_unknown(i)}
+        return found | {i for text, i in self._added.items() if text in self._settings.specials}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` changes nothing: the library never finds control symbols in text."""
-        return self._model.encode(text)
+        """Ids of a text; `special` lets special tokens written in it become their ids."""
+        if not special or self._finder is None:
+            return self._model.encode(text)
+        ids, begin = [], 0
+        for match in self._finder.finditer(text):
+            ids += self._model.encode(text[begin : match.start()])
+            ids.append(self.token_id(match.group()))
+            begin = match.end()
+        return ids + self._model.encode(text[begin:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode(list(ids))
+        """The text; control symbols give nothing, added tokens are written out."""
+        parts, run = [], []
+        for number in ids:
+            if number < self._pieces:
+                run.append(number)
+                continue
+            parts += [self._model.decode(run), self._texts.get(number, "")]
+            run = []
+        return "".join([*parts, self._model.decode(run)])
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name in the vocabulary; None when there is none."""
+        if token in self._added:
+            return self._added[token]
         found = self._model.piece_to_id(token)
         return found if self._model.id_to_piece(found) == token else None
 
@@ -136,6 +189,11 @@ class TiktokenTokenizer(_Native):
     def specials(self) -> set[int]:
         """Ids of the special tokens of the rules."""
         return set(self._special_tokens.values())
+
+    @property
+    def special_texts(self) -> set[str]:
+        """The special tokens of the rules as they are written."""
+        return set(self._special_tokens)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids."""

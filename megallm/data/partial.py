@@ -17,6 +17,7 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite
+from megallm.data.tokenizer_folder import KEPT
 
 _STATE, _LOCK = "state.json", "lock"
 _STALE_SECONDS = 3600.0  # a temporary file of a dead process, untouched for so long, is nobody's
@@ -71,7 +72,9 @@ class Partial:
     def _empty(self) -> None:
         with files.writing(self.folder):
             for path in self.folder.iterdir():
-                if path.name != _LOCK:
+                if path.is_dir():  # a tokenizer that was about to be published
+                    shutil.rmtree(path)
+                elif path.name != _LOCK:
                     path.unlink()
 
 
@@ -83,7 +86,13 @@ def sweep(output: str) -> list[str]:
         pid = path.name.rpartition(files.TEMPORARY)[2].partition("-")[0]
         with suppress(OSError):
             old = time.time() - path.stat().st_mtime > _STALE_SECONDS
-            if old and pid.isdecimal() and not Path(f"/proc/{pid}").exists() and path.is_file():
+            if not old or not pid.isdecimal() or Path(f"/proc/{pid}").exists():
+                continue
+            if path.is_file():
                 path.unlink()
-                swept.append(path.name)
+            elif f".{KEPT}{files.TEMPORARY}" in path.name:
+                shutil.rmtree(path)
+            else:
+                continue
+            swept.append(path.name)
     return swept

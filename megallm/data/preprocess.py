@@ -40,7 +40,7 @@ _REJECT_LINES = 1000  # before the share of rejected lines says anything
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json}` for each key.
+    """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json,tokenizer/}` for each key.
 
     backend: `accelerated.BACKENDS`; max_reject_percent: of lines that may be rejected under the policy "skip".
     """
@@ -299,7 +299,7 @@ class _Output:
                 "tokens": writer.num_tokens, "empty_documents": stats.empty[key], "rejected": stats.rejected,
                 "json_key": key, "append_eod": config.append_eod, "add_special_tokens": config.add_special_tokens,
                 "inputs": [Path(name).name for name in config.inputs], "origins": lines,
-            })  # fmt: skip
+            }, config.tokenizer)  # fmt: skip
         self._work.save({"publish": prepared, "stats": vars(stats)})
         _publish(config, self._work)
 

@@ -64,7 +64,7 @@ def split(
             }  # fmt: skip
             kept = {"split_from": os.fspath(prefix), "origins": lines.origins(), **counts}
             same = {key: side_car[key] for key in ("tokenizer", "add_special_tokens") if key in (side_car or ())}
-            writer.commit({**same, **kept} if side_car else None)
+            writer.commit({**same, **kept} if side_car else None, meta.kept_tokenizer(prefix))
             found.append({"prefix": writer.prefix, **counts})
     return found
 

@@ -19,7 +19,7 @@ import tokenizers
 
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
-from megallm.data import native, readers
+from megallm.data import native, readers, tokenizer_folder
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -57,6 +57,11 @@ class Tokenizer(Encoder, Protocol):
         """Ids of the tokens that stand for no text."""
         ...
 
+    @property
+    def special_texts(self) -> set[str]:
+        """How the special tokens are written that `encode` finds when it is asked to."""
+        ...
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids (chat templates)."""
         ...
@@ -69,17 +74,22 @@ class Tokenizer(Encoder, Protocol):
 
 
 def load(spec: str) -> Tokenizer:
-    """The tokenizer called `bytes`, of a Hugging Face folder or `tokenizer.json`, or of a file in another format.
+    """The tokenizer called `bytes`, of a folder in any form of `tokenizer_folder`, or of a file.
 
-    Other formats are sentencepiece's `.model` and tiktoken's ranks; see `native`. Errors: `DataError`.
+    Files are a `tokenizer.json`, sentencepiece's `.model` and tiktoken's ranks; see `native`. Errors: `DataError`.
     """
     if spec == BYTES:
         return ByteTokenizer()
-    path = Path(spec)
-    if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
-        path = path / "tokenizer.model"
+    path, settings = Path(spec), None
+    if path.is_dir():
+        form = tokenizer_folder.form_of(path)
+        if form is not None and form.name == tokenizer_folder.VOCABULARY:
+            return PairTokenizer(spec)
+        if form is not None and form.suffix in native.SENTENCEPIECE:
+            settings = tokenizer_folder.settings_of(path)
+        path = path if form is None else form
     if path.suffix in native.SENTENCEPIECE:
-        return native.SentencePieceTokenizer(path)
+        return native.SentencePieceTokenizer(path, settings)
     if path.suffix in native.TIKTOKEN:
         return native.TiktokenTokenizer(path)
     return FolderTokenizer(spec)
@@ -102,6 +112,7 @@ class ByteTokenizer:
     eod = 256
     fingerprint = "bytes-257"
     template = ([], [])
+    special_texts: frozenset[str] = frozenset()
 
     @property
     def specials(self) -> set[int]:
@@ -190,6 +201,11 @@ class FolderTokenizer:
         """Ids of the added tokens that the definition calls special."""
         return {token["id"] for token in self.added_tokens if token.get("special")}
 
+    @property
+    def special_texts(self) -> set[str]:
+        """The special tokens as they are written."""
+        return {str(token["content"]) for token in self.added_tokens if token.get("special")}
+
     def pieces(self) -> list[str]:
         """Each token as the vocabulary writes it, by id; an id without a token is empty."""
         written = [""] * self.vocab_size
@@ -213,21 +229,28 @@ class FolderTokenizer:
         return self._vocab.get(token)
 
 
+class PairTokenizer(FolderTokenizer):
+    """`vocab.json` and `merges.txt`, read as the tokenizer.json that they stand for."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.file = self.path / tokenizer_folder.VOCABULARY
+        definition = tokenizer_folder.pair_definition(self.path)
+        self._definition = json.loads(definition)
+        self._plain, self._special = (tokenizers.Tokenizer.from_str(definition) for _ in range(2))
+        self._plain.encode_special_tokens, self._special.encode_special_tokens = True, False
+        self._vocab = self._plain.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+
+
 def _read_json(path: Path, required: bool) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not required:
-            return {}
+    value = tokenizer_folder.read_json(path)
+    if value is None and required:
         raise DataError(
-            f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with a tokenizer.json "
-            f"(`megallm tokenizer train` makes one), or a sentencepiece .model, or a .tiktoken file of ranks."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
+            f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with {tokenizer_folder.FORMS} "
+            f"(`megallm tokenizer train` makes one), or such a file."
+        )
+    return value or {}
 
 
 def _build(file: Path, specials_are_text: bool) -> tokenizers.Tokenizer:

@@ -24,7 +24,7 @@ IDLE_SECONDS = 60.0
 def serve(request: GenerateRequest, mesh: Mesh, line: Line | None) -> None:
     """Answer conversations until the front end leaves; `line` is rank 0's. Collective over the world."""
     loaded = generate.load(request, mesh)
-    template = find_template(loaded.folder)
+    template = find_template(loaded.folder, loaded.words.special_texts)
     if line is not None:
         line.send(ready=True, template=template.origin)
     while True:

@@ -14,12 +14,14 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
+from megallm.convert import tokenizer_files
 from megallm.convert.convert import is_import
-from megallm.convert.folder import is_model_folder, read_json
-from megallm.convert.tokenizer_files import GENERATION
+from megallm.convert.folder import is_model_folder
+from megallm.convert.tokenizer_files import TOKENIZER, end_ids, kept_folder
 from megallm.convert.weights import Cast, HfReader
 from megallm.data import tokenizer
-from megallm.data.tokenizer import BYTES, Tokenizer
+from megallm.data.tokenizer import Tokenizer
+from megallm.data.tokenizer_folder import FORMS
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
@@ -50,7 +52,16 @@ class Loaded:
     opening: tuple[int, ...] = ()
 
     def job(self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()) -> Job:
-        """One text to continue as the request says, which also ends before any of `stops`."""
+        """One text to continue as the request says, which also ends before any of `stops`.
+
+        Errors: DataError for a token that the model has no row for: the tokenizer is another model's.
+        """
+        rows = self.generator.model.config.model.vocab_size
+        if max(tokens, default=0) >= rows:
+            raise DataError(
+                f"Prompt {number + 1} has the token id {max(tokens)}, but the model has {rows} rows: its tokenizer is "
+                "another one. Give --tokenizer DIR."
+            )
         ending = Ending(request.max_new_tokens, self.ends, (*request.stop, *stops))
         return Job(number, tokens, Answer(ending, self.words, tokens))
 
@@ -104,6 +115,10 @@ def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
 def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
     """The model of `request.model` at this mesh's layout; each rank reads its own pieces. Collective over the world."""
     with open_model(request.model, mesh) as reader:
+        spec, folder = find_tokenizer(reader, request.tokenizer)
+        words = tokenizer.load(spec)
+        if request.tokenizer is None:
+            tokenizer_files.check_words(reader.meta, spec, words)
         config = model_config(reader)
         _check_model(config.model, mesh.tp.size)
         source: Any = reader
@@ -111,11 +126,8 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
             config = dataclasses.replace(config, precision=request.precision)
             source = Cast(reader) if isinstance(reader, Reader) else reader
         model = ParallelModel.load(config, mesh, source)
-        spec = find_tokenizer(reader)
-        folder = reader.folder if isinstance(reader, HfReader) else None if spec == BYTES else Path(spec)
         imported = isinstance(reader, HfReader) or is_import(reader)
         framed = not imported and reader.meta.get("framed")
-    words = tokenizer.load(spec)
     opening = tuple(words.template[0]) if imported or framed else ()
     ends = end_tokens(words, folder, words.template[1][-1:] if framed else ())
     return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder, opening)
@@ -187,21 +199,36 @@ def model_config(reader: Reader | HfReader) -> EngineConfig:
         raise CheckpointError(f"{reader.folder} does not say which model it holds ({error}).") from error
 
 
-def find_tokenizer(reader: Reader | HfReader) -> str:
-    """The copy in the run folder, else what the run was configured with or came with its folder, else bytes."""
-    kept = reader.folder.parent.parent / "tokenizer"
-    if isinstance(reader, Reader) and kept.is_dir():
-        return str(kept)
-    return reader.meta.get("tokenizer") or BYTES
+def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
+    """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of the model's folder.
+
+    Bytes only where the metadata say so. Errors: DataError when no tokenizer is known.
+    """
+    if isinstance(reader, HfReader):
+        spec, folder = reader.meta["tokenizer"], reader.folder
+    else:
+        spec, folder = tokenizer_files.find_tokenizer(reader.folder, reader.meta), kept_folder(reader.folder)
+    if given is not None:
+        return given, Path(given) if Path(given).is_dir() else folder
+    if spec is None:
+        named = reader.meta.get("tokenizer")
+        lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
+        raise DataError(
+            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only where the data or "
+            f"the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into {_home(reader)}; for a run to come, "
+            "set data.tokenizer."
+        )
+    return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
+
+
+def _home(reader: Reader | HfReader) -> Path:
+    return reader.folder if isinstance(reader, HfReader) else reader.folder.parent.parent / TOKENIZER
 
 
 def end_tokens(words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id` of a
-    generation_config.json beside it."""
-    named: list[int] = []
-    if folder is not None and (folder / GENERATION).is_file():
-        value = read_json(folder / GENERATION).get("eos_token_id")
-        named = [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id` of the
+    generation_config.json, else of the config.json, that came with the model."""
+    named = [] if folder is None else end_ids(folder)
     try:
         return frozenset([*named, *closing, words.eod])
     except DataError:

@@ -25,6 +25,7 @@ class GenerateRequest:
     batch: int = 16  # prompts decoded together
     precision: str | None = None  # None: the one that the weights were saved in
     output: str | None = None
+    tokenizer: str | None = None  # None: the one that belongs to the model
 
     def check(self) -> None:
         """Raise UsageError for a value outside its range."""

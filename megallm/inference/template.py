@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import DataError
 from megallm.convert.folder import read_json
-from megallm.convert.tokenizer_files import DEFINITION, MAX_BYTES, SETTINGS, SPECIALS
+from megallm.convert.tokenizer_files import MAX_BYTES
+from megallm.data.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, more_templates
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
@@ -74,13 +75,16 @@ class ChatTemplate:
         return text
 
 
-def find_template(folder: Path | None) -> ChatTemplate:
-    """The template in a tokenizer's folder, else ChatML. Errors: DataError for one that cannot be read."""
+def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> ChatTemplate:
+    """The template in a tokenizer's folder, else ChatML. Errors: DataError for one that cannot be read.
+
+    `special_texts` are written forms of special tokens beside those of the folder's tokenizer.json.
+    """
     if folder is None or not folder.is_dir():
         return ChatTemplate()
     settings = _json(folder / SETTINGS)
     tokens = {key: text for key, text in _tokens(folder, settings).items() if text}
-    specials = _specials(folder)
+    specials = _longest_first({*_specials(folder), *special_texts})
     found = _source(folder, settings)
     if found is None:
         return ChatTemplate(tokens=tokens, specials=tuple(sorted({*specials, *CHATML_STOPS})))
@@ -90,18 +94,35 @@ def find_template(folder: Path | None) -> ChatTemplate:
 
 
 def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else `chat_template` of tokenizer_config.json or of chat_template.json."""
+    """chat_template.jinja, else `chat_template` of tokenizer_config.json or of chat_template.json.
+
+    Of several with names it is `default`, or the only one. Errors: DataError when none of several is.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        with path.open("rb") as file:
-            return file.read(MAX_TEMPLATE + 1).decode("utf-8", errors="replace")
+        return _read(path)
     value = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
-    if isinstance(value, list):  # several, by name
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    if value is not None and not isinstance(value, str):
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    named = {path.stem: _read(path) for path in more_templates(folder)}
+    named |= value if isinstance(value, dict) else {}
+    found = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
+    if (value is not None and not isinstance(value, dict)) or (found is not None and not isinstance(found, str)):
         raise DataError(f"{folder / SETTINGS} has a chat_template that is no text.")
-    return value
+    if named and found is None:
+        names = ", ".join(sorted(map(str, named)))
+        raise DataError(
+            f"{folder} has the chat templates {names}, of which none is the default: call the one to use `default` "
+            f"where chat_template lists them, or save it as {path.name}."
+        )
+    return found
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(MAX_TEMPLATE + 1).decode("utf-8", errors="replace")
 
 
 def _tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -116,13 +137,17 @@ def _tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _specials(folder: Path) -> tuple[str, ...]:
-    """Written forms of special tokens, longest first."""
+def _specials(folder: Path) -> set[str]:
+    """Written forms of the special tokens of the folder's tokenizer.json."""
     if not (folder / DEFINITION).is_file():
-        return ()
+        return set()
     rows = read_json(folder / DEFINITION, MAX_BYTES).get("added_tokens")
     texts = {row.get("content") for row in rows or [] if isinstance(row, dict) and row.get("special")}
-    return tuple(sorted((text for text in texts if isinstance(text, str) and len(text) > 1), key=len, reverse=True))
+    return {text for text in texts if isinstance(text, str)}
+
+
+def _longest_first(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted((text for text in texts if len(text) > 1), key=len, reverse=True))
 
 
 def _json(path: Path) -> dict[str, Any]:

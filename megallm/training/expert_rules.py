@@ -40,6 +40,19 @@ def size_faults(config: PretrainConfig) -> Iterator[Fault]:
         yield "model.moe.top_k", sentence, ({"model.moe.top_k": room}, {"model.moe.top_groups": needed})
 
 
+def router_faults(model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
+    """A router that nothing teaches: the one chosen weight, scaled to a sum of 1, is 1 whatever the router says."""
+    moe = model.moe
+    if moe.top_k != 1 or moe.num_experts < 2 or not moe.norm_topk_prob:
+        return
+    sentence = "model.moe.top_k 1 with model.moe.norm_topk_prob true makes the weight of the one chosen expert 1, so "
+    sentence += "the router gets no gradient from the loss and never learns to choose."
+    fixes: tuple[dict[str, Any], ...] = ({"model.moe.norm_topk_prob": False},)
+    if moe.top_groups * (moe.num_experts // moe.num_groups) >= 2:
+        fixes += ({"model.moe.top_k": 2},)
+    yield sentence, fixes
+
+
 def layout_faults(
     config: PretrainConfig, model: ModelConfig, dp: int, world: int | None
 ) -> Iterator[tuple[str, tuple[dict, ...]]]:

@@ -14,10 +14,11 @@ from megallm.base.errors import DataError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
 from megallm.convert.folder import is_model_folder
-from megallm.convert.tokenizer_files import copy_tokenizer
+from megallm.convert.tokenizer_files import copy_tokenizer, tokenizer_spec
 from megallm.data import samplelog, tokenizer
 from megallm.data.batches import Reader, Share
 from megallm.data.loader import Batch, Loader, to_tensors
+from megallm.data.tokenizer_folder import form_of, keep
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import MaskedDiffusion, NextToken
@@ -29,6 +30,7 @@ from megallm.training.reading import (
     check_tokenizers,
     first_held_out,
     held_out_readers,
+    need_tokenizer,
     open_reader,
     tokenizer_of,
 )
@@ -65,8 +67,10 @@ def run(
     """
     check_allowed(allowed)
     with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
+        warning = None
         if mesh.rank == 0:
             check_tokenizers(config)
+            warning = need_tokenizer(config)
         identity = describe(config)
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger, changes = same_run(config, identity, found, allowed, mesh)
@@ -77,6 +81,8 @@ def run(
             keep_tokenizer(config, replace=any(change.key == "data.tokenizer" for change in changes))
         recorder.damaged(ledger.step, damaged)
         recorder.changed(ledger.step, changes)
+        if warning is not None:
+            recorder.note(warning)
         recorder.note(opening(config, engine, begin))
         reader, step = train_reader(config, mesh, ledger), ledger.step
         with (
@@ -242,22 +248,29 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
     spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
     if replace and target.exists():
         shutil.rmtree(target)
-    if spec is not None and target.exists():
+    if spec is not None and form_of(target) is not None:
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
             raise UsageError(
                 f"{target} is another tokenizer than {spec}, which the data was made with: a run folder keeps the one "
                 "that its checkpoints belong to. Choose another run.dir, or remove that folder."
             )
         return
-    if spec in (None, tokenizer.BYTES):
+    folder = None if config.model.hf is None else Path(config.model.hf)
+    more = folder is not None and tokenizer_spec(folder) in (None, tokenizer.BYTES)  # it only says which ids end a text
+    if spec in (None, tokenizer.BYTES) and (not more or target.exists()):
         return
-    source = Path(spec)
     with atomic_path(target) as temporary:
-        if is_model_folder(source):  # weights lie beside the tokenizer: its files only
+        if spec in (None, tokenizer.BYTES):
             temporary.mkdir()
-            copy_tokenizer(source, temporary)
-        elif source.is_dir():
-            shutil.copytree(source, temporary)
+        elif is_model_folder(Path(spec)):  # weights lie beside it, and nobody vouches for its files
+            temporary.mkdir()
+            copy_tokenizer(Path(spec), temporary)
         else:
-            temporary.mkdir()
-            shutil.copy(source, temporary / "tokenizer.json")
+            keep(spec, temporary)
+        if more:
+            copy_tokenizer(folder, temporary, definition=False)
+        if target.exists():  # what an import without a tokenizer said about texts
+            for path in target.iterdir():
+                if path.is_file() and not (temporary / path.name).exists():
+                    shutil.copyfile(path, temporary / path.name)
+            shutil.rmtree(target)

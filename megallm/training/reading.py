@@ -19,6 +19,7 @@ from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_
 from megallm.data.pretrain import Sampling, build_samples
 from megallm.data.source import Source
 from megallm.data.stream import Stream, holds_rearranged
+from megallm.data.tokenizer_folder import kept_at
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
 
@@ -108,35 +109,73 @@ def uses_fim(config: PretrainConfig) -> bool:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """`data.tokenizer`, else the one that came with `model.hf`, else bytes if they made the sources, else None."""
+    """`data.tokenizer`, else the one that came with `model.hf`, else what the sources' own metadata and the copies kept
+    beside them say made them, else None."""
     if config.data.tokenizer is not None:
         return config.data.tokenizer
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
     if came_along is not None:
         return came_along
-    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
-    bytewise = all(car and car["tokenizer"]["fingerprint"] == tokenizer.ByteTokenizer.fingerprint for car in side_cars)
-    return tokenizer.BYTES if bytewise else None
+    if any(meta.read(prefix) is None for prefix in config.data.prefixes):
+        return None  # who knows what made that one
+    return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
+
+
+def words_of(config: PretrainConfig) -> str | None:
+    """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
+    made_by = [car["tokenizer"]["fingerprint"] for car in map(meta.read, config.data.prefixes) if car is not None]
+    spec = tokenizer_of(config)
+    return made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint
+
+
+def need_tokenizer(config: PretrainConfig) -> str | None:
+    """A sentence to warn with when nothing says which tokenizer made the sources; None when it is known.
+
+    Errors: `DataError` when the metadata name one that is not there, or that of some sources only.
+    """
+    if tokenizer_of(config) is not None:
+        return None
+    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    known = {prefix: car["tokenizer"]["fingerprint"] for prefix, car in side_cars.items() if car is not None}
+    if not known:
+        return (
+            "No metadata say which tokenizer made the sources, and data.tokenizer is not set: the checkpoints will "
+            "have none, so generate and chat will need --tokenizer."
+        )
+    prefix, made_by = next(iter(known.items()))
+    bare = [each for each in side_cars if each not in known]
+    if bare:
+        raise DataError(
+            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made {bare[0]}: set data.tokenizer "
+            "to the tokenizer of both."
+        )
+    raise DataError(
+        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess keeps it, holds none: "
+        "set data.tokenizer to its folder."
+    )
 
 
 def check_tokenizers(config: PretrainConfig) -> None:
     """Refuse sources that were made with different tokenizers, or with another one than the run's."""
     spec = tokenizer_of(config)
     wanted = None if spec is None else tokenizer.load(spec).fingerprint
-    first = None
-    for prefix in config.data.prefixes:
-        side_car = meta.read(prefix)
-        if side_car is None:
-            continue
-        if wanted is not None:
+    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    known = {prefix: car["tokenizer"]["fingerprint"] for prefix, car in side_cars.items() if car is not None}
+    first = next(iter(known), None)
+    kept = first is not None and config.data.tokenizer is None and spec == meta.kept_tokenizer(first)
+    for prefix, made_by in known.items():
+        if wanted is not None and not kept:
             meta.check_tokenizer(prefix, wanted)
-        made_by = side_car["tokenizer"]["fingerprint"]
-        first = first or (prefix, made_by)
-        if made_by != first[1]:
+        if made_by != known[first]:
             raise DataError(
-                f"{prefix} was made with tokenizer {made_by}, but {first[0]} with {first[1]}: the same ids would mean "
+                f"{prefix} was made with tokenizer {made_by}, but {first} with {known[first]}: the same ids would mean "
                 f"different texts. Preprocess one of them again."
             )
+    if kept and wanted not in (None, known[first]):
+        raise DataError(
+            f"{spec} holds the tokenizer {wanted}, but {first} was made with {known[first]}: set data.tokenizer to "
+            "that one, or preprocess again."
+        )
 
 
 def open_sources(config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None) -> dict[str, Source]:

@@ -17,12 +17,12 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
-from megallm.data import content, meta, tokenizer
+from megallm.data import content, meta
 from megallm.data.indexed import IndexedDataset
 from megallm.data.source import fingerprint
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.reading import planned_samples, tokenizer_of
+from megallm.training.reading import planned_samples, tokenizer_of, words_of
 from megallm.training.runfolder import RunFolder
 
 CONTENT, SAMPLES = "data.content", "data.samples"  # what may be allowed beside the keys of a configuration
@@ -97,10 +97,7 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
 def describe_files(config: PretrainConfig, folder: RunFolder) -> dict[str, Any]:
     """What a checkpoint remembers of the data's bytes and of the tokenizer. Rank 0 only; reads what is not known."""
     sources = list(config.data.prefixes)
-    made_by = [car["tokenizer"]["fingerprint"] for car in map(meta.read, sources) if car is not None]
-    spec = tokenizer_of(config)
-    words = made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint
-    return {"content": content.contents(sources, folder.path / "data.json"), "words": words}
+    return {"content": content.contents(sources, folder.path / "data.json"), "words": words_of(config)}
 
 
 def check_identity(

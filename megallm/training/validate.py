@@ -25,7 +25,7 @@ from megallm.parallel.schedule import SCHEDULES as PIPELINES
 from megallm.parallel.zigzag import hybrid_degrees
 from megallm.training.config import PretrainConfig
 from megallm.training.data_rules import placeholder_faults, source_faults
-from megallm.training.expert_rules import layout_faults, size_faults
+from megallm.training.expert_rules import layout_faults, router_faults, size_faults
 from megallm.training.narrow_rules import narrow_faults
 from megallm.training.nearest import divisors, multiples, nearest_fixes, power_of_two, ratio
 from megallm.training.optimizing import optimizer_faults
@@ -339,9 +339,13 @@ def _row_length(facts: Facts, seq_len: int) -> Iterator[Problem]:
         sentence = f"layout.sp splits data.seq_len {seq_len} over layout.tp {layout.tp}, which does not divide it."
         fixes = nearest_fixes("data.seq_len", seq_len, multiples(seq_len, layout.tp))
         yield Problem("sequence", sentence, (*fixes, {"layout.sp": False}))
-    if model.positions == "learned" and seq_len > model.max_positions:
-        sentence = f"data.seq_len {seq_len} is greater than model.max_positions {model.max_positions}, and this model "
-        sentence += "has one learned vector per position."
+    grows = model.positions == "rope" and model.rope_scaling == "dynamic"  # made to go beyond its max_positions
+    if seq_len > model.max_positions and not grows:
+        sentence = f"data.seq_len {seq_len} is greater than model.max_positions {model.max_positions}, "
+        if model.positions == "learned":
+            sentence += "and this model has one learned vector per position."
+        else:
+            sentence += "which is what generation and an exported config.json would say that the model can read."
         yield Problem("positions", sentence, ({"data.seq_len": model.max_positions}, {"model.max_positions": seq_len}))
 
 
@@ -359,6 +363,11 @@ def _experts(facts: Facts) -> Iterator[Problem]:
         return  # dp is not known
     for sentence, fixes in layout_faults(facts.config, facts.model, facts.dp, facts.world):
         yield Problem("experts", sentence, fixes)
+
+
+def _router(facts: Facts) -> Iterator[Problem]:
+    for sentence, fixes in router_faults(facts.model):
+        yield Problem("router", sentence, fixes)
 
 
 def _sections_of_model(facts: Facts) -> Iterator[Problem]:
@@ -435,6 +444,7 @@ CROSS_RULES: dict[Callable[[Facts], Iterable[Problem]], tuple[str, ...]] = {
     _further: ("model.mtp.depth", "data.seq_len"),
     _context: ("layout.tp", "layout.cp", "layout.cp_ulysses", "model.num_heads"),
     _experts: (*_AXES, "layout.ep", "model.moe.num_experts"),
+    _router: tuple(f"model.moe.{name}" for name in ("num_experts", "top_k", "num_groups", "top_groups")),
     _sections_of_model: ("model.num_layers", "model.moe.num_experts", "model.mla.kv_lora_dim", "model.mtp.depth"),
     _narrow: ("layout.tp", "model.num_layers", "train.fp8.bf16_first", "train.fp8.bf16_last"),
     _vocabulary: ("model.vocab_size",),

@@ -15,6 +15,7 @@ from megallm.convert.upcycle import UpcycleRequest
 from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer
 from tests.convert.tiny import case, make
 
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TEXT = "Zürich ☃ \x00\x7f\n  tab\there 漢字 🎉 don't"
 
 
@@ -66,11 +67,14 @@ def test_files_travel_both_ways_and_only_they(tmp_path):
     assert done["notes"] == []
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
-    assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == 256
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
+    assert [before[key] for key in IDS] == [after[key] for key in IDS] and before["eos_token_id"] == 2
     assert not (tmp_path / "back/secrets.json").exists()
     (tmp_path / "ours/tokenizer/model.safetensors").write_bytes(b"weights that lie beside a tokenizer")
     upcycle.run(UpcycleRequest(str(tmp_path / "ours"), str(tmp_path / "grown"), experts=2))
     kept = {path.name: path.read_bytes() for path in (tmp_path / "grown/tokenizer").iterdir()}
+    ids = json.loads(kept.pop("token_ids.json"))
+    assert ids == {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2} | ids
     assert kept == {name: (folder / name).read_bytes() for name in kept} and "tokenizer.json" in kept
 
 

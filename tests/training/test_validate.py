@@ -370,6 +370,12 @@ BROKEN = [
         "Nearest valid: model.moe.top_k=2 or model.moe.top_groups=2.",
     ),
     (
+        "router",
+        {"model.moe.num_experts": 4, "model.moe.top_k": 1},
+        "gets no gradient from the loss and never learns to choose. Nearest valid: model.moe.norm_topk_prob=false or "
+        "model.moe.top_k=2.",
+    ),
+    (
         "sections",
         {"model.moe.aux_coef": 0.1},
         "model.moe.aux_coef is given, but model.moe.num_experts is 0 and nothing reads it. "

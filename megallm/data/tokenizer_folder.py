@@ -1,0 +1,288 @@
+"""The files of a tokenizer: which of them define it, what its settings say, and a copy of all that belongs to it.
+
+A folder holds one of these forms: `tokenizer.json`; sentencepiece's `tokenizer.model`; `vocab.json` with `merges.txt`;
+tiktoken's ranks. `PREFIX.tokenizer/` beside an indexed dataset holds the one that made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from megallm.base import files
+from megallm.base.errors import DataError
+
+DEFINITION, SETTINGS, SPECIALS, GENERATION, TOKEN_IDS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "token_ids.json",
+)  # fmt: skip
+VOCABULARY, MERGES, ADDED, CONFIG = "vocab.json", "merges.txt", "added_tokens.json", "config.json"
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+FILES = (
+    DEFINITION, SETTINGS, SPECIALS, GENERATION, TOKEN_IDS, VOCABULARY, MERGES, ADDED, *SENTENCEPIECE, "vocab.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+FORMS = f"{DEFINITION}, {SENTENCEPIECE[0]}, {VOCABULARY} with {MERGES}, or NAME.tiktoken"
+KEPT = "tokenizer"  # PREFIX.tokenizer
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def kept_at(prefix: str | os.PathLike[str]) -> Path:
+    """Where the tokenizer of an indexed dataset lies."""
+    return Path(f"{os.fspath(prefix)}.{KEPT}")
+
+
+def form_of(folder: Path) -> Path | None:
+    """The file that defines the folder's tokenizer (`vocab.json` for the pair); None without any."""
+    for name in (DEFINITION, *SENTENCEPIECE):
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
+        return folder / VOCABULARY
+    ranks = sorted(folder.glob("*.tiktoken")) if folder.is_dir() else []
+    return ranks[0] if len(ranks) == 1 else None
+
+
+def keep(spec: str, target: Path) -> None:
+    """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder `target`.
+
+    `tokenizer.load` of the copy gives the same tokenizer. Errors: `CannotWrite`.
+    """
+    source = Path(spec)
+    with files.writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for path, name in _belonging(source):
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
+    ids = read_json(source / CONFIG)
+    if ids is not None:
+        files.atomic_write_json(target / TOKEN_IDS, said_of_texts(ids))
+
+
+def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
+    """(file, its name in the copy)."""
+    if source.is_dir():
+        names = [*FILES, *(f"{MORE_TEMPLATES}/{path.name}" for path in more_templates(source))]
+        ranks = form_of(source)
+        if ranks is not None and ranks.suffix == ".tiktoken":
+            names += [ranks.name, f"{ranks.stem}.json"]
+        yield from ((source / name, name) for name in names if (source / name).is_file())
+        return
+    if source.suffix == ".tiktoken":
+        yield source, source.name
+        if source.with_suffix(".json").is_file():
+            yield source.with_suffix(".json"), f"{source.stem}.json"
+    elif source.suffix in (".model", ".spm"):  # whose own symbols hold: no settings are read beside it
+        yield source, SENTENCEPIECE[0]
+    else:
+        yield source, DEFINITION
+        for name in (SETTINGS, SPECIALS):
+            if (source.parent / name).is_file():
+                yield source.parent / name, name
+
+
+def more_templates(folder: Path) -> list[Path]:
+    """The chat templates of `additional_chat_templates/`, by name."""
+    return sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+
+
+def said_of_texts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's config.json says about texts: its type and the ids that begin, end and fill them.
+
+    Errors: `DataError` for an id that is none.
+    """
+    found = {"model_type": config["model_type"]} if isinstance(config.get("model_type"), str) else {}
+    for key in ID_KEYS:
+        value = config.get(key)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not ids or any(type(number) is not int for number in ids):
+            raise DataError(f"{CONFIG} has {key} {str(value)[:60]!r}; it must be a whole number or a list of them.")
+        found[key] = value
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None for a file that is not there. Errors: `DataError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a folder says beside its vocabulary.
+
+    tokens: bos, eos, ... -> written form; added: written form -> id, and how they are found in a text (flags);
+    specials: those of them that stand for no text; kind: the class that transformers reads it with, model_type: what
+    config.json calls the model.
+    """
+
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+    flags: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    specials: frozenset[str] = frozenset()
+    kind: str = ""
+    model_type: str = ""
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    prefix_space: bool = False
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings of a folder, from whichever of its files say something. Errors: `DataError`."""
+    config, specials, added = (read_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED))
+    model = read_json(folder / CONFIG) or read_json(folder / TOKEN_IDS) or {}
+    ids, special = {text: number for text, number in added.items() if type(number) is int}, set(added)
+    flags = {}
+    rows = config.get("added_tokens_decoder")
+    for number, row in (rows if isinstance(rows, dict) else {}).items():
+        text = _written(row)
+        if text is not None and number.isdecimal():
+            ids[text] = int(number)
+            flags[text] = {key: row[key] for key in _FLAGS if isinstance(row.get(key), bool)}
+            (special.add if row.get("special", True) else special.discard)(text)
+    tokens = {}
+    for source in (specials, config):
+        for key in ("bos", "eos", "unk", "pad"):
+            text = _written(source.get(f"{key}_token"))
+            tokens |= {} if text is None else {key: text}
+    kind, model_type = config.get("tokenizer_class"), model.get("model_type")
+    return Settings(
+        tokens, ids, flags, frozenset(special | set(tokens.values())), kind if isinstance(kind, str) else "",
+        model_type if isinstance(model_type, str) else "", _switch(config, "add_bos_token"),
+        _switch(config, "add_eos_token"), config.get("add_prefix_space") is True,
+    )  # fmt: skip
+
+
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+
+
+def _written(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
+
+
+def _switch(config: Mapping[str, Any], key: str) -> bool | None:
+    return config[key] if isinstance(config.get(key), bool) else None
+
+
+# vocab.json and merges.txt
+
+_END = "<|endoftext|>"
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_CLASSES = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}  # and their ...Fast
+
+
+def pair_definition(folder: Path) -> str:
+    """The tokenizer.json that `vocab.json` and `merges.txt` stand for, read as GPT-2's or Qwen2's class reads them.
+
+    Without a word about the class the model's type decides, else it is GPT-2's. Errors: `DataError`.
+    """
+    settings, vocabulary = settings_of(folder), read_json(folder / VOCABULARY) or {}
+    way = _way(folder, settings)
+    if not vocabulary or any(type(number) is not int or number < 0 for number in vocabulary.values()):
+        raise DataError(f"{folder / VOCABULARY} must map tokens to ids from 0.")
+    missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))
+    if missing:
+        raise DataError(
+            f"{folder / VOCABULARY} lacks {len(missing)} of the 256 bytes of a byte-level BPE (the first: "
+            f"{missing[0]!r}), so it belongs to another kind of tokenizer. {_REMEDY}"
+        )
+    try:
+        built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(folder / MERGES)))
+    except Exception as error:  # the library raises nothing narrower for merges that the vocabulary lacks
+        raise DataError(f"{folder}: {VOCABULARY} and {MERGES} do not belong together: {error}.") from error
+    built.decoder = decoders.ByteLevel()
+    if way == "qwen2":
+        built.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(tokenizers.Regex(_QWEN), "isolated")
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=settings.prefix_space, use_regex=False)
+        built.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
+    else:
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.prefix_space)
+    _add_tokens(built, settings, folder)
+    _add_template(built, settings)
+    return built.to_str()
+
+
+_REMEDY = (
+    "Write a tokenizer.json where its class is known, with transformers: "
+    "`AutoTokenizer.from_pretrained(X).save_pretrained(Y)`."
+)
+
+
+def _way(folder: Path, settings: Settings) -> str:
+    kind = settings.kind.removesuffix("Fast")
+    if kind in _CLASSES:
+        return _CLASSES[kind]
+    if kind:
+        raise DataError(
+            f"{folder} has {VOCABULARY} and {MERGES} of a {settings.kind}; how that splits a text only "
+            f"{', '.join(_CLASSES)} are known. {_REMEDY}"
+        )
+    return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    pairs = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        parts = line.rstrip("\r").split(" ")
+        if len(parts) != 2:
+            raise DataError(f"{path}:{number}: want two pieces with a blank between them.")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, folder: Path) -> None:
+    """Added tokens get the ids that the settings give them, or those of the vocabulary."""
+    named = dict(settings.added)
+    for text in (*settings.tokens.values(), _END):
+        number = built.token_to_id(text)
+        if number is not None:
+            named.setdefault(text, number)
+    for text, number in sorted(named.items(), key=lambda item: item[1]):
+        special = text in settings.specials or text == _END
+        token = tokenizers.AddedToken(text, special=special, **settings.flags.get(text, {}))
+        (built.add_special_tokens if special else built.add_tokens)([token])
+        if built.token_to_id(text) != number:
+            raise DataError(
+                f"{folder} gives the added token {text!r} the id {number}, but {VOCABULARY} leads to "
+                f"{built.token_to_id(text)}: the files do not belong together."
+            )
+
+
+def _add_template(built: tokenizers.Tokenizer, settings: Settings) -> None:
+    """What the switches add_bos_token and add_eos_token put around a text; nothing when they are absent."""
+    parts, ids = ["$A"], []
+    for key, wanted in (("bos", settings.add_bos), ("eos", settings.add_eos)):
+        text = settings.tokens.get(key, _END)
+        if wanted and built.token_to_id(text) is not None:
+            parts = [text, *parts] if key == "bos" else [*parts, text]
+            ids.append((text, built.token_to_id(text)))
+    if ids:
+        built.post_processor = processors.TemplateProcessing(single=parts, special_tokens=sorted(set(ids)))
