@@ -32,6 +32,14 @@ def native(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def own_verdicts(tmp_path_factory, monkeypatch):
+    """What is kept about gigatoken lies in a folder of the test run, not in anybody's home."""
+    from megallm.data import accelerated
+
+    monkeypatch.setattr(accelerated, "CACHE", str(tmp_path_factory.mktemp("verdicts")))
+
+
 @pytest.fixture
 def make_dataset(tmp_path):
     """make_dataset(name, documents, dtype) writes documents (lists of sequences of ids) and returns the prefix."""
