@@ -140,7 +140,8 @@ def _problems(definition: dict[str, Any]) -> Iterator[str]:
     """What of a definition is out of all proportion."""
     yield from _problems_of_vocabulary(definition.get("model") or {})
     added = definition.get("added_tokens") or []
-    if len(added) > MAX_ADDED or sum(len(token["content"]) for token in added) > MAX_ADDED_CHARACTERS:
+    sizes = [len(token["content"]) for token in added]
+    if len(added) > MAX_ADDED or sum(sizes) > MAX_ADDED_CHARACTERS or max(sizes, default=0) > MAX_TOKEN:
         yield f"{len(added)} added tokens, or too long ones"
     if any(not 0 <= token["id"] < MAX_ID for token in added):
         yield f"an added token has an id outside 0 to {MAX_ID}"
@@ -172,6 +173,13 @@ def _problems_of_vocabulary(model: dict[str, Any]) -> Iterator[str]:
         yield f"a token has more than {MAX_TOKEN} characters"
     if not isinstance(vocab, dict) and sum(map(len, tokens)) > MAX_UNIGRAM:
         yield f"the vocabulary has more than {MAX_UNIGRAM} characters"
+
+
+def checked_id(number: int) -> int:
+    """The same id. Errors: ValueError for one that no vocabulary reaches."""
+    if not 0 <= number < MAX_ID:
+        raise ValueError(f"id {number} is outside 0 to {MAX_ID}")
+    return number
 
 
 def steps_of(part: Any) -> Iterator[dict[str, Any]]:

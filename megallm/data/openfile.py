@@ -41,7 +41,7 @@ class OpenFile:
             except OSError as error:
                 raise DataError(f"{self.path} cannot be read at byte {begin}: {error.strerror}.") from error
             if not part:
-                raise self._cut_off(begin)
+                raise self._cut_off(min(begin, os.fstat(self._fd).st_size))
             parts.append(part)
             begin, count = begin + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
