@@ -34,10 +34,11 @@ def native(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def own_verdicts(tmp_path_factory, monkeypatch):
-    """What is kept about gigatoken lies in a folder of the test run, not in anybody's home."""
-    from megallm.data import accelerated
+    """What is kept from run to run lies in a folder of the test run, not in anybody's home."""
+    from megallm.data import accelerated, bookmarks
 
     monkeypatch.setattr(accelerated, "CACHE", str(tmp_path_factory.mktemp("verdicts")))
+    monkeypatch.setattr(bookmarks, "FOLDER", str(tmp_path_factory.mktemp("bookmarks")))
 
 
 @pytest.fixture
