@@ -71,7 +71,7 @@ def _reader(config: PretrainConfig, before: int, start: str | None) -> tuple[Rea
     if done > before:
         raise UsageError(f"--from {start} is the state after step {done}; an earlier step cannot be reached from it.")
     share = Share(config.train.global_batch, config.train.micro_batch)
-    return reading.open_reader(config, share, done + 1, state), done
+    return reading.open_reader(config, share, done + 1, state, bookmarks=True), done
 
 
 def _trace_arguments(parser: argparse.ArgumentParser) -> None:

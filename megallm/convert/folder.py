@@ -1,7 +1,8 @@
 """Opening a model folder that nobody vouches for: bounded JSON, plain files, checked safetensors headers. Pure.
 
 Only `*.safetensors` and JSON are ever read; nothing is executed. A header is checked completely (sizes, offsets,
-overlaps, names) before a byte is allocated for a tensor, so memory is bounded by the header and by what is asked for.
+overlaps, names) before a byte is allocated for a tensor, and may not describe far more tensors than the file can hold,
+so memory is bounded by the file and by what is asked for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "a
 MAX_JSON_BYTES = 4 * 2**20  # config.json and friends
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_VALUES = 8 * 2**20  # commas and brackets in a JSON file: what each makes takes some hundred bytes
+FREE_TENSORS, TENSOR_BYTES, TENSOR_VALUES = 4096, 1024, 16  # a file may have more tensors only where it has the bytes
 MAX_TENSORS = 500_000  # of all files together; each costs about a kilobyte of memory
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**48
@@ -71,17 +74,20 @@ def plain_file(folder: Path, name: str) -> Path:
     return found
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> dict[str, Any]:
     """A JSON object from a file of the folder. Errors: CheckpointError; too large, too deep or not JSON."""
     found = plain_file(path.parent, path.name)
     with open(found, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise CheckpointError(f"{path} is larger than {limit} bytes; no file of this kind is.")
-    return _decoded(data, str(path))
+    return _decoded(data, str(path), values)
 
 
-def _decoded(data: bytes, where: str) -> dict[str, Any]:
+def _decoded(data: bytes, where: str, values: int) -> dict[str, Any]:
+    found = sum(map(data.count, (b",", b"[", b"{")))
+    if found > values:
+        raise CheckpointError(f"{where} holds {found} values; more than {values} are refused, they would fill the memory.")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -113,7 +119,7 @@ def catalogue(folder: Path) -> dict[str, Entry]:
         return read_header(plain_file(folder, SINGLE))
     if not os.path.lexists(folder / INDEX):
         raise UsageError(_no_weights(folder))
-    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES, 2 * MAX_TENSORS).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to file names.")
     for name in sorted(set(weight_map.values())):
@@ -158,7 +164,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         if length > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path} has a header of {length} bytes; more than {MAX_HEADER_BYTES} are refused.")
         data = file.read(length)
-    header = _decoded(data, f"The header of {path}")
+    values = TENSOR_VALUES * (FREE_TENSORS + size // TENSOR_BYTES)  # so that it takes a few times the file at most
+    header = _decoded(data, f"The header of {path}", values)
     header.pop("__metadata__", None)
     begin = 8 + length
     entries = {name: _entry(path, name, value, begin, size - begin) for name, value in header.items()}

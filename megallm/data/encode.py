@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
@@ -31,33 +29,56 @@ class Job:
 class Encoded:
     """A tokenised chunk; per key (tokens, lengths of the sequences, sequences of each document).
 
-    `lines` [documents] are the lines that the documents begin on, counted from 0 in the chunk.
+    `lines` [documents] are the lines that the documents begin on, counted from 0 in the chunk; `by_tokenizers` texts
+    were left to `tokenizers` by the fast backend.
     """
 
     parsed: readers.Parsed
     lines: np.ndarray
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     characters: int
+    by_tokenizers: int = 0
 
 
-@cache
+_made: dict[tuple[str, str], tokenizer.Encoder] = {}  # of this process, by tokenizer and backend
+
+
+def choose_encoder(spec: str, wanted: str) -> tuple[tokenizer.Encoder, str]:
+    """The tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors: `DataError`, `UsageError`."""
+    plain = tokenizer.load(spec, check=wanted == accelerated.PLAIN)
+    found, backend = accelerated.choose(plain, wanted)
+    if isinstance(found, tokenizer.FolderTokenizer) and backend != accelerated.FAST:
+        found.check()
+    _made.clear()
+    _made[spec, backend] = found
+    return found, backend
+
+
 def encoder_of(spec: str, backend: str) -> tokenizer.Encoder:
     """The tokenizer of this process; a forked worker inherits the parent's."""
-    plain = tokenizer.load(spec)
-    return accelerated.choose(plain, backend, ())[0] if backend == accelerated.FAST else plain
+    if (spec, backend) not in _made:
+        _made[spec, backend], _ = choose_encoder(
+            spec, accelerated.FAST if backend == accelerated.FAST else accelerated.PLAIN
+        )
+    return _made[spec, backend]
 
 
 def encode_chunk(job: Job, chunk: readers.Chunk) -> Encoded:
     """Parse and tokenise: all the work that is worth dividing."""
     parsed = readers.parse(chunk, job.options)
     encoder, columns, characters = encoder_of(job.tokenizer, job.backend), [], 0
+    left = _by_tokenizers(encoder)
     for column in range(len(job.options.keys)):
         texts = [document[column] for _, document in parsed.documents]
         columns.append(join(*encoder.encode_joined(texts), job))
         characters += sum(map(len, texts))
     lines = np.fromiter((line for line, _ in parsed.documents), np.int64, len(parsed.documents))
     parsed.documents = []
-    return Encoded(parsed, lines, columns, characters)
+    return Encoded(parsed, lines, columns, characters, _by_tokenizers(encoder) - left)
+
+
+def _by_tokenizers(encoder: tokenizer.Encoder) -> int:
+    return encoder.by_tokenizers if isinstance(encoder, accelerated.AcceleratedTokenizer) else 0
 
 
 def join(ids: np.ndarray, lengths: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,16 +94,3 @@ def join(ids: np.ndarray, lengths: np.ndarray, job: Job) -> tuple[np.ndarray, np
         places = np.repeat(np.stack(places, 1).ravel(), np.tile((len(job.opening), len(job.closing)), len(ends)))
         tokens = np.insert(tokens, places, np.tile(around, len(ends)))
     return tokens, (lengths[full] + len(around)).astype(np.int32), full.astype(np.uint8)
-
-
-def sample_texts(inputs: Sequence[str], options: readers.ReadOptions, characters: int = 1 << 16) -> list[str]:
-    """Texts from the beginning of the input, as many as `characters`: what backends are compared on."""
-    found: list[str] = []
-    for name in inputs[:1]:
-        for chunk in readers.chunks(name, options):
-            for _, document in readers.parse(chunk, options).documents:
-                found += document
-                characters -= sum(map(len, document))
-                if characters < 0:
-                    return found
-    return found

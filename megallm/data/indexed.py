@@ -21,6 +21,7 @@ import numpy as np
 from megallm.base import files
 from megallm.base.errors import DataError
 from megallm.data import content, meta
+from megallm.data.openfile import OpenFile
 from megallm.data.tokenizer import BYTES
 from megallm.data.tokenizer_folder import KEPT, keep
 
@@ -32,7 +33,6 @@ DTYPES = {
     5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_NONE = {dtype: np.empty(0, dtype) for dtype in DTYPES.values()}
 _SCAN = 1 << 20  # entries or tokens looked at together: bounds the memory of checks
 _COPY_BYTES = 1 << 22
 _PARTS = ("bin", "lengths", "documents")  # what a writer appends to
@@ -44,44 +44,63 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class IndexedDataset:
-    """A tokenised corpus, memory-mapped; every check is made on open, each failure a `DataError`.
+    """A tokenised corpus; every check is made on open, each failure a `DataError`.
 
-    lengths int32 [S] in tokens, offsets int64 [S] in bytes, document_indices int64 [documents + 1].
+    lengths int32 [S] in tokens, offsets int64 [S] in bytes, document_indices int64 [documents + 1]. Tokens are read
+    when they are asked for and a large index is mapped: a file that is cut off while it is open is a `DataError` too.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
         self.index_path, self.data_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
-        index = _map(self.index_path)
+        self._index, self._data = OpenFile(self.index_path), OpenFile(self.data_path)
+        index = self._index.whole()
         self.dtype, sequences, entries = _read_header(self.index_path, index)
         at = _HEADER.size
-        self.lengths = np.frombuffer(index, "<i4", sequences, at)
-        self.offsets = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
-        self.document_indices = np.frombuffer(index, "<i8", entries, at + 12 * sequences)
-        self._data = _map(self.data_path)
+        self._lengths = np.frombuffer(index, "<i4", sequences, at)
+        self._offsets = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
+        self._document_indices = np.frombuffer(index, "<i8", entries, at + 12 * sequences)
         _check_documents(self)
         _check_sequences(self)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence."""
+        self._index.check()
+        return self._lengths
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each sequence begins in `.bin`, in bytes."""
+        self._index.check()
+        return self._offsets
+
+    @property
+    def document_indices(self) -> np.ndarray:
+        """The sequence that each document begins with, and the end of the last."""
+        self._index.check()
+        return self._document_indices
+
     def __len__(self) -> int:
         """Number of sequences."""
-        return len(self.lengths)
+        return len(self._lengths)
 
     @property
     def num_documents(self) -> int:
-        return len(self.document_indices) - 1
+        return len(self._document_indices) - 1
 
     @property
     def num_tokens(self) -> int:
-        return len(self._data) // self.dtype.itemsize
+        return self._data.size // self.dtype.itemsize
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens `offset` to `offset + length` (default: to the end) of a sequence: a read-only view."""
+        """Tokens `offset` to `offset + length` (default: to the end) of a sequence, read-only."""
         total = int(self.lengths[sequence])
         length = total - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > total:
             raise IndexError(f"Tokens {offset} to {offset + length} of sequence {sequence}, which has {total}.")
         begin = int(self.offsets[sequence]) + offset * self.dtype.itemsize
-        return np.frombuffer(self._data, self.dtype, length, begin)
+        return np.frombuffer(self._data.read(begin, length * self.dtype.itemsize), self.dtype)
 
     def document_of(self, sequence: int) -> int:
         """The document that a sequence belongs to."""
@@ -98,7 +117,7 @@ class IndexedDataset:
         return document, token_index - self.token_index(int(self.document_indices[document]))
 
     def document(self, document: int) -> np.ndarray:
-        """All tokens of one document: a read-only view."""
+        """All tokens of one document, read-only."""
         begin, end = self.document_starts(np.array([document, document + 1])).tolist()
         return self.tokens(begin, end - begin)
 
@@ -111,32 +130,18 @@ class IndexedDataset:
         return np.where(ends, self.num_tokens, self.offsets[np.where(ends, 0, sequences)] // self.dtype.itemsize)
 
     def tokens(self, begin: int, count: int) -> np.ndarray:
-        """`count` tokens of `.bin` from token `begin` on: a read-only view."""
+        """`count` tokens of `.bin` from token `begin` on, read-only."""
         if begin < 0 or count < 0 or begin + count > self.num_tokens:
             raise IndexError(f"Tokens {begin} to {begin + count} of {self.data_path}, which has {self.num_tokens}.")
-        return np.frombuffer(self._data, self.dtype, count, begin * self.dtype.itemsize) if count else _NONE[self.dtype]
-
-
-def _map(path: str) -> mmap.mmap | bytes:
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist. Give the common prefix of a .bin and an .idx file, without the suffix; "
-            f"`megallm preprocess` makes them."
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        item = self.dtype.itemsize
+        return np.frombuffer(self._data.read(begin * item, count * item), self.dtype)
 
 
 def _bad(path: str, at: int, what: str) -> DataError:
     return DataError(f"{path}: byte {at}: {what}. The file is damaged or not an indexed dataset; make it again.")
 
 
-def _read_header(path: str, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int]:
+def _read_header(path: str, index: bytes | mmap.mmap) -> tuple[np.dtype, int, int]:
     """(dtype, number of sequences, number of document entries)."""
     if index[: len(MAGIC)] != MAGIC:
         raise _bad(path, 0, f"the file must begin with {MAGIC!r}, not {index[: len(MAGIC)]!r}")
@@ -190,10 +195,10 @@ def _check_sequences(data: IndexedDataset) -> None:
             at = _HEADER.size + 4 * len(data) + 8 * i
             raise _bad(path, at, f"the offset of sequence {i} is {data.offsets[i]}, but the one before ends at {want}")
         expected = int(ends[-1])
-    if len(data._data) != expected:
+    if data._data.size != expected:
         raise _bad(
-            data.data_path, min(len(data._data), expected),
-            f"the file has {len(data._data)} bytes, but {path} describes {expected}",
+            data.data_path, min(data._data.size, expected),
+            f"the file has {data._data.size} bytes, but {path} describes {expected}",
         )  # fmt: skip
 
 
@@ -416,7 +421,7 @@ def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dic
     limit = int(np.iinfo(data.dtype).max) + 1 if vocab_size is None else vocab_size
     lowest, highest = None, None
     for lo in range(0, data.num_tokens, _SCAN):
-        tokens = np.frombuffer(data._data, data.dtype, min(_SCAN, data.num_tokens - lo), lo * data.dtype.itemsize)
+        tokens = data.tokens(lo, min(_SCAN, data.num_tokens - lo))
         check_tokens(data, lo, tokens, limit)
         lowest = int(tokens.min()) if lowest is None else min(lowest, int(tokens.min()))
         highest = int(tokens.max()) if highest is None else max(highest, int(tokens.max()))

@@ -108,7 +108,9 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
         return None
     found = origins.joined((part.get("origins"), part["documents"]) for _, part in known)
     framed = any(part.get("add_special_tokens") for _, part in known)
+    made_by = {name for _, part in known for name in part["tokenizer"].get("encoded_by", ())}
+    tokenizer = known[0][1]["tokenizer"] | ({"encoded_by": sorted(made_by)} if made_by else {})
     return {
-        "tokenizer": known[0][1]["tokenizer"], "add_special_tokens": framed, "merged_from": list(prefixes),
+        "tokenizer": tokenizer, "add_special_tokens": framed, "merged_from": list(prefixes),
         "origins": found,
     }  # fmt: skip

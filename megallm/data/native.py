@@ -9,12 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional
+from megallm.data import definition, optional
 from megallm.data.tokenizer_folder import Settings
 
 SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
@@ -222,11 +221,11 @@ def _rules(path: Path) -> tuple[str, dict[str, int]]:
             f"{', '.join(KNOWN)} if it is that encoding."
         )
     try:
-        value: Any = json.loads(side.read_text(encoding="utf-8"))
+        value = definition.loads(definition.read_bytes(side), side)
         pattern, specials = value["pattern"], value["special_tokens"]
-        if isinstance(pattern, str) and all(isinstance(one, int) for one in specials.values()):
+        if isinstance(pattern, str) and all(definition.checked_id(one) == one for one in specials.values()):
             return pattern, specials
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         pass
     raise DataError(f'{side} must hold {{"pattern": text, "special_tokens": {{token: id}}}}.')
 
@@ -237,7 +236,7 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
         if line.strip():
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                ranks[base64.b64decode(token, validate=True)] = definition.checked_id(int(rank))
             except (ValueError, binascii.Error):
                 raise DataError(f"{path}:{number}: want a base64 token and its rank, such as 'IQ== 0'.") from None
     if not ranks:
@@ -247,8 +246,8 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return definition.read_bytes(path)
+    except FileNotFoundError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 

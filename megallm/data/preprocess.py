@@ -26,7 +26,7 @@ import numpy as np
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
 from megallm.data import accelerated, origins, readers, tokenizer
-from megallm.data.encode import Encoded, Job, encode_chunk, encoder_of, sample_texts
+from megallm.data.encode import Encoded, Job, choose_encoder, encode_chunk
 from megallm.data.indexed import IndexedWriter, dtype_for, publish
 from megallm.data.partial import Partial, sweep
 from megallm.data.workers import Workers
@@ -34,7 +34,6 @@ from megallm.data.workers import Workers
 FORMAT = 2  # of the work in progress: a change makes what an older megallm left unusable
 _POLICIES = ("stop", "skip")
 _SAVE_SECONDS = 5.0  # between records of what is done
-_FAST_FROM_BYTES = 4 << 20  # of input
 _REJECT_LINES = 1000  # before the share of rejected lines says anything
 
 
@@ -77,7 +76,7 @@ class PreprocessConfig:
 class Stats:
     """Counts of a run; `empty` and `tokens` per key, `lines` of text or rows of Parquet.
 
-    backend: what tokenised; resumed: chunks that an earlier, killed run had done.
+    backend: what tokenised; by_tokenizers: texts that gigatoken left to `tokenizers`; resumed: chunks that an earlier, killed run had done.
     """
 
     lines: int = 0
@@ -89,6 +88,7 @@ class Stats:
     tokens: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     backend: str = ""
+    by_tokenizers: int = 0
     resumed: int = 0
 
 
@@ -101,16 +101,14 @@ def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = Non
     """
     options = config.read_options()
     readers.check_inputs(config.inputs)
-    encoder_of.cache_clear()
-    plain = encoder_of(config.tokenizer, accelerated.PLAIN)
-    backend = _choose(plain, config)
+    plain, backend = choose_encoder(config.tokenizer, config.backend)
     before, behind = around(config, plain)
     job = Job(config.tokenizer, options, dtype_for(plain.vocab_size).str, before, behind, backend)
     with files.writing(config.output):
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     sweep(config.output)
     with _stopped_by_sigterm(), ExitStack() as stack:
-        work = stack.enter_context(Partial(config.output, _identity(config, plain)))
+        work = stack.enter_context(Partial(config.output, _identity(config, plain, backend)))
         stats = _publish(config, work)  # of a run that was killed while it published
         if stats is not None:
             stack.callback(work.remove)
@@ -164,15 +162,6 @@ def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
     return groups
 
 
-def _choose(plain: tokenizer.Encoder, config: PreprocessConfig) -> str:
-    """The backend. The fast one takes about a second to load and to prove itself, which small inputs do not repay."""
-    if not isinstance(plain, tokenizer.FolderTokenizer) or config.backend == accelerated.PLAIN:
-        return accelerated.choose(plain, config.backend, ())[1]
-    if config.backend == accelerated.AUTO and sum(map(os.path.getsize, config.inputs)) < _FAST_FROM_BYTES:
-        return f"{accelerated.PLAIN} (a small input)"
-    return accelerated.choose(plain, config.backend, sample_texts(config.inputs, config.read_options()))[1]
-
-
 def around(config: PreprocessConfig, plain: tokenizer.Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and behind each text: of the tokenizer's template, and the end of a document where that has it not.
 
@@ -189,7 +178,7 @@ def around(config: PreprocessConfig, plain: tokenizer.Encoder) -> tuple[tuple[in
     return tuple(before), tuple(behind)
 
 
-def _identity(config: PreprocessConfig, plain: tokenizer.Encoder) -> dict[str, Any]:
+def _identity(config: PreprocessConfig, plain: tokenizer.Encoder, backend: str) -> dict[str, Any]:
     """What decides the bytes of the output."""
     inputs = []
     for name in config.inputs:
@@ -197,7 +186,8 @@ def _identity(config: PreprocessConfig, plain: tokenizer.Encoder) -> dict[str, A
         inputs.append([name, found.st_size, found.st_mtime_ns])
     fixed = ("json_keys", "append_eod", "add_special_tokens", "on_error", "split_text", "max_document_mib")
     chosen = {key: vars(config)[key] for key in fixed}
-    return {"format": FORMAT, "inputs": inputs, "tokenizer": plain.fingerprint, "cut": readers.CHUNK_BYTES, **chosen}
+    made_by = {"tokenizer": plain.fingerprint, "encoded_by": accelerated.libraries(plain, backend)}
+    return {"format": FORMAT, "inputs": inputs, **made_by, "cut": readers.CHUNK_BYTES, **chosen}
 
 
 class _Output:
@@ -248,6 +238,7 @@ class _Output:
         stats.blank += encoded.parsed.blank
         stats.documents += len(encoded.lines)
         stats.characters += encoded.characters
+        stats.by_tokenizers += encoded.by_tokenizers
         for (key, writer), column in zip(self._writers.items(), encoded.columns, strict=True):
             writer.add(*column)
             stats.empty[key] += int((column[2] == 0).sum())
@@ -286,6 +277,7 @@ class _Output:
         made_by = {
             "kind": encoder.kind, "fingerprint": encoder.fingerprint,
             "vocab_size": encoder.vocab_size, "eod": encoder.eod if config.append_eod else None,
+            "encoded_by": accelerated.libraries(encoder, stats.backend),
         }  # fmt: skip
         if self._rejects is not None:
             with files.writing(f"{config.output}.rejects.jsonl"):
@@ -362,7 +354,6 @@ def _encoded(
         for item in every():
             yield item, encode(item)
         return
-    encoder_of(job.tokenizer, job.backend)  # made once, before the workers are forked
     with Workers(config.workers, encode) as workers:
         yield from workers.map(every())
 

@@ -6,8 +6,6 @@ id. Nothing here runs code of the folder, and `transformers` is not needed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -19,11 +17,11 @@ import tokenizers
 
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
-from megallm.data import native, readers, tokenizer_folder
+from megallm.data import definition, native, readers, tokenizer_folder
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
-_FINGERPRINT_BYTES = 16
+_AT_ONCE = 64  # texts given to the library together
 _FALLBACK_EODS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -73,10 +71,11 @@ class Tokenizer(Encoder, Protocol):
         ...
 
 
-def load(spec: str) -> Tokenizer:
+def load(spec: str, check: bool = True) -> Tokenizer:
     """The tokenizer called `bytes`, of a folder in any form of `tokenizer_folder`, or of a file.
 
-    Files are a `tokenizer.json`, sentencepiece's `.model` and tiktoken's ranks; see `native`. Errors: `DataError`.
+    Files are a `tokenizer.json`, sentencepiece's `.model` and tiktoken's ranks; see `native`. Without `check` the
+    library reads a tokenizer.json when it is first needed, and errors come then. Errors: `DataError`.
     """
     if spec == BYTES:
         return ByteTokenizer()
@@ -92,7 +91,10 @@ def load(spec: str) -> Tokenizer:
         return native.SentencePieceTokenizer(path, settings)
     if path.suffix in native.TIKTOKEN:
         return native.TiktokenTokenizer(path)
-    return FolderTokenizer(spec)
+    found = FolderTokenizer(spec)
+    if check:
+        found.check()
+    return found
 
 
 def _check_sound(text: str) -> None:
@@ -139,23 +141,48 @@ class ByteTokenizer:
 
 
 class FolderTokenizer:
-    """A Hugging Face tokenizer read with the `tokenizers` library; one thread, no truncation, no padding."""
+    """A Hugging Face tokenizer read with the `tokenizers` library; no truncation, no padding.
+
+    The library builds it at the first use: for 128,000 tokens that takes half a second. Errors: `DataError`.
+    """
 
     kind = "huggingface"
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.file = self.path / "tokenizer.json" if self.path.is_dir() else self.path
-        self._definition = _read_json(self.file, required=True)
-        self._plain, self._special = _build(self.file, True), _build(self.file, False)
-        self._vocab = self._plain.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        self._definition, self.digest = _definition(self.file)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return _build(self.file, True)
+
+    @cached_property
+    def _special(self) -> tokenizers.Tokenizer:
+        return _build(self.file, False)
+
+    @cached_property
+    def _vocab(self) -> dict[str, int]:
+        return _plain_vocab(self._definition) or self._plain.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self._vocab.values(), default=-1) + 1
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What tokenizer.json holds."""
+        return self._definition
+
+    def check(self) -> None:
+        """Let `tokenizers` read the definition. Errors: `DataError`."""
+        self._plain  # noqa: B018
 
     @cached_property
     def eod(self) -> int:
         """Id of `eos_token` in tokenizer_config.json or special_tokens_map.json. Errors: `DataError`."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _read_json(self.file.parent / name, required=False).get("eos_token")
+            token = _read_json(self.file.parent / name).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if token not in self._vocab:
@@ -172,9 +199,7 @@ class FolderTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
-        relevant = {k: v for k, v in self._definition.items() if k not in ("version", "truncation", "padding")}
-        text = json.dumps(relevant, sort_keys=True, ensure_ascii=True)
-        return "hf-" + hashlib.blake2b(text.encode(), digest_size=_FINGERPRINT_BYTES).hexdigest()
+        return definition.fingerprint(self._definition)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, without any token that a template would add around it."""
@@ -215,8 +240,9 @@ class FolderTokenizer:
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has."""
-        # One text at a time: encode_batch of the library would start its own threads in every worker.
-        parts = [self._plain.encode(text, add_special_tokens=False).ids for text in texts]
+        encode, parts = self._plain.encode_batch_fast, []
+        for at in range(0, len(texts), _AT_ONCE):  # without offsets, which nobody asks for here
+            parts += [one.ids for one in encode(list(texts[at : at + _AT_ONCE]), add_special_tokens=False)]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
@@ -235,22 +261,49 @@ class PairTokenizer(FolderTokenizer):
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.file = self.path / tokenizer_folder.VOCABULARY
-        definition = tokenizer_folder.pair_definition(self.path)
-        self._definition = json.loads(definition)
-        self._plain, self._special = (tokenizers.Tokenizer.from_str(definition) for _ in range(2))
-        self._plain.encode_special_tokens, self._special.encode_special_tokens = True, False
-        self._vocab = self._plain.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        self._text = tokenizer_folder.pair_definition(self.path)
+        self._definition, self.digest = definition.checked(self._text.encode(), self.file)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        return _prepared(tokenizers.Tokenizer.from_str(self._text), True)
+
+    @cached_property
+    def _special(self) -> tokenizers.Tokenizer:
+        return _prepared(tokenizers.Tokenizer.from_str(self._text), False)
 
 
-def _read_json(path: Path, required: bool) -> dict[str, Any]:
-    value = tokenizer_folder.read_json(path)
-    if value is None and required:
+def _definition(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return definition.read(path)
+    except FileNotFoundError:
         raise DataError(
             f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with {tokenizer_folder.FORMS} "
             f"(`megallm tokenizer train` makes one), or such a file."
-        )
-    return value or {}
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object beside the definition; empty when there is no such file."""
+    try:
+        return definition.loads(definition.read_bytes(path), path)
+    except FileNotFoundError:
+        return {}
+
+
+def _plain_vocab(found: dict[str, Any]) -> dict[str, int] | None:
+    """Every token's id where that stands in the definition without doubt: ids from 0 on, the added tokens last or
+    in their places. None otherwise: `tokenizers` gives added tokens other ids then."""
+    vocab = (found.get("model") or {}).get("vocab")
+    if not isinstance(vocab, dict):
+        return None
+    added = {token["content"]: token["id"] for token in found.get("added_tokens") or []}
+    whole = vocab | added
+    new = [number for token, number in added.items() if token not in vocab]
+    moved = any(vocab.get(token, number) != number for token, number in added.items())
+    if moved or new != [*range(len(vocab), len(whole))] or max(whole.values(), default=-1) + 1 != len(whole):
+        return None
+    return whole
 
 
 def _build(file: Path, specials_are_text: bool) -> tokenizers.Tokenizer:
@@ -258,6 +311,10 @@ def _build(file: Path, specials_are_text: bool) -> tokenizers.Tokenizer:
         built = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower for a bad definition
         raise DataError(f"{file} is not a tokenizer definition that `tokenizers` can load: {error}.") from error
+    return _prepared(built, specials_are_text)
+
+
+def _prepared(built: tokenizers.Tokenizer, specials_are_text: bool) -> tokenizers.Tokenizer:
     built.no_truncation()
     built.no_padding()
     built.encode_special_tokens = specials_are_text

@@ -6,7 +6,6 @@ tiktoken's ranks. `PREFIX.tokenizer/` beside an indexed dataset holds the one th
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megallm.base import files
 from megallm.base.errors import DataError
+from megallm.data import definition
 
 DEFINITION, SETTINGS, SPECIALS, GENERATION, TOKEN_IDS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "token_ids.json",
@@ -114,14 +114,9 @@ def said_of_texts(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object; None for a file that is not there. Errors: `DataError`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return definition.loads(definition.read_bytes(path), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -148,13 +143,13 @@ def settings_of(folder: Path) -> Settings:
     """The settings of a folder, from whichever of its files say something. Errors: `DataError`."""
     config, specials, added = (read_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED))
     model = read_json(folder / CONFIG) or read_json(folder / TOKEN_IDS) or {}
-    ids, special = {text: number for text, number in added.items() if type(number) is int}, set(added)
+    ids, special = {text: _id(number, folder) for text, number in added.items() if type(number) is int}, set(added)
     flags = {}
     rows = config.get("added_tokens_decoder")
     for number, row in (rows if isinstance(rows, dict) else {}).items():
         text = _written(row)
         if text is not None and number.isdecimal():
-            ids[text] = int(number)
+            ids[text] = _id(int(number[:20]), folder)
             flags[text] = {key: row[key] for key in _FLAGS if isinstance(row.get(key), bool)}
             (special.add if row.get("special", True) else special.discard)(text)
     tokens = {}
@@ -168,6 +163,13 @@ def settings_of(folder: Path) -> Settings:
         model_type if isinstance(model_type, str) else "", _switch(config, "add_bos_token"),
         _switch(config, "add_eos_token"), config.get("add_prefix_space") is True,
     )  # fmt: skip
+
+
+def _id(number: int, folder: Path) -> int:
+    try:
+        return definition.checked_id(number)
+    except ValueError as error:
+        raise DataError(f"{folder} has an added token whose {error}: no vocabulary reaches that.") from error
 
 
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -199,8 +201,9 @@ def pair_definition(folder: Path) -> str:
     """
     settings, vocabulary = settings_of(folder), read_json(folder / VOCABULARY) or {}
     way = _way(folder, settings)
-    if not vocabulary or any(type(number) is not int or number < 0 for number in vocabulary.values()):
-        raise DataError(f"{folder / VOCABULARY} must map tokens to ids from 0.")
+    numbers = vocabulary.values()
+    if not vocabulary or any(type(one) is not int or not 0 <= one < definition.MAX_ID for one in numbers):
+        raise DataError(f"{folder / VOCABULARY} must map tokens to ids from 0 to {definition.MAX_ID}.")
     missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))
     if missing:
         raise DataError(
@@ -245,7 +248,7 @@ def _way(folder: Path, settings: Settings) -> str:
 def _merges(path: Path) -> list[tuple[str, str]]:
     pairs = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = definition.read_bytes(path).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
     for number, line in enumerate(lines, start=1):

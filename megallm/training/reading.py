@@ -12,6 +12,7 @@ from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import fim, meta, objective, tokenizer
 from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
+from megallm.data.bookmarks import Bookmarks
 from megallm.data.masking import MaskRule
 from megallm.data.objective import Hider
 from megallm.data.order import parse_split
@@ -209,17 +210,25 @@ def hider_of(config: PretrainConfig) -> Hider | None:
     return Hider(data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None)
 
 
-def open_reader(config: PretrainConfig, share: Share, first_step: int, state: dict[str, Any] | None = None) -> Reader:
+def open_reader(
+    config: PretrainConfig, share: Share, first_step: int, state: dict[str, Any] | None = None, bookmarks: bool = False
+) -> Reader:
     """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step before kept.
 
-    Without a state the stream is gone through from its beginning (lengths only, no tokens).
+    Without a state the stream is gone through from its beginning (lengths only, no tokens), or with `bookmarks` from
+    the nearest one that an earlier call left.
     """
     data = config.data
     if data.order == "megatron":
         samples = build_samples(data.sources, data.split, "train", planned_samples(config), _sampling(config))
         return MegatronReader(samples, share, hider_of(config))
     plan = plan_of(config)
-    stream = Stream(plan, open_sources(config, plan, state), state)
+    sources = open_sources(config, plan, state)
+    if bookmarks and not state:
+        kept = Bookmarks(plan, sources, share.global_batch)
+        stream = kept.walked(plan, sources, first_step - 1, share.global_batch)
+        return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
+    stream = Stream(plan, sources, state)
     if not state:
         for _ in range(1, first_step):
             stream.take(share.global_batch)

@@ -32,6 +32,15 @@ def native(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def own_verdicts(tmp_path_factory, monkeypatch):
+    """What is kept from run to run lies in a folder of the test run, not in anybody's home."""
+    from megallm.data import accelerated, bookmarks
+
+    monkeypatch.setattr(accelerated, "CACHE", str(tmp_path_factory.mktemp("verdicts")))
+    monkeypatch.setattr(bookmarks, "FOLDER", str(tmp_path_factory.mktemp("bookmarks")))
+
+
 @pytest.fixture
 def make_dataset(tmp_path):
     """make_dataset(name, documents, dtype) writes documents (lists of sequences of ids) and returns the prefix."""

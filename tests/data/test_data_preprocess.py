@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import CannotWrite, DataError, InternalError, UsageError
+from megallm.base.version import VERSION
 from megallm.data import indexed, meta, preprocess, readers, surgery, tokenizer
 from megallm.data.indexed import IndexedDataset, verify
 from megallm.data.preprocess import PreprocessConfig
@@ -104,6 +105,8 @@ def test_texts_become_documents(work, tmp_path):
     assert [data.document(i).tolist() for i in range(3)] == [[*b"one", EOD], [], [*"zwölf".encode(), EOD]]
     assert (stats.documents, stats.empty, stats.tokens, stats.lines) == (3, {"text": 1}, {"text": 11}, 3)
     side_car = meta.read(tmp_path / "out/o_text_document")
+    made_by = side_car["tokenizer"].pop("encoded_by")
+    assert made_by == [f"megallm {VERSION}"]
     assert side_car["tokenizer"] == {"kind": "bytes", "fingerprint": "bytes-257", "vocab_size": 257, "eod": EOD}
     assert (side_car["documents"], side_car["sequences"], side_car["tokens"]) == (3, 2, 11)
     assert verify(tmp_path / "out/o_text_document")["empty_documents"] == 1
@@ -453,7 +456,9 @@ def test_work_is_in_the_workers(tmp_path):
     for workers in (1, 2):
         own, children = cpu_seconds(resource.RUSAGE_SELF), cpu_seconds(resource.RUSAGE_CHILDREN)
         preprocess.run(
-            PreprocessConfig((source,), str(tmp_path / "o"), str(tmp_path / "tok"), workers=workers, on_error="skip")
+            PreprocessConfig(
+                (source,), str(tmp_path / "o"), str(tmp_path / "tok"), workers=workers, on_error="skip", backend="tokenizers"
+            )
         )
         own = cpu_seconds(resource.RUSAGE_SELF) - own
         share[workers] = own / (own + cpu_seconds(resource.RUSAGE_CHILDREN) - children)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +61,20 @@ def test_gigatoken_gives_the_same_bytes(tmp_path, bpe):
             (source,), str(tmp_path / backend / "o"), bpe, append_eod=True, on_error="skip", backend=backend, workers=2
         )
         assert preprocess.run(config).backend == backend
-    assert digests(tmp_path / "gigatoken") == digests(tmp_path / "tokenizers")
+        side_car = tmp_path / backend / "o_text_document.meta.json"
+        made_by = json.loads(side_car.read_text())["tokenizer"].pop("encoded_by")
+        assert made_by == [f"{name} {metadata.version(name)}" for name in ("gigatoken", "tokenizers")][-len(made_by) :]
+        assert len(made_by) == 1 + (backend == "gigatoken")
+    same = [digests(tmp_path / backend) for backend in ("gigatoken", "tokenizers")]
+    for found in same:
+        found.pop("o_text_document.meta.json")
+    assert same[0] == same[1] and len(same[0]) == 3
 
 
 def test_a_written_special_token_stays_text_in_gigatoken(bpe):
     pytest.importorskip("gigatoken")
     plain = tokenizer.load(bpe)
-    fast, name = accelerated.choose(plain, "gigatoken", [TEXT])
+    fast, name = accelerated.choose(plain, "gigatoken")
     assert name == "gigatoken"
     texts = ["a<|endoftext|>b", "<|fim_prefix|>", "", TEXT * 3]
     ids, lengths = fast.encode_joined(texts)
@@ -85,21 +93,21 @@ def test_a_backend_that_differs_is_not_used(bpe, monkeypatch):
         return np.where(ids == plain.encode("é")[-1], 0, ids), lengths
 
     monkeypatch.setattr(accelerated.AcceleratedTokenizer, "encode_joined", wrong)
-    used, name = accelerated.choose(plain, "auto", [])
+    used, name = accelerated.choose(plain, "auto")
     assert used is plain and name.startswith("tokenizers (gigatoken splits")
     with pytest.raises(UsageError, match="--backend gigatoken: gigatoken splits"):
-        accelerated.choose(plain, "gigatoken", [])
+        accelerated.choose(plain, "gigatoken")
 
 
 def test_without_gigatoken_the_plain_one_is_used(bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    used, name = accelerated.choose(tokenizer.load(bpe), "auto", [])
+    used, name = accelerated.choose(tokenizer.load(bpe), "auto")
     assert isinstance(used, tokenizer.FolderTokenizer) and "not installed" in name
 
 
 def test_the_cache_of_words_is_dropped(bpe, monkeypatch):
     pytest.importorskip("gigatoken")
-    fast, _ = accelerated.choose(tokenizer.load(bpe), "gigatoken", [])
+    fast, _ = accelerated.choose(tokenizer.load(bpe), "gigatoken")
     monkeypatch.setattr(accelerated, "_RENEW_BYTES", 1000)
     made = [fast._fast]
     for _ in range(60):

@@ -1,0 +1,71 @@
+"""A data file that stays open: read where it is asked for, never through a map of what may be cut off under it.
+
+A page of a memory map that the file no longer has ends the process with SIGBUS, and nobody learns why. A read of it is
+short, and says which file it was.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+
+from megallm.base.errors import DataError
+
+_IN_MEMORY = 128 << 20  # bytes of a whole file that are held: an index of six million documents
+
+
+class OpenFile:
+    """A file of `size` bytes. Errors: `DataError`, of all methods."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._mapped = path, False
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._fd)
+            self.size = os.fstat(self._fd).st_size
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} does not exist. Give the common prefix of a .bin and an .idx file, without the suffix; "
+                f"`megallm preprocess` makes them."
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def read(self, begin: int, count: int) -> bytes:
+        """`count` bytes from byte `begin` on."""
+        parts = []
+        while count > 0:
+            try:
+                part = os.pread(self._fd, count, begin)
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be read at byte {begin}: {error.strerror}.") from error
+            if not part:
+                raise self._cut_off(min(begin, os.fstat(self._fd).st_size))
+            parts.append(part)
+            begin, count = begin + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def whole(self) -> bytes | mmap.mmap:
+        """The whole file, mapped when it is large; `check` before any use of a map."""
+        if self.size <= _IN_MEMORY:
+            return self.read(0, self.size)
+        self._mapped = True
+        try:
+            return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path} cannot be mapped: {error}.") from error
+
+    def check(self) -> None:
+        """See that a mapped file still has its bytes."""
+        if self._mapped:
+            size = os.fstat(self._fd).st_size
+            if size < self.size:
+                raise self._cut_off(size)
+
+    def _cut_off(self, at: int) -> DataError:
+        return DataError(
+            f"{self.path} was cut off at byte {at} while it was in use: it had {self.size} bytes when it was opened. "
+            f"Put the whole file back; what was trained until the last checkpoint stays good. Files of a running job "
+            f"must be replaced by renaming, not written over."
+        )
