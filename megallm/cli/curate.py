@@ -36,6 +36,10 @@ def _curate(args: argparse.Namespace) -> int:
     }
     summary["report"] = f"{args.output}/{run.REPORT}"
     print(json.dumps(summary, indent=2))
+    bad = totals.get("files_rejected", 0)
+    if bad:
+        what = "1 file could not be read to its end" if bad == 1 else f"{bad} files could not be read to their ends"
+        print(f"megallm: warning: {what}; ledger.jsonl says why (action reject).", file=sys.stderr)
     if not totals["kept"]:
         print("megallm: warning: no document was kept; the report shows which rule dropped them.", file=sys.stderr)
     return 0

@@ -55,11 +55,12 @@ def run(
     if workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
     output = Path(output)
-    inputs = readers.find_files(config.input)
+    one = Run(config, output, readers.find_files(config.input), progress)
+    one.check_models()  # before anything is written
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
-        return Run(config, output, inputs, progress).go(workers, fresh)
+        return one.go(workers, fresh)
 
 
 class Run:
@@ -76,11 +77,24 @@ class Run:
         self.segments = chains.segments_of(config)
         self._count: int | None = None
 
+    def check_models(self) -> None:
+        """Load what the steps need, unless this run is finished. Errors: those of `build_chain`, such as a package that
+        is missing."""
+        if self._finished() is None:
+            chain_of(self.yaml)
+
     def go(self, workers: int, fresh: bool) -> dict[str, Any]:
         finished = self.begin(fresh)
         if finished is not None:
             return finished
-        chain = chain_of(self.yaml)  # fails here, before any work, when a model is missing
+        try:
+            return self._work(workers)
+        except (DataError, UsageError):  # what mends it makes another run of this, which would be refused
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise
+
+    def _work(self, workers: int) -> dict[str, Any]:
+        chain = chain_of(self.yaml)
         for number in range(len(self.segments)):
             if number:
                 self.decide(number, chain)
@@ -90,21 +104,30 @@ class Run:
 
     def begin(self, fresh: bool = False) -> dict[str, Any] | None:
         """Take up the work folder; the statistics when this very run is already finished. Errors: `UsageError`."""
-        done = self.output / STATS
         self._sweep_temporaries()
+        finished = None if fresh else self._finished()
+        if finished is not None:
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed at its very end
+            return finished
         if fresh:
             self._sweep()
-        elif done.exists():
-            stats = json.loads(done.read_text("utf-8"))
-            if stats.get("identity") == self._identity():
-                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed at its very end
-                return stats
+        elif (self.output / STATS).exists():
             raise UsageError(
                 f"{self.output} holds a finished run of another configuration or input; choose another --output, or "
-                "pass --fresh to replace it."
+                "pass --overwrite to replace it."
             )
+        elif not (self.work / "identity").exists():
+            files.check_new(*(self.output / name for name in (KEPT, LEDGER, REPORT, TIMINGS, CONTAMINATION)))
         self._claim(self._identity())
         return None
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The statistics when this very run is already finished."""
+        try:
+            stats = json.loads((self.output / STATS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return stats if isinstance(stats, dict) and stats.get("identity") == self._identity() else None
 
     def _identity(self) -> str:
         """Changes with the configuration and with any file that is read: input, models, word lists, evaluation sets."""
@@ -135,7 +158,7 @@ class Run:
             if mark.read_text("utf-8") != identity:
                 raise UsageError(
                     f"{self.work} holds an unfinished run of another configuration or input; choose another --output, "
-                    "or pass --fresh to throw it away."
+                    "or pass --overwrite to throw it away."
                 )
             return
         with writing(self.work):

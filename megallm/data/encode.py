@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from megallm.data import accelerated, readers, tokenizer
+from megallm.data import accelerated, readers, textfile, tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,12 @@ def join(ids: np.ndarray, lengths: np.ndarray, job: Job) -> tuple[np.ndarray, np
 
 
 def sample_texts(inputs: Sequence[str], options: readers.ReadOptions, characters: int = 1 << 16) -> list[str]:
-    """Texts from the beginning of the input, as many as `characters`: what backends are compared on."""
+    """Texts from the beginning of the input, as many as `characters`: what backends are compared on.
+
+    Nothing is taken from a pipe, which can be read only once.
+    """
     found: list[str] = []
-    for name in inputs[:1]:
+    for name in [name for name in inputs if not textfile.is_stream(name)][:1]:
         for chunk in readers.chunks(name, options):
             for _, document in readers.parse(chunk, options).documents:
                 found += document

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data import accelerated, origins, readers, tokenizer
+from megallm.data import accelerated, origins, readers, textfile, tokenizer
 from megallm.data.encode import Encoded, Job, encode_chunk, encoder_of, sample_texts
 from megallm.data.indexed import IndexedWriter, dtype_for, publish
 from megallm.data.partial import Partial, sweep
@@ -168,7 +169,9 @@ def _choose(plain: tokenizer.Encoder, config: PreprocessConfig) -> str:
     """The backend. The fast one takes about a second to load and to prove itself, which small inputs do not repay."""
     if not isinstance(plain, tokenizer.FolderTokenizer) or config.backend == accelerated.PLAIN:
         return accelerated.choose(plain, config.backend, ())[1]
-    if config.backend == accelerated.AUTO and sum(map(os.path.getsize, config.inputs)) < _FAST_FROM_BYTES:
+    streams = any(map(textfile.is_stream, config.inputs))  # their size is not known
+    small = not streams and sum(map(os.path.getsize, config.inputs)) < _FAST_FROM_BYTES
+    if config.backend == accelerated.AUTO and small:
         return f"{accelerated.PLAIN} (a small input)"
     return accelerated.choose(plain, config.backend, sample_texts(config.inputs, config.read_options()))[1]
 
@@ -194,7 +197,8 @@ def _identity(config: PreprocessConfig, plain: tokenizer.Encoder) -> dict[str, A
     inputs = []
     for name in config.inputs:
         found = os.stat(name)
-        inputs.append([name, found.st_size, found.st_mtime_ns])
+        once = secrets.token_hex(8) if textfile.is_stream(name) else ""  # what was in a pipe is gone: nothing to go on with
+        inputs.append([name, found.st_size, found.st_mtime_ns, once])
     fixed = ("json_keys", "append_eod", "add_special_tokens", "on_error", "split_text", "max_document_mib")
     chosen = {key: vars(config)[key] for key in fixed}
     return {"format": FORMAT, "inputs": inputs, "tokenizer": plain.fingerprint, "cut": readers.CHUNK_BYTES, **chosen}
