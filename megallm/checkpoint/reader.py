@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megallm.base.errors import CheckpointError
+from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
 from megallm.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, decode
 from megallm.checkpoint.plan import outside_problem, plan_reads
@@ -129,7 +130,7 @@ class Reader:
         self.read_into(name, (0,) * len(full), tensor)
         return tensor
 
-    def problems(self, rank: int = 0, size: int = 1) -> Iterator[str]:
+    def problems(self, rank: int = 0, size: int = 1, progress: Progress = quiet) -> Iterator[str]:
         """Read and hash everything; a sentence for each damaged piece or header. Not collective.
 
         Rank `rank` of `size` looks at every `size`-th piece and header, so that ranks can share the work.
@@ -140,7 +141,9 @@ class Reader:
             except CheckpointError as error:
                 yield str(error)
         pieces = [(name, piece) for name in self.names() for piece in self.manifest.tensors[name].pieces]
-        for name, piece in sorted(pieces, key=lambda item: (item[1].file, item[1].offset))[rank::size]:
+        ours = sorted(pieces, key=lambda item: (item[1].file, item[1].offset))[rank::size]
+        for number, (name, piece) in enumerate(ours):
+            progress("reading", number, len(ours), "pieces")
             try:
                 self._pieces.load(name, piece)
             except CheckpointError as error:

@@ -13,6 +13,7 @@ from typing import Any
 from megallm.base.config import load
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import cannot_write
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
@@ -75,6 +76,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="F", help="write rows {prompt, tokens, text, logprobs, finish_reason} to this file"
     )
+    overwrite_argument(parser)
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction,
         help="print text as it is generated (default: on a terminal)",
@@ -86,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     layout = parse_layout(args.layout)
     if request.output is not None:
         _check_output(Path(request.output))
+        check_outputs(args, request.output)
     world = world_size(None)
     if world is not None and world != layout.world:
         raise UsageError(

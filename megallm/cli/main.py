@@ -9,17 +9,21 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
+from megallm.base.config import expand_home
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.version import VERSION
+from megallm.cli.board import BOARD
+from megallm.cli.supervise import INTERRUPTED, Terminated, die_of, say_stopped, supervised
 from megallm.cli.table import VERBS, Verb
 
-INTERRUPTED = 130
+TEXTS = ("prompt", "stop", "system", "special_tokens", "json_keys", "key")  # arguments that are never paths
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -39,13 +43,26 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; nothing but the interpreter's own exit follows."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((verb for verb in map(VERBS.get, _names(arguments)) if verb is not None), None)
+    kept = "" if verb is None else verb.kept
+    if argv is None and verb is not None and kept and not {"-h", "--help"} & set(arguments):
+        return supervised(verb.words, kept, lambda: _ended(arguments, kept))
+    return _ended(arguments, kept)
+
+
+def _ended(arguments: list[str], kept: str) -> int:
+    """Do what the words say, in this process; the exit code."""
     try:
         code = dispatch(arguments)
         sys.stdout.flush()
     except MegallmError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted.", INTERRUPTED)
+        say_stopped(signal.SIGINT, kept)
+        return INTERRUPTED
+    except Terminated as stop:
+        say_stopped(stop.number, kept)
+        return die_of(stop.number)
     except BrokenPipeError:  # `megallm ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -70,15 +87,26 @@ def dispatch(arguments: list[str]) -> int:
     command = importlib.import_module(verb.module).COMMANDS[verb.words]
     parser = Parser(prog=f"megallm {verb.words}", description=_sentence(verb.help), allow_abbrev=False)
     command.arguments(parser)
-    return command.run(parser.parse_intermixed_args(rest))
+    return command.run(expand_paths(parser.parse_intermixed_args(rest)))
+
+
+def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
+    """`~/x` as the home folder in every argument that is no text: shells leave it alone in `--output=~/x`."""
+    for name, value in vars(args).items():
+        if name in TEXTS:
+            continue
+        if isinstance(value, str):
+            setattr(args, name, expand_home(value))
+        elif isinstance(value, list):
+            setattr(args, name, [expand_home(one) if isinstance(one, str) else one for one in value])
+    return args
 
 
 def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
     """The verb that the first one or two words name, and the words after it."""
-    for count in (2, 1):
-        verb = VERBS.get(" ".join(arguments[:count]))
-        if verb is not None:
-            return verb, arguments[count:]
+    for name in _names(arguments):
+        if name in VERBS:
+            return VERBS[name], arguments[len(name.split()) :]
     first = arguments[0]
     group = [words for words in VERBS if words.startswith(f"{first} ")]
     if group:
@@ -86,6 +114,11 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
     close = get_close_matches(first, [*VERBS, *(words.split()[0] for words in VERBS)], n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise UsageError(f"'{first}' is not a verb.{hint} The verbs are: {', '.join(VERBS)}.")
+
+
+def _names(arguments: list[str]) -> list[str]:
+    """What the verb may be called: the first two words, or the first."""
+    return [" ".join(arguments[:count]) for count in (2, 1)]
 
 
 def overview() -> str:
@@ -106,6 +139,7 @@ def _sentence(text: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    BOARD.end()
     print(f"megallm: error: {message}", file=sys.stderr)
     return code
 

@@ -24,6 +24,7 @@ from megallm.base import config as configs
 from megallm.base import files
 from megallm.base.errors import DataError, InternalError, UsageError
 from megallm.base.files import writing
+from megallm.base.progress import Progress, quiet
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
 from megallm.curate.chain import ShardJob, chain_of, run_shard, save_decisions
@@ -35,13 +36,6 @@ from megallm.data.workers import Workers
 FORMAT = 2  # of the work folder and the outputs; a change makes old work folders unusable
 STATS, LEDGER, REPORT, KEPT, TIMINGS = "stats.json", "ledger.jsonl", "report.html", "kept", "timings.json"
 CONTAMINATION = "contamination.json"
-
-Progress = Callable[[str, int, int | None], None]  # (phase, shards done, shards in all or None)
-
-
-def quiet(phase: str, done: int, total: int | None) -> None:
-    """The progress of nobody looking."""
-
 
 def run(
     config: CurateConfig, output: str | Path, workers: int = 1, fresh: bool = False, progress: Progress = quiet
@@ -226,7 +220,7 @@ class Run:
                 results = stack.enter_context(Workers(workers, run_shard)).map(jobs)
             for _ in results:
                 done += 1
-                self.progress(phase, done, total)
+                self.progress(phase, done, total, "shards")
 
     def _check_read(self, count: int) -> None:
         totals = add_up(self._tallies(0, count)).totals
