@@ -87,14 +87,14 @@ class _Handlers:
     """What the child does when it is asked to stop: once, since a second signal would interrupt the cleanup."""
 
     def __init__(self, numbers: list[signal.Signals]) -> None:
-        self._stopping = False
+        self._numbers = numbers
         for number in numbers:
             signal.signal(number, self._stop)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if not self._stopping:
-            self._stopping = True
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+        for other in self._numbers:
+            signal.signal(other, signal.SIG_IGN)  # Python would set a handler of ours back to the default at its end
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 def _watch(pid: int, verb: str, wanted: list[signal.Signals]) -> tuple[int, int, bool]:
@@ -121,6 +121,8 @@ def _ending(code: int, asked: int) -> int:
     """Our exit code for that of the child, below 0 when a signal ended it."""
     if code >= 0:
         return code
+    if -code == signal.SIGINT:
+        return INTERRUPTED
     if asked or -code in _STOPS:
         return die_of(asked or -code)
     name = signal.Signals(-code).name
