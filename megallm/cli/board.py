@@ -15,13 +15,15 @@ _CLEAR = "\r\x1b[2K"
 
 @dataclass(frozen=True)
 class Note:
-    """The last note: see `base.progress`; `shown` is False once the verb has ended its work."""
+    """The last note: see `base.progress`; `shown` is False once the verb has ended its work, `said` is True once it has
+    told why."""
 
     phase: str = ""
     done: int = 0
     total: int | None = None
     unit: str = ""
     shown: bool = True
+    said: bool = False
 
 
 class Board:
@@ -41,10 +43,10 @@ class Board:
             self._phase, self._at = phase, now
             self._write(Note(phase[:200], done, total, unit[:50]))
 
-    def end(self) -> None:
+    def end(self, said: bool = False) -> None:
         """The work is done, or has failed: what follows on the terminal is the verb's own output."""
         if self._memory is not None:
-            self._write(Note(shown=False))
+            self._write(Note(shown=False, said=said))
             if sys.stderr.isatty():
                 sys.stderr.write(_CLEAR)
                 sys.stderr.flush()

@@ -13,6 +13,7 @@ from typing import Any
 from megallm.base.config import load
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import cannot_write
+from megallm.cli.board import BOARD, tell
 from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.inference.request import PRECISIONS, GenerateRequest
@@ -96,7 +97,12 @@ def _run(args: argparse.Namespace) -> int:
         )
     live = sys.stdout.isatty() if args.stream is None else args.stream
     printer = Printer(request.prompts, live) if args.stream or request.output is None else None
+    if printer is not None and sys.stderr.isatty():
+        BOARD.end()  # texts and progress would mix
     start(_rank, (request, layout, printer), layout.world, None, PRELOAD)
+    if request.output is not None:
+        BOARD.end()
+        tell(f"the rows are in {request.output}.")
     return 0
 
 

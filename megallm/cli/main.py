@@ -40,12 +40,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code; nothing but the interpreter's own exit follows."""
+def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
+    """Run one command line and return its exit code; nothing but the interpreter's own exit follows.
+
+    program: whether this process is there for the command alone, as without `argv`; one that may take long is then
+    supervised.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((verb for verb in map(VERBS.get, _names(arguments)) if verb is not None), None)
     kept = "" if verb is None else verb.kept
-    if argv is None and verb is not None and kept and not {"-h", "--help"} & set(arguments):
+    if (program or argv is None) and verb is not None and kept and not {"-h", "--help"} & set(arguments):
         return supervised(verb.words, kept, lambda: _ended(arguments, kept))
     return _ended(arguments, kept)
 
@@ -56,6 +60,9 @@ def _ended(arguments: list[str], kept: str) -> int:
         code = dispatch(arguments)
         sys.stdout.flush()
     except MegallmError as error:
+        if error.exit_code == INTERRUPTED and kept:  # a rank was
+            say_stopped(signal.SIGINT, kept)
+            return INTERRUPTED
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         say_stopped(signal.SIGINT, kept)

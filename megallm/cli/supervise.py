@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from megallm.base.errors import InternalError
@@ -24,7 +25,7 @@ INTERRUPTED = 130
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK_SECONDS = 0.1  # between looks at the child
 _FIRST_SECONDS, _LINE_SECONDS = 5.0, 10.0  # without a terminal: when the first plain line comes, and the others
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Terminated(BaseException):
@@ -47,6 +48,7 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
     wanted = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*wanted, signal.SIGCHLD))
     parent = os.getpid()
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the child started comes to us when it ends
     pid = os.fork()
     if pid == 0:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -58,6 +60,8 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
     status, asked, killed = _watch(pid, verb, wanted)
     while signal.sigtimedwait(wanted, 0) is not None:  # of a terminal, which the child obeyed before we looked
         pass
+    if asked:
+        _end_orphans()
     if killed:
         say_stopped(asked, kept)
         if asked == signal.SIGINT:
@@ -68,7 +72,10 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
 
 def say_stopped(number: int, kept: str) -> None:
     """The last word of a verb that was interrupted."""
-    BOARD.end()
+    note = BOARD.read()
+    if note is not None and note.said:
+        return  # by the child, which then took too long to leave
+    BOARD.end(said=True)
     how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     print(f"megallm: error: {how}{f'; {kept}' if kept else '.'}", file=sys.stderr)
 
@@ -94,7 +101,12 @@ class _Handlers:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         for other in self._numbers:
             signal.signal(other, signal.SIG_IGN)  # Python would set a handler of ours back to the default at its end
+        sys.unraisablehook = _quiet  # it may come where nothing can be raised; then we are killed
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+
+def _quiet(what: object) -> None:
+    """Says nothing about an exception that Python has to drop."""
 
 
 def _watch(pid: int, verb: str, wanted: list[signal.Signals]) -> tuple[int, int, bool]:
@@ -115,6 +127,16 @@ def _watch(pid: int, verb: str, wanted: list[signal.Signals]) -> tuple[int, int,
             asked, deadline = came.si_signo, time.monotonic() + GRACE_SECONDS
             with suppress(ProcessLookupError):
                 os.kill(pid, asked)  # a terminal sent it to both of us, anyone else to this process only
+
+
+def _end_orphans() -> None:
+    """Kill what the child had started and left behind: a server of processes, its workers."""
+    own = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    with suppress(OSError):  # a kernel without this file: they end by themselves when their pipes close
+        while orphans := own.read_text().split():
+            for orphan in map(int, orphans):
+                os.kill(orphan, signal.SIGKILL)
+                os.waitpid(orphan, 0)
 
 
 def _ending(code: int, asked: int) -> int:

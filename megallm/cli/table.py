@@ -66,6 +66,6 @@ KEPT = {
     "data merge": _NOTHING, "data split": _NOTHING, "data stats": _NOTHING, "data stream": _NOTHING, "curate": _WORK,
     "curate train-classifier": _NOTHING, "curate train-lm": _NOTHING, "synth": _NOTHING, "convert": _NOTHING,
     "ckpt verify": "nothing was found to be wrong so far.", "ckpt diff": _NOTHING, "ckpt dump": _NOTHING,
-    "ckpt upcycle": _NOTHING, "oracle": "the rows above are done; --json was not written.",
+    "ckpt upcycle": _NOTHING, "generate": _NOTHING, "oracle": "the rows above are done; --json was not written.",
 }  # fmt: skip
 VERBS = {words: Verb(words, f"megallm.cli.{module}", text, KEPT.get(words, "")) for words, module, text in _ROWS}
