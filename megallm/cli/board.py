@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _SIZE = 4096
 _SECONDS = 0.05  # between notes: writing one down takes microseconds, and some work is as quick as that
+_DRAWN = _SIZE - 1  # the place of a byte: whether there is a line to take away
 _CLEAR = "\r\x1b[2K"
 
 
@@ -47,9 +48,15 @@ class Board:
         """The work is done, or has failed: what follows on the terminal is the verb's own output."""
         if self._memory is not None:
             self._write(Note(shown=False, said=said))
-            if sys.stderr.isatty():
+            if self._memory[_DRAWN]:
+                self._memory[_DRAWN] = 0
                 sys.stderr.write(_CLEAR)
                 sys.stderr.flush()
+
+    def drawn(self) -> None:
+        """A line of progress stands on the terminal, which `end` takes away."""
+        if self._memory is not None:
+            self._memory[_DRAWN] = 1
 
     def read(self) -> Note | None:
         """The last note; None when it is being written at this moment."""

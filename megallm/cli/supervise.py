@@ -173,6 +173,7 @@ class _Screen:
         line = line_of(self._verb, self._note, seconds)
         with suppress(OSError):  # a terminal that is gone: the child will notice by itself
             if self._live:
+                BOARD.drawn()
                 width = shutil.get_terminal_size().columns - 1
                 os.write(2, f"\r\x1b[2K{line[:width]}\r".encode())
                 self._next = seconds + 0.3

@@ -64,6 +64,8 @@ def check(names: Sequence[str]) -> None:
     """
     streams: set[tuple[int, int]] = set()
     for name in names:
+        if name == "-":
+            raise DataError("- is not a file: /dev/stdin is the name of standard input.")
         if Path(name).is_dir():
             raise DataError(f"{name} is a folder: give the files in it, for example {name}/*.jsonl.")
         try:
