@@ -86,7 +86,8 @@ def ours(options: dict[str, list[str]], source: str, spec: str, folder: Path) ->
     for name, words in options.items():
         output = folder / name.replace(", ", "-").replace(" ", "-")
         command = [sys.executable, "-m", "megallm", "preprocess", "--input", source, "--output", str(output)]
-        yield name, [*command, "--tokenizer", spec, "--append-eod", *words], Path(f"{output}_text_document.bin")
+        command += ["--tokenizer", spec, "--append-eod", "--overwrite", *words]
+        yield name, command, Path(f"{output}_text_document.bin")
 
 
 def others(source: str, spec: str, folder: Path, megatron: str | None) -> Iterator[Candidate]:

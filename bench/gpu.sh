@@ -10,6 +10,6 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out
 python setup.py build_ext --inplace >"$out/build.txt" 2>&1 || { tail -20 "$out/build.txt"; exit 1; }
 python -m megallm doctor | tee "$out/doctor.txt"
 status=0
-python -m megallm oracle --json "$out/oracle.json" | tee "$out/oracle.txt" || status=1
+python -m megallm oracle --json "$out/oracle.json" --overwrite | tee "$out/oracle.txt" || status=1
 python -m pytest -q -m gpu tests -rs | tee "$out/tests.txt" || status=1
 exit $status

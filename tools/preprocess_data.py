@@ -29,4 +29,4 @@ def translated(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(translated(sys.argv[1:])))
+    sys.exit(main(translated(sys.argv[1:]), program=True))

@@ -72,7 +72,7 @@ rm -rf $work/trained
 $megallm convert --to hf --input $work/run --output $work/trained --verify
 
 say "7/7 greedy continuations: megallm from the checkpoint at tp=3, transformers from the exported folder"
-$megallm generate --model $work/run --layout tp=3 --max-new-tokens 24 --json $work/rows.jsonl \
+$megallm generate --model $work/run --layout tp=3 --max-new-tokens 24 --json $work/rows.jsonl --overwrite \
   --prompt "The capital of France is" --prompt "In the beginning God" --prompt "And it came to pass, that"
 $python -W ignore $here/continue_text.py $work/trained $work/rows.jsonl
 echo "model for transformers: $work/trained"

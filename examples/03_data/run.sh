@@ -47,11 +47,11 @@ say "5/6 tokenizer and token files"
 if ! [ -e "$work/data/prepared" ]; then
   $python $here/split.py "$work/curated/kept" "$work/kept"
   cat "$work/kept/english.jsonl" "$work/kept/other.jsonl" | awk 'NR % 20 == 0' > "$work/kept/sample.jsonl"
-  $megallm tokenizer train --input "$work/kept/sample.jsonl" --vocab-size 8192 --output "$work/tokenizer"
+  $megallm tokenizer train --input "$work/kept/sample.jsonl" --vocab-size 8192 --output "$work/tokenizer" --overwrite
   mkdir -p "$work/data"
   for part in english other; do
     $megallm preprocess --input "$work/kept/$part.jsonl" --output "$work/data/$part" --tokenizer "$work/tokenizer" \
-      --append-eod --workers 2
+      --append-eod --workers 2 --overwrite
   done
   touch "$work/data/prepared"
 fi

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import io
 import math
+import os
 import re
 import tokenize
 import types
@@ -40,6 +41,7 @@ _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _RADIX_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _MAX_DIGITS = 100  # 1e6 is a fine number of steps; the digits of 1e999999999 would fill the memory
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_HOME = re.compile(r"~[A-Za-z0-9._-]*/")
 _BAD = object()  # a value that could not be read; its problem is on the list
 
 
@@ -349,7 +351,10 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         return _build(hint, hint, node, f"{key}.", problems)
     elif isinstance(node, Table) and origin is dict:
         inner = typing.get_args(hint)[1]
-        table = {name: _convert(inner, child, f"{key}.{name}", problems) for name, (_, child) in node.items.items()}
+        table = {
+            expand_home(name): _convert(inner, child, f"{key}.{name}", problems)
+            for name, (_, child) in node.items.items()
+        }
         return _BAD if _BAD in table.values() else table
     if value is _BAD:
         shown, close = "a list" if isinstance(node, Items) else "a mapping", ""
@@ -403,7 +408,18 @@ def _to_bool(node: Scalar) -> Any:
 
 
 def _to_str(node: Scalar) -> Any:
-    return _BAD if node.plain and (node.text in _NULLS or node.text in _BOOLS) else node.text
+    return _BAD if node.plain and (node.text in _NULLS or node.text in _BOOLS) else expand_home(node.text)
+
+
+def expand_home(text: str) -> str:
+    """`~/x` and `~name/x` as paths of the home folder; anything else as it is. The one place for configurations and
+    flags: no text value that is not a path begins like this."""
+    if not _HOME.match(text):
+        return text
+    found = os.path.expanduser(text)
+    if found == text:
+        raise UsageError(f"{text}: there is no user whose home folder {text.partition('/')[0]} could be; write it out.")
+    return found
 
 
 _SCALARS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import CannotWrite
+from megallm.base.errors import CannotWrite, UsageError
 
 TEMPORARY = ".tmp-"
 
@@ -42,6 +42,32 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def check_new(*paths: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """The one rule for outputs: what is there is only replaced when `overwrite` says so.
+
+    An empty file, an empty folder, and what is no file (a pipe, /dev/stdout) hold nothing that could be lost.
+    Errors: `UsageError`, before any work.
+    """
+    for path in () if overwrite else paths:
+        with writing(path):
+            empty = is_empty(path)
+        if not empty:
+            raise UsageError(
+                f"{os.fspath(path)} exists, and nothing is overwritten unasked: choose another name, or pass "
+                "--overwrite to replace it."
+            )
+
+
+def is_empty(path: str | os.PathLike[str]) -> bool:
+    """Whether nothing would be lost if `path` were replaced. A link that leads nowhere is something."""
+    path = Path(path)
+    if path.is_dir():
+        return not path.is_symlink() and not any(path.iterdir())
+    if path.is_file():
+        return path.stat().st_size == 0 and not path.is_symlink()
+    return path.exists() or not path.is_symlink()
 
 
 def temporary_name(path: str | os.PathLike[str]) -> Path:

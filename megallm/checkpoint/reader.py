@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megallm.base.errors import CheckpointError
+from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
 from megallm.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, decode
 from megallm.checkpoint.plan import outside_problem, plan_reads
@@ -130,7 +131,11 @@ class Reader:
         return tensor
 
     def problems(
-        self, rank: int = 0, size: int = 1, wanted: Callable[[str], bool] = lambda name: True
+        self,
+        rank: int = 0,
+        size: int = 1,
+        wanted: Callable[[str], bool] = lambda name: True,
+        progress: Progress = quiet,
     ) -> Iterator[str]:
         """Read and hash all wanted tensors; a sentence for each damaged piece or header. Not collective.
 
@@ -143,7 +148,9 @@ class Reader:
                 yield str(error)
         names = [name for name in self.names() if wanted(name)]
         pieces = [(name, piece) for name in names for piece in self.manifest.tensors[name].pieces]
-        for name, piece in sorted(pieces, key=lambda item: (item[1].file, item[1].offset))[rank::size]:
+        ours = sorted(pieces, key=lambda item: (item[1].file, item[1].offset))[rank::size]
+        for number, (name, piece) in enumerate(ours):
+            progress("reading", number, len(ours), "pieces")
             try:
                 self._pieces.load(name, piece)
             except CheckpointError as error:

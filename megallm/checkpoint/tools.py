@@ -15,6 +15,7 @@ import torch
 
 from megallm.base.errors import CheckpointError
 from megallm.base.files import atomic_path, writing
+from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import ShardWriter, header_bytes, raw
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.checkpoint.reader import Reader, load_manifest, step_folders
@@ -105,7 +106,7 @@ def show(source: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def verify(source: str | os.PathLike[str]) -> dict[str, Any]:
+def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[str, Any]:
     """Read every byte of one step and compare with its hash: step, path, ok, pieces, bytes, problems (sentences).
 
     A step folder that cannot even be opened is reported as a problem, not raised.
@@ -114,7 +115,8 @@ def verify(source: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with Reader(folder) as reader:
             manifest = reader.manifest
-            problems = list(dict.fromkeys([*reader.problems(), *_extra_files(folder, set(manifest.files))]))
+            found = [*reader.problems(progress=progress), *_extra_files(folder, set(manifest.files))]
+            problems = list(dict.fromkeys(found))
     except CheckpointError as error:
         return {"step": None, "path": str(folder), "ok": False, "pieces": 0, "bytes": 0, "problems": [str(error)]}
     return {
@@ -135,7 +137,9 @@ def _extra_files(folder: Path, known: set[str]) -> list[str]:
     ]
 
 
-def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[str, Any]:
+def diff(
+    first: str | os.PathLike[str], second: str | os.PathLike[str], progress: Progress = quiet
+) -> dict[str, Any]:
     """What differs between two steps: `same`, `tensors` (name, what, max_abs_error) and `meta` (keys that differ).
 
     `what` is "only in first", "only in second", "shape or dtype" or "values". Values are compared bit by bit;
@@ -144,7 +148,8 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> dict[
     rows = []
     with Reader(resolve(first, _all)) as a, Reader(resolve(second, _all)) as b:
         names_a, names_b = set(a.names()), set(b.names())
-        for name in sorted(names_a | names_b):
+        for number, name in enumerate(sorted(names_a | names_b)):
+            progress("comparing", number, len(names_a | names_b), "tensors")
             row = None
             if name not in names_b:
                 row = {"name": name, "what": "only in first", "max_abs_error": None}
@@ -182,7 +187,9 @@ def _differing_keys(a: Any, b: Any) -> list[str]:
     return [] if a == b else ["meta"]
 
 
-def dump(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> dict[str, Any]:
+def dump(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], progress: Progress = quiet
+) -> dict[str, Any]:
     """Write every logical tensor of one step, whole and in its stored dtype, to one safetensors file.
 
     Streamed: the header first, then one tensor after the other; the file appears only when it is complete.
@@ -199,6 +206,7 @@ def dump(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> dict
         with writing(output), atomic_path(output) as temporary, ShardWriter(temporary) as file:
             file.write(header)
             for name in names:
+                progress("writing", file.position, reader.manifest.nbytes, "bytes")
                 if records[name].nbytes:
                     file.write(raw(reader.read(name)))
         return {"step": reader.step, "output": str(output), "tensors": len(names), "bytes": file.position}

@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 from megallm.base.errors import CheckpointError, UsageError
+from megallm.cli.board import BOARD
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 
 SOURCE = "a run folder (its newest valid checkpoint) or one step folder"
@@ -20,6 +22,7 @@ def _one(parser: argparse.ArgumentParser) -> None:
 def _dump_arguments(parser: argparse.ArgumentParser) -> None:
     _one(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write")
+    overwrite_argument(parser)
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +57,8 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megallm.checkpoint import tools
 
-    found = tools.verify(args.source)
+    found = tools.verify(args.source, BOARD.show)
+    BOARD.end()
     if found["ok"]:
         return _out(
             args, found, [f"{found['path']}: {found['pieces']} pieces, {_gib(found['bytes'])}, every hash right."]
@@ -68,7 +72,8 @@ def _diff(args: argparse.Namespace) -> int:
     """Exit code 0 when equal, 1 when not, as `diff` does."""
     from megallm.checkpoint import tools
 
-    found = tools.diff(args.first, args.second)
+    found = tools.diff(args.first, args.second, BOARD.show)
+    BOARD.end()
     lines = [
         f"{row['name']}: {row['what']}"
         + (f", max error {row['max_abs_error']:.3e}" if row["max_abs_error"] is not None else "")
@@ -84,7 +89,9 @@ def _dump(args: argparse.Namespace) -> int:
         raise UsageError(f"--output {args.output} must end in .safetensors, since that is what is written.")
     from megallm.checkpoint import tools
 
-    done = tools.dump(args.source, args.output)
+    check_outputs(args, args.output)
+    done = tools.dump(args.source, args.output, BOARD.show)
+    BOARD.end()
     return _out(
         args, done, [f"step {done['step']}: {done['tensors']} tensors, {_gib(done['bytes'])} -> {done['output']}"]
     )
@@ -98,15 +105,17 @@ def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-dense", type=int, default=0, metavar="N", help="layers before the first with experts")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="from there on, every how many layers")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the routers' start")
+    overwrite_argument(parser)
 
 
 def _upcycle(args: argparse.Namespace) -> int:
     from megallm.convert.upcycle import UpcycleRequest, run
 
     request = UpcycleRequest(
-        args.source, args.output, args.experts, args.top_k, args.first_dense, args.every, args.seed
+        args.source, args.output, args.experts, args.top_k, args.first_dense, args.every, args.seed, args.overwrite
     )
     done = run(request)
+    BOARD.end()
     sizes = f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for a token"
     return _out(args, done, [f"{done['output']}: {sizes}, {_gib(done['bytes'])}. Train it with --resume auto."])
 

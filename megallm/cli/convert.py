@@ -7,6 +7,8 @@ import json
 import sys
 
 from megallm.base.errors import UsageError
+from megallm.cli.board import BOARD, tell
+from megallm.cli.output import overwrite_argument
 from megallm.cli.table import Command
 
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
@@ -18,6 +20,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--input", required=True, metavar="X", help="run or step folder (to hf), Hugging Face folder (to megallm)"
     )
     parser.add_argument("--output", required=True, metavar="Y", help="a new folder; it appears when it is complete")
+    overwrite_argument(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as stored)")
     parser.add_argument(
         "--verify", action="store_true", help="compare float32 logits with transformers; exit code 70 above 1e-5"
@@ -33,15 +36,20 @@ def _run(args: argparse.Namespace) -> int:
     from megallm.convert import convert
 
     limit = int(min(args.max_shard_gib, 2**20) * 2**30)
-    request = convert.ConvertRequest(args.to, args.input, args.output, args.dtype, args.verify, limit)
+    request = convert.ConvertRequest(args.to, args.input, args.output, args.dtype, args.verify, limit, args.overwrite)
     try:
         done = convert.run(request)
     except convert.NotEqual as error:
         print(json.dumps({"output": None, "max_rel_error": error.max_rel_error}))
         raise
+    BOARD.end()
     for note in done["notes"]:
         print(f"megallm: note: {note}", file=sys.stderr)
     print(json.dumps(done))
+    then = "transformers' AutoModelForCausalLM.from_pretrained loads it" if args.to == "hf" else (
+        f"`megallm pretrain CONFIG run.dir={args.output}` with the section of {args.output}/model.yaml"
+    )  # fmt: skip
+    tell(f"the model is in {args.output}.", f"`megallm generate --model {args.output} --prompt TEXT`; {then}.")
     return 0
 
 

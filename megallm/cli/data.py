@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 from megallm.base.errors import UsageError
+from megallm.cli.board import BOARD, tell
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 
 
 def _inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, metavar="F", help="JSONL, plain text or Parquet; .gz .zst")
+    parser.add_argument("--input", nargs="+", required=True, metavar="F", help="JSONL, text, Parquet; packed; pipes")
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text")
     parser.add_argument(
         "--split-text", choices=("file", "lines", "paragraphs"), default="file", help="what is a document of plain text"
@@ -47,6 +47,7 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N", help="write N datasets P-00000-of-N, each of whole files")
     parser.add_argument("--shard", type=int, metavar="I", help="with --shards: only this one (one machine of several)")
+    overwrite_argument(parser)
 
 
 def _preprocess(args: argparse.Namespace) -> int:
@@ -65,30 +66,33 @@ def _preprocess(args: argparse.Namespace) -> int:
         max_document_mib=args.max_document_mib,
         backend=args.backend,
         max_reject_percent=args.max_reject_percent,
+        overwrite=args.overwrite,
     )
     if args.shard is not None and args.shards is None:
         raise UsageError("--shard needs --shards.")
     if args.shards is None:
-        found: Any = dataclasses.asdict(preprocess.run(config, _progress()))
+        found: Any = dataclasses.asdict(preprocess.run(config, _counts()))
     else:
-        found = [dataclasses.asdict(one) for one in preprocess.run_shards(config, args.shards, args.shard, _progress())]
+        found = [dataclasses.asdict(one) for one in preprocess.run_shards(config, args.shards, args.shard, _counts())]
+    BOARD.end()
     print(json.dumps(found, indent=2))
+    prefixes = [prefix for one in (found if isinstance(found, list) else [found]) for prefix in one["outputs"].values()]
+    named = ", ".join(prefixes[:3]) + (f" and {len(prefixes) - 3} more" if len(prefixes) > 3 else "")
+    tell(f"the data is in {named} (.bin, .idx).",
+         f"{_train_on(prefixes[0])}; `megallm data stats {prefixes[0]}` looks at it.")  # fmt: skip
     return 0
 
 
-def _progress() -> Callable[[Any], None] | None:
-    """A line of counts on standard error, a few times a second, for a person at a terminal."""
-    if not sys.stderr.isatty():
-        return None
-    last = 0.0
+def _train_on(prefix: str) -> str:
+    return f"`megallm pretrain CONFIG data.sources='{{{prefix}: 1}}'`"
+
+
+def _counts() -> Callable[[Any], None]:
+    """What notes the counts of a run for the process that shows them."""
 
     def show(stats: Any) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.3:
-            last = time.monotonic()
-            tokens = sum(stats.tokens.values())
-            sys.stderr.write(f"\r{stats.documents:,} documents, {tokens:,} tokens, {stats.rejected:,} rejected ")
-            sys.stderr.flush()
+        told = f"{sum(stats.tokens.values()):,} tokens, {stats.rejected:,} rejected"
+        BOARD.show(told, stats.documents, None, "documents")
 
     return show
 
@@ -98,14 +102,26 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="at most this many tokens")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="T", help="more special tokens, as for FIM")
+    parser.add_argument(
+        "--sample-mib", type=int, default=256, metavar="N",
+        help="learn from at most N MiB of the text, spread over it: bounds time and memory (default 256)",
+    )  # fmt: skip
+    overwrite_argument(parser)
 
 
 def _tokenizer_train(args: argparse.Namespace) -> int:
     from megallm.data.readers import ReadOptions
-    from megallm.data.tokenizer import train_bpe
+    from megallm.data.sample import Sample
+    from megallm.data.tokenizer import TOKENIZER_FILES, train_bpe
 
     options = ReadOptions(keys=tuple(args.json_keys), split_text=args.split_text)
-    print(json.dumps(train_bpe(args.input, args.vocab_size, args.output, options, args.special_tokens), indent=2))
+    check_outputs(args, *(f"{args.output}/{name}" for name in TOKENIZER_FILES))
+    sample = Sample(args.sample_mib << 20, BOARD.show)
+    found = train_bpe(args.input, args.vocab_size, args.output, options, args.special_tokens, sample)
+    BOARD.end()
+    print(json.dumps(found, indent=2))
+    tell(f"the tokenizer is in {args.output}.",
+         f"`megallm preprocess --input F.. --output P --tokenizer {args.output} --append-eod`.")  # fmt: skip
     return 0
 
 
@@ -120,7 +136,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.vocab is not None and args.vocab < 1:
         raise UsageError(f"--vocab is {args.vocab}; it must be at least 1.")
-    found = indexed.verify(args.prefix, args.vocab)
+    found = indexed.verify(args.prefix, args.vocab, BOARD.show)
+    BOARD.end()
     line = (
         f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens of {found['dtype']}, all sound."
     )
@@ -167,12 +184,17 @@ def _show(args: argparse.Namespace) -> int:
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="datasets of one dtype and tokenizer, in order")
     parser.add_argument("--output", required=True, metavar="P", help="prefix of the new dataset")
+    overwrite_argument(parser)
 
 
 def _merge(args: argparse.Namespace) -> int:
     from megallm.data import indexed
 
-    print(json.dumps({"output": args.output, **indexed.merge(args.prefixes, args.output)}, indent=2))
+    check_outputs(args, *indexed.indexed_files(args.output))
+    found = indexed.merge(args.prefixes, args.output, BOARD.show)
+    BOARD.end()
+    print(json.dumps({"output": args.output, **found}, indent=2))
+    tell(f"the data is in {args.output} (.bin, .idx).", f"{_train_on(args.output)}.")
     return 0
 
 
@@ -181,12 +203,20 @@ def _split_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="P", help="writes P-0, P-1, ...")
     parser.add_argument("--shares", required=True, metavar="A,B,..", help="documents of each part, such as 98,1,1")
     parser.add_argument("--seed", type=int, metavar="S", help="choose documents at random; without it: in order")
+    overwrite_argument(parser)
 
 
 def _split(args: argparse.Namespace) -> int:
     from megallm.data import surgery
+    from megallm.data.indexed import indexed_files
 
-    print(json.dumps(surgery.split(args.prefix, args.output, surgery.parse_shares(args.shares), args.seed), indent=2))
+    shares = surgery.parse_shares(args.shares)
+    parts = [f"{args.output}-{part}" for part in range(len(shares))]
+    check_outputs(args, *(path for part in parts for path in indexed_files(part)))
+    found = surgery.split(args.prefix, args.output, shares, args.seed, BOARD.show)
+    BOARD.end()
+    print(json.dumps(found, indent=2))
+    tell(f"the parts are in {parts[0]} to {parts[-1]} (.bin, .idx).", f"{_train_on(parts[0])}.")
     return 0
 
 
@@ -199,7 +229,8 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 def _stats(args: argparse.Namespace) -> int:
     from megallm.data import surgery
 
-    found = surgery.stats(args.prefix, args.seq_len)
+    found = surgery.stats(args.prefix, args.seq_len, BOARD.show)
+    BOARD.end()
     if args.json:
         print(json.dumps(found, indent=2))
         return 0

@@ -13,6 +13,8 @@ from typing import Any
 from megallm.base.config import load
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import cannot_write
+from megallm.cli.board import BOARD, tell
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
@@ -79,6 +81,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="F", help="write rows {prompt, tokens, text, logprobs, finish_reason} to this file"
     )
+    overwrite_argument(parser)
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction,
         help="print text as it is generated (default: on a terminal)",
@@ -90,6 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     layout = parse_layout(args.layout)
     if request.output is not None:
         _check_output(Path(request.output))
+        check_outputs(args, request.output)
     world = world_size(None)
     if world is not None and world != layout.world:
         raise UsageError(
@@ -97,7 +101,12 @@ def _run(args: argparse.Namespace) -> int:
         )
     live = sys.stdout.isatty() if args.stream is None else args.stream
     printer = Printer(request.prompts, live) if args.stream or request.output is None else None
+    if printer is not None and sys.stderr.isatty():
+        BOARD.end()  # texts and progress would mix
     start(_rank, (request, layout, printer), layout.world, None, PRELOAD)
+    if request.output is not None:
+        BOARD.end()
+        tell(f"the rows are in {request.output}.")
     return 0
 
 

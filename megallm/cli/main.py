@@ -9,18 +9,23 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
+from megallm.base.config import expand_home
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
 from megallm.base.output import open_standard_streams, show_error
 from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
+from megallm.cli.board import BOARD
+from megallm.cli.supervise import Terminated, die_of, say_stopped, supervised
 from megallm.cli.table import VERBS, Verb
 
+TEXTS = ("prompt", "stop", "system", "special_tokens", "json_keys", "key")  # arguments that are never paths
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -37,22 +42,38 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code; nothing but the interpreter's own exit follows."""
+def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
+    """Run one command line and return its exit code; nothing but the interpreter's own exit follows.
+
+    program: whether this process is there for the command alone, as without `argv`; one that may take long is then
+    supervised.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
+    verb = next((verb for verb in map(VERBS.get, _names(arguments)) if verb is not None), None)
+    kept = "" if verb is None else verb.kept
+    if (program or argv is None) and verb is not None and kept and not {"-h", "--help"} & set(arguments):
+        return supervised(verb.words, kept, lambda: _ended(arguments, kept))
     with before_ranks(arguments[:1] == ["pretrain"]):
-        return _run(arguments)
+        return _ended(arguments, kept)
 
 
-def _run(arguments: list[str]) -> int:
+def _ended(arguments: list[str], kept: str) -> int:
+    """Do what the words say, in this process; the exit code."""
     try:
         code = dispatch(arguments)
         sys.stdout.flush()
     except MegallmError as error:
+        if error.exit_code == INTERRUPTED and kept:  # a rank was
+            say_stopped(signal.SIGINT, kept)
+            return INTERRUPTED
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted.", INTERRUPTED)
+        say_stopped(signal.SIGINT, kept)
+        return INTERRUPTED
+    except Terminated as stop:
+        say_stopped(stop.number, kept)
+        return die_of(stop.number)
     except BrokenPipeError:  # `megallm ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -77,15 +98,26 @@ def dispatch(arguments: list[str]) -> int:
     command = importlib.import_module(verb.module).COMMANDS[verb.words]
     parser = Parser(prog=f"megallm {verb.words}", description=_sentence(verb.help), allow_abbrev=False)
     command.arguments(parser)
-    return command.run(parser.parse_intermixed_args(rest))
+    return command.run(expand_paths(parser.parse_intermixed_args(rest)))
+
+
+def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
+    """`~/x` as the home folder in every argument that is no text: shells leave it alone in `--output=~/x`."""
+    for name, value in vars(args).items():
+        if name in TEXTS:
+            continue
+        if isinstance(value, str):
+            setattr(args, name, expand_home(value))
+        elif isinstance(value, list):
+            setattr(args, name, [expand_home(one) if isinstance(one, str) else one for one in value])
+    return args
 
 
 def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
     """The verb that the first one or two words name, and the words after it."""
-    for count in (2, 1):
-        verb = VERBS.get(" ".join(arguments[:count]))
-        if verb is not None:
-            return verb, arguments[count:]
+    for name in _names(arguments):
+        if name in VERBS:
+            return VERBS[name], arguments[len(name.split()) :]
     first = arguments[0]
     group = [words for words in VERBS if words.startswith(f"{first} ")]
     if group:
@@ -93,6 +125,11 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
     close = get_close_matches(first, [*VERBS, *(words.split()[0] for words in VERBS)], n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise UsageError(f"'{first}' is not a verb.{hint} The verbs are: {', '.join(VERBS)}.")
+
+
+def _names(arguments: list[str]) -> list[str]:
+    """What the verb may be called: the first two words, or the first."""
+    return [" ".join(arguments[:count]) for count in (2, 1)]
 
 
 def overview() -> str:
@@ -113,6 +150,7 @@ def _sentence(text: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    BOARD.end()
     asked = code == Requeue.exit_code or (code == INTERRUPTED and message != "interrupted.")
     show_error(f"megallm: {message}" if asked else f"megallm: error: {message}")
     return code

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megallm.cli.board import BOARD
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 
 
@@ -21,12 +23,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="F", help="write the rows to this file")
     parser.add_argument("--list", action="store_true", help="list the table and the reductions, run nothing")
+    overwrite_argument(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     from megallm.oracle.run import main
 
-    return main(args)
+    check_outputs(args, args.json)
+    return main(args, progress=BOARD.show)
 
 
 COMMANDS = {"oracle": Command(_arguments, _run)}

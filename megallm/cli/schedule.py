@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.parallel import picture
 from megallm.parallel.schedule import SCHEDULES, Placement, place, plan_schedule
@@ -38,12 +39,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="write ranks, makespan, bubble_fraction, idle_fraction, peak_live")
     parser.add_argument("--draw", metavar="F.svg|F.png", help="draw a picture")
     parser.add_argument("--trace", metavar="F.json", help="write a trace for chrome://tracing or ui.perfetto.dev")
+    overwrite_argument(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     cost = parse_cost(args.cost)
     if args.draw:
         picture.check_name(Path(args.draw))
+    check_outputs(args, args.json, args.draw, args.trace)
     placement = _placement(args)
     timeline = _simulate(args, placement, cost)
     drawn = picture.Picture(timeline, placement, title(args, placement, timeline))

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from megallm.base import files
 from megallm.base.errors import UsageError
 from megallm.cli.config import load_and_check, overrides_argument
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.data import trace
 from megallm.data.batches import Reader, Share
@@ -35,9 +36,11 @@ def _stream_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", required=True, metavar="A:B", help="the steps after A up to B, so 0:10 are the first ten"
     )
     parser.add_argument("--json", metavar="F", help="write one JSON object a line to this file (default: print)")
+    overwrite_argument(parser)
 
 
 def _stream(args: argparse.Namespace) -> int:
+    check_outputs(args, args.json)
     config = load_and_check(args.config, args.overrides, None)
     match = re.fullmatch(r"(\d*):(\d*)", args.steps)
     if match is None:

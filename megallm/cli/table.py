@@ -17,11 +17,15 @@ class Command:
 
 @dataclass(frozen=True)
 class Verb:
-    """One row of `megallm --help`. The module has `COMMANDS[words]`."""
+    """One row of `megallm --help`. The module has `COMMANDS[words]`.
+
+    kept: of a verb that may take long, what an interruption leaves and how to go on; such a verb is supervised.
+    """
 
     words: str
     module: str
     help: str
+    kept: str = ""
 
 
 _ROWS = (
@@ -54,4 +58,14 @@ _ROWS = (
     ("completion", "completion", "print the completion script of a shell: bash, zsh or fish"),
     ("doctor", "doctor", "show versions, the extension, optional libraries and a check of gloo"),
 )
-VERBS = {words: Verb(words, f"megallm.cli.{module}", text) for words, module, text in _ROWS}
+_NOTHING = "nothing was written: the same command begins again."
+_PARTIAL = "what is done stays in OUTPUT.partial: the same command goes on from there (a pipe is read from its start)."
+_WORK = "the shards that are done stay in OUTPUT/work: the same command goes on from there."
+KEPT = {
+    "preprocess": _PARTIAL, "tokenizer train": _NOTHING, "data verify": "nothing was found to be wrong so far.",
+    "data merge": _NOTHING, "data split": _NOTHING, "data stats": _NOTHING, "data stream": _NOTHING, "curate": _WORK,
+    "curate train-classifier": _NOTHING, "curate train-lm": _NOTHING, "synth": _NOTHING, "convert": _NOTHING,
+    "ckpt verify": "nothing was found to be wrong so far.", "ckpt diff": _NOTHING, "ckpt dump": _NOTHING,
+    "ckpt upcycle": _NOTHING, "generate": _NOTHING, "oracle": "the rows above are done; --json was not written.",
+}  # fmt: skip
+VERBS = {words: Verb(words, f"megallm.cli.{module}", text, KEPT.get(words, "")) for words, module, text in _ROWS}

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megallm.base import files
 from megallm.base.config import to_yaml
 from megallm.base.errors import CheckpointError, InternalError, UsageError
 from megallm.base.files import (
@@ -28,6 +29,7 @@ from megallm.base.files import (
     atomic_write_text,
     fsync_dir,
     fsync_file,
+    is_empty,
     temporary_name,
     writing,
 )
@@ -75,6 +77,7 @@ class ConvertRequest:
     dtype: str | None = None
     verify: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
+    overwrite: bool = False
 
 
 class NotEqual(InternalError):
@@ -94,7 +97,7 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     output = Path(request.output)
     if request.verify:
         verify.check_available()
-    check_new(output)
+    check_new(output, request.input, request.overwrite)
     if not Path(request.input).is_dir():
         raise UsageError(f"--input {request.input} is not a folder; give a run, step or model folder.")
     abandoned = sorted(str(path) for path in output.absolute().parent.glob(f"{escape(output.name)}{TEMPORARY}*"))
@@ -108,10 +111,20 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     return done
 
 
-def check_new(output: Path) -> None:
-    """Errors: UsageError for an output that is there already, unless it is an empty folder."""
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UsageError(f"--output {output} exists; choose a new folder: nothing is ever overwritten.")
+def check_new(output: Path, source: str, overwrite: bool) -> None:
+    """Errors: UsageError for an output that is there already, unless it is an empty folder, or to be overwritten and
+    such a folder as conversion writes: a model that does not hold `source`, and no training run."""
+    if not overwrite or is_empty(output):
+        files.check_new(output)
+        return
+    ours = is_model_folder(output) or (output / "checkpoints").is_dir()
+    if output.is_symlink() or not ours or any((output / name).exists() for name in ("metrics.jsonl", "run.yaml")):
+        raise UsageError(
+            f"--output {output} is not a folder that conversion made, or a run was trained in it since: --overwrite "
+            "does not remove it. Choose another folder, or remove it yourself."
+        )
+    if Path(source).resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"--output {output} holds the input {source}: choose another folder.")
 
 
 @contextmanager
@@ -127,7 +140,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
                 for name in files:
                     fsync_file(os.path.join(path, name))
                 fsync_dir(path)
+            old = temporary_name(output.absolute())
+            if not is_empty(output):  # `check_new` allowed it
+                os.rename(output, old)
             os.rename(temporary, output)
+            shutil.rmtree(old, ignore_errors=True)
             fsync_dir(temporary.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # only there when something failed

@@ -46,6 +46,7 @@ class UpcycleRequest:
     first_dense: int = 0
     every: int = 1
     seed: int = 1234
+    overwrite: bool = False
 
 
 class Upcycled:
@@ -86,7 +87,7 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
     Errors: UsageError, CheckpointError, CannotWrite; with any of them nothing is left at the output.
     """
     output = Path(request.output)
-    check_new(output)
+    check_new(output, request.source, request.overwrite)
     step = resolve(request.source, weights_only)
     with Reader(step) as reader, whole_folder(output) as folder:
         model = with_experts(stored_model(reader), request)

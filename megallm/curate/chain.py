@@ -203,11 +203,16 @@ class _ShardRun:
                 index += 1
 
     def _reject(self, item: readers.Reject, index: int) -> None:
-        if self.chain.config.input.on_error == "stop":
+        if item.whole and self.chain.config.input.on_bad_file == "stop":
+            raise DataError(
+                f"{item.file}:{item.line}: {item.reason.rstrip('.')}. Mend or remove the file, or set "
+                "input.on_bad_file=skip to keep what was read of it and go on."
+            )
+        if not item.whole and self.chain.config.input.on_error == "stop":
             raise DataError(
                 f"{item.file}:{item.line}: {item.reason}. Mend it, or set input.on_error=skip to leave such lines out."
             )
-        self.tally.add("lines_rejected", 1)
+        self.tally.add("files_rejected" if item.whole else "lines_rejected", 1)
         row = {"id": None, "file": item.file, "line": item.line, "action": "reject"}
         self._write_ledger(index, row | {"step": READ, "reason": item.reason, "spans": []})
 

@@ -17,6 +17,7 @@ import numpy as np
 from megallm.base import rng
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import atomic_path, writing
+from megallm.base.progress import Progress, quiet
 from megallm.curate import optional, readers
 from megallm.curate.config import ClassifierConfig
 from megallm.curate.document import KEEP, Batch, Verdict, drop
@@ -85,11 +86,14 @@ class LinearModel:
         return model
 
 
-def train(good: Sequence[str], bad: Sequence[str], key: str = "text", seed: int = 0) -> LinearModel:
+def train(
+    good: Sequence[str], bad: Sequence[str], key: str = "text", seed: int = 0, progress: Progress = quiet
+) -> LinearModel:
     """Train on files of good and of bad documents; a tenth is held out and measured into `about`.
 
     Errors: `DataError` for files that cannot be read, `UsageError` when a side has fewer than ten documents.
     """
+    progress("reading", 0, None)
     texts = [[text[:_MAX_CHARS] for text in readers.texts(side, key)] for side in (good, bad)]
     for name, side in zip(("--good", "--bad"), texts, strict=True):
         if len(side) < 10:
@@ -97,7 +101,7 @@ def train(good: Sequence[str], bad: Sequence[str], key: str = "text", seed: int 
     every = texts[0] + texts[1]
     labels = np.repeat([1.0, 0.0], [len(texts[0]), len(texts[1])])
     held = rng.uniform(rng.key_of(seed, "classifier", "held out"), 0, len(every)) < _HELD_OUT
-    weights, bias = _fit([every[i] for i in np.flatnonzero(~held)], labels[~held], seed)
+    weights, bias = _fit([every[i] for i in np.flatnonzero(~held)], labels[~held], seed, progress)
     model = LinearModel(weights.astype(np.float32).astype(np.float64), bias, {})
     scores = np.concatenate([model.scores(Analysis(part)) for part in _parts([every[i] for i in np.flatnonzero(held)])])
     model.about = {"good": len(texts[0]), "bad": len(texts[1]), "seed": seed} | measure(scores, labels[held])
@@ -109,7 +113,7 @@ def _parts(texts: list[str]) -> Iterator[list[str]]:
         yield texts[begin : begin + _BATCH]
 
 
-def _fit(texts: list[str], labels: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+def _fit(texts: list[str], labels: np.ndarray, seed: int, progress: Progress = quiet) -> tuple[np.ndarray, float]:
     """AdaGrad (Duchi et al. 2011) over small batches in keyed order; both classes weigh the same in all."""
     weights, squares = np.zeros(1 << BITS), np.full(1 << BITS, 1e-8)
     bias, bias_square = 0.0, 1e-8
@@ -117,6 +121,7 @@ def _fit(texts: list[str], labels: np.ndarray, seed: int) -> tuple[np.ndarray, f
     for epoch in range(_EPOCHS):
         order = rng.permutation(rng.key_of(seed, "classifier", "epoch", epoch), len(texts))
         for begin in range(0, len(texts), _BATCH):
+            progress("learning", epoch * len(texts) + begin, _EPOCHS * len(texts), "documents")
             chosen = order[begin : begin + _BATCH]
             index, offsets = features(Analysis([texts[i] for i in chosen]))
             error = (_sigmoid(_margins(weights, bias, index, offsets)) - labels[chosen]) * balance[chosen] / len(chosen)

@@ -24,6 +24,7 @@ class InputConfig:
     max_document_bytes: int = 8 << 20  # a longer document is rejected without being held
     max_unpacked_ratio: int = 1000  # a compressed file that unfolds more than this (past 64 MiB) is a bomb
     on_error: Literal["skip", "stop"] = "skip"  # skip: a bad line becomes a reject in the ledger
+    on_bad_file: Literal["stop", "skip"] = "stop"  # a file that cannot be read to its end; skip: note it, go on
     max_reject_percent: float = 50.0  # stop with exit 65 when more of the input is rejected
 
 

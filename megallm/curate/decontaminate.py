@@ -232,7 +232,9 @@ def avoid_texts(names: Iterable[str]) -> Iterator[str]:
     config = InputConfig()
     for name in names:
         if Path(name).suffix in (".txt", ".md"):
-            yield from (item.text for unit in units(name, config) for item in parse(unit, config)
-                        if not isinstance(item, Reject))  # fmt: skip
+            for item in (item for unit in units(name, config) for item in parse(unit, config)):
+                if isinstance(item, Reject):
+                    raise DataError(f"{item.file}:{item.line}: {item.reason}: such texts could not be avoided.")
+                yield item.text
         else:
             yield from (text for _, _, text in items(name, ()))

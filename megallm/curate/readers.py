@@ -1,34 +1,31 @@
-"""Raw files to documents: JSONL and Parquet (cut by `data.readers`), whole text files, HTML; each also as .gz or .zst.
+"""Raw files to documents: JSONL and Parquet (cut by `data.readers`), whole text files, HTML; each also packed.
 
 `units` runs in the parent and cuts; `parse` runs in a worker. What cannot be read becomes a `Reject` with file and
-line. At most one document of the allowed size and two blocks are held, whatever a file unfolds to.
+line, or one of the whole file. At most one document of the allowed size and two blocks are held, whatever a file
+unfolds to. `data.textfile` opens and unpacks.
 """
 
 from __future__ import annotations
 
 import datetime
-import gzip
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import UUID
 
-import zstandard
-
 from megallm.base.errors import DataError
+from megallm.curate import optional
 from megallm.curate.config import InputConfig
 from megallm.curate.document import Document
 from megallm.curate.html import text_of_html
-from megallm.data import readers
+from megallm.data import readers, textfile
 
-_PACKED = (".gz", ".zst")
 _JSONL = (".jsonl", ".json", ".ndjson", ".parquet")
 _HTML = (".html", ".htm", ".xhtml")
 _BOMB_BYTES = 64 << 20  # a small file may unfold as much as it likes
@@ -52,18 +49,25 @@ class Unit:
 
 @dataclass(frozen=True)
 class Reject:
-    """A line that is no document."""
+    """A line that is no document; `whole`: or a file that cannot be read from that line on."""
 
     file: str
     line: int
     reason: str
+    whole: bool = False
 
 
 def find_files(config: InputConfig) -> list[str]:
-    """Every input file, sorted. Errors: `DataError` for a name that matches nothing."""
+    """Every input file, sorted. Errors: `DataError` for a name that matches nothing, or a pipe; `UsageError` when a
+    package that reads one of them is missing."""
     found: set[str] = set()
     for name in config.files:
         path = Path(name)
+        if path.exists() and not (path.is_dir() or path.is_file()):
+            raise DataError(
+                f"input.files: {name} is a pipe or a device, but the input is read again when a run is taken up: "
+                "write it to a file first."
+            )
         if path.is_dir():
             matches = [str(one) for one in path.rglob("*") if one.is_file()]
         else:
@@ -72,21 +76,28 @@ def find_files(config: InputConfig) -> list[str]:
             raise DataError(f"input.files: {name} matches no file; give files, folders or patterns that exist.")
         found.update(matches)
     for name in sorted(found):
-        try:
-            open(name, "rb").close()
-        except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+        _check_file(name, config)
     return sorted(found)
+
+
+def _check_file(name: str, config: InputConfig) -> None:
+    """That a file can be opened, and that the library is there that reads it; what is in it is judged later."""
+    try:
+        with textfile.opened(name) as file:
+            file.check_library()
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+    except DataError:
+        return  # an archive: `units` says so, and input.on_bad_file decides
+    if kind_of(name, config) == "html":
+        optional.check("selectolax.lexbor", "give text or JSONL files")
 
 
 def kind_of(name: str, config: InputConfig) -> str:
     """`jsonl` (and Parquet), `html` or `text`."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    if suffixes and suffixes[-1] in _PACKED:
-        suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
     if config.format != "auto":
         return config.format
+    suffix = readers.suffix_of(name)
     return "jsonl" if suffix in _JSONL else "html" if suffix in _HTML else "text"
 
 
@@ -94,7 +105,7 @@ def units(name: str, config: InputConfig) -> Iterator[Unit]:
     """Cut one file; what is damaged becomes a last unit that says so."""
     kind = kind_of(name, config)
     packed_bytes = Path(name).stat().st_size
-    if kind != "jsonl":
+    if kind != "jsonl" and not _is_parquet(name):
         yield Unit(name, kind, min(packed_bytes, config.max_document_bytes))
         return
     options = readers.ReadOptions(keys=_keys(config), max_document_bytes=config.max_document_bytes)
@@ -113,13 +124,25 @@ def units(name: str, config: InputConfig) -> Iterator[Unit]:
         yield Unit(name, "damaged", 0, line, reason=str(error))
 
 
+def _is_parquet(name: str) -> bool:
+    try:
+        with textfile.opened(name) as file:
+            return file.parquet
+    except DataError:
+        return False  # an archive, which `parse` refuses
+
+
 def texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
-    """The texts of files that are not empty, in order; what cannot be read is passed over. Errors: `DataError`."""
+    """The texts that are not empty, in order; lines that are no documents are passed over. Errors: `DataError`, also
+    for a file that cannot be read to its end."""
     config = InputConfig(files=tuple(names), key=key)
     for name in find_files(config):
         for unit in units(name, config):
             for item in parse(unit, config):
-                if isinstance(item, Document) and item.text.strip():
+                if isinstance(item, Reject):
+                    if item.whole:
+                        raise DataError(f"{item.file}:{item.line}: {item.reason}")
+                elif item.text.strip():
                     yield item.text
 
 
@@ -144,7 +167,7 @@ def _count_lines(chunk: readers.Chunk) -> int:
 def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
     """Documents and rejected lines of a unit, in order; ids are made of file and line unless there is `id_key`."""
     if unit.kind == "damaged":
-        yield Reject(unit.file, unit.line, unit.reason)
+        yield Reject(unit.file, unit.line, unit.reason, whole=True)
     elif unit.chunk is not None and unit.chunk.too_long:
         yield Reject(unit.file, unit.line, _too_long(config))
     elif unit.kind == "rows":
@@ -254,9 +277,10 @@ def _unsound(text: str) -> str:
 
 def _whole_file(unit: Unit, config: InputConfig) -> Document | Reject:
     try:
-        data = _unpacked(unit.file, config.max_document_bytes + 1)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        return Reject(unit.file, 1, f"cannot be read: {error}; the file is damaged or incomplete")
+        with textfile.damage(unit.file), textfile.opened(unit.file) as file:
+            data = file.start(config.max_document_bytes + 1)
+    except DataError as error:
+        return Reject(unit.file, 1, str(error), whole=True)
     if len(data) > config.max_document_bytes:
         return Reject(unit.file, 1, _too_long(config))
     try:
@@ -274,24 +298,3 @@ def _whole_file(unit: Unit, config: InputConfig) -> Document | Reject:
     if problem:
         return Reject(unit.file, 1, problem)
     return Document(unit.file, text_of_html(text) if unit.kind == "html" else text, unit.file, 1)
-
-
-def _unpacked(name: str, limit: int) -> bytes:
-    """The first `limit` bytes of a file, unpacked."""
-    with open(name, "rb") as file:
-        if name.endswith(".gz"):
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                return unpacked.read(limit)
-        if name.endswith(".zst"):
-            with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-                return _read(stream, limit)
-        return file.read(limit)
-
-
-def _read(stream: Any | BinaryIO, limit: int) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while size < limit and (piece := stream.read(min(limit - size, 1 << 20))):
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces)

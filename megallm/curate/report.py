@@ -55,7 +55,8 @@ def _totals(totals: dict[str, int]) -> str:
     return (
         f"<p><b>{totals['kept']:,}</b> of {totals['documents']:,} documents kept ({kept}), "
         f"<b>{totals['characters_kept']:,}</b> of {totals['characters']:,} characters ({chars}); "
-        f"{totals['lines_rejected']:,} lines could not be read.</p>"
+        f"{totals['lines_rejected']:,} lines could not be read"
+        f"{f', and {bad:,} files not to their end' if (bad := totals.get('files_rejected', 0)) else ''}.</p>"
     )
 
 

@@ -24,6 +24,7 @@ from megallm.base import config as configs
 from megallm.base import files
 from megallm.base.errors import DataError, InternalError, UsageError
 from megallm.base.files import writing
+from megallm.base.progress import Progress, quiet
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
 from megallm.curate.chain import ShardJob, chain_of, run_shard, save_decisions
@@ -35,13 +36,6 @@ from megallm.data.workers import Workers
 FORMAT = 2  # of the work folder and the outputs; a change makes old work folders unusable
 STATS, LEDGER, REPORT, KEPT, TIMINGS = "stats.json", "ledger.jsonl", "report.html", "kept", "timings.json"
 CONTAMINATION = "contamination.json"
-
-Progress = Callable[[str, int, int | None], None]  # (phase, shards done, shards in all or None)
-
-
-def quiet(phase: str, done: int, total: int | None) -> None:
-    """The progress of nobody looking."""
-
 
 def run(
     config: CurateConfig, output: str | Path, workers: int = 1, fresh: bool = False, progress: Progress = quiet
@@ -55,11 +49,12 @@ def run(
     if workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
     output = Path(output)
-    inputs = readers.find_files(config.input)
+    one = Run(config, output, readers.find_files(config.input), progress)
+    one.check_models()  # before anything is written
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
-        return Run(config, output, inputs, progress).go(workers, fresh)
+        return one.go(workers, fresh)
 
 
 class Run:
@@ -76,11 +71,24 @@ class Run:
         self.segments = chains.segments_of(config)
         self._count: int | None = None
 
+    def check_models(self) -> None:
+        """Load what the steps need, unless this run is finished. Errors: those of `build_chain`, such as a package that
+        is missing."""
+        if self._finished() is None:
+            chain_of(self.yaml)
+
     def go(self, workers: int, fresh: bool) -> dict[str, Any]:
         finished = self.begin(fresh)
         if finished is not None:
             return finished
-        chain = chain_of(self.yaml)  # fails here, before any work, when a model is missing
+        try:
+            return self._work(workers)
+        except (DataError, UsageError):  # what mends it makes another run of this, which would be refused
+            shutil.rmtree(self.work, ignore_errors=True)
+            raise
+
+    def _work(self, workers: int) -> dict[str, Any]:
+        chain = chain_of(self.yaml)
         for number in range(len(self.segments)):
             if number:
                 self.decide(number, chain)
@@ -90,21 +98,30 @@ class Run:
 
     def begin(self, fresh: bool = False) -> dict[str, Any] | None:
         """Take up the work folder; the statistics when this very run is already finished. Errors: `UsageError`."""
-        done = self.output / STATS
         self._sweep_temporaries()
+        finished = None if fresh else self._finished()
+        if finished is not None:
+            shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed at its very end
+            return finished
         if fresh:
             self._sweep()
-        elif done.exists():
-            stats = json.loads(done.read_text("utf-8"))
-            if stats.get("identity") == self._identity():
-                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed at its very end
-                return stats
+        elif (self.output / STATS).exists():
             raise UsageError(
                 f"{self.output} holds a finished run of another configuration or input; choose another --output, or "
-                "pass --fresh to replace it."
+                "pass --overwrite to replace it."
             )
+        elif not (self.work / "identity").exists():
+            files.check_new(*(self.output / name for name in (KEPT, LEDGER, REPORT, TIMINGS, CONTAMINATION)))
         self._claim(self._identity())
         return None
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The statistics when this very run is already finished."""
+        try:
+            stats = json.loads((self.output / STATS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return stats if isinstance(stats, dict) and stats.get("identity") == self._identity() else None
 
     def _identity(self) -> str:
         """Changes with the configuration and with any file that is read: input, models, word lists, evaluation sets."""
@@ -135,7 +152,7 @@ class Run:
             if mark.read_text("utf-8") != identity:
                 raise UsageError(
                     f"{self.work} holds an unfinished run of another configuration or input; choose another --output, "
-                    "or pass --fresh to throw it away."
+                    "or pass --overwrite to throw it away."
                 )
             return
         with writing(self.work):
@@ -203,7 +220,7 @@ class Run:
                 results = stack.enter_context(Workers(workers, run_shard)).map(jobs)
             for _ in results:
                 done += 1
-                self.progress(phase, done, total)
+                self.progress(phase, done, total, "shards")
 
     def _check_read(self, count: int) -> None:
         totals = add_up(self._tallies(0, count)).totals

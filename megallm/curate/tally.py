@@ -109,7 +109,7 @@ class Tally:
 
     def add(self, name: str, number: int) -> None:
         """Add to one of `totals`."""
-        self.totals[name] += number
+        self.totals[name] = self.totals.get(name, 0) + number
 
     def spend(self, step: str, seconds: float) -> None:
         """Processor time of a step."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import DataError
+from megallm.base.progress import Progress, quiet
 from megallm.data import content, meta
 from megallm.data.openfile import OpenFile
 from megallm.data.tokenizer import BYTES
@@ -35,6 +36,7 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _SCAN = 1 << 20  # entries or tokens looked at together: bounds the memory of checks
 _COPY_BYTES = 1 << 22
+_DOCUMENTS = 1 << 16  # copied between two notes of progress
 _PARTS = ("bin", "lengths", "documents")  # what a writer appends to
 
 
@@ -343,6 +345,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+def indexed_files(prefix: str | os.PathLike[str]) -> list[str]:
+    """The files of a dataset."""
+    return [f"{os.fspath(prefix)}.{suffix}" for suffix in ("bin", "idx", "meta.json", KEPT)]
 
 
 def publish(prefix: str, prepared: Mapping[str, str]) -> None:
@@ -365,7 +370,9 @@ def publish(prefix: str, prepared: Mapping[str, str]) -> None:
         files.fsync_dir(Path(prefix).parent)
 
 
-def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, Any]:
+def merge(
+    prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], progress: Progress = quiet
+) -> dict[str, Any]:
     """Concatenate datasets of one dtype, in the order given; returns the counts."""
     sources = [IndexedDataset(prefix) for prefix in prefixes]
     if not sources:
@@ -379,8 +386,11 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     prefixes = [source.prefix for source in sources]
     side_car = meta.merged(prefixes)
     with IndexedWriter(output, sources[0].dtype) as writer:
+        total = sum(source.num_tokens for source in sources)
         for source in sources:
-            writer.add_documents(source, 0, source.num_documents)
+            for low in range(0, source.num_documents, _DOCUMENTS):
+                progress("joining", writer.num_tokens, total, "tokens")
+                writer.add_documents(source, low, min(low + _DOCUMENTS, source.num_documents))
         counts = {
             "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
         }  # fmt: skip
@@ -406,7 +416,9 @@ def check_tokens(data: IndexedDataset, token_index: int, tokens: np.ndarray, voc
     )
 
 
-def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dict[str, Any]:
+def verify(
+    prefix: str | os.PathLike[str], vocab_size: int | None = None, progress: Progress = quiet
+) -> dict[str, Any]:
     """Check a whole dataset, every token included; returns counts and the range of ids.
 
     Without `vocab_size` the side-car's is used when there is one. Errors: `DataError` naming file and
@@ -421,6 +433,7 @@ def verify(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> dic
     limit = int(np.iinfo(data.dtype).max) + 1 if vocab_size is None else vocab_size
     lowest, highest = None, None
     for lo in range(0, data.num_tokens, _SCAN):
+        progress("reading", lo, data.num_tokens, "tokens")
         tokens = data.tokens(lo, min(_SCAN, data.num_tokens - lo))
         check_tokens(data, lo, tokens, limit)
         lowest = int(tokens.min()) if lowest is None else min(lowest, int(tokens.min()))

@@ -78,6 +78,15 @@ class Partial:
                     path.unlink()
 
 
+def pending(output: str, identity: Any) -> bool:
+    """Whether this very work was killed while it gave its files their names, which running it again finishes."""
+    try:
+        saved = json.loads((Path(f"{output}.partial") / _STATE).read_text(encoding="utf-8"))
+        return saved["identity"] == json.loads(json.dumps(identity)) and "publish" in saved["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def sweep(output: str) -> list[str]:
     """Remove temporary files beside `output` whose process is gone and that nobody touched for an hour; their names."""
     swept = []

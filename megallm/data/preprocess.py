@@ -8,9 +8,11 @@ killed goes on where it was when the same command is given again.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -25,10 +27,10 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data import accelerated, origins, readers, tokenizer
+from megallm.data import accelerated, meta, origins, readers, textfile, tokenizer
 from megallm.data.encode import Encoded, Job, choose_encoder, encode_chunk
-from megallm.data.indexed import IndexedWriter, dtype_for, publish
-from megallm.data.partial import Partial, sweep
+from megallm.data.indexed import IndexedWriter, dtype_for, indexed_files, publish
+from megallm.data.partial import Partial, pending, sweep
 from megallm.data.workers import Workers
 
 FORMAT = 2  # of the work in progress: a change makes what an older megallm left unusable
@@ -41,7 +43,8 @@ _REJECT_LINES = 1000  # before the share of rejected lines says anything
 class PreprocessConfig:
     """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json,tokenizer/}` for each key.
 
-    backend: `accelerated.BACKENDS`; max_reject_percent: of lines that may be rejected under the policy "skip".
+    backend: `accelerated.BACKENDS`; max_reject_percent: of lines that may be rejected under the policy "skip";
+    overwrite: whether datasets of these names are replaced.
     """
 
     inputs: tuple[str, ...]
@@ -56,6 +59,7 @@ class PreprocessConfig:
     max_document_mib: int = 64
     backend: str = accelerated.AUTO
     max_reject_percent: float = 100.0
+    overwrite: bool = True
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -70,6 +74,11 @@ class PreprocessConfig:
 
     def prefix(self, key: str) -> str:
         return f"{self.output}_{key}_document"
+
+    def outputs(self) -> list[str]:
+        """Every file that a run may write."""
+        found = [path for key in self.json_keys for path in indexed_files(self.prefix(key))]
+        return [*found, f"{self.output}.rejects.jsonl"]
 
 
 @dataclass
@@ -92,8 +101,10 @@ class Stats:
     resumed: int = 0
 
 
-def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = None) -> Stats:
+def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = None, again: bool = False) -> Stats:
     """Tokenise `config.inputs`; `progress` is called with the counts so far after every chunk.
+
+    again: whether datasets of this very run may be there already, which are then left as they are.
 
     Errors: `DataError` (`file:line: reason` under the policy "stop"; no usable text under both), `UsageError`,
     `CannotWrite`: nothing is left. After Ctrl-C, SIGTERM, SIGKILL or `InternalError` when a worker dies nothing has
@@ -102,19 +113,24 @@ def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = Non
     options = config.read_options()
     readers.check_inputs(config.inputs)
     plain, backend = choose_encoder(config.tokenizer, config.backend)
+    identity = _identity(config, plain, backend)
+    if not (config.overwrite or pending(config.output, identity)):
+        if again and (done := _done_before(config, identity)) is not None:
+            return done
+        files.check_new(*config.outputs())
     before, behind = around(config, plain)
     job = Job(config.tokenizer, options, dtype_for(plain.vocab_size).str, before, behind, backend)
     with files.writing(config.output):
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     sweep(config.output)
     with _stopped_by_sigterm(), ExitStack() as stack:
-        work = stack.enter_context(Partial(config.output, _identity(config, plain, backend)))
+        work = stack.enter_context(Partial(config.output, identity))
         stats = _publish(config, work)  # of a run that was killed while it published
         if stats is not None:
             stack.callback(work.remove)
             return stats
         try:
-            output = _Output(config, job, work, stack)
+            output = _Output(config, job, work, stack, _digest(identity))
             results = stack.enter_context(closing(_encoded(config, job, output.place)))
             for chunk, encoded in results:
                 output.add(chunk, encoded)
@@ -144,7 +160,8 @@ def run_shards(
     for number, inputs in enumerate(divide(config.inputs, shards)):
         if only in (None, number):
             output = f"{config.output}-{number:05d}-of-{shards:05d}"
-            found.append(run(PreprocessConfig(**{**vars(config), "inputs": inputs, "output": output}), progress))
+            one = PreprocessConfig(**{**vars(config), "inputs": inputs, "output": output})
+            found.append(run(one, progress, again=True))
     return found
 
 
@@ -183,11 +200,29 @@ def _identity(config: PreprocessConfig, plain: tokenizer.Encoder, backend: str) 
     inputs = []
     for name in config.inputs:
         found = os.stat(name)
-        inputs.append([name, found.st_size, found.st_mtime_ns])
+        once = secrets.token_hex(8) if textfile.is_stream(name) else ""  # what was in a pipe is gone
+        inputs.append([name, found.st_size, found.st_mtime_ns, once])
     fixed = ("json_keys", "append_eod", "add_special_tokens", "on_error", "split_text", "max_document_mib")
     chosen = {key: vars(config)[key] for key in fixed}
     made_by = {"tokenizer": plain.fingerprint, "encoded_by": accelerated.libraries(plain, backend)}
     return {"format": FORMAT, "inputs": inputs, **made_by, "cut": readers.CHUNK_BYTES, **chosen}
+
+
+def _digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def _done_before(config: PreprocessConfig, identity: dict[str, Any]) -> Stats | None:
+    """The counts of datasets that this very run made, as its side-cars tell them; None where one is missing."""
+    found = Stats(backend="done before")
+    for key in config.json_keys:
+        side_car = meta.read(config.prefix(key)) if os.path.exists(f"{config.prefix(key)}.idx") else None
+        if side_car is None or side_car.get("made_from") != _digest(identity):
+            return None
+        found.documents, found.rejected = side_car["documents"], side_car["rejected"]
+        found.tokens[key], found.empty[key] = side_car["tokens"], side_car["empty_documents"]
+        found.outputs[key] = config.prefix(key)
+    return found
 
 
 class _Output:
@@ -196,8 +231,9 @@ class _Output:
     `place` is (file, chunks done of it): where the input goes on.
     """
 
-    def __init__(self, config: PreprocessConfig, job: Job, work: Partial, stack: ExitStack) -> None:
+    def __init__(self, config: PreprocessConfig, job: Job, work: Partial, stack: ExitStack, made_from: str) -> None:
         self.config, self._work, keys = config, work, config.json_keys
+        self._made_from = made_from
         self.stats = Stats(
             empty=dict.fromkeys(keys, 0), tokens=dict.fromkeys(keys, 0),
             outputs={key: config.prefix(key) for key in keys},
@@ -291,6 +327,7 @@ class _Output:
                 "tokens": writer.num_tokens, "empty_documents": stats.empty[key], "rejected": stats.rejected,
                 "json_key": key, "append_eod": config.append_eod, "add_special_tokens": config.add_special_tokens,
                 "inputs": [Path(name).name for name in config.inputs], "origins": lines,
+                "made_from": self._made_from,
             }, config.tokenizer)  # fmt: skip
         self._work.save({"publish": prepared, "stats": vars(stats)})
         _publish(config, self._work)

@@ -1,4 +1,4 @@
-"""Raw text files, cut into chunks of bounded size: JSONL (.gz, .zst), plain text, Parquet.
+"""Raw text files, cut into chunks of bounded size: JSONL, plain text, Parquet; `textfile` opens and unpacks them.
 
 `chunks` runs in the parent and cuts; `parse` runs in a worker and turns a chunk into documents and
 rejected lines. How a file is cut depends on nothing but the file, so neither does any result.
@@ -6,12 +6,10 @@ rejected lines. How a file is cut depends on nothing but the file, so neither do
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import Any, AnyStr, BinaryIO
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional, parquet
+from megallm.data import parquet, textfile
+from megallm.data.textfile import TextFile
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = textfile.BLOCK_BYTES
 _SEEK_BYTES = 1 << 14  # read at once where a chunk may end
-_FEED_BYTES = 1 << 8  # compressed bytes given to zstd at once: 4 of them unfold to at most 128 KiB
 _TEXT_SUFFIXES = (".txt", ".text", ".md")
 _SPLITS = ("file", "lines", "paragraphs")
 _BOM = b"\xef\xbb\xbf"
@@ -86,39 +84,41 @@ def check_inputs(inputs: Sequence[str]) -> None:
     """Refuse what is not a readable file before any work starts. Errors: `DataError`."""
     if not inputs:
         raise UsageError("There is no input: give at least one file.")
-    for name in inputs:
-        if Path(name).is_dir():
-            raise DataError(f"{name} is a folder: give the files in it, for example {name}/*.jsonl.")
-        try:
-            with open(name, "rb"):
-                pass
-        except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+    textfile.check(inputs)
+
+
+def suffix_of(name: str) -> str:
+    """The suffix that says what is in a file, in lower case: .jsonl of a.jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes and suffixes[-1] in textfile.SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
     """Cut one file. Errors: `DataError` for a file that cannot be read or decompressed."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".zst") else ""
-    suffix = suffixes[-1] if suffixes else ""
-    try:
-        if suffix == ".parquet":
-            for rows in parquet.row_batches(name, options.keys, CHUNK_BYTES, options.max_document_bytes):
-                yield Chunk(name, "rows", rows=rows or None, too_long=not rows, lines=1)
+    suffix = suffix_of(name)
+    kind = options.split_text if suffix in _TEXT_SUFFIXES else "jsonl"
+    with textfile.damage(name), textfile.opened(name) as file:
+        if file.parquet or suffix == ".parquet":
+            yield from _cut_parquet(file, options)
             return
-        kind = options.split_text if suffix in _TEXT_SUFFIXES else "jsonl"
-        with open(name, "rb") as file:
-            begin = 0
-            if not packed and kind in ("jsonl", "lines"):
-                for chunk in _cut_by_seeking(name, kind, file, options.max_document_bytes):
-                    yield chunk
-                    begin = chunk.end
-                file.seek(begin)
-            blocks = {"": _plain, ".gz": _gzip, ".zst": _zstd}[packed](file)
-            for chunk in _cut(name, kind, blocks, options.max_document_bytes, begin):
-                yield chunk if packed or chunk.too_long else Chunk(name, kind, chunk.begin, chunk.end)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name} cannot be read: {error}. The file is damaged or incomplete.") from error
+        begin = 0
+        if file.by_range and kind in ("jsonl", "lines"):
+            for chunk in _cut_by_seeking(name, kind, file.raw, options.max_document_bytes):
+                yield chunk
+                begin = chunk.end
+            file.raw.seek(begin)
+        for chunk in _cut(name, kind, file.blocks(), options.max_document_bytes, begin):
+            keep = chunk.too_long or not file.by_range
+            yield chunk if keep else Chunk(name, kind, chunk.begin, chunk.end)
+
+
+def _cut_parquet(file: TextFile, options: ReadOptions) -> Iterator[Chunk]:
+    if textfile.is_stream(file.name):
+        raise DataError(f"{file.name} is a pipe, but Parquet is read from its end: give a file.")
+    for rows in parquet.row_batches(file.name, options.keys, CHUNK_BYTES, options.max_document_bytes):
+        yield Chunk(file.name, "rows", rows=rows or None, too_long=not rows, lines=1)
 
 
 def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
@@ -138,39 +138,6 @@ def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
 def rejected(name: str, line: int, reason: str) -> DataError:
     """The error of the policy "stop"."""
     return DataError(f"{name}:{line}: {reason}. Mend the line, or pass --on-error skip to leave such lines out.")
-
-
-def _plain(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(CHUNK_BYTES):
-        yield block
-
-
-def _gzip(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as unpacked:
-        while block := unpacked.read(CHUNK_BYTES):
-            yield block
-
-
-def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    zstandard = optional.need("zstandard", file.name)
-    frame = None
-    held: list[bytes] = []
-    size = 0
-    while block := file.read(_FEED_BYTES):  # the file is buffered
-        while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                held.append(frame.decompress(block))
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            size += len(held[-1])
-            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if size >= CHUNK_BYTES:
-            yield b"".join(held)
-            held, size = [], 0
-    if frame is not None:
-        raise EOFError("the last zstd frame has no end")
-    yield b"".join(held)
 
 
 @dataclass(frozen=True)

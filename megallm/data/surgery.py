@@ -11,6 +11,7 @@ import numpy as np
 
 from megallm.base import rng
 from megallm.base.errors import UsageError
+from megallm.base.progress import Progress, quiet
 from megallm.data import meta, origins, packing
 from megallm.data.indexed import IndexedDataset, IndexedWriter
 
@@ -31,7 +32,11 @@ def parse_shares(text: str) -> list[float]:
 
 
 def split(
-    prefix: str | os.PathLike[str], output: str, shares: Sequence[float], seed: int | None = None
+    prefix: str | os.PathLike[str],
+    output: str,
+    shares: Sequence[float],
+    seed: int | None = None,
+    progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
     """Write the documents of a dataset to `OUTPUT-0`, `OUTPUT-1`, ...; counts of each.
 
@@ -56,6 +61,7 @@ def split(
             part_of = np.minimum(part_of, len(shares) - 1)
             runs = np.flatnonzero(np.diff(part_of, prepend=-1, append=-1))
             for begin, end in zip(runs[:-1].tolist(), runs[1:].tolist(), strict=True):
+                progress("dividing", low + begin, total, "documents")
                 writers[part_of[begin]].add_documents(data, low + begin, low + end)
                 joined[part_of[begin]].add((side_car or {}).get("origins"), low + begin, low + end)
         for writer, lines in zip(writers, joined, strict=True):
@@ -69,7 +75,7 @@ def split(
     return found
 
 
-def stats(prefix: str | os.PathLike[str], seq_len: int = 2048) -> dict[str, Any]:
+def stats(prefix: str | os.PathLike[str], seq_len: int = 2048, progress: Progress = quiet) -> dict[str, Any]:
     """Figures about a dataset: counts, lengths of documents, how full rows of `seq_len` get, most frequent ids."""
     if seq_len < 1:
         raise UsageError(f"--seq-len {seq_len} must be at least 1.")
@@ -80,6 +86,7 @@ def stats(prefix: str | os.PathLike[str], seq_len: int = 2048) -> dict[str, Any]
         lengths[low : low + _AT_ONCE] = np.diff(data.document_starts(numbers))
     counts: np.ndarray = np.zeros(0, np.int64)
     for low in range(0, data.num_tokens, _AT_ONCE):
+        progress("counting", low, data.num_tokens, "tokens")
         more = np.bincount(data.tokens(low, min(_AT_ONCE, data.num_tokens - low)))
         counts = np.pad(counts, (0, max(0, len(more) - len(counts))))
         counts[: len(more)] += more

@@ -6,7 +6,7 @@ id. Nothing here runs code of the folder, and `transformers` is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,9 +18,11 @@ import tokenizers
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.data import definition, native, readers, tokenizer_folder
+from megallm.data.sample import Sample, pieces_of
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")  # that `train_bpe` writes
 _AT_ONCE = 64  # texts given to the library together
 _FALLBACK_EODS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
@@ -327,13 +329,16 @@ def train_bpe(
     output: str,
     options: readers.ReadOptions | None = None,
     special_tokens: Sequence[str] = (),
+    sample: Sample | None = None,
 ) -> dict[str, Any]:
     """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can load.
 
     The vocabulary holds `<|endoftext|>` (id 0, the eos_token), the other special tokens, 256 bytes and the merges;
-    it is smaller than asked when the text is too small. Returns {output, vocab_size, documents, fingerprint}.
-    Errors: `UsageError` for the size, `DataError` for the files, `CannotWrite`.
+    it is smaller than asked when the text is too small. Returns {output, vocab_size, documents, text_bytes,
+    fingerprint}: documents and bytes that were learned from. Errors: `UsageError` for the size, `DataError` for the
+    files, `CannotWrite`.
     """
+    sample = sample or Sample()
     specials = list(dict.fromkeys((END_OF_TEXT, *special_tokens)))
     least = 256 + len(specials)
     if vocab_size < least:
@@ -345,17 +350,9 @@ def train_bpe(
         vocab_size=vocab_size, special_tokens=specials, show_progress=False,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    documents = characters = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal documents, characters
-        for text in readers.texts(inputs, options or readers.ReadOptions()):
-            documents += 1
-            characters += len(text)
-            yield text
-
-    bpe.train_from_iterator(counted(), trainer)
-    if not characters:
+    found = sample.texts(inputs, options or readers.ReadOptions())
+    bpe.train_from_iterator((piece for text in found for piece in pieces_of(text)), trainer)
+    if not sample.text_bytes:
         raise DataError(f"There is no usable text in {', '.join(inputs)}: a tokenizer needs some.")
     folder = Path(output)
     with files.writing(folder):
@@ -369,5 +366,6 @@ def train_bpe(
     files.atomic_write_json(folder / "tokenizer_config.json", config)
     made = FolderTokenizer(output)
     return {
-        "output": output, "vocab_size": made.vocab_size, "documents": documents, "fingerprint": made.fingerprint,
+        "output": output, "vocab_size": made.vocab_size, "documents": sample.documents,
+        "text_bytes": sample.text_bytes, "fingerprint": made.fingerprint,
     }  # fmt: skip

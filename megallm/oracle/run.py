@@ -16,6 +16,7 @@ import torch
 
 from megallm.base.errors import CannotWrite, UsageError
 from megallm.base.files import atomic_write_json
+from megallm.base.progress import Progress, quiet
 from megallm.models.config import ModelConfig
 from megallm.oracle.compare import Verdict, run_row
 from megallm.oracle.pool import MAX_RANKS, Pool
@@ -26,7 +27,9 @@ EXIT_FAILED = 70
 TYPICAL = {"gqa": "llama", "moe": "moe", "mla": "mla", "encoder": "bert"}  # --model -> what --layout compares
 
 
-def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.write) -> int:
+def main(
+    args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.write, progress: Progress = quiet
+) -> int:
     """Run the command and return the exit code, 0 or 70; `args` are those of `cli.oracle`.
 
     Raises UsageError (exit code 2) for what cannot be run.
@@ -40,6 +43,7 @@ def main(args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.writ
     verdicts = []
     with closing(Pool()) as pool:
         for row in rows:
+            progress(row.name, len(verdicts), len(rows), "rows")
             verdict = run_row(pool, row, broken, device_for(row, args.device))
             verdicts.append(verdict)
             write(line(verdict) + "\n")

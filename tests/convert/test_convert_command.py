@@ -37,7 +37,7 @@ def test_it_prints_one_json_object(folder, tmp_path, capsys):
     }  # fmt: skip
     assert "note: " in captured.err
     assert (tmp_path / "out/model.yaml").read_text().startswith("model:\n  family: llama\n  num_layers: 3\n")
-    assert main(words) == 2 and "nothing is ever overwritten" in capsys.readouterr().err
+    assert main(words) == 2 and "nothing is overwritten unasked" in capsys.readouterr().err
 
 
 def test_verification_that_fails_prints_the_error_and_exits_70(folder, tmp_path, capsys, monkeypatch):

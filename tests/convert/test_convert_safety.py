@@ -284,6 +284,6 @@ def test_a_file_that_is_cut_while_it_is_read(folder, tmp_path):
 def test_outputs_are_never_overwritten(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").write_text("x")
-    with pytest.raises(UsageError, match="nothing is ever overwritten"):
+    with pytest.raises(UsageError, match="nothing is overwritten unasked"):
         convert.run(ConvertRequest("megallm", str(folder), str(tmp_path / "out")))
     assert (tmp_path / "out/precious").read_text() == "x"

@@ -226,7 +226,7 @@ def test_another_configuration_does_not_mix_in(tmp_path: Path) -> None:
     raw = corpus(tmp_path)
     first = run.run(config_of(raw), tmp_path / "out")
     assert run.run(config_of(raw), tmp_path / "out") == first
-    with pytest.raises(UsageError, match="--fresh"):
+    with pytest.raises(UsageError, match="--overwrite"):
         run.run(config_of(raw, steps=("quality",)), tmp_path / "out")
     assert run.run(config_of(raw, steps=("quality",)), tmp_path / "out", fresh=True) != first
     (tmp_path / "part" / "work").mkdir(parents=True)

@@ -62,7 +62,7 @@ def test_curate_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr()
     summary = json.loads(shown.out)
     assert summary["kept"] == len(kept(Path(out))) and summary["dropped"]["exact/duplicate_document"] == 5
-    assert "curate | read > quality" in shown.err
+    assert f"megallm: the text is in {out}/kept" in shown.err and "megallm preprocess" in shown.err
     for words, code, sentence in (
         (("steps=[quality, exat]",), 2, "'exat' is not a step"),
         (("near.threshhold=1",), 2, "Did you mean 'near.threshold'"),

@@ -205,8 +205,9 @@ def test_damaged_compressed_files_are_named(work):
     zstandard = pytest.importorskip("zstandard")
     rows = json.dumps({"text": "some text " * 50}).encode() + b"\n"
     for name, content in [
-        ("a.jsonl.gz", gzip.compress(rows)[:-9]), ("b.jsonl.gz", b"not gzip"), ("c.jsonl.gz", gzip.compress(rows)[:9]),
-        ("a.jsonl.zst", zstandard.compress(rows)[:-5]), ("b.jsonl.zst", b"not zstd"),
+        ("a.jsonl.gz", gzip.compress(rows)[:-9]), ("b.jsonl.gz", b"\0not gzip"),
+        ("c.jsonl.gz", gzip.compress(rows)[:9]),
+        ("a.jsonl.zst", zstandard.compress(rows)[:-5]), ("b.jsonl.zst", b"\xffnot zstd"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=f"{name} cannot be read"):
             work(content, name)

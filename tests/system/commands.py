@@ -194,7 +194,7 @@ def losses_of(run: Path) -> list[tuple[int, float]]:
 def dump(run: Path) -> dict[str, Tensor]:
     """The newest checkpoint as `megallm ckpt dump` writes it."""
     target = run.parent / f"{run.name}-dump.safetensors"
-    done = megallm("ckpt", "dump", run, "--output", target, cwd=run.parent)
+    done = megallm("ckpt", "dump", run, "--output", target, "--overwrite", cwd=run.parent)
     assert done.code == 0, done.err
     return load_file(target)
 
