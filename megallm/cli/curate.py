@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from megallm.base import terminal
 from megallm.cli.table import Command
 
 
@@ -45,12 +46,11 @@ def _curate(args: argparse.Namespace) -> int:
 def _progress() -> Iterator[Any]:
     """A bar a phase on a terminal; otherwise a line every ten seconds."""
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         tasks: dict[str, Any] = {}
-        with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bars:  # no thread: workers fork
+        with Progress(*columns, console=terminal.console(sys.stderr), auto_refresh=False) as bars:  # no thread: workers fork
 
             def show(phase: str, done: int, total: int | None) -> None:
                 if phase not in tasks:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
+from megallm.base import terminal
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.version import VERSION
 from megallm.cli.table import VERBS, Verb
@@ -38,7 +39,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; nothing but the interpreter's own exit follows."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with terminal.escaping():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = dispatch(arguments)
         sys.stdout.flush()

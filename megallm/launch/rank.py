@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from megallm.base import terminal
 from megallm.base.errors import InternalError, MegallmError, PeerLost
 from megallm.launch.environment import RankEnv, thread_count
 from megallm.launch.process import default_signals, die_with, keep_memory, limit_threads
@@ -46,6 +47,7 @@ def rank_main(
         os.dup2(outputs[1], 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - what it was may not be fd 1
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        terminal.escape_streams()
         faulthandler.enable(sys.stderr)  # a segmentation fault leaves its stack in the log
         keep_memory()
         limit_threads(thread_count(env.local_world))
