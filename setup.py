@@ -50,7 +50,8 @@ class OptionalBuild(build_ext):
         except Exception as error:  # a compiler that is missing, too old or crashes: all the same here
             reason = " ".join(str(error).split())[:200]
             self.failed = (*self.failed, (ext, reason))
-            print(f"*** megallm: {ext.name} was NOT built ({reason}); its slower numpy twin is used. ***", file=sys.stderr)
+            told = f"{ext.name} was NOT built ({reason}); its slower numpy twin is used."
+            print(f"*** megallm: {told} ***", file=sys.stderr)
 
     def copy_extensions_to_source(self):
         failed = [ext for ext, _ in self.failed]

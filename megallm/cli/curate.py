@@ -50,7 +50,8 @@ def _progress() -> Iterator[Any]:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         tasks: dict[str, Any] = {}
-        with Progress(*columns, console=terminal.console(sys.stderr), auto_refresh=False) as bars:  # no thread: workers fork
+        console = terminal.console(sys.stderr)
+        with Progress(*columns, console=console, auto_refresh=False) as bars:  # no thread: workers fork
 
             def show(phase: str, done: int, total: int | None) -> None:
                 if phase not in tasks:

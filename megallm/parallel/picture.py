@@ -128,7 +128,7 @@ def _box(drawing: Drawing, picture: Picture, slot: Slot, frame: tuple[float, flo
 
 
 def _head(drawing: Drawing, picture: Picture) -> None:
-    """The title, one entry of the legend for each operation with a shade for each chunk (of many: two), what is written."""
+    """The title, the legend: operations with a shade for each chunk (of many: two), and what numbers mean."""
     timeline, chunks = picture.timeline, picture.placement.chunks
     shown = range(chunks) if chunks <= 8 else (0, chunks - 1)
     drawing.words.append(Words(LEFT, 16, picture.title, LARGE, bold=True))

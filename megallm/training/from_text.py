@@ -11,13 +11,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megallm.base import files
+from megallm.base import files, words
 from megallm.base.errors import DataError, UsageError
 from megallm.data import preprocess, readers, tokenizer
 from megallm.models.config import ModelConfig
@@ -33,8 +32,8 @@ SUFFIXES = (*PLAIN, *OTHERS, *(f"{suffix}{packed}" for suffix in (*PLAIN, ".json
 ENOUGH_FILES, ENOUGH_DOCUMENTS = 100, 20
 SAMPLE_BYTES, PIECE_CHARACTERS = 8 << 20, 1 << 16  # what the tokenizer is trained on: its memory is about 80 times that
 MAX_VOCABULARY = 32_000
-EPOCHS, TOKENS_PER_PARAMETER = 10, 20  # train on each token so often, or as long as the Chinchilla rule says
-FEWEST_STEPS, MOST_STEPS = 100, {"cpu": 2_000, "gpu": 20_000}
+EPOCHS, TOKENS_PER_PARAMETER = 5, 20  # train on each token so often, or as long as the Chinchilla rule says
+FEWEST_STEPS, MOST_STEPS = 100, {"cpu": 1_000, "gpu": 20_000}
 SCHEMA = 1
 
 
@@ -92,8 +91,7 @@ def default_run(text: str) -> str:
 def check_preset(name: str) -> None:
     """Errors: `UsageError` for a preset that is not there."""
     if name != TINY and name not in PRESETS:
-        close = get_close_matches(name.casefold(), [TINY, *PRESETS], n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = words.did_you_mean(name, [TINY, *PRESETS])
         raise UsageError(f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the text.")
 
 
@@ -146,8 +144,8 @@ def prepare(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
         f"text: {len(survey.files):,} files, {survey.size_bytes / 1e6:.1f} MB, {documents:,} documents "
         f"({'a file each' if split_text == 'file' else split_text}); preset {preset}"
     )
-    words = _train_tokenizer(request, survey, split_text, preset)
-    say(f"tokenizer: byte-level BPE of {words:,} tokens, {folder / 'tokenizer'}")
+    vocab_size = _train_tokenizer(request, survey, split_text, preset)
+    say(f"tokenizer: byte-level BPE of {vocab_size:,} tokens, {folder / 'tokenizer'}")
     done = preprocess.run(
         preprocess.PreprocessConfig(
             survey.files, str(folder / "data"), str(folder / "tokenizer"), append_eod=True, split_text=split_text
@@ -155,9 +153,10 @@ def prepare(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     )
     tokens, prefix = done.tokens["text"], done.outputs["text"]
     say(f"tokens: {tokens:,} in {done.documents:,} documents, {prefix}.bin")
-    config = choose(request, preset, words, Text(prefix, tokens, done.documents))
-    files.atomic_write_text(request.config, f"# Made by `megallm pretrain --text`.\n{yaml.safe_dump(config, sort_keys=False)}")
-    chosen = {"preset": preset, "split_text": split_text, "vocab_size": words, "tokens": tokens}
+    config = choose(request, preset, vocab_size, Text(prefix, tokens, done.documents))
+    written = yaml.safe_dump(config, sort_keys=False)
+    files.atomic_write_text(request.config, f"# Made by `megallm pretrain --text`.\n{written}")
+    chosen = {"preset": preset, "split_text": split_text, "vocab_size": vocab_size, "tokens": tokens}
     files.atomic_write_json(marker, {"state": "ready", "made_for": made_for, "chosen": chosen})
     return chosen
 
@@ -176,8 +175,11 @@ def find_files(text: str) -> tuple[str, ...]:
     )
     usable = tuple(name for name in found if name.lower().endswith(SUFFIXES))
     if not usable:
-        has = f"has {len(found)} files, such as {Path(found[0]).name}" if found else "is empty"
-        raise DataError(f"--text {text} {has}, but none whose name ends in {', '.join((*PLAIN, *OTHERS))} (.gz, .zst).")
+        has = f"It has {len(found)} other files, such as {Path(found[0]).name}." if found else "It is empty."
+        raise DataError(
+            f"--text {text} holds no text file: no name ends in {', '.join((*PLAIN, *OTHERS))}, "
+            f"or in these with .gz or .zst. {has}"
+        )
     return usable
 
 
@@ -213,7 +215,7 @@ def _parsed(name: str, options: readers.ReadOptions, text: str) -> Iterator[read
 
 def _fitting(size_bytes: int) -> str:
     """The tiny preset for so much text."""
-    return max((name for name, least in TINY_FROM_BYTES.items() if size_bytes >= least), key=TINY_FROM_BYTES.__getitem__)
+    return [name for name, least in TINY_FROM_BYTES.items() if size_bytes >= least][-1]
 
 
 def _train_tokenizer(request: Request, survey: Survey, split_text: str, preset: str) -> int:

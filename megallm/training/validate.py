@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
+from megallm.base.words import nearest
 from megallm.convert.hf_config import agree, read_config
 from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
@@ -157,9 +157,9 @@ def _choices(config: PretrainConfig) -> Iterator[Problem]:
     for key, values in tables.items():
         value = get(config, key)
         if value is not None and value not in values:
-            close = get_close_matches(value, values, n=1, cutoff=0) or values[:1]
+            close = nearest(value, values, cutoff=0) or values[0]
             sentence = f"{key} is '{value}'; it must be one of {', '.join(values)}."
-            yield Problem("choices", sentence, ({key: close[0]},), key)
+            yield Problem("choices", sentence, ({key: close},), key)
 
 
 def _split(config: PretrainConfig) -> Iterator[Problem]:
