@@ -324,11 +324,10 @@ def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> s
     elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
     if elsewhere is not None:
         return f"unknown key '{prefix}{name}'. {elsewhere}"
-    close = close or words.nearest(name, hints, cutoff=0.5)
-    close = f"{prefix}{close}" if close else None
-    if close is None:
-        last = words.plain(name.rpartition(".")[2])
-        close = next((leaf for leaf in known if words.plain(leaf.rpartition(".")[2]) == last), None)
+    last = words.plain(name.rpartition(".")[2])
+    same = [leaf for leaf in known if words.plain(leaf.rpartition(".")[2]) == last]
+    close = close or (None if same and "." in name else words.nearest(name, hints, cutoff=0.5))
+    close = f"{prefix}{close}" if close else next(iter(same), None)
     close = close or words.nearest(f"{prefix}{name}", known, cutoff=0.75)
     hint = f" Did you mean '{close}'?" if close else ""
     return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
@@ -370,6 +369,8 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
             shown = f"'{node.text[:80]}'" if node.text or not node.plain else "empty"
             if origin is Literal:
                 close = words.did_you_mean(node.text, [str(choice) for choice in typing.get_args(hint)])
+            elif hint is bool and node.text.casefold() in words.BOOLEANS:
+                close = f" Did you mean '{words.BOOLEANS[node.text.casefold()]}'?"
         null = " or null" if optional else ""
         problems.append(f"{node.where}: {key} is {shown}; it must be {_expected(hint)}{null}.{close}")
     return value

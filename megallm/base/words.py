@@ -45,6 +45,9 @@ VALUE_NAMES: dict[str, tuple[str, ...]] = {
     "document_level": ("document",), "router_sigmoid": ("sigmoid",), "probs": ("score",),
 }  # fmt: skip
 
+BOOLEANS = dict.fromkeys(("yes", "y", "on", "1", "enable", "enabled"), "true")
+BOOLEANS |= dict.fromkeys(("no", "n", "off", "0", "disable", "disabled"), "false")
+
 
 def plain(word: str) -> str:
     """A word without its case and signs: `ZB_H1` -> `zbh1`."""

@@ -47,12 +47,13 @@ class Parser(argparse.ArgumentParser):
         if words.plain(given.lstrip("-")) == "config" or given == "-c":
             return " The configuration stands without an option: CONFIG."
         name = words.plain(given.lstrip("-"))
-        keys = [key for key in leaves(PretrainConfig) if name in (words.plain(key), words.plain(key.rpartition(".")[2]))]
+        known = list(leaves(PretrainConfig))
+        keys = [key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))]
         found = keys[0] if len(keys) == 1 else other_names.KEYS.get(name)
         if found is None:
             return ""
         key, _, note = found.partition(" ")
-        if key not in set(leaves(PretrainConfig)):
+        if key not in known:
             return f" {found}"
         return f" A setting is written key=value: {key}=VALUE{note and ' ' + note}."
 

@@ -9,10 +9,10 @@ from megallm.base.errors import UsageError
 from megallm.cli import text
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
-from megallm.data.indexed import IndexedDataset
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.training.config import PretrainConfig
+from megallm.training.files import check_files
 from megallm.training.runfolder import RunFolder, drop_dead_lease
 
 PRELOAD = ("megallm.training.pretrain", "megallm.launch.group")  # imported once, before the ranks are forked
@@ -54,8 +54,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     config = load_and_check(args.config, args.overrides, world_size(args.nproc))
-    for prefix in config.data.sources:
-        IndexedDataset(prefix)  # a missing or broken file ends here, before any rank
+    check_files(config)  # what is missing or cannot be used ends here, before any rank
     folder = RunFolder(config.run.dir)
     try:
         start(_rank, (config, args.resume), config.layout.grid().world, folder.logs, PRELOAD)

@@ -6,9 +6,11 @@ import argparse
 import shlex
 from collections.abc import Callable
 
+from megallm.base.config import load
 from megallm.base.errors import UsageError
 from megallm.launch.start import started_by_others
 from megallm.training import from_text
+from megallm.training.config import PretrainConfig
 
 
 def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
@@ -28,12 +30,21 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) ->
     if not prepared:
         from_text.prepare(request, _say)
     args.config = str(request.config)
+    args.overrides = [*_shorter(args), *args.overrides]
     _say(f"configuration: {request.config} (any key can follow the command, such as train.steps=500)")
     code = train(args)
     if code == 0:
         folder = shlex.quote(request.run_dir)
         _say(f"next: megallm generate --model {folder} --prompt The --temperature 0.8 --top-k 40")
     return code
+
+
+def _shorter(args: argparse.Namespace) -> list[str]:
+    """A warm-up that fits `train.steps=N` of the command line, where the chosen one does not."""
+    given = load(PretrainConfig, args.config, args.overrides)
+    if given.optim.warmup_steps < given.train.steps or any("optim.warmup_steps" in one for one in args.overrides):
+        return []
+    return [f"optim.warmup_steps={given.train.steps // 10}"]
 
 
 def _request(args: argparse.Namespace) -> from_text.Request:

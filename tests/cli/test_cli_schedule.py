@@ -32,6 +32,7 @@ def test_the_grid_of_1f1b(capsys):
         "rank 0   F0 F1       B0--- F2 B1---    B2---\n"
         "rank 1      F0 B0--- F1 B1--- F2 B2---\n"
         "\n"
+        "F3 forward, B3 backward of microbatch 3; - goes on; blank: the rank waits\n"
         "1f1b: 2 ranks, 3 microbatches; bubble 33.3%, idle 25.0%\n"
         "makespan 12, work of the busiest rank 9\n"
         "peak live activations (microbatch, stage) by rank: 2 1\n"
@@ -56,7 +57,8 @@ def test_json_and_trace_and_pictures(kind, capsys, tmp_path):
     )
     assert found["makespan"] == max(slot["end"] for slot in actions)
     assert min(slot["start"] for slot in actions) == 0
-    labels = re.findall(r"[FBW]\d+[ab]?(?=[- \n])", out.split("\n\n")[0] + "\n")
+    rows = "\n".join(line for line in out.splitlines() if line.startswith("rank "))
+    labels = re.findall(r"[FBW]\d+[ab]?(?=[- \n])", rows + "\n")
     assert len(labels) == len(actions)  # the grid shows each
     assert drawn.read_text().count("<title>") == len(actions)
     assert sum(event["ph"] == "X" for event in json.loads(names["trace"].read_text())["traceEvents"]) == len(actions)

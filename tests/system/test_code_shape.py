@@ -51,7 +51,7 @@ FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
     "base.", "cli.", "data.", "training.config", "training.validate", "training.nearest", "training.reading",
-    "training.ranges", "training.expert_rules",
+    "training.ranges", "training.files", "training.from_text", "training.other_names", "training.expert_rules",
     "training.optimizing", "training.narrow_rules", "ops.backends", "ops.narrow", "parallel.remade",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
