@@ -41,7 +41,10 @@ def books(tmp_path, monkeypatch) -> Path:
     return tmp_path / "books"
 
 
-def request(text: Path, preset: str = "tiny", run: str = "runs/x", machine: Machine = Machine(2, 0)) -> Request:
+TWO_CORES = Machine(2, 0)
+
+
+def request(text: Path, preset: str = "tiny", run: str = "runs/x", machine: Machine = TWO_CORES) -> Request:
     return Request(str(text), preset, run, machine)
 
 
