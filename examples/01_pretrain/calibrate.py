@@ -74,7 +74,8 @@ def main(path: str, settings: list[str]) -> None:
     step, around = measure(path, settings, config)
     left, seconds = estimate(config, done, step, around)
     about = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-    print(f"This will take about {about} on this machine: {left} steps of {step:.2f} s, measured just now, and the rest.")
+    pace = f"{left} steps of {step:.2f} s, measured just now, and the rest"
+    print(f"This will take about {about} on this machine: {pace}.")
 
 
 if __name__ == "__main__":

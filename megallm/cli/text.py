@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
+import time
 from collections.abc import Callable
 
 from megallm.base.config import load
 from megallm.base.errors import UsageError
+from megallm.data.preprocess import Stats
 from megallm.launch.start import started_by_others
 from megallm.training import from_text
 from megallm.training.config import PretrainConfig
@@ -28,7 +31,7 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) ->
             "torchrun and srun (with train.stop_at=1), then start the same command there."
         )
     if not prepared:
-        from_text.prepare(request, _say)
+        _prepare(request)
     args.config = str(request.config)
     args.overrides = [*_shorter(args), *args.overrides]
     _say(f"configuration: {request.config} (any key can follow the command, such as train.steps=500)")
@@ -37,6 +40,25 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) ->
         folder = shlex.quote(request.run_dir)
         _say(f"next: megallm generate --model {folder} --prompt The --temperature 0.8 --top-k 40")
     return code
+
+
+def _prepare(request: from_text.Request) -> None:
+    """Prepare with a line of counts on a terminal; an interrupt says what the same command does."""
+    shown = 0.0
+
+    def show(stats: Stats) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and time.monotonic() - shown > 0.3:
+            shown = time.monotonic()
+            print(f"\r{stats.documents:,} documents, {sum(stats.tokens.values()):,} tokens ", end="", file=sys.stderr)
+
+    try:
+        from_text.prepare(request, _say, show)
+    except KeyboardInterrupt:
+        print(f"megallm: nothing is trained yet; the same command prepares {request.text} anew.", file=sys.stderr)
+        raise
+    if shown:
+        print(file=sys.stderr)
 
 
 def _shorter(args: argparse.Namespace) -> list[str]:

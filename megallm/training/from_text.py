@@ -123,7 +123,9 @@ def is_prepared(request: Request) -> bool:
     return True
 
 
-def prepare(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
+def prepare(
+    request: Request, say: Callable[[str], None], progress: Callable[[preprocess.Stats], None] | None = None
+) -> dict[str, Any]:
     """Make tokenizer, dataset and configuration in `request.folder`; returns the choices that were made.
 
     Errors: `DataError` for the text, `UsageError`, `CannotWrite`. What an interrupted one left is made anew.
@@ -149,7 +151,8 @@ def prepare(request: Request, say: Callable[[str], None]) -> dict[str, Any]:
     done = preprocess.run(
         preprocess.PreprocessConfig(
             survey.files, str(folder / "data"), str(folder / "tokenizer"), append_eod=True, split_text=split_text
-        )
+        ),
+        progress,
     )
     tokens, prefix = done.tokens["text"], done.outputs["text"]
     say(f"tokens: {tokens:,} in {done.documents:,} documents, {prefix}.bin")

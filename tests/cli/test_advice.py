@@ -91,10 +91,36 @@ def test_other_names_point_at_real_keys_and_hide_none():
     for name, found in other_names.KEYS.items():
         first = found.partition(" ")[0]
         assert first in keys or found.endswith((".", ")")) and " " in found, (name, found)
-    assert set(other_names._BY_KEY) <= keys
-    taken = [name for key, names in other_names._BY_KEY.items() for name in names.partition(" (")[0].split()]
+    assert set(other_names.BY_KEY) <= keys
+    taken = [name for names in other_names.BY_KEY.values() for name in names]
     assert len(taken) > 250 and len({words.plain(name) for name in taken}) > 240
     assert set(other_names.VERBS) <= set(VERBS)
+
+
+# Names from the first page of each system's documentation, which a person brings along.
+BROUGHT_ALONG = """
+per_device_train_batch_size gradient_accumulation_steps learning_rate num_train_epochs max_steps lr_scheduler_type
+warmup_ratio logging_steps save_steps save_total_limit eval_strategy bf16 fsdp deepspeed report_to push_to_hub
+gradient_checkpointing group_by_length load_best_model_at_end label_smoothing_factor torch_compile do_train
+tensor_model_parallel_size pipeline_model_parallel_size num_attention_heads group_query_attention kv_channels
+max_position_embeddings clip_grad global_batch_size train_iters lr_warmup_iters lr_decay_style eval_iters data_path
+vocab_file seq_length tokenizer_model moe_router_topk transformer_impl use_distributed_optimizer overlap_grad_reduce
+model.flavor optimizer.name lr_scheduler.decay_ratio training.local_batch_size training.max_norm checkpoint.folder
+parallelism.data_parallel_shard_degree activation_checkpoint.mode metrics.log_freq checkpoint.async_mode
+model_name_or_path finetuning_type cutoff_len template val_size preprocessing_num_workers flash_attn lora_target
+base_model datasets val_set_size sequence_len sample_packing adapter lora_alpha wandb_project evals_per_epoch
+micro_batch_size chat_template resume_from_checkpoint special_tokens flash_attention load_in_8bit train_on_inputs
+n_layer n_head n_embd block_size batch_size max_iters grad_clip out_dir init_from compile wandb_log dropout
+"""
+
+
+@pytest.mark.parametrize("name", BROUGHT_ALONG.split())
+def test_names_that_people_bring_along_have_a_pointer(capsys, name):
+    code, _, err = call(capsys, "config", "/dev/null", f"{name}=1")
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if f"unknown key '{name}'" in line]
+    assert line.partition("'. ")[2] and not line.partition("'. ")[2].startswith("Keys"), line
+    assert "Did you mean" not in line or name.rpartition(".")[2] in line.partition("Did you mean")[2], line
 
 
 @pytest.mark.parametrize(
