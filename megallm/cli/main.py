@@ -15,12 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from megallm.base import extension, terminal, words
-from megallm.base.config import leaves
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.version import VERSION
 from megallm.cli.table import VERBS, Verb
-from megallm.training import other_names
-from megallm.training.config import PretrainConfig
 
 INTERRUPTED = 130
 HELP = ("-h", "--help", "help")
@@ -42,6 +39,9 @@ class Parser(argparse.ArgumentParser):
 
     def _setting(self, given: str) -> str:
         """A hint for an option that is a setting here, where the verb takes settings: `--lr` is optim.lr=VALUE."""
+        from megallm.base.config import leaves  # here: `--help` need not wait for them
+        from megallm.training.config import PretrainConfig
+
         if not given.startswith("-") or all(action.dest != "overrides" for action in self._actions):
             return ""
         if words.plain(given.lstrip("-")) == "config" or given == "-c":
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         name = words.plain(given.lstrip("-"))
         known = list(leaves(PretrainConfig))
         keys = [key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))]
-        found = keys[0] if len(keys) == 1 else other_names.KEYS.get(name)
+        found = keys[0] if len(keys) == 1 else PretrainConfig.OTHER_NAMES.get(name)
         if found is None:
             return ""
         key, _, note = found.partition(" ")
@@ -129,6 +129,8 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
         raise UsageError(f"'megallm {given}' is not a verb; there are: {', '.join(group)}.{near}")
     hint = words.did_you_mean(first, [one for one in VERBS if words.plain(one) == words.plain(first)])
     if not hint:
+        from megallm.training import other_names
+
         pointer = other_names.verb_pointer(first)
         known = dict.fromkeys([*VERBS, *(one.split()[0] for one in VERBS)])
         hint = f" {pointer}" if pointer else words.did_you_mean(first, known)
