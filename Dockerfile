@@ -49,7 +49,7 @@ RUN if [ -n "$APEX" ]; then \
     fi
 
 WORKDIR /workspace
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY csrc csrc
 COPY megallm megallm
 # With build isolation: kenlm has no wheel, and its build wants packages of its own. The torch above satisfies megallm.

@@ -1,4 +1,8 @@
-"""Builds megallm and its C++ extension. Without a compiler the install works, and says so in one line."""
+"""Builds megallm and its C++ extension. Without a compiler the install works, and says so in one line.
+
+`pip install -q` swallows that line: the reason is also kept in the package, where `megallm doctor` and the verbs that
+would be faster read it (`megallm.base.extension`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,21 @@ import re
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+MISSING = ""
+try:
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+except ImportError as import_error:
+    MISSING = str(import_error)
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'VERSION = "(.+)"', (HERE / "megallm/base/version.py").read_text())[1]
+
+
+REASON = "_index_not_built.txt"  # in the package; the name stands in megallm/base/extension.py too
+HOME_PAGE = "https://megallm.example"  # a reserved name: there is no published page yet
 
 
 class OptionalBuild(build_ext):
@@ -18,41 +32,55 @@ class OptionalBuild(build_ext):
 
     failed = ()
 
+    def run(self):
+        inplace = self.inplace
+        super().run()
+        for folder in {Path(self.build_lib, "megallm"), *([HERE / "megallm"] if inplace else [])}:
+            if self.failed:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / REASON).write_text("\n".join(reason for _, reason in self.failed) + "\n", encoding="utf-8")
+            else:
+                (folder / REASON).unlink(missing_ok=True)
+
     def build_extension(self, ext):
         try:
+            if MISSING:
+                raise ImportError(MISSING)
             super().build_extension(ext)
         except Exception as error:  # a compiler that is missing, too old or crashes: all the same here
-            self.warn_of(ext.name, error)
-            self.failed = (*self.failed, ext)
+            reason = " ".join(str(error).split())[:200]
+            self.failed = (*self.failed, (ext, reason))
+            told = f"{ext.name} was NOT built ({reason}); its slower numpy twin is used."
+            print(f"*** megallm: {told} ***", file=sys.stderr)
 
     def copy_extensions_to_source(self):
-        self.extensions = [ext for ext in self.extensions if ext not in self.failed]
+        failed = [ext for ext, _ in self.failed]
+        self.extensions = [ext for ext in self.extensions if ext not in failed]
         super().copy_extensions_to_source()
-
-    @staticmethod
-    def warn_of(name, error):
-        reason = " ".join(str(error).split())[:200]
-        print(f"*** megallm: {name} was NOT built ({reason}); its slower numpy twin is used. ***", file=sys.stderr)
 
 
 def extensions():
-    """`megallm._index` from csrc/index; none when pybind11 itself is missing."""
-    try:
-        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-    except ImportError as error:
-        OptionalBuild.warn_of("megallm._index", error)
-        return []
-    ParallelCompile().install()  # one file a core
+    """`megallm._index` from csrc/index."""
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.cpp"))
+    headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.hpp"))
+    if MISSING:
+        return [Extension("megallm._index", sources, depends=headers)]
+    ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's.
     flags = ["-O3", "-ffp-contract=off", "-g0"]
-    return [Pybind11Extension("megallm._index", sources, cxx_std=17, extra_compile_args=flags)]
+    return [Pybind11Extension("megallm._index", sources, cxx_std=17, extra_compile_args=flags, depends=headers)]
 
 
 setup(
     name="megallm",
     version=VERSION,
     description="Train language models from raw text on one parallel model",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The megallm developers",
+    url=HOME_PAGE,
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megallm", "megallm.*"]),
     ext_modules=extensions(),

@@ -20,12 +20,12 @@ import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
+from megallm.base import words
 from megallm.base.errors import UsageError
 
 Config = TypeVar("Config")
@@ -323,14 +323,29 @@ def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[st
 
 def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
     section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
-    close = [f"{prefix}{match}" for match in get_close_matches(name, hints, n=1, cutoff=0.5)]
-    if not close:
-        last = name.rpartition(".")[2]
-        close = [leaf for leaf in leaves(root_cls) if leaf.rpartition(".")[2] == last]
-    if not close:
-        close = get_close_matches(f"{prefix}{name}", list(leaves(root_cls)), n=1, cutoff=0.75)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+    known = list(leaves(root_cls))
+    close = words.nearest(name, [hint for hint in hints if words.plain(hint) == words.plain(name)])
+    elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
+    if elsewhere is not None:
+        return f"unknown key '{prefix}{name}'. {elsewhere}"
+    last = words.plain(name.rpartition(".")[2])
+    same = [leaf for leaf in known if words.plain(leaf.rpartition(".")[2]) == last]
+    close = close or (None if same and "." in name else words.nearest(name, hints, cutoff=0.5))
+    close = f"{prefix}{close}" if close else next(iter(same), None)
+    close = close or words.nearest(f"{prefix}{name}", known, cutoff=0.75)
+    hint = f" Did you mean '{close}'?" if close else ""
     return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
+
+
+def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
+    """What another system's name of a setting is called here, by the class's `OTHER_NAMES`; None when unknown."""
+    table = vars(root_cls).get("OTHER_NAMES", {})
+    for name in (key, key.rpartition(".")[2]):
+        found = table.get(words.plain(name.lstrip("-")))
+        if found is not None:
+            first, _, note = found.partition(" ")
+            return f"Here that is {first}{note and ' ' + note}." if first in known else found
+    return None
 
 
 def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
@@ -361,8 +376,9 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         if isinstance(node, Scalar):
             shown = f"'{node.text[:80]}'" if node.text or not node.plain else "empty"
             if origin is Literal:
-                match = get_close_matches(node.text, [str(choice) for choice in typing.get_args(hint)], n=1)
-                close = f" Did you mean '{match[0]}'?" if match else ""
+                close = words.did_you_mean(node.text, [str(choice) for choice in typing.get_args(hint)])
+            elif hint is bool and node.text.casefold() in words.BOOLEANS:
+                close = f" Did you mean '{words.BOOLEANS[node.text.casefold()]}'?"
         null = " or null" if optional else ""
         problems.append(f"{node.where}: {key} is {shown}; it must be {_expected(hint)}{null}.{close}")
     return value

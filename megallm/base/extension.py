@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from megallm.base.errors import UsageError
 
 MODULE = "megallm._index"
+REASON = Path(__file__).parents[1] / "_index_not_built.txt"  # why the build failed; `setup.py` writes it
 VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
 
 
@@ -30,13 +32,22 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(MODULE)
     except ImportError as error:
-        return None, f"not built or not loadable ({error}); the numpy twin is used, same results, slower"
+        return None, f"{_reason(error)}; the numpy twin is used, same results, slower"
     if module.VERSION != VERSION:
         return None, (
             f"{module.__file__} is a stale build (version {module.VERSION}, want {VERSION}); "
             f"reinstall megallm to rebuild it; the numpy twin is used"
         )
     return module, str(module.__file__)
+
+
+def _reason(error: ImportError) -> str:
+    """Why there is no extension: what the build said, else what the import said."""
+    try:
+        built = " ".join(REASON.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
+        return f"not built or not loadable ({error})"
+    return f"not built when megallm was installed ({built}): install a C++ compiler, then install megallm again"
 
 
 def index(native: bool | None = None) -> ModuleType | None:

@@ -15,6 +15,8 @@ import threading
 import time
 from typing import Any
 
+from megallm.base.terminal import escaped
+
 PENDING_BYTES = 1 << 20  # kept for a reader that is slow; what comes then is dropped
 _POLL_SECONDS = 0.02
 
@@ -157,6 +159,7 @@ def descriptor(stream: Any, default: int) -> int:
 
 def show_error(text: str, seconds: float = 1.0) -> None:
     """Write a text to stderr, waiting for a reader at most `seconds`; it never raises."""
+    text = escaped(text)
     if descriptor(sys.stderr, -1) != 2:  # redirected inside the process
         sys.stderr.write(f"{text}\n")
         return

@@ -12,15 +12,18 @@ from megallm.base.errors import UsageError
 from megallm.cli.table import Command
 from megallm.data import meta
 from megallm.training.config import PretrainConfig
+from megallm.training.files import check_files
 from megallm.training.from_megatron import to_yaml as megatron_yaml
 from megallm.training.from_megatron import translate
 from megallm.training.validate import check
 
 
-def load_and_check(path: str, overrides: list[str], world: int | None) -> PretrainConfig:
+def load_and_check(
+    path: str, overrides: list[str], world: int | None, world_name: str = "--nproc"
+) -> PretrainConfig:
     """The resolved configuration of a pretraining run; raises UsageError with everything that is wrong."""
     config = load(PretrainConfig, path, overrides)
-    return check(config, world, tokenizer_vocab(config))
+    return check(config, world, tokenizer_vocab(config), world_name)
 
 
 def tokenizer_vocab(config: PretrainConfig) -> int | None:
@@ -41,6 +44,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--world", type=int, metavar="N", help="number of processes (default: what the layout asks for)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    parser.add_argument(
+        "--no-files", action="store_true", help="do not look whether data files and tokenizer are there"
+    )  # fmt: skip
     parser.add_argument(
         "--schema", action="store_true", help="print the JSON schema with the documentation of each key"
     )
@@ -79,8 +85,10 @@ def _run(args: argparse.Namespace) -> int:
         return from_megatron(args.from_megatron_args)
     if args.config is None:
         raise UsageError("megallm config needs a CONFIG file, or --schema.")
-    config = load_and_check(args.config, args.overrides, args.world)
+    config = load_and_check(args.config, args.overrides, args.world, "--world")
     print(json.dumps(to_dict(config), indent=2) if args.json else to_yaml(config).rstrip())
+    if not args.no_files:
+        check_files(config)
     return 0
 
 

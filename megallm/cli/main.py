@@ -13,9 +13,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
+from megallm.base import terminal, words
 from megallm.base.config import expand_home
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
 from megallm.base.output import open_standard_streams, show_error
@@ -26,6 +26,9 @@ from megallm.cli.supervise import Terminated, die_of, say_stopped, supervised
 from megallm.cli.table import VERBS, Verb
 
 TEXTS = ("prompt", "stop", "system", "special_tokens", "json_keys", "key")  # arguments that are never paths
+HELP = ("-h", "--help", "help")
+OF_ONE = "`megallm VERB --help` shows the arguments of one."
+FASTER_WITH_EXTENSION = ("preprocess", "pretrain", "curate", "data verify", "data stream")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -37,9 +40,28 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             options = [option for action in self._actions for option in action.option_strings]
             given = message.partition(": ")[2].split()[0].partition("=")[0]
-            close = get_close_matches(given, options, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = self._setting(given) or words.did_you_mean(given, options)
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
+
+    def _setting(self, given: str) -> str:
+        """A hint for an option that is a setting here, where the verb takes settings: `--lr` is optim.lr=VALUE."""
+        from megallm.base.config import leaves  # here: `--help` need not wait for them
+        from megallm.training.config import PretrainConfig
+
+        if not given.startswith("-") or all(action.dest != "overrides" for action in self._actions):
+            return ""
+        if words.plain(given.lstrip("-")) == "config" or given == "-c":
+            return " The configuration stands without an option: CONFIG."
+        name = words.plain(given.lstrip("-"))
+        known = list(leaves(PretrainConfig))
+        keys = [key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))]
+        found = keys[0] if len(keys) == 1 else PretrainConfig.OTHER_NAMES.get(name)
+        if found is None:
+            return ""
+        key, _, note = found.partition(" ")
+        if key not in known:
+            return f" {found}"
+        return f" A setting is written key=value: {key}=VALUE{note and ' ' + note}."
 
 
 def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
@@ -50,9 +72,14 @@ def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
+    with terminal.escaping():
+        return _run(arguments, program or argv is None)
+
+
+def _run(arguments: list[str], program: bool) -> int:
     verb = next((verb for verb in map(VERBS.get, _names(arguments)) if verb is not None), None)
     kept = "" if verb is None else verb.kept
-    if (program or argv is None) and verb is not None and kept and not {"-h", "--help"} & set(arguments):
+    if program and verb is not None and kept and not {"-h", "--help"} & set(arguments):
         return supervised(verb.words, kept, lambda: _ended(arguments, kept))
     with before_ranks(arguments[:1] == ["pretrain"]):
         return _ended(arguments, kept)
@@ -88,17 +115,34 @@ def _ended(arguments: list[str], kept: str) -> int:
 
 def dispatch(arguments: list[str]) -> int:
     """Find the verb, import its module, parse, run."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if arguments[:1] == ["help"]:  # `megallm help data`, `megallm help ckpt ls`
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in HELP:
         print(overview())
         return 0
     if arguments[0] in ("-V", "--version"):
         print(f"megallm {VERSION}")
         return 0
+    if group_of(arguments[0]) and arguments[0] not in VERBS and arguments[1:2] and arguments[1] in HELP:
+        print(group_overview(arguments[0]))
+        return 0
     verb, rest = find_verb(arguments)
     command = importlib.import_module(verb.module).COMMANDS[verb.words]
-    parser = Parser(prog=f"megallm {verb.words}", description=_sentence(verb.help), allow_abbrev=False)
+    also = [one for one in group_of(verb.words) if verb.words in VERBS]
+    epilog = f"See also: {', '.join(f'megallm {one}' for one in also)}." if also else None
+    parser = Parser(
+        prog=f"megallm {verb.words}", description=_sentence(verb.help), epilog=epilog, allow_abbrev=False
+    )  # fmt: skip
     command.arguments(parser)
-    return command.run(expand_paths(parser.parse_intermixed_args(rest)))
+    parsed = expand_paths(parser.parse_intermixed_args(rest))
+    if verb.words in FASTER_WITH_EXTENSION:
+        _say_without_extension()
+    return command.run(parsed)
+
+
+def group_of(first: str) -> list[str]:
+    """The verbs of two words that begin with this one."""
+    return [words for words in VERBS if words.startswith(f"{first} ")]
 
 
 def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
@@ -118,12 +162,18 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
     for name in _names(arguments):
         if name in VERBS:
             return VERBS[name], arguments[len(name.split()) :]
-    first = arguments[0]
-    group = [words for words in VERBS if words.startswith(f"{first} ")]
+    first, group = arguments[0], group_of(arguments[0])
     if group:
-        raise UsageError(f"'megallm {' '.join(arguments[:2])}' is not a verb; there are: {', '.join(group)}.")
-    close = get_close_matches(first, [*VERBS, *(words.split()[0] for words in VERBS)], n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+        given = " ".join(arguments[:2])
+        near = words.did_you_mean(given, group, cutoff=0.75) if arguments[1:] else ""
+        raise UsageError(f"'megallm {given}' is not a verb; there are: {', '.join(group)}.{near}")
+    hint = words.did_you_mean(first, [one for one in VERBS if words.plain(one) == words.plain(first)])
+    if not hint:
+        from megallm.training import other_names
+
+        pointer = other_names.verb_pointer(first)
+        known = dict.fromkeys([*VERBS, *(one.split()[0] for one in VERBS)])
+        hint = f" {pointer}" if pointer else words.did_you_mean(first, known)
     raise UsageError(f"'{first}' is not a verb.{hint} The verbs are: {', '.join(VERBS)}.")
 
 
@@ -132,15 +182,31 @@ def _names(arguments: list[str]) -> list[str]:
     return [" ".join(arguments[:count]) for count in (2, 1)]
 
 
+def group_overview(first: str) -> str:
+    """The text of `megallm data --help`."""
+    return f"usage: megallm {first} VERB [arguments]\n\nverbs:\n{_rows(group_of(first))}\n\n{OF_ONE}"
+
+
+def _rows(verbs: Iterable[str]) -> str:
+    verbs = list(verbs)
+    width = max(map(len, verbs))
+    return "\n".join(f"  {one:<{width}}  {VERBS[one].help}" for one in verbs)
+
+
+def _say_without_extension() -> None:
+    """Once a command, by rank 0: what a quiet `pip install` did not show."""
+    found = extension.status()
+    if not found.loaded and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"megallm: note: the extension {found.name} is not used: {found.detail}.", file=sys.stderr)
+
+
 def overview() -> str:
     """The text of `megallm --help`."""
-    width = max(len(words) for words in VERBS)
-    rows = "\n".join(f"  {verb.words:<{width}}  {verb.help}" for verb in VERBS.values())
     return (
         "usage: megallm VERB [arguments]\n\n"
         "Train language models, from raw text to a model trained in parallel.\n\n"
-        f"verbs:\n{rows}\n\n"
-        "`megallm VERB --help` shows the arguments of one. Exit codes: 0 ok, 2 usage or configuration, 65 data,\n"
+        f"verbs:\n{_rows(VERBS)}\n\n"
+        f"{OF_ONE} Exit codes: 0 ok, 2 usage or configuration, 65 data,\n"
         "69 peer lost, 70 internal, 73 cannot write, 74 checkpoint unreadable, 75 requeue, 76 hang, 77 diverged."
     )
 

@@ -6,13 +6,15 @@ import argparse
 import sys
 from functools import partial
 
+from megallm.base.errors import UsageError
 from megallm.base.stopping import ignore_stop_signals
+from megallm.cli import text
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
-from megallm.data.indexed import IndexedDataset
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.training.config import PretrainConfig
+from megallm.training.files import check_files
 from megallm.training.lease import drop_dead_lease, held_by
 from megallm.training.runfolder import RunFolder
 
@@ -20,8 +22,15 @@ PRELOAD = ("megallm.training.pretrain", "megallm.launch.group")  # imported once
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file (see `megallm config --schema`)")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file (see `megallm config --schema`)")
     overrides_argument(parser)
+    parser.add_argument(
+        "--text", metavar="DIR", help="instead of CONFIG: a folder of text files (or one file) to train on, all in one"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME",
+        help="with --text: model size of `megallm presets`, or tiny (the default): the tiny one that fits the text",
+    )  # fmt: skip
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="ranks to start on this machine (default: what the layout asks for)"
     )
@@ -38,9 +47,21 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.text is not None:
+        return text.run(args, _train)
+    if args.preset is not None:
+        raise UsageError(f"--preset goes with --text DIR; with a CONFIG write model.preset={args.preset}.")
+    if args.config is None:
+        raise UsageError(
+            "the following arguments are required: CONFIG. Or train on a folder of text: "
+            "`megallm pretrain --text DIR --preset tiny`. See `megallm pretrain --help`."
+        )
+    return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     config = load_and_check(args.config, args.overrides, world_size(args.nproc))
-    for prefix in config.data.prefixes:
-        IndexedDataset(prefix)  # a missing or broken file ends here, before any rank
+    check_files(config)  # what is missing or cannot be used ends here, before any rank
     folder = RunFolder(config.run.dir)
     try:
         world, owns = config.layout.grid().world, partial(held_by, folder)

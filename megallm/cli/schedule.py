@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
+from megallm.base import terminal
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json
 from megallm.cli.output import check_outputs, overwrite_argument
@@ -17,6 +18,9 @@ from megallm.cli.table import Command
 from megallm.parallel import picture
 from megallm.parallel.schedule import SCHEDULES, Placement, place, plan_schedule
 from megallm.parallel.simulate import Cost, Deadlock, Slot, Timeline, simulate
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MAX_ACTIONS = 200_000
 MAX_GRID_BOXES = 4_000
@@ -132,15 +136,16 @@ def _slot_json(slot: Slot) -> dict[str, object]:
 
 
 def _show(drawn: picture.Picture) -> None:
-    """Print the grid, in bands as wide as the terminal, then the figures."""
-    console = Console(highlight=False)
+    """Print the grid in bands no wider than the terminal (or COLUMNS, or 80), what its signs mean, and the figures."""
+    console = terminal.console(highlight=False)
     boxes = sum(len(row) for row in drawn.timeline.ranks)
     if boxes > MAX_GRID_BOXES:
         rows, lines = [], [f"(the grid of {boxes} boxes is left out: use --draw or --json)"]
     else:
-        rows, lines = grid(drawn), []
+        rows, lines = grid(drawn), legend(drawn)
     widest = max((len(row) for row in rows), default=0)
-    band = max(24, console.width - NAME_WIDTH) if console.is_terminal else max(widest, 1)
+    width = console.width if console.is_terminal else shutil.get_terminal_size().columns
+    band = _band(drawn, max(24, width - NAME_WIDTH))
     for begin in range(0, widest, band):
         for number, row in enumerate(rows):
             name = f"rank {number - 1}" if number else "time"
@@ -148,30 +153,54 @@ def _show(drawn: picture.Picture) -> None:
             _print(console, line)
         _print(console, Text(""))
     live = " ".join(str(peak) for peak in drawn.timeline.peak_live)
-    for line in (
+    for text in (
         *lines,
         drawn.title,
         f"makespan {drawn.timeline.makespan:g}, work of the busiest rank {drawn.timeline.work:g}",
         f"peak live activations (microbatch, stage) by rank: {live}",
     ):
-        _print(console, Text(line))
+        _print(console, Text(text))
+
+
+def _scale(drawn: picture.Picture) -> tuple[float, float]:
+    """(columns a unit of time, columns of the shortest box)."""
+    slots = [slot for row in drawn.timeline.ranks for slot in row]
+    room = 1 + max(len(_label(slot, drawn.placement)) for slot in slots)
+    shortest = min(slot.end - slot.start for slot in slots if slot.end > slot.start)
+    most = max(len(row) for row in drawn.timeline.ranks)
+    scale = min(room / shortest, 4 * room * most / drawn.timeline.makespan)
+    return scale, shortest * scale
+
+
+def _band(drawn: picture.Picture, width: int) -> int:
+    """Columns of one band, at most `width`: a multiple of the shortest box, so that no label is cut in two."""
+    unit = max(1, round(_scale(drawn)[1]))
+    return width // unit * unit or width
+
+
+def legend(drawn: picture.Picture) -> list[str]:
+    """What the signs of the grid mean: those that it has."""
+    ops = {slot.action.op for row in drawn.timeline.ranks for slot in row}
+    means = {"F": "forward", "B": "input gradient" if "W" in ops else "backward", "W": "weight gradient"}
+    signs = [f"{op}3 {word}" for op, word in means.items() if op in ops]
+    lines = [f"{', '.join(signs)} of microbatch 3; - goes on; blank: the rank waits"]
+    if drawn.placement.chunks > 1:
+        last = chr(ord("a") + min(drawn.placement.chunks, 26) - 1)
+        lines.append(f"a to {last} behind the number: model chunk of the rank, in order (F3a: its first)")
+    return lines
 
 
 def _print(console: Console, line: Text) -> None:
     if console.is_terminal:
         console.print(line, no_wrap=True, overflow="ignore", crop=False)
     else:
-        sys.stdout.write(f"{line.plain.rstrip()}\n")
+        print(line.plain.rstrip())
 
 
 def grid(drawn: picture.Picture) -> list[Text]:
     """A ruler and a row for each rank, all to one scale: `F3` is microbatch 3 forward, `F3b` in the second chunk."""
     timeline, placement = drawn.timeline, drawn.placement
-    slots = [slot for row in timeline.ranks for slot in row]
-    room = 1 + max(len(_label(slot, placement)) for slot in slots)
-    shortest = min(slot.end - slot.start for slot in slots if slot.end > slot.start)
-    most = max(len(row) for row in timeline.ranks)
-    scale = min(room / shortest, 4 * room * most / timeline.makespan)
+    scale, _ = _scale(drawn)
     ruler = Text(style="dim")
     for tick in picture.ticks(timeline.makespan):
         ruler.append(" " * max(0, round(tick * scale) - len(ruler)) + f"{tick:g}")

@@ -18,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 from megallm.base.errors import InternalError
+from megallm.base.stopping import INTERRUPTED
+from megallm.base.terminal import escaped
 from megallm.cli.board import BOARD, Note
 
 GRACE_SECONDS = 1.2
-from megallm.base.stopping import INTERRUPTED
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK_SECONDS = 0.1  # between looks at the child
@@ -171,7 +172,7 @@ class _Screen:
         self._note = BOARD.read() or self._note
         if not self._note.shown:
             return
-        line = line_of(self._verb, self._note, seconds)
+        line = escaped(line_of(self._verb, self._note, seconds))
         with suppress(OSError):  # a terminal that is gone: the child will notice by itself
             if self._live:
                 BOARD.drawn()

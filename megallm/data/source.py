@@ -77,6 +77,27 @@ class Window:
     held: list[list[Any]]
 
 
+FEW_DOCUMENTS = 20  # so few are usually whole files that were meant to be split
+
+
+def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int]:
+    """(first, how many) of the whole documents of a split. Errors: `DataError` when they hold no token."""
+    low, high = split_range(split, which, len(data))
+    first = int(np.searchsorted(data.document_indices, low, side="left"))
+    count = int(np.searchsorted(data.document_indices, high, side="right")) - 1 - first
+    begin, end = data.document_starts(np.array([first, max(first, first + count)])).tolist()
+    if begin < end:
+        return first, count
+    remedy = "Give this source more, or the split a larger share."
+    if data.num_documents < FEW_DOCUMENTS:
+        remedy = "A plain text file is one document unless it is split: preprocess again with --split-text paragraphs "
+        remedy += "(or lines), or give the split a larger share."
+    raise DataError(
+        f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the dataset has "
+        f"{data.num_documents} documents). {remedy}"
+    )
+
+
 class Source:
     """The documents of one split of a dataset. A window is a pure function of (files, seed, cursor, reading).
 
@@ -88,17 +109,7 @@ class Source:
     ) -> None:
         self.prefix, self.data = prefix, IndexedDataset(prefix)
         self.vocab_size, self.rearranger = vocab_size, rearranger
-        lo, hi = split_range(plan.split, plan.which, len(self.data))
-        boundaries = self.data.document_indices
-        self.first = int(np.searchsorted(boundaries, lo, side="left"))
-        self.count = int(np.searchsorted(boundaries, hi, side="right")) - 1 - self.first
-        ends = np.array([self.first, max(self.first, self.first + self.count)])
-        begin, end = self.data.document_starts(ends).tolist()
-        if begin >= end:
-            raise DataError(
-                f"{prefix}: the split '{plan.which}' of {plan.split} holds no whole document with tokens (the dataset "
-                f"has {self.data.num_documents} documents): give this source more, or the split a larger share."
-            )
+        self.first, self.count = documents_of(self.data, plan.split, plan.which)
         self.fingerprint = fingerprint(self.data)
         self._seed = plan.seed
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from megallm.base import terminal
 from megallm.base.errors import InternalError, MegallmError, PeerLost
 from megallm.base.output import FdWriter, LossyText
 from megallm.base.stopping import INTERRUPTED, stop_signals
@@ -48,6 +49,7 @@ def rank_main(
         os.dup2(outputs[0], 1)
         os.dup2(outputs[1], 2)
         sys.stdout, sys.stderr = LossyText(FdWriter(1)), LossyText(FdWriter(2))  # a full disk costs lines only
+        terminal.escape_streams()
         faulthandler.enable(sys.stderr)  # a segmentation fault leaves its stack in the log
         keep_memory()
         limit_threads(thread_count(env.local_world))

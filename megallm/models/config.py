@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from megallm.base.errors import UsageError
+from megallm.base.words import did_you_mean
 from megallm.models.presets import FAMILIES, PRESETS
 from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope
 from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
@@ -21,22 +21,22 @@ from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
 class ModelConfig:
     """The model as the user writes it; `resolve()` fills every None that matters."""
 
-    preset: str | None = None
-    hf: str | None = None
-    family: str | None = None
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_size: int | None = None
-    vocab_size: int | None = None
-    max_positions: int | None = None
-    tie_embeddings: bool | None = None
-    norm: str | None = None  # rmsnorm | layernorm
-    norm_eps: float | None = None
-    activation: str | None = None  # swiglu | gelu | gelu_tanh
-    positions: str | None = None  # rope | learned
+    preset: str | None = None  # sizes and switches of a known model (`megallm presets` lists them)
+    hf: str | None = None  # a Hugging Face folder: its sizes, weights and tokenizer
+    family: str | None = None  # the switches of a family such as llama, qwen3, gpt2, bert; null: llama
+    num_layers: int | None = None  # transformer blocks
+    hidden_size: int | None = None  # features of the hidden state of a token
+    ffn_hidden_size: int | None = None  # features inside a feed-forward layer; null: 8/3 (gated) or 4 x hidden_size
+    num_heads: int | None = None  # query heads of attention
+    num_kv_heads: int | None = None  # key and value heads, which divide num_heads (GQA); null: num_heads
+    head_size: int | None = None  # features of one head; null: hidden_size / num_heads
+    vocab_size: int | None = None  # rows of the embedding; null: the vocabulary of the tokenizer that made the data
+    max_positions: int | None = None  # the longest text the model is made for; learned positions: rows of them
+    tie_embeddings: bool | None = None  # the head uses the matrix of the embedding
+    norm: str | None = None  # rmsnorm | layernorm (with a bias)
+    norm_eps: float | None = None  # beside the mean of squares in a norm, against a division by 0
+    activation: str | None = None  # swiglu (gated) | gelu | gelu_tanh, of the feed-forward layers
+    positions: str | None = None  # rope (rotary embedding) | learned (a vector for each position)
     causal: bool | None = None  # false: every token sees its whole document (encoders, masked diffusion)
     norm_place: str | None = None  # pre: before attention and mlp | post: after they were added, and none at the end
     embedding_norm: bool | None = None  # a norm after the embedding
@@ -45,9 +45,9 @@ class ModelConfig:
     head_bias: bool | None = None  # of the head's matrices
     num_labels: int | None = None  # classes of the classification head
     pooler: bool | None = None  # a tanh layer before the classification or value head
-    rope_theta: float | None = None
+    rope_theta: float | None = None  # base of the wave lengths of the rotary embedding
     rope_scaling: str | None = None  # linear | ntk | dynamic | llama3 | yarn: stretches positions by rope_factor
-    rope_factor: float | None = None
+    rope_factor: float | None = None  # how many times longer texts become than the model knew, with rope_scaling
     rope_low_factor: float | None = None  # llama3: waves longer than rope_positions / this are stretched in full
     rope_high_factor: float | None = None  # llama3: waves shorter than rope_positions / this are left alone
     rope_positions: int | None = None  # dynamic, llama3, yarn: positions that the model knew before it was stretched
@@ -57,15 +57,14 @@ class ModelConfig:
     rope_mscale: float | None = None  # yarn: numerator of that size, with rope_mscale_all_dim
     rope_mscale_all_dim: float | None = None  # yarn: its denominator; its square also scales latent attention
     rope_truncate: bool | None = None  # yarn: the ramp begins and ends at whole features; null: true
-    qkv_bias: bool | None = None
+    qkv_bias: bool | None = None  # biases of the query, key and value projections; null: as bias
     bias: bool | None = None  # o, up, down; and qkv unless qkv_bias says otherwise
-    qk_norm: bool | None = None
+    qk_norm: bool | None = None  # a norm of queries and keys before their product (Qwen3, OLMoE)
     qk_norm_span: str | None = None  # head: each head by itself (Qwen3) | all: the heads of a layer together (OLMoE)
-    sliding_window: int | None = None
-    attention_sinks: bool | None = (
-        None  # a learned score for each head, which takes weight and gives no value (gpt-oss)
-    )
-    init_std: float | None = None
+    sliding_window: int | None = None  # a token sees so many tokens back, itself included; null: all
+    # a learned score for each head, which takes weight and gives no value (gpt-oss)
+    attention_sinks: bool | None = None
+    init_std: float | None = None  # standard deviation of the initial weights
     moe: MoeConfig = field(default_factory=MoeConfig)
     mla: MlaConfig = field(default_factory=MlaConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
@@ -262,9 +261,7 @@ class ModelConfig:
 def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if name in table:
         return table[name]
-    close = get_close_matches(name, table, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise UsageError(f"{key} is '{name}'; known names are {', '.join(table)}.{hint}")
+    raise UsageError(f"{key} is '{name}'; known names are {', '.join(table)}.{did_you_mean(name, table)}")
 
 
 def _derive(values: dict[str, Any]) -> None:

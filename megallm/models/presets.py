@@ -1,6 +1,7 @@
 """Families (which switches) and presets (which sizes), as tables. No torch.
 
-Sizes are those of the published models' `config.json`.
+Sizes are those of the published models' `config.json`; the tiny ones are ours, named after their parameters, for a
+first run, a test of a pipeline, or a single machine without a GPU.
 """
 
 from __future__ import annotations
@@ -142,7 +143,13 @@ _LLAMA31: dict[str, Any] = {
     "rope_positions": 8192,
 }
 
+_TINY: dict[str, Any] = {"tie_embeddings": True, "max_positions": 2048}
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny-1m": _sizes("llama", 4, 128, 384, 4, 2, 2048, **_TINY),
+    "tiny-7m": _sizes("llama", 8, 256, 704, 8, 4, 4096, **_TINY),
+    "tiny-15m": _sizes("llama", 8, 384, 960, 6, 2, 8192, **_TINY),
+    "tiny-42m": _sizes("llama", 11, 512, 1472, 8, 4, 16384, **_TINY),
     "gpt2": _sizes("gpt2", 12, 768, 3072, 12, 12, 50257),
     "gpt2-medium": _sizes("gpt2", 24, 1024, 4096, 16, 16, 50257),
     "gpt2-large": _sizes("gpt2", 36, 1280, 5120, 20, 20, 50257),

@@ -22,7 +22,7 @@ COLOURS = {FORWARD: "#0072b2", BACKWARD: "#d55e00", WEIGHT: "#009e73"}  # told a
 INK, FAINT, IDLE, PAPER = "#1f2430", "#6b7280", "#eceef1", "#ffffff"
 MAX_BOXES = 20_000
 
-LEFT, RIGHT, TOP, BOTTOM = 58, 66, 62, 40  # margins around the rows
+LEFT, RIGHT, TOP, BOTTOM = 58, 66, 78, 40  # margins around the rows
 ROW, GAP = 24, 5  # height of a rank's row, and the space below it
 NARROWEST, WIDEST = 520, 1800  # of the time axis
 DIGIT = 6.2  # width of a digit of the numbers in the boxes
@@ -128,7 +128,7 @@ def _box(drawing: Drawing, picture: Picture, slot: Slot, frame: tuple[float, flo
 
 
 def _head(drawing: Drawing, picture: Picture) -> None:
-    """The title, and one entry of the legend for each operation with a box for each chunk (of many: two)."""
+    """The title, the legend: operations with a shade for each chunk (of many: two), and what numbers mean."""
     timeline, chunks = picture.timeline, picture.placement.chunks
     shown = range(chunks) if chunks <= 8 else (0, chunks - 1)
     drawing.words.append(Words(LEFT, 16, picture.title, LARGE, bold=True))
@@ -141,15 +141,14 @@ def _head(drawing: Drawing, picture: Picture) -> None:
     x = float(LEFT)
     for op in (op for op in names if op in ops):
         for chunk in shown:
-            fill = chunk_colour(op, chunk, chunks)
-            drawing.rects.append(Rect(x, 34, 15, 13, fill))
-            if chunks > 1:
-                drawing.words.append(Words(x + 7.5, 40.5, str(chunk), SMALL, text_colour(fill), anchor="middle"))
+            drawing.rects.append(Rect(x, 34, 15, 13, chunk_colour(op, chunk, chunks)))
             x += 16
         drawing.words.append(Words(x + 4, 40.5, names[op]))
         x += 4 + 5.6 * len(names[op]) + 16
+    note = "number in a box: microbatch"
     if chunks > 1:
-        drawing.words.append(Words(x, 40.5, "(number: chunk)", fill=FAINT))
+        note += f"; shade: model chunk of the rank, from 0 (dark) to {chunks - 1} (light)"
+    drawing.words.append(Words(LEFT, 58, note, SMALL, FAINT))
     drawing.words.append(Words(drawing.width - RIGHT / 2, TOP - 14, "peak live", SMALL, FAINT, anchor="middle"))
 
 

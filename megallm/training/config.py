@@ -5,13 +5,15 @@ The comment beside a field is its documentation (`megallm config --schema` print
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megallm.models.config import ModelConfig
 from megallm.ops.low_precision import Fp8Options, LossScaleOptions
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
+from megallm.training import other_names
 
 Part = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
 
@@ -21,7 +23,7 @@ class RunConfig:
     """Where the run lives and what its randomness is keyed by."""
 
     dir: str = "runs/default"  # run folder: logs, metrics, checkpoints; made when missing
-    seed: int = 1234  # initial weights and dropout; the same seed gives the same weights at every layout
+    seed: int = 1234  # initial weights, the same at every layout; and the order of the data unless data.seed is given
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class SegmentConfig:
 
     until_tokens: int | None = None  # places of rows (tokens and padding) read when the next segment begins
     sources: dict[str, float] | None = None  # prefix of data.sources -> weight; the others rest
-    seq_len: int | None = None
-    fim_rate: float | None = None
-    packing: Literal["best_fit", "concat"] | None = None
+    seq_len: int | None = None  # tokens per sample
+    fim_rate: float | None = None  # share of the documents that are rearranged
+    packing: Literal["best_fit", "concat"] | None = None  # no cut of what fits, or back to back in chunks
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class LogConfig:
 @dataclass(frozen=True)
 class PretrainConfig:
     """Everything about one pretraining run."""
+
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = other_names.KEYS
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megallm.base import terminal
 from megallm.base.errors import CannotWrite
 from megallm.base.files import atomic_path
 from megallm.training.rows import read_rows
@@ -147,7 +148,7 @@ class Reporter:
         self.total_steps, self.every, self.sinks = total_steps, max(1, every), sinks
         self._streams = [log_stream] if log_stream else []
         self._clock = Clock(total_steps)
-        console = self._console = Console(file=stream)
+        console = self._console = terminal.console(stream)
         self._live: Live | None = None
         if console.is_terminal:
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
@@ -206,7 +207,7 @@ class Reporter:
     def _write(self, line: str) -> None:
         for stream in list(self._streams):
             try:
-                stream.write(line + "\n")
+                stream.write(terminal.escaped(line) + "\n")
                 stream.flush()
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._streams.remove(stream)

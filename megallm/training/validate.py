@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
+from megallm.base.words import nearest
 from megallm.convert.hf_config import agree, read_config
 from megallm.data.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
@@ -74,11 +74,13 @@ class Facts:
         return max(1, self.world // self.model_ranks) if self.world else 1
 
 
-def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int | None = None) -> PretrainConfig:
+def check(
+    config: PretrainConfig, world: int | None = None, tokenizer_vocab: int | None = None, world_name: str = WORLD
+) -> PretrainConfig:
     """The configuration with every inferred value filled in; raises one UsageError that lists all problems.
 
     `world` is the number of processes (None: what the layout asks for), `tokenizer_vocab` the tokenizer's size if
-    known: it fills a missing `model.vocab_size`.
+    known: it fills a missing `model.vocab_size`. `world_name` is the option that gave the number of processes.
     """
     problems = find_problems(config, world, tokenizer_vocab)
     hint = ""
@@ -86,7 +88,7 @@ def check(config: PretrainConfig, world: int | None = None, tokenizer_vocab: int
         close = nearest_layouts(config, world, tokenizer_vocab)
         if close:
             hint = f"Layouts of {world} processes that fit: {'; '.join(_shown(layout) for layout in close)}."
-    raise_problems([str(problem) for problem in problems], hint)
+    raise_problems([str(problem).replace(WORLD, world_name) for problem in problems], hint)
     facts = _facts(config, world, tokenizer_vocab)
     seed = config.run.seed if config.data.seed is None else config.data.seed
     return replace(
@@ -158,9 +160,9 @@ def _choices(config: PretrainConfig) -> Iterator[Problem]:
     for key, values in tables.items():
         value = get(config, key)
         if value is not None and value not in values:
-            close = get_close_matches(value, values, n=1, cutoff=0) or values[:1]
+            close = nearest(value, values, cutoff=0) or values[0]
             sentence = f"{key} is '{value}'; it must be one of {', '.join(values)}."
-            yield Problem("choices", sentence, ({key: close[0]},), key)
+            yield Problem("choices", sentence, ({key: close},), key)
 
 
 def _split(config: PretrainConfig) -> Iterator[Problem]:
@@ -172,11 +174,10 @@ def _split(config: PretrainConfig) -> Iterator[Problem]:
         return
     if train == 0:
         yield Problem("split", f"data.split '{config.data.split}' leaves nothing for training.", fixes)
-    elif config.eval.every > 0 and config.eval.batches > 0 and valid == 0 and not config.data.valid_sources:
-        sentence = (
-            f"eval.every is {config.eval.every}, but data.split '{config.data.split}' leaves nothing for validation."
-        )
-        yield Problem("split", sentence, ({"eval.every": 0}, *fixes))
+    elif config.eval.batches > 0 and valid == 0 and not config.data.valid_sources:
+        sentence = f"data.split '{config.data.split}' leaves nothing for validation, but eval.batches is "
+        sentence += f"{config.eval.batches}: the held-out loss is wanted, at least at the end."
+        yield Problem("split", sentence, ({"eval.batches": 0, "eval.every": 0}, *fixes))
 
 
 def _segments(config: PretrainConfig) -> Iterator[Problem]:

@@ -32,6 +32,7 @@ def test_the_grid_of_1f1b(capsys):
         "rank 0   F0 F1       B0--- F2 B1---    B2---\n"
         "rank 1      F0 B0--- F1 B1--- F2 B2---\n"
         "\n"
+        "F3 forward, B3 backward of microbatch 3; - goes on; blank: the rank waits\n"
         "1f1b: 2 ranks, 3 microbatches; bubble 33.3%, idle 25.0%\n"
         "makespan 12, work of the busiest rank 9\n"
         "peak live activations (microbatch, stage) by rank: 2 1\n"
@@ -56,10 +57,36 @@ def test_json_and_trace_and_pictures(kind, capsys, tmp_path):
     )
     assert found["makespan"] == max(slot["end"] for slot in actions)
     assert min(slot["start"] for slot in actions) == 0
-    labels = re.findall(r"[FBW]\d+[ab]?(?=[- \n])", out.split("\n\n")[0] + "\n")
+    rows = "\n".join(line for line in out.splitlines() if line.startswith("rank "))
+    labels = re.findall(r"[FBW]\d+[ab]?(?=[- \n])", rows + "\n")
     assert len(labels) == len(actions)  # the grid shows each
     assert drawn.read_text().count("<title>") == len(actions)
     assert sum(event["ph"] == "X" for event in json.loads(names["trace"].read_text())["traceEvents"]) == len(actions)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("columns", [40, 80, 132])
+def test_the_grid_fits_the_terminal_and_has_a_legend(kind, columns, capsys, monkeypatch):
+    """Issue R, C.23: it was over 200 columns wide, without a legend."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = call(capsys, "--kind", kind, "--pp", 4, "--micros", 16)
+    rows = [line for line in out.splitlines() if line.startswith(("rank ", "time "))]
+    assert code == 0 and rows and max(map(len, rows)) <= columns
+    assert "F3 forward" in out and "of microbatch 3; - goes on; blank: the rank waits" in out
+    assert ("W3 weight gradient" in out) == kind.startswith("zb") and ("B3" in out) == (kind != "forward")
+    assert ("model chunk of the rank" in out) == (kind in ("interleaved", "zb-v"))
+    labels = re.findall(r"[FBW]\d+", " ".join(row[9:] for row in rows if row.startswith("rank ")))
+    ops = {"forward": 1, "zb-h1": 3, "zb-v": 3}.get(kind, 2)
+    assert len(labels) == ops * 4 * 16 * (2 if kind in ("interleaved", "zb-v") else 1)  # none is cut in two
+
+
+def test_the_picture_calls_microbatches_microbatches(capsys, tmp_path):
+    """Issue R, C.23: the legend said `(number: chunk)` beside boxes whose numbers are microbatches."""
+    for kind, chunks in (("zb-v", True), ("1f1b", False)):
+        assert call(capsys, "--kind", kind, "--pp", 2, "--micros", 4, "--draw", tmp_path / "a.svg")[0] == 0
+        text = (tmp_path / "a.svg").read_text()
+        assert "number in a box: microbatch" in text and "number: chunk" not in text
+        assert ("shade: model chunk of the rank, from 0 (dark) to 1 (light)" in text) == chunks
 
 
 def test_closed_form_with_costs(capsys, tmp_path):

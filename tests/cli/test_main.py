@@ -126,15 +126,15 @@ def test_usage_errors_exit_2_with_a_sentence(capsys, argv, sentence):
 
 
 def test_config_prints_the_resolved_configuration(capsys, config):
-    code, out, _ = call(capsys, "config", config, "--json", "--world", "4", "train.global_batch=8")
+    code, out, _ = call(capsys, "config", config, "--no-files", "--json", "--world", "4", "train.global_batch=8")
     found = json.loads(out)
     assert code == 0 and found["layout"]["dp"] == 2 and found["model"]["ffn_hidden_size"] == 128
     assert found.keys() == to_dict(PretrainConfig()).keys()
-    code, out, _ = call(capsys, "config", config)
+    code, out, _ = call(capsys, "config", config, "--no-files")
     assert code == 0 and "global_batch: 8" in out
     again = config.parent / "again.yaml"
     again.write_text(out)
-    assert call(capsys, "config", again)[1] == out
+    assert call(capsys, "config", again, "--no-files")[1] == out
 
 
 def test_schema(capsys):
