@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from megallm.base import terminal, words
+from megallm.base import extension, terminal, words
 from megallm.base.config import expand_home
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
 from megallm.base.output import open_standard_streams, show_error
