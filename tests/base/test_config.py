@@ -223,7 +223,7 @@ def test_any_whole_yaml_number_is_an_integer(text, value):
 
 
 def test_whole_numbers_where_only_some_are_choices():
-    assert cfg.loads(Whole, "choice: 1.0").choice == 1 and loads(Whole, "choice: 0x1").choice == 1
+    assert cfg.loads(Whole, "choice: 1.0").choice == 1 and cfg.loads(Whole, "choice: 0x1").choice == 1
     with pytest.raises(UsageError, match="must be one of 0, 1"):
         cfg.loads(Whole, "choice: 2.0")
 
