@@ -1,4 +1,4 @@
-"""GPT-2's two files, as Megatron-LM's `--vocab-file` and `--merge-file` name them, as a tokenizer folder."""
+"""GPT-2's two files, Megatron-LM's `--vocab-file` and `--merge-file`, as a tokenizer folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megallm.data.tokenizer import END_OF_TEXT
 def write_gpt2_folder(vocab_file: str, merge_file: str, folder: Path) -> None:
     """Write the tokenizer.json and its settings that the two files stand for: a byte-level BPE.
 
-    A folder that holds the same already is left alone. Errors: `DataError` for the files, `UsageError` for a folder
-    that holds another tokenizer, `CannotWrite`.
+    A folder that holds the same already is left alone. Errors: `DataError` for the files,
+    `UsageError` for a folder that holds another tokenizer, `CannotWrite`.
     """
     definition = _definition(vocab_file, merge_file)
     target = folder / "tokenizer.json"
@@ -57,7 +57,9 @@ def _vocabulary(path: str) -> dict[str, int]:
     try:
         value: Any = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); --vocab-file is GPT-2's vocab.json.") from error
+        raise DataError(
+            f"{path} is not JSON ({error}); --vocab-file is GPT-2's vocab.json."
+        ) from error
     if not isinstance(value, dict) or not all(type(number) is int for number in value.values()):
         raise DataError(f"{path} is no object of token: id; --vocab-file is GPT-2's vocab.json.")
     missing = [byte for byte in tokenizers.pre_tokenizers.ByteLevel.alphabet() if byte not in value]
@@ -74,7 +76,9 @@ def _merges(path: str) -> list[tuple[str, str]]:
             continue
         left, blank, right = line.rstrip("\r").partition(" ")
         if not (left and blank and right) or " " in right:
-            raise DataError(f"{path}:{number}: want two pieces with a blank between; --merge-file is merges.txt.")
+            raise DataError(
+                f"{path}:{number}: want two pieces with a blank between; --merge-file is merges.txt."
+            )
         found.append((left, right))
     return found
 
