@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
+from pathlib import Path
 
+from megallm.base.errors import MegallmError
 from megallm.cli.main import main
+from megallm.data.gpt2_files import write_gpt2_folder
+from megallm.training.megatron_data import GPT2, preprocess_tokenizer
+
+IGNORED = ("log-interval", "partitions", "dataset-impl", "lang", "vocab-size", "vocab-extra-ids", "special-tokens",
+           "make-vocab-size-divisible-by", "max-documents")  # fmt: skip
 
 
 def translated(arguments: list[str]) -> list[str]:
@@ -14,17 +22,27 @@ def translated(arguments: list[str]) -> list[str]:
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--output-prefix", "--output", required=True)
     parser.add_argument("--json-keys", nargs="+", default=["text"])
-    parser.add_argument("--tokenizer-type", default="HuggingFaceTokenizer")
-    parser.add_argument("--tokenizer-model", "--tokenizer", help="a folder with a tokenizer.json, or `bytes`")
+    parser.add_argument("--tokenizer-type", help="HuggingFaceTokenizer, GPT2BPETokenizer, ...")
+    parser.add_argument("--tokenizer-model", "--tokenizer", help="a folder, a .model, or `bytes`")
+    parser.add_argument("--vocab-file", "--vocab", help="GPT-2's vocab.json")
+    parser.add_argument("--merge-file", help="GPT-2's merges.txt")
     parser.add_argument("--append-eod", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
-    for flag in ("--log-interval", "--partitions", "--dataset-impl"):
-        parser.add_argument(flag, help="accepted and not needed")
+    parser.add_argument("--keep-sequential-samples", action="store_true", help="always so")
+    for flag in IGNORED:
+        parser.add_argument(f"--{flag}", nargs="*", help="accepted and not needed")
     args = parser.parse_args(arguments)
-    if args.tokenizer_type != "HuggingFaceTokenizer" or args.tokenizer_model is None:
-        parser.error("give --tokenizer-model FOLDER with a Hugging Face tokenizer.json, or `bytes`")
-    words = ["preprocess", "--input", *args.input, "--output", args.output_prefix, "--json-keys", *args.json_keys]
-    words += ["--tokenizer", args.tokenizer_model, "--workers", str(args.workers)]
+    named = ([one] if Path(one).exists() else sorted(glob.glob(one)) or [one] for one in args.input)
+    files = [name for names in named for name in names]
+    try:
+        spec = preprocess_tokenizer(args.tokenizer_type or "", vars(args))
+        if spec == GPT2:
+            spec = f"{args.output_prefix}_tokenizer"
+            write_gpt2_folder(args.vocab_file, args.merge_file, Path(spec))
+    except MegallmError as error:
+        parser.exit(error.exit_code, f"preprocess_data: {error}\n")
+    words = ["preprocess", "--input", *files, "--output", args.output_prefix, "--json-keys"]
+    words += [*args.json_keys, "--tokenizer", spec, "--workers", str(args.workers)]
     return words + ["--append-eod"] * args.append_eod
 
 

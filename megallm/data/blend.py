@@ -22,13 +22,15 @@ def normalise(weights: Sequence[float]) -> np.ndarray:
     if not len(weights) or not all(0 < w < inf for w in weights):
         raise UsageError(f"data.sources needs a finite weight > 0 for each source; got {list(weights)}.")
     if len(weights) > MAX_SOURCES:
-        raise UsageError(f"data.sources has {len(weights)} sources; a blend holds at most {MAX_SOURCES}.")
+        raise UsageError(
+            f"data.sources has {len(weights)} sources; a blend holds at most {MAX_SOURCES}."
+        )
     array = np.asarray(weights, dtype=np.float64)
     return array / np.sum(array)
 
 
 def source_sizes(weights: np.ndarray, size: int, surplus: float = SURPLUS) -> list[int]:
-    """How many samples to build of each source for a blend of `size`; `surplus` is a share on top."""
+    """How many samples to build of each source for a blend of `size`, a share `surplus` on top."""
     return [ceil(ceil(size * w) * (1 + surplus)) for w in weights.tolist()]
 
 

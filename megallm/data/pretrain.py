@@ -119,8 +119,9 @@ def _checked(i: int, length: int) -> int:
 class Sampling:
     """How samples are cut and drawn.
 
-    surplus: samples built of each source beyond its share, as a part of it. None: Megatron-LM's 0.005, and none for a
-    source alone. There `--data-path A` has none either, but `--data-path 1.0 A` has.
+    surplus: samples built of each source beyond its share, as a part of it. None: Megatron-LM's
+    0.005, and none for a source alone. There `--data-path A` has none either, but
+    `--data-path 1.0 A` has.
     """
 
     seq_len: int
@@ -142,14 +143,15 @@ def build_samples(
 ) -> SourceSplit | Blend:
     """The samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's order.
 
-    sources: prefix -> weight, or None for all of them: several are then one epoch of each, drawn in proportion to
-    their sizes. split: "90,5,5"; num_samples: how many will be read (None: one epoch of each source, all of it).
-    The result may hold more samples than asked, as Megatron's does. Errors: `DataError` for missing, damaged or too
-    small files, `UsageError` for split and weights.
+    sources: prefix -> weight, or None for all of them: several are then one epoch of each, drawn in
+    proportion to their sizes. split: "90,5,5"; num_samples: how many will be read (None: one epoch
+    of each source, all of it). The result may hold more samples than asked, as Megatron's does.
+    Errors: `DataError` for missing, damaged or too small files, `UsageError` for split and weights.
     """
     if how.seq_len < 1 or (num_samples is not None and num_samples < 0):
         raise UsageError(
-            f"data.seq_len must be >= 1 and the number of samples >= 0; got {how.seq_len} and {num_samples}."
+            "data.seq_len must be >= 1 and the number of samples >= 0; "
+            f"got {how.seq_len} and {num_samples}."
         )
     if not sources:
         raise UsageError("data.sources is empty: give at least one PREFIX: WEIGHT.")
@@ -157,11 +159,13 @@ def build_samples(
         return _build_unweighted(sources, split, which, num_samples, how)
     weights = blend.normalise(list(sources.values()))
     if num_samples is None or (len(sources) == 1 and how.surplus is None):
-        return _all_of([_build_source(prefix, split, which, num_samples, how) for prefix in sources])
+        built = [_build_source(prefix, split, which, num_samples, how) for prefix in sources]
+        return _all_of(built)
     surplus = blend.SURPLUS if how.surplus is None else how.surplus
     sizes = blend.source_sizes(weights, num_samples, surplus)
-    built = [_build_source(prefix, split, which, size, how) for prefix, size in zip(sources, sizes, strict=True)]
-    # Megatron-LM divides the weights by their sum twice, which may change a last bit and so who wins a tie.
+    pairs = zip(sources, sizes, strict=True)
+    built = [_build_source(prefix, split, which, size, how) for prefix, size in pairs]
+    # Megatron-LM divides the weights by their sum twice: a last bit may change, and so who wins a tie.
     total = sum(blend.source_sizes(weights, num_samples, 0.0))
     return _blended(built, blend.normalise(weights), total, "raise data.surplus, such as tenfold")
 
@@ -183,13 +187,16 @@ def _build_unweighted(
         return _all_of(built)
     if num_samples > sum(lengths):
         raise DataError(
-            f"data.sources without weights are read once: split '{which}' of {split} holds {sum(lengths)} samples, and "
-            f"{num_samples} are wanted. Give each source a weight, or ask for fewer steps (or evaluations)."
+            f"data.sources without weights are read once: split '{which}' of {split} holds "
+            f"{sum(lengths)} samples, and {num_samples} are wanted. Give each source a weight, or ask "
+            "for fewer steps (or evaluations)."
         )
     return _blended(built, blend.normalise(lengths), num_samples, "give each source a weight")
 
 
-def _build_source(prefix: str, split: str, which: str, num_samples: int | None, how: Sampling) -> SourceSplit:
+def _build_source(
+    prefix: str, split: str, which: str, num_samples: int | None, how: Sampling
+) -> SourceSplit:
     data = IndexedDataset(prefix)
     sequences = np.arange(*order.split_range(split, which, len(data)), dtype=np.int32)
     try:
@@ -201,17 +208,26 @@ def _build_source(prefix: str, split: str, which: str, num_samples: int | None, 
 
 
 def _all_of(built: list[SourceSplit]) -> SourceSplit | Blend:
-    return built[0] if len(built) == 1 else Blend(built, *blend.exhaustive([len(source) for source in built]))
+    if len(built) == 1:
+        return built[0]
+    return Blend(built, *blend.exhaustive([len(source) for source in built]))
 
 
-def _blended(built: list[SourceSplit], weights: np.ndarray, size: int, remedy: str) -> SourceSplit | Blend:
-    """A blend of `size` items; refused, as Megatron-LM does, when it would take more of a source than was built."""
+def _blended(
+    built: list[SourceSplit], weights: np.ndarray, size: int, remedy: str
+) -> SourceSplit | Blend:
+    """Returns a blend of `size` items; `remedy` is for one that takes more of a source than was built.
+
+    Megatron-LM refuses that too. Errors: `DataError`.
+    """
     if len(built) == 1:
         return built[0]
     drawn = Blend(built, *blend.blend(weights, size))
-    for source, taken in zip(built, np.bincount(drawn.source_of, minlength=len(built)).tolist(), strict=True):
+    counts = np.bincount(drawn.source_of, minlength=len(built)).tolist()
+    for source, taken in zip(built, counts, strict=True):
         if taken > len(source):
             raise DataError(
-                f"{source.data.prefix}: the blend takes {taken} samples of it, but {len(source)} were built: {remedy}."
+                f"{source.data.prefix}: the blend takes {taken} samples of it, but {len(source)} were "
+                f"built: {remedy}."
             )
     return drawn

@@ -20,10 +20,10 @@ SCHEMA = 1
 
 
 def holds_rearranged(state: Mapping[str, Any] | None) -> bool:
-    """Whether going on from a state reads documents that fill-in-the-middle had rearranged before it was saved."""
+    """Whether going on from a state reads documents that fill-in-the-middle had rearranged already."""
     cursors = state["sources"].values() if state else ()
     return any(
-        (cursor["row"] and Reading(*cursor["reading"]).fim_rate > 0)  # the window that is open is packed once more
+        (cursor["row"] and Reading(*cursor["reading"]).fim_rate > 0)  # its window is packed once more
         or any(form in (fim.PSM, fim.SPM) for *_, form in cursor["held"])
         for cursor in cursors
     )

@@ -1,4 +1,7 @@
-"""Megatron-LM's ways to say what data a run reads, and with which tokenizer. Pure, except for the files they name."""
+"""Megatron-LM's ways to say what data a run reads, and with which tokenizer.
+
+Pure, except for the files that flags name.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,16 @@ from megallm.training.megatron_translation import Translation, shown, unfilled
 Sources = dict[str, float | None]
 MAX_BYTES = 1 << 20  # of a file of paths
 SPLITS = ("train", "valid", "test")
+GPT2 = "GPT2BPETokenizer"
 SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer")
 
 
 def sources_of(words: Sequence[str]) -> Sources:
-    """Prefix -> weight of the words of `--data-path`, or None where they hold none. Errors: `UsageError`, a clause.
+    """Prefix -> weight of the words of `--data-path`, or None where they hold none.
 
-    As Megatron-LM's `get_blend_from_list`: an odd number of words are prefixes; else every other word is a weight if
-    Python reads it as a number. What it stops at, or reads in a way that nobody means, is refused.
+    As Megatron-LM's `get_blend_from_list`: an odd number of words are prefixes; else every other word
+    is a weight if Python reads it as a number. What it stops at, or reads in a way that nobody means,
+    is refused. Errors: `UsageError`, a clause.
     """
     words = [word.strip() for word in words]
     open_places = [word for word in words if is_placeholder(word)]
@@ -52,8 +57,9 @@ def sources_of(words: Sequence[str]) -> Sources:
             )
         if prefix in dict(pairs[:number]):
             raise UsageError(
-                f"{prefix} is given twice, which Megatron-LM reads as two datasets, each from its beginning; here a "
-                "source has one weight. For the same samples give the second another name (links to .bin and .idx)"
+                f"{prefix} is given twice, which Megatron-LM reads as two datasets, each from its "
+                "beginning; here a source has one weight. For the same samples give the second another "
+                "name (links to .bin and .idx)"
             )
     return dict(pairs)
 
@@ -71,7 +77,10 @@ def words_of_file(path: str) -> list[str]:
 
 
 def splits_of_file(path: str) -> dict[str, list[str]]:
-    """The words of each split in a JSON file for `--per-split-data-args-path`. Errors: `UsageError`, a clause."""
+    """The words of each split in a JSON file for `--per-split-data-args-path`.
+
+    Errors: `UsageError`, a clause.
+    """
     try:
         value: Any = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
@@ -105,9 +114,9 @@ def _read(path: str) -> str:
 
 
 def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
-    """What `data.tokenizer` is for `--tokenizer-type` and the flags beside it. Errors: `UsageError`, a sentence.
+    """What `data.tokenizer` is for `--tokenizer-type` and the flags beside it.
 
-    None without a type, and for NullTokenizer, whose data has no text.
+    None without a type, and for NullTokenizer, whose data has no text. Errors: `UsageError`.
     """
     model, vocab, merges = (
         given.get(flag, "") for flag in ("--tokenizer-model", "--vocab-file", "--merge-file")
@@ -120,7 +129,7 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
             SENTENCEPIECE_TYPES, ("--tokenizer-model", model, "a sentencepiece .model file")
         ),
         "TikTokenizer": ("--tokenizer-model", model, "a .tiktoken file of ranks"),
-        "GPT2BPETokenizer": (
+        GPT2: (
             "--vocab-file",
             vocab,
             "a folder with a tokenizer.json, or with a vocab.json and merges.txt",
@@ -144,9 +153,30 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
             f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its rank a line, with a "
             "NAME.json of its pattern and special tokens (docs/stream.md)."
         )
-    if kind == "GPT2BPETokenizer":
+    if kind == GPT2:
         return _gpt2_folder(vocab, merges)
     return value
+
+
+def preprocess_tokenizer(kind: str, given: Mapping[str, Any]) -> str:
+    """What `megallm preprocess --tokenizer` is for the flags of Megatron-LM's preprocess_data.py.
+
+    `GPT2` for its two files. Without a type the files say what they are. Errors: `UsageError`.
+    """
+    words = {f"--{flag.replace('_', '-')}": value or "" for flag, value in given.items()}
+    if not kind:
+        kind = GPT2 if words["--vocab-file"] else "HuggingFaceTokenizer"
+    if kind == GPT2 and words["--vocab-file"] and words["--merge-file"]:
+        return GPT2
+    wanted = "give --tokenizer-model FOLDER with a Hugging Face tokenizer.json, or `bytes`"
+    try:
+        found = tokenizer_of(kind, words)
+    except UsageError as error:
+        sentence = str(error).replace("data.tokenizer", "--tokenizer-model")
+        raise UsageError(f"{sentence} Or {wanted}.") from error
+    if found is None:
+        raise UsageError(f"--tokenizer-type {kind} reads no text: {wanted}.")
+    return found
 
 
 def _gpt2_folder(vocab: str, merges: str) -> str:
@@ -219,7 +249,7 @@ def _data_of_splits(found: Translation) -> None:
 
 
 def _sources(found: Translation, flag: str, words: list[str] | None = None) -> tuple[Sources, bool]:
-    """The blend that a flag gives, and whether it has weights; ({}, False) without any, a problem is noted."""
+    """The blend that a flag gives, and whether it has weights; ({}, False) without any that is usable."""
     words = found.given.get(flag, []) if words is None else words
     if any(map(unfilled, words)):
         if found.given.get(flag) != words:  # else it was said when the flag was read

@@ -1,4 +1,4 @@
-"""What a translation of Megatron-LM's flags has come to so far: the configuration, and what did not fit. Pure."""
+"""A translation of Megatron-LM's flags: the configuration so far, and what did not fit. Pure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Translation:
 
 
 def unfilled(word: str) -> bool:
-    """Whether a word stands for something that is known only when the script runs, or that a person fills in."""
+    """Whether a word is known only when the script runs, or is to be filled in by a person."""
     return unresolved(word) or is_placeholder(word)
 
 

@@ -179,10 +179,13 @@ def check_tokenizers(config: PretrainConfig) -> None:
         )
 
 
-def open_sources(config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None) -> dict[str, Source]:
-    """The sources of a plan, which go on from `state`. Errors: `DataError` for files, `UsageError` for data.fim.
+def open_sources(
+    config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None
+) -> dict[str, Source]:
+    """The sources of a plan, which go on from `state`.
 
-    Documents that were being read when fill-in-the-middle was switched off are read to their end as they were begun.
+    Documents that were being read when fill-in-the-middle was switched off are read to their end as
+    they were begun. Errors: `DataError` for files, `UsageError` when data.fim cannot work.
     """
     rearranger = None
     vocab = config.model.vocab_size
@@ -220,7 +223,8 @@ def open_reader(
     """
     data = config.data
     if data.order == "megatron":
-        samples = build_samples(data.sources, data.split, "train", planned_samples(config), _sampling(config))
+        planned = planned_samples(config)
+        samples = build_samples(data.sources, data.split, "train", planned, _sampling(config))
         return MegatronReader(samples, share, hider_of(config))
     plan = plan_of(config)
     sources = open_sources(config, plan, state)
@@ -241,8 +245,7 @@ def planned_samples(config: PretrainConfig) -> int:
 
 
 def planned_held_out(config: PretrainConfig) -> int:
-    """How many validation samples it is made for: for an evaluation every `eval.every` steps and one
-    at the end."""
+    """How many validation samples it is made for: an evaluation every `eval.every` steps, one more."""
     every = config.eval.every
     evaluations = (config.train.steps // every if every else 0) + 1
     return evaluations * config.eval.batches * config.train.global_batch
@@ -259,7 +262,8 @@ def first_held_out(config: PretrainConfig, step: int) -> int:
 
 
 def _sampling(config: PretrainConfig) -> Sampling:
-    return Sampling(config.data.seq_len, config.data.seed, config.data.surplus, config.model.vocab_size)
+    data = config.data
+    return Sampling(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
 
 
 def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
@@ -275,7 +279,8 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reade
         return None
     hide, vocab = hider_of(config), config.model.vocab_size
     if data.order == "megatron":
-        samples = build_samples(sources, split, "valid", planned_held_out(config), _sampling(config))
+        planned = planned_held_out(config)
+        samples = build_samples(sources, split, "valid", planned, _sampling(config))
         return lambda: MegatronReader(samples, share, hide)
     segment = Segment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
     plan = Plan((segment,), data.seed, split, "valid")

@@ -206,3 +206,42 @@ def test_leaves_get_and_replace():
     assert list(cfg.leaves(Outer))[-4:] == ["inner.tp", "inner.ratio", "inner.kind", "inner.on"]
     config = cfg.replace(Outer(), {"inner.tp": 3, "inner.on": True, "name": "y"})
     assert (cfg.get(config, "inner.tp"), config.inner.on, config.name) == (3, True, "y")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1.0e+12", 10**12), ("1e6", 10**6), ("1E+3", 1000), ("8.0", 8), ("8.", 8), (".5e1", 5), ("1.50e1", 15),
+        ("1_000.0", 1000), ("+8.0", 8), ("100e-2", 1), ("0x10", 16), ("0o17", 15), ("9007199254740993.0", 2**53 + 1),
+        ("1e30", 10**30),
+    ],
+)  # fmt: skip
+def test_any_whole_yaml_number_is_an_integer(text, value):
+    """Issue R item 9: docs/stream.md's own 1.0e+12 was refused."""
+    assert cfg.loads(Whole, f"number: {text}").number == value
+    assert cfg.loads(Whole, f"several: [{text}]").several == (value,)
+
+
+def test_whole_numbers_where_only_some_are_choices():
+    assert cfg.loads(Whole, "choice: 1.0").choice == 1 and cfg.loads(Whole, "choice: 0x1").choice == 1
+    with pytest.raises(UsageError, match="must be one of 0, 1"):
+        cfg.loads(Whole, "choice: 2.0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2.5", "1e-1", "'8.0'", "1e100", "1e999999999", "1e-9999999999999999999", "1:30", ".inf", "0x", ".", "1" * 5000],
+)
+def test_what_is_no_whole_number_is_refused(text):
+    """Nor does a number of a thousand million digits fill the memory."""
+    with pytest.raises(UsageError, match="number is .* it must be an integer such as 8"):
+        cfg.loads(Whole, f"number: {text}")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Integers in all places."""
+
+    number: int = 0
+    several: tuple[int, ...] = ()
+    choice: Literal[0, 1] = 0
