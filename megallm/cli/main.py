@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
+from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.output import open_standard_streams, show_error
 from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
@@ -113,7 +113,7 @@ def _sentence(text: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    asked = code == Requeue.exit_code or (code == INTERRUPTED and message != "interrupted.")
+    asked = message.startswith(("Stopped by ", "Interrupted"))  # no error: the run was told to
     show_error(f"megallm: {message}" if asked else f"megallm: error: {message}")
     return code
 
