@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from megallm.base import extension, terminal, words
 from megallm.base.config import expand_home
-from megallm.base.errors import CannotWrite, InternalError, MegallmError, Requeue, UsageError
+from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.output import open_standard_streams, show_error
 from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
@@ -217,7 +217,7 @@ def _sentence(text: str) -> str:
 
 def _fail(message: str, code: int) -> int:
     BOARD.end()
-    asked = code == Requeue.exit_code or (code == INTERRUPTED and message != "interrupted.")
+    asked = message.startswith(("Stopped by ", "Interrupted"))  # no error: the run was told to
     show_error(f"megallm: {message}" if asked else f"megallm: error: {message}")
     return code
 

@@ -1,8 +1,9 @@
 """What a dataset holds, as one hash over all bytes of its two files: read once, then remembered. No torch.
 
 xxh3-128 takes 0.1 s a GB from memory; a disk of 2 GB/s needs 0.5 s. `preprocess`, `merge` and `split` hash what they
-have just written and keep it in `PREFIX.meta.json`; for other files a run keeps it in RUN/data.json. A remembered hash
-counts only while size and time of change of the file are the same to the nanosecond.
+have just written and keep it in `PREFIX.meta.json`, without a time, so that equal data has an equal side-car. It counts
+while the file has its size, no later time than the side-car, and 64 blocks that match. A run keeps what it found in
+RUN/data.json, with the times of change: where these differ by a nanosecond the file is read again.
 """
 
 from __future__ import annotations
@@ -25,21 +26,30 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = ("bin", "idx")
 _BLOCK = 1 << 23
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _TOLD_BYTES = 1 << 30  # reading less than this passes without a word
 _THREADS = 4  # xxh3 runs outside the interpreter's lock
 
 
 def record_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """{bytes, mtime_ns, xxh3_128} of one file. Errors: `DataError`."""
+    """{bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks. Errors: `DataError`."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
+            size = os.fstat(file.fileno()).st_size
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     except OSError as error:
         raise DataError(f"{os.fspath(path)} cannot be read: {error.strerror}.") from error
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "xxh3_128": digest.hexdigest()}
+    return {"bytes": size, "xxh3_128": digest.hexdigest(), "sampled": _sampled(path, size)}
+
+
+def _sampled(path: str | os.PathLike[str], size: int) -> str:
+    digest, last = xxhash.xxh3_128(), max(0, size - _SAMPLE_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, last * number // (_SAMPLES - 1)))
+    return digest.hexdigest()
 
 
 def records_of(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, Any]:
@@ -66,33 +76,44 @@ def contents(prefixes: list[str], memory: Path) -> dict[str, str]:
     for prefix, records in known.items():
         for suffix in SUFFIXES:
             records.setdefault(suffix, made.get(f"{prefix}.{suffix}"))
-    if missing:
+    timed = {os.path.abspath(prefix): _timed(prefix, known[prefix]) for prefix in prefixes}
+    if any(remembered.get(name) != records for name, records in timed.items()):
         try:
-            files.atomic_write_json(memory, remembered | {os.path.abspath(p): known[p] for p in prefixes})
+            files.atomic_write_json(memory, remembered | timed)
         except CannotWrite as error:
             log.warning("%s The data is read once more when the run is resumed.", error)
     return {prefix: "-".join(known[prefix][suffix]["xxh3_128"] for suffix in SUFFIXES) for prefix in prefixes}
 
 
 def _known(prefix: str, remembered: Mapping[str, Any]) -> dict[str, Any]:
-    """Records that still fit the files: those of the side-car, else those of an earlier start."""
-    side_car = meta.read(prefix) or {}
-    found = {}
-    for records in (remembered.get(os.path.abspath(prefix)), side_car.get("content")):
-        for suffix in SUFFIXES:
-            record = records.get(suffix) if isinstance(records, dict) else None
-            if isinstance(record, dict) and _fits(record, f"{prefix}.{suffix}"):
-                found[suffix] = record
-    return found
+    """Records that still fit the files: those of an earlier start of this run, else those of the side-car."""
+    records = remembered.get(os.path.abspath(prefix))
+    fits = _is_as_it_was
+    if not isinstance(records, dict):
+        records, fits = (meta.read(prefix) or {}).get("content"), _is_of_the_side_car
+    return {
+        suffix: record
+        for suffix, record in (records.items() if isinstance(records, dict) else ())
+        if suffix in SUFFIXES and isinstance(record, dict) and fits(record, prefix, suffix)
+    }
 
 
-def _fits(record: Mapping[str, Any], path: str) -> bool:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    now = (status.st_size, status.st_mtime_ns)
-    return (record.get("bytes"), record.get("mtime_ns")) == now and isinstance(record.get("xxh3_128"), str)
+def _is_as_it_was(record: Mapping[str, Any], prefix: str, suffix: str) -> bool:
+    status = os.stat(f"{prefix}.{suffix}")
+    return (record.get("bytes"), record.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
+
+
+def _is_of_the_side_car(record: Mapping[str, Any], prefix: str, suffix: str) -> bool:
+    path = f"{prefix}.{suffix}"
+    status, written = os.stat(path), os.stat(meta.path_of(prefix)).st_mtime_ns
+    same = record.get("bytes") == status.st_size and status.st_mtime_ns <= written
+    return same and record.get("sampled") == _sampled(path, status.st_size)
+
+
+def _timed(prefix: str, records: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        suffix: record | {"mtime_ns": os.stat(f"{prefix}.{suffix}").st_mtime_ns} for suffix, record in records.items()
+    }
 
 
 def _load(memory: Path) -> dict[str, Any]:

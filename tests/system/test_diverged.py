@@ -28,7 +28,7 @@ def corpus(tmp_path_factory) -> str:
 def config(tmp_path, corpus) -> Path:
     run = {"dir": str(tmp_path / "run")}
     return write_config(
-        tmp_path / "c.yaml", corpus, run=run, train={"steps": 40}, checkpoint={"every": 1, "keep": 2}
+        tmp_path / "c.yaml", corpus, run=run, train={"steps": 40}, checkpoint={"every": 1, "keep": 1}
     )
 
 
@@ -48,9 +48,9 @@ def events(path: Path, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize("clip", ["1.0", "0"])
 def test_b10_a_wild_rate_on_a_good_run_leaves_it_good(config, clip):
-    """Ten steps, then a rate 10^7 times too high: the last good step is the newest, with `keep` 2 and `every` 1."""
+    """Ten steps, then a rate 10^7 times too high: the last good step is the newest, with `keep` 1 and `every` 1."""
     train(config, "train.stop_at=10")
-    with pytest.raises(Diverged, match=r"Renamed as diverged.*goes on from step (8|9|10)\."):
+    with pytest.raises(Diverged, match=r"Renamed as diverged.*goes on from step 10\."):
         train(config, "optim.lr=30000", "optim.min_lr=30000", f"optim.clip={clip}")
     whole = [name for name in steps(config) if "." not in name]
     assert whole and all(int(name[5:]) <= 10 for name in whole), steps(config)
@@ -122,7 +122,7 @@ def test_b10_a_run_does_not_end_well_on_steps_that_were_all_skipped(config, monk
     monkeypatch.setattr(Engine, "train_step", train_step)
     with pytest.raises(Diverged, match="were not finite for the last 3 steps, up to 6"):
         train(config, "train.stop_at=6")
-    assert [name for name in steps(config) if "." not in name][-1] == "step-00000002", "3 gave what is not finite"
+    assert [name for name in steps(config) if "." not in name] == ["step-00000002"], "3 gave what is not finite"
     assert [row["step"] for row in events(config, "not_saved")] == [4, 5]
 
 

@@ -165,8 +165,17 @@ def test_a6_what_preprocess_merge_and_split_hashed_is_not_read_again(tmp_path, m
     for one, records in truth.items():
         memory = RunFolder(tmp_path).path / "data.json"
         wanted = "-".join(records[suffix]["xxh3_128"] for suffix in content.SUFFIXES)
-        assert content.contents([one], memory) == {one: wanted} and not read and not memory.exists()
+        assert content.contents([one], memory) == {one: wanted} and not read
     os.utime(f"{prefix}.bin", ns=(1, 1))
     for _ in range(2):
         assert content.contents([prefix], memory)[prefix].startswith(truth[prefix]["bin"]["xxh3_128"])
     assert read == [f"{prefix}.bin"], "read once more, then remembered by the run"
+    for change in (made[0], None):  # another run, whose first start finds that the side-car is of other files
+        read.clear()
+        if change is None:
+            os.utime(f"{parts[0]}.bin")  # changed after the side-car was written
+        else:
+            shutil.copy2(f"{change}.bin", f"{prefix}.bin")
+        wrong = parts[0] if change is None else prefix
+        content.contents([wrong], tmp_path / f"other-{change is None}.json")
+        assert read == [f"{wrong}.bin"]
