@@ -30,7 +30,9 @@ _HOST_CHARS = 256
 _RETINA = re.compile(r"[1-9](?:\.\d+)?x\.", re.IGNORECASE)  # icon@2x.zip
 # Logins of version control and servers: git@github.com:megallm, anonymous@ftp.gnu.org. They are
 # nobody's.
-_SERVICES = frozenset(("git", "hg", "svn", "bzr", "cvs", "anoncvs", "anonymous", "anonftp", "gitlab", "gitea", "aur"))
+_SERVICES = frozenset(
+    ("git", "hg", "svn", "bzr", "cvs", "anoncvs", "anonymous", "anonftp", "gitlab", "gitea", "aur")
+)
 _RESERVED_DOMAINS = ("example.com", "example.org", "example.net", "example.edu")
 _RESERVED_SUFFIXES = (".example", ".invalid", ".test", ".localhost")
 _SIGNS = "._+-"
@@ -62,7 +64,12 @@ def _begin_of(text: str, at: int) -> int:
         begin += 2
     while begin < at and text[begin] in _SIGNS:
         begin += 1
-    if begin > 1 and text[begin - 1] in "'’" and text[begin - 2] in "oO" and not text[begin - 3 : begin - 2].isalnum():
+    if (
+        begin > 1
+        and text[begin - 1] in "'’"
+        and text[begin - 2] in "oO"
+        and not text[begin - 3 : begin - 2].isalnum()
+    ):
         begin -= 2  # O'Brien, but not d'alice in a French sentence
     return begin
 
@@ -72,7 +79,9 @@ def _end_of(text: str, begin: int) -> int:
     for pattern in _HOSTS:
         match = pattern.match(text, begin, begin + _HOST_CHARS)
         if match:
-            host = match[0].removesuffix("E" if text.startswith("<gt>", match.end()) else "")  # Perl's E<gt>
+            host = match[0].removesuffix(
+                "E" if text.startswith("<gt>", match.end()) else ""
+            )  # Perl's E<gt>
             return _shortened(host, begin) if not _RETINA.match(host) else 0
     return 0
 
@@ -101,4 +110,6 @@ def _is_nobody(text: str, begin: int, at: int, end: int) -> bool:
     if text[begin - 1 : begin] != ":":
         return False
     scheme = text.rfind("://", max(0, begin - _NAME_CHARS), begin)
-    return scheme >= 0 and not any(char.isspace() or char in "/<>\"'" for char in text[scheme + 3 : begin])
+    return scheme >= 0 and not any(
+        char.isspace() or char in "/<>\"'" for char in text[scheme + 3 : begin]
+    )

@@ -81,7 +81,9 @@ def _drops(char: str) -> bool:
     code = ord(char)
     if code in _NOT or code < 0x80:
         return False
-    return code in _INVISIBLE or unicodedata.combining(char) > 0 or unicodedata.category(char) == "Cf"
+    return (
+        code in _INVISIBLE or unicodedata.combining(char) > 0 or unicodedata.category(char) == "Cf"
+    )
 
 
 def _folds() -> dict[int, str]:
@@ -91,7 +93,9 @@ def _folds() -> dict[int, str]:
     lines = unicodedata.normalize("NFKD", lines)
     table: dict[int, str | None] = {ord(char): None for char in set(lines) if _drops(char)}
     lines = lines.translate(table | {ord(char): like for char, like in _ALIKE.items()})
-    changed = {code: to for code, to in zip(codes, lines.split("\n"), strict=True) if to != chr(code)}
+    changed = {
+        code: to for code, to in zip(codes, lines.split("\n"), strict=True) if to != chr(code)
+    }
     return {**changed, **{code: chr(code + 32) for code in range(ord("A"), ord("Z") + 1)}}
 
 
@@ -141,7 +145,9 @@ def _fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, boo
         packed = np.repeat(packed, sizes)
         own = sizes[places]
         shift = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
-        packed[np.repeat(ends[places] - own, own) + shift] = longer[np.repeat(index + 1, own) + shift]
+        packed[np.repeat(ends[places] - own, own) + shift] = longer[
+            np.repeat(index + 1, own) + shift
+        ]
         bounds = np.append(0, ends)[bounds]
     return packed & np.uint32(0x1FFFFF), (packed >> np.uint32(24)).astype(np.uint8), bounds, jamo
 

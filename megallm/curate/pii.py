@@ -36,7 +36,7 @@ _IBAN = re.compile(
 )
 _SSN = re.compile(r"\d{3}([- \u00a0\u2010\u2011\u2013])\d{2}\1\d{4}(?![\d-])")
 # With blanks it must stand alone: a table's columns are no number.
-_COLUMN_BEFORE = re.compile(r"[\w.,:/-]$|[\d.,:)][ \u00a0]$")
+_COLUMN_BEFORE = re.compile(r"[\w.,:/-]$|\d[.,:)]?[ \u00a0]$")
 _COLUMN_AFTER = re.compile(r"\w|[ \u00a0.,/:]\(?\d")
 _CARD = re.compile(rf"(?<![\d.,-])\d(?:{_BLANK}?\d){{12,18}}(?![\d-]|[.,]\d)")
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
@@ -164,7 +164,7 @@ def find_ssns(text: str) -> Iterator[tuple[int, int]]:
         begin, end = match.span()
         if text[begin - 1 : begin].isdigit() or text[begin - 1 : begin] == "-":
             continue
-        columns = _COLUMN_BEFORE.search(text, max(0, begin - 2), begin) or _COLUMN_AFTER.match(text, end)
+        columns = _COLUMN_BEFORE.search(text, max(0, begin - 3), begin) or _COLUMN_AFTER.match(text, end)
         if match[1] in " \u00a0" and columns:
             continue
         if area not in ("000", "666") and area < "900" and group != "00" and serial != "0000":

@@ -200,7 +200,8 @@ def test_d28_cards_bank_accounts_and_social_security_numbers(step: Pii) -> None:
     ):  # fmt: skip
         assert found_in(f"to {written} by Monday", step) == [("iban", written)]
     for written in ("123 45 6789", "123-45-6789", "123\u00a045\u00a06789", "123\u201145\u20116789"):
-        assert found_in(f"SSN {written}.", step) == [("ssn", written)]
+        for around in ("SSN {}.", "SSN: {}", "SSN={}", "ssn ({})", "'{}'", "No. {}, please", "- {}"):
+            assert found_in(around.format(written), step) == [("ssn", written)], around
     for text in (
         "10 123 45 6789", "123 45 6789 12", "3.123 45 6789", "000 12 3456", "900 12 3456",
         "123 45-6789", "x123 45 6789",
