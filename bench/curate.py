@@ -156,12 +156,22 @@ def generated_pii(chance: random.Random) -> Iterator[tuple[str, str]]:
     body = {"DE": digits(18), "GB": letters(4).upper() + digits(14), "FR": digits(23)}[bank]
     check = 98 - int("".join(str(int(char, 36)) for char in f"{body}{bank}00")) % 97
     code = f"{bank}{check:02d}{body}"
-    yield "iban", chance.choice([code, " ".join(code[i : i + 4] for i in range(0, len(code), 4))])
-    number = chance.choice(["4", "51", "55"]) + digits(15)
+    grouped = " ".join(code[i : i + 4] for i in range(0, len(code), 4))
+    yield "iban", chance.choice([code, grouped, code.lower(), grouped.lower()])
+    number = chance.choice(["4", "51", "55", "62"]) + digits(15)
     number = number[:15]
     number += next(digit for digit in "0123456789" if pii.luhn(number + digit))
     yield "card", chance.choice([number, " ".join(number[i : i + 4] for i in range(0, 16, 4))])
-    yield "ssn", f"{chance.randint(100, 665)}-{chance.randint(1, 99):02d}-{chance.randint(1, 9999):04d}"
+    blank = chance.choice("- ")
+    yield "ssn", blank.join((str(chance.randint(100, 665)), f"{chance.randint(1, 99):02d}",
+                             f"{chance.randint(1, 9999):04d}"))  # fmt: skip
+    for region in ("FR", "JP", "GB", "DE"):
+        kind = phonenumbers.PhoneNumberType.MOBILE if chance.random() < 0.5 else None
+        example = phonenumbers.example_number_for_type(region, kind) if kind else phonenumbers.example_number(region)
+        national = str(example.national_number)[:-3] + digits(3)
+        parsed = phonenumbers.parse(f"+{example.country_code}{national}")
+        if phonenumbers.is_valid_number(parsed):
+            yield f"local phone {region}", phonenumbers.format_number(parsed, phonenumbers.PhoneNumberFormat.NATIONAL)
     region = chance.choice(["US", "DE", "FR", "GB", "IT", "ES"])
     example = phonenumbers.example_number(region)
     national = str(example.national_number)[:-3] + digits(3)
@@ -176,12 +186,12 @@ def pii_measure(raw: Path, _: float) -> dict[str, Any]:
     recall: dict[str, Counter[bool]] = defaultdict(Counter)
     for _round in range(300):
         for kind, written in generated_pii(chance):
-            frame = chance.choice(["Please note {} for later.", "contact: {}", "({}), as agreed", "It was {}."])
+            frame = chance.choice(["Please note {} for later.", "contact: {}", "({}), as agreed", "It was {}.", "'{}'",
+                                   "[{}](x)", "key={}"])
             found = step.find(frame.format(written))
             begin = frame.index("{}")
-            hit = any(
-                span.reason == kind and span.begin <= begin and span.end >= begin + len(written) for span in found
-            )
+            wanted = ("phone" if "phone" in kind else kind, begin, begin + len(written))
+            hit = any((span.reason, span.begin, span.end) == wanted for span in found)
             recall[kind][hit] += 1
     alike: Counter[str] = Counter()
     dotted = lambda n, top: ".".join(str(chance.randint(0, top)) for _ in range(n))  # noqa: E731
@@ -232,6 +242,12 @@ def contamination(raw: Path, _: float) -> dict[str, Any]:
         "punctuation changed": lambda item: re.sub(r"[,.;:]", "", item) + "!",
         "one word in ten replaced": lambda item: re.sub(
             r"\S+", lambda word: "other" if chance.random() < 0.1 else word[0], item
+        ),
+        "full width": lambda item: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in item),
+        "a zero-width space in every word": lambda item: re.sub(r"(\w)(\w)", "\\1\u200b\\2", item),
+        "accents, decomposed": lambda item: re.sub("[aeiou]", lambda found: f"{found[0]}\u0301", item),
+        "the middle word changed": lambda item: re.sub(
+            rf"^((?:\S+\s+){{{len(item.split()) // 2}}})\S+", r"\1zebra", item
         ),
         "first half (from 6 words to 30)": lambda item: " ".join(item.split()[: len(item.split()) // 2]),
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Access keys and passwords that are known by their form, each as its issuer publishes it.
 
-A text is searched only when it holds one of `MARKS`, each after something that is no letter or digit: the
-extension looks for them in the same pass as for digits (csrc/index/documents.cpp).
+A text is searched only when it holds one of `MARKS`, each after something that is no letter or
+digit: the extension looks for them in the same pass as for digits (csrc/index/documents.cpp).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _FORMS = (
     # Code and packages.
     (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"gh[pousr]_[A-Za-z0-9]{36,251}(?![A-Za-z0-9])"),
     (("github_pat_",), r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}(?![A-Za-z0-9_])"),
-    (("glpat-", "gldt-", "glrt-", "glcbt-", "glptt-", "glsoat-", "glffct-", "glimt-", "glagent-", "gloas-"),
+    (("glpat-", "gldt-", "glrt-", "glcbt-", "glptt-", "glsoat-", "glffct-", "glimt-", "glagent-",
+      "gloas-"),
      r"gl(?:pat|dt|rt|cbt|ptt|soat|ffct|imt|agent|oas)-[A-Za-z0-9_-]{20,300}(?:\.[0-9a-z.]{2,20})?"),
     (("npm_",), r"npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])"),
     (("pypi-",), r"pypi-AgE[A-Za-z0-9_-]{50,1000}"),
@@ -38,7 +39,8 @@ _FORMS = (
     # Models.
     (("sk-", "sk_"),
      r"sk-(?:proj|svcacct|admin|ant-api\d\d|ant-admin\d\d|ant-oat\d\d|or-v1|lf|None)-[A-Za-z0-9_-]{20,300}"
-     r"|sk-[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}(?![A-Za-z0-9])|sk-(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{32,64}(?![A-Za-z0-9])"
+     r"|sk-[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}(?![A-Za-z0-9])"
+     r"|sk-(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{32,64}(?![A-Za-z0-9])"
      r"|sk_(?:live|test|prod)_[A-Za-z0-9]{10,247}|sk_[0-9a-f]{48}(?![0-9a-f])"),
     (("hf_", "api_org_"), r"(?:hf_|api_org_)[A-Za-z]{34}(?![A-Za-z0-9])"),
     (("gsk_",), r"gsk_[A-Za-z0-9]{52}(?![A-Za-z0-9])"),
@@ -50,18 +52,23 @@ _FORMS = (
     (("rk_live_", "rk_test_", "rk_prod_", "pk_live_", "whsec_"),
      r"(?:[rp]k_(?:live|test|prod)_[A-Za-z0-9]{10,247}|whsec_[A-Za-z0-9+/=]{32,64})"),
     (("shpat_", "shpca_", "shppa_", "shpss_"), r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}(?![0-9a-fA-F])"),
-    (("sq0atp-", "sq0csp-", "EAAA"), r"(?:sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}|EAAA[A-Za-z0-9_-]{60}(?![A-Za-z0-9_-]))"),
+    (("sq0atp-", "sq0csp-", "EAAA"),
+     r"(?:sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}|EAAA[A-Za-z0-9_-]{60}(?![A-Za-z0-9_-]))"),
     (("SG.",), r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])"),
     (("xkeysib-",), r"xkeysib-[0-9a-f]{64}-[A-Za-z0-9]{16}(?![A-Za-z0-9])"),
     (("key-",), r"key-[0-9a-f]{32}(?![0-9a-f])"),
     # Talk and monitoring.
     (("xoxa-", "xoxb-", "xoxe", "xoxo-", "xoxp-", "xoxr-", "xoxs-", "xapp-"),
-     r"(?:xox[aboprs]-[A-Za-z0-9-]{20,255}|xoxe(?:\.xox[bp])?-\d-[A-Za-z0-9]{36,170}|xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]{30,})"),
+     r"(?:xox[aboprs]-[A-Za-z0-9-]{20,255}|xoxe(?:\.xox[bp])?-\d-[A-Za-z0-9]{36,170}"
+     r"|xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]{30,})"),
     (("hooks.slack.com/",), r"hooks\.slack\.com/(?:services|workflows|triggers)/[A-Za-z0-9+/]{43,60}"),
-    (("discord.com/api/webhooks", "discordapp.com/api/webhooks"), r"discord(?:app)?\.com/api/webhooks/\d{17,20}/[A-Za-z0-9_-]{60,70}"),
+    (("discord.com/api/webhooks", "discordapp.com/api/webhooks"),
+     r"discord(?:app)?\.com/api/webhooks/\d{17,20}/[A-Za-z0-9_-]{60,70}"),
     ((":AA",), r"(?<=\d{8}):AA[A-Za-z0-9_-]{33}(?![A-Za-z0-9_-])"),
-    (("glsa_", "glc_"), r"(?:glsa_[A-Za-z0-9]{32}_[0-9A-Fa-f]{8}|glc_[A-Za-z0-9+/]{32,400}={0,2})(?![A-Za-z0-9])"),
-    (("NRAK-", "NRII-", "NRJS-"), r"NR(?:AK-[A-Z0-9]{27}|II-[A-Za-z0-9_-]{32}|JS-[0-9a-f]{19})(?![A-Za-z0-9])"),
+    (("glsa_", "glc_"),
+     r"(?:glsa_[A-Za-z0-9]{32}_[0-9A-Fa-f]{8}|glc_[A-Za-z0-9+/]{32,400}={0,2})(?![A-Za-z0-9])"),
+    (("NRAK-", "NRII-", "NRJS-"),
+     r"NR(?:AK-[A-Z0-9]{27}|II-[A-Za-z0-9_-]{32}|JS-[0-9a-f]{19})(?![A-Za-z0-9])"),
     (("sntrys_", "sntryu_"), r"(?:sntrys_eyJ[A-Za-z0-9+/=_]{80,400}|sntryu_[0-9a-f]{64}(?![0-9a-f]))"),
     (("PMAK-",), r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}(?![0-9a-f])"),
     # Not of one issuer.
@@ -72,34 +79,38 @@ _FORMS = (
      r"-----END (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----"),
 )  # fmt: skip
 _MATCHES = tuple((mark, re.compile(form).match) for marks, form in _FORMS for mark in marks)
-# Values without a form of their own, told by what is set: a name, a sign, and what is quoted or runs to a blank.
+# Values without a form of their own, told by the name that is set to them.
 _ASSIGNED = re.compile(
-    r"(?<![A-Za-z0-9])(?:aws_?secret_?access_?key|aws_?secret_?key|secret_?access_?key)[\"']?\s{0,3}(?::|=>?)\s{0,3}[\"']?"
-    r"([A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])|(?<![A-Za-z0-9])(?:AccountKey|SharedAccessKey)=([A-Za-z0-9+/]{43,86}={1,2})",
+    r"(?<![A-Za-z0-9])(?:aws_?secret_?access_?key|aws_?secret_?key|secret_?access_?key)"
+    r"[\"']?\s{0,3}(?::|=>?)\s{0,3}[\"']?([A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])|(?<![A-Za-z0-9])(?:AccountKey|SharedAccessKey)=([A-Za-z0-9+/]{43,86}={1,2})",
     re.IGNORECASE,
 )
 _URL_PASSWORD = re.compile(r"://[^\s/@:'\"<>{}$]{0,64}:([^\s/@'\"<>{}$]{3,128})@(?=[A-Za-z0-9\[])")
-_NO_PASSWORDS = frozenset(("password", "passwd", "pass", "pwd", "secret", "token", "xxx", "xxxx", "xxxxx", "***", "..."))
-_ASSIGNED_MARKS = ("aws_secret", "AWS_SECRET", "awsSecret", "AwsSecret", "secret_access_key", "SECRET_ACCESS_KEY",
-                   "secretAccessKey", "SecretAccessKey", "AccountKey=", "SharedAccessKey=")  # fmt: skip
+_NO_PASSWORDS = frozenset(("password", "passwd", "pass", "pwd", "secret", "token", "xxx", "xxxx", "xxxxx",
+                           "***", "..."))  # fmt: skip
+_ASSIGNED_MARKS = ("aws_secret", "AWS_SECRET", "awsSecret", "AwsSecret", "secret_access_key",
+                   "SECRET_ACCESS_KEY", "secretAccessKey", "SecretAccessKey", "AccountKey=",
+                   "SharedAccessKey=")  # fmt: skip
 MARKS = (*dict.fromkeys(mark for marks, _ in _FORMS for mark in marks), *_ASSIGNED_MARKS)
 _MARK = re.compile("|".join(
     f"(?<![A-Za-z0-9]){re.escape(mark)}" if mark[0].isalnum() else re.escape(mark) for mark in MARKS
 ))  # fmt: skip
-_RARE = "QZ=_XJzqjKVYUHGWxFLOPD-kvBMCRNSITEAybwpgfmcu"  # of the characters that the scan may turn on, the rarest in text first
+# Of the characters that the scan may turn on, the rarest in text first.
+_RARE = "QZ=_XJzqjKVYUHGWxFLOPD-kvBMCRNSITEAybwpgfmcu"
 
 
 @cache
 def scan_marks() -> tuple[tuple[str, int, bool], ...]:
-    """What the extension looks for: each mark, the place in it of the character that text has least, and whether no
-    letter or digit may stand before it."""
+    """Returns what the extension looks for: each mark, the place in it of the character that text
+    has least, and whether no letter or digit may stand before it."""
 
     def rarity(mark: str, place: int) -> int:
-        return _RARE.find(mark[place]) if mark[place] in _RARE else len(_RARE) + mark[place].isdigit()
+        if mark[place] in _RARE:
+            return _RARE.find(mark[place])
+        return len(_RARE) + mark[place].isdigit()
 
-    return tuple(
-        (mark, min(range(len(mark)), key=lambda place: rarity(mark, place)), mark[0].isalnum()) for mark in MARKS
-    )
+    pivots = {mark: min(range(len(mark)), key=lambda at: rarity(mark, at)) for mark in MARKS}
+    return tuple((mark, pivot, mark[0].isalnum()) for mark, pivot in pivots.items())
 
 
 def is_marked(text: str) -> bool:

@@ -59,7 +59,8 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """Exact duplicates: equal after folding (text.py) and with runs of white space made one blank."""
+    """Exact duplicates: equal after folding (text.py) and with runs of white space made one
+    blank."""
 
     document: bool = True
     paragraph: bool = False
@@ -84,7 +85,8 @@ class PiiConfig:
 
     kinds: tuple[str, ...] = PII_KINDS
     phone_region: str = "US"  # for numbers written without a country code
-    # Countries whose numbers are also found in the local form that begins with 0, such as 020 7946 0958.
+    # Countries whose numbers are also found in the local form that begins with 0, such as 020 7946
+    # 0958.
     phone_regions: tuple[str, ...] = ("GB", "FR", "JP", "DE", "IT", "NL", "BE", "CH", "AU", "KR", "CN", "IN")
 
 

@@ -1,9 +1,10 @@
 """Decontamination: drops documents that hold texts of evaluation sets.
 
-A document is contaminated by a text of a set when they share one n-gram of 13 words, or when it holds 70 % of the
-text's different n-grams of 8 words (Brown et al. 2020, C; Touvron et al. 2023, A.6), or when a passage of it is an
-edited copy: it has most of the text's words in the same order. Words are compared folded (folding.py), punctuation and
-space do not matter. N-grams that many items share are the set's template and prove nothing.
+A document is contaminated by a text of a set when they share one n-gram of 13 words, or when it
+holds 70 % of the text's different n-grams of 8 words (Brown et al. 2020, C; Touvron et al. 2023,
+A.6), or when a passage of it is an edited copy: it has most of the text's words in the same order.
+Words are compared folded (folding.py), punctuation and space do not matter. N-grams that many items
+share are the set's template and prove nothing.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class _Grams:
 
 
 class _Passages:
-    """Finds edited copies: seeds (n-grams between two edits) tell where to look, the longest common subsequence of
-    words decides."""
+    """Finds edited copies: seeds (n-grams between two edits) tell where to look, the longest
+    common subsequence of words decides."""
 
     def __init__(self, texts: list[str], share: float) -> None:
         words = Analysis(texts).words
@@ -86,7 +87,8 @@ class _Passages:
                     yield row, number
 
     def _is_copy(self, words: Pieces, row: int, item: np.ndarray, places: np.ndarray) -> bool:
-        """Whether the passage with the most seeds, which begin at `places`, has enough of the item's words in order."""
+        """Whether the passage with the most seeds, which begin at `places`, has enough of the
+        item's words in order."""
         size = len(item)
         last = np.searchsorted(places, places + size)
         begin = int((last - np.arange(len(places))).argmax())
@@ -97,8 +99,8 @@ class _Passages:
 
 
 def _in_order(item: list[int], passage: list[int]) -> int:
-    """The length of the longest common subsequence, 64 words and more at a time (Hyyrö 2004, "Bit-parallel LCS-length
-    computation revisited")."""
+    """The length of the longest common subsequence, 64 words and more at a time (Hyyrö 2004,
+    "Bit-parallel LCS-length computation revisited")."""
     masks: dict[int, int] = {}
     for place, word in enumerate(item):
         masks[word] = masks.get(word, 0) | 1 << place

@@ -1,4 +1,5 @@
-"""The top-level domains of the root zone (IANA's list as of August 2026), by which names of hosts are told.
+"""The top-level domains of the root zone (IANA's list as of August 2026), by which names of hosts
+are told.
 
 What ends in another word is no host: foo@2x.png, node@4.17.tgz, getty@tty1.service. Names in
 Punycode (xn--...) are not listed: they are told by their form.

@@ -1,8 +1,9 @@
 """Where an e-mail address begins and ends: not at the quotes, brackets, links and keys around it.
 
-A name is letters, digits and . _ + - of one script, so that text without spaces (Chinese, Japanese, Thai) before
-an address stays; RFC 5322 allows more (#, =, ?, /, quotes), which in text are nearly always what stands around
-it. A host ends in a top-level domain; names of files, versions and units that look like one do not.
+A name is letters, digits and . _ + - of one script, so that text without spaces (Chinese, Japanese,
+Thai) before an address stays; RFC 5322 allows more (#, =, ?, /, quotes), which in text are nearly
+always what stands around it. A host ends in a top-level domain; names of files, versions and units
+that look like one do not.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ _HOSTS = (
 _NAME_CHARS = 64
 _HOST_CHARS = 256
 _RETINA = re.compile(r"[1-9](?:\.\d+)?x\.", re.IGNORECASE)  # icon@2x.zip
-# Logins of version control and servers: git@github.com:megallm, anonymous@ftp.gnu.org. They are nobody's.
-_SERVICES = frozenset(("git", "hg", "svn", "bzr", "cvs", "anoncvs", "anonymous", "anonftp", "gitlab", "gitea", "aur"))
+# Logins of version control and servers: git@github.com:megallm, anonymous@ftp.gnu.org. They are
+# nobody's.
+_SERVICES = frozenset(
+    ("git", "hg", "svn", "bzr", "cvs", "anoncvs", "anonymous", "anonftp", "gitlab", "gitea", "aur")
+)
 _RESERVED_DOMAINS = ("example.com", "example.org", "example.net", "example.edu")
 _RESERVED_SUFFIXES = (".example", ".invalid", ".test", ".localhost")
 _SIGNS = "._+-"
@@ -36,7 +40,8 @@ _PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
 
 
 def find_emails(text: str) -> Iterator[tuple[int, int]]:
-    """Addresses around each @; those in domains reserved for examples and logins of services are left."""
+    """Addresses around each @; those in domains reserved for examples and logins of services are
+    left."""
     at = text.find("@")
     while at >= 0:
         begin = _begin_of(text, at)
@@ -59,7 +64,12 @@ def _begin_of(text: str, at: int) -> int:
         begin += 2
     while begin < at and text[begin] in _SIGNS:
         begin += 1
-    if begin > 1 and text[begin - 1] in "'’" and text[begin - 2] in "oO" and not text[begin - 3 : begin - 2].isalnum():
+    if (
+        begin > 1
+        and text[begin - 1] in "'’"
+        and text[begin - 2] in "oO"
+        and not text[begin - 3 : begin - 2].isalnum()
+    ):
         begin -= 2  # O'Brien, but not d'alice in a French sentence
     return begin
 
@@ -69,14 +79,16 @@ def _end_of(text: str, begin: int) -> int:
     for pattern in _HOSTS:
         match = pattern.match(text, begin, begin + _HOST_CHARS)
         if match:
-            host = match[0].removesuffix("E" if text.startswith("<gt>", match.end()) else "")  # Perl's E<gt>
+            host = match[0].removesuffix(
+                "E" if text.startswith("<gt>", match.end()) else ""
+            )  # Perl's E<gt>
             return _shortened(host, begin) if not _RETINA.match(host) else 0
     return 0
 
 
 def _shortened(host: str, begin: int) -> int:
-    """The end of the longest beginning of `host` that ends in a top-level domain. A capital after one begins a sentence
-    that follows without a blank: jane@mail.org.In the meantime."""
+    """The end of the longest beginning of `host` that ends in a top-level domain. A capital
+    after one begins a sentence that follows without a blank: jane@mail.org.In the meantime."""
     labels = host.split(".")
     known = [
         number for number, label in enumerate(labels)
@@ -88,7 +100,8 @@ def _shortened(host: str, begin: int) -> int:
 
 
 def _is_nobody(text: str, begin: int, at: int, end: int) -> bool:
-    """Whether it is reserved for examples, a service's login, or the password of a URL (scheme://name:password@)."""
+    """Whether it is reserved for examples, a service's login, or the password of a URL
+    (scheme://name:password@)."""
     host = text[at + 1 : end].lower()
     if any(host == name or host.endswith(f".{name}") for name in _RESERVED_DOMAINS):
         return True
@@ -97,4 +110,6 @@ def _is_nobody(text: str, begin: int, at: int, end: int) -> bool:
     if text[begin - 1 : begin] != ":":
         return False
     scheme = text.rfind("://", max(0, begin - _NAME_CHARS), begin)
-    return scheme >= 0 and not any(char.isspace() or char in "/<>\"'" for char in text[scheme + 3 : begin])
+    return scheme >= 0 and not any(
+        char.isspace() or char in "/<>\"'" for char in text[scheme + 3 : begin]
+    )

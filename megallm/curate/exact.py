@@ -1,8 +1,9 @@
 """Exact duplicates of documents, paragraphs and lines: the first occurrence in input order stays.
 
-Units are equal when they are equal after folding (folding.py: compatibility forms, case, marks, invisible
-characters) and after runs of white space became one blank; punctuation counts. The key is xxh3-128. Workers
-sign every shard; one pass over files sorted on disk decides; the next segment applies.
+Units are equal when they are equal after folding (folding.py: compatibility forms, case, marks,
+invisible characters) and after runs of white space became one blank; punctuation counts. The key is
+xxh3-128. Workers sign every shard; one pass over files sorted on disk decides; the next segment
+applies.
 """
 
 from __future__ import annotations

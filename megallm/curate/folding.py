@@ -1,8 +1,9 @@
-"""Folding: what looks alike becomes alike, so that every step that compares texts sees through how Unicode wrote them.
+"""Folding: what looks alike becomes alike, so that every step that compares texts sees through how
+Unicode wrote them.
 
-Compatibility forms (full width, ligatures, mathematical letters), case, accents and other marks, invisible characters
-and letters drawn like Latin ones are made one, character by character. The extension does the same work with the same
-results (csrc/index/documents.cpp).
+Compatibility forms (full width, ligatures, mathematical letters), case, accents and other marks,
+invisible characters and letters drawn like Latin ones are made one, character by character. The
+extension does the same work with the same results (csrc/index/documents.cpp).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 
 from megallm.base import extension
 
-# Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence; SYMBOL: # and an ellipsis.
+# Bits of a character's class. SOLO: a word by itself; STOP: ends a sentence; SYMBOL: # and an
+# ellipsis.
 WORD, LETTER, SPACE, SOLO, DIGIT, STOP, SYMBOL = 1, 2, 4, 8, 16, 32, 64
 _SOLO_RANGES = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF),
@@ -49,34 +51,39 @@ def classes() -> np.ndarray:
     return table
 
 
-# Letters that are drawn like Latin ones (of a capital and its small letter the look of the capital decides), Latin
-# letters with a stroke, and apostrophes that Unicode counts as letters.
+# Letters that are drawn like Latin ones (of a capital and its small letter the look of the capital
+# decides), Latin letters with a stroke, and apostrophes that Unicode counts as letters.
 _ALIKE = dict(zip(
     "авекмнорстухіјѕһԁԛԝ" "αβεζηικμνορτυχ" "łøđħŧıɡ" "ʼʻꞌ",
     "abekmhopctyxijshdqw" "abezhikmnoptyx" "lodhtig" "'''", strict=True,
 ))  # fmt: skip
-# Not taken apart: the ellipsis, trade marks (Foo™ is no "footm"), and jamo that stand for themselves.
+# Not taken apart: the ellipsis, trade marks (Foo™ is no "footm"), and jamo that stand for
+# themselves.
 _WHOLE = {0x2026, 0x2120, 0x2122, *range(0x3131, 0x318F), *range(0xAC00, 0xD7A4)}
 _JAMO = (range(0x1100, 0x1200), range(0xA960, 0xA980), range(0xD7B0, 0xD800))
 _INVISIBLE = {
-    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, 0xFFA0, *range(0xFE00, 0xFE10),
+    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, 0xFFA0,
+    *range(0xFE00, 0xFE10),
     *range(0xE0000, 0xE0200),
 }  # fmt: skip
 _NOT = {0x0338, 0x20D2}  # the stroke of ≠ and ∉: a mark that changes what is said
 # Where characters change: not in Han, Yi, private use, Tangut.
 _FOLDED_RANGES = (
-    range(0x80, 0x3400), range(0xA490, 0xAC00), range(0xD7B0, 0xD800), range(0xF900, 0x17000), range(0x18D00, 0x20000),
+    range(0x80, 0x3400), range(0xA490, 0xAC00), range(0xD7B0, 0xD800), range(0xF900, 0x17000),
+    range(0x18D00, 0x20000),
     range(0x2F800, 0x2FA20), range(0xE0000, 0xE0200),
 )  # fmt: skip
 
 
 def _drops(char: str) -> bool:
-    """Whether a character of a decomposed text is left out. All marks that normalisation may reorder are, so that
-    every character can be folded by itself."""
+    """Whether a character of a decomposed text is left out. All marks that normalisation may
+    reorder are, so that every character can be folded by itself."""
     code = ord(char)
     if code in _NOT or code < 0x80:
         return False
-    return code in _INVISIBLE or unicodedata.combining(char) > 0 or unicodedata.category(char) == "Cf"
+    return (
+        code in _INVISIBLE or unicodedata.combining(char) > 0 or unicodedata.category(char) == "Cf"
+    )
 
 
 def _folds() -> dict[int, str]:
@@ -86,15 +93,18 @@ def _folds() -> dict[int, str]:
     lines = unicodedata.normalize("NFKD", lines)
     table: dict[int, str | None] = {ord(char): None for char in set(lines) if _drops(char)}
     lines = lines.translate(table | {ord(char): like for char, like in _ALIKE.items()})
-    changed = {code: to for code, to in zip(codes, lines.split("\n"), strict=True) if to != chr(code)}
+    changed = {
+        code: to for code, to in zip(codes, lines.split("\n"), strict=True) if to != chr(code)
+    }
     return {**changed, **{code: chr(code + 32) for code in range(ord("A"), ord("Z") + 1)}}
 
 
 @cache
 def folding() -> tuple[np.ndarray, np.ndarray]:
-    """What every code point becomes: uint32 [0x110000] with the new code in bits 0 to 20 and its class from bit 24 on,
-    and uint32 [n] with the longer ones. Bit 23 says that the code is a place in the second array, where the number
-    of characters (perhaps none) stands before them; bit 22 says that it is a part of a Hangul syllable."""
+    """What every code point becomes: uint32 [0x110000] with the new code in bits 0 to 20 and its
+    class from bit 24 on, and uint32 [n] with the longer ones. Bit 23 says that the code is a
+    place in the second array, where the number of characters (perhaps none) stands before them;
+    bit 22 says that it is a part of a Hangul syllable."""
     kinds = classes().astype(np.uint32) << np.uint32(24)
     table = np.arange(0x110000, dtype=np.uint32) | kinds
     folds = _folds()
@@ -117,8 +127,8 @@ def _native_folding(native: ModuleType) -> Any:
 
 
 def _fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """(code points uint32, classes uint8, where each text begins int64 [texts + 1], whether syllables want to be
-    composed) of texts with a newline after each."""
+    """(code points uint32, classes uint8, where each text begins int64 [texts + 1], whether
+    syllables want to be composed) of texts with a newline after each."""
     native = extension.index()
     if native is not None:
         return _native_folding(native).fold(list(texts))
@@ -135,7 +145,9 @@ def _fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, boo
         packed = np.repeat(packed, sizes)
         own = sizes[places]
         shift = np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
-        packed[np.repeat(ends[places] - own, own) + shift] = longer[np.repeat(index + 1, own) + shift]
+        packed[np.repeat(ends[places] - own, own) + shift] = longer[
+            np.repeat(index + 1, own) + shift
+        ]
         bounds = np.append(0, ends)[bounds]
     return packed & np.uint32(0x1FFFFF), (packed >> np.uint32(24)).astype(np.uint8), bounds, jamo
 
@@ -149,7 +161,8 @@ def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def comparable(text: str) -> bytes:
-    """UTF-8 of a text folded and with runs of white space made one blank: equal for texts that compare alike."""
+    """UTF-8 of a text folded and with runs of white space made one blank: equal for texts that
+    compare alike."""
     native = extension.index()
     if native is None:
         same = fold([text])[0].tobytes().decode("utf-32-le", "surrogatepass")

@@ -1,5 +1,8 @@
-"""The readable text of an HTML page: blocks on lines of their own, preformatted text as it is. Scripts, menus, the page's
-header and footer, asides, form controls and what a browser does not show are left out."""
+"""The readable text of an HTML page: blocks on lines of their own, preformatted text as it is.
+
+Scripts, menus, the page's header and footer, asides, form controls and what a browser does not
+show are left out.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,24 @@ from typing import Any
 from megallm.curate import optional
 
 _SKIPPED = (
-    "script", "style", "noscript", "template", "head", "nav", "svg", "iframe", "object", "embed", "canvas", "audio", "video",
-    "aside", "dialog", "menu", "button", "select", "input", "textarea", "datalist", "output", "progress", "meter", "map",
+    "script", "style", "noscript", "template", "head", "nav", "svg", "iframe", "object", "embed",
+    "canvas", "audio", "video",
+    "aside", "dialog", "menu", "button", "select", "input", "textarea", "datalist", "output",
+    "progress", "meter", "map",
 )  # fmt: skip
 # What a browser does not show, and boilerplate by its role.
+_ROLES = (
+    "navigation", "search", "dialog", "alertdialog", "menu", "menubar", "toolbar", "banner",
+    "contentinfo", "complementary", "tablist", "tooltip",
+)  # fmt: skip
 _HIDDEN = ", ".join((
     "[hidden]", "label", ".sr-only", ".visually-hidden", ".screen-reader-text",
-    *(f'[role~="{role}" i]' for role in ("navigation", "search", "dialog", "alertdialog", "menu", "menubar", "toolbar",
-                                          "banner", "contentinfo", "complementary", "tablist", "tooltip")),
+    *(f'[role~="{role}" i]' for role in _ROLES),
 ))  # fmt: skip
-_NOT_SHOWN = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))\b", re.IGNORECASE)
-_OWN_HEADERS = ("article", "main")  # the header of an article is its headline, that of the page is not
+_NOT_SHOWN = re.compile(
+    r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))\b", re.IGNORECASE
+)
+_OWN_HEADERS = ("article", "main")  # the header of an article is its headline, a page's is not
 _FORM_PROSE = 400  # characters of paragraphs in a form that is wrapped around a whole page
 _PARAGRAPHS = frozenset(
     ("p", "div", "section", "article", "main", "aside", "header", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "ul",

@@ -19,7 +19,8 @@ from megallm.curate.document import KEEP, Batch, Verdict, drop
 
 _LABEL = "__label__"
 _WINDOWS = 4
-# After Latin, Greek and Cyrillic letters: other scripts need joiners, and Khmer and Thai part words so.
+# After Latin, Greek and Cyrillic letters: other scripts need joiners, and Khmer and Thai part words
+# so.
 _INVISIBLE = re.compile("(?<=[A-Za-z\u00c0-\u052f\u1e00-\u1fff])[\u00ad\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff]+")
 _STYLED = re.compile("[\uff21-\uff3a\uff41-\uff5a\U0001d400-\U0001d7ff]")  # full width, mathematical letters
 
@@ -85,8 +86,8 @@ class Language:
 
 
 def as_trained(text: str) -> str:
-    """The text as the model knows texts, on one line: composed, words in capitals in small letters, no invisible
-    characters inside words, letters of compatibility forms as plain ones."""
+    """The text as the model knows texts, on one line: composed, words in capitals in small
+    letters, no invisible characters inside words, letters of compatibility forms as plain ones."""
     if not text.isascii():
         text = _INVISIBLE.sub("", text)
         if _STYLED.search(text):

@@ -40,26 +40,38 @@ class Phones:
                     raise UsageError(
                         f"pii.{name} is '{region}'; give the two capital letters of a country, such as US or DE."
                     )
-        self._is_phone = lru_cache(_REMEMBERED)(self._valid)  # pages of a manual share their numbers
+        self._is_phone = lru_cache(_REMEMBERED)(
+            self._valid
+        )  # pages of a manual share their numbers
         self._is_local = lru_cache(_REMEMBERED)(self._locally_valid)
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Telephone numbers that are valid in their country; a local form must be grouped as people group it, or
-        stand after a word such as "phone"."""
+        """Telephone numbers that are valid in their country; a local form must be grouped as
+        people group it, or stand after a word such as "phone"."""
         for match in _PHONE.finditer(text):
             written = match[0]
             digits = sum(char.isdigit() for char in written)
-            if not 7 <= digits <= 15 or _DOTTED.fullmatch(written) or written.count("(") != written.count(")"):
+            if (
+                not 7 <= digits <= 15
+                or _DOTTED.fullmatch(written)
+                or written.count("(") != written.count(")")
+            ):
                 continue
             groups = tuple(re.findall(r"\d+", written))
-            if written[0] == "+" or written[:2] == "(+" or text[match.start() - 1 : match.start()] == "+":
+            if (
+                written[0] == "+"
+                or written[:2] == "(+"
+                or text[match.start() - 1 : match.start()] == "+"
+            ):
                 found = self._is_phone(written)
             else:
                 found = self._is_local_form(text, match, groups, digits)
             if found:
                 yield match.span()
 
-    def _is_local_form(self, text: str, match: re.Match[str], groups: tuple[str, ...], digits: int) -> bool:
+    def _is_local_form(
+        self, text: str, match: re.Match[str], groups: tuple[str, ...], digits: int
+    ) -> bool:
         if 3 <= len(groups) <= 5 and digits >= 10 and self._is_phone(match[0]):
             return True
         if digits >= _LEAST_LOCAL and groups[0][0] == "0" and not _counts(groups):
@@ -75,7 +87,9 @@ class Phones:
 
     def _valid(self, written: str, region: str = "") -> bool:
         try:
-            return self._library.is_valid_number(self._library.parse(written, region or self._region))
+            return self._library.is_valid_number(
+                self._library.parse(written, region or self._region)
+            )
         except self._library.NumberParseException:
             return False
 
@@ -96,12 +110,16 @@ class Phones:
             return False
         if not library.is_valid_number_for_region(number, region):
             return False
-        national = re.findall(r"\d+", library.format_number(number, library.PhoneNumberFormat.NATIONAL))
+        national = re.findall(
+            r"\d+", library.format_number(number, library.PhoneNumberFormat.NATIONAL)
+        )
         if groups == national:
             return True
         if region == "FR" or "".join(groups) != "".join(national):
             return False
-        area = groups[0] == national[0] or region == "GB" and groups[0][:-1] == national[0]  # 0207 946 0958
+        area = (
+            groups[0] == national[0] or region == "GB" and groups[0][:-1] == national[0]
+        )  # 0207 946 0958
         return area and len(groups) <= 4 and (len(groups) > 2 or len(groups[-1]) > 4)
 
 

@@ -1,9 +1,9 @@
 """Personal data: email, IP, IBAN, card, social security and telephone numbers, and access keys.
 
-Each kind has a cheap scan for places that could hold it and a check that decides (checksums, ranges, the
-phonenumbers library); emails.py, phones.py and access_keys.py have those of three kinds. The stand-in is a pure
-function of what it replaces, so that two mentions of one address stay one address; it lies in ranges that are
-reserved for examples, so that it can belong to nobody.
+Each kind has a cheap scan for places that could hold it and a check that decides (checksums,
+ranges, the phonenumbers library); emails.py, phones.py and access_keys.py have those of three
+kinds. The stand-in is a pure function of what it replaces, so that two mentions of one address stay
+one address; it lies in ranges that are reserved for examples, so that it can belong to nobody.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IBAN = re.compile(
 )
 _SSN = re.compile(r"\d{3}([- \u00a0\u2010\u2011\u2013])\d{2}\1\d{4}(?![\d-])")
 # With blanks it must stand alone: a table's columns are no number.
-_COLUMN_BEFORE = re.compile(r"[\w.,:/-]$|[\d.,:)][ \u00a0]$")
+_COLUMN_BEFORE = re.compile(r"[\w.,:/-]$|\d[.,:)]?[ \u00a0]$")
 _COLUMN_AFTER = re.compile(r"\w|[ \u00a0.,/:]\(?\d")
 _CARD = re.compile(rf"(?<![\d.,-])\d(?:{_BLANK}?\d){{12,18}}(?![\d-]|[.,]\d)")
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
@@ -44,7 +44,8 @@ _HEADING_PART = 100  # of a number that begins a line and has a title after it
 _HEADING = re.compile(r"\.?[ \t]+\S")
 # Digits that a line needs, and so many of one of these marks; the other kinds are looked for everywhere.
 _LEAST = {
-    "ip": (3, (("v4", 3), ("v6", 1))), "iban": (4, (("iban", 1),)), "card": (13, ()), "ssn": (9, ()),
+    "ip": (3, (("v4", 3), ("v6", 1))), "iban": (4, (("iban", 1),)), "card": (13, ()),
+    "ssn": (9, ()),
     "phone": (7, ()),
 }  # fmt: skip
 _COUNTED = ("0", "v4", "v6", "iban")
@@ -126,7 +127,8 @@ def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
-    """International bank account numbers, written together or in groups of four, in capitals or not."""
+    """International bank account numbers, written together or in groups of four, in capitals or
+    not."""
     for match in _IBAN.finditer(text):
         size = _IBAN_LENGTHS.get(match[0][:2].upper())
         if size is None:
@@ -155,13 +157,14 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_ssns(text: str) -> Iterator[tuple[int, int]]:
-    """Social security numbers of the USA, written 123-45-6789 or 123 45 6789, without the numbers never given out."""
+    """Social security numbers of the USA, written 123-45-6789 or 123 45 6789, without the
+    numbers never given out."""
     for match in _SSN.finditer(text):
         area, group, serial = match[0][:3], match[0][4:6], match[0][7:]
         begin, end = match.span()
         if text[begin - 1 : begin].isdigit() or text[begin - 1 : begin] == "-":
             continue
-        columns = _COLUMN_BEFORE.search(text, max(0, begin - 2), begin) or _COLUMN_AFTER.match(text, end)
+        columns = _COLUMN_BEFORE.search(text, max(0, begin - 3), begin) or _COLUMN_AFTER.match(text, end)
         if match[1] in " \u00a0" and columns:
             continue
         if area not in ("000", "666") and area < "900" and group != "00" and serial != "0000":
@@ -177,7 +180,8 @@ class Pii:
         self.config = config
         self.marks: dict[str, tuple[float, ...]] = {}
         finders: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
-            "secret": find_keys, "email": find_emails, "iban": find_ibans, "card": find_cards, "ssn": find_ssns,
+            "secret": find_keys, "email": find_emails, "iban": find_ibans, "card": find_cards,
+            "ssn": find_ssns,
             "ip": find_ips,
         }  # fmt: skip
         if "phone" in config.kinds:
@@ -222,10 +226,11 @@ def _take(taken: list[Span], kind: str, text: str, begin: int, end: int) -> None
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of texts with at least three digits: `place` int64 [lines, 3] are (text, begin, end), and `count` how many
-    digits (under "0") and marks each has, int64 [lines]: dots between digits ("v4"), colons after four hexadecimal
-    digits of which the first is 2 or 3 ("v6"), digits after two letters ("iban"; what is not ASCII may be a digit).
-    `marked`, bool [texts], are the texts that could hold an access key."""
+    """Lines of texts with at least three digits: `place` int64 [lines, 3] are (text, begin,
+    end), and `count` how many digits (under "0") and marks each has, int64 [lines]: dots between
+    digits ("v4"), colons after four hexadecimal digits of which the first is 2 or 3 ("v6"),
+    digits after two letters ("iban"; what is not ASCII may be a digit). `marked`, bool [texts],
+    are the texts that could hold an access key."""
 
     place: np.ndarray
     count: dict[str, np.ndarray]

@@ -1,12 +1,13 @@
-"""Words, lines and paragraphs of a batch of texts as numpy arrays, and 64-bit hashes of any of them.
+"""Words, lines and paragraphs of a batch of texts as numpy arrays, and 64-bit hashes of any of
+them.
 
-All texts of a batch are laid end to end as code points, so that one array operation serves them all.
-They are folded first (folding.py), so that what looks alike compares alike in every step.
-A word is a maximal run of letters, digits, marks and underscores (none at its ends); in scripts written
-without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word. The hash of a run of
-characters is a polynomial modulo 2^64 read off prefix sums (Karp and Rabin, "Efficient randomized
-pattern-matching algorithms", 1987), then mixed. Where the C++ extension is built, it does the same work with
-the same results (csrc/index/text.cpp).
+All texts of a batch are laid end to end as code points, so that one array operation serves them
+all. They are folded first (folding.py), so that what looks alike compares alike in every step. A
+word is a maximal run of letters, digits, marks and underscores (none at its ends); in scripts
+written without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every character is a word. The hash of
+a run of characters is a polynomial modulo 2^64 read off prefix sums (Karp and Rabin, "Efficient
+randomized pattern-matching algorithms", 1987), then mixed. Where the C++ extension is built, it
+does the same work with the same results (csrc/index/text.cpp).
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ class Analysis:
     def around(self, at: int, reach: int) -> tuple[int, int]:
         """The range of characters at most `reach` away from the one at `at`, inside its text."""
         document = int(np.searchsorted(self.starts, at, side="right")) - 1
-        return max(int(self.starts[document]), at - reach), min(int(self.starts[document + 1]) - 1, at + reach)
+        low, high = self.starts[document : document + 2].tolist()
+        return max(low, at - reach), min(high - 1, at + reach)
 
     def text(self, begin: int, end: int) -> str:
         """The folded characters [begin, end)."""
@@ -210,7 +212,8 @@ class Analysis:
         word, solo = (self.kinds & WORD) > 0, (self.kinds & SOLO) > 0
         border = np.ones(len(word) + 1, bool)  # between character i - 1 and i
         border[1:-1] = (word[1:] != word[:-1]) | solo[1:] | solo[:-1]
-        words = self._pieces(*self._trimmed(np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1))
+        begin, end = np.flatnonzero(word & border[:-1]), np.flatnonzero(word & border[1:]) + 1
+        words = self._pieces(*self._trimmed(begin, end))
         kinds = np.where(self.kinds & WORD, self.kinds, 0)  # what stands between two words has none
         return words, np.bitwise_or.reduceat(kinds, words.begin) if len(words) else kinds[:0]
 

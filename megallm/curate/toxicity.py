@@ -1,8 +1,10 @@
-"""Toxic text: how dense are listed words, and what a trained score says of the passages that hold them.
+"""Toxic text: how dense are listed words, and what a trained score says of the passages with them.
 
-Words are matched whole, so that a town's name is safe, and a listed word inside an allowed phrase does not
-count. Words that have a harmless sense, too, count only in the company of words that have none, or of many of their
-own kind: a page on titmice, retarded potentials or dog breeding has one or two of them, again and again. The score (alt-profanity-check, a linear model) is asked only about documents with enough listed words.
+Words are matched whole, so that a town's name is safe, and a listed word inside an allowed phrase
+does not count. Words that have a harmless sense, too, count only in the company of words that have
+none, or of many of their own kind: a page on titmice, retarded potentials or dog breeding has one
+or two of them, again and again. The score (alt-profanity-check, a linear model) is asked only about
+documents with enough words that count.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from megallm.curate.document import KEEP, Batch, Verdict, drop
 from megallm.curate.external import contains
 from megallm.curate.text import Analysis, Pieces
 
-# Rotated by 13 letters, so that reading this file offends nobody. Words that are rude in every context.
+# Rotated by 13 letters, so that reading this file offends nobody. Words that are always rude.
 _WORDS = codecs.decode(
     "shpx shpxf shpxrq shpxre shpxref shpxva shpxvat shpxsnpr zbgureshpxre zbgureshpxref "
     "zbgureshpxvat pyhfgreshpx fuvg fuvgf fuvggl ohyyfuvg qvcfuvg fuvgurnq phag phagf nffubyr "
@@ -34,8 +36,9 @@ _WORDS = codecs.decode(
     "xhgnf puhw ",
     "rot13",
 ).split()
-# Words that are rude, or names of birds, dogs and people, terms of physics, words of other languages and of old books.
-# They count as often as words of the list above stand beside them, or where _DIVERSE different ones meet.
+# Words that are rude, or names of birds, dogs and people, terms of physics, words of other
+# languages and of old books. They count as often as words of the list above stand beside them, or
+# where _DIVERSE different ones meet.
 _TWO_SENSES = codecs.decode(
     "pbpx pbpxf qvpx qvpxf chffl chffvrf gvg gvgf ovgpu ovgpurf fyhg fyhgf juber juberf jubevat "
     "cevpx cevpxf ubeal uneqpber cbea cbeab cbeauho qvyqb qvyqbf betnfz betnfzf cvff cvffrq snt "
@@ -107,9 +110,8 @@ class Toxicity:
         self.config = config
         self.marks = {"toxicity.word_density": (config.max_density,)}
         two_senses = () if config.words else _TWO_SENSES
-        self._listed = phrase_tables(
-            read_phrases(config.words, "toxicity.words") if config.words else (*_WORDS, *_TWO_SENSES)
-        )
+        own = read_phrases(config.words, "toxicity.words") if config.words else _WORDS
+        self._listed = phrase_tables([*own, *two_senses])
         stems = {word: word[:_STEM_CHARS] for word in two_senses}
         numbers = {stem: number for number, stem in enumerate(sorted(set(stems.values())))}
         hashes = {int(phrase_tables([word])[1][0]): numbers[stem] for word, stem in stems.items()}
@@ -126,7 +128,8 @@ class Toxicity:
         return found[~phrase_hits(words, self._allowed, found)[found]] if len(found) else found
 
     def _counted(self, hashes: np.ndarray, owners: np.ndarray, size: int) -> np.ndarray:
-        """How many listed words count in each of `size` documents; `hashes` and `owners` of every match."""
+        """Returns how many listed words count in each of `size` documents; every match has its hash
+        and its document in `hashes` and `owners`."""
         unsure = contains(self._two_senses, hashes)
         sure = np.bincount(owners[~unsure], minlength=size)
         others = np.bincount(owners[unsure], minlength=size)
@@ -160,9 +163,11 @@ class Toxicity:
                 verdicts.append(KEEP)
         return verdicts
 
-    def _scores(self, analysis: Analysis, places: np.ndarray, rows: np.ndarray, size: int) -> dict[int, float]:
-        """The mean score of the passages around the first listed words of each document: `places` in the analysis,
-        `rows` in our batch of `size`."""
+    def _scores(
+        self, analysis: Analysis, places: np.ndarray, rows: np.ndarray, size: int
+    ) -> dict[int, float]:
+        """Returns the mean score of the passages around the first listed words of each document:
+        `places` in the analysis, `rows` in our batch of `size`."""
         if not self.config.score or not len(rows):
             return {}
         # Imported only here: it takes two seconds, and most shards never ask.

@@ -1,5 +1,5 @@
-"""D.27: what looks alike compares alike in every step that compares texts (found of 60 planted: full width 5, zero
-width 40, NFD 56)."""
+"""D.27: what looks alike compares alike in every step that compares texts (found of 60 planted:
+full width 5, zero width 40, NFD 56)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ PUNCTUATION: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("name", [*DISGUISES, *PUNCTUATION])
 def test_steps_see_through(name: str) -> None:
     """Words, near duplicates and listed words; exact keys where punctuation is the same."""
-    plain = "The first official staff finish just before the festival of Saint Felix. " + prose(3, 40).replace("\n", " ")
+    plain = "The first official staff finish just before the festival of Saint Felix. "
+    plain += prose(3, 40).replace("\n", " ")
     disguised = (DISGUISES | PUNCTUATION)[name](plain)
     words, others = Analysis([plain]).words, Analysis([disguised]).words
     assert words.hashes.tolist() == others.hashes.tolist()
@@ -68,14 +69,18 @@ def test_steps_see_through(name: str) -> None:
 
 def test_what_is_written_in_two_ways_and_what_is_not_the_same() -> None:
     same = [
-        ("Straße", "STRASSE"), ("한국어", unicodedata.normalize("NFD", "한국어")), ("ｶﾞﾗｽ", "ガラス"), ("İstanbul", "istanbul"),
-        ("ΟΔΟΣ", "οδος"), ("Łódź", "lodz"), ("don’t", "donʼt".replace("ʼ", "’")), ("x²", "x2"), ("№ 5", "No 5"),
-        ("كِتَاب", "كتاب"), ("שָׁלוֹם", "שלום"), ("½", "1⁄2"), ("Ⅳ", "IV"), ("\ufefftext", "text"), ("a\r\n\tb ", "a b"),
+        ("Straße", "STRASSE"), ("한국어", unicodedata.normalize("NFD", "한국어")),
+        ("ｶﾞﾗｽ", "ガラス"), ("İstanbul", "istanbul"),
+        ("ΟΔΟΣ", "οδος"), ("Łódź", "lodz"), ("don’t", "donʼt".replace("ʼ", "’")), ("x²", "x2"),
+        ("№ 5", "No 5"),
+        ("كِتَاب", "كتاب"), ("שָׁלוֹם", "שלום"), ("½", "1⁄2"), ("Ⅳ", "IV"), ("\ufefftext", "text"),
+        ("a\r\n\tb ", "a b"),
     ]  # fmt: skip
     for one, other in same:
         assert comparable(one) == comparable(other), (one, other)
     for one, other in (
-        ("x = y", "x ≠ y"), ("x = y", unicodedata.normalize("NFD", "x ≠ y")), ("a + b", "a - b"), ("हिन्दी", "हन्दी"), ("a b", "ab"),
+        ("x = y", "x ≠ y"), ("x = y", unicodedata.normalize("NFD", "x ≠ y")), ("a + b", "a - b"),
+        ("हिन्दी", "हन्दी"), ("a b", "ab"),
         ("Foo™", "Footm"), ("がか", "がき"), ("한국어", "한국"), ("10", "1 0"),
     ):  # fmt: skip
         assert comparable(one) != comparable(other), (one, other)

@@ -26,12 +26,15 @@ from .test_chain import config_of, corpus, outputs, prose
 PARTS = [
     "the quick brown fox", "the quick brown fox jumps over it", "a", "...", "…", "#", "x.y.z", "é", "漢字かな", "ไทย",
     "Σ", "İ", "_", "12", "\t", " ", "  \r", "\n", "\n\n", "\n \n", "\x85", "\u2028", "\u3000", "\u00a0", "🙂", "- item",
-    "end.", "\x1c", "e\u0301", "ｆｕｌｌ", "a\u200bb", "_so_", "___", "\u1112\u1161", "ﷺ", "≠", '"', "\\", "\x08", "\x1f", "\x7f", "\ufeff",
+    "end.", "\x1c", "e\u0301", "ｆｕｌｌ", "a\u200bb", "_so_", "___", "\u1112\u1161", "ﷺ", "≠", '"',
+    "\\", "\x08", "\x1f", "\x7f", "\ufeff",
 ]  # fmt: skip
 PERSONAL = [
     "9.9.9.9", "93.184.216.34", "1.2.3", "10.0.0.1", "1..2", "2606:4700:4700::1111", "2ABC::5", "3.14:", "20:45:",
     "a::b", "DE89370400440532013000", "GB82 WEST 1234 5698 7654 32", "DE8", "XX1", "D\u06689", "FI2112345600000785",
-    "123-45-6789", "4111 1111 1111 1111", "+49 30 901820", "jane@mail.org", "gb82west12345698765432", "sk-proj-" + "aB3_" * 9, "ask-proj-" + "aB3_" * 9, "://me:hunter22@db.io/",
+    "123-45-6789", "4111 1111 1111 1111", "+49 30 901820", "jane@mail.org",
+    "gb82west12345698765432", "sk-proj-" + "aB3_" * 9, "ask-proj-" + "aB3_" * 9,
+    "://me:hunter22@db.io/",
     "secret_access_key", "AKIA", "AKIAIOSFODNN7EXAMPLE", "ghp_",
     "xoxb-1234567890a", "xo", "PRIVATE KEY-----", "ip ", "\n", "\n", " ", ".", ":", "-", "0", "42", "é", "漢", "K", "_",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""D.27: 60 evaluation items planted into running text, disguised or edited, are all found, and clean text is left."""
+"""D.27: 60 evaluation items planted into running text, disguised or edited, are all found, and
+clean text is left."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def test_edited_items(name: str, tmp_path: Path) -> None:
 
 
 def test_clean_text_and_other_questions_are_left(tmp_path: Path) -> None:
-    """Text of the same 36 words, items with half of their words changed, and questions that only begin alike."""
+    """Text of the same 36 words, items with half of their words changed, and questions that only
+    begin alike."""
     items = items_of(18)
     step = step_of(tmp_path, items)
     clean = [prose(20_000 + number, 300) for number in range(100)]
