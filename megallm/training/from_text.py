@@ -291,7 +291,8 @@ def _held_out(text: Text, batch_tokens: int) -> tuple[str, int]:
 
 def _identity(request: Request) -> dict[str, Any]:
     """What decides the preparation: the files with their sizes and times, and the preset."""
-    found = [(name, os.stat(name)) for name in find_files(request.text)]
+    names = find_files(request.text)
+    found = [(os.path.relpath(name, request.text), os.stat(name)) for name in names]
     listed = [[name, status.st_size, status.st_mtime_ns] for name, status in found]
     return {"schema": SCHEMA, "preset": request.preset, "files": listed}
 

@@ -75,6 +75,8 @@ def test_preparing_makes_a_configuration_that_passes_its_own_check(books):
     assert check(config).model.vocab_size == chosen["vocab_size"] <= 2048
     assert call_config(request(books).config) == 0
     assert from_text.is_prepared(request(books)) and not (request(books).folder / "sample.jsonl").exists()
+    for same in ("books", "./books/", "../" + books.parent.name + "/books"):
+        assert from_text.is_prepared(request(Path(same)))
 
 
 def call_config(path: Path) -> int:

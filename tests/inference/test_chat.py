@@ -203,7 +203,7 @@ def test_on_a_terminal_control_c_stops_the_answer_and_control_d_leaves(model):
         os.execv(sys.executable, [sys.executable, "-m", "megallm", *words])
     said = b""
     try:
-        for expected, answer in ((b"> ", b"hello\n"), (b"r\x19r", b"\x03"), (b"[stopped]\r\n> ", b"\x04")):
+        for expected, answer in ((b"> ", b"hello\n"), (b"r\\x19r", b"\x03"), (b"[stopped]\r\n> ", b"\x04")):
             deadline = time.monotonic() + 90
             while expected not in said:
                 assert time.monotonic() < deadline, (expected, said[-300:])
