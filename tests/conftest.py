@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from megallm.base import extension
 
@@ -25,6 +26,11 @@ LONG = (
     "system/test_bad_input.py", "system/test_huggingface.py", "system/test_objectives.py",
     "inference/test_generator.py", "inference/test_chat.py",
 )  # fmt: skip
+
+
+# Without these every property would have to hold within 200 ms an example, on any machine and at any load.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.conftest import LONG
 from tests.system.commands import ROOT
@@ -65,6 +66,14 @@ def test_single_tests_of_the_quick_selection_exist():
         assert re.search(rf"^def {function}\(", (ROOT / path).read_text(), flags=re.M), line
         rows = "".join(path.read_text() for path in (PACKAGE / "oracle").glob("*.py"))
         assert not parameter or f'"{parameter.removesuffix("]")}"' in rows, line
+
+
+def test_no_property_has_a_limit_in_seconds():
+    """Hypothesis fails an example of more than 200 ms by default; the profile of tests/conftest.py has no limit."""
+    assert settings.default.deadline is None
+    assert HealthCheck.too_slow in settings.default.suppress_health_check
+    named = re.compile(r"deadline=(?!None)[\w.]")
+    assert not [path for path in TESTS.rglob("*.py") if named.search(path.read_text())]
 
 
 def test_the_long_files_that_start_first_exist():
