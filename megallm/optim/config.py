@@ -9,9 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Parameters that are treated otherwise than the rest, by logical name; the first group that
-    matches counts.
-    """
+    """Parameters that are treated otherwise than the rest, by logical name; the first group that matches counts."""
 
     match: str = ""  # a pattern such as *.mlp.down.weight (* and ? as in file names), or /regular expression/
     lr_scale: float = 1.0  # times the learning rate
@@ -21,82 +19,49 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`null` is the default of the rule or of the schedule (`SETTINGS`, `SCHEDULES`); `resolve`
-    fills it in.
-    """
+    """`null` is the default of the rule or of the schedule (`SETTINGS`, `SCHEDULES`); `resolve` fills it in."""
 
     rule: str = "adamw"  # sgd | adagrad | rmsprop | adam | adamw | lion | adafactor | muon (docs/optimizers.md)
-    lr: float | None = (
-        None  # the highest learning rate; adafactor: an upper bound of its relative step
-    )
+    lr: float | None = None  # the highest learning rate; adafactor: an upper bound of its relative step
     min_lr: float = 0.0  # where the schedule ends; inverse_sqrt: a floor
     warmup_steps: int = 0  # the rate rises linearly from 0 over these
     schedule: str = "cosine"  # constant | linear | cosine | inverse_sqrt | wsd, over train.steps after the warm-up
     decay_fraction: float | None = None  # wsd: the last share of the steps, in which the rate falls
     decay_shape: str | None = None  # wsd: how it falls: linear | cosine | sqrt
-    betas: tuple[float, float] | None = (
-        None  # adam, adamw, lion, and muon for what is not a hidden matrix
-    )
-    eps: float | None = (
-        None  # adagrad, rmsprop, adam, adamw, muon: beside the root; adafactor: beside squares
-    )
-    weight_decay: float | None = (
-        None  # sgd, adagrad, rmsprop, adam: added to the gradient; the others: decoupled
-    )
+    betas: tuple[float, float] | None = None  # adam, adamw, lion, and muon for what is not a hidden matrix
+    eps: float | None = None  # adagrad, rmsprop, adam, adamw, muon: beside the root; adafactor: beside squares
+    weight_decay: float | None = None  # sgd, adagrad, rmsprop, adam: added to the gradient; the others: decoupled
     momentum: float | None = None  # sgd, rmsprop, muon
     nesterov: bool | None = None  # sgd, muon: look one step ahead along the momentum
     smoothing: float | None = None  # rmsprop: what the mean of squares keeps each step
-    decay_power: float | None = (
-        None  # adafactor: after t steps the mean of squares keeps 1 - t^-decay_power
-    )
-    update_clip: float | None = (
-        None  # adafactor: largest root mean square of an update before the rate
-    )
-    min_scale: float | None = (
-        None  # adafactor: least root mean square of a weight that a step is relative to
-    )
+    decay_power: float | None = None  # adafactor: after t steps the mean of squares keeps 1 - t^-decay_power
+    update_clip: float | None = None  # adafactor: largest root mean square of an update before the rate
+    min_scale: float | None = None  # adafactor: least root mean square of a weight that a step is relative to
     ns_steps: int | None = None  # muon: Newton-Schulz iterations
-    update_scale: str | None = (
-        None  # muon: rms (0.2 sqrt(max(rows, columns)), as AdamW) | original (Jordan's)
-    )
+    update_scale: str | None = None  # muon: rms (0.2 sqrt(max(rows, columns)), as AdamW) | original (Jordan's)
     clip: float = 1.0  # the global norm that gradients are scaled down to; 0 switches it off
     groups: tuple[GroupConfig, ...] = ()  # ordered: the first whose pattern matches a name counts
 
     def resolve(self) -> OptimConfig:
-        """With the defaults of the rule and the schedule in place of null; a key that neither uses
-        stays as it is.
-        """
+        """With the defaults of the rule and the schedule in place of null; a key that neither uses stays as it is."""
         given = dataclasses.asdict(self)
         wanted = SETTINGS[self.rule] | SCHEDULES[self.schedule]
-        return dataclasses.replace(
-            self, **{key: value for key, value in wanted.items() if given[key] is None}
-        )
+        return dataclasses.replace(self, **{key: value for key, value in wanted.items() if given[key] is None})
 
 
 @dataclass(frozen=True)
 class ZeroOptions:
     """What stays sharded over dp x cp between uses, and how gradients travel."""
 
-    stage: int = (
-        0  # 0 nothing, 1 master weights and optimizer state, 2 gradients too, 3 parameters too
-    )
-    shard_size: int | None = (
-        None  # ranks that divide the state, replicated across the rest; None: all (else hybrid)
-    )
-    bf16_grads: bool = (
-        False  # stages 1 to 3: gradients travel and meet in bf16; accumulation stays wide
-    )
+    stage: int = 0  # 0 nothing, 1 master weights and optimizer state, 2 gradients too, 3 parameters too
+    shard_size: int | None = None  # ranks that divide the state, replicated across the rest; None: all (else hybrid)
+    bf16_grads: bool = False  # stages 1 to 3: gradients travel and meet in bf16; accumulation stays wide
     offload: bool = False  # master weights and optimizer state in CPU memory
-    bucket_bytes: int = (
-        32 * 2**20
-    )  # of wide gradients in one message; stage 3 has a bucket per block instead
-    tree: bool = (
-        False  # gradients summed in a fixed tree: the same bits for any dp (stages 0 and 1)
-    )
+    bucket_bytes: int = 32 * 2**20  # of wide gradients in one message; stage 3 has a bucket per block instead
+    tree: bool = False  # gradients summed in a fixed tree: the same bits for any dp (stages 0 and 1)
 
 
-# The hyperparameters of each rule with the defaults of its paper (AdamW: those usual for language
-# models).
+# The hyperparameters of each rule with the defaults of its paper (AdamW: those usual for language models).
 _ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": _ADAMW,
@@ -106,15 +71,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rmsprop": {"lr": 1e-3, "smoothing": 0.9, "eps": 1e-8, "momentum": 0.0, "weight_decay": 0.0},
     "lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0},
     "adafactor": {
-        "lr": 1e-2,
-        "decay_power": 0.8,
-        "update_clip": 1.0,
-        "eps": 1e-30,
-        "min_scale": 1e-3,
-        "weight_decay": 0.0,
+        "lr": 1e-2, "decay_power": 0.8, "update_clip": 1.0, "eps": 1e-30, "min_scale": 1e-3, "weight_decay": 0.0,
     },
     "muon": _ADAMW | {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "update_scale": "rms"},
-}
+}  # fmt: skip
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
     "linear": {},
@@ -131,9 +91,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def unused(config: OptimConfig) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Keys that were given and that nothing reads: `(key, "rule muon" or "schedule cosine", the
-    keys it reads)`.
-    """
+    """Keys that were given and that nothing reads: `(key, "rule muon" or "schedule cosine", the keys it reads)`."""
     given = dataclasses.asdict(config)
     found = []
     for kind, table in (("rule", SETTINGS), ("schedule", SCHEDULES)):

@@ -83,8 +83,8 @@ def test_the_grid_fits_the_terminal_and_has_a_legend(kind, columns, capsys, monk
 def test_the_picture_calls_microbatches_microbatches(capsys, tmp_path):
     """Issue R, C.23: the legend said `(number: chunk)` beside boxes whose numbers are microbatches."""
     for kind, chunks in (("zb-v", True), ("1f1b", False)):
-        assert call(capsys, "--kind", kind, "--pp", 2, "--micros", 4, "--draw", tmp_path / "a.svg")[0] == 0
-        text = (tmp_path / "a.svg").read_text()
+        assert call(capsys, "--kind", kind, "--pp", 2, "--micros", 4, "--draw", tmp_path / f"{kind}.svg")[0] == 0
+        text = (tmp_path / f"{kind}.svg").read_text()
         assert "number in a box: microbatch" in text and "number: chunk" not in text
         assert ("shade: model chunk of the rank, from 0 (dark) to 1 (light)" in text) == chunks
 
