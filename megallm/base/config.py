@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import io
 import math
-import os
 import re
 import tokenize
 import types
@@ -26,6 +25,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from megallm.base.errors import UsageError
+from megallm.base.paths import expand_home
 
 Config = TypeVar("Config")
 
@@ -39,7 +39,6 @@ _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _EXPONENT_INT = re.compile(r"\+?[0-9][0-9_]*[eE]\+?[0-9]{1,2}")  # 1e6 is a fine number of steps
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
-_HOME = re.compile(r"~[A-Za-z0-9._-]*/")
 _BAD = object()  # a value that could not be read; its problem is on the list
 
 
@@ -397,17 +396,6 @@ def _to_bool(node: Scalar) -> Any:
 
 def _to_str(node: Scalar) -> Any:
     return _BAD if node.plain and (node.text in _NULLS or node.text in _BOOLS) else expand_home(node.text)
-
-
-def expand_home(text: str) -> str:
-    """`~/x` and `~name/x` as paths of the home folder; anything else as it is. The one place for configurations and
-    flags: no text value that is not a path begins like this."""
-    if not _HOME.match(text):
-        return text
-    found = os.path.expanduser(text)
-    if found == text:
-        raise UsageError(f"{text}: there is no user whose home folder {text.partition('/')[0]} could be; write it out.")
-    return found
 
 
 _SCALARS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}

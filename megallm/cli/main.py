@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from megallm.base.config import expand_home
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
+from megallm.base.paths import expand_home
 from megallm.base.version import VERSION
 from megallm.cli.board import BOARD
 from megallm.cli.supervise import INTERRUPTED, Terminated, die_of, say_stopped, supervised
