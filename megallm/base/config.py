@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import io
 import math
-import os
 import re
 import tokenize
 import types
@@ -27,6 +26,7 @@ import yaml
 
 from megallm.base import words
 from megallm.base.errors import UsageError
+from megallm.base.paths import expand_home
 
 Config = TypeVar("Config")
 
@@ -41,7 +41,6 @@ _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _RADIX_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _MAX_DIGITS = 100  # 1e6 is a fine number of steps; the digits of 1e999999999 would fill the memory
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
-_HOME = re.compile(r"~[A-Za-z0-9._-]*/")
 _BAD = object()  # a value that could not be read; its problem is on the list
 
 
@@ -425,17 +424,6 @@ def _to_bool(node: Scalar) -> Any:
 
 def _to_str(node: Scalar) -> Any:
     return _BAD if node.plain and (node.text in _NULLS or node.text in _BOOLS) else expand_home(node.text)
-
-
-def expand_home(text: str) -> str:
-    """`~/x` and `~name/x` as paths of the home folder; anything else as it is. The one place for configurations and
-    flags: no text value that is not a path begins like this."""
-    if not _HOME.match(text):
-        return text
-    found = os.path.expanduser(text)
-    if found == text:
-        raise UsageError(f"{text}: there is no user whose home folder {text.partition('/')[0]} could be; write it out.")
-    return found
 
 
 _SCALARS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from megallm.base import extension, terminal, words
-from megallm.base.config import expand_home
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.output import open_standard_streams, show_error
+from megallm.base.paths import expand_home
 from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
 from megallm.cli.board import BOARD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from megallm.cli.board import BOARD
 from megallm.cli.output import check_outputs, overwrite_argument
@@ -30,7 +31,7 @@ def _run(args: argparse.Namespace) -> int:
     from megallm.oracle.run import main
 
     check_outputs(args, args.json)
-    return main(args, progress=BOARD.show)
+    return main(args, sys.stdout.write, BOARD.show)
 
 
 COMMANDS = {"oracle": Command(_arguments, _run)}

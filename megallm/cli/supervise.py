@@ -6,7 +6,6 @@ child is asked first, which lets it clean up, and killed when it has not ended w
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megallm.base.errors import InternalError
 from megallm.base.stopping import INTERRUPTED
@@ -49,11 +49,11 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
     sys.stderr.flush()
     wanted = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*wanted, signal.SIGCHLD))
-    parent = os.getpid()
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the child started comes to us when it ends
+    parent, process = os.getpid(), _library()
+    process.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the child started comes to us when it ends
     pid = os.fork()
     if pid == 0:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        process.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it died before it could be asked to say so
             os._exit(InternalError.exit_code)
         _Handlers(wanted)
@@ -70,6 +70,13 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
             return INTERRUPTED
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return _ending(os.waitstatus_to_exitcode(status), asked)
+
+
+def _library() -> Any:
+    """The C library."""
+    import ctypes  # takes 20 ms that `megallm --help` need not
+
+    return ctypes.CDLL(None)
 
 
 def say_stopped(number: int, kept: str) -> None:
