@@ -132,7 +132,8 @@ def test_item_18_what_published_tokenizers_hold_is_no_bomb(tmp_path):
     )
     large["added_tokens"] = [{**FLAGS, "content": f"<unused{i}>", "id": len(vocab) + i} for i in range(6000)]
     albert = [replace({"String": "``"}, '"'), replace({"String": "''"}, '"'), {"type": "NFKD"},
-              {"type": "StripAccents"}, {"type": "Lowercase"}, {"type": "Precompiled", "precompiled_charsmap": charsmap(18)},
+              {"type": "StripAccents"}, {"type": "Lowercase"},
+              {"type": "Precompiled", "precompiled_charsmap": charsmap(18)},
               replace({"Regex": " {2,}"}, " ")]  # fmt: skip
     deepseek = [
         split(r"\p{N}{1,3}"),

@@ -53,12 +53,14 @@ SPLITTINGS = {
 
 
 def written(folder: Path, splitting: str, added: tuple[dict, ...] = (), seed: int = 0) -> str:
-    """A folder with a tokenizer of hundreds of merges, many across borders of classes."""
+    """A folder with a tokenizer of a thousand merges, most across borders of classes."""
     chance = random.Random(seed)
     vocab = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}
-    names, merges = list(vocab), []
-    while len(merges) < 900:
-        a, b = chance.choice(names[-400:] if chance.random() < 0.5 else names), chance.choice(names)
+    high = BYTE_SYMBOLS[128:]
+    merges = [pair for a in "a1." for b in high for pair in ([a, b], [b, a])]  # whatever is not split shows
+    vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
+    names = list(vocab)
+    for a, b in ([chance.choice(names), chance.choice(names)] for _ in range(300)):
         if a + b not in vocab and len(a + b) < 12:
             vocab[a + b] = len(vocab)
             names.append(a + b)
