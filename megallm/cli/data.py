@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,7 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
 def _preprocess(args: argparse.Namespace) -> int:
     from megallm.data import preprocess
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many work
     config = preprocess.PreprocessConfig(
         inputs=tuple(args.input),
         output=args.output,

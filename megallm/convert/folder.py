@@ -87,7 +87,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES)
 def _decoded(data: bytes, where: str, values: int) -> dict[str, Any]:
     found = sum(map(data.count, (b",", b"[", b"{")))
     if found > values:
-        raise CheckpointError(f"{where} holds {found} values; more than {values} are refused, they would fill the memory.")
+        raise CheckpointError(f"{where} holds {found} values; more than {values} are refused: they fill the memory.")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

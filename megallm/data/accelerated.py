@@ -4,7 +4,7 @@ The ids are those of `tokenizers`, always. The two split text by tables of other
 point is compared at its first sight (`SameSplits`), and a text that holds one on which they differ goes to
 `tokenizers`; so does one that is not normalised, or in which an added token is written. That both read the definition
 alike is tried once on hard strings, special tokens and thousands of its own tokens; the verdict is kept for these
-versions. gigatoken's cache of words grows without end, so it is made anew now and then.
+versions. gigatoken's cache of words grows without end, so it is made anew when it has become large.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import resource
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,7 +34,8 @@ AUTO, FAST, PLAIN = "auto", "gigatoken", "tokenizers"
 BACKENDS = (AUTO, FAST, PLAIN)
 CACHE = "~/.cache/megallm/gigatoken"  # verdicts of `first_difference`
 _CHECK = 1  # changes with what is compared
-_RENEW_BYTES = 128 << 20  # of text, after which the cache of words is dropped
+_LOOK_BYTES = 16 << 20  # of text, after which the size of the process is looked at
+_GROWN_BYTES = 192 << 20  # that a process may have grown by before the cache of words is dropped: most text never does
 _LONG = 512  # characters of a text, on average
 _OWN_TOKENS = 4096  # of the vocabulary, whose texts are compared
 _PROBES = (
@@ -54,7 +56,7 @@ class AcceleratedTokenizer(FolderTokenizer):
 
     def __init__(self, plain: FolderTokenizer, module: Any) -> None:
         vars(self).update(vars(plain))
-        self._module, self._used, self.by_tokenizers = module, 0, 0
+        self._module, self._unseen, self.by_tokenizers = module, 0, 0
         self._splits = SameSplits(self._definition, module)
         self._normal_form = _normal_form(self._definition)
         kept = [token for token in self.added_tokens if not token.get("special")]
@@ -62,7 +64,11 @@ class AcceleratedTokenizer(FolderTokenizer):
         bare = [token | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) for token in kept]
         self._bare = dumps({**self._definition, "added_tokens": bare, "post_processor": None})
         self._added = np.array(sorted({token["id"] for token in kept}), np.int64)
-        self._fast = module.Tokenizer.from_json(self._bare)
+        self._renew()
+
+    def _renew(self) -> None:
+        self._fast = self._module.Tokenizer.from_json(self._bare)
+        self._small = _resident_bytes()
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has. On the calling thread only."""
@@ -84,11 +90,15 @@ class AcceleratedTokenizer(FolderTokenizer):
 
     def fast_ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts as gigatoken makes them, and where each begins [texts + 1]."""
-        if self._used > _RENEW_BYTES:
-            self._fast, self._used = self._module.Tokenizer.from_json(self._bare), 0
+        if self._unseen > _LOOK_BYTES:
+            self._unseen = 0
+            if _resident_bytes() - self._small > _GROWN_BYTES:
+                self._renew()
         characters = sum(map(len, texts))
-        self._used += characters
-        if characters >= _LONG * len(texts):  # one by one as fast, and without the import of awkward, a fifth of a second
+        self._unseen += characters
+        if characters >= _LONG * len(
+            texts
+        ):  # one by one as fast, and without the import of awkward, a fifth of a second
             found = [self._fast.encode(text) for text in texts]
             offsets = np.zeros(len(texts) + 1, np.int64)
             np.cumsum([len(one) for one in found], out=offsets[1:])
@@ -153,6 +163,12 @@ def unprovable(definition: dict[str, Any]) -> str:
     return ""
 
 
+def _resident_bytes() -> int:
+    """Memory that this process has now."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def _normal_form(definition: dict[str, Any]) -> str | None:
     kinds = [step.get("type") for step in steps_of(definition.get("normalizer"))]
     return "NFC" if "NFC" in kinds else None
@@ -209,7 +225,7 @@ def versions() -> dict[str, str]:
 
 
 def libraries(encoder: Any, backend: str) -> list[str]:
-    """"NAME VERSION" of what makes the ids: of gigatoken also the library that it was compared with."""
+    """ "NAME VERSION" of what makes the ids: of gigatoken also the library that it was compared with."""
     if encoder.kind == BYTES:
         return [f"megallm {VERSION}"]
     names = [PLAIN] if isinstance(encoder, FolderTokenizer) else [encoder.kind]

@@ -57,7 +57,9 @@ class Bookmarks:
     def _save(self, asked: int) -> None:
         while len(self._marks) > _MOST:
             self._stride *= 2
-            self._marks = {step: mark for step, mark in self._marks.items() if step % self._stride == 0 or step == asked}
+            self._marks = {
+                step: mark for step, mark in self._marks.items() if step % self._stride == 0 or step == asked
+            }
         if self._path is not None:
             with suppress(OSError, CannotWrite):
                 self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,8 @@ class PreprocessConfig:
 class Stats:
     """Counts of a run; `empty` and `tokens` per key, `lines` of text or rows of Parquet.
 
-    backend: what tokenised; by_tokenizers: texts that gigatoken left to `tokenizers`; resumed: chunks that an earlier, killed run had done.
+    backend: what tokenised; by_tokenizers: texts that gigatoken left to `tokenizers`; resumed: chunks that an earlier,
+    killed run had done.
     """
 
     lines: int = 0

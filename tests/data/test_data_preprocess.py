@@ -458,7 +458,8 @@ def test_work_is_in_the_workers(tmp_path):
         own, children = cpu_seconds(resource.RUSAGE_SELF), cpu_seconds(resource.RUSAGE_CHILDREN)
         preprocess.run(
             PreprocessConfig(
-                (source,), str(tmp_path / "o"), str(tmp_path / "tok"), workers=workers, on_error="skip", backend="tokenizers"
+                (source,), str(tmp_path / "o"), str(tmp_path / "tok"), workers=workers, on_error="skip",
+                backend="tokenizers",
             )
         )
         own = cpu_seconds(resource.RUSAGE_SELF) - own

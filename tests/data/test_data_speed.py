@@ -109,7 +109,16 @@ def test_without_gigatoken_the_plain_one_is_used(bpe, monkeypatch):
 def test_the_cache_of_words_is_dropped(bpe, monkeypatch):
     pytest.importorskip("gigatoken")
     fast, _ = accelerated.choose(tokenizer.load(bpe), "gigatoken")
-    monkeypatch.setattr(accelerated, "_RENEW_BYTES", 1000)
+    monkeypatch.setattr(accelerated, "_LOOK_BYTES", 1000)
+    monkeypatch.setattr(accelerated, "_resident_bytes", lambda: 10**9)
+    for _ in range(60):
+        fast.encode_joined([TEXT])
+    kept = fast._fast  # a process that does not grow
+    monkeypatch.setattr(fast, "_small", 0)
+    fast.encode_joined([TEXT] * 20)
+    fast.encode_joined([TEXT])
+    assert fast._fast is not kept
+    monkeypatch.setattr(accelerated, "_GROWN_BYTES", -1)
     made = [fast._fast]
     for _ in range(60):
         fast.encode_joined([TEXT])
