@@ -9,10 +9,9 @@ from pathlib import Path
 
 from megallm.base.errors import MegallmError
 from megallm.cli.main import main
-from megallm.data.gpt2_files import write_gpt2_folder
-from megallm.training.megatron_data import GPT2, preprocess_tokenizer
+from megallm.training.megatron_preprocess import preprocess_tokenizer
 
-IGNORED = ("log-interval", "partitions", "dataset-impl", "lang", "vocab-size", "vocab-extra-ids", "special-tokens",
+IGNORED = ("log-interval", "partitions", "dataset-impl", "lang", "vocab-extra-ids",
            "make-vocab-size-divisible-by", "max-documents")  # fmt: skip
 
 
@@ -26,6 +25,9 @@ def translated(arguments: list[str]) -> list[str]:
     parser.add_argument("--tokenizer-model", "--tokenizer", help="a folder, a .model, or `bytes`")
     parser.add_argument("--vocab-file", "--vocab", help="GPT-2's vocab.json")
     parser.add_argument("--merge-file", help="GPT-2's merges.txt")
+    parser.add_argument("--tiktoken-pattern", default="v2")
+    parser.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
+    parser.add_argument("--vocab-size", type=int, help="of a TikTokenizer")
     parser.add_argument("--append-eod", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep-sequential-samples", action="store_true", help="always so")
@@ -35,10 +37,7 @@ def translated(arguments: list[str]) -> list[str]:
     named = ([one] if Path(one).exists() else sorted(glob.glob(one)) or [one] for one in args.input)
     files = [name for names in named for name in names]
     try:
-        spec = preprocess_tokenizer(args.tokenizer_type or "", vars(args))
-        if spec == GPT2:
-            spec = f"{args.output_prefix}_tokenizer"
-            write_gpt2_folder(args.vocab_file, args.merge_file, Path(spec))
+        spec = preprocess_tokenizer(vars(args), Path(f"{args.output_prefix}_tokenizer"))
     except MegallmError as error:
         parser.exit(error.exit_code, f"preprocess_data: {error}\n")
     words = ["preprocess", "--input", *files, "--output", args.output_prefix, "--json-keys"]

@@ -178,8 +178,8 @@ class TiktokenTokenizer(_Native):
 
     @property
     def eod(self) -> int:
-        """The id of <|endoftext|> or <|end_of_text|>. Errors: `DataError`."""
-        for token in (_END, "<|end_of_text|>"):
+        """The id of <|endoftext|>, <|end_of_text|> or </s>. Errors: `DataError`."""
+        for token in (_END, "<|end_of_text|>", "</s>"):
             if token in self._special_tokens:
                 return self._special_tokens[token]
         raise DataError(f"{self.path.with_suffix('.json')} names no special token {_END} that could end a document.")

@@ -19,7 +19,7 @@ from megallm.training.megatron_translation import Translation, shown, unfilled
 Sources = dict[str, float | None]
 MAX_BYTES = 1 << 20  # of a file of paths
 SPLITS = ("train", "valid", "test")
-GPT2 = "GPT2BPETokenizer"
+GPT2, TIKTOKENIZER = "GPT2BPETokenizer", "TikTokenizer"
 SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer")
 
 
@@ -128,7 +128,7 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
         **dict.fromkeys(
             SENTENCEPIECE_TYPES, ("--tokenizer-model", model, "a sentencepiece .model file")
         ),
-        "TikTokenizer": ("--tokenizer-model", model, "a .tiktoken file of ranks"),
+        TIKTOKENIZER: ("--tokenizer-model", model, "a .tiktoken file of ranks"),
         GPT2: (
             "--vocab-file",
             vocab,
@@ -148,35 +148,15 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
         raise UsageError(
             f"--tokenizer-model {value}: a sentencepiece model is told by its name; call it NAME.model."
         )
-    if kind == "TikTokenizer" and suffix not in TIKTOKEN:
+    if kind == TIKTOKENIZER and suffix not in TIKTOKEN:
         raise UsageError(
-            f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its rank a line, with a "
-            "NAME.json of its pattern and special tokens (docs/stream.md)."
+            f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its rank a "
+            "line, with a NAME.json of its pattern and special tokens (tools/preprocess_data.py with the "
+            "same flags makes them of a NAME.json of Megatron-LM)."
         )
     if kind == GPT2:
         return _gpt2_folder(vocab, merges)
     return value
-
-
-def preprocess_tokenizer(kind: str, given: Mapping[str, Any]) -> str:
-    """What `megallm preprocess --tokenizer` is for the flags of Megatron-LM's preprocess_data.py.
-
-    `GPT2` for its two files. Without a type the files say what they are. Errors: `UsageError`.
-    """
-    words = {f"--{flag.replace('_', '-')}": value or "" for flag, value in given.items()}
-    if not kind:
-        kind = GPT2 if words["--vocab-file"] else "HuggingFaceTokenizer"
-    if kind == GPT2 and words["--vocab-file"] and words["--merge-file"]:
-        return GPT2
-    wanted = "give --tokenizer-model FOLDER with a Hugging Face tokenizer.json, or `bytes`"
-    try:
-        found = tokenizer_of(kind, words)
-    except UsageError as error:
-        sentence = str(error).replace("data.tokenizer", "--tokenizer-model")
-        raise UsageError(f"{sentence} Or {wanted}.") from error
-    if found is None:
-        raise UsageError(f"--tokenizer-type {kind} reads no text: {wanted}.")
-    return found
 
 
 def _gpt2_folder(vocab: str, merges: str) -> str:

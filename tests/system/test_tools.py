@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megallm.cli.main import main
+from megallm.data.megatron_tokenizers import PATTERNS
 from tests.system.commands import ROOT, megallm
 
 NAMES = ("preprocess_data", "merge_datasets", "convert_checkpoint")
@@ -129,6 +131,29 @@ def test_a_sentencepiece_model_gives_its_own_ids(translated, gpt2, tmp_path, mon
     assert documents(tmp_path / "o_text_document") == [[*model.encode(text), model.eos_id()] for text in TEXTS]
 
 
+@pytest.mark.parametrize("pattern", ["v1", "v2"])
+def test_a_tiktokenizer_gives_the_ids_that_it_has_there(pattern, translated, gpt2, tmp_path, monkeypatch):
+    """Special tokens come first, then the ranks of the list up to --vocab-size; `</s>` ends a document."""
+    library = pytest.importorskip("tiktoken")
+    monkeypatch.chdir(tmp_path)
+    pieces = [bytes([i]) for i in range(256)] + [b"th", b"te", b"xt", b"text", b" text", b"12", b"beyond"]
+    rows = [
+        {"rank": rank, "token_bytes": base64.b64encode(piece).decode(), "token_str": None}
+        for rank, piece in enumerate(pieces)
+    ]
+    (tmp_path / "vocab.json").write_text(json.dumps(rows))
+    words = f"--input {gpt2}/x.jsonl --output-prefix o --tokenizer-type TikTokenizer --append-eod --workers 1 "
+    words += "--tokenizer-model vocab.json --tiktoken-num-special-tokens 10 --vocab-size 272 "
+    words += f"--tiktoken-pattern {pattern}"
+    assert main(translated(words.split())) == 0
+    there = library.Encoding(
+        "x", pat_str=PATTERNS[pattern], special_tokens={},
+        mergeable_ranks={piece: rank + 10 for rank, piece in enumerate(pieces[:262])},
+    )  # fmt: skip
+    found = documents(tmp_path / "o_text_document")
+    assert found == [[*there.encode_ordinary(text), 2] for text in TEXTS] and 10 + 260 in found[2]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
@@ -140,7 +165,11 @@ def test_a_sentencepiece_model_gives_its_own_ids(translated, gpt2, tmp_path, mon
         ("--tokenizer-type Llama2Tokenizer", 2, "--tokenizer-model is absent"),
         ("--tokenizer-type BertWordPieceLowerCase --vocab-file v.txt", 2, "megallm reads HuggingFaceTokenizer"),
         ("--tokenizer-type NullTokenizer", 2, "NullTokenizer reads no text"),
-        ("--tokenizer-type TikTokenizer --tokenizer-model v.json", 2, "a base64 token and its rank a line"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model v.txt", 2, "a base64 token and its rank a line"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model {0}/gpt2-vocab.json", 65, "item 0: want an object"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model {0}/none.json", 65, "none.json cannot be read"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model x.json --tiktoken-pattern v3", 2, "has v1, v2"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model x.json --vocab-size 900", 2, "less than --vocab-"),
         ("", 2, "a Hugging Face tokenizer.json, or `bytes`"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -328,3 +329,64 @@ def test_the_command(tmp_path, capsys):
     path.write_text("echo hello\n")
     assert main(["config", "--from-megatron-args", str(path)]) == 2
     assert "holds no flags" in capsys.readouterr().err
+
+
+MOCK = """TOKENIZER_ARG=${3:-"MOCK"} # Path to tokenizer model, or "MOCK"
+DATA_ARG=${4:-"MOCK"}     # Data prefix, or "MOCK"
+ARGS=(
+    "--data-path $DATA_ARG"
+    "--tokenizer-type HuggingFaceTokenizer"
+    "--tokenizer-model $TOKENIZER_ARG"
+)
+torchrun pretrain_gpt.py --num-layers 4 --attention-dropout 0 --hidden-dropout 0 --global-batch-size 8 \\
+    --train-samples $N --lr-decay-samples $M --load $1 --num-experts `nproc` --save "<path>/run" ${ARGS[@]}
+"""
+
+
+def test_a_placeholder_is_one_problem_and_no_value():
+    """Issue R item 21: `$3` and MOCK became data that `config` took."""
+    found = translate(MOCK, "x.sh")
+    flags = [problem.partition(":")[0] for problem in found.problems]
+    assert sorted(flags) == [
+        "--data-path MOCK", "--load $1", "--lr-decay-samples $M", "--num-experts `nproc`", "--save <path>/run",
+        "--tokenizer-model MOCK", "--train-samples $N",
+    ]  # fmt: skip
+    assert not {"data.sources", "data.tokenizer", "run.dir", "train.steps"} & found.config.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "spec"),
+    [
+        ("--tokenizer-type Llama2Tokenizer --tokenizer-model x/tokenizer.model", "x/tokenizer.model"),
+        ("--tokenizer-type SentencePieceTokenizer --tokenizer-model x.model", "x.model"),
+        ("--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model x.spm", "x.spm"),
+        ("--tokenizer-type GPT2BPETokenizer --vocab-file t/vocab.json --merge-file t/merges.txt", "t"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model x.tiktoken", "x.tiktoken"),
+    ],
+)
+def test_types_of_tokenizers(flags, spec):
+    assert translate(QUIET + flags, "x").problems == [] and config_of(flags)["data.tokenizer"] == spec
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--tokenizer-type Llama2Tokenizer --tokenizer-model x.bin", "call it NAME.model"),
+        ("--tokenizer-type Llama2Tokenizer", "--tokenizer-model is absent: set data.tokenizer to a sentencepiece"),
+        ("--tokenizer-type GPT2BPETokenizer --vocab-file gpt2-vocab.json --merge-file m", "PREFIX_tokenizer"),
+        ("--tokenizer-type GPT2BPETokenizer --vocab-file vocab.json", "--merge-file is absent"),
+        ("--tokenizer-type TikTokenizer --tokenizer-model v.json", "tools/preprocess_data.py"),
+        ("--tokenizer-type BertWordPieceCase --vocab-file v.txt", "megallm reads HuggingFaceTokenizer, Llama2Tok"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_are_named_once(flags, words):
+    problems = translate(QUIET + flags, "x").problems
+    assert len(problems) == 1 and words in problems[0], problems
+
+
+def test_a_problem_is_printed_once(capsys, monkeypatch):
+    """Where stdout is a terminal the comments of the YAML are enough."""
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    assert main(["config", "--from-megatron-args", QUIET + "--lr $LR"]) == 0
+    out, err = capsys.readouterr()
+    assert (out + err).count("the script computes $LR") == 1 and err == ""
