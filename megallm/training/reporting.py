@@ -150,9 +150,11 @@ class Reporter:
         self._clock = Clock(total_steps)
         console = self._console = terminal.console(stream)
         self._live: Live | None = None
+        self._notes = _Notes(self)
         if console.is_terminal:
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._on_terminal(self._live.start)
+            self._notes.begin()
         else:
             self._streams.insert(0, stream)
 
@@ -189,9 +191,11 @@ class Reporter:
             if self._console.is_terminal:
                 self._on_terminal(partial(self._console.print, Text(line), soft_wrap=True))
             self._write(line)
+        self._streams.clear()
 
     def abandon(self) -> None:
         """Give the terminal back, and write no file."""
+        self._notes.end()
         if self._live is not None:
             self._on_terminal(self._live.stop)
             self._live = None
@@ -212,6 +216,28 @@ class Reporter:
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._streams.remove(stream)
                 log.warning("Log lines can no longer be written (%s); the run goes on without them.", error)
+
+
+class _Notes(logging.Handler):
+    """Shows warnings above the panel: on stderr the next frame would be drawn over them."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.WARNING)
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.note(record.getMessage())
+
+    def begin(self) -> None:
+        logging.captureWarnings(True)
+        for name in ("megallm", "py.warnings"):
+            logging.getLogger(name).addHandler(self)
+
+    def end(self) -> None:
+        if self in logging.getLogger("megallm").handlers:
+            logging.captureWarnings(False)
+        for name in ("megallm", "py.warnings"):
+            logging.getLogger(name).removeHandler(self)
 
 
 def _panel(row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None) -> Panel:

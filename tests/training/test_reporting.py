@@ -5,6 +5,7 @@ import io
 import logging
 import struct
 import sys
+import warnings
 
 import pytest
 
@@ -111,6 +112,24 @@ def test_a_terminal_gets_a_panel_and_the_log_its_lines(monkeypatch):
     shown = stream.getvalue()
     assert all(part in shown for part in ("step 1200/20000", "2.4135", "41.2%", "saved step 1200", "╭"))
     assert kept.getvalue().startswith("step 1200/20000 | loss 2.4135")
+
+
+def test_a_warning_stands_above_the_panel_and_the_last_words_below_it(monkeypatch):
+    """Issue R, B.15: a line on stderr is drawn over by the next frame of the panel."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream, kept = Terminal(), io.StringIO()
+    reporter = Reporter(stream, total_steps=20000, log_stream=kept)
+    reporter.step(ROW)
+    logging.getLogger("megallm.training.rows").warning("Cannot write %s.", "metrics.jsonl")
+    warnings.warn("of a library", stacklevel=1)
+    reporter.step({**ROW, "step": 1201})
+    reporter.close(("step 1201 is saved", "next: megallm generate"))
+    shown = stream.getvalue()
+    assert shown.index("Cannot write metrics.jsonl.") < shown.index("step 1201/20000") and "of a library" in shown
+    assert shown.endswith("step 1201 is saved\nnext: megallm generate\n")
+    assert kept.getvalue().endswith("step 1201 is saved\nnext: megallm generate\n")
+    assert "Cannot write metrics.jsonl." in kept.getvalue()
+    assert not [one for one in logging.getLogger("megallm").handlers if one.__class__.__name__ == "_Notes"]
 
 
 def test_a_closed_terminal_or_a_full_disk_does_not_stop_a_run(caplog):
