@@ -2,7 +2,7 @@
 
 usage: bench/curate.py MEASURE RAW [--megabytes N]
   RAW is the folder of JSONL files that examples/03_data/corpus.py writes (documents with package, path, label).
-  MEASURE: languages  near  pii  contamination  toxicity  rates
+  MEASURE: languages  near  pii  contamination  edited  toxicity  rates
 Every measure prints one JSON object. `rates` runs each system in a process of its own on the same sample and reports
 processor seconds and peak resident memory of that process, start-up included; datatrove runs its Gopher quality
 and repetition filters and the four stages of its MinHash deduplication (it needs spacy).
@@ -261,6 +261,40 @@ def contamination(raw: Path, _: float) -> dict[str, Any]:
     return out
 
 
+def edited(raw: Path, _: float) -> dict[str, Any]:
+    """Sentences of an evaluation set with words changed, planted into other questions of the same makers: RAW holds
+    test.jsonl and train.jsonl with the key `question` (github.com/openai/grade-school-math, grade_school_math/data)."""
+    sets = {name: [json.loads(line)["question"] for line in (raw / f"{name}.jsonl").read_text("utf-8").splitlines()]
+            for name in ("test", "train")}  # fmt: skip
+    sentences = [part for text in sets["test"] for part in re.split(r"[.?] ", text)]
+    out: dict[str, Any] = {"train questions": len(sets["train"])}
+    for low, high in ((8, 9), (10, 12), (13, 16), (17, 22), (23, 30)):
+        chosen = [one for one in sentences if low <= len(one.split()) <= high]
+        items = random.Random(1).sample(chosen, 60)
+        for share in (0.0, DecontaminateConfig.edited):
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / "set.jsonl"
+                path.write_text("".join(json.dumps({"question": item}) + "\n" for item in items))
+                step = Decontaminate(DecontaminateConfig(sets=(str(path),), edited=share))
+            found = [_dropped(step, [f"{sets['train'][k]} {_changed(item, number)} {sets['train'][k + 100]}"
+                                     for k, item in enumerate(items)]) for number in (0, 1, 2)]  # fmt: skip
+            row = {"of 60 with 0, 1, 2 words changed": found, "of the train set": _dropped(step, sets["train"])}
+            out[f"{low} to {high} words, edited={share}"] = row
+    return out
+
+
+def _changed(item: str, number: int) -> str:
+    words = item.split()
+    for k in range(number):
+        words[len(words) * (k + 1) // (number + 1)] = "zebra"
+    return " ".join(words)
+
+
+def _dropped(step: Decontaminate, texts: list[str]) -> int:
+    verdicts = step.judge(Batch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
+    return sum(verdict.action == "drop" for verdict in verdicts)
+
+
 def toxicity(raw: Path, _: float) -> dict[str, Any]:
     """Documents with listed words planted at 2 % are found; manuals and allowed phrases are not."""
     from megallm.curate.toxicity import _WORDS, ALLOWED
@@ -366,8 +400,8 @@ def _datatrove(scratch: Path, output: Path) -> int:
 
 
 MEASURES = {
-    "languages": languages, "near": near, "pii": pii_measure, "contamination": contamination, "toxicity": toxicity,
-    "rates": rates,
+    "languages": languages, "near": near, "pii": pii_measure, "contamination": contamination,
+    "edited": edited, "toxicity": toxicity, "rates": rates,
 }  # fmt: skip
 
 

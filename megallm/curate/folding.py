@@ -54,8 +54,8 @@ def classes() -> np.ndarray:
 # Letters that are drawn like Latin ones (of a capital and its small letter the look of the capital
 # decides), Latin letters with a stroke, and apostrophes that Unicode counts as letters.
 _ALIKE = dict(zip(
-    "авекмнорстухіјѕһԁԛԝ" "αβεζηικμνορτυχ" "łøđħŧıɡ" "ʼʻꞌ",
-    "abekmhopctyxijshdqw" "abezhikmnoptyx" "lodhtig" "'''", strict=True,
+    "авекмнорстухіјѕһԁԛԝ" "αβεζηικμνορτυχ" "łøđħŧıɡ" "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ" "ʼʻꞌ",
+    "abekmhopctyxijshdqw" "abezhikmnoptyx" "lodhtig" "abcdefghijklmnoprstuvwyz" "'''", strict=True,
 ))  # fmt: skip
 # Not taken apart: the ellipsis, trade marks (Foo™ is no "footm"), and jamo that stand for
 # themselves.

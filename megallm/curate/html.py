@@ -29,6 +29,7 @@ _HIDDEN = ", ".join((
 _NOT_SHOWN = re.compile(
     r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))\b", re.IGNORECASE
 )
+_WHOLE = ("html", "body")  # hidden until a script has run, to avoid flicker
 _OWN_HEADERS = ("article", "main")  # the header of an article is its headline, a page's is not
 _FORM_PROSE = 400  # characters of paragraphs in a form that is wrapped around a whole page
 _PARAGRAPHS = frozenset(
@@ -50,7 +51,8 @@ def text_of_html(html: str) -> str:
     tree.strip_tags(list(_SKIPPED))
     # From the end, so that no part of what is gone is looked at.
     for node in reversed(tree.css(_HIDDEN)):
-        node.decompose()
+        if node.tag not in _WHOLE:
+            node.decompose()
     for node in reversed(tree.css("[style], header, footer, form")):
         if _is_boilerplate(node):
             node.decompose()
@@ -63,7 +65,7 @@ def text_of_html(html: str) -> str:
 
 def _is_boilerplate(node: Any) -> bool:
     """Whether an element with a style, a header, a footer or a form is left out."""
-    if _NOT_SHOWN.search(node.attributes.get("style") or ""):
+    if node.tag not in _WHOLE and _NOT_SHOWN.search(node.attributes.get("style") or ""):
         return True
     if node.tag == "header":
         return not _is_inside(node, _OWN_HEADERS)

@@ -18,6 +18,7 @@ from megallm.curate.toxicity import Toxicity
 from .test_chain import prose
 
 ACCENTS = str.maketrans("aeiou", "áèîõü")
+SMALL_CAPITALS = str.maketrans("abcdefghijklmnoprstuvwyz", "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ")
 CYRILLIC = str.maketrans("aceopxyABEHKMT", "асеорхуАВЕНКМТ")
 DISGUISES: dict[str, Callable[[str], str]] = {
     "full width": lambda text: "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in text),
@@ -37,6 +38,7 @@ DISGUISES: dict[str, Callable[[str], str]] = {
     "circled letters": lambda text: "".join(
         chr(0x24D0 + ord(char) - 97) if "a" <= char <= "z" else char for char in text
     ),
+    "small capitals": lambda text: text.translate(SMALL_CAPITALS),
     "ligatures": lambda text: text.replace("ff", "ﬀ").replace("fi", "ﬁ").replace("st", "ﬆ"),
     "long s": lambda text: text.replace("s", "ſ"),
     "Cyrillic look-alikes": lambda text: text.translate(CYRILLIC),

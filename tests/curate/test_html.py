@@ -79,3 +79,5 @@ def test_deep_and_broken_pages() -> None:
     assert text_of_html(deep) == "STAYS"
     assert text_of_html("<p>STAYS<header>GONE<p>GONE") == "STAYS" and text_of_html("") == ""
     assert text_of_html("<div hidden>" * 300 + "GONE") == ""
+    for page in ("<body hidden>", "<body style='visibility:hidden'>", "<html style='display:none'>"):
+        assert text_of_html(f"{page}<p>STAYS</p>") == "STAYS"  # until a script has run
