@@ -35,6 +35,17 @@ bash tools/install.sh
 megallm=.venv/bin/megallm
 python=.venv/bin/python
 $python -W ignore -c 'import torch; print("torch", torch.__version__)'
+gpu=no
+if $python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then gpu=yes; fi
+precision=()
+if [ $gpu = no ] && [ -r /proc/cpuinfo ] && ! grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo; then
+  echo "This CPU has no bf16 instructions and would emulate them, 3 to 14 times slower: training in fp32 instead."
+  precision=(train.precision=fp32)
+fi
+if [ $gpu = no ] && ! [ -e "$run/checkpoints" ]; then
+  echo "Text, tokenizer and preprocessing take a minute or two. Then, as measured on this machine just now:"
+  $python -W ignore $here/estimate.py $here/config.yaml "${precision[@]}" "$@"
+fi
 
 precision=()
 if [ -r /proc/cpuinfo ] && ! grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo &&
