@@ -48,7 +48,7 @@ BAD_HEADERS = {
     "longer than the file": (b"{}", b"", 2**62, "does not fit"),
     "not JSON": (b"{", b"", None, "is not JSON"),
     "a list": (b"[]", b"", None, "must hold a JSON object"),
-    "deep": (b'{"a":' + b"[" * 200_000, b"", None, "is not JSON"),
+    "deep": (b'{"a":' + b"[" * 50_000, b"", None, "is not JSON"),
     "key twice": (b'{"a":' + json.dumps(tensor(0, 4, [1])).encode() + b',"a":1}', b"1234", None, "given twice"),
     "overlap": ({"a": tensor(0, 8, [2]), "b": tensor(4, 12, [2])}, bytes(12), None, "b overlaps"),
     "same bytes": ({"a": tensor(0, 8, [2]), "b": tensor(0, 8, [2])}, bytes(8), None, "overlaps"),
