@@ -53,7 +53,7 @@ def measure(config: ModelConfig, batch: int, context: int) -> tuple[int, float, 
         stored.normal_(generator=torch.Generator().manual_seed(1))
     size = sum(stored[0, 0].numel() * stored.element_size() for stored in cache.layers[0])
     x = torch.randn(batch, 1, 2048, generator=torch.Generator().manual_seed(2))
-    places = stage.places(torch.full((batch, 1), context), torch.float32)
+    places = stage.attention_inputs(torch.full((batch, 1), context), torch.float32)
     times = []
     with torch.no_grad():
         for _ in range(20):

@@ -47,15 +47,6 @@ if [ $gpu = no ] && ! [ -e "$run/checkpoints" ]; then
   $python -W ignore $here/estimate.py $here/config.yaml "${precision[@]}" "$@"
 fi
 
-precision=()
-if [ -r /proc/cpuinfo ] && ! grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo &&
-  ! $python -W ignore -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "This CPU has no bf16 instructions and would emulate them, 3 to 14 times slower: training in fp32 instead."
-  precision=(train.precision=fp32)
-fi
-echo "Measuring how long it will take here: a few steps of the same model, about 20 seconds ..."
-$python $here/calibrate.py $here/config.yaml "${precision[@]}" "$@"
-
 # Whatever the prepared text depends on: when one of these changes, text and run are made anew.
 state=$(cat "$here/kjv.txt.xz" "$here/corpus.py" | cksum)
 if [ -e "$work" ] && [ "$(cat "$work/prepared" 2>/dev/null)" != "$state" ]; then

@@ -110,7 +110,7 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     embedded = stage.embed(tokens, positions)
     mask_spec = stage.context.mask_spec({"positions": positions}, model.sliding_window, model.causal)
-    hidden = stage.blocks(embedded, stage.places(positions, wide_dtype(embedded.dtype), mask_spec))
+    hidden = stage.blocks(embedded, stage.attention_inputs(positions, wide_dtype(embedded.dtype), mask_spec))
     features = stage.features(hidden)
     if model.head in VOCABULARY_HEADS:
         return local_logits(features, stage.head_weight, mesh, sp=False, bias=stage.head_bias)

@@ -49,7 +49,7 @@ def read_bytes(path: Path) -> bytes:
             if status.st_size > MAX_BYTES:
                 raise DataError(f"{path} has {status.st_size} bytes; no tokenizer has more than {MAX_BYTES}: refused.")
             return file.read(MAX_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error

@@ -278,7 +278,7 @@ class PairTokenizer(FolderTokenizer):
 def _definition(path: Path) -> tuple[dict[str, Any], str]:
     try:
         return definition.read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with {tokenizer_folder.FORMS} "
             f"(`megallm tokenizer train` makes one), or such a file."
@@ -289,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object beside the definition; empty when there is no such file."""
     try:
         return definition.loads(definition.read_bytes(path), path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 

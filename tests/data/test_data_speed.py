@@ -69,7 +69,7 @@ def test_gigatoken_gives_the_same_bytes(tmp_path, bpe):
     same = [digests(tmp_path / backend) for backend in ("gigatoken", "tokenizers")]
     for found in same:
         found.pop("o_text_document.meta.json")
-    assert same[0] == same[1] and len(same[0]) == 3
+    assert same[0] == same[1] and {"o.rejects.jsonl", "o_text_document.bin", "o_text_document.idx"} <= same[0].keys()
 
 
 def test_a_written_special_token_stays_text_in_gigatoken(bpe):

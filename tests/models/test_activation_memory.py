@@ -87,7 +87,7 @@ def kept_by_a_block(shape: tuple[int, ...], layout: Layout, sp: bool, modules: t
         mesh, model=model(shape), precision="bf16", sp=sp, recompute=mode, recompute_modules=modules or ("core",)
     )
     stage, pieces = engine.model.stages[0], mesh.tp.size if sp else 1
-    places = stage.places(torch.arange(TOKENS).repeat(ROWS, 1), torch.float32)
+    places = stage.attention_inputs(torch.arange(TOKENS).repeat(ROWS, 1), torch.float32)
     x = torch.randn(ROWS, TOKENS // pieces, shape[0], dtype=torch.bfloat16).requires_grad_()
     block: Block = stage.layers["0"]
     stage.block(x, block, places, None).sum().backward()

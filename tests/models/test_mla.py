@@ -96,9 +96,9 @@ def test_attention_equals_that_of_transformers(queries: int, stretch: dict) -> N
     x, places = torch.randn(2, 11, 24), torch.arange(11).expand(2, 11)
     mask = torch.full((11, 11), -torch.inf).triu(1)[None, None]
     want = theirs(x, rotary(x, places), mask)[0]
-    got = ours(x, stage.places(places, torch.float32))
+    got = ours(x, stage.attention_inputs(places, torch.float32))
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    assert (ours(x, stage.places(2 * places, torch.float32)) - want).abs().max() > 1e-2 * want.abs().max()
+    assert (ours(x, stage.attention_inputs(2 * places, torch.float32)) - want).abs().max() > 1e-2 * want.abs().max()
 
 
 # Decoding

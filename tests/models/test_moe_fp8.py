@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
-from megallm.engine.engine import AMAX, Engine
+from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.ops.grouped_gemm import Runs
@@ -19,7 +19,7 @@ from megallm.ops.low_precision import RECIPES, Fp8Options
 from megallm.optim.config import ZeroOptions
 from megallm.oracle.compare import run_row
 from megallm.oracle.table import row_named
-from megallm.parallel.fp8 import Fp8Linear, Fp8Linears, fp8_grouped_linear, fp8_linear
+from megallm.parallel.fp8 import HISTORY, Fp8Linear, Fp8Linears, fp8_grouped_linear, fp8_linear
 from megallm.parallel.layout import Layout
 from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
 from megallm.parallel.mesh import Mesh
@@ -242,7 +242,7 @@ def test_histories_are_saved_by_expert_and_loaded_at_another_layout(tmp_path):
     engine = engine_of(model=MODEL, precision="fp32", fp8=DELAYED)
     with Reader(folder) as reader:
         name = "layers.1.moe.experts.down.weight"
-        assert tuple(reader.info(f"{AMAX}{name}")[0]) == (4, 3, 3)
+        assert tuple(reader.info(f"{HISTORY}{name}")[0]) == (4, 3, 3)
         engine.load(reader)
     assert all(linear.complete for linear in engine.model.fp8.linears.values())
     loaded = {name: h for name, h, shard in engine.model.fp8.histories() if shard.expert}

@@ -170,7 +170,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
     mask = torch.full((11, 11), -torch.inf).triu(1)[None, None]
     tables = deepseek.DeepseekV3RotaryEmbedding(made)(hidden, positions)
     want = theirs(embedded, hidden, tables, mask, positions, None)
-    places = stage.places(positions, torch.float32)
+    places = stage.attention_inputs(positions, torch.float32)
     assert (depth(hidden, embedded, places) - want).abs().max() <= 1e-5 * want.abs().max()
     assert (depth(embedded, hidden, places) - want).abs().max() > 1e-2 * want.abs().max()
 
