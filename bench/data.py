@@ -31,7 +31,7 @@ DOCUMENT = 6000
 PER_DOCUMENT = """
 import json, sys
 import numpy as np, tokenizers
-from megallm.data.tokenizer import load
+from megallm.data.text.tokenizer import load
 source, spec, output = sys.argv[1:]
 eod = load(spec).eod
 tokenizer = tokenizers.Tokenizer.from_file(spec + "/tokenizer.json")
@@ -148,11 +148,11 @@ def figures_of_the_stream(folder: Path) -> dict[str, float]:
     """Seconds of CPU: the index of 10M documents, rows planned, draws of the blend, and going on from a state."""
     import numpy as np
 
-    from megallm.data.indexed import IndexedDataset, IndexedWriter
-    from megallm.data.mixture import Mixture
-    from megallm.data.plan import Plan, Reading, Segment
-    from megallm.data.source import Source
-    from megallm.data.stream import Stream
+    from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter
+    from megallm.data.stream.mixture import Mixture
+    from megallm.data.stream.plan import Plan, Reading, Segment
+    from megallm.data.stream.source import Source
+    from megallm.data.stream.stream import Stream
 
     found: dict[str, float] = {}
     lengths = np.random.RandomState(1).lognormal(0.5, 1, 10_000_000).astype(np.int32) + 1

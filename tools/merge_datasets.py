@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megallm.base.errors import MegallmError, UsageError
-from megallm.data.indexed import merge
+from megallm.data.indexed.dataset import merge
 
 
 def prefixes(inputs: list[str]) -> list[str]:

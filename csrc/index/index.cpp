@@ -1,5 +1,5 @@
 // Sample index and blend of the Megatron order. Bit-identical to the numpy twins in
-// megallm/data/order.py and megallm/data/blend.py; compile with -ffp-contract=off, since a fused
+// megallm/data/megatron/order.py and megallm/data/megatron/blend.py; compile with -ffp-contract=off, since a fused
 // multiply-add would round the blend's error once instead of twice.
 
 #include <pybind11/numpy.h>

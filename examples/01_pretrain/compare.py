@@ -15,9 +15,9 @@ import numpy as np
 
 from megallm.base.config import load
 from megallm.base.errors import MegallmError
-from megallm.data import order
 from megallm.data.batches import Share
-from megallm.data.indexed import IndexedDataset
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.megatron import order
 from megallm.training.config import PretrainConfig
 from megallm.training.reading import held_out_readers
 

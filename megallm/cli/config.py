@@ -10,7 +10,7 @@ from pathlib import Path
 from megallm.base.config import load, schema, to_dict, to_yaml
 from megallm.base.errors import UsageError
 from megallm.cli.table import Command
-from megallm.data import meta
+from megallm.data.indexed import meta
 from megallm.training.config import PretrainConfig
 from megallm.training.files import check_files
 from megallm.training.from_megatron import to_yaml as megatron_yaml

@@ -52,7 +52,7 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _preprocess(args: argparse.Namespace) -> int:
-    from megallm.data import preprocess
+    from megallm.data.text import preprocess
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many work
     config = preprocess.PreprocessConfig(
@@ -112,9 +112,9 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokenizer_train(args: argparse.Namespace) -> int:
-    from megallm.data.readers import ReadOptions
-    from megallm.data.sample import Sample
-    from megallm.data.tokenizer import TOKENIZER_FILES, train_bpe
+    from megallm.data.text.readers import ReadOptions
+    from megallm.data.text.sample import Sample
+    from megallm.data.text.tokenizer import TOKENIZER_FILES, train_bpe
 
     options = ReadOptions(keys=tuple(args.json_keys), split_text=args.split_text)
     check_outputs(args, *(f"{args.output}/{name}" for name in TOKENIZER_FILES))
@@ -134,7 +134,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megallm.data import indexed
+    from megallm.data.indexed import dataset as indexed
 
     if args.vocab is not None and args.vocab < 1:
         raise UsageError(f"--vocab is {args.vocab}; it must be at least 1.")
@@ -158,9 +158,8 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from megallm.data import meta
-    from megallm.data.indexed import IndexedDataset, check_tokens
-    from megallm.data.tokenizer import load
+    from megallm.data.indexed.dataset import IndexedDataset, check_tokens, meta
+    from megallm.data.text.tokenizer import load
 
     data = IndexedDataset(args.prefix)
     last = min(args.document + args.count, data.num_documents)
@@ -190,7 +189,7 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from megallm.data import indexed
+    from megallm.data.indexed import dataset as indexed
 
     check_outputs(args, *indexed.indexed_files(args.output))
     found = indexed.merge(args.prefixes, args.output, BOARD.show)
@@ -209,13 +208,13 @@ def _split_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from megallm.data import surgery
-    from megallm.data.indexed import indexed_files
+    from megallm.data.indexed import split_merge
+    from megallm.data.indexed.dataset import indexed_files
 
-    shares = surgery.parse_shares(args.shares)
+    shares = split_merge.parse_shares(args.shares)
     parts = [f"{args.output}-{part}" for part in range(len(shares))]
     check_outputs(args, *(path for part in parts for path in indexed_files(part)))
-    found = surgery.split(args.prefix, args.output, shares, args.seed, BOARD.show)
+    found = split_merge.split(args.prefix, args.output, shares, args.seed, BOARD.show)
     BOARD.end()
     print(json.dumps(found, indent=2))
     tell(f"the parts are in {parts[0]} to {parts[-1]} (.bin, .idx).", f"{_train_on(parts[0])}.")
@@ -229,9 +228,9 @@ def _stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from megallm.data import surgery
+    from megallm.data.indexed import split_merge
 
-    found = surgery.stats(args.prefix, args.seq_len, BOARD.show)
+    found = split_merge.stats(args.prefix, args.seq_len, BOARD.show)
     BOARD.end()
     if args.json:
         print(json.dumps(found, indent=2))

@@ -20,7 +20,7 @@ from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
-from megallm.training.config import LayoutConfig
+from megallm.run.config import LayoutConfig
 
 PRELOAD = ("megallm.inference.generate", "megallm.launch.group")  # imported once, before the ranks are forked
 

@@ -13,10 +13,10 @@ from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
+from megallm.run.lease import drop_dead_lease, held_by
+from megallm.run.runfolder import RunFolder
 from megallm.training.config import PretrainConfig
 from megallm.training.files import check_files
-from megallm.training.lease import drop_dead_lease, held_by
-from megallm.training.runfolder import RunFolder
 
 PRELOAD = ("megallm.training.pretrain", "megallm.launch.group")  # imported once, before the ranks are forked
 

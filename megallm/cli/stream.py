@@ -16,8 +16,8 @@ from megallm.base.errors import UsageError
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
-from megallm.data import trace
 from megallm.data.batches import Reader, Share
+from megallm.data.stream import trace
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from megallm.base.config import load
 from megallm.base.errors import UsageError
-from megallm.data.preprocess import Stats
+from megallm.data.text.preprocess import Stats
 from megallm.launch.start import started_by_others
 from megallm.training import from_text
 from megallm.training.config import PretrainConfig

@@ -56,9 +56,9 @@ from megallm.convert.weights import (
     is_state,
     stored_model,
 )
-from megallm.data import tokenizer
-from megallm.data.tokenizer import BYTES
-from megallm.data.tokenizer_folder import FORMS, TOKEN_IDS, keep
+from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer import BYTES
+from megallm.data.text.tokenizer_folder import FORMS, TOKEN_IDS, keep
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box

@@ -11,9 +11,9 @@ from typing import Any
 from megallm.base.errors import CannotWrite, CheckpointError, DataError
 from megallm.base.files import atomic_write_json, writing
 from megallm.convert.folder import plain_file, read_json
-from megallm.data import tokenizer
-from megallm.data.tokenizer import BYTES, END_OF_TEXT
-from megallm.data.tokenizer_folder import (
+from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer import BYTES, END_OF_TEXT
+from megallm.data.text.tokenizer_folder import (
     CONFIG,
     DEFINITION,
     FILES,

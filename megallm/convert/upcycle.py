@@ -26,8 +26,8 @@ from megallm.checkpoint.tools import resolve
 from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
 from megallm.convert.tokenizer_files import check_words, find_tokenizer, keep_beside, kept_folder
 from megallm.convert.weights import Cast, Source, stored_model, whole_stage
-from megallm.data import tokenizer
-from megallm.data.tokenizer import BYTES
+from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer import BYTES
 from megallm.models.build import initial_values
 from megallm.models.config import ModelConfig
 from megallm.models.sections import MoeConfig

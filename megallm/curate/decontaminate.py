@@ -22,7 +22,7 @@ from megallm.curate.document import KEEP, Batch, Verdict, drop
 from megallm.curate.external import contains
 from megallm.curate.readers import Reject, parse, units
 from megallm.curate.text import Analysis, Pieces
-from megallm.data.readers import ReadOptions, bytes_of, chunks
+from megallm.data.text.readers import ReadOptions, bytes_of, chunks
 
 _TEMPLATE_ITEMS = 10  # an n-gram of so many items, and of TEMPLATE_SHARE of them, is a template
 _TEMPLATE_SHARE = 0.05

@@ -1,8 +1,8 @@
-"""Raw files to documents: JSONL and Parquet (cut by `data.readers`), whole text files, HTML; each also packed.
+"""Raw files to documents: JSONL and Parquet (cut by `data.text.readers`), whole text files, HTML; each also packed.
 
 `units` runs in the parent and cuts; `parse` runs in a worker. What cannot be read becomes a `Reject` with file and
 line, or one of the whole file. At most one document of the allowed size and two blocks are held, whatever a file
-unfolds to. `data.textfile` opens and unpacks.
+unfolds to. `data.text.textfile` opens and unpacks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megallm.curate import optional
 from megallm.curate.config import InputConfig
 from megallm.curate.document import Document
 from megallm.curate.html import text_of_html
-from megallm.data import readers, textfile
+from megallm.data.text import readers, textfile
 
 _JSONL = (".jsonl", ".json", ".ndjson", ".parquet")
 _HTML = (".html", ".htm", ".xhtml")

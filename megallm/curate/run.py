@@ -31,7 +31,7 @@ from megallm.curate.chain import ShardJob, chain_of, run_shard, save_decisions
 from megallm.curate.config import CurateConfig, check, used_files
 from megallm.curate.exact import INDEX_BITS
 from megallm.curate.tally import Tally, add_up
-from megallm.data.workers import Workers
+from megallm.data.text.workers import Workers
 
 FORMAT = 2  # of the work folder and the outputs; a change makes old work folders unusable
 STATS, LEDGER, REPORT, KEPT, TIMINGS = "stats.json", "ledger.jsonl", "report.html", "kept", "timings.json"

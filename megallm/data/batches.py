@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megallm.data.megatron.sampler import rows_after
+from megallm.data.megatron.samples import SampleDataset
 from megallm.data.objective import Arrays, Hider
-from megallm.data.pretrain import SampleDataset
-from megallm.data.sampler import rows_after
-from megallm.data.source import Row, Source
-from megallm.data.stream import Stream
+from megallm.data.stream.source import Row, Source
+from megallm.data.stream.stream import Stream
 
 _AHEAD = 16  # steps whose state is kept
 

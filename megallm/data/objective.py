@@ -14,7 +14,7 @@ import numpy as np
 from megallm.base import rng
 from megallm.base.errors import DataError, UsageError
 from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
-from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer, Tokenizer
+from megallm.data.text.tokenizer import ByteTokenizer, FolderTokenizer, Tokenizer
 
 NEXT_TOKEN, MLM, DIFFUSION = "next_token", "mlm", "diffusion"
 KNOWN = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")  # names of mask tokens

@@ -19,9 +19,9 @@ from megallm.convert.convert import is_import
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import TOKENIZER, end_ids, kept_folder
 from megallm.convert.weights import Cast, HfReader
-from megallm.data import tokenizer
-from megallm.data.tokenizer import Tokenizer
-from megallm.data.tokenizer_folder import FORMS
+from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer import Tokenizer
+from megallm.data.text.tokenizer_folder import FORMS
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending

@@ -13,7 +13,7 @@ from typing import Any
 from megallm.base.errors import DataError
 from megallm.convert.folder import read_json
 from megallm.convert.tokenizer_files import MAX_BYTES
-from megallm.data.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, more_templates
+from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, more_templates
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 

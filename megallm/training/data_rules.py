@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.data.order import parse_split
+from megallm.data.megatron.order import parse_split
 from megallm.training.config import PretrainConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]  # (rule, sentence, remedies)

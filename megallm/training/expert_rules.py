@@ -10,13 +10,13 @@ from math import gcd
 from typing import Any
 
 from megallm.models.config import ModelConfig
-from megallm.training.config import PretrainConfig
+from megallm.run.config import JobConfig
 from megallm.training.nearest import divisors, multiples, nearest_fixes
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]  # the key that is unusable, the sentence, fixes
 
 
-def size_faults(config: PretrainConfig) -> Iterator[Fault]:
+def size_faults(config: JobConfig) -> Iterator[Fault]:
     """Numbers of experts and groups that do not go together, as far as they were given."""
     moe = config.model.moe
     experts, groups = moe.num_experts, moe.num_groups or 1
@@ -54,7 +54,7 @@ def router_faults(model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
 
 
 def layout_faults(
-    config: PretrainConfig, model: ModelConfig, dp: int, world: int | None
+    config: JobConfig, model: ModelConfig, dp: int, world: int | None
 ) -> Iterator[tuple[str, tuple[dict, ...]]]:
     """What a layout and a way of summing gradients ask of experts; `dp` counts as 1 when nothing says what it is."""
     layout, experts = config.layout, model.moe.num_experts

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megallm.base.errors import DataError, MegallmError
-from megallm.data import tokenizer
-from megallm.data.indexed import IndexedDataset
-from megallm.data.order import SPLITS, split_range
-from megallm.data.source import documents_of
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.megatron.order import SPLITS, split_range
+from megallm.data.stream.source import documents_of
+from megallm.data.text import tokenizer
 from megallm.training.config import PretrainConfig
 from megallm.training.reading import check_tokenizers, need_tokenizer, tokenizer_of
 

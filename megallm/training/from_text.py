@@ -18,7 +18,7 @@ import yaml
 
 from megallm.base import files, words
 from megallm.base.errors import DataError, UsageError
-from megallm.data import preprocess, readers, tokenizer
+from megallm.data.text import preprocess, readers, tokenizer
 from megallm.models.config import ModelConfig
 from megallm.models.presets import PRESETS
 

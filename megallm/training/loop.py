@@ -18,10 +18,10 @@ from megallm.engine.engine import Engine, Loss, StepStats
 from megallm.models.sections import MtpConfig
 from megallm.optim.lr import learning_rate
 from megallm.parallel.pipeline import Batch
+from megallm.run.divergence import MAX_SKIPPED
+from megallm.run.recorder import Recorder
+from megallm.run.signals import INTERRUPTED, PREEMPTED, Requests
 from megallm.training.config import PretrainConfig
-from megallm.training.divergence import MAX_SKIPPED
-from megallm.training.recorder import Recorder
-from megallm.training.signals import INTERRUPTED, PREEMPTED, Requests
 
 MAX_FAILED_SAVES = 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.data.native import SENTENCEPIECE, TIKTOKEN
+from megallm.data.text.native import SENTENCEPIECE, TIKTOKEN
 from megallm.training.data_rules import is_placeholder
 from megallm.training.megatron_translation import Translation, shown, unfilled
 

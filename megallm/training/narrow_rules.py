@@ -12,14 +12,14 @@ from megallm.models.config import ModelConfig
 from megallm.ops import backends
 from megallm.ops.low_precision import RECIPES, Fp8Options, LossScaleOptions
 from megallm.parallel.recompute_policy import PARTS
-from megallm.training.config import PretrainConfig, TrainConfig
+from megallm.run.config import JobConfig, TrainConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]
 _DEFAULTS = TrainConfig()
 TE_RECIPES = ("delayed", "tensorwise", "blockwise")  # those that Transformer Engine has too
 
 
-def narrow_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[Fault]:
+def narrow_faults(config: JobConfig, model: ModelConfig) -> Iterator[Fault]:
     """Everything wrong with train.loss_scale, train.fp8, train.recompute* and train.offload."""
     yield from _loss_scale(config.train)
     yield from _unused_fp8(config.train)
@@ -73,7 +73,7 @@ def _back(section: str, given: Fp8Options | LossScaleOptions) -> dict[str, Any]:
     return {f"{section}.{name}": value for name, value in vars(plain).items() if getattr(given, name) != value}
 
 
-def _fp8_backend(config: PretrainConfig) -> Iterator[Fault]:
+def _fp8_backend(config: JobConfig) -> Iterator[Fault]:
     fp8, ours = config.train.fp8, {"train.fp8.backend": "megallm"}
     if fp8.backend != "transformer_engine":
         return
@@ -89,7 +89,7 @@ def _fp8_backend(config: PretrainConfig) -> Iterator[Fault]:
         yield "fp8_backend", sentence + "transformer_engine does not do.", fixes
 
 
-def _recompute(config: PretrainConfig, model: ModelConfig) -> Iterator[Fault]:
+def _recompute(config: JobConfig, model: ModelConfig) -> Iterator[Fault]:
     train, plain = config.train, {"train.recompute_modules": _DEFAULTS.recompute_modules}
     modules = train.recompute_modules
     if train.recompute != "selective":
@@ -111,7 +111,7 @@ def _recompute(config: PretrainConfig, model: ModelConfig) -> Iterator[Fault]:
         yield from _norms(config, model, tuple(part for part in modules if part != "norm"))
 
 
-def _norms(config: PretrainConfig, model: ModelConfig, others: tuple[str, ...]) -> Iterator[Fault]:
+def _norms(config: JobConfig, model: ModelConfig, others: tuple[str, ...]) -> Iterator[Fault]:
     """Where making norms again would free nothing."""
     fix: dict[str, Any] = {"train.recompute_modules": others}
     if not others:

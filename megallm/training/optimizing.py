@@ -8,12 +8,12 @@ from typing import Any
 
 from megallm.optim.config import CHOICES, GroupConfig, OptimConfig, unused
 from megallm.optim.groups import pattern_problem
-from megallm.training.config import PretrainConfig
+from megallm.run.config import JobConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]  # rule, sentence, remedies of which each is enough
 
 
-def optimizer_faults(config: PretrainConfig) -> Iterator[Fault]:
+def optimizer_faults(config: JobConfig) -> Iterator[Fault]:
     """Faults of `optim` and of the steps that its schedule spans."""
     optim, steps = config.optim, config.train.steps
     if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):

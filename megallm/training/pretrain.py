@@ -15,15 +15,19 @@ from megallm.base.files import atomic_path
 from megallm.checkpoint import store
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer, tokenizer_spec
-from megallm.data import samplelog, tokenizer
 from megallm.data.batches import Reader, Share
 from megallm.data.loader import Batch, Loader, to_tensors
-from megallm.data.tokenizer_folder import form_of, keep
+from megallm.data.stream import samplelog
+from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer_folder import form_of, keep
 from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.optim.config import ZeroOptions
 from megallm.parallel.mesh import Mesh
+from megallm.run.recorder import Recorder
+from megallm.run.runfolder import RunFolder
+from megallm.run.signals import listening
 from megallm.training.config import PretrainConfig
 from megallm.training.loop import Job, Ledger, Loop
 from megallm.training.reading import (
@@ -34,7 +38,6 @@ from megallm.training.reading import (
     open_reader,
     tokenizer_of,
 )
-from megallm.training.recorder import Recorder
 from megallm.training.resuming import (
     Change,
     check_allowed,
@@ -44,8 +47,6 @@ from megallm.training.resuming import (
     find_checkpoint,
     ledger_and_changes,
 )
-from megallm.training.runfolder import RunFolder
-from megallm.training.signals import listening
 from megallm.training.weights import build_engine
 
 LOSSES: dict[str, Loss] = {"next_token": NextToken(), "mlm": NextToken(), "diffusion": MaskedDiffusion()}

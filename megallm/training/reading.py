@@ -10,17 +10,19 @@ from typing import Any
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
-from megallm.data import fim, meta, objective, tokenizer
+from megallm.data import objective
 from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
-from megallm.data.bookmarks import Bookmarks
+from megallm.data.indexed import meta
 from megallm.data.masking import MaskRule
+from megallm.data.megatron.order import parse_split
+from megallm.data.megatron.samples import Sampling, build_samples
 from megallm.data.objective import Hider
-from megallm.data.order import parse_split
-from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
-from megallm.data.pretrain import Sampling, build_samples
-from megallm.data.source import Source
-from megallm.data.stream import Stream, holds_rearranged
-from megallm.data.tokenizer_folder import kept_at
+from megallm.data.stream.bookmarks import Bookmarks
+from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
+from megallm.data.stream.source import Source
+from megallm.data.stream.stream import Stream, fim, holds_rearranged
+from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer_folder import kept_at
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -17,13 +17,13 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
-from megallm.data import content, meta
-from megallm.data.indexed import IndexedDataset
-from megallm.data.source import fingerprint
+from megallm.data.indexed.dataset import IndexedDataset, content, meta
+from megallm.data.stream.source import fingerprint
 from megallm.parallel.mesh import Mesh
+from megallm.run.changes import Change, is_allowed, table_of
+from megallm.run.runfolder import RunFolder
 from megallm.training.config import PretrainConfig
 from megallm.training.reading import planned_samples, tokenizer_of, words_of
-from megallm.training.runfolder import RunFolder
 
 CONTENT, SAMPLES = "data.content", "data.samples"  # what may be allowed beside the keys of a configuration
 _KEYS = {"precision": "train.precision", "seed": "run.seed", "data.global_batch": "train.global_batch"}
@@ -33,19 +33,6 @@ _OF_THE_PLACE = ("run.dir",)  # no part of the run
 _RESTART = ("data.seed", "data.split", "data.order")  # the stream is gone through anew when they may change
 
 log = logging.getLogger(__name__)
-
-
-class Change(NamedTuple):
-    """A setting that is another one than before, as `where` (checkpoint or run.yaml) has it."""
-
-    key: str
-    before: Any
-    now: Any
-    where: str
-    refused: bool
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.where} {self.before!r}, configuration {self.now!r}"
 
 
 def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> tuple[Path | None, list[str]]:
@@ -131,7 +118,7 @@ def ledger_and_changes(
     changes = list(_identity_changes(saved, identity))
     keys = {change.key for change in changes}
     changes += [change for change in others if change.key not in keys]
-    if any(change.refused and not _is_allowed(change, allowed) for change in changes):
+    if any(change.refused and not is_allowed(change, allowed) for change in changes):
         raise UsageError(_refusal(found, changes, allowed))
     return _ledger(saved["ledger"], changes), changes
 
@@ -204,19 +191,8 @@ def check_allowed(keys: Sequence[str]) -> None:
             raise UsageError(f"--allow-change {key}: there is no such key.{hint}")
 
 
-def _is_allowed(change: Change, allowed: Sequence[str]) -> bool:
-    name = change.key.partition(" ")[0]  # of the content of a source: without its prefix
-    return any(name == key or name.startswith(f"{key}.") for key in allowed)
-
-
-def table_of(changes: Sequence[Change], allowed: Sequence[str] | None = None) -> str:
-    """One line a change, those marked that are refused (with None nothing is)."""
-    refused = [allowed is not None and change.refused and not _is_allowed(change, allowed) for change in changes]
-    return "\n".join(f"{'*' if mark else ' '} {change}" for mark, change in zip(refused, changes, strict=True))
-
-
 def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> str:
-    first = next(change for change in changes if change.refused and not _is_allowed(change, allowed))
+    first = next(change for change in changes if change.refused and not is_allowed(change, allowed))
     return (
         f"{found} belongs to a run that differs from this configuration:\n{table_of(changes, allowed)}\n"
         "What is marked with * makes it another run: restore these values, start anew in another run.dir, or let "

@@ -11,7 +11,7 @@ from typing import Any
 
 from megallm.models.config import SECTIONS, ModelConfig
 from megallm.models.presets import FAMILIES, PRESETS
-from megallm.training.config import PretrainConfig
+from megallm.run.config import JobConfig
 
 Fault = tuple[str, tuple[dict[str, Any], ...]]
 SWITCHES = {"moe": "num_experts", "mla": "kv_lora_dim", "mtp": "depth"}  # a section is off where this is 0
@@ -23,7 +23,7 @@ NEEDED = {
 }
 
 
-def section_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[Fault]:
+def section_faults(config: JobConfig, model: ModelConfig) -> Iterator[Fault]:
     """Faults of the sections as they were given, `model` being the resolved one."""
     for name, switch in SWITCHES.items():
         keys = _changed(config.model, model, name)

@@ -17,7 +17,7 @@ from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
 from megallm.base.words import nearest
 from megallm.convert.hf_config import agree, read_config
-from megallm.data.order import parse_split
+from megallm.data.megatron.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig
 from megallm.models.stages import parse_stages
 from megallm.optim.config import CHOICES as OPTIM_CHOICES

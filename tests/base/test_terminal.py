@@ -17,7 +17,7 @@ from rich.text import Text
 from megallm.base import terminal
 from megallm.cli import main as cli
 from megallm.launch.local import RanksFailed, run_ranks
-from megallm.training.reporting import Reporter
+from megallm.run.console import Reporter
 
 ESC = "\x1b[31m"
 RAW = [chr(code) for code in (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x2028, 0x202E, 0x2066, 0xDC80)]

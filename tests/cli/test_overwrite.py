@@ -17,7 +17,7 @@ from megallm.base.files import check_new
 from megallm.checkpoint import store
 from megallm.cli.main import main
 from megallm.cli.table import VERBS
-from megallm.data.indexed import IndexedWriter
+from megallm.data.indexed.dataset import IndexedWriter
 from megallm.training.config import PretrainConfig
 
 TEXT = "The river runs by the old mill, and the miller is there. " * 20

@@ -220,7 +220,7 @@ def test_b15_memory_of_training_is_bounded_by_pieces_and_a_sample(tmp_path):
     """34 MB in one document took 2.9 GiB: splitting a text takes about eighty times its size. Here 5 MB: 400 MiB."""
     (tmp_path / "a.txt").write_text("".join(f"word{i % 977} und so weiter.\n" for i in range(230_000)))
     code = (
-        "import json, sys\nfrom pathlib import Path\nfrom megallm.data.tokenizer import train_bpe\n"
+        "import json, sys\nfrom pathlib import Path\nfrom megallm.data.text.tokenizer import train_bpe\n"
         "def peak(): return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) >> 10\n"
         "before = peak()\nfound = train_bpe(['a.txt'], 500, 'tok')\n"
         "print(json.dumps([found['text_bytes'], peak() - before]))\n"

@@ -13,7 +13,7 @@ import pytest
 
 from megallm.cli.main import main
 from megallm.convert import families
-from megallm.data.tokenizer_folder import FORMS
+from megallm.data.text.tokenizer_folder import FORMS
 from tests.convert.test_convert_parity import broken, swap_gate_and_up
 from tests.convert.tiny import MEASURING, case, make
 

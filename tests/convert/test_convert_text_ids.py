@@ -11,7 +11,7 @@ import pytest
 from megallm.base.errors import CheckpointError, DataError
 from megallm.convert.convert import ConvertRequest, run
 from megallm.convert.tokenizer_files import end_ids, token_ids, write_byte_tokenizer
-from megallm.data import tokenizer
+from megallm.data.text import tokenizer
 from megallm.inference.generate import end_tokens, find_tokenizer, open_model
 from megallm.inference.template import find_template
 from tests.convert.tiny import case, make

@@ -12,7 +12,7 @@ from megallm.convert import tokenizer_files, upcycle
 from megallm.convert.convert import ConvertRequest, run
 from megallm.convert.tokenizer_files import copy_tokenizer, token_ids, tokenizer_spec, write_byte_tokenizer
 from megallm.convert.upcycle import UpcycleRequest
-from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer
+from megallm.data.text.tokenizer import ByteTokenizer, FolderTokenizer
 from tests.convert.tiny import case, make
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -35,7 +35,8 @@ def native(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def own_verdicts(tmp_path_factory, monkeypatch):
     """What is kept from run to run lies in a folder of the test run, not in anybody's home."""
-    from megallm.data import accelerated, bookmarks
+    from megallm.data.stream import bookmarks
+    from megallm.data.text import accelerated
 
     monkeypatch.setattr(accelerated, "CACHE", str(tmp_path_factory.mktemp("verdicts")))
     monkeypatch.setattr(bookmarks, "FOLDER", str(tmp_path_factory.mktemp("bookmarks")))
@@ -44,7 +45,7 @@ def own_verdicts(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def make_dataset(tmp_path):
     """make_dataset(name, documents, dtype) writes documents (lists of sequences of ids) and returns the prefix."""
-    from megallm.data.indexed import IndexedWriter
+    from megallm.data.indexed.dataset import IndexedWriter
 
     def make(name, documents, dtype="<u2"):
         prefix = str(tmp_path / name)

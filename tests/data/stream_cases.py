@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megallm.data.indexed import IndexedWriter
-from megallm.data.plan import Plan, Reading, Segment
-from megallm.data.source import Row, Source
-from megallm.data.stream import Stream
+from megallm.data.indexed.dataset import IndexedWriter
+from megallm.data.stream.plan import Plan, Reading, Segment
+from megallm.data.stream.source import Row, Source
+from megallm.data.stream.stream import Stream
 
 
 def write(prefix: Path, documents: list[np.ndarray], dtype: str = "<u2") -> str:

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallm.data import bookmarks
-from megallm.data.bookmarks import Bookmarks
-from megallm.data.indexed import IndexedWriter
-from megallm.data.plan import CONCAT, Plan, Reading, Segment
-from megallm.data.source import Source
-from megallm.data.stream import Stream
+from megallm.data.indexed.dataset import IndexedWriter
+from megallm.data.stream.bookmarks import Bookmarks
+from megallm.data.stream.plan import CONCAT, Plan, Reading, Segment
+from megallm.data.stream.source import Source
+from megallm.data.stream.stream import Stream, bookmarks
 
 BATCH = 4
 

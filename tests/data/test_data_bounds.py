@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from megallm.base.errors import DataError
-from megallm.data import definition, openfile, tokenizer
 from megallm.data.batches import MegatronReader, Share, StreamReader
-from megallm.data.byte_level import BYTE_SYMBOLS
-from megallm.data.indexed import IndexedDataset, IndexedWriter, verify
-from megallm.data.plan import Plan, Reading, Segment
-from megallm.data.pretrain import build_split
-from megallm.data.source import Source
-from megallm.data.stream import Stream
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, openfile, verify
+from megallm.data.megatron.samples import build_split
+from megallm.data.stream.plan import Plan, Reading, Segment
+from megallm.data.stream.source import Source
+from megallm.data.stream.stream import Stream
+from megallm.data.text import definition, tokenizer
+from megallm.data.text.byte_level import BYTE_SYMBOLS
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

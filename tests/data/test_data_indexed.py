@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import CannotWrite, DataError
-from megallm.data import indexed, meta
-from megallm.data.indexed import IndexedDataset, IndexedWriter
+from megallm.data.indexed import dataset as indexed
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, meta
 
 HEADER = 34
 

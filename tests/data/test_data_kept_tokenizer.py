@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from megallm.base.errors import DataError
-from megallm.data import indexed, meta, surgery, tokenizer
-from megallm.data.partial import sweep
-from megallm.data.preprocess import PreprocessConfig, run
-from megallm.data.tokenizer_folder import kept_at
+from megallm.data.indexed import dataset as indexed
+from megallm.data.indexed import meta, split_merge
+from megallm.data.text import tokenizer
+from megallm.data.text.partial import sweep
+from megallm.data.text.preprocess import PreprocessConfig, run
+from megallm.data.text.tokenizer_folder import kept_at
 
 TEXT = "In the beginning God created the heaven and the earth. " * 40 + "été 中文 😀\n"
 HARD = "  Don't stop, 1234567 naïve façade e\u0301 \u00a0 漢字\n\n x\ty <|endoftext|> 'LL été 😀"
@@ -113,7 +115,7 @@ def test_merge_and_split_carry_it(made, tmp_path, form):
     indexed.merge([a, b], tmp_path / "m")
     wanted = tokenizer.load(made[form]).fingerprint
     assert tokenizer.load(meta.kept_tokenizer(tmp_path / "m")).fingerprint == wanted
-    for part in surgery.split(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
+    for part in split_merge.split(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
         assert tokenizer.load(meta.kept_tokenizer(part["prefix"])).fingerprint == wanted
     bytewise = [preprocess(tmp_path, "bytes", name) for name in ("x", "y")]
     indexed.merge(bytewise, tmp_path / "n")

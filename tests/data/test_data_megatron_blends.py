@@ -15,9 +15,9 @@ import pytest
 
 from megallm.base.config import load, loads, replace
 from megallm.base.errors import DataError, UsageError
-from megallm.data import blend
 from megallm.data.batches import Share
-from megallm.data.pretrain import Sampling, build_samples, build_split
+from megallm.data.megatron import blend
+from megallm.data.megatron.samples import Sampling, build_samples, build_split
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
 from megallm.training.from_megatron import to_yaml, translate

@@ -19,9 +19,9 @@ from megallm.data.objective import (
     special_tokens,
     word_table,
 )
-from megallm.data.plan import Plan, Reading, Segment
-from megallm.data.stream import Stream
-from megallm.data.tokenizer import ByteTokenizer, FolderTokenizer
+from megallm.data.stream.plan import Plan, Reading, Segment
+from megallm.data.stream.stream import Stream
+from megallm.data.text.tokenizer import ByteTokenizer, FolderTokenizer
 from tests.data.stream_cases import sources_of, write
 
 MASK, EOD = 257, 256

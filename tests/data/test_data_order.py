@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data import blend, order
-from megallm.data.indexed import IndexedDataset
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.megatron import blend, order
 
 BOTH = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 
 from megallm.base.errors import CannotWrite, DataError, InternalError, UsageError
 from megallm.base.version import VERSION
-from megallm.data import indexed, meta, preprocess, readers, surgery, tokenizer
-from megallm.data.indexed import IndexedDataset, verify
-from megallm.data.preprocess import PreprocessConfig
-from megallm.data.readers import ReadOptions
+from megallm.data.indexed import dataset as indexed
+from megallm.data.indexed import split_merge
+from megallm.data.indexed.dataset import IndexedDataset, meta, verify
+from megallm.data.text import preprocess, readers, tokenizer
+from megallm.data.text.preprocess import PreprocessConfig
+from megallm.data.text.readers import ReadOptions
 
 EOD = 256
 
@@ -83,7 +85,7 @@ def test_the_template_of_the_tokenizer_stands_around_texts(tmp_path, eos, ending
     assert meta.read(tmp_path / "o_text_document")["add_special_tokens"]
     prefix = str(tmp_path / "o_text_document")
     indexed.merge([prefix, prefix], tmp_path / "all")
-    surgery.split(prefix, str(tmp_path / "part"), [1, 1], seed=3)
+    split_merge.split(prefix, str(tmp_path / "part"), [1, 1], seed=3)
     assert meta.read(tmp_path / "all")["add_special_tokens"] and meta.read(tmp_path / "part-0")["add_special_tokens"]
 
 

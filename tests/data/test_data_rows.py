@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from megallm.base import rng
 from megallm.base.errors import UsageError
-from megallm.data import fim, packing, tokenizer
 from megallm.data.batches import Share, StreamReader
-from megallm.data.fim import PLAIN, PSM, SPM, Rearranger, Sentinels
 from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
-from megallm.data.plan import CONTEXT, Plan, Reading, Segment
-from megallm.data.source import Source
-from megallm.data.stream import Stream
+from megallm.data.stream.fim import PLAIN, PSM, SPM, Rearranger, Sentinels
+from megallm.data.stream.plan import CONTEXT, Plan, Reading, Segment
+from megallm.data.stream.source import Source
+from megallm.data.stream.stream import Stream, fim, packing
+from megallm.data.text import tokenizer
 from tests.data.stream_cases import check_exactly_once, write
 
 # Packing.

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallm.data import accelerated, code_points, definition, indexed, meta, preprocess, surgery, tokenizer
-from megallm.data.byte_level import BYTE_SYMBOLS
+from megallm.data.indexed import dataset as indexed
+from megallm.data.indexed import meta, split_merge
+from megallm.data.text import accelerated, code_points, definition, preprocess, tokenizer
+from megallm.data.text.byte_level import BYTE_SYMBOLS
 
 gigatoken = pytest.importorskip("gigatoken")
 
@@ -186,7 +188,7 @@ def test_item_4_the_choice_does_not_depend_on_the_size(tmp_path):
     libraries = [f"{name} {metadata.version(name)}" for name in ("gigatoken", "tokenizers")]
     assert meta.read(f"{tmp_path}/one_text_document")["tokenizer"]["encoded_by"] == libraries
     indexed.merge([f"{tmp_path}/one_text_document", f"{tmp_path}/many_text_document"], tmp_path / "all")
-    parts = surgery.split(str(tmp_path / "all"), str(tmp_path / "part"), [1, 1, 0], 1)
+    parts = split_merge.split(str(tmp_path / "all"), str(tmp_path / "part"), [1, 1, 0], 1)
     for prefix in (str(tmp_path / "all"), parts[0]["prefix"]):
         assert meta.read(prefix)["tokenizer"]["encoded_by"] == libraries
 

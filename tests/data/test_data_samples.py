@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import stack
 from megallm.data.loader import Loader
-from megallm.data.pretrain import Blend, Span, build_split
-from megallm.data.sampler import rows_after
+from megallm.data.megatron.sampler import rows_after
+from megallm.data.megatron.samples import Blend, Span, build_split
 
 
 def micro_rows(step: int, batch: int, *rest) -> list[list[int]]:

@@ -19,9 +19,12 @@ import numpy as np
 import pytest
 
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data import accelerated, indexed, meta, native, partial, preprocess, readers, surgery, tokenizer, trace
-from megallm.data.indexed import IndexedDataset
-from megallm.data.preprocess import PreprocessConfig
+from megallm.data.indexed import dataset as indexed
+from megallm.data.indexed import split_merge
+from megallm.data.indexed.dataset import IndexedDataset, meta
+from megallm.data.stream import trace
+from megallm.data.text import accelerated, native, partial, preprocess, readers, tokenizer
+from megallm.data.text.preprocess import PreprocessConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog, naïve 漢字, don't 1234 and 🙂\n"
@@ -320,7 +323,7 @@ def test_split_and_stats(tmp_path):
     prefix = str(tmp_path / "o_text_document")
     whole, texts = IndexedDataset(prefix), []
     for seed in (None, 4):
-        parts = surgery.split(prefix, str(tmp_path / f"s{seed}"), [80, 15, 5], seed)
+        parts = split_merge.split(prefix, str(tmp_path / f"s{seed}"), [80, 15, 5], seed)
         assert sum(part["documents"] for part in parts) == 500
         assert abs(parts[0]["documents"] - 400) <= (0 if seed is None else 40)
         found = [
@@ -331,12 +334,12 @@ def test_split_and_stats(tmp_path):
         assert sorted(found) == sorted(tuple(whole.document(i).tolist()) for i in range(500))
         assert meta.read(parts[1]["prefix"])["tokenizer"] == meta.read(prefix)["tokenizer"]
     assert texts[0] != texts[1]
-    figures = surgery.stats(prefix, 512)
+    figures = split_merge.stats(prefix, 512)
     lengths = [len(whole.document(i)) for i in range(500)]
     assert figures["longest"] == max(lengths) and figures["tokens"] == sum(lengths)
     assert figures["empty_documents"] == lengths.count(0) and 0.9 < figures["best_fit_fill"] <= 1
     with pytest.raises(UsageError, match="--shares 0,0"):
-        surgery.parse_shares("0,0")
+        split_merge.parse_shares("0,0")
 
 
 def test_lines_are_known_after_merging_and_splitting(tmp_path):
@@ -347,7 +350,7 @@ def test_lines_are_known_after_merging_and_splitting(tmp_path):
         assert preprocess.run(config).rejected
     prefix = {name: f"{tmp_path}/{name}_text_document" for name in "ab"}
     indexed.merge([prefix["a"], prefix["b"], prefix["a"]], tmp_path / "all")
-    parts = [part["prefix"] for part in surgery.split(tmp_path / "all", str(tmp_path / "part"), [1, 1, 0], seed=3)]
+    parts = [part["prefix"] for part in split_merge.split(tmp_path / "all", str(tmp_path / "part"), [1, 1, 0], seed=3)]
     indexed.merge(parts, tmp_path / "again")
     lines = {name: Path(name).read_text().splitlines() for name in files}
     for made in (tmp_path / "all", *parts, tmp_path / "again"):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import Share, StreamReader, fill, lay, pack
-from megallm.data.mixture import Mixture
-from megallm.data.permute import Permutation
-from megallm.data.plan import Plan, Reading, Segment, segments_of
-from megallm.data.source import Source
-from megallm.data.stream import Stream
+from megallm.data.stream.mixture import Mixture
+from megallm.data.stream.permute import Permutation
+from megallm.data.stream.plan import Plan, Reading, Segment, segments_of
+from megallm.data.stream.source import Source
+from megallm.data.stream.stream import Stream
 from tests.data.stream_cases import changing_plan, check_exactly_once, corpora, sources_of, through_json, write
 
 # The keyed permutation.

@@ -22,10 +22,10 @@ from megallm.base.errors import DataError, MegallmError, UsageError
 from megallm.curate import readers as curate_readers
 from megallm.curate.config import InputConfig
 from megallm.curate.document import Document
-from megallm.data import preprocess, readers, textfile
-from megallm.data.indexed import IndexedDataset
-from megallm.data.preprocess import PreprocessConfig
-from megallm.data.tokenizer import train_bpe
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.text import preprocess, readers, textfile
+from megallm.data.text.preprocess import PreprocessConfig
+from megallm.data.text.tokenizer import train_bpe
 
 zstandard = pytest.importorskip("zstandard")
 TEXTS = ["one", "zwölf", "тринадцать 𝄞", "last " * 300]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data import tokenizer
-from megallm.data.readers import ReadOptions
+from megallm.data.text import tokenizer
+from megallm.data.text.readers import ReadOptions
 
 TEXT = "In the beginning God created the heaven and the earth. " * 40 + "été 中文 😀\n"
 

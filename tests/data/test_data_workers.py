@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megallm.base.errors import DataError, InternalError
-from megallm.data.workers import Workers
+from megallm.data.text.workers import Workers
 
 
 def work(item):

@@ -42,15 +42,17 @@ FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
 FLOORS["planning"] = {"base", "parallel", "models", "optim"}
 FLOORS["evaluation"] = {"base", "data", "losses", "engine", "inference"}
 _LOWER = set(FLOORS)
-FLOORS["training"] = _LOWER
+FLOORS["run"] = _LOWER
+FLOORS["training"] = _LOWER | {"run"}
 FLOORS["oracle"] = _LOWER | {"training"}
 FLOORS["launch"] = {"base"}
-FLOORS["report"] = {"base", "training"}
-FLOORS["cli"] = _LOWER | {"training", "oracle", "launch", "report"}
+FLOORS["report"] = {"base", "run", "training"}
+FLOORS["cli"] = _LOWER | {"run", "training", "oracle", "launch", "report"}
 
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
-    "base.", "cli.", "data.", "training.config", "training.validate", "training.nearest", "training.reading",
+    "base.", "cli.", "data.", "run.config", "run.changes",
+    "training.config", "training.validate", "training.nearest", "training.reading",
     "training.ranges", "training.files", "training.from_text", "training.other_names", "training.expert_rules",
     "training.optimizing", "training.narrow_rules", "ops.backends", "ops.low_precision", "parallel.recompute_policy",
     "parallel.layout", "parallel.shard",

@@ -12,9 +12,9 @@ from megallm.base.config import load
 from megallm.base.errors import Diverged
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
+from megallm.run.divergence import Soundness
 from megallm.training import loop, pretrain
 from megallm.training.config import PretrainConfig
-from megallm.training.divergence import Soundness
 from megallm.training.validate import check
 from tests.system.commands import make_corpus, rows_of, write_config
 

@@ -21,12 +21,12 @@ from megallm.checkpoint.reader import step_name
 from megallm.convert import convert
 from megallm.inference.generate import find_step
 from megallm.parallel.mesh import Mesh
-from megallm.training import lease as leases
+from megallm.run import lease as leases
+from megallm.run.lease import Holder, Lease
+from megallm.run.rows import Events, Metrics
+from megallm.run.runfolder import RunFolder
 from megallm.training import pretrain
 from megallm.training.config import PretrainConfig
-from megallm.training.lease import Holder, Lease
-from megallm.training.rows import Events, Metrics
-from megallm.training.runfolder import RunFolder
 from megallm.training.validate import check
 from tests.ranks import run_ranks
 from tests.system.commands import _environment, listing, losses_of, make_corpus, rows_of, write_config

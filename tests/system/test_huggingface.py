@@ -61,8 +61,8 @@ def transformers_loss(place: Path) -> float:
     """The mean loss of the first global batch, by transformers on the samples that a run logs or draws first."""
     import transformers
 
-    from megallm.data.pretrain import build_split
-    from megallm.data.sampler import rows_after
+    from megallm.data.megatron.sampler import rows_after
+    from megallm.data.megatron.samples import build_split
 
     data = build_split({str(place / "d_text_document"): 1.0}, "90,10,0", "train", 48, 32, 3, 257)
     rows = [row for micro in rows_after(0, 4, 1, 1, 0) for row in micro]

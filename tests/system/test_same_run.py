@@ -13,12 +13,14 @@ from tokenizers import Tokenizer, models
 
 from megallm.base.config import load
 from megallm.base.errors import UsageError
-from megallm.data import content, indexed, surgery
+from megallm.data.indexed import content, split_merge
+from megallm.data.indexed import dataset as indexed
 from megallm.parallel.mesh import Mesh
+from megallm.run.changes import Change, table_of
+from megallm.run.runfolder import RunFolder
 from megallm.training import pretrain
 from megallm.training.config import PretrainConfig
-from megallm.training.resuming import Change, check_allowed, table_of
-from megallm.training.runfolder import RunFolder
+from megallm.training.resuming import check_allowed
 from megallm.training.validate import check
 from tests.system.commands import make_corpus, rows_of, write_config
 
@@ -157,7 +159,7 @@ def test_a6_a_key_that_does_not_exist_cannot_be_allowed():
 def test_a6_what_preprocess_merge_and_split_hashed_is_not_read_again(tmp_path, made, monkeypatch):
     prefix = str(tmp_path / "merged")
     indexed.merge(list(made), prefix)
-    parts = [part["prefix"] for part in surgery.split(prefix, str(tmp_path / "part"), [1, 1])]
+    parts = [part["prefix"] for part in split_merge.split(prefix, str(tmp_path / "part"), [1, 1])]
     truth = {one: content.records_of({s: f"{one}.{s}" for s in content.SUFFIXES}) for one in (made[0], prefix, *parts)}
     read = []
     real = content.record_of

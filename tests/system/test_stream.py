@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megallm.data.indexed import IndexedDataset
+from megallm.data.indexed.dataset import IndexedDataset
 from tests.system.commands import make_corpus, megallm, rows_of, start, wait_for, write_config
 
 LAYOUTS = (("layout.dp=1",), ("layout.dp=2",), ("layout.dp=1", "layout.pp=2"), ("layout.dp=2", "layout.tp=2"))

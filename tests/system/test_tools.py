@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megallm.cli.main import main
-from megallm.data.megatron_tokenizers import PATTERNS
+from megallm.data.text.megatron_tokenizers import PATTERNS
 from tests.system.commands import ROOT, megallm
 
 NAMES = ("preprocess_data", "merge_datasets", "convert_checkpoint")
@@ -67,7 +67,7 @@ def gpt2(tmp_path_factory):
 
 
 def documents(prefix: Path) -> list[list[int]]:
-    from megallm.data.indexed import IndexedDataset
+    from megallm.data.indexed.dataset import IndexedDataset
 
     data = IndexedDataset(str(prefix))
     return [data.get(i, 0, int(n)).tolist() for i, n in enumerate(data.lengths)]

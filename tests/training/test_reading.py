@@ -13,9 +13,9 @@ import pytest
 from megallm.base.config import load, replace
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.data.batches import MegatronReader, Share, StreamReader
-from megallm.data.indexed import IndexedDataset
-from megallm.data.preprocess import PreprocessConfig
-from megallm.data.preprocess import run as preprocess
+from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.text.preprocess import PreprocessConfig
+from megallm.data.text.preprocess import run as preprocess
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check

@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from megallm.training import reporting
-from megallm.training.reporting import (
+from megallm.run import console as reporting
+from megallm.run.console import (
     Clock,
     LossCurve,
     Reporter,
@@ -120,7 +120,7 @@ def test_a_warning_stands_above_the_panel_and_the_last_words_below_it(monkeypatc
     stream, kept = Terminal(), io.StringIO()
     reporter = Reporter(stream, total_steps=20000, log_stream=kept)
     reporter.step(ROW)
-    logging.getLogger("megallm.training.rows").warning("Cannot write %s.", "metrics.jsonl")
+    logging.getLogger("megallm.run.rows").warning("Cannot write %s.", "metrics.jsonl")
     warnings.warn("of a library", stacklevel=1)
     reporter.step({**ROW, "step": 1201})
     reporter.close(("step 1201 is saved", "next: megallm generate"))

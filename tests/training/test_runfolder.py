@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 
 from megallm.base.errors import CannotWrite, InternalError
-from megallm.training import lease as leases
-from megallm.training.lease import Holder, Lease, drop_dead_lease
-from megallm.training.rows import Events, JsonLines, Metrics, read_rows, rewind
-from megallm.training.runfolder import RunFolder
+from megallm.run import lease as leases
+from megallm.run.lease import Holder, Lease, drop_dead_lease
+from megallm.run.rows import Events, JsonLines, Metrics, read_rows, rewind
+from megallm.run.runfolder import RunFolder
 
 
 @pytest.fixture(autouse=True)

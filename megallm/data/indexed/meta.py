@@ -9,8 +9,9 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import DataError
-from megallm.data import origins, tokenizer_folder
-from megallm.data.tokenizer import BYTES, ByteTokenizer
+from megallm.data.indexed import provenance
+from megallm.data.text import tokenizer_folder
+from megallm.data.text.tokenizer import BYTES, ByteTokenizer
 
 SCHEMA = 1
 _COUNTS = ("documents", "sequences", "tokens")
@@ -106,7 +107,7 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
             )
     if len(known) < len(parts):
         return None
-    found = origins.joined((part.get("origins"), part["documents"]) for _, part in known)
+    found = provenance.joined((part.get("origins"), part["documents"]) for _, part in known)
     framed = any(part.get("add_special_tokens") for _, part in known)
     made_by = {name for _, part in known for name in part["tokenizer"].get("encoded_by", ())}
     tokenizer = known[0][1]["tokenizer"] | ({"encoded_by": sorted(made_by)} if made_by else {})

@@ -25,10 +25,10 @@ import numpy as np
 from megallm.base import files
 from megallm.base.errors import CannotWrite, UsageError
 from megallm.base.version import VERSION
-from megallm.data.byte_level import BYTE_SYMBOLS
-from megallm.data.code_points import SameSplits
-from megallm.data.definition import dumps, steps_of
-from megallm.data.tokenizer import BYTES, FolderTokenizer
+from megallm.data.text.byte_level import BYTE_SYMBOLS
+from megallm.data.text.code_points import SameSplits
+from megallm.data.text.definition import dumps, steps_of
+from megallm.data.text.tokenizer import BYTES, FolderTokenizer
 
 AUTO, FAST, PLAIN = "auto", "gigatoken", "tokenizers"
 BACKENDS = (AUTO, FAST, PLAIN)

@@ -17,9 +17,9 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite
-from megallm.data.plan import Plan
-from megallm.data.source import Source
-from megallm.data.stream import SCHEMA, Stream
+from megallm.data.stream.plan import Plan
+from megallm.data.stream.source import Source
+from megallm.data.stream.stream import SCHEMA, Stream
 
 FOLDER = "~/.cache/megallm/stream"
 _ROWS = 4096  # between bookmarks, at first

@@ -15,7 +15,7 @@ import tokenizers
 
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
-from megallm.data.tokenizer import END_OF_TEXT
+from megallm.data.text.tokenizer import END_OF_TEXT
 
 
 def write_gpt2_folder(vocab_file: str, merge_file: str, folder: Path) -> None:

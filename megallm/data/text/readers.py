@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, AnyStr, BinaryIO
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data import parquet, textfile
-from megallm.data.textfile import TextFile
+from megallm.data.text import parquet, textfile
+from megallm.data.text.textfile import TextFile
 
 CHUNK_BYTES = textfile.BLOCK_BYTES
 _SEEK_BYTES = 1 << 14  # read at once where a chunk may end

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megallm.data.byte_level import BYTE_SYMBOLS
-from megallm.data.definition import dumps
+from megallm.data.text.byte_level import BYTE_SYMBOLS
+from megallm.data.text.definition import dumps
 
 _UNKNOWN, _ALIKE, _UNLIKE = 0, 1, 2
 _ASCII = 128

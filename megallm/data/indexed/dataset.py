@@ -21,10 +21,10 @@ import numpy as np
 from megallm.base import files
 from megallm.base.errors import DataError
 from megallm.base.progress import Progress, quiet
-from megallm.data import content, meta
-from megallm.data.openfile import OpenFile
-from megallm.data.tokenizer import BYTES
-from megallm.data.tokenizer_folder import KEPT, keep
+from megallm.data.indexed import content, meta
+from megallm.data.indexed.openfile import OpenFile
+from megallm.data.text.tokenizer import BYTES
+from megallm.data.text.tokenizer_folder import KEPT, keep
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megallm.base.errors import CannotWrite, LeaseLost
 from megallm.base.files import writing
-from megallm.training.runfolder import RunFolder
+from megallm.run.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 

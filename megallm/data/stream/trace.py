@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import DataError
-from megallm.data import meta, origins, readers
+from megallm.data.indexed import meta, provenance
+from megallm.data.text import readers
 
 Place = tuple[str, int]  # file, line
 _CURATED = ("id", "file", "line")  # what a curated row says about the raw document
@@ -17,7 +18,7 @@ _CURATED = ("id", "file", "line")  # what a curated row says about the raw docum
 def places(prefix: str, documents: Iterable[int]) -> list[dict[str, Any] | None]:
     """{"file", "line"} that each document was made of; None where the side-car does not say."""
     known = (meta.read(prefix) or {}).get("origins")
-    return [origins.place(known, document) if known else None for document in documents]
+    return [provenance.place(known, document) if known else None for document in documents]
 
 
 def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Place]]:

@@ -12,11 +12,11 @@ import xxhash
 
 from megallm.base import rng
 from megallm.base.errors import DataError
-from megallm.data import fim, packing
-from megallm.data.indexed import IndexedDataset, check_tokens
-from megallm.data.order import split_range
-from megallm.data.permute import Permutation
-from megallm.data.plan import CONCAT, CONTEXT, Plan, Reading
+from megallm.data.indexed.dataset import IndexedDataset, check_tokens
+from megallm.data.megatron.order import split_range
+from megallm.data.stream import fim, packing
+from megallm.data.stream.permute import Permutation
+from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading
 
 _AT_ONCE = 512  # documents looked up together
 _MARGIN = 16  # tokens that rearranging a piece may add: three sentinels, and words cut in two

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from megallm.base import rng
 from megallm.base.errors import UsageError
 from megallm.base.progress import Progress, quiet
-from megallm.data import readers, textfile
-from megallm.data.readers import ReadOptions
+from megallm.data.text import readers, textfile
+from megallm.data.text.readers import ReadOptions
 
 SAMPLE_BYTES = 256 << 20
 _PIECE = 1 << 15  # characters

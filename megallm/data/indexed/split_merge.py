@@ -12,8 +12,9 @@ import numpy as np
 from megallm.base import rng
 from megallm.base.errors import UsageError
 from megallm.base.progress import Progress, quiet
-from megallm.data import meta, origins, packing
-from megallm.data.indexed import IndexedDataset, IndexedWriter
+from megallm.data.indexed import provenance
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, meta
+from megallm.data.stream import packing
 
 _AT_ONCE = 1 << 20  # documents or tokens looked at together
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
@@ -50,7 +51,7 @@ def split(
         writers = [stack.enter_context(IndexedWriter(f"{output}-{part}", data.dtype)) for part in range(len(shares))]
         edges = np.round(ends * total).astype(np.int64)
         side_car = meta.read(prefix)
-        joined = [origins.Joined() for _ in shares]
+        joined = [provenance.Joined() for _ in shares]
         for low in range(0, total, _AT_ONCE):
             numbers = np.arange(low, min(low + _AT_ONCE, total))
             if seed is None:

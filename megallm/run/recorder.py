@@ -20,13 +20,13 @@ from megallm.checkpoint.store import Keeping
 from megallm.parallel import picture
 from megallm.parallel.schedule import Placement
 from megallm.parallel.simulate import Timeline
-from megallm.training.config import PretrainConfig
-from megallm.training.divergence import Soundness
-from megallm.training.lease import Lease
-from megallm.training.reporting import LossCurve, Reporter, Sink, TensorBoard
-from megallm.training.resuming import Change, table_of
-from megallm.training.rows import Events, Metrics, read_rows
-from megallm.training.runfolder import RunFolder
+from megallm.run.changes import Change, table_of
+from megallm.run.config import JobConfig
+from megallm.run.console import LossCurve, Reporter, Sink, TensorBoard
+from megallm.run.divergence import Soundness
+from megallm.run.lease import Lease
+from megallm.run.rows import Events, Metrics, read_rows
+from megallm.run.runfolder import RunFolder
 
 STOPPING = "stopping when this step is done"
 
@@ -40,7 +40,7 @@ class Recorder:
     entering: `CannotWrite` when the folder cannot be written or another job holds it; later `LeaseLost`.
     """
 
-    def __init__(self, config: PretrainConfig, rank: int, own_log: bool = False) -> None:
+    def __init__(self, config: JobConfig, rank: int, own_log: bool = False) -> None:
         self.config, self.writes, self.own_log = config, rank == 0, own_log
         self.log: LossyText | None = None
         self.folder = RunFolder(config.run.dir)

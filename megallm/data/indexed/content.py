@@ -20,7 +20,7 @@ import xxhash
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError
-from megallm.data import meta
+from megallm.data.indexed import meta
 
 log = logging.getLogger(__name__)
 

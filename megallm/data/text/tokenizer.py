@@ -17,8 +17,8 @@ import tokenizers
 
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
-from megallm.data import definition, native, readers, tokenizer_folder
-from megallm.data.sample import Sample, pieces_of
+from megallm.data.text import definition, native, readers, tokenizer_folder
+from megallm.data.text.sample import Sample, pieces_of
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"

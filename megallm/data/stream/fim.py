@@ -14,7 +14,7 @@ import numpy as np
 
 from megallm.base import rng
 from megallm.base.errors import UsageError
-from megallm.data.tokenizer import Tokenizer
+from megallm.data.text.tokenizer import Tokenizer
 
 PLAIN, PSM, SPM = "plain", "psm", "spm"
 FORMS = (PLAIN, PSM, SPM)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megallm.base.errors import DataError
-from megallm.data import fim
-from megallm.data.mixture import Mixture
-from megallm.data.plan import Plan, Reading
-from megallm.data.source import Cursor, Row, Source, Window
+from megallm.data.stream import fim
+from megallm.data.stream.mixture import Mixture
+from megallm.data.stream.plan import Plan, Reading
+from megallm.data.stream.source import Cursor, Row, Source, Window
 
 SCHEMA = 1
 

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megallm.base import files
 from megallm.base.errors import DataError
-from megallm.data import definition
+from megallm.data.text import definition
 
 DEFINITION, SETTINGS, SPECIALS, GENERATION, TOKEN_IDS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "token_ids.json",

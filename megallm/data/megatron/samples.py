@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data import blend, order
-from megallm.data.indexed import IndexedDataset, check_tokens
+from megallm.data.indexed.dataset import IndexedDataset, check_tokens
+from megallm.data.megatron import blend, order
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megallm.data import accelerated, readers, tokenizer
+from megallm.data.text import accelerated, readers, tokenizer
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data import accelerated, meta, origins, readers, textfile, tokenizer
-from megallm.data.encode import Encoded, Job, choose_encoder, encode_chunk
-from megallm.data.indexed import IndexedWriter, dtype_for, indexed_files, publish
-from megallm.data.partial import Partial, pending, sweep
-from megallm.data.workers import Workers
+from megallm.data.indexed import provenance
+from megallm.data.indexed.dataset import IndexedWriter, dtype_for, indexed_files, meta, publish
+from megallm.data.text import accelerated, readers, textfile, tokenizer
+from megallm.data.text.encode import Encoded, Job, choose_encoder, encode_chunk
+from megallm.data.text.partial import Partial, pending, sweep
+from megallm.data.text.workers import Workers
 
 FORMAT = 2  # of the work in progress: a change makes what an older megallm left unusable
 _POLICIES = ("stop", "skip")
@@ -320,7 +321,7 @@ class _Output:
             with files.writing(f"{config.output}.rejects.jsonl"):
                 self._rejects.close()
                 files.fsync_file(self._work.folder / "rejects.jsonl")
-        lines = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= origins.MAX_RUNS else None
+        lines = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= provenance.MAX_RUNS else None
         prepared = {}
         for key, writer in self._writers.items():
             prepared[config.prefix(key)] = writer.prepare({
@@ -335,12 +336,12 @@ class _Output:
 
     def _remember(self, file: int, lines: np.ndarray) -> None:
         """Note [document, file, line] wherever documents do not stand on consecutive lines."""
-        if len(self._runs) > origins.MAX_RUNS or not len(lines):
+        if len(self._runs) > provenance.MAX_RUNS or not len(lines):
             return
         before = self.stats.documents
         breaks = np.flatnonzero(np.diff(lines) != 1) + 1
         for at in [0, *breaks.tolist()]:
-            origins.append(self._runs, before + at, file, int(lines[at]))
+            provenance.append(self._runs, before + at, file, int(lines[at]))
 
     def _reject(self, name: str, line: int, reason: str) -> None:
         if self._rejects is None:

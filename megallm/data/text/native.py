@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data import definition, optional
-from megallm.data.tokenizer_folder import Settings
+from megallm.data import optional
+from megallm.data.text import definition
+from megallm.data.text.tokenizer_folder import Settings
 
 SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
 _END = "<|endoftext|>"

@@ -17,7 +17,7 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite
-from megallm.data.tokenizer_folder import KEPT
+from megallm.data.text.tokenizer_folder import KEPT
 
 _STATE, _LOCK = "state.json", "lock"
 _STALE_SECONDS = 3600.0  # a temporary file of a dead process, untouched for so long, is nobody's

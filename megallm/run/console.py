@@ -25,7 +25,7 @@ from rich.text import Text
 from megallm.base import terminal
 from megallm.base.errors import CannotWrite
 from megallm.base.files import atomic_path
-from megallm.training.rows import read_rows
+from megallm.run.rows import read_rows
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Megatron-LM's order of samples and its blends."""

@@ -1,0 +1,1 @@
+"""The stream: packed documents, each exactly once."""

@@ -1,0 +1,1 @@
+"""The run folder: its lease, its records, what a person sees, and signals."""
