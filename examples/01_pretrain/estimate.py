@@ -18,7 +18,7 @@ from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.pretrain import engine_config
+from megallm.training.engine_config import engine_config
 from megallm.training.validate import check
 
 # CPU time of all ranks, with messages and evaluation, over that of one process for the same tokens:

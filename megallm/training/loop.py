@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,54 +12,28 @@ from megallm.base.device import peak_flops, peak_memory_gib
 from megallm.base.errors import CannotWrite, Diverged, LeaseLost, Requeue
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
-from megallm.engine.engine import Engine, Loss, StepStats
-from megallm.models.sections import MtpConfig
-from megallm.optim.lr import learning_rate
-from megallm.parallel.pipeline import Batch
+from megallm.engine.engine import StepStats
+from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
 from megallm.run.signals import INTERRUPTED, PREEMPTED, Requests
-from megallm.training.config import PretrainConfig
+from megallm.training.trainer import Ledger, StepReport, Trainer, finite
 
 MAX_FAILED_SAVES = 3
 
 
-@dataclass
-class Ledger:
-    """What advances when a step commits; with the seed it determines everything that follows."""
-
-    step: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-    skipped_steps: int = 0
-    data: dict[str, Any] = field(default_factory=dict)  # where the stream stands: counts per source
-
-
-@dataclass
-class Job:
-    """What one run consists of: how batches come, what is minimised, and what a checkpoint has to remember."""
-
-    config: PretrainConfig
-    engine: Engine
-    loss: Loss
-    batches: Iterator[tuple[int, list[Batch]]]  # (step, this data rank's microbatches)
-    wait_seconds: Callable[[], float]  # spent waiting for data so far
-    held_out: Callable[[], float | None]  # collective; None without held-out data
-    identity: dict[str, Any]  # what a resumed run must agree with
-    ledger: Ledger = field(default_factory=Ledger)
-    data_after: Callable[[int], dict[str, Any]] = lambda step: {}  # the ledger's `data` once a step is done
-
-
 class Loop:
-    """Runs a job to `train.stop_at` or `train.steps`; collective over the world."""
+    """Runs a trainer to `train.stop_at` or `train.steps`; collective over the world."""
 
-    def __init__(self, job: Job, recorder: Recorder, requests: Requests) -> None:
-        self.job, self.recorder, self.requests = job, recorder, requests
-        self.config, self.engine, self.mesh = job.config, job.engine, job.engine.mesh
-        self.saved_step = self.first_step = job.ledger.step
+    def __init__(
+        self, trainer: Trainer, config: JobConfig, ledger: Ledger, recorder: Recorder, requests: Requests
+    ) -> None:
+        self.trainer, self.config, self.ledger = trainer, config, ledger
+        self.recorder, self.requests = recorder, requests
+        self.engine, self.mesh = trainer.engine, trainer.engine.mesh
+        self.saved_step = self.first_step = ledger.step
         self.skipped_in_a_row = self.failed_saves = 0
         requests.told = recorder.stopping
-        self.waited = 0.0
         peak = peak_flops(self.mesh.device)
         self.peak_flops = None if peak is None else peak * self.mesh.layout.world
 
@@ -74,20 +46,21 @@ class Loop:
         try:
             self._train()
         except Diverged as error:  # the same on every rank
-            told = self.recorder.set_diverged_aside(self.job.ledger.step) if self.mesh.rank == 0 else ""
+            told = self.recorder.set_diverged_aside(self.ledger.step) if self.mesh.rank == 0 else ""
             raise Diverged(f"{error} {self.mesh.broadcast_json(told)}") from error
 
     def _train(self) -> None:
         last = self.config.train.stop_at or self.config.train.steps
-        if self.job.ledger.step >= last:
-            self.recorder.note(f"step {self.job.ledger.step} was reached before; nothing is left up to {last}.")
+        if self.ledger.step >= last:
+            self.recorder.note(f"step {self.ledger.step} was reached before; nothing is left up to {last}.")
         request = self.mesh.largest(self.requests.seen)
         if request:
             self._leave(request)
-        for step, batches in self.job.batches:
-            row = self._step(step, batches)
+        row: dict[str, Any] | None = None
+        for step in range(self.ledger.step + 1, last + 1):
+            row = self._step(step)
             if self._due(self.config.eval.every, step) and step < last:
-                row["val/loss"] = self.job.held_out()
+                row |= self.trainer.evaluate()
             if step == self.config.log.trace_step:
                 self.recorder.pipeline(self.engine.timeline(), self.engine.model.placement, step)
             request = self.mesh.largest(self.requests.seen)
@@ -96,20 +69,18 @@ class Loop:
             self.recorder.row(row)
             if self._due(self.config.checkpoint.every, step):
                 self._save()
-        else:
-            row = None
         if row is not None:
-            if not request or self.job.ledger.step == last:  # a finished run has no later chance to evaluate
-                row["val/loss"] = self.job.held_out()
+            if not request or self.ledger.step == last:  # a finished run has no later chance to evaluate
+                row |= self.trainer.evaluate()
             self.recorder.row(row)
             self._check_end(request, row.get("val/loss"))
-        if self.saved_step < self.job.ledger.step and not self.skipped_in_a_row:
+        if self.saved_step < self.ledger.step and not self.skipped_in_a_row:
             self._save(final=True)
         self._leave(request)
 
     def _check_end(self, request: int, held_out: float | None) -> None:
         """Errors: Diverged when a run ends at its last step with a state that gives no finite numbers."""
-        step = self.job.ledger.step
+        step = self.ledger.step
         if held_out is not None and math.isfinite(held_out):
             self.skipped_in_a_row = 0  # the gradients of one batch were not finite: the state is sound all the same
         elif held_out is not None:
@@ -120,7 +91,7 @@ class Loop:
     def _leave(self, request: int) -> None:
         if not request:
             return
-        step, root = self.job.ledger.step, self.recorder.checkpoints
+        step, root = self.ledger.step, self.recorder.checkpoints
         name = "Interrupted" if request == INTERRUPTED else f"Stopped by {self.requests.name or 'a signal'}"
         self.recorder.event("preempted" if request == PREEMPTED else "interrupted", step=step)
         state = f"step {self.saved_step} is saved in {root / store.step_name(self.saved_step)}"
@@ -140,22 +111,17 @@ class Loop:
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _step(self, step: int, batches: list[Batch]) -> dict[str, Any]:
-        """One update; returns its metrics."""
-        begin, waited = time.monotonic(), self.job.wait_seconds() - self.waited
-        self.waited += waited
-        lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        stats = self.engine.train_step(batches, self.job.loss, lr)
-        ledger = self.job.ledger
+    def _step(self, step: int) -> dict[str, Any]:
+        """One step; returns its metrics."""
+        begin, ledger = time.monotonic(), self.ledger
+        report = self.trainer.step(step)
         ledger.step = step
-        ledger.consumed_samples += self.config.train.global_batch
-        ledger.data = self.job.data_after(step)
-        tokens = sum(batch["tokens"].numel() for batch in batches) * self.mesh.data.size
-        ledger.consumed_tokens += tokens
-        ledger.skipped_steps += stats.skipped
-        self._watch(stats, step)
-        row = self._metrics(stats, lr, time.monotonic() - begin + waited, tokens)
-        return row | {"perf/data_wait_seconds": waited}
+        ledger.consumed_samples += report.samples
+        ledger.consumed_tokens += report.tokens
+        ledger.skipped_steps += report.stats.skipped
+        ledger.data = dict(report.data)
+        self._watch(report.stats, step)
+        return self._metrics(report, time.monotonic() - begin)
 
     def _watch(self, stats: StepStats, step: int) -> None:
         """Refuse to go on with numbers that are not finite."""
@@ -169,27 +135,25 @@ class Loop:
                 f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} (loss {stats.loss})."
             )
 
-    def _metrics(self, stats: StepStats, lr: float, seconds: float, tokens: int) -> dict[str, Any]:
-        ledger, world = self.job.ledger, self.mesh.layout.world
-        row: dict[str, Any] = {
-            "step": ledger.step,
-            "consumed_tokens": ledger.consumed_tokens,
-            "train/loss": _finite(stats.losses["loss"]),
-            "train/lr": lr,
-            "train/grad_norm": _finite(stats.grad_norm),
-            "train/tokens": stats.counts["loss"],
+    def _metrics(self, report: StepReport, seconds: float) -> dict[str, Any]:
+        ledger, stats = self.ledger, report.stats
+        row: dict[str, Any] = {"step": ledger.step, "consumed_tokens": ledger.consumed_tokens}
+        row |= {name: finite(loss) for name, loss in report.losses.items()}
+        row |= {
+            "train/lr": report.lr,
+            "train/grad_norm": finite(stats.grad_norm),
             "train/skipped_steps": ledger.skipped_steps,
             "perf/step_seconds": seconds,
-            "perf/tokens_per_sec": tokens / seconds,
-            "perf/tokens_per_sec_per_device": tokens / seconds / world,
+            "perf/tokens_per_sec": report.tokens / seconds,
+            "perf/tokens_per_sec_per_device": report.tokens / seconds / self.mesh.layout.world,
+            "perf/data_wait_seconds": report.wait_seconds,
             "mem/peak_gib": peak_memory_gib(self.mesh.device),
         }
-        row |= further_losses(stats, self.config.model.mtp) | stats.metrics
+        row |= report.metrics | stats.metrics
         if stats.loss_scale is not None:
             row["train/loss_scale"] = stats.loss_scale
-        if self.peak_flops is not None:
-            flops = self.config.model.num_flops(self.config.data.seq_len) * tokens
-            row["perf/mfu"] = flops / seconds / self.peak_flops
+        if self.peak_flops is not None and report.flops is not None:
+            row["perf/mfu"] = report.flops / seconds / self.peak_flops
         return row
 
     def _save(self, final: bool = False) -> None:
@@ -197,13 +161,13 @@ class Loop:
 
         A state whose last gradients were not finite is not saved: whether it has diverged shows later.
         """
-        ledger, begin = self.job.ledger, time.monotonic()
+        ledger, begin = self.ledger, time.monotonic()
         if self.skipped_in_a_row:
             self.recorder.event("not_saved", step=ledger.step, reason="the gradients were not finite")
             return
         self.recorder.before_save()
-        meta = {"engine": self.engine.counters(), "ledger": vars(ledger), **self.job.identity}
-        parts, keeping = list(self.engine.parts()), self.recorder.keeping(self.config.checkpoint.keep)
+        meta = {"engine": self.trainer.counters(), "ledger": vars(ledger), **self.trainer.identity}
+        parts, keeping = list(self.trainer.state()), self.recorder.keeping(self.config.checkpoint.keep)
         bad = next((part.name for part in parts if not _is_finite(part)), "")
         if self.mesh.largest(int(bool(bad))):
             raise Diverged(f"The state after step {ledger.step} is not finite{f', as in {bad}' * bool(bad)}.")
@@ -221,15 +185,6 @@ class Loop:
         self.recorder.saved(ledger.step, time.monotonic() - begin)
 
 
-def further_losses(stats: StepStats, mtp: MtpConfig) -> dict[str, float | None]:
-    """`train/mtp_loss`: the mean over depths in nats per token, without its weight; and each depth's where several."""
-    terms = {name: value * mtp.depth / mtp.weight for name, value in stats.losses.items() if name.startswith("mtp_")}
-    if not terms:
-        return {}
-    each = {f"train/{name}_loss": _finite(value) for name, value in terms.items()} if len(terms) > 1 else {}
-    return {"train/mtp_loss": _finite(sum(terms.values()) / len(terms))} | each
-
-
 def _is_finite(part: Part) -> bool:
     """Whether a tensor holds finite numbers only; one byte formats have been clamped when they were made."""
     tensor = part.tensor
@@ -237,8 +192,3 @@ def _is_finite(part: Part) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN; a number that is not finite becomes null."""
-    return value if math.isfinite(value) else None

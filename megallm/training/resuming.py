@@ -24,6 +24,7 @@ from megallm.run.changes import Change, is_allowed, table_of
 from megallm.run.runfolder import RunFolder
 from megallm.training.config import PretrainConfig
 from megallm.training.reading import planned_samples, tokenizer_of, words_of
+from megallm.training.trainer import Ledger
 
 CONTENT, SAMPLES = "data.content", "data.samples"  # what may be allowed beside the keys of a configuration
 _KEYS = {"precision": "train.precision", "seed": "run.seed", "data.global_batch": "train.global_batch"}
@@ -213,3 +214,23 @@ def _ledger(ledger: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]
         if prefix in sources and sources[prefix]["files"] != fingerprint(IndexedDataset(prefix)):
             del sources[prefix]
     return ledger | {"data": state | {"sources": sources}}
+
+
+def same_run(
+    config: PretrainConfig, identity: dict[str, Any], found: Path | None, allowed: Sequence[str], mesh: Mesh
+) -> tuple[Ledger, list[Change]]:
+    """The ledger to go on with and what was changed since; completes `identity` with what rank 0 finds in the files.
+
+    Collective over the world. Errors: `UsageError` on rank 0 when the run is another one; the others lose a peer.
+    """
+    answer: dict[str, Any] = {}
+    changes: list[Change] = []
+    if mesh.rank == 0:
+        folder = RunFolder(config.run.dir)
+        answer["files"] = describe_files(config, folder)
+        if found is not None:
+            others = config_changes(folder, config)
+            answer["ledger"], changes = ledger_and_changes(found, identity | answer["files"], others, allowed)
+    answer = mesh.broadcast_json(answer)
+    identity |= answer["files"]
+    return Ledger(**answer.get("ledger", {})), changes

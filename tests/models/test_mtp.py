@@ -26,7 +26,7 @@ from megallm.oracle.table import Row, row_named
 from megallm.parallel import tensor
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.loop import further_losses
+from megallm.training.supervised import mtp_losses
 from megallm.training.validate import find_problems
 from tests.engine.tiny import engine_of
 from tests.models.test_mla import SIZES, latent_weights
@@ -206,6 +206,6 @@ def test_losses_are_reported_without_their_weight() -> None:
         losses: dict[str, float]
 
     mtp = dataclasses.replace(TINY, mtp={"depth": 2, "weight": 0.5}).resolve().mtp
-    found = further_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp)
+    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp)
     assert found == {"train/mtp_loss": 5.0, "train/mtp_1_loss": 4.0, "train/mtp_2_loss": 6.0}
-    assert further_losses(Stats({"loss": 3.0}), mtp) == {}
+    assert mtp_losses(Stats({"loss": 3.0}), mtp) == {}

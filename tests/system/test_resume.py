@@ -21,7 +21,7 @@ from megallm.checkpoint.reader import Reader, step_name
 from megallm.data import batches as data_batches
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
-from megallm.training import loop, pretrain
+from megallm.training import pretrain, supervised
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
 from tests.ranks import run_ranks
@@ -393,13 +393,16 @@ def test_two_legs_equal_one(short, tmp_path):
 
 def forget_moments(patch: pytest.MonkeyPatch) -> None:
     """What is read for the second moments goes nowhere."""
-    real = Engine._state
+    real = Engine._load_optimizer
 
-    def state(self: Engine, optimizer: bool = True) -> dict[str, dict[int, torch.Tensor]]:
-        found = real(self, optimizer)
-        return found | {"optim.exp_avg_sq.": {k: x.clone() for k, x in found["optim.exp_avg_sq."].items()}}
+    def load_and_forget(self: Engine, reader: Reader) -> None:
+        kept = {held.name: held.tensor.clone() for held in self.state() if held.name.startswith("optim.exp_avg_sq.")}
+        real(self, reader)
+        for held in self.state():
+            if held.name in kept:
+                held.tensor.copy_(kept[held.name])
 
-    patch.setattr(Engine, "_state", state)
+    patch.setattr(Engine, "_load_optimizer", load_and_forget)
 
 
 def forget_updates(patch: pytest.MonkeyPatch) -> None:
@@ -421,8 +424,8 @@ def forget_samples(patch: pytest.MonkeyPatch) -> None:
 
 def forget_schedule(patch: pytest.MonkeyPatch) -> None:
     """The learning rate starts again at the first step."""
-    real = loop.learning_rate
-    patch.setattr(loop, "learning_rate", lambda config, step, total: real(config, step - 3, total))
+    real = supervised.learning_rate
+    patch.setattr(supervised, "learning_rate", lambda config, step, total: real(config, step - 3, total))
 
 
 @pytest.mark.parametrize("forget", [forget_moments, forget_updates, forget_samples, forget_schedule])
