@@ -17,6 +17,6 @@ if [ $# -gt 0 ]; then
   exec "$python" -m pytest -q -rs "$@"
 fi
 status=0
-"$python" -m pytest -q --without-extension tests/data/test_data_{order,objective,rows,samples,stream}.py || status=$?
+"$python" -m pytest -q --without-extension tests/data/test_data_{bookmarks,bounds,megatron_blends,order,objective,rows,samples,stream}.py || status=$?
 "$python" -m pytest -q -rs "${parallel[@]}" || status=$?
 exit $status

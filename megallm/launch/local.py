@@ -137,6 +137,7 @@ class _Launch:
         self.log = BackgroundWriter(os.open(log_dir / "rank-0.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
         self.screens: dict[int, BackgroundWriter] = {}  # rank 0's output -> ours
         self.interrupts, self.stopping = 0, False
+        self.passed: tuple[int, int] | None = None  # the last signal passed on, and how many ranks there were
 
     def run(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -152,7 +153,11 @@ class _Launch:
             try:
                 self._fork_all()
             finally:
+                early = self.passed  # another thread of this process may have taken it meanwhile
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if early is not None:
+                number, told = early
+                self._tell(self.ranks[told:], number)
             self._watch()
         finally:
             self._kill()
@@ -271,8 +276,12 @@ class _Launch:
                 rank.status, rank.ended_at = os.waitpid(rank.pid, 0)[1], float("inf")
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.stopping = True
-        for rank in self.ranks:
+        self.stopping, self.passed = True, (number, len(self.ranks))
+        self._tell(self.ranks, number)
+
+    @staticmethod
+    def _tell(ranks: Sequence[Rank], number: int) -> None:
+        for rank in ranks:
             if rank.status is None:
                 os.kill(rank.pid, number)
 

@@ -68,7 +68,7 @@ def norm_of_the_first_bucket() -> Iterator[None]:
     right = ShardedParameters.squared_norm
 
     def wrong(self: ShardedParameters) -> Tensor:
-        with patch.object(self, "flat", self.flat[:1]):
+        with patch.object(self, "trainable", self.trainable[:1]):
             return right(self)
 
     with patch.object(ShardedParameters, "squared_norm", wrong):

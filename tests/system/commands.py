@@ -80,13 +80,18 @@ class Started:
         return self.process.poll() is None
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, in the order of their numbers."""
-        pid = self.process.pid
-        try:
-            text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        except OSError:
-            return []
-        return sorted(int(word) for word in text.split())
+        """Process ids of the ranks, in the order of their numbers: each leads a process group of its own.
+
+        A verb that may take long starts them from a child of the process that was started (`cli.supervise`).
+        """
+        level = [self.process.pid]
+        while level:
+            children = sorted(child for pid in level for child in _children(pid))
+            ranks = [pid for pid in children if _leads_a_group(pid)]
+            if ranks:
+                return ranks
+            level = children
+        return []
 
     def kill_all(self) -> None:
         """SIGKILL to the launcher and every rank, as the end of a node would."""
@@ -112,6 +117,20 @@ class Started:
             time.sleep(0.01)
         text = self.output.read_text(errors="replace")
         return Done(code, text, text, time.monotonic() - begin)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _leads_a_group(pid: int) -> bool:
+    try:
+        return os.getpgid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _kill_group(leader: int) -> None:
@@ -164,7 +183,7 @@ def make_corpus(folder: Path, seed: int = 0, documents: int = 200) -> str:
     source = folder / "text.jsonl"
     source.write_text("".join(f"{row}\n" for row in rows))
     done = megallm("preprocess", "--input", source, "--output", folder / "d", "--tokenizer", "bytes", "--append-eod",
-                   cwd=folder)  # fmt: skip
+                   "--overwrite", cwd=folder)  # fmt: skip
     assert done.code == 0, done.err
     return str(folder / "d_text_document")
 

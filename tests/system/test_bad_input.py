@@ -162,7 +162,7 @@ def test_a_tokenizer_that_is_missing_or_another_one(tmp_path, corpus):
     refused(tmp_path, DATA, "pretrain", config, "data.tokenizer=other", names=("data.tokenizer",), keeps=own)
     assert not list((tmp_path / "run").glob("tokenizer*"))
     shutil.copytree(tmp_path / "other", tmp_path / "run" / "tokenizer")
-    own += ("run/events.jsonl", "run/metrics.jsonl", "run/run.yaml", "run/env.json")
+    own += ("run/events.jsonl", "run/metrics.jsonl", "run/run.yaml", "run/env.json", "run/data.json")
     refused(tmp_path, USAGE, "pretrain", config, names=("run/tokenizer", "another tokenizer"), keeps=own)
 
 

@@ -43,7 +43,7 @@ def test_transformers_reads_the_folder_and_continues_the_same_way(place):
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32)
     made = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
     for source, layout in (("run", "tp=2,pp=2"), ("hf", "tp=1"), ("hf", "tp=2,pp=2")):
-        file = place / "rows.jsonl"
+        file = place / f"rows-{source}-{layout}.jsonl"
         done = megallm("generate", "--model", source, "--layout", layout, "--prompt", PROMPT, "--max-new-tokens", 24,
                        "--json", file, cwd=place)  # fmt: skip
         assert done.code == 0, done.err

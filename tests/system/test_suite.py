@@ -82,9 +82,10 @@ def test_the_long_files_that_start_first_exist():
 
 def test_the_files_that_run_without_the_extension_are_all_that_read_by_its_order():
     """Modules of megallm.data that import the extension, whoever imports those, and the tests of any of them."""
-    imports = {f"data.{path.stem}": modules_imported(path) for path in (PACKAGE / "data").glob("*.py")}
+    files = [path for path in (PACKAGE / "data").rglob("*.py") if path.stem != "__init__"]
+    imports = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): modules_imported(path) for path in files}
     reached = {name for name, seen in imports.items() if "base.extension" in seen}
-    assert reached == {"data.order", "data.blend"}
+    assert reached == {"data.megatron.order", "data.megatron.blend"}
     while more := {name for name, seen in imports.items() if seen & reached} - reached:
         reached |= more
     wanted = {path.stem for path in (TESTS / "data").glob("test_*.py") if modules_imported(path) & reached}
