@@ -63,7 +63,7 @@ READABLE = {
     "utf-16 in gzip": gzip.compress(LINES.decode().encode("utf-16")),
     "utf-16 in xz, CRLF": lzma.compress(LINES.replace(b"\n", b"\r\n").decode().encode("utf-16")),
     "lzma, the older format": lzma.compress(LINES, format=lzma.FORMAT_ALONE),
-    "xz, zeros between and behind two streams": lzma.compress(LINES[:9]) + bytes(8) + lzma.compress(LINES[9:]) + bytes(4),
+    "xz, zeros between two streams": lzma.compress(LINES[:9]) + bytes(8) + lzma.compress(LINES[9:]),
 }
 NAMES = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst")
 
@@ -132,7 +132,8 @@ def test_b16_lines_of_a_table_in_another_kind_of_file_are_not_called_wrong(tmp_p
         "an Arrow stream": stream.getvalue(), "an Avro file": b"Obj\x01\x04\x16avro.schema",
         "an SQLite database": b"SQLite format 3\0" + bytes(100), "packed with lzip": b"LZIP\x01\x0c" + bytes(40),
         "packed twice": gzip.compress(gzip.compress(LINES)), "packed twice, bzip2": gzip.compress(bz2.compress(LINES)),
-        "a packed Parquet file": gzip.compress(rows.getvalue()), "a zip archive": gzip.compress(archives()["zip archive"]),
+        "a packed Parquet file": gzip.compress(rows.getvalue()),
+        "a zip archive": gzip.compress(archives()["zip archive"]),
     }  # fmt: skip
     for words, data in cases.items():
         for name in ("a.jsonl", "a.txt", *(["a.parquet.gz"] if "Parquet" in words else [])):
