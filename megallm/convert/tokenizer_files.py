@@ -25,6 +25,7 @@ from megallm.data.text.tokenizer_folder import (
     TOKEN_IDS,
     form_of,
     more_templates,
+    rank_files,
     said_of_texts,
 )
 
@@ -56,7 +57,7 @@ def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[
     stays behind. Errors: CheckpointError for links that leave the folder or files that are too large, CannotWrite.
     """
     copied, told = [], os.path.lexists(source / CONFIG)
-    for name in FILES if definition else _ABOUT:
+    for name in (*FILES, *rank_files(source)) if definition else _ABOUT:
         if os.path.lexists(source / name) and not (target / name).exists() and not (told and name == TOKEN_IDS):
             _copy(plain_file(source, name), target / name)
             copied.append(name)
@@ -160,7 +161,7 @@ def _byte_vocabulary() -> dict[str, int]:
 
 def token_ids(folder: Path) -> dict[str, Any]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else as the tokenizer's
-    settings name them, else None."""
+    settings name them; what ends a text else as `eod` of the tokenizer is found; else None."""
     found = dict.fromkeys(ID_KEYS) | config_ids(folder)
     settings: dict[str, Any] = {}
     for name in (SPECIALS, SETTINGS):
@@ -170,13 +171,9 @@ def token_ids(folder: Path) -> dict[str, Any]:
     named = {key: settings.get(key.removesuffix("_id")) for key in missing}
     named = {key: token.get("content") if isinstance(token, dict) else token for key, token in named.items()}
     named = {key: token for key, token in named.items() if isinstance(token, str)}
-    form = form_of(folder)
-    if form is not None and form.name == DEFINITION:
-        ids = dict(_vocabulary(_definition(folder)))
-        return found | {key: ids.get(token) for key, token in named.items()}
-    if form is None or not {"bos_token_id", "eos_token_id"} & {*missing}:
+    if form_of(folder) is None or not (named or found["eos_token_id"] is None):
         return found
-    words = tokenizer.load(str(folder))
+    words = tokenizer.load(str(folder), check=False)
     found |= {key: words.token_id(token) for key, token in named.items()}
     if found["eos_token_id"] is None:
         with suppress(DataError):  # a tokenizer may have no end of texts

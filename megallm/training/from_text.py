@@ -18,7 +18,7 @@ import yaml
 
 from megallm.base import files, words
 from megallm.base.errors import DataError, UsageError
-from megallm.data.text import preprocess, readers, tokenizer
+from megallm.data.text import preprocess, readers, textfile, tokenizer
 from megallm.models.config import ModelConfig
 from megallm.models.presets import PRESETS
 
@@ -27,7 +27,7 @@ TINY_FROM_BYTES = {"tiny-1m": 0, "tiny-7m": 4 << 20, "tiny-15m": 40 << 20, "tiny
 RATES = {"tiny-1m": 3e-3, "tiny-7m": 2e-3, "tiny-15m": 1.5e-3, "tiny-42m": 1e-3}  # of others: the rule's default
 PLAIN = (".txt", ".text", ".md")
 OTHERS = (".jsonl", ".json", ".parquet")
-PACKED = (".gz", ".zst")
+PACKED = textfile.SUFFIXES
 SUFFIXES = (*PLAIN, *OTHERS, *(f"{suffix}{packed}" for suffix in (*PLAIN, ".jsonl", ".json") for packed in PACKED))
 ENOUGH_FILES, ENOUGH_DOCUMENTS = 100, 20
 SAMPLE_BYTES, PIECE_CHARACTERS = 8 << 20, 1 << 16  # what the tokenizer is trained on: its memory is about 80 times that
@@ -181,7 +181,7 @@ def find_files(text: str) -> tuple[str, ...]:
         has = f"It has {len(found)} other files, such as {Path(found[0]).name}." if found else "It is empty."
         raise DataError(
             f"--text {text} holds no text file: no name ends in {', '.join((*PLAIN, *OTHERS))}, "
-            f"or in these with .gz or .zst. {has}"
+            f"or in these with {', '.join(PACKED)}. {has}"
         )
     return usable
 
@@ -196,7 +196,7 @@ def look(text: str) -> Survey:
         for one in _parsed(name, options, text):
             paragraphs += len(one.documents)
             lines += sum(bool(row.strip()) for _, texts in one.documents for row in texts[0].split("\n"))
-        plain = name.lower().removesuffix(".gz").removesuffix(".zst").endswith(PLAIN)
+        plain = readers.suffix_of(name) in PLAIN
         counts["paragraphs"] += paragraphs
         counts["file"] += min(1, paragraphs) if plain else paragraphs
         counts["lines"] += lines if plain else paragraphs

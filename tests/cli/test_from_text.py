@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 from pathlib import Path
@@ -125,6 +127,7 @@ def test_a_folder_that_is_not_ours_is_never_removed(books):
         ({f"{i}.txt": b"a\n\nb\n\n" for i in range(120)}, "file", 120),
         ({"a.jsonl": b'{"text": "x"}\n' * 25, "b.txt": b"y\n"}, "paragraphs", 26),
         ({"a.txt.gz": gzip.compress(b"one line\n" * 50), ".hidden.txt": b"z", "x.py": b"q"}, "lines", 50),
+        ({"a.txt.bz2": bz2.compress(b"x\n" * 20), "b.md.xz": lzma.compress(b"y\n" * 30)}, "lines", 50),
         ({"A.TXT": b"one line\n" * 50, "e.txt": b""}, "lines", 50),
     ],
 )

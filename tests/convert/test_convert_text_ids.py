@@ -12,6 +12,7 @@ from megallm.base.errors import CheckpointError, DataError
 from megallm.convert.convert import ConvertRequest, run
 from megallm.convert.tokenizer_files import end_ids, token_ids, write_byte_tokenizer
 from megallm.data.text import tokenizer
+from megallm.data.text.tokenizer_folder import keep
 from megallm.inference.generate import end_tokens, find_tokenizer, open_model
 from megallm.inference.template import find_template
 from tests.convert.tiny import case, make
@@ -113,10 +114,13 @@ def test_an_id_that_is_none_is_refused(folder, tmp_path, value):
     assert not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("form", ["pair", "sentencepiece folder", "folder"])
+@pytest.mark.parametrize("form", ["pair", "sentencepiece folder", "folder", "tiktoken folder"])
 def test_a_folder_with_only_that_form_works(folder, tmp_path, made, form):  # noqa: F811
     """A.1: `tokenizer.model`, or `vocab.json` with `merges.txt`, alone: the model gets its own tokenizer's ids."""
-    shutil.copytree(made[form], folder, dirs_exist_ok=True)
+    if form == "tiktoken folder":  # as the first Qwen
+        keep(made["tiktoken"], folder)
+    else:
+        shutil.copytree(made[form], folder, dirs_exist_ok=True)
     run(ConvertRequest("megallm", str(folder), str(tmp_path / "ours")))
     wanted = tokenizer.load(str(folder))
     for source in (folder, tmp_path / "ours"):
@@ -148,9 +152,11 @@ def test_ids_of_a_tokenizer_in_any_form(tmp_path, made):  # noqa: F811
         ("sentencepiece folder", {"bos_token": "<s>", "eos_token": {"content": "</s>"}}, (1, 2)),
         ("pair", {"eos_token": "<|endoftext|>"}, (None, 0)),
         ("folder", None, (None, 0)),
+        ("file", None, (None, 0)),  # a tokenizer.json alone: what `generate` ends at is what config.json says
+        ("tiktoken", None, (None, 300)),
     ):
         target = tmp_path / f"{form}{settings is None}"
-        shutil.copytree(made[form], target)
+        keep(made[form], target)
         if settings is not None:
             (target / "tokenizer_config.json").write_text(json.dumps(settings))
         found = token_ids(target)

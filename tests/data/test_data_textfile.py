@@ -62,6 +62,8 @@ READABLE = {
     "utf-8 with a mark": b"\xef\xbb\xbf" + LINES,
     "utf-16 in gzip": gzip.compress(LINES.decode().encode("utf-16")),
     "utf-16 in xz, CRLF": lzma.compress(LINES.replace(b"\n", b"\r\n").decode().encode("utf-16")),
+    "lzma, the older format": lzma.compress(LINES, format=lzma.FORMAT_ALONE),
+    "xz, zeros between two streams": lzma.compress(LINES[:9]) + bytes(8) + lzma.compress(LINES[9:]),
 }
 NAMES = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst")
 
@@ -118,6 +120,68 @@ def test_b16_what_is_not_read_is_named(tmp_path, what):
             read(tmp_path / "a.jsonl")
 
 
+def test_b16_lines_of_a_table_in_another_kind_of_file_are_not_called_wrong(tmp_path):
+    """Files that hold the right data in a form that is not read: each is named with a remedy, not its first line."""
+    pyarrow = pytest.importorskip("pyarrow")
+    stream, table = io.BytesIO(), pyarrow.table({"text": TEXTS})
+    with pyarrow.ipc.new_stream(stream, table.schema) as out:  # as `save_to_disk` of Hugging Face's datasets
+        out.write_table(table)
+    rows = io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(table, rows)
+    cases = {
+        "an Arrow stream": stream.getvalue(), "an Avro file": b"Obj\x01\x04\x16avro.schema",
+        "an SQLite database": b"SQLite format 3\0" + bytes(100), "packed with lzip": b"LZIP\x01\x0c" + bytes(40),
+        "packed twice": gzip.compress(gzip.compress(LINES)), "packed twice, bzip2": gzip.compress(bz2.compress(LINES)),
+        "a packed Parquet file": gzip.compress(rows.getvalue()),
+        "a zip archive": gzip.compress(archives()["zip archive"]),
+    }  # fmt: skip
+    for words, data in cases.items():
+        for name in ("a.jsonl", "a.txt", *(["a.parquet.gz"] if "Parquet" in words else [])):
+            (tmp_path / name).write_bytes(data)
+            for read in (by_preprocess, by_curate):
+                with pytest.raises(DataError, match=f"{name}.* is {words.partition(',')[0]}.*not read"):
+                    read(tmp_path / name)
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_b16_wide_text_without_a_mark_is_never_read_as_utf_8(tmp_path, codec, pack):
+    """Every other byte of it is NUL, which UTF-8 may hold: such a text was trained on, NULs and all."""
+    for name, text in (("a.txt", "Hello there\n"), ("b.jsonl", LINES.decode()), ("c.txt", "x")):
+        (tmp_path / name).write_bytes(pack(text.encode(codec)))
+        for read in (by_preprocess, by_curate):
+            with pytest.raises(DataError, match=f"{name}.*NUL.*UTF-16 or UTF-32 without a byte order mark.*iconv"):
+                read(tmp_path / name)
+    (tmp_path / "d.txt").write_bytes(pack(b"a few \0 are a matter of the text"))
+    assert by_preprocess(tmp_path / "d.txt") == ["a few \0 are a matter of the text"]
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress, gzip.compress, zstandard.compress])
+def test_b16_a_long_utf_16_file_in_several_streams(tmp_path, compress, monkeypatch):
+    """The first bytes are looked at in whole, however little the library gives at once."""
+    monkeypatch.setattr(textfile, "_READ_BYTES", 7)
+    monkeypatch.setattr(textfile, "_FEED_BYTES", 7)
+    wide = (LINES * 9).decode().encode("utf-16")
+    (tmp_path / "a.jsonl").write_bytes(compress(wide[:1]) + compress(wide[1:]))
+    assert by_preprocess(tmp_path / "a.jsonl") == TEXTS * 9 == by_curate(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress, gzip.compress, zstandard.compress])
+@pytest.mark.parametrize("damage", ["a bit", "cut", "no stream"])
+def test_b16_a_damaged_later_stream_is_never_taken_for_the_end(tmp_path, compress, damage):
+    """pbzip2 and Wikipedia's dumps have thousands of streams: what follows a damaged one was dropped without a word."""
+    first, second = compress(LINES), bytearray(compress(LINES))
+    if damage == "a bit":
+        second[len(second) // 2] ^= 1
+    second = {"a bit": second, "cut": second[:5], "no stream": b"garbage"}[damage]
+    (tmp_path / "a.jsonl").write_bytes(first + bytes(second))
+    for read in (by_preprocess, by_curate):
+        if compress is zstandard.compress and damage == "a bit":
+            continue  # the frame may have no checksum
+        with pytest.raises(DataError, match="a.jsonl.*(damaged or incomplete)"):
+            read(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("name", [name for name in READABLE if "mark" not in name and "endian" not in name])
 def test_b16_a_truncated_file_is_damaged_for_both(tmp_path, name):
     """Also where `curate train-lm` reads it: it passed over what it could not read."""
@@ -128,11 +192,11 @@ def test_b16_a_truncated_file_is_damaged_for_both(tmp_path, name):
 
 
 def test_b16_packed_files_take_bounded_memory(tmp_path):
-    """64 MiB of zeros in each: `curate` and `preprocess` hold a block or two of it."""
+    """64 MiB of one letter in each: `curate` and `preprocess` hold a block or two of it."""
     for name, packer in {"a.txt": bz2.BZ2Compressor(), "b.txt": lzma.LZMACompressor(preset=0)}.items():
         with open(tmp_path / name, "wb") as file:
             for _ in range(64):
-                file.write(packer.compress(b"\0" * (1 << 20)))
+                file.write(packer.compress(b"a" * (1 << 20)))
             file.write(packer.flush())
     code = (
         "import sys\nfrom pathlib import Path\nfrom megallm.data import readers\n"

@@ -115,6 +115,8 @@ def chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
 
 
 def _cut_parquet(file: TextFile, options: ReadOptions) -> Iterator[Chunk]:
+    if file.packing:
+        raise DataError(f"{file.name} is a packed Parquet file, which is not read: unpack it, and give that.")
     if textfile.is_stream(file.name):
         raise DataError(f"{file.name} is a pipe, but Parquet is read from its end: give a file.")
     for rows in parquet.row_batches(file.name, options.keys, CHUNK_BYTES, options.max_document_bytes):

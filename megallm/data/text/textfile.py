@@ -14,7 +14,7 @@ import os
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data import optional
 
 BLOCK_BYTES = 1 << 20
-SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")  # of packed files: the suffix before says what is in it
+SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lzma")  # of packed files: the suffix before says what is in it
 WRITER_SECONDS = 60.0  # so long a named pipe may have no writer
 _POLL_SECONDS = 0.05
+_READ_BYTES = 1 << 16  # compressed bytes read at once
 _FEED_BYTES = 1 << 8  # compressed bytes given to zstd at once: 4 of them unfold to at most 128 KiB
 _MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`: what the Reddit dumps of Pushshift were made with
 _HEAD_BYTES = 1 << 10
@@ -35,7 +36,8 @@ _MARKS = {  # the mark of UTF-32 begins like that of UTF-16, so it comes first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
+           b"\x5d\x00\x00": "xz"}  # fmt: skip - the last is the older .lzma, which the same library reads
 _PARQUET = b"PAR1"
 _REFUSED = {  # how it begins: what it is, and what to do with it
     b"PK\x03\x04": ("a zip archive", "unzip it and give the files in it"),
@@ -44,10 +46,15 @@ _REFUSED = {  # how it begins: what it is, and what to do with it
     b"Rar!\x1a\x07": ("a rar archive", "unpack it and give the files in it"),
     b"\x04\x22\x4d\x18": ("packed with lz4", "unpack it, for example `lz4 -d FILE - | megallm ... --input /dev/stdin`"),
     b"\x1f\x9d": ("packed with compress", "unpack it with `gzip -d`"),
+    b"LZIP": ("packed with lzip", "unpack it with `lzip -d`"),
     b"ARROW1": ("an Arrow file", "write it as Parquet or JSONL"),
+    b"\xff\xff\xff\xff": ("an Arrow stream", "write it as Parquet or JSONL; datasets have `to_parquet`, `to_json`"),
+    b"Obj\x01": ("an Avro file", "write it as Parquet or JSONL"),
+    b"SQLite format 3\0": ("an SQLite database", "write the texts of its tables as JSONL"),
     b"%PDF-": ("a PDF", "extract its text, for example with `pdftotext`"),
 }
 _TAR = (257, b"ustar")
+_MOST_NULS = 0.4  # of the bytes of a text: in UTF-16 half of them are, wherever it is ASCII
 _DAMAGES = (OSError, EOFError, zlib.error)
 
 
@@ -119,7 +126,7 @@ class TextFile:
 
     def blocks(self) -> Iterator[bytes]:
         """Its text as UTF-8, at most about BLOCK_BYTES at once. Errors: `DataError`; see `damage`."""
-        yield from _as_utf8(self.name, _unpacked(self))
+        yield from _as_utf8(self.name, _unpacked(self), bool(self.packing))
 
     def start(self, limit: int) -> bytes:
         """The first `limit` bytes of its text."""
@@ -159,21 +166,24 @@ def damage(name: str) -> Iterator[None]:
 
 def _packing(name: str, head: bytes) -> str:
     """How a file is packed. Errors: `DataError` for an archive, and for a packed file's name without its beginning."""
-    for magic, (what, remedy) in _REFUSED.items():
-        if head.startswith(magic):
-            raise DataError(f"{name} is {what}, which is not read: {remedy}.")
-    for magic, packing in _PACKED.items():
-        if head.startswith(magic):
-            return packing
-    if head[1:4] == b"\x2a\x4d\x18" and head[:1] and head[0] >> 4 == 5:  # a skippable frame, as pzstd writes them first
-        return "zstd"
-    _refuse_tar(name, head)
+    packing = _packing_of(head)
+    if packing:
+        return packing
+    _refuse(name, head)
     if name.lower().endswith(SUFFIXES) and head and not _is_text(head):
         raise DataError(
             f"{name} cannot be read: neither its first bytes nor text is what its name says. "
             "The file is damaged or incomplete."
         )
     return ""
+
+
+def _packing_of(head: bytes) -> str:
+    for magic, packing in _PACKED.items():
+        if head.startswith(magic):
+            return packing
+    skippable = head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5  # a frame that pzstd writes first
+    return "zstd" if skippable else ""
 
 
 def _is_text(head: bytes) -> bool:
@@ -187,10 +197,20 @@ def _is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
-def _refuse_tar(name: str, head: bytes) -> None:
+def _refuse(name: str, head: bytes) -> None:
+    """Errors: `DataError` for the beginning of an archive, of tables, or of text in a wide encoding without a mark."""
+    found = next((said for magic, said in _REFUSED.items() if head.startswith(magic)), None)
     at, magic = _TAR
     if head[at : at + len(magic)] == magic:
-        raise DataError(f"{name} is a tar archive, which is not read: unpack it and give the files in it.")
+        found = "a tar archive", "unpack it and give the files in it"
+    if found is not None:
+        raise DataError(f"{name} is {found[0]}, which is not read: {found[1]}.")
+    head = head[:_HEAD_BYTES]
+    if not head.startswith((*_MARKS, _PARQUET)) and head.count(0) > _MOST_NULS * len(head):
+        raise DataError(
+            f"{name} is no text: {head.count(0)} of its first {len(head)} bytes are NUL. If it is UTF-16 or UTF-32 "
+            "without a byte order mark, make it UTF-8, for example with `iconv -f UTF-16LE -t UTF-8`."
+        )
 
 
 class _Rejoined(io.RawIOBase):
@@ -262,49 +282,77 @@ def _unpacked(file: TextFile) -> Iterator[bytes]:
     """The bytes of a file, unpacked."""
     library = _library(file.packing, file.name) if file.packing else None
     if file.packing == "zstd":
-        yield from _zstd(library, file.raw)
+        yield from _gathered(_zstd(library, file.raw))
         return
-    unpacked: Any = file.raw
-    bad: tuple[type[Exception], ...] = (ValueError,)
-    if file.packing == "gzip":
-        unpacked = gzip.GzipFile(fileobj=file.raw)
-    elif file.packing == "bzip2":
-        unpacked = library.BZ2File(file.raw)
-    elif file.packing == "xz":
-        unpacked, bad = library.LZMAFile(file.raw), (library.LZMAError,)
+    if file.packing in ("bzip2", "xz"):
+        fresh = library.BZ2Decompressor if file.packing == "bzip2" else library.LZMADecompressor
+        yield from _gathered(_streams(fresh, () if file.packing == "bzip2" else library.LZMAError, file.raw))
+        return
+    unpacked: Any = gzip.GzipFile(fileobj=file.raw) if file.packing else file.raw
     try:
         while block := unpacked.read(BLOCK_BYTES):
             yield block
-    except bad as error:
+    except ValueError as error:
         raise EOFError(str(error)) from error
+
+
+def _streams(fresh: Callable[[], Any], bad: Any, file: BinaryIO) -> Iterator[bytes]:
+    """The streams of a file one after the other, zeros between them aside; `fresh` makes what unpacks one.
+
+    The classes of the standard library take a later stream that is damaged for the end of the file.
+    """
+    stream, data = None, b""
+    while data or (data := file.read(_READ_BYTES)):
+        if stream is None:
+            data = data.lstrip(b"\0")
+            stream = fresh() if data else None
+            continue
+        try:
+            yield stream.decompress(data, BLOCK_BYTES)
+            while not (stream.eof or stream.needs_input):
+                yield stream.decompress(b"", BLOCK_BYTES)
+        except bad as error:
+            raise EOFError(str(error)) from error
+        data, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None:
+        raise EOFError("a compressed stream has no end")
+
+
+def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of at least BLOCK_BYTES, but for the last: pieces may be empty."""
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= BLOCK_BYTES:
+            yield b"".join(held)
+            held, size = [], 0
+    yield b"".join(held)
 
 
 def _zstd(zstandard: Any, file: BinaryIO) -> Iterator[bytes]:
     frame = None
-    held: list[bytes] = []
-    size = 0
     while block := file.read(_FEED_BYTES):  # the file is buffered
         while block:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
             try:
-                held.append(frame.decompress(block))
+                yield frame.decompress(block)
             except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from error
-            size += len(held[-1])
             block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if size >= BLOCK_BYTES:
-            yield b"".join(held)
-            held, size = [], 0
     if frame is not None:
         raise EOFError("the last zstd frame has no end")
-    yield b"".join(held)
 
 
-def _as_utf8(name: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _as_utf8(name: str, blocks: Iterator[bytes], packed: bool) -> Iterator[bytes]:
     """The same text as UTF-8; a byte order mark of UTF-8 stays. Half a surrogate pair becomes bytes that no UTF-8 has,
     so that only the document that holds it is refused."""
     first = next(blocks, b"")
-    _refuse_tar(name, first)
+    if packed and (first.startswith(_PARQUET) or _packing_of(first)):
+        what = "a packed Parquet file" if first.startswith(_PARQUET) else "packed twice"
+        raise DataError(f"{name} is {what}, which is not read: unpack it once.")
+    _refuse(name, first)
     codec = next((codec for mark, codec in _MARKS.items() if first.startswith(mark)), None)
     if codec is None:
         yield first

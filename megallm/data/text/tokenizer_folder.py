@@ -51,6 +51,12 @@ def form_of(folder: Path) -> Path | None:
     return ranks[0] if len(ranks) == 1 else None
 
 
+def rank_files(folder: Path) -> tuple[str, ...]:
+    """The names of tiktoken's ranks and of their rules, where these define the folder's tokenizer."""
+    form = form_of(folder)
+    return (form.name, f"{form.stem}.json") if form is not None and form.suffix == ".tiktoken" else ()
+
+
 def keep(spec: str, target: Path) -> None:
     """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder `target`.
 
@@ -70,10 +76,8 @@ def keep(spec: str, target: Path) -> None:
 def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
     """(file, its name in the copy)."""
     if source.is_dir():
-        names = [*FILES, *(f"{MORE_TEMPLATES}/{path.name}" for path in more_templates(source))]
-        ranks = form_of(source)
-        if ranks is not None and ranks.suffix == ".tiktoken":
-            names += [ranks.name, f"{ranks.stem}.json"]
+        more = (f"{MORE_TEMPLATES}/{path.name}" for path in more_templates(source))
+        names = (*FILES, *rank_files(source), *more)
         yield from ((source / name, name) for name in names if (source / name).is_file())
         return
     if source.suffix == ".tiktoken":
