@@ -43,18 +43,20 @@ def start(
     log_dir: Path | None,
     preload: Sequence[str] = ("torch",),
     owns_logs: Callable[[int], bool] = lambda pid: True,
+    saves: bool = True,
 ) -> None:
     """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process if it is one."""
     env = started_by_others()
     if env is None:
-        run_ranks(fn, args, nproc, log_dir, preload, owns_logs)
+        run_ranks(fn, args, nproc, log_dir, preload, owns_logs, saves)
         return
     if env.rank != 0 and log_dir is not None:
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
         os.dup2(os.open(log_dir / f"rank-{env.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 1)
     _use_lossy_output(own_log=env.rank != 0 and log_dir is not None)
-    default_signals()
+    if saves:
+        default_signals()
     keep_memory()
     limit_threads(thread_count(env.local_world))
     try:

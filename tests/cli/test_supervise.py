@@ -115,6 +115,33 @@ def test_b15_training_a_tokenizer_in_the_library_is_ended(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
+def test_b15_generate_ends_its_ranks_and_speaks_of_no_step(tmp_path, number):
+    """It said "stopping when this step is done", or "before the first step" and 75, and then a second last word."""
+    from tests.convert.tiny import case, make
+
+    make(tmp_path / "hf", case("llama", "LlamaConfig"))
+    words = "generate --model hf --tokenizer bytes --prompt !! --max-new-tokens 1000000 --layout tp=2 --stream"
+    with started(tmp_path, *words.split()) as process:
+        assert process.stdout.read(3)  # the control: the ranks are at work
+        (child,) = _children(process.pid)
+        ranks = _children(child)
+        begin = time.monotonic()
+        process.send_signal(number)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - begin < LIMIT_SECONDS
+    how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    said = [line for line in err.splitlines() if not line.startswith(("generate | ", "megallm: note: "))]
+    assert said == [f"megallm: error: {how}; {KEPT['generate']}"]
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert len(ranks) == 2 and not [pid for pid in (child, *ranks) if Path(f"/proc/{pid}").exists()]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 STUCK = """
 import signal, sys, time
 from megallm.cli import supervise
