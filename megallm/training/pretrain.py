@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import DataError, UsageError
+from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_path
 from megallm.checkpoint import store
 from megallm.convert.folder import is_model_folder
@@ -43,6 +43,7 @@ from megallm.training.resuming import (
     describe_files,
     find_checkpoint,
     ledger_and_changes,
+    unreadable,
 )
 from megallm.training.runfolder import RunFolder
 from megallm.training.signals import listening
@@ -74,7 +75,10 @@ def run(
         identity = describe(config)
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger, changes = same_run(config, identity, found, allowed, mesh)
-        engine, begin = build_engine(engine_config(config), mesh, found)
+        try:
+            engine, begin = build_engine(engine_config(config), mesh, found)
+        except CheckpointError as error:
+            raise unreadable(error, changes) from error
         layout = dataclasses.asdict(mesh.layout)
         recorder.start(ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)})
         if mesh.rank == 0:
@@ -112,9 +116,10 @@ def same_run(
         if found is not None:
             others = config_changes(folder, config)
             answer["ledger"], changes = ledger_and_changes(found, identity | answer["files"], others, allowed)
+        answer["changes"] = changes
     answer = mesh.broadcast_json(answer)
     identity |= answer["files"]
-    return Ledger(**answer.get("ledger", {})), changes
+    return Ledger(**answer.get("ledger", {})), changes or [Change(*change) for change in answer["changes"]]
 
 
 def closing(config: PretrainConfig, step: int) -> tuple[str, ...]:

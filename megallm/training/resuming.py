@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from megallm.base.config import leaves, to_dict, to_yaml
-from megallm.base.errors import CheckpointError, UsageError
+from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
@@ -221,6 +221,17 @@ def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> 
         f"{found} belongs to a run that differs from this configuration:\n{table_of(changes, allowed)}\n"
         "What is marked with * makes it another run: restore these values, start anew in another run.dir, or let "
         f"each pass, as in --allow-change {first.key.partition(' ')[0]}. The rest may change."
+    )
+
+
+def unreadable(error: CheckpointError, changes: Sequence[Change]) -> MegallmError:
+    """The error of a whole checkpoint that does not fit what --allow-change let pass; the same one without such."""
+    passed = [change for change in changes if change.refused]
+    if not passed:
+        return error
+    return UsageError(
+        f"The checkpoint does not fit a change that --allow-change let pass: {error}\n{table_of(passed)}\n"
+        "Restore the values that it was written with, or start anew in another run.dir."
     )
 
 
