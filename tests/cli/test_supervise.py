@@ -5,6 +5,7 @@ Real commands and real signals; only the pace of the progress lines is set.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -235,6 +236,21 @@ def test_b15_every_verb_that_may_take_long_is_supervised_and_says_what_it_keeps(
              "completion", "doctor", "presets"}  # fmt: skip
     assert {words for words in VERBS if words not in KEPT} - quick == set(), "give it a sentence in KEPT"
     assert all(kept.endswith(".") for kept in KEPT.values())
+
+
+def test_b15_what_was_told_to_be_kept_is(tmp_path, monkeypatch):
+    """The rows of the oracle are written as they come; work of a curation is thrown away by --overwrite."""
+    from megallm.cli import oracle
+    from megallm.oracle import run
+
+    assert "without --overwrite" in KEPT["curate"]
+    path, seen = tmp_path / "out", []
+    with path.open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(run, "main", lambda args, write, progress: write("a row\n") or seen.append(path.read_text()))
+        args = argparse.Namespace(json=None, overwrite=False)
+        oracle.COMMANDS["oracle"].run(args)
+    assert seen == ["a row\n"]
 
 
 def test_b15_a_line_of_progress_is_readable():
