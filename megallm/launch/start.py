@@ -6,9 +6,11 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megallm.base import terminal
 from megallm.base.errors import PeerLost, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, FdWriter, LossyText
@@ -71,7 +73,9 @@ def _use_lossy_output(own_log: bool) -> None:
     """What srun or torchrun reads may be stuck or gone: lines are dropped then, and the rank goes on."""
     out = FdWriter(1) if own_log else BackgroundWriter(1)
     err = BackgroundWriter(2)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.stdout, sys.stderr = LossyText(out), LossyText(err)
+    terminal.escape_streams()
     for writer in (out, err):
         atexit.register(writer.close, 2.0)
