@@ -13,6 +13,7 @@ import select
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from megallm.base.terminal import escaped
@@ -166,6 +167,18 @@ def show_error(text: str, seconds: float = 1.0) -> None:
     writer = BackgroundWriter(2)
     writer.write(text.encode("utf-8", "backslashreplace") + b"\n")
     writer.close(seconds)
+
+
+def say(text: str, seconds: float = 1.0) -> None:
+    """Write a line to stdout, waiting for a reader at most `seconds`; it never raises, and starts no thread."""
+    data = escaped(text).encode("utf-8", "backslashreplace") + b"\n"
+    if descriptor(sys.stdout, -1) != 1:  # redirected inside the process
+        sys.stdout.write(f"{text}\n")
+        return
+    with suppress(OSError):
+        for begin in range(0, len(data), select.PIPE_BUF):  # so much goes into a pipe that is ready, or nothing
+            if select.select((), (1,), (), seconds)[1]:
+                os.write(1, data[begin : begin + select.PIPE_BUF])
 
 
 def open_standard_streams() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # All of C0 but tab and newline, DEL, C1, lone surrogates (undecodable bytes of a file name), and the characters that
 # turn the direction of the text around them (U+202A and so on), which make a line read otherwise than it is.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+STANDARD_OUTPUT = "The standard output"
 _REDRAW = re.compile("(\r(\x1b\\[[0-2]?K)?)?")  # how a line of progress begins: back to the left, erase
 
 
@@ -32,16 +33,35 @@ def _written(code: int) -> str:
 
 
 class Escaping:
-    """A text stream that writes `escaped` text; with `redraw` a text may begin with a carriage return (progress)."""
+    """A text stream that writes `escaped` text: results, or with `notes` what is only told, as stderr is.
 
-    def __init__(self, raw: TextIO, redraw: bool = False) -> None:
-        self.raw, self.redraw = raw, redraw
+    A note may begin with a carriage return (progress), and one that cannot be written is dropped. Of a result that is
+    an OSError, whose file name says so.
+    """
+
+    def __init__(self, raw: TextIO, notes: bool = False) -> None:
+        self.raw, self.notes = raw, notes
 
     def write(self, text: str) -> int:
         """Write a text, and return how many of its characters were taken: all."""
-        begin = _REDRAW.match(text).end() if self.redraw else 0
-        self.raw.write(text[:begin] + escaped(text[begin:]))
+        begin = _REDRAW.match(text).end() if self.notes else 0
+        with self._failing():
+            self.raw.write(text[:begin] + escaped(text[begin:]))
         return len(text)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self._failing():
+            self.raw.flush()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.notes:
+                error.filename = STANDARD_OUTPUT
+                raise
 
     def writelines(self, lines: list[str]) -> None:
         """Write each text."""
@@ -57,8 +77,8 @@ class Escaping:
 
 def escape_streams() -> None:
     """Put the filter in front of this process's stdout and stderr, for good."""
-    sys.stdout = _filtered(sys.stdout, redraw=False)
-    sys.stderr = _filtered(sys.stderr, redraw=True)
+    sys.stdout = _filtered(sys.stdout, notes=False)
+    sys.stderr = _filtered(sys.stderr, notes=True)
 
 
 @contextmanager
@@ -72,9 +92,9 @@ def escaping() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _filtered(stream: Any, redraw: bool) -> Any:
+def _filtered(stream: Any, notes: bool) -> Any:
     """The stream behind the filter, once; None (a closed stream) stays None."""
-    return stream if stream is None or isinstance(stream, Escaping) else Escaping(stream, redraw)
+    return stream if stream is None or isinstance(stream, Escaping) else Escaping(stream, notes)
 
 
 def console(stream: Any = None, **options: Any) -> Console:

@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     printer = Printer(request.prompts, live) if args.stream or request.output is None else None
     if printer is not None and sys.stderr.isatty():
         BOARD.end()  # texts and progress would mix
-    start(_rank, (request, layout, printer), layout.world, None, PRELOAD)
+    start(_rank, (request, layout, printer), layout.world, None, PRELOAD, saves=False)
     if request.output is not None:
         BOARD.end()
         tell(f"the rows are in {request.output}.")

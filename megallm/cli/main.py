@@ -29,7 +29,7 @@ TEXTS = ("prompt", "stop", "system", "special_tokens", "json_keys", "key")  # ar
 HELP = ("-h", "--help", "help")
 OF_ONE = "`megallm VERB --help` shows the arguments of one."
 FASTER_WITH_EXTENSION = ("preprocess", "pretrain", "curate", "data verify", "data stream")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,15 +102,22 @@ def _ended(arguments: list[str], kept: str) -> int:
         say_stopped(stop.number, kept)
         return die_of(stop.number)
     except BrokenPipeError:  # `megallm ... | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 0
     except OSError as error:
         if error.errno not in UNWRITABLE or error.filename is None:
             return _unexpected(error)
+        if error.filename == terminal.STANDARD_OUTPUT:
+            _drop_output()
         return _fail(f"{error.filename} cannot be written: {error.strerror}.", CannotWrite.exit_code)
     except Exception as error:  # the boundary of the program
         return _unexpected(error)
     return code
+
+
+def _drop_output() -> None:
+    """What still waits to be written to stdout would be tried again by the interpreter at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def dispatch(arguments: list[str]) -> int:

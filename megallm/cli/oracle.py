@@ -31,7 +31,13 @@ def _run(args: argparse.Namespace) -> int:
     from megallm.oracle.run import main
 
     check_outputs(args, args.json)
-    return main(args, sys.stdout.write, BOARD.show)
+    return main(args, _write, BOARD.show)
+
+
+def _write(text: str) -> None:
+    """At once: what is interrupted, or killed, has told its rows."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 COMMANDS = {"oracle": Command(_arguments, _run)}

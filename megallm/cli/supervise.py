@@ -91,8 +91,9 @@ def say_stopped(number: int, kept: str) -> None:
 
 def die_of(number: int) -> int:
     """End this process by a signal, as whoever sent it expects; 128 + its number should it survive."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
     os.kill(os.getpid(), number)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from megallm.base.config import load
 from megallm.base.errors import UsageError
+from megallm.base.output import say
 from megallm.data.text.preprocess import Stats
 from megallm.launch.start import started_by_others
 from megallm.training import from_text
@@ -80,4 +81,4 @@ def _request(args: argparse.Namespace) -> from_text.Request:
 
 
 def _say(text: str) -> None:
-    print(f"megallm: {text}", flush=True)
+    say(f"megallm: {text}")

@@ -95,13 +95,15 @@ def run_ranks(
     log_dir: Path | None = None,
     preload: Sequence[str] = ("torch",),
     owns_logs: Callable[[int], bool] = lambda pid: True,
+    saves: bool = True,
 ) -> None:
     """Run `fn(env: RankEnv, *args)` in `nproc` forked ranks and wait for all of them.
 
     Output goes to `log_dir/rank-N.log` (None: a folder that is removed afterwards), rank 0's also to ours.
     The first failure ends all ranks within a second and raises RanksFailed with that rank's number, cause, exit
     code and last lines; ranks that saved and left with 75 raise Requeue. SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and
-    SIGHUP (not under nohup) are passed on; so is a first SIGINT, while a second one ends everything at once.
+    SIGHUP (not under nohup) are passed on; so is a first SIGINT, while a second one ends everything at once. With
+    `saves` False the ranks have nothing to save: what a handler of ours raises ends them at once, and is raised.
     `owns_logs(process id of rank 0)` is asked before `log_dir` is written by the launcher.
     """
     if nproc < 1:
@@ -111,10 +113,10 @@ def run_ranks(
     if log_dir is not None:
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
-        _Launch(fn, tuple(args), nproc, log_dir, owns_logs).run()
+        _Launch(fn, tuple(args), nproc, log_dir, owns_logs).run(saves)
         return
     with tempfile.TemporaryDirectory(prefix="megallm-") as folder:
-        _Launch(fn, tuple(args), nproc, Path(folder), owns_logs).run()
+        _Launch(fn, tuple(args), nproc, Path(folder), owns_logs).run(saves)
 
 
 class _Launch:
@@ -139,7 +141,7 @@ class _Launch:
         self.interrupts, self.stopping = 0, False
         self.passed: tuple[int, int] | None = None  # the last signal passed on, and how many ranks there were
 
-    def run(self) -> None:
+    def run(self, saves: bool) -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # full disks do not matter before there is anything to say
                 stream.flush()
@@ -147,8 +149,9 @@ class _Launch:
         # ranks are there would miss some.
         heard = (*stop_signals(), signal.SIGINT)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-        handlers = {number: signal.signal(number, self._pass_on) for number in heard[:-1]}
-        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        handlers = {number: signal.signal(number, self._pass_on) for number in heard[:-1] if saves}
+        if saves:
+            handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         try:
             try:
                 self._fork_all()

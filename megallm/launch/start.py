@@ -6,9 +6,11 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megallm.base import terminal
 from megallm.base.errors import PeerLost, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, FdWriter, LossyText
@@ -43,18 +45,20 @@ def start(
     log_dir: Path | None,
     preload: Sequence[str] = ("torch",),
     owns_logs: Callable[[int], bool] = lambda pid: True,
+    saves: bool = True,
 ) -> None:
     """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process if it is one."""
     env = started_by_others()
     if env is None:
-        run_ranks(fn, args, nproc, log_dir, preload, owns_logs)
+        run_ranks(fn, args, nproc, log_dir, preload, owns_logs, saves)
         return
     if env.rank != 0 and log_dir is not None:
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
         os.dup2(os.open(log_dir / f"rank-{env.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 1)
     _use_lossy_output(own_log=env.rank != 0 and log_dir is not None)
-    default_signals()
+    if saves:
+        default_signals()
     keep_memory()
     limit_threads(thread_count(env.local_world))
     try:
@@ -69,7 +73,9 @@ def _use_lossy_output(own_log: bool) -> None:
     """What srun or torchrun reads may be stuck or gone: lines are dropped then, and the rank goes on."""
     out = FdWriter(1) if own_log else BackgroundWriter(1)
     err = BackgroundWriter(2)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.stdout, sys.stderr = LossyText(out), LossyText(err)
+    terminal.escape_streams()
     for writer in (out, err):
         atexit.register(writer.close, 2.0)

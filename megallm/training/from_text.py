@@ -35,6 +35,7 @@ MAX_VOCABULARY = 32_000
 EPOCHS, TOKENS_PER_PARAMETER = 5, 20  # train on each token so often, or as long as the Chinchilla rule says
 FEWEST_STEPS, MOST_STEPS = 100, {"cpu": 1_000, "gpu": 20_000}
 SCHEMA = 1
+CHOICES = "choices.json"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def is_prepared(request: Request) -> bool:
 
     Errors: `UsageError` when the run folder belongs to another text or preset, `DataError` without any text.
     """
-    path = request.folder / "choices.json"
+    path = request.folder / CHOICES
     if not request.folder.exists():
         return False
     try:
@@ -131,14 +132,10 @@ def prepare(
     Errors: `DataError` for the text, `UsageError`, `CannotWrite`. What an interrupted one left is made anew.
     """
     check_preset(request.preset)
-    folder, marker = request.folder, request.folder / "choices.json"
+    folder, marker = request.folder, request.folder / CHOICES
     survey = look(request.text)
-    if folder.exists():
-        shutil.rmtree(folder)  # `is_prepared` has seen that it is ours
-    with files.writing(folder):
-        folder.mkdir(parents=True)
     made_for = _identity(request)
-    files.atomic_write_json(marker, {"state": "preparing", "made_for": made_for})
+    _begin(folder, {"state": "preparing", "made_for": made_for})
     split_text = survey.split_text()
     preset = _fitting(survey.size_bytes) if request.preset == TINY else request.preset
     documents = survey.documents[split_text]
@@ -162,6 +159,25 @@ def prepare(
     chosen = {"preset": preset, "split_text": split_text, "vocab_size": vocab_size, "tokens": tokens}
     files.atomic_write_json(marker, {"state": "ready", "made_for": made_for, "chosen": chosen})
     return chosen
+
+
+def _begin(folder: Path, state: dict[str, Any]) -> None:
+    """An empty folder but for its choices.json, by which it is ours at every moment: whoever ends us may come again."""
+    with files.writing(folder):
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with files.atomic_path(folder) as temporary:
+                temporary.mkdir()
+                files.atomic_write_json(temporary / CHOICES, state)
+            return
+        files.atomic_write_json(folder / CHOICES, state)  # `is_prepared` has seen that it is ours
+        for path in folder.iterdir():
+            if path.name == CHOICES:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def find_files(text: str) -> tuple[str, ...]:

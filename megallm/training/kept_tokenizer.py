@@ -21,7 +21,9 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
     Errors: `UsageError` when another one lies there already, unless it may be replaced.
     """
     spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
-    if replace and target.exists():
+    if spec is not None and target.exists() and Path(spec).resolve().is_relative_to(target.resolve()):
+        return  # data.tokenizer names the run's own copy, as where the first one is gone
+    if replace and spec is not None and target.exists():
         shutil.rmtree(target)
     if spec is not None and form_of(target) is not None:
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megallm.base.errors import CheckpointError
 from megallm.checkpoint import store
 from megallm.data.batches import Reader, Share
 from megallm.data.loader import Batch, Loader
@@ -32,6 +33,7 @@ from megallm.training.resuming import (
     describe,
     find_checkpoint,
     same_run,
+    unreadable,
 )
 from megallm.training.supervised import Feed, SupervisedTrainer
 from megallm.training.trainer import Ledger
@@ -63,7 +65,10 @@ def run(
         identity = describe(config)
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger, changes = same_run(config, identity, found, allowed, mesh)
-        engine, begin = build_engine(engine_config(config), mesh, found)
+        try:
+            engine, begin = build_engine(engine_config(config), mesh, found)
+        except CheckpointError as error:
+            raise unreadable(error, changes) from error
         layout = dataclasses.asdict(mesh.layout)
         recorder.start(ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)})
         if mesh.rank == 0:

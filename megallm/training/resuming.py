@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megallm.base.config import leaves, to_dict, to_yaml
-from megallm.base.errors import CheckpointError, UsageError
+from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
@@ -201,6 +201,17 @@ def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> 
     )
 
 
+def unreadable(error: CheckpointError, changes: Sequence[Change]) -> MegallmError:
+    """The error of a whole checkpoint that does not fit what --allow-change let pass; the same one without such."""
+    passed = [change for change in changes if change.refused]
+    if not passed:
+        return error
+    return UsageError(
+        f"The checkpoint does not fit a change that --allow-change let pass: {error}\n{table_of(passed)}\n"
+        "Restore the values that it was written with, or start anew in another run.dir."
+    )
+
+
 def _ledger(ledger: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
     """The ledger without what other data makes void: a changed source begins anew, a changed order altogether."""
     state = ledger.get("data")
@@ -231,6 +242,7 @@ def same_run(
         if found is not None:
             others = config_changes(folder, config)
             answer["ledger"], changes = ledger_and_changes(found, identity | answer["files"], others, allowed)
+        answer["changes"] = changes
     answer = mesh.broadcast_json(answer)
     identity |= answer["files"]
-    return Ledger(**answer.get("ledger", {})), changes
+    return Ledger(**answer.get("ledger", {})), changes or [Change(*change) for change in answer["changes"]]

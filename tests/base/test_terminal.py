@@ -33,7 +33,7 @@ def test_every_control_character_is_written_out_and_text_is_not():
 
 def test_progress_may_go_back_to_the_left_and_nothing_else():
     raw = io.StringIO()
-    stream = terminal.Escaping(raw, redraw=True)
+    stream = terminal.Escaping(raw, notes=True)
     stream.write("\r\x1b[Kstep 1")
     stream.write("\rstep 2 \r\x1b[2J")
     assert raw.getvalue() == "\r\x1b[Kstep 1\rstep 2 \\x0d\\x1b[2J"

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,34 @@ def test_what_an_interrupted_preparation_left_is_made_anew(books, monkeypatch):
     assert not from_text.is_prepared(request(books))
     from_text.prepare(request(books), lambda text: None)
     assert from_text.is_prepared(request(books))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["the first time", "again"])
+@pytest.mark.parametrize("call", range(1, 8))
+def test_whenever_preparing_is_ended_it_can_be_begun_anew(books, again, call):
+    """A folder that was just made, or half emptied, was taken for somebody else's, and the same command refused."""
+    wanted, folder = request(books), Path("runs/x/from_text")
+    if again:
+        (folder / "tokenizer").mkdir(parents=True)
+        for name in ("data.bin", "tokenizer/tokenizer.json", "sample.jsonl"):
+            (folder / name).write_text("x")
+        (folder / "choices.json").write_text(json.dumps({"state": "preparing", "made_for": {}}))
+    count = 0
+
+    def killed(frame, event, arg):
+        nonlocal count
+        count += event == "c_call" and arg in (os.mkdir, os.replace, os.unlink, os.rmdir, os.fsync)
+        if count == call:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(killed)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            from_text.prepare(wanted, print)
+    finally:
+        sys.setprofile(None)
+    assert not from_text.is_prepared(wanted)
 
 
 def test_a_folder_that_is_not_ours_is_never_removed(books):

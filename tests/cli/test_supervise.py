@@ -5,6 +5,7 @@ Real commands and real signals; only the pace of the progress lines is set.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -116,6 +117,33 @@ def test_b15_training_a_tokenizer_in_the_library_is_ended(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
+def test_b15_generate_ends_its_ranks_and_speaks_of_no_step(tmp_path, number):
+    """It said "stopping when this step is done", or "before the first step" and 75, and then a second last word."""
+    from tests.convert.tiny import case, make
+
+    make(tmp_path / "hf", case("llama", "LlamaConfig"))
+    words = "generate --model hf --tokenizer bytes --prompt !! --max-new-tokens 1000000 --layout tp=2 --stream"
+    with started(tmp_path, *words.split()) as process:
+        assert process.stdout.read(3)  # the control: the ranks are at work
+        (child,) = _children(process.pid)
+        ranks = _children(child)
+        begin = time.monotonic()
+        process.send_signal(number)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - begin < LIMIT_SECONDS
+    how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    said = [line for line in err.splitlines() if not line.startswith(("generate | ", "megallm: note: "))]
+    assert said == [f"megallm: error: {how}; {KEPT['generate']}"]
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert len(ranks) == 2 and not [pid for pid in (child, *ranks) if Path(f"/proc/{pid}").exists()]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 STUCK = """
 import signal, sys, time
 from megallm.cli import supervise
@@ -209,6 +237,21 @@ def test_b15_every_verb_that_may_take_long_is_supervised_and_says_what_it_keeps(
              "completion", "doctor", "presets"}  # fmt: skip
     assert {words for words in VERBS if words not in KEPT} - quick == set(), "give it a sentence in KEPT"
     assert all(kept.endswith(".") for kept in KEPT.values())
+
+
+def test_b15_what_was_told_to_be_kept_is(tmp_path, monkeypatch):
+    """The rows of the oracle are written as they come; work of a curation is thrown away by --overwrite."""
+    from megallm.cli import oracle
+    from megallm.oracle import run
+
+    assert "without --overwrite" in KEPT["curate"]
+    path, seen = tmp_path / "out", []
+    with path.open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(run, "main", lambda args, write, progress: write("a row\n") or seen.append(path.read_text()))
+        args = argparse.Namespace(json=None, overwrite=False)
+        oracle.COMMANDS["oracle"].run(args)
+    assert seen == ["a row\n"]
 
 
 def test_b15_a_line_of_progress_is_readable():

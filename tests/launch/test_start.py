@@ -72,6 +72,27 @@ def test_two_ranks_started_by_others_meet(tmp_path, launcher):
     assert (tmp_path / "logs" / "rank-1.log").read_text() == "done\n"
 
 
+SHOW = """
+import sys
+from megallm.cli import main
+from megallm.launch.start import start
+def show(env):
+    for stream in (sys.stdout, sys.stderr):
+        print("\\x1b[31m red", file=stream)
+main.dispatch = lambda words: start(show, (), 1, None) or 0
+sys.exit(main.main([]))
+"""
+
+
+@pytest.mark.parametrize("launcher", [{}, torchrun(0), srun(0)], ids=["local", "torchrun", "srun"])
+def test_what_a_rank_prints_is_escaped_whoever_started_it(launcher):
+    more = {} if not launcher else {"MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "SLURM_NTASKS": "1"}
+    plain = {name: value for name, value in os.environ.items() if name not in STARTED}
+    done = subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, env=plain | launcher | more, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"\\x1b[31m red\n"), done.stderr
+    assert done.stderr == b"\\x1b[31m red\n"
+
+
 def test_world_size(monkeypatch):
     for name in STARTED:
         monkeypatch.delenv(name, raising=False)

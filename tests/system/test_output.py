@@ -81,6 +81,51 @@ def test_b11_a_reader_that_does_not_read_neither_blocks_nor_keeps_sigterm_away(t
     assert saved(tmp_path / "run") == [f"step-{step:08d}"] and not (tmp_path / "run/LOCK").exists()
 
 
+@pytest.mark.parametrize("verb", ["presets", "data verify PREFIX", "--help"])
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_b11_a_result_that_cannot_be_written_is_no_bug_of_ours(tmp_path, corpus, verb, buffered):
+    """It was exit code 70 with a traceback, or 120 of the interpreter."""
+    words = [sys.executable, "-m", "megallm", *verb.replace("PREFIX", corpus).split()]
+    environment = _environment() | {"PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+        told = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, text=True, env=environment, cwd=tmp_path)
+    wanted = "megallm: error: The standard output cannot be written: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (73, wanted)
+    assert told.returncode == 0 and told.stdout, "what is only told decides over nothing"
+
+
+@pytest.fixture
+def text_run(tmp_path) -> list[str]:
+    """The words of `pretrain --text` on a little text."""
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / f"text/{number}.txt").write_text(f"The river runs by mill {number}, all day long. " * 5)
+    settings = "layout.dp=1 train.steps=2 train.global_batch=2 train.micro_batch=2 eval.batches=0 log.plot=false"
+    words = ["pretrain", "--text", "text", "--preset", "tiny-1m", "run.dir=run", *settings.split()]
+    return [sys.executable, "-m", "megallm", *words]
+
+
+def test_b11_from_text_with_an_output_that_is_full(tmp_path, text_run):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(text_run, cwd=tmp_path, env=_environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "run") == ["step-00000002"]
+
+
+def test_b11_from_text_with_a_reader_that_does_not_read_ends(tmp_path, text_run):
+    """Its last word blocked, when the signals had nothing to end any more."""
+    read_end, write_end = full_pipe()
+    process = subprocess.Popen(text_run, cwd=tmp_path, env=_environment(), stdout=write_end, stderr=subprocess.DEVNULL)
+    os.close(write_end)
+    try:
+        assert process.wait(90) == 0
+    finally:
+        process.kill()
+        os.close(read_end)
+    assert saved(tmp_path / "run") == ["step-00000002"]
+
+
 def test_b11_descriptors_that_are_not_there(tmp_path, corpus):
     """`<&- >&- 2>&-`: the next files that are opened must not become stdout and stderr."""
     config = write_config(tmp_path / "c.yaml", corpus, train={"steps": STEPS}, checkpoint={"every": 0})

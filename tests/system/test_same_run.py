@@ -144,6 +144,19 @@ def test_a6_seed_split_and_precision_are_refused_and_pass_when_allowed(config):
     assert last_step(config) == 5
 
 
+@pytest.mark.parametrize(
+    "change", ["model.num_layers=3", "model.vocab_size=300", "train.precision=bf16", "optim.rule=muon"]
+)
+def test_a6_a_change_that_the_checkpoint_cannot_follow_is_blamed_on_the_change(config, change):
+    """It was called an unreadable checkpoint (74), as if it were damaged."""
+    key = change.partition("=")[0]
+    with pytest.raises(UsageError, match=rf"(?s)that --allow-change let pass: .*  {key}: .*start anew") as caught:
+        train(config, change, allowed=(key,))
+    assert "* " not in str(caught.value)
+    train(config, "train.stop_at=4")
+    assert last_step(config) == 4, "nothing of it stays"
+
+
 def test_a6_a_key_that_does_not_exist_cannot_be_allowed():
     check_allowed(["optim", "optim.lr", "data.content", "data.samples"])
     with pytest.raises(UsageError, match=r"--allow-change data\.contents: .* Did you mean 'data\.content'\?"):

@@ -111,6 +111,26 @@ def test_metadata_that_name_a_tokenizer_which_is_not_there_are_refused(data):
     assert continued("run") == tokenizer.load("elsewhere").encode("In the beginning")
 
 
+def test_the_copy_of_the_run_itself_can_be_the_tokenizer_and_stays(data):
+    """As where the folder that the run was begun with is gone: it was removed before it was to be copied."""
+    config = small(data / "c.yaml", tokenizer="elsewhere")
+    trained(config, "train.steps=3", "train.stop_at=1")
+    kept = {path.name: path.read_bytes() for path in Path("run/tokenizer").iterdir()}
+    shutil.rmtree("elsewhere")
+    for step, spec in ((2, "run/tokenizer"), (3, str(data / "run/../run/tokenizer/tokenizer.json"))):
+        trained(config, f"data.tokenizer={spec}", "train.steps=3", f"train.stop_at={step}")
+        assert {path.name: path.read_bytes() for path in Path("run/tokenizer").iterdir()} == kept
+
+
+def test_what_is_no_longer_named_stays_in_the_run(data):
+    """Without a side-car nothing else says what made the data."""
+    Path("d_text_document.meta.json").unlink()
+    config = small(data / "c.yaml")
+    trained(config, "data.tokenizer=elsewhere", "train.steps=3", "train.stop_at=1")
+    trained(config, "train.steps=3", "train.stop_at=2")
+    assert tokenizer.load("run/tokenizer").fingerprint == tokenizer.load("elsewhere").fingerprint
+
+
 def test_another_tokenizer_in_the_place_of_the_kept_one_is_refused(data):
     tokenizer.train_bpe(["a.jsonl"], 280, "other")
     shutil.rmtree("d_text_document.tokenizer")
