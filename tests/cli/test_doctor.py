@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+
+import pytest
 
 from megallm.base import extension
 from megallm.cli import doctor
@@ -32,3 +37,17 @@ def test_doctor_names_what_is_missing(capfd, monkeypatch):
     monkeypatch.setattr(doctor, "_gpus", list)
     assert main(["doctor"]) == 70
     assert "no-such-package      MISSING" in capfd.readouterr().out
+
+
+def interrupting(env) -> None:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(30)
+
+
+def test_ctrl_c_while_ranks_are_tried_is_no_finding(monkeypatch):
+    """It was reported as what is wrong with gloo, with exit code 70."""
+    monkeypatch.setattr(doctor, "_sum", interrupting)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        doctor.check_gloo()
+    assert time.monotonic() - begin < 20
