@@ -169,6 +169,10 @@ def find_files(text: str) -> tuple[str, ...]:
     path = Path(text)
     if path.is_file():
         return (text,)
+    if path.exists() and not path.is_dir():
+        raise DataError(
+            f"--text {text} is a pipe or device, but the text is read more than once: write it to a file."
+        )
     if not path.is_dir():
         raise DataError(f"--text {text} does not exist: give a folder of text files, or one file.")
     found = sorted(

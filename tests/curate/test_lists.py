@@ -28,6 +28,9 @@ REAL_LINES = (  # "sign in", "log in" and others of the list are in them, as par
     "Unsubscribed letters",
     "Design update for signs", "Backlog in the courts", "JavaScripting the world",
     "A plea for privacy policymakers",
+    "In terms of use, both are simple", "The firms differ in terms of service quality.",
+    "I do not subscribe to that theory.", "They must subscribe to the same beliefs",
+    "The kings were to sign in Munich.", "Novices can log in Norway, too",
 )  # fmt: skip
 BOILERPLATE = (
     "Sign in", "Log in | Register", "Login", "Sign up for our newsletter", "Sign in with Google",
@@ -40,6 +43,8 @@ BOILERPLATE = (
     "Please enable JavaScript",
     "ALL RIGHTS RESERVED", "Manage cookies", "Home · Cookies · Imprint", "Already a member? Log in",
     "© 2021 Powered by Hugo",
+    "You must subscribe to the newsletter", "Click Here To Sign In Now", "Our terms of use",
+    "To comment, please sign in", "Please subscribe to read the story",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megallm.checkpoint.reader import Reader, step_name
 from megallm.data import batches as data_batches
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.shard import StateTensor
 from megallm.training import loop, pretrain
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
@@ -393,13 +394,14 @@ def test_two_legs_equal_one(short, tmp_path):
 
 def forget_moments(patch: pytest.MonkeyPatch) -> None:
     """What is read for the second moments goes nowhere."""
-    real = Engine._state
+    real = Engine.state
 
-    def state(self: Engine, optimizer: bool = True) -> dict[str, dict[int, torch.Tensor]]:
-        found = real(self, optimizer)
-        return found | {"optim.exp_avg_sq.": {k: x.clone() for k, x in found["optim.exp_avg_sq."].items()}}
+    def state(self: Engine) -> Iterator[StateTensor]:
+        for held in real(self):
+            forgotten = held.name.startswith("optim.exp_avg_sq.")
+            yield held._replace(tensor=held.tensor.clone()) if forgotten else held
 
-    patch.setattr(Engine, "_state", state)
+    patch.setattr(Engine, "state", state)
 
 
 def forget_updates(patch: pytest.MonkeyPatch) -> None:
