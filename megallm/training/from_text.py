@@ -277,7 +277,7 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
             "steps": steps, "global_batch": global_batch, "micro_batch": global_batch // request.machine.ranks,
             "precision": "bf16" if gpu else "fp32",
         },
-        "optim": ({} if rate is None else {"lr": rate, "min_lr": rate / 10}) | {"warmup_steps": max(10, steps // 20)},
+        "optim": ({} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}) | {"warmup_steps": max(10, steps // 20)},
         "eval": {"every": steps // 5 if batches else 0, "batches": batches},
         "checkpoint": {"every": max(50, steps // 10), "keep": 2},
         "log": {"every": max(1, steps // 50)},
