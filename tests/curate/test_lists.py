@@ -115,6 +115,12 @@ CLEAN_TOPICS = {
     "Latvian": "Jūras putas ir baltas, putas sedz krastu, un putas pazūd.",
     "walls": "Light came through a chink, then other chinks, and each chink was closed with clay.",
     "politics": "The MILF signed the accord; MILF fighters and MILF leaders met in Cotabato.",
+    "Danish farms": "Køer skal have godt foder, og foder af høj kvalitet giver mælk; uden foder vokser "
+    "kalvene ikke.",
+    "French lunch": "Un pique-nique au bord du lac: le pique-nique est prêt, et tout pique-nique d'été "
+    "est une fête.",
+    "Polish dress": "Kutas to ozdoba pasa; złoty kutas i drugi kutas zdobiły kontusz.",
+    "rivers": "The Chuj rises in the mountains; the Chuj valley and the Chuj steppe are dry.",
     "food": "Faggots with peas are eaten in Wales; a faggot of herbs, and faggots of wood, too.",
     "towns": "Scunthorpe, Penistone, Lightwater and Cockermouth; Essex, Sussex and Middlesex.",
 }
