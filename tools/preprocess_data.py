@@ -11,7 +11,7 @@ from megallm.base.errors import MegallmError
 from megallm.cli.main import main
 from megallm.training.megatron_preprocess import preprocess_tokenizer
 
-IGNORED = ("log-interval", "partitions", "dataset-impl", "lang", "vocab-extra-ids",
+IGNORED = ("keep-newlines", "log-interval", "partitions", "dataset-impl", "lang", "vocab-extra-ids",
            "make-vocab-size-divisible-by", "max-documents")  # fmt: skip
 
 
@@ -33,7 +33,10 @@ def translated(arguments: list[str]) -> list[str]:
     parser.add_argument("--keep-sequential-samples", action="store_true", help="always so")
     for flag in IGNORED:
         parser.add_argument(f"--{flag}", nargs="*", help="accepted and not needed")
+    parser.add_argument("--split-sentences", action="store_true", help="refused")
     args = parser.parse_args(arguments)
+    if args.split_sentences:
+        parser.exit(2, "preprocess_data: --split-sentences: a document is one sequence here; leave it out.\n")
     named = ([one] if Path(one).exists() else sorted(glob.glob(one)) or [one] for one in args.input)
     files = [name for names in named for name in names]
     try:

@@ -188,6 +188,10 @@ def _read(path: Path, problems: list[str]) -> Table:
         line = error.object[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}:{line}: the file is not UTF-8 text; save it as UTF-8.") from error
     except OSError as error:
+        if "=" in str(path) and not path.exists():
+            raise UsageError(
+                f"{path} is a setting, and a CONFIG file is wanted before it: CONFIG.yaml {path}."
+            ) from error
         raise UsageError(f"{path}: the configuration file cannot be read: {error.strerror}.") from error
     return _parse(text, str(path), problems)
 

@@ -42,7 +42,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
     """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+        help=f"longest answer, in tokens (default {max_new_tokens})")  # fmt: skip
     add("--temperature", type=float, default=temperature, help=f"0 takes the likeliest token (default {temperature:g})")
     add("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0: all")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this total share")
@@ -50,7 +51,7 @@ def sampling_arguments(parser: argparse.ArgumentParser, temperature: float, max_
         help="above 1, tokens that were already there become less likely")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end an answer before this text; may be given several times")  # fmt: skip
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="the same seed draws the same tokens (default 0)")
 
 
 def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:

@@ -178,7 +178,8 @@ class Decontaminate:
 def items(path: str, keys: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
     """(line, key, text) of every text of a JSONL file of evaluation items. Errors: `DataError` with file:line."""
     if not Path(path).is_file():
-        raise DataError(f"decontaminate.sets: {path} does not exist; give JSONL files.")
+        what = "is a pipe or a device" if Path(path).exists() else "does not exist"
+        raise DataError(f"decontaminate.sets: {path} {what}; give JSONL files.")
     line = 0
     for chunk in chunks(path, ReadOptions(keys=("-",))):
         if chunk.rows is not None or chunk.too_long:

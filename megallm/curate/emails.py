@@ -62,6 +62,8 @@ def _begin_of(text: str, at: int) -> int:
     begin = max(begin, begin + text[begin:at].rfind("..") + 2 if ".." in text[begin:at] else begin)
     if begin and _PERCENT.match(text, begin - 1):  # mailto:%20jane@..., %3Cjane@...
         begin += 2
+    if text[begin - 1 : begin] == "\\" and text[begin] in "nrt" and begin + 1 < at:  # source code
+        begin += 1
     while begin < at and text[begin] in _SIGNS:
         begin += 1
     if (

@@ -23,7 +23,8 @@ _ROLES = (
     "contentinfo", "complementary", "tablist", "tooltip",
 )  # fmt: skip
 _HIDDEN = ", ".join((
-    "[hidden]", "label", ".sr-only", ".visually-hidden", ".screen-reader-text",
+    "[hidden]", "label", ".sr-only", ".visually-hidden", ".visuallyhidden", ".screen-reader-text",
+    ".element-invisible",
     *(f'[role~="{role}" i]' for role in _ROLES),
 ))  # fmt: skip
 _NOT_SHOWN = re.compile(

@@ -25,6 +25,7 @@ _DOTTED = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}")  # an address of a machine
 _HEX_BEFORE = re.compile(r"(?<![0-9A-Za-z])[0-9A-Fa-f]{2}[ \t]$")
 _HEX_AFTER = re.compile(r"[ \t][0-9A-Fa-f]{2}(?![0-9A-Za-z])")
 _REMEMBERED = 1 << 14
+_NORTH_AMERICA = 1  # calling code
 _LEAST_LOCAL = 9  # digits of a local number, with its 0
 
 
@@ -40,6 +41,7 @@ class Phones:
                     raise UsageError(
                         f"pii.{name} is '{region}'; give the two capital letters of a country, such as US or DE."
                     )
+        self._code = self._library.country_code_for_region(self._region)
         self._is_phone = lru_cache(_REMEMBERED)(
             self._valid
         )  # pages of a manual share their numbers
@@ -72,7 +74,7 @@ class Phones:
     def _is_local_form(
         self, text: str, match: re.Match[str], groups: tuple[str, ...], digits: int
     ) -> bool:
-        if 3 <= len(groups) <= 5 and digits >= 10 and self._is_phone(match[0]):
+        if 3 <= len(groups) <= 5 and digits >= 10 and self._grouped(groups) and self._is_phone(match[0]):
             return True
         if digits >= _LEAST_LOCAL and groups[0][0] == "0" and not _counts(groups):
             if self._is_local(match[0]):
@@ -84,6 +86,12 @@ class Phones:
         if _CALLED.search(before.rpartition("\n")[2]) is None:
             return False
         return any(self._valid(match[0], region) for region in (self._region, *self._regions))
+
+    def _grouped(self, groups: tuple[str, ...]) -> bool:
+        """Whether the groups may be a number of `phone_region`: in North America 3, 3 and 4 digits,
+        perhaps after a 1; elsewhere the sizes vary."""
+        sizes = [len(group) for group in groups[groups[0] == "1" :]]
+        return self._code != _NORTH_AMERICA or sizes == [3, 3, 4]
 
     def _valid(self, written: str, region: str = "") -> bool:
         try:

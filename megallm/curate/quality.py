@@ -80,11 +80,16 @@ _CODE_HEAD_CHARS = 600
 _GENERATED = re.compile(
     r"\b(?:auto[- ]?generated|generated (?:by|from|code)|do not (?:edit|modify))\b", re.IGNORECASE
 )
+# Whoever subscribes to one of these signs up for nothing.
+_BELIEVED = (
+    r" to (?:\w+ ){1,4}(?:views?|ideas?|theor(?:y|ies)|notions?|beliefs?|opinions?|philosoph(?:y|ies)"
+    r"|schools?|doctrines?|principles?|faiths?|values?|ideals?|hypothes[ei]s)\b"
+)
 # Lists are matched by whole words: "Interior design in Berlin" asks nobody to sign in.
 _BOILERPLATE = re.compile(
     r"\b(?:"
     # Wherever they stand in a short line.
-    r"terms of (?:use|service)|privacy (?:policy|notice)"
+    r"(?<!\bin )terms of (?:use|service)|privacy (?:policy|notice)"
     r"|cookies? (?:policy|settings|preferences|notice|consent)|use(?:s|d)? (?:of )?cookies"
     r"|(?:accept|reject|allow|manage|enable|disable|decline)(?: \w+)? cookies"
     r"|all rights reserved"
@@ -92,7 +97,7 @@ _BOILERPLATE = re.compile(
     r"|javascript (?:is |must |needs |has |seems |to )?(?:be |to be |been |not )*"
     r"(?:enabled|disabled|required|supported)"
     r"|(?:please|to|or|and|must|already|can|then|you|not|first) "
-    r"(?:sign in|sign up|log ?in|subscribe)"
+    r"(?!(?-i:(?:sign|log) in [A-Z]))(?:sign in|sign up|log ?in|subscribe)(?!" + _BELIEVED + ")"
     r")\b"
     # Where a line or a part of it begins; "Neon sign in Berlin" and "Cars powered by gas" stay.
     r"|(?:^|[|\u00b7\u2022\u00bb\u2013\u2014\u00a9,;:?!)\]]|\d{4}| [-/>])[ \t]*(?:powered by\b"

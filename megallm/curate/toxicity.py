@@ -31,9 +31,8 @@ _WORDS = codecs.decode(
     "qrrcguebng gvggvrf qbhpuront qbhpurontf avttre avttref avttn avttnf jrgonpx jrgonpxf enturnq "
     "enturnqf enjqbt fpurvffr fpurvßr nefpuybpu nefpuyöpure svpxra sbgmr jvpufre uherafbua "
     "anmvfpujrva fpuynzcr chgnva zreqr raphyé raphyre pbaaneq pbaaneqf pbaanffr fnybcr fnybcrf "
-    "avdhr zvreqn wbqre pnoeóa pnoebarf znevpóa znevpbarf tvyvcbyynf uvwbchgn pnmmb inssnaphyb "
-    "fgebamb fgebamn zvapuvn pnenyub sbqre ohprgn ivnqb xhejn fxhejlfla cvreqbyvć fcvreqnynw "
-    "xhgnf puhw ",
+    "zvreqn wbqre pnoeóa pnoebarf znevpóa znevpbarf tvyvcbyynf uvwbchgn pnmmb inssnaphyb "
+    "fgebamb fgebamn zvapuvn pnenyub ohprgn ivnqb xhejn fxhejlfla cvreqbyvć fcvreqnynw ",
     "rot13",
 ).split()
 # Words that are rude, or names of birds, dogs and people, terms of physics, words of other
@@ -43,7 +42,8 @@ _TWO_SENSES = codecs.decode(
     "pbpx pbpxf qvpx qvpxf chffl chffvrf gvg gvgf ovgpu ovgpurf fyhg fyhgf juber juberf jubevat "
     "cevpx cevpxf ubeal uneqpber cbea cbeab cbeauho qvyqb qvyqbf betnfz betnfzf cvff cvffrq snt "
     "sntf snttbg snttbgf ergneq ergneqf ergneqrq fcvp fcvpf puvax puvaxf tbbx tbbxf genaal "
-    "genaavrf cbyyn pbba pbbaf qlxr qlxrf phzzvat xvxr xvxrf zvys zvysf chgn chgnf ",
+    "genaavrf cbyyn pbba pbbaf qlxr qlxrf phzzvat xvxr xvxrf zvys zvysf chgn chgnf "
+    "avdhr sbqre xhgnf puhw ",
     "rot13",
 ).split()
 _DIVERSE = 4

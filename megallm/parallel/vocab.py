@@ -134,7 +134,7 @@ def fused_log_prob(
     never exist.
 
     Collective over tp, as `label_log_prob`. The gradient of the hidden states is this rank's share,
-    still to be summed over tp (`tensor.enter` does it).
+    still to be summed over tp (`tensor.gather_input` does it).
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
     return _FusedLogProb.apply(hidden, weight, bias, labels, begin, mesh.tp)

@@ -185,6 +185,10 @@ def find_files(text: str) -> tuple[str, ...]:
     path = Path(text)
     if path.is_file():
         return (text,)
+    if path.exists() and not path.is_dir():
+        raise DataError(
+            f"--text {text} is a pipe or device, but the text is read more than once: write it to a file."
+        )
     if not path.is_dir():
         raise DataError(f"--text {text} does not exist: give a folder of text files, or one file.")
     found = sorted(
@@ -289,7 +293,7 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
             "steps": steps, "global_batch": global_batch, "micro_batch": global_batch // request.machine.ranks,
             "precision": "bf16" if gpu else "fp32",
         },
-        "optim": ({} if rate is None else {"lr": rate, "min_lr": rate / 10}) | {"warmup_steps": max(10, steps // 20)},
+        "optim": ({} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}) | {"warmup_steps": max(10, steps // 20)},
         "eval": {"every": steps // 5 if batches else 0, "batches": batches},
         "checkpoint": {"every": max(50, steps // 10), "keep": 2},
         "log": {"every": max(1, steps // 50)},

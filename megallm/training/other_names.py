@@ -260,7 +260,7 @@ VERBS = {
     "pretrain": "train training run fit start train_gpt pretrain_gpt launch trainer learn",
     "generate": "inference infer predict sample complete completion_text text_generation run_inference gen",
     "chat": "talk webchat webui conversation",
-    "preprocess": "preprocess_data tokenize prepare prepare_data process encode pretokenize",
+    "preprocess": "preprocess_data tokenize tokenise prepare prepare_data process encode pretokenize",
     "tokenizer train": "train_tokenizer train_bpe",
     "data merge": "merge_datasets merge",
     "data verify": "validate_data check_data",
@@ -287,7 +287,9 @@ NO_VERBS = {
     "serve server api deploy vllm host",
     "A run goes on when the same `megallm pretrain` command is given again (--resume auto).":
     "resume continue restart",
-    "pip installs and updates megallm: `pip install --upgrade megallm`.": "install update upgrade self_update",
+    "`bash tools/install.sh`, in the repository, installs megallm and brings it up to date with the files there.":
+    "install update upgrade self_update",
+    "That is an option: `megallm --version`.": "version",
 }  # fmt: skip
 
 

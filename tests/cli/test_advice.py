@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 
 import pytest
@@ -131,6 +133,7 @@ def test_names_that_people_bring_along_have_a_pointer(capsys, name):
         ("inference", "`megallm generate`"), ("serve", "has no server"), ("preprocess_data", "`megallm preprocess`"),
         ("merge_datasets", "`megallm data merge`"), ("dpo", "no preference"), ("resume", "--resume auto"),
         ("list-models", "`megallm presets`"), ("doctr", "Did you mean 'doctor'?"),
+        ("tokenise", "`megallm preprocess`"), ("upgrade", "`bash tools/install.sh`"), ("version", "--version"),
     ],
 )  # fmt: skip
 def test_verbs_of_other_systems(capsys, word, advice):
@@ -162,6 +165,20 @@ def test_help_of_a_group(capsys, group, form):
 def test_help_of_a_verb_by_the_word_help(capsys):
     assert call(capsys, "help", "ckpt", "ls")[1].startswith("usage: megallm ckpt ls")
     assert call(capsys, "help")[1] == call(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize("verb", ["config", "pretrain"])
+def test_settings_without_a_file_are_no_file(capsys, verb):
+    code, _, err = call(capsys, verb, "optim.lr=1e-3", "model.preset=tiny-1m")
+    assert code == 2 and "optim.lr=1e-3 is a setting" in err and "CONFIG" in err
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_argument_of_a_verb_has_a_description(verb):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(VERBS[verb].module).COMMANDS[verb].arguments(parser)
+    lacking = [one.dest for one in parser._actions if not one.help and not one.choices]
+    assert lacking == []
 
 
 def described(node: dict, prefix: str = "") -> dict[str, str]:

@@ -200,6 +200,7 @@ def test_the_tiny_preset_grows_with_the_text():
     ("words", "code", "sentence"),
     [
         (["--text", "nowhere"], 65, "--text nowhere does not exist"),
+        (["--text", "pipe"], 65, "--text pipe is a pipe"),
         (["--text", "empty"], 65, "It is empty."),
         (["--text", "other"], 65, "It has 1 other files, such as a.xyz."),
         (["--text", "blank"], 65, "without any text"),
@@ -214,6 +215,7 @@ def test_the_tiny_preset_grows_with_the_text():
 def test_mistakes_have_a_sentence_and_leave_no_run(capsys, tmp_path, words, code, sentence):
     for name in ("empty", "other", "blank", "latin", "good"):
         (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "other/a.xyz").write_text("x")
     (tmp_path / "blank/a.txt").write_text(" \n")
     (tmp_path / "latin/a.txt").write_bytes("Pâte".encode("latin-1"))

@@ -36,6 +36,7 @@ LEFT_OUT = (
     "<canvas>GONE</canvas>",
     "<header><nav><form><label>GONE</label></form></nav></header><footer><aside>GONE</aside></footer>",
     "<section><header>GONE</header></section>",
+    "<span class='visuallyhidden'>GONE</span>", "<h2 class='element-invisible'>GONE</h2>",
 )  # fmt: skip
 KEPT = (
     "<article><header><h1>STAYS</h1></header></article>",

@@ -28,6 +28,9 @@ REAL_LINES = (  # "sign in", "log in" and others of the list are in them, as par
     "Unsubscribed letters",
     "Design update for signs", "Backlog in the courts", "JavaScripting the world",
     "A plea for privacy policymakers",
+    "In terms of use, both are simple", "The firms differ in terms of service quality.",
+    "I do not subscribe to that theory.", "They must subscribe to the same beliefs",
+    "The kings were to sign in Munich.", "Novices can log in Norway, too",
 )  # fmt: skip
 BOILERPLATE = (
     "Sign in", "Log in | Register", "Login", "Sign up for our newsletter", "Sign in with Google",
@@ -40,6 +43,8 @@ BOILERPLATE = (
     "Please enable JavaScript",
     "ALL RIGHTS RESERVED", "Manage cookies", "Home · Cookies · Imprint", "Already a member? Log in",
     "© 2021 Powered by Hugo",
+    "You must subscribe to the newsletter", "Click Here To Sign In Now", "Our terms of use",
+    "To comment, please sign in", "Please subscribe to read the story",
 )  # fmt: skip
 
 
@@ -110,6 +115,12 @@ CLEAN_TOPICS = {
     "Latvian": "Jūras putas ir baltas, putas sedz krastu, un putas pazūd.",
     "walls": "Light came through a chink, then other chinks, and each chink was closed with clay.",
     "politics": "The MILF signed the accord; MILF fighters and MILF leaders met in Cotabato.",
+    "Danish farms": "Køer skal have godt foder, og foder af høj kvalitet giver mælk; uden foder vokser "
+    "kalvene ikke.",
+    "French lunch": "Un pique-nique au bord du lac: le pique-nique est prêt, et tout pique-nique d'été "
+    "est une fête.",
+    "Polish dress": "Kutas to ozdoba pasa; złoty kutas i drugi kutas zdobiły kontusz.",
+    "rivers": "The Chuj rises in the mountains; the Chuj valley and the Chuj steppe are dry.",
     "food": "Faggots with peas are eaten in Wales; a faggot of herbs, and faggots of wood, too.",
     "towns": "Scunthorpe, Penistone, Lightwater and Cockermouth; Essex, Sussex and Middlesex.",
 }

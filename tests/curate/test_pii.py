@@ -46,7 +46,7 @@ AROUND = (  # A.7: 'bob@gmail.com' took the quote along, ?email=a@b.io&x=1 ate t
     "name='x' mail='{}'", "--author={}", "x,{},y", "a;{};b", "%3C{}%3E", "E<lt>{}E<gt>",
     "&lt;{}&gt;", "…{}…", "请联系{}谢谢", "連絡先は{}です",
     "Это {}.", "{}.Then we went", "{}. In the end", "{}!", "{}?", "l'{}", "qu'{}", "-{}-",
-    "\u200b{}\u200b", "\t{}\n",
+    "\u200b{}\u200b", "\t{}\n", "say\\n{}\\n", "a\\t{}", "\\r\\n{}\\r\\n",
 )  # fmt: skip
 OTHER_SCRIPTS = (
     "jürgen@müller.de", "josé.garcía@correo.es", "почта@пример.рф", "ιάσων@παράδειγμα.ελ",
@@ -243,7 +243,7 @@ def test_d28_local_telephone_numbers(phones: Pii) -> None:
         "ISBN 978-0-306-40615-7",
         "0123 456", "007 and 008", "pages 010-020, 030-040", "version 01.42.68.53.00.11",
         "0x0142 6853 00", "000 000 000",
-        "maddr=239.255.255.1",
+        "maddr=239.255.255.1", "415 23 4567 8", "4 152 345 678", "columns 123 45 6789 12", "41 52 34 56 78",
     ):  # fmt: skip
         assert found_in(text, phones) == [], text
     only = Pii(PiiConfig(kinds=("phone",), phone_regions=()))

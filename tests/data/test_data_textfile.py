@@ -19,10 +19,12 @@ from pathlib import Path
 import pytest
 
 from megallm.base.errors import DataError, MegallmError, UsageError
+from megallm.curate import decontaminate
 from megallm.curate import readers as curate_readers
 from megallm.curate.config import InputConfig
 from megallm.curate.document import Document
 from megallm.data.indexed.dataset import IndexedDataset
+from megallm.data.indexed.openfile import OpenFile
 from megallm.data.text import preprocess, readers, textfile
 from megallm.data.text.preprocess import PreprocessConfig
 from megallm.data.text.tokenizer import train_bpe
@@ -317,6 +319,18 @@ def test_d30_what_cannot_be_streamed_is_refused_and_never_hangs(tmp_path, monkey
             list(curate_readers.texts([str(pipe)]))
         else:
             preprocess.run(config)
+
+
+@pytest.mark.parametrize("suffix", ["idx", "bin"])
+def test_d30_a_pipe_for_a_dataset_is_refused_and_never_hangs(tmp_path, suffix):
+    for name in ("idx", "bin"):
+        (tmp_path / f"d.{name}").write_bytes(b"")
+    (tmp_path / f"d.{suffix}").unlink()
+    os.mkfifo(tmp_path / f"d.{suffix}")
+    with pytest.raises(DataError, match=f"d.{suffix} is a pipe or a device"):
+        OpenFile(str(tmp_path / f"d.{suffix}"))
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        list(decontaminate.items(str(tmp_path / f"d.{suffix}"), ()))
 
 
 def test_d30_a_pipe_in_a_folder_is_passed_over_by_curate(tmp_path):

@@ -185,6 +185,8 @@ def test_tokenizers_that_cannot_be_read_have_a_sentence(words, code, sentence, t
     [
         ("preprocess_data", ["--input", "x", "--output-prefix", "y", "--tokenizer-type", "GPT2BPETokenizer"], 2,
          "Hugging Face tokenizer.json"),
+        ("preprocess_data", ["--input", "x", "--output-prefix", "y", "--split-sentences", "--keep-newlines"], 2,
+         "a document is one sequence"),
         ("merge_datasets", ["--input", ".", "--output-prefix", "y"], 2, "no .idx file"),
         ("merge_datasets", ["--input", "missing", "--output-prefix", "y"], 65, "missing"),
         ("convert_checkpoint", ["--loader", "mcore", "--saver", "hf", "--load-dir", "x", "--save-dir", "y"], 2,

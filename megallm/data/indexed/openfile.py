@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import weakref
 
 from megallm.base.errors import DataError
@@ -21,9 +22,10 @@ class OpenFile:
     def __init__(self, path: str) -> None:
         self.path, self._mapped = path, False
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Without waiting for whoever would write to a pipe.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             weakref.finalize(self, os.close, self._fd)
-            self.size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist. Give the common prefix of a .bin and an .idx file, without the suffix; "
@@ -31,6 +33,9 @@ class OpenFile:
             ) from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise DataError(f"{path} is a pipe or a device, but a dataset is read in any order: give a file.")
+        self.size = status.st_size
 
     def read(self, begin: int, count: int) -> bytes:
         """`count` bytes from byte `begin` on."""
