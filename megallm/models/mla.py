@@ -74,6 +74,12 @@ class LatentAttention(ShardedModule):
         return Norm(self.mesh, "rmsnorm", size, eps, sequence_partial(self.mesh, sp))
 
     @property
+    def _trains_keys(self) -> bool:
+        """Whether the matrices up from the latents have anything to train, adapters included."""
+        ups = (self.k_up, self.v_up)
+        return any(param.requires_grad for up in ups for param in up.parameters())
+
+    @property
     def cache_shape(self) -> CacheShape:
         """Of a position in the cache, the same on every tp rank: latent and rotated key together,
         no values.
@@ -122,6 +128,9 @@ class LatentAttention(ShardedModule):
             self.k_up.fp8 is None and self.k_up.te is None
         )  # FP8 rounds the gradient of whole keys, not of shares
         if cache is None and exact and context.carries_latents:
+            if self._trains_keys and torch.is_grad_enabled() and not latent.requires_grad:
+                # The exchange sees tensors, not the matrices: all below may be frozen but these.
+                latent = latent.detach().requires_grad_()
             return context.parallel_latent_attention(
                 q, latent, key, self.keys_and_values, inputs.mask_spec, self.sinks
             )

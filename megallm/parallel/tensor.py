@@ -25,6 +25,7 @@ from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard, constant
 
 SEQUENCE_DIM = 1
+ADAPTER = ".adapter."  # in the logical name of every parameter of an adapter
 
 
 class ShardedModule(nn.Module):

@@ -98,3 +98,15 @@ def test_what_was_frozen_has_no_optimizer_state_in_a_checkpoint_and_may_be_thawe
     assert not state[f"optim.exp_avg.{name}"].any() and state["optim.exp_avg.embedding.weight"].any()
     thawed.train_step(batches(2), NextToken(), 0.1)
     assert not torch.equal(dict(thawed.parameters.views)[name], saved[name])
+
+
+def test_what_was_frozen_as_a_whole_may_be_thawed(tmp_path):
+    mesh = Mesh.single()
+    engine = engine_of(mesh, (GroupConfig("*", frozen=True),))
+    engine.train_step(batches(2), NextToken(), 0.1)
+    store.save(tmp_path, 1, list(engine.parts()), {"engine": engine.counters()}, mesh)
+    thawed, name = engine_of(mesh), "layers.0.mlp.down.weight"
+    with Reader(store.latest(tmp_path)[0]) as reader:
+        thawed.load(reader)
+    state = {part.name: part.tensor for part in thawed.parts()}
+    assert torch.equal(state[f"optim.master.{name}"], state_of(tmp_path)[name].float())
