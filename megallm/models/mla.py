@@ -153,7 +153,14 @@ class LatentAttention(ShardedModule):
     def absorbed(self, plain: Tensor, rotated: Tensor, seen: Tensor, cache: LayerCache) -> Tensor:
         """The same against the cache `[B, T, 1, C + R]`: one key a position for all heads, its
         latent the value.
+
+        Adapters are modules, not matrices: with one, keys and values of the whole cache are made.
         """
+        if self.k_up.is_adapted or self.v_up.is_adapted:
+            latent, key = seen.split((self.latent_size, self.rotated), dim=-1)
+            k, v = self.keys_and_values(latent, key)
+            q = torch.cat((plain, rotated), dim=-1)
+            return cache.cached_attention(q, k, v, self.window, self.sinks)
         up = self.k_up.weight.unflatten(0, (self.num_heads, -1))
         q = torch.cat((torch.einsum("bthn,hnc->bthc", plain, up), rotated), dim=-1)
         q = q * (q.shape[-1] / (self.plain + self.rotated)) ** 0.5  # the scale is that of the heads
