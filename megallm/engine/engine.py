@@ -35,6 +35,7 @@ from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
 from megallm.parallel.shard import StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
+from megallm.parallel.tensor import ADAPTER
 
 TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
@@ -420,20 +421,22 @@ class Engine:
             if held.optional:
                 there = held.name in known and tuple(reader.info(held.name)[0]) == held.shard.full
             else:
-                there = not stored or parameter_of(held.name) in stored
+                there = parameter_of(held.name) in stored
             if held.optimizer and there:
                 reader.read_into(held.name, held.box.offset, held.tensor)
 
     def fill(self, source: Source) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
 
-        A head that the source lacks, or has in another shape, starts afresh, from the seed. Raises
-        UsageError for any other parameter whose shape differs.
+        A head that the source lacks, or has in another shape, starts afresh, from the seed; so do
+        adapters that it lacks. Raises UsageError for any other parameter whose shape differs.
         """
+        self.parameters.wait_and_reshard()
         known = set(source.names())
         for name, shard, box, tensor in self.masters():
             stored = tuple(source.info(name)[0]) if name in known else None
-            if name.startswith("head.") and stored != shard.full:
+            new_head = name.startswith("head.") and stored != shard.full
+            if new_head or (stored is None and ADAPTER in name):
                 self._initialise(Piece(name, shard, box, tensor))
             elif stored is not None and stored != shard.full:
                 raise UsageError(
@@ -445,6 +448,7 @@ class Engine:
                 source.read_into(name, box.offset, tensor)
         for name, bias in self.model.selection_biases():
             source.read_into(name, (0,), bias)
+        self.model.fp8.loaded()
         self.parameters.publish()
 
     def _initialise(self, held: Piece) -> None:

@@ -4,7 +4,8 @@ selection bias.
 The losses are sums over tokens, so any split of a batch gives the same number. A rank adds its own
 tokens' share; it enters the backward pass through the activations (`RouterStats.attach`), so
 pipeline stages, recomputation and schedules that split the backward pass need nothing of it, and
-what a step reports is added up in the backward pass, once.
+what a step reports is added up in the backward pass, once; where no gradient comes by, because all
+parameters up to here are frozen, in the forward pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.expert import scatter_over_tp
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.recompute import runs_again
 
 Batch = dict[str, Tensor]
 
@@ -92,7 +94,18 @@ class RouterStats:
 
     def attach(self, x: Tensor, sums: RouterSums | None) -> Tensor:
         """`x`, whose backward pass also gives `sums.terms` their gradient and adds them up."""
-        return x if sums is None else _Attach.apply(x, sums.terms, sums.load, self)
+        if sums is None:
+            return x
+        if x.requires_grad or sums.terms.requires_grad:
+            return _Attach.apply(x, sums.terms, sums.load, self)
+        if not runs_again():
+            self.add(sums.terms, sums.load)
+        return x
+
+    def add(self, terms: Tensor, load: Tensor) -> None:
+        """Count what a router reports of one microbatch."""
+        self.terms += terms
+        self.load += load
 
     def begin(self, scale: Tensor) -> None:
         """Before a step: the gradient of each term, and empty sums."""
@@ -113,8 +126,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         terms, load = ctx.saved_tensors
-        ctx.stats.terms += terms
-        ctx.stats.load += load
+        ctx.stats.add(terms, load)
         return grad, ctx.stats.scale.to(terms.dtype), None, None
 
 

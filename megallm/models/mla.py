@@ -74,6 +74,12 @@ class LatentAttention(ShardedModule):
         return Norm(self.mesh, "rmsnorm", size, eps, sequence_partial(self.mesh, sp))
 
     @property
+    def _trains_keys(self) -> bool:
+        """Whether the matrices up from the latents have anything to train, adapters included."""
+        ups = (self.k_up, self.v_up)
+        return any(param.requires_grad for up in ups for param in up.parameters())
+
+    @property
     def cache_shape(self) -> CacheShape:
         """Of a position in the cache, the same on every tp rank: latent and rotated key together,
         no values.
@@ -122,6 +128,9 @@ class LatentAttention(ShardedModule):
             self.k_up.fp8 is None and self.k_up.te is None
         )  # FP8 rounds the gradient of whole keys, not of shares
         if cache is None and exact and context.carries_latents:
+            if self._trains_keys and torch.is_grad_enabled() and not latent.requires_grad:
+                # The exchange sees tensors, not the matrices: all below may be frozen but these.
+                latent = latent.detach().requires_grad_()
             return context.parallel_latent_attention(
                 q, latent, key, self.keys_and_values, inputs.mask_spec, self.sinks
             )
@@ -144,7 +153,14 @@ class LatentAttention(ShardedModule):
     def absorbed(self, plain: Tensor, rotated: Tensor, seen: Tensor, cache: LayerCache) -> Tensor:
         """The same against the cache `[B, T, 1, C + R]`: one key a position for all heads, its
         latent the value.
+
+        Adapters are modules, not matrices: with one, keys and values of the whole cache are made.
         """
+        if self.k_up.is_adapted or self.v_up.is_adapted:
+            latent, key = seen.split((self.latent_size, self.rotated), dim=-1)
+            k, v = self.keys_and_values(latent, key)
+            q = torch.cat((plain, rotated), dim=-1)
+            return cache.cached_attention(q, k, v, self.window, self.sinks)
         up = self.k_up.weight.unflatten(0, (self.num_heads, -1))
         q = torch.cat((torch.einsum("bthn,hnc->bthc", plain, up), rotated), dim=-1)
         q = q * (q.shape[-1] / (self.plain + self.rotated)) ** 0.5  # the scale is that of the heads

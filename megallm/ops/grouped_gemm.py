@@ -132,7 +132,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, runs: Runs, weight_grads: WeightGrads | None
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*([x] if ctx.needs_input_grad[1] else []))  # frozen: none is kept
         # Not save_for_backward: recomputation would hand back a detached copy, which leads to no
         # parameter.
         ctx.weight, ctx.runs, ctx.weight_grads = weight, runs, weight_grads
@@ -140,11 +140,11 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
-        (x,) = ctx.saved_tensors
         weight, runs, dy = ctx.weight.detach(), ctx.runs, dy.contiguous()
         dx = _rows(dy, weight, runs, weight) if ctx.needs_input_grad[0] else None
         gradient = None
         if ctx.needs_input_grad[1]:
+            (x,) = ctx.saved_tensors
             if ctx.weight_grads is None:
                 gradient = weight_gradient(x, dy, runs)
             else:

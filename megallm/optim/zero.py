@@ -202,16 +202,17 @@ class ShardedParameters:
         passes in a row.
 
         Collective over the shard groups; ranks may then use their weights in any order, or not at
-        all.
+        all. Weights that change inside are gathered anew (`publish`).
         """
-        self.keeps = True
+        before, self.keeps = self.keeps, True
         try:
             for bucket in self.flat:
                 bucket.unshard()
             yield
         finally:
-            self.keeps = False
-            self.reshard()
+            self.keeps = before
+            if not before:
+                self.reshard()
 
     def _reshard(self, keys: tuple[str, ...]) -> None:
         if self.keeps:
@@ -334,8 +335,13 @@ class ShardedParameters:
 
         An update leaves `frozen` ones as they are: it need not send them again.
         """
-        for bucket in self.flat if frozen else self.trainable:
+        changed = self.flat if frozen else self.trainable
+        for bucket in changed:
             bucket.publish()
+        if self.keeps:  # what is gathered here are the weights before
+            for bucket in changed:
+                bucket.reshard()
+                bucket.unshard()
 
     # Ownership
 

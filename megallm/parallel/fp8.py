@@ -122,12 +122,13 @@ class Fp8Linear:
         stored = [Quantised(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         return _transposed(stored) if self.recipe.scaled == "tensor" else stored
 
-    def store_gradient(self, matrices: Sequence[Tensor]) -> tuple[list[Quantised], list[Quantised]]:
-        """dy, and dy transposed."""
-        stored = self.store("dy", matrices, training=True)
-        return stored, _transposed(stored) if self.recipe.scaled == "tensor" else self.store(
-            "dy", matrices, transposed=True
-        )
+    def gradient_transposed(
+        self, matrices: Sequence[Tensor], stored: list[Quantised]
+    ) -> list[Quantised]:
+        """dy transposed, of dy as it is and as `store` gave it."""
+        if self.recipe.scaled == "tensor":
+            return _transposed(stored)
+        return self.store("dy", matrices, transposed=True)
 
     def _granularity(self, name: str, transposed: bool) -> tuple[str, Sequence[Axis]]:
         """What shares a scale, and the axes that split it. Blocks are those of a rank's own
@@ -250,7 +251,7 @@ class _Fp8Products(torch.autograd.Function):
     ) -> Tensor:
         rows = x.split(sizes)
         stored = state.store("x", rows, training=training)
-        if training:
+        if training and ctx.needs_input_grad[1]:
             ctx.save_for_backward(*chain(*state.keep_input(rows, stored)))
         ctx.weight, ctx.state, ctx.weight_grads, ctx.sizes = weight, state, weight_grads, sizes
         return _products(stored, state.store_weight(weight), x.dtype, torch.cat)
@@ -258,14 +259,18 @@ class _Fp8Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         state, dtype, dw = ctx.state, dy.dtype, None
-        stored, transposed = state.store_gradient(dy.split(ctx.sizes))
+        rows = dy.split(ctx.sizes)
+        stored = state.store("dy", rows, training=True)
         dx = _products(stored, state.store_weight(ctx.weight, transposed=True), dtype, torch.cat)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None, None, None
+        transposed = state.gradient_transposed(rows, stored)
         gradient = partial(
             _products, transposed, state.kept_input(ctx.saved_tensors), dtype, torch.stack
         )
-        if ctx.weight_grads is not None and ctx.needs_input_grad[1]:
+        if ctx.weight_grads is not None:
             ctx.weight_grads.put(ctx.weight, gradient)
-        elif ctx.needs_input_grad[1]:
+        else:
             dw = gradient()
         return dx, dw, None, None, None, None
 

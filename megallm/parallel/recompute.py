@@ -4,12 +4,35 @@ state is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+_AGAIN: ContextVar[bool] = ContextVar("again", default=False)
+
+
+def runs_again() -> bool:
+    """Returns whether the caller is being run a second time, in the backward pass."""
+    return _AGAIN.get()
+
+
+@contextmanager
+def _second_run() -> Iterator[None]:
+    token = _AGAIN.set(True)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds the first run of a function and the second one."""
+    return nullcontext(), _second_run()
 
 
 def recompute(wanted: bool, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -18,7 +41,9 @@ def recompute(wanted: bool, function: Callable[..., Any], *inputs: Any) -> Any:
     """
     if not wanted or not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+    )
 
 
 def recompute_input(

@@ -25,6 +25,7 @@ from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard, constant
 
 SEQUENCE_DIM = 1
+ADAPTER = ".adapter."  # in the logical name of every parameter of an adapter
 
 
 class ShardedModule(nn.Module):
@@ -62,6 +63,11 @@ class Linear(ShardedModule):
         self.adapter: nn.Module | None = None
         self.adapts = True
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the product is another than that of the weight alone."""
+        return self.adapter is not None and self.adapts
+
     def adapted(self, x: Tensor, y: Tensor, *where: Any) -> Tensor:
         """Returns what the adapter makes of this rank's product `y` of `x`, before anything is
         reduced over tp.
@@ -70,7 +76,7 @@ class Linear(ShardedModule):
         that were used, or the runs of rows of each expert. Its parameters have Shard records of
         their own and stand under the linear's name.
         """
-        return self.adapter(x, y, *where) if self.adapter is not None and self.adapts else y
+        return self.adapter(x, y, *where) if self.is_adapted else y
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:

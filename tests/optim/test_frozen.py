@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
+from megallm.models.sections import MoeConfig
+from megallm.ops.low_precision import Fp8Options
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -20,6 +23,7 @@ from tests.engine.tiny import MODEL, batches, share
 from tests.optim.test_zero import live_bytes, whole_weights
 from tests.ranks import run_ranks
 
+WIDE = replace(MODEL, hidden_size=32, ffn_hidden_size=32, head_size=8)
 BLOCKS = (GroupConfig("layers.*", frozen=True),)
 
 
@@ -98,3 +102,41 @@ def test_what_was_frozen_has_no_optimizer_state_in_a_checkpoint_and_may_be_thawe
     assert not state[f"optim.exp_avg.{name}"].any() and state["optim.exp_avg.embedding.weight"].any()
     thawed.train_step(batches(2), NextToken(), 0.1)
     assert not torch.equal(dict(thawed.parameters.views)[name], saved[name])
+
+
+def test_what_was_frozen_as_a_whole_may_be_thawed(tmp_path):
+    mesh = Mesh.single()
+    engine = engine_of(mesh, (GroupConfig("*", frozen=True),))
+    engine.train_step(batches(2), NextToken(), 0.1)
+    store.save(tmp_path, 1, list(engine.parts()), {"engine": engine.counters()}, mesh)
+    thawed, name = engine_of(mesh), "layers.0.mlp.down.weight"
+    with Reader(store.latest(tmp_path)[0]) as reader:
+        thawed.load(reader)
+    state = {part.name: part.tensor for part in thawed.parts()}
+    assert torch.equal(state[f"optim.master.{name}"], state_of(tmp_path)[name].float())
+
+
+def kept_numbers(engine: Engine) -> int:
+    """Elements that autograd keeps of one microbatch, views and weights included."""
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        engine.train_step(batches(1), NextToken(), 0.0)
+    return sum(kept)
+
+
+@pytest.mark.parametrize("kind", ["experts", "tensorwise", "rowwise"])
+def test_frozen_matrices_keep_no_inputs_for_gradients_that_nobody_wants(kind):
+    moe = MoeConfig(num_experts=4, ffn_hidden_size=64)
+    fp8 = None if kind == "experts" else Fp8Options(kind)
+    model = replace(MODEL, moe=moe) if fp8 is None else WIDE
+    pattern = "*.experts.*" if fp8 is None else "*.mlp.*"
+    group = GroupConfig(pattern, frozen=True)
+    base = EngineConfig(model.resolve(), OptimConfig(), precision="bf16", fp8=fp8, seed=5)
+    frozen = replace(base, optim=OptimConfig(groups=(group,)))
+    trained = kept_numbers(Engine.build(base, Mesh.single()))
+    assert kept_numbers(Engine.build(frozen, Mesh.single())) < trained
