@@ -1,7 +1,9 @@
-"""From a folder of text to a configuration that trains on it: tokenizer, tokens and sizes that fit. No torch.
+"""From a folder of text to a configuration that trains on it: tokenizer, tokens and sizes that fit.
+No torch.
 
-`prepare` is what `megallm pretrain --text` does before it trains. Everything lies in RUN/from_text: the tokenizer, the
-indexed dataset, `config.yaml`, and `choices.json`, by which the same command finds all of it again.
+`prepare` is what `megallm pretrain --text` does before it trains. Everything lies in RUN/from_text:
+the tokenizer, the indexed dataset, `config.yaml`, and `choices.json`, by which the same command
+finds all of it again.
 """
 
 from __future__ import annotations
@@ -40,14 +42,18 @@ CHOICES = "choices.json"
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds: its files, and how many documents they make by each way of splitting plain text."""
+    """What a folder holds: its files, and how many documents they make by each way of splitting
+    plain text.
+    """
 
     files: tuple[str, ...]
     size_bytes: int
     documents: dict[str, int]
 
     def split_text(self) -> str:
-        """Files are documents where there are many; else paragraphs, else lines; else what makes most of them."""
+        """Files are documents where there are many; else paragraphs, else lines; else what makes
+        most of them.
+        """
         wanted = {"file": ENOUGH_FILES, "paragraphs": ENOUGH_DOCUMENTS, "lines": ENOUGH_DOCUMENTS}
         enough = [way for way, least in wanted.items() if self.documents[way] >= least]
         return enough[0] if enough else max(self.documents, key=lambda way: self.documents[way])
@@ -99,7 +105,8 @@ def check_preset(name: str) -> None:
 def is_prepared(request: Request) -> bool:
     """Whether the same text was prepared for the same preset.
 
-    Errors: `UsageError` when the run folder belongs to another text or preset, `DataError` without any text.
+    Errors: `UsageError` when the run folder belongs to another text or preset, `DataError` without
+    any text.
     """
     path = request.folder / CHOICES
     if not request.folder.exists():
@@ -127,9 +134,11 @@ def is_prepared(request: Request) -> bool:
 def prepare(
     request: Request, say: Callable[[str], None], progress: Callable[[preprocess.Stats], None] | None = None
 ) -> dict[str, Any]:
-    """Make tokenizer, dataset and configuration in `request.folder`; returns the choices that were made.
+    """Make tokenizer, dataset and configuration in `request.folder`; returns the choices that were
+    made.
 
-    Errors: `DataError` for the text, `UsageError`, `CannotWrite`. What an interrupted one left is made anew.
+    Errors: `DataError` for the text, `UsageError`, `CannotWrite`. What an interrupted one left is
+    made anew.
     """
     check_preset(request.preset)
     folder, marker = request.folder, request.folder / CHOICES
@@ -162,7 +171,9 @@ def prepare(
 
 
 def _begin(folder: Path, state: dict[str, Any]) -> None:
-    """An empty folder but for its choices.json, by which it is ours at every moment: whoever ends us may come again."""
+    """An empty folder but for its choices.json, by which it is ours at every moment: whoever ends
+    us may come again.
+    """
     with files.writing(folder):
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +192,9 @@ def _begin(folder: Path, state: dict[str, Any]) -> None:
 
 
 def find_files(text: str) -> tuple[str, ...]:
-    """The text files of a folder (hidden ones aside) in order, or the one file. Errors: `DataError` without any."""
+    """The text files of a folder (hidden ones aside) in order, or the one file. Errors: `DataError`
+    without any.
+    """
     path = Path(text)
     if path.is_file():
         return (text,)
@@ -226,7 +239,9 @@ def look(text: str) -> Survey:
 
 
 def _parsed(name: str, options: readers.ReadOptions, text: str) -> Iterator[readers.Parsed]:
-    """The documents of a file, chunk by chunk. Errors: `DataError` for the first that cannot be used."""
+    """The documents of a file, chunk by chunk. Errors: `DataError` for the first that cannot be
+    used.
+    """
     first = 1
     for chunk in readers.chunks(name, options):
         parsed = readers.parse(chunk, options)
@@ -242,7 +257,9 @@ def _fitting(size_bytes: int) -> str:
 
 
 def _train_tokenizer(request: Request, survey: Survey, split_text: str, preset: str) -> int:
-    """Train on an even sample of the documents, at most SAMPLE_BYTES of them; returns the size of the vocabulary."""
+    """Train on an even sample of the documents, at most SAMPLE_BYTES of them; returns the size of
+    the vocabulary.
+    """
     sample, every = request.folder / "sample.jsonl", max(1, -(-survey.size_bytes // SAMPLE_BYTES))
     options = readers.ReadOptions(split_text=split_text)
     pieces = (
@@ -281,6 +298,7 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
     wanted = min(EPOCHS * text.tokens, TOKENS_PER_PARAMETER * model.num_params())
     steps = min(max(FEWEST_STEPS, wanted // (seq_len * global_batch)), MOST_STEPS["gpu" if gpu else "cpu"])
     rate = RATES.get(preset)
+    rates = {} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}
     return {
         "run": {"dir": request.run_dir},
         "model": {"preset": preset, "vocab_size": vocab_size},
@@ -293,7 +311,7 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
             "steps": steps, "global_batch": global_batch, "micro_batch": global_batch // request.machine.ranks,
             "precision": "bf16" if gpu else "fp32",
         },
-        "optim": ({} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}) | {"warmup_steps": max(10, steps // 20)},
+        "optim": rates | {"warmup_steps": max(10, steps // 20)},
         "eval": {"every": steps // 5 if batches else 0, "batches": batches},
         "checkpoint": {"every": max(50, steps // 10), "keep": 2},
         "log": {"every": max(1, steps // 50)},
@@ -301,7 +319,9 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
 
 
 def _held_out(text: Text, batch_tokens: int) -> tuple[str, int]:
-    """(data.split, eval.batches): a twentieth of the documents, of few documents one, of a single one nothing."""
+    """(data.split, eval.batches): a twentieth of the documents, of few documents one, of a single
+    one nothing.
+    """
     if text.documents < 2:
         return "1,0,0", 0
     held = max(1, round(0.05 * text.documents))
