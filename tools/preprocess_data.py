@@ -26,10 +26,9 @@ def translated(arguments: list[str]) -> list[str]:
     parser.add_argument("--vocab-file", "--vocab", help="GPT-2's vocab.json")
     parser.add_argument("--merge-file", help="GPT-2's merges.txt")
     parser.add_argument("--tiktoken-pattern", default="v2")
-    parser.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
-    parser.add_argument("--vocab-size", type=int, help="of a TikTokenizer")
+    for flag, usual in (("tiktoken-num-special-tokens", 1000), ("vocab-size", None), ("workers", 1)):
+        parser.add_argument(f"--{flag}", type=int, default=usual)
     parser.add_argument("--append-eod", action="store_true")
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep-sequential-samples", action="store_true", help="always so")
     for flag in IGNORED:
         parser.add_argument(f"--{flag}", nargs="*", help="accepted and not needed")
@@ -37,8 +36,7 @@ def translated(arguments: list[str]) -> list[str]:
     args = parser.parse_args(arguments)
     if args.split_sentences:
         parser.exit(2, "preprocess_data: --split-sentences: a document is one sequence here; leave it out.\n")
-    named = ([one] if Path(one).exists() else sorted(glob.glob(one)) or [one] for one in args.input)
-    files = [name for names in named for name in names]
+    files = [name for one in args.input for name in ([] if Path(one).exists() else sorted(glob.glob(one))) or [one]]
     try:
         spec = preprocess_tokenizer(vars(args), Path(f"{args.output_prefix}_tokenizer"))
     except MegallmError as error:

@@ -17,10 +17,11 @@ from megallm.data.masking import MaskRule
 from megallm.data.megatron.order import parse_split
 from megallm.data.megatron.samples import Sampling, build_samples
 from megallm.data.objective import Hider
+from megallm.data.stream import fim
 from megallm.data.stream.bookmarks import Bookmarks
 from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
 from megallm.data.stream.source import Source
-from megallm.data.stream.stream import Stream, fim, holds_rearranged
+from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer_folder import kept_at
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from megallm.data.indexed.dataset import IndexedWriter
+from megallm.data.stream import bookmarks
 from megallm.data.stream.bookmarks import Bookmarks
 from megallm.data.stream.plan import CONCAT, Plan, Reading, Segment
 from megallm.data.stream.source import Source
-from megallm.data.stream.stream import Stream, bookmarks
+from megallm.data.stream.stream import Stream
 
 BATCH = 4
 

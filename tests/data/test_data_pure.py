@@ -16,7 +16,8 @@ def imports(names):
 
 
 def test_data_is_torch_free():
-    names = sorted(f"megallm.data.{p.stem}" for p in (ROOT / "megallm/data").glob("*.py") if p.stem != "loader")
+    files = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "megallm/data").rglob("*.py")]
+    names = sorted(".".join(p.parts) for p in files if p.stem not in ("loader", "__init__"))
     assert "megallm.data.megatron.order" in names and len(names) >= 9
     done = imports([*names, "megallm.base.rng", "megallm.base.files", "megallm.base.extension"])
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,11 @@ from megallm.base import rng
 from megallm.base.errors import UsageError
 from megallm.data.batches import Share, StreamReader
 from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
+from megallm.data.stream import fim, packing
 from megallm.data.stream.fim import PLAIN, PSM, SPM, Rearranger, Sentinels
 from megallm.data.stream.plan import CONTEXT, Plan, Reading, Segment
 from megallm.data.stream.source import Source
-from megallm.data.stream.stream import Stream, fim, packing
+from megallm.data.stream.stream import Stream
 from megallm.data.text import tokenizer
 from tests.data.stream_cases import check_exactly_once, write
 
