@@ -171,6 +171,8 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         notes, ids = _write_tokenizer(folder, step, reader.meta)
         atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
         tokenizer_files.write_generation_config(folder, ids)
+        if not is_import(reader) and not reader.meta.get("framed"):
+            notes += tokenizer_files.begin_bare(folder)
         result = _result(request, family.name, dtype, len(bridge.theirs), nbytes, notes)
         if request.verify:
             _compare(result, model, Cast(reader, through=dtype), folder)

@@ -181,6 +181,22 @@ def token_ids(folder: Path) -> dict[str, Any]:
     return found
 
 
+def begin_bare(folder: Path) -> list[str]:
+    """Let the tokenizer of an exported folder put nothing before a text, as its model was trained; notes where that
+    would be another tokenizer. transformers and `generate` would add a Llama's <s>, which the model has never seen."""
+    form = form_of(folder)
+    if form is None or not tokenizer.load(str(folder), check=False).template[0]:
+        return []
+    if form.name == DEFINITION:
+        return [
+            f"the model was trained on texts without what the template of {DEFINITION} puts before them: tokenise with "
+            "add_special_tokens=False, or make the data with `megallm preprocess --add-special-tokens`"
+        ]
+    settings = read_json(folder / SETTINGS) if os.path.lexists(folder / SETTINGS) else {}
+    atomic_write_json(folder / SETTINGS, settings | {"add_bos_token": False})
+    return []
+
+
 def _definition(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(folder / DEFINITION):
         return {}

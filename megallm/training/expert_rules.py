@@ -37,7 +37,10 @@ def size_faults(config: JobConfig) -> Iterator[Fault]:
     if moe.top_k is not None and room < moe.top_k <= experts:
         needed = -(-moe.top_k // (experts // groups))
         sentence = f"model.moe.top_k {moe.top_k} is more than the {room} experts of the groups that a token may take."
-        yield "model.moe.top_k", sentence, ({"model.moe.top_k": room}, {"model.moe.top_groups": needed})
+        fewer: dict[str, Any] = {"model.moe.top_k": room}
+        if room == 1 and moe.norm_topk_prob is not False:  # see `router_faults`
+            fewer["model.moe.norm_topk_prob"] = False
+        yield "model.moe.top_k", sentence, (fewer, {"model.moe.top_groups": needed})
 
 
 def router_faults(model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:

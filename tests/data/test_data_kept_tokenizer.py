@@ -93,6 +93,14 @@ def test_the_fast_way_gives_the_same_ids(made, tmp_path, form):
     assert slow == fast
 
 
+@pytest.mark.parametrize("form", [*FORMS, "bytes"])
+def test_rows_that_pad_a_vocabulary_give_no_text(made, form):
+    """A model has often more rows than its tokenizer tokens, and may choose one."""
+    words = tokenizer.load(made.get(form, form))
+    ids = words.encode("In the")
+    assert words.decode([*ids, words.vocab_size, *words.encode("x"), 10**6]) == words.decode([*ids, *words.encode("x")])
+
+
 def test_bytes_keep_nothing_and_an_older_tokenizer_goes(made, tmp_path):
     prefix = preprocess(tmp_path, made["folder"])
     assert kept_at(prefix).is_dir()

@@ -26,6 +26,7 @@ from megallm.training import pretrain, reading
 from megallm.training.config import PretrainConfig
 from megallm.training.from_megatron import to_yaml, translate
 from tests.convert.tiny import case, make
+from tests.data.test_data_kept_tokenizer import sentencepiece
 from tests.system.commands import write_config
 
 TEXT = "In the beginning God created the heaven and the earth. "
@@ -207,3 +208,34 @@ def test_what_a_folder_says_about_texts_survives_training_from_it(data, form):
     assert find_template(loaded.folder).source == "{{ messages }}"
     convert(ConvertRequest("hf", "run", "back"))
     assert json.loads(Path("back/config.json").read_text())["eos_token_id"] == [2, 7]
+
+
+@pytest.mark.parametrize("form", ["sentencepiece", "template"])
+def test_an_exported_model_begins_texts_as_it_was_trained_to(data, form):
+    """A.2: a Llama's tokenizer puts <s> before a text, but the data were made without: so is what is exported."""
+    Path("words").mkdir()
+    if form == "sentencepiece":
+        sentencepiece(Path("words/tokenizer.model"))
+    else:
+        definition = json.loads(Path("elsewhere/tokenizer.json").read_text())
+        begin = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        parts = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        definition["post_processor"] = {
+            "type": "TemplateProcessing", "single": parts, "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|endoftext|>": begin},
+        }  # fmt: skip
+        Path("words/tokenizer.json").write_text(json.dumps(definition))
+    preprocess(PreprocessConfig(("a.jsonl",), "w", "words"))
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 400, "max_positions": 64}
+    config = {"model": sizes, "data": {"sources": {"w_text_document": 1}, "seq_len": 16, "split": "100,0,0"},
+              "train": {"steps": 1, "global_batch": 1}, "eval": {"batches": 0, "every": 0}, "run": {"dir": "run"},
+              "optim": {"warmup_steps": 0}, "log": {"plot": False}, "checkpoint": {"every": 1}}  # fmt: skip
+    Path("c.yaml").write_text(json.dumps(config))
+    trained("c.yaml")
+    notes = convert(ConvertRequest("hf", "run", "hf"))["notes"]
+    convert(ConvertRequest("megallm", "hf", "back"))
+    openings = [generate.load(GenerateRequest(name, ("x",)), Mesh.single()).opening for name in ("run", "hf", "back")]
+    if form == "sentencepiece":
+        assert openings == [(), (), ()] and notes == []
+    else:  # its definition stays as it is, so a note says it
+        assert "add_special_tokens=False" in notes[0] and len(notes) == 1

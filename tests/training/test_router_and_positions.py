@@ -112,3 +112,11 @@ def test_a_row_of_just_that_length_passes_and_so_does_a_model_made_to_grow():
     ):  # fmt: skip
         assert not [each for each in find_problems(config(**more), None) if each.rule in ("positions", "model")]
     assert dataclasses.is_dataclass(check(config()))
+
+
+def test_the_advice_about_groups_of_one_is_not_refused_in_its_turn():
+    """One expert a token is what a group of one allows, and its weight must not be scaled to 1 then."""
+    wrong = config(**EXPERTS | {"model.moe.top_k": 2, "model.moe.num_groups": 4, "model.moe.top_groups": 1})
+    (problem,) = find_problems(wrong, 1)
+    for fix in problem.fixes:
+        assert find_problems(replace(wrong, fix), 1) == [], fix

@@ -141,9 +141,9 @@ class SentencePieceTokenizer(_Native):
         for number in ids:
             if number < self._pieces:
                 run.append(number)
-                continue
-            parts += [self._model.decode(run), self._texts.get(number, "")]
-            run = []
+            elif number in self._texts:  # others only pad a model's vocabulary
+                parts += [self._model.decode(run), self._texts[number]]
+                run = []
         return "".join([*parts, self._model.decode(run)])
 
     def token_id(self, token: str) -> int | None:
@@ -167,13 +167,15 @@ class TiktokenTokenizer(_Native):
         library = optional.need("tiktoken", str(path))
         self.path, data = path, _read(path)
         pattern, self._special_tokens = _rules(path)
+        ranks = _ranks(path, data)
         try:
             self._encoding = library.Encoding(
-                path.stem, pat_str=pattern, mergeable_ranks=_ranks(path, data), special_tokens=self._special_tokens
+                path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_tokens
             )
         except (ValueError, AssertionError) as error:
             raise DataError(f"{path} cannot be used with its rules: {error}.") from error
         self.vocab_size = self._encoding.n_vocab
+        self._numbers = {*ranks.values(), *self._special_tokens.values()}
         rules = json.dumps([pattern, self._special_tokens], sort_keys=True).encode()
         self.fingerprint = f"tiktoken-{_digest(data + rules)}"
 
@@ -200,7 +202,8 @@ class TiktokenTokenizer(_Native):
         return self._encoding.encode(text, allowed_special="all") if special else self._encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode(list(ids))
+        """The text; an id without a token, such as of a row that only pads a model's vocabulary, gives nothing."""
+        return self._encoding.decode([number for number in ids if number in self._numbers])
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or of an ordinary one by its text; None when there is none."""
