@@ -247,7 +247,7 @@ def test_b15_what_was_told_to_be_kept_is(tmp_path, monkeypatch):
     path, seen = tmp_path / "out", []
     with path.open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
-        monkeypatch.setattr(run, "main", lambda args, write, progress: write("a row\n") or seen.append(path.read_text()))
+        monkeypatch.setattr(run, "main", lambda _, write, progress: write("a row\n") or seen.append(path.read_text()))
         args = argparse.Namespace(json=None, overwrite=False)
         oracle.COMMANDS["oracle"].run(args)
     assert seen == ["a row\n"]
