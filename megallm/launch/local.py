@@ -31,7 +31,7 @@ from typing import Any
 from megallm.base.errors import InternalError, MegallmError, PeerLost, Requeue, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, descriptor
-from megallm.base.stopping import INTERRUPTED, BeforeRanks, stop_signals
+from megallm.base.stopping import INTERRUPTED, NOTHING_TO_SAVE, BeforeRanks, stop_signals
 from megallm.launch.environment import LOOPBACK, RankEnv
 from megallm.launch.rank import Ending, rank_main
 
@@ -67,6 +67,11 @@ class Rank:
     def failed(self) -> bool:
         """Ended otherwise than by finishing or by saving for a requeue."""
         return self.status is not None and self.code not in (0, Requeue.exit_code)
+
+    @property
+    def left_early(self) -> bool:
+        """Ended by a signal before it trained: nobody it would have met can go on, as in gloo's rendezvous."""
+        return self.ending is not None and self.ending.message.endswith(NOTHING_TO_SAVE)
 
     @property
     def code(self) -> int:
@@ -230,14 +235,14 @@ class _Launch:
             self.selector.register(fd, selectors.EVENT_READ)
 
     def _watch(self) -> None:
-        """Until all ranks have ended, or SETTLE_SECONDS after the first failure."""
+        """Until all ranks have ended, or SETTLE_SECONDS after the first that failed or never began."""
         deadline = float("inf")
         while any(rank.status is None for rank in self.ranks) and time.monotonic() < deadline and self.interrupts < 2:
             for key, _ in self.selector.select(POLL_SECONDS):
                 self._show(key.fd)
             for rank in self.ranks:
                 self._reap(rank)
-            if deadline == float("inf") and any(rank.failed for rank in self.ranks):
+            if deadline == float("inf") and any(rank.failed or rank.left_early for rank in self.ranks):
                 deadline = time.monotonic() + SETTLE_SECONDS
         for fd in list(self.selector.get_map()):
             while self._show(fd):

@@ -92,6 +92,22 @@ def test_b12_a_rank_that_loses_the_peer_that_stopped_does_not_make_it_a_failure(
         local.run_ranks(first_leaves, (), 2, preload=())
 
 
+def one_is_deaf(env: RankEnv) -> None:
+    if env.rank == 0:  # as in the rendezvous: a library that waits for the other rank, ten minutes long
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    else:
+        time.sleep(0.5)
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(30)
+
+
+def test_b12_a_rank_that_waits_for_one_that_was_stopped_is_ended():
+    begin = time.monotonic()
+    with pytest.raises(Requeue, match="Stopped by SIGTERM before the first step"):
+        local.run_ranks(one_is_deaf, (), 2, preload=())
+    assert time.monotonic() - begin < 15
+
+
 @pytest.fixture
 def config(tmp_path, corpus) -> Path:
     run = {"dir": str(tmp_path / "run")}
