@@ -89,10 +89,12 @@ def default_run(text: str) -> str:
 
 
 def check_preset(name: str) -> None:
-    """Errors: `UsageError` for a preset that is not there."""
+    """Errors: `UsageError` for a preset that is not there, or that does not predict the next token."""
     if name != TINY and name not in PRESETS:
         hint = words.did_you_mean(name, [TINY, *PRESETS])
         raise UsageError(f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the text.")
+    if name != TINY and not ModelConfig(preset=name).resolve().causal:
+        raise UsageError(f"--preset {name} learns hidden tokens, --text the next one: see docs/encoders.md.")
 
 
 def is_prepared(request: Request) -> bool:
@@ -265,6 +267,7 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
     wanted = min(EPOCHS * text.tokens, TOKENS_PER_PARAMETER * model.num_params())
     steps = min(max(FEWEST_STEPS, wanted // (seq_len * global_batch)), MOST_STEPS["gpu" if gpu else "cpu"])
     rate = RATES.get(preset)
+    rates = {} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}
     return {
         "run": {"dir": request.run_dir},
         "model": {"preset": preset, "vocab_size": vocab_size},
@@ -277,7 +280,7 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
             "steps": steps, "global_batch": global_batch, "micro_batch": global_batch // request.machine.ranks,
             "precision": "bf16" if gpu else "fp32",
         },
-        "optim": ({} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}) | {"warmup_steps": max(10, steps // 20)},
+        "optim": rates | {"warmup_steps": max(10, steps // 20)},
         "eval": {"every": steps // 5 if batches else 0, "batches": batches},
         "checkpoint": {"every": max(50, steps // 10), "keep": 2},
         "log": {"every": max(1, steps // 50)},
