@@ -25,6 +25,7 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) ->
     if args.config is not None:
         raise UsageError(f"Give either a CONFIG ({args.config}) or --text {args.text}: --text makes its own.")
     request = _request(args)
+    load(PretrainConfig, None, args.overrides)  # a misspelt key is said before the text is read
     prepared = from_text.is_prepared(request)
     if not prepared and started_by_others() is not None:
         raise UsageError(

@@ -96,10 +96,12 @@ def default_run(text: str) -> str:
 
 
 def check_preset(name: str) -> None:
-    """Errors: `UsageError` for a preset that is not there."""
+    """Errors: `UsageError` for a preset that is not there, or that does not predict the next token."""
     if name != TINY and name not in PRESETS:
         hint = words.did_you_mean(name, [TINY, *PRESETS])
         raise UsageError(f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the text.")
+    if name != TINY and not ModelConfig(preset=name).resolve().causal:
+        raise UsageError(f"--preset {name} learns hidden tokens, --text the next one: see docs/encoders.md.")
 
 
 def is_prepared(request: Request) -> bool:

@@ -206,6 +206,8 @@ def test_the_tiny_preset_grows_with_the_text():
         (["--text", "blank"], 65, "without any text"),
         (["--text", "latin"], 65, "a.txt:1: invalid UTF-8"),
         (["--text", "good", "--preset", "tinny-1m"], 2, "Did you mean 'tiny-1m'?"),
+        (["--text", "good", "--preset", "bert-base"], 2, "learns hidden tokens"),
+        (["--text", "good", "seed=3"], 2, "run.seed"),
         (["--text", "good", "c.yaml"], 2, "Give either a CONFIG (c.yaml) or --text good"),
         (["c.yaml", "--preset", "tiny"], 2, "write model.preset=tiny"),
         ([], 2, "or train on a folder of text"),
@@ -223,6 +225,7 @@ def test_mistakes_have_a_sentence_and_leave_no_run(capsys, tmp_path, words, code
     found, _, err = call(capsys, "pretrain", *words)
     assert found == code and sentence.casefold() in err.casefold(), err
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+    assert code != 2 or not (tmp_path / "runs").exists()  # before the text is read
 
 
 def test_one_document_names_split_text(capsys):
