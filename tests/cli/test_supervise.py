@@ -248,12 +248,7 @@ def test_b15_what_was_told_to_be_kept_is(tmp_path, monkeypatch):
     path, seen = tmp_path / "out", []
     with path.open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
-<<<<<<< HEAD
-        work = lambda args, write, progress: write("a row\n") or seen.append(path.read_text())  # noqa: E731
-        monkeypatch.setattr(run, "main", work)
-=======
         monkeypatch.setattr(run, "main", lambda _, write, progress: write("a row\n") or seen.append(path.read_text()))
->>>>>>> rev-r2
         args = argparse.Namespace(json=None, overwrite=False)
         oracle.COMMANDS["oracle"].run(args)
     assert seen == ["a row\n"]

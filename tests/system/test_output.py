@@ -108,13 +108,7 @@ def text_run(tmp_path) -> list[str]:
 
 def test_b11_from_text_with_an_output_that_is_full(tmp_path, text_run):
     with open("/dev/full", "wb") as full:
-<<<<<<< HEAD
-        done = subprocess.run(
-            text_run, cwd=tmp_path, env=_environment(), stdout=full, stderr=subprocess.PIPE, text=True
-        )
-=======
         done = subprocess.run(text_run, cwd=tmp_path, env=_environment(), stdout=full, stderr=subprocess.PIPE)
->>>>>>> rev-r2
     assert done.returncode == 0, done.stderr
     assert saved(tmp_path / "run") == ["step-00000002"]
 
