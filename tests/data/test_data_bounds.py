@@ -90,7 +90,7 @@ import json, resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 from megallm.base.errors import DataError
-from megallm.data import tokenizer
+from megallm.data.text import tokenizer
 for path in sys.argv[1:]:
     open("/proc/self/clear_refs", "w").write("5")
     try:

@@ -265,7 +265,7 @@ def test_a_parquet_bomb_takes_bounded_memory(tmp_path, dictionary):
     parquet.write_table(table, path, compression="zstd", use_dictionary=dictionary)
     assert path.stat().st_size < 200_000
     code = (
-        "import sys\nfrom megallm.data import readers\n"
+        "import sys\nfrom megallm.data.text import readers\n"
         "for chunk in readers.chunks(sys.argv[1], readers.ReadOptions()): readers.parse(chunk, readers.ReadOptions())\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
@@ -398,7 +398,7 @@ def test_killed_worker_is_an_error_not_a_hang(tmp_path):
 
 SLOW = """
 import os, sys, time
-from megallm.data import preprocess
+from megallm.data.text import preprocess
 def slow(stats):
     print("going", flush=True)
     time.sleep(0.05)
@@ -495,7 +495,7 @@ def read_all(name, options):
 
 BOMB = """
 import sys
-from megallm.data import preprocess
+from megallm.data.text import preprocess
 config = preprocess.PreprocessConfig((sys.argv[1],), sys.argv[2], "bytes", on_error="skip", max_document_mib=1)
 stats = preprocess.run(config)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

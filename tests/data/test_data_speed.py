@@ -148,7 +148,7 @@ def test_the_fast_json_reader_changes_no_verdict(line, monkeypatch):
 
 RUN = """
 import json, sys, time
-from megallm.data import preprocess
+from megallm.data.text import preprocess
 preprocess._SAVE_SECONDS = 0.0
 readers = preprocess.readers
 readers.CHUNK_BYTES = 2000

@@ -201,7 +201,7 @@ def test_b16_packed_files_take_bounded_memory(tmp_path):
                 file.write(packer.compress(b"a" * (1 << 20)))
             file.write(packer.flush())
     code = (
-        "import sys\nfrom pathlib import Path\nfrom megallm.data import readers\n"
+        "import sys\nfrom pathlib import Path\nfrom megallm.data.text import readers\n"
         "options = readers.ReadOptions(max_document_bytes=1 << 20)\n"
         "assert [chunk.too_long for name in sys.argv[1:] for chunk in readers.chunks(name, options)] == [True, True]\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
