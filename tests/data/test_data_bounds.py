@@ -14,7 +14,8 @@ import pytest
 
 from megallm.base.errors import DataError
 from megallm.data.batches import MegatronReader, Share, StreamReader
-from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, openfile, verify
+from megallm.data.indexed import openfile
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
 from megallm.data.megatron.samples import build_split
 from megallm.data.stream.plan import Plan, Reading, Segment
 from megallm.data.stream.source import Source
