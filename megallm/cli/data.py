@@ -158,7 +158,8 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 def _show(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from megallm.data.indexed.dataset import IndexedDataset, check_tokens, meta
+    from megallm.data.indexed import meta
+    from megallm.data.indexed.dataset import IndexedDataset, check_tokens
     from megallm.data.text.tokenizer import load
 
     data = IndexedDataset(args.prefix)

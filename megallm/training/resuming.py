@@ -17,7 +17,8 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
-from megallm.data.indexed.dataset import IndexedDataset, content, meta
+from megallm.data.indexed import content, meta
+from megallm.data.indexed.dataset import IndexedDataset
 from megallm.data.stream.source import fingerprint
 from megallm.parallel.mesh import Mesh
 from megallm.run.changes import Change, is_allowed, table_of

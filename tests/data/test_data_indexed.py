@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from megallm.base.errors import CannotWrite, DataError
 from megallm.data.indexed import dataset as indexed
-from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, meta
+from megallm.data.indexed import meta
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter
 
 HEADER = 34
 

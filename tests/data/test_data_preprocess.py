@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from megallm.base.errors import CannotWrite, DataError, InternalError, UsageError
 from megallm.base.version import VERSION
 from megallm.data.indexed import dataset as indexed
-from megallm.data.indexed import split_merge
-from megallm.data.indexed.dataset import IndexedDataset, meta, verify
+from megallm.data.indexed import meta, split_merge
+from megallm.data.indexed.dataset import IndexedDataset, verify
 from megallm.data.text import preprocess, readers, tokenizer
 from megallm.data.text.preprocess import PreprocessConfig
 from megallm.data.text.readers import ReadOptions

@@ -20,8 +20,8 @@ import pytest
 
 from megallm.base.errors import CannotWrite, DataError, UsageError
 from megallm.data.indexed import dataset as indexed
-from megallm.data.indexed import split_merge
-from megallm.data.indexed.dataset import IndexedDataset, meta
+from megallm.data.indexed import meta, split_merge
+from megallm.data.indexed.dataset import IndexedDataset
 from megallm.data.stream import trace
 from megallm.data.text import accelerated, native, partial, preprocess, readers, tokenizer
 from megallm.data.text.preprocess import PreprocessConfig

@@ -12,8 +12,8 @@ import numpy as np
 from megallm.base import rng
 from megallm.base.errors import UsageError
 from megallm.base.progress import Progress, quiet
-from megallm.data.indexed import provenance
-from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, meta
+from megallm.data.indexed import meta, provenance
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter
 from megallm.data.stream import packing
 
 _AT_ONCE = 1 << 20  # documents or tokens looked at together

@@ -27,8 +27,8 @@ import numpy as np
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite, DataError, UsageError
-from megallm.data.indexed import provenance
-from megallm.data.indexed.dataset import IndexedWriter, dtype_for, indexed_files, meta, publish
+from megallm.data.indexed import meta, provenance
+from megallm.data.indexed.dataset import IndexedWriter, dtype_for, indexed_files, publish
 from megallm.data.text import accelerated, readers, textfile, tokenizer
 from megallm.data.text.encode import Encoded, Job, choose_encoder, encode_chunk
 from megallm.data.text.partial import Partial, pending, sweep
