@@ -6,7 +6,9 @@ from megallm.base.stopping import before_ranks
 
 
 def main() -> int:
-    """Run the command line; a signal to `megallm pretrain` is answered from here on, before anything is imported."""
+    """Run the command line; a signal to `megallm pretrain` is answered from here on, before
+    anything is imported.
+    """
     with before_ranks(sys.argv[1:2] == ["pretrain"]):
         from megallm.cli.main import main as run
 

@@ -1,4 +1,6 @@
-"""What training asks of a device besides arithmetic: memory, time. The only place that names CUDA events."""
+"""What training asks of a device besides arithmetic: memory, time. The only place that names CUDA
+events.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Stopwatch:
-    """Moments on a device's own time line. On a GPU a mark is an event in the stream: marking never waits.
+    """Moments on a device's own time line. On a GPU a mark is an event in the stream: marking never
+    waits.
 
     Seconds are those of `time.perf_counter`, which all processes of a machine share.
     """
@@ -48,7 +51,9 @@ class Stopwatch:
         return event
 
     def seconds(self, moment: float | torch.cuda.Event) -> float:
-        """When a moment was; on a GPU this waits for it, and the stream's lag at the start is the error."""
+        """When a moment was; on a GPU this waits for it, and the stream's lag at the start is the
+        error.
+        """
         if not self.on_gpu:
             return moment
         moment.synchronize()
@@ -56,7 +61,8 @@ class Stopwatch:
 
 
 class SideCopies:
-    """Copies to CPU memory and back, beside the computation: on a GPU through pinned memory, on a stream of their own.
+    """Copies to CPU memory and back, beside the computation: on a GPU through pinned memory, on a
+    stream of their own.
 
     On a CPU a copy away is a copy, and one back is nothing.
     """

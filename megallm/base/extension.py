@@ -14,7 +14,9 @@ from types import ModuleType
 from megallm.base.errors import UsageError
 
 MODULE = "megallm._index"
-REASON = Path(__file__).parents[1] / "_index_not_built.txt"  # why the build failed; `setup.py` writes it
+REASON = (
+    Path(__file__).parents[1] / "_index_not_built.txt"
+)  # why the build failed; `setup.py` writes it
 VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
 
 

@@ -47,21 +47,24 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def check_new(*paths: str | os.PathLike[str], overwrite: bool = False) -> None:
     """The one rule for outputs: what is there is only replaced when `overwrite` says so.
 
-    An empty file, an empty folder, and what is no file (a pipe, /dev/stdout) hold nothing that could be lost.
-    Errors: `UsageError`, before any work.
+    An empty file, an empty folder, and what is no file (a pipe, /dev/stdout) hold nothing that
+    could be lost. Errors: `UsageError`, before any work.
     """
     for path in () if overwrite else paths:
         with writing(path):
             empty = is_empty(path)
         if not empty:
             raise UsageError(
-                f"{os.fspath(path)} exists, and nothing is overwritten unasked: choose another name, or pass "
+                f"{os.fspath(path)} exists, and nothing is overwritten unasked: choose another "
+                "name, or pass "
                 "--overwrite to replace it."
             )
 
 
 def is_empty(path: str | os.PathLike[str]) -> bool:
-    """Whether nothing would be lost if `path` were replaced. A link that leads nowhere is something."""
+    """Whether nothing would be lost if `path` were replaced. A link that leads nowhere is
+    something.
+    """
     path = Path(path)
     if path.is_dir():
         return not path.is_symlink() and not any(path.iterdir())
@@ -78,11 +81,13 @@ def temporary_name(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name next to `path`; on success it is synced and renamed to `path`, on error removed.
+    """Yield a temporary name next to `path`; on success it is synced and renamed to `path`, on
+    error removed.
 
     What the block makes there is a file or a folder.
 
-    Errors: `CannotWrite` for an OSError of the final sync and rename; what the block raises stays as it is.
+    Errors: `CannotWrite` for an OSError of the final sync and rename; what the block raises stays
+    as it is.
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -122,16 +127,23 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON with a final newline to `path`; floats round-trip exactly."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate as its JSON escape
+    atomic_write_bytes(
+        path, text.encode("utf-8", "backslashreplace")
+    )  # a lone surrogate as its JSON escape
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
-    """Make the names in folder `path` durable, so that a rename survives a power cut (raises OSError)."""
+    """Make the names in folder `path` durable, so that a rename survives a power cut (raises
+    OSError).
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # file systems that cannot sync a folder
             raise
     finally:
         os.close(fd)

@@ -1,7 +1,8 @@
-"""Output that never decides over the program: a full disk, a vanished terminal or a reader that does not read.
+"""Output that never decides over the program: a full disk, a vanished terminal or a reader that
+does not read.
 
-What cannot be written is dropped and counted. The count is told in the output itself once writing works again, and by
-whoever closes the writer.
+What cannot be written is dropped and counted. The count is told in the output itself once writing
+works again, and by whoever closes the writer.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ _POLL_SECONDS = 0.02
 
 
 class FdWriter:
-    """Writes bytes to a file descriptor. An error costs the bytes, which are counted in lines; it never raises."""
+    """Writes bytes to a file descriptor. An error costs the bytes, which are counted in lines; it
+    never raises.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd, self.reason = fd, ""
-        self.failed = self._untold = 0  # lines that could not be written, and those not yet told in the output
+        self.failed = self._untold = (
+            0  # lines that could not be written, and those not yet told in the output
+        )
 
     @property
     def dropped(self) -> int:
@@ -55,7 +60,9 @@ class FdWriter:
         while view:
             try:
                 view = view[os.write(self.fd, view) :]
-            except BlockingIOError:  # somebody made it non-blocking: wait here, in the thread if there is one
+            except (
+                BlockingIOError
+            ):  # somebody made it non-blocking: wait here, in the thread if there is one
                 select.select((), (self.fd,), (), 1.0)
             except OSError as error:
                 self.reason = error.strerror or str(error)
@@ -68,9 +75,11 @@ class FdWriter:
 
 
 class BackgroundWriter(FdWriter):
-    """An FdWriter whose `write` returns at once: a thread writes, and a reader that does not read costs lines only.
+    """An FdWriter whose `write` returns at once: a thread writes, and a reader that does not read
+    costs lines only.
 
-    `write` may be called from a signal handler. The thread starts with the first write, so never before a fork.
+    `write` may be called from a signal handler. The thread starts with the first write, so never
+    before a fork.
     """
 
     def __init__(self, fd: int, limit_bytes: int = PENDING_BYTES) -> None:
@@ -102,7 +111,9 @@ class BackgroundWriter(FdWriter):
             super().write(data)
             self._taken += len(data)
             refused = self._refused
-            if self._taken == self._given and refused > self._refused_told:  # they came before what is next
+            if (
+                self._taken == self._given and refused > self._refused_told
+            ):  # they came before what is next
                 self._untold += refused - self._refused_told
                 self._refused_told, self.reason = refused, self.reason or "nobody read them"
 
@@ -120,7 +131,9 @@ class BackgroundWriter(FdWriter):
 
 
 class LossyText(io.TextIOBase):
-    """What `sys.stdout` and `sys.stderr` are in a rank: text, line by line, into a writer that never raises."""
+    """What `sys.stdout` and `sys.stderr` are in a rank: text, line by line, into a writer that
+    never raises.
+    """
 
     encoding = "utf-8"
 
@@ -170,19 +183,25 @@ def show_error(text: str, seconds: float = 1.0) -> None:
 
 
 def say(text: str, seconds: float = 1.0) -> None:
-    """Write a line to stdout, waiting for a reader at most `seconds`; it never raises, and starts no thread."""
+    """Write a line to stdout, waiting for a reader at most `seconds`; it never raises, and starts
+    no thread.
+    """
     data = escaped(text).encode("utf-8", "backslashreplace") + b"\n"
     if descriptor(sys.stdout, -1) != 1:  # redirected inside the process
         sys.stdout.write(f"{text}\n")
         return
     with suppress(OSError):
-        for begin in range(0, len(data), select.PIPE_BUF):  # so much goes into a pipe that is ready, or nothing
+        for begin in range(
+            0, len(data), select.PIPE_BUF
+        ):  # so much goes into a pipe that is ready, or nothing
             if select.select((), (1,), (), seconds)[1]:
                 os.write(1, data[begin : begin + select.PIPE_BUF])
 
 
 def open_standard_streams() -> None:
-    """Give what was closed (`megallm ... >&-`) the null device, or the next file that is opened would become it."""
+    """Give what was closed (`megallm ... >&-`) the null device, or the next file that is opened
+    would become it.
+    """
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)

@@ -6,7 +6,9 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with what is being done, how much of it is done, of how much (None: not known), counted in `unit`."""
+    """Called with what is being done, how much of it is done, of how much (None: not known),
+    counted in `unit`.
+    """
 
     def __call__(self, phase: str, done: int, total: int | None, unit: str = "") -> None: ...
 

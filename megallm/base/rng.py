@@ -1,9 +1,10 @@
 """Named, keyed, counter-based random streams: number i of a stream is a pure function of (key, i).
 
 Nothing here has state, so any rank can make exactly the numbers it owns and nobody else's. The bits
-are Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC11). Everything made
-of them uses only + - * / sqrt and exact bit operations on contiguous arrays. IEEE 754 fixes those to
-the last bit, so a sub-range equals the same range of a whole draw, on every CPU and at every length.
+are Philox4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC11). Everything
+made of them uses only + - * / sqrt and exact bit operations on contiguous arrays. IEEE 754 fixes
+those to the last bit, so a sub-range equals the same range of a whole draw, on every CPU and at
+every length.
 """
 
 from __future__ import annotations
@@ -22,22 +23,70 @@ _GAP = 1 << 11  # a hole between runs up to this long is cheaper to draw than to
 # Wichura, "Algorithm AS 241: The Percentage Points of the Normal Distribution", Applied Statistics
 # 37 (1988): PPND16. Each pair is (numerator, denominator), highest power first.
 _CENTRE = (
-    (2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
-     1.3731693765509461125e4, 1.9715909503065514427e3, 1.3314166789178437745e2, 3.3871328727963666080e0),
-    (5.2264952788528545610e3, 2.8729085735721942674e4, 3.9307895800092710610e4, 2.1213794301586595867e4,
-     5.3941960214247511077e3, 6.8718700749205790830e2, 4.2313330701600911252e1, 1.0),
+    (
+        2.5090809287301226727e3,
+        3.3430575583588128105e4,
+        6.7265770927008700853e4,
+        4.5921953931549871457e4,
+        1.3731693765509461125e4,
+        1.9715909503065514427e3,
+        1.3314166789178437745e2,
+        3.3871328727963666080e0,
+    ),
+    (
+        5.2264952788528545610e3,
+        2.8729085735721942674e4,
+        3.9307895800092710610e4,
+        2.1213794301586595867e4,
+        5.3941960214247511077e3,
+        6.8718700749205790830e2,
+        4.2313330701600911252e1,
+        1.0,
+    ),
 )
 _TAIL = (
-    (7.74545014278341407640e-4, 2.27238449892691845833e-2, 2.41780725177450611770e-1, 1.27045825245236838258e0,
-     3.64784832476320460504e0, 5.76949722146069140550e0, 4.63033784615654529590e0, 1.42343711074968357734e0),
-    (1.05075007164441684324e-9, 5.47593808499534494600e-4, 1.51986665636164571966e-2, 1.48103976427480074590e-1,
-     6.89767334985100004550e-1, 1.67638483018380384940e0, 2.05319162663775882187e0, 1.0),
+    (
+        7.74545014278341407640e-4,
+        2.27238449892691845833e-2,
+        2.41780725177450611770e-1,
+        1.27045825245236838258e0,
+        3.64784832476320460504e0,
+        5.76949722146069140550e0,
+        4.63033784615654529590e0,
+        1.42343711074968357734e0,
+    ),
+    (
+        1.05075007164441684324e-9,
+        5.47593808499534494600e-4,
+        1.51986665636164571966e-2,
+        1.48103976427480074590e-1,
+        6.89767334985100004550e-1,
+        1.67638483018380384940e0,
+        2.05319162663775882187e0,
+        1.0,
+    ),
 )
 _FAR_TAIL = (
-    (2.01033439929228813265e-7, 2.71155556874348757815e-5, 1.24266094738807843860e-3, 2.65321895265761230930e-2,
-     2.96560571828504891230e-1, 1.78482653991729133580e0, 5.46378491116411436990e0, 6.65790464350110377720e0),
-    (2.04426310338993978564e-15, 1.42151175831644588870e-7, 1.84631831751005468180e-5, 7.86869131145613259100e-4,
-     1.48753612908506148525e-2, 1.36929880922735805310e-1, 5.99832206555887937690e-1, 1.0),
+    (
+        2.01033439929228813265e-7,
+        2.71155556874348757815e-5,
+        1.24266094738807843860e-3,
+        2.65321895265761230930e-2,
+        2.96560571828504891230e-1,
+        1.78482653991729133580e0,
+        5.46378491116411436990e0,
+        6.65790464350110377720e0,
+    ),
+    (
+        2.04426310338993978564e-15,
+        1.42151175831644588870e-7,
+        1.84631831751005468180e-5,
+        7.86869131145613259100e-4,
+        1.48753612908506148525e-2,
+        1.36929880922735805310e-1,
+        5.99832206555887937690e-1,
+        1.0,
+    ),
 )
 _LN2 = log(2.0)
 _HALF_SQRT = 0.7071067811865476
@@ -45,7 +94,9 @@ _ATANH = tuple(2.0 / k for k in range(23, 0, -2))  # log(m) = 2 atanh(s) = sum o
 
 
 def key_of(seed: int, *names: str | int) -> int:
-    """The 128-bit key of the stream called `names` under `seed`; different names never share a stream."""
+    """The 128-bit key of the stream called `names` under `seed`; different names never share a
+    stream.
+    """
     digest = hashlib.blake2b(digest_size=16, person=b"megallm.rng")
     for item in (seed, *names):
         body = f"{'s' if isinstance(item, str) else 'i'}{item}".encode()
@@ -60,12 +111,16 @@ def bits(key: int, begin: int, count: int) -> np.ndarray:
 
 
 def uniform(key: int, begin: int, count: int) -> np.ndarray:
-    """Numbers of the stream as float64 [count], each an odd multiple of 2^-53, so never 0 and never 1."""
+    """Numbers of the stream as float64 [count], each an odd multiple of 2^-53, so never 0 and never
+    1.
+    """
     return _to_uniform(bits(key, begin, count))
 
 
 def normal(key: int, begin: int, count: int) -> np.ndarray:
-    """Standard normal numbers as float64 [count]: the inverse distribution function of `uniform`."""
+    """Standard normal numbers as float64 [count]: the inverse distribution function of
+    `uniform`.
+    """
     out = np.empty(count)
     for lo in range(0, count, _CHUNK):
         hi = min(lo + _CHUNK, count)
@@ -73,16 +128,23 @@ def normal(key: int, begin: int, count: int) -> np.ndarray:
     return out
 
 
-def normal_box(key: int, full: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """The box at `offset` of `shape` of the logical row-major tensor `full` of normal numbers, as float64 [*shape].
+def normal_box(
+    key: int, full: Sequence[int], offset: Sequence[int], shape: Sequence[int]
+) -> np.ndarray:
+    """The box at `offset` of `shape` of the logical row-major tensor `full` of normal numbers, as
+    float64 [*shape].
 
     Element at flat index i of the logical tensor is number i of the stream. Beside the box, at most
     2^16 numbers and one integer per contiguous run are held.
     """
     if not len(full) == len(offset) == len(shape):
-        raise ValueError(f"full {full}, offset {offset} and shape {shape} must have equally many dims.")
+        raise ValueError(
+            f"full {full}, offset {offset} and shape {shape} must have equally many dims."
+        )
     if any(o < 0 or n < 0 or o + n > f for f, o, n in zip(full, offset, shape, strict=True)):
-        raise ValueError(f"The box at {tuple(offset)} of {tuple(shape)} is not inside {tuple(full)}.")
+        raise ValueError(
+            f"The box at {tuple(offset)} of {tuple(shape)} is not inside {tuple(full)}."
+        )
     if prod(shape) == 0:
         return np.empty(shape)
     starts, run = _runs(full, offset, shape)
@@ -96,11 +158,15 @@ def normal_box(key: int, full: Sequence[int], offset: Sequence[int], shape: Sequ
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n) as int64 [n]: the order that sorts the first n numbers of the stream."""
+    """A permutation of range(n) as int64 [n]: the order that sorts the first n numbers of the
+    stream.
+    """
     return np.argsort(bits(key, 0, n), kind="stable")
 
 
-def _runs(full: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> tuple[np.ndarray, int]:
+def _runs(
+    full: Sequence[int], offset: Sequence[int], shape: Sequence[int]
+) -> tuple[np.ndarray, int]:
     """First flat index of every contiguous run of a box, ascending, and their common length."""
     dims = len(full)
     strides = [prod(full[d + 1 :]) for d in range(dims)]
@@ -139,7 +205,9 @@ def _to_uniform(raw: np.ndarray) -> np.ndarray:
 
 
 def _inverse_normal(p: np.ndarray) -> np.ndarray:
-    """Inverse of the standard normal distribution function, p float64 [n] in (0, 1), |error| < 1e-15 relative."""
+    """Inverse of the standard normal distribution function, p float64 [n] in (0, 1), |error| <
+    1e-15 relative.
+    """
     p = np.ascontiguousarray(p)
     q = p - 0.5
     square = q * q
@@ -174,7 +242,9 @@ def _polynomial(coefficients: Sequence[float], x: np.ndarray) -> np.ndarray:
 
 
 def _log(x: np.ndarray) -> np.ndarray:
-    """Natural logarithm of x in (0, 1): numpy's own differs in the last bit between CPUs, this does not."""
+    """Natural logarithm of x in (0, 1): numpy's own differs in the last bit between CPUs, this does
+    not.
+    """
     m, e = np.frexp(x)
     low = m < _HALF_SQRT
     m = np.where(low, m + m, m)

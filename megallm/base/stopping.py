@@ -1,4 +1,6 @@
-"""Which signals ask a run to stop, and the answer while there is nothing to save yet. Imports next to nothing."""
+"""Which signals ask a run to stop, and the answer while there is nothing to save yet. Imports next
+to nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, sig
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """What batch systems, `kill` and a terminal that closes send; without SIGHUP under `nohup`, which ignores it."""
+    """What batch systems, `kill` and a terminal that closes send; without SIGHUP under `nohup`,
+    which ignores it.
+    """
     hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return _STOPPING if hangup else _STOPPING[:-1]
 
@@ -29,7 +33,8 @@ def ignore_stop_signals() -> None:
 
 
 class BeforeRanks:
-    """Handles signals while a run is still being prepared: says that there is nothing to save, and leaves at once.
+    """Handles signals while a run is still being prepared: says that there is nothing to save, and
+    leaves at once.
 
     An exception would not do: it may be swallowed inside the imports that it interrupts.
     """
@@ -50,7 +55,9 @@ class BeforeRanks:
 
 @contextmanager
 def before_ranks(wanted: bool) -> Iterator[None]:
-    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be set."""
+    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be
+    set.
+    """
     installed = isinstance(signal.getsignal(signal.SIGTERM), BeforeRanks)
     if not wanted or installed or threading.current_thread() is not threading.main_thread():
         yield

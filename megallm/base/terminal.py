@@ -1,8 +1,10 @@
-"""What is printed cannot steer the terminal: control characters in it are written out, as in `\\x1b`.
+"""What is printed cannot steer the terminal: control characters in it are written out, as in
+`\\x1b`.
 
-Paths, keys of a file, tokens and texts come from others; printed raw, an ESC in them moves the cursor, hides lines or
-sets the title of the window. `escaping` puts the one filter in front of stdout and stderr, in `cli.main` and in each
-rank; what draws (rich) is made by `console` and passes the filter with its own codes only.
+Paths, keys of a file, tokens and texts come from others; printed raw, an ESC in them moves the
+cursor, hides lines or sets the title of the window. `escaping` puts the one filter in front of
+stdout and stderr, in `cli.main` and in each rank; what draws (rich) is made by `console` and passes
+the filter with its own codes only.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-# All of C0 but tab and newline, DEL, C1, lone surrogates (undecodable bytes of a file name), and the characters that
-# turn the direction of the text around them (U+202A and so on), which make a line read otherwise than it is.
+# All of C0 but tab and newline, DEL, C1, lone surrogates (undecodable bytes of a file name), and
+# the characters that turn the direction of the text around them (U+202A and so on), which make a
+# line read otherwise than it is.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 STANDARD_OUTPUT = "The standard output"
-_REDRAW = re.compile("(\r(\x1b\\[[0-2]?K)?)?")  # how a line of progress begins: back to the left, erase
+_REDRAW = re.compile(
+    "(\r(\x1b\\[[0-2]?K)?)?"
+)  # how a line of progress begins: back to the left, erase
 
 
 def escaped(text: str) -> str:
@@ -33,10 +38,11 @@ def _written(code: int) -> str:
 
 
 class Escaping:
-    """A text stream that writes `escaped` text: results, or with `notes` what is only told, as stderr is.
+    """A text stream that writes `escaped` text: results, or with `notes` what is only told, as
+    stderr is.
 
-    A note may begin with a carriage return (progress), and one that cannot be written is dropped. Of a result that is
-    an OSError, whose file name says so.
+    A note may begin with a carriage return (progress), and one that cannot be written is dropped.
+    Of a result that is an OSError, whose file name says so.
     """
 
     def __init__(self, raw: TextIO, notes: bool = False) -> None:
@@ -98,7 +104,9 @@ def _filtered(stream: Any, notes: bool) -> Any:
 
 
 def console(stream: Any = None, **options: Any) -> Console:
-    """A rich console on `stream` (stdout when None) whose texts are escaped, while its own colours and moves pass."""
+    """A rich console on `stream` (stdout when None) whose texts are escaped, while its own colours
+    and moves pass.
+    """
     from rich.console import Console
     from rich.segment import Segment
 

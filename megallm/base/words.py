@@ -1,4 +1,5 @@
-"""What a mistyped word was meant to be: the same in another spelling, else another name for it, else a near one.
+"""What a mistyped word was meant to be: the same in another spelling, else another name for it,
+else a near one.
 
 `AdamW` means `adamw`, `bfloat16` means `bf16`; only what is neither is guessed by its letters.
 """
@@ -58,7 +59,9 @@ _NAMES = {plain(name): meant for name, meant in VALUE_NAMES.items()}
 
 
 def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice that was meant: spelt otherwise, known by another name, the beginning or end of one, or near it."""
+    """The choice that was meant: spelt otherwise, known by another name, the beginning or end of
+    one, or near it.
+    """
     known = list(choices)
     by_plain = {plain(choice): choice for choice in reversed(known)}
     wanted = plain(word)

@@ -1,8 +1,9 @@
-"""The bytes of a checkpoint: shard files in safetensors layout, written and read one hashed piece at a time.
+"""The bytes of a checkpoint: shard files in safetensors layout, written and read one hashed piece
+at a time.
 
-A shard file opens in any safetensors reader. Its keys are the logical names; a piece that is not the whole
-tensor is `NAME@o0,o1,...`, its offset in the logical tensor. At most one piece (64 MiB) is in memory beside
-the tensors of the caller, on both ways.
+A shard file opens in any safetensors reader. Its keys are the logical names; a piece that is not
+the whole tensor is `NAME@o0,o1,...`, its offset in the logical tensor. At most one piece (64 MiB)
+is in memory beside the tensors of the caller, on both ways.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 class Part:
     """A box of a logical tensor that this rank holds and owns.
 
-    `tensor` has the shape of the box, at `offset` in the tensor `name` of shape `full`; any device, any strides.
+    `tensor` has the shape of the box, at `offset` in the tensor `name` of shape `full`; any device,
+    any strides.
     """
 
     name: str
@@ -56,22 +58,32 @@ class Part:
 
 
 def dtype_name(dtype: torch.dtype, name: str) -> str:
-    """The manifest's word for a torch dtype. Errors: InternalError for one that checkpoints cannot hold."""
+    """The manifest's word for a torch dtype. Errors: InternalError for one that checkpoints cannot
+    hold.
+    """
     if dtype not in DTYPE_NAMES:
-        raise InternalError(f"Tensor {name} has dtype {dtype}; a checkpoint holds {', '.join(DTYPE_NAMES.values())}.")
+        raise InternalError(
+            f"Tensor {name} has dtype {dtype}; a checkpoint holds "
+            f"{', '.join(DTYPE_NAMES.values())}."
+        )
     return DTYPE_NAMES[dtype]
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in C order, on the CPU; copies only what is not already contiguous there."""
+    """The bytes of a tensor in C order, on the CPU; copies only what is not already contiguous
+    there.
+    """
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def header_bytes(entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
+def header_bytes(
+    entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
+) -> bytes:
     """A safetensors header (length prefix, JSON, spaces to a multiple of 8).
 
-    `entries` are `(key, dtype name, shape, bytes)` in the order of their data, which follows without gaps.
+    `entries` are `(key, dtype name, shape, bytes)` in the order of their data, which follows
+    without gaps.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
@@ -90,9 +102,11 @@ def header_bytes(entries: Sequence[tuple[str, str, Sequence[int], int]], metadat
 def write_shard(
     path: Path, parts: Sequence[Part], max_piece_bytes: int = MAX_PIECE_BYTES
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
-    """Write the parts of this rank to `path`, hash each piece, sync; returns what the manifest says about them.
+    """Write the parts of this rank to `path`, hash each piece, sync; returns what the manifest says
+    about them.
 
-    Errors: `CannotWrite` when the file cannot be written, `InternalError` for a part that cannot be stored.
+    Errors: `CannotWrite` when the file cannot be written, `InternalError` for a part that cannot be
+    stored.
     """
     pieces = _cut(parts, max_piece_bytes)
     header = header_bytes(
@@ -110,24 +124,33 @@ def write_shard(
             del data  # before the next piece is copied: one at a time
         record = FileRecord(file.position, len(header), digest(header))
     table = {
-        part.name: TensorRecord(tuple(part.full), DTYPE_NAMES[part.tensor.dtype], tuple(held[part.name]))
+        part.name: TensorRecord(
+            tuple(part.full), DTYPE_NAMES[part.tensor.dtype], tuple(held[part.name])
+        )
         for part in parts
     }
     return record, table
 
 
 def _cut(parts: Sequence[Part], max_piece_bytes: int) -> list[tuple[Part, Box]]:
-    """The pieces in file order: widest elements first, so that every piece is aligned to its element."""
+    """The pieces in file order: widest elements first, so that every piece is aligned to its
+    element.
+    """
     pieces = []
     known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for part in parts:
         dtype_name(part.tensor.dtype, part.name)
-        if known.setdefault(part.name, (tuple(part.full), part.tensor.dtype)) != (tuple(part.full), part.tensor.dtype):
+        if known.setdefault(part.name, (tuple(part.full), part.tensor.dtype)) != (
+            tuple(part.full),
+            part.tensor.dtype,
+        ):
             raise InternalError(f"Two parts of tensor {part.name} differ in full shape or dtype.")
         problem = outside_problem(part.full, part.box)
         if problem is not None:
             raise InternalError(f"A part of tensor {part.name} cannot be stored: {problem}.")
-        pieces += [(part, box) for box in split_box(part.box, part.tensor.itemsize, max_piece_bytes)]
+        pieces += [
+            (part, box) for box in split_box(part.box, part.tensor.itemsize, max_piece_bytes)
+        ]
     return sorted(pieces, key=lambda item: (-item[0].tensor.itemsize, item[0].name, item[1].offset))
 
 
@@ -138,7 +161,9 @@ def _key(part: Part, box: Box) -> str:
 
 
 class ShardWriter:
-    """An unbuffered new file that counts its bytes and is synced when the block ends without an error."""
+    """An unbuffered new file that counts its bytes and is synced when the block ends without an
+    error.
+    """
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -162,11 +187,13 @@ class ShardWriter:
             os.close(self.fd)
 
 
-def read_regular(path: Path, offset: int, nbytes: int | None, file_bytes: int | None = None) -> bytearray:
+def read_regular(
+    path: Path, offset: int, nbytes: int | None, file_bytes: int | None = None
+) -> bytearray:
     """`nbytes` bytes (None: the whole file) at `offset` of a regular file that is no symbolic link.
 
-    `file_bytes` is the size the file must have. Errors: `CheckpointError` when it is missing, of another kind or
-    size, or cannot be read.
+    `file_bytes` is the size the file must have. Errors: `CheckpointError` when it is missing, of
+    another kind or size, or cannot be read.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -198,13 +225,17 @@ def _read_exactly(fd: int, offset: int, nbytes: int, path: Path) -> bytearray:
     while position < nbytes:
         count = os.preadv(fd, [view[position:]], offset + position)
         if count == 0:
-            raise CheckpointError(f"{path} ends at byte {offset + position}, {nbytes - position} bytes too early.")
+            raise CheckpointError(
+                f"{path} ends at byte {offset + position}, {nbytes - position} bytes too early."
+            )
         position += count
     return buffer
 
 
 class PieceReader:
-    """Reads verified pieces of one step folder; keeps the last one, so that neighbouring boxes cost one read."""
+    """Reads verified pieces of one step folder; keeps the last one, so that neighbouring boxes cost
+    one read.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
@@ -213,13 +244,17 @@ class PieceReader:
         self._last: tuple[Piece, torch.Tensor] | None = None
 
     def check_header(self, file: str) -> None:
-        """Errors: `CheckpointError` when the safetensors header of `file` does not match its hash."""
+        """Errors: `CheckpointError` when the safetensors header of `file` does not match its
+        hash.
+        """
         if file in self._verified_headers:
             return
         record = self.manifest.files[file]
         header = read_regular(self.folder / file, 0, record.header_bytes, record.nbytes)
         if digest(header) != record.header_digest:
-            raise CheckpointError(f"{self.folder / file} is damaged: its header does not match the manifest's hash.")
+            raise CheckpointError(
+                f"{self.folder / file} is damaged: its header does not match the manifest's hash."
+            )
         self._verified_headers.add(file)
 
     def load(self, name: str, piece: Piece) -> torch.Tensor:
@@ -233,7 +268,9 @@ class PieceReader:
         self.check_header(piece.file)
         tensor = self.manifest.tensors[name]
         nbytes = piece.box.size * tensor.itemsize
-        buffer = read_regular(self.folder / piece.file, piece.offset, nbytes, self.manifest.files[piece.file].nbytes)
+        buffer = read_regular(
+            self.folder / piece.file, piece.offset, nbytes, self.manifest.files[piece.file].nbytes
+        )
         if digest(buffer) != piece.digest:
             raise CheckpointError(
                 f"Tensor {name} is damaged in {self.folder / piece.file}, bytes {piece.offset} to "
@@ -245,7 +282,9 @@ class PieceReader:
 
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target[...] = source` of one dtype; one-byte floats go as raw bytes (not every device can copy them)."""
+    """`target[...] = source` of one dtype; one-byte floats go as raw bytes (not every device can
+    copy them).
+    """
     if source.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         target, source = target.view(torch.uint8), source.view(torch.uint8)
     target.copy_(source)

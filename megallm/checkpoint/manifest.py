@@ -1,4 +1,5 @@
-"""`manifest.json`: what a checkpoint holds, where each piece lies, and the hash of every byte of it.
+"""`manifest.json`: what a checkpoint holds, where each piece lies, and the hash of every byte of
+it.
 
 Schema 1, all keys required and no others allowed::
 
@@ -9,10 +10,11 @@ Schema 1, all keys required and no others allowed::
      "meta": anything,
      "xxh3_128": hex}
 
-The last key is the hash of all bytes before it, so a flipped bit in the manifest itself is found too. That
-trailer and the first three keys are the same in every future schema; `needs` names the oldest megallm that
-reads the file. The pieces of a file must tile it from `header_bytes` to its end: no byte is without a hash.
-A manifest is untrusted input: names are plain file names, sizes are bounded by the files, nothing is executed.
+The last key is the hash of all bytes before it, so a flipped bit in the manifest itself is found
+too. That trailer and the first three keys are the same in every future schema; `needs` names the
+oldest megallm that reads the file. The pieces of a file must tile it from `header_bytes` to its
+end: no byte is without a hash. A manifest is untrusted input: names are plain file names, sizes are
+bounded by the files, nothing is executed.
 """
 
 from __future__ import annotations
@@ -99,19 +101,29 @@ class TensorRecord:
         return prod(self.full) * self.itemsize
 
     def to_json(self) -> dict[str, Any]:
-        return {"full": list(self.full), "dtype": self.dtype, "pieces": [p.to_json() for p in self.pieces]}
+        return {
+            "full": list(self.full),
+            "dtype": self.dtype,
+            "pieces": [p.to_json() for p in self.pieces],
+        }
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A shard file: its size, and size and hash of its safetensors header (length prefix included)."""
+    """A shard file: its size, and size and hash of its safetensors header (length prefix
+    included).
+    """
 
     nbytes: int
     header_bytes: int
     header_digest: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"bytes": self.nbytes, "header_bytes": self.header_bytes, "header_xxh3_128": self.header_digest}
+        return {
+            "bytes": self.nbytes,
+            "header_bytes": self.header_bytes,
+            "header_xxh3_128": self.header_digest,
+        }
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,9 @@ class Manifest:
         return sum(record.nbytes for record in self.files.values())
 
     def encode(self) -> bytes:
-        """The bytes of manifest.json; floats in `meta` round-trip exactly, tuples come back as lists."""
+        """The bytes of manifest.json; floats in `meta` round-trip exactly, tuples come back as
+        lists.
+        """
         content = {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -142,16 +156,24 @@ class Manifest:
         return body + f',\n"xxh3_128": "{digest(body)}"\n}}\n'.encode("ascii")
 
     def check(self) -> None:
-        """Every tensor is covered exactly once and every file is tiled by its pieces, else CheckpointError."""
+        """Every tensor is covered exactly once and every file is tiled by its pieces, else
+        CheckpointError.
+        """
         spans: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.files}
         for name, tensor in self.tensors.items():
             problem = cover_problem(tensor.full, [piece.box for piece in tensor.pieces])
             if problem is not None:
-                raise CheckpointError(f"Tensor {name} of shape {tensor.full} is not held exactly once: {problem}.")
+                raise CheckpointError(
+                    f"Tensor {name} of shape {tensor.full} is not held exactly once: {problem}."
+                )
             for piece in tensor.pieces:
                 if piece.file not in spans:
-                    raise CheckpointError(f"Tensor {name} names the file {piece.file}, which 'files' does not list.")
-                spans[piece.file].append((piece.offset, piece.offset + piece.box.size * tensor.itemsize, name))
+                    raise CheckpointError(
+                        f"Tensor {name} names the file {piece.file}, which 'files' does not list."
+                    )
+                spans[piece.file].append(
+                    (piece.offset, piece.offset + piece.box.size * tensor.itemsize, name)
+                )
         for name, record in self.files.items():
             _check_tiling(name, record, spans[name])
 
@@ -160,15 +182,23 @@ def _check_tiling(file: str, record: FileRecord, spans: list[tuple[int, int, str
     position = record.header_bytes
     for begin, end, name in sorted(spans):
         if begin != position:
-            what = "overlaps another piece" if begin < position else "leaves bytes that no hash covers"
-            raise CheckpointError(f"The piece of {name} at byte {begin} of {file} {what} (expected {position}).")
+            what = (
+                "overlaps another piece" if begin < position else "leaves bytes that no hash covers"
+            )
+            raise CheckpointError(
+                f"The piece of {name} at byte {begin} of {file} {what} (expected {position})."
+            )
         position = end
     if position != record.nbytes:
-        raise CheckpointError(f"The pieces of {file} end at byte {position}, the file at {record.nbytes}.")
+        raise CheckpointError(
+            f"The pieces of {file} end at byte {position}, the file at {record.nbytes}."
+        )
 
 
 def merge_tables(tables: Sequence[Mapping[str, TensorRecord]]) -> dict[str, TensorRecord]:
-    """One table from the tables of all ranks; full shape and dtype of a name must agree, else CheckpointError."""
+    """One table from the tables of all ranks; full shape and dtype of a name must agree, else
+    CheckpointError.
+    """
     merged: dict[str, TensorRecord] = {}
     for table in tables:
         for name, record in table.items():
@@ -177,7 +207,8 @@ def merge_tables(tables: Sequence[Mapping[str, TensorRecord]]) -> dict[str, Tens
                 merged[name] = record
             elif (known.full, known.dtype) != (record.full, record.dtype):
                 raise CheckpointError(
-                    f"Ranks disagree about tensor {name}: {known.dtype} {known.full} and {record.dtype} {record.full}."
+                    f"Ranks disagree about tensor {name}: {known.dtype} {known.full} and "
+                    f"{record.dtype} {record.full}."
                 )
             else:
                 merged[name] = TensorRecord(known.full, known.dtype, known.pieces + record.pieces)
@@ -202,7 +233,9 @@ def decode(data: bytes, where: str) -> Manifest:
 
 
 def table_from_json(value: Any) -> dict[str, TensorRecord]:
-    """The tensor table of one rank from its JSON form (`to_json` of each record). Errors: CheckpointError."""
+    """The tensor table of one rank from its JSON form (`to_json` of each record). Errors:
+    CheckpointError.
+    """
     return {name: _tensor(name, entry) for name, entry in _mapping(value, "tensors").items()}
 
 
@@ -219,18 +252,24 @@ def file_from_json(value: Any, where: str) -> FileRecord:
 def _manifest(content: Any) -> Manifest:
     content = _mapping(content, "the manifest")
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"'format' is {content.get('format')!r}, not {FORMAT!r}: this is no megallm checkpoint.")
+        raise CheckpointError(
+            f"'format' is {content.get('format')!r}, not {FORMAT!r}: this is no megallm checkpoint."
+        )
     if type(content.get("schema")) is not int or content["schema"] != SCHEMA:
         raise CheckpointError(
             f"It has schema {content.get('schema')!r}; this megallm reads schema {SCHEMA}. "
             f"It needs megallm >= {content.get('needs')}."
         )
-    _fields(content, ("format", "schema", "needs", "step", "files", "tensors", "meta"), "the manifest")
+    _fields(
+        content, ("format", "schema", "needs", "step", "files", "tensors", "meta"), "the manifest"
+    )
     files = {
         _match(_FILE, name, "a file name"): file_from_json(entry, f"files[{name}]")
         for name, entry in _mapping(content["files"], "files").items()
     }
-    manifest = Manifest(_count(content["step"], "step"), files, table_from_json(content["tensors"]), content["meta"])
+    manifest = Manifest(
+        _count(content["step"], "step"), files, table_from_json(content["tensors"]), content["meta"]
+    )
     manifest.check()
     return manifest
 
@@ -239,8 +278,12 @@ def _tensor(name: str, value: Any) -> TensorRecord:
     _match(_NAME, name, "a tensor name")
     entry = _fields(value, ("full", "dtype", "pieces"), name)
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(f"{name} has dtype {entry['dtype']!r}; accepted are {', '.join(DTYPES)}.")
-    pieces = tuple(_piece(piece, f"{name}.pieces") for piece in _list(entry["pieces"], f"{name}.pieces"))
+        raise CheckpointError(
+            f"{name} has dtype {entry['dtype']!r}; accepted are {', '.join(DTYPES)}."
+        )
+    pieces = tuple(
+        _piece(piece, f"{name}.pieces") for piece in _list(entry["pieces"], f"{name}.pieces")
+    )
     return TensorRecord(_counts(entry["full"], f"{name}.full"), entry["dtype"], pieces)
 
 
@@ -274,7 +317,9 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 def _fields(value: Any, names: tuple[str, ...], where: str) -> dict[str, Any]:
     value = _mapping(value, where)
     if set(value) != set(names):
-        raise CheckpointError(f"{where} must have exactly the keys {', '.join(names)}; it has {', '.join(value)}.")
+        raise CheckpointError(
+            f"{where} must have exactly the keys {', '.join(names)}; it has {', '.join(value)}."
+        )
     return value
 
 
@@ -286,7 +331,9 @@ def _list(value: Any, where: str) -> list[Any]:
 
 def _count(value: Any, where: str) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_COUNT:
-        raise CheckpointError(f"{where} must be a whole number from 0 to 2^62, not {str(value)[:40]!r}.")
+        raise CheckpointError(
+            f"{where} must be a whole number from 0 to 2^62, not {str(value)[:40]!r}."
+        )
     return value
 
 
@@ -296,5 +343,7 @@ def _counts(value: Any, where: str) -> tuple[int, ...]:
 
 def _match(pattern: re.Pattern[str], value: Any, where: str) -> str:
     if not isinstance(value, str) or pattern.fullmatch(value) is None:
-        raise CheckpointError(f"{where} is {str(value)[:80]!r}, which does not match {pattern.pattern}.")
+        raise CheckpointError(
+            f"{where} is {str(value)[:80]!r}, which does not match {pattern.pattern}."
+        )
     return value

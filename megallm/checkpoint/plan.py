@@ -1,4 +1,5 @@
-"""Pure geometry of checkpoints: flat ranges as boxes, boxes as pieces, and which pieces a read needs.
+"""Pure geometry of checkpoints: flat ranges as boxes, boxes as pieces, and which pieces a read
+needs.
 
 Nothing here knows files or torch: a box is a pair (offset, shape) inside a logical tensor.
 """
@@ -19,18 +20,24 @@ Slices = tuple[slice, ...]
 def boxes_of_range(shape: Sequence[int], begin: int, end: int) -> list[Box]:
     """The flat half-open range `[begin, end)` of a tensor in C order, as boxes in that same order.
 
-    A tensor of n >= 1 dims needs at most 2n - 1 boxes: a partial head and tail per dim, and one whole middle.
-    Each box is contiguous in the flat order, so the holder of a flat buffer cuts it up one box after the other.
-    Errors: ValueError when the range is not inside the tensor.
+    A tensor of n >= 1 dims needs at most 2n - 1 boxes: a partial head and tail per dim, and one
+    whole middle. Each box is contiguous in the flat order, so the holder of a flat buffer cuts it
+    up one box after the other. Errors: ValueError when the range is not inside the tensor.
     """
     shape = tuple(shape)
     if not 0 <= begin <= end <= prod(shape):
-        raise ValueError(f"The flat range [{begin}, {end}) does not lie inside a tensor of shape {shape}.")
+        raise ValueError(
+            f"The flat range [{begin}, {end}) does not lie inside a tensor of shape {shape}."
+        )
     return _range_boxes((), shape, begin, end)
 
 
-def _range_boxes(prefix: tuple[int, ...], shape: tuple[int, ...], begin: int, end: int) -> list[Box]:
-    """Boxes of `[begin, end)` of the sub-tensor `shape` that sits at the leading indices `prefix`."""
+def _range_boxes(
+    prefix: tuple[int, ...], shape: tuple[int, ...], begin: int, end: int
+) -> list[Box]:
+    """Boxes of `[begin, end)` of the sub-tensor `shape` that sits at the leading indices
+    `prefix`.
+    """
     if begin == end:
         return []
     leading = (1,) * len(prefix)
@@ -60,7 +67,9 @@ def split_box(box: Box, itemsize: int, max_bytes: int = MAX_PIECE_BYTES) -> list
     """
     limit = max_bytes // itemsize
     if limit < 1:
-        raise ValueError(f"A piece of {max_bytes} bytes cannot hold one element of {itemsize} bytes.")
+        raise ValueError(
+            f"A piece of {max_bytes} bytes cannot hold one element of {itemsize} bytes."
+        )
     if box.size == 0:
         return []
     if box.size <= limit:
@@ -88,7 +97,8 @@ def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def plan_reads(target: Box, pieces: Sequence[Box]) -> list[tuple[int, Slices, Slices]]:
-    """What to copy to fill `target`: `(piece index, slices into that piece, slices into the target)`.
+    """What to copy to fill `target`: `(piece index, slices into that piece, slices into the
+    target)`.
 
     `pieces` are disjoint boxes of the same tensor (see `cover_problem`).
     Errors: `CheckpointError` when they do not hold every element of `target`.
@@ -101,14 +111,17 @@ def plan_reads(target: Box, pieces: Sequence[Box]) -> list[tuple[int, Slices, Sl
             found += common.size
     if found != target.size:
         raise CheckpointError(
-            f"The pieces hold {found} of the {target.size} elements asked for at offset {target.offset}, "
+            f"The pieces hold {found} of the {target.size} elements asked for at offset "
+            f"{target.offset}, "
             f"shape {target.shape}."
         )
     return reads
 
 
 def cover_problem(full: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why `boxes` do not hold every element of a tensor of shape `full` exactly once; None when they do."""
+    """Why `boxes` do not hold every element of a tensor of shape `full` exactly once; None when
+    they do.
+    """
     full = tuple(full)
     for box in boxes:
         problem = outside_problem(full, box)
@@ -130,7 +143,9 @@ def outside_problem(full: Sequence[int], box: Box) -> str | None:
     """Why `box` is no part of a tensor of shape `full`; None when it is (an empty box may be)."""
     if len(box.offset) != len(full) or len(box.shape) != len(full):
         return f"a piece at {box.offset} of shape {box.shape} has another number of dims than {tuple(full)}"
-    if any(o < 0 or n < 0 or o + n > f for o, n, f in zip(box.offset, box.shape, full, strict=True)):
+    if any(
+        o < 0 or n < 0 or o + n > f for o, n, f in zip(box.offset, box.shape, full, strict=True)
+    ):
         return f"a piece at {box.offset} of shape {box.shape} does not lie inside {tuple(full)}"
     return None
 

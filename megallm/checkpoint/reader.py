@@ -1,4 +1,6 @@
-"""The reading half of a checkpoint: which steps a folder has, their manifests, and any box of any tensor."""
+"""The reading half of a checkpoint: which steps a folder has, their manifests, and any box of any
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,22 @@ def step_name(step: int) -> str:
 
 
 def step_folders(root: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """All `(step, folder)` under `root`, newest first, valid or not; empty when `root` does not exist."""
+    """All `(step, folder)` under `root`, newest first, valid or not; empty when `root` does not
+    exist.
+    """
     try:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CheckpointError(f"The checkpoint folder {root} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(
+            f"The checkpoint folder {root} cannot be read: {error.strerror}."
+        ) from error
     matches = (_STEP.fullmatch(name) for name in names)
-    return sorted(((int(match[1]), Path(root) / match[0]) for match in matches if match), reverse=True)
+    return sorted(
+        ((int(match[1]), Path(root) / match[0]) for match in matches if match), reverse=True
+    )
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -48,7 +56,9 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.exists():
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a checkpoint, or its save never finished.")
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it is not a checkpoint, or its save never finished."
+        )
     if path.lstat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.")
     manifest = decode(bytes(read_regular(path, 0, None)), str(path))
@@ -65,14 +75,19 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         except OSError as error:
             problem = f"is missing or cannot be read ({error.strerror})"
         if problem is not None:
-            first = next((t for t, r in manifest.tensors.items() if any(p.file == name for p in r.pieces)), None)
+            first = next(
+                (t for t, r in manifest.tensors.items() if any(p.file == name for p in r.pieces)),
+                None,
+            )
             yield f"{folder / name} {problem}; it holds pieces of {first or 'no tensor'}."
 
 
 class Reader:
-    """An open checkpoint. Reads any box of any tensor, whatever layout wrote it; every byte's hash is checked.
+    """An open checkpoint. Reads any box of any tensor, whatever layout wrote it; every byte's hash
+    is checked.
 
-    While it is open, retention on this host does not delete the step. Errors of all methods: `CheckpointError`.
+    While it is open, retention on this host does not delete the step. Errors of all methods:
+    `CheckpointError`.
     """
 
     def __init__(self, step_folder: str | os.PathLike[str]) -> None:
@@ -108,17 +123,23 @@ class Reader:
 
     @torch.no_grad()
     def read_into(self, name: str, offset: Sequence[int], tensor: torch.Tensor) -> None:
-        """Fill `tensor` with the box at `offset` of the logical tensor `name`; any strides, any device.
+        """Fill `tensor` with the box at `offset` of the logical tensor `name`; any strides, any
+        device.
 
-        The dtype must be the stored one. A piece's hash is checked before any byte of it reaches `tensor`.
+        The dtype must be the stored one. A piece's hash is checked before any byte of it reaches
+        `tensor`.
         """
         full, dtype = self.info(name)
         if tensor.dtype != dtype:
-            raise CheckpointError(f"Tensor {name} is stored as {dtype}; it cannot be read into {tensor.dtype}.")
+            raise CheckpointError(
+                f"Tensor {name} is stored as {dtype}; it cannot be read into {tensor.dtype}."
+            )
         target = Box(tuple(offset), tuple(tensor.shape))
         problem = outside_problem(full, target)
         if problem is not None:
-            raise CheckpointError(f"Tensor {name} of shape {full} cannot be read that way: {problem}.")
+            raise CheckpointError(
+                f"Tensor {name} of shape {full} cannot be read that way: {problem}."
+            )
         pieces = self.manifest.tensors[name].pieces
         for index, source, destination in plan_reads(target, [piece.box for piece in pieces]):
             copy_bytes(tensor[destination], self._pieces.load(name, pieces[index])[source])
@@ -137,9 +158,11 @@ class Reader:
         wanted: Callable[[str], bool] = lambda name: True,
         progress: Progress = quiet,
     ) -> Iterator[str]:
-        """Read and hash all wanted tensors; a sentence for each damaged piece or header. Not collective.
+        """Read and hash all wanted tensors; a sentence for each damaged piece or header. Not
+        collective.
 
-        Rank `rank` of `size` looks at every `size`-th piece and header, so that ranks can share the work.
+        Rank `rank` of `size` looks at every `size`-th piece and header, so that ranks can share the
+        work.
         """
         for file in sorted(self.manifest.files)[rank::size]:
             try:
@@ -169,7 +192,9 @@ class Reader:
 
 
 def _hold(manifest: Path) -> int:
-    """A descriptor with a shared lock on the manifest; -1 when it cannot be opened (loading it then says why)."""
+    """A descriptor with a shared lock on the manifest; -1 when it cannot be opened (loading it then
+    says why).
+    """
     try:
         fd = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

@@ -1,4 +1,5 @@
-"""What may be deleted in a folder of checkpoints: leftovers of dead processes, and steps that are old enough.
+"""What may be deleted in a folder of checkpoints: leftovers of dead processes, and steps that are
+old enough.
 
 A step is deleted by giving it a temporary name first, so that a crash never shows half of one.
 """
@@ -29,12 +30,16 @@ _TEMPORARY = re.compile(r"step-\d{8,}\.tmp-([A-Za-z0-9-]+)\.(\d+)\.[0-9a-f]{8}")
 
 
 def temporary_step(folder: Path) -> Path:
-    """A new name beside a step folder that tells who made it, for `sweep`: `step-N.tmp-<host>.<pid>.<id>`."""
+    """A new name beside a step folder that tells who made it, for `sweep`:
+    `step-N.tmp-<host>.<pid>.<id>`.
+    """
     return folder.with_name(f"{folder.name}.tmp-{_host()}.{os.getpid()}.{secrets.token_hex(4)}")
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a step a temporary name at once, so that a crash while deleting never shows half a step."""
+    """Give a step a temporary name at once, so that a crash while deleting never shows half a
+    step.
+    """
     aside = temporary_step(folder)
     os.rename(folder, aside)
     return aside
@@ -43,8 +48,9 @@ def set_aside(folder: Path) -> Path:
 def sweep(root: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary folders of saves and deletions whose process is dead; returns what went.
 
-    Only names of our own pattern. On this host a folder is dead when its process is gone or is this one (a
-    process saves one step at a time); of another host, when nothing in it changed for `STALE_SECONDS`.
+    Only names of our own pattern. On this host a folder is dead when its process is gone or is this
+    one (a process saves one step at a time); of another host, when nothing in it changed for
+    `STALE_SECONDS`.
     """
     swept = []
     with os.scandir(root) as entries:
@@ -64,10 +70,17 @@ def sweep(root: str | os.PathLike[str]) -> list[Path]:
 
 
 def _changed(folder: Path) -> float:
-    """Seconds since the epoch of the last change in a folder; infinity when it goes away meanwhile."""
+    """Seconds since the epoch of the last change in a folder; infinity when it goes away
+    meanwhile.
+    """
     try:
         with os.scandir(folder) as entries:
-            return max([folder.stat().st_mtime, *(entry.stat(follow_symlinks=False).st_mtime for entry in entries)])
+            return max(
+                [
+                    folder.stat().st_mtime,
+                    *(entry.stat(follow_symlinks=False).st_mtime for entry in entries),
+                ]
+            )
     except FileNotFoundError:
         return float("inf")
 
@@ -92,8 +105,9 @@ def retire(
 ) -> list[Path]:  # fmt: skip
     """Delete the steps older than the newest `keep` valid ones up to `step`; returns what went.
 
-    Call it when `step` is durable. Pinned steps, `proven` and steps that a `Reader` on this host holds open stay.
-    What cannot be deleted is logged and stays. `guard` is called before each deletion, and may raise.
+    Call it when `step` is durable. Pinned steps, `proven` and steps that a `Reader` on this host
+    holds open stay. What cannot be deleted is logged and stays. `guard` is called before each
+    deletion, and may raise.
     """
     gone, valid = [], 0
     for number, folder in step_folders(root):
@@ -112,10 +126,14 @@ def retire(
     return gone
 
 
-def quarantine(root: str | os.PathLike[str], first: int, mark: str, last: int | None = None) -> list[Path]:
-    """Rename the steps `first` to `last` (None: all later ones) to `step-N.MARK`; returns their new names.
+def quarantine(
+    root: str | os.PathLike[str], first: int, mark: str, last: int | None = None
+) -> list[Path]:
+    """Rename the steps `first` to `last` (None: all later ones) to `step-N.MARK`; returns their new
+    names.
 
-    No search for a checkpoint finds them any more, but by its path each can still be looked at. Errors: `CannotWrite`.
+    No search for a checkpoint finds them any more, but by its path each can still be looked at.
+    Errors: `CannotWrite`.
     """
     moved = []
     for number, folder in step_folders(root):

@@ -1,9 +1,11 @@
-"""A folder of checkpoints `step-00001200/`: save them atomically, find the newest valid one, keep a few.
+"""A folder of checkpoints `step-00001200/`: save them atomically, find the newest valid one, keep a
+few.
 
-Commit: every rank writes and syncs its shard in `step-N.tmp-<host>.<pid>.<id>/`, rank 0 writes the manifest last,
-syncs, renames the folder and syncs its parent. A crash at any byte leaves the older steps as they were, and a
-temporary folder that the next save sweeps once its writer is dead. A step counts only when its manifest parses
-and every file has its size; the hashes are checked when bytes are read, and by `latest_whole` before.
+Commit: every rank writes and syncs its shard in `step-N.tmp-<host>.<pid>.<id>/`, rank 0 writes the
+manifest last, syncs, renames the folder and syncs its parent. A crash at any byte leaves the older
+steps as they were, and a temporary folder that the next save sweeps once its writer is dead. A step
+counts only when its manifest parses and every file has its size; the hashes are checked when bytes
+are read, and by `latest_whole` before.
 """
 
 from __future__ import annotations
@@ -20,11 +22,19 @@ from typing import Any, Protocol
 from megallm.base.errors import CannotWrite, CheckpointError, InternalError, LeaseLost, MegallmError
 from megallm.base.files import fsync_dir, writing
 from megallm.checkpoint.io import Part, ShardWriter, read_regular, write_shard
-from megallm.checkpoint.manifest import MANIFEST, Manifest, file_from_json, merge_tables, table_from_json
+from megallm.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    file_from_json,
+    merge_tables,
+    table_from_json,
+)
 from megallm.checkpoint.reader import Reader, file_problems, load_manifest, step_folders, step_name
 from megallm.checkpoint.retention import retire, set_aside, sweep, temporary_step
 
-_APPEAR_SECONDS = 5.0  # how long a shard of another host may take to appear on a network file system
+_APPEAR_SECONDS = (
+    5.0  # how long a shard of another host may take to appear on a network file system
+)
 
 
 class World(Protocol):
@@ -33,7 +43,9 @@ class World(Protocol):
 
 
 class Mesh(Protocol):
-    """What saving needs of a mesh: all ranks, gather to rank 0 (None elsewhere), broadcast from rank 0."""
+    """What saving needs of a mesh: all ranks, gather to rank 0 (None elsewhere), broadcast from
+    rank 0.
+    """
 
     world: World
 
@@ -41,8 +53,11 @@ class Mesh(Protocol):
     def broadcast_json(self, value: Any) -> Any: ...
 
 
-def latest(root: str | os.PathLike[str], without: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
-    """The newest valid step under `root` (None without any), and a warning for each newer one that is damaged.
+def latest(
+    root: str | os.PathLike[str], without: Sequence[str] = ()
+) -> tuple[Path | None, list[str]]:
+    """The newest valid step under `root` (None without any), and a warning for each newer one that
+    is damaged.
 
     Steps whose names are in `without` are left out. Hashes of tensors are not looked at.
     """
@@ -63,8 +78,8 @@ def latest(root: str | os.PathLike[str], without: Sequence[str] = ()) -> tuple[P
 class Keeping:
     """What `save` does with older steps, and who may change the folder; that of rank 0 counts.
 
-    `newest` valid steps stay, the new one included (0: all), and `proven` does. `guard` is called before each change
-    of the folder and raises `LeaseLost` when it belongs to another job.
+    `newest` valid steps stay, the new one included (0: all), and `proven` does. `guard` is called
+    before each change of the folder and raises `LeaseLost` when it belongs to another job.
     """
 
     newest: int = 0
@@ -78,12 +93,16 @@ def weights_only(name: str) -> bool:
 
 
 def latest_whole(
-    root: str | os.PathLike[str], mesh: Mesh | None = None, wanted: Callable[[str], bool] = lambda name: True
+    root: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> tuple[Path | None, list[str]]:
-    """The newest step under `root` whose wanted tensors all match their hashes, and a warning for each newer one.
+    """The newest step under `root` whose wanted tensors all match their hashes, and a warning for
+    each newer one.
 
-    Collective over the world: each rank reads its share, so a start reads a checkpoint once more, from the page cache
-    if it fits (2 to 10 GB/s a rank, the speed of the file system or of xxh3). None: this process is alone.
+    Collective over the world: each rank reads its share, so a start reads a checkpoint once more,
+    from the page cache if it fits (2 to 10 GB/s a rank, the speed of the file system or of xxh3).
+    None: this process is alone.
     """
     rank, size = (0, 1) if mesh is None else (mesh.world.rank, mesh.world.size)
     damaged: list[str] = []
@@ -119,10 +138,10 @@ def save(
 ) -> Path:  # fmt: skip
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
-    `meta` is any JSON value (that of rank 0 counts). `keep` is how many valid steps stay, this one included;
-    None or 0 keeps all. Errors, the same on every rank, with nothing left behind: `CannotWrite` when any rank
-    cannot write; `LeaseLost`; `CheckpointError` or `InternalError` when the parts do not hold every tensor exactly
-    once.
+    `meta` is any JSON value (that of rank 0 counts). `keep` is how many valid steps stay, this one
+    included; None or 0 keeps all. Errors, the same on every rank, with nothing left behind:
+    `CannotWrite` when any rank cannot write; `LeaseLost`; `CheckpointError` or `InternalError` when
+    the parts do not hold every tensor exactly once.
     """
     root = Path(root)
     keeping = keep if isinstance(keep, Keeping) else Keeping(keep or 0)
@@ -131,10 +150,16 @@ def save(
     _raise_if_failed(begun)
     folder = root / begun["folder"]
     reports = mesh.gather_json(_write_own(folder, mesh.world.rank, parts))
-    done = None if reports is None else _finish(root, folder, keeping, lambda: _assemble(step, reports, meta))
+    done = (
+        None
+        if reports is None
+        else _finish(root, folder, keeping, lambda: _assemble(step, reports, meta))
+    )
     outcome = mesh.broadcast_json(done)
     if "error" in outcome:
-        shutil.rmtree(folder, ignore_errors=True)  # rank 0 did; a folder that is not shared has its own copy here
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # rank 0 did; a folder that is not shared has its own copy here
     _raise_if_failed(outcome)
     return root / step_name(step)
 
@@ -167,13 +192,17 @@ def _begin(root: Path, step: int, keeping: Keeping) -> dict[str, str]:
 
 
 def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]:
-    """Write the shard of this rank; the report says what it holds, or why it failed. Never raises for either."""
+    """Write the shard of this rank; the report says what it holds, or why it failed. Never raises
+    for either.
+    """
     if not parts:
         return {"files": {}, "tensors": {}}
     path = folder / f"weights-{rank:05d}.safetensors"
     try:
         with writing(path):
-            folder.mkdir(exist_ok=True)  # on a network file system the folder may not be visible here yet
+            folder.mkdir(
+                exist_ok=True
+            )  # on a network file system the folder may not be visible here yet
             record, table = write_shard(path, parts)
     except (CannotWrite, CheckpointError, InternalError) as error:
         return _failure(error)
@@ -183,7 +212,9 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
     }
 
 
-def _finish(root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], Manifest]) -> dict[str, Any]:
+def _finish(
+    root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], Manifest]
+) -> dict[str, Any]:
     """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
     try:
         manifest = assemble()
@@ -200,7 +231,11 @@ def _finish(root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], M
 def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
     for report in reports:
         _raise_if_failed(report)
-    files = {name: file_from_json(entry, name) for report in reports for name, entry in report["files"].items()}
+    files = {
+        name: file_from_json(entry, name)
+        for report in reports
+        for name, entry in report["files"].items()
+    }
     tensors = merge_tables([table_from_json(report["tensors"]) for report in reports])
     manifest = Manifest(step, files, tensors, meta)
     manifest.check()
@@ -208,7 +243,9 @@ def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
 
 
 def _commit(root: Path, folder: Path, manifest: Manifest, guard: Callable[[], None]) -> None:
-    """The manifest last, then `guard`, then the rename; a step of the same number gives way (raises OSError)."""
+    """The manifest last, then `guard`, then the rename; a step of the same number gives way (raises
+    OSError).
+    """
     try:
         data = manifest.encode()
     except (TypeError, ValueError) as error:
@@ -229,8 +266,8 @@ def _commit(root: Path, folder: Path, manifest: Manifest, guard: Callable[[], No
 def _replace(root: Path, folder: Path, final: Path, data: bytes) -> None:
     """Put `folder` where an older save of the same step lies.
 
-    The same content stays as it is. Otherwise two renames are needed; a crash between them leaves the step
-    before as the newest.
+    The same content stays as it is. Otherwise two renames are needed; a crash between them leaves
+    the step before as the newest.
     """
     with suppress(CheckpointError):
         load_manifest(final)
@@ -248,12 +285,15 @@ def _replace(root: Path, folder: Path, final: Path, data: bytes) -> None:
 
 
 def _await_files(folder: Path, manifest: Manifest) -> None:
-    """Wait until rank 0 sees every shard with its size. Errors: `CannotWrite` when one does not appear."""
+    """Wait until rank 0 sees every shard with its size. Errors: `CannotWrite` when one does not
+    appear.
+    """
     deadline = time.monotonic() + _APPEAR_SECONDS
     while problem := next(file_problems(folder, manifest), None):
         if time.monotonic() > deadline:
             raise CannotWrite(
-                f"{problem} Rank 0 must see what every rank wrote: put the run folder on a file system that all "
+                f"{problem} Rank 0 must see what every rank wrote: put the run folder on a file "
+                "system that all "
                 "hosts share."
             )
         time.sleep(0.1)

@@ -1,6 +1,8 @@
-"""What `megallm ckpt ls|show|verify|diff|dump` do: functions that return plain data, for the command to print.
+"""What `megallm ckpt ls|show|verify|diff|dump` do: functions that return plain data, for the
+command to print.
 
-A source is a run folder, its `checkpoints` folder or one step folder; the first two mean their newest valid step.
+A source is a run folder, its `checkpoints` folder or one step folder; the first two mean their
+newest valid step.
 """
 
 from __future__ import annotations
@@ -34,22 +36,28 @@ def root_of(source: str | os.PathLike[str]) -> Path:
 
 
 def resolve(source: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Path:
-    """The step folder that a source means; of a run folder the newest whose `wanted` tensors are whole.
+    """The step folder that a source means; of a run folder the newest whose `wanted` tensors are
+    whole.
 
-    Without `wanted` hashes are not looked at. What is passed over is logged. A step that is named is taken as it is.
-    Errors: `CheckpointError` when there is none that is valid.
+    Without `wanted` hashes are not looked at. What is passed over is logged. A step that is named
+    is taken as it is. Errors: `CheckpointError` when there is none that is valid.
     """
     source = Path(source)
     if (source / MANIFEST).exists():
         return source
     if not source.is_dir():
-        raise CheckpointError(f"{source} is not a folder; give a run folder or a checkpoint step folder.")
+        raise CheckpointError(
+            f"{source} is not a folder; give a run folder or a checkpoint step folder."
+        )
     root = root_of(source)
     found, warnings = latest(root) if wanted is None else latest_whole(root, wanted=wanted)
     for warning in warnings if found is not None else ():
         log.warning("%s %s is used.", warning, found.name)
     if found is None:
-        details = " ".join(warnings) or "Checkpoints are folders named like step-00001200 with a manifest.json."
+        details = (
+            " ".join(warnings)
+            or "Checkpoints are folders named like step-00001200 with a manifest.json."
+        )
         raise CheckpointError(f"{source} holds no valid checkpoint. {details}")
     return found
 
@@ -59,7 +67,9 @@ def _all(name: str) -> bool:
 
 
 def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All steps, oldest first: step, path, bytes, valid, problem (None when valid), pinned. Hashes are not read."""
+    """All steps, oldest first: step, path, bytes, valid, problem (None when valid), pinned. Hashes
+    are not read.
+    """
     if not Path(source).is_dir():
         raise CheckpointError(f"{source} is not a folder; give a run folder.")
     rows = []
@@ -83,7 +93,9 @@ def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def show(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """One step: step, path, bytes, files, meta, and tensors as rows of name, full, dtype, pieces, bytes."""
+    """One step: step, path, bytes, files, meta, and tensors as rows of name, full, dtype, pieces,
+    bytes.
+    """
     folder = resolve(source)
     manifest = load_manifest(folder)
     tensors = [
@@ -107,7 +119,8 @@ def show(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[str, Any]:
-    """Read every byte of one step and compare with its hash: step, path, ok, pieces, bytes, problems (sentences).
+    """Read every byte of one step and compare with its hash: step, path, ok, pieces, bytes,
+    problems (sentences).
 
     A step folder that cannot even be opened is reported as a problem, not raised.
     """
@@ -115,10 +128,20 @@ def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[s
     try:
         with Reader(folder) as reader:
             manifest = reader.manifest
-            found = [*reader.problems(progress=progress), *_extra_files(folder, set(manifest.files))]
+            found = [
+                *reader.problems(progress=progress),
+                *_extra_files(folder, set(manifest.files)),
+            ]
             problems = list(dict.fromkeys(found))
     except CheckpointError as error:
-        return {"step": None, "path": str(folder), "ok": False, "pieces": 0, "bytes": 0, "problems": [str(error)]}
+        return {
+            "step": None,
+            "path": str(folder),
+            "ok": False,
+            "pieces": 0,
+            "bytes": 0,
+            "problems": [str(error)],
+        }
     return {
         "step": manifest.step,
         "path": str(folder),
@@ -140,10 +163,12 @@ def _extra_files(folder: Path, known: set[str]) -> list[str]:
 def diff(
     first: str | os.PathLike[str], second: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
-    """What differs between two steps: `same`, `tensors` (name, what, max_abs_error) and `meta` (keys that differ).
+    """What differs between two steps: `same`, `tensors` (name, what, max_abs_error) and `meta`
+    (keys that differ).
 
-    `what` is "only in first", "only in second", "shape or dtype" or "values". Values are compared bit by bit;
-    max_abs_error is computed in float64 and is NaN when a NaN stands against a number, None without values.
+    `what` is "only in first", "only in second", "shape or dtype" or "values". Values are compared
+    bit by bit; max_abs_error is computed in float64 and is NaN when a NaN stands against a number,
+    None without values.
     """
     rows = []
     with Reader(resolve(first, _all)) as a, Reader(resolve(second, _all)) as b:
@@ -183,24 +208,30 @@ def raw_differs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _differing_keys(a: Any, b: Any) -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
-        return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key])
+        return sorted(
+            key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key]
+        )
     return [] if a == b else ["meta"]
 
 
 def dump(
     source: str | os.PathLike[str], output: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Write every logical tensor of one step, whole and in its stored dtype, to one safetensors file.
+    """Write every logical tensor of one step, whole and in its stored dtype, to one safetensors
+    file.
 
-    Streamed: the header first, then one tensor after the other; the file appears only when it is complete.
-    Returns step, output, tensors, bytes. Errors: `CheckpointError`, `CannotWrite`.
+    Streamed: the header first, then one tensor after the other; the file appears only when it is
+    complete. Returns step, output, tensors, bytes. Errors: `CheckpointError`, `CannotWrite`.
     """
     output = Path(output)
     with Reader(resolve(source, _all)) as reader:
         records = reader.manifest.tensors
         names = sorted(records, key=lambda name: (-records[name].itemsize, name))
         header = header_bytes(
-            [(name, records[name].dtype, records[name].full, records[name].nbytes) for name in names],
+            [
+                (name, records[name].dtype, records[name].full, records[name].nbytes)
+                for name in names
+            ],
             {"format": "pt", "megallm.step": str(reader.step)},
         )
         with writing(output), atomic_path(output) as temporary, ShardWriter(temporary) as file:
@@ -209,4 +240,9 @@ def dump(
                 progress("writing", file.position, reader.manifest.nbytes, "bytes")
                 if records[name].nbytes:
                     file.write(raw(reader.read(name)))
-        return {"step": reader.step, "output": str(output), "tensors": len(names), "bytes": file.position}
+        return {
+            "step": reader.step,
+            "output": str(output),
+            "tensors": len(names),
+            "bytes": file.position,
+        }

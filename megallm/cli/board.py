@@ -1,4 +1,6 @@
-"""Where a verb notes how far it is, for the process that shows it; and how a verb says what it made."""
+"""Where a verb notes how far it is, for the process that shows it; and how a verb says what it
+made.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,17 @@ import time
 from dataclasses import dataclass
 
 _SIZE = 4096
-_SECONDS = 0.05  # between notes: writing one down takes microseconds, and some work is as quick as that
+_SECONDS = (
+    0.05  # between notes: writing one down takes microseconds, and some work is as quick as that
+)
 _DRAWN = _SIZE - 1  # the place of a byte: whether there is a line to take away
 _CLEAR = "\r\x1b[2K"
 
 
 @dataclass(frozen=True)
 class Note:
-    """The last note: see `base.progress`; `shown` is False once the verb has ended its work, `said` is True once it has
-    told why."""
+    """The last note: see `base.progress`; `shown` is False once the verb has ended its work, `said`
+    is True once it has told why."""
 
     phase: str = ""
     done: int = 0
@@ -45,7 +49,9 @@ class Board:
             self._write(Note(phase[:200], done, total, unit[:50]))
 
     def end(self, said: bool = False) -> None:
-        """The work is done, or has failed: what follows on the terminal is the verb's own output."""
+        """The work is done, or has failed: what follows on the terminal is the verb's own
+        output.
+        """
         if self._memory is not None:
             self._write(Note(shown=False, said=said))
             if self._memory[_DRAWN]:

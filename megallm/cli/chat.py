@@ -1,6 +1,7 @@
 """`megallm chat`: talk to a model. This process reads and prints; the ranks answer over a socket.
 
-The ranks run in a session of their own, so Ctrl-C reaches this process only, which asks them to stop the answer.
+The ranks run in a session of their own, so Ctrl-C reaches this process only, which asks them to
+stop the answer.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ HELP = "/reset forgets the conversation, /system TEXT gives instructions, /quit 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     sampling_arguments(parser, temperature=0.7, max_new_tokens=512)
-    parser.add_argument("--system", metavar="TEXT", help="instructions that every conversation begins with")
-    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # the ranks' side of the conversation
+    parser.add_argument(
+        "--system", metavar="TEXT", help="instructions that every conversation begins with"
+    )
+    parser.add_argument(
+        "--socket", type=int, help=argparse.SUPPRESS
+    )  # the ranks' side of the conversation
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -45,7 +50,15 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     ours, theirs = socket.socketpair()
     with ours:
-        words = [sys.executable, "-m", "megallm", "chat", *_passed_on(args), "--socket", str(theirs.fileno())]
+        words = [
+            sys.executable,
+            "-m",
+            "megallm",
+            "chat",
+            *_passed_on(args),
+            "--socket",
+            str(theirs.fileno()),
+        ]
         ranks = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
         )  # fmt: skip
@@ -93,7 +106,9 @@ class Conversation:
         return True
 
     def _lines(self) -> Iterator[str]:
-        """What the person says, a line each; the end of the input ends it. Ctrl-C at the prompt gives an empty line."""
+        """What the person says, a line each; the end of the input ends it. Ctrl-C at the prompt
+        gives an empty line.
+        """
         if not self.terminal:
             for line in sys.stdin:
                 yield line.strip()
@@ -133,7 +148,9 @@ class Conversation:
         return True
 
     def _print_answer(self) -> dict[str, Any] | None:
-        """Print an answer as it comes; what closed it, {} when there is none, None when the ranks have ended."""
+        """Print an answer as it comes; what closed it, {} when there is none, None when the ranks
+        have ended.
+        """
         while (message := self._hear()) is not None:
             if "piece" in message:
                 print(message["piece"], end="", flush=True)

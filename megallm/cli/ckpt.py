@@ -1,4 +1,6 @@
-"""`megallm ckpt ls|show|verify|diff|dump|upcycle`: look into checkpoints, and give a dense one experts."""
+"""`megallm ckpt ls|show|verify|diff|dump|upcycle`: look into checkpoints, and give a dense one
+experts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def _one(parser: argparse.ArgumentParser) -> None:
 
 def _dump_arguments(parser: argparse.ArgumentParser) -> None:
     _one(parser)
-    parser.add_argument("--output", required=True, metavar="FILE", help="the safetensors file to write")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the safetensors file to write"
+    )
     overwrite_argument(parser)
 
 
@@ -36,7 +40,8 @@ def _ls(args: argparse.Namespace) -> int:
 
     rows = tools.ls(args.source)
     lines = [
-        f"{row['step']:>10}  {_gib(row['bytes'])}  {'pinned  ' if row['pinned'] else ''}{row['problem'] or 'valid'}"
+        f"{row['step']:>10}  {_gib(row['bytes'])}  "
+        f"{'pinned  ' if row['pinned'] else ''}{row['problem'] or 'valid'}"
         for row in rows
     ]
     return _out(args, rows, lines or [f"{args.source} has no checkpoints."])
@@ -49,7 +54,9 @@ def _show(args: argparse.Namespace) -> int:
     lines = [f"step {found['step']}  {_gib(found['bytes'])}  {found['path']}"]
     for tensor in found["tensors"]:
         shape = " x ".join(map(str, tensor["full"])) or "scalar"
-        lines.append(f"  {tensor['name']:<60} {tensor['dtype']:<6} {shape}  ({tensor['pieces']} pieces)")
+        lines.append(
+            f"  {tensor['name']:<60} {tensor['dtype']:<6} {shape}  ({tensor['pieces']} pieces)"
+        )
     lines.append(json.dumps(found["meta"], indent=2))
     return _out(args, found, lines)
 
@@ -61,7 +68,12 @@ def _verify(args: argparse.Namespace) -> int:
     BOARD.end()
     if found["ok"]:
         return _out(
-            args, found, [f"{found['path']}: {found['pieces']} pieces, {_gib(found['bytes'])}, every hash right."]
+            args,
+            found,
+            [
+                f"{found['path']}: {found['pieces']} pieces, {_gib(found['bytes'])}, every hash "
+                "right."
+            ],
         )
     if args.json:
         _out(args, found, [])
@@ -86,24 +98,41 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _dump(args: argparse.Namespace) -> int:
     if not args.output.endswith(".safetensors"):
-        raise UsageError(f"--output {args.output} must end in .safetensors, since that is what is written.")
+        raise UsageError(
+            f"--output {args.output} must end in .safetensors, since that is what is written."
+        )
     from megallm.checkpoint import tools
 
     check_outputs(args, args.output)
     done = tools.dump(args.source, args.output, BOARD.show)
     BOARD.end()
     return _out(
-        args, done, [f"step {done['step']}: {done['tensors']} tensors, {_gib(done['bytes'])} -> {done['output']}"]
+        args,
+        done,
+        [
+            f"step {done['step']}: {done['tensors']} tensors, {_gib(done['bytes'])} -> "
+            f"{done['output']}"
+        ],
     )
 
 
 def _upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     _one(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="the run folder to make")
-    parser.add_argument("--experts", required=True, type=int, metavar="N", help="copies of each feed-forward layer")
+    parser.add_argument(
+        "--experts", required=True, type=int, metavar="N", help="copies of each feed-forward layer"
+    )
     parser.add_argument("--top-k", type=int, default=2, metavar="N", help="experts of each token")
-    parser.add_argument("--first-dense", type=int, default=0, metavar="N", help="layers before the first with experts")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="from there on, every how many layers")
+    parser.add_argument(
+        "--first-dense",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers before the first with experts",
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="from there on, every how many layers"
+    )
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the routers' start")
     overwrite_argument(parser)
 
@@ -112,16 +141,31 @@ def _upcycle(args: argparse.Namespace) -> int:
     from megallm.convert.upcycle import UpcycleRequest, run
 
     request = UpcycleRequest(
-        args.source, args.output, args.experts, args.top_k, args.first_dense, args.every, args.seed, args.overwrite
+        args.source,
+        args.output,
+        args.experts,
+        args.top_k,
+        args.first_dense,
+        args.every,
+        args.seed,
+        args.overwrite,
     )
     done = run(request)
     BOARD.end()
     sizes = f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for a token"
-    return _out(args, done, [f"{done['output']}: {sizes}, {_gib(done['bytes'])}. Train it with --resume auto."])
+    return _out(
+        args,
+        done,
+        [f"{done['output']}: {sizes}, {_gib(done['bytes'])}. Train it with --resume auto."],
+    )
 
 
 def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.3f} GiB" if size_bytes >= 1 << 28 else f"{size_bytes / 2**20:.2f} MiB"
+    return (
+        f"{size_bytes / 2**30:.3f} GiB"
+        if size_bytes >= 1 << 28
+        else f"{size_bytes / 2**20:.2f} MiB"
+    )
 
 
 def _out(args: argparse.Namespace, value: Any, lines: list[str]) -> int:

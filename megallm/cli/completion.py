@@ -1,4 +1,6 @@
-"""`megallm completion SHELL`: a script that completes verbs, options and files, made from the table of verbs."""
+"""`megallm completion SHELL`: a script that completes verbs, options and files, made from the table
+of verbs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ def options() -> dict[str, list[tuple[str, str]]]:
         rows = []
         for action in parser._actions:  # argparse has no public list of them
             if action.help != argparse.SUPPRESS:
-                rows += [(name, action.help or "") for name in action.option_strings if name.startswith("--")]
+                rows += [
+                    (name, action.help or "")
+                    for name in action.option_strings
+                    if name.startswith("--")
+                ]
         found[words] = rows
     return found
 
@@ -61,7 +67,9 @@ def _cases(indent: str, variable: str) -> str:
     choices = {first: list(seconds) for first, seconds in first_words().items() if seconds}
     for words, rows in options().items():
         choices.setdefault(words, []).extend(name for name, _ in rows)
-    return "\n".join(f"{indent}'{words}') {variable}='{' '.join(names)}' ;;" for words, names in choices.items())
+    return "\n".join(
+        f"{indent}'{words}') {variable}='{' '.join(names)}' ;;" for words, names in choices.items()
+    )
 
 
 def _bash() -> str:
@@ -125,7 +133,9 @@ def _fish() -> str:
     for words, rows in options().items():
         condition = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in words.split())
         for name, text in rows:
-            lines.append(f"complete -c megallm -n {_quoted(condition)} -l {name[2:]} -d {_quoted(text)}")
+            lines.append(
+                f"complete -c megallm -n {_quoted(condition)} -l {name[2:]} -d {_quoted(text)}"
+            )
     return "\n".join(lines) + "\n"
 
 

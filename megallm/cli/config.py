@@ -21,34 +21,48 @@ from megallm.training.validate import check
 def load_and_check(
     path: str, overrides: list[str], world: int | None, world_name: str = "--nproc"
 ) -> PretrainConfig:
-    """The resolved configuration of a pretraining run; raises UsageError with everything that is wrong."""
+    """The resolved configuration of a pretraining run; raises UsageError with everything that is
+    wrong.
+    """
     config = load(PretrainConfig, path, overrides)
     return check(config, world, tokenizer_vocab(config), world_name)
 
 
 def tokenizer_vocab(config: PretrainConfig) -> int | None:
-    """The largest vocabulary that the sources were made with, from their side-cars; None when none has one."""
+    """The largest vocabulary that the sources were made with, from their side-cars; None when none
+    has one.
+    """
     side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
-    return max((side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None)
+    return max(
+        (side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None
+    )
 
 
 def overrides_argument(parser: argparse.ArgumentParser) -> None:
     """Declare the `k=v ..` words that follow a configuration file."""
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace those of the file"
+    )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     overrides_argument(parser)
     parser.add_argument(
-        "--world", type=int, metavar="N", help="number of processes (default: what the layout asks for)"
+        "--world",
+        type=int,
+        metavar="N",
+        help="number of processes (default: what the layout asks for)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
-        "--no-files", action="store_true", help="do not look whether data files and tokenizer are there"
+        "--no-files", action="store_true", help="do not look whether data files and tokenizer are "
+                                                "there"
     )  # fmt: skip
     parser.add_argument(
-        "--schema", action="store_true", help="print the JSON schema with the documentation of each key"
+        "--schema",
+        action="store_true",
+        help="print the JSON schema with the documentation of each key",
     )
     parser.add_argument(
         "--from-megatron-args", metavar='FILE.sh|"--flags"',
@@ -68,7 +82,8 @@ def from_megatron(source: str) -> int:
             text = Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
-                f'--from-megatron-args: {source} cannot be read as a script ({error}); give a file, or "--flags ...".'
+                f"--from-megatron-args: {source} cannot be read as a script ({error}); give a "
+                'file, or "--flags ...".'
             ) from error
     found = translate(text, name)
     print(megatron_yaml(found, name), end="")

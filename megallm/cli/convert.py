@@ -17,16 +17,29 @@ DTYPES = ("fp64", "fp32", "bf16", "fp16")
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=("hf", "megallm"), help="what to write")
     parser.add_argument(
-        "--input", required=True, metavar="X", help="run or step folder (to hf), Hugging Face folder (to megallm)"
+        "--input",
+        required=True,
+        metavar="X",
+        help="run or step folder (to hf), Hugging Face folder (to megallm)",
     )
-    parser.add_argument("--output", required=True, metavar="Y", help="a new folder; it appears when it is complete")
+    parser.add_argument(
+        "--output", required=True, metavar="Y", help="a new folder; it appears when it is complete"
+    )
     overwrite_argument(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as stored)")
     parser.add_argument(
-        "--verify", action="store_true", help="compare float32 logits with transformers; exit code 70 above 1e-5"
+        "--dtype", choices=DTYPES, help="dtype of the written weights (default: as stored)"
     )
     parser.add_argument(
-        "--max-shard-gib", type=float, default=4.0, metavar="G", help="largest safetensors file, to hf (default: 4)"
+        "--verify",
+        action="store_true",
+        help="compare float32 logits with transformers; exit code 70 above 1e-5",
+    )
+    parser.add_argument(
+        "--max-shard-gib",
+        type=float,
+        default=4.0,
+        metavar="G",
+        help="largest safetensors file, to hf (default: 4)",
     )
 
 
@@ -36,7 +49,9 @@ def _run(args: argparse.Namespace) -> int:
     from megallm.convert import convert
 
     limit = int(min(args.max_shard_gib, 2**20) * 2**30)
-    request = convert.ConvertRequest(args.to, args.input, args.output, args.dtype, args.verify, limit, args.overwrite)
+    request = convert.ConvertRequest(
+        args.to, args.input, args.output, args.dtype, args.verify, limit, args.overwrite
+    )
     try:
         done = convert.run(request)
     except convert.NotEqual as error:
@@ -47,9 +62,13 @@ def _run(args: argparse.Namespace) -> int:
         print(f"megallm: note: {note}", file=sys.stderr)
     print(json.dumps(done))
     then = "transformers' AutoModelForCausalLM.from_pretrained loads it" if args.to == "hf" else (
-        f"`megallm pretrain CONFIG run.dir={args.output}` with the section of {args.output}/model.yaml"
+        f"`megallm pretrain CONFIG run.dir={args.output}` with the section of "
+        f"{args.output}/model.yaml"
     )  # fmt: skip
-    tell(f"the model is in {args.output}.", f"`megallm generate --model {args.output} --prompt TEXT`; {then}.")
+    tell(
+        f"the model is in {args.output}.",
+        f"`megallm generate --model {args.output} --prompt TEXT`; {then}.",
+    )
     return 0
 
 

@@ -1,4 +1,6 @@
-"""`megallm preprocess|tokenizer train|data verify|show|merge|split|stats`: raw text and indexed datasets."""
+"""`megallm preprocess|tokenizer train|data verify|show|merge|split|stats`: raw text and indexed
+datasets.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +18,69 @@ from megallm.cli.table import Command
 
 
 def _inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, metavar="F", help="JSONL, text, Parquet; packed; pipes")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text")
     parser.add_argument(
-        "--split-text", choices=("file", "lines", "paragraphs"), default="file", help="what is a document of plain text"
+        "--input", nargs="+", required=True, metavar="F", help="JSONL, text, Parquet; packed; pipes"
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold text"
+    )
+    parser.add_argument(
+        "--split-text",
+        choices=("file", "lines", "paragraphs"),
+        default="file",
+        help="what is a document of plain text",
     )
 
 
 def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
     _inputs(parser)
-    parser.add_argument("--output", required=True, metavar="P", help="prefix: P_text_document.bin, .idx, .meta.json")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR|bytes", help="tokenizer folder, or 'bytes'")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument(
+        "--output", required=True, metavar="P", help="prefix: P_text_document.bin, .idx, .meta.json"
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR|bytes", help="tokenizer folder, or 'bytes'"
+    )
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document token"
+    )
     parser.add_argument(
         "--add-special-tokens", action="store_true",
         help="put around each document what the tokenizer's template does, such as [CLS] and [SEP]",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
-        "--on-error", choices=("stop", "skip"), default="stop", help="skip writes bad lines to P.rejects.jsonl"
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip writes bad lines to P.rejects.jsonl",
     )
     parser.add_argument(
-        "--max-reject-percent", type=float, default=100.0, metavar="X", help="with skip: more bad lines are an error"
+        "--max-reject-percent",
+        type=float,
+        default=100.0,
+        metavar="X",
+        help="with skip: more bad lines are an error",
     )
     parser.add_argument(
-        "--max-document-mib", type=int, default=64, metavar="N", help="a longer document is a bad line (default 64)"
+        "--max-document-mib",
+        type=int,
+        default=64,
+        metavar="N",
+        help="a longer document is a bad line (default 64)",
     )
     parser.add_argument(
         "--backend", choices=("auto", "gigatoken", "tokenizers"), default="auto",
         help="auto: gigatoken where it is installed and gives the same ids",
     )  # fmt: skip
-    parser.add_argument("--shards", type=int, metavar="N", help="write N datasets P-00000-of-N, each of whole files")
-    parser.add_argument("--shard", type=int, metavar="I", help="with --shards: only this one (one machine of several)")
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="write N datasets P-00000-of-N, each of whole files"
+    )
+    parser.add_argument(
+        "--shard",
+        type=int,
+        metavar="I",
+        help="with --shards: only this one (one machine of several)",
+    )
     overwrite_argument(parser)
 
 
@@ -75,11 +108,20 @@ def _preprocess(args: argparse.Namespace) -> int:
     if args.shards is None:
         found: Any = dataclasses.asdict(preprocess.run(config, _counts()))
     else:
-        found = [dataclasses.asdict(one) for one in preprocess.run_shards(config, args.shards, args.shard, _counts())]
+        found = [
+            dataclasses.asdict(one)
+            for one in preprocess.run_shards(config, args.shards, args.shard, _counts())
+        ]
     BOARD.end()
     print(json.dumps(found, indent=2))
-    prefixes = [prefix for one in (found if isinstance(found, list) else [found]) for prefix in one["outputs"].values()]
-    named = ", ".join(prefixes[:3]) + (f" and {len(prefixes) - 3} more" if len(prefixes) > 3 else "")
+    prefixes = [
+        prefix
+        for one in (found if isinstance(found, list) else [found])
+        for prefix in one["outputs"].values()
+    ]
+    named = ", ".join(prefixes[:3]) + (
+        f" and {len(prefixes) - 3} more" if len(prefixes) > 3 else ""
+    )
     tell(f"the data is in {named} (.bin, .idx).",
          f"{_train_on(prefixes[0])}; `megallm data stats {prefixes[0]}` looks at it.")  # fmt: skip
     return 0
@@ -101,12 +143,21 @@ def _counts() -> Callable[[Any], None]:
 
 def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     _inputs(parser)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="at most this many tokens")
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="at most this many tokens"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for tokenizer.json")
-    parser.add_argument("--special-tokens", nargs="+", default=[], metavar="T", help="more special tokens, as for FIM")
+    parser.add_argument(
+        "--special-tokens",
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="more special tokens, as for FIM",
+    )
     parser.add_argument(
         "--sample-mib", type=int, default=256, metavar="N",
-        help="learn from at most N MiB of the text, spread over it: bounds time and memory (default 256)",
+        help="learn from at most N MiB of the text, spread over it: bounds time and memory "
+             "(default 256)",
     )  # fmt: skip
     overwrite_argument(parser)
 
@@ -119,7 +170,9 @@ def _tokenizer_train(args: argparse.Namespace) -> int:
     options = ReadOptions(keys=tuple(args.json_keys), split_text=args.split_text)
     check_outputs(args, *(f"{args.output}/{name}" for name in TOKENIZER_FILES))
     sample = Sample(args.sample_mib << 20, BOARD.show)
-    found = train_bpe(args.input, args.vocab_size, args.output, options, args.special_tokens, sample)
+    found = train_bpe(
+        args.input, args.vocab_size, args.output, options, args.special_tokens, sample
+    )
     BOARD.end()
     print(json.dumps(found, indent=2))
     tell(f"the tokenizer is in {args.output}.",
@@ -140,17 +193,19 @@ def _verify(args: argparse.Namespace) -> int:
         raise UsageError(f"--vocab is {args.vocab}; it must be at least 1.")
     found = indexed.verify(args.prefix, args.vocab, BOARD.show)
     BOARD.end()
-    line = (
-        f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens of {found['dtype']}, all sound."
-    )
+    line = f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens of {found['dtype']}, all sound."
     print(json.dumps(found, indent=2) if args.json else line)
     return 0
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefix", metavar="PREFIX", help="path without .bin/.idx")
-    parser.add_argument("--document", type=int, default=0, metavar="I", help="first document to print (default 0)")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="how many documents (default 1)")
+    parser.add_argument(
+        "--document", type=int, default=0, metavar="I", help="first document to print (default 0)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=1, metavar="N", help="how many documents (default 1)"
+    )
     parser.add_argument("--tokenizer", metavar="DIR|bytes", help="also print the text")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
 
@@ -166,7 +221,9 @@ def _show(args: argparse.Namespace) -> int:
     last = min(args.document + args.count, data.num_documents)
     if not 0 <= args.document < data.num_documents or args.count < 1:
         has = f"documents 0 to {data.num_documents - 1}" if data.num_documents else "no documents"
-        raise UsageError(f"--document {args.document} --count {args.count}: {args.prefix} has {has}.")
+        raise UsageError(
+            f"--document {args.document} --count {args.count}: {args.prefix} has {has}."
+        )
     tokenizer = None if args.tokenizer is None else load(args.tokenizer)
     if tokenizer is not None:
         meta.check_tokenizer(args.prefix, tokenizer.fingerprint, "--tokenizer")
@@ -179,12 +236,21 @@ def _show(args: argparse.Namespace) -> int:
         row: dict[str, Any] = {"document": number, "tokens": tokens}
         if tokenizer is not None:
             row["text"] = tokenizer.decode(tokens)
-        print(json.dumps(row) if args.json else f"document {number}, {len(tokens)} tokens:\n{row.get('text', tokens)}")
+        print(
+            json.dumps(row)
+            if args.json
+            else f"document {number}, {len(tokens)} tokens:\n{row.get('text', tokens)}"
+        )
     return 0
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefixes", metavar="PREFIX", nargs="+", help="datasets of one dtype and tokenizer, in order")
+    parser.add_argument(
+        "prefixes",
+        metavar="PREFIX",
+        nargs="+",
+        help="datasets of one dtype and tokenizer, in order",
+    )
     parser.add_argument("--output", required=True, metavar="P", help="prefix of the new dataset")
     overwrite_argument(parser)
 
@@ -203,8 +269,12 @@ def _merge(args: argparse.Namespace) -> int:
 def _split_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefix", metavar="PREFIX", help="path without .bin/.idx")
     parser.add_argument("--output", required=True, metavar="P", help="writes P-0, P-1, ...")
-    parser.add_argument("--shares", required=True, metavar="A,B,..", help="documents of each part, such as 98,1,1")
-    parser.add_argument("--seed", type=int, metavar="S", help="choose documents at random; without it: in order")
+    parser.add_argument(
+        "--shares", required=True, metavar="A,B,..", help="documents of each part, such as 98,1,1"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="choose documents at random; without it: in order"
+    )
     overwrite_argument(parser)
 
 
@@ -224,7 +294,9 @@ def _split(args: argparse.Namespace) -> int:
 
 def _stats_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prefix", metavar="PREFIX", help="path without .bin/.idx")
-    parser.add_argument("--seq-len", type=int, default=2048, metavar="T", help="row length for the packing figures")
+    parser.add_argument(
+        "--seq-len", type=int, default=2048, metavar="T", help="row length for the packing figures"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,4 +1,6 @@
-"""`megallm doctor`: what is installed, what is used, and whether ranks can talk to each other here."""
+"""`megallm doctor`: what is installed, what is used, and whether ranks can talk to each other
+here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from megallm.launch.environment import RankEnv, detect, thread_count
 from megallm.launch.local import run_ranks
 from megallm.ops import backends
 
-REQUIRED = ("torch", "numpy", "pyyaml", "safetensors", "xxhash", "tokenizers", "rich", "matplotlib", "zstandard")
+REQUIRED = (
+    "torch",
+    "numpy",
+    "pyyaml",
+    "safetensors",
+    "xxhash",
+    "tokenizers",
+    "rich",
+    "matplotlib",
+    "zstandard",
+)
 OPTIONAL = {
     "tensorboard": "log.tensorboard",
     "pyarrow": "Parquet input of `megallm preprocess`",
@@ -52,7 +64,9 @@ def examine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "threads_of_one_rank": thread_count(1),
         "required": required,
-        "optional": {name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()},
+        "optional": {
+            name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()
+        },
         "backends": {name: _backend(name) for name in backends.BACKENDS},
         "extension": {"name": status.name, "loaded": status.loaded, "detail": status.detail},
         "gpus": _gpus() if required.get("torch") else [],
@@ -64,7 +78,11 @@ def examine() -> dict[str, Any]:
 def _backend(name: str) -> dict[str, str | None]:
     """A row of the table of optional libraries, and the version found."""
     backend = backends.BACKENDS[name]
-    return {"version": backends.version(name), "replaces": backend.replaces, "key": backend.key or None}
+    return {
+        "version": backends.version(name),
+        "replaces": backend.replaces,
+        "key": backend.key or None,
+    }
 
 
 def check_gloo() -> str:
@@ -104,17 +122,25 @@ def _gpus() -> list[str]:
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = [f"megallm {found['megallm']}, Python {found['python']}, {found['platform']}"]
     lines.append(
-        f"machine: {found['cores']} cores, {found['memory_gib']} GiB, GPUs: {', '.join(found['gpus']) or 'none'}"
+        f"machine: {found['cores']} cores, {found['memory_gib']} GiB, GPUs: "
+        f"{', '.join(found['gpus']) or 'none'}"
     )
     lines += [f"  {name:<20} {version or 'MISSING'}" for name, version in found["required"].items()]
     for name, entry in found["optional"].items():
         lines.append(f"  {name:<20} {entry['version'] or '-':<12} (optional: {entry['for']})")
     for name, entry in found["backends"].items():
         key = f", asked for by {entry['key']}" if entry["key"] else ", not used yet"
-        lines.append(f"  {name:<20} {entry['version'] or '-':<12} (optional backend: {entry['replaces']}{key})")
+        lines.append(
+            f"  {name:<20} {entry['version'] or '-':<12} (optional backend: "
+            f"{entry['replaces']}{key})"
+        )
     ext = found["extension"]
-    lines.append(f"extension {ext['name']}: {'loaded' if ext['loaded'] else 'not loaded'}, {ext['detail']}")
-    lines.append(f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}")
+    lines.append(
+        f"extension {ext['name']}: {'loaded' if ext['loaded'] else 'not loaded'}, {ext['detail']}"
+    )
+    lines.append(
+        f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}"
+    )
     return lines
 
 

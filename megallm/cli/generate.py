@@ -22,31 +22,58 @@ from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
 from megallm.run.config import LayoutConfig
 
-PRELOAD = ("megallm.inference.generate", "megallm.launch.group")  # imported once, before the ranks are forked
+PRELOAD = (
+    "megallm.inference.generate",
+    "megallm.launch.group",
+)  # imported once, before the ranks are forked
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights, at which layout: the same for `generate` and `chat`."""
     parser.add_argument(
-        "--model", required=True, metavar="RUN|STEP|HF", help="run folder, step folder or Hugging Face folder"
+        "--model",
+        required=True,
+        metavar="RUN|STEP|HF",
+        help="run folder, step folder or Hugging Face folder",
     )
-    parser.add_argument("--layout", default="", metavar="tp=2,pp=2", help="layout to run at, whatever wrote the model")
     parser.add_argument(
-        "--tokenizer", metavar="DIR|bytes", help="tokenizer of the model (default: the one that it came with)"
+        "--layout",
+        default="",
+        metavar="tp=2,pp=2",
+        help="layout to run at, whatever wrote the model",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, help="compute in this precision (default: the one the weights have)"
+        "--tokenizer",
+        metavar="DIR|bytes",
+        help="tokenizer of the model (default: the one that it came with)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="compute in this precision (default: the one the weights have)",
     )
 
 
-def sampling_arguments(parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int) -> None:
+def sampling_arguments(
+    parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int
+) -> None:
     """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
         help=f"longest answer, in tokens (default {max_new_tokens})")  # fmt: skip
-    add("--temperature", type=float, default=temperature, help=f"0 takes the likeliest token (default {temperature:g})")
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0 takes the likeliest token (default {temperature:g})",
+    )
     add("--top-k", type=int, default=0, help="sample among the K likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this total share")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest tokens of this total share",
+    )
     add("--repetition-penalty", type=float, default=1.0, metavar="F",
         help="above 1, tokens that were already there become less likely")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT",
@@ -76,11 +103,17 @@ def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--prompts", metavar="F.jsonl", help='one {"prompt": "..."} a line')
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    sampling_arguments(parser, temperature=0.0, max_new_tokens=64)
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="prompts decoded together (default 16)")
     parser.add_argument(
-        "--json", metavar="F", help="write rows {prompt, tokens, text, logprobs, finish_reason} to this file"
+        "--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times"
+    )
+    sampling_arguments(parser, temperature=0.0, max_new_tokens=64)
+    parser.add_argument(
+        "--batch", type=int, default=16, metavar="N", help="prompts decoded together (default 16)"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="F",
+        help="write rows {prompt, tokens, text, logprobs, finish_reason} to this file",
     )
     overwrite_argument(parser)
     parser.add_argument(
@@ -98,7 +131,8 @@ def _run(args: argparse.Namespace) -> int:
     world = world_size(None)
     if world is not None and world != layout.world:
         raise UsageError(
-            f"--layout {args.layout or 'of one rank'} needs {layout.world} ranks, but {world} were started."
+            f"--layout {args.layout or 'of one rank'} needs {layout.world} ranks, but {world} "
+            "were started."
         )
     live = sys.stdout.isatty() if args.stream is None else args.stream
     printer = Printer(request.prompts, live) if args.stream or request.output is None else None
@@ -126,12 +160,15 @@ def _warn(text: str) -> None:
 def parse_layout(text: str) -> Layout:
     """`"tp=2,pp=2"` -> Layout; the same rules as `layout.*` of a configuration."""
     config = load(LayoutConfig, None, [part for part in text.split(",") if part])
-    usual = dataclasses.replace(LayoutConfig(), tp=config.tp, pp=config.pp, dp=config.dp, ep=config.ep)
+    usual = dataclasses.replace(
+        LayoutConfig(), tp=config.tp, pp=config.pp, dp=config.dp, ep=config.ep
+    )
     if config != usual:
         raise UsageError(f"--layout {text}: only tp, pp, dp and ep can be chosen for generation.")
     if config.tp % config.ep:
         raise UsageError(
-            f"--layout {text}: ep {config.ep} does not divide tp {config.tp}. Ranks that hold different experts decode "
+            f"--layout {text}: ep {config.ep} does not divide tp {config.tp}. Ranks that hold "
+            "different experts decode "
             "the same texts, so they are ranks of one tensor-parallel group."
         )
     return config.grid()
@@ -161,12 +198,16 @@ def read_prompts(path: Path) -> list[str]:
             raise DataError(f'{path}:{number}: expected an object with the text "prompt".')
         prompts.append(row["prompt"])
     if not prompts:
-        raise DataError(f'{path} holds no prompt; it needs lines such as {{"prompt": "In the beginning"}}.')
+        raise DataError(
+            f'{path} holds no prompt; it needs lines such as {{"prompt": "In the beginning"}}.'
+        )
     return prompts
 
 
 class Printer:
-    """Prints prompts with their continuations, in their order: `live` piece by piece, else each when it has ended."""
+    """Prints prompts with their continuations, in their order: `live` piece by piece, else each
+    when it has ended.
+    """
 
     def __init__(self, prompts: tuple[str, ...], live: bool) -> None:
         self.prompts, self.live = prompts, live
@@ -179,8 +220,14 @@ class Printer:
         """New text of one prompt; those that are not yet to be printed are kept."""
         self.pending[number] += piece
         self.ended[number] = ended
-        while self.turn < len(self.prompts) and (self.ended[self.turn] or (self.live and self.pending[self.turn])):
-            text = self.pending[self.turn] if self.begun else self.prompts[self.turn] + self.pending[self.turn]
+        while self.turn < len(self.prompts) and (
+            self.ended[self.turn] or (self.live and self.pending[self.turn])
+        ):
+            text = (
+                self.pending[self.turn]
+                if self.begun
+                else self.prompts[self.turn] + self.pending[self.turn]
+            )
             self.pending[self.turn], self.begun = "", True
             print(text, end="", flush=True)
             if not self.ended[self.turn]:

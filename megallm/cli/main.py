@@ -25,7 +25,14 @@ from megallm.cli.board import BOARD
 from megallm.cli.supervise import Terminated, die_of, say_stopped, supervised
 from megallm.cli.table import VERBS, Verb
 
-TEXTS = ("prompt", "stop", "system", "special_tokens", "json_keys", "key")  # arguments that are never paths
+TEXTS = (
+    "prompt",
+    "stop",
+    "system",
+    "special_tokens",
+    "json_keys",
+    "key",
+)  # arguments that are never paths
 HELP = ("-h", "--help", "help")
 OF_ONE = "`megallm VERB --help` shows the arguments of one."
 FASTER_WITH_EXTENSION = ("preprocess", "pretrain", "curate", "data verify", "data stream")
@@ -44,7 +51,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
     def _setting(self, given: str) -> str:
-        """A hint for an option that is a setting here, where the verb takes settings: `--lr` is optim.lr=VALUE."""
+        """A hint for an option that is a setting here, where the verb takes settings: `--lr` is
+        optim.lr=VALUE.
+        """
         from megallm.base.config import leaves  # here: `--help` need not wait for them
         from megallm.training.config import PretrainConfig
 
@@ -54,7 +63,9 @@ class Parser(argparse.ArgumentParser):
             return " The configuration stands without an option: CONFIG."
         name = words.plain(given.lstrip("-"))
         known = list(leaves(PretrainConfig))
-        keys = [key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))]
+        keys = [
+            key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))
+        ]
         found = keys[0] if len(keys) == 1 else PretrainConfig.OTHER_NAMES.get(name)
         if found is None:
             return ""
@@ -65,10 +76,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, program: bool = False) -> int:
-    """Run one command line and return its exit code; nothing but the interpreter's own exit follows.
+    """Run one command line and return its exit code; nothing but the interpreter's own exit
+    follows.
 
-    program: whether this process is there for the command alone, as without `argv`; one that may take long is then
-    supervised.
+    program: whether this process is there for the command alone, as without `argv`; one that may
+    take long is then supervised.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
@@ -109,14 +121,18 @@ def _ended(arguments: list[str], kept: str) -> int:
             return _unexpected(error)
         if error.filename == terminal.STANDARD_OUTPUT:
             _drop_output()
-        return _fail(f"{error.filename} cannot be written: {error.strerror}.", CannotWrite.exit_code)
+        return _fail(
+            f"{error.filename} cannot be written: {error.strerror}.", CannotWrite.exit_code
+        )
     except Exception as error:  # the boundary of the program
         return _unexpected(error)
     return code
 
 
 def _drop_output() -> None:
-    """What still waits to be written to stdout would be tried again by the interpreter at its end."""
+    """What still waits to be written to stdout would be tried again by the interpreter at its
+    end.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -130,7 +146,12 @@ def dispatch(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"megallm {VERSION}")
         return 0
-    if group_of(arguments[0]) and arguments[0] not in VERBS and arguments[1:2] and arguments[1] in HELP:
+    if (
+        group_of(arguments[0])
+        and arguments[0] not in VERBS
+        and arguments[1:2]
+        and arguments[1] in HELP
+    ):
         print(group_overview(arguments[0]))
         return 0
     verb, rest = find_verb(arguments)
@@ -153,14 +174,18 @@ def group_of(first: str) -> list[str]:
 
 
 def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
-    """`~/x` as the home folder in every argument that is no text: shells leave it alone in `--output=~/x`."""
+    """`~/x` as the home folder in every argument that is no text: shells leave it alone in
+    `--output=~/x`.
+    """
     for name, value in vars(args).items():
         if name in TEXTS:
             continue
         if isinstance(value, str):
             setattr(args, name, expand_home(value))
         elif isinstance(value, list):
-            setattr(args, name, [expand_home(one) if isinstance(one, str) else one for one in value])
+            setattr(
+                args, name, [expand_home(one) if isinstance(one, str) else one for one in value]
+            )
     return args
 
 
@@ -174,7 +199,9 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
         given = " ".join(arguments[:2])
         near = words.did_you_mean(given, group, cutoff=0.75) if arguments[1:] else ""
         raise UsageError(f"'megallm {given}' is not a verb; there are: {', '.join(group)}.{near}")
-    hint = words.did_you_mean(first, [one for one in VERBS if words.plain(one) == words.plain(first)])
+    hint = words.did_you_mean(
+        first, [one for one in VERBS if words.plain(one) == words.plain(first)]
+    )
     if not hint:
         from megallm.training import other_names
 
@@ -191,7 +218,9 @@ def _names(arguments: list[str]) -> list[str]:
 
 def group_overview(first: str) -> str:
     """The text of `megallm data --help`."""
-    return f"usage: megallm {first} VERB [arguments]\n\nverbs:\n{_rows(group_of(first))}\n\n{OF_ONE}"
+    return (
+        f"usage: megallm {first} VERB [arguments]\n\nverbs:\n{_rows(group_of(first))}\n\n{OF_ONE}"
+    )
 
 
 def _rows(verbs: Iterable[str]) -> str:
@@ -204,7 +233,10 @@ def _say_without_extension() -> None:
     """Once a command, by rank 0: what a quiet `pip install` did not show."""
     found = extension.status()
     if not found.loaded and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print(f"megallm: note: the extension {found.name} is not used: {found.detail}.", file=sys.stderr)
+        print(
+            f"megallm: note: the extension {found.name} is not used: {found.detail}.",
+            file=sys.stderr,
+        )
 
 
 def overview() -> str:
@@ -214,7 +246,8 @@ def overview() -> str:
         "Train language models, from raw text to a model trained in parallel.\n\n"
         f"verbs:\n{_rows(VERBS)}\n\n"
         f"{OF_ONE} Exit codes: 0 ok, 2 usage or configuration, 65 data,\n"
-        "69 peer lost, 70 internal, 73 cannot write, 74 checkpoint unreadable, 75 requeue, 76 hang, 77 diverged."
+        "69 peer lost, 70 internal, 73 cannot write, 74 checkpoint unreadable, 75 requeue, 76 "
+        "hang, 77 diverged."
     )
 
 
@@ -232,7 +265,8 @@ def _fail(message: str, code: int) -> int:
 def _unexpected(error: Exception) -> int:
     show_error("".join(traceback.format_exception(error)).rstrip())
     return _fail(
-        f"unexpected {type(error).__name__}; this is a bug in megallm: please report the lines above, the command "
+        f"unexpected {type(error).__name__}; this is a bug in megallm: please report the lines "
+        "above, the command "
         "line and the output of `megallm doctor`.",
         InternalError.exit_code,
     )

@@ -11,11 +11,23 @@ from megallm.cli.table import Command
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="all", metavar="all|gqa|moe|mla|encoder", help="architecture (default all)")
+    parser.add_argument(
+        "--model",
+        default="all",
+        metavar="all|gqa|moe|mla|encoder",
+        help="architecture (default all)",
+    )
     parser.add_argument("--layout", metavar="k=v,..", help="one layout, such as tp=2,pp=2,sp=true")
-    parser.add_argument("--layouts", type=int, metavar="N", help="N random layouts instead of the table")
+    parser.add_argument(
+        "--layouts", type=int, metavar="N", help="N random layouts instead of the table"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random layouts")
-    parser.add_argument("--break", dest="break_name", metavar="NAME", help="leave one reduction out: the row must fail")
+    parser.add_argument(
+        "--break",
+        dest="break_name",
+        metavar="NAME",
+        help="leave one reduction out: the row must fail",
+    )
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -23,7 +35,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: nccl where each rank has a GPU, else gloo",
     )
     parser.add_argument("--json", metavar="F", help="write the rows to this file")
-    parser.add_argument("--list", action="store_true", help="list the table and the reductions, run nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="list the table and the reductions, run nothing"
+    )
     overwrite_argument(parser)
 
 

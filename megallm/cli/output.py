@@ -1,4 +1,6 @@
-"""The one rule for what verbs write: what is there already is refused, unless `--overwrite` is given."""
+"""The one rule for what verbs write: what is there already is refused, unless `--overwrite` is
+given.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ from megallm.base.files import check_new
 
 
 def overwrite_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there (default: refuse, exit code 2)")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is there (default: refuse, exit code 2)",
+    )
 
 
 def check_outputs(args: argparse.Namespace, *paths: str | None) -> None:

@@ -19,7 +19,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each preset, in the order of the table; `active_params` are those that one token uses."""
+    """A row for each preset, in the order of the table; `active_params` are those that one token
+    uses.
+    """
     found = []
     for name in PRESETS:
         model = ModelConfig(preset=name).resolve()
@@ -40,7 +42,9 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     table = [list(COLUMNS)]
-    table += [[count(row[key]) if key == "params" else str(row[key]) for key in COLUMNS] for row in found]
+    table += [
+        [count(row[key]) if key == "params" else str(row[key]) for key in COLUMNS] for row in found
+    ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for number, row in enumerate(table):
         text = [cell.ljust(width) if at in (0, 2) else cell.rjust(width) for at, (cell, width) in
@@ -48,7 +52,10 @@ def _run(args: argparse.Namespace) -> int:
         active = found[number - 1]["active_params"] if number else 0
         experts = number and active != found[number - 1]["params"]
         print("  ".join(text) + (f"  ({count(active)} of them for a token)" if experts else ""))
-    print("\nUse one as model.preset=NAME; `megallm pretrain --text DIR --preset tiny` takes the tiny one that fits.")
+    print(
+        "\nUse one as model.preset=NAME; `megallm pretrain --text DIR --preset tiny` takes the "
+        "tiny one that fits."
+    )
     return 0
 
 

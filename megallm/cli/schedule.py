@@ -1,4 +1,6 @@
-"""`megallm schedule`: what each pipeline rank does when, as a grid, JSON, a picture or a trace. Without torch."""
+"""`megallm schedule`: what each pipeline rank does when, as a grid, JSON, a picture or a trace.
+Without torch.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,35 @@ NAME_WIDTH = 9  # columns before a row's boxes: "rank 12  "
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", required=True, choices=SCHEDULES, help="the schedule")
     parser.add_argument("--pp", type=int, required=True, metavar="N", help="pipeline ranks")
-    parser.add_argument("--chunks", type=int, metavar="N", help="stages a rank (default: 2 for interleaved and zb-v)")
-    parser.add_argument("--micros", type=int, required=True, metavar="N", help="microbatches of a step")
     parser.add_argument(
-        "--group", type=int, metavar="N", help="microbatches that an interleaved chunk takes in turn (default pp)"
+        "--chunks",
+        type=int,
+        metavar="N",
+        help="stages a rank (default: 2 for interleaved and zb-v)",
+    )
+    parser.add_argument(
+        "--micros", type=int, required=True, metavar="N", help="microbatches of a step"
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        metavar="N",
+        help="microbatches that an interleaved chunk takes in turn (default pp)",
     )
     parser.add_argument(
         "--cost", default="", metavar="F=1,B=1,W=1,M=0",
-        help="times of a chunk: forward, input gradient, weight gradient (a whole backward takes B + W); of a message",
+        help="times of a chunk: forward, input gradient, weight gradient (a whole backward takes "
+             "B + W); of a message",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="F", help="write ranks, makespan, bubble_fraction, idle_fraction, peak_live")
+    parser.add_argument(
+        "--json",
+        metavar="F",
+        help="write ranks, makespan, bubble_fraction, idle_fraction, peak_live",
+    )
     parser.add_argument("--draw", metavar="F.svg|F.png", help="draw a picture")
-    parser.add_argument("--trace", metavar="F.json", help="write a trace for chrome://tracing or ui.perfetto.dev")
+    parser.add_argument(
+        "--trace", metavar="F.json", help="write a trace for chrome://tracing or ui.perfetto.dev"
+    )
     overwrite_argument(parser)
 
 
@@ -75,7 +94,8 @@ def _placement(args: argparse.Namespace) -> Placement:
     actions = placement.num_stages * args.micros * 3
     if actions > MAX_ACTIONS:
         raise UsageError(
-            f"--pp {args.pp} x chunks {placement.chunks} x --micros {args.micros} makes up to {actions} actions; "
+            f"--pp {args.pp} x chunks {placement.chunks} x --micros {args.micros} makes up to "
+            f"{actions} actions; "
             f"at most {MAX_ACTIONS}: take fewer microbatches."
         )
     return placement
@@ -86,7 +106,9 @@ def _simulate(args: argparse.Namespace, placement: Placement, cost: Cost) -> Tim
     try:
         return simulate(plans, placement, cost)
     except Deadlock as error:
-        raise UsageError(f"{error} With --group {placement.pp} (pp) or more it does not.") from error
+        raise UsageError(
+            f"{error} With --group {placement.pp} (pp) or more it does not."
+        ) from error
 
 
 def parse_cost(text: str) -> Cost:
@@ -98,9 +120,15 @@ def parse_cost(text: str) -> Cost:
             value = float(number)
         except ValueError:
             value = math.nan
-        if name not in COSTS or not equals or not 0 <= value <= 1e9 or (value < 1e-9 and name in "FB"):
+        if (
+            name not in COSTS
+            or not equals
+            or not 0 <= value <= 1e9
+            or (value < 1e-9 and name in "FB")
+        ):
             raise UsageError(
-                f"--cost '{item}' is not understood: write F=1,B=1,W=1,M=0 with numbers from 1e-9 to 1e9 "
+                f"--cost '{item}' is not understood: write F=1,B=1,W=1,M=0 with numbers from 1e-9 "
+                "to 1e9 "
                 "(W and M may be 0)."
             )
         values[COSTS[name]] = value
@@ -129,14 +157,23 @@ def to_json(timeline: Timeline) -> dict[str, object]:
 
 def _slot_json(slot: Slot) -> dict[str, object]:
     action = slot.action
-    return {"op": action.op, "micro": action.micro, "stage": action.stage, "start": slot.start, "end": slot.end}
+    return {
+        "op": action.op,
+        "micro": action.micro,
+        "stage": action.stage,
+        "start": slot.start,
+        "end": slot.end,
+    }
 
 
-# --- the grid ------------------------------------------------------------------------------------------------------
+# --- the grid
+# ------------------------------------------------------------------------------------------------------
 
 
 def _show(drawn: picture.Picture) -> None:
-    """Print the grid in bands no wider than the terminal (or COLUMNS, or 80), what its signs mean, and the figures."""
+    """Print the grid in bands no wider than the terminal (or COLUMNS, or 80), what its signs mean,
+    and the figures.
+    """
     console = terminal.console(highlight=False)
     boxes = sum(len(row) for row in drawn.timeline.ranks)
     if boxes > MAX_GRID_BOXES:
@@ -149,7 +186,10 @@ def _show(drawn: picture.Picture) -> None:
     for begin in range(0, widest, band):
         for number, row in enumerate(rows):
             name = f"rank {number - 1}" if number else "time"
-            line = Text(f"{name:<{NAME_WIDTH}}", style="dim") + row[begin : min(begin + band, len(row))]
+            line = (
+                Text(f"{name:<{NAME_WIDTH}}", style="dim")
+                + row[begin : min(begin + band, len(row))]
+            )
             _print(console, line)
         _print(console, Text(""))
     live = " ".join(str(peak) for peak in drawn.timeline.peak_live)
@@ -173,7 +213,9 @@ def _scale(drawn: picture.Picture) -> tuple[float, float]:
 
 
 def _band(drawn: picture.Picture, width: int) -> int:
-    """Columns of one band, at most `width`: a multiple of the shortest box, so that no label is cut in two."""
+    """Columns of one band, at most `width`: a multiple of the shortest box, so that no label is cut
+    in two.
+    """
     unit = max(1, round(_scale(drawn)[1]))
     return width // unit * unit or width
 
@@ -181,12 +223,18 @@ def _band(drawn: picture.Picture, width: int) -> int:
 def legend(drawn: picture.Picture) -> list[str]:
     """What the signs of the grid mean: those that it has."""
     ops = {slot.action.op for row in drawn.timeline.ranks for slot in row}
-    means = {"F": "forward", "B": "input gradient" if "W" in ops else "backward", "W": "weight gradient"}
+    means = {
+        "F": "forward",
+        "B": "input gradient" if "W" in ops else "backward",
+        "W": "weight gradient",
+    }
     signs = [f"{op}3 {word}" for op, word in means.items() if op in ops]
     lines = [f"{', '.join(signs)} of microbatch 3; - goes on; blank: the rank waits"]
     if drawn.placement.chunks > 1:
         last = chr(ord("a") + min(drawn.placement.chunks, 26) - 1)
-        lines.append(f"a to {last} behind the number: model chunk of the rank, in order (F3a: its first)")
+        lines.append(
+            f"a to {last} behind the number: model chunk of the rank, in order (F3a: its first)"
+        )
     return lines
 
 
@@ -198,7 +246,9 @@ def _print(console: Console, line: Text) -> None:
 
 
 def grid(drawn: picture.Picture) -> list[Text]:
-    """A ruler and a row for each rank, all to one scale: `F3` is microbatch 3 forward, `F3b` in the second chunk."""
+    """A ruler and a row for each rank, all to one scale: `F3` is microbatch 3 forward, `F3b` in the
+    second chunk.
+    """
     timeline, placement = drawn.timeline, drawn.placement
     scale, _ = _scale(drawn)
     ruler = Text(style="dim")

@@ -1,7 +1,9 @@
-"""Verbs that may take long: a child process does the work; this one shows progress and ends it when it is asked to.
+"""Verbs that may take long: a child process does the work; this one shows progress and ends it when
+it is asked to.
 
-Work may sit in a library for minutes (training a tokenizer, sorting), where no signal handler of Python runs. So the
-child is asked first, which lets it clean up, and killed when it has not ended within GRACE_SECONDS.
+Work may sit in a library for minutes (training a tokenizer, sorting), where no signal handler of
+Python runs. So the child is asked first, which lets it clean up, and killed when it has not ended
+within GRACE_SECONDS.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ GRACE_SECONDS = 1.2
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK_SECONDS = 0.1  # between looks at the child
-_FIRST_SECONDS, _LINE_SECONDS = 5.0, 10.0  # without a terminal: when the first plain line comes, and the others
+_FIRST_SECONDS, _LINE_SECONDS = (
+    5.0,
+    10.0,
+)  # without a terminal: when the first plain line comes, and the others
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -39,10 +44,11 @@ class Terminated(BaseException):
 
 
 def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
-    """Call `work` in a child process and return its exit code; in the child, return what `work` returns.
+    """Call `work` in a child process and return its exit code; in the child, return what `work`
+    returns.
 
-    kept: a sentence for the one who interrupts it, about what is kept and how to go on. A child that a signal ended
-    ends this process by the same one.
+    kept: a sentence for the one who interrupts it, about what is kept and how to go on. A child
+    that a signal ended ends this process by the same one.
     """
     BOARD.open()
     sys.stdout.flush()
@@ -50,7 +56,9 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
     wanted = [number for number in _STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*wanted, signal.SIGCHLD))
     parent, process = os.getpid(), _library()
-    process.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what the child started comes to us when it ends
+    process.prctl(
+        _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
+    )  # what the child started comes to us when it ends
     pid = os.fork()
     if pid == 0:
         process.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -60,7 +68,9 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return work()
     status, asked, killed = _watch(pid, verb, wanted)
-    while signal.sigtimedwait(wanted, 0) is not None:  # of a terminal, which the child obeyed before we looked
+    while (
+        signal.sigtimedwait(wanted, 0) is not None
+    ):  # of a terminal, which the child obeyed before we looked
         pass
     if asked:
         _end_orphans()
@@ -90,7 +100,9 @@ def say_stopped(number: int, kept: str) -> None:
 
 
 def die_of(number: int) -> int:
-    """End this process by a signal, as whoever sent it expects; 128 + its number should it survive."""
+    """End this process by a signal, as whoever sent it expects; 128 + its number should it
+    survive.
+    """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -101,7 +113,9 @@ def die_of(number: int) -> int:
 
 
 class _Handlers:
-    """What the child does when it is asked to stop: once, since a second signal would interrupt the cleanup."""
+    """What the child does when it is asked to stop: once, since a second signal would interrupt the
+    cleanup.
+    """
 
     def __init__(self, numbers: list[signal.Signals]) -> None:
         self._numbers = numbers
@@ -110,7 +124,9 @@ class _Handlers:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         for other in self._numbers:
-            signal.signal(other, signal.SIG_IGN)  # Python would set a handler of ours back to the default at its end
+            signal.signal(
+                other, signal.SIG_IGN
+            )  # Python would set a handler of ours back to the default at its end
         sys.unraisablehook = _quiet  # it may come where nothing can be raised; then we are killed
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
@@ -120,8 +136,8 @@ def _quiet(what: object) -> None:
 
 
 def _watch(pid: int, verb: str, wanted: list[signal.Signals]) -> tuple[int, int, bool]:
-    """Wait for the child and show its progress; (its status, the signal that it was asked to stop by or 0, whether it
-    had to be killed)."""
+    """Wait for the child and show its progress; (its status, the signal that it was asked to stop
+    by or 0, whether it had to be killed)."""
     screen = _Screen(verb)
     asked, deadline, killed = 0, float("inf"), False
     while True:
@@ -136,13 +152,17 @@ def _watch(pid: int, verb: str, wanted: list[signal.Signals]) -> tuple[int, int,
         if came is not None and came.si_signo != signal.SIGCHLD and not asked:
             asked, deadline = came.si_signo, time.monotonic() + GRACE_SECONDS
             with suppress(ProcessLookupError):
-                os.kill(pid, asked)  # a terminal sent it to both of us, anyone else to this process only
+                os.kill(
+                    pid, asked
+                )  # a terminal sent it to both of us, anyone else to this process only
 
 
 def _end_orphans() -> None:
     """Kill what the child had started and left behind: a server of processes, its workers."""
     own = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    with suppress(OSError):  # a kernel without this file: they end by themselves when their pipes close
+    with suppress(
+        OSError
+    ):  # a kernel without this file: they end by themselves when their pipes close
         while orphans := own.read_text().split():
             for orphan in map(int, orphans):
                 os.kill(orphan, signal.SIGKILL)
@@ -158,13 +178,21 @@ def _ending(code: int, asked: int) -> int:
     if asked or -code in _STOPS:
         return die_of(asked or -code)
     name = signal.Signals(-code).name
-    why = ": a kill that nobody asked for mostly means that memory ran out" if -code == signal.SIGKILL else ""
-    print(f"megallm: error: the process that did the work was ended by {name}{why}.", file=sys.stderr)
+    why = (
+        ": a kill that nobody asked for mostly means that memory ran out"
+        if -code == signal.SIGKILL
+        else ""
+    )
+    print(
+        f"megallm: error: the process that did the work was ended by {name}{why}.", file=sys.stderr
+    )
     return InternalError.exit_code
 
 
 class _Screen:
-    """Progress on standard error: on a terminal a line that is written again, elsewhere a plain line now and then."""
+    """Progress on standard error: on a terminal a line that is written again, elsewhere a plain
+    line now and then.
+    """
 
     def __init__(self, verb: str) -> None:
         self._verb, self._begin, self._note = verb, time.monotonic(), Note()
@@ -199,12 +227,17 @@ def line_of(verb: str, note: Note, seconds: float) -> str:
         counted = _counted(note.done, note.unit)
         if note.total:
             of = _counted(note.total, note.unit)
-            counted = f"{counted} of {of} {_name(note.unit)}".rstrip() + f", {100 * note.done // note.total} %"
+            counted = (
+                f"{counted} of {of} {_name(note.unit)}".rstrip()
+                + f", {100 * note.done // note.total} %"
+            )
         else:
             counted = f"{counted} {_name(note.unit)}".rstrip()
         parts.append(counted)
     minutes, rest = divmod(int(seconds), 60)
-    clock = f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    clock = (
+        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    )
     return " | ".join([*parts, clock])
 
 

@@ -1,4 +1,6 @@
-"""Every verb of `megallm`, and the module that holds it. A module is imported only when its verb is called."""
+"""Every verb of `megallm`, and the module that holds it. A module is imported only when its verb is
+called.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """What a verb's module exports: how its arguments are declared, and what it does (the exit code comes back)."""
+    """What a verb's module exports: how its arguments are declared, and what it does (the exit code
+    comes back).
+    """
 
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
@@ -19,7 +23,8 @@ class Command:
 class Verb:
     """One row of `megallm --help`. The module has `COMMANDS[words]`.
 
-    kept: of a verb that may take long, what an interruption leaves and how to go on; such a verb is supervised.
+    kept: of a verb that may take long, what an interruption leaves and how to go on; such a verb is
+    supervised.
     """
 
     words: str
@@ -38,11 +43,23 @@ _ROWS = (
     ("data stats", "data", "lengths, packing and most frequent tokens of an indexed dataset"),
     ("data stream", "stream", "print which documents a run reads at which step"),
     ("data trace", "stream", "name the documents, and the raw lines, behind one row of a step"),
-    ("curate", "curate", "clean raw text: language, quality, duplicates, personal data; with a ledger and a report"),
+    (
+        "curate",
+        "curate",
+        "clean raw text: language, quality, duplicates, personal data; with a ledger and a report",
+    ),
     ("curate train-classifier", "curate", "train a quality classifier on good and bad documents"),
     ("curate train-lm", "curate", "train a Kneser-Ney n-gram model for the perplexity step"),
-    ("synth", "curate", "write synthetic tasks with known answers: arithmetic, code with tests, templates"),
-    ("pretrain", "pretrain", "train a language model from a configuration, or from a folder of text"),
+    (
+        "synth",
+        "curate",
+        "write synthetic tasks with known answers: arithmetic, code with tests, templates",
+    ),
+    (
+        "pretrain",
+        "pretrain",
+        "train a language model from a configuration, or from a folder of text",
+    ),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),
@@ -63,10 +80,15 @@ _NOTHING = "nothing was written: the same command begins again."
 _PARTIAL = "what is done stays in OUTPUT.partial: the same command goes on from there (a pipe is read from its start)."
 _WORK = "the shards that are done stay in OUTPUT/work: the same command, without --overwrite, goes on from there."
 KEPT = {
-    "preprocess": _PARTIAL, "tokenizer train": _NOTHING, "data verify": "nothing was found to be wrong so far.",
+    "preprocess": _PARTIAL, "tokenizer train": _NOTHING, "data verify": "nothing was found to be "
+                                                                        "wrong so far.",
     "data merge": _NOTHING, "data split": _NOTHING, "data stats": _NOTHING, "data stream": _NOTHING, "curate": _WORK,
     "curate train-classifier": _NOTHING, "curate train-lm": _NOTHING, "synth": _NOTHING, "convert": _NOTHING,
     "ckpt verify": "nothing was found to be wrong so far.", "ckpt diff": _NOTHING, "ckpt dump": _NOTHING,
-    "ckpt upcycle": _NOTHING, "generate": _NOTHING, "oracle": "the rows above are done; --json was not written.",
+    "ckpt upcycle": _NOTHING, "generate": _NOTHING, "oracle": "the rows above are done; --json "
+                                                              "was not written.",
 }  # fmt: skip
-VERBS = {words: Verb(words, f"megallm.cli.{module}", text, KEPT.get(words, "")) for words, module, text in _ROWS}
+VERBS = {
+    words: Verb(words, f"megallm.cli.{module}", text, KEPT.get(words, ""))
+    for words, module, text in _ROWS
+}

@@ -18,25 +18,34 @@ from megallm.training.config import PretrainConfig
 
 
 def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
-    """Prepare what is missing, train (or go on) with the configuration that came of it, and name the next command."""
-    if args.config is not None and "=" in args.config:  # no CONFIG: the first setting stands in its place
+    """Prepare what is missing, train (or go on) with the configuration that came of it, and name
+    the next command.
+    """
+    if (
+        args.config is not None and "=" in args.config
+    ):  # no CONFIG: the first setting stands in its place
         args.overrides.insert(0, args.config)
         args.config = None
     if args.config is not None:
-        raise UsageError(f"Give either a CONFIG ({args.config}) or --text {args.text}: --text makes its own.")
+        raise UsageError(
+            f"Give either a CONFIG ({args.config}) or --text {args.text}: --text makes its own."
+        )
     request = _request(args)
     load(PretrainConfig, None, args.overrides)  # a misspelt key is said before the text is read
     prepared = from_text.is_prepared(request)
     if not prepared and started_by_others() is not None:
         raise UsageError(
-            f"--text prepares in one process: call `megallm pretrain --text {shlex.quote(args.text)}` once outside "
+            "--text prepares in one process: call `megallm pretrain --text "
+            f"{shlex.quote(args.text)}` once outside "
             "torchrun and srun (with train.stop_at=1), then start the same command there."
         )
     if not prepared:
         _prepare(request)
     args.config = str(request.config)
     args.overrides = [*_shorter(args), *args.overrides]
-    _say(f"configuration: {request.config} (any key can follow the command, such as train.steps=500)")
+    _say(
+        f"configuration: {request.config} (any key can follow the command, such as train.steps=500)"
+    )
     code = train(args)
     if code == 0:
         folder = shlex.quote(request.run_dir)
@@ -52,12 +61,19 @@ def _prepare(request: from_text.Request) -> None:
         nonlocal shown
         if sys.stderr.isatty() and time.monotonic() - shown > 0.3:
             shown = time.monotonic()
-            print(f"\r{stats.documents:,} documents, {sum(stats.tokens.values()):,} tokens ", end="", file=sys.stderr)
+            print(
+                f"\r{stats.documents:,} documents, {sum(stats.tokens.values()):,} tokens ",
+                end="",
+                file=sys.stderr,
+            )
 
     try:
         from_text.prepare(request, _say, show)
     except KeyboardInterrupt:
-        print(f"megallm: nothing is trained yet; the same command prepares {request.text} anew.", file=sys.stderr)
+        print(
+            f"megallm: nothing is trained yet; the same command prepares {request.text} anew.",
+            file=sys.stderr,
+        )
         raise
     if shown:
         print(file=sys.stderr)
@@ -66,7 +82,9 @@ def _prepare(request: from_text.Request) -> None:
 def _shorter(args: argparse.Namespace) -> list[str]:
     """A warm-up that fits `train.steps=N` of the command line, where the chosen one does not."""
     given = load(PretrainConfig, args.config, args.overrides)
-    if given.optim.warmup_steps < given.train.steps or any("optim.warmup_steps" in one for one in args.overrides):
+    if given.optim.warmup_steps < given.train.steps or any(
+        "optim.warmup_steps" in one for one in args.overrides
+    ):
         return []
     return [f"optim.warmup_steps={given.train.steps // 10}"]
 
@@ -75,9 +93,16 @@ def _request(args: argparse.Namespace) -> from_text.Request:
     """The command as a request; `run.dir=` among the settings says where the run lives."""
     preset = args.preset or from_text.TINY
     from_text.check_preset(preset)
-    given = [word.partition("=")[2].strip() for word in args.overrides if word.partition("=")[0].strip() == "run.dir"]
+    given = [
+        word.partition("=")[2].strip()
+        for word in args.overrides
+        if word.partition("=")[0].strip() == "run.dir"
+    ]
     return from_text.Request(
-        args.text, preset, given[-1] if given else from_text.default_run(args.text), from_text.machine()
+        args.text,
+        preset,
+        given[-1] if given else from_text.default_run(args.text),
+        from_text.machine(),
     )
 
 

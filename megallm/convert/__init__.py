@@ -1,1 +1,3 @@
-"""In and out of Hugging Face folders: reversible rules per family, streamed, without running anybody's code."""
+"""In and out of Hugging Face folders: reversible rules per family, streamed, without running
+anybody's code.
+"""

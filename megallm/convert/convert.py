@@ -1,7 +1,9 @@
-"""`megallm convert`: a checkpoint to a Hugging Face folder and back, block by block, into a folder that appears whole.
+"""`megallm convert`: a checkpoint to a Hugging Face folder and back, block by block, into a folder
+that appears whole.
 
-Whatever is read lies in another folder than what is written, and the output has a temporary name until everything
-is in it, synced, and verified when that was asked for: a crash leaves nothing at the final name.
+Whatever is read lies in another folder than what is written, and the output has a temporary name
+until everything is in it, synced, and verified when that was asked for: a crash leaves nothing at
+the final name.
 """
 
 from __future__ import annotations
@@ -63,7 +65,12 @@ from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -91,36 +98,47 @@ class NotEqual(InternalError):
 def run(request: ConvertRequest) -> dict[str, Any]:
     """Convert; returns {output, family, dtype, tensors, bytes, notes, max_rel_error when verified}.
 
-    Errors: UsageError, CheckpointError, CannotWrite; NotEqual when the logits differ from transformers' by more
-    than TOLERANCE. With any of them nothing is left at the output.
+    Errors: UsageError, CheckpointError, CannotWrite; NotEqual when the logits differ from
+    transformers' by more than TOLERANCE. With any of them nothing is left at the output.
     """
     output = Path(request.output)
     if request.verify:
         verify.check_available()
     check_new(output, request.input, request.overwrite)
     if not Path(request.input).is_dir():
-        raise UsageError(f"--input {request.input} is not a folder; give a run, step or model folder.")
-    abandoned = sorted(str(path) for path in output.absolute().parent.glob(f"{escape(output.name)}{TEMPORARY}*"))
+        raise UsageError(
+            f"--input {request.input} is not a folder; give a run, step or model folder."
+        )
+    abandoned = sorted(
+        str(path) for path in output.absolute().parent.glob(f"{escape(output.name)}{TEMPORARY}*")
+    )
     with whole_folder(output) as folder:
         done = to_hf(request, folder) if request.target == "hf" else to_megallm(request, folder)
     if abandoned:
         done["notes"].append(
-            f"{', '.join(abandoned)}: left by a conversion that was killed, or another one that still runs; "
+            f"{', '.join(abandoned)}: left by a conversion that was killed, or another one that "
+            "still runs; "
             "delete it in the first case"
         )
     return done
 
 
 def check_new(output: Path, source: str, overwrite: bool) -> None:
-    """Errors: UsageError for an output that is there already, unless it is an empty folder, or to be overwritten and
-    such a folder as conversion writes: a model that does not hold `source`, and no training run."""
+    """Errors: UsageError for an output that is there already, unless it is an empty folder, or to
+    be overwritten and such a folder as conversion writes: a model that does not hold `source`, and
+    no training run."""
     if not overwrite or is_empty(output):
         files.check_new(output)
         return
     ours = is_model_folder(output) or (output / "checkpoints").is_dir()
-    if output.is_symlink() or not ours or any((output / name).exists() for name in ("metrics.jsonl", "run.yaml")):
+    if (
+        output.is_symlink()
+        or not ours
+        or any((output / name).exists() for name in ("metrics.jsonl", "run.yaml"))
+    ):
         raise UsageError(
-            f"--output {output} is not a folder that conversion made, or a run was trained in it since: --overwrite "
+            f"--output {output} is not a folder that conversion made, or a run was trained in it "
+            "since: --overwrite "
             "does not remove it. Choose another folder, or remove it yourself."
         )
     if Path(source).resolve().is_relative_to(output.resolve()):
@@ -129,7 +147,9 @@ def check_new(output: Path, source: str, overwrite: bool) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that is synced and takes its name when the block ends well, else vanishes."""
+    """A temporary folder beside `output` that is synced and takes its name when the block ends
+    well, else vanishes.
+    """
     temporary = temporary_name(output.absolute())
     with writing(output):
         temporary.mkdir()
@@ -156,7 +176,9 @@ def whole_folder(output: Path) -> Iterator[Path]:
 def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
     """Fill `folder` from the checkpoint `request.input`."""
     if is_model_folder(Path(request.input)):
-        raise UsageError(f"--input {request.input} is a Hugging Face folder already; --to megallm converts it.")
+        raise UsageError(
+            f"--input {request.input} is a Hugging Face folder already; --to megallm converts it."
+        )
     step = resolve(request.input, weights_only)
     with Reader(step) as reader:
         model = stored_model(reader)
@@ -179,32 +201,46 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
     return result
 
 
-def write_weights(folder: Path, bridge: Bridge, source: Source, dtype: torch.dtype, max_shard_bytes: int) -> int:
-    """All tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an index when there are more.
+def write_weights(
+    folder: Path, bridge: Bridge, source: Source, dtype: torch.dtype, max_shard_bytes: int
+) -> int:
+    """All tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an index
+    when there are more.
 
-    Beside what the source holds, one block of at most MAX_PIECE_BYTES is in memory. Returns the bytes of the data.
+    Beside what the source holds, one block of at most MAX_PIECE_BYTES is in memory. Returns the
+    bytes of the data.
     """
     dtypes = {name: dtype_of(bridge, name, dtype) for name in bridge.theirs}
     sizes = {name: prod(full) * dtypes[name].itemsize for name, full in bridge.theirs.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     weight_map, total = {}, 0
     for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        entries = [(name, DTYPE_NAMES[dtypes[name]], bridge.theirs[name], sizes[name]) for name in names]
+        file = (
+            SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        entries = [
+            (name, DTYPE_NAMES[dtypes[name]], bridge.theirs[name], sizes[name]) for name in names
+        ]
         with writing(folder / file), ShardWriter(folder / file) as out:
             out.write(header_bytes(entries, {"format": "pt"}))
             for name in names:
                 full = bridge.theirs[name]
-                for box in split_box(Box((0,) * len(full), full), dtypes[name].itemsize, MAX_PIECE_BYTES):
+                for box in split_box(
+                    Box((0,) * len(full), full), dtypes[name].itemsize, MAX_PIECE_BYTES
+                ):
                     block = torch.empty(box.shape, dtype=dtypes[name])
                     fill_theirs(bridge, source, name, box, block)
-                    check_finite(block, name, box.offset, partial(_their_number, bridge, source, name))
+                    check_finite(
+                        block, name, box.offset, partial(_their_number, bridge, source, name)
+                    )
                     out.write(raw(block))
                     del block  # before the next one is made
         weight_map |= dict.fromkeys(names, file)
         total += sum(nbytes for _, _, _, nbytes in entries)
     if len(shards) > 1:
-        atomic_write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        atomic_write_json(
+            folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     return total
 
 
@@ -216,7 +252,9 @@ def _their_number(bridge: Bridge, source: Source, name: str, place: tuple[int, .
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into files of at most `limit` bytes; a tensor that is larger has a file to itself."""
+    """Names in order, cut into files of at most `limit` bytes; a tensor that is larger has a file
+    to itself.
+    """
     shards: list[list[str]] = [[]]
     held = 0
     for name, nbytes in sizes.items():
@@ -242,17 +280,21 @@ def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], to
         tokenizer_files.write_byte_tokenizer(folder)
     ids = tokenizer_files.token_ids(folder)
     (folder / TOKEN_IDS).unlink(missing_ok=True)  # config.json says it from here on
-    return [] if spec is not None else ["no tokenizer is known for this checkpoint; add one to the folder"], ids
+    return [] if spec is not None else [
+        "no tokenizer is known for this checkpoint; add one to the folder"
+    ], ids
 
 
 # To megallm.
 
 
 class Lazy:
-    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it is asked for, and
-    refused unless all of it is finite."""
+    """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it
+    is asked for, and refused unless all of it is finite."""
 
-    def __init__(self, source: Source, name: str, full: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: Source, name: str, full: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         self.source, self.name, self.shape, self.dtype = source, name, full, dtype
         self.itemsize = dtype.itemsize
 
@@ -272,13 +314,17 @@ class Lazy:
 
 
 def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
-    """Fill `folder`, a run folder with one checkpoint of step 0, from the Hugging Face folder `request.input`."""
+    """Fill `folder`, a run folder with one checkpoint of step 0, from the Hugging Face folder
+    `request.input`.
+    """
     if not is_model_folder(Path(request.input)):
         raise UsageError(f"--input {request.input} is no Hugging Face folder: it has no {CONFIG}.")
     with HfReader(request.input) as reader:
         dtype = DTYPES[request.dtype] if request.dtype else reader.dtype
         if dtype not in PRECISIONS:
-            raise UsageError(f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}.")
+            raise UsageError(
+                f"--dtype {request.dtype}: a model of megallm is {', '.join(PRECISIONS.values())}."
+            )
         reader.check_copies()
         lazy = [
             Lazy(reader, name, reader.info(name)[0], torch.float32 if is_state(name) else dtype)
@@ -304,10 +350,17 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
 IMPORTED = "import"
 
 
-def imported_meta(model: ModelConfig, dtype: torch.dtype, tokenizer: str | None = None) -> dict[str, Any]:
+def imported_meta(
+    model: ModelConfig, dtype: torch.dtype, tokenizer: str | None = None
+) -> dict[str, Any]:
     """The meta of a checkpoint that conversion made: weights only, no history of training."""
     described = asdict(replace(model, hf=None))
-    return {"kind": IMPORTED, "model": described, "precision": PRECISIONS[dtype], "tokenizer": tokenizer}
+    return {
+        "kind": IMPORTED,
+        "model": described,
+        "precision": PRECISIONS[dtype],
+        "tokenizer": tokenizer,
+    }
 
 
 def is_import(reader: Reader) -> bool:
@@ -318,11 +371,19 @@ def is_import(reader: Reader) -> bool:
 def to_yaml_section(model: ModelConfig) -> str:
     """The `model:` section of a training configuration for this model."""
     lines = to_yaml(replace(model, hf=None)).splitlines()
-    return "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))]) + "\n"
+    return (
+        "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))])
+        + "\n"
+    )
 
 
 def _result(
-    request: ConvertRequest, family: str, dtype: torch.dtype, tensors: int, nbytes: int, notes: list[str]
+    request: ConvertRequest,
+    family: str,
+    dtype: torch.dtype,
+    tensors: int,
+    nbytes: int,
+    notes: list[str],
 ) -> dict[str, Any]:
     return {
         "output": request.output,
@@ -335,14 +396,19 @@ def _result(
 
 
 def _compare(
-    result: dict[str, Any], model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None
+    result: dict[str, Any],
+    model: ModelConfig,
+    ours: Source,
+    theirs: Path,
+    round_theirs: torch.dtype | None = None,
 ) -> None:
     """Add what the comparison found to the result. Errors: NotEqual."""
     compared = verify.compare(model, ours, theirs, round_theirs)
     error = compared.max_rel_error
     if not error <= TOLERANCE:
         raise NotEqual(
-            f"The logits differ from those of transformers by {error:.2e} of the largest; at most {TOLERANCE:g} is "
+            f"The logits differ from those of transformers by {error:.2e} of the largest; at most "
+            f"{TOLERANCE:g} is "
             "accepted in float32. Nothing was written; please report the model's config.json.",
             error,
         )
@@ -350,6 +416,7 @@ def _compare(
     if compared.left_out:
         result["notes"].append(
             f"{compared.left_out} of {compared.positions} positions differ by up to "
-            f"{compared.max_rel_error_everywhere:.1e}: there the logits of transformers alone move as far when the "
+            f"{compared.max_rel_error_everywhere:.1e}: there the logits of transformers alone "
+            "move as far when the "
             "last bits of its inputs do, so float32 cannot judge them; all others agree"
         )

@@ -1,7 +1,8 @@
-"""One table per Hugging Face family: its tensors, its configuration keys, and what of them megallm can do. Pure.
+"""One table per Hugging Face family: its tensors, its configuration keys, and what of them megallm
+can do. Pure.
 
-To add a family: its rules, its keys, the defaults that transformers takes for absent keys, and the keys that must
-have one value for the architecture to be ours. Everything else reads these tables.
+To add a family: its rules, its keys, the defaults that transformers takes for absent keys, and the
+keys that must have one value for the architecture to be ours. Everything else reads these tables.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ PHI3_RULES = (  # q, k and v in one matrix, gate and up in another
 )  # fmt: skip
 
 DEEPSEEK_RULES = (
-    *(each for each in LLAMA_RULES if "attention.q." not in each.ours[0] and "attention.kv." not in each.ours[0]),
+    *(
+        each
+        for each in LLAMA_RULES
+        if "attention.q." not in each.ours[0] and "attention.kv." not in each.ours[0]
+    ),
     *moe_rules.PLAIN,
     *moe_rules.SHARED_BIAS,
     *moe_rules.LATENT,
@@ -126,16 +131,18 @@ BERT_CLASSIFIER = (
 class Family:
     """What conversion knows about one `model_type`.
 
-    `keys`: our field -> their key. `defaults`: what transformers takes when a key is absent. `only`: keys that must
-    be absent, null or have one of these values. `switches`: what our model must be to be written as this family.
-    `activations`: their activation -> ours. `buffers`: regular expression of stored tensors that are no weights.
+    `keys`: our field -> their key. `defaults`: what transformers takes when a key is absent.
+    `only`: keys that must be absent, null or have one of these values. `switches`: what our model
+    must be to be written as this family. `activations`: their activation -> ours. `buffers`:
+    regular expression of stored tensors that are no weights.
 
-    `architecture` is that of the family's own head (`head`), `classifier` the one of classes or of one number, and
-    `body` the one without a head; `rules` hold the first, `score` those of the classifier. `aside` matches stored
-    tensors of a head that megallm does not have, `spellings` are old endings of names and what they are now.
-    `fused` are rules of tensors with all experts of a layer in place of those with one each; `further` matches the
-    tensors of multi-token prediction; `more` are the keys that do not go over one by one; `aliases` are other names of
-    keys, which transformers writes; `writes` are keys of an exported config.json with one value.
+    `architecture` is that of the family's own head (`head`), `classifier` the one of classes or of
+    one number, and `body` the one without a head; `rules` hold the first, `score` those of the
+    classifier. `aside` matches stored tensors of a head that megallm does not have, `spellings` are
+    old endings of names and what they are now. `fused` are rules of tensors with all experts of a
+    layer in place of those with one each; `further` matches the tensors of multi-token prediction;
+    `more` are the keys that do not go over one by one; `aliases` are other names of keys, which
+    transformers writes; `writes` are keys of an exported config.json with one value.
     """
 
     name: str
@@ -151,7 +158,9 @@ class Family:
     buffers: str = r".*\.rotary_emb\.inv_freq"
     head: str = "lm"
     tied: str = "lm_head.weight"  # their name of the head's matrix when it is the embedding
-    repeats: Mapping[str, str] = field(default_factory=dict)  # further tensors that must equal another one of theirs
+    repeats: Mapping[str, str] = field(
+        default_factory=dict
+    )  # further tensors that must equal another one of theirs
     classifier: str | None = None
     score: tuple[Rule, ...] = (rule("score.weight", "head.weight"),)
     pooler: bool = False  # before the classifier
@@ -180,7 +189,10 @@ class Family:
         rest = tuple(each for each in rules if not each.of_head)
         if head != "none":
             return rest + self.score
-        bare = (replace(each, theirs=each.theirs.removeprefix(self.prefix)) for each in rest + self.score)
+        bare = (
+            replace(each, theirs=each.theirs.removeprefix(self.prefix))
+            for each in rest + self.score
+        )
         return tuple(bare)
 
     def architecture_of(self, head: str) -> str | None:
@@ -224,7 +236,8 @@ _CODE_OF_PHI3 = {
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
 }
 
-# Keys of any config.json that ask for something no family here computes, with the values that ask for nothing.
+# Keys of any config.json that ask for something no family here computes, with the values that ask
+# for nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1, 1.0),

@@ -1,8 +1,9 @@
-"""Opening a model folder that nobody vouches for: bounded JSON, plain files, checked safetensors headers. Pure.
+"""Opening a model folder that nobody vouches for: bounded JSON, plain files, checked safetensors
+headers. Pure.
 
-Only `*.safetensors` and JSON are ever read; nothing is executed. A header is checked completely (sizes, offsets,
-overlaps, names) before a byte is allocated for a tensor, and may not describe far more tensors than the file can hold,
-so memory is bounded by the file and by what is asked for.
+Only `*.safetensors` and JSON are ever read; nothing is executed. A header is checked completely
+(sizes, offsets, overlaps, names) before a byte is allocated for a tensor, and may not describe far
+more tensors than the file can hold, so memory is bounded by the file and by what is asked for.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "a
 MAX_JSON_BYTES = 4 * 2**20  # config.json and friends
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_VALUES = 8 * 2**20  # commas and brackets in a JSON file: what each makes takes some hundred bytes
-FREE_TENSORS, TENSOR_BYTES, TENSOR_VALUES = 4096, 1024, 16  # a file may have more tensors only where it has the bytes
+MAX_VALUES = (
+    8 * 2**20
+)  # commas and brackets in a JSON file: what each makes takes some hundred bytes
+FREE_TENSORS, TENSOR_BYTES, TENSOR_VALUES = (
+    4096,
+    1024,
+    16,
+)  # a file may have more tensors only where it has the bytes
 MAX_TENSORS = 500_000  # of all files together; each costs about a kilobyte of memory
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**48
@@ -52,13 +59,16 @@ def is_model_folder(path: Path) -> bool:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """The file `name` of the folder, links resolved. Errors: CheckpointError when it is not a plain file inside it.
+    """The file `name` of the folder, links resolved. Errors: CheckpointError when it is not a plain
+    file inside it.
 
     A link may point to the folder itself, or, as in the cache that Hugging Face's tools keep, from
     `snapshots/REVISION/` to `blobs/` beside `snapshots`.
     """
     if _PLAIN.fullmatch(name) is None:
-        raise CheckpointError(f"{folder} names the file {name[:120]!r}; only plain names inside the folder are.")
+        raise CheckpointError(
+            f"{folder} names the file {name[:120]!r}; only plain names inside the folder are."
+        )
     home = folder.resolve()
     try:
         found = (home / name).resolve(strict=True)
@@ -68,14 +78,18 @@ def plain_file(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots":
         allowed.add(home.parent.parent / "blobs")
     if found.parent not in allowed:
-        raise CheckpointError(f"{folder / name} is a link that leaves the folder (to {found}); it is not followed.")
+        raise CheckpointError(
+            f"{folder / name} is a link that leaves the folder (to {found}); it is not followed."
+        )
     if not stat.S_ISREG(os.lstat(found).st_mode):
         raise CheckpointError(f"{folder / name} is not a regular file.")
     return found
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> dict[str, Any]:
-    """A JSON object from a file of the folder. Errors: CheckpointError; too large, too deep or not JSON."""
+    """A JSON object from a file of the folder. Errors: CheckpointError; too large, too deep or not
+    JSON.
+    """
     found = plain_file(path.parent, path.name)
     with open(found, "rb") as file:
         data = file.read(limit + 1)
@@ -87,11 +101,15 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES)
 def _decoded(data: bytes, where: str, values: int) -> dict[str, Any]:
     found = sum(map(data.count, (b",", b"[", b"{")))
     if found > values:
-        raise CheckpointError(f"{where} holds {found} values; more than {values} are refused: they fill the memory.")
+        raise CheckpointError(
+            f"{where} holds {found} values; more than {values} are refused: they fill the memory."
+        )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON that can be read: {str(error)[:200]}.") from error
+        raise CheckpointError(
+            f"{where} is not JSON that can be read: {str(error)[:200]}."
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}.")
     return value
@@ -105,14 +123,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder's safetensors files, by their name. Errors: CheckpointError, UsageError.
+    """Every tensor of the folder's safetensors files, by their name. Errors: CheckpointError,
+    UsageError.
 
-    A single `model.safetensors` comes first; otherwise the index says which files there are. Pickles are refused, and
-    so are adapters, which other readers would silently add to the weights or take instead of them.
+    A single `model.safetensors` comes first; otherwise the index says which files there are.
+    Pickles are refused, and so are adapters, which other readers would silently add to the weights
+    or take instead of them.
     """
     if os.path.lexists(folder / ADAPTER):
         raise UsageError(
-            f"{folder} holds an adapter ({ADAPTER}), so its weights alone are not the model: merge it first with peft "
+            f"{folder} holds an adapter ({ADAPTER}), so its weights alone are not the model: "
+            "merge it first with peft "
             "(`model.merge_and_unload().save_pretrained(Y)`), or take the file away."
         )
     if os.path.lexists(folder / SINGLE):
@@ -120,11 +141,15 @@ def catalogue(folder: Path) -> dict[str, Entry]:
     if not os.path.lexists(folder / INDEX):
         raise UsageError(_no_weights(folder))
     weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES, 2 * MAX_TENSORS).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to file names.")
     for name in sorted(set(weight_map.values())):
         if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX} names {name[:120]!r}; only .safetensors files are read.")
+            raise CheckpointError(
+                f"{folder / INDEX} names {name[:120]!r}; only .safetensors files are read."
+            )
     headers: dict[str, dict[str, Entry]] = {}
     for name in sorted(set(weight_map.values())):
         headers[name] = read_header(plain_file(folder, name))
@@ -133,12 +158,16 @@ def catalogue(folder: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:
-            raise CheckpointError(f"{folder / INDEX} says that {name} holds {tensor[:120]}, but it does not.")
+            raise CheckpointError(
+                f"{folder / INDEX} says that {name} holds {tensor[:120]}, but it does not."
+            )
         found[tensor] = headers[name][tensor]
     for name, header in headers.items():
         for tensor in header:
             if weight_map.get(tensor) != name:
-                raise CheckpointError(f"{folder / name} holds {tensor[:120]}, which {INDEX} does not place there.")
+                raise CheckpointError(
+                    f"{folder / name} holds {tensor[:120]}, which {INDEX} does not place there."
+                )
     return found
 
 
@@ -147,7 +176,8 @@ def _no_weights(folder: Path) -> str:
     if not pickles:
         return f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there."
     return (
-        f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code when it is read: refused. "
+        f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code when it is "
+        "read: refused. "
         "Convert it where nothing can be harmed, with transformers: "
         "`AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)` writes safetensors."
     )
@@ -160,23 +190,38 @@ def read_header(path: Path) -> dict[str, Entry]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
-            raise CheckpointError(f"{path} is no safetensors file, or it is cut off: its header does not fit in it.")
+            raise CheckpointError(
+                f"{path} is no safetensors file, or it is cut off: its header does not fit in it."
+            )
         if length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} has a header of {length} bytes; more than {MAX_HEADER_BYTES} are refused.")
+            raise CheckpointError(
+                f"{path} has a header of {length} bytes; more than {MAX_HEADER_BYTES} are refused."
+            )
         data = file.read(length)
-    values = TENSOR_VALUES * (FREE_TENSORS + size // TENSOR_BYTES)  # so that it takes a few times the file at most
+    values = TENSOR_VALUES * (
+        FREE_TENSORS + size // TENSOR_BYTES
+    )  # so that it takes a few times the file at most
     header = _decoded(data, f"The header of {path}", values)
     header.pop("__metadata__", None)
     begin = 8 + length
-    entries = {name: _entry(path, name, value, begin, size - begin) for name, value in header.items()}
+    entries = {
+        name: _entry(path, name, value, begin, size - begin) for name, value in header.items()
+    }
     position = begin
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != position:
-            what = "overlaps another tensor" if entry.offset < position else "leaves a hole before it"
-            raise CheckpointError(f"{path}: the tensor {name[:120]} {what} (byte {entry.offset}, expected {position}).")
+            what = (
+                "overlaps another tensor" if entry.offset < position else "leaves a hole before it"
+            )
+            raise CheckpointError(
+                f"{path}: the tensor {name[:120]} {what} (byte {entry.offset}, expected "
+                f"{position})."
+            )
         position += entry.nbytes
     if position != size:
-        raise CheckpointError(f"{path} has {size - position} bytes after its last tensor, or is damaged.")
+        raise CheckpointError(
+            f"{path} has {size - position} bytes after its last tensor, or is damaged."
+        )
     return entries
 
 
@@ -186,22 +231,34 @@ def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
         raise CheckpointError(f"{where} needs exactly dtype, shape and data_offsets.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(ITEM_BYTES)}.")
+        raise CheckpointError(
+            f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(ITEM_BYTES)}."
+        )
     if not _counts(shape) or len(shape) > MAX_DIMS or not _counts(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where} has a shape or data_offsets that are no lists of whole numbers.")
+        raise CheckpointError(
+            f"{where} has a shape or data_offsets that are no lists of whole numbers."
+        )
     if not 0 <= offsets[0] <= offsets[1] <= room:
         raise CheckpointError(f"{where} lies at {offsets} of {room} bytes: outside the file.")
     if offsets[1] - offsets[0] != prod(shape) * ITEM_BYTES[dtype]:
-        raise CheckpointError(f"{where} of shape {shape} and dtype {dtype} has {offsets[1] - offsets[0]} bytes.")
+        raise CheckpointError(
+            f"{where} of shape {shape} and dtype {dtype} has {offsets[1] - offsets[0]} bytes."
+        )
     return Entry(path, dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_ELEMENTS for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item <= MAX_ELEMENTS for item in value
+    )
 
 
-def match_shapes(folder: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Every wanted tensor is there with its shape. Errors: CheckpointError with the first few that are not."""
+def match_shapes(
+    folder: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every wanted tensor is there with its shape. Errors: CheckpointError with the first few that
+    are not.
+    """
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [
         f"{name} has shape {found[name].shape}, config.json makes it {shape}"
@@ -210,4 +267,6 @@ def match_shapes(folder: Path, found: Mapping[str, Entry], wanted: Mapping[str, 
     ]
     if problems:
         more = f" ({len(problems)} in all)" if len(problems) > 3 else ""
-        raise CheckpointError(f"{folder} does not hold the model of its config.json: {'; '.join(problems[:3])}{more}.")
+        raise CheckpointError(
+            f"{folder} does not hold the model of its config.json: {'; '.join(problems[:3])}{more}."
+        )

@@ -1,4 +1,6 @@
-"""Keys of config.json that do not go over one by one: which layers have experts, shared experts, latents. Pure."""
+"""Keys of config.json that do not go over one by one: which layers have experts, shared experts,
+latents. Pure.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ LARGEST_LAYERS = 10_000
 class More:
     """What a family reads and writes beside its table of keys.
 
-    `read` takes config.json and a list for sentences about what is wrong, and gives our fields; `write` gives their
-    keys; `hindrances` says why a model cannot be written so. `keys` are those that it knows.
+    `read` takes config.json and a list for sentences about what is wrong, and gives our fields;
+    `write` gives their keys; `hindrances` says why a model cannot be written so. `keys` are those
+    that it knows.
     """
 
     keys: frozenset[str]
@@ -43,14 +46,19 @@ def whole(raw: Raw, key: str, absent: int, problems: list[str], least: int = 1) 
 def _same_size(model: ModelConfig) -> list[str]:
     found = _each_layer(model)
     if model.moe.ffn_hidden_size != model.ffn_hidden_size:
-        found.append("model.moe.ffn_hidden_size differs from model.ffn_hidden_size, this family has one size")
+        found.append(
+            "model.moe.ffn_hidden_size differs from model.ffn_hidden_size, this family has one size"
+        )
     return found
 
 
 def _each_layer(model: ModelConfig) -> list[str]:
     if model.moe.first_dense == 0 and (model.moe.every == 1 or model.num_layers == 1):
         return []
-    return ["some layers have no experts (model.moe.first_dense, model.moe.every), in this family all have"]
+    return [
+        "some layers have no experts (model.moe.first_dense, model.moe.every), in this family all "
+        "have"
+    ]
 
 
 def _nothing(*_: Any) -> dict[str, Any]:
@@ -79,7 +87,8 @@ def _read_sparse(raw: Raw, problems: list[str]) -> dict[str, Any]:
     first, every = sparse[0], sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if sparse != list(range(first, layers, every)):
         problems.append(
-            f"decoder_sparse_step {step} and mlp_only_layers {str(dense)[:80]} put experts into the layers "
+            f"decoder_sparse_step {step} and mlp_only_layers {str(dense)[:80]} put experts into "
+            "the layers "
             f"{str(sparse)[:80]}; megallm has them in every nth layer from a first one on"
         )
     return {"moe.first_dense": first, "moe.every": every}
@@ -94,10 +103,16 @@ def _write_sparse(model: ModelConfig) -> dict[str, Any]:
 
 
 def _some_layer(model: ModelConfig) -> list[str]:
-    return [] if model.moe.first_dense < model.num_layers else ["no layer has experts (model.moe.first_dense)"]
+    return (
+        []
+        if model.moe.first_dense < model.num_layers
+        else ["no layer has experts (model.moe.first_dense)"]
+    )
 
 
-SPARSE = More(frozenset(("decoder_sparse_step", "mlp_only_layers")), _read_sparse, _write_sparse, _some_layer)
+SPARSE = More(
+    frozenset(("decoder_sparse_step", "mlp_only_layers")), _read_sparse, _write_sparse, _some_layer
+)
 
 
 # DeepSeek.
@@ -105,7 +120,11 @@ SPARSE = More(frozenset(("decoder_sparse_step", "mlp_only_layers")), _read_spars
 
 def _read_deepseek(raw: Raw, problems: list[str]) -> dict[str, Any]:
     width = whole(raw, "moe_intermediate_size", 2048, problems)
-    queries = 0 if "q_lora_rank" in raw and raw["q_lora_rank"] is None else whole(raw, "q_lora_rank", 1536, problems)
+    queries = (
+        0
+        if "q_lora_rank" in raw and raw["q_lora_rank"] is None
+        else whole(raw, "q_lora_rank", 1536, problems)
+    )
     return {
         "moe.shared_ffn_hidden_size": whole(raw, "n_shared_experts", 1, problems) * width,
         "moe.first_dense": whole(raw, "first_k_dense_replace", 3, problems, least=0),

@@ -1,7 +1,8 @@
-"""Rules of families with experts, latent attention and further tokens, beside those of `families`. Pure.
+"""Rules of families with experts, latent attention and further tokens, beside those of `families`.
+Pure.
 
-Published folders keep each expert by itself; transformers 5 has them stacked in memory and writes that form when asked
-not to keep the original one. `stacked` rules read it.
+Published folders keep each expert by itself; transformers 5 has them stacked in memory and writes
+that form when asked not to keep the original one. `stacked` rules read it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ _LAYER, _OURS = "model.layers.{n}.", "layers.{n}."
 
 
 def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """Experts one by one, in a module called `theirs` of the layer, with these names of the three matrices."""
+    """Experts one by one, in a module called `theirs` of the layer, with these names of the three
+    matrices.
+    """
     one, ours = f"{_LAYER}{theirs}.experts.{{x}}.", f"{_OURS}moe.experts."
     return (
         rule(f"{one}{gate}.weight", ours + "gate_up.weight[{x},0]"),
@@ -25,7 +28,11 @@ def stacked(theirs: str) -> tuple[Rule, ...]:
     """All experts of a layer in two tensors."""
     both, ours = f"{_LAYER}{theirs}.experts.", f"{_OURS}moe.experts."
     return (
-        rule(both + "gate_up_proj[{x}]", ours + "gate_up.weight[{x},0]", ours + "gate_up.weight[{x},1]"),
+        rule(
+            both + "gate_up_proj[{x}]",
+            ours + "gate_up.weight[{x},0]",
+            ours + "gate_up.weight[{x},1]",
+        ),
         rule(both + "down_proj[{x}]", ours + "down.weight[{x}]"),
     )
 
@@ -64,10 +71,18 @@ LATENT = (  # rotary features are neighbours; keys and values of one head stand 
     rule(_THEIRS + "q_a_proj.weight", _ATTENTION + "q_down.weight"),
     rule(_THEIRS + "q_a_layernorm.weight", _ATTENTION + "q_latent_norm.weight"),
     rule(
-        _THEIRS + "kv_a_proj_with_mqa.weight", _ATTENTION + "kv_down.weight", _ATTENTION + "k_rope.weight", pairs=True
+        _THEIRS + "kv_a_proj_with_mqa.weight",
+        _ATTENTION + "kv_down.weight",
+        _ATTENTION + "k_rope.weight",
+        pairs=True,
     ),
     rule(_THEIRS + "kv_a_layernorm.weight", _ATTENTION + "kv_latent_norm.weight"),
-    rule(_THEIRS + "kv_b_proj.weight", _ATTENTION + "k_up.weight", _ATTENTION + "v_up.weight", by_head=True),
+    rule(
+        _THEIRS + "kv_b_proj.weight",
+        _ATTENTION + "k_up.weight",
+        _ATTENTION + "v_up.weight",
+        by_head=True,
+    ),
     *(
         rule(_THEIRS + name, _ATTENTION + "q.weight", by_head=True, pairs=True, where=where)
         for name, where in (
@@ -77,8 +92,8 @@ LATENT = (  # rotary features are neighbours; keys and values of one head stand 
     ),
 )
 
-# The modules of further tokens follow the layers and are counted with them. Embedding and head are the model's own,
-# and published folders repeat them there.
+# The modules of further tokens follow the layers and are counted with them. Embedding and head are
+# the model's own, and published folders repeat them there.
 _FURTHER = "model.layers.{m}."
 FURTHER = (
     rule(_FURTHER + "enorm.weight", "mtp.{d}.embedding_norm.weight"),

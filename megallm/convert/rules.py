@@ -1,10 +1,11 @@
 """Reversible rules between our logical tensors and the tensors of another format. Pure.
 
-A rule says what one tensor of theirs is made of: one or several matrices of ours, laid end to end along the
-output dim or dealt out head by head, perhaps transposed, perhaps with rotary pairs side by side. Rename, split, stack,
-merge, transpose and reorder are all of that form. Rules become `Link`s, boxes that hold the same numbers on both
-sides, and a link maps any box inside it either way. So any piece of a tensor of one side can be filled from pieces of
-the other, and nothing is ever made whole on the way.
+A rule says what one tensor of theirs is made of: one or several matrices of ours, laid end to end
+along the output dim or dealt out head by head, perhaps transposed, perhaps with rotary pairs side
+by side. Rename, split, stack, merge, transpose and reorder are all of that form. Rules become
+`Link`s, boxes that hold the same numbers on both sides, and a link maps any box inside it either
+way. So any piece of a tensor of one side can be filled from pieces of the other, and nothing is
+ever made whole on the way.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ _SOURCE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<index>\d+(,\d+)*)\])?")
 
 @dataclass(frozen=True)
 class Rule:
-    """`theirs` = the matrices `ours` end to end along dim 0 (the output dim), transposed when `transpose`.
+    """`theirs` = the matrices `ours` end to end along dim 0 (the output dim), transposed when
+    `transpose`.
 
-    `name[i]` is one matrix of a stack, on either side, `name[i,j]` of a stack of stacks. `{n}` in the names stands for
-    the layer number, `{x}` for that of an expert, `{d}` for a depth of multi-token prediction and `{m}` for the number
-    of its block in their count of layers.
+    `name[i]` is one matrix of a stack, on either side, `name[i,j]` of a stack of stacks. `{n}` in
+    the names stands for the layer number, `{x}` for that of an expert, `{d}` for a depth of
+    multi-token prediction and `{m}` for the number of its block in their count of layers.
 
-    With `by_head` every head has its share of each matrix of ours, one after another. With `pairs` the last `rotated`
-    rows (of every head) are rotary features that theirs keeps as neighbours `(x0, y0, x1, y1, ...)` and ours as
-    halves `(x0, x1, ..., y0, y1, ...)`. A `copy` repeats what other rules hold: it is written, and may be absent.
-    `where` names a tensor of ours without which, or with `!` before it with which, the rule is left out.
+    With `by_head` every head has its share of each matrix of ours, one after another. With `pairs`
+    the last `rotated` rows (of every head) are rotary features that theirs keeps as neighbours
+    `(x0, y0, x1, y1, ...)` and ours as halves `(x0, x1, ..., y0, y1, ...)`. A `copy` repeats what
+    other rules hold: it is written, and may be absent. `where` names a tensor of ours without
+    which, or with `!` before it with which, the rule is left out.
     """
 
     theirs: str
@@ -49,7 +52,9 @@ class Rule:
 
     def holds(self, ours: Container[str]) -> bool:
         """Whether a model with the tensors `ours` is one that the rule is for."""
-        return not self.where or (self.where.removeprefix("!") in ours) != self.where.startswith("!")
+        return not self.where or (self.where.removeprefix("!") in ours) != self.where.startswith(
+            "!"
+        )
 
 
 def rule(theirs: str, *ours: str, **how: Any) -> Rule:
@@ -70,10 +75,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Link:
-    """Two boxes that hold the same numbers: `ours_box` of the tensor `ours`, `theirs_box` of the tensor `theirs`.
+    """Two boxes that hold the same numbers: `ours_box` of the tensor `ours`, `theirs_box` of the
+    tensor `theirs`.
 
-    Either may have leading stack dims of size 1; with `transpose` the last two dims change places. `theirs_box` has
-    every `step`th row from its offset on.
+    Either may have leading stack dims of size 1; with `transpose` the last two dims change places.
+    `theirs_box` has every `step`th row from its offset on.
     """
 
     ours: str
@@ -98,9 +104,13 @@ class Link:
         return len(self.theirs_box.shape) - self._dims
 
     def to_theirs(self, box: Box) -> Box:
-        """The box of theirs, of every `step`th row, that holds `box`, which lies inside `ours_box`."""
+        """The box of theirs, of every `step`th row, that holds `box`, which lies inside
+        `ours_box`.
+        """
         k, j = self.stack_dims, self.their_stack_dims
-        offset = [o - start for o, start in zip(box.offset[k:], self.ours_box.offset[k:], strict=True)]
+        offset = [
+            o - start for o, start in zip(box.offset[k:], self.ours_box.offset[k:], strict=True)
+        ]
         shape = list(box.shape[k:])
         if self.transpose:
             offset.reverse()
@@ -110,10 +120,14 @@ class Link:
         return Box((*self.theirs_box.offset[:j], *inner), (*self.theirs_box.shape[:j], *shape))
 
     def part_in(self, box: Box) -> tuple[Box, tuple[slice, ...]] | None:
-        """What of this link lies in `box` of theirs (all its rows): the box of ours, and where in `box` it stands."""
+        """What of this link lies in `box` of theirs (all its rows): the box of ours, and where in
+        `box` it stands.
+        """
         k, j = self.stack_dims, self.their_stack_dims
         offset, shape, slices = [], [], []
-        rows = zip(self.theirs_box.offset, self.theirs_box.shape, box.offset, box.shape, strict=True)
+        rows = zip(
+            self.theirs_box.offset, self.theirs_box.shape, box.offset, box.shape, strict=True
+        )
         for dim, (start, count, begin, length) in enumerate(rows):
             step = self.step if dim == j else 1
             first = max(0, -((start - begin) // step))
@@ -129,7 +143,9 @@ class Link:
             offset.reverse()
             shape.reverse()
         inner = (o + s for o, s in zip(offset, self.ours_box.offset[k:], strict=True))
-        return Box((*self.ours_box.offset[:k], *inner), (*self.ours_box.shape[:k], *shape)), tuple(slices)
+        return Box((*self.ours_box.offset[:k], *inner), (*self.ours_box.shape[:k], *shape)), tuple(
+            slices
+        )
 
 
 @dataclass(frozen=True)
@@ -146,11 +162,14 @@ class Bridge:
     copies: frozenset[str] = frozenset()
 
 
-def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], counts: Counts) -> Bridge:
+def plan_bridge(
+    rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], counts: Counts
+) -> Bridge:
     """Apply `rules` to a model whose logical tensors have the full shapes `ours`.
 
-    A rule none of whose sources the model has is left out (a bias that is off). Errors: InternalError when the rules
-    do not hold every element of every tensor, on both sides, exactly once.
+    A rule none of whose sources the model has is left out (a bias that is off). Errors:
+    InternalError when the rules do not hold every element of every tensor, on both sides, exactly
+    once.
     """
     links: list[Link] = []
     theirs: dict[str, tuple[int, ...]] = {}
@@ -161,27 +180,41 @@ def plan_bridge(rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], coun
         if not any(present) or not each.holds(ours):
             continue
         if not all(present):
-            raise InternalError(f"The rule of {each.theirs} needs {', '.join(each.ours)}; some are lacking.")
+            raise InternalError(
+                f"The rule of {each.theirs} needs {', '.join(each.ours)}; some are lacking."
+            )
         name, stack = _parse(each.theirs)
         if name in theirs and not stack:
             raise InternalError(f"Two rules make {each.theirs}.")
-        full, made = _links(each, name, stack, [(text, at, ours[text]) for text, at in sources], counts)
+        full, made = _links(
+            each, name, stack, [(text, at, ours[text]) for text, at in sources], counts
+        )
         known = theirs.get(name, full)
         theirs[name] = tuple(max(pair) for pair in zip(known, full, strict=True))
         links += made
         copies |= {name} if each.copy else set()
     own = [link for link in links if link.theirs not in copies]
-    bridge = Bridge(ours, theirs, _grouped(own, "ours", ours), _grouped(links, "theirs", theirs), frozenset(copies))
+    bridge = Bridge(
+        ours,
+        theirs,
+        _grouped(own, "ours", ours),
+        _grouped(links, "theirs", theirs),
+        frozenset(copies),
+    )
     for name, full in ours.items():
         _check_cover(name, full, [(link.ours_box, 1, 0) for link in bridge.by_ours[name]])
     for name, full in theirs.items():
         found = bridge.by_theirs[name]
-        _check_cover(name, full, [(link.theirs_box, link.step, link.their_stack_dims) for link in found])
+        _check_cover(
+            name, full, [(link.theirs_box, link.step, link.their_stack_dims) for link in found]
+        )
     return bridge
 
 
 def _expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
-    """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the layers."""
+    """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the
+    layers.
+    """
     for each in rules:
         if "{m}" in each.theirs:
             for depth in range(counts.depths):
@@ -213,8 +246,12 @@ def _named(each: Rule, place: str, number: str) -> Rule:
 def _parse(text: str) -> tuple[str, tuple[int, ...]]:
     match = _SOURCE.fullmatch(text)
     if match is None:
-        raise InternalError(f"A rule names {text!r}; write a tensor name, or name[i] for one matrix of a stack.")
-    return match["name"], () if match["index"] is None else tuple(map(int, match["index"].split(",")))
+        raise InternalError(
+            f"A rule names {text!r}; write a tensor name, or name[i] for one matrix of a stack."
+        )
+    return match["name"], () if match["index"] is None else tuple(
+        map(int, match["index"].split(","))
+    )
 
 
 Source = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, place in its stack, full shape
@@ -230,17 +267,21 @@ def _links(
             matrix = full[len(stack) :]
             if columns not in (None, matrix[1:]):
                 raise InternalError(
-                    f"The parts of {each.theirs} are {columns} and {matrix[1:]} wide: they do not join."
+                    f"The parts of {each.theirs} are {columns} and {matrix[1:]} wide: they do not "
+                    "join."
                 )
             columns = matrix[1:]
             count, uneven = divmod(matrix[0], counts.heads if each.by_head else 1)
             if uneven:
-                raise InternalError(f"{name} of {matrix[0]} rows has no equal share for {counts.heads} heads.")
+                raise InternalError(
+                    f"{name} of {matrix[0]} rows has no equal share for {counts.heads} heads."
+                )
             last = name == sources[-1][0]
             paired = counts.rotated if each.pairs and last else 0
             for begin, length, at, step in _runs(count, paired):
                 ours_box = Box(
-                    (*stack, head * count + begin, *(0 for _ in columns)), (*(1 for _ in stack), length, *columns)
+                    (*stack, head * count + begin, *(0 for _ in columns)),
+                    (*(1 for _ in stack), length, *columns),
                 )
                 offset, shape = (rows + at, *(0 for _ in columns)), (length, *columns)
                 if each.transpose:
@@ -261,7 +302,9 @@ def _runs(count: int, paired: int) -> Iterator[tuple[int, int, int, int]]:
         yield plain + half * paired // 2, paired // 2, plain + half, 2
 
 
-def _grouped(links: list[Link], side: str, names: Mapping[str, tuple[int, ...]]) -> dict[str, list[Link]]:
+def _grouped(
+    links: list[Link], side: str, names: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[Link]]:
     groups: dict[str, list[Link]] = {name: [] for name in names}
     for link in links:
         groups[link.ours if side == "ours" else link.theirs].append(link)
@@ -269,11 +312,17 @@ def _grouped(links: list[Link], side: str, names: Mapping[str, tuple[int, ...]])
 
 
 def _check_cover(name: str, full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> None:
-    """Every element of a tensor is held once; `held` are boxes, the step of their rows, and the dim of rows."""
+    """Every element of a tensor is held once; `held` are boxes, the step of their rows, and the dim
+    of rows.
+    """
     spread = any(step > 1 for _, step, _ in held)
-    problem = _rows_problem(full, held) if spread else cover_problem(full, [box for box, _, _ in held])
+    problem = (
+        _rows_problem(full, held) if spread else cover_problem(full, [box for box, _, _ in held])
+    )
     if problem is not None:
-        raise InternalError(f"The conversion rules do not hold {name} of shape {full} exactly once: {problem}.")
+        raise InternalError(
+            f"The conversion rules do not hold {name} of shape {full} exactly once: {problem}."
+        )
 
 
 def _rows_problem(full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> str | None:

@@ -1,4 +1,6 @@
-"""The files around the weights: tokenizer, chat template, generation config. Copied by name, never executed. Pure."""
+"""The files around the weights: tokenizer, chat template, generation config. Copied by name, never
+executed. Pure.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ MAX_BYTES = 64 * 2**20  # the largest tokenizer.json known has 33 MB
 MAX_TEMPLATES = 100
 _BLOCK = 1 << 20
 
-Ids = Mapping[str, Any]  # bos_token_id, eos_token_id, pad_token_id: a number, a list of them, or None
+Ids = Mapping[
+    str, Any
+]  # bos_token_id, eos_token_id, pad_token_id: a number, a list of them, or None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -43,27 +47,41 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_spec(folder: Path) -> str | None:
-    """What `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one, None without any."""
+    """What `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one, None
+    without any.
+    """
     form = form_of(folder)
     if form is None:
         return None
-    return BYTES if form.name == DEFINITION and _is_byte_tokenizer(_definition(folder)) else str(folder)
+    return (
+        BYTES
+        if form.name == DEFINITION and _is_byte_tokenizer(_definition(folder))
+        else str(folder)
+    )
 
 
 def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[str]:
-    """Copy the files about texts that `source` has and the existing folder `target` has not; their names.
+    """Copy the files about texts that `source` has and the existing folder `target` has not; their
+    names.
 
-    What config.json says about texts, their ids, becomes `token_ids.json`. Without `definition` the tokenizer itself
-    stays behind. Errors: CheckpointError for links that leave the folder or files that are too large, CannotWrite.
+    What config.json says about texts, their ids, becomes `token_ids.json`. Without `definition` the
+    tokenizer itself stays behind. Errors: CheckpointError for links that leave the folder or files
+    that are too large, CannotWrite.
     """
     copied, told = [], os.path.lexists(source / CONFIG)
     for name in (*FILES, *rank_files(source)) if definition else _ABOUT:
-        if os.path.lexists(source / name) and not (target / name).exists() and not (told and name == TOKEN_IDS):
+        if (
+            os.path.lexists(source / name)
+            and not (target / name).exists()
+            and not (told and name == TOKEN_IDS)
+        ):
             _copy(plain_file(source, name), target / name)
             copied.append(name)
     templates = more_templates(source)
     if len(templates) > MAX_TEMPLATES:
-        raise CheckpointError(f"{source / MORE_TEMPLATES} has more than {MAX_TEMPLATES} templates; no model has.")
+        raise CheckpointError(
+            f"{source / MORE_TEMPLATES} has more than {MAX_TEMPLATES} templates; no model has."
+        )
     for path in templates:
         with writing(target):
             (target / MORE_TEMPLATES).mkdir(exist_ok=True)
@@ -79,7 +97,9 @@ _ABOUT = (SETTINGS, SPECIALS, GENERATION, TOKEN_IDS, "chat_template.jinja", "cha
 
 
 def keep_beside(source: Path, folder: Path, spec: str | None) -> None:
-    """Put into the run folder `folder` what `source` says about texts: its tokenizer (but `bytes`), templates, ids."""
+    """Put into the run folder `folder` what `source` says about texts: its tokenizer (but `bytes`),
+    templates, ids.
+    """
     with writing(folder):
         (folder / TOKENIZER).mkdir()
     copy_tokenizer(source, folder / TOKENIZER, definition=spec != BYTES)
@@ -93,7 +113,9 @@ def _said(folder: Path) -> dict[str, Any]:
 
 
 def config_ids(folder: Path) -> dict[str, Any]:
-    """The ids of texts that a model's config.json has, or had where only `token_ids.json` is left of it."""
+    """The ids of texts that a model's config.json has, or had where only `token_ids.json` is left
+    of it.
+    """
     said: dict[str, Any] = {}
     if os.path.lexists(folder / CONFIG):
         said = _said(folder)
@@ -103,10 +125,18 @@ def config_ids(folder: Path) -> dict[str, Any]:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """`eos_token_id` as transformers takes it: of generation_config.json, else of config.json; empty without any."""
-    value = read_json(folder / GENERATION).get("eos_token_id") if os.path.lexists(folder / GENERATION) else None
+    """`eos_token_id` as transformers takes it: of generation_config.json, else of config.json;
+    empty without any.
+    """
+    value = (
+        read_json(folder / GENERATION).get("eos_token_id")
+        if os.path.lexists(folder / GENERATION)
+        else None
+    )
     value = config_ids(folder).get("eos_token_id") if value in (None, []) else value
-    return [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+    return [
+        number for number in (value if isinstance(value, list) else [value]) if type(number) is int
+    ]
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -115,12 +145,16 @@ def _copy(source: Path, target: Path) -> None:
         while block := read.read(min(_BLOCK, left + 1)):
             left -= len(block)
             if left < 0:
-                raise CheckpointError(f"{source} is larger than {MAX_BYTES} bytes; no file of a tokenizer is.")
+                raise CheckpointError(
+                    f"{source} is larger than {MAX_BYTES} bytes; no file of a tokenizer is."
+                )
             write.write(block)
 
 
 def write_byte_tokenizer(target: Path) -> list[str]:
-    """The tokenizer `bytes` as files that transformers and tokenizers read: id = byte, 256 ends a text."""
+    """The tokenizer `bytes` as files that transformers and tokenizers read: id = byte, 256 ends a
+    text.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -148,28 +182,44 @@ def _is_byte_tokenizer(definition: dict[str, Any]) -> bool:
         return False
     plain = splitter.get("type") == "ByteLevel" and splitter.get("add_prefix_space") is False
     numbers = dict(_vocabulary(definition))
-    plain = plain and definition.get("normalizer") is None and definition.get("post_processor") is None
+    plain = (
+        plain and definition.get("normalizer") is None and definition.get("post_processor") is None
+    )
     return plain and numbers == _byte_vocabulary() | {END_OF_TEXT: 256}
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """GPT-2's printable character for each byte: itself where printable, else the next free one from 256."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    """GPT-2's printable character for each byte: itself where printable, else the next free one
+    from 256.
+    """
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte if byte in printable else 256 + hidden.index(byte)): byte for byte in range(256)}
+    return {
+        chr(byte if byte in printable else 256 + hidden.index(byte)): byte for byte in range(256)
+    }
 
 
 def token_ids(folder: Path) -> dict[str, Any]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else as the tokenizer's
-    settings name them; what ends a text else as `eod` of the tokenizer is found; else None."""
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else
+    as the tokenizer's settings name them; what ends a text else as `eod` of the tokenizer is found;
+    else None."""
     found = dict.fromkeys(ID_KEYS) | config_ids(folder)
     settings: dict[str, Any] = {}
     for name in (SPECIALS, SETTINGS):
         if os.path.lexists(folder / name):
-            settings |= {key: value for key, value in read_json(folder / name).items() if value is not None}
+            settings |= {
+                key: value for key, value in read_json(folder / name).items() if value is not None
+            }
     missing = [key for key in ID_KEYS if found[key] is None]
     named = {key: settings.get(key.removesuffix("_id")) for key in missing}
-    named = {key: token.get("content") if isinstance(token, dict) else token for key, token in named.items()}
+    named = {
+        key: token.get("content") if isinstance(token, dict) else token
+        for key, token in named.items()
+    }
     named = {key: token for key, token in named.items() if isinstance(token, str)}
     if form_of(folder) is None or not (named or found["eos_token_id"] is None):
         return found
@@ -182,15 +232,18 @@ def token_ids(folder: Path) -> dict[str, Any]:
 
 
 def begin_bare(folder: Path) -> list[str]:
-    """Let the tokenizer of an exported folder put nothing before a text, as its model was trained; notes where that
-    would be another tokenizer. transformers and `generate` would add a Llama's <s>, which the model has never seen."""
+    """Let the tokenizer of an exported folder put nothing before a text, as its model was trained;
+    notes where that would be another tokenizer. transformers and `generate` would add a Llama's
+    <s>, which the model has never seen."""
     form = form_of(folder)
     if form is None or not tokenizer.load(str(folder), check=False).template[0]:
         return []
     if form.name == DEFINITION:
         return [
-            f"the model was trained on texts without what the template of {DEFINITION} puts before them: tokenise with "
-            "add_special_tokens=False, or make the data with `megallm preprocess --add-special-tokens`"
+            f"the model was trained on texts without what the template of {DEFINITION} puts "
+            "before them: tokenise with "
+            "add_special_tokens=False, or make the data with `megallm preprocess "
+            "--add-special-tokens`"
         ]
     settings = read_json(folder / SETTINGS) if os.path.lexists(folder / SETTINGS) else {}
     atomic_write_json(folder / SETTINGS, settings | {"add_bos_token": False})
@@ -209,7 +262,11 @@ def _vocabulary(definition: dict[str, Any]) -> list[tuple[str, int]]:
     pairs = list(vocab.items()) if isinstance(vocab, dict) else []
     added = definition.get("added_tokens")
     pairs += [(row.get("content"), row.get("id")) for row in added or [] if isinstance(row, dict)]
-    return [(token, number) for token, number in pairs if isinstance(token, str) and isinstance(number, int)]
+    return [
+        (token, number)
+        for token, number in pairs
+        if isinstance(token, str) and isinstance(number, int)
+    ]
 
 
 def write_generation_config(target: Path, ids: Ids) -> None:
@@ -228,23 +285,27 @@ def kept_folder(step: Path) -> Path | None:
 def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
     """Refuse, for a checkpoint with this meta, another tokenizer than the one it was trained with.
 
-    A folder may have been changed since, or a path that was written down may lead elsewhere now. Errors: DataError.
+    A folder may have been changed since, or a path that was written down may lead elsewhere now.
+    Errors: DataError.
     """
     trained = meta.get("words") if isinstance(meta, dict) else None
     if trained is not None and words.fingerprint != trained:
         raise DataError(
-            f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with {trained}: its ids mean "
+            f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with "
+            f"{trained}: its ids mean "
             "other texts. Put the one of data.tokenizer back."
         )
 
 
 def find_tokenizer(step: Path, meta: Any) -> str | None:
-    """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured; `bytes` only where its
-    meta says so; or None."""
+    """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured;
+    `bytes` only where its meta says so; or None."""
     kept = kept_folder(step)
     if kept is not None and has_tokenizer(kept):
         return str(kept)
     named = meta.get("tokenizer") if isinstance(meta, dict) else None
-    if named == BYTES or (isinstance(named, str) and (has_tokenizer(Path(named)) or Path(named).is_file())):
+    if named == BYTES or (
+        isinstance(named, str) and (has_tokenizer(Path(named)) or Path(named).is_file())
+    ):
         return named
     return None

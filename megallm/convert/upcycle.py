@@ -1,7 +1,8 @@
 """A dense checkpoint as the start of a mixture of experts (sparse upcycling, arXiv 2212.05055).
 
-Every expert is a copy of the dense feed-forward layer. With weights that sum to 1 over a token's experts the new model
-computes what the dense one did, whatever the router, which is drawn from the seed.
+Every expert is a copy of the dense feed-forward layer. With weights that sum to 1 over a token's
+experts the new model computes what the dense one did, whatever the router, which is drawn from the
+seed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from megallm.parallel.shard import named_shards
 
 @dataclass(frozen=True)
 class UpcycleRequest:
-    """`experts` copies in each chosen layer; `first_dense` and `every` say which layers (as in `model.moe`)."""
+    """`experts` copies in each chosen layer; `first_dense` and `every` say which layers (as in
+    `model.moe`).
+    """
 
     source: str
     output: str
@@ -62,7 +65,9 @@ class Upcycled:
         return sorted([*self.shards, *self.state])
 
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Full shape and dtype; what the dense model lacks has that of its embedding, and state is float32."""
+        """Full shape and dtype; what the dense model lacks has that of its embedding, and state is
+        float32.
+        """
         if name in self.state:
             return self.state[name], torch.float32
         return self.shards[name].full, self.source.info("embedding.weight")[1]
@@ -72,19 +77,25 @@ class Upcycled:
         if name in self.state:
             tensor.zero_()
         elif name.endswith(".router.weight"):
-            values = initial_values(name, self.shards[name], tuple(offset), tuple(tensor.shape), self.seed)
+            values = initial_values(
+                name, self.shards[name], tuple(offset), tuple(tensor.shape), self.seed
+            )
             tensor.copy_(values)
         elif ".moe.experts." in name:
             for copy in tensor:
-                self.source.read_into(name.replace(".moe.experts.", ".mlp."), tuple(offset[1:]), copy)
+                self.source.read_into(
+                    name.replace(".moe.experts.", ".mlp."), tuple(offset[1:]), copy
+                )
         else:
             self.source.read_into(name, offset, tensor)
 
 
 def run(request: UpcycleRequest) -> dict[str, Any]:
-    """Write the run folder `request.output` with one checkpoint of step 0; returns {output, tensors, bytes, params}.
+    """Write the run folder `request.output` with one checkpoint of step 0; returns {output,
+    tensors, bytes, params}.
 
-    Errors: UsageError, CheckpointError, CannotWrite; with any of them nothing is left at the output.
+    Errors: UsageError, CheckpointError, CannotWrite; with any of them nothing is left at the
+    output.
     """
     output = Path(request.output)
     check_new(output, request.source, request.overwrite)
@@ -117,14 +128,17 @@ def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
     """The dense model's configuration with experts of the size of its feed-forward layer."""
     if dense.moe.num_experts:
         raise UsageError(
-            f"{request.source} has {dense.moe.num_experts} experts already: only a dense model grows them."
+            f"{request.source} has {dense.moe.num_experts} experts already: only a dense model "
+            "grows them."
         )
     if request.experts < 1:
         raise UsageError(f"--experts is {request.experts}; it must be at least 1.")
     if request.top_k == 1 < request.experts:
         raise UsageError(
-            "--top-k 1: the weight of the one chosen expert is scaled to 1, so that the model computes what the dense "
-            "one did, and then the router gets no gradient and never learns to choose. Nearest valid: --top-k 2."
+            "--top-k 1: the weight of the one chosen expert is scaled to 1, so that the model "
+            "computes what the dense "
+            "one did, and then the router gets no gradient and never learns to choose. Nearest "
+            "valid: --top-k 2."
         )
     moe = MoeConfig(
         num_experts=request.experts, top_k=request.top_k, first_dense=request.first_dense, every=request.every,
@@ -133,6 +147,7 @@ def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
     model = dataclasses.replace(dense, moe=moe).resolve()
     if not model.num_expert_layers:
         raise UsageError(
-            f"--first-dense {request.first_dense} leaves no layer for experts: the model has {dense.num_layers} layers."
+            f"--first-dense {request.first_dense} leaves no layer for experts: the model has "
+            f"{dense.num_layers} layers."
         )
     return model

@@ -1,7 +1,8 @@
-"""The logits of a converted model against `transformers`, in float32. The only place that uses transformers.
+"""The logits of a converted model against `transformers`, in float32. The only place that uses
+transformers.
 
-The folder's config.json is reduced to plain values and code of the folder is never trusted; the weights come from
-its safetensors files only.
+The folder's config.json is reduced to plain values and code of the folder is never trusted; the
+weights come from its safetensors files only.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ from megallm.parallel.shard import named_shards
 ROWS, TOKENS = 2, 48
 TOLERANCE = 1e-5  # of float32 logits against transformers
 NUDGE = 2.0**-22  # two units in the last place of a float32
-SHAKY = TOLERANCE / 2  # a position whose logits move by more when its inputs are nudged says nothing at TOLERANCE
+SHAKY = (
+    TOLERANCE / 2
+)  # a position whose logits move by more when its inputs are nudged says nothing at TOLERANCE
 MOST_SHAKY = 0.1  # share of the positions that may be left out
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`max_rel_error` over the positions that were judged, how many of all were left out, and the error over all."""
+    """`max_rel_error` over the positions that were judged, how many of all were left out, and the
+    error over all.
+    """
 
     max_rel_error: float
     positions: int
@@ -50,18 +55,23 @@ def check_available() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError(
-            f"--verify compares with transformers, which cannot be imported ({error}): pip install transformers, or "
+            f"--verify compares with transformers, which cannot be imported ({error}): pip "
+            "install transformers, or "
             "leave --verify out."
         ) from error
 
 
-def compare(model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None) -> Comparison:
-    """max|a - b| / max|b| of the logits of the same tokens; `a` ours, `b` transformers' from the folder `theirs`.
+def compare(
+    model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None
+) -> Comparison:
+    """max|a - b| / max|b| of the logits of the same tokens; `a` ours, `b` transformers' from the
+    folder `theirs`.
 
-    Every position counts, and only when one is above TOLERANCE is more asked. A trained model has a position now and
-    then whose logits move by 1e-4 when the last bit of an input does: there two right computations differ. Such
-    positions are found with transformers alone (its own logits, inputs nudged) and left out; when they are more than
-    MOST_SHAKY of all, none is. `round_theirs` rounds their weights to a dtype first, as the conversion did.
+    Every position counts, and only when one is above TOLERANCE is more asked. A trained model has a
+    position now and then whose logits move by 1e-4 when the last bit of an input does: there two
+    right computations differ. Such positions are found with transformers alone (its own logits,
+    inputs nudged) and left out; when they are more than MOST_SHAKY of all, none is. `round_theirs`
+    rounds their weights to a dtype first, as the conversion did.
     """
     tokens = sample_tokens(model)
     judge = load_transformers(theirs, model.head, round_theirs)
@@ -72,7 +82,9 @@ def compare(model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.
     everywhere = float(errors.max())
     steady = torch.ones_like(errors, dtype=torch.bool)
     if not everywhere <= TOLERANCE:
-        shaky = (transformers_logits(judge, tokens, NUDGE) - expected).abs().amax(-1) > SHAKY * scale
+        shaky = (transformers_logits(judge, tokens, NUDGE) - expected).abs().amax(
+            -1
+        ) > SHAKY * scale
         if shaky.float().mean() <= MOST_SHAKY:
             steady = ~shaky
     return Comparison(float(errors[steady].max()), steady.numel(), int((~steady).sum()), everywhere)
@@ -102,15 +114,19 @@ def loaded_stage(model: ModelConfig, source: Source, mesh: Mesh) -> Stage:
 def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
 
-    Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the first of an encoder.
-    Of a body alone the hidden states, and after them the pooled first one.
+    Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the
+    first of an encoder. Of a body alone the hidden states, and after them the pooled first one.
     """
     mesh = Mesh.single()
     stage = loaded_stage(model, source, mesh)
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     embedded = stage.embed(tokens, positions)
-    mask_spec = stage.context.mask_spec({"positions": positions}, model.sliding_window, model.causal)
-    hidden = stage.blocks(embedded, stage.attention_inputs(positions, wide_dtype(embedded.dtype), mask_spec))
+    mask_spec = stage.context.mask_spec(
+        {"positions": positions}, model.sliding_window, model.causal
+    )
+    hidden = stage.blocks(
+        embedded, stage.attention_inputs(positions, wide_dtype(embedded.dtype), mask_spec)
+    )
     features = stage.features(hidden)
     if model.head in VOCABULARY_HEADS:
         return local_logits(features, stage.head_weight, mesh, sp=False, bias=stage.head_bias)
@@ -119,7 +135,8 @@ def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
     return stage.head.logits(features[:, -1:] if model.causal else features[:, :1])
 
 
-# Keys that say nothing about a forward pass, which transformers would nevertheless act upon or stumble over.
+# Keys that say nothing about a forward pass, which transformers would nevertheless act upon or
+# stumble over.
 SILENT = frozenset((
     "auto_map", "dtype", "torch_dtype", "torchscript", "return_dict", "use_cache", "output_attentions",
     "output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "task_specific_params",
@@ -128,7 +145,9 @@ SILENT = frozenset((
 
 
 def _counts(key: str) -> bool:
-    """Whether transformers gets to see a key; what chooses implementations (kernels of others) it never does."""
+    """Whether transformers gets to see a key; what chooses implementations (kernels of others) it
+    never does.
+    """
     return key not in SILENT and key[:1] != "_" and not key.endswith("_implementation")
 
 
@@ -140,7 +159,9 @@ AUTO = {
 
 @torch.no_grad()
 def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | None = None) -> Any:
-    """transformers' float32 model of the folder, its weights rounded to a dtype first when one is given."""
+    """transformers' float32 model of the folder, its weights rounded to a dtype first when one is
+    given.
+    """
     transformers = check_available()
     transformers.utils.logging.disable_progress_bar()
     raw = {key: value for key, value in read_json(folder / CONFIG).items() if _counts(key)}
@@ -155,7 +176,8 @@ def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | Non
     except Exception as error:  # transformers raises whatever a strange config.json leads it to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(
-            f"--verify: transformers cannot load {folder} ({reason}). Mend its {CONFIG}, or leave --verify out."
+            f"--verify: transformers cannot load {folder} ({reason}). Mend its {CONFIG}, or leave "
+            "--verify out."
         ) from error
     for parameter in model.parameters():
         if rounded is not None:
@@ -165,7 +187,9 @@ def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | Non
 
 @torch.no_grad()
 def transformers_logits(model: Any, tokens: Tensor, nudge: float = 0.0) -> Tensor:
-    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`; `nudge` scales the noise that its inputs are multiplied with."""
+    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`; `nudge` scales the noise that its inputs are
+    multiplied with.
+    """
     given = [{"input_ids": row[None]} for row in tokens]
     if nudge:
         inputs = model.get_input_embeddings()(tokens)

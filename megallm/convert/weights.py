@@ -1,7 +1,8 @@
 """Sources of weights: anything with `names`, `info` and `read_into`, whatever the bytes lie in.
 
-`HfReader` reads a Hugging Face folder by logical name; `Cast` lets a checkpoint's Reader fill tensors of another
-dtype. Both hold one block of at most BLOCK_BYTES (one row where a row is longer) beside the caller's tensor.
+`HfReader` reads a Hugging Face folder by logical name; `Cast` lets a checkpoint's Reader fill
+tensors of another dtype. Both hold one block of at most BLOCK_BYTES (one row where a row is longer)
+beside the caller's tensor.
 """
 
 from __future__ import annotations
@@ -31,12 +32,23 @@ from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, named_shards
 
-BODY = {"head": "none", "head_bias": False, "num_labels": None, "pooler": False, "tie_embeddings": False}
+BODY = {
+    "head": "none",
+    "head_bias": False,
+    "num_labels": None,
+    "pooler": False,
+    "tie_embeddings": False,
+}
 BLOCK_BYTES = 16 * 2**20
 MAX_LAYERS = 4096  # each costs 40 KiB and a millisecond before its tensors are looked at
 MASTER = "optim.master."
 
-HF_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+HF_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -51,8 +63,8 @@ class Source(Protocol):
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The full shape of each logical tensor of a resolved model, from the built model's own Shard records, and of its
-    state beside parameters."""
+    """The full shape of each logical tensor of a resolved model, from the built model's own Shard
+    records, and of its state beside parameters."""
     shards = named_shards(whole_stage(model, Mesh.single("meta")))
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
@@ -62,14 +74,18 @@ def _head(model: ModelConfig) -> tuple[Any, ...]:
 
 
 def is_state(name: str) -> bool:
-    """Whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the weights are."""
+    """Whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the weights
+    are.
+    """
     return name.endswith(".router.bias")
 
 
 def bridge_of(model: ModelConfig, rules: Iterable[Rule]) -> Bridge:
     """The rules of a family applied to a resolved model."""
     heads = model.num_heads
-    counts = Counts(model.num_layers, model.moe.num_experts, model.mtp.depth, heads, model.rope_size)
+    counts = Counts(
+        model.num_layers, model.moe.num_experts, model.mtp.depth, heads, model.rope_size
+    )
     return plan_bridge(rules, logical_shapes(model), counts)
 
 
@@ -84,14 +100,15 @@ def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:
 
 
 class HfReader:
-    """A Hugging Face folder, read by logical name; a context manager. Nothing of the folder is executed.
+    """A Hugging Face folder, read by logical name; a context manager. Nothing of the folder is
+    executed.
 
-    `meta` is what `generate` asks a checkpoint for: the model, the precision that holds its weights exactly, and
-    where its tokenizer is. Errors: UsageError for a model that megallm cannot compute, CheckpointError for a folder
-    that is damaged or not what its config.json says.
+    `meta` is what `generate` asks a checkpoint for: the model, the precision that holds its weights
+    exactly, and where its tokenizer is. Errors: UsageError for a model that megallm cannot compute,
+    CheckpointError for a folder that is damaged or not what its config.json says.
 
-    `wanted` is the model to train, which may have another head than the folder: then `names` are those of the body.
-    It may also predict fewer further tokens.
+    `wanted` is the model to train, which may have another head than the folder: then `names` are
+    those of the body. It may also predict fewer further tokens.
     """
 
     def __init__(self, folder: str | os.PathLike[str], wanted: ModelConfig | None = None) -> None:
@@ -112,44 +129,76 @@ class HfReader:
             self.model = replace(self.model, mtp=wanted.mtp)
         stored = replace(self.model, **BODY) if self.new_head else self.model
         rules = family.rules_of(self.model.head, fused=family.is_fused(named))
-        self.bridge = bridge_of(stored, [each for each in rules if not (self.new_head and each.of_head)])
+        self.bridge = bridge_of(
+            stored, [each for each in rules if not (self.new_head and each.of_head)]
+        )
         self.entries = self._own(named, family)
-        needed = {name: full for name, full in self.bridge.theirs.items() if name not in self.bridge.copies}
-        match_shapes(self.folder, self.entries, needed | {n: self.bridge.theirs[n] for n in self.entries})
+        needed = {
+            name: full
+            for name, full in self.bridge.theirs.items()
+            if name not in self.bridge.copies
+        }
+        match_shapes(
+            self.folder, self.entries, needed | {n: self.bridge.theirs[n] for n in self.entries}
+        )
         self._files: dict[Path, int] = {}
         self._check_repeats(named, family)
         self.check_copies(sample=True)
 
     def _own(self, named: dict[str, Entry], family: Family) -> dict[str, Entry]:
         """The entries by the names of the rules; what is left over is refused by name."""
-        extra = [name for name in named if name not in self.bridge.theirs and not re.fullmatch(family.buffers, name)]
+        extra = [
+            name
+            for name in named
+            if name not in self.bridge.theirs and not re.fullmatch(family.buffers, name)
+        ]
         if self.model.tie_embeddings and family.tied in extra:
             extra.remove(family.tied)
-            self.notes += (f"{family.tied} is left aside: config.json ties it to the embedding, which it equals.",)
-        heads = {each.theirs for head in ("lm", "mlm", "value") for each in family.rules_of(head) if each.of_head}
-        unused = tuple(f"{family.prefix}layers.{n}." for n in range(self.model.num_blocks, self.blocks))
+            self.notes += (
+                f"{family.tied} is left aside: config.json ties it to the embedding, which it "
+                "equals.",
+            )
+        heads = {
+            each.theirs
+            for head in ("lm", "mlm", "value")
+            for each in family.rules_of(head)
+            if each.of_head
+        }
+        unused = tuple(
+            f"{family.prefix}layers.{n}." for n in range(self.model.num_blocks, self.blocks)
+        )
         aside = [
             name
             for name in extra
-            if re.fullmatch(family.aside, name) or name.startswith(unused) or (self.new_head and name in heads)
+            if re.fullmatch(family.aside, name)
+            or name.startswith(unused)
+            or (self.new_head and name in heads)
         ]
         if aside:
             extra = [name for name in extra if name not in aside]
             more = f" and {len(aside) - 8} others" if len(aside) > 8 else ""
-            self.notes += (f"{', '.join(aside[:8])}{more}: left aside, they belong to another head.",)
+            self.notes += (
+                f"{', '.join(aside[:8])}{more}: left aside, they belong to another head.",
+            )
         if extra:
             raise CheckpointError(
-                f"{self.folder} holds tensors that a {self.model.family} of its config.json does not have: "
-                f"{', '.join(sorted(extra)[:5])}{' and others' if len(extra) > 5 else ''}. {_DIFFERENT}"
+                f"{self.folder} holds tensors that a {self.model.family} of its config.json does "
+                "not have: "
+                f"{', '.join(sorted(extra)[:5])}{' and others' if len(extra) > 5 else ''}. "
+                f"{_DIFFERENT}"
             )
         for name in self.bridge.theirs:
             if name in named and named[name].dtype not in HF_DTYPES:
                 kinds = ", ".join(HF_DTYPES)
-                raise CheckpointError(f"{name} in {self.folder} is {named[name].dtype}; weights are {kinds}.")
+                raise CheckpointError(
+                    f"{name} in {self.folder} is {named[name].dtype}; weights are {kinds}."
+                )
         return {name: named[name] for name in self.bridge.theirs if name in named}
 
     def _named(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
-        """The tensors as the rules call them: old spellings made new, and with the prefix that bare bodies lack."""
+        """The tensors as the rules call them: old spellings made new, and with the prefix that bare
+        bodies lack.
+        """
         named: dict[str, tuple[str, Entry]] = {}
         bare = not any(name.startswith(family.prefix) for name in found)
         for stored, entry in found.items():
@@ -162,13 +211,16 @@ class HfReader:
                 name = family.prefix + name
             if name in named:
                 raise CheckpointError(
-                    f"{self.folder} holds one tensor under two names, {named[name][0]} and {stored}: take one away."
+                    f"{self.folder} holds one tensor under two names, {named[name][0]} and "
+                    f"{stored}: take one away."
                 )
             named[name] = stored, entry
         return {name: entry for name, (_, entry) in named.items()}
 
     def _check_repeats(self, named: Mapping[str, Entry], family: Family) -> None:
-        """What is left aside because another tensor stands for it must equal that one. Errors: CheckpointError."""
+        """What is left aside because another tensor stands for it must equal that one. Errors:
+        CheckpointError.
+        """
         repeats = dict(family.repeats)
         if self.model.tie_embeddings:
             repeats[family.tied] = self.bridge.by_ours["embedding.weight"][0].theirs
@@ -177,19 +229,29 @@ class HfReader:
                 continue
             aside, kept = named[name], self.entries[own]
             if aside.shape != kept.shape or aside.dtype not in HF_DTYPES:
-                raise CheckpointError(f"{self.folder}: {name} of shape {aside.shape} is tied to {own} of another one.")
+                raise CheckpointError(
+                    f"{self.folder}: {name} of shape {aside.shape} is tied to {own} of another one."
+                )
             row = self._first_difference(aside, kept)
             if row is not None:
                 free = name == family.tied and "tie_embeddings" in family.keys
-                untie = 'set "tie_word_embeddings": false in config.json to keep both, or ' if free else ""
+                untie = (
+                    'set "tie_word_embeddings": false in config.json to keep both, or '
+                    if free
+                    else ""
+                )
                 raise CheckpointError(
-                    f"{self.folder}: {name} differs from {own} in row {row}, though the two are tied: loaders disagree "
-                    f"on which counts (transformers 4 drops {name}, 5 keeps it). To mend it, {untie}"
+                    f"{self.folder}: {name} differs from {own} in row {row}, though the two are "
+                    "tied: loaders disagree "
+                    f"on which counts (transformers 4 drops {name}, 5 keeps it). To mend it, "
+                    f"{untie}"
                     f"take {name} out of the file."
                 )
 
     def _first_difference(self, one: Entry, other: Entry) -> int | None:
-        """The first row in which two tensors of one shape hold other numbers; a NaN equals a NaN."""
+        """The first row in which two tensors of one shape hold other numbers; a NaN equals a
+        NaN.
+        """
         row = prod(one.shape[1:])
         step = max(1, BLOCK_BYTES // (row * 8))
         for begin in range(0, one.shape[0], step):
@@ -206,7 +268,9 @@ class HfReader:
         return torch.frombuffer(data, dtype=dtype).to(torch.float64)
 
     def check_copies(self, sample: bool = False) -> None:
-        """Tensors that repeat others hold the same numbers (in their first and last rows). Errors: CheckpointError."""
+        """Tensors that repeat others hold the same numbers (in their first and last rows). Errors:
+        CheckpointError.
+        """
         for name in sorted(self.bridge.copies & self.entries.keys()):
             (link,), entry = self.bridge.by_theirs[name], self.entries[name]
             rows, columns = entry.shape
@@ -221,14 +285,17 @@ class HfReader:
                 self.read_into(link.ours, box.offset, own)
                 if not torch.equal(copy, own):
                     raise CheckpointError(
-                        f"{self.folder}: {name} must repeat the model's own {link.ours}, but differs from row {begin} "
+                        f"{self.folder}: {name} must repeat the model's own {link.ours}, but "
+                        f"differs from row {begin} "
                         f"on; megallm has one matrix for both."
                     )
 
     @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype of ours that holds every weight exactly; float16 becomes float32."""
-        weights = [links[0].theirs for name, links in self.bridge.by_ours.items() if not is_state(name)]
+        weights = [
+            links[0].theirs for name, links in self.bridge.by_ours.items() if not is_state(name)
+        ]
         kinds = {HF_DTYPES[self.entries[name].dtype] for name in weights}
         if kinds == {torch.bfloat16}:
             return torch.bfloat16
@@ -246,16 +313,22 @@ class HfReader:
         """Full logical shape, and the dtype of the first stored piece."""
         if name not in self.bridge.ours:
             raise CheckpointError(f"{self.folder} holds no tensor for {name}.")
-        return self.bridge.ours[name], HF_DTYPES[self.entries[self.bridge.by_ours[name][0].theirs].dtype]
+        return self.bridge.ours[name], HF_DTYPES[
+            self.entries[self.bridge.by_ours[name][0].theirs].dtype
+        ]
 
     @torch.no_grad()
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
-        """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and strides it has."""
+        """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and
+        strides it has.
+        """
         full, _ = self.info(name)
         target = Box(tuple(offset), tuple(tensor.shape))
         problem = outside_problem(full, target)
         if problem is not None:
-            raise CheckpointError(f"Tensor {name} of shape {full} cannot be read that way: {problem}.")
+            raise CheckpointError(
+                f"Tensor {name} of shape {full} cannot be read that way: {problem}."
+            )
         for link in self.bridge.by_ours[name]:
             common = link.ours_box.intersect(target)
             if common is None:
@@ -274,22 +347,31 @@ class HfReader:
         first = 0  # number of the first row, counted through the stack
         for size, offset in zip(entry.shape[: stack + 1], box.offset, strict=False):
             first = first * size + offset
-        inner = tuple(slice(o, o + n) for o, n in zip(box.offset[stack + 1 :], box.shape[stack + 1 :], strict=True))
+        inner = tuple(
+            slice(o, o + n)
+            for o, n in zip(box.offset[stack + 1 :], box.shape[stack + 1 :], strict=True)
+        )
         most = max(1, BLOCK_BYTES // (row * dtype.itemsize * step))
         for begin in range(0, into.shape[0], most):
             count = min(most, into.shape[0] - begin)
             rows = (count - 1) * step + 1
-            data = self._bytes(entry, (first + begin * step) * row * dtype.itemsize, rows * row * dtype.itemsize)
+            data = self._bytes(
+                entry, (first + begin * step) * row * dtype.itemsize, rows * row * dtype.itemsize
+            )
             block = torch.frombuffer(data, dtype=dtype).view(rows, *entry.shape[stack + 1 :])
             into[begin : begin + count].copy_(block[(slice(None, None, step), *inner)])
 
     def _bytes(self, entry: Entry, offset: int, nbytes: int) -> bytearray:
         if entry.path not in self._files:
-            self._files[entry.path] = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._files[entry.path] = os.open(
+                entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            )
         data = bytearray(nbytes)
         view = memoryview(data)
         while view:
-            count = os.preadv(self._files[entry.path], [view], entry.offset + offset + nbytes - len(view))
+            count = os.preadv(
+                self._files[entry.path], [view], entry.offset + offset + nbytes - len(view)
+            )
             if count == 0:
                 raise CheckpointError(f"{entry.path} was cut off while it was read.")
             view = view[count:]
@@ -308,16 +390,20 @@ class HfReader:
 
 
 def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, Entry]) -> None:
-    """config.json cannot ask for far more than there is: rules are spelled out for each layer, expert and head."""
+    """config.json cannot ask for far more than there is: rules are spelled out for each layer,
+    expert and head.
+    """
     if model.num_blocks > min(len(found), MAX_LAYERS):
         raise CheckpointError(
-            f"{folder} has {len(found)} tensors, but its config.json says {model.num_blocks} layers; more than "
+            f"{folder} has {len(found)} tensors, but its config.json says {model.num_blocks} "
+            "layers; more than "
             f"{MAX_LAYERS} are refused."
         )
     wanted, stored = model.num_params(), sum(prod(entry.shape) for entry in found.values())
     if wanted > 2 * stored:
         raise CheckpointError(
-            f"{folder} holds {stored} numbers, but the model of its config.json has {wanted} parameters."
+            f"{folder} holds {stored} numbers, but the model of its config.json has {wanted} "
+            "parameters."
         )
 
 
@@ -327,8 +413,8 @@ _DIFFERENT = "It would be another model without them."
 class Cast:
     """A checkpoint's weights in whatever dtype is asked for, block by block.
 
-    A wider dtype than the stored one takes the float32 master weights when the checkpoint has them. `through` rounds
-    every value to that dtype first. Only weights are listed, no optimizer state.
+    A wider dtype than the stored one takes the float32 master weights when the checkpoint has them.
+    `through` rounds every value to that dtype first. Only weights are listed, no optimizer state.
     """
 
     def __init__(self, reader: Source, through: torch.dtype | None = None) -> None:
@@ -343,7 +429,9 @@ class Cast:
 
     @torch.no_grad()
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
-        """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and strides it has."""
+        """Fill `tensor` with the box at `offset` of the logical tensor `name`, in the dtype and
+        strides it has.
+        """
         _, stored = self.reader.info(name)
         through = None if is_state(name) else self.through
         wanted = through or tensor.dtype

@@ -1,1 +1,3 @@
-"""Curation: raw text to clean text, with a reason for every decision. Imports `base` and `data` only, never torch."""
+"""Curation: raw text to clean text, with a reason for every decision. Imports `base` and `data`
+only, never torch.
+"""

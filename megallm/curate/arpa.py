@@ -10,7 +10,9 @@ _BEGIN, _END, _UNKNOWN = "<s>", "</s>", "<unk>"
 
 
 class ArpaModel:
-    """Backoff n-gram model. `score` has kenlm's meaning: log10 probability of a sentence with <s> and </s>."""
+    """Backoff n-gram model. `score` has kenlm's meaning: log10 probability of a sentence with <s>
+    and </s>.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.table: dict[tuple[str, ...], tuple[float, float]] = {}

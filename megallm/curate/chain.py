@@ -1,8 +1,9 @@
 """The chain: steps that judge batches, and the work on one shard between two global decisions.
 
-A local step looks at documents one by one. A global step (exact, near) compares all of them: it signs them at
-the end of a segment, decides once, and the next segment begins with applying the decision. A shard's
-work depends on the configuration, its input and the decisions only, never on who does it or when.
+A local step looks at documents one by one. A global step (exact, near) compares all of them: it
+signs them at the end of a segment, decides once, and the next segment begins with applying the
+decision. A shard's work depends on the configuration, its input and the decisions only, never on
+who does it or when.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ BATCH_CHARS = 1 << 18
 BATCH_DOCUMENTS = 512
 DOCUMENTS, LEDGER, TALLY, KEPT = "documents.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
 READ = "read"
-# What UTF-8 cannot hold (lone surrogates, in names of files and of keys) is written as its JSON escape.
+# What UTF-8 cannot hold (lone surrogates, in names of files and of keys) is written as its JSON
+# escape.
 ESCAPED = "backslashreplace"
 
 
@@ -46,13 +48,17 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class LocalStep(Protocol):
-    """Judges documents by themselves. `marks` are the limits that the report draws into the histograms."""
+    """Judges documents by themselves. `marks` are the limits that the report draws into the
+    histograms.
+    """
 
     name: str
     marks: dict[str, tuple[float, ...]]
 
     def judge(self, batch: Batch) -> list[Verdict]:
-        """One verdict a document. The step may record metrics on the batch and add to a document's `meta`."""
+        """One verdict a document. The step may record metrics on the batch and add to a document's
+        `meta`.
+        """
         ...
 
 
@@ -66,19 +72,25 @@ class GlobalStep(Protocol):
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Decisions by shard; `gone` are the sorted numbers of documents that a step decided before drops."""
+        """Decisions by shard; `gone` are the sorted numbers of documents that a step decided before
+        drops.
+        """
         ...
 
     def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
         """The numbers of the documents that decisions drop, sorted."""
         ...
 
-    def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]: ...
+    def judge(
+        self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
+    ) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps between two global decisions: apply `begin`, run `local`, sign for `end` (the last has none)."""
+    """Steps between two global decisions: apply `begin`, run `local`, sign for `end` (the last has
+    none).
+    """
 
     begin: tuple[str, ...]
     local: tuple[str, ...]
@@ -86,7 +98,9 @@ class Segment:
 
 
 def segments_of(config: CurateConfig) -> list[Segment]:
-    """Cut the chain at its global steps; neighbours are decided together when the first only drops."""
+    """Cut the chain at its global steps; neighbours are decided together when the first only
+    drops.
+    """
     out: list[Segment] = []
     begin: tuple[str, ...] = ()
     local: list[str] = []
@@ -128,7 +142,9 @@ def chain_of(config_yaml: str) -> Chain:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs for one shard of one segment; `target` is the folder that it makes."""
+    """All that a worker needs for one shard of one segment; `target` is the folder that it
+    makes.
+    """
 
     config_yaml: str
     segment: int
@@ -140,7 +156,9 @@ class ShardJob:
 
 
 def run_shard(job: ShardJob) -> Path:
-    """Do one shard and publish its folder whole. Errors: `DataError` for a bad line when input.on_error is stop."""
+    """Do one shard and publish its folder whole. Errors: `DataError` for a bad line when
+    input.on_error is stop.
+    """
     chain = chain_of(job.config_yaml)
     temporary = temporary_name(job.target)
     with writing(job.target):
@@ -205,12 +223,14 @@ class _ShardRun:
     def _reject(self, item: readers.Reject, index: int) -> None:
         if item.whole and self.chain.config.input.on_bad_file == "stop":
             raise DataError(
-                f"{item.file}:{item.line}: {item.reason.rstrip('.')}. Mend or remove the file, or set "
+                f"{item.file}:{item.line}: {item.reason.rstrip('.')}. Mend or remove the file, or "
+                "set "
                 "input.on_bad_file=skip to keep what was read of it and go on."
             )
         if not item.whole and self.chain.config.input.on_error == "stop":
             raise DataError(
-                f"{item.file}:{item.line}: {item.reason}. Mend it, or set input.on_error=skip to leave such lines out."
+                f"{item.file}:{item.line}: {item.reason}. Mend it, or set input.on_error=skip to "
+                "leave such lines out."
             )
         self.tally.add("files_rejected" if item.whole else "lines_rejected", 1)
         row = {"id": None, "file": item.file, "line": item.line, "action": "reject"}
@@ -236,9 +256,13 @@ class _ShardRun:
         batch.metrics.clear()
         for document, verdict in zip(batch.documents, verdicts, strict=True):
             if verdict.action == "edit":
-                document.edits += [[span.begin, span.end, span.reason, step] for span in verdict.spans]
+                document.edits += [
+                    [span.begin, span.end, span.reason, step] for span in verdict.spans
+                ]
             elif verdict.action == "drop":
-                self._write_ledger(document.index, ledger_row(document, "drop", step, verdict.reason, verdict.note))
+                self._write_ledger(
+                    document.index, ledger_row(document, "drop", step, verdict.reason, verdict.note)
+                )
         batch = batch.after(verdicts)
         self.tally.spend(step, time.process_time() - started)
         return batch
@@ -249,7 +273,9 @@ class _ShardRun:
             self.chain.glob[name].sign(batch, self.job.shard, self.signatures)
             self.tally.spend(f"{name} sign", time.process_time() - started)
         if self.segment.end:
-            self.signatures.ids.update({document.index: document.id for document in batch.documents})
+            self.signatures.ids.update(
+                {document.index: document.id for document in batch.documents}
+            )
 
     def _keep(self, document: Document) -> None:
         self.tally.add("kept", 1)
@@ -257,14 +283,18 @@ class _ShardRun:
         steps = list(dict.fromkeys(span[3] for span in document.edits))
         reasons = list(dict.fromkeys(span[2] for span in document.edits))
         action = "edit" if document.edits else "keep"
-        self._write_ledger(document.index, ledger_row(document, action, "+".join(steps), "+".join(reasons)))
+        self._write_ledger(
+            document.index, ledger_row(document, action, "+".join(steps), "+".join(reasons))
+        )
 
     def _write_ledger(self, index: int, row: dict[str, Any]) -> None:
         self.ledger.append((index, _as_json(row)))
 
 
 def _redactor(chain: Chain) -> Callable[[str], str] | None:
-    """What takes personal data out of the report's excerpts; None when the chain does not look for it."""
+    """What takes personal data out of the report's excerpts; None when the chain does not look for
+    it.
+    """
     step = chain.local.get("pii")
     return None if step is None else lambda text: apply_spans(text, edit(step.find(text)).spans)
 
@@ -272,7 +302,9 @@ def _redactor(chain: Chain) -> Callable[[str], str] | None:
 def ledger_row(
     document: Document, action: str, step: str, reason: str, note: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One row of ledger.jsonl; spans are [begin, end, reason, step] in the text as that step saw it."""
+    """One row of ledger.jsonl; spans are [begin, end, reason, step] in the text as that step saw
+    it.
+    """
     row = {
         "id": document.id, "file": document.file, "line": document.line, "action": action, "step": step,
         "reason": reason, "spans": document.edits,
@@ -283,11 +315,15 @@ def ledger_row(
 def kept_row(document: Document) -> bytes:
     """One line of kept/*.jsonl.gz: {"id", "text", "file", "line"} and what is kept beside."""
     beside = {"file": document.file, "line": document.line}
-    beside |= {key: value for key, value in document.meta.items() if key not in ("id", "text", *beside)}
+    beside |= {
+        key: value for key, value in document.meta.items() if key not in ("id", "text", *beside)
+    }
     native = extension.index()
     return b'{"id": %b, "text": %b, %b\n' % (
         _as_json(document.id).encode(errors=ESCAPED),
-        _as_json(document.text).encode() if native is None else native.quote(document.text.encode()),
+        _as_json(document.text).encode()
+        if native is None
+        else native.quote(document.text.encode()),
         _as_json(beside).encode(errors=ESCAPED)[1:],
     )
 
@@ -309,7 +345,15 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _dumped(document: Document) -> tuple[bytes, bytes]:
     """A line of JSON that ends with the size of the text, and the text as it is."""
     text = document.text.encode()
-    head = [document.index, document.id, document.file, document.line, document.meta, document.edits, len(text)]
+    head = [
+        document.index,
+        document.id,
+        document.file,
+        document.line,
+        document.meta,
+        document.edits,
+        len(text),
+    ]
     return json.dumps(head).encode() + b"\n", text
 
 
@@ -322,7 +366,9 @@ def _load(path: Path) -> Iterator[Document]:
 
 
 class _writer:
-    """The file that a segment writes: compressed documents for the next segment, or what is kept."""
+    """The file that a segment writes: compressed documents for the next segment, or what is
+    kept.
+    """
 
     def __init__(self, folder: Path, last: bool, level: int) -> None:
         self._raw = open(folder / (KEPT if last else DOCUMENTS), "wb")  # noqa: SIM115 (closed in __exit__)

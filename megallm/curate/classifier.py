@@ -1,7 +1,9 @@
-"""A quality classifier: logistic regression on hashed words and word pairs, or a fastText model brought along.
+"""A quality classifier: logistic regression on hashed words and word pairs, or a fastText model
+brought along.
 
-The recipe is DCLM's (Li et al. 2024, 4.4): good pages against a sample of the crawl. Bag-of-n-grams models of
-this kind are linear, so the trainer here is numpy's and exactly repeatable; one score is one gather and one sum.
+The recipe is DCLM's (Li et al. 2024, 4.4): good pages against a sample of the crawl. Bag-of-n-grams
+models of this kind are linear, so the trainer here is numpy's and exactly repeatable; one score is
+one gather and one sum.
 """
 
 from __future__ import annotations
@@ -32,17 +34,25 @@ _MAX_CHARS = 20_000  # of a document in training
 
 
 def features(analysis: Analysis, bits: int = BITS) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's set of hashed words and pairs, int64 laid end to end, and offsets [documents + 1]."""
+    """Each document's set of hashed words and pairs, int64 laid end to end, and offsets [documents
+    + 1].
+    """
     words = analysis.words
     pairs, first = words.ngrams(2)
     hashes = np.concatenate([words.hashes, pairs])
     documents = np.concatenate([words.documents, words.documents[first]])
-    packed = sorted_set(documents.astype(np.uint64) << np.uint64(bits) | hashes >> np.uint64(64 - bits))
-    offsets = np.searchsorted(packed, np.arange(len(analysis) + 1, dtype=np.uint64) << np.uint64(bits))
+    packed = sorted_set(
+        documents.astype(np.uint64) << np.uint64(bits) | hashes >> np.uint64(64 - bits)
+    )
+    offsets = np.searchsorted(
+        packed, np.arange(len(analysis) + 1, dtype=np.uint64) << np.uint64(bits)
+    )
     return (packed & np.uint64((1 << bits) - 1)).astype(np.int64), offsets
 
 
-def _margins(weights: np.ndarray, bias: float, index: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def _margins(
+    weights: np.ndarray, bias: float, index: np.ndarray, offsets: np.ndarray
+) -> np.ndarray:
     sums = np.zeros(len(offsets))
     np.cumsum(np.bincount(_rows(offsets), weights[index], minlength=len(offsets) - 1), out=sums[1:])
     return np.diff(sums) / np.sqrt(np.maximum(np.diff(offsets), 1)) + bias
@@ -69,42 +79,65 @@ class LinearModel:
     def save(self, path: str | Path) -> None:
         """One .npz file, whole or not at all; no pickle in it."""
         with writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, weights=self.weights.astype(np.float32), bias=self.bias, about=json.dumps(self.about))
+            np.savez(
+                file,
+                weights=self.weights.astype(np.float32),
+                bias=self.bias,
+                about=json.dumps(self.about),
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> LinearModel:
         """Errors: `DataError`."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                model = cls(file["weights"].astype(np.float64), float(file["bias"]), json.loads(str(file["about"])))
+                model = cls(
+                    file["weights"].astype(np.float64),
+                    float(file["bias"]),
+                    json.loads(str(file["about"])),
+                )
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(
-                f"{path} is not a classifier of `megallm curate train-classifier` and not a fastText file: {error}."
+                f"{path} is not a classifier of `megallm curate train-classifier` and not a "
+                f"fastText file: {error}."
             ) from error
         if model.weights.shape != (1 << BITS,):
-            raise DataError(f"{path} has {model.weights.shape} weights, want {1 << BITS}; train it again.")
+            raise DataError(
+                f"{path} has {model.weights.shape} weights, want {1 << BITS}; train it again."
+            )
         return model
 
 
 def train(
-    good: Sequence[str], bad: Sequence[str], key: str = "text", seed: int = 0, progress: Progress = quiet
+    good: Sequence[str],
+    bad: Sequence[str],
+    key: str = "text",
+    seed: int = 0,
+    progress: Progress = quiet,
 ) -> LinearModel:
     """Train on files of good and of bad documents; a tenth is held out and measured into `about`.
 
-    Errors: `DataError` for files that cannot be read, `UsageError` when a side has fewer than ten documents.
+    Errors: `DataError` for files that cannot be read, `UsageError` when a side has fewer than ten
+    documents.
     """
     progress("reading", 0, None)
     texts = [[text[:_MAX_CHARS] for text in readers.texts(side, key)] for side in (good, bad)]
     for name, side in zip(("--good", "--bad"), texts, strict=True):
         if len(side) < 10:
-            raise UsageError(f"{name} has {len(side)} documents; a classifier needs at least 10 of each side.")
+            raise UsageError(
+                f"{name} has {len(side)} documents; a classifier needs at least 10 of each side."
+            )
     every = texts[0] + texts[1]
     labels = np.repeat([1.0, 0.0], [len(texts[0]), len(texts[1])])
     held = rng.uniform(rng.key_of(seed, "classifier", "held out"), 0, len(every)) < _HELD_OUT
     weights, bias = _fit([every[i] for i in np.flatnonzero(~held)], labels[~held], seed, progress)
     model = LinearModel(weights.astype(np.float32).astype(np.float64), bias, {})
-    scores = np.concatenate([model.scores(Analysis(part)) for part in _parts([every[i] for i in np.flatnonzero(held)])])
-    model.about = {"good": len(texts[0]), "bad": len(texts[1]), "seed": seed} | measure(scores, labels[held])
+    scores = np.concatenate(
+        [model.scores(Analysis(part)) for part in _parts([every[i] for i in np.flatnonzero(held)])]
+    )
+    model.about = {"good": len(texts[0]), "bad": len(texts[1]), "seed": seed} | measure(
+        scores, labels[held]
+    )
     return model
 
 
@@ -113,8 +146,12 @@ def _parts(texts: list[str]) -> Iterator[list[str]]:
         yield texts[begin : begin + _BATCH]
 
 
-def _fit(texts: list[str], labels: np.ndarray, seed: int, progress: Progress = quiet) -> tuple[np.ndarray, float]:
-    """AdaGrad (Duchi et al. 2011) over small batches in keyed order; both classes weigh the same in all."""
+def _fit(
+    texts: list[str], labels: np.ndarray, seed: int, progress: Progress = quiet
+) -> tuple[np.ndarray, float]:
+    """AdaGrad (Duchi et al. 2011) over small batches in keyed order; both classes weigh the same in
+    all.
+    """
     weights, squares = np.zeros(1 << BITS), np.full(1 << BITS, 1e-8)
     bias, bias_square = 0.0, 1e-8
     balance = np.where(labels > 0, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
@@ -124,7 +161,11 @@ def _fit(texts: list[str], labels: np.ndarray, seed: int, progress: Progress = q
             progress("learning", epoch * len(texts) + begin, _EPOCHS * len(texts), "documents")
             chosen = order[begin : begin + _BATCH]
             index, offsets = features(Analysis([texts[i] for i in chosen]))
-            error = (_sigmoid(_margins(weights, bias, index, offsets)) - labels[chosen]) * balance[chosen] / len(chosen)
+            error = (
+                (_sigmoid(_margins(weights, bias, index, offsets)) - labels[chosen])
+                * balance[chosen]
+                / len(chosen)
+            )
             per_feature = (error / np.sqrt(np.maximum(np.diff(offsets), 1)))[_rows(offsets)]
             touched, place = np.unique(index, return_inverse=True)
             gradient = np.bincount(place, per_feature)
@@ -167,15 +208,22 @@ class Classifier:
             try:
                 self._fasttext = fasttext.load_model(config.model)
             except ValueError as error:
-                raise DataError(f"classifier.model: {config.model} cannot be loaded: {error}.") from error
+                raise DataError(
+                    f"classifier.model: {config.model} cannot be loaded: {error}."
+                ) from error
         else:
             self._linear = LinearModel.load(config.model)
 
     def _scores(self, batch: Batch) -> np.ndarray:
         if self._linear is not None:
             return self._linear.scores(batch.analysis)
-        found = [self._fasttext.predict(document.text.replace("\n", " "), k=-1) for document in batch.documents]
-        return np.array([dict(zip(*pair, strict=True)).get(self.config.label, 0.0) for pair in found])
+        found = [
+            self._fasttext.predict(document.text.replace("\n", " "), k=-1)
+            for document in batch.documents
+        ]
+        return np.array(
+            [dict(zip(*pair, strict=True)).get(self.config.label, 0.0) for pair in found]
+        )
 
     def judge(self, batch: Batch) -> list[Verdict]:
         scores = self._scores(batch)

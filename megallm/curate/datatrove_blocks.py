@@ -1,9 +1,10 @@
-"""Curation past one machine: the same shards, decisions and outputs, run by datatrove's executors (local, Slurm, Ray).
+"""Curation past one machine: the same shards, decisions and outputs, run by datatrove's executors
+(local, Slurm, Ray).
 
-`plan` gives the stages; each is a pipeline block and a number of tasks, and needs the one before to be complete.
-Tasks share the output folder and nothing else. The result is the same, byte for byte, as `megallm curate` writes.
-Every task of the first stage cuts the whole input and does its share of the shards. `Judge` puts single local
-steps into a pipeline of the user's own.
+`plan` gives the stages; each is a pipeline block and a number of tasks, and needs the one before to
+be complete. Tasks share the output folder and nothing else. The result is the same, byte for byte,
+as `megallm curate` writes. Every task of the first stage cuts the whole input and does its share of
+the shards. `Judge` puts single local steps into a pipeline of the user's own.
 
     executor = None
     for stage in plan(config, "out", tasks=8):
@@ -41,7 +42,9 @@ class Stage:
 
 
 def plan(config: CurateConfig, output: str | Path, tasks: int) -> list[Stage]:
-    """The stages of a whole run, in order. Errors: those of `run.run` for configuration, input and output folder."""
+    """The stages of a whole run, in order. Errors: those of `run.run` for configuration, input and
+    output folder.
+    """
     check(config)
     with writing(output):
         Path(output).mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,9 @@ def plan(config: CurateConfig, output: str | Path, tasks: int) -> list[Stage]:
 
 
 class _Block(PipelineStep):
-    """A block that reads and writes the output folder; documents of a pipeline around it pass by."""
+    """A block that reads and writes the output folder; documents of a pipeline around it pass
+    by.
+    """
 
     type = "megallm curate"
 
@@ -118,9 +123,11 @@ class Publish(_Block):
 
 
 class Judge(PipelineStep):
-    """Local steps of a configuration on the documents of a datatrove pipeline: drops leave, edits are made.
+    """Local steps of a configuration on the documents of a datatrove pipeline: drops leave, edits
+    are made.
 
-    What a step notes about a document goes into its metadata; reasons are counted in datatrove's statistics.
+    What a step notes about a document goes into its metadata; reasons are counted in datatrove's
+    statistics.
     """
 
     name = "judge"

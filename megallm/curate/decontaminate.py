@@ -38,14 +38,20 @@ class _Grams:
     def __init__(self, texts: list[str], size: int) -> None:
         words = Analysis(texts).words
         hashes, first = words.ngrams(size)
-        pairs = np.unique(np.stack([hashes, words.documents[first].astype(np.uint64)], axis=1), axis=0)
+        pairs = np.unique(
+            np.stack([hashes, words.documents[first].astype(np.uint64)], axis=1), axis=0
+        )
         hashes, counts = np.unique(pairs[:, 0], return_counts=True)
         template = hashes[(counts >= _TEMPLATE_ITEMS) & (counts >= _TEMPLATE_SHARE * len(texts))]
         pairs = pairs[~contains(template, pairs[:, 0])]
-        self.hashes, self.begin, self.counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+        self.hashes, self.begin, self.counts = np.unique(
+            pairs[:, 0], return_index=True, return_counts=True
+        )
         self.items = pairs[:, 1].astype(np.int64)
         self.sizes = np.bincount(self.items, minlength=len(texts))
-        self._filter = np.zeros(1 << _FILTER_BITS, bool)  # says no to nearly every n-gram of clean text
+        self._filter = np.zeros(
+            1 << _FILTER_BITS, bool
+        )  # says no to nearly every n-gram of clean text
         self._filter[self.hashes >> np.uint64(64 - _FILTER_BITS)] = True
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +64,9 @@ class _Grams:
         """Every (document, item) of n-grams found in documents."""
         counts = self.counts[numbers]
         shift = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(documents, counts), self.items[np.repeat(self.begin[numbers], counts) + shift]
+        return np.repeat(documents, counts), self.items[
+            np.repeat(self.begin[numbers], counts) + shift
+        ]
 
 
 class _Passages:
@@ -93,7 +101,9 @@ class _Passages:
         last = np.searchsorted(places, places + size)
         begin = int((last - np.arange(len(places))).argmax())
         slack = max(2, size // 8)
-        low = max(int(words.offsets[row]), int(places[last[begin] - 1]) + _SEED_WORDS - size - slack)
+        low = max(
+            int(words.offsets[row]), int(places[last[begin] - 1]) + _SEED_WORDS - size - slack
+        )
         high = min(int(words.offsets[row + 1]), int(places[begin]) + size + slack)
         return _in_order(item.tolist(), words.hashes[low:high].tolist()) >= self._share * size
 
@@ -119,20 +129,33 @@ class Decontaminate:
     def __init__(self, config: DecontaminateConfig) -> None:
         self.config = config
         self.marks = {"decontaminate.coverage": (config.coverage,)}
-        found = [(f"{path}:{line}:{key}", text) for path in config.sets for line, key, text in items(path, config.keys)]
+        found = [
+            (f"{path}:{line}:{key}", text)
+            for path in config.sets
+            for line, key, text in items(path, config.keys)
+        ]
         lengths = Analysis([text for _, text in found]).words.counts
         self.num_texts = len(found)
-        self.short = [name for (name, _), size in zip(found, lengths, strict=True) if size < config.coverage_ngram]
-        used = [pair for pair, size in zip(found, lengths, strict=True) if size >= config.coverage_ngram]
+        self.short = [
+            name
+            for (name, _), size in zip(found, lengths, strict=True)
+            if size < config.coverage_ngram
+        ]
+        used = [
+            pair for pair, size in zip(found, lengths, strict=True) if size >= config.coverage_ngram
+        ]
         if not used:
             raise DataError(
-                f"decontaminate.sets: no text of {', '.join(config.sets)} has the {config.coverage_ngram} words that "
+                f"decontaminate.sets: no text of {', '.join(config.sets)} has the "
+                f"{config.coverage_ngram} words that "
                 "it takes to recognise it."
             )
         self.names = [name for name, _ in used]
         self._short_grams = _Grams([text for _, text in used], config.coverage_ngram)
         self._long_grams = _Grams([text for _, text in used], config.ngram)
-        self._passages = _Passages([text for _, text in used], config.edited) if config.edited else None
+        self._passages = (
+            _Passages([text for _, text in used], config.edited) if config.edited else None
+        )
 
     def judge(self, batch: Batch) -> list[Verdict]:
         words = batch.analysis.words
@@ -159,7 +182,9 @@ class Decontaminate:
         return [self._verdict(hits.get(row)) for row in range(len(batch))]
 
     def _long_hits(self, words: Pieces, first: np.ndarray) -> Iterator[tuple[int, int]]:
-        """(document, item) that share a long n-gram; one can begin only where a short one was found."""
+        """(document, item) that share a long n-gram; one can begin only where a short one was
+        found.
+        """
         size = self.config.ngram
         first = first[first + size <= len(words)]
         first = first[words.documents[first] == words.documents[first + size - 1]]
@@ -176,19 +201,26 @@ class Decontaminate:
 
 
 def items(path: str, keys: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
-    """(line, key, text) of every text of a JSONL file of evaluation items. Errors: `DataError` with file:line."""
+    """(line, key, text) of every text of a JSONL file of evaluation items. Errors: `DataError` with
+    file:line.
+    """
     if not Path(path).is_file():
         what = "is a pipe or a device" if Path(path).exists() else "does not exist"
         raise DataError(f"decontaminate.sets: {path} {what}; give JSONL files.")
     line = 0
     for chunk in chunks(path, ReadOptions(keys=("-",))):
         if chunk.rows is not None or chunk.too_long:
-            raise DataError(f"decontaminate.sets: {path} must be JSONL (also .gz, .zst) with lines of at most 64 MiB.")
+            raise DataError(
+                f"decontaminate.sets: {path} must be JSONL (also .gz, .zst) with lines of at most "
+                "64 MiB."
+            )
         data = bytes_of(chunk)
         for raw in data.split(b"\n"):
             line += 1
             if raw.strip():
-                yield from ((line, key, text) for key, text in _texts_of(raw, keys, f"{path}:{line}"))
+                yield from (
+                    (line, key, text) for key, text in _texts_of(raw, keys, f"{path}:{line}")
+                )
         line -= data.endswith(b"\n")
 
 
@@ -209,14 +241,18 @@ def _texts_of(raw: bytes, keys: tuple[str, ...], where: str) -> list[tuple[str, 
         if isinstance(one, str):
             found.append((key, one))
         elif isinstance(one, list):
-            stack += [(f"{key}[{number}]", inner) for number, inner in reversed(list(enumerate(one)))]
+            stack += [
+                (f"{key}[{number}]", inner) for number, inner in reversed(list(enumerate(one)))
+            ]
         elif isinstance(one, dict):
             stack += [(f"{key}.{name}", inner) for name, inner in reversed(list(one.items()))]
     return found
 
 
 def report_of(step: Decontaminate, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """contamination.json: how many texts were looked for, which were too short, and where each was found."""
+    """contamination.json: how many texts were looked for, which were too short, and where each was
+    found.
+    """
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name in row["note"]["items"]:
@@ -237,7 +273,9 @@ def avoid_texts(names: Iterable[str]) -> Iterator[str]:
         if Path(name).suffix in (".txt", ".md"):
             for item in (item for unit in units(name, config) for item in parse(unit, config)):
                 if isinstance(item, Reject):
-                    raise DataError(f"{item.file}:{item.line}: {item.reason}: such texts could not be avoided.")
+                    raise DataError(
+                        f"{item.file}:{item.line}: {item.reason}: such texts could not be avoided."
+                    )
                 yield item.text
         else:
             yield from (text for _, _, text in items(name, ()))

@@ -16,7 +16,9 @@ Action = Literal["keep", "drop", "edit"]
 
 @dataclass(slots=True)
 class Document:
-    """One text with its origin: `line` counts from 1 in `file`; `index` is its place in its shard."""
+    """One text with its origin: `line` counts from 1 in `file`; `index` is its place in its
+    shard.
+    """
 
     id: str
     text: str
@@ -24,7 +26,9 @@ class Document:
     line: int
     index: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
-    edits: list[list[Any]] = field(default_factory=list)  # [begin, end, reason, step] of every edit so far
+    edits: list[list[Any]] = field(
+        default_factory=list
+    )  # [begin, end, reason, step] of every edit so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Keep, drop with a reason code, or edit with spans (in order, not overlapping); `note` goes into the ledger."""
+    """Keep, drop with a reason code, or edit with spans (in order, not overlapping); `note` goes
+    into the ledger.
+    """
 
     action: Action = "keep"
     reason: str = ""
@@ -56,7 +62,9 @@ def drop(reason: str, **note: Any) -> Verdict:
 
 
 def edit(spans: Sequence[Span]) -> Verdict:
-    """The verdict that replaces spans; no spans means keep. Overlaps are resolved in favour of the first, longest."""
+    """The verdict that replaces spans; no spans means keep. Overlaps are resolved in favour of the
+    first, longest.
+    """
     chosen: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
         if span.begin < span.end and (not chosen or span.begin >= chosen[-1].end):
@@ -74,7 +82,8 @@ def apply_spans(text: str, spans: Sequence[Span]) -> str:
 
 
 class Batch:
-    """Documents that steps see together, so that arithmetic over their characters is done once, in numpy.
+    """Documents that steps see together, so that arithmetic over their characters is done once, in
+    numpy.
 
     `metrics` collects one number a document under a name; the report draws them as histograms.
     """
@@ -82,7 +91,9 @@ class Batch:
     def __init__(self, documents: Sequence[Document]) -> None:
         self.documents = list(documents)
         self.metrics: dict[str, np.ndarray] = {}
-        self._wider: tuple[Analysis, np.ndarray] | None = None  # of a batch that ours is a part of, and our rows
+        self._wider: tuple[Analysis, np.ndarray] | None = (
+            None  # of a batch that ours is a part of, and our rows
+        )
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -93,8 +104,8 @@ class Batch:
         return Analysis([document.text for document in self.documents])
 
     def shared_analysis(self) -> tuple[Analysis, np.ndarray]:
-        """An analysis that holds our documents and perhaps dropped ones too, and the rows of ours in it: for steps
-        that need not make a new one after a drop."""
+        """An analysis that holds our documents and perhaps dropped ones too, and the rows of ours
+        in it: for steps that need not make a new one after a drop."""
         if self._wider is not None:
             return self._wider
         return self.analysis, np.arange(len(self))
@@ -104,7 +115,9 @@ class Batch:
         self.metrics[name] = np.asarray(values, np.float64)
 
     def after(self, verdicts: Sequence[Verdict]) -> Batch:
-        """The batch that the next step sees: dropped documents gone, spans replaced. Itself when all are kept."""
+        """The batch that the next step sees: dropped documents gone, spans replaced. Itself when
+        all are kept.
+        """
         if all(verdict.action == "keep" for verdict in verdicts):
             return self
         left, rows = [], []
@@ -115,7 +128,9 @@ class Batch:
                 left.append(document)
                 rows.append(row)
         batch = Batch(left)
-        if all(verdict.action != "edit" for verdict in verdicts) and ("analysis" in vars(self) or self._wider):
+        if all(verdict.action != "edit" for verdict in verdicts) and (
+            "analysis" in vars(self) or self._wider
+        ):
             analysis, ours = self.shared_analysis()
             batch._wider = analysis, ours[rows]
         return batch

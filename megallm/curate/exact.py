@@ -23,7 +23,9 @@ from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
 from megallm.curate.external import Scatter, contains, parts_for, spread
 from megallm.curate.folding import comparable
 
-RECORD = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("document", "<u8"), ("paragraph", "<u4"), ("unit", "<u4")])
+RECORD = np.dtype(
+    [("hi", "<u8"), ("lo", "<u8"), ("document", "<u8"), ("paragraph", "<u4"), ("unit", "<u4")]
+)
 DROP = np.dtype([("document", "<u8"), ("unit", "<u4"), ("first", "<u8")])
 LEVELS = ("document", "paragraph", "line")
 _PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
@@ -61,7 +63,9 @@ def units(text: str, level: str) -> Iterator[tuple[int, int, int, int]]:
 
 @dataclass
 class Signatures:
-    """What a shard's documents are compared by; written as NAME.npy files next to the shard's documents."""
+    """What a shard's documents are compared by; written as NAME.npy files next to the shard's
+    documents.
+    """
 
     arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)
     ids: dict[int, str] = field(default_factory=dict)
@@ -84,7 +88,9 @@ def load(folder: Path, name: str) -> np.ndarray | None:
 
 
 def of_batch(rows: np.ndarray | None, batch: Batch) -> np.ndarray | tuple[()]:
-    """The decisions of a shard, sorted by document, from the first to the last document of a batch of it."""
+    """The decisions of a shard, sorted by document, from the first to the last document of a batch
+    of it.
+    """
     if rows is None or not len(batch):
         return ()
     numbers = rows["document"] & np.uint64((1 << INDEX_BITS) - 1)
@@ -130,8 +136,8 @@ class Exact:
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
     ) -> dict[int, dict[str, np.ndarray]]:
-        """For every shard and level the records to drop. A unit that is gone with its document or paragraph is no
-        first occurrence for others."""
+        """For every shard and level the records to drop. A unit that is gone with its document or
+        paragraph is no first occurrence for others."""
         out: dict[int, dict[str, np.ndarray]] = {shard: {} for shard in range(len(shards))}
         gone_paragraphs = np.zeros(0, np.dtype([("document", "<u8"), ("unit", "<u4")]))
         for level in self._levels:
@@ -147,11 +153,17 @@ class Exact:
         return out
 
     def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
-        rows = [levels["document"]["document"] for levels in decisions.values() if "document" in levels]
+        rows = [
+            levels["document"]["document"] for levels in decisions.values() if "document" in levels
+        ]
         return np.sort(np.concatenate([np.zeros(0, np.uint64), *rows]))
 
-    def judge(self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]) -> list[Verdict]:
-        """Apply what `resolve` decided for this shard; `name_of` gives the id of a first occurrence."""
+    def judge(
+        self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
+    ) -> list[Verdict]:
+        """Apply what `resolve` decided for this shard; `name_of` gives the id of a first
+        occurrence.
+        """
         documents = {
             int(row["document"]) & (1 << INDEX_BITS) - 1: int(row["first"])
             for row in of_batch(decisions.get("document"), batch)
@@ -162,7 +174,10 @@ class Exact:
             for row in of_batch(decisions.get(level), batch):
                 index = int(row["document"]) & (1 << INDEX_BITS) - 1
                 cuts[level].setdefault(index, set()).add(int(row["unit"]))
-        return [self._verdict(document.text, document.index, documents, cuts, name_of) for document in batch.documents]
+        return [
+            self._verdict(document.text, document.index, documents, cuts, name_of)
+            for document in batch.documents
+        ]
 
     def _verdict(
         self,
@@ -191,7 +206,12 @@ class Exact:
 
 
 def _duplicates(
-    shards: Sequence[Path], level: str, scratch: Path, memory_bytes: int, gone: np.ndarray, paragraphs: np.ndarray
+    shards: Sequence[Path],
+    level: str,
+    scratch: Path,
+    memory_bytes: int,
+    gone: np.ndarray,
+    paragraphs: np.ndarray,
 ) -> np.ndarray:
     """Every record but the first of equal keys, sorted by document and unit."""
     arrays = [load(folder, f"exact_{level}") for folder in shards]

@@ -1,4 +1,6 @@
-"""Records of fixed size that may not fit into memory: scattered over files by a number, taken one file at a time."""
+"""Records of fixed size that may not fit into memory: scattered over files by a number, taken one
+file at a time.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def parts_for(total_bytes: int, memory_bytes: int) -> int:
 
 
 class Scatter:
-    """Appends records to `parts` files in `folder`; equal numbers always meet in the same file, in order of arrival."""
+    """Appends records to `parts` files in `folder`; equal numbers always meet in the same file, in
+    order of arrival.
+    """
 
     def __init__(self, folder: Path, parts: int, dtype: np.dtype) -> None:
         self.folder, self.parts, self.dtype = folder, parts, dtype
@@ -53,7 +57,9 @@ class Scatter:
 
 
 def spread(hashes: np.ndarray, parts: int) -> np.ndarray:
-    """A number below `parts` for each hash, by its high bits, so that files keep the order of the hashes."""
+    """A number below `parts` for each hash, by its high bits, so that files keep the order of the
+    hashes.
+    """
     return ((hashes >> np.uint64(32)) * np.uint64(parts)) >> np.uint64(32)
 
 
@@ -67,7 +73,9 @@ def contains(table: np.ndarray, values: np.ndarray) -> np.ndarray:
     if len(table) > _SMALL or len(values) <= _SMALL:
         place = np.minimum(np.searchsorted(table, values), len(table) - 1)
         return np.asarray(table[place]) == values
-    some = np.zeros(1 << _FILTER_BITS, bool)  # says no to nearly every hash that is not in a small table
+    some = np.zeros(
+        1 << _FILTER_BITS, bool
+    )  # says no to nearly every hash that is not in a small table
     some[table >> np.uint64(64 - _FILTER_BITS)] = True
     maybe = np.flatnonzero(some[values >> np.uint64(64 - _FILTER_BITS)])
     out = np.zeros(len(values), bool)

@@ -42,11 +42,15 @@ _CELLS = frozenset(("td", "th"))
 _SPACE = re.compile(r"[ \t\r\n\f]+")
 _BLANKS = re.compile(r"[ \t]*\n[ \t]*")
 _MANY = re.compile(r"\n{3,}")
-_KEPT_SPACE = "\ue000"  # a private character stands for a line break of preformatted text until the end
+_KEPT_SPACE = (
+    "\ue000"  # a private character stands for a line break of preformatted text until the end
+)
 
 
 def text_of_html(html: str) -> str:
-    """Plain text: a blank line between blocks, one line an item or row. Errors: `UsageError` without selectolax."""
+    """Plain text: a blank line between blocks, one line an item or row. Errors: `UsageError`
+    without selectolax.
+    """
     lexbor = optional.need("selectolax.lexbor", "give text or JSONL files")
     tree = lexbor.LexborHTMLParser(html)
     tree.strip_tags(list(_SKIPPED))
@@ -100,7 +104,15 @@ def _collect(root: object, pieces: list[str]) -> None:
         if tag == "pre":
             pieces.append(f"\n\n{node.text().strip(chr(10)).replace(chr(10), _KEPT_SPACE)}\n\n")  # type: ignore[attr-defined]
             continue
-        mark = "\n\n" if tag in _PARAGRAPHS else "\n" if tag in _LINES else " " if tag in _CELLS else ""
+        mark = (
+            "\n\n"
+            if tag in _PARAGRAPHS
+            else "\n"
+            if tag in _LINES
+            else " "
+            if tag in _CELLS
+            else ""
+        )
         children = list(node.iter(include_text=True)) if tag != "-comment" else []  # type: ignore[attr-defined]
         if mark:
             stack.append(mark)  # comes after the children

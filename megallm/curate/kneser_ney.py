@@ -1,9 +1,10 @@
 """N-gram language models with interpolated modified Kneser-Ney smoothing, written as ARPA files.
 
-Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), with the adjusted
-counts and the closed form of the discounts as in Heafield et al., "Scalable Modified Kneser-Ney Language
-Model Estimation" (2013). An n-gram is known by the number of its prefix and its last word, so that
-counting is sorting; everything is held in memory, about 100 bytes a token at order 3.
+Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling" (1998), with
+the adjusted counts and the closed form of the discounts as in Heafield et al., "Scalable Modified
+Kneser-Ney Language Model Estimation" (2013). An n-gram is known by the number of its prefix and its
+last word, so that counting is sorting; everything is held in memory, about 100 bytes a token at
+order 3.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def sentences(text: str) -> list[str]:
 
 @dataclass
 class _Order:
-    """The different n-grams of one length: number of the prefix and of the suffix among the shorter ones, last word,
-    how often the n-gram occurs, and its adjusted count."""
+    """The different n-grams of one length: number of the prefix and of the suffix among the shorter
+    ones, last word, how often the n-gram occurs, and its adjusted count."""
 
     prefix: np.ndarray
     suffix: np.ndarray
@@ -50,7 +51,9 @@ class _Order:
 
 
 def train(texts: Iterable[str], order: int = 3, min_count: int = 1) -> Model:
-    """Count and smooth. Words seen fewer than `min_count` times become <unk>. Errors: `UsageError`, `DataError`."""
+    """Count and smooth. Words seen fewer than `min_count` times become <unk>. Errors: `UsageError`,
+    `DataError`.
+    """
     if not 1 <= order <= _MAX_ORDER:
         raise UsageError(f"--order is {order}; it must be from 1 to {_MAX_ORDER}.")
     words, ids = _numbered(texts, min_count)
@@ -70,7 +73,11 @@ def _numbered(texts: Iterable[str], min_count: int) -> tuple[list[str], np.ndarr
         found: list[int] = []
         for line in sentences(text):
             found.append(1)
-            found += [numbers.setdefault(word, len(numbers)) for word in line.split() if word not in _SPECIAL]
+            found += [
+                numbers.setdefault(word, len(numbers))
+                for word in line.split()
+                if word not in _SPECIAL
+            ]
             found.append(2)
         pieces.append(np.array(found, np.int64))
     ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
@@ -91,7 +98,11 @@ def _count(ids: np.ndarray, order: int, vocabulary: int) -> list[_Order]:
         if size == 1:
             keys, here = ids[first], np.arange(vocabulary)
             count = np.bincount(keys, minlength=vocabulary)
-            prefix, suffix, last = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64), here
+            prefix, suffix, last = (
+                np.zeros(vocabulary, np.int64),
+                np.zeros(vocabulary, np.int64),
+                here,
+            )
             starts = here == 1
             numbers = keys
         else:
@@ -104,12 +115,16 @@ def _count(ids: np.ndarray, order: int, vocabulary: int) -> list[_Order]:
         at = np.full(len(ids), -1, np.int64)
         at[first] = numbers
         zeros = np.zeros(len(count))
-        levels.append(_Order(prefix, suffix, last, count, starts, count.copy(), zeros, zeros.copy()))
+        levels.append(
+            _Order(prefix, suffix, last, count, starts, count.copy(), zeros, zeros.copy())
+        )
     return levels
 
 
 def _adjust(levels: list[_Order]) -> None:
-    """Below the highest order a count is of different words to the left, but for what begins a sentence."""
+    """Below the highest order a count is of different words to the left, but for what begins a
+    sentence.
+    """
     for level, above in zip(levels[:-1], levels[1:], strict=True):
         left = np.bincount(above.suffix, minlength=len(level.count))
         level.adjusted = np.where(level.starts, level.count, left)
@@ -152,7 +167,11 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write an ARPA file, whole or not at all: log10 probabilities and backoffs."""
-        with writing(path), atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with (
+            writing(path),
+            atomic_path(path) as temporary,
+            open(temporary, "w", encoding="utf-8") as file,
+        ):
             file.write("\\data\\\n")
             for size, level in enumerate(self.levels, start=1):
                 file.write(f"ngram {size}={len(level.count)}\n")
@@ -166,7 +185,9 @@ class Model:
         if size == 1:
             texts = last
         else:
-            texts = [f"{shorter[p]} {word}" for p, word in zip(level.prefix.tolist(), last, strict=True)]
+            texts = [
+                f"{shorter[p]} {word}" for p, word in zip(level.prefix.tolist(), last, strict=True)
+            ]
         file.write(f"\n\\{size}-grams:\n")
         with np.errstate(divide="ignore"):
             logs = np.maximum(np.log10(level.probability), _NO_PROBABILITY).tolist()
@@ -176,6 +197,7 @@ class Model:
         else:
             backs = [0.0 if not np.isfinite(value) else value for value in backs]
             file.writelines(
-                f"{log:.7f}\t{text}\t{back:.7f}\n" for log, text, back in zip(logs, texts, backs, strict=True)
+                f"{log:.7f}\t{text}\t{back:.7f}\n"
+                for log, text, back in zip(logs, texts, backs, strict=True)
             )
         return texts

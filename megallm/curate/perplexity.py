@@ -1,4 +1,6 @@
-"""Perplexity per word under an n-gram model (as in CCNet, Wenzek et al. 2020), or under any scorer of the user's."""
+"""Perplexity per word under an n-gram model (as in CCNet, Wenzek et al. 2020), or under any scorer
+of the user's.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,23 @@ Scorer = Callable[[list[str]], Sequence[float]]
 
 
 def ngram_scorer(path: str) -> Scorer:
-    """Perplexity per word (the end of each line counts as one) of texts; 1 for a text without words.
+    """Perplexity per word (the end of each line counts as one) of texts; 1 for a text without
+    words.
 
     kenlm reads ARPA and its own binary files; without kenlm ARPA files are read in Python.
     """
     if not Path(path).is_file():
-        raise DataError(f"perplexity.model: {path} does not exist; `megallm curate train-lm` makes one.")
+        raise DataError(
+            f"perplexity.model: {path} does not exist; `megallm curate train-lm` makes one."
+        )
     if optional.available("kenlm"):
         kenlm = optional.need("kenlm", "give an ARPA file")
         try:
             score = kenlm.Model(str(path)).score
         except (OSError, RuntimeError) as error:
-            raise DataError(f"perplexity.model: {path} cannot be read by kenlm: {error}.") from error
+            raise DataError(
+                f"perplexity.model: {path} cannot be read by kenlm: {error}."
+            ) from error
     else:
         score = ArpaModel(path).score
 
@@ -52,10 +59,14 @@ def load_scorer(spec: str) -> Scorer:
     """The function of `file.py:function`. Errors: `UsageError`."""
     path, colon, name = spec.rpartition(":")
     if not colon or not Path(path).is_file():
-        raise UsageError(f"perplexity.scorer is '{spec}'; it must be file.py:function with a file that exists.")
+        raise UsageError(
+            f"perplexity.scorer is '{spec}'; it must be file.py:function with a file that exists."
+        )
     module_spec = importlib.util.spec_from_file_location(f"megallm_scorer_{Path(path).stem}", path)
     if module_spec is None or module_spec.loader is None:
-        raise UsageError(f"perplexity.scorer: {path} is not a Python file; its name must end in .py.")
+        raise UsageError(
+            f"perplexity.scorer: {path} is not a Python file; its name must end in .py."
+        )
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look their module up
     try:
@@ -83,21 +94,28 @@ class Perplexity:
     def __init__(self, config: PerplexityConfig) -> None:
         self.config = config
         self.marks = {"perplexity.per_word": (config.min_perplexity, config.max_perplexity)}
-        self._score = load_scorer(config.scorer) if config.scorer else ngram_scorer(config.model or "")
+        self._score = (
+            load_scorer(config.scorer) if config.scorer else ngram_scorer(config.model or "")
+        )
 
     def _values(self, texts: list[str]) -> np.ndarray:
-        """Perplexities, float64 [texts]; infinite ones become the largest number. Errors: `UsageError`, `DataError`."""
+        """Perplexities, float64 [texts]; infinite ones become the largest number. Errors:
+        `UsageError`, `DataError`.
+        """
         try:
             found = self._score(texts)
         except Exception as error:  # boundary: whatever the user's function raises
-            raise UsageError(f"perplexity.scorer {self.config.scorer} failed: {_told(error)}.") from error
+            raise UsageError(
+                f"perplexity.scorer {self.config.scorer} failed: {_told(error)}."
+            ) from error
         try:
             values = np.asarray(list(found), np.float64)
         except (TypeError, ValueError):
             values = np.full(1, np.nan)
         if values.shape != (len(texts),) or np.isnan(values).any():
             raise DataError(
-                f"perplexity.scorer {self.config.scorer} returned {str(found)[:80]} for {len(texts)} texts; it must "
+                f"perplexity.scorer {self.config.scorer} returned {str(found)[:80]} for "
+                f"{len(texts)} texts; it must "
                 "return one number a text, and none that is NaN."
             )
         return np.nan_to_num(values)

@@ -39,7 +39,8 @@ class Phones:
             for region in regions:
                 if region not in self._library.SUPPORTED_REGIONS:
                     raise UsageError(
-                        f"pii.{name} is '{region}'; give the two capital letters of a country, such as US or DE."
+                        f"pii.{name} is '{region}'; give the two capital letters of a country, "
+                        "such as US or DE."
                     )
         self._code = self._library.country_code_for_region(self._region)
         self._is_phone = lru_cache(_REMEMBERED)(
@@ -74,7 +75,12 @@ class Phones:
     def _is_local_form(
         self, text: str, match: re.Match[str], groups: tuple[str, ...], digits: int
     ) -> bool:
-        if 3 <= len(groups) <= 5 and digits >= 10 and self._grouped(groups) and self._is_phone(match[0]):
+        if (
+            3 <= len(groups) <= 5
+            and digits >= 10
+            and self._grouped(groups)
+            and self._is_phone(match[0])
+        ):
             return True
         if digits >= _LEAST_LOCAL and groups[0][0] == "0" and not _counts(groups):
             if self._is_local(match[0]):

@@ -27,8 +27,11 @@ from megallm.curate.folding import code_points
 from megallm.curate.phones import Phones
 
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
-# Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages out.
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])")
+# Every address given out lies in 2000::/3 (RFC 4291), which keeps a::b of programming languages
+# out.
+_IPV6 = re.compile(
+    r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])"
+)
 _BLANK = r"[ \u00a0\u2009-]"
 _IBAN = re.compile(
     rf"(?<![A-Za-z0-9])[A-Za-z]{{2}}\d{{2}}(?:{_BLANK}?[A-Za-z0-9]{{4}}){{2,7}}(?:{_BLANK}?[A-Za-z0-9]{{1,3}})?"
@@ -42,14 +45,16 @@ _CARD = re.compile(rf"(?<![\d.,-])\d(?:{_BLANK}?\d){{12,18}}(?![\d-]|[.,]\d)")
 _SMALL_PART = 40  # one public address in 1,700 has only parts below
 _HEADING_PART = 100  # of a number that begins a line and has a title after it
 _HEADING = re.compile(r"\.?[ \t]+\S")
-# Digits that a line needs, and so many of one of these marks; the other kinds are looked for everywhere.
+# Digits that a line needs, and so many of one of these marks; the other kinds are looked for
+# everywhere.
 _LEAST = {
     "ip": (3, (("v4", 3), ("v6", 1))), "iban": (4, (("iban", 1),)), "card": (13, ()),
     "ssn": (9, ()),
     "phone": (7, ()),
 }  # fmt: skip
 _COUNTED = ("0", "v4", "v6", "iban")
-# A number after one of these words, or at the start of a heading, is a section or version number and no address.
+# A number after one of these words, or at the start of a heading, is a section or version number
+# and no address.
 _NUMBERING = re.compile(
     r"(?<![^\W_])(?:section|sect\.|sec\.|§|chapter|version|release|rev\.?|revision|figure|table|appendix|clause|article|firmware"
     r"|build|kernel|linux|abschnitt|kapitel|tabelle|chapitre|paragraphe|capítulo|v|ver\.?|oid|draft|step|item)[\s:#(]*$",
@@ -85,7 +90,10 @@ _IBAN_LENGTHS = {
 def luhn(digits: str) -> bool:
     """Whether the last digit is the check digit of the others (ISO/IEC 7812)."""
     doubled = [2 * int(digit) for digit in digits[-2::-2]]
-    return (sum(int(digit) for digit in digits[-1::-2]) + sum(value - 9 * (value > 9) for value in doubled)) % 10 == 0
+    return (
+        sum(int(digit) for digit in digits[-1::-2])
+        + sum(value - 9 * (value > 9) for value in doubled)
+    ) % 10 == 0
 
 
 def iban_valid(text: str) -> bool:
@@ -97,7 +105,9 @@ def iban_valid(text: str) -> bool:
 
 
 def find_ips(text: str) -> Iterator[tuple[int, int]]:
-    """Public addresses of version 4 and 6; section and version numbers are told by what stands before them."""
+    """Public addresses of version 4 and 6; section and version numbers are told by what stands
+    before them.
+    """
     patterns = ([_IPV4] if "." in text else []) + ([_IPV6] if ":" in text else [])
     for pattern in patterns:
         for match in pattern.finditer(text):
@@ -107,13 +117,17 @@ def find_ips(text: str) -> Iterator[tuple[int, int]]:
                 address = ipaddress.ip_address(match[0])
             except ValueError:
                 continue
-            if address.is_global and not address.is_multicast and not _is_numbering(text, match, address.version):
+            if (
+                address.is_global
+                and not address.is_multicast
+                and not _is_numbering(text, match, address.version)
+            ):
                 yield match.span()
 
 
 def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
-    """Whether a dotted number is the number of a section or a version: by the words before it, or because all its
-    parts are small and nothing speaks of an address."""
+    """Whether a dotted number is the number of a section or a version: by the words before it, or
+    because all its parts are small and nothing speaks of an address."""
     if version == 6:
         return False
     line = text.rfind("\n", 0, match.start()) + 1
@@ -123,7 +137,9 @@ def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
     if _NUMBERING.search(before):
         return True
     heading = not before.strip() and _HEADING.match(text, match.end()) is not None
-    return max(int(part) for part in match[0].split(".")) < (_HEADING_PART if heading else _SMALL_PART)
+    return max(int(part) for part in match[0].split(".")) < (
+        _HEADING_PART if heading else _SMALL_PART
+    )
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -146,12 +162,16 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Payment card numbers: an issuer's prefix and length, the Luhn digit, groups of a usual size."""
+    """Payment card numbers: an issuer's prefix and length, the Luhn digit, groups of a usual
+    size.
+    """
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
         sizes = [len(group) for group in re.split(_BLANK, match[0])]
         grouped = len(sizes) == 1 or all(3 <= size <= 7 for size in sizes) or sizes == [6, 13]
-        issued = any(len(digits) in lengths and first.match(digits) for first, lengths in _CARD_ISSUERS)
+        issued = any(
+            len(digits) in lengths and first.match(digits) for first, lengths in _CARD_ISSUERS
+        )
         if issued and grouped and len(set(digits)) > 1 and luhn(digits):
             yield match.span()
 
@@ -164,7 +184,9 @@ def find_ssns(text: str) -> Iterator[tuple[int, int]]:
         begin, end = match.span()
         if text[begin - 1 : begin].isdigit() or text[begin - 1 : begin] == "-":
             continue
-        columns = _COLUMN_BEFORE.search(text, max(0, begin - 3), begin) or _COLUMN_AFTER.match(text, end)
+        columns = _COLUMN_BEFORE.search(text, max(0, begin - 3), begin) or _COLUMN_AFTER.match(
+            text, end
+        )
         if match[1] in " \u00a0" and columns:
             continue
         if area not in ("000", "666") and area < "900" and group != "00" and serial != "0000":
@@ -189,20 +211,28 @@ class Pii:
         self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
 
     def find(self, text: str) -> list[Span]:
-        """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of the table wins."""
+        """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of
+        the table wins.
+        """
         return self._find_all([text])[0]
 
     def judge(self, batch: Batch) -> list[Verdict]:
-        return [edit(spans) for spans in self._find_all([document.text for document in batch.documents])]
+        return [
+            edit(spans) for spans in self._find_all([document.text for document in batch.documents])
+        ]
 
     def _find_all(self, texts: list[str]) -> list[list[Span]]:
-        """Lines with enough digits of all texts are searched as one text: no kind that has digits spans lines."""
+        """Lines with enough digits of all texts are searched as one text: no kind that has digits
+        spans lines.
+        """
         found: list[list[Span]] = [[] for _ in texts]
         lines = lines_with_digits(texts)
         for kind, finder in self._finders.items():
             if kind not in _LEAST:
                 for owner, text in enumerate(texts):
-                    for begin, end in finder(text) if kind != "secret" or lines.marked[owner] else ():
+                    for begin, end in (
+                        finder(text) if kind != "secret" or lines.marked[owner] else ()
+                    ):
                         _take(found[owner], kind, text, begin, end)
                     for begin, end in find_passwords(text) if kind == "secret" else ():
                         _take(found[owner], kind, text, begin, end)
@@ -211,7 +241,9 @@ class Pii:
             if not places:
                 continue
             starts = list(accumulate((end - begin + 1 for _, begin, end in places), initial=0))
-            for begin, end in finder("\n".join([texts[owner][begin:end] for owner, begin, end in places])):
+            for begin, end in finder(
+                "\n".join([texts[owner][begin:end] for owner, begin, end in places])
+            ):
                 line = bisect_right(starts, begin) - 1
                 owner, shift = places[line][0], places[line][1] - starts[line]
                 _take(found[owner], kind, texts[owner], begin + shift, end + shift)
@@ -268,8 +300,8 @@ def lines_with_digits(texts: list[str]) -> Lines:
 
 
 def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What lies below the first of a
-    range wraps around.)"""
+    """Where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What lies
+    below the first of a range wraps around.)"""
 
     def between(first: str, last: str, of: np.ndarray = codes) -> np.ndarray:
         return of - np.uint32(ord(first)) <= np.uint32(ord(last) - ord(first))
@@ -287,8 +319,12 @@ def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def stand_in(kind: str, text: str) -> str:
-    """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for examples."""
-    number = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest(), "little")
+    """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
+    examples.
+    """
+    number = int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest(), "little"
+    )
     if kind == "email":
         return f"user{number:05d}@example.com"
     if kind == "ip":

@@ -1,7 +1,8 @@
-"""Quality rules with reason codes: Gopher (Rae et al. 2021, A.1.1), C4 (Raffel et al. 2020, 2.2), FineWeb
-(Penedo et al. 2024, 3.6) and, for code, StarCoder (Li et al. 2023, 3.1).
+"""Quality rules with reason codes: Gopher (Rae et al. 2021, A.1.1), C4 (Raffel et al. 2020, 2.2),
+FineWeb (Penedo et al. 2024, 3.6) and, for code, StarCoder (Li et al. 2023, 3.1).
 
-All rules are rows of one table: a metric and its limit in each profile. Metrics are arrays over the batch.
+All rules are rows of one table: a metric and its limit in each profile. Metrics are arrays over the
+batch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ NONE = None
 
 @dataclass(frozen=True)
 class Rule:
-    """Drop when `metric` is below (or above) the limit of the profile; None: the profile does not have the rule."""
+    """Drop when `metric` is below (or above) the limit of the profile; None: the profile does not
+    have the rule.
+    """
 
     reason: str
     metric: str
@@ -72,7 +75,10 @@ RULES = (
     Rule("encoded_data", "longest_word", False, 200, 400, 200),
     Rule("generated_code", "generated", False, NONE, NONE, 0),
 )
-_WORD_RULES = {"mean_word_length_low", "mean_word_length_high"}  # say nothing where characters are words
+_WORD_RULES = {
+    "mean_word_length_low",
+    "mean_word_length_high",
+}  # say nothing where characters are words
 _TERMINAL = np.array([ord(char) for char in ".!?\"'”’。！？…:;।؟"], np.uint32)
 _BULLETS = np.array([ord(char) for char in "-*•‣◦▪·–●○"], np.uint32)
 _SHORT_LINE_CHARS = 30
@@ -117,9 +123,14 @@ _BOILERPLATE_MAX_WORDS = 12  # longer lines are prose that happens to speak of i
 
 
 def measure(
-    analysis: Analysis, texts: Sequence[str], languages: list[str | None], wanted: Collection[str] | None = None
+    analysis: Analysis,
+    texts: Sequence[str],
+    languages: list[str | None],
+    wanted: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every metric of every document, float64 [documents]; those that search the texts anew only when `wanted`."""
+    """Every metric of every document, float64 [documents]; those that search the texts anew only
+    when `wanted`.
+    """
     words, lines = analysis.words, analysis.lines
     num_words, num_lines = words.counts, lines.counts
     ink = analysis.characters[0]
@@ -165,7 +176,9 @@ def _word_metrics(analysis: Analysis, num_words: np.ndarray) -> dict[str, np.nda
     }
 
 
-def _line_metrics(analysis: Analysis, lines: Pieces, num_lines: np.ndarray) -> dict[str, np.ndarray]:
+def _line_metrics(
+    analysis: Analysis, lines: Pieces, num_lines: np.ndarray
+) -> dict[str, np.ndarray]:
     bullets, ellipses, punctuated, short = _line_marks(analysis, lines) / np.maximum(num_lines, 1)
     return {
         "bullet_line_share": bullets,
@@ -178,24 +191,37 @@ def _line_metrics(analysis: Analysis, lines: Pieces, num_lines: np.ndarray) -> d
 
 
 def _line_marks(analysis: Analysis, lines: Pieces) -> np.ndarray:
-    """Lines of each document that begin with a bullet, end with an ellipsis, end a sentence, are short: int64
-    [4, documents]."""
+    """Lines of each document that begin with a bullet, end with an ellipsis, end a sentence, are
+    short: int64 [4, documents]."""
     native = extension.index()
     if native is not None:
         return native.line_marks(
-            analysis.codes, lines.begin, lines.end, lines.offsets, _BULLETS, _TERMINAL, _SHORT_LINE_CHARS
+            analysis.codes,
+            lines.begin,
+            lines.end,
+            lines.offsets,
+            _BULLETS,
+            _TERMINAL,
+            _SHORT_LINE_CHARS,
         )
     first, last = analysis.codes[lines.begin], analysis.codes[lines.end - 1]
     ellipsis = last == ord("…")
     long = np.flatnonzero(lines.lengths >= 3)
     end = lines.end[long]
     ellipsis[long] |= (analysis.codes[end[:, None] - np.arange(1, 4)] == ord(".")).all(axis=1)
-    flags = np.isin(first, _BULLETS), ellipsis, np.isin(last, _TERMINAL), lines.lengths < _SHORT_LINE_CHARS
+    flags = (
+        np.isin(first, _BULLETS),
+        ellipsis,
+        np.isin(last, _TERMINAL),
+        lines.lengths < _SHORT_LINE_CHARS,
+    )
     return np.stack([segment_sums(flag, lines.offsets) for flag in flags])
 
 
 class Quality:
-    """The step `quality`: drops with the first rule that a document breaks; the web profile cuts boilerplate lines."""
+    """The step `quality`: drops with the first rule that a document breaks; the web profile cuts
+    boilerplate lines.
+    """
 
     name = "quality"
 
@@ -206,7 +232,8 @@ class Quality:
                 close = get_close_matches(given, names, n=1)
                 hint = f" Did you mean '{close[0]}'?" if close else ""
                 raise UsageError(
-                    f"quality: the rule '{given}' does not exist.{hint} The rules are: {', '.join(names)}."
+                    f"quality: the rule '{given}' does not exist.{hint} The rules are: "
+                    f"{', '.join(names)}."
                 )
         self._cut = config.boilerplate_lines and config.profile == "web"
         self.limits: list[tuple[Rule, float]] = []
@@ -224,7 +251,9 @@ class Quality:
         """One verdict a document; the note of a drop has the value and the limit."""
         texts = [document.text for document in batch.documents]
         languages = [document.meta.get("language") for document in batch.documents]
-        metrics = measure(batch.analysis, texts, languages, {rule.metric for rule, _ in self.limits})
+        metrics = measure(
+            batch.analysis, texts, languages, {rule.metric for rule, _ in self.limits}
+        )
         for rule, _ in self.limits:
             batch.record(f"quality.{rule.metric}", metrics[rule.metric])
         broken = np.stack([self._breaks(rule, limit, metrics) for rule, limit in self.limits])
@@ -232,7 +261,9 @@ class Quality:
         for row, which in enumerate(broken.argmax(axis=0)):
             rule, limit = self.limits[which]
             if broken[which, row]:
-                verdicts.append(drop(rule.reason, value=round(float(metrics[rule.metric][row]), 4), limit=limit))
+                verdicts.append(
+                    drop(rule.reason, value=round(float(metrics[rule.metric][row]), 4), limit=limit)
+                )
             else:
                 verdicts.append(edit(boilerplate_spans(texts[row])) if self._cut else KEEP)
         return verdicts
@@ -246,7 +277,9 @@ class Quality:
 
 
 def boilerplate_spans(text: str) -> list[Span]:
-    """Short lines about cookies, JavaScript, terms and log-ins, each with the newline that ends it."""
+    """Short lines about cookies, JavaScript, terms and log-ins, each with the newline that ends
+    it.
+    """
     low, spans = lowered(text), []
     for hint in _BOILERPLATE_HINTS:
         at = low.find(hint)

@@ -1,8 +1,9 @@
-"""Raw files to documents: JSONL and Parquet (cut by `data.text.readers`), whole text files, HTML; each also packed.
+"""Raw files to documents: JSONL and Parquet (cut by `data.text.readers`), whole text files, HTML;
+each also packed.
 
-`units` runs in the parent and cuts; `parse` runs in a worker. What cannot be read becomes a `Reject` with file and
-line, or one of the whole file. At most one document of the allowed size and two blocks are held, whatever a file
-unfolds to. `data.text.textfile` opens and unpacks.
+`units` runs in the parent and cuts; `parse` runs in a worker. What cannot be read becomes a
+`Reject` with file and line, or one of the whole file. At most one document of the allowed size and
+two blocks are held, whatever a file unfolds to. `data.text.textfile` opens and unpacks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _MAX_DEPTH = 100  # of a value that is kept
 
 @dataclass(frozen=True)
 class Unit:
-    """Part of one file: a chunk of lines or rows from `line` on, or a whole file, or the reason why it is neither."""
+    """Part of one file: a chunk of lines or rows from `line` on, or a whole file, or the reason why
+    it is neither.
+    """
 
     file: str
     kind: str  # lines | rows | text | html | damaged
@@ -58,22 +61,29 @@ class Reject:
 
 
 def find_files(config: InputConfig) -> list[str]:
-    """Every input file, sorted. Errors: `DataError` for a name that matches nothing, or a pipe; `UsageError` when a
-    package that reads one of them is missing."""
+    """Every input file, sorted. Errors: `DataError` for a name that matches nothing, or a pipe;
+    `UsageError` when a package that reads one of them is missing."""
     found: set[str] = set()
     for name in config.files:
         path = Path(name)
         if path.exists() and not (path.is_dir() or path.is_file()):
             raise DataError(
-                f"input.files: {name} is a pipe or a device, but the input is read again when a run is taken up: "
+                f"input.files: {name} is a pipe or a device, but the input is read again when a "
+                "run is taken up: "
                 "write it to a file first."
             )
         if path.is_dir():
             matches = [str(one) for one in path.rglob("*") if one.is_file()]
         else:
-            matches = [name] if path.is_file() else [one for one in glob(name, recursive=True) if Path(one).is_file()]
+            matches = (
+                [name]
+                if path.is_file()
+                else [one for one in glob(name, recursive=True) if Path(one).is_file()]
+            )
         if not matches:
-            raise DataError(f"input.files: {name} matches no file; give files, folders or patterns that exist.")
+            raise DataError(
+                f"input.files: {name} matches no file; give files, folders or patterns that exist."
+            )
         found.update(matches)
     for name in sorted(found):
         _check_file(name, config)
@@ -81,7 +91,9 @@ def find_files(config: InputConfig) -> list[str]:
 
 
 def _check_file(name: str, config: InputConfig) -> None:
-    """That a file can be opened, and that the library is there that reads it; what is in it is judged later."""
+    """That a file can be opened, and that the library is there that reads it; what is in it is
+    judged later.
+    """
     try:
         with textfile.opened(name) as file:
             file.check_library()
@@ -133,8 +145,8 @@ def _is_parquet(name: str) -> bool:
 
 
 def texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
-    """The texts that are not empty, in order; lines that are no documents are passed over. Errors: `DataError`, also
-    for a file that cannot be read to its end."""
+    """The texts that are not empty, in order; lines that are no documents are passed over. Errors:
+    `DataError`, also for a file that cannot be read to its end."""
     config = InputConfig(files=tuple(names), key=key)
     for name in find_files(config):
         for unit in units(name, config):
@@ -147,7 +159,9 @@ def texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
 
 
 def _keys(config: InputConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([config.key, *([config.id_key] if config.id_key else []), *config.keep_keys]))
+    return tuple(
+        dict.fromkeys([config.key, *([config.id_key] if config.id_key else []), *config.keep_keys])
+    )
 
 
 def _size(chunk: readers.Chunk) -> int:
@@ -165,7 +179,9 @@ def _count_lines(chunk: readers.Chunk) -> int:
 
 
 def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
-    """Documents and rejected lines of a unit, in order; ids are made of file and line unless there is `id_key`."""
+    """Documents and rejected lines of a unit, in order; ids are made of file and line unless there
+    is `id_key`.
+    """
     if unit.kind == "damaged":
         yield Reject(unit.file, unit.line, unit.reason, whole=True)
     elif unit.chunk is not None and unit.chunk.too_long:
@@ -173,7 +189,9 @@ def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
     elif unit.kind == "rows":
         assert unit.chunk is not None and unit.chunk.rows is not None
         for number, row in enumerate(unit.chunk.rows):
-            yield _document(dict(zip(_keys(config), row, strict=True)), unit.file, unit.line + number, config)
+            yield _document(
+                dict(zip(_keys(config), row, strict=True)), unit.file, unit.line + number, config
+            )
     elif unit.kind == "lines":
         assert unit.chunk is not None
         for number, raw in enumerate(readers.bytes_of(unit.chunk).split(b"\n")):
@@ -205,36 +223,50 @@ def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | R
         return Reject(file, line, "not usable JSON, it is nested too deeply")
     if not isinstance(value, dict):
         return Reject(
-            file, line, f"the line holds a JSON {readers.type_name(value)}, want an object with '{config.key}'"
+            file,
+            line,
+            f"the line holds a JSON {readers.type_name(value)}, want an object with '{config.key}'",
         )
     return _document(value, file, line, config)
 
 
 def _quick(raw: bytes, config: InputConfig) -> dict[str, Any] | None:
-    """The object on a line by the fast reader; None where `json` has to judge, or might read a number otherwise."""
+    """The object on a line by the fast reader; None where `json` has to judge, or might read a
+    number otherwise.
+    """
     loads = readers.fast_loads()
     try:
         value = None if loads is None else loads(raw)
     except ValueError:
         return None
-    sure = isinstance(value, dict) and all(isinstance(value.get(key, ""), str) for key in _keys(config))
+    sure = isinstance(value, dict) and all(
+        isinstance(value.get(key, ""), str) for key in _keys(config)
+    )
     return value if sure else None
 
 
-def _document(value: dict[str, Any], file: str, line: int, config: InputConfig) -> Document | Reject:
+def _document(
+    value: dict[str, Any], file: str, line: int, config: InputConfig
+) -> Document | Reject:
     if config.key not in value:
         has = ", ".join(f"'{name}'" for name in list(value)[:8]) or "no keys"
         return Reject(file, line, f"the key '{config.key}' is missing; the line has {has}")
     text = value[config.key]
     if not isinstance(text, str):
-        return Reject(file, line, f"the value of '{config.key}' is a {readers.type_name(text)}, want a string")
+        return Reject(
+            file, line, f"the value of '{config.key}' is a {readers.type_name(text)}, want a string"
+        )
     problem = _unsound(text)
     if problem:
         return Reject(file, line, problem)
     name = value.get(config.id_key) if config.id_key else None
     if name is not None and not isinstance(name, (str, int)):
         kind = readers.type_name(name)
-        return Reject(file, line, f"the value of '{config.id_key}' is a {kind}, want a string or a whole number")
+        return Reject(
+            file,
+            line,
+            f"the value of '{config.id_key}' is a {kind}, want a string or a whole number",
+        )
     if isinstance(name, str) and _SURROGATE.search(name):
         return Reject(file, line, f"the value of '{config.id_key}' holds a lone surrogate")
     meta = {}
@@ -248,8 +280,9 @@ def _document(value: dict[str, Any], file: str, line: int, config: InputConfig) 
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A value that strict JSON can hold: numbers that are not finite become null; of Parquet's types, times become
-    ISO 8601 and decimals text. Errors: `TypeError` for others and for what is nested too deeply."""
+    """A value that strict JSON can hold: numbers that are not finite become null; of Parquet's
+    types, times become ISO 8601 and decimals text. Errors: `TypeError` for others and for what is
+    nested too deeply."""
     if depth > _MAX_DEPTH:
         raise TypeError(f"nested more than {_MAX_DEPTH} levels deep")
     if value is None or isinstance(value, (str, int)):
@@ -293,7 +326,9 @@ def _whole_file(unit: Unit, config: InputConfig) -> Document | Reject:
         try:
             text = data.decode(declared[1].decode())
         except (UnicodeDecodeError, LookupError):
-            return Reject(unit.file, 1, f"neither UTF-8 nor the charset it declares, {declared[1].decode()}")
+            return Reject(
+                unit.file, 1, f"neither UTF-8 nor the charset it declares, {declared[1].decode()}"
+            )
     problem = _unsound(text)
     if problem:
         return Reject(unit.file, 1, problem)

@@ -1,5 +1,5 @@
-"""How much of each document repeats itself: lines, paragraphs and word n-grams (Rae et al. 2021, "Scaling Language
-Models: Methods, Analysis & Insights from Training Gopher", table A1).
+"""How much of each document repeats itself: lines, paragraphs and word n-grams (Rae et al. 2021,
+"Scaling Language Models: Methods, Analysis & Insights from Training Gopher", table A1).
 
 A repetition is a second or later occurrence inside the document. Characters that several repeated
 n-grams share are counted once. Shares are of the characters that are not space.
@@ -17,8 +17,9 @@ DUPLICATE = (5, 6, 7, 8, 9, 10)
 
 
 def runs(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces that are equal inside one document, next to each other: their numbers in `order`, first occurrences
-    first, and for each place of `order` whether it belongs to the run of the place before.
+    """Pieces that are equal inside one document, next to each other: their numbers in `order`,
+    first occurrences first, and for each place of `order` whether it belongs to the run of the
+    place before.
     """
     keys = mix(hashes + documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     order = np.argsort(keys, kind="stable")
@@ -35,7 +36,9 @@ def repeated(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def duplicate_pieces(pieces: Pieces, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The share of a document's lines (paragraphs) that are repeats, and the share of its characters in them."""
+    """The share of a document's lines (paragraphs) that are repeats, and the share of its
+    characters in them.
+    """
     native = extension.index()
     if native is not None:
         number, size = native.duplicates(pieces.hashes, pieces.begin, pieces.end, pieces.offsets)
@@ -57,7 +60,9 @@ def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
         return {name: np.minimum(row / total, 1.0) for name, row in zip(names, found, strict=True)}
     out: dict[str, np.ndarray] = {}
     ends = words.offsets[1:]
-    first: np.ndarray | None = None  # where an n-gram that occurs twice begins; a longer one begins nowhere else
+    first: np.ndarray | None = (
+        None  # where an n-gram that occurs twice begins; a longer one begins nowhere else
+    )
     for size in (*TOP, *DUPLICATE):
         if first is None:
             hashes, first = words.ngrams(size)
@@ -68,16 +73,21 @@ def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
         shared = same.copy()
         shared[:-1] |= same[1:]
         if size in TOP:
-            out[f"top_{size}gram"] = _top_share(words, size, first[order[shared]], ~same[shared], total)
+            out[f"top_{size}gram"] = _top_share(
+                words, size, first[order[shared]], ~same[shared], total
+            )
         else:
             out[f"dup_{size}gram"] = _covered_share(words, size, first[order[same]], total)
         first = np.sort(first[order[shared]])
     return out
 
 
-def _top_share(words: Pieces, size: int, first: np.ndarray, heads: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """The share of a document's word characters in its most frequent n-gram (that occurs at least twice); of equally
-    frequent ones the longest. `first` are n-grams in runs of equal ones, `heads` marks where a run begins."""
+def _top_share(
+    words: Pieces, size: int, first: np.ndarray, heads: np.ndarray, total: np.ndarray
+) -> np.ndarray:
+    """The share of a document's word characters in its most frequent n-gram (that occurs at least
+    twice); of equally frequent ones the longest. `first` are n-grams in runs of equal ones, `heads`
+    marks where a run begins."""
     starts = np.flatnonzero(heads)
     counts = np.diff(np.append(starts, len(first)))
     begin = first[starts]

@@ -1,4 +1,6 @@
-"""report.html: one file without scripts or outside links; every text that came from data is escaped."""
+"""report.html: one file without scripts or outside links; every text that came from data is
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from megallm.curate.tally import BINS, bins_of
 
 _WIDTH, _HEIGHT, _FOOT = 330, 90, 18
 _NOTE_CHARS = 300
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]")
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]"
+)
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1c2430}
 h1{font-size:1.5em}h2{font-size:1.2em;border-bottom:1px solid #d5dbe3;margin-top:2em}
@@ -41,9 +45,13 @@ def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> 
         _steps(stats["steps"], stats["totals"]["documents"]),
         "<h2>Reasons and examples</h2>",
         *(_reasons(name, row, examples) for name, row in stats["steps"].items()),
-        "<h2>Distributions</h2><p>Each document that came to the step, by the value that its rule looks at; a bar "
+        "<h2>Distributions</h2><p>Each document that came to the step, by the value that its rule "
+        "looks at; a bar "
         "says its own count when pointed at. The line is the limit.</p><div class=plots>",
-        *(_histogram(name, entry["counts"], entry["limits"]) for name, entry in stats["histograms"].items()),
+        *(
+            _histogram(name, entry["counts"], entry["limits"])
+            for name, entry in stats["histograms"].items()
+        ),
         "</div></html>\n",
     ]
     return "\n".join(parts)
@@ -72,7 +80,15 @@ def _steps(steps: dict[str, dict[str, Any]], documents: int) -> str:
                 f"{row['edited_documents']:,}", f"{row['characters_dropped'] + row['characters_cut']:,}", bars,
             )
         )  # fmt: skip
-    titles = ("step", "in", "dropped", "share", "edited", "characters removed", "<i>left</i>, <i>dropped</i>")
+    titles = (
+        "step",
+        "in",
+        "dropped",
+        "share",
+        "edited",
+        "characters removed",
+        "<i>left</i>, <i>dropped</i>",
+    )
     head = "".join(f"<th>{title}</th>" for title in titles)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
@@ -94,10 +110,13 @@ def _reasons(step: str, row: dict[str, Any], examples: dict[str, list[dict[str, 
     counts = [("dropped", reason, number) for reason, number in row["dropped"].items()]
     counts += [("edited", reason, number) for reason, number in row["edited"].items()]
     for action, reason, number in sorted(counts, key=lambda item: (-item[2], item[1])):
-        unit = f"{'document' if action == 'dropped' else 'span'}{'s' if number != 1 else ''} {action}"
+        unit = (
+            f"{'document' if action == 'dropped' else 'span'}{'s' if number != 1 else ''} {action}"
+        )
         shown = "".join(_example(one) for one in examples.get(f"{step}/{reason}", ()))
         parts.append(
-            f"<details><summary><b>{escape(step)} / {escape(reason)}</b>: {number:,} {unit}</summary>{shown}</details>"
+            f"<details><summary><b>{escape(step)} / {escape(reason)}</b>: {number:,} "
+            f"{unit}</summary>{shown}</details>"
         )
     return "".join(parts)
 
@@ -105,7 +124,9 @@ def _reasons(step: str, row: dict[str, Any], examples: dict[str, list[dict[str, 
 def _example(row: dict[str, Any]) -> str:
     note = ", ".join(f"{name} {value}" for name, value in row.get("note", {}).items())
     note = note if len(note) <= _NOTE_CHARS else f"{note[:_NOTE_CHARS]}..."
-    where = escape(f"{row['file']}:{row['line']}  {row['id'] if row['id'] != row['file'] else ''}  {note}")
+    where = escape(
+        f"{row['file']}:{row['line']}  {row['id'] if row['id'] != row['file'] else ''}  {note}"
+    )
     if "text" in row:
         body = escape(row["text"])
     else:
@@ -118,22 +139,27 @@ def _histogram(name: str, counts: Sequence[int], limits: Sequence[float]) -> str
     edges, most = bins_of(name), max([*counts, 1])
     step = _WIDTH / BINS
     bars = "".join(
-        f'<rect x="{k * step:.1f}" y="{_HEIGHT - _HEIGHT * count / most:.1f}" width="{step - 1:.1f}" '
-        f'height="{_HEIGHT * count / most:.1f}" fill="#4878b0"><title>{_short(edges[k])} to {_short(edges[k + 1])}: '
+        f'<rect x="{k * step:.1f}" y="{_HEIGHT - _HEIGHT * count / most:.1f}" '
+        f'width="{step - 1:.1f}" '
+        f'height="{_HEIGHT * count / most:.1f}" fill="#4878b0"><title>{_short(edges[k])} to '
+        f"{_short(edges[k + 1])}: "
         f"{count:,}</title></rect>"
         for k, count in enumerate(counts)
         if count
     )
     ticks = "".join(
-        f'<text x="{k * step:.1f}" y="{_HEIGHT + 15}" font-size="10" fill="#556">{_short(edges[k])}</text>'
+        f'<text x="{k * step:.1f}" y="{_HEIGHT + 15}" font-size="10" '
+        f'fill="#556">{_short(edges[k])}</text>'
         for k in range(0, BINS, BINS // 5)
     )
     line = "".join(_limit_line(edges, limit) for limit in limits)
     axis = f'<path d="M0 {_HEIGHT}H{_WIDTH}" stroke="#aab4c0"/>'
     limit = f", limit {' and '.join(map(_short, limits))}" if limits else ""
     return (
-        f"<figure><figcaption>{escape(name)}{limit}; tallest bar {max(counts, default=0):,}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="{_WIDTH}" height="{_HEIGHT + _FOOT}" role="img">'
+        f"<figure><figcaption>{escape(name)}{limit}; tallest bar "
+        f"{max(counts, default=0):,}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" width="{_WIDTH}" '
+        f'height="{_HEIGHT + _FOOT}" role="img">'
         f"{bars}{line}{axis}{ticks}</svg></figure>"
     )
 

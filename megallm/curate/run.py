@@ -1,7 +1,8 @@
 """A whole run: plan shards, walk the segments, decide between them, publish.
 
-Everything happens in OUTPUT/work; a shard's folder appears whole or not at all, so a killed run goes on where it
-was when the same command is given again. kept/, ledger.jsonl, report.html and last stats.json are published at the end.
+Everything happens in OUTPUT/work; a shard's folder appears whole or not at all, so a killed run
+goes on where it was when the same command is given again. kept/, ledger.jsonl, report.html and last
+stats.json are published at the end.
 """
 
 from __future__ import annotations
@@ -34,16 +35,28 @@ from megallm.curate.tally import Tally, add_up
 from megallm.data.text.workers import Workers
 
 FORMAT = 2  # of the work folder and the outputs; a change makes old work folders unusable
-STATS, LEDGER, REPORT, KEPT, TIMINGS = "stats.json", "ledger.jsonl", "report.html", "kept", "timings.json"
+STATS, LEDGER, REPORT, KEPT, TIMINGS = (
+    "stats.json",
+    "ledger.jsonl",
+    "report.html",
+    "kept",
+    "timings.json",
+)
 CONTAMINATION = "contamination.json"
 
-def run(
-    config: CurateConfig, output: str | Path, workers: int = 1, fresh: bool = False, progress: Progress = quiet
-) -> dict[str, Any]:
-    """Curate into `output` and return the statistics; a finished run of the same configuration is not repeated.
 
-    Errors: `UsageError` for a configuration that cannot be, or work of another one in `output`; `DataError` for
-    missing or unusable input; `CannotWrite`.
+def run(
+    config: CurateConfig,
+    output: str | Path,
+    workers: int = 1,
+    fresh: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Curate into `output` and return the statistics; a finished run of the same configuration is
+    not repeated.
+
+    Errors: `UsageError` for a configuration that cannot be, or work of another one in `output`;
+    `DataError` for missing or unusable input; `CannotWrite`.
     """
     check(config)
     if workers < 1:
@@ -60,11 +73,14 @@ def run(
 class Run:
     """One output folder: which shards there are, what was decided, and how all of it is published.
 
-    `go` does everything on this machine. An engine for several machines calls `begin`, then for each segment `jobs`
-    (each to be done once, anywhere), `end_segment` and `decide`, and last `publish`.
+    `go` does everything on this machine. An engine for several machines calls `begin`, then for
+    each segment `jobs` (each to be done once, anywhere), `end_segment` and `decide`, and last
+    `publish`.
     """
 
-    def __init__(self, config: CurateConfig, output: Path, inputs: list[str], progress: Progress = quiet) -> None:
+    def __init__(
+        self, config: CurateConfig, output: Path, inputs: list[str], progress: Progress = quiet
+    ) -> None:
         self.config, self.output, self.inputs, self.progress = config, output, inputs, progress
         self.work = output / "work"
         self.yaml = configs.to_yaml(config)
@@ -72,8 +88,8 @@ class Run:
         self._count: int | None = None
 
     def check_models(self) -> None:
-        """Load what the steps need, unless this run is finished. Errors: those of `build_chain`, such as a package that
-        is missing."""
+        """Load what the steps need, unless this run is finished. Errors: those of `build_chain`,
+        such as a package that is missing."""
         if self._finished() is None:
             chain_of(self.yaml)
 
@@ -83,7 +99,10 @@ class Run:
             return finished
         try:
             return self._work(workers)
-        except (DataError, UsageError):  # what mends it makes another run of this, which would be refused
+        except (
+            DataError,
+            UsageError,
+        ):  # what mends it makes another run of this, which would be refused
             shutil.rmtree(self.work, ignore_errors=True)
             raise
 
@@ -97,7 +116,9 @@ class Run:
         return self.publish(chain)
 
     def begin(self, fresh: bool = False) -> dict[str, Any] | None:
-        """Take up the work folder; the statistics when this very run is already finished. Errors: `UsageError`."""
+        """Take up the work folder; the statistics when this very run is already finished. Errors:
+        `UsageError`.
+        """
         self._sweep_temporaries()
         finished = None if fresh else self._finished()
         if finished is not None:
@@ -107,11 +128,14 @@ class Run:
             self._sweep()
         elif (self.output / STATS).exists():
             raise UsageError(
-                f"{self.output} holds a finished run of another configuration or input; choose another --output, or "
+                f"{self.output} holds a finished run of another configuration or input; choose "
+                "another --output, or "
                 "pass --overwrite to replace it."
             )
         elif not (self.work / "identity").exists():
-            files.check_new(*(self.output / name for name in (KEPT, LEDGER, REPORT, TIMINGS, CONTAMINATION)))
+            files.check_new(
+                *(self.output / name for name in (KEPT, LEDGER, REPORT, TIMINGS, CONTAMINATION))
+            )
         self._claim(self._identity())
         return None
 
@@ -121,10 +145,14 @@ class Run:
             stats = json.loads((self.output / STATS).read_text("utf-8"))
         except (OSError, ValueError):
             return None
-        return stats if isinstance(stats, dict) and stats.get("identity") == self._identity() else None
+        return (
+            stats if isinstance(stats, dict) and stats.get("identity") == self._identity() else None
+        )
 
     def _identity(self) -> str:
-        """Changes with the configuration and with any file that is read: input, models, word lists, evaluation sets."""
+        """Changes with the configuration and with any file that is read: input, models, word lists,
+        evaluation sets.
+        """
         names = [*self.inputs, *(name for name in used_files(self.config) if os.path.isfile(name))]
         rows = [[name, (stat := os.stat(name)).st_size, stat.st_mtime_ns] for name in names]
         return hashlib.sha256(json.dumps([FORMAT, self.yaml, rows]).encode()).hexdigest()
@@ -151,7 +179,8 @@ class Run:
         if mark.exists():
             if mark.read_text("utf-8") != identity:
                 raise UsageError(
-                    f"{self.work} holds an unfinished run of another configuration or input; choose another --output, "
+                    f"{self.work} holds an unfinished run of another configuration or input; "
+                    "choose another --output, "
                     "or pass --overwrite to throw it away."
                 )
             return
@@ -174,7 +203,9 @@ class Run:
         return self._count
 
     def jobs(self, number: int, part: int = 0, parts: int = 1) -> Iterator[ShardJob]:
-        """The shards of a segment that are still to be done, of them those with shard % parts == part."""
+        """The shards of a segment that are still to be done, of them those with shard % parts ==
+        part.
+        """
         with writing(self.work):
             (self.work / f"segment-{number}").mkdir(exist_ok=True)
         if number == 0:
@@ -189,16 +220,26 @@ class Run:
             target = self._folder(number, shard)
             if not target.exists():
                 decisions = self.work / f"decide-{number}" / f"{shard:06d}"
-                yield ShardJob(self.yaml, number, shard, target, (), self._folder(number - 1, shard), decisions)
+                yield ShardJob(
+                    self.yaml, number, shard, target, (), self._folder(number - 1, shard), decisions
+                )
 
     def end_segment(self, number: int) -> None:
-        """Every shard of the segment is there: check what was read, or remove what is not needed any more."""
+        """Every shard of the segment is there: check what was read, or remove what is not needed
+        any more.
+        """
         if number == 0:
             if not self._shards.exists():
-                found = sorted(path for path in (self.work / "segment-0").iterdir() if files.TEMPORARY not in path.name)
+                found = sorted(
+                    path
+                    for path in (self.work / "segment-0").iterdir()
+                    if files.TEMPORARY not in path.name
+                )
                 missing = [shard for shard, path in enumerate(found) if path.name != f"{shard:06d}"]
                 if missing:
-                    raise InternalError(f"Shard {missing[0]} of {self.output} was not done; run its stage again.")
+                    raise InternalError(
+                        f"Shard {missing[0]} of {self.output} was not done; run its stage again."
+                    )
                 self._check_read(len(found))
                 files.atomic_write_text(self._shards, str(len(found)))
             return
@@ -228,13 +269,15 @@ class Run:
         if not totals["characters"]:
             first = self._first_reject(count)
             raise DataError(
-                f"The input holds no usable text: {len(self.inputs)} files, {read} empty documents, {rejected} "
+                f"The input holds no usable text: {len(self.inputs)} files, {read} empty "
+                f"documents, {rejected} "
                 f"rejected lines.{first}"
             )
         limit = self.config.input.max_reject_percent
         if 100 * rejected > limit * (read + rejected):
             raise DataError(
-                f"{rejected} of {read + rejected} lines were rejected, more than input.max_reject_percent={limit}."
+                f"{rejected} of {read + rejected} lines were rejected, more than "
+                f"input.max_reject_percent={limit}."
                 f"{self._first_reject(count)}"
             )
 
@@ -252,7 +295,9 @@ class Run:
             yield json.loads((self._folder(segment, shard) / chains.TALLY).read_text("utf-8"))
 
     def decide(self, number: int, chain: chains.Chain) -> None:
-        """Resolve the global steps that end segment number - 1, each without what those before it drop."""
+        """Resolve the global steps that end segment number - 1, each without what those before it
+        drop.
+        """
         names, count = self.segments[number].begin, self.count
         target = self.work / f"decide-{number}"
         if target.exists():
@@ -266,13 +311,19 @@ class Run:
             decisions: dict[int, dict[str, np.ndarray]] = {shard: {} for shard in range(count)}
             gone = np.zeros(0, np.uint64)
             for name in names:
-                found = chain.glob[name].resolve(shards, scratch, self.config.memory_mib << 20, gone)
+                found = chain.glob[name].resolve(
+                    shards, scratch, self.config.memory_mib << 20, gone
+                )
                 gone = np.union1d(gone, chain.glob[name].dropped(found))
                 for shard in range(count):
                     decisions[shard] |= found[shard]
-            ids = lru_cache(16)(lambda shard: json.loads((shards[shard] / "ids.json").read_text("utf-8")))
+            ids = lru_cache(16)(
+                lambda shard: json.loads((shards[shard] / "ids.json").read_text("utf-8"))
+            )
             for shard in range(count):
-                save_decisions(temporary / f"{shard:06d}", decisions[shard], _names(decisions[shard], ids))
+                save_decisions(
+                    temporary / f"{shard:06d}", decisions[shard], _names(decisions[shard], ids)
+                )
             temporary.replace(target)
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -295,7 +346,9 @@ class Run:
                 for shard in range(count):
                     out.writelines(self._ledger_of(shard, last))
         if "decontaminate" in chain.local:
-            found = decontaminate.report_of(chain.local["decontaminate"], self._dropped_by("decontaminate"))
+            found = decontaminate.report_of(
+                chain.local["decontaminate"], self._dropped_by("decontaminate")
+            )
             files.atomic_write_json(self.output / CONTAMINATION, found)
         stats = stats_of(tally, chain, self._identity())
         page = report.render(stats, tally.examples)
@@ -309,7 +362,11 @@ class Run:
     def _dropped_by(self, step: str) -> Iterator[dict[str, Any]]:
         with open(self.output / LEDGER, encoding="utf-8") as file:
             for line in file:
-                if f'"{step}"' in line and (row := json.loads(line))["action"] == "drop" and row["step"] == step:
+                if (
+                    f'"{step}"' in line
+                    and (row := json.loads(line))["action"] == "drop"
+                    and row["step"] == step
+                ):
                     yield row
 
     def _ledger_of(self, shard: int, last: int) -> Iterator[str]:
@@ -338,7 +395,9 @@ def plan_shards(inputs: list[str], config: CurateConfig) -> Iterator[tuple[reade
 
 
 def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]:
-    """stats.json: equal for equal input and configuration, whatever the workers and interruptions."""
+    """stats.json: equal for equal input and configuration, whatever the workers and
+    interruptions.
+    """
     marks = {name: mark for step in chain.local.values() for name, mark in step.marks.items()}
     order = [chains.READ, *chain.config.steps]
     return {
@@ -354,12 +413,16 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
     }
 
 
-def _names(decisions: dict[str, np.ndarray], ids: Callable[[int], dict[str, str]]) -> dict[int, str]:
+def _names(
+    decisions: dict[str, np.ndarray], ids: Callable[[int], dict[str, str]]
+) -> dict[int, str]:
     """The ids of the documents that decisions point at."""
     out = {}
     for rows in decisions.values():
         for column in ("first", "centre"):
-            for number in np.unique(rows[column]).tolist() if column in (rows.dtype.names or ()) else ():
+            for number in (
+                np.unique(rows[column]).tolist() if column in (rows.dtype.names or ()) else ()
+            ):
                 out[number] = ids(number >> INDEX_BITS)[str(number & (1 << INDEX_BITS) - 1)]
     return out
 
@@ -379,5 +442,7 @@ def _locked(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"Another run is writing to {output}; wait for it, or choose another --output.") from None
+            raise UsageError(
+                f"Another run is writing to {output}; wait for it, or choose another --output."
+            ) from None
         yield

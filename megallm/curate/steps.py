@@ -1,4 +1,6 @@
-"""The table of local steps: name -> how it is built. A step's module is imported when the step is used."""
+"""The table of local steps: name -> how it is built. A step's module is imported when the step is
+used.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,8 @@ LOCAL_STEPS = {
 
 
 def build_step(name: str, config: CurateConfig) -> Any:
-    """A local step ready to judge. Errors: `UsageError`, `DataError` for models and lists that cannot be read."""
+    """A local step ready to judge. Errors: `UsageError`, `DataError` for models and lists that
+    cannot be read.
+    """
     module, cls = LOCAL_STEPS[name]
     return getattr(importlib.import_module(f"megallm.curate.{module}"), cls)(getattr(config, name))

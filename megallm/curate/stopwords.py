@@ -32,7 +32,9 @@ _FILTER_BITS = 16
 
 @cache
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sorted hashes of all stop words, the languages of each as bits, and a filter over the high bits of a hash."""
+    """Sorted hashes of all stop words, the languages of each as bits, and a filter over the high
+    bits of a hash.
+    """
     hashes = [Analysis([line]).words.hashes for line in STOP_WORDS.values()]
     every = np.unique(np.concatenate(hashes))
     languages = np.zeros(len(every), np.int64)
@@ -44,8 +46,8 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def counts(analysis: Analysis, languages: list[str | None]) -> np.ndarray:
-    """How many different stop words of its language (English, where none is given) each document has; -1 where we
-    know none, int64 [documents]."""
+    """How many different stop words of its language (English, where none is given) each document
+    has; -1 where we know none, int64 [documents]."""
     every, bits, some = _tables()
     numbers = {name: number for number, name in enumerate(STOP_WORDS)}
     own = np.array([numbers.get(name or "en", -1) for name in languages], np.int64)
@@ -56,7 +58,11 @@ def counts(analysis: Analysis, languages: list[str | None]) -> np.ndarray:
     found = np.flatnonzero(some[words.hashes >> np.uint64(64 - _FILTER_BITS)])
     hashes, documents = words.hashes[found], words.documents[found]
     place = np.minimum(np.searchsorted(every, hashes), len(every) - 1)
-    right = (every[place] == hashes) & (own[documents] >= 0) & ((bits[place] >> np.maximum(own[documents], 0)) & 1 > 0)
+    right = (
+        (every[place] == hashes)
+        & (own[documents] >= 0)
+        & ((bits[place] >> np.maximum(own[documents], 0)) & 1 > 0)
+    )
     pairs = np.unique(documents[right] * len(every) + place[right])
     out = np.bincount(pairs // len(every), minlength=len(analysis))
     return np.where(own < 0, -1, out)

@@ -1,7 +1,9 @@
-"""Synthetic tasks with known answers: arithmetic, code with tests, templates over facts that the task itself states.
+"""Synthetic tasks with known answers: arithmetic, code with tests, templates over facts that the
+task itself states.
 
-Task i of a kind is a pure function of (seed, kind, i), so any range can be made anywhere. Every row says where it
-comes from. Tasks that repeat each other, or a text to be avoided (training or evaluation sets), are left out.
+Task i of a kind is a pure function of (seed, kind, i), so any range can be made anywhere. Every row
+says where it comes from. Tasks that repeat each other, or a text to be avoided (training or
+evaluation sets), are left out.
 """
 
 from __future__ import annotations
@@ -20,8 +22,34 @@ from megallm.curate.text import lowered
 
 VERSION = 1
 _ATTEMPTS = 50  # kinds with few different tasks run dry: then say so
-_NAMES = ("Ana", "Ben", "Chen", "Dara", "Emil", "Farah", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena", "Mira", "Noor")
-_THINGS = ("apples", "books", "coins", "stamps", "pencils", "tickets", "marbles", "shells", "cards", "bricks")
+_NAMES = (
+    "Ana",
+    "Ben",
+    "Chen",
+    "Dara",
+    "Emil",
+    "Farah",
+    "Goran",
+    "Hana",
+    "Ivo",
+    "Jun",
+    "Kofi",
+    "Lena",
+    "Mira",
+    "Noor",
+)
+_THINGS = (
+    "apples",
+    "books",
+    "coins",
+    "stamps",
+    "pencils",
+    "tickets",
+    "marbles",
+    "shells",
+    "cards",
+    "bricks",
+)
 _PLACES = ("kitchen", "library", "garden", "office", "station", "market", "museum", "harbour")
 
 
@@ -46,7 +74,9 @@ class Chance:
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt with its one right answer, the template it was made by, and for code the asserts that check it."""
+    """A prompt with its one right answer, the template it was made by, and for code the asserts
+    that check it.
+    """
 
     prompt: str
     answer: str
@@ -61,10 +91,16 @@ def arithmetic_task(chance: Chance) -> Task:
     a, b, c = (chance.between(0, 10**digits - 1) for _ in range(3))
     if template == "division":
         b = chance.between(1, 10 ** max(1, digits - 2))
-        return Task(f"Divide {a} by {b}. Give the quotient and the remainder.", f"{a // b} remainder {a % b}", template)
+        return Task(
+            f"Divide {a} by {b}. Give the quotient and the remainder.",
+            f"{a // b} remainder {a % b}",
+            template,
+        )
     if template == "column":
         values = [chance.between(0, 10**digits - 1) for _ in range(chance.between(3, 8))]
-        return Task("Add these numbers:\n" + "\n".join(map(str, values)), str(sum(values)), template)
+        return Task(
+            "Add these numbers:\n" + "\n".join(map(str, values)), str(sum(values)), template
+        )
     expression, value = {
         "sum": (f"{a} + {b}", a + b),
         "difference": (f"{a} - {b}", a - b),
@@ -82,7 +118,8 @@ def template_task(chance: Chance) -> Task:
         thing, start = chance.choice(_THINGS), [chance.between(5, 60) for _ in range(2)]
         given = chance.between(1, start[0] - 1)
         prompt = (
-            f"{names[0]} has {start[0]} {thing} and {names[1]} has {start[1]}. {names[0]} gives {given} of them to "
+            f"{names[0]} has {start[0]} {thing} and {names[1]} has {start[1]}. {names[0]} gives "
+            f"{given} of them to "
             f"{names[1]}. How many {thing} does {names[1]} have now?"
         )
         return Task(prompt, str(start[1] + given), template)
@@ -91,11 +128,15 @@ def template_task(chance: Chance) -> Task:
         pairs = [(names[k], heights[k]) for k in range(3)]
         said = ", ".join(f"{name} is {height} cm tall" for name, height in _shuffled(chance, pairs))
         return Task(
-            f"{said}. Name them from the shortest to the tallest.", ", ".join(name for name, _ in pairs), template
+            f"{said}. Name them from the shortest to the tallest.",
+            ", ".join(name for name, _ in pairs),
+            template,
         )
     places = _different(chance, _PLACES, 3)
     things = _different(chance, _THINGS, 3)
-    facts = ". ".join(f"The {thing} are in the {place}" for thing, place in zip(things, places, strict=True))
+    facts = ". ".join(
+        f"The {thing} are in the {place}" for thing, place in zip(things, places, strict=True)
+    )
     asked = chance.below(3)
     moved = chance.choice(_PLACES)
     prompt = f"{facts}. {names[0]} takes the {things[asked]} to the {moved}. Where are the {things[asked]} now?"
@@ -119,20 +160,34 @@ def _code(chance: Chance) -> Task:
     return Task(prompt, answer, template, tests)
 
 
-KINDS: dict[str, Callable[[Chance], Task]] = {"arithmetic": arithmetic_task, "code": _code, "template": template_task}
+KINDS: dict[str, Callable[[Chance], Task]] = {
+    "arithmetic": arithmetic_task,
+    "code": _code,
+    "template": template_task,
+}
 
 
-def generate(kinds: Iterable[str], count: int, seed: int, avoid: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
+def generate(
+    kinds: Iterable[str], count: int, seed: int, avoid: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
     """`count` rows {id, text, prompt, answer, tests, source, provenance}, the kinds in turn.
 
-    `avoid` are JSONL or text files; a task is left out when its prompt is a line or a text of them, or its text
-    or an earlier task's. Errors: `UsageError` for an unknown kind or when a kind has no new tasks left.
+    `avoid` are JSONL or text files; a task is left out when its prompt is a line or a text of them,
+    or its text or an earlier task's. Errors: `UsageError` for an unknown kind or when a kind has no
+    new tasks left.
     """
     chosen = list(kinds)
     unknown = [kind for kind in chosen if kind not in KINDS]
     if unknown or not chosen:
-        raise UsageError(f"--kind {','.join(unknown) or 'none'}: the kinds are: {', '.join(KINDS)}.")
-    seen = {key_of(lowered(part)) for text in avoid_texts(avoid) for part in {text, *text.split("\n")} if part.strip()}
+        raise UsageError(
+            f"--kind {','.join(unknown) or 'none'}: the kinds are: {', '.join(KINDS)}."
+        )
+    seen = {
+        key_of(lowered(part))
+        for text in avoid_texts(avoid)
+        for part in {text, *text.split("\n")}
+        if part.strip()
+    }
     at = dict.fromkeys(chosen, 0)
     for number in range(count):
         kind = chosen[number % len(chosen)]
@@ -145,13 +200,26 @@ def generate(kinds: Iterable[str], count: int, seed: int, avoid: Iterable[str] =
                 break
         else:
             raise UsageError(
-                f"{_ATTEMPTS} {kind} tasks in a row were repeats or to be avoided; ask for fewer than {count}."
+                f"{_ATTEMPTS} {kind} tasks in a row were repeats or to be avoided; ask for fewer "
+                f"than {count}."
             )
         seen |= keys
-        provenance = {"generator": "megallm synth", "version": VERSION, "kind": kind, "template": task.template}
-        row = {"id": f"synth/{kind}/{seed}/{index}", "text": f"{task.prompt}\n{task.answer}", "prompt": task.prompt}
+        provenance = {
+            "generator": "megallm synth",
+            "version": VERSION,
+            "kind": kind,
+            "template": task.template,
+        }
+        row = {
+            "id": f"synth/{kind}/{seed}/{index}",
+            "text": f"{task.prompt}\n{task.answer}",
+            "prompt": task.prompt,
+        }
         row |= {"answer": task.answer} | ({"tests": task.tests} if task.tests else {})
-        yield row | {"source": f"synth/{kind}", "provenance": provenance | {"seed": seed, "index": index}}
+        yield row | {
+            "source": f"synth/{kind}",
+            "provenance": provenance | {"seed": seed, "index": index},
+        }
 
 
 def dump(row: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""What is counted on the way: documents and characters by step and reason, histograms of metrics, a few examples.
+"""What is counted on the way: documents and characters by step and reason, histograms of metrics, a
+few examples.
 
-A tally is plain JSON; the sum of the shards' tallies in shard order does not depend on who made them.
+A tally is plain JSON; the sum of the shards' tallies in shard order does not depend on who made
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ EXCERPT_CHARS = 400
 _CONTEXT_CHARS = 80  # around the first edited span
 _LOOKED_AT_CHARS = 20_000  # for personal data, before an excerpt is cut out of them
 BINS = 40
-_SHARES = ("_share", "gram", "_ratio", "score", "_density", "coverage")  # names that end so lie from 0 to 1
+_SHARES = (
+    "_share",
+    "gram",
+    "_ratio",
+    "score",
+    "_density",
+    "coverage",
+)  # names that end so lie from 0 to 1
 _LOG_TOP = 7.0  # the other histograms are of log10(1 + value), up to 10^7
 
 
@@ -31,14 +40,22 @@ def bins_of(metric: str) -> np.ndarray:
 
 
 class Tally:
-    """Counts of one shard, or of several added together; `redact` takes personal data out of examples."""
+    """Counts of one shard, or of several added together; `redact` takes personal data out of
+    examples.
+    """
 
     def __init__(self, redact: Callable[[str], str] | None = None) -> None:
         self._redact = redact or str
         self.steps: dict[str, dict[str, Any]] = {}
         self.histograms: dict[str, np.ndarray] = {}  # int64 [BINS] each
         self.examples: dict[str, list[dict[str, Any]]] = {}
-        self.totals = {"lines_rejected": 0, "documents": 0, "characters": 0, "kept": 0, "characters_kept": 0}
+        self.totals = {
+            "lines_rejected": 0,
+            "documents": 0,
+            "characters": 0,
+            "kept": 0,
+            "characters_kept": 0,
+        }
         self.seconds: dict[str, float] = {}
 
     def note(self, step: str, documents: Sequence[Document], verdicts: Sequence[Verdict]) -> None:
@@ -79,10 +96,19 @@ class Tally:
             row["text"] = self._redact(document.text[:_LOOKED_AT_CHARS])[:EXCERPT_CHARS]
         else:
             span = next(span for span in verdict.spans if span.reason == reason)
-            # Personal data must not come back in the report: replaced spans are shown as their replacements only.
-            before = self._context(document.text, verdict.spans, max(0, span.begin - _LOOKED_AT_CHARS), span.begin)
-            after = self._context(document.text, verdict.spans, span.end, span.end + _LOOKED_AT_CHARS)
-            cut = "" if span.replacement else self._redact(document.text[span.begin : span.end][:_LOOKED_AT_CHARS])
+            # Personal data must not come back in the report: replaced spans are shown as their
+            # replacements only.
+            before = self._context(
+                document.text, verdict.spans, max(0, span.begin - _LOOKED_AT_CHARS), span.begin
+            )
+            after = self._context(
+                document.text, verdict.spans, span.end, span.end + _LOOKED_AT_CHARS
+            )
+            cut = (
+                ""
+                if span.replacement
+                else self._redact(document.text[span.begin : span.end][:_LOOKED_AT_CHARS])
+            )
             row |= {
                 "before": before[-_CONTEXT_CHARS:], "cut": cut[:EXCERPT_CHARS], "replacement": span.replacement,
                 "after": after[:_CONTEXT_CHARS],
@@ -94,16 +120,25 @@ class Tally:
     def _context(self, text: str, spans: Sequence[Span], begin: int, end: int) -> str:
         """The text from `begin` to `end` with what was replaced in it replaced."""
         inside = [
-            Span(max(span.begin, begin) - begin, min(span.end, end) - begin, span.reason, span.replacement)
+            Span(
+                max(span.begin, begin) - begin,
+                min(span.end, end) - begin,
+                span.reason,
+                span.replacement,
+            )
             for span in spans
             if span.replacement and span.begin < end and span.end > begin
         ]
         return self._redact(apply_spans(text[begin:end], inside))
 
     def note_metrics(self, metrics: dict[str, np.ndarray]) -> None:
-        """Add one number a document to the histogram of each metric; what lies outside goes into the last bin."""
+        """Add one number a document to the histogram of each metric; what lies outside goes into
+        the last bin.
+        """
         for name, values in metrics.items():
-            counts = np.bincount(np.searchsorted(bins_of(name)[1:-1], values, side="right"), minlength=BINS)
+            counts = np.bincount(
+                np.searchsorted(bins_of(name)[1:-1], values, side="right"), minlength=BINS
+            )
             held = self.histograms.get(name)
             self.histograms[name] = counts if held is None else held + counts
 

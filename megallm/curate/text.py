@@ -59,11 +59,17 @@ def lowered(text: str) -> str:
 
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sums of values[offsets[i]:offsets[i+1]], empty segments included; of flags the counts of true ones."""
+    """Sums of values[offsets[i]:offsets[i+1]], empty segments included; of flags the counts of true
+    ones.
+    """
     if values.dtype == bool:
         bounds = offsets.tolist()
         return np.array(
-            [np.count_nonzero(values[low:high]) for low, high in zip(bounds[:-1], bounds[1:], strict=True)], np.int64
+            [
+                np.count_nonzero(values[low:high])
+                for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+            ],
+            np.int64,
         )
     out = np.zeros(len(offsets) - 1, values.dtype)
     used = np.flatnonzero(np.diff(offsets))
@@ -73,14 +79,16 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def sorted_set(values: np.ndarray) -> np.ndarray:
-    """The different values in order (numpy's own goes through a hash table, which is slower here)."""
+    """The different values in order (numpy's own goes through a hash table, which is slower
+    here).
+    """
     values = np.sort(values)
     return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
 
 
 class Hasher:
-    """Hashes of any runs of characters of a text. (Apart from `Analysis`, so that nothing refers to it in a circle:
-    what does waits for the garbage collector, with all its arrays.)"""
+    """Hashes of any runs of characters of a text. (Apart from `Analysis`, so that nothing refers to
+    it in a circle: what does waits for the garbage collector, with all its arrays.)"""
 
     def __init__(self, codes: np.ndarray) -> None:
         self._codes = codes
@@ -102,7 +110,9 @@ class Hasher:
 
 
 class Pieces:
-    """Some runs of characters [begin, end) in order, and for each document the range of its runs in `offsets`."""
+    """Some runs of characters [begin, end) in order, and for each document the range of its runs in
+    `offsets`.
+    """
 
     def __init__(
         self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, hasher: Hasher,
@@ -125,7 +135,9 @@ class Pieces:
 
     @cached_property
     def extent(self) -> np.ndarray:
-        """The characters of each document's runs together, and of its longest run, int64 [2, documents]."""
+        """The characters of each document's runs together, and of its longest run, int64 [2,
+        documents].
+        """
         native = extension.index()
         if native is not None:
             return native.lengths(self.begin, self.end, self.offsets)
@@ -146,7 +158,9 @@ class Pieces:
         return self._hasher.hash(self.begin, self.end) if self._hashes is None else self._hashes
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of `size` consecutive runs inside one document, and the number of the first run of each."""
+        """Hashes of `size` consecutive runs inside one document, and the number of the first run of
+        each.
+        """
         native = extension.index()
         if native is not None:
             return native.ngrams(self.hashes, self.offsets, size)
@@ -158,7 +172,9 @@ class Pieces:
         return self.ngrams_at(first, size), first
 
     def ngrams_at(self, first: np.ndarray, size: int) -> np.ndarray:
-        """Hashes of the n-grams that begin at the given runs; the caller knows that they stay inside a document."""
+        """Hashes of the n-grams that begin at the given runs; the caller knows that they stay
+        inside a document.
+        """
         total = np.zeros(len(first), np.uint64)
         power = 1
         for k in range(size):
@@ -170,8 +186,8 @@ class Pieces:
 class Analysis:
     """A batch of texts, folded and laid end to end with a newline after each.
 
-    `starts` int64 [documents + 1]: where each text begins; the last is the end. `codes` uint32 and `kinds` uint8
-    [characters].
+    `starts` int64 [documents + 1]: where each text begins; the last is the end. `codes` uint32 and
+    `kinds` uint8 [characters].
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -227,8 +243,8 @@ class Analysis:
 
     @cached_property
     def characters(self) -> np.ndarray:
-        """Of each text the characters that are not space, those of words, digits, symbols (# and an ellipsis), places
-        where three dots begin, and ends of sentences, int64 [6, documents]."""
+        """Of each text the characters that are not space, those of words, digits, symbols (# and an
+        ellipsis), places where three dots begin, and ends of sentences, int64 [6, documents]."""
         native = extension.index()
         if native is not None:
             return native.characters(self.codes, self.kinds, self.starts)
@@ -260,7 +276,9 @@ class Analysis:
 
     @cached_property
     def _lines(self) -> tuple[Pieces, np.ndarray, np.ndarray]:
-        """`lines`, which of them follow a blank one or begin a text (uint8 [lines]), and `newlines`."""
+        """`lines`, which of them follow a blank one or begin a text (uint8 [lines]), and
+        `newlines`.
+        """
         native = extension.index()
         if native is not None:
             begin, end, after_blank, newlines = native.lines(self.codes, self.kinds, self.starts)
@@ -272,12 +290,16 @@ class Analysis:
         lines = self._pieces(self.ink[first[used]], self.ink[last[used] - 1] + 1)
         # Two newlines between the end of a line and the start of the next make a blank line.
         gap = np.searchsorted(ends, lines.begin[1:]) - np.searchsorted(ends, lines.end[:-1]) > 1
-        new = np.concatenate([[True], gap | (lines.documents[1:] != lines.documents[:-1])])[: len(lines)]
+        new = np.concatenate([[True], gap | (lines.documents[1:] != lines.documents[:-1])])[
+            : len(lines)
+        ]
         return lines, new.astype(np.uint8), np.diff(np.searchsorted(ends, self.starts)) - 1
 
     @cached_property
     def paragraphs(self) -> Pieces:
-        """Runs of lines between blank lines, from the first to the last character that is not space."""
+        """Runs of lines between blank lines, from the first to the last character that is not
+        space.
+        """
         lines = self.lines
         if not len(lines):
             return lines
@@ -285,5 +307,7 @@ class Analysis:
         last = np.concatenate([new[1:], [True]])
         return self._pieces(lines.begin[new], lines.end[last])
 
-    def _pieces(self, begin: np.ndarray, end: np.ndarray, hashes: np.ndarray | None = None) -> Pieces:
+    def _pieces(
+        self, begin: np.ndarray, end: np.ndarray, hashes: np.ndarray | None = None
+    ) -> Pieces:
         return Pieces(begin, end, self.starts, self._hasher, hashes)

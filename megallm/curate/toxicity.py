@@ -80,12 +80,18 @@ def phrase_tables(phrases: Iterable[str]) -> dict[int, np.ndarray]:
     for phrase in phrases:
         words = Analysis([phrase]).words
         if len(words):
-            out.setdefault(len(words), []).append(int(words.ngrams_at(np.zeros(1, np.int64), len(words))[0]))
+            out.setdefault(len(words), []).append(
+                int(words.ngrams_at(np.zeros(1, np.int64), len(words))[0])
+            )
     return {size: np.unique(np.array(hashes, np.uint64)) for size, hashes in out.items()}
 
 
-def phrase_hits(words: Pieces, tables: dict[int, np.ndarray], near: np.ndarray | None = None) -> np.ndarray:
-    """Which words stand in a phrase of the tables, bool [words]; `near`: look only at phrases around these words."""
+def phrase_hits(
+    words: Pieces, tables: dict[int, np.ndarray], near: np.ndarray | None = None
+) -> np.ndarray:
+    """Which words stand in a phrase of the tables, bool [words]; `near`: look only at phrases
+    around these words.
+    """
     out = np.zeros(len(words), bool)
     for size, table in tables.items():
         if near is None:
@@ -102,7 +108,9 @@ def phrase_hits(words: Pieces, tables: dict[int, np.ndarray], near: np.ndarray |
 
 
 class Toxicity:
-    """The step `toxicity`: drops `toxic_words` by density and `toxic_score` by the trained score."""
+    """The step `toxicity`: drops `toxic_words` by density and `toxic_score` by the trained
+    score.
+    """
 
     name = "toxicity"
 

@@ -1,4 +1,6 @@
-"""From rows to the arrays of a batch, and the two readers of a training run: our stream, and Megatron's order. Pure."""
+"""From rows to the arrays of a batch, and the two readers of a training run: our stream, and
+Megatron's order. Pure.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _AHEAD = 16  # steps whose state is kept
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of a global batch one data-parallel rank reads, in microbatches: a contiguous block of them."""
+    """Which rows of a global batch one data-parallel rank reads, in microbatches: a contiguous
+    block of them.
+    """
 
     global_batch: int
     micro_batch: int
@@ -36,12 +40,15 @@ class Reader(Protocol):
     """What a run reads, step by step in order; steps count from 1."""
 
     def batches(self, step: int) -> list[Arrays]:
-        """This rank's microbatches of a step: {"tokens", "labels", "positions": int64 [B, T], "mask": bool [B, T]},
-        for packed documents "cu_seqlens" int32 [n + 1] with B = 1, and for masked diffusion "weight" float32 [B, T]."""
+        """This rank's microbatches of a step: {"tokens", "labels", "positions": int64 [B, T],
+        "mask": bool [B, T]}, for packed documents "cu_seqlens" int32 [n + 1] with B = 1, and for
+        masked diffusion "weight" float32 [B, T]."""
         ...
 
     def consumed(self, step: int) -> list[dict[str, Any]]:
-        """This rank's rows of a step: {step, micro, row, source, epoch, spans}; micro and row count over all ranks."""
+        """This rank's rows of a step: {step, micro, row, source, epoch, spans}; micro and row count
+        over all ranks.
+        """
         ...
 
     def state_after(self, step: int) -> dict[str, Any]:
@@ -52,8 +59,8 @@ class Reader(Protocol):
 def fill(row: Row, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """(tokens, labels int64 [T], mask bool [T], ends of the documents in it) of one row.
 
-    A label is the next token of the same document, also where that stands in another row. The last token of a
-    document and the padding have none: 0, masked.
+    A label is the next token of the same document, also where that stands in another row. The last
+    token of a document and the padding have none: 0, masked.
     """
     tokens, labels = np.zeros((2, row.seq_len), np.int64)
     mask = np.zeros(row.seq_len, bool)
@@ -72,21 +79,27 @@ def fill(row: Row, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 def pack(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
-    """A microbatch of B rows as one row of B x T tokens: documents see only themselves, their positions start at 0."""
+    """A microbatch of B rows as one row of B x T tokens: documents see only themselves, their
+    positions start at 0.
+    """
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
     return {"tokens": tokens, "labels": labels, "mask": mask} | _apart([one[3] for one in filled])
 
 
 def _apart(ends: Sequence[Sequence[int]]) -> Arrays:
-    """{"positions" int64 [1, B x T], "cu_seqlens" int32 [n + 1]} of rows whose documents have these ends, 0 to T."""
+    """{"positions" int64 [1, B x T], "cu_seqlens" int32 [n + 1]} of rows whose documents have these
+    ends, 0 to T.
+    """
     joined = np.unique(np.concatenate([np.array(one) + i * one[-1] for i, one in enumerate(ends)]))
     positions = np.arange(joined[-1]) - np.repeat(joined[:-1], np.diff(joined))
     return {"positions": positions[None], "cu_seqlens": joined.astype(np.int32)}
 
 
 def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
-    """A microbatch without document masks: each row is one text, the next token is the label wherever a row has one."""
+    """A microbatch without document masks: each row is one text, the next token is the label
+    wherever a row has one.
+    """
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.stack([one[i] for one in filled]) for i in range(3))
     for row, (number, one) in zip(rows, enumerate(filled), strict=True):
@@ -99,7 +112,8 @@ def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
 
 
 def hide_rows(rows: Sequence[Row], sources: dict[str, Source], hide: Hider, apart: bool) -> Arrays:
-    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not see each other.
+    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not
+    see each other.
 
     Arrays [1, B x T] as in `pack`; positions start at 0 with each document, or else with each row.
     """
@@ -117,17 +131,25 @@ def _fill_hidden(row: Row, source: Source, hide: Hider) -> tuple[Arrays, list[in
         made.append(hide(ids, source.fingerprint, item.document, item.begin, row.epoch))
         ends.append(ends[-1] + len(ids))
     room = row.seq_len - ends[-1]
-    return {name: np.pad(np.concatenate([one[name] for one in made]), (0, room)) for name in made[0]}, ends
+    return {
+        name: np.pad(np.concatenate([one[name] for one in made]), (0, room)) for name in made[0]
+    }, ends
 
 
 class StreamReader:
     """Our order. `document_masks`: documents of a row do not see each other (`pack`, else `lay`).
 
-    With `hide` the model sees both sides of each token and predicts those that were hidden, not the next ones.
+    With `hide` the model sees both sides of each token and predicts those that were hidden, not the
+    next ones.
     """
 
     def __init__(
-        self, stream: Stream, share: Share, first_step: int, document_masks: bool = True, hide: Hider | None = None
+        self,
+        stream: Stream,
+        share: Share,
+        first_step: int,
+        document_masks: bool = True,
+        hide: Hider | None = None,
     ) -> None:
         self.stream, self.share, self.next_step = stream, share, first_step
         self._arrange = pack if document_masks else lay
@@ -138,7 +160,10 @@ class StreamReader:
 
     def batches(self, step: int) -> list[Arrays]:
         rows = self._take(step)
-        return [self._arrange([rows[i] for i in micro], self.stream.sources) for micro in self.share.micros()]
+        return [
+            self._arrange([rows[i] for i in micro], self.stream.sources)
+            for micro in self.share.micros()
+        ]
 
     def consumed(self, step: int) -> list[dict[str, Any]]:
         rows = self._take(step)
@@ -155,7 +180,10 @@ class StreamReader:
         """All rows of a step; the one after the last, or one of the last few again."""
         if step not in self._rows:
             if step != self.next_step:
-                raise ValueError(f"The stream stands before step {self.next_step}; step {step} cannot be read now.")
+                raise ValueError(
+                    f"The stream stands before step {self.next_step}; step {step} cannot be read "
+                    "now."
+                )
             self._rows[step] = self.stream.take(self.share.global_batch)
             self._states[step] = self.stream.state()
             self.next_step += 1
@@ -171,7 +199,9 @@ def _forms(row: Row) -> dict[str, list[str]]:
 
 
 class MegatronReader:
-    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `hide` as in `StreamReader`."""
+    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `hide` as in
+    `StreamReader`.
+    """
 
     def __init__(self, samples: SampleDataset, share: Share, hide: Hider | None = None) -> None:
         self.samples, self.share, self.hide = samples, share, hide
@@ -179,12 +209,20 @@ class MegatronReader:
     def batches(self, step: int) -> list[Arrays]:
         if self.hide is not None:
             micros = self._micros(step)
-            return [hide_samples([self.samples.sample(i) for i in micro], micro, self.hide) for micro in micros]
+            return [
+                hide_samples([self.samples.sample(i) for i in micro], micro, self.hide)
+                for micro in micros
+            ]
         return [stack([self.samples.sample(i) for i in micro]) for micro in self._micros(step)]
 
     def consumed(self, step: int) -> list[dict[str, Any]]:
         return [
-            {"step": step, "micro": row // self.share.micro_batch, "row": row, **self.samples.where(first + row)}
+            {
+                "step": step,
+                "micro": row // self.share.micro_batch,
+                "row": row,
+                **self.samples.where(first + row),
+            }
             for first, row in self._numbered(step)
         ]
 
@@ -212,6 +250,9 @@ def stack(samples: Sequence[np.ndarray]) -> Arrays:
 
 def hide_samples(samples: Sequence[np.ndarray], numbers: Sequence[int], hide: Hider) -> Arrays:
     """The same [B, T] without their last token; a sample is one text, named by its number."""
-    made = [hide(sample[:-1].astype(np.int64), number) for sample, number in zip(samples, numbers, strict=True)]
+    made = [
+        hide(sample[:-1].astype(np.int64), number)
+        for sample, number in zip(samples, numbers, strict=True)
+    ]
     arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}
     return arrays | {"positions": np.tile(np.arange(arrays["tokens"].shape[1]), (len(samples), 1))}

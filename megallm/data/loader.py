@@ -1,4 +1,6 @@
-"""Batches for the model, made one or two steps ahead by a thread. The only file of `data` with torch."""
+"""Batches for the model, made one or two steps ahead by a thread. The only file of `data` with
+torch.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,31 @@ Batch = dict[str, torch.Tensor]
 
 
 def to_tensors(arrays: Arrays, pin: bool = False) -> Batch:
-    """The same memory as tensors; `pin` copies all but "cu_seqlens" to pinned memory (that one is read on the CPU)."""
+    """The same memory as tensors; `pin` copies all but "cu_seqlens" to pinned memory (that one is
+    read on the CPU).
+    """
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    return {name: x.pin_memory() if pin and name != "cu_seqlens" else x for name, x in batch.items()}
+    return {
+        name: x.pin_memory() if pin and name != "cu_seqlens" else x for name, x in batch.items()
+    }
 
 
 class Loader:
-    """Iterate `(step, [batch, ...])` for steps first_step <= step < last_step, which `read` makes in this order.
+    """Iterate `(step, [batch, ...])` for steps first_step <= step < last_step, which `read` makes
+    in this order.
 
-    `prefetch` steps are made ahead by a thread. An error of the thread is raised where its step would have come.
-    Close it, or use it as a context manager; `wait_seconds` is how long the consumer has waited for data in all.
+    `prefetch` steps are made ahead by a thread. An error of the thread is raised where its step
+    would have come. Close it, or use it as a context manager; `wait_seconds` is how long the
+    consumer has waited for data in all.
     """
 
     def __init__(
-        self, read: Callable[[int], list[Arrays]], first_step: int, last_step: int, prefetch: int = 2, pin: bool = False
+        self,
+        read: Callable[[int], list[Arrays]],
+        first_step: int,
+        last_step: int,
+        prefetch: int = 2,
+        pin: bool = False,
     ) -> None:
         self.wait_seconds = 0.0
         self._read, self._pin = read, pin

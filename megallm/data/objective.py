@@ -1,8 +1,10 @@
-"""What a bidirectional model is asked: tokens of a text are hidden, and it says what stood there. Pure.
+"""What a bidirectional model is asked: tokens of a text are hidden, and it says what stood there.
+Pure.
 
-`Hider` hides tokens by BERT's rule or by that of masked diffusion (`masking`). What it hides hangs on (seed, which
-text, epoch) alone, so layout, batch and resume change nothing, and the same text loses other tokens in its next epoch.
-Each document in a packed row is a text of its own; padding is a document too, so that nothing attends to it.
+`Hider` hides tokens by BERT's rule or by that of masked diffusion (`masking`). What it hides hangs
+on (seed, which text, epoch) alone, so layout, batch and resume change nothing, and the same text
+loses other tokens in its next epoch. Each document in a packed row is a text of its own; padding is
+a document too, so that nothing attends to it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Hider:
-    """Hides tokens of a text. `begins` bool [V] says which tokens begin a word: then whole words are hidden."""
+    """Hides tokens of a text. `begins` bool [V] says which tokens begin a word: then whole words
+    are hidden.
+    """
 
     kind: str
     rule: MaskRule
@@ -32,14 +36,17 @@ class Hider:
     begins: np.ndarray | None = None
 
     def __call__(self, tokens: np.ndarray, *sample: str | int) -> Arrays:
-        """{"tokens", "labels": int64 [T], "mask": bool [T]} of the text called `sample`, for diffusion also "weight".
+        """{"tokens", "labels": int64 [T], "mask": bool [T]} of the text called `sample`, for
+        diffusion also "weight".
 
-        The mask is True where the loss counts: at the tokens to predict, or for diffusion at all that could have been
-        hidden; "weight" float32 [T] is 1 / t at those that are.
+        The mask is True where the loss counts: at the tokens to predict, or for diffusion at all
+        that could have been hidden; "weight" float32 [T] is 1 / t at those that are.
         """
         key = rng.key_of(self.seed, self.kind, *sample)
         if self.kind == MLM:
-            return mask_tokens(tokens, self.rule, key, None if self.begins is None else self._word_starts(tokens))
+            return mask_tokens(
+                tokens, self.rule, key, None if self.begins is None else self._word_starts(tokens)
+            )
         keep = np.isin(tokens, self.rule.special)
         made = diffuse_tokens(tokens, key, self.rule.mask_token, keep)
         return made | {"mask": ~keep, "weight": made["weight"].astype(np.float32)}
@@ -55,27 +62,37 @@ class Hider:
 
 
 def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) -> int:
-    """The id of the mask token: given by name or id, else one of the `KNOWN` names. Errors: `UsageError`."""
+    """The id of the mask token: given by name or id, else one of the `KNOWN` names. Errors:
+    `UsageError`.
+    """
     for one in KNOWN if name is None else (name,):
         token = int(one) if one.isdecimal() else None if words is None else words.token_id(one)
         if token is None:
             continue
         if token >= vocab_size:
             raise UsageError(
-                f"data.masking.token is the id {token}, but model.vocab_size is {vocab_size}: give the model at least "
+                f"data.masking.token is the id {token}, but model.vocab_size is {vocab_size}: "
+                "give the model at least "
                 f"{token + 1} rows."
             )
         return token
-    free = "" if words is None else f" A free id does too: data.masking.token={words.vocab_size} and model.vocab_size="
+    free = (
+        ""
+        if words is None
+        else f" A free id does too: data.masking.token={words.vocab_size} and model.vocab_size="
+    )
     free += "" if words is None else f"{words.vocab_size + 1}."
     raise UsageError(
-        f"Hiding tokens needs a mask token, and the tokenizer has no {' or '.join(KNOWN if name is None else [name])}: "
+        "Hiding tokens needs a mask token, and the tokenizer has no "
+        f"{' or '.join(KNOWN if name is None else [name])}: "
         f"name one of its tokens or an id in data.masking.token.{free}"
     )
 
 
 def special_tokens(words: Tokenizer | None) -> set[int]:
-    """Ids that are never hidden nor put in another's place: the end of a document and the tokenizer's specials."""
+    """Ids that are never hidden nor put in another's place: the end of a document and the
+    tokenizer's specials.
+    """
     if words is None:
         return set()
     try:
@@ -85,16 +102,22 @@ def special_tokens(words: Tokenizer | None) -> set[int]:
 
 
 def word_table(words: Tokenizer | None) -> np.ndarray:
-    """bool [V]: which tokens begin a word. Errors: `UsageError` for a tokenizer that does not show its pieces."""
+    """bool [V]: which tokens begin a word. Errors: `UsageError` for a tokenizer that does not show
+    its pieces.
+    """
     if isinstance(words, ByteTokenizer):
         pieces = [chr(byte) for byte in range(256)] + [" "]
         return np.array([piece.isspace() for piece in pieces])
     if not isinstance(words, FolderTokenizer):
-        raise UsageError("data.masking.whole_word needs a tokenizer.json, which says where words begin: leave it out.")
+        raise UsageError(
+            "data.masking.whole_word needs a tokenizer.json, which says where words begin: leave "
+            "it out."
+        )
     pieces = words.pieces()
     for boundary in ("##", "Ġ", "▁"):
         if any(piece.startswith(boundary) and piece != boundary for piece in pieces):
             return word_starts_of(pieces, boundary)
     raise UsageError(
-        "data.masking.whole_word cannot tell where words begin: no token of the tokenizer starts with ##, Ġ or ▁."
+        "data.masking.whole_word cannot tell where words begin: no token of the tokenizer starts "
+        "with ##, Ġ or ▁."
     )

@@ -14,4 +14,6 @@ def need(module: str, file: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise UsageError(f"Reading {file} needs the package {package}: pip install 'megallm[data]'.") from error
+        raise UsageError(
+            f"Reading {file} needs the package {package}: pip install 'megallm[data]'."
+        ) from error

@@ -19,7 +19,9 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Ending:
-    """An answer ends after `limit` tokens, after one of the tokens `ids`, or before one of the texts `strings`."""
+    """An answer ends after `limit` tokens, after one of the tokens `ids`, or before one of the
+    texts `strings`.
+    """
 
     limit: int
     ids: frozenset[int] = frozenset()
@@ -30,9 +32,9 @@ class Ending:
 class Answer:
     """Tokens in, text out.
 
-    `text` leaves out the token that ended the answer and everything from a stop text on; `reason` says what ended
-    it: "length", "end" (an end token), "stop" (a stop text), "interrupted", or None while it grows. `tokens` and
-    `log_probs` hold every token that was generated.
+    `text` leaves out the token that ended the answer and everything from a stop text on; `reason`
+    says what ended it: "length", "end" (an end token), "stop" (a stop text), "interrupted", or None
+    while it grows. `tokens` and `log_probs` hold every token that was generated.
     """
 
     ending: Ending
@@ -91,7 +93,9 @@ class Answer:
 
     def _cut(self, start: int) -> None:
         """End at the first stop text that the newest characters complete."""
-        found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self.ending.strings]
+        found = [
+            self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self.ending.strings
+        ]
         found = [place for place in found if place >= 0]
         if found:
             self.text, self.reason = self.text[: min(found)], "stop"
@@ -101,5 +105,7 @@ class Answer:
         longest = 0
         for stop in self.ending.strings:
             sizes = range(min(len(stop) - 1, len(self.text)), 0, -1)
-            longest = max(longest, next((size for size in sizes if self.text.endswith(stop[:size])), 0))
+            longest = max(
+                longest, next((size for size in sizes if self.text.endswith(stop[:size])), 0)
+            )
         return longest

@@ -1,4 +1,5 @@
-"""Keys and values of several texts of different lengths, side by side; each text fills a row from position 0.
+"""Keys and values of several texts of different lengths, side by side; each text fills a row from
+position 0.
 
 No text is padded: rotary and learned positions of a text are those it would have alone.
 """
@@ -20,7 +21,9 @@ BLOCK = 64  # capacity grows in multiples of this many positions
 
 @dataclass(kw_only=True)
 class RowCache(LayerCache):
-    """One layer for a step in which each text gets one token: views `[n, longest + 1, ...]`, int64 lengths `[n]`."""
+    """One layer for a step in which each text gets one token: views `[n, longest + 1, ...]`, int64
+    lengths `[n]`.
+    """
 
     lengths: Tensor
 
@@ -39,12 +42,15 @@ class RowCache(LayerCache):
 
 
 class TextCache:
-    """Keys and values `[rows, capacity, *shape]` of every layer of one pipeline stage; grows as texts need it.
+    """Keys and values `[rows, capacity, *shape]` of every layer of one pipeline stage; grows as
+    texts need it.
 
     `shapes` are those of a position in each layer.
     """
 
-    def __init__(self, shapes: Sequence[CacheShape], rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Sequence[CacheShape], rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.rows, self.capacity, self.shapes = rows, 0, shapes
         self.empty = partial(torch.zeros, dtype=dtype, device=device)
         self.layers = [self._allocate(0, shape) for shape in shapes]
@@ -70,13 +76,20 @@ class TextCache:
         for keys, values in self.layers:
             keys[row].zero_()
             values[row].zero_()
-        return [LayerCache(keys[row : row + 1], values[row : row + 1]) for keys, values in self.layers]
+        return [
+            LayerCache(keys[row : row + 1], values[row : row + 1]) for keys, values in self.layers
+        ]
 
     def step(self, lengths: list[int], device: torch.device) -> list[LayerCache]:
-        """The first `len(lengths)` rows, which hold that many positions each, for feeding one token to each."""
+        """The first `len(lengths)` rows, which hold that many positions each, for feeding one token
+        to each.
+        """
         count, end = len(lengths), max(lengths) + 1
         places = torch.tensor(lengths, device=device)
-        return [RowCache(keys[:count, :end], values[:count, :end], lengths=places) for keys, values in self.layers]
+        return [
+            RowCache(keys[:count, :end], values[:count, :end], lengths=places)
+            for keys, values in self.layers
+        ]
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""

@@ -1,7 +1,8 @@
-"""`megallm chat` on the ranks: conversations come as JSON lines over a socket, answers go back piece by piece.
+"""`megallm chat` on the ranks: conversations come as JSON lines over a socket, answers go back
+piece by piece.
 
-Rank 0 talks to the front end. The other ranks wait for what it broadcasts, and hear from it at least once a minute,
-so that no collective times out while a person thinks.
+Rank 0 talks to the front end. The other ranks wait for what it broadcasts, and hear from it at
+least once a minute, so that no collective times out while a person thinks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ IDLE_SECONDS = 60.0
 
 
 def serve(request: GenerateRequest, mesh: Mesh, line: Line | None) -> None:
-    """Answer conversations until the front end leaves; `line` is rank 0's. Collective over the world."""
+    """Answer conversations until the front end leaves; `line` is rank 0's. Collective over the
+    world.
+    """
     loaded = generate.load(request, mesh)
     template = find_template(loaded.folder, loaded.words.special_texts)
     if line is not None:
@@ -38,7 +41,9 @@ def serve(request: GenerateRequest, mesh: Mesh, line: Line | None) -> None:
 def _next_work(line: Line, loaded: Loaded, template: ChatTemplate) -> dict[str, Any]:
     """What all ranks do next: answer a conversation given as tokens, wait, or quit."""
     message = line.receive(IDLE_SECONDS)
-    if message is None or message["do"] == STOP:  # nobody spoke, or an answer was stopped when it had just ended
+    if (
+        message is None or message["do"] == STOP
+    ):  # nobody spoke, or an answer was stopped when it had just ended
         return {"do": "wait"}
     if message["do"] == QUIT:
         return message
@@ -51,8 +56,12 @@ def _next_work(line: Line, loaded: Loaded, template: ChatTemplate) -> dict[str, 
     return {"do": "answer", "tokens": tokens, "number": message["number"], "stops": template.stops}
 
 
-def _answer(work: dict[str, Any], request: GenerateRequest, loaded: Loaded, line: Line | None) -> None:
-    """Generate one answer; the front end may stop it. Every rank passes through here with the same work."""
+def _answer(
+    work: dict[str, Any], request: GenerateRequest, loaded: Loaded, line: Line | None
+) -> None:
+    """Generate one answer; the front end may stop it. Every rank passes through here with the same
+    work.
+    """
     job = loaded.job(work["number"], work["tokens"], request, tuple(work["stops"]))
 
     def listen(job: Job) -> None:
@@ -60,8 +69,12 @@ def _answer(work: dict[str, Any], request: GenerateRequest, loaded: Loaded, line
 
     stopped = _stop_asker(line) if line is not None else _never
     try:
-        loaded.generator.generate([job], generate.sampling_of(request), listen if line is not None else None, stopped)
-    except UsageError as error:  # raised alike on every rank, before anything runs: the text does not fit the model
+        loaded.generator.generate(
+            [job], generate.sampling_of(request), listen if line is not None else None, stopped
+        )
+    except (
+        UsageError
+    ) as error:  # raised alike on every rank, before anything runs: the text does not fit the model
         if line is not None:
             line.send(error=str(error))
         return

@@ -41,8 +41,9 @@ Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whet
 class Loaded:
     """A model ready to generate: this rank's weights, the tokenizer, the ids that end a text.
 
-    `folder` is where a chat template and a generation_config.json would be, `opening` what the tokenizer's
-    template puts before a prompt: of models from Hugging Face folders, and of those that were trained with it.
+    `folder` is where a chat template and a generation_config.json would be, `opening` what the
+    tokenizer's template puts before a prompt: of models from Hugging Face folders, and of those
+    that were trained with it.
     """
 
     generator: Generator
@@ -51,15 +52,19 @@ class Loaded:
     folder: Path | None
     opening: tuple[int, ...] = ()
 
-    def job(self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()) -> Job:
+    def job(
+        self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()
+    ) -> Job:
         """One text to continue as the request says, which also ends before any of `stops`.
 
-        Errors: DataError for a token that the model has no row for: the tokenizer is another model's.
+        Errors: DataError for a token that the model has no row for: the tokenizer is another
+        model's.
         """
         rows = self.generator.model.config.model.vocab_size
         if max(tokens, default=0) >= rows:
             raise DataError(
-                f"Prompt {number + 1} has the token id {max(tokens)}, but the model has {rows} rows: its tokenizer is "
+                f"Prompt {number + 1} has the token id {max(tokens)}, but the model has {rows} "
+                "rows: its tokenizer is "
                 "another one. Give --tokenizer DIR."
             )
         ending = Ending(request.max_new_tokens, self.ends, (*request.stop, *stops))
@@ -67,30 +72,41 @@ class Loaded:
 
 
 def run(
-    request: GenerateRequest, mesh: Mesh, show: Show | None = None, warn: Callable[[str], None] | None = None
+    request: GenerateRequest,
+    mesh: Mesh,
+    show: Show | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the prompts' order.
+    """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the
+    prompts' order.
 
-    Data-parallel ranks share the prompts out. Rank 0 passes text to `show` as it becomes certain, and writes the
-    rows to `request.output`; `warn` is told of its prompts that are longer than the model knows. Collective over the
-    world; other ranks get the rows of their own replica.
+    Data-parallel ranks share the prompts out. Rank 0 passes text to `show` as it becomes certain,
+    and writes the rows to `request.output`; `warn` is told of its prompts that are longer than the
+    model knows. Collective over the world; other ranks get the rows of their own replica.
     """
     loaded = load(request, mesh)
     mine = range(mesh.dp.rank, len(request.prompts), mesh.dp.size)
     jobs = []
     for number in mine:
-        tokens = [*loaded.opening, *loaded.words.encode(request.prompts[number])] or [min(loaded.ends)]
+        tokens = [*loaded.opening, *loaded.words.encode(request.prompts[number])] or [
+            min(loaded.ends)
+        ]
         jobs.append(loaded.job(number, tokens, request))
     if warn is not None and mesh.rank == 0:
         for job in jobs:
             known = loaded.generator.model.config.model.max_positions
             if job.most > known:
-                warn(f"prompt {job.number + 1} may reach position {job.most}; the model was made for {known}")
+                warn(
+                    f"prompt {job.number + 1} may reach position {job.most}; the model was made "
+                    f"for {known}"
+                )
 
     def listen(job: Job) -> None:
         show(job.number, job.answer.fresh(), job.answer.done)
 
-    loaded.generator.generate(jobs, sampling_of(request), listen if show is not None and mesh.rank == 0 else None)
+    loaded.generator.generate(
+        jobs, sampling_of(request), listen if show is not None and mesh.rank == 0 else None
+    )
     rows = {job.number: row_of(request.prompts[job.number], job.answer) for job in jobs}
     rows = _collect(rows, mesh)
     if mesh.rank == 0 and show is not None:
@@ -113,7 +129,9 @@ def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
 
 
 def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
-    """The model of `request.model` at this mesh's layout; each rank reads its own pieces. Collective over the world."""
+    """The model of `request.model` at this mesh's layout; each rank reads its own pieces.
+    Collective over the world.
+    """
     with open_model(request.model, mesh) as reader:
         spec, folder = find_tokenizer(reader, request.tokenizer)
         words = tokenizer.load(spec)
@@ -130,20 +148,32 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         framed = not imported and reader.meta.get("framed")
     opening = tuple(words.template[0]) if imported or framed else ()
     ends = end_tokens(words, folder, words.template[1][-1:] if framed else ())
-    return Loaded(Generator(model, min(request.batch, max(1, len(request.prompts)))), words, ends, folder, opening)
+    return Loaded(
+        Generator(model, min(request.batch, max(1, len(request.prompts)))),
+        words,
+        ends,
+        folder,
+        opening,
+    )
 
 
 def _check_model(model: ModelConfig, tp: int) -> None:
-    """Only causal language models continue texts; a tensor-parallel rank holds whole heads, as in training."""
+    """Only causal language models continue texts; a tensor-parallel rank holds whole heads, as in
+    training.
+    """
     if not model.causal or model.head != "lm":
         seen = "only what came before" if model.causal else "the whole text"
         raise UsageError(
-            f"--model: this model has the head {model.head} and its tokens see {seen}; only causal language models "
+            f"--model: this model has the head {model.head} and its tokens see {seen}; only "
+            "causal language models "
             "(model.causal true, model.head lm) generate text."
         )
     if model.num_heads % tp:
         fits = ", ".join(str(n) for n in range(1, model.num_heads + 1) if model.num_heads % n == 0)
-        raise UsageError(f"--layout: tp {tp} does not divide the {model.num_heads} heads of the model; choose {fits}.")
+        raise UsageError(
+            f"--layout: tp {tp} does not divide the {model.num_heads} heads of the model; choose "
+            f"{fits}."
+        )
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:
@@ -155,7 +185,9 @@ def sampling_of(request: GenerateRequest) -> Sampling:
 
 
 def row_of(prompt: str, answer: Answer) -> Row:
-    """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that ended it."""
+    """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that
+    ended it.
+    """
     return {
         "prompt": prompt,
         "tokens": answer.tokens,
@@ -166,19 +198,23 @@ def row_of(prompt: str, answer: Answer) -> Row:
 
 
 def open_model(model: str, mesh: Mesh | None = None) -> Reader | HfReader:
-    """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the world."""
+    """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
+    world.
+    """
     return HfReader(model) if is_model_folder(Path(model)) else Reader(find_step(model, mesh))
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
     """The checkpoint that a run folder or a step folder stands for; UsageError when there is none.
 
-    Of a run folder it is the newest whose weights are whole; what is passed over is logged. Collective over the world.
+    Of a run folder it is the newest whose weights are whole; what is passed over is logged.
+    Collective over the world.
     """
     path = Path(model)
     if not path.is_dir():
         raise UsageError(
-            f"--model {model}: there is no such folder; give a run folder, one of its step folders or a Hugging Face "
+            f"--model {model}: there is no such folder; give a run folder, one of its step "
+            "folders or a Hugging Face "
             "folder."
         )
     if (path / "manifest.json").exists():
@@ -194,40 +230,54 @@ def find_step(model: str, mesh: Mesh | None = None) -> Path:
 def model_config(reader: Reader | HfReader) -> EngineConfig:
     """What to build, from what the checkpoint remembers."""
     try:
-        return EngineConfig(model=ModelConfig(**reader.meta["model"]), precision=reader.meta["precision"])
+        return EngineConfig(
+            model=ModelConfig(**reader.meta["model"]), precision=reader.meta["precision"]
+        )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{reader.folder} does not say which model it holds ({error}).") from error
+        raise CheckpointError(
+            f"{reader.folder} does not say which model it holds ({error})."
+        ) from error
 
 
 def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
-    """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of the model's folder.
+    """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
+    the model's folder.
 
     Bytes only where the metadata say so. Errors: DataError when no tokenizer is known.
     """
     if isinstance(reader, HfReader):
         spec, folder = reader.meta["tokenizer"], reader.folder
     else:
-        spec, folder = tokenizer_files.find_tokenizer(reader.folder, reader.meta), kept_folder(reader.folder)
+        spec, folder = (
+            tokenizer_files.find_tokenizer(reader.folder, reader.meta),
+            kept_folder(reader.folder),
+        )
     if given is not None:
         return given, Path(given) if Path(given).is_dir() else folder
     if spec is None:
         named = reader.meta.get("tokenizer")
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
-            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only where the data or "
-            f"the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into {_home(reader)}; for a run to come, "
+            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used "
+            "only where the data or "
+            f"the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into {_home(reader)}; "
+            "for a run to come, "
             "set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
 
 
 def _home(reader: Reader | HfReader) -> Path:
-    return reader.folder if isinstance(reader, HfReader) else reader.folder.parent.parent / TOKENIZER
+    return (
+        reader.folder if isinstance(reader, HfReader) else reader.folder.parent.parent / TOKENIZER
+    )
 
 
-def end_tokens(words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id` of the
-    generation_config.json, else of the config.json, that came with the model."""
+def end_tokens(
+    words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()
+) -> frozenset[int]:
+    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id`
+    of the generation_config.json, else of the config.json, that came with the model."""
     named = [] if folder is None else end_ids(folder)
     try:
         return frozenset([*named, *closing, words.eod])

@@ -1,8 +1,9 @@
 """Decoding many texts together on the training weights, at any tp x pp.
 
-Texts sit in rows, rows in groups, one group per pipeline stage: while one group's step is in the later stages,
-the next group's is in the earlier ones. A row that ends is given to the next waiting text. Which text sits where
-is plain data that every rank of the replica computes alike; what differs between ranks is only which layers run.
+Texts sit in rows, rows in groups, one group per pipeline stage: while one group's step is in the
+later stages, the next group's is in the earlier ones. A row that ends is given to the next waiting
+text. Which text sits where is plain data that every rank of the replica computes alike; what
+differs between ranks is only which layers run.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class Group:
 
 @dataclass
 class Turn:
-    """One group's step on its way: the texts that get a token, and on the last stage their logits `[n, V]`."""
+    """One group's step on its way: the texts that get a token, and on the last stage their logits
+    `[n, V]`.
+    """
 
     jobs: list[Job]
     logits: list[Tensor]
@@ -70,7 +73,8 @@ Listener = Callable[[Job], None]
 class Generator:
     """Generates from a model's weights as they are; collective over the ranks of a replica.
 
-    `batch` texts are decoded together. Memory beside the weights: the keys and values of `batch` texts.
+    `batch` texts are decoded together. Memory beside the weights: the keys and values of `batch`
+    texts.
     """
 
     def __init__(self, model: ParallelModel, batch: int = 16) -> None:
@@ -78,11 +82,15 @@ class Generator:
         self.rank_of, self.last = model.placement.rank_of, model.placement.num_stages - 1
         pp = self.mesh.pp.size
         self.rows = -(-batch // pp)
-        self.lag = pp - 1 - self.mesh.pp.rank  # steps of other groups begun here before a step's tokens are known
+        self.lag = (
+            pp - 1 - self.mesh.pp.rank
+        )  # steps of other groups begun here before a step's tokens are known
         self.chooser = next(rank for rank in self.mesh.model.ranks if self._chooses(rank))
 
     def _chooses(self, rank: int) -> bool:
-        """Whether a rank of this replica is the one that picks tokens: on the last stage, first of its tp ranks."""
+        """Whether a rank of this replica is the one that picks tokens: on the last stage, first of
+        its tp ranks.
+        """
         coords = self.mesh.layout.coords(rank)
         return coords["pp"] == self.rank_of(self.last) and coords["tp"] == 0 and coords["cp"] == 0
 
@@ -92,9 +100,10 @@ class Generator:
     ) -> None:  # fmt: skip
         """Let the answer of every job grow until it ends; `listen` is told of each token.
 
-        Every rank of the replica gets the same answers. `stopped` is given on all ranks or none and asked on the
-        replica's first; once it says so, each text ends at its next token. Raises UsageError, before anything runs,
-        when a prompt is empty or a text would not fit a model with learned positions.
+        Every rank of the replica gets the same answers. `stopped` is given on all ranks or none and
+        asked on the replica's first; once it says so, each text ends at its next token. Raises
+        UsageError, before anything runs, when a prompt is empty or a text would not fit a model
+        with learned positions.
         """
         for job in jobs:
             self._check(job)
@@ -120,18 +129,22 @@ class Generator:
         outside = [token for token in job.prompt if not 0 <= token < config.vocab_size]
         if outside:
             raise UsageError(
-                f"The prompt has the token {outside[0]}, but the model's vocabulary has {config.vocab_size}: "
+                f"The prompt has the token {outside[0]}, but the model's vocabulary has "
+                f"{config.vocab_size}: "
                 "the tokenizer is not the one that the model was trained with."
             )
         if config.rope_scaling == "dynamic" and job.most > config.rope_positions:
             raise UsageError(
-                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need {job.most} "
-                f"positions; beyond model.rope_positions {config.rope_positions} model.rope_scaling dynamic turns all "
+                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones "
+                f"need {job.most} "
+                f"positions; beyond model.rope_positions {config.rope_positions} "
+                "model.rope_scaling dynamic turns all "
                 "of them otherwise, which cached keys cannot follow: ask for fewer new tokens."
             )
         if config.positions == "learned" and job.most > config.max_positions:
             raise UsageError(
-                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need {job.most} "
+                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones "
+                f"need {job.most} "
                 f"positions; this model learned {config.max_positions}."
             )
 
@@ -146,7 +159,9 @@ class Generator:
         }  # fmt: skip
 
     def _begin(self, group: Group, waiting: deque[Job]) -> Turn:
-        """Run this rank's layers for one step of a group: a token for each text in it, the prompt of each new one."""
+        """Run this rank's layers for one step of a group: a token for each text in it, the prompt
+        of each new one.
+        """
         self._retire(group)
         turn = Turn([], [])
         if group.jobs:
@@ -171,7 +186,9 @@ class Generator:
                 group.jobs.pop()
 
     def _feed(self, turn: Turn, group: Group, jobs: list[Job], row: int | None = None) -> None:
-        """One pass through the local stages: the prompt of `row`, or (None) the newest token of every row."""
+        """One pass through the local stages: the prompt of `row`, or (None) the newest token of
+        every row.
+        """
         device = self.mesh.device
         if row is None:
             tokens = torch.tensor([[job.answer.tokens[-1]] for job in jobs], device=device)
@@ -183,7 +200,9 @@ class Generator:
         for number, stage in self.stages.items():
             cache = group.caches[number]
             caches: list[LayerCache] = (
-                cache.step([job.stored for job in jobs], device) if row is None else cache.begin(row)
+                cache.step([job.stored for job in jobs], device)
+                if row is None
+                else cache.begin(row)
             )
             if number > 0 and self.rank_of(number - 1) != self.mesh.pp.rank:
                 x = self._receive(tuple(tokens.shape), number)
@@ -195,9 +214,15 @@ class Generator:
             turn.logits.append(x)
 
     def _finish(
-        self, turn: Turn, sampling: Sampling, listen: Listener | None, stopped: Callable[[], bool] | None
+        self,
+        turn: Turn,
+        sampling: Sampling,
+        listen: Listener | None,
+        stopped: Callable[[], bool] | None,
     ) -> None:
-        """Choose each text's token on one rank of the last stage, tell the replica, and let the answers grow."""
+        """Choose each text's token on one rank of the last stage, tell the replica, and let the
+        answers grow.
+        """
         if not turn.jobs:
             return
         chosen = torch.zeros(len(turn.jobs), 2, dtype=torch.float64, device=self.mesh.device)
@@ -235,7 +260,9 @@ class Generator:
         return self.model.pipeline.channels[line[source], line[destination], FORWARD]
 
     def _receive(self, shape: tuple[int, int], number: int) -> Tensor:
-        """Hidden states `[n, T, D]` from the stage before `number`; messages come in the order of the steps."""
+        """Hidden states `[n, T, D]` from the stage before `number`; messages come in the order of
+        the steps.
+        """
         channel = self._wire(self.rank_of(number - 1), self.mesh.pp.rank)
         key = (0, number)
         hidden = self.model.config.model.hidden_size

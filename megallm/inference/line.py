@@ -1,7 +1,7 @@
 """What the two sides of `megallm chat` say to each other: JSON lines over a socket. No torch.
 
-The front end sends {"do": "answer", "messages", "number"} and {"do": "stop"}; rank 0 sends {"ready", "template"},
-{"piece"}, {"error"} and {"done", "text", "tokens"}.
+The front end sends {"do": "answer", "messages", "number"} and {"do": "stop"}; rank 0 sends
+{"ready", "template"}, {"piece"}, {"error"} and {"done", "text", "tokens"}.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Choosing the next token: penalty, temperature, top-k, top-p, with randomness keyed by request and position."""
+"""Choosing the next token: penalty, temperature, top-k, top-p, with randomness keyed by request and
+position.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from megallm.base.rng import key_of, uniform
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 takes the likeliest token; `top_k` 0, `top_p` 1 and `repetition_penalty` 1 switch each off."""
+    """`temperature` 0 takes the likeliest token; `top_k` 0, `top_p` 1 and `repetition_penalty` 1
+    switch each off.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -29,14 +33,16 @@ def choose(
 ) -> tuple[int, float]:
     """One token from logits `[V]`, and its log-probability before penalty, temperature and filters.
 
-    The draw is a function of (seed, request, position), whatever layout computed the logits and whatever
-    else was in the batch. `seen` are the tokens that the repetition penalty applies to. Raises CheckpointError
-    when the logits are not numbers.
+    The draw is a function of (seed, request, position), whatever layout computed the logits and
+    whatever else was in the batch. `seen` are the tokens that the repetition penalty applies to.
+    Raises CheckpointError when the logits are not numbers.
     """
     logits = logits.to(torch.float64)
     scores = torch.log_softmax(logits, dim=-1)
     if bool(scores.isnan().any()):
-        raise CheckpointError("The model's logits are not numbers (NaN): its weights are damaged or overflow.")
+        raise CheckpointError(
+            "The model's logits are not numbers (NaN): its weights are damaged or overflow."
+        )
     wanted = _penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         token = int(wanted.argmax())
@@ -50,7 +56,9 @@ def choose(
 
 
 def _penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Logits of seen tokens divided by the penalty where positive, else multiplied (CTRL, arXiv 1909.05858)."""
+    """Logits of seen tokens divided by the penalty where positive, else multiplied (CTRL, arXiv
+    1909.05858).
+    """
     if penalty == 1.0 or not seen:
         return logits
     index = torch.tensor(sorted(set(seen)), device=logits.device)

@@ -1,4 +1,6 @@
-"""Chat templates: which one a model has, and a conversation as the text that the model continues. No torch."""
+"""Chat templates: which one a model has, and a conversation as the text that the model continues.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, m
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_STOPS = ("<|im_end|>", "<|im_start|>")
@@ -30,10 +33,11 @@ _JOINER = "\N{ZERO WIDTH SPACE}"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template, where it came from, the texts that it may use, and texts that end an answer beside the ids.
+    """A Jinja template, where it came from, the texts that it may use, and texts that end an answer
+    beside the ids.
 
-    `specials` are the written forms of the tokenizer's special tokens; in what a person wrote they are broken up,
-    so that a message cannot end itself or speak for the system.
+    `specials` are the written forms of the tokenizer's special tokens; in what a person wrote they
+    are broken up, so that a message cannot end itself or speak for the system.
     """
 
     source: str = CHATML
@@ -45,10 +49,17 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text, up to where the assistant begins to speak.
 
-        Errors: DataError when the template fails, refuses the conversation, or needs too much time or memory.
+        Errors: DataError when the template fails, refuses the conversation, or needs too much time
+        or memory.
         """
-        safe = [dict(message) | {"content": self._defused(message["content"])} for message in messages]
-        variables = {"messages": safe, "add_generation_prompt": add_generation_prompt, **self.tokens}
+        safe = [
+            dict(message) | {"content": self._defused(message["content"])} for message in messages
+        ]
+        variables = {
+            "messages": safe,
+            "add_generation_prompt": add_generation_prompt,
+            **self.tokens,
+        }
         job = json.dumps({"template": self.source, "variables": variables})
         try:
             done = subprocess.run(
@@ -58,7 +69,9 @@ class ChatTemplate:
         except subprocess.TimeoutExpired as error:
             raise DataError(f"{self._name} did not finish within {WALL_SECONDS:g} s.") from error
         if done.returncode < 0 or not done.stdout:
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else done.stderr.strip()[-200:]
+            ended = (
+                f"signal {-done.returncode}" if done.returncode < 0 else done.stderr.strip()[-200:]
+            )
             raise DataError(f"{self._name} was ended ({ended}): it needs too much time or memory.")
         answer = json.loads(done.stdout)
         if "error" in answer:
@@ -76,7 +89,8 @@ class ChatTemplate:
 
 
 def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> ChatTemplate:
-    """The template in a tokenizer's folder, else ChatML. Errors: DataError for one that cannot be read.
+    """The template in a tokenizer's folder, else ChatML. Errors: DataError for one that cannot be
+    read.
 
     `special_texts` are written forms of special tokens beside those of the folder's tokenizer.json.
     """
@@ -89,19 +103,24 @@ def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> Cha
     if found is None:
         return ChatTemplate(tokens=tokens, specials=tuple(sorted({*specials, *CHATML_STOPS})))
     if len(found.encode()) > MAX_TEMPLATE:
-        raise DataError(f"The chat template of {folder} is larger than {MAX_TEMPLATE} bytes; none is.")
+        raise DataError(
+            f"The chat template of {folder} is larger than {MAX_TEMPLATE} bytes; none is."
+        )
     return ChatTemplate(found, str(folder), tokens, specials, ())
 
 
 def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else `chat_template` of tokenizer_config.json or of chat_template.json.
 
-    Of several with names it is `default`, or the only one. Errors: DataError when none of several is.
+    Of several with names it is `default`, or the only one. Errors: DataError when none of several
+    is.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return _read(path)
-    value = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    value = settings.get("chat_template") or _json(folder / "chat_template.json").get(
+        "chat_template"
+    )
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -109,12 +128,15 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     named = {path.stem: _read(path) for path in more_templates(folder)}
     named |= value if isinstance(value, dict) else {}
     found = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
-    if (value is not None and not isinstance(value, dict)) or (found is not None and not isinstance(found, str)):
+    if (value is not None and not isinstance(value, dict)) or (
+        found is not None and not isinstance(found, str)
+    ):
         raise DataError(f"{folder / SETTINGS} has a chat_template that is no text.")
     if named and found is None:
         names = ", ".join(sorted(map(str, named)))
         raise DataError(
-            f"{folder} has the chat templates {names}, of which none is the default: call the one to use `default` "
+            f"{folder} has the chat templates {names}, of which none is the default: call the one "
+            "to use `default` "
             f"where chat_template lists them, or save it as {path.name}."
         )
     return found
@@ -142,7 +164,9 @@ def _specials(folder: Path) -> set[str]:
     if not (folder / DEFINITION).is_file():
         return set()
     rows = read_json(folder / DEFINITION, MAX_BYTES).get("added_tokens")
-    texts = {row.get("content") for row in rows or [] if isinstance(row, dict) and row.get("special")}
+    texts = {
+        row.get("content") for row in rows or [] if isinstance(row, dict) and row.get("special")
+    }
     return {text for text in texts if isinstance(text, str)}
 
 

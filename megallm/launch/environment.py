@@ -17,7 +17,9 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RankEnv:
-    """One rank's place. `host:port` is where rank 0 answers; `listen_fd` is its socket when our launcher made it."""
+    """One rank's place. `host:port` is where rank 0 answers; `listen_fd` is its socket when our
+    launcher made it.
+    """
 
     rank: int = 0
     world: int = 1
@@ -37,7 +39,9 @@ class RankEnv:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
-    """This process's place when torchrun or srun started it, else None; UsageError when it is told only half."""
+    """This process's place when torchrun or srun started it, else None; UsageError when it is told
+    only half.
+    """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun(environ)
     batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
@@ -47,7 +51,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
 
 
 def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> int:
-    """Threads of one rank: OMP_NUM_THREADS when the user set it, else this process's cores divided by the ranks."""
+    """Threads of one rank: OMP_NUM_THREADS when the user set it, else this process's cores divided
+    by the ranks.
+    """
     given = environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) >= 1:
         return int(given)
@@ -55,7 +61,9 @@ def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> i
 
 
 def use_loopback() -> None:
-    """Let gloo talk over the loopback device (all ranks on one host), unless the user named another."""
+    """Let gloo talk over the loopback device (all ranks on one host), unless the user named
+    another.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
@@ -86,11 +94,22 @@ def _torchrun(environ: Mapping[str, str]) -> RankEnv:
 def _slurm(environ: Mapping[str, str]) -> RankEnv:
     world = _integer(environ, "SLURM_NTASKS", 1)
     rank = _integer(environ, "SLURM_PROCID", 0)
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    nodes = (
+        environ.get("SLURM_STEP_NODELIST")
+        or environ.get("SLURM_NODELIST")
+        or environ.get("SLURM_JOB_NODELIST")
+    )
     if not nodes:
-        raise UsageError("SLURM_PROCID and SLURM_NTASKS are set, but SLURM_NODELIST not: start the ranks with srun.")
+        raise UsageError(
+            "SLURM_PROCID and SLURM_NTASKS are set, but SLURM_NODELIST not: start the ranks with "
+            "srun."
+        )
     job, step = _integer(environ, "SLURM_JOB_ID", 0, 0), _integer(environ, "SLURM_STEP_ID", 0, 0)
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
+    tasks = (
+        environ.get("SLURM_STEP_TASKS_PER_NODE")
+        or environ.get("SLURM_TASKS_PER_NODE")
+        or str(world)
+    )
     here = _integer(environ, "SLURM_NODEID", 0, 0)
     return _checked(
         RankEnv(
@@ -127,14 +146,17 @@ def rendezvous_port(job: int, step: int) -> int:
 def _integer(environ: Mapping[str, str], name: str, low: int, default: int | None = None) -> int:
     text = environ.get(name, "" if default is None else str(default))
     if not text.isdigit() or int(text) < low:
-        raise UsageError(f"The environment variable {name} is '{text}'; it must be an integer of at least {low}.")
+        raise UsageError(
+            f"The environment variable {name} is '{text}'; it must be an integer of at least {low}."
+        )
     return int(text)
 
 
 def _checked(env: RankEnv) -> RankEnv:
     if env.rank >= env.world or env.local_rank >= env.local_world:
         raise UsageError(
-            f"The environment says rank {env.rank} of {env.world}, local rank {env.local_rank} of {env.local_world}: "
+            f"The environment says rank {env.rank} of {env.world}, local rank {env.local_rank} of "
+            f"{env.local_world}: "
             "a rank must be less than the number of ranks."
         )
     return env

@@ -1,4 +1,6 @@
-"""The process group of a started rank: made once, always destroyed (without that, gloo may abort at exit)."""
+"""The process group of a started rank: made once, always destroyed (without that, gloo may abort at
+exit).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torc
 
 
 def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.device) -> None:
-    """`init_process_group` over `env`: nccl beside gloo on GPUs, gloo on CPUs; see `process_group`."""
+    """`init_process_group` over `env`: nccl beside gloo on GPUs, gloo on CPUs; see
+    `process_group`.
+    """
     if env.one_host:
         use_loopback()
     timeout = timedelta(seconds=timeout_seconds)
@@ -62,6 +66,7 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
         )
     except (dist.DistError, RuntimeError) as error:
         raise PeerLost(
-            f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} within "
+            f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} "
+            "within "
             f"{timeout_seconds:g} s: {str(error).splitlines()[0]}"
         ) from error

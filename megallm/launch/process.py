@@ -17,14 +17,17 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when `parent`, its direct parent, dies; no orphans hold ports or memory."""
+    """Ask the kernel to kill this process when `parent`, its direct parent, dies; no orphans hold
+    ports or memory.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
 
 
 def keep_memory() -> bool:
-    """Tell glibc to keep freed tensors instead of returning them to the kernel: 15-40 % of a CPU step otherwise.
+    """Tell glibc to keep freed tensors instead of returning them to the kernel: 15-40 % of a CPU
+    step otherwise.
 
     Returns False where the C library has no `mallopt` (musl, macOS).
     """
@@ -32,7 +35,13 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1), mallopt(_M_TOP_PAD, 64 << 20)])
+    return all(
+        [
+            mallopt(_M_MMAP_MAX, 0),
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1),
+            mallopt(_M_TOP_PAD, 64 << 20),
+        ]
+    )
 
 
 def limit_threads(count: int) -> None:
@@ -51,7 +60,9 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def default_signals() -> None:
-    """Handlers until the training loop sets its own: SIGTERM and the like leave with exit code 75, SIGINT with 130."""
+    """Handlers until the training loop sets its own: SIGTERM and the like leave with exit code 75,
+    SIGINT with 130.
+    """
     for number in stop_signals():
         signal.signal(number, _stop)
     signal.signal(signal.SIGINT, _interrupt)

@@ -1,4 +1,6 @@
-"""The body of one forked rank: run the function, report how it ended over a pipe, leave. No torch at import."""
+"""The body of one forked rank: run the function, report how it ended over a pipe, leave. No torch
+at import.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,17 @@ class Ending:
 
 
 def rank_main(
-    fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv, parent: int, outputs: tuple[int, int], report: int
+    fn: Callable[..., None],
+    args: tuple[Any, ...],
+    env: RankEnv,
+    parent: int,
+    outputs: tuple[int, int],
+    report: int,
 ) -> NoReturn:
     """Run `fn(env, *args)` in this forked process with its outputs redirected; never returns.
 
-    Signals stay blocked but inside `run_function`, so that none can end the process without a report.
+    Signals stay blocked but inside `run_function`, so that none can end the process without a
+    report.
     """
     code = InternalError.exit_code
     try:
@@ -48,7 +56,10 @@ def rank_main(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(outputs[0], 1)
         os.dup2(outputs[1], 2)
-        sys.stdout, sys.stderr = LossyText(FdWriter(1)), LossyText(FdWriter(2))  # a full disk costs lines only
+        sys.stdout, sys.stderr = (
+            LossyText(FdWriter(1)),
+            LossyText(FdWriter(2)),
+        )  # a full disk costs lines only
         terminal.escape_streams()
         faulthandler.enable(sys.stderr)  # a segmentation fault leaves its stack in the log
         keep_memory()
@@ -63,7 +74,9 @@ def rank_main(
 
 
 def _listening(fn: Callable[..., None]) -> Callable[..., None]:
-    """The same function, during which signals arrive; those that came before arrive when it begins."""
+    """The same function, during which signals arrive; those that came before arrive when it
+    begins.
+    """
 
     def call(*args: Any) -> None:
         try:
@@ -76,19 +89,25 @@ def _listening(fn: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -> Ending:
-    """Call `fn(env, *args)`; every way of leaving it but the death of the process becomes an Ending."""
+    """Call `fn(env, *args)`; every way of leaving it but the death of the process becomes an
+    Ending.
+    """
     try:
         fn(env, *args)
     except KeyboardInterrupt as error:
         return Ending(INTERRUPTED, str(error) or "interrupted.", True, time.monotonic())
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-        return Ending(code or InternalError.exit_code, f"sys.exit({error.code})", False, time.monotonic())
+        return Ending(
+            code or InternalError.exit_code, f"sys.exit({error.code})", False, time.monotonic()
+        )
     except MegallmError as error:
         return Ending(error.exit_code, str(error)[:MAX_MESSAGE], True, time.monotonic())
     except Exception as error:  # the boundary of the process: nothing above could catch it
         at = time.monotonic()
-        if hung_up(error):  # the cause is what the other rank says; a traceback of ours would bury it
+        if hung_up(
+            error
+        ):  # the cause is what the other rank says; a traceback of ours would bury it
             print(f"megallm: another rank went away: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -98,7 +117,9 @@ def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of torch.distributed says that another rank went away (gloo raises plain RuntimeErrors)."""
+    """Whether an error of torch.distributed says that another rank went away (gloo raises plain
+    RuntimeErrors).
+    """
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"DistNetworkError", "DistBackendError", "DistStoreError"}:
         return True
@@ -108,4 +129,6 @@ def lost_peer(error: BaseException) -> bool:
 
 def hung_up(error: BaseException) -> bool:
     """Whether another rank's process ended, as opposed to not answering in time."""
-    return lost_peer(error) and any(words in str(error) for words in ("closed by peer", "reset by peer"))
+    return lost_peer(error) and any(
+        words in str(error) for words in ("closed by peer", "reset by peer")
+    )

@@ -1,4 +1,6 @@
-"""One door for every verb that runs on ranks: start them here, or be the rank that torchrun or srun started."""
+"""One door for every verb that runs on ranks: start them here, or be the rank that torchrun or srun
+started.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,24 @@ from megallm.launch.rank import lost_peer
 
 
 def world_size(nproc: int | None) -> int | None:
-    """How many ranks there will be: the environment's, else `nproc`, else None (what the layout asks for)."""
+    """How many ranks there will be: the environment's, else `nproc`, else None (what the layout
+    asks for).
+    """
     env = started_by_others()
     if env is None:
         return nproc
     if nproc is not None and nproc != env.world:
         raise UsageError(
-            f"--nproc is {nproc}, but {env.launcher} started {env.world} ranks: leave --nproc out under {env.launcher}."
+            f"--nproc is {nproc}, but {env.launcher} started {env.world} ranks: leave --nproc out "
+            f"under {env.launcher}."
         )
     return env.world
 
 
 def started_by_others() -> RankEnv | None:
-    """This rank under torchrun or srun. A single srun task counts as a plain process, which may start ranks."""
+    """This rank under torchrun or srun. A single srun task counts as a plain process, which may
+    start ranks.
+    """
     env = detect()
     return None if env is not None and env.launcher == "srun" and env.world == 1 else env
 
@@ -47,7 +54,9 @@ def start(
     owns_logs: Callable[[int], bool] = lambda pid: True,
     saves: bool = True,
 ) -> None:
-    """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process if it is one."""
+    """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process
+    if it is one.
+    """
     env = started_by_others()
     if env is None:
         run_ranks(fn, args, nproc, log_dir, preload, owns_logs, saves)
@@ -55,7 +64,12 @@ def start(
     if env.rank != 0 and log_dir is not None:
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
-        os.dup2(os.open(log_dir / f"rank-{env.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), 1)
+        os.dup2(
+            os.open(
+                log_dir / f"rank-{env.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+            ),
+            1,
+        )
     _use_lossy_output(own_log=env.rank != 0 and log_dir is not None)
     if saves:
         default_signals()
@@ -70,7 +84,9 @@ def start(
 
 
 def _use_lossy_output(own_log: bool) -> None:
-    """What srun or torchrun reads may be stuck or gone: lines are dropped then, and the rank goes on."""
+    """What srun or torchrun reads may be stuck or gone: lines are dropped then, and the rank goes
+    on.
+    """
     out = FdWriter(1) if own_log else BackgroundWriter(1)
     err = BackgroundWriter(2)
     with suppress(OSError):

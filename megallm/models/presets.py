@@ -1,7 +1,7 @@
 """Families (which switches) and presets (which sizes), as tables. No torch.
 
-Sizes are those of the published models' `config.json`; the tiny ones are ours, named after their parameters, for a
-first run, a test of a pipeline, or a single machine without a GPU.
+Sizes are those of the published models' `config.json`; the tiny ones are ours, named after their
+parameters, for a first run, a test of a pipeline, or a single machine without a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe": {"norm_topk_prob": False, "shared_gate": True},
     },
     "qwen3_moe": _ROPE_DECODER | {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1000000.0},
-    "olmoe": _ROPE_DECODER | {"qk_norm": True, "qk_norm_span": "all", "moe": {"norm_topk_prob": False}},
+    "olmoe": _ROPE_DECODER
+    | {"qk_norm": True, "qk_norm_span": "all", "moe": {"norm_topk_prob": False}},
     "deepseek_v3": _ROPE_DECODER
     | {
         "norm_eps": 1e-6,
@@ -157,25 +158,54 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama2-7b": _sizes("llama", 32, 4096, 11008, 32, 32, 32000),
     "llama2-13b": _sizes("llama", 40, 5120, 13824, 40, 40, 32000),
     "llama2-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 32000),
-    "llama3-8b": _sizes("llama", 32, 4096, 14336, 32, 8, 128256, rope_theta=500000.0, max_positions=8192),
-    "llama3-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 128256, rope_theta=500000.0, max_positions=8192),
+    "llama3-8b": _sizes(
+        "llama", 32, 4096, 14336, 32, 8, 128256, rope_theta=500000.0, max_positions=8192
+    ),
+    "llama3-70b": _sizes(
+        "llama", 80, 8192, 28672, 64, 8, 128256, rope_theta=500000.0, max_positions=8192
+    ),
     "llama3.1-8b": _sizes("llama", 32, 4096, 14336, 32, 8, 128256, **_LLAMA31),
     "llama3.1-70b": _sizes("llama", 80, 8192, 28672, 64, 8, 128256, **_LLAMA31),
     "llama3.2-1b": _sizes(
-        "llama", 16, 2048, 8192, 32, 8, 128256, tie_embeddings=True, **(_LLAMA31 | {"rope_factor": 32.0})
+        "llama",
+        16,
+        2048,
+        8192,
+        32,
+        8,
+        128256,
+        tie_embeddings=True,
+        **(_LLAMA31 | {"rope_factor": 32.0}),
     ),
-    "qwen2-0.5b": _sizes("qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=131072),
+    "qwen2-0.5b": _sizes(
+        "qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=131072
+    ),
     "qwen2-7b": _sizes("qwen2", 28, 3584, 18944, 28, 4, 152064, max_positions=131072),
-    "qwen2.5-0.5b": _sizes("qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=32768),
-    "qwen2.5-1.5b": _sizes("qwen2", 28, 1536, 8960, 12, 2, 151936, tie_embeddings=True, max_positions=131072),
+    "qwen2.5-0.5b": _sizes(
+        "qwen2", 24, 896, 4864, 14, 2, 151936, tie_embeddings=True, max_positions=32768
+    ),
+    "qwen2.5-1.5b": _sizes(
+        "qwen2", 28, 1536, 8960, 12, 2, 151936, tie_embeddings=True, max_positions=131072
+    ),
     "qwen2.5-7b": _sizes("qwen2", 28, 3584, 18944, 28, 4, 152064, max_positions=131072),
     "qwen3-0.6b": _sizes(
-        "qwen3", 28, 1024, 3072, 16, 8, 151936, head_size=128, tie_embeddings=True, max_positions=40960
+        "qwen3",
+        28,
+        1024,
+        3072,
+        16,
+        8,
+        151936,
+        head_size=128,
+        tie_embeddings=True,
+        max_positions=40960,
     ),
     "qwen3-8b": _sizes("qwen3", 36, 4096, 12288, 32, 8, 151936, head_size=128, max_positions=40960),
     "bert-base": _sizes("bert", 12, 768, 3072, 12, 12, 30522),
     "bert-large": _sizes("bert", 24, 1024, 4096, 16, 16, 30522),
-    "mixtral-8x7b": _experts("mixtral", 32, 4096, 14336, 32, 8, 32000, moe={"num_experts": 8}, max_positions=32768),
+    "mixtral-8x7b": _experts(
+        "mixtral", 32, 4096, 14336, 32, 8, 32000, moe={"num_experts": 8}, max_positions=32768
+    ),
     "qwen1.5-moe-a2.7b": _experts(
         "qwen2_moe",
         24,
@@ -185,7 +215,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         16,
         151936,
         max_positions=8192,
-        moe={"num_experts": 60, "top_k": 4, "ffn_hidden_size": 1408, "shared_ffn_hidden_size": 5632},
+        moe={
+            "num_experts": 60,
+            "top_k": 4,
+            "ffn_hidden_size": 1408,
+            "shared_ffn_hidden_size": 5632,
+        },
     ),
     "qwen3-30b-a3b": _experts(
         "qwen3_moe",
@@ -199,8 +234,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_positions=40960,
         moe={"num_experts": 128, "top_k": 8, "ffn_hidden_size": 768},
     ),
-    "olmoe-1b-7b": _experts("olmoe", 16, 2048, 1024, 16, 16, 50304, moe={"num_experts": 64, "top_k": 8}),
+    "olmoe-1b-7b": _experts(
+        "olmoe", 16, 2048, 1024, 16, 16, 50304, moe={"num_experts": 64, "top_k": 8}
+    ),
     "deepseek-v3": _experts("deepseek_v3", 61, 7168, 18432, 128, 128, 129280, **_DEEPSEEK_V3),
-    "phi-4": _sizes("phi3", 40, 5120, 17920, 40, 10, 100352, rope_theta=250000.0, max_positions=16384),
-    "mistral-7b": _sizes("mistral", 32, 4096, 14336, 32, 8, 32000, sliding_window=4096, max_positions=32768),
+    "phi-4": _sizes(
+        "phi3", 40, 5120, 17920, 40, 10, 100352, rope_theta=250000.0, max_positions=16384
+    ),
+    "mistral-7b": _sizes(
+        "mistral", 32, 4096, 14336, 32, 8, 32000, sliding_window=4096, max_positions=32768
+    ),
 }

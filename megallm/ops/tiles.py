@@ -68,8 +68,8 @@ class Tile:
 def row_mask_spec(
     length: int, cu_seqlens: Sequence[int] | None, window: int | None, causal: bool = True
 ) -> MaskSpec:
-    """Returns the mask of a row of `length` tokens; raises DataError when `cu_seqlens` does not divide up
-    that row.
+    """Returns the mask of a row of `length` tokens; raises DataError when `cu_seqlens` does not
+    divide up that row.
     """
     if cu_seqlens is None:
         return MaskSpec((0, length), window, causal)

@@ -1,7 +1,8 @@
-"""Rows of the layout oracle for branches that tiny models in float64 do not take by themselves, as data. No torch.
+"""Rows of the layout oracle for branches that tiny models in float64 do not take by themselves, as
+data. No torch.
 
-The limit of a clip that is not reached, the relative step of Adafactor, the kernel for grouped products (which refuses
-float64), and what is done bucket by bucket or chunk by chunk.
+The limit of a clip that is not reached, the relative step of Adafactor, the kernel for grouped
+products (which refuses float64), and what is done bucket by bucket or chunk by chunk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One row of the oracle: train it inside ranks, train the reference here, and say how far apart they are."""
+"""One row of the oracle: train it inside ranks, train the reference here, and say how far apart
+they are.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ from megallm.oracle.table import Row
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
 
-# Three steps in fp32 lose up to 5e-5 (seen with SSE, AVX2 and AVX-512); a wrong matrix of an expert shows by 3e-3
-# and more.
+# Three steps in fp32 lose up to 5e-5 (seen with SSE, AVX2 and AVX-512); a wrong matrix of an expert
+# shows by 3e-3 and more.
 TOLERANCES = {"fp64": 1e-9, "fp32": 3e-4}
 FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: below this share of the norm, nothing counts
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -67,7 +69,9 @@ class StepRecord:
 
 @dataclass
 class RankRecord:
-    """What one rank hands back; `state` are the records of tensors that have no gradient and begin at zero."""
+    """What one rank hands back; `state` are the records of tensors that have no gradient and begin
+    at zero.
+    """
 
     shards: dict[str, Shard]
     state: dict[str, Shard]
@@ -78,7 +82,9 @@ class RankRecord:
 
 @dataclass
 class Verdict:
-    """Errors of one row, each relative to max(max|reference|, FLOOR * grad_norm); infinite where not finite."""
+    """Errors of one row, each relative to max(max|reference|, FLOOR * grad_norm); infinite where
+    not finite.
+    """
 
     row: Row
     initial: bool = False
@@ -93,7 +99,11 @@ class Verdict:
     @property
     def passed(self) -> bool:
         errors = [self.loss, self.grad_norm, *self.grads.values(), *self.weights.values()]
-        return self.problem is None and self.initial and all(error <= self.tolerance for error in errors)
+        return (
+            self.problem is None
+            and self.initial
+            and all(error <= self.tolerance for error in errors)
+        )
 
     @property
     def tolerance(self) -> float:
@@ -103,16 +113,22 @@ class Verdict:
     def failures(self) -> list[str]:
         """What is out of tolerance, the worst first, in words."""
         if self.problem is not None:
-            return [self.problem.splitlines()[0]] + [line for line in self.problem.splitlines() if "Error: " in line]
+            return [self.problem.splitlines()[0]] + [
+                line for line in self.problem.splitlines() if "Error: " in line
+            ]
         named = {"loss": self.loss, "grad_norm": self.grad_norm}
         named |= {f"gradient of {k}": v for k, v in self.grads.items()}
         named |= {f"weight {k}": v for k, v in self.weights.items()}
-        bad = sorted(((error, what) for what, error in named.items() if not error <= self.tolerance), reverse=True)
+        bad = sorted(
+            ((error, what) for what, error in named.items() if not error <= self.tolerance),
+            reverse=True,
+        )
         start = [] if self.initial else ["initial weights differ"]
         return start + [f"{what} off by {error:.1e}" for error, what in bad]
 
 
-# Settings under which every term of the update acts; a large eps keeps noise in zero gradients small.
+# Settings under which every term of the update acts; a large eps keeps noise in zero gradients
+# small.
 _MOMENTS = {"betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
 _MUON = {"momentum": 0.7, "nesterov": True, "ns_steps": 5, "update_scale": "rms"}
 RULE_SETTINGS: dict[str, dict[str, Any]] = {
@@ -122,7 +138,13 @@ RULE_SETTINGS: dict[str, dict[str, Any]] = {
     "adagrad": {"eps": 1e-5, "weight_decay": 0.3},
     "rmsprop": {"smoothing": 0.8, "eps": 1e-5, "momentum": 0.6, "weight_decay": 0.3},
     "lion": {"betas": (0.8, 0.9), "weight_decay": 0.3},
-    "adafactor": {"decay_power": 0.7, "update_clip": 0.8, "eps": 1e-8, "min_scale": 0.4, "weight_decay": 0.3},
+    "adafactor": {
+        "decay_power": 0.7,
+        "update_clip": 0.8,
+        "eps": 1e-8,
+        "min_scale": 0.4,
+        "weight_decay": 0.3,
+    },
     "muon": _MOMENTS | _MUON,
 }
 
@@ -157,14 +179,20 @@ def trained_loss(row: Row) -> Loss:
 
 def zero_options(row: Row) -> ZeroOptions:
     options = ZeroOptions(row.zero, row.shard_size, tree=row.tree)
-    return dataclasses.replace(options, bucket_bytes=SMALL_BUCKET_BYTES) if row.small_pieces else options
+    return (
+        dataclasses.replace(options, bucket_bytes=SMALL_BUCKET_BYTES)
+        if row.small_pieces
+        else options
+    )
 
 
 @contextmanager
 def small_pieces() -> Iterator[None]:
-    """Inside, the fused head takes 3 tokens at once, each in a block of its own, and updates take 160 elements.
+    """Inside, the fused head takes 3 tokens at once, each in a block of its own, and updates take
+    160 elements.
 
-    The sizes are constants of modules, made for caches and not for users; the models here are far below them.
+    The sizes are constants of modules, made for caches and not for users; the models here are far
+    below them.
     """
     with (
         patch.multiple(cross_entropy, CHUNK_BYTES=0, MIN_TOKENS=3, BLOCK_BYTES=0),
@@ -175,7 +203,9 @@ def small_pieces() -> Iterator[None]:
 
 
 def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRecord:
-    """The rank's side, run by the pool: build the engine, train, and copy out what this rank holds."""
+    """The rank's side, run by the pool: build the engine, train, and copy out what this rank
+    holds.
+    """
     with small_pieces() if row.small_pieces else nullcontext():
         return _train(row, broken, device)
 
@@ -204,7 +234,9 @@ def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
     record = RankRecord(dict(engine.parameters.shards), state, _copies(engine.masters()))
     loss = trained_loss(row)
     for step in range(row.steps):
-        stats = engine.train_step(micro_batches(row, step, mesh.data.rank), loss, row.rates[step % len(row.rates)])
+        stats = engine.train_step(
+            micro_batches(row, step, mesh.data.rank), loss, row.rates[step % len(row.rates)]
+        )
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
         grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
         record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
@@ -218,14 +250,19 @@ def _copies(held: Iterator[Piece]) -> Pieces:
     return [(piece.name, piece.box, piece.tensor.detach().clone().cpu()) for piece in held]
 
 
-def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset(), device: str = "cpu") -> Verdict:
-    """Train the row on the pool's ranks and compare; a rank that fails or hangs becomes the verdict's problem.
+def run_row(
+    pool: Pool, row: Row, broken: frozenset[str] = frozenset(), device: str = "cpu"
+) -> Verdict:
+    """Train the row on the pool's ranks and compare; a rank that fails or hangs becomes the
+    verdict's problem.
 
     `device` cuda takes a GPU for each rank. The reference always runs on the CPU.
     """
     verdict, started = Verdict(row, device=device), time.monotonic()
     try:
-        records = pool.run(row.layout.world, train_rank, row, broken, device, timeout=ROW_SECONDS, device=device)
+        records = pool.run(
+            row.layout.world, train_rank, row, broken, device, timeout=ROW_SECONDS, device=device
+        )
         judge(verdict, records)
     except (InternalError, PeerLost, Hang) as error:
         verdict.problem = str(error)
@@ -236,23 +273,33 @@ def run_row(pool: Pool, row: Row, broken: frozenset[str] = frozenset(), device: 
 def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     """Fill in the verdict: every rank's every number against the reference trained here.
 
-    Raises InternalError when the ranks disagree about a tensor's layout or together do not hold all of it.
+    Raises InternalError when the ranks disagree about a tensor's layout or together do not hold all
+    of it.
     """
     row = verdict.row
-    shards, state = (_logical_shards(held) for held in ([r.shards for r in records], [r.state for r in records]))
-    logical = {k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()}
+    shards, state = (
+        _logical_shards(held) for held in ([r.shards for r in records], [r.state for r in records])
+    )
+    logical = {
+        k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()
+    }
     logical = {k: values.to(DTYPES[row.precision]).double() for k, values in logical.items()}
     verdict.initial = all(
-        torch.equal(mine.double(), theirs) for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
+        torch.equal(mine.double(), theirs)
+        for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
     loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
     if row.fp8:
         tokens = row.layout.tp * row.layout.cp
-        loss_of = Fp8Loss(row.fp8, row.layout.dp, row.micros, math.lcm(row.layout.ep, tokens) // tokens)
+        loss_of = Fp8Loss(
+            row.fp8, row.layout.dp, row.micros, math.lcm(row.layout.ep, tokens) // tokens
+        )
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
     fixed = frozen(row, shards)
     trained = {name: shard for name, shard in shards.items() if name not in fixed}
-    trainer = Trainer(dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of, fixed)
+    trainer = Trainer(
+        dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of, fixed
+    )
     verdict.loss = verdict.grad_norm = 0.0
     norm, dtype = 0.0, DTYPES[row.precision]
     for step in range(row.steps):
@@ -260,15 +307,22 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
         loss, grads, norm = trainer.step(global_batch(row, step), row.rates[step % len(row.rates)])
         floor = FLOOR * norm
         verdict.loss = max([verdict.loss, *(_relative(s.loss - loss, loss, 0.0) for s in seen)])
-        verdict.grad_norm = max([verdict.grad_norm, *(_relative(s.grad_norm - norm, norm, 0.0) for s in seen)])
-        _merge(verdict.grads, _errors(_paired([s.grads for s in seen], trained, grads), grads, floor, dtype))
+        verdict.grad_norm = max(
+            [verdict.grad_norm, *(_relative(s.grad_norm - norm, norm, 0.0) for s in seen)]
+        )
+        _merge(
+            verdict.grads,
+            _errors(_paired([s.grads for s in seen], trained, grads), grads, floor, dtype),
+        )
     final = _paired([r.final for r in records], shards | state, trainer.weights)
     verdict.weights = _errors(final, trainer.weights, FLOOR * norm, dtype)
 
 
 def frozen(row: Row, names: Iterable[str]) -> frozenset[str]:
     """Returns the parameters that the row does not train."""
-    return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in row.frozen))
+    return frozenset(
+        name for name in names if any(fnmatchcase(name, pattern) for pattern in row.frozen)
+    )
 
 
 def _logical_shards(held: list[dict[str, Shard]]) -> dict[str, Shard]:
@@ -299,16 +353,22 @@ def _paired(
 
 
 def _errors(
-    pairs: Iterator[tuple[str, Tensor, Tensor]], logical: Mapping[str, Tensor], floor: float, dtype: torch.dtype
+    pairs: Iterator[tuple[str, Tensor, Tensor]],
+    logical: Mapping[str, Tensor],
+    floor: float,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     errors: dict[str, float] = {}
     for name, mine, theirs in pairs:
         if mine.shape != theirs.shape or mine.dtype != dtype:
             raise InternalError(
-                f"a rank holds {name} as {tuple(mine.shape)} {mine.dtype}, not {tuple(theirs.shape)} {dtype}."
+                f"a rank holds {name} as {tuple(mine.shape)} {mine.dtype}, not "
+                f"{tuple(theirs.shape)} {dtype}."
             )
         if mine.numel():
-            error = _relative((mine - theirs).abs().max().item(), logical[name].abs().max().item(), floor)
+            error = _relative(
+                (mine - theirs).abs().max().item(), logical[name].abs().max().item(), floor
+            )
             _merge(errors, {name: error})
     return errors
 

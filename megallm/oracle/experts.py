@@ -1,4 +1,6 @@
-"""Models with experts, their rows of the layout oracle and their negative controls, as data. No torch."""
+"""Models with experts, their rows of the layout oracle and their negative controls, as data. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Any
 from megallm.oracle.latents import LATENT_MODELS
 from megallm.oracle.rows import Written, row
 
-# Coefficients so large that the router losses are a part of every gradient; the bias step is a power of two.
+# Coefficients so large that the router losses are a part of every gradient; the bias step is a
+# power of two.
 EXPERTS: dict[str, Any] = {"num_experts": 4, "ffn_hidden_size": 14, "aux_coef": 0.5, "z_coef": 0.1}
 DEEPSEEK: dict[str, Any] = {
     "num_experts": 8,
@@ -23,7 +26,10 @@ DEEPSEEK: dict[str, Any] = {
 EXPERT_MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": EXPERTS},
     "moe-deepseek": {"moe": EXPERTS | DEEPSEEK, "num_layers": 3, "tie_embeddings": True},
-    "moe-qwen": {"moe": EXPERTS | {"norm_topk_prob": False, "shared_ffn_hidden_size": 10, "shared_gate": True}},
+    "moe-qwen": {
+        "moe": EXPERTS
+        | {"norm_topk_prob": False, "shared_ffn_hidden_size": 10, "shared_gate": True}
+    },
     "moe-capacity": {"moe": EXPERTS | {"capacity": 0.75}},
     "moe-positions": {"moe": EXPERTS | {"capacity": 1.0, "drop": "position", "top_k": 3}},
     "moe-mla-mtp": LATENT_MODELS["mla-mtp"] | {"moe": EXPERTS | DEEPSEEK},
@@ -44,18 +50,38 @@ EXPERT_ROWS: tuple[Written, ...] = (
     row("moe-ep2-over-tp-sp", "tp=2,sp=1,ep=2", "moe-qwen"),
     row("moe-ep2-over-tp-sp-deepseek", "tp=2,sp=1,ep=2", "moe-deepseek", micros=2),
     row("moe-ep2-over-cp", "cp=2,ep=2", "moe"),
-    row("moe-ep2-over-cp-packed", "cp=2,ep=2", "moe-deepseek", packed=True, micro_batch=1, seq_len=16, micros=2),
+    row(
+        "moe-ep2-over-cp-packed",
+        "cp=2,ep=2",
+        "moe-deepseek",
+        packed=True,
+        micro_batch=1,
+        seq_len=16,
+        micros=2,
+    ),
     row("moe-ep4-over-tp-dp", "dp=2,tp=2,ep=4", "moe-deepseek", mask="rank"),
     row("moe-ep2-dp2-tp2", "dp=2,tp=2,ep=2", "moe", micros=2),
     row("moe-ep4-over-tp-cp", "cp=2,tp=2,sp=1,ep=4", "moe-deepseek"),
     row("moe-ep8-over-tp-cp-dp", "dp=2,cp=2,tp=2,ep=8", "moe-deepseek"),
-    row("moe-ep2-astride-tp3", "tp=3,cp=2,ep=2", "moe", overrides={"num_heads": 6, "num_kv_heads": 3}, seq_len=12),
+    row(
+        "moe-ep2-astride-tp3",
+        "tp=3,cp=2,ep=2",
+        "moe",
+        overrides={"num_heads": 6, "num_kv_heads": 3},
+        seq_len=12,
+    ),
     row("moe-ep2-pp2", "pp=2,dp=2,ep=2", "moe", micros=3),
     row("moe-ep2-pp2-gelu", "pp=2,tp=2,ep=2", "moe-gelu", micros=2),
     row("moe-ep2-pp2-zb-h1", "pp=2,tp=2,ep=2,schedule=zb-h1", "moe-deepseek", micros=3),
-    row("moe-ep2-zb-v", "pp=2,dp=2,ep=2,schedule=zb-v", "moe", micros=4, overrides={"num_layers": 4}),
     row(
-        "moe-ep2-interleaved", "pp=2,dp=2,ep=2,schedule=interleaved", "moe-qwen", micros=4, overrides={"num_layers": 4}
+        "moe-ep2-zb-v", "pp=2,dp=2,ep=2,schedule=zb-v", "moe", micros=4, overrides={"num_layers": 4}
+    ),
+    row(
+        "moe-ep2-interleaved",
+        "pp=2,dp=2,ep=2,schedule=interleaved",
+        "moe-qwen",
+        micros=4,
+        overrides={"num_layers": 4},
     ),
     row("moe-ep2-recompute-full", "tp=2,sp=1,ep=2", "moe-deepseek", recompute="full"),
     row("moe-ep2-recompute-selective", "dp=2,ep=2", "moe-qwen", recompute="selective", micros=2),
@@ -67,7 +93,13 @@ EXPERT_ROWS: tuple[Written, ...] = (
         recompute_modules=("norm", "mlp"),
     ),
     row("moe-ep2-offload", "dp=2,ep=2", "moe-deepseek", offload=True, micros=2),
-    row("moe-ep2-recompute-zb-h1", "pp=2,dp=2,ep=2,schedule=zb-h1", "moe", recompute="full", micros=3),
+    row(
+        "moe-ep2-recompute-zb-h1",
+        "pp=2,dp=2,ep=2,schedule=zb-h1",
+        "moe",
+        recompute="full",
+        micros=3,
+    ),
     row("moe-ep2-zero1", "dp=2,tp=2,ep=2,zero=1", "moe", micros=2),
     row("moe-ep2-zero2", "dp=2,tp=2,ep=2,zero=2", "moe-deepseek", micros=2, mask="rank"),
     row("moe-ep2-zero3", "dp=2,tp=2,sp=1,ep=2,zero=3", "moe-qwen", micros=2),
@@ -76,7 +108,9 @@ EXPERT_ROWS: tuple[Written, ...] = (
     row("moe-ep2-zero3-zb-h1", "pp=2,dp=2,ep=2,zero=3,schedule=zb-h1", "moe-qwen", micros=3),
     row("moe-ep2-zero3-dp2-all-of-edp", "dp=2,ep=2,zero=3", "moe-deepseek", recompute="full"),
     row("moe-ep2-zero2-zb-h1", "pp=2,dp=2,tp=2,ep=2,zero=2,schedule=zb-h1", "moe", micros=3),
-    row("moe-stages-empty-rank", "pp=3,dp=2,ep=2", "moe", stages="Et||tL", micros=3),  # a stage without a router
+    row(
+        "moe-stages-empty-rank", "pp=3,dp=2,ep=2", "moe", stages="Et||tL", micros=3
+    ),  # a stage without a router
     row("moe-ep2-mla-mtp", "dp=2,tp=2,ep=2", "moe-mla-mtp", micros=2),
     row("moe-capacity", model="moe-capacity"),
     row("moe-capacity-tp2-cp2", "cp=2,tp=2,ep=4", "moe-capacity"),
@@ -94,7 +128,14 @@ EXPERT_ROWS: tuple[Written, ...] = (
         overrides={"num_layers": 1, "vocab_size": 70},
         seed=1027989582,
     ),
-    row("moe-capacity-packed-sp", "tp=2,sp=1,ep=2", "moe-positions", packed=True, micro_batch=1, seq_len=16),
+    row(
+        "moe-capacity-packed-sp",
+        "tp=2,sp=1,ep=2",
+        "moe-positions",
+        packed=True,
+        micro_batch=1,
+        seq_len=16,
+    ),
 )
 
 # For every reduction (and mistake) that only they have, a small row in which it must show.

@@ -11,7 +11,8 @@ Batch = dict[str, Tensor]
 
 
 def global_batch(row: Row, step: int) -> Batch:
-    """`tokens labels positions mask` of one step, each `[dp * micros * micro_batch, T]`; the same everywhere.
+    """`tokens labels positions mask` of one step, each `[dp * micros * micro_batch, T]`; the same
+    everywhere.
 
     A packed row also has `documents`, the number of each token's document.
     """
@@ -19,7 +20,9 @@ def global_batch(row: Row, step: int) -> Batch:
     draw = torch.Generator().manual_seed(row.seed * 1000 + step)
     tokens = torch.randint(row.config.vocab_size, (rows, length + 1), generator=draw)
     places = torch.arange(length).expand(rows, length)
-    jumps = (places >= length // 2) * (torch.arange(rows) % 4)[:, None]  # so that positions are not just 0, 1, 2, ...
+    jumps = (places >= length // 2) * (torch.arange(rows) % 4)[
+        :, None
+    ]  # so that positions are not just 0, 1, 2, ...
     batch = {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),
@@ -35,17 +38,23 @@ def global_batch(row: Row, step: int) -> Batch:
 
 
 def _extras(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
-    """What encoders and other heads read besides: types of tokens, classes as labels, targets, weights, even masks."""
+    """What encoders and other heads read besides: types of tokens, classes as labels, targets,
+    weights, even masks.
+    """
     shape, extras = batch["tokens"].shape, {}
     if row.config.token_types:
         extras["token_types"] = torch.randint(row.config.token_types, shape, generator=draw)
     if row.config.head == "classification":
         extras["labels"] = torch.randint(row.config.num_labels, shape, generator=draw)
     if row.config.head == "value":
-        extras["targets"], extras["old_values"] = torch.randn(2, *shape, generator=draw, dtype=torch.float64)
+        extras["targets"], extras["old_values"] = torch.randn(
+            2, *shape, generator=draw, dtype=torch.float64
+        )
     if row.loss_name == "diffusion":
         hidden = torch.rand(shape, generator=draw) < 0.6
-        extras["weight"] = torch.rand(shape, generator=draw, dtype=torch.float64).add(0.1).reciprocal() * hidden
+        extras["weight"] = (
+            torch.rand(shape, generator=draw, dtype=torch.float64).add(0.1).reciprocal() * hidden
+        )
     if row.loss_name == "reward":
         mask = batch["mask"].clone().view(-1, row.micro_batch * row.seq_len)
         for micro in mask:
@@ -73,13 +82,20 @@ def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:
 
 
 def micro_batches(row: Row, step: int, data_rank: int) -> list[Batch]:
-    """The micro batches `[micro_batch, T]` of a data rank: a contiguous block of the global batch."""
+    """The micro batches `[micro_batch, T]` of a data rank: a contiguous block of the global
+    batch.
+    """
     whole = global_batch(row, step)
     share = row.micros * row.micro_batch
-    block = {key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()}
+    block = {
+        key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()
+    }
     pieces = {key: value.split(row.micro_batch) for key, value in block.items()}
     micros = [{key: value[micro] for key, value in pieces.items()} for micro in range(row.micros)]
-    return [micro | {"cu_seqlens": _ends(micro["documents"])} if row.packed else micro for micro in micros]
+    return [
+        micro | {"cu_seqlens": _ends(micro["documents"])} if row.packed else micro
+        for micro in micros
+    ]
 
 
 def _ends(documents: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ RULE_ROWS: tuple[Written, ...] = (
     _row("zero1-dp3-tied-pp2", "adam", "dp=3,pp=2,zero=1", "tied", micros=2),
     _row("zero3-dp2-tp2", "lion", "dp=2,tp=2,zero=3", micros=2),
 )
-# Rules for random rows: a sign, as in Lion, makes a whole step of the noise in a gradient that is zero.
+# Rules for random rows: a sign, as in Lion, makes a whole step of the noise in a gradient that is
+# zero.
 SMOOTH_RULES = ("adam", "sgd", "adagrad", "rmsprop", "adafactor", "muon")
 RULE_CONTROLS: dict[str, str] = {"muon.matrices": "muon-tp2", "adafactor.sums": "adafactor-tp2"}

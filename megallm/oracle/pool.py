@@ -1,4 +1,5 @@
-"""A pool of ranks (gloo, or nccl on GPUs) that stays alive: importing torch costs seconds, a call milliseconds.
+"""A pool of ranks (gloo, or nccl on GPUs) that stays alive: importing torch costs seconds, a call
+milliseconds.
 
 Workers are forked from a server that has imported torch and run nothing (after one operation on two
 threads a forked child hangs). Each call gets a process group of its own. A rank that raises ends:
@@ -40,7 +41,10 @@ class RankFailed(InternalError):
     """A rank raised; `rank` is the first one that did, `text` its traceback."""
 
     def __init__(self, rank: int, text: str, others: dict[int, str]) -> None:
-        also = "".join(f"\nrank {r}, afterwards: {t.strip().splitlines()[-1]}" for r, t in sorted(others.items()))
+        also = "".join(
+            f"\nrank {r}, afterwards: {t.strip().splitlines()[-1]}"
+            for r, t in sorted(others.items())
+        )
         tagged = "".join(f"[rank {rank}] {line}\n" for line in text.rstrip().splitlines())
         super().__init__(f"rank {rank} raised:\n{tagged.rstrip()}{also}")
         self.rank, self.text = rank, text
@@ -72,7 +76,10 @@ class _Reporter(AbstractContextManager[None]):
         self.wire = wire
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is not None:
             text = "".join(traceback.format_exception(kind, error, trace))
@@ -82,7 +89,9 @@ class _Reporter(AbstractContextManager[None]):
 
 
 def _serve(rank: int, wire: connection.Connection, stack: str) -> None:
-    """A worker's life: a call, its answer, the release that says all ranks have answered, the next call."""
+    """A worker's life: a call, its answer, the release that says all ranks have answered, the next
+    call.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     with open(stack, "w") as file, _Reporter(wire):
@@ -103,7 +112,9 @@ def _perform(rank: int, call: _Call) -> Any:
     limit = timedelta(seconds=call.timeout)
     if call.device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(BACKENDS[call.device], store=store, rank=rank, world_size=call.size, timeout=limit)
+    dist.init_process_group(
+        BACKENDS[call.device], store=store, rank=rank, world_size=call.size, timeout=limit
+    )
     return fn(*args)
 
 
@@ -118,13 +129,20 @@ class Pool:
         self._calls = 0
 
     def run(
-        self, size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, device: str = "cpu"
+        self,
+        size: int,
+        fn: Callable[..., Any],
+        *args: Any,
+        timeout: float = 60.0,
+        device: str = "cpu",
     ) -> list[Any]:
-        """Call `fn(*args)` on `size` ranks inside a fresh world (gloo; on `cuda` nccl beside it); the results, by rank.
+        """Call `fn(*args)` on `size` ranks inside a fresh world (gloo; on `cuda` nccl beside it);
+        the results, by rank.
 
-        `fn` must be importable by name (no lambda, no nested function); it, its arguments and its results
-        travel by pickle. Raises RankFailed with the first rank's traceback, PeerLost naming a rank that died
-        without a word, Hang with the stacks of the ranks that had not answered after `timeout` seconds.
+        `fn` must be importable by name (no lambda, no nested function); it, its arguments and its
+        results travel by pickle. Raises RankFailed with the first rank's traceback, PeerLost naming
+        a rank that died without a word, Hang with the stacks of the ranks that had not answered
+        after `timeout` seconds.
         """
         if not 1 <= size <= MAX_RANKS:
             raise UsageError(f"{size} ranks were asked for; the pool runs 1 to {MAX_RANKS}.")
@@ -162,7 +180,9 @@ class Pool:
             ours, theirs = self._context.Pipe()
             stack = Path(self._folder.name) / f"stack-{rank}"
             stack.touch()
-            process = self._context.Process(target=_serve, args=(rank, theirs, str(stack)), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(rank, theirs, str(stack)), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, stack))
@@ -214,10 +234,14 @@ class Pool:
         for rank in ranks:
             os.kill(self._workers[rank].process.pid, signal.SIGUSR1)
         time.sleep(0.2)
-        lines = [f"no answer in time from rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}:"]
+        lines = [
+            f"no answer in time from rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}:"
+        ]
         for rank in ranks:
             frames = self._workers[rank].stack.read_text().splitlines()
-            own = [n for n, frame in enumerate(frames) if frame.endswith("in _perform")]  # below it, only the pool
+            own = [
+                n for n, frame in enumerate(frames) if frame.endswith("in _perform")
+            ]  # below it, only the pool
             lines += [f"[rank {rank}] {frame}" for frame in frames[: own[-1] if own else None]]
         return "\n".join(lines)
 

@@ -1,4 +1,6 @@
-"""`megallm oracle`: every layout against the reference in float64, and reductions left out on purpose."""
+"""`megallm oracle`: every layout against the reference in float64, and reductions left out on
+purpose.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,30 @@ from megallm.base.progress import Progress, quiet
 from megallm.models.config import ModelConfig
 from megallm.oracle.compare import Verdict, run_row
 from megallm.oracle.pool import MAX_RANKS, Pool
-from megallm.oracle.table import CONTROLS, ROWS, Row, describe, row_for_layout, row_named, sample_rows
+from megallm.oracle.table import (
+    CONTROLS,
+    ROWS,
+    Row,
+    describe,
+    row_for_layout,
+    row_named,
+    sample_rows,
+)
 from megallm.parallel.comm import BREAKS
 
 EXIT_FAILED = 70
-TYPICAL = {"gqa": "llama", "moe": "moe", "mla": "mla", "encoder": "bert"}  # --model -> what --layout compares
+TYPICAL = {
+    "gqa": "llama",
+    "moe": "moe",
+    "mla": "mla",
+    "encoder": "bert",
+}  # --model -> what --layout compares
 
 
 def main(
-    args: argparse.Namespace, write: Callable[[str], Any] = sys.stdout.write, progress: Progress = quiet
+    args: argparse.Namespace,
+    write: Callable[[str], Any] = sys.stdout.write,
+    progress: Progress = quiet,
 ) -> int:
     """Run the command and return the exit code, 0 or 70; `args` are those of `cli.oracle`.
 
@@ -50,7 +67,11 @@ def main(
     failed = sum(not verdict.passed for verdict in verdicts)
     summary = f"{len(rows) - failed} of {len(rows)} rows equal the reference"
     summary += f" with the reduction {args.break_name} left out" if args.break_name else ""
-    document = {"model": args.model, "break": args.break_name, "rows": [as_json(verdict) for verdict in verdicts]}
+    document = {
+        "model": args.model,
+        "break": args.break_name,
+        "rows": [as_json(verdict) for verdict in verdicts],
+    }
     return _report(args, document, write, [summary + "."], failed=failed > 0)
 
 
@@ -59,17 +80,25 @@ def check(args: argparse.Namespace) -> None:
     if args.model not in ("all", *TYPICAL):
         raise UsageError(f"--model {args.model} is not known; it takes all, {', '.join(TYPICAL)}.")
     if args.break_name is not None and args.break_name not in BREAKS:
-        raise UsageError(f"--break {args.break_name} is no reduction; the names are {', '.join(BREAKS)}.")
+        raise UsageError(
+            f"--break {args.break_name} is no reduction; the names are {', '.join(BREAKS)}."
+        )
     if args.layout is not None and args.layouts is not None:
-        raise UsageError("--layout names one layout and --layouts asks for random ones: give one of the two.")
+        raise UsageError(
+            "--layout names one layout and --layouts asks for random ones: give one of the two."
+        )
     if args.layouts is not None and args.layouts < 1:
-        raise UsageError(f"--layouts is {args.layouts}; it takes a number of random layouts of at least 1.")
+        raise UsageError(
+            f"--layouts is {args.layouts}; it takes a number of random layouts of at least 1."
+        )
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise CannotWrite(f"--json {args.json} cannot be written: its folder does not exist.")
 
 
 def kind_of(model: ModelConfig) -> str:
-    """Which of TYPICAL a model is: an encoder sees whole documents or has another head than a language model."""
+    """Which of TYPICAL a model is: an encoder sees whole documents or has another head than a
+    language model.
+    """
     if not model.causal or model.head != "lm":
         return "encoder"
     if model.moe.num_experts:
@@ -86,20 +115,25 @@ def random_rows(kind: str, n: int, seed: int) -> list[Row]:
     """The first `n` random rows of a kind, the same for the same seed."""
     drawn, found = n, []
     while len(found) < n:
-        found = [row for row in sample_rows(drawn, seed) if kind in ("all", kind_of(row.config))][:n]
+        found = [row for row in sample_rows(drawn, seed) if kind in ("all", kind_of(row.config))][
+            :n
+        ]
         drawn *= 2
     return found
 
 
 def select_rows(args: argparse.Namespace) -> list[Row]:
-    """One layout, random layouts, or the table; `--break` alone takes the row of the table made for that name."""
+    """One layout, random layouts, or the table; `--break` alone takes the row of the table made for
+    that name.
+    """
     if args.layout is not None:
         row = row_for_layout(args.layout)
         if args.model not in ("all", kind_of(row.config)):
             row = replace(row, model=TYPICAL[args.model])
         if row.layout.world > MAX_RANKS:
             raise UsageError(
-                f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most {MAX_RANKS}."
+                f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most "
+                f"{MAX_RANKS}."
             )
         return [row]
     if args.layouts is not None:
@@ -110,21 +144,25 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def device_for(row: Row, wanted: str) -> str:
-    """Where a row runs: `auto` takes GPUs when there is one for each rank, since nccl wants a GPU of its own each.
+    """Where a row runs: `auto` takes GPUs when there is one for each rank, since nccl wants a GPU
+    of its own each.
 
     Raises UsageError when GPUs were asked for and there are too few.
     """
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and gpus < row.layout.world:
         raise UsageError(
-            f"--device cuda: the row {row.name} needs a GPU for each of its {row.layout.world} ranks, and {gpus} are "
+            f"--device cuda: the row {row.name} needs a GPU for each of its {row.layout.world} "
+            f"ranks, and {gpus} are "
             "here; --device auto runs such rows on the CPU."
         )
     return "cuda" if wanted != "cpu" and gpus >= row.layout.world else "cpu"
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    """The row of the report; an error that is not finite is null, and then the row does not pass."""
+    """The row of the report; an error that is not finite is null, and then the row does not
+    pass.
+    """
     return describe(verdict.row) | {
         "initial_weights_equal": verdict.initial,
         "loss": _finite(verdict.loss),
@@ -142,7 +180,9 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
 def line(verdict: Verdict) -> str:
     """One line of the table a person reads."""
     head = f"{'pass' if verdict.passed else 'FAIL'}  {verdict.row.name:<32} {verdict.row.layout_text:<22}"
-    worst = max([verdict.loss, verdict.grad_norm, *verdict.grads.values(), *verdict.weights.values()])
+    worst = max(
+        [verdict.loss, verdict.grad_norm, *verdict.grads.values(), *verdict.weights.values()]
+    )
     tail = f"worst {worst:.1e}" if verdict.passed else "; ".join(verdict.failures[:3])
     return f"{head} {verdict.device:<4} {verdict.seconds:5.1f} s  {tail}"
 
@@ -151,13 +191,19 @@ def _list_lines(kind: str) -> list[str]:
     lines = ["Rows:"]
     for row in rows_of(kind):
         told = {k: v for k, v in describe(row).items() if k not in ("name", "layout", "world")}
-        lines.append(f"  {row.name:<32} {row.layout_text:<22} {json.dumps(told) if told else ''}".rstrip())
+        lines.append(
+            f"  {row.name:<32} {row.layout_text:<22} {json.dumps(told) if told else ''}".rstrip()
+        )
     lines.append("Reductions (--break NAME leaves one out; the row that must then fail):")
     return lines + [f"  {name:<18} {CONTROLS[name]:<12} {what}" for name, what in BREAKS.items()]
 
 
 def _report(
-    args: argparse.Namespace, document: dict[str, Any], write: Callable[[str], Any], lines: list[str], failed: bool
+    args: argparse.Namespace,
+    document: dict[str, Any],
+    write: Callable[[str], Any],
+    lines: list[str],
+    failed: bool,
 ) -> int:
     write("\n".join(lines) + "\n")
     if args.json is not None:

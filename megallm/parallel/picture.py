@@ -1,7 +1,8 @@
-"""Draw a pipeline's timeline, simulated or measured: SVG, PNG, and a trace for chrome://tracing or Perfetto.
+"""Draw a pipeline's timeline, simulated or measured: SVG, PNG, and a trace for chrome://tracing or
+Perfetto.
 
-The drawing is laid out once, as rectangles and words in pixels; SVG and PNG only write them down. Pure: no torch,
-and matplotlib is imported when a PNG is asked for.
+The drawing is laid out once, as rectangles and words in pixels; SVG and PNG only write them down.
+Pure: no torch, and matplotlib is imported when a PNG is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from megallm.base.files import atomic_path, atomic_write_text, writing
 from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placement
 from megallm.parallel.simulate import Slot, Timeline
 
-COLOURS = {FORWARD: "#0072b2", BACKWARD: "#d55e00", WEIGHT: "#009e73"}  # told apart by colour-blind eyes too
+COLOURS = {
+    FORWARD: "#0072b2",
+    BACKWARD: "#d55e00",
+    WEIGHT: "#009e73",
+}  # told apart by colour-blind eyes too
 INK, FAINT, IDLE, PAPER = "#1f2430", "#6b7280", "#eceef1", "#ffffff"
 MAX_BOXES = 20_000
 
@@ -31,7 +36,9 @@ SMALL, NORMAL, LARGE = 10, 11, 13  # sizes of words
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn. `unit` is the unit of the timeline: "" for a simulated one, "s" for a measured one."""
+    """What is drawn. `unit` is the unit of the timeline: "" for a simulated one, "s" for a measured
+    one.
+    """
 
     timeline: Timeline
     placement: Placement
@@ -41,7 +48,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Rect:
-    """A filled rectangle, in pixels from the upper left; `hint` is shown when a reader points at it."""
+    """A filled rectangle, in pixels from the upper left; `hint` is shown when a reader points at
+    it.
+    """
 
     x: float
     y: float
@@ -53,7 +62,9 @@ class Rect:
 
 @dataclass(frozen=True)
 class Words:
-    """One line of text around the height `y`, at, before or after `x` (`anchor` middle, end or start)."""
+    """One line of text around the height `y`, at, before or after `x` (`anchor` middle, end or
+    start).
+    """
 
     x: float
     y: float
@@ -75,7 +86,9 @@ class Drawing:
 
 
 def chunk_colour(op: str, chunk: int, chunks: int) -> str:
-    """The colour of an operation, `#rrggbb`: the first chunk is darkest, later ones lean towards white."""
+    """The colour of an operation, `#rrggbb`: the first chunk is darkest, later ones lean towards
+    white.
+    """
     share = 0.62 * chunk / max(1, chunks - 1)
     parts = [int(COLOURS[op][i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in parts)
@@ -88,11 +101,14 @@ def text_colour(fill: str) -> str:
 
 
 def lay_out(picture: Picture) -> Drawing:
-    """Place a row of boxes for each rank, the time axis below, the legend above. Raises UsageError when too large."""
+    """Place a row of boxes for each rank, the time axis below, the legend above. Raises UsageError
+    when too large.
+    """
     slots = [slot for rank in picture.timeline.ranks for slot in rank]
     if len(slots) > MAX_BOXES:
         raise UsageError(
-            f"The picture would have {len(slots)} boxes, at most {MAX_BOXES} can be read: draw fewer microbatches."
+            f"The picture would have {len(slots)} boxes, at most {MAX_BOXES} can be read: draw "
+            "fewer microbatches."
         )
     begin = min(slot.start for slot in slots)
     span = (picture.timeline.makespan - begin) or 1.0
@@ -100,14 +116,18 @@ def lay_out(picture: Picture) -> Drawing:
     digits = max(len(str(slot.action.micro)) for slot in slots)
     plot = min(max(span / shortest * (DIGIT * digits + 6), NARROWEST), WIDEST)
     height = TOP + len(picture.timeline.ranks) * (ROW + GAP) + BOTTOM
-    drawing = Drawing(LEFT + plot + RIGHT, height, [Rect(0, 0, LEFT + plot + RIGHT, height, PAPER)], [])
+    drawing = Drawing(
+        LEFT + plot + RIGHT, height, [Rect(0, 0, LEFT + plot + RIGHT, height, PAPER)], []
+    )
     _head(drawing, picture)
     for rank, row in enumerate(picture.timeline.ranks):
         top = TOP + rank * (ROW + GAP)
         drawing.rects.append(Rect(LEFT, top, plot, ROW, IDLE))
         drawing.words.append(Words(LEFT - 8, top + ROW / 2, f"rank {rank}", anchor="end"))
         peak = picture.timeline.peak_live[rank]
-        drawing.words.append(Words(LEFT + plot + RIGHT / 2, top + ROW / 2, str(peak), anchor="middle"))
+        drawing.words.append(
+            Words(LEFT + plot + RIGHT / 2, top + ROW / 2, str(peak), anchor="middle")
+        )
         for slot in row:
             _box(drawing, picture, slot, (begin, plot / span, top))
     _axis(drawing, span, plot, picture.unit)
@@ -124,11 +144,15 @@ def _box(drawing: Drawing, picture: Picture, slot: Slot, frame: tuple[float, flo
     label = str(action.micro)
     if width >= DIGIT * len(label) + 1:
         centre = x + (width - 1) / 2
-        drawing.words.append(Words(centre, top + ROW / 2, label, SMALL, text_colour(fill), anchor="middle"))
+        drawing.words.append(
+            Words(centre, top + ROW / 2, label, SMALL, text_colour(fill), anchor="middle")
+        )
 
 
 def _head(drawing: Drawing, picture: Picture) -> None:
-    """The title, the legend: operations with a shade for each chunk (of many: two), and what numbers mean."""
+    """The title, the legend: operations with a shade for each chunk (of many: two), and what
+    numbers mean.
+    """
     timeline, chunks = picture.timeline, picture.placement.chunks
     shown = range(chunks) if chunks <= 8 else (0, chunks - 1)
     drawing.words.append(Words(LEFT, 16, picture.title, LARGE, bold=True))
@@ -149,7 +173,9 @@ def _head(drawing: Drawing, picture: Picture) -> None:
     if chunks > 1:
         note += f"; shade: model chunk of the rank, from 0 (dark) to {chunks - 1} (light)"
     drawing.words.append(Words(LEFT, 58, note, SMALL, FAINT))
-    drawing.words.append(Words(drawing.width - RIGHT / 2, TOP - 14, "peak live", SMALL, FAINT, anchor="middle"))
+    drawing.words.append(
+        Words(drawing.width - RIGHT / 2, TOP - 14, "peak live", SMALL, FAINT, anchor="middle")
+    )
 
 
 def _axis(drawing: Drawing, span: float, plot: float, unit: str) -> None:
@@ -169,14 +195,16 @@ def ticks(span: float) -> list[float]:
     return [index * step for index in range(int(span / step * (1 + 1e-12)) + 1)]
 
 
-# --- writing it down -----------------------------------------------------------------------------------------------
+# --- writing it down
+# -----------------------------------------------------------------------------------------------
 
 
 def to_svg(drawing: Drawing) -> str:
     """The drawing as one self-contained SVG file."""
     width, height = _number(drawing.width), _number(drawing.height)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 '
+        f'{width} {height}" '
         'font-family="Helvetica,Arial,sans-serif">'
     ]
     for fill, rects in _grouped((rect.fill, rect) for rect in drawing.rects):
@@ -184,13 +212,22 @@ def to_svg(drawing: Drawing) -> str:
         for rect in rects:
             numbers = {"x": rect.x, "y": rect.y, "width": rect.width, "height": rect.height}
             body = " ".join(f'{name}="{_number(value)}"' for name, value in numbers.items())
-            lines.append(f"<rect {body}><title>{escape(rect.hint)}</title></rect>" if rect.hint else f"<rect {body}/>")
+            lines.append(
+                f"<rect {body}><title>{escape(rect.hint)}</title></rect>"
+                if rect.hint
+                else f"<rect {body}/>"
+            )
         lines.append("</g>")
-    for (size, fill, anchor, bold), words in _grouped(((w.size, w.fill, w.anchor, w.bold), w) for w in drawing.words):
+    for (size, fill, anchor, bold), words in _grouped(
+        ((w.size, w.fill, w.anchor, w.bold), w) for w in drawing.words
+    ):
         weight = ' font-weight="bold"' if bold else ""
-        lines.append(f'<g font-size="{size}" fill="{fill}" text-anchor={quoteattr(anchor)}{weight}>')
+        lines.append(
+            f'<g font-size="{size}" fill="{fill}" text-anchor={quoteattr(anchor)}{weight}>'
+        )
         lines += [
-            f'<text x="{_number(w.x)}" y="{_number(w.y + 0.35 * size)}">{escape(w.text)}</text>' for w in words
+            f'<text x="{_number(w.x)}" y="{_number(w.y + 0.35 * size)}">{escape(w.text)}</text>'
+            for w in words
         ]
         lines.append("</g>")
     return "\n".join([*lines, "</svg>\n"])
@@ -213,18 +250,28 @@ def write_png(drawing: Drawing, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(drawing.width / 72, drawing.height / 72), dpi=144)  # 72 points an inch: sizes are pixels
+    figure = Figure(
+        figsize=(drawing.width / 72, drawing.height / 72), dpi=144
+    )  # 72 points an inch: sizes are pixels
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
     axes.axis("off")
     for rect in drawing.rects:
-        axes.add_patch(Rectangle((rect.x, rect.y), rect.width, rect.height, facecolor=rect.fill, linewidth=0))
+        axes.add_patch(
+            Rectangle((rect.x, rect.y), rect.width, rect.height, facecolor=rect.fill, linewidth=0)
+        )
     sides = {"start": "left", "middle": "center", "end": "right"}
     for words in drawing.words:
-        style = {"fontsize": words.size, "color": words.fill, "weight": "bold" if words.bold else "normal"}
+        style = {
+            "fontsize": words.size,
+            "color": words.fill,
+            "weight": "bold" if words.bold else "normal",
+        }
         y = words.y + 0.35 * words.size
-        axes.text(words.x, y, words.text, ha=sides[words.anchor], va="baseline", parse_math=False, **style)
+        axes.text(
+            words.x, y, words.text, ha=sides[words.anchor], va="baseline", parse_math=False, **style
+        )
     figure.savefig(path, format="png")
 
 
@@ -246,22 +293,35 @@ def check_name(path: Path) -> None:
 
 
 def chrome_trace(picture: Picture) -> dict[str, Any]:
-    """The timeline in the Trace Event Format: a thread for each rank, an arrow for each message between ranks.
+    """The timeline in the Trace Event Format: a thread for each rank, an arrow for each message
+    between ranks.
 
     The format counts microseconds; a simulated unit of time is shown as one millisecond.
     """
     scale = 1e6 if picture.unit == "s" else 1e3
     begin = min(slot.start for row in picture.timeline.ranks for slot in row)
-    ended = {slot.action: (rank, slot) for rank, row in enumerate(picture.timeline.ranks) for slot in row}
+    ended = {
+        slot.action: (rank, slot) for rank, row in enumerate(picture.timeline.ranks) for slot in row
+    }
     events: list[dict[str, Any]] = []
     for rank, row in enumerate(picture.timeline.ranks):
-        events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}})
+        events.append(
+            {
+                "ph": "M",
+                "pid": 0,
+                "tid": rank,
+                "name": "thread_name",
+                "args": {"name": f"rank {rank}"},
+            }
+        )
         for slot in row:
             action, at = slot.action, (slot.start - begin) * scale
             event = {"pid": 0, "tid": rank, "ts": at, "cat": action.op}
             arguments = {"micro": action.micro, "stage": action.stage}
             duration = (slot.end - slot.start) * scale
-            events.append({**event, "ph": "X", "name": str(action), "dur": duration, "args": arguments})
+            events.append(
+                {**event, "ph": "X", "name": str(action), "dur": duration, "args": arguments}
+            )
             source = _source(action)
             if source in ended and ended[source][0] != rank:
                 there, sent = ended[source]

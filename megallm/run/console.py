@@ -1,7 +1,8 @@
 """What a person sees of a run: the live line, a panel on a terminal, the loss curve, TensorBoard.
 
-All of it is made from the rows of metrics.jsonl, so that what is shown is what is recorded. Nothing here may stop
-training: a closed terminal, a full disk or a missing package is told once and then left out.
+All of it is made from the rows of metrics.jsonl, so that what is shown is what is recorded. Nothing
+here may stop training: a closed terminal, a full disk or a missing package is told once and then
+left out.
 """
 
 from __future__ import annotations
@@ -33,17 +34,22 @@ Row = Mapping[str, Any]
 MAX_POINTS = 2000  # of a curve in the picture
 
 
-# --- the line ------------------------------------------------------------------------------------------------------
+# --- the line
+# ------------------------------------------------------------------------------------------------------
 
 
-def format_line(row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None) -> str:
+def format_line(
+    row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
+) -> str:
     """One row as the log line, for example
 
-    `step 1200/20000 | loss 2.4135 | gnorm 0.81 | lr 3.0e-4 | 18.2k tok/s (4.6k/dev) | mfu 41.2% | 0.90 s |
-    mem 3.1 GiB | ckpt 1150 | eta 4h41m` (in one line); what is not known is `-`, so the fields never move.
+    `step 1200/20000 | loss 2.4135 | gnorm 0.81 | lr 3.0e-4 | 18.2k tok/s (4.6k/dev) | mfu 41.2% |
+    0.90 s | mem 3.1 GiB | ckpt 1150 | eta 4h41m` (in one line); what is not known is `-`, so the
+    fields never move.
     """
     return " | ".join(
-        f"{label} {value}".strip() for label, value in _fields(row, total_steps, last_checkpoint, eta_seconds)
+        f"{label} {value}".strip()
+        for label, value in _fields(row, total_steps, last_checkpoint, eta_seconds)
     )
 
 
@@ -106,14 +112,18 @@ def format_seconds(seconds: float) -> str:
 
 
 class Clock:
-    """Time left, from the pace of the last steps: evaluation and saves count, the start-up does not."""
+    """Time left, from the pace of the last steps: evaluation and saves count, the start-up does
+    not.
+    """
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
         self._marks: deque[tuple[int, float]] = deque(maxlen=100)
 
     def eta(self, step: int, now: float) -> float | None:
-        """Seconds until `total_steps` after `step` ended at time `now`; None until two steps were seen."""
+        """Seconds until `total_steps` after `step` ended at time `now`; None until two steps were
+        seen.
+        """
         self._marks.append((step, now))
         (first, then), (last, latest) = self._marks[0], self._marks[-1]
         if last == first:
@@ -121,7 +131,8 @@ class Clock:
         return max(0, self.total_steps - step) * (latest - then) / (last - first)
 
 
-# --- the reporter --------------------------------------------------------------------------------------------------
+# --- the reporter
+# --------------------------------------------------------------------------------------------------
 
 
 class Sink(Protocol):
@@ -132,7 +143,8 @@ class Sink(Protocol):
 
 
 class Reporter:
-    """Shows a run on `stream`: a live panel when it is a terminal, else one plain line every `every` steps.
+    """Shows a run on `stream`: a live panel when it is a terminal, else one plain line every
+    `every` steps.
 
     `log_stream` (RUN/logs/rank-0.log) gets the plain lines either way. Rank 0 only; not collective.
     """
@@ -152,7 +164,9 @@ class Reporter:
         self._live: Live | None = None
         self._notes = _Notes(self)
         if console.is_terminal:
-            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(
+                console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+            )
             self._on_terminal(self._live.start)
             self._notes.begin()
         else:
@@ -183,7 +197,9 @@ class Reporter:
         return self._live is not None
 
     def close(self, last_words: tuple[str, ...] = ()) -> None:
-        """Draw and flush what is left; the last panel stays on the screen, `last_words` below it."""
+        """Draw and flush what is left; the last panel stays on the screen, `last_words` below
+        it.
+        """
         for sink in self.sinks:
             sink.close()
         self.abandon()
@@ -215,7 +231,9 @@ class Reporter:
                 stream.flush()
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._streams.remove(stream)
-                log.warning("Log lines can no longer be written (%s); the run goes on without them.", error)
+                log.warning(
+                    "Log lines can no longer be written (%s); the run goes on without them.", error
+                )
 
 
 class _Notes(logging.Handler):
@@ -240,7 +258,9 @@ class _Notes(logging.Handler):
             logging.getLogger(name).removeHandler(self)
 
 
-def _panel(row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None) -> Panel:
+def _panel(
+    row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
+) -> Panel:
     fields = _fields(row, total_steps, last_checkpoint, eta_seconds)
     table = Table.grid(padding=(0, 3))
     for start in range(1, len(fields), 3):
@@ -251,16 +271,21 @@ def _panel(row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds:
             )
         )
     bar = ProgressBar(total=total_steps, completed=row["step"])
-    return Panel(Group(table, bar), title=f"step {fields[0][1]}", title_align="left", expand=False, width=72)
+    return Panel(
+        Group(table, bar), title=f"step {fields[0][1]}", title_align="left", expand=False, width=72
+    )
 
 
-# --- the curve -----------------------------------------------------------------------------------------------------
+# --- the curve
+# -----------------------------------------------------------------------------------------------------
 
 
 class LossCurve:
-    """RUN/plots/loss.png: training and held-out loss over steps, drawn again at most every `seconds`.
+    """RUN/plots/loss.png: training and held-out loss over steps, drawn again at most every
+    `seconds`.
 
-    Starts with the rows that `metrics` (a metrics.jsonl) already has, so a resumed run draws its whole curve.
+    Starts with the rows that `metrics` (a metrics.jsonl) already has, so a resumed run draws its
+    whole curve.
     """
 
     def __init__(
@@ -309,7 +334,9 @@ class LossCurve:
             self._failed = True
 
     def _figure(self) -> Any:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.5 s to import: only when drawn
+        from matplotlib.backends.backend_agg import (
+            FigureCanvasAgg,
+        )  # 0.5 s to import: only when drawn
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -317,13 +344,17 @@ class LossCurve:
         axes = figure.add_subplot()
         axes.plot(*self._train.thinned(), label="training", linewidth=1)
         if self._held_out.steps:
-            axes.plot(*self._held_out.thinned(), label="held out", linewidth=1.5, marker="o", markersize=3)
+            axes.plot(
+                *self._held_out.thinned(), label="held out", linewidth=1.5, marker="o", markersize=3
+            )
         axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.title)
         axes.grid(alpha=0.3)
         axes.legend()
         if self._tokens is not None:
             per_step = self._tokens[1] / self._tokens[0]
-            above = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
+            above = axes.secondary_xaxis(
+                "top", functions=(lambda x: x * per_step, lambda x: x / per_step)
+            )
             above.set_xlabel("consumed tokens")
         return figure
 
@@ -351,11 +382,13 @@ def _means(values: array, starts: range, group: int) -> list[float]:
     return [sum(values[s : s + group]) / len(values[s : s + group]) for s in starts]
 
 
-# --- TensorBoard ---------------------------------------------------------------------------------------------------
+# --- TensorBoard
+# ---------------------------------------------------------------------------------------------------
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, an option. Of a resumed run, earlier events after `first_step` are hidden.
+    """Event files in RUN/tensorboard, an option. Of a resumed run, earlier events after
+    `first_step` are hidden.
 
     A missing package or a failing disk switches it off with one warning.
     """
@@ -366,8 +399,15 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(path), purge_step=first_step + 1)
-        except (ImportError, AttributeError, TypeError, OSError) as error:  # wrong versions fail in many ways
-            log.warning("TensorBoard is off: %s. Install the package 'tensorboard' to have it.", error)
+        except (
+            ImportError,
+            AttributeError,
+            TypeError,
+            OSError,
+        ) as error:  # wrong versions fail in many ways
+            log.warning(
+                "TensorBoard is off: %s. Install the package 'tensorboard' to have it.", error
+            )
 
     def add(self, row: Row) -> None:
         if self._writer is None:

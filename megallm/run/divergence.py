@@ -1,7 +1,7 @@
 """When the numbers of a run are no longer sound, and which of its states still are. No torch.
 
-A checkpoint holds the state *after* its step, whose worth only the next step shows: its loss is measured with that
-state. So what was saved last before a run diverges is already spoilt.
+A checkpoint holds the state *after* its step, whose worth only the next step shows: its loss is
+measured with that state. So what was saved last before a run diverges is already spoilt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ WINDOW = 100  # steps that a loss is compared with: a change of data is forgotte
 
 
 class Soundness:
-    """Follows the losses of a run: `bad_since` is the first of the latest steps that were all unsound, None if none."""
+    """Follows the losses of a run: `bad_since` is the first of the latest steps that were all
+    unsound, None if none.
+    """
 
     def __init__(self) -> None:
         self.bad_since: int | None = None
@@ -35,6 +37,8 @@ class Soundness:
 
     @property
     def limit(self) -> float:
-        """The largest loss that is no sign of divergence: half above the lowest of the window, and at least 1."""
+        """The largest loss that is no sign of divergence: half above the lowest of the window, and
+        at least 1.
+        """
         lowest = min(self._losses, default=math.inf)
         return lowest + max(1.0, 0.5 * abs(lowest))

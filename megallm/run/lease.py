@@ -1,7 +1,7 @@
 """Who may write a run folder: `RUN/LOCK`, the lease of the job that runs. No torch.
 
-Every write into the run folder asks the lease first: a job that was frozen for long finds at its next write that
-another one took the folder over, and ends.
+Every write into the run folder asks the lease first: a job that was frozen for long finds at its
+next write that another one took the folder over, and ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ STALE_SECONDS = 300.0  # a lease of another host without a heartbeat for so long
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run folder. `machine` is boot id and pid namespace: where `pid` means something."""
+    """Who holds a run folder. `machine` is boot id and pid namespace: where `pid` means
+    something.
+    """
 
     host: str
     pid: int
@@ -54,15 +56,18 @@ class Holder:
     def me() -> Holder:
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         start = _process_start(os.getpid()) or 0
-        return Holder(socket.gethostname(), os.getpid(), start, _machine(), since, secrets.token_hex(8))
+        return Holder(
+            socket.gethostname(), os.getpid(), start, _machine(), since, secrets.token_hex(8)
+        )
 
 
 class Lease:
     """The right to write a run folder: `LOCK`, kept alive by a thread that touches it.
 
-    Errors of construction: `CannotWrite` when another job holds the folder. A lease whose process is gone from
-    this machine is taken over at once; one of another machine after `stale_seconds` without a heartbeat, by the
-    clock of the file system. Use it as a context manager, or call `release`.
+    Errors of construction: `CannotWrite` when another job holds the folder. A lease whose process
+    is gone from this machine is taken over at once; one of another machine after `stale_seconds`
+    without a heartbeat, by the clock of the file system. Use it as a context manager, or call
+    `release`.
     """
 
     def __init__(
@@ -78,7 +83,9 @@ class Lease:
         with writing(self.path):
             self._acquire(stale_seconds)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, args=(beat_seconds,), daemon=True, name="lease")
+        self._thread = threading.Thread(
+            target=self._keep_beating, args=(beat_seconds,), daemon=True, name="lease"
+        )
         self._thread.start()
 
     def _acquire(self, stale_seconds: float) -> None:
@@ -96,7 +103,9 @@ class Lease:
             try:
                 fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             except FileExistsError as error:
-                raise CannotWrite(f"The run folder {self.path.parent} was just taken by another job.") from error
+                raise CannotWrite(
+                    f"The run folder {self.path.parent} was just taken by another job."
+                ) from error
             try:
                 with os.fdopen(fd, "w", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(self.holder)) + "\n")
@@ -112,10 +121,16 @@ class Lease:
             return
         alive = silent <= stale_seconds if holder is None or not holder.is_here else holder.runs
         if alive:
-            who = f"host {holder.host}, process {holder.pid}, since {holder.since}" if holder else "an unknown job"
+            who = (
+                f"host {holder.host}, process {holder.pid}, since {holder.since}"
+                if holder
+                else "an unknown job"
+            )
             raise CannotWrite(
-                f"The run folder {self.path.parent} is held by {who} (last sign of life {silent:.0f} s ago). "
-                f"Stop that job, or choose another run.dir. A lease of a dead job on another machine is taken over "
+                f"The run folder {self.path.parent} is held by {who} (last sign of life "
+                f"{silent:.0f} s ago). "
+                "Stop that job, or choose another run.dir. A lease of a dead job on another "
+                "machine is taken over "
                 f"after {stale_seconds:.0f} s."
             )
 
@@ -130,18 +145,23 @@ class Lease:
                 os.utime(self.path)
             else:
                 self.lost = True
-        except OSError as error:  # a stale network file handle, a full disk: try again at the next beat
+        except (
+            OSError
+        ) as error:  # a stale network file handle, a full disk: try again at the next beat
             log.debug("heartbeat of %s failed: %s", self.path, error)
 
     def _mine(self) -> bool:
-        """Whether LOCK still names this job; an unreadable one counts as ours, a missing one does not."""
+        """Whether LOCK still names this job; an unreadable one counts as ours, a missing one does
+        not.
+        """
         holder = read_holder(self.path)
         return self.path.exists() if holder is None else holder.token == self.holder.token
 
     def check(self) -> None:
         """Call it before every write. Errors: `LeaseLost` when another job took the folder over.
 
-        It reads LOCK (some 20 microseconds): a process that was frozen writes before its heartbeat wakes up.
+        It reads LOCK (some 20 microseconds): a process that was frozen writes before its heartbeat
+        wakes up.
         """
         if not self.lost and not self._mine():
             self.lost = True
@@ -151,8 +171,10 @@ class Lease:
             if holder is not None and holder.token != self.holder.token:
                 who = f"host {holder.host}, process {holder.pid}, since {holder.since}"
             raise LeaseLost(
-                f"The run folder {self.path.parent} was taken over by {who}: this job was silent for too "
-                "long. It stops and writes nothing more there; the new one goes on from the newest checkpoint."
+                f"The run folder {self.path.parent} was taken over by {who}: this job was silent "
+                "for too "
+                "long. It stops and writes nothing more there; the new one goes on from the "
+                "newest checkpoint."
             )
 
     def release(self) -> None:
@@ -185,7 +207,9 @@ def held_by(folder: RunFolder, pid: int) -> bool:
 
 
 def drop_dead_lease(folder: RunFolder) -> None:
-    """Remove the LOCK of a process of this machine that was killed: a job elsewhere would wait until it is stale."""
+    """Remove the LOCK of a process of this machine that was killed: a job elsewhere would wait
+    until it is stale.
+    """
     with suppress(OSError), _alone(folder.path):
         holder = read_holder(folder.lock)
         if holder is not None and holder.is_here and not holder.runs:
@@ -194,7 +218,9 @@ def drop_dead_lease(folder: RunFolder) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One job of this host at a time looks at the LOCK (where the file system has locks on folders)."""
+    """One job of this host at a time looks at the LOCK (where the file system has locks on
+    folders).
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):
@@ -214,12 +240,18 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None when it is gone or a zombie.
+    """When a process of this machine started, in clock ticks since boot; None when it is gone or a
+    zombie.
 
     Together with the pid this names a process for good: pids are used again, start times are not.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])

@@ -1,4 +1,6 @@
-"""Everything a run writes for people and dashboards, behind one small interface; other ranks than 0 write nothing."""
+"""Everything a run writes for people and dashboards, behind one small interface; other ranks than 0
+write nothing.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ log = logging.getLogger(__name__)
 class Recorder:
     """metrics.jsonl, events.jsonl, the live line and the plot of one run; a context manager.
 
-    Made on every rank; only rank 0 takes the lease and writes, and asks the lease before each write. Errors on
-    entering: `CannotWrite` when the folder cannot be written or another job holds it; later `LeaseLost`.
+    Made on every rank; only rank 0 takes the lease and writes, and asks the lease before each
+    write. Errors on entering: `CannotWrite` when the folder cannot be written or another job holds
+    it; later `LeaseLost`.
     """
 
     def __init__(self, config: JobConfig, rank: int, own_log: bool = False) -> None:
@@ -45,7 +48,9 @@ class Recorder:
         self.log: LossyText | None = None
         self.folder = RunFolder(config.run.dir)
         self.last_checkpoint: int | None = None
-        self.proven: int | None = None  # the newest checkpoint whose state gave a sound step afterwards
+        self.proven: int | None = (
+            None  # the newest checkpoint whose state gave a sound step afterwards
+        )
         self.soundness = Soundness()
         self.last_words: tuple[str, ...] = ()  # shown at the end of a run without an error
 
@@ -60,7 +65,10 @@ class Recorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if not self.writes:
             return
@@ -112,7 +120,9 @@ class Recorder:
         if self.own_log:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self.log = LossyText(FdWriter(os.open(self.folder.log_path(0), flags, 0o644)))
-        self.reporter = Reporter(sys.stdout, config.train.steps, config.log.every, self.log, tuple(sinks))
+        self.reporter = Reporter(
+            sys.stdout, config.train.steps, config.log.every, self.log, tuple(sinks)
+        )
         self.last_checkpoint = resumed_step or None
         self.started = True
         self.events.add("resumed" if resumed_step else "started", step=resumed_step)
@@ -139,7 +149,9 @@ class Recorder:
             self.reporter.note(text)
 
     def stopping(self, name: str) -> None:
-        """Say that a signal was heard. Of Ctrl-C the launcher tells, except where a panel would hide its words."""
+        """Say that a signal was heard. Of Ctrl-C the launcher tells, except where a panel would
+        hide its words.
+        """
         if name != "SIGINT":
             self.note(f"{name}: {STOPPING}")
         elif self.writes and self.reporter.on_terminal:
@@ -165,35 +177,51 @@ class Recorder:
             self.metrics.sync()
 
     def keeping(self, newest: int) -> Keeping:
-        """What a save keeps of older steps: while the losses are unsound also the last that was proven."""
+        """What a save keeps of older steps: while the losses are unsound also the last that was
+        proven.
+        """
         return Keeping(newest, self.proven, self.lease.check) if self.writes else Keeping(newest)
 
     def damaged(self, step: int, warnings: Sequence[str]) -> None:
-        """Say which checkpoints were passed over, and rename them: no later save may take them for its own."""
+        """Say which checkpoints were passed over, and rename them: no later save may take them for
+        its own.
+        """
         if not self.writes or not warnings:
             return
         self.lease.check()
         moved = quarantine(self.checkpoints, step + 1, "damaged")
         for warning in warnings:
             log.warning("%s The run goes on from step %d.", warning, step)
-        self.event("damaged", step=step, problems=list(warnings), set_aside=[path.name for path in moved])
+        self.event(
+            "damaged", step=step, problems=list(warnings), set_aside=[path.name for path in moved]
+        )
 
     def changed(self, step: int, changes: Sequence[Change]) -> None:
         """Say in one table what is not as it was in this run folder, and keep it."""
         if not self.writes or not changes:
             return
         self.note(f"changed since the last start in this run folder:\n{table_of(changes)}")
-        rows = [{"key": change.key, "before": change.before, "now": change.now} for change in changes]
+        rows = [
+            {"key": change.key, "before": change.before, "now": change.now} for change in changes
+        ]
         self.event("changed", step=step, changes=rows)
 
     def set_diverged_aside(self, step: int) -> str:
-        """Rename the checkpoints whose state led to the divergence noticed at `step`; sentences for the user."""
+        """Rename the checkpoints whose state led to the divergence noticed at `step`; sentences for
+        the user.
+        """
         self.lease.check()
-        bad_since = self.soundness.bad_since or self.metrics.last_step + 1  # a step without a row was not sound
+        bad_since = (
+            self.soundness.bad_since or self.metrics.last_step + 1
+        )  # a step without a row was not sound
         moved = quarantine(self.checkpoints, max(1, bad_since - 1), "diverged")
-        self.event("diverged", step=step, bad_since=bad_since, set_aside=[path.name for path in moved])
+        self.event(
+            "diverged", step=step, bad_since=bad_since, set_aside=[path.name for path in moved]
+        )
         left = next((number for number, _ in step_folders(self.checkpoints)), None)
-        aside = f"Renamed as diverged, since step {bad_since} went wrong from there: " if moved else ""
+        aside = (
+            f"Renamed as diverged, since step {bad_since} went wrong from there: " if moved else ""
+        )
         aside += ", ".join(path.name for path in reversed(moved)) + ". " * bool(moved)
         goes_on = "starts afresh" if left is None else f"goes on from step {left}"
         return f"{aside}Lower optim.lr or warm up for longer: the same command then {goes_on}."

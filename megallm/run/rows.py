@@ -1,7 +1,8 @@
-"""Files of one JSON object a line: metrics.jsonl, which a resume rewinds, and events.jsonl. No torch.
+"""Files of one JSON object a line: metrics.jsonl, which a resume rewinds, and events.jsonl. No
+torch.
 
-Logs never stop training: a row that cannot be written is kept in memory, told once, and written when there is
-space again. What is lost in the end is told with its count.
+Logs never stop training: a row that cannot be written is kept in memory, told once, and written
+when there is space again. What is lost in the end is told with its count.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _MAX_PENDING = 100_000  # rows kept in memory while the disk is full
 class JsonLines:
     """A file of one JSON object a line, appended whole lines at a time.
 
-    A half-written last line (a crash) is dropped on opening. Floats round-trip exactly; JSON has no NaN or
-    infinity, they become null. Errors: `CannotWrite` on opening only; `append` never fails on a full disk. `guard` is
-    called before every write and raises when the file is no longer ours.
+    A half-written last line (a crash) is dropped on opening. Floats round-trip exactly; JSON has no
+    NaN or infinity, they become null. Errors: `CannotWrite` on opening only; `append` never fails
+    on a full disk. `guard` is called before every write and raises when the file is no longer ours.
     """
 
     def __init__(self, path: Path, guard: Callable[[], None] = lambda: None) -> None:
@@ -46,7 +47,9 @@ class JsonLines:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one row; on a full disk keep it and try again with the next one."""
         self.lost += len(self._pending) == _MAX_PENDING
-        self._pending.append(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+        self._pending.append(
+            json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+        )
         self.flush()
 
     def flush(self) -> bool:
@@ -65,7 +68,8 @@ class JsonLines:
                 os.ftruncate(self._fd, self._size)
             if not self._warned:
                 log.warning(
-                    "%s Rows are kept in memory and written when it works again.", cannot_write(self.path, error)
+                    "%s Rows are kept in memory and written when it works again.",
+                    cannot_write(self.path, error),
                 )
             self._warned = True
             return False
@@ -100,7 +104,8 @@ class JsonLines:
 class Metrics(JsonLines):
     """metrics.jsonl: rows in order of `step`, each step once.
 
-    On resume at step s (`resume=s`) the rows of later steps are cut, atomically; s = 0 starts empty.
+    On resume at step s (`resume=s`) the rows of later steps are cut, atomically; s = 0 starts
+    empty.
     """
 
     def __init__(self, path: Path, resume: int, guard: Callable[[], None] = lambda: None) -> None:
@@ -109,9 +114,14 @@ class Metrics(JsonLines):
         super().__init__(path, guard)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add the row of one step. Errors: InternalError when its step is not above the last one."""
+        """Add the row of one step. Errors: InternalError when its step is not above the last
+        one.
+        """
         if row["step"] <= self.last_step:
-            raise InternalError(f"metrics.jsonl already has step {self.last_step}; a row of step {row['step']} came.")
+            raise InternalError(
+                f"metrics.jsonl already has step {self.last_step}; a row of step {row['step']} "
+                "came."
+            )
         self.last_step = row["step"]
         super().append(row)
 
@@ -124,7 +134,9 @@ class Events(JsonLines):
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON lines file; a half-written or damaged line is passed over, a missing file has none."""
+    """The rows of a JSON lines file; a half-written or damaged line is passed over, a missing file
+    has none.
+    """
     try:
         with open(path, "rb") as file:
             for line in file:
@@ -138,8 +150,8 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def rewind(path: Path, step: int) -> int:
     """Cut the rows of a metrics file that are later than `step`, damaged, or out of order; atomic.
 
-    Returns the last step that is left, 0 without any. The file is written again only when something goes.
-    Errors: `CannotWrite`.
+    Returns the last step that is left, 0 without any. The file is written again only when something
+    goes. Errors: `CannotWrite`.
     """
     if not path.exists():
         return 0

@@ -1,4 +1,5 @@
-"""The run folder: its paths and small files. No torch; see `lease` for who holds it and `rows` for its logs.
+"""The run folder: its paths and small files. No torch; see `lease` for who holds it and `rows` for
+its logs.
 
 RUN/run.yaml        resolved configuration          RUN/logs/rank-*.log
 RUN/env.json        versions, commit, layout        RUN/checkpoints/
@@ -22,7 +23,9 @@ from megallm.base.files import atomic_write_json, atomic_write_text, writing
 
 
 class RunFolder:
-    """The paths of one run folder, and its small files. Only rank 0 writes anything but its own log."""
+    """The paths of one run folder, and its small files. Only rank 0 writes anything but its own
+    log.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -36,7 +39,9 @@ class RunFolder:
         self.lock = self.path / "LOCK"
 
     def prepare(self) -> None:
-        """Make the folders and prove that they can be written. Errors: `CannotWrite`, before any work is done."""
+        """Make the folders and prove that they can be written. Errors: `CannotWrite`, before any
+        work is done.
+        """
         with writing(self.path):
             for folder in (self.path, self.checkpoints, self.logs, self.plots):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -54,12 +59,16 @@ class RunFolder:
         atomic_write_text(self.config, text)
 
     def write_environment(self, extra: Mapping[str, Any]) -> None:
-        """env.json: host, versions and commit, and what the caller adds (layout, world, backend, ...)."""
+        """env.json: host, versions and commit, and what the caller adds (layout, world, backend,
+        ...).
+        """
         atomic_write_json(self.environment, {**describe_environment(), **extra})
 
 
 def describe_environment() -> dict[str, Any]:
-    """Host, Python, versions of the packages that matter (None when absent), and the commit of this checkout."""
+    """Host, Python, versions of the packages that matter (None when absent), and the commit of this
+    checkout.
+    """
     versions: dict[str, str | None] = {}
     for name in ("megallm", "torch", "numpy", "safetensors", "tokenizers", "xxhash", "pyyaml"):
         try:
@@ -77,7 +86,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package lies in, with `+` when files differ; None when it is installed."""
+    """The commit of the checkout this package lies in, with `+` when files differ; None when it is
+    installed.
+    """
     command = [
         "git",
         "-C",

@@ -14,14 +14,18 @@ NOTHING, INTERRUPTED, PREEMPTED = 0, 1, 2  # the larger one wins when ranks saw 
 
 
 class Requests:
-    """The most urgent request seen so far on this rank; `told` is called once, in a thread, when the first comes."""
+    """The most urgent request seen so far on this rank; `told` is called once, in a thread, when
+    the first comes.
+    """
 
     def __init__(self) -> None:
         self.seen, self.name = NOTHING, ""
         self.told: Callable[[str], None] = lambda name: None
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        if self.seen == NOTHING:  # the handler runs anywhere in the main thread, perhaps inside a write
+        if (
+            self.seen == NOTHING
+        ):  # the handler runs anywhere in the main thread, perhaps inside a write
             self.name = signal.Signals(number).name
             threading.Thread(target=self.told, args=(self.name,), daemon=True).start()
         self.seen = max(self.seen, INTERRUPTED if number == signal.SIGINT else PREEMPTED)
@@ -29,9 +33,13 @@ class Requests:
 
 @contextmanager
 def listening() -> Iterator[Requests]:
-    """Turn SIGINT and `stop_signals` into requests inside the context; repeated signals change nothing."""
+    """Turn SIGINT and `stop_signals` into requests inside the context; repeated signals change
+    nothing.
+    """
     requests = Requests()
-    before = {number: signal.signal(number, requests.note) for number in (*stop_signals(), signal.SIGINT)}
+    before = {
+        number: signal.signal(number, requests.note) for number in (*stop_signals(), signal.SIGINT)
+    }
     try:
         yield requests
     finally:

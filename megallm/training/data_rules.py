@@ -1,4 +1,6 @@
-"""Rules about the sources of a run: their weights, validation data of its own, placeholders. Pure."""
+"""Rules about the sources of a run: their weights, validation data of its own, placeholders.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from megallm.training.config import PretrainConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]  # (rule, sentence, remedies)
 
-# What launch scripts hold where a user's own value belongs: `$3`, `$(date)`, MOCK, <path>, path/to/x.
+# What launch scripts hold where a user's own value belongs: `$3`, `$(date)`, MOCK, <path>,
+# path/to/x.
 _PLACEHOLDER = re.compile(r"[$`]|^MOCK$|<[^<>]+>|(^|/)path/to(/|$)|^(YOUR|your)_\w+$")
 
 
@@ -84,7 +87,9 @@ def _own_validation(config: PretrainConfig) -> Iterator[Fault]:
 
 
 def placeholder_faults(config: PretrainConfig) -> Iterator[Fault]:
-    """Paths that a script's author left to be filled in; a file that is really called so is none."""
+    """Paths that a script's author left to be filled in; a file that is really called so is
+    none.
+    """
     paths = [
         ("run.dir", config.run.dir),
         ("data.tokenizer", config.data.tokenizer),

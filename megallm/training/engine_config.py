@@ -19,7 +19,11 @@ def engine_config(config: JobConfig) -> EngineConfig:
         cp_ulysses=layout.cp_ulysses,
         pipeline=PipelineOptions(layout.schedule, layout.chunks, layout.stages, layout.group),
         zero=ZeroOptions(
-            zero.stage, zero.shard_size, zero.bf16_grads, zero.offload, tree=config.train.determinism == "tree"
+            zero.stage,
+            zero.shard_size,
+            zero.bf16_grads,
+            zero.offload,
+            tree=config.train.determinism == "tree",
         ),
         precision=config.train.precision,
         fp8=config.train.fp8 if config.train.precision == "fp8" else None,
@@ -41,5 +45,7 @@ def opening(config: JobConfig, engine: Engine, begin: str) -> str:
         size += f" ({config.model.num_params(active=True) / 1e6:.1f}M for a token)"
     where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''}"
     where += f" ep={layout.ep}" * (layout.ep > 1)
-    where += f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
+    where += (
+        f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
+    )
     return f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, run folder {config.run.dir}"

@@ -24,13 +24,23 @@ def size_faults(config: JobConfig) -> Iterator[Fault]:
         return
     if moe.top_k is not None and moe.top_k > experts:
         sentence = f"model.moe.top_k {moe.top_k} is more than model.moe.num_experts {experts}."
-        yield "model.moe.top_k", sentence, ({"model.moe.top_k": experts}, {"model.moe.num_experts": moe.top_k})
+        yield (
+            "model.moe.top_k",
+            sentence,
+            ({"model.moe.top_k": experts}, {"model.moe.num_experts": moe.top_k}),
+        )
     if groups > 1 and experts % groups:
         sentence = f"model.moe.num_groups {groups} does not divide model.moe.num_experts {experts}."
-        yield "model.moe.num_groups", sentence, nearest_fixes("model.moe.num_groups", groups, divisors(experts))
+        yield (
+            "model.moe.num_groups",
+            sentence,
+            nearest_fixes("model.moe.num_groups", groups, divisors(experts)),
+        )
         return
     if moe.top_groups is not None and moe.top_groups > groups:
-        sentence = f"model.moe.top_groups {moe.top_groups} is more than model.moe.num_groups {groups}."
+        sentence = (
+            f"model.moe.top_groups {moe.top_groups} is more than model.moe.num_groups {groups}."
+        )
         yield "model.moe.top_groups", sentence, ({"model.moe.top_groups": groups},)
         return
     room = (moe.top_groups or 1) * (experts // groups)
@@ -44,7 +54,9 @@ def size_faults(config: JobConfig) -> Iterator[Fault]:
 
 
 def router_faults(model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
-    """A router that nothing teaches: the one chosen weight, scaled to a sum of 1, is 1 whatever the router says."""
+    """A router that nothing teaches: the one chosen weight, scaled to a sum of 1, is 1 whatever the
+    router says.
+    """
     moe = model.moe
     if moe.top_k != 1 or moe.num_experts < 2 or not moe.norm_topk_prob:
         return
@@ -59,12 +71,17 @@ def router_faults(model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
 def layout_faults(
     config: JobConfig, model: ModelConfig, dp: int, world: int | None
 ) -> Iterator[tuple[str, tuple[dict, ...]]]:
-    """What a layout and a way of summing gradients ask of experts; `dp` counts as 1 when nothing says what it is."""
+    """What a layout and a way of summing gradients ask of experts; `dp` counts as 1 when nothing
+    says what it is.
+    """
     layout, experts = config.layout, model.moe.num_experts
     ranks, ep = dp * layout.cp * layout.tp, layout.ep
     if ep > 1 and not experts:
         sentence = f"layout.ep is {ep}, but the model has no experts (model.moe.num_experts 0)."
-        yield sentence, ({"layout.ep": 1}, *(({"model.moe.num_experts": ep},) if ranks % ep == 0 else ()))
+        yield (
+            sentence,
+            ({"layout.ep": 1}, *(({"model.moe.num_experts": ep},) if ranks % ep == 0 else ())),
+        )
         return
     if ranks % ep:
         sentence = f"layout.ep {ep} does not divide the {ranks} ranks of a pipeline stage, dp {dp} x cp {layout.cp} x "
@@ -76,10 +93,11 @@ def layout_faults(
     elif experts % ep:
         sentence = f"layout.ep {ep} does not divide model.moe.num_experts {experts}: a rank holds whole experts."
         fixes = nearest_fixes("layout.ep", ep, divisors(gcd(ranks, experts)))
-        yield sentence, fixes + nearest_fixes("model.moe.num_experts", experts, multiples(experts, ep))
-    if experts and config.train.determinism == "tree":
-        sentence = (
-            "train.determinism tree sums gradients over dp and cp in one fixed order; those of experts are summed "
+        yield (
+            sentence,
+            fixes + nearest_fixes("model.moe.num_experts", experts, multiples(experts, ep)),
         )
+    if experts and config.train.determinism == "tree":
+        sentence = "train.determinism tree sums gradients over dp and cp in one fixed order; those of experts are summed "
         sentence += "over other groups, so a model with model.moe.num_experts has no such order."
         yield sentence, ({"train.determinism": "none"},)

@@ -1,4 +1,5 @@
-"""Whether what a configuration names is there: data files, tokenizer, documents in each split. No torch.
+"""Whether what a configuration names is there: data files, tokenizer, documents in each split. No
+torch.
 
 `megallm config` and `megallm pretrain` ask before any process starts; the ranks look closer.
 """
@@ -17,10 +18,16 @@ from megallm.training.reading import check_tokenizers, need_tokenizer, tokenizer
 
 
 def check_files(config: PretrainConfig) -> None:
-    """Errors: one `DataError` that lists everything missing or unusable; the configuration is checked and resolved."""
+    """Errors: one `DataError` that lists everything missing or unusable; the configuration is
+    checked and resolved.
+    """
     problems = list(file_problems(config))
     if problems:
-        lines = problems if len(problems) == 1 else [f"{len(problems)} problems with the files:", *problems]
+        lines = (
+            problems
+            if len(problems) == 1
+            else [f"{len(problems)} problems with the files:", *problems]
+        )
         raise DataError("\n  ".join(lines))
 
 
@@ -47,7 +54,9 @@ def file_problems(config: PretrainConfig) -> Iterator[str]:
 
 
 def _empty_splits(config: PretrainConfig, data: IndexedDataset) -> Iterator[str]:
-    """Splits that will be read and hold nothing: no document in the stream, no sequence in Megatron's order."""
+    """Splits that will be read and hold nothing: no document in the stream, no sequence in
+    Megatron's order.
+    """
     split = config.data.split
     held_out = config.eval.batches and not config.data.valid_sources
     for which in SPLITS[:2] if held_out else SPLITS[:1]:
@@ -57,8 +66,11 @@ def _empty_splits(config: PretrainConfig, data: IndexedDataset) -> Iterator[str]
                 documents_of(data, split, which)
             elif low == high:
                 raise DataError(
-                    f"{data.prefix}: the split '{which}' of {split} holds none of the {len(data)} sequences: give this "
+                    f"{data.prefix}: the split '{which}' of {split} holds none of the {len(data)} "
+                    "sequences: give this "
                     "source more, or the split a larger share."
                 )
         except DataError as error:
-            yield f"{error}" + (" Or train without a held-out loss: eval.batches=0." if which != SPLITS[0] else "")
+            yield f"{error}" + (
+                " Or train without a held-out loss: eval.batches=0." if which != SPLITS[0] else ""
+            )

@@ -26,15 +26,30 @@ from megallm.models.presets import PRESETS
 
 TINY = "tiny"  # stands for the tiny preset that fits the amount of text
 TINY_FROM_BYTES = {"tiny-1m": 0, "tiny-7m": 4 << 20, "tiny-15m": 40 << 20, "tiny-42m": 200 << 20}
-RATES = {"tiny-1m": 3e-3, "tiny-7m": 2e-3, "tiny-15m": 1.5e-3, "tiny-42m": 1e-3}  # of others: the rule's default
+RATES = {
+    "tiny-1m": 3e-3,
+    "tiny-7m": 2e-3,
+    "tiny-15m": 1.5e-3,
+    "tiny-42m": 1e-3,
+}  # of others: the rule's default
 PLAIN = (".txt", ".text", ".md")
 OTHERS = (".jsonl", ".json", ".parquet")
 PACKED = textfile.SUFFIXES
-SUFFIXES = (*PLAIN, *OTHERS, *(f"{suffix}{packed}" for suffix in (*PLAIN, ".jsonl", ".json") for packed in PACKED))
+SUFFIXES = (
+    *PLAIN,
+    *OTHERS,
+    *(f"{suffix}{packed}" for suffix in (*PLAIN, ".jsonl", ".json") for packed in PACKED),
+)
 ENOUGH_FILES, ENOUGH_DOCUMENTS = 100, 20
-SAMPLE_BYTES, PIECE_CHARACTERS = 8 << 20, 1 << 16  # what the tokenizer is trained on: its memory is about 80 times that
+SAMPLE_BYTES, PIECE_CHARACTERS = (
+    8 << 20,
+    1 << 16,
+)  # what the tokenizer is trained on: its memory is about 80 times that
 MAX_VOCABULARY = 32_000
-EPOCHS, TOKENS_PER_PARAMETER = 5, 20  # train on each token so often, or as long as the Chinchilla rule says
+EPOCHS, TOKENS_PER_PARAMETER = (
+    5,
+    20,
+)  # train on each token so often, or as long as the Chinchilla rule says
 FEWEST_STEPS, MOST_STEPS = 100, {"cpu": 1_000, "gpu": 20_000}
 SCHEMA = 1
 CHOICES = "choices.json"
@@ -96,12 +111,19 @@ def default_run(text: str) -> str:
 
 
 def check_preset(name: str) -> None:
-    """Errors: `UsageError` for a preset that is not there, or that does not predict the next token."""
+    """Errors: `UsageError` for a preset that is not there, or that does not predict the next
+    token.
+    """
     if name != TINY and name not in PRESETS:
         hint = words.did_you_mean(name, [TINY, *PRESETS])
-        raise UsageError(f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the text.")
+        raise UsageError(
+            f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the "
+            "text."
+        )
     if name != TINY and not ModelConfig(preset=name).resolve().causal:
-        raise UsageError(f"--preset {name} learns hidden tokens, --text the next one: see docs/encoders.md.")
+        raise UsageError(
+            f"--preset {name} learns hidden tokens, --text the next one: see docs/encoders.md."
+        )
 
 
 def is_prepared(request: Request) -> bool:
@@ -125,16 +147,24 @@ def is_prepared(request: Request) -> bool:
     wanted = _identity(request)
     different = [key for key, value in wanted.items() if made_for.get(key) != value]
     if different:
-        what = {"preset": "--preset", "files": "the text (files, their sizes or times)", "schema": "the format"}
+        what = {
+            "preset": "--preset",
+            "files": "the text (files, their sizes or times)",
+            "schema": "the format",
+        }
         raise UsageError(
-            f"{request.run_dir} was made from another command: {', '.join(what[key] for key in different)} changed. "
-            f"Choose another run.dir, such as run.dir={request.run_dir}-2, or remove that folder to start anew."
+            f"{request.run_dir} was made from another command: "
+            f"{', '.join(what[key] for key in different)} changed. "
+            f"Choose another run.dir, such as run.dir={request.run_dir}-2, or remove that folder "
+            "to start anew."
         )
     return True
 
 
 def prepare(
-    request: Request, say: Callable[[str], None], progress: Callable[[preprocess.Stats], None] | None = None
+    request: Request,
+    say: Callable[[str], None],
+    progress: Callable[[preprocess.Stats], None] | None = None,
 ) -> dict[str, Any]:
     """Make tokenizer, dataset and configuration in `request.folder`; returns the choices that were
     made.
@@ -151,14 +181,19 @@ def prepare(
     preset = _fitting(survey.size_bytes) if request.preset == TINY else request.preset
     documents = survey.documents[split_text]
     say(
-        f"text: {len(survey.files):,} files, {survey.size_bytes / 1e6:.1f} MB, {documents:,} documents "
+        f"text: {len(survey.files):,} files, {survey.size_bytes / 1e6:.1f} MB, {documents:,} "
+        "documents "
         f"({'a file each' if split_text == 'file' else split_text}); preset {preset}"
     )
     vocab_size = _train_tokenizer(request, survey, split_text, preset)
     say(f"tokenizer: byte-level BPE of {vocab_size:,} tokens, {folder / 'tokenizer'}")
     done = preprocess.run(
         preprocess.PreprocessConfig(
-            survey.files, str(folder / "data"), str(folder / "tokenizer"), append_eod=True, split_text=split_text
+            survey.files,
+            str(folder / "data"),
+            str(folder / "tokenizer"),
+            append_eod=True,
+            split_text=split_text,
         ),
         progress,
     )
@@ -167,7 +202,12 @@ def prepare(
     config = choose(request, preset, vocab_size, Text(prefix, tokens, done.documents))
     written = yaml.safe_dump(config, sort_keys=False)
     files.atomic_write_text(request.config, f"# Made by `megallm pretrain --text`.\n{written}")
-    chosen = {"preset": preset, "split_text": split_text, "vocab_size": vocab_size, "tokens": tokens}
+    chosen = {
+        "preset": preset,
+        "split_text": split_text,
+        "vocab_size": vocab_size,
+        "tokens": tokens,
+    }
     files.atomic_write_json(marker, {"state": "ready", "made_for": made_for, "chosen": chosen})
     return chosen
 
@@ -202,7 +242,8 @@ def find_files(text: str) -> tuple[str, ...]:
         return (text,)
     if path.exists() and not path.is_dir():
         raise DataError(
-            f"--text {text} is a pipe or device, but the text is read more than once: write it to a file."
+            f"--text {text} is a pipe or device, but the text is read more than once: write it to "
+            "a file."
         )
     if not path.is_dir():
         raise DataError(f"--text {text} does not exist: give a folder of text files, or one file.")
@@ -213,7 +254,11 @@ def find_files(text: str) -> tuple[str, ...]:
     )
     usable = tuple(name for name in found if name.lower().endswith(SUFFIXES))
     if not usable:
-        has = f"It has {len(found)} other files, such as {Path(found[0]).name}." if found else "It is empty."
+        has = (
+            f"It has {len(found)} other files, such as {Path(found[0]).name}."
+            if found
+            else "It is empty."
+        )
         raise DataError(
             f"--text {text} holds no text file: no name ends in {', '.join((*PLAIN, *OTHERS))}, "
             f"or in these with {', '.join(PACKED)}. {has}"
@@ -224,13 +269,18 @@ def find_files(text: str) -> tuple[str, ...]:
 def look(text: str) -> Survey:
     """Read every file once. Errors: `DataError` `file:line: reason` for what cannot be read."""
     names = find_files(text)
-    counts, options = {"file": 0, "paragraphs": 0, "lines": 0}, readers.ReadOptions(split_text="paragraphs")
+    counts, options = (
+        {"file": 0, "paragraphs": 0, "lines": 0},
+        readers.ReadOptions(split_text="paragraphs"),
+    )
     readers.check_inputs(names)
     for name in names:
         paragraphs = lines = 0
         for one in _parsed(name, options, text):
             paragraphs += len(one.documents)
-            lines += sum(bool(row.strip()) for _, texts in one.documents for row in texts[0].split("\n"))
+            lines += sum(
+                bool(row.strip()) for _, texts in one.documents for row in texts[0].split("\n")
+            )
         plain = readers.suffix_of(name) in PLAIN
         counts["paragraphs"] += paragraphs
         counts["file"] += min(1, paragraphs) if plain else paragraphs
@@ -248,7 +298,9 @@ def _parsed(name: str, options: readers.ReadOptions, text: str) -> Iterator[read
     for chunk in readers.chunks(name, options):
         parsed = readers.parse(chunk, options)
         for line, reason in parsed.rejects:
-            raise DataError(f"{name}:{first + line}: {reason}. Mend the file, or move it out of {text}.")
+            raise DataError(
+                f"{name}:{first + line}: {reason}. Mend the file, or move it out of {text}."
+            )
         first += parsed.lines
         yield parsed
 
@@ -298,7 +350,9 @@ def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[s
     seq_len = min(seq_len, model.max_positions)
     split, batches = _held_out(text, seq_len * global_batch)
     wanted = min(EPOCHS * text.tokens, TOKENS_PER_PARAMETER * model.num_params())
-    steps = min(max(FEWEST_STEPS, wanted // (seq_len * global_batch)), MOST_STEPS["gpu" if gpu else "cpu"])
+    steps = min(
+        max(FEWEST_STEPS, wanted // (seq_len * global_batch)), MOST_STEPS["gpu" if gpu else "cpu"]
+    )
     rate = RATES.get(preset)
     rates = {} if rate is None else {"lr": rate, "min_lr": float(f"{rate / 10:g}")}
     return {

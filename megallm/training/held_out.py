@@ -14,15 +14,20 @@ from megallm.training.trainer import Ledger
 class HeldOut:
     """The mean loss over `eval.batches` global batches of the validation split.
 
-    In the stream order they are always the first ones, in Megatron-LM's each evaluation reads the next ones.
+    In the stream order they are always the first ones, in Megatron-LM's each evaluation reads the
+    next ones.
     """
 
-    def __init__(self, config: PretrainConfig, engine: Engine, ledger: Ledger, objective: Loss) -> None:
+    def __init__(
+        self, config: PretrainConfig, engine: Engine, ledger: Ledger, objective: Loss
+    ) -> None:
         self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
         self.objective, self.ledger = objective, ledger  # says after which step the evaluation is
         share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
         try:
-            self.readers = held_out_readers(config, share)  # what cannot be read is said before the first step
+            self.readers = held_out_readers(
+                config, share
+            )  # what cannot be read is said before the first step
         except DataError as error:
             raise DataError(f"{error} Or train without a held-out loss: eval.batches=0.") from error
 

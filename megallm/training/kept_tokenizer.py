@@ -16,24 +16,33 @@ from megallm.training.reading import tokenizer_of
 
 
 def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
-    """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run folder goes.
+    """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run
+    folder goes.
 
     Errors: `UsageError` when another one lies there already, unless it may be replaced.
     """
     spec, target = tokenizer_of(config), Path(config.run.dir) / "tokenizer"
-    if spec is not None and target.exists() and Path(spec).resolve().is_relative_to(target.resolve()):
+    if (
+        spec is not None
+        and target.exists()
+        and Path(spec).resolve().is_relative_to(target.resolve())
+    ):
         return  # data.tokenizer names the run's own copy, as where the first one is gone
     if replace and spec is not None and target.exists():
         shutil.rmtree(target)
     if spec is not None and form_of(target) is not None:
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
             raise UsageError(
-                f"{target} is another tokenizer than {spec}, which the data was made with: a run folder keeps the one "
+                f"{target} is another tokenizer than {spec}, which the data was made with: a run "
+                "folder keeps the one "
                 "that its checkpoints belong to. Choose another run.dir, or remove that folder."
             )
         return
     folder = None if config.model.hf is None else Path(config.model.hf)
-    more = folder is not None and tokenizer_spec(folder) in (None, tokenizer.BYTES)  # it only says which ids end a text
+    more = folder is not None and tokenizer_spec(folder) in (
+        None,
+        tokenizer.BYTES,
+    )  # it only says which ids end a text
     if spec in (None, tokenizer.BYTES) and (not more or target.exists()):
         return
     with atomic_path(target) as temporary:
@@ -51,4 +60,3 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
                 if path.is_file() and not (temporary / path.name).exists():
                     shutil.copyfile(path, temporary / path.name)
             shutil.rmtree(target)
-

@@ -1,4 +1,6 @@
-"""The training loop: steps, held-out loss, checkpoints, and stopping when asked. One for every trainer."""
+"""The training loop: steps, held-out loss, checkpoints, and stopping when asked. One for every
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ class Loop:
     """Runs a trainer to `train.stop_at` or `train.steps`; collective over the world."""
 
     def __init__(
-        self, trainer: Trainer, config: JobConfig, ledger: Ledger, recorder: Recorder, requests: Requests
+        self,
+        trainer: Trainer,
+        config: JobConfig,
+        ledger: Ledger,
+        recorder: Recorder,
+        requests: Requests,
     ) -> None:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests
@@ -38,10 +45,11 @@ class Loop:
         self.peak_flops = None if peak is None else peak * self.mesh.layout.world
 
     def run(self) -> None:
-        """Train; saves at the end whatever the reason for stopping, but never a state that has diverged.
+        """Train; saves at the end whatever the reason for stopping, but never a state that has
+        diverged.
 
-        Raises Requeue after SIGTERM (state is safe), KeyboardInterrupt after SIGINT (state is safe),
-        Diverged, CannotWrite when checkpoints fail again and again.
+        Raises Requeue after SIGTERM (state is safe), KeyboardInterrupt after SIGINT (state is
+        safe), Diverged, CannotWrite when checkpoints fail again and again.
         """
         try:
             self._train()
@@ -52,7 +60,9 @@ class Loop:
     def _train(self) -> None:
         last = self.config.train.stop_at or self.config.train.steps
         if self.ledger.step >= last:
-            self.recorder.note(f"step {self.ledger.step} was reached before; nothing is left up to {last}.")
+            self.recorder.note(
+                f"step {self.ledger.step} was reached before; nothing is left up to {last}."
+            )
         request = self.mesh.largest(self.requests.seen)
         if request:
             self._leave(request)
@@ -70,7 +80,9 @@ class Loop:
             if self._due(self.config.checkpoint.every, step):
                 self._save()
         if row is not None:
-            if not request or self.ledger.step == last:  # a finished run has no later chance to evaluate
+            if (
+                not request or self.ledger.step == last
+            ):  # a finished run has no later chance to evaluate
                 row |= self.trainer.evaluate()
             self.recorder.row(row)
             self._check_end(request, row.get("val/loss"))
@@ -79,29 +91,50 @@ class Loop:
         self._leave(request)
 
     def _check_end(self, request: int, held_out: float | None) -> None:
-        """Errors: Diverged when a run ends at its last step with a state that gives no finite numbers."""
+        """Errors: Diverged when a run ends at its last step with a state that gives no finite
+        numbers.
+        """
         step = self.ledger.step
         if held_out is not None and math.isfinite(held_out):
-            self.skipped_in_a_row = 0  # the gradients of one batch were not finite: the state is sound all the same
+            self.skipped_in_a_row = (
+                0  # the gradients of one batch were not finite: the state is sound all the same
+            )
         elif held_out is not None:
             raise Diverged(f"The held-out loss after step {step} is {held_out}.")
         elif self.skipped_in_a_row and not request:
-            raise Diverged(f"The gradients were not finite for the last {self.skipped_in_a_row} steps, up to {step}.")
+            raise Diverged(
+                f"The gradients were not finite for the last {self.skipped_in_a_row} steps, up to "
+                f"{step}."
+            )
 
     def _leave(self, request: int) -> None:
         if not request:
             return
         step, root = self.ledger.step, self.recorder.checkpoints
-        name = "Interrupted" if request == INTERRUPTED else f"Stopped by {self.requests.name or 'a signal'}"
+        name = (
+            "Interrupted"
+            if request == INTERRUPTED
+            else f"Stopped by {self.requests.name or 'a signal'}"
+        )
         self.recorder.event("preempted" if request == PREEMPTED else "interrupted", step=step)
         state = f"step {self.saved_step} is saved in {root / store.step_name(self.saved_step)}"
         if step == self.first_step:
-            text = f"{name} before step {step + 1}: there is nothing {'new ' if step else ''}to save"
-            text += f", {state}; the same command goes on." if step else "; the same command starts again."
+            text = (
+                f"{name} before step {step + 1}: there is nothing {'new ' if step else ''}to save"
+            )
+            text += (
+                f", {state}; the same command goes on."
+                if step
+                else "; the same command starts again."
+            )
         elif self.saved_step < step:
             text = f"{name} after step {step}, where the gradients have not been finite for {self.skipped_in_a_row} "
             text += "steps: that state is not saved. "
-            text += f"{state[:1].upper()}{state[1:]}; the same command goes on." if self.saved_step else "None is."
+            text += (
+                f"{state[:1].upper()}{state[1:]}; the same command goes on."
+                if self.saved_step
+                else "None is."
+            )
         else:
             text = f"{name} after step {step}: {state}; the same command goes on."
         if request == PREEMPTED:
@@ -125,14 +158,18 @@ class Loop:
 
     def _watch(self, stats: StepStats, step: int) -> None:
         """Refuse to go on with numbers that are not finite."""
-        # A loss scale that is too large is made smaller step by step, and has an end of its own (LossScaler.check).
+        # A loss scale that is too large is made smaller step by step, and has an end of its own
+        # (LossScaler.check).
         alone = stats.skipped and stats.loss_scale is None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if alone else 0
         if stats.skipped:
-            self.recorder.event("skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm))
+            self.recorder.event(
+                "skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm)
+            )
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(
-                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} (loss {stats.loss})."
+                f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} "
+                f"(loss {stats.loss})."
             )
 
     def _metrics(self, report: StepReport, seconds: float) -> dict[str, Any]:
@@ -157,20 +194,29 @@ class Loop:
         return row
 
     def _save(self, final: bool = False) -> None:
-        """Write a checkpoint. A failure is reported and training goes on, unless it was the last chance.
+        """Write a checkpoint. A failure is reported and training goes on, unless it was the last
+        chance.
 
-        A state whose last gradients were not finite is not saved: whether it has diverged shows later.
+        A state whose last gradients were not finite is not saved: whether it has diverged shows
+        later.
         """
         ledger, begin = self.ledger, time.monotonic()
         if self.skipped_in_a_row:
-            self.recorder.event("not_saved", step=ledger.step, reason="the gradients were not finite")
+            self.recorder.event(
+                "not_saved", step=ledger.step, reason="the gradients were not finite"
+            )
             return
         self.recorder.before_save()
         meta = {"engine": self.trainer.counters(), "ledger": vars(ledger), **self.trainer.identity}
-        parts, keeping = list(self.trainer.state()), self.recorder.keeping(self.config.checkpoint.keep)
+        parts, keeping = (
+            list(self.trainer.state()),
+            self.recorder.keeping(self.config.checkpoint.keep),
+        )
         bad = next((part.name for part in parts if not _is_finite(part)), "")
         if self.mesh.largest(int(bool(bad))):
-            raise Diverged(f"The state after step {ledger.step} is not finite{f', as in {bad}' * bool(bad)}.")
+            raise Diverged(
+                f"The state after step {ledger.step} is not finite{f', as in {bad}' * bool(bad)}."
+            )
         try:
             store.save(self.recorder.checkpoints, ledger.step, parts, meta, self.mesh, keeping)
         except LeaseLost:
@@ -186,7 +232,9 @@ class Loop:
 
 
 def _is_finite(part: Part) -> bool:
-    """Whether a tensor holds finite numbers only; one byte formats have been clamped when they were made."""
+    """Whether a tensor holds finite numbers only; one byte formats have been clamped when they were
+    made.
+    """
     tensor = part.tensor
     if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
         return True

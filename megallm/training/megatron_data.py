@@ -26,9 +26,9 @@ SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "SentencePieceTokenizer", "GPTSentence
 def sources_of(words: Sequence[str]) -> Sources:
     """Prefix -> weight of the words of `--data-path`, or None where they hold none.
 
-    As Megatron-LM's `get_blend_from_list`: an odd number of words are prefixes; else every other word
-    is a weight if Python reads it as a number. What it stops at, or reads in a way that nobody means,
-    is refused. Errors: `UsageError`, a clause.
+    As Megatron-LM's `get_blend_from_list`: an odd number of words are prefixes; else every other
+    word is a weight if Python reads it as a number. What it stops at, or reads in a way that nobody
+    means, is refused. Errors: `UsageError`, a clause.
     """
     words = [word.strip() for word in words]
     open_places = [word for word in words if is_placeholder(word)]
@@ -58,7 +58,8 @@ def sources_of(words: Sequence[str]) -> Sources:
         if prefix in dict(pairs[:number]):
             raise UsageError(
                 f"{prefix} is given twice, which Megatron-LM reads as two datasets, each from its "
-                "beginning; here a source has one weight. For the same samples give the second another "
+                "beginning; here a source has one weight. For the same samples give the second "
+                "another "
                 "name (links to .bin and .idx)"
             )
     return dict(pairs)
@@ -137,7 +138,8 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
     }
     if kind not in wanted:
         raise UsageError(
-            f"--tokenizer-type {kind}: megallm reads {', '.join(wanted)}; set data.tokenizer to a folder with a "
+            f"--tokenizer-type {kind}: megallm reads {', '.join(wanted)}; set data.tokenizer to a "
+            "folder with a "
             "tokenizer.json (data that is already tokenised is read as it is)."
         )
     flag, value, what = wanted[kind]
@@ -146,12 +148,15 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
     suffix = Path(value).suffix
     if kind in SENTENCEPIECE_TYPES and suffix not in SENTENCEPIECE and not Path(value).is_dir():
         raise UsageError(
-            f"--tokenizer-model {value}: a sentencepiece model is told by its name; call it NAME.model."
+            f"--tokenizer-model {value}: a sentencepiece model is told by its name; call it "
+            "NAME.model."
         )
     if kind == TIKTOKENIZER and suffix not in TIKTOKEN:
         raise UsageError(
-            f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its rank a "
-            "line, with a NAME.json of its pattern and special tokens (tools/preprocess_data.py with the "
+            f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its "
+            "rank a "
+            "line, with a NAME.json of its pattern and special tokens (tools/preprocess_data.py "
+            "with the "
             "same flags makes them of a NAME.json of Megatron-LM)."
         )
     if kind == GPT2:
@@ -169,7 +174,8 @@ def _gpt2_folder(vocab: str, merges: str) -> str:
     if (one.name, other.name) == ("vocab.json", "merges.txt") and one.parent == other.parent:
         return str(one.parent)
     raise UsageError(
-        f"--vocab-file {vocab} --merge-file {merges}: set data.tokenizer to a folder that holds them as vocab.json and "
+        f"--vocab-file {vocab} --merge-file {merges}: set data.tokenizer to a folder that holds "
+        "them as vocab.json and "
         "merges.txt (tools/preprocess_data.py with the same flags makes one, PREFIX_tokenizer)."
     )
 
@@ -229,7 +235,9 @@ def _data_of_splits(found: Translation) -> None:
 
 
 def _sources(found: Translation, flag: str, words: list[str] | None = None) -> tuple[Sources, bool]:
-    """The blend that a flag gives, and whether it has weights; ({}, False) without any that is usable."""
+    """The blend that a flag gives, and whether it has weights; ({}, False) without any that is
+    usable.
+    """
     words = found.given.get(flag, []) if words is None else words
     if any(map(unfilled, words)):
         if found.given.get(flag) != words:  # else it was said when the flag was read

@@ -1,7 +1,7 @@
 """The flags of Megatron-LM and what each becomes here. Data only; no torch.
 
-`SET` writes a key, `READ` is worked out together with other flags in `from_megatron`, `ALIKE` needs nothing here,
-`DROPPED` has no counterpart and is reported when it is used.
+`SET` writes a key, `READ` is worked out together with other flags in `from_megatron`, `ALIKE` needs
+nothing here, `DROPPED` has no counterpart and is reported when it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ SET, READ, ALIKE, DROPPED = "set", "read", "alike", "dropped"
 
 @dataclass(frozen=True)
 class Flag:
-    """One row. `value` is what a switch writes, `choices` map its texts, `text` keeps the value as text.
+    """One row. `value` is what a switch writes, `choices` map its texts, `text` keeps the value as
+    text.
 
     `harmless` is a value with which a dropped flag changes nothing ("*": any).
     """
@@ -59,9 +60,11 @@ FLAGS: tuple[Flag, ...] = (
     # Model.
     _set("--num-layers --encoder-num-layers", "model.num_layers"),
     _set("--hidden-size", "model.hidden_size"),
-    _set("--ffn-hidden-size", "model.ffn_hidden_size", "absent: 4 x hidden, or two thirds of it with SwiGLU"),
+    _set("--ffn-hidden-size", "model.ffn_hidden_size", "absent: 4 x hidden, or two thirds of it "
+                                                       "with SwiGLU"),
     _set("--num-attention-heads", "model.num_heads"),
-    _read("--group-query-attention --num-query-groups", "model.num_kv_heads", "absent: as many as heads"),
+    _read("--group-query-attention --num-query-groups", "model.num_kv_heads", "absent: as many as "
+                                                                              "heads"),
     _set("--kv-channels", "model.head_size"),
     _set("--max-position-embeddings", "model.max_positions"),
     _set("--position-embedding-type", "model.positions", choices={"learned_absolute": "learned", "rope": "rope"}),
@@ -71,11 +74,13 @@ FLAGS: tuple[Flag, ...] = (
     _read("--use-rope-scaling --rope-scaling-factor", "model.rope_scaling model.rope_factor",
           "Llama 3.1's, of 8192 positions; the factor is 8 when absent"),
     _read("--rotary-seq-len-interpolation-factor", "model.rope_scaling model.rope_factor", "linear"),
-    _read("--rotary-scaling-factor --mscale --mscale-all-dim", "model.rope_scaling model.rope_factor",
+    _read("--rotary-scaling-factor --mscale --mscale-all-dim", "model.rope_scaling "
+                                                               "model.rope_factor",
           "YaRN of 4096 positions, with --multi-latent-attention"),
     _dropped("--rope-type", "`--position-embedding-type` and the scaling say it", "*"),
     _read("--no-position-embedding", "-", "says nothing beside rotary positions"),
-    _dropped("--rotary-interleaved --no-rope-freq --mrope-section", "rotary embeddings turn halves, in every layer"),
+    _dropped("--rotary-interleaved --no-rope-freq --mrope-section", "rotary embeddings turn "
+                                                                    "halves, in every layer"),
     _set("--normalization", "model.norm", choices={"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}),
     _set("--norm-epsilon --layernorm-epsilon", "model.norm_eps"),
     _dropped("--apply-layernorm-1p", "norm weights are stored as they are used"),
@@ -87,14 +92,18 @@ FLAGS: tuple[Flag, ...] = (
     _set("--qk-layernorm", "model.qk_norm", "of the same kind as in Qwen 3 (RMSNorm per head)", value=True),
     _set("--untie-embeddings-and-output-weights", "model.tie_embeddings", value=False),
     _set("--init-method-std", "model.init_std"),
-    _read("--window-size", "model.sliding_window", "`N,0` sees N tokens before it: here N + 1 with itself"),
+    _read("--window-size", "model.sliding_window", "`N,0` sees N tokens before it: here N + 1 "
+                                                   "with itself"),
     _set("--vocab-size", "model.vocab_size", "absent: the size of the tokenizer that made the data"),
-    _alike("--make-vocab-size-divisible-by --padded-vocab-size", "the vocabulary is never padded, at any tp"),
-    _read("--attention-dropout --hidden-dropout", "-", "no dropout; reported unless 0 (Megatron-LM's default is 0.1)"),
+    _alike("--make-vocab-size-divisible-by --padded-vocab-size", "the vocabulary is never padded, "
+                                                                 "at any tp"),
+    _read("--attention-dropout --hidden-dropout", "-", "no dropout; reported unless 0 "
+                                                       "(Megatron-LM's default is 0.1)"),
     _set("--softmax-type", "model.attention_sinks", choices={"vanilla": False, "learnable": True}),
     _dropped("--window-attn-skip-freq", "all layers see the same window"),
     # Experts, latent attention, further tokens.
-    _read("--num-experts", "model.moe.num_experts", "the other flags of experts mean nothing without it"),
+    _read("--num-experts", "model.moe.num_experts", "the other flags of experts mean nothing "
+                                                    "without it"),
     _set("--moe-router-topk", "model.moe.top_k", "absent: 2"),
     _set("--moe-ffn-hidden-size", "model.moe.ffn_hidden_size"),
     _set("--moe-shared-expert-intermediate-size", "model.moe.shared_ffn_hidden_size"),
@@ -111,10 +120,12 @@ FLAGS: tuple[Flag, ...] = (
     _set("--moe-z-loss-coeff", "model.moe.z_coef"),
     _set("--moe-expert-capacity-factor", "model.moe.capacity", "counted in each sequence"),
     _set("--moe-token-drop-policy", "model.moe.drop", choices={"probs": "score", "position": "position"}),
-    _alike("--moe-token-dispatcher-type --moe-grouped-gemm --moe-permute-fusion --moe-router-fusion --moe-router-dtype "
+    _alike("--moe-token-dispatcher-type --moe-grouped-gemm --moe-permute-fusion "
+           "--moe-router-fusion --moe-router-dtype "
            "--moe-per-layer-logging --moe-flex-dispatcher-backend --moe-enable-deepep",
            "tokens travel by all-to-all; the router is fp32"),
-    _dropped("--moe-pad-expert-input-to-capacity --moe-input-jitter-eps --moe-router-force-load-balancing "
+    _dropped("--moe-pad-expert-input-to-capacity --moe-input-jitter-eps "
+             "--moe-router-force-load-balancing "
              "--moe-shared-expert-overlap --overlap-moe-expert-parallel-comm --moe-use-upcycling "
              "--moe-upcycling-granularity", "no such choice"),
     _dropped("--expert-tensor-parallel-size", "experts are never split over tp", "1"),
@@ -142,7 +153,8 @@ FLAGS: tuple[Flag, ...] = (
     _dropped("--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
              "--pipeline-model-parallel-split-rank "
              "--standalone-embedding-stage", "write layout.stages"),
-    _dropped("--use-tp-pp-dp-mapping --hierarchical-context-parallel-sizes", "ranks are pp x dp x cp x tp, tp fastest"),
+    _dropped("--use-tp-pp-dp-mapping --hierarchical-context-parallel-sizes", "ranks are pp x dp x "
+                                                                             "cp x tp, tp fastest"),
     # ZeRO and overlap.
     _set("--use-distributed-optimizer", "zero.stage", value=1),
     _set("--data-parallel-sharding-strategy", "zero.stage",
@@ -150,9 +162,12 @@ FLAGS: tuple[Flag, ...] = (
     _set("--use-torch-fsdp2 --use-custom-fsdp --use-megatron-fsdp", "zero.stage", value=3),
     _set("--optimizer-cpu-offload", "zero.offload", value=True),
     _set("--grad-reduce-in-bf16", "zero.bf16_grads", value=True),
-    _dropped("--num-distributed-optimizer-instances", "set zero.shard_size to the ranks that divide the state", "1"),
-    _alike("--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step "
-           "--tp-comm-overlap --no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush "
+    _dropped("--num-distributed-optimizer-instances", "set zero.shard_size to the ranks that "
+                                                      "divide the state", "1"),
+    _alike("--overlap-grad-reduce --overlap-param-gather "
+           "--overlap-param-gather-with-optimizer-step "
+           "--tp-comm-overlap --no-overlap-p2p-communication "
+           "--overlap-p2p-communication-warmup-flush "
            "--ddp-bucket-size "
            "--ddp-average-in-collective --ddp-num-buckets --align-grad-reduce --align-param-gather "
            "--defer-embedding-wgrad-compute",
@@ -161,7 +176,8 @@ FLAGS: tuple[Flag, ...] = (
     _set("--micro-batch-size --batch-size", "train.micro_batch"),
     _set("--global-batch-size", "train.global_batch"),
     _dropped("--rampup-batch-size --step-batch-size-schedule", "the batch has one size"),
-    _alike("--calculate-per-token-loss", "the loss is always the mean over the tokens of the whole batch"),
+    _alike("--calculate-per-token-loss", "the loss is always the mean over the tokens of the "
+                                         "whole batch"),
     _set("--seq-length --encoder-seq-length", "data.seq_len"),
     _set("--train-iters", "train.steps"),
     _read("--train-samples", "train.steps", "samples / global batch"),
@@ -183,12 +199,16 @@ FLAGS: tuple[Flag, ...] = (
          choices={"constant": "constant", "linear": "linear", "cosine": "cosine", "WSD": "wsd"}),
     _set("--lr-warmup-iters", "optim.warmup_steps"),
     _read("--lr-warmup-fraction --lr-warmup-samples", "optim.warmup_steps"),
-    _read("--lr-decay-iters --lr-decay-samples", "train.steps", "reported when it is not the number of steps"),
+    _read("--lr-decay-iters --lr-decay-samples", "train.steps", "reported when it is not the "
+                                                                "number of steps"),
     _read("--lr-wsd-decay-iters --lr-wsd-decay-style --lr-wsd-decay-samples", "optim.decay_fraction", "linear only"),
     _dropped("--lr-warmup-init", "the warm-up begins at 0", "0.0"),
-    _alike("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler --override-opt-param-scheduler "
-           "--use-checkpoint-opt-param-scheduler", "the schedule is a function of the configuration and the step"),
-    _dropped("--decoupled-lr --decoupled-min-lr --head-lr-mult", "one learning rate for all parameters"),
+    _alike("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler "
+           "--override-opt-param-scheduler "
+           "--use-checkpoint-opt-param-scheduler", "the schedule is a function of the "
+                                                   "configuration and the step"),
+    _dropped("--decoupled-lr --decoupled-min-lr --head-lr-mult", "one learning rate for all "
+                                                                 "parameters"),
     # Precision and memory.
     _set("--bf16", "train.precision", "fp32 master weights", value="bf16"),
     _set("--fp16", "train.precision", "fp32 master weights", value="fp16"),
@@ -200,7 +220,8 @@ FLAGS: tuple[Flag, ...] = (
     _read("--first-last-layers-bf16 --num-layers-at-start-in-bf16", "train.fp8.bf16_first", "absent: 1"),
     _read("--num-layers-at-end-in-bf16", "train.fp8.bf16_last", "absent: 1"),
     _dropped("--fp8-amax-compute-algo", "the largest of the history counts", "max"),
-    _alike("--accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --no-query-key-layer-scaling "
+    _alike("--accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 "
+           "--no-query-key-layer-scaling "
            "--apply-query-key-layer-scaling --main-grads-dtype --main-params-dtype",
            "sums, softmax and norms are fp32 or wider"),
     _read("--initial-loss-scale", "train.loss_scale.initial", "absent, or more: 2^24"),
@@ -214,62 +235,86 @@ FLAGS: tuple[Flag, ...] = (
     _set("--checkpoint-activations", "train.recompute", value="full"),
     _dropped("--recompute-method", "full recompute is per layer", "uniform"),
     _dropped("--recompute-num-layers", "full recompute is per layer", "1"),
-    _dropped("--recompute-modules --distribute-saved-activations --cpu-offloading --cpu-offloading-num-layers",
+    _dropped("--recompute-modules --distribute-saved-activations --cpu-offloading "
+             "--cpu-offloading-num-layers",
              "no such choice yet"),
-    _alike("--transformer-impl --use-mcore-models --use-legacy-models --use-flash-attn --attention-backend "
-           "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
-           "--no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm --cross-entropy-loss-fusion "
-           "--cross-entropy-fusion-impl --enable-cuda-graph --use-cpu-initialization --empty-unused-memory-level "
-           "--cuda-graph-impl --cuda-graph-scope --external-cuda-graph --disable-bf16-reduced-precision-matmul "
-           "--manual-gc --manual-gc-interval --deterministic-mode --no-async-tensor-model-parallel-allreduce",
+    _alike("--transformer-impl --use-mcore-models --use-legacy-models --use-flash-attn "
+           "--attention-backend "
+           "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion "
+           "--no-bias-dropout-fusion "
+           "--no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm "
+           "--cross-entropy-loss-fusion "
+           "--cross-entropy-fusion-impl --enable-cuda-graph --use-cpu-initialization "
+           "--empty-unused-memory-level "
+           "--cuda-graph-impl --cuda-graph-scope --external-cuda-graph "
+           "--disable-bf16-reduced-precision-matmul "
+           "--manual-gc --manual-gc-interval --deterministic-mode "
+           "--no-async-tensor-model-parallel-allreduce",
            "kernels are chosen by what is installed"),
     # Data.
-    _read("--data-path --data-args-path", "data.sources", "weights and prefixes, or prefixes (null: by size, one epoch "
+    _read("--data-path --data-args-path", "data.sources", "weights and prefixes, or prefixes "
+                                                          "(null: by size, one epoch "
           "of each); the blend is the same, files are read unchanged"),
-    _read("--train-data-path --valid-data-path --per-split-data-args-path", "data.sources data.valid_sources",
+    _read("--train-data-path --valid-data-path --per-split-data-args-path", "data.sources "
+                                                                            "data.valid_sources",
           "each read whole"),
-    _set("--mid-level-dataset-surplus", "data.surplus", "absent: 0.005, for `--data-path 1.0 A` too"),
+    _set("--mid-level-dataset-surplus", "data.surplus", "absent: 0.005, for `--data-path 1.0 A` "
+                                                        "too"),
     _set("--split", "data.split", "absent: 969,30,1", text=True),
-    _set("--seed", "run.seed", "also of the sample order, which is Megatron-LM's (`data.order: megatron`)"),
+    _set("--seed", "run.seed", "also of the sample order, which is Megatron-LM's (`data.order: "
+                               "megatron`)"),
     _dropped("--mock-data", "give data.sources and data.split"),
     _read("--test-data-path", "-", "a run ends without a loss on test data"),
-    _dropped("--full-validation --multiple-validation-sets --start-eval-at-iter --eval-global-batch-size "
+    _dropped("--full-validation --multiple-validation-sets --start-eval-at-iter "
+             "--eval-global-batch-size "
              "--eval-micro-batch-size --phase-transition-iterations --skip-train",
              "eval.batches batches of train.global_batch every eval.every steps"),
     _read("--tokenizer-type --tokenizer-model --vocab-file --merge-file", "data.tokenizer",
-          "HuggingFaceTokenizer, Llama2Tokenizer, SentencePieceTokenizer, GPT2BPETokenizer (vocab.json and merges.txt "
+          "HuggingFaceTokenizer, Llama2Tokenizer, SentencePieceTokenizer, GPT2BPETokenizer "
+          "(vocab.json and merges.txt "
           "of one folder), TikTokenizer (.tiktoken); NullTokenizer needs none"),
     _dropped("--tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens",
              "NAME.json beside NAME.tiktoken says it"),
-    _alike("--data-cache-path --num-workers --no-mmap-bin-files --no-create-attention-mask-in-dataloader "
+    _alike("--data-cache-path --num-workers --no-mmap-bin-files "
+           "--no-create-attention-mask-in-dataloader "
            "--num-dataset-builder-threads --vocab-extra-ids --dataloader-fast-cache-load "
            "--dataloader-defer-npy-index-mmap --per-dataset-sequences-path",
            "index arrays are made in seconds; nothing is cached"),
     _dropped("--dataloader-type", "samples are read once, in the shuffled order", "single"),
-    _dropped("--reset-position-ids --reset-attention-mask --eod-mask-loss", "documents of a sample see each other, "
+    _dropped("--reset-position-ids --reset-attention-mask --eod-mask-loss", "documents of a "
+                                                                            "sample see each "
+                                                                            "other, "
              "as without the flag"),
     # Saving, evaluating, logging.
     _set("--save", "run.dir", "checkpoints lie in its folder `checkpoints`", text=True),
-    _read("--load", "-", "a run goes on from its own folder; Megatron-LM's checkpoints are not read"),
+    _read("--load", "-", "a run goes on from its own folder; Megatron-LM's checkpoints are not "
+                         "read"),
     _set("--save-interval", "checkpoint.every"),
-    _alike("--ckpt-format --dist-ckpt-format --use-dist-ckpt --async-save --ckpt-fully-parallel-save "
+    _alike("--ckpt-format --dist-ckpt-format --use-dist-ckpt --async-save "
+           "--ckpt-fully-parallel-save "
            "--ckpt-fully-parallel-load --auto-detect-ckpt-format --ckpt-assume-constant-structure "
            "--use-checkpoint-args --dist-ckpt-strictness --exit-on-missing-checkpoint "
            "--no-use-tokenizer-model-from-checkpoint-args "
            "--no-ckpt-fully-parallel-save", "one format, which any layout reads"),
-    _dropped("--no-save-optim --no-save-rng --no-load-optim --no-load-rng --finetune --pretrained-checkpoint "
-             "--non-persistent-save-interval --save-retain-interval", "a checkpoint is whole; new runs start "
+    _dropped("--no-save-optim --no-save-rng --no-load-optim --no-load-rng --finetune "
+             "--pretrained-checkpoint "
+             "--non-persistent-save-interval --save-retain-interval", "a checkpoint is whole; new "
+                                                                      "runs start "
              "from model.hf"),
     _set("--eval-interval", "eval.every", "absent: 1000"),
     _set("--eval-iters", "eval.batches", "absent: 100"),
     _set("--log-interval", "log.every", "absent: 100"),
     _set("--tensorboard-dir", "log.tensorboard", "events lie in the run folder", value=True),
-    _alike("--log-throughput --log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard --timing-log-level "
+    _alike("--log-throughput --log-params-norm --log-num-zeros-in-grad "
+           "--log-timers-to-tensorboard --timing-log-level "
            "--timing-log-option --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard "
-           "--log-batch-size-to-tensorboard --log-world-size-to-tensorboard --tensorboard-queue-size "
-           "--tensorboard-log-interval --log-progress --log-straggler --log-learning-rate-to-tensorboard",
+           "--log-batch-size-to-tensorboard --log-world-size-to-tensorboard "
+           "--tensorboard-queue-size "
+           "--tensorboard-log-interval --log-progress --log-straggler "
+           "--log-learning-rate-to-tensorboard",
            "RUN/metrics.jsonl has a row a step"),
-    _dropped("--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler",
+    _dropped("--profile --profile-step-start --profile-step-end --profile-ranks "
+             "--use-pytorch-profiler",
              "no profiler of its own"),
     _dropped("--wandb-project --wandb-exp-name --wandb-save-dir --one-logger-project", "log.tensorboard is there"),
     _alike("--distributed-backend --distributed-timeout-minutes --local-rank --lazy-mpu-init "

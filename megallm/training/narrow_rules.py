@@ -32,11 +32,23 @@ def narrow_faults(config: JobConfig, model: ModelConfig) -> Iterator[Fault]:
 def _loss_scale(train: TrainConfig) -> Iterator[Fault]:
     scale = train.loss_scale
     if train.precision != "fp16" and scale != _DEFAULTS.loss_scale:
-        sentence = f"train.loss_scale is of train.precision fp16; the precision is {train.precision}."
-        yield "loss_scale", sentence, ({"train.precision": "fp16"}, _back("train.loss_scale", scale))
+        sentence = (
+            f"train.loss_scale is of train.precision fp16; the precision is {train.precision}."
+        )
+        yield (
+            "loss_scale",
+            sentence,
+            ({"train.precision": "fp16"}, _back("train.loss_scale", scale)),
+        )
     elif scale.minimum > scale.initial:
-        sentence = f"train.loss_scale.minimum {scale.minimum:g} is greater than train.loss_scale.initial "
-        yield "loss_scale", sentence + f"{scale.initial:g}.", ({"train.loss_scale.minimum": scale.initial},)
+        sentence = (
+            f"train.loss_scale.minimum {scale.minimum:g} is greater than train.loss_scale.initial "
+        )
+        yield (
+            "loss_scale",
+            sentence + f"{scale.initial:g}.",
+            ({"train.loss_scale.minimum": scale.initial},),
+        )
 
 
 def _unused_fp8(train: TrainConfig) -> Iterator[Fault]:
@@ -70,7 +82,11 @@ def _fp8_layers(fp8: Fp8Options, model: ModelConfig) -> Iterator[Fault]:
 def _back(section: str, given: Fp8Options | LossScaleOptions) -> dict[str, Any]:
     """The defaults of those keys of a section that say something else."""
     plain = type(given)()
-    return {f"{section}.{name}": value for name, value in vars(plain).items() if getattr(given, name) != value}
+    return {
+        f"{section}.{name}": value
+        for name, value in vars(plain).items()
+        if getattr(given, name) != value
+    }
 
 
 def _fp8_backend(config: JobConfig) -> Iterator[Fault]:
@@ -78,7 +94,9 @@ def _fp8_backend(config: JobConfig) -> Iterator[Fault]:
     if fp8.backend != "transformer_engine":
         return
     if backends.version("transformer_engine") is None:
-        sentence = f"train.fp8.backend is transformer_engine, {backends.missing('transformer_engine')}."
+        sentence = (
+            f"train.fp8.backend is transformer_engine, {backends.missing('transformer_engine')}."
+        )
         yield "fp8_backend", sentence, (ours,)
     if fp8.recipe not in TE_RECIPES:
         sentence = f"train.fp8.backend transformer_engine has no recipe {fp8.recipe}; it has {', '.join(TE_RECIPES)}."
@@ -95,10 +113,18 @@ def _recompute(config: JobConfig, model: ModelConfig) -> Iterator[Fault]:
     if train.recompute != "selective":
         if modules != _DEFAULTS.recompute_modules:
             sentence = "train.recompute_modules says what train.recompute selective makes again; train.recompute is "
-            yield "recompute", sentence + f"{train.recompute}.", ({"train.recompute": "selective"}, plain)
+            yield (
+                "recompute",
+                sentence + f"{train.recompute}.",
+                ({"train.recompute": "selective"}, plain),
+            )
         if train.recompute == "none" and train.recompute_layers is not None:
             sentence = f"train.recompute_layers is {train.recompute_layers}, but train.recompute none makes nothing "
-            yield "recompute", sentence + "again.", ({"train.recompute_layers": None}, {"train.recompute": "full"})
+            yield (
+                "recompute",
+                sentence + "again.",
+                ({"train.recompute_layers": None}, {"train.recompute": "full"}),
+            )
         return
     if not modules:
         sentence = "train.recompute_modules is empty: selective makes nothing again."
@@ -121,8 +147,20 @@ def _norms(config: JobConfig, model: ModelConfig, others: tuple[str, ...]) -> It
         sentence = "whose output layout.sp gathers over tp: what is kept is the gathered copy."
         yield "recompute_norm", head + sentence, (fix, {"layout.sp": False})
     if config.train.offload:
-        yield "recompute_norm", head + "which does not go together with train.offload.", (fix, {"train.offload": False})
+        yield (
+            "recompute_norm",
+            head + "which does not go together with train.offload.",
+            (fix, {"train.offload": False}),
+        )
     if config.train.precision == "fp8":
-        yield "recompute_norm", head + "but linears in FP8 keep their inputs in FP8, not the norms' outputs.", (fix,)
+        yield (
+            "recompute_norm",
+            head + "but linears in FP8 keep their inputs in FP8, not the norms' outputs.",
+            (fix,),
+        )
     if model.norm_place == "post":
-        yield "recompute_norm", head + "but with model.norm_place post their outputs are the residual stream.", (fix,)
+        yield (
+            "recompute_norm",
+            head + "but with model.norm_place post their outputs are the residual stream.",
+            (fix,),
+        )

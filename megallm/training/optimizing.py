@@ -10,7 +10,9 @@ from megallm.optim.config import CHOICES, GroupConfig, OptimConfig, unused
 from megallm.optim.groups import pattern_problem
 from megallm.run.config import JobConfig
 
-Fault = tuple[str, str, tuple[dict[str, Any], ...]]  # rule, sentence, remedies of which each is enough
+Fault = tuple[
+    str, str, tuple[dict[str, Any], ...]
+]  # rule, sentence, remedies of which each is enough
 
 
 def optimizer_faults(config: JobConfig) -> Iterator[Fault]:
@@ -24,7 +26,11 @@ def optimizer_faults(config: JobConfig) -> Iterator[Fault]:
         yield from _rates(optim.resolve())
     if steps >= 1 and optim.warmup_steps >= steps:
         sentence = f"optim.warmup_steps {optim.warmup_steps} must be less than train.steps {steps}."
-        yield "warmup", sentence, ({"optim.warmup_steps": steps - 1}, {"train.steps": optim.warmup_steps + 1})
+        yield (
+            "warmup",
+            sentence,
+            ({"optim.warmup_steps": steps - 1}, {"train.steps": optim.warmup_steps + 1}),
+        )
     stop_at = config.train.stop_at
     if stop_at is not None and stop_at > steps >= 1:
         sentence = f"train.stop_at {stop_at} lies beyond train.steps {steps}."
@@ -36,7 +42,11 @@ def optimizer_faults(config: JobConfig) -> Iterator[Fault]:
 def _unused_keys(optim: OptimConfig) -> Iterator[Fault]:
     for key, who, reads in unused(optim):
         known = f"it reads {', '.join(reads)}" if reads else "it has no settings of its own"
-        yield "unused", f"optim.{key} is given, but optim.{who} does not read it; {known}.", ({f"optim.{key}": None},)
+        yield (
+            "unused",
+            f"optim.{key} is given, but optim.{who} does not read it; {known}.",
+            ({f"optim.{key}": None},),
+        )
 
 
 def _rates(optim: OptimConfig) -> Iterator[Fault]:

@@ -1,7 +1,9 @@
-"""What settings are called elsewhere, and where they are here: for the message about an unknown key. Pure.
+"""What settings are called elsewhere, and where they are here: for the message about an unknown
+key. Pure.
 
-The names are those of Megatron-LM's flags, transformers' TrainingArguments and model configurations, torchtitan,
-LLaMA-Factory, Axolotl, nanoGPT and DeepSpeed. A value begins with our key, or is a sentence.
+The names are those of Megatron-LM's flags, transformers' TrainingArguments and model
+configurations, torchtitan, LLaMA-Factory, Axolotl, nanoGPT and DeepSpeed. A value begins with our
+key, or is a sentence.
 """
 
 from __future__ import annotations
@@ -145,7 +147,8 @@ log.every: logging_first_step logging_strategy logging_steps log_interval log_fr
 log.plot: plot_loss draw_loss
 """
 _NOTES = {
-    "data.sources": "(prefix of .bin/.idx: weight; `megallm preprocess` makes them, or train on a folder of text: "
+    "data.sources": "(prefix of .bin/.idx: weight; `megallm preprocess` makes them, or train on a "
+    "folder of text: "
     "`megallm pretrain --text DIR`)",
 }
 _BY_SENTENCE: dict[str, str] = {
@@ -258,9 +261,11 @@ BY_KEY = _by_key()
 KEYS = _table()
 VERBS = {
     "pretrain": "train training run fit start train_gpt pretrain_gpt launch trainer learn",
-    "generate": "inference infer predict sample complete completion_text text_generation run_inference gen",
+    "generate": "inference infer predict sample complete completion_text text_generation "
+    "run_inference gen",
     "chat": "talk webchat webui conversation",
-    "preprocess": "preprocess_data tokenize tokenise prepare prepare_data process encode pretokenize",
+    "preprocess": "preprocess_data tokenize tokenise prepare prepare_data process encode "
+    "pretokenize",
     "tokenizer train": "train_tokenizer train_bpe",
     "data merge": "merge_datasets merge",
     "data verify": "validate_data check_data",
@@ -276,18 +281,22 @@ VERBS = {
     "synth": "synthesize synthetic",
 }
 NO_VERBS = {
-    "megallm has no fine-tuning recipes yet. `megallm convert --to megallm` takes a Hugging Face model in, and "
+    "megallm has no fine-tuning recipes yet. `megallm convert --to megallm` takes a Hugging Face "
+    "model in, and "
     "`megallm pretrain` trains it on with run.dir of that folder (docs/huggingface.md).":
     "finetune fine_tune sft lora peft tune instruct qlora",
-    "megallm has no preference or reinforcement learning yet.": "dpo rlhf ppo grpo orpo kto rl reward rm align",
-    "There is no verb for benchmarks: `megallm pretrain` prints the held-out loss (eval.every, eval.batches), and "
+    "megallm has no preference or reinforcement learning yet.": "dpo rlhf ppo grpo orpo kto rl "
+                                                                "reward rm align",
+    "There is no verb for benchmarks: `megallm pretrain` prints the held-out loss (eval.every, "
+    "eval.batches), and "
     "`megallm generate --json` writes answers to score.":
     "eval evaluate evaluation test benchmark lm_eval score perplexity validate_model bench",
     "megallm has no server; `megallm convert --to hf` writes a folder that vLLM and others serve.":
     "serve server api deploy vllm host",
     "A run goes on when the same `megallm pretrain` command is given again (--resume auto).":
     "resume continue restart",
-    "`bash tools/install.sh`, in the repository, installs megallm and brings it up to date with the files there.":
+    "`bash tools/install.sh`, in the repository, installs megallm and brings it up to date with "
+    "the files there.":
     "install update upgrade self_update",
     "That is an option: `megallm --version`.": "version",
 }  # fmt: skip

@@ -1,4 +1,6 @@
-"""Pretraining on indexed datasets: the next token, or tokens that were hidden. A page over Engine and Loop."""
+"""Pretraining on indexed datasets: the next token, or tokens that were hidden. A page over Engine
+and Loop.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ from megallm.training.supervised import Feed, SupervisedTrainer
 from megallm.training.trainer import Ledger
 from megallm.training.weights import build_engine
 
-LOSSES: dict[str, Loss] = {"next_token": NextToken(), "mlm": NextToken(), "diffusion": MaskedDiffusion()}
+LOSSES: dict[str, Loss] = {
+    "next_token": NextToken(),
+    "mlm": NextToken(),
+    "diffusion": MaskedDiffusion(),
+}
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +53,19 @@ Batches = Iterator[tuple[int, list[Batch]]]
 
 
 def run(
-    config: PretrainConfig, mesh: Mesh, resume: str, own_log: bool = False, allowed: Sequence[str] = ()
+    config: PretrainConfig,
+    mesh: Mesh,
+    resume: str,
+    own_log: bool = False,
+    allowed: Sequence[str] = (),
 ) -> None:
     """Train to `train.stop_at` or `train.steps`; collective over the world.
 
-    `config` is checked and resolved. `resume` is auto (go on from the newest valid checkpoint if there is
-    one), must (UsageError without one) or never (UsageError with one). With `own_log` rank 0 writes its lines to
-    RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there. `allowed` are keys that may
-    differ from the checkpoint's although they make it another run.
+    `config` is checked and resolved. `resume` is auto (go on from the newest valid checkpoint if
+    there is one), must (UsageError without one) or never (UsageError with one). With `own_log` rank
+    0 writes its lines to RUN/logs/rank-0.log itself; otherwise whoever started it copies its output
+    there. `allowed` are keys that may differ from the checkpoint's although they make it another
+    run.
     """
     check_allowed(allowed)
     with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
@@ -70,9 +81,13 @@ def run(
         except CheckpointError as error:
             raise unreadable(error, changes) from error
         layout = dataclasses.asdict(mesh.layout)
-        recorder.start(ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)})
+        recorder.start(
+            ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)}
+        )
         if mesh.rank == 0:
-            keep_tokenizer(config, replace=any(change.key == "data.tokenizer" for change in changes))
+            keep_tokenizer(
+                config, replace=any(change.key == "data.tokenizer" for change in changes)
+            )
         recorder.damaged(ledger.step, damaged)
         recorder.changed(ledger.step, changes)
         if warning is not None:
@@ -84,7 +99,9 @@ def run(
             logged(config, mesh, loader, reader, step) as batches,
         ):
             held_out = HeldOut(config, engine, ledger, LOSSES[config.data.objective])
-            feed = Feed(batches, lambda: loader.wait_seconds, reader.state_after, config.data.seq_len)
+            feed = Feed(
+                batches, lambda: loader.wait_seconds, reader.state_after, config.data.seq_len
+            )
             loss = trained_loss(config)
             trainer = SupervisedTrainer(config, engine, loss, feed, held_out.loss, identity)
             Loop(trainer, config, ledger, recorder, requests).run()
@@ -116,8 +133,12 @@ def trained_loss(config: PretrainConfig) -> Loss:
 
 
 def train_reader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Reader:
-    """What this rank's replica reads after the ledger's step; the same on every rank of a replica."""
-    share = Share(config.train.global_batch, config.train.micro_batch, mesh.data.size, mesh.data.rank)
+    """What this rank's replica reads after the ledger's step; the same on every rank of a
+    replica.
+    """
+    share = Share(
+        config.train.global_batch, config.train.micro_batch, mesh.data.size, mesh.data.rank
+    )
     return open_reader(config, share, ledger.step + 1, ledger.data)
 
 
@@ -128,10 +149,14 @@ def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger, reader: Rea
 
 
 @contextmanager
-def logged(config: PretrainConfig, mesh: Mesh, loader: Loader, reader: Reader, step: int) -> Iterator[Batches]:
-    """The loader's batches, each step's rows in RUN/samples.jsonl before it is trained on; collective over the world.
+def logged(
+    config: PretrainConfig, mesh: Mesh, loader: Loader, reader: Reader, step: int
+) -> Iterator[Batches]:
+    """The loader's batches, each step's rows in RUN/samples.jsonl before it is trained on;
+    collective over the world.
 
-    Rows after `step`, which a run that was killed has left, are removed first. One rank of each replica writes.
+    Rows after `step`, which a run that was killed has left, are removed first. One rank of each
+    replica writes.
     """
     if not config.data.log_samples:
         yield loader

@@ -21,13 +21,22 @@ class Range:
             return self.low
         if self.high is not None and value > self.high:
             return self.high
-        if (self.above is not None and value <= self.above) or (self.below is not None and value >= self.below):
+        if (self.above is not None and value <= self.above) or (
+            self.below is not None and value >= self.below
+        ):
             return default
         return value
 
     def __str__(self) -> str:
-        words = {"at least": self.low, "greater than": self.above, "at most": self.high, "less than": self.below}
-        return " and ".join(f"{word} {bound:.12g}" for word, bound in words.items() if bound is not None)
+        words = {
+            "at least": self.low,
+            "greater than": self.above,
+            "at most": self.high,
+            "less than": self.below,
+        }
+        return " and ".join(
+            f"{word} {bound:.12g}" for word, bound in words.items() if bound is not None
+        )
 
 
 _COUNT = Range(low=1)
@@ -47,19 +56,40 @@ RANGES: dict[str, Range] = {
     "model.token_types": _NOT_NEGATIVE,
     "data.fim.rate": Range(low=0, high=1),
     "data.fim.spm": Range(low=0, high=1),
-    **{f"layout.{axis}": _COUNT for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")},
+    **{
+        f"layout.{axis}": _COUNT
+        for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")
+    },
     "zero.shard_size": _COUNT,
     "train.recompute_layers": _COUNT,
     "train.loss_scale.initial": Range(low=2**-14, high=2**24),
     "train.loss_scale.minimum": Range(above=0),
-    **{f"train.{name}": Range(low=1, high=10**6) for name in ("loss_scale.growth_steps", "fp8.history")},
+    **{
+        f"train.{name}": Range(low=1, high=10**6)
+        for name in ("loss_scale.growth_steps", "fp8.history")
+    },
     "train.fp8.margin": Range(low=0, high=16),
     **{f"train.fp8.{name}": _NOT_NEGATIVE for name in ("bf16_first", "bf16_last")},
-    **{f"train.{name}": Range(low=1, high=10**12) for name in ("steps", "stop_at", "global_batch", "micro_batch")},
-    **{f"model.{name}": _COUNT for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")},
-    **{f"model.{name}": _COUNT for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")},
-    **{f"model.moe.{name}": _COUNT for name in ("top_k", "ffn_hidden_size", "every", "num_groups", "top_groups")},
-    **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("num_experts", "shared_ffn_hidden_size", "first_dense")},
+    **{
+        f"train.{name}": Range(low=1, high=10**12)
+        for name in ("steps", "stop_at", "global_batch", "micro_batch")
+    },
+    **{
+        f"model.{name}": _COUNT
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
+    },
+    **{
+        f"model.{name}": _COUNT
+        for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")
+    },
+    **{
+        f"model.moe.{name}": _COUNT
+        for name in ("top_k", "ffn_hidden_size", "every", "num_groups", "top_groups")
+    },
+    **{
+        f"model.moe.{name}": _NOT_NEGATIVE
+        for name in ("num_experts", "shared_ffn_hidden_size", "first_dense")
+    },
     **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("aux_coef", "z_coef", "bias_rate")},
     "model.moe.routed_scale": Range(above=0),
     "model.moe.capacity": Range(above=0, high=10**6),

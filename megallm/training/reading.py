@@ -1,4 +1,6 @@
-"""From a configuration to what is read: the plan of the stream, its sources, or Megatron's samples. No torch."""
+"""From a configuration to what is read: the plan of the stream, its sources, or Megatron's samples.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -33,24 +35,35 @@ WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a who
 def plan_of(config: PretrainConfig) -> Plan:
     """The stream's plan; the configuration is checked and resolved."""
     data = config.data
-    reading = Reading(data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form)
+    reading = Reading(
+        data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form
+    )
     changes = [(segment.until_tokens, _given(segment)) for segment in data.segments]
     return Plan(segments_of(data.sources, reading, changes), data.seed, data.split)
 
 
 def _given(segment: SegmentConfig) -> dict[str, Any]:
-    return {key: value for key, value in vars(segment).items() if value is not None and key != "until_tokens"}
+    return {
+        key: value
+        for key, value in vars(segment).items()
+        if value is not None and key != "until_tokens"
+    }
 
 
 def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Sentences about what is wrong with `data.segments` and what goes with the stream only, each with a remedy."""
+    """Sentences about what is wrong with `data.segments` and what goes with the stream only, each
+    with a remedy.
+    """
     data = config.data
     whole: dict[str, Any] = {"data.segments": ()}
     if data.order != "stream":
         if data.segments:
             yield "data.segments needs data.order stream.", {"data.order": "stream"}
         if data.fim.rate:
-            yield f"data.fim.rate {data.fim.rate:g} needs data.order stream.", {"data.order": "stream"}
+            yield (
+                f"data.fim.rate {data.fim.rate:g} needs data.order stream.",
+                {"data.order": "stream"},
+            )
         return
     before = 0
     for number, segment in enumerate(data.segments):
@@ -58,12 +71,18 @@ def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]
         if number + 1 < len(data.segments) and until is None:
             yield f"{name} has no until_tokens, so the segments after it would never begin.", whole
         elif until is not None and until <= before:
-            yield f"{name}.until_tokens is {until}; it must be greater than {before}, where the segment begins.", whole
+            yield (
+                f"{name}.until_tokens is {until}; it must be greater than {before}, where the "
+                "segment begins.",
+                whole,
+            )
         before = until or before
         unknown = [prefix for prefix in segment.sources or {} if prefix not in data.sources]
         if unknown:
             yield f"{name}.sources names {unknown[0]}, which data.sources does not have.", whole
-        if segment.sources is not None and not any(weight > 0 for weight in segment.sources.values()):
+        if segment.sources is not None and not any(
+            weight > 0 for weight in segment.sources.values()
+        ):
             yield f"{name}.sources has no source with a weight above 0.", whole
         if any(weight < 0 for weight in (segment.sources or {}).values()):
             yield f"{name}.sources has a weight below 0.", whole
@@ -77,8 +96,12 @@ def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]
         yield sentence, {"data.fim.form": "document"}
 
 
-def objective_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[dict, ...]]]:
-    """(sentence, remedies) about what `data.objective` and the resolved model do not have in common."""
+def objective_faults(
+    config: PretrainConfig, model: ModelConfig
+) -> Iterator[tuple[str, tuple[dict, ...]]]:
+    """(sentence, remedies) about what `data.objective` and the resolved model do not have in
+    common.
+    """
     data, ahead = config.data, config.data.objective == objective.NEXT_TOKEN
     if model.head not in VOCABULARY_HEADS:
         sentence = f"model.head {model.head} gives no probabilities of tokens, which megallm pretrain learns."
@@ -109,12 +132,15 @@ def objective_faults(config: PretrainConfig, model: ModelConfig) -> Iterator[tup
 
 def uses_fim(config: PretrainConfig) -> bool:
     """Whether any segment rearranges documents."""
-    return any(rate > 0 for rate in (config.data.fim.rate, *(s.fim_rate or 0 for s in config.data.segments)))
+    return any(
+        rate > 0
+        for rate in (config.data.fim.rate, *(s.fim_rate or 0 for s in config.data.segments))
+    )
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """`data.tokenizer`, else the one that came with `model.hf`, else what the sources' own metadata and the copies kept
-    beside them say made them, else None."""
+    """`data.tokenizer`, else the one that came with `model.hf`, else what the sources' own metadata
+    and the copies kept beside them say made them, else None."""
     if config.data.tokenizer is not None:
         return config.data.tokenizer
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
@@ -127,57 +153,79 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
 
 def words_of(config: PretrainConfig) -> str | None:
     """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
-    made_by = [car["tokenizer"]["fingerprint"] for car in map(meta.read, config.data.prefixes) if car is not None]
+    made_by = [
+        car["tokenizer"]["fingerprint"]
+        for car in map(meta.read, config.data.prefixes)
+        if car is not None
+    ]
     spec = tokenizer_of(config)
     return made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint
 
 
 def need_tokenizer(config: PretrainConfig) -> str | None:
-    """A sentence to warn with when nothing says which tokenizer made the sources; None when it is known.
+    """A sentence to warn with when nothing says which tokenizer made the sources; None when it is
+    known.
 
     Errors: `DataError` when the metadata name one that is not there, or that of some sources only.
     """
     if tokenizer_of(config) is not None:
         return None
     side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
-    known = {prefix: car["tokenizer"]["fingerprint"] for prefix, car in side_cars.items() if car is not None}
+    known = {
+        prefix: car["tokenizer"]["fingerprint"]
+        for prefix, car in side_cars.items()
+        if car is not None
+    }
     if not known:
         return (
-            "No metadata say which tokenizer made the sources, and data.tokenizer is not set: the checkpoints will "
+            "No metadata say which tokenizer made the sources, and data.tokenizer is not set: the "
+            "checkpoints will "
             "have none, so generate and chat will need --tokenizer."
         )
     prefix, made_by = next(iter(known.items()))
     bare = [each for each in side_cars if each not in known]
     if bare:
         raise DataError(
-            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made {bare[0]}: set data.tokenizer "
+            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made "
+            f"{bare[0]}: set data.tokenizer "
             "to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess keeps it, holds none: "
+        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess "
+        "keeps it, holds none: "
         "set data.tokenizer to its folder."
     )
 
 
 def check_tokenizers(config: PretrainConfig) -> None:
-    """Refuse sources that were made with different tokenizers, or with another one than the run's."""
+    """Refuse sources that were made with different tokenizers, or with another one than the
+    run's.
+    """
     spec = tokenizer_of(config)
     wanted = None if spec is None else tokenizer.load(spec).fingerprint
     side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
-    known = {prefix: car["tokenizer"]["fingerprint"] for prefix, car in side_cars.items() if car is not None}
+    known = {
+        prefix: car["tokenizer"]["fingerprint"]
+        for prefix, car in side_cars.items()
+        if car is not None
+    }
     first = next(iter(known), None)
-    kept = first is not None and config.data.tokenizer is None and spec == meta.kept_tokenizer(first)
+    kept = (
+        first is not None and config.data.tokenizer is None and spec == meta.kept_tokenizer(first)
+    )
     for prefix, made_by in known.items():
         if wanted is not None and not kept:
             meta.check_tokenizer(prefix, wanted)
         if made_by != known[first]:
             raise DataError(
-                f"{prefix} was made with tokenizer {made_by}, but {first} with {known[first]}: the same ids would mean "
+                f"{prefix} was made with tokenizer {made_by}, but {first} with {known[first]}: "
+                "the same ids would mean "
                 f"different texts. Preprocess one of them again."
             )
     if kept and wanted not in (None, known[first]):
         raise DataError(
-            f"{spec} holds the tokenizer {wanted}, but {first} was made with {known[first]}: set data.tokenizer to "
+            f"{spec} holds the tokenizer {wanted}, but {first} was made with {known[first]}: set "
+            "data.tokenizer to "
             "that one, or preprocess again."
         )
 
@@ -198,12 +246,16 @@ def open_sources(
             what = "data.fim.rate" if uses_fim(config) else "Going on amid rearranged documents"
             raise UsageError(f"{what} needs the text of the documents: set data.tokenizer.")
         loaded = tokenizer.load(spec)
-        rearranger = fim.Rearranger(loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab))
+        rearranger = fim.Rearranger(
+            loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab)
+        )
     return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
 
 
 def hider_of(config: PretrainConfig) -> Hider | None:
-    """What hides tokens, None for the next token. Errors: `UsageError` without a mask token, `DataError`."""
+    """What hides tokens, None for the next token. Errors: `UsageError` without a mask token,
+    `DataError`.
+    """
     data, masking = config.data, config.data.masking
     if data.objective == objective.NEXT_TOKEN:
         return None
@@ -211,18 +263,27 @@ def hider_of(config: PretrainConfig) -> Hider | None:
     words = None if spec is None else tokenizer.load(spec)
     mask = objective.mask_token_of(words, masking.token, config.model.vocab_size)
     special = tuple(sorted(objective.special_tokens(words) | {mask}))
-    vocab = config.model.vocab_size if words is None else min(words.vocab_size, config.model.vocab_size)
+    vocab = (
+        config.model.vocab_size if words is None else min(words.vocab_size, config.model.vocab_size)
+    )
     rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
-    return Hider(data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None)
+    return Hider(
+        data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None
+    )
 
 
 def open_reader(
-    config: PretrainConfig, share: Share, first_step: int, state: dict[str, Any] | None = None, bookmarks: bool = False
+    config: PretrainConfig,
+    share: Share,
+    first_step: int,
+    state: dict[str, Any] | None = None,
+    bookmarks: bool = False,
 ) -> Reader:
-    """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step before kept.
+    """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step
+    before kept.
 
-    Without a state the stream is gone through from its beginning (lengths only, no tokens), or with `bookmarks` from
-    the nearest one that an earlier call left.
+    Without a state the stream is gone through from its beginning (lengths only, no tokens), or with
+    `bookmarks` from the nearest one that an earlier call left.
     """
     data = config.data
     if data.order == "megatron":
@@ -248,7 +309,9 @@ def planned_samples(config: PretrainConfig) -> int:
 
 
 def planned_held_out(config: PretrainConfig) -> int:
-    """How many validation samples it is made for: an evaluation every `eval.every` steps, one more."""
+    """How many validation samples it is made for: an evaluation every `eval.every` steps, one
+    more.
+    """
     every = config.eval.every
     evaluations = (config.train.steps // every if every else 0) + 1
     return evaluations * config.eval.batches * config.train.global_batch
@@ -270,10 +333,11 @@ def _sampling(config: PretrainConfig) -> Sampling:
 
 
 def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
-    """What reads the validation split from its beginning: packed as the training rows are, or Megatron's samples.
+    """What reads the validation split from its beginning: packed as the training rows are, or
+    Megatron's samples.
 
-    Nothing is rearranged in it, and its rows have `data.seq_len`. Files and tokenizer are opened once, however often
-    a reader is asked for. None without held-out data.
+    Nothing is rearranged in it, and its rows have `data.seq_len`. Files and tokenizer are opened
+    once, however often a reader is asked for. None without held-out data.
     """
     data, sources, split = config.data, config.data.sources, config.data.split
     if data.valid_sources:
@@ -292,7 +356,9 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reade
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:
-    """(step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError` without a state."""
+    """(step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError` without
+    a state.
+    """
     path = step_dir / manifest.MANIFEST
     try:
         meta_data = manifest.decode(path.read_bytes(), str(path)).meta

@@ -27,21 +27,36 @@ from megallm.training.config import PretrainConfig
 from megallm.training.reading import planned_samples, tokenizer_of, words_of
 from megallm.training.trainer import Ledger
 
-CONTENT, SAMPLES = "data.content", "data.samples"  # what may be allowed beside the keys of a configuration
-_KEYS = {"precision": "train.precision", "seed": "run.seed", "data.global_batch": "train.global_batch"}
+CONTENT, SAMPLES = (
+    "data.content",
+    "data.samples",
+)  # what may be allowed beside the keys of a configuration
+_KEYS = {
+    "precision": "train.precision",
+    "seed": "run.seed",
+    "data.global_batch": "train.global_batch",
+}
 _KEYS |= {"data.files": CONTENT}
 _REFUSED = ("optim.rule",)  # of what only run.yaml tells: the optimizer's state would not fit
 _OF_THE_PLACE = ("run.dir",)  # no part of the run
-_RESTART = ("data.seed", "data.split", "data.order")  # the stream is gone through anew when they may change
+_RESTART = (
+    "data.seed",
+    "data.split",
+    "data.order",
+)  # the stream is gone through anew when they may change
 
 log = logging.getLogger(__name__)
 
 
 def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint and what was passed over, as rank 0 sees it; collective over the world."""
+    """The newest whole checkpoint and what was passed over, as rank 0 sees it; collective over the
+    world.
+    """
     found, warnings = store.latest_whole(root, mesh)
     if found is None and resume == "must":
-        raise UsageError(f"--resume must: there is no valid checkpoint under {root}. {' '.join(warnings)}".rstrip())
+        raise UsageError(
+            f"--resume must: there is no valid checkpoint under {root}. {' '.join(warnings)}".rstrip()
+        )
     if found is not None and resume == "never":
         raise UsageError(f"--resume never: {found} exists. Choose another run.dir, or remove it.")
     if found is None and warnings:
@@ -55,8 +70,8 @@ def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> tuple[Path | None, l
 def describe(config: PretrainConfig) -> dict[str, Any]:
     """What a checkpoint remembers of the configuration, to refuse a run that is not the same run.
 
-    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was read. `framed`,
-    that the tokenizer's template stands around documents, is for generation.
+    In the stream order weights, lengths, batch sizes and steps may change: the ledger says what was
+    read. `framed`, that the tokenizer's template stands around documents, is for generation.
     """
     data, train = config.data, config.train
     reading: dict[str, Any] = {"order": data.order, "split": data.split, "seed": data.seed}
@@ -78,23 +93,35 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         "precision": train.precision,
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
-        "framed": any((meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.prefixes),
+        "framed": any(
+            (meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.prefixes
+        ),
         "data": reading,
     }
 
 
 def describe_files(config: PretrainConfig, folder: RunFolder) -> dict[str, Any]:
-    """What a checkpoint remembers of the data's bytes and of the tokenizer. Rank 0 only; reads what is not known."""
+    """What a checkpoint remembers of the data's bytes and of the tokenizer. Rank 0 only; reads what
+    is not known.
+    """
     sources = list(config.data.prefixes)
-    return {"content": content.contents(sources, folder.path / "data.json"), "words": words_of(config)}
+    return {
+        "content": content.contents(sources, folder.path / "data.json"),
+        "words": words_of(config),
+    }
 
 
 def check_identity(
-    found: Path, identity: dict[str, Any], others: Sequence[Change] = (), allowed: Sequence[str] = ()
+    found: Path,
+    identity: dict[str, Any],
+    others: Sequence[Change] = (),
+    allowed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The ledger of a checkpoint; UsageError with a table of what differs when the run is another one.
+    """The ledger of a checkpoint; UsageError with a table of what differs when the run is another
+    one.
 
-    `others` are changes that only run.yaml tells of; `allowed` are keys, or sections, whose changes pass.
+    `others` are changes that only run.yaml tells of; `allowed` are keys, or sections, whose changes
+    pass.
     """
     return ledger_and_changes(found, identity, others, allowed)[0]
 
@@ -104,7 +131,8 @@ def ledger_and_changes(
 ) -> tuple[dict[str, Any], list[Change]]:
     """The ledger to go on with and all changes, the refused ones allowed; see `check_identity`.
 
-    What an older checkpoint's model does not say, because the key came later, is what its family says.
+    What an older checkpoint's model does not say, because the key came later, is what its family
+    says.
     """
     with CheckpointReader(found) as reader:
         saved = reader.meta
@@ -128,7 +156,9 @@ def ledger_and_changes(
 def _identity_changes(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[Change]:
     for path, before, now in _differences(saved, identity):
         dotted = ".".join(path)
-        known = path[:2] == ("data", "files") and "content" in saved and "content" in identity  # that tells more
+        known = (
+            path[:2] == ("data", "files") and "content" in saved and "content" in identity
+        )  # that tells more
         if not known:
             yield Change(_KEYS.get(dotted, dotted), before, now, "checkpoint", True)
     held, holds = saved.get("content") or {}, identity.get("content") or {}
@@ -143,7 +173,9 @@ def _identity_changes(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> 
 _APART = ("tokenizer", "framed", "content", "words")
 
 
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple]:
+def _differences(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> list[tuple]:
     found = []
     for key, new in wanted.items():
         old = saved.get(key)
@@ -157,13 +189,17 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: tupl
 
 
 def config_changes(folder: RunFolder, config: PretrainConfig) -> list[Change]:
-    """What differs between run.yaml, which the last start wrote, and this configuration; a missing file has nothing."""
+    """What differs between run.yaml, which the last start wrote, and this configuration; a missing
+    file has nothing.
+    """
     try:
         before = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, yaml.YAMLError) as error:
-        log.warning("%s cannot be read (%s): only the checkpoint is compared.", folder.config, error)
+        log.warning(
+            "%s cannot be read (%s): only the checkpoint is compared.", folder.config, error
+        )
         return []
     now, usual = yaml.safe_load(to_yaml(config)), to_dict(PretrainConfig())
     found = []
@@ -185,7 +221,9 @@ def _look_up(tree: Any, key: str, default: Any) -> Any:
 def check_allowed(keys: Sequence[str]) -> None:
     """Errors: `UsageError` for a key of --allow-change that means nothing."""
     known = {CONTENT, SAMPLES, *leaves(PretrainConfig)}
-    sections = {key.rsplit(".", count)[0] for key in known for count in range(1, key.count(".") + 1)}
+    sections = {
+        key.rsplit(".", count)[0] for key in known for count in range(1, key.count(".") + 1)
+    }
     for key in keys:
         if key not in known | sections:
             close = get_close_matches(key, sorted(known | sections), n=1)
@@ -196,25 +234,32 @@ def check_allowed(keys: Sequence[str]) -> None:
 def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> str:
     first = next(change for change in changes if change.refused and not is_allowed(change, allowed))
     return (
-        f"{found} belongs to a run that differs from this configuration:\n{table_of(changes, allowed)}\n"
-        "What is marked with * makes it another run: restore these values, start anew in another run.dir, or let "
+        f"{found} belongs to a run that differs from this "
+        f"configuration:\n{table_of(changes, allowed)}\n"
+        "What is marked with * makes it another run: restore these values, start anew in another "
+        "run.dir, or let "
         f"each pass, as in --allow-change {first.key.partition(' ')[0]}. The rest may change."
     )
 
 
 def unreadable(error: CheckpointError, changes: Sequence[Change]) -> MegallmError:
-    """The error of a whole checkpoint that does not fit what --allow-change let pass; the same one without such."""
+    """The error of a whole checkpoint that does not fit what --allow-change let pass; the same one
+    without such.
+    """
     passed = [change for change in changes if change.refused]
     if not passed:
         return error
     return UsageError(
-        f"The checkpoint does not fit a change that --allow-change let pass: {error}\n{table_of(passed)}\n"
+        "The checkpoint does not fit a change that --allow-change let pass: "
+        f"{error}\n{table_of(passed)}\n"
         "Restore the values that it was written with, or start anew in another run.dir."
     )
 
 
 def _ledger(ledger: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
-    """The ledger without what other data makes void: a changed source begins anew, a changed order altogether."""
+    """The ledger without what other data makes void: a changed source begins anew, a changed order
+    altogether.
+    """
     state = ledger.get("data")
     if not state:
         return ledger
@@ -229,11 +274,17 @@ def _ledger(ledger: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]
 
 
 def same_run(
-    config: PretrainConfig, identity: dict[str, Any], found: Path | None, allowed: Sequence[str], mesh: Mesh
+    config: PretrainConfig,
+    identity: dict[str, Any],
+    found: Path | None,
+    allowed: Sequence[str],
+    mesh: Mesh,
 ) -> tuple[Ledger, list[Change]]:
-    """The ledger to go on with and what was changed since; completes `identity` with what rank 0 finds in the files.
+    """The ledger to go on with and what was changed since; completes `identity` with what rank 0
+    finds in the files.
 
-    Collective over the world. Errors: `UsageError` on rank 0 when the run is another one; the others lose a peer.
+    Collective over the world. Errors: `UsageError` on rank 0 when the run is another one; the
+    others lose a peer.
     """
     answer: dict[str, Any] = {}
     changes: list[Change] = []
@@ -242,8 +293,12 @@ def same_run(
         answer["files"] = describe_files(config, folder)
         if found is not None:
             others = config_changes(folder, config)
-            answer["ledger"], changes = ledger_and_changes(found, identity | answer["files"], others, allowed)
+            answer["ledger"], changes = ledger_and_changes(
+                found, identity | answer["files"], others, allowed
+            )
         answer["changes"] = changes
     answer = mesh.broadcast_json(answer)
     identity |= answer["files"]
-    return Ledger(**answer.get("ledger", {})), changes or [Change(*change) for change in answer["changes"]]
+    return Ledger(**answer.get("ledger", {})), changes or [
+        Change(*change) for change in answer["changes"]
+    ]

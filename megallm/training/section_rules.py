@@ -1,4 +1,5 @@
-"""Keys of `model.moe`, `model.mla` and `model.mtp` that nothing would read, and experts without a layer. Pure.
+"""Keys of `model.moe`, `model.mla` and `model.mtp` that nothing would read, and experts without a
+layer. Pure.
 
 Each fault is a sentence and the nearest changes that mend it, for `validate`.
 """
@@ -14,7 +15,11 @@ from megallm.models.presets import FAMILIES, PRESETS
 from megallm.run.config import JobConfig
 
 Fault = tuple[str, tuple[dict[str, Any], ...]]
-SWITCHES = {"moe": "num_experts", "mla": "kv_lora_dim", "mtp": "depth"}  # a section is off where this is 0
+SWITCHES = {
+    "moe": "num_experts",
+    "mla": "kv_lora_dim",
+    "mtp": "depth",
+}  # a section is off where this is 0
 # Keys of experts that another key switches on, and that key as YAML shows it while it does not.
 NEEDED = {
     "drop": ("capacity", "null"),
@@ -37,7 +42,9 @@ def section_faults(config: JobConfig, model: ModelConfig) -> Iterator[Fault]:
 
 
 def _changed(given: ModelConfig, model: ModelConfig, name: str) -> list[str]:
-    """Keys of a section that say something else than defaults, family and preset do; its switch is not among them."""
+    """Keys of a section that say something else than defaults, family and preset do; its switch is
+    not among them.
+    """
     section, values = SECTIONS[name], vars(getattr(given, name))
     known = dict(section.DEFAULTS)
     for table in (FAMILIES.get(model.family, {}), PRESETS.get(model.preset, {})):
@@ -49,7 +56,9 @@ def _changed(given: ModelConfig, model: ModelConfig, name: str) -> list[str]:
 def _unread_of_experts(model: ModelConfig, keys: list[str]) -> Iterator[Fault]:
     for key, (needed, off) in NEEDED.items():
         if key in keys and not getattr(model.moe, needed):
-            sentence = f"model.moe.{key} is given, but model.moe.{needed} is {off} and nothing reads it."
+            sentence = (
+                f"model.moe.{key} is given, but model.moe.{needed} is {off} and nothing reads it."
+            )
             yield sentence, ({f"model.moe.{key}": None},)
 
 

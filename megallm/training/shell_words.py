@@ -1,9 +1,9 @@
 """The words of the commands in a shell script, read without running anything. No torch.
 
-Understood: comments, line continuations, quotes, `NAME=value`, `export`, arrays and `+=`, `$NAME`, `${NAME}`,
-`${NAME:-default}`, `${NAME[@]}` and whole-number `$((...))`. Anything else that a shell would work out
-(`$(command)`, backticks, `$1`, unknown variables) stays as it is written, and the word says so. Of `if` and `case`
-every branch is read, one after the other.
+Understood: comments, line continuations, quotes, `NAME=value`, `export`, arrays and `+=`, `$NAME`,
+`${NAME}`, `${NAME:-default}`, `${NAME[@]}` and whole-number `$((...))`. Anything else that a shell
+would work out (`$(command)`, backticks, `$1`, unknown variables) stays as it is written, and the
+word says so. Of `if` and `case` every branch is read, one after the other.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def unresolved(word: str) -> bool:
 
 
 def _commands(text: str, name: str) -> Iterator[tuple[int, str]]:
-    """Logical lines with the number of their first line: continued, or inside quotes, an array or `$(...)`."""
+    """Logical lines with the number of their first line: continued, or inside quotes, an array or
+    `$(...)`.
+    """
     held, begin = "", 0
     for number, line in enumerate(text.splitlines(), start=1):
         begin = begin or number
@@ -82,14 +84,18 @@ def _commands(text: str, name: str) -> Iterator[tuple[int, str]]:
         held, begin = "", 0
     if held.strip():
         if _open(held):
-            raise UsageError(f"{name}:{begin}: a quote or a bracket that opens here is never closed.")
+            raise UsageError(
+                f"{name}:{begin}: a quote or a bracket that opens here is never closed."
+            )
         yield begin, held
 
 
 def _open(text: str) -> bool:
     """Whether a quote or a bracket is still open at the end of the text."""
     try:
-        depth = sum({"(": 1, ")": -1}.get(piece, 0) for piece, quote, _ in _pieces(text) if not quote)
+        depth = sum(
+            {"(": 1, ")": -1}.get(piece, 0) for piece, quote, _ in _pieces(text) if not quote
+        )
     except _Unclosed:
         return True
     return depth > 0 and re.match(rf"\s*(?:export\s+)?{_NAME}\+?=\(", text) is not None
@@ -100,7 +106,9 @@ class _Unclosed(Exception):
 
 
 def _pieces(text: str) -> Iterator[tuple[str, str, str]]:
-    """(piece, quote, as written): quotes, `$(...)`, `${...}` and backticks whole, else a character; no comments."""
+    """(piece, quote, as written): quotes, `$(...)`, `${...}` and backticks whole, else a character;
+    no comments.
+    """
     at = 0
     while at < len(text):
         char, quote, end = text[at], "", at + 1
@@ -137,7 +145,9 @@ def _closing(text: str, at: int) -> int:
 
 
 def _simple(tokens: list[str]) -> Iterator[list[str]]:
-    """Commands between `;`, `&`, `|`; what follows a redirection is left out, with the number before it."""
+    """Commands between `;`, `&`, `|`; what follows a redirection is left out, with the number
+    before it.
+    """
     command: list[str] = []
     redirected = False
     for token in [*tokens, ";"]:
@@ -166,13 +176,17 @@ def _words(tokens: list[str], where: str, shell: Shell) -> Iterator[str]:
         value = raw[found.end() :]
         if value == "" and tokens[at + 1 : at + 2] == ["("]:
             end = tokens.index(")", at) if ")" in tokens[at:] else len(tokens)
-            values = [word for token in tokens[at + 2 : end] for word in _expand(token, shell, where)]
+            values = [
+                word for token in tokens[at + 2 : end] for word in _expand(token, shell, where)
+            ]
             at = end + 1
         else:
             values = [" ".join(_expand(value, shell, where, split=False))]
             at += 1
         old = shell.variables.get(found[1], []) if found[2] else []
-        shell.variables[found[1]] = old + values if value == "" or not old else ["".join(old + values)]
+        shell.variables[found[1]] = (
+            old + values if value == "" or not old else ["".join(old + values)]
+        )
     for token in tokens[at:]:
         yield from _expand(token, shell, where)
 
@@ -204,8 +218,14 @@ def _expand(raw: str, shell: Shell, where: str, split: bool = True) -> list[str]
             arrays = _VARIABLE.fullmatch(piece)
             if arrays is not None and arrays[3] and (arrays[2] in shell.variables):
                 elements = shell.variables[arrays[2]]
-                loose = quote == "$"  # without quotes around it, elements are split at blanks like everything else
-                parted = [word for element in elements for word in element.split()] if loose else list(elements)
+                loose = (
+                    quote == "$"
+                )  # without quotes around it, elements are split at blanks like everything else
+                parted = (
+                    [word for element in elements for word in element.split()]
+                    if loose
+                    else list(elements)
+                )
                 return _counted(parted, shell, where)
             parts.append((_filled(piece, shell), quote == "$"))
         else:
@@ -219,7 +239,9 @@ def _expand(raw: str, shell: Shell, where: str, split: bool = True) -> list[str]
 def _counted(words: list[str], shell: Shell, where: str) -> list[str]:
     shell.words += len(words)
     if shell.words > MAX_WORDS or sum(map(len, words)) > MAX_BYTES:
-        raise UsageError(f"{where}: variables expand to more than {MAX_WORDS} words; this is no launch script.")
+        raise UsageError(
+            f"{where}: variables expand to more than {MAX_WORDS} words; this is no launch script."
+        )
     return words
 
 
@@ -233,7 +255,9 @@ def _filled(text: str, shell: Shell) -> str:
         return found[0] if found[4] is None else found[4].strip("'\"")
 
     text = _VARIABLE.sub(value, text)
-    return re.sub(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)", lambda found: _sum(found, shell), text)
+    return re.sub(
+        r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)", lambda found: _sum(found, shell), text
+    )
 
 
 def _sum(found: re.Match[str], shell: Shell) -> str:

@@ -20,9 +20,9 @@ from megallm.training.trainer import StepReport, finite
 class Feed:
     """Where batches come from.
 
-    `batches` yields (step, this data rank's microbatches) of the steps that are left; `wait_seconds` says how long the
-    run has waited for them so far, `data_after` what the ledger's `data` is once a step is done. `seq_len` is that of
-    the FLOPs of a token.
+    `batches` yields (step, this data rank's microbatches) of the steps that are left;
+    `wait_seconds` says how long the run has waited for them so far, `data_after` what the ledger's
+    `data` is once a step is done. `seq_len` is that of the FLOPs of a token.
     """
 
     batches: Iterable[tuple[int, list[Batch]]]
@@ -32,7 +32,9 @@ class Feed:
 
 
 class SupervisedTrainer:
-    """One update a step from the next batch; `held_out` returns the held-out loss, None without held-out data."""
+    """One update a step from the next batch; `held_out` returns the held-out loss, None without
+    held-out data.
+    """
 
     def __init__(
         self,
@@ -63,7 +65,10 @@ class SupervisedTrainer:
             self.config.train.global_batch,
             tokens,
             losses={"train/loss": stats.losses["loss"]},
-            metrics={"train/tokens": stats.counts["loss"], **mtp_losses(stats, self.config.model.mtp)},
+            metrics={
+                "train/tokens": stats.counts["loss"],
+                **mtp_losses(stats, self.config.model.mtp),
+            },
             flops=self.config.model.num_flops(self.feed.seq_len) * tokens,
             wait_seconds=waited,
             data=self.feed.data_after(step),
@@ -94,5 +99,9 @@ def mtp_losses(stats: StepStats, mtp: MtpConfig) -> dict[str, float | None]:
     }
     if not terms:
         return {}
-    each = {f"train/{name}_loss": finite(value) for name, value in terms.items()} if len(terms) > 1 else {}
+    each = (
+        {f"train/{name}_loss": finite(value) for name, value in terms.items()}
+        if len(terms) > 1
+        else {}
+    )
     return {"train/mtp_loss": finite(sum(terms.values()) / len(terms))} | each

@@ -1,4 +1,6 @@
-"""What `Loop` drives: a step, an evaluation, and what a checkpoint has to remember. One shape for every trainer."""
+"""What `Loop` drives: a step, an evaluation, and what a checkpoint has to remember. One shape for
+every trainer.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,10 @@ class Ledger:
 class StepReport:
     """One step of a trainer, which may be several updates.
 
-    `stats` are those of the (last) update of the engine whose weights are trained. `losses` and `metrics` are under
-    their names in metrics.jsonl; `tokens` and `samples` are those of the global batch, `flops` what the model
-    computes for them (None: not counted); `wait_seconds` went by waiting for data. `data` is the ledger's once the
-    step is done.
+    `stats` are those of the (last) update of the engine whose weights are trained. `losses` and
+    `metrics` are under their names in metrics.jsonl; `tokens` and `samples` are those of the global
+    batch, `flops` what the model computes for them (None: not counted); `wait_seconds` went by
+    waiting for data. `data` is the ledger's once the step is done.
     """
 
     stats: StepStats
@@ -47,14 +49,18 @@ class Trainer(Protocol):
     """A way to train. All calls are collective over the world."""
 
     engine: Engine
-    identity: dict[str, Any]  # what a resumed run must agree with; saved in the meta of a checkpoint
+    identity: dict[
+        str, Any
+    ]  # what a resumed run must agree with; saved in the meta of a checkpoint
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
         ...
 
     def evaluate(self) -> dict[str, float | None]:
-        """Returns held-out numbers under their names in metrics.jsonl; None where there is nothing to evaluate."""
+        """Returns held-out numbers under their names in metrics.jsonl; None where there is nothing
+        to evaluate.
+        """
         ...
 
     def state(self) -> Iterator[Part]:

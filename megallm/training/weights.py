@@ -1,4 +1,6 @@
-"""Where the weights of a run come from: its own checkpoint, imported weights, a Hugging Face folder, or the seed."""
+"""Where the weights of a run come from: its own checkpoint, imported weights, a Hugging Face
+folder, or the seed.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from megallm.parallel.mesh import Mesh
 def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
     """An engine with the weights that the run starts or goes on with, and a clause that says which.
 
-    `found` is the run's newest checkpoint; it wins over `model.hf`. Each rank reads its own pieces only.
-    Collective over the world.
+    `found` is the run's newest checkpoint; it wins over `model.hf`. Each rank reads its own pieces
+    only. Collective over the world.
     """
     folder = config.model.hf
     if found is None and folder is None:
@@ -24,10 +26,14 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
     if found is None:
         with HfReader(folder, config.model) as source:
             notes = "".join(f" (note: {note})" for note in source.notes)
-            return read_weights(config, mesh, source), f"starting from the weights of {folder}{notes}"
+            return read_weights(
+                config, mesh, source
+            ), f"starting from the weights of {folder}{notes}"
     with Reader(found) as reader:
         if is_import(reader):
-            return read_weights(config, mesh, Cast(reader)), f"starting from the imported weights of {found}"
+            return read_weights(
+                config, mesh, Cast(reader)
+            ), f"starting from the imported weights of {found}"
         engine = Engine(config, mesh)
         engine.load(reader)
         wins = f" of its own checkpoint, which wins over model.hf {folder}" if folder else ""
@@ -35,7 +41,8 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
 
 
 def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
-    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads what it keeps.
+    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads
+    what it keeps.
 
     A head that the source lacks starts afresh, from the seed.
     """

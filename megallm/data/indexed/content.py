@@ -1,9 +1,11 @@
-"""What a dataset holds, as one hash over all bytes of its two files: read once, then remembered. No torch.
+"""What a dataset holds, as one hash over all bytes of its two files: read once, then remembered. No
+torch.
 
-xxh3-128 takes 0.2 s a GB from memory; a disk of 2 GB/s needs 0.5 s. `preprocess`, `merge` and `split` hash what they
-have just written and keep it in `PREFIX.meta.json`, without a time, so that equal data has an equal side-car. It counts
-while the file has its size, no later time than the side-car, and 64 blocks that match. A run keeps what it found in
-RUN/data.json, with the times of change: where these differ by a nanosecond the file is read again.
+xxh3-128 takes 0.2 s a GB from memory; a disk of 2 GB/s needs 0.5 s. `preprocess`, `merge` and
+`split` hash what they have just written and keep it in `PREFIX.meta.json`, without a time, so that
+equal data has an equal side-car. It counts while the file has its size, no later time than the
+side-car, and 64 blocks that match. A run keeps what it found in RUN/data.json, with the times of
+change: where these differ by a nanosecond the file is read again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _THREADS = 4  # xxh3 runs outside the interpreter's lock
 
 
 def record_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """{bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks. Errors: `DataError`."""
+    """{bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks. Errors:
+    `DataError`.
+    """
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     try:
         with open(path, "rb", buffering=0) as file:
@@ -59,7 +63,8 @@ def records_of(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, Any]:
 
 
 def contents(prefixes: list[str], memory: Path) -> dict[str, str]:
-    """The hash of each dataset: that of `.bin`, then that of `.idx`. `memory` is the file that remembers them.
+    """The hash of each dataset: that of `.bin`, then that of `.idx`. `memory` is the file that
+    remembers them.
 
     Errors: `DataError` for a file that cannot be read.
     """
@@ -71,7 +76,9 @@ def contents(prefixes: list[str], memory: Path) -> dict[str, str]:
     }  # fmt: skip
     size = sum(os.stat(path).st_size for path in missing.values() if os.path.exists(path))
     if size >= _TOLD_BYTES:
-        log.warning("Reading %.1f GB of data once, to recognise it when the run is resumed.", size / 1e9)
+        log.warning(
+            "Reading %.1f GB of data once, to recognise it when the run is resumed.", size / 1e9
+        )
     made = records_of(missing)
     for prefix, records in known.items():
         for suffix in SUFFIXES:
@@ -82,11 +89,16 @@ def contents(prefixes: list[str], memory: Path) -> dict[str, str]:
             files.atomic_write_json(memory, remembered | timed)
         except CannotWrite as error:
             log.warning("%s The data is read once more when the run is resumed.", error)
-    return {prefix: "-".join(known[prefix][suffix]["xxh3_128"] for suffix in SUFFIXES) for prefix in prefixes}
+    return {
+        prefix: "-".join(known[prefix][suffix]["xxh3_128"] for suffix in SUFFIXES)
+        for prefix in prefixes
+    }
 
 
 def _known(prefix: str, remembered: Mapping[str, Any]) -> dict[str, Any]:
-    """Records that still fit the files: those of an earlier start of this run, else those of the side-car."""
+    """Records that still fit the files: those of an earlier start of this run, else those of the
+    side-car.
+    """
     records = remembered.get(os.path.abspath(prefix))
     fits = _is_as_it_was
     if not isinstance(records, dict):
@@ -112,7 +124,8 @@ def _is_of_the_side_car(record: Mapping[str, Any], prefix: str, suffix: str) -> 
 
 def _timed(prefix: str, records: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        suffix: record | {"mtime_ns": os.stat(f"{prefix}.{suffix}").st_mtime_ns} for suffix, record in records.items()
+        suffix: record | {"mtime_ns": os.stat(f"{prefix}.{suffix}").st_mtime_ns}
+        for suffix, record in records.items()
     }
 
 

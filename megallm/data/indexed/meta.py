@@ -1,4 +1,6 @@
-"""The side-car `PREFIX.meta.json` of an indexed dataset: counts, and which tokenizer made it. Ours, optional."""
+"""The side-car `PREFIX.meta.json` of an indexed dataset: counts, and which tokenizer made it. Ours,
+optional.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ def path_of(prefix: str | os.PathLike[str]) -> str:
     return f"{os.fspath(prefix)}.meta.json"
 
 
-def write(prefix: str | os.PathLike[str], side_car: Mapping[str, Any], path: str | os.PathLike[str] = "") -> None:
-    """Write the side-car atomically, or to `path` for now. Keys: tokenizer {kind, fingerprint, vocab_size, eod} and
-    the counts."""
+def write(
+    prefix: str | os.PathLike[str], side_car: Mapping[str, Any], path: str | os.PathLike[str] = ""
+) -> None:
+    """Write the side-car atomically, or to `path` for now. Keys: tokenizer {kind, fingerprint,
+    vocab_size, eod} and the counts."""
     files.atomic_write_json(path or path_of(prefix), {"schema": SCHEMA, **side_car})
 
 
 def read(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The side-car, or None when there is none (a dataset that Megatron-LM wrote). Errors: `DataError`."""
+    """The side-car, or None when there is none (a dataset that Megatron-LM wrote). Errors:
+    `DataError`.
+    """
     path = path_of(prefix)
     try:
         with open(path, encoding="utf-8") as file:
@@ -36,17 +42,24 @@ def read(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Preprocess again, or delete it to go without.") from error
+        raise DataError(
+            f"{path} cannot be read: {error}. Preprocess again, or delete it to go without."
+        ) from error
     if not _well_formed(value):
         raise DataError(
-            f"{path} is not a side-car of schema {SCHEMA} with tokenizer.fingerprint, tokenizer.vocab_size and counts. "
+            f"{path} is not a side-car of schema {SCHEMA} with tokenizer.fingerprint, "
+            "tokenizer.vocab_size and counts. "
             f"Preprocess again, or delete it to go without."
         )
     return value
 
 
 def _well_formed(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA or not isinstance(value.get("tokenizer"), dict):
+    if (
+        not isinstance(value, dict)
+        or value.get("schema") != SCHEMA
+        or not isinstance(value.get("tokenizer"), dict)
+    ):
         return False
     tokenizer = value["tokenizer"]
     return (
@@ -56,29 +69,37 @@ def _well_formed(value: Any) -> bool:
     )
 
 
-def check_counts(prefix: str | os.PathLike[str], side_car: Mapping[str, Any], found: Mapping[str, int]) -> None:
+def check_counts(
+    prefix: str | os.PathLike[str], side_car: Mapping[str, Any], found: Mapping[str, int]
+) -> None:
     """Refuse a side-car that belongs to other files."""
     for key in _COUNTS:
         if side_car[key] != found[key]:
             raise DataError(
-                f"{path_of(prefix)} says {side_car[key]} {key} but the dataset has {found[key]}: the files do not "
+                f"{path_of(prefix)} says {side_car[key]} {key} but the dataset has {found[key]}: "
+                "the files do not "
                 f"belong together. Preprocess again."
             )
 
 
-def check_tokenizer(prefix: str | os.PathLike[str], fingerprint: str, name: str = "data.tokenizer") -> None:
-    """Refuse a dataset made with another tokenizer than that of `fingerprint`; without a side-car all pass. `name` is
-    the option that chose it."""
+def check_tokenizer(
+    prefix: str | os.PathLike[str], fingerprint: str, name: str = "data.tokenizer"
+) -> None:
+    """Refuse a dataset made with another tokenizer than that of `fingerprint`; without a side-car
+    all pass. `name` is the option that chose it."""
     side_car = read(prefix)
     if side_car is not None and side_car["tokenizer"]["fingerprint"] != fingerprint:
         raise DataError(
-            f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, but {name} is "
-            f"{fingerprint}: the ids mean other texts. Set {name} to the one used, or preprocess again."
+            f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, "
+            f"but {name} is "
+            f"{fingerprint}: the ids mean other texts. Set {name} to the one used, or preprocess "
+            "again."
         )
 
 
 def kept_tokenizer(prefix: str | os.PathLike[str]) -> str | None:
-    """The tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept beside it, or None.
+    """The tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept beside
+    it, or None.
 
     Only with a side-car: a folder beside other data says nothing about them.
     """
@@ -97,12 +118,15 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
     Errors: `DataError` when the parts were made with different tokenizers.
     """
     parts = [read(prefix) for prefix in prefixes]
-    known = [(prefix, part) for prefix, part in zip(prefixes, parts, strict=True) if part is not None]
+    known = [
+        (prefix, part) for prefix, part in zip(prefixes, parts, strict=True) if part is not None
+    ]
     for prefix, part in known[1:]:
         if part["tokenizer"]["fingerprint"] != known[0][1]["tokenizer"]["fingerprint"]:
             raise DataError(
                 f"{prefix} and {known[0][0]} were made with different tokenizers "
-                f"({part['tokenizer']['fingerprint']} and {known[0][1]['tokenizer']['fingerprint']}): "
+                f"({part['tokenizer']['fingerprint']} and "
+                f"{known[0][1]['tokenizer']['fingerprint']}): "
                 f"merging them would mix two meanings of the same ids."
             )
     if len(known) < len(parts):

@@ -1,7 +1,8 @@
-"""A data file that stays open: read where it is asked for, never through a map of what may be cut off under it.
+"""A data file that stays open: read where it is asked for, never through a map of what may be cut
+off under it.
 
-A page of a memory map that the file no longer has ends the process with SIGBUS, and nobody learns why. A read of it is
-short, and says which file it was.
+A page of a memory map that the file no longer has ends the process with SIGBUS, and nobody learns
+why. A read of it is short, and says which file it was.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ class OpenFile:
             status = os.fstat(self._fd)
         except FileNotFoundError:
             raise DataError(
-                f"{path} does not exist. Give the common prefix of a .bin and an .idx file, without the suffix; "
+                f"{path} does not exist. Give the common prefix of a .bin and an .idx file, "
+                "without the suffix; "
                 f"`megallm preprocess` makes them."
             ) from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise DataError(f"{path} is a pipe or a device, but a dataset is read in any order: give a file.")
+            raise DataError(
+                f"{path} is a pipe or a device, but a dataset is read in any order: give a file."
+            )
         self.size = status.st_size
 
     def read(self, begin: int, count: int) -> bytes:
@@ -44,7 +48,9 @@ class OpenFile:
             try:
                 part = os.pread(self._fd, count, begin)
             except OSError as error:
-                raise DataError(f"{self.path} cannot be read at byte {begin}: {error.strerror}.") from error
+                raise DataError(
+                    f"{self.path} cannot be read at byte {begin}: {error.strerror}."
+                ) from error
             if not part:
                 raise self._cut_off(min(begin, os.fstat(self._fd).st_size))
             parts.append(part)
@@ -70,7 +76,9 @@ class OpenFile:
 
     def _cut_off(self, at: int) -> DataError:
         return DataError(
-            f"{self.path} was cut off at byte {at} while it was in use: it had {self.size} bytes when it was opened. "
-            f"Put the whole file back; what was trained until the last checkpoint stays good. Files of a running job "
+            f"{self.path} was cut off at byte {at} while it was in use: it had {self.size} bytes "
+            "when it was opened. "
+            "Put the whole file back; what was trained until the last checkpoint stays good. "
+            "Files of a running job "
             f"must be replaced by renaming, not written over."
         )

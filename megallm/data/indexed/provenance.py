@@ -1,6 +1,8 @@
-"""Which line of which file every document was made of, as it stands in a side-car: `{"files": [..], "runs": [..]}`.
+"""Which line of which file every document was made of, as it stands in a side-car: `{"files": [..],
+"runs": [..]}`.
 
-A run `[first document, file, first line]` holds until the next one: its documents stand on consecutive lines. Pure.
+A run `[first document, file, first line]` holds until the next one: its documents stand on
+consecutive lines. Pure.
 """
 
 from __future__ import annotations
@@ -48,14 +50,20 @@ class Joined:
                 first, file, line = runs[at]
                 skipped = max(begin - first, 0)
                 number = self._files.setdefault(known["files"][file], len(self._files))
-                append(self._runs, self._documents + first + skipped - begin, number, line + skipped)
+                append(
+                    self._runs, self._documents + first + skipped - begin, number, line + skipped
+                )
                 at += 1
             self._known = len(self._runs) <= MAX_RUNS
         self._documents += end - begin
 
     def origins(self) -> dict[str, Any] | None:
-        """What the side-car of all of them says; None when a part did not say, or there are too many runs."""
-        return {"files": list(self._files), "runs": self._runs} if self._known and self._runs else None
+        """What the side-car of all of them says; None when a part did not say, or there are too
+        many runs.
+        """
+        return (
+            {"files": list(self._files), "runs": self._runs} if self._known and self._runs else None
+        )
 
 
 def joined(parts: Iterable[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any] | None:

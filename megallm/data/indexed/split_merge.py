@@ -28,7 +28,9 @@ def parse_shares(text: str) -> list[float]:
     except ValueError:
         shares = []
     if not shares or not all(0 <= share < float("inf") for share in shares) or not sum(shares) > 0:
-        raise UsageError(f"--shares {text} is not usable: give numbers >= 0 separated by commas, such as 98,1,1.")
+        raise UsageError(
+            f"--shares {text} is not usable: give numbers >= 0 separated by commas, such as 98,1,1."
+        )
     return shares
 
 
@@ -41,14 +43,18 @@ def split(
 ) -> list[dict[str, Any]]:
     """Write the documents of a dataset to `OUTPUT-0`, `OUTPUT-1`, ...; counts of each.
 
-    Without a seed each part is a stretch of the file; with one, document d goes where the number d of the seed's
-    stream falls, so a document that is added later moves none. The order inside a part is that of the file.
+    Without a seed each part is a stretch of the file; with one, document d goes where the number d
+    of the seed's stream falls, so a document that is added later moves none. The order inside a
+    part is that of the file.
     """
     data = IndexedDataset(prefix)
     total, ends = data.num_documents, np.cumsum(np.asarray(shares) / sum(shares))
     found = []
     with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(f"{output}-{part}", data.dtype)) for part in range(len(shares))]
+        writers = [
+            stack.enter_context(IndexedWriter(f"{output}-{part}", data.dtype))
+            for part in range(len(shares))
+        ]
         edges = np.round(ends * total).astype(np.int64)
         side_car = meta.read(prefix)
         joined = [provenance.Joined() for _ in shares]
@@ -70,14 +76,22 @@ def split(
                 "documents": writer.num_documents, "sequences": writer.num_sequences, "tokens": writer.num_tokens,
             }  # fmt: skip
             kept = {"split_from": os.fspath(prefix), "origins": lines.origins(), **counts}
-            same = {key: side_car[key] for key in ("tokenizer", "add_special_tokens") if key in (side_car or ())}
+            same = {
+                key: side_car[key]
+                for key in ("tokenizer", "add_special_tokens")
+                if key in (side_car or ())
+            }
             writer.commit({**same, **kept} if side_car else None, meta.kept_tokenizer(prefix))
             found.append({"prefix": writer.prefix, **counts})
     return found
 
 
-def stats(prefix: str | os.PathLike[str], seq_len: int = 2048, progress: Progress = quiet) -> dict[str, Any]:
-    """Figures about a dataset: counts, lengths of documents, how full rows of `seq_len` get, most frequent ids."""
+def stats(
+    prefix: str | os.PathLike[str], seq_len: int = 2048, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Figures about a dataset: counts, lengths of documents, how full rows of `seq_len` get, most
+    frequent ids.
+    """
     if seq_len < 1:
         raise UsageError(f"--seq-len {seq_len} must be at least 1.")
     data = IndexedDataset(prefix)
@@ -93,7 +107,9 @@ def stats(prefix: str | os.PathLike[str], seq_len: int = 2048, progress: Progres
         counts[: len(more)] += more
     top = np.argsort(-counts, kind="stable")[:10]
     full = lengths[lengths > 0]
-    quantiles = np.percentile(full, _PERCENTILES, method="lower").astype(int).tolist() if full.size else []
+    quantiles = (
+        np.percentile(full, _PERCENTILES, method="lower").astype(int).tolist() if full.size else []
+    )
     return {
         "prefix": data.prefix, "dtype": data.dtype.name, "documents": data.num_documents, "sequences": len(data),
         "tokens": data.num_tokens, "empty_documents": int((lengths == 0).sum()),
@@ -107,14 +123,18 @@ def stats(prefix: str | os.PathLike[str], seq_len: int = 2048, progress: Progres
 
 
 def _packing(lengths: np.ndarray, seq_len: int) -> dict[str, Any]:
-    """Of a sample: how full rows get by best fit, and how many documents that fit into a row each way cuts."""
+    """Of a sample: how full rows get by best fit, and how many documents that fit into a row each
+    way cuts.
+    """
     places = np.linspace(0, max(0, len(lengths) - 1), min(_SAMPLE, len(lengths))).astype(int)
     some = lengths[places].tolist()
     sizes = [end - begin for length in some for begin, end in packing.pieces_of(length, seq_len)]
     rows = packing.best_fit(sizes, seq_len)
     chunks = packing.concatenate(some, seq_len)
     fits = sum(length <= seq_len for length in some)
-    cut = {i for row in chunks for i, low, high in row if some[i] <= seq_len and high - low < some[i]}
+    cut = {
+        i for row in chunks for i, low, high in row if some[i] <= seq_len and high - low < some[i]
+    }
     return {
         "seq_len": seq_len, "best_fit_fill": round(sum(some) / max(1, len(rows) * seq_len), 4),
         "concat_cuts_fraction": round(len(cut) / max(1, fits), 4), "longer_than_a_row": len(some) - fits,

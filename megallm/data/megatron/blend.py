@@ -1,4 +1,6 @@
-"""Megatron-LM's greedy blend: which source, and which sample of it, item i of a mixture is. Pure."""
+"""Megatron-LM's greedy blend: which source, and which sample of it, item i of a mixture is.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def normalise(weights: Sequence[float]) -> np.ndarray:
     The sum is numpy's, whose order of additions from eight weights on is not that of Python's.
     """
     if not len(weights) or not all(0 < w < inf for w in weights):
-        raise UsageError(f"data.sources needs a finite weight > 0 for each source; got {list(weights)}.")
+        raise UsageError(
+            f"data.sources needs a finite weight > 0 for each source; got {list(weights)}."
+        )
     if len(weights) > MAX_SOURCES:
         raise UsageError(
             f"data.sources has {len(weights)} sources; a blend holds at most {MAX_SOURCES}."
@@ -34,17 +38,23 @@ def source_sizes(weights: np.ndarray, size: int, surplus: float = SURPLUS) -> li
     return [ceil(ceil(size * w) * (1 + surplus)) for w in weights.tolist()]
 
 
-def blend(weights: np.ndarray, size: int, native: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+def blend(
+    weights: np.ndarray, size: int, native: bool | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Source (int16 [size]) and sample in that source (int64 [size]) of each item.
 
-    Item i comes from argmax over d of weights[d] * max(i, 1) - taken[d], in float64, ties to the lowest d.
-    `native` as in `base.extension.index`.
+    Item i comes from argmax over d of weights[d] * max(i, 1) - taken[d], in float64, ties to the
+    lowest d. `native` as in `base.extension.index`.
     """
-    return build_blending_indices(weights, size, np.full(len(weights), size, dtype=np.int64), native)
+    return build_blending_indices(
+        weights, size, np.full(len(weights), size, dtype=np.int64), native
+    )
 
 
 def exhaustive(sizes: Sequence[int], native: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The same rule until every sample of every source was taken once; weights are the shares of `sizes`."""
+    """The same rule until every sample of every source was taken once; weights are the shares of
+    `sizes`.
+    """
     limits = np.asarray(sizes, dtype=np.int64)
     total = int(limits.sum())
     return build_blending_indices(limits / max(total, 1), total, limits, native)

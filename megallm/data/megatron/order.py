@@ -1,7 +1,8 @@
 """Megatron-LM's sample order: which tokens sample i of one source covers, as three index arrays.
 
-Pure: lengths and integers in, arrays out. The arrays are rebuilt by every process rather than cached
-on disk: 10M sequences and 10M samples take about a second, and no cache can be torn, stale or raced.
+Pure: lengths and integers in, arrays out. The arrays are rebuilt by every process rather than
+cached on disk: 10M sequences and 10M samples take about a second, and no cache can be torn, stale
+or raced.
 """
 
 from __future__ import annotations
@@ -39,14 +40,21 @@ class Order:
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """The fractions of "90,5,5" (train, valid, test): float64, missing ones 0, normalised to sum 1."""
+    """The fractions of "90,5,5" (train, valid, test): float64, missing ones 0, normalised to sum
+    1.
+    """
     try:
         parts = [float(part) for part in re.split(r"[,/]", text)]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= len(SPLITS) or not all(0 <= p < float("inf") for p in parts) or sum(parts) <= 0:
+    if (
+        not 1 <= len(parts) <= len(SPLITS)
+        or not all(0 <= p < float("inf") for p in parts)
+        or sum(parts) <= 0
+    ):
         raise UsageError(
-            f"data.split '{text}' is not usable: give one to three numbers >= 0 separated by commas "
+            f"data.split '{text}' is not usable: give one to three numbers >= 0 separated by "
+            "commas "
             f"(train,valid,test), for example 90,5,5."
         )
     parts += [0.0] * (len(SPLITS) - len(parts))
@@ -62,11 +70,15 @@ def split_range(text: str, which: str, num_sequences: int) -> tuple[int, int]:
     for fraction in parse_split(text):
         ends.append(ends[-1] + fraction)
     at = SPLITS.index(which)
-    return int(round(ends[at] * float(num_sequences))), int(round(ends[at + 1] * float(num_sequences)))
+    return int(round(ends[at] * float(num_sequences))), int(
+        round(ends[at + 1] * float(num_sequences))
+    )
 
 
 def num_epochs(tokens: int, num_samples: int | None, seq_len: int) -> int:
-    """Smallest number of passes over `tokens` tokens that gives `num_samples` samples (None: one pass)."""
+    """Smallest number of passes over `tokens` tokens that gives `num_samples` samples (None: one
+    pass).
+    """
     if num_samples is None:
         return 1
     return max(1, -(-(num_samples * seq_len + _OVERLAP) // tokens))
@@ -85,7 +97,8 @@ def build_order(
     tokens = int(lengths[sequences].sum(dtype=np.int64))
     if tokens == 0 or (num_samples is None and tokens < seq_len + _OVERLAP):
         raise DataError(
-            f"{len(sequences)} sequences with {tokens} tokens cannot fill one sample of {seq_len} + 1 tokens: "
+            f"{len(sequences)} sequences with {tokens} tokens cannot fill one sample of {seq_len} "
+            "+ 1 tokens: "
             f"use a larger split, more data or a smaller data.seq_len."
         )
     epochs = num_epochs(tokens, num_samples, seq_len)
@@ -97,7 +110,9 @@ def build_order(
     return Order(document, sample, _shuffled_samples(n, before_last, random))
 
 
-def _samples_before_last_epoch(tokens: int, epochs: int, num_samples: int | None, seq_len: int) -> int | None:
+def _samples_before_last_epoch(
+    tokens: int, epochs: int, num_samples: int | None, seq_len: int
+) -> int | None:
     """Number of samples to shuffle apart from the final epoch's, or None to shuffle all together.
 
     The final epoch stands apart when less than 80 % of it will be read.
@@ -131,7 +146,11 @@ def _shuffled_samples(n: int, before_last: int | None, random: np.random.RandomS
 
 
 def build_sample_index(
-    lengths: np.ndarray, document: np.ndarray, seq_len: int, num_samples: int, native: bool | None = None
+    lengths: np.ndarray,
+    document: np.ndarray,
+    seq_len: int,
+    num_samples: int,
+    native: bool | None = None,
 ) -> np.ndarray:
     """Where each sample begins: [num_samples + 1, 2], int32 unless a count passes 2^31 - 1.
 

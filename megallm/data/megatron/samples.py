@@ -1,4 +1,6 @@
-"""Pretraining samples: one or several indexed datasets, split, ordered and blended as Megatron-LM does."""
+"""Pretraining samples: one or several indexed datasets, split, ordered and blended as Megatron-LM
+does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from megallm.data.megatron import blend, order
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of one document that a sample reads: positions begin to end of `document` in `prefix`."""
+    """A stretch of one document that a sample reads: positions begin to end of `document` in
+    `prefix`.
+    """
 
     prefix: str
     document: int
@@ -39,7 +43,12 @@ class SourceSplit:
     """One split of one indexed dataset in Megatron's order; see `order.Order` for the arrays."""
 
     def __init__(
-        self, data: IndexedDataset, arrays: order.Order, seq_len: int, vocab_size: int | None, epochs: int = 1
+        self,
+        data: IndexedDataset,
+        arrays: order.Order,
+        seq_len: int,
+        vocab_size: int | None,
+        epochs: int = 1,
     ) -> None:
         self.data, self.order, self.seq_len, self.vocab_size = data, arrays, seq_len, vocab_size
         self.epochs = epochs  # passes over the split that `arrays` holds
@@ -48,13 +57,17 @@ class SourceSplit:
         return len(self.order)
 
     def sample(self, i: int) -> np.ndarray:
-        """Tokens of item i, int64 [seq_len + 1]. Errors: `DataError` for an id outside the vocabulary."""
+        """Tokens of item i, int64 [seq_len + 1]. Errors: `DataError` for an id outside the
+        vocabulary.
+        """
         out = np.empty(self.seq_len + 1, np.int64)
         at = 0
         for sequence, offset, length in self._pieces(i):
             tokens = self.data.get(sequence, offset, length)
             if self.vocab_size is not None:
-                check_tokens(self.data, self.data.token_index(sequence, offset), tokens, self.vocab_size)
+                check_tokens(
+                    self.data, self.data.token_index(sequence, offset), tokens, self.vocab_size
+                )
             out[at : at + length] = tokens
             at += length
         return out
@@ -69,7 +82,9 @@ class SourceSplit:
         return out
 
     def where(self, i: int) -> dict[str, Any]:
-        """{source, epoch, spans}; the epoch is how often the shuffled list had been gone through before item i."""
+        """{source, epoch, spans}; the epoch is how often the shuffled list had been gone through
+        before item i.
+        """
         first = int(self.order.sample[int(self.order.shuffle[_checked(i, len(self))])][0])
         epoch = first // max(1, len(self.order.document) // self.epochs)
         spans = [[span.document, span.begin, span.end] for span in self.spans(i)]
@@ -78,7 +93,10 @@ class SourceSplit:
     def _pieces(self, i: int) -> list[tuple[int, int, int]]:
         """(sequence, offset, length) of the stretches of item i."""
         j = int(self.order.shuffle[_checked(i, len(self))])
-        (first, begin), (last, end) = self.order.sample[j].tolist(), self.order.sample[j + 1].tolist()
+        (first, begin), (last, end) = (
+            self.order.sample[j].tolist(),
+            self.order.sample[j + 1].tolist(),
+        )
         sequences = self.order.document[first : last + 1].tolist()
         if first == last:
             return [(sequences[0], begin, end + 1 - begin)]
@@ -90,7 +108,9 @@ class SourceSplit:
 class Blend:
     """A mixture: item i is sample `sample_of[i]` of source `source_of[i]`."""
 
-    def __init__(self, sources: list[SourceSplit], source_of: np.ndarray, sample_of: np.ndarray) -> None:
+    def __init__(
+        self, sources: list[SourceSplit], source_of: np.ndarray, sample_of: np.ndarray
+    ) -> None:
         self.sources, self.source_of, self.sample_of = sources, source_of, sample_of
 
     def __len__(self) -> int:
@@ -135,11 +155,17 @@ def build_split(
     vocab_size: int | None = None,
 ) -> SourceSplit | Blend:  # fmt: skip
     """`build_samples` with Megatron-LM's own surplus."""
-    return build_samples(sources, split, which, num_samples, Sampling(seq_len, seed, None, vocab_size))
+    return build_samples(
+        sources, split, which, num_samples, Sampling(seq_len, seed, None, vocab_size)
+    )
 
 
 def build_samples(
-    sources: Mapping[str, float | None], split: str, which: str, num_samples: int | None, how: Sampling
+    sources: Mapping[str, float | None],
+    split: str,
+    which: str,
+    num_samples: int | None,
+    how: Sampling,
 ) -> SourceSplit | Blend:
     """The samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's order.
 
@@ -165,13 +191,18 @@ def build_samples(
     sizes = blend.source_sizes(weights, num_samples, surplus)
     pairs = zip(sources, sizes, strict=True)
     built = [_build_source(prefix, split, which, size, how) for prefix, size in pairs]
-    # Megatron-LM divides the weights by their sum twice: a last bit may change, and so who wins a tie.
+    # Megatron-LM divides the weights by their sum twice: a last bit may change, and so who wins a
+    # tie.
     total = sum(blend.source_sizes(weights, num_samples, 0.0))
     return _blended(built, blend.normalise(weights), total, "raise data.surplus, such as tenfold")
 
 
 def _build_unweighted(
-    sources: Mapping[str, float | None], split: str, which: str, num_samples: int | None, how: Sampling
+    sources: Mapping[str, float | None],
+    split: str,
+    which: str,
+    num_samples: int | None,
+    how: Sampling,
 ) -> SourceSplit | Blend:
     given = [prefix for prefix, weight in sources.items() if weight is not None]
     if given:
@@ -188,7 +219,8 @@ def _build_unweighted(
     if num_samples > sum(lengths):
         raise DataError(
             f"data.sources without weights are read once: split '{which}' of {split} holds "
-            f"{sum(lengths)} samples, and {num_samples} are wanted. Give each source a weight, or ask "
+            f"{sum(lengths)} samples, and {num_samples} are wanted. Give each source a weight, or "
+            "ask "
             "for fewer steps (or evaluations)."
         )
     return _blended(built, blend.normalise(lengths), num_samples, "give each source a weight")
@@ -216,7 +248,8 @@ def _all_of(built: list[SourceSplit]) -> SourceSplit | Blend:
 def _blended(
     built: list[SourceSplit], weights: np.ndarray, size: int, remedy: str
 ) -> SourceSplit | Blend:
-    """Returns a blend of `size` items; `remedy` is for one that takes more of a source than was built.
+    """Returns a blend of `size` items; `remedy` is for one that takes more of a source than was
+    built.
 
     Megatron-LM refuses that too. Errors: `DataError`.
     """
@@ -227,7 +260,8 @@ def _blended(
     for source, taken in zip(built, counts, strict=True):
         if taken > len(source):
             raise DataError(
-                f"{source.data.prefix}: the blend takes {taken} samples of it, but {len(source)} were "
+                f"{source.data.prefix}: the blend takes {taken} samples of it, but {len(source)} "
+                "were "
                 f"built: {remedy}."
             )
     return drawn

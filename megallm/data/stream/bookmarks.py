@@ -1,7 +1,9 @@
-"""States of a stream after some of its steps, kept in a file, so that no part of a plan is gone through twice.
+"""States of a stream after some of its steps, kept in a file, so that no part of a plan is gone
+through twice.
 
-Where a window of packed rows begins hangs on all documents before it, so the first walk to a step is as long as the
-way. It leaves bookmarks: whoever asks for that step again, or for one near it, begins at the nearest bookmark.
+Where a window of packed rows begins hangs on all documents before it, so the first walk to a step
+is as long as the way. It leaves bookmarks: whoever asks for that step again, or for one near it,
+begins at the nearest bookmark.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ _MOST = 1024  # bookmarks; then every second one goes
 
 
 class Bookmarks:
-    """The bookmarks of one plan over these very files, with `global_batch` rows a step. A file that cannot be read or
-    written is as good as none."""
+    """The bookmarks of one plan over these very files, with `global_batch` rows a step. A file that
+    cannot be read or written is as good as none."""
 
     def __init__(self, plan: Plan, sources: Mapping[str, Source], global_batch: int) -> None:
-        self._key = json.loads(json.dumps([SCHEMA, asdict(plan), global_batch, [*map(_identity, sources.values())]]))
+        self._key = json.loads(
+            json.dumps([SCHEMA, asdict(plan), global_batch, [*map(_identity, sources.values())]])
+        )
         self._stride, self._marks, self._path = max(1, _ROWS // global_batch), {}, None
         with suppress(RuntimeError):  # nobody's home is known
             name = hashlib.blake2b(json.dumps(self._key).encode(), digest_size=16).hexdigest()
@@ -42,7 +46,9 @@ class Bookmarks:
                 self._stride = max(1, int(kept["stride"]))
                 self._marks = {int(step): state for step, state in kept["marks"].items()}
 
-    def walked(self, plan: Plan, sources: Mapping[str, Source], steps: int, global_batch: int) -> Stream:
+    def walked(
+        self, plan: Plan, sources: Mapping[str, Source], steps: int, global_batch: int
+    ) -> Stream:
         """The stream after `steps` steps."""
         done = max((step for step in self._marks if step <= steps), default=0)
         stream = Stream(plan, sources, self._marks.get(done))
@@ -58,12 +64,16 @@ class Bookmarks:
         while len(self._marks) > _MOST:
             self._stride *= 2
             self._marks = {
-                step: mark for step, mark in self._marks.items() if step % self._stride == 0 or step == asked
+                step: mark
+                for step, mark in self._marks.items()
+                if step % self._stride == 0 or step == asked
             }
         if self._path is not None:
             with suppress(OSError, CannotWrite):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                files.atomic_write_json(self._path, {"of": self._key, "stride": self._stride, "marks": self._marks})
+                files.atomic_write_json(
+                    self._path, {"of": self._key, "stride": self._stride, "marks": self._marks}
+                )
 
 
 def _identity(source: Source) -> list[Any]:

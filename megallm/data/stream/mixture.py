@@ -1,7 +1,9 @@
-"""Which source the next row comes from: Tijdeman's chairman assignment, whose state is a count per source. Pure.
+"""Which source the next row comes from: Tijdeman's chairman assignment, whose state is a count per
+source. Pure.
 
-After any number n of rows each source i has had n w_i rows up to an error below 1 - 1/(2K - 2), K the number of
-sources, and no rule can promise less (Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980).
+After any number n of rows each source i has had n w_i rows up to an error below 1 - 1/(2K - 2), K
+the number of sources, and no rule can promise less (Tijdeman, "The chairman assignment problem",
+Discrete Mathematics 32, 1980).
 """
 
 from __future__ import annotations
@@ -12,28 +14,42 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 
-_PARTS = 1 << 48  # weights are rounded to whole parts of their sum, so that all that follows is exact
+_PARTS = (
+    1 << 48
+)  # weights are rounded to whole parts of their sum, so that all that follows is exact
 
 
 def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Weights as integers in the same proportions to 2^-48; sources of weight 0 are left out. Errors: `UsageError`."""
+    """Weights as integers in the same proportions to 2^-48; sources of weight 0 are left out.
+    Errors: `UsageError`.
+    """
     if not all(0 <= weight < inf for weight in weights.values()) or not any(weights.values()):
-        raise UsageError(f"Sources need finite weights >= 0, at least one of them > 0; got {dict(weights)}.")
+        raise UsageError(
+            f"Sources need finite weights >= 0, at least one of them > 0; got {dict(weights)}."
+        )
     total = sum(weights.values())
-    return {name: max(1, round(weight / total * _PARTS)) for name, weight in weights.items() if weight > 0}
+    return {
+        name: max(1, round(weight / total * _PARTS))
+        for name, weight in weights.items()
+        if weight > 0
+    }
 
 
 class Mixture:
     """Draws the names of sources; `taken` is how often each was drawn so far."""
 
-    def __init__(self, weights: Mapping[str, float], taken: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], taken: Mapping[str, int] | None = None
+    ) -> None:
         self.weights = whole_weights(weights)
         self.taken = {name: (taken or {}).get(name, 0) for name in self.weights}
         self.total = sum(self.weights.values())
         self.drawn = sum(self.taken.values())
 
     def draw(self) -> str:
-        """The next source: of those that are owed enough, the one due first; ties to the first named."""
+        """The next source: of those that are owed enough, the one due first; ties to the first
+        named.
+        """
         if len(self.weights) == 1:
             (best,) = self.weights
         else:
@@ -43,7 +59,9 @@ class Mixture:
         return best
 
     def _earliest(self) -> str:
-        """In S_n = {i : w_i n - c_i >= 1/(2K - 2)} the least (1 - 1/(2K - 2) - (w_i n - c_i)) / w_i, in integers."""
+        """In S_n = {i : w_i n - c_i >= 1/(2K - 2)} the least (1 - 1/(2K - 2) - (w_i n - c_i)) /
+        w_i, in integers.
+        """
         scale = 2 * len(self.weights) - 2
         least = self.total  # 1/(2K - 2) when everything is multiplied by `scale * total`
         limit = scale * self.total - least

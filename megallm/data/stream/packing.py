@@ -1,8 +1,9 @@
-"""How pieces of documents fill rows of one length: windowed best fit, or concatenation cut into chunks. Pure.
+"""How pieces of documents fill rows of one length: windowed best fit, or concatenation cut into
+chunks. Pure.
 
-Best fit never cuts what fits into a row (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv
-2404.10830): documents longer than a row are cut into full rows and a rest, then the rests and the shorter documents,
-longest first, each go where the least room is left over.
+Best fit never cuts what fits into a row (Ding et al., "Fewer Truncations Improve Language
+Modeling", arXiv 2404.10830): documents longer than a row are cut into full rows and a rest, then
+the rests and the shorter documents, longest first, each go where the least room is left over.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from collections.abc import Sequence
 
 
 def pieces_of(length: int, capacity: int) -> list[tuple[int, int]]:
-    """[begin, end) of full rows of a document of `length` tokens and of its rest; [] for an empty one."""
+    """[begin, end) of full rows of a document of `length` tokens and of its rest; [] for an empty
+    one.
+    """
     return [(begin, min(begin + capacity, length)) for begin in range(0, length, capacity)]
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `sizes` (each 1 to capacity), best fit decreasing; ties in the order given.
+    """Rows of indices into `sizes` (each 1 to capacity), best fit decreasing; ties in the order
+    given.
 
     O(n log n) comparisons: the rows that still have room are kept sorted by it.
     """
@@ -41,7 +45,9 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def concatenate(lengths: Sequence[int], capacity: int) -> list[list[tuple[int, int, int]]]:
-    """Rows of (index, begin, end): everything back to back, cut every `capacity` tokens; the last may be short."""
+    """Rows of (index, begin, end): everything back to back, cut every `capacity` tokens; the last
+    may be short.
+    """
     rows: list[list[tuple[int, int, int]]] = []
     room = 0
     for index, length in enumerate(lengths):

@@ -1,7 +1,9 @@
-"""A keyed permutation of range(n) whose entries are computed one by one: no array of n numbers ever exists. Pure.
+"""A keyed permutation of range(n) whose entries are computed one by one: no array of n numbers ever
+exists. Pure.
 
-A balanced Feistel network (Luby and Rackoff, 1988) permutes the smallest power of 4 that holds n, and what falls
-outside range(n) is walked on until it falls inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+A balanced Feistel network (Luby and Rackoff, 1988) permutes the smallest power of 4 that holds n,
+and what falls outside range(n) is walked on until it falls inside (Black and Rogaway, "Ciphers with
+Arbitrary Finite Domains", 2002).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ _LAST = 31
 
 
 class Permutation:
-    """Entry i is where the item at place i comes from; the same for the same (key, n), on every machine."""
+    """Entry i is where the item at place i comes from; the same for the same (key, n), on every
+    machine.
+    """
 
     def __init__(self, key: int, n: int) -> None:
         if n < 1:

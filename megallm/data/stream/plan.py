@@ -1,4 +1,6 @@
-"""What the training stream reads when: segments, each with its weights, row length and way of reading. Pure."""
+"""What the training stream reads when: segments, each with its weights, row length and way of
+reading. Pure.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ DOCUMENT, CONTEXT = "document", "context"
 class Reading:
     """How documents become rows.
 
-    seq_len: tokens of a row; packing: BEST_FIT or CONCAT; window: rows packed (and shuffled) together; fim_rate,
-    fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents before packing, CONTEXT what a row holds of them.
+    seq_len: tokens of a row; packing: BEST_FIT or CONCAT; window: rows packed (and shuffled)
+    together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents before
+    packing, CONTEXT what a row holds of them.
     """
 
     seq_len: int
@@ -34,13 +37,17 @@ class Segment:
     """Holds from the moment that `begin_tokens` places of rows (tokens and padding) were read."""
 
     begin_tokens: int
-    weights: dict[str, float]  # prefix -> weight; sources of weight 0 rest, and go on later where they stopped
+    weights: dict[
+        str, float
+    ]  # prefix -> weight; sources of weight 0 rest, and go on later where they stopped
     reading: Reading
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides which tokens are read: with the counts of `stream.Stream.state`, it is all there is."""
+    """Everything that decides which tokens are read: with the counts of `stream.Stream.state`, it
+    is all there is.
+    """
 
     segments: tuple[Segment, ...]
     seed: int
@@ -49,24 +56,36 @@ class Plan:
 
     def __post_init__(self) -> None:
         begins = [segment.begin_tokens for segment in self.segments]
-        if not begins or begins[0] != 0 or any(a >= b for a, b in zip(begins, begins[1:], strict=False)):
-            raise ValueError(f"Segments must begin at 0 and then at rising numbers of tokens, not {begins}.")
+        if (
+            not begins
+            or begins[0] != 0
+            or any(a >= b for a, b in zip(begins, begins[1:], strict=False))
+        ):
+            raise ValueError(
+                f"Segments must begin at 0 and then at rising numbers of tokens, not {begins}."
+            )
 
     @property
     def prefixes(self) -> list[str]:
         """Every source of every segment, in the order of their first mention."""
-        return list(dict.fromkeys(prefix for segment in self.segments for prefix in segment.weights))
+        return list(
+            dict.fromkeys(prefix for segment in self.segments for prefix in segment.weights)
+        )
 
     def at(self, tokens: int) -> Segment:
         """The segment for the step that begins after `tokens` places."""
         return [segment for segment in self.segments if segment.begin_tokens <= tokens][-1]
 
     def tokens_after(self, steps: int, global_batch: int) -> int:
-        """Places of rows that `steps` steps from the beginning read: each step lies whole in one segment."""
+        """Places of rows that `steps` steps from the beginning read: each step lies whole in one
+        segment.
+        """
         tokens = 0
         for number, segment in enumerate(self.segments):
             per_step = global_batch * segment.reading.seq_len
-            until = self.segments[number + 1].begin_tokens if number + 1 < len(self.segments) else None
+            until = (
+                self.segments[number + 1].begin_tokens if number + 1 < len(self.segments) else None
+            )
             here = steps if until is None else min(steps, max(0, -(-(until - tokens) // per_step)))
             tokens += here * per_step
             steps -= here
@@ -74,12 +93,19 @@ class Plan:
 
 
 def segments_of(
-    sources: dict[str, float], reading: Reading, changes: Sequence[tuple[int | None, dict[str, Any]]]
+    sources: dict[str, float],
+    reading: Reading,
+    changes: Sequence[tuple[int | None, dict[str, Any]]],
 ) -> tuple[Segment, ...]:
-    """Segments from (until_tokens, what differs from `sources` and `reading`); () is one segment without an end."""
+    """Segments from (until_tokens, what differs from `sources` and `reading`); () is one segment
+    without an end.
+    """
     out, begin = [], 0
     for until, change in changes or [(None, {})]:
-        fields = {**vars(reading), **{key: value for key, value in change.items() if key != "sources"}}
+        fields = {
+            **vars(reading),
+            **{key: value for key, value in change.items() if key != "sources"},
+        }
         out.append(Segment(begin, change.get("sources") or dict(sources), Reading(**fields)))
         begin = until if until is not None else begin
     return tuple(out)

@@ -1,7 +1,8 @@
-"""RUN/samples.jsonl: which rows every data rank really read, one JSON object a line, none twice after a resume.
+"""RUN/samples.jsonl: which rows every data rank really read, one JSON object a line, none twice
+after a resume.
 
-All replicas append to one file, each a step's rows with one write, so lines of several never mix (on a local disk
-or any file system whose appends are atomic; NFS is not one).
+All replicas append to one file, each a step's rows with one write, so lines of several never mix
+(on a local disk or any file system whose appends are atomic; NFS is not one).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from megallm.base.files import atomic_path, writing
 
 
 def cut(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to `step`: what came after was undone by the resume. Errors: `CannotWrite`."""
+    """Keep the whole lines of steps up to `step`: what came after was undone by the resume. Errors:
+    `CannotWrite`.
+    """
     with writing(path):
         if step == 0 or not path.exists():
             path.unlink(missing_ok=True)

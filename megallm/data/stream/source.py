@@ -1,4 +1,6 @@
-"""One source of the training stream: its documents in keyed order, epoch after epoch, in windows of packed rows."""
+"""One source of the training stream: its documents in keyed order, epoch after epoch, in windows of
+packed rows.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading
 _AT_ONCE = 512  # documents looked up together
 _MARGIN = 16  # tokens that rearranging a piece may add: three sentinels, and words cut in two
 _SAMPLED, _SAMPLE_TOKENS = 64, 2048  # blocks of .bin in the fingerprint
-_OPEN = ""  # the form of a document of which nothing was read yet: decided when its window is packed
+_OPEN = (
+    ""  # the form of a document of which nothing was read yet: decided when its window is packed
+)
 _PIECE = "piece-"  # before a form: what was rearranged is the piece alone, and begin and end count its own tokens
 
 
@@ -55,8 +59,9 @@ class Row:
 
 @dataclass
 class Cursor:
-    """Where a source stands: `position` documents were drawn by the windows before this one, `held` is what they left
-    over (see `Source.hold`), and `row` rows of this window are taken. `rows` and `tokens` are totals."""
+    """Where a source stands: `position` documents were drawn by the windows before this one, `held`
+    is what they left over (see `Source.hold`), and `row` rows of this window are taken. `rows` and
+    `tokens` are totals."""
 
     position: int = 0
     epoch: int = 0  # of `held`
@@ -81,7 +86,9 @@ FEW_DOCUMENTS = 20  # so few are usually whole files that were meant to be split
 
 
 def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int]:
-    """(first, how many) of the whole documents of a split. Errors: `DataError` when they hold no token."""
+    """(first, how many) of the whole documents of a split. Errors: `DataError` when they hold no
+    token.
+    """
     low, high = split_range(split, which, len(data))
     first = int(np.searchsorted(data.document_indices, low, side="left"))
     count = int(np.searchsorted(data.document_indices, high, side="right")) - 1 - first
@@ -93,19 +100,25 @@ def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int
         remedy = "A plain text file is one document unless it is split: preprocess again with --split-text paragraphs "
         remedy += "(or lines), or give the split a larger share."
     raise DataError(
-        f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the dataset has "
+        f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the "
+        "dataset has "
         f"{data.num_documents} documents). {remedy}"
     )
 
 
 class Source:
-    """The documents of one split of a dataset. A window is a pure function of (files, seed, cursor, reading).
+    """The documents of one split of a dataset. A window is a pure function of (files, seed, cursor,
+    reading).
 
     Errors: `DataError` for bad files and for a split without a token.
     """
 
     def __init__(
-        self, prefix: str, plan: Plan, vocab_size: int | None = None, rearranger: fim.Rearranger | None = None
+        self,
+        prefix: str,
+        plan: Plan,
+        vocab_size: int | None = None,
+        rearranger: fim.Rearranger | None = None,
     ) -> None:
         self.prefix, self.data = prefix, IndexedDataset(prefix)
         self.vocab_size, self.rearranger = vocab_size, rearranger
@@ -118,7 +131,9 @@ class Source:
     # Windows
 
     def open(self, cursor: Cursor, reading: Reading) -> Window:
-        """The window that begins at the cursor (its `row` aside); without rows where only empty documents are left."""
+        """The window that begins at the cursor (its `row` aside); without rows where only empty
+        documents are left.
+        """
         self._made.clear()
         epoch = cursor.epoch if cursor.held else cursor.position // self.count
         pool, position = [list(entry) for entry in cursor.held], cursor.position
@@ -132,14 +147,20 @@ class Source:
         into_rows = _chunked if reading.packing == CONCAT else _fitted
         rows, held = into_rows(self._items(pool, epoch, reading), reading, last)
         place = [cursor.position, *(cursor.held[0][:2] if cursor.held else [])]
-        order = rng.permutation(rng.key_of(self._seed, "rows", self.fingerprint, epoch, *place), len(rows))
+        order = rng.permutation(
+            rng.key_of(self._seed, "rows", self.fingerprint, epoch, *place), len(rows)
+        )
         return Window(epoch, [rows[i] for i in order.tolist()], position, held)
 
     def hold(self, window: Window, row: int) -> list[list[Any]]:
-        """What rows `row` and later of a window hold, neighbours joined: the pool that another reading begins with."""
+        """What rows `row` and later of a window hold, neighbours joined: the pool that another
+        reading begins with.
+        """
         entries: list[list[Any]] = [list(entry) for entry in window.held]
         for items in window.rows[row:]:
-            entries += [[item.document, item.begin, item.end, _held_form(item.form)] for item in items]
+            entries += [
+                [item.document, item.begin, item.end, _held_form(item.form)] for item in items
+            ]
         joined: list[list[Any]] = []
         for entry in sorted(entries, key=lambda entry: entry[:2]):
             if joined and joined[-1][0] == entry[0] and joined[-1][2] == entry[1]:
@@ -153,12 +174,17 @@ class Source:
         return joined
 
     def _draw(self, epoch: int, position: int, missing: int) -> list[list[Any]]:
-        """The next documents of an epoch, until `missing` tokens are there or some hundreds were looked at."""
+        """The next documents of an epoch, until `missing` tokens are there or some hundreds were
+        looked at.
+        """
         at = position - epoch * self.count
         documents = self.first + self._permutation(epoch).at(at, min(_AT_ONCE, self.count - at))
         lengths = self.data.document_starts(documents + 1) - self.data.document_starts(documents)
         enough = int(np.searchsorted(np.cumsum(lengths), missing)) + 1
-        return [[d, 0, n, _OPEN] for d, n in zip(documents[:enough].tolist(), lengths[:enough].tolist(), strict=True)]
+        return [
+            [d, 0, n, _OPEN]
+            for d, n in zip(documents[:enough].tolist(), lengths[:enough].tolist(), strict=True)
+        ]
 
     def _permutation_of(self, epoch: int) -> Permutation:
         return Permutation(rng.key_of(self._seed, "documents", self.fingerprint, epoch), self.count)
@@ -173,20 +199,28 @@ class Source:
                 continue
             if form == _OPEN:
                 key = self._key(document, epoch)
-                form = fim.form_of(key, reading.fim_rate, reading.fim_spm) if reading.fim_rate > 0 else fim.PLAIN
+                form = (
+                    fim.form_of(key, reading.fim_rate, reading.fim_spm)
+                    if reading.fim_rate > 0
+                    else fim.PLAIN
+                )
                 if form != fim.PLAIN and self._rearranged(document, epoch, form) is None:
                     form = fim.PLAIN
                 end = self._length(document, epoch, form)
             yield Item(document, begin, end, form, end - begin)
 
-    def _rearranged_pieces(self, document: int, begin: int, end: int, epoch: int, reading: Reading) -> Iterable[Item]:
+    def _rearranged_pieces(
+        self, document: int, begin: int, end: int, epoch: int, reading: Reading
+    ) -> Iterable[Item]:
         room = reading.seq_len
         if end - begin > room and room > 4 * _MARGIN:
             room -= _MARGIN
         for low, high in packing.pieces_of(end - begin, room):
             low, high = begin + low, begin + high
             form = fim.form_of(self._key(document, epoch, low), reading.fim_rate, reading.fim_spm)
-            made = None if form == fim.PLAIN else self._rearranged(document, epoch, form, (low, high))
+            made = (
+                None if form == fim.PLAIN else self._rearranged(document, epoch, form, (low, high))
+            )
             if made is None or len(made) > reading.seq_len:
                 yield Item(document, low, high, fim.PLAIN, high - low)
             else:
@@ -201,13 +235,19 @@ class Source:
         begin, end = self.data.document_starts(np.array([document, document + 1])).tolist()
         return end - begin
 
-    def _rearranged(self, document: int, epoch: int, form: str, piece: tuple[int, ...] = ()) -> np.ndarray | None:
-        """Tokens of a document (or of the piece [begin, end) of it) in PSM or SPM; None when they are no text."""
+    def _rearranged(
+        self, document: int, epoch: int, form: str, piece: tuple[int, ...] = ()
+    ) -> np.ndarray | None:
+        """Tokens of a document (or of the piece [begin, end) of it) in PSM or SPM; None when they
+        are no text.
+        """
         name = (document, epoch, form, *piece)
         if name not in self._made:
             if self.rearranger is None:
                 raise ValueError("A plan with fill-in-the-middle needs a rearranger.")
-            tokens = self._plain(document, *(piece or (0, self._length(document, epoch, fim.PLAIN))))
+            tokens = self._plain(
+                document, *(piece or (0, self._length(document, epoch, fim.PLAIN)))
+            )
             self._made[name] = self.rearranger(tokens, form, self._key(document, epoch, *piece[:1]))
         return self._made[name]
 
@@ -219,7 +259,8 @@ class Source:
         return tokens
 
     def read(self, item: Item, epoch: int) -> tuple[np.ndarray, int | None]:
-        """Tokens of an item [size], and the token that follows them in the same document (None at its end).
+        """Tokens of an item [size], and the token that follows them in the same document (None at
+        its end).
 
         Errors: `DataError` for an id outside the vocabulary.
         """
@@ -235,7 +276,9 @@ class Source:
 
 
 def fingerprint(data: IndexedDataset) -> str:
-    """Hash of the whole index and of 64 blocks of the tokens: tells whether the files are still the same."""
+    """Hash of the whole index and of 64 blocks of the tokens: tells whether the files are still the
+    same.
+    """
     digest = xxhash.xxh3_128()
     for array in (data.lengths, data.document_indices):
         digest.update(np.ascontiguousarray(array).data)
@@ -249,7 +292,9 @@ def _held_form(form: str) -> str:
     return fim.PLAIN if form.startswith(_PIECE) else form
 
 
-def _fitted(items: Iterable[Item], reading: Reading, last: bool) -> tuple[list[tuple[Item, ...]], list[list[Any]]]:
+def _fitted(
+    items: Iterable[Item], reading: Reading, last: bool
+) -> tuple[list[tuple[Item, ...]], list[list[Any]]]:
     """Rows by best fit; nothing is left over."""
     pieces = []
     for item in items:
@@ -257,17 +302,25 @@ def _fitted(items: Iterable[Item], reading: Reading, last: bool) -> tuple[list[t
             pieces.append(item)
             continue
         for low, high in packing.pieces_of(item.size, reading.seq_len):
-            pieces.append(item._replace(begin=item.begin + low, end=item.begin + high, size=high - low))
+            pieces.append(
+                item._replace(begin=item.begin + low, end=item.begin + high, size=high - low)
+            )
     rows = packing.best_fit([piece.size for piece in pieces], reading.seq_len)
     return [tuple(pieces[i] for i in row) for row in rows], []
 
 
-def _chunked(items: Iterable[Item], reading: Reading, last: bool) -> tuple[list[tuple[Item, ...]], list[list[Any]]]:
-    """Full rows back to back; what does not fill one is left over, except at the end of an epoch."""
+def _chunked(
+    items: Iterable[Item], reading: Reading, last: bool
+) -> tuple[list[tuple[Item, ...]], list[list[Any]]]:
+    """Full rows back to back; what does not fill one is left over, except at the end of an
+    epoch.
+    """
     items = list(items)
     rows = [
         tuple(
-            items[i]._replace(begin=items[i].begin + low, end=items[i].begin + high, size=high - low)
+            items[i]._replace(
+                begin=items[i].begin + low, end=items[i].begin + high, size=high - low
+            )
             for i, low, high in row
         )
         for row in packing.concatenate([item.size for item in items], reading.seq_len)

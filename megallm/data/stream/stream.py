@@ -1,8 +1,9 @@
-"""The training stream: rows drawn from a mixture of sources by a plan, each token of an epoch exactly once.
+"""The training stream: rows drawn from a mixture of sources by a plan, each token of an epoch
+exactly once.
 
-The state is counts: rows taken of each source, where each cursor stands, and the mixture's own counts. It is all
-that a resumed run needs, whatever changes: the layout, the batch size, the weights, the row length, the number of
-steps. Nothing before the cursors is looked at again.
+The state is counts: rows taken of each source, where each cursor stands, and the mixture's own
+counts. It is all that a resumed run needs, whatever changes: the layout, the batch size, the
+weights, the row length, the number of steps. Nothing before the cursors is looked at again.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ SCHEMA = 1
 
 
 def holds_rearranged(state: Mapping[str, Any] | None) -> bool:
-    """Whether going on from a state reads documents that fill-in-the-middle had rearranged already."""
+    """Whether going on from a state reads documents that fill-in-the-middle had rearranged
+    already.
+    """
     cursors = state["sources"].values() if state else ()
     return any(
-        (cursor["row"] and Reading(*cursor["reading"]).fim_rate > 0)  # its window is packed once more
+        (
+            cursor["row"] and Reading(*cursor["reading"]).fim_rate > 0
+        )  # its window is packed once more
         or any(form in (fim.PSM, fim.SPM) for *_, form in cursor["held"])
         for cursor in cursors
     )
@@ -32,10 +37,13 @@ def holds_rearranged(state: Mapping[str, Any] | None) -> bool:
 class Stream:
     """Draws rows; every rank draws all of them, and reads the tokens only of its own.
 
-    sources: one for each prefix of the plan. Errors: `DataError` when `state` belongs to other files.
+    sources: one for each prefix of the plan. Errors: `DataError` when `state` belongs to other
+    files.
     """
 
-    def __init__(self, plan: Plan, sources: Mapping[str, Source], state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, plan: Plan, sources: Mapping[str, Source], state: Mapping[str, Any] | None = None
+    ) -> None:
         self.plan, self.sources = plan, dict(sources)
         self.places = 0  # rows x their length, taken so far
         self._mixture_state: dict[str, Any] = {}
@@ -58,7 +66,12 @@ class Stream:
         cursor, source = self._cursors[prefix], self.sources[prefix]
         window = self._window(prefix, reading)
         while cursor.row >= len(window.rows):
-            cursor.position, cursor.held, cursor.epoch, cursor.row = window.position, window.held, window.epoch, 0
+            cursor.position, cursor.held, cursor.epoch, cursor.row = (
+                window.position,
+                window.held,
+                window.epoch,
+                0,
+            )
             window = source.open(cursor, reading)
             self._windows[prefix] = (reading, window)
         items = window.rows[cursor.row]
@@ -69,7 +82,11 @@ class Stream:
 
     def _window(self, prefix: str, reading: Reading) -> Window:
         """The open window of a source, packed anew when the way of reading has changed."""
-        held, cursor, source = self._windows.get(prefix), self._cursors[prefix], self.sources[prefix]
+        held, cursor, source = (
+            self._windows.get(prefix),
+            self._cursors[prefix],
+            self.sources[prefix],
+        )
         if held is not None and held[0] == reading:
             return held[1]
         if cursor.row and cursor.reading != reading.state():
@@ -84,7 +101,11 @@ class Stream:
     def state(self) -> dict[str, Any]:
         """JSON from which a new stream goes on; see `Cursor`."""
         cursors = {
-            prefix: {**vars(cursor), "files": self.sources[prefix].fingerprint, "held": [*map(list, cursor.held)]}
+            prefix: {
+                **vars(cursor),
+                "files": self.sources[prefix].fingerprint,
+                "held": [*map(list, cursor.held)],
+            }
             for prefix, cursor in self._cursors.items()
         }
         return {
@@ -95,15 +116,23 @@ class Stream:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state.get("schema") != SCHEMA:
-            raise DataError(f"The stream's state has schema {state.get('schema')}, but this megallm reads {SCHEMA}.")
+            raise DataError(
+                f"The stream's state has schema {state.get('schema')}, but this megallm reads "
+                f"{SCHEMA}."
+            )
         for name, now in (("seed", self.plan.seed), ("split", self.plan.split)):
             if state[name] != now:
                 raise DataError(
-                    f"The stream was begun with data.{name} {state[name]!r}, now it is {now!r}: documents would be "
+                    f"The stream was begun with data.{name} {state[name]!r}, now it is {now!r}: "
+                    "documents would be "
                     f"read twice or never. Restore it, or start another run."
                 )
         self.places, self._mixture_state = state["places"], dict(state["mixture"])
-        new = {prefix: source for prefix, source in self.sources.items() if prefix not in state["sources"]}
+        new = {
+            prefix: source
+            for prefix, source in self.sources.items()
+            if prefix not in state["sources"]
+        }
         moved = {source.fingerprint: prefix for prefix, source in new.items()}
         for prefix, saved in state["sources"].items():
             if prefix not in self.sources and saved["files"] in moved:
@@ -114,8 +143,12 @@ class Stream:
             files = self.sources[prefix].fingerprint
             if saved["files"] != files:
                 raise DataError(
-                    f"{prefix} has changed since this run read it (it was {saved['files']}, now it is {files}): which "
-                    f"documents were read is no longer known. Put the old files back, add the new text as another "
+                    f"{prefix} has changed since this run read it (it was {saved['files']}, now "
+                    f"it is {files}): which "
+                    "documents were read is no longer known. Put the old files back, add the new "
+                    "text as another "
                     f"source, or start another run."
                 )
-            self._cursors[prefix] = Cursor(**{key: value for key, value in saved.items() if key != "files"})
+            self._cursors[prefix] = Cursor(
+                **{key: value for key, value in saved.items() if key != "files"}
+            )

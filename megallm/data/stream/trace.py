@@ -1,4 +1,6 @@
-"""Where the text of a row came from: the line of the input file, and through a curation ledger the raw line. Pure."""
+"""Where the text of a row came from: the line of the input file, and through a curation ledger the
+raw line. Pure.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,11 @@ def _object(row: Any) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def ledger_rows(path: str, wanted: Iterable[tuple[str, Place]]) -> dict[tuple[str, Place], dict[str, Any]]:
-    """The rows of a curation ledger about these documents: id, and file and line, since ids of users may repeat.
+def ledger_rows(
+    path: str, wanted: Iterable[tuple[str, Place]]
+) -> dict[tuple[str, Place], dict[str, Any]]:
+    """The rows of a curation ledger about these documents: id, and file and line, since ids of
+    users may repeat.
 
     Errors: `DataError`.
     """

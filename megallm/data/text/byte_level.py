@@ -1,4 +1,6 @@
-"""The 256 characters that stand for bytes in a byte-level BPE (Radford et al., GPT-2, 2019). Pure."""
+"""The 256 characters that stand for bytes in a byte-level BPE (Radford et al., GPT-2, 2019).
+Pure.
+"""
 
 from __future__ import annotations
 

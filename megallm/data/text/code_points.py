@@ -1,10 +1,12 @@
-"""Which code points gigatoken and `tokenizers` treat alike: each is tried with both at its first sight.
+"""Which code points gigatoken and `tokenizers` treat alike: each is tried with both at its first
+sight.
 
-How a text is split hangs on the class of each code point (letter, number, space, mark, capital, ...) in the tables
-of Unicode that a library was built with, and how it is normalised on its class of combining. So both libraries get a
-tokenizer with the same normaliser and the same splitting, but a vocabulary of bytes and of pairs in which every
-border between the code point and its neighbours shows in the ids, and encode the code point in all contexts that
-tell classes apart. Nothing is sampled: a code point that was not tried is tried before the text that holds it.
+How a text is split hangs on the class of each code point (letter, number, space, mark, capital,
+...) in the tables of Unicode that a library was built with, and how it is normalised on its class
+of combining. So both libraries get a tokenizer with the same normaliser and the same splitting, but
+a vocabulary of bytes and of pairs in which every border between the code point and its neighbours
+shows in the ids, and encode the code point in all contexts that tell classes apart. Nothing is
+sampled: a code point that was not tried is tried before the text that holds it.
 """
 
 from __future__ import annotations
@@ -21,22 +23,36 @@ from megallm.data.text.definition import dumps
 _UNKNOWN, _ALIKE, _UNLIKE = 0, 1, 2
 _ASCII = 128
 _SURROGATES, _ASTRAL = 0xD800, 0x10000
-# Beside a letter, itself, a digit, spaces, punctuation and line ends, in a contraction, before and behind a capital.
+# Beside a letter, itself, a digit, spaces, punctuation and line ends, in a contraction, before and
+# behind a capital.
 _CONTEXT = "a{c}a{c}{c}1{c}1 {c} {c}.{c}.\n{c}\n'{c}A{c}A"
 _BESIDE = b"a1 .'\nA"
-# Where text is normalised also before and behind combining marks of low and of high class, and what composes.
+# Where text is normalised also before and behind combining marks of low and of high class, and what
+# composes.
 _MARKED = "\n{c}\u0301{c}\u0327\u0301a a\u0327{c} a\u0301{c} \u0345{c}\u0334 {c}a"
 
 
 class SameSplits:
-    """Tells texts on which the two libraries agree, as far as tables of code points go, from others.
+    """Tells texts on which the two libraries agree, as far as tables of code points go, from
+    others.
 
-    definition: of a BPE tokenizer. Errors: whatever the libraries raise for one that they cannot read.
+    definition: of a BPE tokenizer. Errors: whatever the libraries raise for one that they cannot
+    read.
     """
 
     def __init__(self, definition: dict[str, Any], module: Any) -> None:
-        bare = dumps({**definition, "added_tokens": [], "post_processor": None, "model": _small(definition["model"])})
-        self._theirs, self._fast = tokenizers.Tokenizer.from_str(bare), module.Tokenizer.from_json(bare)
+        bare = dumps(
+            {
+                **definition,
+                "added_tokens": [],
+                "post_processor": None,
+                "model": _small(definition["model"]),
+            }
+        )
+        self._theirs, self._fast = (
+            tokenizers.Tokenizer.from_str(bare),
+            module.Tokenizer.from_json(bare),
+        )
         self._context = _CONTEXT + _MARKED if definition.get("normalizer") else _CONTEXT
         self._theirs.no_truncation()
         self._theirs.no_padding()
@@ -81,12 +97,17 @@ def _points(text: str) -> np.ndarray:
 
 
 def _small(model: dict[str, Any]) -> dict[str, Any]:
-    """A model of the same kind that shows every border: each byte, and each pair of one with a byte of a context."""
+    """A model of the same kind that shows every border: each byte, and each pair of one with a byte
+    of a context.
+    """
     fallback = bool(model.get("byte_fallback"))
     if fallback:  # there the vocabulary has whole characters
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         beside = ["▁", *map(chr, _BESIDE)]
-        vocab = {name: i for i, name in enumerate([str(model.get("unk_token") or "<unk>"), *names, *beside])}
+        vocab = {
+            name: i
+            for i, name in enumerate([str(model.get("unk_token") or "<unk>"), *names, *beside])
+        }
         pairs = [(a, b) for a in beside for b in beside]
     else:
         vocab = {symbol: byte for byte, symbol in enumerate(BYTE_SYMBOLS)}

@@ -1,7 +1,9 @@
-"""Reading a `tokenizer.json` that nobody vouches for, within bounds: before a library builds anything of it. Pure.
+"""Reading a `tokenizer.json` that nobody vouches for, within bounds: before a library builds
+anything of it. Pure.
 
-A small file can ask for any amount of memory: an id of four billion, a pattern whose repeats are multiplied out, a
-replacement that doubles the text forty times. Whatever no published tokenizer comes near is refused.
+A small file can ask for any amount of memory: an id of four billion, a pattern whose repeats are
+multiplied out, a replacement that doubles the text forty times. Whatever no published tokenizer
+comes near is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ MAX_BYTES = 64 << 20  # of a file; the largest published are half as large
 MAX_VALUES = 8 << 20  # in its JSON: each takes some 64 bytes
 MAX_ID = 1 << 24
 MAX_TOKEN = 1 << 14  # characters of a token
-MAX_UNIGRAM = 8 << 20  # characters of all tokens of a unigram model: each is a node of a tree, some 150 bytes
+MAX_UNIGRAM = (
+    8 << 20
+)  # characters of all tokens of a unigram model: each is a node of a tree, some 150 bytes
 MAX_ADDED, MAX_ADDED_CHARACTERS = 1 << 17, 4 << 20
 MAX_STEPS = 64  # of a normaliser or a splitting, of a template and the ids that it adds
 MAX_GROWTH = 64  # that a normaliser may lengthen a text by
@@ -40,14 +44,22 @@ _DIGEST_BYTES = 16
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a tokenizer's file. Errors: `FileNotFoundError`, `DataError` for what is no file or too large."""
+    """The content of a tokenizer's file. Errors: `FileNotFoundError`, `DataError` for what is no
+    file or too large.
+    """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{path} is not a regular file: give a tokenizer's file, or the folder that holds it.")
+                raise DataError(
+                    f"{path} is not a regular file: give a tokenizer's file, or the folder that "
+                    "holds it."
+                )
             if status.st_size > MAX_BYTES:
-                raise DataError(f"{path} has {status.st_size} bytes; no tokenizer has more than {MAX_BYTES}: refused.")
+                raise DataError(
+                    f"{path} has {status.st_size} bytes; no tokenizer has more than {MAX_BYTES}: "
+                    "refused."
+                )
             return file.read(MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise
@@ -56,7 +68,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read(path: Path) -> tuple[dict[str, Any], str]:
-    """The checked definition of a tokenizer, and a hash of the file. Errors: `FileNotFoundError`, `DataError`."""
+    """The checked definition of a tokenizer, and a hash of the file. Errors: `FileNotFoundError`,
+    `DataError`.
+    """
     return checked(read_bytes(path), path)
 
 
@@ -64,12 +78,17 @@ def checked(data: bytes, path: Path) -> tuple[dict[str, Any], str]:
     """The definition in `data`, which `path` stands for, and a hash of it. Errors: `DataError`."""
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > MAX_VALUES:
-        raise DataError(f"{path} holds {values} values; no tokenizer has more than {MAX_VALUES}: refused.")
+        raise DataError(
+            f"{path} holds {values} values; no tokenizer has more than {MAX_VALUES}: refused."
+        )
     with _without_collection():
         definition = loads(data, path)
     try:
         for problem in _problems(definition):
-            raise DataError(f"{path}: {problem}: refused, since it would take too much memory. No tokenizer needs it.")
+            raise DataError(
+                f"{path}: {problem}: refused, since it would take too much memory. No tokenizer "
+                "needs it."
+            )
     except (AttributeError, TypeError, KeyError) as error:
         raise DataError(f"{path} is not a tokenizer definition: {error}.") from error
     return definition, hashlib.blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()
@@ -77,7 +96,9 @@ def checked(data: bytes, path: Path) -> tuple[dict[str, Any], str]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Make hundreds of thousands of lists without the collector going through them again and again."""
+    """Make hundreds of thousands of lists without the collector going through them again and
+    again.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -122,7 +143,9 @@ def _orjson() -> ModuleType | None:
 
 def fingerprint(definition: dict[str, Any]) -> str:
     """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
-    relevant = {k: v for k, v in definition.items() if k not in ("version", "truncation", "padding")}
+    relevant = {
+        k: v for k, v in definition.items() if k not in ("version", "truncation", "padding")
+    }
     with _without_collection():
         text = json.dumps(_ordered(relevant), ensure_ascii=True, check_circular=False)
     return "hf-" + hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
@@ -145,7 +168,11 @@ def _problems(definition: dict[str, Any]) -> Iterator[str]:
     yield from _problems_of_vocabulary(definition.get("model") or {})
     added = definition.get("added_tokens") or []
     sizes = [len(token["content"]) for token in added]
-    if len(added) > MAX_ADDED or sum(sizes) > MAX_ADDED_CHARACTERS or max(sizes, default=0) > MAX_TOKEN:
+    if (
+        len(added) > MAX_ADDED
+        or sum(sizes) > MAX_ADDED_CHARACTERS
+        or max(sizes, default=0) > MAX_TOKEN
+    ):
         yield f"{len(added)} added tokens, or too long ones"
     if any(not 0 <= token["id"] < MAX_ID for token in added):
         yield f"an added token has an id outside 0 to {MAX_ID}"
@@ -158,7 +185,11 @@ def _problems(definition: dict[str, Any]) -> Iterator[str]:
         if part == "normalizer" and prod(map(_growth, steps)) > MAX_GROWTH:
             yield f"the normaliser makes a text more than {MAX_GROWTH} times as long"
     for step in steps_of(definition.get("post_processor")):
-        ids = [token["ids"] for token in (step.get("special_tokens") or {}).values() if isinstance(token, dict)]
+        ids = [
+            token["ids"]
+            for token in (step.get("special_tokens") or {}).values()
+            if isinstance(token, dict)
+        ]
         parts = [*(step.get("single") or []), *(step.get("pair") or [])]
         if sum(map(len, ids)) > MAX_ID or len(parts) * max(map(len, ids), default=1) > MAX_STEPS**2:
             yield "the template of post_processor adds too many ids"
@@ -202,7 +233,9 @@ def _problems_of_step(part: str, step: dict[str, Any]) -> Iterator[str]:
     pattern = step.get("pattern")
     if isinstance(pattern, dict) and isinstance(pattern.get("Regex"), str):
         regex = pattern["Regex"]
-        repeats = [int(number) for pair in _REPEAT.findall(regex) for number in pair[-1:] or pair if number]
+        repeats = [
+            int(number) for pair in _REPEAT.findall(regex) for number in pair[-1:] or pair if number
+        ]
         repeats += [int(pair[0]) for pair in _REPEAT.findall(regex) if pair[0] and not pair[1]]
         if len(regex) * prod(max(1, number) for number in repeats) > MAX_PATTERN:
             yield f"a pattern of {part} is too long when its repeats are multiplied out"

@@ -1,4 +1,6 @@
-"""What a worker of preprocessing does: parse a chunk of text and tokenise it. Pure functions of chunk and job."""
+"""What a worker of preprocessing does: parse a chunk of text and tokenise it. Pure functions of
+chunk and job.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from megallm.data.text import accelerated, readers, tokenizer
 class Job:
     """What a worker needs to know beside the chunk.
 
-    `opening` and `closing` stand before and behind each text; `backend`: `accelerated.FAST`, anything else is the plain
-    one.
+    `opening` and `closing` stand before and behind each text; `backend`: `accelerated.FAST`,
+    anything else is the plain one.
     """
 
     tokenizer: str
@@ -29,8 +31,8 @@ class Job:
 class Encoded:
     """A tokenised chunk; per key (tokens, lengths of the sequences, sequences of each document).
 
-    `lines` [documents] are the lines that the documents begin on, counted from 0 in the chunk; `by_tokenizers` texts
-    were left to `tokenizers` by the fast backend.
+    `lines` [documents] are the lines that the documents begin on, counted from 0 in the chunk;
+    `by_tokenizers` texts were left to `tokenizers` by the fast backend.
     """
 
     parsed: readers.Parsed
@@ -44,7 +46,9 @@ _made: dict[tuple[str, str], tokenizer.Encoder] = {}  # of this process, by toke
 
 
 def choose_encoder(spec: str, wanted: str) -> tuple[tokenizer.Encoder, str]:
-    """The tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors: `DataError`, `UsageError`."""
+    """The tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors:
+    `DataError`, `UsageError`.
+    """
     plain = tokenizer.load(spec, check=wanted == accelerated.PLAIN)
     found, backend = accelerated.choose(plain, wanted)
     if isinstance(found, tokenizer.FolderTokenizer) and backend != accelerated.FAST:
@@ -81,8 +85,11 @@ def _by_tokenizers(encoder: tokenizer.Encoder) -> int:
     return encoder.by_tokenizers if isinstance(encoder, accelerated.AcceleratedTokenizer) else 0
 
 
-def join(ids: np.ndarray, lengths: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens back to back, lengths of the sequences, sequences of each document); an empty text has none.
+def join(
+    ids: np.ndarray, lengths: np.ndarray, job: Job
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens back to back, lengths of the sequences, sequences of each document); an empty text
+    has none.
 
     ids [sum(lengths)]; opening and closing go around every text that has tokens.
     """
@@ -90,7 +97,12 @@ def join(ids: np.ndarray, lengths: np.ndarray, job: Job) -> tuple[np.ndarray, np
     ends = np.cumsum(lengths)[full]
     tokens, around = ids.astype(np.dtype(job.dtype)), (*job.opening, *job.closing)
     if around:
-        places = (ends - lengths[full], ends)  # those of one text before those of the next: insert keeps their order
-        places = np.repeat(np.stack(places, 1).ravel(), np.tile((len(job.opening), len(job.closing)), len(ends)))
+        places = (
+            ends - lengths[full],
+            ends,
+        )  # those of one text before those of the next: insert keeps their order
+        places = np.repeat(
+            np.stack(places, 1).ravel(), np.tile((len(job.opening), len(job.closing)), len(ends))
+        )
         tokens = np.insert(tokens, places, np.tile(around, len(ends)))
     return tokens, (lengths[full] + len(around)).astype(np.int32), full.astype(np.uint8)

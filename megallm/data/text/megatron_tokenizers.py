@@ -44,14 +44,15 @@ def write_tiktoken_folder(
 ) -> Path:
     """Write the ranks of a TikTokenizer and, beside them, its rules; returns the file of ranks.
 
-    Special tokens come first, so an id is the rank in the list + `num_special`, and of the list only
-    the first `vocab_size` - `num_special` tokens are used. Errors: as `write_gpt2_folder`.
+    Special tokens come first, so an id is the rank in the list + `num_special`, and of the list
+    only the first `vocab_size` - `num_special` tokens are used. Errors: as `write_gpt2_folder`.
     """
     if pattern not in PATTERNS:
         raise UsageError(f"--tiktoken-pattern {pattern}: Megatron-LM has {', '.join(PATTERNS)}.")
     if not len(_SPECIAL) <= num_special < vocab_size:
         raise UsageError(
-            f"--tiktoken-num-special-tokens {num_special} must be at least {len(_SPECIAL)} and less "
+            f"--tiktoken-num-special-tokens {num_special} must be at least {len(_SPECIAL)} and "
+            "less "
             f"than --vocab-size {vocab_size}."
         )
     tokens = _tokens(path)[: vocab_size - num_special]
@@ -104,7 +105,8 @@ def _tokens(path: str) -> list[str]:
             bad = True
         if bad:
             raise DataError(
-                f"{path}, item {number}: want an object of rank {number} with token_bytes in base64 and "
+                f"{path}, item {number}: want an object of rank {number} with token_bytes in "
+                "base64 and "
                 "token_str, as Megatron-LM's TikTokenizer reads it."
             )
         found.append(token)
@@ -119,7 +121,8 @@ def _definition(vocab_file: str, merge_file: str) -> str:
         built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"{vocab_file} and {merge_file} do not belong together: {error}. Give the two of one tokenizer."
+            f"{vocab_file} and {merge_file} do not belong together: {error}. Give the two of one "
+            "tokenizer."
         ) from error
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = tokenizers.decoders.ByteLevel()
@@ -151,7 +154,8 @@ def _merges(path: str) -> list[tuple[str, str]]:
         left, blank, right = line.rstrip("\r").partition(" ")
         if not (left and blank and right) or " " in right:
             raise DataError(
-                f"{path}:{number}: want two pieces with a blank between; --merge-file is merges.txt."
+                f"{path}:{number}: want two pieces with a blank between; --merge-file is "
+                "merges.txt."
             )
         found.append((left, right))
     return found

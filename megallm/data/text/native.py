@@ -1,4 +1,6 @@
-"""Tokenizers in formats of their own: a sentencepiece model, or tiktoken ranks. Both libraries are optional."""
+"""Tokenizers in formats of their own: a sentencepiece model, or tiktoken ranks. Both libraries are
+optional.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
 _END = "<|endoftext|>"
 # Classes, or types of models, whose texts begin with a token unless their settings say otherwise.
 _BEGIN = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "llama", "mistral", "mixtral")
-# How OpenAI's published encodings split text, and their special tokens: the file itself does not say.
+# How OpenAI's published encodings split text, and their special tokens: the file itself does not
+# say.
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"
@@ -33,7 +36,12 @@ _O200K = "|".join((
     rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPS}*{_SMALL}+{_SHORT}", rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPS}+{_SMALL}*{_SHORT}",
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
 ))  # fmt: skip
-_FIM_100K = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}
+_FIM_100K = {
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<|endofprompt|>": 100276,
+}
 KNOWN: dict[str, tuple[str, dict[str, int]]] = {
     "gpt2": (_GPT2, {_END: 50256}),
     "r50k_base": (_GPT2, {_END: 50256}),
@@ -60,14 +68,17 @@ class _Native:
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has."""
         ids = self.encode_batch(texts)
-        return np.concatenate([np.empty(0, np.int64), *ids]), np.array([len(one) for one in ids], np.int64)
+        return np.concatenate([np.empty(0, np.int64), *ids]), np.array(
+            [len(one) for one in ids], np.int64
+        )
 
 
 class SentencePieceTokenizer(_Native):
-    """A sentencepiece `.model`; control symbols written in a text are ordinary text. Errors: `DataError`.
+    """A sentencepiece `.model`; control symbols written in a text are ordinary text. Errors:
+    `DataError`.
 
-    `settings` are those of the folder it lies in: added tokens beyond the model's pieces, which token ends a text,
-    and whether texts begin with one. A file by itself has none.
+    `settings` are those of the folder it lies in: added tokens beyond the model's pieces, which
+    token ends a text, and whether texts begin with one. A file by itself has none.
     """
 
     kind = "sentencepiece"
@@ -84,7 +95,9 @@ class SentencePieceTokenizer(_Native):
         self._added = {text: i for text, i in self._settings.added.items() if i >= self._pieces}
         self._texts = {i: text for text, i in self._added.items()}
         self.vocab_size = max([self._pieces - 1, *self._texts]) + 1
-        found = _digest(data + json.dumps(sorted(self._added.items())).encode() if self._added else data)
+        found = _digest(
+            data + json.dumps(sorted(self._added.items())).encode() if self._added else data
+        )
         self.fingerprint = f"sentencepiece-{found}"
         texts = sorted(self.special_texts, key=len, reverse=True)
         self._finder = re.compile("|".join(map(re.escape, texts))) if texts else None
@@ -92,22 +105,31 @@ class SentencePieceTokenizer(_Native):
     @property
     def special_texts(self) -> set[str]:
         """Control symbols and added tokens as they are written."""
-        symbols = {self._model.id_to_piece(i) for i in range(self._pieces) if self._model.is_control(i)}
+        symbols = {
+            self._model.id_to_piece(i) for i in range(self._pieces) if self._model.is_control(i)
+        }
         named = {text for text in self._settings.specials if self.token_id(text) is not None}
         return symbols | named | set(self._added)
 
     @property
     def eod(self) -> int:
-        """The id that the settings name, else the model's end-of-sentence id. Errors: `DataError`."""
+        """The id that the settings name, else the model's end-of-sentence id. Errors:
+        `DataError`.
+        """
         named = self._settings.tokens.get("eos")
         found = None if named is None else self.token_id(named)
         if found is None and self._model.eos_id() < 0:
-            raise DataError(f"{self.path} has no end-of-sentence symbol: train it with one, or leave out --append-eod.")
+            raise DataError(
+                f"{self.path} has no end-of-sentence symbol: train it with one, or leave out "
+                "--append-eod."
+            )
         return self._model.eos_id() if found is None else found
 
     @property
     def template(self) -> tuple[list[int], list[int]]:
-        """Ids around a text: those that add_bos_token and add_eos_token ask for; a Llama's begins with one anyway."""
+        """Ids around a text: those that add_bos_token and add_eos_token ask for; a Llama's begins
+        with one anyway.
+        """
         own = self._settings
         begins = own.add_bos
         if begins is None:
@@ -115,7 +137,9 @@ class SentencePieceTokenizer(_Native):
             begins = known in _BEGIN
         named = own.tokens.get("bos")
         begin = self._model.bos_id() if named is None else self.token_id(named)
-        return [begin] if begins and begin is not None and begin >= 0 else [], [self.eod] if own.add_eos else []
+        return [begin] if begins and begin is not None and begin >= 0 else [], [
+            self.eod
+        ] if own.add_eos else []
 
     @property
     def specials(self) -> set[int]:
@@ -155,10 +179,12 @@ class SentencePieceTokenizer(_Native):
 
 
 class TiktokenTokenizer(_Native):
-    """A file of tiktoken ranks; special tokens written in a text are ordinary text. Errors: `DataError`, `UsageError`.
+    """A file of tiktoken ranks; special tokens written in a text are ordinary text. Errors:
+    `DataError`, `UsageError`.
 
-    How text is split stands in `NAME.json` beside `NAME.tiktoken`: {"pattern": "...", "special_tokens": {token: id}};
-    encodings that OpenAI publishes need none when the file has their name.
+    How text is split stands in `NAME.json` beside `NAME.tiktoken`: {"pattern": "...",
+    "special_tokens": {token: id}}; encodings that OpenAI publishes need none when the file has
+    their name.
     """
 
     kind = "tiktoken"
@@ -170,7 +196,10 @@ class TiktokenTokenizer(_Native):
         ranks = _ranks(path, data)
         try:
             self._encoding = library.Encoding(
-                path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_tokens
+                path.stem,
+                pat_str=pattern,
+                mergeable_ranks=ranks,
+                special_tokens=self._special_tokens,
             )
         except (ValueError, AssertionError) as error:
             raise DataError(f"{path} cannot be used with its rules: {error}.") from error
@@ -185,7 +214,10 @@ class TiktokenTokenizer(_Native):
         for token in (_END, "<|end_of_text|>", "</s>"):
             if token in self._special_tokens:
                 return self._special_tokens[token]
-        raise DataError(f"{self.path.with_suffix('.json')} names no special token {_END} that could end a document.")
+        raise DataError(
+            f"{self.path.with_suffix('.json')} names no special token {_END} that could end a "
+            "document."
+        )
 
     @property
     def specials(self) -> set[int]:
@@ -199,10 +231,16 @@ class TiktokenTokenizer(_Native):
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text; `special` lets special tokens written in it become their ids."""
-        return self._encoding.encode(text, allowed_special="all") if special else self._encoding.encode_ordinary(text)
+        return (
+            self._encoding.encode(text, allowed_special="all")
+            if special
+            else self._encoding.encode_ordinary(text)
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; an id without a token, such as of a row that only pads a model's vocabulary, gives nothing."""
+        """The text; an id without a token, such as of a row that only pads a model's vocabulary,
+        gives nothing.
+        """
         return self._encoding.decode([number for number in ids if number in self._numbers])
 
     def token_id(self, token: str) -> int | None:
@@ -221,13 +259,16 @@ def _rules(path: Path) -> tuple[str, dict[str, int]]:
             return KNOWN[path.stem]
         raise UsageError(
             f"{path} does not say how text is split: write {side.name} beside it, "
-            f'{{"pattern": "...", "special_tokens": {{"{_END}": id}}}}, or give the file one of the names '
+            f'{{"pattern": "...", "special_tokens": {{"{_END}": id}}}}, or give the file one of '
+            "the names "
             f"{', '.join(KNOWN)} if it is that encoding."
         )
     try:
         value = definition.loads(definition.read_bytes(side), side)
         pattern, specials = value["pattern"], value["special_tokens"]
-        if isinstance(pattern, str) and all(definition.checked_id(one) == one for one in specials.values()):
+        if isinstance(pattern, str) and all(
+            definition.checked_id(one) == one for one in specials.values()
+        ):
             return pattern, specials
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         pass
@@ -242,7 +283,9 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = definition.checked_id(int(rank))
             except (ValueError, binascii.Error):
-                raise DataError(f"{path}:{number}: want a base64 token and its rank, such as 'IQ== 0'.") from None
+                raise DataError(
+                    f"{path}:{number}: want a base64 token and its rank, such as 'IQ== 0'."
+                ) from None
     if not ranks:
         raise DataError(f"{path} holds no ranks.")
     return ranks

@@ -1,6 +1,7 @@
 """Rows of Parquet files in bounded memory, whatever the file unfolds to.
 
-A value that a column's dictionary holds is held once, not once a row; other values are unpacked a few rows at once.
+A value that a column's dictionary holds is held once, not once a row; other values are unpacked a
+few rows at once.
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ _ROWS = 32  # at most, unpacked together
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 1000  # unpacked, and times the packed size
 
 
-def row_batches(name: str, keys: Sequence[str], batch_bytes: int, limit: int) -> Iterator[list[tuple[Any, ...]]]:
-    """The rows of the columns `keys`, about `batch_bytes` of text at once; [] for a row with a value over `limit`.
+def row_batches(
+    name: str, keys: Sequence[str], batch_bytes: int, limit: int
+) -> Iterator[list[tuple[Any, ...]]]:
+    """The rows of the columns `keys`, about `batch_bytes` of text at once; [] for a row with a
+    value over `limit`.
 
-    `limit` in bytes. A text that is not UTF-8 comes as bytes. Errors: `DataError` for a damaged file, a missing
-    column, and a file that unfolds to more than 1000 times its size.
+    `limit` in bytes. A text that is not UTF-8 comes as bytes. Errors: `DataError` for a damaged
+    file, a missing column, and a file that unfolds to more than 1000 times its size.
     """
     pyarrow, parquet = optional.need("pyarrow", name), optional.need("pyarrow.parquet", name)
     try:
         schema = parquet.read_schema(name)
         _check_columns(name, schema.names, keys)
-        text = [key for key in keys if schema.field(key).type in (pyarrow.string(), pyarrow.large_string())]
+        text = [
+            key
+            for key in keys
+            if schema.field(key).type in (pyarrow.string(), pyarrow.large_string())
+        ]
         with parquet.ParquetFile(name, read_dictionary=text, buffer_size=batch_bytes) as file:
             rows = max(1, min(_ROWS, int(4 * batch_bytes / _longest_rows(name, file, keys))))
             for batch in file.iter_batches(rows, columns=list(keys)):
@@ -41,11 +49,15 @@ def _check_columns(name: str, columns: Sequence[str], keys: Sequence[str]) -> No
         found = columns.count(key)
         if found != 1:
             has = ", ".join(f"'{column}'" for column in columns)
-            raise DataError(f"{name} has {f'{found} columns' if found else 'no column'} '{key}', only {has}.")
+            raise DataError(
+                f"{name} has {f'{found} columns' if found else 'no column'} '{key}', only {has}."
+            )
 
 
 def _longest_rows(name: str, file: Any, keys: Sequence[str]) -> float:
-    """Bytes of a row, unpacked, in the group with the longest ones. Errors: `DataError` for a bomb."""
+    """Bytes of a row, unpacked, in the group with the longest ones. Errors: `DataError` for a
+    bomb.
+    """
     longest = 1.0
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
@@ -54,19 +66,24 @@ def _longest_rows(name: str, file: Any, keys: Sequence[str]) -> float:
         size = sum(column.total_uncompressed_size for column in wanted)
         packed = sum(column.total_compressed_size for column in wanted)
         if size > max(_BOMB_BYTES, _BOMB_RATIO * packed):
-            raise DataError(f"{name} unfolds {packed} bytes to {size}: such a file is a bomb, and is not read.")
+            raise DataError(
+                f"{name} unfolds {packed} bytes to {size}: such a file is a bomb, and is not read."
+            )
         longest = max(longest, size / max(group.num_rows, 1))
     return longest
 
 
-def _parts(pyarrow: Any, columns: list[Any], batch_bytes: int, limit: int) -> Iterator[list[tuple[Any, ...]]]:
+def _parts(
+    pyarrow: Any, columns: list[Any], batch_bytes: int, limit: int
+) -> Iterator[list[tuple[Any, ...]]]:
     """The rows of one batch, divided by size before any Python object is made of them."""
     rows: list[tuple[Any, ...]] = []
     held = 0
     for number in range(len(columns[0])):
         cells = [_flat(pyarrow, column[number]) for column in columns]
         sizes = [
-            cell.as_buffer().size if isinstance(cell, pyarrow.BinaryScalar) and cell.is_valid else 0 for cell in cells
+            cell.as_buffer().size if isinstance(cell, pyarrow.BinaryScalar) and cell.is_valid else 0
+            for cell in cells
         ]
         if rows and (held + sum(sizes) > batch_bytes or max(sizes) > limit):
             yield rows

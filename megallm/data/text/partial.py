@@ -1,7 +1,9 @@
-"""The folder `OUTPUT.partial`: what a killed preprocessing had finished, so that the same command goes on from there.
+"""The folder `OUTPUT.partial`: what a killed preprocessing had finished, so that the same command
+goes on from there.
 
-`state.json` names the chunks that are done and the sizes of the files that hold them; it is replaced only after those
-are durable. Whatever lies behind the recorded sizes is cut off on resuming, so the output is the same to the byte.
+`state.json` names the chunks that are done and the sizes of the files that hold them; it is
+replaced only after those are durable. Whatever lies behind the recorded sizes is cut off on
+resuming, so the output is the same to the byte.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ _STALE_SECONDS = 3600.0  # a temporary file of a dead process, untouched for so 
 class Partial:
     """The folder of one output, held by one process at a time; a context manager.
 
-    identity: what must be equal for the work to be of use (JSON); other work in the folder is thrown away.
-    Leaving it keeps the folder, unless `remove` was called. Errors: `CannotWrite`.
+    identity: what must be equal for the work to be of use (JSON); other work in the folder is
+    thrown away. Leaving it keeps the folder, unless `remove` was called. Errors: `CannotWrite`.
     """
 
     def __init__(self, output: str, identity: Any) -> None:
@@ -79,7 +81,9 @@ class Partial:
 
 
 def pending(output: str, identity: Any) -> bool:
-    """Whether this very work was killed while it gave its files their names, which running it again finishes."""
+    """Whether this very work was killed while it gave its files their names, which running it again
+    finishes.
+    """
     try:
         saved = json.loads((Path(f"{output}.partial") / _STATE).read_text(encoding="utf-8"))
         return saved["identity"] == json.loads(json.dumps(identity)) and "publish" in saved["state"]
@@ -88,10 +92,14 @@ def pending(output: str, identity: Any) -> bool:
 
 
 def sweep(output: str) -> list[str]:
-    """Remove temporary files beside `output` whose process is gone and that nobody touched for an hour; their names."""
+    """Remove temporary files beside `output` whose process is gone and that nobody touched for an
+    hour; their names.
+    """
     swept = []
     base = Path(output)
-    for path in base.parent.glob(f"{base.name}[._]*{files.TEMPORARY}*") if base.parent.is_dir() else ():
+    for path in (
+        base.parent.glob(f"{base.name}[._]*{files.TEMPORARY}*") if base.parent.is_dir() else ()
+    ):
         pid = path.name.rpartition(files.TEMPORARY)[2].partition("-")[0]
         with suppress(OSError):
             old = time.time() - path.stat().st_mtime > _STALE_SECONDS

@@ -2,8 +2,8 @@
 
 The parent cuts files into chunks and writes results in the order of the chunks; workers parse and
 tokenise. So the output is byte-identical whatever the number of workers, and memory is bounded by a
-few chunks each. Work in progress lies in `OUTPUT.partial`; final names appear at the end. A run that was
-killed goes on where it was when the same command is given again.
+few chunks each. Work in progress lies in `OUTPUT.partial`; final names appear at the end. A run
+that was killed goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ _REJECT_LINES = 1000  # before the share of rejected lines says anything
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json,tokenizer/}` for each key.
+    """What to read and how; it writes `OUTPUT_KEY_document.{bin,idx,meta.json,tokenizer/}` for each
+    key.
 
-    backend: `accelerated.BACKENDS`; max_reject_percent: of lines that may be rejected under the policy "skip";
-    overwrite: whether datasets of these names are replaced.
+    backend: `accelerated.BACKENDS`; max_reject_percent: of lines that may be rejected under the
+    policy "skip"; overwrite: whether datasets of these names are replaced.
     """
 
     inputs: tuple[str, ...]
@@ -66,12 +67,18 @@ class PreprocessConfig:
         if self.workers < 1:
             raise UsageError(f"--workers {self.workers} must be at least 1.")
         if self.on_error not in _POLICIES:
-            raise UsageError(f"--on-error {self.on_error} is unknown; accepted: {', '.join(_POLICIES)}.")
+            raise UsageError(
+                f"--on-error {self.on_error} is unknown; accepted: {', '.join(_POLICIES)}."
+            )
         if not 0 <= self.max_reject_percent <= 100:
-            raise UsageError(f"--max-reject-percent {self.max_reject_percent} must be between 0 and 100.")
+            raise UsageError(
+                f"--max-reject-percent {self.max_reject_percent} must be between 0 and 100."
+            )
 
     def read_options(self) -> readers.ReadOptions:
-        return readers.ReadOptions(tuple(self.json_keys), self.split_text, self.max_document_mib << 20)
+        return readers.ReadOptions(
+            tuple(self.json_keys), self.split_text, self.max_document_mib << 20
+        )
 
     def prefix(self, key: str) -> str:
         return f"{self.output}_{key}_document"
@@ -86,8 +93,8 @@ class PreprocessConfig:
 class Stats:
     """Counts of a run; `empty` and `tokens` per key, `lines` of text or rows of Parquet.
 
-    backend: what tokenised; by_tokenizers: texts that gigatoken left to `tokenizers`; resumed: chunks that an earlier,
-    killed run had done.
+    backend: what tokenised; by_tokenizers: texts that gigatoken left to `tokenizers`; resumed:
+    chunks that an earlier, killed run had done.
     """
 
     lines: int = 0
@@ -103,14 +110,16 @@ class Stats:
     resumed: int = 0
 
 
-def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = None, again: bool = False) -> Stats:
+def run(
+    config: PreprocessConfig, progress: Callable[[Stats], None] | None = None, again: bool = False
+) -> Stats:
     """Tokenise `config.inputs`; `progress` is called with the counts so far after every chunk.
 
     again: whether datasets of this very run may be there already, which are then left as they are.
 
-    Errors: `DataError` (`file:line: reason` under the policy "stop"; no usable text under both), `UsageError`,
-    `CannotWrite`: nothing is left. After Ctrl-C, SIGTERM, SIGKILL or `InternalError` when a worker dies nothing has
-    a final name, and what is done stays in `OUTPUT.partial`.
+    Errors: `DataError` (`file:line: reason` under the policy "stop"; no usable text under both),
+    `UsageError`, `CannotWrite`: nothing is left. After Ctrl-C, SIGTERM, SIGKILL or `InternalError`
+    when a worker dies nothing has a final name, and what is done stays in `OUTPUT.partial`.
     """
     options = config.read_options()
     readers.check_inputs(config.inputs)
@@ -147,14 +156,20 @@ def run(config: PreprocessConfig, progress: Callable[[Stats], None] | None = Non
 
 
 def run_shards(
-    config: PreprocessConfig, shards: int, only: int | None = None, progress: Callable[[Stats], None] | None = None
+    config: PreprocessConfig,
+    shards: int,
+    only: int | None = None,
+    progress: Callable[[Stats], None] | None = None,
 ) -> list[Stats]:
-    """The same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally many bytes in each.
+    """The same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally many
+    bytes in each.
 
     only: the number of one shard, so that several machines can share the work. Errors: as `run`.
     """
     if not 1 <= shards <= len(config.inputs):
-        raise UsageError(f"--shards {shards} needs 1 to {len(config.inputs)}: a shard holds whole files.")
+        raise UsageError(
+            f"--shards {shards} needs 1 to {len(config.inputs)}: a shard holds whole files."
+        )
     if only is not None and not 0 <= only < shards:
         raise UsageError(f"--shard {only} must be 0 to {shards - 1}.")
     readers.check_inputs(config.inputs)
@@ -168,7 +183,9 @@ def run_shards(
 
 
 def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
-    """Consecutive files for each shard, at least one, ends where the running sum of sizes is nearest to equal parts."""
+    """Consecutive files for each shard, at least one, ends where the running sum of sizes is
+    nearest to equal parts.
+    """
     sizes = np.array([max(1, os.path.getsize(name)) for name in inputs], np.float64)
     ends = np.cumsum(sizes)
     groups, begin = [], 0
@@ -181,15 +198,19 @@ def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
     return groups
 
 
-def around(config: PreprocessConfig, plain: tokenizer.Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids before and behind each text: of the tokenizer's template, and the end of a document where that has it not.
+def around(
+    config: PreprocessConfig, plain: tokenizer.Encoder
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and behind each text: of the tokenizer's template, and the end of a document where
+    that has it not.
 
     Errors: `UsageError` when a template is wanted and there is none.
     """
     before, behind = plain.template if config.add_special_tokens else ([], [])
     if config.add_special_tokens and not (before or behind):
         raise UsageError(
-            f"--add-special-tokens: the template of {config.tokenizer} puts nothing around a text. Leave the option "
+            f"--add-special-tokens: the template of {config.tokenizer} puts nothing around a "
+            "text. Leave the option "
             f"out, or use a tokenizer.json whose post_processor does."
         )
     if config.append_eod and behind[-1:] != [plain.eod]:
@@ -202,9 +223,18 @@ def _identity(config: PreprocessConfig, plain: tokenizer.Encoder, backend: str) 
     inputs = []
     for name in config.inputs:
         found = os.stat(name)
-        once = secrets.token_hex(8) if textfile.is_stream(name) else ""  # what was in a pipe is gone
+        once = (
+            secrets.token_hex(8) if textfile.is_stream(name) else ""
+        )  # what was in a pipe is gone
         inputs.append([name, found.st_size, found.st_mtime_ns, once])
-    fixed = ("json_keys", "append_eod", "add_special_tokens", "on_error", "split_text", "max_document_mib")
+    fixed = (
+        "json_keys",
+        "append_eod",
+        "add_special_tokens",
+        "on_error",
+        "split_text",
+        "max_document_mib",
+    )
     chosen = {key: vars(config)[key] for key in fixed}
     made_by = {"tokenizer": plain.fingerprint, "encoded_by": accelerated.libraries(plain, backend)}
     return {"format": FORMAT, "inputs": inputs, **made_by, "cut": readers.CHUNK_BYTES, **chosen}
@@ -215,10 +245,14 @@ def _digest(identity: dict[str, Any]) -> str:
 
 
 def _done_before(config: PreprocessConfig, identity: dict[str, Any]) -> Stats | None:
-    """The counts of datasets that this very run made, as its side-cars tell them; None where one is missing."""
+    """The counts of datasets that this very run made, as its side-cars tell them; None where one is
+    missing.
+    """
     found = Stats(backend="done before")
     for key in config.json_keys:
-        side_car = meta.read(config.prefix(key)) if os.path.exists(f"{config.prefix(key)}.idx") else None
+        side_car = (
+            meta.read(config.prefix(key)) if os.path.exists(f"{config.prefix(key)}.idx") else None
+        )
         if side_car is None or side_car.get("made_from") != _digest(identity):
             return None
         found.documents, found.rejected = side_car["documents"], side_car["rejected"]
@@ -233,7 +267,9 @@ class _Output:
     `place` is (file, chunks done of it): where the input goes on.
     """
 
-    def __init__(self, config: PreprocessConfig, job: Job, work: Partial, stack: ExitStack, made_from: str) -> None:
+    def __init__(
+        self, config: PreprocessConfig, job: Job, work: Partial, stack: ExitStack, made_from: str
+    ) -> None:
         self.config, self._work, keys = config, work, config.json_keys
         self._made_from = made_from
         self.stats = Stats(
@@ -245,11 +281,16 @@ class _Output:
         self._next_line: int = saved.get("next_line", 1)
         self._runs: list[list[int]] = saved.get("runs", [])
         self._first_reject: str = saved.get("first_reject", "")
-        vars(self.stats).update(saved.get("stats", {}), backend=job.backend, resumed=saved.get("chunks", 0))
+        vars(self.stats).update(
+            saved.get("stats", {}), backend=job.backend, resumed=saved.get("chunks", 0)
+        )
         self._chunks = self.stats.resumed
         dtype, done = np.dtype(job.dtype), saved.get("done", dict.fromkeys(keys, (0, 0, 0)))
         self._writers = {
-            key: stack.enter_context(IndexedWriter(config.prefix(key), dtype, work.folder, done[key])) for key in keys
+            key: stack.enter_context(
+                IndexedWriter(config.prefix(key), dtype, work.folder, done[key])
+            )
+            for key in keys
         }
         self._rejects: BinaryIO | None = None
         if config.on_error == "skip":
@@ -262,7 +303,9 @@ class _Output:
         self._saved_at = time.monotonic()
 
     def add(self, chunk: tuple[int, readers.Chunk], encoded: Encoded) -> None:
-        """Write one chunk. Errors: `DataError` for a rejected line under the policy "stop", or for too many."""
+        """Write one chunk. Errors: `DataError` for a rejected line under the policy "stop", or for
+        too many.
+        """
         file, _ = chunk
         if file != self.place[0]:
             self.place, self._next_line = [file, 0], 1
@@ -302,10 +345,15 @@ class _Output:
         self._saved_at = time.monotonic()
 
     def commit(self, encoder: tokenizer.Encoder) -> None:
-        """Publish everything: first all is made ready and noted, then it is moved, so that a run that is killed in
-        between can finish. Errors: `DataError` when no text gave any token, or too many lines were rejected."""
+        """Publish everything: first all is made ready and noted, then it is moved, so that a run
+        that is killed in between can finish. Errors: `DataError` when no text gave any token, or
+        too many lines were rejected."""
         stats, config = self.stats, self.config
-        why = f" The first of {stats.rejected} rejected: {self._first_reject}." if stats.rejected else ""
+        why = (
+            f" The first of {stats.rejected} rejected: {self._first_reject}."
+            if stats.rejected
+            else ""
+        )
         if not any(stats.tokens.values()):
             raise DataError(
                 f"There is no usable text in {', '.join(config.inputs)}: {stats.lines} lines, "
@@ -321,7 +369,11 @@ class _Output:
             with files.writing(f"{config.output}.rejects.jsonl"):
                 self._rejects.close()
                 files.fsync_file(self._work.folder / "rejects.jsonl")
-        lines = {"files": list(config.inputs), "runs": self._runs} if len(self._runs) <= provenance.MAX_RUNS else None
+        lines = (
+            {"files": list(config.inputs), "runs": self._runs}
+            if len(self._runs) <= provenance.MAX_RUNS
+            else None
+        )
         prepared = {}
         for key, writer in self._writers.items():
             prepared[config.prefix(key)] = writer.prepare({
@@ -350,14 +402,21 @@ class _Output:
         self._first_reject = self._first_reject or f"{name}:{line}: {reason}"
         row = json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n"
         with files.writing(f"{self.config.output}.rejects.jsonl"):
-            self._rejects.write(row.encode(errors="backslashreplace"))  # a lone surrogate as its JSON escape
+            self._rejects.write(
+                row.encode(errors="backslashreplace")
+            )  # a lone surrogate as its JSON escape
         self._check_rejects(_REJECT_LINES)
 
     def _check_rejects(self, least_lines: int) -> None:
         stats, percent = self.stats, self.config.max_reject_percent
-        if percent < 100 and stats.lines >= least_lines and stats.rejected * 100 > percent * stats.lines:
+        if (
+            percent < 100
+            and stats.lines >= least_lines
+            and stats.rejected * 100 > percent * stats.lines
+        ):
             raise DataError(
-                f"{stats.rejected} of {stats.lines} lines were rejected, more than --max-reject-percent {percent:g}; "
+                f"{stats.rejected} of {stats.lines} lines were rejected, more than "
+                f"--max-reject-percent {percent:g}; "
                 f"the first: {self._first_reject}."
             )
 
@@ -379,13 +438,17 @@ def _publish(config: PreprocessConfig, work: Partial) -> Stats | None:
 def _encoded(
     config: PreprocessConfig, job: Job, place: list[int]
 ) -> Iterator[tuple[tuple[int, readers.Chunk], Encoded]]:
-    """Every chunk from `place` on, with the number of its file, in order; tokenised here or by workers."""
+    """Every chunk from `place` on, with the number of its file, in order; tokenised here or by
+    workers.
+    """
     first, done = place
 
     def every() -> Iterator[tuple[int, readers.Chunk]]:
         for file in range(first, len(config.inputs)):
             skipped = done if file == first else 0
-            for chunk in itertools.islice(readers.chunks(config.inputs[file], job.options), skipped, None):
+            for chunk in itertools.islice(
+                readers.chunks(config.inputs[file], job.options), skipped, None
+            ):
                 yield file, chunk
 
     encode = partial(_encode_numbered, job)
@@ -407,13 +470,17 @@ class _Terminated(BaseException):
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block by an exception, so that it cleans up, and then have its usual effect."""
+    """Let SIGTERM end the block by an exception, so that it cleans up, and then have its usual
+    effect.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: the cleanup is not to be interrupted
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # once is enough: the cleanup is not to be interrupted
         raise _Terminated
 
     previous = signal.signal(signal.SIGTERM, stop) or signal.SIG_DFL

@@ -1,4 +1,5 @@
-"""Raw text files, cut into chunks of bounded size: JSONL, plain text, Parquet; `textfile` opens and unpacks them.
+"""Raw text files, cut into chunks of bounded size: JSONL, plain text, Parquet; `textfile` opens and
+unpacks them.
 
 `chunks` runs in the parent and cuts; `parse` runs in a worker and turns a chunk into documents and
 rejected lines. How a file is cut depends on nothing but the file, so neither does any result.
@@ -34,7 +35,9 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a document is: the JSON keys of its texts, how plain text is split, and how long one may be."""
+    """What a document is: the JSON keys of its texts, how plain text is split, and how long one may
+    be.
+    """
 
     keys: tuple[str, ...] = ("text",)
     split_text: str = "file"
@@ -42,16 +45,27 @@ class ReadOptions:
 
     def __post_init__(self) -> None:
         if self.split_text not in _SPLITS:
-            raise UsageError(f"--split-text {self.split_text} is unknown; accepted: {', '.join(_SPLITS)}.")
-        if not self.keys or len(set(self.keys)) < len(self.keys) or any("/" in key or not key for key in self.keys):
-            raise UsageError(f"--json-keys {' '.join(self.keys)}: give one or more different names without '/'.")
+            raise UsageError(
+                f"--split-text {self.split_text} is unknown; accepted: {', '.join(_SPLITS)}."
+            )
+        if (
+            not self.keys
+            or len(set(self.keys)) < len(self.keys)
+            or any("/" in key or not key for key in self.keys)
+        ):
+            raise UsageError(
+                f"--json-keys {' '.join(self.keys)}: give one or more different names without '/'."
+            )
         if self.max_document_bytes < 1:
-            raise UsageError(f"The longest document must be at least 1 byte; got {self.max_document_bytes}.")
+            raise UsageError(
+                f"The longest document must be at least 1 byte; got {self.max_document_bytes}."
+            )
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some whole documents of one file: `data`, or for a plain file its range [begin, end), or Parquet `rows`.
+    """Some whole documents of one file: `data`, or for a plain file its range [begin, end), or
+    Parquet `rows`.
 
     `too_long` says that here was one document over the limit, of so many `lines`; it was not kept.
     """
@@ -72,7 +86,9 @@ class Chunk:
 
 @dataclass
 class Parsed:
-    """Documents (line, one text per key), rejected lines (line, reason), and counts of lines; lines from 0."""
+    """Documents (line, one text per key), rejected lines (line, reason), and counts of lines; lines
+    from 0.
+    """
 
     documents: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     rejects: list[tuple[int, str]] = field(default_factory=list)
@@ -116,15 +132,21 @@ def chunks(name: str, options: ReadOptions) -> Iterator[Chunk]:
 
 def _cut_parquet(file: TextFile, options: ReadOptions) -> Iterator[Chunk]:
     if file.packing:
-        raise DataError(f"{file.name} is a packed Parquet file, which is not read: unpack it, and give that.")
+        raise DataError(
+            f"{file.name} is a packed Parquet file, which is not read: unpack it, and give that."
+        )
     if textfile.is_stream(file.name):
         raise DataError(f"{file.name} is a pipe, but Parquet is read from its end: give a file.")
-    for rows in parquet.row_batches(file.name, options.keys, CHUNK_BYTES, options.max_document_bytes):
+    for rows in parquet.row_batches(
+        file.name, options.keys, CHUNK_BYTES, options.max_document_bytes
+    ):
         yield Chunk(file.name, "rows", rows=rows or None, too_long=not rows, lines=1)
 
 
 def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
-    """Every text of every file, in order, in this process. Errors: `DataError` `file:line: reason`."""
+    """Every text of every file, in order, in this process. Errors: `DataError` `file:line:
+    reason`.
+    """
     check_inputs(inputs)
     for name in inputs:
         first = 1
@@ -139,20 +161,28 @@ def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
 
 def rejected(name: str, line: int, reason: str) -> DataError:
     """The error of the policy "stop"."""
-    return DataError(f"{name}:{line}: {reason}. Mend the line, or pass --on-error skip to leave such lines out.")
+    return DataError(
+        f"{name}:{line}: {reason}. Mend the line, or pass --on-error skip to leave such lines out."
+    )
 
 
 @dataclass(frozen=True)
 class _Separator:
-    """Where documents end in a stretch of a file: just after the first or the last match, 0 for none."""
+    """Where documents end in a stretch of a file: just after the first or the last match, 0 for
+    none.
+    """
 
     marks: tuple[bytes, ...]
 
     def last(self, data: bytearray) -> int:
-        return max((at + len(mark) for mark in self.marks if (at := data.rfind(mark)) >= 0), default=0)
+        return max(
+            (at + len(mark) for mark in self.marks if (at := data.rfind(mark)) >= 0), default=0
+        )
 
     def first(self, data: bytearray) -> int:
-        return min((at + len(mark) for mark in self.marks if (at := data.find(mark)) >= 0), default=0)
+        return min(
+            (at + len(mark) for mark in self.marks if (at := data.find(mark)) >= 0), default=0
+        )
 
 
 _LINE = _Separator((b"\n",))
@@ -162,7 +192,9 @@ _SEPARATORS = {
 
 
 def _cut_by_seeking(name: str, kind: str, file: BinaryIO, limit: int) -> Iterator[Chunk]:
-    """Ranges of whole lines of a plain file, looking only where they might end; stops before a very long line."""
+    """Ranges of whole lines of a plain file, looking only where they might end; stops before a very
+    long line.
+    """
     size = os.fstat(file.fileno()).st_size
     begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     while begin < size:
@@ -180,7 +212,9 @@ def _cut_by_seeking(name: str, kind: str, file: BinaryIO, limit: int) -> Iterato
         begin = end
 
 
-def _cut(name: str, kind: str, blocks: Iterator[bytes], limit: int, begin: int = 0) -> Iterator[Chunk]:
+def _cut(
+    name: str, kind: str, blocks: Iterator[bytes], limit: int, begin: int = 0
+) -> Iterator[Chunk]:
     """Whole documents, about CHUNK_BYTES at once; holds no more than the limit and two blocks.
 
     begin: where in the file the blocks begin.
@@ -211,7 +245,12 @@ def _cut(name: str, kind: str, blocks: Iterator[bytes], limit: int, begin: int =
             begin += end
         dropping = len(held) > limit
     if dropping:
-        yield Chunk(name, kind, too_long=True, lines=dropped_lines + held.count(b"\n") + (held[-1:] != b"\n"))
+        yield Chunk(
+            name,
+            kind,
+            too_long=True,
+            lines=dropped_lines + held.count(b"\n") + (held[-1:] != b"\n"),
+        )
     elif held:
         yield Chunk(name, kind, begin, begin + len(held), bytes(held))
 
@@ -228,7 +267,9 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
     data = bytes_of(chunk)
     parsed = Parsed(lines=data.count(b"\n") + (data[-1:] not in (b"\n", b"")))
     loads = fast_loads() if chunk.kind == "jsonl" else None
-    for line, raw in enumerate(lines_of(data)) if loads is not None else _documents(chunk.kind, data):
+    for line, raw in (
+        enumerate(lines_of(data)) if loads is not None else _documents(chunk.kind, data)
+    ):
         found = None if loads is None else _quick_texts(raw, options, loads)
         if found is None:
             _parse_one(line, raw, chunk.kind, options, parsed)
@@ -246,7 +287,9 @@ def bytes_of(chunk: Chunk) -> bytes:
         return file.read(chunk.size)
 
 
-def _parse_one(line: int, raw: bytes | str, kind: str, options: ReadOptions, parsed: Parsed) -> None:
+def _parse_one(
+    line: int, raw: bytes | str, kind: str, options: ReadOptions, parsed: Parsed
+) -> None:
     """Add one document, or the reason against it, to `parsed`."""
     try:
         if _encoded_size(raw) > options.max_document_bytes:
@@ -267,14 +310,18 @@ def _parse_one(line: int, raw: bytes | str, kind: str, options: ReadOptions, par
 
 @cache
 def fast_loads() -> Callable[[bytes], Any] | None:
-    """orjson's reader where it is installed. It only ever says yes: a line it refuses is judged by `json`."""
+    """orjson's reader where it is installed. It only ever says yes: a line it refuses is judged by
+    `json`.
+    """
     try:
         return importlib.import_module("orjson").loads
     except ImportError:
         return None
 
 
-def _quick_texts(raw: bytes, options: ReadOptions, loads: Callable[[bytes], Any]) -> tuple[str, ...] | None:
+def _quick_texts(
+    raw: bytes, options: ReadOptions, loads: Callable[[bytes], Any]
+) -> tuple[str, ...] | None:
     """The texts of a line without any fault, else None."""
     if len(raw) > options.max_document_bytes:
         return None
@@ -339,11 +386,15 @@ def _texts_of_json(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     except RecursionError:
         raise _Reject("not usable JSON, it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise _Reject(f"the line holds a JSON {type_name(value)}, want an object with {_quoted(keys)}")
+        raise _Reject(
+            f"the line holds a JSON {type_name(value)}, want an object with {_quoted(keys)}"
+        )
     found = []
     for key in keys:
         if key not in value:
-            raise _Reject(f"the key '{key}' is missing; the line has {_quoted(list(value)[:8]) or 'no keys'}")
+            raise _Reject(
+                f"the key '{key}' is missing; the line has {_quoted(list(value)[:8]) or 'no keys'}"
+            )
         found.append(value[key])
     return _sound(found, keys)
 

@@ -1,7 +1,8 @@
-"""As much of a corpus as a tokenizer is to learn from: spread over all of it, in pieces that are cheap to split.
+"""As much of a corpus as a tokenizer is to learn from: spread over all of it, in pieces that are
+cheap to split.
 
-Counting words takes memory for each word that is different, and splitting a text takes about eighty times its size; so
-both are bounded here: the whole by the number of bytes, one piece by `_PIECE`.
+Counting words takes memory for each word that is different, and splitting a text takes about eighty
+times its size; so both are bounded here: the whole by the number of bytes, one piece by `_PIECE`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megallm.data.text.readers import ReadOptions
 
 SAMPLE_BYTES = 256 << 20
 _PIECE = 1 << 15  # characters
-# Where no pattern of byte-level BPE joins what stands on both sides: before a blank between two words.
+# Where no pattern of byte-level BPE joins what stands on both sides: before a blank between two
+# words.
 _CUT = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
 _SEED = 0
 
@@ -33,13 +35,16 @@ class Sample:
         self.documents = self.text_bytes = 0
 
     def texts(self, inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
-        """The texts, in order: all of a corpus that is small enough, else of chunks that are chosen evenly over it.
+        """The texts, in order: all of a corpus that is small enough, else of chunks that are chosen
+        evenly over it.
 
         Of a pipe, whose size is not known, the beginning is taken. Errors: as `readers.texts`.
         """
         readers.check_inputs(inputs)
         share = self.most_bytes / max(1.0, sum(map(_text_bytes, inputs)))
-        for text in readers.texts(inputs, options) if share >= 1 else _spread(inputs, options, share):
+        for text in (
+            readers.texts(inputs, options) if share >= 1 else _spread(inputs, options, share)
+        ):
             self.documents += 1
             self.text_bytes += len(text.encode("utf-8"))
             self.progress("reading", self.text_bytes, None, "bytes")
@@ -53,7 +58,10 @@ def _spread(inputs: Sequence[str], options: ReadOptions, share: float) -> Iterat
     """The texts of chunks that are drawn with the probability `share`."""
     key, number = rng.key_of(_SEED, "tokenizer sample"), 0
     for name in inputs:
-        begin, lines = 0, 1  # where in a file that is read by ranges, and the line where it is held in memory
+        begin, lines = (
+            0,
+            1,
+        )  # where in a file that is read by ranges, and the line where it is held in memory
         for chunk in readers.chunks(name, options):
             number += 1
             if float(rng.uniform(key, number, 1)[0]) < share:
@@ -75,7 +83,9 @@ def _lines_before(name: str, end: int) -> int:
 
 
 def _text_bytes(name: str) -> float:
-    """About how much text a file holds, from its size and how its beginning unpacks; 0 for a pipe."""
+    """About how much text a file holds, from its size and how its beginning unpacks; 0 for a
+    pipe.
+    """
     if textfile.is_stream(name):
         return 0.0
     with textfile.damage(name), textfile.opened(name) as file:

@@ -1,7 +1,9 @@
-"""Opening a file of raw text: what it is is seen in its first bytes, and it is read as UTF-8 in bounded blocks.
+"""Opening a file of raw text: what it is is seen in its first bytes, and it is read as UTF-8 in
+bounded blocks.
 
-gzip, zstd, bzip2 and xz are unpacked and UTF-16 and UTF-32 with a byte order mark become UTF-8, whatever the name
-says. Pipes and /dev/stdin are read once, from the beginning to the end. Archives of several files are refused.
+gzip, zstd, bzip2 and xz are unpacked and UTF-16 and UTF-32 with a byte order mark become UTF-8,
+whatever the name says. Pipes and /dev/stdin are read once, from the beginning to the end. Archives
+of several files are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data import optional
 
 BLOCK_BYTES = 1 << 20
-SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lzma")  # of packed files: the suffix before says what is in it
+SUFFIXES = (
+    ".gz",
+    ".zst",
+    ".zstd",
+    ".bz2",
+    ".xz",
+    ".lzma",
+)  # of packed files: the suffix before says what is in it
 WRITER_SECONDS = 60.0  # so long a named pipe may have no writer
 _POLL_SECONDS = 0.05
 _READ_BYTES = 1 << 16  # compressed bytes read at once
@@ -36,19 +45,30 @@ _MARKS = {  # the mark of UTF-32 begins like that of UTF-16, so it comes first
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
-           b"\x5d\x00\x00": "xz"}  # fmt: skip - the last is the older .lzma, which the same library reads
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x5d\x00\x00": "xz",
+}  # fmt: skip - the last is the older .lzma, which the same library reads
 _PARQUET = b"PAR1"
 _REFUSED = {  # how it begins: what it is, and what to do with it
     b"PK\x03\x04": ("a zip archive", "unzip it and give the files in it"),
     b"PK\x05\x06": ("a zip archive without files", "give another file"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it and give the files in it"),
     b"Rar!\x1a\x07": ("a rar archive", "unpack it and give the files in it"),
-    b"\x04\x22\x4d\x18": ("packed with lz4", "unpack it, for example `lz4 -d FILE - | megallm ... --input /dev/stdin`"),
+    b"\x04\x22\x4d\x18": (
+        "packed with lz4",
+        "unpack it, for example `lz4 -d FILE - | megallm ... --input /dev/stdin`",
+    ),
     b"\x1f\x9d": ("packed with compress", "unpack it with `gzip -d`"),
     b"LZIP": ("packed with lzip", "unpack it with `lzip -d`"),
     b"ARROW1": ("an Arrow file", "write it as Parquet or JSONL"),
-    b"\xff\xff\xff\xff": ("an Arrow stream", "write it as Parquet or JSONL; datasets have `to_parquet`, `to_json`"),
+    b"\xff\xff\xff\xff": (
+        "an Arrow stream",
+        "write it as Parquet or JSONL; datasets have `to_parquet`, `to_json`",
+    ),
     b"Obj\x01": ("an Avro file", "write it as Parquet or JSONL"),
     b"SQLite format 3\0": ("an SQLite database", "write the texts of its tables as JSONL"),
     b"%PDF-": ("a PDF", "extract its text, for example with `pdftotext`"),
@@ -74,12 +94,16 @@ def check(names: Sequence[str]) -> None:
         if name == "-":
             raise DataError("- is not a file: /dev/stdin is the name of standard input.")
         if Path(name).is_dir():
-            raise DataError(f"{name} is a folder: give the files in it, for example {name}/*.jsonl.")
+            raise DataError(
+                f"{name} is a folder: give the files in it, for example {name}/*.jsonl."
+            )
         try:
             found = os.stat(name)
             if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
                 what = "a terminal" if _is_terminal(name) else "a device"
-                raise DataError(f"{name} is {what}: give a file or a pipe, for example `zcat F | megallm ...`.")
+                raise DataError(
+                    f"{name} is {what}: give a file or a pipe, for example `zcat F | megallm ...`."
+                )
             if not is_stream(name):
                 with opened(name) as file:
                     file.check_library()
@@ -104,7 +128,8 @@ def _is_terminal(name: str) -> bool:
 class TextFile:
     """An open file: `packing` is gzip, zstd, bzip2, xz or nothing; `head` is how its bytes begin.
 
-    by_range: whether its text is its bytes, so that any part of it can be read again by the file's name.
+    by_range: whether its text is its bytes, so that any part of it can be read again by the file's
+    name.
     """
 
     name: str
@@ -125,7 +150,9 @@ class TextFile:
             _library(self.packing, self.name)
 
     def blocks(self) -> Iterator[bytes]:
-        """Its text as UTF-8, at most about BLOCK_BYTES at once. Errors: `DataError`; see `damage`."""
+        """Its text as UTF-8, at most about BLOCK_BYTES at once. Errors: `DataError`; see
+        `damage`.
+        """
         yield from _as_utf8(self.name, _unpacked(self), bool(self.packing))
 
     def start(self, limit: int) -> bytes:
@@ -142,7 +169,9 @@ class TextFile:
 
 @contextmanager
 def opened(name: str) -> Iterator[TextFile]:
-    """The file called `name`. Errors: `DataError` for an archive, or a pipe that nobody writes to; OSError."""
+    """The file called `name`. Errors: `DataError` for an archive, or a pipe that nobody writes to;
+    OSError.
+    """
     stream = is_stream(name)
     with _open_pipe(name) if stream else open(name, "rb") as raw:
         head = raw.read(_HEAD_BYTES)
@@ -157,15 +186,21 @@ def opened(name: str) -> Iterator[TextFile]:
 
 @contextmanager
 def damage(name: str) -> Iterator[None]:
-    """Turn what unpacking raises for a damaged or truncated file into a `DataError` that names it."""
+    """Turn what unpacking raises for a damaged or truncated file into a `DataError` that names
+    it.
+    """
     try:
         yield
     except _DAMAGES as error:
-        raise DataError(f"{name} cannot be read: {error}. The file is damaged or incomplete.") from error
+        raise DataError(
+            f"{name} cannot be read: {error}. The file is damaged or incomplete."
+        ) from error
 
 
 def _packing(name: str, head: bytes) -> str:
-    """How a file is packed. Errors: `DataError` for an archive, and for a packed file's name without its beginning."""
+    """How a file is packed. Errors: `DataError` for an archive, and for a packed file's name
+    without its beginning.
+    """
     packing = _packing_of(head)
     if packing:
         return packing
@@ -182,12 +217,16 @@ def _packing_of(head: bytes) -> str:
     for magic, packing in _PACKED.items():
         if head.startswith(magic):
             return packing
-    skippable = head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5  # a frame that pzstd writes first
+    skippable = (
+        head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5
+    )  # a frame that pzstd writes first
     return "zstd" if skippable else ""
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes may be the beginning of a text: something unpacked it on the way and left the name."""
+    """Whether bytes may be the beginning of a text: something unpacked it on the way and left the
+    name.
+    """
     if head.startswith(tuple(_MARKS)):
         return True
     try:
@@ -198,7 +237,9 @@ def _is_text(head: bytes) -> bool:
 
 
 def _refuse(name: str, head: bytes) -> None:
-    """Errors: `DataError` for the beginning of an archive, of tables, or of text in a wide encoding without a mark."""
+    """Errors: `DataError` for the beginning of an archive, of tables, or of text in a wide encoding
+    without a mark.
+    """
     found = next((said for magic, said in _REFUSED.items() if head.startswith(magic)), None)
     at, magic = _TAR
     if head[at : at + len(magic)] == magic:
@@ -208,8 +249,10 @@ def _refuse(name: str, head: bytes) -> None:
     head = head[:_HEAD_BYTES]
     if not head.startswith((*_MARKS, _PARQUET)) and head.count(0) > _MOST_NULS * len(head):
         raise DataError(
-            f"{name} is no text: {head.count(0)} of its first {len(head)} bytes are NUL. If it is UTF-16 or UTF-32 "
-            "without a byte order mark, make it UTF-8, for example with `iconv -f UTF-16LE -t UTF-8`."
+            f"{name} is no text: {head.count(0)} of its first {len(head)} bytes are NUL. If it is "
+            "UTF-16 or UTF-32 "
+            "without a byte order mark, make it UTF-8, for example with `iconv -f UTF-16LE -t "
+            "UTF-8`."
         )
 
 
@@ -231,7 +274,9 @@ class _Rejoined(io.RawIOBase):
 
 
 def _open_pipe(name: str) -> BinaryIO:
-    """A pipe, open for reading. One that nobody writes to is waited for, but not for ever. Errors: `DataError`."""
+    """A pipe, open for reading. One that nobody writes to is waited for, but not for ever. Errors:
+    `DataError`.
+    """
     own = _own_descriptor(name)
     if own is not None:
         return os.fdopen(os.dup(own), "rb")
@@ -255,7 +300,10 @@ def _first_byte(name: str, fd: int) -> bytes:
         except BlockingIOError:
             return b""
         time.sleep(_POLL_SECONDS)
-    raise DataError(f"{name} is a pipe that nothing wrote to for {WRITER_SECONDS:g} seconds: start its writer first.")
+    raise DataError(
+        f"{name} is a pipe that nothing wrote to for {WRITER_SECONDS:g} seconds: start its writer "
+        "first."
+    )
 
 
 def _own_descriptor(name: str) -> int | None:
@@ -275,7 +323,9 @@ def _library(packing: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:  # of the standard library, yet some builds of Python lack it
-        raise UsageError(f"Reading {name} needs a Python that was built with {module}; unpack the file.") from error
+        raise UsageError(
+            f"Reading {name} needs a Python that was built with {module}; unpack the file."
+        ) from error
 
 
 def _unpacked(file: TextFile) -> Iterator[bytes]:
@@ -286,7 +336,9 @@ def _unpacked(file: TextFile) -> Iterator[bytes]:
         return
     if file.packing in ("bzip2", "xz"):
         fresh = library.BZ2Decompressor if file.packing == "bzip2" else library.LZMADecompressor
-        yield from _gathered(_streams(fresh, () if file.packing == "bzip2" else library.LZMAError, file.raw))
+        yield from _gathered(
+            _streams(fresh, () if file.packing == "bzip2" else library.LZMAError, file.raw)
+        )
         return
     unpacked: Any = gzip.GzipFile(fileobj=file.raw) if file.packing else file.raw
     try:
@@ -297,7 +349,8 @@ def _unpacked(file: TextFile) -> Iterator[bytes]:
 
 
 def _streams(fresh: Callable[[], Any], bad: Any, file: BinaryIO) -> Iterator[bytes]:
-    """The streams of a file one after the other, zeros between them aside; `fresh` makes what unpacks one.
+    """The streams of a file one after the other, zeros between them aside; `fresh` makes what
+    unpacks one.
 
     The classes of the standard library take a later stream that is damaged for the end of the file.
     """
@@ -335,7 +388,10 @@ def _zstd(zstandard: Any, file: BinaryIO) -> Iterator[bytes]:
     frame = None
     while block := file.read(_FEED_BYTES):  # the file is buffered
         while block:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
+            frame = (
+                frame
+                or zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
+            )
             try:
                 yield frame.decompress(block)
             except zstandard.ZstdError as error:
@@ -346,8 +402,8 @@ def _zstd(zstandard: Any, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _as_utf8(name: str, blocks: Iterator[bytes], packed: bool) -> Iterator[bytes]:
-    """The same text as UTF-8; a byte order mark of UTF-8 stays. Half a surrogate pair becomes bytes that no UTF-8 has,
-    so that only the document that holds it is refused."""
+    """The same text as UTF-8; a byte order mark of UTF-8 stays. Half a surrogate pair becomes bytes
+    that no UTF-8 has, so that only the document that holds it is refused."""
     first = next(blocks, b"")
     if packed and (first.startswith(_PARQUET) or _packing_of(first)):
         what = "a packed Parquet file" if first.startswith(_PARQUET) else "packed twice"

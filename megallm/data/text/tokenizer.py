@@ -1,7 +1,8 @@
-"""Tokenizers: raw bytes, or a Hugging Face folder's `tokenizer.json`; and training a byte-level BPE.
+"""Tokenizers: raw bytes, or a Hugging Face folder's `tokenizer.json`; and training a byte-level
+BPE.
 
-The text of a document is ordinary text: a literal `<|endoftext|>` in it never becomes the end-of-document
-id. Nothing here runs code of the folder, and `transformers` is not needed.
+The text of a document is ordinary text: a literal `<|endoftext|>` in it never becomes the
+end-of-document id. Nothing here runs code of the folder, and `transformers` is not needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from megallm.data.text.sample import Sample, pieces_of
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json")  # that `train_bpe` writes
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)  # that `train_bpe` writes
 _AT_ONCE = 64  # texts given to the library together
 _FALLBACK_EODS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 
@@ -50,7 +55,9 @@ class Encoder(Protocol):
 
 
 class Tokenizer(Encoder, Protocol):
-    """Text to ids and back. `eod` is the end-of-document id; `fingerprint` names vocabulary and rules."""
+    """Text to ids and back. `eod` is the end-of-document id; `fingerprint` names vocabulary and
+    rules.
+    """
 
     @property
     def specials(self) -> set[int]:
@@ -63,7 +70,9 @@ class Tokenizer(Encoder, Protocol):
         ...
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` lets special tokens written in it become their ids (chat templates)."""
+        """Ids of a text; `special` lets special tokens written in it become their ids (chat
+        templates).
+        """
         ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -76,8 +85,9 @@ class Tokenizer(Encoder, Protocol):
 def load(spec: str, check: bool = True) -> Tokenizer:
     """The tokenizer called `bytes`, of a folder in any form of `tokenizer_folder`, or of a file.
 
-    Files are a `tokenizer.json`, sentencepiece's `.model` and tiktoken's ranks; see `native`. Without `check` the
-    library reads a tokenizer.json when it is first needed, and errors come then. Errors: `DataError`.
+    Files are a `tokenizer.json`, sentencepiece's `.model` and tiktoken's ranks; see `native`.
+    Without `check` the library reads a tokenizer.json when it is first needed, and errors come
+    then. Errors: `DataError`.
     """
     if spec == BYTES:
         return ByteTokenizer()
@@ -104,7 +114,8 @@ def _check_sound(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"The text has a lone surrogate at character {error.start}, which UTF-8 cannot hold: remove it."
+            f"The text has a lone surrogate at character {error.start}, which UTF-8 cannot hold: "
+            "remove it."
         ) from None
 
 
@@ -124,17 +135,23 @@ class ByteTokenizer:
         return {self.eod}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Bytes of the text; the one special token has no written form, so `special` changes nothing."""
+        """Bytes of the text; the one special token has no written form, so `special` changes
+        nothing.
+        """
         _check_sound(text)
         return list(text.encode("utf-8"))
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has."""
         parts = [text.encode("utf-8") for text in texts]
-        return np.frombuffer(b"".join(parts), np.uint8), np.fromiter(map(len, parts), np.int64, len(parts))
+        return np.frombuffer(b"".join(parts), np.uint8), np.fromiter(
+            map(len, parts), np.int64, len(parts)
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; the end-of-document id gives nothing, broken UTF-8 gives replacement characters."""
+        """The text; the end-of-document id gives nothing, broken UTF-8 gives replacement
+        characters.
+        """
         return bytes(i for i in ids if i < self.eod).decode("utf-8", errors="replace")
 
     def token_id(self, token: str) -> int | None:
@@ -145,7 +162,8 @@ class ByteTokenizer:
 class FolderTokenizer:
     """A Hugging Face tokenizer read with the `tokenizers` library; no truncation, no padding.
 
-    The library builds it at the first use: for 128,000 tokens that takes half a second. Errors: `DataError`.
+    The library builds it at the first use: for 128,000 tokens that takes half a second. Errors:
+    `DataError`.
     """
 
     kind = "huggingface"
@@ -182,13 +200,18 @@ class FolderTokenizer:
 
     @cached_property
     def eod(self) -> int:
-        """Id of `eos_token` in tokenizer_config.json or special_tokens_map.json. Errors: `DataError`."""
+        """Id of `eos_token` in tokenizer_config.json or special_tokens_map.json. Errors:
+        `DataError`.
+        """
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read_json(self.file.parent / name).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if token not in self._vocab:
-                    raise DataError(f"{self.file.parent / name} names eos_token {token!r}, which {self.file} lacks.")
+                    raise DataError(
+                        f"{self.file.parent / name} names eos_token {token!r}, which {self.file} "
+                        "lacks."
+                    )
                 return self._vocab[token]
         for token in _FALLBACK_EODS:
             if token in self._vocab:
@@ -206,14 +229,20 @@ class FolderTokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, without any token that a template would add around it."""
         _check_sound(text)
-        return (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
+        return (
+            (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
+        )
 
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
-        """Ids that the definition's template puts before and behind a text: a Llama's `<s>`, BERT's [CLS] and [SEP]."""
+        """Ids that the definition's template puts before and behind a text: a Llama's `<s>`, BERT's
+        [CLS] and [SEP].
+        """
         for text in ("a", *self.pieces()):  # some vocabularies have no token for an a
             made = self._special.encode(text, add_special_tokens=True)
-            own = [place for place, sequence in enumerate(made.sequence_ids) if sequence is not None]
+            own = [
+                place for place, sequence in enumerate(made.sequence_ids) if sequence is not None
+            ]
             if own:
                 return made.ids[: own[0]], made.ids[own[-1] + 1 :]
         return [], []
@@ -244,7 +273,9 @@ class FolderTokenizer:
         """Ids of all texts back to back, and how many each has."""
         encode, parts = self._plain.encode_batch_fast, []
         for at in range(0, len(texts), _AT_ONCE):  # without offsets, which nobody asks for here
-            parts += [one.ids for one in encode(list(texts[at : at + _AT_ONCE]), add_special_tokens=False)]
+            parts += [
+                one.ids for one in encode(list(texts[at : at + _AT_ONCE]), add_special_tokens=False)
+            ]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
@@ -280,7 +311,8 @@ def _definition(path: Path) -> tuple[dict[str, Any], str]:
         return definition.read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with {tokenizer_folder.FORMS} "
+            f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with "
+            f"{tokenizer_folder.FORMS} "
             f"(`megallm tokenizer train` makes one), or such a file."
         ) from None
 
@@ -294,8 +326,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _plain_vocab(found: dict[str, Any]) -> dict[str, int] | None:
-    """Every token's id where that stands in the definition without doubt: ids from 0 on, the added tokens last or
-    in their places. None otherwise: `tokenizers` gives added tokens other ids then."""
+    """Every token's id where that stands in the definition without doubt: ids from 0 on, the added
+    tokens last or in their places. None otherwise: `tokenizers` gives added tokens other ids
+    then."""
     vocab = (found.get("model") or {}).get("vocab")
     if not isinstance(vocab, dict):
         return None
@@ -303,7 +336,11 @@ def _plain_vocab(found: dict[str, Any]) -> dict[str, int] | None:
     whole = vocab | added
     new = [number for token, number in added.items() if token not in vocab]
     moved = any(vocab.get(token, number) != number for token, number in added.items())
-    if moved or new != [*range(len(vocab), len(whole))] or max(whole.values(), default=-1) + 1 != len(whole):
+    if (
+        moved
+        or new != [*range(len(vocab), len(whole))]
+        or max(whole.values(), default=-1) + 1 != len(whole)
+    ):
         return None
     return whole
 
@@ -312,7 +349,9 @@ def _build(file: Path, specials_are_text: bool) -> tokenizers.Tokenizer:
     try:
         built = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower for a bad definition
-        raise DataError(f"{file} is not a tokenizer definition that `tokenizers` can load: {error}.") from error
+        raise DataError(
+            f"{file} is not a tokenizer definition that `tokenizers` can load: {error}."
+        ) from error
     return _prepared(built, specials_are_text)
 
 
@@ -331,18 +370,22 @@ def train_bpe(
     special_tokens: Sequence[str] = (),
     sample: Sample | None = None,
 ) -> dict[str, Any]:
-    """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can load.
+    """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can
+    load.
 
-    The vocabulary holds `<|endoftext|>` (id 0, the eos_token), the other special tokens, 256 bytes and the merges;
-    it is smaller than asked when the text is too small. Returns {output, vocab_size, documents, text_bytes,
-    fingerprint}: documents and bytes that were learned from. Errors: `UsageError` for the size, `DataError` for the
-    files, `CannotWrite`.
+    The vocabulary holds `<|endoftext|>` (id 0, the eos_token), the other special tokens, 256 bytes
+    and the merges; it is smaller than asked when the text is too small. Returns {output,
+    vocab_size, documents, text_bytes, fingerprint}: documents and bytes that were learned from.
+    Errors: `UsageError` for the size, `DataError` for the files, `CannotWrite`.
     """
     sample = sample or Sample()
     specials = list(dict.fromkeys((END_OF_TEXT, *special_tokens)))
     least = 256 + len(specials)
     if vocab_size < least:
-        raise UsageError(f"--vocab-size {vocab_size} is too small: 256 bytes and {', '.join(specials)} need {least}.")
+        raise UsageError(
+            f"--vocab-size {vocab_size} is too small: 256 bytes and {', '.join(specials)} need "
+            f"{least}."
+        )
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()

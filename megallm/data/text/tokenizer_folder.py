@@ -1,7 +1,9 @@
-"""The files of a tokenizer: which of them define it, what its settings say, and a copy of all that belongs to it.
+"""The files of a tokenizer: which of them define it, what its settings say, and a copy of all that
+belongs to it.
 
-A folder holds one of these forms: `tokenizer.json`; sentencepiece's `tokenizer.model`; `vocab.json` with `merges.txt`;
-tiktoken's ranks. `PREFIX.tokenizer/` beside an indexed dataset holds the one that made it.
+A folder holds one of these forms: `tokenizer.json`; sentencepiece's `tokenizer.model`; `vocab.json`
+with `merges.txt`; tiktoken's ranks. `PREFIX.tokenizer/` beside an indexed dataset holds the one
+that made it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def kept_at(prefix: str | os.PathLike[str]) -> Path:
 
 
 def form_of(folder: Path) -> Path | None:
-    """The file that defines the folder's tokenizer (`vocab.json` for the pair); None without any."""
+    """The file that defines the folder's tokenizer (`vocab.json` for the pair); None without
+    any.
+    """
     for name in (DEFINITION, *SENTENCEPIECE):
         if (folder / name).is_file():
             return folder / name
@@ -52,13 +56,18 @@ def form_of(folder: Path) -> Path | None:
 
 
 def rank_files(folder: Path) -> tuple[str, ...]:
-    """The names of tiktoken's ranks and of their rules, where these define the folder's tokenizer."""
+    """The names of tiktoken's ranks and of their rules, where these define the folder's
+    tokenizer.
+    """
     form = form_of(folder)
-    return (form.name, f"{form.stem}.json") if form is not None and form.suffix == ".tiktoken" else ()
+    return (
+        (form.name, f"{form.stem}.json") if form is not None and form.suffix == ".tiktoken" else ()
+    )
 
 
 def keep(spec: str, target: Path) -> None:
-    """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder `target`.
+    """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder
+    `target`.
 
     `tokenizer.load` of the copy gives the same tokenizer. Errors: `CannotWrite`.
     """
@@ -84,7 +93,10 @@ def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
         yield source, source.name
         if source.with_suffix(".json").is_file():
             yield source.with_suffix(".json"), f"{source.stem}.json"
-    elif source.suffix in (".model", ".spm"):  # whose own symbols hold: no settings are read beside it
+    elif source.suffix in (
+        ".model",
+        ".spm",
+    ):  # whose own symbols hold: no settings are read beside it
         yield source, SENTENCEPIECE[0]
     else:
         yield source, DEFINITION
@@ -99,18 +111,24 @@ def more_templates(folder: Path) -> list[Path]:
 
 
 def said_of_texts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's config.json says about texts: its type and the ids that begin, end and fill them.
+    """What a model's config.json says about texts: its type and the ids that begin, end and fill
+    them.
 
     Errors: `DataError` for an id that is none.
     """
-    found = {"model_type": config["model_type"]} if isinstance(config.get("model_type"), str) else {}
+    found = (
+        {"model_type": config["model_type"]} if isinstance(config.get("model_type"), str) else {}
+    )
     for key in ID_KEYS:
         value = config.get(key)
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
         if not ids or any(type(number) is not int for number in ids):
-            raise DataError(f"{CONFIG} has {key} {str(value)[:60]!r}; it must be a whole number or a list of them.")
+            raise DataError(
+                f"{CONFIG} has {key} {str(value)[:60]!r}; it must be a whole number or a list of "
+                "them."
+            )
         found[key] = value
     return found
 
@@ -127,9 +145,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 class Settings:
     """What a folder says beside its vocabulary.
 
-    tokens: bos, eos, ... -> written form; added: written form -> id, and how they are found in a text (flags);
-    specials: those of them that stand for no text; kind: the class that transformers reads it with, model_type: what
-    config.json calls the model.
+    tokens: bos, eos, ... -> written form; added: written form -> id, and how they are found in a
+    text (flags); specials: those of them that stand for no text; kind: the class that transformers
+    reads it with, model_type: what config.json calls the model.
     """
 
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -145,9 +163,14 @@ class Settings:
 
 def settings_of(folder: Path) -> Settings:
     """The settings of a folder, from whichever of its files say something. Errors: `DataError`."""
-    config, specials, added = (read_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED))
+    config, specials, added = (
+        read_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED)
+    )
     model = read_json(folder / CONFIG) or read_json(folder / TOKEN_IDS) or {}
-    ids, special = {text: _id(number, folder) for text, number in added.items() if type(number) is int}, set(added)
+    ids, special = (
+        {text: _id(number, folder) for text, number in added.items() if type(number) is int},
+        set(added),
+    )
     flags = {}
     rows = config.get("added_tokens_decoder")
     for number, row in (rows if isinstance(rows, dict) else {}).items():
@@ -173,7 +196,9 @@ def _id(number: int, folder: Path) -> int:
     try:
         return definition.checked_id(number)
     except ValueError as error:
-        raise DataError(f"{folder} has an added token whose {error}: no vocabulary reaches that.") from error
+        raise DataError(
+            f"{folder} has an added token whose {error}: no vocabulary reaches that."
+        ) from error
 
 
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
@@ -199,25 +224,36 @@ _CLASSES = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}  # and their ...
 
 
 def pair_definition(folder: Path) -> str:
-    """The tokenizer.json that `vocab.json` and `merges.txt` stand for, read as GPT-2's or Qwen2's class reads them.
+    """The tokenizer.json that `vocab.json` and `merges.txt` stand for, read as GPT-2's or Qwen2's
+    class reads them.
 
-    Without a word about the class the model's type decides, else it is GPT-2's. Errors: `DataError`.
+    Without a word about the class the model's type decides, else it is GPT-2's. Errors:
+    `DataError`.
     """
     settings, vocabulary = settings_of(folder), read_json(folder / VOCABULARY) or {}
     way = _way(folder, settings)
     numbers = vocabulary.values()
-    if not vocabulary or any(type(one) is not int or not 0 <= one < definition.MAX_ID for one in numbers):
-        raise DataError(f"{folder / VOCABULARY} must map tokens to ids from 0 to {definition.MAX_ID}.")
+    if not vocabulary or any(
+        type(one) is not int or not 0 <= one < definition.MAX_ID for one in numbers
+    ):
+        raise DataError(
+            f"{folder / VOCABULARY} must map tokens to ids from 0 to {definition.MAX_ID}."
+        )
     missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))
     if missing:
         raise DataError(
-            f"{folder / VOCABULARY} lacks {len(missing)} of the 256 bytes of a byte-level BPE (the first: "
+            f"{folder / VOCABULARY} lacks {len(missing)} of the 256 bytes of a byte-level BPE "
+            "(the first: "
             f"{missing[0]!r}), so it belongs to another kind of tokenizer. {_REMEDY}"
         )
     try:
         built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(folder / MERGES)))
-    except Exception as error:  # the library raises nothing narrower for merges that the vocabulary lacks
-        raise DataError(f"{folder}: {VOCABULARY} and {MERGES} do not belong together: {error}.") from error
+    except (
+        Exception
+    ) as error:  # the library raises nothing narrower for merges that the vocabulary lacks
+        raise DataError(
+            f"{folder}: {VOCABULARY} and {MERGES} do not belong together: {error}."
+        ) from error
     built.decoder = decoders.ByteLevel()
     if way == "qwen2":
         built.normalizer = normalizers.NFC()
@@ -243,7 +279,8 @@ def _way(folder: Path, settings: Settings) -> str:
         return _CLASSES[kind]
     if kind:
         raise DataError(
-            f"{folder} has {VOCABULARY} and {MERGES} of a {settings.kind}; how that splits a text only "
+            f"{folder} has {VOCABULARY} and {MERGES} of a {settings.kind}; how that splits a text "
+            "only "
             f"{', '.join(_CLASSES)} are known. {_REMEDY}"
         )
     return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
@@ -278,13 +315,16 @@ def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, folder: Path) -
         (built.add_special_tokens if special else built.add_tokens)([token])
         if built.token_to_id(text) != number:
             raise DataError(
-                f"{folder} gives the added token {text!r} the id {number}, but {VOCABULARY} leads to "
+                f"{folder} gives the added token {text!r} the id {number}, but {VOCABULARY} leads "
+                "to "
                 f"{built.token_to_id(text)}: the files do not belong together."
             )
 
 
 def _add_template(built: tokenizers.Tokenizer, settings: Settings) -> None:
-    """What the switches add_bos_token and add_eos_token put around a text; nothing when they are absent."""
+    """What the switches add_bos_token and add_eos_token put around a text; nothing when they are
+    absent.
+    """
     parts, ids = ["$A"], []
     for key, wanted in (("bos", settings.add_bos), ("eos", settings.add_eos)):
         text = settings.tokens.get(key, _END)
@@ -292,4 +332,6 @@ def _add_template(built: tokenizers.Tokenizer, settings: Settings) -> None:
             parts = [text, *parts] if key == "bos" else [*parts, text]
             ids.append((text, built.token_to_id(text)))
     if ids:
-        built.post_processor = processors.TemplateProcessing(single=parts, special_tokens=sorted(set(ids)))
+        built.post_processor = processors.TemplateProcessing(
+            single=parts, special_tokens=sorted(set(ids))
+        )

@@ -1,7 +1,8 @@
 """An ordered map over worker processes that survives nothing silently.
 
-Each worker has a pipe of its own, so one that is killed in the middle of a result ends that pipe and is
-seen at once. (`concurrent.futures.ProcessPoolExecutor` shares one pipe among all and hangs for ever then.)
+Each worker has a pipe of its own, so one that is killed in the middle of a result ends that pipe
+and is seen at once. (`concurrent.futures.ProcessPoolExecutor` shares one pipe among all and hangs
+for ever then.)
 """
 
 from __future__ import annotations
@@ -23,26 +24,33 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Workers:
-    """`count` processes that call `function(item)`; a context manager that ends them at once on leaving.
+    """`count` processes that call `function(item)`; a context manager that ends them at once on
+    leaving.
 
-    `function` and items must be picklable. A `MegallmError` of the function is raised where its result
-    would have come; any other exception ends the worker with its traceback. Workers die with their parent.
+    `function` and items must be picklable. A `MegallmError` of the function is raised where its
+    result would have come; any other exception ends the worker with its traceback. Workers die with
+    their parent.
     """
 
     def __init__(self, count: int, function: Callable[[Any], Any]) -> None:
-        # A forked worker is there in milliseconds, but forking next to other threads may copy a held lock.
+        # A forked worker is there in milliseconds, but forking next to other threads may copy a
+        # held lock.
         context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
         self._processes: dict[Connection, BaseProcess] = {}
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, function, os.getpid()), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(theirs, function, os.getpid()), daemon=True
+                )
                 process.start()
                 theirs.close()  # now only the worker holds this end, so its death closes the pipe
                 self._processes[ours] = process
         except OSError as error:
             self.close()
-            raise InternalError(f"Worker processes cannot be started: {error}. Use fewer --workers.") from error
+            raise InternalError(
+                f"Worker processes cannot be started: {error}. Use fewer --workers."
+            ) from error
 
     def __enter__(self) -> Workers:
         return self
@@ -60,7 +68,9 @@ class Workers:
         self._processes.clear()
 
     def map(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """Yield (item, function(item)) in the order of the items. Errors: `InternalError` when a worker dies."""
+        """Yield (item, function(item)) in the order of the items. Errors: `InternalError` when a
+        worker dies.
+        """
         source = iter(enumerate(items))
         idle, busy = list(self._processes), set()
         given: dict[int, Any] = {}
@@ -105,9 +115,12 @@ class Workers:
         process = self._processes[connection]
         process.join(5)
         code = process.exitcode
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        how = (
+            f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        )
         return InternalError(
-            f"A worker process died ({how}). A kill that nobody asked for mostly means that memory ran out: "
+            f"A worker process died ({how}). A kill that nobody asked for mostly means that "
+            "memory ran out: "
             f"use fewer --workers."
         )
 
