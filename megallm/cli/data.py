@@ -193,7 +193,8 @@ def _verify(args: argparse.Namespace) -> int:
         raise UsageError(f"--vocab is {args.vocab}; it must be at least 1.")
     found = indexed.verify(args.prefix, args.vocab, BOARD.show)
     BOARD.end()
-    line = f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens of {found['dtype']}, all sound."
+    line = f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens"
+    line += f" of {found['dtype']}, all sound."
     print(json.dumps(found, indent=2) if args.json else line)
     return 0
 

@@ -98,6 +98,6 @@ def layout_faults(
             fixes + nearest_fixes("model.moe.num_experts", experts, multiples(experts, ep)),
         )
     if experts and config.train.determinism == "tree":
-        sentence = "train.determinism tree sums gradients over dp and cp in one fixed order; those of experts are summed "
-        sentence += "over other groups, so a model with model.moe.num_experts has no such order."
+        sentence = "train.determinism tree sums gradients over dp and cp in one fixed order; "
+        sentence += "those of experts are summed over other groups, so a model with model.moe.num_experts has no such order."
         yield sentence, ({"train.determinism": "none"},)
