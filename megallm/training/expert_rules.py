@@ -99,5 +99,6 @@ def layout_faults(
         )
     if experts and config.train.determinism == "tree":
         sentence = "train.determinism tree sums gradients over dp and cp in one fixed order; "
-        sentence += "those of experts are summed over other groups, so a model with model.moe.num_experts has no such order."
+        sentence += "those of experts are summed over other groups, "
+        sentence += "so a model with model.moe.num_experts has no such order."
         yield sentence, ({"train.determinism": "none"},)

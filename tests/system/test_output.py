@@ -209,7 +209,7 @@ def test_lines_that_were_dropped_are_counted_where_they_are_missing():
     begin = time.monotonic()
     for number in range(400):
         writer.write(b"%0100d\n" % number)
-    assert time.monotonic() - begin < 1 and writer.dropped > 200
+    assert time.monotonic() - begin < 10 and writer.dropped > 200
     got = b""
     while writer._taken < writer._given or not got:
         got += os.read(read_end, 1 << 16)
