@@ -146,7 +146,8 @@ def test_bombs_and_endless_lines_take_bounded_memory(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     good = json.dumps({"text": prose(1, 300)}).encode() + b"\n"
-    with open(raw / "a.jsonl", "wb") as file:  # a line of 1 GB (of zeros: the file is sparse), then a good one
+    with open(raw / "a.jsonl", "wb") as file:  # a line of 1 GB (sparse behind its beginning), then a good one
+        file.write(b"x" * 4096)
         file.seek(1 << 30)
         file.write(b"\n" + good)
     many = zstandard.ZstdCompressor(level=1).compressobj()
