@@ -1,8 +1,7 @@
 """An independent float64 decoder and optimizer in ordinary torch: the referee of the layout oracle.
 
-It imports nothing of megallm but the referee's other parts. Weights are a plain dict of logical
-tensors, named and shaped as in docs/architecture.md; the configuration is a plain mapping with the
-fields of a resolved model.
+It imports nothing of megallm but the referee's other parts. Weights are a plain dict of logical tensors, named and
+shaped as in docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
 """
 
 from __future__ import annotations
@@ -22,15 +21,9 @@ from megallm.oracle.reference_mtp import further_loss
 
 
 def forward(
-    config: Mapping[str, Any],
-    weights: Weights,
-    tokens: Tensor,
-    positions: Tensor,
-    documents: Tensor | None = None,
+    config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
 ) -> Tensor:
-    """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside
-    `documents` [B, T].
-    """
+    """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside `documents` [B, T]."""
     seen = Seen(positions, documents, Notes(torch.ones_like(tokens, dtype=torch.bool), documents))
     return _logits(config, weights, _last_layer(config, weights, tokens, seen))
 
@@ -52,9 +45,7 @@ def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, see
     return x
 
 
-def block(
-    config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: Tensor, seen: Seen
-) -> Tensor:
+def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: Tensor, seen: Seen) -> Tensor:
     """The layer of this number, with the weights at this prefix; norms stand before or after."""
 
     def attend(y: Tensor) -> Tensor:
@@ -87,9 +78,7 @@ def norm(config: Mapping[str, Any], weights: Weights, name: str, x: Tensor) -> T
 
 def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tensor:
     if config["activation"] == "swiglu":
-        hidden = F.silu(linear(weights, at + "gate_up", x, 0)) * linear(
-            weights, at + "gate_up", x, 1
-        )
+        hidden = F.silu(linear(weights, at + "gate_up", x, 0)) * linear(weights, at + "gate_up", x, 1)
     else:
         approximate = "tanh" if config["activation"] == "gelu_tanh" else "none"
         hidden = F.gelu(linear(weights, at + "up", x), approximate=approximate)
@@ -97,34 +86,22 @@ def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tens
 
 
 def masked_loss(
-    config: Mapping[str, Any],
-    weights: Weights,
-    batch: Mapping[str, Tensor],
-    notes: Notes | None = None,
+    config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor], notes: Notes | None = None
 ) -> Tensor:
-    """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the
-    mask.
+    """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the mask.
 
-    And what predicts further tokens and the routers of experts add; `notes` gets the loads of the
-    experts.
+    And what predicts further tokens and the routers of experts add; `notes` gets the loads of the experts.
     """
     notes = notes or Notes(batch["mask"], batch.get("documents"))
     seen = Seen(batch["positions"], batch.get("documents"), notes)
     last = _last_layer(config, weights, batch["tokens"], seen)
-    nll = F.cross_entropy(
-        _logits(config, weights, last).flatten(0, 1), batch["labels"].flatten(), reduction="none"
-    )
+    nll = F.cross_entropy(_logits(config, weights, last).flatten(0, 1), batch["labels"].flatten(), reduction="none")
     mask = batch["mask"].flatten().to(nll.dtype)
     loss = (nll * mask).sum() / mask.sum()
     if config["mtp"]["depth"]:
         of_norm = partial(norm, config, weights)
         loss = loss + further_loss(
-            config,
-            weights,
-            last,
-            batch,
-            of_norm,
-            lambda at, layer, x: block(config, weights, at, layer, x, seen),
+            config, weights, last, batch, of_norm, lambda at, layer, x: block(config, weights, at, layer, x, seen)
         )
     return loss + notes.loss()
 
@@ -140,9 +117,7 @@ def is_state(name: str) -> bool:
 
 
 class Rule(Protocol):
-    """An update rule with its state (`oracle.reference_rules`); `clip` is the largest global norm,
-    0 is off.
-    """
+    """An update rule with its state (`oracle.reference_rules`); `clip` is the largest global norm, 0 is off."""
 
     clip: float
 
@@ -151,9 +126,7 @@ class Rule(Protocol):
 
 @dataclass
 class Trainer:
-    """One process that trains the logical weights; `step` returns (loss, unclipped gradients,
-    global norm).
-    """
+    """One process that trains the logical weights; `step` returns (loss, unclipped gradients, global norm)."""
 
     config: Mapping[str, Any]
     rule: Rule
@@ -162,16 +135,10 @@ class Trainer:
     frozen: frozenset[str] = frozenset()  # names that have no gradient and stay as they are
     count: int = 0
 
-    def step(
-        self, batch: Mapping[str, Tensor], lr: float
-    ) -> tuple[float, dict[str, Tensor], float]:
+    def step(self, batch: Mapping[str, Tensor], lr: float) -> tuple[float, dict[str, Tensor], float]:
         state = {name: w for name, w in self.weights.items() if is_state(name)}
         fixed = state | {name: self.weights[name] for name in self.frozen}
-        leaves = {
-            name: w.detach().clone().requires_grad_()
-            for name, w in self.weights.items()
-            if name not in fixed
-        }
+        leaves = {name: w.detach().clone().requires_grad_() for name, w in self.weights.items() if name not in fixed}
         loss = self.loss(self.config, leaves | fixed, batch)
         grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norm = float(torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt())
@@ -183,9 +150,6 @@ class Trainer:
             with torch.no_grad():
                 self.loss(self.config, self.weights, batch, notes)
             state = moved_biases(self.config, self.weights, notes)
-        moved = {
-            name: update(name, self.weights[name], grad * scale, lr, count)
-            for name, grad in grads.items()
-        }
+        moved = {name: update(name, self.weights[name], grad * scale, lr, count) for name, grad in grads.items()}
         self.weights = fixed | moved | state
         return loss.item(), grads, norm

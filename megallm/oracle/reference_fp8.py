@@ -1,10 +1,8 @@
-"""FP8 linears for the reference: what is stored in FP8, from the whole logical tensors, in ordinary
-torch.
+"""FP8 linears for the reference: what is stored in FP8, from the whole logical tensors, in ordinary torch.
 
-Imports nothing of megallm. A linear's input, weight and output gradient are rounded to FP8 numbers
-before each of its three products, with one scale per tensor, or one per row along the dim that a
-product sums over. A delayed scale is that of the largest magnitude of all earlier steps, of which
-the reference sees fewer than a history is long.
+Imports nothing of megallm. A linear's input, weight and output gradient are rounded to FP8 numbers before each of its
+three products, with one scale per tensor, or one per row along the dim that a product sums over. A delayed scale is
+that of the largest magnitude of all earlier steps, of which the reference sees fewer than a history is long.
 """
 
 from __future__ import annotations
@@ -39,8 +37,7 @@ def rounded(x: Tensor, form: str, rowwise: bool, amax: Tensor | None = None) -> 
 
 @dataclass
 class Memory:
-    """The largest magnitude of each operand (a linear's name, and which) in earlier steps, and in
-    this one.
+    """The largest magnitude of each operand (a linear's name, and which) in earlier steps, and in this one.
 
     They are kept as float32, as the model keeps them.
     """
@@ -49,9 +46,7 @@ class Memory:
     now: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def amax(self, name: str, operand: str, x: Tensor) -> Tensor:
-        """What the scale of `x` comes from: itself, where no earlier step has seen anything but
-        zeros.
-        """
+        """What the scale of `x` comes from: itself, where no earlier step has seen anything but zeros."""
         key, amax = (name, operand), x.abs().max()
         seen = amax.to(torch.float32).to(torch.float64)
         self.now[key] = torch.maximum(self.now.get(key, seen), seen)
@@ -70,10 +65,7 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, rowwise: bool, memory: Memory | None, name: str
     ) -> Tensor:  # fmt: skip
-        amax = [
-            memory and memory.amax(name, kind, operand)
-            for kind, operand in (("x", x), ("weight", weight))
-        ]
+        amax = [memory and memory.amax(name, kind, operand) for kind, operand in (("x", x), ("weight", weight))]
         ctx.save_for_backward(x, weight)
         ctx.rowwise, ctx.memory, ctx.name, ctx.amax = rowwise, memory, name, amax
         return rounded(x, "e4m3", rowwise, amax[0]) @ rounded(weight, "e4m3", rowwise, amax[1]).T
@@ -81,10 +73,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         (x, weight), rowwise, amax = ctx.saved_tensors, ctx.rowwise, ctx.amax
-        form, largest = (
-            "e4m3" if rowwise else "e5m2",
-            ctx.memory and ctx.memory.amax(ctx.name, "dy", dy),
-        )
+        form, largest = "e4m3" if rowwise else "e5m2", ctx.memory and ctx.memory.amax(ctx.name, "dy", dy)
         dx = rounded(dy, form, rowwise, largest) @ rounded(weight.T, "e4m3", rowwise, amax[1]).T
         dw = rounded(dy.T, form, rowwise, largest) @ rounded(x.T, "e4m3", rowwise, amax[0]).T
         return dx, dw, None, None, None
@@ -92,11 +81,10 @@ class _Product(torch.autograd.Function):
 
 @dataclass
 class Linears:
-    """Stands in for `reference_mla.linear`: the parts of a stacked weight are one product, as they
-    are in the model.
+    """Stands in for `reference_mla.linear`: the parts of a stacked weight are one product, as they are in the model.
 
-    `pieces` are the rows of the batch whose tokens share the scales of an input and its gradient,
-    `shared` those that share the scales of an expert's.
+    `pieces` are the rows of the batch whose tokens share the scales of an input and its gradient, `shared` those that
+    share the scales of an expert's.
     """
 
     rowwise: bool
@@ -105,19 +93,14 @@ class Linears:
     shared: list[Tensor]
     last: tuple[str, Tensor | None, Tensor | None] = ("", None, None)
 
-    def __call__(
-        self, weights: Mapping[str, Tensor], name: str, x: Tensor, part: int | None = None
-    ) -> Tensor:
+    def __call__(self, weights: Mapping[str, Tensor], name: str, x: Tensor, part: int | None = None) -> Tensor:
         weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
         if self.last[0] != name or self.last[1] is not x:
-            groups, matrix = (
-                self.shared if ".experts." in name else self.pieces,
-                weight.flatten(0, -2),
-            )
+            groups, matrix = self.shared if ".experts." in name else self.pieces, weight.flatten(0, -2)
             made = [
-                _Product.apply(
-                    x[rows].flatten(0, -2), matrix, self.rowwise, self.memory, name
-                ).unflatten(0, (len(rows), *x.shape[1:-1]))
+                _Product.apply(x[rows].flatten(0, -2), matrix, self.rowwise, self.memory, name).unflatten(
+                    0, (len(rows), *x.shape[1:-1])
+                )
                 for rows in groups
             ]
             product = torch.cat(made)[torch.cat(groups).argsort()]
@@ -130,12 +113,10 @@ class Linears:
 
 @dataclass
 class Fp8Loss:
-    """`reference.masked_loss` of a model whose blocks compute in FP8, `recipe` tensorwise, rowwise
-    or delayed.
+    """`reference.masked_loss` of a model whose blocks compute in FP8, `recipe` tensorwise, rowwise or delayed.
 
-    A scale belongs to a tensor of one microbatch of one of `ranks` data ranks, that of an expert to
-    what `together` neighbouring data ranks send it. The batch has data rank after data rank,
-    microbatch after microbatch.
+    A scale belongs to a tensor of one microbatch of one of `ranks` data ranks, that of an expert to what `together`
+    neighbouring data ranks send it. The batch has data rank after data rank, microbatch after microbatch.
     """
 
     recipe: str

@@ -1,5 +1,4 @@
-"""Independent float64 attention in ordinary torch, grouped and latent, beside the decoder of
-`reference`.
+"""Independent float64 attention in ordinary torch, grouped and latent, beside the decoder of `reference`.
 
 It imports nothing of megallm. Weights are a plain dict of logical tensors, named and shaped as in
 docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
@@ -19,12 +18,7 @@ Weights = Mapping[str, Tensor]
 
 
 def attention(
-    config: Config,
-    weights: Weights,
-    at: str,
-    x: Tensor,
-    positions: Tensor,
-    documents: Tensor | None,
+    config: Config, weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
 ) -> Tensor:
     """Of x [B, T, D] at positions [B, T], inside `documents` [B, T]."""
     if config["mla"]["kv_lora_dim"]:
@@ -43,23 +37,12 @@ def attention(
     if config["positions"] == "rope":
         q, k = (_rotate(z, positions, config, documents) for z in (q, k))
     k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))
-    mixed = _mix(
-        config,
-        torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5,
-        v,
-        documents,
-        weights.get(at + "sinks"),
-    )
+    mixed = _mix(config, torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5, v, documents, weights.get(at + "sinks"))
     return linear(weights, at + "o", mixed)
 
 
 def _latent(
-    config: Config,
-    weights: Weights,
-    at: str,
-    x: Tensor,
-    positions: Tensor,
-    documents: Tensor | None,
+    config: Config, weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
 ) -> Tensor:
     """DeepSeek-V2 (arXiv 2405.04434), equations 9 to 19, head by head."""
     mla, heads = config["mla"], config["num_heads"]
@@ -68,9 +51,7 @@ def _latent(
     if mla["q_lora_dim"]:
         source = rms(linear(weights, at + "q_down", x), weights[at + "q_latent_norm.weight"], eps)
     latent = rms(linear(weights, at + "kv_down", x), weights[at + "kv_latent_norm.weight"], eps)
-    shared = _rotate(linear(weights, at + "k_rope", x)[:, :, None], positions, config, documents)[
-        :, :, 0
-    ]
+    shared = _rotate(linear(weights, at + "k_rope", x)[:, :, None], positions, config, documents)[:, :, 0]
     scale = (plain + rotated) ** -0.5
     if config["rope_scaling"] == "yarn" and config["rope_mscale_all_dim"]:
         scale *= (0.1 * config["rope_mscale_all_dim"] * math.log(config["rope_factor"]) + 1) ** 2
@@ -86,12 +67,8 @@ def _latent(
     return linear(weights, at + "o", _mix(config, torch.stack(scores, 1), values, documents, sinks))
 
 
-def _mix(
-    config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None
-) -> Tensor:
-    """Softmax of the visible scores [B, H, T, T] over values [B, T, H, E], heads side by side [B,
-    T, H E].
-    """
+def _mix(config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """Softmax of the visible scores [B, H, T, T] over values [B, T, H, E], heads side by side [B, T, H E]."""
     length = scores.shape[-1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     visible = (j <= i) & (j > i - (config["sliding_window"] or length))
@@ -119,9 +96,7 @@ def linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> T
 
 
 def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | None) -> Tensor:
-    """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T,
-    heads, E].
-    """
+    """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T, heads, E]."""
     size, kind, base, height = x.shape[-1], config["rope_scaling"], config["rope_theta"], 1.0
     if kind == "ntk":
         base = base * config["rope_factor"] ** (size / (size - 2))
@@ -131,9 +106,7 @@ def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | No
     elif kind == "yarn":
         speed, height = _yarn(speed, config)
     elif kind == "dynamic":
-        speed = torch.stack(
-            [_dynamic(row, size, config) for row in _longest(positions, documents)]
-        )[:, None]
+        speed = torch.stack([_dynamic(row, size, config) for row in _longest(positions, documents)])[:, None]
     angle = (positions[..., None].to(x.dtype) * speed)[:, :, None, :]
     cos, sin, (low, high) = angle.cos() * height, angle.sin() * height, x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
@@ -164,16 +137,12 @@ def _slower(speed: Tensor, config: Config) -> Tensor:
         return speed / factor
     if wavelength < old / config["rope_high_factor"]:
         return speed
-    smooth = (old / wavelength - config["rope_low_factor"]) / (
-        config["rope_high_factor"] - config["rope_low_factor"]
-    )
+    smooth = (old / wavelength - config["rope_low_factor"]) / (config["rope_high_factor"] - config["rope_low_factor"])
     return (1 - smooth) * speed / factor + smooth * speed
 
 
 def _yarn(speeds: Tensor, config: Config) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): frequencies [E/2] blended over a ramp of features, and the height of
-    the tables.
-    """
+    """YaRN (arXiv 2309.00071): frequencies [E/2] blended over a ramp of features, and the height of the tables."""
     count, known, factor = len(speeds), config["rope_positions"], config["rope_factor"]
     ends = [
         count * math.log(known / (2 * math.pi * turns)) / math.log(config["rope_theta"])
@@ -183,13 +152,8 @@ def _yarn(speeds: Tensor, config: Config) -> tuple[Tensor, float]:
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     first, last = max(ends[0], 0), min(ends[1], 2 * count - 1)
     slow = [min(max((i - first) / ((last - first) or 0.001), 0.0), 1.0) for i in range(count)]
-    blended = torch.stack(
-        [s * (1 - part) + s / factor * part for s, part in zip(speeds, slow, strict=True)]
-    )
-    height, (over, under) = (
-        config["rope_attention_factor"],
-        (config["rope_mscale"], config["rope_mscale_all_dim"]),
-    )
+    blended = torch.stack([s * (1 - part) + s / factor * part for s, part in zip(speeds, slow, strict=True)])
+    height, (over, under) = config["rope_attention_factor"], (config["rope_mscale"], config["rope_mscale_all_dim"])
     if height is None:
         log = 0.1 * math.log(factor)
         height = (log * over + 1) / (log * under + 1) if over and under else log + 1

@@ -1,8 +1,7 @@
 """Independent float64 mixture of experts in ordinary torch, beside the decoder of `reference`.
 
-It imports nothing of megallm. Every expert is applied to every token, to zeros where it was not
-chosen, and weighed; choices, capacities and loads are made token by token in Python. DeepSeek-V3
-(arXiv 2412.19437), equations 12 to 20.
+It imports nothing of megallm. Every expert is applied to every token, to zeros where it was not chosen, and weighed;
+choices, capacities and loads are made token by token in Python. DeepSeek-V3 (arXiv 2412.19437), equations 12 to 20.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ Mlp = Callable[[Config, Weights, str, Tensor], Tensor]
 
 @dataclass
 class Notes:
-    """What the routers of one pass over a whole batch leave behind: their losses, and each expert's
-    load.
-    """
+    """What the routers of one pass over a whole batch leave behind: their losses, and each expert's load."""
 
     mask: Tensor  # bool [B, T]
     documents: Tensor | None
@@ -69,14 +66,8 @@ def experts(config: Config, weights: Weights, at: str, x: Tensor, notes: Notes, 
     out = torch.zeros_like(x)
     for e in range(number):
         one, names = f"{at}experts.{e}.", ("gate_up.weight", "up.weight", "down.weight")
-        own = {
-            one + name: weights[f"{at}experts.{name}"][e]
-            for name in names
-            if f"{at}experts.{name}" in weights
-        }
-        out = out + share[..., e, None] * moe["routed_scale"] * mlp(
-            config, own, one, x * taken[..., e, None]
-        )
+        own = {one + name: weights[f"{at}experts.{name}"][e] for name in names if f"{at}experts.{name}" in weights}
+        out = out + share[..., e, None] * moe["routed_scale"] * mlp(config, own, one, x * taken[..., e, None])
     if moe["shared_ffn_hidden_size"]:
         beside = mlp(config, weights, at + "shared.", x)
         gate = (x @ weights[at + "shared_gate.weight"].T).sigmoid() if moe["shared_gate"] else 1.0
@@ -89,9 +80,7 @@ def _chosen(moe: Config, scores: Tensor, bias: Tensor | None) -> Tensor:
     """0 or 1 for each token and expert `[B, T, X]`."""
     found = torch.zeros_like(scores)
     groups, size = moe["num_groups"], scores.shape[-1] // moe["num_groups"]
-    for row, place in torch.cartesian_prod(
-        torch.arange(scores.shape[0]), torch.arange(scores.shape[1])
-    ).tolist():
+    for row, place in torch.cartesian_prod(torch.arange(scores.shape[0]), torch.arange(scores.shape[1])).tolist():
         value = scores[row, place] if bias is None else scores[row, place] + bias
         value = value.tolist()
         members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
@@ -107,8 +96,7 @@ def _chosen(moe: Config, scores: Tensor, bias: Tensor | None) -> Tensor:
 def _kept(moe: Config, scores: Tensor, chosen: Tensor, notes: Notes) -> Tensor:
     """1 where an expert keeps a token of its sequence, 0 beyond its capacity.
 
-    A token that is repeated has the same score but for rounding: scores are compared as float32,
-    ties by place.
+    A token that is repeated has the same score but for rounding: scores are compared as float32, ties by place.
     """
     kept = chosen.clone()
     for row, places in notes.sequences():
@@ -122,9 +110,7 @@ def _kept(moe: Config, scores: Tensor, chosen: Tensor, notes: Notes) -> Tensor:
     return kept
 
 
-def _note(
-    moe: Config, at: str, logits: Tensor, scores: Tensor, chosen: Tensor, notes: Notes
-) -> None:
+def _note(moe: Config, at: str, logits: Tensor, scores: Tensor, chosen: Tensor, notes: Notes) -> None:
     number, k = moe["num_experts"], moe["top_k"]
     share = scores / scores.sum(-1, keepdim=True)
     for row, places in notes.sequences():
@@ -133,9 +119,7 @@ def _note(
             f = chosen[row, places].sum(0) * number / (k * len(places))
             p = share[row, places].sum(0) / len(places)
             notes.losses.append(moe["aux_coef"] * len(places) * (f * p).sum())
-            notes.losses.append(
-                moe["z_coef"] * (logits[row, places].exp().sum(-1).log() ** 2).sum()
-            )
+            notes.losses.append(moe["z_coef"] * (logits[row, places].exp().sum(-1).log() ** 2).sum())
     notes.loads[at + "router.bias"] = [int(n) for n in chosen[notes.mask].sum(0)]
 
 
@@ -146,7 +130,5 @@ def moved_biases(config: Config, weights: Weights, notes: Notes) -> dict[str, Te
         if name in weights:
             mean = sum(loads) / len(loads)
             signs = [(load < mean) - (load > mean) for load in loads]
-            moved[name] = weights[name] + config["moe"]["bias_rate"] * torch.tensor(
-                signs, dtype=weights[name].dtype
-            )
+            moved[name] = weights[name] + config["moe"]["bias_rate"] * torch.tensor(signs, dtype=weights[name].dtype)
     return moved

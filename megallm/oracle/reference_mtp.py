@@ -1,8 +1,7 @@
 """Independent float64 multi-token prediction in ordinary torch, beside the decoder of `reference`.
 
-It imports nothing of megallm but that referee's parts. DeepSeek-V3's chain (arXiv 2412.19437,
-equations 21 to 25, with the hidden state that the head saw as the start of the chain) or
-independent heads (arXiv 2404.19737).
+It imports nothing of megallm but that referee's parts. DeepSeek-V3's chain (arXiv 2412.19437, equations 21 to 25, with
+the hidden state that the head saw as the start of the chain) or independent heads (arXiv 2404.19737).
 """
 
 from __future__ import annotations
@@ -17,14 +16,10 @@ from megallm.oracle.reference_mla import Config, Weights, linear
 
 Batch = dict[str, Tensor]
 Norm = Callable[[str, Tensor], Tensor]  # of the weights of that name
-Block = Callable[
-    [str, int, Tensor], Tensor
-]  # of the weights at that prefix, as the layer of that number
+Block = Callable[[str, int, Tensor], Tensor]  # of the weights at that prefix, as the layer of that number
 
 
-def further_loss(
-    config: Config, weights: Weights, last: Tensor, batch: Batch, norm: Norm, block: Block
-) -> Tensor:
+def further_loss(config: Config, weights: Weights, last: Tensor, batch: Batch, norm: Norm, block: Block) -> Tensor:
     """What the further tokens add to the loss, from the last layer's output [B, T, D].
 
     The mean over depths of each depth's mean over its labels, times the weight.
@@ -42,11 +37,7 @@ def further_loss(
                                 norm(at + "hidden_norm", seen)), dim=-1)  # fmt: skip
             seen = norm(
                 at + "norm",
-                block(
-                    at + "block.",
-                    config["num_layers"] + k - 1,
-                    linear(weights, at + "projection", joined),
-                ),
+                block(at + "block.", config["num_layers"] + k - 1, linear(weights, at + "projection", joined)),
             )
         else:
             seen = norm(at + "norm", block(at + "block.", config["num_layers"] + k - 1, last))
@@ -55,17 +46,12 @@ def further_loss(
 
 
 def _mean_loss(logits: Tensor, batch: Batch, ahead: int) -> Tensor:
-    """Cross entropy of the label `ahead` places on, token by token: where it counts and is of the
-    same document.
-    """
+    """Cross entropy of the label `ahead` places on, token by token: where it counts and is of the same document."""
     rows, length = batch["labels"].shape
     losses = []
     for row in range(rows):
         for i in range(length - ahead):
-            same = (
-                "documents" not in batch
-                or batch["documents"][row, i] == batch["documents"][row, i + ahead]
-            )
+            same = "documents" not in batch or batch["documents"][row, i] == batch["documents"][row, i + ahead]
             if same and batch["mask"][row, i + ahead]:
                 losses.append(F.cross_entropy(logits[row, i], batch["labels"][row, i + ahead]))
     return torch.stack(losses).mean() if losses else logits.sum() * 0

@@ -1,8 +1,7 @@
-"""Update rules written out on logical tensors, one parameter at a time: the referees of the sharded
-ones.
+"""Update rules written out on logical tensors, one parameter at a time: the referees of the sharded ones.
 
-Nothing of megallm but the sibling reference is imported. Each rule keeps its own state by name;
-`update` returns the new weight after `count` updates including this one. Gradients come clipped.
+Nothing of megallm but the sibling reference is imported. Each rule keeps its own state by name; `update` returns the
+new weight after `count` updates including this one. Gradients come clipped.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from megallm.oracle.reference import decays
 
 @dataclass
 class Adam:
-    """AdamW as torch.optim.AdamW, after clipping as torch.nn.utils.clip_grad_norm_; coupled decay
-    as torch's Adam.
-    """
+    """AdamW as torch.optim.AdamW, after clipping as torch.nn.utils.clip_grad_norm_; coupled decay as torch's Adam."""
 
     betas: tuple[float, float]
     eps: float
@@ -60,9 +57,7 @@ class Sgd:
 
 @dataclass
 class Quotient:
-    """AdaGrad (`smoothing` None) and RMSProp: the gradient over the root of a sum or a mean of its
-    squares.
-    """
+    """AdaGrad (`smoothing` None) and RMSProp: the gradient over the root of a sum or a mean of its squares."""
 
     smoothing: float | None
     momentum: float
@@ -76,9 +71,7 @@ class Quotient:
         grad = grad + (self.weight_decay if decays(name) else 0.0) * weight
         old, new = (1.0, 1.0) if self.smoothing is None else (self.smoothing, 1 - self.smoothing)
         self.squares[name] = old * self.squares.get(name, 0.0) + new * grad.square()
-        self.buffer[name] = self.momentum * self.buffer.get(name, 0.0) + grad / (
-            self.squares[name].sqrt() + self.eps
-        )
+        self.buffer[name] = self.momentum * self.buffer.get(name, 0.0) + grad / (self.squares[name].sqrt() + self.eps)
         return weight - lr * self.buffer[name]
 
 
@@ -101,9 +94,7 @@ class Lion:
 
 @dataclass
 class Adafactor:
-    """Algorithms 4 and 5 of arXiv 1804.04235 with decoupled decay; each matrix or vector of a stack
-    by itself.
-    """
+    """Algorithms 4 and 5 of arXiv 1804.04235 with decoupled decay; each matrix or vector of a stack by itself."""
 
     decay_power: float
     update_clip: float
@@ -116,9 +107,7 @@ class Adafactor:
     def update(self, name: str, weight: Tensor, grad: Tensor, lr: float, count: int) -> Tensor:
         dims = 2 if grad.dim() > 1 and decays(name) else 1
         pieces = enumerate(zip(_flat(weight, dims), _flat(grad, dims), strict=True))
-        steps = torch.stack(
-            [self._one(f"{name}.{i}", one, g, lr, count) for i, (one, g) in pieces]
-        ).view(grad.shape)
+        steps = torch.stack([self._one(f"{name}.{i}", one, g, lr, count) for i, (one, g) in pieces]).view(grad.shape)
         return weight * (1 - lr * (self.weight_decay if decays(name) else 0.0)) - steps
 
     def _one(self, name: str, weight: Tensor, grad: Tensor, lr: float, count: int) -> Tensor:
@@ -132,9 +121,7 @@ class Adafactor:
             mean = torch.outer(rows, columns) / rows.mean()
         step = grad / mean.sqrt()
         step = step / max(1.0, float(step.square().mean().sqrt()) / self.update_clip)
-        return (
-            max(self.min_scale, float(weight.square().mean().sqrt())) * min(lr, count**-0.5) * step
-        )
+        return max(self.min_scale, float(weight.square().mean().sqrt())) * min(lr, count**-0.5) * step
 
     def _mean(self, key: str, new: Tensor, keep: float) -> Tensor:
         self.state[key] = keep * self.state.get(key, 0.0) + (1 - keep) * new
@@ -143,9 +130,7 @@ class Adafactor:
 
 @dataclass
 class Muon:
-    """Momentum made orthogonal for the matrices of blocks, `rest` for everything else (arXiv
-    2502.16982).
-    """
+    """Momentum made orthogonal for the matrices of blocks, `rest` for everything else (arXiv 2502.16982)."""
 
     momentum: float
     nesterov: bool
@@ -164,21 +149,13 @@ class Muon:
         self.buffer[name] = self.momentum * self.buffer.get(name, 0.0) + grad
         ahead = grad + self.momentum * self.buffer[name] if self.nesterov else self.buffer[name]
         rows, columns = grad.shape[-2:]
-        size = (
-            0.2 * max(rows, columns) ** 0.5
-            if self.update_scale == "rms"
-            else max(1.0, rows / columns) ** 0.5
-        )
+        size = 0.2 * max(rows, columns) ** 0.5 if self.update_scale == "rms" else max(1.0, rows / columns) ** 0.5
         turned = torch.stack([self._orthogonal(one) for one in _flat(ahead, 2)]).view(grad.shape)
         return weight * (1 - lr * self.rest.weight_decay) - lr * size * turned
 
     def _orthogonal(self, x: Tensor) -> Tensor:
-        """Jordan's quintic on x / |x|, without its shortcut for tall matrices: X X^T X is (X X^T) X
-        and X (X^T X).
-        """
-        x = x / max(
-            float(x.square().sum().sqrt()), 1e-7
-        )  # experts that no token chose have no gradient
+        """Jordan's quintic on x / |x|, without its shortcut for tall matrices: X X^T X is (X X^T) X and X (X^T X)."""
+        x = x / max(float(x.square().sum().sqrt()), 1e-7)  # experts that no token chose have no gradient
         for _ in range(self.ns_steps):
             cube = x @ x.T @ x
             x = 3.4445 * x - 4.7750 * cube + 2.0315 * (x @ x.T @ cube)
