@@ -4,7 +4,6 @@ tensor.
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megallm.base import words
 from megallm.base.errors import CheckpointError
 from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
@@ -115,8 +115,7 @@ class Reader:
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Full logical shape and stored dtype of a tensor."""
         if name not in self.manifest.tensors:
-            close = difflib.get_close_matches(name, self.manifest.tensors, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
+            hint = words.did_you_mean(name, self.manifest.tensors)
             raise CheckpointError(f"{self.folder} holds no tensor named {name}.{hint}")
         record = self.manifest.tensors[name]
         return record.full, TORCH_DTYPES[record.dtype]

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import numpy as np
 
-from megallm.base import extension
+from megallm.base import extension, words
 from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
@@ -229,8 +228,7 @@ class Quality:
         names = [rule.reason for rule in RULES]
         for given in (*config.limits, *config.off):
             if given not in names:
-                close = get_close_matches(given, names, n=1)
-                hint = f" Did you mean '{close[0]}'?" if close else ""
+                hint = words.did_you_mean(given, names)
                 raise UsageError(
                     f"quality: the rule '{given}' does not exist.{hint} The rules are: "
                     f"{', '.join(names)}."

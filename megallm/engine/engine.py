@@ -106,7 +106,7 @@ class Engine:
             TIED_NAME,
             self.model.shared_units(),
         )
-        param_groups = self._treatments()
+        param_groups = self._param_groups()
         for entry in self.model.entries():
             entry.param.requires_grad_(not param_groups[entry.name].frozen)
         self.parameters = ShardedParameters(
@@ -142,7 +142,7 @@ class Engine:
         engine.parameters.publish()
         return engine
 
-    def _treatments(self) -> dict[str, ParamGroup]:
+    def _param_groups(self) -> dict[str, ParamGroup]:
         """How the optimizer treats each parameter of this rank; collective over the world when
         there are groups.
 
@@ -218,8 +218,6 @@ class Engine:
                 f"{', '.join(self.config.model.scores) or 'none'}."
             )
         batches = [self._on_device(batch) for batch in batches]
-        if self.model.routers is not None:
-            self.model.routers.begin(batches)
 
         def outputs_of(
             outputs: dict[str, Tensor], batch: Batch

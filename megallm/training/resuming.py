@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megallm.base import words
 from megallm.base.config import leaves, to_dict, to_yaml
 from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
@@ -111,25 +111,13 @@ def describe_files(config: PretrainConfig, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def check_identity(
-    found: Path,
-    identity: dict[str, Any],
-    others: Sequence[Change] = (),
-    allowed: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The ledger of a checkpoint; UsageError with a table of what differs when the run is another
-    one.
-
-    `others` are changes that only run.yaml tells of; `allowed` are keys, or sections, whose changes
-    pass.
-    """
-    return ledger_and_changes(found, identity, others, allowed)[0]
-
-
 def ledger_and_changes(
     found: Path, identity: dict[str, Any], others: Sequence[Change], allowed: Sequence[str]
 ) -> tuple[dict[str, Any], list[Change]]:
-    """The ledger to go on with and all changes, the refused ones allowed; see `check_identity`.
+    """Returns the ledger to go on with and all changes, the refused ones allowed.
+
+    `others` are changes that only run.yaml tells of; `allowed` are keys, or sections, whose changes
+    pass. Errors: `UsageError` with a table of what differs when the run is another one.
 
     What an older checkpoint's model does not say, because the key came later, is what its family
     says.
@@ -226,8 +214,7 @@ def check_allowed(keys: Sequence[str]) -> None:
     }
     for key in keys:
         if key not in known | sections:
-            close = get_close_matches(key, sorted(known | sections), n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = words.did_you_mean(key, sorted(known | sections))
             raise UsageError(f"--allow-change {key}: there is no such key.{hint}")
 
 

@@ -48,6 +48,7 @@ class SupervisedTrainer:
         self.config, self.engine, self.loss, self.feed = config, engine, loss, feed
         self.held_out, self.identity = held_out, identity
         self._batches, self._waited = iter(feed.batches), 0.0
+        self._flops_of_token = config.model.num_flops(feed.seq_len)
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
@@ -69,7 +70,7 @@ class SupervisedTrainer:
                 "train/tokens": stats.counts["loss"],
                 **mtp_losses(stats, self.config.model.mtp),
             },
-            flops=self.config.model.num_flops(self.feed.seq_len) * tokens,
+            flops=self._flops_of_token * tokens,
             wait_seconds=waited,
             data=self.feed.data_after(step),
         )

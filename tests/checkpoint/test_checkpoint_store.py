@@ -123,7 +123,7 @@ def test_an_empty_piece_and_an_empty_tensor_are_legal(tmp_path, cluster, cuts):
 
 def test_read_errors_are_sentences(small):
     with Reader(small) as reader:
-        with pytest.raises(CheckpointError, match="no tensor named counte.*Did you mean counter"):
+        with pytest.raises(CheckpointError, match="no tensor named counte.*Did you mean 'counter'"):
             reader.info("counte")
         with pytest.raises(CheckpointError, match=r"stored as torch.int64.*torch.float32"):
             reader.read_into("counter", (), torch.tensor(0.0))

@@ -16,12 +16,12 @@ from megallm.base.errors import DataError
 from megallm.data.batches import MegatronReader, Share, StreamReader
 from megallm.data.indexed import openfile
 from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
-from megallm.data.megatron.samples import build_split
 from megallm.data.stream.plan import Plan, Reading, Segment
 from megallm.data.stream.source import Source
 from megallm.data.stream.stream import Stream
 from megallm.data.text import definition, tokenizer
 from megallm.data.text.byte_level import BYTE_SYMBOLS
+from tests.data.megatron_cases import build_split
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -17,11 +17,12 @@ from megallm.base.config import load, loads, replace
 from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import Share
 from megallm.data.megatron import blend
-from megallm.data.megatron.samples import Sampling, build_samples, build_split
+from megallm.data.megatron.samples import Sampling, build_samples
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
 from megallm.training.from_megatron import to_yaml, translate
 from megallm.training.validate import check
+from tests.data.megatron_cases import build_split
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/blends.json").read_text())
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

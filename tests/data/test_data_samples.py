@@ -14,7 +14,8 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import stack
 from megallm.data.loader import Loader
 from megallm.data.megatron.sampler import rows_after
-from megallm.data.megatron.samples import Blend, Span, build_split
+from megallm.data.megatron.samples import Blend, Span
+from tests.data.megatron_cases import build_split
 
 
 def micro_rows(step: int, batch: int, *rest) -> list[list[int]]:

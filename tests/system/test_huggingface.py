@@ -62,7 +62,7 @@ def transformers_loss(place: Path) -> float:
     import transformers
 
     from megallm.data.megatron.sampler import rows_after
-    from megallm.data.megatron.samples import build_split
+    from tests.data.megatron_cases import build_split
 
     data = build_split({str(place / "d_text_document"): 1.0}, "90,10,0", "train", 48, 32, 3, 257)
     rows = [row for micro in rows_after(0, 4, 1, 1, 0) for row in micro]

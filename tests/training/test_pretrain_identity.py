@@ -15,7 +15,7 @@ from megallm.checkpoint.io import Part
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.resuming import check_identity, describe
+from megallm.training.resuming import describe, ledger_and_changes
 from megallm.training.validate import check
 
 MODEL = ModelConfig(family="gpt2", num_layers=2, hidden_size=16, num_heads=2, vocab_size=300)
@@ -34,17 +34,17 @@ def saved(folder: Path, **changes: object) -> Path:
 
 
 def test_an_older_checkpoint_is_that_of_the_same_model(tmp_path):
-    assert check_identity(saved(tmp_path), describe(CONFIG)) == {"step": 3}
+    assert ledger_and_changes(saved(tmp_path), describe(CONFIG), (), ())[0] == {"step": 3}
 
 
 def test_what_differs_is_named(tmp_path):
     step = saved(tmp_path)
     other = check(replace(CONFIG, {"model.causal": False, "data.objective": "mlm", "model.head": "mlm"}))
     with pytest.raises(UsageError, match=r"model\.causal: checkpoint True, configuration False") as caught:
-        check_identity(step, describe(other))
+        ledger_and_changes(step, describe(other), (), ())
     text = str(caught.value)
     assert "model.head: checkpoint 'lm', configuration 'mlm'" in text
     assert "data.objective: checkpoint 'next_token', configuration 'mlm'" in text
     wider = dataclasses.asdict(dataclasses.replace(CONFIG.model, hidden_size=32))
     with pytest.raises(UsageError, match=r"model\.hidden_size: checkpoint 16, configuration 32"):
-        check_identity(step, describe(CONFIG) | {"model": wider})
+        ledger_and_changes(step, describe(CONFIG) | {"model": wider}, (), ())

@@ -150,16 +150,6 @@ class Sampling:
     vocab_size: int | None = None  # tokens that are read are checked against it
 
 
-def build_split(
-    sources: Mapping[str, float | None], split: str, which: str, num_samples: int | None, seq_len: int, seed: int,
-    vocab_size: int | None = None,
-) -> SourceSplit | Blend:  # fmt: skip
-    """`build_samples` with Megatron-LM's own surplus."""
-    return build_samples(
-        sources, split, which, num_samples, Sampling(seq_len, seed, None, vocab_size)
-    )
-
-
 def build_samples(
     sources: Mapping[str, float | None],
     split: str,

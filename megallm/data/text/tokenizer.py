@@ -204,7 +204,7 @@ class FolderTokenizer:
         `DataError`.
         """
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _read_json(self.file.parent / name).get("eos_token")
+            token = (tokenizer_folder.read_json(self.file.parent / name) or {}).get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if token not in self._vocab:
@@ -315,14 +315,6 @@ def _definition(path: Path) -> tuple[dict[str, Any], str]:
             f"{tokenizer_folder.FORMS} "
             f"(`megallm tokenizer train` makes one), or such a file."
         ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object beside the definition; empty when there is no such file."""
-    try:
-        return definition.loads(definition.read_bytes(path), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
 
 
 def _plain_vocab(found: dict[str, Any]) -> dict[str, int] | None:
