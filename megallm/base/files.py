@@ -56,8 +56,7 @@ def check_new(*paths: str | os.PathLike[str], overwrite: bool = False) -> None:
         if not empty:
             raise UsageError(
                 f"{os.fspath(path)} exists, and nothing is overwritten unasked: choose another "
-                "name, or pass "
-                "--overwrite to replace it."
+                "name, or pass --overwrite to replace it."
             )
 
 

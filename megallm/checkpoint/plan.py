@@ -112,8 +112,7 @@ def plan_reads(target: Box, pieces: Sequence[Box]) -> list[tuple[int, Slices, Sl
     if found != target.size:
         raise CheckpointError(
             f"The pieces hold {found} of the {target.size} elements asked for at offset "
-            f"{target.offset}, "
-            f"shape {target.shape}."
+            f"{target.offset}, shape {target.shape}."
         )
     return reads
 

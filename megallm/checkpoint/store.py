@@ -293,7 +293,6 @@ def _await_files(folder: Path, manifest: Manifest) -> None:
         if time.monotonic() > deadline:
             raise CannotWrite(
                 f"{problem} Rank 0 must see what every rank wrote: put the run folder on a file "
-                "system that all "
-                "hosts share."
+                "system that all hosts share."
             )
         time.sleep(0.1)

@@ -168,8 +168,8 @@ def parse_layout(text: str) -> Layout:
     if config.tp % config.ep:
         raise UsageError(
             f"--layout {text}: ep {config.ep} does not divide tp {config.tp}. Ranks that hold "
-            "different experts decode "
-            "the same texts, so they are ranks of one tensor-parallel group."
+            "different experts decode the same texts, so they are ranks of one tensor-parallel "
+            "group."
         )
     return config.grid()
 

@@ -242,12 +242,10 @@ def _say_without_extension() -> None:
 def overview() -> str:
     """The text of `megallm --help`."""
     return (
-        "usage: megallm VERB [arguments]\n\n"
-        "Train language models, from raw text to a model trained in parallel.\n\n"
-        f"verbs:\n{_rows(VERBS)}\n\n"
-        f"{OF_ONE} Exit codes: 0 ok, 2 usage or configuration, 65 data,\n"
-        "69 peer lost, 70 internal, 73 cannot write, 74 checkpoint unreadable, 75 requeue, 76 "
-        "hang, 77 diverged."
+        "usage: megallm VERB [arguments]\n\nTrain language models, from raw text to a model "
+        f"trained in parallel.\n\nverbs:\n{_rows(VERBS)}\n\n{OF_ONE} Exit codes: 0 ok, 2 usage or "
+        "configuration, 65 data,\n69 peer lost, 70 internal, 73 cannot write, 74 checkpoint "
+        "unreadable, 75 requeue, 76 hang, 77 diverged."
     )
 
 
@@ -266,7 +264,6 @@ def _unexpected(error: Exception) -> int:
     show_error("".join(traceback.format_exception(error)).rstrip())
     return _fail(
         f"unexpected {type(error).__name__}; this is a bug in megallm: please report the lines "
-        "above, the command "
-        "line and the output of `megallm doctor`.",
+        "above, the command line and the output of `megallm doctor`.",
         InternalError.exit_code,
     )

@@ -95,8 +95,7 @@ def _placement(args: argparse.Namespace) -> Placement:
     if actions > MAX_ACTIONS:
         raise UsageError(
             f"--pp {args.pp} x chunks {placement.chunks} x --micros {args.micros} makes up to "
-            f"{actions} actions; "
-            f"at most {MAX_ACTIONS}: take fewer microbatches."
+            f"{actions} actions; at most {MAX_ACTIONS}: take fewer microbatches."
         )
     return placement
 
@@ -128,8 +127,7 @@ def parse_cost(text: str) -> Cost:
         ):
             raise UsageError(
                 f"--cost '{item}' is not understood: write F=1,B=1,W=1,M=0 with numbers from 1e-9 "
-                "to 1e9 "
-                "(W and M may be 0)."
+                "to 1e9 (W and M may be 0)."
             )
         values[COSTS[name]] = value
     return Cost(**values)

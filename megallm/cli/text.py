@@ -36,8 +36,8 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) ->
     if not prepared and started_by_others() is not None:
         raise UsageError(
             "--text prepares in one process: call `megallm pretrain --text "
-            f"{shlex.quote(args.text)}` once outside "
-            "torchrun and srun (with train.stop_at=1), then start the same command there."
+            f"{shlex.quote(args.text)}` once outside torchrun and srun (with train.stop_at=1), "
+            "then start the same command there."
         )
     if not prepared:
         _prepare(request)

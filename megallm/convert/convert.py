@@ -117,8 +117,7 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     if abandoned:
         done["notes"].append(
             f"{', '.join(abandoned)}: left by a conversion that was killed, or another one that "
-            "still runs; "
-            "delete it in the first case"
+            "still runs; delete it in the first case"
         )
     return done
 
@@ -138,8 +137,7 @@ def check_new(output: Path, source: str, overwrite: bool) -> None:
     ):
         raise UsageError(
             f"--output {output} is not a folder that conversion made, or a run was trained in it "
-            "since: --overwrite "
-            "does not remove it. Choose another folder, or remove it yourself."
+            "since: --overwrite does not remove it. Choose another folder, or remove it yourself."
         )
     if Path(source).resolve().is_relative_to(output.resolve()):
         raise UsageError(f"--output {output} holds the input {source}: choose another folder.")
@@ -408,15 +406,15 @@ def _compare(
     if not error <= TOLERANCE:
         raise NotEqual(
             f"The logits differ from those of transformers by {error:.2e} of the largest; at most "
-            f"{TOLERANCE:g} is "
-            "accepted in float32. Nothing was written; please report the model's config.json.",
+            f"{TOLERANCE:g} is accepted in float32. Nothing was written; please report the "
+            "model's config.json.",
             error,
         )
     result |= dataclasses.asdict(compared)
     if compared.left_out:
         result["notes"].append(
             f"{compared.left_out} of {compared.positions} positions differ by up to "
-            f"{compared.max_rel_error_everywhere:.1e}: there the logits of transformers alone "
-            "move as far when the "
-            "last bits of its inputs do, so float32 cannot judge them; all others agree"
+            f"{compared.max_rel_error_everywhere:.1e}: there the logits of transformers alone move "
+            "as far when the last bits of its inputs do, so float32 cannot judge them; all others "
+            "agree"
         )

@@ -33,11 +33,10 @@ def check_finite(
         word = DTYPE_NAMES[block.dtype]
         raise UsageError(
             f"{where} is {value:g}, which {word} cannot hold (its largest is "
-            f"{torch.finfo(block.dtype).max:g}): choose "
-            "a --dtype with more range, such as bf16 or fp32."
+            f"{torch.finfo(block.dtype).max:g}): choose a --dtype with more range, such as bf16 or "
+            "fp32."
         )
     raise CheckpointError(
-        f"{where} is {value}: a weight that is not finite makes every answer so. The run that "
-        "made it diverged, or the "
-        "file is damaged; convert an earlier checkpoint."
+        f"{where} is {value}: a weight that is not finite makes every answer so. The run that made "
+        "it diverged, or the file is damaged; convert an earlier checkpoint."
     )

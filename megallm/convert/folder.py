@@ -132,9 +132,9 @@ def catalogue(folder: Path) -> dict[str, Entry]:
     """
     if os.path.lexists(folder / ADAPTER):
         raise UsageError(
-            f"{folder} holds an adapter ({ADAPTER}), so its weights alone are not the model: "
-            "merge it first with peft "
-            "(`model.merge_and_unload().save_pretrained(Y)`), or take the file away."
+            f"{folder} holds an adapter ({ADAPTER}), so its weights alone are not the model: merge "
+            "it first with peft (`model.merge_and_unload().save_pretrained(Y)`), or take the file "
+            "away."
         )
     if os.path.lexists(folder / SINGLE):
         return read_header(plain_file(folder, SINGLE))
@@ -177,8 +177,7 @@ def _no_weights(folder: Path) -> str:
         return f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there."
     return (
         f"{folder} holds its weights as {pickles[0]}, a pickle, which can run code when it is "
-        "read: refused. "
-        "Convert it where nothing can be harmed, with transformers: "
+        "read: refused. Convert it where nothing can be harmed, with transformers: "
         "`AutoModelForCausalLM.from_pretrained(X).save_pretrained(Y)` writes safetensors."
     )
 

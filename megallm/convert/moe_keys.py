@@ -88,8 +88,8 @@ def _read_sparse(raw: Raw, problems: list[str]) -> dict[str, Any]:
     if sparse != list(range(first, layers, every)):
         problems.append(
             f"decoder_sparse_step {step} and mlp_only_layers {str(dense)[:80]} put experts into "
-            "the layers "
-            f"{str(sparse)[:80]}; megallm has them in every nth layer from a first one on"
+            f"the layers {str(sparse)[:80]}; megallm has them in every nth layer from a first one "
+            "on"
         )
     return {"moe.first_dense": first, "moe.every": every}
 

@@ -240,10 +240,9 @@ def begin_bare(folder: Path) -> list[str]:
         return []
     if form.name == DEFINITION:
         return [
-            f"the model was trained on texts without what the template of {DEFINITION} puts "
-            "before them: tokenise with "
-            "add_special_tokens=False, or make the data with `megallm preprocess "
-            "--add-special-tokens`"
+            f"the model was trained on texts without what the template of {DEFINITION} puts before "
+            "them: tokenise with add_special_tokens=False, or make the data with `megallm "
+            "preprocess --add-special-tokens`"
         ]
     settings = read_json(folder / SETTINGS) if os.path.lexists(folder / SETTINGS) else {}
     atomic_write_json(folder / SETTINGS, settings | {"add_bos_token": False})
@@ -292,8 +291,7 @@ def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
     if trained is not None and words.fingerprint != trained:
         raise DataError(
             f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with "
-            f"{trained}: its ids mean "
-            "other texts. Put the one of data.tokenizer back."
+            f"{trained}: its ids mean other texts. Put the one of data.tokenizer back."
         )
 
 

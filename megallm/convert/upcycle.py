@@ -136,9 +136,8 @@ def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
     if request.top_k == 1 < request.experts:
         raise UsageError(
             "--top-k 1: the weight of the one chosen expert is scaled to 1, so that the model "
-            "computes what the dense "
-            "one did, and then the router gets no gradient and never learns to choose. Nearest "
-            "valid: --top-k 2."
+            "computes what the dense one did, and then the router gets no gradient and never "
+            "learns to choose. Nearest valid: --top-k 2."
         )
     moe = MoeConfig(
         num_experts=request.experts, top_k=request.top_k, first_dense=request.first_dense, every=request.every,

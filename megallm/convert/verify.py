@@ -55,9 +55,8 @@ def check_available() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError(
-            f"--verify compares with transformers, which cannot be imported ({error}): pip "
-            "install transformers, or "
-            "leave --verify out."
+            f"--verify compares with transformers, which cannot be imported ({error}): pip install "
+            "transformers, or leave --verify out."
         ) from error
 
 

@@ -242,10 +242,8 @@ class HfReader:
                 )
                 raise CheckpointError(
                     f"{self.folder}: {name} differs from {own} in row {row}, though the two are "
-                    "tied: loaders disagree "
-                    f"on which counts (transformers 4 drops {name}, 5 keeps it). To mend it, "
-                    f"{untie}"
-                    f"take {name} out of the file."
+                    f"tied: loaders disagree on which counts (transformers 4 drops {name}, 5 keeps "
+                    f"it). To mend it, {untie}take {name} out of the file."
                 )
 
     def _first_difference(self, one: Entry, other: Entry) -> int | None:
@@ -286,8 +284,7 @@ class HfReader:
                 if not torch.equal(copy, own):
                     raise CheckpointError(
                         f"{self.folder}: {name} must repeat the model's own {link.ours}, but "
-                        f"differs from row {begin} "
-                        f"on; megallm has one matrix for both."
+                        f"differs from row {begin} on; megallm has one matrix for both."
                     )
 
     @property
@@ -396,8 +393,7 @@ def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, Entry]) ->
     if model.num_blocks > min(len(found), MAX_LAYERS):
         raise CheckpointError(
             f"{folder} has {len(found)} tensors, but its config.json says {model.num_blocks} "
-            "layers; more than "
-            f"{MAX_LAYERS} are refused."
+            f"layers; more than {MAX_LAYERS} are refused."
         )
     wanted, stored = model.num_params(), sum(prod(entry.shape) for entry in found.values())
     if wanted > 2 * stored:

@@ -224,8 +224,7 @@ class _ShardRun:
         if item.whole and self.chain.config.input.on_bad_file == "stop":
             raise DataError(
                 f"{item.file}:{item.line}: {item.reason.rstrip('.')}. Mend or remove the file, or "
-                "set "
-                "input.on_bad_file=skip to keep what was read of it and go on."
+                "set input.on_bad_file=skip to keep what was read of it and go on."
             )
         if not item.whole and self.chain.config.input.on_error == "stop":
             raise DataError(

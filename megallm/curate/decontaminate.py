@@ -147,8 +147,7 @@ class Decontaminate:
         if not used:
             raise DataError(
                 f"decontaminate.sets: no text of {', '.join(config.sets)} has the "
-                f"{config.coverage_ngram} words that "
-                "it takes to recognise it."
+                f"{config.coverage_ngram} words that it takes to recognise it."
             )
         self.names = [name for name, _ in used]
         self._short_grams = _Grams([text for _, text in used], config.coverage_ngram)

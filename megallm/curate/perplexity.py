@@ -115,8 +115,7 @@ class Perplexity:
         if values.shape != (len(texts),) or np.isnan(values).any():
             raise DataError(
                 f"perplexity.scorer {self.config.scorer} returned {str(found)[:80]} for "
-                f"{len(texts)} texts; it must "
-                "return one number a text, and none that is NaN."
+                f"{len(texts)} texts; it must return one number a text, and none that is NaN."
             )
         return np.nan_to_num(values)
 

@@ -69,8 +69,7 @@ def find_files(config: InputConfig) -> list[str]:
         if path.exists() and not (path.is_dir() or path.is_file()):
             raise DataError(
                 f"input.files: {name} is a pipe or a device, but the input is read again when a "
-                "run is taken up: "
-                "write it to a file first."
+                "run is taken up: write it to a file first."
             )
         if path.is_dir():
             matches = [str(one) for one in path.rglob("*") if one.is_file()]

@@ -45,9 +45,9 @@ def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> 
         _steps(stats["steps"], stats["totals"]["documents"]),
         "<h2>Reasons and examples</h2>",
         *(_reasons(name, row, examples) for name, row in stats["steps"].items()),
-        "<h2>Distributions</h2><p>Each document that came to the step, by the value that its rule "
-        "looks at; a bar "
-        "says its own count when pointed at. The line is the limit.</p><div class=plots>",
+        "<h2>Distributions</h2><p>Each document that came to the step, by the value that its "
+        "rule looks at; a bar says its own count when pointed at. The line is the limit.</p><div "
+        "class=plots>",
         *(
             _histogram(name, entry["counts"], entry["limits"])
             for name, entry in stats["histograms"].items()
@@ -142,8 +142,7 @@ def _histogram(name: str, counts: Sequence[int], limits: Sequence[float]) -> str
         f'<rect x="{k * step:.1f}" y="{_HEIGHT - _HEIGHT * count / most:.1f}" '
         f'width="{step - 1:.1f}" '
         f'height="{_HEIGHT * count / most:.1f}" fill="#4878b0"><title>{_short(edges[k])} to '
-        f"{_short(edges[k + 1])}: "
-        f"{count:,}</title></rect>"
+        f"{_short(edges[k + 1])}: {count:,}</title></rect>"
         for k, count in enumerate(counts)
         if count
     )

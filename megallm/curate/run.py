@@ -129,8 +129,7 @@ class Run:
         elif (self.output / STATS).exists():
             raise UsageError(
                 f"{self.output} holds a finished run of another configuration or input; choose "
-                "another --output, or "
-                "pass --overwrite to replace it."
+                "another --output, or pass --overwrite to replace it."
             )
         elif not (self.work / "identity").exists():
             files.check_new(
@@ -180,8 +179,7 @@ class Run:
             if mark.read_text("utf-8") != identity:
                 raise UsageError(
                     f"{self.work} holds an unfinished run of another configuration or input; "
-                    "choose another --output, "
-                    "or pass --overwrite to throw it away."
+                    "choose another --output, or pass --overwrite to throw it away."
                 )
             return
         with writing(self.work):
@@ -270,15 +268,13 @@ class Run:
             first = self._first_reject(count)
             raise DataError(
                 f"The input holds no usable text: {len(self.inputs)} files, {read} empty "
-                f"documents, {rejected} "
-                f"rejected lines.{first}"
+                f"documents, {rejected} rejected lines.{first}"
             )
         limit = self.config.input.max_reject_percent
         if 100 * rejected > limit * (read + rejected):
             raise DataError(
                 f"{rejected} of {read + rejected} lines were rejected, more than "
-                f"input.max_reject_percent={limit}."
-                f"{self._first_reject(count)}"
+                f"input.max_reject_percent={limit}.{self._first_reject(count)}"
             )
 
     def _first_reject(self, count: int) -> str:

@@ -119,8 +119,7 @@ def template_task(chance: Chance) -> Task:
         given = chance.between(1, start[0] - 1)
         prompt = (
             f"{names[0]} has {start[0]} {thing} and {names[1]} has {start[1]}. {names[0]} gives "
-            f"{given} of them to "
-            f"{names[1]}. How many {thing} does {names[1]} have now?"
+            f"{given} of them to {names[1]}. How many {thing} does {names[1]} have now?"
         )
         return Task(prompt, str(start[1] + given), template)
     if template == "order":

@@ -71,9 +71,8 @@ def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) ->
             continue
         if token >= vocab_size:
             raise UsageError(
-                f"data.masking.token is the id {token}, but model.vocab_size is {vocab_size}: "
-                "give the model at least "
-                f"{token + 1} rows."
+                f"data.masking.token is the id {token}, but model.vocab_size is {vocab_size}: give "
+                f"the model at least {token + 1} rows."
             )
         return token
     free = (
@@ -84,8 +83,8 @@ def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) ->
     free += "" if words is None else f"{words.vocab_size + 1}."
     raise UsageError(
         "Hiding tokens needs a mask token, and the tokenizer has no "
-        f"{' or '.join(KNOWN if name is None else [name])}: "
-        f"name one of its tokens or an id in data.masking.token.{free}"
+        f"{' or '.join(KNOWN if name is None else [name])}: name one of its tokens or an id in "
+        f"data.masking.token.{free}"
     )
 
 

@@ -439,8 +439,8 @@ class Engine:
             elif stored is not None and stored != shard.full:
                 raise UsageError(
                     f"The source has {name} in the shape {list(stored)}, this model needs "
-                    f"{list(shard.full)}: "
-                    "it is another model. Check the sizes of the section `model`."
+                    f"{list(shard.full)}: it is another model. Check the sizes of the section "
+                    "`model`."
                 )
             else:
                 source.read_into(name, box.offset, tensor)

@@ -64,8 +64,7 @@ class Loaded:
         if max(tokens, default=0) >= rows:
             raise DataError(
                 f"Prompt {number + 1} has the token id {max(tokens)}, but the model has {rows} "
-                "rows: its tokenizer is "
-                "another one. Give --tokenizer DIR."
+                "rows: its tokenizer is another one. Give --tokenizer DIR."
             )
         ending = Ending(request.max_new_tokens, self.ends, (*request.stop, *stops))
         return Job(number, tokens, Answer(ending, self.words, tokens))
@@ -164,9 +163,8 @@ def _check_model(model: ModelConfig, tp: int) -> None:
     if not model.causal or model.head != "lm":
         seen = "only what came before" if model.causal else "the whole text"
         raise UsageError(
-            f"--model: this model has the head {model.head} and its tokens see {seen}; only "
-            "causal language models "
-            "(model.causal true, model.head lm) generate text."
+            f"--model: this model has the head {model.head} and its tokens see {seen}; only causal "
+            "language models (model.causal true, model.head lm) generate text."
         )
     if model.num_heads % tp:
         fits = ", ".join(str(n) for n in range(1, model.num_heads + 1) if model.num_heads % n == 0)
@@ -213,9 +211,8 @@ def find_step(model: str, mesh: Mesh | None = None) -> Path:
     path = Path(model)
     if not path.is_dir():
         raise UsageError(
-            f"--model {model}: there is no such folder; give a run folder, one of its step "
-            "folders or a Hugging Face "
-            "folder."
+            f"--model {model}: there is no such folder; give a run folder, one of its step folders "
+            "or a Hugging Face folder."
         )
     if (path / "manifest.json").exists():
         return path
@@ -258,11 +255,9 @@ def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple
         named = reader.meta.get("tokenizer")
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
-            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used "
-            "only where the data or "
-            f"the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into {_home(reader)}; "
-            "for a run to come, "
-            "set data.tokenizer."
+            f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only "
+            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into "
+            f"{_home(reader)}; for a run to come, set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
 

@@ -130,22 +130,20 @@ class Generator:
         if outside:
             raise UsageError(
                 f"The prompt has the token {outside[0]}, but the model's vocabulary has "
-                f"{config.vocab_size}: "
-                "the tokenizer is not the one that the model was trained with."
+                f"{config.vocab_size}: the tokenizer is not the one that the model was trained "
+                "with."
             )
         if config.rope_scaling == "dynamic" and job.most > config.rope_positions:
             raise UsageError(
-                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones "
-                f"need {job.most} "
-                f"positions; beyond model.rope_positions {config.rope_positions} "
-                "model.rope_scaling dynamic turns all "
-                "of them otherwise, which cached keys cannot follow: ask for fewer new tokens."
+                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need "
+                f"{job.most} positions; beyond model.rope_positions {config.rope_positions} "
+                "model.rope_scaling dynamic turns all of them otherwise, which cached keys cannot "
+                "follow: ask for fewer new tokens."
             )
         if config.positions == "learned" and job.most > config.max_positions:
             raise UsageError(
-                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones "
-                f"need {job.most} "
-                f"positions; this model learned {config.max_positions}."
+                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need "
+                f"{job.most} positions; this model learned {config.max_positions}."
             )
 
     def _caches(self) -> dict[int, TextCache]:

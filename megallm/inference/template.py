@@ -136,8 +136,7 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
         names = ", ".join(sorted(map(str, named)))
         raise DataError(
             f"{folder} has the chat templates {names}, of which none is the default: call the one "
-            "to use `default` "
-            f"where chat_template lists them, or save it as {path.name}."
+            f"to use `default` where chat_template lists them, or save it as {path.name}."
         )
     return found
 

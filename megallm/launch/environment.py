@@ -156,7 +156,6 @@ def _checked(env: RankEnv) -> RankEnv:
     if env.rank >= env.world or env.local_rank >= env.local_world:
         raise UsageError(
             f"The environment says rank {env.rank} of {env.world}, local rank {env.local_rank} of "
-            f"{env.local_world}: "
-            "a rank must be less than the number of ranks."
+            f"{env.local_world}: a rank must be less than the number of ranks."
         )
     return env

@@ -67,6 +67,5 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
     except (dist.DistError, RuntimeError) as error:
         raise PeerLost(
             f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} "
-            "within "
-            f"{timeout_seconds:g} s: {str(error).splitlines()[0]}"
+            f"within {timeout_seconds:g} s: {str(error).splitlines()[0]}"
         ) from error

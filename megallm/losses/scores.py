@@ -42,8 +42,7 @@ class PairwiseReward:
         if scored % 2:
             raise ValueError(
                 f"a microbatch scores {scored} sequences; a chosen and a rejected one belong into "
-                "the same microbatch, "
-                "so their number must be even."
+                "the same microbatch, so their number must be even."
             )
         return {"loss": batch["mask"].sum() // 2}
 

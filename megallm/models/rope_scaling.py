@@ -104,20 +104,18 @@ def _check_waves(kind: str | None, values: Mapping[str, Any]) -> None:
     if kind is not None and values["positions"] != "rope":
         raise UsageError(
             f"model.rope_scaling {kind} stretches rotary positions, but model.positions is "
-            f"{values['positions']}: "
-            "leave it out."
+            f"{values['positions']}: leave it out."
         )
     if kind in ("ntk", "dynamic") and _rotated(values) == 2:
         raise UsageError(
             f"model.rope_scaling {kind} keeps the fastest wave and stretches the slowest, but a "
-            "head has 2 rotated "
-            "features and so a single wave: give it at least 4, or take model.rope_scaling linear."
+            "head has 2 rotated features and so a single wave: give it at least 4, or take "
+            "model.rope_scaling linear."
         )
     if kind == "yarn" and values["rope_theta"] <= 1:
         raise UsageError(
             f"model.rope_theta is {values['rope_theta']}; model.rope_scaling yarn needs more than "
-            "1, or no wave is "
-            "slower than another."
+            "1, or no wave is slower than another."
         )
 
 

@@ -82,8 +82,7 @@ def row_mask_spec(
     ):
         raise DataError(
             f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row "
-            f"of {length} tokens: "
-            f"they must rise from 0 to {length}."
+            f"of {length} tokens: they must rise from 0 to {length}."
         )
     return MaskSpec(tuple(sorted(set(ends))), window, causal)
 

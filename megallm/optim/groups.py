@@ -79,6 +79,5 @@ def check_groups(config: OptimConfig, names: Iterable[str]) -> None:
             )
             raise UsageError(
                 f"optim.groups[{i}].match '{group.match}' takes no parameter: {why}. The model "
-                "has, for example, "
-                f"{', '.join(names[:: max(1, len(names) // 6)][:6])}."
+                f"has, for example, {', '.join(names[:: max(1, len(names) // 6)][:6])}."
             )

@@ -44,8 +44,8 @@ class LossScaler:
             raise Diverged(
                 f"The loss scale fell to {float(self.scale):g}, below train.loss_scale.minimum "
                 f"{self.options.minimum:g}: gradients overflow fp16 however small the loss is "
-                "made. Lower optim.lr, "
-                f"take train.precision bf16, or start again from an earlier checkpoint."
+                "made. Lower optim.lr, take train.precision bf16, or start again from an earlier "
+                "checkpoint."
             )
 
     def counters(self) -> dict[str, float]:

@@ -153,8 +153,7 @@ def device_for(row: Row, wanted: str) -> str:
     if wanted == "cuda" and gpus < row.layout.world:
         raise UsageError(
             f"--device cuda: the row {row.name} needs a GPU for each of its {row.layout.world} "
-            f"ranks, and {gpus} are "
-            "here; --device auto runs such rows on the CPU."
+            f"ranks, and {gpus} are here; --device auto runs such rows on the CPU."
         )
     return "cuda" if wanted != "cpu" and gpus >= row.layout.world else "cpu"
 

@@ -48,9 +48,8 @@ class Layout:
                 raise UsageError(f"layout.{axis} is {size!r}; it must be an integer of at least 1.")
         if self.stage_ranks % self.ep:
             raise UsageError(
-                f"layout.ep {self.ep} does not divide dp x cp x tp = {self.stage_ranks}: the "
-                "ranks of a pipeline stage "
-                "are cut into runs of ep, each with every expert once."
+                f"layout.ep {self.ep} does not divide dp x cp x tp = {self.stage_ranks}: the ranks "
+                "of a pipeline stage are cut into runs of ep, each with every expert once."
             )
 
     @property

@@ -75,8 +75,7 @@ class Mesh:
         if dist.get_world_size() != layout.world:
             raise UsageError(
                 f"{dist.get_world_size()} processes were started, but the layout pp={layout.pp} "
-                f"dp={layout.dp} "
-                f"cp={layout.cp} tp={layout.tp} needs {layout.world}."
+                f"dp={layout.dp} cp={layout.cp} tp={layout.tp} needs {layout.world}."
             )
         rank = dist.get_rank()
         made: dict[tuple[int, ...], dist.ProcessGroup] = {

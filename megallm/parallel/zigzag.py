@@ -42,8 +42,7 @@ def check_length(length: int, size: int) -> None:
     if size > 1 and length % (2 * size):
         raise UsageError(
             f"a row of {length} tokens cannot be split over layout.cp {size}: it takes a multiple "
-            "of "
-            f"2 cp = {2 * size}, such as {max(1, length // (2 * size)) * 2 * size}."
+            f"of 2 cp = {2 * size}, such as {max(1, length // (2 * size)) * 2 * size}."
         )
 
 
@@ -67,18 +66,16 @@ def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) ->
         if degree not in fitting:
             raise UsageError(
                 f"layout.cp_kind hybrid splits layout.cp {cp} into a ring of groups that exchange "
-                "heads. The size of a "
-                f"group, layout.cp_ulysses{'' if wanted is None else f' {wanted}'}, must divide "
-                f"cp and the {heads} "
-                "query heads of a rank and leave a ring of more than one group; here that is "
-                f"{fitting or 'no number'}."
+                "heads. The size of a group, "
+                f"layout.cp_ulysses{'' if wanted is None else f' {wanted}'}, must divide cp and "
+                f"the {heads} query heads of a rank and leave a ring of more than one group; here "
+                f"that is {fitting or 'no number'}."
             )
     if heads % degree:
         raise UsageError(
-            f"layout.cp_kind {kind} divides the {heads} query heads of a rank over {degree} "
-            "ranks, which does not go: "
-            f"take a cp that divides {heads}, or layout.cp_kind ring or allgather, which do not "
-            "split heads."
+            f"layout.cp_kind {kind} divides the {heads} query heads of a rank over {degree} ranks, "
+            f"which does not go: take a cp that divides {heads}, or layout.cp_kind ring or "
+            "allgather, which do not split heads."
         )
     return degree
 

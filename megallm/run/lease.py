@@ -128,10 +128,8 @@ class Lease:
             )
             raise CannotWrite(
                 f"The run folder {self.path.parent} is held by {who} (last sign of life "
-                f"{silent:.0f} s ago). "
-                "Stop that job, or choose another run.dir. A lease of a dead job on another "
-                "machine is taken over "
-                f"after {stale_seconds:.0f} s."
+                f"{silent:.0f} s ago). Stop that job, or choose another run.dir. A lease of a dead "
+                f"job on another machine is taken over after {stale_seconds:.0f} s."
             )
 
     def _keep_beating(self, seconds: float) -> None:
@@ -172,9 +170,8 @@ class Lease:
                 who = f"host {holder.host}, process {holder.pid}, since {holder.since}"
             raise LeaseLost(
                 f"The run folder {self.path.parent} was taken over by {who}: this job was silent "
-                "for too "
-                "long. It stops and writes nothing more there; the new one goes on from the "
-                "newest checkpoint."
+                "for too long. It stops and writes nothing more there; the new one goes on from "
+                "the newest checkpoint."
             )
 
     def release(self) -> None:

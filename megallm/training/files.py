@@ -67,8 +67,7 @@ def _empty_splits(config: PretrainConfig, data: IndexedDataset) -> Iterator[str]
             elif low == high:
                 raise DataError(
                     f"{data.prefix}: the split '{which}' of {split} holds none of the {len(data)} "
-                    "sequences: give this "
-                    "source more, or the split a larger share."
+                    "sequences: give this source more, or the split a larger share."
                 )
         except DataError as error:
             yield f"{error}" + (

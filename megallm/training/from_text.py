@@ -154,9 +154,8 @@ def is_prepared(request: Request) -> bool:
         }
         raise UsageError(
             f"{request.run_dir} was made from another command: "
-            f"{', '.join(what[key] for key in different)} changed. "
-            f"Choose another run.dir, such as run.dir={request.run_dir}-2, or remove that folder "
-            "to start anew."
+            f"{', '.join(what[key] for key in different)} changed. Choose another run.dir, such as "
+            f"run.dir={request.run_dir}-2, or remove that folder to start anew."
         )
     return True
 
@@ -182,8 +181,7 @@ def prepare(
     documents = survey.documents[split_text]
     say(
         f"text: {len(survey.files):,} files, {survey.size_bytes / 1e6:.1f} MB, {documents:,} "
-        "documents "
-        f"({'a file each' if split_text == 'file' else split_text}); preset {preset}"
+        f"documents ({'a file each' if split_text == 'file' else split_text}); preset {preset}"
     )
     vocab_size = _train_tokenizer(request, survey, split_text, preset)
     say(f"tokenizer: byte-level BPE of {vocab_size:,} tokens, {folder / 'tokenizer'}")

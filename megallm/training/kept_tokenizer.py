@@ -34,8 +34,8 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
             raise UsageError(
                 f"{target} is another tokenizer than {spec}, which the data was made with: a run "
-                "folder keeps the one "
-                "that its checkpoints belong to. Choose another run.dir, or remove that folder."
+                "folder keeps the one that its checkpoints belong to. Choose another run.dir, or "
+                "remove that folder."
             )
         return
     folder = None if config.model.hf is None else Path(config.model.hf)

@@ -59,8 +59,7 @@ def sources_of(words: Sequence[str]) -> Sources:
             raise UsageError(
                 f"{prefix} is given twice, which Megatron-LM reads as two datasets, each from its "
                 "beginning; here a source has one weight. For the same samples give the second "
-                "another "
-                "name (links to .bin and .idx)"
+                "another name (links to .bin and .idx)"
             )
     return dict(pairs)
 
@@ -139,8 +138,7 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
     if kind not in wanted:
         raise UsageError(
             f"--tokenizer-type {kind}: megallm reads {', '.join(wanted)}; set data.tokenizer to a "
-            "folder with a "
-            "tokenizer.json (data that is already tokenised is read as it is)."
+            "folder with a tokenizer.json (data that is already tokenised is read as it is)."
         )
     flag, value, what = wanted[kind]
     if not value:
@@ -153,11 +151,9 @@ def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
         )
     if kind == TIKTOKENIZER and suffix not in TIKTOKEN:
         raise UsageError(
-            f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its "
-            "rank a "
-            "line, with a NAME.json of its pattern and special tokens (tools/preprocess_data.py "
-            "with the "
-            "same flags makes them of a NAME.json of Megatron-LM)."
+            f"--tokenizer-model {value}: set data.tokenizer to {what}, a base64 token and its rank "
+            "a line, with a NAME.json of its pattern and special tokens (tools/preprocess_data.py "
+            "with the same flags makes them of a NAME.json of Megatron-LM)."
         )
     if kind == GPT2:
         return _gpt2_folder(vocab, merges)
@@ -175,8 +171,8 @@ def _gpt2_folder(vocab: str, merges: str) -> str:
         return str(one.parent)
     raise UsageError(
         f"--vocab-file {vocab} --merge-file {merges}: set data.tokenizer to a folder that holds "
-        "them as vocab.json and "
-        "merges.txt (tools/preprocess_data.py with the same flags makes one, PREFIX_tokenizer)."
+        "them as vocab.json and merges.txt (tools/preprocess_data.py with the same flags makes "
+        "one, PREFIX_tokenizer)."
     )
 
 

@@ -121,12 +121,12 @@ FLAGS: tuple[Flag, ...] = (
     _set("--moe-expert-capacity-factor", "model.moe.capacity", "counted in each sequence"),
     _set("--moe-token-drop-policy", "model.moe.drop", choices={"probs": "score", "position": "position"}),
     _alike("--moe-token-dispatcher-type --moe-grouped-gemm --moe-permute-fusion "
-           "--moe-router-fusion --moe-router-dtype "
-           "--moe-per-layer-logging --moe-flex-dispatcher-backend --moe-enable-deepep",
+           "--moe-router-fusion --moe-router-dtype --moe-per-layer-logging "
+           "--moe-flex-dispatcher-backend --moe-enable-deepep",
            "tokens travel by all-to-all; the router is fp32"),
     _dropped("--moe-pad-expert-input-to-capacity --moe-input-jitter-eps "
-             "--moe-router-force-load-balancing "
-             "--moe-shared-expert-overlap --overlap-moe-expert-parallel-comm --moe-use-upcycling "
+             "--moe-router-force-load-balancing --moe-shared-expert-overlap "
+             "--overlap-moe-expert-parallel-comm --moe-use-upcycling "
              "--moe-upcycling-granularity", "no such choice"),
     _dropped("--expert-tensor-parallel-size", "experts are never split over tp", "1"),
     _read("--multi-latent-attention --kv-lora-rank", "model.mla.kv_lora_dim", "absent: 32"),
@@ -165,12 +165,10 @@ FLAGS: tuple[Flag, ...] = (
     _dropped("--num-distributed-optimizer-instances", "set zero.shard_size to the ranks that "
                                                       "divide the state", "1"),
     _alike("--overlap-grad-reduce --overlap-param-gather "
-           "--overlap-param-gather-with-optimizer-step "
-           "--tp-comm-overlap --no-overlap-p2p-communication "
-           "--overlap-p2p-communication-warmup-flush "
-           "--ddp-bucket-size "
-           "--ddp-average-in-collective --ddp-num-buckets --align-grad-reduce --align-param-gather "
-           "--defer-embedding-wgrad-compute",
+           "--overlap-param-gather-with-optimizer-step --tp-comm-overlap "
+           "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush "
+           "--ddp-bucket-size --ddp-average-in-collective --ddp-num-buckets --align-grad-reduce "
+           "--align-param-gather --defer-embedding-wgrad-compute",
            "messages overlap with compute where they can, without a switch"),
     # Batch and length.
     _set("--micro-batch-size --batch-size", "train.micro_batch"),
@@ -221,8 +219,8 @@ FLAGS: tuple[Flag, ...] = (
     _read("--num-layers-at-end-in-bf16", "train.fp8.bf16_last", "absent: 1"),
     _dropped("--fp8-amax-compute-algo", "the largest of the history counts", "max"),
     _alike("--accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 "
-           "--no-query-key-layer-scaling "
-           "--apply-query-key-layer-scaling --main-grads-dtype --main-params-dtype",
+           "--no-query-key-layer-scaling --apply-query-key-layer-scaling --main-grads-dtype "
+           "--main-params-dtype",
            "sums, softmax and norms are fp32 or wider"),
     _read("--initial-loss-scale", "train.loss_scale.initial", "absent, or more: 2^24"),
     _read("--min-loss-scale", "train.loss_scale.minimum"),
@@ -239,15 +237,12 @@ FLAGS: tuple[Flag, ...] = (
              "--cpu-offloading-num-layers",
              "no such choice yet"),
     _alike("--transformer-impl --use-mcore-models --use-legacy-models --use-flash-attn "
-           "--attention-backend "
-           "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion "
-           "--no-bias-dropout-fusion "
-           "--no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm "
-           "--cross-entropy-loss-fusion "
-           "--cross-entropy-fusion-impl --enable-cuda-graph --use-cpu-initialization "
-           "--empty-unused-memory-level "
-           "--cuda-graph-impl --cuda-graph-scope --external-cuda-graph "
-           "--disable-bf16-reduced-precision-matmul "
+           "--attention-backend --no-masked-softmax-fusion --no-bias-gelu-fusion "
+           "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion "
+           "--no-gradient-accumulation-fusion --no-persist-layer-norm "
+           "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --enable-cuda-graph "
+           "--use-cpu-initialization --empty-unused-memory-level --cuda-graph-impl "
+           "--cuda-graph-scope --external-cuda-graph --disable-bf16-reduced-precision-matmul "
            "--manual-gc --manual-gc-interval --deterministic-mode "
            "--no-async-tensor-model-parallel-allreduce",
            "kernels are chosen by what is installed"),
@@ -266,19 +261,19 @@ FLAGS: tuple[Flag, ...] = (
     _dropped("--mock-data", "give data.sources and data.split"),
     _read("--test-data-path", "-", "a run ends without a loss on test data"),
     _dropped("--full-validation --multiple-validation-sets --start-eval-at-iter "
-             "--eval-global-batch-size "
-             "--eval-micro-batch-size --phase-transition-iterations --skip-train",
+             "--eval-global-batch-size --eval-micro-batch-size --phase-transition-iterations "
+             "--skip-train",
              "eval.batches batches of train.global_batch every eval.every steps"),
     _read("--tokenizer-type --tokenizer-model --vocab-file --merge-file", "data.tokenizer",
           "HuggingFaceTokenizer, Llama2Tokenizer, SentencePieceTokenizer, GPT2BPETokenizer "
-          "(vocab.json and merges.txt "
-          "of one folder), TikTokenizer (.tiktoken); NullTokenizer needs none"),
+          "(vocab.json and merges.txt of one folder), TikTokenizer (.tiktoken); NullTokenizer "
+          "needs none"),
     _dropped("--tiktoken-pattern --tiktoken-num-special-tokens --tiktoken-special-tokens",
              "NAME.json beside NAME.tiktoken says it"),
     _alike("--data-cache-path --num-workers --no-mmap-bin-files "
-           "--no-create-attention-mask-in-dataloader "
-           "--num-dataset-builder-threads --vocab-extra-ids --dataloader-fast-cache-load "
-           "--dataloader-defer-npy-index-mmap --per-dataset-sequences-path",
+           "--no-create-attention-mask-in-dataloader --num-dataset-builder-threads "
+           "--vocab-extra-ids --dataloader-fast-cache-load --dataloader-defer-npy-index-mmap "
+           "--per-dataset-sequences-path",
            "index arrays are made in seconds; nothing is cached"),
     _dropped("--dataloader-type", "samples are read once, in the shuffled order", "single"),
     _dropped("--reset-position-ids --reset-attention-mask --eod-mask-loss", "documents of a "
@@ -291,10 +286,9 @@ FLAGS: tuple[Flag, ...] = (
                          "read"),
     _set("--save-interval", "checkpoint.every"),
     _alike("--ckpt-format --dist-ckpt-format --use-dist-ckpt --async-save "
-           "--ckpt-fully-parallel-save "
-           "--ckpt-fully-parallel-load --auto-detect-ckpt-format --ckpt-assume-constant-structure "
-           "--use-checkpoint-args --dist-ckpt-strictness --exit-on-missing-checkpoint "
-           "--no-use-tokenizer-model-from-checkpoint-args "
+           "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --auto-detect-ckpt-format "
+           "--ckpt-assume-constant-structure --use-checkpoint-args --dist-ckpt-strictness "
+           "--exit-on-missing-checkpoint --no-use-tokenizer-model-from-checkpoint-args "
            "--no-ckpt-fully-parallel-save", "one format, which any layout reads"),
     _dropped("--no-save-optim --no-save-rng --no-load-optim --no-load-rng --finetune "
              "--pretrained-checkpoint "
@@ -306,11 +300,10 @@ FLAGS: tuple[Flag, ...] = (
     _set("--log-interval", "log.every", "absent: 100"),
     _set("--tensorboard-dir", "log.tensorboard", "events lie in the run folder", value=True),
     _alike("--log-throughput --log-params-norm --log-num-zeros-in-grad "
-           "--log-timers-to-tensorboard --timing-log-level "
-           "--timing-log-option --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard "
+           "--log-timers-to-tensorboard --timing-log-level --timing-log-option "
+           "--log-validation-ppl-to-tensorboard --log-memory-to-tensorboard "
            "--log-batch-size-to-tensorboard --log-world-size-to-tensorboard "
-           "--tensorboard-queue-size "
-           "--tensorboard-log-interval --log-progress --log-straggler "
+           "--tensorboard-queue-size --tensorboard-log-interval --log-progress --log-straggler "
            "--log-learning-rate-to-tensorboard",
            "RUN/metrics.jsonl has a row a step"),
     _dropped("--profile --profile-step-start --profile-step-end --profile-ranks "

@@ -148,8 +148,7 @@ log.plot: plot_loss draw_loss
 """
 _NOTES = {
     "data.sources": "(prefix of .bin/.idx: weight; `megallm preprocess` makes them, or train on a "
-    "folder of text: "
-    "`megallm pretrain --text DIR`)",
+    "folder of text: `megallm pretrain --text DIR`)",
 }
 _BY_SENTENCE: dict[str, str] = {
     _ACCUMULATION:

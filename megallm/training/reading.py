@@ -179,21 +179,18 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
     if not known:
         return (
             "No metadata say which tokenizer made the sources, and data.tokenizer is not set: the "
-            "checkpoints will "
-            "have none, so generate and chat will need --tokenizer."
+            "checkpoints will have none, so generate and chat will need --tokenizer."
         )
     prefix, made_by = next(iter(known.items()))
     bare = [each for each in side_cars if each not in known]
     if bare:
         raise DataError(
-            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made "
-            f"{bare[0]}: set data.tokenizer "
-            "to the tokenizer of both."
+            f"{prefix} was made with tokenizer {made_by}, but no metadata say what made {bare[0]}: "
+            "set data.tokenizer to the tokenizer of both."
         )
     raise DataError(
         f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess "
-        "keeps it, holds none: "
-        "set data.tokenizer to its folder."
+        "keeps it, holds none: set data.tokenizer to its folder."
     )
 
 
@@ -218,15 +215,13 @@ def check_tokenizers(config: PretrainConfig) -> None:
             meta.check_tokenizer(prefix, wanted)
         if made_by != known[first]:
             raise DataError(
-                f"{prefix} was made with tokenizer {made_by}, but {first} with {known[first]}: "
-                "the same ids would mean "
-                f"different texts. Preprocess one of them again."
+                f"{prefix} was made with tokenizer {made_by}, but {first} with {known[first]}: the "
+                "same ids would mean different texts. Preprocess one of them again."
             )
     if kept and wanted not in (None, known[first]):
         raise DataError(
             f"{spec} holds the tokenizer {wanted}, but {first} was made with {known[first]}: set "
-            "data.tokenizer to "
-            "that one, or preprocess again."
+            "data.tokenizer to that one, or preprocess again."
         )
 
 

@@ -222,10 +222,9 @@ def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> 
     first = next(change for change in changes if change.refused and not is_allowed(change, allowed))
     return (
         f"{found} belongs to a run that differs from this "
-        f"configuration:\n{table_of(changes, allowed)}\n"
-        "What is marked with * makes it another run: restore these values, start anew in another "
-        "run.dir, or let "
-        f"each pass, as in --allow-change {first.key.partition(' ')[0]}. The rest may change."
+        f"configuration:\n{table_of(changes, allowed)}\nWhat is marked with * makes it another "
+        "run: restore these values, start anew in another run.dir, or let each pass, as in "
+        f"--allow-change {first.key.partition(' ')[0]}. The rest may change."
     )
 
 
@@ -238,8 +237,8 @@ def unreadable(error: CheckpointError, changes: Sequence[Change]) -> MegallmErro
         return error
     return UsageError(
         "The checkpoint does not fit a change that --allow-change let pass: "
-        f"{error}\n{table_of(passed)}\n"
-        "Restore the values that it was written with, or start anew in another run.dir."
+        f"{error}\n{table_of(passed)}\nRestore the values that it was written with, or start anew "
+        "in another run.dir."
     )
 
 

@@ -48,8 +48,7 @@ def read(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not _well_formed(value):
         raise DataError(
             f"{path} is not a side-car of schema {SCHEMA} with tokenizer.fingerprint, "
-            "tokenizer.vocab_size and counts. "
-            f"Preprocess again, or delete it to go without."
+            "tokenizer.vocab_size and counts. Preprocess again, or delete it to go without."
         )
     return value
 
@@ -77,8 +76,7 @@ def check_counts(
         if side_car[key] != found[key]:
             raise DataError(
                 f"{path_of(prefix)} says {side_car[key]} {key} but the dataset has {found[key]}: "
-                "the files do not "
-                f"belong together. Preprocess again."
+                "the files do not belong together. Preprocess again."
             )
 
 
@@ -91,9 +89,8 @@ def check_tokenizer(
     if side_car is not None and side_car["tokenizer"]["fingerprint"] != fingerprint:
         raise DataError(
             f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, "
-            f"but {name} is "
-            f"{fingerprint}: the ids mean other texts. Set {name} to the one used, or preprocess "
-            "again."
+            f"but {name} is {fingerprint}: the ids mean other texts. Set {name} to the one used, "
+            "or preprocess again."
         )
 
 
@@ -126,8 +123,8 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
             raise DataError(
                 f"{prefix} and {known[0][0]} were made with different tokenizers "
                 f"({part['tokenizer']['fingerprint']} and "
-                f"{known[0][1]['tokenizer']['fingerprint']}): "
-                f"merging them would mix two meanings of the same ids."
+                f"{known[0][1]['tokenizer']['fingerprint']}): merging them would mix two meanings "
+                "of the same ids."
             )
     if len(known) < len(parts):
         return None

@@ -30,8 +30,7 @@ class OpenFile:
         except FileNotFoundError:
             raise DataError(
                 f"{path} does not exist. Give the common prefix of a .bin and an .idx file, "
-                "without the suffix; "
-                f"`megallm preprocess` makes them."
+                "without the suffix; `megallm preprocess` makes them."
             ) from None
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
@@ -77,8 +76,7 @@ class OpenFile:
     def _cut_off(self, at: int) -> DataError:
         return DataError(
             f"{self.path} was cut off at byte {at} while it was in use: it had {self.size} bytes "
-            "when it was opened. "
-            "Put the whole file back; what was trained until the last checkpoint stays good. "
-            "Files of a running job "
-            f"must be replaced by renaming, not written over."
+            "when it was opened. Put the whole file back; what was trained until the last "
+            "checkpoint stays good. Files of a running job must be replaced by renaming, not "
+            "written over."
         )

@@ -54,8 +54,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
     ):
         raise UsageError(
             f"data.split '{text}' is not usable: give one to three numbers >= 0 separated by "
-            "commas "
-            f"(train,valid,test), for example 90,5,5."
+            "commas (train,valid,test), for example 90,5,5."
         )
     parts += [0.0] * (len(SPLITS) - len(parts))
     total = sum(parts)
@@ -98,8 +97,7 @@ def build_order(
     if tokens == 0 or (num_samples is None and tokens < seq_len + _OVERLAP):
         raise DataError(
             f"{len(sequences)} sequences with {tokens} tokens cannot fill one sample of {seq_len} "
-            "+ 1 tokens: "
-            f"use a larger split, more data or a smaller data.seq_len."
+            "+ 1 tokens: use a larger split, more data or a smaller data.seq_len."
         )
     epochs = num_epochs(tokens, num_samples, seq_len)
     before_last = _samples_before_last_epoch(tokens, epochs, num_samples, seq_len)

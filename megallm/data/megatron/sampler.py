@@ -29,8 +29,7 @@ def rows_after(
         )
         raise UsageError(
             f"train.global_batch {global_batch} must be a multiple of train.micro_batch "
-            f"{micro_batch} x dp {dp_size}; "
-            f"nearest: {', '.join(map(str, nearest))}."
+            f"{micro_batch} x dp {dp_size}; nearest: {', '.join(map(str, nearest))}."
         )
     if not 0 <= dp_rank < dp_size:
         raise ValueError(f"dp_rank {dp_rank} is not in range({dp_size}).")

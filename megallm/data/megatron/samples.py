@@ -210,8 +210,7 @@ def _build_unweighted(
         raise DataError(
             f"data.sources without weights are read once: split '{which}' of {split} holds "
             f"{sum(lengths)} samples, and {num_samples} are wanted. Give each source a weight, or "
-            "ask "
-            "for fewer steps (or evaluations)."
+            "ask for fewer steps (or evaluations)."
         )
     return _blended(built, blend.normalise(lengths), num_samples, "give each source a weight")
 
@@ -251,7 +250,6 @@ def _blended(
         if taken > len(source):
             raise DataError(
                 f"{source.data.prefix}: the blend takes {taken} samples of it, but {len(source)} "
-                "were "
-                f"built: {remedy}."
+                f"were built: {remedy}."
             )
     return drawn

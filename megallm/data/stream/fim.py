@@ -55,11 +55,9 @@ def find_sentinels(
             return Sentinels(*ids)
     raise UsageError(
         "data.fim.rate needs three different tokens for prefix, suffix and middle, and the "
-        "tokenizer does not have "
-        f"{' or '.join(str(triple) for triple in candidates)}. Name three of its tokens in "
-        "data.fim.tokens, or train "
-        "one with `megallm tokenizer train --special-tokens '<|fim_prefix|>' '<|fim_suffix|>' "
-        "'<|fim_middle|>'`."
+        f"tokenizer does not have {' or '.join(str(triple) for triple in candidates)}. Name three "
+        "of its tokens in data.fim.tokens, or train one with `megallm tokenizer train "
+        "--special-tokens '<|fim_prefix|>' '<|fim_suffix|>' '<|fim_middle|>'`."
     )
 
 
@@ -71,8 +69,7 @@ def check_exact(tokenizer: Tokenizer) -> None:
         if tokenizer.decode(tokenizer.encode(text)) != text:
             raise UsageError(
                 "data.fim.rate needs a tokenizer that gives each part of a text back exactly; "
-                "this one turns "
-                f"{text!r} into {tokenizer.decode(tokenizer.encode(text))!r}. Set "
+                f"this one turns {text!r} into {tokenizer.decode(tokenizer.encode(text))!r}. Set "
                 "data.fim.rate=0, or use another."
             )
 

@@ -101,8 +101,7 @@ def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int
         remedy += "(or lines), or give the split a larger share."
     raise DataError(
         f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the "
-        "dataset has "
-        f"{data.num_documents} documents). {remedy}"
+        f"dataset has {data.num_documents} documents). {remedy}"
     )
 
 

@@ -124,8 +124,7 @@ class Stream:
             if state[name] != now:
                 raise DataError(
                     f"The stream was begun with data.{name} {state[name]!r}, now it is {now!r}: "
-                    "documents would be "
-                    f"read twice or never. Restore it, or start another run."
+                    "documents would be read twice or never. Restore it, or start another run."
                 )
         self.places, self._mixture_state = state["places"], dict(state["mixture"])
         new = {
@@ -143,11 +142,9 @@ class Stream:
             files = self.sources[prefix].fingerprint
             if saved["files"] != files:
                 raise DataError(
-                    f"{prefix} has changed since this run read it (it was {saved['files']}, now "
-                    f"it is {files}): which "
-                    "documents were read is no longer known. Put the old files back, add the new "
-                    "text as another "
-                    f"source, or start another run."
+                    f"{prefix} has changed since this run read it (it was {saved['files']}, now it "
+                    f"is {files}): which documents were read is no longer known. Put the old files "
+                    "back, add the new text as another source, or start another run."
                 )
             self._cursors[prefix] = Cursor(
                 **{key: value for key, value in saved.items() if key != "files"}

@@ -52,8 +52,7 @@ def write_tiktoken_folder(
     if not len(_SPECIAL) <= num_special < vocab_size:
         raise UsageError(
             f"--tiktoken-num-special-tokens {num_special} must be at least {len(_SPECIAL)} and "
-            "less "
-            f"than --vocab-size {vocab_size}."
+            f"less than --vocab-size {vocab_size}."
         )
     tokens = _tokens(path)[: vocab_size - num_special]
     lines = [f"{token} {number + num_special}" for number, token in enumerate(tokens)]
@@ -106,8 +105,7 @@ def _tokens(path: str) -> list[str]:
         if bad:
             raise DataError(
                 f"{path}, item {number}: want an object of rank {number} with token_bytes in "
-                "base64 and "
-                "token_str, as Megatron-LM's TikTokenizer reads it."
+                "base64 and token_str, as Megatron-LM's TikTokenizer reads it."
             )
         found.append(token)
     if len(found) < 256:

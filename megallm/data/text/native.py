@@ -260,8 +260,7 @@ def _rules(path: Path) -> tuple[str, dict[str, int]]:
         raise UsageError(
             f"{path} does not say how text is split: write {side.name} beside it, "
             f'{{"pattern": "...", "special_tokens": {{"{_END}": id}}}}, or give the file one of '
-            "the names "
-            f"{', '.join(KNOWN)} if it is that encoding."
+            f"the names {', '.join(KNOWN)} if it is that encoding."
         )
     try:
         value = definition.loads(definition.read_bytes(side), side)

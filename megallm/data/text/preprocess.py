@@ -209,9 +209,8 @@ def around(
     before, behind = plain.template if config.add_special_tokens else ([], [])
     if config.add_special_tokens and not (before or behind):
         raise UsageError(
-            f"--add-special-tokens: the template of {config.tokenizer} puts nothing around a "
-            "text. Leave the option "
-            f"out, or use a tokenizer.json whose post_processor does."
+            f"--add-special-tokens: the template of {config.tokenizer} puts nothing around a text. "
+            "Leave the option out, or use a tokenizer.json whose post_processor does."
         )
     if config.append_eod and behind[-1:] != [plain.eod]:
         behind = [*behind, plain.eod]
@@ -416,8 +415,7 @@ class _Output:
         ):
             raise DataError(
                 f"{stats.rejected} of {stats.lines} lines were rejected, more than "
-                f"--max-reject-percent {percent:g}; "
-                f"the first: {self._first_reject}."
+                f"--max-reject-percent {percent:g}; the first: {self._first_reject}."
             )
 
 

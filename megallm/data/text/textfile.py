@@ -250,9 +250,8 @@ def _refuse(name: str, head: bytes) -> None:
     if not head.startswith((*_MARKS, _PARQUET)) and head.count(0) > _MOST_NULS * len(head):
         raise DataError(
             f"{name} is no text: {head.count(0)} of its first {len(head)} bytes are NUL. If it is "
-            "UTF-16 or UTF-32 "
-            "without a byte order mark, make it UTF-8, for example with `iconv -f UTF-16LE -t "
-            "UTF-8`."
+            "UTF-16 or UTF-32 without a byte order mark, make it UTF-8, for example with `iconv "
+            "-f UTF-16LE -t UTF-8`."
         )
 
 

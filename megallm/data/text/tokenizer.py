@@ -312,8 +312,7 @@ def _definition(path: Path) -> tuple[dict[str, Any], str]:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with "
-            f"{tokenizer_folder.FORMS} "
-            f"(`megallm tokenizer train` makes one), or such a file."
+            f"{tokenizer_folder.FORMS} (`megallm tokenizer train` makes one), or such a file."
         ) from None
 
 

@@ -242,9 +242,8 @@ def pair_definition(folder: Path) -> str:
     missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))
     if missing:
         raise DataError(
-            f"{folder / VOCABULARY} lacks {len(missing)} of the 256 bytes of a byte-level BPE "
-            "(the first: "
-            f"{missing[0]!r}), so it belongs to another kind of tokenizer. {_REMEDY}"
+            f"{folder / VOCABULARY} lacks {len(missing)} of the 256 bytes of a byte-level BPE (the "
+            f"first: {missing[0]!r}), so it belongs to another kind of tokenizer. {_REMEDY}"
         )
     try:
         built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(folder / MERGES)))
@@ -280,8 +279,7 @@ def _way(folder: Path, settings: Settings) -> str:
     if kind:
         raise DataError(
             f"{folder} has {VOCABULARY} and {MERGES} of a {settings.kind}; how that splits a text "
-            "only "
-            f"{', '.join(_CLASSES)} are known. {_REMEDY}"
+            f"only {', '.join(_CLASSES)} are known. {_REMEDY}"
         )
     return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
 
@@ -316,8 +314,7 @@ def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, folder: Path) -
         if built.token_to_id(text) != number:
             raise DataError(
                 f"{folder} gives the added token {text!r} the id {number}, but {VOCABULARY} leads "
-                "to "
-                f"{built.token_to_id(text)}: the files do not belong together."
+                f"to {built.token_to_id(text)}: the files do not belong together."
             )
 
 

@@ -119,9 +119,8 @@ class Workers:
             f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         )
         return InternalError(
-            f"A worker process died ({how}). A kill that nobody asked for mostly means that "
-            "memory ran out: "
-            f"use fewer --workers."
+            f"A worker process died ({how}). A kill that nobody asked for mostly means that memory "
+            "ran out: use fewer --workers."
         )
 
 
