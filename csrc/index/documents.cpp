@@ -45,7 +45,13 @@ class Folding {
   std::uint32_t row(std::uint32_t code) const { return rows_[code]; }
   // How many characters a row stands for, and the first of them.
   std::uint32_t size(std::uint32_t row) const { return row & kLonger ? more_[row & kCode] : 1; }
-  const std::uint32_t* rest(std::uint32_t row) const { return more_ + (row & kCode) + 1; }
+  // The rows of what a character is folded to: mostly its own.
+  template <typename Put>
+  void each(std::uint32_t row, Put put) const {
+    if (!(row & kLonger)) return put(row);
+    const std::uint32_t* rest = more_ + (row & kCode) + 1;
+    for (std::uint32_t k = 0; k < size(row); ++k) put(rest[k]);
+  }
 
  private:
   Array<std::uint32_t> table_, longer_;
@@ -75,12 +81,7 @@ py::tuple fold(const Folding& folding, const py::list& texts) {
       for (I64 i = 0; i < count; ++i) {
         const std::uint32_t row = folding.row(character[i]);
         seen |= row;
-        if (!(row & Folding::kLonger)) {
-          put(row);
-          continue;
-        }
-        const std::uint32_t* rest = folding.rest(row);
-        for (std::uint32_t k = 0; k < folding.size(row); ++k) put(rest[k]);
+        folding.each(row, put);
       }
     });
     put(folding.row('\n'));
@@ -120,12 +121,7 @@ py::tuple comparable(const Folding& folding, const py::str& text) {
     for (I64 i = 0; i < count; ++i) {
       const std::uint32_t row = folding.row(character[i]);
       seen |= row;
-      if (!(row & Folding::kLonger)) {
-        put(row);
-        continue;
-      }
-      const std::uint32_t* rest = folding.rest(row);
-      for (std::uint32_t k = 0; k < folding.size(row); ++k) put(rest[k]);
+      folding.each(row, put);
     }
   });
   return py::make_tuple(py::bytes(out), (seen & Folding::kJamo) != 0);

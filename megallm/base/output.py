@@ -60,9 +60,8 @@ class FdWriter:
         while view:
             try:
                 view = view[os.write(self.fd, view) :]
-            except (
-                BlockingIOError
-            ):  # somebody made it non-blocking: wait here, in the thread if there is one
+            except BlockingIOError:
+                # somebody made it non-blocking: wait here, in the thread if there is one
                 select.select((), (self.fd,), (), 1.0)
             except OSError as error:
                 self.reason = error.strerror or str(error)

@@ -72,9 +72,8 @@ def _answer(
         loaded.generator.generate(
             [job], generate.sampling_of(request), listen if line is not None else None, stopped
         )
-    except (
-        UsageError
-    ) as error:  # raised alike on every rank, before anything runs: the text does not fit the model
+    except UsageError as error:
+        # raised alike on every rank, before anything runs: the text does not fit the model
         if line is not None:
             line.send(error=str(error))
         return

@@ -143,9 +143,8 @@ class Lease:
                 os.utime(self.path)
             else:
                 self.lost = True
-        except (
-            OSError
-        ) as error:  # a stale network file handle, a full disk: try again at the next beat
+        except OSError as error:
+            # a stale network file handle, a full disk: try again at the next beat
             log.debug("heartbeat of %s failed: %s", self.path, error)
 
     def _mine(self) -> bool:

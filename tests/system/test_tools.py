@@ -158,9 +158,9 @@ def test_a_tiktokenizer_gives_the_ids_that_it_has_there(pattern, translated, gpt
     ("words", "code", "sentence"),
     [
         ("--tokenizer-type GPT2BPETokenizer --vocab-file {0}/gpt2-vocab.json", 2, "--merge-file is absent"),
-        ("--vocab-file {0}/gpt2-merges.txt --merge-file {0}/gpt2-merges.txt", 65, "gpt2-merges.txt is not JSON"),
+        ("--vocab-file {0}/gpt2-merges.txt --merge-file {0}/gpt2-merges.txt", 65, "merges.txt cannot be read as JSON"),
         ("--vocab-file {0}/gpt2-vocab.json --merge-file {0}/gpt2-vocab.json", 65, "gpt2-vocab.json:1: want two"),
-        ("--vocab-file {0}/none --merge-file {0}/gpt2-merges.txt", 65, "none cannot be read as text"),
+        ("--vocab-file {0}/none --merge-file {0}/gpt2-merges.txt", 65, "none does not exist"),
         ("--tokenizer-type Llama2Tokenizer --tokenizer-model x.bin", 2, "call it NAME.model"),
         ("--tokenizer-type Llama2Tokenizer", 2, "--tokenizer-model is absent"),
         ("--tokenizer-type BertWordPieceLowerCase --vocab-file v.txt", 2, "megallm reads HuggingFaceTokenizer"),

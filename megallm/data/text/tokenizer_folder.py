@@ -224,34 +224,26 @@ _CLASSES = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}  # and their ...
 
 
 def pair_definition(folder: Path) -> str:
-    """The tokenizer.json that `vocab.json` and `merges.txt` stand for, read as GPT-2's or Qwen2's
-    class reads them.
+    """The tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see `pair_of`."""
+    return pair_of(folder / VOCABULARY, folder / MERGES, settings_of(folder))
+
+
+def pair_of(vocabulary: Path, merges: Path, settings: Settings) -> str:
+    """The tokenizer.json that two files stand for, read as GPT-2's or Qwen2's class reads them.
 
     Without a word about the class the model's type decides, else it is GPT-2's. Errors:
     `DataError`.
     """
-    settings, vocabulary = settings_of(folder), read_json(folder / VOCABULARY) or {}
-    way = _way(folder, settings)
-    numbers = vocabulary.values()
-    if not vocabulary or any(
-        type(one) is not int or not 0 <= one < definition.MAX_ID for one in numbers
-    ):
-        raise DataError(
-            f"{folder / VOCABULARY} must map tokens to ids from 0 to {definition.MAX_ID}."
-        )
-    missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary))
-    if missing:
-        raise DataError(
-            f"{folder / VOCABULARY} lacks {len(missing)} of the 256 bytes of a byte-level BPE (the "
-            f"first: {missing[0]!r}), so it belongs to another kind of tokenizer. {_REMEDY}"
-        )
+    way = _way(vocabulary, settings)
     try:
-        built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(folder / MERGES)))
-    except (
-        Exception
-    ) as error:  # the library raises nothing narrower for merges that the vocabulary lacks
+        built = tokenizers.Tokenizer(
+            models.BPE(vocab=vocabulary_of(vocabulary), merges=_merges(merges))
+        )
+    except DataError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"{folder}: {VOCABULARY} and {MERGES} do not belong together: {error}."
+            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one tokenizer."
         ) from error
     built.decoder = decoders.ByteLevel()
     if way == "qwen2":
@@ -261,7 +253,7 @@ def pair_definition(folder: Path) -> str:
         built.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
     else:
         built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.prefix_space)
-    _add_tokens(built, settings, folder)
+    _add_tokens(built, settings, vocabulary)
     _add_template(built, settings)
     return built.to_str()
 
@@ -272,14 +264,32 @@ _REMEDY = (
 )
 
 
-def _way(folder: Path, settings: Settings) -> str:
+def vocabulary_of(path: Path) -> dict[str, int]:
+    """The vocabulary of a byte-level BPE, token -> id. Errors: `DataError`."""
+    found = read_json(path)
+    if found is None:
+        raise DataError(f"{path} does not exist.")
+    if not found or any(
+        type(one) is not int or not 0 <= one < definition.MAX_ID for one in found.values()
+    ):
+        raise DataError(f"{path} must map tokens to ids from 0 to {definition.MAX_ID}.")
+    missing = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(found))
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} of the 256 bytes of a byte-level BPE (the first: "
+            f"{missing[0]!r}), so it belongs to another kind of tokenizer. {_REMEDY}"
+        )
+    return found
+
+
+def _way(vocabulary: Path, settings: Settings) -> str:
     kind = settings.kind.removesuffix("Fast")
     if kind in _CLASSES:
         return _CLASSES[kind]
     if kind:
         raise DataError(
-            f"{folder} has {VOCABULARY} and {MERGES} of a {settings.kind}; how that splits a text "
-            f"only {', '.join(_CLASSES)} are known. {_REMEDY}"
+            f"{vocabulary} belongs to a {settings.kind}; what is known is how {', '.join(_CLASSES)} "
+            f"split a text. {_REMEDY}"
         )
     return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
 
@@ -300,7 +310,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, folder: Path) -> None:
+def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, vocabulary: Path) -> None:
     """Added tokens get the ids that the settings give them, or those of the vocabulary."""
     named = dict(settings.added)
     for text in (*settings.tokens.values(), _END):
@@ -313,7 +323,7 @@ def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, folder: Path) -
         (built.add_special_tokens if special else built.add_tokens)([token])
         if built.token_to_id(text) != number:
             raise DataError(
-                f"{folder} gives the added token {text!r} the id {number}, but {VOCABULARY} leads "
+                f"The added token {text!r} the id {number}, but {VOCABULARY} leads "
                 f"to {built.token_to_id(text)}: the files do not belong together."
             )
 
