@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallm.engine.config import EngineConfig
+from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
-from megallm.optim.config import OptimConfig
+from megallm.optim.config import OptimConfig, ZeroOptions
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 
@@ -23,6 +23,23 @@ Batch = dict[str, Tensor]
 
 # With beta1 = 0 the first moment is the gradient of the last step, exactly.
 SEEN = OptimConfig(betas=(0.0, 0.95), clip=0.0, weight_decay=0.1)
+
+
+PIPELINE = ("schedule", "chunks", "stages", "group")
+ZERO = ("stage", "shard_size", "bf16_grads", "zero_offload", "tree")
+
+
+def config_of(model: ModelConfig = MODEL, optim: OptimConfig = SEEN, **options: Any) -> EngineConfig:
+    """The configuration of an engine with flat options: `zero` is the stage, `schedule` and `chunks`
+    are the pipeline's, the rest are called as in EngineConfig; fp64 unless said otherwise.
+    """
+    zero = {key.removeprefix("zero_"): options.pop(key) for key in ZERO if key in options}
+    zero |= {"stage": options.pop("zero")} if "zero" in options else {}
+    pipeline = {key: options.pop(key) for key in PIPELINE if key in options}
+    values = {"precision": "fp64", "seed": 5} | options
+    return EngineConfig(
+        model, optim, pipeline=PipelineOptions(**pipeline), zero=ZeroOptions(**zero), **values
+    )
 
 
 def engine_of(mesh: Mesh | None = None, **changes: Any) -> Engine:
