@@ -61,6 +61,7 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
+    "losses.advantage",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
