@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megallm.losses.reduce import counted_tokens, per_sequence, per_token
 
-# TRL's names; "sequence" is the product over its T tokens, "geometric" the T-th root (verl: seq_mean).
+# TRL's names; "sequence" is the product over T tokens, "geometric" its T-th root (verl: seq_mean).
 CORRECTIONS = tuple(
     f"{level}_{action}"
     for level in ("token", "sequence", "geometric")

@@ -9,7 +9,8 @@ With `log r = ref_log_prob - log_prob` (Schulman, "Approximating KL divergence",
                                   value and gradient are right (DeepSeek-V3.2, arXiv 2512.02556)
     k1+, k3+                      the value of k1 or k3 with the gradient of k2 (straight-through)
 
-TRL has k3 and, by default, k3_is (`use_bias_correction_kl`); verl calls k1 "kl", k2 "mse" and k3 "low_var_kl", with the same "+".
+TRL has k3 and, by default, k3_is (`use_bias_correction_kl`). verl calls k1 "kl", k2 "mse" and k3
+"low_var_kl", with the same "+".
 """
 
 from __future__ import annotations

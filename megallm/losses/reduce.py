@@ -89,6 +89,6 @@ def check_mode(mode: str, length: int | None = 1) -> None:
         raise ValueError(f"the aggregation {mode!r} is none of {', '.join(MODES)}.")
     if mode == "constant" and not length:
         raise ValueError(
-            "the aggregation 'constant' divides by a number of tokens for each sequence: set length "
-            "to the longest answer that is possible."
+            "the aggregation 'constant' divides by a number of tokens for each sequence: set "
+            "length to the longest answer that is possible."
         )
