@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,10 +70,13 @@ class Distillation:
     aggregate: str = "token_mean"
     temperature: float = 1.0
 
-    needs: ClassVar[tuple[str, ...]] = ("log_prob", "divergence")
-
     def __post_init__(self) -> None:
         check_mode(self.aggregate)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The divergence, and the log-probability of the labels if it weighs anything."""
+        return ("log_prob", "divergence") if self.nll else ("divergence",)
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What divides the divergence and the likelihood of one microbatch."""

@@ -264,14 +264,16 @@ def policy_loss(name: str, **changes: Any) -> Policy:
 def first_update_fault(
     report: dict[str, float], reference_is_policy: bool = False, tolerance: float = 1e-4
 ) -> str | None:
-    """Returns the sentence that says what is wrong with the metrics of the first update of a rollout,
-    or None: there every ratio is 1, nothing is clipped, and the divergence to a reference with the
+    """Returns the sentence that says what is wrong with the metrics of a rollout's first update, or
+    None: there every ratio is 1, nothing is clipped, and the divergence to a reference with the
     policy's weights is 0. Otherwise the rollout came from other weights or another temperature.
     """
     clipped = [name for name in report if "clip_ratio" in name and report[name] > 0]
     if abs(report["ratio/mean"] - 1) > tolerance or report["off_policy"] > 0:
-        fault = f"the mean ratio is {report['ratio/mean']:.6f}, and {report['off_policy']:.2%} of the tokens"
-        fault += " have another log-prob than in the rollout"
+        fault = (
+            f"the mean ratio is {report['ratio/mean']:.6f}, and {report['off_policy']:.2%} of the "
+            "tokens have another log-prob than in the rollout"
+        )
     elif clipped:
         fault = f"{clipped[0]} is {report[clipped[0]]:.2%}"
     elif reference_is_policy and abs(report.get("kl", 0.0)) > tolerance:
@@ -279,6 +281,6 @@ def first_update_fault(
     else:
         return None
     return (
-        f"In the first update of a rollout {fault}; the policy that is trained must be the one that "
-        "has sampled: compare its weights, the sampling temperature and the tokens."
+        f"In the first update of a rollout {fault}; the policy that is trained must be the one "
+        "that has sampled: compare its weights, the sampling temperature and the tokens."
     )

@@ -223,8 +223,9 @@ class Preference:
     `gamma` a margin for every pair (SimPO). Without a reference (`reference_free`) log-ratios are
     log-probs. `length_normalized` takes means over the tokens instead of sums. `nll` weighs the
     negative log-likelihood of the chosen answers beside the loss (rpo_alpha, cpo_alpha), averaged
-    by `nll_aggregate` over the tokens of `nll_mask` `[B, T]`, by default the counted ones; it keeps
-    DPO from lowering the chosen answers too.
+    by `nll_aggregate`; it keeps DPO from lowering the chosen answers too. It is over all counted
+    tokens: where these include the prompt's, as in ORPO, `answer_mask` `[B, T]` of the batch says
+    which of them are the answers that are compared.
 
     aot and aot_unpaired couple the pairs of a microbatch and depend on its size, as in TRL.
     """
@@ -283,14 +284,15 @@ class Preference:
         """Pairs of one microbatch, and what divides the likelihood of the chosen answers. Errors:
         ValueError for an odd number of sequences.
         """
-        counts = {"loss": pair_counted(batch).sum()}
+        counts = {"loss": pair_counted(_answers(batch)).sum()}
         if self.nll:
             counts["nll"] = count(_chosen(batch), self.nll_aggregate)
         return counts
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         log_prob = outputs["log_prob"]
-        pairs, counted = self._pairs(log_prob, batch), pair_counted(batch)
+        answers = _answers(batch)
+        pairs, counted = self._pairs(log_prob, answers), pair_counted(answers)
         losses = {"loss": self._sum(pairs, counted)}
         if self.nll:
             losses["nll"] = -self.nll * total(log_prob, _chosen(batch), self.nll_aggregate)
@@ -307,12 +309,12 @@ class Preference:
                 f"the batch has margins, which {', '.join(self.kinds)} cannot use; the losses with "
                 f"a margin are {', '.join(sorted(WITH_MARGIN))}."
             )
-        margin = given.get("margin", zero)
+        margin, reference = given.get("margin", zero), zero
+        if not self.reference_free:
+            reference = in_pairs(sequence_sum("ref_log_probs", batch))
         pairs = Pairs(
             policy=policy,
-            reference=zero
-            if self.reference_free
-            else in_pairs(sequence_sum("ref_log_probs", batch)),
+            reference=reference,
             tokens=in_pairs(counted_tokens(batch)).clamp(min=1).to(policy.dtype),
             margin=margin[:, 0] - margin[:, 1] + self.gamma,
             shift=given.get("reference_point", zero)[:, 0],
@@ -325,7 +327,8 @@ class Preference:
             if kind in SORTED:
                 loss = loss + weight * KINDS[kind](pairs.select(counted), self).sum()
             else:
-                loss = loss + weight * (KINDS[kind](pairs, self) * counted).sum()
+                each = KINDS[kind](pairs, self).masked_fill(~counted, 0)
+                loss = loss + weight * each.sum()
         return loss
 
     def _metrics(self, pairs: Pairs, counted: Tensor) -> dict[str, Tensor]:
@@ -339,7 +342,7 @@ class Preference:
             "logps/chosen": pairs.policy[:, 0].detach(),
             "logps/rejected": pairs.policy[:, 1].detach(),
         }
-        return {name: (x * counted).sum() for name, x in each.items()}
+        return {name: x.masked_fill(~counted, 0).sum() for name, x in each.items()}
 
     def first_loss(self) -> float | None:
         """Returns the loss per pair while the policy still equals the reference, without `nll` and
@@ -355,7 +358,7 @@ class Preference:
 
 def orpo_loss(beta: float = 0.1, **options: float) -> Preference:
     """Returns ORPO: the likelihood of the chosen answers and `beta` times the odds ratio. The
-    paper's likelihood, like TRL's, includes the prompt: give it as `nll_mask`.
+    paper's likelihood, like TRL's, includes the prompt: see `answer_mask` of Preference.
     """
     return Preference(
         "orpo", beta=beta, nll=1.0, reference_free=True, length_normalized=True, **options
@@ -395,15 +398,16 @@ def pair_counted(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _chosen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch in which only the tokens of chosen answers count, or those that `nll_mask`
-    names.
-    """
-    mask = batch.get("nll_mask", batch["mask"])
-    tokens = counted_tokens(batch)
-    even = torch.arange(len(tokens), device=mask.device) % 2 == 0
-    if len(tokens) % 2:
-        even[-1] = False
-    return batch | {"mask": mask & per_token(even, batch)}
+    """The batch in which only the chosen sequences count."""
+    even = torch.arange(len(counted_tokens(batch)), device=batch["mask"].device) % 2 == 0
+    return batch | {"mask": batch["mask"] & per_token(even, batch)}
+
+
+def _answers(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch in which only the answers that are compared count."""
+    if "answer_mask" not in batch:
+        return batch
+    return batch | {"mask": batch["mask"] & batch["answer_mask"]}
 
 
 @dataclass(frozen=True)

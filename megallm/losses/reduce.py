@@ -80,7 +80,7 @@ def count(batch: dict[str, Tensor], mode: str, length: int | None = None) -> Ten
     if mode == "token_mean":
         return batch["mask"].sum()
     sequences = (counted_tokens(batch) > 0).sum()
-    return sequences * float(length) if mode == "constant" and length else sequences
+    return sequences.to(torch.float64) * length if mode == "constant" and length else sequences
 
 
 def check_mode(mode: str, length: int | None = 1) -> None:
