@@ -10,11 +10,11 @@ from pathlib import Path
 from megallm.base.config import load, schema, to_dict, to_yaml
 from megallm.base.errors import UsageError
 from megallm.cli.table import Command
+from megallm.convert.megatron.translate import to_yaml as megatron_yaml
+from megallm.convert.megatron.translate import translate
 from megallm.data.indexed import meta
 from megallm.training.config import PretrainConfig
 from megallm.training.files import check_files
-from megallm.training.from_megatron import to_yaml as megatron_yaml
-from megallm.training.from_megatron import translate
 from megallm.training.validate import check
 
 

@@ -4,26 +4,16 @@ Pure.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
+from megallm.base.paths import is_placeholder
 from megallm.data.megatron.order import parse_split
 from megallm.training.config import PretrainConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]  # (rule, sentence, remedies)
-
-# What launch scripts hold where a user's own value belongs: `$3`, `$(date)`, MOCK, <path>,
-# path/to/x.
-_PLACEHOLDER = re.compile(r"[$`]|^MOCK$|<[^<>]+>|(^|/)path/to(/|$)|^(YOUR|your)_\w+$")
-
-
-def is_placeholder(text: str) -> bool:
-    """Whether a path stands for one that is still to be filled in."""
-    return _PLACEHOLDER.search(text) is not None
-
 
 def source_faults(config: PretrainConfig) -> Iterator[Fault]:
     """What is wrong with `data.sources`, `data.valid_sources` and what goes with them."""

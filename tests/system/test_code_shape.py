@@ -58,7 +58,7 @@ PURE = (
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
-    "optim.config", "optim.lr", "optim.groups", "optim.rules",
+    "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
