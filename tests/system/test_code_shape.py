@@ -52,9 +52,9 @@ FLOORS["cli"] = _LOWER | {"run", "training", "oracle", "launch", "report"}
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
     "base.", "cli.", "data.", "run.config", "run.changes",
-    "training.config", "training.validate", "training.nearest", "training.reading",
-    "training.ranges", "training.files", "training.from_text", "training.other_names", "training.expert_rules",
-    "training.optimizing", "training.narrow_rules", "ops.backends", "ops.low_precision", "parallel.recompute_policy",
+    "training.config", "training.validate", "training.rules.", "training.reading", "training.kinds",
+    "training.files", "training.from_text", "training.other_names",
+    "ops.backends", "ops.low_precision", "parallel.recompute_policy",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
