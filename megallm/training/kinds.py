@@ -48,7 +48,7 @@ KINDS = {row.name: row for row in _ROWS}
 
 def kind_of(config: JobConfig) -> Kind | None:
     """Returns the kind whose configuration this is; None for one without a row."""
-    return next((row for row in _ROWS if row.config is type(config)), None)
+    return next((row for row in KINDS.values() if row.config is type(config)), None)
 
 
 def rules_of(config: JobConfig) -> Rules:
