@@ -91,11 +91,8 @@ class SupervisedTrainer:
             lr,
             self.config.train.global_batch,
             tokens,
-            losses={"train/loss": stats.losses["loss"]},
-            metrics={
-                "train/tokens": stats.counts["loss"],
-                **mtp_losses(stats, mtp.depth, mtp.weight),
-            },
+            losses=train_losses(stats),
+            metrics=_tokens(stats) | mtp_losses(stats, mtp.depth, mtp.weight),
             flops=self._flops_of_token * tokens,
             wait_seconds=waited,
             data=self.feed.data_after(step),
@@ -112,6 +109,21 @@ class SupervisedTrainer:
     def counters(self) -> dict[str, Any]:
         """Returns what belongs to the engine's state besides tensors."""
         return self.engine.counters()
+
+
+def train_losses(stats: StepStats) -> dict[str, float]:
+    """Returns `train/loss`: the term of that name, or where there is none the sum of all terms,
+    with each one as `train/TERM` beside it.
+    """
+    if "loss" in stats.losses:
+        return {"train/loss": stats.losses["loss"]}
+    terms = {f"train/{name}": value for name, value in stats.losses.items()}
+    return {"train/loss": stats.loss} | terms
+
+
+def _tokens(stats: StepStats) -> dict[str, float | None]:
+    """Returns `train/tokens`: the tokens that the loss is a mean over, where it is one of tokens."""
+    return {"train/tokens": stats.counts["loss"]} if "loss" in stats.counts else {}
 
 
 def mtp_losses(stats: StepStats, depth: int, weight: float) -> dict[str, float | None]:
