@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ import torch
 from megallm.base.device import peak_flops, peak_memory_gib
 from megallm.base.errors import CannotWrite, Diverged, LeaseLost, Requeue
 from megallm.checkpoint import store
-from megallm.checkpoint.io import Part
-from megallm.engine.engine import StepStats
+from megallm.engine.engine import Part, StepStats
 from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
@@ -245,3 +245,14 @@ def _is_finite(part: Part) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:
+    """Returns what a run says at its end: where its results are, and what to do with them."""
+    run = Path(config.run.dir)
+    where = f"step {step} is saved in {run / 'checkpoints' / store.step_name(step)}"
+    if config.log.plot:
+        where += f"; the loss curve is {run / 'plots' / 'loss.png'}"
+    if step < config.train.steps:
+        then = f"the same command without train.stop_at goes on to step {config.train.steps}"
+    return where, f"next: {then}"

@@ -8,9 +8,8 @@ from typing import Any
 
 from megallm.base.errors import DataError
 from megallm.data.batches import Reader, Share
-from megallm.engine.engine import Engine, Loss
+from megallm.engine.engine import Engine, Loss, Mesh
 from megallm.losses.language import MaskedDiffusion, NextToken
-from megallm.parallel.mesh import Mesh
 from megallm.run.changes import Change
 from megallm.training.config import PretrainConfig
 from megallm.training.held_out import HeldOut

@@ -19,7 +19,7 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader as CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
-from megallm.parallel.mesh import Mesh
+from megallm.engine.engine import Mesh
 from megallm.run.changes import Change, is_allowed, table_of
 from megallm.run.config import JobConfig
 from megallm.run.runfolder import RunFolder

@@ -14,21 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import CheckpointError, InternalError
-from megallm.checkpoint import store
-from megallm.checkpoint.io import Part
 from megallm.data.batches import Reader, Share
 from megallm.data.loader import Batch, Loader
 from megallm.data.stream import samplelog
-from megallm.engine.engine import Engine, Loss, StepStats
+from megallm.engine.engine import Engine, Loss, Mesh, Part, StepStats
 from megallm.engine.model import Prepare
 from megallm.optim.lr import learning_rate
-from megallm.parallel.mesh import Mesh
 from megallm.run.changes import Change
 from megallm.run.config import JobConfig
 from megallm.run.recorder import Recorder
 from megallm.run.signals import listening
 from megallm.training.engine_config import engine_config, opening
-from megallm.training.loop import Loop
+from megallm.training.loop import Loop, closing
 from megallm.training.resuming import (
     Identity,
     check_allowed,
@@ -264,14 +261,3 @@ def _logged(
     every = job.config.checkpoint.every
     with samplelog.SampleLog(path) as rows:
         yield rows.writing(loader, reader.consumed, lambda step: every > 0 and step % every == 0)
-
-
-def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:
-    """Returns what a run says at its end: where its results are, and what to do with them."""
-    run = Path(config.run.dir)
-    where = f"step {step} is saved in {run / 'checkpoints' / store.step_name(step)}"
-    if config.log.plot:
-        where += f"; the loss curve is {run / 'plots' / 'loss.png'}"
-    if step < config.train.steps:
-        then = f"the same command without train.stop_at goes on to step {config.train.steps}"
-    return where, f"next: {then}"

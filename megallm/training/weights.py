@@ -10,9 +10,8 @@ from megallm.checkpoint.reader import Reader
 from megallm.convert.convert import is_import
 from megallm.convert.weights import Cast, HfReader, Source
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine
+from megallm.engine.engine import Engine, Mesh
 from megallm.engine.model import Prepare
-from megallm.parallel.mesh import Mesh
 
 
 def build_engine(
