@@ -32,7 +32,7 @@ def tokenizer_vocab(config: PretrainConfig) -> int | None:
     """The largest vocabulary that the sources were made with, from their side-cars; None when none
     has one.
     """
-    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
+    side_cars = [meta.read_meta(prefix) for prefix in config.data.prefixes]
     return max(
         (side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None
     )

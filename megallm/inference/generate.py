@@ -13,7 +13,7 @@ from typing import Any
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import is_import
 from megallm.convert.folder import is_model_folder
@@ -21,7 +21,7 @@ from megallm.convert.tokenizer_files import TOKENIZER, end_ids, kept_folder
 from megallm.convert.weights import Cast, HfReader
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import Tokenizer
-from megallm.data.text.tokenizer_folder import FORMS
+from megallm.data.text.tokenizer_folder import TOKENIZER_FORMS
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
@@ -141,7 +141,7 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         source: Any = reader
         if request.precision not in (None, config.precision):
             config = dataclasses.replace(config, precision=request.precision)
-            source = Cast(reader) if isinstance(reader, Reader) else reader
+            source = Cast(reader) if isinstance(reader, CheckpointReader) else reader
         model = ParallelModel.load(config, mesh, source)
         imported = isinstance(reader, HfReader) or is_import(reader)
         framed = not imported and reader.meta.get("framed")
@@ -195,11 +195,15 @@ def row_of(prompt: str, answer: Answer) -> Row:
     }
 
 
-def open_model(model: str, mesh: Mesh | None = None) -> Reader | HfReader:
+def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfReader:
     """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
     world.
     """
-    return HfReader(model) if is_model_folder(Path(model)) else Reader(find_step(model, mesh))
+    return (
+        HfReader(model)
+        if is_model_folder(Path(model))
+        else CheckpointReader(find_step(model, mesh))
+    )
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
@@ -224,7 +228,7 @@ def find_step(model: str, mesh: Mesh | None = None) -> Path:
     return found
 
 
-def model_config(reader: Reader | HfReader) -> EngineConfig:
+def model_config(reader: CheckpointReader | HfReader) -> EngineConfig:
     """What to build, from what the checkpoint remembers."""
     try:
         return EngineConfig(
@@ -236,7 +240,9 @@ def model_config(reader: Reader | HfReader) -> EngineConfig:
         ) from error
 
 
-def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
+def find_tokenizer(
+    reader: CheckpointReader | HfReader, given: str | None = None
+) -> tuple[str, Path | None]:
     """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
     the model's folder.
 
@@ -246,7 +252,7 @@ def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple
         spec, folder = reader.meta["tokenizer"], reader.folder
     else:
         spec, folder = (
-            tokenizer_files.find_tokenizer(reader.folder, reader.meta),
+            tokenizer_files.checkpoint_tokenizer(reader.folder, reader.meta),
             kept_folder(reader.folder),
         )
     if given is not None:
@@ -256,13 +262,13 @@ def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
             f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only "
-            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into "
-            f"{_home(reader)}; for a run to come, set data.tokenizer."
+            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put "
+            f"{TOKENIZER_FORMS} into {_home(reader)}; for a run to come, set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
 
 
-def _home(reader: Reader | HfReader) -> Path:
+def _home(reader: CheckpointReader | HfReader) -> Path:
     return (
         reader.folder if isinstance(reader, HfReader) else reader.folder.parent.parent / TOKENIZER
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from megallm.base.errors import DataError
 from megallm.convert.folder import read_json
-from megallm.convert.tokenizer_files import MAX_BYTES
+from megallm.convert.tokenizer_files import MAX_TOKENIZER_BYTES
 from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, more_templates
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
@@ -162,7 +162,7 @@ def _specials(folder: Path) -> set[str]:
     """Written forms of the special tokens of the folder's tokenizer.json."""
     if not (folder / DEFINITION).is_file():
         return set()
-    rows = read_json(folder / DEFINITION, MAX_BYTES).get("added_tokens")
+    rows = read_json(folder / DEFINITION, MAX_TOKENIZER_BYTES).get("added_tokens")
     texts = {
         row.get("content") for row in rows or [] if isinstance(row, dict) and row.get("special")
     }

@@ -15,7 +15,8 @@ from megallm.ops.low_precision import Fp8Options, LossScaleOptions
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 
-Part = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
+# Parts of a transformer block (docs/precision.md).
+BlockPart = Literal["norm", "attention", "core", "mlp", "activation"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class TrainConfig:
     loss_scale: LossScaleOptions = field(default_factory=LossScaleOptions)  # fp16
     fp8: Fp8Options = field(default_factory=Fp8Options)  # fp8: bf16 with linears in FP8
     recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
-    recompute_modules: tuple[Part, ...] = ("core", "activation")  # selective: the parts of a block made again
+    recompute_modules: tuple[BlockPart, ...] = ("core", "activation")  # selective: what is recomputed
     recompute_layers: int | None = None  # only the first so many of each pipeline stage; null: all
     offload: bool = False  # what the blocks keep for the backward pass waits in CPU memory
     fused_head: Literal["auto", "on", "off"] = "auto"  # the head's logits never exist; auto: where they would be large
@@ -105,7 +106,9 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class JobConfig:
-    """The sections that every trainer has; a trainer's own configuration says what `data` is, and may add sections."""
+    """The sections that every trainer has; a trainer's own configuration says what `data` is, and
+    may add sections.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -165,7 +165,7 @@ class Recorder:
         title = f"{self.config.layout.schedule} as it ran in step {step}: idle {timeline.idle_fraction:.1%}"
         drawn = picture.Picture(timeline, placement, title, unit="s")
         try:
-            picture.save(drawn, self.folder.plots / "pipeline.svg")
+            picture.save_picture(drawn, self.folder.plots / "pipeline.svg")
             atomic_write_json(self.folder.plots / "pipeline.json", picture.chrome_trace(drawn))
         except (OSError, CannotWrite) as error:
             log.warning("The picture of the pipeline cannot be drawn: %s", error)

@@ -294,7 +294,7 @@ def _parsed(name: str, options: readers.ReadOptions, text: str) -> Iterator[read
     """
     first = 1
     for chunk in readers.chunks(name, options):
-        parsed = readers.parse(chunk, options)
+        parsed = readers.parse_chunk(chunk, options)
         for line, reason in parsed.rejects:
             raise DataError(
                 f"{name}:{first + line}: {reason}. Mend the file, or move it out of {text}."

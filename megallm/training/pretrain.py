@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint import store
-from megallm.data.batches import Reader, Share
+from megallm.data.batches import BatchReader, Share
 from megallm.data.loader import Batch, Loader
 from megallm.data.stream import samplelog
 from megallm.engine.engine import Loss
@@ -132,7 +132,7 @@ def trained_loss(config: PretrainConfig) -> Loss:
 # Data
 
 
-def train_reader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Reader:
+def train_reader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> BatchReader:
     """What this rank's replica reads after the ledger's step; the same on every rank of a
     replica.
     """
@@ -142,7 +142,7 @@ def train_reader(config: PretrainConfig, mesh: Mesh, ledger: Ledger) -> Reader:
     return open_reader(config, share, ledger.step + 1, ledger.data)
 
 
-def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger, reader: Reader) -> Loader:
+def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger, reader: BatchReader) -> Loader:
     """Batches of the steps that are left. Steps count from 1."""
     last = config.train.stop_at or config.train.steps
     return Loader(reader.batches, ledger.step + 1, last + 1, pin=mesh.device.type == "cuda")
@@ -150,7 +150,7 @@ def train_loader(config: PretrainConfig, mesh: Mesh, ledger: Ledger, reader: Rea
 
 @contextmanager
 def logged(
-    config: PretrainConfig, mesh: Mesh, loader: Loader, reader: Reader, step: int
+    config: PretrainConfig, mesh: Mesh, loader: Loader, reader: BatchReader, step: int
 ) -> Iterator[Batches]:
     """The loader's batches, each step's rows in RUN/samples.jsonl before it is trained on;
     collective over the world.

@@ -13,16 +13,23 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import objective
-from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
+from megallm.data.batches import BatchReader, MegatronReader, Share, StreamReader
 from megallm.data.indexed import meta
 from megallm.data.masking import MaskRule
 from megallm.data.megatron.order import parse_split
-from megallm.data.megatron.samples import Sampling, build_samples
+from megallm.data.megatron.samples import SampleOptions, build_samples
 from megallm.data.objective import Hider
 from megallm.data.stream import fim
 from megallm.data.stream.bookmarks import Bookmarks
-from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import (
+    CONCAT,
+    CONTEXT,
+    Reading,
+    StreamPlan,
+    StreamSegment,
+    stream_segments,
+)
+from megallm.data.stream.source import DocumentSource
 from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer_folder import kept_at
@@ -32,14 +39,14 @@ from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
 WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a whole
 
 
-def plan_of(config: PretrainConfig) -> Plan:
+def plan_of(config: PretrainConfig) -> StreamPlan:
     """The stream's plan; the configuration is checked and resolved."""
     data = config.data
     reading = Reading(
         data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form
     )
     changes = [(segment.until_tokens, _given(segment)) for segment in data.segments]
-    return Plan(segments_of(data.sources, reading, changes), data.seed, data.split)
+    return StreamPlan(stream_segments(data.sources, reading, changes), data.seed, data.split)
 
 
 def _given(segment: SegmentConfig) -> dict[str, Any]:
@@ -146,7 +153,7 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
     if came_along is not None:
         return came_along
-    if any(meta.read(prefix) is None for prefix in config.data.prefixes):
+    if any(meta.read_meta(prefix) is None for prefix in config.data.prefixes):
         return None  # who knows what made that one
     return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
 
@@ -155,7 +162,7 @@ def words_of(config: PretrainConfig) -> str | None:
     """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
     made_by = [
         car["tokenizer"]["fingerprint"]
-        for car in map(meta.read, config.data.prefixes)
+        for car in map(meta.read_meta, config.data.prefixes)
         if car is not None
     ]
     spec = tokenizer_of(config)
@@ -170,7 +177,7 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
     """
     if tokenizer_of(config) is not None:
         return None
-    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    side_cars = {prefix: meta.read_meta(prefix) for prefix in config.data.prefixes}
     known = {
         prefix: car["tokenizer"]["fingerprint"]
         for prefix, car in side_cars.items()
@@ -200,7 +207,7 @@ def check_tokenizers(config: PretrainConfig) -> None:
     """
     spec = tokenizer_of(config)
     wanted = None if spec is None else tokenizer.load(spec).fingerprint
-    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    side_cars = {prefix: meta.read_meta(prefix) for prefix in config.data.prefixes}
     known = {
         prefix: car["tokenizer"]["fingerprint"]
         for prefix, car in side_cars.items()
@@ -226,8 +233,8 @@ def check_tokenizers(config: PretrainConfig) -> None:
 
 
 def open_sources(
-    config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None
-) -> dict[str, Source]:
+    config: PretrainConfig, plan: StreamPlan, state: dict[str, Any] | None = None
+) -> dict[str, DocumentSource]:
     """The sources of a plan, which go on from `state`.
 
     Documents that were being read when fill-in-the-middle was switched off are read to their end as
@@ -244,7 +251,7 @@ def open_sources(
         rearranger = fim.Rearranger(
             loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab)
         )
-    return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
+    return {prefix: DocumentSource(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
 
 
 def hider_of(config: PretrainConfig) -> Hider | None:
@@ -273,7 +280,7 @@ def open_reader(
     first_step: int,
     state: dict[str, Any] | None = None,
     bookmarks: bool = False,
-) -> Reader:
+) -> BatchReader:
     """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step
     before kept.
 
@@ -322,12 +329,12 @@ def first_held_out(config: PretrainConfig, step: int) -> int:
     return max(0, step - 1) // config.eval.every * config.eval.batches + 1
 
 
-def _sampling(config: PretrainConfig) -> Sampling:
+def _sampling(config: PretrainConfig) -> SampleOptions:
     data = config.data
-    return Sampling(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
+    return SampleOptions(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
 
 
-def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
+def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], BatchReader] | None:
     """What reads the validation split from its beginning: packed as the training rows are, or
     Megatron's samples.
 
@@ -344,9 +351,9 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reade
         planned = planned_held_out(config)
         samples = build_samples(sources, split, "valid", planned, _sampling(config))
         return lambda: MegatronReader(samples, share, hide)
-    segment = Segment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
-    plan = Plan((segment,), data.seed, split, "valid")
-    opened = {prefix: Source(prefix, plan, vocab) for prefix in plan.prefixes}
+    segment = StreamSegment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
+    plan = StreamPlan((segment,), data.seed, split, "valid")
+    opened = {prefix: DocumentSource(prefix, plan, vocab) for prefix in plan.prefixes}
     return lambda: StreamReader(Stream(plan, opened), share, 1, data.document_masks, hide)
 
 

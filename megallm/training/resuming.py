@@ -14,12 +14,12 @@ from megallm.base import words
 from megallm.base.config import leaves, to_dict, to_yaml
 from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader as CheckpointReader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
 from megallm.data.indexed import content, meta
 from megallm.data.indexed.dataset import IndexedDataset
-from megallm.data.stream.source import fingerprint
+from megallm.data.stream.source import dataset_fingerprint
 from megallm.parallel.mesh import Mesh
 from megallm.run.changes import Change, is_allowed, table_of
 from megallm.run.runfolder import RunFolder
@@ -85,7 +85,9 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
             "samples": planned_samples(config),
             "surplus": data.surplus,
             "global_batch": train.global_batch,
-            "files": {prefix: fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
+            "files": {
+                prefix: dataset_fingerprint(IndexedDataset(prefix)) for prefix in data.sources
+            },
         }
     return {
         "kind": "pretrain",
@@ -94,7 +96,7 @@ def describe(config: PretrainConfig) -> dict[str, Any]:
         "seed": config.run.seed,
         "tokenizer": tokenizer_of(config),
         "framed": any(
-            (meta.read(prefix) or {}).get("add_special_tokens") for prefix in data.prefixes
+            (meta.read_meta(prefix) or {}).get("add_special_tokens") for prefix in data.prefixes
         ),
         "data": reading,
     }
@@ -254,7 +256,9 @@ def _ledger(ledger: dict[str, Any], changes: Sequence[Change]) -> dict[str, Any]
     sources = dict(state["sources"])
     for change in changes:
         prefix = change.key.removeprefix(f"{CONTENT} of ")
-        if prefix in sources and sources[prefix]["files"] != fingerprint(IndexedDataset(prefix)):
+        if prefix in sources and sources[prefix]["files"] != dataset_fingerprint(
+            IndexedDataset(prefix)
+        ):
             del sources[prefix]
     return ledger | {"data": state | {"sources": sources}}
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import is_import
-from megallm.convert.weights import Cast, HfReader, Source
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
@@ -29,7 +29,7 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
             return read_weights(
                 config, mesh, source
             ), f"starting from the weights of {folder}{notes}"
-    with Reader(found) as reader:
+    with CheckpointReader(found) as reader:
         if is_import(reader):
             return read_weights(
                 config, mesh, Cast(reader)
@@ -40,7 +40,7 @@ def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[
         return engine, f"resumed at step {reader.step}{wins}"
 
 
-def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
+def read_weights(config: EngineConfig, mesh: Mesh, source: WeightSource) -> Engine:
     """An engine whose master weights come from `source`, whatever dtype it has; each rank reads
     what it keeps.
 

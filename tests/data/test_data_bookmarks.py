@@ -13,8 +13,8 @@ import pytest
 from megallm.data.indexed.dataset import IndexedWriter
 from megallm.data.stream import bookmarks
 from megallm.data.stream.bookmarks import Bookmarks
-from megallm.data.stream.plan import CONCAT, Plan, Reading, Segment
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import CONCAT, Reading, StreamPlan, StreamSegment
+from megallm.data.stream.source import DocumentSource
 from megallm.data.stream.stream import Stream
 
 BATCH = 4
@@ -29,14 +29,14 @@ def dataset(prefix: Path, documents: int, seed: int) -> str:
     return str(prefix)
 
 
-def plan_of(kind: str, a: str, b: str) -> Plan:
+def plan_of(kind: str, a: str, b: str) -> StreamPlan:
     reading = Reading(64, packing=CONCAT if kind == "concat" else "best_fit", window=16)
-    later = [Segment(40 * BATCH * 64, {b: 1.0, a: 2.0}, Reading(32, window=8))] if kind == "segments" else []
-    return Plan((Segment(0, {a: 0.7, b: 0.3}, reading), *later), 3)
+    later = [StreamSegment(40 * BATCH * 64, {b: 1.0, a: 2.0}, Reading(32, window=8))] if kind == "segments" else []
+    return StreamPlan((StreamSegment(0, {a: 0.7, b: 0.3}, reading), *later), 3)
 
 
-def sources_of(plan: Plan) -> dict[str, Source]:
-    return {prefix: Source(prefix, plan, 500) for prefix in plan.prefixes}
+def sources_of(plan: StreamPlan) -> dict[str, DocumentSource]:
+    return {prefix: DocumentSource(prefix, plan, 500) for prefix in plan.prefixes}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_item_29_bookmarks_of_something_else_are_not_used(tmp_path, takes, chang
     if change == "tokens":
         os.utime(f"{a}.bin", (1, 1))
     elif change == "seed":
-        plan = Plan(plan.segments, 4)
+        plan = StreamPlan(plan.segments, 4)
     elif change == "batch":
         batch = 3
     elif change == "damaged":

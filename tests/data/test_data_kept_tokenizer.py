@@ -14,7 +14,7 @@ from megallm.base.errors import DataError
 from megallm.data.indexed import dataset as indexed
 from megallm.data.indexed import meta, split_merge
 from megallm.data.text import tokenizer
-from megallm.data.text.partial import sweep
+from megallm.data.text.partial import remove_stale_outputs
 from megallm.data.text.preprocess import PreprocessConfig, run
 from megallm.data.text.tokenizer_folder import kept_at
 
@@ -123,7 +123,7 @@ def test_merge_and_split_carry_it(made, tmp_path, form):
     indexed.merge([a, b], tmp_path / "m")
     wanted = tokenizer.load(made[form]).fingerprint
     assert tokenizer.load(meta.kept_tokenizer(tmp_path / "m")).fingerprint == wanted
-    for part in split_merge.split(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
+    for part in split_merge.split_dataset(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
         assert tokenizer.load(meta.kept_tokenizer(part["prefix"])).fingerprint == wanted
     bytewise = [preprocess(tmp_path, "bytes", name) for name in ("x", "y")]
     indexed.merge(bytewise, tmp_path / "n")
@@ -157,7 +157,7 @@ def test_what_a_killed_merge_left_is_swept(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
         os.utime(tmp_path / name, (0, 0))
-    assert sweep(str(tmp_path / "d")) == ["d.tokenizer.tmp-999999999-ab"]
+    assert remove_stale_outputs(str(tmp_path / "d")) == ["d.tokenizer.tmp-999999999-ab"]
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -19,7 +19,7 @@ from megallm.data.objective import (
     special_tokens,
     word_table,
 )
-from megallm.data.stream.plan import Plan, Reading, Segment
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment
 from megallm.data.stream.stream import Stream
 from megallm.data.text.tokenizer import ByteTokenizer, FolderTokenizer
 from tests.data.stream_cases import sources_of, write
@@ -38,7 +38,7 @@ def prefix(tmp_path_factory) -> str:
 
 
 def reader(prefix: str, kind: str, share: Share, apart: bool = True, seed: int = 5, seq_len: int = 32) -> StreamReader:
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(seq_len, "best_fit", 8)),), seed=1)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(seq_len, "best_fit", 8)),), seed=1)
     return StreamReader(Stream(plan, sources_of(plan)), share, 1, apart, Hider(kind, RULE, seed))
 
 

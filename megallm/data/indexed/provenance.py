@@ -14,7 +14,7 @@ from typing import Any
 MAX_RUNS = 100_000  # more are not kept: a side-car is read whole
 
 
-def place(known: Mapping[str, Any], document: int) -> dict[str, Any]:
+def locate_document(known: Mapping[str, Any], document: int) -> dict[str, Any]:
     """{"file", "line"} of a document."""
     runs = known["runs"]
     first, file, line = runs[bisect_right(runs, document, key=lambda run: run[0]) - 1]

@@ -84,7 +84,7 @@ def is_stream(name: str) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def check(names: Sequence[str]) -> None:
+def check_readable(names: Sequence[str]) -> None:
     """Refuse what cannot be read, before any work starts; pipes are not opened.
 
     Errors: `DataError` for what is no file or no pipe, `UsageError` for a package that is missing.
