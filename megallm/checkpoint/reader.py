@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.errors import CheckpointError
 from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
@@ -115,7 +115,7 @@ class CheckpointReader:
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Full logical shape and stored dtype of a tensor."""
         if name not in self.manifest.tensors:
-            hint = words.did_you_mean(name, self.manifest.tensors)
+            hint = suggest.did_you_mean(name, self.manifest.tensors)
             raise CheckpointError(f"{self.folder} holds no tensor named {name}.{hint}")
         record = self.manifest.tensors[name]
         return record.full, TORCH_DTYPES[record.dtype]

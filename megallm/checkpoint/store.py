@@ -81,7 +81,7 @@ def latest(
 
 
 @dataclass(frozen=True)
-class Keeping:
+class RetentionPolicy:
     """What `save` does with older steps, and who may change the folder; that of rank 0 counts.
 
     `newest` valid steps stay, the new one included (0: all), and `proven` does. `guard` is called
@@ -140,7 +140,7 @@ def _first_problem(folder: Path, rank: int, size: int, wanted: Callable[[str], b
 
 def save(
     root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: MeshProtocol,
-    keep: int | Keeping | None = None,
+    keep: int | RetentionPolicy | None = None,
 ) -> Path:  # fmt: skip
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
@@ -150,7 +150,7 @@ def save(
     the parts do not hold every tensor exactly once.
     """
     root = Path(root)
-    keeping = keep if isinstance(keep, Keeping) else Keeping(keep or 0)
+    keeping = keep if isinstance(keep, RetentionPolicy) else RetentionPolicy(keep or 0)
     first = mesh.world.rank == 0
     begun = mesh.broadcast_json(_begin(root, step, keeping) if first else None)
     _raise_if_failed(begun)
@@ -183,7 +183,7 @@ def _raise_if_failed(report: dict[str, Any]) -> None:
         raise _KINDS[report["kind"]](report["error"])
 
 
-def _begin(root: Path, step: int, keeping: Keeping) -> dict[str, str]:
+def _begin(root: Path, step: int, keeping: RetentionPolicy) -> dict[str, str]:
     """Rank 0: sweep what dead writers left, and make the temporary folder of this save."""
     try:
         keeping.guard()
@@ -219,7 +219,7 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
 
 
 def _finish(
-    root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], Manifest]
+    root: Path, folder: Path, keeping: RetentionPolicy, assemble: Callable[[], Manifest]
 ) -> dict[str, Any]:
     """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
     try:

@@ -60,7 +60,7 @@ from megallm.convert.weights import (
 )
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import BYTES
-from megallm.data.text.tokenizer_folder import TOKEN_IDS, TOKENIZER_FORMS, keep
+from megallm.data.text.tokenizer_folder import TOKEN_IDS, TOKENIZER_FORMS, save_tokenizer_files
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
@@ -266,12 +266,17 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
     """Copy or make the tokenizer's files; notes, and the ids that begin, end and fill a text."""
-    spec, kept = tokenizer_files.checkpoint_tokenizer(step, meta), tokenizer_files.kept_folder(step)
+    spec, kept = (
+        tokenizer_files.checkpoint_tokenizer(step, meta),
+        tokenizer_files.copied_folder(step),
+    )
     if spec is not None:
-        tokenizer_files.check_words(meta, spec, tokenizer.load(spec))
+        tokenizer_files.check_vocabulary(meta, spec, tokenizer.load(spec))
     if spec not in (None, BYTES):
         source = Path(spec)
-        tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else keep(spec, folder)
+        tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else save_tokenizer_files(
+            spec, folder
+        )
     elif kept is not None:
         tokenizer_files.copy_tokenizer(kept, folder, definition=False)
     if spec == BYTES:
@@ -286,7 +291,7 @@ def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], to
 # To megallm.
 
 
-class Lazy:
+class LazyTensors:
     """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it
     is asked for, and refused unless all of it is finite."""
 
@@ -325,14 +330,16 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
             )
         reader.check_copies()
         lazy = [
-            Lazy(reader, name, reader.info(name)[0], torch.float32 if is_state(name) else dtype)
+            LazyTensors(
+                reader, name, reader.info(name)[0], torch.float32 if is_state(name) else dtype
+            )
             for name in reader.names()
         ]
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         spec = tokenizer_files.tokenizer_spec(reader.folder)
         meta = imported_meta(reader.model, dtype, spec if spec == BYTES else None)
         notes = list(reader.notes)
-        tokenizer_files.keep_beside(reader.folder, folder, spec)
+        tokenizer_files.copy_beside(reader.folder, folder, spec)
         if spec is None:
             notes.append(f"{reader.folder} has no {TOKENIZER_FORMS}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())

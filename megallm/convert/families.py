@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megallm.convert import moe_keys, moe_rules
-from megallm.convert.moe_keys import More
+from megallm.convert.moe_keys import ConfigExtension
 from megallm.convert.rules import WeightRule, rule
 
 LLAMA_RULES = (
@@ -170,7 +170,7 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     fused: tuple[WeightRule, ...] = ()
     further: str = r"(?!)"
-    more: More | None = None
+    more: ConfigExtension | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     writes: Mapping[str, Any] = field(default_factory=dict)
 

@@ -3,9 +3,9 @@
 A rule says what one tensor of theirs is made of: one or several matrices of ours, laid end to end
 along the output dim or dealt out head by head, perhaps transposed, perhaps with rotary pairs side
 by side. Rename, split, stack, merge, transpose and reorder are all of that form. Rules become
-`Link`s, boxes that hold the same numbers on both sides, and a link maps any box inside it either
-way. So any piece of a tensor of one side can be filled from pieces of the other, and nothing is
-ever made whole on the way.
+`TensorLink`s, boxes that hold the same numbers on both sides, and a link maps any box inside it
+either way. So any piece of a tensor of one side can be filled from pieces of the other, and nothing
+is ever made whole on the way.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Link:
+class TensorLink:
     """Two boxes that hold the same numbers: `ours_box` of the tensor `ours`, `theirs_box` of the
     tensor `theirs`.
 
@@ -157,8 +157,8 @@ class Bridge:
 
     ours: Mapping[str, tuple[int, ...]]
     theirs: Mapping[str, tuple[int, ...]]
-    by_ours: Mapping[str, Sequence[Link]]
-    by_theirs: Mapping[str, Sequence[Link]]
+    by_ours: Mapping[str, Sequence[TensorLink]]
+    by_theirs: Mapping[str, Sequence[TensorLink]]
     copies: frozenset[str] = frozenset()
 
 
@@ -171,7 +171,7 @@ def plan_bridge(
     InternalError when the rules do not hold every element of every tensor, on both sides, exactly
     once.
     """
-    links: list[Link] = []
+    links: list[TensorLink] = []
     theirs: dict[str, tuple[int, ...]] = {}
     copies = set()
     for each in _expand(rules, counts):
@@ -263,7 +263,7 @@ def _links(
     their_stack: tuple[int, ...],
     sources: list[SourceTensor],
     counts: Counts,
-) -> tuple[tuple[int, ...], list[Link]]:
+) -> tuple[tuple[int, ...], list[TensorLink]]:
     """The full shape of the rule's tensor as far as this rule tells, and its links."""
     made, rows, columns = [], 0, None
     for head in range(counts.heads if each.by_head else 1):
@@ -291,7 +291,7 @@ def _links(
                 if each.transpose:
                     offset, shape = offset[::-1], shape[::-1]
                 box = Box((*their_stack, *offset), (*(1 for _ in their_stack), *shape))
-                made.append(Link(name, ours_box, theirs, box, each.transpose, step))
+                made.append(TensorLink(name, ours_box, theirs, box, each.transpose, step))
             rows += count
     matrix = (rows, *columns)[::-1] if each.transpose else (rows, *columns)
     return (*(i + 1 for i in their_stack), *matrix), made
@@ -307,9 +307,9 @@ def _runs(count: int, paired: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _grouped(
-    links: list[Link], side: str, names: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[Link]]:
-    groups: dict[str, list[Link]] = {name: [] for name in names}
+    links: list[TensorLink], side: str, names: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[TensorLink]]:
+    groups: dict[str, list[TensorLink]] = {name: [] for name in names}
     for link in links:
         groups[link.ours if side == "ours" else link.theirs].append(link)
     return groups

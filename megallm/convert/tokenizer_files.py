@@ -26,9 +26,9 @@ from megallm.data.text.tokenizer_folder import (
     SPECIALS,
     TOKEN_IDS,
     definition_file,
-    more_templates,
+    extra_chat_templates,
     rank_files,
-    said_of_texts,
+    text_settings,
 )
 
 TOKENIZER = "tokenizer"  # the folder of it in a run folder
@@ -77,7 +77,7 @@ def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[
         ):
             _copy(plain_file(source, name), target / name)
             copied.append(name)
-    templates = more_templates(source)
+    templates = extra_chat_templates(source)
     if len(templates) > MAX_TEMPLATES:
         raise CheckpointError(
             f"{source / MORE_TEMPLATES} has more than {MAX_TEMPLATES} templates; no model has."
@@ -96,7 +96,7 @@ def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[
 _ABOUT = (SETTINGS, SPECIALS, GENERATION, TOKEN_IDS, "chat_template.jinja", "chat_template.json")
 
 
-def keep_beside(source: Path, folder: Path, spec: str | None) -> None:
+def copy_beside(source: Path, folder: Path, spec: str | None) -> None:
     """Put into the run folder `folder` what `source` says about texts: its tokenizer (but `bytes`),
     templates, ids.
     """
@@ -107,7 +107,7 @@ def keep_beside(source: Path, folder: Path, spec: str | None) -> None:
 
 def _said(folder: Path) -> dict[str, Any]:
     try:
-        return said_of_texts(read_json(folder / CONFIG))
+        return text_settings(read_json(folder / CONFIG))
     except DataError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -276,22 +276,22 @@ def write_generation_config(target: Path, ids: Ids) -> None:
         atomic_write_json(target / GENERATION, {"_from_model_config": True} | known)
 
 
-def kept_folder(step: Path) -> Path | None:
+def copied_folder(step: Path) -> Path | None:
     """The folder of a run that holds what belongs to its texts; None when there is none."""
     kept = step.parent.parent / TOKENIZER
     return kept if kept.is_dir() else None
 
 
-def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
+def check_vocabulary(meta: Any, spec: str, loaded: tokenizer.Tokenizer) -> None:
     """Refuse, for a checkpoint with this meta, another tokenizer than the one it was trained with.
 
     A folder may have been changed since, or a path that was written down may lead elsewhere now.
     Errors: DataError.
     """
     trained = meta.get("words") if isinstance(meta, dict) else None
-    if trained is not None and words.fingerprint != trained:
+    if trained is not None and loaded.fingerprint != trained:
         raise DataError(
-            f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with "
+            f"{spec} is the tokenizer {loaded.fingerprint}, but the model was trained with "
             f"{trained}: its ids mean other texts. Put the one of data.tokenizer back."
         )
 
@@ -299,7 +299,7 @@ def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
 def checkpoint_tokenizer(step: Path, meta: Any) -> str | None:
     """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured;
     `bytes` only where its meta says so; or None."""
-    kept = kept_folder(step)
+    kept = copied_folder(step)
     if kept is not None and has_tokenizer(kept):
         return str(kept)
     named = meta.get("tokenizer") if isinstance(meta, dict) else None

@@ -24,12 +24,18 @@ from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
-from megallm.convert.convert import Lazy, check_output, imported_meta, to_yaml_section, whole_folder
+from megallm.convert.convert import (
+    LazyTensors,
+    check_output,
+    imported_meta,
+    to_yaml_section,
+    whole_folder,
+)
 from megallm.convert.tokenizer_files import (
-    check_words,
+    check_vocabulary,
     checkpoint_tokenizer,
-    keep_beside,
-    kept_folder,
+    copied_folder,
+    copy_beside,
 )
 from megallm.convert.weights import Cast, WeightSource, stored_model, whole_stage
 from megallm.data.text import tokenizer
@@ -109,14 +115,14 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
         model = with_experts(stored_model(reader), request)
         dtype = reader.info("embedding.weight")[1]
         source = Upcycled(Cast(reader), model, request.seed)
-        lazy = [Lazy(source, name, *source.info(name)) for name in source.names()]
+        lazy = [LazyTensors(source, name, *source.info(name)) for name in source.names()]
         spec = checkpoint_tokenizer(step, reader.meta)
         meta = imported_meta(model, dtype, spec if spec == BYTES else None)
         if spec is not None:
-            check_words(reader.meta, spec, tokenizer.load(spec))
-        kept = kept_folder(step) if spec in (None, BYTES) else Path(spec)
+            check_vocabulary(reader.meta, spec, tokenizer.load(spec))
+        kept = copied_folder(step) if spec in (None, BYTES) else Path(spec)
         if kept is not None:
-            keep_beside(kept, folder, spec)
+            copy_beside(kept, folder, spec)
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(model))

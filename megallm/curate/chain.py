@@ -31,12 +31,12 @@ from megallm.curate.config import GLOBAL, CurateConfig
 from megallm.curate.document import KEEP, Document, DocumentBatch, Verdict, apply_spans, drop, edit
 from megallm.curate.exact import Exact, Signatures
 from megallm.curate.near import Near
+from megallm.curate.stats import CurationStats
 from megallm.curate.steps import build_step
-from megallm.curate.tally import Tally
 
 BATCH_CHARS = 1 << 18
 BATCH_DOCUMENTS = 512
-DOCUMENTS, LEDGER, TALLY, KEPT = "documents.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
+DOCUMENTS, LEDGER, STATS, KEPT = "documents.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
 READ = "read"
 # What UTF-8 cannot hold (lone surrogates, in names of files and of keys) is written as its JSON
 # escape.
@@ -177,7 +177,7 @@ class _ShardRun:
     def __init__(self, chain: Chain, job: ShardJob, folder: Path) -> None:
         self.chain, self.job, self.folder = chain, job, folder
         self.segment = chain.segments[job.segment]
-        self.tally, self.signatures = Tally(_redactor(chain)), Signatures()
+        self.stats, self.signatures = CurationStats(_redactor(chain)), Signatures()
         self.ledger: list[tuple[int, str]] = []
         self.decisions, self.names = load_decisions(job.decisions)
 
@@ -194,7 +194,7 @@ class _ShardRun:
         self.signatures.save(self.folder)
         with open(self.folder / LEDGER, "w", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(f"{index}\t{row}\n" for index, row in sorted(self.ledger))
-        (self.folder / TALLY).write_text(json.dumps(self.tally.to_json()), "utf-8")
+        (self.folder / STATS).write_text(json.dumps(self.stats.to_json()), "utf-8")
 
     def _documents(self) -> Iterator[Document]:
         if self.job.source is not None:
@@ -207,15 +207,15 @@ class _ShardRun:
                 if isinstance(item, readers.Reject):
                     self._reject(item, index)
                 elif not item.text.strip():
-                    self.tally.add("documents", 1)
+                    self.stats.add("documents", 1)
                     self._write_ledger(index, ledger_row(item, "drop", READ, "empty"))
-                    self.tally.note(READ, [item], [drop("empty")])
+                    self.stats.note(READ, [item], [drop("empty")])
                 else:
                     item.index = index
-                    self.tally.add("documents", 1)
-                    self.tally.add("characters", len(item.text))
-                    self.tally.note(READ, [item], [KEEP])
-                    self.tally.spend(READ, time.process_time() - started)
+                    self.stats.add("documents", 1)
+                    self.stats.add("characters", len(item.text))
+                    self.stats.note(READ, [item], [KEEP])
+                    self.stats.spend(READ, time.process_time() - started)
                     yield item
                     started = time.process_time()
                 index += 1
@@ -231,7 +231,7 @@ class _ShardRun:
                 f"{item.file}:{item.line}: {item.reason}. Mend it, or set input.on_error=skip to "
                 "leave such lines out."
             )
-        self.tally.add("files_rejected" if item.whole else "lines_rejected", 1)
+        self.stats.add("files_rejected" if item.whole else "lines_rejected", 1)
         row = {"id": None, "file": item.file, "line": item.line, "action": "reject"}
         self._write_ledger(index, row | {"step": READ, "reason": item.reason, "spans": []})
 
@@ -252,8 +252,8 @@ class _ShardRun:
     def _take(
         self, step: str, batch: DocumentBatch, verdicts: list[Verdict], started: float
     ) -> DocumentBatch:
-        self.tally.note(step, batch.documents, verdicts)
-        self.tally.note_metrics(batch.metrics)
+        self.stats.note(step, batch.documents, verdicts)
+        self.stats.note_metrics(batch.metrics)
         batch.metrics.clear()
         for document, verdict in zip(batch.documents, verdicts, strict=True):
             if verdict.action == "edit":
@@ -265,22 +265,22 @@ class _ShardRun:
                     document.index, ledger_row(document, "drop", step, verdict.reason, verdict.note)
                 )
         batch = batch.after(verdicts)
-        self.tally.spend(step, time.process_time() - started)
+        self.stats.spend(step, time.process_time() - started)
         return batch
 
     def _sign(self, batch: DocumentBatch) -> None:
         for name in self.segment.end if len(batch) else ():
             started = time.process_time()
             self.chain.glob[name].sign(batch, self.job.shard, self.signatures)
-            self.tally.spend(f"{name} sign", time.process_time() - started)
+            self.stats.spend(f"{name} sign", time.process_time() - started)
         if self.segment.end:
             self.signatures.ids.update(
                 {document.index: document.id for document in batch.documents}
             )
 
     def _keep(self, document: Document) -> None:
-        self.tally.add("kept", 1)
-        self.tally.add("characters_kept", len(document.text))
+        self.stats.add("kept", 1)
+        self.stats.add("characters_kept", len(document.text))
         steps = list(dict.fromkeys(span[3] for span in document.edits))
         reasons = list(dict.fromkeys(span[2] for span in document.edits))
         action = "edit" if document.edits else "keep"

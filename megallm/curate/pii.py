@@ -253,7 +253,7 @@ class Pii:
 def _take(taken: list[TextSpan], kind: str, text: str, begin: int, end: int) -> None:
     """Add a span where none is yet."""
     if all(end <= span.begin or span.end <= begin for span in taken):
-        taken.append(TextSpan(begin, end, kind, stand_in(kind, text[begin:end])))
+        taken.append(TextSpan(begin, end, kind, placeholder_for(kind, text[begin:end])))
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
     return digits, v4, v6, iban
 
 
-def stand_in(kind: str, text: str) -> str:
+def placeholder_for(kind: str, text: str) -> str:
     """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
     examples.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megallm.base import extension, words
+from megallm.base import extension, suggest
 from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
@@ -228,7 +228,7 @@ class Quality:
         names = [rule.reason for rule in RULES]
         for given in (*config.limits, *config.off):
             if given not in names:
-                hint = words.did_you_mean(given, names)
+                hint = suggest.did_you_mean(given, names)
                 raise UsageError(
                     f"quality: the rule '{given}' does not exist.{hint} The rules are: "
                     f"{', '.join(names)}."

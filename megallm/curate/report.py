@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from typing import Any
 
-from megallm.curate.tally import BINS, bins_of
+from megallm.curate.stats import BINS, bins_of
 
 _WIDTH, _HEIGHT, _FOOT = 330, 90, 18
 _NOTE_CHARS = 300

@@ -13,7 +13,7 @@ import numpy as np
 
 from megallm.data.megatron.sampler import rows_after
 from megallm.data.megatron.samples import SampleDataset
-from megallm.data.objective import Arrays, Hider
+from megallm.data.objective import Arrays, TokenMasker
 from megallm.data.stream.source import DocumentSource, PackedRow
 from megallm.data.stream.stream import Stream
 
@@ -98,7 +98,7 @@ def _apart(ends: Sequence[Sequence[int]]) -> Arrays:
     return {"positions": positions[None], "cu_seqlens": joined.astype(np.int32)}
 
 
-def lay(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays:
+def unpacked_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays:
     """A microbatch without document masks: each row is one text, the next token is the label
     wherever a row has one.
     """
@@ -113,8 +113,8 @@ def lay(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays
     }  # fmt: skip
 
 
-def hide_rows(
-    rows: Sequence[PackedRow], sources: dict[str, DocumentSource], hide: Hider, apart: bool
+def mask_rows(
+    rows: Sequence[PackedRow], sources: dict[str, DocumentSource], masker: TokenMasker, apart: bool
 ) -> Arrays:
     """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not
     see each other.
@@ -122,18 +122,20 @@ def hide_rows(
     Arrays [1, B x T] as in `pack_rows`; positions start at 0 with each document, or else with each
     row.
     """
-    filled = [_fill_hidden(row, sources[row.prefix], hide) for row in rows]
+    filled = [_fill_masked(row, sources[row.prefix], masker) for row in rows]
     arrays = {name: np.concatenate([one[name] for one, _ in filled])[None] for name in filled[0][0]}
     kept = [ends if apart else [0, ends[-1]] for _, ends in filled]
     return arrays | _apart([[*ends, row.seq_len] for ends, row in zip(kept, rows, strict=True)])
 
 
-def _fill_hidden(row: PackedRow, source: DocumentSource, hide: Hider) -> tuple[Arrays, list[int]]:
+def _fill_masked(
+    row: PackedRow, source: DocumentSource, masker: TokenMasker
+) -> tuple[Arrays, list[int]]:
     """The arrays [T] of a row, zero in the padding, and the ends of its documents."""
     made, ends = [], [0]
     for item in row.items:
         ids, _ = source.read(item, row.epoch)
-        made.append(hide(ids, source.fingerprint, item.document, item.begin, row.epoch))
+        made.append(masker(ids, source.fingerprint, item.document, item.begin, row.epoch))
         ends.append(ends[-1] + len(ids))
     room = row.seq_len - ends[-1]
     return {
@@ -143,10 +145,10 @@ def _fill_hidden(row: PackedRow, source: DocumentSource, hide: Hider) -> tuple[A
 
 class StreamReader:
     """Our order. `document_masks`: documents of a row do not see each other (`pack_rows`, else
-    `lay`).
+    `unpacked_rows`).
 
-    With `hide` the model sees both sides of each token and predicts those that were hidden, not the
-    next ones.
+    With `masker` the model sees both sides of each token and predicts those that were masked, not
+    the next ones.
     """
 
     def __init__(
@@ -155,12 +157,12 @@ class StreamReader:
         share: Share,
         first_step: int,
         document_masks: bool = True,
-        hide: Hider | None = None,
+        masker: TokenMasker | None = None,
     ) -> None:
         self.stream, self.share, self.next_step = stream, share, first_step
-        self._arrange = pack_rows if document_masks else lay
-        if hide is not None:
-            self._arrange = partial(hide_rows, hide=hide, apart=document_masks)
+        self._arrange = pack_rows if document_masks else unpacked_rows
+        if masker is not None:
+            self._arrange = partial(mask_rows, masker=masker, apart=document_masks)
         self._states: dict[int, dict[str, Any]] = {first_step - 1: stream.state()}
         self._rows: dict[int, list[PackedRow]] = {}
 
@@ -205,18 +207,20 @@ def _forms(row: PackedRow) -> dict[str, list[str]]:
 
 
 class MegatronReader:
-    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `hide` as in
+    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `masker` as in
     `StreamReader`.
     """
 
-    def __init__(self, samples: SampleDataset, share: Share, hide: Hider | None = None) -> None:
-        self.samples, self.share, self.hide = samples, share, hide
+    def __init__(
+        self, samples: SampleDataset, share: Share, masker: TokenMasker | None = None
+    ) -> None:
+        self.samples, self.share, self.masker = samples, share, masker
 
     def batches(self, step: int) -> list[Arrays]:
-        if self.hide is not None:
+        if self.masker is not None:
             micros = self._micros(step)
             return [
-                hide_samples([self.samples.sample(i) for i in micro], micro, self.hide)
+                mask_samples([self.samples.sample(i) for i in micro], micro, self.masker)
                 for micro in micros
             ]
         return [stack([self.samples.sample(i) for i in micro]) for micro in self._micros(step)]
@@ -254,10 +258,12 @@ def stack(samples: Sequence[np.ndarray]) -> Arrays:
     }  # fmt: skip
 
 
-def hide_samples(samples: Sequence[np.ndarray], numbers: Sequence[int], hide: Hider) -> Arrays:
+def mask_samples(
+    samples: Sequence[np.ndarray], numbers: Sequence[int], masker: TokenMasker
+) -> Arrays:
     """The same [B, T] without their last token; a sample is one text, named by its number."""
     made = [
-        hide(sample[:-1].astype(np.int64), number)
+        masker(sample[:-1].astype(np.int64), number)
         for sample, number in zip(samples, numbers, strict=True)
     ]
     arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}

@@ -17,7 +17,7 @@ from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import is_import
 from megallm.convert.folder import is_model_folder
-from megallm.convert.tokenizer_files import TOKENIZER, end_ids, kept_folder
+from megallm.convert.tokenizer_files import TOKENIZER, copied_folder, end_ids
 from megallm.convert.weights import Cast, HfReader
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         spec, folder = find_tokenizer(reader, request.tokenizer)
         words = tokenizer.load(spec)
         if request.tokenizer is None:
-            tokenizer_files.check_words(reader.meta, spec, words)
+            tokenizer_files.check_vocabulary(reader.meta, spec, words)
         config = model_config(reader)
         _check_model(config.model, mesh.tp.size)
         source: Any = reader
@@ -253,7 +253,7 @@ def find_tokenizer(
     else:
         spec, folder = (
             tokenizer_files.checkpoint_tokenizer(reader.folder, reader.meta),
-            kept_folder(reader.folder),
+            copied_folder(reader.folder),
         )
     if given is not None:
         return given, Path(given) if Path(given).is_dir() else folder

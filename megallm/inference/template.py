@@ -15,7 +15,7 @@ from typing import Any
 from megallm.base.errors import DataError
 from megallm.convert.folder import read_json
 from megallm.convert.tokenizer_files import MAX_TOKENIZER_BYTES
-from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, more_templates
+from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, extra_chat_templates
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
@@ -125,7 +125,7 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return value
     if isinstance(value, list):
         value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-    named = {path.stem: _read(path) for path in more_templates(folder)}
+    named = {path.stem: _read(path) for path in extra_chat_templates(folder)}
     named |= value if isinstance(value, dict) else {}
     found = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
     if (value is not None and not isinstance(value, dict)) or (

@@ -15,7 +15,7 @@ MAX_SKIPPED = 10  # updates in a row without a finite gradient: the run has dive
 WINDOW = 100  # steps that a loss is compared with: a change of data is forgotten after as many
 
 
-class Soundness:
+class DivergenceDetector:
     """Follows the losses of a run: `bad_since` is the first of the latest steps that were all
     unsound, None if none.
     """

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megallm.base import files, words
+from megallm.base import files, suggest
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import preprocess, readers, textfile, tokenizer
 from megallm.models.config import ModelConfig
@@ -115,7 +115,7 @@ def check_preset(name: str) -> None:
     token.
     """
     if name != TINY and name not in PRESETS:
-        hint = words.did_you_mean(name, [TINY, *PRESETS])
+        hint = suggest.did_you_mean(name, [TINY, *PRESETS])
         raise UsageError(
             f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the "
             "text."

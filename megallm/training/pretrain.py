@@ -19,7 +19,7 @@ from megallm.engine.engine import Loss
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.parallel.mesh import Mesh
 from megallm.run.recorder import Recorder
-from megallm.run.signals import listening
+from megallm.run.signals import handle_signals
 from megallm.training.config import PretrainConfig
 from megallm.training.engine_config import engine_config, opening
 from megallm.training.held_out import HeldOut
@@ -68,7 +68,7 @@ def run(
     run.
     """
     check_allowed(allowed)
-    with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
+    with handle_signals() as requests, Recorder(config, mesh.rank, own_log) as recorder:
         warning = None
         if mesh.rank == 0:
             check_tokenizers(config)
@@ -163,7 +163,7 @@ def logged(
         return
     path = Path(config.run.dir) / "samples.jsonl"
     if mesh.rank == 0:
-        samplelog.cut(path, step)
+        samplelog.truncate_log(path, step)
     mesh.barrier()
     coords = mesh.layout.coords(mesh.rank)
     if any(coords[axis] for axis in ("pp", "cp", "tp")):

@@ -18,9 +18,8 @@ from megallm.data.indexed import meta
 from megallm.data.masking import MaskRule
 from megallm.data.megatron.order import parse_split
 from megallm.data.megatron.samples import SampleOptions, build_samples
-from megallm.data.objective import Hider
+from megallm.data.objective import TokenMasker
 from megallm.data.stream import fim
-from megallm.data.stream.bookmarks import Bookmarks
 from megallm.data.stream.plan import (
     CONCAT,
     CONTEXT,
@@ -30,9 +29,10 @@ from megallm.data.stream.plan import (
     stream_segments,
 )
 from megallm.data.stream.source import DocumentSource
+from megallm.data.stream.state_cache import StreamStateCache
 from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
-from megallm.data.text.tokenizer_folder import kept_at
+from megallm.data.text.tokenizer_folder import saved_tokenizer
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
 
@@ -196,7 +196,7 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
             "set data.tokenizer to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess "
+        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where preprocess "
         "keeps it, holds none: set data.tokenizer to its folder."
     )
 
@@ -254,7 +254,7 @@ def open_sources(
     return {prefix: DocumentSource(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
 
 
-def hider_of(config: PretrainConfig) -> Hider | None:
+def hider_of(config: PretrainConfig) -> TokenMasker | None:
     """What hides tokens, None for the next token. Errors: `UsageError` without a mask token,
     `DataError`.
     """
@@ -269,8 +269,11 @@ def hider_of(config: PretrainConfig) -> Hider | None:
         config.model.vocab_size if words is None else min(words.vocab_size, config.model.vocab_size)
     )
     rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
-    return Hider(
-        data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None
+    return TokenMasker(
+        data.objective,
+        rule,
+        data.seed,
+        objective.word_start_table(words) if masking.whole_word else None,
     )
 
 
@@ -295,7 +298,7 @@ def open_reader(
     plan = plan_of(config)
     sources = open_sources(config, plan, state)
     if bookmarks and not state:
-        kept = Bookmarks(plan, sources, share.global_batch)
+        kept = StreamStateCache(plan, sources, share.global_batch)
         stream = kept.walked(plan, sources, first_step - 1, share.global_batch)
         return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
     stream = Stream(plan, sources, state)

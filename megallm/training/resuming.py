@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.config import leaves, to_dict, to_yaml
 from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
@@ -216,7 +216,7 @@ def check_allowed(keys: Sequence[str]) -> None:
     }
     for key in keys:
         if key not in known | sections:
-            hint = words.did_you_mean(key, sorted(known | sections))
+            hint = suggest.did_you_mean(key, sorted(known | sections))
             raise UsageError(f"--allow-change {key}: there is no such key.{hint}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
-from megallm.base.words import nearest
+from megallm.base.suggest import nearest
 from megallm.convert.hf_config import agree, read_config
 from megallm.data.megatron.order import parse_split
 from megallm.models.config import CHOICES, ModelConfig

@@ -22,7 +22,7 @@ from megallm.curate.config import (
 from megallm.curate.decontaminate import Decontaminate, report_of
 from megallm.curate.document import Document, DocumentBatch, TextSpan, Verdict, apply_spans, edit
 from megallm.curate.language import Language, sample
-from megallm.curate.pii import Pii, iban_valid, luhn, stand_in
+from megallm.curate.pii import Pii, iban_valid, luhn, placeholder_for
 from megallm.curate.quality import RULES, Quality, boilerplate_spans, measure
 from megallm.curate.text import Analysis, lowered
 from megallm.curate.toxicity import Toxicity
@@ -259,7 +259,7 @@ def test_personal_data_is_found_and_look_alikes_are_left() -> None:
             spans = step.find(text)
             assert [(span.reason, text[span.begin : span.end]) for span in spans] == [(kind, one)]
             clean = apply_spans(text, spans)
-            assert one not in clean and spans[0].replacement == stand_in(kind, one)
+            assert one not in clean and spans[0].replacement == placeholder_for(kind, one)
     for text in LEFT:
         assert step.find(text) == [], text
 
@@ -285,7 +285,7 @@ def test_stand_ins_are_stable_and_are_left_in_peace() -> None:
     step = Pii(PiiConfig())
     text = "jane@mail.org wrote from address 8.8.8.8; jane@mail.org again."
     once = apply_spans(text, step.judge(batch_of(text))[0].spans)
-    assert once.count(stand_in("email", "jane@mail.org")) == 2 and "mail.org" not in once
+    assert once.count(placeholder_for("email", "jane@mail.org")) == 2 and "mail.org" not in once
     assert step.judge(batch_of(once))[0].action == "keep"
     only = Pii(PiiConfig(kinds=("ip",)))
     assert [span.reason for span in only.find(text)] == ["ip"]

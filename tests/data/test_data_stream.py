@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data.batches import Share, StreamReader, fill, lay, pack_rows
+from megallm.data.batches import Share, StreamReader, fill, pack_rows, unpacked_rows
 from megallm.data.stream.mixture import Mixture
 from megallm.data.stream.permute import Permutation
 from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment, stream_segments
@@ -267,7 +267,7 @@ def test_masks_and_labels_stay_inside_documents(tmp_path):
                 assert batch["positions"][0, begin:end].tolist() == list(range(end - begin))
             assert (labels[mask] == tokens[mask]).all() and (tokens[mask] > 0).all()
             predicted += int(mask.sum())
-            unmasked = lay(reader._rows[step][:3], reader.stream.sources)
+            unmasked = unpacked_rows(reader._rows[step][:3], reader.stream.sources)
             assert unmasked["tokens"].shape == (3, 32)
     assert predicted > 500
 
@@ -289,7 +289,7 @@ def test_without_masks_the_next_token_is_always_the_label(tmp_path):
     prefix = write(tmp_path / "a", [np.arange(n) + 100 * i + 1 for i, n in enumerate([5, 9, 3, 20, 11])])
     plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(16, "concat", 2)),), seed=1)
     sources = sources_of(plan)
-    batch = lay(Stream(plan, sources).take(2), sources)
+    batch = unpacked_rows(Stream(plan, sources).take(2), sources)
     assert "cu_seqlens" not in batch and batch["positions"].tolist() == [list(range(16))] * 2
     both = batch["mask"][:, :-1]
     assert (batch["labels"][:, :-1][both] == batch["tokens"][:, 1:][both]).all() and both.all()

@@ -196,7 +196,7 @@ def test_b14_every_write_asks_first(tmp_path, config):
         metrics.append({"step": 7})
         steal(folder)
         before = listing(folder.path)
-        keeping = store.Keeping(1, None, lease.check)
+        keeping = store.RetentionPolicy(1, None, lease.check)
         for write in (
             lambda: metrics.append({"step": 8}),
             lambda: events.add("saved", step=8),
@@ -231,13 +231,13 @@ def test_b14_a_lease_lost_while_a_save_was_written_is_not_committed(tmp_path, co
     with monkeypatch.context() as patch:
         patch.setattr(store, "_assemble", losing(store._assemble))
         with pytest.raises(LeaseLost):
-            store.save(root, 8, [], {}, Mesh.single(), store.Keeping(1, None, guard))
+            store.save(root, 8, [], {}, Mesh.single(), store.RetentionPolicy(1, None, guard))
     assert sorted(path.name for path in root.iterdir()) == names
     lost.clear()
     with monkeypatch.context() as patch:
         patch.setattr(store, "_commit", losing(store._commit))
         with pytest.raises(LeaseLost):
-            store.save(root, 8, [], {}, Mesh.single(), store.Keeping(1, None, guard))
+            store.save(root, 8, [], {}, Mesh.single(), store.RetentionPolicy(1, None, guard))
     assert sorted(path.name for path in root.iterdir()) == [*names, step_name(8)], "no old step was removed"
 
 

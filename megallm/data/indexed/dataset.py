@@ -25,7 +25,7 @@ from megallm.base.progress import Progress, quiet
 from megallm.data.indexed import content, meta
 from megallm.data.indexed.openfile import OpenFile
 from megallm.data.text.tokenizer import BYTES
-from megallm.data.text.tokenizer_folder import TOKENIZER_SUFFIX, keep
+from megallm.data.text.tokenizer_folder import TOKENIZER_SUFFIX, save_tokenizer_files
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -367,7 +367,7 @@ class IndexedWriter:
         wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
         if tokenizer not in (None, BYTES):
             _remove(self._paths[TOKENIZER_SUFFIX])
-            keep(tokenizer, self._paths[TOKENIZER_SUFFIX])
+            save_tokenizer_files(tokenizer, self._paths[TOKENIZER_SUFFIX])
             with files.writing(self.prefix):
                 folder = self._paths[TOKENIZER_SUFFIX]
                 for path in (*folder.rglob("*"), folder):

@@ -105,7 +105,7 @@ def kept_tokenizer(prefix: str | os.PathLike[str]) -> str | None:
         return None
     if side_car["tokenizer"]["fingerprint"] == ByteTokenizer.fingerprint:
         return BYTES
-    kept = tokenizer_folder.kept_at(prefix)
+    kept = tokenizer_folder.saved_tokenizer(prefix)
     return str(kept) if tokenizer_folder.definition_file(kept) is not None else None
 
 
@@ -128,7 +128,9 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
             )
     if len(known) < len(parts):
         return None
-    found = provenance.joined((part.get("origins"), part["documents"]) for _, part in known)
+    found = provenance.merge_provenance(
+        (part.get("origins"), part["documents"]) for _, part in known
+    )
     framed = any(part.get("add_special_tokens") for _, part in known)
     made_by = {name for _, part in known for name in part["tokenizer"].get("encoded_by", ())}
     tokenizer = known[0][1]["tokenizer"] | ({"encoded_by": sorted(made_by)} if made_by else {})

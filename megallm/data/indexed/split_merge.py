@@ -57,7 +57,7 @@ def split_dataset(
         ]
         edges = np.round(ends * total).astype(np.int64)
         side_car = meta.read_meta(prefix)
-        joined = [provenance.Joined() for _ in shares]
+        joined = [provenance.MergedProvenance() for _ in shares]
         for low in range(0, total, _AT_ONCE):
             numbers = np.arange(low, min(low + _AT_ONCE, total))
             if seed is None:

@@ -37,7 +37,7 @@ TOKENIZER_SUFFIX = "tokenizer"  # PREFIX.tokenizer
 ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def kept_at(prefix: str | os.PathLike[str]) -> Path:
+def saved_tokenizer(prefix: str | os.PathLike[str]) -> Path:
     """Where the tokenizer of an indexed dataset lies."""
     return Path(f"{os.fspath(prefix)}.{TOKENIZER_SUFFIX}")
 
@@ -65,7 +65,7 @@ def rank_files(folder: Path) -> tuple[str, ...]:
     )
 
 
-def keep(spec: str, target: Path) -> None:
+def save_tokenizer_files(spec: str, target: Path) -> None:
     """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder
     `target`.
 
@@ -79,13 +79,13 @@ def keep(spec: str, target: Path) -> None:
             shutil.copyfile(path, target / name)
     ids = read_optional_json(source / CONFIG)
     if ids is not None:
-        files.atomic_write_json(target / TOKEN_IDS, said_of_texts(ids))
+        files.atomic_write_json(target / TOKEN_IDS, text_settings(ids))
 
 
 def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
     """(file, its name in the copy)."""
     if source.is_dir():
-        more = (f"{MORE_TEMPLATES}/{path.name}" for path in more_templates(source))
+        more = (f"{MORE_TEMPLATES}/{path.name}" for path in extra_chat_templates(source))
         names = (*FILES, *rank_files(source), *more)
         yield from ((source / name, name) for name in names if (source / name).is_file())
         return
@@ -105,12 +105,12 @@ def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
                 yield source.parent / name, name
 
 
-def more_templates(folder: Path) -> list[Path]:
+def extra_chat_templates(folder: Path) -> list[Path]:
     """The chat templates of `additional_chat_templates/`, by name."""
     return sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
 
 
-def said_of_texts(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's config.json says about texts: its type and the ids that begin, end and fill
     them.
 

@@ -28,7 +28,7 @@ _ROWS = 4096  # between bookmarks, at first
 _MOST = 1024  # bookmarks; then every second one goes
 
 
-class Bookmarks:
+class StreamStateCache:
     """The bookmarks of one plan over these very files, with `global_batch` rows a step. A file that
     cannot be read or written is as good as none."""
 
