@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from megallm.base import rng
+from megallm.base import optional, rng
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import atomic_path, writing
 from megallm.base.progress import Progress, quiet
-from megallm.curate import optional, readers
+from megallm.curate import readers
 from megallm.curate.config import ClassifierConfig
 from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.text import Analysis, sorted_set

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.curate import optional
 from megallm.curate.arpa import ArpaModel
 from megallm.curate.config import PerplexityConfig
 from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop

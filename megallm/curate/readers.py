@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.curate import optional
 from megallm.curate.config import InputConfig
 from megallm.curate.document import Document
 from megallm.curate.html import text_of_html
@@ -101,7 +101,7 @@ def _check_file(name: str, config: InputConfig) -> None:
     except DataError:
         return  # an archive: `file_units` says so, and input.on_bad_file decides
     if kind_of(name, config) == "html":
-        optional.check("selectolax.lexbor", "give text or JSONL files")
+        optional.check_available("selectolax.lexbor", "give text or JSONL files")
 
 
 def kind_of(name: str, config: InputConfig) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.curate import optional
 from megallm.curate.config import ToxicityConfig
 from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.external import contains
@@ -128,7 +128,7 @@ class Toxicity:
         extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
         self._allowed = phrase_tables([*ALLOWED, *extra])
         if config.score:
-            optional.check("profanity_check", "set toxicity.score=false")
+            optional.check_available("profanity_check", "set toxicity.score=false")
 
     def matches(self, words: Pieces) -> np.ndarray:
         """The numbers of the words that are listed and not inside an allowed phrase."""

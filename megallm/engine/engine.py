@@ -168,8 +168,8 @@ class Engine:
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
-        """One update from this data rank's microbatches; every data rank gives the same number of
-        them.
+        """Train one update from this data rank's microbatches (gradient accumulation); every data
+        rank gives the same number of them.
 
         An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
         Raises Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.

@@ -1,5 +1,5 @@
-"""Matrix products of runs of rows, each run with its own matrix: what the experts of one rank
-compute.
+"""Grouped GEMM: matrix products of runs of rows, each run with its own matrix: what the experts of
+one rank compute.
 
 Rows are sorted by expert. `loop` is the reference, one product after another in any dtype;
 `F.grouped_mm` is one kernel, for the dtypes and strides that it takes.

@@ -1,4 +1,5 @@
-"""Which activations of a block are made again in the backward pass, as words. Pure."""
+"""The policy of activation checkpointing: which activations of a block are recomputed in the
+backward pass. Pure."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
 from megallm.cli.main import main
-from megallm.curate import optional, readers, run
+from megallm.curate import readers, run
 from megallm.curate.config import CurateConfig, InputConfig
 
 from .test_chain import kept, ledger, prose

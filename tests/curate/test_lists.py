@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megallm.curate import optional, toxicity
+from megallm.base import optional
+from megallm.curate import toxicity
 from megallm.curate.config import LanguageConfig, QualityConfig, ToxicityConfig
 from megallm.curate.document import Document, DocumentBatch, edit
 from megallm.curate.language import Language

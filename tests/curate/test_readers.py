@@ -16,8 +16,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.curate import optional, readers, run
+from megallm.curate import readers, run
 from megallm.curate.config import CurateConfig, InputConfig
 from megallm.curate.document import Document
 

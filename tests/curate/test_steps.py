@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.curate import classifier, optional, synth
+from megallm.curate import classifier, synth
 from megallm.curate.config import (
     ClassifierConfig,
     DecontaminateConfig,
@@ -33,7 +34,7 @@ from .test_chain import prose
 def need(*modules: str) -> None:
     for module in modules:
         if not optional.available(module):
-            pytest.skip(f"{optional.LIBRARIES[module][0]} is not installed: pip install 'megallm[data]'")
+            pytest.skip(f"{optional.library(module).distribution} is not installed: pip install 'megallm[data]'")
 
 
 def batch_of(*texts: str, **meta: str) -> DocumentBatch:

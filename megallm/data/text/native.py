@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional
 from megallm.data.text import definition
 from megallm.data.text.tokenizer_folder import FolderSettings
 
@@ -84,7 +84,7 @@ class SentencePieceTokenizer(_Native):
     kind = "sentencepiece"
 
     def __init__(self, path: Path, settings: FolderSettings | None = None) -> None:
-        library = optional.need("sentencepiece", str(path))
+        library = optional.need_for_file("sentencepiece", str(path))
         self.path, data = path, _read(path)
         self._model = library.SentencePieceProcessor()
         try:
@@ -190,7 +190,7 @@ class TiktokenTokenizer(_Native):
     kind = "tiktoken"
 
     def __init__(self, path: Path) -> None:
-        library = optional.need("tiktoken", str(path))
+        library = optional.need_for_file("tiktoken", str(path))
         self.path, data = path, _read(path)
         pattern, self._special_tokens = _rules(path)
         ranks = _ranks(path, data)
