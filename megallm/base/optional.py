@@ -93,7 +93,7 @@ def version(name: str) -> str | None:
         return None
 
 
-def check_available(module: str, instead: str) -> None:
+def check_installed(module: str, instead: str) -> None:
     """Raises UsageError, which says what the library is for and what to do without it, when it is
     not installed.
     """
@@ -106,8 +106,8 @@ def check_available(module: str, instead: str) -> None:
 
 
 def need(module: str, instead: str) -> ModuleType:
-    """Returns the module; raises UsageError as `check_available` does."""
-    check_available(module, instead)
+    """Returns the module; raises UsageError as `check_installed` does."""
+    check_installed(module, instead)
     return importlib.import_module(module)
 
 

@@ -101,7 +101,7 @@ def _check_file(name: str, config: InputConfig) -> None:
     except DataError:
         return  # an archive: `file_units` says so, and input.on_bad_file decides
     if kind_of(name, config) == "html":
-        optional.check_available("selectolax.lexbor", "give text or JSONL files")
+        optional.check_installed("selectolax.lexbor", "give text or JSONL files")
 
 
 def kind_of(name: str, config: InputConfig) -> str:

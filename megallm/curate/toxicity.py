@@ -128,7 +128,7 @@ class Toxicity:
         extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
         self._allowed = phrase_tables([*ALLOWED, *extra])
         if config.score:
-            optional.check_available("profanity_check", "set toxicity.score=false")
+            optional.check_installed("profanity_check", "set toxicity.score=false")
 
     def matches(self, words: Pieces) -> np.ndarray:
         """The numbers of the words that are listed and not inside an allowed phrase."""

@@ -197,7 +197,7 @@ def prepare(
     )
     tokens, prefix = done.tokens["text"], done.outputs["text"]
     say(f"tokens: {tokens:,} in {done.documents:,} documents, {prefix}.bin")
-    config = choose(request, preset, vocab_size, Text(prefix, tokens, done.documents))
+    config = choose_settings(request, preset, vocab_size, Text(prefix, tokens, done.documents))
     written = yaml.safe_dump(config, sort_keys=False)
     files.atomic_write_text(request.config, f"# Made by `megallm pretrain --text`.\n{written}")
     chosen = {
@@ -340,7 +340,7 @@ class Text:
     documents: int
 
 
-def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
+def choose_settings(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
     """The configuration: how long, how much at once, how much is held out. Plain values of YAML."""
     gpu = request.machine.gpus > 0
     seq_len, global_batch = (512, 64) if gpu else (256, 16)
