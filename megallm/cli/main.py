@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from megallm.base import extension, terminal, words
+from megallm.base import extension, suggest, terminal
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.output import open_standard_streams, show_error
 from megallm.base.paths import expand_home
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             options = [option for action in self._actions for option in action.option_strings]
             given = message.partition(": ")[2].split()[0].partition("=")[0]
-            hint = self._setting(given) or words.did_you_mean(given, options)
+            hint = self._setting(given) or suggest.did_you_mean(given, options)
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
     def _setting(self, given: str) -> str:
@@ -60,13 +60,13 @@ class Parser(argparse.ArgumentParser):
 
         if not given.startswith("-") or all(action.dest != "overrides" for action in self._actions):
             return ""
-        if words.plain(given.lstrip("-")) == "config" or given == "-c":
+        if suggest.plain(given.lstrip("-")) == "config" or given == "-c":
             return " The configuration stands without an option: CONFIG."
-        name = words.plain(given.lstrip("-"))
+        name = suggest.plain(given.lstrip("-"))
         config = KINDS.get(self.prog.rpartition(" ")[2], KINDS[DEFAULT]).config
         known = list(leaves(config))
         keys = [
-            key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))
+            key for key in known if name in (suggest.plain(key), suggest.plain(key.rpartition(".")[2]))
         ]
         found = keys[0] if len(keys) == 1 else vars(config).get("OTHER_NAMES", {}).get(name)
         if found is None:
@@ -199,17 +199,17 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
     first, group = arguments[0], group_of(arguments[0])
     if group:
         given = " ".join(arguments[:2])
-        near = words.did_you_mean(given, group, cutoff=0.75) if arguments[1:] else ""
+        near = suggest.did_you_mean(given, group, cutoff=0.75) if arguments[1:] else ""
         raise UsageError(f"'megallm {given}' is not a verb; there are: {', '.join(group)}.{near}")
-    hint = words.did_you_mean(
-        first, [one for one in VERBS if words.plain(one) == words.plain(first)]
+    hint = suggest.did_you_mean(
+        first, [one for one in VERBS if suggest.plain(one) == suggest.plain(first)]
     )
     if not hint:
         from megallm.training import other_names
 
         pointer = other_names.verb_pointer(first)
         known = dict.fromkeys([*VERBS, *(one.split()[0] for one in VERBS)])
-        hint = f" {pointer}" if pointer else words.did_you_mean(first, known)
+        hint = f" {pointer}" if pointer else suggest.did_you_mean(first, known)
     raise UsageError(f"'{first}' is not a verb.{hint} The verbs are: {', '.join(VERBS)}.")
 
 

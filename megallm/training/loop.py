@@ -18,7 +18,7 @@ from megallm.engine.engine import Part, StepStats
 from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
-from megallm.run.signals import INTERRUPTED, PREEMPTED, Requests
+from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests
 from megallm.training.trainer import Ledger, StepReport, Trainer, finite
 
 MAX_FAILED_SAVES = 3
@@ -33,7 +33,7 @@ class Loop:
         config: JobConfig,
         ledger: Ledger,
         recorder: Recorder,
-        requests: Requests,
+        requests: SignalRequests,
     ) -> None:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests

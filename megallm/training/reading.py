@@ -12,32 +12,32 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import objective
-from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
+from megallm.data.batches import BatchReader, MegatronReader, Share, StreamReader
 from megallm.data.indexed import meta
 from megallm.data.masking import MaskRule
 from megallm.data.megatron.order import parse_split
-from megallm.data.megatron.samples import Sampling, build_samples
-from megallm.data.objective import Hider
+from megallm.data.megatron.samples import SampleOptions, build_samples
+from megallm.data.objective import TokenMasker
 from megallm.data.stream import fim
-from megallm.data.stream.bookmarks import Bookmarks
-from megallm.data.stream.plan import Plan, Reading, Segment, segments_of
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment, stream_segments
+from megallm.data.stream.source import DocumentSource
+from megallm.data.stream.state_cache import StreamStateCache
 from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
-from megallm.data.text.tokenizer_folder import kept_at
+from megallm.data.text.tokenizer_folder import saved_tokenizer
 from megallm.training.config import PretrainConfig, SegmentConfig
 
 WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a whole
 
 
-def plan_of(config: PretrainConfig) -> Plan:
+def plan_of(config: PretrainConfig) -> StreamPlan:
     """The stream's plan; the configuration is checked and resolved."""
     data = config.data
     reading = Reading(
         data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form
     )
     changes = [(segment.until_tokens, _given(segment)) for segment in data.segments]
-    return Plan(segments_of(data.sources, reading, changes), data.seed, data.split)
+    return StreamPlan(stream_segments(data.sources, reading, changes), data.seed, data.split)
 
 
 def _given(segment: SegmentConfig) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
     if came_along is not None:
         return came_along
-    if any(meta.read(prefix) is None for prefix in config.data.prefixes):
+    if any(meta.read_meta(prefix) is None for prefix in config.data.prefixes):
         return None  # who knows what made that one
     return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
 
@@ -73,7 +73,7 @@ def tokenizer_vocab(config: PretrainConfig) -> int | None:
     """Returns the largest vocabulary that the sources were made with, from their side-cars; None
     when none has one.
     """
-    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
+    side_cars = [meta.read_meta(prefix) for prefix in config.data.prefixes]
     return max(
         (side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None
     )
@@ -83,7 +83,7 @@ def words_of(config: PretrainConfig) -> str | None:
     """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
     made_by = [
         car["tokenizer"]["fingerprint"]
-        for car in map(meta.read, config.data.prefixes)
+        for car in map(meta.read_meta, config.data.prefixes)
         if car is not None
     ]
     spec = tokenizer_of(config)
@@ -98,7 +98,7 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
     """
     if tokenizer_of(config) is not None:
         return None
-    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    side_cars = {prefix: meta.read_meta(prefix) for prefix in config.data.prefixes}
     known = {
         prefix: car["tokenizer"]["fingerprint"]
         for prefix, car in side_cars.items()
@@ -117,7 +117,7 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
             "set data.tokenizer to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess "
+        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where preprocess "
         "keeps it, holds none: set data.tokenizer to its folder."
     )
 
@@ -128,7 +128,7 @@ def check_tokenizers(config: PretrainConfig) -> None:
     """
     spec = tokenizer_of(config)
     wanted = None if spec is None else tokenizer.load(spec).fingerprint
-    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    side_cars = {prefix: meta.read_meta(prefix) for prefix in config.data.prefixes}
     known = {
         prefix: car["tokenizer"]["fingerprint"]
         for prefix, car in side_cars.items()
@@ -154,8 +154,8 @@ def check_tokenizers(config: PretrainConfig) -> None:
 
 
 def open_sources(
-    config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None
-) -> dict[str, Source]:
+    config: PretrainConfig, plan: StreamPlan, state: dict[str, Any] | None = None
+) -> dict[str, DocumentSource]:
     """The sources of a plan, which go on from `state`.
 
     Documents that were being read when fill-in-the-middle was switched off are read to their end as
@@ -172,10 +172,10 @@ def open_sources(
         rearranger = fim.Rearranger(
             loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab)
         )
-    return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
+    return {prefix: DocumentSource(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
 
 
-def hider_of(config: PretrainConfig) -> Hider | None:
+def hider_of(config: PretrainConfig) -> TokenMasker | None:
     """What hides tokens, None for the next token. Errors: `UsageError` without a mask token,
     `DataError`.
     """
@@ -190,8 +190,8 @@ def hider_of(config: PretrainConfig) -> Hider | None:
         config.model.vocab_size if words is None else min(words.vocab_size, config.model.vocab_size)
     )
     rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
-    return Hider(
-        data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None
+    return TokenMasker(
+        data.objective, rule, data.seed, objective.word_start_table(words) if masking.whole_word else None
     )
 
 
@@ -201,7 +201,7 @@ def open_reader(
     first_step: int,
     state: dict[str, Any] | None = None,
     bookmarks: bool = False,
-) -> Reader:
+) -> BatchReader:
     """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step
     before kept.
 
@@ -216,7 +216,7 @@ def open_reader(
     plan = plan_of(config)
     sources = open_sources(config, plan, state)
     if bookmarks and not state:
-        kept = Bookmarks(plan, sources, share.global_batch)
+        kept = StreamStateCache(plan, sources, share.global_batch)
         stream = kept.walked(plan, sources, first_step - 1, share.global_batch)
         return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
     stream = Stream(plan, sources, state)
@@ -250,12 +250,12 @@ def first_held_out(config: PretrainConfig, step: int) -> int:
     return max(0, step - 1) // config.eval.every * config.eval.batches + 1
 
 
-def _sampling(config: PretrainConfig) -> Sampling:
+def _sampling(config: PretrainConfig) -> SampleOptions:
     data = config.data
-    return Sampling(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
+    return SampleOptions(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
 
 
-def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
+def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], BatchReader] | None:
     """What reads the validation split from its beginning: packed as the training rows are, or
     Megatron's samples.
 
@@ -272,9 +272,9 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reade
         planned = planned_held_out(config)
         samples = build_samples(sources, split, "valid", planned, _sampling(config))
         return lambda: MegatronReader(samples, share, hide)
-    segment = Segment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
-    plan = Plan((segment,), data.seed, split, "valid")
-    opened = {prefix: Source(prefix, plan, vocab) for prefix in plan.prefixes}
+    segment = StreamSegment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
+    plan = StreamPlan((segment,), data.seed, split, "valid")
+    opened = {prefix: DocumentSource(prefix, plan, vocab) for prefix in plan.prefixes}
     return lambda: StreamReader(Stream(plan, opened), share, 1, data.document_masks, hide)
 
 

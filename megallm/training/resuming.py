@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import yaml
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.config import leaves, to_dict, to_yaml
 from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader as CheckpointReader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
 from megallm.engine.engine import Mesh
@@ -190,7 +190,7 @@ def check_allowed(keys: Sequence[str], config: type[JobConfig], identity: type[I
     }
     for key in keys:
         if key not in known | sections:
-            hint = words.did_you_mean(key, sorted(known | sections))
+            hint = suggest.did_you_mean(key, sorted(known | sections))
             raise UsageError(f"--allow-change {key}: there is no such key.{hint}")
 
 

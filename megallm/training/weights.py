@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import is_import
-from megallm.convert.weights import Cast, HfReader, Source
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Mesh, Prepare
 
@@ -29,7 +29,7 @@ def build_engine(
             notes = "".join(f" (note: {note})" for note in source.notes)
             engine = read_weights(config, mesh, source, prepare)
             return engine, f"starting from the weights of {folder}{notes}"
-    with Reader(found) as reader:
+    with CheckpointReader(found) as reader:
         if is_import(reader):
             engine = read_weights(config, mesh, Cast(reader), prepare)
             return engine, f"starting from the imported weights of {found}"
@@ -40,7 +40,7 @@ def build_engine(
 
 
 def read_weights(
-    config: EngineConfig, mesh: Mesh, source: Source, prepare: Prepare | None = None
+    config: EngineConfig, mesh: Mesh, source: WeightSource, prepare: Prepare | None = None
 ) -> Engine:
     """An engine whose master weights come from `source`, whatever dtype it has; each rank reads
     what it keeps.
