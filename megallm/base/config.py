@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.errors import UsageError
 from megallm.base.paths import expand_home
 
@@ -327,15 +327,16 @@ def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[st
 def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
     section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
     known = list(leaves(root_cls))
-    close = words.nearest(name, [hint for hint in hints if words.plain(hint) == words.plain(name)])
+    plain = suggest.plain(name)
+    close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == plain])
     elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
     if elsewhere is not None:
         return f"unknown key '{prefix}{name}'. {elsewhere}"
-    last = words.plain(name.rpartition(".")[2])
-    same = [leaf for leaf in known if words.plain(leaf.rpartition(".")[2]) == last]
-    close = close or (None if same and "." in name else words.nearest(name, hints, cutoff=0.5))
+    last = suggest.plain(name.rpartition(".")[2])
+    same = [leaf for leaf in known if suggest.plain(leaf.rpartition(".")[2]) == last]
+    close = close or (None if same and "." in name else suggest.nearest(name, hints, cutoff=0.5))
     close = f"{prefix}{close}" if close else next(iter(same), None)
-    close = close or words.nearest(f"{prefix}{name}", known, cutoff=0.75)
+    close = close or suggest.nearest(f"{prefix}{name}", known, cutoff=0.75)
     hint = f" Did you mean '{close}'?" if close else ""
     return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
 
@@ -344,7 +345,7 @@ def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
     """What another system's name of a setting is called here, by the class's `OTHER_NAMES`; None when unknown."""
     table = vars(root_cls).get("OTHER_NAMES", {})
     for name in (key, key.rpartition(".")[2]):
-        found = table.get(words.plain(name.lstrip("-")))
+        found = table.get(suggest.plain(name.lstrip("-")))
         if found is not None:
             first, _, note = found.partition(" ")
             return f"Here that is {first}{note and ' ' + note}." if first in known else found
@@ -379,9 +380,10 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         if isinstance(node, Scalar):
             shown = f"'{node.text[:80]}'" if node.text or not node.plain else "empty"
             if origin is Literal:
-                close = words.did_you_mean(node.text, [str(choice) for choice in typing.get_args(hint)])
-            elif hint is bool and node.text.casefold() in words.BOOLEANS:
-                close = f" Did you mean '{words.BOOLEANS[node.text.casefold()]}'?"
+                choices = [str(choice) for choice in typing.get_args(hint)]
+                close = suggest.did_you_mean(node.text, choices)
+            elif hint is bool and node.text.casefold() in suggest.BOOLEANS:
+                close = f" Did you mean '{suggest.BOOLEANS[node.text.casefold()]}'?"
         null = " or null" if optional else ""
         problems.append(f"{node.where}: {key} is {shown}; it must be {_expected(hint)}{null}.{close}")
     return value

@@ -60,7 +60,7 @@ class Stopwatch:
         return self.begun + self.origin.elapsed_time(moment) / 1000.0
 
 
-class SideCopies:
+class HostCopyStream:
     """Copies to CPU memory and back, beside the computation: on a GPU through pinned memory, on a
     stream of their own.
 
@@ -71,7 +71,7 @@ class SideCopies:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def away(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Start copying; the tensor may be let go of at once."""
         if self.stream is None:
             return tensor.detach().clone()
@@ -82,15 +82,15 @@ class SideCopies:
         tensor.record_stream(self.stream)
         return host
 
-    def back(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Start copying back; `arrived` makes the result usable."""
+    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying back; `wait` makes the result usable."""
         if self.stream is None:
             return host, None
         with torch.cuda.stream(self.stream):
             tensor = host.to(self.device, non_blocking=True)
             return tensor, self.stream.record_event()
 
-    def arrived(self, tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
+    def wait(self, tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
         """The tensor, for use on the current stream."""
         if copied is not None:
             current = torch.cuda.current_stream(self.device)

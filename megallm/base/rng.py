@@ -117,7 +117,7 @@ def uniform(key: int, begin: int, count: int) -> np.ndarray:
     return _to_uniform(bits(key, begin, count))
 
 
-def normal(key: int, begin: int, count: int) -> np.ndarray:
+def normal_values(key: int, begin: int, count: int) -> np.ndarray:
     """Standard normal numbers as float64 [count]: the inverse distribution function of
     `uniform`.
     """
@@ -151,7 +151,7 @@ def normal_box(
     out = np.empty((starts.size, run))
     if run >= _CHUNK:
         for row, begin in enumerate(starts.tolist()):
-            out[row] = normal(key, begin, run)
+            out[row] = normal_values(key, begin, run)
     else:
         _fill_short_runs(key, starts, out)
     return out.reshape(shape)

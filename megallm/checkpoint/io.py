@@ -20,7 +20,14 @@ import torch
 
 from megallm.base.errors import CheckpointError, InternalError
 from megallm.base.files import writing
-from megallm.checkpoint.manifest import DTYPES, FileRecord, Manifest, Piece, TensorRecord, digest
+from megallm.checkpoint.manifest import (
+    DTYPES,
+    FileRecord,
+    Manifest,
+    StoredPiece,
+    TensorRecord,
+    digest,
+)
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, outside_problem, split_box
 from megallm.parallel.shard import Box
 
@@ -114,12 +121,12 @@ def write_shard(
          for part, box in pieces],
         {"format": "megallm"},
     )  # fmt: skip
-    held: dict[str, list[Piece]] = {part.name: [] for part in parts}
+    held: dict[str, list[StoredPiece]] = {part.name: [] for part in parts}
     with writing(path), ShardWriter(path) as file:
         file.write(header)
         for part, box in pieces:
             data = raw(part.tensor[box.slices(part.box)])
-            held[part.name].append(Piece(path.name, file.position, box, digest(data)))
+            held[part.name].append(StoredPiece(path.name, file.position, box, digest(data)))
             file.write(data)
             del data  # before the next piece is copied: one at a time
         record = FileRecord(file.position, len(header), digest(header))
@@ -241,7 +248,7 @@ class PieceReader:
         self.folder = folder
         self.manifest = manifest
         self._verified_headers: set[str] = set()
-        self._last: tuple[Piece, torch.Tensor] | None = None
+        self._last: tuple[StoredPiece, torch.Tensor] | None = None
 
     def check_header(self, file: str) -> None:
         """Errors: `CheckpointError` when the safetensors header of `file` does not match its
@@ -257,7 +264,7 @@ class PieceReader:
             )
         self._verified_headers.add(file)
 
-    def load(self, name: str, piece: Piece) -> torch.Tensor:
+    def load(self, name: str, piece: StoredPiece) -> torch.Tensor:
         """The bytes of a piece as a CPU tensor of the box's shape, after its hash was checked.
 
         Errors: `CheckpointError` that names tensor, file and byte range.

@@ -66,7 +66,7 @@ def digest(data: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """One box of a logical tensor: `nbytes` bytes at byte `offset` of `file`, in C order."""
 
     file: str
@@ -90,7 +90,7 @@ class TensorRecord:
 
     full: tuple[int, ...]
     dtype: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredPiece, ...]
 
     @property
     def itemsize(self) -> int:
@@ -287,13 +287,13 @@ def _tensor(name: str, value: Any) -> TensorRecord:
     return TensorRecord(_counts(entry["full"], f"{name}.full"), entry["dtype"], pieces)
 
 
-def _piece(value: Any, where: str) -> Piece:
+def _piece(value: Any, where: str) -> StoredPiece:
     entry = _fields(value, ("file", "offset", "box_offset", "box_shape", "xxh3_128"), where)
     box = Box(
         _counts(entry["box_offset"], f"{where}.box_offset"),
         _counts(entry["box_shape"], f"{where}.box_shape"),
     )
-    return Piece(
+    return StoredPiece(
         _match(_FILE, entry["file"], f"{where}.file"),
         _count(entry["offset"], f"{where}.offset"),
         box,

@@ -1,5 +1,5 @@
-"""Pure geometry of checkpoints: flat ranges as boxes, boxes as pieces, and which pieces a read
-needs.
+"""Resharding of checkpoints, as pure geometry: flat ranges as boxes, boxes as pieces, and which
+pieces a read needs.
 
 Nothing here knows files or torch: a box is a pair (offset, shape) inside a logical tensor.
 """

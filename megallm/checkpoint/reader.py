@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.errors import CheckpointError
 from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
@@ -62,12 +62,12 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if path.lstat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.")
     manifest = decode(bytes(read_regular(path, 0, None)), str(path))
-    for problem in file_problems(folder, manifest):
+    for problem in shard_file_problems(folder, manifest):
         raise CheckpointError(problem)
     return manifest
 
 
-def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def shard_file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """A sentence for each shard file that is missing, of another size, or no regular file."""
     for name, record in manifest.files.items():
         try:
@@ -82,7 +82,7 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder / name} {problem}; it holds pieces of {first or 'no tensor'}."
 
 
-class Reader:
+class CheckpointReader:
     """An open checkpoint. Reads any box of any tensor, whatever layout wrote it; every byte's hash
     is checked.
 
@@ -115,7 +115,7 @@ class Reader:
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Full logical shape and stored dtype of a tensor."""
         if name not in self.manifest.tensors:
-            hint = words.did_you_mean(name, self.manifest.tensors)
+            hint = suggest.did_you_mean(name, self.manifest.tensors)
             raise CheckpointError(f"{self.folder} holds no tensor named {name}.{hint}")
         record = self.manifest.tensors[name]
         return record.full, TORCH_DTYPES[record.dtype]
@@ -183,7 +183,7 @@ class Reader:
             os.close(self._lock)
             self._lock = -1
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:

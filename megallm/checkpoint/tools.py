@@ -20,7 +20,7 @@ from megallm.base.files import atomic_path, writing
 from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import ShardWriter, header_bytes, raw
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.reader import Reader, load_manifest, step_folders
+from megallm.checkpoint.reader import CheckpointReader, load_manifest, step_folders
 from megallm.checkpoint.retention import pin_file
 from megallm.checkpoint.store import latest, latest_whole
 
@@ -118,7 +118,7 @@ def show(source: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[str, Any]:
+def verify_checkpoint(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[str, Any]:
     """Read every byte of one step and compare with its hash: step, path, ok, pieces, bytes,
     problems (sentences).
 
@@ -126,7 +126,7 @@ def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[s
     """
     folder = resolve(source)
     try:
-        with Reader(folder) as reader:
+        with CheckpointReader(folder) as reader:
             manifest = reader.manifest
             found = [
                 *reader.problems(progress=progress),
@@ -171,7 +171,7 @@ def diff(
     None without values.
     """
     rows = []
-    with Reader(resolve(first, _all)) as a, Reader(resolve(second, _all)) as b:
+    with CheckpointReader(resolve(first, _all)) as a, CheckpointReader(resolve(second, _all)) as b:
         names_a, names_b = set(a.names()), set(b.names())
         for number, name in enumerate(sorted(names_a | names_b)):
             progress("comparing", number, len(names_a | names_b), "tensors")
@@ -224,7 +224,7 @@ def dump(
     complete. Returns step, output, tensors, bytes. Errors: `CheckpointError`, `CannotWrite`.
     """
     output = Path(output)
-    with Reader(resolve(source, _all)) as reader:
+    with CheckpointReader(resolve(source, _all)) as reader:
         records = reader.manifest.tensors
         names = sorted(records, key=lambda name: (-records[name].itemsize, name))
         header = header_bytes(

@@ -64,7 +64,7 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megallm.checkpoint import tools
 
-    found = tools.verify(args.source, BOARD.show)
+    found = tools.verify_checkpoint(args.source, BOARD.show)
     BOARD.end()
     if found["ok"]:
         return _out(

@@ -87,7 +87,7 @@ def _train_classifier(args: argparse.Namespace) -> int:
     from megallm.curate import classifier
 
     check_outputs(args, args.output)
-    model = classifier.train(args.good, args.bad, args.key, args.seed, BOARD.show)
+    model = classifier.train_classifier(args.good, args.bad, args.key, args.seed, BOARD.show)
     model.save(args.output)
     BOARD.end()
     print(json.dumps(model.about, indent=2))
@@ -115,8 +115,8 @@ def _train_lm(args: argparse.Namespace) -> int:
     from megallm.curate import kneser_ney, readers
 
     check_outputs(args, args.output)
-    model = kneser_ney.train(
-        _counted(readers.texts(args.input, args.key)), args.order, args.min_count
+    model = kneser_ney.train_ngrams(
+        _counted(readers.document_texts(args.input, args.key)), args.order, args.min_count
     )
     BOARD.show("writing", 0, None)
     model.save(args.output)
@@ -174,7 +174,7 @@ def _synth(args: argparse.Namespace) -> int:
         packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if args.output.endswith(".gz") else raw
         for number, row in enumerate(rows):
             BOARD.show("making", number, args.count, "tasks")
-            packed.write(synth.dump(row).encode())
+            packed.write(synth.dump_row(row).encode())
         if packed is not raw:
             packed.close()
     BOARD.end()

@@ -191,7 +191,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.vocab is not None and args.vocab < 1:
         raise UsageError(f"--vocab is {args.vocab}; it must be at least 1.")
-    found = indexed.verify(args.prefix, args.vocab, BOARD.show)
+    found = indexed.verify_dataset(args.prefix, args.vocab, BOARD.show)
     BOARD.end()
     line = f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens"
     line += f" of {found['dtype']}, all sound."
@@ -286,7 +286,7 @@ def _split(args: argparse.Namespace) -> int:
     shares = split_merge.parse_shares(args.shares)
     parts = [f"{args.output}-{part}" for part in range(len(shares))]
     check_outputs(args, *(path for part in parts for path in indexed_files(part)))
-    found = split_merge.split(args.prefix, args.output, shares, args.seed, BOARD.show)
+    found = split_merge.split_dataset(args.prefix, args.output, shares, args.seed, BOARD.show)
     BOARD.end()
     print(json.dumps(found, indent=2))
     tell(f"the parts are in {parts[0]} to {parts[-1]} (.bin, .idx).", f"{_train_on(parts[0])}.")

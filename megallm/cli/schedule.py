@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         atomic_write_json(args.json, to_json(timeline))
     if args.draw:
-        picture.save(drawn, Path(args.draw))
+        picture.save_picture(drawn, Path(args.draw))
     if args.trace:
         atomic_write_json(args.trace, picture.chrome_trace(drawn))
     _show(drawn)

@@ -43,7 +43,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file: `nbytes` bytes at byte `offset` of `path`."""
 
     path: Path
@@ -122,7 +122,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def catalogue(folder: Path) -> dict[str, Entry]:
+def catalogue(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of the folder's safetensors files, by their name. Errors: CheckpointError,
     UsageError.
 
@@ -150,12 +150,12 @@ def catalogue(folder: Path) -> dict[str, Entry]:
             raise CheckpointError(
                 f"{folder / INDEX} names {name[:120]!r}; only .safetensors files are read."
             )
-    headers: dict[str, dict[str, Entry]] = {}
+    headers: dict[str, dict[str, TensorEntry]] = {}
     for name in sorted(set(weight_map.values())):
         headers[name] = read_header(plain_file(folder, name))
         if sum(map(len, headers.values())) > MAX_TENSORS:
             raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors; no model has.")
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:
             raise CheckpointError(
@@ -182,7 +182,7 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """The checked header of one safetensors file. Errors: CheckpointError."""
     size = os.stat(path).st_size
     with open(path, "rb") as file:
@@ -224,7 +224,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
+def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> TensorEntry:
     where = f"{path}: the tensor {name[:120]}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} needs exactly dtype, shape and data_offsets.")
@@ -243,7 +243,7 @@ def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
         raise CheckpointError(
             f"{where} of shape {shape} and dtype {dtype} has {offsets[1] - offsets[0]} bytes."
         )
-    return Entry(path, dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
+    return TensorEntry(path, dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
 
 
 def _counts(value: Any) -> bool:
@@ -253,7 +253,7 @@ def _counts(value: Any) -> bool:
 
 
 def match_shapes(
-    folder: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]
+    folder: Path, found: Mapping[str, TensorEntry], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Every wanted tensor is there with its shape. Errors: CheckpointError with the first few that
     are not.

@@ -15,7 +15,7 @@ LARGEST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
-class More:
+class ConfigExtension:
     """What a family reads and writes beside its table of keys.
 
     `read` takes config.json and a list for sentences about what is wrong, and gives our fields;
@@ -65,7 +65,7 @@ def _nothing(*_: Any) -> dict[str, Any]:
     return {}
 
 
-EVERY_LAYER = More(frozenset(), _nothing, _nothing, _same_size)
+EVERY_LAYER = ConfigExtension(frozenset(), _nothing, _nothing, _same_size)
 
 
 # Qwen: decoder_sparse_step and a list of layers without experts.
@@ -110,7 +110,7 @@ def _some_layer(model: ModelConfig) -> list[str]:
     )
 
 
-SPARSE = More(
+SPARSE = ConfigExtension(
     frozenset(("decoder_sparse_step", "mlp_only_layers")), _read_sparse, _write_sparse, _some_layer
 )
 
@@ -164,7 +164,9 @@ def _not_deepseek(model: ModelConfig) -> list[str]:
 
 _DEEPSEEK_KEYS = ("n_shared_experts", "first_k_dense_replace", "q_lora_rank", "num_nextn_predict_layers",
                   "qk_head_dim", "head_dim")  # fmt: skip
-DEEPSEEK = More(frozenset(_DEEPSEEK_KEYS), _read_deepseek, _write_deepseek, _not_deepseek)
+DEEPSEEK = ConfigExtension(
+    frozenset(_DEEPSEEK_KEYS), _read_deepseek, _write_deepseek, _not_deepseek
+)
 OPEN_IN_DEEPSEEK = ("mla.kv_lora_dim", "mtp.depth", "moe.routed_scale", "moe.num_groups")
 ONLY_IN_DEEPSEEK: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

@@ -18,7 +18,7 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.convert.folder import read_json
 from megallm.convert.hf_config import CONFIG
-from megallm.convert.weights import Source, whole_stage
+from megallm.convert.weights import WeightSource, whole_stage
 from megallm.models.build import place_parameters
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.decoder import Stage
@@ -61,7 +61,7 @@ def check_available() -> Any:
 
 
 def compare(
-    model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None
+    model: ModelConfig, ours: WeightSource, theirs: Path, round_theirs: torch.dtype | None = None
 ) -> Comparison:
     """max|a - b| / max|b| of the logits of the same tokens; `a` ours, `b` transformers' from the
     folder `theirs`.
@@ -96,7 +96,7 @@ def sample_tokens(model: ModelConfig) -> Tensor:
     return torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
 
 
-def loaded_stage(model: ModelConfig, source: Source, mesh: Mesh) -> Stage:
+def loaded_stage(model: ModelConfig, source: WeightSource, mesh: Mesh) -> Stage:
     """The whole model on one rank in float32, with the weights of the source."""
     stage = whole_stage(model, mesh)
     storage = {}
@@ -110,7 +110,7 @@ def loaded_stage(model: ModelConfig, source: Source, mesh: Mesh) -> Stage:
 
 
 @torch.no_grad()
-def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
+def our_logits(model: ModelConfig, source: WeightSource, tokens: Tensor) -> Tensor:
     """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
 
     Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint.plan import outside_problem, split_box
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.families import Family
-from megallm.convert.folder import Entry, catalogue, match_shapes
+from megallm.convert.folder import TensorEntry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
-from megallm.convert.rules import Bridge, Counts, Rule, plan_bridge
+from megallm.convert.rules import Bridge, Counts, WeightRule, plan_bridge
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
@@ -52,7 +52,7 @@ HF_DTYPES = {
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """What conversion, training and generation need of weights."""
 
     def names(self) -> list[str]: ...
@@ -80,7 +80,7 @@ def is_state(name: str) -> bool:
     return name.endswith(".router.bias")
 
 
-def bridge_of(model: ModelConfig, rules: Iterable[Rule]) -> Bridge:
+def bridge_of(model: ModelConfig, rules: Iterable[WeightRule]) -> Bridge:
     """The rules of a family applied to a resolved model."""
     heads = model.num_heads
     counts = Counts(
@@ -145,7 +145,7 @@ class HfReader:
         self._check_repeats(named, family)
         self.check_copies(sample=True)
 
-    def _own(self, named: dict[str, Entry], family: Family) -> dict[str, Entry]:
+    def _own(self, named: dict[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
         """The entries by the names of the rules; what is left over is refused by name."""
         extra = [
             name
@@ -195,11 +195,11 @@ class HfReader:
                 )
         return {name: named[name] for name in self.bridge.theirs if name in named}
 
-    def _named(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
+    def _named(self, found: dict[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
         """The tensors as the rules call them: old spellings made new, and with the prefix that bare
         bodies lack.
         """
-        named: dict[str, tuple[str, Entry]] = {}
+        named: dict[str, tuple[str, TensorEntry]] = {}
         bare = not any(name.startswith(family.prefix) for name in found)
         for stored, entry in found.items():
             name = stored
@@ -217,7 +217,7 @@ class HfReader:
             named[name] = stored, entry
         return {name: entry for name, (_, entry) in named.items()}
 
-    def _check_repeats(self, named: Mapping[str, Entry], family: Family) -> None:
+    def _check_repeats(self, named: Mapping[str, TensorEntry], family: Family) -> None:
         """What is left aside because another tensor stands for it must equal that one. Errors:
         CheckpointError.
         """
@@ -246,7 +246,7 @@ class HfReader:
                     f"it). To mend it, {untie}take {name} out of the file."
                 )
 
-    def _first_difference(self, one: Entry, other: Entry) -> int | None:
+    def _first_difference(self, one: TensorEntry, other: TensorEntry) -> int | None:
         """The first row in which two tensors of one shape hold other numbers; a NaN equals a
         NaN.
         """
@@ -260,7 +260,7 @@ class HfReader:
                 return begin + int(same.logical_not().nonzero()[0])
         return None
 
-    def _rows(self, entry: Entry, begin: int, count: int) -> Tensor:
+    def _rows(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         dtype = HF_DTYPES[entry.dtype]
         data = self._bytes(entry, begin * dtype.itemsize, count * dtype.itemsize)
         return torch.frombuffer(data, dtype=dtype).to(torch.float64)
@@ -334,7 +334,7 @@ class HfReader:
             view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
             self._read_box(self.entries[link.theirs], link.to_theirs(common), view, link.step)
 
-    def _read_box(self, entry: Entry, box: Box, into: Tensor, step: int) -> None:
+    def _read_box(self, entry: TensorEntry, box: Box, into: Tensor, step: int) -> None:
         """Copy a box of a stored tensor, or every `step`th row of it, whole rows at a time.
 
         `into` is a vector or a matrix: stack dims of the box have one element and stand before it.
@@ -358,7 +358,7 @@ class HfReader:
             block = torch.frombuffer(data, dtype=dtype).view(rows, *entry.shape[stack + 1 :])
             into[begin : begin + count].copy_(block[(slice(None, None, step), *inner)])
 
-    def _bytes(self, entry: Entry, offset: int, nbytes: int) -> bytearray:
+    def _bytes(self, entry: TensorEntry, offset: int, nbytes: int) -> bytearray:
         if entry.path not in self._files:
             self._files[entry.path] = os.open(
                 entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -386,7 +386,7 @@ class HfReader:
         self.close()
 
 
-def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, Entry]) -> None:
+def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, TensorEntry]) -> None:
     """config.json cannot ask for far more than there is: rules are spelled out for each layer,
     expert and head.
     """
@@ -413,7 +413,7 @@ class Cast:
     `through` rounds every value to that dtype first. Only weights are listed, no optimizer state.
     """
 
-    def __init__(self, reader: Source, through: torch.dtype | None = None) -> None:
+    def __init__(self, reader: WeightSource, through: torch.dtype | None = None) -> None:
         self.reader, self.through = reader, through
         self._all = set(reader.names())
 
@@ -444,7 +444,7 @@ class Cast:
             tensor[box.slices(whole)].copy_(block if through is None else block.to(through))
 
 
-def fill_theirs(bridge: Bridge, source: Source, name: str, box: Box, into: Tensor) -> None:
+def fill_theirs(bridge: Bridge, source: WeightSource, name: str, box: Box, into: Tensor) -> None:
     """Fill `into`, of the box's shape, with the box of their tensor `name`, from our tensors."""
     for link in bridge.by_theirs[name]:
         part = link.part_in(box)
@@ -456,7 +456,7 @@ def fill_theirs(bridge: Bridge, source: Source, name: str, box: Box, into: Tenso
         source.read_into(link.ours, ours.offset, view[(None,) * link.stack_dims])
 
 
-def stored_model(reader: Reader) -> ModelConfig:
+def stored_model(reader: CheckpointReader) -> ModelConfig:
     """The model of one of our checkpoints. Errors: UsageError when its meta does not hold one."""
     meta = reader.meta
     try:

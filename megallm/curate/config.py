@@ -145,7 +145,7 @@ class CurateConfig:
     gzip_level: int = 1  # of kept/*.jsonl.gz
 
 
-def check(config: CurateConfig) -> None:
+def check_config(config: CurateConfig) -> None:
     """Every cross-field problem at once. Errors: `UsageError`."""
     known = (*LOCAL, *GLOBAL)
     problems = [

@@ -18,9 +18,9 @@ import numpy as np
 
 from megallm.base.errors import DataError
 from megallm.curate.config import DecontaminateConfig, InputConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.external import contains
-from megallm.curate.readers import Reject, parse, units
+from megallm.curate.readers import Reject, file_units, parse_unit
 from megallm.curate.text import Analysis, Pieces
 from megallm.data.text.readers import ReadOptions, bytes_of, chunks
 
@@ -156,7 +156,7 @@ class Decontaminate:
             _Passages([text for _, text in used], config.edited) if config.edited else None
         )
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         words = batch.analysis.words
         hashes, first = words.ngrams(self.config.coverage_ngram)
         at, numbers = self._short_grams.find(hashes)
@@ -270,7 +270,9 @@ def avoid_texts(names: Iterable[str]) -> Iterator[str]:
     config = InputConfig()
     for name in names:
         if Path(name).suffix in (".txt", ".md"):
-            for item in (item for unit in units(name, config) for item in parse(unit, config)):
+            for item in (
+                item for unit in file_units(name, config) for item in parse_unit(unit, config)
+            ):
                 if isinstance(item, Reject):
                     raise DataError(
                         f"{item.file}:{item.line}: {item.reason}: such texts could not be avoided."

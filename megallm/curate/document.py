@@ -11,7 +11,7 @@ import numpy as np
 
 from megallm.curate.text import Analysis
 
-Action = Literal["keep", "drop", "edit"]
+StepAction = Literal["keep", "drop", "edit"]
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TextSpan:
     """Code points [begin, end) of the text as the step saw it, and what stands there afterwards."""
 
     begin: int
@@ -47,9 +47,9 @@ class Verdict:
     into the ledger.
     """
 
-    action: Action = "keep"
+    action: StepAction = "keep"
     reason: str = ""
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TextSpan, ...] = ()
     note: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,18 +61,18 @@ def drop(reason: str, **note: Any) -> Verdict:
     return Verdict("drop", reason, note=note)
 
 
-def edit(spans: Sequence[Span]) -> Verdict:
+def edit(spans: Sequence[TextSpan]) -> Verdict:
     """The verdict that replaces spans; no spans means keep. Overlaps are resolved in favour of the
     first, longest.
     """
-    chosen: list[Span] = []
+    chosen: list[TextSpan] = []
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
         if span.begin < span.end and (not chosen or span.begin >= chosen[-1].end):
             chosen.append(span)
     return Verdict("edit", chosen[0].reason, tuple(chosen)) if chosen else KEEP
 
 
-def apply_spans(text: str, spans: Sequence[Span]) -> str:
+def apply_spans(text: str, spans: Sequence[TextSpan]) -> str:
     """The text after an edit."""
     pieces, at = [], 0
     for span in spans:
@@ -81,7 +81,7 @@ def apply_spans(text: str, spans: Sequence[Span]) -> str:
     return "".join([*pieces, text[at:]])
 
 
-class Batch:
+class DocumentBatch:
     """Documents that steps see together, so that arithmetic over their characters is done once, in
     numpy.
 
@@ -114,7 +114,7 @@ class Batch:
         """Note one number for every document of the batch."""
         self.metrics[name] = np.asarray(values, np.float64)
 
-    def after(self, verdicts: Sequence[Verdict]) -> Batch:
+    def after(self, verdicts: Sequence[Verdict]) -> DocumentBatch:
         """The batch that the next step sees: dropped documents gone, spans replaced. Itself when
         all are kept.
         """
@@ -127,7 +127,7 @@ class Batch:
             if verdict.action != "drop":
                 left.append(document)
                 rows.append(row)
-        batch = Batch(left)
+        batch = DocumentBatch(left)
         if all(verdict.action != "edit" for verdict in verdicts) and (
             "analysis" in vars(self) or self._wider
         ):

@@ -56,7 +56,7 @@ class Scatter:
             path.unlink()
 
 
-def spread(hashes: np.ndarray, parts: int) -> np.ndarray:
+def partition_of(hashes: np.ndarray, parts: int) -> np.ndarray:
     """A number below `parts` for each hash, by its high bits, so that files keep the order of the
     hashes.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megallm.curate import optional
+from megallm.base import optional
 
 _SKIPPED = (
     "script", "style", "noscript", "template", "head", "nav", "svg", "iframe", "object", "embed",

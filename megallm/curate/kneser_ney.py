@@ -50,7 +50,7 @@ class _Order:
     backoff: np.ndarray
 
 
-def train(texts: Iterable[str], order: int = 3, min_count: int = 1) -> Model:
+def train_ngrams(texts: Iterable[str], order: int = 3, min_count: int = 1) -> Model:
     """Count and smooth. Words seen fewer than `min_count` times become <unk>. Errors: `UsageError`,
     `DataError`.
     """

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.curate import optional
 from megallm.curate.arpa import ArpaModel
 from megallm.curate.config import PerplexityConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.kneser_ney import sentences
 from megallm.curate.language import sample
 
@@ -119,7 +119,7 @@ class Perplexity:
             )
         return np.nan_to_num(values)
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         texts = [sample(document.text, self.config.sample_chars) for document in batch.documents]
         values = self._values(texts)
         batch.record("perplexity.per_word", values)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from megallm.base import optional
 from megallm.base.errors import UsageError
-from megallm.curate import optional
 from megallm.curate.config import PiiConfig
 
 _SPACE = r"\u00a0\u2009\u2010\u2011\u2013 .\-/()"

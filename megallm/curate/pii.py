@@ -21,7 +21,7 @@ import numpy as np
 from megallm.base import extension
 from megallm.curate.access_keys import find_keys, find_passwords, is_marked, scan_marks
 from megallm.curate.config import PiiConfig
-from megallm.curate.document import Batch, Span, Verdict, edit
+from megallm.curate.document import DocumentBatch, TextSpan, Verdict, edit
 from megallm.curate.emails import find_emails
 from megallm.curate.folding import code_points
 from megallm.curate.phones import Phones
@@ -210,22 +210,22 @@ class Pii:
             finders["phone"] = Phones(config).find
         self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
 
-    def find(self, text: str) -> list[Span]:
+    def find(self, text: str) -> list[TextSpan]:
         """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of
         the table wins.
         """
         return self._find_all([text])[0]
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         return [
             edit(spans) for spans in self._find_all([document.text for document in batch.documents])
         ]
 
-    def _find_all(self, texts: list[str]) -> list[list[Span]]:
+    def _find_all(self, texts: list[str]) -> list[list[TextSpan]]:
         """Lines with enough digits of all texts are searched as one text: no kind that has digits
         spans lines.
         """
-        found: list[list[Span]] = [[] for _ in texts]
+        found: list[list[TextSpan]] = [[] for _ in texts]
         lines = lines_with_digits(texts)
         for kind, finder in self._finders.items():
             if kind not in _LEAST:
@@ -250,10 +250,10 @@ class Pii:
         return found
 
 
-def _take(taken: list[Span], kind: str, text: str, begin: int, end: int) -> None:
+def _take(taken: list[TextSpan], kind: str, text: str, begin: int, end: int) -> None:
     """Add a span where none is yet."""
     if all(end <= span.begin or span.end <= begin for span in taken):
-        taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
+        taken.append(TextSpan(begin, end, kind, placeholder_for(kind, text[begin:end])))
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
     return digits, v4, v6, iban
 
 
-def stand_in(kind: str, text: str) -> str:
+def placeholder_for(kind: str, text: str) -> str:
     """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
     examples.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from typing import Any
 
-from megallm.curate.tally import BINS, bins_of
+from megallm.curate.stats import BINS, bins_of
 
 _WIDTH, _HEIGHT, _FOOT = 330, 90, 18
 _NOTE_CHARS = 300
@@ -35,7 +35,7 @@ def escape(text: str) -> str:
     return _escape(_FORBIDDEN.sub("\ufffd", text))
 
 
-def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
+def render_report(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
     """The report of a run from its stats.json and the examples of what each rule removed."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Curation report</title>",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.checkpoint.io import Part
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
 from megallm.models.build import initial_values
@@ -173,8 +173,8 @@ class Engine:
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
-        """One update from this data rank's microbatches; every data rank gives the same number of
-        them.
+        """Train one update from this data rank's microbatches (gradient accumulation); every data
+        rank gives the same number of them.
 
         An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
         Raises Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.
@@ -394,7 +394,7 @@ class Engine:
             {} if self.scaler is None else self.scaler.counters()
         )
 
-    def load(self, reader: Reader, optimizer: bool = True) -> None:
+    def load(self, reader: CheckpointReader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; collective
         over dp x cp.
 
@@ -417,7 +417,7 @@ class Engine:
         self.model.fp8.loaded()
         self.parameters.publish()
 
-    def _load_optimizer(self, reader: Reader) -> None:
+    def _load_optimizer(self, reader: CheckpointReader) -> None:
         known = set(reader.names())
         stored = stored_parameters(known)
         for held in self.state():

@@ -35,7 +35,7 @@ from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, descriptor
 from megallm.base.stopping import INTERRUPTED, NOTHING_TO_SAVE, BeforeRanks, stop_signals
 from megallm.launch.environment import LOOPBACK, RankEnv
-from megallm.launch.rank import Ending, rank_main
+from megallm.launch.rank import RankExit, rank_main
 
 POLL_SECONDS = 0.03
 SETTLE_SECONDS = (
@@ -65,7 +65,7 @@ class Rank:
     report: int
     status: int | None = None  # of waitpid
     ended_at: float = 0.0
-    ending: Ending | None = None
+    ending: RankExit | None = None
 
     @property
     def failed(self) -> bool:
@@ -374,7 +374,7 @@ def _hear(rank: Rank, keep: bool) -> None:
         return
     if not said:
         return
-    rank.ending = Ending(**json.loads(said))
+    rank.ending = RankExit(**json.loads(said))
     if (
         keep and rank.ending.expected and rank.ending.message
     ):  # ours to show; the rank's log keeps it too

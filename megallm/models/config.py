@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.base.words import did_you_mean
+from megallm.base.suggest import did_you_mean
 from megallm.models.presets import FAMILIES, PRESETS
 from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope
 from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig

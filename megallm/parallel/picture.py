@@ -275,7 +275,7 @@ def write_png(drawing: Drawing, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def save(picture: Picture, path: Path) -> None:
+def save_picture(picture: Picture, path: Path) -> None:
     """Draw into a `.svg` or `.png` file, whole or not at all."""
     check_name(path)
     drawing = lay_out(picture)

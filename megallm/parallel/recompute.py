@@ -1,5 +1,5 @@
-"""Activation recomputation (arXiv 1604.06174, 2205.05198). Nothing random runs in a block: no RNG
-state is kept.
+"""Activation checkpointing, or recomputation (arXiv 1604.06174, 2205.05198). Nothing random runs in
+a block: no RNG state is kept.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megallm.base import files, words
+from megallm.base import files, suggest
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import preprocess, readers, textfile, tokenizer
 from megallm.models.config import ModelConfig
@@ -115,7 +115,7 @@ def check_preset(name: str) -> None:
     token.
     """
     if name != TINY and name not in PRESETS:
-        hint = words.did_you_mean(name, [TINY, *PRESETS])
+        hint = suggest.did_you_mean(name, [TINY, *PRESETS])
         raise UsageError(
             f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the "
             "text."
@@ -197,7 +197,7 @@ def prepare(
     )
     tokens, prefix = done.tokens["text"], done.outputs["text"]
     say(f"tokens: {tokens:,} in {done.documents:,} documents, {prefix}.bin")
-    config = choose(request, preset, vocab_size, Text(prefix, tokens, done.documents))
+    config = choose_settings(request, preset, vocab_size, Text(prefix, tokens, done.documents))
     written = yaml.safe_dump(config, sort_keys=False)
     files.atomic_write_text(request.config, f"# Made by `megallm pretrain --text`.\n{written}")
     chosen = {
@@ -294,7 +294,7 @@ def _parsed(name: str, options: readers.ReadOptions, text: str) -> Iterator[read
     """
     first = 1
     for chunk in readers.chunks(name, options):
-        parsed = readers.parse(chunk, options)
+        parsed = readers.parse_chunk(chunk, options)
         for line, reason in parsed.rejects:
             raise DataError(
                 f"{name}:{first + line}: {reason}. Mend the file, or move it out of {text}."
@@ -340,7 +340,7 @@ class Text:
     documents: int
 
 
-def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
+def choose_settings(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
     """The configuration: how long, how much at once, how much is held out. Plain values of YAML."""
     gpu = request.machine.gpus > 0
     seq_len, global_batch = (512, 64) if gpu else (256, 16)

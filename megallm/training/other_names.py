@@ -8,7 +8,7 @@ key, or is a sentence.
 
 from __future__ import annotations
 
-from megallm.base.words import plain
+from megallm.base.suggest import plain
 
 _ACCUMULATION = "train.global_batch (samples of a step over all ranks; accumulation follows from it and micro_batch)"
 _EPOCHS = "train.steps (steps of the optimizer, not epochs: tokens / (global_batch x seq_len) of them are one epoch)"

@@ -206,6 +206,6 @@ def test_losses_are_reported_without_their_weight() -> None:
         losses: dict[str, float]
 
     mtp = dataclasses.replace(TINY, mtp={"depth": 2, "weight": 0.5}).resolve().mtp
-    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp)
+    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp.depth, mtp.weight)
     assert found == {"train/mtp_loss": 5.0, "train/mtp_1_loss": 4.0, "train/mtp_2_loss": 6.0}
-    assert mtp_losses(Stats({"loss": 3.0}), mtp) == {}
+    assert mtp_losses(Stats({"loss": 3.0}), mtp.depth, mtp.weight) == {}

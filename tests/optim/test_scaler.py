@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megallm.base.errors import Diverged
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.ops.low_precision import LossScaleOptions
@@ -162,7 +162,7 @@ def test_resume_takes_up_the_scale_bit_for_bit(tmp_path):
     assert meta["engine"]["loss_scale"] == 2048.0 and meta["engine"]["loss_scale_held"] == 1
     folder = store.save(tmp_path, 3, list(first.parts()), meta, Mesh.single())
     second = half()
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         second.load(reader)
     steps(second, range(3, 5))
     assert equal(state_of(second), state_of(straight)) and second.counters() == straight.counters()

@@ -102,7 +102,7 @@ def _known(prefix: str, remembered: Mapping[str, Any]) -> dict[str, Any]:
     records = remembered.get(os.path.abspath(prefix))
     fits = _is_as_it_was
     if not isinstance(records, dict):
-        records, fits = (meta.read(prefix) or {}).get("content"), _is_of_the_side_car
+        records, fits = (meta.read_meta(prefix) or {}).get("content"), _is_of_the_side_car
     return {
         suffix: record
         for suffix, record in (records.items() if isinstance(records, dict) else ())

@@ -74,7 +74,7 @@ def check_exact(tokenizer: Tokenizer) -> None:
             )
 
 
-def form_of(key: int, rate: float, spm_share: float) -> str:
+def choose_form(key: int, rate: float, spm_share: float) -> str:
     """PLAIN with probability 1 - rate, else SPM with probability `spm_share`, else PSM."""
     first, second = rng.uniform(key, 0, 2).tolist()
     if first >= rate:

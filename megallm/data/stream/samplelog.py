@@ -16,7 +16,7 @@ from typing import Any
 from megallm.base.files import atomic_path, writing
 
 
-def cut(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Keep the whole lines of steps up to `step`: what came after was undone by the resume. Errors:
     `CannotWrite`.
     """

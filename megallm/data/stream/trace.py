@@ -19,8 +19,10 @@ _CURATED = ("id", "file", "line")  # what a curated row says about the raw docum
 
 def places(prefix: str, documents: Iterable[int]) -> list[dict[str, Any] | None]:
     """{"file", "line"} that each document was made of; None where the side-car does not say."""
-    known = (meta.read(prefix) or {}).get("origins")
-    return [provenance.place(known, document) if known else None for document in documents]
+    known = (meta.read_meta(prefix) or {}).get("origins")
+    return [
+        provenance.locate_document(known, document) if known else None for document in documents
+    ]
 
 
 def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Place]]:

@@ -205,7 +205,7 @@ def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: 
     return None
 
 
-def choose(plain: Any, backend: str) -> tuple[Any, str]:
+def choose_tokenizer(plain: Any, backend: str) -> tuple[Any, str]:
     """(tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken must be and cannot."""
     if backend not in BACKENDS:
         raise UsageError(f"--backend {backend} is unknown; accepted: {', '.join(BACKENDS)}.")

@@ -67,7 +67,7 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def read(path: Path) -> tuple[dict[str, Any], str]:
+def read_definition(path: Path) -> tuple[dict[str, Any], str]:
     """The checked definition of a tokenizer, and a hash of the file. Errors: `FileNotFoundError`,
     `DataError`.
     """
@@ -82,7 +82,7 @@ def checked(data: bytes, path: Path) -> tuple[dict[str, Any], str]:
             f"{path} holds {values} values; no tokenizer has more than {MAX_VALUES}: refused."
         )
     with _without_collection():
-        definition = loads(data, path)
+        definition = parse_json_object(data, path)
     try:
         for problem in _problems(definition):
             raise DataError(
@@ -108,7 +108,7 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def loads(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
     """A JSON object. Errors: `DataError`."""
     quick = _orjson()
     value = None
@@ -141,7 +141,7 @@ def _orjson() -> ModuleType | None:
         return None
 
 
-def fingerprint(definition: dict[str, Any]) -> str:
+def tokenizer_fingerprint(definition: dict[str, Any]) -> str:
     """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
     relevant = {
         k: v for k, v in definition.items() if k not in ("version", "truncation", "padding")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional
 from megallm.data.text import definition
-from megallm.data.text.tokenizer_folder import Settings
+from megallm.data.text.tokenizer_folder import FolderSettings
 
 SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
 _END = "<|endoftext|>"
@@ -83,15 +83,15 @@ class SentencePieceTokenizer(_Native):
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path, settings: Settings | None = None) -> None:
-        library = optional.need("sentencepiece", str(path))
+    def __init__(self, path: Path, settings: FolderSettings | None = None) -> None:
+        library = optional.need_for_file("sentencepiece", str(path))
         self.path, data = path, _read(path)
         self._model = library.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)
         except RuntimeError as error:
             raise DataError(f"{path} is not a sentencepiece model: {error}.") from error
-        self._settings, self._pieces = settings or Settings(), self._model.vocab_size()
+        self._settings, self._pieces = settings or FolderSettings(), self._model.vocab_size()
         self._added = {text: i for text, i in self._settings.added.items() if i >= self._pieces}
         self._texts = {i: text for text, i in self._added.items()}
         self.vocab_size = max([self._pieces - 1, *self._texts]) + 1
@@ -190,7 +190,7 @@ class TiktokenTokenizer(_Native):
     kind = "tiktoken"
 
     def __init__(self, path: Path) -> None:
-        library = optional.need("tiktoken", str(path))
+        library = optional.need_for_file("tiktoken", str(path))
         self.path, data = path, _read(path)
         pattern, self._special_tokens = _rules(path)
         ranks = _ranks(path, data)
@@ -263,7 +263,7 @@ def _rules(path: Path) -> tuple[str, dict[str, int]]:
             f"the names {', '.join(KNOWN)} if it is that encoding."
         )
     try:
-        value = definition.loads(definition.read_bytes(side), side)
+        value = definition.parse_json_object(definition.read_bytes(side), side)
         pattern, specials = value["pattern"], value["special_tokens"]
         if isinstance(pattern, str) and all(
             definition.checked_id(one) == one for one in specials.values()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.data import optional
 
 _ROWS = 32  # at most, unpacked together
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 1000  # unpacked, and times the packed size
@@ -25,7 +25,8 @@ def row_batches(
     `limit` in bytes. A text that is not UTF-8 comes as bytes. Errors: `DataError` for a damaged
     file, a missing column, and a file that unfolds to more than 1000 times its size.
     """
-    pyarrow, parquet = optional.need("pyarrow", name), optional.need("pyarrow.parquet", name)
+    pyarrow = optional.need_for_file("pyarrow", name)
+    parquet = optional.need_for_file("pyarrow.parquet", name)
     try:
         schema = parquet.read_schema(name)
         _check_columns(name, schema.names, keys)

@@ -1,8 +1,9 @@
 """Raw text files, cut into chunks of bounded size: JSONL, plain text, Parquet; `textfile` opens and
 unpacks them.
 
-`chunks` runs in the parent and cuts; `parse` runs in a worker and turns a chunk into documents and
-rejected lines. How a file is cut depends on nothing but the file, so neither does any result.
+`chunks` runs in the parent and cuts; `parse_chunk` runs in a worker and turns a chunk into
+documents and rejected lines. How a file is cut depends on nothing but the file, so neither does any
+result.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def check_inputs(inputs: Sequence[str]) -> None:
     """Refuse what is not a readable file before any work starts. Errors: `DataError`."""
     if not inputs:
         raise UsageError("There is no input: give at least one file.")
-    textfile.check(inputs)
+    textfile.check_readable(inputs)
 
 
 def suffix_of(name: str) -> str:
@@ -143,7 +144,7 @@ def _cut_parquet(file: TextFile, options: ReadOptions) -> Iterator[Chunk]:
         yield Chunk(file.name, "rows", rows=rows or None, too_long=not rows, lines=1)
 
 
-def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
+def read_texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
     """Every text of every file, in order, in this process. Errors: `DataError` `file:line:
     reason`.
     """
@@ -151,7 +152,7 @@ def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
     for name in inputs:
         first = 1
         for chunk in chunks(name, options):
-            parsed = parse(chunk, options)
+            parsed = parse_chunk(chunk, options)
             for line, reason in parsed.rejects:
                 raise rejected(name, first + line, reason)
             first += parsed.lines
@@ -255,7 +256,7 @@ def _cut(
         yield Chunk(name, kind, begin, begin + len(held), bytes(held))
 
 
-def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
+def parse_chunk(chunk: Chunk, options: ReadOptions) -> Parsed:
     """Documents and rejected lines of a chunk."""
     if chunk.too_long:
         reason = f"the document is longer than {options.max_document_bytes} bytes"

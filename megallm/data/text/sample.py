@@ -38,12 +38,12 @@ class Sample:
         """The texts, in order: all of a corpus that is small enough, else of chunks that are chosen
         evenly over it.
 
-        Of a pipe, whose size is not known, the beginning is taken. Errors: as `readers.texts`.
+        Of a pipe, whose size is not known, the beginning is taken. Errors: as `readers.read_texts`.
         """
         readers.check_inputs(inputs)
         share = self.most_bytes / max(1.0, sum(map(_text_bytes, inputs)))
         for text in (
-            readers.texts(inputs, options) if share >= 1 else _spread(inputs, options, share)
+            readers.read_texts(inputs, options) if share >= 1 else _spread(inputs, options, share)
         ):
             self.documents += 1
             self.text_bytes += len(text.encode("utf-8"))
@@ -65,7 +65,7 @@ def _spread(inputs: Sequence[str], options: ReadOptions, share: float) -> Iterat
         for chunk in readers.chunks(name, options):
             number += 1
             if float(rng.uniform(key, number, 1)[0]) < share:
-                parsed = readers.parse(chunk, options)
+                parsed = readers.parse_chunk(chunk, options)
                 for line, reason in parsed.rejects:
                     raise readers.rejected(name, lines + _lines_before(name, begin) + line, reason)
                 for _, document in parsed.documents:
@@ -96,7 +96,7 @@ def _text_bytes(name: str) -> float:
         return size * max(1.0, start / max(1, min(size, file.raw.tell())))
 
 
-def pieces_of(text: str) -> Iterator[str]:
+def split_long_text(text: str) -> Iterator[str]:
     """A long text, cut where the words that a tokenizer splits it into stay the same."""
     begin = 0
     while len(text) - begin > _PIECE:

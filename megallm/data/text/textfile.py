@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional
 
 BLOCK_BYTES = 1 << 20
 SUFFIXES = (
@@ -84,7 +84,7 @@ def is_stream(name: str) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def check(names: Sequence[str]) -> None:
+def check_readable(names: Sequence[str]) -> None:
     """Refuse what cannot be read, before any work starts; pipes are not opened.
 
     Errors: `DataError` for what is no file or no pipe, `UsageError` for a package that is missing.
@@ -145,7 +145,7 @@ class TextFile:
     def check_library(self) -> None:
         """Errors: `UsageError` when what unpacks it is not installed."""
         if self.parquet:
-            optional.need("pyarrow.parquet", self.name)
+            optional.need_for_file("pyarrow.parquet", self.name)
         elif self.packing:
             _library(self.packing, self.name)
 
@@ -317,7 +317,7 @@ def _own_descriptor(name: str) -> int | None:
 
 def _library(packing: str, name: str) -> Any:
     if packing == "zstd":
-        return optional.need("zstandard", name)
+        return optional.need_for_file("zstandard", name)
     module = {"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}[packing]
     try:
         return importlib.import_module(module)

@@ -19,7 +19,7 @@ import tokenizers
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import definition, native, readers, tokenizer_folder
-from megallm.data.text.sample import Sample, pieces_of
+from megallm.data.text.sample import Sample, split_long_text
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -93,7 +93,7 @@ def load(spec: str, check: bool = True) -> Tokenizer:
         return ByteTokenizer()
     path, settings = Path(spec), None
     if path.is_dir():
-        form = tokenizer_folder.form_of(path)
+        form = tokenizer_folder.definition_file(path)
         if form is not None and form.name == tokenizer_folder.VOCABULARY:
             return PairTokenizer(spec)
         if form is not None and form.suffix in native.SENTENCEPIECE:
@@ -204,7 +204,9 @@ class FolderTokenizer:
         `DataError`.
         """
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = (tokenizer_folder.read_json(self.file.parent / name) or {}).get("eos_token")
+            token = (tokenizer_folder.read_optional_json(self.file.parent / name) or {}).get(
+                "eos_token"
+            )
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if token not in self._vocab:
@@ -224,7 +226,7 @@ class FolderTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
-        return definition.fingerprint(self._definition)
+        return definition.tokenizer_fingerprint(self._definition)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, without any token that a template would add around it."""
@@ -308,11 +310,12 @@ class PairTokenizer(FolderTokenizer):
 
 def _definition(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        return definition.read(path)
+        return definition.read_definition(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with "
-            f"{tokenizer_folder.FORMS} (`megallm tokenizer train` makes one), or such a file."
+            f"{tokenizer_folder.TOKENIZER_FORMS} (`megallm tokenizer train` makes one), or such a "
+            "file."
         ) from None
 
 
@@ -385,7 +388,7 @@ def train_bpe(
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     found = sample.texts(inputs, options or readers.ReadOptions())
-    bpe.train_from_iterator((piece for text in found for piece in pieces_of(text)), trainer)
+    bpe.train_from_iterator((piece for text in found for piece in split_long_text(text)), trainer)
     if not sample.text_bytes:
         raise DataError(f"There is no usable text in {', '.join(inputs)}: a tokenizer needs some.")
     folder = Path(output)
