@@ -17,7 +17,9 @@ DELTA = 1e-4  # TRL's; verl adds 1e-6
 SCALES = ("group", "batch", "none")
 
 
-def combine(rewards: Sequence[Sequence[float | None]] | Floats, weights: ArrayLike) -> Floats:
+def combine_rewards(
+    rewards: Sequence[Sequence[float | None]] | Floats, weights: ArrayLike
+) -> Floats:
     """Returns the weighted sum `[n]` of the rewards `[n, k]` of k functions.
 
     A missing reward adds nothing; an answer without any reward is NaN. Errors: ValueError when the
@@ -74,7 +76,7 @@ def decoupled_advantages(
         _, mean, deviation = _moments(reward, index)
         columns.append((reward - mean[index]) / (deviation[index] + delta))
     scaled = np.where(missing, np.nan, np.stack(columns, axis=1))
-    total = combine(scaled, weights)
+    total = combine_rewards(scaled, weights)
     known = total[~np.isnan(total)]
     mean = known.mean() if known.size else 0.0
     return np.nan_to_num((total - mean) / (_deviation(total) + delta), nan=0.0)

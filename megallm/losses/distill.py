@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megallm.losses.reduce import check_mode, count, total
+from megallm.losses.reduce import check_mode, divisor, total
 from megallm.losses.terms import Terms
 
 
@@ -80,7 +80,7 @@ class Distillation:
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What divides the divergence and the likelihood of one microbatch."""
-        number = count(batch, self.aggregate)
+        number = divisor(batch, self.aggregate)
         return {"loss": number} | ({"nll": number} if self.nll else {})
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:

@@ -73,7 +73,7 @@ def off_policy_mask(
 
 
 @torch.no_grad()
-def compare(new: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
+def compare_log_probs(new: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
     """Returns how far two log-probs `[B, T]` of the same tokens lie apart, such as the trainer's
     and the rollout's: `max_difference` and `mean_difference` in nats, `ess_fraction`, the effective
     share of the tokens as samples of `new`, `chi_square` between the two, and `perplexity_ratio`.

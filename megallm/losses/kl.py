@@ -33,7 +33,7 @@ def check_estimator(kind: str, used_in: str = "loss") -> None:
         )
 
 
-def estimate(
+def estimate_kl(
     kind: str, log_prob: Tensor, ref_log_prob: Tensor, ratio: Tensor | None = None
 ) -> Tensor:
     """Returns the estimate of KL(policy || reference) of each token, with the shape of `log_prob`.
@@ -54,7 +54,9 @@ def estimate(
     return value
 
 
-def adapt(beta: float, kl: float, target: float, samples: int, horizon: int = 10_000) -> float:
+def adapt_kl_coefficient(
+    beta: float, kl: float, target: float, samples: int, horizon: int = 10_000
+) -> float:
     """Returns the next KL coefficient (Ziegler et al., arXiv 1909.08593, section 2.2).
 
     `kl` is the measured divergence per sequence in nats, `samples` the sequences since the last

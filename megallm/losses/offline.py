@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megallm.losses.reduce import check_mode, count, per_token, token_values, total
+from megallm.losses.reduce import check_mode, divisor, per_token, token_values, total
 from megallm.losses.terms import Terms
 
 
@@ -32,7 +32,7 @@ class AdvantageWeighted:
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tokens or sequences of one microbatch, as `aggregate` has it."""
-        return {"loss": count(batch, self.aggregate), "weight": batch["mask"].sum()}
+        return {"loss": divisor(batch, self.aggregate), "weight": batch["mask"].sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         log_prob = outputs["log_prob"]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from megallm.losses.importance import off_policy_mask
-from megallm.losses.kl import CLAMP, check_estimator, estimate
+from megallm.losses.kl import CLAMP, check_estimator, estimate_kl
 from megallm.losses.reduce import (
     check_mode,
-    count,
     counted_tokens,
+    divisor,
     per_sequence,
     per_token,
     token_values,
@@ -33,7 +33,7 @@ LEVELS = ("token", "sequence", "sequence_token", "trajectory")
 
 
 @dataclass(frozen=True)
-class Tokens:
+class PolicyTokens:
     """What a surrogate reads, each `[B, T]`: the policy's log-probs and its ratio to the sampling
     policy, both with a gradient, and the advantages.
     """
@@ -46,7 +46,7 @@ class Tokens:
 # One function a surrogate: tokens and the options of the loss -> the loss [B, T].
 
 
-def clip(tokens: Tokens, loss: Policy) -> Tensor:
+def clip(tokens: PolicyTokens, loss: Policy) -> Tensor:
     """PPO's clipped surrogate (Schulman et al., arXiv 1707.06347), with `dual_clip` bounded for
     negative advantages too (Ye et al., arXiv 1912.09729; TRL's `delta`).
     """
@@ -55,13 +55,13 @@ def clip(tokens: Tokens, loss: Policy) -> Tensor:
     return -torch.minimum(ratio * tokens.advantage, near * tokens.advantage)
 
 
-def cispo(tokens: Tokens, loss: Policy) -> Tensor:
+def cispo(tokens: PolicyTokens, loss: Policy) -> Tensor:
     """CISPO (MiniMax-M1, arXiv 2506.13585): the log-prob, weighed by the ratio up to a bound."""
     bound = loss.high if loss.cispo_bound == "absolute" else 1 + loss.high
     return -tokens.ratio.detach().clamp(max=bound) * tokens.advantage * tokens.log_prob
 
 
-def sapo(tokens: Tokens, loss: Policy) -> Tensor:
+def sapo(tokens: PolicyTokens, loss: Policy) -> Tensor:
     """SAPO (arXiv 2511.20347): a sigmoid gate of the ratio instead of a clip."""
     heat = torch.where(
         tokens.advantage > 0,
@@ -71,12 +71,12 @@ def sapo(tokens: Tokens, loss: Policy) -> Tensor:
     return -torch.sigmoid(heat * (tokens.ratio - 1)) * 4 / heat * tokens.advantage
 
 
-def reinforce(tokens: Tokens, loss: Policy) -> Tensor:
+def reinforce(tokens: PolicyTokens, loss: Policy) -> Tensor:
     """The plain policy gradient (Williams, 1992): no ratio, for one update a rollout."""
     return -tokens.advantage * tokens.log_prob
 
 
-Surrogate = Callable[[Tokens, "Policy"], Tensor]
+Surrogate = Callable[[PolicyTokens, "Policy"], Tensor]
 SURROGATES: dict[str, Surrogate] = {f.__name__: f for f in (clip, cispo, sapo, reinforce)}
 
 
@@ -136,8 +136,8 @@ class Policy:
         entropy and most metrics, and for clipped ratios by tokens or sequences, as `level` has it.
         """
         tokens = batch["mask"].sum()
-        loss = count(batch, self.aggregate, self.length)
-        ratios = count(batch, self._ratio_mode)
+        loss = divisor(batch, self.aggregate, self.length)
+        ratios = divisor(batch, self._ratio_mode)
         counts = {"loss": loss} | dict.fromkeys(self._ratio_metrics, ratios)
         counts |= {"entropy": tokens, "approx_kl": tokens, "off_policy": tokens}
         if self.beta:
@@ -163,7 +163,7 @@ class Policy:
         old = batch.get("old_log_probs", log_prob.detach()).masked_fill(~mask, 0)
         advantage = token_values("advantages", batch).to(log_prob.dtype)
         log_ratio = log_prob - old
-        tokens = Tokens(log_prob, self._ratio(log_ratio, log_prob, batch), advantage)
+        tokens = PolicyTokens(log_prob, self._ratio(log_ratio, log_prob, batch), advantage)
 
         each = SURROGATES[self.surrogate](tokens, self)
         if self.opsm is not None:
@@ -175,7 +175,7 @@ class Policy:
         metrics = self._metrics(tokens, log_ratio.detach(), outputs, batch)
         if self.beta:
             reference = batch["ref_log_probs"].masked_fill(~mask, 0)
-            divergence = estimate(self.kl, log_prob, reference, tokens.ratio)
+            divergence = estimate_kl(self.kl, log_prob, reference, tokens.ratio)
             losses["kl_loss"] = self.beta * total(divergence, batch, self.aggregate)
             metrics["kl"] = total(divergence.detach(), batch, "token_mean")
         if self.entropy_coef:
@@ -197,7 +197,7 @@ class Policy:
     @torch.no_grad()
     def _metrics(
         self,
-        tokens: Tokens,
+        tokens: PolicyTokens,
         log_ratio: Tensor,
         outputs: dict[str, Tensor],
         batch: dict[str, Tensor],

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megallm.losses.reduce import (
     check_mode,
-    count,
     counted_tokens,
+    divisor,
     per_sequence,
     per_token,
     sequence_sum,
@@ -201,8 +201,8 @@ def orpo(pairs: Pairs, loss: Preference) -> Tensor:
     return -loss.beta * F.logsigmoid(chosen - rejected)
 
 
-Kind = Callable[[Pairs, "Preference"], Tensor]
-KINDS: dict[str, Kind] = {
+PairLoss = Callable[[Pairs, "Preference"], Tensor]
+KINDS: dict[str, PairLoss] = {
     kind.__name__: kind
     for kind in (
         sigmoid, sigmoid_norm, cdpo, robust, hinge, ipo, ipo_sum, exo_pair, nca_pair, bco_pair,
@@ -286,7 +286,7 @@ class Preference:
         """
         counts = {"loss": pair_counted(_answers(batch)).sum()}
         if self.nll:
-            counts["nll"] = count(_chosen(batch), self.nll_aggregate)
+            counts["nll"] = divisor(_chosen(batch), self.nll_aggregate)
         return counts
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:

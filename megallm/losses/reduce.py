@@ -55,7 +55,7 @@ def token_values(name: str, batch: dict[str, Tensor]) -> Tensor:
 
 
 def total(x: Tensor, batch: dict[str, Tensor], mode: str) -> Tensor:
-    """Returns the sum of `x` `[B, T]` over one microbatch whose divisor is `count`.
+    """Returns the sum of `x` `[B, T]` over one microbatch, the numerator of `divisor`.
 
     `seq_mean_token_mean` first averages over the counted tokens of each sequence (GRPO, arXiv
     2402.03300); the other modes only sum and differ in the divisor. Errors: ValueError for a mode
@@ -68,8 +68,8 @@ def total(x: Tensor, batch: dict[str, Tensor], mode: str) -> Tensor:
     return x.sum()
 
 
-def count(batch: dict[str, Tensor], mode: str, length: int | None = None) -> Tensor:
-    """Returns the divisor of `total` that one microbatch adds, a scalar.
+def divisor(batch: dict[str, Tensor], mode: str, length: int | None = None) -> Tensor:
+    """Returns what one microbatch adds to the number that `total` is divided by, a scalar.
 
     Counted tokens for `token_mean` (DAPO, arXiv 2503.14476); sequences with a counted token for
     `seq_mean_token_mean` and `seq_mean_token_sum`; `length`, the longest answer that is possible,

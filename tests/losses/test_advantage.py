@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megallm.losses.advantage import (
-    combine,
+    combine_rewards,
     decoupled_advantages,
     gae,
     group_advantages,
@@ -54,10 +54,10 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others():
 
 
 def test_rewards_are_weighed_and_summed():
-    found = combine([[1.0, 2.0], [None, 3.0], [None, None]], [1.0, 0.5])
+    found = combine_rewards([[1.0, 2.0], [None, 3.0], [None, None]], [1.0, 0.5])
     np.testing.assert_array_equal(found, [2.0, 1.5, np.nan])
     with pytest.raises(ValueError, match=r"shape \(1, 2\) need 2 weights.* got 3"):
-        combine([[1.0, 2.0]], [1.0, 1.0, 1.0])
+        combine_rewards([[1.0, 2.0]], [1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="'std' of advantages is none of group, batch, none"):
         group_advantages([1.0], [0], "std")
     with pytest.raises(ValueError, match="2 rewards need as many groups, and got 1"):

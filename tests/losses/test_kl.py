@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallm.losses.kl import ESTIMATORS, adapt, check_estimator, estimate
+from megallm.losses.kl import ESTIMATORS, adapt_kl_coefficient, check_estimator, estimate_kl
 
 GENERATOR = torch.Generator().manual_seed(3)
 POLICY, REFERENCE = torch.randn(2, 7, generator=GENERATOR, dtype=torch.float64)
@@ -19,7 +19,7 @@ def expected(kind):
     """Mean over the policy's own samples of an estimate, and the mean of its gradient."""
     logits = POLICY.clone().requires_grad_()
     log_prob = torch.log_softmax(logits, -1)
-    each = estimate(kind, log_prob, torch.log_softmax(REFERENCE, -1))
+    each = estimate_kl(kind, log_prob, torch.log_softmax(REFERENCE, -1))
     weight = log_prob.detach().exp()
     (gradient,) = torch.autograd.grad((weight * each).sum(), logits)
     return (weight * each).sum().item(), gradient
@@ -53,7 +53,7 @@ def test_k3_is_is_right_for_samples_of_another_policy():
     old = torch.log_softmax(POLICY + torch.linspace(-0.5, 0.5, 7, dtype=torch.float64), -1)
     logits = POLICY.clone().requires_grad_()
     log_prob = torch.log_softmax(logits, -1)
-    each = estimate("k3_is", log_prob, torch.log_softmax(REFERENCE, -1), (log_prob - old).exp())
+    each = estimate_kl("k3_is", log_prob, torch.log_softmax(REFERENCE, -1), (log_prob - old).exp())
     mean = (old.exp() * each).sum()
     (gradient,) = torch.autograd.grad(mean, logits)
     assert mean.item() == pytest.approx(exact()[0])
@@ -64,11 +64,11 @@ def test_equal_policies_and_forgotten_tokens():
     zero = torch.zeros(3, requires_grad=True)
     far = torch.tensor([-1000.0, -30.0, 0.0], requires_grad=True)
     for kind in ESTIMATORS:
-        assert not estimate(kind, zero, torch.zeros(3)).any()
-        value = estimate(kind, far, torch.zeros(3))
+        assert not estimate_kl(kind, zero, torch.zeros(3)).any()
+        value = estimate_kl(kind, far, torch.zeros(3))
         (gradient,) = torch.autograd.grad(value.sum(), far)
         assert value.isfinite().all() and gradient.isfinite().all()
-    assert estimate("k1", far, torch.zeros(3)).tolist() == [-20, -20, 0]
+    assert estimate_kl("k1", far, torch.zeros(3)).tolist() == [-20, -20, 0]
 
 
 def test_names():
@@ -80,7 +80,7 @@ def test_names():
 
 
 def test_the_adaptive_coefficient():
-    assert adapt(0.1, kl=6.0, target=6.0, samples=64) == 0.1
-    assert adapt(0.1, kl=60.0, target=6.0, samples=10_000) == pytest.approx(0.12)
-    assert adapt(0.1, kl=0.0, target=6.0, samples=5_000) == pytest.approx(0.09)
-    assert adapt(0.1, kl=6.6, target=6.0, samples=10_000) == pytest.approx(0.11)
+    assert adapt_kl_coefficient(0.1, kl=6.0, target=6.0, samples=64) == 0.1
+    assert adapt_kl_coefficient(0.1, kl=60.0, target=6.0, samples=10_000) == pytest.approx(0.12)
+    assert adapt_kl_coefficient(0.1, kl=0.0, target=6.0, samples=5_000) == pytest.approx(0.09)
+    assert adapt_kl_coefficient(0.1, kl=6.6, target=6.0, samples=10_000) == pytest.approx(0.11)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megallm.losses.chord import Chord, mu_schedule
-from megallm.losses.importance import CORRECTIONS, compare, importance_weights, off_policy_mask
+from megallm.losses.importance import CORRECTIONS, compare_log_probs, importance_weights, off_policy_mask
 from megallm.losses.policy import ALGORITHMS, Policy, first_update_fault, policy_loss
 from tests.losses.averages import averaged, packed, split
 
@@ -173,14 +173,14 @@ def test_sequences_that_the_policy_has_left_are_masked():
 
 
 def test_comparison_of_two_log_probs():
-    same = compare(OLD, OLD, MASK)
+    same = compare_log_probs(OLD, OLD, MASK)
     assert same["max_difference"] == 0 and same["ess_fraction"] == same["perplexity_ratio"] == 1
-    other = compare(OLD, ROLLOUT, MASK)
+    other = compare_log_probs(OLD, ROLLOUT, MASK)
     ratio = (OLD - ROLLOUT)[MASK].exp()
     assert other["max_difference"] == pytest.approx((OLD - ROLLOUT)[MASK].abs().max().item())
     assert other["ess_fraction"] == pytest.approx((ratio.sum() ** 2 / ratio.square().sum() / 12).item())
     assert other["chi_square"] == pytest.approx((ratio.square().mean() - 1).item())
-    assert compare(OLD, OLD, torch.zeros_like(MASK)) == same
+    assert compare_log_probs(OLD, OLD, torch.zeros_like(MASK)) == same
 
 
 DEMONSTRATION = torch.tensor([False, True, False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallm.losses.reduce import MODES, count, counted_tokens, per_sequence, per_token, token_values, total
+from megallm.losses.reduce import MODES, counted_tokens, divisor, per_sequence, per_token, token_values, total
 from tests.losses.averages import packed, rows
 
 MASK = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
@@ -21,7 +21,7 @@ WANT = {
 def mean(micros, mode):
     """Sums of all microbatches over counts of all microbatches."""
     above = sum(total(x["x"], batch, mode) for x, batch in micros)
-    return (above / sum(float(count(batch, mode, 7)) for _, batch in micros)).item()
+    return (above / sum(float(divisor(batch, mode, 7)) for _, batch in micros)).item()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -43,7 +43,7 @@ def test_masked_tokens_may_hold_anything(mode):
     x = X.masked_fill(~MASK, float("nan")).requires_grad_()
     found = total(x, {"mask": MASK}, mode)
     found.backward()
-    assert (found / count({"mask": MASK}, mode, 7)).item() == pytest.approx(WANT[mode])
+    assert (found / divisor({"mask": MASK}, mode, 7)).item() == pytest.approx(WANT[mode])
     assert torch.equal(x.grad != 0, MASK)
 
 
@@ -65,4 +65,4 @@ def test_modes_that_cannot_be():
     with pytest.raises(ValueError, match="'mean' is none of token_mean, seq_mean"):
         total(X, {"mask": MASK}, "mean")
     with pytest.raises(ValueError, match="set length to the longest answer"):
-        count({"mask": MASK}, "constant")
+        divisor({"mask": MASK}, "constant")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from megallm.losses.advantage import combine, decoupled_advantages, group_advantages, leave_one_out
+from megallm.losses.advantage import combine_rewards, decoupled_advantages, group_advantages, leave_one_out
 from megallm.losses.distill import generalized_jsd
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, cpo_loss, orpo_loss, reference_point, simpo_loss
@@ -191,7 +191,7 @@ def test_policies(name, shape):
 def test_advantages_of_rewards_that_may_be_none():
     golden = GOLDEN["advantages"]
     table, weights = golden["rewards"], golden["weights"]
-    rewards, groups = combine(table, weights), np.arange(8) // 4
+    rewards, groups = combine_rewards(table, weights), np.arange(8) // 4
     ours = {
         **{scale: group_advantages(rewards, groups, scale) for scale in ("group", "batch", "none")},
         "decoupled": decoupled_advantages(table, weights, groups),
