@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from megallm.base.errors import InternalError
 
-ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest
+# Elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest.
+ALIGN = 16
 # Padding of a bucket whose ranges hold whole matrices, as a share, at which it grows no further.
 WASTE = 1 / 8
 
