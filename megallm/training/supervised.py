@@ -17,15 +17,14 @@ from megallm.base.errors import CheckpointError, InternalError
 from megallm.data.batches import Reader, Share
 from megallm.data.loader import Batch, Loader
 from megallm.data.stream import samplelog
-from megallm.engine.engine import Engine, Loss, Mesh, Part, StepStats
-from megallm.engine.model import Prepare
+from megallm.engine.engine import Engine, Loss, Mesh, Part, Prepare, StepStats
 from megallm.optim.lr import learning_rate
 from megallm.run.changes import Change
 from megallm.run.config import JobConfig
 from megallm.run.recorder import Recorder
 from megallm.run.signals import listening
-from megallm.training.engine_config import engine_config, opening
 from megallm.training.loop import Loop, closing
+from megallm.training.opening import opening
 from megallm.training.resuming import (
     Identity,
     check_allowed,
@@ -209,7 +208,7 @@ def run_supervised(
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger, changes = same_run(identity, found, allowed, mesh)
         try:
-            engine, begin = build_engine(engine_config(config), mesh, found, job.prepare)
+            engine, begin = build_engine(config.engine, mesh, found, job.prepare)
         except CheckpointError as error:
             raise unreadable(error, changes) from error
         layout = dataclasses.asdict(mesh.layout)

@@ -10,8 +10,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.convert.convert import is_import
 from megallm.convert.weights import Cast, HfReader, Source
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine, Mesh
-from megallm.engine.model import Prepare
+from megallm.engine.engine import Engine, Mesh, Prepare
 
 
 def build_engine(

@@ -61,7 +61,7 @@ PURE = (
     "base.", "cli.", "data.", "run.config", "run.changes",
     "training.config", "training.validate", "training.rules.", "training.reading", "training.kinds",
     "training.files", "training.from_text", "training.other_names",
-    "ops.backends", "ops.low_precision", "parallel.recompute_policy",
+    "ops.backends", "ops.low_precision", "models.compute", "parallel.config",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
@@ -77,7 +77,7 @@ WITH_TORCH = ("data.loader", "base.device")
 MODEL_SIDE = {"ops", "parallel", "models", "optim", "peft", "checkpoint", "convert", "inference"}
 DESCRIPTIONS = {
     "models.config", "models.presets", "models.stages", "ops.low_precision", "ops.backends", "optim.config",
-    "optim.groups", "optim.lr", "parallel.layout", "parallel.schedule", "parallel.zigzag", "parallel.recompute_policy",
+    "optim.groups", "optim.lr", "parallel.layout", "parallel.schedule", "parallel.zigzag", "models.compute",
     "convert.hf_config",
 }  # fmt: skip
 BESIDE_THE_ENGINE: dict[str, set[str]] = {
