@@ -49,7 +49,10 @@ def _reason(error: ImportError) -> str:
         built = " ".join(REASON.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError):
         return f"not built or not loadable ({error})"
-    return f"not built when megallm was installed ({built}): install a C++ compiler, then install megallm again"
+    return (
+        f"not built when megallm was installed ({built}): install a C++ compiler, then install "
+        "megallm again"
+    )
 
 
 def index(native: bool | None = None) -> ModuleType | None:

@@ -42,8 +42,8 @@ class FdWriter:
     def write(self, data: bytes) -> None:
         """Write everything, or drop it."""
         if self._untold:
-            note = f"megallm: {self._untold} lines of output are missing here ({self.reason}).\n".encode()
-            if not self._push(note):
+            note = f"megallm: {self._untold} lines of output are missing here ({self.reason}).\n"
+            if not self._push(note.encode()):
                 self._drop(data)
                 return
             self._untold = 0

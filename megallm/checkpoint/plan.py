@@ -141,7 +141,10 @@ def cover_problem(full: Sequence[int], boxes: Sequence[Box]) -> str | None:
 def outside_problem(full: Sequence[int], box: Box) -> str | None:
     """Why `box` is no part of a tensor of shape `full`; None when it is (an empty box may be)."""
     if len(box.offset) != len(full) or len(box.shape) != len(full):
-        return f"a piece at {box.offset} of shape {box.shape} has another number of dims than {tuple(full)}"
+        return (
+            f"a piece at {box.offset} of shape {box.shape} has another number of dims than "
+            f"{tuple(full)}"
+        )
     if any(
         o < 0 or n < 0 or o + n > f for o, n, f in zip(box.offset, box.shape, full, strict=True)
     ):

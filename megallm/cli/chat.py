@@ -25,7 +25,10 @@ from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
 
 PRELOAD = ("megallm.inference.chat", "megallm.launch.group")
-HELP = "/reset forgets the conversation, /system TEXT gives instructions, /quit leaves; Ctrl-C stops an answer."
+HELP = (
+    "/reset forgets the conversation, /system TEXT gives instructions, /quit leaves; Ctrl-C stops "
+    "an answer."
+)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
         ]
         ranks = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
-        )  # fmt: skip
+        )
         theirs.close()
         left = Conversation(ours, args.system).run()
     code = ranks.wait()  # they leave when the socket closes; an error was already printed by them

@@ -59,8 +59,13 @@ def sampling_arguments(
 ) -> None:
     """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
-        help=f"longest answer, in tokens (default {max_new_tokens})")  # fmt: skip
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"longest answer, in tokens (default {max_new_tokens})",
+    )
     add(
         "--temperature",
         type=float,
@@ -74,10 +79,20 @@ def sampling_arguments(
         default=1.0,
         help="sample among the likeliest tokens of this total share",
     )
-    add("--repetition-penalty", type=float, default=1.0, metavar="F",
-        help="above 1, tokens that were already there become less likely")  # fmt: skip
-    add("--stop", action="append", default=[], metavar="TEXT",
-        help="end an answer before this text; may be given several times")  # fmt: skip
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="above 1, tokens that were already there become less likely",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
     add("--seed", type=int, default=0, help="the same seed draws the same tokens (default 0)")
 
 
@@ -117,9 +132,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     overwrite_argument(parser)
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction,
+        "--stream",
+        action=argparse.BooleanOptionalAction,
         help="print text as it is generated (default: on a terminal)",
-    )  # fmt: skip
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -161,8 +161,11 @@ def dispatch(arguments: list[str]) -> int:
     also = [one for one in group_of(verb.words) if verb.words in VERBS]
     epilog = f"See also: {', '.join(f'megallm {one}' for one in also)}." if also else None
     parser = Parser(
-        prog=f"megallm {verb.words}", description=_sentence(verb.help), epilog=epilog, allow_abbrev=False
-    )  # fmt: skip
+        prog=f"megallm {verb.words}",
+        description=_sentence(verb.help),
+        epilog=epilog,
+        allow_abbrev=False,
+    )
     command.arguments(parser)
     parsed = expand_paths(parser.parse_intermixed_args(rest))
     if verb.words in FASTER_WITH_EXTENSION:

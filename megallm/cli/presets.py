@@ -47,8 +47,10 @@ def _run(args: argparse.Namespace) -> int:
     ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for number, row in enumerate(table):
-        text = [cell.ljust(width) if at in (0, 2) else cell.rjust(width) for at, (cell, width) in
-                enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        text = [
+            cell.ljust(width) if at in (0, 2) else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         active = found[number - 1]["active_params"] if number else 0
         experts = number and active != found[number - 1]["params"]
         print("  ".join(text) + (f"  ({count(active)} of them for a token)" if experts else ""))

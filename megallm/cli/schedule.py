@@ -49,10 +49,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="microbatches that an interleaved chunk takes in turn (default pp)",
     )
     parser.add_argument(
-        "--cost", default="", metavar="F=1,B=1,W=1,M=0",
+        "--cost",
+        default="",
+        metavar="F=1,B=1,W=1,M=0",
         help="times of a chunk: forward, input gradient, weight gradient (a whole backward takes "
-             "B + W); of a message",
-    )  # fmt: skip
+        "B + W); of a message",
+    )
     parser.add_argument(
         "--json",
         metavar="F",
@@ -165,7 +167,7 @@ def _slot_json(slot: Slot) -> dict[str, object]:
 
 
 # --- the grid
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _show(drawn: picture.Picture) -> None:

@@ -93,7 +93,8 @@ GPT2_RULES = (  # their Conv1D keeps a matrix as (input, output), and c_attn hol
 )  # fmt: skip
 
 _LAYER = "bert.encoder.layer.{n}."
-BERT_RULES = (  # post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer
+# Post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer.
+BERT_RULES = (
     rule("bert.embeddings.word_embeddings.weight", "embedding.weight"),
     rule("bert.embeddings.position_embeddings.weight", "positions.weight"),
     rule("bert.embeddings.token_type_embeddings.weight", "token_types.weight"),

@@ -125,7 +125,10 @@ def file_units(name: str, config: InputConfig) -> Iterator[Unit]:
     try:
         for chunk in readers.chunks(name, options):
             if chunk.data is not None and chunk.end > bomb:
-                reason = f"the file unfolds to over {config.max_unpacked_ratio} times its size; the rest was not read"
+                reason = (
+                    f"the file unfolds to over {config.max_unpacked_ratio} times its size; the "
+                    "rest was not read"
+                )
                 yield Unit(name, "damaged", 0, line, reason=reason)
                 return
             kind = "rows" if chunk.rows is not None else "lines"

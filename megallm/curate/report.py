@@ -73,7 +73,10 @@ def _steps(steps: dict[str, dict[str, Any]], documents: int) -> str:
     for name, row in steps.items():
         dropped = sum(row["dropped"].values())
         left = row["in"] - dropped
-        bars = f"<div class=track>{_bar('bar', left, documents)}{_bar('gone', dropped, documents)}</div>"
+        bars = (
+            "<div "
+            f"class=track>{_bar('bar', left, documents)}{_bar('gone', dropped, documents)}</div>"
+        )
         rows.append(
             _row(
                 escape(name), f"{row['in']:,}", f"{dropped:,}", _percent(dropped, row["in"]),
@@ -130,7 +133,8 @@ def _example(row: dict[str, Any]) -> str:
     if "text" in row:
         body = escape(row["text"])
     else:
-        body = f"{escape(row['before'])}<del>{escape(row['cut'])}</del><ins>{escape(row['replacement'])}</ins>"
+        body = f"{escape(row['before'])}<del>{escape(row['cut'])}</del>"
+        body += f"<ins>{escape(row['replacement'])}</ins>"
         body += escape(row["after"])
     return f"<div class=where>{where}</div><pre>{body}</pre>"
 

@@ -68,7 +68,9 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class JobConfig:
-    """The sections that every trainer has; a trainer's own configuration says what `data` is, and may add sections."""
+    """The sections that every trainer has; a trainer's own configuration says what `data` is, and
+    may add sections.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

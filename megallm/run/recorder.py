@@ -162,7 +162,10 @@ class Recorder:
         if timeline is None or not self.writes:
             return
         self.lease.check()
-        title = f"{self.config.layout.schedule} as it ran in step {step}: idle {timeline.idle_fraction:.1%}"
+        title = (
+            f"{self.config.layout.schedule} as it ran in step {step}: idle "
+            f"{timeline.idle_fraction:.1%}"
+        )
         drawn = picture.Picture(timeline, placement, title, unit="s")
         try:
             picture.save_picture(drawn, self.folder.plots / "pipeline.svg")

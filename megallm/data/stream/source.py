@@ -26,7 +26,8 @@ _SAMPLED, _SAMPLE_TOKENS = 64, 2048  # blocks of .bin in the fingerprint
 _OPEN = (
     ""  # the form of a document of which nothing was read yet: decided when its window is packed
 )
-_PIECE = "piece-"  # before a form: what was rearranged is the piece alone, and begin and end count its own tokens
+# Before a form: what was rearranged is the piece alone, and begin and end count its own tokens.
+_PIECE = "piece-"
 
 
 class RowItem(NamedTuple):
@@ -97,7 +98,10 @@ def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int
         return first, count
     remedy = "Give this source more, or the split a larger share."
     if data.num_documents < FEW_DOCUMENTS:
-        remedy = "A plain text file is one document unless it is split: preprocess again with --split-text paragraphs "
+        remedy = (
+            "A plain text file is one document unless it is split: preprocess again with "
+            "--split-text paragraphs "
+        )
         remedy += "(or lines), or give the split a larger share."
     raise DataError(
         f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the "

@@ -42,7 +42,10 @@ class PartialOutput:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            sentence = f"{self.folder} is in use by another process: wait for it, or choose another --output."
+            sentence = (
+                f"{self.folder} is in use by another process: wait for it, or choose another "
+                "--output."
+            )
             raise CannotWrite(sentence) from error
         self.state: dict[str, Any] | None = self._read()
         if self.state is None:

@@ -224,7 +224,9 @@ _CLASSES = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}  # and their ...
 
 
 def pair_definition(folder: Path) -> str:
-    """The tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see `pair_of`."""
+    """The tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see
+    `pair_of`.
+    """
     return pair_of(folder / VOCABULARY, folder / MERGES, settings_of(folder))
 
 
@@ -243,7 +245,8 @@ def pair_of(vocabulary: Path, merges: Path, settings: FolderSettings) -> str:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one tokenizer."
+            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one "
+            "tokenizer."
         ) from error
     built.decoder = decoders.ByteLevel()
     if way == "qwen2":
@@ -288,7 +291,8 @@ def _way(vocabulary: Path, settings: FolderSettings) -> str:
         return _CLASSES[kind]
     if kind:
         raise DataError(
-            f"{vocabulary} belongs to a {settings.kind}; what is known is how {', '.join(_CLASSES)} "
+            f"{vocabulary} belongs to a {settings.kind}; what is known is how "
+            f"{', '.join(_CLASSES)} "
             f"split a text. {_REMEDY}"
         )
     return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
