@@ -75,13 +75,13 @@ class IndexedDataset:
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each sequence begins in `.bin`, in bytes."""
+        """Returns where each sequence begins in `.bin`, in bytes."""
         self._index.check()
         return self._offsets
 
     @property
     def document_indices(self) -> np.ndarray:
-        """The sequence that each document begins with, and the end of the last."""
+        """Returns the sequence that each document begins with, and the end of the last."""
         self._index.check()
         return self._document_indices
 
@@ -109,11 +109,11 @@ class IndexedDataset:
         return np.frombuffer(self._data.read(begin, length * self.dtype.itemsize), self.dtype)
 
     def document_of(self, sequence: int) -> int:
-        """The document that a sequence belongs to."""
+        """Returns the document that a sequence belongs to."""
         return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
 
     def token_index(self, sequence: int, offset: int = 0) -> int:
-        """Where a token stands in `.bin`, counted in tokens."""
+        """Returns where a token stands in `.bin`, counted in tokens."""
         return int(self.offsets[sequence]) // self.dtype.itemsize + offset
 
     def place_of(self, token_index: int) -> tuple[int, int]:
@@ -130,8 +130,8 @@ class IndexedDataset:
         return self.tokens(begin, end - begin)
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """Where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the end of
-        the last.
+        """Returns where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the
+        end of the last.
         """
         sequences = self.document_indices[documents]
         ends = sequences == len(self)
@@ -424,7 +424,7 @@ def _remove(path: Path) -> None:
 
 
 def indexed_files(prefix: str | os.PathLike[str]) -> list[str]:
-    """The files of a dataset."""
+    """Returns the files of a dataset."""
     suffixes = ("bin", "idx", "meta.json", TOKENIZER_SUFFIX)
     return [f"{os.fspath(prefix)}.{suffix}" for suffix in suffixes]
 
