@@ -333,8 +333,7 @@ def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[st
 def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
     section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
     known = list(leaves(root_cls))
-    plain = suggest.plain(name)
-    close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == plain])
+    close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == suggest.plain(name)])
     elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
     if elsewhere is not None:
         return f"unknown key '{prefix}{name}'. {elsewhere}"
@@ -388,8 +387,7 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         if isinstance(node, Scalar):
             shown = f"'{node.text[:80]}'" if node.text or not node.plain else "empty"
             if origin is Literal:
-                choices = [str(choice) for choice in typing.get_args(hint)]
-                close = suggest.did_you_mean(node.text, choices)
+                close = suggest.did_you_mean(node.text, [str(choice) for choice in typing.get_args(hint)])
             elif hint is bool and node.text.casefold() in suggest.BOOLEANS:
                 close = f" Did you mean '{suggest.BOOLEANS[node.text.casefold()]}'?"
         null = " or null" if optional else ""
