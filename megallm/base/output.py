@@ -163,7 +163,7 @@ class LossyText(io.TextIOBase):
 
 
 def descriptor(stream: Any, default: int) -> int:
-    """The file descriptor of a stream; `default` for one that has none."""
+    """Returns the file descriptor of a stream; `default` for one that has none."""
     try:
         return stream.fileno()
     except (OSError, ValueError, AttributeError):

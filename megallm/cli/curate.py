@@ -138,7 +138,7 @@ def _train_lm(args: argparse.Namespace) -> int:
 
 
 def _counted(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts; how many there were is noted as progress."""
+    """Yields the same texts; how many there were is noted as progress."""
     number = 0
     for number, text in enumerate(texts, start=1):
         BOARD.show("reading", number, None, "texts")

@@ -135,7 +135,7 @@ def _train_on(prefix: str) -> str:
 
 
 def _counts() -> Callable[[Any], None]:
-    """What notes the counts of a run for the process that shows them."""
+    """Returns what notes the counts of a run for the process that shows them."""
 
     def show(stats: Any) -> None:
         told = f"{sum(stats.tokens.values()):,} tokens, {stats.rejected:,} rejected"

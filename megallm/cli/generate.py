@@ -97,7 +97,7 @@ def sampling_arguments(
 
 
 def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
-    """The checked request that the arguments of `generate` or `chat` stand for."""
+    """Returns the checked request that the arguments of `generate` or `chat` stand for."""
     request = GenerateRequest(
         model=args.model,
         max_new_tokens=args.max_new_tokens,
@@ -197,7 +197,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The `prompt` of each line; raises DataError `file:line: reason`."""
+    """Returns the `prompt` of each line; raises DataError `file:line: reason`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

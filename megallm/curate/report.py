@@ -36,7 +36,9 @@ def escape(text: str) -> str:
 
 
 def render_report(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
-    """The report of a run from its stats.json and the examples of what each rule removed."""
+    """Returns the report of a run from its stats.json and the examples of what each rule
+    removed.
+    """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Curation report</title>",
         f"<style>{_STYLE}</style><h1>Curation report</h1>",

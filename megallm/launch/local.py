@@ -92,7 +92,7 @@ class Rank:
         return code or InternalError.exit_code
 
     def cause(self) -> str:
-        """What happened, in words."""
+        """Returns what happened, in words."""
         if self.ending is not None:
             return self.ending.message
         code = os.waitstatus_to_exitcode(self.status or 0)

@@ -114,7 +114,7 @@ class Verdict:
 
     @property
     def failures(self) -> list[str]:
-        """What is out of tolerance, the worst first, in words."""
+        """Returns what is out of tolerance, the worst first, in words."""
         if self.problem is not None:
             return [self.problem.splitlines()[0]] + [
                 line for line in self.problem.splitlines() if "Error: " in line
@@ -153,13 +153,13 @@ RULE_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def optim_config(row: Row) -> OptimConfig:
-    """The settings of a row's update rule."""
+    """Returns the settings of a row's update rule."""
     groups = tuple(GroupConfig(pattern, frozen=True) for pattern in row.frozen)
     return OptimConfig(rule=row.rule, clip=row.clip, groups=groups, **RULE_SETTINGS[row.rule])
 
 
 def reference_rule(row: Row) -> Rule:
-    """The independent implementation of a row's update rule."""
+    """Returns the independent implementation of a row's update rule."""
     clip, values = row.clip, RULE_SETTINGS[row.rule]
     made = {
         "adamw": lambda: rules.Adam(clip=clip, **values),
@@ -175,7 +175,7 @@ def reference_rule(row: Row) -> Rule:
 
 
 def trained_loss(row: Row) -> Loss:
-    """The loss of the row's model, with its further tokens."""
+    """Returns the loss of the row's model, with its further tokens."""
     mtp = row.config.mtp
     return NextToken(mtp.depth, mtp.weight) if mtp.depth else LOSSES[row.loss_name]
 
@@ -222,8 +222,8 @@ def small_pieces() -> Iterator[None]:
 
 
 def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRecord:
-    """The rank's side, run by the pool: build the engine, train, and copy out what this rank
-    holds.
+    """Returns the rank's side, run by the pool: build the engine, train, and copy out what this
+    rank holds.
     """
     # FP8's rows leave everything but the linears in the row's precision, not in bf16 as runs do.
     with (
@@ -332,7 +332,7 @@ def frozen(row: Row, names: Iterable[str]) -> frozenset[str]:
 
 
 def _logical_shards(held: list[dict[str, Shard]]) -> dict[str, Shard]:
-    """The record of every logical tensor, from the ranks that hold a piece of it."""
+    """Returns the record of every logical tensor, from the ranks that hold a piece of it."""
     shards: dict[str, Shard] = {}
     for records in held:
         for name, shard in records.items():

@@ -1,7 +1,9 @@
-"""Independent float64 encoders, heads and losses in ordinary torch, beside the decoder of `reference`.
+"""Independent float64 encoders, heads and losses in ordinary torch, beside the decoder of
+`reference`.
 
-It imports nothing of megallm but other referees. Weights are a plain dict of logical tensors, named and shaped as in
-docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
+It imports nothing of megallm but other referees. Weights are a plain dict of logical tensors, named
+and shaped as in docs/architecture.md; the configuration is a plain mapping with the fields of a
+resolved model.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ CLIP = 0.2  # of the critic's loss
 
 
 def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
-    """What the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B, T]; experts need `notes`."""
+    """Returns what the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B,
+    T]; experts need `notes`.
+    """
     x = weights["embedding.weight"][batch["tokens"]]
     if config["positions"] == "learned":
         x = x + weights["positions.weight"][batch["positions"]]
@@ -70,14 +74,18 @@ def regression(scores: Tensor, batch: Batch) -> Tensor:
 
 
 def critic(scores: Tensor, batch: Batch) -> Tensor:
-    """Half the mean of the larger square, plain or with the value kept within CLIP of the old one."""
+    """Half the mean of the larger square, plain or with the value kept within CLIP of the old
+    one.
+    """
     value, old, targets = (x[batch["mask"]] for x in (scores[..., 0], batch["old_values"], batch["targets"]))
     near = torch.minimum(torch.maximum(value, old - CLIP), old + CLIP)
     return torch.stack([(value - targets).square(), (near - targets).square()]).amax(0).mean() / 2
 
 
 def reward(scores: Tensor, batch: Batch) -> Tensor:
-    """Mean of log(1 + exp(rejected - chosen)); the tokens that count are chosen and rejected by turns."""
+    """Mean of log(1 + exp(rejected - chosen)); the tokens that count are chosen and rejected by
+    turns.
+    """
     found = scores[..., 0][batch["mask"]]
     return torch.log1p(torch.exp(found[1::2] - found[0::2])).mean()
 
@@ -89,7 +97,9 @@ LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
 
 
 def loss_named(name: str) -> Callable[..., Tensor]:
-    """The loss of a model and a batch, for `reference.Trainer`; with what routers of experts add."""
+    """Returns the loss of a model and a batch, for `reference.Trainer`; with what routers of
+    experts add.
+    """
 
     def loss(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
         notes = notes or Notes(batch["mask"], batch.get("documents"))

@@ -85,7 +85,7 @@ class JobConfig:
 
     @property
     def engine(self) -> EngineConfig:
-        """What the engine reads of it."""
+        """Returns what the engine reads of it."""
         return EngineConfig(
             self.model, self.layout, self.zero, self.optim, self.train, self.run.seed
         )

@@ -180,8 +180,8 @@ class Recorder:
             self.metrics.sync()
 
     def keeping(self, newest: int) -> RetentionPolicy:
-        """What a save keeps of older steps: while the losses are unsound also the last that was
-        proven.
+        """Returns what a save keeps of older steps: while the losses are unsound also the last that
+        was proven.
         """
         return (
             RetentionPolicy(newest, self.proven, self.lease.check)

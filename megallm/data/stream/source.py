@@ -134,8 +134,8 @@ class DocumentSource:
     # Windows
 
     def open(self, cursor: Cursor, reading: Reading) -> Window:
-        """The window that begins at the cursor (its `row` aside); without rows where only empty
-        documents are left.
+        """Returns the window that begins at the cursor (its `row` aside); without rows where only
+        empty documents are left.
         """
         self._made.clear()
         epoch = cursor.epoch if cursor.held else cursor.position // self.count
@@ -156,8 +156,8 @@ class DocumentSource:
         return Window(epoch, [rows[i] for i in order.tolist()], position, held)
 
     def hold(self, window: Window, row: int) -> list[list[Any]]:
-        """What rows `row` and later of a window hold, neighbours joined: the pool that another
-        reading begins with.
+        """Returns what rows `row` and later of a window hold, neighbours joined: the pool that
+        another reading begins with.
         """
         entries: list[list[Any]] = [list(entry) for entry in window.held]
         for items in window.rows[row:]:
@@ -177,8 +177,8 @@ class DocumentSource:
         return joined
 
     def _draw(self, epoch: int, position: int, missing: int) -> list[list[Any]]:
-        """The next documents of an epoch, until `missing` tokens are there or some hundreds were
-        looked at.
+        """Returns the next documents of an epoch, until `missing` tokens are there or some hundreds
+        were looked at.
         """
         at = position - epoch * self.count
         documents = self.first + self._permutation(epoch).at(at, min(_AT_ONCE, self.count - at))
@@ -195,7 +195,9 @@ class DocumentSource:
     # Items
 
     def _items(self, pool: list[list[Any]], epoch: int, reading: Reading) -> Iterable[RowItem]:
-        """The entries of a pool with their form decided, cut where `reading` rearranges pieces."""
+        """Returns the entries of a pool with their form decided, cut where `reading` rearranges
+        pieces.
+        """
         for document, begin, end, form in pool:
             if reading.fim_rate > 0 and reading.fim_form == CONTEXT and form in (_OPEN, fim.PLAIN):
                 yield from self._rearranged_pieces(document, begin, end, epoch, reading)

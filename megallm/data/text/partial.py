@@ -84,8 +84,8 @@ class PartialOutput:
 
 
 def pending(output: str, identity: Any) -> bool:
-    """Whether this very work was killed while it gave its files their names, which running it again
-    finishes.
+    """Returns whether this very work was killed while it gave its files their names, which running
+    it again finishes.
     """
     try:
         saved = json.loads((Path(f"{output}.partial") / _STATE).read_text(encoding="utf-8"))
