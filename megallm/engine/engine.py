@@ -21,6 +21,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel, Prepare
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
+from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
 from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import ParamGroup
@@ -41,14 +42,6 @@ TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
 
 
-class Loss(Protocol):
-    """Sums of per-token terms, and how many tokens each term is divided by."""
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]: ...
-
-    def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...
-
-
 class Source(Protocol):
     """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into`
     fills a tensor of any dtype with the box at `offset`."""
@@ -63,16 +56,18 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class StepStats:
     """One update: each term divided by its global count, the counts, the norm before clipping, and
-    whether the update was skipped because the norm is not finite."""
+    whether the update was left out: `skipped` because the norm is not finite, `empty` because
+    nothing counted or every gradient was exactly 0."""
 
     losses: dict[str, float]
-    counts: dict[str, int]
+    counts: dict[str, float]  # int where it is a whole number
     grad_norm: float
     skipped: bool
     loss_scale: float | None = None  # fp16: what the loss was multiplied by
     metrics: dict[str, float] = field(
         default_factory=dict
-    )  # what else was measured, under the names of metrics.jsonl
+    )  # what else was measured, under the names of metrics.jsonl: the loss's own and the routers'
+    empty: bool = False
 
     @property
     def loss(self) -> float:
@@ -81,16 +76,33 @@ class StepStats:
 
 
 class LossSums(NamedTuple):
-    """The terms of a loss over the global batch, still on the device."""
+    """What a loss returned over the global batch, still on the device.
 
-    names: list[str]
+    `sums` are those of the losses and then of the metrics, `counts` what the terms of `counted` are
+    divided by; both float64.
+    """
+
+    losses: list[str]
+    metrics: list[str]
     sums: Tensor
-    counts: dict[str, Tensor]
+    counted: list[str]
+    counts: Tensor
 
-    def read(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Sums and counts as numbers; waits for the device."""
-        counts = {name: int(count) for name, count in self.counts.items()}
-        return dict(zip(self.names, self.sums.tolist(), strict=True)), counts
+    @property
+    def nothing(self) -> Tensor:
+        """Whether no term counts anything: a bool scalar on the device."""
+        return (self.counts == 0).all()
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums by name, and a count for each; waits for the device."""
+        values = torch.cat((self.sums, self.counts)).tolist()
+        names = [*self.losses, *self.metrics]
+        counts = {
+            name: int(count) if count == int(count) else count
+            for name, count in zip(self.counted, values[len(names) :], strict=True)
+        }
+        further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
+        return dict(zip(names, values[: len(names)], strict=True)), further | counts
 
 
 class Engine:
@@ -171,8 +183,10 @@ class Engine:
         """One update from this data rank's microbatches; every data rank gives the same number of
         them.
 
-        An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
-        Raises Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.
+        An update whose gradient norm is not finite is left out (`skipped`), and so is one in which
+        nothing counts or all gradients are 0 (`empty`): weights, moments, decay, the routers'
+        biases and the loss scale stay as they are, on all ranks alike. Raises UsageError for a loss
+        that needs what the head does not have, and Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
@@ -180,24 +194,32 @@ class Engine:
         norm = clip_gradients(
             self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
         )
-        self.optimizer.step(lr, skip=~norm.isfinite())
+        # Squares that underflow count as 0: such a gradient is far below any eps of an update.
+        empty = (norm == 0) | run.nothing
+        skip = ~norm.isfinite() | empty
+        self.optimizer.step(lr, skip=skip)
         self.model.fp8.commit()
-        loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite())
-        routing = (
-            None if self.model.routers is None else self.model.routers.finish(skip=~norm.isfinite())
-        )
+        loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite(), empty)
+        routing = None if self.model.routers is None else self.model.routers.finish(skip=skip)
         sums, counts = run.read()  # the only wait for the device, when everything is on its way
-        losses = {term: sums[term] / max(counts[term], 1) for term in counts}
+        means = {name: total / (counts[name] or 1) for name, total in sums.items()}
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
-        skipped, loss_scale = not math.isfinite(norm), loss_scale and float(loss_scale)
-        return StepStats(losses | further, counts, float(norm), skipped, loss_scale, metrics)
+        return StepStats(
+            {name: means[name] for name in run.losses} | further,
+            {name: counts[name] for name in run.counted},
+            float(norm),
+            not math.isfinite(norm),
+            loss_scale and float(loss_scale),
+            {name: means[name] for name in run.metrics} | metrics,
+            bool(empty),
+        )
 
     def evaluate(
         self, batches: Sequence[Batch], loss: Loss
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """Forward only: the sum of each term over all data ranks, and its count."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Forward only: the sum of each loss and metric over all data ranks, and its count."""
         return self._run(batches, loss, training=False).read()
 
     def scores(
@@ -275,21 +297,35 @@ class Engine:
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         batches = [self._on_device(batch) for batch in batches]
-        counts = self._global_counts(batches, loss)
+        counted, counts = self._global_counts(batches, loss)
+        divisors = dict(zip(counted, torch.where(counts == 0, 1.0, counts).unbind(), strict=True))
         if training and self.model.routers is not None:
             self.model.routers.begin(batches, 1.0 if self.scaler is None else self.scaler.scale)
 
-        def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Terms]:
             terms = loss(outputs, batch)
-            total = sum(terms[term] / counts[term].clamp(min=1) for term in terms)
+            total = sum(
+                value / divisors[name].to(value.dtype) for name, value in terms.losses.items()
+            )
             if self.scaler is not None:
                 total = total * self.scaler.scale
-            return total, {term: value.detach() for term, value in terms.items()}
+            return total, Terms(_detached(terms.losses), _detached(terms.metrics))
 
         self.last_run = self.model.run_schedule(batches, loss_of, training, self.parameters)
-        return LossSums(
-            list(counts), self._global_sums(self.last_run.results.values(), list(counts)), counts
+        results = self.last_run.results.values()
+        terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
+        names = list(terms.losses), list(terms.metrics)
+        return LossSums(*names, self._global_sums(results, list(chain(*names))), counted, counts)
+
+    def _terms_of_nothing(self, batch: Batch, loss: Loss) -> Terms:
+        """Terms with the names that the last stage has, made where it is not; their values are of
+        no use.
+        """
+        zeros = torch.zeros(
+            batch["tokens"].shape, dtype=wide_dtype(self.model.dtype), device=self.mesh.device
         )
+        with torch.no_grad():
+            return loss(dict.fromkeys(loss.needs, zeros), batch)
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it,
@@ -301,25 +337,24 @@ class Engine:
             for key, x in batch.items()
         }
 
-    def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, Tensor]:
-        """The number each term is divided by: this data rank's counts, summed over data before the
-        forward pass.
+    def _global_counts(self, batches: list[Batch], loss: Loss) -> tuple[list[str], Tensor]:
+        """The names of what is counted, and the numbers, float64: this data rank's counts, summed
+        over data before the forward pass.
         """
         per_micro = [loss.counts(batch) for batch in batches]
         names = list(per_micro[0])
-        vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names]).to(
-            torch.int64
-        )
-        comm.all_reduce_(vector, self.mesh.data, "loss.counts")
-        return dict(zip(names, vector.unbind(), strict=True))
+        vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names])
+        vector = vector.to(self.mesh.device, torch.float64)  # exact for whole numbers below 2^53
+        return names, comm.all_reduce_(vector, self.mesh.data, "loss.counts")
 
-    def _global_sums(self, results: Iterable[dict[str, Tensor]], names: list[str]) -> Tensor:
+    def _global_sums(self, results: Iterable[Terms], names: list[str]) -> Tensor:
         """Sum the reported terms over microbatches and data, and tell every stage; collective over
         data and pp.
         """
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
         for terms in results:
-            vector += torch.stack([terms[name].to(torch.float64) for name in names])
+            values = terms.losses | terms.metrics
+            vector += torch.stack([values[name].to(torch.float64) for name in names])
         comm.all_reduce_(vector, self.mesh.data, "loss.report")
         comm.all_reduce_(
             vector, self.mesh.pp, "loss.report"
@@ -456,6 +491,10 @@ class Engine:
         name, shard, box, tensor = held
         values = initial_values(name, shard, box.offset, box.shape, self.config.seed)
         tensor.copy_(values.to(wide_dtype(tensor.dtype)))
+
+
+def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in terms.items()}
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
