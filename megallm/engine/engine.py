@@ -23,6 +23,7 @@ from megallm.engine.model import ParallelModel, Prepare
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
+from megallm.models.heads import MASK_ON_CPU
 from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import ParamGroup
 from megallm.optim.clip import clip_gradients
@@ -37,6 +38,7 @@ from megallm.parallel.schedule import Action, Placement
 from megallm.parallel.shard import StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
+from megallm.parallel.vocab import Wanted
 
 TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
@@ -223,22 +225,21 @@ class Engine:
         return self._run(batches, loss, training=False).read()
 
     def scores(
-        self, batches: Sequence[Batch], wanted: Sequence[str] = ("log_prob",)
+        self,
+        batches: Sequence[Batch],
+        wanted: Sequence[str] = ("log_prob",),
+        temperature: float = 1.0,
     ) -> list[dict[str, Tensor]]:
         """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and
         without gradient.
 
-        The schedule is the one of `evaluate`; the result is in the caller's order and the same on
-        every rank of a replica. Every data rank gives the same number of microbatches. Collective
-        over the world. Raises UsageError when the model's head has no such output.
+        Logits are divided by `temperature` before their softmax. Scalars of a vocabulary are 0
+        where the mask is False. The schedule is the one of `evaluate`; the result is in the
+        caller's order and the same on every rank of a replica. Every data rank gives the same
+        number of microbatches. Collective over the world. Raises UsageError when the model's head
+        has no such output.
         """
-        missing = [name for name in wanted if name not in self.config.model.scores]
-        if missing or not wanted:
-            raise UsageError(
-                f"scores wants {', '.join(missing) or 'nothing'}; the head "
-                f"model.head={self.config.model.head} gives "
-                f"{', '.join(self.config.model.scores) or 'none'}."
-            )
+        asked = self._wanted("scores wants", wanted, temperature)
         batches = [self._on_device(batch) for batch in batches]
 
         def outputs_of(
@@ -246,7 +247,7 @@ class Engine:
         ) -> tuple[Tensor, dict[str, Tensor]]:
             return outputs[wanted[0]], {name: outputs[name] for name in wanted}
 
-        results = self.model.run_schedule(batches, outputs_of, training=False).results
+        results = self.model.run_schedule(batches, outputs_of, asked).results
         shapes = [batch["tokens"].shape for batch in batches]
         total = len(wanted) * sum(shape.numel() for shape in shapes)
         flat = torch.empty(total, dtype=wide_dtype(self.model.dtype), device=self.mesh.device)
@@ -265,15 +266,30 @@ class Engine:
         pieces_of = iter(flat.split([shape.numel() for shape in shapes for _ in wanted]))
         return [{name: next(pieces_of).view(shape) for name in wanted} for shape in shapes]
 
-    def log_probs(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Returns the log-probability of every label of each microbatch, `[B, T]`; see `scores`."""
-        return [scores["log_prob"] for scores in self.scores(batches)]
+    def log_probs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
+        """Returns the log-probability of every label that counts of each microbatch, `[B, T]`; see
+        `scores`.
+        """
+        return [scores["log_prob"] for scores in self.scores(batches, ("log_prob",), temperature)]
 
     def values(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Returns the value head's number for every token of each microbatch, `[B, T]`; see
         `scores`.
         """
         return [scores["value"] for scores in self.scores(batches, ("value",))]
+
+    def _wanted(self, who: str, names: Sequence[str], temperature: float) -> Wanted:
+        """What the head is asked for, checked; in the head's order, each once."""
+        given = self.config.model.scores
+        missing = [name for name in names if name not in given]
+        if missing or not names:
+            raise UsageError(
+                f"{who} {', '.join(missing) or 'nothing'}; the head "
+                f"model.head={self.config.model.head} gives {', '.join(given) or 'none'}."
+            )
+        if not 0 < temperature < math.inf:
+            raise UsageError(f"{who} the temperature {temperature}; it takes numbers above 0.")
+        return Wanted(tuple(name for name in given if name in names), temperature)
 
     # A batch divided over data ranks
 
@@ -296,6 +312,7 @@ class Engine:
         return self.mesh.broadcast_json(joined)
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
+        wanted = self._wanted(f"{type(loss).__name__} needs", loss.needs, loss.temperature)
         batches = [self._on_device(batch) for batch in batches]
         counted, counts = self._global_counts(batches, loss)
         divisors = dict(zip(counted, torch.where(counts == 0, 1.0, counts).unbind(), strict=True))
@@ -311,7 +328,8 @@ class Engine:
                 total = total * self.scaler.scale
             return total, Terms(_detached(terms.losses), _detached(terms.metrics))
 
-        self.last_run = self.model.run_schedule(batches, loss_of, training, self.parameters)
+        listener = self.parameters if training else None
+        self.last_run = self.model.run_schedule(batches, loss_of, wanted, listener)
         results = self.last_run.results.values()
         terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
         names = list(terms.losses), list(terms.metrics)
@@ -328,14 +346,15 @@ class Engine:
             return loss(dict.fromkeys(loss.needs, zeros), batch)
 
     def _on_device(self, batch: Batch) -> Batch:
-        """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it,
-        on the CPU.
+        """The batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay on the
+        CPU, where the plan of attention and the head read them.
         """
         device = self.mesh.device
-        return {
+        here = {
             key: x if key == "cu_seqlens" else x.to(device, non_blocking=True)
             for key, x in batch.items()
         }
+        return here if device.type == "cpu" else here | {MASK_ON_CPU: batch["mask"]}
 
     def _global_counts(self, batches: list[Batch], loss: Loss) -> tuple[list[str], Tensor]:
         """The names of what is counted, and the numbers, float64: this data rank's counts, summed

@@ -22,6 +22,7 @@ from megallm.parallel.pipeline import Batch, LossOf, Pipeline, ScheduleRun, buff
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
 from megallm.parallel.tensor import defer_weight_grads, use_fp8
+from megallm.parallel.vocab import Wanted
 
 Prepare = Callable[
     [Stage], None
@@ -133,14 +134,18 @@ class ParallelModel:
             place_parameters(stage, storage)
 
     def run_schedule(
-        self, batches: list[Batch], loss_of: LossOf, training: bool, listener=None
+        self, batches: list[Batch], loss_of: LossOf, wanted: Wanted, listener=None
     ) -> ScheduleRun:
-        """One pass of the microbatches through the pipeline, with or without backward."""
+        """One pass of the microbatches through the pipeline for the `wanted` scalars of the head;
+        with a listener also backward.
+        """
+        for stage in self.stages.values():
+            stage.wanted = wanted
         options = self.config.pipeline
-        kind = options.schedule if training else "forward"
+        kind = "forward" if listener is None else options.schedule
         plans = plan_schedule(kind, self.placement, len(batches), options.group)
         return self.pipeline.run(
-            plans, batches, self._new_buffer(batches[0]), loss_of, listener if training else None
+            plans, batches, self._new_buffer(batches[0]), loss_of, listener
         )
 
     def _new_buffer(self, batch: Batch) -> Callable[[], Tensor]:

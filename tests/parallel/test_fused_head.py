@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.ops import cross_entropy
+from megallm.ops.cross_entropy import Projection
 from megallm.parallel import vocab
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import piece
-from megallm.parallel.vocab import fused_log_prob, fuses, label_log_prob
+from megallm.parallel.vocab import Wanted, fused_scores, fuses, label_scores
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,7 @@ def fused(
     hidden, weight = hidden.clone().requires_grad_(), weight[begin:end].clone().requires_grad_()
     bias = bias[begin:end].clone().requires_grad_() if with_bias else None
     with mock.patch.multiple(cross_entropy, MIN_TOKENS=2, CHUNK_BYTES=0):
-        log_prob = fused_log_prob(hidden, weight, bias, labels, mesh, VOCAB)
+        log_prob = fused_scores(hidden, Projection(weight, bias), labels, mesh, VOCAB)["log_prob"]
         log_prob.backward(grad)
     return log_prob.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad
 
@@ -103,10 +104,10 @@ def test_it_equals_the_path_through_logits_and_keeps_no_logits():
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         x = hidden.clone().requires_grad_()
-        log_prob = fused_log_prob(x, weight, None, labels, Mesh.single(), VOCAB)
+        log_prob = fused_scores(x, Projection(weight), labels, Mesh.single(), VOCAB)["log_prob"]
     assert max(kept) < 2 * 7 * VOCAB and sum(kept) == hidden.numel() + 2 * labels.numel()
     y = hidden.clone().requires_grad_()
-    other = label_log_prob(F.linear(y, weight), labels, Mesh.single(), VOCAB)
+    other = label_scores(F.linear(y, weight), labels, Mesh.single(), VOCAB)["log_prob"]
     log_prob.backward(grad)
     other.backward(grad)
     torch.testing.assert_close(log_prob, other, rtol=1e-13, atol=1e-13)
