@@ -20,7 +20,14 @@ from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel, Prepare
-from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
+from megallm.engine.state import (
+    ParameterState,
+    Piece,
+    parameter_of,
+    pieces,
+    read_state,
+    stored_parameters,
+)
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
 from megallm.models.heads import MASK_ON_CPU
@@ -188,7 +195,8 @@ class Engine:
         An update whose gradient norm is not finite is left out (`skipped`), and so is one in which
         nothing counts or all gradients are 0 (`empty`): weights, moments, decay, the routers'
         biases and the loss scale stay as they are, on all ranks alike. Raises UsageError for a loss
-        that needs what the head does not have, and Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.
+        that needs what the head does not have, and Diverged when the loss scale of fp16 had to fall
+        below its minimum, on all ranks.
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
@@ -448,7 +456,9 @@ class Engine:
         over dp x cp.
 
         A parameter that was frozen when the checkpoint was written has no optimizer state there: it
-        starts with its weights and nothing else, like a new one.
+        starts with its weights and nothing else, like a new one. Raises CheckpointError for a
+        tensor that is missing or has another shape there, heads included: `fill` is what gives a
+        model another head.
         """
         self.parameters.wait_and_reshard()
         if optimizer:
@@ -457,7 +467,7 @@ class Engine:
                 self.scaler.restore(reader.meta["engine"])
         for held in self.state():
             if not held.optimizer:
-                reader.read_into(held.name, held.box.offset, held.tensor)
+                read_state(reader, held)
         for bucket in self.parameters.trainable:
             if bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
@@ -475,7 +485,7 @@ class Engine:
             else:
                 there = parameter_of(held.name) in stored
             if held.optimizer and there:
-                reader.read_into(held.name, held.box.offset, held.tensor)
+                read_state(reader, held)
 
     def fill(self, source: Source) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
+from megallm.engine.state import check_shape
 from megallm.models.build import build_stages, place_parameters
 from megallm.models.decoder import Stage, StageOptions
 from megallm.models.router import Routers
@@ -144,9 +145,7 @@ class ParallelModel:
         options = self.config.pipeline
         kind = "forward" if listener is None else options.schedule
         plans = plan_schedule(kind, self.placement, len(batches), options.group)
-        return self.pipeline.run(
-            plans, batches, self._new_buffer(batches[0]), loss_of, listener
-        )
+        return self.pipeline.run(plans, batches, self._new_buffer(batches[0]), loss_of, listener)
 
     def _new_buffer(self, batch: Batch) -> Callable[[], Tensor]:
         rows, tokens = batch["tokens"].shape
@@ -160,12 +159,13 @@ class ParallelModel:
         config: EngineConfig, mesh: Mesh, reader: Reader, prepare: Prepare | None = None
     ) -> ParallelModel:
         """A model for inference: this rank's pieces of the weights of a checkpoint written at any
-        layout.
+        layout. Raises CheckpointError for a tensor that is missing or of another shape.
         """
         model = ParallelModel(config, mesh, prepare)
         storage = {}
         for name, param, shard, _ in model.entries():
             storage[name] = torch.empty(param.shape, dtype=model.dtype, device=mesh.device)
+            check_shape(reader, name, shard.full)
             reader.read_into(name, shard.box(mesh.layout, mesh.coords).offset, storage[name])
         for name, bias in model.selection_biases():
             reader.read_into(name, (0,), bias)

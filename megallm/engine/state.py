@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from megallm.base.errors import CheckpointError
 from megallm.checkpoint.plan import boxes_of_range
+from megallm.checkpoint.reader import Reader
 from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters
 from megallm.parallel.fp8 import HISTORY
@@ -68,6 +70,25 @@ class ParameterState:
         for name, shard, box, tensor in pieces(self.parameters, flats):
             owned = self.parameters.owns(name)
             yield StateTensor(f"{prefix}{name}", shard, box, tensor, owned, optimizer)
+
+
+def check_shape(reader: Reader, name: str, full: tuple[int, ...]) -> None:
+    """Raise CheckpointError where a tensor of a checkpoint is missing or of another shape: a box of
+    it would be read all the same, as a value head the first row of a vocabulary's."""
+    stored = tuple(reader.info(name)[0])
+    if stored != full:
+        raise CheckpointError(
+            f"The checkpoint has {name} in the shape {list(stored)}, this model needs "
+            f"{list(full)}: it is another model, or has another head."
+        )
+
+
+def read_state(reader: Reader, held: StateTensor) -> None:
+    """Fill a box that this rank holds from a checkpoint written at any layout; see
+    `check_shape`.
+    """
+    check_shape(reader, held.name, held.shard.full)
+    reader.read_into(held.name, held.box.offset, held.tensor)
 
 
 def stored_parameters(names: Iterable[str]) -> set[str]:

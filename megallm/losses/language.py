@@ -58,9 +58,7 @@ class NextToken:
         for ahead in range(1, self.depth + 1):
             total = -(outputs[f"mtp_{ahead}"] * shift_mask(batch, ahead)).sum()
             terms[f"mtp_{ahead}"] = total * (self.weight / self.depth)
-        metrics = {
-            name: (outputs[METRICS[name]].detach() * mask).sum() for name in self.measured
-        }
+        metrics = {name: (outputs[METRICS[name]].detach() * mask).sum() for name in self.measured}
         return Terms(terms, metrics)
 
 

@@ -316,8 +316,7 @@ class Stage(ShardedModule):
             return x
         if self.config.head == "none":
             raise UsageError(
-                "model.head is none: this model is a body alone, which computes nothing to train "
-                "on."
+                "model.head is none: this model is a body alone, which computes nothing to train on."
             )
         outputs = self.own_scores(x, labels, batch)
         if any(name.startswith("mtp_") for name in self.wanted.names):

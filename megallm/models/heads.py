@@ -89,9 +89,7 @@ class TokenHead(ShardedModule):
         """`[B, T/tp or T, C]`."""
         return linear(features, self.weight, self.bias, self.weight_grads)
 
-    def outputs(
-        self, logits: Tensor, labels: Tensor | None, wanted: Wanted
-    ) -> dict[str, Tensor]:
+    def outputs(self, logits: Tensor, labels: Tensor | None, wanted: Wanted) -> dict[str, Tensor]:
         """`{"value": [B, T]}`, or for labels `[B, T]` the wanted of `log_prob`, `entropy` and
         `correct`; collective over tp.
 

@@ -197,10 +197,7 @@ def linear_statistics(
         for rows in _chunks(hidden.shape[0], head.weight)
     ]
     return Statistics(
-        *(
-            None if values[0] is None else torch.cat(values)
-            for values in zip(*parts, strict=True)
-        )
+        *(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
     )
 
 

@@ -94,8 +94,8 @@ def reward(scores: Tensor, batch: Batch) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
-    "cross_entropy": cross_entropy, "tempered": tempered, "diffusion": diffusion, "regression": regression, "critic": critic,
-    "reward": reward,
+    "cross_entropy": cross_entropy, "tempered": tempered, "diffusion": diffusion, "regression": regression,
+    "critic": critic, "reward": reward,
 }  # fmt: skip
 
 

@@ -144,9 +144,7 @@ def _upstream(ctx: FunctionCtx, grads: tuple[Tensor | None, ...], like: Tensor) 
     )
 
 
-def _merge(
-    local: Statistics, targets: Targets, axis: Axis
-) -> tuple[dict[str, Tensor], Softmax]:
+def _merge(local: Statistics, targets: Targets, axis: Axis) -> tuple[dict[str, Tensor], Softmax]:
     """The scalars by name over all pieces of the vocabulary, and what their gradients need.
 
     Three all-reduces, one more for the entropy and one more for what is correct. The entropy is

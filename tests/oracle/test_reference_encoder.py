@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megallm.models.config import ModelConfig
-from megallm.oracle import objectives, reference_encoder, table
+from megallm.oracle import compare, objectives, reference_encoder, table
 from megallm.oracle.compare import Verdict, judge, train_rank
 from megallm.oracle.table import Row, row_named
 from tests.ranks import run_ranks
