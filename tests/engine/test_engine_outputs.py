@@ -28,9 +28,8 @@ from megallm.parallel.mesh import Mesh
 from tests.engine.tiny import MODEL, Batch, batches, config_of, equal, share, state_of
 from tests.ranks import run_ranks
 
-MOE = replace(
-    MODEL, family="mixtral", tie_embeddings=False, moe=MoeConfig(num_experts=4, top_k=2, selection_bias=True, aux_coef=0.0)
-).resolve()  # fmt: skip
+EXPERTS = MoeConfig(num_experts=4, top_k=2, selection_bias=True, aux_coef=0.0)
+MOE = replace(MODEL, family="mixtral", tie_embeddings=False, moe=EXPERTS).resolve()
 
 
 @dataclass(frozen=True)
@@ -147,12 +146,14 @@ def test_next_token_measures_entropy_and_accuracy_and_weighs_by_probability():
     loss = NextToken(dft=True, measured=("entropy", "mean_token_accuracy"))
     (scores, others) = engine.scores(given, ("log_prob", "entropy", "correct"))
     counted = torch.cat([batch["mask"].flatten() for batch in given])
+    names = ("log_prob", "entropy", "correct")
     log_prob, entropy, correct = (
-        torch.cat([scores[name].flatten(), others[name].flatten()])[counted] for name in ("log_prob", "entropy", "correct")
-    )  # fmt: skip
+        torch.cat([scores[name].flatten(), others[name].flatten()])[counted] for name in names
+    )
     stats = engine.train_step(given, loss, 0.0)
     assert stats.losses == pytest.approx({"loss": float(-(log_prob * log_prob.exp()).mean())})
-    assert stats.metrics == pytest.approx({"entropy": float(entropy.mean()), "mean_token_accuracy": float(correct.mean())})
+    means = {"entropy": float(entropy.mean()), "mean_token_accuracy": float(correct.mean())}
+    assert stats.metrics == pytest.approx(means)
     sums, counts = engine.evaluate(given, Accuracy())
     assert sums == {"accuracy": float(correct.sum())} and counts == {"accuracy": len(correct)}
     # The weight has no gradient: d(-p log p) would have another one.
