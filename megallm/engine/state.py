@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megallm.base.errors import CheckpointError
 from megallm.checkpoint.plan import boxes_of_range
 from megallm.checkpoint.reader import Reader
+from megallm.models.parallel_model import check_shape
 from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters
 from megallm.parallel.fp8 import HISTORY
@@ -70,17 +70,6 @@ class ParameterState:
         for name, shard, box, tensor in pieces(self.parameters, flats):
             owned = self.parameters.owns(name)
             yield StateTensor(f"{prefix}{name}", shard, box, tensor, owned, optimizer)
-
-
-def check_shape(reader: Reader, name: str, full: tuple[int, ...]) -> None:
-    """Raise CheckpointError where a tensor of a checkpoint is missing or of another shape: a box of
-    it would be read all the same, as a value head the first row of a vocabulary's."""
-    stored = tuple(reader.info(name)[0])
-    if stored != full:
-        raise CheckpointError(
-            f"The checkpoint has {name} in the shape {list(stored)}, this model needs "
-            f"{list(full)}: it is another model, or has another head."
-        )
 
 
 def read_state(reader: Reader, held: StateTensor) -> None:

@@ -16,10 +16,10 @@ from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
 from megallm.engine.engine import Engine
-from megallm.engine.model import ParallelModel
 from megallm.losses.language import Accuracy, NextToken
 from megallm.losses.terms import Terms
 from megallm.models import decoder
+from megallm.models.parallel_model import ParallelModel
 from megallm.models.sections import MoeConfig
 from megallm.optim.clip import clip_gradients
 from megallm.optim.config import OptimConfig
@@ -235,7 +235,7 @@ def test_a_value_head_starts_small_and_never_takes_rows_of_a_vocabulary(tmp_path
         with pytest.raises(CheckpointError, match=r"head.weight in the shape \[61, 24\], this model needs \[1, 24\]"):
             critic.load(reader, optimizer=False)
         with pytest.raises(CheckpointError, match="head.weight"):
-            ParallelModel.load(config, Mesh.single(), reader)
+            ParallelModel(config.model, config.layout, config.compute, Mesh.single()).load(reader)
 
 
 def test_the_norm_of_a_step_is_zero_only_without_gradients():
