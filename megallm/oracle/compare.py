@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megallm.base.errors import Hang, InternalError, PeerLost
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine, Loss
+from megallm.engine.engine import Engine
 from megallm.engine.state import Piece
-from megallm.losses.language import MaskedDiffusion, NextToken
-from megallm.losses.scores import PairwiseReward, Regression, Value
+from megallm.losses.language import NextToken
+from megallm.losses.terms import Loss
 from megallm.models.build import initial_values
 from megallm.models.compute import ComputeConfig
 from megallm.ops import cross_entropy
@@ -32,9 +32,10 @@ from megallm.optim import adafactor, buckets, elementwise
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
+from megallm.oracle.objectives import LOSSES
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Rule, Trainer, masked_loss
-from megallm.oracle.reference_encoder import CLIP, loss_named
+from megallm.oracle.reference_encoder import loss_named
 from megallm.oracle.reference_fp8 import Fp8Loss
 from megallm.oracle.table import Row
 from megallm.parallel.config import LayoutConfig
@@ -48,15 +49,6 @@ FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: belo
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 ROW_SECONDS = 120.0
 SMALL_BUCKET_BYTES = 4096  # several buckets a stage of these models
-
-LOSSES: dict[str, Loss] = {
-    "next_token": NextToken(),
-    "cross_entropy": NextToken(),
-    "diffusion": MaskedDiffusion(),
-    "regression": Regression(),
-    "critic": Value(CLIP),
-    "reward": PairwiseReward(),
-}
 
 Pieces = list[tuple[str, Box, Tensor]]  # logical name, and a box of it that one rank holds
 

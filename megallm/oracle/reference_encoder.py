@@ -22,6 +22,7 @@ from megallm.oracle.reference_moe import Notes
 Config = Mapping[str, Any]
 Batch = Mapping[str, Tensor]
 CLIP = 0.2  # of the critic's loss
+TEMPERATURE, ENTROPY, WRONG = 0.7, 0.01, 0.1  # of the tempered loss
 
 
 def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
@@ -63,6 +64,16 @@ def cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
     return _nll(scores, batch)[batch["mask"]].mean()
 
 
+def tempered(scores: Tensor, batch: Batch) -> Tensor:
+    """The same of scores divided by TEMPERATURE, with ENTROPY times the entropy of their softmax, and WRONG for every
+    token whose label is not the likeliest: a mean."""
+    chosen = scores[batch["mask"]] / TEMPERATURE
+    probability, labels = torch.softmax(chosen, -1), batch["labels"][batch["mask"]]
+    entropy = -torch.special.xlogy(probability, probability).sum(-1)
+    wrong = (chosen.max(-1).indices != labels).to(chosen.dtype)
+    return F.cross_entropy(chosen, labels) + (ENTROPY * entropy + WRONG * wrong).mean()
+
+
 def diffusion(scores: Tensor, batch: Batch) -> Tensor:
     """Hidden tokens weighted, per token that could have been hidden."""
     return (_nll(scores, batch) * batch["weight"])[batch["mask"]].mean()
@@ -91,8 +102,8 @@ def reward(scores: Tensor, batch: Batch) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
-    "cross_entropy": cross_entropy, "diffusion": diffusion, "regression": regression, "critic": critic,
-    "reward": reward,
+    "cross_entropy": cross_entropy, "tempered": tempered, "diffusion": diffusion, "regression": regression,
+    "critic": critic, "reward": reward,
 }  # fmt: skip
 
 

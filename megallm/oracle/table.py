@@ -19,6 +19,7 @@ from megallm.oracle.frozen import FROZEN_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
+from megallm.oracle.outputs import OUTPUT_CONTROLS, OUTPUT_ROWS
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -272,7 +273,13 @@ ROWS: tuple[Row, ...] = (
     *(
         _row(name, layout, model, **rest)
         for name, layout, model, rest in (
-            ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS + FROZEN_ROWS + BRANCH_ROWS
+            ENCODER_ROWS
+            + LATENT_ROWS
+            + EXPERT_ROWS
+            + RULE_ROWS
+            + FROZEN_ROWS
+            + BRANCH_ROWS
+            + OUTPUT_ROWS
         )
     ),
 )
@@ -309,6 +316,7 @@ CONTROLS: dict[str, str] = (
     | LATENT_CONTROLS
     | EXPERT_CONTROLS
     | RULE_CONTROLS
+    | OUTPUT_CONTROLS
 )
 
 
