@@ -43,7 +43,7 @@ class Stopwatch:
         self.origin, self.begun = self.mark(), time.perf_counter()
 
     def mark(self) -> float | torch.cuda.Event:
-        """The moment at which everything issued so far is done."""
+        """Returns the moment at which everything issued so far is done."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -51,8 +51,8 @@ class Stopwatch:
         return event
 
     def seconds(self, moment: float | torch.cuda.Event) -> float:
-        """When a moment was; on a GPU this waits for it, and the stream's lag at the start is the
-        error.
+        """Returns when a moment was; on a GPU this waits for it, and the stream's lag at the start
+        is the error.
         """
         if not self.on_gpu:
             return moment
@@ -91,7 +91,7 @@ class HostCopyStream:
             return tensor, self.stream.record_event()
 
     def wait(self, tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
-        """The tensor, for use on the current stream."""
+        """Returns the tensor, for use on the current stream."""
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)

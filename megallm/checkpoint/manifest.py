@@ -139,8 +139,8 @@ class Manifest:
         return sum(record.nbytes for record in self.files.values())
 
     def encode(self) -> bytes:
-        """The bytes of manifest.json; floats in `meta` round-trip exactly, tuples come back as
-        lists.
+        """Returns the bytes of manifest.json; floats in `meta` round-trip exactly, tuples come back
+        as lists.
         """
         content = {
             "format": FORMAT,
@@ -233,14 +233,14 @@ def decode(data: bytes, where: str) -> Manifest:
 
 
 def table_from_json(value: Any) -> dict[str, TensorRecord]:
-    """The tensor table of one rank from its JSON form (`to_json` of each record). Errors:
+    """Returns the tensor table of one rank from its JSON form (`to_json` of each record). Errors:
     CheckpointError.
     """
     return {name: _tensor(name, entry) for name, entry in _mapping(value, "tensors").items()}
 
 
 def file_from_json(value: Any, where: str) -> FileRecord:
-    """A `FileRecord` from its JSON form. Errors: CheckpointError."""
+    """Returns a `FileRecord` from its JSON form. Errors: CheckpointError."""
     entry = _fields(value, ("bytes", "header_bytes", "header_xxh3_128"), where)
     return FileRecord(
         _count(entry["bytes"], f"{where}.bytes"),

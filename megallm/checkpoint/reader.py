@@ -49,7 +49,8 @@ def step_folders(root: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a step folder; checks it and the kind and size of every file it lists.
+    """Returns the manifest of a step folder; checks it and the kind and size of every file it
+    lists.
 
     Errors: `CheckpointError` that names the first bad file.
     """
@@ -68,7 +69,9 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def shard_file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """A sentence for each shard file that is missing, of another size, or no regular file."""
+    """Yields a sentence for each shard file that is missing, of another size, or no regular
+    file.
+    """
     for name, record in manifest.files.items():
         try:
             problem = size_problem(os.lstat(folder / name), record.nbytes)
@@ -102,7 +105,7 @@ class CheckpointReader:
 
     @property
     def meta(self) -> Any:
-        """The JSON value that `save` got."""
+        """Returns the JSON value that `save` got."""
         return self.manifest.meta
 
     @property
@@ -144,7 +147,7 @@ class CheckpointReader:
             copy_bytes(tensor[destination], self._pieces.load(name, pieces[index])[source])
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole logical tensor on the CPU, in its stored dtype."""
+        """Returns a whole logical tensor on the CPU, in its stored dtype."""
         full, dtype = self.info(name)
         tensor = torch.empty(full, dtype=dtype)
         self.read_into(name, (0,) * len(full), tensor)
@@ -191,8 +194,8 @@ class CheckpointReader:
 
 
 def _hold(manifest: Path) -> int:
-    """A descriptor with a shared lock on the manifest; -1 when it cannot be opened (loading it then
-    says why).
+    """Returns a descriptor with a shared lock on the manifest; -1 when it cannot be opened (loading
+    it then says why).
     """
     try:
         fd = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -62,8 +62,8 @@ class MeshProtocol(Protocol):
 def latest(
     root: str | os.PathLike[str], without: Sequence[str] = ()
 ) -> tuple[Path | None, list[str]]:
-    """The newest valid step under `root` (None without any), and a warning for each newer one that
-    is damaged.
+    """Returns the newest valid step under `root` (None without any), and a warning for each newer
+    one that is damaged.
 
     Steps whose names are in `without` are left out. Hashes of tensors are not looked at.
     """
@@ -103,8 +103,8 @@ def latest_whole(
     mesh: MeshProtocol | None = None,
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> tuple[Path | None, list[str]]:
-    """The newest step under `root` whose wanted tensors all match their hashes, and a warning for
-    each newer one.
+    """Returns the newest step under `root` whose wanted tensors all match their hashes, and a
+    warning for each newer one.
 
     Collective over the world: each rank reads its share, so a start reads a checkpoint once more,
     from the page cache if it fits (2 to 10 GB/s a rank, the speed of the file system or of xxh3).

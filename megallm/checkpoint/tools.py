@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 
 def root_of(source: str | os.PathLike[str]) -> Path:
-    """The folder that holds the steps of a run folder (or of itself)."""
+    """Returns the folder that holds the steps of a run folder (or of itself)."""
     source = Path(source)
     return source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
 
 
 def resolve(source: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Path:
-    """The step folder that a source means; of a run folder the newest whose `wanted` tensors are
-    whole.
+    """Returns the step folder that a source means; of a run folder the newest whose `wanted`
+    tensors are whole.
 
     Without `wanted` hashes are not looked at. What is passed over is logged. A step that is named
     is taken as it is. Errors: `CheckpointError` when there is none that is valid.
@@ -163,8 +163,8 @@ def _extra_files(folder: Path, known: set[str]) -> list[str]:
 def diff(
     first: str | os.PathLike[str], second: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
-    """What differs between two steps: `same`, `tensors` (name, what, max_abs_error) and `meta`
-    (keys that differ).
+    """Returns what differs between two steps: `same`, `tensors` (name, what, max_abs_error) and
+    `meta` (keys that differ).
 
     `what` is "only in first", "only in second", "shape or dtype" or "values". Values are compared
     bit by bit; max_abs_error is computed in float64 and is NaN when a NaN stands against a number,
@@ -199,7 +199,9 @@ def _value_row(name: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, Any] | 
 
 
 def raw_differs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Where two tensors of one dtype and shape differ in their bits: bool of the same shape."""
+    """Returns where two tensors of one dtype and shape differ in their bits: bool of the same
+    shape.
+    """
     width = a.element_size()
     bytes_a = a.contiguous().reshape(-1, 1).view(torch.uint8).reshape(-1, width)
     bytes_b = b.contiguous().reshape(-1, 1).view(torch.uint8).reshape(-1, width)

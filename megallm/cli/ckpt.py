@@ -152,7 +152,10 @@ def _upcycle(args: argparse.Namespace) -> int:
     )
     done = run(request)
     BOARD.end()
-    sizes = f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for a token"
+    sizes = (
+        f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for "
+        "a token"
+    )
     return _out(
         args,
         done,

@@ -63,8 +63,11 @@ def _curate(args: argparse.Namespace) -> int:
             "megallm: warning: no document was kept; the report shows which rule dropped them.",
             file=sys.stderr,
         )
-    tell(f"the text is in {args.output}/kept, the report in {args.output}/{run.REPORT}.",
-         f"`megallm preprocess --input {args.output}/kept/*.jsonl.gz --output P --tokenizer DIR|bytes`.")  # fmt: skip
+    tell(
+        f"the text is in {args.output}/kept, the report in {args.output}/{run.REPORT}.",
+        f"`megallm preprocess --input {args.output}/kept/*.jsonl.gz --output P "
+        "--tokenizer DIR|bytes`.",
+    )
     return 0
 
 
@@ -135,7 +138,7 @@ def _train_lm(args: argparse.Namespace) -> int:
 
 
 def _counted(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts; how many there were is noted as progress."""
+    """Yields the same texts; how many there were is noted as progress."""
     number = 0
     for number, text in enumerate(texts, start=1):
         BOARD.show("reading", number, None, "texts")
@@ -179,8 +182,10 @@ def _synth(args: argparse.Namespace) -> int:
             packed.close()
     BOARD.end()
     print(json.dumps({"tasks": args.count, "output": args.output}))
-    tell(f"the tasks are in {args.output}.",
-         f"`megallm preprocess --input {args.output} --output P --tokenizer DIR|bytes`.")  # fmt: skip
+    tell(
+        f"the tasks are in {args.output}.",
+        f"`megallm preprocess --input {args.output} --output P --tokenizer DIR|bytes`.",
+    )
     return 0
 
 

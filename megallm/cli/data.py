@@ -44,9 +44,10 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
         "--append-eod", action="store_true", help="end each document with the end-of-document token"
     )
     parser.add_argument(
-        "--add-special-tokens", action="store_true",
+        "--add-special-tokens",
+        action="store_true",
         help="put around each document what the tokenizer's template does, such as [CLS] and [SEP]",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
         "--on-error",
@@ -122,8 +123,10 @@ def _preprocess(args: argparse.Namespace) -> int:
     named = ", ".join(prefixes[:3]) + (
         f" and {len(prefixes) - 3} more" if len(prefixes) > 3 else ""
     )
-    tell(f"the data is in {named} (.bin, .idx).",
-         f"{_train_on(prefixes[0])}; `megallm data stats {prefixes[0]}` looks at it.")  # fmt: skip
+    tell(
+        f"the data is in {named} (.bin, .idx).",
+        f"{_train_on(prefixes[0])}; `megallm data stats {prefixes[0]}` looks at it.",
+    )
     return 0
 
 
@@ -132,7 +135,7 @@ def _train_on(prefix: str) -> str:
 
 
 def _counts() -> Callable[[Any], None]:
-    """What notes the counts of a run for the process that shows them."""
+    """Returns what notes the counts of a run for the process that shows them."""
 
     def show(stats: Any) -> None:
         told = f"{sum(stats.tokens.values()):,} tokens, {stats.rejected:,} rejected"
@@ -155,10 +158,13 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         help="more special tokens, as for FIM",
     )
     parser.add_argument(
-        "--sample-mib", type=int, default=256, metavar="N",
+        "--sample-mib",
+        type=int,
+        default=256,
+        metavar="N",
         help="learn from at most N MiB of the text, spread over it: bounds time and memory "
-             "(default 256)",
-    )  # fmt: skip
+        "(default 256)",
+    )
     overwrite_argument(parser)
 
 
@@ -175,8 +181,10 @@ def _tokenizer_train(args: argparse.Namespace) -> int:
     )
     BOARD.end()
     print(json.dumps(found, indent=2))
-    tell(f"the tokenizer is in {args.output}.",
-         f"`megallm preprocess --input F.. --output P --tokenizer {args.output} --append-eod`.")  # fmt: skip
+    tell(
+        f"the tokenizer is in {args.output}.",
+        f"`megallm preprocess --input F.. --output P --tokenizer {args.output} --append-eod`.",
+    )
     return 0
 
 

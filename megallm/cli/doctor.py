@@ -72,7 +72,7 @@ def examine() -> dict[str, Any]:
 
 
 def _backend(name: str) -> dict[str, str | None]:
-    """A row of the table of optional libraries, and the version found."""
+    """Returns a row of the table of optional libraries, and the version found."""
     backend = backends.BACKENDS[name]
     return {
         "version": optional.version(name),

@@ -51,8 +51,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
     def _setting(self, given: str) -> str:
-        """A hint for an option that is a setting here, where the verb takes settings: `--lr` is
-        optim.lr=VALUE.
+        """Returns a hint for an option that is a setting here, where the verb takes settings:
+        `--lr` is optim.lr=VALUE.
         """
         from megallm.base.config import leaves  # here: `--help` need not wait for them
         from megallm.cli.config import DEFAULT
@@ -161,8 +161,11 @@ def dispatch(arguments: list[str]) -> int:
     also = [one for one in group_of(verb.words) if verb.words in VERBS]
     epilog = f"See also: {', '.join(f'megallm {one}' for one in also)}." if also else None
     parser = Parser(
-        prog=f"megallm {verb.words}", description=_sentence(verb.help), epilog=epilog, allow_abbrev=False
-    )  # fmt: skip
+        prog=f"megallm {verb.words}",
+        description=_sentence(verb.help),
+        epilog=epilog,
+        allow_abbrev=False,
+    )
     command.arguments(parser)
     parsed = expand_paths(parser.parse_intermixed_args(rest))
     if verb.words in FASTER_WITH_EXTENSION:
@@ -171,7 +174,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def group_of(first: str) -> list[str]:
-    """The verbs of two words that begin with this one."""
+    """Returns the verbs of two words that begin with this one."""
     return [words for words in VERBS if words.startswith(f"{first} ")]
 
 
@@ -192,7 +195,7 @@ def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
-    """The verb that the first one or two words name, and the words after it."""
+    """Returns the verb that the first one or two words name, and the words after it."""
     for name in _names(arguments):
         if name in VERBS:
             return VERBS[name], arguments[len(name.split()) :]
@@ -214,12 +217,12 @@ def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
 
 
 def _names(arguments: list[str]) -> list[str]:
-    """What the verb may be called: the first two words, or the first."""
+    """Returns what the verb may be called: the first two words, or the first."""
     return [" ".join(arguments[:count]) for count in (2, 1)]
 
 
 def group_overview(first: str) -> str:
-    """The text of `megallm data --help`."""
+    """Returns the text of `megallm data --help`."""
     return (
         f"usage: megallm {first} VERB [arguments]\n\nverbs:\n{_rows(group_of(first))}\n\n{OF_ONE}"
     )
@@ -242,7 +245,7 @@ def _say_without_extension() -> None:
 
 
 def overview() -> str:
-    """The text of `megallm --help`."""
+    """Returns the text of `megallm --help`."""
     return (
         "usage: megallm VERB [arguments]\n\nTrain language models, from raw text to a model "
         f"trained in parallel.\n\nverbs:\n{_rows(VERBS)}\n\n{OF_ONE} Exit codes: 0 ok, 2 usage or "

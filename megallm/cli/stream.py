@@ -73,7 +73,7 @@ def _stream(args: argparse.Namespace) -> int:
 def _rows(
     config: PretrainConfig, first: int, last: int, start: str | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the steps after `first` up to `last`."""
+    """Yields the rows of the steps after `first` up to `last`."""
     reader, done = _reader(config, first, start)
     for step in range(done + 1, last + 1):
         rows = reader.consumed(step)
@@ -82,7 +82,7 @@ def _rows(
 
 
 def _reader(config: PretrainConfig, before: int, start: str | None) -> tuple[BatchReader, int]:
-    """A reader of all rows, and the step it stands after: at most `before`."""
+    """Returns a reader of all rows, and the step it stands after: at most `before`."""
     reading.check_tokenizers(config)
     done, state = (before, None) if start is None else reading.saved_state(Path(start))
     if done > before:

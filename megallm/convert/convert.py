@@ -302,7 +302,7 @@ class LazyTensors:
         self.itemsize = dtype.itemsize
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        """The box that `slices` (with begin and end) cut out."""
+        """Returns the box that `slices` (with begin and end) cut out."""
         block = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
         offset = tuple(s.start for s in slices)
         self.source.read_into(self.name, offset, block)
@@ -358,7 +358,9 @@ IMPORTED = "import"
 def imported_meta(
     model: ModelConfig, dtype: torch.dtype, tokenizer: str | None = None
 ) -> dict[str, Any]:
-    """The meta of a checkpoint that conversion made: weights only, no history of training."""
+    """Returns the meta of a checkpoint that conversion made: weights only, no history of
+    training.
+    """
     described = asdict(replace(model, hf=None))
     return {
         "kind": IMPORTED,
@@ -369,12 +371,12 @@ def imported_meta(
 
 
 def is_import(reader: CheckpointReader) -> bool:
-    """Whether conversion made this checkpoint: weights without a history of training."""
+    """Returns whether conversion made this checkpoint: weights without a history of training."""
     return isinstance(reader.meta, dict) and reader.meta.get("kind") == IMPORTED
 
 
 def to_yaml_section(model: ModelConfig) -> str:
-    """The `model:` section of a training configuration for this model."""
+    """Returns the `model:` section of a training configuration for this model."""
     lines = to_yaml(replace(model, hf=None)).splitlines()
     return (
         "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))])

@@ -93,7 +93,8 @@ GPT2_RULES = (  # their Conv1D keeps a matrix as (input, output), and c_attn hol
 )  # fmt: skip
 
 _LAYER = "bert.encoder.layer.{n}."
-BERT_RULES = (  # post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer
+# Post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer.
+BERT_RULES = (
     rule("bert.embeddings.word_embeddings.weight", "embedding.weight"),
     rule("bert.embeddings.position_embeddings.weight", "positions.weight"),
     rule("bert.embeddings.token_type_embeddings.weight", "token_types.weight"),
@@ -175,12 +176,14 @@ class Family:
     writes: Mapping[str, Any] = field(default_factory=dict)
 
     def is_fused(self, names: Iterable[str]) -> bool:
-        """Whether tensors with these names hold all experts of a layer."""
+        """Returns whether tensors with these names hold all experts of a layer."""
         endings = tuple(each.theirs.rpartition("}.")[2].split("[")[0] for each in self.fused)
         return bool(endings) and any(name.endswith(endings) for name in names)
 
     def rules_of(self, head: str, fused: bool = False) -> tuple[WeightRule, ...]:
-        """The rules of a model with this head; of a body alone, whose tensors have no prefix."""
+        """Returns the rules of a model with this head; of a body alone, whose tensors have no
+        prefix.
+        """
         rules = self.rules
         if fused:
             rules = (*(each for each in rules if "{x}" not in each.theirs), *self.fused)

@@ -54,13 +54,15 @@ class TensorEntry:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether this is a Hugging Face folder (ours have a manifest.json or checkpoints/ instead)."""
+    """Returns whether this is a Hugging Face folder (ours have a manifest.json or checkpoints/
+    instead).
+    """
     return (path / "config.json").is_file()
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """The file `name` of the folder, links resolved. Errors: CheckpointError when it is not a plain
-    file inside it.
+    """Returns the file `name` of the folder, links resolved. Errors: CheckpointError when it is not
+    a plain file inside it.
 
     A link may point to the folder itself, or, as in the cache that Hugging Face's tools keep, from
     `snapshots/REVISION/` to `blobs/` beside `snapshots`.
@@ -87,8 +89,8 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> dict[str, Any]:
-    """A JSON object from a file of the folder. Errors: CheckpointError; too large, too deep or not
-    JSON.
+    """Returns a JSON object from a file of the folder. Errors: CheckpointError; too large, too deep
+    or not JSON.
     """
     found = plain_file(path.parent, path.name)
     with open(found, "rb") as file:
@@ -123,8 +125,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def catalogue(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the folder's safetensors files, by their name. Errors: CheckpointError,
-    UsageError.
+    """Returns every tensor of the folder's safetensors files, by their name. Errors:
+    CheckpointError, UsageError.
 
     A single `model.safetensors` comes first; otherwise the index says which files there are.
     Pickles are refused, and so are adapters, which other readers would silently add to the weights
@@ -183,7 +185,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The checked header of one safetensors file. Errors: CheckpointError."""
+    """Returns the checked header of one safetensors file. Errors: CheckpointError."""
     size = os.stat(path).st_size
     with open(path, "rb") as file:
         prefix = file.read(8)

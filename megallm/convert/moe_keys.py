@@ -30,7 +30,7 @@ class ConfigExtension:
 
 
 def whole(raw: Raw, key: str, absent: int, problems: list[str], least: int = 1) -> int:
-    """A whole number of at least `least`; with another value a sentence is added."""
+    """Returns a whole number of at least `least`; with another value a sentence is added."""
     value = raw.get(key)
     if value is None:
         return absent
@@ -72,7 +72,7 @@ EVERY_LAYER = ConfigExtension(frozenset(), _nothing, _nothing, _same_size)
 
 
 def _read_sparse(raw: Raw, problems: list[str]) -> dict[str, Any]:
-    """The layers with experts, which must be every nth from a first one on."""
+    """Returns the layers with experts, which must be every nth from a first one on."""
     layers, step = raw.get("num_hidden_layers"), whole(raw, "decoder_sparse_step", 1, problems)
     dense = raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(n) is not int for n in dense):

@@ -38,12 +38,12 @@ def stacked(theirs: str) -> tuple[WeightRule, ...]:
 
 
 def router(theirs: str) -> WeightRule:
-    """The router's matrix."""
+    """Returns the router's matrix."""
     return rule(f"{_LAYER}{theirs}.gate.weight", f"{_OURS}moe.router.weight")
 
 
 def shared(theirs: str) -> tuple[WeightRule, ...]:
-    """The dense layer beside the experts."""
+    """Returns the dense layer beside the experts."""
     name, ours = f"{_LAYER}mlp.{theirs}.", f"{_OURS}moe.shared."
     return (
         rule(name + "gate_proj.weight", ours + "gate_up.weight[0]"),

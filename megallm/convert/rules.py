@@ -51,7 +51,7 @@ class WeightRule:
         return self.ours[0].startswith("head.")
 
     def holds(self, ours: Container[str]) -> bool:
-        """Whether a model with the tensors `ours` is one that the rule is for."""
+        """Returns whether a model with the tensors `ours` is one that the rule is for."""
         return not self.where or (self.where.removeprefix("!") in ours) != self.where.startswith(
             "!"
         )
@@ -100,11 +100,11 @@ class TensorLink:
 
     @property
     def their_stack_dims(self) -> int:
-        """The same of theirs."""
+        """Returns the same of theirs."""
         return len(self.theirs_box.shape) - self._dims
 
     def to_theirs(self, box: Box) -> Box:
-        """The box of theirs, of every `step`th row, that holds `box`, which lies inside
+        """Returns the box of theirs, of every `step`th row, that holds `box`, which lies inside
         `ours_box`.
         """
         k, j = self.stack_dims, self.their_stack_dims
@@ -120,8 +120,8 @@ class TensorLink:
         return Box((*self.theirs_box.offset[:j], *inner), (*self.theirs_box.shape[:j], *shape))
 
     def part_in(self, box: Box) -> tuple[Box, tuple[slice, ...]] | None:
-        """What of this link lies in `box` of theirs (all its rows): the box of ours, and where in
-        `box` it stands.
+        """Returns what of this link lies in `box` of theirs (all its rows): the box of ours, and
+        where in `box` it stands.
         """
         k, j = self.stack_dims, self.their_stack_dims
         offset, shape, slices = [], [], []
@@ -264,7 +264,7 @@ def _links(
     sources: list[SourceTensor],
     counts: Counts,
 ) -> tuple[tuple[int, ...], list[TensorLink]]:
-    """The full shape of the rule's tensor as far as this rule tells, and its links."""
+    """Returns the full shape of the rule's tensor as far as this rule tells, and its links."""
     made, rows, columns = [], 0, None
     for head in range(counts.heads if each.by_head else 1):
         for name, stack, full in sources:
@@ -330,7 +330,7 @@ def _check_cover(name: str, full: tuple[int, ...], held: Sequence[tuple[Box, int
 
 
 def _rows_problem(full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> str | None:
-    """The same for boxes of whole rows of a matrix, some of every second row."""
+    """Returns the same for boxes of whole rows of a matrix, some of every second row."""
     seen = bytearray(full[0])
     for box, step, dim in held:
         if dim or box.shape[1:] != full[1:] or box.offset[0] + (box.shape[0] - 1) * step >= full[0]:

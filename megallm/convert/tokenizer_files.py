@@ -42,13 +42,13 @@ Ids = Mapping[
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer in a form that megallm reads."""
+    """Returns whether the folder holds a tokenizer in a form that megallm reads."""
     return definition_file(folder) is not None
 
 
 def tokenizer_spec(folder: Path) -> str | None:
-    """What `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one, None
-    without any.
+    """Returns what `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one,
+    None without any.
     """
     form = definition_file(folder)
     if form is None:
@@ -113,8 +113,8 @@ def _said(folder: Path) -> dict[str, Any]:
 
 
 def config_ids(folder: Path) -> dict[str, Any]:
-    """The ids of texts that a model's config.json has, or had where only `token_ids.json` is left
-    of it.
+    """Returns the ids of texts that a model's config.json has, or had where only `token_ids.json`
+    is left of it.
     """
     said: dict[str, Any] = {}
     if os.path.lexists(folder / CONFIG):
@@ -153,8 +153,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def write_byte_tokenizer(target: Path) -> list[str]:
-    """The tokenizer `bytes` as files that transformers and tokenizers read: id = byte, 256 ends a
-    text.
+    """Returns the tokenizer `bytes` as files that transformers and tokenizers read: id = byte, 256
+    ends a text.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -177,7 +177,9 @@ def write_byte_tokenizer(target: Path) -> list[str]:
 
 
 def _is_byte_tokenizer(definition: dict[str, Any]) -> bool:
-    """Whether `write_byte_tokenizer` made this: the ids are the bytes and one token ends a text."""
+    """Returns whether `write_byte_tokenizer` made this: the ids are the bytes and one token ends a
+    text.
+    """
     model, splitter = definition.get("model"), definition.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(splitter, dict) or model.get("merges") != []:
         return False
@@ -277,7 +279,7 @@ def write_generation_config(target: Path, ids: Ids) -> None:
 
 
 def copied_folder(step: Path) -> Path | None:
-    """The folder of a run that holds what belongs to its texts; None when there is none."""
+    """Returns the folder of a run that holds what belongs to its texts; None when there is none."""
     kept = step.parent.parent / TOKENIZER
     return kept if kept.is_dir() else None
 
@@ -297,8 +299,8 @@ def check_vocabulary(meta: Any, spec: str, loaded: tokenizer.Tokenizer) -> None:
 
 
 def checkpoint_tokenizer(step: Path, meta: Any) -> str | None:
-    """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured;
-    `bytes` only where its meta says so; or None."""
+    """Returns where a checkpoint's tokenizer is: kept in its run folder, or where it was
+    configured; `bytes` only where its meta says so; or None."""
     kept = copied_folder(step)
     if kept is not None and has_tokenizer(kept):
         return str(kept)

@@ -136,7 +136,9 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
 
 
 def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
-    """The dense model's configuration with experts of the size of its feed-forward layer."""
+    """Returns the dense model's configuration with experts of the size of its feed-forward
+    layer.
+    """
     if dense.moe.num_experts:
         raise UsageError(
             f"{request.source} has {dense.moe.num_experts} experts already: only a dense model "

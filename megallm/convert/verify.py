@@ -97,7 +97,7 @@ def sample_tokens(model: ModelConfig) -> Tensor:
 
 
 def loaded_stage(model: ModelConfig, source: WeightSource, mesh: Mesh) -> Stage:
-    """The whole model on one rank in float32, with the weights of the source."""
+    """Returns the whole model on one rank in float32, with the weights of the source."""
     stage = whole_stage(model, mesh)
     storage = {}
     for name, parameter, _ in named_shards(stage):
@@ -144,8 +144,8 @@ SILENT = frozenset((
 
 
 def _counts(key: str) -> bool:
-    """Whether transformers gets to see a key; what chooses implementations (kernels of others) it
-    never does.
+    """Returns whether transformers gets to see a key; what chooses implementations (kernels of
+    others) it never does.
     """
     return key not in SILENT and key[:1] != "_" and not key.endswith("_implementation")
 
@@ -198,7 +198,7 @@ def transformers_logits(model: Any, tokens: Tensor, nudge: float = 0.0) -> Tenso
 
 
 def _scores(output: Any) -> Tensor:
-    """What `our_logits` gives of the same row, from what transformers returns."""
+    """Returns what `our_logits` gives of the same row, from what transformers returns."""
     if "logits" in output:
         return output.logits if output.logits.dim() == 3 else output.logits[:, None]
     pooled = [output.pooler_output[:, None]] if output.get("pooler_output") is not None else []

@@ -63,8 +63,8 @@ class WeightSource(Protocol):
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The full shape of each logical tensor of a resolved model, from the built model's own Shard
-    records, and of its state beside parameters."""
+    """Returns the full shape of each logical tensor of a resolved model, from the built model's own
+    Shard records, and of its state beside parameters."""
     shards = named_shards(whole_stage(model, Mesh.single("meta")))
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
@@ -74,14 +74,14 @@ def _head(model: ModelConfig) -> tuple[Any, ...]:
 
 
 def is_state(name: str) -> bool:
-    """Whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the weights
-    are.
+    """Returns whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the
+    weights are.
     """
     return name.endswith(".router.bias")
 
 
 def bridge_of(model: ModelConfig, rules: Iterable[WeightRule]) -> Bridge:
-    """The rules of a family applied to a resolved model."""
+    """Returns the rules of a family applied to a resolved model."""
     heads = model.num_heads
     counts = Counts(
         model.num_layers, model.moe.num_experts, model.mtp.depth, heads, model.rope_size
@@ -90,7 +90,7 @@ def bridge_of(model: ModelConfig, rules: Iterable[WeightRule]) -> Bridge:
 
 
 def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor of theirs is written as in a folder of `dtype`."""
+    """Returns what a tensor of theirs is written as in a folder of `dtype`."""
     return torch.float32 if is_state(bridge.by_theirs[theirs][0].ours) else dtype
 
 
@@ -146,7 +146,7 @@ class HfReader:
         self.check_copies(sample=True)
 
     def _own(self, named: dict[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
-        """The entries by the names of the rules; what is left over is refused by name."""
+        """Returns the entries by the names of the rules; what is left over is refused by name."""
         extra = [
             name
             for name in named
@@ -196,8 +196,8 @@ class HfReader:
         return {name: named[name] for name in self.bridge.theirs if name in named}
 
     def _named(self, found: dict[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
-        """The tensors as the rules call them: old spellings made new, and with the prefix that bare
-        bodies lack.
+        """Returns the tensors as the rules call them: old spellings made new, and with the prefix
+        that bare bodies lack.
         """
         named: dict[str, tuple[str, TensorEntry]] = {}
         bare = not any(name.startswith(family.prefix) for name in found)
@@ -247,8 +247,8 @@ class HfReader:
                 )
 
     def _first_difference(self, one: TensorEntry, other: TensorEntry) -> int | None:
-        """The first row in which two tensors of one shape hold other numbers; a NaN equals a
-        NaN.
+        """Returns the first row in which two tensors of one shape hold other numbers; a NaN equals
+        a NaN.
         """
         row = prod(one.shape[1:])
         step = max(1, BLOCK_BYTES // (row * 8))
@@ -289,7 +289,9 @@ class HfReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype of ours that holds every weight exactly; float16 becomes float32."""
+        """Returns the narrowest dtype of ours that holds every weight exactly; float16 becomes
+        float32.
+        """
         weights = [
             links[0].theirs for name, links in self.bridge.by_ours.items() if not is_state(name)
         ]
@@ -457,7 +459,9 @@ def fill_theirs(bridge: Bridge, source: WeightSource, name: str, box: Box, into:
 
 
 def stored_model(reader: CheckpointReader) -> ModelConfig:
-    """The model of one of our checkpoints. Errors: UsageError when its meta does not hold one."""
+    """Returns the model of one of our checkpoints. Errors: UsageError when its meta does not hold
+    one.
+    """
     meta = reader.meta
     try:
         return ModelConfig(**meta["model"]).resolve()

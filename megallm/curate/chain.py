@@ -78,7 +78,7 @@ class GlobalStep(Protocol):
         ...
 
     def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
-        """The numbers of the documents that decisions drop, sorted."""
+        """Returns the numbers of the documents that decisions drop, sorted."""
         ...
 
     def judge(
@@ -293,8 +293,8 @@ class _ShardRun:
 
 
 def _redactor(chain: Chain) -> Callable[[str], str] | None:
-    """What takes personal data out of the report's excerpts; None when the chain does not look for
-    it.
+    """Returns what takes personal data out of the report's excerpts; None when the chain does not
+    look for it.
     """
     step = chain.local.get("pii")
     return None if step is None else lambda text: apply_spans(text, edit(step.find(text)).spans)
@@ -344,7 +344,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _dumped(document: Document) -> tuple[bytes, bytes]:
-    """A line of JSON that ends with the size of the text, and the text as it is."""
+    """Returns a line of JSON that ends with the size of the text, and the text as it is."""
     text = document.text.encode()
     head = [
         document.index,
@@ -398,7 +398,7 @@ def save_decisions(folder: Path, decisions: dict[str, np.ndarray], names: dict[i
 
 
 def load_decisions(folder: Path | None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """What `save_decisions` wrote."""
+    """Returns what `save_decisions` wrote."""
     if folder is None:
         return {}, {}
     arrays = {path.stem: np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))}

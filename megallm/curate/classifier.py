@@ -34,8 +34,8 @@ _MAX_CHARS = 20_000  # of a document in training
 
 
 def features(analysis: Analysis, bits: int = BITS) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's set of hashed words and pairs, int64 laid end to end, and offsets [documents
-    + 1].
+    """Returns each document's set of hashed words and pairs, int64 laid end to end, and offsets
+    [documents + 1].
     """
     words = analysis.words
     pairs, first = words.ngrams(2)

@@ -42,8 +42,8 @@ class BlockStage:
 
 
 def plan(config: CurateConfig, output: str | Path, tasks: int) -> list[BlockStage]:
-    """The stages of a whole run, in order. Errors: those of `run.run` for configuration, input and
-    output folder.
+    """Returns the stages of a whole run, in order. Errors: those of `run.run` for configuration,
+    input and output folder.
     """
     check_config(config)
     with writing(output):

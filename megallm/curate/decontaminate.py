@@ -61,7 +61,7 @@ class _Grams:
         return maybe, np.searchsorted(self.hashes, hashes[maybe])
 
     def owners(self, numbers: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every (document, item) of n-grams found in documents."""
+        """Returns every (document, item) of n-grams found in documents."""
         counts = self.counts[numbers]
         shift = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(documents, counts), self.items[
@@ -95,8 +95,8 @@ class _Passages:
                     yield row, number
 
     def _is_copy(self, words: Pieces, row: int, item: np.ndarray, places: np.ndarray) -> bool:
-        """Whether the passage with the most seeds, which begin at `places`, has enough of the
-        item's words in order."""
+        """Returns whether the passage with the most seeds, which begin at `places`, has enough of
+        the item's words in order."""
         size = len(item)
         last = np.searchsorted(places, places + size)
         begin = int((last - np.arange(len(places))).argmax())
@@ -109,8 +109,8 @@ class _Passages:
 
 
 def _in_order(item: list[int], passage: list[int]) -> int:
-    """The length of the longest common subsequence, 64 words and more at a time (Hyyrö 2004,
-    "Bit-parallel LCS-length computation revisited")."""
+    """Returns the length of the longest common subsequence, 64 words and more at a time (Hyyrö
+    2004, "Bit-parallel LCS-length computation revisited")."""
     masks: dict[int, int] = {}
     for place, word in enumerate(item):
         masks[word] = masks.get(word, 0) | 1 << place
@@ -266,7 +266,7 @@ def report_of(step: Decontaminate, rows: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def avoid_texts(names: Iterable[str]) -> Iterator[str]:
-    """The texts of JSONL files of any keys, for generators that must not repeat them."""
+    """Yields the texts of JSONL files of any keys, for generators that must not repeat them."""
     config = InputConfig()
     for name in names:
         if Path(name).suffix in (".txt", ".md"):

@@ -57,13 +57,13 @@ KEEP = Verdict()
 
 
 def drop(reason: str, **note: Any) -> Verdict:
-    """The verdict that removes the document."""
+    """Returns the verdict that removes the document."""
     return Verdict("drop", reason, note=note)
 
 
 def edit(spans: Sequence[TextSpan]) -> Verdict:
-    """The verdict that replaces spans; no spans means keep. Overlaps are resolved in favour of the
-    first, longest.
+    """Returns the verdict that replaces spans; no spans means keep. Overlaps are resolved in favour
+    of the first, longest.
     """
     chosen: list[TextSpan] = []
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
@@ -73,7 +73,7 @@ def edit(spans: Sequence[TextSpan]) -> Verdict:
 
 
 def apply_spans(text: str, spans: Sequence[TextSpan]) -> str:
-    """The text after an edit."""
+    """Returns the text after an edit."""
     pieces, at = [], 0
     for span in spans:
         pieces += [text[at : span.begin], span.replacement]
@@ -104,8 +104,8 @@ class DocumentBatch:
         return Analysis([document.text for document in self.documents])
 
     def shared_analysis(self) -> tuple[Analysis, np.ndarray]:
-        """An analysis that holds our documents and perhaps dropped ones too, and the rows of ours
-        in it: for steps that need not make a new one after a drop."""
+        """Returns an analysis that holds our documents and perhaps dropped ones too, and the rows
+        of ours in it: for steps that need not make a new one after a drop."""
         if self._wider is not None:
             return self._wider
         return self.analysis, np.arange(len(self))
@@ -115,8 +115,8 @@ class DocumentBatch:
         self.metrics[name] = np.asarray(values, np.float64)
 
     def after(self, verdicts: Sequence[Verdict]) -> DocumentBatch:
-        """The batch that the next step sees: dropped documents gone, spans replaced. Itself when
-        all are kept.
+        """Returns the batch that the next step sees: dropped documents gone, spans replaced. Itself
+        when all are kept.
         """
         if all(verdict.action == "keep" for verdict in verdicts):
             return self

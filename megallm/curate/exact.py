@@ -88,8 +88,8 @@ def load_array(folder: Path, name: str) -> np.ndarray | None:
 
 
 def of_batch(rows: np.ndarray | None, batch: DocumentBatch) -> np.ndarray | tuple[()]:
-    """The decisions of a shard, sorted by document, from the first to the last document of a batch
-    of it.
+    """Returns the decisions of a shard, sorted by document, from the first to the last document of
+    a batch of it.
     """
     if rows is None or not len(batch):
         return ()
@@ -213,7 +213,7 @@ def _duplicates(
     gone: np.ndarray,
     paragraphs: np.ndarray,
 ) -> np.ndarray:
-    """Every record but the first of equal keys, sorted by document and unit."""
+    """Returns every record but the first of equal keys, sorted by document and unit."""
     arrays = [load_array(folder, f"exact_{level}") for folder in shards]
     total = sum(array.nbytes for array in arrays if array is not None)
     parts = parts_for(total, memory_bytes)

@@ -34,7 +34,7 @@ Predict = Callable[[str], tuple[str, float] | None]  # a line to its label and p
 
 
 def _native(path: Path) -> Predict | None:
-    """The extension's reader of the model; None for a model that it does not read."""
+    """Returns the extension's reader of the model; None for a model that it does not read."""
     native = extension.index()
     try:
         return None if native is None else native.LanguageModel(path.read_bytes()).predict
@@ -43,7 +43,7 @@ def _native(path: Path) -> Predict | None:
 
 
 def _library(path: Path) -> Predict:
-    """The fastText library. Errors: `UsageError` where it is not installed, `DataError`."""
+    """Returns the fastText library. Errors: `UsageError` where it is not installed, `DataError`."""
     fasttext = optional.need("fasttext", "take 'language' out of steps")
     try:
         model = fasttext.load_model(str(path))
@@ -94,7 +94,7 @@ class Language:
 
 
 def as_trained(text: str) -> str:
-    """The text as the model knows texts, on one line: composed, words in capitals in small
+    """Returns the text as the model knows texts, on one line: composed, words in capitals in small
     letters, no invisible characters inside words, letters of compatibility forms as plain ones."""
     if not text.isascii():
         text = _INVISIBLE.sub("", text)

@@ -29,8 +29,8 @@ _OPEN_SHARDS = 64
 
 
 def shingles(analysis: Analysis, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The set of word n-grams of every document as sorted uint32 hashes laid end to end, and
-    offsets [documents + 1].
+    """Returns the set of word n-grams of every document as sorted uint32 hashes laid end to end,
+    and offsets [documents + 1].
 
     A document of fewer than `size` words has none.
     """
@@ -248,8 +248,8 @@ def _stars(members: Scatter, sets: _Sets, config: NearConfig) -> np.ndarray:
 def _most_similar(
     sets: _Sets, document: int, candidates: list[int], threshold: float
 ) -> tuple[int, float]:
-    """The most similar candidate, the earliest of equals. Sets whose sizes alone rule it out are
-    not compared.
+    """Returns the most similar candidate, the earliest of equals. Sets whose sizes alone rule it
+    out are not compared.
     """
     best, similarity = -1, 0.0
     own = sets[document] if candidates else np.zeros(0, np.uint32)

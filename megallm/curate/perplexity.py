@@ -56,7 +56,7 @@ def ngram_scorer(path: str) -> Scorer:
 
 
 def load_scorer(spec: str) -> Scorer:
-    """The function of `file.py:function`. Errors: `UsageError`."""
+    """Returns the function of `file.py:function`. Errors: `UsageError`."""
     path, colon, name = spec.rpartition(":")
     if not colon or not Path(path).is_file():
         raise UsageError(
@@ -80,7 +80,7 @@ def load_scorer(spec: str) -> Scorer:
 
 
 def _told(error: BaseException) -> str:
-    """The error of a user's file, with the line where it came from."""
+    """Returns the error of a user's file, with the line where it came from."""
     places = traceback.extract_tb(error.__traceback__)
     where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
     return f"{type(error).__name__}: {error}{where}"

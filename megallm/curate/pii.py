@@ -88,7 +88,7 @@ _IBAN_LENGTHS = {
 
 
 def luhn(digits: str) -> bool:
-    """Whether the last digit is the check digit of the others (ISO/IEC 7812)."""
+    """Returns whether the last digit is the check digit of the others (ISO/IEC 7812)."""
     doubled = [2 * int(digit) for digit in digits[-2::-2]]
     return (
         sum(int(digit) for digit in digits[-1::-2])
@@ -97,7 +97,9 @@ def luhn(digits: str) -> bool:
 
 
 def iban_valid(text: str) -> bool:
-    """Whether it is an IBAN of its country's length with a right checksum modulo 97 (ISO 13616)."""
+    """Returns whether it is an IBAN of its country's length with a right checksum modulo 97 (ISO
+    13616).
+    """
     code = re.sub(_BLANK, "", text).upper()
     if _IBAN_LENGTHS.get(code[:2]) != len(code):
         return False
@@ -126,8 +128,8 @@ def find_ips(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
-    """Whether a dotted number is the number of a section or a version: by the words before it, or
-    because all its parts are small and nothing speaks of an address."""
+    """Returns whether a dotted number is the number of a section or a version: by the words before
+    it, or because all its parts are small and nothing speaks of an address."""
     if version == 6:
         return False
     line = text.rfind("\n", 0, match.start()) + 1
@@ -269,7 +271,9 @@ class Lines:
     marked: np.ndarray
 
     def those(self, digits: int, marks: Sequence[tuple[str, int]]) -> list[list[int]]:
-        """The places with so many digits, and enough of one of the marks where there are any."""
+        """Returns the places with so many digits, and enough of one of the marks where there are
+        any.
+        """
         wanted = self.count["0"] >= digits
         if marks:
             wanted &= np.logical_or.reduce([self.count[mark] >= least for mark, least in marks])
@@ -277,7 +281,7 @@ class Lines:
 
 
 def lines_with_digits(texts: list[str]) -> Lines:
-    """The lines that could hold something with digits in it."""
+    """Returns the lines that could hold something with digits in it."""
     native = extension.index()
     if native is not None:
         place, counts, marked = native.digit_lines(texts, list(scan_marks()))
@@ -300,8 +304,8 @@ def lines_with_digits(texts: list[str]) -> Lines:
 
 
 def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What lies
-    below the first of a range wraps around.)"""
+    """Returns where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What
+    lies below the first of a range wraps around.)"""
 
     def between(first: str, last: str, of: np.ndarray = codes) -> np.ndarray:
         return of - np.uint32(ord(first)) <= np.uint32(ord(last) - ord(first))
@@ -319,7 +323,7 @@ def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def placeholder_for(kind: str, text: str) -> str:
-    """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
+    """Returns what replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
     examples.
     """
     number = int.from_bytes(

@@ -127,8 +127,8 @@ def measure(
     languages: list[str | None],
     wanted: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every metric of every document, float64 [documents]; those that search the texts anew only
-    when `wanted`.
+    """Returns every metric of every document, float64 [documents]; those that search the texts anew
+    only when `wanted`.
     """
     words, lines = analysis.words, analysis.lines
     num_words, num_lines = words.counts, lines.counts

@@ -61,8 +61,8 @@ class Reject:
 
 
 def find_inputs(config: InputConfig) -> list[str]:
-    """Every input file, sorted. Errors: `DataError` for a name that matches nothing, or a pipe;
-    `UsageError` when a package that reads one of them is missing."""
+    """Returns every input file, sorted. Errors: `DataError` for a name that matches nothing, or a
+    pipe; `UsageError` when a package that reads one of them is missing."""
     found: set[str] = set()
     for name in config.files:
         path = Path(name)
@@ -125,7 +125,10 @@ def file_units(name: str, config: InputConfig) -> Iterator[Unit]:
     try:
         for chunk in readers.chunks(name, options):
             if chunk.data is not None and chunk.end > bomb:
-                reason = f"the file unfolds to over {config.max_unpacked_ratio} times its size; the rest was not read"
+                reason = (
+                    f"the file unfolds to over {config.max_unpacked_ratio} times its size; the "
+                    "rest was not read"
+                )
                 yield Unit(name, "damaged", 0, line, reason=reason)
                 return
             kind = "rows" if chunk.rows is not None else "lines"
@@ -144,8 +147,8 @@ def _is_parquet(name: str) -> bool:
 
 
 def document_texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
-    """The texts that are not empty, in order; lines that are no documents are passed over. Errors:
-    `DataError`, also for a file that cannot be read to its end."""
+    """Yields the texts that are not empty, in order; lines that are no documents are passed over.
+    Errors: `DataError`, also for a file that cannot be read to its end."""
     config = InputConfig(files=tuple(names), key=key)
     for name in find_inputs(config):
         for unit in file_units(name, config):
@@ -230,8 +233,8 @@ def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | R
 
 
 def _quick(raw: bytes, config: InputConfig) -> dict[str, Any] | None:
-    """The object on a line by the fast reader; None where `json` has to judge, or might read a
-    number otherwise.
+    """Returns the object on a line by the fast reader; None where `json` has to judge, or might
+    read a number otherwise.
     """
     loads = readers.fast_loads()
     try:
@@ -279,9 +282,9 @@ def _document(
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A value that strict JSON can hold: numbers that are not finite become null; of Parquet's
-    types, times become ISO 8601 and decimals text. Errors: `TypeError` for others and for what is
-    nested too deeply."""
+    """Returns a value that strict JSON can hold: numbers that are not finite become null; of
+    Parquet's types, times become ISO 8601 and decimals text. Errors: `TypeError` for others and for
+    what is nested too deeply."""
     if depth > _MAX_DEPTH:
         raise TypeError(f"nested more than {_MAX_DEPTH} levels deep")
     if value is None or isinstance(value, (str, int)):

@@ -139,7 +139,7 @@ class Run:
         return None
 
     def _finished(self) -> dict[str, Any] | None:
-        """The statistics when this very run is already finished."""
+        """Returns the statistics when this very run is already finished."""
         try:
             stats = json.loads((self.output / STATS).read_text("utf-8"))
         except (OSError, ValueError):
@@ -195,14 +195,14 @@ class Run:
 
     @property
     def count(self) -> int:
-        """How many shards there are; known once segment 0 has ended."""
+        """Returns how many shards there are; known once segment 0 has ended."""
         if self._count is None:
             self._count = int(self._shards.read_text("utf-8"))
         return self._count
 
     def jobs(self, number: int, part: int = 0, parts: int = 1) -> Iterator[ShardJob]:
-        """The shards of a segment that are still to be done, of them those with shard % parts ==
-        part.
+        """Yields the shards of a segment that are still to be done, of them those with shard %
+        parts == part.
         """
         with writing(self.work):
             (self.work / f"segment-{number}").mkdir(exist_ok=True)
@@ -368,7 +368,7 @@ class Run:
                     yield row
 
     def _ledger_of(self, shard: int, last: int) -> Iterator[str]:
-        """The rows of all segments, in the order of the documents."""
+        """Yields the rows of all segments, in the order of the documents."""
         paths = [self._folder(number, shard) / chains.LEDGER for number in range(last + 1)]
         with ExitStack() as stack:
             opened = [stack.enter_context(open(path, encoding="utf-8")) for path in paths]
@@ -416,7 +416,7 @@ def stats_of(total: CurationStats, chain: chains.Chain, identity: str) -> dict[s
 def _names(
     decisions: dict[str, np.ndarray], ids: Callable[[int], dict[str, str]]
 ) -> dict[int, str]:
-    """The ids of the documents that decisions point at."""
+    """Returns the ids of the documents that decisions point at."""
     out = {}
     for rows in decisions.values():
         for column in ("first", "centre"):

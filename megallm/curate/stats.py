@@ -33,7 +33,7 @@ _LOG_TOP = 7.0  # the other histograms are of log10(1 + value), up to 10^7
 
 @lru_cache(maxsize=256)
 def bins_of(metric: str) -> np.ndarray:
-    """The edges of a metric's histogram, float64 [BINS + 1]."""
+    """Returns the edges of a metric's histogram, float64 [BINS + 1]."""
     if metric.endswith(_SHARES):
         return np.linspace(0, 1, BINS + 1)
     return np.power(10, np.linspace(0, _LOG_TOP, BINS + 1)) - 1
@@ -118,7 +118,7 @@ class CurationStats:
         held.append(row)
 
     def _context(self, text: str, spans: Sequence[TextSpan], begin: int, end: int) -> str:
-        """The text from `begin` to `end` with what was replaced in it replaced."""
+        """Returns the text from `begin` to `end` with what was replaced in it replaced."""
         inside = [
             TextSpan(
                 max(span.begin, begin) - begin,
@@ -160,7 +160,7 @@ class CurationStats:
 
 
 def add_up(shards: Iterable[dict[str, Any]]) -> CurationStats:
-    """The sum, in the order given; examples of the first come first."""
+    """Returns the sum, in the order given; examples of the first come first."""
     out = CurationStats()
     for shard in shards:
         for name, number in shard["totals"].items():

@@ -138,7 +138,10 @@ def template_task(chance: Chance) -> Task:
     )
     asked = chance.below(3)
     moved = chance.choice(_PLACES)
-    prompt = f"{facts}. {names[0]} takes the {things[asked]} to the {moved}. Where are the {things[asked]} now?"
+    prompt = (
+        f"{facts}. {names[0]} takes the {things[asked]} to the {moved}. Where are the "
+        f"{things[asked]} now?"
+    )
     return Task(prompt, f"in the {moved}", template)
 
 

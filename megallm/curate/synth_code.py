@@ -82,7 +82,10 @@ def code_task(chance: Any) -> tuple[str, str, str, str]:
         lines.append(f"    numbers = [{inside}]")
     source = "\n".join([f"def {name}(numbers):", *lines, f"    return {end[1]}"])
     said = ", then ".join([*(part[0].format(k=k) for _, part, k in steps), end[0]])
-    prompt = f"Write a Python function {name}(numbers) that takes a list of whole numbers. It should {said}."
+    prompt = (
+        f"Write a Python function {name}(numbers) that takes a list of whole numbers. It should "
+        f"{said}."
+    )
     tests = []
     for size in range(_TESTS):
         values = [chance.between(-20, 40) for _ in range(2 * size)]

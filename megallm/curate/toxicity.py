@@ -89,8 +89,8 @@ def phrase_tables(phrases: Iterable[str]) -> dict[int, np.ndarray]:
 def phrase_hits(
     words: Pieces, tables: dict[int, np.ndarray], near: np.ndarray | None = None
 ) -> np.ndarray:
-    """Which words stand in a phrase of the tables, bool [words]; `near`: look only at phrases
-    around these words.
+    """Returns which words stand in a phrase of the tables, bool [words]; `near`: look only at
+    phrases around these words.
     """
     out = np.zeros(len(words), bool)
     for size, table in tables.items():
@@ -131,7 +131,7 @@ class Toxicity:
             optional.check_installed("profanity_check", "set toxicity.score=false")
 
     def matches(self, words: Pieces) -> np.ndarray:
-        """The numbers of the words that are listed and not inside an allowed phrase."""
+        """Returns the numbers of the words that are listed and not inside an allowed phrase."""
         found = np.flatnonzero(phrase_hits(words, self._listed))
         return found[~phrase_hits(words, self._allowed, found)[found]] if len(found) else found
 

@@ -52,7 +52,7 @@ class BatchReader(Protocol):
         ...
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of this step keeps."""
+        """Returns what a checkpoint of this step keeps."""
         ...
 
 
@@ -81,8 +81,8 @@ def fill(
 
 
 def pack_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays:
-    """A microbatch of B rows as one row of B x T tokens: documents see only themselves, their
-    positions start at 0.
+    """Returns a microbatch of B rows as one row of B x T tokens: documents see only themselves,
+    their positions start at 0.
     """
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
@@ -99,8 +99,8 @@ def _apart(ends: Sequence[Sequence[int]]) -> Arrays:
 
 
 def unpacked_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays:
-    """A microbatch without document masks: each row is one text, the next token is the label
-    wherever a row has one.
+    """Returns a microbatch without document masks: each row is one text, the next token is the
+    label wherever a row has one.
     """
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.stack([one[i] for one in filled]) for i in range(3))
@@ -116,8 +116,8 @@ def unpacked_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource])
 def mask_rows(
     rows: Sequence[PackedRow], sources: dict[str, DocumentSource], masker: TokenMasker, apart: bool
 ) -> Arrays:
-    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not
-    see each other.
+    """Returns a microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row
+    do not see each other.
 
     Arrays [1, B x T] as in `pack_rows`; positions start at 0 with each document, or else with each
     row.
@@ -131,7 +131,7 @@ def mask_rows(
 def _fill_masked(
     row: PackedRow, source: DocumentSource, masker: TokenMasker
 ) -> tuple[Arrays, list[int]]:
-    """The arrays [T] of a row, zero in the padding, and the ends of its documents."""
+    """Returns the arrays [T] of a row, zero in the padding, and the ends of its documents."""
     made, ends = [], [0]
     for item in row.items:
         ids, _ = source.read(item, row.epoch)
@@ -201,7 +201,7 @@ class StreamReader:
 
 
 def _forms(row: PackedRow) -> dict[str, list[str]]:
-    """The forms of the items, when any is not as it stands in the file."""
+    """Returns the forms of the items, when any is not as it stands in the file."""
     forms = [item.form for item in row.items]
     return {"forms": forms} if set(forms) != {"plain"} else {}
 
@@ -261,7 +261,9 @@ def stack(samples: Sequence[np.ndarray]) -> Arrays:
 def mask_samples(
     samples: Sequence[np.ndarray], numbers: Sequence[int], masker: TokenMasker
 ) -> Arrays:
-    """The same [B, T] without their last token; a sample is one text, named by its number."""
+    """Returns the same [B, T] without their last token; a sample is one text, named by its
+    number.
+    """
     made = [
         masker(sample[:-1].astype(np.int64), number)
         for sample, number in zip(samples, numbers, strict=True)

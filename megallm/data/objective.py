@@ -62,7 +62,7 @@ class TokenMasker:
 
 
 def mask_token_of(tokenizer: Tokenizer | None, name: str | None, vocab_size: int) -> int:
-    """The id of the mask token: given by name or id, else one of the `KNOWN` names. Errors:
+    """Returns the id of the mask token: given by name or id, else one of the `KNOWN` names. Errors:
     `UsageError`.
     """
     for one in KNOWN if name is None else (name,):

@@ -74,7 +74,7 @@ def rank_main(
 
 
 def _listening(fn: Callable[..., None]) -> Callable[..., None]:
-    """The same function, during which signals arrive; those that came before arrive when it
+    """Returns the same function, during which signals arrive; those that came before arrive when it
     begins.
     """
 
@@ -117,8 +117,8 @@ def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of torch.distributed says that another rank went away (gloo raises plain
-    RuntimeErrors).
+    """Returns whether an error of torch.distributed says that another rank went away (gloo raises
+    plain RuntimeErrors).
     """
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"DistNetworkError", "DistBackendError", "DistStoreError"}:
@@ -128,7 +128,7 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def hung_up(error: BaseException) -> bool:
-    """Whether another rank's process ended, as opposed to not answering in time."""
+    """Returns whether another rank's process ended, as opposed to not answering in time."""
     return lost_peer(error) and any(
         words in str(error) for words in ("closed by peer", "reset by peer")
     )

@@ -35,7 +35,7 @@ MAX_POINTS = 2000  # of a curve in the picture
 
 
 # --- the line
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def format_line(
@@ -100,7 +100,7 @@ def _format_norm(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """The two largest units: 12s, 41m20s, 4h41m, 2d3h."""
+    """Returns the two largest units: 12s, 41m20s, 4h41m, 2d3h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -193,7 +193,7 @@ class Reporter:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether a panel is shown."""
+        """Returns whether a panel is shown."""
         return self._live is not None
 
     def close(self, last_words: tuple[str, ...] = ()) -> None:
@@ -277,7 +277,7 @@ def _panel(
 
 
 # --- the curve
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class LossCurve:
@@ -383,7 +383,7 @@ def _means(values: array, starts: range, group: int) -> list[float]:
 
 
 # --- TensorBoard
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class TensorBoard:

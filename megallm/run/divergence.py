@@ -38,8 +38,8 @@ class DivergenceDetector:
 
     @property
     def limit(self) -> float:
-        """The largest loss that is no sign of divergence: half above the lowest of the window, and
-        at least 1.
+        """Returns the largest loss that is no sign of divergence: half above the lowest of the
+        window, and at least 1.
         """
         lowest = min(self._losses, default=math.inf)
         return lowest + max(1.0, 0.5 * abs(lowest))

@@ -162,7 +162,10 @@ class Recorder:
         if timeline is None or not self.writes:
             return
         self.lease.check()
-        title = f"{self.config.layout.schedule} as it ran in step {step}: idle {timeline.idle_fraction:.1%}"
+        title = (
+            f"{self.config.layout.schedule} as it ran in step {step}: idle "
+            f"{timeline.idle_fraction:.1%}"
+        )
         drawn = picture.Picture(timeline, placement, title, unit="s")
         try:
             picture.save_picture(drawn, self.folder.plots / "pipeline.svg")
@@ -177,8 +180,8 @@ class Recorder:
             self.metrics.sync()
 
     def keeping(self, newest: int) -> RetentionPolicy:
-        """What a save keeps of older steps: while the losses are unsound also the last that was
-        proven.
+        """Returns what a save keeps of older steps: while the losses are unsound also the last that
+        was proven.
         """
         return (
             RetentionPolicy(newest, self.proven, self.lease.check)

@@ -133,7 +133,10 @@ class Loop:
                 else "; the same command starts again."
             )
         elif self.saved_step < step:
-            text = f"{name} after step {step}, where the gradients have not been finite for {self.skipped_in_a_row} "
+            text = (
+                f"{name} after step {step}, where the gradients have not been finite for "
+                f"{self.skipped_in_a_row} "
+            )
             text += "steps: that state is not saved. "
             text += (
                 f"{state[:1].upper()}{state[1:]}; the same command goes on."

@@ -31,7 +31,7 @@ WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a who
 
 
 def plan_of(config: PretrainConfig) -> StreamPlan:
-    """The stream's plan; the configuration is checked and resolved."""
+    """Returns the stream's plan; the configuration is checked and resolved."""
     data = config.data
     reading = Reading(
         data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form
@@ -49,7 +49,7 @@ def _given(segment: SegmentConfig) -> dict[str, Any]:
 
 
 def uses_fim(config: PretrainConfig) -> bool:
-    """Whether any segment rearranges documents."""
+    """Returns whether any segment rearranges documents."""
     return any(
         rate > 0
         for rate in (config.data.fim.rate, *(s.fim_rate or 0 for s in config.data.segments))
@@ -57,8 +57,9 @@ def uses_fim(config: PretrainConfig) -> bool:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """`data.tokenizer`, else the one that came with `model.hf`, else what the sources' own metadata
-    and the copies kept beside them say made them, else None."""
+    """Returns `data.tokenizer`, else the one that came with `model.hf`, else what the sources' own
+    metadata and the copies kept beside them say made them, else None.
+    """
     if config.data.tokenizer is not None:
         return config.data.tokenizer
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
@@ -80,7 +81,7 @@ def tokenizer_vocab(config: PretrainConfig) -> int | None:
 
 
 def words_of(config: PretrainConfig) -> str | None:
-    """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
+    """Returns the fingerprint of the tokenizer that made the sources; None when nobody knows."""
     made_by = [
         car["tokenizer"]["fingerprint"]
         for car in map(meta.read_meta, config.data.prefixes)
@@ -91,8 +92,8 @@ def words_of(config: PretrainConfig) -> str | None:
 
 
 def need_tokenizer(config: PretrainConfig) -> str | None:
-    """A sentence to warn with when nothing says which tokenizer made the sources; None when it is
-    known.
+    """Returns a sentence to warn with when nothing says which tokenizer made the sources; None when
+    it is known.
 
     Errors: `DataError` when the metadata name one that is not there, or that of some sources only.
     """
@@ -156,7 +157,7 @@ def check_tokenizers(config: PretrainConfig) -> None:
 def open_sources(
     config: PretrainConfig, plan: StreamPlan, state: dict[str, Any] | None = None
 ) -> dict[str, DocumentSource]:
-    """The sources of a plan, which go on from `state`.
+    """Returns the sources of a plan, which go on from `state`.
 
     Documents that were being read when fill-in-the-middle was switched off are read to their end as
     they were begun. Errors: `DataError` for files, `UsageError` when data.fim cannot work.
@@ -176,8 +177,8 @@ def open_sources(
 
 
 def hider_of(config: PretrainConfig) -> TokenMasker | None:
-    """What hides tokens, None for the next token. Errors: `UsageError` without a mask token,
-    `DataError`.
+    """Returns what hides tokens, None for the next token. Errors: `UsageError` without a mask
+    token, `DataError`.
     """
     data, masking = config.data, config.data.masking
     if data.objective == objective.NEXT_TOKEN:
@@ -202,8 +203,8 @@ def open_reader(
     state: dict[str, Any] | None = None,
     bookmarks: bool = False,
 ) -> BatchReader:
-    """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step
-    before kept.
+    """Returns what a data rank reads from `first_step` on; `state` is what the checkpoint of the
+    step before kept.
 
     Without a state the stream is gone through from its beginning (lengths only, no tokens), or with
     `bookmarks` from the nearest one that an earlier call left.
@@ -227,13 +228,13 @@ def open_reader(
 
 
 def planned_samples(config: PretrainConfig) -> int:
-    """How many training samples Megatron-LM's order is made for."""
+    """Returns how many training samples Megatron-LM's order is made for."""
     return config.data.samples or config.train.steps * config.train.global_batch
 
 
 def planned_held_out(config: PretrainConfig) -> int:
-    """How many validation samples it is made for: an evaluation every `eval.every` steps, one
-    more.
+    """Returns how many validation samples it is made for: an evaluation every `eval.every` steps,
+    one more.
     """
     every = config.eval.every
     evaluations = (config.train.steps // every if every else 0) + 1
@@ -241,7 +242,7 @@ def planned_held_out(config: PretrainConfig) -> int:
 
 
 def first_held_out(config: PretrainConfig, step: int) -> int:
-    """The number, from 1, of the first batch that the evaluation after `step` reads.
+    """Returns the number, from 1, of the first batch that the evaluation after `step` reads.
 
     Megatron-LM reads on from one evaluation to the next; in the stream order all read the same.
     """
@@ -256,8 +257,8 @@ def _sampling(config: PretrainConfig) -> SampleOptions:
 
 
 def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], BatchReader] | None:
-    """What reads the validation split from its beginning: packed as the training rows are, or
-    Megatron's samples.
+    """Returns what reads the validation split from its beginning: packed as the training rows are,
+    or Megatron's samples.
 
     Nothing is rearranged in it, and its rows have `data.seq_len`. Files and tokenizer are opened
     once, however often a reader is asked for. None without held-out data.
@@ -279,8 +280,8 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Batch
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:
-    """(step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError` without
-    a state.
+    """Returns (step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError`
+    without a state.
     """
     path = step_dir / manifest.MANIFEST
     try:

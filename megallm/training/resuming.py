@@ -93,13 +93,14 @@ class Identity:
 
 
 def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint and what was passed over, as rank 0 sees it; collective over the
-    world.
+    """Returns the newest whole checkpoint and what was passed over, as rank 0 sees it; collective
+    over the world.
     """
     found, warnings = store.latest_whole(root, mesh)
     if found is None and resume == "must":
         raise UsageError(
-            f"--resume must: there is no valid checkpoint under {root}. {' '.join(warnings)}".rstrip()
+            f"--resume must: there is no valid checkpoint under {root}. "
+            f"{' '.join(warnings)}".rstrip()
         )
     if found is not None and resume == "never":
         raise UsageError(f"--resume never: {found} exists. Choose another run.dir, or remove it.")
@@ -146,8 +147,10 @@ def _other_kind(found: Path, saved: Any, wanted: str) -> str:
     written = saved.get("kind") if isinstance(saved, dict) else None
     by = f"was written by `megallm {written}`" if written else "does not say which run wrote it"
     return (
-        f"{found} {by}; `megallm {wanted}` does not go on from it. To start from its weights alone, "
-        "write them to a folder, `megallm convert --to hf --input RUN --output DIR`, and train with "
+        f"{found} {by}; `megallm {wanted}` does not go on from it. To start from its weights "
+        "alone, "
+        "write them to a folder, `megallm convert --to hf --input RUN --output DIR`, and "
+        "train with "
         "model.hf=DIR in another run.dir."
     )
 
@@ -205,8 +208,8 @@ def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> 
 
 
 def unreadable(error: CheckpointError, changes: Sequence[Change]) -> MegallmError:
-    """The error of a whole checkpoint that does not fit what --allow-change let pass; the same one
-    without such.
+    """Returns the error of a whole checkpoint that does not fit what --allow-change let pass; the
+    same one without such.
     """
     passed = [change for change in changes if change.refused]
     if not passed:

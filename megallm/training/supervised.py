@@ -118,7 +118,9 @@ def train_losses(stats: StepStats) -> dict[str, float]:
 
 
 def _tokens(stats: StepStats) -> dict[str, float | None]:
-    """Returns `train/tokens`: the tokens that the loss is a mean over, where it is one of tokens."""
+    """Returns `train/tokens`: the tokens that the loss is a mean over, where it is one of
+    tokens.
+    """
     return {"train/tokens": stats.counts["loss"]} if "loss" in stats.counts else {}
 
 

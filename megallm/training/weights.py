@@ -16,7 +16,8 @@ from megallm.engine.engine import Engine, Mesh, Prepare
 def build_engine(
     config: EngineConfig, mesh: Mesh, found: Path | None, prepare: Prepare | None = None
 ) -> tuple[Engine, str]:
-    """An engine with the weights that the run starts or goes on with, and a clause that says which.
+    """Returns an engine with the weights that the run starts or goes on with, and a clause that
+    says which.
 
     `found` is the run's newest checkpoint; it wins over `model.hf`. Each rank reads its own pieces
     only. `prepare` is that of `Engine.build`. Collective over the world.
@@ -42,8 +43,8 @@ def build_engine(
 def read_weights(
     config: EngineConfig, mesh: Mesh, source: WeightSource, prepare: Prepare | None = None
 ) -> Engine:
-    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads
-    what it keeps.
+    """Returns an engine whose master weights come from `source`, whatever dtype it has; each rank
+    reads what it keeps.
 
     A head that the source lacks starts afresh, from the seed.
     """

@@ -23,6 +23,7 @@ from tests.engine.tiny import MODEL, batches, engine_of, equal, gradients_of, sh
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
+FULL = torch.tensor(False)  # a step that had gradients
 OPTIONS = LossScaleOptions(initial=1024.0, growth_steps=2, minimum=1.0)
 LAYOUTS = {
     "dp2": (Layout(dp=2), 0),
@@ -36,7 +37,7 @@ LAYOUTS = {
 def walk(options: LossScaleOptions, finite: list[bool]) -> list[float]:
     """The scale of each step, and the one after the last."""
     scaler = LossScaler(options, CPU)
-    return [float(scaler.advance(torch.tensor(good))) for good in finite] + [float(scaler.scale)]
+    return [float(scaler.advance(torch.tensor(good), FULL)) for good in finite] + [float(scaler.scale)]
 
 
 def test_the_scale_halves_at_an_overflow_and_doubles_after_steps_without():
@@ -49,9 +50,9 @@ def test_the_scale_halves_at_an_overflow_and_doubles_after_steps_without():
 
 def test_a_scale_below_its_minimum_is_an_error():
     scaler = LossScaler(LossScaleOptions(initial=2.0, minimum=1.0), CPU)
-    scaler.advance(torch.tensor(False))
+    scaler.advance(torch.tensor(False), FULL)
     scaler.check()
-    scaler.advance(torch.tensor(False))
+    scaler.advance(torch.tensor(False), FULL)
     with pytest.raises(Diverged, match="train.loss_scale.minimum 1"):
         scaler.check()
 

@@ -1,9 +1,8 @@
-"""Reader, writer, merger and verifier of `PREFIX.bin` + `PREFIX.idx`, byte-compatible with
-Megatron-LM.
+"""Reading, writing, merging and verifying of `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM.
 
 `.bin` holds the tokens of all sequences back to back; `.idx` (little-endian, 34-byte header) holds
-dtype, lengths, byte offsets and document boundaries. `PREFIX.meta.json` is ours and optional:
-counts and the tokenizer's fingerprint. So is `PREFIX.tokenizer/`, a copy of that tokenizer.
+dtype, lengths, byte offsets and document boundaries. `PREFIX.meta.json` is ours and optional: counts
+and the tokenizer's fingerprint. So is `PREFIX.tokenizer/`, a copy of that tokenizer.
 """
 
 from __future__ import annotations
@@ -49,9 +48,8 @@ def dtype_for(vocab_size: int) -> np.dtype:
 class IndexedDataset:
     """A tokenised corpus; every check is made on open, each failure a `DataError`.
 
-    lengths int32 [S] in tokens, offsets int64 [S] in bytes, document_indices int64 [documents + 1].
-    Tokens are read when they are asked for and a large index is mapped: a file that is cut off
-    while it is open is a `DataError` too.
+    lengths int32 [S] in tokens, offsets int64 [S] in bytes, document_indices int64 [documents + 1]. Tokens are read
+    when they are asked for and a large index is mapped: a file that is cut off while it is open is a `DataError` too.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -75,13 +73,13 @@ class IndexedDataset:
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each sequence begins in `.bin`, in bytes."""
+        """Returns where each sequence begins in `.bin`, in bytes."""
         self._index.check()
         return self._offsets
 
     @property
     def document_indices(self) -> np.ndarray:
-        """The sequence that each document begins with, and the end of the last."""
+        """Returns the sequence that each document begins with, and the end of the last."""
         self._index.check()
         return self._document_indices
 
@@ -102,25 +100,21 @@ class IndexedDataset:
         total = int(self.lengths[sequence])
         length = total - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > total:
-            raise IndexError(
-                f"Tokens {offset} to {offset + length} of sequence {sequence}, which has {total}."
-            )
+            raise IndexError(f"Tokens {offset} to {offset + length} of sequence {sequence}, which has {total}.")
         begin = int(self.offsets[sequence]) + offset * self.dtype.itemsize
         return np.frombuffer(self._data.read(begin, length * self.dtype.itemsize), self.dtype)
 
     def document_of(self, sequence: int) -> int:
-        """The document that a sequence belongs to."""
+        """Returns the document that a sequence belongs to."""
         return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
 
     def token_index(self, sequence: int, offset: int = 0) -> int:
-        """Where a token stands in `.bin`, counted in tokens."""
+        """Returns where a token stands in `.bin`, counted in tokens."""
         return int(self.offsets[sequence]) // self.dtype.itemsize + offset
 
     def place_of(self, token_index: int) -> tuple[int, int]:
         """(document, position in the document) of a token of `.bin`."""
-        sequence = (
-            int(np.searchsorted(self.offsets, token_index * self.dtype.itemsize, side="right")) - 1
-        )
+        sequence = int(np.searchsorted(self.offsets, token_index * self.dtype.itemsize, side="right")) - 1
         document = self.document_of(sequence)
         return document, token_index - self.token_index(int(self.document_indices[document]))
 
@@ -130,31 +124,23 @@ class IndexedDataset:
         return self.tokens(begin, end - begin)
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """Where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the end of
-        the last.
-        """
+        """Returns where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the end of the last."""
         sequences = self.document_indices[documents]
         ends = sequences == len(self)
         if len(self) == 0:
             return np.zeros(len(sequences), np.int64)
-        return np.where(
-            ends, self.num_tokens, self.offsets[np.where(ends, 0, sequences)] // self.dtype.itemsize
-        )
+        return np.where(ends, self.num_tokens, self.offsets[np.where(ends, 0, sequences)] // self.dtype.itemsize)
 
     def tokens(self, begin: int, count: int) -> np.ndarray:
         """`count` tokens of `.bin` from token `begin` on, read-only."""
         if begin < 0 or count < 0 or begin + count > self.num_tokens:
-            raise IndexError(
-                f"Tokens {begin} to {begin + count} of {self.data_path}, which has {self.num_tokens}."
-            )
+            raise IndexError(f"Tokens {begin} to {begin + count} of {self.data_path}, which has {self.num_tokens}.")
         item = self.dtype.itemsize
         return np.frombuffer(self._data.read(begin * item, count * item), self.dtype)
 
 
 def _bad(path: str, at: int, what: str) -> DataError:
-    return DataError(
-        f"{path}: byte {at}: {what}. The file is damaged or not an indexed dataset; make it again."
-    )
+    return DataError(f"{path}: byte {at}: {what}. The file is damaged or not an indexed dataset; make it again.")
 
 
 def _read_header(path: str, index: bytes | mmap.mmap) -> tuple[np.dtype, int, int]:
@@ -188,44 +174,28 @@ def _check_documents(data: IndexedDataset) -> None:
         wrong = np.flatnonzero(part[1:] < part[:-1])
         if wrong.size:
             i = lo + 1 + int(wrong[0])
-            raise _bad(
-                path,
-                at + 8 * i,
-                f"document entry {i} is {entries[i]}, less than {entries[i - 1]} before it",
-            )
+            raise _bad(path, at + 8 * i, f"document entry {i} is {entries[i]}, less than {entries[i - 1]} before it")
     if entries[-1] != len(data):
         at += 8 * (len(entries) - 1)
-        raise _bad(
-            path,
-            at,
-            f"the last document entry is {entries[-1]}, but there are {len(data)} sequences",
-        )
+        raise _bad(path, at, f"the last document entry is {entries[-1]}, but there are {len(data)} sequences")
 
 
 def _check_sequences(data: IndexedDataset) -> None:
-    """Lengths >= 0, offsets the running sum of the lengths, and a .bin file of exactly that
-    size.
-    """
+    """Lengths >= 0, offsets the running sum of the lengths, and a .bin file of exactly that size."""
     path, item, expected = data.index_path, data.dtype.itemsize, 0
     for lo in range(0, len(data), _SCAN):
         lengths, offsets = data.lengths[lo : lo + _SCAN], data.offsets[lo : lo + _SCAN]
         negative = np.flatnonzero(lengths < 0)
         if negative.size:
             i = lo + int(negative[0])
-            raise _bad(
-                path, _HEADER.size + 4 * i, f"the length of sequence {i} is {data.lengths[i]}"
-            )
+            raise _bad(path, _HEADER.size + 4 * i, f"the length of sequence {i} is {data.lengths[i]}")
         ends = expected + np.cumsum(lengths, dtype=np.int64) * item
         begins = np.concatenate(([expected], ends[:-1]))
         wrong = np.flatnonzero(offsets != begins)
         if wrong.size:
             i, want = lo + int(wrong[0]), begins[wrong[0]]
             at = _HEADER.size + 4 * len(data) + 8 * i
-            raise _bad(
-                path,
-                at,
-                f"the offset of sequence {i} is {data.offsets[i]}, but the one before ends at {want}",
-            )
+            raise _bad(path, at, f"the offset of sequence {i} is {data.offsets[i]}, but the one before ends at {want}")
         expected = int(ends[-1])
     if data._data.size != expected:
         raise _bad(
@@ -235,13 +205,11 @@ def _check_sequences(data: IndexedDataset) -> None:
 
 
 class IndexedWriter:
-    """Writes a dataset by streaming, in memory that does not grow; nothing has a final name until
-    `commit`.
+    """Writes a dataset by streaming, in memory that does not grow; nothing has a final name until `commit`.
 
-    Use as a context manager: leaving it without `commit`, or by an error, removes everything. With
-    `parts`, a folder, the temporary files have fixed names there and stay after an error, and
-    `done`, what `sync` returned, takes up from such files: whatever was written later is cut off.
-    Errors: `CannotWrite`.
+    Use as a context manager: leaving it without `commit`, or by an error, removes everything. With `parts`, a folder,
+    the temporary files have fixed names there and stay after an error, and `done`, what `sync` returned, takes up
+    from such files: whatever was written later is cut off. Errors: `CannotWrite`.
     """
 
     def __init__(
@@ -257,17 +225,11 @@ class IndexedWriter:
         self.num_tokens, self.num_sequences, self.num_documents = done
         base = Path(self.prefix)
         self._paths = {
-            suffix: files.temporary_name(f"{base}.{suffix}")
-            if parts is None
-            else parts / f"{base.name}.{suffix}"
+            suffix: files.temporary_name(f"{base}.{suffix}") if parts is None else parts / f"{base.name}.{suffix}"
             for suffix in ("bin", "idx", "meta.json", TOKENIZER_SUFFIX, "lengths", "documents")
         }
         self._open: dict[str, BinaryIO] = {}
-        sizes = (
-            self.num_tokens * self.dtype.itemsize,
-            4 * self.num_sequences,
-            8 * self.num_documents,
-        )
+        sizes = (self.num_tokens * self.dtype.itemsize, 4 * self.num_sequences, 8 * self.num_documents)
         with files.writing(self._paths["bin"]):
             for suffix, size in zip(_PARTS, sizes, strict=True):
                 self._open[suffix] = open(self._paths[suffix], "r+b" if size else "wb")  # noqa: SIM115
@@ -280,33 +242,18 @@ class IndexedWriter:
     def __exit__(self, *_: object) -> None:
         self.abort()
 
-    def add(
-        self,
-        tokens: np.ndarray,
-        lengths: np.ndarray,
-        sequences_per_document: np.ndarray | None = None,
-    ) -> None:
-        """Append sequences: `tokens` of all of them back to back, their `lengths`, and how many
-        make each document.
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences_per_document: np.ndarray | None = None) -> None:
+        """Append sequences: `tokens` of all of them back to back, their `lengths`, and how many make each document.
 
-        tokens [sum(lengths)], lengths [n], sequences_per_document [documents] with sum n (default:
-        one each).
+        tokens [sum(lengths)], lengths [n], sequences_per_document [documents] with sum n (default: one each).
         """
         lengths = np.asarray(lengths)
-        per_document = (
-            np.ones(len(lengths), np.int64)
-            if sequences_per_document is None
-            else sequences_per_document
-        )
+        per_document = np.ones(len(lengths), np.int64) if sequences_per_document is None else sequences_per_document
         if int(lengths.sum()) != len(tokens) or int(np.sum(per_document)) != len(lengths):
-            raise ValueError(
-                "tokens, lengths and sequences_per_document do not describe the same sequences."
-            )
+            raise ValueError("tokens, lengths and sequences_per_document do not describe the same sequences.")
         ends = self.num_sequences + np.cumsum(per_document, dtype="<i8")
         with files.writing(f"{self.prefix}.bin"):
-            for suffix, array, dtype in zip(
-                _PARTS, (tokens, lengths, ends), (self.dtype, "<i4", "<i8"), strict=True
-            ):
+            for suffix, array, dtype in zip(_PARTS, (tokens, lengths, ends), (self.dtype, "<i4", "<i8"), strict=True):
                 self._open[suffix].write(np.ascontiguousarray(array, dtype).data)
         self.num_documents += len(per_document)
         self.num_sequences += len(lengths)
@@ -321,9 +268,7 @@ class IndexedWriter:
             for lo in range(begin, end, step):
                 self._open["bin"].write(data.tokens(lo, min(step, end - lo)).data)
             self._open["lengths"].write(data.lengths[sequences[0] : sequences[-1]].tobytes())
-            self._open["documents"].write(
-                (self.num_sequences + (sequences[1:] - sequences[0])).astype("<i8").tobytes()
-            )
+            self._open["documents"].write((self.num_sequences + (sequences[1:] - sequences[0])).astype("<i8").tobytes())
         self.num_documents += last - first
         self.num_sequences += int(sequences[-1] - sequences[0])
         self.num_tokens += end - begin
@@ -336,22 +281,14 @@ class IndexedWriter:
                 os.fsync(file.fileno())
         return self.num_tokens, self.num_sequences, self.num_documents
 
-    def commit(
-        self, side_car: Mapping[str, Any] | None = None, tokenizer: str | None = None
-    ) -> None:
-        """Publish what was written, with a side-car (None: none) and a copy of the tokenizer that
-        made it.
-        """
+    def commit(self, side_car: Mapping[str, Any] | None = None, tokenizer: str | None = None) -> None:
+        """Publish what was written, with a side-car (None: none) and a copy of the tokenizer that made it."""
         publish(self.prefix, self.prepare(side_car, tokenizer))
         self._open.clear()
         self._remove()
 
-    def prepare(
-        self, side_car: Mapping[str, Any] | None = None, tokenizer: str | None = None
-    ) -> dict[str, str]:
-        """Make everything ready and durable; what `publish` moves, by suffix. `tokenizer` is what
-        `load` reads.
-        """
+    def prepare(self, side_car: Mapping[str, Any] | None = None, tokenizer: str | None = None) -> dict[str, str]:
+        """Make everything ready and durable; what `publish` moves, by suffix. `tokenizer` is what `load` reads."""
         with files.writing(self.prefix):
             for file in self._open.values():
                 file.close()
@@ -360,17 +297,14 @@ class IndexedWriter:
             for suffix in ("bin", "idx"):
                 files.fsync_file(self._paths[suffix])
             if side_car is not None:
-                held = content.records_of(
-                    {suffix: self._paths[suffix] for suffix in content.SUFFIXES}
-                )
+                held = content.records_of({suffix: self._paths[suffix] for suffix in content.SUFFIXES})
                 meta.write(self.prefix, {**side_car, "content": held}, self._paths["meta.json"])
         wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
         if tokenizer not in (None, BYTES):
             _remove(self._paths[TOKENIZER_SUFFIX])
             save_tokenizer_files(tokenizer, self._paths[TOKENIZER_SUFFIX])
             with files.writing(self.prefix):
-                folder = self._paths[TOKENIZER_SUFFIX]
-                for path in (*folder.rglob("*"), folder):
+                for path in (*self._paths[TOKENIZER_SUFFIX].rglob("*"), self._paths[TOKENIZER_SUFFIX]):
                     files.fsync_file(path)
             wanted = (TOKENIZER_SUFFIX, *wanted)
         return {suffix: os.fspath(self._paths[suffix]) for suffix in wanted}
@@ -390,24 +324,14 @@ class IndexedWriter:
                 _remove(path)
 
     def _write_index(self, index: BinaryIO) -> None:
-        index.write(
-            _HEADER.pack(
-                MAGIC, VERSION, _CODES[self.dtype], self.num_sequences, self.num_documents + 1
-            )
-        )
-        with (
-            open(self._paths["lengths"], "rb") as lengths,
-            open(self._paths["documents"], "rb") as documents,
-        ):
+        index.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], self.num_sequences, self.num_documents + 1))
+        with open(self._paths["lengths"], "rb") as lengths, open(self._paths["documents"], "rb") as documents:
             while block := lengths.read(4 * _SCAN):
                 index.write(block)
             lengths.seek(0)
             begin = 0
             while block := lengths.read(4 * _SCAN):
-                ends = (
-                    begin
-                    + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
-                )
+                ends = begin + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
                 index.write(np.concatenate(([begin], ends[:-1])).astype("<i8", copy=False).data)
                 begin = int(ends[-1])
             index.write(bytes(8))
@@ -421,18 +345,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
 def indexed_files(prefix: str | os.PathLike[str]) -> list[str]:
-    """The files of a dataset."""
-    suffixes = ("bin", "idx", "meta.json", TOKENIZER_SUFFIX)
-    return [f"{os.fspath(prefix)}.{suffix}" for suffix in suffixes]
+    """Returns the files of a dataset."""
+    return [f"{os.fspath(prefix)}.{suffix}" for suffix in ("bin", "idx", "meta.json", TOKENIZER_SUFFIX)]
 
 
 def publish(prefix: str, prepared: Mapping[str, str]) -> None:
-    """Give prepared files their names: tokenizer, side-car, `.bin`, then `.idx`, so that an `.idx`
-    never lies about its `.bin`. What an earlier dataset of that name had and this one has not is
-    removed.
+    """Give prepared files their names: tokenizer, side-car, `.bin`, then `.idx`, so that an `.idx` never lies about its
+    `.bin`. What an earlier dataset of that name had and this one has not is removed.
 
     Doing it again after it was interrupted anywhere finishes it. Errors: `CannotWrite`.
     """
@@ -451,9 +371,7 @@ def publish(prefix: str, prepared: Mapping[str, str]) -> None:
 
 
 def merge(
-    prefixes: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str],
-    progress: Progress = quiet,
+    prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
     """Concatenate datasets of one dtype, in the order given; returns the counts."""
     sources = [IndexedDataset(prefix) for prefix in prefixes]
@@ -479,17 +397,12 @@ def merge(
         if side_car is None:
             writer.commit()
         else:
-            writer.commit(
-                {**side_car, **counts}, next(filter(None, map(meta.kept_tokenizer, prefixes)), None)
-            )
+            writer.commit({**side_car, **counts}, next(filter(None, map(meta.kept_tokenizer, prefixes)), None))
     return counts
 
 
-def check_tokens(
-    data: IndexedDataset, token_index: int, tokens: np.ndarray, vocab_size: int
-) -> None:
-    """Raise the `DataError` that names file, document and position of the first id outside the
-    vocabulary.
+def check_tokens(data: IndexedDataset, token_index: int, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raise the `DataError` that names file, document and position of the first id outside the vocabulary.
 
     tokens [n]: what stands in `.bin` from token `token_index` on.
     """
@@ -508,8 +421,8 @@ def verify_dataset(
 ) -> dict[str, Any]:
     """Check a whole dataset, every token included; returns counts and the range of ids.
 
-    Without `vocab_size` the side-car's is used when there is one. Errors: `DataError` naming file
-    and byte, or document and position.
+    Without `vocab_size` the side-car's is used when there is one. Errors: `DataError` naming file and
+    byte, or document and position.
     """
     data = IndexedDataset(prefix)
     side_car = meta.read_meta(prefix)

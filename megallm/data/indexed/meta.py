@@ -32,7 +32,7 @@ def write(
 
 
 def read_meta(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The side-car, or None when there is none (a dataset that Megatron-LM wrote). Errors:
+    """Returns the side-car, or None when there is none (a dataset that Megatron-LM wrote). Errors:
     `DataError`.
     """
     path = path_of(prefix)
@@ -95,8 +95,8 @@ def check_tokenizer(
 
 
 def kept_tokenizer(prefix: str | os.PathLike[str]) -> str | None:
-    """The tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept beside
-    it, or None.
+    """Returns the tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept
+    beside it, or None.
 
     Only with a side-car: a folder beside other data says nothing about them.
     """

@@ -58,8 +58,8 @@ class MergedProvenance:
         self._documents += end - begin
 
     def origins(self) -> dict[str, Any] | None:
-        """What the side-car of all of them says; None when a part did not say, or there are too
-        many runs.
+        """Returns what the side-car of all of them says; None when a part did not say, or there are
+        too many runs.
         """
         return (
             {"files": list(self._files), "runs": self._runs} if self._known and self._runs else None
@@ -69,7 +69,9 @@ class MergedProvenance:
 def merge_provenance(
     parts: Iterable[tuple[Mapping[str, Any] | None, int]],
 ) -> dict[str, Any] | None:
-    """The origins of whole datasets one behind the other, each with its number of documents."""
+    """Returns the origins of whole datasets one behind the other, each with its number of
+    documents.
+    """
     out = MergedProvenance()
     for known, documents in parts:
         out.add(known, 0, documents)

@@ -22,7 +22,7 @@ _SAMPLE = 20_000  # documents of which the packing figures are made
 
 
 def parse_shares(text: str) -> list[float]:
-    """The numbers of "98,1,1". Errors: `UsageError`."""
+    """Returns the numbers of "98,1,1". Errors: `UsageError`."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:

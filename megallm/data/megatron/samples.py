@@ -73,7 +73,7 @@ class SourceSplit:
         return out
 
     def spans(self, i: int) -> list[DocumentSpan]:
-        """The documents that item i reads, in order."""
+        """Returns the documents that item i reads, in order."""
         out = []
         for sequence, offset, length in self._pieces(i):
             if length:
@@ -121,7 +121,7 @@ class Blend:
         return self.sources[self.source_of[_checked(i, len(self))]].sample(int(self.sample_of[i]))
 
     def spans(self, i: int) -> list[DocumentSpan]:
-        """The documents that item i reads, in order."""
+        """Returns the documents that item i reads, in order."""
         return self.sources[self.source_of[_checked(i, len(self))]].spans(int(self.sample_of[i]))
 
     def where(self, i: int) -> dict[str, Any]:
@@ -157,7 +157,8 @@ def build_samples(
     num_samples: int | None,
     how: SampleOptions,
 ) -> SourceSplit | Blend:
-    """The samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's order.
+    """Returns the samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's
+    order.
 
     sources: prefix -> weight, or None for all of them: several are then one epoch of each, drawn in
     proportion to their sizes. split: "90,5,5"; num_samples: how many will be read (None: one epoch

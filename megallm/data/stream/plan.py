@@ -67,13 +67,13 @@ class StreamPlan:
 
     @property
     def prefixes(self) -> list[str]:
-        """Every source of every segment, in the order of their first mention."""
+        """Returns every source of every segment, in the order of their first mention."""
         return list(
             dict.fromkeys(prefix for segment in self.segments for prefix in segment.weights)
         )
 
     def at(self, tokens: int) -> StreamSegment:
-        """The segment for the step that begins after `tokens` places."""
+        """Returns the segment for the step that begins after `tokens` places."""
         return [segment for segment in self.segments if segment.begin_tokens <= tokens][-1]
 
     def tokens_after(self, steps: int, global_batch: int) -> int:

@@ -64,7 +64,7 @@ class SampleLog:
         rows: Callable[[int], list[dict[str, Any]]],
         durable: Callable[[int], bool],
     ) -> Iterator[tuple[int, Any]]:
-        """The same steps, each after its rows were written."""
+        """Yields the same steps, each after its rows were written."""
         for step, batches in steps:
             self.append(rows(step), durable(step))
             yield step, batches

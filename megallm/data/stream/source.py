@@ -26,7 +26,8 @@ _SAMPLED, _SAMPLE_TOKENS = 64, 2048  # blocks of .bin in the fingerprint
 _OPEN = (
     ""  # the form of a document of which nothing was read yet: decided when its window is packed
 )
-_PIECE = "piece-"  # before a form: what was rearranged is the piece alone, and begin and end count its own tokens
+# Before a form: what was rearranged is the piece alone, and begin and end count its own tokens.
+_PIECE = "piece-"
 
 
 class RowItem(NamedTuple):
@@ -97,7 +98,10 @@ def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int
         return first, count
     remedy = "Give this source more, or the split a larger share."
     if data.num_documents < FEW_DOCUMENTS:
-        remedy = "A plain text file is one document unless it is split: preprocess again with --split-text paragraphs "
+        remedy = (
+            "A plain text file is one document unless it is split: preprocess again with "
+            "--split-text paragraphs "
+        )
         remedy += "(or lines), or give the split a larger share."
     raise DataError(
         f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the "
@@ -130,8 +134,8 @@ class DocumentSource:
     # Windows
 
     def open(self, cursor: Cursor, reading: Reading) -> Window:
-        """The window that begins at the cursor (its `row` aside); without rows where only empty
-        documents are left.
+        """Returns the window that begins at the cursor (its `row` aside); without rows where only
+        empty documents are left.
         """
         self._made.clear()
         epoch = cursor.epoch if cursor.held else cursor.position // self.count
@@ -152,8 +156,8 @@ class DocumentSource:
         return Window(epoch, [rows[i] for i in order.tolist()], position, held)
 
     def hold(self, window: Window, row: int) -> list[list[Any]]:
-        """What rows `row` and later of a window hold, neighbours joined: the pool that another
-        reading begins with.
+        """Returns what rows `row` and later of a window hold, neighbours joined: the pool that
+        another reading begins with.
         """
         entries: list[list[Any]] = [list(entry) for entry in window.held]
         for items in window.rows[row:]:
@@ -173,8 +177,8 @@ class DocumentSource:
         return joined
 
     def _draw(self, epoch: int, position: int, missing: int) -> list[list[Any]]:
-        """The next documents of an epoch, until `missing` tokens are there or some hundreds were
-        looked at.
+        """Returns the next documents of an epoch, until `missing` tokens are there or some hundreds
+        were looked at.
         """
         at = position - epoch * self.count
         documents = self.first + self._permutation(epoch).at(at, min(_AT_ONCE, self.count - at))
@@ -191,7 +195,9 @@ class DocumentSource:
     # Items
 
     def _items(self, pool: list[list[Any]], epoch: int, reading: Reading) -> Iterable[RowItem]:
-        """The entries of a pool with their form decided, cut where `reading` rearranges pieces."""
+        """Returns the entries of a pool with their form decided, cut where `reading` rearranges
+        pieces.
+        """
         for document, begin, end, form in pool:
             if reading.fim_rate > 0 and reading.fim_form == CONTEXT and form in (_OPEN, fim.PLAIN):
                 yield from self._rearranged_pieces(document, begin, end, epoch, reading)

@@ -51,7 +51,7 @@ class StreamStateCache:
     def walked(
         self, plan: StreamPlan, sources: Mapping[str, DocumentSource], steps: int, global_batch: int
     ) -> Stream:
-        """The stream after `steps` steps."""
+        """Returns the stream after `steps` steps."""
         done = max((step for step in self._marks if step <= steps), default=0)
         stream = Stream(plan, sources, self._marks.get(done))
         for step in range(done + 1, steps + 1):
@@ -79,6 +79,6 @@ class StreamStateCache:
 
 
 def _identity(source: DocumentSource) -> list[Any]:
-    """What tells whether the files of a source are still the same."""
+    """Returns what tells whether the files of a source are still the same."""
     found = os.stat(source.data.data_path)
     return [source.prefix, source.fingerprint, source.vocab_size, found.st_size, found.st_mtime_ns]

@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 def holds_rearranged(state: Mapping[str, Any] | None) -> bool:
-    """Whether going on from a state reads documents that fill-in-the-middle had rearranged
+    """Returns whether going on from a state reads documents that fill-in-the-middle had rearranged
     already.
     """
     cursors = state["sources"].values() if state else ()
@@ -84,7 +84,7 @@ class Stream:
         return PackedRow(prefix, window.epoch, reading.seq_len, items)
 
     def _window(self, prefix: str, reading: Reading) -> Window:
-        """The open window of a source, packed anew when the way of reading has changed."""
+        """Returns the open window of a source, packed anew when the way of reading has changed."""
         held, cursor, source = (
             self._windows.get(prefix),
             self._cursors[prefix],

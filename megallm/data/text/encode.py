@@ -46,7 +46,7 @@ _made: dict[tuple[str, str], tokenizer.Encoder] = {}  # of this process, by toke
 
 
 def choose_encoder(spec: str, wanted: str) -> tuple[tokenizer.Encoder, str]:
-    """The tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors:
+    """Returns the tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors:
     `DataError`, `UsageError`.
     """
     plain = tokenizer.load(spec, check=wanted == accelerated.PLAIN)
@@ -59,7 +59,7 @@ def choose_encoder(spec: str, wanted: str) -> tuple[tokenizer.Encoder, str]:
 
 
 def encoder_of(spec: str, backend: str) -> tokenizer.Encoder:
-    """The tokenizer of this process; a forked worker inherits the parent's."""
+    """Returns the tokenizer of this process; a forked worker inherits the parent's."""
     if (spec, backend) not in _made:
         _made[spec, backend], _ = choose_encoder(
             spec, accelerated.FAST if backend == accelerated.FAST else accelerated.PLAIN

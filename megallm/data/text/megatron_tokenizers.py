@@ -92,7 +92,7 @@ _SPECIAL = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 
 
 def _tokens(path: str) -> list[str]:
-    """The tokens of the list in base64, in the order of their ranks."""
+    """Returns the tokens of the list in base64, in the order of their ranks."""
     try:
         rows: Any = json.loads(_text(path))
     except (ValueError, RecursionError) as error:

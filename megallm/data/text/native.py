@@ -113,7 +113,7 @@ class SentencePieceTokenizer(_Native):
 
     @property
     def eod(self) -> int:
-        """The id that the settings name, else the model's end-of-sentence id. Errors:
+        """Returns the id that the settings name, else the model's end-of-sentence id. Errors:
         `DataError`.
         """
         named = self._settings.tokens.get("eos")
@@ -160,7 +160,7 @@ class SentencePieceTokenizer(_Native):
         return ids + self._model.encode(text[begin:])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; control symbols give nothing, added tokens are written out."""
+        """Returns the text; control symbols give nothing, added tokens are written out."""
         parts, run = [], []
         for number in ids:
             if number < self._pieces:
@@ -171,7 +171,7 @@ class SentencePieceTokenizer(_Native):
         return "".join([*parts, self._model.decode(run)])
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name in the vocabulary; None when there is none."""
+        """Returns the id of a token by its name in the vocabulary; None when there is none."""
         if token in self._added:
             return self._added[token]
         found = self._model.piece_to_id(token)
@@ -210,7 +210,7 @@ class TiktokenTokenizer(_Native):
 
     @property
     def eod(self) -> int:
-        """The id of <|endoftext|>, <|end_of_text|> or </s>. Errors: `DataError`."""
+        """Returns the id of <|endoftext|>, <|end_of_text|> or </s>. Errors: `DataError`."""
         for token in (_END, "<|end_of_text|>", "</s>"):
             if token in self._special_tokens:
                 return self._special_tokens[token]
@@ -226,7 +226,7 @@ class TiktokenTokenizer(_Native):
 
     @property
     def special_texts(self) -> set[str]:
-        """The special tokens of the rules as they are written."""
+        """Returns the special tokens of the rules as they are written."""
         return set(self._special_tokens)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -238,13 +238,15 @@ class TiktokenTokenizer(_Native):
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; an id without a token, such as of a row that only pads a model's vocabulary,
-        gives nothing.
+        """Returns the text; an id without a token, such as of a row that only pads a model's
+        vocabulary, gives nothing.
         """
         return self._encoding.decode([number for number in ids if number in self._numbers])
 
     def token_id(self, token: str) -> int | None:
-        """The id of a special token, or of an ordinary one by its text; None when there is none."""
+        """Returns the id of a special token, or of an ordinary one by its text; None when there is
+        none.
+        """
         try:
             return self._encoding.encode_single_token(token)
         except KeyError:

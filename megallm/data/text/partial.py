@@ -42,7 +42,10 @@ class PartialOutput:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            sentence = f"{self.folder} is in use by another process: wait for it, or choose another --output."
+            sentence = (
+                f"{self.folder} is in use by another process: wait for it, or choose another "
+                "--output."
+            )
             raise CannotWrite(sentence) from error
         self.state: dict[str, Any] | None = self._read()
         if self.state is None:
@@ -81,8 +84,8 @@ class PartialOutput:
 
 
 def pending(output: str, identity: Any) -> bool:
-    """Whether this very work was killed while it gave its files their names, which running it again
-    finishes.
+    """Returns whether this very work was killed while it gave its files their names, which running
+    it again finishes.
     """
     try:
         saved = json.loads((Path(f"{output}.partial") / _STATE).read_text(encoding="utf-8"))

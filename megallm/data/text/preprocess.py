@@ -84,7 +84,7 @@ class PreprocessConfig:
         return f"{self.output}_{key}_document"
 
     def outputs(self) -> list[str]:
-        """Every file that a run may write."""
+        """Returns every file that a run may write."""
         found = [path for key in self.json_keys for path in indexed_files(self.prefix(key))]
         return [*found, f"{self.output}.rejects.jsonl"]
 
@@ -163,8 +163,8 @@ def run_shards(
     only: int | None = None,
     progress: Callable[[Stats], None] | None = None,
 ) -> list[Stats]:
-    """The same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally many
-    bytes in each.
+    """Returns the same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally
+    many bytes in each.
 
     only: the number of one shard, so that several machines can share the work. Errors: as `run`.
     """
@@ -220,7 +220,7 @@ def around(
 
 
 def _identity(config: PreprocessConfig, plain: tokenizer.Encoder, backend: str) -> dict[str, Any]:
-    """What decides the bytes of the output."""
+    """Returns what decides the bytes of the output."""
     inputs = []
     for name in config.inputs:
         found = os.stat(name)
@@ -445,8 +445,8 @@ def _publish(config: PreprocessConfig, work: PartialOutput) -> Stats | None:
 def _encoded(
     config: PreprocessConfig, job: EncodeJob, place: list[int]
 ) -> Iterator[tuple[tuple[int, readers.Chunk], Encoded]]:
-    """Every chunk from `place` on, with the number of its file, in order; tokenised here or by
-    workers.
+    """Yields every chunk from `place` on, with the number of its file, in order; tokenised here or
+    by workers.
     """
     first, done = place
 

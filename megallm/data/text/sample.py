@@ -35,8 +35,8 @@ class Sample:
         self.documents = self.text_bytes = 0
 
     def texts(self, inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
-        """The texts, in order: all of a corpus that is small enough, else of chunks that are chosen
-        evenly over it.
+        """Yields the texts, in order: all of a corpus that is small enough, else of chunks that are
+        chosen evenly over it.
 
         Of a pipe, whose size is not known, the beginning is taken. Errors: as `readers.read_texts`.
         """
@@ -55,7 +55,7 @@ class Sample:
 
 
 def _spread(inputs: Sequence[str], options: ReadOptions, share: float) -> Iterator[str]:
-    """The texts of chunks that are drawn with the probability `share`."""
+    """Yields the texts of chunks that are drawn with the probability `share`."""
     key, number = rng.key_of(_SEED, "tokenizer sample"), 0
     for name in inputs:
         begin, lines = (
@@ -97,7 +97,7 @@ def _text_bytes(name: str) -> float:
 
 
 def split_long_text(text: str) -> Iterator[str]:
-    """A long text, cut where the words that a tokenizer splits it into stay the same."""
+    """Yields a long text, cut where the words that a tokenizer splits it into stay the same."""
     begin = 0
     while len(text) - begin > _PIECE:
         match = _CUT.search(text, begin + _PIECE)

@@ -38,13 +38,13 @@ ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def saved_tokenizer(prefix: str | os.PathLike[str]) -> Path:
-    """Where the tokenizer of an indexed dataset lies."""
+    """Returns where the tokenizer of an indexed dataset lies."""
     return Path(f"{os.fspath(prefix)}.{TOKENIZER_SUFFIX}")
 
 
 def definition_file(folder: Path) -> Path | None:
-    """The file that defines the folder's tokenizer (`vocab.json` for the pair); None without
-    any.
+    """Returns the file that defines the folder's tokenizer (`vocab.json` for the pair); None
+    without any.
     """
     for name in (DEFINITION, *SENTENCEPIECE):
         if (folder / name).is_file():
@@ -56,7 +56,7 @@ def definition_file(folder: Path) -> Path | None:
 
 
 def rank_files(folder: Path) -> tuple[str, ...]:
-    """The names of tiktoken's ranks and of their rules, where these define the folder's
+    """Returns the names of tiktoken's ranks and of their rules, where these define the folder's
     tokenizer.
     """
     form = definition_file(folder)
@@ -106,13 +106,13 @@ def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
 
 
 def extra_chat_templates(folder: Path) -> list[Path]:
-    """The chat templates of `additional_chat_templates/`, by name."""
+    """Returns the chat templates of `additional_chat_templates/`, by name."""
     return sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's config.json says about texts: its type and the ids that begin, end and fill
-    them.
+    """Returns what a model's config.json says about texts: its type and the ids that begin, end and
+    fill them.
 
     Errors: `DataError` for an id that is none.
     """
@@ -134,7 +134,7 @@ def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None for a file that is not there. Errors: `DataError`."""
+    """Returns a JSON object; None for a file that is not there. Errors: `DataError`."""
     try:
         return definition.parse_json_object(definition.read_bytes(path), path)
     except (FileNotFoundError, NotADirectoryError):
@@ -162,7 +162,9 @@ class FolderSettings:
 
 
 def settings_of(folder: Path) -> FolderSettings:
-    """The settings of a folder, from whichever of its files say something. Errors: `DataError`."""
+    """Returns the settings of a folder, from whichever of its files say something. Errors:
+    `DataError`.
+    """
     config, specials, added = (
         read_optional_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED)
     )
@@ -224,12 +226,15 @@ _CLASSES = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}  # and their ...
 
 
 def pair_definition(folder: Path) -> str:
-    """The tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see `pair_of`."""
+    """Returns the tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see
+    `pair_of`.
+    """
     return pair_of(folder / VOCABULARY, folder / MERGES, settings_of(folder))
 
 
 def pair_of(vocabulary: Path, merges: Path, settings: FolderSettings) -> str:
-    """The tokenizer.json that two files stand for, read as GPT-2's or Qwen2's class reads them.
+    """Returns the tokenizer.json that two files stand for, read as GPT-2's or Qwen2's class reads
+    them.
 
     Without a word about the class the model's type decides, else it is GPT-2's. Errors:
     `DataError`.
@@ -243,7 +248,8 @@ def pair_of(vocabulary: Path, merges: Path, settings: FolderSettings) -> str:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one tokenizer."
+            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one "
+            "tokenizer."
         ) from error
     built.decoder = decoders.ByteLevel()
     if way == "qwen2":
@@ -265,7 +271,7 @@ _REMEDY = (
 
 
 def vocabulary_of(path: Path) -> dict[str, int]:
-    """The vocabulary of a byte-level BPE, token -> id. Errors: `DataError`."""
+    """Returns the vocabulary of a byte-level BPE, token -> id. Errors: `DataError`."""
     found = read_optional_json(path)
     if found is None:
         raise DataError(f"{path} does not exist.")
@@ -288,7 +294,8 @@ def _way(vocabulary: Path, settings: FolderSettings) -> str:
         return _CLASSES[kind]
     if kind:
         raise DataError(
-            f"{vocabulary} belongs to a {settings.kind}; what is known is how {', '.join(_CLASSES)} "
+            f"{vocabulary} belongs to a {settings.kind}; what is known is how "
+            f"{', '.join(_CLASSES)} "
             f"split a text. {_REMEDY}"
         )
     return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
