@@ -159,6 +159,20 @@ class SentencePieceTokenizer(_Native):
             begin = match.end()
         return ids + self._model.encode(text[begin:])
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        ids, offsets, begin = [], [], 0
+        for match in [*(self._finder.finditer(text) if self._finder else ()), None]:
+            end = len(text) if match is None else match.start()
+            for piece in self._model.encode(text[begin:end], out_type="immutable_proto").pieces:
+                ids.append(piece.id)
+                offsets.append((begin + piece.begin, begin + piece.end))
+            if match is not None:
+                ids.append(self.token_id(match.group()))
+                offsets.append(match.span())
+                begin = match.end()
+        return ids, np.array(offsets, np.int64).reshape(-1, 2)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text; control symbols give nothing, added tokens are written out."""
         parts, run = [], []
@@ -236,6 +250,13 @@ class TiktokenTokenizer(_Native):
             if special
             else self._encoding.encode_ordinary(text)
         )
+
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        ids = self.encode(text, special=True)
+        begins = np.array(self._encoding.decode_with_offsets(ids)[1], np.int64)
+        ends = np.maximum(np.append(begins[1:], len(text)), begins + 1)
+        return ids, np.stack([begins, ends[: len(ids)]], axis=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; an id without a token, such as of a row that only pads a model's vocabulary,
