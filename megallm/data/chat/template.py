@@ -129,6 +129,11 @@ class Renderer:
         }  # fmt: skip
         return self._ask({"variables": variables, "cuts": list(cuts)})["texts"]
 
+    @property
+    def alive(self) -> bool:
+        """Whether a child waits for the next conversation."""
+        return self._child is not None
+
     def close(self) -> None:
         """End the child; safe to call twice."""
         child, self._child, self._held = self._child, None, b""

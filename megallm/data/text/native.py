@@ -164,14 +164,23 @@ class SentencePieceTokenizer(_Native):
         ids, offsets, begin = [], [], 0
         for match in [*(self._finder.finditer(text) if self._finder else ()), None]:
             end = len(text) if match is None else match.start()
-            for piece in self._model.encode(text[begin:end], out_type="immutable_proto").pieces:
-                ids.append(piece.id)
-                offsets.append((begin + piece.begin, begin + piece.end))
+            made = self._pieces_of(text[begin:end])
+            ids += [number for number, _, _ in made]
+            offsets += [(begin + low, begin + high) for _, low, high in made]
             if match is not None:
                 ids.append(self.token_id(match.group()))
                 offsets.append(match.span())
                 begin = match.end()
         return ids, np.array(offsets, np.int64).reshape(-1, 2)
+
+    def _pieces_of(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, first character, end) of each piece of a text."""
+        try:
+            made = self._model.encode(text, return_type="offset_mapping")
+        except TypeError:  # before 0.2.2 the library called it otherwise
+            pieces = self._model.encode(text, out_type="immutable_proto").pieces
+            return [(piece.id, piece.begin, piece.end) for piece in pieces]
+        return [(i, *place) for i, place in zip(made["ids"], made["offsets"], strict=True)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text; control symbols give nothing, added tokens are written out."""
