@@ -19,7 +19,9 @@ LLAMA31 = """{{- bos_token }}
 {%- for m in messages if m.role != "system" %}
   {%- set role = "ipython" if m.role == "tool" else m.role %}
   {{- "<|start_header_id|>" ~ role ~ "<|end_header_id|>\\n\\n" }}
-  {%- if tools and loop.first %}{{- "Functions: " }}{% for t in tools %}{{ t | tojson(indent=2) ~ "\\n" }}{% endfor %}{% endif %}
+  {%- if tools and loop.first %}{{- "Functions: " }}
+    {%- for t in tools %}{{- t | tojson(indent=2) ~ "\\n" }}{% endfor %}
+  {%- endif %}
   {%- if m.tool_calls %}
     {%- if m.tool_calls | length != 1 %}{{ raise_exception("one call at once") }}{% endif %}
     {%- set call = m.tool_calls[0].function %}
@@ -58,13 +60,34 @@ QWEN3 = """{%- if tools %}
 TEMPLATES = {"chatml": CHATML, "llama31": LLAMA31, "qwen3": QWEN3}
 END = {"chatml": "<|im_end|>", "llama31": "<|eot_id|>", "qwen3": "<|im_end|>"}
 SPECIALS = (
-    "<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|begin|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
     "<|endoftext|>",
-)  # fmt: skip
+)
 WORDS = (
-    "the answer is 42", "Grüße,", "漢字", "🙂 ok", "\n\n", "  two  spaces", "\t", "def f(x):\n    return x", "a", " ",
-    "don't", "<|not_special|>", "{{ 7 }}", "user", "assistant\n", "...", "1,000.5", "é",
-)  # fmt: skip
+    "the answer is 42",
+    "Grüße,",
+    "漢字",
+    "🙂 ok",
+    "\n\n",
+    "  two  spaces",
+    "\t",
+    "def f(x):\n    return x",
+    "a",
+    " ",
+    "don't",
+    "<|not_special|>",
+    "{{ 7 }}",
+    "user",
+    "assistant\n",
+    "...",
+    "1,000.5",
+    "é",
+)
 
 
 def make_tokenizer(folder: Path, template: str | None = None, trim: bool = False, bos: bool = False) -> str:
@@ -73,14 +96,18 @@ def make_tokenizer(folder: Path, template: str | None = None, trim: bool = False
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoding.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=list(SPECIALS), show_progress=False,
+        vocab_size=420,
+        special_tokens=list(SPECIALS),
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     built.train_from_iterator([" ".join(WORDS)] * 8 + ["system user assistant tool \n\n \n"] * 8, trainer)
     if trim:
         built.post_processor = processors.ByteLevel(trim_offsets=True)
     if bos:
-        built.post_processor = processors.TemplateProcessing(single=["<|begin|>", "$A"], special_tokens=[("<|begin|>", 0)])
+        built.post_processor = processors.TemplateProcessing(
+            single=["<|begin|>", "$A"], special_tokens=[("<|begin|>", 0)]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     built.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}

@@ -42,7 +42,8 @@ _META, _PREFIX, _TRAINED, _TABLE, _COLUMNS, _REJECTS = (
 )  # fmt: skip
 _BLOCK = 1 << 20
 _ROW = np.dtype([
-    ("line", "<i8"), ("prompt", "<i4"), ("margin", "<f8"), ("weight", "<f8"), ("label", "<f8"), ("columns", "<i8"),
+    ("line", "<i8"), ("prompt", "<i4"), ("margin", "<f8"), ("weight", "<f8"), ("label", "<f8"),
+    ("columns", "<i8"),
 ])  # fmt: skip
 
 
@@ -81,7 +82,11 @@ class Tokenised:
         try:
             found = json.loads((folder / _META).read_text(encoding="utf-8"))
             hashes: Mapping[str, str] = found["hashes"]
-            self.counts, self.said, self.key = Counts(**found["counts"]), found["said"], found["key"]
+            self.counts, self.said, self.key = (
+                Counts(**found["counts"]),
+                found["said"],
+                found["key"],
+            )
             self.largest = int(found["largest"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder} is not a whole cache of rows: {error}.") from error
@@ -181,7 +186,8 @@ class Writer:
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self.folder, self.counts = folder, Counts()
         self._ids = IndexedWriter(folder / _PREFIX, dtype_for(vocab_size))
-        self._open = {name: open(folder / name, "wb") for name in (_TRAINED, _TABLE, _COLUMNS, _REJECTS)}  # noqa: SIM115
+        names = (_TRAINED, _TABLE, _COLUMNS, _REJECTS)
+        self._open = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
         self._columns, self._largest = 0, -1
 
     def close(self) -> None:
@@ -194,7 +200,10 @@ class Writer:
         """Append the rows of a line, or what is wrong with it."""
         with files.writing(self.folder):
             if made.reason:
-                self._write(_REJECTS, json.dumps({"line": made.line, "reason": made.reason}).encode() + b"\n")
+                self._write(
+                    _REJECTS,
+                    json.dumps({"line": made.line, "reason": made.reason}).encode() + b"\n",
+                )
             for row in made.rows:
                 self._row(made.line, row)
 
@@ -212,8 +221,12 @@ class Writer:
             sequences = [row]
         ids = np.concatenate([one.ids for one in sequences])
         self._largest = max(self._largest, int(ids.max(initial=-1)))
-        self._ids.add(ids, np.array([len(one.ids) for one in sequences]), np.array([len(sequences)]))
-        self._write(_TRAINED, np.concatenate([one.trained for one in sequences]).astype(np.uint8).tobytes())
+        self._ids.add(
+            ids, np.array([len(one.ids) for one in sequences]), np.array([len(sequences)])
+        )
+        self._write(
+            _TRAINED, np.concatenate([one.trained for one in sequences]).astype(np.uint8).tobytes()
+        )
         about = np.array([(line, prompt, margin, weight, label, self._columns)], _ROW)
         self._write(_TABLE, about.tobytes())
 
@@ -230,7 +243,13 @@ class Writer:
         hashes = {name: content_hash(str(self.folder / name)) for name in names}
         files.atomic_write_json(
             self.folder / _META,
-            {"key": key, "said": said, "counts": vars(counts), "largest": self._largest, "hashes": hashes},
+            {
+                "key": key,
+                "said": said,
+                "counts": vars(counts),
+                "largest": self._largest,
+                "hashes": hashes,
+            },
         )
 
 

@@ -1,4 +1,5 @@
-"""What the trainers on conversations read: the section `data` of `megallm sft`, `reward`, `dpo`, `kto`. Pure.
+"""What the trainers on conversations read: the section `data` of `megallm sft`, `reward`, `dpo` and
+`kto`. Pure.
 
 The comment beside a field is its documentation (`megallm config --schema` prints it).
 """
@@ -41,14 +42,15 @@ class ChatDataConfig:
         """Sentences about what is wrong with the section itself."""
         if not self.sources:
             yield "data.sources is empty: name at least one file, such as data.sources={train.jsonl: 1}."
-        for key, sources in (("data.sources", self.sources), ("data.valid_sources", self.valid_sources)):
+        for name in ("sources", "valid_sources"):
+            key, sources = f"data.{name}", vars(self)[name]
             weights = [weight for weight in sources.values() if weight is not None]
             if any(not 0 <= weight < inf for weight in weights):
                 yield f"{key} has a weight that is no finite number >= 0."
             elif sources and len(weights) == len(sources) and not any(weights):
                 yield f"{key} has no source with a weight above 0."
             elif 0 < len(weights) < len(sources):
-                yield f"{key} has weights for some sources only: give all of them a weight, or none."
+                yield f"{key} has weights for some sources only: give each a weight, or none."
         for key in ("seq_len", "window"):
             if vars(self)[key] < 1:
                 yield f"data.{key} is {vars(self)[key]}; it must be at least 1."

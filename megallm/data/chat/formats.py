@@ -28,7 +28,13 @@ from megallm.data.chat.messages import (
 Kind = Literal["sft", "preference", "reward", "unpaired", "prompts", "classification", "regression"]
 PAIRED = ("preference", "reward")
 LABELLED = ("classification", "regression")
-_PROMPTS = ("prompt", "instruction", "question", "messages", "conversations")  # beside chosen, rejected
+_PROMPTS = (
+    "prompt",
+    "instruction",
+    "question",
+    "messages",
+    "conversations",
+)  # beside chosen, rejected
 Talk = str | Messages  # a plain text, or messages
 
 
@@ -77,7 +83,9 @@ class Format:
     def missing(self, row: Row) -> list[str]:
         """The needed columns that a row does not have, or has empty."""
         return [
-            names for names in self.needed if all(row.get(name) is None for name in names.split("|"))
+            names
+            for names in self.needed
+            if all(row.get(name) is None for name in names.split("|"))
         ]
 
 
@@ -107,7 +115,9 @@ def _system(row: Row) -> Messages:
 
 
 def _messages(row: Row) -> list[Example]:
-    name = next(key for key in ("messages", "conversations", "conversation") if row.get(key) is not None)
+    name = next(
+        key for key in ("messages", "conversations", "conversation") if row.get(key) is not None
+    )
     return [Example((), (_system(row) + messages_of(row[name], name),))]
 
 
@@ -189,7 +199,11 @@ def _divided(chosen: Talk, rejected: Talk) -> tuple[Talk, tuple[Talk, Talk]]:
         raise BadRow("chosen and rejected have no common beginning, which would be their prompt")
     left = chosen[size:], rejected[size:]
     for name, talk in zip(("chosen", "rejected"), left, strict=True):
-        said = talk.strip() if isinstance(talk, str) else [one for one in talk if one["role"] == "assistant"]
+        said = (
+            talk.strip()
+            if isinstance(talk, str)
+            else [one for one in talk if one["role"] == "assistant"]
+        )
         if not said:
             raise BadRow(f"nothing of the assistant is left of {name} after the common beginning")
     return chosen[:size], left
@@ -214,11 +228,15 @@ def _several(row: Row) -> list[Example]:
     if not isinstance(answers, (list, tuple)) or not isinstance(scores, (list, tuple)):
         raise BadRow("several completions need scores, rewards, labels or ranks: a list of numbers")
     if len(answers) != len(scores) or len(answers) < 2:
-        raise BadRow(f"{len(answers)} completions with {len(scores)} scores; want as many, at least 2")
+        raise BadRow(
+            f"{len(answers)} completions with {len(scores)} scores; want as many, at least 2"
+        )
     prompt = _talk(row["prompt"], "prompt")
     made = [Example(prompt, (_answer(one, f"completions[{i}]"),)) for i, one in enumerate(answers)]
     sign = 1 if _first(row, "scores", "rewards", "labels") is not None else -1  # rank 1 is the best
-    found = [sign * number_of(float(one) if isinstance(one, bool) else one, "scores") for one in scores]
+    found = [
+        sign * number_of(float(one) if isinstance(one, bool) else one, "scores") for one in scores
+    ]
     return [replace(one, label=score) for one, score in zip(made, found, strict=True)]
 
 
@@ -256,7 +274,9 @@ def detect(name: str, row: Row, kind: Kind) -> tuple[Format, str]:
     found = next((form for form in FORMATS if not form.missing(row)), None)
     if found is None:
         known = "; ".join(f"{form.name} ({', '.join(form.needed)})" for form in FORMATS)
-        raise DataError(f"{name}: the columns {has} are of no kind of rows that is known. Known: {known}.")
+        raise DataError(
+            f"{name}: the columns {has} are of no kind of rows that is known. Known: {known}."
+        )
     labels = kind in ("unpaired", *LABELLED) and found.natural != "pair"
     if found.natural not in _ACCEPTED[kind] or (labels and row.get("label") is None):
         more = " and label" if labels else ""
@@ -304,11 +324,15 @@ def examples(form: Format, row: Row, reading: Reading) -> list[Example]:
     lost = form.missing(row)
     if lost:
         raise BadRow(
-            f"the column {' and '.join(lost)} is missing or null; the rows of this file are {form.name} rows, "
+            f"the column {' and '.join(lost)} is missing or null; the rows of this file are "
+            f"{form.name} rows, "
             f"this one has {', '.join(list(row)[:12]) or 'none'}"
         )
     made = _fitted(form, form.build(row), reading, row)
-    common = {"tools": tools_of(row.get("tools")), "options": options_of(row.get("chat_template_kwargs"))}
+    common = {
+        "tools": tools_of(row.get("tools")),
+        "options": options_of(row.get("chat_template_kwargs")),
+    }
     if row.get("margin") is not None:
         common["margin"] = number_of(row["margin"], "margin")
     if reading.kind == "prompts":
@@ -363,7 +387,10 @@ def _asked(one: Example) -> Example:
         said = one.answers[0]
         if isinstance(said, str):
             raise BadRow("a text has no prompt")
-        last = max((i for i, message in enumerate(said) if message["role"] == "assistant"), default=len(said))
+        last = max(
+            (i for i, message in enumerate(said) if message["role"] == "assistant"),
+            default=len(said),
+        )
         prompt = said[:last]
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise BadRow("the prompt is empty")
@@ -402,6 +429,7 @@ def _as_messages(one: Example) -> Example:
         if not prompt and answers and isinstance(answers[0], str):
             return one  # a text, which is nobody's answer
     said = tuple(
-        ({"role": "assistant", "content": talk},) if isinstance(talk, str) else talk for talk in answers
+        ({"role": "assistant", "content": talk},) if isinstance(talk, str) else talk
+        for talk in answers
     )
     return replace(one, prompt=prompt, answers=said)

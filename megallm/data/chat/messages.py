@@ -104,7 +104,9 @@ def _content(value: Any, what: str) -> str:
         parts = []
         for part in value:
             if isinstance(part, Mapping) and part.get("type", "text") != "text":
-                raise BadRow(f"{what} has a part of type {str(part['type'])[:40]!r}, only text is read")
+                raise BadRow(
+                    f"{what} has a part of type {str(part['type'])[:40]!r}, only text is read"
+                )
             parts.append(text_of(part.get("text") if isinstance(part, Mapping) else part, what))
         return "".join(parts)
     return text_of(value, what)

@@ -80,13 +80,17 @@ def prepare(
     found = _files(config.valid_sources if valid else config.sources)
     workshop = _Workshop(config, kind, words, template, tell)
     sources = {name: workshop.tokenised(name, cache) for name in found}
-    return Prepared(kind, config, words, template, sources, _weights(found, sources, config), tuple(notes))
+    return Prepared(
+        kind, config, words, template, sources, _weights(found, sources, config), tuple(notes)
+    )
 
 
 def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate, str]:
     """The template that the section names, and a line that says which. Errors: DataError."""
     spec = Path(config.tokenizer)
-    found = find_template(spec if spec.is_dir() else spec.parent if spec.is_file() else None, words.special_texts)
+    found = find_template(
+        spec if spec.is_dir() else spec.parent if spec.is_file() else None, words.special_texts
+    )
     if config.template == "chatml":
         specials = tuple(sorted({*found.specials, *CHATML_STOPS}))
         found = ChatTemplate(CHATML, "ChatML (data.template)", found.tokens, specials)
@@ -98,8 +102,8 @@ def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate,
         found = replace(found, source=text, origin=config.template, stops=(), built_in=False)
     elif found.built_in:
         return found, (
-            f"warning: the tokenizer {config.tokenizer} has no chat template: conversations are written as ChatML "
-            "(data.template names another)"
+            f"warning: the tokenizer {config.tokenizer} has no chat template: conversations are "
+            "written as ChatML (data.template names another)"
         )
     return found, f"chat template: {found.origin}"
 
@@ -110,7 +114,11 @@ def _files(sources: Mapping[str, float | None]) -> dict[str, float | None]:
     """
     found: dict[str, float | None] = {}
     for name, weight in sources.items():
-        names = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
+        names = (
+            sorted(glob.glob(name, recursive=True))
+            if glob.has_magic(name) and not Path(name).exists()
+            else [name]
+        )
         if not names:
             raise DataError(f"{name}: no file has such a name.")
         for one in names:
@@ -124,17 +132,33 @@ def _weights(
     found: Mapping[str, float | None], sources: Mapping[str, Tokenised], config: ChatDataConfig
 ) -> dict[str, float]:
     """Without weights each file has that of its size: tokens where rows are packed, else rows."""
-    sizes = {name: source.counts.tokens if config.packing else len(source) for name, source in sources.items()}
-    return {name: float(sizes[name]) if weight is None else weight for name, weight in found.items()}
+    sizes = {
+        name: source.counts.tokens if config.packing else len(source)
+        for name, source in sources.items()
+    }
+    return {
+        name: float(sizes[name]) if weight is None else weight for name, weight in found.items()
+    }
 
 
 class _Workshop:
     """Makes the rows of files with one tokenizer, template and set of rules."""
 
     def __init__(
-        self, config: ChatDataConfig, kind: Kind, words: Tokenizer, template: ChatTemplate, tell: Callable[[str], None]
+        self,
+        config: ChatDataConfig,
+        kind: Kind,
+        words: Tokenizer,
+        template: ChatTemplate,
+        tell: Callable[[str], None],
     ) -> None:
-        self.config, self.kind, self.words, self.template, self.tell = config, kind, words, template, tell
+        self.config, self.kind, self.words, self.template, self.tell = (
+            config,
+            kind,
+            words,
+            template,
+            tell,
+        )
         self.reading = Reading(kind, config.strings, config.pairs)
         self.rules = Rules(kind, config.train_on, config.seq_len, config.too_long)
 
@@ -143,16 +167,20 @@ class _Workshop:
         template = self.template
         key = caches.key_of(
             caches.content_hash(name), self.words.fingerprint, self.words.template,
-            [template.source, dict(template.tokens), sorted(template.specials), sorted(template.stops)],
-            dict(self.config.template_options), self.config.template_date, vars(self.reading), vars(self.rules),
-            Path(name).suffix,
+            vars(template) | {"tokens": dict(template.tokens), "origin": None},
+            dict(self.config.template_options), self.config.template_date, vars(self.reading),
+            vars(self.rules), Path(name).suffix,
         )  # fmt: skip
-        made = caches.load_or_make(cache, key, self.kind, lambda folder: self._make(name, key, folder), self.tell)
+        made = caches.load_or_make(
+            cache, key, self.kind, lambda folder: self._make(name, key, folder), self.tell
+        )
         bad = next(made.rejects(), None)
         if bad is not None and self.config.on_error == "stop":
             raise _stopped(name, *bad)
         if not len(made):
-            raise DataError(f"{name} holds no row that can be used{_why(name, bad)} ({made.counts.told()}).")
+            raise DataError(
+                f"{name} holds no row that can be used{_why(name, bad)} ({made.counts.told()})."
+            )
         self.tell(f"{name}: {made.said}; {made.counts.told()}{_why(name, bad)}")
         return made
 
@@ -160,7 +188,11 @@ class _Workshop:
         counts, said = Counts(), ""
         with ExitStack() as stack:
             renderer = stack.enter_context(Renderer(self.template, self.config.template_date))
-            ends = (*self.words.special_texts, *self.template.stops, self.template.tokens.get("eos_token", ""))
+            ends = (
+                *self.words.special_texts,
+                *self.template.stops,
+                self.template.tokens.get("eos_token", ""),
+            )
             maker = RowMaker(self.words, lambda: Speaker(renderer, ends), self.rules)
             writer = Writer(folder, self.words.vocab_size)
             stack.callback(writer.close)
@@ -195,7 +227,9 @@ class _Workshop:
 
 
 def _stopped(name: str, line: int, reason: str) -> DataError:
-    return DataError(f"{name}:{line}: {reason}. Mend the row, or set data.on_error: skip to leave such rows out.")
+    return DataError(
+        f"{name}:{line}: {reason}. Mend the row, or set data.on_error: skip to leave such rows out."
+    )
 
 
 def _why(name: str, bad: tuple[int, str] | None) -> str:

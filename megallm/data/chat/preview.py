@@ -54,7 +54,8 @@ def _sizes(row: SftRow) -> str:
 def preview(row: Row, words: Tokenizer) -> str:
     """A row as plain text, its trained tokens in double brackets."""
     return "\n".join(
-        f"--- {said}\n" + "".join(f"{BEGIN}{text}{END}" if trained else text for text, trained in found)
+        f"--- {said}\n"
+        + "".join(f"{BEGIN}{text}{END}" if trained else text for text, trained in found)
         for said, found in lines(row, words)
     )
 

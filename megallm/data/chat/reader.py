@@ -51,8 +51,16 @@ class _Sequence:
     it.
     """
 
-    def __init__(self, row: SftRow, sample: int, labels: np.ndarray, mask: np.ndarray, more: dict[str, Any]) -> None:
-        self.ids, self.sample, self.labels, self.mask, self.more = row.ids, sample, labels, mask, more
+    def __init__(
+        self, row: SftRow, sample: int, labels: np.ndarray, mask: np.ndarray, more: dict[str, Any]
+    ) -> None:
+        self.ids, self.sample, self.labels, self.mask, self.more = (
+            row.ids,
+            sample,
+            labels,
+            mask,
+            more,
+        )
 
 
 def _sequence(row: SftRow, sample: int, **more: Any) -> _Sequence:
@@ -98,9 +106,16 @@ _LAY: dict[str, Callable[[Any, int], list[_Sequence]]] = {
 _MORE: dict[str, dict[str, np.ndarray]] = {
     name: {key: np.array(value) for key, value in fields.items()}
     for name, fields in {
-        "sft": {}, "prompts": {}, "classification": {}, "regression": {"target": np.float32(0)},
+        "sft": {},
+        "prompts": {},
+        "classification": {},
+        "regression": {"target": np.float32(0)},
         "unpaired": {"prompt_tokens": np.int64(0), "label": np.bool_(False)},
-        "preference": {"prompt_tokens": np.int64(0), "margin": np.float32(0), "weight": np.float32(0)},
+        "preference": {
+            "prompt_tokens": np.int64(0),
+            "margin": np.float32(0),
+            "weight": np.float32(0),
+        },
     }.items()
 }  # fmt: skip - what a sequence has beside its tokens, and what padding has there
 _MORE["reward"] = _MORE["preference"]
@@ -119,15 +134,18 @@ class ChatReader(StreamReader):
     last is padding where there is some (of pairs the last two, so that they still alternate).
     """
 
-    def __init__(self, prepared: Prepared, stream: Stream, share: Share, first_step: int, multiple: int) -> None:
+    def __init__(
+        self, prepared: Prepared, stream: Stream, share: Share, first_step: int, multiple: int
+    ) -> None:
         super().__init__(stream, share, first_step)
         self.prepared, self.multiple, self.epochs = prepared, multiple, None
         self._per_row = 2 if prepared.kind in PAIRED else 1
         longest = row_length(prepared.config, prepared.kind)
         if prepared.config.packing and longest % multiple:
             raise UsageError(
-                f"data.seq_len {prepared.config.seq_len} makes packed rows of {longest} tokens, which must be a "
-                f"multiple of {multiple} (2 x cp x tp); nearest: {-(-longest // multiple) * multiple // self._per_row}."
+                f"data.seq_len {prepared.config.seq_len} makes packed rows of {longest} tokens, "
+                f"which must be a multiple of {multiple} (2 x cp x tp); nearest: "
+                f"{-(-longest // multiple) * multiple // self._per_row}."
             )
 
     def batches(self, step: int) -> list[Arrays]:
@@ -143,7 +161,9 @@ class ChatReader(StreamReader):
     def examples(self, step: int) -> list[tuple[int, Example]]:
         """(sample, row) of this rank's rows of a step: prompts with their columns, for rollouts."""
         rows = self._take(step)
-        return [one for micro in self.share.micros() for i in micro for one in self._examples(rows[i])]
+        return [
+            one for micro in self.share.micros() for i in micro for one in self._examples(rows[i])
+        ]
 
     def steps(self, epochs: int = 1) -> int:
         """Steps, from the beginning, until every source was read `epochs` times."""
@@ -174,13 +194,20 @@ class ChatReader(StreamReader):
 
     def _sequences(self, rows: Sequence[Row]) -> list[_Sequence]:
         lay = _LAY[self.prepared.kind]
-        return [one for row in rows for sample, example in self._examples(row) for one in lay(example, sample)]
+        return [
+            one
+            for row in rows
+            for sample, example in self._examples(row)
+            for one in lay(example, sample)
+        ]
 
     def _per_sequence(self, sequences: Sequence[_Sequence], padding: int) -> Arrays:
         """The arrays [S], with `padding` entries of nobody at the end."""
         samples = [one.sample for one in sequences] + [NOBODY] * padding
         more = {
-            name: np.array([one.more[name] for one in sequences] + [nothing.item()] * padding, nothing.dtype)
+            name: np.array(
+                [one.more[name] for one in sequences] + [nothing.item()] * padding, nothing.dtype
+            )
             for name, nothing in _MORE[self.prepared.kind].items()
         }
         return {"samples": np.array(samples, np.int64), **more}
@@ -192,7 +219,11 @@ class ChatReader(StreamReader):
         sequences = self._sequences(rows)
         for number, one in enumerate(sequences):
             size = len(one.ids)
-            tokens[number, :size], labels[number, :size], mask[number, :size] = one.ids, one.labels, one.mask
+            tokens[number, :size], labels[number, :size], mask[number, :size] = (
+                one.ids,
+                one.labels,
+                one.mask,
+            )
         return {
             "tokens": tokens, "labels": labels, "mask": mask, "positions": np.tile(np.arange(length), (count, 1)),
             **self._per_sequence(sequences, count - len(sequences)),

@@ -145,7 +145,9 @@ def _csv(file: textfile.TextFile, delimiter: str) -> Iterator[Record]:
                 if row:
                     yield Record(line, None, f"{len(row)} cells under {len(names)} columns")
             else:
-                yield Record(line, {n: cell if cell else None for n, cell in zip(names, row, strict=True)})
+                yield Record(
+                    line, {n: cell if cell else None for n, cell in zip(names, row, strict=True)}
+                )
             line = rows.line_num + 1
     except csv.Error as error:
         yield Record(line, None, f"not valid CSV, {error}")

@@ -85,8 +85,10 @@ class Counts:
             "divided": "conversations made several rows (the template rewrites past turns)",
             "straddling": "tokens hold both trained and other characters, and are trained",
         }  # fmt: skip
-        head = f"{self.rows} rows of {self.lines}, {self.tokens} tokens, {self.trained} of them trained"
-        return "; ".join([head, *(f"{vars(self)[key]} {said}" for key, said in names.items() if vars(self)[key])])
+        head = f"{self.rows} rows of {self.lines}, {self.tokens} tokens, {self.trained} trained"
+        return "; ".join(
+            [head, *(f"{vars(self)[key]} {said}" for key, said in names.items() if vars(self)[key])]
+        )
 
     def add(self, other: Mapping[str, int]) -> None:
         """Add counts of the same names."""
@@ -144,7 +146,9 @@ class RowMaker:
 
     # Sequences
 
-    def _sequences(self, prompt: Talk, answer: Talk, example: Example, train_on: str) -> list[SftRow]:
+    def _sequences(
+        self, prompt: Talk, answer: Talk, example: Example, train_on: str
+    ) -> list[SftRow]:
         if isinstance(answer, str):
             return [self._text(prompt, answer, train_on)]
         passages = self.speaker.passages(
@@ -160,7 +164,9 @@ class RowMaker:
         trained = np.zeros(len(ids), bool)
         for low, high in passage.spans:
             inside = np.maximum(begin, low) < np.minimum(end, high)
-            self.counts.straddling += int((inside & ((begin < low) | (end > high)) & (end - begin > 1)).sum())
+            self.counts.straddling += int(
+                (inside & ((begin < low) | (end > high)) & (end - begin > 1)).sum()
+            )
             trained |= inside
         return SftRow(np.array(ids, np.int32), trained)
 
@@ -174,7 +180,9 @@ class RowMaker:
         before = self._begin if row.ids[: len(self._begin)].tolist() != self._begin else []
         after = [self.words.eod] if row.ids[-1:].tolist() != [self.words.eod] else []
         ids = np.concatenate([np.array(before, np.int32), row.ids, np.array(after, np.int32)])
-        trained = np.concatenate([np.zeros(len(before), bool), row.trained, np.ones(len(after), bool)])
+        trained = np.concatenate(
+            [np.zeros(len(before), bool), row.trained, np.ones(len(after), bool)]
+        )
         return SftRow(ids, trained)
 
     def _prompt(self, example: Example) -> np.ndarray:
@@ -190,8 +198,9 @@ class RowMaker:
         made = self._sequences(example.prompt, example.answers[number], example, "assistant_only")
         if len(made) > 1:
             raise BadRow(
-                "the chat template writes the turns of this completion otherwise when others follow them, so they "
-                "cannot stand in one sequence. Give completions of one turn, or another template"
+                "the chat template writes the turns of this completion otherwise when others "
+                "follow them, so they cannot stand in one sequence. Give completions of one turn, "
+                "or another template"
             )
         return made
 
@@ -237,7 +246,9 @@ class RowMaker:
 
     def _may_cut(self, length: int) -> bool:
         if self.rules.too_long == "error":
-            raise BadRow(f"the row has {length} tokens, more than data.seq_len {self.rules.seq_len}")
+            raise BadRow(
+                f"the row has {length} tokens, more than data.seq_len {self.rules.seq_len}"
+            )
         self.counts.dropped += self.rules.too_long == "drop"
         return self.rules.too_long != "drop"
 
@@ -274,5 +285,7 @@ def _with(row: Row, sequences: list[SftRow], begin: int) -> Row:
         size = min(len(row.prompt), begin + min(len(one.ids) for one in sequences))
         return PreferenceRow(row.prompt[begin:size], *sequences, row.margin, row.weight)
     if isinstance(row, LabelledRow):
-        return LabelledRow(sequences[0], row.label, row.prompt[begin : begin + len(sequences[0].ids)])
+        return LabelledRow(
+            sequences[0], row.label, row.prompt[begin : begin + len(sequences[0].ids)]
+        )
     return sequences[0]

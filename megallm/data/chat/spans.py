@@ -46,7 +46,9 @@ class Speaker:
         self.ends = tuple(sorted({end for end in ends if end.strip()}, key=len, reverse=True))
         self._failures = 0
 
-    def prompt(self, messages: Messages, tools: Any = None, options: Mapping[str, Any] | None = None) -> str:
+    def prompt(
+        self, messages: Messages, tools: Any = None, options: Mapping[str, Any] | None = None
+    ) -> str:
         """The text after which the assistant speaks."""
         return self._texts(messages, [(len(messages), True)], tools, options)[0]
 
@@ -103,28 +105,34 @@ class Speaker:
             found = self._span(whole, before, after)
             if found is None:
                 raise BadRow(
-                    "a turn that is not to be trained is written otherwise in the whole conversation, "
-                    "so train_on all cannot leave it out"
+                    "a turn that is not to be trained is written otherwise in the whole "
+                    "conversation, so train_on all cannot leave it out"
                 )
             spans.append((at, found[0]))
             at = found[1]
-        return Passage(whole, tuple(span for span in (*spans, (at, len(whole))) if span[0] < span[1]))
+        return Passage(
+            whole, tuple(span for span in (*spans, (at, len(whole))) if span[0] < span[1])
+        )
 
     def _check(self, before: str, after: str, turn: int) -> None:
         """Errors: BadRow for a template with which the words of a turn cannot be told."""
         if not after.startswith(before):
-            at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+                len(after),
+            )
             raise BadRow(
-                f"the chat template is not prefix-preserving: the text before messages[{turn}], which asks the "
-                f"assistant to speak, is not how the text with its answer begins (they part at character {at}: "
-                f"{before[at : at + 20]!r} and {after[at : at + 20]!r}), so its words cannot be told. Use a template "
-                "that writes the generation prompt as the answer begins"
+                f"the chat template is not prefix-preserving: the text before messages[{turn}], "
+                "which asks the assistant to speak, is not how the text with its answer begins "
+                f"(they part at character {at}: {before[at : at + 20]!r} and "
+                f"{after[at : at + 20]!r}), so its words cannot be told. Use a template that "
+                "writes the generation prompt as the answer begins"
             )
         if self._span(after, before, after) is None:
             raise BadRow(
-                f"the chat template ends the turn messages[{turn}] without a special token (its text ends with "
-                f"{after[-30:]!r}): a model trained on it would never learn to stop. Use a template that writes "
-                "the end of each of the assistant's turns"
+                f"the chat template ends the turn messages[{turn}] without a special token (its "
+                f"text ends with {after[-30:]!r}): a model trained on it would never learn to "
+                "stop. Use a template that writes the end of each of the assistant's turns"
             )
 
     def _span(self, text: str, before: str, after: str) -> Span | None:
@@ -138,7 +146,9 @@ class Speaker:
             common = len(said)
         else:
             rest = text[begin : begin + len(said)]
-            common = next((i for i, (a, b) in enumerate(zip(said, rest, strict=False)) if a != b), len(rest))
+            common = next(
+                (i for i, (a, b) in enumerate(zip(said, rest, strict=False)) if a != b), len(rest)
+            )
         end = max((self._last(said, mark, common) for mark in self.ends), default=0)
         return (begin, begin + end) if end and not self._words(said[end:]) else None
 
@@ -152,11 +162,15 @@ class Speaker:
             text = text.replace(mark, "")
         return text.strip()
 
-    def _texts(self, messages: Messages, cuts: list, tools: Any, options: Mapping[str, Any] | None) -> list[str]:
+    def _texts(
+        self, messages: Messages, cuts: list, tools: Any, options: Mapping[str, Any] | None
+    ) -> list[str]:
         try:
             return self.renderer.texts(plain(messages), cuts, tools, options)
         except DataError as error:
             self._failures += not self.renderer.alive
             if self._failures >= MAX_FAILURES:
-                raise DataError(f"{error} So it was with {self._failures} conversations.") from error
+                raise DataError(
+                    f"{error} So it was with {self._failures} conversations."
+                ) from error
             raise BadRow(str(error).removesuffix(".")) from None

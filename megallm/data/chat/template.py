@@ -119,13 +119,10 @@ class Renderer:
 
         `options` are further variables of the template (`chat_template_kwargs`). Errors: DataError.
         """
-        safe = [
-            {key: item if key == "role" else self.template.defused(item) for key, item in message.items()}
-            for message in messages
-        ]  # fmt: skip
+        safe = [{**self.template.defused(message), "role": message["role"]} for message in messages]
         variables = {
-            **self.template.tokens, "tools": self.template.defused(tools), "documents": None, **(options or {}),
-            "messages": safe,
+            **self.template.tokens, "tools": self.template.defused(tools), "documents": None,
+            **(options or {}), "messages": safe,
         }  # fmt: skip
         return self._ask({"variables": variables, "cuts": list(cuts)})["texts"]
 
