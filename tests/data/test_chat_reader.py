@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megallm.base.config import loads, schema
 from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import Share
 from megallm.data.chat import prepare as preparing
@@ -255,6 +256,30 @@ def test_other_rows_are_refused_on_resume(folder):
             reader(folder, state=state, step=2, **change)
     with pytest.raises(DataError, match="seed"):
         reader(folder, state=state, step=2, seed=6)
+
+
+def test_a_bad_template_ends_the_run_and_leaves_nothing(folder, tmp_path):
+    for template, words in (("{{ messages | length }}" + CHATML, "a.jsonl.*prefix-preserving"), ("{% for %}", "Syntax")):
+        (tmp_path / "bad.jinja").write_text(template)
+        for policy in ("stop", "skip"):
+            section = config(folder, template=str(tmp_path / "bad.jinja"), on_error=policy)
+            with pytest.raises(DataError, match=words) as error:
+                prepare(section, "sft", tmp_path / "cache")
+            assert error.value.exit_code == 65
+
+
+def test_ids_that_a_model_lacks_are_noticed(folder):
+    made = prepare(config(folder), "sft", folder / "cache")
+    made.check_vocabulary(made.words.vocab_size)
+    with pytest.raises(DataError, match="but model.vocab_size is 7: give the model at least"):
+        made.check_vocabulary(7)
+
+
+def test_every_key_of_the_section_is_documented():
+    keys = schema(ChatDataConfig)["properties"]
+    assert len(keys) > 15 and all(key.get("description") for key in keys.values())
+    section = loads(ChatDataConfig, "sources: {F.jsonl: 1}\ntemplate_options: {enable_thinking: false}\n")
+    assert section.template_options == {"enable_thinking": False} and not [*section.faults()]
 
 
 # Too long.

@@ -254,6 +254,7 @@ WRONG = {
         "{% for m in messages %}{% if not loop.first %}<|im_end|>{% endif %}{{ m.content }}{% endfor %}",
         "without a special token",
     ),
+    "says only the end": (CHATML.replace("{{ message.content }}", ""), "writes nothing of messages"),
     "says nothing": ("{% for m in messages %}{{ m.role }}{% endfor %}", "without a special token"),
     "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was ended"),
     "grows": ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "longer than"),

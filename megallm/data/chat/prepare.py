@@ -37,6 +37,16 @@ class Prepared:
     weights: Mapping[str, float]
     notes: tuple[str, ...]
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Errors: DataError when a row has an id that a model of `vocab_size` tokens lacks."""
+        for name, source in self.sources.items():
+            if source.largest >= vocab_size:
+                raise DataError(
+                    f"{name} has the token {source.largest} with the tokenizer "
+                    f"{self.config.tokenizer}, but model.vocab_size is {vocab_size}: give the model "
+                    f"at least {source.largest + 1} tokens, or use its own tokenizer."
+                )
+
     @property
     def counts(self) -> Counts:
         """What became of the rows of all files."""

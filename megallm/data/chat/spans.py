@@ -79,7 +79,7 @@ class Speaker:
         texts = self._texts(messages, [*cuts, whole], tools, options)
         said = {i: (texts[2 * n], texts[2 * n + 1]) for n, i in enumerate(looked_at)}
         for i, (before, after) in said.items():
-            self._check(before, after, i)
+            self._check(before, after, i, bool(messages[i].get("tool_calls")))
         if train_on == "all":
             return [self._all_but(texts[-1], [said[i] for i in turns if i not in wanted])]
         if not wanted:
@@ -114,7 +114,7 @@ class Speaker:
             whole, tuple(span for span in (*spans, (at, len(whole))) if span[0] < span[1])
         )
 
-    def _check(self, before: str, after: str, turn: int) -> None:
+    def _check(self, before: str, after: str, turn: int, calls: bool) -> None:
         """Errors: BadRow for a template with which the words of a turn cannot be told."""
         if not after.startswith(before):
             at = next(
@@ -133,6 +133,13 @@ class Speaker:
                 f"the chat template ends the turn messages[{turn}] without a special token (its "
                 f"text ends with {after[-30:]!r}): a model trained on it would never learn to "
                 "stop. Use a template that writes the end of each of the assistant's turns"
+            )
+
+        if not self._words(after[len(before) :]):
+            raise BadRow(
+                f"the chat template writes nothing of messages[{turn}]"
+                f"{', whose tool calls it does not know' if calls else ''}: only its end would be "
+                "trained. Use a template that writes it"
             )
 
     def _span(self, text: str, before: str, after: str) -> Span | None:
