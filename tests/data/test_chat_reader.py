@@ -259,7 +259,8 @@ def test_other_rows_are_refused_on_resume(folder):
 
 
 def test_a_bad_template_ends_the_run_and_leaves_nothing(folder, tmp_path):
-    for template, words in (("{{ messages | length }}" + CHATML, "a.jsonl.*prefix-preserving"), ("{% for %}", "Syntax")):
+    wrong = {"{{ messages | length }}" + CHATML: "a.jsonl.*prefix-preserving", "{% for %}": "Syntax"}
+    for template, words in wrong.items():
         (tmp_path / "bad.jinja").write_text(template)
         for policy in ("stop", "skip"):
             section = config(folder, template=str(tmp_path / "bad.jinja"), on_error=policy)
