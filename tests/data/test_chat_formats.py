@@ -198,7 +198,8 @@ def test_labels_margins_and_all_pairs():
     form, _ = detect("F", row, "reward")
     made = examples(form, row, Reading("reward", pairs="all"))
     assert sorted(one.answers for one in made) == [("x", "w"), ("y", "w"), ("y", "x"), ("z", "w"), ("z", "x")]
-    assert {one.weight for one in made} == {0.2}
+    (one,) = examples(form, row, Reading("ranked"))
+    assert one.answers == ("y", "z", "x", "w") and one.ranks == (0, 0, 1, 2)
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "margin": "1.5"}
     form, _ = detect("F", row, "unpaired")
     assert [one.label for one in examples(form, row, Reading("unpaired"))] == [1, 0]

@@ -99,7 +99,8 @@ def test_ranks_and_microbatches_divide_the_same_rows(folder, packing):
         assert sum(one["mask"].sum() for one in micros) == expected["mask"].sum()
         for one in (expected, *micros):  # a pair lies in one microbatch, chosen before rejected
             ids = one["samples"]
-            assert len(ids) % 2 == 0 and (ids[0::2] == ids[1::2]).all()
+            pairs = ids[: len(ids) // 2 * 2]  # one left over is padding
+            assert (pairs[0::2] == pairs[1::2]).all() and (len(ids) % 2 == 0 or ids[-1] == -1)
             real = ids[ids >= 0]
             assert (ids[: len(real)] == real).all()
 
@@ -178,7 +179,7 @@ def test_the_heads_of_reward_models_read_the_last_token(folder):
         ends = {tuple(place) for place in places.tolist()}
         if packing:
             assert {(0, end - 1) for end in batch["cu_seqlens"][1 : len(real) + 1].tolist()} == ends
-        assert (batch["margin"][0::2] == batch["margin"][1::2]).all() and batch["weight"].max() == 1
+        assert (batch["margin"][1 : len(real) : 2] == 0).all() and batch["margin"].max() > 0
 
 
 def test_a_pair_shares_its_prompt_and_its_completions_are_trained(folder):
@@ -191,6 +192,41 @@ def test_a_pair_shares_its_prompt_and_its_completions_are_trained(folder):
         assert words.decode(row.prompt.tolist()).endswith("<|im_start|>assistant\n")
     (batch, _) = read.batches(1)
     assert batch["prompt_tokens"][0] == batch["prompt_tokens"][1] > 0
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_ranked_answers_stay_together(folder, tmp_path, packing):
+    rows = [{"prompt": f"q{i}", "completions": ["x", "yy", "zzz"][: 2 + i % 2], "ranks": [2, 1, 2][: 2 + i % 2]}
+            for i in range(6)]  # fmt: skip
+    write_jsonl(tmp_path / "F.jsonl", rows)
+    more = {"seq_len": 16, "packing": packing, "tokenizer": str(folder / "tokenizer")}
+    made = prepare(config(tmp_path, "F.jsonl", **more), "ranked", tmp_path / "cache")
+    read = reader_of(made, Share(2, 2), epochs=1)
+    found: dict[int, list] = {}
+    for step in range(1, read.steps() + 1):
+        (batch,) = read.batches(step)
+        assert int(batch["mask"].sum()) == (batch["samples"] >= 0).sum()
+        real = batch["samples"] >= 0
+        assert (batch["prompt"] == batch["samples"]).all() and not batch["rank"][~real].any()
+        assert packing or batch["tokens"].shape[0] == 6
+        for sample in {*batch["samples"][real].tolist()}:
+            assert sample not in found
+            found[sample] = batch["rank"][batch["samples"] == sample].tolist()
+    assert sorted(found.values()) == [[0, 1]] * 3 + [[0, 1, 1]] * 3
+    assert made.counts.rows == 6 and "--- rank 1" in first_rows(made.sources, made.words)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_classes_and_values_stand_at_the_last_token(folder, tmp_path, packing):
+    rows = [{"text": f"text {i}", "label": i} for i in range(6)]
+    write_jsonl(tmp_path / "F.jsonl", rows)
+    more = {"seq_len": 16, "packing": packing, "tokenizer": str(folder / "tokenizer")}
+    for kind, name in (("classification", "labels"), ("regression", "targets")):
+        read = reader_of(prepare(config(tmp_path, "F.jsonl", **more), kind, tmp_path / "cache"), Share(6, 6), epochs=1)
+        (batch,) = read.batches(1)
+        assert sorted(batch[name][batch["mask"]].tolist()) == [*range(6)]
+        assert (batch["tokens"][batch["mask"]] == read.prepared.words.eod).all()
+        assert not batch[name][~batch["mask"]].any()
 
 
 def test_prompts_come_with_their_columns(folder):

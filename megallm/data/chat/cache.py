@@ -3,8 +3,8 @@
 A folder is named by what decides its rows: the file's content (not its name), tokenizer, template
 and rules. It holds an indexed dataset (`data.indexed`), in which a row is a document and a sequence
 of it a sequence; beside it which tokens are trained, a table with one line a row, the columns of
-prompts, and the rows that could not be used. `cache.json` has the hash of each; a folder that is
-damaged is made again.
+prompts (or the ranks of answers), and the rows that could not be used. `cache.json` has the hash of
+each; a folder that is damaged is made again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megallm.data.chat.rows import (
     LabelledRow,
     PreferenceRow,
     PromptRow,
+    RankedRow,
     Row,
     SftRow,
 )
@@ -42,8 +43,7 @@ _META, _PREFIX, _TRAINED, _TABLE, _COLUMNS, _REJECTS = (
 )  # fmt: skip
 _BLOCK = 1 << 20
 _ROW = np.dtype([
-    ("line", "<i8"), ("prompt", "<i4"), ("margin", "<f8"), ("weight", "<f8"), ("label", "<f8"),
-    ("columns", "<i8"),
+    ("line", "<i8"), ("prompt", "<i4"), ("margin", "<f8"), ("label", "<f8"), ("columns", "<i8"),
 ])  # fmt: skip
 
 
@@ -109,6 +109,11 @@ class Tokenised:
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def most_sequences(self) -> int:
+        """Of a row."""
+        return int(np.diff(self.data.document_indices).max(initial=1))
+
     def rejects(self) -> Iterator[tuple[int, str]]:
         """(line, reason) of the rows that could not be used."""
         with open(self.folder / _REJECTS, encoding="utf-8") as lines:
@@ -125,7 +130,9 @@ class Tokenised:
         if self.kind == "prompts":
             return PromptRow(sequences[0].ids, json.loads(self._columns(number)), number)
         if self.kind in PAIRED:
-            return PreferenceRow(prompt, *sequences, float(about["margin"]), float(about["weight"]))
+            return PreferenceRow(prompt, *sequences, float(about["margin"]))
+        if self.kind == "ranked":
+            return RankedRow(prompt, tuple(sequences), tuple(json.loads(self._columns(number))))
         if self.kind == "sft":
             return sequences[0]
         return LabelledRow(sequences[0], float(about["label"]), prompt)
@@ -208,10 +215,13 @@ class Writer:
                 self._row(made.line, row)
 
     def _row(self, line: int, row: Row) -> None:
-        prompt, margin, weight, label = 0, 0.0, 1.0, 0.0
+        prompt, margin, label = 0, 0.0, 0.0
         if isinstance(row, PreferenceRow):
             sequences = [row.chosen, row.rejected]
-            prompt, margin, weight = len(row.prompt), row.margin, row.weight
+            prompt, margin = len(row.prompt), row.margin
+        elif isinstance(row, RankedRow):
+            sequences, prompt = [*row.sequences], len(row.prompt)
+            self._columns += self._write(_COLUMNS, json.dumps(row.ranks).encode())
         elif isinstance(row, LabelledRow):
             sequences, prompt, label = [row.sequence], len(row.prompt), row.label
         elif isinstance(row, PromptRow):
@@ -227,7 +237,7 @@ class Writer:
         self._write(
             _TRAINED, np.concatenate([one.trained for one in sequences]).astype(np.uint8).tobytes()
         )
-        about = np.array([(line, prompt, margin, weight, label, self._columns)], _ROW)
+        about = np.array([(line, prompt, margin, label, self._columns)], _ROW)
         self._write(_TABLE, about.tobytes())
 
     def _write(self, name: str, data: bytes) -> int:

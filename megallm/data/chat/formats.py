@@ -25,7 +25,9 @@ from megallm.data.chat.messages import (
     tools_of,
 )
 
-Kind = Literal["sft", "preference", "reward", "unpaired", "prompts", "classification", "regression"]
+Kind = Literal[
+    "sft", "preference", "reward", "ranked", "unpaired", "prompts", "classification", "regression"
+]  # fmt: skip
 PAIRED = ("preference", "reward")
 LABELLED = ("classification", "regression")
 _PROMPTS = (
@@ -40,10 +42,10 @@ Talk = str | Messages  # a plain text, or messages
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answers to it: one to learn, two of a pair (chosen, rejected), or none.
+    """A prompt and the answers to it: one to learn, two of a pair (chosen, rejected), several with
+    their `ranks` (0 the best; equal answers have the same), or none.
 
-    A whole conversation, or a text, is an answer to the empty prompt. `weight` is that of the row
-    among the rows that were made of the same line.
+    A whole conversation, or a text, is an answer to the empty prompt.
     """
 
     prompt: Talk
@@ -51,8 +53,8 @@ class Example:
     tools: list[Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     margin: float = 0.0
-    weight: float = 1.0
     label: float | None = None
+    ranks: tuple[int, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -260,6 +262,7 @@ FORMATS = (
 )  # fmt: skip
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "sft": ("conversation",), "preference": ("pair", "several"), "reward": ("pair", "several"),
+    "ranked": ("pair", "several"),
     "unpaired": ("conversation", "pair"), "prompts": ("prompt", "conversation"),
     "classification": ("conversation", "prompt"), "regression": ("conversation", "prompt"),
 }  # fmt: skip
@@ -345,7 +348,9 @@ def _fitted(form: Format, made: list[Example], reading: Reading, row: Row) -> li
     """The examples as the kind of reading needs them."""
     kind, natural = reading.kind, form.natural
     if natural == "several":
-        return _pairs(made, reading.pairs)
+        return _ranked(made) if kind == "ranked" else _pairs(made, reading.pairs)
+    if kind == "ranked":
+        return [replace(one, ranks=(0, 1)) for one in made]
     if kind == "prompts":
         return [_asked(one) for one in made]
     if kind == "unpaired" and natural == "pair":
@@ -398,18 +403,29 @@ def _asked(one: Example) -> Example:
 
 
 def _pairs(made: list[Example], which: str) -> list[Example]:
-    """Pairs of the better and the worse of several answers: all with different scores, each
-    weighing as much as makes 1 together, or the best and the worst.
+    """Pairs of the better and the worse of several answers: all with different scores, or the best
+    and the worst.
     """
-    ranked = sorted(made, key=lambda one: -one.label)
+    ranked = _sorted(made)
     couples = [(a, b) for a, b in combinations(ranked, 2) if a.label > b.label]
-    if not couples:
-        raise BadRow("all completions have the same score, so none is better than another")
     if which == "best_worst":
         couples = [(ranked[0], ranked[-1])]
-    return [
-        Example(a.prompt, (a.answers[0], b.answers[0]), weight=1 / len(couples)) for a, b in couples
-    ]
+    return [Example(a.prompt, (a.answers[0], b.answers[0])) for a, b in couples]
+
+
+def _ranked(made: list[Example]) -> list[Example]:
+    """One example with all answers, the best first."""
+    ranked = _sorted(made)
+    scores = sorted({one.label for one in ranked}, reverse=True)
+    ranks = tuple(scores.index(one.label) for one in ranked)
+    return [Example(ranked[0].prompt, tuple(one.answers[0] for one in ranked), ranks=ranks)]
+
+
+def _sorted(made: list[Example]) -> list[Example]:
+    ranked = sorted(made, key=lambda one: -one.label)
+    if ranked[0].label == ranked[-1].label:
+        raise BadRow("all completions have the same score, so none is better than another")
+    return ranked
 
 
 def _alike(one: Example) -> Example:

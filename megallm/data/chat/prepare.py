@@ -48,6 +48,11 @@ class Prepared:
                 )
 
     @property
+    def per_row(self) -> int:
+        """Most sequences of a row: 2 of pairs."""
+        return max(source.most_sequences for source in self.sources.values())
+
+    @property
     def counts(self) -> Counts:
         """What became of the rows of all files."""
         total = Counts()

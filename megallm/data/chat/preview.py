@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megallm.data.chat.cache import Tokenised
-from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, Row, SftRow
+from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, RankedRow, Row, SftRow
 from megallm.data.text.tokenizer import Tokenizer
 
 BEGIN, END, STYLE = "[[", "]]", "bold green"
@@ -37,6 +37,9 @@ def lines(row: Row, words: Tokenizer) -> Iterator[tuple[str, list[Piece]]]:
         more = f", margin {row.margin:g}" if row.margin else ""
         yield f"chosen ({_sizes(row.chosen)}{more})", pieces(row.chosen, words)
         yield f"rejected ({_sizes(row.rejected)})", pieces(row.rejected, words)
+    elif isinstance(row, RankedRow):
+        for rank, one in zip(row.ranks, row.sequences, strict=True):
+            yield f"rank {rank} ({_sizes(one)})", pieces(one, words)
     elif isinstance(row, LabelledRow):
         yield f"label {row.label:g} ({_sizes(row.sequence)})", pieces(row.sequence, words)
     elif isinstance(row, PromptRow):

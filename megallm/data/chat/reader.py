@@ -9,6 +9,7 @@ example, so its two sequences always lie in the same microbatch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from megallm.base.errors import UsageError
 from megallm.data.batches import Share, StreamReader
 from megallm.data.chat.cache import Tokenised
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import PAIRED, Kind
+from megallm.data.chat.formats import Kind
 from megallm.data.chat.prepare import Prepared, prepare, quiet
-from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, SftRow
+from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, RankedRow, SftRow
 from megallm.data.chat.rows import Row as Example
 from megallm.data.objective import Arrays
 from megallm.data.stream.plan import BEST_FIT, SINGLE, Plan, Reading, Segment
@@ -46,35 +47,31 @@ class ChatSource(Source):
         return self._first_sample + document
 
 
+@dataclass(frozen=True)
 class _Sequence:
-    """A sequence of an example as it lies in a batch: where its loss counts and what goes with
-    it.
+    """A sequence of an example as it lies in a batch: labels int64 [n], mask bool [n], and what
+    goes with it: a number, or further numbers [n].
     """
 
-    def __init__(
-        self, row: SftRow, sample: int, labels: np.ndarray, mask: np.ndarray, more: dict[str, Any]
-    ) -> None:
-        self.ids, self.sample, self.labels, self.mask, self.more = (
-            row.ids,
-            sample,
-            labels,
-            mask,
-            more,
-        )
+    ids: np.ndarray
+    sample: int
+    labels: np.ndarray
+    mask: np.ndarray
+    more: dict[str, Any]
 
 
 def _sequence(row: SftRow, sample: int, **more: Any) -> _Sequence:
     """The next token is the label, where it is trained."""
     labels, mask = np.zeros(len(row.ids), np.int64), np.zeros(len(row.ids), bool)
     labels[:-1], mask[:-1] = row.ids[1:], row.trained[1:]
-    return _Sequence(row, sample, labels, mask, more)
+    return _Sequence(row.ids, sample, labels, mask, more)
 
 
 def _scored(row: SftRow, sample: int, label: int = 0, **more: Any) -> _Sequence:
     """A head reads the last token."""
     labels, mask = np.zeros(len(row.ids), np.int64), np.zeros(len(row.ids), bool)
     labels[-1], mask[-1] = label, True
-    return _Sequence(row, sample, labels, mask, more)
+    return _Sequence(row.ids, sample, labels, mask, more)
 
 
 def _sft(row: SftRow, sample: int) -> list[_Sequence]:
@@ -82,56 +79,67 @@ def _sft(row: SftRow, sample: int) -> list[_Sequence]:
 
 
 def _pair(row: PreferenceRow, sample: int, lay: Callable[..., _Sequence]) -> list[_Sequence]:
-    more = {"prompt_tokens": len(row.prompt), "margin": row.margin, "weight": row.weight}
-    return [lay(one, sample, **more) for one in (row.chosen, row.rejected)]
+    size = len(row.prompt)
+    return [
+        lay(row.chosen, sample, prompt_tokens=size, margin=row.margin),
+        lay(row.rejected, sample, prompt_tokens=size, margin=0.0),
+    ]
+
+
+def _ranked(row: RankedRow, sample: int) -> list[_Sequence]:
+    return [
+        _scored(one, sample, prompt_tokens=len(row.prompt), prompt=sample, rank=rank)
+        for one, rank in zip(row.sequences, row.ranks, strict=True)
+    ]
 
 
 def _unpaired(row: LabelledRow, sample: int) -> list[_Sequence]:
-    return [_sequence(row.sequence, sample, prompt_tokens=len(row.prompt), label=row.label > 0)]
+    more = {"prompt_tokens": len(row.prompt), "desirable": row.label > 0}
+    return [_sequence(row.sequence, sample, **more)]
 
 
 def _prompt(row: PromptRow, sample: int) -> list[_Sequence]:
     return [_sequence(SftRow(row.ids, np.zeros(len(row.ids), bool)), sample)]
 
 
+def _value(row: LabelledRow, sample: int) -> list[_Sequence]:
+    targets = np.zeros(len(row.sequence.ids), np.float32)
+    targets[-1:] = row.label
+    return [_scored(row.sequence, sample, targets=targets)]
+
+
 _LAY: dict[str, Callable[[Any, int], list[_Sequence]]] = {
     "sft": _sft,
     "preference": lambda row, sample: _pair(row, sample, _sequence),
     "reward": lambda row, sample: _pair(row, sample, _scored),
+    "ranked": _ranked,
     "unpaired": _unpaired,
     "prompts": _prompt,
     "classification": lambda row, sample: [_scored(row.sequence, sample, int(row.label))],
-    "regression": lambda row, sample: [_scored(row.sequence, sample, target=row.label)],
+    "regression": _value,
 }
-_MORE: dict[str, dict[str, np.ndarray]] = {
-    name: {key: np.array(value) for key, value in fields.items()}
-    for name, fields in {
-        "sft": {},
-        "prompts": {},
-        "classification": {},
-        "regression": {"target": np.float32(0)},
-        "unpaired": {"prompt_tokens": np.int64(0), "label": np.bool_(False)},
-        "preference": {
-            "prompt_tokens": np.int64(0),
-            "margin": np.float32(0),
-            "weight": np.float32(0),
-        },
-    }.items()
-}  # fmt: skip - what a sequence has beside its tokens, and what padding has there
-_MORE["reward"] = _MORE["preference"]
+_SHARED = ("prompt_tokens", np.dtype(np.int64), 0)
+_PER_SEQUENCE: dict[str, tuple[tuple[str, np.dtype, int], ...]] = {
+    "preference": (_SHARED, ("margin", np.dtype(np.float32), 0)),
+    "reward": (_SHARED, ("margin", np.dtype(np.float32), 0)),
+    "ranked": (_SHARED, ("prompt", np.dtype(np.int64), NOBODY), ("rank", np.dtype(np.int64), 0)),
+    "unpaired": (_SHARED, ("desirable", np.dtype(bool), 0)),
+}  # name, dtype, and what padding has
 
 
 class ChatReader(StreamReader):
     """Batches of one data rank; see `data.batches.Reader`, whose methods it has.
 
     Beside tokens, labels, positions and mask a microbatch has one value for each sequence [S]:
-    `samples` int64, the id of its row, -1 for padding; for pairs (sequences chosen, rejected,
-    chosen, ...) and unpaired rows `prompt_tokens` int64; `margin` and `weight` float32 of pairs,
-    `label` bool of unpaired rows, `target` float32 for regression.
+    `samples` int64, the id of its row, -1 for padding; for answers to prompts `prompt_tokens`
+    int64; `margin` float32 of pairs, the chosen one's less the rejected one's 0; `desirable` bool
+    of unpaired rows; `prompt` and `rank` int64 of ranked answers; and for regression `targets`
+    float32 [B, T]. The mask is True where a token is predicted, or at the last of a sequence that
+    a head reads. The sequences of pairs alternate: chosen, rejected, chosen, ...
 
     padded: [B, T], T the longest sequence of the global batch, rounded up to `multiple`; B is the
-    microbatch, for pairs twice as many. packed: B = 1 with `cu_seqlens`, S sequences of which the
-    last is padding where there is some (of pairs the last two, so that they still alternate).
+    microbatch times the (most) sequences of a row. packed: B = 1 with `cu_seqlens`, S sequences
+    and, where there is room left, one of padding at the end.
     """
 
     def __init__(
@@ -139,8 +147,8 @@ class ChatReader(StreamReader):
     ) -> None:
         super().__init__(stream, share, first_step)
         self.prepared, self.multiple, self.epochs = prepared, multiple, None
-        self._per_row = 2 if prepared.kind in PAIRED else 1
-        longest = row_length(prepared.config, prepared.kind)
+        self._per_row = prepared.per_row
+        longest = row_length(prepared)
         if prepared.config.packing and longest % multiple:
             raise UsageError(
                 f"data.seq_len {prepared.config.seq_len} makes packed rows of {longest} tokens, "
@@ -205,64 +213,52 @@ class ChatReader(StreamReader):
         """The arrays [S], with `padding` entries of nobody at the end."""
         samples = [one.sample for one in sequences] + [NOBODY] * padding
         more = {
-            name: np.array(
-                [one.more[name] for one in sequences] + [nothing.item()] * padding, nothing.dtype
-            )
-            for name, nothing in _MORE[self.prepared.kind].items()
+            name: np.array([one.more[name] for one in sequences] + [nothing] * padding, dtype)
+            for name, dtype, nothing in _PER_SEQUENCE.get(self.prepared.kind, ())
         }
         return {"samples": np.array(samples, np.int64), **more}
 
     def _padded(self, rows: Sequence[Row], length: int) -> Arrays:
-        count = len(rows) * self._per_row
-        tokens, labels = np.zeros((2, count, length), np.int64)
-        mask = np.zeros((count, length), bool)
-        sequences = self._sequences(rows)
-        for number, one in enumerate(sequences):
-            size = len(one.ids)
-            tokens[number, :size], labels[number, :size], mask[number, :size] = (
-                one.ids,
-                one.labels,
-                one.mask,
-            )
+        sequences, count = self._sequences(rows), len(rows) * self._per_row
+        places = [(number, slice(0, len(one.ids))) for number, one in enumerate(sequences)]
         return {
-            "tokens": tokens, "labels": labels, "mask": mask, "positions": np.tile(np.arange(length), (count, 1)),
+            **self._filled(sequences, places, (count, length)),
+            "positions": np.tile(np.arange(length), (count, 1)),
             **self._per_sequence(sequences, count - len(sequences)),
-        }  # fmt: skip
+        }
 
     def _packed(self, rows: Sequence[Row]) -> Arrays:
-        length = sum(row.seq_len for row in rows)
-        tokens, labels = np.zeros((2, 1, length), np.int64)
-        mask = np.zeros((1, length), bool)
-        sequences, ends = self._sequences(rows), [0]
-        for one in sequences:
-            at, end = ends[-1], ends[-1] + len(one.ids)
-            tokens[0, at:end], labels[0, at:end], mask[0, at:end] = one.ids, one.labels, one.mask
-            ends.append(end)
-        ends = _filled(ends, length, self._per_row)
-        padding = len(ends) - 1 - len(sequences)
-        sizes = np.diff(ends)
+        sequences, length = self._sequences(rows), sum(row.seq_len for row in rows)
+        ends = np.cumsum([0, *(len(one.ids) for one in sequences)])
+        places = [(0, slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+        padding = int(ends[-1] < length)
+        ends = np.append(ends, length) if padding else ends
         return {
-            "tokens": tokens, "labels": labels, "mask": mask,
-            "positions": (np.arange(length) - np.repeat(ends[:-1], sizes))[None],
-            "cu_seqlens": np.array(ends, np.int32), **self._per_sequence(sequences, padding),
-        }  # fmt: skip
+            **self._filled(sequences, places, (1, length)),
+            "positions": (np.arange(length) - np.repeat(ends[:-1], np.diff(ends)))[None],
+            "cu_seqlens": ends.astype(np.int32),
+            **self._per_sequence(sequences, padding),
+        }
+
+    def _filled(
+        self, sequences: Sequence[_Sequence], places: Sequence[Any], shape: tuple[int, int]
+    ) -> Arrays:
+        """The arrays [B, T], each sequence at its place; zero in the padding."""
+        made = {"tokens": np.zeros(shape, np.int64), "labels": np.zeros(shape, np.int64)}
+        made["mask"] = np.zeros(shape, bool)
+        if self.prepared.kind == "regression":
+            made["targets"] = np.zeros(shape, np.float32)
+        for one, place in zip(sequences, places, strict=True):
+            made["tokens"][place], made["labels"][place] = one.ids, one.labels
+            made["mask"][place] = one.mask
+            if "targets" in made:
+                made["targets"][place] = one.more["targets"]
+        return made
 
 
-def _filled(ends: list[int], length: int, per_row: int) -> list[int]:
-    """The ends with those of the padding: one sequence, of pairs two; a single place that pairs
-    leave belongs to the last sequence, which is causal and does not see it.
-    """
-    left = length - ends[-1]
-    if not left:
-        return ends
-    if per_row == 1:
-        return [*ends, length]
-    return [*ends[:-1], length] if left == 1 else [*ends, ends[-1] + left // 2, length]
-
-
-def row_length(config: ChatDataConfig, kind: Kind) -> int:
-    """Tokens of a packed row: a pair has room for two sequences."""
-    return config.seq_len * (2 if kind in PAIRED else 1)
+def row_length(prepared: Prepared) -> int:
+    """Tokens of a packed row: there is room for every sequence of an example."""
+    return prepared.config.seq_len * prepared.per_row
 
 
 def reader_of(
@@ -282,7 +278,7 @@ def reader_of(
     if config.seed is None:
         raise UsageError("data.seed is not given; it is the run's where nothing else is said.")
     packing = BEST_FIT if config.packing else SINGLE
-    reading = Reading(row_length(config, prepared.kind), packing, config.window)
+    reading = Reading(row_length(prepared), packing, config.window)
     plan = Plan((Segment(0, dict(prepared.weights), reading),), config.seed)
     sources = {name: ChatSource(name, one, plan) for name, one in prepared.sources.items()}
     reader = ChatReader(prepared, Stream(plan, sources, state), share, first_step, multiple)

@@ -37,7 +37,15 @@ class PreferenceRow:
     chosen: SftRow
     rejected: SftRow
     margin: float = 0.0
-    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """Several answers to the prompt, whole sequences with their ranks, 0 the best."""
+
+    prompt: np.ndarray
+    sequences: tuple[SftRow, ...]
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class PromptRow:
     number: int = -1
 
 
-Row = SftRow | PreferenceRow | LabelledRow | PromptRow
+Row = SftRow | PreferenceRow | RankedRow | LabelledRow | PromptRow
 
 
 @dataclass
@@ -127,8 +135,8 @@ class RowMaker:
         rules = self.rules
         if rules.kind == "prompts":
             made: list[Row] = [PromptRow(self._prompt(example), example.columns)]
-        elif rules.kind in PAIRED:
-            made = [self._pair(example)]
+        elif rules.kind in PAIRED or rules.kind == "ranked":
+            made = [self._several(example)]
         elif rules.kind in LABELLED:
             talk = _joined(example.prompt, example.answers)
             (sequence,) = self._sequences("", talk, example, "all")[:1]
@@ -204,12 +212,17 @@ class RowMaker:
             )
         return made
 
-    def _pair(self, example: Example) -> PreferenceRow:
-        (chosen,), (rejected,) = (self._completion(example, number) for number in (0, 1))
-        size = min(_prompt_of(chosen), _prompt_of(rejected))
-        differ = np.flatnonzero(chosen.ids[:size] != rejected.ids[:size])
-        size = int(differ[0]) if len(differ) else size
-        return PreferenceRow(chosen.ids[:size], chosen, rejected, example.margin, example.weight)
+    def _several(self, example: Example) -> PreferenceRow | RankedRow:
+        """A pair, or more answers; the prompt is what all of them begin with."""
+        made = [self._completion(example, number)[0] for number in range(len(example.answers))]
+        size = min(map(_prompt_of, made))
+        for one in made[1:]:
+            differ = np.flatnonzero(made[0].ids[:size] != one.ids[:size])
+            size = int(differ[0]) if len(differ) else size
+        prompt = made[0].ids[:size]
+        if self.rules.kind == "ranked":
+            return RankedRow(prompt, tuple(made), example.ranks)
+        return PreferenceRow(prompt, *made, example.margin)
 
     # Length
 
@@ -265,7 +278,11 @@ class RowMaker:
 def _joined(prompt: Talk, answers: tuple[Talk, ...]) -> Talk:
     """What a head classifies: all of it."""
     talks = [talk for talk in (prompt, *answers) if talk]
-    return sum(talks[1:], talks[0])
+    if not talks:
+        raise BadRow("the text is empty")
+    if all(isinstance(talk, str) for talk in talks):
+        return "".join(talks)
+    return tuple(message for talk in talks for message in talk)
 
 
 def _prompt_of(row: SftRow) -> int:
@@ -273,17 +290,21 @@ def _prompt_of(row: SftRow) -> int:
     return int(row.trained.argmax())
 
 
-def _sequences_of(row: SftRow | PreferenceRow | LabelledRow) -> list[SftRow]:
+def _sequences_of(row: SftRow | PreferenceRow | RankedRow | LabelledRow) -> list[SftRow]:
     if isinstance(row, PreferenceRow):
         return [row.chosen, row.rejected]
+    if isinstance(row, RankedRow):
+        return [*row.sequences]
     return [row.sequence] if isinstance(row, LabelledRow) else [row]
 
 
 def _with(row: Row, sequences: list[SftRow], begin: int) -> Row:
     """The row with other sequences, of which the first `begin` tokens are gone."""
-    if isinstance(row, PreferenceRow):
+    if isinstance(row, (PreferenceRow, RankedRow)):
         size = min(len(row.prompt), begin + min(len(one.ids) for one in sequences))
-        return PreferenceRow(row.prompt[begin:size], *sequences, row.margin, row.weight)
+        if isinstance(row, RankedRow):
+            return RankedRow(row.prompt[begin:size], tuple(sequences), row.ranks)
+        return PreferenceRow(row.prompt[begin:size], *sequences, row.margin)
     if isinstance(row, LabelledRow):
         return LabelledRow(
             sequences[0], row.label, row.prompt[begin : begin + len(sequences[0].ids)]
