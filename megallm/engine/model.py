@@ -139,6 +139,10 @@ class ParallelModel:
         options = self.config.pipeline
         kind = options.schedule if training else "forward"
         plans = plan_schedule(kind, self.placement, len(batches), options.group)
+        virtual = next(iter(self.stages.values())).virtual(None)
+        if virtual is not None:
+            multiple = 2 * self.mesh.cp.size * self.mesh.tp.size
+            batches, loss_of = virtual.extend(batches, loss_of, multiple)
         return self.pipeline.run(
             plans, batches, self._new_buffer(batches[0]), loss_of, listener if training else None
         )

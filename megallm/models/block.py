@@ -11,7 +11,7 @@ from megallm.models.mlp import Mlp
 from megallm.models.moe import Moe
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import recompute, recompute_input
-from megallm.parallel.tensor import Norm, ShardedModule, sequence_partial
+from megallm.parallel.tensor import Norm, ShardedModule, Slot, sequence_partial
 
 
 class Block(ShardedModule):
@@ -40,6 +40,7 @@ class Block(ShardedModule):
         self.mlp_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.mlp = None if experts else Mlp(config, mesh, sp, activation)
         self.moe = Moe(config, mesh, sp, activation) if experts else None
+        self.after_attention, self.after_mlp = Slot(mesh), Slot(mesh)  # called with (output, input)
 
     def forward(
         self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None
@@ -56,14 +57,16 @@ class Block(ShardedModule):
     def attention_sublayer(
         self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
-        """Attention of either kind."""
-        return recompute("attention" in self.recomputed, self.attention, x, inputs, cache)
+        """Attention of either kind, and what an adapter makes of its output."""
+        y = recompute("attention" in self.recomputed, self.attention, x, inputs, cache)
+        return self.after_attention(y, x)
 
     def mlp_sublayer(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """The mlp, or the experts."""
+        """The mlp, or the experts, and what an adapter makes of the output."""
         again = "mlp" in self.recomputed
-        return (
+        y = (
             recompute(again, self.mlp, x)
             if self.moe is None
             else recompute(again, self.moe, x, inputs.routing)
         )
+        return self.after_mlp(y, x)

@@ -38,6 +38,7 @@ from megallm.parallel.tensor import (
     SEQUENCE_DIM,
     Norm,
     ShardedModule,
+    Slot,
     gather_input,
     sequence_partial,
 )
@@ -126,6 +127,7 @@ class Stage(ShardedModule):
         self.context = Context(
             mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses
         )
+        self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens, and how many (models.virtual)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -178,22 +180,38 @@ class Stage(ShardedModule):
     def head_bias(self) -> Tensor | None:
         return None if self.head is None else self.head.bias
 
-    def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        token_types: Tensor | None = None,
+        virtual: Tensor | None = None,
+    ) -> Tensor:
         """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types
         all are 0.
 
         The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
         """
-        x = run_unit(self.units, ("embedding",), self.look_up, tokens, positions, token_types)
+        given = tokens, positions, token_types, virtual
+        x = run_unit(self.units, ("embedding",), self.look_up, *given)
         return (
             x
             if self.embedding_norm is None
             else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
         )
 
-    def look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+    def look_up(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        token_types: Tensor | None,
+        virtual: Tensor | None,
+    ) -> Tensor:
         """The sum of the embedding's rows and of the learned positions and types that there are."""
         x = self.embedding(tokens)
+        if virtual is not None:
+            here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
+            x = run_unit(self.units, ("prompt",), self.prompt, x, here)
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.token_types is not None:
@@ -284,12 +302,12 @@ class Stage(ShardedModule):
         The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of
         values.
         """
-        positions, token_types, labels = (
-            self._local(batch, name) for name in ("positions", "token_types", "labels")
+        positions, token_types, labels, virtual = (
+            self._local(batch, name) for name in ("positions", "token_types", "labels", "virtual")
         )
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
-            x = self.embed(tokens, positions, token_types)
+            x = self.embed(tokens, positions, token_types, virtual)
         mask_spec = self.context.mask_spec(batch, self.config.sliding_window, self.config.causal)
         routing = (
             RoutingInputs.of(batch, self.context, self.mesh, self.sp)
@@ -366,6 +384,9 @@ class Stage(ShardedModule):
 
         Built without sequence parallelism, since a step of decoding has a single position.
         """
+        virtual = self.virtual(None)
+        if virtual is not None:
+            positions = positions + virtual.check_decoding().count
         if self.span.first:
             x = self.embed(tokens, positions)
         x = self.blocks(x, self.attention_inputs(positions, wide_dtype(x.dtype)), caches)
