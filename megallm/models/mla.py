@@ -157,10 +157,11 @@ class LatentAttention(ShardedModule):
         """The same against the cache `[B, T, 1, C + R]`: one key a position for all heads, its
         latent the value.
 
-        Adapters are modules, not matrices, and a prefix is no latent: with one, keys and values of
-        the whole cache are made.
+        Adapters are modules, not matrices, and a prefix is no latent: with one, or with weights in
+        4 bit, keys and values of the whole cache are made.
         """
-        if any(slot.is_adapted for slot in (self.k_up, self.v_up, self.prefix)):
+        adapted = any(slot.is_adapted for slot in (self.k_up, self.v_up, self.prefix))
+        if adapted or self.k_up.quantized is not None or self.v_up.quantized is not None:
             latent, key = seen.split((self.latent_size, self.rotated), dim=-1)
             k, v = self.keys_and_values(latent, key)
             q = torch.cat((plain, rotated), dim=-1)
