@@ -51,7 +51,21 @@ class ShardedModule(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
 
 
-class Linear(ShardedModule):
+class Adaptable(ShardedModule):
+    """A module with a slot for an adapter; without one, or with `adapts` off, it is the base."""
+
+    def __init__(self, mesh: Mesh, sp: bool = False) -> None:
+        super().__init__(mesh, sp)
+        self.adapter: nn.Module | None = None
+        self.adapts = True
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the result is another than that of the weight alone."""
+        return self.adapter is not None and self.adapts
+
+
+class Linear(Adaptable):
     """A layer that is one product with its `weight`, or one for each expert; in FP8 where `use_fp8`
     says so.
     """
@@ -60,13 +74,6 @@ class Linear(ShardedModule):
         super().__init__(mesh, sp)
         self.fp8: Fp8Linear | None = None
         self.te: TeLinear | None = None
-        self.adapter: nn.Module | None = None
-        self.adapts = True
-
-    @property
-    def is_adapted(self) -> bool:
-        """Whether the product is another than that of the weight alone."""
-        return self.adapter is not None and self.adapts
 
     def adapted(self, x: Tensor, y: Tensor, *where: Any) -> Tensor:
         """Returns what the adapter makes of this rank's product `y` of `x`, before anything is
@@ -142,13 +149,13 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Run `model` as it is without its adapters inside the context: the reference model at no cost
     of memory.
     """
-    linears = [module for module in model.modules() if isinstance(module, Linear) and module.adapts]
-    for module in linears:
+    slots = [module for module in model.modules() if isinstance(module, Adaptable) and module.adapts]
+    for module in slots:
         module.adapts = False
     try:
         yield
     finally:
-        for module in linears:
+        for module in slots:
             module.adapts = True
 
 
