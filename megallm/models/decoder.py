@@ -180,6 +180,13 @@ class Stage(ShardedModule):
     def head_bias(self) -> Tensor | None:
         return None if self.head is None else self.head.bias
 
+    def head_operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head over the vocabulary multiplies: features `[..., D]` and its matrix `[V/tp,
+        D]`, both wider with an adapter."""
+        if self.head is None:
+            return features, self.head_weight
+        return self.head.widened(features, self.head_weight)
+
     def embed(
         self,
         tokens: Tensor,
@@ -193,7 +200,8 @@ class Stage(ShardedModule):
         The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
         """
         given = tokens, positions, token_types, virtual
-        x = run_unit(self.units, ("embedding",), self.look_up, *given)
+        once = not self.embedding.is_adapted
+        x = run_unit(self.units, ("embedding",), self.look_up, *given, once=once)
         return (
             x
             if self.embedding_norm is None
@@ -278,15 +286,17 @@ class Stage(ShardedModule):
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
+        features, weight = self.head_operands(ready(x))
         return local_logits(
-            ready(x), self.head_weight, self.mesh, self.sp, self.weight_grads, self.head_bias
+            features, weight, self.mesh, self.sp, self.weight_grads, self.head_bias
         )
 
     def label_log_prob(self, x: Tensor, ready: Ready, labels: Tensor) -> Tensor:
         """`[B, T/cp]` straight from hidden states: a head over the vocabulary without logits."""
-        hidden = gather_input(ready(x), self.mesh, self.sp, "vocab.logits")
+        features, weight = self.head_operands(ready(x))
+        hidden = gather_input(features, self.mesh, self.sp, "vocab.logits")
         return fused_log_prob(
-            hidden, self.head_weight, self.head_bias, labels, self.mesh, self.config.vocab_size
+            hidden, weight, self.head_bias, labels, self.mesh, self.config.vocab_size
         )
 
     def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -397,5 +407,7 @@ class Stage(ShardedModule):
 
     def last_logits(self, x: Tensor) -> Tensor:
         """Returns wide logits `[B, V]` of the last position, on every tp rank."""
-        features, vocab = self.features(x[:, -1:]), self.config.vocab_size
-        return next_token_logits(features, self.head_weight, self.mesh, vocab, self.head_bias)
+        features, weight = self.head_operands(self.features(x[:, -1:]))
+        return next_token_logits(
+            features, weight, self.mesh, self.config.vocab_size, self.head_bias
+        )

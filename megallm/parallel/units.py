@@ -52,13 +52,14 @@ def run_unit(
     function: Callable[..., Tensor],
     x: Tensor,
     *rest: Any,
+    once: bool = False,
 ) -> Tensor:
     """Returns `function(x, *rest)` and tells `units` of the four moments around it.
 
     The backward pass uses the weights wherever the *output* needs a gradient: also where the input
     needs none, because everything below is frozen. Then nothing ends the unit's own backward pass;
-    the stage's end releases it (`Listener.stage_done`). A look-up of integer tokens needs its
-    weights only once.
+    the stage's end releases it (`Listener.stage_done`). A look-up of tokens needs its weights only
+    `once`, unless an adapter multiplies what it found.
     """
     if units is None:
         return function(x, *rest)
@@ -66,7 +67,7 @@ def run_unit(
     training = torch.is_grad_enabled()
     inside = _Gate.apply(x, units.after_backward, keys) if training and x.requires_grad else x
     out = function(inside, *rest)
-    if training and out.requires_grad and x.is_floating_point():
+    if training and out.requires_grad and not once:
         out = _Gate.apply(out, units.before_backward, keys)
     units.after_forward(keys)
     return out

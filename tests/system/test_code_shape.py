@@ -38,7 +38,7 @@ FLOORS: dict[str, set[str]] = {
     "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
     "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine", "convert"},
 }
-FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
+FLOORS["peft"] = {"base", "ops", "parallel", "models", "optim", "checkpoint", "convert", "engine"}
 FLOORS["planning"] = {"base", "parallel", "models", "optim"}
 FLOORS["evaluation"] = {"base", "data", "losses", "engine", "inference"}
 _LOWER = set(FLOORS)
@@ -60,7 +60,7 @@ PURE = (
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
     "optim.config", "optim.lr", "optim.groups", "optim.rules",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
-    "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
+    "peft.config", "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")

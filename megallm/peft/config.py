@@ -1,0 +1,50 @@
+"""The section `peft` of a run's configuration: which parameters are trained beside or instead of all. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megallm.optim.groups import pattern_problem
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Adapters beside a frozen base model; keys that only one method reads say which."""
+
+    method: Literal["none", "lora"] = "none"  # none: every parameter is trained
+    targets: tuple[str, ...] = (ALL_LINEAR,)  # q_proj, *.mlp.down, /regex/, embed_tokens; all-linear: all but the head
+    dim: int = 16  # lora: the rank r
+    alpha: float = 32.0  # lora: the product B A is scaled by alpha / dim
+    rs: bool = False  # lora: by alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732)
+    dora: bool = False  # lora: magnitude and direction apart (DoRA, arXiv 2402.09353)
+    lr_b: float = 1.0  # lora: learning rate of B as a multiple of that of A (LoRA+, arXiv 2402.12354: 16)
+    dropout: float = 0.0  # lora: share of the inputs of A set to zero in training
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # lora: another dim where a name matches
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # lora: another alpha where a name matches
+    modules_to_save: tuple[str, ...] = ()  # modules of the base trained in full beside adapters: lm_head, *norm
+    adapter: str | None = None  # a folder of PEFT's that the adapter starts from; null: from the seed
+    name: str = "default"  # of the adapter, in names of parameters
+
+    def problems(self, prefix: str = "peft") -> Iterator[str]:
+        """Yields a sentence for each value that cannot be used."""
+        if self.dim < 1 or any(dim < 1 for dim in self.rank_pattern.values()):
+            yield f"{prefix}.dim and the values of {prefix}.rank_pattern must be at least 1."
+        if not 0.0 <= self.dropout < 1.0:
+            yield f"{prefix}.dropout is {self.dropout:g}; it must be at least 0 and below 1."
+        if not self.lr_b > 0:
+            yield f"{prefix}.lr_b is {self.lr_b:g}; it must be greater than 0."
+        if not self.name.isidentifier():
+            yield f"{prefix}.name is {self.name!r}; write letters, digits and _, such as default."
+        if self.method != "none" and not self.targets:
+            yield f"{prefix}.targets is empty; write all-linear, or names such as q_proj."
+        named = {"targets": self.targets, "modules_to_save": self.modules_to_save}
+        named |= {"rank_pattern": (*self.rank_pattern,), "alpha_pattern": (*self.alpha_pattern,)}
+        for key, patterns in named.items():
+            for pattern in patterns:
+                problem = pattern_problem(pattern)
+                if problem is not None:
+                    yield f"{prefix}.{key}: '{pattern}' {problem}."
