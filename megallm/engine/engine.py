@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -33,7 +34,7 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.shard import StateProvider, StateTensor, piece
+from megallm.parallel.shard import Shard, StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
 
@@ -139,6 +140,8 @@ class Engine:
         engine = Engine(config, mesh, prepare)
         for held in engine.masters():
             engine._initialise(held)
+        for name, weight in engine.model.quantized.items():
+            weight.read(partial(engine._initial_box, name, weight.shard))
         engine.parameters.publish()
         return engine
 
@@ -404,6 +407,10 @@ class Engine:
         for held in self.state():
             if not held.optimizer:
                 reader.read_into(held.name, held.box.offset, held.tensor)
+        known = set(reader.names())
+        for name, weight in self.model.quantized.items():
+            if name in known:  # else they are those of the base that was filled in
+                weight.read_from(reader, name)
         for bucket in self.parameters.trainable:
             if bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
@@ -436,25 +443,38 @@ class Engine:
             new_head = name.startswith("head.") and stored != shard.full
             if new_head or (stored is None and ADAPTER in name):
                 self._initialise(Piece(name, shard, box, tensor))
-            elif stored is not None and stored != shard.full:
-                raise UsageError(
-                    f"The source has {name} in the shape {list(stored)}, this model needs "
-                    f"{list(shard.full)}: it is another model. Check the sizes of the section "
-                    "`model`."
-                )
             else:
+                self._check_shape(source, known, name, shard)
                 source.read_into(name, box.offset, tensor)
+        for name, weight in self.model.quantized.items():
+            self._check_shape(source, known, name, weight.shard)
+            weight.read_from(source, name)
         for name, bias in self.model.selection_biases():
             source.read_into(name, (0,), bias)
         self.model.fp8.loaded()
         self.parameters.publish()
 
+    @staticmethod
+    def _check_shape(source: Source, known: set[str], name: str, shard: Shard) -> None:
+        stored = tuple(source.info(name)[0]) if name in known else shard.full
+        if stored != shard.full:
+            raise UsageError(
+                f"The source has {name} in the shape {list(stored)}, this model needs "
+                f"{list(shard.full)}: it is another model. Check the sizes of the section "
+                "`model`."
+            )
+
     def _initialise(self, held: Piece) -> None:
         """Give a piece of the weights its start, by way of the wide dtype also where none is
         kept.
         """
-        name, shard, box, tensor = held
-        values = initial_values(name, shard, box.offset, box.shape, self.config.seed)
+        self._initial_box(held.name, held.shard, held.box.offset, held.tensor)
+
+    def _initial_box(
+        self, name: str, shard: Shard, offset: tuple[int, ...], tensor: Tensor
+    ) -> None:
+        """Fill `tensor` with the box of a parameter's start at `offset`."""
+        values = initial_values(name, shard, offset, tuple(tensor.shape), self.config.seed)
         tensor.copy_(values.to(wide_dtype(tensor.dtype)))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megallm.base.errors import UsageError
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.models.build import build_stages, place_parameters
@@ -21,7 +22,8 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Batch, LossOf, Pipeline, ScheduleRun, buffer_maker
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
-from megallm.parallel.tensor import defer_weight_grads, use_fp8
+from megallm.parallel.quantized import QuantizedWeight
+from megallm.parallel.tensor import Linear, defer_weight_grads, use_fp8
 
 Prepare = Callable[
     [Stage], None
@@ -59,6 +61,7 @@ class ParallelModel:
         self.routers = (
             Routers(config.model, mesh, self.stages) if config.model.moe.num_experts else None
         )
+        self.quantized = self._quantized()
         self.sp = config.sp and mesh.tp.size > 1
         self.fp8 = self._use_fp8()
         self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
@@ -72,6 +75,18 @@ class ParallelModel:
         for stage in self.stages.values():
             defer_weight_grads(stage, weight_grads)
         return weight_grads
+
+    def _quantized(self) -> dict[str, QuantizedWeight]:
+        """The weights of this rank that `prepare` chose to hold in 4 bit, by logical name."""
+        found = {
+            f"{name}.weight": module.quantized
+            for stage in self.stages.values()
+            for name, module in stage.named_modules()
+            if isinstance(module, Linear) and module.quantized is not None
+        }
+        if found and self.config.fp8 is not None:
+            raise UsageError("Weights in 4 bit and fp8 exclude each other; leave one of them out.")
+        return found
 
     def _use_fp8(self) -> Fp8Linears:
         """The linears of this rank's blocks and further tokens that compute in FP8: none without
@@ -168,6 +183,8 @@ class ParallelModel:
             reader.read_into(name, shard.box(mesh.layout, mesh.coords).offset, storage[name])
         for name, bias in model.selection_biases():
             reader.read_into(name, (0,), bias)
+        for name, weight in model.quantized.items():
+            weight.read_from(reader, name)
         model.place(storage)
         for stage in model.stages.values():
             stage.requires_grad_(False)

@@ -9,9 +9,11 @@ a block for the 0.52 bytes a value that stage 3 would spare.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from math import prod
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,16 @@ from megallm.ops.nf4 import Nf4, Piece
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard
 
-# Fills a float32 tensor, shaped like a box of the logical tensor, with the box at an offset.
+# Fills a tensor, shaped like a box of the logical tensor, with the box at an offset.
 ReadInto = Callable[[tuple[int, ...], Tensor], None]
+
+
+class WeightSource(Protocol):
+    """Weights by logical name: shape and dtype, and boxes in that dtype."""
+
+    def info(self, name: str) -> tuple[Sequence[int], torch.dtype]: ...
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 class QuantizedWeight:
@@ -41,15 +51,21 @@ class QuantizedWeight:
         begins, counts = self.box.offset[:-2], self.box.shape[:-2]
         yield from product(*(range(a, a + n) for a, n in zip(begins, counts, strict=True)))
 
-    def read(self, read_into: ReadInto) -> None:
-        """Quantise what `read_into` gives, one whole matrix after another."""
+    def read_from(self, source: WeightSource, name: str) -> None:
+        """Quantise the weight that a source has under this name, one whole matrix after
+        another.
+        """
+        self.read(partial(source.read_into, name), source.info(name)[1])
+
+    def read(self, read_into: ReadInto, dtype: torch.dtype = torch.float32) -> None:
+        """The same of what `read_into` gives in `dtype`."""
         full = self.shard.full[-2:]
         rows, columns = (
             (a, a + n) for a, n in zip(self.box.offset[-2:], self.box.shape[-2:], strict=True)
         )
         self.matrices = []
         for member in self._members():
-            whole = torch.empty((1,) * len(member) + full, dtype=torch.float32, device=self.device)
+            whole = torch.empty((1,) * len(member) + full, dtype=dtype, device=self.device)
             read_into((*member, 0, 0), whole)
             self.matrices.append(Nf4.of(whole.view(full), Piece(rows, columns, full)))
 
