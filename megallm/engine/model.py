@@ -20,9 +20,9 @@ from megallm.parallel.fp8 import Fp8Linears
 from megallm.parallel.linear import WeightGradQueue
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Batch, LossOf, Pipeline, ScheduleRun, buffer_maker
+from megallm.parallel.quantized import QuantizedWeight
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import named_shards
-from megallm.parallel.quantized import QuantizedWeight
 from megallm.parallel.tensor import Linear, defer_weight_grads, use_fp8
 
 Prepare = Callable[

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megallm.models.decoder import Stage
 from megallm.ops.activation import ACTIVATIONS
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import constant, normal
 from megallm.parallel.tensor import ShardedModule, TokenLinear
+from megallm.peft.injection import Injection
+from megallm.peft.slots import put
 
 NEAR_IDENTITY = 1e-2
+
+
+def fill(stage: Stage, injection: Injection) -> None:
+    """Put Houlsby's adapters behind attention and feed-forward layer of each block, or a parallel
+    one beside the latter."""
+    config, parallel = injection.config, injection.config.method == "parallel"
+    for block in stage.layers.values():
+        for slot in (block.after_mlp,) if parallel else (block.after_attention, block.after_mlp):
+            sizes = injection.model.hidden_size, config.hidden
+            put(slot, config.name, Bottleneck(stage.mesh, stage.sp, sizes, parallel))
 
 
 class Bottleneck(ShardedModule):

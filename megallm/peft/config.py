@@ -11,11 +11,17 @@ from megallm.optim.groups import pattern_problem
 ALL_LINEAR = "all-linear"
 
 
+Method = Literal[
+    "none", "lora", "ia3", "prefix", "prompt", "p-tuning", "houlsby", "parallel"
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """Adapters beside a frozen base model; keys that only one method reads say which."""
 
-    method: Literal["none", "lora"] = "none"  # none: every parameter is trained
+    method: Method = "none"  # none: every parameter is trained
+    quantize: Literal["none", "nf4"] = "none"  # nf4: the frozen matrices of the blocks in 4 bit (QLoRA)
     targets: tuple[str, ...] = (ALL_LINEAR,)  # q_proj, *.mlp.down, /regex/, embed_tokens; all-linear: all but the head
     dim: int = 16  # lora: the rank r
     alpha: float = 32.0  # lora: the product B A is scaled by alpha / dim
@@ -26,6 +32,8 @@ class PeftConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)  # lora: another dim where a name matches
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # lora: another alpha where a name matches
     modules_to_save: tuple[str, ...] = ()  # modules of the base trained in full beside adapters: lm_head, *norm
+    virtual_tokens: int = 20  # prefix, prompt, p-tuning: tokens in front of every text
+    hidden: int = 64  # houlsby, parallel: width of the bottleneck; p-tuning: of the MLP that makes the prompt
     adapter: str | None = None  # a folder of PEFT's that the adapter starts from; null: from the seed
     name: str = "default"  # of the adapter, in names of parameters
 
@@ -33,6 +41,11 @@ class PeftConfig:
         """Yields a sentence for each value that cannot be used."""
         if self.dim < 1 or any(dim < 1 for dim in self.rank_pattern.values()):
             yield f"{prefix}.dim and the values of {prefix}.rank_pattern must be at least 1."
+        for key in ("virtual_tokens", "hidden"):
+            if vars(self)[key] < 1:
+                yield f"{prefix}.{key} is {vars(self)[key]}; it must be at least 1."
+        if self.quantize != "none" and self.method == "none":
+            yield f"{prefix}.quantize is {self.quantize}: set {prefix}.method, such as lora."
         if not 0.0 <= self.dropout < 1.0:
             yield f"{prefix}.dropout is {self.dropout:g}; it must be at least 0 and below 1."
         if not self.lr_b > 0:

@@ -6,18 +6,45 @@ layer in front of `down`. A vector is divided as the features are that it scales
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
+from megallm.models.decoder import Stage
 from megallm.models.mlp import Mlp
 from megallm.models.moe import Experts
 from megallm.ops.grouped_gemm import Runs
 from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.shard import Shard, constant
 from megallm.parallel.tensor import Linear, RowLinear, ShardedModule
+from megallm.peft.injection import Injection
+from megallm.peft.slots import put
+from megallm.peft.targets import Target
 
 SCALE = "ia3_l"
+DOWN = ".down"
+
+
+def usual_targets(found: list[Target]) -> list[Target]:
+    """Returns keys, values and the feed-forward layers' `down`, as the paper has them."""
+    keys = (".attention.kv", ".attention.k_up", ".attention.v_up", DOWN)
+    return [target for target in found if target.module.endswith(keys)]
+
+
+def fill(stage: Stage, injection: Injection) -> None:
+    """Scale the output of each target of the stage; of `down` its input."""
+    modules, name = dict(stage.named_modules()), injection.config.name
+    for at, targets in groupby(injection.chosen, attrgetter("module")):
+        if at not in modules:
+            continue
+        members, parent = tuple(target.member for target in targets), at.removesuffix(DOWN)
+        if parent != at:
+            put(modules[f"{parent}.scale"], name, InnerScale(modules[parent]))
+        else:
+            put(modules[at], name, ScaledOutputs(modules[at], members))
 
 
 class OutputScale(ShardedModule):
@@ -42,10 +69,11 @@ class ScaledOutputs(nn.ModuleDict):
     """
 
     def __init__(self, base: Linear, members: tuple[int, ...]) -> None:
-        if isinstance(base, GroupedLinear) or (isinstance(base, RowLinear) and base.bias is not None):
+        late_bias = isinstance(base, RowLinear) and base.bias is not None
+        if not isinstance(base, Linear) or isinstance(base, GroupedLinear) or late_bias:
             raise UsageError(
                 "peft.method ia3 scales outputs of linears that are no experts, and not of an "
-                "output projection with a bias; name such a `down` in peft.feedforward."
+                "output projection with a bias; name other modules in peft.targets."
             )
         super().__init__({str(member): OutputScale(base) for member in members})
         shard = base.shards["weight"]

@@ -94,7 +94,7 @@ class LowRank(ShardedModule):
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """This rank's piece of the base's matrix, wide."""
-        weight = self.base[0].weight
+        weight = self.base[0].matrix
         return wide(weight.view(-1, *weight.shape[-2:])[self.member])
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class LowRankExperts(ShardedModule):
     def merged(self) -> Tensor:
         """This rank's experts with the adapter in them, wide `(X, *stack, out, in)`."""
         delta = wide(self.lora_B).flatten(1, -2) @ wide(self.lora_A) * self.options.scale
-        weight = self.base[0].weight
+        weight = self.base[0].matrix
         return wide(weight) + delta.view_as(weight)
 
 

@@ -11,11 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.models.attention import Attention
+from megallm.models.decoder import Stage
 from megallm.models.mla import LatentAttention
-from megallm.parallel.shard import Shard, constant, normal
+from megallm.models.virtual import VirtualTokens
+from megallm.parallel.shard import Init, Shard, normal, uniform
 from megallm.parallel.tensor import ShardedModule, sequence_partial
+from megallm.peft.injection import Injection
+from megallm.peft.slots import put
 
 START = 1.0  # standard deviation, that of `torch.nn.Embedding` in PEFT
+
+
+def fill_prefix(stage: Stage, injection: Injection) -> None:
+    """Put a prefix into the attention of each layer of the stage."""
+    config = injection.config
+    put(stage.virtual, config.name, VirtualTokens(config.virtual_tokens, False, injection.model))
+    for block in stage.layers.values():
+        keys = PrefixKeys(block.attention, config.virtual_tokens)
+        put(block.attention.prefix, config.name, keys)
+
+
+def fill_prompt(stage: Stage, injection: Injection) -> None:
+    """Put virtual tokens in front of every text; the first stage has their rows."""
+    config, hidden = injection.config, injection.model.hidden_size
+    put(stage.virtual, config.name, VirtualTokens(config.virtual_tokens, True, injection.model))
+    if not stage.span.first:
+        return
+    made = Prompt(stage, config.virtual_tokens, hidden)
+    if config.method == "p-tuning":
+        made = EncodedPrompt(stage, config.virtual_tokens, hidden, config.hidden)
+    put(stage.prompt, config.name, made)
 
 
 class PrefixKeys(ShardedModule):
@@ -54,11 +79,10 @@ class Prompt(ShardedModule):
 
     def __init__(self, base: ShardedModule, count: int, hidden: int) -> None:
         super().__init__(base.mesh, base.sp)
-        self._add("embedding", (count, hidden), START)
+        self._add("embedding", (count, hidden), normal(START))
 
-    def _add(self, name: str, full: tuple[int, ...], std: float) -> None:
+    def _add(self, name: str, full: tuple[int, ...], start: Init) -> None:
         partial = sequence_partial(self.mesh, self.sp)
-        start = normal(std) if std else constant(0.0)
         self.add_parameter(name, Shard(full, {}, partial, start, False))
 
     def table(self) -> Tensor:
@@ -79,8 +103,8 @@ class EncodedPrompt(Prompt):
         super().__init__(base, count, hidden)
         sizes = (hidden, inner, inner, hidden)
         for number, (width, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
-            self._add(f"weight_{number}", (out, width), (3 * width) ** -0.5)
-            self._add(f"bias_{number}", (out,), 0.0)
+            self._add(f"weight_{number}", (out, width), uniform(width**-0.5))
+            self._add(f"bias_{number}", (out,), uniform(width**-0.5))
 
     def table(self) -> Tensor:
         x = F.relu(F.linear(self.embedding, self.weight_0, self.bias_0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from megallm.models.config import ModelConfig
 from megallm.ops.nf4 import Nf4, Piece
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.tensor import Linear
 from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare
 from tests.engine.tiny import batches, config_of, share, state_of
@@ -36,18 +35,11 @@ MODELS = {
     },
 }  # fmt: skip
 LORA = PeftConfig("lora", dim=4, alpha=8.0)
+QLORA = replace(LORA, quantize="nf4")
 
 
 def model(name: str) -> ModelConfig:
     return ModelConfig(**MODELS[name]).resolve()
-
-
-def quantize(stage: Any, name: str) -> None:
-    """LoRA beside every linear of the blocks, their weights in 4 bit."""
-    prepare(LORA, model(name))(stage)
-    for module in stage.layers.modules():
-        if isinstance(module, Linear):
-            module.quantize()
 
 
 def rounded(engine: Engine) -> None:
@@ -73,7 +65,7 @@ def steps(engine: Engine, mesh: Mesh) -> tuple[list, list]:
 
 def trained(layout: Layout, name: str, changes: dict[str, Any]) -> tuple[list, list]:
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
-    engine = Engine.build(config_of(model(name), **changes), mesh, partial(quantize, name=name))
+    engine = Engine.build(config_of(model(name), **changes), mesh, prepare(QLORA, model(name)))
     return steps(engine, mesh)
 
 
@@ -122,7 +114,7 @@ def test_filled_from_another_engine_and_kept_in_half_a_byte():
     held = {name: tensor for name, tensor in state_of(source).items() if "optim." not in name}
     before = tensors()
     engine = Engine.build(
-        config_of(big, precision="bf16", seed=6), Mesh.single(), partial(quantize, name="dense")
+        config_of(big, precision="bf16", seed=6), Mesh.single(), prepare(QLORA, big)
     )
     engine.fill(Held(held))
     weights = engine.model.quantized

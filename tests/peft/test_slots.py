@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megallm.base.errors import UsageError
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator, Job
 from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
-from megallm.models.attention import Attention
-from megallm.models.block import Block
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage
-from megallm.models.mla import LatentAttention
-from megallm.models.mlp import Mlp
-from megallm.models.moe import Experts
-from megallm.models.virtual import VirtualTokens
+from megallm.ops.attention import Partial
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.tensor import without_adapters
-from megallm.peft.bottleneck import Bottleneck
-from megallm.peft.ia3 import InnerScale, ScaledOutputs
-from megallm.peft.prompts import EncodedPrompt, PrefixKeys, Prompt
+from megallm.peft.config import PeftConfig
+from megallm.peft.inject import prepare
 from tests.engine.tiny import batches, config_of, share
 from tests.ranks import run_ranks
 
@@ -44,63 +37,21 @@ LATENTS = {
 MODELS = {
     "dense": TINY,
     "window": TINY | {"sliding_window": 5},
-    "gpt2": TINY | {"family": "gpt2", "num_kv_heads": 4, "ffn_hidden_size": 32},
+    "gpt2": TINY | {"family": "gpt2", "num_kv_heads": 4, "ffn_hidden_size": 32, "bias": False},
     "moe": TINY | {"moe": EXPERTS},
     "mla": TINY | {"num_kv_heads": None, "mla": LATENTS},
 }
-Fill = Callable[[Stage], None]
-
-
-def attentions(stage: Stage) -> list[nn.Module]:
-    return [x for x in stage.modules() if isinstance(x, (Attention, LatentAttention))]
-
-
-def scales(stage: Stage) -> None:
-    """(IA)3 on keys, values and inner activations."""
-    for module in list(stage.modules()):
-        if isinstance(module, Attention):
-            module.kv.adapter = ScaledOutputs(module.kv, (0, 1))
-            module.o.adapter = ScaledOutputs(module.o, (0,)) if module.o.bias is None else None
-        if isinstance(module, (Mlp, Experts)):
-            module.scale.adapter = InnerScale(module)
-
-
-def prefixes(stage: Stage) -> None:
-    stage.virtual.adapter = VirtualTokens(COUNT, False, stage.config)
-    for attention in attentions(stage):
-        attention.prefix.adapter = PrefixKeys(attention, COUNT)
-
-
-def prompts(stage: Stage, inner: int = 0) -> None:
-    stage.virtual.adapter = VirtualTokens(COUNT, True, stage.config)
-    if stage.span.first:
-        hidden = stage.config.hidden_size
-        made = EncodedPrompt(stage, COUNT, hidden, inner) if inner else Prompt(stage, COUNT, hidden)
-        stage.prompt.adapter = made
-
-
-def bottlenecks(stage: Stage, parallel: bool = False) -> None:
-    for block in [x for x in stage.modules() if isinstance(x, Block)]:
-        sizes, sp = (stage.config.hidden_size, 5), stage.sp
-        block.after_mlp.adapter = Bottleneck(block.mesh, sp, sizes, parallel)
-        if not parallel:
-            block.after_attention.adapter = Bottleneck(block.mesh, sp, sizes)
-
-
-METHODS: dict[str, Fill] = {
-    "ia3": scales,
-    "prefix": prefixes,
-    "prompt": prompts,
-    "p-tuning": partial(prompts, inner=10),
-    "houlsby": bottlenecks,
-    "parallel": partial(bottlenecks, parallel=True),
+METHODS = {
+    method: PeftConfig(method, virtual_tokens=COUNT, hidden=5, targets=targets)
+    for method, targets in {
+        "ia3": ("attention.kv", "attention.o", "down"),
+        "prefix": ("all-linear",),
+        "prompt": ("all-linear",),
+        "p-tuning": ("all-linear",),
+        "houlsby": ("all-linear",),
+        "parallel": ("all-linear",),
+    }.items()
 }
-
-
-def adapt(stage: Stage, method: str) -> None:
-    """Freeze everything, and fill the slots of a method."""
-    stage.requires_grad_(False)
-    METHODS[method](stage)
 
 
 def packed(everything: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -149,7 +100,7 @@ def trained(case: Case, method: str, broken: str = "") -> tuple[list, list]:
     if broken:
         mesh.world.broken.add(broken)
     config = config_of(ModelConfig(**MODELS[model]).resolve(), **changes)
-    engine = Engine.build(config, mesh, partial(adapt, method=method))
+    engine = Engine.build(config, mesh, prepare(METHODS[method], config.model))
     numbers = []
     for step in range(3):
         given = share(make(batches(4, tokens=16, seed=step)), mesh)
@@ -167,16 +118,123 @@ def alone(case: Case) -> Case:
 PAIRS = [(name, method) for name, (methods, _) in CASES.items() for method in methods]
 
 
-@pytest.mark.parametrize(("name", "method"), PAIRS)
-def test_trains_as_in_one_process(name, method):
-    case = CASES[name][1]
+def assert_same(case: Case, method: str, results: list[tuple[list, list]]) -> None:
+    """What ranks trained is what one process trains."""
     numbers, parts = trained(alone(case), method)
     whole = {name: tensor for name, _, tensor in parts}
     assert all(".adapter." in name for name in whole if name.startswith("optim."))
     assert any(float(x.abs().max()) > 0 for name, x in whole.items() if "exp_avg." in name)
-    for ours, pieces in run_ranks(case[0].world, trained, case, method):
+    for ours, pieces in results:
         for step, expected in zip(ours, numbers, strict=True):
             assert step == pytest.approx(expected, rel=1e-9)
         for name, offset, tensor in pieces:
             box = tuple(slice(a, a + n) for a, n in zip(offset, tensor.shape, strict=True))
             torch.testing.assert_close(tensor, whole[name][box], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_trains_as_in_one_process(name, method):
+    case = CASES[name][1]
+    assert_same(case, method, run_ranks(case[0].world, trained, case, method))
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "method"),
+    [
+        (Layout(tp=4), {}, "prefix"),  # kv is replicated: each rank uses some of the heads
+        (Layout(tp=4), {}, "ia3"),
+        (Layout(tp=2), SP, "p-tuning"),  # each rank has some of the tokens
+        (Layout(tp=2), SP, "houlsby"),
+    ],
+)
+def test_without_a_sum_over_tp_it_is_wrong(layout, changes, method):
+    """Negative control of every `partial`."""
+    case = (layout, "dense", changes)
+    with pytest.raises(AssertionError):
+        assert_same(case, method, run_ranks(layout.world, trained, case, method, "grads.partial"))
+
+
+def test_a_prefix_counted_by_every_rank_is_wrong(monkeypatch):
+    """Negative control of context parallelism: twice the prefix is another model."""
+    case = (Layout(), "dense", {})
+    numbers = trained(case, "prefix")[0]
+    real = Partial.add_prefix
+
+    def twice(self: Partial, *args: Any) -> None:
+        real(self, *args)
+        real(self, *args)
+
+    monkeypatch.setattr(Partial, "add_prefix", twice)
+    assert trained(case, "prefix")[0][0] != pytest.approx(numbers[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_documents_of_a_row_each_see_the_virtual_tokens(method):
+    """Packed rows give the loss and gradients of the documents one by one."""
+    rows = packed(batches(1, tokens=16))
+    ends = rows[0]["cu_seqlens"].tolist()
+    apart = [
+        {name: x[:, a:b] for name, x in rows[0].items() if name != "cu_seqlens"}
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    norms = []
+    for given in (rows, apart):
+        config = config_of(ModelConfig(**TINY).resolve())
+        engine = Engine.build(config, Mesh.single(), prepare(METHODS[method], config.model))
+        stats = engine.train_step(given, NextToken(), 0.0)
+        norms.append((stats.loss, stats.grad_norm))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-11)
+
+
+def generated(layout: Layout, model: str, method: str) -> tuple[float, float]:
+    """The largest difference between log-probabilities of generation and of `log_probs`, and of
+    those to the reference model's."""
+    mesh = Mesh.start(layout)
+    config = config_of(ModelConfig(**MODELS[model]).resolve(), zero=3)
+    engine = Engine.build(config, mesh, prepare(METHODS[method], config.model))
+    jobs = [Job(number, [1 + number, 7, 3, 9, 2], Answer(Ending(8))) for number in range(3)]
+    with engine.parameters.gathered():
+        Generator(engine.model).generate(jobs, Sampling())
+    gaps, beside = [], []
+    for job in jobs:
+        text = torch.tensor([[*job.prompt, *job.answer.tokens]])
+        batch = {"tokens": text[:, :-1], "labels": text[:, 1:]}
+        batch |= {"positions": torch.arange(12)[None], "mask": torch.ones(1, 12, dtype=torch.bool)}
+        made = torch.tensor(job.answer.log_probs, dtype=torch.float64)
+        ours = engine.log_probs([batch])[0]
+        gaps.append(ours[0, 4:] - made)
+        with ExitStack() as off:
+            for stage in engine.model.stages.values():
+                off.enter_context(without_adapters(stage))
+            beside.append(engine.log_probs([batch])[0] - ours)
+    return float(torch.stack(gaps).abs().max()), float(torch.stack(beside).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), [("window", "prefix"), ("mla", "prefix"), ("dense", "houlsby")]
+)
+def test_generation_uses_the_slots(model, method):
+    found = run_ranks(4, generated, Layout(pp=2, tp=2), model, method)
+    assert max(gap for gap, _ in found) < 1e-12
+    assert min(beside for _, beside in found) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_the_reference_has_no_virtual_tokens(method):
+    given = batches(1, tokens=10)
+    config = config_of(ModelConfig(**TINY).resolve())
+    plain = Engine.build(config, Mesh.single()).log_probs(given)[0]
+    engine = Engine.build(config, Mesh.single(), prepare(METHODS[method], config.model))
+    assert (engine.log_probs(given)[0] - plain).abs().max() > 1e-3
+    with without_adapters(engine.model.stages[0]):
+        assert torch.equal(engine.log_probs(given)[0], plain)
+
+
+def test_virtual_tokens_that_cannot_be():
+    encoder = ModelConfig(**TINY | {"family": "bert", "num_kv_heads": 4}).resolve()
+    with pytest.raises(UsageError, match="causal"):
+        Engine.build(config_of(encoder), Mesh.single(), prepare(METHODS["prompt"], encoder))
+    config = config_of(ModelConfig(**TINY).resolve())
+    engine = Engine.build(config, Mesh.single(), prepare(METHODS["prompt"], config.model))
+    with pytest.raises(UsageError, match="prefix"):
+        Generator(engine.model).generate([Job(0, [1], Answer(Ending(2)))], Sampling())
