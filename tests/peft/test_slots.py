@@ -96,9 +96,8 @@ def trained(case: Case, method: str, broken: str = "") -> tuple[list, list]:
     layout, model, changes = case
     changes = dict(changes)
     make = packed if changes.pop("packed", 0) else list
-    mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
-    if broken:
-        mesh.world.broken.add(broken)
+    off = frozenset({broken} if broken else ())
+    mesh = Mesh.start(layout, broken=off) if layout.world > 1 else Mesh.single()
     config = config_of(ModelConfig(**MODELS[model]).resolve(), **changes)
     engine = Engine.build(config, mesh, prepare(METHODS[method], config.model))
     numbers = []
