@@ -86,8 +86,13 @@ def their_modules(model: ModelConfig) -> dict[tuple[str, int], list[str]]:
             ours, stack = parse(source)
             place = stack[-1] if stack else 0
             known = found.setdefault((ours.removesuffix(".weight"), place), [])
-            known.append(name.removesuffix(".weight"))
+            known.append(runtime_name(name.removesuffix(".weight")))
     return found
+
+
+def runtime_name(module: str) -> str:
+    """Returns what transformers calls a module that older folders name otherwise (Mixtral's)."""
+    return module.replace(".block_sparse_moe.", ".mlp.")
 
 
 def weight_rules(model: ModelConfig) -> Iterator[Rule]:
