@@ -61,6 +61,16 @@ class Source(Protocol):
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
+class StepObserver(StateProvider, Protocol):
+    """Takes part in every update and has state of its own (`Engine.observe`)."""
+
+    def begin(self, micros: int, scale: Tensor | float) -> None:
+        """Before the microbatches of a data rank, whose losses are multiplied by `scale`."""
+
+    def finish(self, skipped: bool) -> dict[str, float]:
+        """After an update, its gradients still there; returns metrics."""
+
+
 @dataclass(frozen=True)
 class StepStats:
     """One update: each term divided by its global count, the counts, the norm before clipping, and
@@ -127,6 +137,7 @@ class Engine:
             self.model.fp8,
             self.optimizer,
         ]
+        self.observers: list[StepObserver] = []
         self.last_run: ScheduleRun | None = None
 
     @staticmethod
@@ -168,6 +179,13 @@ class Engine:
         """Parameters of this rank's stages."""
         return sum(shape.numel() for shape in self.parameters.shapes.values())
 
+    def observe(self, observer: StepObserver) -> None:
+        """Let `observer` take part in every update from now on; its state is part of
+        checkpoints.
+        """
+        self.observers.append(observer)
+        self.providers.append(observer)
+
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
@@ -195,6 +213,8 @@ class Engine:
         if self.scaler is not None:
             self.scaler.check()
         skipped, loss_scale = not math.isfinite(norm), loss_scale and float(loss_scale)
+        for observer in self.observers:
+            metrics = metrics | observer.finish(skipped)
         return StepStats(losses | further, counts, float(norm), skipped, loss_scale, metrics)
 
     def evaluate(
@@ -281,6 +301,8 @@ class Engine:
         counts = self._global_counts(batches, loss)
         if training and self.model.routers is not None:
             self.model.routers.begin(batches, 1.0 if self.scaler is None else self.scaler.scale)
+        for observer in self.observers if training else ():
+            observer.begin(len(batches), 1.0 if self.scaler is None else self.scaler.scale)
 
         def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             terms = loss(outputs, batch)

@@ -116,6 +116,64 @@ def _read_scales(
     return replace(config, targets=targets), found
 
 
+# AdaLoRA
+
+
+def _triplets(config: PeftConfig, model: ModelConfig) -> Iterator[tuple[str, str, int]]:
+    """Our slot, their module and how many of ours that joins, of every matrix."""
+    places = their_modules(model)
+    every = [name for names in places.values() for name in dict.fromkeys(map(runtime_name, names))]
+    for (module, member), names in places.items():
+        for theirs in dict.fromkeys(map(runtime_name, names)):
+            yield f"{module}{ADAPTER}{config.name}.{member}", theirs, every.count(theirs)
+
+
+def _write_triplets(
+    config: PeftConfig, model: ModelConfig, held: Tensors
+) -> tuple[Tensors, Settings]:
+    tensors: Tensors = {}
+    pattern, modules = {}, set()
+    places = {ours: (theirs, joined) for ours, theirs, joined in _triplets(config, model)}
+    for ours in sorted({name.rpartition(".")[0] for name in held}):
+        theirs, joined = places.get(ours, ("", 0))
+        if joined != 1:
+            raise UsageError(f"{ours} has no place of its own in PEFT's files of this family.")
+        a, b, e = (held[f"{ours}.{leaf}"] for leaf in ("lora_A", "lora_B", "lora_E"))
+        kept = e[:, 0] != 0
+        kept = torch.ones_like(kept) if not kept.any() and not b.any() else kept
+        parts = {"lora_A": a[kept], "lora_B": b[:, kept], "lora_E": e[kept]}
+        tensors |= {f"{PREFIX}{theirs}.{leaf}": x for leaf, x in parts.items()}
+        pattern[f"{theirs}.lora_E"] = kept.tolist()
+        modules.add(theirs.rpartition(".")[2])
+    settings = {"target_modules": sorted(modules), "rank_pattern": pattern, "total_step": 1}
+    settings |= {"init_r": config.first_dim, "target_r": config.dim, "lora_alpha": config.alpha}
+    return tensors, settings | {"orth_reg_weight": config.orthogonal}
+
+
+def _read_triplets(
+    config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
+) -> tuple[PeftConfig, Tensors]:
+    places = {theirs: ours for ours, theirs, joined in _triplets(config, model) if joined == 1}
+    modules = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors}
+    first, pattern, found = int(settings["init_r"]), settings.get("rank_pattern") or {}, {}
+    for theirs in modules:
+        if theirs not in places:
+            raise CheckpointError(f"The adapter adapts {theirs}, which this model does not have so.")
+        kept = torch.tensor(pattern.get(f"{theirs}.lora_E", [True] * first)).flatten()
+        for leaf, dim in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
+            x = tensors[f"{PREFIX}{theirs}.{leaf}"].movedim(dim, 0)
+            whole = x.new_zeros((first, *x.shape[1:]))
+            whole[kept] = x
+            found[f"{places[theirs]}.{leaf}"] = whole.movedim(0, dim)
+    return replace(
+        config,
+        targets=tuple(sorted(modules)),
+        dim=min(int(settings["target_r"]), first),
+        init_dim=first,
+        alpha=float(settings["lora_alpha"]),
+    ), found
+
+
 # Virtual tokens
 
 
@@ -200,6 +258,7 @@ def _read_own(
 
 
 FORMATS: dict[str, Format] = {
+    "adalora": Format("ADALORA", _write_triplets, _read_triplets),
     "ia3": Format("IA3", _write_scales, _read_scales),
     "prefix": Format("PREFIX_TUNING", _write_prefix, _read_prefix),
     "prompt": Format("PROMPT_TUNING", _write_prompt, _read_prompt),

@@ -17,7 +17,7 @@ from megallm.models.decoder import Stage
 from megallm.models.heads import VocabularyHead
 from megallm.optim.config import GroupConfig
 from megallm.parallel.tensor import Adaptable, Linear
-from megallm.peft import bottleneck, ia3, lora, prompts
+from megallm.peft import adalora, bottleneck, ia3, lora, prompts
 from megallm.peft.config import ALL_LINEAR, PeftConfig
 from megallm.peft.dropout import Dropout, watch_tokens
 from megallm.peft.injection import Injection
@@ -49,6 +49,7 @@ def fill_lora(stage: Stage, injection: Injection) -> None:
 
 METHODS: dict[str, Method] = {
     "lora": fill_lora,
+    "adalora": adalora.fill,
     "ia3": ia3.fill,
     "prefix": prompts.fill_prefix,
     "prompt": prompts.fill_prompt,
