@@ -5,7 +5,7 @@ A method is a row of METHODS: a function that puts its adapters into one stage o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -21,8 +21,8 @@ from megallm.parallel.tensor import Adaptable
 from megallm.peft import lora
 from megallm.peft.config import PeftConfig
 from megallm.peft.dropout import Dropout, watch_tokens
-from megallm.peft.slots import put
-from megallm.peft.targets import EMBEDDING, HEAD, Target, choose, find_modules, find_targets
+from megallm.peft.slots import put, slots_of
+from megallm.peft.targets import HEAD, Target, choose, find_modules, find_targets
 
 Prepare = Callable[[Stage], None]
 
@@ -70,9 +70,11 @@ def prepare(config: PeftConfig, model: ModelConfig, seed: int = 0) -> Prepare:
     return prepare_all([config], model, seed)
 
 
-def prepare_all(configs: list[PeftConfig], model: ModelConfig, seed: int = 0) -> Prepare:
-    """The same with several adapters at once, of different names; all are in use until `use` is
-    called."""
+def prepare_all(
+    configs: Sequence[PeftConfig], model: ModelConfig, seed: int = 0, frozen: Collection[str] = ()
+) -> Prepare:
+    """The same with several adapters at once, of different names; those named in `frozen` are never
+    trained. All are in use until `reference.using` says otherwise."""
     raise_problems([problem for config in configs for problem in config.problems()])
     wanted = [config for config in configs if config.method != "none"]
     injections = [plan_injection(config, model, seed) for config in wanted]
@@ -84,6 +86,10 @@ def prepare_all(configs: list[PeftConfig], model: ModelConfig, seed: int = 0) ->
         stage.requires_grad_(False)
         for injection in injections:
             METHODS[injection.config.method](stage, injection)
+        for _, module in slots_of(stage):
+            for name in frozen:
+                if name in module.adapter:
+                    module.adapter[name].requires_grad_(False)
         for name, module in stage.named_modules():
             if name in saved:
                 module.requires_grad_(True)

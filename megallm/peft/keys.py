@@ -19,7 +19,7 @@ from megallm.convert.rules import Bridge, Rule, expand, parse, plan_bridge
 from megallm.convert.weights import counts_of
 from megallm.models.config import ModelConfig
 from megallm.parallel.tensor import ADAPTER
-from megallm.peft.lora import A, B, MAGNITUDE
+from megallm.peft.lora import MAGNITUDE, A, B
 from megallm.peft.targets import runtime_name, weight_rules
 
 PREFIX = "base_model.model."

@@ -25,11 +25,11 @@ from megallm.convert.rules import Bridge, Link
 from megallm.convert.weights import HF_DTYPES, bridge_of
 from megallm.models.config import ModelConfig
 from megallm.peft.config import PeftConfig
-from megallm.peft.files import CONFIG, WEIGHTS, adapter_shapes
+from megallm.peft.files import CONFIG, WEIGHTS, adapter_shapes, endings
 from megallm.peft.keys import LEAVES, PREFIX, from_file, in_file, plan_keys
 from megallm.peft.lora import A, B
 from megallm.peft.sources import Tensors
-from megallm.peft.targets import EXPERTS, Target, choose, find_targets
+from megallm.peft.targets import EXPERTS, Target, find_targets
 
 # Settings that are read, or that change nothing; any other that is set is refused.
 KNOWN = frozenset((
@@ -202,22 +202,15 @@ def _config(
     name: str,
 ) -> PeftConfig:
     """The configuration that has exactly these adapters."""
-    rs, chosen, dims, alphas = bool(raw.get("use_rslora")), {}, {}, {}
+    rs, dims, alphas = bool(raw.get("use_rslora")), {}, {}
     for part in parts.values():
         for target in part.targets:
             label = next(n for n in reversed(target.names[:2]) if n.startswith(target.module))
-            chosen[target.module, target.member] = label
             dims[label] = part.dim
             alphas[label] = round(part.scale * (part.dim**0.5 if rs else part.dim), 12)
     dim, alpha = (max(table.values(), key=[*table.values()].count, default=8) for table in (dims, alphas))
-    listed, targets = raw.get("target_modules"), tuple(sorted(chosen.values()))
-    if isinstance(listed, list) and listed and not raw.get("target_parameters"):
-        try:
-            meant = choose(listed, find_targets(model))
-        except UsageError:
-            meant = []
-        if {(t.module, t.member) for t in meant} == chosen.keys():
-            targets = tuple(sorted(listed))
+    every = {each for target in find_targets(model) for each in target.names}
+    targets = tuple(endings(set(parts), every))
     adapted = tuple(leaf.ending for leaf in LEAVES.values())
     whole = {k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors if not k.endswith(adapted)}
     return PeftConfig(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megallm.engine.engine import Engine
-from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
-from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.parallel.layout import Layout
