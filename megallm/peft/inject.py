@@ -5,7 +5,7 @@ A method is a row of METHODS: a function that puts its adapters into one stage o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from operator import attrgetter
 
@@ -16,12 +16,12 @@ from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.heads import VocabularyHead
 from megallm.optim.config import GroupConfig
-from megallm.parallel.tensor import Adaptable, Linear
+from megallm.parallel.tensor import ADAPTER, Adaptable, Linear
 from megallm.peft import adalora, bottleneck, ia3, lora, prompts
 from megallm.peft.config import ALL_LINEAR, PeftConfig
 from megallm.peft.dropout import Dropout, watch_tokens
 from megallm.peft.injection import Injection
-from megallm.peft.slots import put
+from megallm.peft.slots import put, slots_of
 from megallm.peft.targets import HEAD, choose, find_modules, find_targets
 
 Prepare = Callable[[Stage], None]
@@ -62,8 +62,9 @@ METHODS: dict[str, Method] = {
 def quantize(stage: Stage) -> None:
     """Hold every frozen matrix of the blocks in 4 bit (QLoRA); embeddings, the head and routers
     stay as they are."""
-    for module in (*stage.layers.modules(), *stage.mtp.modules()):
-        if isinstance(module, Linear) and not module.weight.requires_grad:
+    for name, module in stage.named_modules():
+        in_block = name.startswith(("layers.", "mtp.")) and ADAPTER not in name
+        if in_block and isinstance(module, Linear) and not module.weight.requires_grad:
             module.quantize()
 
 
@@ -77,9 +78,11 @@ def prepare(config: PeftConfig, model: ModelConfig, seed: int = 0) -> Prepare:
     return prepare_all([config], model, seed)
 
 
-def prepare_all(configs: list[PeftConfig], model: ModelConfig, seed: int = 0) -> Prepare:
-    """The same with several adapters at once, of different names; all are in use until `use` is
-    called."""
+def prepare_all(
+    configs: Sequence[PeftConfig], model: ModelConfig, seed: int = 0, frozen: Collection[str] = ()
+) -> Prepare:
+    """The same with several adapters at once, of different names; those named in `frozen` are never
+    trained. All are in use until `reference.using` says otherwise."""
     raise_problems([problem for config in configs for problem in config.problems()])
     wanted = [config for config in configs if config.method != "none"]
     injections = [plan_injection(config, model, seed) for config in wanted]
@@ -91,6 +94,10 @@ def prepare_all(configs: list[PeftConfig], model: ModelConfig, seed: int = 0) ->
         stage.requires_grad_(False)
         for injection in injections:
             METHODS[injection.config.method](stage, injection)
+        for _, module in slots_of(stage):
+            for name in frozen:
+                if name in module.adapter:
+                    module.adapter[name].requires_grad_(False)
         for name, module in stage.named_modules():
             if name in saved:
                 module.requires_grad_(True)

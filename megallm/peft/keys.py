@@ -58,7 +58,7 @@ def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> Plan:
     is among them. Raises InternalError for a tensor that the family's files have no place for."""
     rules, modules = [], {}
     shapes, blocks = dict(ours), {}
-    for each in expand(weight_rules(model), counts_of(model)):
+    for each in weight_rules(model):
         module, place = parse(each.theirs)
         module = runtime_name(module.removesuffix(".weight"))
         for leaf, how in LEAVES.items():

@@ -92,17 +92,15 @@ class LowRank(ShardedModule):
         return wide(self.lora_B) @ wide(self.lora_A) * self.options.scale
 
     @torch.no_grad()
-    def matrix(self) -> Tensor:
-        """This rank's piece of the base's matrix, wide."""
-        weight = self.base[0].matrix
-        return wide(weight.view(-1, *weight.shape[-2:])[self.member])
-
-    @torch.no_grad()
     def norm(self) -> Tensor:
         """The length of each row of `W + s B A` over the whole input, `(out,)` as the weights are;
         collective over tp where that divides the input. No gradient (section 4.3 of the paper).
         """
-        squares = (self.matrix() + self.delta()).square().sum(1)
+        weight = self.base[0].matrix
+        return self._lengths(wide(weight.view(-1, *weight.shape[-2:])[self.member]) + self.delta())
+
+    def _lengths(self, matrix: Tensor) -> Tensor:
+        squares = matrix.square().sum(1)
         if isinstance(self.base[0], RowLinear):
             comm.all_reduce_(squares, self.mesh.tp, "dora.norm")
         return squares.sqrt().to(self.lora_B.dtype)
@@ -113,12 +111,11 @@ class LowRank(ShardedModule):
         return {MAGNITUDE: self.norm()} if self.options.dora else {}
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """This rank's piece of the matrix with the adapter in it, wide; collective over tp."""
-        whole = self.matrix() + self.delta()
+    def add_to(self, matrix: Tensor) -> None:
+        """Put the adapter into this rank's piece of the matrix, wide; collective over tp."""
+        matrix += self.delta()
         if self.options.dora:
-            whole *= (wide(self.lora_magnitude_vector) / wide(self.norm()))[:, None]
-        return whole
+            matrix *= (wide(self.lora_magnitude_vector) / wide(self._lengths(matrix)))[:, None]
 
 
 def _record(
@@ -154,13 +151,19 @@ class LowRankLinear(nn.ModuleDict):
             parts[at] = adapter(x, parts[at], None if bias is None else bias[at], rows)
         return torch.cat(parts, dim=-1)
 
+    def add_to(self, weight: Tensor) -> None:
+        """Put the adapters into this rank's piece of the whole weight, wide; collective over tp."""
+        matrices = weight.view(-1, *weight.shape[-2:])
+        for member, adapter in self.items():
+            adapter.add_to(matrices[int(member)])
+
 
 class LowRankExperts(ShardedModule):
     """The same for all experts of a linear: `A (X, r, in)` and `B (X, *stack, out, r)`."""
 
     def __init__(self, base: GroupedLinear, options: LowRankOptions) -> None:
         super().__init__(base.mesh)
-        self.options, self.base = options, (base,)
+        self.options = options
         full = base.shards["weight"].full
         a, b = (full[0], options.dim, full[-1]), (*full[:-1], options.dim)
         self.add_parameter(A, Shard(a, {0: "ep"}, (), uniform(full[-1] ** -0.5)))
@@ -172,11 +175,10 @@ class LowRankExperts(ShardedModule):
         return y + made * self.options.scale
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """This rank's experts with the adapter in them, wide `(X, *stack, out, in)`."""
+    def add_to(self, weight: Tensor) -> None:
+        """Put the adapters into this rank's experts `(X, *stack, out, in)`, wide."""
         delta = wide(self.lora_B).flatten(1, -2) @ wide(self.lora_A) * self.options.scale
-        weight = self.base[0].matrix
-        return wide(weight) + delta.view_as(weight)
+        weight += delta.view_as(weight)
 
 
 class LowRankEmbedding(ShardedModule):
@@ -185,7 +187,7 @@ class LowRankEmbedding(ShardedModule):
 
     def __init__(self, base: VocabEmbedding, options: LowRankOptions) -> None:
         super().__init__(base.mesh, base.sp)
-        self.options, self.base = options, (base,)
+        self.options = options
         vocab, size = base.shards["weight"].full
         tp = ("tp",) if base.mesh.tp.size > 1 else ()
         self.add_parameter(
@@ -200,10 +202,10 @@ class LowRankEmbedding(ShardedModule):
         return rows + made * self.options.scale
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """This rank's rows of the embedding with the adapter in them, wide."""
+    def add_to(self, weight: Tensor) -> None:
+        """Put the adapter into this rank's rows of the embedding, wide."""
         delta = wide(self.lora_embedding_B) @ wide(self.lora_embedding_A)
-        return wide(self.base[0].weight) + delta.t() * self.options.scale
+        weight += delta.t() * self.options.scale
 
 
 class LowRankHead(ShardedModule):
@@ -229,9 +231,9 @@ class LowRankHead(ShardedModule):
         return self.lora_B
 
     @torch.no_grad()
-    def delta(self) -> Tensor:
-        """`s B A` of this rank's rows, wide."""
-        return wide(self.lora_B) @ wide(self.lora_A) * self.options.scale
+    def add_to(self, weight: Tensor) -> None:
+        """Put the adapter into this rank's rows of the head's matrix, wide."""
+        weight += wide(self.lora_B) @ wide(self.lora_A) * self.options.scale
 
 
 def low_rank_of(base: Any, members: list[tuple[Target, LowRankOptions]]) -> nn.Module:

@@ -20,16 +20,17 @@ from torch import Tensor
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint.io import read_regular
 from megallm.convert.folder import plain_file, read_header, read_json
-from megallm.convert.rules import Bridge
-from megallm.convert.weights import HF_DTYPES
+from megallm.convert.hf_config import family_of
+from megallm.convert.rules import Bridge, Link
+from megallm.convert.weights import HF_DTYPES, bridge_of
 from megallm.models.config import ModelConfig
 from megallm.peft import formats
 from megallm.peft.config import PeftConfig
-from megallm.peft.files import CONFIG, WEIGHTS, adapter_shapes
+from megallm.peft.files import CONFIG, WEIGHTS, adapter_shapes, endings
 from megallm.peft.keys import LEAVES, PREFIX, from_file, in_file, plan_keys
 from megallm.peft.lora import A, B
 from megallm.peft.sources import Tensors
-from megallm.peft.targets import EXPERTS, Target, choose, find_targets
+from megallm.peft.targets import EXPERTS, Target, find_targets
 
 FURTHER = frozenset(form.peft_type for form in formats.FORMATS.values())
 # Settings that are read, or that change nothing; any other that is set is refused.
@@ -100,6 +101,11 @@ class AdapterFolder:
         self._source.read_into(name, offset, tensor)
 
 
+def base_links(model: ModelConfig) -> Mapping[str, Sequence[Link]]:
+    """Returns the links of the base's tensors by the names of theirs."""
+    return bridge_of(model, family_of(model).rules_of(model.head)).by_theirs
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Returns all tensors of one safetensors file, after its header was checked."""
     found = {}
@@ -133,9 +139,9 @@ def _parts(
     raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: ModelConfig, folder: Path
 ) -> dict[str, Part]:
     """The adapted modules by their name, an expert's parameter by its own."""
-    targets = find_targets(model)
     by_name: dict[str, list[Target]] = {}
-    for target in targets:
+    joins = base_links(model)
+    for target in find_targets(model):
         for name in target.names:
             by_name.setdefault(name, []).append(target)
     found = {}
@@ -152,7 +158,9 @@ def _parts(
             alpha = _pattern(raw.get("alpha_pattern") or {}, module, raw.get("lora_alpha", 8))
             scale = alpha / (rank**0.5 if raw.get("use_rslora") else rank)
             b = tensors.get(key.replace("_A", "_B"))
-            shared = len(here) > 1 and (b is None or not _is_diagonal(b, len(here), here, model))
+            shared = len(here) > 1 and not (
+                b is not None and _is_diagonal(b, here, joins[f"{module}.weight"])
+            )
             found[module] = Part(rank, scale, tuple(here), shared)
     return found
 
@@ -176,22 +184,21 @@ def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _is_diagonal(b: Tensor, count: int, targets: Sequence[Target], model: ModelConfig) -> bool:
-    """Whether B `(out, r)` of several matrices end to end has blocks of equal width, zero beside."""
-    rank = b.shape[1]
-    if rank % count or model.mla.on:
+def _is_diagonal(b: Tensor, targets: Sequence[Target], links: Sequence[Link]) -> bool:
+    """Whether B `(out, r)` of several matrices has a block of columns for the rows of each, and
+    zeros beside; `links` are those of the matrix of theirs that joins them."""
+    rank, places = b.shape[1], [(target.module, target.member) for target in targets]
+    if rank % len(places):
         return False
-    width, row = rank // count, 0
-    e = model.head_size
-    sizes = {"q": model.num_heads * e, "kv": model.num_kv_heads * e}
-    for i, target in enumerate(targets):
-        rows = sizes.get(target.module.rpartition(".")[2], b.shape[0] // count)
-        beside = b[row : row + rows].clone()
-        beside[:, i * width : (i + 1) * width] = 0
-        if beside.any():
-            return False
-        row += rows
-    return row == b.shape[0]
+    beside, width = b.clone(), rank // len(places)
+    for link in links:
+        stack = link.ours_box.offset[: link.stack_dims]
+        block = places.index((link.ours.removesuffix(".weight"), stack[-1] if stack else 0))
+        dim = link.their_stack_dims + link.transpose
+        begin, count = link.theirs_box.offset[dim], link.theirs_box.shape[dim]
+        rows = slice(begin, begin + (count - 1) * link.step + 1, link.step)
+        beside[rows, block * width : (block + 1) * width] = 0
+    return not beside.any()
 
 
 def _config(
@@ -202,22 +209,15 @@ def _config(
     name: str,
 ) -> PeftConfig:
     """The configuration that has exactly these adapters."""
-    rs, chosen, dims, alphas = bool(raw.get("use_rslora")), {}, {}, {}
+    rs, dims, alphas = bool(raw.get("use_rslora")), {}, {}
     for part in parts.values():
         for target in part.targets:
             label = next(n for n in reversed(target.names[:2]) if n.startswith(target.module))
-            chosen[target.module, target.member] = label
             dims[label] = part.dim
             alphas[label] = round(part.scale * (part.dim**0.5 if rs else part.dim), 12)
     dim, alpha = (max(table.values(), key=[*table.values()].count, default=8) for table in (dims, alphas))
-    listed, targets = raw.get("target_modules"), tuple(sorted(chosen.values()))
-    if isinstance(listed, list) and listed and not raw.get("target_parameters"):
-        try:
-            meant = choose(listed, find_targets(model))
-        except UsageError:
-            meant = []
-        if {(t.module, t.member) for t in meant} == chosen.keys():
-            targets = tuple(sorted(listed))
+    every = {each for target in find_targets(model) for each in target.names}
+    targets = tuple(endings(set(parts), every))
     adapted = tuple(leaf.ending for leaf in LEAVES.values())
     whole = {k.removeprefix(PREFIX).rpartition(".")[0] for k in tensors if not k.endswith(adapted)}
     return PeftConfig(

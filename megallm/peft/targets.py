@@ -15,7 +15,7 @@ from megallm.base.errors import UsageError
 from megallm.base.words import did_you_mean
 from megallm.convert.families import FAMILIES
 from megallm.convert.rules import Rule, expand, parse
-from megallm.convert.weights import counts_of, whole_stage
+from megallm.convert.weights import counts_of, logical_shapes, whole_stage
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.optim.groups import matches
 from megallm.parallel.mesh import Mesh
@@ -80,7 +80,7 @@ def _names(
 def their_modules(model: ModelConfig) -> dict[tuple[str, int], list[str]]:
     """Returns the names of Hugging Face's modules for each (module, place in its stack) of ours."""
     found: dict[tuple[str, int], list[str]] = {}
-    for each in expand(weight_rules(model), counts_of(model)):
+    for each in weight_rules(model):
         name, _ = parse(each.theirs)
         for source in each.ours:
             ours, stack = parse(source)
@@ -96,14 +96,16 @@ def runtime_name(module: str) -> str:
 
 
 def weight_rules(model: ModelConfig) -> Iterator[Rule]:
-    """The rules of matrices of the model's family, in both forms of experts; none without one."""
+    """The rules of the model's matrices in its family, spelled out, in both forms of experts; none
+    for a model of no family."""
     family = FAMILIES.get(model.family or "")
     if family is None:
         return
-    rules = (*family.rules_of(model.head), *family.fused)
-    yield from (
-        each for each in rules if each.ours[0].split("[")[0].endswith(".weight") and not each.copy
-    )
+    held = logical_shapes(model)
+    for each in expand((*family.rules_of(model.head), *family.fused), counts_of(model)):
+        ours, _ = parse(each.ours[0])
+        if ours.endswith(".weight") and not each.copy and each.holds(held):
+            yield each
 
 
 def choose(
