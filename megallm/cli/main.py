@@ -23,7 +23,7 @@ from megallm.base.stopping import INTERRUPTED, before_ranks
 from megallm.base.version import VERSION
 from megallm.cli.board import BOARD
 from megallm.cli.supervise import Terminated, die_of, say_stopped, supervised
-from megallm.cli.table import VERBS, Verb
+from megallm.cli.table import TRAINING, VERBS, Verb
 
 TEXTS = (
     "prompt",
@@ -35,7 +35,7 @@ TEXTS = (
 )  # arguments that are never paths
 HELP = ("-h", "--help", "help")
 OF_ONE = "`megallm VERB --help` shows the arguments of one."
-FASTER_WITH_EXTENSION = ("preprocess", "pretrain", "curate", "data verify", "data stream")
+FASTER_WITH_EXTENSION = ("preprocess", *TRAINING, "curate", "data verify", "data stream")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -55,18 +55,20 @@ class Parser(argparse.ArgumentParser):
         optim.lr=VALUE.
         """
         from megallm.base.config import leaves  # here: `--help` need not wait for them
-        from megallm.training.config import PretrainConfig
+        from megallm.cli.config import DEFAULT
+        from megallm.training.kinds import KINDS
 
         if not given.startswith("-") or all(action.dest != "overrides" for action in self._actions):
             return ""
         if words.plain(given.lstrip("-")) == "config" or given == "-c":
             return " The configuration stands without an option: CONFIG."
         name = words.plain(given.lstrip("-"))
-        known = list(leaves(PretrainConfig))
+        config = KINDS.get(self.prog.rpartition(" ")[2], KINDS[DEFAULT]).config
+        known = list(leaves(config))
         keys = [
             key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))
         ]
-        found = keys[0] if len(keys) == 1 else PretrainConfig.OTHER_NAMES.get(name)
+        found = keys[0] if len(keys) == 1 else vars(config).get("OTHER_NAMES", {}).get(name)
         if found is None:
             return ""
         key, _, note = found.partition(" ")
@@ -93,7 +95,7 @@ def _run(arguments: list[str], program: bool) -> int:
     kept = "" if verb is None else verb.kept
     if program and verb is not None and kept and not {"-h", "--help"} & set(arguments):
         return supervised(verb.words, kept, lambda: _ended(arguments, kept))
-    with before_ranks(arguments[:1] == ["pretrain"]):
+    with before_ranks(arguments[:1] != [] and arguments[0] in TRAINING):
         return _ended(arguments, kept)
 
 

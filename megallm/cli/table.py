@@ -57,7 +57,7 @@ _ROWS = (
     ),
     (
         "pretrain",
-        "pretrain",
+        "train",
         "train a language model from a configuration, or from a folder of text",
     ),
     ("presets", "presets", "list the model sizes that model.preset names"),
@@ -94,3 +94,4 @@ VERBS = {
     words: Verb(words, f"megallm.cli.{module}", text, KEPT.get(words, ""))
     for words, module, text in _ROWS
 }
+TRAINING = tuple(words for words, module, _ in _ROWS if module == "train")  # verbs that start ranks

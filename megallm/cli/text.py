@@ -17,6 +17,21 @@ from megallm.training import from_text
 from megallm.training.config import PretrainConfig
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --text and --preset."""
+    parser.add_argument(
+        "--text",
+        metavar="DIR",
+        help="instead of CONFIG: a folder of text files (or one file) to train on, all in one",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="with --text: model size of `megallm presets`, or tiny (the default): the tiny one "
+        "that fits the text",
+    )
+
+
 def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
     """Prepare what is missing, train (or go on) with the configuration that came of it, and name
     the next command.

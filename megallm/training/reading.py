@@ -4,8 +4,7 @@ No torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from megallm.data.megatron.samples import Sampling, build_samples
 from megallm.data.objective import Hider
 from megallm.data.stream import fim
 from megallm.data.stream.bookmarks import Bookmarks
-from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading, Segment, segments_of
+from megallm.data.stream.plan import Plan, Reading, Segment, segments_of
 from megallm.data.stream.source import Source
 from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer_folder import kept_at
-from megallm.models.config import VOCABULARY_HEADS, ModelConfig
-from megallm.training.config import MaskingConfig, PretrainConfig, SegmentConfig
+from megallm.training.config import PretrainConfig, SegmentConfig
 
 WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a whole
 
@@ -50,86 +48,6 @@ def _given(segment: SegmentConfig) -> dict[str, Any]:
     }
 
 
-def segment_faults(config: PretrainConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Sentences about what is wrong with `data.segments` and what goes with the stream only, each
-    with a remedy.
-    """
-    data = config.data
-    whole: dict[str, Any] = {"data.segments": ()}
-    if data.order != "stream":
-        if data.segments:
-            yield "data.segments needs data.order stream.", {"data.order": "stream"}
-        if data.fim.rate:
-            yield (
-                f"data.fim.rate {data.fim.rate:g} needs data.order stream.",
-                {"data.order": "stream"},
-            )
-        return
-    before = 0
-    for number, segment in enumerate(data.segments):
-        name, until = f"data.segments[{number}]", segment.until_tokens
-        if number + 1 < len(data.segments) and until is None:
-            yield f"{name} has no until_tokens, so the segments after it would never begin.", whole
-        elif until is not None and until <= before:
-            yield (
-                f"{name}.until_tokens is {until}; it must be greater than {before}, where the "
-                "segment begins.",
-                whole,
-            )
-        before = until or before
-        unknown = [prefix for prefix in segment.sources or {} if prefix not in data.sources]
-        if unknown:
-            yield f"{name}.sources names {unknown[0]}, which data.sources does not have.", whole
-        if segment.sources is not None and not any(
-            weight > 0 for weight in segment.sources.values()
-        ):
-            yield f"{name}.sources has no source with a weight above 0.", whole
-        if any(weight < 0 for weight in (segment.sources or {}).values()):
-            yield f"{name}.sources has a weight below 0.", whole
-        if segment.seq_len is not None and segment.seq_len < 1:
-            yield f"{name}.seq_len is {segment.seq_len}; it must be at least 1.", whole
-        if segment.fim_rate is not None and not 0 <= segment.fim_rate <= 1:
-            yield f"{name}.fim_rate is {segment.fim_rate:g}; it must be between 0 and 1.", whole
-    packings = {data.packing, *(segment.packing for segment in data.segments)}
-    if uses_fim(config) and data.fim.form == CONTEXT and CONCAT in packings:
-        sentence = "data.fim.form context needs packing best_fit: rearranging changes lengths."
-        yield sentence, {"data.fim.form": "document"}
-
-
-def objective_faults(
-    config: PretrainConfig, model: ModelConfig
-) -> Iterator[tuple[str, tuple[dict, ...]]]:
-    """(sentence, remedies) about what `data.objective` and the resolved model do not have in
-    common.
-    """
-    data, ahead = config.data, config.data.objective == objective.NEXT_TOKEN
-    if model.head not in VOCABULARY_HEADS:
-        sentence = f"model.head {model.head} gives no probabilities of tokens, which megallm pretrain learns."
-        yield sentence, ({"model.head": "lm" if ahead else "mlm", "model.num_labels": None},)
-    if ahead and not model.causal:
-        sentence = "model.causal is false: the model sees the next token, which data.objective next_token has it "
-        sentence += "predict. Hide tokens instead, or look back only."
-        yield sentence, ({"data.objective": "mlm"}, {"model.causal": True})
-    elif not ahead and model.causal:
-        sentence = f"data.objective {data.objective} hides tokens that both sides tell about, but model.causal is "
-        sentence += "true: the model looks back only."
-        yield sentence, ({"model.causal": False}, {"data.objective": "next_token"})
-    if not ahead and uses_fim(config):
-        sentence = f"data.fim.rate rearranges texts for data.objective next_token, not for {data.objective}."
-        quiet = tuple(replace(segment, fim_rate=None) for segment in data.segments)
-        yield sentence, ({"data.fim.rate": 0.0, "data.segments": quiet},)
-    masking, usual = data.masking, MaskingConfig()
-    for name in () if data.objective == objective.MLM else vars(usual):
-        given, default = getattr(masking, name), getattr(usual, name)
-        if given != default and (ahead or name != "token"):
-            sentence = f"data.masking.{name} is {given}, which data.objective {data.objective} does not read."
-            yield sentence, ({f"data.masking.{name}": default},)
-    if masking.masked + masking.random > 1:
-        sentence = f"data.masking.masked {masking.masked:g} and data.masking.random {masking.random:g} are shares of "
-        sentence += "the same tokens: together at most 1."
-        yield sentence, ({"data.masking.random": round(1 - masking.masked, 12)},)
-
-
 def uses_fim(config: PretrainConfig) -> bool:
     """Whether any segment rearranges documents."""
     return any(
@@ -149,6 +67,16 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     if any(meta.read(prefix) is None for prefix in config.data.prefixes):
         return None  # who knows what made that one
     return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
+
+
+def tokenizer_vocab(config: PretrainConfig) -> int | None:
+    """Returns the largest vocabulary that the sources were made with, from their side-cars; None
+    when none has one.
+    """
+    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
+    return max(
+        (side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None
+    )
 
 
 def words_of(config: PretrainConfig) -> str | None:

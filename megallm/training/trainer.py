@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megallm.checkpoint.io import Part
-from megallm.engine.engine import Engine, StepStats
+from megallm.engine.engine import Engine, Part, StepStats
 
 
 @dataclass

@@ -15,12 +15,12 @@ import pytest
 
 from megallm.base.config import load, loads, replace
 from megallm.base.errors import DataError, UsageError
+from megallm.convert.megatron.translate import to_yaml, translate
 from megallm.data.batches import Share
 from megallm.data.megatron import blend
 from megallm.data.megatron.samples import Sampling, build_samples
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
-from megallm.training.from_megatron import to_yaml, translate
 from megallm.training.validate import check
 from tests.data.megatron_cases import build_split
 

@@ -163,7 +163,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
         "block.mlp.down.weight": block.mlp.down_proj.weight,
     }  # fmt: skip
     ours |= {f"block.attention.{k}": v for k, v in latent_weights(block.self_attn.state_dict(), SIZES, 4).items()}
-    stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True), decoder.StageOptions())
+    stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True))
     depth = stage.mtp["0"]
     place_parameters(depth, ours)
     hidden, embedded, positions = torch.randn(2, 11, 24), torch.randn(2, 11, 24), torch.arange(11).expand(2, 11)
@@ -206,6 +206,6 @@ def test_losses_are_reported_without_their_weight() -> None:
         losses: dict[str, float]
 
     mtp = dataclasses.replace(TINY, mtp={"depth": 2, "weight": 0.5}).resolve().mtp
-    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp)
+    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp.depth, mtp.weight)
     assert found == {"train/mtp_loss": 5.0, "train/mtp_1_loss": 4.0, "train/mtp_2_loss": 6.0}
-    assert mtp_losses(Stats({"loss": 3.0}), mtp) == {}
+    assert mtp_losses(Stats({"loss": 3.0}), mtp.depth, mtp.weight) == {}

@@ -52,18 +52,34 @@ FLOORS["cli"] = _LOWER | {"run", "training", "oracle", "launch", "report"}
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
 PURE = (
     "base.", "cli.", "data.", "run.config", "run.changes",
-    "training.config", "training.validate", "training.nearest", "training.reading",
-    "training.ranges", "training.files", "training.from_text", "training.other_names", "training.expert_rules",
-    "training.optimizing", "training.narrow_rules", "ops.backends", "ops.low_precision", "parallel.recompute_policy",
+    "training.config", "training.validate", "training.rules.", "training.reading", "training.kinds",
+    "training.files", "training.from_text", "training.other_names",
+    "ops.backends", "ops.low_precision", "models.compute", "parallel.config",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
-    "optim.config", "optim.lr", "optim.groups", "optim.rules",
+    "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "peft.config", "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
+
+# Packages of the model's side, which trainers reach through `engine`; and their pure modules that say what a
+# configuration may hold, which rules compare with each other.
+MODEL_SIDE = {"ops", "parallel", "models", "optim", "peft", "checkpoint", "convert", "inference"}
+DESCRIPTIONS = {
+    "models.config", "models.presets", "models.stages", "ops.low_precision", "ops.backends", "optim.config",
+    "optim.groups", "optim.lr", "parallel.layout", "parallel.schedule", "parallel.zigzag", "parallel.config",
+    "convert.hf_config", "models.compute",
+}  # fmt: skip
+BESIDE_THE_ENGINE: dict[str, set[str]] = {
+    "training.loop": {"checkpoint.store"},  # saves what a trainer yields
+    "training.resuming": {"checkpoint.store", "checkpoint.reader", "convert.convert", "convert.weights"},  # its meta
+    "training.weights": {"checkpoint.reader", "convert.convert", "convert.weights"},  # where weights come from
+    "training.reading": {"checkpoint.manifest", "convert.tokenizer_files"},  # `data stream --from`; tokenizers
+    "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
+}
 
 OPTIONAL = {"transformer_engine", "flash_attn", "apex", "triton", "bitsandbytes", "liger_kernel", "deepspeed"}
 NO_FLOAT_CAST = {"ops", "parallel", "models", "losses", "engine"}
@@ -169,6 +185,20 @@ def floors(source: Source) -> Iterator[Finding]:
             allowed = FLOORS[source.package] | {source.package}
             if parts[1] not in allowed:
                 yield line, f"{source.package} imports {name}, which is not on a lower floor"
+
+
+@rule
+def trainers_see_the_engine(source: Source) -> Iterator[Finding]:
+    """Of the model's side a trainer sees the engine; what else `training` imports has a reason in a table."""
+    if source.package != "training":
+        return
+    allowed = DESCRIPTIONS | BESIDE_THE_ENGINE.get(source.name, set())
+    for name, line in source.imports():
+        parts = name.split(".")
+        if parts[0] != "megallm" or len(parts) < 3 or parts[1] not in MODEL_SIDE:
+            continue
+        if ".".join(parts[1:3]) not in allowed:
+            yield line, f"{source.name} imports {name}: of the model's side a trainer sees engine only"
 
 
 @rule
@@ -422,6 +452,12 @@ EXAMPLES: dict[str, list[tuple[str, str, str]]] = {
         ("launch.x", "from megallm.training.config import RunConfig", "from megallm.base.errors import UsageError"),
         ("novel.x", "import os", None),
     ],
+    "trainers_see_the_engine": [
+        ("training.x", "from megallm.parallel.mesh import Mesh", "from megallm.engine.engine import Engine, Mesh"),
+        ("training.x", "def f():\n    from megallm.convert import weights", "import megallm.models.config"),
+        ("training.rules.x", "from megallm.models.moe import route", "from megallm.parallel.schedule import SCHEDULES"),
+        ("training.x", "from megallm.checkpoint import store", None),
+    ],
     "file_length": [("ops.x", "x = 1\n" * 401, "x = 1\n" * 400 + "# comment\n\n" * 50)],
     "function_length": [("ops.x", _function(60), _function(59))],
     "parameters": [("ops.x", _function(1, "a, b, c, d, e, f, g, h"), _function(1, "self, a, b, c, d, e, *, f, g"))],
@@ -472,6 +508,13 @@ def test_each_rule_catches_its_bad_example(name, module, bad, good):
     assert list(RULES[name](Source(module, bad))), "the bad example passed"
     if good is not None:
         assert not list(RULES[name](Source(module, good)))
+
+
+def test_what_trainers_import_beside_the_engine_is_needed(package):
+    """A row whose import is gone must go too."""
+    for module, names in BESIDE_THE_ENGINE.items():
+        imported = {name.removeprefix("megallm.") for s in package if s.name == module for name, _ in s.imports()}
+        assert names <= imported, (module, names - imported)
 
 
 @pytest.mark.parametrize("folder", ["examples", "bench", "tools"])
