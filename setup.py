@@ -128,6 +128,7 @@ setup(
             "transformers>=4.57",
             "pybind11>=2.11",
             "ruff>=0.8",
+            "bitsandbytes>=0.50",
         ],
     },
 )

@@ -63,7 +63,9 @@ class VirtualTokens(nn.Module):
         if not self.embedded:
             return [b | {"positions": b["positions"] + self.count} for b in batches], loss_of
         places = [self._places(batch) for batch in batches]
-        longest = max(len(at) + self.count * self._texts(b) for at, b in zip(places, batches, strict=True))
+        longest = max(
+            len(at) + self.count * self._texts(b) for at, b in zip(places, batches, strict=True)
+        )
         length = -(-longest // multiple) * multiple
         grown = [self._extend(b, at, length) for b, at in zip(batches, places, strict=True)]
         own = {id(new): (old, at) for new, old, at in zip(grown, batches, places, strict=True)}

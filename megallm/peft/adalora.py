@@ -55,7 +55,9 @@ class AdaptiveLowRank(LowRank):
         for name in (A, B):
             self.add_parameter(name, replace(self.shards[name], init=normal(START)))
         tp = ("tp",) if self.mesh.tp.size > 1 else ()
-        partial = tp if isinstance(base, (ColumnLinear, RowLinear)) else base.shards["weight"].partial
+        partial = (
+            tp if isinstance(base, (ColumnLinear, RowLinear)) else base.shards["weight"].partial
+        )
         record = Shard((options.dim, 1), {}, partial, constant(0.0), decay=False)
         self.add_parameter(E, record)
         self.weight: Tensor | float = 0.0
@@ -100,7 +102,9 @@ class AdaptiveLowRank(LowRank):
         norm = gram.norm()
         self.norms[name] = norm
         copies = prod(self.mesh.axes[axis].size for axis in shard.partial)
-        factor = 2 * self.weight / copies  # the derivative of |A A^T - 1| is 2 (A A^T - 1) A / |...|
+        factor = (
+            2 * self.weight / copies
+        )  # the derivative of |A A^T - 1| is 2 (A A^T - 1) A / |...|
         return ((gram @ rows) * (factor / norm.clamp(min=1e-12))).to(matrix.dtype)
 
 
@@ -141,9 +145,7 @@ def fill(stage: Stage, injection: Injection) -> None:
         watch_tokens(stage)
 
 
-def plan_budget(
-    step: int, total_steps: int, matrices: int, config: PeftConfig
-) -> tuple[int, bool]:
+def plan_budget(step: int, total_steps: int, matrices: int, config: PeftConfig) -> tuple[int, bool]:
     """Returns how many triplets the matrices keep together after update `step` (from 1 on), and
     whether they are chosen anew then. Pure."""
     begin, end = config.warmup_steps, total_steps - config.final_steps
@@ -178,7 +180,10 @@ class RankAllocator:
         device, shape = engine.mesh.device, (len(self.names), config.first_dim)
         self.kept = torch.ones(shape, dtype=torch.float32, device=device)
         self.sensitivity, self.uncertainty = (
-            {bucket.index: torch.zeros_like(bucket.shard_grads) for bucket in engine.parameters.trainable}
+            {
+                bucket.index: torch.zeros_like(bucket.shard_grads)
+                for bucket in engine.parameters.trainable
+            }
             for _ in range(2)
         )
 
@@ -221,7 +226,9 @@ class RankAllocator:
             shard = parameters.shards[f"{name}.{E}"]
             box = shard.box(mesh.layout, mesh.coords)
             tensor = self.kept[self.names[name]][:, None]
-            yield StateTensor(f"optim.kept.{name}.{E}", shard, box, tensor, shard.owned(mesh.coords), True)
+            yield StateTensor(
+                f"optim.kept.{name}.{E}", shard, box, tensor, shard.owned(mesh.coords), True
+            )
 
     # How
 

@@ -33,7 +33,9 @@ class Bottleneck(ShardedModule):
     """`y + s up(f(down(z)))`, z the output y, or the input x where `parallel`; whole on every tp
     rank, on its own tokens. It starts near the identity."""
 
-    def __init__(self, mesh: Mesh, sp: bool, sizes: tuple[int, int], parallel: bool = False) -> None:
+    def __init__(
+        self, mesh: Mesh, sp: bool, sizes: tuple[int, int], parallel: bool = False
+    ) -> None:
         super().__init__(mesh, sp)
         hidden, inner = sizes
         self.parallel, self.scale = parallel, 1.0

@@ -98,7 +98,9 @@ def _write_scales(
             )
         tensors[key] = x[None] if inner else x[:, None]
         modules[inner].add(theirs)
-    words = {inner: sorted({name.rpartition(".")[2] for name in modules[inner]}) for inner in modules}
+    words = {
+        inner: sorted({name.rpartition(".")[2] for name in modules[inner]}) for inner in modules
+    }
     settings = {"target_modules": words[False] + words[True], "feedforward_modules": words[True]}
     return tensors, settings | {"fan_in_fan_out": model.family == "gpt2", "init_ia3_weights": True}
 
@@ -106,7 +108,9 @@ def _write_scales(
 def _read_scales(
     config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
 ) -> tuple[PeftConfig, Tensors]:
-    places = {f"{PREFIX}{theirs}.{SCALE}": (ours, inner) for ours, theirs, inner in _scales(config, model)}
+    places = {
+        f"{PREFIX}{theirs}.{SCALE}": (ours, inner) for ours, theirs, inner in _scales(config, model)
+    }
     found = {}
     for key, x in tensors.items():
         if key not in places or (x.shape[0] == 1) != places[key][1]:
@@ -158,7 +162,9 @@ def _read_triplets(
     first, pattern, found = int(settings["init_r"]), settings.get("rank_pattern") or {}, {}
     for theirs in modules:
         if theirs not in places:
-            raise CheckpointError(f"The adapter adapts {theirs}, which this model does not have so.")
+            raise CheckpointError(
+                f"The adapter adapts {theirs}, which this model does not have so."
+            )
         kept = torch.tensor(pattern.get(f"{theirs}.lora_E", [True] * first)).flatten()
         for leaf, dim in (("lora_A", 0), ("lora_B", 1), ("lora_E", 0)):
             x = tensors[f"{PREFIX}{theirs}.{leaf}"].movedim(dim, 0)
@@ -214,7 +220,9 @@ def _read_prefix(
 def _prompt(tensors: Tensors, width: int) -> Tensor:
     table = tensors.get(PROMPT)
     if table is None or tuple(tensors) != (PROMPT,) or table.dim() != 2 or table.shape[1] != width:
-        raise CheckpointError(f"The adapter should hold {PROMPT} [tokens, {width}] and nothing else.")
+        raise CheckpointError(
+            f"The adapter should hold {PROMPT} [tokens, {width}] and nothing else."
+        )
     return table
 
 
@@ -245,9 +253,7 @@ def _read_prompt(
 # Bottleneck adapters, under our own names
 
 
-def _write_own(
-    config: PeftConfig, model: ModelConfig, held: Tensors
-) -> tuple[Tensors, Settings]:
+def _write_own(config: PeftConfig, model: ModelConfig, held: Tensors) -> tuple[Tensors, Settings]:
     return dict(held), {"hidden": config.hidden, "model_family": model.family, "writer": "megallm"}
 
 
