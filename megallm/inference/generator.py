@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer
 from megallm.inference.cache import TextCache
 from megallm.inference.sampling import Sampling, choose
 from megallm.models.attention import LayerCache
+from megallm.models.parallel_model import ParallelModel
 from megallm.parallel.p2p import Channel
 from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
@@ -123,7 +123,7 @@ class Generator:
             channel.flush()
 
     def _check(self, job: Job) -> None:
-        config = self.model.config.model
+        config = self.model.config
         if not job.prompt:
             raise UsageError("The prompt has no tokens; give at least one.")
         outside = [token for token in job.prompt if not 0 <= token < config.vocab_size]
@@ -263,6 +263,6 @@ class Generator:
         """
         channel = self._wire(self.rank_of(number - 1), self.mesh.pp.rank)
         key = (0, number)
-        hidden = self.model.config.model.hidden_size
+        hidden = self.model.config.hidden_size
         channel.expect([key], buffer_maker((*shape, hidden), self.model.dtype, self.mesh.device))
         return channel.take(key)

@@ -54,13 +54,14 @@ PURE = (
     "base.", "cli.", "data.", "run.config", "run.changes",
     "training.config", "training.validate", "training.nearest", "training.reading",
     "training.ranges", "training.files", "training.from_text", "training.other_names", "training.expert_rules",
-    "training.optimizing", "training.narrow_rules", "ops.backends", "ops.low_precision", "parallel.recompute_policy",
+    "training.optimizing", "training.narrow_rules", "ops.backends", "ops.low_precision",
+    "models.compute", "parallel.config",
     "parallel.layout", "parallel.shard",
     "parallel.zigzag", "ops.tiles",
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
     "optim.config", "optim.lr", "optim.groups", "optim.rules",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
-    "peft.config", "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
+    "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request", "peft.config",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
