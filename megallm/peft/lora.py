@@ -74,15 +74,14 @@ class LowRank(ShardedModule):
         """`s B A x`, `[..., in] -> [..., out]`, of these rows."""
         queue, dropout = self.weight_grads, self.options.dropout
         x = x if dropout is None else dropout(x, self)
-        b = self.lora_B if rows is None else self.lora_B[rows]
+        b = rows_of(self.lora_B, rows)
         return linear(linear(x, self.lora_A, None, queue), b, None, queue) * self.options.scale
 
     def forward(self, x: Tensor, y: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor:
         made = self.low_rank(x, rows)
         if not self.options.dora:
             return y + made
-        ratio = self.lora_magnitude_vector / self.norm()
-        ratio = ratio if rows is None else ratio[rows]
+        ratio = rows_of(self.lora_magnitude_vector / self.norm(), rows)
         plain = y if bias is None else y - bias
         return y + (ratio - 1) * plain + ratio * made
 
@@ -116,6 +115,11 @@ class LowRank(ShardedModule):
         matrix += self.delta()
         if self.options.dora:
             matrix *= (wide(self.lora_magnitude_vector) / wide(self._lengths(matrix)))[:, None]
+
+
+def rows_of(values: Tensor, rows: slice | None) -> Tensor:
+    """What a rank uses of the rows that it holds: some, where keys and values are replicated."""
+    return values if rows is None else values[rows]
 
 
 def _record(

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from megallm.engine.engine import Engine
+from megallm.inference.answer import Answer, Ending
+from megallm.inference.generator import Generator, Job
+from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import normal
+from megallm.parallel.shard import Shard, normal
 from megallm.peft import lora
 from megallm.peft.config import PeftConfig
 from megallm.peft.dropout import number_samples
@@ -120,3 +123,50 @@ def test_adapters_train_as_in_one_process(case):
             torch.testing.assert_close(tensor, whole[name][box], rtol=1e-8, atol=1e-11)
             missing[name][box] = False
     assert not any(left.any() for left in missing.values())
+
+
+def generated(layout: Layout, model: str, method: str) -> float:
+    """The largest difference between log-probabilities of generation and of `log_probs`."""
+    engine = built(Mesh.start(layout), model, method, {"zero": 3})
+    jobs = [Job(number, [1 + number, 7, 3], Answer(Ending(8))) for number in range(3)]
+    with engine.parameters.gathered():
+        Generator(engine.model).generate(jobs, Sampling())
+    gaps = []
+    for job in jobs:
+        text = torch.tensor([[*job.prompt, *job.answer.tokens]])
+        batch = {"tokens": text[:, :-1], "labels": text[:, 1:]}
+        batch |= {"positions": torch.arange(10)[None], "mask": torch.ones(1, 10, dtype=torch.bool)}
+        made = torch.tensor(job.answer.log_probs, dtype=torch.float64)
+        gaps.append(engine.log_probs([batch])[0][0, 2:] - made)
+    return float(torch.stack(gaps).abs().max())
+
+
+@pytest.mark.parametrize(("model", "method"), [("dense", "ends"), ("mla", "dora")])
+def test_generation_uses_the_adapters(model, method):
+    assert max(run_ranks(4, generated, Layout(dp=2, tp=2), model, method)) < 1e-12
+
+
+BROKEN = {
+    "no partial sums": (Layout(tp=2), "_record", lambda full, dim, axis, partial, init, decay=True: Shard(
+        full, {} if axis is None else {dim: axis}, (), init, decay
+    )),
+    "wrong rows of kv": (Layout(tp=4), "rows_of", lambda values, rows: (
+        values if rows is None else values[: rows.stop - rows.start]
+    )),
+}  # fmt: skip
+
+
+def broken(layout: Layout, what: str) -> float:
+    """The gradient norm of the second step with one thing left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, BROKEN[what][1], BROKEN[what][2])
+        numbers, _, _ = trained(layout, "dense", "lora", {})
+    return numbers[1][1]
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_record_is_seen(what):
+    layout = BROKEN[what][0]
+    numbers, _, _ = trained(Layout(), "dense", "lora", {})
+    for norm in run_ranks(layout.world, broken, layout, what):
+        assert norm != pytest.approx(numbers[1][1], rel=1e-6)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megallm.base.errors import UsageError
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -18,6 +19,8 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare
+from megallm.peft.merge import merge
+from megallm.peft.start import start_from_base
 from tests.engine.tiny import batches, config_of, share, state_of
 from tests.ranks import run_ranks
 
@@ -145,6 +148,21 @@ def tensors() -> list[Tensor]:
 def storages(found: list[Tensor]) -> dict[int, int]:
     """Bytes of the memory behind tensors, by address."""
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found if not x.is_meta}
+
+
+def test_dora_reads_the_rounded_base_and_cannot_be_merged_into_it():
+    config = model("dense")
+    norms = []
+    for wanted in (replace(QLORA, dora=True), replace(LORA, dora=True)):
+        engine = Engine.build(config_of(config), Mesh.single(), prepare(wanted, config))
+        if wanted.quantize == "none":
+            rounded(engine)
+        start_from_base(engine)
+        norms.append(engine.train_step(batches(1), NextToken(), 0.02).grad_norm)
+        if wanted.quantize == "nf4":
+            with pytest.raises(UsageError, match="4 bit"):
+                merge(engine)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
 
 
 class Held:

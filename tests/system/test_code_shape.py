@@ -60,7 +60,7 @@ PURE = (
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
-    "peft.config", "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
+    "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request", "peft.config",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
