@@ -32,7 +32,7 @@ from megallm.parallel.tensor import ColumnLinear, Linear, RowLinear
 from megallm.peft.config import PeftConfig
 from megallm.peft.dropout import Dropout, watch_tokens
 from megallm.peft.injection import Injection
-from megallm.peft.lora import A, B, LowRank, LowRankLinear, LowRankOptions
+from megallm.peft.lora import A, B, LowRank, LowRankLinear, LowRankOptions, rows_of
 from megallm.peft.slots import put
 from megallm.peft.targets import LINEAR
 
@@ -67,7 +67,7 @@ class AdaptiveLowRank(LowRank):
     def low_rank(self, x: Tensor, rows: slice | None) -> Tensor:
         queue, dropout = self.weight_grads, self.options.dropout
         x = x if dropout is None else dropout(x, self)
-        b = self.lora_B if rows is None else self.lora_B[rows]
+        b = rows_of(self.lora_B, rows)
         inner = linear(x, self.lora_A, None, queue) * self.lora_E[:, 0]
         made = linear(inner, b, None, queue) * self.options.scale
         if not torch.is_grad_enabled():

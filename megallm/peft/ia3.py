@@ -21,6 +21,7 @@ from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.shard import Shard, constant
 from megallm.parallel.tensor import Linear, RowLinear, ShardedModule
 from megallm.peft.injection import Injection
+from megallm.peft.lora import rows_of
 from megallm.peft.slots import put
 from megallm.peft.targets import Target
 
@@ -59,7 +60,7 @@ class OutputScale(ShardedModule):
         self.add_parameter(SCALE, Shard((shard.full[-2],), split, partial, constant(1.0), False))
 
     def forward(self, y: Tensor, rows: slice | None) -> Tensor:
-        return y * (self.ia3_l if rows is None else self.ia3_l[rows])
+        return y * rows_of(self.ia3_l, rows)
 
 
 class ScaledOutputs(nn.ModuleDict):
