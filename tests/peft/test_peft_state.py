@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint import store
@@ -20,11 +21,12 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import TOKEN_KEYS
 from megallm.peft.checkpoint import base_reference, load, trained_parts
 from megallm.peft.config import PeftConfig
+from megallm.peft.export import export
 from megallm.peft.inject import param_groups, prepare, prepare_all
 from megallm.peft.reference import off, using
-from megallm.peft.start import start_from_base
+from megallm.peft.start import fill, resolve, start_from_base
 from tests.engine.tiny import MODEL, SEEN, batches, config_of, share
-from tests.peft.hf import model_of
+from tests.peft.hf import model_of, save
 from tests.ranks import run_ranks
 
 LORA = PeftConfig("lora", dim=3)
@@ -150,6 +152,31 @@ def test_adapters_alone_are_saved_and_resumed_at_another_layout(tmp_path):
         assert all(".adapter." in name for name in reader.names())
     step = sum(f.stat().st_size for f in (tmp_path / "run/step-00000002").glob("*.safetensors"))
     assert step < (tmp_path / "base/model.safetensors").stat().st_size
+
+
+def exported(layout: Layout, base: str, adapter: str, out: str) -> None:
+    """Start from a folder of PEFT's and write it again."""
+    mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
+    with HfReader(base) as source:
+        config = resolve(PeftConfig("lora", adapter=adapter, lr_b=4.0), source.model)
+        assert config.lr_b == 4.0
+        zero = 3 if layout.dp > 1 else 0
+        engine = Engine(config_of(source.model, zero=zero), mesh, prepare(config, source.model))
+        fill(engine, source, [config])
+    export(engine, config, Path(out), base)
+    with pytest.raises(UsageError, match="out"):
+        export(engine, config, Path(out), base)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=4), Layout(pp=2, tp=2), Layout(dp=2, tp=2)])
+@pytest.mark.parametrize("name", ["dora, ranks and alphas", "experts"])
+def test_every_layout_writes_the_same_folder(name, layout, tmp_path):
+    saved, out = save(name, tmp_path), tmp_path / "out"
+    run_ranks(4, exported, layout, str(saved.base), str(saved.adapter), str(out))
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (out, saved.adapter))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[key].double()) for key, x in ours.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 
 def test_another_base_is_refused(tmp_path):

@@ -60,8 +60,8 @@ PURE = (
     "parallel.schedule", "parallel.simulate", "parallel.picture", "models.config", "models.presets", "models.stages",
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
-    "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request", "peft.config",
-    "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
+    "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
+    "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start", "peft.config",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
 
