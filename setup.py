@@ -126,8 +126,10 @@ setup(
             "tiktoken>=0.7",
             "tensorboard>=2.16",
             "transformers>=4.57",
+            "peft>=0.21",
             "pybind11>=2.11",
             "ruff>=0.8",
+            "bitsandbytes>=0.50",
         ],
     },
 )

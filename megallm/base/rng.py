@@ -10,7 +10,7 @@ every length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log, prod
 
 import numpy as np
@@ -121,11 +121,7 @@ def normal_values(key: int, begin: int, count: int) -> np.ndarray:
     """Standard normal numbers as float64 [count]: the inverse distribution function of
     `uniform`.
     """
-    out = np.empty(count)
-    for lo in range(0, count, _CHUNK):
-        hi = min(lo + _CHUNK, count)
-        out[lo:hi] = _inverse_normal(_to_uniform(bits(key, begin + lo, hi - lo)))
-    return out
+    return normal_box(key, (begin + count,), (begin,), (count,))
 
 
 def normal_box(
@@ -137,6 +133,23 @@ def normal_box(
     Element at flat index i of the logical tensor is number i of the stream. Beside the box, at most
     2^16 numbers and one integer per contiguous run are held.
     """
+    return _box(_inverse_normal, key, full, offset, shape)
+
+
+def uniform_box(
+    key: int, full: Sequence[int], offset: Sequence[int], shape: Sequence[int]
+) -> np.ndarray:
+    """The same of numbers of `uniform`, in (0, 1)."""
+    return _box(np.asarray, key, full, offset, shape)
+
+
+def _box(
+    transform: Callable[[np.ndarray], np.ndarray],
+    key: int,
+    full: Sequence[int],
+    offset: Sequence[int],
+    shape: Sequence[int],
+) -> np.ndarray:
     if not len(full) == len(offset) == len(shape):
         raise ValueError(
             f"full {full}, offset {offset} and shape {shape} must have equally many dims."
@@ -151,9 +164,11 @@ def normal_box(
     out = np.empty((starts.size, run))
     if run >= _CHUNK:
         for row, begin in enumerate(starts.tolist()):
-            out[row] = normal_values(key, begin, run)
+            for lo in range(0, run, _CHUNK):
+                hi = min(lo + _CHUNK, run)
+                out[row, lo:hi] = transform(_to_uniform(bits(key, begin + lo, hi - lo)))
     else:
-        _fill_short_runs(key, starts, out)
+        _fill_short_runs(transform, key, starts, out)
     return out.reshape(shape)
 
 
@@ -181,7 +196,9 @@ def _runs(
     return starts, run
 
 
-def _fill_short_runs(key: int, starts: np.ndarray, out: np.ndarray) -> None:
+def _fill_short_runs(
+    transform: Callable[[np.ndarray], np.ndarray], key: int, starts: np.ndarray, out: np.ndarray
+) -> None:
     """Draw runs that lie close together as one range, and transform many runs at once."""
     run = out.shape[1]
     rows = max(1, _CHUNK // run)
@@ -194,7 +211,7 @@ def _fill_short_runs(key: int, starts: np.ndarray, out: np.ndarray) -> None:
         for lo, hi in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             begin, end = int(some[lo]), int(some[hi - 1]) + run
             raw[lo:hi] = bits(key, begin, end - begin)[(some[lo:hi] - begin)[:, None] + columns]
-        out[top : top + rows] = _inverse_normal(_to_uniform(raw.ravel())).reshape(some.size, run)
+        out[top : top + rows] = transform(_to_uniform(raw.ravel())).reshape(some.size, run)
 
 
 def _to_uniform(raw: np.ndarray) -> np.ndarray:

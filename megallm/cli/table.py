@@ -65,6 +65,7 @@ _ROWS = (
     ("generate", "generate", "continue prompts with a trained model"),
     ("chat", "chat", "talk to a trained model"),
     ("convert", "convert", "convert between checkpoints and Hugging Face folders"),
+    ("merge", "merge", "merge an adapter of PEFT's into its base: a full Hugging Face folder"),
     ("ckpt ls", "ckpt", "list the checkpoints of a run"),
     ("ckpt show", "ckpt", "print what a checkpoint holds"),
     ("ckpt verify", "ckpt", "read every byte of a checkpoint and compare its hashes"),
@@ -90,6 +91,7 @@ KEPT = {
                                                                         "wrong so far.",
     "data merge": _NOTHING, "data split": _NOTHING, "data stats": _NOTHING, "data stream": _NOTHING, "curate": _WORK,
     "curate train-classifier": _NOTHING, "curate train-lm": _NOTHING, "synth": _NOTHING, "convert": _NOTHING,
+    "merge": _NOTHING,
     "ckpt verify": "nothing was found to be wrong so far.", "ckpt diff": _NOTHING, "ckpt dump": _NOTHING,
     "ckpt upcycle": _NOTHING, "generate": _NOTHING, "oracle": "the rows above are done; --json "
                                                               "was not written.",

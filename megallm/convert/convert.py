@@ -188,7 +188,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
         source = Cast(reader)
         nbytes = write_weights(folder, bridge, source, dtype, request.max_shard_bytes)
-        notes, ids = _write_tokenizer(folder, step, reader.meta)
+        notes, ids = write_tokenizer(folder, step, reader.meta)
         atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
         tokenizer_files.write_generation_config(folder, ids)
         if not is_import(reader) and not reader.meta.get("framed"):
@@ -264,7 +264,7 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
+def write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
     """Copy or make the tokenizer's files; notes, and the ids that begin, end and fill a text."""
     spec, kept = (
         tokenizer_files.checkpoint_tokenizer(step, meta),

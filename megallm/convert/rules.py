@@ -174,8 +174,8 @@ def plan_bridge(
     links: list[TensorLink] = []
     theirs: dict[str, tuple[int, ...]] = {}
     copies = set()
-    for each in _expand(rules, counts):
-        sources = [_parse(text) for text in each.ours]
+    for each in expand(rules, counts):
+        sources = [parse(text) for text in each.ours]
         present = [name in ours for name, _ in sources]
         if not any(present) or not each.holds(ours):
             continue
@@ -183,7 +183,7 @@ def plan_bridge(
             raise InternalError(
                 f"The rule of {each.theirs} needs {', '.join(each.ours)}; some are lacking."
             )
-        name, stack = _parse(each.theirs)
+        name, stack = parse(each.theirs)
         if name in theirs and not stack:
             raise InternalError(f"Two rules make {each.theirs}.")
         full, made = _links(
@@ -211,7 +211,7 @@ def plan_bridge(
     return bridge
 
 
-def _expand(rules: Iterable[WeightRule], counts: Counts) -> Iterator[WeightRule]:
+def expand(rules: Iterable[WeightRule], counts: Counts) -> Iterator[WeightRule]:
     """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the
     layers.
     """
@@ -243,7 +243,7 @@ def _named(each: WeightRule, place: str, number: str) -> WeightRule:
     )  # fmt: skip
 
 
-def _parse(text: str) -> tuple[str, tuple[int, ...]]:
+def parse(text: str) -> tuple[str, tuple[int, ...]]:
     match = _SOURCE.fullmatch(text)
     if match is None:
         raise InternalError(

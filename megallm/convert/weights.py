@@ -80,13 +80,15 @@ def is_state(name: str) -> bool:
     return name.endswith(".router.bias")
 
 
+def counts_of(model: ModelConfig) -> Counts:
+    """Returns how often the rules of a resolved model are spelled out."""
+    experts, depths = model.moe.num_experts, model.mtp.depth
+    return Counts(model.num_layers, experts, depths, model.num_heads, model.rope_size)
+
+
 def bridge_of(model: ModelConfig, rules: Iterable[WeightRule]) -> Bridge:
     """Returns the rules of a family applied to a resolved model."""
-    heads = model.num_heads
-    counts = Counts(
-        model.num_layers, model.moe.num_experts, model.mtp.depth, heads, model.rope_size
-    )
-    return plan_bridge(rules, logical_shapes(model), counts)
+    return plan_bridge(rules, logical_shapes(model), counts_of(model))
 
 
 def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:

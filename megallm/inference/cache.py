@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megallm.models.attention import CacheShape, LayerCache
+from megallm.ops.attention import Prefix
 from megallm.ops.cached_attention import attend_rows
 
 BLOCK = 64  # capacity grows in multiples of this many positions
@@ -35,10 +36,11 @@ class RowCache(LayerCache):
         return self.keys, self.values
 
     def cached_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:  # fmt: skip
         """Each row's new query against that row's positions."""
-        return attend_rows(q, k, v, self.lengths + 1, window, sinks)
+        return attend_rows(q, k, v, self.lengths + 1, window, sinks, prefix)
 
 
 class TextCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megallm.base.rng import key_of, normal_box
+from megallm.base.rng import key_of, normal_box, uniform_box
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
@@ -46,8 +46,11 @@ def initial_values(
     """
     if shard.init.kind == "constant":
         return torch.full(shape, shard.init.value, dtype=torch.float64)
-    values = normal_box(key_of(seed, "init", name), shard.full, offset, shape)
-    return torch.from_numpy(values).mul_(shard.init.std)
+    key, init = key_of(seed, "init", name), shard.init
+    if init.kind == "uniform":
+        values = torch.from_numpy(uniform_box(key, shard.full, offset, shape))
+        return values.mul_(2 * init.value).sub_(init.value)
+    return torch.from_numpy(normal_box(key, shard.full, offset, shape)).mul_(init.std)
 
 
 def place_parameters(model: nn.Module, storage: dict[str, Tensor]) -> None:

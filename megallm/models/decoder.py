@@ -41,6 +41,7 @@ from megallm.parallel.tensor import (
     SEQUENCE_DIM,
     Norm,
     ShardedModule,
+    Slot,
     gather_input,
     sequence_partial,
 )
@@ -110,6 +111,7 @@ class Stage(ShardedModule):
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
+        self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens: `models.virtual`
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -162,22 +164,46 @@ class Stage(ShardedModule):
     def head_bias(self) -> Tensor | None:
         return None if self.head is None else self.head.bias
 
-    def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
+    def head_operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head over the vocabulary multiplies: features `[..., D]` and its matrix `[V/tp,
+        D]`, both wider with an adapter."""
+        if self.head is None:
+            return features, self.head_weight
+        return self.head.widened(features, self.head_weight)
+
+    def embed(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        token_types: Tensor | None = None,
+        virtual: Tensor | None = None,
+    ) -> Tensor:
         """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types
         all are 0.
 
         The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
         """
-        x = run_unit(self.units, ("embedding",), self.look_up, tokens, positions, token_types)
+        given = tokens, positions, token_types, virtual
+        once = not self.embedding.is_adapted
+        x = run_unit(self.units, ("embedding",), self.look_up, *given, once=once)
         return (
             x
             if self.embedding_norm is None
             else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
         )
 
-    def look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+    def look_up(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        token_types: Tensor | None,
+        virtual: Tensor | None,
+    ) -> Tensor:
         """The sum of the embedding's rows and of the learned positions and types that there are."""
         x = self.embedding(tokens)
+        if virtual is not None:
+            here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
+            x = run_unit(self.units, ("prompt",), self.prompt, x, here)
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.token_types is not None:
@@ -243,8 +269,9 @@ class Stage(ShardedModule):
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
-        weight, bias, queue = self.head_weight, self.head_bias, self.weight_grads
-        return local_logits(ready(x), weight, self.mesh, self.sp, queue, bias, counted)
+        features, weight = self.head_operands(ready(x))
+        queue, bias = self.weight_grads, self.head_bias
+        return local_logits(features, weight, self.mesh, self.sp, queue, bias, counted)
 
     def fused_outputs(
         self,
@@ -257,8 +284,9 @@ class Stage(ShardedModule):
         """What is wanted, straight from hidden states: a head over the vocabulary without
         logits.
         """
-        hidden = select(gather_input(ready(x), self.mesh, self.sp, "vocab.logits"), counted)
-        head, vocab = Projection(self.head_weight, self.head_bias), self.config.vocab_size
+        features, weight = self.head_operands(ready(x))
+        hidden = select(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
+        head, vocab = Projection(weight, self.head_bias), self.config.vocab_size
         return tuple(fused_scores(hidden, head, labels, self.mesh, vocab, wanted).values())
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
@@ -268,12 +296,12 @@ class Stage(ShardedModule):
         The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of
         values.
         """
-        positions, token_types, labels = (
-            self._local(batch, name) for name in ("positions", "token_types", "labels")
+        positions, token_types, labels, virtual = (
+            self._local(batch, name) for name in ("positions", "token_types", "labels", "virtual")
         )
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
-            x = self.embed(tokens, positions, token_types)
+            x = self.embed(tokens, positions, token_types, virtual)
         mask_spec = self.context.mask_spec(batch, self.config.sliding_window, self.config.causal)
         routing = (
             RoutingInputs.of(batch, self.context, self.mesh, self.sp)
@@ -378,6 +406,9 @@ class Stage(ShardedModule):
 
         Built without sequence parallelism, since a step of decoding has a single position.
         """
+        virtual = self.virtual(None)
+        if virtual is not None:
+            positions = positions + virtual.check_decoding().count
         if self.span.first:
             x = self.embed(tokens, positions)
         x = self.blocks(x, self.attention_inputs(positions, wide_dtype(x.dtype)), caches)
@@ -388,5 +419,7 @@ class Stage(ShardedModule):
 
     def last_logits(self, x: Tensor) -> Tensor:
         """Returns wide logits `[B, V]` of the last position, on every tp rank."""
-        features, vocab = self.features(x[:, -1:]), self.config.vocab_size
-        return next_token_logits(features, self.head_weight, self.mesh, vocab, self.head_bias)
+        features, weight = self.head_operands(self.features(x[:, -1:]))
+        return next_token_logits(
+            features, weight, self.mesh, self.config.vocab_size, self.head_bias
+        )

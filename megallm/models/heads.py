@@ -22,6 +22,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, constant, normal
 from megallm.parallel.tensor import (
     SEQUENCE_DIM,
+    Adaptable,
     Norm,
     ShardedModule,
     TokenLinear,
@@ -31,9 +32,13 @@ from megallm.parallel.tensor import (
 from megallm.parallel.vocab import Wanted, gather_logits
 
 
-class VocabularyHead(ShardedModule):
+class VocabularyHead(Adaptable):
     """What a head over the vocabulary has of its own, rows split over tp: `weight (V, D)` unless
-    tied, `bias (V,)`; for mlm also the transform `dense (D, D)`, activation, `norm`."""
+    tied, `bias (V,)`; for mlm also the transform `dense (D, D)`, activation, `norm`.
+
+    An adapter has `features(x)`, which stand beside the features, and `columns()`, which stand
+    beside the matrix: `[W, B] [x, A x]`.
+    """
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
         super().__init__(mesh)
@@ -56,6 +61,16 @@ class VocabularyHead(ShardedModule):
     def features(self, x: Tensor) -> Tensor:
         """What the matrix is applied to, `[B, T/tp or T, D]`."""
         return x if self.dense is None else self.norm(self.activation(self.dense(x)))
+
+
+    def widened(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Features `[..., D]` and matrix `[V/tp, D]` with those of the adapters in use beside
+        them."""
+        if not self.is_adapted:
+            return x, weight
+        used = list(self.adapter.in_use())
+        features = torch.cat([x, *(adapter.features(x) for adapter in used)], dim=-1)
+        return features, torch.cat([weight, *(adapter.columns() for adapter in used)], dim=-1)
 
 
 class TokenHead(ShardedModule):

@@ -1,5 +1,5 @@
-"""Activation checkpointing, or recomputation (arXiv 1604.06174, 2205.05198). Nothing random runs in
-a block: no RNG state is kept.
+"""Activation checkpointing, or recomputation (arXiv 1604.06174, 2205.05198). What is random in a
+block is a function of `TOKEN_KEYS`, which come back with it: no state of a generator is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 Runner = InputRunner = Callable[..., Any]  # runner, input_runner
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
+# Keys of the tokens `[B, T/cp]` of the microbatch that runs, for dropout (`ops.dropout.token_keys`).
+TOKEN_KEYS: ContextVar[Tensor | None] = ContextVar("token_keys", default=None)
 
 
 def runs_again() -> bool:
@@ -23,17 +25,18 @@ def runs_again() -> bool:
 
 
 @contextmanager
-def _second_run() -> Iterator[None]:
-    token = _AGAIN.set(True)
+def _second_run(keys: Tensor | None) -> Iterator[None]:
+    again, current = _AGAIN.set(True), TOKEN_KEYS.set(keys)
     try:
         yield
     finally:
-        _AGAIN.reset(token)
+        _AGAIN.reset(again)
+        TOKEN_KEYS.reset(current)
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """What surrounds the first run of a function and the second one."""
-    return nullcontext(), _second_run()
+    return nullcontext(), _second_run(TOKEN_KEYS.get())
 
 
 # What runs a function is chosen once, when a model is built; a module keeps the runner and not a

@@ -15,7 +15,9 @@ from megallm.parallel.layout import AXES, Layout
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter starts: `normal` with `std`, or the constant `value`."""
+    """How a parameter starts: `normal` with `std`, `uniform` between `-value` and `value`, or the
+    constant `value`.
+    """
 
     kind: str = "constant"
     std: float = 0.0
@@ -24,6 +26,10 @@ class Init:
 
 def normal(std: float) -> Init:
     return Init("normal", std=std)
+
+
+def uniform(bound: float) -> Init:
+    return Init("uniform", value=bound)
 
 
 def constant(value: float) -> Init:

@@ -60,14 +60,15 @@ def run_unit(
     function: Callable[..., Result],
     x: Tensor,
     *rest: Any,
+    once: bool = False,
 ) -> Result:
     """Returns `function(x, *rest)`, a tensor or several, and tells `units` of the four moments
     around it.
 
     The backward pass uses the weights wherever an *output* needs a gradient: also where the input
     needs none, because everything below is frozen. Then nothing ends the unit's own backward pass;
-    the stage's end releases it (`Listener.stage_done`). A look-up of integer tokens needs its
-    weights only once.
+    the stage's end releases it (`Listener.stage_done`). A look-up of tokens needs its weights only
+    `once`, unless an adapter multiplies what it found.
     """
     if units is None:
         return function(x, *rest)
@@ -78,7 +79,7 @@ def run_unit(
         (inside,) = _Gate.apply(units.after_backward, keys, x)
     out = function(inside, *rest)
     several = out if isinstance(out, tuple) else (out,)
-    if training and x.is_floating_point() and any(y.requires_grad for y in several):
+    if training and not once and any(y.requires_grad for y in several):
         gated = _Gate.apply(units.before_backward, keys, *several)
         out = gated if isinstance(out, tuple) else gated[0]
     units.after_forward(keys)
@@ -92,4 +93,4 @@ def unit_of(name: str) -> str:
         return f"{first}.{rest.partition('.')[0]}"
     if first in ("final_norm", "head"):
         return "head"
-    return "embedding_norm" if first == "embedding_norm" else "embedding"
+    return first if first in ("embedding_norm", "prompt") else "embedding"

@@ -29,12 +29,15 @@ from megallm.ops.precision import wide_dtype
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.shard import Init, Shard, piece
-from megallm.parallel.tensor import ShardedModule, reduce_output
+from megallm.parallel.tensor import Adaptable, reduce_output
 
 
-class VocabEmbedding(ShardedModule):
+class VocabEmbedding(Adaptable):
     """Rows of `(V, D)` split over tp; `tokens [B, T] -> [B, T/tp, D]` (sp) or `[B, T, D]`;
     collective over tp.
+
+    An adapter is called with this rank's row numbers `[B, T]`, the rows `[B, T, D]` (zeros for
+    tokens of other ranks), and which tokens are of this rank (None: all).
     """
 
     def __init__(self, mesh: Mesh, vocab: int, size: int, init: Init, sp: bool) -> None:
@@ -44,11 +47,15 @@ class VocabEmbedding(ShardedModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.mesh.tp.size == 1:
-            return look_up(tokens, self.weight)
+            rows = look_up(tokens, self.weight)
+            return self.adapter(tokens, rows, None) if self.is_adapted else rows
         begin, end = self.range
         here = (tokens >= begin) & (tokens < end)
-        rows = look_up(torch.where(here, tokens - begin, 0), self.weight)
-        return reduce_output(rows * here[..., None], self.mesh, self.sp, "vocab.embedding")
+        numbers = torch.where(here, tokens - begin, 0)
+        rows = look_up(numbers, self.weight) * here[..., None]
+        if self.is_adapted:
+            rows = self.adapter(numbers, rows, here)
+        return reduce_output(rows, self.mesh, self.sp, "vocab.embedding")
 
 
 class Wanted(NamedTuple):

@@ -131,3 +131,11 @@ def _timed(fn):
 PINNED_KEY = 46356841003528867668331047777975212962
 PINNED_BITS = [218606884761825797, 10718551258145209296]
 PINNED_NORMAL = ["-0x1.218717e222373p+1", "0x1.a3002a70e5f3ap-3"]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 20000)])
+def test_a_box_of_uniform_numbers_is_a_piece_of_the_stream(shape):
+    full = (shape[0] + 3, shape[1] + 2)
+    whole = rng.uniform(KEY, 0, full[0] * full[1]).reshape(full)
+    got = rng.uniform_box(KEY, full, (1, 2), shape)
+    assert got.tobytes() == whole[1 : 1 + shape[0], 2 : 2 + shape[1]].copy().tobytes()

@@ -45,7 +45,7 @@ FLOORS: dict[str, set[str]] = {
     "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
     "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine", "convert"},
 }
-FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
+FLOORS["peft"] = {"base", "ops", "parallel", "models", "optim", "checkpoint", "convert", "engine"}
 FLOORS["planning"] = {"base", "parallel", "models", "optim"}
 FLOORS["evaluation"] = {"base", "data", "losses", "engine", "inference"}
 _LOWER = set(FLOORS)
@@ -68,7 +68,7 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "losses.advantage",
+    "losses.advantage", "peft.config",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")

@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning: adapters in the slots of the parallel model."""

@@ -1,0 +1,85 @@
+"""Dropout of an adapter's input, the same at every layout: keyed by sample, token and feature.
+
+The keys of the microbatch that a stage runs lie in a context variable, which recomputation brings
+back (`parallel.recompute`). Batches name the `samples`, int64 `[B, T]` or `[B]`; `number_samples`
+gives rows their numbers where the data has none. Without gradients nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megallm.base.errors import UsageError
+from megallm.base.rng import key_of
+from megallm.models.decoder import Stage
+from megallm.ops.dropout import keyed_dropout, token_keys
+from megallm.parallel import comm
+from megallm.parallel.recompute import TOKEN_KEYS
+from megallm.parallel.tensor import SEQUENCE_DIM, ShardedModule, TokenLinear
+
+Batch = dict[str, Tensor]
+
+
+class Dropout(NamedTuple):
+    """A share of the features of a module's input; `first` is the number of this rank's first one,
+    and with `own_tokens` it has only its own under sequence parallelism."""
+
+    rate: float
+    key: int
+    first: int = 0
+    own_tokens: bool = False
+
+    @staticmethod
+    def of(rate: float, seed: int, name: str, base: ShardedModule) -> Dropout | None:
+        """Returns that of the adapter called `name` at `base`, a stage for its head; None for a
+        rate of 0."""
+        if not rate:
+            return None
+        first = 0
+        if "weight" in base.shards:
+            first = base.shards["weight"].box(base.mesh.layout, base.mesh.coords).offset[-1]
+        own = base.sp and isinstance(base, TokenLinear | Stage)
+        return Dropout(rate, key_of(seed, "dropout", name) % 2**64, first, own)
+
+    def __call__(self, x: Tensor, module: ShardedModule) -> Tensor:
+        """Returns `x [B, T, in]` with its share dropped, or as it is without gradients."""
+        if not torch.is_grad_enabled():
+            return x
+        tokens = TOKEN_KEYS.get()
+        if tokens is None:
+            raise UsageError("peft.dropout needs the number of each sample in batches: `samples`.")
+        if self.own_tokens:
+            tokens = comm.own_slice(tokens, module.mesh.tp, SEQUENCE_DIM)
+        return keyed_dropout(x, self.rate, self.key, tokens, self.first)
+
+
+def watch_tokens(stage: Stage) -> None:
+    """Let a stage note the keys of the tokens of each microbatch that it runs."""
+
+    def note(stage: Stage, inputs: tuple[Any, ...]) -> None:
+        batch, keys = inputs[1], None
+        if "samples" in batch:
+            keys = stage.context.local(token_keys(batch["samples"], batch["positions"]))
+        TOKEN_KEYS.set(keys)
+
+    stage.register_forward_pre_hook(note)
+
+
+def number_samples(batches: Sequence[Batch], first: int) -> list[Batch]:
+    """Returns microbatches whose rows have the numbers from `first` on as `samples`, where they
+    have none.
+
+    `first` is the number of this data rank's first row, counted over the whole run: then every
+    layout that reads the same rows drops the same.
+    """
+    made = []
+    for batch in batches:
+        rows = batch["tokens"].shape[0]
+        numbers = torch.arange(first, first + rows)
+        made.append({"samples": numbers.to(batch["tokens"].device)} | batch)
+        first += rows
+    return made
