@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
@@ -21,6 +22,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
 from megallm.engine.model import ParallelModel, Prepare
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
+from megallm.inference.generator import Generator
 from megallm.models.build import initial_values
 from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import ParamGroup
@@ -252,6 +254,19 @@ class Engine:
         `scores`.
         """
         return [scores["value"] for scores in self.scores(batches, ("value",))]
+
+    @contextmanager
+    def generator(
+        self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
+    ) -> Iterator[Generator]:
+        """A generator on the very weights that are trained, gathered once for the whole rollout and
+        let go afterwards; its samples say how many updates the weights have seen.
+
+        `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
+        ranks that divide the weights; each data rank then generates from its own requests (`mine`).
+        """
+        with self.parameters.gathered():
+            yield Generator(self.model, batch, blocks, chunk, lambda: self.optimizer.updates)
 
     # A batch divided over data ranks
 

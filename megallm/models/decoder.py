@@ -359,16 +359,24 @@ class Stage(ShardedModule):
         return self.context.local(batch[name]) if name in batch else None
 
     def decode(
-        self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]
+        self,
+        x: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor,
+        caches: list[LayerCache],
+        inputs: AttentionInputs | None = None,
     ) -> Tensor:
         """New positions against the cache: hidden states, or the next token's logits `[B, V]` on
         the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
+        `inputs` are those of `positions`, where the caller has made them once for many stages.
         """
         if self.span.first:
             x = self.embed(tokens, positions)
-        x = self.blocks(x, self.attention_inputs(positions, wide_dtype(x.dtype)), caches)
+        if inputs is None:
+            inputs = self.attention_inputs(positions, wide_dtype(x.dtype))
+        x = self.blocks(x, inputs, caches)
         if not self.span.last:
             return x
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)

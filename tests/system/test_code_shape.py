@@ -35,7 +35,7 @@ FLOORS: dict[str, set[str]] = {
     "optim": {"base", "ops", "parallel"},
     "checkpoint": {"base", "parallel"},
     "convert": {"base", "data", "ops", "parallel", "models", "checkpoint"},
-    "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
+    "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses", "inference"},
     "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine", "convert"},
 }
 FLOORS["peft"] = {"base", "ops", "parallel", "models", "checkpoint"}
@@ -61,6 +61,7 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
+    "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
