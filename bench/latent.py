@@ -20,7 +20,7 @@ from megallm.inference.blocks import blocks_of
 from megallm.inference.cache import PagedCache, Pages
 from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.mla import LatentAttention
 from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
@@ -42,7 +42,7 @@ def expanded(
 def measure(config: ModelConfig, batch: int, context: int) -> tuple[int, float, torch.Tensor]:
     """Bytes of a cached position, seconds of a step, and the step's output."""
     config = config.resolve()
-    stage = Stage(config, Mesh.single(), StageSpan(0, 1, True, True), StageOptions())
+    stage = Stage(config, Mesh.single(), StageSpan(0, 1, True, True))
     shards = {name: shard for name, _, shard in named_shards(stage)}
     zeros = {name: (0,) * len(shard.full) for name, shard in shards.items()}
     place_parameters(stage, {n: initial_values(n, s, zeros[n], s.full, 1).float() for n, s in shards.items()})

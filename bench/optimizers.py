@@ -36,7 +36,7 @@ PEERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
 
 
 def our_step(rule: str) -> Callable[[], None]:
-    engine = Engine.build(EngineConfig(MODEL, OptimConfig(rule)), Mesh.single())
+    engine = Engine.build(EngineConfig(MODEL, optim=OptimConfig(rule)), Mesh.single())
     for bucket in engine.parameters.flat:
         bucket.grads.normal_()
     skip = torch.tensor(False)

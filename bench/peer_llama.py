@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megallm.engine.config import EngineConfig
-from megallm.engine.model import ParallelModel
 from megallm.models.build import initial_values
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
+from megallm.models.parallel_model import ParallelModel
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Mesh
 
 
@@ -88,7 +89,7 @@ class Llama(nn.Module):
 def load(model: Llama, config: ModelConfig, seed: int) -> None:
     """Give a stage megallm's initial weights, one tensor at a time."""
     params = dict(model.named_parameters())
-    for name, _, shard, _ in ParallelModel(EngineConfig(model=config, seed=seed), Mesh.single()).entries():
+    for name, _, shard, _ in ParallelModel(config, LayoutConfig(), ComputeConfig(), Mesh.single()).entries():
         stem, part = name.rsplit(".", 2)[0], name.split(".")[-2]
         names = [f"{stem}.{half}.weight" for half in {"kv": ("k", "v"), "gate_up": ("gate", "up")}.get(part, (part,))]
         if part == name.split(".")[0]:

@@ -22,13 +22,15 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor import parallel as tp
 
-from megallm.engine.config import EngineConfig, PipelineOptions
+from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.launch.process import keep_memory
 from megallm.losses.language import NextToken
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
 from megallm.models.stages import head_work, plan_stages
-from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.optim.config import OptimConfig, ZeroConfig
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 
@@ -76,11 +78,13 @@ def megallm(options: dict[str, str], job: Job) -> Step:
     """Our engine at a layout, with the memory settings that `megallm pretrain` gives its ranks."""
     keep_memory()
     sizes = {axis: int(options.pop(axis, 1)) for axis in ("tp", "pp", "dp", "cp")}
-    zero = ZeroOptions(stage=int(options.pop("zero", 0)), tree=bool(options.pop("tree", "")))
-    pipeline = PipelineOptions(options.pop("schedule", "1f1b"), int(options.pop("chunks", 1)))
-    sp = bool(options.pop("sp", ""))
+    layout = LayoutConfig(
+        sp=bool(options.pop("sp", "")), chunks=int(options.pop("chunks", 1)), schedule=options.pop("schedule", "1f1b")
+    )
+    zero, tree = ZeroConfig(int(options.pop("zero", 0))), bool(options.pop("tree", ""))
+    compute = ComputeConfig(determinism="tree" if tree else "none")
     mesh = Mesh.start(Layout(**sizes))
-    config = EngineConfig(model=job.model, optim=OPTIM, pipeline=pipeline, zero=zero, sp=sp, seed=SEED)
+    config = EngineConfig(job.model, layout, zero, OPTIM, compute, SEED)
     engine = Engine.build(config, mesh)
     positions = torch.arange(job.tokens).expand(job.rows, -1)
 

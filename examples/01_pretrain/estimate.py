@@ -18,7 +18,6 @@ from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.parallel.mesh import Mesh
 from megallm.training.config import PretrainConfig
-from megallm.training.engine_config import engine_config
 from megallm.training.validate import check
 
 # CPU time of all ranks, with messages and evaluation, over that of one process for the same tokens:
@@ -29,7 +28,7 @@ SHARE = 1.45
 def seconds_of_one_microbatch(config: PretrainConfig) -> float:
     """CPU time of the fastest of three, in one process with one thread; `config` is of one rank."""
     torch.set_num_threads(1)
-    engine = Engine.build(engine_config(config), Mesh.single())
+    engine = Engine.build(config.engine, Mesh.single())
     tokens = torch.randint(config.model.vocab_size, (config.train.micro_batch, config.data.seq_len + 1))
     positions = torch.arange(config.data.seq_len).expand(len(tokens), -1)
     batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}

@@ -466,7 +466,17 @@ def _unwrap(hint: Any) -> tuple[Any, bool]:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The comment beside each field, and the comment lines directly above it."""
+    """Returns the comment beside each field, and the comment lines directly above it; those of
+    base classes too.
+    """
+    docs = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     source = inspect.getsource(cls)
     comments, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

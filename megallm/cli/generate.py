@@ -19,8 +19,8 @@ from megallm.cli.table import Command
 from megallm.inference.request import PRECISIONS, GenerateRequest
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
-from megallm.run.config import LayoutConfig
 
 PRELOAD = (
     "megallm.inference.generate",

@@ -27,7 +27,7 @@ from megallm.convert.hf_config import read_config
 from megallm.convert.rules import Bridge, Counts, Rule, plan_bridge
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, named_shards
@@ -96,7 +96,7 @@ def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:
 
 def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:
     """All layers of the model in one stage, with parameters on the meta device."""
-    return Stage(model, mesh, StageSpan(0, model.num_layers, True, True), StageOptions())
+    return Stage(model, mesh, StageSpan(0, model.num_layers, True, True))
 
 
 class HfReader:

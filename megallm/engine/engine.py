@@ -20,10 +20,10 @@ from megallm.base.errors import UsageError
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import Reader
 from megallm.engine.config import EngineConfig
-from megallm.engine.model import ParallelModel, Prepare
 from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
 from megallm.inference.generator import Generator
 from megallm.models.build import initial_values
+from megallm.models.parallel_model import ParallelModel, Prepare
 from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import ParamGroup
 from megallm.optim.clip import clip_gradients
@@ -100,7 +100,10 @@ class Engine:
 
     def __init__(self, config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> None:
         self.config, self.mesh = config, mesh
-        self.model = ParallelModel(config, mesh, prepare)
+        frees, tree = config.zero.stage == 3, config.compute.determinism == "tree"
+        self.model = ParallelModel(
+            config.model, config.layout, config.compute, mesh, prepare, frees
+        )
         tie = tie_axis(mesh, self.model.placement, config.model.embeds_last)
         sharing = Sharing(
             *shard_groups(mesh, config.zero, config.model.moe.num_experts > 0),
@@ -112,7 +115,7 @@ class Engine:
         for entry in self.model.entries():
             entry.param.requires_grad_(not param_groups[entry.name].frozen)
         self.parameters = ShardedParameters(
-            self.model.entries(), mesh, self.model.dtype, config.zero, sharing, param_groups
+            self.model.entries(), mesh, self.model.dtype, config.zero, sharing, param_groups, tree
         )
         self.model.place(self.parameters.views)
         self.parameters.attach({entry.name: entry.param for entry in self.model.entries()})
@@ -120,7 +123,9 @@ class Engine:
             stage.units = self.parameters
         self.optimizer = Optimizer(config.optim, self.parameters)
         self.scaler = (
-            LossScaler(config.loss_scale, mesh.device) if config.precision == "fp16" else None
+            LossScaler(config.compute.loss_scale, mesh.device)
+            if config.compute.precision == "fp16"
+            else None
         )
         self.providers: list[StateProvider] = [
             ParameterState(self.parameters, self.optimizer),

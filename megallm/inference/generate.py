@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -22,14 +21,15 @@ from megallm.convert.weights import Cast, HfReader
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.data.text.tokenizer_folder import FORMS
-from megallm.engine.config import EngineConfig
-from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator
 from megallm.inference.request import GenerateRequest
 from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
+from megallm.models.parallel_model import ParallelModel
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Loaded:
         Errors: DataError for a token that the model has no row for: the tokenizer is another
         model's.
         """
-        rows = self.generator.model.config.model.vocab_size
+        rows = self.generator.model.config.vocab_size
         if max(tokens, default=0) >= rows:
             raise DataError(
                 f"Prompt {number + 1} has the token id {max(tokens)}, but the model has {rows} "
@@ -94,7 +94,7 @@ def run(
         requests.append(loaded.request(number, tokens, request))
     if warn is not None and mesh.rank == 0:
         for asked in requests:
-            known = loaded.generator.model.config.model.max_positions
+            known = loaded.generator.model.config.max_positions
             if asked.most > known:
                 warn(
                     f"prompt {asked.id + 1} may reach position {asked.most}; the model was made "
@@ -137,13 +137,13 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         words = tokenizer.load(spec)
         if request.tokenizer is None:
             tokenizer_files.check_words(reader.meta, spec, words)
-        config = model_config(reader)
-        _check_model(config.model, mesh.tp.size)
+        config, precision = model_config(reader), request.precision or reader.meta["precision"]
+        _check_model(config, mesh.tp.size)
         source: Any = reader
-        if request.precision not in (None, config.precision):
-            config = dataclasses.replace(config, precision=request.precision)
-            source = Cast(reader) if isinstance(reader, Reader) else reader
-        model = ParallelModel.load(config, mesh, source)
+        if precision != reader.meta["precision"] and isinstance(reader, Reader):
+            source = Cast(reader)
+        compute = ComputeConfig(precision)
+        model = ParallelModel(config, LayoutConfig(), compute, mesh).load(source)
         imported = isinstance(reader, HfReader) or is_import(reader)
         framed = not imported and reader.meta.get("framed")
     opening = tuple(words.template[0]) if imported or framed else ()
@@ -225,12 +225,10 @@ def find_step(model: str, mesh: Mesh | None = None) -> Path:
     return found
 
 
-def model_config(reader: Reader | HfReader) -> EngineConfig:
-    """What to build, from what the checkpoint remembers."""
+def model_config(reader: Reader | HfReader) -> ModelConfig:
+    """Returns the model that the checkpoint remembers."""
     try:
-        return EngineConfig(
-            model=ModelConfig(**reader.meta["model"]), precision=reader.meta["precision"]
-        )
+        return ModelConfig(**reader.meta["model"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{reader.folder} does not say which model it holds ({error})."

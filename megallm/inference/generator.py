@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.engine.model import ParallelModel
 from megallm.inference.blocks import BlockPool, blocks_of
 from megallm.inference.cache import NoCache, PagedCache, Pages
 from megallm.inference.rotation import BEGIN, RUN, SEND, Operation, Rotation
@@ -28,6 +27,7 @@ from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Draws, Sampling, sample
 from megallm.inference.scheduler import Pass, Scheduler, Sequence, Step
 from megallm.models.attention import AttentionInputs, LayerCache
+from megallm.models.parallel_model import ParallelModel
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
 from megallm.parallel import comm
@@ -56,7 +56,7 @@ class Generator:
         self.model, self.mesh, self.stages = model, model.mesh, model.stages
         self.batch, self.blocks, self.chunk, self.version = batch, blocks, chunk, version
         self.rotation = Rotation(model.placement)
-        moe = model.config.model.moe.num_experts > 0
+        moe = model.config.moe.num_experts > 0
         # Experts on ranks that have other requests: those must exchange tokens in step.
         self.in_step = moe and self.mesh.ep.size > self.mesh.tp.size
 
@@ -86,7 +86,7 @@ class Generator:
         return [Sample.of(request, version) for request in requests]
 
     def _check(self, request: Request) -> None:
-        config, limit = self.model.config.model, request.answer.ending.limit
+        config, limit = self.model.config, request.answer.ending.limit
         asked = f"A prompt of {len(request.prompt)} tokens and {limit} new ones"
         if not request.prompt:
             raise UsageError("The prompt has no tokens; give at least one.")
@@ -181,7 +181,7 @@ class Rollout:
 
     def _rope_tables(self, longest: int) -> tuple[Tensor, Tensor] | None:
         """Rotary tables `[positions, E/2]` of all positions that there will be, made once."""
-        config = self.model.config.model
+        config = self.model.config
         if config.positions != "rope":
             return None
         positions, dtype = torch.arange(longest, device=self.device), wide_dtype(self.model.dtype)
@@ -242,7 +242,7 @@ class Rollout:
         """The hidden states that a pass begins with; None on the first stage."""
         if one is not None:
             return taken[place] if taken else None
-        size = self.model.config.model.hidden_size
+        size = self.model.config.hidden_size
         return torch.empty((0, 1, size), dtype=self.model.dtype, device=self.device)
 
     @staticmethod
@@ -278,7 +278,7 @@ class Rollout:
         """Hand a stage's results to the rank of the next one, or take them."""
         group, (source, destination) = operation.group, operation.ranks
         passes = self.steps[group].passes
-        line, hidden = self.mesh.pp.ranks, self.model.config.model.hidden_size
+        line, hidden = self.mesh.pp.ranks, self.model.config.hidden_size
         channel: Channel = self.model.pipeline.channels[line[source], line[destination], FORWARD]
         if self.mesh.pp.rank == source:
             for x in self.hidden.pop(group, []):

@@ -18,7 +18,7 @@ from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.recompute import recompute
+from megallm.parallel.recompute import runner
 from megallm.parallel.shard import Shard, constant, normal
 from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, gather_input
 
@@ -137,9 +137,9 @@ class Attention(ShardedModule):
     row-parallel.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool) -> None:
         super().__init__(mesh, sp)
-        self.selective = selective
+        self.run = runner(recomputes)
         self.head_size, self.window = config.head_size, config.sliding_window
         self.rope = config.positions == "rope"
         self.heads = HeadPlan.of(config.num_heads, config.num_kv_heads, mesh.tp.size, mesh.tp.rank)
@@ -198,7 +198,7 @@ class Attention(ShardedModule):
         self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None
     ) -> Tensor:
         q, k, v = self.project(gather_input(x, self.mesh, self.sp))
-        return self.o(recompute(self.selective, self.core, q, k, v, inputs, cache).flatten(-2))
+        return self.o(self.run(self.core, q, k, v, inputs, cache).flatten(-2))
 
 
 def add_sinks(attention: ShardedModule, config: ModelConfig) -> None:

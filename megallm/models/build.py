@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from megallm.base.rng import key_of, normal_box
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.stages import head_work, plan_stages
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.schedule import Placement
 from megallm.parallel.shard import Shard, named_shards
@@ -17,16 +19,14 @@ from megallm.parallel.shard import Shard, named_shards
 def build_stages(
     config: ModelConfig,
     mesh: Mesh,
-    options: StageOptions,
+    layout: LayoutConfig,
+    compute: ComputeConfig,
     placement: Placement,
-    layout: str | None = None,
 ) -> dict[int, Stage]:
-    """This rank's stages, earliest first, with parameters on the meta device; `place_parameters`
-    gives them storage.
-
-    `layout` is a string such as `Et*3|t*3L`; without it stages are balanced by work.
+    """Returns this rank's stages, earliest first, with parameters on the meta device;
+    `place_parameters` gives them storage.
     """
-    spans = plan_stages(config.num_layers, placement.num_stages, layout, head_work(config))
+    spans = plan_stages(config.num_layers, placement.num_stages, layout.stages, head_work(config))
     stages: dict[int, Stage] = {}
     for stage in sorted(placement.stages_of(mesh.pp.rank)):
         share = (
@@ -34,7 +34,7 @@ def build_stages(
             if spans[stage].last and config.embeds_last and 0 in stages
             else None
         )
-        stages[stage] = Stage(config, mesh, spans[stage], options, share)
+        stages[stage] = Stage(config, mesh, spans[stage], layout, compute, share)
     return stages
 
 

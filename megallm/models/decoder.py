@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,6 +12,7 @@ from megallm.base.errors import UsageError
 from megallm.models.attention import AttentionInputs, LayerCache
 from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.heads import (
     build_head,
@@ -28,11 +28,10 @@ from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
 from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.offload import Offload
-from megallm.parallel.recompute import recompute
-from megallm.parallel.recompute_policy import BLOCK, recomputed_parts
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import (
     SEQUENCE_DIM,
@@ -44,35 +43,8 @@ from megallm.parallel.tensor import (
 from megallm.parallel.units import Units, run_unit
 from megallm.parallel.vocab import VocabEmbedding, fused_log_prob, fuses
 
-
-@dataclass(frozen=True)
-class StageOptions:
-    """`sp`: activations outside the tensor-parallel region are split along T. `recompute`: none,
-    selective, full.
-
-    `cp_kind` and `cp_ulysses` say how context-parallel ranks exchange keys (`parallel.context`).
-    `fused_head`: auto, on or off, whether the head's logits exist (`parallel.vocab.fuses`).
-    `recompute_modules` are those of selective, and `recompute_layers` the first blocks of a stage
-    that are meant; with `offload` what blocks save waits in CPU memory.
-    """
-
-    sp: bool = False
-    recompute: str = "none"
-    cp_kind: str = "ring"
-    cp_ulysses: int | None = None
-    fused_head: str = "auto"
-    recompute_modules: tuple[str, ...] = ("core", "activation")
-    recompute_layers: int | None = None
-    offload: bool = False
-
-    def recomputed(self, place: int) -> frozenset[str]:
-        """What is made again of the block at `place` of its stage."""
-        return recomputed_parts(
-            self.recompute, self.recompute_modules, self.recompute_layers, place
-        )
-
-
 Ready = Callable[[Tensor], Tensor]
+DEFAULT_LAYOUT, DEFAULT_COMPUTE = LayoutConfig(), ComputeConfig()
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -115,17 +87,16 @@ class Stage(ShardedModule):
         config: ModelConfig,
         mesh: Mesh,
         span: StageSpan,
-        options: StageOptions,
+        layout: LayoutConfig = DEFAULT_LAYOUT,
+        compute: ComputeConfig = DEFAULT_COMPUTE,
         embedding: VocabEmbedding | None = None,
     ) -> None:
-        super().__init__(mesh, options.sp)
+        super().__init__(mesh, layout.sp)
         self.config, self.span = config, span
         self.units: Units | None = None
-        self.offload = Offload(mesh.device) if options.offload else None
-        self.fused_head = options.fused_head
-        self.context = Context(
-            mesh, options.cp_kind, config.num_heads // mesh.tp.size, options.cp_ulysses
-        )
+        self.offload = Offload(mesh.device) if compute.offload else None
+        self.fused_head = compute.fused_head
+        self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -146,7 +117,7 @@ class Stage(ShardedModule):
                     config,
                     mesh,
                     self.sp,
-                    options.recomputed(n - span.begin),
+                    compute.recomputed(n - span.begin),
                     config.moe.has_experts(n),
                 )
                 for n in range(span.begin, span.end)
@@ -163,7 +134,7 @@ class Stage(ShardedModule):
                     config,
                     mesh,
                     self.sp,
-                    options.recomputed(span.end + n - span.begin),
+                    compute.recomputed(span.end + n - span.begin),
                     span.end + n,
                 )
                 for n in depths
@@ -240,12 +211,11 @@ class Stage(ShardedModule):
     def block(
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
-        """One block, its activations kept or made again."""
-        again = BLOCK in block.recomputed
+        """One block; what it saves may wait in CPU memory."""
         if self.offload is None or not torch.is_grad_enabled():
-            return recompute(again, block, x, inputs, cache)
+            return block.run(block, x, inputs, cache)
         with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
-            return recompute(again, block, x, inputs, cache)
+            return block.run(block, x, inputs, cache)
 
     def features(self, x: Tensor) -> Tensor:
         """Hidden states of the last block -> what the head's matrix is applied to, `[B, T/cp/tp or
@@ -351,9 +321,9 @@ class Stage(ShardedModule):
         tokens: Tensor | None,
         inputs: AttentionInputs,
     ) -> Tensor:
-        """One depth of multi-token prediction, its activations kept or made again."""
+        """One depth of multi-token prediction."""
         embedded = None if tokens is None else self.embedding(tokens)
-        return recompute(BLOCK in depth.block.recomputed, depth, ready(x), embedded, inputs)
+        return depth.run(depth, ready(x), embedded, inputs)
 
     def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
         return self.context.local(batch[name]) if name in batch else None

@@ -22,7 +22,7 @@ from megallm.models.config import ModelConfig
 from megallm.ops.attention import causal_attention
 from megallm.ops.rope import apply_rope, score_factor
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.recompute import recompute
+from megallm.parallel.recompute import runner
 from megallm.parallel.shard import normal
 from megallm.parallel.tensor import (
     ColumnLinear,
@@ -43,10 +43,11 @@ class LatentAttention(ShardedModule):
     reorders the rows of checkpoints that pair neighbours.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool) -> None:
         super().__init__(mesh, sp)
         mla, d, h, init = config.mla, config.hidden_size, config.num_heads, normal(config.init_std)
-        self.selective, self.window = selective, config.sliding_window
+        self.window = config.sliding_window
+        self.run = runner(recomputes)
         self.num_heads = h // mesh.tp.size
         self.plain, self.rotated, self.value_size = (
             mla.nope_head_size,
@@ -174,6 +175,4 @@ class LatentAttention(ShardedModule):
     def forward(
         self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None
     ) -> Tensor:
-        return self.o(
-            recompute(self.selective, self.core, *self.compress(x), inputs, cache).flatten(-2)
-        )
+        return self.o(self.run(self.core, *self.compress(x), inputs, cache).flatten(-2))

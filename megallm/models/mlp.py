@@ -8,7 +8,7 @@ from megallm.models.attention import scaled_init
 from megallm.models.config import ModelConfig
 from megallm.ops.activation import ACTIVATIONS
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.recompute import recompute
+from megallm.parallel.recompute import runner
 from megallm.parallel.shard import normal
 from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, gather_input
 
@@ -16,9 +16,9 @@ from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, gath
 class Mlp(ShardedModule):
     """`[B, T/tp or T, D]` -> the same; F is split over tp."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool) -> None:
         super().__init__(mesh, sp)
-        self.selective, self.gated = selective, config.gated
+        self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
         d, f, init = config.hidden_size, config.ffn_hidden_size, normal(config.init_std)
         if self.gated:
@@ -26,6 +26,7 @@ class Mlp(ShardedModule):
         else:
             self.up = ColumnLinear(mesh, (f, d), init, config.bias)
         self.down = RowLinear(mesh, (d, f), scaled_init(config), config.bias, sp)
+        self.run = runner(recomputes)
 
     def inner(self, hidden: Tensor) -> Tensor:
         """Nonlinearity and the local part of `down`."""
@@ -34,4 +35,4 @@ class Mlp(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         x = gather_input(x, self.mesh, self.sp)
         hidden = self.gate_up(x) if self.gated else self.up(x)
-        return self.down.reduce(recompute(self.selective, self.inner, hidden))
+        return self.down.reduce(self.run(self.inner, hidden))

@@ -29,7 +29,7 @@ from megallm.parallel.expert import (
     scatter_over_tp,
 )
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.recompute import recompute
+from megallm.parallel.recompute import runner
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import ShardedModule, sequence_partial
 
@@ -37,14 +37,14 @@ from megallm.parallel.tensor import ShardedModule, sequence_partial
 class Experts(ShardedModule):
     """The experts of this rank: rows sorted by expert `[N, D]` -> `[N, D]`."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, selective: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, recomputes: bool) -> None:
         super().__init__(mesh)
         moe, d, init = config.moe, config.hidden_size, normal(config.init_std)
         if moe.num_experts % mesh.ep.size:
             raise UsageError(
                 f"layout.ep {mesh.ep.size} does not divide model.moe.num_experts {moe.num_experts}."
             )
-        self.selective, self.gated = selective, config.gated
+        self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
         if self.gated:
             self.gate_up = GroupedLinear(mesh, (moe.num_experts, 2, moe.ffn_hidden_size, d), init)
@@ -53,6 +53,7 @@ class Experts(ShardedModule):
         self.down = GroupedLinear(
             mesh, (moe.num_experts, d, moe.ffn_hidden_size), scaled_init(config)
         )
+        self.run = runner(recomputes)
 
     def inner(self, hidden: Tensor, runs: Runs) -> Tensor:
         """Nonlinearity and `down`."""
@@ -60,7 +61,7 @@ class Experts(ShardedModule):
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
         hidden = self.gate_up(x, runs) if self.gated else self.up(x, runs)
-        return recompute(self.selective, self.inner, hidden, runs)
+        return self.run(self.inner, hidden, runs)
 
 
 class SharedGate(ShardedModule):
@@ -80,15 +81,15 @@ class SharedGate(ShardedModule):
 class Moe(ShardedModule):
     """`[B, T/tp or T, D]` -> the same; `routing` says where the tokens stand (None in decoding)."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, selective: bool) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool) -> None:
         super().__init__(mesh, sp)
         self.router = Router(config, mesh)
-        self.experts = Experts(config, mesh, selective)
+        self.experts = Experts(config, mesh, recomputes)
         self.shared = self.shared_gate = None
         size = config.moe.shared_ffn_hidden_size
         if size:
             self.shared = Mlp(
-                dataclasses.replace(config, ffn_hidden_size=size), mesh, sp, selective
+                dataclasses.replace(config, ffn_hidden_size=size), mesh, sp, recomputes
             )
             self.shared_gate = SharedGate(config, mesh, sp) if config.moe.shared_gate else None
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from megallm.models.attention import AttentionInputs
 from megallm.models.block import Block
+from megallm.models.compute import BLOCK
 from megallm.models.config import ModelConfig
 from megallm.models.heads import final_norm
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.recompute import runner
 from megallm.parallel.shard import normal
 from megallm.parallel.tensor import Norm, ShardedModule, TokenLinear, sequence_partial
 
@@ -31,7 +33,7 @@ class MtpModule(ShardedModule):
     """
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, sp: bool, recomputed: frozenset[str], number: int
+        self, config: ModelConfig, mesh: Mesh, sp: bool, recompute: frozenset[str], number: int
     ) -> None:
         super().__init__(mesh)
         d, partial = config.hidden_size, sequence_partial(mesh, sp)
@@ -41,8 +43,9 @@ class MtpModule(ShardedModule):
                 Norm(mesh, config.norm, d, config.norm_eps, partial) for _ in range(2)
             )
             self.projection = TokenLinear(mesh, (d, 2 * d), normal(config.init_std), False, sp)
-        self.block = Block(config, mesh, sp, recomputed, config.moe.has_experts(number))
+        self.block = Block(config, mesh, sp, recompute - {BLOCK}, config.moe.has_experts(number))
         self.norm = final_norm(config, mesh, sp)
+        self.run = runner(BLOCK in recompute)
 
     def forward(self, x: Tensor, embedded: Tensor | None, inputs: AttentionInputs) -> Tensor:
         """`x`: the hidden state that the head saw last (deepseek), or the last layer's output

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from megallm.base.errors import InternalError
 
+BUCKET_BYTES = 32 * 2**20  # of wide gradients in one message; ZeRO stage 3 has a bucket per block instead
 ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest
 # Padding of a bucket whose ranges hold whole matrices, as a share, at which it grows no further.
 WASTE = 1 / 8
@@ -174,7 +175,7 @@ def plan_buckets(
     members: list[BucketParam],
     itemsize: int,
     shards: int = 1,
-    bucket_bytes: int = 32 * 2**20,
+    bucket_bytes: int = BUCKET_BYTES,
     by_unit: bool = False,
 ) -> list[Bucket]:
     """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit);

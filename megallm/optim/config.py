@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class ZeroOptions:
-    """What stays sharded over dp x cp between uses, and how gradients travel."""
+class ZeroConfig:
+    """What stays sharded over data-parallel ranks between uses."""
 
-    stage: int = 0  # 0 nothing, 1 master weights and optimizer state, 2 gradients too, 3 parameters too
-    shard_size: int | None = None  # ranks that divide the state, replicated across the rest; None: all (else hybrid)
+    stage: Literal[0, 1, 2, 3] = 0  # 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights
+    shard_size: int | None = None  # ranks of dp x cp that divide the state, replicated across the rest; null: all
     bf16_grads: bool = False  # stages 1 to 3: gradients travel and meet in bf16; accumulation stays wide
-    offload: bool = False  # master weights and optimizer state in CPU memory
-    bucket_bytes: int = 32 * 2**20  # of wide gradients in one message; stage 3 has a bucket per block instead
-    tree: bool = False  # gradients summed in a fixed tree: the same bits for any dp (stages 0 and 1)
+    offload: bool = False  # optimizer state and master weights in CPU memory
 
 
 # The hyperparameters of each rule with the defaults of its paper (AdamW: those usual for language models).

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megallm.optim.buckets import Bucket
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis
 
@@ -31,7 +31,7 @@ class FlatBucket:
         self,
         index: int,
         plan: Bucket,
-        options: ZeroOptions,
+        options: ZeroConfig,
         shard: Axis,
         dtypes: tuple[torch.dtype, torch.dtype],
         device: torch.device,

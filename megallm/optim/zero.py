@@ -20,29 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from megallm.ops.precision import wide_dtype
+from megallm.optim import buckets
 from megallm.optim.buckets import BucketParam, ParamGroup, ParamSlice, plan_buckets
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.optim.flat import FlatBucket
 from megallm.optim.rules import whole_elements
 from megallm.optim.tree import TreeSum, exchanger, tree_all_reduce_
 from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
-from megallm.parallel.shard import Shard
+from megallm.parallel.shard import Entry
 from megallm.parallel.units import unit_of
 
 # Reduce-scatters of one microbatch's gradients under way; each holds a whole bucket until done.
 IN_FLIGHT = 2
-
-
-class Entry(NamedTuple):
-    """A parameter of this rank: logical name, the parameter, its record, and the earliest local
-    stage that holds it.
-    """
-
-    name: str
-    param: nn.Parameter
-    shard: Shard
-    stage: int
 
 
 class Division(NamedTuple):
@@ -79,9 +69,10 @@ class ShardedParameters:
         entries: list[Entry],
         mesh: Mesh,
         dtype: torch.dtype,
-        options: ZeroOptions,
+        options: ZeroConfig,
         sharing: Sharing,
         param_groups: Mapping[str, ParamGroup],
+        tree: bool = False,
     ) -> None:
         self.mesh, self.options, self.groups, self.shared = mesh, options, sharing, sharing.units
         self.param_groups = param_groups
@@ -104,7 +95,7 @@ class ShardedParameters:
             if unit_of(entry.name) not in units:
                 units.append(unit_of(entry.name))
         self.ahead, self.behind = self._neighbours()
-        self.trees = [TreeSum() for _ in self.flat] if options.tree else []
+        self.tree, self.trees = tree, [TreeSum() for _ in self.flat] if tree else []
         self.keeps = False  # all parameters stay gathered (`gathered`)
         self._reset()
 
@@ -120,7 +111,7 @@ class ShardedParameters:
             some = [member for member in members[stage] if member.expert == expert]
             by_unit = self.options.stage == 3
             for plan in plan_buckets(
-                some, wide.itemsize, shard.size, self.options.bucket_bytes, by_unit
+                some, wide.itemsize, shard.size, buckets.BUCKET_BYTES, by_unit
             ):
                 made.append(FlatBucket(len(made), plan, self.options, shard, (dtype, wide), device))
         return made
@@ -280,7 +271,7 @@ class ShardedParameters:
             while len(self.done) >= IN_FLIGHT:
                 self.done.popleft()()
             bucket.reduce_scatter(bucket.pack(self.params, bucket.message_dtype), self.done)
-        elif self.options.tree:
+        elif self.tree:
             self.trees[bucket.index].add(bucket.pack(self.params, bucket.grads.dtype))
         else:
             bucket.accumulate(self.params)
@@ -303,7 +294,7 @@ class ShardedParameters:
             self._take(bucket)
             if (
                 not bucket.sharded_grads
-                and not self.options.tree
+                and not self.tree
                 and bucket.index not in self.launched
             ):
                 bucket.zero_if_untouched()
@@ -314,7 +305,7 @@ class ShardedParameters:
             self._finish_bucket(bucket)
 
     def _finish_bucket(self, bucket: FlatBucket) -> None:
-        if self.options.tree:
+        if self.tree:
             axis = self.mesh.grads
             bucket.grads.copy_(self.trees[bucket.index].total())
             if "grads.data" not in axis.broken:
@@ -324,7 +315,7 @@ class ShardedParameters:
             comm.all_reduce_(
                 bucket.shard_grads, self._division(bucket.plan.expert).replica, bucket.reduction
             )
-        target = bucket.grads if self.options.tree else bucket.shard_grads
+        target = bucket.grads if self.tree else bucket.shard_grads
         for axis in bucket.plan.partial:
             comm.all_reduce_(target, self.mesh.axes[axis], "grads.partial")
         if bucket.plan.tied:
@@ -371,7 +362,7 @@ class ShardedParameters:
         """
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for bucket in self.trainable:
-            tree = self.options.tree
+            tree = self.tree
             flat = bucket.grads if tree else bucket.shard_grads
             cuts = bucket.plan.slices(0, bucket.plan.numel) if tree else self.slices(bucket)
             for counts, run in groupby(cuts, key=lambda cut: self._counts(cut.member.name)):
@@ -379,17 +370,17 @@ class ShardedParameters:
                     run = list(run)
                     part = flat[run[0].place : run[-1].place + run[-1].end - run[-1].begin]
                     total += torch.linalg.vector_norm(part).to(torch.float64) ** 2
-        axis = self.mesh.model if self.options.tree else self.mesh.world
+        axis = self.mesh.model if self.tree else self.mesh.world
         return comm.all_reduce_(total, axis, "clip.norm")
 
     def _counts(self, name: str) -> bool:
-        if not self.options.tree:
+        if not self.tree:
             return self.owns(name)
         tied_twice = name == self.tied_name and self.groups.tie.rank
         return not tied_twice and self.shards[name].owned(self.mesh.coords | {"dp": 0})
 
 
-def shard_groups(mesh: Mesh, options: ZeroOptions, experts: bool) -> tuple[Division, Division]:
+def shard_groups(mesh: Mesh, options: ZeroConfig, experts: bool) -> tuple[Division, Division]:
     """Who divides dense parameters (inside dp x cp) and experts, if there are any (inside edp);
     collective over the world when they are new groups. Where `shard_size` does not divide edp, its
     largest part that does divides experts.

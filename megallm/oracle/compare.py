@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import Hang, InternalError, PeerLost
-from megallm.engine.config import EngineConfig, PipelineOptions
+from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Loss
 from megallm.engine.state import Piece
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.models.build import initial_values
+from megallm.models.compute import ComputeConfig
 from megallm.ops import cross_entropy
 from megallm.ops.low_precision import Fp8Options
-from megallm.optim import adafactor, elementwise
-from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
+from megallm.ops.precision import MODEL_DTYPES
+from megallm.optim import adafactor, buckets, elementwise
+from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.pool import Pool
@@ -35,6 +37,7 @@ from megallm.oracle.reference import Rule, Trainer, masked_loss
 from megallm.oracle.reference_encoder import CLIP, loss_named
 from megallm.oracle.reference_fp8 import Fp8Loss
 from megallm.oracle.table import Row
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
 
@@ -177,13 +180,28 @@ def trained_loss(row: Row) -> Loss:
     return NextToken(mtp.depth, mtp.weight) if mtp.depth else LOSSES[row.loss_name]
 
 
-def zero_options(row: Row) -> ZeroOptions:
-    options = ZeroOptions(row.zero, row.shard_size, tree=row.tree)
-    return (
-        dataclasses.replace(options, bucket_bytes=SMALL_BUCKET_BYTES)
-        if row.small_pieces
-        else options
+def compute_config(row: Row) -> ComputeConfig:
+    """Returns the row's precision and activation checkpointing."""
+    return ComputeConfig(
+        precision="fp8" if row.fp8 else row.precision,
+        fp8=Fp8Options(row.fp8) if row.fp8 else Fp8Options(),
+        recompute=row.recompute,
+        recompute_modules=row.recompute_modules,
+        recompute_layers=row.recompute_layers,
+        offload=row.offload,
+        fused_head=row.fused_head,
+        determinism="tree" if row.tree else "none",
     )
+
+
+def engine_config(row: Row) -> EngineConfig:
+    """Returns what the row's engine is built from."""
+    layout = LayoutConfig(
+        sp=row.sp, schedule=row.schedule, chunks=row.chunks, stages=row.stages,
+        cp_kind=row.cp_kind, cp_ulysses=row.cp_ulysses,
+    )  # fmt: skip
+    zero, compute = ZeroConfig(row.zero, row.shard_size), compute_config(row)
+    return EngineConfig(row.config, layout, zero, optim_config(row), compute, row.seed)
 
 
 @contextmanager
@@ -198,6 +216,7 @@ def small_pieces() -> Iterator[None]:
         patch.multiple(cross_entropy, CHUNK_BYTES=0, MIN_TOKENS=3, BLOCK_BYTES=0),
         patch.multiple(elementwise, CHUNK=160),
         patch.multiple(adafactor, CHUNK=160),
+        patch.multiple(buckets, BUCKET_BYTES=SMALL_BUCKET_BYTES),
     ):
         yield
 
@@ -206,30 +225,17 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
     """The rank's side, run by the pool: build the engine, train, and copy out what this rank
     holds.
     """
-    with small_pieces() if row.small_pieces else nullcontext():
+    # FP8's rows leave everything but the linears in the row's precision, not in bf16 as runs do.
+    with (
+        small_pieces() if row.small_pieces else nullcontext(),
+        patch.dict(MODEL_DTYPES, fp8=DTYPES[row.precision]),
+    ):
         return _train(row, broken, device)
 
 
 def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
     mesh = Mesh.start(row.layout, device, broken)
-    config = EngineConfig(
-        model=row.config,
-        optim=optim_config(row),
-        pipeline=PipelineOptions(row.schedule, row.chunks, row.stages),
-        zero=zero_options(row),
-        sp=row.sp,
-        precision=row.precision,
-        recompute=row.recompute,
-        recompute_modules=row.recompute_modules,
-        recompute_layers=row.recompute_layers,
-        offload=row.offload,
-        fused_head=row.fused_head,
-        fp8=Fp8Options(row.fp8) if row.fp8 else None,
-        seed=row.seed,
-        cp_kind=row.cp_kind,
-        cp_ulysses=row.cp_ulysses,
-    )
-    engine = Engine.build(config, mesh)
+    engine = Engine.build(engine_config(row), mesh)
     state = {name: Shard(tuple(bias.shape)) for name, bias in engine.model.selection_biases()}
     record = RankRecord(dict(engine.parameters.shards), state, _copies(engine.masters()))
     loss = trained_loss(row)

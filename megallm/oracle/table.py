@@ -10,6 +10,7 @@ from math import gcd
 from typing import Any
 
 from megallm.base.errors import UsageError
+from megallm.models.compute import PARTS
 from megallm.models.config import ModelConfig
 from megallm.oracle.branches import BRANCH_ROWS
 from megallm.oracle.encoders import ENCODER_CONTROLS, ENCODER_MODELS, ENCODER_ROWS, LOSSES
@@ -19,7 +20,6 @@ from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.parallel.layout import Layout
-from megallm.parallel.recompute_policy import PARTS
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
 

@@ -25,6 +25,7 @@ from megallm.ops.attention import Gradients, Partial, Queries, causal_attention,
 from megallm.ops.precision import wide_dtype
 from megallm.ops.tiles import MaskSpec, Span, Tile, plan_tiles, row_mask_spec
 from megallm.parallel import comm
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.zigzag import check_length, natural_order, rank_order, spans, ulysses_degree
 
@@ -307,10 +308,11 @@ class Context:
     fit them.
     """
 
-    def __init__(self, mesh: Mesh, kind: str, heads: int, ulysses: int | None = None) -> None:
-        self.axis, degree = mesh.cp, ulysses_degree(kind, mesh.cp.size, heads, ulysses)
+    def __init__(self, mesh: Mesh, layout: LayoutConfig, heads: int) -> None:
+        degree = ulysses_degree(layout.cp_kind, mesh.cp.size, heads, layout.cp_ulysses)
         ring, self.ulysses = mesh.view("cp", degree)
-        self.transport = AllGather(ring) if kind == "allgather" else Ring(ring)
+        self.axis = mesh.cp
+        self.transport = AllGather(ring) if layout.cp_kind == "allgather" else Ring(ring)
 
     def local(self, x: Tensor) -> Tensor:
         """This rank's tokens of `[B, T, ...]`."""

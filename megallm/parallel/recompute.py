@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Runner = InputRunner = Callable[..., Any]  # runner, input_runner
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 
 
@@ -35,32 +36,50 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
     return nullcontext(), _second_run()
 
 
-def recompute(wanted: bool, function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call `function(*inputs)`; when wanted, keep only its inputs and run it again in the backward
-    pass.
+# What runs a function is chosen once, when a model is built; a module keeps the runner and not a
+# bound method of its own, which would be a cycle that holds its memory until a collection.
+
+
+def runner(recomputes: bool) -> Runner:
+    """Returns what calls `function(*inputs)`; with `recomputes` it keeps only the inputs and calls
+    again in the backward pass (activation checkpointing).
     """
-    if not wanted or not torch.is_grad_enabled():
+    return _run_again if recomputes else _run
+
+
+def _run(function: Callable[..., Any], *inputs: Any) -> Any:
+    return function(*inputs)
+
+
+def _run_again(function: Callable[..., Any], *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(
         function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
     )
 
 
-def recompute_input(
-    wanted: bool,
-    make: Callable[[Tensor], Tensor],
-    x: Tensor,
-    consume: Callable[..., Tensor],
-    *rest: Any,
-) -> Tensor:
-    """`consume(make(x), *rest)`; when wanted, `consume` keeps no copy of `make(x)`: the backward
-    pass makes it again.
+def input_runner(recomputes: bool) -> InputRunner:
+    """Returns what calls `consume(make(x), *rest)`; with `recomputes`, `consume` keeps no copy of
+    `make(x)`: the backward pass makes it again.
 
     For a cheap `make` that keeps its input and not its output, such as a norm. What `consume`
     gathers from it over tp is kept as it is.
     """
+    return _consume_again if recomputes else _consume
+
+
+def _consume(
+    make: Callable[[Tensor], Tensor], x: Tensor, consume: Callable[..., Tensor], *rest: Any
+) -> Tensor:
+    return consume(make(x), *rest)
+
+
+def _consume_again(
+    make: Callable[[Tensor], Tensor], x: Tensor, consume: Callable[..., Tensor], *rest: Any
+) -> Tensor:
     y = make(x)
-    if not wanted or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return consume(y, *rest)
     held = _RecomputedTensor(make, x.detach(), y)
     with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):

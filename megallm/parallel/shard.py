@@ -145,6 +145,17 @@ class StateProvider(Protocol):
     def state(self) -> Iterator[StateTensor]: ...
 
 
+class Entry(NamedTuple):
+    """A parameter of this rank: logical name, the parameter, its record, and the earliest local
+    stage that holds it.
+    """
+
+    name: str
+    param: Any
+    shard: Shard
+    stage: int
+
+
 def named_shards(model: Any) -> Iterator[tuple[str, Any, Shard]]:
     """Walk `(logical name, parameter, shard)` over a model; a parameter without a record is an
     error.

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megallm.models.compute import PARTS
 from megallm.models.config import ModelConfig
 from megallm.ops import backends
 from megallm.ops.low_precision import RECIPES, Fp8Options, LossScaleOptions
-from megallm.parallel.recompute_policy import PARTS
 from megallm.run.config import JobConfig, TrainConfig
 
 Fault = tuple[str, str, tuple[dict[str, Any], ...]]

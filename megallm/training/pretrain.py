@@ -21,10 +21,10 @@ from megallm.parallel.mesh import Mesh
 from megallm.run.recorder import Recorder
 from megallm.run.signals import listening
 from megallm.training.config import PretrainConfig
-from megallm.training.engine_config import engine_config, opening
 from megallm.training.held_out import HeldOut
 from megallm.training.kept_tokenizer import keep_tokenizer
 from megallm.training.loop import Loop
+from megallm.training.opening import opening
 from megallm.training.reading import (
     check_tokenizers,
     need_tokenizer,
@@ -77,7 +77,7 @@ def run(
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger, changes = same_run(config, identity, found, allowed, mesh)
         try:
-            engine, begin = build_engine(engine_config(config), mesh, found)
+            engine, begin = build_engine(config.engine, mesh, found)
         except CheckpointError as error:
             raise unreadable(error, changes) from error
         layout = dataclasses.asdict(mesh.layout)

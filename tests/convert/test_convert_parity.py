@@ -19,6 +19,7 @@ from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.rules import rule
 from megallm.convert.weights import Cast, HfReader
 from megallm.engine.config import EngineConfig
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig, RopeScaling
 from megallm.ops.rope import stretched
 from megallm.oracle import reference_mla
@@ -60,7 +61,7 @@ def save_at_layout(folder: str, root: str, layout: Layout, precision: str) -> in
     """One rank: build the model from the folder, its own pieces only, and save what it owns; bytes that it holds."""
     mesh = Mesh.start(layout)
     with HfReader(folder) as reader:
-        engine = read_weights(EngineConfig(model=reader.model, precision=precision), mesh, reader)
+        engine = read_weights(EngineConfig(reader.model, compute=ComputeConfig(precision)), mesh, reader)
         meta = convert.imported_meta(reader.model, reader.dtype) | {"engine": engine.counters()}
     store.save(root, 7, list(engine.parts()), meta, mesh)
     return engine.num_local_params()

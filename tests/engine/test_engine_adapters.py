@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megallm.engine.config import EngineConfig, PipelineOptions
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator
@@ -20,14 +18,14 @@ from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.ops.grouped_gemm import Runs, grouped_linear
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.layout import Layout
 from megallm.parallel.linear import linear
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, normal
 from megallm.parallel.tensor import ColumnLinear, Linear, RowLinear, ShardedModule
-from tests.engine.tiny import SEEN, batches, share
+from tests.engine.tiny import batches, config_of, share
 from tests.ranks import run_ranks
 
 DIM = 3
@@ -99,14 +97,14 @@ def adapt(stage: nn.Module, only: str = "") -> None:
             module.adapter = GroupedLowRank(module) if grouped else LowRank(module)
 
 
-ZB_H1 = {"pipeline": PipelineOptions("zb-h1")}
+ZB_H1 = {"schedule": "zb-h1"}
 CASES: dict[str, tuple[Layout, str, dict[str, Any]]] = {
     "tp4": (Layout(tp=4), "dense", {}),
     "tp2-sp-recompute": (Layout(tp=2), "biased", {"sp": True, "recompute": "full"}),
     "zb-h1-tp2-sp": (Layout(pp=2, tp=2), "biased", ZB_H1 | {"sp": True, "recompute": "selective"}),
-    "zb-v": (Layout(pp=2), "dense", {"pipeline": PipelineOptions("zb-v", 2)}),
-    "zero3-recompute": (Layout(dp=2), "dense", {"zero": ZeroOptions(3), "recompute": "full"}),
-    "hybrid-zero2": (Layout(dp=4), "dense", {"zero": ZeroOptions(2, 2)}),
+    "zb-v": (Layout(pp=2), "dense", {"schedule": "zb-v", "chunks": 2}),
+    "zero3-recompute": (Layout(dp=2), "dense", {"zero": ZeroConfig(3), "recompute": "full"}),
+    "hybrid-zero2": (Layout(dp=4), "dense", {"zero": ZeroConfig(2, 2)}),
     "experts": (Layout(dp=2, tp=2, ep=4), "moe", {"sp": True, "recompute": "full"}),
     "experts-zb-h1": (Layout(pp=2, tp=2, ep=2), "moe", ZB_H1 | {"recompute": "selective"}),
     "latents": (Layout(cp=2, tp=2), "mla", {"sp": True}),
@@ -117,8 +115,8 @@ CASES: dict[str, tuple[Layout, str, dict[str, Any]]] = {
 def trained(layout: Layout, model: str, changes: dict[str, Any], only: str) -> tuple[list, list]:
     """Losses and norms of two steps, and this rank's pieces of the weights and moments."""
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
-    config = EngineConfig(ModelConfig(**MODELS[model]).resolve(), SEEN, precision="fp64", seed=5)
-    engine = Engine.build(replace(config, **changes), mesh, partial(adapt, only=only))
+    config = config_of(ModelConfig(**MODELS[model]).resolve(), **changes)
+    engine = Engine.build(config, mesh, partial(adapt, only=only))
     numbers = []
     for step in range(2):
         given = share(batches(4, tokens=16, seed=step), mesh)
@@ -148,8 +146,8 @@ def test_adapters_train_as_in_one_process(case):
 def generated(layout: Layout, model: str) -> float:
     """The largest difference between log-probabilities of generation and of `log_probs`."""
     mesh = Mesh.start(layout)
-    config = EngineConfig(ModelConfig(**MODELS[model]).resolve(), SEEN, precision="fp64", seed=5)
-    engine = Engine.build(replace(config, zero=ZeroOptions(3)), mesh, adapt)
+    config = config_of(ModelConfig(**MODELS[model]).resolve(), zero=3)
+    engine = Engine.build(config, mesh, adapt)
     requests = [Request(number, [1 + number, 7, 3], Answer(Ending(8))) for number in range(3)]
     with engine.parameters.gathered():
         Generator(engine.model).generate(requests, Sampling())

@@ -13,7 +13,7 @@ from megallm.base.errors import UsageError
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.ops.low_precision import Fp8Options
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard, normal
@@ -94,7 +94,7 @@ def test_another_model_is_refused_and_a_value_head_is_not_a_row_of_the_vocabular
 
 def trained_while_gathered(nested: bool) -> tuple[list[Tensor], list[Tensor], bool]:
     mesh = Mesh.start(Layout(dp=2))
-    engine, plain = engine_of(mesh, zero=ZeroOptions(3)), engine_of(mesh)
+    engine, plain = engine_of(mesh, zero=ZeroConfig(3)), engine_of(mesh)
     given = share(batches(2), mesh)
     with engine.parameters.gathered():
         if nested:

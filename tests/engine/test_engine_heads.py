@@ -11,12 +11,13 @@ from torch import Tensor
 
 from megallm.data.masking import MaskRule
 from megallm.data.objective import MLM, Hider
-from megallm.engine.config import EngineConfig, PipelineOptions
+from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import Accuracy, NextToken
 from megallm.losses.scores import PairwiseReward, Regression
 from megallm.models.config import ModelConfig
 from megallm.optim.config import OptimConfig
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.ranks import run_ranks
@@ -59,9 +60,7 @@ def train(task: str, layout: Layout, sp: bool, steps: int) -> tuple[list[float],
     fields, loss = TASKS[task]
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
     model = ModelConfig(**(SIZES | fields)).resolve()
-    config = EngineConfig(
-        model=model, optim=OptimConfig(weight_decay=0.0), sp=sp, pipeline=PipelineOptions(), precision="fp32"
-    )
+    config = EngineConfig(model, LayoutConfig(sp=sp), optim=OptimConfig(weight_decay=0.0))
     engine = Engine.build(config, mesh)
     share = 16 // mesh.data.size
 

@@ -21,8 +21,10 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine import engine as engine_module
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
-from megallm.engine.model import ParallelModel
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
+from megallm.models.parallel_model import ParallelModel
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.ranks import run_ranks
@@ -32,7 +34,7 @@ LAYOUT = Layout(pp=2, tp=2)
 MODEL = ModelConfig(
     family="llama", num_layers=16, hidden_size=96, ffn_hidden_size=256, num_heads=4, num_kv_heads=4, vocab_size=512
 ).resolve()
-CONFIG = EngineConfig(model=MODEL, precision="fp32")
+CONFIG = EngineConfig(MODEL)
 FP32, STATES = 4, 4  # bytes of a number; weights, gradients and two moments
 SLACK = 1 << 19  # Python's own objects, manifests, receive buffers
 
@@ -143,7 +145,7 @@ def save_and_load_peaks(root: str) -> tuple[int, int, int, int]:
     local = loaded.num_local_params()
     del loaded
     with Alive() as inference, Reader(step) as reader:
-        model = ParallelModel.load(CONFIG, mesh, reader)
+        model = ParallelModel(MODEL, LayoutConfig(), ComputeConfig(), mesh).load(reader)
     assert sum(x.numel() for stage in model.stages.values() for x in stage.parameters()) == local
     return saving.bytes, loading.bytes, inference.bytes, local
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.engine.config import PipelineOptions
 from megallm.losses.language import NextToken
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Pipeline
@@ -22,10 +21,10 @@ FOUR = {"num_layers": 4}
 CASES = {
     "tp2-sp": (Layout(tp=2), {"sp": True}),
     "pp2-1f1b": (Layout(pp=2), {}),
-    "pp2-interleaved": (Layout(pp=2), {"pipeline": PipelineOptions("interleaved", 2), "model": FOUR}),
-    "pp2-zb-v": (Layout(pp=2), {"pipeline": PipelineOptions("zb-v", 2), "model": FOUR}),
+    "pp2-interleaved": (Layout(pp=2), {"schedule": "interleaved", "chunks": 2, "model": FOUR}),
+    "pp2-zb-v": (Layout(pp=2), {"schedule": "zb-v", "chunks": 2, "model": FOUR}),
     "cp2": (Layout(cp=2), {}),
-    "dp2-zero3": (Layout(dp=2), {"zero": ZeroOptions(3)}),
+    "dp2-zero3": (Layout(dp=2), {"zero": ZeroConfig(3)}),
     "dp2-pp2": (Layout(dp=2, pp=2), {}),
 }
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from megallm.engine.config import EngineConfig, PipelineOptions
+from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
-from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.ops.precision import MODEL_DTYPES
+from megallm.optim.config import OptimConfig, ZeroConfig
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 
@@ -25,27 +30,30 @@ Batch = dict[str, Tensor]
 SEEN = OptimConfig(betas=(0.0, 0.95), clip=0.0, weight_decay=0.1)
 
 
-PIPELINE = ("schedule", "chunks", "stages", "group")
-ZERO = ("stage", "shard_size", "bf16_grads", "zero_offload", "tree")
-
-
 def config_of(model: ModelConfig = MODEL, optim: OptimConfig = SEEN, **options: Any) -> EngineConfig:
-    """The configuration of an engine with flat options: `zero` is the stage, `schedule` and `chunks`
-    are the pipeline's, the rest are called as in EngineConfig; fp64 unless said otherwise.
+    """The configuration of an engine with flat options, each of the section that has its name (`zero`
+    is the stage or the section, `tree` the sum in a fixed order); fp64 unless said otherwise.
     """
-    zero = {key.removeprefix("zero_"): options.pop(key) for key in ZERO if key in options}
-    zero |= {"stage": options.pop("zero")} if "zero" in options else {}
-    pipeline = {key: options.pop(key) for key in PIPELINE if key in options}
-    values = {"precision": "fp64", "seed": 5} | options
-    return EngineConfig(
-        model, optim, pipeline=PipelineOptions(**pipeline), zero=ZeroOptions(**zero), **values
-    )
+    zero = options.pop("zero", 0)
+    of_zero = {key: options.pop(key) for key in ("shard_size", "bf16_grads", "zero_offload") if key in options}
+    if not isinstance(zero, ZeroConfig):
+        zero = ZeroConfig(zero, **{key.removeprefix("zero_"): value for key, value in of_zero.items()})
+    names = [field.name for field in fields(LayoutConfig)]
+    layout = LayoutConfig(**{key: options.pop(key) for key in names if key in options})
+    seed, tree = options.pop("seed", 5), options.pop("tree", False)
+    compute = {"precision": "fp64", "determinism": "tree" if tree else "none"} | options
+    return EngineConfig(model, layout, zero, optim, ComputeConfig(**compute), seed)
 
 
 def engine_of(mesh: Mesh | None = None, **changes: Any) -> Engine:
-    """An engine with its initial weights; fp64 unless said otherwise."""
-    values = {"model": MODEL, "optim": SEEN, "precision": "fp64", "seed": 5} | changes
-    return Engine.build(EngineConfig(**values), mesh or Mesh.single())
+    """An engine with its initial weights; fp64 unless said otherwise. With `fp8` linears compute in it
+    whatever the precision of the rest.
+    """
+    rest = changes.get("precision", "fp64")
+    numbers = {"precision": "fp8"} if "fp8" in changes else {}
+    dtype = MODEL_DTYPES["bf16" if rest == "fp8" else rest]
+    with patch.dict(MODEL_DTYPES, fp8=dtype):
+        return Engine.build(config_of(**changes | numbers), mesh or Mesh.single())
 
 
 def batches(count: int, rows: int = 2, tokens: int = 12, seed: int = 0, vocab: int = 61) -> list[Batch]:

@@ -10,18 +10,20 @@ import torch
 
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
-from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
-from megallm.engine.model import ParallelModel
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator
 from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling, choose
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
+from megallm.models.parallel_model import ParallelModel
 from megallm.oracle import reference
 from megallm.oracle.table import MODELS, TINY
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
+from tests.engine.tiny import config_of
 from tests.ranks import run_ranks
 
 LAYOUTS = (Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2))
@@ -35,7 +37,7 @@ def model_of(name: str) -> ModelConfig:
 
 
 def checkpoint_of(name: str, folder: Path) -> str:
-    engine = Engine.build(EngineConfig(model=model_of(name), precision="fp64", seed=9), Mesh.single())
+    engine = Engine.build(config_of(model_of(name), seed=9), Mesh.single())
     meta = {"engine": engine.counters()}
     return str(store.save(folder, 1, list(engine.parts()), meta, Mesh.single()))
 
@@ -47,7 +49,7 @@ def generate_at(name: str, step: str, layout: Layout, sampling: Sampling, sp: bo
     """The completions of all prompts, two rows decoded together, on this rank."""
     mesh = Mesh.single() if layout.world == 1 else Mesh.start(layout)
     with Reader(step) as reader:
-        model = ParallelModel.load(EngineConfig(model=model_of(name), precision="fp64", sp=sp), mesh, reader)
+        model = ParallelModel(model_of(name), LayoutConfig(sp=sp), ComputeConfig("fp64"), mesh).load(reader)
     requests = [Request(number, list(prompt), Answer(Ending(NEW))) for number, prompt in enumerate(PROMPTS)]
     Generator(model, batch=2).generate(requests, sampling)
     return [(request.answer.tokens, request.answer.log_probs) for request in requests]

@@ -25,6 +25,7 @@ from megallm.models.config import ModelConfig
 from megallm.parallel import offload
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.recompute import runner
 from tests.engine.tiny import batches, engine_of, equal, gradients_of, state_of
 from tests.ranks import run_ranks
 
@@ -116,9 +117,12 @@ def test_sequence_parallelism_divides_what_lies_outside_the_split_region_too():
 
 def test_only_the_first_layers_of_a_stage_are_made_again():
     engine = engine_of(recompute="full", recompute_layers=1)
-    assert [block.recomputed for block in engine.model.stages[0].layers.values()] == [{"block"}, frozenset()]
+    blocks = engine.model.stages[0].layers.values()
+    assert [block.run is runner(True) for block in blocks] == [True, False]
     engine = engine_of(recompute="selective", recompute_modules=("mlp",))
-    assert [block.recomputed for block in engine.model.stages[0].layers.values()] == [{"mlp"}, {"mlp"}]
+    blocks = engine.model.stages[0].layers.values()
+    assert all(block.run_mlp is runner(True) and block.run is runner(False) for block in blocks)
+    assert all(block.run_attention is runner(False) for block in blocks)
 
 
 # --- offload -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from megallm.inference.sampling import Sampling
 from megallm.models import mla
 from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.stages import StageSpan
 from megallm.oracle import reference
 from megallm.parallel import context
@@ -91,7 +91,7 @@ def test_attention_equals_that_of_transformers(queries: int, stretch: dict) -> N
     theirs, rotary = module.DeepseekV3Attention(made, 0), module.DeepseekV3RotaryEmbedding(made)
     for weight in theirs.parameters():
         torch.nn.init.normal_(weight, mean=0.1, std=0.4)
-    stage = Stage(config, Mesh.single(), StageSpan(0, 1, True, True), StageOptions())
+    stage = Stage(config, Mesh.single(), StageSpan(0, 1, True, True))
     ours = stage.layers["0"].attention
     place_parameters(ours, latent_weights(theirs.state_dict(), sizes, 4))
     x, places = torch.randn(2, 11, 24), torch.arange(11).expand(2, 11)
@@ -138,7 +138,7 @@ def test_decoding_from_latents_equals_whole_sequences(name: str) -> None:
 
 
 def test_the_cache_keeps_latents_only() -> None:
-    stage = Stage(TINY.resolve(), Mesh.single(), StageSpan(0, 3, True, True), StageOptions())
+    stage = Stage(TINY.resolve(), Mesh.single(), StageSpan(0, 3, True, True))
     assert [math.prod(k) + math.prod(v) for k, v in (b.attention.cache_shape for b in stage.layers.values())] == [
         20
     ] * 3
@@ -170,7 +170,7 @@ def numbers_sent(kind: str) -> list[int]:
 
     mesh = Mesh.start(Layout(cp=2))
     config = dataclasses.replace(TINY, mla=SIZES if kind == "latent" else {}).resolve()
-    stage = Stage(config, mesh, StageSpan(0, 1, True, True), StageOptions())
+    stage = Stage(config, mesh, StageSpan(0, 1, True, True))
     shards = {name: shard for name, _, shard in named_shards(stage)}
     place_parameters(stage, {n: initial_values(n, s, (0,) * len(s.full), s.full, 1) for n, s in shards.items()})
     tokens = torch.arange(12)[None]

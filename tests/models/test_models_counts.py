@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.presets import PRESETS
 from megallm.models.stages import StageSpan, plan_stages
 from megallm.ops import attention
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
@@ -38,7 +39,7 @@ PUBLISHED = {
 
 def whole_model(config: ModelConfig) -> Stage:
     """One stage that is first and last, on the meta device."""
-    return Stage(config, Mesh.single(), StageSpan(0, config.num_layers, True, True), StageOptions())
+    return Stage(config, Mesh.single(), StageSpan(0, config.num_layers, True, True))
 
 
 def built(config: ModelConfig) -> Stage:
@@ -132,7 +133,7 @@ def test_the_pieces_of_a_layout_add_up_to_the_model(parts):
     for rank in range(layout.world):
         mesh = mesh_on_paper(layout, rank)
         span = plan_stages(config.num_layers, layout.pp)[mesh.pp.rank]
-        for name, parameter, shard in named_shards(Stage(config, mesh, span, StageOptions(sp=True))):
+        for name, parameter, shard in named_shards(Stage(config, mesh, span, LayoutConfig(sp=True))):
             first = name != "embedding.weight" or mesh.coords["pp"] == 0
             total += parameter.numel() * shard.owned(mesh.coords, first)
     assert total == config.num_params()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
@@ -135,7 +135,7 @@ def pair_of(name: str, dtype: torch.dtype, **changes: object) -> tuple[Stage, tr
         for parameter in theirs.parameters():  # biases and norms too: their defaults would hide a mistake
             parameter.add_(torch.randn_like(parameter) * 0.1)
     config = ModelConfig(**(OURS | switches | changes)).resolve()
-    stage = Stage(config, Mesh.single(), StageSpan(0, LAYERS, True, True), StageOptions())
+    stage = Stage(config, Mesh.single(), StageSpan(0, LAYERS, True, True))
     convert = from_gpt2 if config.family == "gpt2" else from_llama
     weights = {key: x.detach().clone().contiguous() for key, x in convert(theirs.state_dict(), config).items()}
     wanted = {key: shard.full for key, _, shard in named_shards(stage)}

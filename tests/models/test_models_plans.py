@@ -13,9 +13,11 @@ from megallm.engine import engine as engine_module
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.models.attention import HeadPlan
+from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
 from megallm.models.stages import plan_stages
 from megallm.oracle.table import MODELS, TINY
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
@@ -73,7 +75,8 @@ Held = dict[str, tuple[Box, Tensor]]
 
 def initial_pieces(config: ModelConfig, layout: Layout, sp: bool, precision: str) -> Held:
     """What this rank holds after the engine was built."""
-    engine = Engine.build(EngineConfig(model=config, sp=sp, precision=precision, seed=11), Mesh.start(layout))
+    built = EngineConfig(config, LayoutConfig(sp=sp), compute=ComputeConfig(precision), seed=11)
+    engine = Engine.build(built, Mesh.start(layout))
     coords = engine.mesh.coords
     boxes = {name: shard.box(layout, coords) for name, shard in engine.parameters.shards.items()}
     return {name: (boxes[name], view.detach().clone()) for name, view in engine.parameters.views.items()}

@@ -10,24 +10,25 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.engine.config import EngineConfig, PipelineOptions
+from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.balance import RoutingInputs, within_capacity
 from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.decoder import Stage
 from megallm.models.moe import Moe
 from megallm.models.router import select
 from megallm.models.sections import MoeConfig
 from megallm.models.stages import StageSpan
 from megallm.ops.low_precision import LossScaleOptions
-from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.optim.config import OptimConfig
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.context import Context
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
-from tests.engine.tiny import batches, share
+from tests.engine.tiny import batches, config_of, share
 from tests.ranks import run_ranks
 
 SIZES: dict[str, Any] = {
@@ -41,7 +42,7 @@ def model_of(**moe: Any) -> ModelConfig:
 
 
 def engine_config(model: ModelConfig, **changes: Any) -> EngineConfig:
-    return EngineConfig(**({"model": model, "optim": OptimConfig(clip=0.0), "precision": "fp64", "seed": 5} | changes))
+    return config_of(model, **{"optim": OptimConfig(clip=0.0)} | changes)
 
 
 # The configuration
@@ -57,7 +58,7 @@ def engine_config(model: ModelConfig, **changes: Any) -> EngineConfig:
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_counts_equal_the_built_model(moe, activation):
     config = dataclasses.replace(model_of(**moe), activation=activation).resolve()
-    stage = Stage(config, Mesh.single("meta"), StageSpan(0, config.num_layers, True, True), StageOptions())
+    stage = Stage(config, Mesh.single("meta"), StageSpan(0, config.num_layers, True, True))
     built = {name: parameter.numel() for name, parameter, _ in named_shards(stage)}
     assert config.num_params() == sum(built.values())
     idle = (config.moe.num_experts - config.moe.top_k) / max(config.moe.num_experts, 1)
@@ -116,7 +117,7 @@ def test_groups_limit_the_choice():
 
 
 def seats_of(mask: Tensor) -> RoutingInputs:
-    return RoutingInputs.of({"mask": mask}, Context(Mesh.single(), "ring", 4, None), Mesh.single(), False)
+    return RoutingInputs.of({"mask": mask}, Context(Mesh.single(), LayoutConfig(), 4), Mesh.single(), False)
 
 
 @pytest.mark.parametrize("drop", ["score", "position"])
@@ -178,8 +179,7 @@ def train_idle(layout: Layout, config: EngineConfig) -> tuple[dict[str, float], 
 def test_experts_that_no_token_chose_hang_no_rank(stage, schedule):
     """ep = 2 over dp: rank 1's experts are idle, and its edp group still reduces as often as rank 0's."""
     model = model_of(top_k=1, aux_coef=0.0, selection_bias=True)
-    pipeline = PipelineOptions(schedule)
-    config = engine_config(model, zero=ZeroOptions(stage), pipeline=pipeline)
+    config = engine_config(model, zero=stage, schedule=schedule)
     layout = Layout(dp=2, tp=2, ep=2) if schedule == "1f1b" else Layout(pp=2, dp=2, ep=2)
     results = run_ranks(layout.world, train_idle, layout, config, timeout=60)
     for found, metrics in results:

@@ -16,7 +16,7 @@ from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.ops.grouped_gemm import Runs
 from megallm.ops.low_precision import RECIPES, Fp8Options
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.oracle.compare import run_row
 from megallm.oracle.table import row_named
 from megallm.parallel.fp8 import HISTORY, Fp8Linear, Fp8Linears, fp8_grouped_linear, fp8_linear
@@ -181,7 +181,7 @@ def test_every_recipe_learns_what_bf16_learns_with_experts(recipe):
 def train_idle(layout: Layout, recipe: str, stage: int) -> tuple[list[float], bool, dict[str, Tensor]]:
     """Norms of two steps with all tokens on expert 0 and then on all; whether weights are finite; histories."""
     mesh = Mesh.start(layout)
-    engine = engine_of(mesh, model=MODEL, precision="fp8", fp8=Fp8Options(recipe), zero=ZeroOptions(stage))
+    engine = engine_of(mesh, model=MODEL, precision="fp8", fp8=Fp8Options(recipe), zero=ZeroConfig(stage))
     norms = []
     for step, by in enumerate((100.0, 0.0)):
         for _, bias in engine.model.selection_biases():

@@ -164,7 +164,7 @@ def test_a_depth_equals_that_of_transformers() -> None:
         "block.mlp.down.weight": block.mlp.down_proj.weight,
     }  # fmt: skip
     ours |= {f"block.attention.{k}": v for k, v in latent_weights(block.self_attn.state_dict(), SIZES, 4).items()}
-    stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True), decoder.StageOptions())
+    stage = decoder.Stage(config, Mesh.single(), StageSpan(0, 2, True, True))
     depth = stage.mtp["0"]
     place_parameters(depth, ours)
     hidden, embedded, positions = torch.randn(2, 11, 24), torch.randn(2, 11, 24), torch.arange(11).expand(2, 11)

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
-from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.sections import MoeConfig
 from megallm.ops.low_precision import Fp8Options
-from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
+from megallm.optim.config import GroupConfig, OptimConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from tests.engine.tiny import MODEL, batches, share
+from tests.engine.tiny import MODEL, batches, config_of, share
 from tests.optim.test_zero import live_bytes, whole_weights
 from tests.ranks import run_ranks
 
@@ -29,7 +28,7 @@ BLOCKS = (GroupConfig("layers.*", frozen=True),)
 
 def engine_of(mesh: Mesh, groups=(), stage: int = 0, precision: str = "bf16", prepare=None) -> Engine:
     optim = OptimConfig(clip=1.0, groups=tuple(groups))
-    config = EngineConfig(MODEL, optim, zero=ZeroOptions(stage), precision=precision, seed=5)
+    config = config_of(MODEL, optim, zero=stage, precision=precision)
     return Engine.build(config, mesh, prepare)
 
 
@@ -133,10 +132,11 @@ def kept_numbers(engine: Engine) -> int:
 def test_frozen_matrices_keep_no_inputs_for_gradients_that_nobody_wants(kind):
     moe = MoeConfig(num_experts=4, ffn_hidden_size=64)
     fp8 = None if kind == "experts" else Fp8Options(kind)
+    precision = {"precision": "bf16"} if fp8 is None else {"precision": "fp8", "fp8": fp8}
     model = replace(MODEL, moe=moe) if fp8 is None else WIDE
     pattern = "*.experts.*" if fp8 is None else "*.mlp.*"
     group = GroupConfig(pattern, frozen=True)
-    base = EngineConfig(model.resolve(), OptimConfig(), precision="bf16", fp8=fp8, seed=5)
+    base = config_of(model.resolve(), OptimConfig(), **precision)
     frozen = replace(base, optim=OptimConfig(groups=(group,)))
     trained = kept_numbers(Engine.build(base, Mesh.single()))
     assert kept_numbers(Engine.build(frozen, Mesh.single())) < trained

@@ -14,20 +14,19 @@ from torch import Tensor
 from megallm.base.errors import InternalError, UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import Reader
-from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.optim import zero as zero_module
 from megallm.optim.buckets import ALIGN, Bucket, BucketParam, ParamGroup, plan_buckets
-from megallm.optim.config import GroupConfig, OptimConfig, ZeroOptions
+from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
 from megallm.optim.groups import check_groups, matches, param_group
 from megallm.optim.rules import column_factor, row_factor
 from megallm.oracle import reference
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Shard
-from tests.engine.tiny import MODEL, batches, engine_of, share, state_of, worst
+from tests.engine.tiny import MODEL, batches, config_of, engine_of, share, state_of, worst
 from tests.optim import test_zero
 from tests.ranks import run_ranks
 
@@ -48,7 +47,7 @@ def leg(
 ) -> None:
     """Train `steps` from step `first`, from the checkpoint `source` or the start, and save."""
     mesh = Mesh.start(layout)
-    engine = engine_of(mesh, model=UNEVEN, optim=optim, zero=ZeroOptions(zero))
+    engine = engine_of(mesh, model=UNEVEN, optim=optim, zero=ZeroConfig(zero))
     if source is not None:
         for flats in engine.optimizer.states.values():
             for flat in flats.values():
@@ -94,7 +93,7 @@ def test_zero_1_gives_the_bits_of_data_parallelism(rule):
     """Members and ranges begin where vectorised loops do, so an element's update does not depend on the layout."""
     optim = OptimConfig(rule, clip=0.0)
     plain, sharded = (
-        run_ranks(2, test_zero.train, Layout(dp=2), replace(test_zero.config(ZeroOptions(stage)), optim=optim))[0][0]
+        run_ranks(2, test_zero.train, Layout(dp=2), replace(test_zero.config(ZeroConfig(stage)), optim=optim))[0][0]
         for stage in (0, 1)
     )
     assert test_zero.same(plain, sharded)
@@ -192,7 +191,7 @@ def test_ranges_of_a_real_model_are_nearly_even(shards, waste):
 
 def held(layout: Layout, stage: int) -> list[tuple[str, int, int]]:
     """Which matrices this rank orthogonalises: name, first and last of its stack."""
-    engine = engine_of(Mesh.start(layout), model=UNEVEN, optim=RULES["muon"], zero=ZeroOptions(stage))
+    engine = engine_of(Mesh.start(layout), model=UNEVEN, optim=RULES["muon"], zero=ZeroConfig(stage))
     found = []
     for bucket in engine.parameters.flat:
         if bucket.plan.rule == "muon":
@@ -217,7 +216,7 @@ def muon_on_pieces(layout: Layout) -> str:
     zero_module.whole_elements = lambda *args: 0
     try:
         model = replace(MODEL, num_layers=3)  # the middle is inside a layer
-        engine = engine_of(Mesh.start(layout), model=model, optim=RULES["muon"], zero=ZeroOptions(1))
+        engine = engine_of(Mesh.start(layout), model=model, optim=RULES["muon"], zero=ZeroConfig(1))
         engine.train_step(share(batches(2), engine.mesh), NextToken(), 0.01)
     except InternalError as error:
         return str(error)
@@ -244,7 +243,7 @@ GROUPED = OptimConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3, clip=0.05, g
 
 def grouped_training(layout: Layout, zero: int) -> tuple[list[float], dict[str, Tensor]]:
     mesh = Mesh.start(layout)
-    engine = engine_of(mesh, optim=GROUPED, zero=ZeroOptions(zero))
+    engine = engine_of(mesh, optim=GROUPED, zero=ZeroConfig(zero))
     norms = [engine.train_step(share(batches(4, seed=s), mesh), NextToken(), 0.02).grad_norm for s in range(3)]
     return norms, test_zero.whole_weights(engine)
 
@@ -331,7 +330,7 @@ def state_elements(layout: Layout, rule: str, zero: int) -> int:
         num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=64, vocab_size=64,
         tie_embeddings=True,
     ).resolve()  # fmt: skip
-    engine = Engine.build(EngineConfig(model, OptimConfig(rule), zero=ZeroOptions(zero)), Mesh.start(layout))
+    engine = Engine.build(config_of(model, OptimConfig(rule), zero=zero, precision="fp32"), Mesh.start(layout))
     flat = sum(x.numel() for flats in engine.optimizer.states.values() for x in flats.values())
     return flat + sum(held.tensor.numel() for held in engine.optimizer.state())
 

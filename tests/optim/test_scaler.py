@@ -15,7 +15,7 @@ from megallm.checkpoint.reader import Reader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.ops.low_precision import LossScaleOptions
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.optim.scaler import LARGEST, LossScaler
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -91,7 +91,7 @@ def held(engine: Engine) -> list[Tensor]:
 def overflow_on_one_rank(layout: Layout, stage: int) -> list[tuple]:
     """(skipped, scale, weights before == after) of four steps; the second one overflows on rank 1."""
     mesh = Mesh.start(layout)
-    engine = half(mesh, zero=ZeroOptions(stage=stage))
+    engine = half(mesh, zero=ZeroConfig(stage=stage))
     rows = []
     for step in range(4):
         before = held(engine)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megallm.engine.config import EngineConfig, PipelineOptions
+from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
+from megallm.optim import buckets
 from megallm.optim.buckets import ALIGN, BucketParam, plan_buckets
-from megallm.optim.config import OptimConfig, ZeroOptions
+from megallm.optim.config import OptimConfig, ZeroConfig
 from megallm.optim.flat import FlatBucket
 from megallm.optim.zero import IN_FLIGHT
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
+from tests.engine.tiny import config_of
 from tests.ranks import run_ranks
 
 MODEL = ModelConfig(  # sizes that no vector width divides
@@ -44,10 +47,9 @@ def batches(step: int, mesh: Mesh, micro: int = 2) -> list[dict[str, torch.Tenso
     ]
 
 
-def config(zero: ZeroOptions, clip: float = 0.0, precision: str = "fp32", **rest) -> EngineConfig:
-    return EngineConfig(
-        MODEL, OptimConfig(lr=1e-2, clip=clip, eps=1e-4), zero=zero, precision=precision, seed=3, **rest
-    )
+def config(zero: ZeroConfig, clip: float = 0.0, precision: str = "fp32", **rest) -> EngineConfig:
+    optim = OptimConfig(lr=1e-2, clip=clip, eps=1e-4)
+    return config_of(MODEL, optim, zero=zero, precision=precision, seed=3, **rest)
 
 
 def train(layout: Layout, engine_config: EngineConfig, micro: int = 2) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -68,12 +70,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("zero", [ZeroOptions(1), ZeroOptions(1, shard_size=2), ZeroOptions(1, offload=True)])
+@pytest.mark.parametrize("zero", [ZeroConfig(1), ZeroConfig(1, shard_size=2), ZeroConfig(1, offload=True)])
 def test_zero_1_equals_data_parallel_bit_for_bit(zero):
     """Same buckets, one reduction a step: reduce-scatter and all-gather give the bits of an all-reduce."""
     size = 4 if zero.shard_size else 2
     layout = Layout(dp=size)
-    plain = run_ranks(size, train, layout, config(ZeroOptions(0)))
+    plain = run_ranks(size, train, layout, config(ZeroConfig(0)))
     sharded = run_ranks(size, train, layout, config(zero))
     close = all(
         torch.allclose(a, b, atol=1e-6) for a, b in zip(plain[0][0].values(), sharded[0][0].values(), strict=True)
@@ -89,16 +91,16 @@ def test_zero_1_equals_data_parallel_bit_for_bit(zero):
 def test_zero_2_and_3_equal_data_parallel_of_the_same_cadence(stage):
     """One microbatch a rank: a reduction per microbatch is then the one reduction of the step."""
     layout = Layout(dp=2)
-    plain = run_ranks(2, train, layout, config(ZeroOptions(0)), 4)
-    sharded = run_ranks(2, train, layout, config(ZeroOptions(stage)), 4)
+    plain = run_ranks(2, train, layout, config(ZeroConfig(0)), 4)
+    sharded = run_ranks(2, train, layout, config(ZeroConfig(stage)), 4)
     assert same(plain[0][0], sharded[0][0]) and plain[0][1] == sharded[0][1]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_clipping_the_difference_is_rounding(stage):
     layout = Layout(dp=2)
-    plain = run_ranks(2, train, layout, config(ZeroOptions(0), clip=0.5))
-    sharded = run_ranks(2, train, layout, config(ZeroOptions(stage), clip=0.5))
+    plain = run_ranks(2, train, layout, config(ZeroConfig(0), clip=0.5))
+    sharded = run_ranks(2, train, layout, config(ZeroConfig(stage), clip=0.5))
     for name, weight in plain[0][0].items():
         torch.testing.assert_close(sharded[0][0][name], weight, rtol=0, atol=1e-6, msg=name)
 
@@ -106,15 +108,15 @@ def test_with_clipping_the_difference_is_rounding(stage):
 def test_other_bits_are_noticed():
     """The control: a reduction per microbatch instead of one per step changes bits, and `same` sees it."""
     layout = Layout(dp=2)
-    plain = run_ranks(2, train, layout, config(ZeroOptions(0)))
-    sharded = run_ranks(2, train, layout, config(ZeroOptions(2)))
+    plain = run_ranks(2, train, layout, config(ZeroConfig(0)))
+    sharded = run_ranks(2, train, layout, config(ZeroConfig(2)))
     assert not same(plain[0][0], sharded[0][0])
 
 
 def test_bf16_gradient_messages_are_close_and_different():
     layout = Layout(dp=2)
-    plain = run_ranks(2, train, layout, config(ZeroOptions(2)))[0][0]
-    rounded = run_ranks(2, train, layout, config(ZeroOptions(2, bf16_grads=True)))[0][0]
+    plain = run_ranks(2, train, layout, config(ZeroConfig(2)))[0][0]
+    rounded = run_ranks(2, train, layout, config(ZeroConfig(2, bf16_grads=True)))[0][0]
     assert not same(plain, rounded)
     for name, weight in plain.items():
         torch.testing.assert_close(rounded[name], weight, rtol=0, atol=2e-2, msg=name)
@@ -134,7 +136,7 @@ def live_bytes(engine: Engine) -> int:
     return sum(storages.values())
 
 
-def measured_bytes(layout: Layout, zero: ZeroOptions) -> tuple[int, int, list[tuple[str, int]]]:
+def measured_bytes(layout: Layout, zero: ZeroConfig) -> tuple[int, int, list[tuple[str, int]]]:
     """Live bytes, parameters, and for each moment of a step how many buckets hold their parameters."""
     engine = Engine.build(config(zero, precision="bf16"), Mesh.start(layout))
     seen: list[tuple[str, int]] = []
@@ -162,7 +164,7 @@ FORMULAS = {0: lambda d: 18.0, 1: lambda d: 6 + 12 / d, 2: lambda d: 2 + 16 / d,
 @pytest.mark.parametrize("size", [2, 4])
 def test_bytes_per_parameter_follow_the_formula(stage, size):
     """bf16 weights, fp32 gradients, master weights and two moments: 18 bytes, divided as the stage says."""
-    bytes_, params, _ = run_ranks(size, measured_bytes, Layout(dp=size), ZeroOptions(stage))[0]
+    bytes_, params, _ = run_ranks(size, measured_bytes, Layout(dp=size), ZeroConfig(stage))[0]
     members, buckets = 3 * 7 + 2, 5  # at most: each begins at a multiple of ALIGN, and each bucket ends at one a rank
     padding = 18 * ALIGN * (members + buckets * size)
     assert padding < 0.05 * 18 * params
@@ -171,16 +173,16 @@ def test_bytes_per_parameter_follow_the_formula(stage, size):
 
 def test_stage_3_holds_at_most_two_units_at_a_time():
     """In use and prefetched; after each use the memory is really gone."""
-    _, _, seen = run_ranks(2, measured_bytes, Layout(dp=2), ZeroOptions(3))[0]
+    _, _, seen = run_ranks(2, measured_bytes, Layout(dp=2), ZeroConfig(3))[0]
     assert max(count for _, count in seen) <= 3  # the head uses two: its norm and the tied embedding
     assert max(count for name, count in seen if name == "after_forward") == 1  # what is prefetched
     assert min(count for name, count in seen if name == "after_backward") == 0
 
 
-def count_messages(layout: Layout, zero: ZeroOptions, schedule: str, micros: int) -> tuple[int, int]:
+def count_messages(layout: Layout, zero: ZeroConfig, schedule: str, micros: int) -> tuple[int, int]:
     """Gathers of one step, and the most reduce-scatters that were under way at once, on this rank."""
     rows = batches(0, Mesh.single(), 1)[:micros]
-    engine = Engine.build(config(zero, pipeline=PipelineOptions(schedule)), Mesh.start(layout))
+    engine = Engine.build(config(zero, schedule=schedule), Mesh.start(layout))
     gather, send, seen = FlatBucket._start_gather, FlatBucket.reduce_scatter, []
     FlatBucket._start_gather = lambda bucket: (seen.append(0), gather(bucket))[1]
     FlatBucket.reduce_scatter = lambda bucket, whole, done: (send(bucket, whole, done), seen.append(len(done)))[0]
@@ -196,7 +198,7 @@ def test_stage_3_gathers_once_for_each_use_and_keeps_few_messages(schedule):
     """A microbatch: every unit's buckets forward, the head's (it shares the embedding) and the blocks' backward."""
     per_micro = (1 + 3 + 2) + (2 + 3)
     counts = {
-        micros: run_ranks(2, count_messages, Layout(dp=2), ZeroOptions(3), schedule, micros)[0] for micros in (1, 4)
+        micros: run_ranks(2, count_messages, Layout(dp=2), ZeroConfig(3), schedule, micros)[0] for micros in (1, 4)
     }
     assert [gathers for gathers, _ in counts.values()] == [per_micro, 4 * per_micro]
     assert all(most <= IN_FLIGHT for _, most in counts.values())
@@ -213,9 +215,10 @@ class SlowWeights:
         tensor.fill_(5.0)
 
 
-def load_while_weights_travel(layout: Layout, zero: ZeroOptions) -> bool:
+def load_while_weights_travel(layout: Layout, zero: ZeroConfig) -> bool:
     mesh = Mesh.start(layout)
-    engine = Engine(config(zero), mesh)
+    with patch.object(buckets, "BUCKET_BYTES", 1):
+        engine = Engine(config(zero), mesh)
     time.sleep(0.3 * mesh.rank)  # so that rank 0's gathers are still waiting for rank 1 when it loads
     engine.parameters.publish()
     engine.load(SlowWeights(0.0 if mesh.rank else 0.02), optimizer=False)
@@ -224,23 +227,23 @@ def load_while_weights_travel(layout: Layout, zero: ZeroOptions) -> bool:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_weights_on_their_way_do_not_overwrite_what_is_loaded(stage):
-    assert all(run_ranks(2, load_while_weights_travel, Layout(dp=2), ZeroOptions(stage, bucket_bytes=1)))
+    assert all(run_ranks(2, load_while_weights_travel, Layout(dp=2), ZeroConfig(stage)))
 
 
 # --- the tree --------------------------------------------------------------------------------------------------------
 
 
 def test_tree_gives_the_same_bits_for_1_2_and_4_data_ranks():
-    tree = config(ZeroOptions(tree=True), clip=0.5)
+    tree = config(ZeroConfig(), clip=0.5, tree=True)
     runs = {size: run_ranks(size, train, Layout(dp=size), tree, 1)[0] for size in (1, 2, 4)}
     assert same(runs[1][0], runs[2][0]) and same(runs[1][0], runs[4][0])
-    sharded = dataclasses.replace(tree, zero=ZeroOptions(1, tree=True))
+    sharded = dataclasses.replace(tree, zero=ZeroConfig(1))
     assert same(runs[1][0], run_ranks(4, train, Layout(dp=4), sharded, 1)[0][0])
 
 
 def test_without_the_tree_the_bits_depend_on_the_ranks():
     """The control: ordinary sums differ between 1 and 4 data ranks."""
-    plain = config(ZeroOptions())
+    plain = config(ZeroConfig())
     one = run_ranks(1, train, Layout(), plain, 1)[0]
     four = run_ranks(4, train, Layout(dp=4), plain, 1)[0]
     assert not same(one[0], four[0])
@@ -249,10 +252,10 @@ def test_without_the_tree_the_bits_depend_on_the_ranks():
 # --- overlap ---------------------------------------------------------------------------------------------------------
 
 
-def order_of_messages(layout: Layout, zero: ZeroOptions) -> list[str]:
+def order_of_messages(layout: Layout, zero: ZeroConfig) -> list[str]:
     """The order of gradient messages and of backward passes through blocks in the last microbatch."""
-    small = dataclasses.replace(zero, bucket_bytes=1)
-    engine = Engine.build(config(small), Mesh.start(layout))
+    with patch.object(buckets, "BUCKET_BYTES", 1):
+        engine = Engine.build(config(zero), Mesh.start(layout))
     log: list[str] = []
     original, gates = dist.all_reduce, type(engine.parameters).after_backward
 
@@ -275,7 +278,7 @@ def order_of_messages(layout: Layout, zero: ZeroOptions) -> list[str]:
 
 
 def test_reductions_start_while_the_backward_pass_goes_on():
-    log = run_ranks(2, order_of_messages, Layout(dp=2), ZeroOptions(0))[0]
+    log = run_ranks(2, order_of_messages, Layout(dp=2), ZeroConfig(0))[0]
     last = len(log) - 1 - log[::-1].index("layers.0")
     assert "message" in log[:last], "every message waited for the end of the backward pass"
     assert "message" not in log[: log.index("layers.0")], "a message left before the last microbatch"
@@ -284,9 +287,11 @@ def test_reductions_start_while_the_backward_pass_goes_on():
 # What a step leaves in the buffers.
 
 
-def steps_between(zero: ZeroOptions, layout: Layout, spoil: bool, keep: bool) -> dict[str, torch.Tensor]:
+def steps_between(
+    zero: ZeroConfig, layout: Layout, spoil: bool, keep: bool, tree: bool = False
+) -> dict[str, torch.Tensor]:
     """Weights after STEPS steps; `spoil`: between them the gradient buffers are filled, their padding too."""
-    engine = Engine.build(config(zero, clip=1.0), Mesh.start(layout))
+    engine = Engine.build(config(zero, clip=1.0, tree=tree), Mesh.start(layout))
     for step in range(STEPS):
         if spoil:
             for bucket in engine.parameters.flat:
@@ -299,18 +304,18 @@ def steps_between(zero: ZeroOptions, layout: Layout, spoil: bool, keep: bool) ->
     return whole_weights(engine)
 
 
-@pytest.mark.parametrize("zero", [ZeroOptions(), ZeroOptions(stage=1), ZeroOptions(stage=2), ZeroOptions(stage=3),
-                                  ZeroOptions(tree=True)], ids=str)  # fmt: skip
-def test_what_gradients_were_in_the_buffers_before_changes_no_bit(zero):
-    layout = Layout(dp=2)
-    for quiet, spoilt in zip(run_ranks(2, steps_between, zero, layout, False, False),
-                             run_ranks(2, steps_between, zero, layout, True, False), strict=True):  # fmt: skip
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, "tree"])
+def test_what_gradients_were_in_the_buffers_before_changes_no_bit(stage):
+    tree = stage == "tree"
+    zero, layout = ZeroConfig(0 if tree else stage), Layout(dp=2)
+    for quiet, spoilt in zip(run_ranks(2, steps_between, zero, layout, False, False, tree),
+                             run_ranks(2, steps_between, zero, layout, True, False, tree), strict=True):  # fmt: skip
         assert all(torch.equal(quiet[name], spoilt[name]) for name in quiet)
 
 
 def test_a_step_that_keeps_the_gradients_of_the_last_is_noticed():
     quiet, spoilt = (
-        run_ranks(2, steps_between, ZeroOptions(stage=2), Layout(dp=2), bad, bad)[0] for bad in (False, True)
+        run_ranks(2, steps_between, ZeroConfig(stage=2), Layout(dp=2), bad, bad)[0] for bad in (False, True)
     )
     assert not any(torch.equal(quiet[name], spoilt[name]) for name in quiet), "steps that are not finite are skipped"
 

@@ -15,6 +15,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.ops.attention import Gradients, Partial
 from megallm.ops.tiles import MaskSpec, Span, plan_tiles
 from megallm.parallel import context
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.context import (
     GRADIENTS,
     KEYS,
@@ -116,7 +117,7 @@ def attend(cp: int, kind: str, degree: int | None, cases: tuple[Case, ...], brok
     mesh = Mesh.start(Layout(cp=cp), broken=broken)
     results = []
     for case in cases:
-        here = Context(mesh, kind, case.heads, degree)
+        here = Context(mesh, LayoutConfig(cp_kind=kind, cp_ulysses=degree), case.heads)
         *leaves, direction = (here.local(x) for x in inputs(case))
         leaves = [x.requires_grad_() for x in leaves]
         mask_spec = here.mask_spec(batch_of(case), case.window, case.causal)
@@ -146,7 +147,7 @@ def test_equals_one_process(kind: str, cp: int, degree: int | None, cases: tuple
 
 def attend_narrow(kind: str, case: Case, dtype: torch.dtype) -> list[Tensor]:
     mesh = Mesh.start(Layout(cp=4))
-    here = Context(mesh, kind, case.heads)
+    here = Context(mesh, LayoutConfig(cp_kind=kind), case.heads)
     *leaves, direction = (here.local(x).to(dtype) for x in inputs(case))
     leaves = [x.requires_grad_() for x in leaves]
     out = here.parallel_attention(*leaves, here.mask_spec(batch_of(case), case.window), case.window)
@@ -168,7 +169,7 @@ def test_bf16_is_as_good_as_its_storage(kind: str) -> None:
 def saved_bytes(kind: str, case: Case) -> tuple[int, int]:
     """Bytes that attention keeps for its backward pass, and those of q, k, v, the output and the log-sum-exp."""
     mesh = Mesh.start(Layout(cp=4))
-    here = Context(mesh, kind, case.heads)
+    here = Context(mesh, LayoutConfig(cp_kind=kind), case.heads)
     q, k, v = (here.local(x).requires_grad_() for x in inputs(case)[:3])
     kept: dict[int, int] = {}
 
@@ -205,7 +206,7 @@ def order_of_events(case: Case) -> list[str]:
         patch.setattr(Partial, "add", told("compute", add))
         patch.setattr(Gradients, "add", told("compute", add_grads))
         patch.setattr(Moving, "wait", told("wait", wait))
-        here = Context(mesh, "ring", case.heads)
+        here = Context(mesh, LayoutConfig(), case.heads)
         q, k, v = (here.local(x).requires_grad_() for x in inputs(case)[:3])
         here.parallel_attention(q, k, v, here.mask_spec(batch_of(case), None), None).sum().backward()
     return events
@@ -239,7 +240,7 @@ def test_a_skipped_merge_or_exchange_is_seen(name: str, kind: str) -> None:
 def attend_with_plain_order(case: Case) -> list[Tensor]:
     """Two ranks that hold halves of the row instead of zigzag chunks, and do not know it."""
     mesh = Mesh.start(Layout(cp=2))
-    here = Context(mesh, "ring", case.heads)
+    here = Context(mesh, LayoutConfig(), case.heads)
     *leaves, direction = (x.chunk(2, dim=1)[mesh.cp.rank].contiguous() for x in inputs(case))
     leaves = [x.requires_grad_() for x in leaves]
     out = here.parallel_attention(*leaves, here.mask_spec(batch_of(case), None), None)
@@ -253,7 +254,7 @@ def test_wrong_positions_are_seen() -> None:
 def attend_across_documents(kind: str, case: Case) -> list[Tensor]:
     """A packed row whose document ends were lost on the way."""
     mesh = Mesh.start(Layout(cp=2))
-    here = Context(mesh, kind, case.heads)
+    here = Context(mesh, LayoutConfig(cp_kind=kind), case.heads)
     *leaves, direction = (here.local(x) for x in inputs(case))
     leaves = [x.requires_grad_() for x in leaves]
     batch = {"positions": batch_of(case)["positions"]}
@@ -341,10 +342,10 @@ def test_key_heads_are_repeated_as_little_as_needed(kv_heads: int, size: int, re
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
-    alone = Context(Mesh.single(), "ring", 4)
+    alone = Context(Mesh.single(), LayoutConfig(), 4)
     two = Mesh(Layout(cp=2), 0, torch.device("cpu"), Mesh.single().axes | {"cp": axis(2, 0)})
     with pytest.raises(UsageError, match="30 tokens cannot be split over layout.cp 2"):
-        Context(two, "ring", 4).local(torch.zeros(1, 30))
+        Context(two, LayoutConfig(), 4).local(torch.zeros(1, 30))
     batch = batch_of(CASES[5])
     with pytest.raises(DataError, match="has 2 rows; packed documents fill one row"):
         alone.mask_spec(batch | {"positions": torch.zeros(2, 32)}, None)
@@ -383,7 +384,7 @@ def test_messages_in_flight_are_never_mistaken() -> None:
 def many_layers(kind: str, layers: int) -> float:
     """Layer after layer without a barrier, one rank slow in the forward pass and another in the backward pass."""
     mesh = Mesh.start(Layout(cp=4))
-    here = Context(mesh, kind, 4)
+    here = Context(mesh, LayoutConfig(cp_kind=kind), 4)
     case = Case()
     q, k, v, direction = (here.local(x) for x in inputs(case))
     x = q.requires_grad_()

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
 from megallm.ops.moe_permute import order_of, permute
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import OptimConfig, ZeroConfig
 from megallm.parallel import comm
 from megallm.parallel.expert import combine_rows, dispatch, gather_over_tp, plan_dispatch, scatter_over_tp
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
+from tests.engine.tiny import config_of
 from tests.ranks import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,8 +110,8 @@ EXPERT_ELEMENTS = 2 * 8 * 3 * 32 * 24
 
 def held(layout: Layout, stage: int) -> tuple[int, int, int, int]:
     """Elements of experts: parameters between uses, gradients, master weights; and those this rank owns."""
-    options = ZeroOptions(stage)
-    config = EngineConfig(MODEL, precision="bf16", zero=options)
+    options = ZeroConfig(stage)
+    config = config_of(MODEL, OptimConfig(), precision="bf16", zero=options)
     engine = Engine.build(config, Mesh.start(layout))
     engine.parameters.reshard()
     flat = [bucket for bucket in engine.parameters.flat if bucket.plan.expert]

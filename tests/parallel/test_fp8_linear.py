@@ -15,7 +15,7 @@ from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.ops.low_precision import RECIPES, Fp8Options
-from megallm.optim.config import ZeroOptions
+from megallm.optim.config import ZeroConfig
 from megallm.parallel.fp8 import Fp8Linear
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -78,7 +78,7 @@ def count_stores(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_weights_are_stored_once_a_step_and_never_kept_under_zero_3(stage, monkeypatch):
-    engine = fp8_engine("tensorwise", zero=ZeroOptions(stage=stage))
+    engine = fp8_engine("tensorwise", zero=ZeroConfig(stage=stage))
     seen = count_stores(engine, monkeypatch)
     engine.train_step(batches(3), NextToken(), 0.01)
     linears = len(engine.model.fp8.linears)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megallm.checkpoint.reader import Reader
-from megallm.engine.config import EngineConfig
 from megallm.models.build import build_stages, place_parameters
-from megallm.models.decoder import Stage, StageOptions
+from megallm.models.compute import ComputeConfig
+from megallm.models.config import ModelConfig
+from megallm.models.decoder import Stage
 from megallm.models.router import Routers
+from megallm.ops.low_precision import Fp8Options
 from megallm.ops.precision import MODEL_DTYPES
-from megallm.optim.zero import Entry
+from megallm.parallel.config import LayoutConfig
 from megallm.parallel.expert import expert_replicas
 from megallm.parallel.fp8 import Fp8Linears
 from megallm.parallel.linear import WeightGradQueue
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Batch, LossOf, Pipeline, ScheduleRun, buffer_maker
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
-from megallm.parallel.shard import named_shards
+from megallm.parallel.shard import Entry, named_shards
 from megallm.parallel.tensor import defer_weight_grads, use_fp8
 
 Prepare = Callable[
@@ -28,44 +30,46 @@ Prepare = Callable[
 ]  # changes a stage on the meta device: fills adapter slots, freezes parameters
 
 
+class WeightReader(Protocol):
+    """Reads boxes of logical tensors into memory, such as a checkpoint's reader."""
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
+
+
 class ParallelModel:
     """Built on the meta device; `place` gives it storage. Construction is collective over the
     world.
 
-    `prepare` is called with each stage of this rank before anything is derived from its parameters.
+    `config` is resolved. `prepare` is called with each stage of this rank before anything is
+    derived from its parameters. `frees_weights` says that whole weights do not stay between uses.
     """
 
-    def __init__(self, config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> None:
-        self.config, self.mesh = config, mesh
-        self.dtype = MODEL_DTYPES[config.precision]
-        options = config.pipeline
-        self.placement = place(options.schedule, mesh.pp.size, options.chunks)
-        stage_options = StageOptions(
-            config.sp,
-            config.recompute,
-            config.cp_kind,
-            config.cp_ulysses,
-            config.fused_head,
-            config.recompute_modules,
-            config.recompute_layers,
-            config.offload,
-        )
-        self.stages = build_stages(
-            config.model, mesh, stage_options, self.placement, options.stages
-        )
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: LayoutConfig,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        prepare: Prepare | None = None,
+        frees_weights: bool = False,
+    ) -> None:
+        self.config, self.layout, self.mesh = config, layout, mesh
+        self.dtype = MODEL_DTYPES[compute.precision]
+        self.placement = place(layout.schedule, mesh.pp.size, layout.chunks)
+        self.stages = build_stages(config, mesh, layout, compute, self.placement)
         if prepare is not None:
             for stage in self.stages.values():
                 prepare(stage)
-        self.routers = (
-            Routers(config.model, mesh, self.stages) if config.model.moe.num_experts else None
-        )
-        self.sp = config.sp and mesh.tp.size > 1
-        self.fp8 = self._use_fp8()
+        self.routers = Routers(config, mesh, self.stages) if config.moe.num_experts else None
+        self.sp = layout.sp and mesh.tp.size > 1
+        self.fp8 = Fp8Linears({}, mesh)
+        if compute.precision == "fp8":
+            self.fp8 = self._use_fp8(compute.fp8, frees_weights)
         self.pipeline = Pipeline(mesh, self.placement, self.stages, self._defer())
 
     def _defer(self) -> WeightGradQueue | None:
         """A queue for weight gradients when the schedule splits backward passes."""
-        plans = plan_schedule(self.config.pipeline.schedule, self.placement, 1)
+        plans = plan_schedule(self.layout.schedule, self.placement, 1)
         if not any(action.op == WEIGHT for action in plans[0]):
             return None
         weight_grads = WeightGradQueue()
@@ -73,30 +77,20 @@ class ParallelModel:
             defer_weight_grads(stage, weight_grads)
         return weight_grads
 
-    def _use_fp8(self) -> Fp8Linears:
-        """The linears of this rank's blocks and further tokens that compute in FP8: none without
-        the option.
-        """
-        options, found = self.config.fp8, {}
-        if options is not None:
-            if self.config.model.moe.num_experts:
-                expert_replicas(
-                    self.mesh
-                )  # makes groups of the world: also where a stage has no experts
-            wanted = range(options.bf16_first, self.config.model.num_layers - options.bf16_last)
-            for stage in self.stages.values():
-                parts = {
-                    f"layers.{n}": block for n, block in stage.layers.items() if int(n) in wanted
-                }
-                parts |= {f"mtp.{n}": depth for n, depth in stage.mtp.items()}
-                for at, part in parts.items():
-                    found |= {
-                        f"{at}.{name}": linear for name, linear in use_fp8(part, options).items()
-                    }
+    def _use_fp8(self, options: Fp8Options, frees_weights: bool) -> Fp8Linears:
+        """Returns the linears of this rank's blocks and further tokens, which compute in FP8."""
+        found = {}
+        if self.config.moe.num_experts:
+            expert_replicas(self.mesh)  # makes groups of the world: also where a stage has none
+        wanted = range(options.bf16_first, self.config.num_layers - options.bf16_last)
+        for stage in self.stages.values():
+            parts = {f"layers.{n}": block for n, block in stage.layers.items() if int(n) in wanted}
+            parts |= {f"mtp.{n}": depth for n, depth in stage.mtp.items()}
+            for at, part in parts.items():
+                made = use_fp8(part, options)
+                found |= {f"{at}.{name}": linear for name, linear in made.items()}
         for linear in found.values():
-            linear.keeps_weights = (
-                self.config.zero.stage < 3
-            )  # stage 3 is there to keep no whole weight
+            linear.keeps_weights = not frees_weights
         return Fp8Linears(found, self.mesh)
 
     def entries(self) -> list[Entry]:
@@ -115,7 +109,7 @@ class ParallelModel:
         That is an embedding that is whole on this rank and used at both ends, and with multi-token
         prediction the head and the embedding of the last stage, which every depth uses.
         """
-        config, last = self.config.model, self.placement.num_stages - 1
+        config, last = self.config, self.placement.num_stages - 1
         if last not in self.stages:
             return frozenset()
         embedding = config.embeds_last and (0 in self.stages or config.mtp.depth > 0)
@@ -136,9 +130,8 @@ class ParallelModel:
         self, batches: list[Batch], loss_of: LossOf, training: bool, listener=None
     ) -> ScheduleRun:
         """One pass of the microbatches through the pipeline, with or without backward."""
-        options = self.config.pipeline
-        kind = options.schedule if training else "forward"
-        plans = plan_schedule(kind, self.placement, len(batches), options.group)
+        kind = self.layout.schedule if training else "forward"
+        plans = plan_schedule(kind, self.placement, len(batches), self.layout.group)
         return self.pipeline.run(
             plans, batches, self._new_buffer(batches[0]), loss_of, listener if training else None
         )
@@ -147,24 +140,21 @@ class ParallelModel:
         rows, tokens = batch["tokens"].shape
         pieces = self.mesh.cp.size * (self.mesh.tp.size if self.sp else 1)
         return buffer_maker(
-            (rows, tokens // pieces, self.config.model.hidden_size), self.dtype, self.mesh.device
+            (rows, tokens // pieces, self.config.hidden_size), self.dtype, self.mesh.device
         )
 
-    @staticmethod
-    def load(
-        config: EngineConfig, mesh: Mesh, reader: Reader, prepare: Prepare | None = None
-    ) -> ParallelModel:
-        """A model for inference: this rank's pieces of the weights of a checkpoint written at any
-        layout.
+    def load(self, reader: WeightReader) -> ParallelModel:
+        """Gives the model storage of its own, for inference, and fills it with this rank's pieces
+        of the weights that `reader` has, written at any layout; returns the model.
         """
-        model = ParallelModel(config, mesh, prepare)
         storage = {}
-        for name, param, shard, _ in model.entries():
-            storage[name] = torch.empty(param.shape, dtype=model.dtype, device=mesh.device)
-            reader.read_into(name, shard.box(mesh.layout, mesh.coords).offset, storage[name])
-        for name, bias in model.selection_biases():
+        for name, param, shard, _ in self.entries():
+            storage[name] = torch.empty(param.shape, dtype=self.dtype, device=self.mesh.device)
+            box = shard.box(self.mesh.layout, self.mesh.coords)
+            reader.read_into(name, box.offset, storage[name])
+        for name, bias in self.selection_biases():
             reader.read_into(name, (0,), bias)
-        model.place(storage)
-        for stage in model.stages.values():
+        self.place(storage)
+        for stage in self.stages.values():
             stage.requires_grad_(False)
-        return model
+        return self

@@ -1,0 +1,20 @@
+"""What a run says when it starts."""
+
+from __future__ import annotations
+
+from megallm.engine.engine import Engine
+from megallm.run.config import JobConfig
+
+
+def opening(config: JobConfig, engine: Engine, begin: str) -> str:
+    """One line about what starts or goes on; `begin` is a clause about the weights."""
+    layout = engine.mesh.layout
+    size = f"{config.model.num_params() / 1e6:.1f}M parameters"
+    if config.model.moe.num_experts:
+        size += f" ({config.model.num_params(active=True) / 1e6:.1f}M for a token)"
+    where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''}"
+    where += f" ep={layout.ep}" * (layout.ep > 1)
+    where += (
+        f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
+    )
+    return f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, run folder {config.run.dir}"
