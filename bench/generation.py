@@ -51,7 +51,7 @@ def ours(size: str):
         request = module.Job
     else:
         from megallm.inference.samples import Request as request
-    config = EngineConfig(model=ModelConfig(family="llama", **SIZES[size]).resolve(), precision="fp32", seed=1)
+    config = EngineConfig(model=ModelConfig(family="llama", **SIZES[size]).resolve(), seed=1)  # fp32
     engine = Engine.build(config, Mesh.single())
 
     def run(texts: list[list[int]], temperature: float) -> int:

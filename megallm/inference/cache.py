@@ -157,14 +157,21 @@ class NoCache(LayerCache):
 class PagedCache:
     """Keys and values of every layer of one pipeline stage, in `blocks` blocks.
 
-    `shapes` are those of a position in each layer. Memory is taken in full at once, but on a CPU
+    `shapes` are those of a position in each layer, `plain` says whose blocks are (`models.decode`).
+    Memory is taken in full at once, but on a CPU
     the system lends a page only when something is written there.
     """
 
     def __init__(
-        self, shapes: Sequence[CacheShape], blocks: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Sequence[CacheShape],
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        plain: Sequence[bool] = (),
     ) -> None:
         self.workspace = Workspace()
+        self.plain = plain or [False] * len(shapes)
         self.layers = [
             [
                 torch.zeros((heads, blocks * BLOCK, size), dtype=dtype, device=device)
@@ -184,7 +191,10 @@ class PagedCache:
 
     def rows(self, pages: Pages) -> list[LayerCache]:
         """The layers, for feeding one token to each sequence."""
-        return [RowCache(*layer, pages=pages, workspace=self.workspace) for layer in self.layers]
+        return [
+            RowCache(*layer, plain=plain, pages=pages, workspace=self.workspace)
+            for layer, plain in zip(self.layers, self.plain, strict=True)
+        ]
 
     def chunks(self, pages: Pages, begin: int) -> list[LayerCache]:
         """The layers, for feeding texts from position `begin` on."""

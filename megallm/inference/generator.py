@@ -27,6 +27,7 @@ from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Draws, Sampling, sample
 from megallm.inference.scheduler import Pass, Scheduler, Sequence, Step
 from megallm.models.attention import AttentionInputs, LayerCache
+from megallm.models.decode import is_plain
 from megallm.models.parallel_model import ParallelModel
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
@@ -177,7 +178,8 @@ class Rollout:
 
     def _cache(self, stage, blocks: int) -> PagedCache:
         shapes = [block.attention.cache_shape for block in stage.layers.values()]
-        return PagedCache(shapes, blocks, self.model.dtype, self.device)
+        plain = [is_plain(block) for block in stage.layers.values()]
+        return PagedCache(shapes, blocks, self.model.dtype, self.device, plain)
 
     def _rope_tables(self, longest: int) -> tuple[Tensor, Tensor] | None:
         """Rotary tables `[positions, E/2]` of all positions that there will be, made once."""

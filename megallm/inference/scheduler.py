@@ -104,7 +104,7 @@ class Scheduler:
                 prefills.setdefault((sequence.stored, count), []).append(sequence)
                 left -= count
             sequence.stored += count
-        passes = [Pass(decoding, None, 1, list(enumerate(decoding)))] if decoding else []
+        passes = [Pass(decoding, None, 1, self._outputs(decoding))] if decoding else []
         for (begin, count), sequences in prefills.items():
             passes.append(Pass(sequences, begin, count, self._outputs(sequences)))
         return Step(copies, passes)
@@ -132,11 +132,12 @@ class Scheduler:
         waited for it, which now share its blocks.
         """
         outputs = []
+        followers = [each for each in self.running if each.leader is not None]
         for row, sequence in enumerate(sequences):
             if sequence.remaining:
                 continue
             outputs.append((row, sequence))
-            for follower in self.running:
+            for follower in followers:
                 if follower.leader is sequence:
                     follower.leader, follower.stored = None, sequence.stored
                     follower.table = self.pool.share(sequence.table)

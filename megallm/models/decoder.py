@@ -14,6 +14,7 @@ from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.decode import plain_step
 from megallm.models.heads import (
     build_head,
     final_norm,
@@ -212,6 +213,8 @@ class Stage(ShardedModule):
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
         """One block; what it saves may wait in CPU memory."""
+        if cache is not None and cache.plain:
+            return plain_step(x, block, inputs, cache)
         if self.offload is None or not torch.is_grad_enabled():
             return block.run(block, x, inputs, cache)
         with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
