@@ -213,6 +213,14 @@ def test_a_pair_shares_its_prompt_and_its_completions_are_trained(folder):
     assert batch["prompt_tokens"][0] == batch["prompt_tokens"][1] > 0
 
 
+def test_pairs_without_margins_have_none(folder, tmp_path):
+    write_jsonl(tmp_path / "F.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"}] * 2)
+    section = config(tmp_path, "F.jsonl", tokenizer=str(folder / "tokenizer"))
+    read = reader_of(prepare(section, "preference", tmp_path / "cache"), Share(2, 2))
+    assert "margin" not in read.batches(1)[0]  # a loss that cannot use it may refuse it
+    assert "margin" in reader(folder, "preference").batches(1)[0]
+
+
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_ranked_answers_stay_together(folder, tmp_path, packing):
     rows = [{"prompt": f"q{i}", "completions": ["x", "yy", "zzz"][: 2 + i % 2], "ranks": [2, 1, 2][: 2 + i % 2]}
