@@ -207,8 +207,11 @@ def test_stage_3_gathers_once_for_each_use_and_keeps_few_messages(schedule):
 class SlowWeights:
     """A source of the constant 5, slow enough on rank 0 for what was on its way to arrive meanwhile."""
 
-    def __init__(self, pause: float) -> None:
-        self.pause = pause
+    def __init__(self, pause: float, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.pause, self.shapes = pause, shapes
+
+    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return self.shapes[name], torch.float32
 
     def read_into(self, name: str, offset: Sequence[int], tensor: torch.Tensor) -> None:
         time.sleep(self.pause)
@@ -221,7 +224,8 @@ def load_while_weights_travel(layout: Layout, zero: ZeroConfig) -> bool:
         engine = Engine(config(zero), mesh)
     time.sleep(0.3 * mesh.rank)  # so that rank 0's gathers are still waiting for rank 1 when it loads
     engine.parameters.publish()
-    engine.load(SlowWeights(0.0 if mesh.rank else 0.02), optimizer=False)
+    shapes = {name: shard.full for name, shard in engine.parameters.shards.items()}
+    engine.load(SlowWeights(0.0 if mesh.rank else 0.02, shapes), optimizer=False)
     return all(bool((weight == 5.0).all()) for weight in whole_weights(engine).values())
 
 
