@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from megallm.losses.reduce import counted_tokens, per_sequence, per_token
+from megallm.losses.reduce import per_sequence, per_token, tokens_per_sequence
 
 # TRL's names; "sequence" is the product over T tokens, "geometric" its T-th root (verl: seq_mean).
 CORRECTIONS = tuple(
@@ -51,7 +51,7 @@ def importance_weights(
     if level != "token":
         summed = per_sequence(log_ratio, batch)
         if level == "geometric":
-            summed = summed / counted_tokens(batch).clamp(min=1).to(summed.dtype)
+            summed = summed / tokens_per_sequence(batch).clamp(min=1).to(summed.dtype)
         log_ratio = per_token(summed, batch)
     weight = log_ratio.exp()
     if action == "truncate":
@@ -68,7 +68,7 @@ def off_policy_mask(
     nats.
     """
     drift = per_sequence(log_ratios(rollout, new, batch["mask"]), batch)
-    mean = drift / counted_tokens(batch).clamp(min=1).to(drift.dtype)
+    mean = drift / tokens_per_sequence(batch).clamp(min=1).to(drift.dtype)
     return ((advantages >= 0) | (per_token(mean, batch) <= threshold)).to(new.dtype)
 
 

@@ -20,11 +20,11 @@ from megallm.losses.importance import off_policy_mask
 from megallm.losses.kl import CLAMP, check_estimator, estimate_kl
 from megallm.losses.reduce import (
     check_mode,
-    counted_tokens,
     divisor,
     per_sequence,
     per_token,
     token_values,
+    tokens_per_sequence,
     total,
 )
 from megallm.losses.terms import Terms
@@ -188,7 +188,7 @@ class Policy:
         if self.level != "token":
             summed = per_sequence(log_ratio, batch)
             if self.level != "trajectory":
-                summed = summed / counted_tokens(batch).clamp(min=1).to(summed.dtype)
+                summed = summed / tokens_per_sequence(batch).clamp(min=1).to(summed.dtype)
             log_ratio = per_token(summed, batch)
         if self.level == "sequence_token":
             log_ratio = log_ratio.detach() + log_prob - log_prob.detach()

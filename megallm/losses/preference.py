@@ -22,11 +22,11 @@ from torch import Tensor
 
 from megallm.losses.reduce import (
     check_mode,
-    counted_tokens,
     divisor,
     per_sequence,
     per_token,
     sequence_sum,
+    tokens_per_sequence,
     total,
 )
 from megallm.losses.terms import Terms
@@ -315,7 +315,7 @@ class Preference:
         pairs = Pairs(
             policy=policy,
             reference=reference,
-            tokens=in_pairs(counted_tokens(batch)).clamp(min=1).to(policy.dtype),
+            tokens=in_pairs(tokens_per_sequence(batch)).clamp(min=1).to(policy.dtype),
             margin=margin[:, 0] - margin[:, 1] + self.gamma,
             shift=given.get("reference_point", zero)[:, 0],
         )
@@ -388,7 +388,7 @@ def pair_counted(batch: dict[str, Tensor]) -> Tensor:
     """Returns True `[P]` for pairs with a counted token. Errors: ValueError for an odd number of
     sequences whose last one is no padding.
     """
-    tokens = counted_tokens(batch)
+    tokens = tokens_per_sequence(batch)
     if len(tokens) % 2 and tokens[-1] > 0:
         raise ValueError(
             f"a microbatch has {len(tokens)} sequences; a chosen and a rejected one belong into "
@@ -399,7 +399,7 @@ def pair_counted(batch: dict[str, Tensor]) -> Tensor:
 
 def _chosen(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch in which only the chosen sequences count."""
-    even = torch.arange(len(counted_tokens(batch)), device=batch["mask"].device) % 2 == 0
+    even = torch.arange(len(tokens_per_sequence(batch)), device=batch["mask"].device) % 2 == 0
     return batch | {"mask": batch["mask"] & per_token(even, batch)}
 
 
@@ -438,7 +438,7 @@ class Kto:
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Answers of one microbatch with a counted token; for the metrics, those of each kind."""
-        counted, desirable = counted_tokens(batch) > 0, batch["desirable"]
+        counted, desirable = tokens_per_sequence(batch) > 0, batch["desirable"]
         good, bad = (counted & desirable).sum(), (counted & ~desirable).sum()
         sides = {"chosen": good, "rejected": bad}
         return {"loss": counted.sum()} | {
@@ -448,7 +448,7 @@ class Kto:
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         policy = per_sequence(outputs["log_prob"].masked_fill(~batch["mask"], 0), batch)
         log_ratio = policy - sequence_sum("ref_log_probs", batch)
-        counted, desirable = counted_tokens(batch) > 0, batch["desirable"]
+        counted, desirable = tokens_per_sequence(batch) > 0, batch["desirable"]
         point = batch["reference_point"].detach() if self.kind == "kto" else 0.0
         good = desirable.to(policy.dtype)
         weight = good * self.desirable_weight + (1 - good) * self.undesirable_weight

@@ -33,7 +33,7 @@ def _document_tokens(batch: dict[str, Tensor], device: torch.device) -> Tensor:
     return batch["cu_seqlens"].to(torch.int64).diff().to(device, non_blocking=True)
 
 
-def counted_tokens(batch: dict[str, Tensor]) -> Tensor:
+def tokens_per_sequence(batch: dict[str, Tensor]) -> Tensor:
     """Returns the number `[S]` of tokens of each sequence that `mask` counts, in float64."""
     return per_sequence(batch["mask"].to(torch.float64), batch)
 
@@ -64,7 +64,7 @@ def total(x: Tensor, batch: dict[str, Tensor], mode: str) -> Tensor:
     check_mode(mode)
     x = x.masked_fill(~batch["mask"], 0)
     if mode == "seq_mean_token_mean":
-        return (per_sequence(x, batch) / counted_tokens(batch).clamp(min=1).to(x.dtype)).sum()
+        return (per_sequence(x, batch) / tokens_per_sequence(batch).clamp(min=1).to(x.dtype)).sum()
     return x.sum()
 
 
@@ -79,7 +79,7 @@ def divisor(batch: dict[str, Tensor], mode: str, length: int | None = None) -> T
     check_mode(mode, length)
     if mode == "token_mean":
         return batch["mask"].sum()
-    sequences = (counted_tokens(batch) > 0).sum()
+    sequences = (tokens_per_sequence(batch) > 0).sum()
     return sequences.to(torch.float64) * length if mode == "constant" and length else sequences
 
 

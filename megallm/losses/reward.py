@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.losses.preference import in_pairs, pair_counted
-from megallm.losses.reduce import counted_tokens, per_sequence
+from megallm.losses.reduce import per_sequence, tokens_per_sequence
 from megallm.losses.terms import Terms
 
 
@@ -106,7 +106,7 @@ class RankedReward:
 
 def _scored(batch: dict[str, Tensor]) -> Tensor:
     """True `[S]` for sequences with a score. Errors: ValueError for more than one."""
-    tokens = counted_tokens(batch)
+    tokens = tokens_per_sequence(batch)
     if (tokens > 1).any():
         raise ValueError("a sequence has several counted tokens; a score is that of its last one.")
     return tokens == 1

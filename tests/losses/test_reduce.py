@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megallm.losses.reduce import MODES, counted_tokens, divisor, per_sequence, per_token, token_values, total
+from megallm.losses.reduce import MODES, divisor, per_sequence, per_token, token_values, tokens_per_sequence, total
 from tests.losses.averages import packed, rows
 
 MASK = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
@@ -52,7 +52,7 @@ def test_sequences_are_rows_or_documents():
     row = torch.tensor([[1.0, 2.0, 4.0, 8.0]], dtype=torch.float64, requires_grad=True)
     batch = {"mask": torch.tensor([[True, False, True, True]]), "cu_seqlens": ends}
     sums = per_sequence(row, batch)
-    assert sums.tolist() == [1, 0, 14] and counted_tokens(batch).tolist() == [1, 0, 2]
+    assert sums.tolist() == [1, 0, 14] and tokens_per_sequence(batch).tolist() == [1, 0, 2]
     (gradient,) = torch.autograd.grad((sums * torch.tensor([3.0, 5.0, 7.0])).sum(), row)
     assert gradient.tolist() == [[3, 7, 7, 7]]
     assert per_token(torch.tensor([3, 5, 7]), batch).tolist() == [[3, 7, 7, 7]]

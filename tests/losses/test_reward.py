@@ -25,9 +25,7 @@ def softplus(x):
 def test_pairs_are_those_of_pairwise_reward():
     batch = {"mask": MASK}
     want = averaged(BradleyTerry(), split({"value": VALUE}, batch))[0].item()
-    # PairwiseReward gives the same sum and count, as a dict of sums or as Terms.
-    terms = PairwiseReward()({"value": VALUE}, batch)
-    total = terms["loss"] if isinstance(terms, dict) else terms.losses["loss"]
+    total = PairwiseReward()({"value": VALUE}, batch).losses["loss"]
     assert total.item() / int(PairwiseReward().counts(batch)["loss"]) == pytest.approx(want)
 
 
