@@ -107,7 +107,8 @@ def play(requests: list[Request], rows: int, blocks: int, chunk: int) -> tuple[S
     assert len(pool.free) == blocks and not any(pool.holders), "every block comes back"
     for request in requests:
         begin = len(request.prompt)
-        assert request.answer.tokens == [1000 * request.id + n for n in range(begin, begin + len(request.answer.tokens))]
+        made = len(request.answer.tokens)
+        assert request.answer.tokens == [1000 * request.id + n for n in range(begin, begin + made)]
         assert request.answer.done
     return scheduler, prefilled
 
