@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megallm.base.errors import MegallmError
 from megallm.cli.main import main
-from megallm.training.megatron_preprocess import preprocess_tokenizer
+from megallm.convert.megatron.preprocess import preprocess_tokenizer
 
 IGNORED = ("keep-newlines", "log-interval", "partitions", "dataset-impl", "lang", "vocab-extra-ids",
            "make-vocab-size-divisible-by", "max-documents")  # fmt: skip

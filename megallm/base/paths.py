@@ -1,4 +1,4 @@
-"""The home folder in paths: the one place for configurations and flags."""
+"""Paths as people write them: the home folder, and what is still to be filled in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import re
 from megallm.base.errors import UsageError
 
 _HOME = re.compile(r"~[A-Za-z0-9._-]*/")
+# What launch scripts hold where a user's own value belongs: `$3`, `$(date)`, MOCK, <path>,
+# path/to/x.
+_PLACEHOLDER = re.compile(r"[$`]|^MOCK$|<[^<>]+>|(^|/)path/to(/|$)|^(YOUR|your)_\w+$")
 
 
 def expand_home(text: str) -> str:
@@ -25,3 +28,8 @@ def expand_home(text: str) -> str:
             "it out."
         )
     return found
+
+
+def is_placeholder(text: str) -> bool:
+    """Returns whether a path stands for one that is still to be filled in."""
+    return _PLACEHOLDER.search(text) is not None

@@ -6,36 +6,32 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megallm.base.config import load, schema, to_dict, to_yaml
 from megallm.base.errors import UsageError
 from megallm.cli.table import Command
-from megallm.data.indexed import meta
-from megallm.training.config import PretrainConfig
-from megallm.training.files import check_files
-from megallm.training.from_megatron import to_yaml as megatron_yaml
-from megallm.training.from_megatron import translate
+from megallm.convert.megatron.translate import to_yaml as megatron_yaml
+from megallm.convert.megatron.translate import translate
+from megallm.training.kinds import KINDS, Kind
 from megallm.training.validate import check
+
+DEFAULT = "pretrain"  # the kind of a configuration when none is said
 
 
 def load_and_check(
-    path: str, overrides: list[str], world: int | None, world_name: str = "--nproc"
-) -> PretrainConfig:
-    """The resolved configuration of a pretraining run; raises UsageError with everything that is
-    wrong.
-    """
-    config = load(PretrainConfig, path, overrides)
-    return check(config, world, tokenizer_vocab(config), world_name)
+    path: str,
+    overrides: list[str],
+    world: int | None,
+    world_name: str = "--nproc",
+    kind: Kind = KINDS[DEFAULT],
+) -> Any:
+    """Returns the resolved configuration of a training run of one kind.
 
-
-def tokenizer_vocab(config: PretrainConfig) -> int | None:
-    """The largest vocabulary that the sources were made with, from their side-cars; None when none
-    has one.
+    Errors: one `UsageError` with everything that is wrong.
     """
-    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
-    return max(
-        (side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None
-    )
+    config = load(kind.config, path, overrides)
+    return check(config, world, kind.tokenizer_vocab(config), world_name)
 
 
 def overrides_argument(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +45,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     overrides_argument(parser)
     parser.add_argument(
+        "--kind",
+        choices=tuple(KINDS),
+        default=DEFAULT,
+        help="the verb that the configuration is for (default: pretrain)",
+    )
+    parser.add_argument(
         "--world",
         type=int,
         metavar="N",
@@ -56,18 +58,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
-        "--no-files", action="store_true", help="do not look whether data files and tokenizer are "
-                                                "there"
-    )  # fmt: skip
+        "--no-files",
+        action="store_true",
+        help="do not look whether data files and tokenizer are there",
+    )
     parser.add_argument(
         "--schema",
         action="store_true",
         help="print the JSON schema with the documentation of each key",
     )
     parser.add_argument(
-        "--from-megatron-args", metavar='FILE.sh|"--flags"',
+        "--from-megatron-args",
+        metavar='FILE.sh|"--flags"',
         help="print the configuration that a launch script of Megatron-LM, or its flags, stand for",
-    )  # fmt: skip
+    )
 
 
 def from_megatron(source: str) -> int:
@@ -94,16 +98,17 @@ def from_megatron(source: str) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.schema:
-        print(json.dumps(schema(PretrainConfig), indent=2))
+        print(json.dumps(schema(KINDS[args.kind].config), indent=2))
         return 0
     if args.from_megatron_args is not None:
         return from_megatron(args.from_megatron_args)
     if args.config is None:
         raise UsageError("megallm config needs a CONFIG file, or --schema.")
-    config = load_and_check(args.config, args.overrides, args.world, "--world")
+    kind = KINDS[args.kind]
+    config = load_and_check(args.config, args.overrides, args.world, "--world", kind)
     print(json.dumps(to_dict(config), indent=2) if args.json else to_yaml(config).rstrip())
     if not args.no_files:
-        check_files(config)
+        kind.check_files(config)
     return 0
 
 

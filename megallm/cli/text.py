@@ -17,6 +17,21 @@ from megallm.training import from_text
 from megallm.training.config import PretrainConfig
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --text and --preset."""
+    parser.add_argument(
+        "--text",
+        metavar="DIR",
+        help="instead of CONFIG: a folder of text files (or one file) to train on, all in one",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="with --text: model size of `megallm presets`, or tiny (the default): the tiny one "
+        "that fits the text",
+    )
+
+
 def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) -> int:
     """Prepare what is missing, train (or go on) with the configuration that came of it, and name
     the next command.
@@ -80,7 +95,9 @@ def _prepare(request: from_text.Request) -> None:
 
 
 def _shorter(args: argparse.Namespace) -> list[str]:
-    """A warm-up that fits `train.steps=N` of the command line, where the chosen one does not."""
+    """Returns a warm-up that fits `train.steps=N` of the command line, where the chosen one does
+    not.
+    """
     given = load(PretrainConfig, args.config, args.overrides)
     if given.optim.warmup_steps < given.train.steps or any(
         "optim.warmup_steps" in one for one in args.overrides
@@ -90,7 +107,7 @@ def _shorter(args: argparse.Namespace) -> list[str]:
 
 
 def _request(args: argparse.Namespace) -> from_text.Request:
-    """The command as a request; `run.dir=` among the settings says where the run lives."""
+    """Returns the command as a request; `run.dir=` among the settings says where the run lives."""
     preset = args.preset or from_text.TINY
     from_text.check_preset(preset)
     given = [

@@ -14,8 +14,8 @@ from typing import Any
 
 from megallm.base.errors import DataError
 from megallm.convert.folder import read_json
-from megallm.convert.tokenizer_files import MAX_BYTES
-from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, more_templates
+from megallm.convert.tokenizer_files import MAX_TOKENIZER_BYTES
+from megallm.data.text.tokenizer_folder import DEFINITION, SETTINGS, SPECIALS, extra_chat_templates
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": "..."}
 
@@ -125,7 +125,7 @@ def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
         return value
     if isinstance(value, list):
         value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-    named = {path.stem: _read(path) for path in more_templates(folder)}
+    named = {path.stem: _read(path) for path in extra_chat_templates(folder)}
     named |= value if isinstance(value, dict) else {}
     found = named.get("default", next(iter(named.values())) if len(named) == 1 else None)
     if (value is not None and not isinstance(value, dict)) or (
@@ -162,7 +162,7 @@ def _specials(folder: Path) -> set[str]:
     """Written forms of the special tokens of the folder's tokenizer.json."""
     if not (folder / DEFINITION).is_file():
         return set()
-    rows = read_json(folder / DEFINITION, MAX_BYTES).get("added_tokens")
+    rows = read_json(folder / DEFINITION, MAX_TOKENIZER_BYTES).get("added_tokens")
     texts = {
         row.get("content") for row in rows or [] if isinstance(row, dict) and row.get("special")
     }

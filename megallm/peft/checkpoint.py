@@ -18,7 +18,7 @@ import xxhash
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.io import Part, read_regular
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert.folder import catalogue, is_model_folder
@@ -102,11 +102,11 @@ def open_base(folder: Path, model: ModelConfig) -> Iterator[Source]:
         with HfReader(folder, model) as source:
             yield source
     else:
-        with Reader(resolve(folder, weights_only)) as reader:
+        with CheckpointReader(resolve(folder, weights_only)) as reader:
             yield Cast(reader)
 
 
-def load(engine: Engine, reader: Reader) -> None:
+def load(engine: Engine, reader: CheckpointReader) -> None:
     """Fill an engine from a checkpoint: of adapters alone with the base it names, or a whole one.
 
     Works at any layout; collective over the world. Errors: CheckpointError.

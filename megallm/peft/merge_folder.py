@@ -11,7 +11,7 @@ from typing import Any
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json
 from megallm.checkpoint.io import DTYPE_NAMES
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files
@@ -66,7 +66,7 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
             ids = tokenizer_files.token_ids(base.folder)
         else:
             step = resolve(request.model, weights_only)
-            reader = stack.enter_context(Reader(step))
+            reader = stack.enter_context(CheckpointReader(step))
             base, model = Cast(reader), stored_model(reader)
             stored = reader.info("embedding.weight")[1]
             notes, ids = write_tokenizer(folder, step, reader.meta)

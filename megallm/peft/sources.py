@@ -22,7 +22,7 @@ class Joined:
 
     @property
     def meta(self) -> Any:
-        """What the first source, a checkpoint's Reader, remembers beside tensors."""
+        """What the first source, a checkpoint's CheckpointReader, remembers beside tensors."""
         return self.sources[0].meta
 
     def names(self) -> list[str]:

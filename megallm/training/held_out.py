@@ -1,44 +1,48 @@
-"""The held-out loss of a pretraining run."""
+"""The held-out numbers of a run."""
 
 from __future__ import annotations
 
-from megallm.base.errors import DataError
-from megallm.data.batches import Share
+from collections.abc import Callable
+
+from megallm.data.batches import BatchReader
 from megallm.data.loader import to_tensors
 from megallm.engine.engine import Engine, Loss
-from megallm.training.config import PretrainConfig
-from megallm.training.reading import first_held_out, held_out_readers
-from megallm.training.trainer import Ledger
 
 
 class HeldOut:
-    """The mean loss over `eval.batches` global batches of the validation split.
+    """The mean of every term of a loss over a number of global batches of held-out data.
 
-    In the stream order they are always the first ones, in Megatron-LM's each evaluation reads the
-    next ones.
+    `open_reader` returns what reads them from their beginning (None without held-out data), `first`
+    the number, from 1, of the first batch of this evaluation.
     """
 
     def __init__(
-        self, config: PretrainConfig, engine: Engine, ledger: Ledger, objective: Loss
+        self,
+        engine: Engine,
+        loss: Loss,
+        open_reader: Callable[[], BatchReader] | None,
+        batches: int,
+        first: Callable[[], int] = lambda: 1,
     ) -> None:
-        self.config, self.engine, train, data = config, engine, config.train, engine.mesh.data
-        self.objective, self.ledger = objective, ledger  # says after which step the evaluation is
-        share = Share(train.global_batch, train.micro_batch, data.size, data.rank)
-        try:
-            self.readers = held_out_readers(
-                config, share
-            )  # what cannot be read is said before the first step
-        except DataError as error:
-            raise DataError(f"{error} Or train without a held-out loss: eval.batches=0.") from error
+        self.engine, self.loss, self.batches = engine, loss, batches
+        self.open_reader, self.first = open_reader, first
 
-    def loss(self) -> float | None:
-        """Nats per token, None without held-out data; collective over the world."""
-        if self.readers is None:
-            return None
-        reader, total, count = self.readers(), 0.0, 0
-        first = first_held_out(self.config, self.ledger.step)
-        for batch in range(first, first + self.config.eval.batches):
+    def __call__(self) -> dict[str, float | None]:
+        """Returns `val/TERM` in the unit of the term, such as nats per token for `val/loss`; None
+        without held-out data. Collective over the world.
+        """
+        if self.open_reader is None:
+            return {"val/loss": None}
+        reader, first = self.open_reader(), self.first()
+        totals: dict[str, float] = {}
+        numbers: dict[str, float] = {}
+        for batch in range(first, first + self.batches):
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
-            sums, counts = self.engine.evaluate(micros, self.objective)
-            total, count = total + sums["loss"], count + counts["loss"]
-        return total / count if count else None
+            sums, counts = self.engine.evaluate(micros, self.loss)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+                numbers[name] = numbers.get(name, 0) + counts[name]
+        return {
+            f"val/{name}": total / numbers[name] if numbers[name] else None
+            for name, total in totals.items()
+        }

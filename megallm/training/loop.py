@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,11 @@ import torch
 from megallm.base.device import peak_flops, peak_memory_gib
 from megallm.base.errors import CannotWrite, Diverged, LeaseLost, Requeue
 from megallm.checkpoint import store
-from megallm.checkpoint.io import Part
-from megallm.engine.engine import StepStats
+from megallm.engine.engine import Part, StepStats
 from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
-from megallm.run.signals import INTERRUPTED, PREEMPTED, Requests
+from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests
 from megallm.training.trainer import Ledger, StepReport, Trainer, finite
 
 MAX_FAILED_SAVES = 3
@@ -33,7 +33,7 @@ class Loop:
         config: JobConfig,
         ledger: Ledger,
         recorder: Recorder,
-        requests: Requests,
+        requests: SignalRequests,
     ) -> None:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests
@@ -85,22 +85,27 @@ class Loop:
             ):  # a finished run has no later chance to evaluate
                 row |= self.trainer.evaluate()
             self.recorder.row(row)
-            self._check_end(request, row.get("val/loss"))
+            self._check_end(
+                request, {name: row[name] for name in row if name.startswith("val/")}
+            )
         if self.saved_step < self.ledger.step and not self.skipped_in_a_row:
             self._save(final=True)
         self._leave(request)
 
-    def _check_end(self, request: int, held_out: float | None) -> None:
+    def _check_end(self, request: int, held_out: dict[str, float | None]) -> None:
         """Errors: Diverged when a run ends at its last step with a state that gives no finite
         numbers.
         """
         step = self.ledger.step
-        if held_out is not None and math.isfinite(held_out):
+        given = {name: value for name, value in held_out.items() if value is not None}
+        bad = next((name for name, value in given.items() if not math.isfinite(value)), None)
+        if bad is not None:
+            name = bad.removeprefix("val/")
+            raise Diverged(f"The held-out {name} after step {step} is {given[bad]}.")
+        if given:
             self.skipped_in_a_row = (
                 0  # the gradients of one batch were not finite: the state is sound all the same
             )
-        elif held_out is not None:
-            raise Diverged(f"The held-out loss after step {step} is {held_out}.")
         elif self.skipped_in_a_row and not request:
             raise Diverged(
                 f"The gradients were not finite for the last {self.skipped_in_a_row} steps, up to "
@@ -128,7 +133,10 @@ class Loop:
                 else "; the same command starts again."
             )
         elif self.saved_step < step:
-            text = f"{name} after step {step}, where the gradients have not been finite for {self.skipped_in_a_row} "
+            text = (
+                f"{name} after step {step}, where the gradients have not been finite for "
+                f"{self.skipped_in_a_row} "
+            )
             text += "steps: that state is not saved. "
             text += (
                 f"{state[:1].upper()}{state[1:]}; the same command goes on."
@@ -240,3 +248,14 @@ def _is_finite(part: Part) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:
+    """Returns what a run says at its end: where its results are, and what to do with them."""
+    run = Path(config.run.dir)
+    where = f"step {step} is saved in {run / 'checkpoints' / store.step_name(step)}"
+    if config.log.plot:
+        where += f"; the loss curve is {run / 'plots' / 'loss.png'}"
+    if step < config.train.steps:
+        then = f"the same command without train.stop_at goes on to step {config.train.steps}"
+    return where, f"next: {then}"

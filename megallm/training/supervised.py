@@ -1,19 +1,39 @@
-"""Training on batches that are known before: pre-training, fine-tuning, reward models."""
+"""Training on batches that are known before: pre-training, fine-tuning, reward models.
+
+A trainer is a `SupervisedRun`: what is read, with which loss, and what a checkpoint must agree
+with. `run_supervised` does the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megallm.base.errors import InternalError
-from megallm.checkpoint.io import Part
-from megallm.engine.engine import Engine, Loss, StepStats
-from megallm.models.sections import MtpConfig
+from megallm.base.errors import CheckpointError, InternalError
+from megallm.data.batches import BatchReader, Share
+from megallm.data.loader import Batch, Loader
+from megallm.data.stream import samplelog
+from megallm.engine.engine import Engine, Loss, Mesh, Part, Prepare, StepStats
 from megallm.optim.lr import learning_rate
-from megallm.parallel.pipeline import Batch
+from megallm.run.changes import Change
 from megallm.run.config import JobConfig
-from megallm.training.trainer import StepReport, finite
+from megallm.run.recorder import Recorder
+from megallm.run.signals import handle_signals
+from megallm.training.loop import Loop, closing
+from megallm.training.opening import opening
+from megallm.training.resuming import (
+    Identity,
+    check_allowed,
+    find_checkpoint,
+    same_run,
+    unreadable,
+)
+from megallm.training.trainer import Ledger, StepReport, finite
+from megallm.training.weights import build_engine
 
 
 @dataclass
@@ -31,10 +51,11 @@ class Feed:
     seq_len: int
 
 
+Evaluation = Callable[[], dict[str, float | None]]  # held-out numbers under their names in metrics
+
+
 class SupervisedTrainer:
-    """One update a step from the next batch; `held_out` returns the held-out loss, None without
-    held-out data.
-    """
+    """One update a step from the next batch; `evaluation` returns the held-out numbers."""
 
     def __init__(
         self,
@@ -42,11 +63,11 @@ class SupervisedTrainer:
         engine: Engine,
         loss: Loss,
         feed: Feed,
-        held_out: Callable[[], float | None],
+        evaluation: Evaluation,
         identity: dict[str, Any],
     ) -> None:
         self.config, self.engine, self.loss, self.feed = config, engine, loss, feed
-        self.held_out, self.identity = held_out, identity
+        self.evaluation, self.identity = evaluation, identity
         self._batches, self._waited = iter(feed.batches), 0.0
         self._flops_of_token = config.model.num_flops(feed.seq_len)
 
@@ -55,6 +76,7 @@ class SupervisedTrainer:
         number, batches = next(self._batches)
         if number != step:
             raise InternalError(f"The batches are those of step {number}, the loop is at {step}.")
+        mtp = self.config.model.mtp
         waited = self.feed.wait_seconds() - self._waited
         self._waited += waited
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
@@ -65,19 +87,16 @@ class SupervisedTrainer:
             lr,
             self.config.train.global_batch,
             tokens,
-            losses={"train/loss": stats.losses["loss"]},
-            metrics={
-                "train/tokens": stats.counts["loss"],
-                **mtp_losses(stats, self.config.model.mtp),
-            },
+            losses=train_losses(stats),
+            metrics=_tokens(stats) | mtp_losses(stats, mtp.depth, mtp.weight),
             flops=self._flops_of_token * tokens,
             wait_seconds=waited,
             data=self.feed.data_after(step),
         )
 
     def evaluate(self) -> dict[str, float | None]:
-        """Returns `val/loss`."""
-        return {"val/loss": self.held_out()}
+        """Returns the held-out numbers; collective over the world."""
+        return self.evaluation()
 
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of weights and optimizer state."""
@@ -88,13 +107,30 @@ class SupervisedTrainer:
         return self.engine.counters()
 
 
-def mtp_losses(stats: StepStats, mtp: MtpConfig) -> dict[str, float | None]:
+def train_losses(stats: StepStats) -> dict[str, float]:
+    """Returns `train/loss`: the term of that name, or where there is none the sum of all terms,
+    with each one as `train/TERM` beside it.
+    """
+    if "loss" in stats.losses:
+        return {"train/loss": stats.losses["loss"]}
+    terms = {f"train/{name}": value for name, value in stats.losses.items()}
+    return {"train/loss": stats.loss} | terms
+
+
+def _tokens(stats: StepStats) -> dict[str, float | None]:
+    """Returns `train/tokens`: the tokens that the loss is a mean over, where it is one of
+    tokens.
+    """
+    return {"train/tokens": stats.counts["loss"]} if "loss" in stats.counts else {}
+
+
+def mtp_losses(stats: StepStats, depth: int, weight: float) -> dict[str, float | None]:
     """Returns `train/mtp_loss`: the mean over depths in nats per token, without its weight.
 
     Where there are several depths each one's loss is beside it.
     """
     terms = {
-        name: value * mtp.depth / mtp.weight
+        name: value * depth / weight
         for name, value in stats.losses.items()
         if name.startswith("mtp_")
     }
@@ -106,3 +142,123 @@ def mtp_losses(stats: StepStats, mtp: MtpConfig) -> dict[str, float | None]:
         else {}
     )
     return {"train/mtp_loss": finite(sum(terms.values()) / len(terms))} | each
+
+
+class SupervisedRun:
+    """What a way of supervised training gives to `run_supervised`; `config` is checked and
+    resolved.
+    """
+
+    identity: type[Identity]
+    prepare: Prepare | None = None  # fills adapter slots and freezes parameters, see `Engine.build`
+    log_samples = False  # the rows of each step are written to RUN/samples.jsonl
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+
+    def check_data(self) -> str | None:
+        """Returns a sentence to warn with; rank 0 only. Errors: `DataError`."""
+        return None
+
+    def keep(self, changes: Sequence[Change]) -> None:
+        """Write what belongs into the run folder, such as the tokenizer; rank 0 only."""
+
+    def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> BatchReader:
+        """Returns what this data rank reads from `first_step` on; `state` is the ledger's `data`,
+        empty at the beginning.
+        """
+        raise NotImplementedError
+
+    def loss(self) -> Loss:
+        """Returns what is trained."""
+        raise NotImplementedError
+
+    def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:
+        """Returns what evaluates after the step that the ledger is at; opens the files."""
+        return dict
+
+    def seq_len(self) -> int:
+        """Returns the tokens of a row, which the FLOPs of a token follow from."""
+        return self.config.data.seq_len
+
+    def next_command(self) -> str:
+        """Returns what to do with the weights of a run that reached its last step."""
+        return f'megallm generate --model {Path(self.config.run.dir)} --prompt "..."'
+
+
+def run_supervised(
+    job: SupervisedRun,
+    mesh: Mesh,
+    resume: str,
+    own_log: bool = False,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Train to `train.stop_at` or `train.steps`; collective over the world.
+
+    `resume` is auto (go on from the newest valid checkpoint if there is one), must (UsageError
+    without one) or never (UsageError with one). With `own_log` rank 0 writes its lines to
+    RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there. `allowed` are
+    keys that may differ from the checkpoint's although they make it another run.
+    """
+    config, train = job.config, job.config.train
+    check_allowed(allowed, type(config), job.identity)
+    with handle_signals() as requests, Recorder(config, mesh.rank, own_log) as recorder:
+        warning = job.check_data() if mesh.rank == 0 else None
+        identity = job.identity(config)
+        found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
+        ledger, changes = same_run(identity, found, allowed, mesh)
+        try:
+            engine, begin = build_engine(config.engine, mesh, found, job.prepare)
+        except CheckpointError as error:
+            raise unreadable(error, changes) from error
+        layout = dataclasses.asdict(mesh.layout)
+        recorder.start(
+            ledger.step, {"layout": layout, "world": mesh.layout.world, "device": str(mesh.device)}
+        )
+        if mesh.rank == 0:
+            job.keep(changes)
+        recorder.damaged(ledger.step, damaged)
+        recorder.changed(ledger.step, changes)
+        if warning is not None:
+            recorder.note(warning)
+        recorder.note(opening(config, engine, begin))
+        share = Share(train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
+        reader, first = job.reader(share, ledger.step + 1, ledger.data), ledger.step + 1
+        end = (train.stop_at or train.steps) + 1
+        with (
+            Loader(reader.batches, first, end, pin=mesh.device.type == "cuda") as loader,
+            _logged(job, mesh, loader, reader, ledger.step) as batches,
+        ):
+            evaluation = job.evaluation(engine, share, ledger)
+            feed = Feed(batches, lambda: loader.wait_seconds, reader.state_after, job.seq_len())
+            trainer = SupervisedTrainer(
+                config, engine, job.loss(), feed, evaluation, identity.values
+            )
+            Loop(trainer, config, ledger, recorder, requests).run()
+            recorder.last_words = closing(config, ledger.step, job.next_command())
+
+
+@contextmanager
+def _logged(
+    job: SupervisedRun, mesh: Mesh, loader: Loader, reader: BatchReader, step: int
+) -> Iterator[Iterable[tuple[int, list[Batch]]]]:
+    """The loader's batches, each step's rows in RUN/samples.jsonl before it is trained on, if the
+    run logs them; collective over the world.
+
+    Rows after `step`, which a run that was killed has left, are removed first. One rank of each
+    replica writes.
+    """
+    if not job.log_samples:
+        yield loader
+        return
+    path = Path(job.config.run.dir) / "samples.jsonl"
+    if mesh.rank == 0:
+        samplelog.truncate_log(path, step)
+    mesh.barrier()
+    coords = mesh.layout.coords(mesh.rank)
+    if any(coords[axis] for axis in ("pp", "cp", "tp")):
+        yield loader
+        return
+    every = job.config.checkpoint.every
+    with samplelog.SampleLog(path) as rows:
+        yield rows.writing(loader, reader.consumed, lambda step: every > 0 and step % every == 0)

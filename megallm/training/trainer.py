@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megallm.checkpoint.io import Part
-from megallm.engine.engine import Engine, StepStats
+from megallm.engine.engine import Engine, Part, StepStats
 
 
 @dataclass
@@ -73,5 +72,5 @@ class Trainer(Protocol):
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN; a number that is not finite becomes null."""
+    """Returns the value, or None for a number that is not finite: JSON has none of these."""
     return value if math.isfinite(value) else None

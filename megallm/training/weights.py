@@ -6,46 +6,48 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import is_import
-from megallm.convert.weights import Cast, HfReader, Source
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine
-from megallm.parallel.mesh import Mesh
+from megallm.engine.engine import Engine, Mesh, Prepare
 
 
-def build_engine(config: EngineConfig, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
-    """An engine with the weights that the run starts or goes on with, and a clause that says which.
+def build_engine(
+    config: EngineConfig, mesh: Mesh, found: Path | None, prepare: Prepare | None = None
+) -> tuple[Engine, str]:
+    """Returns an engine with the weights that the run starts or goes on with, and a clause that
+    says which.
 
     `found` is the run's newest checkpoint; it wins over `model.hf`. Each rank reads its own pieces
-    only. Collective over the world.
+    only. `prepare` is that of `Engine.build`. Collective over the world.
     """
     folder = config.model.hf
     if found is None and folder is None:
-        return Engine.build(config, mesh), "starting"
+        return Engine.build(config, mesh, prepare), "starting"
     if found is None:
         with HfReader(folder, config.model) as source:
             notes = "".join(f" (note: {note})" for note in source.notes)
-            return read_weights(
-                config, mesh, source
-            ), f"starting from the weights of {folder}{notes}"
-    with Reader(found) as reader:
+            engine = read_weights(config, mesh, source, prepare)
+            return engine, f"starting from the weights of {folder}{notes}"
+    with CheckpointReader(found) as reader:
         if is_import(reader):
-            return read_weights(
-                config, mesh, Cast(reader)
-            ), f"starting from the imported weights of {found}"
-        engine = Engine(config, mesh)
+            engine = read_weights(config, mesh, Cast(reader), prepare)
+            return engine, f"starting from the imported weights of {found}"
+        engine = Engine(config, mesh, prepare)
         engine.load(reader)
         wins = f" of its own checkpoint, which wins over model.hf {folder}" if folder else ""
         return engine, f"resumed at step {reader.step}{wins}"
 
 
-def read_weights(config: EngineConfig, mesh: Mesh, source: Source) -> Engine:
-    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads
-    what it keeps.
+def read_weights(
+    config: EngineConfig, mesh: Mesh, source: WeightSource, prepare: Prepare | None = None
+) -> Engine:
+    """Returns an engine whose master weights come from `source`, whatever dtype it has; each rank
+    reads what it keeps.
 
     A head that the source lacks starts afresh, from the seed.
     """
-    engine = Engine(config, mesh)
+    engine = Engine(config, mesh, prepare)
     engine.fill(source)
     return engine

@@ -64,7 +64,7 @@ def test_each_term_has_its_own_count_and_share_of_the_weight() -> None:
     loss = NextToken(depth=2, weight=0.5)
     assert {name: int(n) for name, n in loss.counts(batch).items()} == {"loss": 10, "mtp_1": 8, "mtp_2": 6}
     ones = {name: torch.full((2, 6), -1.0) for name in ("log_prob", "mtp_1", "mtp_2")}
-    terms = {name: float(value) for name, value in loss(ones, batch).items()}
+    terms = {name: float(value) for name, value in loss(ones, batch).losses.items()}
     assert terms == {"loss": 10.0, "mtp_1": 8 * 0.25, "mtp_2": 6 * 0.25}
 
 
@@ -206,6 +206,6 @@ def test_losses_are_reported_without_their_weight() -> None:
         losses: dict[str, float]
 
     mtp = dataclasses.replace(TINY, mtp={"depth": 2, "weight": 0.5}).resolve().mtp
-    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp)
+    found = mtp_losses(Stats({"loss": 3.0, "mtp_1": 1.0, "mtp_2": 1.5}), mtp.depth, mtp.weight)
     assert found == {"train/mtp_loss": 5.0, "train/mtp_1_loss": 4.0, "train/mtp_2_loss": 6.0}
-    assert mtp_losses(Stats({"loss": 3.0}), mtp) == {}
+    assert mtp_losses(Stats({"loss": 3.0}), mtp.depth, mtp.weight) == {}

@@ -17,7 +17,7 @@ from megallm.checkpoint.reader import step_name
 from megallm.launch import local
 from megallm.launch.environment import RankEnv
 from megallm.parallel.mesh import Mesh
-from megallm.training import pretrain
+from megallm.training import pretrain, supervised
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
 from tests.system.commands import _environment, make_corpus, write_config
@@ -122,7 +122,7 @@ def train(path: Path, *overrides: str) -> None:
 @pytest.mark.parametrize("name", [*STOPS, "SIGINT"])
 def test_b12_while_the_weights_are_made_or_read(config, monkeypatch, name):
     """Before the first step nothing is trained for the sake of a checkpoint; what there is, is named."""
-    real, number = pretrain.build_engine, signal.Signals[name]
+    real, number = supervised.build_engine, signal.Signals[name]
 
     def build_engine(*args):
         os.kill(os.getpid(), number)
@@ -130,12 +130,12 @@ def test_b12_while_the_weights_are_made_or_read(config, monkeypatch, name):
 
     wanted = KeyboardInterrupt if name == "SIGINT" else Requeue
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "build_engine", build_engine)
+        patch.setattr(supervised, "build_engine", build_engine)
         with pytest.raises(wanted, match=r"before step 1: there is nothing to save; the same command starts again\."):
             train(config)
     assert not list((config.parent / "run/checkpoints").iterdir())
     train(config, "train.stop_at=3")
-    monkeypatch.setattr(pretrain, "build_engine", build_engine)
+    monkeypatch.setattr(supervised, "build_engine", build_engine)
     there = rf"before step 4: there is nothing new to save, step 3 is saved in .*{step_name(3)}; the same command"
     with pytest.raises(wanted, match=there):
         train(config)

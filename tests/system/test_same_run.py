@@ -20,6 +20,7 @@ from megallm.run.changes import Change, table_of
 from megallm.run.runfolder import RunFolder
 from megallm.training import pretrain
 from megallm.training.config import PretrainConfig
+from megallm.training.pretrain_identity import PretrainIdentity
 from megallm.training.resuming import check_allowed
 from megallm.training.validate import check
 from tests.system.commands import make_corpus, rows_of, write_config
@@ -158,9 +159,9 @@ def test_a6_a_change_that_the_checkpoint_cannot_follow_is_blamed_on_the_change(c
 
 
 def test_a6_a_key_that_does_not_exist_cannot_be_allowed():
-    check_allowed(["optim", "optim.lr", "data.content", "data.samples"])
+    check_allowed(["optim", "optim.lr", "data.content", "data.samples"], PretrainConfig, PretrainIdentity)
     with pytest.raises(UsageError, match=r"--allow-change data\.contents: .* Did you mean 'data\.content'\?"):
-        check_allowed(["data.contents"])
+        check_allowed(["data.contents"], PretrainConfig, PretrainIdentity)
     changes = [Change("a", 1, 2, "checkpoint", True), Change("b", 1, 2, "run.yaml", False)]
     assert table_of(changes, ["a"]) == "  a: checkpoint 1, configuration 2\n  b: run.yaml 1, configuration 2"
     assert table_of(changes, []).startswith("* a:")
@@ -172,7 +173,7 @@ def test_a6_a_key_that_does_not_exist_cannot_be_allowed():
 def test_a6_what_preprocess_merge_and_split_hashed_is_not_read_again(tmp_path, made, monkeypatch):
     prefix = str(tmp_path / "merged")
     indexed.merge(list(made), prefix)
-    parts = [part["prefix"] for part in split_merge.split(prefix, str(tmp_path / "part"), [1, 1])]
+    parts = [part["prefix"] for part in split_merge.split_dataset(prefix, str(tmp_path / "part"), [1, 1])]
     truth = {one: content.records_of({s: f"{one}.{s}" for s in content.SUFFIXES}) for one in (made[0], prefix, *parts)}
     read = []
     real = content.record_of

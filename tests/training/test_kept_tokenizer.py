@@ -13,6 +13,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.cli.config import load_and_check
 from megallm.convert.convert import ConvertRequest
 from megallm.convert.convert import run as convert
+from megallm.convert.megatron.translate import to_yaml, translate
 from megallm.convert.tokenizer_files import write_byte_tokenizer
 from megallm.data.indexed import dataset as indexed
 from megallm.data.text import tokenizer
@@ -24,7 +25,6 @@ from megallm.inference.template import find_template
 from megallm.parallel.mesh import Mesh
 from megallm.training import pretrain, reading
 from megallm.training.config import PretrainConfig
-from megallm.training.from_megatron import to_yaml, translate
 from tests.convert.tiny import case, make
 from tests.data.test_data_kept_tokenizer import sentencepiece
 from tests.system.commands import write_config

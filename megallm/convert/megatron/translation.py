@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megallm.training.data_rules import is_placeholder
-from megallm.training.shell_words import unresolved
+from megallm.base.paths import is_placeholder
+from megallm.convert.megatron.shell import unresolved
 
 Values = dict[str, list[str]]  # flag -> its values; a switch has none
 

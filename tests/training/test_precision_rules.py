@@ -10,7 +10,7 @@ import pytest
 from megallm.base.config import replace
 from megallm.base.errors import UsageError
 from megallm.ops import backends
-from megallm.training import narrow_rules
+from megallm.training.rules import precision
 from megallm.training.validate import check
 from tests.training.test_validate import GOOD, assert_refused
 
@@ -78,7 +78,7 @@ def test_transformer_engine_has_other_recipes_and_schedules(monkeypatch):
 
 
 def test_every_rule_has_a_row():
-    names = set(re.findall(r'yield \(?\s*"(\w+)"', inspect.getsource(narrow_rules)))
+    names = set(re.findall(r'Problem\(\s*"(\w+)"', inspect.getsource(precision)))
     assert names == {row[0] for row in BROKEN}
 
 

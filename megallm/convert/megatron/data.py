@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
+from megallm.base.paths import is_placeholder
+from megallm.convert.megatron.translation import Translation, shown, unfilled
 from megallm.data.text.native import SENTENCEPIECE, TIKTOKEN
-from megallm.training.data_rules import is_placeholder
-from megallm.training.megatron_translation import Translation, shown, unfilled
 
 Sources = dict[str, float | None]
 MAX_BYTES = 1 << 20  # of a file of paths

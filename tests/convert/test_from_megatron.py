@@ -12,10 +12,10 @@ import yaml
 from megallm.base.config import leaves, loads
 from megallm.base.errors import UsageError
 from megallm.cli.main import main
+from megallm.convert.megatron.flags import DROPPED, FLAGS, READ, SET
+from megallm.convert.megatron.shell import read_script
+from megallm.convert.megatron.translate import TABLE, markdown, to_yaml, translate
 from megallm.training.config import PretrainConfig
-from megallm.training.from_megatron import TABLE, markdown, to_yaml, translate
-from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET
-from megallm.training.shell_words import read_script
 from megallm.training.validate import check
 
 ROOT = Path(__file__).parents[2]
@@ -260,7 +260,7 @@ def test_every_row_leads_somewhere():
 
 def test_the_page_holds_the_table():
     page = (ROOT / "docs/from_megatron.md").read_text()
-    assert page.endswith(markdown()), "make docs/from_megatron.md's table anew with training.from_megatron.markdown()"
+    assert page.endswith(markdown()), "make its table anew with convert.megatron.translate.markdown()"
 
 
 # Reading shell.

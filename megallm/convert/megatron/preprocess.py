@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
+from megallm.convert.megatron.data import GPT2, TIKTOKENIZER, tokenizer_of
 from megallm.data.text.megatron_tokenizers import write_gpt2_folder, write_tiktoken_folder
-from megallm.training.megatron_data import GPT2, TIKTOKENIZER, tokenizer_of
 
 _WANTED = "give --tokenizer-model FOLDER with a Hugging Face tokenizer.json, or `bytes`"
 

@@ -1,4 +1,4 @@
-"""Bounds of the numbers of a configuration, by dotted key. Pure."""
+"""Bounds of the numbers that every trainer's configuration has, by dotted key. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Range:
     below: float | None = None
 
     def nearest(self, value: Any, default: Any) -> Any:
-        """`value` itself when inside; the closed bound it passed; else the default."""
+        """Returns `value` itself when inside; the closed bound it passed; else the default."""
         if self.low is not None and value < self.low:
             return self.low
         if self.high is not None and value > self.high:
@@ -39,29 +39,19 @@ class Range:
         )
 
 
-_COUNT = Range(low=1)
-_NOT_NEGATIVE = Range(low=0)
-_SEED = Range(low=0, high=2**32 - 1)
+COUNT = Range(low=1)
+NOT_NEGATIVE = Range(low=0)
+SEED = Range(low=0, high=2**32 - 1)
 RANGES: dict[str, Range] = {
-    "run.seed": _SEED,
-    "data.seed": _SEED,
-    "data.seq_len": _COUNT,
-    "data.window": _COUNT,
-    "data.samples": Range(low=1, high=10**15),
-    "data.surplus": Range(low=0, high=1000),
-    "data.masking.rate": Range(above=0, high=1),
-    "data.masking.masked": Range(low=0, high=1),
-    "data.masking.random": Range(low=0, high=1),
+    "run.seed": SEED,
     "model.num_labels": Range(low=2),
-    "model.token_types": _NOT_NEGATIVE,
-    "data.fim.rate": Range(low=0, high=1),
-    "data.fim.spm": Range(low=0, high=1),
+    "model.token_types": NOT_NEGATIVE,
     **{
-        f"layout.{axis}": _COUNT
+        f"layout.{axis}": COUNT
         for axis in ("tp", "pp", "cp", "ep", "dp", "chunks", "group", "cp_ulysses")
     },
-    "zero.shard_size": _COUNT,
-    "train.recompute_layers": _COUNT,
+    "zero.shard_size": COUNT,
+    "train.recompute_layers": COUNT,
     "train.loss_scale.initial": Range(low=2**-14, high=2**24),
     "train.loss_scale.minimum": Range(above=0),
     **{
@@ -69,33 +59,33 @@ RANGES: dict[str, Range] = {
         for name in ("loss_scale.growth_steps", "fp8.history")
     },
     "train.fp8.margin": Range(low=0, high=16),
-    **{f"train.fp8.{name}": _NOT_NEGATIVE for name in ("bf16_first", "bf16_last")},
+    **{f"train.fp8.{name}": NOT_NEGATIVE for name in ("bf16_first", "bf16_last")},
     **{
         f"train.{name}": Range(low=1, high=10**12)
         for name in ("steps", "stop_at", "global_batch", "micro_batch")
     },
     **{
-        f"model.{name}": _COUNT
+        f"model.{name}": COUNT
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads")
     },
     **{
-        f"model.{name}": _COUNT
+        f"model.{name}": COUNT
         for name in ("num_kv_heads", "head_size", "vocab_size", "max_positions")
     },
     **{
-        f"model.moe.{name}": _COUNT
+        f"model.moe.{name}": COUNT
         for name in ("top_k", "ffn_hidden_size", "every", "num_groups", "top_groups")
     },
     **{
-        f"model.moe.{name}": _NOT_NEGATIVE
+        f"model.moe.{name}": NOT_NEGATIVE
         for name in ("num_experts", "shared_ffn_hidden_size", "first_dense")
     },
-    **{f"model.moe.{name}": _NOT_NEGATIVE for name in ("aux_coef", "z_coef", "bias_rate")},
+    **{f"model.moe.{name}": NOT_NEGATIVE for name in ("aux_coef", "z_coef", "bias_rate")},
     "model.moe.routed_scale": Range(above=0),
     "model.moe.capacity": Range(above=0, high=10**6),
-    "model.sliding_window": _COUNT,
-    **{f"model.mla.{name}": _NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
-    **{f"model.mla.{name}_head_size": _COUNT for name in ("nope", "rope", "value")},
+    "model.sliding_window": COUNT,
+    **{f"model.mla.{name}": NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
+    **{f"model.mla.{name}_head_size": COUNT for name in ("nope", "rope", "value")},
     "model.mtp.depth": Range(low=0, high=100),
     "model.mtp.weight": Range(above=0),
     "model.norm_eps": Range(above=0),
@@ -103,22 +93,22 @@ RANGES: dict[str, Range] = {
     "model.init_std": Range(above=0),
     "model.rope_theta": Range(above=0),
     "optim.lr": Range(above=0),
-    "optim.min_lr": _NOT_NEGATIVE,
-    "optim.warmup_steps": _NOT_NEGATIVE,
+    "optim.min_lr": NOT_NEGATIVE,
+    "optim.warmup_steps": NOT_NEGATIVE,
     "optim.decay_fraction": Range(above=0, high=1),
     "optim.eps": Range(above=0),
-    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
     "optim.momentum": Range(low=0, below=1),
     "optim.smoothing": Range(low=0, below=1),
     "optim.decay_power": Range(above=0, high=1),
     "optim.update_clip": Range(above=0),
     "optim.min_scale": Range(above=0),
     "optim.ns_steps": Range(low=1, high=20),
-    "optim.clip": _NOT_NEGATIVE,
-    "checkpoint.every": _NOT_NEGATIVE,
-    "checkpoint.keep": _NOT_NEGATIVE,
-    "eval.every": _NOT_NEGATIVE,
-    "eval.batches": _NOT_NEGATIVE,
-    "log.every": _COUNT,
-    "log.trace_step": _COUNT,
+    "optim.clip": NOT_NEGATIVE,
+    "checkpoint.every": NOT_NEGATIVE,
+    "checkpoint.keep": NOT_NEGATIVE,
+    "eval.every": NOT_NEGATIVE,
+    "eval.batches": NOT_NEGATIVE,
+    "log.every": COUNT,
+    "log.trace_step": COUNT,
 }

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from megallm.base.errors import UsageError
+from megallm.convert.megatron.data import translate_data, translate_tokenizer
+from megallm.convert.megatron.flags import DROPPED, FLAGS, READ, SET, Flag
+from megallm.convert.megatron.shell import Shell, read_script, unresolved
+from megallm.convert.megatron.translation import Translation, Values, shown, unfilled
 from megallm.ops.low_precision import RECIPES
-from megallm.training.megatron_data import translate_data, translate_tokenizer
-from megallm.training.megatron_flags import DROPPED, FLAGS, READ, SET, Flag
-from megallm.training.megatron_translation import Translation, Values, shown, unfilled
-from megallm.training.shell_words import Shell, read_script, unresolved
 
 
 def translate(source: str, name: str) -> Translation:

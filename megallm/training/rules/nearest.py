@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def nearest_fixes(key: str, value: int, valid: Iterable[int]) -> tuple[dict[str, int], ...]:
-    """The valid values next below and next above `value`."""
+    """Returns the valid values next below and next above `value`."""
     valid = sorted(candidate for candidate in valid if candidate >= 1)
     below = [candidate for candidate in valid if candidate < value][-1:]
     above = [candidate for candidate in valid if candidate > value][:1]
@@ -14,20 +14,20 @@ def nearest_fixes(key: str, value: int, valid: Iterable[int]) -> tuple[dict[str,
 
 
 def divisors(value: int) -> list[int]:
-    """Every divisor, ascending."""
+    """Returns every divisor, ascending."""
     return [divisor for divisor in range(1, value + 1) if value % divisor == 0]
 
 
 def multiples(value: int, unit: int) -> tuple[int, int]:
-    """The multiples of `unit` around `value`; the lower one may be 0."""
+    """Returns the multiples of `unit` around `value`; the lower one may be 0."""
     return value // unit * unit, (value // unit + 1) * unit
 
 
 def power_of_two(value: int) -> bool:
-    """1, 2, 4, ..."""
+    """Returns whether a number is 1, 2, 4, ..."""
     return value >= 1 and value & (value - 1) == 0
 
 
 def ratio(a: int, b: int) -> float:
-    """How far apart two sizes are, at least 1."""
+    """Returns how far apart two sizes are, at least 1."""
     return max(a, b) / max(1, min(a, b))

@@ -1,10 +1,13 @@
-"""`megallm pretrain`: everything is checked before a process starts; then the ranks run the
-training loop.
+"""`megallm pretrain` and every other verb that trains: everything is checked before a process
+starts; then the ranks run the training loop.
+
+`training.kinds` has a row for each verb: its configuration, and the module that the ranks run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from functools import partial
 
@@ -15,32 +18,21 @@ from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
+from megallm.run.config import JobConfig
 from megallm.run.lease import drop_dead_lease, held_by
 from megallm.run.runfolder import RunFolder
-from megallm.training.config import PretrainConfig
-from megallm.training.files import check_files
+from megallm.training.kinds import KINDS, Kind
 
-PRELOAD = (
-    "megallm.training.pretrain",
-    "megallm.launch.group",
-)  # imported once, before the ranks are forked
+FROM_TEXT = "pretrain"  # the kind that can make its configuration of a folder of text
 
 
-def _arguments(parser: argparse.ArgumentParser) -> None:
+def _arguments(kind: Kind, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", nargs="?", help="YAML file (see `megallm config --schema`)"
     )
     overrides_argument(parser)
-    parser.add_argument(
-        "--text",
-        metavar="DIR",
-        help="instead of CONFIG: a folder of text files (or one file) to train on, all in one",
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME",
-        help="with --text: model size of `megallm presets`, or tiny (the default): the tiny one "
-             "that fits the text",
-    )  # fmt: skip
+    if kind.name == FROM_TEXT:
+        text.arguments(parser)
     parser.add_argument(
         "--nproc",
         type=int,
@@ -61,46 +53,51 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _run(args: argparse.Namespace) -> int:
-    if args.text is not None:
-        return text.run(args, _train)
-    if args.preset is not None:
+def _run(kind: Kind, args: argparse.Namespace) -> int:
+    if kind.name == FROM_TEXT and args.text is not None:
+        return text.run(args, partial(_train, kind))
+    if kind.name == FROM_TEXT and args.preset is not None:
         raise UsageError(
             f"--preset goes with --text DIR; with a CONFIG write model.preset={args.preset}."
         )
     if args.config is None:
+        hint = " Or train on a folder of text: `megallm pretrain --text DIR --preset tiny`."
         raise UsageError(
-            "the following arguments are required: CONFIG. Or train on a folder of text: "
-            "`megallm pretrain --text DIR --preset tiny`. See `megallm pretrain --help`."
+            f"the following arguments are required: CONFIG.{hint * (kind.name == FROM_TEXT)} "
+            f"See `megallm {kind.name} --help`."
         )
-    return _train(args)
+    return _train(kind, args)
 
 
-def _train(args: argparse.Namespace) -> int:
-    config = load_and_check(args.config, args.overrides, world_size(args.nproc))
-    check_files(config)  # what is missing or cannot be used ends here, before any rank
+def _train(kind: Kind, args: argparse.Namespace) -> int:
+    config = load_and_check(args.config, args.overrides, world_size(args.nproc), kind=kind)
+    kind.check_files(config)  # what is missing or cannot be used ends here, before any rank
     folder = RunFolder(config.run.dir)
+    preload = (kind.module, "megallm.launch.group")  # imported once, before the ranks are forked
     try:
         world, owns = config.layout.grid().world, partial(held_by, folder)
-        start(_rank, (config, args.resume, args.allow_change), world, folder.logs, PRELOAD, owns)
+        work = (kind.module, config, args.resume, args.allow_change)
+        start(_rank, work, world, folder.logs, preload, owns)
     finally:
         drop_dead_lease(folder)  # of rank 0, when it was ended because another rank failed
     return 0
 
 
-def _rank(env: RankEnv, config: PretrainConfig, resume: str, allowed: list[str]) -> None:
+def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: list[str]) -> None:
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
-    from megallm.training import pretrain
 
+    run = importlib.import_module(module).run
     own_log = (
         env.launcher != "local" or sys.stdout.isatty()
     )  # else our launcher copies rank 0's lines to its log
     with process_group(env) as device:
         try:
-            pretrain.run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
+            run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 
 
-COMMANDS = {"pretrain": Command(_arguments, _run)}
+COMMANDS = {
+    name: Command(partial(_arguments, kind), partial(_run, kind)) for name, kind in KINDS.items()
+}

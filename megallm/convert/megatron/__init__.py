@@ -1,0 +1,1 @@
+"""Megatron-LM's launch scripts and flags as configurations of megallm."""

@@ -1,0 +1,57 @@
+"""Every kind of training as a table: its configuration, its rules, and the module that runs it.
+
+No torch: the module of a kind is imported by the ranks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megallm.run.config import JobConfig
+from megallm.training import files, reading
+from megallm.training.config import PretrainConfig
+from megallm.training.rules import pretrain
+from megallm.training.rules.problem import Rules
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one way to train is configured, checked and started.
+
+    `module` has `run(config, mesh, resume, own_log, allowed)`. `tokenizer_vocab` returns the size
+    of the data's tokenizer, None where it is not known; `check_files` raises a `DataError` for what
+    is not there or cannot be used.
+    """
+
+    name: str
+    config: type[JobConfig]
+    module: str
+    rules: Rules
+    tokenizer_vocab: Callable[[Any], int | None]
+    check_files: Callable[[Any], None]
+
+
+_ROWS = (
+    Kind(
+        "pretrain",
+        PretrainConfig,
+        "megallm.training.pretrain",
+        pretrain.RULES,
+        reading.tokenizer_vocab,
+        files.check_files,
+    ),
+)
+KINDS = {row.name: row for row in _ROWS}
+
+
+def kind_of(config: JobConfig) -> Kind | None:
+    """Returns the kind whose configuration this is; None for one without a row."""
+    return next((row for row in KINDS.values() if row.config is type(config)), None)
+
+
+def rules_of(config: JobConfig) -> Rules:
+    """Returns the rules that a configuration's trainer adds to those of every trainer."""
+    kind = kind_of(config)
+    return Rules() if kind is None else kind.rules
