@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megallm.checkpoint.plan import boxes_of_range
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.models.parallel_model import check_shape
 from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters
@@ -72,7 +72,7 @@ class ParameterState:
             yield StateTensor(f"{prefix}{name}", shard, box, tensor, owned, optimizer)
 
 
-def read_state(reader: Reader, held: StateTensor) -> None:
+def read_state(reader: CheckpointReader, held: StateTensor) -> None:
     """Fill a box that this rank holds from a checkpoint written at any layout; see
     `check_shape`.
     """

@@ -11,10 +11,10 @@ import pytest
 from megallm.base.errors import CheckpointError, DataError
 from megallm.convert.convert import ConvertRequest, run
 from megallm.convert.tokenizer_files import end_ids, token_ids, write_byte_tokenizer
+from megallm.data.chat.template import find_template
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer_folder import save_tokenizer_files
 from megallm.inference.generate import end_tokens, find_tokenizer, open_model
-from megallm.inference.template import find_template
 from tests.convert.tiny import case, make
 from tests.data.test_data_kept_tokenizer import made  # noqa: F401 - a fixture
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import Accuracy, NextToken
 from megallm.losses.terms import Terms
@@ -230,7 +230,7 @@ def test_a_value_head_starts_small_and_never_takes_rows_of_a_vocabulary(tmp_path
     critic = Engine.build(config, Mesh.single())
     shards = critic.parameters.shards
     assert shards["head.weight"].init.std == 25**-0.5 and shards["head.weight"].full == (1, 24)
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         reader.read_into("head.weight", (0, 0), torch.empty(1, 24, dtype=torch.float64))  # a box of it can be read
         with pytest.raises(CheckpointError, match=r"head.weight in the shape \[61, 24\], this model needs \[1, 24\]"):
             critic.load(reader, optimizer=False)

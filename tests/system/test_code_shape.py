@@ -68,7 +68,8 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start", "peft.config",
+    "losses.advantage", "peft.config",
+    "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
 

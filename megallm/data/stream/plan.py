@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BEST_FIT, CONCAT = "best_fit", "concat"
+SINGLE = "single"  # each document is a row of its own, whatever its length
 DOCUMENT, CONTEXT = "document", "context"
 
 
@@ -16,7 +17,7 @@ DOCUMENT, CONTEXT = "document", "context"
 class Reading:
     """How documents become rows.
 
-    seq_len: tokens of a row; packing: BEST_FIT or CONCAT; window: rows packed (and shuffled)
+    seq_len: tokens of a row; packing: BEST_FIT, CONCAT or SINGLE; window: rows packed (and shuffled)
     together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents before
     packing, CONTEXT what a row holds of them.
     """

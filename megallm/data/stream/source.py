@@ -18,7 +18,7 @@ from megallm.data.indexed.dataset import IndexedDataset, check_tokens
 from megallm.data.megatron.order import split_range
 from megallm.data.stream import fim, packing
 from megallm.data.stream.permute import Permutation
-from megallm.data.stream.plan import CONCAT, CONTEXT, Reading, StreamPlan
+from megallm.data.stream.plan import BEST_FIT, CONCAT, CONTEXT, SINGLE, Reading, StreamPlan
 
 _AT_ONCE = 512  # documents looked up together
 _MARGIN = 16  # tokens that rearranging a piece may add: three sentinels, and words cut in two
@@ -147,8 +147,7 @@ class DocumentSource:
             missing -= sum(end for _, _, end, _ in drawn)
             pool += [entry for entry in drawn if entry[2]]
         last = position // self.count > epoch
-        into_rows = _chunked if reading.packing == CONCAT else _fitted
-        rows, held = into_rows(self._items(pool, epoch, reading), reading, last)
+        rows, held = _INTO_ROWS[reading.packing](self._items(pool, epoch, reading), reading, last)
         place = [cursor.position, *(cursor.held[0][:2] if cursor.held else [])]
         order = rng.permutation(
             rng.key_of(self._seed, "rows", self.fingerprint, epoch, *place), len(rows)
@@ -337,3 +336,13 @@ def _chunked(
     whole = min(len(rows), reading.window)
     whole -= whole == len(rows) and sum(item.size for item in rows[-1]) < reading.seq_len
     return rows[:whole], [[d, b, e, f] for row in rows[whole:] for d, b, e, f, _ in row]
+
+
+def _single(
+    items: Iterable[RowItem], reading: Reading, last: bool
+) -> tuple[list[tuple[RowItem, ...]], list[list[Any]]]:
+    """A row for each; nothing is left over."""
+    return [(item,) for item in items], []
+
+
+_INTO_ROWS = {BEST_FIT: _fitted, CONCAT: _chunked, SINGLE: _single}

@@ -159,6 +159,29 @@ class SentencePieceTokenizer(_Native):
             begin = match.end()
         return ids + self._model.encode(text[begin:])
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        ids, offsets, begin = [], [], 0
+        for match in [*(self._finder.finditer(text) if self._finder else ()), None]:
+            end = len(text) if match is None else match.start()
+            made = self._pieces_of(text[begin:end])
+            ids += [number for number, _, _ in made]
+            offsets += [(begin + low, begin + high) for _, low, high in made]
+            if match is not None:
+                ids.append(self.token_id(match.group()))
+                offsets.append(match.span())
+                begin = match.end()
+        return ids, np.array(offsets, np.int64).reshape(-1, 2)
+
+    def _pieces_of(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, first character, end) of each piece of a text."""
+        try:
+            made = self._model.encode(text, return_type="offset_mapping")
+        except TypeError:  # before 0.2.2 the library called it otherwise
+            pieces = self._model.encode(text, out_type="immutable_proto").pieces
+            return [(piece.id, piece.begin, piece.end) for piece in pieces]
+        return [(i, *place) for i, place in zip(made["ids"], made["offsets"], strict=True)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text; control symbols give nothing, added tokens are written out."""
         parts, run = [], []
@@ -236,6 +259,13 @@ class TiktokenTokenizer(_Native):
             if special
             else self._encoding.encode_ordinary(text)
         )
+
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        ids = self.encode(text, special=True)
+        begins = np.array(self._encoding.decode_with_offsets(ids)[1], np.int64)
+        ends = np.maximum(np.append(begins[1:], len(text)), begins + 1)
+        return ids, np.stack([begins, ends[: len(ids)]], axis=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text; an id without a token, such as of a row that only pads a model's

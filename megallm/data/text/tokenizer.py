@@ -75,6 +75,15 @@ class Tokenizer(Encoder, Protocol):
         """
         ...
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """What `encode(text, special=True)` gives, and for each id the characters [begin, end) of
+        the text that it stands for, int64 [ids, 2].
+
+        Some libraries leave spaces at the ends of a token out; one of spaces alone may be empty,
+        and then stands behind them.
+        """
+        ...
+
     def decode(self, ids: Iterable[int]) -> str: ...
 
     def token_id(self, token: str) -> int | None:
@@ -141,6 +150,13 @@ class ByteTokenizer:
         """
         _check_sound(text)
         return list(text.encode("utf-8"))
+
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Bytes of the text, and for each the character that it is a part of."""
+        _check_sound(text)
+        widths = [len(character.encode("utf-8")) for character in text]
+        begins = np.repeat(np.arange(len(text)), widths)
+        return list(text.encode("utf-8")), np.stack([begins, begins + 1], axis=1)
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has."""
@@ -235,6 +251,12 @@ class FolderTokenizer:
         return (
             (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
         )
+
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        _check_sound(text)
+        made = self._special.encode(text, add_special_tokens=False)
+        return made.ids, np.array(made.offsets, np.int64).reshape(-1, 2)
 
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
