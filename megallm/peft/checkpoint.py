@@ -22,7 +22,7 @@ from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert.folder import catalogue, is_model_folder
-from megallm.convert.weights import Cast, HfReader, Source
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
@@ -95,7 +95,7 @@ def check_base(base: Any, where: str, mesh: Mesh | None = None) -> Path:
 
 
 @contextmanager
-def open_base(folder: Path, model: ModelConfig) -> Iterator[Source]:
+def open_base(folder: Path, model: ModelConfig) -> Iterator[WeightSource]:
     """The weights of a base by logical name, whatever folder they are in; `model` is what is
     trained."""
     if is_model_folder(folder):

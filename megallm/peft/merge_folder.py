@@ -18,7 +18,7 @@ from megallm.convert import tokenizer_files
 from megallm.convert.convert import (
     DTYPES,
     MAX_SHARD_BYTES,
-    check_new,
+    check_output,
     whole_folder,
     write_tokenizer,
     write_weights,
@@ -49,7 +49,7 @@ def run(request: MergeRequest) -> dict[str, Any]:
     Errors: UsageError, CheckpointError, CannotWrite; then nothing is left at the output.
     """
     output = Path(request.output)
-    check_new(output, request.model, request.overwrite)
+    check_output(output, request.model, request.overwrite)
     for name, path in (("--model", request.model), ("--adapter", request.adapter)):
         if not Path(path).is_dir():
             raise UsageError(f"{name} {path} is not a folder.")

@@ -12,7 +12,7 @@ from math import prod
 from typing import NamedTuple
 
 from megallm.base.errors import UsageError
-from megallm.base.words import did_you_mean
+from megallm.base.suggest import did_you_mean
 from megallm.convert.families import FAMILIES
 from megallm.convert.rules import WeightRule, expand, parse
 from megallm.convert.weights import counts_of, logical_shapes, whole_stage
