@@ -42,7 +42,7 @@ from megallm.curate.config import (  # noqa: E402
     ToxicityConfig,
 )
 from megallm.curate.decontaminate import Decontaminate  # noqa: E402
-from megallm.curate.document import Batch, Document  # noqa: E402
+from megallm.curate.document import Document, DocumentBatch  # noqa: E402
 from megallm.curate.language import Language  # noqa: E402
 from megallm.curate.near import band_hashes, jaccard, shingles  # noqa: E402
 from megallm.curate.toxicity import Toxicity  # noqa: E402
@@ -254,9 +254,9 @@ def contamination(raw: Path, _: float) -> dict[str, Any]:
     out: dict[str, Any] = {"items": len(items)}
     for name, form in forms.items():
         texts = [f"{chance.choice(hosts)[:1500]}\n{form(item)}\n{chance.choice(hosts)[:500]}" for item in items]
-        verdicts = step.judge(Batch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
+        verdicts = step.judge(DocumentBatch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
         out[name] = round(sum(verdict.action == "drop" for verdict in verdicts) / len(items), 4)
-    clean = step.judge(Batch([Document(str(k), body, "", k) for k, body in enumerate(hosts[:400])]))
+    clean = step.judge(DocumentBatch([Document(str(k), body, "", k) for k, body in enumerate(hosts[:400])]))
     out["clean documents dropped"] = f"{sum(verdict.action == 'drop' for verdict in clean)}/{len(clean)}"
     return out
 
@@ -291,7 +291,7 @@ def _changed(item: str, number: int) -> str:
 
 
 def _dropped(step: Decontaminate, texts: list[str]) -> int:
-    verdicts = step.judge(Batch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
+    verdicts = step.judge(DocumentBatch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
     return sum(verdict.action == "drop" for verdict in verdicts)
 
 
@@ -314,7 +314,7 @@ def toxicity(raw: Path, _: float) -> dict[str, Any]:
         ("allowed phrases at 2 %", [planted(body, ALLOWED, 50) for body in bodies]),
         ("manuals as they are", bodies),
     ):
-        verdicts = step.judge(Batch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
+        verdicts = step.judge(DocumentBatch([Document(str(k), body, "", k) for k, body in enumerate(texts)]))
         out[name] = f"{sum(verdict.action == 'drop' for verdict in verdicts)}/{len(texts)} dropped"
     return out
 

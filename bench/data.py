@@ -150,8 +150,8 @@ def figures_of_the_stream(folder: Path) -> dict[str, float]:
 
     from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter
     from megallm.data.stream.mixture import Mixture
-    from megallm.data.stream.plan import Plan, Reading, Segment
-    from megallm.data.stream.source import Source
+    from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment
+    from megallm.data.stream.source import DocumentSource
     from megallm.data.stream.stream import Stream
 
     found: dict[str, float] = {}
@@ -170,8 +170,8 @@ def figures_of_the_stream(folder: Path) -> dict[str, float]:
     with IndexedWriter(prefix, np.dtype("<u1")) as writer:
         writer.add(np.zeros(int(lengths.sum()), np.uint8), lengths)
         writer.commit()
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(2048)),), seed=1)
-    stream = Stream(plan, {prefix: Source(prefix, plan)})
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(2048)),), seed=1)
+    stream = Stream(plan, {prefix: DocumentSource(prefix, plan)})
     begin = time.process_time()
     rows = [stream.take(64) for _ in range(300)]
     found["rows_planned_per_second"] = 64 * len(rows) / (time.process_time() - begin)
@@ -179,7 +179,7 @@ def figures_of_the_stream(folder: Path) -> dict[str, float]:
     found["best_fit_fill_at_2048"] = tokens / (64 * len(rows) * 2048)
     state = stream.state()
     begin = time.process_time()
-    Stream(plan, {prefix: Source(prefix, plan)}, state).take(1)
+    Stream(plan, {prefix: DocumentSource(prefix, plan)}, state).take(1)
     found["seconds_to_go_on_from_a_state"] = time.process_time() - begin
     for sources in (2, 8, 64):
         mixture = Mixture({str(i): i + 1.0 for i in range(sources)})

@@ -1,9 +1,10 @@
 """Frozen nested dataclasses <-> one YAML file <-> dotted overrides such as `layout.tp=2`. No torch.
 
-The dataclass is the only description: names, types, defaults, and (as the comment beside a field) its
-documentation. Scalars are read by the type of the field they go to, so `3e-4` is a number for a float field and
-stays text for a text field, and none of YAML 1.1's surprises (`no` as false, `1:30` as 90) exists here.
-Everything that is wrong with a file and its overrides is collected and raised as one UsageError.
+The dataclass is the only description: names, types, defaults, and (as the comment beside a field)
+its documentation. Scalars are read by the type of the field they go to, so `3e-4` is a number for a
+float field and stays text for a text field, and none of YAML 1.1's surprises (`no` as false, `1:30`
+as 90) exists here. Everything that is wrong with a file and its overrides is collected and raised
+as one UsageError.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.errors import UsageError
 from megallm.base.paths import expand_home
 
@@ -75,7 +76,8 @@ Node = Scalar | Items | Table
 def load(cls: type[Config], path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read `path` (None: defaults only), apply `key=value` overrides in order, and build a `cls`.
 
-    Raises one UsageError that lists every problem as `file:line: sentence` or `command line: sentence`.
+    Raises one UsageError that lists every problem as `file:line: sentence` or `command line:
+    sentence`.
     """
     problems: list[str] = []
     root = Table({}, "defaults") if path is None else _read(Path(path), problems)
@@ -95,7 +97,9 @@ def loads(cls: type[Config], text: str, name: str = "text") -> Config:
 
 
 def raise_problems(problems: list[str], hint: str = "") -> None:
-    """Raise one UsageError that carries every sentence of the list, then the hint; return when there are none."""
+    """Raise one UsageError that carries every sentence of the list, then the hint; return when
+    there are none.
+    """
     if not problems:
         return
     lines = problems if len(problems) == 1 else [f"{len(problems)} problems in the configuration:", *problems]
@@ -103,7 +107,7 @@ def raise_problems(problems: list[str], hint: str = "") -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON values, in the order of the fields."""
+    """Returns the configuration as plain JSON values, in the order of the fields."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -113,12 +117,14 @@ def to_yaml(config: Any) -> str:
 
 
 def schema(cls: type) -> dict[str, Any]:
-    """The JSON schema of a configuration class, with the comments beside its fields as descriptions."""
+    """Returns the JSON schema of a configuration class, with the comments beside its fields as
+    descriptions.
+    """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | _schema_of(cls)
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted name that can be set, e.g. `layout.tp`."""
+    """Yields every dotted name that can be set, e.g. `layout.tp`."""
     for name, hint in _hints(cls).items():
         if dataclasses.is_dataclass(hint):
             yield from leaves(hint, f"{prefix}{name}.")
@@ -127,14 +133,14 @@ def leaves(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def get(config: Any, key: str) -> Any:
-    """The value at a dotted name, e.g. `get(config, "layout.tp")`."""
+    """Returns the value at a dotted name, e.g. `get(config, "layout.tp")`."""
     for name in key.split("."):
         config = getattr(config, name)
     return config
 
 
 def replace(config: Config, values: dict[str, Any]) -> Config:
-    """A copy with the values at the given dotted names."""
+    """Returns a copy with the values at the given dotted names."""
     direct: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -285,14 +291,14 @@ def _override_value(text: str, key: str, problems: list[str]) -> Node | None:
 
 
 def _merge(old: Node | None, new: Node) -> Node:
-    """A section given as a mapping changes the keys it names and leaves the others."""
+    """Returns a section given as a mapping changes the keys it names and leaves the others."""
     if not (isinstance(old, Table) and isinstance(new, Table)):
         return new
     return Table(old.items | new.items, new.where)
 
 
 def _relocate(node: Node) -> Node:
-    """The same node, said to stand on the command line."""
+    """Returns the same node, said to stand on the command line."""
     if isinstance(node, Scalar):
         return dataclasses.replace(node, where=COMMAND_LINE)
     if isinstance(node, Items):
@@ -327,24 +333,26 @@ def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[st
 def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
     section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
     known = list(leaves(root_cls))
-    close = words.nearest(name, [hint for hint in hints if words.plain(hint) == words.plain(name)])
+    close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == suggest.plain(name)])
     elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
     if elsewhere is not None:
         return f"unknown key '{prefix}{name}'. {elsewhere}"
-    last = words.plain(name.rpartition(".")[2])
-    same = [leaf for leaf in known if words.plain(leaf.rpartition(".")[2]) == last]
-    close = close or (None if same and "." in name else words.nearest(name, hints, cutoff=0.5))
+    last = suggest.plain(name.rpartition(".")[2])
+    same = [leaf for leaf in known if suggest.plain(leaf.rpartition(".")[2]) == last]
+    close = close or (None if same and "." in name else suggest.nearest(name, hints, cutoff=0.5))
     close = f"{prefix}{close}" if close else next(iter(same), None)
-    close = close or words.nearest(f"{prefix}{name}", known, cutoff=0.75)
+    close = close or suggest.nearest(f"{prefix}{name}", known, cutoff=0.75)
     hint = f" Did you mean '{close}'?" if close else ""
     return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
 
 
 def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
-    """What another system's name of a setting is called here, by the class's `OTHER_NAMES`; None when unknown."""
+    """Returns what another system's name of a setting is called here, by the class's `OTHER_NAMES`;
+    None when unknown.
+    """
     table = vars(root_cls).get("OTHER_NAMES", {})
     for name in (key, key.rpartition(".")[2]):
-        found = table.get(words.plain(name.lstrip("-")))
+        found = table.get(suggest.plain(name.lstrip("-")))
         if found is not None:
             first, _, note = found.partition(" ")
             return f"Here that is {first}{note and ' ' + note}." if first in known else found
@@ -352,7 +360,7 @@ def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
 
 
 def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
-    """The value of the type `hint`, or _BAD with a sentence added to `problems`."""
+    """Returns the value of the type `hint`, or _BAD with a sentence added to `problems`."""
     hint, optional = _unwrap(hint)
     if isinstance(node, Scalar) and node.plain and node.text in _NULLS and optional:
         return None
@@ -379,9 +387,9 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         if isinstance(node, Scalar):
             shown = f"'{node.text[:80]}'" if node.text or not node.plain else "empty"
             if origin is Literal:
-                close = words.did_you_mean(node.text, [str(choice) for choice in typing.get_args(hint)])
-            elif hint is bool and node.text.casefold() in words.BOOLEANS:
-                close = f" Did you mean '{words.BOOLEANS[node.text.casefold()]}'?"
+                close = suggest.did_you_mean(node.text, [str(choice) for choice in typing.get_args(hint)])
+            elif hint is bool and node.text.casefold() in suggest.BOOLEANS:
+                close = f" Did you mean '{suggest.BOOLEANS[node.text.casefold()]}'?"
         null = " or null" if optional else ""
         problems.append(f"{node.where}: {key} is {shown}; it must be {_expected(hint)}{null}.{close}")
     return value
@@ -398,7 +406,9 @@ def _convert_items(hint: Any, node: Items, key: str, problems: list[str]) -> Any
 
 
 def _to_int(node: Scalar) -> Any:
-    """The whole number that a scalar is, however it is written: 8, 8.0, 1e6, 1.0e+12, 0x10."""
+    """Returns the whole number that a scalar is, however it is written: 8, 8.0, 1e6, 1.0e+12,
+    0x10.
+    """
     if len(node.text) > _MAX_DIGITS:
         return _BAD
     if node.plain and _INT.fullmatch(node.text):

@@ -43,7 +43,7 @@ class Stopwatch:
         self.origin, self.begun = self.mark(), time.perf_counter()
 
     def mark(self) -> float | torch.cuda.Event:
-        """The moment at which everything issued so far is done."""
+        """Returns the moment at which everything issued so far is done."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -51,8 +51,8 @@ class Stopwatch:
         return event
 
     def seconds(self, moment: float | torch.cuda.Event) -> float:
-        """When a moment was; on a GPU this waits for it, and the stream's lag at the start is the
-        error.
+        """Returns when a moment was; on a GPU this waits for it, and the stream's lag at the start
+        is the error.
         """
         if not self.on_gpu:
             return moment
@@ -60,7 +60,7 @@ class Stopwatch:
         return self.begun + self.origin.elapsed_time(moment) / 1000.0
 
 
-class SideCopies:
+class HostCopyStream:
     """Copies to CPU memory and back, beside the computation: on a GPU through pinned memory, on a
     stream of their own.
 
@@ -71,7 +71,7 @@ class SideCopies:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def away(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Start copying; the tensor may be let go of at once."""
         if self.stream is None:
             return tensor.detach().clone()
@@ -82,16 +82,16 @@ class SideCopies:
         tensor.record_stream(self.stream)
         return host
 
-    def back(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Start copying back; `arrived` makes the result usable."""
+    def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying back; `wait` makes the result usable."""
         if self.stream is None:
             return host, None
         with torch.cuda.stream(self.stream):
             tensor = host.to(self.device, non_blocking=True)
             return tensor, self.stream.record_event()
 
-    def arrived(self, tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
-        """The tensor, for use on the current stream."""
+    def wait(self, tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
+        """Returns the tensor, for use on the current stream."""
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)

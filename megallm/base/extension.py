@@ -44,16 +44,19 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _reason(error: ImportError) -> str:
-    """Why there is no extension: what the build said, else what the import said."""
+    """Returns why there is no extension: what the build said, else what the import said."""
     try:
         built = " ".join(REASON.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError):
         return f"not built or not loadable ({error})"
-    return f"not built when megallm was installed ({built}): install a C++ compiler, then install megallm again"
+    return (
+        f"not built when megallm was installed ({built}): install a C++ compiler, then install "
+        "megallm again"
+    )
 
 
 def index(native: bool | None = None) -> ModuleType | None:
-    """The extension, or None when the caller must use its numpy twin.
+    """Returns the extension, or None when the caller must use its numpy twin.
 
     `native` None takes the extension when it is there, False never, True insists (`UsageError`).
     """
@@ -66,6 +69,6 @@ def index(native: bool | None = None) -> ModuleType | None:
 
 
 def status() -> Status:
-    """Whether the extension is loaded, with its path or the reason it is not."""
+    """Returns whether the extension is loaded, with its path or the reason it is not."""
     module, detail = _load()
     return Status(MODULE, module is not None, detail)

@@ -30,7 +30,7 @@ _REASONS = {
 
 
 def cannot_write(path: str | os.PathLike[str], error: OSError) -> CannotWrite:
-    """The sentence for an operating system error met while writing `path`."""
+    """Returns the sentence for an operating system error met while writing `path`."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return CannotWrite(f"Cannot write {os.fspath(path)}: {reason}.")
 
@@ -61,7 +61,7 @@ def check_new(*paths: str | os.PathLike[str], overwrite: bool = False) -> None:
 
 
 def is_empty(path: str | os.PathLike[str]) -> bool:
-    """Whether nothing would be lost if `path` were replaced. A link that leads nowhere is
+    """Returns whether nothing would be lost if `path` were replaced. A link that leads nowhere is
     something.
     """
     path = Path(path)
@@ -73,7 +73,9 @@ def is_empty(path: str | os.PathLike[str]) -> bool:
 
 
 def temporary_name(path: str | os.PathLike[str]) -> Path:
-    """A name in the folder of `path` that nobody else uses and that a sweep can recognise."""
+    """Returns a name in the folder of `path` that nobody else uses and that a sweep can
+    recognise.
+    """
     path = Path(path)
     return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
 

@@ -42,8 +42,8 @@ class FdWriter:
     def write(self, data: bytes) -> None:
         """Write everything, or drop it."""
         if self._untold:
-            note = f"megallm: {self._untold} lines of output are missing here ({self.reason}).\n".encode()
-            if not self._push(note):
+            note = f"megallm: {self._untold} lines of output are missing here ({self.reason}).\n"
+            if not self._push(note.encode()):
                 self._drop(data)
                 return
             self._untold = 0
@@ -163,7 +163,7 @@ class LossyText(io.TextIOBase):
 
 
 def descriptor(stream: Any, default: int) -> int:
-    """The file descriptor of a stream; `default` for one that has none."""
+    """Returns the file descriptor of a stream; `default` for one that has none."""
     try:
         return stream.fileno()
     except (OSError, ValueError, AttributeError):

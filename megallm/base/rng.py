@@ -94,8 +94,8 @@ _ATANH = tuple(2.0 / k for k in range(23, 0, -2))  # log(m) = 2 atanh(s) = sum o
 
 
 def key_of(seed: int, *names: str | int) -> int:
-    """The 128-bit key of the stream called `names` under `seed`; different names never share a
-    stream.
+    """Returns the 128-bit key of the stream called `names` under `seed`; different names never
+    share a stream.
     """
     digest = hashlib.blake2b(digest_size=16, person=b"megallm.rng")
     for item in (seed, *names):
@@ -117,7 +117,7 @@ def uniform(key: int, begin: int, count: int) -> np.ndarray:
     return _to_uniform(bits(key, begin, count))
 
 
-def normal(key: int, begin: int, count: int) -> np.ndarray:
+def normal_values(key: int, begin: int, count: int) -> np.ndarray:
     """Standard normal numbers as float64 [count]: the inverse distribution function of
     `uniform`.
     """
@@ -127,8 +127,8 @@ def normal(key: int, begin: int, count: int) -> np.ndarray:
 def normal_box(
     key: int, full: Sequence[int], offset: Sequence[int], shape: Sequence[int]
 ) -> np.ndarray:
-    """The box at `offset` of `shape` of the logical row-major tensor `full` of normal numbers, as
-    float64 [*shape].
+    """Returns the box at `offset` of `shape` of the logical row-major tensor `full` of normal
+    numbers, as float64 [*shape].
 
     Element at flat index i of the logical tensor is number i of the stream. Beside the box, at most
     2^16 numbers and one integer per contiguous run are held.
@@ -173,8 +173,8 @@ def _box(
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of range(n) as int64 [n]: the order that sorts the first n numbers of the
-    stream.
+    """Returns a permutation of range(n) as int64 [n]: the order that sorts the first n numbers of
+    the stream.
     """
     return np.argsort(bits(key, 0, n), kind="stable")
 

@@ -19,8 +19,8 @@ _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, sig
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """What batch systems, `kill` and a terminal that closes send; without SIGHUP under `nohup`,
-    which ignores it.
+    """Returns what batch systems, `kill` and a terminal that closes send; without SIGHUP under
+    `nohup`, which ignores it.
     """
     hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return _STOPPING if hangup else _STOPPING[:-1]

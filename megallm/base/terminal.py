@@ -29,7 +29,9 @@ _REDRAW = re.compile(
 
 
 def escaped(text: str) -> str:
-    """The text with each control character as its escape in Python: `\\x1b[31m` instead of red."""
+    """Returns the text with each control character as its escape in Python: `\\x1b[31m` instead of
+    red.
+    """
     return _CONTROL.sub(lambda match: _written(ord(match[0])), text)
 
 
@@ -99,13 +101,13 @@ def escaping() -> Iterator[None]:
 
 
 def _filtered(stream: Any, notes: bool) -> Any:
-    """The stream behind the filter, once; None (a closed stream) stays None."""
+    """Returns the stream behind the filter, once; None (a closed stream) stays None."""
     return stream if stream is None or isinstance(stream, Escaping) else Escaping(stream, notes)
 
 
 def console(stream: Any = None, **options: Any) -> Console:
-    """A rich console on `stream` (stdout when None) whose texts are escaped, while its own colours
-    and moves pass.
+    """Returns a rich console on `stream` (stdout when None) whose texts are escaped, while its own
+    colours and moves pass.
     """
     from rich.console import Console
     from rich.segment import Segment

@@ -20,7 +20,14 @@ import torch
 
 from megallm.base.errors import CheckpointError, InternalError
 from megallm.base.files import writing
-from megallm.checkpoint.manifest import DTYPES, FileRecord, Manifest, Piece, TensorRecord, digest
+from megallm.checkpoint.manifest import (
+    DTYPES,
+    FileRecord,
+    Manifest,
+    StoredPiece,
+    TensorRecord,
+    digest,
+)
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, outside_problem, split_box
 from megallm.parallel.shard import Box
 
@@ -58,8 +65,8 @@ class Part:
 
 
 def dtype_name(dtype: torch.dtype, name: str) -> str:
-    """The manifest's word for a torch dtype. Errors: InternalError for one that checkpoints cannot
-    hold.
+    """Returns the manifest's word for a torch dtype. Errors: InternalError for one that checkpoints
+    cannot hold.
     """
     if dtype not in DTYPE_NAMES:
         raise InternalError(
@@ -70,8 +77,8 @@ def dtype_name(dtype: torch.dtype, name: str) -> str:
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in C order, on the CPU; copies only what is not already contiguous
-    there.
+    """Returns the bytes of a tensor in C order, on the CPU; copies only what is not already
+    contiguous there.
     """
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
@@ -80,7 +87,7 @@ def raw(tensor: torch.Tensor) -> memoryview:
 def header_bytes(
     entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
 ) -> bytes:
-    """A safetensors header (length prefix, JSON, spaces to a multiple of 8).
+    """Returns a safetensors header (length prefix, JSON, spaces to a multiple of 8).
 
     `entries` are `(key, dtype name, shape, bytes)` in the order of their data, which follows
     without gaps.
@@ -114,12 +121,12 @@ def write_shard(
          for part, box in pieces],
         {"format": "megallm"},
     )  # fmt: skip
-    held: dict[str, list[Piece]] = {part.name: [] for part in parts}
+    held: dict[str, list[StoredPiece]] = {part.name: [] for part in parts}
     with writing(path), ShardWriter(path) as file:
         file.write(header)
         for part, box in pieces:
             data = raw(part.tensor[box.slices(part.box)])
-            held[part.name].append(Piece(path.name, file.position, box, digest(data)))
+            held[part.name].append(StoredPiece(path.name, file.position, box, digest(data)))
             file.write(data)
             del data  # before the next piece is copied: one at a time
         record = FileRecord(file.position, len(header), digest(header))
@@ -133,8 +140,8 @@ def write_shard(
 
 
 def _cut(parts: Sequence[Part], max_piece_bytes: int) -> list[tuple[Part, Box]]:
-    """The pieces in file order: widest elements first, so that every piece is aligned to its
-    element.
+    """Returns the pieces in file order: widest elements first, so that every piece is aligned to
+    its element.
     """
     pieces = []
     known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -210,7 +217,9 @@ def read_regular(
 
 
 def size_problem(status: os.stat_result, file_bytes: int | None) -> str | None:
-    """Why a file is not the regular file of `file_bytes` bytes that the manifest promises."""
+    """Returns why a file is not the regular file of `file_bytes` bytes that the manifest
+    promises.
+    """
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file (symbolic links are refused)"
     if file_bytes is not None and status.st_size != file_bytes:
@@ -241,7 +250,7 @@ class PieceReader:
         self.folder = folder
         self.manifest = manifest
         self._verified_headers: set[str] = set()
-        self._last: tuple[Piece, torch.Tensor] | None = None
+        self._last: tuple[StoredPiece, torch.Tensor] | None = None
 
     def check_header(self, file: str) -> None:
         """Errors: `CheckpointError` when the safetensors header of `file` does not match its
@@ -257,8 +266,9 @@ class PieceReader:
             )
         self._verified_headers.add(file)
 
-    def load(self, name: str, piece: Piece) -> torch.Tensor:
-        """The bytes of a piece as a CPU tensor of the box's shape, after its hash was checked.
+    def load(self, name: str, piece: StoredPiece) -> torch.Tensor:
+        """Returns the bytes of a piece as a CPU tensor of the box's shape, after its hash was
+        checked.
 
         Errors: `CheckpointError` that names tensor, file and byte range.
         """

@@ -66,7 +66,7 @@ def digest(data: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredPiece:
     """One box of a logical tensor: `nbytes` bytes at byte `offset` of `file`, in C order."""
 
     file: str
@@ -90,7 +90,7 @@ class TensorRecord:
 
     full: tuple[int, ...]
     dtype: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredPiece, ...]
 
     @property
     def itemsize(self) -> int:
@@ -139,8 +139,8 @@ class Manifest:
         return sum(record.nbytes for record in self.files.values())
 
     def encode(self) -> bytes:
-        """The bytes of manifest.json; floats in `meta` round-trip exactly, tuples come back as
-        lists.
+        """Returns the bytes of manifest.json; floats in `meta` round-trip exactly, tuples come back
+        as lists.
         """
         content = {
             "format": FORMAT,
@@ -233,14 +233,14 @@ def decode(data: bytes, where: str) -> Manifest:
 
 
 def table_from_json(value: Any) -> dict[str, TensorRecord]:
-    """The tensor table of one rank from its JSON form (`to_json` of each record). Errors:
+    """Returns the tensor table of one rank from its JSON form (`to_json` of each record). Errors:
     CheckpointError.
     """
     return {name: _tensor(name, entry) for name, entry in _mapping(value, "tensors").items()}
 
 
 def file_from_json(value: Any, where: str) -> FileRecord:
-    """A `FileRecord` from its JSON form. Errors: CheckpointError."""
+    """Returns a `FileRecord` from its JSON form. Errors: CheckpointError."""
     entry = _fields(value, ("bytes", "header_bytes", "header_xxh3_128"), where)
     return FileRecord(
         _count(entry["bytes"], f"{where}.bytes"),
@@ -287,13 +287,13 @@ def _tensor(name: str, value: Any) -> TensorRecord:
     return TensorRecord(_counts(entry["full"], f"{name}.full"), entry["dtype"], pieces)
 
 
-def _piece(value: Any, where: str) -> Piece:
+def _piece(value: Any, where: str) -> StoredPiece:
     entry = _fields(value, ("file", "offset", "box_offset", "box_shape", "xxh3_128"), where)
     box = Box(
         _counts(entry["box_offset"], f"{where}.box_offset"),
         _counts(entry["box_shape"], f"{where}.box_shape"),
     )
-    return Piece(
+    return StoredPiece(
         _match(_FILE, entry["file"], f"{where}.file"),
         _count(entry["offset"], f"{where}.offset"),
         box,

@@ -1,5 +1,5 @@
-"""Pure geometry of checkpoints: flat ranges as boxes, boxes as pieces, and which pieces a read
-needs.
+"""Resharding of checkpoints, as pure geometry: flat ranges as boxes, boxes as pieces, and which
+pieces a read needs.
 
 Nothing here knows files or torch: a box is a pair (offset, shape) inside a logical tensor.
 """
@@ -18,7 +18,8 @@ Slices = tuple[slice, ...]
 
 
 def boxes_of_range(shape: Sequence[int], begin: int, end: int) -> list[Box]:
-    """The flat half-open range `[begin, end)` of a tensor in C order, as boxes in that same order.
+    """Returns the flat half-open range `[begin, end)` of a tensor in C order, as boxes in that same
+    order.
 
     A tensor of n >= 1 dims needs at most 2n - 1 boxes: a partial head and tail per dim, and one
     whole middle. Each box is contiguous in the flat order, so the holder of a flat buffer cuts it
@@ -97,7 +98,7 @@ def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def plan_reads(target: Box, pieces: Sequence[Box]) -> list[tuple[int, Slices, Slices]]:
-    """What to copy to fill `target`: `(piece index, slices into that piece, slices into the
+    """Returns what to copy to fill `target`: `(piece index, slices into that piece, slices into the
     target)`.
 
     `pieces` are disjoint boxes of the same tensor (see `cover_problem`).
@@ -118,8 +119,8 @@ def plan_reads(target: Box, pieces: Sequence[Box]) -> list[tuple[int, Slices, Sl
 
 
 def cover_problem(full: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why `boxes` do not hold every element of a tensor of shape `full` exactly once; None when
-    they do.
+    """Returns why `boxes` do not hold every element of a tensor of shape `full` exactly once; None
+    when they do.
     """
     full = tuple(full)
     for box in boxes:
@@ -139,9 +140,14 @@ def cover_problem(full: Sequence[int], boxes: Sequence[Box]) -> str | None:
 
 
 def outside_problem(full: Sequence[int], box: Box) -> str | None:
-    """Why `box` is no part of a tensor of shape `full`; None when it is (an empty box may be)."""
+    """Returns why `box` is no part of a tensor of shape `full`; None when it is (an empty box may
+    be).
+    """
     if len(box.offset) != len(full) or len(box.shape) != len(full):
-        return f"a piece at {box.offset} of shape {box.shape} has another number of dims than {tuple(full)}"
+        return (
+            f"a piece at {box.offset} of shape {box.shape} has another number of dims than "
+            f"{tuple(full)}"
+        )
     if any(
         o < 0 or n < 0 or o + n > f for o, n, f in zip(box.offset, box.shape, full, strict=True)
     ):
@@ -150,7 +156,9 @@ def outside_problem(full: Sequence[int], box: Box) -> str | None:
 
 
 def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that share an element: a sweep along the dim that tells the boxes apart best."""
+    """Returns two boxes that share an element: a sweep along the dim that tells the boxes apart
+    best.
+    """
     if len(boxes) < 2:
         return None
     dims = range(len(boxes[0].offset))

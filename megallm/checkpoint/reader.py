@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.errors import CheckpointError
 from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
@@ -49,7 +49,8 @@ def step_folders(root: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a step folder; checks it and the kind and size of every file it lists.
+    """Returns the manifest of a step folder; checks it and the kind and size of every file it
+    lists.
 
     Errors: `CheckpointError` that names the first bad file.
     """
@@ -62,13 +63,15 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if path.lstat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.")
     manifest = decode(bytes(read_regular(path, 0, None)), str(path))
-    for problem in file_problems(folder, manifest):
+    for problem in shard_file_problems(folder, manifest):
         raise CheckpointError(problem)
     return manifest
 
 
-def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """A sentence for each shard file that is missing, of another size, or no regular file."""
+def shard_file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yields a sentence for each shard file that is missing, of another size, or no regular
+    file.
+    """
     for name, record in manifest.files.items():
         try:
             problem = size_problem(os.lstat(folder / name), record.nbytes)
@@ -82,7 +85,7 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{folder / name} {problem}; it holds pieces of {first or 'no tensor'}."
 
 
-class Reader:
+class CheckpointReader:
     """An open checkpoint. Reads any box of any tensor, whatever layout wrote it; every byte's hash
     is checked.
 
@@ -102,7 +105,7 @@ class Reader:
 
     @property
     def meta(self) -> Any:
-        """The JSON value that `save` got."""
+        """Returns the JSON value that `save` got."""
         return self.manifest.meta
 
     @property
@@ -115,7 +118,7 @@ class Reader:
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Full logical shape and stored dtype of a tensor."""
         if name not in self.manifest.tensors:
-            hint = words.did_you_mean(name, self.manifest.tensors)
+            hint = suggest.did_you_mean(name, self.manifest.tensors)
             raise CheckpointError(f"{self.folder} holds no tensor named {name}.{hint}")
         record = self.manifest.tensors[name]
         return record.full, TORCH_DTYPES[record.dtype]
@@ -144,7 +147,7 @@ class Reader:
             copy_bytes(tensor[destination], self._pieces.load(name, pieces[index])[source])
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole logical tensor on the CPU, in its stored dtype."""
+        """Returns a whole logical tensor on the CPU, in its stored dtype."""
         full, dtype = self.info(name)
         tensor = torch.empty(full, dtype=dtype)
         self.read_into(name, (0,) * len(full), tensor)
@@ -183,7 +186,7 @@ class Reader:
             os.close(self._lock)
             self._lock = -1
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,8 +194,8 @@ class Reader:
 
 
 def _hold(manifest: Path) -> int:
-    """A descriptor with a shared lock on the manifest; -1 when it cannot be opened (loading it then
-    says why).
+    """Returns a descriptor with a shared lock on the manifest; -1 when it cannot be opened (loading
+    it then says why).
     """
     try:
         fd = os.open(manifest, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

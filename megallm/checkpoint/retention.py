@@ -30,7 +30,7 @@ _TEMPORARY = re.compile(r"step-\d{8,}\.tmp-([A-Za-z0-9-]+)\.(\d+)\.[0-9a-f]{8}")
 
 
 def temporary_step(folder: Path) -> Path:
-    """A new name beside a step folder that tells who made it, for `sweep`:
+    """Returns a new name beside a step folder that tells who made it, for `remove_stale_folders`:
     `step-N.tmp-<host>.<pid>.<id>`.
     """
     return folder.with_name(f"{folder.name}.tmp-{_host()}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -45,7 +45,7 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def sweep(root: str | os.PathLike[str]) -> list[Path]:
+def remove_stale_folders(root: str | os.PathLike[str]) -> list[Path]:
     """Remove the temporary folders of saves and deletions whose process is dead; returns what went.
 
     Only names of our own pattern. On this host a folder is dead when its process is gone or is this
@@ -186,7 +186,9 @@ def _lock_alone(fd: int) -> bool:
 
 
 def pin_file(folder: str | os.PathLike[str]) -> Path:
-    """The marker beside a step folder that keeps retention away from it: `step-00001200.pin`."""
+    """Returns the marker beside a step folder that keeps retention away from it:
+    `step-00001200.pin`.
+    """
     folder = Path(folder)
     return folder.with_name(f"{folder.name}.pin")
 

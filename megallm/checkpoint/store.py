@@ -29,8 +29,14 @@ from megallm.checkpoint.manifest import (
     merge_tables,
     table_from_json,
 )
-from megallm.checkpoint.reader import Reader, file_problems, load_manifest, step_folders, step_name
-from megallm.checkpoint.retention import retire, set_aside, sweep, temporary_step
+from megallm.checkpoint.reader import (
+    CheckpointReader,
+    load_manifest,
+    shard_file_problems,
+    step_folders,
+    step_name,
+)
+from megallm.checkpoint.retention import remove_stale_folders, retire, set_aside, temporary_step
 
 _APPEAR_SECONDS = (
     5.0  # how long a shard of another host may take to appear on a network file system
@@ -42,7 +48,7 @@ class World(Protocol):
     size: int
 
 
-class Mesh(Protocol):
+class MeshProtocol(Protocol):
     """What saving needs of a mesh: all ranks, gather to rank 0 (None elsewhere), broadcast from
     rank 0.
     """
@@ -56,8 +62,8 @@ class Mesh(Protocol):
 def latest(
     root: str | os.PathLike[str], without: Sequence[str] = ()
 ) -> tuple[Path | None, list[str]]:
-    """The newest valid step under `root` (None without any), and a warning for each newer one that
-    is damaged.
+    """Returns the newest valid step under `root` (None without any), and a warning for each newer
+    one that is damaged.
 
     Steps whose names are in `without` are left out. Hashes of tensors are not looked at.
     """
@@ -75,7 +81,7 @@ def latest(
 
 
 @dataclass(frozen=True)
-class Keeping:
+class RetentionPolicy:
     """What `save` does with older steps, and who may change the folder; that of rank 0 counts.
 
     `newest` valid steps stay, the new one included (0: all), and `proven` does. `guard` is called
@@ -94,11 +100,11 @@ def weights_only(name: str) -> bool:
 
 def latest_whole(
     root: str | os.PathLike[str],
-    mesh: Mesh | None = None,
+    mesh: MeshProtocol | None = None,
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> tuple[Path | None, list[str]]:
-    """The newest step under `root` whose wanted tensors all match their hashes, and a warning for
-    each newer one.
+    """Returns the newest step under `root` whose wanted tensors all match their hashes, and a
+    warning for each newer one.
 
     Collective over the world: each rank reads its share, so a start reads a checkpoint once more,
     from the page cache if it fits (2 to 10 GB/s a rank, the speed of the file system or of xxh3).
@@ -126,15 +132,15 @@ def latest_whole(
 
 def _first_problem(folder: Path, rank: int, size: int, wanted: Callable[[str], bool]) -> str:
     try:
-        with Reader(folder) as reader:
+        with CheckpointReader(folder) as reader:
             return next(reader.problems(rank, size, wanted), "")
     except CheckpointError as error:
         return str(error)
 
 
 def save(
-    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: Mesh,
-    keep: int | Keeping | None = None,
+    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: MeshProtocol,
+    keep: int | RetentionPolicy | None = None,
 ) -> Path:  # fmt: skip
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
@@ -144,7 +150,7 @@ def save(
     the parts do not hold every tensor exactly once.
     """
     root = Path(root)
-    keeping = keep if isinstance(keep, Keeping) else Keeping(keep or 0)
+    keeping = keep if isinstance(keep, RetentionPolicy) else RetentionPolicy(keep or 0)
     first = mesh.world.rank == 0
     begun = mesh.broadcast_json(_begin(root, step, keeping) if first else None)
     _raise_if_failed(begun)
@@ -177,13 +183,13 @@ def _raise_if_failed(report: dict[str, Any]) -> None:
         raise _KINDS[report["kind"]](report["error"])
 
 
-def _begin(root: Path, step: int, keeping: Keeping) -> dict[str, str]:
+def _begin(root: Path, step: int, keeping: RetentionPolicy) -> dict[str, str]:
     """Rank 0: sweep what dead writers left, and make the temporary folder of this save."""
     try:
         keeping.guard()
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-            sweep(root)
+            remove_stale_folders(root)
             folder = temporary_step(root / step_name(step))
             folder.mkdir()
     except CannotWrite as error:
@@ -213,7 +219,7 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
 
 
 def _finish(
-    root: Path, folder: Path, keeping: Keeping, assemble: Callable[[], Manifest]
+    root: Path, folder: Path, keeping: RetentionPolicy, assemble: Callable[[], Manifest]
 ) -> dict[str, Any]:
     """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
     try:
@@ -289,7 +295,7 @@ def _await_files(folder: Path, manifest: Manifest) -> None:
     appear.
     """
     deadline = time.monotonic() + _APPEAR_SECONDS
-    while problem := next(file_problems(folder, manifest), None):
+    while problem := next(shard_file_problems(folder, manifest), None):
         if time.monotonic() > deadline:
             raise CannotWrite(
                 f"{problem} Rank 0 must see what every rank wrote: put the run folder on a file "

@@ -20,7 +20,7 @@ from megallm.base.files import atomic_path, writing
 from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import ShardWriter, header_bytes, raw
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.reader import Reader, load_manifest, step_folders
+from megallm.checkpoint.reader import CheckpointReader, load_manifest, step_folders
 from megallm.checkpoint.retention import pin_file
 from megallm.checkpoint.store import latest, latest_whole
 
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 
 def root_of(source: str | os.PathLike[str]) -> Path:
-    """The folder that holds the steps of a run folder (or of itself)."""
+    """Returns the folder that holds the steps of a run folder (or of itself)."""
     source = Path(source)
     return source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
 
 
 def resolve(source: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Path:
-    """The step folder that a source means; of a run folder the newest whose `wanted` tensors are
-    whole.
+    """Returns the step folder that a source means; of a run folder the newest whose `wanted`
+    tensors are whole.
 
     Without `wanted` hashes are not looked at. What is passed over is logged. A step that is named
     is taken as it is. Errors: `CheckpointError` when there is none that is valid.
@@ -118,7 +118,7 @@ def show(source: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[str, Any]:
+def verify_checkpoint(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[str, Any]:
     """Read every byte of one step and compare with its hash: step, path, ok, pieces, bytes,
     problems (sentences).
 
@@ -126,7 +126,7 @@ def verify(source: str | os.PathLike[str], progress: Progress = quiet) -> dict[s
     """
     folder = resolve(source)
     try:
-        with Reader(folder) as reader:
+        with CheckpointReader(folder) as reader:
             manifest = reader.manifest
             found = [
                 *reader.problems(progress=progress),
@@ -163,15 +163,15 @@ def _extra_files(folder: Path, known: set[str]) -> list[str]:
 def diff(
     first: str | os.PathLike[str], second: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
-    """What differs between two steps: `same`, `tensors` (name, what, max_abs_error) and `meta`
-    (keys that differ).
+    """Returns what differs between two steps: `same`, `tensors` (name, what, max_abs_error) and
+    `meta` (keys that differ).
 
     `what` is "only in first", "only in second", "shape or dtype" or "values". Values are compared
     bit by bit; max_abs_error is computed in float64 and is NaN when a NaN stands against a number,
     None without values.
     """
     rows = []
-    with Reader(resolve(first, _all)) as a, Reader(resolve(second, _all)) as b:
+    with CheckpointReader(resolve(first, _all)) as a, CheckpointReader(resolve(second, _all)) as b:
         names_a, names_b = set(a.names()), set(b.names())
         for number, name in enumerate(sorted(names_a | names_b)):
             progress("comparing", number, len(names_a | names_b), "tensors")
@@ -199,7 +199,9 @@ def _value_row(name: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, Any] | 
 
 
 def raw_differs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Where two tensors of one dtype and shape differ in their bits: bool of the same shape."""
+    """Returns where two tensors of one dtype and shape differ in their bits: bool of the same
+    shape.
+    """
     width = a.element_size()
     bytes_a = a.contiguous().reshape(-1, 1).view(torch.uint8).reshape(-1, width)
     bytes_b = b.contiguous().reshape(-1, 1).view(torch.uint8).reshape(-1, width)
@@ -224,7 +226,7 @@ def dump(
     complete. Returns step, output, tensors, bytes. Errors: `CheckpointError`, `CannotWrite`.
     """
     output = Path(output)
-    with Reader(resolve(source, _all)) as reader:
+    with CheckpointReader(resolve(source, _all)) as reader:
         records = reader.manifest.tensors
         names = sorted(records, key=lambda name: (-records[name].itemsize, name))
         header = header_bytes(

@@ -65,7 +65,7 @@ class Board:
             self._memory[_DRAWN] = 1
 
     def read(self) -> Note | None:
-        """The last note; None when it is being written at this moment."""
+        """Returns the last note; None when it is being written at this moment."""
         if self._memory is None:
             return None
         size = int.from_bytes(self._memory[:4], "little")

@@ -25,7 +25,10 @@ from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
 
 PRELOAD = ("megallm.inference.chat", "megallm.launch.group")
-HELP = "/reset forgets the conversation, /system TEXT gives instructions, /quit leaves; Ctrl-C stops an answer."
+HELP = (
+    "/reset forgets the conversation, /system TEXT gives instructions, /quit leaves; Ctrl-C stops "
+    "an answer."
+)
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
         ]
         ranks = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), start_new_session=True
-        )  # fmt: skip
+        )
         theirs.close()
         left = Conversation(ours, args.system).run()
     code = ranks.wait()  # they leave when the socket closes; an error was already printed by them
@@ -69,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _passed_on(args: argparse.Namespace) -> list[str]:
-    """The options that concern the ranks, written out again."""
+    """Returns the options that concern the ranks, written out again."""
     words = []
     for name, value in vars(args).items():
         if name in ("system", "socket") or value is None:
@@ -106,8 +109,8 @@ class Conversation:
         return True
 
     def _lines(self) -> Iterator[str]:
-        """What the person says, a line each; the end of the input ends it. Ctrl-C at the prompt
-        gives an empty line.
+        """Yields what the person says, a line each; the end of the input ends it. Ctrl-C at the
+        prompt gives an empty line.
         """
         if not self.terminal:
             for line in sys.stdin:
@@ -163,7 +166,7 @@ class Conversation:
         return None
 
     def _hear(self) -> dict[str, Any] | None:
-        """The ranks' next message; None when they have ended."""
+        """Returns the ranks' next message; None when they have ended."""
         message = self.line.receive(None)
         return None if message.get("do") == QUIT else message
 

@@ -64,7 +64,7 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from megallm.checkpoint import tools
 
-    found = tools.verify(args.source, BOARD.show)
+    found = tools.verify_checkpoint(args.source, BOARD.show)
     BOARD.end()
     if found["ok"]:
         return _out(
@@ -152,7 +152,10 @@ def _upcycle(args: argparse.Namespace) -> int:
     )
     done = run(request)
     BOARD.end()
-    sizes = f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for a token"
+    sizes = (
+        f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for "
+        "a token"
+    )
     return _out(
         args,
         done,

@@ -127,7 +127,10 @@ def _fish() -> str:
         text = texts.get(first, "; ".join(f"{second}" for second in seconds))
         lines.append(f"complete -c megallm -n __fish_use_subcommand -a {first} -d {_quoted(text)}")
         for second in seconds:
-            condition = f"__fish_seen_subcommand_from {first}; and not __fish_seen_subcommand_from {' '.join(seconds)}"
+            condition = (
+                f"__fish_seen_subcommand_from {first}; and not __fish_seen_subcommand_from "
+                f"{' '.join(seconds)}"
+            )
             text = _quoted(texts[f"{first} {second}"])
             lines.append(f"complete -c megallm -n {_quoted(condition)} -a {second} -d {text}")
     for words, rows in options().items():

@@ -58,18 +58,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     parser.add_argument(
-        "--no-files", action="store_true", help="do not look whether data files and tokenizer are "
-                                                "there"
-    )  # fmt: skip
+        "--no-files",
+        action="store_true",
+        help="do not look whether data files and tokenizer are there",
+    )
     parser.add_argument(
         "--schema",
         action="store_true",
         help="print the JSON schema with the documentation of each key",
     )
     parser.add_argument(
-        "--from-megatron-args", metavar='FILE.sh|"--flags"',
+        "--from-megatron-args",
+        metavar='FILE.sh|"--flags"',
         help="print the configuration that a launch script of Megatron-LM, or its flags, stand for",
-    )  # fmt: skip
+    )
 
 
 def from_megatron(source: str) -> int:

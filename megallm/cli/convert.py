@@ -61,10 +61,14 @@ def _run(args: argparse.Namespace) -> int:
     for note in done["notes"]:
         print(f"megallm: note: {note}", file=sys.stderr)
     print(json.dumps(done))
-    then = "transformers' AutoModelForCausalLM.from_pretrained loads it" if args.to == "hf" else (
-        f"`megallm pretrain CONFIG run.dir={args.output}` with the section of "
-        f"{args.output}/model.yaml"
-    )  # fmt: skip
+    then = (
+        "transformers' AutoModelForCausalLM.from_pretrained loads it"
+        if args.to == "hf"
+        else (
+            f"`megallm pretrain CONFIG run.dir={args.output}` with the section of "
+            f"{args.output}/model.yaml"
+        )
+    )
     tell(
         f"the model is in {args.output}.",
         f"`megallm generate --model {args.output} --prompt TEXT`; {then}.",

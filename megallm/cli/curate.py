@@ -63,8 +63,11 @@ def _curate(args: argparse.Namespace) -> int:
             "megallm: warning: no document was kept; the report shows which rule dropped them.",
             file=sys.stderr,
         )
-    tell(f"the text is in {args.output}/kept, the report in {args.output}/{run.REPORT}.",
-         f"`megallm preprocess --input {args.output}/kept/*.jsonl.gz --output P --tokenizer DIR|bytes`.")  # fmt: skip
+    tell(
+        f"the text is in {args.output}/kept, the report in {args.output}/{run.REPORT}.",
+        f"`megallm preprocess --input {args.output}/kept/*.jsonl.gz --output P "
+        "--tokenizer DIR|bytes`.",
+    )
     return 0
 
 
@@ -87,7 +90,7 @@ def _train_classifier(args: argparse.Namespace) -> int:
     from megallm.curate import classifier
 
     check_outputs(args, args.output)
-    model = classifier.train(args.good, args.bad, args.key, args.seed, BOARD.show)
+    model = classifier.train_classifier(args.good, args.bad, args.key, args.seed, BOARD.show)
     model.save(args.output)
     BOARD.end()
     print(json.dumps(model.about, indent=2))
@@ -115,8 +118,8 @@ def _train_lm(args: argparse.Namespace) -> int:
     from megallm.curate import kneser_ney, readers
 
     check_outputs(args, args.output)
-    model = kneser_ney.train(
-        _counted(readers.texts(args.input, args.key)), args.order, args.min_count
+    model = kneser_ney.train_ngrams(
+        _counted(readers.document_texts(args.input, args.key)), args.order, args.min_count
     )
     BOARD.show("writing", 0, None)
     model.save(args.output)
@@ -135,7 +138,7 @@ def _train_lm(args: argparse.Namespace) -> int:
 
 
 def _counted(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts; how many there were is noted as progress."""
+    """Yields the same texts; how many there were is noted as progress."""
     number = 0
     for number, text in enumerate(texts, start=1):
         BOARD.show("reading", number, None, "texts")
@@ -174,13 +177,15 @@ def _synth(args: argparse.Namespace) -> int:
         packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if args.output.endswith(".gz") else raw
         for number, row in enumerate(rows):
             BOARD.show("making", number, args.count, "tasks")
-            packed.write(synth.dump(row).encode())
+            packed.write(synth.dump_row(row).encode())
         if packed is not raw:
             packed.close()
     BOARD.end()
     print(json.dumps({"tasks": args.count, "output": args.output}))
-    tell(f"the tasks are in {args.output}.",
-         f"`megallm preprocess --input {args.output} --output P --tokenizer DIR|bytes`.")  # fmt: skip
+    tell(
+        f"the tasks are in {args.output}.",
+        f"`megallm preprocess --input {args.output} --output P --tokenizer DIR|bytes`.",
+    )
     return 0
 
 

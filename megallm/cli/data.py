@@ -44,9 +44,10 @@ def _preprocess_arguments(parser: argparse.ArgumentParser) -> None:
         "--append-eod", action="store_true", help="end each document with the end-of-document token"
     )
     parser.add_argument(
-        "--add-special-tokens", action="store_true",
+        "--add-special-tokens",
+        action="store_true",
         help="put around each document what the tokenizer's template does, such as [CLS] and [SEP]",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
         "--on-error",
@@ -122,8 +123,10 @@ def _preprocess(args: argparse.Namespace) -> int:
     named = ", ".join(prefixes[:3]) + (
         f" and {len(prefixes) - 3} more" if len(prefixes) > 3 else ""
     )
-    tell(f"the data is in {named} (.bin, .idx).",
-         f"{_train_on(prefixes[0])}; `megallm data stats {prefixes[0]}` looks at it.")  # fmt: skip
+    tell(
+        f"the data is in {named} (.bin, .idx).",
+        f"{_train_on(prefixes[0])}; `megallm data stats {prefixes[0]}` looks at it.",
+    )
     return 0
 
 
@@ -132,7 +135,7 @@ def _train_on(prefix: str) -> str:
 
 
 def _counts() -> Callable[[Any], None]:
-    """What notes the counts of a run for the process that shows them."""
+    """Returns what notes the counts of a run for the process that shows them."""
 
     def show(stats: Any) -> None:
         told = f"{sum(stats.tokens.values()):,} tokens, {stats.rejected:,} rejected"
@@ -155,10 +158,13 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
         help="more special tokens, as for FIM",
     )
     parser.add_argument(
-        "--sample-mib", type=int, default=256, metavar="N",
+        "--sample-mib",
+        type=int,
+        default=256,
+        metavar="N",
         help="learn from at most N MiB of the text, spread over it: bounds time and memory "
-             "(default 256)",
-    )  # fmt: skip
+        "(default 256)",
+    )
     overwrite_argument(parser)
 
 
@@ -175,8 +181,10 @@ def _tokenizer_train(args: argparse.Namespace) -> int:
     )
     BOARD.end()
     print(json.dumps(found, indent=2))
-    tell(f"the tokenizer is in {args.output}.",
-         f"`megallm preprocess --input F.. --output P --tokenizer {args.output} --append-eod`.")  # fmt: skip
+    tell(
+        f"the tokenizer is in {args.output}.",
+        f"`megallm preprocess --input F.. --output P --tokenizer {args.output} --append-eod`.",
+    )
     return 0
 
 
@@ -191,7 +199,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.vocab is not None and args.vocab < 1:
         raise UsageError(f"--vocab is {args.vocab}; it must be at least 1.")
-    found = indexed.verify(args.prefix, args.vocab, BOARD.show)
+    found = indexed.verify_dataset(args.prefix, args.vocab, BOARD.show)
     BOARD.end()
     line = f"{found['prefix']}: {found['documents']} documents, {found['tokens']} tokens"
     line += f" of {found['dtype']}, all sound."
@@ -286,7 +294,7 @@ def _split(args: argparse.Namespace) -> int:
     shares = split_merge.parse_shares(args.shares)
     parts = [f"{args.output}-{part}" for part in range(len(shares))]
     check_outputs(args, *(path for part in parts for path in indexed_files(part)))
-    found = split_merge.split(args.prefix, args.output, shares, args.seed, BOARD.show)
+    found = split_merge.split_dataset(args.prefix, args.output, shares, args.seed, BOARD.show)
     BOARD.end()
     print(json.dumps(found, indent=2))
     tell(f"the parts are in {parts[0]} to {parts[-1]} (.bin, .idx).", f"{_train_on(parts[0])}.")

@@ -12,7 +12,7 @@ import platform
 import sys
 from typing import Any
 
-from megallm.base import extension
+from megallm.base import extension, optional
 from megallm.base.errors import InternalError, MegallmError
 from megallm.base.version import VERSION
 from megallm.cli.table import Command
@@ -31,12 +31,6 @@ REQUIRED = (
     "matplotlib",
     "zstandard",
 )
-OPTIONAL = {
-    "tensorboard": "log.tensorboard",
-    "pyarrow": "Parquet input of `megallm preprocess`",
-    "transformers": "comparison with Hugging Face models",
-    "triton": "GPU kernels",
-}
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +59,9 @@ def examine() -> dict[str, Any]:
         "threads_of_one_rank": thread_count(1),
         "required": required,
         "optional": {
-            name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()
+            row.distribution: {"version": optional.version(name), "for": row.purpose}
+            for name, row in optional.LIBRARIES.items()
+            if not row.backend and row.distribution not in REQUIRED
         },
         "backends": {name: _backend(name) for name in backends.BACKENDS},
         "extension": {"name": status.name, "loaded": status.loaded, "detail": status.detail},
@@ -76,11 +72,11 @@ def examine() -> dict[str, Any]:
 
 
 def _backend(name: str) -> dict[str, str | None]:
-    """A row of the table of optional libraries, and the version found."""
+    """Returns a row of the table of optional libraries, and the version found."""
     backend = backends.BACKENDS[name]
     return {
-        "version": backends.version(name),
-        "replaces": backend.replaces,
+        "version": optional.version(name),
+        "replaces": backend.purpose,
         "key": backend.key or None,
     }
 

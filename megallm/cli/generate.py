@@ -59,8 +59,13 @@ def sampling_arguments(
 ) -> None:
     """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
-        help=f"longest answer, in tokens (default {max_new_tokens})")  # fmt: skip
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"longest answer, in tokens (default {max_new_tokens})",
+    )
     add(
         "--temperature",
         type=float,
@@ -74,15 +79,25 @@ def sampling_arguments(
         default=1.0,
         help="sample among the likeliest tokens of this total share",
     )
-    add("--repetition-penalty", type=float, default=1.0, metavar="F",
-        help="above 1, tokens that were already there become less likely")  # fmt: skip
-    add("--stop", action="append", default=[], metavar="TEXT",
-        help="end an answer before this text; may be given several times")  # fmt: skip
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="above 1, tokens that were already there become less likely",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )
     add("--seed", type=int, default=0, help="the same seed draws the same tokens (default 0)")
 
 
 def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
-    """The checked request that the arguments of `generate` or `chat` stand for."""
+    """Returns the checked request that the arguments of `generate` or `chat` stand for."""
     request = GenerateRequest(
         model=args.model,
         max_new_tokens=args.max_new_tokens,
@@ -117,9 +132,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     overwrite_argument(parser)
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction,
+        "--stream",
+        action=argparse.BooleanOptionalAction,
         help="print text as it is generated (default: on a terminal)",
-    )  # fmt: skip
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -181,7 +197,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The `prompt` of each line; raises DataError `file:line: reason`."""
+    """Returns the `prompt` of each line; raises DataError `file:line: reason`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from megallm.base import extension, terminal, words
+from megallm.base import extension, suggest, terminal
 from megallm.base.errors import CannotWrite, InternalError, MegallmError, UsageError
 from megallm.base.output import open_standard_streams, show_error
 from megallm.base.paths import expand_home
@@ -47,12 +47,12 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             options = [option for action in self._actions for option in action.option_strings]
             given = message.partition(": ")[2].split()[0].partition("=")[0]
-            hint = self._setting(given) or words.did_you_mean(given, options)
+            hint = self._setting(given) or suggest.did_you_mean(given, options)
         raise UsageError(f"{message[:1].lower()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
     def _setting(self, given: str) -> str:
-        """A hint for an option that is a setting here, where the verb takes settings: `--lr` is
-        optim.lr=VALUE.
+        """Returns a hint for an option that is a setting here, where the verb takes settings:
+        `--lr` is optim.lr=VALUE.
         """
         from megallm.base.config import leaves  # here: `--help` need not wait for them
         from megallm.cli.config import DEFAULT
@@ -60,13 +60,13 @@ class Parser(argparse.ArgumentParser):
 
         if not given.startswith("-") or all(action.dest != "overrides" for action in self._actions):
             return ""
-        if words.plain(given.lstrip("-")) == "config" or given == "-c":
+        if suggest.plain(given.lstrip("-")) == "config" or given == "-c":
             return " The configuration stands without an option: CONFIG."
-        name = words.plain(given.lstrip("-"))
+        name = suggest.plain(given.lstrip("-"))
         config = KINDS.get(self.prog.rpartition(" ")[2], KINDS[DEFAULT]).config
         known = list(leaves(config))
         keys = [
-            key for key in known if name in (words.plain(key), words.plain(key.rpartition(".")[2]))
+            key for key in known if name in (suggest.plain(key), suggest.plain(key.rpartition(".")[2]))
         ]
         found = keys[0] if len(keys) == 1 else vars(config).get("OTHER_NAMES", {}).get(name)
         if found is None:
@@ -161,8 +161,11 @@ def dispatch(arguments: list[str]) -> int:
     also = [one for one in group_of(verb.words) if verb.words in VERBS]
     epilog = f"See also: {', '.join(f'megallm {one}' for one in also)}." if also else None
     parser = Parser(
-        prog=f"megallm {verb.words}", description=_sentence(verb.help), epilog=epilog, allow_abbrev=False
-    )  # fmt: skip
+        prog=f"megallm {verb.words}",
+        description=_sentence(verb.help),
+        epilog=epilog,
+        allow_abbrev=False,
+    )
     command.arguments(parser)
     parsed = expand_paths(parser.parse_intermixed_args(rest))
     if verb.words in FASTER_WITH_EXTENSION:
@@ -171,7 +174,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def group_of(first: str) -> list[str]:
-    """The verbs of two words that begin with this one."""
+    """Returns the verbs of two words that begin with this one."""
     return [words for words in VERBS if words.startswith(f"{first} ")]
 
 
@@ -192,34 +195,34 @@ def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def find_verb(arguments: list[str]) -> tuple[Verb, list[str]]:
-    """The verb that the first one or two words name, and the words after it."""
+    """Returns the verb that the first one or two words name, and the words after it."""
     for name in _names(arguments):
         if name in VERBS:
             return VERBS[name], arguments[len(name.split()) :]
     first, group = arguments[0], group_of(arguments[0])
     if group:
         given = " ".join(arguments[:2])
-        near = words.did_you_mean(given, group, cutoff=0.75) if arguments[1:] else ""
+        near = suggest.did_you_mean(given, group, cutoff=0.75) if arguments[1:] else ""
         raise UsageError(f"'megallm {given}' is not a verb; there are: {', '.join(group)}.{near}")
-    hint = words.did_you_mean(
-        first, [one for one in VERBS if words.plain(one) == words.plain(first)]
+    hint = suggest.did_you_mean(
+        first, [one for one in VERBS if suggest.plain(one) == suggest.plain(first)]
     )
     if not hint:
         from megallm.training import other_names
 
         pointer = other_names.verb_pointer(first)
         known = dict.fromkeys([*VERBS, *(one.split()[0] for one in VERBS)])
-        hint = f" {pointer}" if pointer else words.did_you_mean(first, known)
+        hint = f" {pointer}" if pointer else suggest.did_you_mean(first, known)
     raise UsageError(f"'{first}' is not a verb.{hint} The verbs are: {', '.join(VERBS)}.")
 
 
 def _names(arguments: list[str]) -> list[str]:
-    """What the verb may be called: the first two words, or the first."""
+    """Returns what the verb may be called: the first two words, or the first."""
     return [" ".join(arguments[:count]) for count in (2, 1)]
 
 
 def group_overview(first: str) -> str:
-    """The text of `megallm data --help`."""
+    """Returns the text of `megallm data --help`."""
     return (
         f"usage: megallm {first} VERB [arguments]\n\nverbs:\n{_rows(group_of(first))}\n\n{OF_ONE}"
     )
@@ -242,7 +245,7 @@ def _say_without_extension() -> None:
 
 
 def overview() -> str:
-    """The text of `megallm --help`."""
+    """Returns the text of `megallm --help`."""
     return (
         "usage: megallm VERB [arguments]\n\nTrain language models, from raw text to a model "
         f"trained in parallel.\n\nverbs:\n{_rows(VERBS)}\n\n{OF_ONE} Exit codes: 0 ok, 2 usage or "

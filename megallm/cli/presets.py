@@ -19,8 +19,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each preset, in the order of the table; `active_params` are those that one token
-    uses.
+    """Returns a row for each preset, in the order of the table; `active_params` are those that one
+    token uses.
     """
     found = []
     for name in PRESETS:
@@ -32,7 +32,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def count(number: int) -> str:
-    """A number of parameters: 1.1M, 6.7B."""
+    """Returns a number of parameters: 1.1M, 6.7B."""
     return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
 
 
@@ -47,8 +47,10 @@ def _run(args: argparse.Namespace) -> int:
     ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for number, row in enumerate(table):
-        text = [cell.ljust(width) if at in (0, 2) else cell.rjust(width) for at, (cell, width) in
-                enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        text = [
+            cell.ljust(width) if at in (0, 2) else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         active = found[number - 1]["active_params"] if number else 0
         experts = number and active != found[number - 1]["params"]
         print("  ".join(text) + (f"  ({count(active)} of them for a token)" if experts else ""))

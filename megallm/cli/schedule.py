@@ -49,10 +49,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="microbatches that an interleaved chunk takes in turn (default pp)",
     )
     parser.add_argument(
-        "--cost", default="", metavar="F=1,B=1,W=1,M=0",
+        "--cost",
+        default="",
+        metavar="F=1,B=1,W=1,M=0",
         help="times of a chunk: forward, input gradient, weight gradient (a whole backward takes "
-             "B + W); of a message",
-    )  # fmt: skip
+        "B + W); of a message",
+    )
     parser.add_argument(
         "--json",
         metavar="F",
@@ -76,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         atomic_write_json(args.json, to_json(timeline))
     if args.draw:
-        picture.save(drawn, Path(args.draw))
+        picture.save_picture(drawn, Path(args.draw))
     if args.trace:
         atomic_write_json(args.trace, picture.chrome_trace(drawn))
     _show(drawn)
@@ -84,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _placement(args: argparse.Namespace) -> Placement:
-    """The placement; UsageError for a size that is no size, or too large to write down."""
+    """Returns the placement; UsageError for a size that is no size, or too large to write down."""
     for name in ("pp", "chunks", "micros", "group"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -143,7 +145,7 @@ def title(args: argparse.Namespace, placement: Placement, timeline: Timeline) ->
 
 
 def to_json(timeline: Timeline) -> dict[str, object]:
-    """The timeline as plain data."""
+    """Returns the timeline as plain data."""
     return {
         "ranks": [[_slot_json(slot) for slot in row] for row in timeline.ranks],
         "makespan": timeline.makespan,
@@ -165,7 +167,7 @@ def _slot_json(slot: Slot) -> dict[str, object]:
 
 
 # --- the grid
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _show(drawn: picture.Picture) -> None:
@@ -219,7 +221,7 @@ def _band(drawn: picture.Picture, width: int) -> int:
 
 
 def legend(drawn: picture.Picture) -> list[str]:
-    """What the signs of the grid mean: those that it has."""
+    """Returns what the signs of the grid mean: those that it has."""
     ops = {slot.action.op for row in drawn.timeline.ranks for slot in row}
     means = {
         "F": "forward",
@@ -244,8 +246,8 @@ def _print(console: Console, line: Text) -> None:
 
 
 def grid(drawn: picture.Picture) -> list[Text]:
-    """A ruler and a row for each rank, all to one scale: `F3` is microbatch 3 forward, `F3b` in the
-    second chunk.
+    """Returns a ruler and a row for each rank, all to one scale: `F3` is microbatch 3 forward,
+    `F3b` in the second chunk.
     """
     timeline, placement = drawn.timeline, drawn.placement
     scale, _ = _scale(drawn)

@@ -18,7 +18,7 @@ from megallm.base.errors import UsageError
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
-from megallm.data.batches import Reader, Share
+from megallm.data.batches import BatchReader, Share
 from megallm.data.stream import trace
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
@@ -73,7 +73,7 @@ def _stream(args: argparse.Namespace) -> int:
 def _rows(
     config: PretrainConfig, first: int, last: int, start: str | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the steps after `first` up to `last`."""
+    """Yields the rows of the steps after `first` up to `last`."""
     reader, done = _reader(config, first, start)
     for step in range(done + 1, last + 1):
         rows = reader.consumed(step)
@@ -81,8 +81,8 @@ def _rows(
             yield from rows
 
 
-def _reader(config: PretrainConfig, before: int, start: str | None) -> tuple[Reader, int]:
-    """A reader of all rows, and the step it stands after: at most `before`."""
+def _reader(config: PretrainConfig, before: int, start: str | None) -> tuple[BatchReader, int]:
+    """Returns a reader of all rows, and the step it stands after: at most `before`."""
     reading.check_tokenizers(config)
     done, state = (before, None) if start is None else reading.saved_state(Path(start))
     if done > before:

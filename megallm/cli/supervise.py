@@ -83,7 +83,7 @@ def supervised(verb: str, kept: str, work: Callable[[], int]) -> int:
 
 
 def _library() -> Any:
-    """The C library."""
+    """Returns the C library."""
     import ctypes  # takes 20 ms that `megallm --help` need not
 
     return ctypes.CDLL(None)

@@ -78,8 +78,14 @@ _ROWS = (
     ("doctor", "doctor", "show versions, the extension, optional libraries and a check of gloo"),
 )
 _NOTHING = "nothing was written: the same command begins again."
-_PARTIAL = "what is done stays in OUTPUT.partial: the same command goes on from there (a pipe is read from its start)."
-_WORK = "the shards that are done stay in OUTPUT/work: the same command, without --overwrite, goes on from there."
+_PARTIAL = (
+    "what is done stays in OUTPUT.partial: the same command goes on from there (a pipe is read "
+    "from its start)."
+)
+_WORK = (
+    "the shards that are done stay in OUTPUT/work: the same command, without --overwrite, goes on "
+    "from there."
+)
 KEPT = {
     "preprocess": _PARTIAL, "tokenizer train": _NOTHING, "data verify": "nothing was found to be "
                                                                         "wrong so far.",

@@ -95,7 +95,9 @@ def _prepare(request: from_text.Request) -> None:
 
 
 def _shorter(args: argparse.Namespace) -> list[str]:
-    """A warm-up that fits `train.steps=N` of the command line, where the chosen one does not."""
+    """Returns a warm-up that fits `train.steps=N` of the command line, where the chosen one does
+    not.
+    """
     given = load(PretrainConfig, args.config, args.overrides)
     if given.optim.warmup_steps < given.train.steps or any(
         "optim.warmup_steps" in one for one in args.overrides
@@ -105,7 +107,7 @@ def _shorter(args: argparse.Namespace) -> list[str]:
 
 
 def _request(args: argparse.Namespace) -> from_text.Request:
-    """The command as a request; `run.dir=` among the settings says where the run lives."""
+    """Returns the command as a request; `run.dir=` among the settings says where the run lives."""
     preset = args.preset or from_text.TINY
     from_text.check_preset(preset)
     given = [

@@ -38,7 +38,7 @@ from megallm.base.files import (
 from megallm.checkpoint import store
 from megallm.checkpoint.io import DTYPE_NAMES, Part, ShardWriter, header_bytes, raw
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files, verify
@@ -51,7 +51,7 @@ from megallm.convert.weights import (
     PRECISIONS,
     Cast,
     HfReader,
-    Source,
+    WeightSource,
     bridge_of,
     dtype_of,
     fill_theirs,
@@ -60,7 +60,7 @@ from megallm.convert.weights import (
 )
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import BYTES
-from megallm.data.text.tokenizer_folder import FORMS, TOKEN_IDS, keep
+from megallm.data.text.tokenizer_folder import TOKEN_IDS, TOKENIZER_FORMS, save_tokenizer_files
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
@@ -104,7 +104,7 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     output = Path(request.output)
     if request.verify:
         verify.check_available()
-    check_new(output, request.input, request.overwrite)
+    check_output(output, request.input, request.overwrite)
     if not Path(request.input).is_dir():
         raise UsageError(
             f"--input {request.input} is not a folder; give a run, step or model folder."
@@ -122,7 +122,7 @@ def run(request: ConvertRequest) -> dict[str, Any]:
     return done
 
 
-def check_new(output: Path, source: str, overwrite: bool) -> None:
+def check_output(output: Path, source: str, overwrite: bool) -> None:
     """Errors: UsageError for an output that is there already, unless it is an empty folder, or to
     be overwritten and such a folder as conversion writes: a model that does not hold `source`, and
     no training run."""
@@ -159,7 +159,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
                     fsync_file(os.path.join(path, name))
                 fsync_dir(path)
             old = temporary_name(output.absolute())
-            if not is_empty(output):  # `check_new` allowed it
+            if not is_empty(output):  # `check_output` allowed it
                 os.rename(output, old)
             os.rename(temporary, output)
             shutil.rmtree(old, ignore_errors=True)
@@ -178,7 +178,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
             f"--input {request.input} is a Hugging Face folder already; --to megallm converts it."
         )
     step = resolve(request.input, weights_only)
-    with Reader(step) as reader:
+    with CheckpointReader(step) as reader:
         model = stored_model(reader)
         family = family_of(model)
         bridge = bridge_of(model, family.rules_of(model.head))
@@ -200,7 +200,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
 
 
 def write_weights(
-    folder: Path, bridge: Bridge, source: Source, dtype: torch.dtype, max_shard_bytes: int
+    folder: Path, bridge: Bridge, source: WeightSource, dtype: torch.dtype, max_shard_bytes: int
 ) -> int:
     """All tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an index
     when there are more.
@@ -242,7 +242,7 @@ def write_weights(
     return total
 
 
-def _their_number(bridge: Bridge, source: Source, name: str, place: tuple[int, ...]) -> float:
+def _their_number(bridge: Bridge, source: WeightSource, name: str, place: tuple[int, ...]) -> float:
     """One number of their tensor `name` in float64."""
     found = torch.empty((1,) * len(place), dtype=torch.float64)
     fill_theirs(bridge, source, name, Box(place, (1,) * len(place)), found)
@@ -266,12 +266,17 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 def write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tokenizer_files.Ids]:
     """Copy or make the tokenizer's files; notes, and the ids that begin, end and fill a text."""
-    spec, kept = tokenizer_files.find_tokenizer(step, meta), tokenizer_files.kept_folder(step)
+    spec, kept = (
+        tokenizer_files.checkpoint_tokenizer(step, meta),
+        tokenizer_files.copied_folder(step),
+    )
     if spec is not None:
-        tokenizer_files.check_words(meta, spec, tokenizer.load(spec))
+        tokenizer_files.check_vocabulary(meta, spec, tokenizer.load(spec))
     if spec not in (None, BYTES):
         source = Path(spec)
-        tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else keep(spec, folder)
+        tokenizer_files.copy_tokenizer(source, folder) if source.is_dir() else save_tokenizer_files(
+            spec, folder
+        )
     elif kept is not None:
         tokenizer_files.copy_tokenizer(kept, folder, definition=False)
     if spec == BYTES:
@@ -286,18 +291,18 @@ def write_tokenizer(folder: Path, step: Path, meta: Any) -> tuple[list[str], tok
 # To megallm.
 
 
-class Lazy:
+class LazyTensors:
     """What a checkpoint's Part needs of a tensor: shape, dtype and slices. A slice is read when it
     is asked for, and refused unless all of it is finite."""
 
     def __init__(
-        self, source: Source, name: str, full: tuple[int, ...], dtype: torch.dtype
+        self, source: WeightSource, name: str, full: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.source, self.name, self.shape, self.dtype = source, name, full, dtype
         self.itemsize = dtype.itemsize
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        """The box that `slices` (with begin and end) cut out."""
+        """Returns the box that `slices` (with begin and end) cut out."""
         block = torch.empty([s.stop - s.start for s in slices], dtype=self.dtype)
         offset = tuple(s.start for s in slices)
         self.source.read_into(self.name, offset, block)
@@ -325,22 +330,24 @@ def to_megallm(request: ConvertRequest, folder: Path) -> dict[str, Any]:
             )
         reader.check_copies()
         lazy = [
-            Lazy(reader, name, reader.info(name)[0], torch.float32 if is_state(name) else dtype)
+            LazyTensors(
+                reader, name, reader.info(name)[0], torch.float32 if is_state(name) else dtype
+            )
             for name in reader.names()
         ]
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         spec = tokenizer_files.tokenizer_spec(reader.folder)
         meta = imported_meta(reader.model, dtype, spec if spec == BYTES else None)
         notes = list(reader.notes)
-        tokenizer_files.keep_beside(reader.folder, folder, spec)
+        tokenizer_files.copy_beside(reader.folder, folder, spec)
         if spec is None:
-            notes.append(f"{reader.folder} has no {FORMS}; the result has no tokenizer")
+            notes.append(f"{reader.folder} has no {TOKENIZER_FORMS}; the result has no tokenizer")
         step = store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(reader.model))
         nbytes = sum(prod(part.shape) * part.itemsize for part in lazy)
         result = _result(request, reader.model.family, dtype, len(lazy), nbytes, notes)
         if request.verify:
-            with Reader(step) as written:
+            with CheckpointReader(step) as written:
                 _compare(result, reader.model, Cast(written), reader.folder, round_theirs=dtype)
     return result
 
@@ -351,7 +358,9 @@ IMPORTED = "import"
 def imported_meta(
     model: ModelConfig, dtype: torch.dtype, tokenizer: str | None = None
 ) -> dict[str, Any]:
-    """The meta of a checkpoint that conversion made: weights only, no history of training."""
+    """Returns the meta of a checkpoint that conversion made: weights only, no history of
+    training.
+    """
     described = asdict(replace(model, hf=None))
     return {
         "kind": IMPORTED,
@@ -361,13 +370,13 @@ def imported_meta(
     }
 
 
-def is_import(reader: Reader) -> bool:
-    """Whether conversion made this checkpoint: weights without a history of training."""
+def is_import(reader: CheckpointReader) -> bool:
+    """Returns whether conversion made this checkpoint: weights without a history of training."""
     return isinstance(reader.meta, dict) and reader.meta.get("kind") == IMPORTED
 
 
 def to_yaml_section(model: ModelConfig) -> str:
-    """The `model:` section of a training configuration for this model."""
+    """Returns the `model:` section of a training configuration for this model."""
     lines = to_yaml(replace(model, hf=None)).splitlines()
     return (
         "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))])
@@ -396,7 +405,7 @@ def _result(
 def _compare(
     result: dict[str, Any],
     model: ModelConfig,
-    ours: Source,
+    ours: WeightSource,
     theirs: Path,
     round_theirs: torch.dtype | None = None,
 ) -> None:

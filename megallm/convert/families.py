@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megallm.convert import moe_keys, moe_rules
-from megallm.convert.moe_keys import More
-from megallm.convert.rules import Rule, rule
+from megallm.convert.moe_keys import ConfigExtension
+from megallm.convert.rules import WeightRule, rule
 
 LLAMA_RULES = (
     rule("model.embed_tokens.weight", "embedding.weight"),
@@ -93,7 +93,8 @@ GPT2_RULES = (  # their Conv1D keeps a matrix as (input, output), and c_attn hol
 )  # fmt: skip
 
 _LAYER = "bert.encoder.layer.{n}."
-BERT_RULES = (  # post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer
+# Post-norm: a layer's LayerNorms stand after attention and after the feed-forward layer.
+BERT_RULES = (
     rule("bert.embeddings.word_embeddings.weight", "embedding.weight"),
     rule("bert.embeddings.position_embeddings.weight", "positions.weight"),
     rule("bert.embeddings.token_type_embeddings.weight", "token_types.weight"),
@@ -148,7 +149,7 @@ class Family:
     name: str
     architecture: str
     prefix: str  # of the body's tensors; folders saved from the bare body lack it
-    rules: tuple[Rule, ...]
+    rules: tuple[WeightRule, ...]
     keys: Mapping[str, str]
     activation_key: str
     activations: Mapping[str, str]
@@ -162,25 +163,27 @@ class Family:
         default_factory=dict
     )  # further tensors that must equal another one of theirs
     classifier: str | None = None
-    score: tuple[Rule, ...] = (rule("score.weight", "head.weight"),)
+    score: tuple[WeightRule, ...] = (rule("score.weight", "head.weight"),)
     pooler: bool = False  # before the classifier
     body: str | None = None
     also: tuple[str, ...] = ()  # other architectures that hold all of `architecture`
     aside: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
-    fused: tuple[Rule, ...] = ()
+    fused: tuple[WeightRule, ...] = ()
     further: str = r"(?!)"
-    more: More | None = None
+    more: ConfigExtension | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     writes: Mapping[str, Any] = field(default_factory=dict)
 
     def is_fused(self, names: Iterable[str]) -> bool:
-        """Whether tensors with these names hold all experts of a layer."""
+        """Returns whether tensors with these names hold all experts of a layer."""
         endings = tuple(each.theirs.rpartition("}.")[2].split("[")[0] for each in self.fused)
         return bool(endings) and any(name.endswith(endings) for name in names)
 
-    def rules_of(self, head: str, fused: bool = False) -> tuple[Rule, ...]:
-        """The rules of a model with this head; of a body alone, whose tensors have no prefix."""
+    def rules_of(self, head: str, fused: bool = False) -> tuple[WeightRule, ...]:
+        """Returns the rules of a model with this head; of a body alone, whose tensors have no
+        prefix.
+        """
         rules = self.rules
         if fused:
             rules = (*(each for each in rules if "{x}" not in each.theirs), *self.fused)

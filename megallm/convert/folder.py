@@ -43,7 +43,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor in a file: `nbytes` bytes at byte `offset` of `path`."""
 
     path: Path
@@ -54,13 +54,15 @@ class Entry:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether this is a Hugging Face folder (ours have a manifest.json or checkpoints/ instead)."""
+    """Returns whether this is a Hugging Face folder (ours have a manifest.json or checkpoints/
+    instead).
+    """
     return (path / "config.json").is_file()
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """The file `name` of the folder, links resolved. Errors: CheckpointError when it is not a plain
-    file inside it.
+    """Returns the file `name` of the folder, links resolved. Errors: CheckpointError when it is not
+    a plain file inside it.
 
     A link may point to the folder itself, or, as in the cache that Hugging Face's tools keep, from
     `snapshots/REVISION/` to `blobs/` beside `snapshots`.
@@ -87,8 +89,8 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> dict[str, Any]:
-    """A JSON object from a file of the folder. Errors: CheckpointError; too large, too deep or not
-    JSON.
+    """Returns a JSON object from a file of the folder. Errors: CheckpointError; too large, too deep
+    or not JSON.
     """
     found = plain_file(path.parent, path.name)
     with open(found, "rb") as file:
@@ -122,9 +124,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def catalogue(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder's safetensors files, by their name. Errors: CheckpointError,
-    UsageError.
+def catalogue(folder: Path) -> dict[str, TensorEntry]:
+    """Returns every tensor of the folder's safetensors files, by their name. Errors:
+    CheckpointError, UsageError.
 
     A single `model.safetensors` comes first; otherwise the index says which files there are.
     Pickles are refused, and so are adapters, which other readers would silently add to the weights
@@ -150,12 +152,12 @@ def catalogue(folder: Path) -> dict[str, Entry]:
             raise CheckpointError(
                 f"{folder / INDEX} names {name[:120]!r}; only .safetensors files are read."
             )
-    headers: dict[str, dict[str, Entry]] = {}
+    headers: dict[str, dict[str, TensorEntry]] = {}
     for name in sorted(set(weight_map.values())):
         headers[name] = read_header(plain_file(folder, name))
         if sum(map(len, headers.values())) > MAX_TENSORS:
             raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors; no model has.")
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for tensor, name in weight_map.items():
         if tensor not in headers[name]:
             raise CheckpointError(
@@ -182,8 +184,8 @@ def _no_weights(folder: Path) -> str:
     )
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The checked header of one safetensors file. Errors: CheckpointError."""
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Returns the checked header of one safetensors file. Errors: CheckpointError."""
     size = os.stat(path).st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -224,7 +226,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
+def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> TensorEntry:
     where = f"{path}: the tensor {name[:120]}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} needs exactly dtype, shape and data_offsets.")
@@ -243,7 +245,7 @@ def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
         raise CheckpointError(
             f"{where} of shape {shape} and dtype {dtype} has {offsets[1] - offsets[0]} bytes."
         )
-    return Entry(path, dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
+    return TensorEntry(path, dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
 
 
 def _counts(value: Any) -> bool:
@@ -253,7 +255,7 @@ def _counts(value: Any) -> bool:
 
 
 def match_shapes(
-    folder: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]
+    folder: Path, found: Mapping[str, TensorEntry], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Every wanted tensor is there with its shape. Errors: CheckpointError with the first few that
     are not.

@@ -22,7 +22,8 @@ from megallm.models.rope_scaling import ROPE_NUMBERS, ROPE_OPTIONS
 CONFIG = "config.json"
 ADVICE = "Nothing was converted: the result would not be the same model."
 
-# Keys that say nothing about the computation of a forward pass (dropout is a training choice: megallm has none).
+# Keys that say nothing about the computation of a forward pass (dropout is a training choice:
+# megallm has none).
 HARMLESS = frozenset((
     "architectures", "attention_bias", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop",
     "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "hidden_dropout_prob", "num_labels",
@@ -40,7 +41,9 @@ HARMLESS = frozenset((
 
 @dataclass(frozen=True)
 class HfConfig:
-    """What a folder says about its model: resolved sizes and switches, its family, and notes for the user."""
+    """What a folder says about its model: resolved sizes and switches, its family, and notes for
+    the user.
+    """
 
     model: ModelConfig
     family: Family
@@ -49,9 +52,11 @@ class HfConfig:
 
 
 def read_config(folder: Path) -> HfConfig:
-    """Read `folder/config.json`. Errors: UsageError for a model that megallm cannot compute, each switch by name.
+    """Read `folder/config.json`. Errors: UsageError for a model that megallm cannot compute, each
+    switch by name.
 
-    transformers writes that there are modules of further tokens whether it saves them or not: the tensors tell.
+    transformers writes that there are modules of further tokens whether it saves them or not: the
+    tensors tell.
     """
     if not is_model_folder(folder):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no {CONFIG}.")
@@ -63,7 +68,7 @@ def read_config(folder: Path) -> HfConfig:
 
 
 def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
-    """The model of a decoded config.json; `where` names it in errors."""
+    """Returns the model of a decoded config.json; `where` names it in errors."""
     family = _family(raw, where)
     problems: list[str] = []
     raw = _by_own_names(raw, family, problems)
@@ -145,7 +150,7 @@ def _heads(family: Family) -> dict[str, str]:
 
 
 def _head(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, Any]:
-    """The head that the architecture names; a classifier with one label gives a value."""
+    """Returns the head that the architecture names; a classifier with one label gives a value."""
     named = raw.get("architectures") or [family.architecture]
     head = _heads(family)[named[0]]
     if head == "none":
@@ -160,7 +165,7 @@ def _head(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[s
 
 
 def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
-    """A sentence for each key that asks for something else than this family computes."""
+    """Returns a sentence for each key that asks for something else than this family computes."""
     problems = []
     read = {*family.keys.values(), *(family.more.keys if family.more is not None else ())}
     neutral = {key: accepted for key, accepted in NEUTRAL.items() if key not in read}
@@ -184,7 +189,9 @@ _LARGEST = 2**31 - 1
 
 
 def _typed(field: str, key: str, value: Any, problems: list[str]) -> Any:
-    """The value when it has the type and range of the field, else None with a sentence added."""
+    """Returns the value when it has the type and range of the field, else None with a sentence
+    added.
+    """
     if field in _INTEGERS:
         good, words = type(value) is int and 1 <= value <= _LARGEST, f"a whole number from 1 to {_LARGEST}"
     elif field in ("tie_embeddings", "moe.norm_topk_prob", "rope_truncate"):
@@ -210,7 +217,7 @@ _QWEN = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 
 
 def _window(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[str, int | None]:
-    """The one window of all layers; layers that differ among themselves are refused."""
+    """Returns the one window of all layers; layers that differ among themselves are refused."""
     layers = raw.get(family.keys["num_layers"])
     window = raw["sliding_window"] if "sliding_window" in raw else family.defaults.get("sliding_window")
     kinds = raw.get("layer_types")
@@ -288,7 +295,9 @@ STRETCHES: Mapping[str, Mapping[str, str]] = {
 
 
 def _stretch(key: str, table: Mapping[str, Any], raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The fields of a stretched rotary embedding; others than STRETCHES are refused by name."""
+    """Returns the fields of a stretched rotary embedding; others than STRETCHES are refused by
+    name.
+    """
     kind = table.get("rope_type", table.get("type", "default"))
     if not isinstance(kind, str) or kind not in STRETCHES:
         problems.append(f"{key} asks for rope type {str(kind)[:40]!r}; megallm computes {', '.join(STRETCHES)}")
@@ -325,7 +334,9 @@ def _notes(raw: Mapping[str, Any], family: Family, where: str) -> list[str]:
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family that can hold this model: its own, else the first that fits. UsageError says what hinders."""
+    """Returns the family that can hold this model: its own, else the first that fits. UsageError
+    says what hinders.
+    """
     own = FAMILIES.get(model.family or "")
     for family in [own, *FAMILIES.values()] if own else FAMILIES.values():
         if not _hindrances(model, family):
@@ -360,10 +371,11 @@ def _hindrances(model: ModelConfig, family: Family) -> list[str]:
 
 
 def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The content of config.json; `dtype` is their word (float32), `token_ids` holds bos_token_id and eos_token_id.
+    """Returns the content of config.json; `dtype` is their word (float32), `token_ids` holds
+    bos_token_id and eos_token_id.
 
-    The base of the rotary embedding stands under both names: transformers 4 reads only `rope_theta` and would
-    silently take 10000, transformers 5 reads `rope_parameters`.
+    The base of the rotary embedding stands under both names: transformers 4 reads only `rope_theta`
+    and would silently take 10000, transformers 5 reads `rope_parameters`.
     """
     family = family_of(model)
     content: dict[str, Any] = {"architectures": [family.architecture_of(model.head)], "model_type": family.name}
@@ -391,7 +403,9 @@ def write_config(model: ModelConfig, dtype: str, token_ids: Mapping[str, int | N
 
 
 def _rope_keys(model: ModelConfig) -> dict[str, Any]:
-    """`rope_theta` and, when stretched, `rope_scaling` for transformers 4; `rope_parameters` for 5."""
+    """`rope_theta` and, when stretched, `rope_scaling` for transformers 4; `rope_parameters` for
+    5.
+    """
     kind, theta = model.rope_scaling or "default", model.rope_theta
     if kind == "ntk":  # a larger theta and nothing else
         kind, theta = "default", theta * model.rope_factor ** (model.rope_size / (model.rope_size - 2))
@@ -413,11 +427,12 @@ FREE = {"moe.aux_coef", "moe.z_coef", "moe.bias_rate", "moe.capacity", "moe.drop
 
 
 def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
-    """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another model.
+    """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another
+    model.
 
-    A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and `init_std` hold no
-    weights of a rotary model and may be given. So may `causal`, another head, which then starts afresh, and fewer
-    depths of multi-token prediction.
+    A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and
+    `init_std` hold no weights of a rotary model and may be given. So may `causal`, another head,
+    which then starts afresh, and fewer depths of multi-token prediction.
     """
     free = (
         {"rope_theta", "sliding_window", "init_std", *ROPE_NUMBERS, "rope_scaling", "causal", *_HEAD}

@@ -15,7 +15,7 @@ LARGEST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
-class More:
+class ConfigExtension:
     """What a family reads and writes beside its table of keys.
 
     `read` takes config.json and a list for sentences about what is wrong, and gives our fields;
@@ -30,7 +30,7 @@ class More:
 
 
 def whole(raw: Raw, key: str, absent: int, problems: list[str], least: int = 1) -> int:
-    """A whole number of at least `least`; with another value a sentence is added."""
+    """Returns a whole number of at least `least`; with another value a sentence is added."""
     value = raw.get(key)
     if value is None:
         return absent
@@ -65,14 +65,14 @@ def _nothing(*_: Any) -> dict[str, Any]:
     return {}
 
 
-EVERY_LAYER = More(frozenset(), _nothing, _nothing, _same_size)
+EVERY_LAYER = ConfigExtension(frozenset(), _nothing, _nothing, _same_size)
 
 
 # Qwen: decoder_sparse_step and a list of layers without experts.
 
 
 def _read_sparse(raw: Raw, problems: list[str]) -> dict[str, Any]:
-    """The layers with experts, which must be every nth from a first one on."""
+    """Returns the layers with experts, which must be every nth from a first one on."""
     layers, step = raw.get("num_hidden_layers"), whole(raw, "decoder_sparse_step", 1, problems)
     dense = raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(n) is not int for n in dense):
@@ -110,7 +110,7 @@ def _some_layer(model: ModelConfig) -> list[str]:
     )
 
 
-SPARSE = More(
+SPARSE = ConfigExtension(
     frozenset(("decoder_sparse_step", "mlp_only_layers")), _read_sparse, _write_sparse, _some_layer
 )
 
@@ -164,7 +164,9 @@ def _not_deepseek(model: ModelConfig) -> list[str]:
 
 _DEEPSEEK_KEYS = ("n_shared_experts", "first_k_dense_replace", "q_lora_rank", "num_nextn_predict_layers",
                   "qk_head_dim", "head_dim")  # fmt: skip
-DEEPSEEK = More(frozenset(_DEEPSEEK_KEYS), _read_deepseek, _write_deepseek, _not_deepseek)
+DEEPSEEK = ConfigExtension(
+    frozenset(_DEEPSEEK_KEYS), _read_deepseek, _write_deepseek, _not_deepseek
+)
 OPEN_IN_DEEPSEEK = ("mla.kv_lora_dim", "mtp.depth", "moe.routed_scale", "moe.num_groups")
 ONLY_IN_DEEPSEEK: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

@@ -7,12 +7,12 @@ that form when asked not to keep the original one. `stacked` rules read it.
 
 from __future__ import annotations
 
-from megallm.convert.rules import Rule, rule
+from megallm.convert.rules import WeightRule, rule
 
 _LAYER, _OURS = "model.layers.{n}.", "layers.{n}."
 
 
-def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+def experts(theirs: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...]:
     """Experts one by one, in a module called `theirs` of the layer, with these names of the three
     matrices.
     """
@@ -24,7 +24,7 @@ def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     )
 
 
-def stacked(theirs: str) -> tuple[Rule, ...]:
+def stacked(theirs: str) -> tuple[WeightRule, ...]:
     """All experts of a layer in two tensors."""
     both, ours = f"{_LAYER}{theirs}.experts.", f"{_OURS}moe.experts."
     return (
@@ -37,13 +37,13 @@ def stacked(theirs: str) -> tuple[Rule, ...]:
     )
 
 
-def router(theirs: str) -> Rule:
-    """The router's matrix."""
+def router(theirs: str) -> WeightRule:
+    """Returns the router's matrix."""
     return rule(f"{_LAYER}{theirs}.gate.weight", f"{_OURS}moe.router.weight")
 
 
-def shared(theirs: str) -> tuple[Rule, ...]:
-    """The dense layer beside the experts."""
+def shared(theirs: str) -> tuple[WeightRule, ...]:
+    """Returns the dense layer beside the experts."""
     name, ours = f"{_LAYER}mlp.{theirs}.", f"{_OURS}moe.shared."
     return (
         rule(name + "gate_proj.weight", ours + "gate_up.weight[0]"),

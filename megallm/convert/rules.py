@@ -3,9 +3,9 @@
 A rule says what one tensor of theirs is made of: one or several matrices of ours, laid end to end
 along the output dim or dealt out head by head, perhaps transposed, perhaps with rotary pairs side
 by side. Rename, split, stack, merge, transpose and reorder are all of that form. Rules become
-`Link`s, boxes that hold the same numbers on both sides, and a link maps any box inside it either
-way. So any piece of a tensor of one side can be filled from pieces of the other, and nothing is
-ever made whole on the way.
+`TensorLink`s, boxes that hold the same numbers on both sides, and a link maps any box inside it
+either way. So any piece of a tensor of one side can be filled from pieces of the other, and nothing
+is ever made whole on the way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SOURCE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<index>\d+(,\d+)*)\])?")
 
 
 @dataclass(frozen=True)
-class Rule:
+class WeightRule:
     """`theirs` = the matrices `ours` end to end along dim 0 (the output dim), transposed when
     `transpose`.
 
@@ -51,15 +51,15 @@ class Rule:
         return self.ours[0].startswith("head.")
 
     def holds(self, ours: Container[str]) -> bool:
-        """Whether a model with the tensors `ours` is one that the rule is for."""
+        """Returns whether a model with the tensors `ours` is one that the rule is for."""
         return not self.where or (self.where.removeprefix("!") in ours) != self.where.startswith(
             "!"
         )
 
 
-def rule(theirs: str, *ours: str, **how: Any) -> Rule:
-    """One row of a table of rules; `how` are the switches of `Rule`."""
-    return Rule(theirs, ours, **how)
+def rule(theirs: str, *ours: str, **how: Any) -> WeightRule:
+    """One row of a table of rules; `how` are the switches of `WeightRule`."""
+    return WeightRule(theirs, ours, **how)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Link:
+class TensorLink:
     """Two boxes that hold the same numbers: `ours_box` of the tensor `ours`, `theirs_box` of the
     tensor `theirs`.
 
@@ -100,11 +100,11 @@ class Link:
 
     @property
     def their_stack_dims(self) -> int:
-        """The same of theirs."""
+        """Returns the same of theirs."""
         return len(self.theirs_box.shape) - self._dims
 
     def to_theirs(self, box: Box) -> Box:
-        """The box of theirs, of every `step`th row, that holds `box`, which lies inside
+        """Returns the box of theirs, of every `step`th row, that holds `box`, which lies inside
         `ours_box`.
         """
         k, j = self.stack_dims, self.their_stack_dims
@@ -120,8 +120,8 @@ class Link:
         return Box((*self.theirs_box.offset[:j], *inner), (*self.theirs_box.shape[:j], *shape))
 
     def part_in(self, box: Box) -> tuple[Box, tuple[slice, ...]] | None:
-        """What of this link lies in `box` of theirs (all its rows): the box of ours, and where in
-        `box` it stands.
+        """Returns what of this link lies in `box` of theirs (all its rows): the box of ours, and
+        where in `box` it stands.
         """
         k, j = self.stack_dims, self.their_stack_dims
         offset, shape, slices = [], [], []
@@ -157,13 +157,13 @@ class Bridge:
 
     ours: Mapping[str, tuple[int, ...]]
     theirs: Mapping[str, tuple[int, ...]]
-    by_ours: Mapping[str, Sequence[Link]]
-    by_theirs: Mapping[str, Sequence[Link]]
+    by_ours: Mapping[str, Sequence[TensorLink]]
+    by_theirs: Mapping[str, Sequence[TensorLink]]
     copies: frozenset[str] = frozenset()
 
 
 def plan_bridge(
-    rules: Iterable[Rule], ours: Mapping[str, tuple[int, ...]], counts: Counts
+    rules: Iterable[WeightRule], ours: Mapping[str, tuple[int, ...]], counts: Counts
 ) -> Bridge:
     """Apply `rules` to a model whose logical tensors have the full shapes `ours`.
 
@@ -171,7 +171,7 @@ def plan_bridge(
     InternalError when the rules do not hold every element of every tensor, on both sides, exactly
     once.
     """
-    links: list[Link] = []
+    links: list[TensorLink] = []
     theirs: dict[str, tuple[int, ...]] = {}
     copies = set()
     for each in expand(rules, counts):
@@ -211,7 +211,7 @@ def plan_bridge(
     return bridge
 
 
-def expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
+def expand(rules: Iterable[WeightRule], counts: Counts) -> Iterator[WeightRule]:
     """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the
     layers.
     """
@@ -228,7 +228,7 @@ def expand(rules: Iterable[Rule], counts: Counts) -> Iterator[Rule]:
                 yield here if x is None else _named(here, "{x}", str(x))
 
 
-def _of_layer(each: Rule, n: int, layers: int) -> Rule:
+def _of_layer(each: WeightRule, n: int, layers: int) -> WeightRule:
     if n >= layers:
         block = f"mtp.{n - layers}.block."
         ours = tuple(name.replace("layers.{n}.", block) for name in each.ours)
@@ -236,7 +236,7 @@ def _of_layer(each: Rule, n: int, layers: int) -> Rule:
     return _named(each, "{n}", str(n))
 
 
-def _named(each: Rule, place: str, number: str) -> Rule:
+def _named(each: WeightRule, place: str, number: str) -> WeightRule:
     ours = tuple(name.replace(place, number) for name in each.ours)
     return replace(
         each, theirs=each.theirs.replace(place, number), ours=ours, where=each.where.replace(place, number)
@@ -244,6 +244,7 @@ def _named(each: Rule, place: str, number: str) -> Rule:
 
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
+    """Returns the tensor and the place in its stack of `name` or `name[i]`, as a rule writes it."""
     match = _SOURCE.fullmatch(text)
     if match is None:
         raise InternalError(
@@ -254,13 +255,17 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
     )
 
 
-Source = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, place in its stack, full shape
+SourceTensor = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, place in its stack, full shape
 
 
 def _links(
-    each: Rule, theirs: str, their_stack: tuple[int, ...], sources: list[Source], counts: Counts
-) -> tuple[tuple[int, ...], list[Link]]:
-    """The full shape of the rule's tensor as far as this rule tells, and its links."""
+    each: WeightRule,
+    theirs: str,
+    their_stack: tuple[int, ...],
+    sources: list[SourceTensor],
+    counts: Counts,
+) -> tuple[tuple[int, ...], list[TensorLink]]:
+    """Returns the full shape of the rule's tensor as far as this rule tells, and its links."""
     made, rows, columns = [], 0, None
     for head in range(counts.heads if each.by_head else 1):
         for name, stack, full in sources:
@@ -287,7 +292,7 @@ def _links(
                 if each.transpose:
                     offset, shape = offset[::-1], shape[::-1]
                 box = Box((*their_stack, *offset), (*(1 for _ in their_stack), *shape))
-                made.append(Link(name, ours_box, theirs, box, each.transpose, step))
+                made.append(TensorLink(name, ours_box, theirs, box, each.transpose, step))
             rows += count
     matrix = (rows, *columns)[::-1] if each.transpose else (rows, *columns)
     return (*(i + 1 for i in their_stack), *matrix), made
@@ -303,9 +308,9 @@ def _runs(count: int, paired: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _grouped(
-    links: list[Link], side: str, names: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[Link]]:
-    groups: dict[str, list[Link]] = {name: [] for name in names}
+    links: list[TensorLink], side: str, names: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[TensorLink]]:
+    groups: dict[str, list[TensorLink]] = {name: [] for name in names}
     for link in links:
         groups[link.ours if side == "ours" else link.theirs].append(link)
     return groups
@@ -326,7 +331,7 @@ def _check_cover(name: str, full: tuple[int, ...], held: Sequence[tuple[Box, int
 
 
 def _rows_problem(full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> str | None:
-    """The same for boxes of whole rows of a matrix, some of every second row."""
+    """Returns the same for boxes of whole rows of a matrix, some of every second row."""
     seen = bytearray(full[0])
     for box, step, dim in held:
         if dim or box.shape[1:] != full[1:] or box.offset[0] + (box.shape[0] - 1) * step >= full[0]:

@@ -25,14 +25,14 @@ from megallm.data.text.tokenizer_folder import (
     SETTINGS,
     SPECIALS,
     TOKEN_IDS,
-    form_of,
-    more_templates,
+    definition_file,
+    extra_chat_templates,
     rank_files,
-    said_of_texts,
+    text_settings,
 )
 
 TOKENIZER = "tokenizer"  # the folder of it in a run folder
-MAX_BYTES = 64 * 2**20  # the largest tokenizer.json known has 33 MB
+MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest tokenizer.json known has 33 MB
 MAX_TEMPLATES = 100
 _BLOCK = 1 << 20
 
@@ -42,15 +42,15 @@ Ids = Mapping[
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer in a form that megallm reads."""
-    return form_of(folder) is not None
+    """Returns whether the folder holds a tokenizer in a form that megallm reads."""
+    return definition_file(folder) is not None
 
 
 def tokenizer_spec(folder: Path) -> str | None:
-    """What `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one, None
-    without any.
+    """Returns what `data.tokenizer` would be: the folder, `bytes` when its tokenizer is that one,
+    None without any.
     """
-    form = form_of(folder)
+    form = definition_file(folder)
     if form is None:
         return None
     return (
@@ -77,7 +77,7 @@ def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[
         ):
             _copy(plain_file(source, name), target / name)
             copied.append(name)
-    templates = more_templates(source)
+    templates = extra_chat_templates(source)
     if len(templates) > MAX_TEMPLATES:
         raise CheckpointError(
             f"{source / MORE_TEMPLATES} has more than {MAX_TEMPLATES} templates; no model has."
@@ -96,7 +96,7 @@ def copy_tokenizer(source: Path, target: Path, definition: bool = True) -> list[
 _ABOUT = (SETTINGS, SPECIALS, GENERATION, TOKEN_IDS, "chat_template.jinja", "chat_template.json")
 
 
-def keep_beside(source: Path, folder: Path, spec: str | None) -> None:
+def copy_beside(source: Path, folder: Path, spec: str | None) -> None:
     """Put into the run folder `folder` what `source` says about texts: its tokenizer (but `bytes`),
     templates, ids.
     """
@@ -107,14 +107,14 @@ def keep_beside(source: Path, folder: Path, spec: str | None) -> None:
 
 def _said(folder: Path) -> dict[str, Any]:
     try:
-        return said_of_texts(read_json(folder / CONFIG))
+        return text_settings(read_json(folder / CONFIG))
     except DataError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
 def config_ids(folder: Path) -> dict[str, Any]:
-    """The ids of texts that a model's config.json has, or had where only `token_ids.json` is left
-    of it.
+    """Returns the ids of texts that a model's config.json has, or had where only `token_ids.json`
+    is left of it.
     """
     said: dict[str, Any] = {}
     if os.path.lexists(folder / CONFIG):
@@ -140,20 +140,21 @@ def end_ids(folder: Path) -> list[int]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    left = MAX_BYTES
+    left = MAX_TOKENIZER_BYTES
     with writing(target), open(source, "rb") as read, open(target, "xb") as write:
         while block := read.read(min(_BLOCK, left + 1)):
             left -= len(block)
             if left < 0:
                 raise CheckpointError(
-                    f"{source} is larger than {MAX_BYTES} bytes; no file of a tokenizer is."
+                    f"{source} is larger than {MAX_TOKENIZER_BYTES} bytes; no file of a "
+                    "tokenizer is."
                 )
             write.write(block)
 
 
 def write_byte_tokenizer(target: Path) -> list[str]:
-    """The tokenizer `bytes` as files that transformers and tokenizers read: id = byte, 256 ends a
-    text.
+    """Returns the tokenizer `bytes` as files that transformers and tokenizers read: id = byte, 256
+    ends a text.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -176,7 +177,9 @@ def write_byte_tokenizer(target: Path) -> list[str]:
 
 
 def _is_byte_tokenizer(definition: dict[str, Any]) -> bool:
-    """Whether `write_byte_tokenizer` made this: the ids are the bytes and one token ends a text."""
+    """Returns whether `write_byte_tokenizer` made this: the ids are the bytes and one token ends a
+    text.
+    """
     model, splitter = definition.get("model"), definition.get("pre_tokenizer")
     if not isinstance(model, dict) or not isinstance(splitter, dict) or model.get("merges") != []:
         return False
@@ -221,7 +224,7 @@ def token_ids(folder: Path) -> dict[str, Any]:
         for key, token in named.items()
     }
     named = {key: token for key, token in named.items() if isinstance(token, str)}
-    if form_of(folder) is None or not (named or found["eos_token_id"] is None):
+    if definition_file(folder) is None or not (named or found["eos_token_id"] is None):
         return found
     words = tokenizer.load(str(folder), check=False)
     found |= {key: words.token_id(token) for key, token in named.items()}
@@ -235,7 +238,7 @@ def begin_bare(folder: Path) -> list[str]:
     """Let the tokenizer of an exported folder put nothing before a text, as its model was trained;
     notes where that would be another tokenizer. transformers and `generate` would add a Llama's
     <s>, which the model has never seen."""
-    form = form_of(folder)
+    form = definition_file(folder)
     if form is None or not tokenizer.load(str(folder), check=False).template[0]:
         return []
     if form.name == DEFINITION:
@@ -252,7 +255,7 @@ def begin_bare(folder: Path) -> list[str]:
 def _definition(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(folder / DEFINITION):
         return {}
-    return read_json(folder / DEFINITION, MAX_BYTES)
+    return read_json(folder / DEFINITION, MAX_TOKENIZER_BYTES)
 
 
 def _vocabulary(definition: dict[str, Any]) -> list[tuple[str, int]]:
@@ -275,30 +278,30 @@ def write_generation_config(target: Path, ids: Ids) -> None:
         atomic_write_json(target / GENERATION, {"_from_model_config": True} | known)
 
 
-def kept_folder(step: Path) -> Path | None:
-    """The folder of a run that holds what belongs to its texts; None when there is none."""
+def copied_folder(step: Path) -> Path | None:
+    """Returns the folder of a run that holds what belongs to its texts; None when there is none."""
     kept = step.parent.parent / TOKENIZER
     return kept if kept.is_dir() else None
 
 
-def check_words(meta: Any, spec: str, words: tokenizer.Tokenizer) -> None:
+def check_vocabulary(meta: Any, spec: str, loaded: tokenizer.Tokenizer) -> None:
     """Refuse, for a checkpoint with this meta, another tokenizer than the one it was trained with.
 
     A folder may have been changed since, or a path that was written down may lead elsewhere now.
     Errors: DataError.
     """
     trained = meta.get("words") if isinstance(meta, dict) else None
-    if trained is not None and words.fingerprint != trained:
+    if trained is not None and loaded.fingerprint != trained:
         raise DataError(
-            f"{spec} is the tokenizer {words.fingerprint}, but the model was trained with "
+            f"{spec} is the tokenizer {loaded.fingerprint}, but the model was trained with "
             f"{trained}: its ids mean other texts. Put the one of data.tokenizer back."
         )
 
 
-def find_tokenizer(step: Path, meta: Any) -> str | None:
-    """Where a checkpoint's tokenizer is: kept in its run folder, or where it was configured;
-    `bytes` only where its meta says so; or None."""
-    kept = kept_folder(step)
+def checkpoint_tokenizer(step: Path, meta: Any) -> str | None:
+    """Returns where a checkpoint's tokenizer is: kept in its run folder, or where it was
+    configured; `bytes` only where its meta says so; or None."""
+    kept = copied_folder(step)
     if kept is not None and has_tokenizer(kept):
         return str(kept)
     named = meta.get("tokenizer") if isinstance(meta, dict) else None

@@ -21,12 +21,23 @@ from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
-from megallm.convert.convert import Lazy, check_new, imported_meta, to_yaml_section, whole_folder
-from megallm.convert.tokenizer_files import check_words, find_tokenizer, keep_beside, kept_folder
-from megallm.convert.weights import Cast, Source, stored_model, whole_stage
+from megallm.convert.convert import (
+    LazyTensors,
+    check_output,
+    imported_meta,
+    to_yaml_section,
+    whole_folder,
+)
+from megallm.convert.tokenizer_files import (
+    check_vocabulary,
+    checkpoint_tokenizer,
+    copied_folder,
+    copy_beside,
+)
+from megallm.convert.weights import Cast, WeightSource, stored_model, whole_stage
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import BYTES
 from megallm.models.build import initial_values
@@ -55,7 +66,7 @@ class UpcycleRequest:
 class Upcycled:
     """The weights of a dense model, read by the names of a model with experts."""
 
-    def __init__(self, source: Source, model: ModelConfig, seed: int) -> None:
+    def __init__(self, source: WeightSource, model: ModelConfig, seed: int) -> None:
         self.source, self.seed = source, seed
         shards = named_shards(whole_stage(model, Mesh.single("meta")))
         self.shards = {name: shard for name, _, shard in shards}
@@ -98,20 +109,20 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
     output.
     """
     output = Path(request.output)
-    check_new(output, request.source, request.overwrite)
+    check_output(output, request.source, request.overwrite)
     step = resolve(request.source, weights_only)
-    with Reader(step) as reader, whole_folder(output) as folder:
+    with CheckpointReader(step) as reader, whole_folder(output) as folder:
         model = with_experts(stored_model(reader), request)
         dtype = reader.info("embedding.weight")[1]
         source = Upcycled(Cast(reader), model, request.seed)
-        lazy = [Lazy(source, name, *source.info(name)) for name in source.names()]
-        spec = find_tokenizer(step, reader.meta)
+        lazy = [LazyTensors(source, name, *source.info(name)) for name in source.names()]
+        spec = checkpoint_tokenizer(step, reader.meta)
         meta = imported_meta(model, dtype, spec if spec == BYTES else None)
         if spec is not None:
-            check_words(reader.meta, spec, tokenizer.load(spec))
-        kept = kept_folder(step) if spec in (None, BYTES) else Path(spec)
+            check_vocabulary(reader.meta, spec, tokenizer.load(spec))
+        kept = copied_folder(step) if spec in (None, BYTES) else Path(spec)
         if kept is not None:
-            keep_beside(kept, folder, spec)
+            copy_beside(kept, folder, spec)
         parts = [Part(part.name, part.shape, (0,) * len(part.shape), part) for part in lazy]
         store.save(folder / "checkpoints", 0, parts, meta, Mesh.single())
         atomic_write_text(folder / "model.yaml", to_yaml_section(model))
@@ -125,7 +136,9 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
 
 
 def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
-    """The dense model's configuration with experts of the size of its feed-forward layer."""
+    """Returns the dense model's configuration with experts of the size of its feed-forward
+    layer.
+    """
     if dense.moe.num_experts:
         raise UsageError(
             f"{request.source} has {dense.moe.num_experts} experts already: only a dense model "

@@ -18,7 +18,7 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.convert.folder import read_json
 from megallm.convert.hf_config import CONFIG
-from megallm.convert.weights import Source, whole_stage
+from megallm.convert.weights import WeightSource, whole_stage
 from megallm.models.build import place_parameters
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.decoder import Stage
@@ -61,7 +61,7 @@ def check_available() -> Any:
 
 
 def compare(
-    model: ModelConfig, ours: Source, theirs: Path, round_theirs: torch.dtype | None = None
+    model: ModelConfig, ours: WeightSource, theirs: Path, round_theirs: torch.dtype | None = None
 ) -> Comparison:
     """max|a - b| / max|b| of the logits of the same tokens; `a` ours, `b` transformers' from the
     folder `theirs`.
@@ -96,8 +96,8 @@ def sample_tokens(model: ModelConfig) -> Tensor:
     return torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
 
 
-def loaded_stage(model: ModelConfig, source: Source, mesh: Mesh) -> Stage:
-    """The whole model on one rank in float32, with the weights of the source."""
+def loaded_stage(model: ModelConfig, source: WeightSource, mesh: Mesh) -> Stage:
+    """Returns the whole model on one rank in float32, with the weights of the source."""
     stage = whole_stage(model, mesh)
     storage = {}
     for name, parameter, _ in named_shards(stage):
@@ -110,7 +110,7 @@ def loaded_stage(model: ModelConfig, source: Source, mesh: Mesh) -> Stage:
 
 
 @torch.no_grad()
-def our_logits(model: ModelConfig, source: Source, tokens: Tensor) -> Tensor:
+def our_logits(model: ModelConfig, source: WeightSource, tokens: Tensor) -> Tensor:
     """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
 
     Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the
@@ -144,8 +144,8 @@ SILENT = frozenset((
 
 
 def _counts(key: str) -> bool:
-    """Whether transformers gets to see a key; what chooses implementations (kernels of others) it
-    never does.
+    """Returns whether transformers gets to see a key; what chooses implementations (kernels of
+    others) it never does.
     """
     return key not in SILENT and key[:1] != "_" and not key.endswith("_implementation")
 
@@ -198,7 +198,7 @@ def transformers_logits(model: Any, tokens: Tensor, nudge: float = 0.0) -> Tenso
 
 
 def _scores(output: Any) -> Tensor:
-    """What `our_logits` gives of the same row, from what transformers returns."""
+    """Returns what `our_logits` gives of the same row, from what transformers returns."""
     if "logits" in output:
         return output.logits if output.logits.dim() == 3 else output.logits[:, None]
     pooled = [output.pooler_output[:, None]] if output.get("pooler_output") is not None else []

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint.plan import outside_problem, split_box
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.families import Family
-from megallm.convert.folder import Entry, catalogue, match_shapes
+from megallm.convert.folder import TensorEntry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
-from megallm.convert.rules import Bridge, Counts, Rule, plan_bridge
+from megallm.convert.rules import Bridge, Counts, WeightRule, plan_bridge
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
@@ -52,7 +52,7 @@ HF_DTYPES = {
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """What conversion, training and generation need of weights."""
 
     def names(self) -> list[str]: ...
@@ -63,8 +63,8 @@ class Source(Protocol):
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The full shape of each logical tensor of a resolved model, from the built model's own Shard
-    records, and of its state beside parameters."""
+    """Returns the full shape of each logical tensor of a resolved model, from the built model's own
+    Shard records, and of its state beside parameters."""
     shards = named_shards(whole_stage(model, Mesh.single("meta")))
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
@@ -74,25 +74,25 @@ def _head(model: ModelConfig) -> tuple[Any, ...]:
 
 
 def is_state(name: str) -> bool:
-    """Whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the weights
-    are.
+    """Returns whether a logical tensor is state (`ModelConfig.state_shapes`), float32 whatever the
+    weights are.
     """
     return name.endswith(".router.bias")
 
 
 def counts_of(model: ModelConfig) -> Counts:
-    """How often the rules of a resolved model are spelled out."""
+    """Returns how often the rules of a resolved model are spelled out."""
     experts, depths = model.moe.num_experts, model.mtp.depth
     return Counts(model.num_layers, experts, depths, model.num_heads, model.rope_size)
 
 
-def bridge_of(model: ModelConfig, rules: Iterable[Rule]) -> Bridge:
-    """The rules of a family applied to a resolved model."""
+def bridge_of(model: ModelConfig, rules: Iterable[WeightRule]) -> Bridge:
+    """Returns the rules of a family applied to a resolved model."""
     return plan_bridge(rules, logical_shapes(model), counts_of(model))
 
 
 def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor of theirs is written as in a folder of `dtype`."""
+    """Returns what a tensor of theirs is written as in a folder of `dtype`."""
     return torch.float32 if is_state(bridge.by_theirs[theirs][0].ours) else dtype
 
 
@@ -147,8 +147,8 @@ class HfReader:
         self._check_repeats(named, family)
         self.check_copies(sample=True)
 
-    def _own(self, named: dict[str, Entry], family: Family) -> dict[str, Entry]:
-        """The entries by the names of the rules; what is left over is refused by name."""
+    def _own(self, named: dict[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
+        """Returns the entries by the names of the rules; what is left over is refused by name."""
         extra = [
             name
             for name in named
@@ -197,11 +197,11 @@ class HfReader:
                 )
         return {name: named[name] for name in self.bridge.theirs if name in named}
 
-    def _named(self, found: dict[str, Entry], family: Family) -> dict[str, Entry]:
-        """The tensors as the rules call them: old spellings made new, and with the prefix that bare
-        bodies lack.
+    def _named(self, found: dict[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
+        """Returns the tensors as the rules call them: old spellings made new, and with the prefix
+        that bare bodies lack.
         """
-        named: dict[str, tuple[str, Entry]] = {}
+        named: dict[str, tuple[str, TensorEntry]] = {}
         bare = not any(name.startswith(family.prefix) for name in found)
         for stored, entry in found.items():
             name = stored
@@ -219,7 +219,7 @@ class HfReader:
             named[name] = stored, entry
         return {name: entry for name, (_, entry) in named.items()}
 
-    def _check_repeats(self, named: Mapping[str, Entry], family: Family) -> None:
+    def _check_repeats(self, named: Mapping[str, TensorEntry], family: Family) -> None:
         """What is left aside because another tensor stands for it must equal that one. Errors:
         CheckpointError.
         """
@@ -248,9 +248,9 @@ class HfReader:
                     f"it). To mend it, {untie}take {name} out of the file."
                 )
 
-    def _first_difference(self, one: Entry, other: Entry) -> int | None:
-        """The first row in which two tensors of one shape hold other numbers; a NaN equals a
-        NaN.
+    def _first_difference(self, one: TensorEntry, other: TensorEntry) -> int | None:
+        """Returns the first row in which two tensors of one shape hold other numbers; a NaN equals
+        a NaN.
         """
         row = prod(one.shape[1:])
         step = max(1, BLOCK_BYTES // (row * 8))
@@ -262,7 +262,7 @@ class HfReader:
                 return begin + int(same.logical_not().nonzero()[0])
         return None
 
-    def _rows(self, entry: Entry, begin: int, count: int) -> Tensor:
+    def _rows(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
         dtype = HF_DTYPES[entry.dtype]
         data = self._bytes(entry, begin * dtype.itemsize, count * dtype.itemsize)
         return torch.frombuffer(data, dtype=dtype).to(torch.float64)
@@ -291,7 +291,9 @@ class HfReader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype of ours that holds every weight exactly; float16 becomes float32."""
+        """Returns the narrowest dtype of ours that holds every weight exactly; float16 becomes
+        float32.
+        """
         weights = [
             links[0].theirs for name, links in self.bridge.by_ours.items() if not is_state(name)
         ]
@@ -336,7 +338,7 @@ class HfReader:
             view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
             self._read_box(self.entries[link.theirs], link.to_theirs(common), view, link.step)
 
-    def _read_box(self, entry: Entry, box: Box, into: Tensor, step: int) -> None:
+    def _read_box(self, entry: TensorEntry, box: Box, into: Tensor, step: int) -> None:
         """Copy a box of a stored tensor, or every `step`th row of it, whole rows at a time.
 
         `into` is a vector or a matrix: stack dims of the box have one element and stand before it.
@@ -360,7 +362,7 @@ class HfReader:
             block = torch.frombuffer(data, dtype=dtype).view(rows, *entry.shape[stack + 1 :])
             into[begin : begin + count].copy_(block[(slice(None, None, step), *inner)])
 
-    def _bytes(self, entry: Entry, offset: int, nbytes: int) -> bytearray:
+    def _bytes(self, entry: TensorEntry, offset: int, nbytes: int) -> bytearray:
         if entry.path not in self._files:
             self._files[entry.path] = os.open(
                 entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -388,7 +390,7 @@ class HfReader:
         self.close()
 
 
-def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, Entry]) -> None:
+def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, TensorEntry]) -> None:
     """config.json cannot ask for far more than there is: rules are spelled out for each layer,
     expert and head.
     """
@@ -415,7 +417,7 @@ class Cast:
     `through` rounds every value to that dtype first. Only weights are listed, no optimizer state.
     """
 
-    def __init__(self, reader: Source, through: torch.dtype | None = None) -> None:
+    def __init__(self, reader: WeightSource, through: torch.dtype | None = None) -> None:
         self.reader, self.through = reader, through
         self._all = set(reader.names())
 
@@ -446,7 +448,7 @@ class Cast:
             tensor[box.slices(whole)].copy_(block if through is None else block.to(through))
 
 
-def fill_theirs(bridge: Bridge, source: Source, name: str, box: Box, into: Tensor) -> None:
+def fill_theirs(bridge: Bridge, source: WeightSource, name: str, box: Box, into: Tensor) -> None:
     """Fill `into`, of the box's shape, with the box of their tensor `name`, from our tensors."""
     for link in bridge.by_theirs[name]:
         part = link.part_in(box)
@@ -458,8 +460,10 @@ def fill_theirs(bridge: Bridge, source: Source, name: str, box: Box, into: Tenso
         source.read_into(link.ours, ours.offset, view[(None,) * link.stack_dims])
 
 
-def stored_model(reader: Reader) -> ModelConfig:
-    """The model of one of our checkpoints. Errors: UsageError when its meta does not hold one."""
+def stored_model(reader: CheckpointReader) -> ModelConfig:
+    """Returns the model of one of our checkpoints. Errors: UsageError when its meta does not hold
+    one.
+    """
     meta = reader.meta
     try:
         return ModelConfig(**meta["model"]).resolve()

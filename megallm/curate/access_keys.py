@@ -127,7 +127,7 @@ def scan_marks() -> tuple[tuple[str, int, bool], ...]:
 
 
 def is_marked(text: str) -> bool:
-    """Whether a text holds one of the marks."""
+    """Returns whether a text holds one of the marks."""
     return _MARK.search(text) is not None
 
 

@@ -28,15 +28,15 @@ from megallm.base.errors import DataError
 from megallm.base.files import temporary_name, writing
 from megallm.curate import readers
 from megallm.curate.config import GLOBAL, CurateConfig
-from megallm.curate.document import KEEP, Batch, Document, Verdict, apply_spans, drop, edit
+from megallm.curate.document import KEEP, Document, DocumentBatch, Verdict, apply_spans, drop, edit
 from megallm.curate.exact import Exact, Signatures
 from megallm.curate.near import Near
+from megallm.curate.stats import CurationStats
 from megallm.curate.steps import build_step
-from megallm.curate.tally import Tally
 
 BATCH_CHARS = 1 << 18
 BATCH_DOCUMENTS = 512
-DOCUMENTS, LEDGER, TALLY, KEPT = "documents.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
+DOCUMENTS, LEDGER, STATS, KEPT = "documents.zst", "ledger.jsonl", "tally.json", "kept.jsonl.gz"
 READ = "read"
 # What UTF-8 cannot hold (lone surrogates, in names of files and of keys) is written as its JSON
 # escape.
@@ -55,7 +55,7 @@ class LocalStep(Protocol):
     name: str
     marks: dict[str, tuple[float, ...]]
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         """One verdict a document. The step may record metrics on the batch and add to a document's
         `meta`.
         """
@@ -67,7 +67,7 @@ class GlobalStep(Protocol):
 
     name: str
 
-    def sign(self, batch: Batch, shard: int, out: Signatures) -> None: ...
+    def sign(self, batch: DocumentBatch, shard: int, out: Signatures) -> None: ...
 
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
@@ -78,16 +78,16 @@ class GlobalStep(Protocol):
         ...
 
     def dropped(self, decisions: dict[int, dict[str, np.ndarray]]) -> np.ndarray:
-        """The numbers of the documents that decisions drop, sorted."""
+        """Returns the numbers of the documents that decisions drop, sorted."""
         ...
 
     def judge(
-        self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
+        self, batch: DocumentBatch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
     ) -> list[Verdict]: ...
 
 
 @dataclass(frozen=True)
-class Segment:
+class ChainSegment:
     """Steps between two global decisions: apply `begin`, run `local`, sign for `end` (the last has
     none).
     """
@@ -97,11 +97,11 @@ class Segment:
     end: tuple[str, ...]
 
 
-def segments_of(config: CurateConfig) -> list[Segment]:
+def chain_segments(config: CurateConfig) -> list[ChainSegment]:
     """Cut the chain at its global steps; neighbours are decided together when the first only
     drops.
     """
-    out: list[Segment] = []
+    out: list[ChainSegment] = []
     begin: tuple[str, ...] = ()
     local: list[str] = []
     edits = {"exact"} if config.exact.paragraph or config.exact.line else set()
@@ -112,9 +112,9 @@ def segments_of(config: CurateConfig) -> list[Segment]:
             out[-1] = replace(out[-1], end=(*begin, name))
             begin = (*begin, name)
         else:
-            out.append(Segment(begin, tuple(local), (name,)))
+            out.append(ChainSegment(begin, tuple(local), (name,)))
             begin, local = (name,), []
-    return [*out, Segment(begin, tuple(local), ())]
+    return [*out, ChainSegment(begin, tuple(local), ())]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Chain:
     """The steps of a configuration, built once a process."""
 
     config: CurateConfig
-    segments: tuple[Segment, ...]
+    segments: tuple[ChainSegment, ...]
     local: dict[str, LocalStep] = field(default_factory=dict)
     glob: dict[str, GlobalStep] = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ def build_chain(config: CurateConfig) -> Chain:
     """Load every model that the steps need. Errors: `UsageError`, `DataError`."""
     local = {name: build_step(name, config) for name in config.steps if name not in GLOBAL}
     glob: dict[str, GlobalStep] = {"exact": Exact(config.exact), "near": Near(config.near)}
-    return Chain(config, tuple(segments_of(config)), local, glob)
+    return Chain(config, tuple(chain_segments(config)), local, glob)
 
 
 @lru_cache(maxsize=2)
@@ -177,7 +177,7 @@ class _ShardRun:
     def __init__(self, chain: Chain, job: ShardJob, folder: Path) -> None:
         self.chain, self.job, self.folder = chain, job, folder
         self.segment = chain.segments[job.segment]
-        self.tally, self.signatures = Tally(_redactor(chain)), Signatures()
+        self.stats, self.signatures = CurationStats(_redactor(chain)), Signatures()
         self.ledger: list[tuple[int, str]] = []
         self.decisions, self.names = load_decisions(job.decisions)
 
@@ -185,7 +185,7 @@ class _ShardRun:
         last = not self.segment.end
         with _writer(self.folder, last, self.chain.config.gzip_level) as out:
             for documents in batches(self._documents()):
-                batch = self._judge(Batch(documents))
+                batch = self._judge(DocumentBatch(documents))
                 self._sign(batch)
                 for document in batch.documents:
                     out.write(kept_row(document) if last else b"".join(_dumped(document)))
@@ -194,7 +194,7 @@ class _ShardRun:
         self.signatures.save(self.folder)
         with open(self.folder / LEDGER, "w", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(f"{index}\t{row}\n" for index, row in sorted(self.ledger))
-        (self.folder / TALLY).write_text(json.dumps(self.tally.to_json()), "utf-8")
+        (self.folder / STATS).write_text(json.dumps(self.stats.to_json()), "utf-8")
 
     def _documents(self) -> Iterator[Document]:
         if self.job.source is not None:
@@ -203,19 +203,19 @@ class _ShardRun:
         index = 0
         started = time.process_time()
         for unit in self.job.units:
-            for item in readers.parse(unit, self.chain.config.input):
+            for item in readers.parse_unit(unit, self.chain.config.input):
                 if isinstance(item, readers.Reject):
                     self._reject(item, index)
                 elif not item.text.strip():
-                    self.tally.add("documents", 1)
+                    self.stats.add("documents", 1)
                     self._write_ledger(index, ledger_row(item, "drop", READ, "empty"))
-                    self.tally.note(READ, [item], [drop("empty")])
+                    self.stats.note(READ, [item], [drop("empty")])
                 else:
                     item.index = index
-                    self.tally.add("documents", 1)
-                    self.tally.add("characters", len(item.text))
-                    self.tally.note(READ, [item], [KEEP])
-                    self.tally.spend(READ, time.process_time() - started)
+                    self.stats.add("documents", 1)
+                    self.stats.add("characters", len(item.text))
+                    self.stats.note(READ, [item], [KEEP])
+                    self.stats.spend(READ, time.process_time() - started)
                     yield item
                     started = time.process_time()
                 index += 1
@@ -231,11 +231,11 @@ class _ShardRun:
                 f"{item.file}:{item.line}: {item.reason}. Mend it, or set input.on_error=skip to "
                 "leave such lines out."
             )
-        self.tally.add("files_rejected" if item.whole else "lines_rejected", 1)
+        self.stats.add("files_rejected" if item.whole else "lines_rejected", 1)
         row = {"id": None, "file": item.file, "line": item.line, "action": "reject"}
         self._write_ledger(index, row | {"step": READ, "reason": item.reason, "spans": []})
 
-    def _judge(self, batch: Batch) -> Batch:
+    def _judge(self, batch: DocumentBatch) -> DocumentBatch:
         for name in self.segment.begin:
             if not len(batch):
                 break
@@ -249,9 +249,11 @@ class _ShardRun:
             batch = self._take(name, batch, self.chain.local[name].judge(batch), started)
         return batch
 
-    def _take(self, step: str, batch: Batch, verdicts: list[Verdict], started: float) -> Batch:
-        self.tally.note(step, batch.documents, verdicts)
-        self.tally.note_metrics(batch.metrics)
+    def _take(
+        self, step: str, batch: DocumentBatch, verdicts: list[Verdict], started: float
+    ) -> DocumentBatch:
+        self.stats.note(step, batch.documents, verdicts)
+        self.stats.note_metrics(batch.metrics)
         batch.metrics.clear()
         for document, verdict in zip(batch.documents, verdicts, strict=True):
             if verdict.action == "edit":
@@ -263,22 +265,22 @@ class _ShardRun:
                     document.index, ledger_row(document, "drop", step, verdict.reason, verdict.note)
                 )
         batch = batch.after(verdicts)
-        self.tally.spend(step, time.process_time() - started)
+        self.stats.spend(step, time.process_time() - started)
         return batch
 
-    def _sign(self, batch: Batch) -> None:
+    def _sign(self, batch: DocumentBatch) -> None:
         for name in self.segment.end if len(batch) else ():
             started = time.process_time()
             self.chain.glob[name].sign(batch, self.job.shard, self.signatures)
-            self.tally.spend(f"{name} sign", time.process_time() - started)
+            self.stats.spend(f"{name} sign", time.process_time() - started)
         if self.segment.end:
             self.signatures.ids.update(
                 {document.index: document.id for document in batch.documents}
             )
 
     def _keep(self, document: Document) -> None:
-        self.tally.add("kept", 1)
-        self.tally.add("characters_kept", len(document.text))
+        self.stats.add("kept", 1)
+        self.stats.add("characters_kept", len(document.text))
         steps = list(dict.fromkeys(span[3] for span in document.edits))
         reasons = list(dict.fromkeys(span[2] for span in document.edits))
         action = "edit" if document.edits else "keep"
@@ -291,8 +293,8 @@ class _ShardRun:
 
 
 def _redactor(chain: Chain) -> Callable[[str], str] | None:
-    """What takes personal data out of the report's excerpts; None when the chain does not look for
-    it.
+    """Returns what takes personal data out of the report's excerpts; None when the chain does not
+    look for it.
     """
     step = chain.local.get("pii")
     return None if step is None else lambda text: apply_spans(text, edit(step.find(text)).spans)
@@ -342,7 +344,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _dumped(document: Document) -> tuple[bytes, bytes]:
-    """A line of JSON that ends with the size of the text, and the text as it is."""
+    """Returns a line of JSON that ends with the size of the text, and the text as it is."""
     text = document.text.encode()
     head = [
         document.index,
@@ -396,7 +398,7 @@ def save_decisions(folder: Path, decisions: dict[str, np.ndarray], names: dict[i
 
 
 def load_decisions(folder: Path | None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """What `save_decisions` wrote."""
+    """Returns what `save_decisions` wrote."""
     if folder is None:
         return {}, {}
     arrays = {path.stem: np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))}

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from megallm.base import rng
+from megallm.base import optional, rng
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import atomic_path, writing
 from megallm.base.progress import Progress, quiet
-from megallm.curate import optional, readers
+from megallm.curate import readers
 from megallm.curate.config import ClassifierConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.text import Analysis, sorted_set
 
 BITS = 20  # of the hashed feature space
@@ -34,8 +34,8 @@ _MAX_CHARS = 20_000  # of a document in training
 
 
 def features(analysis: Analysis, bits: int = BITS) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's set of hashed words and pairs, int64 laid end to end, and offsets [documents
-    + 1].
+    """Returns each document's set of hashed words and pairs, int64 laid end to end, and offsets
+    [documents + 1].
     """
     words = analysis.words
     pairs, first = words.ngrams(2)
@@ -108,7 +108,7 @@ class LinearModel:
         return model
 
 
-def train(
+def train_classifier(
     good: Sequence[str],
     bad: Sequence[str],
     key: str = "text",
@@ -121,7 +121,9 @@ def train(
     documents.
     """
     progress("reading", 0, None)
-    texts = [[text[:_MAX_CHARS] for text in readers.texts(side, key)] for side in (good, bad)]
+    texts = [
+        [text[:_MAX_CHARS] for text in readers.document_texts(side, key)] for side in (good, bad)
+    ]
     for name, side in zip(("--good", "--bad"), texts, strict=True):
         if len(side) < 10:
             raise UsageError(
@@ -135,7 +137,7 @@ def train(
     scores = np.concatenate(
         [model.scores(Analysis(part)) for part in _parts([every[i] for i in np.flatnonzero(held)])]
     )
-    model.about = {"good": len(texts[0]), "bad": len(texts[1]), "seed": seed} | measure(
+    model.about = {"good": len(texts[0]), "bad": len(texts[1]), "seed": seed} | evaluate_classifier(
         scores, labels[held]
     )
     return model
@@ -176,7 +178,7 @@ def _fit(
     return weights, float(bias)
 
 
-def measure(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def evaluate_classifier(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Precision and recall of `good` at 0.5, and the area under the ROC curve (Mann-Whitney)."""
     chosen, good = scores >= 0.5, labels > 0
     hits = int((chosen & good).sum())
@@ -201,7 +203,7 @@ class Classifier:
     def __init__(self, config: ClassifierConfig) -> None:
         self.config = config
         self.marks = {"classifier.score": (config.min_score,)}
-        assert config.model is not None  # `config.check` asks for it
+        assert config.model is not None  # `config.check_config` asks for it
         self._linear = self._fasttext = None
         if config.model.endswith((".bin", ".ftz")):
             fasttext = optional.need("fasttext", "use a model of `megallm curate train-classifier`")
@@ -214,7 +216,7 @@ class Classifier:
         else:
             self._linear = LinearModel.load(config.model)
 
-    def _scores(self, batch: Batch) -> np.ndarray:
+    def _scores(self, batch: DocumentBatch) -> np.ndarray:
         if self._linear is not None:
             return self._linear.scores(batch.analysis)
         found = [
@@ -225,7 +227,7 @@ class Classifier:
             [dict(zip(*pair, strict=True)).get(self.config.label, 0.0) for pair in found]
         )
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         scores = self._scores(batch)
         batch.record("classifier.score", scores)
         verdicts = []

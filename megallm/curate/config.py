@@ -1,4 +1,6 @@
-"""The configuration of a curation run: one YAML file; every field can be set as `section.name=value`."""
+"""The configuration of a curation run: one YAML file; every field can be set as
+`section.name=value`.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,7 @@ class CurateConfig:
     gzip_level: int = 1  # of kept/*.jsonl.gz
 
 
-def check(config: CurateConfig) -> None:
+def check_config(config: CurateConfig) -> None:
     """Every cross-field problem at once. Errors: `UsageError`."""
     known = (*LOCAL, *GLOBAL)
     problems = [
@@ -192,7 +194,9 @@ def check(config: CurateConfig) -> None:
 
 
 def used_files(config: CurateConfig) -> list[str]:
-    """The files beside the input that the steps read: models, word lists, evaluation sets, a scorer."""
+    """Returns the files beside the input that the steps read: models, word lists, evaluation sets,
+    a scorer.
+    """
     found: dict[str, tuple[str | None, ...]] = {
         "language": (config.language.model,),
         "classifier": (config.classifier.model,),

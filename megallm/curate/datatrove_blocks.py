@@ -26,14 +26,14 @@ from datatrove.pipeline.base import PipelineStep
 from megallm.base import config as configs
 from megallm.base.files import writing
 from megallm.curate import readers
-from megallm.curate.chain import batches, chain_of, run_shard, segments_of
-from megallm.curate.config import CurateConfig, check
-from megallm.curate.document import Batch, Document
+from megallm.curate.chain import batches, chain_of, chain_segments, run_shard
+from megallm.curate.config import CurateConfig, check_config
+from megallm.curate.document import Document, DocumentBatch
 from megallm.curate.run import Run
 
 
 @dataclass(frozen=True)
-class Stage:
+class BlockStage:
     """One block and how many tasks may do it at once."""
 
     name: str
@@ -41,20 +41,20 @@ class Stage:
     tasks: int
 
 
-def plan(config: CurateConfig, output: str | Path, tasks: int) -> list[Stage]:
-    """The stages of a whole run, in order. Errors: those of `run.run` for configuration, input and
-    output folder.
+def plan(config: CurateConfig, output: str | Path, tasks: int) -> list[BlockStage]:
+    """Returns the stages of a whole run, in order. Errors: those of `run.run` for configuration,
+    input and output folder.
     """
-    check(config)
+    check_config(config)
     with writing(output):
         Path(output).mkdir(parents=True, exist_ok=True)
-    Run(config, Path(output), readers.find_files(config.input)).begin()
+    Run(config, Path(output), readers.find_inputs(config.input)).begin()
     stages = []
-    for number in range(len(segments_of(config))):
+    for number in range(len(chain_segments(config))):
         if number:
-            stages.append(Stage(f"decide-{number}", Decide(config, output, number), 1))
-        stages.append(Stage(f"segment-{number}", Shards(config, output, number), tasks))
-    return [*stages, Stage("publish", Publish(config, output), 1)]
+            stages.append(BlockStage(f"decide-{number}", Decide(config, output, number), 1))
+        stages.append(BlockStage(f"segment-{number}", Shards(config, output, number), tasks))
+    return [*stages, BlockStage("publish", Publish(config, output), 1)]
 
 
 class _Block(PipelineStep):
@@ -71,7 +71,7 @@ class _Block(PipelineStep):
     @cached_property
     def curation(self) -> Run:
         config = configs.loads(CurateConfig, self.yaml)
-        return Run(config, Path(self.output), readers.find_files(config.input))
+        return Run(config, Path(self.output), readers.find_inputs(config.input))
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[TroveDocument]:
         """Do this task's part, then hand on what came in."""
@@ -148,7 +148,7 @@ class Judge(PipelineStep):
                 yield Document(document.id, document.text, "", 0, number, dict(document.metadata))
 
         for documents in batches(taken()):
-            batch = Batch(documents)
+            batch = DocumentBatch(documents)
             with self.track_time("batch"):
                 for name, step in chain.local.items():
                     verdicts = step.judge(batch) if len(batch) else []

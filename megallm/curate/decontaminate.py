@@ -18,9 +18,9 @@ import numpy as np
 
 from megallm.base.errors import DataError
 from megallm.curate.config import DecontaminateConfig, InputConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.external import contains
-from megallm.curate.readers import Reject, parse, units
+from megallm.curate.readers import Reject, file_units, parse_unit
 from megallm.curate.text import Analysis, Pieces
 from megallm.data.text.readers import ReadOptions, bytes_of, chunks
 
@@ -61,7 +61,7 @@ class _Grams:
         return maybe, np.searchsorted(self.hashes, hashes[maybe])
 
     def owners(self, numbers: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Every (document, item) of n-grams found in documents."""
+        """Returns every (document, item) of n-grams found in documents."""
         counts = self.counts[numbers]
         shift = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.repeat(documents, counts), self.items[
@@ -95,8 +95,8 @@ class _Passages:
                     yield row, number
 
     def _is_copy(self, words: Pieces, row: int, item: np.ndarray, places: np.ndarray) -> bool:
-        """Whether the passage with the most seeds, which begin at `places`, has enough of the
-        item's words in order."""
+        """Returns whether the passage with the most seeds, which begin at `places`, has enough of
+        the item's words in order."""
         size = len(item)
         last = np.searchsorted(places, places + size)
         begin = int((last - np.arange(len(places))).argmax())
@@ -109,8 +109,8 @@ class _Passages:
 
 
 def _in_order(item: list[int], passage: list[int]) -> int:
-    """The length of the longest common subsequence, 64 words and more at a time (Hyyrö 2004,
-    "Bit-parallel LCS-length computation revisited")."""
+    """Returns the length of the longest common subsequence, 64 words and more at a time (Hyyrö
+    2004, "Bit-parallel LCS-length computation revisited")."""
     masks: dict[int, int] = {}
     for place, word in enumerate(item):
         masks[word] = masks.get(word, 0) | 1 << place
@@ -156,7 +156,7 @@ class Decontaminate:
             _Passages([text for _, text in used], config.edited) if config.edited else None
         )
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         words = batch.analysis.words
         hashes, first = words.ngrams(self.config.coverage_ngram)
         at, numbers = self._short_grams.find(hashes)
@@ -266,11 +266,13 @@ def report_of(step: Decontaminate, rows: Iterable[dict[str, Any]]) -> dict[str, 
 
 
 def avoid_texts(names: Iterable[str]) -> Iterator[str]:
-    """The texts of JSONL files of any keys, for generators that must not repeat them."""
+    """Yields the texts of JSONL files of any keys, for generators that must not repeat them."""
     config = InputConfig()
     for name in names:
         if Path(name).suffix in (".txt", ".md"):
-            for item in (item for unit in units(name, config) for item in parse(unit, config)):
+            for item in (
+                item for unit in file_units(name, config) for item in parse_unit(unit, config)
+            ):
                 if isinstance(item, Reject):
                     raise DataError(
                         f"{item.file}:{item.line}: {item.reason}: such texts could not be avoided."

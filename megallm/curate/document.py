@@ -11,7 +11,7 @@ import numpy as np
 
 from megallm.curate.text import Analysis
 
-Action = Literal["keep", "drop", "edit"]
+StepAction = Literal["keep", "drop", "edit"]
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TextSpan:
     """Code points [begin, end) of the text as the step saw it, and what stands there afterwards."""
 
     begin: int
@@ -47,9 +47,9 @@ class Verdict:
     into the ledger.
     """
 
-    action: Action = "keep"
+    action: StepAction = "keep"
     reason: str = ""
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TextSpan, ...] = ()
     note: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,23 +57,23 @@ KEEP = Verdict()
 
 
 def drop(reason: str, **note: Any) -> Verdict:
-    """The verdict that removes the document."""
+    """Returns the verdict that removes the document."""
     return Verdict("drop", reason, note=note)
 
 
-def edit(spans: Sequence[Span]) -> Verdict:
-    """The verdict that replaces spans; no spans means keep. Overlaps are resolved in favour of the
-    first, longest.
+def edit(spans: Sequence[TextSpan]) -> Verdict:
+    """Returns the verdict that replaces spans; no spans means keep. Overlaps are resolved in favour
+    of the first, longest.
     """
-    chosen: list[Span] = []
+    chosen: list[TextSpan] = []
     for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
         if span.begin < span.end and (not chosen or span.begin >= chosen[-1].end):
             chosen.append(span)
     return Verdict("edit", chosen[0].reason, tuple(chosen)) if chosen else KEEP
 
 
-def apply_spans(text: str, spans: Sequence[Span]) -> str:
-    """The text after an edit."""
+def apply_spans(text: str, spans: Sequence[TextSpan]) -> str:
+    """Returns the text after an edit."""
     pieces, at = [], 0
     for span in spans:
         pieces += [text[at : span.begin], span.replacement]
@@ -81,7 +81,7 @@ def apply_spans(text: str, spans: Sequence[Span]) -> str:
     return "".join([*pieces, text[at:]])
 
 
-class Batch:
+class DocumentBatch:
     """Documents that steps see together, so that arithmetic over their characters is done once, in
     numpy.
 
@@ -104,8 +104,8 @@ class Batch:
         return Analysis([document.text for document in self.documents])
 
     def shared_analysis(self) -> tuple[Analysis, np.ndarray]:
-        """An analysis that holds our documents and perhaps dropped ones too, and the rows of ours
-        in it: for steps that need not make a new one after a drop."""
+        """Returns an analysis that holds our documents and perhaps dropped ones too, and the rows
+        of ours in it: for steps that need not make a new one after a drop."""
         if self._wider is not None:
             return self._wider
         return self.analysis, np.arange(len(self))
@@ -114,9 +114,9 @@ class Batch:
         """Note one number for every document of the batch."""
         self.metrics[name] = np.asarray(values, np.float64)
 
-    def after(self, verdicts: Sequence[Verdict]) -> Batch:
-        """The batch that the next step sees: dropped documents gone, spans replaced. Itself when
-        all are kept.
+    def after(self, verdicts: Sequence[Verdict]) -> DocumentBatch:
+        """Returns the batch that the next step sees: dropped documents gone, spans replaced. Itself
+        when all are kept.
         """
         if all(verdict.action == "keep" for verdict in verdicts):
             return self
@@ -127,7 +127,7 @@ class Batch:
             if verdict.action != "drop":
                 left.append(document)
                 rows.append(row)
-        batch = Batch(left)
+        batch = DocumentBatch(left)
         if all(verdict.action != "edit" for verdict in verdicts) and (
             "analysis" in vars(self) or self._wider
         ):

@@ -52,7 +52,7 @@ def find_emails(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _begin_of(text: str, at: int) -> int:
-    """Where the name before the @ at `at` begins; `at` for none."""
+    """Returns where the name before the @ at `at` begins; `at` for none."""
     before = text[max(0, at - _NAME_CHARS) : at]
     backwards = before[::-1]
     found = next((match for run in _RUNS if (match := run.match(backwards))), None)
@@ -77,7 +77,7 @@ def _begin_of(text: str, at: int) -> int:
 
 
 def _end_of(text: str, begin: int) -> int:
-    """Where the host that begins at `begin` ends; 0 for none."""
+    """Returns where the host that begins at `begin` ends; 0 for none."""
     for pattern in _HOSTS:
         match = pattern.match(text, begin, begin + _HOST_CHARS)
         if match:
@@ -89,7 +89,7 @@ def _end_of(text: str, begin: int) -> int:
 
 
 def _shortened(host: str, begin: int) -> int:
-    """The end of the longest beginning of `host` that ends in a top-level domain. A capital
+    """Returns the end of the longest beginning of `host` that ends in a top-level domain. A capital
     after one begins a sentence that follows without a blank: jane@mail.org.In the meantime."""
     labels = host.split(".")
     known = [
@@ -102,7 +102,7 @@ def _shortened(host: str, begin: int) -> int:
 
 
 def _is_nobody(text: str, begin: int, at: int, end: int) -> bool:
-    """Whether it is reserved for examples, a service's login, or the password of a URL
+    """Returns whether it is reserved for examples, a service's login, or the password of a URL
     (scheme://name:password@)."""
     host = text[at + 1 : end].lower()
     if any(host == name or host.endswith(f".{name}") for name in _RESERVED_DOMAINS):

@@ -19,8 +19,8 @@ import xxhash
 
 from megallm.base.files import writing
 from megallm.curate.config import ExactConfig
-from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
-from megallm.curate.external import Scatter, contains, parts_for, spread
+from megallm.curate.document import KEEP, DocumentBatch, TextSpan, Verdict, drop, edit
+from megallm.curate.external import Scatter, contains, partition_of, parts_for
 from megallm.curate.folding import comparable
 
 RECORD = np.dtype(
@@ -34,12 +34,12 @@ _UNIT_BITS = 32
 INDEX_BITS = 32  # a document's number is shard << 32 | index
 
 
-def key_of(text: str) -> bytes:
+def text_key(text: str) -> bytes:
     """16 bytes that are equal exactly (but for a chance of 2^-128) for texts that compare alike."""
     return xxhash.xxh3_128_digest(comparable(text))
 
 
-def split(
+def split_units(
     text: str, separator: re.Pattern[str], begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, int, int]]:
     """Units as (begin, end of content, end including the separator)."""
@@ -51,13 +51,13 @@ def split(
         yield begin, end, end
 
 
-def units(text: str, level: str) -> Iterator[tuple[int, int, int, int]]:
+def text_units(text: str, level: str) -> Iterator[tuple[int, int, int, int]]:
     """Paragraphs or lines as (begin, end, end with separator, number of the paragraph)."""
-    for number, (begin, end, stop) in enumerate(split(text, _PARAGRAPH)):
+    for number, (begin, end, stop) in enumerate(split_units(text, _PARAGRAPH)):
         if level == "paragraph":
             yield begin, end, stop, number
         else:
-            for one in split(text, _LINE, begin, stop):
+            for one in split_units(text, _LINE, begin, stop):
                 yield *one, number
 
 
@@ -81,15 +81,15 @@ class Signatures:
             (folder / "ids.json").write_text(json.dumps(self.ids), "utf-8")
 
 
-def load(folder: Path, name: str) -> np.ndarray | None:
+def load_array(folder: Path, name: str) -> np.ndarray | None:
     """One array of a shard as a memory map; None when the shard has none."""
     path = folder / f"{name}.npy"
     return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
 
 
-def of_batch(rows: np.ndarray | None, batch: Batch) -> np.ndarray | tuple[()]:
-    """The decisions of a shard, sorted by document, from the first to the last document of a batch
-    of it.
+def of_batch(rows: np.ndarray | None, batch: DocumentBatch) -> np.ndarray | tuple[()]:
+    """Returns the decisions of a shard, sorted by document, from the first to the last document of
+    a batch of it.
     """
     if rows is None or not len(batch):
         return ()
@@ -109,22 +109,22 @@ class Exact:
         self._levels = [level for level in LEVELS if {"document": config.document, "paragraph": config.paragraph,
                                                       "line": config.line}[level]]  # fmt: skip
 
-    def sign(self, batch: Batch, shard: int, out: Signatures) -> None:
+    def sign(self, batch: DocumentBatch, shard: int, out: Signatures) -> None:
         """Add the keys of the batch's documents and units."""
         for level in self._levels:
             out.add(**{f"exact_{level}": self._keys(batch, shard, level)})
 
-    def _keys(self, batch: Batch, shard: int, level: str) -> np.ndarray:
+    def _keys(self, batch: DocumentBatch, shard: int, level: str) -> np.ndarray:
         keys, where = [], []
         for document in batch.documents:
             number = shard << INDEX_BITS | document.index
             if level == "document":
-                keys.append(key_of(document.text))
+                keys.append(text_key(document.text))
                 where.append((number, 0, 0))
                 continue
-            for unit, (begin, end, _, paragraph) in enumerate(units(document.text, level)):
+            for unit, (begin, end, _, paragraph) in enumerate(text_units(document.text, level)):
                 if end - begin >= self.config.min_chars:
-                    keys.append(key_of(document.text[begin:end]))
+                    keys.append(text_key(document.text[begin:end]))
                     where.append((number, paragraph, unit))
         out = np.empty(len(keys), RECORD)
         digests = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
@@ -159,7 +159,7 @@ class Exact:
         return np.sort(np.concatenate([np.zeros(0, np.uint64), *rows]))
 
     def judge(
-        self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
+        self, batch: DocumentBatch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
     ) -> list[Verdict]:
         """Apply what `resolve` decided for this shard; `name_of` gives the id of a first
         occurrence.
@@ -194,8 +194,8 @@ class Exact:
             chosen = cuts[level].get(index)
             if chosen:
                 spans += [
-                    Span(begin, stop, f"duplicate_{level}")
-                    for unit, (begin, _, stop, _) in enumerate(units(text, level))
+                    TextSpan(begin, stop, f"duplicate_{level}")
+                    for unit, (begin, _, stop, _) in enumerate(text_units(text, level))
                     if unit in chosen
                 ]
         if not spans:
@@ -213,8 +213,8 @@ def _duplicates(
     gone: np.ndarray,
     paragraphs: np.ndarray,
 ) -> np.ndarray:
-    """Every record but the first of equal keys, sorted by document and unit."""
-    arrays = [load(folder, f"exact_{level}") for folder in shards]
+    """Returns every record but the first of equal keys, sorted by document and unit."""
+    arrays = [load_array(folder, f"exact_{level}") for folder in shards]
     total = sum(array.nbytes for array in arrays if array is not None)
     parts = parts_for(total, memory_bytes)
     scatter = Scatter(scratch / f"exact-{level}", parts, RECORD)
@@ -227,7 +227,7 @@ def _duplicates(
             own = np.empty(len(records), paragraphs.dtype)
             own["document"], own["unit"] = records["document"], records["paragraph"]
             records = records[~_contains_rows(paragraphs, own)]
-        scatter.add(records, spread(records["hi"], parts))
+        scatter.add(records, partition_of(records["hi"], parts))
     found = []
     for records in scatter.each():
         order = np.lexsort((records["unit"], records["document"], records["lo"], records["hi"]))

@@ -17,7 +17,7 @@ _HEAD_ROOM = 4  # sorting one file takes a few times its size
 
 
 def parts_for(total_bytes: int, memory_bytes: int) -> int:
-    """How many files, so that one of them can be sorted within the memory."""
+    """Returns how many files, so that one of them can be sorted within the memory."""
     return max(1, -(-total_bytes * _HEAD_ROOM // max(memory_bytes, 1)))
 
 
@@ -49,22 +49,26 @@ class Scatter:
                     file.write(np.ascontiguousarray(records[order[begin:end]]).tobytes())
 
     def each(self) -> Iterator[np.ndarray]:
-        """The records of one file after the other; each file is removed once it was taken."""
+        """Yields the records of one file after the other; each file is removed once it was
+        taken.
+        """
         for part in range(self.parts):
             path = self._path(part)
             yield np.fromfile(path, self.dtype)
             path.unlink()
 
 
-def spread(hashes: np.ndarray, parts: int) -> np.ndarray:
-    """A number below `parts` for each hash, by its high bits, so that files keep the order of the
-    hashes.
+def partition_of(hashes: np.ndarray, parts: int) -> np.ndarray:
+    """Returns a number below `parts` for each hash, by its high bits, so that files keep the order
+    of the hashes.
     """
     return ((hashes >> np.uint64(32)) * np.uint64(parts)) >> np.uint64(32)
 
 
 def contains(table: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which values, uint64, are in the sorted table (it may be a memory map), bool [values]."""
+    """Returns which values, uint64, are in the sorted table (it may be a memory map), bool
+    [values].
+    """
     if not len(table) or not len(values):
         return np.zeros(len(values), bool)
     native = extension.index()

@@ -29,7 +29,7 @@ _SOLO_RANGES = (
 
 @cache
 def classes() -> np.ndarray:
-    """The class of every code point, uint8 [0x110000]."""
+    """Returns the class of every code point, uint8 [0x110000]."""
     table = np.zeros(0x110000, np.uint8)
     for code in (*range(0x20000), *range(0xE0000, 0xE01F0)):
         kind = unicodedata.category(chr(code))
@@ -76,8 +76,8 @@ _FOLDED_RANGES = (
 
 
 def _drops(char: str) -> bool:
-    """Whether a character of a decomposed text is left out. All marks that normalisation may
-    reorder are, so that every character can be folded by itself."""
+    """Returns whether a character of a decomposed text is left out. All marks that normalisation
+    may reorder are, so that every character can be folded by itself."""
     code = ord(char)
     if code in _NOT or code < 0x80:
         return False
@@ -87,7 +87,7 @@ def _drops(char: str) -> bool:
 
 
 def _folds() -> dict[int, str]:
-    """What each character becomes, of those that change."""
+    """Returns what each character becomes, of those that change."""
     codes = [code for part in _FOLDED_RANGES for code in part if code not in _WHOLE]
     lines = unicodedata.normalize("NFKD", "\n".join(map(chr, codes))).casefold()
     lines = unicodedata.normalize("NFKD", lines)
@@ -101,9 +101,9 @@ def _folds() -> dict[int, str]:
 
 @cache
 def folding() -> tuple[np.ndarray, np.ndarray]:
-    """What every code point becomes: uint32 [0x110000] with the new code in bits 0 to 20 and its
-    class from bit 24 on, and uint32 [n] with the longer ones. Bit 23 says that the code is a
-    place in the second array, where the number of characters (perhaps none) stands before them;
+    """Returns what every code point becomes: uint32 [0x110000] with the new code in bits 0 to 20
+    and its class from bit 24 on, and uint32 [n] with the longer ones. Bit 23 says that the code is
+    a place in the second array, where the number of characters (perhaps none) stands before them;
     bit 22 says that it is a part of a Hangul syllable."""
     kinds = classes().astype(np.uint32) << np.uint32(24)
     table = np.arange(0x110000, dtype=np.uint32) | kinds
@@ -153,7 +153,7 @@ def _fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, boo
 
 
 def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The folded code points of texts, their classes, and where each text begins."""
+    """Returns the folded code points of texts, their classes, and where each text begins."""
     *found, jamo = _fold(texts)
     if jamo:  # Hangul is compared by syllables, however it is written
         *found, _ = _fold([unicodedata.normalize("NFC", text) for text in texts])

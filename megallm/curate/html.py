@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megallm.curate import optional
+from megallm.base import optional
 
 _SKIPPED = (
     "script", "style", "noscript", "template", "head", "nav", "svg", "iframe", "object", "embed",
@@ -69,7 +69,7 @@ def text_of_html(html: str) -> str:
 
 
 def _is_boilerplate(node: Any) -> bool:
-    """Whether an element with a style, a header, a footer or a form is left out."""
+    """Returns whether an element with a style, a header, a footer or a form is left out."""
     if node.tag not in _WHOLE and _NOT_SHOWN.search(node.attributes.get("style") or ""):
         return True
     if node.tag == "header":

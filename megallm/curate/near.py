@@ -17,9 +17,9 @@ import numpy as np
 
 from megallm.base import extension
 from megallm.curate.config import NearConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
-from megallm.curate.exact import INDEX_BITS, Signatures, load, of_batch
-from megallm.curate.external import Scatter, contains, parts_for, spread
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
+from megallm.curate.exact import INDEX_BITS, Signatures, load_array, of_batch
+from megallm.curate.external import Scatter, contains, partition_of, parts_for
 from megallm.curate.text import Analysis, mix, sorted_set
 
 ENTRY = np.dtype([("hash", "<u8"), ("document", "<u8")])
@@ -29,8 +29,8 @@ _OPEN_SHARDS = 64
 
 
 def shingles(analysis: Analysis, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The set of word n-grams of every document as sorted uint32 hashes laid end to end, and
-    offsets [documents + 1].
+    """Returns the set of word n-grams of every document as sorted uint32 hashes laid end to end,
+    and offsets [documents + 1].
 
     A document of fewer than `size` words has none.
     """
@@ -92,7 +92,7 @@ class Near:
     def __init__(self, config: NearConfig) -> None:
         self.config = config
 
-    def sign(self, batch: Batch, shard: int, out: Signatures) -> None:
+    def sign(self, batch: DocumentBatch, shard: int, out: Signatures) -> None:
         """Add the n-gram sets and band hashes of the batch's documents; documents without n-grams
         are left out.
         """
@@ -140,19 +140,21 @@ class Near:
         document.
         """
         sizes = [
-            array.nbytes for folder in shards if (array := load(folder, "near_bands")) is not None
+            array.nbytes
+            for folder in shards
+            if (array := load_array(folder, "near_bands")) is not None
         ]
         parts = parts_for(2 * sum(sizes), memory_bytes)
         entries = Scatter(scratch / "near-entries", parts, ENTRY)
         for folder in shards:
-            bands, numbers = load(folder, "near_bands"), load(folder, "near_number")
+            bands, numbers = load_array(folder, "near_bands"), load_array(folder, "near_number")
             if bands is None or numbers is None:
                 continue
             records = np.empty(bands.size, ENTRY)
             records["hash"] = np.asarray(bands).ravel()
             records["document"] = np.repeat(np.asarray(numbers), bands.shape[1])
             records = records[~contains(gone, records["document"])]
-            entries.add(records, spread(records["hash"], parts))
+            entries.add(records, partition_of(records["hash"], parts))
         members = Scatter(
             scratch / "near-members", len(shards), MEMBER
         )  # a shard's documents meet in one file
@@ -172,7 +174,7 @@ class Near:
         return members
 
     def judge(
-        self, batch: Batch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
+        self, batch: DocumentBatch, decisions: dict[str, np.ndarray], name_of: dict[int, str]
     ) -> list[Verdict]:
         """Apply what `resolve` decided for this shard."""
         rows = {
@@ -202,7 +204,7 @@ class _Sets:
     def _load(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         folder = self._shards[shard]
         sizes, values, numbers = (
-            load(folder, f"near_{name}") for name in ("sizes", "values", "number")
+            load_array(folder, f"near_{name}") for name in ("sizes", "values", "number")
         )
         assert sizes is not None and values is not None and numbers is not None
         return np.asarray(numbers), np.concatenate([[0], np.cumsum(sizes)]), values
@@ -246,8 +248,8 @@ def _stars(members: Scatter, sets: _Sets, config: NearConfig) -> np.ndarray:
 def _most_similar(
     sets: _Sets, document: int, candidates: list[int], threshold: float
 ) -> tuple[int, float]:
-    """The most similar candidate, the earliest of equals. Sets whose sizes alone rule it out are
-    not compared.
+    """Returns the most similar candidate, the earliest of equals. Sets whose sizes alone rule it
+    out are not compared.
     """
     best, similarity = -1, 0.0
     own = sets[document] if candidates else np.zeros(0, np.uint32)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.curate import optional
 from megallm.curate.arpa import ArpaModel
 from megallm.curate.config import PerplexityConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.kneser_ney import sentences
 from megallm.curate.language import sample
 
@@ -56,7 +56,7 @@ def ngram_scorer(path: str) -> Scorer:
 
 
 def load_scorer(spec: str) -> Scorer:
-    """The function of `file.py:function`. Errors: `UsageError`."""
+    """Returns the function of `file.py:function`. Errors: `UsageError`."""
     path, colon, name = spec.rpartition(":")
     if not colon or not Path(path).is_file():
         raise UsageError(
@@ -80,7 +80,7 @@ def load_scorer(spec: str) -> Scorer:
 
 
 def _told(error: BaseException) -> str:
-    """The error of a user's file, with the line where it came from."""
+    """Returns the error of a user's file, with the line where it came from."""
     places = traceback.extract_tb(error.__traceback__)
     where = f" at {places[-1].filename}:{places[-1].lineno}" if places else ""
     return f"{type(error).__name__}: {error}{where}"
@@ -119,7 +119,7 @@ class Perplexity:
             )
         return np.nan_to_num(values)
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         texts = [sample(document.text, self.config.sample_chars) for document in batch.documents]
         values = self._values(texts)
         batch.record("perplexity.per_word", values)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from megallm.base import optional
 from megallm.base.errors import UsageError
-from megallm.curate import optional
 from megallm.curate.config import PiiConfig
 
 _SPACE = r"\u00a0\u2009\u2010\u2011\u2013 .\-/()"
@@ -94,8 +94,8 @@ class Phones:
         return any(self._valid(match[0], region) for region in (self._region, *self._regions))
 
     def _grouped(self, groups: tuple[str, ...]) -> bool:
-        """Whether the groups may be a number of `phone_region`: in North America 3, 3 and 4 digits,
-        perhaps after a 1; elsewhere the sizes vary."""
+        """Returns whether the groups may be a number of `phone_region`: in North America 3, 3 and 4
+        digits, perhaps after a 1; elsewhere the sizes vary."""
         sizes = [len(group) for group in groups[groups[0] == "1" :]]
         return self._code != _NORTH_AMERICA or sizes == [3, 3, 4]
 
@@ -108,7 +108,7 @@ class Phones:
             return False
 
     def _locally_valid(self, written: str) -> bool:
-        """Whether a country of `phone_regions` writes a valid number so, with its 0."""
+        """Returns whether a country of `phone_regions` writes a valid number so, with its 0."""
         groups = re.findall(r"\d+", written)
         if len(groups) < 2 or min(map(len, groups)) < 2 or len(groups[0]) > 6:
             return False
@@ -138,6 +138,6 @@ class Phones:
 
 
 def _counts(groups: tuple[str, ...]) -> bool:
-    """Whether the groups are numbers in a row: 01 02 03 04 05."""
+    """Returns whether the groups are numbers in a row: 01 02 03 04 05."""
     steps = {int(b) - int(a) for a, b in zip(groups[:-1], groups[1:], strict=True)}
     return len(groups) > 2 and len(steps) == 1

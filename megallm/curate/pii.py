@@ -21,7 +21,7 @@ import numpy as np
 from megallm.base import extension
 from megallm.curate.access_keys import find_keys, find_passwords, is_marked, scan_marks
 from megallm.curate.config import PiiConfig
-from megallm.curate.document import Batch, Span, Verdict, edit
+from megallm.curate.document import DocumentBatch, TextSpan, Verdict, edit
 from megallm.curate.emails import find_emails
 from megallm.curate.folding import code_points
 from megallm.curate.phones import Phones
@@ -88,7 +88,7 @@ _IBAN_LENGTHS = {
 
 
 def luhn(digits: str) -> bool:
-    """Whether the last digit is the check digit of the others (ISO/IEC 7812)."""
+    """Returns whether the last digit is the check digit of the others (ISO/IEC 7812)."""
     doubled = [2 * int(digit) for digit in digits[-2::-2]]
     return (
         sum(int(digit) for digit in digits[-1::-2])
@@ -97,7 +97,9 @@ def luhn(digits: str) -> bool:
 
 
 def iban_valid(text: str) -> bool:
-    """Whether it is an IBAN of its country's length with a right checksum modulo 97 (ISO 13616)."""
+    """Returns whether it is an IBAN of its country's length with a right checksum modulo 97 (ISO
+    13616).
+    """
     code = re.sub(_BLANK, "", text).upper()
     if _IBAN_LENGTHS.get(code[:2]) != len(code):
         return False
@@ -126,8 +128,8 @@ def find_ips(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
-    """Whether a dotted number is the number of a section or a version: by the words before it, or
-    because all its parts are small and nothing speaks of an address."""
+    """Returns whether a dotted number is the number of a section or a version: by the words before
+    it, or because all its parts are small and nothing speaks of an address."""
     if version == 6:
         return False
     line = text.rfind("\n", 0, match.start()) + 1
@@ -210,22 +212,22 @@ class Pii:
             finders["phone"] = Phones(config).find
         self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
 
-    def find(self, text: str) -> list[Span]:
+    def find(self, text: str) -> list[TextSpan]:
         """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of
         the table wins.
         """
         return self._find_all([text])[0]
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         return [
             edit(spans) for spans in self._find_all([document.text for document in batch.documents])
         ]
 
-    def _find_all(self, texts: list[str]) -> list[list[Span]]:
+    def _find_all(self, texts: list[str]) -> list[list[TextSpan]]:
         """Lines with enough digits of all texts are searched as one text: no kind that has digits
         spans lines.
         """
-        found: list[list[Span]] = [[] for _ in texts]
+        found: list[list[TextSpan]] = [[] for _ in texts]
         lines = lines_with_digits(texts)
         for kind, finder in self._finders.items():
             if kind not in _LEAST:
@@ -250,10 +252,10 @@ class Pii:
         return found
 
 
-def _take(taken: list[Span], kind: str, text: str, begin: int, end: int) -> None:
+def _take(taken: list[TextSpan], kind: str, text: str, begin: int, end: int) -> None:
     """Add a span where none is yet."""
     if all(end <= span.begin or span.end <= begin for span in taken):
-        taken.append(Span(begin, end, kind, stand_in(kind, text[begin:end])))
+        taken.append(TextSpan(begin, end, kind, placeholder_for(kind, text[begin:end])))
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,9 @@ class Lines:
     marked: np.ndarray
 
     def those(self, digits: int, marks: Sequence[tuple[str, int]]) -> list[list[int]]:
-        """The places with so many digits, and enough of one of the marks where there are any."""
+        """Returns the places with so many digits, and enough of one of the marks where there are
+        any.
+        """
         wanted = self.count["0"] >= digits
         if marks:
             wanted &= np.logical_or.reduce([self.count[mark] >= least for mark, least in marks])
@@ -277,7 +281,7 @@ class Lines:
 
 
 def lines_with_digits(texts: list[str]) -> Lines:
-    """The lines that could hold something with digits in it."""
+    """Returns the lines that could hold something with digits in it."""
     native = extension.index()
     if native is not None:
         place, counts, marked = native.digit_lines(texts, list(scan_marks()))
@@ -300,8 +304,8 @@ def lines_with_digits(texts: list[str]) -> Lines:
 
 
 def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What lies
-    below the first of a range wraps around.)"""
+    """Returns where what `Lines` counts stands, in the order of _COUNTED, bool [characters]. (What
+    lies below the first of a range wraps around.)"""
 
     def between(first: str, last: str, of: np.ndarray = codes) -> np.ndarray:
         return of - np.uint32(ord(first)) <= np.uint32(ord(last) - ord(first))
@@ -318,8 +322,8 @@ def _marks(codes: np.ndarray) -> tuple[np.ndarray, ...]:
     return digits, v4, v6, iban
 
 
-def stand_in(kind: str, text: str) -> str:
-    """What replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
+def placeholder_for(kind: str, text: str) -> str:
+    """Returns what replaces a span: 16 bits of its hash, in a form of the kind that is reserved for
     examples.
     """
     number = int.from_bytes(

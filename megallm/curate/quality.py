@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megallm.base import extension, words
+from megallm.base import extension, suggest
 from megallm.base.errors import UsageError
 from megallm.curate import repetition, stopwords
 from megallm.curate.config import QualityConfig
-from megallm.curate.document import KEEP, Batch, Span, Verdict, drop, edit
+from megallm.curate.document import KEEP, DocumentBatch, TextSpan, Verdict, drop, edit
 from megallm.curate.folding import LETTER, SOLO
 from megallm.curate.text import Analysis, Pieces, lowered, segment_sums
 
@@ -25,7 +25,7 @@ NONE = None
 
 
 @dataclass(frozen=True)
-class Rule:
+class QualityRule:
     """Drop when `metric` is below (or above) the limit of the profile; None: the profile does not
     have the rule.
     """
@@ -39,40 +39,40 @@ class Rule:
 
 
 RULES = (
-    Rule("too_few_words", "words", True, 50, 20, 10),
-    Rule("too_many_words", "words", False, 100_000, 1_000_000, 200_000),
-    Rule("mean_word_length_low", "mean_word_length", True, 3.0, 2.5, NONE),
-    Rule("mean_word_length_high", "mean_word_length", False, 10.0, 12.0, NONE),
-    Rule("symbol_words", "symbol_word_ratio", False, 0.1, NONE, NONE),
-    Rule("bullet_lines", "bullet_line_share", False, 0.9, 0.95, NONE),
-    Rule("ellipsis_lines", "ellipsis_line_share", False, 0.3, 0.3, NONE),
-    Rule("alphabetic_words", "alphabetic_word_share", True, 0.8, 0.6, NONE),
-    Rule("stop_words", "stop_words", True, 2, 2, NONE),
-    Rule("dup_lines", "dup_line_share", False, 0.3, 0.45, 0.6),
-    Rule("dup_line_chars", "dup_line_char_share", False, 0.2, 0.35, 0.5),
-    Rule("dup_paragraphs", "dup_paragraph_share", False, 0.3, 0.45, NONE),
-    Rule("dup_paragraph_chars", "dup_paragraph_char_share", False, 0.2, 0.35, NONE),
-    Rule("top_2gram", "top_2gram", False, 0.20, 0.25, NONE),
-    Rule("top_3gram", "top_3gram", False, 0.18, 0.22, NONE),
-    Rule("top_4gram", "top_4gram", False, 0.16, 0.20, NONE),
-    Rule("dup_5gram", "dup_5gram", False, 0.15, 0.45, NONE),
-    Rule("dup_6gram", "dup_6gram", False, 0.14, 0.42, NONE),
-    Rule("dup_7gram", "dup_7gram", False, 0.13, 0.39, NONE),
-    Rule("dup_8gram", "dup_8gram", False, 0.12, 0.36, NONE),
-    Rule("dup_9gram", "dup_9gram", False, 0.11, 0.33, NONE),
-    Rule("dup_10gram", "dup_10gram", False, 0.10, 0.30, 0.60),
-    Rule("lorem_ipsum", "lorem_ipsum", False, 0, 0, NONE),
-    Rule("curly_bracket", "curly_brackets", False, 0, NONE, NONE),
-    Rule("few_sentences", "sentences", True, 3, NONE, NONE),
-    Rule("line_punctuation", "punctuated_line_share", True, 0.12, NONE, NONE),
-    Rule("short_lines", "short_line_share", False, 0.67, NONE, NONE),
-    Rule("newlines", "newlines_per_word", False, 0.3, NONE, NONE),
-    Rule("long_line", "longest_line", False, NONE, NONE, 1000),
-    Rule("mean_line_length", "mean_line_length", False, NONE, NONE, 100),
-    Rule("alphanumeric_chars", "alphanumeric_share", True, NONE, 0.3, 0.25),
-    Rule("digits", "digit_share", False, 0.5, 0.6, 0.5),
-    Rule("encoded_data", "longest_word", False, 200, 400, 200),
-    Rule("generated_code", "generated", False, NONE, NONE, 0),
+    QualityRule("too_few_words", "words", True, 50, 20, 10),
+    QualityRule("too_many_words", "words", False, 100_000, 1_000_000, 200_000),
+    QualityRule("mean_word_length_low", "mean_word_length", True, 3.0, 2.5, NONE),
+    QualityRule("mean_word_length_high", "mean_word_length", False, 10.0, 12.0, NONE),
+    QualityRule("symbol_words", "symbol_word_ratio", False, 0.1, NONE, NONE),
+    QualityRule("bullet_lines", "bullet_line_share", False, 0.9, 0.95, NONE),
+    QualityRule("ellipsis_lines", "ellipsis_line_share", False, 0.3, 0.3, NONE),
+    QualityRule("alphabetic_words", "alphabetic_word_share", True, 0.8, 0.6, NONE),
+    QualityRule("stop_words", "stop_words", True, 2, 2, NONE),
+    QualityRule("dup_lines", "dup_line_share", False, 0.3, 0.45, 0.6),
+    QualityRule("dup_line_chars", "dup_line_char_share", False, 0.2, 0.35, 0.5),
+    QualityRule("dup_paragraphs", "dup_paragraph_share", False, 0.3, 0.45, NONE),
+    QualityRule("dup_paragraph_chars", "dup_paragraph_char_share", False, 0.2, 0.35, NONE),
+    QualityRule("top_2gram", "top_2gram", False, 0.20, 0.25, NONE),
+    QualityRule("top_3gram", "top_3gram", False, 0.18, 0.22, NONE),
+    QualityRule("top_4gram", "top_4gram", False, 0.16, 0.20, NONE),
+    QualityRule("dup_5gram", "dup_5gram", False, 0.15, 0.45, NONE),
+    QualityRule("dup_6gram", "dup_6gram", False, 0.14, 0.42, NONE),
+    QualityRule("dup_7gram", "dup_7gram", False, 0.13, 0.39, NONE),
+    QualityRule("dup_8gram", "dup_8gram", False, 0.12, 0.36, NONE),
+    QualityRule("dup_9gram", "dup_9gram", False, 0.11, 0.33, NONE),
+    QualityRule("dup_10gram", "dup_10gram", False, 0.10, 0.30, 0.60),
+    QualityRule("lorem_ipsum", "lorem_ipsum", False, 0, 0, NONE),
+    QualityRule("curly_bracket", "curly_brackets", False, 0, NONE, NONE),
+    QualityRule("few_sentences", "sentences", True, 3, NONE, NONE),
+    QualityRule("line_punctuation", "punctuated_line_share", True, 0.12, NONE, NONE),
+    QualityRule("short_lines", "short_line_share", False, 0.67, NONE, NONE),
+    QualityRule("newlines", "newlines_per_word", False, 0.3, NONE, NONE),
+    QualityRule("long_line", "longest_line", False, NONE, NONE, 1000),
+    QualityRule("mean_line_length", "mean_line_length", False, NONE, NONE, 100),
+    QualityRule("alphanumeric_chars", "alphanumeric_share", True, NONE, 0.3, 0.25),
+    QualityRule("digits", "digit_share", False, 0.5, 0.6, 0.5),
+    QualityRule("encoded_data", "longest_word", False, 200, 400, 200),
+    QualityRule("generated_code", "generated", False, NONE, NONE, 0),
 )
 _WORD_RULES = {
     "mean_word_length_low",
@@ -127,8 +127,8 @@ def measure(
     languages: list[str | None],
     wanted: Collection[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every metric of every document, float64 [documents]; those that search the texts anew only
-    when `wanted`.
+    """Returns every metric of every document, float64 [documents]; those that search the texts anew
+    only when `wanted`.
     """
     words, lines = analysis.words, analysis.lines
     num_words, num_lines = words.counts, lines.counts
@@ -228,13 +228,13 @@ class Quality:
         names = [rule.reason for rule in RULES]
         for given in (*config.limits, *config.off):
             if given not in names:
-                hint = words.did_you_mean(given, names)
+                hint = suggest.did_you_mean(given, names)
                 raise UsageError(
                     f"quality: the rule '{given}' does not exist.{hint} The rules are: "
                     f"{', '.join(names)}."
                 )
         self._cut = config.boilerplate_lines and config.profile == "web"
-        self.limits: list[tuple[Rule, float]] = []
+        self.limits: list[tuple[QualityRule, float]] = []
         for rule in RULES:
             limits = {"web": rule.web, "docs": rule.docs, "code": rule.code}
             limit = config.limits.get(rule.reason, limits[config.profile])
@@ -245,7 +245,7 @@ class Quality:
             name = f"quality.{rule.metric}"
             self.marks[name] = (*self.marks.get(name, ()), limit)
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         """One verdict a document; the note of a drop has the value and the limit."""
         texts = [document.text for document in batch.documents]
         languages = [document.meta.get("language") for document in batch.documents]
@@ -266,7 +266,9 @@ class Quality:
                 verdicts.append(edit(boilerplate_spans(texts[row])) if self._cut else KEEP)
         return verdicts
 
-    def _breaks(self, rule: Rule, limit: float, metrics: dict[str, np.ndarray]) -> np.ndarray:
+    def _breaks(
+        self, rule: QualityRule, limit: float, metrics: dict[str, np.ndarray]
+    ) -> np.ndarray:
         values = metrics[rule.metric]
         broken = values < limit if rule.below else values > limit
         if rule.metric == "stop_words":
@@ -274,7 +276,7 @@ class Quality:
         return broken & (metrics["solo_word_share"] < 0.3) if rule.reason in _WORD_RULES else broken
 
 
-def boilerplate_spans(text: str) -> list[Span]:
+def boilerplate_spans(text: str) -> list[TextSpan]:
     """Short lines about cookies, JavaScript, terms and log-ins, each with the newline that ends
     it.
     """
@@ -287,6 +289,6 @@ def boilerplate_spans(text: str) -> list[Span]:
             line = text[begin:end].rstrip()
             short = len(line.split()) <= _BOILERPLATE_MAX_WORDS
             if short and not line.endswith((".", "!", "?", ":")) and _BOILERPLATE.search(line):
-                spans.append(Span(begin, end, "boilerplate_line"))
+                spans.append(TextSpan(begin, end, "boilerplate_line"))
             at = low.find(hint, end)
     return spans

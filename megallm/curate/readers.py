@@ -1,9 +1,9 @@
 """Raw files to documents: JSONL and Parquet (cut by `data.text.readers`), whole text files, HTML;
 each also packed.
 
-`units` runs in the parent and cuts; `parse` runs in a worker. What cannot be read becomes a
-`Reject` with file and line, or one of the whole file. At most one document of the allowed size and
-two blocks are held, whatever a file unfolds to. `data.text.textfile` opens and unpacks.
+`file_units` runs in the parent and cuts; `parse_unit` runs in a worker. What cannot be read becomes
+a `Reject` with file and line, or one of the whole file. At most one document of the allowed size
+and two blocks are held, whatever a file unfolds to. `data.text.textfile` opens and unpacks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.curate import optional
 from megallm.curate.config import InputConfig
 from megallm.curate.document import Document
 from megallm.curate.html import text_of_html
@@ -60,9 +60,9 @@ class Reject:
     whole: bool = False
 
 
-def find_files(config: InputConfig) -> list[str]:
-    """Every input file, sorted. Errors: `DataError` for a name that matches nothing, or a pipe;
-    `UsageError` when a package that reads one of them is missing."""
+def find_inputs(config: InputConfig) -> list[str]:
+    """Returns every input file, sorted. Errors: `DataError` for a name that matches nothing, or a
+    pipe; `UsageError` when a package that reads one of them is missing."""
     found: set[str] = set()
     for name in config.files:
         path = Path(name)
@@ -99,9 +99,9 @@ def _check_file(name: str, config: InputConfig) -> None:
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}.") from error
     except DataError:
-        return  # an archive: `units` says so, and input.on_bad_file decides
+        return  # an archive: `file_units` says so, and input.on_bad_file decides
     if kind_of(name, config) == "html":
-        optional.check("selectolax.lexbor", "give text or JSONL files")
+        optional.check_installed("selectolax.lexbor", "give text or JSONL files")
 
 
 def kind_of(name: str, config: InputConfig) -> str:
@@ -112,7 +112,7 @@ def kind_of(name: str, config: InputConfig) -> str:
     return "jsonl" if suffix in _JSONL else "html" if suffix in _HTML else "text"
 
 
-def units(name: str, config: InputConfig) -> Iterator[Unit]:
+def file_units(name: str, config: InputConfig) -> Iterator[Unit]:
     """Cut one file; what is damaged becomes a last unit that says so."""
     kind = kind_of(name, config)
     packed_bytes = Path(name).stat().st_size
@@ -125,7 +125,10 @@ def units(name: str, config: InputConfig) -> Iterator[Unit]:
     try:
         for chunk in readers.chunks(name, options):
             if chunk.data is not None and chunk.end > bomb:
-                reason = f"the file unfolds to over {config.max_unpacked_ratio} times its size; the rest was not read"
+                reason = (
+                    f"the file unfolds to over {config.max_unpacked_ratio} times its size; the "
+                    "rest was not read"
+                )
                 yield Unit(name, "damaged", 0, line, reason=reason)
                 return
             kind = "rows" if chunk.rows is not None else "lines"
@@ -140,16 +143,16 @@ def _is_parquet(name: str) -> bool:
         with textfile.opened(name) as file:
             return file.parquet
     except DataError:
-        return False  # an archive, which `parse` refuses
+        return False  # an archive, which `parse_unit` refuses
 
 
-def texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
-    """The texts that are not empty, in order; lines that are no documents are passed over. Errors:
-    `DataError`, also for a file that cannot be read to its end."""
+def document_texts(names: Iterable[str], key: str = "text") -> Iterator[str]:
+    """Yields the texts that are not empty, in order; lines that are no documents are passed over.
+    Errors: `DataError`, also for a file that cannot be read to its end."""
     config = InputConfig(files=tuple(names), key=key)
-    for name in find_files(config):
-        for unit in units(name, config):
-            for item in parse(unit, config):
+    for name in find_inputs(config):
+        for unit in file_units(name, config):
+            for item in parse_unit(unit, config):
                 if isinstance(item, Reject):
                     if item.whole:
                         raise DataError(f"{item.file}:{item.line}: {item.reason}")
@@ -177,7 +180,7 @@ def _count_lines(chunk: readers.Chunk) -> int:
     return readers.bytes_of(chunk).count(b"\n")
 
 
-def parse(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
+def parse_unit(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
     """Documents and rejected lines of a unit, in order; ids are made of file and line unless there
     is `id_key`.
     """
@@ -230,8 +233,8 @@ def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | R
 
 
 def _quick(raw: bytes, config: InputConfig) -> dict[str, Any] | None:
-    """The object on a line by the fast reader; None where `json` has to judge, or might read a
-    number otherwise.
+    """Returns the object on a line by the fast reader; None where `json` has to judge, or might
+    read a number otherwise.
     """
     loads = readers.fast_loads()
     try:
@@ -279,9 +282,9 @@ def _document(
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A value that strict JSON can hold: numbers that are not finite become null; of Parquet's
-    types, times become ISO 8601 and decimals text. Errors: `TypeError` for others and for what is
-    nested too deeply."""
+    """Returns a value that strict JSON can hold: numbers that are not finite become null; of
+    Parquet's types, times become ISO 8601 and decimals text. Errors: `TypeError` for others and for
+    what is nested too deeply."""
     if depth > _MAX_DEPTH:
         raise TypeError(f"nested more than {_MAX_DEPTH} levels deep")
     if value is None or isinstance(value, (str, int)):

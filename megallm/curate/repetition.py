@@ -28,7 +28,7 @@ def runs(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def repeated(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Which pieces are second or later occurrences in their document, bool [n]."""
+    """Returns which pieces are second or later occurrences in their document, bool [n]."""
     order, same = runs(hashes, documents)
     later = np.zeros(len(hashes), bool)
     later[order[same]] = True
@@ -36,7 +36,7 @@ def repeated(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def duplicate_pieces(pieces: Pieces, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The share of a document's lines (paragraphs) that are repeats, and the share of its
+    """Returns the share of a document's lines (paragraphs) that are repeats, and the share of its
     characters in them.
     """
     native = extension.index()
@@ -85,9 +85,9 @@ def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
 def _top_share(
     words: Pieces, size: int, first: np.ndarray, heads: np.ndarray, total: np.ndarray
 ) -> np.ndarray:
-    """The share of a document's word characters in its most frequent n-gram (that occurs at least
-    twice); of equally frequent ones the longest. `first` are n-grams in runs of equal ones, `heads`
-    marks where a run begins."""
+    """Returns the share of a document's word characters in its most frequent n-gram (that occurs at
+    least twice); of equally frequent ones the longest. `first` are n-grams in runs of equal ones,
+    `heads` marks where a run begins."""
     starts = np.flatnonzero(heads)
     counts = np.diff(np.append(starts, len(first)))
     begin = first[starts]
@@ -98,7 +98,9 @@ def _top_share(
 
 
 def _covered_share(words: Pieces, size: int, first: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """The share of a document's word characters covered by the n-grams that begin at `first`."""
+    """Returns the share of a document's word characters covered by the n-grams that begin at
+    `first`.
+    """
     if not len(first):
         return np.zeros(len(total))
     covered = np.zeros(len(words), bool)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape as _escape
 from typing import Any
 
-from megallm.curate.tally import BINS, bins_of
+from megallm.curate.stats import BINS, bins_of
 
 _WIDTH, _HEIGHT, _FOOT = 330, 90, 18
 _NOTE_CHARS = 300
@@ -35,8 +35,10 @@ def escape(text: str) -> str:
     return _escape(_FORBIDDEN.sub("\ufffd", text))
 
 
-def render(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
-    """The report of a run from its stats.json and the examples of what each rule removed."""
+def render_report(stats: dict[str, Any], examples: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns the report of a run from its stats.json and the examples of what each rule
+    removed.
+    """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Curation report</title>",
         f"<style>{_STYLE}</style><h1>Curation report</h1>",
@@ -73,7 +75,10 @@ def _steps(steps: dict[str, dict[str, Any]], documents: int) -> str:
     for name, row in steps.items():
         dropped = sum(row["dropped"].values())
         left = row["in"] - dropped
-        bars = f"<div class=track>{_bar('bar', left, documents)}{_bar('gone', dropped, documents)}</div>"
+        bars = (
+            "<div "
+            f"class=track>{_bar('bar', left, documents)}{_bar('gone', dropped, documents)}</div>"
+        )
         rows.append(
             _row(
                 escape(name), f"{row['in']:,}", f"{dropped:,}", _percent(dropped, row["in"]),
@@ -130,7 +135,8 @@ def _example(row: dict[str, Any]) -> str:
     if "text" in row:
         body = escape(row["text"])
     else:
-        body = f"{escape(row['before'])}<del>{escape(row['cut'])}</del><ins>{escape(row['replacement'])}</ins>"
+        body = f"{escape(row['before'])}<del>{escape(row['cut'])}</del>"
+        body += f"<ins>{escape(row['replacement'])}</ins>"
         body += escape(row["after"])
     return f"<div class=where>{where}</div><pre>{body}</pre>"
 

@@ -29,9 +29,9 @@ from megallm.base.progress import Progress, quiet
 from megallm.curate import chain as chains
 from megallm.curate import decontaminate, readers, report
 from megallm.curate.chain import ShardJob, chain_of, run_shard, save_decisions
-from megallm.curate.config import CurateConfig, check, used_files
+from megallm.curate.config import CurateConfig, check_config, used_files
 from megallm.curate.exact import INDEX_BITS
-from megallm.curate.tally import Tally, add_up
+from megallm.curate.stats import CurationStats, add_up
 from megallm.data.text.workers import Workers
 
 FORMAT = 2  # of the work folder and the outputs; a change makes old work folders unusable
@@ -58,11 +58,11 @@ def run(
     Errors: `UsageError` for a configuration that cannot be, or work of another one in `output`;
     `DataError` for missing or unusable input; `CannotWrite`.
     """
-    check(config)
+    check_config(config)
     if workers < 1:
         raise UsageError(f"--workers is {workers}; give at least 1.")
     output = Path(output)
-    one = Run(config, output, readers.find_files(config.input), progress)
+    one = Run(config, output, readers.find_inputs(config.input), progress)
     one.check_models()  # before anything is written
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Run:
         self.config, self.output, self.inputs, self.progress = config, output, inputs, progress
         self.work = output / "work"
         self.yaml = configs.to_yaml(config)
-        self.segments = chains.segments_of(config)
+        self.segments = chains.chain_segments(config)
         self._count: int | None = None
 
     def check_models(self) -> None:
@@ -139,7 +139,7 @@ class Run:
         return None
 
     def _finished(self) -> dict[str, Any] | None:
-        """The statistics when this very run is already finished."""
+        """Returns the statistics when this very run is already finished."""
         try:
             stats = json.loads((self.output / STATS).read_text("utf-8"))
         except (OSError, ValueError):
@@ -195,21 +195,21 @@ class Run:
 
     @property
     def count(self) -> int:
-        """How many shards there are; known once segment 0 has ended."""
+        """Returns how many shards there are; known once segment 0 has ended."""
         if self._count is None:
             self._count = int(self._shards.read_text("utf-8"))
         return self._count
 
     def jobs(self, number: int, part: int = 0, parts: int = 1) -> Iterator[ShardJob]:
-        """The shards of a segment that are still to be done, of them those with shard % parts ==
-        part.
+        """Yields the shards of a segment that are still to be done, of them those with shard %
+        parts == part.
         """
         with writing(self.work):
             (self.work / f"segment-{number}").mkdir(exist_ok=True)
         if number == 0:
             if self._shards.exists():
                 return
-            for shard, units in enumerate(plan_shards(self.inputs, self.config)):
+            for shard, units in enumerate(plan_curation_shards(self.inputs, self.config)):
                 target = self._folder(0, shard)
                 if shard % parts == part and not target.exists():
                     yield ShardJob(self.yaml, 0, shard, target, units=units)
@@ -243,7 +243,7 @@ class Run:
             return
         for shard in range(self.count):
             for path in self._folder(number - 1, shard).iterdir():
-                if path.name not in (chains.LEDGER, chains.TALLY):
+                if path.name not in (chains.LEDGER, chains.STATS):
                     path.unlink()
 
     def _walk(self, number: int, workers: int) -> None:
@@ -262,7 +262,7 @@ class Run:
                 self.progress(phase, done, total, "shards")
 
     def _check_read(self, count: int) -> None:
-        totals = add_up(self._tallies(0, count)).totals
+        totals = add_up(self._shard_stats(0, count)).totals
         read, rejected = totals["documents"], totals["lines_rejected"]
         if not totals["characters"]:
             first = self._first_reject(count)
@@ -286,9 +286,9 @@ class Run:
                         return f" The first: {row['file']}:{row['line']}: {row['reason']}."
         return ""
 
-    def _tallies(self, segment: int, count: int) -> Iterator[dict[str, Any]]:
+    def _shard_stats(self, segment: int, count: int) -> Iterator[dict[str, Any]]:
         for shard in range(count):
-            yield json.loads((self._folder(segment, shard) / chains.TALLY).read_text("utf-8"))
+            yield json.loads((self._folder(segment, shard) / chains.STATS).read_text("utf-8"))
 
     def decide(self, number: int, chain: chains.Chain) -> None:
         """Resolve the global steps that end segment number - 1, each without what those before it
@@ -327,7 +327,9 @@ class Run:
         """Write the outputs, stats.json last, and remove the work folder."""
         last, count = len(self.segments) - 1, self.count
         self.progress("writing", 0, None)
-        tally = add_up(one for number in range(last + 1) for one in self._tallies(number, count))
+        total = add_up(
+            one for number in range(last + 1) for one in self._shard_stats(number, count)
+        )
         kept = files.temporary_name(self.output / KEPT)
         with writing(self.output):
             kept.mkdir()
@@ -346,10 +348,10 @@ class Run:
                 chain.local["decontaminate"], self._dropped_by("decontaminate")
             )
             files.atomic_write_json(self.output / CONTAMINATION, found)
-        stats = stats_of(tally, chain, self._identity())
-        page = report.render(stats, tally.examples)
+        stats = stats_of(total, chain, self._identity())
+        page = report.render_report(stats, total.examples)
         files.atomic_write_bytes(self.output / REPORT, page.encode("utf-8", "replace"))
-        seconds = {step: round(spent, 3) for step, spent in tally.seconds.items()}
+        seconds = {step: round(spent, 3) for step, spent in total.seconds.items()}
         files.atomic_write_json(self.output / TIMINGS, {"cpu_seconds": seconds})
         files.atomic_write_json(self.output / STATS, stats)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -366,7 +368,7 @@ class Run:
                     yield row
 
     def _ledger_of(self, shard: int, last: int) -> Iterator[str]:
-        """The rows of all segments, in the order of the documents."""
+        """Yields the rows of all segments, in the order of the documents."""
         paths = [self._folder(number, shard) / chains.LEDGER for number in range(last + 1)]
         with ExitStack() as stack:
             opened = [stack.enter_context(open(path, encoding="utf-8")) for path in paths]
@@ -374,13 +376,15 @@ class Run:
                 yield line.partition("\t")[2]
 
 
-def plan_shards(inputs: list[str], config: CurateConfig) -> Iterator[tuple[readers.Unit, ...]]:
+def plan_curation_shards(
+    inputs: list[str], config: CurateConfig
+) -> Iterator[tuple[readers.Unit, ...]]:
     """Units of about `shard_mib` together; depends on the files and the configuration only."""
     limit = int(config.shard_mib * (1 << 20))
     held: list[readers.Unit] = []
     size = 0
     for name in inputs:
-        for unit in readers.units(name, config.input):
+        for unit in readers.file_units(name, config.input):
             held.append(unit)
             size += unit.size
             if size >= limit:
@@ -390,7 +394,7 @@ def plan_shards(inputs: list[str], config: CurateConfig) -> Iterator[tuple[reade
         yield tuple(held)
 
 
-def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]:
+def stats_of(total: CurationStats, chain: chains.Chain, identity: str) -> dict[str, Any]:
     """stats.json: equal for equal input and configuration, whatever the workers and
     interruptions.
     """
@@ -399,11 +403,11 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
     return {
         "format": FORMAT,
         "identity": identity,
-        "totals": tally.totals,
-        "steps": {name: tally.steps[name] for name in order if name in tally.steps},
+        "totals": total.totals,
+        "steps": {name: total.steps[name] for name in order if name in total.steps},
         "histograms": {
             name: {"counts": counts.tolist(), "limits": list(marks.get(name, ()))}
-            for name, counts in sorted(tally.histograms.items())
+            for name, counts in sorted(total.histograms.items())
         },
         "config": configs.to_dict(chain.config),
     }
@@ -412,7 +416,7 @@ def stats_of(tally: Tally, chain: chains.Chain, identity: str) -> dict[str, Any]
 def _names(
     decisions: dict[str, np.ndarray], ids: Callable[[int], dict[str, str]]
 ) -> dict[int, str]:
-    """The ids of the documents that decisions point at."""
+    """Returns the ids of the documents that decisions point at."""
     out = {}
     for rows in decisions.values():
         for column in ("first", "centre"):

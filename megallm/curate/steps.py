@@ -22,8 +22,8 @@ LOCAL_STEPS = {
 
 
 def build_step(name: str, config: CurateConfig) -> Any:
-    """A local step ready to judge. Errors: `UsageError`, `DataError` for models and lists that
-    cannot be read.
+    """Returns a local step ready to judge. Errors: `UsageError`, `DataError` for models and lists
+    that cannot be read.
     """
     module, cls = LOCAL_STEPS[name]
     return getattr(importlib.import_module(f"megallm.curate.{module}"), cls)(getattr(config, name))

@@ -46,8 +46,8 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def counts(analysis: Analysis, languages: list[str | None]) -> np.ndarray:
-    """How many different stop words of its language (English, where none is given) each document
-    has; -1 where we know none, int64 [documents]."""
+    """Returns how many different stop words of its language (English, where none is given) each
+    document has; -1 where we know none, int64 [documents]."""
     every, bits, some = _tables()
     numbers = {name: number for number, name in enumerate(STOP_WORDS)}
     own = np.array([numbers.get(name or "en", -1) for name in languages], np.int64)

@@ -16,7 +16,7 @@ from typing import Any
 from megallm.base import rng
 from megallm.base.errors import UsageError
 from megallm.curate.decontaminate import avoid_texts
-from megallm.curate.exact import key_of
+from megallm.curate.exact import text_key
 from megallm.curate.synth_code import code_task
 from megallm.curate.text import lowered
 
@@ -138,7 +138,10 @@ def template_task(chance: Chance) -> Task:
     )
     asked = chance.below(3)
     moved = chance.choice(_PLACES)
-    prompt = f"{facts}. {names[0]} takes the {things[asked]} to the {moved}. Where are the {things[asked]} now?"
+    prompt = (
+        f"{facts}. {names[0]} takes the {things[asked]} to the {moved}. Where are the "
+        f"{things[asked]} now?"
+    )
     return Task(prompt, f"in the {moved}", template)
 
 
@@ -182,7 +185,7 @@ def generate(
             f"--kind {','.join(unknown) or 'none'}: the kinds are: {', '.join(KINDS)}."
         )
     seen = {
-        key_of(lowered(part))
+        text_key(lowered(part))
         for text in avoid_texts(avoid)
         for part in {text, *text.split("\n")}
         if part.strip()
@@ -194,7 +197,10 @@ def generate(
             index = at[kind]
             at[kind] += 1
             task = KINDS[kind](Chance(seed, kind, index))
-            keys = {key_of(lowered(task.prompt)), key_of(lowered(f"{task.prompt}\n{task.answer}"))}
+            keys = {
+                text_key(lowered(task.prompt)),
+                text_key(lowered(f"{task.prompt}\n{task.answer}")),
+            }
             if not keys & seen:
                 break
         else:
@@ -221,6 +227,6 @@ def generate(
         }
 
 
-def dump(row: dict[str, Any]) -> str:
+def dump_row(row: dict[str, Any]) -> str:
     """One line of the output."""
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 # (what it says, the expression in the text, the same as a function of the element and k, name)
-Part = tuple[str, str, Callable[[int, int], Any], str]
-_MAPS: tuple[Part, ...] = (
+CodePart = tuple[str, str, Callable[[int, int], Any], str]
+_MAPS: tuple[CodePart, ...] = (
     ("add {k} to each number", "x + {k}", lambda x, k: x + k, "add"),
     ("multiply each number by {k}", "x * {k}", lambda x, k: k * x, "scale"),
     (
@@ -22,7 +22,7 @@ _MAPS: tuple[Part, ...] = (
     ("negate each number", "-x", lambda x, k: 0 - x, "negate"),
     ("subtract each number from {k}", "{k} - x", lambda x, k: -(x - k), "complement"),
 )
-_FILTERS: tuple[Part, ...] = (
+_FILTERS: tuple[CodePart, ...] = (
     ("keep only the even numbers", "x % 2 == 0", lambda x, k: not x & 1, "even"),
     ("keep only the odd numbers", "x % 2 == 1", lambda x, k: bool(x & 1), "odd"),
     ("keep only the numbers greater than {k}", "x > {k}", lambda x, k: not x <= k, "above"),
@@ -82,7 +82,10 @@ def code_task(chance: Any) -> tuple[str, str, str, str]:
         lines.append(f"    numbers = [{inside}]")
     source = "\n".join([f"def {name}(numbers):", *lines, f"    return {end[1]}"])
     said = ", then ".join([*(part[0].format(k=k) for _, part, k in steps), end[0]])
-    prompt = f"Write a Python function {name}(numbers) that takes a list of whole numbers. It should {said}."
+    prompt = (
+        f"Write a Python function {name}(numbers) that takes a list of whole numbers. It should "
+        f"{said}."
+    )
     tests = []
     for size in range(_TESTS):
         values = [chance.between(-20, 40) for _ in range(2 * size)]
@@ -90,7 +93,7 @@ def code_task(chance: Any) -> tuple[str, str, str, str]:
     return prompt, source, "\n".join(tests), "/".join([*(part[3] for _, part, _ in steps), end[3]])
 
 
-def _applied(steps: list[tuple[str, Part, int]], values: list[int]) -> list[int]:
+def _applied(steps: list[tuple[str, CodePart, int]], values: list[int]) -> list[int]:
     for kind, part, k in steps:
         results = [part[2](x, k) for x in values]
         values = (

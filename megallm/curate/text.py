@@ -126,7 +126,7 @@ class Pieces:
 
     @property
     def counts(self) -> np.ndarray:
-        """How many runs each document has, int64 [documents]."""
+        """Returns how many runs each document has, int64 [documents]."""
         return np.diff(self.offsets)
 
     @cached_property
@@ -135,8 +135,8 @@ class Pieces:
 
     @cached_property
     def extent(self) -> np.ndarray:
-        """The characters of each document's runs together, and of its longest run, int64 [2,
-        documents].
+        """Returns the characters of each document's runs together, and of its longest run, int64
+        [2, documents].
         """
         native = extension.index()
         if native is not None:
@@ -149,7 +149,7 @@ class Pieces:
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """The document of every run."""
+        """Returns the document of every run."""
         return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
 
     @cached_property
@@ -198,23 +198,25 @@ class Analysis:
         return len(self.starts) - 1
 
     def around(self, at: int, reach: int) -> tuple[int, int]:
-        """The range of characters at most `reach` away from the one at `at`, inside its text."""
+        """Returns the range of characters at most `reach` away from the one at `at`, inside its
+        text.
+        """
         document = int(np.searchsorted(self.starts, at, side="right")) - 1
         low, high = self.starts[document : document + 2].tolist()
         return max(low, at - reach), min(high - 1, at + reach)
 
     def text(self, begin: int, end: int) -> str:
-        """The folded characters [begin, end)."""
+        """Returns the folded characters [begin, end)."""
         return self.codes[begin:end].tobytes().decode("utf-32-le", "surrogatepass")
 
     @property
     def words(self) -> Pieces:
-        """The words, folded."""
+        """Returns the words, folded."""
         return self._words[0]
 
     @property
     def word_classes(self) -> np.ndarray:
-        """The classes of the characters of each word together, uint8 [words]."""
+        """Returns the classes of the characters of each word together, uint8 [words]."""
         return self._words[1]
 
     @cached_property
@@ -266,7 +268,7 @@ class Analysis:
 
     @property
     def lines(self) -> Pieces:
-        """The lines that are not blank, without the space around them."""
+        """Returns the lines that are not blank, without the space around them."""
         return self._lines[0]
 
     @property

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.curate import optional
 from megallm.curate.config import ToxicityConfig
-from megallm.curate.document import KEEP, Batch, Verdict, drop
+from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.external import contains
 from megallm.curate.text import Analysis, Pieces
 
@@ -89,8 +89,8 @@ def phrase_tables(phrases: Iterable[str]) -> dict[int, np.ndarray]:
 def phrase_hits(
     words: Pieces, tables: dict[int, np.ndarray], near: np.ndarray | None = None
 ) -> np.ndarray:
-    """Which words stand in a phrase of the tables, bool [words]; `near`: look only at phrases
-    around these words.
+    """Returns which words stand in a phrase of the tables, bool [words]; `near`: look only at
+    phrases around these words.
     """
     out = np.zeros(len(words), bool)
     for size, table in tables.items():
@@ -128,10 +128,10 @@ class Toxicity:
         extra = read_phrases(config.allow, "toxicity.allow") if config.allow else []
         self._allowed = phrase_tables([*ALLOWED, *extra])
         if config.score:
-            optional.check("profanity_check", "set toxicity.score=false")
+            optional.check_installed("profanity_check", "set toxicity.score=false")
 
     def matches(self, words: Pieces) -> np.ndarray:
-        """The numbers of the words that are listed and not inside an allowed phrase."""
+        """Returns the numbers of the words that are listed and not inside an allowed phrase."""
         found = np.flatnonzero(phrase_hits(words, self._listed))
         return found[~phrase_hits(words, self._allowed, found)[found]] if len(found) else found
 
@@ -146,7 +146,7 @@ class Toxicity:
         different = np.bincount(pairs[:, 0], minlength=size)
         return sure + np.where(different >= _DIVERSE, others, np.minimum(others, sure))
 
-    def judge(self, batch: Batch) -> list[Verdict]:
+    def judge(self, batch: DocumentBatch) -> list[Verdict]:
         analysis, rows = batch.shared_analysis()
         words = analysis.words
         place = np.full(len(analysis), -1)  # of each analysed document in our batch

@@ -13,8 +13,8 @@ import numpy as np
 
 from megallm.data.megatron.sampler import rows_after
 from megallm.data.megatron.samples import SampleDataset
-from megallm.data.objective import Arrays, Hider
-from megallm.data.stream.source import Row, Source
+from megallm.data.objective import Arrays, TokenMasker
+from megallm.data.stream.source import DocumentSource, PackedRow
 from megallm.data.stream.stream import Stream
 
 _AHEAD = 16  # steps whose state is kept
@@ -36,7 +36,7 @@ class Share:
         return rows_after(consumed, self.global_batch, self.micro_batch, self.dp_size, self.dp_rank)
 
 
-class Reader(Protocol):
+class BatchReader(Protocol):
     """What a run reads, step by step in order; steps count from 1."""
 
     def batches(self, step: int) -> list[Arrays]:
@@ -52,11 +52,13 @@ class Reader(Protocol):
         ...
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of this step keeps."""
+        """Returns what a checkpoint of this step keeps."""
         ...
 
 
-def fill(row: Row, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+def fill(
+    row: PackedRow, source: DocumentSource
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """(tokens, labels int64 [T], mask bool [T], ends of the documents in it) of one row.
 
     A label is the next token of the same document, also where that stands in another row. The last
@@ -78,9 +80,9 @@ def fill(row: Row, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     return tokens, labels, mask, ends if at == row.seq_len else [*ends, row.seq_len]
 
 
-def pack(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
-    """A microbatch of B rows as one row of B x T tokens: documents see only themselves, their
-    positions start at 0.
+def pack_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays:
+    """Returns a microbatch of B rows as one row of B x T tokens: documents see only themselves,
+    their positions start at 0.
     """
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
@@ -96,9 +98,9 @@ def _apart(ends: Sequence[Sequence[int]]) -> Arrays:
     return {"positions": positions[None], "cu_seqlens": joined.astype(np.int32)}
 
 
-def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
-    """A microbatch without document masks: each row is one text, the next token is the label
-    wherever a row has one.
+def unpacked_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> Arrays:
+    """Returns a microbatch without document masks: each row is one text, the next token is the
+    label wherever a row has one.
     """
     filled = [fill(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.stack([one[i] for one in filled]) for i in range(3))
@@ -111,24 +113,29 @@ def lay(rows: Sequence[Row], sources: dict[str, Source]) -> Arrays:
     }  # fmt: skip
 
 
-def hide_rows(rows: Sequence[Row], sources: dict[str, Source], hide: Hider, apart: bool) -> Arrays:
-    """A microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row do not
-    see each other.
+def mask_rows(
+    rows: Sequence[PackedRow], sources: dict[str, DocumentSource], masker: TokenMasker, apart: bool
+) -> Arrays:
+    """Returns a microbatch of B rows as one packed row of B x T tokens; `apart`: documents of a row
+    do not see each other.
 
-    Arrays [1, B x T] as in `pack`; positions start at 0 with each document, or else with each row.
+    Arrays [1, B x T] as in `pack_rows`; positions start at 0 with each document, or else with each
+    row.
     """
-    filled = [_fill_hidden(row, sources[row.prefix], hide) for row in rows]
+    filled = [_fill_masked(row, sources[row.prefix], masker) for row in rows]
     arrays = {name: np.concatenate([one[name] for one, _ in filled])[None] for name in filled[0][0]}
     kept = [ends if apart else [0, ends[-1]] for _, ends in filled]
     return arrays | _apart([[*ends, row.seq_len] for ends, row in zip(kept, rows, strict=True)])
 
 
-def _fill_hidden(row: Row, source: Source, hide: Hider) -> tuple[Arrays, list[int]]:
-    """The arrays [T] of a row, zero in the padding, and the ends of its documents."""
+def _fill_masked(
+    row: PackedRow, source: DocumentSource, masker: TokenMasker
+) -> tuple[Arrays, list[int]]:
+    """Returns the arrays [T] of a row, zero in the padding, and the ends of its documents."""
     made, ends = [], [0]
     for item in row.items:
         ids, _ = source.read(item, row.epoch)
-        made.append(hide(ids, source.fingerprint, item.document, item.begin, row.epoch))
+        made.append(masker(ids, source.fingerprint, item.document, item.begin, row.epoch))
         ends.append(ends[-1] + len(ids))
     room = row.seq_len - ends[-1]
     return {
@@ -137,10 +144,11 @@ def _fill_hidden(row: Row, source: Source, hide: Hider) -> tuple[Arrays, list[in
 
 
 class StreamReader:
-    """Our order. `document_masks`: documents of a row do not see each other (`pack`, else `lay`).
+    """Our order. `document_masks`: documents of a row do not see each other (`pack_rows`, else
+    `unpacked_rows`).
 
-    With `hide` the model sees both sides of each token and predicts those that were hidden, not the
-    next ones.
+    With `masker` the model sees both sides of each token and predicts those that were masked, not
+    the next ones.
     """
 
     def __init__(
@@ -149,14 +157,14 @@ class StreamReader:
         share: Share,
         first_step: int,
         document_masks: bool = True,
-        hide: Hider | None = None,
+        masker: TokenMasker | None = None,
     ) -> None:
         self.stream, self.share, self.next_step = stream, share, first_step
-        self._arrange = pack if document_masks else lay
-        if hide is not None:
-            self._arrange = partial(hide_rows, hide=hide, apart=document_masks)
+        self._arrange = pack_rows if document_masks else unpacked_rows
+        if masker is not None:
+            self._arrange = partial(mask_rows, masker=masker, apart=document_masks)
         self._states: dict[int, dict[str, Any]] = {first_step - 1: stream.state()}
-        self._rows: dict[int, list[Row]] = {}
+        self._rows: dict[int, list[PackedRow]] = {}
 
     def batches(self, step: int) -> list[Arrays]:
         rows = self._take(step)
@@ -176,7 +184,7 @@ class StreamReader:
     def state_after(self, step: int) -> dict[str, Any]:
         return self._states[step]
 
-    def _take(self, step: int) -> list[Row]:
+    def _take(self, step: int) -> list[PackedRow]:
         """All rows of a step; the one after the last, or one of the last few again."""
         if step not in self._rows:
             if step != self.next_step:
@@ -192,25 +200,27 @@ class StreamReader:
         return self._rows[step]
 
 
-def _forms(row: Row) -> dict[str, list[str]]:
-    """The forms of the items, when any is not as it stands in the file."""
+def _forms(row: PackedRow) -> dict[str, list[str]]:
+    """Returns the forms of the items, when any is not as it stands in the file."""
     forms = [item.form for item in row.items]
     return {"forms": forms} if set(forms) != {"plain"} else {}
 
 
 class MegatronReader:
-    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `hide` as in
+    """Megatron-LM's order: samples by number, nothing to keep but the steps made. `masker` as in
     `StreamReader`.
     """
 
-    def __init__(self, samples: SampleDataset, share: Share, hide: Hider | None = None) -> None:
-        self.samples, self.share, self.hide = samples, share, hide
+    def __init__(
+        self, samples: SampleDataset, share: Share, masker: TokenMasker | None = None
+    ) -> None:
+        self.samples, self.share, self.masker = samples, share, masker
 
     def batches(self, step: int) -> list[Arrays]:
-        if self.hide is not None:
+        if self.masker is not None:
             micros = self._micros(step)
             return [
-                hide_samples([self.samples.sample(i) for i in micro], micro, self.hide)
+                mask_samples([self.samples.sample(i) for i in micro], micro, self.masker)
                 for micro in micros
             ]
         return [stack([self.samples.sample(i) for i in micro]) for micro in self._micros(step)]
@@ -248,10 +258,14 @@ def stack(samples: Sequence[np.ndarray]) -> Arrays:
     }  # fmt: skip
 
 
-def hide_samples(samples: Sequence[np.ndarray], numbers: Sequence[int], hide: Hider) -> Arrays:
-    """The same [B, T] without their last token; a sample is one text, named by its number."""
+def mask_samples(
+    samples: Sequence[np.ndarray], numbers: Sequence[int], masker: TokenMasker
+) -> Arrays:
+    """Returns the same [B, T] without their last token; a sample is one text, named by its
+    number.
+    """
     made = [
-        hide(sample[:-1].astype(np.int64), number)
+        masker(sample[:-1].astype(np.int64), number)
         for sample, number in zip(samples, numbers, strict=True)
     ]
     arrays = {name: np.stack([one[name] for one in made]) for name in made[0]}

@@ -20,8 +20,8 @@ Batch = dict[str, torch.Tensor]
 
 
 def to_tensors(arrays: Arrays, pin: bool = False) -> Batch:
-    """The same memory as tensors; `pin` copies all but "cu_seqlens" to pinned memory (that one is
-    read on the CPU).
+    """Returns the same memory as tensors; `pin` copies all but "cu_seqlens" to pinned memory (that
+    one is read on the CPU).
     """
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     return {

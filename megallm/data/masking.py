@@ -72,7 +72,7 @@ def mask_tokens(
 
 @lru_cache(maxsize=8)
 def _ordinary(vocab_size: int, special: tuple[int, ...]) -> np.ndarray:
-    """The tokens that may stand in another's place."""
+    """Returns the tokens that may stand in another's place."""
     return np.setdiff1d(np.arange(vocab_size), np.asarray(special, np.int64))
 
 

@@ -1,10 +1,10 @@
-"""What a bidirectional model is asked: tokens of a text are hidden, and it says what stood there.
-Pure.
+"""Training objectives of bidirectional models: tokens of a text are masked and the model predicts
+them (masked language modelling, masked diffusion). Pure.
 
-`Hider` hides tokens by BERT's rule or by that of masked diffusion (`masking`). What it hides hangs
-on (seed, which text, epoch) alone, so layout, batch and resume change nothing, and the same text
-loses other tokens in its next epoch. Each document in a packed row is a text of its own; padding is
-a document too, so that nothing attends to it.
+`TokenMasker` masks tokens by BERT's rule or by that of masked diffusion (`masking`). What it masks
+depends on (seed, which text, epoch) alone, so layout, batch and resume change nothing, and the same
+text loses other tokens in its next epoch. Each document in a packed row is a text of its own;
+padding is a document too, so that nothing attends to it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
-class Hider:
-    """Hides tokens of a text. `begins` bool [V] says which tokens begin a word: then whole words
-    are hidden.
+class TokenMasker:
+    """Masks tokens of a text. `begins` bool [V] says which tokens begin a word: then whole words
+    are masked.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Hider:
         diffusion also "weight".
 
         The mask is True where the loss counts: at the tokens to predict, or for diffusion at all
-        that could have been hidden; "weight" float32 [T] is 1 / t at those that are.
+        that could have been masked; "weight" float32 [T] is 1 / t at those that are.
         """
         key = rng.key_of(self.seed, self.kind, *sample)
         if self.kind == MLM:
@@ -61,12 +61,14 @@ class Hider:
 # From a tokenizer
 
 
-def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) -> int:
-    """The id of the mask token: given by name or id, else one of the `KNOWN` names. Errors:
+def mask_token_of(tokenizer: Tokenizer | None, name: str | None, vocab_size: int) -> int:
+    """Returns the id of the mask token: given by name or id, else one of the `KNOWN` names. Errors:
     `UsageError`.
     """
     for one in KNOWN if name is None else (name,):
-        token = int(one) if one.isdecimal() else None if words is None else words.token_id(one)
+        token = (
+            int(one) if one.isdecimal() else None if tokenizer is None else tokenizer.token_id(one)
+        )
         if token is None:
             continue
         if token >= vocab_size:
@@ -77,10 +79,10 @@ def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) ->
         return token
     free = (
         ""
-        if words is None
-        else f" A free id does too: data.masking.token={words.vocab_size} and model.vocab_size="
+        if tokenizer is None
+        else f" A free id does too: data.masking.token={tokenizer.vocab_size} and model.vocab_size="
     )
-    free += "" if words is None else f"{words.vocab_size + 1}."
+    free += "" if tokenizer is None else f"{tokenizer.vocab_size + 1}."
     raise UsageError(
         "Hiding tokens needs a mask token, and the tokenizer has no "
         f"{' or '.join(KNOWN if name is None else [name])}: name one of its tokens or an id in "
@@ -88,31 +90,31 @@ def mask_token_of(words: Tokenizer | None, name: str | None, vocab_size: int) ->
     )
 
 
-def special_tokens(words: Tokenizer | None) -> set[int]:
-    """Ids that are never hidden nor put in another's place: the end of a document and the
+def special_tokens(tokenizer: Tokenizer | None) -> set[int]:
+    """Ids that are never masked nor put in another's place: the end of a document and the
     tokenizer's specials.
     """
-    if words is None:
+    if tokenizer is None:
         return set()
     try:
-        return words.specials | {words.eod}
+        return tokenizer.specials | {tokenizer.eod}
     except DataError:  # a tokenizer without an end of documents, such as BERT's
-        return words.specials
+        return tokenizer.specials
 
 
-def word_table(words: Tokenizer | None) -> np.ndarray:
+def word_start_table(tokenizer: Tokenizer | None) -> np.ndarray:
     """bool [V]: which tokens begin a word. Errors: `UsageError` for a tokenizer that does not show
     its pieces.
     """
-    if isinstance(words, ByteTokenizer):
+    if isinstance(tokenizer, ByteTokenizer):
         pieces = [chr(byte) for byte in range(256)] + [" "]
         return np.array([piece.isspace() for piece in pieces])
-    if not isinstance(words, FolderTokenizer):
+    if not isinstance(tokenizer, FolderTokenizer):
         raise UsageError(
             "data.masking.whole_word needs a tokenizer.json, which says where words begin: leave "
             "it out."
         )
-    pieces = words.pieces()
+    pieces = tokenizer.pieces()
     for boundary in ("##", "Ġ", "▁"):
         if any(piece.startswith(boundary) and piece != boundary for piece in pieces):
             return word_starts_of(pieces, boundary)

@@ -1,4 +1,6 @@
-"""What an engine is built from: the sections of a configuration that it reads, as they are. No torch."""
+"""What an engine is built from: the sections of a configuration that it reads, as they are. No
+torch.
+"""
 
 from __future__ import annotations
 

@@ -18,10 +18,19 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.checkpoint.io import Part
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
-from megallm.engine.state import ParameterState, Piece, parameter_of, pieces, stored_parameters
+from megallm.engine.state import (
+    ParameterState,
+    Piece,
+    parameter_of,
+    pieces,
+    read_state,
+    stored_parameters,
+)
+from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
+from megallm.models.heads import MASK_ON_CPU
 from megallm.models.parallel_model import ParallelModel, Prepare
 from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import ParamGroup
@@ -37,17 +46,10 @@ from megallm.parallel.schedule import Action, Placement
 from megallm.parallel.shard import Shard, StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
+from megallm.parallel.vocab import Wanted
 
 TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
-
-
-class Loss(Protocol):
-    """Sums of per-token terms, and how many tokens each term is divided by."""
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]: ...
-
-    def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]: ...
 
 
 class Source(Protocol):
@@ -74,16 +76,18 @@ class StepObserver(StateProvider, Protocol):
 @dataclass(frozen=True)
 class StepStats:
     """One update: each term divided by its global count, the counts, the norm before clipping, and
-    whether the update was skipped because the norm is not finite."""
+    whether the update was left out: `skipped` because the norm is not finite, `empty` because
+    nothing counted or every gradient was exactly 0."""
 
     losses: dict[str, float]
-    counts: dict[str, int]
+    counts: dict[str, float]  # int where it is a whole number
     grad_norm: float
     skipped: bool
     loss_scale: float | None = None  # fp16: what the loss was multiplied by
     metrics: dict[str, float] = field(
         default_factory=dict
-    )  # what else was measured, under the names of metrics.jsonl
+    )  # what else was measured, under the names of metrics.jsonl: the loss's own and the routers'
+    empty: bool = False
 
     @property
     def loss(self) -> float:
@@ -92,16 +96,33 @@ class StepStats:
 
 
 class LossSums(NamedTuple):
-    """The terms of a loss over the global batch, still on the device."""
+    """What a loss returned over the global batch, still on the device.
 
-    names: list[str]
+    `sums` are those of the losses and then of the metrics, `counts` what the terms of `counted` are
+    divided by; both float64.
+    """
+
+    losses: list[str]
+    metrics: list[str]
     sums: Tensor
-    counts: dict[str, Tensor]
+    counted: list[str]
+    counts: Tensor
 
-    def read(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Sums and counts as numbers; waits for the device."""
-        counts = {name: int(count) for name, count in self.counts.items()}
-        return dict(zip(self.names, self.sums.tolist(), strict=True)), counts
+    @property
+    def nothing(self) -> Tensor:
+        """Whether no term counts anything: a bool scalar on the device."""
+        return (self.counts == 0).all()
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums by name, and a count for each; waits for the device."""
+        values = torch.cat((self.sums, self.counts)).tolist()
+        names = [*self.losses, *self.metrics]
+        counts = {
+            name: int(count) if count == int(count) else count
+            for name, count in zip(self.counted, values[len(names) :], strict=True)
+        }
+        further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
+        return dict(zip(names, values[: len(names)], strict=True)), further | counts
 
 
 class Engine:
@@ -194,11 +215,14 @@ class Engine:
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
-        """One update from this data rank's microbatches; every data rank gives the same number of
-        them.
+        """Train one update from this data rank's microbatches (gradient accumulation); every data
+        rank gives the same number of them.
 
-        An update whose gradient norm is not finite is left out (`skipped`), on all ranks alike.
-        Raises Diverged when the loss scale of fp16 had to fall below its minimum, on all ranks.
+        An update whose gradient norm is not finite is left out (`skipped`), and so is one in which
+        nothing counts or all gradients are 0 (`empty`): weights, moments, decay, the routers'
+        biases and the loss scale stay as they are, on all ranks alike. Raises UsageError for a loss
+        that needs what the head does not have, and Diverged when the loss scale of fp16 had to fall
+        below its minimum, on all ranks.
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
@@ -206,45 +230,53 @@ class Engine:
         norm = clip_gradients(
             self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
         )
-        self.optimizer.step(lr, skip=~norm.isfinite())
+        # Squares that underflow count as 0: such a gradient is far below any eps of an update.
+        empty = (norm == 0) | run.nothing
+        skip = ~norm.isfinite() | empty
+        self.optimizer.step(lr, skip=skip)
         self.model.fp8.commit()
-        loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite())
-        routing = (
-            None if self.model.routers is None else self.model.routers.finish(skip=~norm.isfinite())
-        )
+        loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite(), empty)
+        routing = None if self.model.routers is None else self.model.routers.finish(skip=skip)
         sums, counts = run.read()  # the only wait for the device, when everything is on its way
-        losses = {term: sums[term] / max(counts[term], 1) for term in counts}
+        means = {name: total / (counts[name] or 1) for name, total in sums.items()}
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
-        skipped, loss_scale = not math.isfinite(norm), loss_scale and float(loss_scale)
+        skipped = not math.isfinite(norm)
         for observer in self.observers:
-            metrics = metrics | observer.finish(skipped)
-        return StepStats(losses | further, counts, float(norm), skipped, loss_scale, metrics)
+            metrics = metrics | observer.finish(skipped or bool(empty))
+        return StepStats(
+            {name: means[name] for name in run.losses} | further,
+            {name: counts[name] for name in run.counted},
+            float(norm),
+            skipped,
+            loss_scale and float(loss_scale),
+            {name: means[name] for name in run.metrics} | metrics,
+            bool(empty),
+        )
 
     def evaluate(
         self, batches: Sequence[Batch], loss: Loss
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """Forward only: the sum of each term over all data ranks, and its count."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Forward only: the sum of each loss and metric over all data ranks, and its count."""
         return self._run(batches, loss, training=False).read()
 
     def scores(
-        self, batches: Sequence[Batch], wanted: Sequence[str] = ("log_prob",)
+        self,
+        batches: Sequence[Batch],
+        wanted: Sequence[str] = ("log_prob",),
+        temperature: float = 1.0,
     ) -> list[dict[str, Tensor]]:
         """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and
         without gradient.
 
-        The schedule is the one of `evaluate`; the result is in the caller's order and the same on
-        every rank of a replica. Every data rank gives the same number of microbatches. Collective
-        over the world. Raises UsageError when the model's head has no such output.
+        Logits are divided by `temperature` before their softmax. Scalars of a vocabulary are 0
+        where the mask is False. The schedule is the one of `evaluate`; the result is in the
+        caller's order and the same on every rank of a replica. Every data rank gives the same
+        number of microbatches. Collective over the world. Raises UsageError when the model's head
+        has no such output.
         """
-        missing = [name for name in wanted if name not in self.config.model.scores]
-        if missing or not wanted:
-            raise UsageError(
-                f"scores wants {', '.join(missing) or 'nothing'}; the head "
-                f"model.head={self.config.model.head} gives "
-                f"{', '.join(self.config.model.scores) or 'none'}."
-            )
+        asked = self._wanted("scores wants", wanted, temperature)
         batches = [self._on_device(batch) for batch in batches]
 
         def outputs_of(
@@ -252,7 +284,7 @@ class Engine:
         ) -> tuple[Tensor, dict[str, Tensor]]:
             return outputs[wanted[0]], {name: outputs[name] for name in wanted}
 
-        results = self.model.run_schedule(batches, outputs_of, training=False).results
+        results = self.model.run_schedule(batches, outputs_of, asked).results
         shapes = [batch["tokens"].shape for batch in batches]
         total = len(wanted) * sum(shape.numel() for shape in shapes)
         flat = torch.empty(total, dtype=wide_dtype(self.model.dtype), device=self.mesh.device)
@@ -271,15 +303,30 @@ class Engine:
         pieces_of = iter(flat.split([shape.numel() for shape in shapes for _ in wanted]))
         return [{name: next(pieces_of).view(shape) for name in wanted} for shape in shapes]
 
-    def log_probs(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Returns the log-probability of every label of each microbatch, `[B, T]`; see `scores`."""
-        return [scores["log_prob"] for scores in self.scores(batches)]
+    def log_probs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
+        """Returns the log-probability of every label that counts of each microbatch, `[B, T]`; see
+        `scores`.
+        """
+        return [scores["log_prob"] for scores in self.scores(batches, ("log_prob",), temperature)]
 
     def values(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Returns the value head's number for every token of each microbatch, `[B, T]`; see
         `scores`.
         """
         return [scores["value"] for scores in self.scores(batches, ("value",))]
+
+    def _wanted(self, who: str, names: Sequence[str], temperature: float) -> Wanted:
+        """What the head is asked for, checked; in the head's order, each once."""
+        given = self.config.model.scores
+        missing = [name for name in names if name not in given]
+        if missing or not names:
+            raise UsageError(
+                f"{who} {', '.join(missing) or 'nothing'}; the head "
+                f"model.head={self.config.model.head} gives {', '.join(given) or 'none'}."
+            )
+        if not 0 < temperature < math.inf:
+            raise UsageError(f"{who} the temperature {temperature}; it takes numbers above 0.")
+        return Wanted(tuple(name for name in given if name in names), temperature)
 
     # A batch divided over data ranks
 
@@ -302,54 +349,70 @@ class Engine:
         return self.mesh.broadcast_json(joined)
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
+        wanted = self._wanted(f"{type(loss).__name__} needs", loss.needs, loss.temperature)
         batches = [self._on_device(batch) for batch in batches]
-        counts = self._global_counts(batches, loss)
+        counted, counts = self._global_counts(batches, loss)
+        divisors = dict(zip(counted, torch.where(counts == 0, 1.0, counts).unbind(), strict=True))
         if training and self.model.routers is not None:
             self.model.routers.begin(batches, 1.0 if self.scaler is None else self.scaler.scale)
         for observer in self.observers if training else ():
             observer.begin(len(batches), 1.0 if self.scaler is None else self.scaler.scale)
 
-        def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Terms]:
             terms = loss(outputs, batch)
-            total = sum(terms[term] / counts[term].clamp(min=1) for term in terms)
+            total = sum(
+                value / divisors[name].to(value.dtype) for name, value in terms.losses.items()
+            )
             if self.scaler is not None:
                 total = total * self.scaler.scale
-            return total, {term: value.detach() for term, value in terms.items()}
+            return total, Terms(_detached(terms.losses), _detached(terms.metrics))
 
-        self.last_run = self.model.run_schedule(batches, loss_of, training, self.parameters)
-        return LossSums(
-            list(counts), self._global_sums(self.last_run.results.values(), list(counts)), counts
+        listener = self.parameters if training else None
+        self.last_run = self.model.run_schedule(batches, loss_of, wanted, listener)
+        results = self.last_run.results.values()
+        terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
+        names = list(terms.losses), list(terms.metrics)
+        return LossSums(*names, self._global_sums(results, list(chain(*names))), counted, counts)
+
+    def _terms_of_nothing(self, batch: Batch, loss: Loss) -> Terms:
+        """Terms with the names that the last stage has, made where it is not; their values are of
+        no use.
+        """
+        zeros = torch.zeros(
+            batch["tokens"].shape, dtype=wide_dtype(self.model.dtype), device=self.mesh.device
         )
+        with torch.no_grad():
+            return loss(dict.fromkeys(loss.needs, zeros), batch)
 
     def _on_device(self, batch: Batch) -> Batch:
-        """The batch on the mesh's device; `cu_seqlens` stays where the plan of attention reads it,
-        on the CPU.
+        """The batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay on the
+        CPU, where the plan of attention and the head read them.
         """
         device = self.mesh.device
-        return {
+        here = {
             key: x if key == "cu_seqlens" else x.to(device, non_blocking=True)
             for key, x in batch.items()
         }
+        return here if device.type == "cpu" else here | {MASK_ON_CPU: batch["mask"]}
 
-    def _global_counts(self, batches: list[Batch], loss: Loss) -> dict[str, Tensor]:
-        """The number each term is divided by: this data rank's counts, summed over data before the
-        forward pass.
+    def _global_counts(self, batches: list[Batch], loss: Loss) -> tuple[list[str], Tensor]:
+        """The names of what is counted, and the numbers, float64: this data rank's counts, summed
+        over data before the forward pass.
         """
         per_micro = [loss.counts(batch) for batch in batches]
         names = list(per_micro[0])
-        vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names]).to(
-            torch.int64
-        )
-        comm.all_reduce_(vector, self.mesh.data, "loss.counts")
-        return dict(zip(names, vector.unbind(), strict=True))
+        vector = torch.stack([sum(counts[name] for counts in per_micro) for name in names])
+        vector = vector.to(self.mesh.device, torch.float64)  # exact for whole numbers below 2^53
+        return names, comm.all_reduce_(vector, self.mesh.data, "loss.counts")
 
-    def _global_sums(self, results: Iterable[dict[str, Tensor]], names: list[str]) -> Tensor:
+    def _global_sums(self, results: Iterable[Terms], names: list[str]) -> Tensor:
         """Sum the reported terms over microbatches and data, and tell every stage; collective over
         data and pp.
         """
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
         for terms in results:
-            vector += torch.stack([terms[name].to(torch.float64) for name in names])
+            values = terms.losses | terms.metrics
+            vector += torch.stack([values[name].to(torch.float64) for name in names])
         comm.all_reduce_(vector, self.mesh.data, "loss.report")
         comm.all_reduce_(
             vector, self.mesh.pp, "loss.report"
@@ -419,12 +482,14 @@ class Engine:
             {} if self.scaler is None else self.scaler.counters()
         )
 
-    def load(self, reader: Reader, optimizer: bool = True) -> None:
+    def load(self, reader: CheckpointReader, optimizer: bool = True) -> None:
         """Fill weights (and optimizer state) from a checkpoint written at any layout; collective
         over dp x cp.
 
         A parameter that was frozen when the checkpoint was written has no optimizer state there: it
-        starts with its weights and nothing else, like a new one.
+        starts with its weights and nothing else, like a new one. Raises CheckpointError for a
+        tensor that is missing or has another shape there, heads included: `fill` is what gives a
+        model another head.
         """
         self.parameters.wait_and_reshard()
         if optimizer:
@@ -433,7 +498,7 @@ class Engine:
                 self.scaler.restore(reader.meta["engine"])
         for held in self.state():
             if not held.optimizer:
-                reader.read_into(held.name, held.box.offset, held.tensor)
+                read_state(reader, held)
         known = set(reader.names())
         for name, weight in self.model.quantized.items():
             if name in known:  # else they are those of the base that was filled in
@@ -446,7 +511,7 @@ class Engine:
         self.model.fp8.loaded()
         self.parameters.publish()
 
-    def _load_optimizer(self, reader: Reader) -> None:
+    def _load_optimizer(self, reader: CheckpointReader) -> None:
         known = set(reader.names())
         stored = stored_parameters(known)
         for held in self.state():
@@ -455,7 +520,7 @@ class Engine:
             else:
                 there = parameter_of(held.name) in stored
             if held.optimizer and there:
-                reader.read_into(held.name, held.box.offset, held.tensor)
+                read_state(reader, held)
 
     def fill(self, source: Source) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
@@ -503,6 +568,10 @@ class Engine:
         """Fill `tensor` with the box of a parameter's start at `offset`."""
         values = initial_values(name, shard, offset, tuple(tensor.shape), self.config.seed)
         tensor.copy_(values.to(wide_dtype(tensor.dtype)))
+
+
+def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in terms.items()}
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megallm.checkpoint.plan import boxes_of_range
+from megallm.checkpoint.reader import CheckpointReader
+from megallm.models.parallel_model import check_shape
 from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters
 from megallm.parallel.fp8 import HISTORY
@@ -68,6 +70,14 @@ class ParameterState:
         for name, shard, box, tensor in pieces(self.parameters, flats):
             owned = self.parameters.owns(name)
             yield StateTensor(f"{prefix}{name}", shard, box, tensor, owned, optimizer)
+
+
+def read_state(reader: CheckpointReader, held: StateTensor) -> None:
+    """Fill a box that this rank holds from a checkpoint written at any layout; see
+    `check_shape`.
+    """
+    check_shape(reader, held.name, held.shard.full)
+    reader.read_into(held.name, held.box.offset, held.tensor)
 
 
 def stored_parameters(names: Iterable[str]) -> set[str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-CONTEXT = 4  # tokens of the prompt that the first new token is decoded with: a leading space may depend on them
+# Tokens of the prompt that the first new token is decoded with: a leading space may depend on them.
+CONTEXT = 4
 HELD = 8  # tokens that may wait for the rest of a character; more are not the beginning of one
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from megallm.base.errors import DataError, UsageError
+from megallm.data.chat.template import ChatTemplate, find_template
 from megallm.inference import generate
 from megallm.inference.generate import Loaded
 from megallm.inference.generator import Job
 from megallm.inference.line import QUIT, STOP, Line
 from megallm.inference.request import GenerateRequest
-from megallm.inference.template import ChatTemplate, find_template
 from megallm.parallel.mesh import Mesh
 
 IDLE_SECONDS = 60.0

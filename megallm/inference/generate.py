@@ -12,15 +12,15 @@ from typing import Any
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import is_import
 from megallm.convert.folder import is_model_folder
-from megallm.convert.tokenizer_files import TOKENIZER, end_ids, kept_folder
+from megallm.convert.tokenizer_files import TOKENIZER, copied_folder, end_ids
 from megallm.convert.weights import Cast, HfReader
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import Tokenizer
-from megallm.data.text.tokenizer_folder import FORMS
+from megallm.data.text.tokenizer_folder import TOKENIZER_FORMS
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator, Job
 from megallm.inference.request import GenerateRequest
@@ -135,11 +135,11 @@ def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
         spec, folder = find_tokenizer(reader, request.tokenizer)
         words = tokenizer.load(spec)
         if request.tokenizer is None:
-            tokenizer_files.check_words(reader.meta, spec, words)
+            tokenizer_files.check_vocabulary(reader.meta, spec, words)
         config, precision = model_config(reader), request.precision or reader.meta["precision"]
         _check_model(config, mesh.tp.size)
         source: Any = reader
-        if precision != reader.meta["precision"] and isinstance(reader, Reader):
+        if precision != reader.meta["precision"] and isinstance(reader, CheckpointReader):
             source = Cast(reader)
         compute = ComputeConfig(precision)
         model = ParallelModel(config, LayoutConfig(), compute, mesh).load(source)
@@ -195,11 +195,11 @@ def row_of(prompt: str, answer: Answer) -> Row:
     }
 
 
-def open_model(model: str, mesh: Mesh | None = None) -> Reader | HfReader:
+def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfReader:
     """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
     world.
     """
-    return HfReader(model) if is_model_folder(Path(model)) else Reader(find_step(model, mesh))
+    return HfReader(model) if is_model_folder(Path(model)) else CheckpointReader(find_step(model, mesh))
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
@@ -224,7 +224,7 @@ def find_step(model: str, mesh: Mesh | None = None) -> Path:
     return found
 
 
-def model_config(reader: Reader | HfReader) -> ModelConfig:
+def model_config(reader: CheckpointReader | HfReader) -> ModelConfig:
     """Returns the model that the checkpoint remembers."""
     try:
         return ModelConfig(**reader.meta["model"])
@@ -234,7 +234,7 @@ def model_config(reader: Reader | HfReader) -> ModelConfig:
         ) from error
 
 
-def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
+def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
     """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
     the model's folder.
 
@@ -244,8 +244,8 @@ def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple
         spec, folder = reader.meta["tokenizer"], reader.folder
     else:
         spec, folder = (
-            tokenizer_files.find_tokenizer(reader.folder, reader.meta),
-            kept_folder(reader.folder),
+            tokenizer_files.checkpoint_tokenizer(reader.folder, reader.meta),
+            copied_folder(reader.folder),
         )
     if given is not None:
         return given, Path(given) if Path(given).is_dir() else folder
@@ -254,13 +254,13 @@ def find_tokenizer(reader: Reader | HfReader, given: str | None = None) -> tuple
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
             f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only "
-            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {FORMS} into "
+            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {TOKENIZER_FORMS} into "
             f"{_home(reader)}; for a run to come, set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
 
 
-def _home(reader: Reader | HfReader) -> Path:
+def _home(reader: CheckpointReader | HfReader) -> Path:
     return (
         reader.folder if isinstance(reader, HfReader) else reader.folder.parent.parent / TOKENIZER
     )

@@ -11,7 +11,9 @@ PRECISIONS = ("fp32", "bf16", "fp64")
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Prompts and how to continue them; `output` is a JSON Lines file for the rows, None prints the texts."""
+    """Prompts and how to continue them; `output` is a JSON Lines file for the rows, None prints
+    the texts.
+    """
 
     model: str
     prompts: tuple[str, ...] = ()
@@ -35,8 +37,8 @@ class GenerateRequest:
             ("--temperature", self.temperature, 0 <= self.temperature < float("inf"), "at least 0"),
             ("--top-k", self.top_k, self.top_k >= 0, "at least 0 (0: all)"),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "greater than 0 and at most 1"),
-            ("--repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"),
-             "greater than 0 (1: none)"),
+            ("--repetition-penalty", self.repetition_penalty,
+             0 < self.repetition_penalty < float("inf"), "greater than 0 (1: none)"),
             ("--stop", self.stop, all(self.stop), "a text of at least one character"),
             ("--seed", self.seed, self.seed >= 0, "at least 0"),
             ("--batch", self.batch, self.batch >= 1, "at least 1"),

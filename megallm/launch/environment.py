@@ -139,7 +139,9 @@ def tasks_per_node(text: str, node: int) -> int:
 
 
 def rendezvous_port(job: int, step: int) -> int:
-    """A port that every rank of a job step computes alike, below the range of ephemeral ports."""
+    """Returns a port that every rank of a job step computes alike, below the range of ephemeral
+    ports.
+    """
     return 10_000 + (job * 31 + step) % 20_000
 
 

@@ -16,7 +16,7 @@ from megallm.launch.environment import RankEnv, use_loopback
 
 
 def rank_device(env: RankEnv) -> torch.device:
-    """The GPU of this local rank where there are enough of them, else the CPU."""
+    """Returns the GPU of this local rank where there are enough of them, else the CPU."""
     if torch.cuda.is_available() and torch.cuda.device_count() >= env.local_world:
         return torch.device("cuda", env.local_rank)
     return torch.device("cpu")

@@ -35,7 +35,7 @@ from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, descriptor
 from megallm.base.stopping import INTERRUPTED, NOTHING_TO_SAVE, BeforeRanks, stop_signals
 from megallm.launch.environment import LOOPBACK, RankEnv
-from megallm.launch.rank import Ending, rank_main
+from megallm.launch.rank import RankExit, rank_main
 
 POLL_SECONDS = 0.03
 SETTLE_SECONDS = (
@@ -65,7 +65,7 @@ class Rank:
     report: int
     status: int | None = None  # of waitpid
     ended_at: float = 0.0
-    ending: Ending | None = None
+    ending: RankExit | None = None
 
     @property
     def failed(self) -> bool:
@@ -92,7 +92,7 @@ class Rank:
         return code or InternalError.exit_code
 
     def cause(self) -> str:
-        """What happened, in words."""
+        """Returns what happened, in words."""
         if self.ending is not None:
             return self.ending.message
         code = os.waitstatus_to_exitcode(self.status or 0)
@@ -205,7 +205,8 @@ class _Launch:
         for name, writer in (("stdout", self.out), ("stderr", self.err)):
             lost = writer.close(SHOW_SECONDS)
             if lost and (name == "stdout" or writer is not self.out):
-                told = f"megallm: {lost} lines could not be written to {name} ({writer.reason}).\n".encode()
+                told = f"megallm: {lost} lines could not be written to {name} ({writer.reason}).\n"
+                told = told.encode()
                 self._log(told)
                 if writer is not self.err:
                     self.err.write(told)
@@ -213,7 +214,8 @@ class _Launch:
         lost = self.log.close(SHOW_SECONDS)
         if lost:
             self.err.write(
-                f"megallm: {lost} lines are missing in {self.log_dir} ({self.log.reason}).\n".encode()
+                f"megallm: {lost} lines are missing in {self.log_dir} "
+                f"({self.log.reason}).\n".encode()
             )
             self.err.close(SHOW_SECONDS)
         os.close(self.log.fd)
@@ -344,7 +346,10 @@ class _Launch:
     def _judge(self) -> None:
         """Raise what the ended ranks mean; return when all finished."""
         if self.interrupts >= 2:
-            text = "Interrupted twice: all ranks were ended at once. The same command goes on from what was saved."
+            text = (
+                "Interrupted twice: all ranks were ended at once. The same command goes on from "
+                "what was saved."
+            )
             raise RanksFailed(text, INTERRUPTED)
         # A rank killed by us ended at infinity. A lost peer is a consequence and an interrupt was
         # asked for: any other cause goes first.
@@ -374,7 +379,7 @@ def _hear(rank: Rank, keep: bool) -> None:
         return
     if not said:
         return
-    rank.ending = Ending(**json.loads(said))
+    rank.ending = RankExit(**json.loads(said))
     if (
         keep and rank.ending.expected and rank.ending.message
     ):  # ours to show; the rank's log keeps it too
@@ -388,7 +393,10 @@ def _describe(rank: Rank, nproc: int) -> str:
     if rank.ending is not None and rank.ending.expected:
         return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
     if rank.ending is not None and rank.number == 0:
-        return f"rank 0 of {nproc} failed: {rank.cause()}. What it wrote stands above, and in {rank.log}."
+        return (
+            f"rank 0 of {nproc} failed: {rank.cause()}. What it wrote stands above, and in "
+            f"{rank.log}."
+        )
     lines = (
         rank.log.read_bytes()[rank.log_begin :][-8192:]
         .decode(errors="replace")

@@ -26,7 +26,7 @@ MAX_MESSAGE = 8000  # characters: the report must fit a pipe's buffer, it is rea
 
 
 @dataclass(frozen=True)
-class Ending:
+class RankExit:
     """How a rank ended, in its own words; a rank that says nothing did not end by itself."""
 
     code: int
@@ -74,7 +74,7 @@ def rank_main(
 
 
 def _listening(fn: Callable[..., None]) -> Callable[..., None]:
-    """The same function, during which signals arrive; those that came before arrive when it
+    """Returns the same function, during which signals arrive; those that came before arrive when it
     begins.
     """
 
@@ -88,21 +88,21 @@ def _listening(fn: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -> Ending:
+def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -> RankExit:
     """Call `fn(env, *args)`; every way of leaving it but the death of the process becomes an
     Ending.
     """
     try:
         fn(env, *args)
     except KeyboardInterrupt as error:
-        return Ending(INTERRUPTED, str(error) or "interrupted.", True, time.monotonic())
+        return RankExit(INTERRUPTED, str(error) or "interrupted.", True, time.monotonic())
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-        return Ending(
+        return RankExit(
             code or InternalError.exit_code, f"sys.exit({error.code})", False, time.monotonic()
         )
     except MegallmError as error:
-        return Ending(error.exit_code, str(error)[:MAX_MESSAGE], True, time.monotonic())
+        return RankExit(error.exit_code, str(error)[:MAX_MESSAGE], True, time.monotonic())
     except Exception as error:  # the boundary of the process: nothing above could catch it
         at = time.monotonic()
         if hung_up(
@@ -112,13 +112,13 @@ def run_function(fn: Callable[..., None], args: tuple[Any, ...], env: RankEnv) -
         else:
             traceback.print_exc()
         code = PeerLost.exit_code if lost_peer(error) else InternalError.exit_code
-        return Ending(code, f"{type(error).__name__}: {error}"[:MAX_MESSAGE], False, at)
-    return Ending(0, "", True, time.monotonic())
+        return RankExit(code, f"{type(error).__name__}: {error}"[:MAX_MESSAGE], False, at)
+    return RankExit(0, "", True, time.monotonic())
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of torch.distributed says that another rank went away (gloo raises plain
-    RuntimeErrors).
+    """Returns whether an error of torch.distributed says that another rank went away (gloo raises
+    plain RuntimeErrors).
     """
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"DistNetworkError", "DistBackendError", "DistStoreError"}:
@@ -128,7 +128,7 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def hung_up(error: BaseException) -> bool:
-    """Whether another rank's process ended, as opposed to not answering in time."""
+    """Returns whether another rank's process ended, as opposed to not answering in time."""
     return lost_peer(error) and any(
         words in str(error) for words in ("closed by peer", "reset by peer")
     )

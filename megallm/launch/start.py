@@ -23,8 +23,8 @@ from megallm.launch.rank import lost_peer
 
 
 def world_size(nproc: int | None) -> int | None:
-    """How many ranks there will be: the environment's, else `nproc`, else None (what the layout
-    asks for).
+    """Returns how many ranks there will be: the environment's, else `nproc`, else None (what the
+    layout asks for).
     """
     env = started_by_others()
     if env is None:

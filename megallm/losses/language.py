@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megallm.losses.terms import Terms
+
+METRICS = {"entropy": "entropy", "mean_token_accuracy": "correct"}  # and what they are means of
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,23 @@ class NextToken:
     With `depth` there is a term `mtp_k` for every k from 1 on: the same for the token k + 1 places
     ahead, which the model calls `mtp_k` (multi-token prediction, arXiv 2412.19437). Together they
     weigh `weight` beside the first term, each divided by its own number of labels.
+
+    With `dft` a label's term is multiplied by its probability, without a gradient (dynamic
+    fine-tuning, arXiv 2508.05629). `measured` are metrics to report, names of METRICS: means over
+    the unmasked labels.
     """
 
     depth: int = 0
     weight: float = 1.0
+    dft: bool = False
+    measured: tuple[str, ...] = ()
+    temperature: ClassVar[float] = 1.0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The first term's log-probability, those of further tokens, and what is measured."""
+        further = tuple(f"mtp_{ahead}" for ahead in range(1, self.depth + 1))
+        return "log_prob", *further, *(METRICS[name] for name in self.measured)
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unmasked labels of one microbatch, known before its forward pass."""
@@ -33,12 +51,15 @@ class NextToken:
         }
         return {"loss": batch["mask"].sum()} | further
 
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        terms = {"loss": -(outputs["log_prob"] * batch["mask"]).sum()}
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        mask, log_prob = batch["mask"], outputs["log_prob"]
+        weighted = log_prob * log_prob.detach().exp() if self.dft else log_prob
+        terms = {"loss": -(weighted * mask).sum()}
         for ahead in range(1, self.depth + 1):
             total = -(outputs[f"mtp_{ahead}"] * shift_mask(batch, ahead)).sum()
             terms[f"mtp_{ahead}"] = total * (self.weight / self.depth)
-        return terms
+        metrics = {name: (outputs[METRICS[name]].detach() * mask).sum() for name in self.measured}
+        return Terms(terms, metrics)
 
 
 def shift_mask(batch: dict[str, Tensor], ahead: int) -> Tensor:
@@ -66,23 +87,30 @@ class MaskedDiffusion:
     bound is in nats per token.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("log_prob",)
+    temperature: ClassVar[float] = 1.0
+
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tokens of one microbatch that are no padding."""
         return {"loss": batch["mask"].sum()}
 
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": -(outputs["log_prob"] * (batch["weight"] * batch["mask"])).sum()}
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        weight = batch["weight"] * batch["mask"]
+        return Terms({"loss": -(outputs["log_prob"] * weight).sum()})
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many labels are the likeliest class, for `Engine.evaluate` of a classification head; it
-    has no gradient.
+    """How many labels are the likeliest token or class, for `Engine.evaluate`; it has no
+    gradient.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("correct",)
+    temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Labels of one microbatch that count."""
         return {"accuracy": batch["mask"].sum()}
 
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"accuracy": (outputs["correct"] * batch["mask"]).sum()}
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        return Terms({}, {"accuracy": (outputs["correct"] * batch["mask"]).sum()})

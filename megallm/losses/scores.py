@@ -7,9 +7,14 @@ critics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from megallm.losses.terms import Terms
+
+NEEDS = ("value",)
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,16 @@ class Regression:
     that count.
     """
 
+    needs: ClassVar[tuple[str, ...]] = NEEDS
+    temperature: ClassVar[float] = 1.0
+
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Targets of one microbatch, known before its forward pass."""
         return {"loss": batch["mask"].sum()}
 
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": ((outputs["value"] - batch["targets"]).square() * batch["mask"]).sum()}
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        error = (outputs["value"] - batch["targets"]).square()
+        return Terms({"loss": (error * batch["mask"]).sum()})
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class PairwiseReward:
     as rows or packed.
     """
 
+    needs: ClassVar[tuple[str, ...]] = NEEDS
+    temperature: ClassVar[float] = 1.0
+
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pairs of one microbatch. Errors: ValueError for a number of sequences that is odd."""
         scored = int(batch["mask"].sum())
@@ -46,9 +58,9 @@ class PairwiseReward:
             )
         return {"loss": batch["mask"].sum() // 2}
 
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         chosen, rejected = outputs["value"][batch["mask"]].view(-1, 2).unbind(-1)
-        return {"loss": -F.logsigmoid(chosen - rejected).sum()}
+        return Terms({"loss": -F.logsigmoid(chosen - rejected).sum()})
 
 
 @dataclass(frozen=True)
@@ -61,17 +73,19 @@ class Value:
     arXiv 1707.06347).
     """
 
+    needs: ClassVar[tuple[str, ...]] = NEEDS
+    temperature: ClassVar[float] = 1.0
     clip: float | None = None
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tokens of one microbatch that have a target."""
         return {"loss": batch["mask"].sum()}
 
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         value, targets = outputs["value"], batch["targets"]
         error = (value - targets).square()
         if self.clip is not None:
             old = batch["old_values"]
             near = old + (value - old).clamp(-self.clip, self.clip)
             error = error.maximum((near - targets).square())
-        return {"loss": (error * batch["mask"]).sum() / 2}
+        return Terms({"loss": (error * batch["mask"]).sum() / 2})

@@ -1,4 +1,4 @@
-"""Keeping experts evenly used: where tokens of a microbatch stand, the router's losses, and the
+"""Load balancing of experts: where tokens of a microbatch stand, the router's losses, and the
 selection bias.
 
 The losses are sums over tokens, so any split of a batch gives the same number. A rank adds its own

@@ -42,7 +42,8 @@ class Block(ShardedModule):
         self.mlp = None if experts else Mlp(config, mesh, sp, activation)
         self.moe = Moe(config, mesh, sp, activation) if experts else None
         self.after_attention, self.after_mlp = Slot(mesh), Slot(mesh)  # called with (output, input)
-        self.run_attention, self.run_mlp = runner("attention" in recompute), runner("mlp" in recompute)
+        self.run_attention = runner("attention" in recompute)
+        self.run_mlp = runner("mlp" in recompute)
         self.run_normed, self.run = input_runner("norm" in recompute), runner(BLOCK in recompute)
 
     def forward(

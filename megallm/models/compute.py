@@ -7,7 +7,7 @@ from typing import Literal
 
 from megallm.ops.low_precision import Fp8Options, LossScaleOptions
 
-Part = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
+BlockPart = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
 
 BLOCK = "block"
 # What of a block can be recomputed by itself, and the part that contains it.
@@ -22,7 +22,7 @@ class ComputeConfig:
     loss_scale: LossScaleOptions = field(default_factory=LossScaleOptions)  # fp16
     fp8: Fp8Options = field(default_factory=Fp8Options)  # fp8: bf16 with linears in FP8
     recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
-    recompute_modules: tuple[Part, ...] = ("core", "activation")  # selective: the parts of a block made again
+    recompute_modules: tuple[BlockPart, ...] = ("core", "activation")  # selective: the parts of a block made again
     recompute_layers: int | None = None  # only the first so many of each pipeline stage; null: all
     offload: bool = False  # what the blocks keep for the backward pass waits in CPU memory
     fused_head: Literal["auto", "on", "off"] = "auto"  # the head's logits never exist; auto: where they would be large

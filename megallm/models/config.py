@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.base.words import did_you_mean
+from megallm.base.suggest import did_you_mean
 from megallm.models.presets import FAMILIES, PRESETS
 from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope
 from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
@@ -223,9 +223,9 @@ class ModelConfig:
     @property
     def scores(self) -> tuple[str, ...]:
         """Names of the per-token scalars `[B, T]` that the model's last stage returns."""
-        of_head = {"classification": ("log_prob", "correct"), "value": ("value",), "none": ()}
+        of_head = {"value": ("value",), "none": ()}
         further = tuple(f"mtp_{depth}" for depth in range(1, self.mtp.depth + 1))
-        return of_head.get(self.head, ("log_prob",)) + further
+        return of_head.get(self.head, ("log_prob", "entropy", "correct")) + further
 
     @property
     def head_outputs(self) -> int:

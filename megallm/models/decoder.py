@@ -15,14 +15,18 @@ from megallm.models.block import Block
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.heads import (
+    MASK_ON_CPU,
     build_head,
+    counted_tokens,
     final_norm,
-    language_model,
     local_logits,
     next_token_logits,
+    put_back,
+    select,
 )
-from megallm.models.mtp import MtpModule, shift_labels
+from megallm.models.mtp import MtpModule, shift_labels, shift_mask
 from megallm.models.stages import StageSpan
+from megallm.ops.cross_entropy import Projection
 from megallm.ops.embedding import look_up
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
@@ -42,7 +46,14 @@ from megallm.parallel.tensor import (
     sequence_partial,
 )
 from megallm.parallel.units import Units, run_unit
-from megallm.parallel.vocab import VocabEmbedding, fused_log_prob, fuses
+from megallm.parallel.vocab import (
+    LOG_PROB,
+    VocabEmbedding,
+    Wanted,
+    fused_scores,
+    fuses,
+    label_scores,
+)
 
 Ready = Callable[[Tensor], Tensor]
 DEFAULT_LAYOUT, DEFAULT_COMPUTE = LayoutConfig(), ComputeConfig()
@@ -80,7 +91,8 @@ class Stage(ShardedModule):
     predict further ones, the last stage shares the first one's embedding when that is on the same
     rank, and otherwise holds its own piece under the same logical name `embedding.weight`; the
     engine keeps the two equal. `units` is told when the embedding, a block, a depth of multi-token
-    prediction or the head is about to be used or done with.
+    prediction or the head is about to be used or done with. `wanted` says which of the head's
+    scalars a pass is for.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class Stage(ShardedModule):
         super().__init__(mesh, layout.sp)
         self.config, self.span = config, span
         self.units: Units | None = None
+        self.wanted = Wanted(config.scores)
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
@@ -250,30 +263,31 @@ class Stage(ShardedModule):
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.head is None else self.head.features(x)
 
-    def logits(self, x: Tensor, ready: Ready) -> Tensor:
-        """This rank's piece of the logits, `[B, T/cp, V/tp]`; of a head with few outputs `[B,
-        T/cp/tp or T/cp, C]`.
+    def logits(self, x: Tensor, ready: Ready, counted: Tensor | None = None) -> Tensor:
+        """This rank's piece of the logits, `[B, T/cp, V/tp]` or of the tokens `counted` `[n, V/tp]`;
+        of a head with few outputs `[B, T/cp/tp or T/cp, C]`.
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
-        features, weight = self.head_operands(ready(x))
-        return local_logits(
-            features, weight, self.mesh, self.sp, self.weight_grads, self.head_bias
-        )
+        (features, weight), bias = self.head_operands(ready(x)), self.head_bias
+        queue = self.weight_grads
+        return local_logits(features, weight, self.mesh, self.sp, queue, bias, counted)
 
-    def label_log_prob(self, x: Tensor, ready: Ready, labels: Tensor) -> Tensor:
-        """`[B, T/cp]` straight from hidden states: a head over the vocabulary without logits."""
+    def fused_outputs(
+        self,
+        x: Tensor,
+        ready: Ready,
+        labels: Tensor,
+        counted: Tensor | None,
+        wanted: Wanted,
+    ) -> tuple[Tensor, ...]:
+        """What is wanted, straight from hidden states: a head over the vocabulary without
+        logits.
+        """
         features, weight = self.head_operands(ready(x))
-        hidden = gather_input(features, self.mesh, self.sp, "vocab.logits")
-        return fused_log_prob(
-            hidden, weight, self.head_bias, labels, self.mesh, self.config.vocab_size
-        )
-
-    def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """This rank's tokens of the head's per-token scalars, each `[B, T/cp]`."""
-        if self.config.head not in VOCABULARY_HEADS:
-            return self.head.outputs(logits, labels)
-        return language_model(logits, labels, self.mesh, self.config.vocab_size)
+        hidden = select(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
+        head, vocab = Projection(weight, self.head_bias), self.config.vocab_size
+        return tuple(fused_scores(hidden, head, labels, self.mesh, vocab, wanted).values())
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """One microbatch: hidden states to the next stage, or per-token scalars such as
@@ -300,31 +314,57 @@ class Stage(ShardedModule):
             return x
         if self.config.head == "none":
             raise UsageError(
-                "model.head is none: this model is a body alone, which computes nothing to train "
-                "on."
+                "model.head is none: this model is a body alone, which computes nothing to train on."
             )
-        outputs = self.score(x, self.features, labels)
-        if self.mtp:
-            outputs |= self.mtp_scores(x, batch["labels"], inputs)
+        outputs = self.own_scores(x, labels, batch)
+        if any(name.startswith("mtp_") for name in self.wanted.names):
+            outputs |= self.mtp_scores(x, batch, inputs)
         return {name: self.context.whole(values) for name, values in outputs.items()}
 
-    def score(self, x: Tensor, ready: Ready, labels: Tensor | None) -> dict[str, Tensor]:
-        """This rank's tokens of the head's per-token scalars; `ready` makes of hidden states what
-        its matrix takes.
+    def own_scores(
+        self, x: Tensor, labels: Tensor | None, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The wanted scalars `[B, T/cp]` of the next token, of classes or of values."""
+        names = tuple(name for name in self.wanted.names if not name.startswith("mtp_"))
+        if not names:
+            return {}
+        mask = batch.get(MASK_ON_CPU, batch.get("mask"))
+        return self.score(x, self.features, labels, mask, self.wanted._replace(names=names))
+
+    def score(
+        self, x: Tensor, ready: Ready, labels: Tensor | None, mask: Tensor | None, wanted: Wanted
+    ) -> dict[str, Tensor]:
+        """This rank's tokens of the wanted scalars, 0 where the `mask` `[B, T]` of whole rows is
+        False (without one every token counts); `ready` makes of hidden states what the head's matrix takes.
+
+        All tp ranks count the same tokens; where none does, the head runs on none, and its weights
+        have a gradient of zeros.
         """
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
-        if self.config.head in VOCABULARY_HEADS and fuses(
-            self.fused_head, labels.numel(), self.head_weight
-        ):
-            return {"log_prob": run_unit(self.units, keys, self.label_log_prob, x, ready, labels)}
-        return self.outputs(run_unit(self.units, keys, self.logits, x, ready), labels)
+        if self.config.head not in VOCABULARY_HEADS:
+            return self.head.outputs(
+                run_unit(self.units, keys, self.logits, x, ready), labels, wanted
+            )
+        counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
+        shape, own = labels.shape, select(labels, counted)
+        if fuses(self.fused_head, own.numel(), self.head_weight):
+            found = run_unit(self.units, keys, self.fused_outputs, x, ready, own, counted, wanted)
+            scores = dict(zip(wanted.names, found, strict=True))
+        else:
+            logits = run_unit(self.units, keys, self.logits, x, ready, counted)
+            scores = label_scores(logits, own, self.mesh, self.config.vocab_size, wanted)
+        return {name: put_back(values, counted, shape) for name, values in scores.items()}
 
-    def mtp_scores(self, x: Tensor, labels: Tensor, inputs: AttentionInputs) -> dict[str, Tensor]:
+    def mtp_scores(
+        self, x: Tensor, batch: dict[str, Tensor], inputs: AttentionInputs
+    ) -> dict[str, Tensor]:
         """`{"mtp_k": [B, T/cp]}`: the log-probability of the token k + 1 places ahead, for k = 1,
         2, ...
 
-        `labels` `[B, T]` are those of whole rows: what lies ahead may be on another cp rank.
+        Labels and mask `[B, T]` are those of whole rows: what lies ahead may be on another cp rank.
         """
+        labels, mask = batch["labels"], batch.get(MASK_ON_CPU, batch.get("mask"))
+        wanted = LOG_PROB._replace(temperature=self.wanted.temperature)
         ready, joins, found = (
             self.features if self.config.mtp.joins else _as_it_is,
             self.config.mtp.joins,
@@ -336,7 +376,9 @@ class Stage(ShardedModule):
             keys = (f"mtp.{number}", "embedding", "head") if joins else (f"mtp.{number}",)
             hidden = run_unit(self.units, keys, self.mtp_hidden, x, ready, depth, tokens, inputs)
             own_labels = self.context.local(shift_labels(labels, ahead))
-            found[f"mtp_{ahead}"] = self.score(hidden, _as_it_is, own_labels)["log_prob"]
+            own_mask = None if mask is None else shift_mask(mask, ahead)
+            scores = self.score(hidden, _as_it_is, own_labels, own_mask, wanted)
+            found[f"mtp_{ahead}"] = scores["log_prob"]
             if joins:
                 x, ready = hidden, _as_it_is
         return found

@@ -1,10 +1,11 @@
 """Heads turn hidden states into per-token scalars; logits stay inside.
 
 A language model's head gives the log-probability of each token's label, a masked language model's
-the same after a transform (BERT, arXiv 1810.04805). A classification head is one with the classes
-for a vocabulary; a value head gives one number a token, for regression, rewards and critics. They
-are applied to every token: which tokens count (all, the first, the last) is a matter of the batch's
-mask, not of the model.
+the same after a transform (BERT, arXiv 1810.04805), and where they are wanted the entropy of the
+distribution and whether the label is its likeliest entry. A classification head is one with the
+classes for a vocabulary; a value head gives one number a token, for regression, rewards and
+critics. Which tokens count (all, the first, the last) is a matter of the batch's mask, not of the
+model: a vocabulary is applied to those tokens alone, heads with few outputs to every token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megallm.parallel.tensor import (
     gather_input,
     sequence_partial,
 )
-from megallm.parallel.vocab import gather_logits, label_log_prob
+from megallm.parallel.vocab import Wanted, gather_logits
 
 
 class VocabularyHead(Adaptable):
@@ -86,10 +87,12 @@ class TokenHead(ShardedModule):
         self.pooler = square(config, mesh, sp) if config.pooler else None
         self.register_parameter("bias", None)
         partial, outputs = sequence_partial(mesh, sp), config.head_outputs
+        # A value head starts small in any width (Stiennon et al., arXiv 2009.01325, appendix B).
+        value = self.kind == "value"
+        std = (config.hidden_size + 1) ** -0.5 if value else config.init_std
         if outputs:
-            self.add_parameter(
-                "weight", Shard((outputs, config.hidden_size), {}, partial, normal(config.init_std))
-            )
+            shard = Shard((outputs, config.hidden_size), {}, partial, normal(std))
+            self.add_parameter("weight", shard)
         if outputs and config.head_bias:
             self.add_parameter("bias", Shard((outputs,), {}, partial, constant(0.0), decay=False))
 
@@ -101,9 +104,9 @@ class TokenHead(ShardedModule):
         """`[B, T/tp or T, C]`."""
         return linear(features, self.weight, self.bias, self.weight_grads)
 
-    def outputs(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """`{"value": [B, T]}`, or for labels `[B, T]` `{"log_prob", "correct": [B, T]}`; collective
-        over tp.
+    def outputs(self, logits: Tensor, labels: Tensor | None, wanted: Wanted) -> dict[str, Tensor]:
+        """`{"value": [B, T]}`, or for labels `[B, T]` the wanted of `log_prob`, `entropy` and
+        `correct`; collective over tp.
 
         `correct` is 1 where the label's class is the most likely one; it has no gradient.
         """
@@ -111,10 +114,13 @@ class TokenHead(ShardedModule):
             return {"value": self._whole(wide(logits).squeeze(-1))}
         if self.sp:
             labels = comm.own_slice(labels, self.mesh.tp, SEQUENCE_DIM)
-        log_prob = torch.log_softmax(wide(logits), dim=-1)
-        found = {"log_prob": log_prob.gather(-1, labels[..., None]).squeeze(-1)}
-        found["correct"] = (log_prob.detach().argmax(-1) == labels).to(log_prob.dtype)
-        return {name: self._whole(values) for name, values in found.items()}
+        log_prob = torch.log_softmax(wide(logits) / wanted.temperature, dim=-1)
+        made = {
+            "log_prob": lambda: log_prob.gather(-1, labels[..., None]).squeeze(-1),
+            "entropy": lambda: -(log_prob.exp() * log_prob).sum(-1),
+            "correct": lambda: (log_prob.detach().argmax(-1) == labels).to(log_prob.dtype),
+        }
+        return {name: self._whole(made[name]()) for name in wanted.names}
 
     def _whole(self, values: Tensor) -> Tensor:
         """The tokens of all tp ranks; each of them computes the identical loss, so the gradient is
@@ -156,14 +162,43 @@ def local_logits(
     sp: bool,
     weight_grads: WeightGradQueue | None = None,
     bias: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`; collective over tp."""
-    return linear(gather_input(hidden, mesh, sp, "vocab.logits"), weight, bias, weight_grads)
+    """`[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`, or `[n, V/tp]` of the tokens
+    `counted` (`select`); collective over tp.
+    """
+    rows = select(gather_input(hidden, mesh, sp, "vocab.logits"), counted)
+    return linear(rows, weight, bias, weight_grads)
 
 
-def language_model(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> dict[str, Tensor]:
-    """`{"log_prob": [B, T]}` of the labels, the same on every tp rank."""
-    return {"log_prob": label_log_prob(logits, labels, mesh, vocab)}
+MASK_ON_CPU = "mask_on_cpu"  # in a batch on another device: the mask that need not be waited for
+
+
+def counted_tokens(mask: Tensor, device: torch.device) -> Tensor | None:
+    """Places int64 `[n]` of the True ones among the flattened tokens of a mask; None when all are.
+
+    How many there are is a size, which the host must know. A mask on the CPU tells it without
+    waiting: the places are made there and sent, from pinned memory, behind whatever the device has
+    to do. One on a GPU makes the host wait for it, once for each microbatch.
+    """
+    places = mask.flatten().nonzero().squeeze(-1)
+    if len(places) == mask.numel():
+        return None
+    if places.device.type == "cpu" and device.type == "cuda":
+        places = places.pin_memory()
+    return places.to(device, non_blocking=True)
+
+
+def select(x: Tensor, counted: Tensor | None) -> Tensor:
+    """`[B, T, ...]` -> `[n, ...]`, the tokens that count; as it is when all do."""
+    return x if counted is None else x.flatten(0, 1).index_select(0, counted)
+
+
+def put_back(x: Tensor, counted: Tensor | None, shape: torch.Size) -> Tensor:
+    """`[n]` -> `[B, T]` with 0 where tokens do not count."""
+    if counted is None:
+        return x
+    return x.new_zeros(shape.numel()).index_copy(0, counted, x).view(shape)
 
 
 def next_token_logits(

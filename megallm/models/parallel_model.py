@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallm.base.errors import UsageError
+from megallm.base.errors import CheckpointError, UsageError
 from megallm.models.build import build_stages, place_parameters
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
@@ -26,6 +26,7 @@ from megallm.parallel.quantized import QuantizedWeight
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import Entry, named_shards
 from megallm.parallel.tensor import Linear, defer_weight_grads, use_fp8
+from megallm.parallel.vocab import Wanted
 
 Prepare = Callable[
     [Stage], None
@@ -33,11 +34,23 @@ Prepare = Callable[
 
 
 class WeightReader(Protocol):
-    """Reads boxes of logical tensors into memory, such as a checkpoint's reader."""
+    """Reads boxes of logical tensors into memory, such as a checkpoint's reader; `info` gives the
+    full shape and the dtype of a tensor."""
 
-    def info(self, name: str) -> tuple[Sequence[int], torch.dtype]: ...
+    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
 
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
+
+
+def check_shape(reader: WeightReader, name: str, full: tuple[int, ...]) -> None:
+    """Raise CheckpointError where a tensor of a checkpoint is missing or of another shape: a box of
+    it would be read all the same, as a value head the first row of a vocabulary's."""
+    stored = tuple(reader.info(name)[0])
+    if stored != full:
+        raise CheckpointError(
+            f"The checkpoint has {name} in the shape {list(stored)}, this model needs "
+            f"{list(full)}: it is another model, or has another head."
+        )
 
 
 class ParallelModel:
@@ -146,18 +159,20 @@ class ParallelModel:
             place_parameters(stage, storage)
 
     def run_schedule(
-        self, batches: list[Batch], loss_of: LossOf, training: bool, listener=None
+        self, batches: list[Batch], loss_of: LossOf, wanted: Wanted, listener=None
     ) -> ScheduleRun:
-        """One pass of the microbatches through the pipeline, with or without backward."""
-        kind = self.layout.schedule if training else "forward"
+        """One pass of the microbatches through the pipeline for the `wanted` scalars of the head;
+        with a listener also backward.
+        """
+        for stage in self.stages.values():
+            stage.wanted = wanted
+        kind = "forward" if listener is None else self.layout.schedule
         plans = plan_schedule(kind, self.placement, len(batches), self.layout.group)
         virtual = next(iter(self.stages.values())).virtual(None)
         if virtual is not None:
             multiple = 2 * self.mesh.cp.size * self.mesh.tp.size
             batches, loss_of = virtual.extend(batches, loss_of, multiple)
-        return self.pipeline.run(
-            plans, batches, self._new_buffer(batches[0]), loss_of, listener if training else None
-        )
+        return self.pipeline.run(plans, batches, self._new_buffer(batches[0]), loss_of, listener)
 
     def _new_buffer(self, batch: Batch) -> Callable[[], Tensor]:
         rows, tokens = batch["tokens"].shape
@@ -168,12 +183,14 @@ class ParallelModel:
 
     def load(self, reader: WeightReader) -> ParallelModel:
         """Gives the model storage of its own, for inference, and fills it with this rank's pieces
-        of the weights that `reader` has, written at any layout; returns the model.
+        of the weights that `reader` has, written at any layout; returns the model. Raises
+        CheckpointError for a tensor of another shape.
         """
         storage = {}
         for name, param, shard, _ in self.entries():
             storage[name] = torch.empty(param.shape, dtype=self.dtype, device=self.mesh.device)
             box = shard.box(self.mesh.layout, self.mesh.coords)
+            check_shape(reader, name, shard.full)
             reader.read_into(name, box.offset, storage[name])
         for name, bias in self.selection_biases():
             reader.read_into(name, (0,), bias)

@@ -1,5 +1,5 @@
-"""Which numbers each way of stretching rotary positions needs, and their check. No torch; the maths
-is `ops.rope`.
+"""RoPE scaling (linear, NTK, YaRN, Llama 3): the numbers each way needs, and their check. No torch;
+the maths is `ops.rope`.
 """
 
 from __future__ import annotations

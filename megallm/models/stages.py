@@ -89,7 +89,10 @@ def parse_stages(layout: str, num_layers: int, num_stages: int) -> list[int]:
     if len(stages) != num_stages:
         problem = f"it has {len(stages)} stages, the layout needs pp x chunks = {num_stages}"
     elif not re.fullmatch(r"Et*(\|t*)*\|t*L|Et*L", "|".join(stages)):
-        problem = "it must begin with E (embedding), end with L (loss), and have nothing but t (layers) between"
+        problem = (
+            "it must begin with E (embedding), end with L (loss), and have nothing but t (layers) "
+            "between"
+        )
     elif "".join(stages).count("t") != num_layers:
         problem = f"it has {''.join(stages).count('t')} layers t, the model has {num_layers}"
     if problem:

@@ -1,1 +1,1 @@
-"""One file per operation; `backends` is the one table of optional libraries."""
+"""One file per operation; `backends` loads the libraries that replace one."""

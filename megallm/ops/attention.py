@@ -1,6 +1,8 @@
 """Causal or full attention of query heads over (fewer) key/value heads, with windows, packed
 documents and blocks.
 
+The attention mask is never a matrix: `MaskSpec` describes it, `tiles` plans what of it is computed.
+
 `causal_attention` is the one-rank path. Blocks are the parts of a larger softmax: `attention_block`
 returns its output together with the log-sum-exp of its scores, from which `Partial` merges any
 number of blocks exactly (online softmax, arXiv 2205.14135; ring attention, arXiv 2310.01889), and

@@ -1,8 +1,9 @@
 """Cross entropy over a piece of a large vocabulary, some tokens at a time: `[T, V]` logits never
 exist as a whole.
 
-A chunk of tokens makes its logits, keeps three numbers a token of them, and makes them again in the
-backward pass, since the gradient of a per-token log-probability is known only then. Pieces of the
+A chunk of tokens makes its logits, keeps a few numbers a token of them, and makes them again in the
+backward pass, since the gradient of a per-token log-probability or entropy is known only then.
+Pieces of the
 vocabulary on other ranks are merged by whoever knows them (`parallel.vocab`). The online form of
 the sum: arXiv 1805.02867.
 """
@@ -25,13 +26,55 @@ MIN_TOKENS = 64
 BLOCK_BYTES = 2**20  # of wide logits that several passes go over while they are in a CPU's cache
 
 
+class Targets(NamedTuple):
+    """Labels `[T]` of tokens, counted from entry 0 of the vocabulary, beside logits of its entries
+    from `begin` on, which are divided by `temperature` before the softmax."""
+
+    labels: Tensor
+    begin: int = 0
+    temperature: float = 1.0
+
+    def of(self, rows: slice) -> Targets:
+        """Those of some tokens."""
+        return self._replace(labels=self.labels[rows])
+
+
 class Statistics(NamedTuple):
-    """Of each token's logits over a piece of the vocabulary, wide `[T]`: the largest, the sum of
-    exponentials less that, and the label's (0 where the label is elsewhere)."""
+    """Of each token's divided logits z over a piece of the vocabulary, wide `[T]`: the largest, the
+    sum of `exp(z - top)`, and the label's z (0 where the label is elsewhere).
+
+    Where they are wanted also `moment`, the sum of `exp(z - top) (z - top)`, and `best`, int64, the
+    place of the largest in the piece.
+    """
 
     top: Tensor
     total: Tensor
     label: Tensor
+    moment: Tensor | None = None
+    best: Tensor | None = None
+
+
+class Softmax(NamedTuple):
+    """What the backward pass knows of each token's softmax, wide `[T]`: the log of its sum over the
+    whole vocabulary, and where that has a gradient its entropy."""
+
+    lse: Tensor
+    entropy: Tensor | None = None
+
+    def of(self, rows: slice) -> Softmax:
+        """Those of some tokens."""
+        return Softmax(self.lse[rows], None if self.entropy is None else self.entropy[rows])
+
+
+class Upstream(NamedTuple):
+    """The gradients of log-probabilities and perhaps entropies, wide `[T]`."""
+
+    log_prob: Tensor
+    entropy: Tensor | None = None
+
+    def of(self, rows: slice) -> Upstream:
+        """Those of some tokens."""
+        return Upstream(self.log_prob[rows], None if self.entropy is None else self.entropy[rows])
 
 
 def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
@@ -39,27 +82,37 @@ def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
     return max(MIN_TOKENS, CHUNK_BYTES // (vocab * wide_dtype(dtype).itemsize))
 
 
-def statistics(logits: Tensor, labels: Tensor, begin: int, reuse: bool = False) -> Statistics:
-    """Of logits `[..., T, V]` of the vocabulary's entries from `begin` on; labels `[..., T]` count
-    from entry 0.
-
-    With `reuse` wide logits are overwritten.
+def statistics(
+    logits: Tensor,
+    targets: Targets,
+    moment: bool = False,
+    best: bool = False,
+    reuse: bool = False,
+) -> Statistics:
+    """Of logits `[T, V]`; `moment` and `best` say whether these are wanted. With `reuse` wide logits
+    are overwritten.
     """
+    labels, begin, temperature = targets
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
-    flat, top, total = (
-        logits.flatten(0, -2),
-        label.new_empty(label.shape),
-        label.new_empty(label.shape),
-    )
-    tops, totals = (
-        top.view(-1),
-        total.view(-1),
-    )  # written in place: small allocations between blocks fragment memory
-    for rows in _blocks(flat):
-        tops[rows] = flat[rows].amax(-1)
-        torch.sum(_minus(flat[rows], tops[rows], reuse).exp_(), -1, out=totals[rows])
-    return Statistics(top, total, label)
+    # Written in place: small allocations between blocks fragment memory.
+    top, total = torch.empty_like(label), torch.empty_like(label)
+    moments = torch.empty_like(label) if moment else None
+    places = torch.empty_like(labels) if best else None
+    for rows in _blocks(logits):
+        top[rows] = logits[rows].amax(-1)
+        if places is not None:
+            torch.argmax(logits[rows], -1, out=places[rows])
+        z = _minus(logits[rows], top[rows], reuse)
+        if temperature != 1.0:
+            z.div_(temperature)
+        powers = z.exp_() if moments is None else z.exp()
+        torch.sum(powers, -1, out=total[rows])
+        if moments is not None:
+            torch.sum(powers.mul_(z), -1, out=moments[rows])
+    if temperature != 1.0:
+        top, label = top / temperature, label / temperature
+    return Statistics(top, total, label, moments, places)
 
 
 def _blocks(logits: Tensor) -> list[slice]:
@@ -87,45 +140,65 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def logit_gradient_(
-    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor
+    logits: Tensor, targets: Targets, softmax: Softmax, upstream: Upstream
 ) -> Tensor:
-    """Gradient of `logits [..., T, V]` in their place, from that of the log-probabilities `[...,
-    T]`.
+    """Gradient of `logits [T, V]` in their place.
 
     Logits that are no matrix in memory are copied first, and stay.
     """
     flat = logits.flatten(0, -2)
-    return _gradient(
-        flat, lse.flatten(), labels.flatten(), begin, grad.flatten(), flat.dtype
-    ).view_as(logits)
+    return _gradient(flat, targets, softmax, upstream, flat.dtype).view_as(logits)
 
 
 def _gradient(
-    logits: Tensor, lse: Tensor, labels: Tensor, begin: int, grad: Tensor, dtype: torch.dtype
+    logits: Tensor, targets: Targets, softmax: Softmax, upstream: Upstream, dtype: torch.dtype
 ) -> Tensor:
-    """Of logits `[T, V]`, in `dtype`; in their place when that is theirs."""
+    """Of logits `[T, V]`, in `dtype`; in their place when that is theirs.
+
+    For divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y) - p_j` and
+    `d H / d z_j = -p_j (log p_j + H)`.
+    """
+    labels, begin, temperature = targets
     here, local = locate(labels, begin, logits.shape[-1])
-    at_label = grad * here
+    of_log_prob = upstream.log_prob / temperature
+    of_entropy = None if upstream.entropy is None else upstream.entropy / temperature
+    at_label = of_log_prob * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in _blocks(logits):
-        share = wide(logits[rows]).sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
+        share = wide(logits[rows])
+        if temperature != 1.0:
+            share.div_(temperature)
+        share.sub_(softmax.lse[rows, None])
+        if of_entropy is None:
+            share.exp_().mul_(-of_log_prob[rows, None])
+        else:
+            factor = share + softmax.entropy[rows, None]
+            factor.mul_(-of_entropy[rows, None]).sub_(of_log_prob[rows, None])
+            share.exp_().mul_(factor)
         share.scatter_add_(-1, local[rows, None], at_label[rows, None])
         if into is not logits or share.dtype != dtype:
             into[rows] = share
     return into
 
 
+class Projection(NamedTuple):
+    """A head's matrix `[V, D]` and perhaps bias `[V]`, of a piece of the vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 def linear_statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, begin: int
+    hidden: Tensor, head: Projection, targets: Targets, moment: bool = False, best: bool = False
 ) -> Statistics:
-    """`statistics` of `hidden W^T + b` without the logits: hidden `[T, D]`, W `[V, D]`, labels
-    `[T]`.
-    """
+    """`statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits."""
     parts = [
-        statistics(F.linear(hidden[rows], weight, bias), labels[rows], begin, reuse=True)
-        for rows in _chunks(hidden.shape[0], weight)
+        statistics(F.linear(hidden[rows], *head), targets.of(rows), moment, best, reuse=True)
+        for rows in _chunks(hidden.shape[0], head.weight)
     ]
-    return Statistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return Statistics(
+        *(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
+    )
 
 
 class LinearGradients(NamedTuple):
@@ -139,19 +212,13 @@ class LinearGradients(NamedTuple):
 
 
 def linear_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    begin: int,
-    lse: Tensor,
-    grad: Tensor,
+    hidden: Tensor, head: Projection, targets: Targets, softmax: Softmax, upstream: Upstream
 ) -> LinearGradients:
-    """Gradients of the log-probabilities `[T]` of which `grad` is given, through logits that are
-    made again.
+    """Gradients for those of `upstream`, through logits that are made again.
 
     The weight's is left out (None) when it takes none.
     """
+    weight, bias = head
     dtype, device = wide_dtype(weight.dtype), weight.device
     into = torch.empty_like(hidden)
     into_weight = (
@@ -161,7 +228,8 @@ def linear_gradients(
     weight = weight.detach()
     for rows in _chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        dy = _gradient(F.linear(x, weight, bias), lse[rows], labels[rows], begin, grad[rows], dtype)
+        logits = F.linear(x, weight, bias)
+        dy = _gradient(logits, targets.of(rows), softmax.of(rows), upstream.of(rows), dtype)
         torch.mm(dy.to(x.dtype), weight, out=into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)
@@ -182,4 +250,5 @@ def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
 
 def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
     step = chunk_tokens(weight.shape[0], weight.dtype)
-    yield from (slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
+    # Without tokens one empty chunk: what is made of it has the right shape.
+    yield from (slice(begin, min(begin + step, tokens)) for begin in range(0, max(1, tokens), step))

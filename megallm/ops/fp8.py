@@ -92,10 +92,10 @@ def times(x: Tensor, scale: Tensor) -> Tensor:
     ):
         blocks = x.view(scale.shape[0], -1, scale.shape[1], BLOCK)
         return (blocks * scale[:, None, :, None]).view(rows, columns)
-    return x * spread(scale, x.shape)
+    return x * expand_scale(scale, x.shape)
 
 
-def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
     """A factor for every element of `shape`, or what broadcasts to that."""
     for dim in range(scale.dim()):
         if scale.shape[dim] not in (1, shape[dim]):

@@ -1,5 +1,5 @@
-"""Matrix products of runs of rows, each run with its own matrix: what the experts of one rank
-compute.
+"""Grouped GEMM: matrix products of runs of rows, each run with its own matrix: what the experts of
+one rank compute.
 
 Rows are sorted by expert. `loop` is the reference, one product after another in any dtype;
 `F.grouped_mm` is one kernel, for the dtypes and strides that it takes.
@@ -107,7 +107,7 @@ def _rows(x: Tensor, matrices: Tensor, runs: Runs, stored: Tensor) -> Tensor:
     return loop_rows(x, matrices, runs)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, runs: Runs) -> Tensor:
+def grouped_weight_gradient(x: Tensor, dy: Tensor, runs: Runs) -> Tensor:
     """`[N, in]` and `[N, out]` -> `[X, out, in]`: always of the full shape, zero for experts
     without rows.
     """
@@ -151,7 +151,9 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
             if ctx.weight_grads is None:
-                gradient = weight_gradient(x, dy, runs)
+                gradient = grouped_weight_gradient(x, dy, runs)
             else:
-                ctx.weight_grads.put(ctx.weight, partial(weight_gradient, x.detach(), dy, runs))
+                ctx.weight_grads.put(
+                    ctx.weight, partial(grouped_weight_gradient, x.detach(), dy, runs)
+                )
         return dx, gradient, None, None

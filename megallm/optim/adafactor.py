@@ -129,7 +129,7 @@ class Sums:
         return {key: total[place] for key, place in self.places.items()}
 
 
-class Group:
+class FactorGroup:
     """The parameters whose buckets are divided over one shard group, in an order that all its ranks
     share.
     """
@@ -169,10 +169,10 @@ class Adafactor:
                 self.rows[grid.name] = like.new_zeros(grid.units * grid.rows)
                 self.columns[grid.name] = like.new_zeros(grid.units * grid.columns)
 
-    def _group(self, buckets: list[FlatBucket]) -> Group:
+    def _group(self, buckets: list[FlatBucket]) -> FactorGroup:
         names = {member.name for bucket in buckets for member in bucket.plan.members}
         shapes, shards = self.parameters.shapes, self.parameters.shards
-        return Group(
+        return FactorGroup(
             buckets, [Grid.of(name, shards[name], shapes[name]) for name in shapes if name in names]
         )
 
@@ -206,10 +206,10 @@ class Adafactor:
             for rows, (bucket, cut) in self._steps(group, clock):
                 self._apply(rows, (bucket, cut), rates[rows.grid.name], lr, clock)
 
-    def _like(self, group: Group) -> Tensor:
+    def _like(self, group: FactorGroup) -> Tensor:
         return group.buckets[0].master
 
-    def _squares(self, group: Group, clock: Clock) -> Tensor:
+    def _squares(self, group: FactorGroup, clock: Clock) -> Tensor:
         """This rank's share of the sums of squares: of gradients by row and column, of weights by
         matrix.
         """
@@ -231,7 +231,7 @@ class Adafactor:
                     )
         return total
 
-    def _cuts(self, group: Group, bucket: FlatBucket) -> Iterator[tuple[Grid, ParamSlice]]:
+    def _cuts(self, group: FactorGroup, bucket: FlatBucket) -> Iterator[tuple[Grid, ParamSlice]]:
         """This rank's stretches of a bucket; on a CPU in pieces of whole rows that fit into its
         cache.
         """
@@ -252,7 +252,7 @@ class Adafactor:
         """
         return unless(clock.skip, cut.of(bucket.shard_grads).to(bucket.master.device))
 
-    def _remember(self, group: Group, squares: dict[Hashable, Tensor], clock: Clock) -> None:
+    def _remember(self, group: FactorGroup, squares: dict[Hashable, Tensor], clock: Clock) -> None:
         """Move the means of squares along: after t steps they keep 1 - t^-decay_power of what they
         were.
         """
@@ -277,7 +277,7 @@ class Adafactor:
                 mean.lerp_(unless(clock.skip, grads.square()).add_(self.config.eps), share)
 
     def _steps(
-        self, group: Group, clock: Clock
+        self, group: FactorGroup, clock: Clock
     ) -> Iterator[tuple[Rows, tuple[FlatBucket, ParamSlice]]]:
         """Gradients over the root of their mean squares, stretch by stretch; not yet limited, and
         nan when skipped.

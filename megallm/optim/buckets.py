@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 from megallm.base.errors import InternalError
 
-BUCKET_BYTES = 32 * 2**20  # of wide gradients in one message; ZeRO stage 3 has a bucket per block instead
-ALIGN = 16  # elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest
+# Bytes of wide gradients in one message; ZeRO stage 3 has a bucket per block instead.
+BUCKET_BYTES = 32 * 2**20
+# Elements; what is left over at the end of a vectorised loop is rounded otherwise than the rest.
+ALIGN = 16
 # Padding of a bucket whose ranges hold whole matrices, as a share, at which it grows no further.
 WASTE = 1 / 8
 

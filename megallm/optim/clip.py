@@ -1,4 +1,4 @@
-"""Gradient clipping by the global norm."""
+"""Gradient clipping by the global gradient norm."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """One bucket in memory: parameters, gradients and master weights as flat buffers, whole or this
-rank's range.
+rank's range (mixed precision: the weights in bf16, master weights and gradients in fp32).
 
 What stays sharded between uses is ZeRO's stage (arXiv 1910.02054): 0 nothing, 1 the master weights
 and the optimizer's state, 2 the gradients too, 3 the parameters too.

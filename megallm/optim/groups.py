@@ -1,5 +1,5 @@
-"""Which rule, learning rate and decay each parameter gets, from its logical name and its Shard.
-Pure.
+"""Param groups: which update rule, learning rate and weight decay each parameter gets, from its
+logical name and its Shard. Pure.
 """
 
 from __future__ import annotations

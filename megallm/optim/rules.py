@@ -32,7 +32,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """`matrix` rules need whole matrices (the last two dims): shards end where matrices end."""
 
     states: tuple[State, ...]
@@ -75,16 +75,16 @@ def whole_elements(rule: str, shard: Shard, layout: Layout, local: tuple[int, ..
 
 _MOMENTUM = State("momentum", kept=lambda config: config.momentum != 0)
 _MOMENTS = (State("exp_avg"), State("exp_avg_sq"))
-RULES: dict[str, Rule] = {
-    "adamw": Rule(_MOMENTS),  # arXiv 1711.05101
-    "adam": Rule(_MOMENTS),  # arXiv 1412.6980
-    "sgd": Rule((_MOMENTUM,)),  # Sutskever et al. 2013
-    "adagrad": Rule((State("sum"),)),  # Duchi et al. 2011
-    "rmsprop": Rule((State("square_avg"), _MOMENTUM)),  # Hinton 2012, lecture 6e
-    "lion": Rule((State("exp_avg"),)),  # arXiv 2302.06675
-    "adafactor": Rule(
+RULES: dict[str, UpdateRule] = {
+    "adamw": UpdateRule(_MOMENTS),  # arXiv 1711.05101
+    "adam": UpdateRule(_MOMENTS),  # arXiv 1412.6980
+    "sgd": UpdateRule((_MOMENTUM,)),  # Sutskever et al. 2013
+    "adagrad": UpdateRule((State("sum"),)),  # Duchi et al. 2011
+    "rmsprop": UpdateRule((State("square_avg"), _MOMENTUM)),  # Hinton 2012, lecture 6e
+    "lion": UpdateRule((State("exp_avg"),)),  # arXiv 2302.06675
+    "adafactor": UpdateRule(
         (State("rows", row_factor), State("columns", column_factor))
     ),  # arXiv 1804.04235
-    "adafactor.vector": Rule((State("exp_avg_sq"),)),
-    "muon": Rule((_MOMENTUM,), "matrix"),  # Jordan 2024; arXiv 2502.16982
+    "adafactor.vector": UpdateRule((State("exp_avg_sq"),)),
+    "muon": UpdateRule((_MOMENTUM,), "matrix"),  # Jordan 2024; arXiv 2502.16982
 }

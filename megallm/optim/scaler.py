@@ -25,17 +25,18 @@ class LossScaler:
         self.scale = torch.tensor(options.initial, dtype=torch.float32, device=device)
         self.held = torch.zeros((), dtype=torch.int64, device=device)
 
-    def advance(self, finite: Tensor) -> Tensor:
+    def advance(self, finite: Tensor, empty: Tensor) -> Tensor:
         """After a step: half the scale where the gradients were not finite, twice after
-        `growth_steps` that were.
+        `growth_steps` that were; no change after one without gradients (`empty`).
 
         Returns the scale that this step had.
         """
         before = self.scale.clone()
         grows = self.held + 1 >= self.options.growth_steps
         factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
-        self.held.copy_(torch.where(finite & ~grows, self.held + 1, 0))
-        self.scale.copy_((before * factor).clamp(max=LARGEST))
+        held = torch.where(finite & ~grows, self.held + 1, 0)
+        self.held.copy_(torch.where(empty, self.held, held))
+        self.scale.copy_(torch.where(empty, before, (before * factor).clamp(max=LARGEST)))
         return before
 
     def check(self) -> None:

@@ -1,6 +1,9 @@
 """Parameters, gradients and their reductions on one rank: ZeRO 0 to 3 as one mechanism (arXiv
 1910.02054).
 
+This is the distributed optimizer of Megatron-LM (stage 1) and fully sharded data parallelism (stage
+3). Gradient accumulation over microbatches happens here, wide, in one flat buffer a bucket.
+
 The pipeline says when a stage's gradients of a microbatch are complete, the stage says when a unit
 is about to be used or done with; this class gathers, lets go, accumulates wide and reduces as the
 Shard records and the ZeRO stage ask. Messages start as soon as their gradients are complete; at

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megallm.base.errors import Hang, InternalError, PeerLost
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine, Loss
+from megallm.engine.engine import Engine
 from megallm.engine.state import Piece
-from megallm.losses.language import MaskedDiffusion, NextToken
-from megallm.losses.scores import PairwiseReward, Regression, Value
+from megallm.losses.language import NextToken
+from megallm.losses.terms import Loss
 from megallm.models.build import initial_values
 from megallm.models.compute import ComputeConfig
 from megallm.ops import cross_entropy
@@ -32,9 +32,10 @@ from megallm.optim import adafactor, buckets, elementwise
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
+from megallm.oracle.objectives import LOSSES
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Rule, Trainer, masked_loss
-from megallm.oracle.reference_encoder import CLIP, loss_named
+from megallm.oracle.reference_encoder import loss_named
 from megallm.oracle.reference_fp8 import Fp8Loss
 from megallm.oracle.table import Row
 from megallm.parallel.config import LayoutConfig
@@ -48,15 +49,6 @@ FLOOR = 1e-6  # some gradients (a key bias's) are zero in exact arithmetic: belo
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 ROW_SECONDS = 120.0
 SMALL_BUCKET_BYTES = 4096  # several buckets a stage of these models
-
-LOSSES: dict[str, Loss] = {
-    "next_token": NextToken(),
-    "cross_entropy": NextToken(),
-    "diffusion": MaskedDiffusion(),
-    "regression": Regression(),
-    "critic": Value(CLIP),
-    "reward": PairwiseReward(),
-}
 
 Pieces = list[tuple[str, Box, Tensor]]  # logical name, and a box of it that one rank holds
 
@@ -114,7 +106,7 @@ class Verdict:
 
     @property
     def failures(self) -> list[str]:
-        """What is out of tolerance, the worst first, in words."""
+        """Returns what is out of tolerance, the worst first, in words."""
         if self.problem is not None:
             return [self.problem.splitlines()[0]] + [
                 line for line in self.problem.splitlines() if "Error: " in line
@@ -153,13 +145,13 @@ RULE_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def optim_config(row: Row) -> OptimConfig:
-    """The settings of a row's update rule."""
+    """Returns the settings of a row's update rule."""
     groups = tuple(GroupConfig(pattern, frozen=True) for pattern in row.frozen)
     return OptimConfig(rule=row.rule, clip=row.clip, groups=groups, **RULE_SETTINGS[row.rule])
 
 
 def reference_rule(row: Row) -> Rule:
-    """The independent implementation of a row's update rule."""
+    """Returns the independent implementation of a row's update rule."""
     clip, values = row.clip, RULE_SETTINGS[row.rule]
     made = {
         "adamw": lambda: rules.Adam(clip=clip, **values),
@@ -175,7 +167,7 @@ def reference_rule(row: Row) -> Rule:
 
 
 def trained_loss(row: Row) -> Loss:
-    """The loss of the row's model, with its further tokens."""
+    """Returns the loss of the row's model, with its further tokens."""
     mtp = row.config.mtp
     return NextToken(mtp.depth, mtp.weight) if mtp.depth else LOSSES[row.loss_name]
 
@@ -222,8 +214,8 @@ def small_pieces() -> Iterator[None]:
 
 
 def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRecord:
-    """The rank's side, run by the pool: build the engine, train, and copy out what this rank
-    holds.
+    """Returns the rank's side, run by the pool: build the engine, train, and copy out what this
+    rank holds.
     """
     # FP8's rows leave everything but the linears in the row's precision, not in bf16 as runs do.
     with (
@@ -332,7 +324,7 @@ def frozen(row: Row, names: Iterable[str]) -> frozenset[str]:
 
 
 def _logical_shards(held: list[dict[str, Shard]]) -> dict[str, Shard]:
-    """The record of every logical tensor, from the ranks that hold a piece of it."""
+    """Returns the record of every logical tensor, from the ranks that hold a piece of it."""
     shards: dict[str, Shard] = {}
     for records in held:
         for name, shard in records.items():

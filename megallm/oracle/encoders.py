@@ -8,7 +8,7 @@ from typing import Any
 from megallm.oracle.rows import Written, row
 
 LOSSES = {
-    "lm": ("next_token",),
+    "lm": ("next_token", "tempered"),
     "mlm": ("cross_entropy", "diffusion"),
     "classification": ("cross_entropy",),
     "value": ("regression", "critic", "reward"),

@@ -38,8 +38,8 @@ def global_batch(row: Row, step: int) -> Batch:
 
 
 def _extras(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
-    """What encoders and other heads read besides: types of tokens, classes as labels, targets,
-    weights, even masks.
+    """Returns what encoders and other heads read besides: types of tokens, classes as labels,
+    targets, weights, even masks.
     """
     shape, extras = batch["tokens"].shape, {}
     if row.config.token_types:
@@ -82,7 +82,7 @@ def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:
 
 
 def micro_batches(row: Row, step: int, data_rank: int) -> list[Batch]:
-    """The micro batches `[micro_batch, T]` of a data rank: a contiguous block of the global
+    """Returns the micro batches `[micro_batch, T]` of a data rank: a contiguous block of the global
     batch.
     """
     whole = global_batch(row, step)

@@ -230,7 +230,7 @@ class Pool:
         return f"rank {rank} (process {process.pid}) ended with exit code {code} and no answer"
 
     def _stacks(self, ranks: list[int]) -> str:
-        """The sentence about ranks that have not answered, with where each of them is."""
+        """Returns the sentence about ranks that have not answered, with where each of them is."""
         for rank in ranks:
             os.kill(self._workers[rank].process.pid, signal.SIGUSR1)
         time.sleep(0.2)

@@ -1,7 +1,8 @@
 """An independent float64 decoder and optimizer in ordinary torch: the referee of the layout oracle.
 
-It imports nothing of megallm but the referee's other parts. Weights are a plain dict of logical tensors, named and
-shaped as in docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
+It imports nothing of megallm but the referee's other parts. Weights are a plain dict of logical
+tensors, named and shaped as in docs/architecture.md; the configuration is a plain mapping with the
+fields of a resolved model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from megallm.oracle.reference_mtp import further_loss
 def forward(
     config: Mapping[str, Any], weights: Weights, tokens: Tensor, positions: Tensor, documents: Tensor | None = None
 ) -> Tensor:
-    """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside `documents` [B, T]."""
+    """Logits [B, T, V] of tokens [B, T] int64 at positions [B, T] int64; attention stays inside
+    `documents` [B, T].
+    """
     seen = Seen(positions, documents, Notes(torch.ones_like(tokens, dtype=torch.bool), documents))
     return _logits(config, weights, _last_layer(config, weights, tokens, seen))
 
@@ -46,7 +49,9 @@ def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, see
 
 
 def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: Tensor, seen: Seen) -> Tensor:
-    """The layer of this number, with the weights at this prefix; norms stand before or after."""
+    """Returns the layer of this number, with the weights at this prefix; norms stand before or
+    after.
+    """
 
     def attend(y: Tensor) -> Tensor:
         return attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
@@ -88,9 +93,11 @@ def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tens
 def masked_loss(
     config: Mapping[str, Any], weights: Weights, batch: Mapping[str, Tensor], notes: Notes | None = None
 ) -> Tensor:
-    """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the mask.
+    """Sum of mask x negative log-likelihood over the whole batch [B, T], divided by the sum of the
+    mask.
 
-    And what predicts further tokens and the routers of experts add; `notes` gets the loads of the experts.
+    And what predicts further tokens and the routers of experts add; `notes` gets the loads of the
+    experts.
     """
     notes = notes or Notes(batch["mask"], batch.get("documents"))
     seen = Seen(batch["positions"], batch.get("documents"), notes)
@@ -117,7 +124,9 @@ def is_state(name: str) -> bool:
 
 
 class Rule(Protocol):
-    """An update rule with its state (`oracle.reference_rules`); `clip` is the largest global norm, 0 is off."""
+    """An update rule with its state (`oracle.reference_rules`); `clip` is the largest global norm,
+    0 is off.
+    """
 
     clip: float
 
@@ -126,7 +135,9 @@ class Rule(Protocol):
 
 @dataclass
 class Trainer:
-    """One process that trains the logical weights; `step` returns (loss, unclipped gradients, global norm)."""
+    """One process that trains the logical weights; `step` returns (loss, unclipped gradients,
+    global norm).
+    """
 
     config: Mapping[str, Any]
     rule: Rule

@@ -1,7 +1,9 @@
-"""Independent float64 encoders, heads and losses in ordinary torch, beside the decoder of `reference`.
+"""Independent float64 encoders, heads and losses in ordinary torch, beside the decoder of
+`reference`.
 
-It imports nothing of megallm but other referees. Weights are a plain dict of logical tensors, named and shaped as in
-docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
+It imports nothing of megallm but other referees. Weights are a plain dict of logical tensors, named
+and shaped as in docs/architecture.md; the configuration is a plain mapping with the fields of a
+resolved model.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from megallm.oracle.reference_moe import Notes
 Config = Mapping[str, Any]
 Batch = Mapping[str, Tensor]
 CLIP = 0.2  # of the critic's loss
+TEMPERATURE, ENTROPY, WRONG = 0.7, 0.01, 0.1  # of the tempered loss
 
 
 def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
-    """What the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B, T]; experts need `notes`."""
+    """Returns what the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B,
+    T]; experts need `notes`.
+    """
     x = weights["embedding.weight"][batch["tokens"]]
     if config["positions"] == "learned":
         x = x + weights["positions.weight"][batch["positions"]]
@@ -59,6 +64,16 @@ def cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
     return _nll(scores, batch)[batch["mask"]].mean()
 
 
+def tempered(scores: Tensor, batch: Batch) -> Tensor:
+    """The same of scores divided by TEMPERATURE, with ENTROPY times the entropy of their softmax, and WRONG for every
+    token whose label is not the likeliest: a mean."""
+    chosen = scores[batch["mask"]] / TEMPERATURE
+    probability, labels = torch.softmax(chosen, -1), batch["labels"][batch["mask"]]
+    entropy = -torch.special.xlogy(probability, probability).sum(-1)
+    wrong = (chosen.max(-1).indices != labels).to(chosen.dtype)
+    return F.cross_entropy(chosen, labels) + (ENTROPY * entropy + WRONG * wrong).mean()
+
+
 def diffusion(scores: Tensor, batch: Batch) -> Tensor:
     """Hidden tokens weighted, per token that could have been hidden."""
     return (_nll(scores, batch) * batch["weight"])[batch["mask"]].mean()
@@ -70,26 +85,32 @@ def regression(scores: Tensor, batch: Batch) -> Tensor:
 
 
 def critic(scores: Tensor, batch: Batch) -> Tensor:
-    """Half the mean of the larger square, plain or with the value kept within CLIP of the old one."""
+    """Half the mean of the larger square, plain or with the value kept within CLIP of the old
+    one.
+    """
     value, old, targets = (x[batch["mask"]] for x in (scores[..., 0], batch["old_values"], batch["targets"]))
     near = torch.minimum(torch.maximum(value, old - CLIP), old + CLIP)
     return torch.stack([(value - targets).square(), (near - targets).square()]).amax(0).mean() / 2
 
 
 def reward(scores: Tensor, batch: Batch) -> Tensor:
-    """Mean of log(1 + exp(rejected - chosen)); the tokens that count are chosen and rejected by turns."""
+    """Mean of log(1 + exp(rejected - chosen)); the tokens that count are chosen and rejected by
+    turns.
+    """
     found = scores[..., 0][batch["mask"]]
     return torch.log1p(torch.exp(found[1::2] - found[0::2])).mean()
 
 
 LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
-    "cross_entropy": cross_entropy, "diffusion": diffusion, "regression": regression, "critic": critic,
-    "reward": reward,
+    "cross_entropy": cross_entropy, "tempered": tempered, "diffusion": diffusion, "regression": regression,
+    "critic": critic, "reward": reward,
 }  # fmt: skip
 
 
 def loss_named(name: str) -> Callable[..., Tensor]:
-    """The loss of a model and a batch, for `reference.Trainer`; with what routers of experts add."""
+    """Returns the loss of a model and a batch, for `reference.Trainer`; with what routers of
+    experts add.
+    """
 
     def loss(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
         notes = notes or Notes(batch["mask"], batch.get("documents"))

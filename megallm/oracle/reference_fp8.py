@@ -1,8 +1,10 @@
-"""FP8 linears for the reference: what is stored in FP8, from the whole logical tensors, in ordinary torch.
+"""FP8 linears for the reference: what is stored in FP8, from the whole logical tensors, in ordinary
+torch.
 
-Imports nothing of megallm. A linear's input, weight and output gradient are rounded to FP8 numbers before each of its
-three products, with one scale per tensor, or one per row along the dim that a product sums over. A delayed scale is
-that of the largest magnitude of all earlier steps, of which the reference sees fewer than a history is long.
+Imports nothing of megallm. A linear's input, weight and output gradient are rounded to FP8 numbers
+before each of its three products, with one scale per tensor, or one per row along the dim that a
+product sums over. A delayed scale is that of the largest magnitude of all earlier steps, of which
+the reference sees fewer than a history is long.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def rounded(x: Tensor, form: str, rowwise: bool, amax: Tensor | None = None) -> 
 
 @dataclass
 class Memory:
-    """The largest magnitude of each operand (a linear's name, and which) in earlier steps, and in this one.
+    """The largest magnitude of each operand (a linear's name, and which) in earlier steps, and in
+    this one.
 
     They are kept as float32, as the model keeps them.
     """
@@ -46,7 +49,9 @@ class Memory:
     now: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def amax(self, name: str, operand: str, x: Tensor) -> Tensor:
-        """What the scale of `x` comes from: itself, where no earlier step has seen anything but zeros."""
+        """Returns what the scale of `x` comes from: itself, where no earlier step has seen anything
+        but zeros.
+        """
         key, amax = (name, operand), x.abs().max()
         seen = amax.to(torch.float32).to(torch.float64)
         self.now[key] = torch.maximum(self.now.get(key, seen), seen)
@@ -81,10 +86,11 @@ class _Product(torch.autograd.Function):
 
 @dataclass
 class Linears:
-    """Stands in for `reference_mla.linear`: the parts of a stacked weight are one product, as they are in the model.
+    """Stands in for `reference_mla.linear`: the parts of a stacked weight are one product, as they
+    are in the model.
 
-    `pieces` are the rows of the batch whose tokens share the scales of an input and its gradient, `shared` those that
-    share the scales of an expert's.
+    `pieces` are the rows of the batch whose tokens share the scales of an input and its gradient,
+    `shared` those that share the scales of an expert's.
     """
 
     rowwise: bool
@@ -113,10 +119,12 @@ class Linears:
 
 @dataclass
 class Fp8Loss:
-    """`reference.masked_loss` of a model whose blocks compute in FP8, `recipe` tensorwise, rowwise or delayed.
+    """`reference.masked_loss` of a model whose blocks compute in FP8, `recipe` tensorwise, rowwise
+    or delayed.
 
-    A scale belongs to a tensor of one microbatch of one of `ranks` data ranks, that of an expert to what `together`
-    neighbouring data ranks send it. The batch has data rank after data rank, microbatch after microbatch.
+    A scale belongs to a tensor of one microbatch of one of `ranks` data ranks, that of an expert to
+    what `together` neighbouring data ranks send it. The batch has data rank after data rank,
+    microbatch after microbatch.
     """
 
     recipe: str

@@ -1,4 +1,5 @@
-"""Independent float64 attention in ordinary torch, grouped and latent, beside the decoder of `reference`.
+"""Independent float64 attention in ordinary torch, grouped and latent, beside the decoder of
+`reference`.
 
 It imports nothing of megallm. Weights are a plain dict of logical tensors, named and shaped as in
 docs/architecture.md; the configuration is a plain mapping with the fields of a resolved model.
@@ -68,7 +69,9 @@ def _latent(
 
 
 def _mix(config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None) -> Tensor:
-    """Softmax of the visible scores [B, H, T, T] over values [B, T, H, E], heads side by side [B, T, H E]."""
+    """Softmax of the visible scores [B, H, T, T] over values [B, T, H, E], heads side by side [B,
+    T, H E].
+    """
     length = scores.shape[-1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
     visible = (j <= i) & (j > i - (config["sliding_window"] or length))
@@ -96,7 +99,9 @@ def linear(weights: Weights, name: str, x: Tensor, part: int | None = None) -> T
 
 
 def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | None) -> Tensor:
-    """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T, heads, E]."""
+    """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T,
+    heads, E].
+    """
     size, kind, base, height = x.shape[-1], config["rope_scaling"], config["rope_theta"], 1.0
     if kind == "ntk":
         base = base * config["rope_factor"] ** (size / (size - 2))
@@ -113,7 +118,7 @@ def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | No
 
 
 def _longest(positions: Tensor, documents: Tensor | None) -> list[int]:
-    """The number of tokens of the longest document of each row."""
+    """Returns the number of tokens of the longest document of each row."""
     if documents is None:
         return [positions.shape[1]] * positions.shape[0]
     return [int(row.bincount().max()) for row in documents]
@@ -142,7 +147,9 @@ def _slower(speed: Tensor, config: Config) -> Tensor:
 
 
 def _yarn(speeds: Tensor, config: Config) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): frequencies [E/2] blended over a ramp of features, and the height of the tables."""
+    """YaRN (arXiv 2309.00071): frequencies [E/2] blended over a ramp of features, and the height of
+    the tables.
+    """
     count, known, factor = len(speeds), config["rope_positions"], config["rope_factor"]
     ends = [
         count * math.log(known / (2 * math.pi * turns)) / math.log(config["rope_theta"])

@@ -1,7 +1,8 @@
 """Independent float64 mixture of experts in ordinary torch, beside the decoder of `reference`.
 
-It imports nothing of megallm. Every expert is applied to every token, to zeros where it was not chosen, and weighed;
-choices, capacities and loads are made token by token in Python. DeepSeek-V3 (arXiv 2412.19437), equations 12 to 20.
+It imports nothing of megallm. Every expert is applied to every token, to zeros where it was not
+chosen, and weighed; choices, capacities and loads are made token by token in Python. DeepSeek-V3
+(arXiv 2412.19437), equations 12 to 20.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ Mlp = Callable[[Config, Weights, str, Tensor], Tensor]
 
 @dataclass
 class Notes:
-    """What the routers of one pass over a whole batch leave behind: their losses, and each expert's load."""
+    """What the routers of one pass over a whole batch leave behind: their losses, and each expert's
+    load.
+    """
 
     mask: Tensor  # bool [B, T]
     documents: Tensor | None
@@ -44,7 +47,7 @@ class Notes:
 
 
 def has_experts(config: Config, layer: int) -> bool:
-    """Whether a layer has experts."""
+    """Returns whether a layer has experts."""
     moe = config["moe"]
     first, every = moe["first_dense"], moe["every"]
     return moe["num_experts"] > 0 and layer in range(first, layer + 1, every)
@@ -96,7 +99,8 @@ def _chosen(moe: Config, scores: Tensor, bias: Tensor | None) -> Tensor:
 def _kept(moe: Config, scores: Tensor, chosen: Tensor, notes: Notes) -> Tensor:
     """1 where an expert keeps a token of its sequence, 0 beyond its capacity.
 
-    A token that is repeated has the same score but for rounding: scores are compared as float32, ties by place.
+    A token that is repeated has the same score but for rounding: scores are compared as float32,
+    ties by place.
     """
     kept = chosen.clone()
     for row, places in notes.sequences():
@@ -124,7 +128,7 @@ def _note(moe: Config, at: str, logits: Tensor, scores: Tensor, chosen: Tensor, 
 
 
 def moved_biases(config: Config, weights: Weights, notes: Notes) -> dict[str, Tensor]:
-    """The selection biases after a step whose loads are in `notes` (arXiv 2408.15664)."""
+    """Returns the selection biases after a step whose loads are in `notes` (arXiv 2408.15664)."""
     moved = {}
     for name, loads in notes.loads.items():
         if name in weights:

@@ -1,7 +1,8 @@
 """Independent float64 multi-token prediction in ordinary torch, beside the decoder of `reference`.
 
-It imports nothing of megallm but that referee's parts. DeepSeek-V3's chain (arXiv 2412.19437, equations 21 to 25, with
-the hidden state that the head saw as the start of the chain) or independent heads (arXiv 2404.19737).
+It imports nothing of megallm but that referee's parts. DeepSeek-V3's chain (arXiv 2412.19437,
+equations 21 to 25, with the hidden state that the head saw as the start of the chain) or
+independent heads (arXiv 2404.19737).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Block = Callable[[str, int, Tensor], Tensor]  # of the weights at that prefix, a
 
 
 def further_loss(config: Config, weights: Weights, last: Tensor, batch: Batch, norm: Norm, block: Block) -> Tensor:
-    """What the further tokens add to the loss, from the last layer's output [B, T, D].
+    """Returns what the further tokens add to the loss, from the last layer's output [B, T, D].
 
     The mean over depths of each depth's mean over its labels, times the weight.
     """
@@ -46,7 +47,9 @@ def further_loss(config: Config, weights: Weights, last: Tensor, batch: Batch, n
 
 
 def _mean_loss(logits: Tensor, batch: Batch, ahead: int) -> Tensor:
-    """Cross entropy of the label `ahead` places on, token by token: where it counts and is of the same document."""
+    """Cross entropy of the label `ahead` places on, token by token: where it counts and is of the
+    same document.
+    """
     rows, length = batch["labels"].shape
     losses = []
     for row in range(rows):

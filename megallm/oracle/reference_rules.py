@@ -1,7 +1,8 @@
-"""Update rules written out on logical tensors, one parameter at a time: the referees of the sharded ones.
+"""Update rules written out on logical tensors, one parameter at a time: the referees of the sharded
+ones.
 
-Nothing of megallm but the sibling reference is imported. Each rule keeps its own state by name; `update` returns the
-new weight after `count` updates including this one. Gradients come clipped.
+Nothing of megallm but the sibling reference is imported. Each rule keeps its own state by name;
+`update` returns the new weight after `count` updates including this one. Gradients come clipped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from megallm.oracle.reference import decays
 
 @dataclass
 class Adam:
-    """AdamW as torch.optim.AdamW, after clipping as torch.nn.utils.clip_grad_norm_; coupled decay as torch's Adam."""
+    """AdamW as torch.optim.AdamW, after clipping as torch.nn.utils.clip_grad_norm_; coupled decay
+    as torch's Adam.
+    """
 
     betas: tuple[float, float]
     eps: float
@@ -57,7 +60,9 @@ class Sgd:
 
 @dataclass
 class Quotient:
-    """AdaGrad (`smoothing` None) and RMSProp: the gradient over the root of a sum or a mean of its squares."""
+    """AdaGrad (`smoothing` None) and RMSProp: the gradient over the root of a sum or a mean of its
+    squares.
+    """
 
     smoothing: float | None
     momentum: float
@@ -94,7 +99,9 @@ class Lion:
 
 @dataclass
 class Adafactor:
-    """Algorithms 4 and 5 of arXiv 1804.04235 with decoupled decay; each matrix or vector of a stack by itself."""
+    """Algorithms 4 and 5 of arXiv 1804.04235 with decoupled decay; each matrix or vector of a stack
+    by itself.
+    """
 
     decay_power: float
     update_clip: float
@@ -111,7 +118,7 @@ class Adafactor:
         return weight * (1 - lr * (self.weight_decay if decays(name) else 0.0)) - steps
 
     def _one(self, name: str, weight: Tensor, grad: Tensor, lr: float, count: int) -> Tensor:
-        """The step of one matrix or vector."""
+        """Returns the step of one matrix or vector."""
         keep = 1 - count**-self.decay_power
         squares = grad.square() + self.eps
         if grad.dim() == 1:
@@ -130,7 +137,9 @@ class Adafactor:
 
 @dataclass
 class Muon:
-    """Momentum made orthogonal for the matrices of blocks, `rest` for everything else (arXiv 2502.16982)."""
+    """Momentum made orthogonal for the matrices of blocks, `rest` for everything else (arXiv
+    2502.16982).
+    """
 
     momentum: float
     nesterov: bool
@@ -154,7 +163,9 @@ class Muon:
         return weight * (1 - lr * self.rest.weight_decay) - lr * size * turned
 
     def _orthogonal(self, x: Tensor) -> Tensor:
-        """Jordan's quintic on x / |x|, without its shortcut for tall matrices: X X^T X is (X X^T) X and X (X^T X)."""
+        """Jordan's quintic on x / |x|, without its shortcut for tall matrices: X X^T X is (X X^T) X
+        and X (X^T X).
+        """
         x = x / max(float(x.square().sum().sqrt()), 1e-7)  # experts that no token chose have no gradient
         for _ in range(self.ns_steps):
             cube = x @ x.T @ x
@@ -163,5 +174,5 @@ class Muon:
 
 
 def _flat(x: Tensor, dims: int) -> list[Tensor]:
-    """The matrices (2) or vectors (1) of a stack."""
+    """Returns the matrices (2) or vectors (1) of a stack."""
     return list(x.reshape(-1, *x.shape[-dims:]))

@@ -10,5 +10,5 @@ Written = tuple[
 
 
 def row(name: str, layout: str = "", model: str = "llama", **rest: Any) -> Written:
-    """A row with everything said that is not the default."""
+    """Returns a row with everything said that is not the default."""
     return name, layout, model, rest

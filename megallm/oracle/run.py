@@ -96,8 +96,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def kind_of(model: ModelConfig) -> str:
-    """Which of TYPICAL a model is: an encoder sees whole documents or has another head than a
-    language model.
+    """Returns which of TYPICAL a model is: an encoder sees whole documents or has another head than
+    a language model.
     """
     if not model.causal or model.head != "lm":
         return "encoder"
@@ -107,12 +107,12 @@ def kind_of(model: ModelConfig) -> str:
 
 
 def rows_of(kind: str) -> list[Row]:
-    """The rows of the table whose model is of this kind, or all."""
+    """Returns the rows of the table whose model is of this kind, or all."""
     return [row for row in ROWS if kind in ("all", kind_of(row.config))]
 
 
 def random_rows(kind: str, n: int, seed: int) -> list[Row]:
-    """The first `n` random rows of a kind, the same for the same seed."""
+    """Returns the first `n` random rows of a kind, the same for the same seed."""
     drawn, found = n, []
     while len(found) < n:
         found = [row for row in sample_rows(drawn, seed) if kind in ("all", kind_of(row.config))][
@@ -144,8 +144,8 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def device_for(row: Row, wanted: str) -> str:
-    """Where a row runs: `auto` takes GPUs when there is one for each rank, since nccl wants a GPU
-    of its own each.
+    """Returns where a row runs: `auto` takes GPUs when there is one for each rank, since nccl wants
+    a GPU of its own each.
 
     Raises UsageError when GPUs were asked for and there are too few.
     """
@@ -159,7 +159,7 @@ def device_for(row: Row, wanted: str) -> str:
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    """The row of the report; an error that is not finite is null, and then the row does not
+    """Returns the row of the report; an error that is not finite is null, and then the row does not
     pass.
     """
     return describe(verdict.row) | {

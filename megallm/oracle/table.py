@@ -19,6 +19,7 @@ from megallm.oracle.frozen import FROZEN_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
+from megallm.oracle.outputs import OUTPUT_CONTROLS, OUTPUT_ROWS
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -33,7 +34,8 @@ MASKS = {
 SIZES = ("dp", "tp", "pp", "cp", "ep")
 RECOMPUTE = ("none", "selective", "full")
 
-# Sizes are small and mutually prime where they can be: a transposed or mixed-up dim then changes a shape.
+# Sizes are small and mutually prime where they can be: a transposed or mixed-up dim then changes a
+# shape.
 TINY: dict[str, Any] = {
     "family": "llama",
     "num_layers": 2,
@@ -72,8 +74,8 @@ MODELS: dict[str, dict[str, Any]] = (
 class Row:
     """One comparison: `steps` optimizer steps of a model on a layout against the reference.
 
-    The global batch of a step is `dp * micros * micro_batch` rows of `seq_len` tokens, data rank after
-    data rank, micro batch after micro batch.
+    The global batch of a step is `dp * micros * micro_batch` rows of `seq_len` tokens, data rank
+    after data rank, micro batch after micro batch.
     """
 
     name: str
@@ -145,7 +147,9 @@ CHOICES = {
 
 
 def parse_layout(text: str) -> dict[str, Any]:
-    """`tp=2,pp=2,sp=1,schedule=zb-v` -> settings of a row; raises UsageError naming what is not understood."""
+    """`tp=2,pp=2,sp=1,schedule=zb-v` -> settings of a row; raises UsageError naming what is not
+    understood.
+    """
     values: dict[str, Any] = {}
     for item in text.split(","):
         key, _, value = item.strip().partition("=")
@@ -269,7 +273,13 @@ ROWS: tuple[Row, ...] = (
     *(
         _row(name, layout, model, **rest)
         for name, layout, model, rest in (
-            ENCODER_ROWS + LATENT_ROWS + EXPERT_ROWS + RULE_ROWS + FROZEN_ROWS + BRANCH_ROWS
+            ENCODER_ROWS
+            + LATENT_ROWS
+            + EXPERT_ROWS
+            + RULE_ROWS
+            + FROZEN_ROWS
+            + BRANCH_ROWS
+            + OUTPUT_ROWS
         )
     ),
 )
@@ -306,6 +316,7 @@ CONTROLS: dict[str, str] = (
     | LATENT_CONTROLS
     | EXPERT_CONTROLS
     | RULE_CONTROLS
+    | OUTPUT_CONTROLS
 )
 
 
@@ -314,7 +325,9 @@ def row_named(name: str) -> Row:
 
 
 def row_for_layout(text: str) -> Row:
-    """A row of a model that fits the layout a person asked for, with enough layers, heads and micro batches."""
+    """Returns a row of a model that fits the layout a person asked for, with enough layers, heads
+    and micro batches.
+    """
     base = _row(f"--layout {text}", text, micros=2)
     ranks = base.layout.tp * base.layout.cp
     heads = 4 * ranks // gcd(4, ranks)
@@ -329,7 +342,9 @@ def row_for_layout(text: str) -> Row:
 
 
 def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
-    """`n` random rows, the same for the same seed; valid by construction, at most `max_ranks` ranks."""
+    """`n` random rows, the same for the same seed; valid by construction, at most `max_ranks`
+    ranks.
+    """
     draw = random.Random(seed)
     rows = []
     for i in range(n):
@@ -369,7 +384,7 @@ def sample_rows(n: int, seed: int, max_ranks: int = 8) -> list[Row]:
 
 
 def _with_schedule(row: Row, draw: random.Random) -> Row:
-    """The row with a random schedule, and as many layers as its stages need."""
+    """Returns the row with a random schedule, and as many layers as its stages need."""
     kind = draw.choice([kind for kind in SCHEDULES if kind != "forward"])
     chunks = SCHEDULES[kind].chunks or draw.randint(1, 3)
     stages = row.layout.pp * chunks
@@ -378,7 +393,7 @@ def _with_schedule(row: Row, draw: random.Random) -> Row:
 
 
 def _with_memory(row: Row, draw: random.Random) -> Row:
-    """The row with random ways to keep less of a forward pass."""
+    """Returns the row with random ways to keep less of a forward pass."""
     row = replace(row, offload=draw.random() < 0.3)
     if row.config.head in ("lm", "mlm"):
         row = replace(row, fused_head=draw.choice(("on", "off")))
@@ -388,7 +403,7 @@ def _with_memory(row: Row, draw: random.Random) -> Row:
 
 
 def _with_experts(row: Row, draw: random.Random) -> Row:
-    """A row whose model has experts with a random number of ranks that divide them."""
+    """Returns a row whose model has experts with a random number of ranks that divide them."""
     experts, ranks = row.config.moe.num_experts, row.layout.stage_ranks
     if not experts:
         return row
@@ -397,7 +412,9 @@ def _with_experts(row: Row, draw: random.Random) -> Row:
 
 
 def _with_sharding(row: Row, draw: random.Random) -> Row:
-    """The row with a random ZeRO stage, perhaps hybrid, or with sums in a tree where that is defined."""
+    """Returns the row with a random ZeRO stage, perhaps hybrid, or with sums in a tree where that
+    is defined.
+    """
     zero, group = draw.randint(0, 3), row.layout.dp * row.layout.cp
     sizes = [size for size in range(1, group + 1) if group % size == 0]
     row = replace(row, zero=zero, shard_size=draw.choice([None, *sizes]) if zero else None)
@@ -407,7 +424,9 @@ def _with_sharding(row: Row, draw: random.Random) -> Row:
 
 
 def _with_context(row: Row, draw: random.Random, max_ranks: int) -> Row:
-    """The row with a random number of context-parallel ranks of any kind that fits, and perhaps packed."""
+    """Returns the row with a random number of context-parallel ranks of any kind that fits, and
+    perhaps packed.
+    """
     layout, heads = row.layout, row.config.num_heads // row.layout.tp
     cp = draw.choice([c for c in (1, 1, 2, 2, 3, 4) if c * layout.world <= max_ranks])
     fits = {"ulysses": heads % cp == 0, "hybrid": bool(hybrid_degrees(cp, heads))}
@@ -422,7 +441,7 @@ def _with_context(row: Row, draw: random.Random, max_ranks: int) -> Row:
 
 
 def describe(row: Row) -> dict[str, Any]:
-    """What sets a row apart from the default one, as plain JSON values."""
+    """Returns what sets a row apart from the default one, as plain JSON values."""
     standard = Row(row.name)
     seen = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in ("name", "layout")}
     told = {k: dict(v) if k == "overrides" else v for k, v in seen.items() if v != getattr(standard, k)}

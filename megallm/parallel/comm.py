@@ -35,6 +35,8 @@ REDUCTIONS = {
     "vocab.max": "largest logit over the vocabulary pieces",
     "vocab.sum": "sum of exponentials over the vocabulary pieces",
     "vocab.label": "logit of the label, found on one vocabulary piece",
+    "vocab.entropy": "mean logit over the vocabulary pieces, for the entropy",
+    "vocab.best": "place of the largest logit, found on one vocabulary piece",
     "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss "
     "(sequence parallelism)",
     "fp8.amax": "largest magnitude of a tensor that tp or cp divides, or of a step, for its FP8 "

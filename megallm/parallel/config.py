@@ -1,4 +1,6 @@
-"""The section `layout` of a configuration: how the ranks are split and how they work together. No torch."""
+"""The section `layout` of a configuration: how the ranks are split and how they work together. No
+torch.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megallm.base.device import SideCopies
+from megallm.base.device import HostCopyStream
 
 MIN_BYTES = 1024  # a copy of less costs more than it frees
 
@@ -23,7 +23,7 @@ class Offload:
     """Of one pipeline stage; one microbatch's blocks run between two `begin`s."""
 
     def __init__(self, device: torch.device) -> None:
-        self.copies = SideCopies(device)
+        self.copies = HostCopyStream(device)
         self.latest: weakref.ref[_Group] | None = None
         self.bytes_away = 0  # copied so far, for whoever wants to know that it happens
 
@@ -48,20 +48,20 @@ class _Away:
 
     def __init__(self, group: _Group, tensor: Tensor) -> None:
         self.group, self.uses = group, 0
-        self.host = group.owner.copies.away(tensor)
+        self.host = group.owner.copies.to_host(tensor)
         self.coming: tuple[Tensor, object] | None = None
 
     def request(self) -> None:
         """Start to come back, unless that has begun or every use of it is over."""
         if self.coming is None and self.uses > 0:
-            self.coming = self.group.owner.copies.back(self.host)
+            self.coming = self.group.owner.copies.to_device(self.host)
 
     def take(self) -> Tensor:
         """The tensor, back; let go of after its last use (a second backward pass fetches it
         again).
         """
         copies = self.group.owner.copies
-        tensor = copies.arrived(*(self.coming or copies.back(self.host)))
+        tensor = copies.wait(*(self.coming or copies.to_device(self.host)))
         self.uses -= 1
         if self.uses <= 0:
             self.coming = None

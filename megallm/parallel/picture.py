@@ -139,7 +139,10 @@ def _box(drawing: Drawing, picture: Picture, slot: Slot, frame: tuple[float, flo
     action, placement = slot.action, picture.placement
     x, width = LEFT + (slot.start - begin) * scale, (slot.end - slot.start) * scale
     fill = chunk_colour(action.op, action.stage // placement.pp, placement.chunks)
-    hint = f"{action}: {slot.start - begin:.6g} to {slot.end - begin:.6g}{picture.unit and ' ' + picture.unit}"
+    hint = (
+        f"{action}: {slot.start - begin:.6g} to "
+        f"{slot.end - begin:.6g}{picture.unit and ' ' + picture.unit}"
+    )
     drawing.rects.append(Rect(x, top, max(width - 1, 0.4), ROW, fill, hint))
     label = str(action.micro)
     if width >= DIGIT * len(label) + 1:
@@ -275,7 +278,7 @@ def write_png(drawing: Drawing, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def save(picture: Picture, path: Path) -> None:
+def save_picture(picture: Picture, path: Path) -> None:
     """Draw into a `.svg` or `.png` file, whole or not at all."""
     check_name(path)
     drawing = lay_out(picture)

@@ -1,5 +1,5 @@
-"""The one walker of pipeline plans: it runs actions, moves activations, and knows no schedule by
-name.
+"""Pipeline parallelism: the one executor of pipeline plans runs actions, moves activations, and
+knows no schedule by name.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ after it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,30 +33,39 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        x: Tensor,
         on_backward: Callable[[tuple[str, ...]], None],
         keys: tuple[str, ...],
-    ) -> Tensor:
+        *xs: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.on_backward, ctx.keys = on_backward, keys
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)  # what nobody differentiates stays without a gradient
+        views = tuple(x.view_as(x) for x in xs)
+        ctx.mark_non_differentiable(
+            *(view for view, x in zip(views, xs, strict=True) if not x.requires_grad)
+        )
+        return views
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
         ctx.on_backward(ctx.keys)
-        return grad, None, None
+        return None, None, *grads
+
+
+Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
 
 def run_unit(
     units: Units | None,
     keys: tuple[str, ...],
-    function: Callable[..., Tensor],
+    function: Callable[..., Result],
     x: Tensor,
     *rest: Any,
     once: bool = False,
-) -> Tensor:
-    """Returns `function(x, *rest)` and tells `units` of the four moments around it.
+) -> Result:
+    """Returns `function(x, *rest)`, a tensor or several, and tells `units` of the four moments
+    around it.
 
-    The backward pass uses the weights wherever the *output* needs a gradient: also where the input
+    The backward pass uses the weights wherever an *output* needs a gradient: also where the input
     needs none, because everything below is frozen. Then nothing ends the unit's own backward pass;
     the stage's end releases it (`Listener.stage_done`). A look-up of tokens needs its weights only
     `once`, unless an adapter multiplies what it found.
@@ -65,10 +74,14 @@ def run_unit(
         return function(x, *rest)
     units.before_forward(keys)
     training = torch.is_grad_enabled()
-    inside = _Gate.apply(x, units.after_backward, keys) if training and x.requires_grad else x
+    inside = x
+    if training and x.requires_grad:
+        (inside,) = _Gate.apply(units.after_backward, keys, x)
     out = function(inside, *rest)
-    if training and out.requires_grad and not once:
-        out = _Gate.apply(out, units.before_backward, keys)
+    several = out if isinstance(out, tuple) else (out,)
+    if training and not once and any(y.requires_grad for y in several):
+        gated = _Gate.apply(units.before_backward, keys, *several)
+        out = gated if isinstance(out, tuple) else gated[0]
     units.after_forward(keys)
     return out
 

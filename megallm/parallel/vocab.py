@@ -6,13 +6,19 @@ Paper: Megatron-LM (arXiv 1909.08053), section 3.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.ops.cross_entropy import (
+    Projection,
+    Softmax,
     Statistics,
+    Targets,
+    Upstream,
     linear_gradients,
     linear_statistics,
     logit_gradient_,
@@ -52,27 +58,44 @@ class VocabEmbedding(Adaptable):
         return reduce_output(rows, self.mesh, self.sp, "vocab.embedding")
 
 
-class _LabelLogProb(torch.autograd.Function):
-    """log softmax at the label, from logits split over the vocabulary.
+class Wanted(NamedTuple):
+    """Per-token scalars that a head is asked for, by name, and what its logits are divided by.
 
-    Only logits and lse are kept, and the gradient takes the logits' place: nothing else may read
-    them from then on. Autograd raises when another operation saved them for its own backward pass.
+    Of a vocabulary or of classes there are the label's `log_prob`, the `entropy` of the whole
+    distribution, and `correct`: 1 where the label is the likeliest entry, without a gradient.
+    """
+
+    names: tuple[str, ...] = ("log_prob",)
+    temperature: float = 1.0
+
+
+class _Scores(torch.autograd.Function):
+    """The scalars of `Wanted`, in the order of its names, from logits split over the vocabulary.
+
+    Only logits and two numbers a token are kept, and the gradient takes the logits' place: nothing
+    else may read them from then on. Autograd raises when another operation saved them for its own
+    backward pass.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, begin: int, axis: Axis) -> Tensor:
-        lse, label = _merge(statistics(logits, labels, begin), axis)
-        ctx.save_for_backward(logits, lse, labels)
-        ctx.begin = begin
-        return label - lse
+    def forward(
+        ctx: FunctionCtx, logits: Tensor, targets: Targets, names: tuple[str, ...], axis: Axis
+    ) -> tuple[Tensor, ...]:
+        found = statistics(logits, targets, "entropy" in names, "correct" in names)
+        outputs, softmax = _merge(found, targets, axis)
+        _remember(ctx, (logits, targets.labels, *softmax), outputs, names)
+        ctx.targets = targets._replace(labels=None)
+        return tuple(outputs[name] for name in names)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        logits, lse, labels = ctx.saved_tensors
-        return logit_gradient_(logits, lse, labels, ctx.begin, grad), None, None, None
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
+        logits, labels, *softmax = ctx.saved_tensors
+        upstream = _upstream(ctx, grads, softmax[0])
+        targets = ctx.targets._replace(labels=labels)
+        return logit_gradient_(logits, targets, Softmax(*softmax), upstream), None, None, None
 
 
-class _FusedLogProb(torch.autograd.Function):
+class _FusedScores(torch.autograd.Function):
     """The same from hidden states, a chunk of tokens at a time: no logits are kept.
 
     The gradients of weight and bias are complete at the end of `backward` even where weight
@@ -85,66 +108,109 @@ class _FusedLogProb(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        begin: int,
+        targets: Targets,
+        names: tuple[str, ...],
         axis: Axis,
-    ) -> Tensor:
-        flat, marks = hidden.flatten(0, -2), labels.flatten()
-        lse, label = _merge(linear_statistics(flat, weight, bias, marks, begin), axis)
-        ctx.save_for_backward(hidden, lse, labels)
-        ctx.weight, ctx.bias, ctx.begin = (
-            weight,
-            bias,
-            begin,
-        )  # parameters: not to be copied or moved by hooks
-        return (label - lse).view_as(labels)
+    ) -> tuple[Tensor, ...]:
+        head = Projection(weight, bias)
+        found = linear_statistics(hidden, head, targets, "entropy" in names, "correct" in names)
+        outputs, softmax = _merge(found, targets, axis)
+        _remember(ctx, (hidden, targets.labels, *softmax), outputs, names)
+        # Parameters: not to be copied or moved by hooks.
+        ctx.head, ctx.targets = head, targets._replace(labels=None)
+        return tuple(outputs[name] for name in names)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        hidden, lse, labels = ctx.saved_tensors
-        found = linear_gradients(
-            hidden.flatten(0, -2),
-            ctx.weight,
-            ctx.bias,
-            labels.flatten(),
-            ctx.begin,
-            lse,
-            grad.flatten(),
-        )
-        return found.hidden.view_as(hidden), found.weight, found.bias, None, None, None
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
+        hidden, labels, *softmax = ctx.saved_tensors
+        upstream = _upstream(ctx, grads, softmax[0])
+        targets = ctx.targets._replace(labels=labels)
+        found = linear_gradients(hidden, ctx.head, targets, Softmax(*softmax), upstream)
+        return found.hidden, found.weight, found.bias, None, None, None
 
 
-def _merge(local: Statistics, axis: Axis) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exponentials, the label's logit) over all pieces of the vocabulary; three
-    all-reduces.
+def _remember(
+    ctx: FunctionCtx,
+    saved: tuple[Tensor | None, ...],
+    outputs: dict[str, Tensor],
+    names: tuple[str, ...],
+) -> None:
+    """What both backward passes need; an output that nobody differentiates costs them nothing."""
+    ctx.save_for_backward(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.names = names
+    if "correct" in names:
+        ctx.mark_non_differentiable(outputs["correct"])
+
+
+def _upstream(ctx: FunctionCtx, grads: tuple[Tensor | None, ...], like: Tensor) -> Upstream:
+    given = dict(zip(ctx.names, grads, strict=True))
+    of_log_prob = given.get("log_prob")
+    return Upstream(
+        torch.zeros_like(like) if of_log_prob is None else of_log_prob, given.get("entropy")
+    )
+
+
+def _merge(local: Statistics, targets: Targets, axis: Axis) -> tuple[dict[str, Tensor], Softmax]:
+    """The scalars by name over all pieces of the vocabulary, and what their gradients need.
+
+    Three all-reduces, one more for the entropy and one more for what is correct. The entropy is
+    `log sum exp z - sum p z`, with z counted from the largest so that nothing cancels.
     """
     top = comm.all_reduce_(local.top.clone(), axis, "vocab.max", dist.ReduceOp.MAX)
-    total = comm.all_reduce_(local.total * (local.top - top).exp(), axis, "vocab.sum")
-    return top + total.log(), comm.all_reduce_(local.label, axis, "vocab.label")
+    shift = local.top - top
+    total = comm.all_reduce_(local.total * shift.exp(), axis, "vocab.sum")
+    lse = top + total.log()
+    outputs = {"log_prob": comm.all_reduce_(local.label, axis, "vocab.label") - lse}
+    if local.moment is not None:
+        moment = (local.moment + local.total * shift) * shift.exp()
+        mean = comm.all_reduce_(moment, axis, "vocab.entropy") / total
+        outputs["entropy"] = total.log() - mean
+    if local.best is not None:
+        # Of equal logits the first, as `argmax` has it on one rank.
+        nowhere = torch.iinfo(torch.int64).max
+        best = torch.where(local.top == top, local.best + targets.begin, nowhere)
+        best = comm.all_reduce_(best, axis, "vocab.best", dist.ReduceOp.MIN)
+        outputs["correct"] = (best == targets.labels).to(lse.dtype)
+    return outputs, Softmax(lse, outputs.get("entropy"))
 
 
-def label_log_prob(logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int) -> Tensor:
-    """Log-probability of each label, wide `[B, T]`, from this rank's piece of the logits `[B, T,
-    V/tp]`.
+LOG_PROB = Wanted()
 
-    Collective over tp (three all-reduces of `[B, T]`); every tp rank gets the same values. The
-    backward pass overwrites the logits.
+
+def label_scores(
+    logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int, wanted: Wanted = LOG_PROB
+) -> dict[str, Tensor]:
+    """The wanted scalars of each label, wide and of its shape, from this rank's piece of the logits
+    `[..., V/tp]`.
+
+    Collective over tp (three to five all-reduces of the labels' shape); every tp rank gets the same
+    values. The backward pass overwrites the logits.
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
-    return _LabelLogProb.apply(logits, labels, begin, mesh.tp)
+    targets = Targets(labels.flatten(), begin, wanted.temperature)
+    found = _Scores.apply(logits.flatten(0, -2), targets, wanted.names, mesh.tp)
+    return {name: x.view(labels.shape) for name, x in zip(wanted.names, found, strict=True)}
 
 
-def fused_log_prob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, mesh: Mesh, vocab: int
-) -> Tensor:
-    """`label_log_prob` of `hidden W^T + b` for hidden states `[B, T, D]`, W `[V/tp, D]`: the logits
+def fused_scores(
+    hidden: Tensor,
+    head: Projection,
+    labels: Tensor,
+    mesh: Mesh,
+    vocab: int,
+    wanted: Wanted = LOG_PROB,
+) -> dict[str, Tensor]:
+    """`label_scores` of `hidden W^T + b` for hidden states `[..., D]`, W `[V/tp, D]`: the logits
     never exist.
 
-    Collective over tp, as `label_log_prob`. The gradient of the hidden states is this rank's share,
+    Collective over tp, as `label_scores`. The gradient of the hidden states is this rank's share,
     still to be summed over tp (`tensor.gather_input` does it).
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
-    return _FusedLogProb.apply(hidden, weight, bias, labels, begin, mesh.tp)
+    targets = Targets(labels.flatten(), begin, wanted.temperature)
+    found = _FusedScores.apply(hidden.flatten(0, -2), *head, targets, wanted.names, mesh.tp)
+    return {name: x.view(labels.shape) for name, x in zip(wanted.names, found, strict=True)}
 
 
 FUSE_BYTES = 256 * 2**20

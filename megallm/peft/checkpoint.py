@@ -18,11 +18,11 @@ import xxhash
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.io import Part, read_regular
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert.folder import catalogue, is_model_folder
-from megallm.convert.weights import Cast, HfReader, Source
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
@@ -95,18 +95,18 @@ def check_base(base: Any, where: str, mesh: Mesh | None = None) -> Path:
 
 
 @contextmanager
-def open_base(folder: Path, model: ModelConfig) -> Iterator[Source]:
+def open_base(folder: Path, model: ModelConfig) -> Iterator[WeightSource]:
     """The weights of a base by logical name, whatever folder they are in; `model` is what is
     trained."""
     if is_model_folder(folder):
         with HfReader(folder, model) as source:
             yield source
     else:
-        with Reader(resolve(folder, weights_only)) as reader:
+        with CheckpointReader(resolve(folder, weights_only)) as reader:
             yield Cast(reader)
 
 
-def load(engine: Engine, reader: Reader) -> None:
+def load(engine: Engine, reader: CheckpointReader) -> None:
     """Fill an engine from a checkpoint: of adapters alone with the base it names, or a whole one.
 
     Works at any layout; collective over the world. Errors: CheckpointError.

@@ -11,7 +11,7 @@ from megallm.base.errors import CannotWrite, CheckpointError, InternalError, Meg
 from megallm.base.files import check_new, temporary_name
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import whole_folder
 from megallm.engine.engine import Engine
 from megallm.peft.config import PeftConfig
@@ -46,7 +46,7 @@ def export(
     if mesh.world.rank == 0:
         try:
             check_new(folder)
-            with whole_folder(folder) as whole, Reader(step) as reader:
+            with whole_folder(folder) as whole, CheckpointReader(step) as reader:
                 write_folder(whole, reader, config, engine.config.model, base, dtype)
         except MegallmError as error:
             problem = [type(error).__name__, str(error)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json, writing
 from megallm.checkpoint.io import DTYPE_NAMES, ShardWriter, header_bytes, raw
-from megallm.convert.weights import Source, fill_theirs, whole_stage
+from megallm.convert.weights import WeightSource, fill_theirs, whole_stage
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, named_shards
@@ -45,7 +45,7 @@ def adapter_shapes(config: PeftConfig, model: ModelConfig) -> dict[str, tuple[in
 
 def write_folder(
     folder: Path,
-    source: Source,
+    source: WeightSource,
     config: PeftConfig,
     model: ModelConfig,
     base: str | None,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megallm.convert.families import FAMILIES
-from megallm.convert.rules import Bridge, Rule, expand, parse, plan_bridge
+from megallm.convert.rules import Bridge, WeightRule, expand, parse, plan_bridge
 from megallm.convert.weights import counts_of
 from megallm.models.config import ModelConfig
 from megallm.parallel.tensor import ADAPTER
@@ -67,7 +67,7 @@ def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> Plan:
                 continue  # PEFT has the experts of a layer in one tensor
             sources = list(dict.fromkeys(sources))
             theirs = PREFIX + module + how.ending + (f"[{place[0]}]" if place else "")
-            kept = each if how.of_rows else Rule("", ())
+            kept = each if how.of_rows else WeightRule("", ())
             made = replace(kept, theirs=theirs, ours=tuple(sources), transpose=False)
             rules.append(replace(made, where="", copy=False))
             tensors = [parse(source)[0] for source in sources]
@@ -105,7 +105,7 @@ def _blocks(tensors: list[str], ours: Shapes) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _whole(model: ModelConfig, ours: Shapes) -> Iterator[Rule]:
+def _whole(model: ModelConfig, ours: Shapes) -> Iterator[WeightRule]:
     """The rules of the base's own tensors, those of `modules_to_save`."""
     family = FAMILIES.get(model.family or "")
     for each in () if family is None else expand(family.rules_of(model.head), counts_of(model)):
@@ -113,7 +113,7 @@ def _whole(model: ModelConfig, ours: Shapes) -> Iterator[Rule]:
             yield replace(each, theirs=PREFIX + each.theirs)
 
 
-def _distinct(rules: Iterable[Rule]) -> list[Rule]:
+def _distinct(rules: Iterable[WeightRule]) -> list[WeightRule]:
     """Each rule once: both forms of a family's rules may make the same."""
     return list({(each.theirs, each.ours): each for each in rules}.values())
 

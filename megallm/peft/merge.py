@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
-from megallm.convert.weights import Source, whole_stage
+from megallm.convert.weights import WeightSource, whole_stage
 from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
 from megallm.ops.precision import wide, wide_dtype
@@ -110,7 +110,7 @@ class MergedSource:
     the head for itself.
     """
 
-    def __init__(self, base: Source, adapter: Source, config: PeftConfig, model: ModelConfig) -> None:
+    def __init__(self, base: WeightSource, adapter: WeightSource, config: PeftConfig, model: ModelConfig) -> None:
         self.model, self.base = model, Joined(adapter, base)
         stage = whole_stage(model, Mesh.single("meta"))
         prepare(config, model)(stage)

@@ -11,14 +11,14 @@ from typing import Any
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json
 from megallm.checkpoint.io import DTYPE_NAMES
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import (
     DTYPES,
     MAX_SHARD_BYTES,
-    check_new,
+    check_output,
     whole_folder,
     write_tokenizer,
     write_weights,
@@ -49,7 +49,7 @@ def run(request: MergeRequest) -> dict[str, Any]:
     Errors: UsageError, CheckpointError, CannotWrite; then nothing is left at the output.
     """
     output = Path(request.output)
-    check_new(output, request.model, request.overwrite)
+    check_output(output, request.model, request.overwrite)
     for name, path in (("--model", request.model), ("--adapter", request.adapter)):
         if not Path(path).is_dir():
             raise UsageError(f"{name} {path} is not a folder.")
@@ -66,7 +66,7 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
             ids = tokenizer_files.token_ids(base.folder)
         else:
             step = resolve(request.model, weights_only)
-            reader = stack.enter_context(Reader(step))
+            reader = stack.enter_context(CheckpointReader(step))
             base, model = Cast(reader), stored_model(reader)
             stored = reader.info("embedding.weight")[1]
             notes, ids = write_tokenizer(folder, step, reader.meta)

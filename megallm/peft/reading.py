@@ -21,7 +21,7 @@ from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint.io import read_regular
 from megallm.convert.folder import plain_file, read_header, read_json
 from megallm.convert.hf_config import family_of
-from megallm.convert.rules import Bridge, Link
+from megallm.convert.rules import Bridge, TensorLink
 from megallm.convert.weights import HF_DTYPES, bridge_of
 from megallm.models.config import ModelConfig
 from megallm.peft import formats
@@ -101,7 +101,7 @@ class AdapterFolder:
         self._source.read_into(name, offset, tensor)
 
 
-def base_links(model: ModelConfig) -> Mapping[str, Sequence[Link]]:
+def base_links(model: ModelConfig) -> Mapping[str, Sequence[TensorLink]]:
     """Returns the links of the base's tensors by the names of theirs."""
     return bridge_of(model, family_of(model).rules_of(model.head)).by_theirs
 
@@ -184,7 +184,7 @@ def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _is_diagonal(b: Tensor, targets: Sequence[Target], links: Sequence[Link]) -> bool:
+def _is_diagonal(b: Tensor, targets: Sequence[Target], links: Sequence[TensorLink]) -> bool:
     """Whether B `(out, r)` of several matrices has a block of columns for the rows of each, and
     zeros beside; `links` are those of the matrix of theirs that joins them."""
     rank, places = b.shape[1], [(target.module, target.member) for target in targets]

@@ -1,4 +1,4 @@
-"""Sources of weights (`convert.weights.Source`) made of others: several joined, tensors in memory,
+"""Sources of weights (`convert.weights.WeightSource`) made of others: several joined, tensors in memory,
 and a base with an adapter merged into it, block by block."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megallm.convert.weights import Source
+from megallm.convert.weights import WeightSource
 from megallm.parallel.shard import Box
 
 
@@ -22,7 +22,7 @@ class Joined:
 
     @property
     def meta(self) -> Any:
-        """What the first source, a checkpoint's Reader, remembers beside tensors."""
+        """What the first source, a checkpoint's CheckpointReader, remembers beside tensors."""
         return self.sources[0].meta
 
     def names(self) -> list[str]:
@@ -52,7 +52,7 @@ class Tensors:
         tensor.copy_(self.tensors[name][box.slices()])
 
 
-def read_whole(source: Source, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def read_whole(source: WeightSource, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """Returns one tensor of a source, in `dtype` (None: as stored)."""
     full, stored = source.info(name)
     whole = torch.empty(full, dtype=dtype or stored)

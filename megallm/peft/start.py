@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megallm.convert.weights import Source
+from megallm.convert.weights import WeightSource
 from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
 from megallm.peft.config import PeftConfig
@@ -28,7 +28,7 @@ def resolve(config: PeftConfig, model: ModelConfig) -> PeftConfig:
     return replace(found, **kept)
 
 
-def fill(engine: Engine, base: Source, configs: Sequence[PeftConfig]) -> None:
+def fill(engine: Engine, base: WeightSource, configs: Sequence[PeftConfig]) -> None:
     """Fill an engine that was prepared with these resolved configurations: the base from `base`,
     adapters from their folders or the seed; collective over the world.
     """

@@ -12,9 +12,9 @@ from math import prod
 from typing import NamedTuple
 
 from megallm.base.errors import UsageError
-from megallm.base.words import did_you_mean
+from megallm.base.suggest import did_you_mean
 from megallm.convert.families import FAMILIES
-from megallm.convert.rules import Rule, expand, parse
+from megallm.convert.rules import WeightRule, expand, parse
 from megallm.convert.weights import counts_of, logical_shapes, whole_stage
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.optim.groups import matches
@@ -95,7 +95,7 @@ def runtime_name(module: str) -> str:
     return module.replace(".block_sparse_moe.", ".mlp.")
 
 
-def weight_rules(model: ModelConfig) -> Iterator[Rule]:
+def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
     """The rules of the model's matrices in its family, spelled out, in both forms of experts; none
     for a model of no family."""
     family = FAMILIES.get(model.family or "")

@@ -68,7 +68,9 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class JobConfig:
-    """The sections that every trainer has; a trainer's own configuration says what `data` is, and may add sections."""
+    """The sections that every trainer has; a trainer's own configuration says what `data` is, and
+    may add sections.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -83,7 +85,7 @@ class JobConfig:
 
     @property
     def engine(self) -> EngineConfig:
-        """What the engine reads of it."""
+        """Returns what the engine reads of it."""
         return EngineConfig(
             self.model, self.layout, self.zero, self.optim, self.train, self.run.seed
         )

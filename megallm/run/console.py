@@ -30,16 +30,16 @@ from megallm.run.rows import read_rows
 
 log = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
+MetricRow = Mapping[str, Any]
 MAX_POINTS = 2000  # of a curve in the picture
 
 
 # --- the line
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def format_line(
-    row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
+    row: MetricRow, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
 ) -> str:
     """One row as the log line, for example
 
@@ -54,7 +54,7 @@ def format_line(
 
 
 def _fields(
-    row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
+    row: MetricRow, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
 ) -> list[tuple[str, str]]:
     rate = f"{_show(row, 'perf/tokens_per_sec', format_count)} tok/s"
     return [
@@ -71,7 +71,7 @@ def _fields(
     ]
 
 
-def _show(row: Row, key: str, form: Any) -> str:
+def _show(row: MetricRow, key: str, form: Any) -> str:
     value = row.get(key)
     return "-" if value is None else form(value)
 
@@ -100,7 +100,7 @@ def _format_norm(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """The two largest units: 12s, 41m20s, 4h41m, 2d3h."""
+    """Returns the two largest units: 12s, 41m20s, 4h41m, 2d3h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -111,7 +111,7 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600}h"
 
 
-class Clock:
+class EtaClock:
     """Time left, from the pace of the last steps: evaluation and saves count, the start-up does
     not.
     """
@@ -138,7 +138,7 @@ class Clock:
 class Sink(Protocol):
     """Takes the row of each step: a loss curve, TensorBoard."""
 
-    def add(self, row: Row) -> None: ...
+    def add(self, row: MetricRow) -> None: ...
     def close(self) -> None: ...
 
 
@@ -159,7 +159,7 @@ class Reporter:
     ) -> None:
         self.total_steps, self.every, self.sinks = total_steps, max(1, every), sinks
         self._streams = [log_stream] if log_stream else []
-        self._clock = Clock(total_steps)
+        self._clock = EtaClock(total_steps)
         console = self._console = terminal.console(stream)
         self._live: Live | None = None
         self._notes = _Notes(self)
@@ -172,7 +172,7 @@ class Reporter:
         else:
             self._streams.insert(0, stream)
 
-    def step(self, row: Row, last_checkpoint: int | None = None) -> None:
+    def step(self, row: MetricRow, last_checkpoint: int | None = None) -> None:
         """Show the row of a finished step; the keys are those of metrics.jsonl."""
         eta = self._clock.eta(row["step"], time.monotonic())
         for sink in self.sinks:
@@ -193,7 +193,7 @@ class Reporter:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether a panel is shown."""
+        """Returns whether a panel is shown."""
         return self._live is not None
 
     def close(self, last_words: tuple[str, ...] = ()) -> None:
@@ -259,7 +259,7 @@ class _Notes(logging.Handler):
 
 
 def _panel(
-    row: Row, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
+    row: MetricRow, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
 ) -> Panel:
     fields = _fields(row, total_steps, last_checkpoint, eta_seconds)
     table = Table.grid(padding=(0, 3))
@@ -277,7 +277,7 @@ def _panel(
 
 
 # --- the curve
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class LossCurve:
@@ -304,12 +304,12 @@ class LossCurve:
         for row in read_rows(metrics) if metrics else ():
             self._take(row)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: MetricRow) -> None:
         self._take(row)
         if time.monotonic() - self._drawn >= self.seconds:
             self.draw()
 
-    def _take(self, row: Row) -> None:
+    def _take(self, row: MetricRow) -> None:
         for series, key in ((self._train, "train/loss"), (self._held_out, "val/loss")):
             if row.get(key) is not None:
                 series.add(row["step"], row[key])
@@ -383,7 +383,7 @@ def _means(values: array, starts: range, group: int) -> list[float]:
 
 
 # --- TensorBoard
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class TensorBoard:
@@ -409,7 +409,7 @@ class TensorBoard:
                 "TensorBoard is off: %s. Install the package 'tensorboard' to have it.", error
             )
 
-    def add(self, row: Row) -> None:
+    def add(self, row: MetricRow) -> None:
         if self._writer is None:
             return
         try:

@@ -1,4 +1,5 @@
-"""When the numbers of a run are no longer sound, and which of its states still are. No torch.
+"""Detection of a diverged run (NaN gradients, loss spikes), and which of its states are still
+sound. No torch.
 
 A checkpoint holds the state *after* its step, whose worth only the next step shows: its loss is
 measured with that state. So what was saved last before a run diverges is already spoilt.
@@ -15,7 +16,7 @@ MAX_SKIPPED = 10  # updates in a row without a finite gradient: the run has dive
 WINDOW = 100  # steps that a loss is compared with: a change of data is forgotten after as many
 
 
-class Soundness:
+class DivergenceDetector:
     """Follows the losses of a run: `bad_since` is the first of the latest steps that were all
     unsound, None if none.
     """
@@ -37,8 +38,8 @@ class Soundness:
 
     @property
     def limit(self) -> float:
-        """The largest loss that is no sign of divergence: half above the lowest of the window, and
-        at least 1.
+        """Returns the largest loss that is no sign of divergence: half above the lowest of the
+        window, and at least 1.
         """
         lowest = min(self._losses, default=math.inf)
         return lowest + max(1.0, 0.5 * abs(lowest))

@@ -148,8 +148,8 @@ class Lease:
             log.debug("heartbeat of %s failed: %s", self.path, error)
 
     def _mine(self) -> bool:
-        """Whether LOCK still names this job; an unreadable one counts as ours, a missing one does
-        not.
+        """Returns whether LOCK still names this job; an unreadable one counts as ours, a missing
+        one does not.
         """
         holder = read_holder(self.path)
         return self.path.exists() if holder is None else holder.token == self.holder.token
@@ -189,7 +189,7 @@ class Lease:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds a LOCK; None when it is gone or unreadable."""
+    """Returns who holds a LOCK; None when it is gone or unreadable."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -197,7 +197,9 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def held_by(folder: RunFolder, pid: int) -> bool:
-    """Whether process `pid` of this machine may write: it holds the LOCK, or nobody does."""
+    """Returns whether process `pid` of this machine may write: it holds the LOCK, or nobody
+    does.
+    """
     holder = read_holder(folder.lock)
     return not folder.lock.exists() if holder is None else holder.is_here and holder.pid == pid
 
@@ -236,8 +238,8 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot; None when it is gone or a
-    zombie.
+    """Returns when a process of this machine started, in clock ticks since boot; None when it is
+    gone or a zombie.
 
     Together with the pid this names a process for good: pids are used again, start times are not.
     """

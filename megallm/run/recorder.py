@@ -18,14 +18,14 @@ from megallm.base.files import atomic_write_json
 from megallm.base.output import FdWriter, LossyText
 from megallm.checkpoint.reader import step_folders
 from megallm.checkpoint.retention import quarantine
-from megallm.checkpoint.store import Keeping
+from megallm.checkpoint.store import RetentionPolicy
 from megallm.parallel import picture
 from megallm.parallel.schedule import Placement
 from megallm.parallel.simulate import Timeline
 from megallm.run.changes import Change, table_of
 from megallm.run.config import JobConfig
 from megallm.run.console import LossCurve, Reporter, Sink, TensorBoard
-from megallm.run.divergence import Soundness
+from megallm.run.divergence import DivergenceDetector
 from megallm.run.lease import Lease
 from megallm.run.rows import Events, Metrics, read_rows
 from megallm.run.runfolder import RunFolder
@@ -51,7 +51,7 @@ class Recorder:
         self.proven: int | None = (
             None  # the newest checkpoint whose state gave a sound step afterwards
         )
-        self.soundness = Soundness()
+        self.soundness = DivergenceDetector()
         self.last_words: tuple[str, ...] = ()  # shown at the end of a run without an error
 
     @property
@@ -162,10 +162,13 @@ class Recorder:
         if timeline is None or not self.writes:
             return
         self.lease.check()
-        title = f"{self.config.layout.schedule} as it ran in step {step}: idle {timeline.idle_fraction:.1%}"
+        title = (
+            f"{self.config.layout.schedule} as it ran in step {step}: idle "
+            f"{timeline.idle_fraction:.1%}"
+        )
         drawn = picture.Picture(timeline, placement, title, unit="s")
         try:
-            picture.save(drawn, self.folder.plots / "pipeline.svg")
+            picture.save_picture(drawn, self.folder.plots / "pipeline.svg")
             atomic_write_json(self.folder.plots / "pipeline.json", picture.chrome_trace(drawn))
         except (OSError, CannotWrite) as error:
             log.warning("The picture of the pipeline cannot be drawn: %s", error)
@@ -176,11 +179,15 @@ class Recorder:
             self.lease.check()
             self.metrics.sync()
 
-    def keeping(self, newest: int) -> Keeping:
-        """What a save keeps of older steps: while the losses are unsound also the last that was
-        proven.
+    def keeping(self, newest: int) -> RetentionPolicy:
+        """Returns what a save keeps of older steps: while the losses are unsound also the last that
+        was proven.
         """
-        return Keeping(newest, self.proven, self.lease.check) if self.writes else Keeping(newest)
+        return (
+            RetentionPolicy(newest, self.proven, self.lease.check)
+            if self.writes
+            else RetentionPolicy(newest)
+        )
 
     def damaged(self, step: int, warnings: Sequence[str]) -> None:
         """Say which checkpoints were passed over, and rename them: no later save may take them for

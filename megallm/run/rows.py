@@ -134,8 +134,8 @@ class Events(JsonLines):
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON lines file; a half-written or damaged line is passed over, a missing file
-    has none.
+    """Yields the rows of a JSON lines file; a half-written or damaged line is passed over, a
+    missing file has none.
     """
     try:
         with open(path, "rb") as file:
@@ -216,7 +216,7 @@ def _finite(value: Any) -> Any:
 
 
 def _whole_lines(fd: int) -> int:
-    """The size of a file up to and with its last newline."""
+    """Returns the size of a file up to and with its last newline."""
     end = os.fstat(fd).st_size
     while end:
         begin = max(0, end - 65536)

@@ -86,8 +86,8 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package lies in, with `+` when files differ; None when it is
-    installed.
+    """Returns the commit of the checkout this package lies in, with `+` when files differ; None
+    when it is installed.
     """
     command = [
         "git",

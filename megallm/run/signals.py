@@ -13,7 +13,7 @@ from megallm.base.stopping import stop_signals
 NOTHING, INTERRUPTED, PREEMPTED = 0, 1, 2  # the larger one wins when ranks saw different signals
 
 
-class Requests:
+class SignalRequests:
     """The most urgent request seen so far on this rank; `told` is called once, in a thread, when
     the first comes.
     """
@@ -32,11 +32,11 @@ class Requests:
 
 
 @contextmanager
-def listening() -> Iterator[Requests]:
+def handle_signals() -> Iterator[SignalRequests]:
     """Turn SIGINT and `stop_signals` into requests inside the context; repeated signals change
     nothing.
     """
-    requests = Requests()
+    requests = SignalRequests()
     before = {
         number: signal.signal(number, requests.note) for number in (*stop_signals(), signal.SIGINT)
     }

@@ -1,4 +1,6 @@
-"""The configuration of a pretraining run: the sections of every run (`run.config`) and its data. No torch."""
+"""The configuration of a pretraining run: the sections of every run (`run.config`) and its
+data. No torch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class FimConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Which tokens the objectives mlm and diffusion hide (BERT, arXiv 1810.04805; LLaDA, arXiv 2502.09992)."""
+    """Which tokens the objectives mlm and diffusion hide (BERT, arXiv 1810.04805; LLaDA, arXiv
+    2502.09992).
+    """
 
     token: str | None = None  # name or id of the mask token; null: the tokenizer's [MASK] or <mask>
     rate: float = 0.15  # mlm: share of the tokens to predict

@@ -32,7 +32,7 @@ def check_files(config: PretrainConfig) -> None:
 
 
 def file_problems(config: PretrainConfig) -> Iterator[str]:
-    """A sentence for each dataset, split or tokenizer that training could not use."""
+    """Yields a sentence for each dataset, split or tokenizer that training could not use."""
     whole = True
     for prefix in config.data.prefixes:
         try:

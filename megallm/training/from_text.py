@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megallm.base import files, words
+from megallm.base import files, suggest
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import preprocess, readers, textfile, tokenizer
 from megallm.models.config import ModelConfig
@@ -66,8 +66,8 @@ class Survey:
     documents: dict[str, int]
 
     def split_text(self) -> str:
-        """Files are documents where there are many; else paragraphs, else lines; else what makes
-        most of them.
+        """Returns what makes a document: a file where there are many; else a paragraph, else a
+        line; else what makes most of them.
         """
         wanted = {"file": ENOUGH_FILES, "paragraphs": ENOUGH_DOCUMENTS, "lines": ENOUGH_DOCUMENTS}
         enough = [way for way, least in wanted.items() if self.documents[way] >= least]
@@ -106,7 +106,7 @@ class Request:
 
 
 def default_run(text: str) -> str:
-    """The run folder of a text: runs/ and its name."""
+    """Returns the run folder of a text: runs/ and its name."""
     return f"runs/{Path(text).resolve().name.partition('.')[0] or 'text'}"
 
 
@@ -115,7 +115,7 @@ def check_preset(name: str) -> None:
     token.
     """
     if name != TINY and name not in PRESETS:
-        hint = words.did_you_mean(name, [TINY, *PRESETS])
+        hint = suggest.did_you_mean(name, [TINY, *PRESETS])
         raise UsageError(
             f"--preset '{name}' is unknown.{hint} `megallm presets` lists them; {TINY} fits the "
             "text."
@@ -127,7 +127,7 @@ def check_preset(name: str) -> None:
 
 
 def is_prepared(request: Request) -> bool:
-    """Whether the same text was prepared for the same preset.
+    """Returns whether the same text was prepared for the same preset.
 
     Errors: `UsageError` when the run folder belongs to another text or preset, `DataError` without
     any text.
@@ -197,7 +197,7 @@ def prepare(
     )
     tokens, prefix = done.tokens["text"], done.outputs["text"]
     say(f"tokens: {tokens:,} in {done.documents:,} documents, {prefix}.bin")
-    config = choose(request, preset, vocab_size, Text(prefix, tokens, done.documents))
+    config = choose_settings(request, preset, vocab_size, Text(prefix, tokens, done.documents))
     written = yaml.safe_dump(config, sort_keys=False)
     files.atomic_write_text(request.config, f"# Made by `megallm pretrain --text`.\n{written}")
     chosen = {
@@ -232,8 +232,8 @@ def _begin(folder: Path, state: dict[str, Any]) -> None:
 
 
 def find_files(text: str) -> tuple[str, ...]:
-    """The text files of a folder (hidden ones aside) in order, or the one file. Errors: `DataError`
-    without any.
+    """Returns the text files of a folder (hidden ones aside) in order, or the one file. Errors:
+    `DataError` without any.
     """
     path = Path(text)
     if path.is_file():
@@ -294,7 +294,7 @@ def _parsed(name: str, options: readers.ReadOptions, text: str) -> Iterator[read
     """
     first = 1
     for chunk in readers.chunks(name, options):
-        parsed = readers.parse(chunk, options)
+        parsed = readers.parse_chunk(chunk, options)
         for line, reason in parsed.rejects:
             raise DataError(
                 f"{name}:{first + line}: {reason}. Mend the file, or move it out of {text}."
@@ -340,8 +340,10 @@ class Text:
     documents: int
 
 
-def choose(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
-    """The configuration: how long, how much at once, how much is held out. Plain values of YAML."""
+def choose_settings(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
+    """Returns the configuration: how long, how much at once, how much is held out. Plain values of
+    YAML.
+    """
     gpu = request.machine.gpus > 0
     seq_len, global_batch = (512, 64) if gpu else (256, 16)
     model = ModelConfig(preset=preset, vocab_size=vocab_size).resolve()
@@ -392,6 +394,6 @@ def _identity(request: Request) -> dict[str, Any]:
 
 
 def machine(devices: Path = Path("/dev")) -> Machine:
-    """This machine's cores for us, and its NVIDIA GPUs, without torch."""
+    """Returns this machine's cores for us, and its NVIDIA GPUs, without torch."""
     gpus = sum(path.name.removeprefix("nvidia").isdigit() for path in devices.glob("nvidia*"))
     return Machine(len(os.sched_getaffinity(0)), gpus)

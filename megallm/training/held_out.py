@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megallm.data.batches import Reader
+from megallm.data.batches import BatchReader
 from megallm.data.loader import to_tensors
 from megallm.engine.engine import Engine, Loss
 
@@ -20,7 +20,7 @@ class HeldOut:
         self,
         engine: Engine,
         loss: Loss,
-        open_reader: Callable[[], Reader] | None,
+        open_reader: Callable[[], BatchReader] | None,
         batches: int,
         first: Callable[[], int] = lambda: 1,
     ) -> None:

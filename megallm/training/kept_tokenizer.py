@@ -10,7 +10,7 @@ from megallm.base.files import atomic_path
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer, tokenizer_spec
 from megallm.data.text import tokenizer
-from megallm.data.text.tokenizer_folder import form_of, keep
+from megallm.data.text.tokenizer_folder import definition_file, save_tokenizer_files
 from megallm.training.config import PretrainConfig
 from megallm.training.reading import tokenizer_of
 
@@ -30,7 +30,7 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
         return  # data.tokenizer names the run's own copy, as where the first one is gone
     if replace and spec is not None and target.exists():
         shutil.rmtree(target)
-    if spec is not None and form_of(target) is not None:
+    if spec is not None and definition_file(target) is not None:
         if tokenizer.load(str(target)).fingerprint != tokenizer.load(spec).fingerprint:
             raise UsageError(
                 f"{target} is another tokenizer than {spec}, which the data was made with: a run "
@@ -52,7 +52,7 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
             temporary.mkdir()
             copy_tokenizer(Path(spec), temporary)
         else:
-            keep(spec, temporary)
+            save_tokenizer_files(spec, temporary)
         if more:
             copy_tokenizer(folder, temporary, definition=False)
         if target.exists():  # what an import without a tokenizer said about texts

@@ -18,7 +18,7 @@ from megallm.engine.engine import Part, StepStats
 from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
-from megallm.run.signals import INTERRUPTED, PREEMPTED, Requests
+from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests
 from megallm.training.trainer import Ledger, StepReport, Trainer, finite
 
 MAX_FAILED_SAVES = 3
@@ -33,7 +33,7 @@ class Loop:
         config: JobConfig,
         ledger: Ledger,
         recorder: Recorder,
-        requests: Requests,
+        requests: SignalRequests,
     ) -> None:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests
@@ -133,7 +133,10 @@ class Loop:
                 else "; the same command starts again."
             )
         elif self.saved_step < step:
-            text = f"{name} after step {step}, where the gradients have not been finite for {self.skipped_in_a_row} "
+            text = (
+                f"{name} after step {step}, where the gradients have not been finite for "
+                f"{self.skipped_in_a_row} "
+            )
             text += "steps: that state is not saved. "
             text += (
                 f"{state[:1].upper()}{state[1:]}; the same command goes on."

@@ -7,7 +7,7 @@ from megallm.run.config import JobConfig
 
 
 def opening(config: JobConfig, engine: Engine, begin: str) -> str:
-    """One line about what starts or goes on; `begin` is a clause about the weights."""
+    """Returns one line about what starts or goes on; `begin` is a clause about the weights."""
     layout = engine.mesh.layout
     size = f"{config.model.num_params() / 1e6:.1f}M parameters"
     if config.model.moe.num_experts:
@@ -17,4 +17,7 @@ def opening(config: JobConfig, engine: Engine, begin: str) -> str:
     where += (
         f" cp={layout.cp} {config.layout.cp_kind}" * (layout.cp > 1) + f" {config.train.precision}"
     )
-    return f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, run folder {config.run.dir}"
+    return (
+        f"{begin}: {config.model.family}, {size}, {where}, {config.train.steps} steps, "
+        f"run folder {config.run.dir}"
+    )

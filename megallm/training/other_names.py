@@ -8,10 +8,16 @@ key, or is a sentence.
 
 from __future__ import annotations
 
-from megallm.base.words import plain
+from megallm.base.suggest import plain
 
-_ACCUMULATION = "train.global_batch (samples of a step over all ranks; accumulation follows from it and micro_batch)"
-_EPOCHS = "train.steps (steps of the optimizer, not epochs: tokens / (global_batch x seq_len) of them are one epoch)"
+_ACCUMULATION = (
+    "train.global_batch (samples of a step over all ranks; accumulation follows from it and "
+    "micro_batch)"
+)
+_EPOCHS = (
+    "train.steps (steps of the optimizer, not epochs: tokens / (global_batch x seq_len) of them "
+    "are one epoch)"
+)
 _LORA = "megallm has no LoRA yet; it trains all weights."
 _CHAT = "megallm has no fine-tuning on conversations yet; it trains on text (docs/data.md)."
 _GENERATE = "That belongs to `megallm generate`, not to training (see `megallm generate --help`)."
@@ -302,7 +308,7 @@ NO_VERBS = {
 
 
 def verb_pointer(word: str) -> str | None:
-    """A sentence about a verb of another system; None for a word that none of them has."""
+    """Returns a sentence about a verb of another system; None for a word that none of them has."""
     wanted = plain(word.lstrip("-"))
     for verb, names in VERBS.items():
         if wanted in map(plain, names.split()):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import DataError
-from megallm.data.batches import Reader, Share
+from megallm.data.batches import BatchReader, Share
 from megallm.engine.engine import Engine, Loss, Mesh
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.run.changes import Change
@@ -52,7 +52,7 @@ class PretrainRun(SupervisedRun):
         changed = any(change.key == "data.tokenizer" for change in changes)
         keep_tokenizer(self.config, replace=changed)
 
-    def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> Reader:
+    def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> BatchReader:
         """Returns what this rank's replica reads, the same on every rank of a replica."""
         return open_reader(self.config, share, first_step, state)
 

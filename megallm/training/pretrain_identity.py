@@ -10,7 +10,7 @@ from typing import Any
 
 from megallm.data.indexed import content, meta
 from megallm.data.indexed.dataset import IndexedDataset
-from megallm.data.stream.source import fingerprint
+from megallm.data.stream.source import dataset_fingerprint
 from megallm.run.changes import Change
 from megallm.run.runfolder import RunFolder
 from megallm.training.config import PretrainConfig
@@ -41,7 +41,7 @@ class PretrainIdentity(Identity):
         return {
             "tokenizer": tokenizer_of(self.config),
             "framed": any(
-                (meta.read(prefix) or {}).get("add_special_tokens") for prefix in prefixes
+                (meta.read_meta(prefix) or {}).get("add_special_tokens") for prefix in prefixes
             ),
             "data": self._reading(),
         }
@@ -59,7 +59,7 @@ class PretrainIdentity(Identity):
                 "samples": planned_samples(self.config),
                 "surplus": data.surplus,
                 "global_batch": train.global_batch,
-                "files": {prefix: fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
+                "files": {prefix: dataset_fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
             }
         return reading
 
@@ -105,7 +105,7 @@ class PretrainIdentity(Identity):
         sources = dict(state["sources"])
         for change in changes:
             prefix = change.key.removeprefix(f"{CONTENT} of ")
-            if prefix in sources and sources[prefix]["files"] != fingerprint(
+            if prefix in sources and sources[prefix]["files"] != dataset_fingerprint(
                 IndexedDataset(prefix)
             ):
                 del sources[prefix]

@@ -12,32 +12,32 @@ from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import objective
-from megallm.data.batches import MegatronReader, Reader, Share, StreamReader
+from megallm.data.batches import BatchReader, MegatronReader, Share, StreamReader
 from megallm.data.indexed import meta
 from megallm.data.masking import MaskRule
 from megallm.data.megatron.order import parse_split
-from megallm.data.megatron.samples import Sampling, build_samples
-from megallm.data.objective import Hider
+from megallm.data.megatron.samples import SampleOptions, build_samples
+from megallm.data.objective import TokenMasker
 from megallm.data.stream import fim
-from megallm.data.stream.bookmarks import Bookmarks
-from megallm.data.stream.plan import Plan, Reading, Segment, segments_of
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment, stream_segments
+from megallm.data.stream.source import DocumentSource
+from megallm.data.stream.state_cache import StreamStateCache
 from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
-from megallm.data.text.tokenizer_folder import kept_at
+from megallm.data.text.tokenizer_folder import saved_tokenizer
 from megallm.training.config import PretrainConfig, SegmentConfig
 
 WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a whole
 
 
-def plan_of(config: PretrainConfig) -> Plan:
-    """The stream's plan; the configuration is checked and resolved."""
+def plan_of(config: PretrainConfig) -> StreamPlan:
+    """Returns the stream's plan; the configuration is checked and resolved."""
     data = config.data
     reading = Reading(
         data.seq_len, data.packing, data.window, data.fim.rate, data.fim.spm, data.fim.form
     )
     changes = [(segment.until_tokens, _given(segment)) for segment in data.segments]
-    return Plan(segments_of(data.sources, reading, changes), data.seed, data.split)
+    return StreamPlan(stream_segments(data.sources, reading, changes), data.seed, data.split)
 
 
 def _given(segment: SegmentConfig) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _given(segment: SegmentConfig) -> dict[str, Any]:
 
 
 def uses_fim(config: PretrainConfig) -> bool:
-    """Whether any segment rearranges documents."""
+    """Returns whether any segment rearranges documents."""
     return any(
         rate > 0
         for rate in (config.data.fim.rate, *(s.fim_rate or 0 for s in config.data.segments))
@@ -57,14 +57,15 @@ def uses_fim(config: PretrainConfig) -> bool:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """`data.tokenizer`, else the one that came with `model.hf`, else what the sources' own metadata
-    and the copies kept beside them say made them, else None."""
+    """Returns `data.tokenizer`, else the one that came with `model.hf`, else what the sources' own
+    metadata and the copies kept beside them say made them, else None.
+    """
     if config.data.tokenizer is not None:
         return config.data.tokenizer
     came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
     if came_along is not None:
         return came_along
-    if any(meta.read(prefix) is None for prefix in config.data.prefixes):
+    if any(meta.read_meta(prefix) is None for prefix in config.data.prefixes):
         return None  # who knows what made that one
     return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
 
@@ -73,17 +74,17 @@ def tokenizer_vocab(config: PretrainConfig) -> int | None:
     """Returns the largest vocabulary that the sources were made with, from their side-cars; None
     when none has one.
     """
-    side_cars = [meta.read(prefix) for prefix in config.data.prefixes]
+    side_cars = [meta.read_meta(prefix) for prefix in config.data.prefixes]
     return max(
         (side_car["tokenizer"]["vocab_size"] for side_car in side_cars if side_car), default=None
     )
 
 
 def words_of(config: PretrainConfig) -> str | None:
-    """The fingerprint of the tokenizer that made the sources; None when nobody knows."""
+    """Returns the fingerprint of the tokenizer that made the sources; None when nobody knows."""
     made_by = [
         car["tokenizer"]["fingerprint"]
-        for car in map(meta.read, config.data.prefixes)
+        for car in map(meta.read_meta, config.data.prefixes)
         if car is not None
     ]
     spec = tokenizer_of(config)
@@ -91,14 +92,14 @@ def words_of(config: PretrainConfig) -> str | None:
 
 
 def need_tokenizer(config: PretrainConfig) -> str | None:
-    """A sentence to warn with when nothing says which tokenizer made the sources; None when it is
-    known.
+    """Returns a sentence to warn with when nothing says which tokenizer made the sources; None when
+    it is known.
 
     Errors: `DataError` when the metadata name one that is not there, or that of some sources only.
     """
     if tokenizer_of(config) is not None:
         return None
-    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    side_cars = {prefix: meta.read_meta(prefix) for prefix in config.data.prefixes}
     known = {
         prefix: car["tokenizer"]["fingerprint"]
         for prefix, car in side_cars.items()
@@ -117,7 +118,7 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
             "set data.tokenizer to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {kept_at(prefix)}, where preprocess "
+        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where preprocess "
         "keeps it, holds none: set data.tokenizer to its folder."
     )
 
@@ -128,7 +129,7 @@ def check_tokenizers(config: PretrainConfig) -> None:
     """
     spec = tokenizer_of(config)
     wanted = None if spec is None else tokenizer.load(spec).fingerprint
-    side_cars = {prefix: meta.read(prefix) for prefix in config.data.prefixes}
+    side_cars = {prefix: meta.read_meta(prefix) for prefix in config.data.prefixes}
     known = {
         prefix: car["tokenizer"]["fingerprint"]
         for prefix, car in side_cars.items()
@@ -154,9 +155,9 @@ def check_tokenizers(config: PretrainConfig) -> None:
 
 
 def open_sources(
-    config: PretrainConfig, plan: Plan, state: dict[str, Any] | None = None
-) -> dict[str, Source]:
-    """The sources of a plan, which go on from `state`.
+    config: PretrainConfig, plan: StreamPlan, state: dict[str, Any] | None = None
+) -> dict[str, DocumentSource]:
+    """Returns the sources of a plan, which go on from `state`.
 
     Documents that were being read when fill-in-the-middle was switched off are read to their end as
     they were begun. Errors: `DataError` for files, `UsageError` when data.fim cannot work.
@@ -172,12 +173,12 @@ def open_sources(
         rearranger = fim.Rearranger(
             loaded, fim.find_sentinels(loaded, config.data.fim.tokens, vocab)
         )
-    return {prefix: Source(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
+    return {prefix: DocumentSource(prefix, plan, vocab, rearranger) for prefix in plan.prefixes}
 
 
-def hider_of(config: PretrainConfig) -> Hider | None:
-    """What hides tokens, None for the next token. Errors: `UsageError` without a mask token,
-    `DataError`.
+def hider_of(config: PretrainConfig) -> TokenMasker | None:
+    """Returns what hides tokens, None for the next token. Errors: `UsageError` without a mask
+    token, `DataError`.
     """
     data, masking = config.data, config.data.masking
     if data.objective == objective.NEXT_TOKEN:
@@ -190,8 +191,8 @@ def hider_of(config: PretrainConfig) -> Hider | None:
         config.model.vocab_size if words is None else min(words.vocab_size, config.model.vocab_size)
     )
     rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
-    return Hider(
-        data.objective, rule, data.seed, objective.word_table(words) if masking.whole_word else None
+    return TokenMasker(
+        data.objective, rule, data.seed, objective.word_start_table(words) if masking.whole_word else None
     )
 
 
@@ -201,9 +202,9 @@ def open_reader(
     first_step: int,
     state: dict[str, Any] | None = None,
     bookmarks: bool = False,
-) -> Reader:
-    """What a data rank reads from `first_step` on; `state` is what the checkpoint of the step
-    before kept.
+) -> BatchReader:
+    """Returns what a data rank reads from `first_step` on; `state` is what the checkpoint of the
+    step before kept.
 
     Without a state the stream is gone through from its beginning (lengths only, no tokens), or with
     `bookmarks` from the nearest one that an earlier call left.
@@ -216,7 +217,7 @@ def open_reader(
     plan = plan_of(config)
     sources = open_sources(config, plan, state)
     if bookmarks and not state:
-        kept = Bookmarks(plan, sources, share.global_batch)
+        kept = StreamStateCache(plan, sources, share.global_batch)
         stream = kept.walked(plan, sources, first_step - 1, share.global_batch)
         return StreamReader(stream, share, first_step, data.document_masks, hider_of(config))
     stream = Stream(plan, sources, state)
@@ -227,13 +228,13 @@ def open_reader(
 
 
 def planned_samples(config: PretrainConfig) -> int:
-    """How many training samples Megatron-LM's order is made for."""
+    """Returns how many training samples Megatron-LM's order is made for."""
     return config.data.samples or config.train.steps * config.train.global_batch
 
 
 def planned_held_out(config: PretrainConfig) -> int:
-    """How many validation samples it is made for: an evaluation every `eval.every` steps, one
-    more.
+    """Returns how many validation samples it is made for: an evaluation every `eval.every` steps,
+    one more.
     """
     every = config.eval.every
     evaluations = (config.train.steps // every if every else 0) + 1
@@ -241,7 +242,7 @@ def planned_held_out(config: PretrainConfig) -> int:
 
 
 def first_held_out(config: PretrainConfig, step: int) -> int:
-    """The number, from 1, of the first batch that the evaluation after `step` reads.
+    """Returns the number, from 1, of the first batch that the evaluation after `step` reads.
 
     Megatron-LM reads on from one evaluation to the next; in the stream order all read the same.
     """
@@ -250,14 +251,14 @@ def first_held_out(config: PretrainConfig, step: int) -> int:
     return max(0, step - 1) // config.eval.every * config.eval.batches + 1
 
 
-def _sampling(config: PretrainConfig) -> Sampling:
+def _sampling(config: PretrainConfig) -> SampleOptions:
     data = config.data
-    return Sampling(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
+    return SampleOptions(data.seq_len, data.seed, data.surplus, config.model.vocab_size)
 
 
-def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reader] | None:
-    """What reads the validation split from its beginning: packed as the training rows are, or
-    Megatron's samples.
+def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], BatchReader] | None:
+    """Returns what reads the validation split from its beginning: packed as the training rows are,
+    or Megatron's samples.
 
     Nothing is rearranged in it, and its rows have `data.seq_len`. Files and tokenizer are opened
     once, however often a reader is asked for. None without held-out data.
@@ -272,15 +273,15 @@ def held_out_readers(config: PretrainConfig, share: Share) -> Callable[[], Reade
         planned = planned_held_out(config)
         samples = build_samples(sources, split, "valid", planned, _sampling(config))
         return lambda: MegatronReader(samples, share, hide)
-    segment = Segment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
-    plan = Plan((segment,), data.seed, split, "valid")
-    opened = {prefix: Source(prefix, plan, vocab) for prefix in plan.prefixes}
+    segment = StreamSegment(0, dict(sources), Reading(data.seq_len, data.packing, data.window))
+    plan = StreamPlan((segment,), data.seed, split, "valid")
+    opened = {prefix: DocumentSource(prefix, plan, vocab) for prefix in plan.prefixes}
     return lambda: StreamReader(Stream(plan, opened), share, 1, data.document_masks, hide)
 
 
 def saved_state(step_dir: Path) -> tuple[int, dict[str, Any]]:
-    """(step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError` without
-    a state.
+    """Returns (step, state of the stream) of a checkpoint. Errors: `CheckpointError`, `UsageError`
+    without a state.
     """
     path = step_dir / manifest.MANIFEST
     try:

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import yaml
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.config import leaves, to_dict, to_yaml
 from megallm.base.errors import CheckpointError, MegallmError, UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader as CheckpointReader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
 from megallm.convert.weights import stored_model
 from megallm.engine.engine import Mesh
@@ -93,13 +93,14 @@ class Identity:
 
 
 def find_checkpoint(root: Path, resume: str, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint and what was passed over, as rank 0 sees it; collective over the
-    world.
+    """Returns the newest whole checkpoint and what was passed over, as rank 0 sees it; collective
+    over the world.
     """
     found, warnings = store.latest_whole(root, mesh)
     if found is None and resume == "must":
         raise UsageError(
-            f"--resume must: there is no valid checkpoint under {root}. {' '.join(warnings)}".rstrip()
+            f"--resume must: there is no valid checkpoint under {root}. "
+            f"{' '.join(warnings)}".rstrip()
         )
     if found is not None and resume == "never":
         raise UsageError(f"--resume never: {found} exists. Choose another run.dir, or remove it.")
@@ -146,8 +147,10 @@ def _other_kind(found: Path, saved: Any, wanted: str) -> str:
     written = saved.get("kind") if isinstance(saved, dict) else None
     by = f"was written by `megallm {written}`" if written else "does not say which run wrote it"
     return (
-        f"{found} {by}; `megallm {wanted}` does not go on from it. To start from its weights alone, "
-        "write them to a folder, `megallm convert --to hf --input RUN --output DIR`, and train with "
+        f"{found} {by}; `megallm {wanted}` does not go on from it. To start from its weights "
+        "alone, "
+        "write them to a folder, `megallm convert --to hf --input RUN --output DIR`, and "
+        "train with "
         "model.hf=DIR in another run.dir."
     )
 
@@ -190,7 +193,7 @@ def check_allowed(keys: Sequence[str], config: type[JobConfig], identity: type[I
     }
     for key in keys:
         if key not in known | sections:
-            hint = words.did_you_mean(key, sorted(known | sections))
+            hint = suggest.did_you_mean(key, sorted(known | sections))
             raise UsageError(f"--allow-change {key}: there is no such key.{hint}")
 
 
@@ -205,8 +208,8 @@ def _refusal(found: Path, changes: Sequence[Change], allowed: Sequence[str]) -> 
 
 
 def unreadable(error: CheckpointError, changes: Sequence[Change]) -> MegallmError:
-    """The error of a whole checkpoint that does not fit what --allow-change let pass; the same one
-    without such.
+    """Returns the error of a whole checkpoint that does not fit what --allow-change let pass; the
+    same one without such.
     """
     passed = [change for change in changes if change.refused]
     if not passed:

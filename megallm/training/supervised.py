@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import CheckpointError, InternalError
-from megallm.data.batches import Reader, Share
+from megallm.data.batches import BatchReader, Share
 from megallm.data.loader import Batch, Loader
 from megallm.data.stream import samplelog
 from megallm.engine.engine import Engine, Loss, Mesh, Part, Prepare, StepStats
@@ -22,7 +22,7 @@ from megallm.optim.lr import learning_rate
 from megallm.run.changes import Change
 from megallm.run.config import JobConfig
 from megallm.run.recorder import Recorder
-from megallm.run.signals import listening
+from megallm.run.signals import handle_signals
 from megallm.training.loop import Loop, closing
 from megallm.training.opening import opening
 from megallm.training.resuming import (
@@ -118,7 +118,9 @@ def train_losses(stats: StepStats) -> dict[str, float]:
 
 
 def _tokens(stats: StepStats) -> dict[str, float | None]:
-    """Returns `train/tokens`: the tokens that the loss is a mean over, where it is one of tokens."""
+    """Returns `train/tokens`: the tokens that the loss is a mean over, where it is one of
+    tokens.
+    """
     return {"train/tokens": stats.counts["loss"]} if "loss" in stats.counts else {}
 
 
@@ -161,7 +163,7 @@ class SupervisedRun:
     def keep(self, changes: Sequence[Change]) -> None:
         """Write what belongs into the run folder, such as the tokenizer; rank 0 only."""
 
-    def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> Reader:
+    def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> BatchReader:
         """Returns what this data rank reads from `first_step` on; `state` is the ledger's `data`,
         empty at the beginning.
         """
@@ -200,7 +202,7 @@ def run_supervised(
     """
     config, train = job.config, job.config.train
     check_allowed(allowed, type(config), job.identity)
-    with listening() as requests, Recorder(config, mesh.rank, own_log) as recorder:
+    with handle_signals() as requests, Recorder(config, mesh.rank, own_log) as recorder:
         warning = job.check_data() if mesh.rank == 0 else None
         identity = job.identity(config)
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
@@ -238,7 +240,7 @@ def run_supervised(
 
 @contextmanager
 def _logged(
-    job: SupervisedRun, mesh: Mesh, loader: Loader, reader: Reader, step: int
+    job: SupervisedRun, mesh: Mesh, loader: Loader, reader: BatchReader, step: int
 ) -> Iterator[Iterable[tuple[int, list[Batch]]]]:
     """The loader's batches, each step's rows in RUN/samples.jsonl before it is trained on, if the
     run logs them; collective over the world.
@@ -251,7 +253,7 @@ def _logged(
         return
     path = Path(job.config.run.dir) / "samples.jsonl"
     if mesh.rank == 0:
-        samplelog.cut(path, step)
+        samplelog.truncate_log(path, step)
     mesh.barrier()
     coords = mesh.layout.coords(mesh.rank)
     if any(coords[axis] for axis in ("pp", "cp", "tp")):

@@ -72,5 +72,5 @@ class Trainer(Protocol):
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN; a number that is not finite becomes null."""
+    """Returns the value, or None for a number that is not finite: JSON has none of these."""
     return value if math.isfinite(value) else None

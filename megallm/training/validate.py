@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from megallm.base.config import get, raise_problems, replace
 from megallm.base.errors import UsageError
-from megallm.base.words import nearest
+from megallm.base.suggest import nearest
 from megallm.convert.hf_config import agree, read_config
 from megallm.models.config import CHOICES
 from megallm.optim.config import CHOICES as OPTIM_CHOICES

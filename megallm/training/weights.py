@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import is_import
-from megallm.convert.weights import Cast, HfReader, Source
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Mesh, Prepare
 
@@ -16,7 +16,8 @@ from megallm.engine.engine import Engine, Mesh, Prepare
 def build_engine(
     config: EngineConfig, mesh: Mesh, found: Path | None, prepare: Prepare | None = None
 ) -> tuple[Engine, str]:
-    """An engine with the weights that the run starts or goes on with, and a clause that says which.
+    """Returns an engine with the weights that the run starts or goes on with, and a clause that
+    says which.
 
     `found` is the run's newest checkpoint; it wins over `model.hf`. Each rank reads its own pieces
     only. `prepare` is that of `Engine.build`. Collective over the world.
@@ -29,7 +30,7 @@ def build_engine(
             notes = "".join(f" (note: {note})" for note in source.notes)
             engine = read_weights(config, mesh, source, prepare)
             return engine, f"starting from the weights of {folder}{notes}"
-    with Reader(found) as reader:
+    with CheckpointReader(found) as reader:
         if is_import(reader):
             engine = read_weights(config, mesh, Cast(reader), prepare)
             return engine, f"starting from the imported weights of {found}"
@@ -40,10 +41,10 @@ def build_engine(
 
 
 def read_weights(
-    config: EngineConfig, mesh: Mesh, source: Source, prepare: Prepare | None = None
+    config: EngineConfig, mesh: Mesh, source: WeightSource, prepare: Prepare | None = None
 ) -> Engine:
-    """An engine whose master weights come from `source`, whatever dtype it has; each rank reads
-    what it keeps.
+    """Returns an engine whose master weights come from `source`, whatever dtype it has; each rank
+    reads what it keeps.
 
     A head that the source lacks starts afresh, from the seed.
     """

@@ -12,7 +12,7 @@ import torch
 
 from megallm.checkpoint import retention, store
 from megallm.checkpoint.manifest import MANIFEST
-from megallm.checkpoint.reader import Reader, load_manifest, step_folders
+from megallm.checkpoint.reader import CheckpointReader, load_manifest, step_folders
 from megallm.checkpoint.store import Part, latest, save
 
 CALLS = ("write", "fsync", "rename", "mkdir", "open", "unlink", "rmdir")
@@ -105,7 +105,7 @@ def test_killed_at_every_system_call_the_newest_valid_step_is_whole(tmp_path):
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"call {number} was not reached"
         found, warnings = latest(root)
         assert warnings == [] and found is not None
-        with Reader(found) as reader:
+        with CheckpointReader(found) as reader:
             assert reader.meta["step"] == reader.step
             assert all(reader.read(name).eq(reader.step).all() for name in reader.names())
             outcomes.append(reader.step)
@@ -166,7 +166,7 @@ def test_killed_from_outside_at_random_times(tmp_path):
         os.waitpid(pid, 0)
         found, warnings = latest(tmp_path)
         assert warnings == []
-        with Reader(found) as reader:
+        with CheckpointReader(found) as reader:
             assert reader.step >= step
             assert all(reader.read(name).eq(reader.step).all() for name in reader.names())
             step = reader.step
@@ -223,7 +223,7 @@ def test_real_processes_save_together(tmp_path, cuts, victim):
         far.close()
     mesh = PipeMesh(0, [near for near, _ in links])
     if victim is None:
-        with Reader(save(tmp_path, 7, own[0], {"seed": 1}, mesh)) as reader:
+        with CheckpointReader(save(tmp_path, 7, own[0], {"seed": 1}, mesh)) as reader:
             assert torch.equal(reader.read("w"), tensor)
             assert len(reader.manifest.files) == 3
     else:
@@ -236,5 +236,5 @@ def test_real_processes_save_together(tmp_path, cuts, victim):
         child.join(timeout=60)
         assert child.exitcode is not None
     if victim is not None:
-        retention.sweep(tmp_path)
+        retention.remove_stale_folders(tmp_path)
         assert os.listdir(tmp_path) == []

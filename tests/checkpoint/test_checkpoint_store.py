@@ -15,7 +15,7 @@ from megallm.base.errors import CannotWrite, CheckpointError, InternalError
 from megallm.checkpoint import io, retention, store
 from megallm.checkpoint.manifest import MANIFEST, Manifest, digest
 from megallm.checkpoint.plan import boxes_of_range
-from megallm.checkpoint.reader import Reader, step_folders
+from megallm.checkpoint.reader import CheckpointReader, step_folders
 from megallm.checkpoint.store import Part
 
 DTYPES = list(io.DTYPE_NAMES)
@@ -43,7 +43,7 @@ def test_any_layout_writes_what_any_other_layout_reads(tmp_path, cluster, cuts, 
             for box in cuts.boxes(shape, rng, 5):
                 rng.choice(ranks).append(Part(name, shape, box.offset, tensor[box.slices()]))
         folder = cluster.save(tmp_path, step, ranks, meta={"round": step}, keep=1)
-        with Reader(folder) as reader:
+        with CheckpointReader(folder) as reader:
             assert reader.names() == sorted(logical) and reader.meta == {"round": step}
             for name, tensor in logical.items():
                 assert reader.info(name) == (tuple(tensor.shape), tensor.dtype)
@@ -63,7 +63,7 @@ def test_flat_optimizer_ranges_reshard_like_weights(tmp_path, cluster):
             parts.append(Part("optim.exp_avg.w", (5, 4, 3), box.offset, flat[position:][: box.size].view(box.shape)))
             position += box.size
         ranks.append(parts)
-    with Reader(cluster.save(tmp_path, 1, ranks)) as reader:
+    with CheckpointReader(cluster.save(tmp_path, 1, ranks)) as reader:
         for begin, end in ((0, 29), (29, 60)):
             target, position = torch.empty(end - begin), 0
             for box in boxes_of_range(state.shape, begin, end):
@@ -79,7 +79,7 @@ def test_small_pieces_strided_targets_and_parameters(tmp_path):
     assert all(piece.offset % 4 == 0 for piece in table["w"].pieces)
     manifest = Manifest(0, {"a.safetensors": record}, table, None)
     (tmp_path / MANIFEST).write_bytes(manifest.encode())
-    with Reader(tmp_path) as reader:
+    with CheckpointReader(tmp_path) as reader:
         parameter = torch.nn.Parameter(torch.zeros(6, 10))
         reader.read_into("w", (0, 0), parameter.t())
         assert torch.equal(parameter.detach().t(), weight)
@@ -117,12 +117,12 @@ def test_the_safetensors_library_reads_a_shard(small, tensors):
 def test_an_empty_piece_and_an_empty_tensor_are_legal(tmp_path, cluster, cuts):
     parts = cuts.axis("w", torch.ones(2, 3), 3, 0)  # the third rank holds no row
     parts[2].append(Part("empty", (0, 4), (0, 0), torch.empty(0, 4)))
-    with Reader(cluster.save(tmp_path, 1, parts)) as reader:
+    with CheckpointReader(cluster.save(tmp_path, 1, parts)) as reader:
         assert same(reader.read("w"), torch.ones(2, 3)) and reader.read("empty").shape == (0, 4)
 
 
 def test_read_errors_are_sentences(small):
-    with Reader(small) as reader:
+    with CheckpointReader(small) as reader:
         with pytest.raises(CheckpointError, match="no tensor named counte.*Did you mean 'counter'"):
             reader.info("counte")
         with pytest.raises(CheckpointError, match=r"stored as torch.int64.*torch.float32"):
@@ -132,11 +132,11 @@ def test_read_errors_are_sentences(small):
         with pytest.raises(CheckpointError, match="number of dims"):
             reader.read_into("layers.0.mlp.down.weight", (0,), torch.empty(8))
     with pytest.raises(CheckpointError, match="has no manifest.json"):
-        Reader(small.parent)
+        CheckpointReader(small.parent)
 
 
 def load_everything(folder):
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         return {name: reader.read(name) for name in reader.names()}
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_piece_leaves_the_target_untouched(small):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with Reader(small) as reader:
+    with CheckpointReader(small) as reader:
         name = next(
             n
             for n in reader.names()
@@ -180,19 +180,19 @@ def test_truncated_missing_swapped_linked_shards_are_named(small, tmp_path):
     for length in (0, 7, len(good[first]) // 2, len(good[first]) - 1):
         first.write_bytes(good[first][:length])
         with pytest.raises(CheckpointError, match=f"weights-00000.safetensors has {length} bytes.*holds pieces of"):
-            Reader(small)
+            CheckpointReader(small)
     first.unlink()
     with pytest.raises(CheckpointError, match="weights-00000.safetensors is missing"):
-        Reader(small)
+        CheckpointReader(small)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(good[first])
     first.symlink_to(elsewhere)
     with pytest.raises(CheckpointError, match="symbolic links are refused"):
-        Reader(small)
+        CheckpointReader(small)
     first.unlink()
     os.mkfifo(first)
     with pytest.raises(CheckpointError, match="not a regular file"):
-        Reader(small)
+        CheckpointReader(small)
 
 
 def test_swapped_shards_of_one_size_are_found(tmp_path, cluster, cuts):
@@ -235,7 +235,7 @@ def test_retention_keeps_valid_pinned_and_read_steps(tmp_path, cluster, cuts):
     retention.pin(folders[2])
     shutil.rmtree(folders[7])
     folders[7].mkdir()  # a damaged step does not count as kept
-    with Reader(folders[3]) as reader:
+    with CheckpointReader(folders[3]) as reader:
         save(8, keep=2)
         assert [step for step, _ in step_folders(tmp_path)] == [8, 7, 6, 3, 2]
         assert reader.read("w").eq(3).all()
@@ -328,7 +328,9 @@ def test_the_sweep_takes_only_our_dead_folders(tmp_path):
         (tmp_path / name).mkdir()
     os.utime(tmp_path / "step-00000002.tmp-otherhost.1.0123abcd", (0, 0))
     (tmp_path / f"step-00000003.tmp-{host}.{dead}.0123abcd").symlink_to(tmp_path)
-    assert {path.name for path in retention.sweep(tmp_path)} == {name for name, goes in names.items() if goes}
+    assert {path.name for path in retention.remove_stale_folders(tmp_path)} == {
+        name for name, goes in names.items() if goes
+    }
     assert len(os.listdir(tmp_path)) == 6
 
 
@@ -349,4 +351,4 @@ def test_a_manifest_that_leads_outside_is_refused(small):
     shutil.copy(small / "weights-00000.safetensors", small.parent)
     (small / MANIFEST).write_text(body + f',\n"xxh3_128": "{digest(body.encode())}"\n}}\n')
     with pytest.raises(CheckpointError, match="does not match"):
-        Reader(small)
+        CheckpointReader(small)

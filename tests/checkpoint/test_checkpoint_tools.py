@@ -61,16 +61,16 @@ def test_ls_and_show(small, tmp_path):
 
 
 def test_verify_names_what_is_wrong(small):
-    good = tools.verify(small)
+    good = tools.verify_checkpoint(small)
     assert good["ok"] and good["problems"] == [] and good["pieces"] == 7
     path = small / "weights-00000.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
     (small / "weights-00009.safetensors").write_bytes(b"")
-    problems = tools.verify(small)["problems"]
+    problems = tools.verify_checkpoint(small)["problems"]
     assert len(problems) == 2 and "weights-00000.safetensors, bytes" in problems[0] and "not named" in problems[1]
     (small / MANIFEST).write_bytes((small / MANIFEST).read_bytes().replace(b"1.25", b"1.75"))
-    report = tools.verify(small)
+    report = tools.verify_checkpoint(small)
     assert not report["ok"] and "does not match its own hash" in report["problems"][0]
 
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from megallm.base import words
+from megallm.base import suggest
 from megallm.base.config import leaves
 from megallm.cli import main as cli
 from megallm.cli.table import VERBS
@@ -95,7 +95,7 @@ def test_other_names_point_at_real_keys_and_hide_none():
         assert first in keys or found.endswith((".", ")")) and " " in found, (name, found)
     assert set(other_names.BY_KEY) <= keys
     taken = [name for names in other_names.BY_KEY.values() for name in names]
-    assert len(taken) > 250 and len({words.plain(name) for name in taken}) > 240
+    assert len(taken) > 250 and len({suggest.plain(name) for name in taken}) > 240
     assert set(other_names.VERBS) <= set(VERBS)
 
 

@@ -172,7 +172,7 @@ def test_documents_are_files_paragraphs_or_lines(tmp_path, files, split_text, do
 @pytest.mark.parametrize("preset", ["tiny-1m", "tiny-42m", "gpt2", "llama3.2-1b"])
 def test_sizes_fit_whatever_the_text_and_the_machine(documents, machine, preset):
     text = Text("p", 37 * documents, documents)
-    values = from_text.choose(request(Path("t"), preset, machine=machine), preset, 300, text)
+    values = from_text.choose_settings(request(Path("t"), preset, machine=machine), preset, 300, text)
     config = load_values(values)
     resolved = check(config, machine.ranks)
     shares = [float(part) for part in config.data.split.split(",")]

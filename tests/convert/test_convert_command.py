@@ -13,7 +13,7 @@ import pytest
 
 from megallm.cli.main import main
 from megallm.convert import families
-from megallm.data.text.tokenizer_folder import FORMS
+from megallm.data.text.tokenizer_folder import TOKENIZER_FORMS
 from tests.convert.test_convert_parity import broken, swap_gate_and_up
 from tests.convert.tiny import MEASURING, case, make
 
@@ -33,7 +33,7 @@ def test_it_prints_one_json_object(folder, tmp_path, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
         "output": str(tmp_path / "out"), "family": "llama", "dtype": "float32", "tensors": 24, "bytes": 4 * 27_168,
-        "notes": [f"{folder} has no {FORMS}; the result has no tokenizer"],
+        "notes": [f"{folder} has no {TOKENIZER_FORMS}; the result has no tokenizer"],
     }  # fmt: skip
     assert "note: " in captured.err
     assert (tmp_path / "out/model.yaml").read_text().startswith("model:\n  family: llama\n  num_layers: 3\n")

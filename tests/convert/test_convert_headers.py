@@ -12,7 +12,7 @@ import pytest
 
 from megallm.base.errors import CheckpointError
 from megallm.convert import folder as folder_module
-from megallm.convert.folder import Entry, catalogue, read_header
+from megallm.convert.folder import TensorEntry, catalogue, read_header
 from megallm.convert.weights import HfReader
 
 
@@ -97,4 +97,4 @@ def test_item_18_safetensors_cut_off_while_they_are_read(tmp_path):
         reader._files = {path: os.open(path, os.O_RDONLY)}
         os.truncate(path, 100)
         with pytest.raises(CheckpointError, match=r"model\.safetensors was cut off"):
-            reader._bytes(Entry(path, "F32", (512,), 0, 2048), 0, 2048)
+            reader._bytes(TensorEntry(path, "F32", (512,), 0, 2048), 0, 2048)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert import weights
 from megallm.convert.convert import ConvertRequest, imported_meta, run
 from megallm.convert.weights import HfReader
@@ -78,7 +78,7 @@ def test_a_tied_tensor_that_is_equal_is_left_aside(tied, tmp_path):
 
     folder = changed(source, tmp_path / "equal", edit)
     convert_in(folder, tmp_path / "ours")
-    with Reader(store.latest(tmp_path / "ours/checkpoints")[0]) as reader:
+    with CheckpointReader(store.latest(tmp_path / "ours/checkpoints")[0]) as reader:
         assert "head.weight" not in reader.names()
 
 

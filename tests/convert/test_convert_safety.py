@@ -278,7 +278,7 @@ def test_a_file_that_is_cut_while_it_is_read(folder, tmp_path):
             os.truncate(path, 512)
         with pytest.raises(CheckpointError, match="cut off while it was read"):
             for name in reader.names():
-                convert.Lazy(reader, name, *reader.info(name))[tuple(slice(0, n) for n in reader.info(name)[0])]
+                convert.LazyTensors(reader, name, *reader.info(name))[tuple(slice(0, n) for n in reader.info(name)[0])]
 
 
 def test_outputs_are_never_overwritten(folder, tmp_path):

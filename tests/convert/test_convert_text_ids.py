@@ -11,10 +11,10 @@ import pytest
 from megallm.base.errors import CheckpointError, DataError
 from megallm.convert.convert import ConvertRequest, run
 from megallm.convert.tokenizer_files import end_ids, token_ids, write_byte_tokenizer
+from megallm.data.chat.template import find_template
 from megallm.data.text import tokenizer
-from megallm.data.text.tokenizer_folder import keep
+from megallm.data.text.tokenizer_folder import save_tokenizer_files
 from megallm.inference.generate import end_tokens, find_tokenizer, open_model
-from megallm.inference.template import find_template
 from tests.convert.tiny import case, make
 from tests.data.test_data_kept_tokenizer import made  # noqa: F401 - a fixture
 
@@ -118,7 +118,7 @@ def test_an_id_that_is_none_is_refused(folder, tmp_path, value):
 def test_a_folder_with_only_that_form_works(folder, tmp_path, made, form):  # noqa: F811
     """A.1: `tokenizer.model`, or `vocab.json` with `merges.txt`, alone: the model gets its own tokenizer's ids."""
     if form == "tiktoken folder":  # as the first Qwen
-        keep(made["tiktoken"], folder)
+        save_tokenizer_files(made["tiktoken"], folder)
     else:
         shutil.copytree(made[form], folder, dirs_exist_ok=True)
     run(ConvertRequest("megallm", str(folder), str(tmp_path / "ours")))
@@ -156,7 +156,7 @@ def test_ids_of_a_tokenizer_in_any_form(tmp_path, made):  # noqa: F811
         ("tiktoken", None, (None, 300)),
     ):
         target = tmp_path / f"{form}{settings is None}"
-        keep(made[form], target)
+        save_tokenizer_files(made[form], target)
         if settings is not None:
             (target / "tokenizer_config.json").write_text(json.dumps(settings))
         found = token_ids(target)

@@ -86,6 +86,6 @@ def test_a_link_to_somewhere_else_is_no_tokenizer_file(tmp_path, monkeypatch):
         copy_tokenizer(tmp_path / "a", tmp_path / "b")
     (tmp_path / "a/tokenizer.json").unlink()
     (tmp_path / "a/tokenizer.json").write_bytes(b"x" * 2000)
-    monkeypatch.setattr(tokenizer_files, "MAX_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_files, "MAX_TOKENIZER_BYTES", 1000)
     with pytest.raises(CheckpointError, match="larger than 1000 bytes"):
         copy_tokenizer(tmp_path / "a", tmp_path / "b")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
 from megallm.cli.main import main
-from megallm.curate import optional, readers, run
+from megallm.curate import readers, run
 from megallm.curate.config import CurateConfig, InputConfig
 
 from .test_chain import kept, ledger, prose
@@ -123,7 +124,7 @@ def test_b16_damage_of_the_texts_for_a_model_is_an_error(tmp_path):
     """`curate train-lm` and `train-classifier` passed over it."""
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(prose(1).encode())[:-9])
     with pytest.raises(DataError, match=r"a\.txt\.gz:1: .*damaged"):
-        list(readers.texts([str(tmp_path / "a.txt.gz")]))
+        list(readers.document_texts([str(tmp_path / "a.txt.gz")]))
     archive(tmp_path / "b.jsonl")
     with pytest.raises(DataError, match=r"b\.jsonl.*zip archive"):
-        list(readers.texts([str(tmp_path / "b.jsonl")]))
+        list(readers.document_texts([str(tmp_path / "b.jsonl")]))

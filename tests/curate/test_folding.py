@@ -63,7 +63,7 @@ def test_steps_see_through(name: str) -> None:
     sets, offsets = near.shingles(Analysis([plain, disguised]), NearConfig().ngram)
     assert (sets[: offsets[1]] == sets[offsets[1] :]).all() and offsets[1] > 20
     if name in DISGUISES:
-        assert exact.key_of(plain) == exact.key_of(disguised)
+        assert exact.text_key(plain) == exact.text_key(disguised)
     step = Toxicity(ToxicityConfig(score=False))
     rude = "what the fucking shit of a motherfucker"
     assert len(step.matches(Analysis([(DISGUISES | PUNCTUATION)[name](rude)]).words)) == 3

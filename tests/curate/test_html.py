@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from megallm.curate import optional
+from megallm.base import optional
 from megallm.curate.html import text_of_html
 
 if not optional.available("selectolax.lexbor"):

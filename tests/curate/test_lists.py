@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from megallm.curate import optional, toxicity
+from megallm.base import optional
+from megallm.curate import toxicity
 from megallm.curate.config import LanguageConfig, QualityConfig, ToxicityConfig
-from megallm.curate.document import Batch, Document, edit
+from megallm.curate.document import Document, DocumentBatch, edit
 from megallm.curate.language import Language
 from megallm.curate.quality import _SEARCHES, RULES, Quality, boilerplate_spans
 
@@ -56,7 +57,8 @@ def test_boilerplate_is_cut_and_real_lines_are_not() -> None:
         assert [(span.begin, span.end) for span in spans] == [(8, 9 + len(line))], line
     step = Quality(QualityConfig(off=tuple(rule.reason for rule in RULES if rule.reason != "digits")))
     text = "\n".join([GOOD, *REAL_LINES[:3], BOILERPLATE[0], ""])
-    others = [verdict for verdict in step.judge(Batch([Document("a", text, "f", 1)])) if verdict.action == "edit"]
+    judged = step.judge(DocumentBatch([Document("a", text, "f", 1)]))
+    others = [verdict for verdict in judged if verdict.action == "edit"]
     assert [span.end - span.begin for verdict in others for span in verdict.spans] == [len(BOILERPLATE[0]) + 1]
 
 
@@ -144,7 +146,7 @@ def test_clean_topics_are_kept_and_toxic_text_is_dropped(score: bool) -> None:
     toxic["many"] = f"{' '.join(unsure[::5])} {prose(3, 60)}"
     rows = clean | toxic
     documents = [Document(name, text, "f", 1, at) for at, (name, text) in enumerate(rows.items())]
-    verdicts = step.judge(Batch(documents))
+    verdicts = step.judge(DocumentBatch(documents))
     found = {name: verdict.action for name, verdict in zip(rows, verdicts, strict=True)}
     assert found == dict.fromkeys(clean, "keep") | dict.fromkeys(toxic, "drop")
 

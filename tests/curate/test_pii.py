@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
+from megallm.base import optional
 from megallm.base.errors import UsageError
-from megallm.curate import access_keys, optional
+from megallm.curate import access_keys
 from megallm.curate.config import PiiConfig
 from megallm.curate.document import apply_spans
 from megallm.curate.pii import Pii, luhn

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megallm.base.errors import UsageError
-from megallm.curate.config import CurateConfig, DecontaminateConfig, InputConfig, check
+from megallm.curate.config import CurateConfig, DecontaminateConfig, InputConfig, check_config
 from megallm.curate.decontaminate import Decontaminate, _in_order
-from megallm.curate.document import Batch, Document, Verdict
+from megallm.curate.document import Document, DocumentBatch, Verdict
 
 from .test_chain import prose
 from .test_folding import DISGUISES, PUNCTUATION
@@ -32,7 +32,7 @@ def step_of(folder: Path, items: list[str], **changes: float) -> Decontaminate:
 
 
 def judged(step: Decontaminate, texts: list[str]) -> list[Verdict]:
-    return step.judge(Batch([Document(str(k), text, "f", k + 1, k) for k, text in enumerate(texts)]))
+    return step.judge(DocumentBatch([Document(str(k), text, "f", k + 1, k) for k, text in enumerate(texts)]))
 
 
 def planted(texts: list[str]) -> list[str]:
@@ -107,5 +107,5 @@ def test_the_share_is_checked(tmp_path: Path) -> None:
     for value in (-1.0, 0.2, 1.5):
         config = CurateConfig(InputConfig((str(tmp_path),)), decontaminate=DecontaminateConfig(edited=value))
         with pytest.raises(UsageError, match=r"decontaminate\.edited is .* from 0\.5 to 1\.0"):
-            check(config)
-    check(CurateConfig(InputConfig((str(tmp_path),)), decontaminate=DecontaminateConfig(edited=0.0)))
+            check_config(config)
+    check_config(CurateConfig(InputConfig((str(tmp_path),)), decontaminate=DecontaminateConfig(edited=0.0)))

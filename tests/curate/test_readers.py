@@ -16,8 +16,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.curate import optional, readers, run
+from megallm.curate import readers, run
 from megallm.curate.config import CurateConfig, InputConfig
 from megallm.curate.document import Document
 
@@ -26,8 +27,10 @@ from .test_chain import config_of, kept, ledger, prose
 
 def read(*names: Path, **changes: object) -> list[Document | readers.Reject]:
     config = InputConfig(files=tuple(map(str, names)), **changes)  # type: ignore[arg-type]
-    files = readers.find_files(config)
-    return [item for name in files for unit in readers.units(name, config) for item in readers.parse(unit, config)]
+    files = readers.find_inputs(config)
+    return [
+        item for name in files for unit in readers.file_units(name, config) for item in readers.parse_unit(unit, config)
+    ]
 
 
 def line_of(item: Document | readers.Reject) -> tuple[int, str]:

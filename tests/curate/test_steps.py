@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.curate import classifier, optional, synth
+from megallm.curate import classifier, synth
 from megallm.curate.config import (
     ClassifierConfig,
     DecontaminateConfig,
@@ -20,9 +21,9 @@ from megallm.curate.config import (
     ToxicityConfig,
 )
 from megallm.curate.decontaminate import Decontaminate, report_of
-from megallm.curate.document import Batch, Document, Span, Verdict, apply_spans, edit
+from megallm.curate.document import Document, DocumentBatch, TextSpan, Verdict, apply_spans, edit
 from megallm.curate.language import Language, sample
-from megallm.curate.pii import Pii, iban_valid, luhn, stand_in
+from megallm.curate.pii import Pii, iban_valid, luhn, placeholder_for
 from megallm.curate.quality import RULES, Quality, boilerplate_spans, measure
 from megallm.curate.text import Analysis, lowered
 from megallm.curate.toxicity import Toxicity
@@ -33,11 +34,11 @@ from .test_chain import prose
 def need(*modules: str) -> None:
     for module in modules:
         if not optional.available(module):
-            pytest.skip(f"{optional.LIBRARIES[module][0]} is not installed: pip install 'megallm[data]'")
+            pytest.skip(f"{optional.library(module).distribution} is not installed: pip install 'megallm[data]'")
 
 
-def batch_of(*texts: str, **meta: str) -> Batch:
-    return Batch([Document(str(k), text, "f", k + 1, k, dict(meta)) for k, text in enumerate(texts)])
+def batch_of(*texts: str, **meta: str) -> DocumentBatch:
+    return DocumentBatch([Document(str(k), text, "f", k + 1, k, dict(meta)) for k, text in enumerate(texts)])
 
 
 def judge(step: object, *texts: str, **meta: str) -> list[Verdict]:
@@ -176,7 +177,7 @@ def test_boilerplate_lines_are_cut_and_prose_about_them_is_not() -> None:
 
 
 def test_overlapping_spans_are_resolved() -> None:
-    verdict = edit([Span(5, 9, "b"), Span(0, 6, "a", "X"), Span(8, 9, "c"), Span(3, 3, "empty")])
+    verdict = edit([TextSpan(5, 9, "b"), TextSpan(0, 6, "a", "X"), TextSpan(8, 9, "c"), TextSpan(3, 3, "empty")])
     assert [span.reason for span in verdict.spans] == ["a", "c"]
     assert apply_spans("0123456789", verdict.spans) == "X679"
 
@@ -259,7 +260,7 @@ def test_personal_data_is_found_and_look_alikes_are_left() -> None:
             spans = step.find(text)
             assert [(span.reason, text[span.begin : span.end]) for span in spans] == [(kind, one)]
             clean = apply_spans(text, spans)
-            assert one not in clean and spans[0].replacement == stand_in(kind, one)
+            assert one not in clean and spans[0].replacement == placeholder_for(kind, one)
     for text in LEFT:
         assert step.find(text) == [], text
 
@@ -285,7 +286,7 @@ def test_stand_ins_are_stable_and_are_left_in_peace() -> None:
     step = Pii(PiiConfig())
     text = "jane@mail.org wrote from address 8.8.8.8; jane@mail.org again."
     once = apply_spans(text, step.judge(batch_of(text))[0].spans)
-    assert once.count(stand_in("email", "jane@mail.org")) == 2 and "mail.org" not in once
+    assert once.count(placeholder_for("email", "jane@mail.org")) == 2 and "mail.org" not in once
     assert step.judge(batch_of(once))[0].action == "keep"
     only = Pii(PiiConfig(kinds=("ip",)))
     assert [span.reason for span in only.find(text)] == ["ip"]
@@ -335,16 +336,16 @@ def test_classifier_learns_is_repeatable_and_saves(tmp_path: Path) -> None:
     for name, rows in (("good", good), ("bad", bad)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = ([str(tmp_path / "good.jsonl")], [str(tmp_path / "bad.jsonl")])
-    model = classifier.train(*paths)
+    model = classifier.train_classifier(*paths)
     assert model.about["auc"] > 0.99 and model.about["held_out"] > 10
-    assert np.array_equal(model.weights, classifier.train(*paths).weights)
+    assert np.array_equal(model.weights, classifier.train_classifier(*paths).weights)
     model.save(tmp_path / "m.npz")
     step = classifier.Classifier(ClassifierConfig(model=str(tmp_path / "m.npz")))
     batch = batch_of(prose(999, 80), "click now: cheap casino, buy the casino of cheap cheap click")
     assert [verdict.reason for verdict in step.judge(batch)] == ["", "low_quality_score"]
     assert batch.documents[0].meta["quality_score"] > 0.5
     with pytest.raises(UsageError, match="at least 10"):
-        classifier.train(paths[0], [str(_few(tmp_path))])
+        classifier.train_classifier(paths[0], [str(_few(tmp_path))])
     (tmp_path / "bad.npz").write_bytes(b"PK nonsense")
     with pytest.raises(DataError, match="not a classifier"):
         classifier.LinearModel.load(tmp_path / "bad.npz")
@@ -359,7 +360,7 @@ def test_shuffled_labels_teach_nothing(tmp_path: Path) -> None:
     for name, first in (("good", 0), ("bad", 500)):
         rows = "".join(json.dumps({"text": prose(first + k, 40)}) + "\n" for k in range(300))
         (tmp_path / f"{name}.jsonl").write_text(rows)
-    model = classifier.train([str(tmp_path / "good.jsonl")], [str(tmp_path / "bad.jsonl")])
+    model = classifier.train_classifier([str(tmp_path / "good.jsonl")], [str(tmp_path / "bad.jsonl")])
     assert 0.3 < model.about["auc"] < 0.7
 
 

@@ -35,11 +35,11 @@ def native(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def own_verdicts(tmp_path_factory, monkeypatch):
     """What is kept from run to run lies in a folder of the test run, not in anybody's home."""
-    from megallm.data.stream import bookmarks
+    from megallm.data.stream import state_cache
     from megallm.data.text import accelerated
 
     monkeypatch.setattr(accelerated, "CACHE", str(tmp_path_factory.mktemp("verdicts")))
-    monkeypatch.setattr(bookmarks, "FOLDER", str(tmp_path_factory.mktemp("bookmarks")))
+    monkeypatch.setattr(state_cache, "FOLDER", str(tmp_path_factory.mktemp("bookmarks")))
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megallm.data.indexed.dataset import IndexedWriter
-from megallm.data.stream.plan import Plan, Reading, Segment
-from megallm.data.stream.source import Row, Source
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment
+from megallm.data.stream.source import DocumentSource, PackedRow
 from megallm.data.stream.stream import Stream
 
 
@@ -36,26 +36,26 @@ def corpora(folder: Path, seed: int = 0) -> dict[str, str]:
     }
 
 
-def changing_plan(sources: dict[str, str], packing: str) -> Plan:
+def changing_plan(sources: dict[str, str], packing: str) -> StreamPlan:
     """Weights, lengths and windows that change on the way; one source rests for a while."""
     a, b, c = sources["short"], sources["ragged"], sources["long"]
     first = {a: 0.5, b: 0.3, c: 0.2}
-    return Plan(
+    return StreamPlan(
         (
-            Segment(0, first, Reading(32, packing, 16)),
-            Segment(3000, {a: 0.2, b: 0.3, c: 0.5}, Reading(64, packing, 16)),
-            Segment(7000, {a: 0.3, c: 0.7}, Reading(16, packing, 8)),
-            Segment(9000, first, Reading(128, packing, 8)),
+            StreamSegment(0, first, Reading(32, packing, 16)),
+            StreamSegment(3000, {a: 0.2, b: 0.3, c: 0.5}, Reading(64, packing, 16)),
+            StreamSegment(7000, {a: 0.3, c: 0.7}, Reading(16, packing, 8)),
+            StreamSegment(9000, first, Reading(128, packing, 8)),
         ),
         seed=3,
     )
 
 
-def sources_of(plan: Plan) -> dict[str, Source]:
-    return {prefix: Source(prefix, plan) for prefix in plan.prefixes}
+def sources_of(plan: StreamPlan) -> dict[str, DocumentSource]:
+    return {prefix: DocumentSource(prefix, plan) for prefix in plan.prefixes}
 
 
-def check_exactly_once(sources: dict[str, Source], rows: list[Row]) -> dict[str, int]:
+def check_exactly_once(sources: dict[str, DocumentSource], rows: list[PackedRow]) -> dict[str, int]:
     """Every token of every epoch that was finished stands in exactly one row; returns the finished epochs."""
     spans = defaultdict(list)
     newest = dict.fromkeys([*sources, *(row.prefix for row in rows)], 0)

@@ -15,9 +15,9 @@ import pytest
 from megallm.base.errors import DataError
 from megallm.data.batches import MegatronReader, Share, StreamReader
 from megallm.data.indexed import openfile
-from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, verify
-from megallm.data.stream.plan import Plan, Reading, Segment
-from megallm.data.stream.source import Source
+from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, verify_dataset
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment
+from megallm.data.stream.source import DocumentSource
 from megallm.data.stream.stream import Stream
 from megallm.data.text import definition, tokenizer
 from megallm.data.text.byte_level import BYTE_SYMBOLS
@@ -149,7 +149,7 @@ def test_item_18_what_published_tokenizers_hold_is_no_bomb(tmp_path):
         sound(model={"type": "Unigram", "vocab": [[f"piece{i}", -1.0] for i in range(250_000)]}),
     ):  # fmt: skip
         (tmp_path / "t.json").write_text(json.dumps(found))
-        assert definition.read(tmp_path / "t.json")[0] == found
+        assert definition.read_definition(tmp_path / "t.json")[0] == found
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
@@ -194,8 +194,8 @@ def prefix(tmp_path) -> str:
 def test_item_18_a_bin_cut_off_under_a_run_is_named(prefix):
     """It was SIGBUS, in all readers: one sample, a stream, a check of all tokens."""
     data, share = IndexedDataset(prefix), Share(8, 8)
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(64)),), 1)
-    stream = StreamReader(Stream(plan, {prefix: Source(prefix, plan, 500)}), share, 1)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(64)),), 1)
+    stream = StreamReader(Stream(plan, {prefix: DocumentSource(prefix, plan, 500)}), share, 1)
     megatron = MegatronReader(build_split({prefix: 1.0}, "100,0,0", "train", 100, 64, 1, 500), share)
     assert stream.batches(1) and megatron.batches(1)
     os.truncate(f"{prefix}.bin", 4096)
@@ -205,7 +205,7 @@ def test_item_18_a_bin_cut_off_under_a_run_is_named(prefix):
             read()
     assert data.document(3).tolist() == list(range(150, 200))  # what is left is read
     with pytest.raises(DataError, match=r"d\.bin"):
-        verify(prefix)
+        verify_dataset(prefix)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])

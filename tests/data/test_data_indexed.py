@@ -197,7 +197,7 @@ def test_merge_refuses_two_tokenizers(make_dataset, tmp_path):
     meta.write(a, side_car())
     meta.write(b, side_car())
     indexed.merge([a, b], tmp_path / "m")
-    assert meta.read(tmp_path / "m")["tokens"] == 6
+    assert meta.read_meta(tmp_path / "m")["tokens"] == 6
     meta.write(b, side_car("hf-1"))
     with pytest.raises(DataError, match="different tokenizers"):
         indexed.merge([a, b], tmp_path / "n")
@@ -217,15 +217,15 @@ def test_damaged_side_car_is_refused(make_dataset, text):
     prefix = make_dataset("x", [[[1]]])
     Path(meta.path_of(prefix)).write_text(text)
     with pytest.raises(DataError, match="meta.json"):
-        meta.read(prefix)
+        meta.read_meta(prefix)
 
 
 def test_verify_finds_document_and_position(make_dataset):
     prefix = make_dataset("x", [[[1, 2]], [], [[3, 4], [5, 99, 6]], [[7]]])
-    report = indexed.verify(prefix, 100)
+    report = indexed.verify_dataset(prefix, 100)
     assert (report["documents"], report["tokens"], report["highest_token"], report["empty_documents"]) == (4, 8, 99, 1)
     with pytest.raises(DataError, match=r"x.bin: document 2, position 3: token id 99 is outside the vocabulary of 99"):
-        indexed.verify(prefix, 99)
+        indexed.verify_dataset(prefix, 99)
 
 
 def test_verify_finds_a_negative_id_and_works_across_blocks(make_dataset, monkeypatch):
@@ -233,19 +233,19 @@ def test_verify_finds_a_negative_id_and_works_across_blocks(make_dataset, monkey
     rows = [[[i, i + 1, i + 2]] for i in range(20)]
     rows[13][0][1] = -1
     with pytest.raises(DataError, match="document 13, position 1: token id -1"):
-        indexed.verify(make_dataset("x", rows, "<i4"), 100)
+        indexed.verify_dataset(make_dataset("x", rows, "<i4"), 100)
     rows[13][0][1] = 0
-    assert indexed.verify(make_dataset("y", rows, "<i4"), 100)["tokens"] == 60
+    assert indexed.verify_dataset(make_dataset("y", rows, "<i4"), 100)["tokens"] == 60
 
 
 def test_verify_checks_the_side_car(make_dataset):
     prefix = make_dataset("x", [[[1, 2, 3]]])
     meta.write(prefix, side_car(vocab_size=3))
     with pytest.raises(DataError, match="position 2: token id 3"):
-        indexed.verify(prefix)
+        indexed.verify_dataset(prefix)
     meta.write(prefix, side_car(tokens=4))
     with pytest.raises(DataError, match="says 4 tokens but the dataset has 3"):
-        indexed.verify(prefix)
+        indexed.verify_dataset(prefix)
 
 
 def test_dtype_follows_the_vocabulary():

@@ -14,9 +14,9 @@ from megallm.base.errors import DataError
 from megallm.data.indexed import dataset as indexed
 from megallm.data.indexed import meta, split_merge
 from megallm.data.text import tokenizer
-from megallm.data.text.partial import sweep
+from megallm.data.text.partial import remove_stale_outputs
 from megallm.data.text.preprocess import PreprocessConfig, run
-from megallm.data.text.tokenizer_folder import kept_at
+from megallm.data.text.tokenizer_folder import saved_tokenizer
 
 TEXT = "In the beginning God created the heaven and the earth. " * 40 + "été 中文 😀\n"
 HARD = "  Don't stop, 1234567 naïve façade e\u0301 \u00a0 漢字\n\n x\ty <|endoftext|> 'LL été 😀"
@@ -77,7 +77,7 @@ def test_every_form_is_kept_and_read_again(made, tmp_path, form):
     prefix = preprocess(tmp_path, made[form])
     kept, own = meta.kept_tokenizer(prefix), tokenizer.load(made[form])
     again = tokenizer.load(kept)
-    assert kept == str(kept_at(prefix)) and again.fingerprint == own.fingerprint
+    assert kept == str(saved_tokenizer(prefix)) and again.fingerprint == own.fingerprint
     assert (again.encode(HARD), again.eod, again.vocab_size) == (own.encode(HARD), own.eod, own.vocab_size)
     first = indexed.IndexedDataset(prefix).document(0).tolist()
     assert first == [*again.encode("In the beginning\n"), again.eod]
@@ -103,11 +103,11 @@ def test_rows_that_pad_a_vocabulary_give_no_text(made, form):
 
 def test_bytes_keep_nothing_and_an_older_tokenizer_goes(made, tmp_path):
     prefix = preprocess(tmp_path, made["folder"])
-    assert kept_at(prefix).is_dir()
+    assert saved_tokenizer(prefix).is_dir()
     for suffix in (".bin", ".idx", ".meta.json"):
         (tmp_path / f"d_text_document{suffix}").unlink()
     prefix = preprocess(tmp_path, "bytes")
-    assert meta.kept_tokenizer(prefix) == "bytes" and not kept_at(prefix).exists()
+    assert meta.kept_tokenizer(prefix) == "bytes" and not saved_tokenizer(prefix).exists()
 
 
 def test_without_metadata_nothing_is_known(made, tmp_path):
@@ -119,15 +119,15 @@ def test_without_metadata_nothing_is_known(made, tmp_path):
 @pytest.mark.parametrize("form", ["folder", "sentencepiece file"])
 def test_merge_and_split_carry_it(made, tmp_path, form):
     a, b = preprocess(tmp_path, made[form], "a"), preprocess(tmp_path, made[form], "b", "the heaven\n")
-    shutil.rmtree(kept_at(a))  # one copy is enough: the fingerprints agree
+    shutil.rmtree(saved_tokenizer(a))  # one copy is enough: the fingerprints agree
     indexed.merge([a, b], tmp_path / "m")
     wanted = tokenizer.load(made[form]).fingerprint
     assert tokenizer.load(meta.kept_tokenizer(tmp_path / "m")).fingerprint == wanted
-    for part in split_merge.split(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
+    for part in split_merge.split_dataset(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
         assert tokenizer.load(meta.kept_tokenizer(part["prefix"])).fingerprint == wanted
     bytewise = [preprocess(tmp_path, "bytes", name) for name in ("x", "y")]
     indexed.merge(bytewise, tmp_path / "n")
-    assert meta.kept_tokenizer(tmp_path / "n") == "bytes" and not kept_at(tmp_path / "n").exists()
+    assert meta.kept_tokenizer(tmp_path / "n") == "bytes" and not saved_tokenizer(tmp_path / "n").exists()
 
 
 def test_a_killed_publication_is_finished_with_the_tokenizer(made, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_what_a_killed_merge_left_is_swept(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").touch()
         os.utime(tmp_path / name, (0, 0))
-    assert sweep(str(tmp_path / "d")) == ["d.tokenizer.tmp-999999999-ab"]
+    assert remove_stale_outputs(str(tmp_path / "d")) == ["d.tokenizer.tmp-999999999-ab"]
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -18,7 +18,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.convert.megatron.translate import to_yaml, translate
 from megallm.data.batches import Share
 from megallm.data.megatron import blend
-from megallm.data.megatron.samples import Sampling, build_samples
+from megallm.data.megatron.samples import SampleOptions, build_samples
 from megallm.training import reading
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
@@ -127,7 +127,7 @@ def test_a_weight_for_one_source_is_not_none(corpus):
     """Item 25: where the samples just fill whole epochs, a surplus of 0.005 begins another: 0 of 112 were equal."""
     for samples in (140, 281):
         none, alone, weighted = (
-            build_samples({"A": weight}, "1", "train", samples, Sampling(8, 1234, surplus))
+            build_samples({"A": weight}, "1", "train", samples, SampleOptions(8, 1234, surplus))
             for weight, surplus in ((None, 0.005), (1.0, None), (1.0, 0.005))
         )
         first = [[int(one.sample(i)[0]) for i in range(samples)] for one in (alone, none, weighted)]
@@ -234,7 +234,7 @@ def test_a_blend_that_takes_more_than_was_built_is_refused(make_dataset):
         match="s3: the blend takes 57 samples of it, but 55 were built: raise data.surplus",
     ):
         build_split(sources, "1", "train", 58, 40, 1)
-    enough = build_samples(sources, "1", "train", 58, Sampling(40, 1, surplus=0.05))
+    enough = build_samples(sources, "1", "train", 58, SampleOptions(40, 1, surplus=0.05))
     assert [int(enough.sample(i)[0]) for i in range(58)].count(3) > 50
 
 

@@ -14,12 +14,12 @@ from megallm.data.masking import MaskRule
 from megallm.data.objective import (
     DIFFUSION,
     MLM,
-    Hider,
+    TokenMasker,
     mask_token_of,
     special_tokens,
-    word_table,
+    word_start_table,
 )
-from megallm.data.stream.plan import Plan, Reading, Segment
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment
 from megallm.data.stream.stream import Stream
 from megallm.data.text.tokenizer import ByteTokenizer, FolderTokenizer
 from tests.data.stream_cases import sources_of, write
@@ -38,8 +38,8 @@ def prefix(tmp_path_factory) -> str:
 
 
 def reader(prefix: str, kind: str, share: Share, apart: bool = True, seed: int = 5, seq_len: int = 32) -> StreamReader:
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(seq_len, "best_fit", 8)),), seed=1)
-    return StreamReader(Stream(plan, sources_of(plan)), share, 1, apart, Hider(kind, RULE, seed))
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(seq_len, "best_fit", 8)),), seed=1)
+    return StreamReader(Stream(plan, sources_of(plan)), share, 1, apart, TokenMasker(kind, RULE, seed))
 
 
 def seen(stream: StreamReader, steps: int) -> dict[tuple, np.ndarray]:
@@ -123,7 +123,7 @@ class Samples:
 
 
 def test_samples_of_megatrons_order_are_texts_by_number():
-    hide = Hider(MLM, MaskRule(MASK, 256, (EOD, MASK), rate=0.5), 5)
+    hide = TokenMasker(MLM, MaskRule(MASK, 256, (EOD, MASK), rate=0.5), 5)
     one = MegatronReader(Samples(), Share(4, 4), hide)
     two = [MegatronReader(Samples(), Share(4, 1, 2, rank), hide) for rank in range(2)]
     for step in (1, 2):
@@ -172,24 +172,24 @@ def test_the_mask_token_is_found_or_named(tmp_path):
     ],
 )
 def test_where_words_begin(pieces, starts, tmp_path):
-    assert word_table(folder(tmp_path / "t", pieces, ())).tolist() == starts
+    assert word_start_table(folder(tmp_path / "t", pieces, ())).tolist() == starts
 
 
 def test_whole_words_are_hidden_together(tmp_path):
     text = np.frombuffer(b" one two three four five six seven eight nine ten" * 40, np.uint8).astype(np.int64)
-    hide = Hider(MLM, MaskRule(MASK, 256, (EOD, MASK)), 5, word_table(ByteTokenizer()))
+    hide = TokenMasker(MLM, MaskRule(MASK, 256, (EOD, MASK)), 5, word_start_table(ByteTokenizer()))
     mask = hide(text, "document", 1)["mask"]
     words = np.cumsum(text == 32)
     for word in range(1, words[-1] + 1):
         assert len(set(mask[words == word].tolist())) == 1
     assert 0.1 < mask.mean() < 0.2
-    alone = Hider(MLM, MaskRule(MASK, 256, (EOD, MASK)), 5)(text, "document", 1)["mask"]  # negative control
+    alone = TokenMasker(MLM, MaskRule(MASK, 256, (EOD, MASK)), 5)(text, "document", 1)["mask"]  # negative control
     assert any(len(set(alone[words == word].tolist())) == 2 for word in range(1, words[-1] + 1))
 
 
 def test_a_tokenizer_that_hides_its_words(tmp_path):
     with pytest.raises(UsageError, match="cannot tell where words begin"):
-        word_table(folder(tmp_path / "t", ["a", "b"], ()))
+        word_start_table(folder(tmp_path / "t", ["a", "b"], ()))
     with pytest.raises(UsageError, match="needs a tokenizer.json"):
-        word_table(None)
+        word_start_table(None)
     assert json.loads((tmp_path / "t/tokenizer.json").read_text())["model"]["type"] == "WordLevel"

@@ -24,7 +24,7 @@ from megallm.base.errors import CannotWrite, DataError, InternalError, UsageErro
 from megallm.base.version import VERSION
 from megallm.data.indexed import dataset as indexed
 from megallm.data.indexed import meta, split_merge
-from megallm.data.indexed.dataset import IndexedDataset, verify
+from megallm.data.indexed.dataset import IndexedDataset, verify_dataset
 from megallm.data.text import preprocess, readers, tokenizer
 from megallm.data.text.preprocess import PreprocessConfig
 from megallm.data.text.readers import ReadOptions
@@ -82,11 +82,12 @@ def test_the_template_of_the_tokenizer_stands_around_texts(tmp_path, eos, ending
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     wanted = [theirs(text, split_special_tokens=True)["input_ids"] + ending if text else [] for text in texts]
     assert [data.document(i).tolist() for i in range(4)] == wanted and wanted[0] == [1, 3, 4, 2, *ending]
-    assert meta.read(tmp_path / "o_text_document")["add_special_tokens"]
+    assert meta.read_meta(tmp_path / "o_text_document")["add_special_tokens"]
     prefix = str(tmp_path / "o_text_document")
     indexed.merge([prefix, prefix], tmp_path / "all")
-    split_merge.split(prefix, str(tmp_path / "part"), [1, 1], seed=3)
-    assert meta.read(tmp_path / "all")["add_special_tokens"] and meta.read(tmp_path / "part-0")["add_special_tokens"]
+    split_merge.split_dataset(prefix, str(tmp_path / "part"), [1, 1], seed=3)
+    kept = [meta.read_meta(tmp_path / name) for name in ("all", "part-0")]
+    assert all(found["add_special_tokens"] for found in kept)
 
 
 def test_a_template_is_found_without_a_token_for_an_a(tmp_path):
@@ -106,12 +107,12 @@ def test_texts_become_documents(work, tmp_path):
     stats, data = work([{"text": "one"}, {"text": ""}, {"text": "zwölf"}], append_eod=True)
     assert [data.document(i).tolist() for i in range(3)] == [[*b"one", EOD], [], [*"zwölf".encode(), EOD]]
     assert (stats.documents, stats.empty, stats.tokens, stats.lines) == (3, {"text": 1}, {"text": 11}, 3)
-    side_car = meta.read(tmp_path / "out/o_text_document")
+    side_car = meta.read_meta(tmp_path / "out/o_text_document")
     made_by = side_car["tokenizer"].pop("encoded_by")
     assert made_by == [f"megallm {VERSION}"]
     assert side_car["tokenizer"] == {"kind": "bytes", "fingerprint": "bytes-257", "vocab_size": 257, "eod": EOD}
     assert (side_car["documents"], side_car["sequences"], side_car["tokens"]) == (3, 2, 11)
-    assert verify(tmp_path / "out/o_text_document")["empty_documents"] == 1
+    assert verify_dataset(tmp_path / "out/o_text_document")["empty_documents"] == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "o_text_document.bin", "o_text_document.idx", "o_text_document.meta.json",
     ]  # fmt: skip
@@ -266,7 +267,8 @@ def test_a_parquet_bomb_takes_bounded_memory(tmp_path, dictionary):
     assert path.stat().st_size < 200_000
     code = (
         "import sys\nfrom megallm.data.text import readers\n"
-        "for chunk in readers.chunks(sys.argv[1], readers.ReadOptions()): readers.parse(chunk, readers.ReadOptions())\n"
+        "options = readers.ReadOptions()\n"
+        "for chunk in readers.chunks(sys.argv[1], options): readers.parse_chunk(chunk, options)\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     )
     done = subprocess.run(
@@ -285,7 +287,7 @@ def test_names_that_utf8_cannot_hold_are_rejected_lines_too(tmp_path):
     preprocess.run(PreprocessConfig((str(path),), str(tmp_path / "o"), "bytes", on_error="skip"))
     reject = json.loads((tmp_path / "o.rejects.jsonl").read_text("utf-8"))
     assert reject["file"] == str(path) and reject["line"] == 2 and "'\ud800'" in reject["reason"]
-    assert meta.read(tmp_path / "o_text_document")["inputs"] == [path.name]
+    assert meta.read_meta(tmp_path / "o_text_document")["inputs"] == [path.name]
 
 
 def test_missing_and_impossible_inputs(work, tmp_path):
@@ -319,7 +321,7 @@ def test_where_a_file_is_cut_changes_nothing(lines, block, kind):
         blocks = (content[i : i + size] for i in range(0, len(content), size))
         first, out = 0, []
         for chunk in readers._cut("x", kind, blocks, limit):
-            parsed = readers.parse(chunk, ReadOptions(max_document_bytes=limit))
+            parsed = readers.parse_chunk(chunk, ReadOptions(max_document_bytes=limit))
             out += [(first + line, texts) for line, texts in parsed.documents]
             out += [(first + line, reason) for line, reason in parsed.rejects]
             first += parsed.lines
@@ -487,7 +489,7 @@ def test_seeking_cuts_as_reading_does(tmp_path, monkeypatch):
 def read_all(name, options):
     first, out = 1, []
     for chunk in readers.chunks(str(name), options):
-        parsed = readers.parse(chunk, options)
+        parsed = readers.parse_chunk(chunk, options)
         out += [(first + line, found) for line, found in [*parsed.documents, *parsed.rejects]]
         first += parsed.lines
     return sorted(out, key=str), first

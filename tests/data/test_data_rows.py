@@ -16,8 +16,8 @@ from megallm.data.batches import Share, StreamReader
 from megallm.data.masking import MaskRule, diffuse_tokens, mask_tokens, word_starts_of
 from megallm.data.stream import fim, packing
 from megallm.data.stream.fim import PLAIN, PSM, SPM, Rearranger, Sentinels
-from megallm.data.stream.plan import CONTEXT, Plan, Reading, Segment
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import CONTEXT, Reading, StreamPlan, StreamSegment
+from megallm.data.stream.source import DocumentSource
 from megallm.data.stream.stream import Stream
 from megallm.data.text import tokenizer
 from tests.data.stream_cases import check_exactly_once, write
@@ -51,8 +51,8 @@ def test_concatenate_cuts_everywhere():
 def cut_documents(reading, documents, tmp_path):
     """(documents that fit into a row but were cut, share of the rows that is filled) over the first epoch."""
     prefix = write(tmp_path / reading.packing, documents)
-    plan = Plan((Segment(0, {prefix: 1.0}, reading),), seed=1)
-    stream, cut, rows, tokens = Stream(plan, {prefix: Source(prefix, plan)}), set(), 0, 0
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, reading),), seed=1)
+    stream, cut, rows, tokens = Stream(plan, {prefix: DocumentSource(prefix, plan)}), set(), 0, 0
     while (row := stream.take(1)[0]).epoch == 0:
         rows, tokens = rows + 1, tokens + sum(item.size for item in row.items)
         for document, begin, end in row.spans:
@@ -110,7 +110,7 @@ def test_fim_with_a_bpe_strips_back_and_cuts_inside_tokens(bpe):
 def test_fim_rates_and_shares_are_what_was_asked():
     n = 6000
     for rate, spm in ((0.5, 0.5), (0.9, 0.2)):
-        forms = [fim.form_of(rng.key_of(1, "x", i), rate, spm) for i in range(n)]
+        forms = [fim.choose_form(rng.key_of(1, "x", i), rate, spm) for i in range(n)]
         changed = n - forms.count(PLAIN)
         assert abs(changed - n * rate) < 4 * sqrt(n * rate * (1 - rate))
         assert abs(forms.count(SPM) - changed * spm) < 4 * sqrt(changed * spm * (1 - spm))
@@ -157,9 +157,9 @@ TEXTS = [f"document {i} says {'é' * (i % 7)} {'word ' * (i % 23)}" for i in ran
 
 def fim_stream(tmp_path, reading, name="f"):
     prefix = write(tmp_path / name, [np.array([*text.encode(), 256], np.uint16) for text in TEXTS])
-    plan = Plan((Segment(0, {prefix: 1.0}, reading),), seed=4)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, reading),), seed=4)
     return prefix, lambda state=None: Stream(
-        plan, {prefix: Source(prefix, plan, 260, Rearranger(BYTES, SENTINELS))}, state
+        plan, {prefix: DocumentSource(prefix, plan, 260, Rearranger(BYTES, SENTINELS))}, state
     )
 
 

@@ -84,7 +84,7 @@ def written(folder: Path, splitting: str, added: tuple[dict, ...] = (), seed: in
 
 def both(folder: str) -> tuple[tokenizer.FolderTokenizer, accelerated.AcceleratedTokenizer]:
     plain = tokenizer.load(folder)
-    fast, name = accelerated.choose(plain, "gigatoken")
+    fast, name = accelerated.choose_tokenizer(plain, "gigatoken")
     assert name == "gigatoken"
     return plain, fast
 
@@ -186,11 +186,11 @@ def test_item_4_the_choice_does_not_depend_on_the_size(tmp_path):
         found[name] = data.document(data.num_documents - 1).tolist()
     assert found["one"] == found["many"] == tokenizer.load(folder).encode(json.loads(line)["text"])
     libraries = [f"{name} {metadata.version(name)}" for name in ("gigatoken", "tokenizers")]
-    assert meta.read(f"{tmp_path}/one_text_document")["tokenizer"]["encoded_by"] == libraries
+    assert meta.read_meta(f"{tmp_path}/one_text_document")["tokenizer"]["encoded_by"] == libraries
     indexed.merge([f"{tmp_path}/one_text_document", f"{tmp_path}/many_text_document"], tmp_path / "all")
-    parts = split_merge.split(str(tmp_path / "all"), str(tmp_path / "part"), [1, 1, 0], 1)
+    parts = split_merge.split_dataset(str(tmp_path / "all"), str(tmp_path / "part"), [1, 1, 0], 1)
     for prefix in (str(tmp_path / "all"), parts[0]["prefix"]):
-        assert meta.read(prefix)["tokenizer"]["encoded_by"] == libraries
+        assert meta.read_meta(prefix)["tokenizer"]["encoded_by"] == libraries
 
 
 def test_item_4_a_merge_names_the_libraries_of_all_its_parts(tmp_path):
@@ -201,7 +201,7 @@ def test_item_4_a_merge_names_the_libraries_of_all_its_parts(tmp_path):
             preprocess.PreprocessConfig((f"{tmp_path}/in.jsonl",), f"{tmp_path}/{backend}", folder, backend=backend)
         )
     indexed.merge([f"{tmp_path}/{name}_text_document" for name in ("tokenizers", "gigatoken")], tmp_path / "all")
-    assert len(meta.read(str(tmp_path / "all"))["tokenizer"]["encoded_by"]) == 2
+    assert len(meta.read_meta(str(tmp_path / "all"))["tokenizer"]["encoded_by"]) == 2
 
 
 def test_item_4_another_library_does_not_go_on_with_its_work(tmp_path, monkeypatch):
@@ -247,17 +247,19 @@ def test_item_29_a_verdict_is_kept_for_its_versions_only(tmp_path, monkeypatch):
     compared = []
     original = accelerated.first_difference
     monkeypatch.setattr(accelerated, "first_difference", lambda *a: compared.append(1) or original(*a))
-    prints = [accelerated.choose(tokenizer.load(folder), "auto")[0].fingerprint for _ in range(2)]
-    assert len(compared) == 1 and prints[0] == prints[1] == definition.fingerprint(tokenizer.load(folder).definition)
+    prints = [accelerated.choose_tokenizer(tokenizer.load(folder), "auto")[0].fingerprint for _ in range(2)]
+    assert len(compared) == 1 and prints[0] == prints[1] == definition.tokenizer_fingerprint(
+        tokenizer.load(folder).definition
+    )
     monkeypatch.setattr(accelerated, "versions", lambda: {"gigatoken": "9.9"})
-    accelerated.choose(tokenizer.load(folder), "auto")
+    accelerated.choose_tokenizer(tokenizer.load(folder), "auto")
     assert len(compared) == 2
     for path in Path(accelerated.CACHE).iterdir():
         path.write_text("{")
-    accelerated.choose(tokenizer.load(folder), "auto")
+    accelerated.choose_tokenizer(tokenizer.load(folder), "auto")
     assert len(compared) == 3
     monkeypatch.setattr(accelerated, "CACHE", "/proc/nowhere")
-    assert accelerated.choose(tokenizer.load(folder), "auto")[1] == "gigatoken" and len(compared) == 4
+    assert accelerated.choose_tokenizer(tokenizer.load(folder), "auto")[1] == "gigatoken" and len(compared) == 4
 
 
 def test_item_29_the_vocabulary_is_read_off_the_definition(tmp_path):

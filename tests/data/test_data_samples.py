@@ -14,7 +14,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import stack
 from megallm.data.loader import Loader
 from megallm.data.megatron.sampler import rows_after
-from megallm.data.megatron.samples import Blend, Span
+from megallm.data.megatron.samples import Blend, DocumentSpan
 from tests.data.megatron_cases import build_split
 
 
@@ -52,7 +52,7 @@ def test_spans_count_within_documents_of_several_sequences(make_dataset):
     dataset = build_split({prefix: 1.0}, "1", "train", None, 4, 0)
     spans = dataset.spans(0)
     assert sum(s.end - s.begin for s in spans) == 5
-    assert all(isinstance(s, Span) and s.document == 0 and 0 <= s.begin < s.end <= 5 for s in spans)
+    assert all(isinstance(s, DocumentSpan) and s.document == 0 and 0 <= s.begin < s.end <= 5 for s in spans)
 
 
 def test_blend_draws_from_its_sources_by_weight(make_dataset):

@@ -78,7 +78,7 @@ def test_gigatoken_gives_the_same_bytes(tmp_path, bpe):
 def test_a_written_special_token_stays_text_in_gigatoken(bpe):
     pytest.importorskip("gigatoken")
     plain = tokenizer.load(bpe)
-    fast, name = accelerated.choose(plain, "gigatoken")
+    fast, name = accelerated.choose_tokenizer(plain, "gigatoken")
     assert name == "gigatoken"
     texts = ["a<|endoftext|>b", "<|fim_prefix|>", "", TEXT * 3]
     ids, lengths = fast.encode_joined(texts)
@@ -97,21 +97,21 @@ def test_a_backend_that_differs_is_not_used(bpe, monkeypatch):
         return np.where(ids == plain.encode("é")[-1], 0, ids), lengths
 
     monkeypatch.setattr(accelerated.AcceleratedTokenizer, "encode_joined", wrong)
-    used, name = accelerated.choose(plain, "auto")
+    used, name = accelerated.choose_tokenizer(plain, "auto")
     assert used is plain and name.startswith("tokenizers (gigatoken splits")
     with pytest.raises(UsageError, match="--backend gigatoken: gigatoken splits"):
-        accelerated.choose(plain, "gigatoken")
+        accelerated.choose_tokenizer(plain, "gigatoken")
 
 
 def test_without_gigatoken_the_plain_one_is_used(bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    used, name = accelerated.choose(tokenizer.load(bpe), "auto")
+    used, name = accelerated.choose_tokenizer(tokenizer.load(bpe), "auto")
     assert isinstance(used, tokenizer.FolderTokenizer) and "not installed" in name
 
 
 def test_the_cache_of_words_is_dropped(bpe, monkeypatch):
     pytest.importorskip("gigatoken")
-    fast, _ = accelerated.choose(tokenizer.load(bpe), "gigatoken")
+    fast, _ = accelerated.choose_tokenizer(tokenizer.load(bpe), "gigatoken")
     monkeypatch.setattr(accelerated, "_LOOK_BYTES", 1000)
     monkeypatch.setattr(accelerated, "_resident_bytes", lambda: 10**9)
     for _ in range(60):
@@ -139,9 +139,9 @@ def test_the_cache_of_words_is_dropped(bpe, monkeypatch):
 def test_the_fast_json_reader_changes_no_verdict(line, monkeypatch):
     pytest.importorskip("orjson")
     chunk = readers.Chunk("x", "jsonl", 0, len(line), line + b"\n" + b'{"text": "good"}\n')
-    with_it = readers.parse(chunk, readers.ReadOptions())
+    with_it = readers.parse_chunk(chunk, readers.ReadOptions())
     monkeypatch.setattr(readers, "fast_loads", lambda: None)
-    assert readers.parse(chunk, readers.ReadOptions()) == with_it
+    assert readers.parse_chunk(chunk, readers.ReadOptions()) == with_it
 
 
 # Resuming.
@@ -255,8 +255,8 @@ def test_other_work_in_progress_is_thrown_away(tmp_path):
 
 
 def test_one_output_has_one_writer(tmp_path):
-    with partial.Partial(str(tmp_path / "o"), 1), pytest.raises(CannotWrite, match="in use by another process"):
-        partial.Partial(str(tmp_path / "o"), 1)
+    with partial.PartialOutput(str(tmp_path / "o"), 1), pytest.raises(CannotWrite, match="in use by another process"):
+        partial.PartialOutput(str(tmp_path / "o"), 1)
 
 
 def test_temporaries_of_dead_writers_are_swept(tmp_path):
@@ -267,7 +267,7 @@ def test_temporaries_of_dead_writers_are_swept(tmp_path):
         (tmp_path / (name % pid)).write_text("x")
         os.utime(tmp_path / (name % pid), (0, time.time() - 7200))
     (tmp_path / f"o_y.bin.tmp-{dead.pid}-dd").write_text("fresh")
-    assert partial.sweep(str(tmp_path / "o")) == [f"o_x.bin.tmp-{dead.pid}-aa"]
+    assert partial.remove_stale_outputs(str(tmp_path / "o")) == [f"o_x.bin.tmp-{dead.pid}-aa"]
 
 
 # Rejects, shards, origins.
@@ -314,7 +314,7 @@ def test_every_document_knows_its_line(tmp_path):
         text = json.loads(lines[place["file"]][place["line"] - 1])["text"]
         assert text.encode() == bytes(data.document(document).tolist())
     assert len({(place["file"], place["line"]) for place in places}) == len(places) == 600 and places[0]["line"] == 2
-    assert len(meta.read(prefix)["origins"]["runs"]) < 12
+    assert len(meta.read_meta(prefix)["origins"]["runs"]) < 12
 
 
 def test_split_and_stats(tmp_path):
@@ -323,7 +323,7 @@ def test_split_and_stats(tmp_path):
     prefix = str(tmp_path / "o_text_document")
     whole, texts = IndexedDataset(prefix), []
     for seed in (None, 4):
-        parts = split_merge.split(prefix, str(tmp_path / f"s{seed}"), [80, 15, 5], seed)
+        parts = split_merge.split_dataset(prefix, str(tmp_path / f"s{seed}"), [80, 15, 5], seed)
         assert sum(part["documents"] for part in parts) == 500
         assert abs(parts[0]["documents"] - 400) <= (0 if seed is None else 40)
         found = [
@@ -332,7 +332,7 @@ def test_split_and_stats(tmp_path):
         ]  # fmt: skip
         texts.append(found)
         assert sorted(found) == sorted(tuple(whole.document(i).tolist()) for i in range(500))
-        assert meta.read(parts[1]["prefix"])["tokenizer"] == meta.read(prefix)["tokenizer"]
+        assert meta.read_meta(parts[1]["prefix"])["tokenizer"] == meta.read_meta(prefix)["tokenizer"]
     assert texts[0] != texts[1]
     figures = split_merge.stats(prefix, 512)
     lengths = [len(whole.document(i)) for i in range(500)]
@@ -350,7 +350,10 @@ def test_lines_are_known_after_merging_and_splitting(tmp_path):
         assert preprocess.run(config).rejected
     prefix = {name: f"{tmp_path}/{name}_text_document" for name in "ab"}
     indexed.merge([prefix["a"], prefix["b"], prefix["a"]], tmp_path / "all")
-    parts = [part["prefix"] for part in split_merge.split(tmp_path / "all", str(tmp_path / "part"), [1, 1, 0], seed=3)]
+    parts = [
+        part["prefix"]
+        for part in split_merge.split_dataset(tmp_path / "all", str(tmp_path / "part"), [1, 1, 0], seed=3)
+    ]
     indexed.merge(parts, tmp_path / "again")
     lines = {name: Path(name).read_text().splitlines() for name in files}
     for made in (tmp_path / "all", *parts, tmp_path / "again"):

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data.batches import Share, StreamReader, fill, lay, pack
+from megallm.data.batches import Share, StreamReader, fill, pack_rows, unpacked_rows
 from megallm.data.stream.mixture import Mixture
 from megallm.data.stream.permute import Permutation
-from megallm.data.stream.plan import Plan, Reading, Segment, segments_of
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment, stream_segments
+from megallm.data.stream.source import DocumentSource
 from megallm.data.stream.stream import Stream
 from tests.data.stream_cases import changing_plan, check_exactly_once, corpora, sources_of, through_json, write
 
@@ -169,7 +169,7 @@ def test_plans_may_change_at_any_resume(tmp_path_factory, data):
             data.draw(st.sampled_from([8, 24, 32, 100])), data.draw(st.sampled_from(["best_fit", "concat"])),
             data.draw(st.sampled_from([1, 4, 16])),
         )  # fmt: skip
-        plan = Plan((Segment(0, dict(zip(names, weights, strict=True)), reading),), seed=1)
+        plan = StreamPlan((StreamSegment(0, dict(zip(names, weights, strict=True)), reading),), seed=1)
         sources = sources_of(plan)
         stream = Stream(plan, sources, state)
         rows += stream.take(data.draw(st.integers(1, 60)))
@@ -192,12 +192,12 @@ def test_what_is_held_over_is_small_and_only_after_a_change(tmp_path):
 
 def test_resume_looks_at_nothing_before_the_cursor(tmp_path, monkeypatch):
     prefix = write(tmp_path / "many", [np.arange(1, 20)] * 3000)
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(64, "best_fit", 32)),), seed=1)
-    stream = Stream(plan, {prefix: Source(prefix, plan)})
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(64, "best_fit", 32)),), seed=1)
+    stream = Stream(plan, {prefix: DocumentSource(prefix, plan)})
     for _ in range(60):
         stream.take(8)
     state = through_json(stream)
-    source, drawn = Source(prefix, plan), []
+    source, drawn = DocumentSource(prefix, plan), []
     original = Permutation.at
     monkeypatch.setattr(Permutation, "at", lambda self, b, n: drawn.append(b) or original(self, b, n))
     assert Stream(plan, {prefix: source}, state).take(8) == stream.take(8)
@@ -206,7 +206,7 @@ def test_resume_looks_at_nothing_before_the_cursor(tmp_path, monkeypatch):
 
 def test_other_files_another_seed_or_split_are_refused(tmp_path):
     prefix = write(tmp_path / "a", [np.arange(1, 20)] * 50)
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(16)),), seed=1)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(16)),), seed=1)
     stream = Stream(plan, sources_of(plan))
     stream.take(3)
     state = through_json(stream)
@@ -215,7 +215,7 @@ def test_other_files_another_seed_or_split_are_refused(tmp_path):
         with pytest.raises(DataError, match=word):
             Stream(other, sources_of(other), state)
     moved = write(tmp_path / "moved", [np.arange(1, 20)] * 50)
-    there = Plan((Segment(0, {moved: 1.0}, Reading(16)),), seed=1)
+    there = StreamPlan((StreamSegment(0, {moved: 1.0}, Reading(16)),), seed=1)
     assert [r.spans for r in Stream(there, sources_of(there), state).take(3)] == [r.spans for r in stream.take(3)]
     write(tmp_path / "a", [np.arange(1, 20)] * 51)  # a document more: FAULTS row 69
     with pytest.raises(DataError, match="a has changed since this run read it"):
@@ -224,25 +224,25 @@ def test_other_files_another_seed_or_split_are_refused(tmp_path):
 
 def test_a_changed_token_changes_the_fingerprint(tmp_path):
     prefix = write(tmp_path / "a", [np.arange(1, 20)] * 50)
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(16)),), seed=1)
-    before = Source(prefix, plan).fingerprint
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(16)),), seed=1)
+    before = DocumentSource(prefix, plan).fingerprint
     data = bytearray((tmp_path / "a.bin").read_bytes())
     data[100] ^= 1
     (tmp_path / "a.bin").write_bytes(data)
-    assert Source(prefix, plan).fingerprint != before
+    assert DocumentSource(prefix, plan).fingerprint != before
 
 
 def test_a_source_without_a_document_is_refused(tmp_path):
     empty = np.zeros(0)
     for documents, split in (([empty, empty], "100"), ([np.arange(1, 9)], "0,100")):
         prefix = write(tmp_path / "e", documents)
-        plan = Plan((Segment(0, {prefix: 1.0}, Reading(16)),), seed=1, split=split)
+        plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(16)),), seed=1, split=split)
         with pytest.raises(DataError, match="holds no whole document"):
-            Source(prefix, plan)
+            DocumentSource(prefix, plan)
 
 
 def test_segments_begin_between_steps():
-    plan = Plan(segments_of({"a": 1.0}, Reading(16), [(100, {}), (None, {"seq_len": 32})]), seed=1)
+    plan = StreamPlan(stream_segments({"a": 1.0}, Reading(16), [(100, {}), (None, {"seq_len": 32})]), seed=1)
     assert [plan.at(tokens).reading.seq_len for tokens in (0, 96, 100, 128)] == [16, 16, 32, 32]
     assert [plan.tokens_after(steps, 2) for steps in (0, 3, 4, 5)] == [0, 96, 128, 192]
 
@@ -254,7 +254,7 @@ def test_masks_and_labels_stay_inside_documents(tmp_path):
     """Tokens name their document, so a label of another one would be seen."""
     documents = [np.full(n, number + 1) for number, n in enumerate([5, 40, 3, 17, 1, 64, 9, 2] * 8)]
     prefix = write(tmp_path / "a", documents)
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(32, "best_fit", 8)),), seed=1)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(32, "best_fit", 8)),), seed=1)
     reader = StreamReader(Stream(plan, sources_of(plan)), Share(6, 3), 1)
     predicted = 0
     for step in range(1, 12):
@@ -267,7 +267,7 @@ def test_masks_and_labels_stay_inside_documents(tmp_path):
                 assert batch["positions"][0, begin:end].tolist() == list(range(end - begin))
             assert (labels[mask] == tokens[mask]).all() and (tokens[mask] > 0).all()
             predicted += int(mask.sum())
-            unmasked = lay(reader._rows[step][:3], reader.stream.sources)
+            unmasked = unpacked_rows(reader._rows[step][:3], reader.stream.sources)
             assert unmasked["tokens"].shape == (3, 32)
     assert predicted > 500
 
@@ -276,7 +276,7 @@ def test_every_token_but_the_first_is_predicted_once(tmp_path):
     documents = [np.arange(n) + 1000 * i + 1 for i, n in enumerate([5, 100, 3, 70, 1, 33, 2])]
     prefix = write(tmp_path / "a", documents)
     for packing in ("best_fit", "concat"):
-        plan = Plan((Segment(0, {prefix: 1.0}, Reading(32, packing, 4)),), seed=1)
+        plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(32, packing, 4)),), seed=1)
         sources = sources_of(plan)
         stream, labels = Stream(plan, sources), []
         while (row := stream.take(1)[0]).epoch == 0:
@@ -287,9 +287,9 @@ def test_every_token_but_the_first_is_predicted_once(tmp_path):
 
 def test_without_masks_the_next_token_is_always_the_label(tmp_path):
     prefix = write(tmp_path / "a", [np.arange(n) + 100 * i + 1 for i, n in enumerate([5, 9, 3, 20, 11])])
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(16, "concat", 2)),), seed=1)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(16, "concat", 2)),), seed=1)
     sources = sources_of(plan)
-    batch = lay(Stream(plan, sources).take(2), sources)
+    batch = unpacked_rows(Stream(plan, sources).take(2), sources)
     assert "cu_seqlens" not in batch and batch["positions"].tolist() == [list(range(16))] * 2
     both = batch["mask"][:, :-1]
     assert (batch["labels"][:, :-1][both] == batch["tokens"][:, 1:][both]).all() and both.all()
@@ -297,15 +297,15 @@ def test_without_masks_the_next_token_is_always_the_label(tmp_path):
 
 def test_an_id_outside_the_vocabulary_names_its_document(tmp_path):
     prefix = write(tmp_path / "a", [[1, 2, 3], [4, 5, 99, 6]])
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(8)),), seed=1)
-    source = Source(prefix, plan, vocab_size=50)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(8)),), seed=1)
+    source = DocumentSource(prefix, plan, vocab_size=50)
     with pytest.raises(DataError, match=r"a\.bin: document 1, position 2: token id 99 is outside the vocabulary of 50"):
-        pack(Stream(plan, {prefix: source}).take(1), {prefix: source})
+        pack_rows(Stream(plan, {prefix: source}).take(1), {prefix: source})
 
 
 def test_only_the_next_step_can_be_read(tmp_path):
     prefix = write(tmp_path / "a", [np.arange(1, 20)] * 50)
-    plan = Plan((Segment(0, {prefix: 1.0}, Reading(16)),), seed=1)
+    plan = StreamPlan((StreamSegment(0, {prefix: 1.0}, Reading(16)),), seed=1)
     reader = StreamReader(Stream(plan, sources_of(plan)), Share(2, 1), 1)
     reader.batches(1)
     with pytest.raises(ValueError, match="stands before step 2; step 5"):

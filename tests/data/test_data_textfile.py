@@ -71,11 +71,11 @@ NAMES = ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst")
 
 
 def by_preprocess(path: Path) -> list[str]:
-    return list(readers.texts([str(path)], readers.ReadOptions()))
+    return list(readers.read_texts([str(path)], readers.ReadOptions()))
 
 
 def by_curate(path: Path) -> list[str]:
-    return list(curate_readers.texts([str(path)]))
+    return list(curate_readers.document_texts([str(path)]))
 
 
 @pytest.mark.parametrize("read", [by_preprocess, by_curate])
@@ -314,9 +314,9 @@ def test_d30_what_cannot_be_streamed_is_refused_and_never_hangs(tmp_path, monkey
         words = "is a pipe or a device"
     with pytest.raises(MegallmError, match=words):
         if case == "curate":
-            curate_readers.find_files(InputConfig(files=(str(pipe),)))
+            curate_readers.find_inputs(InputConfig(files=(str(pipe),)))
         elif case == "curate lm":
-            list(curate_readers.texts([str(pipe)]))
+            list(curate_readers.document_texts([str(pipe)]))
         else:
             preprocess.run(config)
 
@@ -337,6 +337,8 @@ def test_d30_a_pipe_in_a_folder_is_passed_over_by_curate(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "a.jsonl").write_bytes(LINES)
     config = InputConfig(files=(str(tmp_path),))
-    (name,) = curate_readers.find_files(config)
-    found = [item for unit in curate_readers.units(name, config) for item in curate_readers.parse(unit, config)]
+    (name,) = curate_readers.find_inputs(config)
+    found = [
+        item for unit in curate_readers.file_units(name, config) for item in curate_readers.parse_unit(unit, config)
+    ]
     assert [item.text for item in found if isinstance(item, Document)] == TEXTS

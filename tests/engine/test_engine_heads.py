@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megallm.data.masking import MaskRule
-from megallm.data.objective import MLM, Hider
+from megallm.data.objective import MLM, TokenMasker
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import Accuracy, NextToken
@@ -99,7 +99,7 @@ def test_the_example_of_the_page_runs(capsys):
 
 def test_an_encoder_finds_hidden_tokens_on_both_sides():
     """Four random tokens again and again: what is hidden stands four places before or after it too."""
-    size, hide = VOCABULARY, Hider(MLM, MaskRule(VOCABULARY, VOCABULARY, (VOCABULARY,)), seed=3)
+    size, hide = VOCABULARY, TokenMasker(MLM, MaskRule(VOCABULARY, VOCABULARY, (VOCABULARY,)), seed=3)
     model = ModelConfig(
         family="bert", num_layers=2, hidden_size=64, num_heads=4, ffn_hidden_size=128, vocab_size=size + 1,
         max_positions=16,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine import engine as engine_module
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine
@@ -139,12 +139,12 @@ def save_and_load_peaks(root: str) -> tuple[int, int, int, int]:
     with Alive(part.tensor for part in engine.parts()) as saving:
         step = store.save(root, 2, list(engine.parts()), {"engine": engine.counters()}, mesh)
     del engine
-    with Alive() as loading, Reader(step) as reader:
+    with Alive() as loading, CheckpointReader(step) as reader:
         loaded = Engine.build(CONFIG, mesh)
         loaded.load(reader)
     local = loaded.num_local_params()
     del loaded
-    with Alive() as inference, Reader(step) as reader:
+    with Alive() as inference, CheckpointReader(step) as reader:
         model = ParallelModel(MODEL, LayoutConfig(), ComputeConfig(), mesh).load(reader)
     assert sum(x.numel() for stage in model.stages.values() for x in stage.parameters()) == local
     return saving.bytes, loading.bytes, inference.bytes, local

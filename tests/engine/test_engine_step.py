@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 from weakref import finalize
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
+from megallm.losses.terms import Terms
 from megallm.models.config import ModelConfig
 from megallm.oracle import reference
 from megallm.parallel import vocab
@@ -44,10 +46,12 @@ def gradients_by_micro(micros: list[Batch]) -> list[dict[str, Tensor]]:
     class Share:
         """NextToken that one microbatch divides by everybody's count."""
 
+        needs, temperature = ("log_prob",), 1.0
+
         def counts(self, batch: Batch) -> dict[str, Tensor]:
             return {"loss": torch.tensor(count)}
 
-        def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> Terms:
             return NextToken()(outputs, batch)
 
     found = []
@@ -232,12 +236,14 @@ class Poisoned:
     """NextToken whose value is `value` times itself on this rank (NaN and infinity spoil its gradients)."""
 
     value: float
+    needs: ClassVar[tuple[str, ...]] = ("log_prob",)
+    temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         return NextToken().counts(batch)
 
-    def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        return {"loss": NextToken()(outputs, batch)["loss"] * self.value}
+    def __call__(self, outputs: dict[str, Tensor], batch: Batch) -> Terms:
+        return Terms({"loss": NextToken()(outputs, batch).losses["loss"] * self.value})
 
 
 def poison_one_rank(layout: Layout, value: float, ignore: bool) -> tuple[list[bool], bool, bool]:

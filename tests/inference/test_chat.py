@@ -17,9 +17,9 @@ import pytest
 
 from megallm.base.errors import DataError
 from megallm.cli.main import main
+from megallm.data.chat.template import CHATML, ChatTemplate, find_template
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.line import Line
-from megallm.inference.template import CHATML, ChatTemplate, find_template
 from tests.inference.tiny import END, make_model
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generator import Generator, Job
@@ -47,7 +47,7 @@ Completion = tuple[list[int], list[float]]  # tokens, log-probabilities
 def generate_at(name: str, step: str, layout: Layout, sampling: Sampling, sp: bool = False) -> list[Completion]:
     """The completions of all prompts, two rows decoded together, on this rank."""
     mesh = Mesh.single() if layout.world == 1 else Mesh.start(layout)
-    with Reader(step) as reader:
+    with CheckpointReader(step) as reader:
         model = ParallelModel(model_of(name), LayoutConfig(sp=sp), ComputeConfig("fp64"), mesh).load(reader)
     jobs = [Job(number, list(prompt), Answer(Ending(NEW))) for number, prompt in enumerate(PROMPTS)]
     Generator(model, batch=2).generate(jobs, sampling)
@@ -56,7 +56,7 @@ def generate_at(name: str, step: str, layout: Layout, sampling: Sampling, sp: bo
 
 def naive(name: str, step: str, sampling: Sampling) -> list[Completion]:
     """The whole text through the reference for every new token."""
-    with Reader(step) as reader:
+    with CheckpointReader(step) as reader:
         weights = {key: reader.read(key) for key in reader.names() if not key.startswith("optim.")}
     found = []
     for number, prompt in enumerate(PROMPTS):

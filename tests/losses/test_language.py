@@ -12,7 +12,7 @@ def test_sum_and_count():
     log_prob = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]], dtype=torch.float64, requires_grad=True)
     loss = NextToken()
     assert {term: int(n) for term, n in loss.counts(batch).items()} == {"loss": 3}
-    total = loss({"log_prob": log_prob}, batch)["loss"]
+    total = loss({"log_prob": log_prob}, batch).losses["loss"]
     total.backward()
     assert total.dtype == torch.float64 and total.item() == 37.0
     assert torch.equal(log_prob.grad, -batch["mask"].double())
@@ -21,4 +21,4 @@ def test_sum_and_count():
 def test_nothing_to_count():
     batch = {"mask": torch.zeros(2, 3, dtype=torch.bool)}
     assert int(NextToken().counts(batch)["loss"]) == 0
-    assert NextToken()({"log_prob": torch.full((2, 3), -5.0)}, batch)["loss"] == 0
+    assert NextToken()({"log_prob": torch.full((2, 3), -5.0)}, batch).losses["loss"] == 0

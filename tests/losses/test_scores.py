@@ -18,7 +18,7 @@ TARGETS = torch.tensor([[0.0, 9.0, 5.0], [9.0, -1.0, 5.0]], dtype=torch.float64)
 def ran(loss, batch, value=VALUE):
     value = value.clone().requires_grad_()
     batch = {"mask": MASK, "targets": TARGETS} | batch
-    (total,) = loss({"value": value}, batch).values()
+    (total,) = loss({"value": value}, batch).losses.values()
     total.backward()
     return total.item(), value.grad, int(loss.counts(batch)["loss"])
 
@@ -59,5 +59,5 @@ def test_diffusion_weighs_hidden_tokens_and_counts_all_that_could_be_hidden():
     log_prob = -VALUE.abs()
     weight = torch.tensor([[2.0, 2.0, 0.0], [0.0, 4.0, 0.0]])
     batch = {"mask": MASK, "weight": weight}  # the middle of the first row is padding
-    total = MaskedDiffusion()({"log_prob": log_prob}, batch)["loss"]
+    total = MaskedDiffusion()({"log_prob": log_prob}, batch).losses["loss"]
     assert total.item() == 2 * 1 + 4 * 1 and int(MaskedDiffusion().counts(batch)["loss"]) == 4

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megallm.base.device import SideCopies
+from megallm.base.device import HostCopyStream
 from megallm.losses.language import NextToken
 from megallm.models.block import Block
 from megallm.models.config import ModelConfig
@@ -139,12 +139,12 @@ def step(**changes: Any) -> tuple[dict[str, Tensor], int]:
 @contextmanager
 def lost_copies() -> Iterator[None]:
     """The control: what comes back is zero."""
-    original = SideCopies.back
-    SideCopies.back = lambda self, host: (torch.zeros_like(host), None)
+    original = HostCopyStream.to_device
+    HostCopyStream.to_device = lambda self, host: (torch.zeros_like(host), None)
     try:
         yield
     finally:
-        SideCopies.back = original
+        HostCopyStream.to_device = original
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -177,7 +177,8 @@ def test_parameters_tables_and_small_tensors_stay_and_nothing_leaves_twice():
 
 def test_the_block_before_starts_to_come_back_early(monkeypatch):
     order: list[int] = []
-    monkeypatch.setattr(SideCopies, "back", lambda self, host: order.append(int(host.flatten()[0])) or (host, None))
+    noted = lambda self, host: order.append(int(host.flatten()[0])) or (host, None)  # noqa: E731
+    monkeypatch.setattr(HostCopyStream, "to_device", noted)
     away, x = offload.Offload(torch.device("cpu")), torch.ones(512, requires_grad=True)
     away.begin()
     asked: list[list[int]] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -240,7 +240,7 @@ def test_histories_are_saved_by_expert_and_loaded_at_another_layout(tmp_path):
     results = run_ranks(4, train_and_save, Layout(dp=2, tp=2, ep=2), str(tmp_path))
     folder, _ = store.latest(tmp_path)
     engine = engine_of(model=MODEL, precision="fp32", fp8=DELAYED)
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         name = "layers.1.moe.experts.down.weight"
         assert tuple(reader.info(f"{HISTORY}{name}")[0]) == (4, 3, 3)
         engine.load(reader)
@@ -262,7 +262,7 @@ def test_resume_takes_up_the_experts_histories_bit_for_bit(tmp_path):
     whole = steps(straight, 0, 4)
     steps(first, 0, 2)
     folder = store.save(tmp_path, 2, list(first.parts()), {"engine": first.counters()}, Mesh.single())
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         second.load(reader)
         without.load(reader)
     for name, history, shard in without.model.fp8.histories():

@@ -64,7 +64,7 @@ def test_each_term_has_its_own_count_and_share_of_the_weight() -> None:
     loss = NextToken(depth=2, weight=0.5)
     assert {name: int(n) for name, n in loss.counts(batch).items()} == {"loss": 10, "mtp_1": 8, "mtp_2": 6}
     ones = {name: torch.full((2, 6), -1.0) for name in ("log_prob", "mtp_1", "mtp_2")}
-    terms = {name: float(value) for name, value in loss(ones, batch).items()}
+    terms = {name: float(value) for name, value in loss(ones, batch).losses.items()}
     assert terms == {"loss": 10.0, "mtp_1": 8 * 0.25, "mtp_2": 6 * 0.25}
 
 

@@ -8,10 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.ops import cross_entropy
-from megallm.ops.cross_entropy import linear_gradients, linear_statistics, logit_gradient_, statistics
+from megallm.ops.cross_entropy import (
+    Projection,
+    Softmax,
+    Statistics,
+    Targets,
+    Upstream,
+    linear_gradients,
+    linear_statistics,
+    logit_gradient_,
+    statistics,
+)
 
-VOCAB, ROWS = 37, (3, 5)  # 15 rows; a block of four rows leaves a last one of three
+VOCAB, ROWS = 37, 15  # a block of four rows leaves a last one of three
 BEGIN = 11
+TEMPERATURES = (1.0, 0.7)
 
 
 @pytest.fixture(params=[1, 4 * VOCAB, 2**20], ids=["a row", "four rows", "all"])
@@ -21,62 +32,86 @@ def block(request, monkeypatch):
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `[3, 5, V]` of entries from BEGIN on, labels some of which lie elsewhere, gradients."""
+    """Logits `[15, V]` of entries from BEGIN on, labels some of which lie elsewhere, gradients `[2, 15]`."""
     make = torch.Generator().manual_seed(3)
-    logits = 5 * torch.randn(*ROWS, VOCAB, generator=make, dtype=torch.float64)
-    labels = torch.randint(0, BEGIN + VOCAB + 9, ROWS, generator=make)
-    return logits.to(dtype), labels, torch.randn(ROWS, generator=make, dtype=torch.float64)
+    logits = 5 * torch.randn(ROWS, VOCAB, generator=make, dtype=torch.float64)
+    labels = torch.randint(0, BEGIN + VOCAB + 9, (ROWS,), generator=make)
+    return logits.to(dtype), labels, torch.randn(2, ROWS, generator=make, dtype=torch.float64)
 
 
-def expected(logits: Tensor, labels: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, the label's logit and the gradient by autograd, in float64."""
+def expected(logits: Tensor, labels: Tensor, grads: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """lse, the label's logit, the entropy and the gradients by autograd, in float64: of both, and of the first."""
     whole = logits.double().clone().requires_grad_()
-    lse, here = whole.logsumexp(-1), (labels >= BEGIN) & (labels < BEGIN + VOCAB)
-    chosen = whole.gather(-1, (labels - BEGIN).clamp(0, VOCAB - 1)[..., None]).squeeze(-1) * here
-    ((chosen - lse) * grad).sum().backward()
-    return lse.detach(), chosen.detach(), whole.grad
+    z = whole / temperature
+    lse, here = z.logsumexp(-1), (labels >= BEGIN) & (labels < BEGIN + VOCAB)
+    chosen = z.gather(-1, (labels - BEGIN).clamp(0, VOCAB - 1)[..., None]).squeeze(-1) * here
+    entropy = torch.distributions.Categorical(logits=z).entropy()
+    (first,) = torch.autograd.grad(((chosen - lse) * grads[0]).sum(), whole, retain_graph=True)
+    (second,) = torch.autograd.grad((entropy * grads[1]).sum(), whole)
+    return lse.detach(), chosen.detach(), entropy.detach(), first + second, first
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def softmax_of(found: Statistics) -> Softmax:
+    """What one piece of the vocabulary knows when it is the whole."""
+    return Softmax(found.top + found.total.log(), found.total.log() - found.moment / found.total)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.usefixtures("block")
-def test_blocks_equal_log_softmax(dtype, atol):
-    logits, labels, grad = problem(dtype)
-    before = logits.clone()
-    lse, chosen, gradient = expected(logits, labels, grad)
-    found = statistics(logits, labels, BEGIN)
-    mine = found.top + found.total.log()
-    assert found.top.shape == found.total.shape == found.label.shape == ROWS and torch.equal(logits, before)
-    torch.testing.assert_close(mine.double(), lse, rtol=0, atol=max(atol / 10, 1e-12))
-    torch.testing.assert_close(found.label.double(), chosen, rtol=0, atol=max(atol / 10, 1e-12))
-    found = logit_gradient_(logits, mine, labels, BEGIN, grad.to(mine.dtype))
+def test_blocks_equal_log_softmax(dtype, atol, temperature):
+    logits, labels, grads = problem(dtype)
+    before, targets = logits.clone(), Targets(labels, BEGIN, temperature)
+    lse, chosen, entropy, gradient, first = expected(logits, labels, grads, temperature)
+    found = statistics(logits, targets, moment=True, best=True)
+    mine, close = softmax_of(found), {"rtol": 0, "atol": max(atol / 10, 1e-12) / temperature}  # numbers grow alike
+    assert torch.equal(logits, before) and torch.equal(found.best, logits.argmax(-1))
+    torch.testing.assert_close(mine.lse.double(), lse, **close)
+    torch.testing.assert_close(mine.entropy.double(), entropy, **close)
+    torch.testing.assert_close(found.label.double(), chosen, **close)
+    upstream = Upstream(*grads.to(mine.lse.dtype))
+    alone = logit_gradient_(logits.clone(), targets, mine, upstream._replace(entropy=None))
+    torch.testing.assert_close(alone.double(), first, rtol=0, atol=atol)
+    found = logit_gradient_(logits, targets, mine, upstream)
     assert found.dtype == dtype and torch.equal(logits, found) and logits.data_ptr() == found.data_ptr()
     torch.testing.assert_close(found.double(), gradient, rtol=0, atol=atol)
-    other = logit_gradient_(before, mine.roll(1, 1), labels, BEGIN, grad.to(mine.dtype))
-    assert (other.double() - gradient).abs().max() > 10 * atol  # the control: rows of another token
+    other = Softmax(*(x.roll(1) for x in mine))
+    wrong = logit_gradient_(before, targets, other, upstream)
+    assert (wrong.double() - gradient).abs().max() > 10 * atol  # the control: rows of another token
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.usefixtures("block")
-def test_the_form_without_logits_equals_it(monkeypatch):
+def test_the_form_without_logits_equals_it(monkeypatch, temperature):
     """Here blocks overwrite the logits of a chunk."""
     monkeypatch.setattr(cross_entropy, "MIN_TOKENS", 7)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 0)
     make = torch.Generator().manual_seed(5)
-    hidden, weight = (torch.randn(n, 6, generator=make, dtype=torch.float64) for n in (15, VOCAB))
-    _, labels, grad = problem(torch.float64)
-    labels, grad = labels.flatten(), grad.flatten()
-    logits = F.linear(hidden, weight)
-    lse, chosen, gradient = expected(logits, labels, grad)
-    found = linear_statistics(hidden, weight, None, labels, BEGIN)
-    mine = found.top + found.total.log()
-    torch.testing.assert_close(mine, lse, rtol=0, atol=1e-12)
+    hidden, weight = (torch.randn(n, 6, generator=make, dtype=torch.float64) for n in (ROWS, VOCAB))
+    _, labels, grads = problem(torch.float64)
+    logits, targets = F.linear(hidden, weight), Targets(labels, BEGIN, temperature)
+    lse, chosen, entropy, gradient, _ = expected(logits, labels, grads, temperature)
+    head = Projection(weight)
+    found = linear_statistics(hidden, head, targets, moment=True, best=True)
+    mine = softmax_of(found)
+    torch.testing.assert_close(mine.lse, lse, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mine.entropy, entropy, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.label, chosen, rtol=0, atol=1e-12)
-    gradients = linear_gradients(hidden, weight.requires_grad_(), None, labels, BEGIN, mine, grad)
+    assert torch.equal(found.best, logits.argmax(-1))
+    weight.requires_grad_()
+    gradients = linear_gradients(hidden, head, targets, mine, Upstream(*grads))
     torch.testing.assert_close(gradients.hidden, gradient @ weight.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(gradients.weight, gradient.mT @ hidden, rtol=0, atol=1e-12)
 
 
-def test_no_tokens_give_nothing():
-    found = statistics(torch.zeros(0, VOCAB), torch.zeros(0, dtype=torch.long), 0)
+def test_no_tokens_give_nothing_and_a_gradient_of_zeros():
+    empty, targets = torch.zeros(0), Targets(torch.zeros(0, dtype=torch.long))
+    found = statistics(torch.zeros(0, VOCAB), targets, moment=True, best=True)
     assert all(part.shape == (0,) for part in found)
-    empty = torch.zeros(0)
-    assert logit_gradient_(torch.zeros(0, VOCAB), empty, empty.long(), 0, empty).shape == (0, VOCAB)
+    softmax, upstream = Softmax(empty, empty), Upstream(empty, empty)
+    assert logit_gradient_(torch.zeros(0, VOCAB), targets, softmax, upstream).shape == (0, VOCAB)
+    head = Projection(torch.ones(VOCAB, 6))
+    assert linear_statistics(torch.zeros(0, 6), head, targets).total.shape == (0,)
+    head.weight.requires_grad_()
+    gradients = linear_gradients(torch.zeros(0, 6), head, targets, softmax, upstream)
+    assert gradients.hidden.shape == (0, 6) and torch.equal(gradients.weight, torch.zeros(VOCAB, 6))

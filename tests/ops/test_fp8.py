@@ -80,7 +80,7 @@ def test_what_is_stored_is_within_half_a_step(form, scaled):
     x = matrix(130, 300)
     stored = quantise_now(x, form, scaled)
     bits, tiny = {"e4m3": (3, 2.0**-9), "e5m2": (2, 2.0**-16)}[form]
-    bound = torch.maximum(x.abs() * 2.0 ** -(bits + 1), fp8.spread(stored.inverse, x.shape) * tiny / 2)
+    bound = torch.maximum(x.abs() * 2.0 ** -(bits + 1), fp8.expand_scale(stored.inverse, x.shape) * tiny / 2)
     assert ((dequantise(stored, torch.float32) - x).abs() <= bound * 1.0001).all()
     assert stored.data.float().abs().max() == LARGEST[form]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.sections import MoeConfig
@@ -80,7 +80,7 @@ def test_frozen_weights_start_with_the_bits_of_trained_ones():
 
 
 def state_of(folder: Path) -> dict[str, Tensor]:
-    with Reader(store.latest(folder)[0]) as reader:
+    with CheckpointReader(store.latest(folder)[0]) as reader:
         return {name: reader.read(name) for name in reader.names()}
 
 
@@ -93,7 +93,7 @@ def test_what_was_frozen_has_no_optimizer_state_in_a_checkpoint_and_may_be_thawe
     assert "layers.0.mlp.down.weight" in saved and "optim.master.embedding.weight" in saved
     assert not any(name.startswith("optim.") and ".layers." in name for name in saved)
     thawed = engine_of(mesh)
-    with Reader(store.latest(tmp_path)[0]) as reader:
+    with CheckpointReader(store.latest(tmp_path)[0]) as reader:
         thawed.load(reader)
     state = {part.name: part.tensor for part in thawed.parts()}
     name = "layers.0.mlp.down.weight"
@@ -109,7 +109,7 @@ def test_what_was_frozen_as_a_whole_may_be_thawed(tmp_path):
     engine.train_step(batches(2), NextToken(), 0.1)
     store.save(tmp_path, 1, list(engine.parts()), {"engine": engine.counters()}, mesh)
     thawed, name = engine_of(mesh), "layers.0.mlp.down.weight"
-    with Reader(store.latest(tmp_path)[0]) as reader:
+    with CheckpointReader(store.latest(tmp_path)[0]) as reader:
         thawed.load(reader)
     state = {part.name: part.tensor for part in thawed.parts()}
     assert torch.equal(state[f"optim.master.{name}"], state_of(tmp_path)[name].float())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megallm.base.errors import InternalError, UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -52,7 +52,7 @@ def leg(
         for flats in engine.optimizer.states.values():
             for flat in flats.values():
                 flat.fill_(torch.nan)
-        with Reader(source) as reader:
+        with CheckpointReader(source) as reader:
             engine.load(reader)
     for step in range(first, first + steps):
         engine.train_step(share(batches(4, seed=step), mesh), NextToken(), 0.01)
@@ -61,7 +61,7 @@ def leg(
 
 def saved(folder: Path) -> dict[str, Tensor]:
     path, _ = store.latest(folder)
-    with Reader(path) as reader:
+    with CheckpointReader(path) as reader:
         return {name: reader.read(name) for name in reader.names()}
 
 

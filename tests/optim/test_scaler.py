@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megallm.base.errors import Diverged
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.ops.low_precision import LossScaleOptions
@@ -23,6 +23,7 @@ from tests.engine.tiny import MODEL, batches, engine_of, equal, gradients_of, sh
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
+FULL = torch.tensor(False)  # a step that had gradients
 OPTIONS = LossScaleOptions(initial=1024.0, growth_steps=2, minimum=1.0)
 LAYOUTS = {
     "dp2": (Layout(dp=2), 0),
@@ -36,7 +37,7 @@ LAYOUTS = {
 def walk(options: LossScaleOptions, finite: list[bool]) -> list[float]:
     """The scale of each step, and the one after the last."""
     scaler = LossScaler(options, CPU)
-    return [float(scaler.advance(torch.tensor(good))) for good in finite] + [float(scaler.scale)]
+    return [float(scaler.advance(torch.tensor(good), FULL)) for good in finite] + [float(scaler.scale)]
 
 
 def test_the_scale_halves_at_an_overflow_and_doubles_after_steps_without():
@@ -49,9 +50,9 @@ def test_the_scale_halves_at_an_overflow_and_doubles_after_steps_without():
 
 def test_a_scale_below_its_minimum_is_an_error():
     scaler = LossScaler(LossScaleOptions(initial=2.0, minimum=1.0), CPU)
-    scaler.advance(torch.tensor(False))
+    scaler.advance(torch.tensor(False), FULL)
     scaler.check()
-    scaler.advance(torch.tensor(False))
+    scaler.advance(torch.tensor(False), FULL)
     with pytest.raises(Diverged, match="train.loss_scale.minimum 1"):
         scaler.check()
 
@@ -162,7 +163,7 @@ def test_resume_takes_up_the_scale_bit_for_bit(tmp_path):
     assert meta["engine"]["loss_scale"] == 2048.0 and meta["engine"]["loss_scale_held"] == 1
     folder = store.save(tmp_path, 3, list(first.parts()), meta, Mesh.single())
     second = half()
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         second.load(reader)
     steps(second, range(3, 5))
     assert equal(state_of(second), state_of(straight)) and second.counters() == straight.counters()

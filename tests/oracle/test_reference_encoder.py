@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megallm.models.config import ModelConfig
-from megallm.oracle import compare, reference_encoder, table
+from megallm.oracle import compare, objectives, reference_encoder, table
 from megallm.oracle.compare import Verdict, judge, train_rank
 from megallm.oracle.table import Row, row_named
 from tests.ranks import run_ranks
@@ -155,4 +155,4 @@ def test_random_rows_draw_encoders_and_every_head() -> None:
     rows = table.sample_rows(300, seed=5)
     assert {row.model for row in rows} == set(table.MODELS)
     assert {row.loss_name for row in rows} == {loss for losses in table.LOSSES.values() for loss in losses}
-    assert {row.loss_name for row in rows} <= set(compare.LOSSES)
+    assert {row.loss_name for row in rows} <= set(objectives.LOSSES)

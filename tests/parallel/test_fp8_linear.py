@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -164,7 +164,7 @@ def test_resume_takes_up_histories_bit_for_bit(tmp_path):
     steps(first, range(3))
     folder = store.save(tmp_path, 3, list(first.parts()), {"engine": first.counters()}, Mesh.single())
     second, without = (engine_of(precision="fp8", fp8=DELAYED) for _ in range(2))
-    with Reader(folder) as reader:
+    with CheckpointReader(folder) as reader:
         second.load(reader)
         without.load(reader)
     for linear in without.model.fp8.linears.values():

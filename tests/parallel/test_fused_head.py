@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.ops import cross_entropy
+from megallm.ops.cross_entropy import Projection
 from megallm.parallel import vocab
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import piece
-from megallm.parallel.vocab import fused_log_prob, fuses, label_log_prob
+from megallm.parallel.vocab import Wanted, fused_scores, fuses, label_scores
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 VOCAB, SIZE = 11, 6
+EVERYTHING = Wanted(("log_prob", "entropy", "correct"), 0.7)
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -57,7 +59,7 @@ def fused(
     hidden, weight = hidden.clone().requires_grad_(), weight[begin:end].clone().requires_grad_()
     bias = bias[begin:end].clone().requires_grad_() if with_bias else None
     with mock.patch.multiple(cross_entropy, MIN_TOKENS=2, CHUNK_BYTES=0):
-        log_prob = fused_log_prob(hidden, weight, bias, labels, mesh, VOCAB)
+        log_prob = fused_scores(hidden, Projection(weight, bias), labels, mesh, VOCAB)["log_prob"]
         log_prob.backward(grad)
     return log_prob.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad
 
@@ -82,6 +84,66 @@ def test_ranks_equal_log_softmax(size, scale, with_bias):
         torch.testing.assert_close(torch.cat([rank[3] for rank in ranks]), bias, **close)
 
 
+def partly_right() -> tuple[Tensor, ...]:
+    """`problem` with labels of which the last seven are the likeliest entries."""
+    hidden, weight, bias, labels, grad = problem(torch.float64)
+    labels[1] = F.linear(hidden[1], weight, bias).argmax(-1)
+    return hidden, weight, bias, labels, grad
+
+
+def scores_on_ranks(way: str, broken: frozenset[str] = frozenset()) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """All scalars at the temperature 0.7, and the gradients of this rank's pieces where both floats have one."""
+    mesh = Mesh.start(Layout(tp=torch.distributed.get_world_size()), "cpu", broken)
+    hidden, weight, bias, labels, grad = partly_right()
+    begin, end = piece(VOCAB, mesh.tp.size, mesh.tp.rank)
+    hidden, weight, bias = (x.clone().requires_grad_() for x in (hidden, weight[begin:end], bias[begin:end]))
+    with mock.patch.multiple(cross_entropy, MIN_TOKENS=2, CHUNK_BYTES=0):
+        if way == "fused":
+            found = fused_scores(hidden, Projection(weight, bias), labels, mesh, VOCAB, EVERYTHING)
+        else:
+            found = label_scores(F.linear(hidden, weight, bias), labels, mesh, VOCAB, EVERYTHING)
+        ((found["log_prob"] - 2 * found["entropy"].square()) * grad).sum().backward()
+    assert not found["correct"].requires_grad
+    return {name: x.detach() for name, x in found.items()}, hidden.grad, weight.grad, bias.grad
+
+
+def everything() -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """The same by torch, whole."""
+    *leaves, labels, grad = partly_right()
+    hidden, weight, bias = (x.requires_grad_() for x in leaves)
+    made = torch.distributions.Categorical(logits=F.linear(hidden, weight, bias) / EVERYTHING.temperature)
+    found = {"log_prob": made.log_prob(labels), "entropy": made.entropy()}
+    ((found["log_prob"] - 2 * found["entropy"].square()) * grad).sum().backward()
+    found["correct"] = (made.logits.argmax(-1) == labels).to(torch.float64)
+    return {name: x.detach() for name, x in found.items()}, hidden.grad, weight.grad, bias.grad
+
+
+@pytest.mark.parametrize("way", ["fused", "logits"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_entropy_and_what_is_correct_at_a_temperature(size, way):
+    scores, hidden, weight, bias = everything()
+    assert 0 < scores["correct"].sum() < scores["correct"].numel()
+    ranks = run_ranks(size, scores_on_ranks, way)
+    close = {"rtol": 1e-11, "atol": 1e-12}
+    for mine, *_ in ranks:
+        assert list(mine) == list(scores)
+        for name, values in scores.items():
+            torch.testing.assert_close(mine[name], values, **close)
+    torch.testing.assert_close(sum(rank[1] for rank in ranks), hidden, **close)
+    torch.testing.assert_close(torch.cat([rank[2] for rank in ranks]), weight, **close)
+    torch.testing.assert_close(torch.cat([rank[3] for rank in ranks]), bias, **close)
+
+
+@pytest.mark.parametrize(("name", "shown"), [("vocab.entropy", "entropy"), ("vocab.best", "correct")])
+def test_a_further_reduction_left_out_is_noticed(name, shown):
+    ranks = run_ranks(2, scores_on_ranks, "fused", frozenset((name,)))
+    wrong = {
+        key for key, values in everything()[0].items() for mine, *_ in ranks
+        if not torch.allclose(mine[key], values, rtol=1e-9)
+    }  # fmt: skip
+    assert wrong == {shown}
+
+
 @pytest.mark.parametrize("name", ["vocab.max", "vocab.sum", "vocab.label"])
 def test_a_reduction_left_out_is_noticed(name):
     log_prob = expected(torch.float64, 1.0, True)[0]
@@ -103,10 +165,10 @@ def test_it_equals_the_path_through_logits_and_keeps_no_logits():
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         x = hidden.clone().requires_grad_()
-        log_prob = fused_log_prob(x, weight, None, labels, Mesh.single(), VOCAB)
+        log_prob = fused_scores(x, Projection(weight), labels, Mesh.single(), VOCAB)["log_prob"]
     assert max(kept) < 2 * 7 * VOCAB and sum(kept) == hidden.numel() + 2 * labels.numel()
     y = hidden.clone().requires_grad_()
-    other = label_log_prob(F.linear(y, weight), labels, Mesh.single(), VOCAB)
+    other = label_scores(F.linear(y, weight), labels, Mesh.single(), VOCAB)["log_prob"]
     log_prob.backward(grad)
     other.backward(grad)
     torch.testing.assert_close(log_prob, other, rtol=1e-13, atol=1e-13)

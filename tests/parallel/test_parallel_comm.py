@@ -12,7 +12,7 @@ from megallm.parallel import comm
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import piece
-from megallm.parallel.vocab import gather_logits, label_log_prob
+from megallm.parallel.vocab import gather_logits, label_scores
 from tests.ranks import run_ranks
 
 # Sums of whole numbers: exact in every dtype and order, so that equality is bit for bit.
@@ -130,7 +130,7 @@ def log_prob_on_ranks(vocab: int, dtype: torch.dtype, scale: float) -> tuple[Ten
     begin, end = piece(vocab, mesh.tp.size, mesh.tp.rank)
     mine = logits[..., begin:end].to(dtype).clone().requires_grad_()
     whole, made = gather_logits(mine.detach(), mesh, vocab), mine * 1  # logits that a backward pass may overwrite
-    log_prob = label_log_prob(made, labels, mesh, vocab)
+    log_prob = label_scores(made, labels, mesh, vocab)["log_prob"]
     log_prob.backward(grad.to(log_prob.dtype))
     assert not torch.equal(made, mine)
     return log_prob.detach(), mine.grad, whole
@@ -141,7 +141,7 @@ def test_logits_that_another_keeps_are_not_overwritten_in_silence():
     made = logits.requires_grad_() * 1
     held = made.exp()  # keeps its result
     other = made.square()  # keeps its input
-    log_prob = label_log_prob(made, labels, Mesh.single(), 11)
+    log_prob = label_scores(made, labels, Mesh.single(), 11)["log_prob"]
     ((log_prob * grad).sum() + held.sum()).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.sum().backward()
@@ -187,4 +187,4 @@ def log_prob_without(name: str) -> Tensor:
     mesh = Mesh.start(Layout(tp=2), "cpu", frozenset((name,)))
     logits, labels, _ = problem(11, 30.0)
     begin, end = piece(11, 2, mesh.tp.rank)
-    return label_log_prob(logits[..., begin:end], labels, mesh, 11)
+    return label_scores(logits[..., begin:end], labels, mesh, 11)["log_prob"]

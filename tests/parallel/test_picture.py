@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from megallm.base.errors import CannotWrite, UsageError
 from megallm.cli import main as cli
 from megallm.parallel import picture
-from megallm.parallel.picture import Picture, chrome_trace, lay_out, save, ticks, to_svg
+from megallm.parallel.picture import Picture, chrome_trace, lay_out, save_picture, ticks, to_svg
 from megallm.parallel.schedule import Action, Placement
 from megallm.parallel.simulate import Cost, Slot, Timeline, simulate
 from tests.parallel.plans import Case, cases, traffic
@@ -81,7 +81,7 @@ def test_svg_is_xml_and_complete():
 
 def test_png_shows_the_same(tmp_path):
     shown = drawn(Case("1f1b", 2, 1, 3))
-    save(shown, tmp_path / "a.png")
+    save_picture(shown, tmp_path / "a.png")
     drawing, pixels = lay_out(shown), imread(tmp_path / "a.png")
     assert pixels.shape[:2] == (round(2 * drawing.height), round(2 * drawing.width))
 
@@ -139,13 +139,13 @@ def test_ticks_are_round_and_few(span):
 def test_bad_names_and_sizes(tmp_path):
     shown = drawn(Case("1f1b", 2, 1, 2))
     with pytest.raises(UsageError, match=r"ends in .svg or .png; 'a.jpeg' does not"):
-        save(shown, tmp_path / "a.jpeg")
+        save_picture(shown, tmp_path / "a.jpeg")
     for name in ("missing/a.svg", "missing/a.png"):
         with pytest.raises(CannotWrite, match="folder"):
-            save(shown, tmp_path / name)
+            save_picture(shown, tmp_path / name)
     many = [Slot(Action("F", micro, 0), micro, micro + 1) for micro in range(picture.MAX_BOXES + 1)]
     with pytest.raises(UsageError, match="fewer microbatches"):
-        save(Picture(Timeline([many], [0]), Placement(1)), tmp_path / "a.svg")
+        save_picture(Picture(Timeline([many], [0]), Placement(1)), tmp_path / "a.svg")
     assert list(tmp_path.iterdir()) == []
 
 

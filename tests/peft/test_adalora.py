@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -130,7 +130,7 @@ def saved(root: str) -> None:
 def test_resumes_at_another_layout(tmp_path, alone):
     run_ranks(2, saved, str(tmp_path))
     engine = built(Mesh.single(), {})
-    with Reader(store.latest(tmp_path)[0]) as reader:
+    with CheckpointReader(store.latest(tmp_path)[0]) as reader:
         engine.load(reader)
     assert run(engine, range(2, STEPS))[-1] == pytest.approx(alone[0][-1], rel=1e-9)
     for name, tensor in state_of(engine).items():

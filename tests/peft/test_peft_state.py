@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megallm.base.errors import CheckpointError, UsageError
 from megallm.checkpoint import store
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.weights import HfReader
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
@@ -132,7 +132,7 @@ def trained(layout: Layout, folder: str, base: str, more: int) -> list:
         meta = {"engine": engine.counters(), "base": base_reference(base, mesh)}
         store.save(folder, 2, list(trained_parts(engine)), meta, mesh)
     else:
-        with Reader(Path(folder) / "step-00000002") as reader:
+        with CheckpointReader(Path(folder) / "step-00000002") as reader:
             load(engine, reader)
     engine.train_step(share(batches(4, tokens=16, seed=2), mesh), NextToken(), 0.05)
     return [(p.name, p.offset, p.tensor.clone()) for p in engine.parts()]
@@ -148,7 +148,7 @@ def test_adapters_alone_are_saved_and_resumed_at_another_layout(tmp_path):
         for name, offset, x in pieces:
             box = tuple(slice(a, a + n) for a, n in zip(offset, x.shape, strict=True))
             torch.testing.assert_close(x, on[name][box], rtol=1e-8, atol=1e-11)
-    with Reader(Path(folder) / "step-00000002") as reader:
+    with CheckpointReader(Path(folder) / "step-00000002") as reader:
         assert all(".adapter." in name for name in reader.names())
     step = sum(f.stat().st_size for f in (tmp_path / "run/step-00000002").glob("*.safetensors"))
     assert step < (tmp_path / "base/model.safetensors").stat().st_size
@@ -191,7 +191,7 @@ def test_another_base_is_refused(tmp_path):
     (tmp_path / "base").rename(tmp_path / "gone")
     with (
         HfReader(tmp_path / "gone") as source,
-        Reader(tmp_path / "run/step-00000002") as reader,
+        CheckpointReader(tmp_path / "run/step-00000002") as reader,
         pytest.raises(CheckpointError, match="not there"),
     ):
         load(Engine(config_of(source.model), Mesh.single(), prepare(LORA, source.model)), reader)

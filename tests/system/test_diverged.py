@@ -12,7 +12,7 @@ from megallm.base.config import load
 from megallm.base.errors import Diverged
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
-from megallm.run.divergence import Soundness
+from megallm.run.divergence import DivergenceDetector
 from megallm.training import loop, pretrain
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
@@ -132,7 +132,7 @@ def row(step: int, loss: float | None, norm: float | None = 1.0) -> dict:
 
 def test_which_steps_are_unsound():
     def since(*rows: dict) -> int | None:
-        soundness = Soundness()
+        soundness = DivergenceDetector()
         for one in rows:
             soundness.see(one)
         return soundness.bad_since

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megallm.base.errors import UsageError
-from megallm.checkpoint.reader import Reader
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.tools import resolve
 from megallm.convert import upcycle
 from megallm.convert.upcycle import UpcycleRequest
@@ -107,7 +107,7 @@ def test_resumed_with_experts_divided_otherwise(tmp_path, corpus):
 
 
 def logits_of(run: Path, tokens: torch.Tensor) -> torch.Tensor:
-    with Reader(resolve(run)) as reader:
+    with CheckpointReader(resolve(run)) as reader:
         return our_logits(stored_model(reader), Cast(reader), tokens)
 
 

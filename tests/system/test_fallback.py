@@ -81,7 +81,7 @@ def test_b13_a_flipped_bit_in_the_newest_shard_costs_two_steps_and_is_said(confi
     damaged = next(event for event in events if event["event"] == "damaged")
     assert damaged["step"] == 4 and damaged["set_aside"] == ["step-00000006.damaged"]
     assert losses_of(config.parent / "run")[:6] == before and len(losses_of(config.parent / "run")) == 8
-    assert tools.verify(root / step_name(6))["ok"], "the step is written anew, not taken for the damaged one"
+    assert tools.verify_checkpoint(root / step_name(6))["ok"], "the step is written anew, not taken for the damaged one"
 
 
 def test_b13_two_damaged_ones_and_all_damaged(config, caplog):
@@ -107,7 +107,7 @@ def test_b13_every_use_of_the_newest_falls_back_and_says_so(config, tmp_path, ca
         (lambda: tools.dump(run, tmp_path / "dump.safetensors")["step"], 4),
         (lambda: tools.diff(run, run / "checkpoints" / step_name(4))["same"], True),
         (lambda: int(find_step(str(run)).name[5:]) in (4, 6), True),
-        (lambda: tools.verify(run)["ok"], False),
+        (lambda: tools.verify_checkpoint(run)["ok"], False),
     ):
         assert use() == wanted
     assert caplog.text.count("step-00000006 is damaged and passed over") >= 2
@@ -196,7 +196,7 @@ def test_b14_every_write_asks_first(tmp_path, config):
         metrics.append({"step": 7})
         steal(folder)
         before = listing(folder.path)
-        keeping = store.Keeping(1, None, lease.check)
+        keeping = store.RetentionPolicy(1, None, lease.check)
         for write in (
             lambda: metrics.append({"step": 8}),
             lambda: events.add("saved", step=8),
@@ -231,13 +231,13 @@ def test_b14_a_lease_lost_while_a_save_was_written_is_not_committed(tmp_path, co
     with monkeypatch.context() as patch:
         patch.setattr(store, "_assemble", losing(store._assemble))
         with pytest.raises(LeaseLost):
-            store.save(root, 8, [], {}, Mesh.single(), store.Keeping(1, None, guard))
+            store.save(root, 8, [], {}, Mesh.single(), store.RetentionPolicy(1, None, guard))
     assert sorted(path.name for path in root.iterdir()) == names
     lost.clear()
     with monkeypatch.context() as patch:
         patch.setattr(store, "_commit", losing(store._commit))
         with pytest.raises(LeaseLost):
-            store.save(root, 8, [], {}, Mesh.single(), store.Keeping(1, None, guard))
+            store.save(root, 8, [], {}, Mesh.single(), store.RetentionPolicy(1, None, guard))
     assert sorted(path.name for path in root.iterdir()) == [*names, step_name(8)], "no old step was removed"
 
 

@@ -17,7 +17,7 @@ import torch
 
 from megallm.base.config import load
 from megallm.base.errors import CheckpointError, UsageError
-from megallm.checkpoint.reader import Reader, step_name
+from megallm.checkpoint.reader import CheckpointReader, step_name
 from megallm.data import batches as data_batches
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
@@ -372,7 +372,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud_and_the_only_one_refus
 
 
 def state_at_the_end(run: Path) -> dict[str, torch.Tensor]:
-    with Reader(run / "checkpoints" / step_name(6)) as reader:
+    with CheckpointReader(run / "checkpoints" / step_name(6)) as reader:
         return {name: reader.read(name) for name in reader.names()}
 
 
@@ -395,7 +395,7 @@ def forget_moments(patch: pytest.MonkeyPatch) -> None:
     """What is read for the second moments goes nowhere."""
     real = Engine._load_optimizer
 
-    def load_and_forget(self: Engine, reader: Reader) -> None:
+    def load_and_forget(self: Engine, reader: CheckpointReader) -> None:
         kept = {held.name: held.tensor.clone() for held in self.state() if held.name.startswith("optim.exp_avg_sq.")}
         real(self, reader)
         for held in self.state():
@@ -409,7 +409,7 @@ def forget_updates(patch: pytest.MonkeyPatch) -> None:
     """The bias correction of the moments starts again."""
     real = Engine.load
 
-    def load_and_forget(self: Engine, reader: Reader) -> None:
+    def load_and_forget(self: Engine, reader: CheckpointReader) -> None:
         real(self, reader)
         self.optimizer.updates = 0
 

@@ -15,13 +15,13 @@ from megallm.convert.convert import ConvertRequest
 from megallm.convert.convert import run as convert
 from megallm.convert.megatron.translate import to_yaml, translate
 from megallm.convert.tokenizer_files import write_byte_tokenizer
+from megallm.data.chat.template import find_template
 from megallm.data.indexed import dataset as indexed
 from megallm.data.text import tokenizer
 from megallm.data.text.preprocess import PreprocessConfig
 from megallm.data.text.preprocess import run as preprocess
 from megallm.inference import generate
 from megallm.inference.request import GenerateRequest
-from megallm.inference.template import find_template
 from megallm.parallel.mesh import Mesh
 from megallm.training import pretrain, reading
 from megallm.training.config import PretrainConfig

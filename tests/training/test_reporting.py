@@ -11,7 +11,7 @@ import pytest
 
 from megallm.run import console as reporting
 from megallm.run.console import (
-    Clock,
+    EtaClock,
     LossCurve,
     Reporter,
     TensorBoard,
@@ -73,7 +73,7 @@ def test_rates_and_times():
 
 
 def test_eta_is_the_pace_of_the_last_steps():
-    clock = Clock(1000)
+    clock = EtaClock(1000)
     assert clock.eta(1, 50.0) is None  # the start-up does not count
     assert clock.eta(2, 52.0) == pytest.approx(998 * 2)
     for step in range(3, 300):

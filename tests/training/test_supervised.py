@@ -11,7 +11,7 @@ import pytest
 
 from megallm.base.config import replace
 from megallm.base.errors import CheckpointError, UsageError
-from megallm.checkpoint.reader import Reader as Checkpoint
+from megallm.checkpoint.reader import CheckpointReader as Checkpoint
 from megallm.checkpoint.reader import step_name
 from megallm.engine.engine import StepStats
 from megallm.losses.language import NextToken

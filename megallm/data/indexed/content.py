@@ -57,14 +57,14 @@ def _sampled(path: str | os.PathLike[str], size: int) -> str:
 
 
 def records_of(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, Any]:
-    """The record of each file, by the same keys."""
+    """Returns the record of each file, by the same keys."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(paths, pool.map(record_of, paths.values()), strict=True))
 
 
 def contents(prefixes: list[str], memory: Path) -> dict[str, str]:
-    """The hash of each dataset: that of `.bin`, then that of `.idx`. `memory` is the file that
-    remembers them.
+    """Returns the hash of each dataset: that of `.bin`, then that of `.idx`. `memory` is the file
+    that remembers them.
 
     Errors: `DataError` for a file that cannot be read.
     """
@@ -102,7 +102,7 @@ def _known(prefix: str, remembered: Mapping[str, Any]) -> dict[str, Any]:
     records = remembered.get(os.path.abspath(prefix))
     fits = _is_as_it_was
     if not isinstance(records, dict):
-        records, fits = (meta.read(prefix) or {}).get("content"), _is_of_the_side_car
+        records, fits = (meta.read_meta(prefix) or {}).get("content"), _is_of_the_side_car
     return {
         suffix: record
         for suffix, record in (records.items() if isinstance(records, dict) else ())

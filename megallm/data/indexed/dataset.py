@@ -1,4 +1,4 @@
-"""Reader, writer, merger and verifier of `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM.
+"""Reading, writing, merging and verifying of `PREFIX.bin` + `PREFIX.idx`, byte-compatible with Megatron-LM.
 
 `.bin` holds the tokens of all sequences back to back; `.idx` (little-endian, 34-byte header) holds
 dtype, lengths, byte offsets and document boundaries. `PREFIX.meta.json` is ours and optional: counts
@@ -24,7 +24,7 @@ from megallm.base.progress import Progress, quiet
 from megallm.data.indexed import content, meta
 from megallm.data.indexed.openfile import OpenFile
 from megallm.data.text.tokenizer import BYTES
-from megallm.data.text.tokenizer_folder import KEPT, keep
+from megallm.data.text.tokenizer_folder import TOKENIZER_SUFFIX, save_tokenizer_files
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -73,13 +73,13 @@ class IndexedDataset:
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each sequence begins in `.bin`, in bytes."""
+        """Returns where each sequence begins in `.bin`, in bytes."""
         self._index.check()
         return self._offsets
 
     @property
     def document_indices(self) -> np.ndarray:
-        """The sequence that each document begins with, and the end of the last."""
+        """Returns the sequence that each document begins with, and the end of the last."""
         self._index.check()
         return self._document_indices
 
@@ -105,11 +105,11 @@ class IndexedDataset:
         return np.frombuffer(self._data.read(begin, length * self.dtype.itemsize), self.dtype)
 
     def document_of(self, sequence: int) -> int:
-        """The document that a sequence belongs to."""
+        """Returns the document that a sequence belongs to."""
         return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
 
     def token_index(self, sequence: int, offset: int = 0) -> int:
-        """Where a token stands in `.bin`, counted in tokens."""
+        """Returns where a token stands in `.bin`, counted in tokens."""
         return int(self.offsets[sequence]) // self.dtype.itemsize + offset
 
     def place_of(self, token_index: int) -> tuple[int, int]:
@@ -124,7 +124,7 @@ class IndexedDataset:
         return self.tokens(begin, end - begin)
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
-        """Where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the end of the last."""
+        """Returns where documents begin in `.bin`, in tokens, int64; `num_documents` stands for the end of the last."""
         sequences = self.document_indices[documents]
         ends = sequences == len(self)
         if len(self) == 0:
@@ -226,7 +226,7 @@ class IndexedWriter:
         base = Path(self.prefix)
         self._paths = {
             suffix: files.temporary_name(f"{base}.{suffix}") if parts is None else parts / f"{base.name}.{suffix}"
-            for suffix in ("bin", "idx", "meta.json", KEPT, "lengths", "documents")
+            for suffix in ("bin", "idx", "meta.json", TOKENIZER_SUFFIX, "lengths", "documents")
         }
         self._open: dict[str, BinaryIO] = {}
         sizes = (self.num_tokens * self.dtype.itemsize, 4 * self.num_sequences, 8 * self.num_documents)
@@ -301,12 +301,12 @@ class IndexedWriter:
                 meta.write(self.prefix, {**side_car, "content": held}, self._paths["meta.json"])
         wanted = ("bin", "idx") if side_car is None else ("meta.json", "bin", "idx")
         if tokenizer not in (None, BYTES):
-            _remove(self._paths[KEPT])
-            keep(tokenizer, self._paths[KEPT])
+            _remove(self._paths[TOKENIZER_SUFFIX])
+            save_tokenizer_files(tokenizer, self._paths[TOKENIZER_SUFFIX])
             with files.writing(self.prefix):
-                for path in (*self._paths[KEPT].rglob("*"), self._paths[KEPT]):
+                for path in (*self._paths[TOKENIZER_SUFFIX].rglob("*"), self._paths[TOKENIZER_SUFFIX]):
                     files.fsync_file(path)
-            wanted = (KEPT, *wanted)
+            wanted = (TOKENIZER_SUFFIX, *wanted)
         return {suffix: os.fspath(self._paths[suffix]) for suffix in wanted}
 
     def abort(self) -> None:
@@ -346,8 +346,8 @@ def _remove(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
 def indexed_files(prefix: str | os.PathLike[str]) -> list[str]:
-    """The files of a dataset."""
-    return [f"{os.fspath(prefix)}.{suffix}" for suffix in ("bin", "idx", "meta.json", KEPT)]
+    """Returns the files of a dataset."""
+    return [f"{os.fspath(prefix)}.{suffix}" for suffix in ("bin", "idx", "meta.json", TOKENIZER_SUFFIX)]
 
 
 def publish(prefix: str, prepared: Mapping[str, str]) -> None:
@@ -360,11 +360,11 @@ def publish(prefix: str, prepared: Mapping[str, str]) -> None:
         if not os.path.exists(prepared["idx"]):
             return  # it is the last, so it was all done
         Path(f"{prefix}.idx").unlink(missing_ok=True)
-        for suffix in {"meta.json", KEPT} - prepared.keys():
+        for suffix in {"meta.json", TOKENIZER_SUFFIX} - prepared.keys():
             _remove(Path(f"{prefix}.{suffix}"))
         for suffix, path in prepared.items():
             if os.path.exists(path):
-                if suffix == KEPT:
+                if suffix == TOKENIZER_SUFFIX:
                     _remove(Path(f"{prefix}.{suffix}"))  # a folder is not replaced by another
                 os.replace(path, f"{prefix}.{suffix}")
         files.fsync_dir(Path(prefix).parent)
@@ -416,7 +416,7 @@ def check_tokens(data: IndexedDataset, token_index: int, tokens: np.ndarray, voc
     )
 
 
-def verify(
+def verify_dataset(
     prefix: str | os.PathLike[str], vocab_size: int | None = None, progress: Progress = quiet
 ) -> dict[str, Any]:
     """Check a whole dataset, every token included; returns counts and the range of ids.
@@ -425,7 +425,7 @@ def verify(
     byte, or document and position.
     """
     data = IndexedDataset(prefix)
-    side_car = meta.read(prefix)
+    side_car = meta.read_meta(prefix)
     if side_car is not None:
         meta.check_counts(prefix, side_car, {"documents": data.num_documents, "sequences": len(data),
                                              "tokens": data.num_tokens})  # fmt: skip

@@ -31,8 +31,8 @@ def write(
     files.atomic_write_json(path or path_of(prefix), {"schema": SCHEMA, **side_car})
 
 
-def read(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The side-car, or None when there is none (a dataset that Megatron-LM wrote). Errors:
+def read_meta(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns the side-car, or None when there is none (a dataset that Megatron-LM wrote). Errors:
     `DataError`.
     """
     path = path_of(prefix)
@@ -85,7 +85,7 @@ def check_tokenizer(
 ) -> None:
     """Refuse a dataset made with another tokenizer than that of `fingerprint`; without a side-car
     all pass. `name` is the option that chose it."""
-    side_car = read(prefix)
+    side_car = read_meta(prefix)
     if side_car is not None and side_car["tokenizer"]["fingerprint"] != fingerprint:
         raise DataError(
             f"{os.fspath(prefix)} was made with tokenizer {side_car['tokenizer']['fingerprint']}, "
@@ -95,18 +95,18 @@ def check_tokenizer(
 
 
 def kept_tokenizer(prefix: str | os.PathLike[str]) -> str | None:
-    """The tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept beside
-    it, or None.
+    """Returns the tokenizer that made a dataset: `bytes` when its side-car says so, the folder kept
+    beside it, or None.
 
     Only with a side-car: a folder beside other data says nothing about them.
     """
-    side_car = read(prefix)
+    side_car = read_meta(prefix)
     if side_car is None:
         return None
     if side_car["tokenizer"]["fingerprint"] == ByteTokenizer.fingerprint:
         return BYTES
-    kept = tokenizer_folder.kept_at(prefix)
-    return str(kept) if tokenizer_folder.form_of(kept) is not None else None
+    kept = tokenizer_folder.saved_tokenizer(prefix)
+    return str(kept) if tokenizer_folder.definition_file(kept) is not None else None
 
 
 def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
 
     Errors: `DataError` when the parts were made with different tokenizers.
     """
-    parts = [read(prefix) for prefix in prefixes]
+    parts = [read_meta(prefix) for prefix in prefixes]
     known = [
         (prefix, part) for prefix, part in zip(prefixes, parts, strict=True) if part is not None
     ]
@@ -128,7 +128,9 @@ def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
             )
     if len(known) < len(parts):
         return None
-    found = provenance.joined((part.get("origins"), part["documents"]) for _, part in known)
+    found = provenance.merge_provenance(
+        (part.get("origins"), part["documents"]) for _, part in known
+    )
     framed = any(part.get("add_special_tokens") for _, part in known)
     made_by = {name for _, part in known for name in part["tokenizer"].get("encoded_by", ())}
     tokenizer = known[0][1]["tokenizer"] | ({"encoded_by": sorted(made_by)} if made_by else {})

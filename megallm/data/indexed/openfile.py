@@ -57,7 +57,7 @@ class OpenFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def whole(self) -> bytes | mmap.mmap:
-        """The whole file, mapped when it is large; `check` before any use of a map."""
+        """Returns the whole file, mapped when it is large; `check` before any use of a map."""
         if self.size <= _IN_MEMORY:
             return self.read(0, self.size)
         self._mapped = True

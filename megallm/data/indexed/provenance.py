@@ -14,7 +14,7 @@ from typing import Any
 MAX_RUNS = 100_000  # more are not kept: a side-car is read whole
 
 
-def place(known: Mapping[str, Any], document: int) -> dict[str, Any]:
+def locate_document(known: Mapping[str, Any], document: int) -> dict[str, Any]:
     """{"file", "line"} of a document."""
     runs = known["runs"]
     first, file, line = runs[bisect_right(runs, document, key=lambda run: run[0]) - 1]
@@ -30,7 +30,7 @@ def append(runs: list[list[int]], document: int, file: int, line: int) -> None:
     runs.append([document, file, line])
 
 
-class Joined:
+class MergedProvenance:
     """Collects the origins of stretches of datasets that are written one behind the other."""
 
     def __init__(self) -> None:
@@ -58,17 +58,21 @@ class Joined:
         self._documents += end - begin
 
     def origins(self) -> dict[str, Any] | None:
-        """What the side-car of all of them says; None when a part did not say, or there are too
-        many runs.
+        """Returns what the side-car of all of them says; None when a part did not say, or there are
+        too many runs.
         """
         return (
             {"files": list(self._files), "runs": self._runs} if self._known and self._runs else None
         )
 
 
-def joined(parts: Iterable[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any] | None:
-    """The origins of whole datasets one behind the other, each with its number of documents."""
-    out = Joined()
+def merge_provenance(
+    parts: Iterable[tuple[Mapping[str, Any] | None, int]],
+) -> dict[str, Any] | None:
+    """Returns the origins of whole datasets one behind the other, each with its number of
+    documents.
+    """
+    out = MergedProvenance()
     for known, documents in parts:
         out.add(known, 0, documents)
     return out.origins()

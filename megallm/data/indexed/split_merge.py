@@ -22,7 +22,7 @@ _SAMPLE = 20_000  # documents of which the packing figures are made
 
 
 def parse_shares(text: str) -> list[float]:
-    """The numbers of "98,1,1". Errors: `UsageError`."""
+    """Returns the numbers of "98,1,1". Errors: `UsageError`."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
@@ -34,7 +34,7 @@ def parse_shares(text: str) -> list[float]:
     return shares
 
 
-def split(
+def split_dataset(
     prefix: str | os.PathLike[str],
     output: str,
     shares: Sequence[float],
@@ -56,8 +56,8 @@ def split(
             for part in range(len(shares))
         ]
         edges = np.round(ends * total).astype(np.int64)
-        side_car = meta.read(prefix)
-        joined = [provenance.Joined() for _ in shares]
+        side_car = meta.read_meta(prefix)
+        joined = [provenance.MergedProvenance() for _ in shares]
         for low in range(0, total, _AT_ONCE):
             numbers = np.arange(low, min(low + _AT_ONCE, total))
             if seed is None:
@@ -118,7 +118,7 @@ def stats(
         "length_percentiles": dict(zip(map(str, _PERCENTILES), quantiles, strict=False)),
         "different_tokens": int((counts > 0).sum()),
         "most_frequent": {int(i): int(counts[i]) for i in top if counts[i]},
-        "tokenizer": (meta.read(prefix) or {}).get("tokenizer"), **_packing(full, seq_len),
+        "tokenizer": (meta.read_meta(prefix) or {}).get("tokenizer"), **_packing(full, seq_len),
     }  # fmt: skip
 
 
@@ -128,7 +128,9 @@ def _packing(lengths: np.ndarray, seq_len: int) -> dict[str, Any]:
     """
     places = np.linspace(0, max(0, len(lengths) - 1), min(_SAMPLE, len(lengths))).astype(int)
     some = lengths[places].tolist()
-    sizes = [end - begin for length in some for begin, end in packing.pieces_of(length, seq_len)]
+    sizes = [
+        end - begin for length in some for begin, end in packing.split_document(length, seq_len)
+    ]
     rows = packing.best_fit(sizes, seq_len)
     chunks = packing.concatenate(some, seq_len)
     fits = sum(length <= seq_len for length in some)

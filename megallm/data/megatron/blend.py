@@ -34,7 +34,9 @@ def normalise(weights: Sequence[float]) -> np.ndarray:
 
 
 def source_sizes(weights: np.ndarray, size: int, surplus: float = SURPLUS) -> list[int]:
-    """How many samples to build of each source for a blend of `size`, a share `surplus` on top."""
+    """Returns how many samples to build of each source for a blend of `size`, a share `surplus` on
+    top.
+    """
     return [ceil(ceil(size * w) * (1 + surplus)) for w in weights.tolist()]
 
 
@@ -52,8 +54,8 @@ def blend(
 
 
 def exhaustive(sizes: Sequence[int], native: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The same rule until every sample of every source was taken once; weights are the shares of
-    `sizes`.
+    """Returns the same rule until every sample of every source was taken once; weights are the
+    shares of `sizes`.
     """
     limits = np.asarray(sizes, dtype=np.int64)
     total = int(limits.sum())
@@ -63,7 +65,9 @@ def exhaustive(sizes: Sequence[int], native: bool | None = None) -> tuple[np.nda
 def build_blending_indices(
     weights: np.ndarray, size: int, limits: np.ndarray, native: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The greedy rule; a source leaves once it has given `limits[d]` samples (int64 [sources])."""
+    """Returns the greedy rule; a source leaves once it has given `limits[d]` samples (int64
+    [sources]).
+    """
     module = extension.index(native)
     if module is not None:
         return module.build_blending_indices(weights, size, limits)

@@ -40,8 +40,8 @@ class Order:
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """The fractions of "90,5,5" (train, valid, test): float64, missing ones 0, normalised to sum
-    1.
+    """Returns the fractions of "90,5,5" (train, valid, test): float64, missing ones 0, normalised
+    to sum 1.
     """
     try:
         parts = [float(part) for part in re.split(r"[,/]", text)]
@@ -62,7 +62,7 @@ def parse_split(text: str) -> tuple[float, float, float]:
 
 
 def split_range(text: str, which: str, num_sequences: int) -> tuple[int, int]:
-    """The half-open range of sequences that split `which` of `text` holds."""
+    """Returns the half-open range of sequences that split `which` of `text` holds."""
     if which not in SPLITS:
         raise UsageError(f"There is no split '{which}'; accepted: {', '.join(SPLITS)}.")
     ends = [0.0]
@@ -150,7 +150,7 @@ def build_sample_index(
     num_samples: int,
     native: bool | None = None,
 ) -> np.ndarray:
-    """Where each sample begins: [num_samples + 1, 2], int32 unless a count passes 2^31 - 1.
+    """Returns where each sample begins: [num_samples + 1, 2], int32 unless a count passes 2^31 - 1.
 
     `native` as in `base.extension.index`.
     """

@@ -16,7 +16,7 @@ from megallm.data.megatron import blend, order
 
 
 @dataclass(frozen=True)
-class Span:
+class DocumentSpan:
     """A stretch of one document that a sample reads: positions begin to end of `document` in
     `prefix`.
     """
@@ -34,7 +34,7 @@ class SampleDataset(Protocol):
 
     def sample(self, i: int) -> np.ndarray: ...
 
-    def spans(self, i: int) -> list[Span]: ...
+    def spans(self, i: int) -> list[DocumentSpan]: ...
 
     def where(self, i: int) -> dict[str, Any]: ...
 
@@ -72,13 +72,13 @@ class SourceSplit:
             at += length
         return out
 
-    def spans(self, i: int) -> list[Span]:
-        """The documents that item i reads, in order."""
+    def spans(self, i: int) -> list[DocumentSpan]:
+        """Returns the documents that item i reads, in order."""
         out = []
         for sequence, offset, length in self._pieces(i):
             if length:
                 document, begin = self.data.place_of(self.data.token_index(sequence, offset))
-                out.append(Span(self.data.prefix, document, begin, begin + length))
+                out.append(DocumentSpan(self.data.prefix, document, begin, begin + length))
         return out
 
     def where(self, i: int) -> dict[str, Any]:
@@ -120,8 +120,8 @@ class Blend:
         """Tokens of item i, int64 [seq_len + 1]."""
         return self.sources[self.source_of[_checked(i, len(self))]].sample(int(self.sample_of[i]))
 
-    def spans(self, i: int) -> list[Span]:
-        """The documents that item i reads, in order."""
+    def spans(self, i: int) -> list[DocumentSpan]:
+        """Returns the documents that item i reads, in order."""
         return self.sources[self.source_of[_checked(i, len(self))]].spans(int(self.sample_of[i]))
 
     def where(self, i: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _checked(i: int, length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleOptions:
     """How samples are cut and drawn.
 
     surplus: samples built of each source beyond its share, as a part of it. None: Megatron-LM's
@@ -155,9 +155,10 @@ def build_samples(
     split: str,
     which: str,
     num_samples: int | None,
-    how: Sampling,
+    how: SampleOptions,
 ) -> SourceSplit | Blend:
-    """The samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's order.
+    """Returns the samples of split `which` ("train", "valid", "test") of a corpus, in Megatron's
+    order.
 
     sources: prefix -> weight, or None for all of them: several are then one epoch of each, drawn in
     proportion to their sizes. split: "90,5,5"; num_samples: how many will be read (None: one epoch
@@ -192,7 +193,7 @@ def _build_unweighted(
     split: str,
     which: str,
     num_samples: int | None,
-    how: Sampling,
+    how: SampleOptions,
 ) -> SourceSplit | Blend:
     given = [prefix for prefix, weight in sources.items() if weight is not None]
     if given:
@@ -216,7 +217,7 @@ def _build_unweighted(
 
 
 def _build_source(
-    prefix: str, split: str, which: str, num_samples: int | None, how: Sampling
+    prefix: str, split: str, which: str, num_samples: int | None, how: SampleOptions
 ) -> SourceSplit:
     data = IndexedDataset(prefix)
     sequences = np.arange(*order.split_range(split, which, len(data)), dtype=np.int32)

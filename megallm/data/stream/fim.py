@@ -74,7 +74,7 @@ def check_exact(tokenizer: Tokenizer) -> None:
             )
 
 
-def form_of(key: int, rate: float, spm_share: float) -> str:
+def choose_form(key: int, rate: float, spm_share: float) -> str:
     """PLAIN with probability 1 - rate, else SPM with probability `spm_share`, else PSM."""
     first, second = rng.uniform(key, 0, 2).tolist()
     if first >= rate:
@@ -83,8 +83,8 @@ def form_of(key: int, rate: float, spm_share: float) -> str:
 
 
 def cuts(key: int, characters: int) -> tuple[int, int]:
-    """Where the middle begins and ends: two of the characters + 1 places between characters, each
-    equally likely.
+    """Returns where the middle begins and ends: two of the characters + 1 places between
+    characters, each equally likely.
     """
     first, second = (rng.uniform(key, 2, 2) * (characters + 1)).astype(np.int64).tolist()
     return min(first, second), max(first, second)

@@ -47,8 +47,8 @@ class Mixture:
         self.drawn = sum(self.taken.values())
 
     def draw(self) -> str:
-        """The next source: of those that are owed enough, the one due first; ties to the first
-        named.
+        """Returns the next source: of those that are owed enough, the one due first; ties to the
+        first named.
         """
         if len(self.weights) == 1:
             (best,) = self.weights
@@ -78,6 +78,6 @@ class Mixture:
 
     @staticmethod
     def restore(weights: Mapping[str, float], state: Mapping[str, Any]) -> Mixture:
-        """The mixture of `state` if it had these weights, else a new one."""
+        """Returns the mixture of `state` if it had these weights, else a new one."""
         wanted = whole_weights(weights)
         return Mixture(weights, state["taken"] if state.get("weights") == wanted else None)

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 
-def pieces_of(length: int, capacity: int) -> list[tuple[int, int]]:
+def split_document(length: int, capacity: int) -> list[tuple[int, int]]:
     """[begin, end) of full rows of a document of `length` tokens and of its rest; [] for an empty
     one.
     """

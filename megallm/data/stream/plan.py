@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BEST_FIT, CONCAT = "best_fit", "concat"
+SINGLE = "single"  # each document is a row of its own, whatever its length
 DOCUMENT, CONTEXT = "document", "context"
 
 
@@ -16,7 +17,7 @@ DOCUMENT, CONTEXT = "document", "context"
 class Reading:
     """How documents become rows.
 
-    seq_len: tokens of a row; packing: BEST_FIT or CONCAT; window: rows packed (and shuffled)
+    seq_len: tokens of a row; packing: BEST_FIT, CONCAT or SINGLE; window: rows packed (and shuffled)
     together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents before
     packing, CONTEXT what a row holds of them.
     """
@@ -33,7 +34,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Segment:
+class StreamSegment:
     """Holds from the moment that `begin_tokens` places of rows (tokens and padding) were read."""
 
     begin_tokens: int
@@ -44,12 +45,12 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StreamPlan:
     """Everything that decides which tokens are read: with the counts of `stream.Stream.state`, it
     is all there is.
     """
 
-    segments: tuple[Segment, ...]
+    segments: tuple[StreamSegment, ...]
     seed: int
     split: str = "100,0,0"
     which: str = "train"
@@ -67,13 +68,13 @@ class Plan:
 
     @property
     def prefixes(self) -> list[str]:
-        """Every source of every segment, in the order of their first mention."""
+        """Returns every source of every segment, in the order of their first mention."""
         return list(
             dict.fromkeys(prefix for segment in self.segments for prefix in segment.weights)
         )
 
-    def at(self, tokens: int) -> Segment:
-        """The segment for the step that begins after `tokens` places."""
+    def at(self, tokens: int) -> StreamSegment:
+        """Returns the segment for the step that begins after `tokens` places."""
         return [segment for segment in self.segments if segment.begin_tokens <= tokens][-1]
 
     def tokens_after(self, steps: int, global_batch: int) -> int:
@@ -92,11 +93,11 @@ class Plan:
         return tokens
 
 
-def segments_of(
+def stream_segments(
     sources: dict[str, float],
     reading: Reading,
     changes: Sequence[tuple[int | None, dict[str, Any]]],
-) -> tuple[Segment, ...]:
+) -> tuple[StreamSegment, ...]:
     """Segments from (until_tokens, what differs from `sources` and `reading`); () is one segment
     without an end.
     """
@@ -106,6 +107,6 @@ def segments_of(
             **vars(reading),
             **{key: value for key, value in change.items() if key != "sources"},
         }
-        out.append(Segment(begin, change.get("sources") or dict(sources), Reading(**fields)))
+        out.append(StreamSegment(begin, change.get("sources") or dict(sources), Reading(**fields)))
         begin = until if until is not None else begin
     return tuple(out)

@@ -16,7 +16,7 @@ from typing import Any
 from megallm.base.files import atomic_path, writing
 
 
-def cut(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int) -> None:
     """Keep the whole lines of steps up to `step`: what came after was undone by the resume. Errors:
     `CannotWrite`.
     """
@@ -64,7 +64,7 @@ class SampleLog:
         rows: Callable[[int], list[dict[str, Any]]],
         durable: Callable[[int], bool],
     ) -> Iterator[tuple[int, Any]]:
-        """The same steps, each after its rows were written."""
+        """Yields the same steps, each after its rows were written."""
         for step, batches in steps:
             self.append(rows(step), durable(step))
             yield step, batches

@@ -18,7 +18,7 @@ from megallm.data.indexed.dataset import IndexedDataset, check_tokens
 from megallm.data.megatron.order import split_range
 from megallm.data.stream import fim, packing
 from megallm.data.stream.permute import Permutation
-from megallm.data.stream.plan import CONCAT, CONTEXT, Plan, Reading
+from megallm.data.stream.plan import BEST_FIT, CONCAT, CONTEXT, SINGLE, Reading, StreamPlan
 
 _AT_ONCE = 512  # documents looked up together
 _MARGIN = 16  # tokens that rearranging a piece may add: three sentinels, and words cut in two
@@ -26,10 +26,11 @@ _SAMPLED, _SAMPLE_TOKENS = 64, 2048  # blocks of .bin in the fingerprint
 _OPEN = (
     ""  # the form of a document of which nothing was read yet: decided when its window is packed
 )
-_PIECE = "piece-"  # before a form: what was rearranged is the piece alone, and begin and end count its own tokens
+# Before a form: what was rearranged is the piece alone, and begin and end count its own tokens.
+_PIECE = "piece-"
 
 
-class Item(NamedTuple):
+class RowItem(NamedTuple):
     """Tokens begin to end of a document read in a form; `size` is what they take of a row.
 
     In the forms of a whole rearranged document, begin and end count the rearranged tokens.
@@ -43,13 +44,13 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """What one row holds: items of one epoch of one source."""
 
     prefix: str
     epoch: int
     seq_len: int
-    items: tuple[Item, ...]
+    items: tuple[RowItem, ...]
 
     @property
     def spans(self) -> list[list[int]]:
@@ -60,8 +61,8 @@ class Row:
 @dataclass
 class Cursor:
     """Where a source stands: `position` documents were drawn by the windows before this one, `held`
-    is what they left over (see `Source.hold`), and `row` rows of this window are taken. `rows` and
-    `tokens` are totals."""
+    is what they left over (see `DocumentSource.hold`), and `row` rows of this window are taken.
+    `rows` and `tokens` are totals."""
 
     position: int = 0
     epoch: int = 0  # of `held`
@@ -77,7 +78,7 @@ class Window:
     """Rows packed together, in the order they are read, and where the next window begins."""
 
     epoch: int
-    rows: list[tuple[Item, ...]]
+    rows: list[tuple[RowItem, ...]]
     position: int
     held: list[list[Any]]
 
@@ -97,7 +98,10 @@ def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int
         return first, count
     remedy = "Give this source more, or the split a larger share."
     if data.num_documents < FEW_DOCUMENTS:
-        remedy = "A plain text file is one document unless it is split: preprocess again with --split-text paragraphs "
+        remedy = (
+            "A plain text file is one document unless it is split: preprocess again with "
+            "--split-text paragraphs "
+        )
         remedy += "(or lines), or give the split a larger share."
     raise DataError(
         f"{data.prefix}: the split '{which}' of {split} holds no whole document with tokens (the "
@@ -105,7 +109,7 @@ def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int
     )
 
 
-class Source:
+class DocumentSource:
     """The documents of one split of a dataset. A window is a pure function of (files, seed, cursor,
     reading).
 
@@ -115,14 +119,14 @@ class Source:
     def __init__(
         self,
         prefix: str,
-        plan: Plan,
+        plan: StreamPlan,
         vocab_size: int | None = None,
         rearranger: fim.Rearranger | None = None,
     ) -> None:
         self.prefix, self.data = prefix, IndexedDataset(prefix)
         self.vocab_size, self.rearranger = vocab_size, rearranger
         self.first, self.count = documents_of(self.data, plan.split, plan.which)
-        self.fingerprint = fingerprint(self.data)
+        self.fingerprint = dataset_fingerprint(self.data)
         self._seed = plan.seed
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
         self._made: dict[tuple[Any, ...], np.ndarray | None] = {}
@@ -130,8 +134,8 @@ class Source:
     # Windows
 
     def open(self, cursor: Cursor, reading: Reading) -> Window:
-        """The window that begins at the cursor (its `row` aside); without rows where only empty
-        documents are left.
+        """Returns the window that begins at the cursor (its `row` aside); without rows where only
+        empty documents are left.
         """
         self._made.clear()
         epoch = cursor.epoch if cursor.held else cursor.position // self.count
@@ -143,8 +147,7 @@ class Source:
             missing -= sum(end for _, _, end, _ in drawn)
             pool += [entry for entry in drawn if entry[2]]
         last = position // self.count > epoch
-        into_rows = _chunked if reading.packing == CONCAT else _fitted
-        rows, held = into_rows(self._items(pool, epoch, reading), reading, last)
+        rows, held = _INTO_ROWS[reading.packing](self._items(pool, epoch, reading), reading, last)
         place = [cursor.position, *(cursor.held[0][:2] if cursor.held else [])]
         order = rng.permutation(
             rng.key_of(self._seed, "rows", self.fingerprint, epoch, *place), len(rows)
@@ -152,8 +155,8 @@ class Source:
         return Window(epoch, [rows[i] for i in order.tolist()], position, held)
 
     def hold(self, window: Window, row: int) -> list[list[Any]]:
-        """What rows `row` and later of a window hold, neighbours joined: the pool that another
-        reading begins with.
+        """Returns what rows `row` and later of a window hold, neighbours joined: the pool that
+        another reading begins with.
         """
         entries: list[list[Any]] = [list(entry) for entry in window.held]
         for items in window.rows[row:]:
@@ -173,8 +176,8 @@ class Source:
         return joined
 
     def _draw(self, epoch: int, position: int, missing: int) -> list[list[Any]]:
-        """The next documents of an epoch, until `missing` tokens are there or some hundreds were
-        looked at.
+        """Returns the next documents of an epoch, until `missing` tokens are there or some hundreds
+        were looked at.
         """
         at = position - epoch * self.count
         documents = self.first + self._permutation(epoch).at(at, min(_AT_ONCE, self.count - at))
@@ -190,8 +193,10 @@ class Source:
 
     # Items
 
-    def _items(self, pool: list[list[Any]], epoch: int, reading: Reading) -> Iterable[Item]:
-        """The entries of a pool with their form decided, cut where `reading` rearranges pieces."""
+    def _items(self, pool: list[list[Any]], epoch: int, reading: Reading) -> Iterable[RowItem]:
+        """Returns the entries of a pool with their form decided, cut where `reading` rearranges
+        pieces.
+        """
         for document, begin, end, form in pool:
             if reading.fim_rate > 0 and reading.fim_form == CONTEXT and form in (_OPEN, fim.PLAIN):
                 yield from self._rearranged_pieces(document, begin, end, epoch, reading)
@@ -199,31 +204,33 @@ class Source:
             if form == _OPEN:
                 key = self._key(document, epoch)
                 form = (
-                    fim.form_of(key, reading.fim_rate, reading.fim_spm)
+                    fim.choose_form(key, reading.fim_rate, reading.fim_spm)
                     if reading.fim_rate > 0
                     else fim.PLAIN
                 )
                 if form != fim.PLAIN and self._rearranged(document, epoch, form) is None:
                     form = fim.PLAIN
                 end = self._length(document, epoch, form)
-            yield Item(document, begin, end, form, end - begin)
+            yield RowItem(document, begin, end, form, end - begin)
 
     def _rearranged_pieces(
         self, document: int, begin: int, end: int, epoch: int, reading: Reading
-    ) -> Iterable[Item]:
+    ) -> Iterable[RowItem]:
         room = reading.seq_len
         if end - begin > room and room > 4 * _MARGIN:
             room -= _MARGIN
-        for low, high in packing.pieces_of(end - begin, room):
+        for low, high in packing.split_document(end - begin, room):
             low, high = begin + low, begin + high
-            form = fim.form_of(self._key(document, epoch, low), reading.fim_rate, reading.fim_spm)
+            form = fim.choose_form(
+                self._key(document, epoch, low), reading.fim_rate, reading.fim_spm
+            )
             made = (
                 None if form == fim.PLAIN else self._rearranged(document, epoch, form, (low, high))
             )
             if made is None or len(made) > reading.seq_len:
-                yield Item(document, low, high, fim.PLAIN, high - low)
+                yield RowItem(document, low, high, fim.PLAIN, high - low)
             else:
-                yield Item(document, low, high, _PIECE + form, len(made))
+                yield RowItem(document, low, high, _PIECE + form, len(made))
 
     def _key(self, document: int, epoch: int, *place: int) -> int:
         return rng.key_of(self._seed, "fim", self.fingerprint, document, epoch, *place)
@@ -257,7 +264,7 @@ class Source:
             check_tokens(self.data, start, tokens, self.vocab_size)
         return tokens
 
-    def read(self, item: Item, epoch: int) -> tuple[np.ndarray, int | None]:
+    def read(self, item: RowItem, epoch: int) -> tuple[np.ndarray, int | None]:
         """Tokens of an item [size], and the token that follows them in the same document (None at
         its end).
 
@@ -274,7 +281,7 @@ class Source:
         return tokens[: end - begin], int(tokens[-1]) if more else None
 
 
-def fingerprint(data: IndexedDataset) -> str:
+def dataset_fingerprint(data: IndexedDataset) -> str:
     """Hash of the whole index and of 64 blocks of the tokens: tells whether the files are still the
     same.
     """
@@ -292,15 +299,15 @@ def _held_form(form: str) -> str:
 
 
 def _fitted(
-    items: Iterable[Item], reading: Reading, last: bool
-) -> tuple[list[tuple[Item, ...]], list[list[Any]]]:
+    items: Iterable[RowItem], reading: Reading, last: bool
+) -> tuple[list[tuple[RowItem, ...]], list[list[Any]]]:
     """Rows by best fit; nothing is left over."""
     pieces = []
     for item in items:
         if item.form.startswith(_PIECE):
             pieces.append(item)
             continue
-        for low, high in packing.pieces_of(item.size, reading.seq_len):
+        for low, high in packing.split_document(item.size, reading.seq_len):
             pieces.append(
                 item._replace(begin=item.begin + low, end=item.begin + high, size=high - low)
             )
@@ -309,8 +316,8 @@ def _fitted(
 
 
 def _chunked(
-    items: Iterable[Item], reading: Reading, last: bool
-) -> tuple[list[tuple[Item, ...]], list[list[Any]]]:
+    items: Iterable[RowItem], reading: Reading, last: bool
+) -> tuple[list[tuple[RowItem, ...]], list[list[Any]]]:
     """Full rows back to back; what does not fill one is left over, except at the end of an
     epoch.
     """
@@ -329,3 +336,13 @@ def _chunked(
     whole = min(len(rows), reading.window)
     whole -= whole == len(rows) and sum(item.size for item in rows[-1]) < reading.seq_len
     return rows[:whole], [[d, b, e, f] for row in rows[whole:] for d, b, e, f, _ in row]
+
+
+def _single(
+    items: Iterable[RowItem], reading: Reading, last: bool
+) -> tuple[list[tuple[RowItem, ...]], list[list[Any]]]:
+    """A row for each; nothing is left over."""
+    return [(item,) for item in items], []
+
+
+_INTO_ROWS = {BEST_FIT: _fitted, CONCAT: _chunked, SINGLE: _single}

@@ -14,14 +14,14 @@ from typing import Any
 from megallm.base.errors import DataError
 from megallm.data.stream import fim
 from megallm.data.stream.mixture import Mixture
-from megallm.data.stream.plan import Plan, Reading
-from megallm.data.stream.source import Cursor, Row, Source, Window
+from megallm.data.stream.plan import Reading, StreamPlan
+from megallm.data.stream.source import Cursor, DocumentSource, PackedRow, Window
 
 SCHEMA = 1
 
 
 def holds_rearranged(state: Mapping[str, Any] | None) -> bool:
-    """Whether going on from a state reads documents that fill-in-the-middle had rearranged
+    """Returns whether going on from a state reads documents that fill-in-the-middle had rearranged
     already.
     """
     cursors = state["sources"].values() if state else ()
@@ -42,7 +42,10 @@ class Stream:
     """
 
     def __init__(
-        self, plan: Plan, sources: Mapping[str, Source], state: Mapping[str, Any] | None = None
+        self,
+        plan: StreamPlan,
+        sources: Mapping[str, DocumentSource],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.plan, self.sources = plan, dict(sources)
         self.places = 0  # rows x their length, taken so far
@@ -53,7 +56,7 @@ class Stream:
         if state:
             self._restore(state)
 
-    def take(self, count: int) -> list[Row]:
+    def take(self, count: int) -> list[PackedRow]:
         """The next `count` rows, all by the segment that holds now."""
         segment = self.plan.at(self.places)
         mixture = Mixture.restore(segment.weights, self._mixture_state)
@@ -62,7 +65,7 @@ class Stream:
         self.places += count * segment.reading.seq_len
         return rows
 
-    def _next(self, prefix: str, reading: Reading) -> Row:
+    def _next(self, prefix: str, reading: Reading) -> PackedRow:
         cursor, source = self._cursors[prefix], self.sources[prefix]
         window = self._window(prefix, reading)
         while cursor.row >= len(window.rows):
@@ -78,10 +81,10 @@ class Stream:
         cursor.row += 1
         cursor.rows += 1
         cursor.tokens += sum(item.size for item in items)
-        return Row(prefix, window.epoch, reading.seq_len, items)
+        return PackedRow(prefix, window.epoch, reading.seq_len, items)
 
     def _window(self, prefix: str, reading: Reading) -> Window:
-        """The open window of a source, packed anew when the way of reading has changed."""
+        """Returns the open window of a source, packed anew when the way of reading has changed."""
         held, cursor, source = (
             self._windows.get(prefix),
             self._cursors[prefix],

@@ -19,8 +19,10 @@ _CURATED = ("id", "file", "line")  # what a curated row says about the raw docum
 
 def places(prefix: str, documents: Iterable[int]) -> list[dict[str, Any] | None]:
     """{"file", "line"} that each document was made of; None where the side-car does not say."""
-    known = (meta.read(prefix) or {}).get("origins")
-    return [provenance.place(known, document) if known else None for document in documents]
+    known = (meta.read_meta(prefix) or {}).get("origins")
+    return [
+        provenance.locate_document(known, document) if known else None for document in documents
+    ]
 
 
 def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Place]]:
@@ -38,7 +40,9 @@ def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Pl
 
 
 def _rows(file: str, lines: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects on some lines of a file (rows of Parquet), as far as they can be read."""
+    """Yields the JSON objects on some lines of a file (rows of Parquet), as far as they can be
+    read.
+    """
     first = 1
     try:
         for chunk in readers.chunks(file, readers.ReadOptions(keys=_CURATED)):
@@ -67,8 +71,8 @@ def _object(row: Any) -> dict[str, Any] | None:
 def ledger_rows(
     path: str, wanted: Iterable[tuple[str, Place]]
 ) -> dict[tuple[str, Place], dict[str, Any]]:
-    """The rows of a curation ledger about these documents: id, and file and line, since ids of
-    users may repeat.
+    """Returns the rows of a curation ledger about these documents: id, and file and line, since ids
+    of users may repeat.
 
     Errors: `DataError`.
     """

@@ -1,10 +1,12 @@
-"""gigatoken, some fifty times as fast as `tokenizers`, wherever it gives the very same ids. Optional.
+"""gigatoken, some fifty times as fast as `tokenizers`, wherever it gives the very same ids.
+Optional.
 
-The ids are those of `tokenizers`, always. The two split text by tables of other versions of Unicode, so each code
-point is compared at its first sight (`SameSplits`), and a text that holds one on which they differ goes to
-`tokenizers`; so does one that is not normalised, or in which an added token is written. That both read the definition
-alike is tried once on hard strings, special tokens and thousands of its own tokens; the verdict is kept for these
-versions. gigatoken's cache of words grows without end, so it is made anew when it has become large.
+The ids are those of `tokenizers`, always. The two split text by tables of other versions of
+Unicode, so each code point is compared at its first sight (`SameSplits`), and a text that holds one
+on which they differ goes to `tokenizers`; so does one that is not normalised, or in which an added
+token is written. That both read the definition alike is tried once on hard strings, special tokens
+and thousands of its own tokens; the verdict is kept for these versions. gigatoken's cache of words
+grows without end, so it is made anew when it has become large.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class AcceleratedTokenizer(FolderTokenizer):
         self._splits = SameSplits(self._definition, module)
         self._normal_form = _normal_form(self._definition)
         kept = [token for token in self.added_tokens if not token.get("special")]
-        # Found wherever they are written, however `tokenizers` would look for them: a text that holds one goes there.
+        # Found wherever they are written, however `tokenizers` would look for them: a text that
+        # holds one goes there.
         bare = [token | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) for token in kept]
         self._bare = dumps({**self._definition, "added_tokens": bare, "post_processor": None})
         self._added = np.array(sorted({token["id"] for token in kept}), np.int64)
@@ -108,7 +111,7 @@ class AcceleratedTokenizer(FolderTokenizer):
         return np.asarray(found.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
     def _left(self, texts: Sequence[str], ids: np.ndarray, offsets: np.ndarray) -> list[int]:
-        """The texts, by number, whose ids must be made by `tokenizers`."""
+        """Returns the texts, by number, whose ids must be made by `tokenizers`."""
         left = set(self._splits.unlike(texts))
         if self._normal_form is not None:
             form = self._normal_form
@@ -122,7 +125,7 @@ class AcceleratedTokenizer(FolderTokenizer):
 
 
 def accelerate(plain: FolderTokenizer) -> AcceleratedTokenizer | str:
-    """The fast form of a tokenizer, or the reason why there is none."""
+    """Returns the fast form of a tokenizer, or the reason why there is none."""
     try:
         module = importlib.import_module("gigatoken")
     except ImportError:
@@ -141,7 +144,9 @@ def accelerate(plain: FolderTokenizer) -> AcceleratedTokenizer | str:
 
 
 def unprovable(definition: dict[str, Any]) -> str:
-    """What of a definition the comparison of code points says nothing about; empty when there is nothing."""
+    """Returns what of a definition the comparison of code points says nothing about; empty when
+    there is nothing.
+    """
     model, normalizer = definition.get("model") or {}, definition.get("normalizer")
     if model.get("type", "BPE") != "BPE" or model.get("dropout"):
         return "this kind of model"
@@ -175,7 +180,9 @@ def _normal_form(definition: dict[str, Any]) -> str | None:
 
 
 def _known_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer) -> str | None:
-    """`first_difference` on the probes, kept in a file for this definition and these versions of the libraries."""
+    """`first_difference` on the probes, kept in a file for this definition and these versions of
+    the libraries.
+    """
     key = json.dumps([_CHECK, plain.digest, versions()])
     path = None
     with suppress(RuntimeError):  # nobody's home is known
@@ -196,7 +203,7 @@ def _known_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer) -> str
 
 
 def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: Sequence[str]) -> str | None:
-    """The first text that the two turn into different ids."""
+    """Returns the first text that the two turn into different ids."""
     ids, lengths = fast.encode_joined(texts)
     begins = np.cumsum(lengths) - lengths
     for text, begin, length in zip(texts, begins.tolist(), lengths.tolist(), strict=True):
@@ -205,8 +212,10 @@ def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: 
     return None
 
 
-def choose(plain: Any, backend: str) -> tuple[Any, str]:
-    """(tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken must be and cannot."""
+def choose_tokenizer(plain: Any, backend: str) -> tuple[Any, str]:
+    """(tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken must be and
+    cannot.
+    """
     if backend not in BACKENDS:
         raise UsageError(f"--backend {backend} is unknown; accepted: {', '.join(BACKENDS)}.")
     if not isinstance(plain, FolderTokenizer) or backend == PLAIN:
@@ -225,7 +234,9 @@ def versions() -> dict[str, str]:
 
 
 def libraries(encoder: Any, backend: str) -> list[str]:
-    """ "NAME VERSION" of what makes the ids: of gigatoken also the library that it was compared with."""
+    """ "NAME VERSION" of what makes the ids: of gigatoken also the library that it was compared
+    with.
+    """
     if encoder.kind == BYTES:
         return [f"megallm {VERSION}"]
     names = [PLAIN] if isinstance(encoder, FolderTokenizer) else [encoder.kind]
@@ -233,7 +244,9 @@ def libraries(encoder: Any, backend: str) -> list[str]:
 
 
 def _probes(plain: FolderTokenizer) -> list[str]:
-    """Hard strings, every special token written in a text, and texts of tokens from all over the vocabulary."""
+    """Hard strings, every special token written in a text, and texts of tokens from all over the
+    vocabulary.
+    """
     specials = [str(token["content"]) for token in plain.added_tokens][:200]
     pieces = plain.pieces()
     ids = range(0, len(pieces), max(1, len(pieces) // _OWN_TOKENS))

@@ -60,7 +60,7 @@ class SameSplits:
         self._try(np.arange(_ASCII))
 
     def unlike(self, texts: Sequence[str]) -> list[int]:
-        """The texts, by number, that hold a code point on which the two differ."""
+        """Returns the texts, by number, that hold a code point on which the two differ."""
         wide = [i for i, text in enumerate(texts) if not text.isascii()]
         if not wide:
             return [*range(len(texts))] if self._known[:_ASCII].max() > _ALIKE else []
@@ -84,7 +84,7 @@ class SameSplits:
 
 
 def _points(text: str) -> np.ndarray:
-    """The code points of a text that are not ASCII, in their order."""
+    """Returns the code points of a text that are not ASCII, in their order."""
     units = np.frombuffer(text.encode("utf-16-le"), "<u2")
     units = units[units >= _ASCII]
     high = (units & 0xFC00) == _SURROGATES
@@ -97,8 +97,8 @@ def _points(text: str) -> np.ndarray:
 
 
 def _small(model: dict[str, Any]) -> dict[str, Any]:
-    """A model of the same kind that shows every border: each byte, and each pair of one with a byte
-    of a context.
+    """Returns a model of the same kind that shows every border: each byte, and each pair of one
+    with a byte of a context.
     """
     fallback = bool(model.get("byte_fallback"))
     if fallback:  # there the vocabulary has whole characters

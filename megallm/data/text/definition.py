@@ -44,8 +44,8 @@ _DIGEST_BYTES = 16
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a tokenizer's file. Errors: `FileNotFoundError`, `DataError` for what is no
-    file or too large.
+    """Returns the content of a tokenizer's file. Errors: `FileNotFoundError`, `DataError` for what
+    is no file or too large.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -67,22 +67,24 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def read(path: Path) -> tuple[dict[str, Any], str]:
-    """The checked definition of a tokenizer, and a hash of the file. Errors: `FileNotFoundError`,
-    `DataError`.
+def read_definition(path: Path) -> tuple[dict[str, Any], str]:
+    """Returns the checked definition of a tokenizer, and a hash of the file. Errors:
+    `FileNotFoundError`, `DataError`.
     """
     return checked(read_bytes(path), path)
 
 
 def checked(data: bytes, path: Path) -> tuple[dict[str, Any], str]:
-    """The definition in `data`, which `path` stands for, and a hash of it. Errors: `DataError`."""
+    """Returns the definition in `data`, which `path` stands for, and a hash of it. Errors:
+    `DataError`.
+    """
     values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if values > MAX_VALUES:
         raise DataError(
             f"{path} holds {values} values; no tokenizer has more than {MAX_VALUES}: refused."
         )
     with _without_collection():
-        definition = loads(data, path)
+        definition = parse_json_object(data, path)
     try:
         for problem in _problems(definition):
             raise DataError(
@@ -108,8 +110,8 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def loads(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object. Errors: `DataError`."""
+def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
+    """Returns a JSON object. Errors: `DataError`."""
     quick = _orjson()
     value = None
     if quick is not None:
@@ -141,7 +143,7 @@ def _orjson() -> ModuleType | None:
         return None
 
 
-def fingerprint(definition: dict[str, Any]) -> str:
+def tokenizer_fingerprint(definition: dict[str, Any]) -> str:
     """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
     relevant = {
         k: v for k, v in definition.items() if k not in ("version", "truncation", "padding")
@@ -152,7 +154,7 @@ def fingerprint(definition: dict[str, Any]) -> str:
 
 
 def _ordered(value: Any) -> Any:
-    """The same with sorted keys: for 128,000 of them faster than `sort_keys`."""
+    """Returns the same with sorted keys: for 128,000 of them faster than `sort_keys`."""
     if isinstance(value, dict):
         return {key: _ordered(value[key]) for key in sorted(value)}
     if not isinstance(value, list):
@@ -164,7 +166,7 @@ def _ordered(value: Any) -> Any:
 
 
 def _problems(definition: dict[str, Any]) -> Iterator[str]:
-    """What of a definition is out of all proportion."""
+    """Yields what of a definition is out of all proportion."""
     yield from _problems_of_vocabulary(definition.get("model") or {})
     added = definition.get("added_tokens") or []
     sizes = [len(token["content"]) for token in added]
@@ -211,14 +213,16 @@ def _problems_of_vocabulary(model: dict[str, Any]) -> Iterator[str]:
 
 
 def checked_id(number: int) -> int:
-    """The same id. Errors: ValueError for one that no vocabulary reaches."""
+    """Returns the same id. Errors: ValueError for one that no vocabulary reaches."""
     if not 0 <= number < MAX_ID:
         raise ValueError(f"id {number} is outside 0 to {MAX_ID}")
     return number
 
 
 def steps_of(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normaliser, a splitting, a decoder or a template, sequences resolved."""
+    """Yields the steps of a normaliser, a splitting, a decoder or a template, sequences
+    resolved.
+    """
     if not part:
         return
     inner = [part.get(name) for name in ("normalizers", "pretokenizers", "decoders", "processors")]
@@ -242,7 +246,7 @@ def _problems_of_step(part: str, step: dict[str, Any]) -> Iterator[str]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How many times longer than before a step of a normaliser can make a text, at most."""
+    """Returns how many times longer than before a step of a normaliser can make a text, at most."""
     kind = step.get("type")
     if kind == "Replace":
         return max(1, len(step.get("content") or ""))

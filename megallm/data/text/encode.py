@@ -12,7 +12,7 @@ from megallm.data.text import accelerated, readers, tokenizer
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """What a worker needs to know beside the chunk.
 
     `opening` and `closing` stand before and behind each text; `backend`: `accelerated.FAST`,
@@ -46,11 +46,11 @@ _made: dict[tuple[str, str], tokenizer.Encoder] = {}  # of this process, by toke
 
 
 def choose_encoder(spec: str, wanted: str) -> tuple[tokenizer.Encoder, str]:
-    """The tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors:
+    """Returns the tokenizer, read anew, and the backend: gigatoken wherever it is proved. Errors:
     `DataError`, `UsageError`.
     """
     plain = tokenizer.load(spec, check=wanted == accelerated.PLAIN)
-    found, backend = accelerated.choose(plain, wanted)
+    found, backend = accelerated.choose_tokenizer(plain, wanted)
     if isinstance(found, tokenizer.FolderTokenizer) and backend != accelerated.FAST:
         found.check()
     _made.clear()
@@ -59,7 +59,7 @@ def choose_encoder(spec: str, wanted: str) -> tuple[tokenizer.Encoder, str]:
 
 
 def encoder_of(spec: str, backend: str) -> tokenizer.Encoder:
-    """The tokenizer of this process; a forked worker inherits the parent's."""
+    """Returns the tokenizer of this process; a forked worker inherits the parent's."""
     if (spec, backend) not in _made:
         _made[spec, backend], _ = choose_encoder(
             spec, accelerated.FAST if backend == accelerated.FAST else accelerated.PLAIN
@@ -67,9 +67,9 @@ def encoder_of(spec: str, backend: str) -> tokenizer.Encoder:
     return _made[spec, backend]
 
 
-def encode_chunk(job: Job, chunk: readers.Chunk) -> Encoded:
+def encode_chunk(job: EncodeJob, chunk: readers.Chunk) -> Encoded:
     """Parse and tokenise: all the work that is worth dividing."""
-    parsed = readers.parse(chunk, job.options)
+    parsed = readers.parse_chunk(chunk, job.options)
     encoder, columns, characters = encoder_of(job.tokenizer, job.backend), [], 0
     left = _by_tokenizers(encoder)
     for column in range(len(job.options.keys)):
@@ -86,7 +86,7 @@ def _by_tokenizers(encoder: tokenizer.Encoder) -> int:
 
 
 def join(
-    ids: np.ndarray, lengths: np.ndarray, job: Job
+    ids: np.ndarray, lengths: np.ndarray, job: EncodeJob
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tokens back to back, lengths of the sequences, sequences of each document); an empty text
     has none.

@@ -14,9 +14,9 @@ from typing import Any
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text.tokenizer import END_OF_TEXT
-from megallm.data.text.tokenizer_folder import Settings, pair_of, vocabulary_of
+from megallm.data.text.tokenizer_folder import FolderSettings, pair_of, vocabulary_of
 
-GPT2_SETTINGS = Settings(kind="GPT2Tokenizer")
+GPT2_SETTINGS = FolderSettings(kind="GPT2Tokenizer")
 
 
 def write_gpt2_folder(vocab_file: str, merge_file: str, folder: Path) -> None:
@@ -92,7 +92,7 @@ _SPECIAL = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 
 
 def _tokens(path: str) -> list[str]:
-    """The tokens of the list in base64, in the order of their ranks."""
+    """Returns the tokens of the list in base64, in the order of their ranks."""
     try:
         rows: Any = json.loads(_text(path))
     except (ValueError, RecursionError) as error:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional
 from megallm.data.text import definition
-from megallm.data.text.tokenizer_folder import Settings
+from megallm.data.text.tokenizer_folder import FolderSettings
 
 SENTENCEPIECE, TIKTOKEN = (".model", ".spm"), (".tiktoken",)
 _END = "<|endoftext|>"
@@ -83,15 +83,15 @@ class SentencePieceTokenizer(_Native):
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path, settings: Settings | None = None) -> None:
-        library = optional.need("sentencepiece", str(path))
+    def __init__(self, path: Path, settings: FolderSettings | None = None) -> None:
+        library = optional.need_for_file("sentencepiece", str(path))
         self.path, data = path, _read(path)
         self._model = library.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(data)
         except RuntimeError as error:
             raise DataError(f"{path} is not a sentencepiece model: {error}.") from error
-        self._settings, self._pieces = settings or Settings(), self._model.vocab_size()
+        self._settings, self._pieces = settings or FolderSettings(), self._model.vocab_size()
         self._added = {text: i for text, i in self._settings.added.items() if i >= self._pieces}
         self._texts = {i: text for text, i in self._added.items()}
         self.vocab_size = max([self._pieces - 1, *self._texts]) + 1
@@ -113,7 +113,7 @@ class SentencePieceTokenizer(_Native):
 
     @property
     def eod(self) -> int:
-        """The id that the settings name, else the model's end-of-sentence id. Errors:
+        """Returns the id that the settings name, else the model's end-of-sentence id. Errors:
         `DataError`.
         """
         named = self._settings.tokens.get("eos")
@@ -159,8 +159,31 @@ class SentencePieceTokenizer(_Native):
             begin = match.end()
         return ids + self._model.encode(text[begin:])
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        ids, offsets, begin = [], [], 0
+        for match in [*(self._finder.finditer(text) if self._finder else ()), None]:
+            end = len(text) if match is None else match.start()
+            made = self._pieces_of(text[begin:end])
+            ids += [number for number, _, _ in made]
+            offsets += [(begin + low, begin + high) for _, low, high in made]
+            if match is not None:
+                ids.append(self.token_id(match.group()))
+                offsets.append(match.span())
+                begin = match.end()
+        return ids, np.array(offsets, np.int64).reshape(-1, 2)
+
+    def _pieces_of(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, first character, end) of each piece of a text."""
+        try:
+            made = self._model.encode(text, return_type="offset_mapping")
+        except TypeError:  # before 0.2.2 the library called it otherwise
+            pieces = self._model.encode(text, out_type="immutable_proto").pieces
+            return [(piece.id, piece.begin, piece.end) for piece in pieces]
+        return [(i, *place) for i, place in zip(made["ids"], made["offsets"], strict=True)]
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; control symbols give nothing, added tokens are written out."""
+        """Returns the text; control symbols give nothing, added tokens are written out."""
         parts, run = [], []
         for number in ids:
             if number < self._pieces:
@@ -171,7 +194,7 @@ class SentencePieceTokenizer(_Native):
         return "".join([*parts, self._model.decode(run)])
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name in the vocabulary; None when there is none."""
+        """Returns the id of a token by its name in the vocabulary; None when there is none."""
         if token in self._added:
             return self._added[token]
         found = self._model.piece_to_id(token)
@@ -190,7 +213,7 @@ class TiktokenTokenizer(_Native):
     kind = "tiktoken"
 
     def __init__(self, path: Path) -> None:
-        library = optional.need("tiktoken", str(path))
+        library = optional.need_for_file("tiktoken", str(path))
         self.path, data = path, _read(path)
         pattern, self._special_tokens = _rules(path)
         ranks = _ranks(path, data)
@@ -210,7 +233,7 @@ class TiktokenTokenizer(_Native):
 
     @property
     def eod(self) -> int:
-        """The id of <|endoftext|>, <|end_of_text|> or </s>. Errors: `DataError`."""
+        """Returns the id of <|endoftext|>, <|end_of_text|> or </s>. Errors: `DataError`."""
         for token in (_END, "<|end_of_text|>", "</s>"):
             if token in self._special_tokens:
                 return self._special_tokens[token]
@@ -226,7 +249,7 @@ class TiktokenTokenizer(_Native):
 
     @property
     def special_texts(self) -> set[str]:
-        """The special tokens of the rules as they are written."""
+        """Returns the special tokens of the rules as they are written."""
         return set(self._special_tokens)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -237,14 +260,23 @@ class TiktokenTokenizer(_Native):
             else self._encoding.encode_ordinary(text)
         )
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        ids = self.encode(text, special=True)
+        begins = np.array(self._encoding.decode_with_offsets(ids)[1], np.int64)
+        ends = np.maximum(np.append(begins[1:], len(text)), begins + 1)
+        return ids, np.stack([begins, ends[: len(ids)]], axis=1)
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; an id without a token, such as of a row that only pads a model's vocabulary,
-        gives nothing.
+        """Returns the text; an id without a token, such as of a row that only pads a model's
+        vocabulary, gives nothing.
         """
         return self._encoding.decode([number for number in ids if number in self._numbers])
 
     def token_id(self, token: str) -> int | None:
-        """The id of a special token, or of an ordinary one by its text; None when there is none."""
+        """Returns the id of a special token, or of an ordinary one by its text; None when there is
+        none.
+        """
         try:
             return self._encoding.encode_single_token(token)
         except KeyError:
@@ -263,7 +295,7 @@ def _rules(path: Path) -> tuple[str, dict[str, int]]:
             f"the names {', '.join(KNOWN)} if it is that encoding."
         )
     try:
-        value = definition.loads(definition.read_bytes(side), side)
+        value = definition.parse_json_object(definition.read_bytes(side), side)
         pattern, specials = value["pattern"], value["special_tokens"]
         if isinstance(pattern, str) and all(
             definition.checked_id(one) == one for one in specials.values()

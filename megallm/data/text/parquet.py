@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megallm.base import optional
 from megallm.base.errors import DataError
-from megallm.data import optional
 
 _ROWS = 32  # at most, unpacked together
 _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 1000  # unpacked, and times the packed size
@@ -19,13 +19,14 @@ _BOMB_BYTES, _BOMB_RATIO = 64 << 20, 1000  # unpacked, and times the packed size
 def row_batches(
     name: str, keys: Sequence[str], batch_bytes: int, limit: int
 ) -> Iterator[list[tuple[Any, ...]]]:
-    """The rows of the columns `keys`, about `batch_bytes` of text at once; [] for a row with a
-    value over `limit`.
+    """Yields the rows of the columns `keys`, about `batch_bytes` of text at once; [] for a row with
+    a value over `limit`.
 
     `limit` in bytes. A text that is not UTF-8 comes as bytes. Errors: `DataError` for a damaged
     file, a missing column, and a file that unfolds to more than 1000 times its size.
     """
-    pyarrow, parquet = optional.need("pyarrow", name), optional.need("pyarrow.parquet", name)
+    pyarrow = optional.need_for_file("pyarrow", name)
+    parquet = optional.need_for_file("pyarrow.parquet", name)
     try:
         schema = parquet.read_schema(name)
         _check_columns(name, schema.names, keys)
@@ -76,7 +77,7 @@ def _longest_rows(name: str, file: Any, keys: Sequence[str]) -> float:
 def _parts(
     pyarrow: Any, columns: list[Any], batch_bytes: int, limit: int
 ) -> Iterator[list[tuple[Any, ...]]]:
-    """The rows of one batch, divided by size before any Python object is made of them."""
+    """Yields the rows of one batch, divided by size before any Python object is made of them."""
     rows: list[tuple[Any, ...]] = []
     held = 0
     for number in range(len(columns[0])):
@@ -98,7 +99,7 @@ def _parts(
 
 
 def _flat(pyarrow: Any, cell: Any) -> Any:
-    """The value behind a dictionary's index."""
+    """Returns the value behind a dictionary's index."""
     return cell.value if isinstance(cell, pyarrow.DictionaryScalar) and cell.is_valid else cell
 
 

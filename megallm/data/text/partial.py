@@ -19,13 +19,13 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite
-from megallm.data.text.tokenizer_folder import KEPT
+from megallm.data.text.tokenizer_folder import TOKENIZER_SUFFIX
 
 _STATE, _LOCK = "state.json", "lock"
 _STALE_SECONDS = 3600.0  # a temporary file of a dead process, untouched for so long, is nobody's
 
 
-class Partial:
+class PartialOutput:
     """The folder of one output, held by one process at a time; a context manager.
 
     identity: what must be equal for the work to be of use (JSON); other work in the folder is
@@ -42,13 +42,16 @@ class Partial:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            sentence = f"{self.folder} is in use by another process: wait for it, or choose another --output."
+            sentence = (
+                f"{self.folder} is in use by another process: wait for it, or choose another "
+                "--output."
+            )
             raise CannotWrite(sentence) from error
         self.state: dict[str, Any] | None = self._read()
         if self.state is None:
             self._empty()
 
-    def __enter__(self) -> Partial:
+    def __enter__(self) -> PartialOutput:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,8 +84,8 @@ class Partial:
 
 
 def pending(output: str, identity: Any) -> bool:
-    """Whether this very work was killed while it gave its files their names, which running it again
-    finishes.
+    """Returns whether this very work was killed while it gave its files their names, which running
+    it again finishes.
     """
     try:
         saved = json.loads((Path(f"{output}.partial") / _STATE).read_text(encoding="utf-8"))
@@ -91,7 +94,7 @@ def pending(output: str, identity: Any) -> bool:
         return False
 
 
-def sweep(output: str) -> list[str]:
+def remove_stale_outputs(output: str) -> list[str]:
     """Remove temporary files beside `output` whose process is gone and that nobody touched for an
     hour; their names.
     """
@@ -107,7 +110,7 @@ def sweep(output: str) -> list[str]:
                 continue
             if path.is_file():
                 path.unlink()
-            elif f".{KEPT}{files.TEMPORARY}" in path.name:
+            elif f".{TOKENIZER_SUFFIX}{files.TEMPORARY}" in path.name:
                 shutil.rmtree(path)
             else:
                 continue

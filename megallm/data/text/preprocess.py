@@ -30,8 +30,8 @@ from megallm.base.errors import CannotWrite, DataError, UsageError
 from megallm.data.indexed import meta, provenance
 from megallm.data.indexed.dataset import IndexedWriter, dtype_for, indexed_files, publish
 from megallm.data.text import accelerated, readers, textfile, tokenizer
-from megallm.data.text.encode import Encoded, Job, choose_encoder, encode_chunk
-from megallm.data.text.partial import Partial, pending, sweep
+from megallm.data.text.encode import Encoded, EncodeJob, choose_encoder, encode_chunk
+from megallm.data.text.partial import PartialOutput, pending, remove_stale_outputs
 from megallm.data.text.workers import Workers
 
 FORMAT = 2  # of the work in progress: a change makes what an older megallm left unusable
@@ -84,7 +84,7 @@ class PreprocessConfig:
         return f"{self.output}_{key}_document"
 
     def outputs(self) -> list[str]:
-        """Every file that a run may write."""
+        """Returns every file that a run may write."""
         found = [path for key in self.json_keys for path in indexed_files(self.prefix(key))]
         return [*found, f"{self.output}.rejects.jsonl"]
 
@@ -130,12 +130,14 @@ def run(
             return done
         files.check_new(*config.outputs())
     before, behind = around(config, plain)
-    job = Job(config.tokenizer, options, dtype_for(plain.vocab_size).str, before, behind, backend)
+    job = EncodeJob(
+        config.tokenizer, options, dtype_for(plain.vocab_size).str, before, behind, backend
+    )
     with files.writing(config.output):
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    sweep(config.output)
+    remove_stale_outputs(config.output)
     with _stopped_by_sigterm(), ExitStack() as stack:
-        work = stack.enter_context(Partial(config.output, identity))
+        work = stack.enter_context(PartialOutput(config.output, identity))
         stats = _publish(config, work)  # of a run that was killed while it published
         if stats is not None:
             stack.callback(work.remove)
@@ -161,8 +163,8 @@ def run_shards(
     only: int | None = None,
     progress: Callable[[Stats], None] | None = None,
 ) -> list[Stats]:
-    """The same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally many
-    bytes in each.
+    """Returns the same into `OUTPUT-00000-of-00008` and so on: whole files in order, about equally
+    many bytes in each.
 
     only: the number of one shard, so that several machines can share the work. Errors: as `run`.
     """
@@ -218,7 +220,7 @@ def around(
 
 
 def _identity(config: PreprocessConfig, plain: tokenizer.Encoder, backend: str) -> dict[str, Any]:
-    """What decides the bytes of the output."""
+    """Returns what decides the bytes of the output."""
     inputs = []
     for name in config.inputs:
         found = os.stat(name)
@@ -250,7 +252,9 @@ def _done_before(config: PreprocessConfig, identity: dict[str, Any]) -> Stats | 
     found = Stats(backend="done before")
     for key in config.json_keys:
         side_car = (
-            meta.read(config.prefix(key)) if os.path.exists(f"{config.prefix(key)}.idx") else None
+            meta.read_meta(config.prefix(key))
+            if os.path.exists(f"{config.prefix(key)}.idx")
+            else None
         )
         if side_car is None or side_car.get("made_from") != _digest(identity):
             return None
@@ -267,7 +271,12 @@ class _Output:
     """
 
     def __init__(
-        self, config: PreprocessConfig, job: Job, work: Partial, stack: ExitStack, made_from: str
+        self,
+        config: PreprocessConfig,
+        job: EncodeJob,
+        work: PartialOutput,
+        stack: ExitStack,
+        made_from: str,
     ) -> None:
         self.config, self._work, keys = config, work, config.json_keys
         self._made_from = made_from
@@ -419,7 +428,7 @@ class _Output:
             )
 
 
-def _publish(config: PreprocessConfig, work: Partial) -> Stats | None:
+def _publish(config: PreprocessConfig, work: PartialOutput) -> Stats | None:
     """Move what is ready to its final names; None when nothing is ready yet."""
     state = work.state or {}
     if "publish" not in state:
@@ -434,10 +443,10 @@ def _publish(config: PreprocessConfig, work: Partial) -> Stats | None:
 
 
 def _encoded(
-    config: PreprocessConfig, job: Job, place: list[int]
+    config: PreprocessConfig, job: EncodeJob, place: list[int]
 ) -> Iterator[tuple[tuple[int, readers.Chunk], Encoded]]:
-    """Every chunk from `place` on, with the number of its file, in order; tokenised here or by
-    workers.
+    """Yields every chunk from `place` on, with the number of its file, in order; tokenised here or
+    by workers.
     """
     first, done = place
 
@@ -458,7 +467,7 @@ def _encoded(
         yield from workers.map(every())
 
 
-def _encode_numbered(job: Job, item: tuple[int, readers.Chunk]) -> Encoded:
+def _encode_numbered(job: EncodeJob, item: tuple[int, readers.Chunk]) -> Encoded:
     return encode_chunk(job, item[1])
 
 

@@ -1,8 +1,9 @@
 """Raw text files, cut into chunks of bounded size: JSONL, plain text, Parquet; `textfile` opens and
 unpacks them.
 
-`chunks` runs in the parent and cuts; `parse` runs in a worker and turns a chunk into documents and
-rejected lines. How a file is cut depends on nothing but the file, so neither does any result.
+`chunks` runs in the parent and cuts; `parse_chunk` runs in a worker and turns a chunk into
+documents and rejected lines. How a file is cut depends on nothing but the file, so neither does any
+result.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ def check_inputs(inputs: Sequence[str]) -> None:
     """Refuse what is not a readable file before any work starts. Errors: `DataError`."""
     if not inputs:
         raise UsageError("There is no input: give at least one file.")
-    textfile.check(inputs)
+    textfile.check_readable(inputs)
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that says what is in a file, in lower case: .jsonl of a.jsonl.gz."""
+    """Returns the suffix that says what is in a file, in lower case: .jsonl of a.jsonl.gz."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if suffixes and suffixes[-1] in textfile.SUFFIXES:
         suffixes.pop()
@@ -143,15 +144,15 @@ def _cut_parquet(file: TextFile, options: ReadOptions) -> Iterator[Chunk]:
         yield Chunk(file.name, "rows", rows=rows or None, too_long=not rows, lines=1)
 
 
-def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
-    """Every text of every file, in order, in this process. Errors: `DataError` `file:line:
+def read_texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
+    """Yields every text of every file, in order, in this process. Errors: `DataError` `file:line:
     reason`.
     """
     check_inputs(inputs)
     for name in inputs:
         first = 1
         for chunk in chunks(name, options):
-            parsed = parse(chunk, options)
+            parsed = parse_chunk(chunk, options)
             for line, reason in parsed.rejects:
                 raise rejected(name, first + line, reason)
             first += parsed.lines
@@ -160,7 +161,7 @@ def texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
 
 
 def rejected(name: str, line: int, reason: str) -> DataError:
-    """The error of the policy "stop"."""
+    """Returns the error of the policy "stop"."""
     return DataError(
         f"{name}:{line}: {reason}. Mend the line, or pass --on-error skip to leave such lines out."
     )
@@ -255,7 +256,7 @@ def _cut(
         yield Chunk(name, kind, begin, begin + len(held), bytes(held))
 
 
-def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
+def parse_chunk(chunk: Chunk, options: ReadOptions) -> Parsed:
     """Documents and rejected lines of a chunk."""
     if chunk.too_long:
         reason = f"the document is longer than {options.max_document_bytes} bytes"
@@ -279,7 +280,7 @@ def parse(chunk: Chunk, options: ReadOptions) -> Parsed:
 
 
 def bytes_of(chunk: Chunk) -> bytes:
-    """The lines of a chunk, read from its file when the chunk is only a range."""
+    """Returns the lines of a chunk, read from its file when the chunk is only a range."""
     if chunk.data is not None:
         return chunk.data
     with open(chunk.file, "rb") as file:
@@ -322,7 +323,7 @@ def fast_loads() -> Callable[[bytes], Any] | None:
 def _quick_texts(
     raw: bytes, options: ReadOptions, loads: Callable[[bytes], Any]
 ) -> tuple[str, ...] | None:
-    """The texts of a line without any fault, else None."""
+    """Returns the texts of a line without any fault, else None."""
     if len(raw) > options.max_document_bytes:
         return None
     try:
@@ -336,7 +337,7 @@ def _quick_texts(
 
 
 def lines_of(data: AnyStr) -> list[AnyStr]:
-    """The lines without their ends; what a last newline ends is no line more."""
+    """Returns the lines without their ends; what a last newline ends is no line more."""
     lines = data.split("\n" if isinstance(data, str) else b"\n")
     if not lines[-1]:
         lines.pop()
@@ -413,7 +414,9 @@ def _parse_rows(rows: list[tuple[Any, ...]], options: ReadOptions) -> Parsed:
 
 
 def _sound(values: list[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
-    """The values as texts, or a `_Reject` for one that is no string or holds a lone surrogate."""
+    """Returns the values as texts, or a `_Reject` for one that is no string or holds a lone
+    surrogate.
+    """
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
             raise _Reject(f"the value of '{key}' is a {type_name(value)}, want a string")
@@ -423,7 +426,7 @@ def _sound(values: list[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls the type of a value."""
+    """Returns what JSON calls the type of a value."""
     return _TYPES.get(type(value), type(value).__name__)
 
 

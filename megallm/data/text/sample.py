@@ -35,15 +35,15 @@ class Sample:
         self.documents = self.text_bytes = 0
 
     def texts(self, inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
-        """The texts, in order: all of a corpus that is small enough, else of chunks that are chosen
-        evenly over it.
+        """Yields the texts, in order: all of a corpus that is small enough, else of chunks that are
+        chosen evenly over it.
 
-        Of a pipe, whose size is not known, the beginning is taken. Errors: as `readers.texts`.
+        Of a pipe, whose size is not known, the beginning is taken. Errors: as `readers.read_texts`.
         """
         readers.check_inputs(inputs)
         share = self.most_bytes / max(1.0, sum(map(_text_bytes, inputs)))
         for text in (
-            readers.texts(inputs, options) if share >= 1 else _spread(inputs, options, share)
+            readers.read_texts(inputs, options) if share >= 1 else _spread(inputs, options, share)
         ):
             self.documents += 1
             self.text_bytes += len(text.encode("utf-8"))
@@ -55,7 +55,7 @@ class Sample:
 
 
 def _spread(inputs: Sequence[str], options: ReadOptions, share: float) -> Iterator[str]:
-    """The texts of chunks that are drawn with the probability `share`."""
+    """Yields the texts of chunks that are drawn with the probability `share`."""
     key, number = rng.key_of(_SEED, "tokenizer sample"), 0
     for name in inputs:
         begin, lines = (
@@ -65,7 +65,7 @@ def _spread(inputs: Sequence[str], options: ReadOptions, share: float) -> Iterat
         for chunk in readers.chunks(name, options):
             number += 1
             if float(rng.uniform(key, number, 1)[0]) < share:
-                parsed = readers.parse(chunk, options)
+                parsed = readers.parse_chunk(chunk, options)
                 for line, reason in parsed.rejects:
                     raise readers.rejected(name, lines + _lines_before(name, begin) + line, reason)
                 for _, document in parsed.documents:
@@ -96,8 +96,8 @@ def _text_bytes(name: str) -> float:
         return size * max(1.0, start / max(1, min(size, file.raw.tell())))
 
 
-def pieces_of(text: str) -> Iterator[str]:
-    """A long text, cut where the words that a tokenizer splits it into stay the same."""
+def split_long_text(text: str) -> Iterator[str]:
+    """Yields a long text, cut where the words that a tokenizer splits it into stay the same."""
     begin = 0
     while len(text) - begin > _PIECE:
         match = _CUT.search(text, begin + _PIECE)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megallm.base import optional
 from megallm.base.errors import DataError, UsageError
-from megallm.data import optional
 
 BLOCK_BYTES = 1 << 20
 SUFFIXES = (
@@ -79,12 +79,12 @@ _DAMAGES = (OSError, EOFError, zlib.error)
 
 
 def is_stream(name: str) -> bool:
-    """Whether this is a pipe or a socket, which can be read only once. Errors: OSError."""
+    """Returns whether this is a pipe or a socket, which can be read only once. Errors: OSError."""
     mode = os.stat(name).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def check(names: Sequence[str]) -> None:
+def check_readable(names: Sequence[str]) -> None:
     """Refuse what cannot be read, before any work starts; pipes are not opened.
 
     Errors: `DataError` for what is no file or no pipe, `UsageError` for a package that is missing.
@@ -145,7 +145,7 @@ class TextFile:
     def check_library(self) -> None:
         """Errors: `UsageError` when what unpacks it is not installed."""
         if self.parquet:
-            optional.need("pyarrow.parquet", self.name)
+            optional.need_for_file("pyarrow.parquet", self.name)
         elif self.packing:
             _library(self.packing, self.name)
 
@@ -156,7 +156,7 @@ class TextFile:
         yield from _as_utf8(self.name, _unpacked(self), bool(self.packing))
 
     def start(self, limit: int) -> bytes:
-        """The first `limit` bytes of its text."""
+        """Returns the first `limit` bytes of its text."""
         held: list[bytes] = []
         size = 0
         for block in self.blocks():
@@ -198,8 +198,8 @@ def damage(name: str) -> Iterator[None]:
 
 
 def _packing(name: str, head: bytes) -> str:
-    """How a file is packed. Errors: `DataError` for an archive, and for a packed file's name
-    without its beginning.
+    """Returns how a file is packed. Errors: `DataError` for an archive, and for a packed file's
+    name without its beginning.
     """
     packing = _packing_of(head)
     if packing:
@@ -224,8 +224,8 @@ def _packing_of(head: bytes) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether bytes may be the beginning of a text: something unpacked it on the way and left the
-    name.
+    """Returns whether bytes may be the beginning of a text: something unpacked it on the way and
+    left the name.
     """
     if head.startswith(tuple(_MARKS)):
         return True
@@ -273,8 +273,8 @@ class _Rejoined(io.RawIOBase):
 
 
 def _open_pipe(name: str) -> BinaryIO:
-    """A pipe, open for reading. One that nobody writes to is waited for, but not for ever. Errors:
-    `DataError`.
+    """Returns a pipe, open for reading. One that nobody writes to is waited for, but not for ever.
+    Errors: `DataError`.
     """
     own = _own_descriptor(name)
     if own is not None:
@@ -290,7 +290,9 @@ def _open_pipe(name: str) -> BinaryIO:
 
 
 def _first_byte(name: str, fd: int) -> bytes:
-    """The first byte of a named pipe, or none when a writer is there that has not written yet."""
+    """Returns the first byte of a named pipe, or none when a writer is there that has not written
+    yet.
+    """
     deadline = time.monotonic() + WRITER_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -317,7 +319,7 @@ def _own_descriptor(name: str) -> int | None:
 
 def _library(packing: str, name: str) -> Any:
     if packing == "zstd":
-        return optional.need("zstandard", name)
+        return optional.need_for_file("zstandard", name)
     module = {"gzip": "gzip", "bzip2": "bz2", "xz": "lzma"}[packing]
     try:
         return importlib.import_module(module)
@@ -328,7 +330,7 @@ def _library(packing: str, name: str) -> Any:
 
 
 def _unpacked(file: TextFile) -> Iterator[bytes]:
-    """The bytes of a file, unpacked."""
+    """Yields the bytes of a file, unpacked."""
     library = _library(file.packing, file.name) if file.packing else None
     if file.packing == "zstd":
         yield from _gathered(_zstd(library, file.raw))
@@ -348,8 +350,8 @@ def _unpacked(file: TextFile) -> Iterator[bytes]:
 
 
 def _streams(fresh: Callable[[], Any], bad: Any, file: BinaryIO) -> Iterator[bytes]:
-    """The streams of a file one after the other, zeros between them aside; `fresh` makes what
-    unpacks one.
+    """Yields the streams of a file one after the other, zeros between them aside; `fresh` makes
+    what unpacks one.
 
     The classes of the standard library take a later stream that is damaged for the end of the file.
     """
@@ -371,7 +373,9 @@ def _streams(fresh: Callable[[], Any], bad: Any, file: BinaryIO) -> Iterator[byt
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of at least BLOCK_BYTES, but for the last: pieces may be empty."""
+    """Yields the same bytes in blocks of at least BLOCK_BYTES, but for the last: pieces may be
+    empty.
+    """
     held: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -401,8 +405,8 @@ def _zstd(zstandard: Any, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _as_utf8(name: str, blocks: Iterator[bytes], packed: bool) -> Iterator[bytes]:
-    """The same text as UTF-8; a byte order mark of UTF-8 stays. Half a surrogate pair becomes bytes
-    that no UTF-8 has, so that only the document that holds it is refused."""
+    """Yields the same text as UTF-8; a byte order mark of UTF-8 stays. Half a surrogate pair
+    becomes bytes that no UTF-8 has, so that only the document that holds it is refused."""
     first = next(blocks, b"")
     if packed and (first.startswith(_PARQUET) or _packing_of(first)):
         what = "a packed Parquet file" if first.startswith(_PARQUET) else "packed twice"

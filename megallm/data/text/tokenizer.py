@@ -19,7 +19,7 @@ import tokenizers
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import definition, native, readers, tokenizer_folder
-from megallm.data.text.sample import Sample, pieces_of
+from megallm.data.text.sample import Sample, split_long_text
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -66,7 +66,7 @@ class Tokenizer(Encoder, Protocol):
 
     @property
     def special_texts(self) -> set[str]:
-        """How the special tokens are written that `encode` finds when it is asked to."""
+        """Returns how the special tokens are written that `encode` finds when it is asked to."""
         ...
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -75,15 +75,25 @@ class Tokenizer(Encoder, Protocol):
         """
         ...
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """What `encode(text, special=True)` gives, and for each id the characters [begin, end) of
+        the text that it stands for, int64 [ids, 2].
+
+        Some libraries leave spaces at the ends of a token out; one of spaces alone may be empty,
+        and then stands behind them.
+        """
+        ...
+
     def decode(self, ids: Iterable[int]) -> str: ...
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name in the vocabulary; None when there is none."""
+        """Returns the id of a token by its name in the vocabulary; None when there is none."""
         ...
 
 
 def load(spec: str, check: bool = True) -> Tokenizer:
-    """The tokenizer called `bytes`, of a folder in any form of `tokenizer_folder`, or of a file.
+    """Returns the tokenizer called `bytes`, of a folder in any form of `tokenizer_folder`, or of a
+    file.
 
     Files are a `tokenizer.json`, sentencepiece's `.model` and tiktoken's ranks; see `native`.
     Without `check` the library reads a tokenizer.json when it is first needed, and errors come
@@ -93,7 +103,7 @@ def load(spec: str, check: bool = True) -> Tokenizer:
         return ByteTokenizer()
     path, settings = Path(spec), None
     if path.is_dir():
-        form = tokenizer_folder.form_of(path)
+        form = tokenizer_folder.definition_file(path)
         if form is not None and form.name == tokenizer_folder.VOCABULARY:
             return PairTokenizer(spec)
         if form is not None and form.suffix in native.SENTENCEPIECE:
@@ -131,7 +141,7 @@ class ByteTokenizer:
 
     @property
     def specials(self) -> set[int]:
-        """The end of a document."""
+        """Returns the end of a document."""
         return {self.eod}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -141,6 +151,13 @@ class ByteTokenizer:
         _check_sound(text)
         return list(text.encode("utf-8"))
 
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Bytes of the text, and for each the character that it is a part of."""
+        _check_sound(text)
+        widths = [len(character.encode("utf-8")) for character in text]
+        begins = np.repeat(np.arange(len(text)), widths)
+        return list(text.encode("utf-8")), np.stack([begins, begins + 1], axis=1)
+
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts back to back, and how many each has."""
         parts = [text.encode("utf-8") for text in texts]
@@ -149,7 +166,7 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; the end-of-document id gives nothing, broken UTF-8 gives replacement
+        """Returns the text; the end-of-document id gives nothing, broken UTF-8 gives replacement
         characters.
         """
         return bytes(i for i in ids if i < self.eod).decode("utf-8", errors="replace")
@@ -191,7 +208,7 @@ class FolderTokenizer:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """What tokenizer.json holds."""
+        """Returns what tokenizer.json holds."""
         return self._definition
 
     def check(self) -> None:
@@ -204,7 +221,9 @@ class FolderTokenizer:
         `DataError`.
         """
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = (tokenizer_folder.read_json(self.file.parent / name) or {}).get("eos_token")
+            token = (tokenizer_folder.read_optional_json(self.file.parent / name) or {}).get(
+                "eos_token"
+            )
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if token not in self._vocab:
@@ -224,7 +243,7 @@ class FolderTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything in tokenizer.json that changes ids, whatever the file's layout."""
-        return definition.fingerprint(self._definition)
+        return definition.tokenizer_fingerprint(self._definition)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, without any token that a template would add around it."""
@@ -232,6 +251,12 @@ class FolderTokenizer:
         return (
             (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
         )
+
+    def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text with its special tokens, and their characters."""
+        _check_sound(text)
+        made = self._special.encode(text, add_special_tokens=False)
+        return made.ids, np.array(made.offsets, np.int64).reshape(-1, 2)
 
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
@@ -249,7 +274,7 @@ class FolderTokenizer:
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:
-        """The added tokens of the definition, special or not."""
+        """Returns the added tokens of the definition, special or not."""
         return self._definition.get("added_tokens") or []
 
     @property
@@ -259,11 +284,11 @@ class FolderTokenizer:
 
     @property
     def special_texts(self) -> set[str]:
-        """The special tokens as they are written."""
+        """Returns the special tokens as they are written."""
         return {str(token["content"]) for token in self.added_tokens if token.get("special")}
 
     def pieces(self) -> list[str]:
-        """Each token as the vocabulary writes it, by id; an id without a token is empty."""
+        """Returns each token as the vocabulary writes it, by id; an id without a token is empty."""
         written = [""] * self.vocab_size
         for piece, number in self._vocab.items():
             written[number] = piece
@@ -280,11 +305,11 @@ class FolderTokenizer:
         return np.fromiter(chain.from_iterable(parts), np.int64, int(lengths.sum())), lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text, special tokens written out."""
+        """Returns the text, special tokens written out."""
         return self._plain.decode(list(ids), skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name in the vocabulary; None when there is none."""
+        """Returns the id of a token by its name in the vocabulary; None when there is none."""
         return self._vocab.get(token)
 
 
@@ -308,18 +333,19 @@ class PairTokenizer(FolderTokenizer):
 
 def _definition(path: Path) -> tuple[dict[str, Any], str]:
     try:
-        return definition.read(path)
+        return definition.read_definition(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path} does not exist. A tokenizer is `{BYTES}`, or a folder with "
-            f"{tokenizer_folder.FORMS} (`megallm tokenizer train` makes one), or such a file."
+            f"{tokenizer_folder.TOKENIZER_FORMS} (`megallm tokenizer train` makes one), or such a "
+            "file."
         ) from None
 
 
 def _plain_vocab(found: dict[str, Any]) -> dict[str, int] | None:
-    """Every token's id where that stands in the definition without doubt: ids from 0 on, the added
-    tokens last or in their places. None otherwise: `tokenizers` gives added tokens other ids
-    then."""
+    """Returns every token's id where that stands in the definition without doubt: ids from 0 on,
+    the added tokens last or in their places. None otherwise: `tokenizers` gives added tokens other
+    ids then."""
     vocab = (found.get("model") or {}).get("vocab")
     if not isinstance(vocab, dict):
         return None
@@ -385,7 +411,7 @@ def train_bpe(
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     found = sample.texts(inputs, options or readers.ReadOptions())
-    bpe.train_from_iterator((piece for text in found for piece in pieces_of(text)), trainer)
+    bpe.train_from_iterator((piece for text in found for piece in split_long_text(text)), trainer)
     if not sample.text_bytes:
         raise DataError(f"There is no usable text in {', '.join(inputs)}: a tokenizer needs some.")
     folder = Path(output)

@@ -32,19 +32,19 @@ FILES = (
     DEFINITION, SETTINGS, SPECIALS, GENERATION, TOKEN_IDS, VOCABULARY, MERGES, ADDED, *SENTENCEPIECE, "vocab.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-FORMS = f"{DEFINITION}, {SENTENCEPIECE[0]}, {VOCABULARY} with {MERGES}, or NAME.tiktoken"
-KEPT = "tokenizer"  # PREFIX.tokenizer
+TOKENIZER_FORMS = f"{DEFINITION}, {SENTENCEPIECE[0]}, {VOCABULARY} with {MERGES}, or NAME.tiktoken"
+TOKENIZER_SUFFIX = "tokenizer"  # PREFIX.tokenizer
 ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def kept_at(prefix: str | os.PathLike[str]) -> Path:
-    """Where the tokenizer of an indexed dataset lies."""
-    return Path(f"{os.fspath(prefix)}.{KEPT}")
+def saved_tokenizer(prefix: str | os.PathLike[str]) -> Path:
+    """Returns where the tokenizer of an indexed dataset lies."""
+    return Path(f"{os.fspath(prefix)}.{TOKENIZER_SUFFIX}")
 
 
-def form_of(folder: Path) -> Path | None:
-    """The file that defines the folder's tokenizer (`vocab.json` for the pair); None without
-    any.
+def definition_file(folder: Path) -> Path | None:
+    """Returns the file that defines the folder's tokenizer (`vocab.json` for the pair); None
+    without any.
     """
     for name in (DEFINITION, *SENTENCEPIECE):
         if (folder / name).is_file():
@@ -56,16 +56,16 @@ def form_of(folder: Path) -> Path | None:
 
 
 def rank_files(folder: Path) -> tuple[str, ...]:
-    """The names of tiktoken's ranks and of their rules, where these define the folder's
+    """Returns the names of tiktoken's ranks and of their rules, where these define the folder's
     tokenizer.
     """
-    form = form_of(folder)
+    form = definition_file(folder)
     return (
         (form.name, f"{form.stem}.json") if form is not None and form.suffix == ".tiktoken" else ()
     )
 
 
-def keep(spec: str, target: Path) -> None:
+def save_tokenizer_files(spec: str, target: Path) -> None:
     """Copy the tokenizer of a folder or file, and what lies beside it about texts, into the folder
     `target`.
 
@@ -77,15 +77,15 @@ def keep(spec: str, target: Path) -> None:
         for path, name in _belonging(source):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target / name)
-    ids = read_json(source / CONFIG)
+    ids = read_optional_json(source / CONFIG)
     if ids is not None:
-        files.atomic_write_json(target / TOKEN_IDS, said_of_texts(ids))
+        files.atomic_write_json(target / TOKEN_IDS, text_settings(ids))
 
 
 def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
     """(file, its name in the copy)."""
     if source.is_dir():
-        more = (f"{MORE_TEMPLATES}/{path.name}" for path in more_templates(source))
+        more = (f"{MORE_TEMPLATES}/{path.name}" for path in extra_chat_templates(source))
         names = (*FILES, *rank_files(source), *more)
         yield from ((source / name, name) for name in names if (source / name).is_file())
         return
@@ -105,14 +105,14 @@ def _belonging(source: Path) -> Iterator[tuple[Path, str]]:
                 yield source.parent / name, name
 
 
-def more_templates(folder: Path) -> list[Path]:
-    """The chat templates of `additional_chat_templates/`, by name."""
+def extra_chat_templates(folder: Path) -> list[Path]:
+    """Returns the chat templates of `additional_chat_templates/`, by name."""
     return sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
 
 
-def said_of_texts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's config.json says about texts: its type and the ids that begin, end and fill
-    them.
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a model's config.json says about texts: its type and the ids that begin, end and
+    fill them.
 
     Errors: `DataError` for an id that is none.
     """
@@ -133,16 +133,16 @@ def said_of_texts(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None for a file that is not there. Errors: `DataError`."""
+def read_optional_json(path: Path) -> dict[str, Any] | None:
+    """Returns a JSON object; None for a file that is not there. Errors: `DataError`."""
     try:
-        return definition.loads(definition.read_bytes(path), path)
+        return definition.parse_json_object(definition.read_bytes(path), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 @dataclass(frozen=True)
-class Settings:
+class FolderSettings:
     """What a folder says beside its vocabulary.
 
     tokens: bos, eos, ... -> written form; added: written form -> id, and how they are found in a
@@ -161,12 +161,14 @@ class Settings:
     prefix_space: bool = False
 
 
-def settings_of(folder: Path) -> Settings:
-    """The settings of a folder, from whichever of its files say something. Errors: `DataError`."""
+def settings_of(folder: Path) -> FolderSettings:
+    """Returns the settings of a folder, from whichever of its files say something. Errors:
+    `DataError`.
+    """
     config, specials, added = (
-        read_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED)
+        read_optional_json(folder / name) or {} for name in (SETTINGS, SPECIALS, ADDED)
     )
-    model = read_json(folder / CONFIG) or read_json(folder / TOKEN_IDS) or {}
+    model = read_optional_json(folder / CONFIG) or read_optional_json(folder / TOKEN_IDS) or {}
     ids, special = (
         {text: _id(number, folder) for text, number in added.items() if type(number) is int},
         set(added),
@@ -185,7 +187,7 @@ def settings_of(folder: Path) -> Settings:
             text = _written(source.get(f"{key}_token"))
             tokens |= {} if text is None else {key: text}
     kind, model_type = config.get("tokenizer_class"), model.get("model_type")
-    return Settings(
+    return FolderSettings(
         tokens, ids, flags, frozenset(special | set(tokens.values())), kind if isinstance(kind, str) else "",
         model_type if isinstance(model_type, str) else "", _switch(config, "add_bos_token"),
         _switch(config, "add_eos_token"), config.get("add_prefix_space") is True,
@@ -224,12 +226,15 @@ _CLASSES = {"GPT2Tokenizer": "gpt2", "Qwen2Tokenizer": "qwen2"}  # and their ...
 
 
 def pair_definition(folder: Path) -> str:
-    """The tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see `pair_of`."""
+    """Returns the tokenizer.json that `vocab.json` and `merges.txt` of a folder stand for; see
+    `pair_of`.
+    """
     return pair_of(folder / VOCABULARY, folder / MERGES, settings_of(folder))
 
 
-def pair_of(vocabulary: Path, merges: Path, settings: Settings) -> str:
-    """The tokenizer.json that two files stand for, read as GPT-2's or Qwen2's class reads them.
+def pair_of(vocabulary: Path, merges: Path, settings: FolderSettings) -> str:
+    """Returns the tokenizer.json that two files stand for, read as GPT-2's or Qwen2's class reads
+    them.
 
     Without a word about the class the model's type decides, else it is GPT-2's. Errors:
     `DataError`.
@@ -243,7 +248,8 @@ def pair_of(vocabulary: Path, merges: Path, settings: Settings) -> str:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise DataError(
-            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one tokenizer."
+            f"{vocabulary} and {merges} do not belong together: {error}. Give the two of one "
+            "tokenizer."
         ) from error
     built.decoder = decoders.ByteLevel()
     if way == "qwen2":
@@ -265,8 +271,8 @@ _REMEDY = (
 
 
 def vocabulary_of(path: Path) -> dict[str, int]:
-    """The vocabulary of a byte-level BPE, token -> id. Errors: `DataError`."""
-    found = read_json(path)
+    """Returns the vocabulary of a byte-level BPE, token -> id. Errors: `DataError`."""
+    found = read_optional_json(path)
     if found is None:
         raise DataError(f"{path} does not exist.")
     if not found or any(
@@ -282,13 +288,14 @@ def vocabulary_of(path: Path) -> dict[str, int]:
     return found
 
 
-def _way(vocabulary: Path, settings: Settings) -> str:
+def _way(vocabulary: Path, settings: FolderSettings) -> str:
     kind = settings.kind.removesuffix("Fast")
     if kind in _CLASSES:
         return _CLASSES[kind]
     if kind:
         raise DataError(
-            f"{vocabulary} belongs to a {settings.kind}; what is known is how {', '.join(_CLASSES)} "
+            f"{vocabulary} belongs to a {settings.kind}; what is known is how "
+            f"{', '.join(_CLASSES)} "
             f"split a text. {_REMEDY}"
         )
     return "qwen2" if settings.model_type.startswith(("qwen2", "qwen3")) else "gpt2"
@@ -310,7 +317,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, vocabulary: Path) -> None:
+def _add_tokens(built: tokenizers.Tokenizer, settings: FolderSettings, vocabulary: Path) -> None:
     """Added tokens get the ids that the settings give them, or those of the vocabulary."""
     named = dict(settings.added)
     for text in (*settings.tokens.values(), _END):
@@ -328,7 +335,7 @@ def _add_tokens(built: tokenizers.Tokenizer, settings: Settings, vocabulary: Pat
             )
 
 
-def _add_template(built: tokenizers.Tokenizer, settings: Settings) -> None:
+def _add_template(built: tokenizers.Tokenizer, settings: FolderSettings) -> None:
     """What the switches add_bos_token and add_eos_token put around a text; nothing when they are
     absent.
     """

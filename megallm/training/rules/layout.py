@@ -156,8 +156,8 @@ def context(facts: Facts) -> Iterator[Problem]:
 
 
 def row_length(facts: Facts, seq_len: int, key: str = "data.seq_len") -> Iterator[Problem]:
-    """What the layout and the model's positions ask of the tokens of a row, which `key` says; for
-    the rules of a trainer.
+    """Yields what the layout and the model's positions ask of the tokens of a row, which `key`
+    says; for the rules of a trainer.
     """
     layout, model = facts.config.layout, facts.model
     tp = layout.tp if layout.sp else 1

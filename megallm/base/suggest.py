@@ -51,7 +51,7 @@ BOOLEANS |= dict.fromkeys(("no", "n", "off", "0", "disable", "disabled"), "false
 
 
 def plain(word: str) -> str:
-    """A word without its case and signs: `ZB_H1` -> `zbh1`."""
+    """Returns a word without its case and signs: `ZB_H1` -> `zbh1`."""
     return re.sub(r"[-_ .]", "", word.casefold())
 
 
@@ -59,8 +59,8 @@ _NAMES = {plain(name): meant for name, meant in VALUE_NAMES.items()}
 
 
 def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice that was meant: spelt otherwise, known by another name, the beginning or end of
-    one, or near it.
+    """Returns the choice that was meant: spelt otherwise, known by another name, the beginning or
+    end of one, or near it.
     """
     known = list(choices)
     by_plain = {plain(choice): choice for choice in reversed(known)}

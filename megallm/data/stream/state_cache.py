@@ -19,8 +19,8 @@ from typing import Any
 
 from megallm.base import files
 from megallm.base.errors import CannotWrite
-from megallm.data.stream.plan import Plan
-from megallm.data.stream.source import Source
+from megallm.data.stream.plan import StreamPlan
+from megallm.data.stream.source import DocumentSource
 from megallm.data.stream.stream import SCHEMA, Stream
 
 FOLDER = "~/.cache/megallm/stream"
@@ -28,11 +28,13 @@ _ROWS = 4096  # between bookmarks, at first
 _MOST = 1024  # bookmarks; then every second one goes
 
 
-class Bookmarks:
+class StreamStateCache:
     """The bookmarks of one plan over these very files, with `global_batch` rows a step. A file that
     cannot be read or written is as good as none."""
 
-    def __init__(self, plan: Plan, sources: Mapping[str, Source], global_batch: int) -> None:
+    def __init__(
+        self, plan: StreamPlan, sources: Mapping[str, DocumentSource], global_batch: int
+    ) -> None:
         self._key = json.loads(
             json.dumps([SCHEMA, asdict(plan), global_batch, [*map(_identity, sources.values())]])
         )
@@ -47,9 +49,9 @@ class Bookmarks:
                 self._marks = {int(step): state for step, state in kept["marks"].items()}
 
     def walked(
-        self, plan: Plan, sources: Mapping[str, Source], steps: int, global_batch: int
+        self, plan: StreamPlan, sources: Mapping[str, DocumentSource], steps: int, global_batch: int
     ) -> Stream:
-        """The stream after `steps` steps."""
+        """Returns the stream after `steps` steps."""
         done = max((step for step in self._marks if step <= steps), default=0)
         stream = Stream(plan, sources, self._marks.get(done))
         for step in range(done + 1, steps + 1):
@@ -76,7 +78,7 @@ class Bookmarks:
                 )
 
 
-def _identity(source: Source) -> list[Any]:
-    """What tells whether the files of a source are still the same."""
+def _identity(source: DocumentSource) -> list[Any]:
+    """Returns what tells whether the files of a source are still the same."""
     found = os.stat(source.data.data_path)
     return [source.prefix, source.fingerprint, source.vocab_size, found.st_size, found.st_mtime_ns]

@@ -1,8 +1,8 @@
-"""What is counted on the way: documents and characters by step and reason, histograms of metrics, a
-few examples.
+"""Statistics of a curation run: documents and characters by step and reason, histograms of
+metrics, a few examples.
 
-A tally is plain JSON; the sum of the shards' tallies in shard order does not depend on who made
-them.
+The statistics are plain JSON; the sum of those of the shards in shard order does not depend on who
+made them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megallm.curate.document import Document, Span, Verdict, apply_spans
+from megallm.curate.document import Document, TextSpan, Verdict, apply_spans
 
 EXAMPLES = 5  # kept for each step and reason
 EXCERPT_CHARS = 400
@@ -33,13 +33,13 @@ _LOG_TOP = 7.0  # the other histograms are of log10(1 + value), up to 10^7
 
 @lru_cache(maxsize=256)
 def bins_of(metric: str) -> np.ndarray:
-    """The edges of a metric's histogram, float64 [BINS + 1]."""
+    """Returns the edges of a metric's histogram, float64 [BINS + 1]."""
     if metric.endswith(_SHARES):
         return np.linspace(0, 1, BINS + 1)
     return np.power(10, np.linspace(0, _LOG_TOP, BINS + 1)) - 1
 
 
-class Tally:
+class CurationStats:
     """Counts of one shard, or of several added together; `redact` takes personal data out of
     examples.
     """
@@ -117,10 +117,10 @@ class Tally:
             row["note"] = verdict.note
         held.append(row)
 
-    def _context(self, text: str, spans: Sequence[Span], begin: int, end: int) -> str:
-        """The text from `begin` to `end` with what was replaced in it replaced."""
+    def _context(self, text: str, spans: Sequence[TextSpan], begin: int, end: int) -> str:
+        """Returns the text from `begin` to `end` with what was replaced in it replaced."""
         inside = [
-            Span(
+            TextSpan(
                 max(span.begin, begin) - begin,
                 min(span.end, end) - begin,
                 span.reason,
@@ -159,13 +159,13 @@ class Tally:
         }  # fmt: skip
 
 
-def add_up(tallies: Iterable[dict[str, Any]]) -> Tally:
-    """The sum, in the order given; examples of the first come first."""
-    out = Tally()
-    for tally in tallies:
-        for name, number in tally["totals"].items():
+def add_up(shards: Iterable[dict[str, Any]]) -> CurationStats:
+    """Returns the sum, in the order given; examples of the first come first."""
+    out = CurationStats()
+    for shard in shards:
+        for name, number in shard["totals"].items():
             out.add(name, number)
-        for step, row in tally["steps"].items():
+        for step, row in shard["steps"].items():
             total = out._row(step)
             for name, value in row.items():
                 if isinstance(value, dict):
@@ -173,11 +173,11 @@ def add_up(tallies: Iterable[dict[str, Any]]) -> Tally:
                         out._add(total[name], reason, number)
                 else:
                     total[name] += value
-        for name, counts in tally["histograms"].items():
+        for name, counts in shard["histograms"].items():
             out.histograms[name] = out.histograms.get(name, 0) + np.array(counts, np.int64)
-        for name, rows in tally["examples"].items():
+        for name, rows in shard["examples"].items():
             held_rows = out.examples.setdefault(name, [])
             held_rows += rows[: EXAMPLES - len(held_rows)]
-        for step, seconds in tally["seconds"].items():
+        for step, seconds in shard["seconds"].items():
             out.spend(step, seconds)
     return out
