@@ -36,9 +36,14 @@ class RowCache(LayerCache):
         return self.keys, self.values
 
     def cached_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        sinks: Tensor | None = None,
         prefix: Prefix | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Each row's new query against that row's positions."""
         return attend_rows(q, k, v, self.lengths + 1, window, sinks, prefix)
 
