@@ -129,6 +129,7 @@ setup(
             "peft>=0.21",
             "pybind11>=2.11",
             "ruff>=0.8",
+            "bitsandbytes>=0.50",
         ],
     },
 )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -27,6 +29,7 @@ from megallm.engine.state import (
     read_state,
     stored_parameters,
 )
+from megallm.inference.generator import Generator
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
 from megallm.models.heads import MASK_ON_CPU
@@ -42,7 +45,7 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.shard import StateProvider, StateTensor, piece
+from megallm.parallel.shard import Shard, StateProvider, StateTensor, piece
 from megallm.parallel.simulate import Slot, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
 from megallm.parallel.vocab import Wanted
@@ -60,6 +63,16 @@ class Source(Protocol):
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
 
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
+
+
+class StepObserver(StateProvider, Protocol):
+    """Takes part in every update and has state of its own (`Engine.observe`)."""
+
+    def begin(self, micros: int, scale: Tensor | float) -> None:
+        """Before the microbatches of a data rank, whose losses are multiplied by `scale`."""
+
+    def finish(self, skipped: bool) -> dict[str, float]:
+        """After an update, its gradients still there; returns metrics."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +165,7 @@ class Engine:
             self.model.fp8,
             self.optimizer,
         ]
+        self.observers: list[StepObserver] = []
         self.last_run: ScheduleRun | None = None
 
     @staticmethod
@@ -165,6 +179,8 @@ class Engine:
         engine = Engine(config, mesh, prepare)
         for held in engine.masters():
             engine._initialise(held)
+        for name, weight in engine.model.quantized.items():
+            weight.read(partial(engine._initial_box, name, weight.shard))
         engine.parameters.publish()
         return engine
 
@@ -190,6 +206,13 @@ class Engine:
     def num_local_params(self) -> int:
         """Parameters of this rank's stages."""
         return sum(shape.numel() for shape in self.parameters.shapes.values())
+
+    def observe(self, observer: StepObserver) -> None:
+        """Let `observer` take part in every update from now on; its state is part of
+        checkpoints.
+        """
+        self.observers.append(observer)
+        self.providers.append(observer)
 
     # Steps
 
@@ -221,13 +244,17 @@ class Engine:
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
+        metrics = {name: means[name] for name in run.metrics} | metrics
+        skipped = not math.isfinite(norm)
+        for observer in self.observers:
+            metrics |= observer.finish(skipped)
         return StepStats(
             {name: means[name] for name in run.losses} | further,
             {name: counts[name] for name in run.counted},
             float(norm),
-            not math.isfinite(norm),
+            skipped,
             loss_scale and float(loss_scale),
-            {name: means[name] for name in run.metrics} | metrics,
+            metrics,
             bool(empty),
         )
 
@@ -304,6 +331,19 @@ class Engine:
             raise UsageError(f"{who} the temperature {temperature}; it takes numbers above 0.")
         return Wanted(tuple(name for name in given if name in names), temperature)
 
+    @contextmanager
+    def generator(
+        self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
+    ) -> Iterator[Generator]:
+        """A generator on the very weights that are trained, gathered once for the whole rollout and
+        let go afterwards; its samples say how many updates the weights have seen.
+
+        `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
+        ranks that divide the weights; each data rank then generates from its own requests (`mine`).
+        """
+        with self.parameters.gathered():
+            yield Generator(self.model, batch, blocks, chunk, lambda: self.optimizer.updates)
+
     # A batch divided over data ranks
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
@@ -331,6 +371,8 @@ class Engine:
         divisors = dict(zip(counted, torch.where(counts == 0, 1.0, counts).unbind(), strict=True))
         if training and self.model.routers is not None:
             self.model.routers.begin(batches, 1.0 if self.scaler is None else self.scaler.scale)
+        for observer in self.observers if training else ():
+            observer.begin(len(batches), 1.0 if self.scaler is None else self.scaler.scale)
 
         def loss_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Terms]:
             terms = loss(outputs, batch)
@@ -473,6 +515,10 @@ class Engine:
         for held in self.state():
             if not held.optimizer:
                 read_state(reader, held)
+        known = set(reader.names())
+        for name, weight in self.model.quantized.items():
+            if name in known:  # else they are those of the base that was filled in
+                weight.read_from(reader, name)
         for bucket in self.parameters.trainable:
             if bucket.master is not bucket.weights:
                 bucket.master.copy_(bucket.weights)
@@ -505,25 +551,38 @@ class Engine:
             new_head = name.startswith("head.") and stored != shard.full
             if new_head or (stored is None and ADAPTER in name):
                 self._initialise(Piece(name, shard, box, tensor))
-            elif stored is not None and stored != shard.full:
-                raise UsageError(
-                    f"The source has {name} in the shape {list(stored)}, this model needs "
-                    f"{list(shard.full)}: it is another model. Check the sizes of the section "
-                    "`model`."
-                )
             else:
+                self._check_shape(source, known, name, shard)
                 source.read_into(name, box.offset, tensor)
+        for name, weight in self.model.quantized.items():
+            self._check_shape(source, known, name, weight.shard)
+            weight.read_from(source, name)
         for name, bias in self.model.selection_biases():
             source.read_into(name, (0,), bias)
         self.model.fp8.loaded()
         self.parameters.publish()
 
+    @staticmethod
+    def _check_shape(source: Source, known: set[str], name: str, shard: Shard) -> None:
+        stored = tuple(source.info(name)[0]) if name in known else shard.full
+        if stored != shard.full:
+            raise UsageError(
+                f"The source has {name} in the shape {list(stored)}, this model needs "
+                f"{list(shard.full)}: it is another model. Check the sizes of the section "
+                "`model`."
+            )
+
     def _initialise(self, held: Piece) -> None:
         """Give a piece of the weights its start, by way of the wide dtype also where none is
         kept.
         """
-        name, shard, box, tensor = held
-        values = initial_values(name, shard, box.offset, box.shape, self.config.seed)
+        self._initial_box(held.name, held.shard, held.box.offset, held.tensor)
+
+    def _initial_box(
+        self, name: str, shard: Shard, offset: tuple[int, ...], tensor: Tensor
+    ) -> None:
+        """Fill `tensor` with the box of a parameter's start at `offset`."""
+        values = initial_values(name, shard, offset, tuple(tensor.shape), self.config.seed)
         tensor.copy_(values.to(wide_dtype(tensor.dtype)))
 
 

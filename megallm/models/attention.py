@@ -5,13 +5,14 @@ share.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megallm.models.balance import RoutingInputs
 from megallm.models.config import ModelConfig
-from megallm.ops.attention import causal_attention
+from megallm.ops.attention import Prefix, causal_attention
 from megallm.ops.precision import wide
 from megallm.ops.rope import apply_rope
 from megallm.ops.tiles import MaskSpec
@@ -20,7 +21,7 @@ from megallm.parallel.context import Context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import runner
 from megallm.parallel.shard import Shard, constant, normal
-from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, gather_input
+from megallm.parallel.tensor import ColumnLinear, Norm, RowLinear, ShardedModule, Slot, gather_input
 
 CacheShape = tuple[
     tuple[int, int], tuple[int, int]
@@ -36,6 +37,7 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     length: int = 0
+    plain: bool = False  # a step for which `decode.plain_step` stands in for the block
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions and return everything so far."""
@@ -46,12 +48,13 @@ class LayerCache:
         return self.keys[:, :end], self.values[:, :end]
 
     def cached_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention of new queries, which stand last, to what `append` returned (after pairing of
-        heads).
+        heads), and to a prefix.
         """
-        return causal_attention(q, k, v, window, sinks)
+        return causal_attention(q, k, v, window, sinks, prefix)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class AttentionInputs:
     context: Context
     mask_spec: MaskSpec | None = None
     routing: RoutingInputs | None = None
+
+    @cached_property
+    def whole_tables(self) -> tuple[Tensor, Tensor]:
+        """The tables as `x cos + roll(x, E/2) sin` takes them, `[B, T, 1, E]`."""
+        cos, sin = torch.cat((self.cos, self.cos), -1), torch.cat((-self.sin, self.sin), -1)
+        return cos[:, :, None], sin[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,7 @@ class Attention(ShardedModule):
             partial = ("tp",) if mesh.tp.size > 1 else ()
             self.q_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
             self.k_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
+        self.prefix = Slot(mesh)  # gives keys and values [P, K_local, E] that every query sees
         add_sinks(self, config)
 
     @property
@@ -186,13 +196,20 @@ class Attention(ShardedModule):
             q, k = apply_rope(q, inputs.cos, inputs.sin), apply_rope(k, inputs.cos, inputs.sin)
         if cache is not None:
             k, v = cache.append(k, v)
+        prefix = self.prefix(None)
         if self.heads.pairing is not None:
-            k, v = (
-                torch.cat([x.split(1, 2)[head] for head in self.heads.pairing], 2) for x in (k, v)
-            )
+            k, v = self._pair(k, v)
+            prefix = prefix and self._pair(*prefix)
+        further = self.window, self.sinks, prefix
         if cache is not None:
-            return cache.cached_attention(q, k, v, self.window, self.sinks)
-        return inputs.context.parallel_attention(q, k, v, inputs.mask_spec, self.window, self.sinks)
+            return cache.cached_attention(q, k, v, *further)
+        return inputs.context.parallel_attention(q, k, v, inputs.mask_spec, *further)
+
+    def _pair(self, k: Tensor, v: Tensor) -> Prefix:
+        """Keys and values `[..., K_local, E]` -> those of each local query head."""
+        return tuple(
+            torch.cat([x.split(1, -2)[head] for head in self.heads.pairing], -2) for x in (k, v)
+        )
 
     def forward(
         self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None

@@ -12,7 +12,7 @@ from megallm.models.mlp import Mlp
 from megallm.models.moe import Moe
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import input_runner, runner
-from megallm.parallel.tensor import Norm, ShardedModule, sequence_partial
+from megallm.parallel.tensor import Norm, ShardedModule, Slot, sequence_partial
 
 
 class Block(ShardedModule):
@@ -41,6 +41,7 @@ class Block(ShardedModule):
         self.mlp_norm = Norm(mesh, config.norm, config.hidden_size, config.norm_eps, partial)
         self.mlp = None if experts else Mlp(config, mesh, sp, activation)
         self.moe = Moe(config, mesh, sp, activation) if experts else None
+        self.after_attention, self.after_mlp = Slot(mesh), Slot(mesh)  # called with (output, input)
         self.run_attention = runner("attention" in recompute)
         self.run_mlp = runner("mlp" in recompute)
         self.run_normed, self.run = input_runner("norm" in recompute), runner(BLOCK in recompute)
@@ -57,11 +58,11 @@ class Block(ShardedModule):
     def attention_sublayer(
         self, x: Tensor, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
-        """Returns attention of either kind."""
-        return self.run_attention(self.attention, x, inputs, cache)
+        """Returns attention of either kind, or what an adapter makes of its output."""
+        return self.after_attention(self.run_attention(self.attention, x, inputs, cache), x)
 
     def mlp_sublayer(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """Returns the output of the mlp, or of the experts."""
+        """Returns the output of the mlp, or of the experts, or what an adapter makes of it."""
         if self.moe is None:
-            return self.run_mlp(self.mlp, x)
-        return self.run_mlp(self.moe, x, inputs.routing)
+            return self.after_mlp(self.run_mlp(self.mlp, x), x)
+        return self.after_mlp(self.run_mlp(self.moe, x, inputs.routing), x)

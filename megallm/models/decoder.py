@@ -14,6 +14,7 @@ from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.decode import plain_step
 from megallm.models.heads import (
     MASK_ON_CPU,
     build_head,
@@ -41,6 +42,7 @@ from megallm.parallel.tensor import (
     SEQUENCE_DIM,
     Norm,
     ShardedModule,
+    Slot,
     gather_input,
     sequence_partial,
 )
@@ -110,6 +112,7 @@ class Stage(ShardedModule):
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
+        self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens: `models.virtual`
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -169,25 +172,39 @@ class Stage(ShardedModule):
             return features, self.head_weight
         return self.head.widened(features, self.head_weight)
 
-    def embed(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        token_types: Tensor | None = None,
+        virtual: Tensor | None = None,
+    ) -> Tensor:
         """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types
         all are 0.
 
         The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
         """
+        given = tokens, positions, token_types, virtual
         once = not self.embedding.is_adapted
-        x = run_unit(
-            self.units, ("embedding",), self.look_up, tokens, positions, token_types, once=once
-        )
+        x = run_unit(self.units, ("embedding",), self.look_up, *given, once=once)
         return (
             x
             if self.embedding_norm is None
             else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
         )
 
-    def look_up(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+    def look_up(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        token_types: Tensor | None,
+        virtual: Tensor | None,
+    ) -> Tensor:
         """The sum of the embedding's rows and of the learned positions and types that there are."""
         x = self.embedding(tokens)
+        if virtual is not None:
+            here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
+            x = run_unit(self.units, ("prompt",), self.prompt, x, here)
         if self.positions is not None:
             x = x + self.positions(positions)
         if self.token_types is not None:
@@ -235,6 +252,8 @@ class Stage(ShardedModule):
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
         """One block; what it saves may wait in CPU memory."""
+        if cache is not None and cache.plain:
+            return plain_step(x, block, inputs, cache)
         if self.offload is None or not torch.is_grad_enabled():
             return block.run(block, x, inputs, cache)
         with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
@@ -253,8 +272,8 @@ class Stage(ShardedModule):
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
-        (features, weight), bias = self.head_operands(ready(x)), self.head_bias
-        queue = self.weight_grads
+        features, weight = self.head_operands(ready(x))
+        queue, bias = self.weight_grads, self.head_bias
         return local_logits(features, weight, self.mesh, self.sp, queue, bias, counted)
 
     def fused_outputs(
@@ -280,12 +299,12 @@ class Stage(ShardedModule):
         The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of
         values.
         """
-        positions, token_types, labels = (
-            self._local(batch, name) for name in ("positions", "token_types", "labels")
+        positions, token_types, labels, virtual = (
+            self._local(batch, name) for name in ("positions", "token_types", "labels", "virtual")
         )
         if self.span.first:
             tokens = self.context.local(batch["tokens"])
-            x = self.embed(tokens, positions, token_types)
+            x = self.embed(tokens, positions, token_types, virtual)
         mask_spec = self.context.mask_spec(batch, self.config.sliding_window, self.config.causal)
         routing = (
             RoutingInputs.of(batch, self.context, self.mesh, self.sp)
@@ -383,16 +402,27 @@ class Stage(ShardedModule):
         return self.context.local(batch[name]) if name in batch else None
 
     def decode(
-        self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]
+        self,
+        x: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor,
+        caches: list[LayerCache],
+        inputs: AttentionInputs | None = None,
     ) -> Tensor:
         """New positions against the cache: hidden states, or the next token's logits `[B, V]` on
         the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
+        `inputs` are those of `positions`, where the caller has made them once for many stages.
         """
+        virtual = self.virtual(None)
+        if virtual is not None:
+            positions = positions + virtual.check_decoding().count
         if self.span.first:
             x = self.embed(tokens, positions)
-        x = self.blocks(x, self.attention_inputs(positions, wide_dtype(x.dtype)), caches)
+        if inputs is None:
+            inputs = self.attention_inputs(positions, wide_dtype(x.dtype))
+        x = self.blocks(x, inputs, caches)
         if not self.span.last:
             return x
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)

@@ -29,6 +29,7 @@ from megallm.parallel.tensor import (
     Norm,
     RowLinear,
     ShardedModule,
+    Slot,
     TokenLinear,
     gather_input,
     sequence_partial,
@@ -68,6 +69,7 @@ class LatentAttention(ShardedModule):
         self.k_up = ColumnLinear(mesh, (h * self.plain, mla.kv_lora_dim), init, False)
         self.v_up = ColumnLinear(mesh, (h * self.value_size, mla.kv_lora_dim), init, False)
         self.o = RowLinear(mesh, (d, h * self.value_size), scaled_init(config), config.bias, sp)
+        self.prefix = Slot(mesh)  # gives keys [P, H/tp, N + R] and values [P, H/tp, E], not latents
         add_sinks(self, config)
 
     def _norm(self, config: ModelConfig, size: int, sp: bool) -> Norm:
@@ -124,6 +126,7 @@ class LatentAttention(ShardedModule):
             )
             if seen.shape[1] > q.shape[1] or q.shape[1] == 1:
                 return self.absorbed(plain, rotated, seen, cache)
+        further = self.window, self.sinks, self.prefix(None)
         q, latent, context = torch.cat((plain, rotated), dim=-1), latent[:, :, None], inputs.context
         exact = (
             self.k_up.fp8 is None and self.k_up.te is None
@@ -133,14 +136,14 @@ class LatentAttention(ShardedModule):
                 # The exchange sees tensors, not the matrices: all below may be frozen but these.
                 latent = latent.detach().requires_grad_()
             return context.parallel_latent_attention(
-                q, latent, key, self.keys_and_values, inputs.mask_spec, self.sinks
+                q, latent, key, self.keys_and_values, inputs.mask_spec, *further[1:]
             )
         k, v = self.keys_and_values(latent, key)
         if (
             cache is not None
         ):  # a whole prompt: keys and values of its tokens are cheaper than its latents
-            return causal_attention(q, k, v, self.window, self.sinks)
-        return context.parallel_attention(q, k, v, inputs.mask_spec, self.window, self.sinks)
+            return causal_attention(q, k, v, *further)
+        return context.parallel_attention(q, k, v, inputs.mask_spec, *further)
 
     def keys_and_values(self, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all heads, `[B, T, H/tp, N + R or E]`, of latents `[B, T, 1, C]` and rotated
@@ -155,13 +158,15 @@ class LatentAttention(ShardedModule):
         """The same against the cache `[B, T, 1, C + R]`: one key a position for all heads, its
         latent the value.
 
-        Adapters are modules, not matrices: with one, keys and values of the whole cache are made.
+        Adapters are modules, not matrices, and a prefix is no latent: with one, or with weights in
+        4 bit, keys and values of the whole cache are made.
         """
-        if self.k_up.is_adapted or self.v_up.is_adapted:
+        adapted = any(slot.is_adapted for slot in (self.k_up, self.v_up, self.prefix))
+        if adapted or self.k_up.quantized is not None or self.v_up.quantized is not None:
             latent, key = seen.split((self.latent_size, self.rotated), dim=-1)
             k, v = self.keys_and_values(latent, key)
             q = torch.cat((plain, rotated), dim=-1)
-            return cache.cached_attention(q, k, v, self.window, self.sinks)
+            return cache.cached_attention(q, k, v, self.window, self.sinks, self.prefix(None))
         up = self.k_up.weight.unflatten(0, (self.num_heads, -1))
         q = torch.cat((torch.einsum("bthn,hnc->bthc", plain, up), rotated), dim=-1)
         q = q * (q.shape[-1] / (self.plain + self.rotated)) ** 0.5  # the scale is that of the heads

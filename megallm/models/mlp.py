@@ -10,7 +10,7 @@ from megallm.ops.activation import ACTIVATIONS
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import runner
 from megallm.parallel.shard import normal
-from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, gather_input
+from megallm.parallel.tensor import ColumnLinear, RowLinear, ShardedModule, Slot, gather_input
 
 
 class Mlp(ShardedModule):
@@ -25,12 +25,13 @@ class Mlp(ShardedModule):
             self.gate_up = ColumnLinear(mesh, (2, f, d), init, config.bias)
         else:
             self.up = ColumnLinear(mesh, (f, d), init, config.bias)
+        self.scale = Slot(mesh)  # on what `down` is applied to
         self.down = RowLinear(mesh, (d, f), scaled_init(config), config.bias, sp)
         self.run = runner(recomputes)
 
     def inner(self, hidden: Tensor) -> Tensor:
         """Nonlinearity and the local part of `down`."""
-        return self.down.local(self.activation(hidden))
+        return self.down.local(self.scale(self.activation(hidden)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = gather_input(x, self.mesh, self.sp)

@@ -31,7 +31,7 @@ from megallm.parallel.expert import (
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import runner
 from megallm.parallel.shard import Shard, normal
-from megallm.parallel.tensor import ShardedModule, sequence_partial
+from megallm.parallel.tensor import ShardedModule, Slot, sequence_partial
 
 
 class Experts(ShardedModule):
@@ -50,6 +50,7 @@ class Experts(ShardedModule):
             self.gate_up = GroupedLinear(mesh, (moe.num_experts, 2, moe.ffn_hidden_size, d), init)
         else:
             self.up = GroupedLinear(mesh, (moe.num_experts, moe.ffn_hidden_size, d), init)
+        self.scale = Slot(mesh)  # on what `down` is applied to
         self.down = GroupedLinear(
             mesh, (moe.num_experts, d, moe.ffn_hidden_size), scaled_init(config)
         )
@@ -57,7 +58,7 @@ class Experts(ShardedModule):
 
     def inner(self, hidden: Tensor, runs: Runs) -> Tensor:
         """Nonlinearity and `down`."""
-        return self.down(self.activation(hidden), runs)
+        return self.down(self.scale(self.activation(hidden), None, runs), runs)
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
         hidden = self.gate_up(x, runs) if self.gated else self.up(x, runs)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megallm.base.errors import CheckpointError
+from megallm.base.errors import CheckpointError, UsageError
 from megallm.models.build import build_stages, place_parameters
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
@@ -22,9 +22,10 @@ from megallm.parallel.fp8 import Fp8Linears
 from megallm.parallel.linear import WeightGradQueue
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Batch, LossOf, Pipeline, ScheduleRun, buffer_maker
+from megallm.parallel.quantized import QuantizedWeight
 from megallm.parallel.schedule import WEIGHT, place, plan_schedule
 from megallm.parallel.shard import Entry, named_shards
-from megallm.parallel.tensor import defer_weight_grads, use_fp8
+from megallm.parallel.tensor import Linear, defer_weight_grads, use_fp8
 from megallm.parallel.vocab import Wanted
 
 Prepare = Callable[
@@ -77,6 +78,7 @@ class ParallelModel:
             for stage in self.stages.values():
                 prepare(stage)
         self.routers = Routers(config, mesh, self.stages) if config.moe.num_experts else None
+        self.quantized = self._quantized(compute.precision == "fp8")
         self.sp = layout.sp and mesh.tp.size > 1
         self.fp8 = Fp8Linears({}, mesh)
         if compute.precision == "fp8":
@@ -92,6 +94,20 @@ class ParallelModel:
         for stage in self.stages.values():
             defer_weight_grads(stage, weight_grads)
         return weight_grads
+
+    def _quantized(self, fp8: bool) -> dict[str, QuantizedWeight]:
+        """Returns the weights of this rank that `prepare` chose to hold in 4 bit, by logical
+        name.
+        """
+        found = {
+            f"{name}.weight": module.quantized
+            for stage in self.stages.values()
+            for name, module in stage.named_modules()
+            if isinstance(module, Linear) and module.quantized is not None
+        }
+        if found and fp8:
+            raise UsageError("Weights in 4 bit and fp8 exclude each other; leave one of them out.")
+        return found
 
     def _use_fp8(self, options: Fp8Options, frees_weights: bool) -> Fp8Linears:
         """Returns the linears of this rank's blocks and further tokens, which compute in FP8."""
@@ -152,6 +168,10 @@ class ParallelModel:
             stage.wanted = wanted
         kind = "forward" if listener is None else self.layout.schedule
         plans = plan_schedule(kind, self.placement, len(batches), self.layout.group)
+        virtual = next(iter(self.stages.values())).virtual(None)
+        if virtual is not None:
+            multiple = 2 * self.mesh.cp.size * self.mesh.tp.size
+            batches, loss_of = virtual.extend(batches, loss_of, multiple)
         return self.pipeline.run(plans, batches, self._new_buffer(batches[0]), loss_of, listener)
 
     def _new_buffer(self, batch: Batch) -> Callable[[], Tensor]:
@@ -174,6 +194,8 @@ class ParallelModel:
             reader.read_into(name, box.offset, storage[name])
         for name, bias in self.selection_biases():
             reader.read_into(name, (0,), bias)
+        for name, weight in self.quantized.items():
+            weight.read_from(reader, name)
         self.place(storage)
         for stage in self.stages.values():
             stage.requires_grad_(False)

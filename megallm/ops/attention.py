@@ -10,7 +10,8 @@ number of blocks exactly (online softmax, arXiv 2205.14135; ring attention, arXi
 the whole. Values may be smaller than keys.
 
 Attention sinks are one more score a head with no value behind it, as in gpt-oss: they are merged
-into the finished softmax by its log-sum-exp, so no block knows of them.
+into the finished softmax by its log-sum-exp, so no block knows of them. A prefix is one more block
+that every query sees whole, whatever its document and window (prefix tuning, arXiv 2101.00190).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.ops.precision import wide, wide_dtype
-from megallm.ops.tiles import BAND, CAUSAL, MaskSpec, Span, Tile, plan_tiles
+from megallm.ops.tiles import BAND, CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles
+
+Prefix = tuple[Tensor, Tensor]  # keys [P, K, E] and values [P, K, Ev] that every query sees
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -42,16 +45,18 @@ def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Ten
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None,
+    prefix: Prefix | None = None,
+) -> Tensor:  # fmt: skip
     """Softmax attention, scale `E**-0.5`.
 
     q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`;
     the queries are the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
     """
     tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
-    if sinks is not None or (tq == tk and window is not None and window < tk):
-        return packed_attention(q, k, v, MaskSpec((0, tk), window), sinks)
+    windowed = tq == tk and window is not None and window < tk
+    if sinks is not None or prefix is not None or windowed:
+        return packed_attention(q, k, v, MaskSpec((0, tk), window), sinks, prefix)
     if q.device.type == "cpu":
         v = _widened(v, q)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -66,8 +71,9 @@ def causal_attention(
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, sinks: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, sinks: Tensor | None = None,
+    prefix: Prefix | None = None,
+) -> Tensor:  # fmt: skip
     """Attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or Ev]` ->
     `[B, Tq, H, Ev]`.
 
@@ -76,38 +82,43 @@ def packed_attention(
     A row that is one document and sees itself whole is torch's own attention. Only tiles with
     something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
-    if not mask_spec.causal and len(mask_spec.documents) == 2 and sinks is None:
+    plain = sinks is None and prefix is None
+    if not mask_spec.causal and len(mask_spec.documents) == 2 and plain:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(
             q, k, v, enable_gqa=q.shape[1] != k.shape[1]
         ).transpose(1, 2)
-    return _Packed.apply(q, k, v, mask_spec, sinks)
+    return _Packed.apply(q, k, v, mask_spec, sinks, *(prefix or (None, None)))
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, sinks: Tensor | None
-    ) -> Tensor:
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec,
+        sinks: Tensor | None, *prefix: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         end = k.shape[1]
         ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), mask_spec)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
+        partial.add_prefix(q, *prefix)
         out = partial.finish(sinks).to(q.dtype)
-        ctx.save_for_backward(q, k, v, sinks, out, partial.lse)
+        ctx.save_for_backward(q, k, v, sinks, *prefix, out, partial.lse)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, *prefix, out, lse = ctx.saved_tensors
         queries, grads = Queries(q, out, lse, grad), Gradients.zeros(q, k, v)
         grads.add(queries, k, v, ctx.tiles)
+        prefix_grads = grads.add_prefix(queries, *prefix)
         return (
             grads.q.to(q.dtype),
             grads.k.to(k.dtype),
             grads.v.to(v.dtype),
             None,
             queries.sink_gradient(sinks),
+            *prefix_grads,
         )
 
 
@@ -140,6 +151,13 @@ class Partial:
                 out * (lse - after).exp_()[..., None]
             )
             before.copy_(after)
+
+    def add_prefix(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+        """Merge a prefix `[P, K, E or Ev]`, the same for all rows, in place; None: there is
+        none.
+        """
+        if k is not None:
+            self.add(q, *_rows_of(q, k, v), (_prefix_tile(q, k),))
 
     def finish(self, sinks: Tensor | None) -> Tensor:
         """`out` when all keys were seen; with sinks `[H]` one more score a head, of a value that is
@@ -197,6 +215,27 @@ class Gradients:
                 (self.q, self.k, self.v), grads, (rows, keys, keys), strict=True
             ):
                 total[:, where] += part
+
+    def add_prefix(
+        self, queries: Queries, k: Tensor | None, v: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add what a prefix contributes to the gradient of q; returns those of its keys and
+        values.
+        """
+        if k is None:
+            return None, None
+        tile = _prefix_tile(queries.q, k)
+        grads = attention_block_backward(queries, *_rows_of(queries.q, k, v), tile)
+        self.q.add_(grads[0])
+        return grads[1].sum(0).to(k.dtype), grads[2].sum(0).to(v.dtype)
+
+
+def _prefix_tile(q: Tensor, k: Tensor) -> Tile:
+    return Tile(FULL, 0, q.shape[1], 0, len(k), 0)
+
+
+def _rows_of(q: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [x.expand(len(q), *x.shape) for x in tensors]
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:

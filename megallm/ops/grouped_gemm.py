@@ -116,6 +116,11 @@ def grouped_weight_gradient(x: Tensor, dy: Tensor, runs: Runs) -> Tensor:
     return loop_outer(dy, x, runs)
 
 
+def grouped_input_gradient(dy: Tensor, weight: Tensor, runs: Runs) -> Tensor:
+    """`dy_e W_e` for the rows of each expert: `[N, out]`, W `[X, out, in]` -> `[N, in]`."""
+    return _rows(dy, weight, runs, weight)
+
+
 def grouped_linear(
     x: Tensor, weight: Tensor, runs: Runs, weight_grads: WeightGrads | None = None
 ) -> Tensor:
@@ -141,7 +146,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         weight, runs, dy = ctx.weight.detach(), ctx.runs, dy.contiguous()
-        dx = _rows(dy, weight, runs, weight) if ctx.needs_input_grad[0] else None
+        dx = grouped_input_gradient(dy, weight, runs) if ctx.needs_input_grad[0] else None
         gradient = None
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors

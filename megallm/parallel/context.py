@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.base.errors import DataError, InternalError
-from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention
+from megallm.ops.attention import (
+    Gradients,
+    Partial,
+    Prefix,
+    Queries,
+    causal_attention,
+    packed_attention,
+)
 from megallm.ops.precision import wide_dtype
 from megallm.ops.tiles import MaskSpec, Span, Tile, plan_tiles, row_mask_spec
 from megallm.parallel import comm
@@ -247,20 +254,22 @@ class _Attend(torch.autograd.Function):
         v: Tensor,
         exchange: KeyExchange,
         sinks: Tensor | None,
+        *prefix: Tensor | None,
     ) -> Tensor:
         partial = exchange.transport.forward(q, k, v, exchange)
+        partial.add_prefix(q, *prefix)  # each rank for its queries: together each meets it once
         out = partial.finish(sinks).to(q.dtype)
         ctx.exchange = exchange
-        ctx.save_for_backward(q, k, v, sinks, out, partial.lse)
+        ctx.save_for_backward(q, k, v, sinks, *prefix, out, partial.lse)
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, *prefix, out, lse = ctx.saved_tensors
         queries = Queries(q, out, lse, grad)
         grads = ctx.exchange.transport.backward(queries, k, v, ctx.exchange)
-        sink_grad = queries.sink_gradient(sinks)
-        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, sink_grad
+        further = queries.sink_gradient(sinks), *grads.add_prefix(queries, *prefix)
+        return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, *further
 
 
 # Ulysses
@@ -290,14 +299,14 @@ def tokens_for_heads(x: Tensor, axis: Axis) -> Tensor:
 
 
 def divisible_heads(x: Tensor, size: int) -> Tensor:
-    """Key/value heads `[B, T, K, E]` repeated as little as lets `size` divide them; autograd adds
+    """Key/value heads `[..., K, E]` repeated as little as lets `size` divide them; autograd adds
     the copies up.
 
     With `heads % size == heads % K == 0` query heads, each still meets its own key head after the
     exchange.
     """
-    heads = x.shape[2]
-    return x.repeat_interleave(lcm(heads, size) // heads, dim=2)
+    heads = x.shape[-2]
+    return x.repeat_interleave(lcm(heads, size) // heads, dim=-2)
 
 
 class Context:
@@ -368,14 +377,15 @@ class Context:
         mask_spec: MaskSpec | None,
         window: int | None,
         sinks: Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """q `[B, T/cp, H, E]`, k `[B, T/cp, K, E]`, v `[B, T/cp, K, Ev]`, sinks `[H]` -> `[B, T/cp,
-        H, Ev]`; over cp
+        H, Ev]`; over cp. A prefix is the same on all cp ranks, its gradient a partial sum.
         """
         if mask_spec is None:
-            return causal_attention(q, k, v, window, sinks)
+            return causal_attention(q, k, v, window, sinks, prefix)
         if self.axis.size == 1:
-            return packed_attention(q, k, v, mask_spec, sinks)
+            return packed_attention(q, k, v, mask_spec, sinks, prefix)
         self._check(q, mask_spec)
         size = self.ulysses.size
         if size > 1:
@@ -383,10 +393,14 @@ class Context:
                 (q, divisible_heads(k, size), divisible_heads(v, size)), self.ulysses
             )
             sinks = None if sinks is None else comm.own_slice(sinks, self.ulysses, 0)
+            prefix = prefix and tuple(
+                comm.own_slice(divisible_heads(x, size), self.ulysses, -2) for x in prefix
+            )
         if self.transport.axis.size == 1:
-            out = packed_attention(q, k, v, mask_spec, sinks)
+            out = packed_attention(q, k, v, mask_spec, sinks, prefix)
         else:
-            out = _Attend.apply(q, k, v, KeyExchange(self.transport, mask_spec), sinks)
+            exchange = KeyExchange(self.transport, mask_spec)
+            out = _Attend.apply(q, k, v, exchange, sinks, *(prefix or (None, None)))
         return tokens_for_heads(out, self.ulysses) if size > 1 else out
 
     @property
@@ -404,12 +418,14 @@ class Context:
         expand: Expand,
         mask_spec: MaskSpec,
         sinks: Tensor | None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """`parallel_attention` to `expand(latent, key)` of every rank's `[B, T/cp, 1, ...]`, which
         travel in place of that.
         """
         self._check(q, mask_spec)
-        return _Attend.apply(q, latent, key, KeyExchange(self.transport, mask_spec, expand), sinks)
+        exchange = KeyExchange(self.transport, mask_spec, expand)
+        return _Attend.apply(q, latent, key, exchange, sinks, *(prefix or (None, None)))
 
     def _check(self, q: Tensor, mask_spec: MaskSpec) -> None:
         tokens, row = q.shape[TOKENS_DIM], mask_spec.documents[-1]

@@ -111,11 +111,12 @@ class GroupedLinear(Linear):
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
         """Rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
-        weight = self.weight.flatten(1, -2)
-        if self.fp8 is not None:
-            y = fp8_grouped_linear(x, weight, runs, self.fp8, self.weight_grads)
+        if self.quantized is not None:
+            y = self.quantized.grouped_linear(x, runs)
+        elif self.fp8 is not None:
+            y = fp8_grouped_linear(x, self.weight.flatten(1, -2), runs, self.fp8, self.weight_grads)
         else:
-            y = grouped_linear(x, weight, runs, self.weight_grads)
+            y = grouped_linear(x, self.weight.flatten(1, -2), runs, self.weight_grads)
         return self.adapted(x, y, runs)
 
     @property

@@ -22,6 +22,7 @@ from megallm.parallel import comm
 from megallm.parallel.fp8 import Fp8Linear, fp8_linear
 from megallm.parallel.linear import WeightGradQueue, linear
 from megallm.parallel.mesh import Axis, Mesh
+from megallm.parallel.quantized import QuantizedWeight
 from megallm.parallel.shard import Init, Shard, constant
 
 SEQUENCE_DIM = 1
@@ -65,6 +66,16 @@ class Adaptable(ShardedModule):
         return self.adapter is not None and self.adapts
 
 
+class Slot(Adaptable):
+    """A place for an adapter that belongs to no weight; its parameters stand under
+    `....adapter.`.
+    """
+
+    def forward(self, y: Any, x: Tensor | None = None, *where: Any) -> Any:
+        """Returns what the adapter makes of `y`, which was made of `x`; or `y` as it is."""
+        return self.adapter(x, y, *where) if self.is_adapted else y
+
+
 class Linear(Adaptable):
     """A layer that is one product with its `weight`, or one for each expert; in FP8 where `use_fp8`
     says so.
@@ -74,6 +85,21 @@ class Linear(Adaptable):
         super().__init__(mesh, sp)
         self.fp8: Fp8Linear | None = None
         self.te: TeLinear | None = None
+        self.quantized: QuantizedWeight | None = None
+
+    def quantize(self) -> None:
+        """Hold the weight in 4 bit from now on, on the meta device: it is no parameter any
+        more.
+        """
+        self.register_parameter("weight", None)
+        self.quantized = QuantizedWeight(self.shards["weight"], self.mesh)
+
+    @property
+    def matrix(self) -> Tensor:
+        """This rank's piece of the weight, made from 4 bit where it is held so."""
+        if self.quantized is None:
+            return self.weight
+        return self.quantized.dequantize(torch.float32)
 
     def adapted(self, x: Tensor, y: Tensor, *where: Any) -> Tensor:
         """Returns what the adapter makes of this rank's product `y` of `x`, before anything is
@@ -90,10 +116,13 @@ class Linear(Adaptable):
         """The axes that split the dims of input, weight and output: `tokens`, `in` and `out`."""
         raise NotImplementedError
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x W^T + b`, `[..., in] -> [..., out]`, in FP8, with the weight gradient put off, where
-        asked.
+    def multiply(self, x: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
+        """`x W^T + b` with these rows of each matrix, `[..., in] -> [..., out]`, in FP8, with the
+        weight in 4 bit or its gradient put off, where asked.
         """
+        if self.quantized is not None:
+            return self.quantized.linear(x, bias, rows)
+        weight = (self.weight if rows is None else self.weight[..., rows, :]).flatten(0, -2)
         if self.te is not None:
             return self.te(x, weight, bias)
         if self.fp8 is not None:
@@ -204,12 +233,10 @@ class ColumnLinear(Linear):
             self.add_parameter("bias", Shard(full[:-1], split, partial, constant(0.0), decay=False))
 
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if rows is not None:
-            weight = weight[..., rows, :]
-            bias = bias[..., rows] if bias is not None else None
-        y = self.multiply(x, weight.flatten(0, -2), bias.flatten() if bias is not None else None)
-        return self.adapted(x, y, rows)
+        bias = self.bias
+        if bias is not None:
+            bias = (bias if rows is None else bias[..., rows]).flatten()
+        return self.adapted(x, self.multiply(x, bias, rows), rows)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
@@ -237,7 +264,7 @@ class TokenLinear(Linear):
             self.add_parameter("bias", Shard(full[:1], {}, partial, constant(0.0), decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapted(x, self.multiply(x, self.weight, self.bias), None)
+        return self.adapted(x, self.multiply(x, self.bias), None)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:
@@ -264,7 +291,7 @@ class RowLinear(Linear):
 
     def local(self, x: Tensor) -> Tensor:
         """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
-        return self.adapted(x, self.multiply(x, self.weight, None), None)
+        return self.adapted(x, self.multiply(x, None), None)
 
     @property
     def divided(self) -> dict[str, tuple[Axis, ...]]:

@@ -93,4 +93,4 @@ def unit_of(name: str) -> str:
         return f"{first}.{rest.partition('.')[0]}"
     if first in ("final_norm", "head"):
         return "head"
-    return "embedding_norm" if first == "embedding_norm" else "embedding"
+    return first if first in ("embedding_norm", "prompt") else "embedding"

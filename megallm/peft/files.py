@@ -22,6 +22,7 @@ from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, named_shards
 from megallm.parallel.tensor import ADAPTER
+from megallm.peft import formats
 from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare
 from megallm.peft.keys import LEAVES, PREFIX, Plan, in_file, plan_keys, to_file
@@ -55,6 +56,12 @@ def write_folder(
     `base` is the name or path of the base model for PEFT; `dtype` None keeps the stored one.
     """
     ours = adapter_shapes(config, model)
+    if config.method in formats.FORMATS:
+        whole = {n: read_whole(source, n, dtype) for n in ours}
+        tensors, settings = formats.write(config, model, whole, base)
+        write_tensors(folder / WEIGHTS, tensors)
+        atomic_write_json(folder / CONFIG, settings)
+        return
     plan = plan_keys(model, ours, config.name)
     held = Tensors(
         {n: _padded(read_whole(source, n, dtype), plan.blocks.get(n)) for n in ours}

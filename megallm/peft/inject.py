@@ -6,7 +6,6 @@ A method is a row of METHODS: a function that puts its adapters into one stage o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
@@ -17,25 +16,16 @@ from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.heads import VocabularyHead
 from megallm.optim.config import GroupConfig
-from megallm.parallel.tensor import Adaptable
-from megallm.peft import lora
-from megallm.peft.config import PeftConfig
+from megallm.parallel.tensor import ADAPTER, Adaptable, Linear
+from megallm.peft import adalora, bottleneck, ia3, lora, prompts
+from megallm.peft.config import ALL_LINEAR, PeftConfig
 from megallm.peft.dropout import Dropout, watch_tokens
+from megallm.peft.injection import Injection
 from megallm.peft.slots import put, slots_of
-from megallm.peft.targets import HEAD, Target, choose, find_modules, find_targets
+from megallm.peft.targets import HEAD, choose, find_modules, find_targets
 
 Prepare = Callable[[Stage], None]
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What is put into every stage: a configuration, the resolved model, the targets that were
-    chosen of the whole model, and the seed of dropout."""
-
-    config: PeftConfig
-    model: ModelConfig
-    chosen: tuple[Target, ...]
-    seed: int = 0
+Method = Callable[[Stage, Injection], None]
 
 
 def fill_lora(stage: Stage, injection: Injection) -> None:
@@ -57,7 +47,25 @@ def fill_lora(stage: Stage, injection: Injection) -> None:
         watch_tokens(stage)
 
 
-METHODS: dict[str, Callable[[Stage, Injection], None]] = {"lora": fill_lora}
+METHODS: dict[str, Method] = {
+    "lora": fill_lora,
+    "adalora": adalora.fill,
+    "ia3": ia3.fill,
+    "prefix": prompts.fill_prefix,
+    "prompt": prompts.fill_prompt,
+    "p-tuning": prompts.fill_prompt,
+    "houlsby": bottleneck.fill,
+    "parallel": bottleneck.fill,
+}
+
+
+def quantize(stage: Stage) -> None:
+    """Hold every frozen matrix of the blocks in 4 bit (QLoRA); embeddings, the head and routers
+    stay as they are."""
+    for name, module in stage.named_modules():
+        in_block = name.startswith(("layers.", "mtp.")) and ADAPTER not in name
+        if in_block and isinstance(module, Linear) and not module.weight.requires_grad:
+            module.quantize()
 
 
 def prepare(config: PeftConfig, model: ModelConfig, seed: int = 0) -> Prepare:
@@ -93,13 +101,19 @@ def prepare_all(
         for name, module in stage.named_modules():
             if name in saved:
                 module.requires_grad_(True)
+        if any(config.quantize == "nf4" for config in wanted):
+            quantize(stage)
 
     return fill
 
 
 def plan_injection(config: PeftConfig, model: ModelConfig, seed: int) -> Injection:
     """Choose the targets. Raises UsageError."""
-    chosen = choose(config.targets, find_targets(model))
+    found = find_targets(model)
+    if config.method == "ia3" and config.targets == (ALL_LINEAR,):
+        chosen = ia3.usual_targets(found)
+    else:
+        chosen = choose(config.targets, found)
     if config.method == "lora":
         lora.check(config, model, chosen)
     return Injection(config, model, tuple(chosen), seed)

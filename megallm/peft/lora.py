@@ -95,7 +95,7 @@ class LowRank(ShardedModule):
         """The length of each row of `W + s B A` over the whole input, `(out,)` as the weights are;
         collective over tp where that divides the input. No gradient (section 4.3 of the paper).
         """
-        weight = self.base[0].weight
+        weight = self.base[0].matrix
         return self._lengths(wide(weight.view(-1, *weight.shape[-2:])[self.member]) + self.delta())
 
     def _lengths(self, matrix: Tensor) -> Tensor:

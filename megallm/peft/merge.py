@@ -18,8 +18,9 @@ from megallm.models.config import ModelConfig
 from megallm.ops.precision import wide, wide_dtype
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box
-from megallm.parallel.tensor import ADAPTER, Adaptable
+from megallm.parallel.tensor import ADAPTER, Adaptable, Linear, Slot
 from megallm.peft.config import PeftConfig
+from megallm.peft.ia3 import ScaledOutputs
 from megallm.peft.inject import prepare
 from megallm.peft.lora import MAGNITUDE
 from megallm.peft.slots import slots_of
@@ -74,6 +75,16 @@ def _publish(engine: Engine, adapts: bool) -> None:
 def _merged(name: str, module: Adaptable) -> Tensor:
     """This rank's piece of the weight with the adapters in use in it, wide."""
     used = list(module.adapter.in_use())
+    if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
+        raise UsageError(
+            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora can "
+            "be merged. Export it as a folder of PEFT's instead."
+        )
+    if isinstance(module, Linear) and module.quantized is not None:
+        raise UsageError(
+            f"{name} is held in 4 bit, which an adapter cannot be merged into without loss. "
+            "`megallm merge` merges into the weights that it was made from."
+        )
     if "weight" not in module.shards:
         raise UsageError(
             "The adapter of the head cannot be merged: the head is tied to the embedding, which it "

@@ -24,6 +24,7 @@ from megallm.convert.hf_config import family_of
 from megallm.convert.rules import Bridge, TensorLink
 from megallm.convert.weights import HF_DTYPES, bridge_of
 from megallm.models.config import ModelConfig
+from megallm.peft import formats
 from megallm.peft.config import PeftConfig
 from megallm.peft.files import CONFIG, WEIGHTS, adapter_shapes, endings
 from megallm.peft.keys import LEAVES, PREFIX, from_file, in_file, plan_keys
@@ -31,6 +32,7 @@ from megallm.peft.lora import A, B
 from megallm.peft.sources import Tensors
 from megallm.peft.targets import EXPERTS, Target, find_targets
 
+FURTHER = frozenset(form.peft_type for form in formats.FORMATS.values())
 # Settings that are read, or that change nothing; any other that is set is refused.
 KNOWN = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
@@ -68,6 +70,11 @@ class AdapterFolder:
         if not (self.folder / CONFIG).is_file():
             raise UsageError(f"{self.folder} is no adapter of PEFT: it has no {CONFIG}.")
         raw = read_json(self.folder / CONFIG)
+        if raw.get("peft_type") in FURTHER:
+            tensors = load_tensors(self.folder / WEIGHTS)
+            self.config, made = formats.read(raw, model, tensors, name)
+            self._source = Tensors(made)
+            return
         _check_settings(raw, self.folder)
         tensors = load_tensors(self.folder / WEIGHTS)
         aside = {key for key in tensors if ".base_layer." in key and ".experts.base_layer." not in key}
