@@ -16,13 +16,13 @@ import time
 
 import torch
 
-from megallm.inference.cache import TextCache
+from megallm.inference.blocks import blocks_of
+from megallm.inference.cache import PagedCache, Pages
 from megallm.models.build import initial_values, place_parameters
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.mla import LatentAttention
 from megallm.models.stages import StageSpan
-from megallm.ops.cached_attention import attend_rows
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
 
@@ -36,7 +36,7 @@ def expanded(
 ) -> torch.Tensor:
     """In place of `absorbed`: keys and values of all heads from the latents of the whole cache."""
     k, v = self.keys_and_values(seen[..., : self.latent_size], seen[..., self.latent_size :])
-    return attend_rows(torch.cat((plain, rotated), -1), k, v, cache.lengths + 1)
+    return cache.cached_attention(torch.cat((plain, rotated), -1), k, v, None)
 
 
 def measure(config: ModelConfig, batch: int, context: int) -> tuple[int, float, torch.Tensor]:
@@ -47,17 +47,18 @@ def measure(config: ModelConfig, batch: int, context: int) -> tuple[int, float, 
     zeros = {name: (0,) * len(shard.full) for name, shard in shards.items()}
     place_parameters(stage, {n: initial_values(n, s, zeros[n], s.full, 1).float() for n, s in shards.items()})
     attention = stage.layers["0"].attention
-    cache = TextCache([attention.cache_shape], batch, torch.float32, torch.device("cpu"))
-    cache.reserve(context + 1)
+    each = blocks_of(context + 1)
+    cache = PagedCache([attention.cache_shape], batch * each, torch.float32, torch.device("cpu"))
+    tables = [range(row * each, (row + 1) * each) for row in range(batch)]
     for stored in cache.layers[0]:
         stored.normal_(generator=torch.Generator().manual_seed(1))
-    size = sum(stored[0, 0].numel() * stored.element_size() for stored in cache.layers[0])
+    size = sum(stored[:, 0].numel() * stored.element_size() for stored in cache.layers[0])
     x = torch.randn(batch, 1, 2048, generator=torch.Generator().manual_seed(2))
     places = stage.attention_inputs(torch.full((batch, 1), context), torch.float32)
     times = []
     with torch.no_grad():
         for _ in range(20):
-            (layer,) = cache.step([context] * batch, x.device)
+            (layer,) = cache.rows(Pages.of(tables, [context] * batch, 1, x.device))
             begin = time.perf_counter()
             out = attention(x, places, layer)
             times.append(time.perf_counter() - begin)

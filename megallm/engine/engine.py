@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -28,6 +29,7 @@ from megallm.engine.state import (
     read_state,
     stored_parameters,
 )
+from megallm.inference.generator import Generator
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
 from megallm.models.heads import MASK_ON_CPU
@@ -242,16 +244,17 @@ class Engine:
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
+        metrics = {name: means[name] for name in run.metrics} | metrics
         skipped = not math.isfinite(norm)
         for observer in self.observers:
-            metrics = metrics | observer.finish(skipped or bool(empty))
+            metrics |= observer.finish(skipped or bool(empty))
         return StepStats(
             {name: means[name] for name in run.losses} | further,
             {name: counts[name] for name in run.counted},
             float(norm),
             skipped,
             loss_scale and float(loss_scale),
-            {name: means[name] for name in run.metrics} | metrics,
+            metrics,
             bool(empty),
         )
 
@@ -327,6 +330,19 @@ class Engine:
         if not 0 < temperature < math.inf:
             raise UsageError(f"{who} the temperature {temperature}; it takes numbers above 0.")
         return Wanted(tuple(name for name in given if name in names), temperature)
+
+    @contextmanager
+    def generator(
+        self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
+    ) -> Iterator[Generator]:
+        """A generator on the very weights that are trained, gathered once for the whole rollout and
+        let go afterwards; its samples say how many updates the weights have seen.
+
+        `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
+        ranks that divide the weights; each data rank then generates from its own requests (`mine`).
+        """
+        with self.parameters.gathered():
+            yield Generator(self.model, batch, blocks, chunk, lambda: self.optimizer.updates)
 
     # A batch divided over data ranks
 

@@ -35,7 +35,8 @@ class Answer:
 
     `text` leaves out the token that ended the answer and everything from a stop text on; `reason`
     says what ended it: "length", "end" (an end token), "stop" (a stop text), "interrupted", or None
-    while it grows. `tokens` and `log_probs` hold every token that was generated.
+    while it grows. `tokens` and `log_probs` hold every token that was generated; for the other
+    log-probabilities see `samples.Sample`.
     """
 
     ending: Ending
@@ -43,6 +44,8 @@ class Answer:
     context: Sequence[int] = ()
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    policy_log_probs: list[float] = field(default_factory=list)
+    behaviour_log_probs: list[float] = field(default_factory=list)
     text: str = ""
     reason: str | None = None
 
@@ -55,15 +58,26 @@ class Answer:
     def done(self) -> bool:
         return self.reason is not None
 
-    def push(self, token: int, log_prob: float) -> None:
-        """Add one token; may end the answer."""
+    def push(
+        self,
+        token: int,
+        log_prob: float,
+        policy: float | None = None,
+        behaviour: float | None = None,
+    ) -> None:
+        """Add one token with its log-probabilities (those not given are the first); may end the
+        answer.
+        """
         self.tokens.append(token)
         self.log_probs.append(log_prob)
+        self.policy_log_probs.append(log_prob if policy is None else policy)
+        self.behaviour_log_probs.append(log_prob if behaviour is None else behaviour)
         if token in self.ending.ids:
             self.end("end")
             return
-        self._window.append(token)
-        self._decode(last=False)
+        if self.decoder is not None:
+            self._window.append(token)
+            self._decode(last=False)
         if not self.done and len(self.tokens) >= self.ending.limit:
             self.end("length")
 

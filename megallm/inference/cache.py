@@ -1,39 +1,124 @@
-"""Keys and values of several texts of different lengths, side by side; each text fills a row from
-position 0.
+"""A paged cache of keys and values: positions of a sequence lie in blocks, wherever those are.
 
-No text is padded: rotary and learned positions of a text are those it would have alone.
+No sequence is padded: rotary and learned positions are those that it would have alone. Which block
+belongs to whom is planned elsewhere (`blocks`, `scheduler`); here are the tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megallm.inference.blocks import BLOCK, blocks_of
 from megallm.models.attention import CacheShape, LayerCache
 from megallm.ops.attention import Prefix
-from megallm.ops.cached_attention import attend_rows
+from megallm.ops.cached_attention import attend_rows, length_bias
+from megallm.ops.precision import wide_dtype
 
-BLOCK = 64  # capacity grows in multiples of this many positions
+
+@dataclass(frozen=True)
+class Pages:
+    """Which blocks a pass reads and which positions it writes, the same for all layers.
+
+    `table` int64 `[n, m]` on the CPU, unused entries any block; `places` int64 `[n * T]`, where new
+    positions go in the pool; `lengths` int64 `[n]`, positions before the new ones.
+    """
+
+    table: Tensor
+    places: Tensor
+    lengths: Tensor
+    device: torch.device
+    known: dict[tuple, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        tables: Sequence[Sequence[int]], begins: Sequence[int], count: int, device: torch.device
+    ) -> Pages:
+        """Of sequences with these block tables that get `count` positions each from `begins` on."""
+        width = max(blocks_of(begin + count) for begin in begins)
+        table = np.zeros((len(tables), width), dtype=np.int64)
+        for row, blocks in zip(table, tables, strict=True):
+            row[: len(blocks)] = blocks[:width]
+        new = np.asarray(begins)[:, None] + np.arange(count)
+        blocks = np.take_along_axis(table, new // BLOCK, 1)
+        places = torch.from_numpy((blocks * BLOCK + new % BLOCK).reshape(-1))
+        lengths = torch.from_numpy(np.asarray(begins, dtype=np.int64))
+        return Pages(torch.from_numpy(table), places.to(device), lengths.to(device), device)
+
+    def index(self, heads: int, blocks: int) -> Tensor:
+        """Rows `[n * heads * m]` of a pool seen as `[heads * blocks, ...]`."""
+        key = ("index", heads, blocks)
+        if key not in self.known:
+            table = self.table.to(self.device)
+            first = torch.arange(0, heads * blocks, blocks, device=self.device)
+            self.known[key] = (table[:, None] + first[:, None]).flatten()
+        return self.known[key]
+
+    def bias(self, capacity: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The mask of one new token a row, `[n, 1, 1, capacity]`."""
+        key = ("bias", capacity, window, dtype)
+        if key not in self.known:
+            self.known[key] = length_bias(self.lengths + 1, capacity, window, dtype)
+        return self.known[key]
+
+
+class Workspace:
+    """Memory for what is gathered of one layer, reused by all layers and steps."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, rows: int, size: int) -> Tensor:
+        """`[rows, size]` of the dtype and device of `like`, with anything in it."""
+        part = self.parts.get(name)
+        if part is None or part.numel() < rows * size or part.dtype != like.dtype:
+            part = self.parts[name] = like.new_empty(rows * size * 5 // 4)
+        return part[: rows * size].view(rows, size)
 
 
 @dataclass(kw_only=True)
-class RowCache(LayerCache):
-    """One layer for a step in which each text gets one token: views `[n, longest + 1, ...]`, int64
-    lengths `[n]`.
-    """
+class PagedLayer(LayerCache):
+    """One layer's keys and values `[heads, blocks * BLOCK, size]`, as one pass sees them."""
 
-    lengths: Tensor
+    pages: Pages
+    workspace: Workspace
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Store new positions `[n, T, heads, size]`."""
+        for pool, new in ((self.keys, k), (self.values, v)):
+            if pool.shape[-1]:
+                pool.index_copy_(1, self.pages.places, new.flatten(0, 1).transpose(0, 1))
+
+    def gather(self, name: str, pool: Tensor) -> Tensor:
+        """The blocks of every row, `[n, m * BLOCK, heads, size]`; the positions of a head lie
+        together.
+        """
+        heads, positions, size = pool.shape
+        rows, width = self.pages.table.shape
+        if not size:
+            return pool.new_empty((rows, width * BLOCK, heads, 0))
+        blocks = positions // BLOCK
+        index = self.pages.index(heads, blocks)
+        into = self.workspace.take(name, pool, len(index), BLOCK * size)
+        torch.index_select(pool.view(heads * blocks, BLOCK * size), 0, index, out=into)
+        return into.view(rows, heads, width * BLOCK, size).transpose(1, 2)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every row, old and new."""
+        return self.gather("keys", self.keys), self.gather("values", self.values)
+
+
+class RowCache(PagedLayer):
+    """For a pass in which each sequence gets one token."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one new position per row, `[n, 1, ...]`, each behind what its row holds."""
-        rows = torch.arange(len(self.lengths), device=k.device)
-        self.keys[rows, self.lengths] = k[:, 0]
-        self.values[rows, self.lengths] = v[:, 0]
-        return self.keys, self.values
+        """Store one new position per row, `[n, 1, ...]`, each behind what its sequence holds."""
+        self.write(k, v)
+        return self.stored()
 
     def cached_attention(
         self,
@@ -44,62 +129,92 @@ class RowCache(LayerCache):
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Each row's new query against that row's positions."""
-        return attend_rows(q, k, v, self.lengths + 1, window, sinks, prefix)
+        """Each row's new query against that row's positions, and a prefix that all rows see."""
+        capacity = self.pages.table.shape[1] * BLOCK
+        exact = sinks is not None or k.shape[-1] != v.shape[-1]
+        bias = self.pages.bias(capacity, window, wide_dtype(q.dtype) if exact else q.dtype)
+        if prefix is not None:
+            rows = [x.expand(len(q), *x.shape) for x in prefix]
+            k, v = torch.cat((rows[0], k), 1), torch.cat((rows[1], v), 1)
+        return attend_rows(q, k, v, bias, sinks)
 
 
-class TextCache:
-    """Keys and values `[rows, capacity, *shape]` of every layer of one pipeline stage; grows as
-    texts need it.
+class ChunkCache(PagedLayer):
+    """For a pass over a chunk of the text of each sequence; all chunks begin at `length`."""
 
-    `shapes` are those of a position in each layer.
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new positions `[n, T, ...]` and return everything so far."""
+        self.write(k, v)
+        if not self.length:
+            return k, v
+        end = self.length + k.shape[1]
+        keys, values = self.stored()
+        return keys[:, :end], values[:, :end]
+
+
+class NoCache(LayerCache):
+    """For a pass of no sequence, which only keeps the ranks of an expert group in step."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def cached_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        sinks: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+class PagedCache:
+    """Keys and values of every layer of one pipeline stage, in `blocks` blocks.
+
+    `shapes` are those of a position in each layer, `plain` says whose blocks are (`models.decode`).
+    Memory is taken in full at once, but on a CPU
+    the system lends a page only when something is written there.
     """
 
     def __init__(
-        self, shapes: Sequence[CacheShape], rows: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Sequence[CacheShape],
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        plain: Sequence[bool] = (),
     ) -> None:
-        self.rows, self.capacity, self.shapes = rows, 0, shapes
-        self.empty = partial(torch.zeros, dtype=dtype, device=device)
-        self.layers = [self._allocate(0, shape) for shape in shapes]
+        self.workspace = Workspace()
+        self.plain = plain or [False] * len(shapes)
+        self.layers = [
+            [
+                torch.zeros((heads, blocks * BLOCK, size), dtype=dtype, device=device)
+                for heads, size in shape
+            ]
+            for shape in shapes
+        ]
 
-    def _allocate(self, capacity: int, shape: CacheShape) -> tuple[Tensor, Tensor]:
-        keys, values = (self.empty((self.rows, capacity, *size)) for size in shape)
-        return keys, values
-
-    def reserve(self, positions: int) -> None:
-        """Make room for texts of this many positions; what is stored stays."""
-        if positions <= self.capacity:
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks: all sources are read before any target is written."""
+        if not pairs:
             return
-        grown, old = -(-positions // BLOCK) * BLOCK, self.capacity
-        for number, pair in enumerate(self.layers):
-            wider = self._allocate(grown, self.shapes[number])
-            for new, stored in zip(wider, pair, strict=True):
-                new[:, :old] = stored
-            self.layers[number] = wider
-        self.capacity = grown
+        for pool in (pool for layer in self.layers for pool in layer if pool.shape[-1]):
+            source, target = torch.tensor(pairs, device=pool.device).T
+            blocks = pool.view(pool.shape[0], -1, BLOCK * pool.shape[-1])
+            blocks[:, target] = blocks[:, source]
 
-    def begin(self, row: int) -> list[LayerCache]:
-        """An emptied row, for feeding a whole prompt at once."""
-        for keys, values in self.layers:
-            keys[row].zero_()
-            values[row].zero_()
+    def rows(self, pages: Pages) -> list[LayerCache]:
+        """The layers, for feeding one token to each sequence."""
         return [
-            LayerCache(keys[row : row + 1], values[row : row + 1]) for keys, values in self.layers
+            RowCache(*layer, plain=plain, pages=pages, workspace=self.workspace)
+            for layer, plain in zip(self.layers, self.plain, strict=True)
         ]
 
-    def step(self, lengths: list[int], device: torch.device) -> list[LayerCache]:
-        """The first `len(lengths)` rows, which hold that many positions each, for feeding one token
-        to each.
-        """
-        count, end = len(lengths), max(lengths) + 1
-        places = torch.tensor(lengths, device=device)
+    def chunks(self, pages: Pages, begin: int) -> list[LayerCache]:
+        """The layers, for feeding texts from position `begin` on."""
         return [
-            RowCache(keys[:count, :end], values[:count, :end], lengths=places)
-            for keys, values in self.layers
+            ChunkCache(*layer, begin, pages=pages, workspace=self.workspace)
+            for layer in self.layers
         ]
-
-    def move(self, source: int, target: int) -> None:
-        """Copy one row over another."""
-        for keys, values in self.layers:
-            keys[target] = keys[source]
-            values[target] = values[source]

@@ -14,9 +14,9 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data.chat.template import ChatTemplate, find_template
 from megallm.inference import generate
 from megallm.inference.generate import Loaded
-from megallm.inference.generator import Job
 from megallm.inference.line import QUIT, STOP, Line
 from megallm.inference.request import GenerateRequest
+from megallm.inference.samples import Request
 from megallm.parallel.mesh import Mesh
 
 IDLE_SECONDS = 60.0
@@ -62,15 +62,15 @@ def _answer(
     """Generate one answer; the front end may stop it. Every rank passes through here with the same
     work.
     """
-    job = loaded.job(work["number"], work["tokens"], request, tuple(work["stops"]))
+    asked = loaded.request(work["number"], work["tokens"], request, tuple(work["stops"]))
 
-    def listen(job: Job) -> None:
-        line.send(piece=job.answer.fresh())
+    def listen(asked: Request) -> None:
+        line.send(piece=asked.answer.fresh())
 
     stopped = _stop_asker(line) if line is not None else _never
     try:
         loaded.generator.generate(
-            [job], generate.sampling_of(request), listen if line is not None else None, stopped
+            [asked], generate.sampling_of(request), listen if line is not None else None, stopped
         )
     except UsageError as error:
         # raised alike on every rank, before anything runs: the text does not fit the model
@@ -78,7 +78,7 @@ def _answer(
             line.send(error=str(error))
         return
     if line is not None:
-        line.send(done=job.answer.reason, text=job.answer.text, tokens=len(job.answer.tokens))
+        line.send(done=asked.answer.reason, text=asked.answer.text, tokens=len(asked.answer.tokens))
 
 
 def _stop_asker(line: Line) -> Callable[[], bool]:

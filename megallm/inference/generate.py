@@ -22,8 +22,9 @@ from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.data.text.tokenizer_folder import TOKENIZER_FORMS
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
 from megallm.inference.request import GenerateRequest
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
@@ -52,9 +53,9 @@ class Loaded:
     folder: Path | None
     opening: tuple[int, ...] = ()
 
-    def job(
+    def request(
         self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()
-    ) -> Job:
+    ) -> Request:
         """One text to continue as the request says, which also ends before any of `stops`.
 
         Errors: DataError for a token that the model has no row for: the tokenizer is another
@@ -67,7 +68,7 @@ class Loaded:
                 "rows: its tokenizer is another one. Give --tokenizer DIR."
             )
         ending = Ending(request.max_new_tokens, self.ends, (*request.stop, *stops))
-        return Job(number, tokens, Answer(ending, self.words, tokens))
+        return Request(number, tokens, Answer(ending, self.words, tokens))
 
 
 def run(
@@ -85,28 +86,28 @@ def run(
     """
     loaded = load(request, mesh)
     mine = range(mesh.dp.rank, len(request.prompts), mesh.dp.size)
-    jobs = []
+    requests = []
     for number in mine:
         tokens = [*loaded.opening, *loaded.words.encode(request.prompts[number])] or [
             min(loaded.ends)
         ]
-        jobs.append(loaded.job(number, tokens, request))
+        requests.append(loaded.request(number, tokens, request))
     if warn is not None and mesh.rank == 0:
-        for job in jobs:
+        for asked in requests:
             known = loaded.generator.model.config.max_positions
-            if job.most > known:
+            if asked.most > known:
                 warn(
-                    f"prompt {job.number + 1} may reach position {job.most}; the model was made "
+                    f"prompt {asked.id + 1} may reach position {asked.most}; the model was made "
                     f"for {known}"
                 )
 
-    def listen(job: Job) -> None:
-        show(job.number, job.answer.fresh(), job.answer.done)
+    def listen(asked: Request) -> None:
+        show(asked.id, asked.answer.fresh(), asked.answer.done)
 
     loaded.generator.generate(
-        jobs, sampling_of(request), listen if show is not None and mesh.rank == 0 else None
+        requests, sampling_of(request), listen if show is not None and mesh.rank == 0 else None
     )
-    rows = {job.number: row_of(request.prompts[job.number], job.answer) for job in jobs}
+    rows = {asked.id: row_of(request.prompts[asked.id], asked.answer) for asked in requests}
     rows = _collect(rows, mesh)
     if mesh.rank == 0 and show is not None:
         for number in sorted(rows.keys() - set(mine)):

@@ -1,268 +1,346 @@
-"""Decoding many texts together on the training weights, at any tp x pp.
+"""Decoding many sequences together on the training weights, at any layout.
 
-Texts sit in rows, rows in groups, one group per pipeline stage: while one group's step is in the
-later stages, the next group's is in the earlier ones. A row that ends is given to the next waiting
-text. Which text sits where is plain data that every rank of the replica computes alike; what
-differs between ranks is only which layers run.
+Sequences are in groups, one per pipeline rank, which go round the stages one after another
+(`rotation`). A group's steps are planned as plain data that every rank of the replica computes
+alike (`scheduler`); what differs between ranks is only which layers run. Context-parallel ranks
+hold the same weights, so they take different requests; where experts are exchanged between ranks
+with different requests, all of them make equally many passes, empty ones included.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.inference.answer import Answer
-from megallm.inference.cache import TextCache
-from megallm.inference.sampling import Sampling, choose
-from megallm.models.attention import LayerCache
+from megallm.inference.blocks import BlockPool, blocks_of
+from megallm.inference.cache import NoCache, PagedCache, Pages
+from megallm.inference.rotation import BEGIN, RUN, SEND, Operation, Rotation
+from megallm.inference.samples import Request, Sample
+from megallm.inference.sampling import Draws, Sampling, sample
+from megallm.inference.scheduler import Pass, Scheduler, Sequence, Step
+from megallm.models.attention import AttentionInputs, LayerCache
+from megallm.models.decode import is_plain
 from megallm.models.parallel_model import ParallelModel
+from megallm.ops.precision import wide_dtype
+from megallm.ops.rope import rope_tables
+from megallm.parallel import comm
 from megallm.parallel.p2p import Channel
 from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
 from megallm.parallel.tensor import whole_sequences
 
-
-@dataclass
-class Job:
-    """One text to continue; `number` keys its randomness, `answer` grows."""
-
-    number: int
-    prompt: list[int]
-    answer: Answer
-
-    @property
-    def stored(self) -> int:
-        """Positions in the cache: everything but the newest token, which is fed next."""
-        return len(self.prompt) + len(self.answer.tokens) - 1
-
-    @property
-    def most(self) -> int:
-        """Positions that the text may come to need."""
-        return len(self.prompt) + self.answer.ending.limit
-
-
-@dataclass
-class Group:
-    """Texts that step together: row i of the caches (one per local stage) holds `jobs[i]`."""
-
-    caches: dict[int, TextCache]
-    size: int
-    jobs: list[Job] = field(default_factory=list)
-
-
-@dataclass
-class Turn:
-    """One group's step on its way: the texts that get a token, and on the last stage their logits
-    `[n, V]`.
-    """
-
-    jobs: list[Job]
-    logits: list[Tensor]
-
-
-Listener = Callable[[Job], None]
+Listener = Callable[[Request], None]
+NUMBERS = 4  # of a chosen token: itself and three log-probabilities
 
 
 class Generator:
-    """Generates from a model's weights as they are; collective over the ranks of a replica.
+    """Generates from a model's weights as they are.
 
-    `batch` texts are decoded together. Memory beside the weights: the keys and values of `batch`
-    texts.
+    `batch` sequences are decoded together, and at most `chunk` tokens of texts prefilled in a step.
+    `blocks` bounds the memory beside the weights: the number of blocks of 16 positions, None for as
+    many as `batch` of the longest requests need. `version` goes into the samples: the number of
+    updates that the weights have seen.
     """
 
-    def __init__(self, model: ParallelModel, batch: int = 16) -> None:
+    def __init__(
+        self, model: ParallelModel, batch: int = 16, blocks: int | None = None, chunk: int = 2048,
+        version: Callable[[], int] = int,
+    ) -> None:  # fmt: skip
         self.model, self.mesh, self.stages = model, model.mesh, model.stages
-        self.rank_of, self.last = model.placement.rank_of, model.placement.num_stages - 1
-        pp = self.mesh.pp.size
-        self.rows = -(-batch // pp)
-        self.lag = (
-            pp - 1 - self.mesh.pp.rank
-        )  # steps of other groups begun here before a step's tokens are known
-        self.chooser = next(rank for rank in self.mesh.model.ranks if self._chooses(rank))
-
-    def _chooses(self, rank: int) -> bool:
-        """Whether a rank of this replica is the one that picks tokens: on the last stage, first of
-        its tp ranks.
-        """
-        coords = self.mesh.layout.coords(rank)
-        return coords["pp"] == self.rank_of(self.last) and coords["tp"] == 0 and coords["cp"] == 0
+        self.batch, self.blocks, self.chunk, self.version = batch, blocks, chunk, version
+        self.rotation = Rotation(model.placement)
+        moe = model.config.moe.num_experts > 0
+        # Experts on ranks that have other requests: those must exchange tokens in step.
+        self.in_step = moe and self.mesh.ep.size > self.mesh.tp.size
 
     def generate(
-        self, jobs: Sequence[Job], sampling: Sampling, listen: Listener | None = None,
+        self, requests: Many[Request], sampling: Sampling, listen: Listener | None = None,
         stopped: Callable[[], bool] | None = None,
-    ) -> None:  # fmt: skip
-        """Let the answer of every job grow until it ends; `listen` is told of each token.
+    ) -> list[Sample]:  # fmt: skip
+        """Let the answer of every request grow until it ends; returns their samples in order.
 
-        Every rank of the replica gets the same answers. `stopped` is given on all ranks or none and
-        asked on the replica's first; once it says so, each text ends at its next token. Raises
-        UsageError, before anything runs, when a prompt is empty or a text would not fit a model
-        with learned positions.
+        Collective over the replica, whose ranks give the same requests and get the same samples;
+        with experts divided over data ranks collective over the world. `listen` is told of each
+        token (of this context-parallel rank's requests). `stopped` is given on all ranks or none
+        and asked on the replica's first; once it says so, each sequence ends at its next token.
+        Raises UsageError, before anything runs, when a prompt is empty or a sequence would not fit
+        the model or the blocks.
         """
-        for job in jobs:
-            self._check(job)
-        waiting = deque(job for job in jobs if not job.answer.done)
-        groups = [Group(self._caches(), self.rows) for _ in range(self.mesh.pp.size)]
-        started: deque[Turn] = deque()
-        number = 0
+        for request in requests:
+            self._check(request)
+        mine = list(requests[self.mesh.cp.rank :: self.mesh.cp.size])
         with torch.no_grad(), ExitStack() as modes:
             for stage in self.stages.values():
                 modes.enter_context(whole_sequences(stage))
-            while waiting or any(not job.answer.done for group in groups for job in group.jobs):
-                started.append(self._begin(groups[number % len(groups)], waiting))
-                number += 1
-                if len(started) > self.lag:
-                    self._finish(started.popleft(), sampling, listen, stopped)
-        for channel in self.model.pipeline.channels.values():
-            channel.flush()
+            rollout = Rollout(self, mine, sampling, listen, stopped)
+            rollout.run()
+        self._exchange(requests)
+        version = self.version()
+        return [Sample.of(request, version) for request in requests]
 
-    def _check(self, job: Job) -> None:
-        config = self.model.config
-        if not job.prompt:
+    def _check(self, request: Request) -> None:
+        config, limit = self.model.config, request.answer.ending.limit
+        asked = f"A prompt of {len(request.prompt)} tokens and {limit} new ones"
+        if not request.prompt:
             raise UsageError("The prompt has no tokens; give at least one.")
-        outside = [token for token in job.prompt if not 0 <= token < config.vocab_size]
+        outside = [token for token in request.prompt if not 0 <= token < config.vocab_size]
         if outside:
             raise UsageError(
                 f"The prompt has the token {outside[0]}, but the model's vocabulary has "
                 f"{config.vocab_size}: the tokenizer is not the one that the model was trained "
                 "with."
             )
-        if config.rope_scaling == "dynamic" and job.most > config.rope_positions:
+        if config.rope_scaling == "dynamic" and request.most > config.rope_positions:
             raise UsageError(
-                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need "
-                f"{job.most} positions; beyond model.rope_positions {config.rope_positions} "
-                "model.rope_scaling dynamic turns all of them otherwise, which cached keys cannot "
-                "follow: ask for fewer new tokens."
+                f"{asked} need {request.most} positions; beyond model.rope_positions "
+                f"{config.rope_positions} model.rope_scaling dynamic turns all of them otherwise, "
+                "which cached keys cannot follow: ask for fewer new tokens."
             )
-        if config.positions == "learned" and job.most > config.max_positions:
+        if config.positions == "learned" and request.most > config.max_positions:
             raise UsageError(
-                f"A prompt of {len(job.prompt)} tokens and {job.answer.ending.limit} new ones need "
-                f"{job.most} positions; this model learned {config.max_positions}."
+                f"{asked} need {request.most} positions; this model learned {config.max_positions}."
+            )
+        if self.blocks is not None and blocks_of(request.most) > self.blocks_each(1, 1):
+            raise UsageError(
+                f"{asked} need {blocks_of(request.most)} blocks of the cache; each of the "
+                f"{self.rotation.num_groups} groups has {self.blocks_each(1, 1)} of the "
+                f"{self.blocks}: give more blocks or ask for fewer new tokens."
             )
 
-    def _caches(self) -> dict[int, TextCache]:
-        """Caches for the layers of each local stage."""
-        return {
-            number: TextCache(
-                [block.attention.cache_shape for block in stage.layers.values()], self.rows, self.model.dtype,
-                self.mesh.device,
-            )
-            for number, stage in self.stages.items()
-        }  # fmt: skip
+    def blocks_each(self, rows: int, longest: int) -> int:
+        """Blocks of one group of `rows` sequences."""
+        if self.blocks is not None:
+            return self.blocks // self.rotation.num_groups
+        return rows * blocks_of(longest)
 
-    def _begin(self, group: Group, waiting: deque[Job]) -> Turn:
-        """Run this rank's layers for one step of a group: a token for each text in it, the prompt
-        of each new one.
-        """
-        self._retire(group)
-        turn = Turn([], [])
-        if group.jobs:
-            self._feed(turn, group, list(group.jobs))
-        while waiting and len(group.jobs) < group.size:
-            job = waiting.popleft()
-            for cache in group.caches.values():
-                cache.reserve(job.most)
-            group.jobs.append(job)
-            self._feed(turn, group, [job], row=len(group.jobs) - 1)
-        return turn
+    def _exchange(self, requests: Many[Request]) -> None:
+        """Let every context-parallel rank have the answers of all; collective over cp."""
+        cp = self.mesh.cp
+        if cp.size == 1:
+            return
+        most = max((request.answer.ending.limit for request in requests), default=0)
+        shares = [requests[rank :: cp.size] for rank in range(cp.size)]
+        packed = torch.zeros(len(shares[0]), most + 1, NUMBERS, dtype=torch.float64)
+        for row, request in zip(packed, shares[cp.rank], strict=False):
+            answer = request.answer
+            row[0, 0], row[0, 1] = len(answer.tokens), answer.reason == "interrupted"
+            row[1 : len(answer.tokens) + 1] = torch.tensor(
+                [answer.tokens, answer.log_probs, answer.policy_log_probs,
+                 answer.behaviour_log_probs], dtype=torch.float64
+            ).T  # fmt: skip
+        everything = comm.all_gather(packed[None].to(self.mesh.device), cp, 0).tolist()
+        for rank, (share, rows) in enumerate(zip(shares, everything, strict=True)):
+            for request, row in zip(share, rows, strict=False) if rank != cp.rank else ():
+                for token, *log_probs in row[1 : int(row[0][0]) + 1]:
+                    request.answer.push(int(token), *log_probs)
+                if row[0][1] and not request.answer.done:
+                    request.answer.end("interrupted")
 
-    def _retire(self, group: Group) -> None:
-        """Drop texts that have ended; the last row moves into each hole."""
-        for row in reversed(range(len(group.jobs))):
-            if group.jobs[row].answer.done:
-                last = len(group.jobs) - 1
-                if row != last:
-                    for cache in group.caches.values():
-                        cache.move(last, row)
-                group.jobs[row] = group.jobs[last]
-                group.jobs.pop()
 
-    def _feed(self, turn: Turn, group: Group, jobs: list[Job], row: int | None = None) -> None:
-        """One pass through the local stages: the prompt of `row`, or (None) the newest token of
-        every row.
-        """
-        device = self.mesh.device
-        if row is None:
-            tokens = torch.tensor([[job.answer.tokens[-1]] for job in jobs], device=device)
-            positions = torch.tensor([[job.stored] for job in jobs], device=device)
-        else:
-            tokens = torch.tensor([jobs[0].prompt], device=device)
-            positions = torch.arange(len(jobs[0].prompt), device=device)[None]
-        x: Tensor | None = None
-        for number, stage in self.stages.items():
-            cache = group.caches[number]
-            caches: list[LayerCache] = (
-                cache.step([job.stored for job in jobs], device)
-                if row is None
-                else cache.begin(row)
-            )
-            if number > 0 and self.rank_of(number - 1) != self.mesh.pp.rank:
-                x = self._receive(tuple(tokens.shape), number)
-            x = stage.decode(x, tokens, positions, caches)
-            if number < self.last and self.rank_of(number + 1) != self.mesh.pp.rank:
-                self._wire(self.mesh.pp.rank, self.rank_of(number + 1)).send(x)
-        turn.jobs += jobs
-        if self.last in self.stages:
-            turn.logits.append(x)
+class Rollout:
+    """One call of `generate`: the groups, their caches on this rank, and what is on its way."""
 
-    def _finish(
-        self,
-        turn: Turn,
-        sampling: Sampling,
-        listen: Listener | None,
-        stopped: Callable[[], bool] | None,
-    ) -> None:
-        """Choose each text's token on one rank of the last stage, tell the replica, and let the
+    def __init__(
+        self, generator: Generator, requests: list[Request], sampling: Sampling,
+        listen: Listener | None, stopped: Callable[[], bool] | None,
+    ) -> None:  # fmt: skip
+        self.model, self.mesh, self.in_step = generator.model, generator.mesh, generator.in_step
+        self.rotation, self.sampling = generator.rotation, sampling
+        self.listen, self.stopped = listen, stopped
+        self.device, self.last = self.mesh.device, self.model.placement.num_stages - 1
+        groups, open_requests = self.rotation.num_groups, [r for r in requests if not r.answer.done]
+        rows = min(-(-generator.batch // groups), max(1, -(-len(open_requests) // groups)))
+        longest = max((request.most for request in open_requests), default=1)
+        blocks = generator.blocks_each(rows, longest)
+        self.waiting = deque(Sequence(request) for request in open_requests)
+        self.groups = [
+            Scheduler(self.waiting, rows, BlockPool(blocks), generator.chunk) for _ in range(groups)
+        ]
+        self.caches = [
+            {number: self._cache(stage, blocks) for number, stage in self.model.stages.items()}
+            for _ in range(groups)
+        ]
+        self.steps: list[Step] = [Step([], []) for _ in range(groups)]
+        self.pages: list[list[Pages | None]] = [[] for _ in range(groups)]
+        self.left = True  # something is to be done, here or on a rank that runs in step
+        self.passes = [0] * groups  # of a step, the same on all ranks of an expert group
+        self.hidden: dict[int, list[Tensor]] = {}  # by group: what its next stage takes
+        self.tables = self._rope_tables(longest)
+        self.draws = {request.id: Draws(sampling.seed, request.id) for request in open_requests}
+
+    def _cache(self, stage, blocks: int) -> PagedCache:
+        shapes = [block.attention.cache_shape for block in stage.layers.values()]
+        plain = [is_plain(block) for block in stage.layers.values()]
+        return PagedCache(shapes, blocks, self.model.dtype, self.device, plain)
+
+    def _rope_tables(self, longest: int) -> tuple[Tensor, Tensor] | None:
+        """Rotary tables `[positions, E/2]` of all positions that there will be, made once."""
+        config = self.model.config
+        if config.positions != "rope":
+            return None
+        positions, dtype = torch.arange(longest, device=self.device), wide_dtype(self.model.dtype)
+        scaling = config.rope_scaling_spec
+        return rope_tables(positions, config.rope_size, config.rope_theta, dtype, scaling)
+
+    def run(self) -> None:
+        """Tick by tick, this rank's part of the operations in their order, until all have ended."""
+        doing = {BEGIN: self._begin, RUN: self._run, SEND: self._send}
+        for tick in count():
+            for operation in self.rotation.operations(tick):
+                if self.mesh.pp.rank in operation.ranks:
+                    doing.get(operation.kind, self._tell)(operation)
+            if not self.left:
+                break
+        for channel in self.model.pipeline.channels.values():
+            channel.flush()
+
+    def _begin(self, operation: Operation) -> None:
+        """Plan a group's next step, and agree with others on the number of its passes."""
+        group = operation.group
+        scheduler = self.groups[group]
+        step = self.steps[group] = scheduler.step()
+        self.passes[group] = len(step.passes)
+        left = bool(self.waiting) or any(each.busy for each in self.groups)
+        if self.in_step:
+            vote = torch.tensor([len(step.passes), int(left)], device=self.device)
+            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.mesh.grads.group)
+            self.passes[group], left = vote.tolist()
+        self.left = left
+        self.pages[group] = [self._pages(one) for one in step.passes]
+
+    def _pages(self, one: Pass) -> Pages:
+        begins = [each.stored - one.count for each in one.sequences]
+        tables = [each.table for each in one.sequences]
+        return Pages.of(tables, begins, one.count, self.device)
+
+    def _run(self, operation: Operation) -> None:
+        """This rank's layers of one stage for every pass of a group's step."""
+        group, number = operation.group, operation.stage
+        step, stage = self.steps[group], self.model.stages[number]
+        cache = self.caches[group][number]
+        cache.copy(step.copies)
+        taken = self.hidden.pop(group, [])
+        made: list[Tensor] = []
+        for place in range(self.passes[group]):
+            one = step.passes[place] if place < len(step.passes) else None
+            pages = self.pages[group][place] if one is not None else None
+            tokens, positions, caches = self._inputs(one, pages, cache)
+            x = self._taken(taken, place, one)
+            inputs = self._attention_inputs(stage, positions)
+            x = stage.decode(x, tokens, positions, caches, inputs)
+            if one is not None and (number < self.last or one.outputs):
+                made.append(self._rows(x, one) if number == self.last else x)
+        self.hidden[group] = made
+
+    def _taken(self, taken: list[Tensor], place: int, one: Pass | None) -> Tensor | None:
+        """The hidden states that a pass begins with; None on the first stage."""
+        if one is not None:
+            return taken[place] if taken else None
+        size = self.model.config.hidden_size
+        return torch.empty((0, 1, size), dtype=self.model.dtype, device=self.device)
+
+    @staticmethod
+    def _rows(logits: Tensor, one: Pass) -> Tensor:
+        """Logits of the rows that tokens are drawn from, `[outputs, V]`."""
+        rows = [row for row, _ in one.outputs]
+        return logits if rows == list(range(len(logits))) else logits[rows]
+
+    def _inputs(
+        self, one: Pass | None, pages: Pages | None, cache: PagedCache
+    ) -> tuple[Tensor, Tensor, list[LayerCache]]:
+        """Tokens and positions `[n, T]` of a pass, and the cache as it sees it."""
+        if one is None or pages is None:
+            nothing = torch.empty((0, 1), dtype=torch.int64, device=self.device)
+            empty = torch.empty(0, device=self.device)
+            return nothing, nothing, [NoCache(empty, empty) for _ in cache.layers]
+        fed = [
+            each.request.tokens(each.stored - one.count, each.stored) for each in one.sequences
+        ]
+        tokens = torch.tensor(fed, device=self.device)
+        if one.begin is None:
+            return tokens, pages.lengths[:, None], cache.rows(pages)
+        positions = torch.arange(one.begin, one.begin + one.count, device=self.device)
+        return tokens, positions.expand_as(tokens), cache.chunks(pages, one.begin)
+
+    def _attention_inputs(self, stage, positions: Tensor) -> AttentionInputs:
+        if self.tables is None:
+            return AttentionInputs(None, None, stage.context)
+        cos, sin = (table[positions] for table in self.tables)
+        return AttentionInputs(cos, sin, stage.context)
+
+    def _send(self, operation: Operation) -> None:
+        """Hand a stage's results to the rank of the next one, or take them."""
+        group, (source, destination) = operation.group, operation.ranks
+        passes = self.steps[group].passes
+        line, hidden = self.mesh.pp.ranks, self.model.config.hidden_size
+        channel: Channel = self.model.pipeline.channels[line[source], line[destination], FORWARD]
+        if self.mesh.pp.rank == source:
+            for x in self.hidden.pop(group, []):
+                channel.send(x)
+            return
+        taken = self.hidden[group] = []
+        for place, one in enumerate(passes):
+            shape = (len(one.sequences), one.count, hidden)
+            maker = buffer_maker(shape, self.model.dtype, self.device)
+            channel.expect([(place, operation.stage + 1)], maker)
+            taken.append(channel.take((place, operation.stage + 1)))
+
+    def _tell(self, operation: Operation) -> None:
+        """Choose the tokens of a step on one rank of the last stage, tell the replica, and let the
         answers grow.
         """
-        if not turn.jobs:
+        group, source = operation.group, self.model.placement.rank_of(self.last)
+        sequences = self.steps[group].outputs
+        logits = self.hidden.pop(group, [])
+        self.steps[group] = Step([], [])
+        if not sequences:
             return
-        chosen = torch.zeros(len(turn.jobs), 2, dtype=torch.float64, device=self.mesh.device)
-        if self.mesh.rank == self.chooser:
-            rows = torch.cat(turn.logits)
-            for row, job in enumerate(turn.jobs):
-                seen = job.prompt + job.answer.tokens
-                token, log_prob = choose(rows[row], sampling, job.number, len(seen), seen)
-                chosen[row, 0], chosen[row, 1] = token, log_prob
-        self._tell(chosen, self.chooser)
-        stop = self._stop(stopped)
-        for job, (token, log_prob) in zip(turn.jobs, chosen.tolist(), strict=True):
-            job.answer.push(int(token), log_prob)
-            if stop and not job.answer.done:
-                job.answer.end("interrupted")
-            if listen is not None:
-                listen(job)
+        if self.mesh.pp.rank == source and self.mesh.tp.rank == 0:
+            numbers = self._choose(torch.cat(logits) if len(logits) > 1 else logits[0], sequences)
+        else:
+            shape = (NUMBERS, len(sequences))
+            numbers = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        numbers = self._broadcast(numbers, source)
+        stop = self._stop()
+        for sequence, token, *log_probs in zip(sequences, *numbers.tolist(), strict=True):
+            answer = sequence.request.answer
+            answer.push(int(token), *log_probs)
+            if stop and not answer.done:
+                answer.end("interrupted")
+            if self.listen is not None:
+                self.listen(sequence.request)
 
-    def _stop(self, stopped: Callable[[], bool] | None) -> bool:
+    def _choose(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+        """Tokens and log-probabilities `[4, n]` from logits `[n, V]`."""
+        draws = seen = None
+        if self.sampling.temperature > 0:
+            requests = [each.request for each in sequences]
+            numbers = [self.draws[request.id].at(request.length) for request in requests]
+            draws = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
+        if self.sampling.repetition_penalty != 1.0:
+            seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            for row, each in enumerate(sequences):
+                seen[row, each.request.prompt + each.request.answer.tokens] = True
+        chosen = sample(logits, self.sampling, draws, seen)
+        return torch.stack([values.to(torch.float64) for values in chosen])
+
+    def _stop(self) -> bool:
         """What the replica's first rank says about ending everything, on every rank of it."""
-        if stopped is None:
+        if self.stopped is None:
             return False
-        first = self.mesh.model.ranks[0]
-        flag = torch.tensor([float(self.mesh.rank == first and stopped())], device=self.mesh.device)
-        self._tell(flag, first)
-        return bool(flag)
+        first = self.mesh.pp.rank == self.mesh.tp.rank == 0
+        flag = torch.tensor([float(first and self.stopped())], device=self.device)
+        return bool(self._broadcast(flag, 0))
 
-    def _tell(self, values: Tensor, source: int) -> None:
-        """Broadcast over the ranks of the replica."""
-        if self.mesh.model.size > 1:
-            dist.broadcast(values, source, group=self.mesh.model.group)
-
-    def _wire(self, source: int, destination: int) -> Channel:
-        line = self.mesh.pp.ranks
-        return self.model.pipeline.channels[line[source], line[destination], FORWARD]
-
-    def _receive(self, shape: tuple[int, int], number: int) -> Tensor:
-        """Hidden states `[n, T, D]` from the stage before `number`; messages come in the order of
-        the steps.
-        """
-        channel = self._wire(self.rank_of(number - 1), self.mesh.pp.rank)
-        key = (0, number)
-        hidden = self.model.config.hidden_size
-        channel.expect([key], buffer_maker((*shape, hidden), self.model.dtype, self.mesh.device))
-        return channel.take(key)
+    def _broadcast(self, values: Tensor, stage_rank: int) -> Tensor:
+        """Give the ranks that share these requests what a pipeline rank's first tp rank has."""
+        comm.broadcast_(values, self.mesh.pp, stage_rank)
+        return comm.broadcast_(values, self.mesh.tp, 0)

@@ -1,12 +1,15 @@
-"""Choosing the next token: penalty, temperature, top-k, top-p, with randomness keyed by request and
-position.
+"""Choosing the next tokens of many sequences at once: penalty, temperature, top-k, top-p, min-p.
+
+Randomness is keyed by request and position, so a draw does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +19,8 @@ from megallm.base.rng import key_of, uniform
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 takes the likeliest token; `top_k` 0, `top_p` 1 and `repetition_penalty` 1
-    switch each off.
+    """`temperature` 0 takes the likeliest token; `top_k` 0, `top_p` 1, `min_p` 0 and
+    `repetition_penalty` 1 switch each off.
     """
 
     max_new_tokens: int = 64
@@ -26,6 +29,80 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0  # of the likeliest token's probability (arXiv 2407.01082)
+
+    @property
+    def filters(self) -> bool:
+        """Whether tokens are drawn from anything but softmax(logits / temperature)."""
+        return bool(
+            self.top_k or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1.0
+        )
+
+
+class Chosen(NamedTuple):
+    """Tokens int64 `[n]` and float64 log-probabilities `[n]` of each: of softmax(logits), of the
+    policy at the sampling temperature, and of the distribution that was drawn from.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    policy_log_probs: Tensor
+    behaviour_log_probs: Tensor
+
+
+class Draws:
+    """The uniform numbers of one request, a stretch of positions at a time."""
+
+    AHEAD = 64
+
+    def __init__(self, seed: int, request: int) -> None:
+        self.key, self.begin = key_of(seed, "sample", request), 0
+        self.numbers: np.ndarray = np.empty(0)
+
+    def at(self, position: int) -> float:
+        """The number in (0, 1) that decides the token at `position`."""
+        place = position - self.begin
+        if not 0 <= place < len(self.numbers):
+            self.begin, place = position, 0
+            self.numbers = uniform(self.key, position, self.AHEAD)
+        return self.numbers[place]
+
+
+def sample(
+    logits: Tensor, sampling: Sampling, draws: Tensor | None, seen: Tensor | None = None
+) -> Chosen:
+    """Returns a token for each row of logits `[n, V]`, computed on their device in float64.
+
+    `draws` `[n]` are numbers in (0, 1), None at temperature 0; `seen` bool `[n, V]` marks the
+    tokens that the repetition penalty applies to. The draw inverts the cumulative distribution, so
+    it needs nothing but its number. Raises CheckpointError when logits are not numbers.
+    """
+    logits = logits.to(torch.float64)
+    lse = logits.logsumexp(-1, keepdim=True)
+    if not bool(lse.isfinite().all()):
+        raise CheckpointError(
+            "The model's logits are not numbers (NaN): its weights are damaged or overflow."
+        )
+    wanted = logits
+    if seen is not None and sampling.repetition_penalty != 1.0:
+        wanted = _penalised(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        tokens = wanted.argmax(-1)
+        plain = (logits.gather(-1, tokens[:, None]) - lse)[:, 0]
+        return Chosen(tokens, plain, plain, torch.zeros_like(plain))
+    probs = _filtered(wanted / sampling.temperature, sampling)
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    tokens = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
+    # A draw that rounds up to the whole sum takes the last token that can be drawn at all.
+    tokens = torch.minimum(tokens, torch.searchsorted(cumulative, total))
+    at = logits.gather(-1, tokens)
+    plain = policy = (at - lse)[:, 0]
+    if sampling.temperature != 1:
+        scaled = logits / sampling.temperature
+        policy = (at / sampling.temperature - scaled.logsumexp(-1, keepdim=True))[:, 0]
+    behaviour = (probs.gather(-1, tokens) / total).log()[:, 0] if sampling.filters else policy
+    return Chosen(tokens[:, 0], plain, policy, behaviour)
 
 
 def choose(
@@ -35,46 +112,35 @@ def choose(
 
     The draw is a function of (seed, request, position), whatever layout computed the logits and
     whatever else was in the batch. `seen` are the tokens that the repetition penalty applies to.
-    Raises CheckpointError when the logits are not numbers.
     """
-    logits = logits.to(torch.float64)
-    scores = torch.log_softmax(logits, dim=-1)
-    if bool(scores.isnan().any()):
-        raise CheckpointError(
-            "The model's logits are not numbers (NaN): its weights are damaged or overflow."
-        )
-    wanted = _penalised(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        token = int(wanted.argmax())
-        return token, float(scores[token])
-    probs = _filtered(wanted / sampling.temperature, sampling).cpu()
-    draw = uniform(key_of(sampling.seed, "sample", request), position, 1)[0]
-    cumulative = probs.cumsum(0)
-    token = int(torch.searchsorted(cumulative, torch.tensor(draw) * cumulative[-1], right=True))
-    token = min(token, int(probs.nonzero()[-1]))  # a draw that rounds up to the whole sum
-    return token, float(scores[token])
+    draw = torch.tensor([Draws(sampling.seed, request).at(position)], dtype=torch.float64)
+    marks = torch.zeros(1, len(logits), dtype=torch.bool, device=logits.device)
+    marks[0, list(seen)] = True
+    chosen = sample(logits[None], sampling, draw.to(logits.device), marks)
+    return int(chosen.tokens), float(chosen.log_probs)
 
 
-def _penalised(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+def _penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits of seen tokens divided by the penalty where positive, else multiplied (CTRL, arXiv
     1909.05858).
     """
-    if penalty == 1.0 or not seen:
-        return logits
-    index = torch.tensor(sorted(set(seen)), device=logits.device)
-    values = logits[index]
-    changed = torch.where(values > 0, values / penalty, values * penalty)
-    return logits.index_copy(0, index, changed)
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, changed, logits)
 
 
 def _filtered(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities `[V]` after top-k and top-p (arXiv 1904.09751); what is left out is 0."""
+    """Probabilities `[n, V]` after top-k, top-p (arXiv 1904.09751) and min-p; what is left out is
+    0.
+    """
     if sampling.top_k:
-        kept = scores.topk(min(sampling.top_k, scores.numel())).values[-1]
+        kept = scores.topk(min(sampling.top_k, scores.shape[-1])).values[:, -1:]
         scores = scores.masked_fill(scores < kept, -torch.inf)
     probs = scores.softmax(-1)
     if sampling.top_p < 1:
-        ordered, index = probs.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered
-        probs[index[before >= sampling.top_p]] = 0.0
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        late = ordered.cumsum(-1) - ordered >= sampling.top_p
+        probs = probs.masked_fill(torch.empty_like(late).scatter_(-1, index, late), 0.0)
+    if sampling.min_p > 0:
+        floor = probs.amax(-1, keepdim=True) * sampling.min_p
+        probs = probs.masked_fill(probs < floor, 0.0)
     return probs

@@ -5,6 +5,7 @@ share.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     length: int = 0
+    plain: bool = False  # a step for which `decode.plain_step` stands in for the block
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions and return everything so far."""
@@ -71,6 +73,12 @@ class AttentionInputs:
     context: Context
     mask_spec: MaskSpec | None = None
     routing: RoutingInputs | None = None
+
+    @cached_property
+    def whole_tables(self) -> tuple[Tensor, Tensor]:
+        """The tables as `x cos + roll(x, E/2) sin` takes them, `[B, T, 1, E]`."""
+        cos, sin = torch.cat((self.cos, self.cos), -1), torch.cat((-self.sin, self.sin), -1)
+        return cos[:, :, None], sin[:, :, None]
 
 
 @dataclass(frozen=True)

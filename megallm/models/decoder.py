@@ -14,6 +14,7 @@ from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.decode import plain_step
 from megallm.models.heads import (
     MASK_ON_CPU,
     build_head,
@@ -251,6 +252,8 @@ class Stage(ShardedModule):
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
         """One block; what it saves may wait in CPU memory."""
+        if cache is not None and cache.plain:
+            return plain_step(x, block, inputs, cache)
         if self.offload is None or not torch.is_grad_enabled():
             return block.run(block, x, inputs, cache)
         with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
@@ -269,8 +272,8 @@ class Stage(ShardedModule):
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
-        (features, weight), bias = self.head_operands(ready(x)), self.head_bias
-        queue = self.weight_grads
+        features, weight = self.head_operands(ready(x))
+        queue, bias = self.weight_grads, self.head_bias
         return local_logits(features, weight, self.mesh, self.sp, queue, bias, counted)
 
     def fused_outputs(
@@ -399,19 +402,27 @@ class Stage(ShardedModule):
         return self.context.local(batch[name]) if name in batch else None
 
     def decode(
-        self, x: Tensor | None, tokens: Tensor, positions: Tensor, caches: list[LayerCache]
+        self,
+        x: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor,
+        caches: list[LayerCache],
+        inputs: AttentionInputs | None = None,
     ) -> Tensor:
         """New positions against the cache: hidden states, or the next token's logits `[B, V]` on
         the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
+        `inputs` are those of `positions`, where the caller has made them once for many stages.
         """
         virtual = self.virtual(None)
         if virtual is not None:
-            positions = positions + virtual.check_decoding().count
+            positions, inputs = positions + virtual.check_decoding().count, None
         if self.span.first:
             x = self.embed(tokens, positions)
-        x = self.blocks(x, self.attention_inputs(positions, wide_dtype(x.dtype)), caches)
+        if inputs is None:
+            inputs = self.attention_inputs(positions, wide_dtype(x.dtype))
+        x = self.blocks(x, inputs, caches)
         if not self.span.last:
             return x
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)

@@ -1,4 +1,4 @@
-"""Attention of one new token per text to that text's cached keys and values, many texts at once."""
+"""Attention of one new token per sequence to its cached keys and values, many sequences at once."""
 
 from __future__ import annotations
 
@@ -6,55 +6,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.ops.attention import Prefix
 from megallm.ops.precision import wide
 
 
-def attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    prefix: Prefix | None = None,
+def length_bias(
+    lengths: Tensor, capacity: int, window: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """Softmax attention, scale `E**-0.5`: row b sees its first `lengths[b]` positions, or the last
-    `window` of those.
-
-    q `[B, 1, H, E]`, k `[B, C, K, E]` and v `[B, C, K, Ev]` with H a multiple of K, lengths int64
-    `[B]`, each from 1 to C; what lies beyond a row's length must be finite and has no influence.
-    Sinks `[H]` are one more score a head, of a value that is zero; a prefix is seen by every row.
-    Returns `[B, 1, H, Ev]`.
+    """What is added to scores `[n, 1, 1, capacity]`: 0 where row b may look, its first `lengths[b]`
+    positions or the last `window` of those, and -inf elsewhere. Lengths are int64 `[n]`, each from
+    1 to `capacity`.
     """
-    places = torch.arange(k.shape[1], device=q.device)
-    seen = places < lengths[:, None]
+    places = torch.arange(capacity, device=lengths.device)
+    hidden = places >= lengths[:, None]
     if window is not None:
-        seen = seen & (places >= lengths[:, None] - window)
-    if sinks is not None or prefix is not None or k.shape[-1] != v.shape[-1]:
-        return _written_out(q, k, v, seen, sinks, prefix)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen[:, None, None, :], enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
+        hidden |= places < lengths[:, None] - window
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
+    return bias.masked_fill_(hidden, -torch.inf)[:, None, None]
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None = None
+) -> Tensor:
+    """Softmax attention of q `[n, 1, H, E]`, scale `E**-0.5`, to k `[n, C, K, E]` and v `[n, C, K,
+    Ev]` with H a multiple of K; `bias` is that of `length_bias`.
+
+    What the bias hides must be finite. Keys in front of the biased ones, as an adapter's prefix
+    gives them, are seen by every query. Sinks `[H]` are one more score a head, of a value that is
+    zero. Fast where the C positions of a head lie together. Returns `[n, 1, H, Ev]`.
+    """
+    if k.shape[1] > bias.shape[-1]:
+        bias = F.pad(bias, (k.shape[1] - bias.shape[-1], 0))
+    rows = q.view(q.shape[0], k.shape[2], -1, q.shape[-1])  # [n, K, H/K, E]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if sinks is not None or k.shape[-1] != v.shape[-1]:
+        out = _written_out(rows, k, v, bias, sinks)
+    else:
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias)
+    return out.reshape(q.shape[0], 1, -1, v.shape[-1])
 
 
 def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | None, prefix: Prefix | None
+    rows: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None
 ) -> Tensor:
-    """The same with `seen` bool `[B, C]`; no key or value is copied for the heads that share it."""
-    rows = q.squeeze(1).unflatten(1, (k.shape[2], -1))  # [B, K, H/K, E]
-    scores = wide(rows @ k.permute(0, 2, 3, 1)) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~seen[:, None, None, :], -torch.inf)
-    if prefix is not None:
-        ahead = wide(rows @ prefix[0].permute(1, 2, 0)) * q.shape[-1] ** -0.5
-        scores = torch.cat((ahead, scores), dim=-1)
+    """The same for q `[n, K, H/K, E]`; no key or value is copied for the heads that share it."""
+    scores = wide(rows @ k.mT).mul(rows.shape[-1] ** -0.5).add_(bias)
     lse = scores.logsumexp(-1, keepdim=True)
     if sinks is not None:
-        lse = torch.logaddexp(lse, wide(sinks).view(k.shape[2], -1, 1))
-    shares = (scores - lse).exp_().to(v.dtype)
-    out = shares[..., -v.shape[1] :] @ v.transpose(1, 2)  # [B, K, H/K, Ev]
-    if prefix is not None:
-        out = out + shares[..., : len(prefix[1])] @ prefix[1].transpose(0, 1)
-    return out.flatten(1, 2)[:, None]
+        lse = torch.logaddexp(lse, wide(sinks).view(k.shape[1], -1, 1))
+    return scores.sub_(lse).exp_().to(v.dtype) @ v

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from megallm.base.config import loads, schema
 from megallm.base.errors import DataError, UsageError
 from megallm.data.batches import Share
 from megallm.data.chat import prepare as preparing
+from megallm.data.chat.cache import load_or_make
 from megallm.data.chat.config import ChatDataConfig
 from megallm.data.chat.prepare import prepare
 from megallm.data.chat.preview import first_rows, preview, show
@@ -168,6 +170,23 @@ def test_a_packed_row_keeps_its_sequences_apart(folder):
             if row is not None:
                 turns = read.prepared.words.decode(row.ids.tolist()).count("<|im_start|>assistant")
                 assert int((labels[mask] == end).sum()) == turns  # each turn's end is trained
+                assert labels[mask].tolist() == row.ids[1:][row.trained[1:]].tolist()
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_the_labels_of_a_batch_are_what_the_assistant_said(folder, packing):
+    read = reader(folder, packing=packing, share=Share(1, 1), names=("b.jsonl",))
+    talks = [json.loads(line)["messages"] for line in (folder / "b.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = Counter("".join(m["content"] + "<|im_end|>" for m in talk if m["role"] == "assistant") for talk in talks)
+    found: Counter = Counter()
+    read.epochs = 1
+    for step in range(1, read.steps() + 1):
+        (batch,) = read.batches(step)
+        ends = batch["cu_seqlens"].tolist() if packing else [0, batch["tokens"].shape[1]]
+        for a, b in zip(ends, ends[1:], strict=False):
+            labels, mask = batch["labels"][0, a:b], batch["mask"][0, a:b]
+            found[read.prepared.words.decode(labels[mask].tolist())] += bool(mask.any())
+    assert +found == said
 
 
 def test_the_heads_of_reward_models_read_the_last_token(folder):
@@ -192,6 +211,14 @@ def test_a_pair_shares_its_prompt_and_its_completions_are_trained(folder):
         assert words.decode(row.prompt.tolist()).endswith("<|im_start|>assistant\n")
     (batch, _) = read.batches(1)
     assert batch["prompt_tokens"][0] == batch["prompt_tokens"][1] > 0
+
+
+def test_pairs_without_margins_have_none(folder, tmp_path):
+    write_jsonl(tmp_path / "F.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"}] * 2)
+    section = config(tmp_path, "F.jsonl", tokenizer=str(folder / "tokenizer"))
+    read = reader_of(prepare(section, "preference", tmp_path / "cache"), Share(2, 2))
+    assert "margin" not in read.batches(1)[0]  # a loss that cannot use it may refuse it
+    assert "margin" in reader(folder, "preference").batches(1)[0]
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
@@ -283,6 +310,19 @@ def test_rows_are_made_once_and_a_damaged_cache_again(folder, tmp_path, monkeypa
         for i, row in enumerate(rows):
             assert (again.row(i).ids == row.ids).all() and (again.row(i).trained == row.trained).all()
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+def test_of_two_processes_that_make_the_same_rows_one_wins(folder, tmp_path):
+    first = prepare(config(folder), "sft", tmp_path / "one")
+    (made,) = first.sources.values()
+
+    def late(temporary: Path) -> None:
+        """Another process is done while this one still writes."""
+        shutil.copytree(made.folder, tmp_path / "two" / made.key)
+        shutil.copytree(made.folder, temporary, dirs_exist_ok=True)
+
+    found = load_or_make(tmp_path / "two", made.key, "sft", late, lambda line: pytest.fail(line))
+    assert len(found) == len(made) and [path.name for path in (tmp_path / "two").iterdir()] == [made.key]
 
 
 def test_other_rows_are_refused_on_resume(folder):

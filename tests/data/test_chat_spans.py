@@ -256,7 +256,7 @@ WRONG = {
     ),
     "says only the end": (CHATML.replace("{{ message.content }}", ""), "writes nothing of messages"),
     "says nothing": ("{% for m in messages %}{{ m.role }}{% endfor %}", "without a special token"),
-    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was ended"),
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "was ended|not finish"),
     "grows": ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "longer than"),
     "refuses": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     "syntax": ("{% for %}", "refuses this conversation: TemplateSyntaxError"),

@@ -9,7 +9,8 @@ import torch
 
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -128,15 +129,15 @@ def test_adapters_train_as_in_one_process(case):
 def generated(layout: Layout, model: str, method: str) -> float:
     """The largest difference between log-probabilities of generation and of `log_probs`."""
     engine = built(Mesh.start(layout), model, method, {"zero": 3})
-    jobs = [Job(number, [1 + number, 7, 3], Answer(Ending(8))) for number in range(3)]
+    requests = [Request(number, [1 + number, 7, 3], Answer(Ending(8))) for number in range(3)]
     with engine.parameters.gathered():
-        Generator(engine.model).generate(jobs, Sampling())
+        Generator(engine.model).generate(requests, Sampling())
     gaps = []
-    for job in jobs:
-        text = torch.tensor([[*job.prompt, *job.answer.tokens]])
+    for request in requests:
+        text = torch.tensor([[*request.prompt, *request.answer.tokens]])
         batch = {"tokens": text[:, :-1], "labels": text[:, 1:]}
         batch |= {"positions": torch.arange(10)[None], "mask": torch.ones(1, 10, dtype=torch.bool)}
-        made = torch.tensor(job.answer.log_probs, dtype=torch.float64)
+        made = torch.tensor(request.answer.log_probs, dtype=torch.float64)
         gaps.append(engine.log_probs([batch])[0][0, 2:] - made)
     return float(torch.stack(gaps).abs().max())
 

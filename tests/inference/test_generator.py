@@ -21,7 +21,8 @@ from megallm.engine.engine import Engine
 from megallm.inference import cache as cache_module
 from megallm.inference import generate, sampling
 from megallm.inference.answer import Answer
-from megallm.inference.cache import RowCache
+from megallm.inference.blocks import BlockPool
+from megallm.inference.cache import Pages
 from megallm.inference.request import GenerateRequest
 from megallm.inference.sampling import Sampling
 from megallm.models.config import ModelConfig
@@ -135,19 +136,14 @@ def same_as_alone(model: str, batch: int = 20) -> bool:
 def test_a_mask_that_shows_other_rows_ends_is_noticed(models, monkeypatch):
     """Rows shorter than the longest would see what lies beyond their end."""
     assert same_as_alone(models("gpt2"))
-    real = cache_module.attend_rows
-    monkeypatch.setattr(
-        cache_module, "attend_rows", lambda q, k, v, n, *rest: real(q, k, v, n.fill_(int(n.max())), *rest)
-    )
+    real = cache_module.length_bias
+    monkeypatch.setattr(cache_module, "length_bias", lambda n, *rest: real(n.fill_(int(n.max())), *rest))
     assert not same_as_alone(models("gpt2"))
 
 
 def test_keys_stored_at_the_longest_row_are_noticed(models, monkeypatch):
-    def append(self, k, v):
-        self.keys[:, -1], self.values[:, -1] = k[:, 0], v[:, 0]
-        return self.keys, self.values
-
-    monkeypatch.setattr(RowCache, "append", append)
+    real = Pages.of
+    monkeypatch.setattr(Pages, "of", lambda tables, begins, *rest: real(tables, [max(begins)] * len(begins), *rest))
     assert not same_as_alone(models("llama"))
 
 
@@ -155,19 +151,19 @@ def end_early(monkeypatch) -> None:
     """Let texts end after 3 to 8 tokens, so that rows become free at different times."""
     real = Answer.push
 
-    def push(self, token, log_prob):
-        real(self, token, log_prob)
+    def push(self, *numbers):
+        real(self, *numbers)
         if len(self.tokens) == 3 + sum(self.tokens[:2]) % 6:
             self.end("end")
 
     monkeypatch.setattr(Answer, "push", push)
 
 
-def test_a_row_that_is_not_moved_is_noticed(models, monkeypatch):
-    """When a text ends, the last row takes its place: forgetting the copy leaves it another text's keys."""
+def test_a_block_that_is_given_back_too_early_is_noticed(models, monkeypatch):
+    """Texts that leave hand their blocks to others; a block that somebody still reads must not go with them."""
     end_early(monkeypatch)
     assert same_as_alone(models("llama"), batch=6)
-    monkeypatch.setattr(cache_module.TextCache, "move", lambda self, source, target: None)
+    monkeypatch.setattr(BlockPool, "_take", lambda self: self.free[-1])
     assert not same_as_alone(models("llama"), batch=6)
 
 

@@ -12,7 +12,8 @@ from megallm.checkpoint import store
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling, choose
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
@@ -49,9 +50,9 @@ def generate_at(name: str, step: str, layout: Layout, sampling: Sampling, sp: bo
     mesh = Mesh.single() if layout.world == 1 else Mesh.start(layout)
     with CheckpointReader(step) as reader:
         model = ParallelModel(model_of(name), LayoutConfig(sp=sp), ComputeConfig("fp64"), mesh).load(reader)
-    jobs = [Job(number, list(prompt), Answer(Ending(NEW))) for number, prompt in enumerate(PROMPTS)]
-    Generator(model, batch=2).generate(jobs, sampling)
-    return [(job.answer.tokens, job.answer.log_probs) for job in jobs]
+    requests = [Request(number, list(prompt), Answer(Ending(NEW))) for number, prompt in enumerate(PROMPTS)]
+    Generator(model, batch=2).generate(requests, sampling)
+    return [(request.answer.tokens, request.answer.log_probs) for request in requests]
 
 
 def naive(name: str, step: str, sampling: Sampling) -> list[Completion]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megallm.inference.sampling import Sampling, choose
+from megallm.inference.sampling import Draws, Sampling, choose, sample
 
 VOCAB = 12
 
@@ -84,3 +84,45 @@ def test_draws_of_other_requests_and_positions_are_independent():
 
 def test_temperature_zero_is_the_likeliest_and_ties_go_to_the_first():
     assert choose(torch.tensor([0.0, 3.0, 3.0, -1.0]), Sampling(temperature=0.0), 0, 0)[0] == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.builds(
+        Sampling,
+        temperature=st.floats(0.1, 3.0),
+        top_k=st.integers(0, VOCAB),
+        top_p=st.floats(0.3, 1.0),
+        min_p=st.sampled_from([0.0, 0.05, 0.3]),
+        repetition_penalty=st.sampled_from([1.0, 1.7]),
+    ),
+    st.integers(0, 1000),
+)
+def test_rows_are_drawn_as_they_would_be_alone(sampling, seed):
+    """The tokens of a batch are those of its rows, bit for bit, with all three log-probabilities."""
+    made = torch.Generator().manual_seed(seed)
+    logits = torch.randn(7, VOCAB, generator=made, dtype=torch.float64) * 3
+    seen = torch.rand(7, VOCAB, generator=made) < 0.3
+    draws = torch.tensor([Draws(sampling.seed, row).at(9) for row in range(7)], dtype=torch.float64)
+    chosen = sample(logits, sampling, draws, seen)
+    for row in range(7):
+        alone = choose(logits[row], sampling, row, 9, seen[row].nonzero()[:, 0].tolist())
+        assert (int(chosen.tokens[row]), float(chosen.log_probs[row])) == alone
+        one = sample(logits[row : row + 1], sampling, draws[row : row + 1], seen[row : row + 1])
+        assert all(torch.equal(part[0], whole[row]) for part, whole in zip(one, chosen, strict=True))
+    policy = (logits / sampling.temperature).log_softmax(-1).gather(-1, chosen.tokens[:, None])[:, 0]
+    torch.testing.assert_close(chosen.policy_log_probs, policy, rtol=1e-12, atol=1e-12)
+    if not sampling.filters:
+        assert torch.equal(chosen.behaviour_log_probs, chosen.policy_log_probs)
+
+
+def test_the_behaviour_is_renormalised_over_what_could_be_drawn():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
+    draw = torch.tensor([0.5], dtype=torch.float64)
+    kept = sample(logits, Sampling(temperature=0.5, top_k=2), draw)
+    top = (logits / 0.5).softmax(-1)[0, :2]
+    assert float(kept.behaviour_log_probs.exp()) == pytest.approx(float(top[int(kept.tokens)] / top.sum()))
+    few = sample(logits, Sampling(min_p=0.3), torch.tensor([0.999], dtype=torch.float64))
+    assert int(few.tokens) == 1, "e^-1 of the likeliest stays, e^-2 goes"
+    greedy = sample(logits, Sampling(temperature=0.0), None)
+    assert float(greedy.behaviour_log_probs) == 0 and torch.equal(greedy.policy_log_probs, greedy.log_probs)

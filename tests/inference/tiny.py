@@ -9,8 +9,9 @@ import torch
 from megallm.inference import generate
 from megallm.inference.answer import Answer, Ending
 from megallm.inference.generate import Loaded
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
 from megallm.inference.request import GenerateRequest
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -49,9 +50,9 @@ def continue_all(
     mesh = Mesh.start(layout)
     loaded: Loaded = generate.load(GenerateRequest(model), mesh)
     generator = Generator(loaded.generator.model, batch)
-    jobs = [
-        Job(number, list(text), Answer(Ending(sampling.max_new_tokens, frozenset({END}))))
+    requests = [
+        Request(number, list(text), Answer(Ending(sampling.max_new_tokens, frozenset({END}))))
         for number, text in enumerate(texts)
     ]
-    generator.generate(jobs, sampling)
-    return [(job.answer.tokens, job.answer.log_probs) for job in jobs]
+    generator.generate(requests, sampling)
+    return [(request.answer.tokens, request.answer.log_probs) for request in requests]

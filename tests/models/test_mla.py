@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.models import mla
 from megallm.models.build import initial_values, place_parameters
@@ -107,9 +108,9 @@ def test_attention_equals_that_of_transformers(queries: int, stretch: dict) -> N
 def continue_all(name: str, layout: Layout, batch: int = 4, count: int = 6) -> list[list[int]]:
     """On a rank: greedy continuations in float64."""
     model = engine_of(Mesh.start(layout), model=MODELS[name].resolve(), seed=1).model
-    jobs = [Job(i, list(prompt), Answer(Ending(count, frozenset()))) for i, prompt in enumerate(PROMPTS)]
-    Generator(model, batch).generate(jobs, Sampling(max_new_tokens=count, temperature=0.0))
-    return [job.answer.tokens for job in jobs]
+    requests = [Request(i, list(prompt), Answer(Ending(count, frozenset()))) for i, prompt in enumerate(PROMPTS)]
+    Generator(model, batch).generate(requests, Sampling(max_new_tokens=count, temperature=0.0))
+    return [request.answer.tokens for request in requests]
 
 
 def by_the_referee(name: str, count: int = 6) -> list[list[int]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megallm.base.config import replace
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.losses import language
 from megallm.losses.language import NextToken, shift_mask
@@ -181,9 +182,9 @@ def test_a_depth_equals_that_of_transformers() -> None:
 def continuation(config: ModelConfig) -> list[int]:
     """Greedy, from initial values that depend on names only."""
     model = engine_of(model=config.resolve(), seed=1).model
-    job = Job(0, [5, 9, 30], Answer(Ending(10, frozenset())))
-    Generator(model, 1).generate([job], Sampling(max_new_tokens=10, temperature=0.0))
-    return job.answer.tokens
+    request = Request(0, [5, 9, 30], Answer(Ending(10, frozenset())))
+    Generator(model, 1).generate([request], Sampling(max_new_tokens=10, temperature=0.0))
+    return request.answer.tokens
 
 
 @pytest.mark.parametrize("kind", ["deepseek", "heads"])

@@ -13,7 +13,8 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.generator import Generator, Job
+from megallm.inference.generator import Generator
+from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
@@ -194,15 +195,15 @@ def generated(layout: Layout, model: str, method: str) -> tuple[float, float]:
     mesh = Mesh.start(layout)
     config = config_of(ModelConfig(**MODELS[model]).resolve(), zero=3)
     engine = Engine.build(config, mesh, prepare(METHODS[method], config.model))
-    jobs = [Job(number, [1 + number, 7, 3, 9, 2], Answer(Ending(8))) for number in range(3)]
+    requests = [Request(number, [1 + number, 7, 3, 9, 2], Answer(Ending(8))) for number in range(3)]
     with engine.parameters.gathered():
-        Generator(engine.model).generate(jobs, Sampling())
+        Generator(engine.model).generate(requests, Sampling())
     gaps, beside = [], []
-    for job in jobs:
-        text = torch.tensor([[*job.prompt, *job.answer.tokens]])
+    for request in requests:
+        text = torch.tensor([[*request.prompt, *request.answer.tokens]])
         batch = {"tokens": text[:, :-1], "labels": text[:, 1:]}
         batch |= {"positions": torch.arange(12)[None], "mask": torch.ones(1, 12, dtype=torch.bool)}
-        made = torch.tensor(job.answer.log_probs, dtype=torch.float64)
+        made = torch.tensor(request.answer.log_probs, dtype=torch.float64)
         ours = engine.log_probs([batch])[0]
         gaps.append(ours[0, 4:] - made)
         with ExitStack() as off:
@@ -239,7 +240,7 @@ def test_virtual_tokens_that_cannot_be():
     config = config_of(ModelConfig(**TINY).resolve())
     engine = Engine.build(config, Mesh.single(), prepare(METHODS["prompt"], config.model))
     with pytest.raises(UsageError, match="prefix"):
-        Generator(engine.model).generate([Job(0, [1], Answer(Ending(2)))], Sampling())
+        Generator(engine.model).generate([Request(0, [1], Answer(Ending(2)))], Sampling())
 
 
 def test_values_that_cannot_be_used():

@@ -42,8 +42,8 @@ FLOORS: dict[str, set[str]] = {
     "optim": {"base", "ops", "parallel"},
     "checkpoint": {"base", "parallel"},
     "convert": {"base", "data", "ops", "parallel", "models", "checkpoint"},
-    "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses"},
-    "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "engine", "convert"},
+    "engine": {"base", "ops", "parallel", "models", "optim", "checkpoint", "losses", "inference"},
+    "inference": {"base", "ops", "parallel", "models", "checkpoint", "data", "convert"},
 }
 FLOORS["peft"] = {"base", "ops", "parallel", "models", "optim", "checkpoint", "convert", "engine"}
 FLOORS["planning"] = {"base", "parallel", "models", "optim"}
@@ -69,6 +69,7 @@ PURE = (
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "losses.advantage", "peft.config",
+    "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")

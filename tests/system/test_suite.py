@@ -89,5 +89,5 @@ def test_the_files_that_run_without_the_extension_are_all_that_read_by_its_order
     while more := {name for name, seen in imports.items() if seen & reached} - reached:
         reached |= more
     wanted = {path.stem for path in (TESTS / "data").glob("test_*.py") if modules_imported(path) & reached}
-    names = re.findall(r"--without-extension tests/data/test_data_\{([\w,]+)\}\.py", (TESTS / "run.sh").read_text())
-    assert len(names) == 1 and {f"test_data_{name}" for name in names[0].split(",")} == wanted
+    names = re.findall(r"--without-extension tests/data/test_\{([\w,]+)\}\.py", (TESTS / "run.sh").read_text())
+    assert len(names) == 1 and {f"test_{name}" for name in names[0].split(",")} == wanted

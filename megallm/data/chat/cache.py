@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from megallm.base import files
-from megallm.base.errors import CannotWrite, DataError, MegallmError
+from megallm.base.errors import DataError, MegallmError
 from megallm.data.chat.formats import PAIRED, Kind
 from megallm.data.chat.rows import (
     Counts,
@@ -261,16 +261,3 @@ class Writer:
                 "hashes": hashes,
             },
         )
-
-
-def sweep(cache: Path, keep: Iterable[str]) -> None:
-    """Remove the folders of the cache that are not named in `keep`, and what a run that was killed
-    has left. Errors: CannotWrite.
-    """
-    kept = set(keep)
-    for path in cache.iterdir() if cache.is_dir() else ():
-        if path.name not in kept:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                raise CannotWrite(f"Cannot remove {path}: {error.strerror}.") from error

@@ -48,6 +48,11 @@ class Prepared:
                 )
 
     @property
+    def has_margins(self) -> bool:
+        """Whether any pair has a margin."""
+        return any(source.table["margin"].any() for source in self.sources.values())
+
+    @property
     def per_row(self) -> int:
         """Most sequences of a row: 2 of pairs."""
         return max(source.most_sequences for source in self.sources.values())

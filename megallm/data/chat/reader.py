@@ -132,7 +132,7 @@ class ChatReader(StreamReader):
 
     Beside tokens, labels, positions and mask a microbatch has one value for each sequence [S]:
     `samples` int64, the id of its row, -1 for padding; for answers to prompts `prompt_tokens`
-    int64; `margin` float32 of pairs, the chosen one's less the rejected one's 0; `desirable` bool
+    int64; `margin` float32 of pairs where any has one, the rejected one's 0; `desirable` bool
     of unpaired rows; `prompt` and `rank` int64 of ranked answers; and for regression `targets`
     float32 [B, T]. The mask is True where a token is predicted, or at the last of a sequence that
     a head reads. The sequences of pairs alternate: chosen, rejected, chosen, ...
@@ -215,6 +215,7 @@ class ChatReader(StreamReader):
         more = {
             name: np.array([one.more[name] for one in sequences] + [nothing] * padding, dtype)
             for name, dtype, nothing in _PER_SEQUENCE.get(self.prepared.kind, ())
+            if name != "margin" or self.prepared.has_margins
         }
         return {"samples": np.array(samples, np.int64), **more}
 

@@ -1,0 +1,69 @@
+"""What is asked of a generator and what comes back: requests and samples. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megallm.inference.answer import Answer, Ending
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt to continue; `id` keys its randomness, `answer` grows."""
+
+    id: int
+    prompt: list[int]
+    answer: Answer
+
+    @staticmethod
+    def of(id: int, prompt: Iterable[int], limit: int, stop_ids: Iterable[int] = ()) -> Request:
+        """A request in token ids alone: at most `limit` new ones, the last one of `stop_ids`."""
+        return Request(id, list(prompt), Answer(Ending(limit, frozenset(stop_ids))))
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return len(self.prompt) + len(self.answer.tokens)
+
+    @property
+    def most(self) -> int:
+        """Positions that the sequence may come to need."""
+        return len(self.prompt) + self.answer.ending.limit
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Tokens `begin` to `end` of the prompt and the answer."""
+        size = len(self.prompt)
+        if end <= size:
+            return self.prompt[begin:end]
+        return self.prompt[begin:] + self.answer.tokens[max(0, begin - size) : end - size]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The finished answer of a request; lists and numbers only, so JSON holds it (`vars`).
+
+    `log_probs` are those of the policy at the sampling temperature: of softmax(logits / T) over the
+    whole vocabulary, as `Engine.log_probs` computes them (at temperature 0: T = 1).
+    `behaviour_log_probs` are those of the distribution that was drawn from, after repetition
+    penalty, top-k, top-p and min-p, renormalised. `reason` is "length", "end" (a stop id, which is
+    the last token), "stop" (a stop text) or "interrupted". `version` counts the updates of the
+    weights that it was made with.
+    """
+
+    id: int
+    prompt: list[int]
+    tokens: list[int]
+    log_probs: list[float]
+    behaviour_log_probs: list[float]
+    reason: str
+    version: int
+
+    @staticmethod
+    def of(request: Request, version: int) -> Sample:
+        """What a finished request has become."""
+        answer = request.answer
+        return Sample(
+            request.id, request.prompt, answer.tokens, answer.policy_log_probs,
+            answer.behaviour_log_probs, answer.reason or "", version,
+        )  # fmt: skip
