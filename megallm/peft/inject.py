@@ -41,7 +41,8 @@ def fill_lora(stage: Stage, injection: Injection) -> None:
             dropout = Dropout.of(config.dropout, seed, f"{name}[{target.member}]", owner)
             members.append((target, lora.LowRankOptions.of(config, target, dropout)))
         is_head = isinstance(base, VocabularyHead)
-        made = lora.LowRankHead(stage, members[0][1]) if is_head else lora.low_rank_of(base, members)
+        head = lora.LowRankHead(stage, members[0][1]) if is_head else None
+        made = lora.low_rank_of(base, members) if head is None else head
         put(base, config.name, made)
     if config.dropout:
         watch_tokens(stage)
