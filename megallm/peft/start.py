@@ -24,7 +24,7 @@ def resolve(config: PeftConfig, model: ModelConfig) -> PeftConfig:
     if config.adapter is None:
         return config
     found = AdapterFolder(config.adapter, model, config.name).config
-    kept = {"lr_b": config.lr_b, "dropout": config.dropout, "adapter": config.adapter}
+    kept = {key: getattr(config, key) for key in ("lr_b", "dropout", "adapter", "quantize")}
     return replace(found, **kept)
 
 
