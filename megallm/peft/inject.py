@@ -122,9 +122,8 @@ def plan_injection(config: PeftConfig, model: ModelConfig, seed: int) -> Injecti
 
 def saved_modules(config: PeftConfig, model: ModelConfig) -> list[str]:
     """Returns the logical names of the base's modules that are trained in full."""
-    return [target.module for target in choose(
-        config.modules_to_save, find_modules(model), "peft.modules_to_save"
-    )]  # fmt: skip
+    found = choose(config.modules_to_save, find_modules(model), "peft.modules_to_save")
+    return [target.module for target in found]
 
 
 def slot_at(stage: Stage, name: str) -> Adaptable | None:
