@@ -1,4 +1,4 @@
-"""The section `peft` of a run's configuration: which parameters are trained beside or instead of all. No torch."""
+"""The section `peft` of a run's configuration: what is trained beside a base. No torch."""
 
 from __future__ import annotations
 

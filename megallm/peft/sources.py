@@ -1,5 +1,5 @@
-"""Sources of weights (`convert.weights.WeightSource`) made of others: several joined, tensors in memory,
-and a base with an adapter merged into it, block by block."""
+"""Sources of weights (`convert.weights.WeightSource`) made of others: several joined, tensors in
+memory, and a base with an adapter merged into it, block by block."""
 
 from __future__ import annotations
 
