@@ -30,10 +30,10 @@ def rows(seed: int, count: int) -> list[dict]:
 
 
 def main(folder: Path, train: int = 384, held_out: int = 64) -> None:
-    """Write train.jsonl, and held_out.jsonl without any task of it."""
+    """Write train.jsonl, and held_out.jsonl without any task of it (task i of seed s is task i - 1 of seed s + 1)."""
     folder.mkdir(parents=True, exist_ok=True)
     known = [json.dumps(row) for row in rows(1, train)]
-    unseen = [line for line in map(json.dumps, rows(2, 4 * held_out)) if line not in set(known)]
+    unseen = [line for line in map(json.dumps, rows(1_000_000, 4 * held_out)) if line not in set(known)]
     for name, lines in (("train", known), ("held_out", list(islice(unseen, held_out)))):
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
         print(f"{folder / name}.jsonl: {len(lines)} tasks")
