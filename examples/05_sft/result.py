@@ -1,4 +1,4 @@
-"""RESULT.md of an example from what it measured: python result.py TITLE COMMAND SECONDS SCORES.jsonl RUN... > RESULT.md"""
+"""RESULT.md of an example from what it measured: python result.py TITLE COMMAND SECONDS SCORES.jsonl RUN..."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_lines(run: Path) -> list[str]:
     saved = sum(path.stat().st_size for path in run.glob("checkpoints/step-*/*.safetensors"))
     return [
         f"- `{run.name}`: {opening}",
-        f"  Loss {rows[0]['train/loss']:.3f} in step 1 and {rows[-1]['train/loss']:.3f} in step {rows[-1]['step']}, held "
+        f"  Loss {rows[0]['train/loss']:.3f} in step 1, {rows[-1]['train/loss']:.3f} in step {rows[-1]['step']}, held "
         f"out {rows[-1]['val/loss']:.3f} nats a token; {seconds:.2f} s a step (median), {rows[-1]['mem/peak_gib']:.2f} "
         f"GiB a process, checkpoint of {saved / 2**20:.1f} MiB.",
     ]

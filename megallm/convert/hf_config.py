@@ -448,7 +448,8 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
         if key not in free and value != get(found, key) and not (key == "mtp.depth" and 0 <= value < found.mtp.depth)
     ]
     if differing:
-        raise UsageError(f"The configuration contradicts {where.partition(' ')[0]}: {'; '.join(differing)}. Leave these keys out.")
+        key = where.partition(" ")[0]
+        raise UsageError(f"The configuration contradicts {key}: {'; '.join(differing)}. Leave these keys out.")
     chosen = {key: get(wanted, key) for key in _FROM}
     chosen |= {key: value for key, value in given.items() if key in free or key == "mtp.depth"}
     if given.get("head", found.head) != found.head:  # what is not said of the new head is as the family has it

@@ -112,8 +112,8 @@ class Stage(ShardedModule):
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
-        self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens: `models.virtual`
-        self.noise = Slot(mesh)  # changes the embedding's output
+        # Virtual tokens (`models.virtual`), and what changes the embedding's output.
+        self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(

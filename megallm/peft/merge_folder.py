@@ -32,7 +32,8 @@ from megallm.peft.merge import MergedSource
 @dataclass(frozen=True)
 class MergeRequest:
     """`model` is a Hugging Face folder, a run or a step folder, `adapter` a folder of PEFT's or the
-    run that wrote one, None where the run `model` holds adapters itself; `dtype` a key of `convert.DTYPES`, or None for the base's."""
+    run that wrote one, None where the run `model` holds adapters itself; `dtype` a key of
+    `convert.DTYPES`, or None for the base's."""
 
     model: str
     adapter: str | None
@@ -64,8 +65,8 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
         reader, model, base = opened.reader, opened.model, opened.base
         if opened.adapter is None:
             raise UsageError(
-                f"--model {request.model} is a plain model: give --adapter A, a folder of PEFT's or "
-                "the run that wrote one."
+                f"--model {request.model} is a plain model: give --adapter A, a folder of PEFT's "
+                "or the run that wrote one."
             )
         notes = list(base.notes) if isinstance(base, HfReader) else []
         stored = base.dtype if isinstance(base, HfReader) else base.info("embedding.weight")[1]

@@ -34,7 +34,7 @@ class EmbeddingNoise(nn.Module):
         self.keys = self.lengths = torch.empty(0)
 
     def watch(self, batch: dict[str, Tensor]) -> None:
-        """Note the keys `[B, T/cp]` and the lengths of the sequences of the microbatch that runs."""
+        """Note the keys `[B, T/cp]` and the lengths of the sequences of a microbatch."""
         self.keys = self.context.local(keys_of(batch))
         self.lengths = self.context.local(per_token(batch, "lengths", 0))
 

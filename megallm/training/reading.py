@@ -57,8 +57,8 @@ def uses_fim(config: PretrainConfig) -> bool:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """Returns `data.tokenizer`, else the one that came with `model.hf` or `model.init`, else what the sources' own
-    metadata and the copies kept beside them say made them, else None.
+    """Returns `data.tokenizer`, else the one that came with `model.hf` or `model.init`, else what
+    the sources' own metadata and the copies kept beside them say made them, else None.
     """
     if config.data.tokenizer is not None:
         return config.data.tokenizer

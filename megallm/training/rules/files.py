@@ -32,7 +32,8 @@ def two_starts(config: JobConfig) -> Iterator[Problem]:
     """Yields two folders that the first weights would come from."""
     if config.model.hf is not None and config.model.init is not None:
         sentence = "model.hf and model.init both name the weights to start from: keep one."
-        yield Problem("starts", sentence, ({"model.init": None}, {"model.hf": None}))
+        fixes = ({"model.init": None}, {"model.hf": None})
+        yield Problem("starts", sentence, fixes, "model.init")
 
 
 RULES = Rules(given=(unfilled, two_starts))
