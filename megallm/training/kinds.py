@@ -48,8 +48,8 @@ _ROWS = (
         finetune.SftConfig,
         "megallm.training.sft",
         finetune_rules.SFT,
-        finetune.tokenizer_vocab,
-        finetune.check_files,
+        finetune.chat_vocab,
+        finetune.check_chat_files,
     ),
 )
 KINDS = {row.name: row for row in _ROWS}
