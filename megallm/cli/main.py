@@ -66,7 +66,9 @@ class Parser(argparse.ArgumentParser):
         config = KINDS.get(self.prog.rpartition(" ")[2], KINDS[DEFAULT]).config
         known = list(leaves(config))
         keys = [
-            key for key in known if name in (suggest.plain(key), suggest.plain(key.rpartition(".")[2]))
+            key
+            for key in known
+            if name in (suggest.plain(key), suggest.plain(key.rpartition(".")[2]))
         ]
         found = keys[0] if len(keys) == 1 else vars(config).get("OTHER_NAMES", {}).get(name)
         if found is None:

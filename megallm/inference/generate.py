@@ -200,7 +200,11 @@ def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfRea
     """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
     world.
     """
-    return HfReader(model) if is_model_folder(Path(model)) else CheckpointReader(find_step(model, mesh))
+    return (
+        HfReader(model)
+        if is_model_folder(Path(model))
+        else CheckpointReader(find_step(model, mesh))
+    )
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
@@ -235,7 +239,9 @@ def model_config(reader: CheckpointReader | HfReader) -> ModelConfig:
         ) from error
 
 
-def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
+def find_tokenizer(
+    reader: CheckpointReader | HfReader, given: str | None = None
+) -> tuple[str, Path | None]:
     """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
     the model's folder.
 
@@ -255,7 +261,8 @@ def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
             f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only "
-            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {TOKENIZER_FORMS} into "
+            "where the data or the folder say so. Give --tokenizer DIR|bytes, or put "
+            f"{TOKENIZER_FORMS} into "
             f"{_home(reader)}; for a run to come, set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)

@@ -64,6 +64,11 @@ class Sample:
         """What a finished request has become."""
         answer = request.answer
         return Sample(
-            request.id, request.prompt, answer.tokens, answer.policy_log_probs,
-            answer.behaviour_log_probs, answer.reason or "", version,
-        )  # fmt: skip
+            request.id,
+            request.prompt,
+            answer.tokens,
+            answer.policy_log_probs,
+            answer.behaviour_log_probs,
+            answer.reason or "",
+            version,
+        )

@@ -7,7 +7,9 @@ from typing import Literal
 
 from megallm.ops.low_precision import Fp8Options, LossScaleOptions
 
-BlockPart = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
+BlockPart = Literal[
+    "norm", "attention", "core", "mlp", "activation"
+]  # of a block (docs/precision.md)
 
 BLOCK = "block"
 # What of a block can be recomputed by itself, and the part that contains it.

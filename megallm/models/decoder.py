@@ -267,8 +267,8 @@ class Stage(ShardedModule):
         return x if self.head is None else self.head.features(x)
 
     def logits(self, x: Tensor, ready: Ready, counted: Tensor | None = None) -> Tensor:
-        """This rank's piece of the logits, `[B, T/cp, V/tp]` or of the tokens `counted` `[n, V/tp]`;
-        of a head with few outputs `[B, T/cp/tp or T/cp, C]`.
+        """This rank's piece of the logits, `[B, T/cp, V/tp]` or of the tokens `counted`
+        `[n, V/tp]`; of a head with few outputs `[B, T/cp/tp or T/cp, C]`.
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
@@ -317,7 +317,8 @@ class Stage(ShardedModule):
             return x
         if self.config.head == "none":
             raise UsageError(
-                "model.head is none: this model is a body alone, which computes nothing to train on."
+                "model.head is none: this model is a body alone, which computes nothing to train "
+                "on."
             )
         outputs = self.own_scores(x, labels, batch)
         if any(name.startswith("mtp_") for name in self.wanted.names):
@@ -338,7 +339,8 @@ class Stage(ShardedModule):
         self, x: Tensor, ready: Ready, labels: Tensor | None, mask: Tensor | None, wanted: Wanted
     ) -> dict[str, Tensor]:
         """This rank's tokens of the wanted scalars, 0 where the `mask` `[B, T]` of whole rows is
-        False (without one every token counts); `ready` makes of hidden states what the head's matrix takes.
+        False (without one every token counts); `ready` makes of hidden states what the head's
+        matrix takes.
 
         All tp ranks count the same tokens; where none does, the head runs on none, and its weights
         have a gradient of zeros.

@@ -89,8 +89,8 @@ def statistics(
     best: bool = False,
     reuse: bool = False,
 ) -> Statistics:
-    """Of logits `[T, V]`; `moment` and `best` say whether these are wanted. With `reuse` wide logits
-    are overwritten.
+    """Of logits `[T, V]`; `moment` and `best` say whether these are wanted. With `reuse` wide
+    logits are overwritten.
     """
     labels, begin, temperature = targets
     here, local = locate(labels, begin, logits.shape[-1])

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 Runner = InputRunner = Callable[..., Any]  # runner, input_runner
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
-# Keys of the tokens `[B, T/cp]` of the microbatch that runs, for dropout (`ops.dropout.token_keys`).
+# Keys of the tokens `[B, T/cp]` of the microbatch that runs, for dropout
+# (`ops.dropout.token_keys`).
 TOKEN_KEYS: ContextVar[Tensor | None] = ContextVar("token_keys", default=None)
 
 

@@ -178,7 +178,9 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Run `model` as it is without its adapters inside the context: the reference model at no cost
     of memory.
     """
-    slots = [module for module in model.modules() if isinstance(module, Adaptable) and module.adapts]
+    slots = [
+        module for module in model.modules() if isinstance(module, Adaptable) and module.adapts
+    ]
     for module in slots:
         module.adapts = False
     try:

@@ -268,6 +268,7 @@ def check(config: PeftConfig, model: ModelConfig, chosen: list[Target]) -> None:
                 )
         if target.kind in (EMBEDDING, HEAD) and model.mtp.depth:
             raise UsageError(
-                f"peft.targets has {target.names[-1]}, which model.mtp.depth {model.mtp.depth} uses "
+                f"peft.targets has {target.names[-1]}, which model.mtp.depth {model.mtp.depth} "
+                "uses "
                 "again for further tokens: name other targets, or set model.mtp.depth to 0."
             )

@@ -18,8 +18,9 @@ from megallm.peft.sources import Joined
 
 
 def resolve(config: PeftConfig, model: ModelConfig) -> PeftConfig:
-    """Returns the configuration to prepare a model with: where `adapter` names a folder, that folder
-    says which modules are adapted, with which rank and factor. Raises UsageError, CheckpointError.
+    """Returns the configuration to prepare a model with: where `adapter` names a folder, that
+    folder says which modules are adapted, with which rank and factor. Raises UsageError,
+    CheckpointError.
     """
     if config.adapter is None:
         return config

@@ -93,8 +93,11 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
 # Code lines when everything of the plan is in; a package's own budget is a ratchet with room for what is planned.
 MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 38_000, 2_000, 300
 MAX_LINES_OF = {
-    "data": 6_000, "curate": 4_800, "convert": 4_000, "training": 5_000, "cli": 3_200, "parallel": 2_600,
-    "oracle": 2_600, "models": 2_300, "optim": 1_500, "checkpoint": 1_400, "base": 1_300, "ops": 1_700,
+    "data": 7_200,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
+    "curate": 4_800, "convert": 4_000, "training": 5_000, "cli": 3_200, "parallel": 2_700,
+    "peft": 2_200,  # six methods, their files as PEFT writes and reads them, merging
+    "oracle": 2_600, "models": 2_500,  # with the slots of adapters, heads of values and classes
+    "optim": 1_500, "checkpoint": 1_400, "base": 1_300, "ops": 1_700,
     "run": 1_200, "inference": 2_500, "launch": 800, "engine": 900,
     "losses": 1_200,  # every loss of post-training that TRL and the papers name, distillation and offline RL
 }  # fmt: skip
@@ -104,7 +107,7 @@ PRAGMAS = ("# noqa", "# type: ignore", 'r"', "https://")  # r": regular expressi
 WIDE = {
     "base.config", "convert.hf_config", "convert.megatron.translate", "data.indexed.dataset", "data.text.accelerated",
     "models.config", "models.sections", "optim.config", "ops.low_precision", "curate.config",
-    "inference.template_child", "checkpoint.manifest", "curate.datatrove_blocks", "curate.report",
+    "checkpoint.manifest", "curate.datatrove_blocks", "curate.report",
     "data.megatron.order",
 }  # fmt: skip
 # Files that still leave calls or signatures unformatted.

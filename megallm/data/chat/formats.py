@@ -285,8 +285,9 @@ def detect(name: str, row: Row, kind: Kind) -> tuple[Format, str]:
         more = " and label" if labels else ""
         wanted = "; ".join(
             f"{form.name} ({', '.join(form.needed)}{more})"
-            for form in FORMATS if form.natural in _ACCEPTED[kind]
-        )  # fmt: skip
+            for form in FORMATS
+            if form.natural in _ACCEPTED[kind]
+        )
         raise DataError(
             f"{name} holds {found.name} rows (columns {has}), but {kind} rows are needed: {wanted}."
         )
@@ -356,8 +357,9 @@ def _fitted(form: Format, made: list[Example], reading: Reading, row: Row) -> li
     if kind == "unpaired" and natural == "pair":
         return [
             replace(one, answers=(answer,), label=label)
-            for one in made for answer, label in zip(one.answers, (1.0, 0.0), strict=True)
-        ]  # fmt: skip
+            for one in made
+            for answer, label in zip(one.answers, (1.0, 0.0), strict=True)
+        ]
     if kind in ("sft", "unpaired") and natural == "conversation":
         for one in made:
             if not isinstance(one.answers[0], str) and not _speaks(one.answers[0]):

@@ -43,7 +43,8 @@ class Prepared:
             if source.largest >= vocab_size:
                 raise DataError(
                     f"{name} has the token {source.largest} with the tokenizer "
-                    f"{self.config.tokenizer}, but model.vocab_size is {vocab_size}: give the model "
+                    f"{self.config.tokenizer}, but model.vocab_size is {vocab_size}: give the "
+                    "model "
                     f"at least {source.largest + 1} tokens, or use its own tokenizer."
                 )
 
@@ -186,11 +187,16 @@ class _Workshop:
         """The rows of a file. Errors: DataError."""
         template = self.template
         key = caches.key_of(
-            caches.content_hash(name), self.words.fingerprint, self.words.template,
+            caches.content_hash(name),
+            self.words.fingerprint,
+            self.words.template,
             vars(template) | {"tokens": dict(template.tokens), "origin": None},
-            dict(self.config.template_options), self.config.template_date, vars(self.reading),
-            vars(self.rules), Path(name).suffix,
-        )  # fmt: skip
+            dict(self.config.template_options),
+            self.config.template_date,
+            vars(self.reading),
+            vars(self.rules),
+            Path(name).suffix,
+        )
         made = caches.load_or_make(
             cache, key, self.kind, lambda folder: self._make(name, key, folder), self.tell
         )

@@ -67,8 +67,9 @@ def first_rows(sources: Mapping[str, Tokenised], words: Tokenizer, count: int = 
     """The first rows of every source as plain text: what RUN/first_rows.txt holds."""
     parts = [
         f"{name}, line {int(one.table[number]['line'])}\n{preview(one.row(number), words)}\n"
-        for name, one in sources.items() for number in range(min(count, len(one)))
-    ]  # fmt: skip
+        for name, one in sources.items()
+        for number in range(min(count, len(one)))
+    ]
     return f"Trained tokens stand in {BEGIN} {END}.\n\n" + "\n".join(parts)
 
 

@@ -192,8 +192,9 @@ class ChatReader(StreamReader):
         source = self.stream.sources[row.prefix]
         return [
             (source.sample(item.document), source.tokenised.row(item.document))
-            for item in row.items if self._counts(row)
-        ]  # fmt: skip
+            for item in row.items
+            if self._counts(row)
+        ]
 
     def _longest(self, row: PackedRow) -> int:
         data = self.stream.sources[row.prefix].data

@@ -99,7 +99,7 @@ def main() -> None:
                 answer = {"texts": answers(render, job)}
         except MemoryError:
             answer = {"error": "it needs too much memory"}
-        except Exception as error:  # the boundary of this process: whatever a template does wrong is told in one line
+        except Exception as error:  # the boundary of this process: told in one line
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -17,9 +17,9 @@ DOCUMENT, CONTEXT = "document", "context"
 class Reading:
     """How documents become rows.
 
-    seq_len: tokens of a row; packing: BEST_FIT, CONCAT or SINGLE; window: rows packed (and shuffled)
-    together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents before
-    packing, CONTEXT what a row holds of them.
+    seq_len: tokens of a row; packing: BEST_FIT, CONCAT or SINGLE; window: rows packed (and
+    shuffled) together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents
+    before packing, CONTEXT what a row holds of them.
     """
 
     seq_len: int
