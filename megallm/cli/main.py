@@ -104,7 +104,7 @@ def _run(arguments: list[str], program: bool) -> int:
 def _ended(arguments: list[str], kept: str) -> int:
     """Do what the words say, in this process; the exit code."""
     try:
-        code = dispatch(arguments)
+        code = run_verb(arguments)
         sys.stdout.flush()
     except MegallmError as error:
         if error.exit_code == INTERRUPTED and kept:  # a rank was
@@ -140,7 +140,7 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def dispatch(arguments: list[str]) -> int:
+def run_verb(arguments: list[str]) -> int:
     """Find the verb, import its module, parse, run."""
     if arguments[:1] == ["help"]:  # `megallm help data`, `megallm help ckpt ls`
         arguments = [*arguments[1:], "--help"]

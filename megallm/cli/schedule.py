@@ -19,7 +19,7 @@ from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.parallel import picture
 from megallm.parallel.schedule import SCHEDULES, Placement, place, plan_schedule
-from megallm.parallel.simulate import Cost, Deadlock, Slot, Timeline, simulate
+from megallm.parallel.simulate import Cost, Deadlock, TimedAction, Timeline, simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,7 +155,7 @@ def to_json(timeline: Timeline) -> dict[str, object]:
     }
 
 
-def _slot_json(slot: Slot) -> dict[str, object]:
+def _slot_json(slot: TimedAction) -> dict[str, object]:
     action = slot.action
     return {
         "op": action.op,
@@ -270,12 +270,12 @@ def grid(drawn: picture.Picture) -> list[Text]:
     return rows
 
 
-def _label(slot: Slot, placement: Placement) -> str:
+def _label(slot: TimedAction, placement: Placement) -> str:
     chunk = chr(ord("a") + slot.action.stage // placement.pp % 26) if placement.chunks > 1 else ""
     return f"{slot.action.op}{slot.action.micro}{chunk}"
 
 
-def _style(slot: Slot, placement: Placement) -> str:
+def _style(slot: TimedAction, placement: Placement) -> str:
     fill = picture.chunk_colour(slot.action.op, slot.action.stage // placement.pp, placement.chunks)
     return f"{picture.text_colour(fill)} on {fill}"
 

@@ -40,7 +40,7 @@ from megallm.checkpoint.io import DTYPE_NAMES, Part, ShardWriter, header_bytes, 
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import tokenizer_files, verify
 from megallm.convert.finite import check_finite
 from megallm.convert.folder import INDEX, SINGLE, is_model_folder
@@ -177,7 +177,7 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"--input {request.input} is a Hugging Face folder already; --to megallm converts it."
         )
-    step = resolve(request.input, weights_only)
+    step = resolve_step(request.input, weights_only)
     with CheckpointReader(step) as reader:
         model = stored_model(reader)
         family = family_of(model)

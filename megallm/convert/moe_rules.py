@@ -37,7 +37,7 @@ def stacked(theirs: str) -> tuple[WeightRule, ...]:
     )
 
 
-def router(theirs: str) -> WeightRule:
+def router_rule(theirs: str) -> WeightRule:
     """Returns the router's matrix."""
     return rule(f"{_LAYER}{theirs}.gate.weight", f"{_OURS}moe.router.weight")
 
@@ -53,9 +53,9 @@ def shared(theirs: str) -> tuple[WeightRule, ...]:
 
 
 NAMED = ("mlp", "gate_proj", "up_proj", "down_proj")
-MIXTRAL = (router("block_sparse_moe"), *experts("block_sparse_moe", "w1", "w3", "w2"))
+MIXTRAL = (router_rule("block_sparse_moe"), *experts("block_sparse_moe", "w1", "w3", "w2"))
 MIXTRAL_STACKED = stacked("block_sparse_moe")
-PLAIN = (router("mlp"), *experts(*NAMED))
+PLAIN = (router_rule("mlp"), *experts(*NAMED))
 STACKED = stacked("mlp")
 SHARED_GATE = (
     *shared("shared_expert"),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Box, named_shards
+from megallm.parallel.shard import Box, WeightSource, named_shards
 
 BODY = {
     "head": "none",
@@ -50,16 +50,6 @@ HF_DTYPES = {
     "F16": torch.float16,
 }
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-class WeightSource(Protocol):
-    """What conversion, training and generation need of weights."""
-
-    def names(self) -> list[str]: ...
-
-    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -75,7 +75,7 @@ class Language:
 
     def identify(self, text: str) -> tuple[str, float]:
         """(code, confidence) of a text; of a long one a few windows spread over it are read."""
-        found = self._predict(as_trained(sample(text, self.config.sample_chars)))
+        found = self._predict(as_trained(sample_windows(text, self.config.sample_chars)))
         return (found[0].removeprefix(_LABEL), min(found[1], 1.0)) if found else ("und", 0.0)
 
     def judge(self, batch: DocumentBatch) -> list[Verdict]:
@@ -107,7 +107,7 @@ def as_trained(text: str) -> str:
     )
 
 
-def sample(text: str, size: int) -> str:
+def sample_windows(text: str, size: int) -> str:
     """At most `size` characters: a short text whole, otherwise windows spread evenly, each begun at
     a word.
     """

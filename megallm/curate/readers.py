@@ -100,11 +100,11 @@ def _check_file(name: str, config: InputConfig) -> None:
         raise DataError(f"{name} cannot be read: {error.strerror}.") from error
     except DataError:
         return  # an archive: `file_units` says so, and input.on_bad_file decides
-    if kind_of(name, config) == "html":
+    if file_kind(name, config) == "html":
         optional.check_installed("selectolax.lexbor", "give text or JSONL files")
 
 
-def kind_of(name: str, config: InputConfig) -> str:
+def file_kind(name: str, config: InputConfig) -> str:
     """`jsonl` (and Parquet), `html` or `text`."""
     if config.format != "auto":
         return config.format
@@ -114,7 +114,7 @@ def kind_of(name: str, config: InputConfig) -> str:
 
 def file_units(name: str, config: InputConfig) -> Iterator[Unit]:
     """Cut one file; what is damaged becomes a last unit that says so."""
-    kind = kind_of(name, config)
+    kind = file_kind(name, config)
     packed_bytes = Path(name).stat().st_size
     if kind != "jsonl" and not _is_parquet(name):
         yield Unit(name, kind, min(packed_bytes, config.max_document_bytes))

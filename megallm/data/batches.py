@@ -56,7 +56,7 @@ class BatchReader(Protocol):
         ...
 
 
-def fill(
+def fill_row(
     row: PackedRow, source: DocumentSource
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     """(tokens, labels int64 [T], mask bool [T], ends of the documents in it) of one row.
@@ -84,7 +84,7 @@ def pack_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> 
     """Returns a microbatch of B rows as one row of B x T tokens: documents see only themselves,
     their positions start at 0.
     """
-    filled = [fill(row, sources[row.prefix]) for row in rows]
+    filled = [fill_row(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
     return {"tokens": tokens, "labels": labels, "mask": mask} | _apart([one[3] for one in filled])
 
@@ -102,7 +102,7 @@ def unpacked_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource])
     """Returns a microbatch without document masks: each row is one text, the next token is the
     label wherever a row has one.
     """
-    filled = [fill(row, sources[row.prefix]) for row in rows]
+    filled = [fill_row(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.stack([one[i] for one in filled]) for i in range(3))
     for row, (number, one) in zip(rows, enumerate(filled), strict=True):
         used = sum(item.size for item in row.items)

@@ -45,24 +45,13 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.shard import Shard, StateProvider, StateTensor, piece
-from megallm.parallel.simulate import Slot, Timeline, peak_live
+from megallm.parallel.shard import Shard, StateProvider, StateTensor, WeightSource, piece
+from megallm.parallel.simulate import TimedAction, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
 from megallm.parallel.vocab import Wanted
 
 TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
-
-
-class Source(Protocol):
-    """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into`
-    fills a tensor of any dtype with the box at `offset`."""
-
-    def names(self) -> list[str]: ...
-
-    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 class StepObserver(StateProvider, Protocol):
@@ -401,7 +390,7 @@ class Engine:
         line = [gathered[rank] for rank in self.mesh.pp.ranks]
         begin = min(row[3] for rows in line for row in rows)
         ranks = [
-            [Slot(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
+            [TimedAction(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
             for rows in line
         ]
         return Timeline(ranks, [peak_live([slot.action for slot in slots]) for slots in ranks])
@@ -486,7 +475,7 @@ class Engine:
             if held.optimizer and there:
                 read_state(reader, held)
 
-    def fill(self, source: Source) -> None:
+    def fill(self, source: WeightSource) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
 
         A head that the source lacks, or has in another shape, starts afresh, from the seed; so do
@@ -511,7 +500,7 @@ class Engine:
         self.parameters.publish()
 
     @staticmethod
-    def _check_shape(source: Source, known: set[str], name: str, shard: Shard) -> None:
+    def _check_shape(source: WeightSource, known: set[str], name: str, shard: Shard) -> None:
         stored = tuple(source.info(name)[0]) if name in known else shard.full
         if stored != shard.full:
             raise UsageError(

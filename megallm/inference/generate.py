@@ -34,7 +34,7 @@ from megallm.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whether it has ended)
 
 
@@ -76,7 +76,7 @@ def run(
     mesh: Mesh,
     show: Show | None = None,
     warn: Callable[[str], None] | None = None,
-) -> list[Row]:
+) -> list[OutputRow]:
     """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the
     prompts' order.
 
@@ -119,7 +119,7 @@ def run(
     return ordered
 
 
-def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
+def _collect(rows: dict[int, OutputRow], mesh: Mesh) -> dict[int, OutputRow]:
     """On rank 0 the rows of every replica. Collective over the world when there are several."""
     if mesh.dp.size == 1:
         return rows
@@ -183,7 +183,7 @@ def sampling_of(request: GenerateRequest) -> Sampling:
     )  # fmt: skip
 
 
-def row_of(prompt: str, answer: Answer) -> Row:
+def row_of(prompt: str, answer: Answer) -> OutputRow:
     """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that
     ended it.
     """

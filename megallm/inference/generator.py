@@ -37,7 +37,7 @@ from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
 from megallm.parallel.tensor import whole_sequences
 
-Listener = Callable[[Request], None]
+FinishListener = Callable[[Request], None]
 NUMBERS = 4  # of a chosen token: itself and three log-probabilities
 
 
@@ -62,7 +62,7 @@ class Generator:
         self.in_step = moe and self.mesh.ep.size > self.mesh.tp.size
 
     def generate(
-        self, requests: Many[Request], sampling: Sampling, listen: Listener | None = None,
+        self, requests: Many[Request], sampling: Sampling, listen: FinishListener | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> list[Sample]:  # fmt: skip
         """Let the answer of every request grow until it ends; returns their samples in order.
@@ -150,7 +150,7 @@ class Rollout:
 
     def __init__(
         self, generator: Generator, requests: list[Request], sampling: Sampling,
-        listen: Listener | None, stopped: Callable[[], bool] | None,
+        listen: FinishListener | None, stopped: Callable[[], bool] | None,
     ) -> None:  # fmt: skip
         self.model, self.mesh, self.in_step = generator.model, generator.mesh, generator.in_step
         self.rotation, self.sampling = generator.rotation, sampling

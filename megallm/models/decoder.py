@@ -23,9 +23,9 @@ from megallm.models.heads import (
     local_logits,
     next_token_logits,
     put_back,
-    select,
+    select_counted,
 )
-from megallm.models.mtp import MtpModule, shift_labels, shift_mask
+from megallm.models.mtp import MtpModule, shift_labels, shift_row_mask
 from megallm.models.stages import StageSpan
 from megallm.ops.cross_entropy import Projection
 from megallm.ops.embedding import look_up
@@ -288,7 +288,7 @@ class Stage(ShardedModule):
         logits.
         """
         features, weight = self.head_operands(ready(x))
-        hidden = select(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
+        hidden = select_counted(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
         head, vocab = Projection(weight, self.head_bias), self.config.vocab_size
         return tuple(fused_scores(hidden, head, labels, self.mesh, vocab, wanted).values())
 
@@ -351,7 +351,7 @@ class Stage(ShardedModule):
                 run_unit(self.units, keys, self.logits, x, ready), labels, wanted
             )
         counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
-        shape, own = labels.shape, select(labels, counted)
+        shape, own = labels.shape, select_counted(labels, counted)
         if fuses(self.fused_head, own.numel(), self.head_weight):
             found = run_unit(self.units, keys, self.fused_outputs, x, ready, own, counted, wanted)
             scores = dict(zip(wanted.names, found, strict=True))
@@ -381,7 +381,7 @@ class Stage(ShardedModule):
             keys = (f"mtp.{number}", "embedding", "head") if joins else (f"mtp.{number}",)
             hidden = run_unit(self.units, keys, self.mtp_hidden, x, ready, depth, tokens, inputs)
             own_labels = self.context.local(shift_labels(labels, ahead))
-            own_mask = None if mask is None else shift_mask(mask, ahead)
+            own_mask = None if mask is None else shift_row_mask(mask, ahead)
             scores = self.score(hidden, _as_it_is, own_labels, own_mask, wanted)
             found[f"mtp_{ahead}"] = scores["log_prob"]
             if joins:

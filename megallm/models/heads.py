@@ -165,9 +165,9 @@ def local_logits(
     counted: Tensor | None = None,
 ) -> Tensor:
     """`[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`, or `[n, V/tp]` of the tokens
-    `counted` (`select`); collective over tp.
+    `counted` (`select_counted`); collective over tp.
     """
-    rows = select(gather_input(hidden, mesh, sp, "vocab.logits"), counted)
+    rows = select_counted(gather_input(hidden, mesh, sp, "vocab.logits"), counted)
     return linear(rows, weight, bias, weight_grads)
 
 
@@ -189,7 +189,7 @@ def counted_tokens(mask: Tensor, device: torch.device) -> Tensor | None:
     return places.to(device, non_blocking=True)
 
 
-def select(x: Tensor, counted: Tensor | None) -> Tensor:
+def select_counted(x: Tensor, counted: Tensor | None) -> Tensor:
     """`[B, T, ...]` -> `[n, ...]`, the tokens that count; as it is when all do."""
     return x if counted is None else x.flatten(0, 1).index_select(0, counted)
 

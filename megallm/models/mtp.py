@@ -67,7 +67,7 @@ def shift_labels(labels: Tensor, ahead: int) -> Tensor:
     return F.pad(labels.clamp(min=0), (0, ahead))[:, ahead:]
 
 
-def shift_mask(mask: Tensor, ahead: int) -> Tensor:
+def shift_row_mask(mask: Tensor, ahead: int) -> Tensor:
     """A mask `[B, T]` moved likewise, False where the row has ended: every token whose label so far
     ahead counts, and those at the end of a packed document, which the loss leaves out.
     """

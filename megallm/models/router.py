@@ -68,7 +68,7 @@ class Router(ShardedModule):
         moe = self.moe
         logits = F.linear(wide(x), wide(self.weight))
         scores = logits.sigmoid() if moe.score == "sigmoid" else logits.softmax(-1)
-        experts = select(scores.detach(), self.stats.bias, moe)
+        experts = select_experts(scores.detach(), self.stats.bias, moe)
         chosen = scores.gather(-1, experts)
         weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) if moe.norm_topk_prob else chosen
         keep = sums = None
@@ -82,7 +82,7 @@ class Router(ShardedModule):
         return Choice(experts, weights * moe.routed_scale, keep, sums)
 
 
-def select(scores: Tensor, bias: Tensor | None, moe: MoeConfig) -> Tensor:
+def select_experts(scores: Tensor, bias: Tensor | None, moe: MoeConfig) -> Tensor:
     """The experts `[n, k]` of tokens with scores `[n, X]`, the best first; no gradient.
 
     With groups, a token first chooses groups: by their best score, or with a bias by the sum of

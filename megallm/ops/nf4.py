@@ -46,7 +46,7 @@ def dynamic_table(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32).to(device)
 
 
-def nearest(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def nearest_codes(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The code `uint8 [n]` of each of `[n]` float32 values, and the largest magnitude of each block
     `[n / block]`.
     """
@@ -63,7 +63,7 @@ def nearest(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixRange:
     """Rows and columns of a matrix `(R, C)`: `[begin, end)` of each."""
 
     rows: tuple[int, int]
@@ -101,20 +101,20 @@ class Nf4:
     of the whole matrix.
     """
 
-    piece: Piece
+    piece: MatrixRange
     codes: Tensor
     scales: Tensor
     outer: Tensor
     mean: Tensor
 
     @staticmethod
-    def of(matrix: Tensor, piece: Piece) -> Nf4:
+    def of(matrix: Tensor, piece: MatrixRange) -> Nf4:
         """Quantise the whole matrix `(R, C)` and keep a piece."""
         flat = matrix.to(torch.float32).flatten()
         levels = torch.tensor(LEVELS, dtype=torch.float32, device=flat.device)
-        codes, largest = nearest(flat, levels, BLOCK)
+        codes, largest = nearest_codes(flat, levels, BLOCK)
         mean = largest.mean()
-        scales, outer = nearest(largest - mean, dynamic_table(flat.device), OUTER_BLOCK)
+        scales, outer = nearest_codes(largest - mean, dynamic_table(flat.device), OUTER_BLOCK)
         rows, columns = slice(*piece.rows), slice(*piece.columns)
         own = codes.view(piece.full)[rows, columns].flatten()
         own = F.pad(own, (0, len(own) % 2), value=LEVELS.index(0.0))
@@ -147,7 +147,7 @@ class Nf4:
         return values.reshape(piece.shape).to(dtype)
 
 
-def _blocks(piece: Piece, device: torch.device) -> Tensor:
+def _blocks(piece: MatrixRange, device: torch.device) -> Tensor:
     """Numbers of blocks of the flattened matrix: those of each run `[runs, blocks]`, or where runs
     are not whole blocks that of each value `[runs, length]`.
     """

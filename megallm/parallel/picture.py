@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape, quoteattr
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_path, atomic_write_text, writing
 from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placement
-from megallm.parallel.simulate import Slot, Timeline
+from megallm.parallel.simulate import TimedAction, Timeline
 
 COLOURS = {
     FORWARD: "#0072b2",
@@ -134,7 +134,9 @@ def lay_out(picture: Picture) -> Drawing:
     return drawing
 
 
-def _box(drawing: Drawing, picture: Picture, slot: Slot, frame: tuple[float, float, float]) -> None:
+def _box(
+    drawing: Drawing, picture: Picture, slot: TimedAction, frame: tuple[float, float, float]
+) -> None:
     begin, scale, top = frame
     action, placement = slot.action, picture.placement
     x, width = LEFT + (slot.start - begin) * scale, (slot.end - slot.start) * scale

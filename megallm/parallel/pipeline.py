@@ -17,7 +17,7 @@ from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.p2p import Key, open_channels
 from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placement, Plan
-from megallm.parallel.simulate import Slot
+from megallm.parallel.simulate import TimedAction
 
 Batch = dict[str, Tensor]
 LossOf = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Any]]
@@ -107,12 +107,12 @@ class Pipeline:
             channel.flush()
         return run
 
-    def timeline(self, run: ScheduleRun) -> list[Slot]:
+    def timeline(self, run: ScheduleRun) -> list[TimedAction]:
         """When this rank was busy, in seconds of the machine's clock; waits for messages are the
         gaps.
         """
         return [
-            Slot(action, self.watch.seconds(a), self.watch.seconds(b))
+            TimedAction(action, self.watch.seconds(a), self.watch.seconds(b))
             for action, a, b in run.moments
         ]
 

@@ -9,11 +9,10 @@ a block for the 0.52 bytes a value that stage 3 would spare.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +21,12 @@ from torch.autograd.function import FunctionCtx
 
 from megallm.base.errors import InternalError
 from megallm.ops.grouped_gemm import Runs, grouped_input_gradient, grouped_linear
-from megallm.ops.nf4 import Nf4, Piece
+from megallm.ops.nf4 import MatrixRange, Nf4
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Shard
+from megallm.parallel.shard import Shard, WeightSource
 
 # Fills a tensor, shaped like a box of the logical tensor, with the box at an offset.
 ReadInto = Callable[[tuple[int, ...], Tensor], None]
-
-
-class WeightSource(Protocol):
-    """Weights by logical name: shape and dtype, and boxes in that dtype."""
-
-    def info(self, name: str) -> tuple[Sequence[int], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 class QuantizedWeight:
@@ -67,7 +58,7 @@ class QuantizedWeight:
         for member in self._members():
             whole = torch.empty((1,) * len(member) + full, dtype=dtype, device=self.device)
             read_into((*member, 0, 0), whole)
-            self.matrices.append(Nf4.of(whole.view(full), Piece(rows, columns, full)))
+            self.matrices.append(Nf4.of(whole.view(full), MatrixRange(rows, columns, full)))
 
     @property
     def numel(self) -> int:

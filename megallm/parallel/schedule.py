@@ -214,7 +214,7 @@ def _turns(rank: int, shape: Shape, op: str) -> Plan:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ScheduleKind:
     """A schedule's generator, and the numbers of chunks that it is defined for (None: any)."""
 
     generate: Callable[[int, Shape], Plan]
@@ -223,12 +223,12 @@ class Kind:
 
 
 SCHEDULES = {
-    "gpipe": Kind(gpipe),
-    "1f1b": Kind(one_f_one_b),
-    "interleaved": Kind(interleaved, None),
-    "zb-h1": Kind(zb_h1),
-    "zb-v": Kind(zb_v, 2, vee=True),
-    "forward": Kind(forward_only, None),
+    "gpipe": ScheduleKind(gpipe),
+    "1f1b": ScheduleKind(one_f_one_b),
+    "interleaved": ScheduleKind(interleaved, None),
+    "zb-h1": ScheduleKind(zb_h1),
+    "zb-v": ScheduleKind(zb_v, 2, vee=True),
+    "forward": ScheduleKind(forward_only, None),
 }
 
 

@@ -5,7 +5,7 @@ Initialisation, gradient reduction, clipping, checkpoints and conversion all rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +28,7 @@ def normal(std: float) -> Init:
     return Init("normal", std=std)
 
 
-def uniform(bound: float) -> Init:
+def uniform_init(bound: float) -> Init:
     return Init("uniform", value=bound)
 
 
@@ -149,6 +149,18 @@ class StateProvider(Protocol):
     """
 
     def state(self) -> Iterator[StateTensor]: ...
+
+
+class WeightSource(Protocol):
+    """Weights by logical name, to read from: `info` returns the full shape and the dtype of a
+    tensor, `read_into` fills a tensor of any dtype with the box of its shape at `offset`.
+    """
+
+    def names(self) -> list[str]: ...
+
+    def info(self, name: str) -> tuple[tuple[int, ...], Any]: ...
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: Any) -> None: ...
 
 
 class Entry(NamedTuple):

@@ -29,7 +29,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TimedAction:
     """An action and when it runs."""
 
     action: Action
@@ -41,7 +41,7 @@ class Slot:
 class Timeline:
     """What each rank does when. Live activations are counted in (microbatch, stage) pairs."""
 
-    ranks: list[list[Slot]]
+    ranks: list[list[TimedAction]]
     peak_live: list[int]
     makespan: float = field(init=False)
 
@@ -76,7 +76,7 @@ def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) 
     cost = cost or Cost()
     split = [any(action.op == WEIGHT for action in plan) for plan in plans]
     ended: dict[Action, float] = {}
-    slots: list[list[Slot]] = [[] for _ in plans]
+    slots: list[list[TimedAction]] = [[] for _ in plans]
     clocks, places = [0.0] * len(plans), [0] * len(plans)
     progress = True
     while progress:
@@ -93,7 +93,7 @@ def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) 
                 ]
                 start = max([clocks[rank], *ready])
                 clocks[rank] = ended[action] = start + cost.of(action, split[rank])
-                slots[rank].append(Slot(action, start, clocks[rank]))
+                slots[rank].append(TimedAction(action, start, clocks[rank]))
                 places[rank] += 1
                 progress = True
     _check_finished(plans, places, ended, placement)

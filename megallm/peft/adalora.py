@@ -121,7 +121,7 @@ class _Regularise(torch.autograd.Function):
         return grad, ctx.adapter.pull(A, ctx.a), ctx.adapter.pull(B, ctx.b.mT).mT, None
 
 
-def fill(stage: Stage, injection: Injection) -> None:
+def fill_adalora(stage: Stage, injection: Injection) -> None:
     """Put an adapter of the first rank beside each target of the stage."""
     config, modules = injection.config, dict(stage.named_modules())
     for name, targets in groupby(injection.chosen, attrgetter("module")):

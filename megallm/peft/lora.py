@@ -22,7 +22,7 @@ from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.linear import linear
-from megallm.parallel.shard import Init, Shard, constant, normal, uniform
+from megallm.parallel.shard import Init, Shard, constant, normal, uniform_init
 from megallm.parallel.tensor import ColumnLinear, Linear, RowLinear, ShardedModule
 from megallm.parallel.vocab import VocabEmbedding
 from megallm.peft.config import PeftConfig
@@ -63,7 +63,7 @@ class LowRank(ShardedModule):
         tp = ("tp",) if base.mesh.tp.size > 1 else ()
         of_a = tp if isinstance(base, ColumnLinear) else shard.partial
         of_b = tp if isinstance(base, RowLinear) else shard.partial
-        start = uniform(width**-0.5)
+        start = uniform_init(width**-0.5)
         self.add_parameter(A, _record((options.dim, width), 1, columns, of_a, start))
         self.add_parameter(B, _record((out, options.dim), 0, rows, of_b, constant(0.0)))
         if options.dora:
@@ -170,7 +170,7 @@ class LowRankExperts(ShardedModule):
         self.options = options
         full = base.shards["weight"].full
         a, b = (full[0], options.dim, full[-1]), (*full[:-1], options.dim)
-        self.add_parameter(A, Shard(a, {0: "ep"}, (), uniform(full[-1] ** -0.5)))
+        self.add_parameter(A, Shard(a, {0: "ep"}, (), uniform_init(full[-1] ** -0.5)))
         self.add_parameter(B, Shard(b, {0: "ep"}, (), constant(0.0)))
 
     def forward(self, x: Tensor, y: Tensor, runs: Runs) -> Tensor:
@@ -221,7 +221,7 @@ class LowRankHead(ShardedModule):
         self.options = options
         vocab, size = stage.config.vocab_size, stage.config.hidden_size
         tp = ("tp",) if self.sp else ()
-        self.add_parameter(A, Shard((options.dim, size), {}, tp, uniform(size**-0.5)))
+        self.add_parameter(A, Shard((options.dim, size), {}, tp, uniform_init(size**-0.5)))
         self.add_parameter(B, Shard((vocab, options.dim), {0: "tp"}, (), constant(0.0)))
 
     def features(self, x: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ def low_rank_of(base: Any, members: list[tuple[Target, LowRankOptions]]) -> nn.M
     return made
 
 
-def check(config: PeftConfig, model: ModelConfig, chosen: list[Target]) -> None:
+def check_targets(config: PeftConfig, model: ModelConfig, chosen: list[Target]) -> None:
     """Raises UsageError for what a kind of target cannot have. A dropped input of experts would be
     another one for each of them; an embedding's adapter would stand on two stages."""
     for target in chosen:

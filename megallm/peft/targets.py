@@ -108,7 +108,7 @@ def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
             yield each
 
 
-def choose(
+def match_targets(
     wanted: Iterable[str], found: Iterable[Target], key: str = "peft.targets"
 ) -> list[Target]:
     """Returns the targets that the patterns mean, in model order.

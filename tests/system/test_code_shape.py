@@ -479,7 +479,6 @@ def nothing_outside(source: Source) -> Iterator[Finding]:
 # One public name, one thing. A constant is read beside its module, and the oracle names its own twin of a layer or a
 # rule as the package does; everything else that stands at the top of two modules means the same in both, as these do.
 SAME_MEANING = {"Arrays", "Batch", "Backend", "Progress", "load", "log", "main", "run"}
-SAME_MEANING |= {"Fault", "Listener", "to_yaml", "tokenizer_of"}  # to be renamed, then removed here
 
 
 def public_names(source: Source) -> Iterator[tuple[str, int]]:

@@ -24,7 +24,7 @@ class Translation:
         if flag not in self.given:
             return default
         text = (self.given[flag] or [""])[0]
-        if unfilled(text):
+        if unfilled_word(text):
             return default  # said when the flag was read
         try:
             value = float(text.replace("_", ""))
@@ -39,11 +39,11 @@ class Translation:
         return (self.given.get(flag) or [default])[0]
 
 
-def unfilled(word: str) -> bool:
+def unfilled_word(word: str) -> bool:
     """Whether a word is known only when the script runs, or is to be filled in by a person."""
     return unresolved(word) or is_placeholder(word)
 
 
-def shown(values: list[str]) -> str:
+def shown_values(values: list[str]) -> str:
     """The values of a flag as they stand behind it."""
     return "".join(f" {value}" for value in values)

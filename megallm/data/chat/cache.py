@@ -25,14 +25,14 @@ import xxhash
 
 from megallm.base import files
 from megallm.base.errors import DataError, MegallmError
-from megallm.data.chat.formats import PAIRED, Kind
+from megallm.data.chat.formats import PAIRED, RowKind
 from megallm.data.chat.rows import (
-    Counts,
     LabelledRow,
     PreferenceRow,
     PromptRow,
     RankedRow,
     Row,
+    RowCounts,
     SftRow,
 )
 from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, dtype_for
@@ -59,7 +59,7 @@ def content_hash(name: str) -> str:
     return digest.hexdigest()
 
 
-def key_of(*parts: Any) -> str:
+def cache_key(*parts: Any) -> str:
     """The name of what these JSON values decide."""
     data = json.dumps([SCHEMA, *parts], sort_keys=True).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -77,13 +77,13 @@ class Made:
 class Tokenised:
     """The rows of one file, read from their folder. Errors: DataError for one that is damaged."""
 
-    def __init__(self, folder: Path, kind: Kind) -> None:
+    def __init__(self, folder: Path, kind: RowKind) -> None:
         self.folder, self.kind = folder, kind
         try:
             found = json.loads((folder / _META).read_text(encoding="utf-8"))
             hashes: Mapping[str, str] = found["hashes"]
             self.counts, self.said, self.key = (
-                Counts(**found["counts"]),
+                RowCounts(**found["counts"]),
                 found["said"],
                 found["key"],
             )
@@ -154,7 +154,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def load_or_make(
-    cache: Path, key: str, kind: Kind, make: Callable[[Path], None], note: Callable[[str], None]
+    cache: Path, key: str, kind: RowKind, make: Callable[[Path], None], note: Callable[[str], None]
 ) -> Tokenised:
     """The rows called `key`: those in the cache, or what `make` writes into the folder that it is
     given.
@@ -191,7 +191,7 @@ class Writer:
     """Writes a folder of rows; `finish` makes it whole."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        self.folder, self.counts = folder, Counts()
+        self.folder, self.counts = folder, RowCounts()
         self._ids = IndexedWriter(folder / _PREFIX, dtype_for(vocab_size))
         names = (_TRAINED, _TABLE, _COLUMNS, _REJECTS)
         self._open = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
@@ -243,7 +243,7 @@ class Writer:
     def _write(self, name: str, data: bytes) -> int:
         return self._open[name].write(data)
 
-    def finish(self, key: str, said: str, counts: Counts) -> None:
+    def finish(self, key: str, said: str, counts: RowCounts) -> None:
         """Write what makes the folder whole."""
         self._ids.commit()
         with files.writing(self.folder):

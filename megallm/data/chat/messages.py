@@ -168,6 +168,6 @@ def options_of(value: Any) -> dict[str, Any]:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def plain(messages: Messages) -> list[dict[str, Any]]:
+def template_messages(messages: Messages) -> list[dict[str, Any]]:
     """The messages as a template sees them."""
     return [{key: item for key, item in one.items() if key != LOSS} for one in messages]

@@ -15,10 +15,10 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data.chat import cache as caches
 from megallm.data.chat.cache import Made, Tokenised, Writer
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import Kind, Reading, detect, examples
+from megallm.data.chat.formats import RowKind, RowReading, detect_format, examples
 from megallm.data.chat.messages import BadRow
 from megallm.data.chat.records import records
-from megallm.data.chat.rows import Counts, RowMaker, Rules
+from megallm.data.chat.rows import RowCounts, RowMaker, RowRules
 from megallm.data.chat.spans import Speaker
 from megallm.data.chat.template import CHATML, CHATML_STOPS, ChatTemplate, Renderer, find_template
 from megallm.data.text import tokenizer
@@ -29,7 +29,7 @@ from megallm.data.text.tokenizer import Tokenizer
 class Prepared:
     """Tokenised sources: file -> rows, and file -> weight. `notes` are lines for a person."""
 
-    kind: Kind
+    kind: RowKind
     config: ChatDataConfig
     words: Tokenizer
     template: ChatTemplate
@@ -59,24 +59,24 @@ class Prepared:
         return max(source.most_sequences for source in self.sources.values())
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> RowCounts:
         """What became of the rows of all files."""
-        total = Counts()
+        total = RowCounts()
         for source in self.sources.values():
             total.add(vars(source.counts))
         return total
 
 
-def quiet(line: str) -> None:
+def silent(line: str) -> None:
     """Tells nobody."""
 
 
 def prepare(
     config: ChatDataConfig,
-    kind: Kind,
+    kind: RowKind,
     cache: Path,
     valid: bool = False,
-    note: Callable[[str], None] = quiet,
+    note: Callable[[str], None] = silent,
 ) -> Prepared:
     """Tokenise the sources (or `valid_sources`) of a section, or find them in the folder `cache`.
 
@@ -168,7 +168,7 @@ class _Workshop:
     def __init__(
         self,
         config: ChatDataConfig,
-        kind: Kind,
+        kind: RowKind,
         words: Tokenizer,
         template: ChatTemplate,
         tell: Callable[[str], None],
@@ -180,13 +180,13 @@ class _Workshop:
             template,
             tell,
         )
-        self.reading = Reading(kind, config.strings, config.pairs)
-        self.rules = Rules(kind, config.train_on, config.seq_len, config.too_long)
+        self.reading = RowReading(kind, config.strings, config.pairs)
+        self.rules = RowRules(kind, config.train_on, config.seq_len, config.too_long)
 
     def tokenised(self, name: str, cache: Path) -> Tokenised:
         """The rows of a file. Errors: DataError."""
         template = self.template
-        key = caches.key_of(
+        key = caches.cache_key(
             caches.content_hash(name),
             self.words.fingerprint,
             self.words.template,
@@ -211,7 +211,7 @@ class _Workshop:
         return made
 
     def _make(self, name: str, key: str, folder: Path) -> None:
-        counts, said = Counts(), ""
+        counts, said = RowCounts(), ""
         with ExitStack() as stack:
             renderer = stack.enter_context(Renderer(self.template, self.config.template_date))
             ends = (
@@ -241,7 +241,7 @@ class _Workshop:
                 if record.row is None:
                     raise BadRow(record.reason)
                 if form is None:
-                    form, whole = detect(name, record.row, self.kind)
+                    form, whole = detect_format(name, record.row, self.kind)
                     said = whole.removeprefix(f"{name}: ")
                 made = examples(form, record.row, self.reading)
                 options: dict[str, Any] = dict(self.config.template_options)

@@ -20,8 +20,8 @@ from megallm.base.errors import UsageError
 from megallm.data.batches import Share, StreamReader
 from megallm.data.chat.cache import Tokenised
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import Kind
-from megallm.data.chat.prepare import Prepared, prepare, quiet
+from megallm.data.chat.formats import RowKind
+from megallm.data.chat.prepare import Prepared, prepare, silent
 from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, RankedRow, SftRow
 from megallm.data.chat.rows import Row as Example
 from megallm.data.objective import Arrays
@@ -148,7 +148,7 @@ class ChatReader(StreamReader):
         super().__init__(stream, share, first_step)
         self.prepared, self.multiple, self.epochs = prepared, multiple, None
         self._per_row = prepared.per_row
-        longest = row_length(prepared)
+        longest = packed_row_length(prepared)
         if prepared.config.packing and longest % multiple:
             raise UsageError(
                 f"data.seq_len {prepared.config.seq_len} makes packed rows of {longest} tokens, "
@@ -258,7 +258,7 @@ class ChatReader(StreamReader):
         return made
 
 
-def row_length(prepared: Prepared) -> int:
+def packed_row_length(prepared: Prepared) -> int:
     """Tokens of a packed row: there is room for every sequence of an example."""
     return prepared.config.seq_len * prepared.per_row
 
@@ -280,7 +280,7 @@ def reader_of(
     if config.seed is None:
         raise UsageError("data.seed is not given; it is the run's where nothing else is said.")
     packing = BEST_FIT if config.packing else SINGLE
-    reading = Reading(row_length(prepared), packing, config.window)
+    reading = Reading(packed_row_length(prepared), packing, config.window)
     plan = StreamPlan((StreamSegment(0, dict(prepared.weights), reading),), config.seed)
     sources = {name: ChatSource(name, one, plan) for name, one in prepared.sources.items()}
     reader = ChatReader(prepared, Stream(plan, sources, state), share, first_step, multiple)
@@ -290,7 +290,7 @@ def reader_of(
 
 def open_chat_reader(
     data: ChatDataConfig,
-    kind: Kind,
+    kind: RowKind,
     share: Share,
     cache: Path,
     first_step: int = 1,
@@ -298,4 +298,4 @@ def open_chat_reader(
     multiple: int = 1,
 ) -> ChatReader:
     """`prepare` and `reader_of` together, for the training sources."""
-    return reader_of(prepare(data, kind, cache, note=quiet), share, first_step, state, multiple)
+    return reader_of(prepare(data, kind, cache, note=silent), share, first_step, state, multiple)

@@ -70,7 +70,7 @@ Row = SftRow | PreferenceRow | RankedRow | LabelledRow | PromptRow
 
 
 @dataclass
-class Counts:
+class RowCounts:
     """What became of the rows of a file."""
 
     lines: int = 0  # rows of the file
@@ -105,7 +105,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Rules:
+class RowRules:
     """What decides how an example becomes rows."""
 
     kind: str
@@ -117,8 +117,8 @@ class Rules:
 class RowMaker:
     """Makes rows of examples; `counts` says what was cut or left out."""
 
-    def __init__(self, words: Tokenizer, speaker: Callable[[], Speaker], rules: Rules) -> None:
-        self.words, self.rules, self.counts = words, rules, Counts()
+    def __init__(self, words: Tokenizer, speaker: Callable[[], Speaker], rules: RowRules) -> None:
+        self.words, self.rules, self.counts = words, rules, RowCounts()
         self._speaker_of = speaker
         self._speaker: Speaker | None = None
         self._begin = list(words.template[0])

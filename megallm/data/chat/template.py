@@ -30,7 +30,7 @@ from megallm.data.text.tokenizer_folder import (
 )
 
 Message = Mapping[str, Any]  # {"role": ..., "content": "...", "tool_calls": [...], ...}
-Cut = tuple[int, bool]  # so many messages, and whether the assistant is to speak next
+MessagePrefix = tuple[int, bool]  # so many messages, and whether the assistant is to speak next
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
@@ -110,7 +110,7 @@ class Renderer:
     def texts(
         self,
         messages: Sequence[Message],
-        cuts: Sequence[Cut],
+        cuts: Sequence[MessagePrefix],
         tools: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> list[str]:

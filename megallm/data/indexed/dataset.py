@@ -370,7 +370,7 @@ def publish(prefix: str, prepared: Mapping[str, str]) -> None:
         files.fsync_dir(Path(prefix).parent)
 
 
-def merge(
+def merge_datasets(
     prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
     """Concatenate datasets of one dtype, in the order given; returns the counts."""

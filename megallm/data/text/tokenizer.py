@@ -19,7 +19,7 @@ import tokenizers
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import definition, native, readers, tokenizer_folder
-from megallm.data.text.sample import Sample, split_long_text
+from megallm.data.text.sample import TextSample, split_long_text
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -385,7 +385,7 @@ def train_bpe(
     output: str,
     options: readers.ReadOptions | None = None,
     special_tokens: Sequence[str] = (),
-    sample: Sample | None = None,
+    sample: TextSample | None = None,
 ) -> dict[str, Any]:
     """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can
     load.
@@ -395,7 +395,7 @@ def train_bpe(
     vocab_size, documents, text_bytes, fingerprint}: documents and bytes that were learned from.
     Errors: `UsageError` for the size, `DataError` for the files, `CannotWrite`.
     """
-    sample = sample or Sample()
+    sample = sample or TextSample()
     specials = list(dict.fromkeys((END_OF_TEXT, *special_tokens)))
     least = 256 + len(specials)
     if vocab_size < least:
