@@ -58,10 +58,10 @@ class StepObserver(StateProvider, Protocol):
     """Takes part in every update and has state of its own (`Engine.observe`)."""
 
     def begin(self, micros: int, scale: Tensor | float) -> None:
-        """Before the microbatches of a data rank, whose losses are multiplied by `scale`."""
+        """Prepare for the microbatches of a data rank, whose losses are multiplied by `scale`."""
 
     def finish(self, skipped: bool) -> dict[str, float]:
-        """After an update, its gradients still there; returns metrics."""
+        """Returns metrics after an update, its gradients still there."""
 
 
 class Engine:
@@ -107,8 +107,8 @@ class Engine:
 
     @staticmethod
     def build(config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> Engine:
-        """An engine with its initial weights, the same logical weights at every layout, bit for
-        bit.
+        """Returns an engine with its initial weights, the same logical weights at every layout, bit
+        for bit.
 
         `prepare` is called with each stage of this rank on the meta device, before buckets are
         planned: it may fill adapter slots and freeze parameters (`requires_grad_(False)`).
@@ -141,7 +141,7 @@ class Engine:
         }
 
     def num_local_params(self) -> int:
-        """Parameters of this rank's stages."""
+        """Number of parameters of this rank's stages."""
         return sum(shape.numel() for shape in self.parameters.shapes.values())
 
     def observe(self, observer: StepObserver) -> None:
@@ -198,7 +198,9 @@ class Engine:
     def evaluate(
         self, batches: Sequence[Batch], loss: Loss
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Forward only: the sum of each loss and metric over all data ranks, and its count."""
+        """Returns the sum of each loss and metric over all data ranks, and its count; forward
+        passes only.
+        """
         return self._run(batches, loss, training=False).read()
 
     def scores(
@@ -207,8 +209,8 @@ class Engine:
         wanted: Sequence[str] = ("log_prob",),
         temperature: float = 1.0,
     ) -> list[dict[str, Tensor]]:
-        """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and
-        without gradient.
+        """Returns for each microbatch its per-token scalars `[B, T]`, wide and without gradient;
+        forward passes only.
 
         Logits are divided by `temperature` before their softmax. Scalars of a vocabulary are 0
         where the mask is False. The schedule is the one of `evaluate`; the result is in the
@@ -272,8 +274,8 @@ class Engine:
     def generator(
         self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
     ) -> Iterator[Generator]:
-        """A generator on the very weights that are trained, gathered once for the whole rollout and
-        let go afterwards; its samples say how many updates the weights have seen.
+        """Yields a generator on the very weights that are trained, gathered once for the whole
+        rollout and let go afterwards; its samples say how many updates the weights have seen.
 
         `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
         ranks that divide the weights; each data rank then generates from its own requests (`mine`).
@@ -373,8 +375,8 @@ class Engine:
         return vector
 
     def timeline(self) -> Timeline | None:
-        """The last step on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over
-        the world.
+        """Returns the last step on rank 0's pipeline line, from 0 seconds; None off rank 0.
+        Collective over the world.
 
         Clocks are those of the machines: lines that span several machines are off by their
         difference.
@@ -398,29 +400,29 @@ class Engine:
     # State
 
     def masters(self) -> Iterator[Piece]:
-        """The wide master weights that this rank keeps, as boxes of logical tensors; frozen: the
-        weights.
+        """Yields the wide master weights that this rank keeps, as boxes of logical tensors; frozen:
+        the weights.
         """
         return pieces(
             self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat}
         )
 
     def gradients(self) -> Iterator[Piece]:
-        """The completed gradients that this rank keeps, after `train_step` (clipped)."""
+        """Yields the completed gradients that this rank keeps, after `train_step` (clipped)."""
         return pieces(
             self.parameters,
             {bucket.index: bucket.shard_grads for bucket in self.parameters.trainable},
         )
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything that a checkpoint remembers, as this rank's boxes of logical tensors, from all
-        providers.
+        """Yields everything that a checkpoint remembers, as this rank's boxes of logical tensors,
+        from all providers.
         """
         for provider in self.providers:
             yield from provider.state()
 
     def parts(self) -> Iterator[Part]:
-        """What this rank owns of the logical state: weights and optimizer state, as boxes of
+        """Yields what this rank owns of the logical state: weights and optimizer state, as boxes of
         logical tensors.
         """
         for held in self.state():
@@ -428,7 +430,7 @@ class Engine:
                 yield Part(held.name, held.shard.full, held.box.offset, held.tensor)
 
     def counters(self) -> dict[str, float]:
-        """What belongs to the state besides tensors; goes into a checkpoint's meta under
+        """Returns what belongs to the state besides tensors; goes into a checkpoint's meta under
         "engine".
         """
         return {"updates": self.optimizer.updates} | (
@@ -528,8 +530,8 @@ def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
-    """The holders of the first and the last stage, size 1 when nothing is shared; collective over
-    the world.
+    """Returns the holders of the first and the last stage, size 1 when nothing is shared;
+    collective over the world.
     """
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     if not tied or first == last:

@@ -27,7 +27,8 @@ class Piece(NamedTuple):
 
 
 def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterator[Piece]:
-    """The pieces in buffers that hold, by the number of a bucket, this rank's range of it."""
+    """Yields the pieces in buffers that hold, by the number of a bucket, this rank's range of it.
+    """
     mesh = parameters.mesh
     for index, flat in flats.items():
         bucket = parameters.flat[index]
@@ -54,7 +55,7 @@ class ParameterState:
         self.parameters, self.optimizer = parameters, optimizer
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything of one kind after another, in the order of the buckets."""
+        """Yields everything of one kind after another, in the order of the buckets."""
         flat = self.parameters.flat
         yield from self._tensors("", {bucket.index: bucket.weights for bucket in flat}, False)
         masters = {

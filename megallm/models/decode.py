@@ -20,7 +20,7 @@ from megallm.parallel.tensor import Linear, Norm
 
 
 def is_plain(block: Block) -> bool:
-    """Whether `plain_step` computes what the block does. To be asked anew where adapters may have
+    """Returns whether `plain_step` computes what the block does. Ask anew where adapters may have
     been switched.
     """
     attention, mlp = block.attention, block.mlp
@@ -45,7 +45,7 @@ def is_plain(block: Block) -> bool:
 
 
 def plain_step(x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache) -> Tensor:
-    """One token for each sequence, `[n, 1, D]` -> the same."""
+    """Runs one token for each sequence, `[n, 1, D]` -> the same."""
     attention, mlp = block.attention, block.mlp
     heads, size = attention.heads, attention.head_size
     rows = _norm(block.attention_norm, x)

@@ -108,8 +108,8 @@ class Pipeline:
         return run
 
     def timeline(self, run: ScheduleRun) -> list[TimedAction]:
-        """When this rank was busy, in seconds of the machine's clock; waits for messages are the
-        gaps.
+        """Returns when this rank was busy, in seconds of the machine's clock; waits for messages
+        are the gaps.
         """
         return [
             TimedAction(action, self.watch.seconds(a), self.watch.seconds(b))
@@ -184,5 +184,5 @@ class Pipeline:
 def buffer_maker(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Tensor]:
-    """A maker of receive buffers of one shape."""
+    """Returns a function that makes receive buffers of one shape."""
     return partial(torch.empty, shape, dtype=dtype, device=device)

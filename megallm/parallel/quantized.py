@@ -49,7 +49,7 @@ class QuantizedWeight:
         self.read(partial(source.read_into, name), source.info(name)[1])
 
     def read(self, read_into: ReadInto, dtype: torch.dtype = torch.float32) -> None:
-        """The same of what `read_into` gives in `dtype`."""
+        """Quantise what `read_into` gives in `dtype`."""
         full = self.shard.full[-2:]
         rows, columns = (
             (a, a + n) for a, n in zip(self.box.offset[-2:], self.box.shape[-2:], strict=True)
@@ -71,22 +71,23 @@ class QuantizedWeight:
         return sum(matrix.num_bytes for matrix in self.matrices)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The piece as the parameter would be, `(*stack, out, in)`."""
+        """Returns the piece as the parameter would be, `(*stack, out, in)`."""
         if not self.matrices:
             raise InternalError("a 4-bit weight is used before it was filled.")
         made = [matrix.dequantize(dtype) for matrix in self.matrices]
         return torch.stack(made).view(self.box.shape)
 
     def linear(self, x: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor:
-        """`x W^T + b` with these rows of each matrix, `[..., in] -> [..., stack * out]`."""
+        """Computes `x W^T + b` with these rows of each matrix, `[..., in] -> [..., stack * out]`.
+        """
         return _QuantizedLinear.apply(x, self, bias, rows)
 
     def grouped_linear(self, x: Tensor, runs: Runs) -> Tensor:
-        """`x_e W_e^T` for the rows of each expert, `[N, in] -> [N, stack * out]`."""
+        """Computes `x_e W_e^T` for the rows of each expert, `[N, in] -> [N, stack * out]`."""
         return _QuantizedGroupedLinear.apply(x, self, runs)
 
     def rows(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
-        """`(stack * out, in)` of these rows of each matrix."""
+        """Returns `(stack * out, in)` of these rows of each matrix."""
         whole = self.dequantize(dtype)
         return (whole if rows is None else whole[..., rows, :]).flatten(0, -2)
 

@@ -48,7 +48,7 @@ class Box:
         return prod(self.shape)
 
     def intersect(self, other: Box) -> Box | None:
-        """The common box, or None when nothing is shared."""
+        """Returns the common box, or None when nothing is shared."""
         begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         end = tuple(
             min(a + n, b + m)
@@ -59,7 +59,9 @@ class Box:
         return Box(begin, tuple(e - b for b, e in zip(begin, end, strict=True)))
 
     def slices(self, inside: Box | None = None) -> tuple[slice, ...]:
-        """Slices of this box, counted from the origin of `inside` (default: the logical tensor)."""
+        """Returns slices of this box, counted from the origin of `inside` (default: the logical
+        tensor).
+        """
         origin = inside.offset if inside else (0,) * len(self.offset)
         return tuple(
             slice(o - s, o - s + n) for o, n, s in zip(self.offset, self.shape, origin, strict=True)
@@ -67,8 +69,8 @@ class Box:
 
 
 def piece(total: int, size: int, rank: int) -> tuple[int, int]:
-    """The half-open range of `total` items that `rank` of `size` holds; the first pieces are longer
-    by one.
+    """Returns the half-open range of `total` items that `rank` of `size` holds; the first pieces
+    are longer by one.
     """
     base, extra = divmod(total, size)
     begin = rank * base + min(rank, extra)
@@ -98,7 +100,7 @@ class Shard:
         return "ep" in self.split.values()
 
     def box(self, layout: Layout, coords: Mapping[str, int]) -> Box:
-        """The piece of the logical tensor that the rank at `coords` holds."""
+        """Returns the piece of the logical tensor that the rank at `coords` holds."""
         offset, shape = [], []
         for dim, total in enumerate(self.full):
             axis = self.split.get(dim)
@@ -110,7 +112,7 @@ class Shard:
         return Box(tuple(offset), tuple(shape))
 
     def owned(self, coords: Mapping[str, int], first_stage: bool = True) -> bool:
-        """Whether this rank is the one owner of its piece: coordinate 0 on every axis that
+        """Returns whether this rank is the one owner of its piece: coordinate 0 on every axis that
         replicates it.
 
         `first_stage` is False on the later holders of a tied parameter; pp itself never replicates.

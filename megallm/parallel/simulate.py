@@ -20,7 +20,7 @@ class Cost:
     message: float = 0.0
 
     def of(self, action: Action, split: bool) -> float:
-        """Time of an action, in a plan that splits backward passes or not."""
+        """Returns the time of an action, in a plan that splits backward passes or not."""
         if action.op == FORWARD:
             return self.forward
         if action.op == WEIGHT:
@@ -125,8 +125,8 @@ def _check_finished(
 
 
 def peak_live(plan: Plan) -> int:
-    """The most (micro, stage) pairs between their forward and the action that lets go of their
-    activations.
+    """Returns the largest number of (micro, stage) pairs between their forward and the action that
+    lets go of their activations.
 
     Nothing is kept for a backward pass that the plan does not have.
     """
