@@ -422,7 +422,7 @@ class Stage(ShardedModule):
         """
         virtual = self.virtual(None)
         if virtual is not None:
-            positions = positions + virtual.check_decoding().count
+            positions, inputs = positions + virtual.check_decoding().count, None
         if self.span.first:
             x = self.embed(tokens, positions)
         if inputs is None:

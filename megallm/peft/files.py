@@ -31,9 +31,11 @@ from megallm.peft.sources import TensorSource, read_whole
 from megallm.peft.targets import Target, find_targets, match_targets, named
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 def adapter_shapes(config: PeftConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the full shapes of what the configuration trains, by logical name: its adapter, and
-    the modules of the base in `modules_to_save`."""
+    """Returns the full shapes of what is trained, by logical name: the adapter, and the
+    modules of the base in `modules_to_save`."""
     stage = whole_stage(model, Mesh.single("meta"))
     prepare_adapters(config, model)(stage)
     saved = {name: shard.full for name, param, shard in named_shards(stage) if param.requires_grad}

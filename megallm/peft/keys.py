@@ -54,9 +54,8 @@ class KeyPlan:
 
 
 def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> KeyPlan:
-    """Returns the plan for the tensors `ours` of the adapter called `name`, and for what of the
-    base is among them. Raises InternalError for a tensor that the family's files have no place
-    for."""
+    """Returns the plan for the tensors `ours` of the adapter `name`, and for what of the base
+    is among them. Raises InternalError for a tensor that the family's files have no place for."""
     rules, modules = [], {}
     shapes, blocks = dict(ours), {}
     for each in weight_rules(model):

@@ -78,8 +78,7 @@ def _merged(name: str, module: Adaptable) -> Tensor:
     if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
         raise UsageError(
             f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
-            "can "
-            "be merged. Export it as a folder of PEFT's instead."
+            "can be merged. Export it as a folder of PEFT's instead."
         )
     if isinstance(module, Linear) and module.quantized is not None:
         raise UsageError(

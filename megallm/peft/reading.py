@@ -41,8 +41,7 @@ KNOWN = frozenset((
     "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora",
     "use_rslora",
 ))  # fmt: skip
-# Starts that change the base, unless the adapter was saved for the unchanged one; the file does not
-# tell.
+# Starts that change the base, unless the adapter was saved for the unchanged one: no file tells.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -136,8 +135,7 @@ def _check_settings(raw: Mapping[str, Any], folder: Path) -> None:
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         problems.append(
             f"init_lora_weights is {start!r}, which changes the base (PEFT's "
-            "`save_pretrained(..., path_initial_model_for_weight_conversion=X)` makes it plain "
-            "LoRA)"
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=X)` makes it LoRA)"
         )
     if problems:
         raise UsageError(f"{folder / CONFIG}: {'; '.join(problems)}: it would be another model.")
@@ -274,9 +272,7 @@ def _theirs(
     return found
 
 
-def _ours(
-    bridge: Bridge, theirs: Mapping[str, Tensor], name: str, full: tuple[int, ...]
-) -> Tensor:
+def _ours(bridge: Bridge, theirs: Mapping[str, Tensor], name: str, full: tuple[int, ...]) -> Tensor:
     """One of our tensors, made of theirs."""
     first = theirs[bridge.by_ours[name][0].theirs]
     whole = torch.empty(full, dtype=first.dtype)
