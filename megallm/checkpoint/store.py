@@ -94,7 +94,7 @@ class RetentionPolicy:
 
 
 def weights_only(name: str) -> bool:
-    """The tensors that a model is made of, without the optimizer's."""
+    """Returns the tensors that a model is made of, without the optimizer's."""
     return not name.startswith("optim.")
 
 

@@ -69,8 +69,8 @@ def _all(name: str) -> bool:
 
 
 def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All steps, oldest first: step, path, bytes, valid, problem (None when valid), pinned. Hashes
-    are not read.
+    """Returns all steps, oldest first: step, path, bytes, valid, problem (None when valid), pinned.
+    Hashes are not read.
     """
     if not Path(source).is_dir():
         raise CheckpointError(f"{source} is not a folder; give a run folder.")
@@ -95,8 +95,8 @@ def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def show_step(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """One step: step, path, bytes, files, meta, and tensors as rows of name, full, dtype, pieces,
-    bytes.
+    """Returns one step: step, path, bytes, files, meta, and tensors as rows of name, full, dtype,
+    pieces, bytes.
     """
     folder = resolve_step(source)
     manifest = load_manifest(folder)

@@ -181,7 +181,7 @@ def group_of(first: str) -> list[str]:
 
 
 def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
-    """`~/x` as the home folder in every argument that is no text: shells leave it alone in
+    """Returns `~/x` as the home folder in every argument that is no text: shells leave it alone in
     `--output=~/x`.
     """
     for name, value in vars(args).items():

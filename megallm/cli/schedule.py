@@ -113,7 +113,9 @@ def _simulate(args: argparse.Namespace, placement: Placement, cost: Cost) -> Tim
 
 
 def parse_cost(text: str) -> Cost:
-    """`F=1,B=2` as a Cost; what is not named keeps its default. UsageError for anything else."""
+    """Returns `F=1,B=2` as a Cost; what is not named keeps its default. UsageError for anything
+    else.
+    """
     values: dict[str, float] = {}
     for item in filter(None, text.split(",")):
         name, equals, number = item.partition("=")
@@ -136,7 +138,7 @@ def parse_cost(text: str) -> Cost:
 
 
 def title(args: argparse.Namespace, placement: Placement, timeline: Timeline) -> str:
-    """One line that says what was simulated and what came out."""
+    """Returns one line that says what was simulated and what came out."""
     chunks = f", {placement.chunks} chunks" if placement.chunks > 1 else ""
     return (
         f"{args.kind}: {placement.pp} ranks{chunks}, {args.micros} microbatches; "

@@ -145,8 +145,8 @@ def check_output(output: Path, source: str, overwrite: bool) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that is synced and takes its name when the block ends
-    well, else vanishes.
+    """Yields a temporary folder beside `output` that is synced and takes its name when the block
+    ends well, else vanishes.
     """
     temporary = temporary_name(output.absolute())
     with writing(output):
@@ -202,8 +202,8 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
 def write_weights(
     folder: Path, bridge: Bridge, source: WeightSource, dtype: torch.dtype, max_shard_bytes: int
 ) -> int:
-    """All tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an index
-    when there are more.
+    """Returns all tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an
+    index when there are more.
 
     Beside what the source holds, one block of at most MAX_PIECE_BYTES is in memory. Returns the
     bytes of the data.

@@ -13,8 +13,8 @@ _LAYER, _OURS = "model.layers.{n}.", "layers.{n}."
 
 
 def experts(theirs: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...]:
-    """Experts one by one, in a module called `theirs` of the layer, with these names of the three
-    matrices.
+    """Returns experts one by one, in a module called `theirs` of the layer, with these names of the
+    three matrices.
     """
     one, ours = f"{_LAYER}{theirs}.experts.{{x}}.", f"{_OURS}moe.experts."
     return (
@@ -25,7 +25,7 @@ def experts(theirs: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...
 
 
 def stacked(theirs: str) -> tuple[WeightRule, ...]:
-    """All experts of a layer in two tensors."""
+    """Returns all experts of a layer in two tensors."""
     both, ours = f"{_LAYER}{theirs}.experts.", f"{_OURS}moe.experts."
     return (
         rule(

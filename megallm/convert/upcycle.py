@@ -76,8 +76,8 @@ class Upcycled:
         return sorted([*self.shards, *self.state])
 
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Full shape and dtype; what the dense model lacks has that of its embedding, and state is
-        float32.
+        """Returns full shape and dtype; what the dense model lacks has that of its embedding, and
+        state is float32.
         """
         if name in self.state:
             return self.state[name], torch.float32

@@ -87,7 +87,7 @@ def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:
-    """All layers of the model in one stage, with parameters on the meta device."""
+    """Returns all layers of the model in one stage, with parameters on the meta device."""
     return Stage(model, mesh, StageSpan(0, model.num_layers, True, True))
 
 
@@ -258,8 +258,8 @@ class HfReader:
         return torch.frombuffer(data, dtype=dtype).to(torch.float64)
 
     def check_copies(self, sample: bool = False) -> None:
-        """Tensors that repeat others hold the same numbers (in their first and last rows). Errors:
-        CheckpointError.
+        """Check that tensors that repeat others hold the same numbers (in their first and last
+        rows). Errors: CheckpointError.
         """
         for name in sorted(self.bridge.copies & self.entries.keys()):
             (link,), entry = self.bridge.by_theirs[name], self.entries[name]
@@ -301,7 +301,7 @@ class HfReader:
         return sorted(self.bridge.ours)
 
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Full logical shape, and the dtype of the first stored piece."""
+        """Returns full logical shape, and the dtype of the first stored piece."""
         if name not in self.bridge.ours:
             raise CheckpointError(f"{self.folder} holds no tensor for {name}.")
         return self.bridge.ours[name], HF_DTYPES[

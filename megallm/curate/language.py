@@ -74,7 +74,9 @@ class Language:
         self._predict = _native(path) or _library(path)
 
     def identify(self, text: str) -> tuple[str, float]:
-        """(code, confidence) of a text; of a long one a few windows spread over it are read."""
+        """Returns (code, confidence) of a text; of a long one a few windows spread over it are
+        read.
+        """
         found = self._predict(as_trained(sample_windows(text, self.config.sample_chars)))
         return (found[0].removeprefix(_LABEL), min(found[1], 1.0)) if found else ("und", 0.0)
 
@@ -108,8 +110,8 @@ def as_trained(text: str) -> str:
 
 
 def sample_windows(text: str, size: int) -> str:
-    """At most `size` characters: a short text whole, otherwise windows spread evenly, each begun at
-    a word.
+    """Returns at most `size` characters: a short text whole, otherwise windows spread evenly, each
+    begun at a word.
     """
     if len(text) <= size:
         return text

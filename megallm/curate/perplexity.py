@@ -24,8 +24,8 @@ Scorer = Callable[[list[str]], Sequence[float]]
 
 
 def ngram_scorer(path: str) -> Scorer:
-    """Perplexity per word (the end of each line counts as one) of texts; 1 for a text without
-    words.
+    """Returns perplexity per word (the end of each line counts as one) of texts; 1 for a text
+    without words.
 
     kenlm reads ARPA and its own binary files; without kenlm ARPA files are read in Python.
     """

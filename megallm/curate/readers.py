@@ -105,7 +105,7 @@ def _check_file(name: str, config: InputConfig) -> None:
 
 
 def file_kind(name: str, config: InputConfig) -> str:
-    """`jsonl` (and Parquet), `html` or `text`."""
+    """Returns `jsonl` (and Parquet), `html` or `text`."""
     if config.format != "auto":
         return config.format
     suffix = readers.suffix_of(name)
@@ -181,8 +181,8 @@ def _count_lines(chunk: readers.Chunk) -> int:
 
 
 def parse_unit(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
-    """Documents and rejected lines of a unit, in order; ids are made of file and line unless there
-    is `id_key`.
+    """Yields documents and rejected lines of a unit, in order; ids are made of file and line unless
+    there is `id_key`.
     """
     if unit.kind == "damaged":
         yield Reject(unit.file, unit.line, unit.reason, whole=True)

@@ -31,7 +31,7 @@ class BlockPool:
         return block
 
     def share(self, blocks: Iterable[int]) -> list[int]:
-        """A further holder's table of blocks that are held already."""
+        """Returns a further holder's table of blocks that are held already."""
         table = list(blocks)
         for block in table:
             self.holders[block] += 1

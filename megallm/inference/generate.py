@@ -56,7 +56,7 @@ class Loaded:
     def request(
         self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()
     ) -> Request:
-        """One text to continue as the request says, which also ends before any of `stops`.
+        """Returns one text to continue as the request says, which also ends before any of `stops`.
 
         Errors: DataError for a token that the model has no row for: the tokenizer is another
         model's.
@@ -129,7 +129,7 @@ def _collect(rows: dict[int, OutputRow], mesh: Mesh) -> dict[int, OutputRow]:
 
 
 def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
-    """The model of `request.model` at this mesh's layout; each rank reads its own pieces.
+    """Returns the model of `request.model` at this mesh's layout; each rank reads its own pieces.
     Collective over the world.
     """
     with open_model(request.model, mesh) as reader:
@@ -176,7 +176,7 @@ def _check_model(model: ModelConfig, tp: int) -> None:
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:
-    """The request's part that chooses tokens."""
+    """Returns the request's part that chooses tokens."""
     return Sampling(
         request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed,
         request.repetition_penalty,
@@ -184,8 +184,8 @@ def sampling_of(request: GenerateRequest) -> Sampling:
 
 
 def row_of(prompt: str, answer: Answer) -> OutputRow:
-    """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that
-    ended it.
+    """Returns the JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also
+    those that ended it.
     """
     return {
         "prompt": prompt,
@@ -197,8 +197,8 @@ def row_of(prompt: str, answer: Answer) -> OutputRow:
 
 
 def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfReader:
-    """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
-    world.
+    """Returns the weights of a run folder, a step folder or a Hugging Face folder. Collective over
+    the world.
     """
     return (
         HfReader(model)
@@ -208,7 +208,8 @@ def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfRea
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
-    """The checkpoint that a run folder or a step folder stands for; UsageError when there is none.
+    """Returns the checkpoint that a run folder or a step folder stands for; UsageError when there
+    is none.
 
     Of a run folder it is the newest whose weights are whole; what is passed over is logged.
     Collective over the world.
@@ -242,8 +243,8 @@ def model_config(reader: CheckpointReader | HfReader) -> ModelConfig:
 def find_tokenizer(
     reader: CheckpointReader | HfReader, given: str | None = None
 ) -> tuple[str, Path | None]:
-    """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
-    the model's folder.
+    """Returns (tokenizer, folder of what else is known about texts): given, kept in the run folder,
+    or of the model's folder.
 
     Bytes only where the metadata say so. Errors: DataError when no tokenizer is known.
     """
@@ -277,8 +278,9 @@ def _home(reader: CheckpointReader | HfReader) -> Path:
 def end_tokens(
     words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()
 ) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id`
-    of the generation_config.json, else of the config.json, that came with the model."""
+    """Returns ids that end a text: the tokenizer's own, that which closes its template, and
+    `eos_token_id` of the generation_config.json, else of the config.json, that came with the model.
+    """
     named = [] if folder is None else end_ids(folder)
     try:
         return frozenset([*named, *closing, words.eod])

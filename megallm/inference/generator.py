@@ -116,7 +116,7 @@ class Generator:
             )
 
     def blocks_each(self, rows: int, longest: int) -> int:
-        """Blocks of one group of `rows` sequences."""
+        """Returns blocks of one group of `rows` sequences."""
         if self.blocks is not None:
             return self.blocks // self.rotation.num_groups
         return rows * blocks_of(longest)
@@ -191,7 +191,9 @@ class Rollout:
         return rope_tables(positions, config.rope_size, config.rope_theta, dtype, scaling)
 
     def run(self) -> None:
-        """Tick by tick, this rank's part of the operations in their order, until all have ended."""
+        """Run, tick by tick, this rank's part of the operations in their order, until all have
+        ended.
+        """
         doing = {BEGIN: self._begin, RUN: self._run, SEND: self._send}
         for tick in count():
             for operation in self.rotation.operations(tick):

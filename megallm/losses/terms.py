@@ -43,7 +43,7 @@ class Loss(Protocol):
         ...
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each term is divided by, of one microbatch, known before its forward pass.
+        """Returns what each term is divided by, of one microbatch, known before its forward pass.
 
         Whole numbers or, with soft weights, floats; 0 where nothing counts.
         """

@@ -29,7 +29,7 @@ LEVELS = (
 
 @cache
 def pair_table(device: torch.device) -> Tensor:
-    """Float32 `[256, 2]`: the levels of the high and of the low half of a byte."""
+    """Returns float32 `[256, 2]`: the levels of the high and of the low half of a byte."""
     levels = torch.tensor(LEVELS, dtype=torch.float32)
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
     return pairs.to(device)
@@ -37,7 +37,9 @@ def pair_table(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_table(device: torch.device) -> Tensor:
-    """Float32 `[256]`, rising: seven decades, each with twice as many steps as the one below."""
+    """Returns float32 `[256]`, rising: seven decades, each with twice as many steps as the one
+    below.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -47,8 +49,8 @@ def dynamic_table(device: torch.device) -> Tensor:
 
 
 def nearest_codes(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The code `uint8 [n]` of each of `[n]` float32 values, and the largest magnitude of each block
-    `[n / block]`.
+    """Returns the code `uint8 [n]` of each of `[n]` float32 values, and the largest magnitude of
+    each block `[n / block]`.
     """
     blocks = F.pad(values, (0, -len(values) % block)).view(-1, block)
     largest = blocks.abs().amax(1)
@@ -128,7 +130,7 @@ class Nf4:
         return sum(x.numel() * x.element_size() for x in stored)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The piece in `dtype`, computed in float32."""
+        """Returns the piece in `dtype`, computed in float32."""
         piece, device = self.piece, self.codes.device
         blocks = _blocks(piece, device)
         stored = blocks if piece.is_aligned else torch.arange(len(self.scales), device=device)

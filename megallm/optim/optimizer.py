@@ -76,7 +76,7 @@ class Optimizer:
         self.count.fill_(count)
 
     def state(self) -> Iterator[StateTensor]:
-        """The state that has a Shard of its own; what is shaped like the parameters lies in
+        """Yields the state that has a Shard of its own; what is shaped like the parameters lies in
         `states`.
         """
         if self.adafactor is not None:

@@ -72,7 +72,7 @@ class Deadlock(InternalError):
 
 
 def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) -> Timeline:
-    """Play the plans of all ranks; raises Deadlock when they block one another."""
+    """Simulate the plans of all ranks; raises Deadlock when they block one another."""
     cost = cost or Cost()
     split = [any(action.op == WEIGHT for action in plan) for plan in plans]
     ended: dict[Action, float] = {}

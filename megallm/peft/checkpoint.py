@@ -96,8 +96,9 @@ def check_base(base: Any, where: str, mesh: Mesh | None = None) -> Path:
 
 @contextmanager
 def open_base(folder: Path, model: ModelConfig) -> Iterator[WeightSource]:
-    """The weights of a base by logical name, whatever folder they are in; `model` is what is
-    trained."""
+    """Yields the weights of a base by logical name, whatever folder they are in; `model` is what is
+    trained.
+    """
     if is_model_folder(folder):
         with HfReader(folder, model) as source:
             yield source

@@ -82,8 +82,9 @@ def prepare_adapters(config: PeftConfig, model: ModelConfig, seed: int = 0) -> P
 def prepare_all(
     configs: Sequence[PeftConfig], model: ModelConfig, seed: int = 0, frozen: Collection[str] = ()
 ) -> Prepare:
-    """The same with several adapters at once, of different names; those named in `frozen` are never
-    trained. All are in use until `reference.using` says otherwise."""
+    """Returns the same with several adapters at once, of different names; those named in `frozen`
+    are never trained. All are in use until `reference.using` says otherwise.
+    """
     raise_problems([problem for config in configs for problem in config.problems()])
     wanted = [config for config in configs if config.method != "none"]
     injections = [plan_injection(config, model, seed) for config in wanted]

@@ -71,7 +71,7 @@ class LowRank(ShardedModule):
             self.add_parameter(MAGNITUDE, record)
 
     def low_rank(self, x: Tensor, rows: slice | None) -> Tensor:
-        """`s B A x`, `[..., in] -> [..., out]`, of these rows."""
+        """Computes `s B A x`, `[..., in] -> [..., out]`, of these rows."""
         queue, dropout = self.weight_grads, self.options.dropout
         x = x if dropout is None else dropout(x, self)
         b = rows_of(self.lora_B, rows)
@@ -87,13 +87,14 @@ class LowRank(ShardedModule):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """`s B A` of this rank's piece of the matrix, wide."""
+        """Computes `s B A` of this rank's piece of the matrix, wide."""
         return wide(self.lora_B) @ wide(self.lora_A) * self.options.scale
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The length of each row of `W + s B A` over the whole input, `(out,)` as the weights are;
-        collective over tp where that divides the input. No gradient (section 4.3 of the paper).
+        """Returns the length of each row of `W + s B A` over the whole input, `(out,)` as the
+        weights are; collective over tp where that divides the input. No gradient (section 4.3 of
+        the paper).
         """
         weight = self.base[0].matrix
         return self._lengths(wide(weight.view(-1, *weight.shape[-2:])[self.member]) + self.delta())
@@ -106,7 +107,7 @@ class LowRank(ShardedModule):
 
     @torch.no_grad()
     def starts(self) -> dict[str, Tensor]:
-        """This rank's pieces of what starts from the base's weights, by parameter."""
+        """Returns this rank's pieces of what starts from the base's weights, by parameter."""
         return {MAGNITUDE: self.norm()} if self.options.dora else {}
 
     @torch.no_grad()
@@ -118,7 +119,9 @@ class LowRank(ShardedModule):
 
 
 def rows_of(values: Tensor, rows: slice | None) -> Tensor:
-    """What a rank uses of the rows that it holds: some, where keys and values are replicated."""
+    """Returns what a rank uses of the rows that it holds: some, where keys and values are
+    replicated.
+    """
     return values if rows is None else values[rows]
 
 
@@ -227,13 +230,13 @@ class LowRankHead(ShardedModule):
         self.add_parameter(B, Shard((vocab, options.dim), {0: "tp"}, (), constant(0.0)))
 
     def features(self, x: Tensor) -> Tensor:
-        """`s A x`, `[..., D] -> [..., r]`."""
+        """Returns `s A x`, `[..., D] -> [..., r]`."""
         dropout = self.options.dropout
         x = x if dropout is None else dropout(x, self)
         return linear(x, self.lora_A, None, self.weight_grads) * self.options.scale
 
     def columns(self) -> Tensor:
-        """What stands beside this rank's rows of the matrix, `(V/tp, r)`."""
+        """Returns what stands beside this rank's rows of the matrix, `(V/tp, r)`."""
         return self.lora_B
 
     @torch.no_grad()

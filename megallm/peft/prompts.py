@@ -86,12 +86,13 @@ class Prompt(ShardedModule):
         self.add_parameter(name, Shard(full, {}, partial, start, False))
 
     def table(self) -> Tensor:
-        """`[P, D]`."""
+        """Returns the table of virtual tokens `[P, D]`."""
         return self.embedding
 
     def forward(self, numbers: Tensor, y: Tensor) -> Tensor:
-        """Hidden states `[B, t, D]` with virtual tokens in place where `numbers` `[B, t]` has
-        one."""
+        """Returns hidden states `[B, t, D]` with virtual tokens in place where `numbers` `[B, t]`
+        has one.
+        """
         rows = F.embedding(numbers.clamp(min=0), self.table())
         return torch.where(numbers[..., None] >= 0, rows.to(y.dtype), y)
 

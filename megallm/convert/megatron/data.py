@@ -24,7 +24,7 @@ SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "SentencePieceTokenizer", "GPTSentence
 
 
 def sources_of(words: Sequence[str]) -> Sources:
-    """Prefix -> weight of the words of `--data-path`, or None where they hold none.
+    """Returns prefix -> weight of the words of `--data-path`, or None where they hold none.
 
     As Megatron-LM's `get_blend_from_list`: an odd number of words are prefixes; else every other
     word is a weight if Python reads it as a number. What it stops at, or reads in a way that nobody
@@ -72,12 +72,12 @@ def _number(word: str) -> float | None:
 
 
 def words_of_file(path: str) -> list[str]:
-    """The words of a file for `--data-args-path`. Errors: `UsageError`, a clause."""
+    """Returns the words of a file for `--data-args-path`. Errors: `UsageError`, a clause."""
     return _read(path).split()
 
 
 def splits_of_file(path: str) -> dict[str, list[str]]:
-    """The words of each split in a JSON file for `--per-split-data-args-path`.
+    """Returns the words of each split in a JSON file for `--per-split-data-args-path`.
 
     Errors: `UsageError`, a clause.
     """
@@ -114,7 +114,7 @@ def _read(path: str) -> str:
 
 
 def megatron_tokenizer(kind: str, given: Mapping[str, str]) -> str | None:
-    """What `data.tokenizer` is for `--tokenizer-type` and the flags beside it.
+    """Returns what `data.tokenizer` is for `--tokenizer-type` and the flags beside it.
 
     None without a type, and for NullTokenizer, whose data has no text. Errors: `UsageError`.
     """
@@ -183,7 +183,7 @@ _APART = {"train": "--train-data-path", "valid": "--valid-data-path", "test": "-
 
 
 def translate_data(found: Translation) -> None:
-    """The sources: one blend that `--split` divides, or a blend for each split."""
+    """Translate the sources: one blend that `--split` divides, or a blend for each split."""
     flags = [
         flag
         for flag in (*_WHOLE, *_APART.values(), "--per-split-data-args-path")
@@ -262,7 +262,7 @@ def _set_sources(found: Translation, key: str, sources: Sources, blended: bool) 
 
 
 def translate_tokenizer(found: Translation) -> None:
-    """`data.tokenizer` of the type of a tokenizer and the files that belong to it."""
+    """Set `data.tokenizer` to that of the type of a tokenizer and the files that belong to it."""
     flags = ("--tokenizer-model", "--vocab-file", "--merge-file")
     given = {flag: found.text(flag) for flag in flags}
     if any(unfilled_word(text) for text in given.values()):

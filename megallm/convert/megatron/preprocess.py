@@ -14,7 +14,7 @@ _WANTED = "give --tokenizer-model FOLDER with a Hugging Face tokenizer.json, or 
 
 
 def preprocess_tokenizer(given: Mapping[str, Any], folder: Path) -> str:
-    """What `megallm preprocess --tokenizer` is for the parsed flags.
+    """Returns what `megallm preprocess --tokenizer` is for the parsed flags.
 
     Files that megallm does not read as they are become a tokenizer in `folder`. Without a type they
     say what they are. Errors: `UsageError`, `DataError` for the files, `CannotWrite`.

@@ -22,7 +22,9 @@ from megallm.ops.low_precision import RECIPES
 
 
 def translate(source: str, name: str) -> Translation:
-    """What the words of a script (or the flags themselves) become. Errors: UsageError without any flag."""
+    """Returns what the words of a script (or the flags themselves) become. Errors: UsageError
+    without any flag.
+    """
     shell = read_script(source, name)
     program, words = _arguments(shell)
     found = Translation(given=_flags(words))
@@ -368,7 +370,7 @@ def _saving(found: Translation) -> None:
 
 
 def translation_yaml(found: Translation, name: str) -> str:
-    """The configuration, with what could not be mapped as comments above it."""
+    """Returns the configuration, with what could not be mapped as comments above it."""
     tree: dict[str, Any] = {}
     for key, value in found.config.items():
         *sections, last = key.split(".")
@@ -389,7 +391,7 @@ TABLE: dict[str, Flag] = {name: row for row in FLAGS for name in row.names}
 
 
 def markdown() -> str:
-    """The table of docs/from_megatron.md."""
+    """Returns the table of docs/from_megatron.md."""
     lines = ["| Megatron-LM | megallm | note |", "|---|---|---|"]
     for row in FLAGS:
         names = ", ".join(f"`{name}`" for name in row.names)

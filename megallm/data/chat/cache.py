@@ -48,7 +48,7 @@ _ROW = np.dtype([
 
 
 def content_hash(name: str) -> str:
-    """The hash of a file's bytes. Errors: DataError."""
+    """Returns the hash of a file's bytes. Errors: DataError."""
     digest = xxhash.xxh3_128()
     try:
         with open(name, "rb") as file:
@@ -60,7 +60,7 @@ def content_hash(name: str) -> str:
 
 
 def cache_key(*parts: Any) -> str:
-    """The name of what these JSON values decide."""
+    """Returns the name of what these JSON values decide."""
     data = json.dumps([SCHEMA, *parts], sort_keys=True).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -98,7 +98,7 @@ class Tokenised:
 
     @cached_property
     def data(self) -> IndexedDataset:
-        """The ids."""
+        """Returns the ids."""
         return IndexedDataset(self.prefix)
 
     @property
@@ -115,14 +115,14 @@ class Tokenised:
         return int(np.diff(self.data.document_indices).max(initial=1))
 
     def rejects(self) -> Iterator[tuple[int, str]]:
-        """(line, reason) of the rows that could not be used."""
+        """Yields (line, reason) of the rows that could not be used."""
         with open(self.folder / _REJECTS, encoding="utf-8") as lines:
             for line in lines:
                 found = json.loads(line)
                 yield found["line"], found["reason"]
 
     def row(self, number: int) -> Row:
-        """A row of the file, as it was made."""
+        """Returns a row of the file, as it was made."""
         about = self.table[number]
         first, end = self.data.document_indices[number : number + 2].tolist()
         sequences = [self._sequence(i) for i in range(first, end)]
@@ -156,8 +156,8 @@ def _mapped(path: Path) -> np.ndarray:
 def load_or_make(
     cache: Path, key: str, kind: RowKind, make: Callable[[Path], None], note: Callable[[str], None]
 ) -> Tokenised:
-    """The rows called `key`: those in the cache, or what `make` writes into the folder that it is
-    given.
+    """Returns the rows called `key`: those in the cache, or what `make` writes into the folder that
+    it is given.
 
     Several processes may do so at once: each makes a folder of its own, and the first stays.
     """

@@ -39,7 +39,7 @@ class ChatDataConfig:
         return list(dict.fromkeys([*self.sources, *self.valid_sources]))
 
     def faults(self) -> Iterator[str]:
-        """Sentences about what is wrong with the section itself."""
+        """Yields sentences about what is wrong with the section itself."""
         if not self.sources:
             yield (
                 "data.sources is empty: name at least one file, such as "

@@ -83,7 +83,7 @@ class RowFormat:
     build: Builder
 
     def missing(self, row: RawRow) -> list[str]:
-        """The needed columns that a row does not have, or has empty."""
+        """Returns the needed columns that a row does not have, or has empty."""
         return [
             names
             for names in self.needed
@@ -269,7 +269,7 @@ _ACCEPTED: dict[str, tuple[str, ...]] = {
 
 
 def detect_format(name: str, row: RawRow, kind: RowKind) -> tuple[RowFormat, str]:
-    """The format of the rows of file `name`, whose first is `row`, and a line that says so.
+    """Returns the format of the rows of file `name`, whose first is `row`, and a line that says so.
 
     Errors: DataError when the columns are none that we know, or hold nothing of this kind.
     """
@@ -301,7 +301,7 @@ def detect_format(name: str, row: RawRow, kind: RowKind) -> tuple[RowFormat, str
 
 
 def number_of(value: Any, what: str) -> float:
-    """A finite number, also where CSV keeps it as text."""
+    """Returns a finite number, also where CSV keeps it as text."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
@@ -324,7 +324,7 @@ def _label(value: Any, kind: RowKind) -> float:
 
 
 def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]:
-    """The examples of a row. Errors: BadRow."""
+    """Returns the examples of a row. Errors: BadRow."""
     lost = form.missing(row)
     if lost:
         raise BadRow(

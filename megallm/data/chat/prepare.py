@@ -107,7 +107,8 @@ def prepare(
 
 
 def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate, str]:
-    """The template that the section names, and a line that says which. Errors: DataError."""
+    """Returns the template that the section names, and a line that says which. Errors: DataError.
+    """
     spec = Path(config.tokenizer)
     found = find_template(
         spec if spec.is_dir() else spec.parent if spec.is_file() else None, words.special_texts
@@ -184,7 +185,7 @@ class _Workshop:
         self.rules = RowRules(kind, config.train_on, config.seq_len, config.too_long)
 
     def tokenised(self, name: str, cache: Path) -> Tokenised:
-        """The rows of a file. Errors: DataError."""
+        """Returns the rows of a file. Errors: DataError."""
         template = self.template
         key = caches.cache_key(
             caches.content_hash(name),

@@ -19,7 +19,7 @@ TextPiece = tuple[str, bool]  # a text, and whether its tokens are trained
 
 
 def text_pieces(row: SftRow, words: Tokenizer) -> list[TextPiece]:
-    """The text of a sequence, cut where trained tokens begin and end.
+    """Returns the text of a sequence, cut where trained tokens begin and end.
 
     The first token of a sequence has nothing before it and is never predicted.
     """
@@ -32,7 +32,7 @@ def text_pieces(row: SftRow, words: Tokenizer) -> list[TextPiece]:
 
 
 def lines(row: Row, words: Tokenizer) -> Iterator[tuple[str, list[TextPiece]]]:
-    """(what it is, its pieces) of each sequence of a row."""
+    """Yields (what it is, its pieces) of each sequence of a row."""
     if isinstance(row, PreferenceRow):
         more = f", margin {row.margin:g}" if row.margin else ""
         yield f"chosen ({_sizes(row.chosen)}{more})", text_pieces(row.chosen, words)
@@ -55,7 +55,7 @@ def _sizes(row: SftRow) -> str:
 
 
 def preview(row: Row, words: Tokenizer) -> str:
-    """A row as plain text, its trained tokens in double brackets."""
+    """Returns a row as plain text, its trained tokens in double brackets."""
     return "\n".join(
         f"--- {said}\n"
         + "".join(f"{BEGIN}{text}{END}" if trained else text for text, trained in found)
@@ -64,7 +64,7 @@ def preview(row: Row, words: Tokenizer) -> str:
 
 
 def first_rows(sources: Mapping[str, Tokenised], words: Tokenizer, count: int = 3) -> str:
-    """The first rows of every source as plain text: what RUN/first_rows.txt holds."""
+    """Returns the first rows of every source as plain text: what RUN/first_rows.txt holds."""
     parts = [
         f"{name}, line {int(one.table[number]['line'])}\n{preview(one.row(number), words)}\n"
         for name, one in sources.items()

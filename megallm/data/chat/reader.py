@@ -43,7 +43,9 @@ class ChatSource(DocumentSource):
         self._first_sample = xxhash.xxh32_intdigest(tokenised.key.encode()) << 31
 
     def sample(self, document: int) -> int:
-        """The id of a row: the same whatever the sources' order, the epoch and the file's name."""
+        """Returns the id of a row: the same whatever the sources' order, the epoch and the file's
+        name.
+        """
         return self._first_sample + document
 
 
@@ -157,7 +159,7 @@ class ChatReader(StreamReader):
             )
 
     def batches(self, step: int) -> list[Arrays]:
-        """This rank's microbatches of a step."""
+        """Returns this rank's microbatches of a step."""
         rows = self._take(step)
         micros = [[rows[i] for i in micro] for micro in self.share.micros()]
         if self.prepared.config.packing:
@@ -167,14 +169,16 @@ class ChatReader(StreamReader):
         return [self._padded(micro, length) for micro in micros]
 
     def examples(self, step: int) -> list[tuple[int, Example]]:
-        """(sample, row) of this rank's rows of a step: prompts with their columns, for rollouts."""
+        """Returns (sample, row) of this rank's rows of a step: prompts with their columns, for
+        rollouts.
+        """
         rows = self._take(step)
         return [
             one for micro in self.share.micros() for i in micro for one in self._examples(rows[i])
         ]
 
     def steps(self, epochs: int = 1) -> int:
-        """Steps, from the beginning, until every source was read `epochs` times."""
+        """Number of steps, from the beginning, until every source was read `epochs` times."""
         stream = Stream(self.stream.plan, self.stream.sources)
         step = 0
         left = {name for name, weight in self.stream.plan.segments[0].weights.items() if weight > 0}
@@ -259,7 +263,7 @@ class ChatReader(StreamReader):
 
 
 def packed_row_length(prepared: Prepared) -> int:
-    """Tokens of a packed row: there is room for every sequence of an example."""
+    """Number of tokens of a packed row: there is room for every sequence of an example."""
     return prepared.config.seq_len * prepared.per_row
 
 
@@ -271,7 +275,7 @@ def reader_of(
     multiple: int = 1,
     epochs: int | None = None,
 ) -> ChatReader:
-    """The reader of prepared sources that goes on from `state` (None: from the beginning).
+    """Returns the reader of prepared sources that goes on from `state` (None: from the beginning).
 
     multiple: of the length T of every microbatch, 2 x cp x tp. epochs: rows of later ones are read
     as padding, so that held-out rows count once. Errors: DataError when the state is of other rows.
@@ -297,5 +301,5 @@ def open_chat_reader(
     state: Mapping[str, Any] | None = None,
     multiple: int = 1,
 ) -> ChatReader:
-    """`prepare` and `reader_of` together, for the training sources."""
+    """Opens the reader, `prepare` and `reader_of` together, for the training sources."""
     return reader_of(prepare(data, kind, cache, note=silent), share, first_step, state, multiple)

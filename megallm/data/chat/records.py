@@ -31,7 +31,7 @@ class Record:
 
 
 def records(name: str) -> Iterator[Record]:
-    """The rows of a file. Errors: `DataError` for a file that cannot be read at all."""
+    """Yields the rows of a file. Errors: `DataError` for a file that cannot be read at all."""
     textfile.check_readable([name])
     with textfile.damage(name), textfile.opened(name) as file:
         suffix = readers.suffix_of(name)

@@ -49,7 +49,7 @@ class Speaker:
     def prompt(
         self, messages: Messages, tools: Any = None, options: Mapping[str, Any] | None = None
     ) -> str:
-        """The text after which the assistant speaks."""
+        """Returns the text after which the assistant speaks."""
         return self._texts(messages, [(len(messages), True)], tools, options)[0]
 
     def passages(
@@ -60,7 +60,8 @@ class Speaker:
         tools: Any = None,
         options: Mapping[str, Any] | None = None,
     ) -> list[Passage]:
-        """The texts that train the assistant's turns from message `first` on; most often one.
+        """Returns the texts that train the assistant's turns from message `first` on; most often
+        one.
 
         train_on: "assistant_only" all of these turns, "completion_only" the last of them when
         `first` is 0 (a conversation without a prompt of its own), "all" every character. A message

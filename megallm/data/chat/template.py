@@ -63,7 +63,7 @@ class ChatTemplate:
     built_in: bool = True
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the assistant begins to speak.
+        """Returns the conversation as text, up to where the assistant begins to speak.
 
         Errors: DataError when the template fails, refuses the conversation, or needs too much time
         or memory.
@@ -72,7 +72,7 @@ class ChatTemplate:
             return renderer.texts(messages, [(len(messages), add_generation_prompt)])[0]
 
     def defused(self, value: Any) -> Any:
-        """The same value with the special tokens in all of its texts broken up."""
+        """Returns the same value with the special tokens in all of its texts broken up."""
         if isinstance(value, str):
             for special in self.specials:
                 value = value.replace(special, special[:1] + _JOINER + special[1:])
@@ -114,8 +114,8 @@ class Renderer:
         tools: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """The text of the first n messages for each cut (n, whether the assistant is to speak
-        next).
+        """Returns the text of the first n messages for each cut (n, whether the assistant is to
+        speak next).
 
         `options` are further variables of the template (`chat_template_kwargs`). Errors: DataError.
         """
@@ -194,8 +194,8 @@ class Renderer:
 
 
 def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> ChatTemplate:
-    """The template in a tokenizer's folder, else ChatML. Errors: DataError for one that cannot be
-    read.
+    """Returns the template in a tokenizer's folder, else ChatML. Errors: DataError for one that
+    cannot be read.
 
     `special_texts` are written forms of special tokens beside those of the folder's tokenizer.json.
     """

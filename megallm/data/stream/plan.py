@@ -98,8 +98,8 @@ def stream_segments(
     reading: Reading,
     changes: Sequence[tuple[int | None, dict[str, Any]]],
 ) -> tuple[StreamSegment, ...]:
-    """Segments from (until_tokens, what differs from `sources` and `reading`); () is one segment
-    without an end.
+    """Returns segments from (until_tokens, what differs from `sources` and `reading`); () is one
+    segment without an end.
     """
     out, begin = [], 0
     for until, change in changes or [(None, {})]:

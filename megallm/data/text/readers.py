@@ -257,7 +257,7 @@ def _cut(
 
 
 def parse_chunk(chunk: Chunk, options: ReadOptions) -> Parsed:
-    """Documents and rejected lines of a chunk."""
+    """Returns documents and rejected lines of a chunk."""
     if chunk.too_long:
         reason = f"the document is longer than {options.max_document_bytes} bytes"
         if chunk.kind == "file":
@@ -311,8 +311,8 @@ def _parse_one(
 
 @cache
 def fast_loads() -> Callable[[bytes], Any] | None:
-    """orjson's reader where it is installed. It only ever says yes: a line it refuses is judged by
-    `json`.
+    """Returns orjson's reader where it is installed. It only ever says yes: a line it refuses is
+    judged by `json`.
     """
     try:
         return importlib.import_module("orjson").loads
