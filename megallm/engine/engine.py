@@ -1,4 +1,6 @@
 """Engine: one parallel model with its optimizer. Trainers see this and nothing below it.
+`train_step` is gradient accumulation over microbatches, loss normalisation (each term divided by
+its count over the global batch), gradient clipping and the update.
 
 `train_step`, `evaluate`, `parts` and `load` are collective over the world, and return the same
 values on every rank of a replica.

@@ -1,4 +1,6 @@
-"""The logical state of a rank: which boxes of which logical tensors its flat buffers hold."""
+"""The logical state of a rank, for checkpoints (parameters, master weights, optimizer state): which
+boxes of which logical tensors its flat buffers hold.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A paged cache of keys and values: positions of a sequence lie in blocks, wherever those are.
+"""A paged KV cache (keys and values): positions of a sequence lie in blocks, wherever those are.
 
 No sequence is padded: rotary and learned positions are those that it would have alone. Which block
 belongs to whom is planned elsewhere (`blocks`, `scheduler`); here are the tensors.

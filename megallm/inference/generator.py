@@ -1,4 +1,4 @@
-"""Decoding many sequences together on the training weights, at any layout.
+"""Continuous batching: decoding many sequences together on the training weights, at any layout.
 
 Sequences are in groups, one per pipeline rank, which go round the stages one after another
 (`rotation`). A group's steps are planned as plain data that every rank of the replica computes

@@ -1,4 +1,6 @@
-"""What a loss is, and what it returns."""
+"""What a loss is, and what it returns: sums and counts, of which the engine makes the mean over the
+global batch (loss normalisation). The batch's `mask` is the loss mask.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads, and what its relatives
-share.
+"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads (query heads are split over
+tp, and key/value heads where they divide), and what its relatives share.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CacheShape = tuple[
 
 @dataclass
 class LayerCache:
-    """What one layer keeps for decoding, `[B, capacity, *CacheShape]`: keys and values, filled up
-    to `length`.
+    """The KV cache of one layer for decoding in one piece, `[B, capacity, *CacheShape]`: keys and
+    values, filled up to `length`.
     """
 
     keys: Tensor

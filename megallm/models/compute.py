@@ -1,4 +1,6 @@
-"""How a step is computed: in which numbers, and which activations are kept. No torch."""
+"""How a step is computed: in which numbers (mixed precision, FP8, loss scaling), and which
+activations are kept (activation checkpointing, full or selective; CPU offload). No torch.
+"""
 
 from __future__ import annotations
 

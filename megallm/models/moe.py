@@ -1,4 +1,5 @@
-"""Mixture of experts in place of a feed-forward layer, with an optional dense layer beside it.
+"""Mixture of experts (MoE, its grouped GEMMs in `ops.grouped_gemm`) in place of a feed-forward
+layer, with an optional dense layer beside it.
 
 Experts are whole matrices on the ranks of an ep group: `gate_up (X, 2, F, D)` or `up (X, F, D)`,
 and `down (X, D, F)`.

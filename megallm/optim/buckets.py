@@ -1,4 +1,4 @@
-"""Which parameters share a flat buffer, and which range of it a rank keeps. Pure.
+"""Gradient buckets: which parameters share a flat buffer, and which range of it a rank keeps. Pure.
 
 Parameters whose gradients travel the same way (same partial axes, same tie) and that sit in
 neighbouring units are laid end to end, so a reduction is one message and an update is one loop. The

@@ -1,4 +1,5 @@
-"""Collectives as autograd functions whose names state both directions.
+"""Collectives (all-reduce, all-gather, reduce-scatter, all-to-all) as autograd functions whose
+names state both directions.
 
 Each reduction has a name, listed in `REDUCTIONS`. An axis whose `broken` set contains the name
 skips that reduction; the layout oracle does this on purpose to prove that it would notice.

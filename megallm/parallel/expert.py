@@ -1,5 +1,5 @@
-"""Expert parallelism, dropless (no capacity factor): tokens travel to the ranks that hold their
-experts, and back (GShard, arXiv 2006.16668).
+"""Expert parallelism, dropless (no capacity factor), token dispatch and combine: tokens travel to
+the ranks that hold their experts, and back (GShard, arXiv 2006.16668).
 
 The tp ranks of a tensor-parallel group share out the tokens, since all of them would hold the same
 (under sequence parallelism they already have different ones). Each copy of a token then goes by

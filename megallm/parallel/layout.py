@@ -1,4 +1,6 @@
-"""Who is rank 37, and which ranks share its tensor-parallel group: integers only, no torch."""
+"""Who is rank 37, and which ranks share its tensor, pipeline, data, context and expert parallel
+groups: integers only, no torch.
+"""
 
 from __future__ import annotations
 

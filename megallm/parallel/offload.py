@@ -1,5 +1,5 @@
-"""What blocks keep for the backward pass waits in CPU memory, copied beside the computation and
-back before its use.
+"""CPU offload of activations: what blocks keep for the backward pass waits in CPU memory, copied
+beside the computation and back before its use.
 
 A block's tensors leave as they are saved; when the backward pass first asks for one of them, those
 of the block before start to come back too.

@@ -1,5 +1,6 @@
-"""Activation checkpointing, or recomputation (arXiv 1604.06174, 2205.05198). What is random in a
-block is a function of `TOKEN_KEYS`, which come back with it: no state of a generator is kept.
+"""Activation checkpointing, or activation recomputation, full or selective (arXiv 1604.06174,
+2205.05198). What is random in a block is a function of `TOKEN_KEYS`, which come back with it: no
+state of a generator is kept.
 """
 
 from __future__ import annotations

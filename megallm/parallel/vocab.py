@@ -1,5 +1,5 @@
-"""Vocabulary-parallel embedding and log-probabilities. The vocabulary is never padded: pieces are
-uneven.
+"""Vocabulary parallel (vocab parallel) embedding and log-probabilities: rows split over tp. The
+vocabulary is never padded: pieces are uneven.
 
 Paper: Megatron-LM (arXiv 1909.08053), section 3.
 """

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from megallm.data.text.readers import type_name
+from megallm.data.text.readers import is_utf8, type_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {
@@ -22,7 +22,6 @@ _ALIASES = {
     "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # ShareGPT's and ms-swift's roles of a call
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _WRITTEN = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"')  # messages in a cell of CSV
 LOSS = "loss"  # of a message: whether it may be trained; no template sees it
 
@@ -47,7 +46,7 @@ def text_of(value: Any, what: str) -> str:
     """Returns a text that UTF-8 can hold."""
     if not isinstance(value, str):
         raise BadRow(f"{what} is a {type_name(value)}, want a string")
-    if not value.isascii() and _SURROGATE.search(value):
+    if not is_utf8(value):
         raise BadRow(f"{what} holds a lone surrogate, which UTF-8 cannot hold")
     return value
 

@@ -1,5 +1,5 @@
-"""How pieces of documents fill rows of one length: windowed best fit, or concatenation cut into
-chunks. Pure.
+"""Sequence packing: how pieces of documents fill rows of one length: windowed best fit, or
+concatenation cut into chunks. Pure.
 
 Best fit never cuts what fits into a row (Ding et al., "Fewer Truncations Improve Language
 Modeling", arXiv 2404.10830): documents longer than a row are cut into full rows and a rest, then
