@@ -44,7 +44,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, extension, optional libraries, machine and the loopback check, as plain values."""
+    """Returns versions, extension, optional libraries, machine and the loopback check, as plain
+    values.
+    """
     status = extension.status()
     env = detect()
     required = {name: _version(name) for name in REQUIRED}
@@ -82,7 +84,7 @@ def _backend(name: str) -> dict[str, str | None]:
 
 
 def check_gloo() -> str:
-    """`ok` when two ranks of this machine can sum a number, else what went wrong."""
+    """Returns `ok` when two ranks of this machine can sum a number, else what went wrong."""
     try:
         run_ranks(_sum, (), 2, saves=False)
     except (MegallmError, ImportError) as error:

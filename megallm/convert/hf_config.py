@@ -427,8 +427,8 @@ FREE = {"moe.aux_coef", "moe.z_coef", "moe.bias_rate", "moe.capacity", "moe.drop
 
 
 def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
-    """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another
-    model.
+    """Returns `found`, with the fields that a user may choose anew; UsageError when `wanted` names
+    another model.
 
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and
     `init_std` hold no weights of a rotary model and may be given. So may `causal`, another head,

@@ -13,7 +13,7 @@ from megallm.base.files import atomic_write_json
 from megallm.checkpoint.io import DTYPE_NAMES
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import (
     DTYPES,
@@ -65,7 +65,7 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
             tokenizer_files.copy_tokenizer(base.folder, folder)
             ids = tokenizer_files.token_ids(base.folder)
         else:
-            step = resolve(request.model, weights_only)
+            step = resolve_step(request.model, weights_only)
             reader = stack.enter_context(CheckpointReader(step))
             base, model = Cast(reader), stored_model(reader)
             stored = reader.info("embedding.weight")[1]
