@@ -15,6 +15,7 @@ from itertools import chain
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
@@ -100,12 +101,13 @@ class StepStats:
 class LossSums(NamedTuple):
     """What a loss returned over the global batch, still on the device.
 
-    `sums` are those of the losses and then of the metrics, `counts` what the terms of `counted` are
-    divided by; both float64.
+    `sums` are those of the losses, of the metrics, and then the maxima of `largest`; `counts` what
+    the terms of `counted` are divided by; both float64.
     """
 
     losses: list[str]
     metrics: list[str]
+    largest: list[str]
     sums: Tensor
     counted: list[str]
     counts: Tensor
@@ -118,12 +120,13 @@ class LossSums(NamedTuple):
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sums by name, and a count for each; waits for the device."""
         values = torch.cat((self.sums, self.counts)).tolist()
-        names = [*self.losses, *self.metrics]
+        names = [*self.losses, *self.metrics, *self.largest]
         counts = {
             name: int(count) if count == int(count) else count
             for name, count in zip(self.counted, values[len(names) :], strict=True)
         }
         further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
+        further |= dict.fromkeys(self.largest, 1)
         return dict(zip(names, values[: len(names)], strict=True)), further | counts
 
 
@@ -244,7 +247,7 @@ class Engine:
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
-        metrics = {name: means[name] for name in run.metrics} | metrics
+        metrics = {name: means[name] for name in (*run.metrics, *run.largest)} | metrics
         skipped = not math.isfinite(norm)
         for observer in self.observers:
             metrics |= observer.finish(skipped)
@@ -381,14 +384,17 @@ class Engine:
             )
             if self.scaler is not None:
                 total = total * self.scaler.scale
-            return total, Terms(_detached(terms.losses), _detached(terms.metrics))
+            return total, Terms(*map(_detached, vars(terms).values()))
 
         listener = self.parameters if training else None
         self.last_run = self.model.run_schedule(batches, loss_of, wanted, listener)
         results = self.last_run.results.values()
         terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
-        names = list(terms.losses), list(terms.metrics)
-        return LossSums(*names, self._global_sums(results, list(chain(*names))), counted, counts)
+        names = list(terms.losses), list(terms.metrics), list(terms.largest)
+        sums = self._global_sums(results, [*names[0], *names[1]])
+        if terms.largest:
+            sums = torch.cat((sums, self._global_largest(results, names[2])))
+        return LossSums(*names, sums, counted, counts)
 
     def _terms_of_nothing(self, batch: Batch, loss: Loss) -> Terms:
         """Terms with the names that the last stage has, made where it is not; their values are of
@@ -433,6 +439,17 @@ class Engine:
         comm.all_reduce_(
             vector, self.mesh.pp, "loss.report"
         )  # only the last stage holds anything but zero
+        return vector
+
+    def _global_largest(self, results: Iterable[Terms], names: list[str]) -> Tensor:
+        """The largest of each over microbatches, data and stages; collective over data and pp."""
+        shape, device = (len(names),), self.mesh.device
+        vector = torch.full(shape, -math.inf, dtype=torch.float64, device=device)
+        for terms in results:
+            values = torch.stack([terms.largest[name].to(torch.float64) for name in names])
+            vector = torch.maximum(vector, values)
+        for axis in (self.mesh.data, self.mesh.pp):
+            comm.all_reduce_(vector, axis, "loss.report", dist.ReduceOp.MAX)
         return vector
 
     def timeline(self) -> Timeline | None:
