@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
@@ -59,7 +60,10 @@ class WeightsCopy:
             owned = parameters.owns(name)
             yield StateTensor(f"{PREFIX}{name}", shard, box, tensor, owned, optimizer=True)
 
-    def load(self, reader: CheckpointReader) -> None:
-        """Fill the copy from a checkpoint written at any layout. Errors: CheckpointError."""
-        for held in self.state():
-            read_state(reader, held)
+    def load(self, step: Path) -> None:
+        """Fill the copy from a checkpoint written at any layout. Errors: CheckpointError for one
+        without a copy.
+        """
+        with CheckpointReader(step) as reader:
+            for held in self.state():
+                read_state(reader, held)
