@@ -46,7 +46,7 @@ class KtoRun(ReferenceRun):
         weights = options.desirable_weight, options.undesirable_weight
         self._loss = Kto(options.loss, options.beta, *weights)
         self.beta, self.watch_steps = options.beta, options.watch_steps
-        self.made = MismatchedReader if options.loss == "kto" else ChatReader
+        self.reader_type = MismatchedReader if options.loss == "kto" else ChatReader
 
     def loss(self) -> Kto:
         """Returns the loss of single answers."""

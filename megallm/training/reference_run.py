@@ -200,7 +200,7 @@ class ReferenceRun(ChatRun):
         share = Share(train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
         evenly = {name: float(len(source)) for name, source in rows.sources.items()}
         rows = replace(rows, weights=evenly)
-        reader = self.open(rows, share, epochs=1)
+        reader = self.once(rows, share)
         for step in range(1, reader.steps() + 1):
             read = [self.named(to_tensors(arrays)) for arrays in reader.batches(step)]
             for micros in zip(*read, strict=True):
