@@ -35,8 +35,8 @@ from megallm.training.references import (
     compute_table,
     table_path,
 )
-from megallm.training.supervised import SupervisedTrainer
-from megallm.training.trainer import StepReport
+from megallm.training.supervised import Evaluation, SupervisedTrainer
+from megallm.training.trainer import Ledger, StepReport
 
 FALL = 1.0  # nats per answer
 # Methods whose adapters change nothing before the first update.
@@ -172,7 +172,7 @@ class ReferenceRun(ChatRun):
         if config.reference.model is not None:
             folder = Path(config.reference.model)
             place = "hf" if (folder / "config.json").is_file() else "init"
-            model = replace(config.model, hf=None, init=None, **{place: str(folder)})
+            model = replace(config.model.described, **{place: str(folder)})
             config = replace(config, model=model, peft=type(config.peft)())
         config = replace(config, freeze=(), optim=type(config.optim)())
         return FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(mesh, None)[0]
@@ -205,6 +205,19 @@ class ReferenceRun(ChatRun):
             read = [self.named(to_tensors(arrays)) for arrays in reader.batches(step)]
             for micros in zip(*read, strict=True):
                 yield list(micros)
+
+    def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:
+        """Returns the held-out numbers; `val/loss` has the likelihood in it, like `train/loss`."""
+        held_out = super().evaluation(engine, share, ledger)
+
+        def evaluate() -> dict[str, float | None]:
+            found = held_out()
+            if found.get("val/nll") is not None:
+                found["val/nll_loss"] = found.pop("val/nll")
+                found["val/loss"] += found["val/nll_loss"]
+            return found
+
+        return evaluate
 
     def with_reference(self, batches: list[Batch]) -> list[Batch]:
         """Returns the microbatches with `ref_log_probs`; collective over the world."""

@@ -46,7 +46,7 @@ class Reference(Protocol):
         ...
 
     def after(self, step: int) -> None:
-        """A step has been done."""
+        """Take note that a step has been done."""
         ...
 
     def parts(self) -> Iterator[Part]:
@@ -65,7 +65,7 @@ class Frozen:
         return self.engine.log_probs(batches)
 
     def after(self, step: int) -> None:
-        """Changes nothing."""
+        """Change nothing."""
 
     def parts(self) -> Iterator[Part]:
         """Yields nothing: the weights can be read where they came from."""
@@ -176,7 +176,7 @@ class Stored:
         ]
 
     def after(self, step: int) -> None:
-        """Changes nothing."""
+        """Change nothing."""
 
     def parts(self) -> Iterator[Part]:
         """Yields nothing: the table is a file of the run folder."""
