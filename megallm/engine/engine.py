@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from megallm.engine.state import (
     read_state,
     stored_parameters,
 )
+from megallm.engine.sums import LossSums
 from megallm.inference.generator import Generator
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
@@ -96,38 +97,6 @@ class StepStats:
     def loss(self) -> float:
         """The sum of the terms: what was differentiated."""
         return sum(self.losses.values())
-
-
-class LossSums(NamedTuple):
-    """What a loss returned over the global batch, still on the device.
-
-    `sums` are those of the losses, of the metrics, and then the maxima of `largest`; `counts` what
-    the terms of `counted` are divided by; both float64.
-    """
-
-    losses: list[str]
-    metrics: list[str]
-    largest: list[str]
-    sums: Tensor
-    counted: list[str]
-    counts: Tensor
-
-    @property
-    def nothing(self) -> Tensor:
-        """Whether no term counts anything: a bool scalar on the device."""
-        return (self.counts == 0).all()
-
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums by name, and a count for each; waits for the device."""
-        values = torch.cat((self.sums, self.counts)).tolist()
-        names = [*self.losses, *self.metrics, *self.largest]
-        counts = {
-            name: int(count) if count == int(count) else count
-            for name, count in zip(self.counted, values[len(names) :], strict=True)
-        }
-        further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
-        further |= dict.fromkeys(self.largest, 1)
-        return dict(zip(names, values[: len(names)], strict=True)), further | counts
 
 
 class Engine:
@@ -391,9 +360,9 @@ class Engine:
         results = self.last_run.results.values()
         terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
         names = list(terms.losses), list(terms.metrics), list(terms.largest)
-        sums = self._global_sums(results, [*names[0], *names[1]])
+        sums = self._joined(results, [*names[0], *names[1]])
         if terms.largest:
-            sums = torch.cat((sums, self._global_largest(results, names[2])))
+            sums = torch.cat((sums, self._joined(results, names[2], largest=True)))
         return LossSums(*names, sums, counted, counts)
 
     def _terms_of_nothing(self, batch: Batch, loss: Loss) -> Terms:
@@ -427,29 +396,21 @@ class Engine:
         vector = vector.to(self.mesh.device, torch.float64)  # exact for whole numbers below 2^53
         return names, comm.all_reduce_(vector, self.mesh.data, "loss.counts")
 
-    def _global_sums(self, results: Iterable[Terms], names: list[str]) -> Tensor:
-        """Sum the reported terms over microbatches and data, and tell every stage; collective over
-        data and pp.
+    def _joined(
+        self, results: Iterable[Terms], names: list[str], largest: bool = False
+    ) -> Tensor:
+        """The sum of reported terms, or the `largest` of each, over microbatches and data, on every
+        stage; collective over data and pp.
         """
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
+        vector -= math.inf if largest else 0  # which a stage without results leaves as it is
         for terms in results:
-            values = terms.losses | terms.metrics
-            vector += torch.stack([values[name].to(torch.float64) for name in names])
-        comm.all_reduce_(vector, self.mesh.data, "loss.report")
-        comm.all_reduce_(
-            vector, self.mesh.pp, "loss.report"
-        )  # only the last stage holds anything but zero
-        return vector
-
-    def _global_largest(self, results: Iterable[Terms], names: list[str]) -> Tensor:
-        """The largest of each over microbatches, data and stages; collective over data and pp."""
-        shape, device = (len(names),), self.mesh.device
-        vector = torch.full(shape, -math.inf, dtype=torch.float64, device=device)
-        for terms in results:
-            values = torch.stack([terms.largest[name].to(torch.float64) for name in names])
-            vector = torch.maximum(vector, values)
+            values = terms.largest if largest else terms.losses | terms.metrics
+            row = torch.stack([values[name].to(torch.float64) for name in names])
+            vector = torch.maximum(vector, row) if largest else vector + row
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         for axis in (self.mesh.data, self.mesh.pp):
-            comm.all_reduce_(vector, axis, "loss.report", dist.ReduceOp.MAX)
+            comm.all_reduce_(vector, axis, "loss.report", op)
         return vector
 
     def timeline(self) -> Timeline | None:

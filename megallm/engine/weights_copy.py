@@ -17,7 +17,7 @@ PREFIX = "optim.reference."  # of its tensors in a checkpoint
 
 
 class WeightsCopy:
-    """The master weights of an engine as they were when it was made, in the dtype of the masters."""
+    """The master weights of an engine as they were when it was made, in the masters' dtype."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -84,7 +84,8 @@ class RankedReward:
         _scored(batch)
         weight = self._weights(batch)
         pairs, scored = (weight > 0).sum(), _scored(batch).sum()
-        return {"loss": weight.sum().round(), "accuracy": pairs, "margin": pairs, "mean_reward": scored}
+        metrics = {"accuracy": pairs, "margin": pairs, "mean_reward": scored}
+        return {"loss": weight.sum().round()} | metrics
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         scores = _scores(outputs, batch)

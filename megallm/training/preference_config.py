@@ -59,7 +59,7 @@ class DpoOptions:
 
 @dataclass(frozen=True)
 class KtoOptions:
-    """Kahneman-Tversky optimisation (arXiv 2402.01306) of answers that are good or bad by themselves."""
+    """Kahneman-Tversky optimisation (arXiv 2402.01306) of answers that are good or bad."""
 
     loss: Literal["kto", "apo_zero_unpaired"] = "kto"  # the second has no reference point (arXiv 2408.06266)
     beta: float = 0.1  # scale of the log-ratios
@@ -70,7 +70,7 @@ class KtoOptions:
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """Bradley-Terry (arXiv 2203.02155): the score of the chosen answer above that of the rejected one."""
+    """Bradley-Terry (arXiv 2203.02155): the score of a chosen answer above a rejected one's."""
 
     center: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244: 0.01)
     ranked: bool = False  # all answers of a prompt in one row, each pair weighing 1 / number of pairs; else data.pairs

@@ -1,5 +1,5 @@
-"""What `megallm dpo` and `megallm kto` have in common: a reference beside the policy, numbers of the
-first step that must come out, and a warning when the chosen answers become less likely.
+"""What `megallm dpo` and `megallm kto` have in common: a reference beside the policy, numbers of
+the first step that must come out, and a warning when the chosen answers become less likely.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class PreferenceTrainer(SupervisedTrainer):
     job: ReferenceRun
 
     def step(self, step: int) -> StepReport:
-        """Train one step, numbered from 1. Errors: InternalError for a first step that shows another
-        reference than the policy.
+        """Train one step, numbered from 1. Errors: InternalError for a first step that shows
+        another reference than the policy.
         """
         report = super().step(step)
         if step == 1:
@@ -119,8 +119,8 @@ class ReferenceRun(ChatRun):
         return True
 
     def named(self, batch: Batch) -> list[Batch]:
-        """Returns a microbatch as it is trained on and those that go with it, each with `slots`, the
-        place of a sequence in its row.
+        """Returns a microbatch as it is trained on and those that go with it, each with `slots`,
+        the place of a sequence in its row.
         """
         raise NotImplementedError
 
@@ -258,10 +258,11 @@ class ReferenceRun(ChatRun):
         most = TOLERANCE.get(self.config.train.precision, 0.1)
         if abs(stats.losses["loss"] - wanted) > most * max(abs(wanted), 1e-3):
             raise InternalError(
-                f"The first loss is {stats.losses['loss']:.6g}; while the policy is the reference it "
-                f"must be {wanted:.6g}. The reference ({self.kind}) gives other log-probabilities "
-                "than the policy that the run starts from: remove cache/reference of the run folder "
-                "if its weights were exchanged; otherwise please report this."
+                f"The first loss is {stats.losses['loss']:.6g}; while the policy is the reference "
+                f"it must be {wanted:.6g}. The reference ({self.kind}) gives other "
+                "log-probabilities than the policy that the run starts from: remove "
+                "cache/reference of the run folder if its weights were exchanged; otherwise please "
+                "report this."
             )
 
     def told(self, step: int, report: StepReport) -> StepReport:
@@ -277,8 +278,10 @@ class ReferenceRun(ChatRun):
         chosen = stats.metrics["rewards/chosen"] / self.beta
         counted = stats.counts.get("rewards/chosen", stats.counts["loss"])
         clause = self.displacement.see(step, chosen if counted else None)
-        warnings = () if clause is None else (("likelihood_displacement", f"{clause}. {self.advice}"),)
-        return replace(report, losses=losses, metrics=metrics, warnings=warnings)
+        if clause is not None:
+            warning = "likelihood_displacement", f"{clause}. {self.advice}"
+            report = replace(report, warnings=(warning,))
+        return replace(report, losses=losses, metrics=metrics)
 
     @property
     def displacement(self) -> Displacement:

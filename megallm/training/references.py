@@ -5,7 +5,7 @@ memory and time. Every one computes before the step and hands its numbers over a
 
 | kind | memory | time a step |
 |---|---|---|
-| `Stored` | none | none: one pass over the rows before the first step, kept in RUN/cache by row id |
+| `Stored` | none | none: one pass over the rows before the first step, kept by row id |
 | `AdapterOff` | none | a forward pass |
 | `Frozen` | weights in the model's dtype, divided by ZeRO | a forward pass |
 | `Synced` | a copy of the master weights, divided by ZeRO | a forward pass, and two exchanges |
@@ -65,7 +65,7 @@ class Frozen:
         return self.engine.log_probs(batches)
 
     def after(self, step: int) -> None:
-        """Change nothing."""
+        """Keep the reference as it is."""
 
     def parts(self) -> Iterator[Part]:
         """Yields nothing: the weights can be read where they came from."""
@@ -176,7 +176,7 @@ class Stored:
         ]
 
     def after(self, step: int) -> None:
-        """Change nothing."""
+        """Keep the reference as it is."""
 
     def parts(self) -> Iterator[Part]:
         """Yields nothing: the table is a file of the run folder."""

@@ -16,7 +16,15 @@ from megallm.parallel.mesh import Mesh
 from megallm.training.scoring import ScoreRequest, run
 from tests.data.chat_cases import make_tokenizer
 from tests.ranks import run_ranks
-from tests.training.preference_cases import MODEL, metrics, pairs, train, write_rows, write_start
+from tests.training.preference_cases import (
+    MODEL,
+    metrics,
+    pairs,
+    train,
+    weights,
+    write_rows,
+    write_start,
+)
 
 SHAPE = {"vocab_size": 420}
 CHAT = "{% for m in messages %}{{ m.role[:1] ~ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}a{% endif %}"
@@ -101,6 +109,16 @@ def test_all_ranked_answers_of_a_prompt(place):
     assert 0 < padded[0]["train/accuracy"] <= 3 and padded[0]["train/loss"] == pytest.approx(0.7, abs=0.4)
     bare = write_rows(folder / "bare.jsonl", [{k: v for k, v in row.items() if k != "scores"} for row in rows])
     assert [len(row["rewards"]) for row in scores(folder / "ranked", bare, folder / "best.jsonl")] == [3] * 5
+
+
+def test_adapters_leave_the_base_and_train_the_head(place):
+    folder, _, start, source = place
+    values = {"data.tokenizer": str(folder / "words"), "data.strings": "messages", "data.seq_len": 48}
+    run_folder = train("reward", folder / "lora", start, source, **values, **{"peft.method": "lora", "peft.dim": 2})
+    kept = weights(run_folder, 3)
+    assert "head.weight" in kept and "embedding.weight" not in kept and any(".adapter." in name for name in kept)
+    last = scores(run_folder, source, folder / "lora.jsonl")
+    assert min(min(row["rewards"]) for row in last) <= metrics(run_folder)[-1]["train/min_reward"] + 1e-9
 
 
 def test_a_model_without_a_score_and_bad_rows_are_refused(place):

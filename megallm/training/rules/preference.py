@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megallm.base.suggest import nearest
 from megallm.training.preference_config import (
@@ -105,6 +106,16 @@ def pairs_of_ranked(config: RewardModelConfig) -> Iterator[Problem]:
         yield Problem("pairs", sentence, ({"data.pairs": "best_worst"}, {"reward.ranked": False}))
 
 
+def inferred_of_reward(config: RewardModelConfig) -> dict[str, Any]:
+    """Returns what every trainer fills in; beside adapters the head is trained in full, which a
+    language model has no weights for.
+    """
+    found = finetune.inferred(config)
+    if config.peft.method != "none" and not config.peft.modules_to_save:
+        found["peft.modules_to_save"] = ("head",)
+    return found
+
+
 _SHARE = Range(low=0, high=1)
 _REFERENCE = {"reference.alpha": _SHARE, "reference.every": COUNT}
 _MODEL = finetune.RESOLVED | {language_model: ("model.head", "model.causal")}
@@ -139,5 +150,5 @@ REWARD = Rules(
     (*finetune.GIVEN, pairs_of_ranked),
     finetune.RESOLVED | {score: ("model.head",)},
     finetune.RANGES | {"reward.center": NOT_NEGATIVE},
-    finetune.inferred,
+    inferred_of_reward,
 )
