@@ -194,6 +194,9 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         source = Cast(reader)
         nbytes = write_weights(folder, bridge, source, dtype, request.max_shard_bytes)
         notes, ids = write_tokenizer(folder, step, reader.meta)
+        if model.causal and model.head in ("classification", "value"):
+            ids, more = tokenizer_files.choose_padding(folder, ids)
+            notes += more
         atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
         tokenizer_files.write_generation_config(folder, ids)
         if not is_import(reader) and not reader.meta.get("framed"):

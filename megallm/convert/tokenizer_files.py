@@ -235,6 +235,36 @@ def token_ids(folder: Path) -> dict[str, Any]:
     return found
 
 
+def choose_padding(folder: Path, ids: Ids) -> tuple[Ids, list[str]]:
+    """Let the tokenizer of an exported folder pad with a token that ends no text; returns the ids
+    with it, and notes. transformers scores the last token that is not padding: with the end of text
+    as padding it would score the one before.
+    """
+    if definition_file(folder) is None:
+        return ids, []
+    words = tokenizer.load(str(folder), check=False)
+    settings = read_json(folder / SETTINGS) if os.path.lexists(folder / SETTINGS) else {}
+    ends = set(end_ids(folder)) | {ids.get("eos_token_id")}
+    with suppress(DataError):
+        ends.add(words.eod)
+    for key in ("pad_token", "unk_token", "bos_token", None):
+        token = _ZERO_BYTE if key is None else settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        number = words.token_id(token) if isinstance(token, str) else None
+        if number is not None and number not in ends:
+            for name in (SETTINGS, SPECIALS):
+                content = read_json(folder / name) if os.path.lexists(folder / name) else {}
+                if name == SETTINGS or "pad_token" in content:
+                    atomic_write_json(folder / name, content | {"pad_token": token})
+            return dict(ids) | {"pad_token_id": number}, []
+    return dict(ids) | {"pad_token_id": None}, [
+        "no token of the tokenizer can pad, since each may end a text: score one text at a time"
+    ]
+
+
+_ZERO_BYTE = "Ā"  # how byte-level vocabularies write the byte 0, which no text ends with
+
+
 def begin_bare(folder: Path) -> list[str]:
     """Let the tokenizer of an exported folder put nothing before a text, as its model was trained;
     notes where that would be another tokenizer. transformers and `generate` would add a Llama's

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
@@ -183,7 +184,7 @@ class Engine:
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
-        metrics = {name: means[name] for name in run.metrics} | metrics
+        metrics = {name: means[name] for name in (*run.metrics, *run.largest)} | metrics
         skipped = not math.isfinite(norm)
         for observer in self.observers:
             metrics |= observer.finish(skipped or bool(empty))
@@ -322,14 +323,17 @@ class Engine:
             )
             if self.scaler is not None:
                 total = total * self.scaler.scale
-            return total, Terms(_detached(terms.losses), _detached(terms.metrics))
+            return total, Terms(*map(_detached, vars(terms).values()))
 
         listener = self.parameters if training else None
         self.last_run = self.model.run_schedule(batches, loss_of, wanted, listener)
         results = self.last_run.results.values()
         terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
-        names = list(terms.losses), list(terms.metrics)
-        return LossSums(*names, self._global_sums(results, list(chain(*names))), counted, counts)
+        names = list(terms.losses), list(terms.metrics), list(terms.largest)
+        sums = self._joined(results, [*names[0], *names[1]])
+        if terms.largest:
+            sums = torch.cat((sums, self._joined(results, names[2], largest=True)))
+        return LossSums(*names, sums, counted, counts)
 
     def _terms_of_nothing(self, batch: Batch, loss: Loss) -> Terms:
         """Terms with the names that the last stage has, made where it is not; their values are of
@@ -362,18 +366,21 @@ class Engine:
         vector = vector.to(self.mesh.device, torch.float64)  # exact for whole numbers below 2^53
         return names, comm.all_reduce_(vector, self.mesh.data, "loss.counts")
 
-    def _global_sums(self, results: Iterable[Terms], names: list[str]) -> Tensor:
-        """Sum the reported terms over microbatches and data, and tell every stage; collective over
-        data and pp.
+    def _joined(
+        self, results: Iterable[Terms], names: list[str], largest: bool = False
+    ) -> Tensor:
+        """The sum of reported terms, or the `largest` of each, over microbatches and data, on every
+        stage; collective over data and pp.
         """
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
+        vector -= math.inf if largest else 0  # which a stage without results leaves as it is
         for terms in results:
-            values = terms.losses | terms.metrics
-            vector += torch.stack([values[name].to(torch.float64) for name in names])
-        comm.all_reduce_(vector, self.mesh.data, "loss.report")
-        comm.all_reduce_(
-            vector, self.mesh.pp, "loss.report"
-        )  # only the last stage holds anything but zero
+            values = terms.largest if largest else terms.losses | terms.metrics
+            row = torch.stack([values[name].to(torch.float64) for name in names])
+            vector = torch.maximum(vector, row) if largest else vector + row
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        for axis in (self.mesh.data, self.mesh.pp):
+            comm.all_reduce_(vector, axis, "loss.report", op)
         return vector
 
     def timeline(self) -> Timeline | None:

@@ -33,12 +33,13 @@ class StepStats:
 class LossSums(NamedTuple):
     """What a loss returned over the global batch, still on the device.
 
-    `sums` are those of the losses and then of the metrics, `counts` what the terms of `counted` are
-    divided by; both float64.
+    `sums` are those of the losses, of the metrics, and then the maxima of `largest`; `counts` what
+    the terms of `counted` are divided by; both float64.
     """
 
     losses: list[str]
     metrics: list[str]
+    largest: list[str]
     sums: Tensor
     counted: list[str]
     counts: Tensor
@@ -51,10 +52,11 @@ class LossSums(NamedTuple):
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sums by name, and a count for each; waits for the device."""
         values = torch.cat((self.sums, self.counts)).tolist()
-        names = [*self.losses, *self.metrics]
+        names = [*self.losses, *self.metrics, *self.largest]
         counts = {
             name: int(count) if count == int(count) else count
             for name, count in zip(self.counted, values[len(names) :], strict=True)
         }
         further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
+        further |= dict.fromkeys(self.largest, 1)
         return dict(zip(names, values[: len(names)], strict=True)), further | counts

@@ -485,3 +485,30 @@ def reference_point(policy: Tensor, reference: Tensor) -> Tensor:
     answers, over the whole global batch: a mean of one rank's share would depend on the layout.
     """
     return (policy - reference).detach().mean().clamp(min=0)
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """The mean over sequences of policy less reference: of mismatched answers it is what
+    `reference_point` clamps at 0. For `Engine.evaluate`, which sums over all data ranks.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("log_prob",)
+    temperature: ClassVar[float] = 1.0
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sequences of one microbatch with a counted token."""
+        return {"log_ratio": (tokens_per_sequence(batch) > 0).sum()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        policy = per_sequence(outputs["log_prob"].masked_fill(~batch["mask"], 0), batch)
+        return Terms({"log_ratio": (policy - sequence_sum("ref_log_probs", batch)).sum()})
+
+
+def with_prompt(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the batch in which the tokens of prompts count too, and `answer_mask` says which are
+    the answers': for ORPO's likelihood. `prompt_tokens` `[S]` is the length of each prompt.
+    """
+    asked = batch["positions"] < per_token(batch["prompt_tokens"], batch) - 1
+    counted = per_token(tokens_per_sequence(batch) > 0, batch)
+    return batch | {"mask": batch["mask"] | (asked & counted), "answer_mask": batch["mask"]}

@@ -19,11 +19,13 @@ class Terms:
     `losses` are differentiated: the engine divides each by its count over the global batch and adds
     them up. `metrics` are only reported, divided by the count of their own name, or by that of the
     first term where `counts` does not name them; they carry no gradient. Every microbatch returns
-    the same names.
+    the same names. `largest` are reported as the largest over the global batch, divided by nothing;
+    -inf where a microbatch has nothing.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Loss(Protocol):

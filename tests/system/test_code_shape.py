@@ -68,7 +68,7 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "losses.advantage", "peft.config", "training.finetune", "training.starting",
+    "losses.advantage", "peft.config", "training.finetune", "training.preference_config", "training.starting",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
@@ -92,6 +92,11 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.adapters": {
         "checkpoint.reader", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject", "peft.sources",
         "peft.start",
+    },
+    "training.references": {"peft.reference"},  # the policy without its adapters
+    # a reward model without a trainer: what `generate` finds beside weights, and adapters
+    "training.scoring": {
+        "checkpoint.reader", "convert.weights", "inference.generate", "peft.checkpoint", "peft.inject",
     },
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights

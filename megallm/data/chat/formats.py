@@ -323,8 +323,7 @@ def _label(value: Any, kind: RowKind) -> float:
     return found
 
 
-def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]:
-    """Returns the examples of a row. Errors: BadRow."""
+def _check_columns(form: RowFormat, row: RawRow) -> None:
     lost = form.missing(row)
     if lost:
         raise BadRow(
@@ -332,17 +331,41 @@ def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]
             f"{form.name} rows, "
             f"this one has {', '.join(list(row)[:12]) or 'none'}"
         )
+
+
+def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]:
+    """The examples of a row. Errors: BadRow."""
+    _check_columns(form, row)
     made = _fitted(form, form.build(row), reading, row)
-    common = {
-        "tools": tools_of(row.get("tools")),
-        "options": options_of(row.get("chat_template_kwargs")),
-    }
+    common: dict[str, Any] = {}
     if row.get("margin") is not None:
         common["margin"] = number_of(row["margin"], "margin")
     if reading.kind == "prompts":
         common["columns"] = json.loads(json.dumps(row, default=str))
+    return _spoken_alike([replace(one, **common) for one in made], row, reading.strings)
+
+
+def answers(form: RowFormat, row: RawRow, strings: str = "plain") -> list[Example]:
+    """Returns every answer of a row, in the row's order, as an example of its own: two of a pair.
+    Errors: BadRow.
+    """
+    _check_columns(form, row)
+    if form.natural == "several":  # which need no scores here
+        row = {**row, "scores": [0.0] * len(parsed(row["completions"], "completions"))}
+    made = [replace(one, answers=(answer,)) for one in form.build(row) for answer in one.answers]
+    if not made:
+        raise BadRow("the row has a prompt and no answer to it")
+    return _spoken_alike(made, row, strings)
+
+
+def _spoken_alike(made: Iterable[Example], row: RawRow, strings: str) -> list[Example]:
+    """The examples with the row's tools, prompts and answers both texts or both messages."""
+    common = {
+        "tools": tools_of(row.get("tools")),
+        "options": options_of(row.get("chat_template_kwargs")),
+    }
     made = [replace(one, **common) for one in made]
-    return [*map(_as_messages, made)] if reading.strings == "messages" else [*map(_alike, made)]
+    return [*map(_as_messages, made)] if strings == "messages" else [*map(_alike, made)]
 
 
 def _fitted(

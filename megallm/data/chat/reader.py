@@ -50,7 +50,7 @@ class ChatSource(DocumentSource):
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class LaidOut:
     """A sequence of an example as it lies in a batch: labels int64 [n], mask bool [n], and what
     goes with it: a number, or further numbers [n].
     """
@@ -63,25 +63,25 @@ class _Sequence:
     epoch: int = 0
 
 
-def _sequence(row: SftRow, sample: int, **more: Any) -> _Sequence:
+def _sequence(row: SftRow, sample: int, **more: Any) -> LaidOut:
     """The next token is the label, where it is trained."""
     labels, mask = np.zeros(len(row.ids), np.int64), np.zeros(len(row.ids), bool)
     labels[:-1], mask[:-1] = row.ids[1:], row.trained[1:]
-    return _Sequence(row.ids, sample, labels, mask, more)
+    return LaidOut(row.ids, sample, labels, mask, more)
 
 
-def _scored(row: SftRow, sample: int, label: int = 0, **more: Any) -> _Sequence:
+def _scored(row: SftRow, sample: int, label: int = 0, **more: Any) -> LaidOut:
     """A head reads the last token."""
     labels, mask = np.zeros(len(row.ids), np.int64), np.zeros(len(row.ids), bool)
     labels[-1], mask[-1] = label, True
-    return _Sequence(row.ids, sample, labels, mask, more)
+    return LaidOut(row.ids, sample, labels, mask, more)
 
 
-def _sft(row: SftRow, sample: int) -> list[_Sequence]:
+def _sft(row: SftRow, sample: int) -> list[LaidOut]:
     return [_sequence(row, sample)]
 
 
-def _pair(row: PreferenceRow, sample: int, lay: Callable[..., _Sequence]) -> list[_Sequence]:
+def _pair(row: PreferenceRow, sample: int, lay: Callable[..., LaidOut]) -> list[LaidOut]:
     size = len(row.prompt)
     return [
         lay(row.chosen, sample, prompt_tokens=size, margin=row.margin),
@@ -89,34 +89,35 @@ def _pair(row: PreferenceRow, sample: int, lay: Callable[..., _Sequence]) -> lis
     ]
 
 
-def _ranked(row: RankedRow, sample: int) -> list[_Sequence]:
+def _ranked(row: RankedRow, sample: int) -> list[LaidOut]:
     return [
         _scored(one, sample, prompt_tokens=len(row.prompt), prompt=sample, rank=rank)
         for one, rank in zip(row.sequences, row.ranks, strict=True)
     ]
 
 
-def _unpaired(row: LabelledRow, sample: int) -> list[_Sequence]:
+def lay_answer(row: LabelledRow, sample: int) -> LaidOut:
+    """Returns a single answer, good or bad, as it lies in a batch."""
     more = {"prompt_tokens": len(row.prompt), "desirable": row.label > 0}
-    return [_sequence(row.sequence, sample, **more)]
+    return _sequence(row.sequence, sample, **more)
 
 
-def _prompt(row: PromptRow, sample: int) -> list[_Sequence]:
+def _prompt(row: PromptRow, sample: int) -> list[LaidOut]:
     return [_sequence(SftRow(row.ids, np.zeros(len(row.ids), bool)), sample)]
 
 
-def _value(row: LabelledRow, sample: int) -> list[_Sequence]:
+def _value(row: LabelledRow, sample: int) -> list[LaidOut]:
     targets = np.zeros(len(row.sequence.ids), np.float32)
     targets[-1:] = row.label
     return [_scored(row.sequence, sample, targets=targets)]
 
 
-_LAY: dict[str, Callable[[Any, int], list[_Sequence]]] = {
+_LAY: dict[str, Callable[[Any, int], list[LaidOut]]] = {
     "sft": _sft,
     "preference": lambda row, sample: _pair(row, sample, _sequence),
     "reward": lambda row, sample: _pair(row, sample, _scored),
     "ranked": _ranked,
-    "unpaired": _unpaired,
+    "unpaired": lambda row, sample: [lay_answer(row, sample)],
     "prompts": _prompt,
     "classification": lambda row, sample: [_scored(row.sequence, sample, int(row.label))],
     "regression": _value,
@@ -165,10 +166,19 @@ class ChatReader(StreamReader):
         rows = self._take(step)
         micros = [[rows[i] for i in micro] for micro in self.share.micros()]
         if self.prepared.config.packing:
-            return [self._packed(micro) for micro in micros]
+            return [
+                self._packed(self._sequences(micro), sum(row.seq_len for row in micro))
+                for micro in micros
+            ]
         longest = max((self._longest(row) for row in rows if self._counts(row)), default=1)
-        length = -(-longest // self.multiple) * self.multiple
-        return [self._padded(micro, length) for micro in micros]
+        length = self._rounded(longest)
+        return [
+            self._padded(self._sequences(micro), len(micro) * self._per_row, length)
+            for micro in micros
+        ]
+
+    def _rounded(self, length: int) -> int:
+        return -(-max(length, 1) // self.multiple) * self.multiple
 
     def examples(self, step: int) -> list[tuple[int, Example]]:
         """Returns (sample, row) of this rank's rows of a step: prompts with their columns, for
@@ -207,7 +217,7 @@ class ChatReader(StreamReader):
         ends = [data.document_indices[item.document : item.document + 2] for item in row.items]
         return max(int(data.lengths[first:end].max()) for first, end in ends)
 
-    def _sequences(self, rows: Sequence[PackedRow]) -> list[_Sequence]:
+    def _sequences(self, rows: Sequence[PackedRow]) -> list[LaidOut]:
         lay = _LAY[self.prepared.kind]
         return [
             replace(one, epoch=row.epoch)
@@ -216,7 +226,7 @@ class ChatReader(StreamReader):
             for one in lay(example, sample)
         ]
 
-    def _per_sequence(self, sequences: Sequence[_Sequence], padding: int) -> Arrays:
+    def _per_sequence(self, sequences: Sequence[LaidOut], padding: int) -> Arrays:
         """The arrays [S], with `padding` entries of nobody at the end."""
         nobody = (NOBODY, 0, 0)
         about = [(one.sample, one.epoch, len(one.ids)) for one in sequences] + [nobody] * padding
@@ -228,8 +238,7 @@ class ChatReader(StreamReader):
         }
         return {"samples": samples, "epochs": epochs, "lengths": lengths, **more}
 
-    def _padded(self, rows: Sequence[PackedRow], length: int) -> Arrays:
-        sequences, count = self._sequences(rows), len(rows) * self._per_row
+    def _padded(self, sequences: Sequence[LaidOut], count: int, length: int) -> Arrays:
         places = [(number, slice(0, len(one.ids))) for number, one in enumerate(sequences)]
         return {
             **self._filled(sequences, places, (count, length)),
@@ -237,8 +246,7 @@ class ChatReader(StreamReader):
             **self._per_sequence(sequences, count - len(sequences)),
         }
 
-    def _packed(self, rows: Sequence[PackedRow]) -> Arrays:
-        sequences, length = self._sequences(rows), sum(row.seq_len for row in rows)
+    def _packed(self, sequences: Sequence[LaidOut], length: int) -> Arrays:
         ends = np.cumsum([0, *(len(one.ids) for one in sequences)])
         places = [(0, slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
         padding = int(ends[-1] < length)
@@ -251,7 +259,7 @@ class ChatReader(StreamReader):
         }
 
     def _filled(
-        self, sequences: Sequence[_Sequence], places: Sequence[Any], shape: tuple[int, int]
+        self, sequences: Sequence[LaidOut], places: Sequence[Any], shape: tuple[int, int]
     ) -> Arrays:
         """The arrays [B, T], each sequence at its place; zero in the padding."""
         made = {"tokens": np.zeros(shape, np.int64), "labels": np.zeros(shape, np.int64)}
@@ -278,8 +286,10 @@ def reader_of(
     state: Mapping[str, Any] | None = None,
     multiple: int = 1,
     epochs: int | None = None,
+    made: type[ChatReader] = ChatReader,
 ) -> ChatReader:
-    """Returns the reader of prepared sources that goes on from `state` (None: from the beginning).
+    """Returns the reader of prepared sources that goes on from `state` (None: from the beginning),
+    `made` as one that reads something beside them.
 
     multiple: of the length T of every microbatch, 2 x cp x tp. epochs: rows of later ones are read
     as padding, so that held-out rows count once. Errors: DataError when the state is of other rows.
@@ -291,7 +301,7 @@ def reader_of(
     reading = Reading(packed_row_length(prepared), packing, config.window)
     plan = StreamPlan((StreamSegment(0, dict(prepared.weights), reading),), config.seed)
     sources = {name: ChatSource(name, one, plan) for name, one in prepared.sources.items()}
-    reader = ChatReader(prepared, Stream(plan, sources, state), share, first_step, multiple)
+    reader = made(prepared, Stream(plan, sources, state), share, first_step, multiple)
     reader.epochs = epochs
     return reader
 
