@@ -9,7 +9,7 @@ from typing import Any
 
 from megallm.base.errors import DataError
 from megallm.rewards.samples import Completion, parsed
-from megallm.rewards.sandbox import Judgement, Limits, Tests, judge, judge_programs
+from megallm.rewards.sandbox import Judgement, Limits, CodeTests, judge, judge_programs
 
 _FENCE = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 COLUMNS = """
@@ -33,7 +33,7 @@ def extracted(sample: Completion) -> str:
     return text
 
 
-def tests_of(columns: dict[str, Any]) -> Tests | list[tuple[str, str]]:
+def row_tests(columns: dict[str, Any]) -> CodeTests | list[tuple[str, str]]:
     """Returns the tests of a row: those of a function, or (input, output) pairs of a program.
 
     Errors: DataError, which shows the accepted columns, for a row without tests.
@@ -42,14 +42,14 @@ def tests_of(columns: dict[str, Any]) -> Tests | list[tuple[str, str]]:
     setup = "\n".join([*(columns.get("test_imports") or []), columns.get("test_setup_code") or ""])
     statements = parsed(columns.get("test_list"))
     if isinstance(statements, list) and statements:
-        return Tests(statements=statements, entry_point=entry, setup=setup)
+        return CodeTests(statements=statements, entry_point=entry, setup=setup)
     for name in ("test", "tests"):
         value = columns.get(name)
         listed = parsed(value)
         if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed):
-            return Tests(statements=listed, entry_point=entry, setup=setup)
+            return CodeTests(statements=listed, entry_point=entry, setup=setup)
         if isinstance(value, str) and value.strip():
-            return Tests(text=value, entry_point=entry, setup=setup)
+            return CodeTests(text=value, entry_point=entry, setup=setup)
     both = parsed(columns.get("input_output"))
     if isinstance(both, dict) and "inputs" not in columns:
         columns = columns | both
@@ -63,15 +63,15 @@ def tests_of(columns: dict[str, Any]) -> Tests | list[tuple[str, str]]:
         inner = parsed(columns.get(name))
         inner = parsed(inner.get(key)) if key and isinstance(inner, dict) else inner
         if isinstance(inner, dict):
-            return tests_of(inner)
+            return row_tests(inner)
     raise DataError(f"the reward 'code' finds no tests in the columns {', '.join(columns)}. Accepted are:{COLUMNS}")
 
 
-def _pairs(pairs: Sequence[tuple[Any, Any]], function: str | None) -> Tests | list[tuple[str, str]]:
+def _pairs(pairs: Sequence[tuple[Any, Any]], function: str | None) -> CodeTests | list[tuple[str, str]]:
     if function is None:
         return [(_text(given), _text(wanted)) for given, wanted in pairs]
     calls = [(_arguments(given), parsed(wanted)) for given, wanted in pairs]
-    return Tests(calls=calls, entry_point=function)
+    return CodeTests(calls=calls, entry_point=function)
 
 
 def _text(value: Any) -> str:
@@ -106,8 +106,8 @@ def code(
 
 def verdict(sample: Completion, limits: Limits) -> Judgement:
     """Returns what the tests of the sample's row say about the code of its answer."""
-    tests = tests_of(dict(sample.columns))
+    tests = row_tests(dict(sample.columns))
     text = extracted(sample)
-    if isinstance(tests, Tests):
+    if isinstance(tests, CodeTests):
         return judge(text, tests, limits)
     return judge_programs(text, tests, limits)

@@ -8,6 +8,7 @@ output. Without bubblewrap, user namespaces or a seccomp table nothing runs at a
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from megallm.rewards import seccomp
 _CHILD = Path(__file__).with_name("sandboxed.py")
 _SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _NOBODY = "65534"
+_PR_SET_CHILD_SUBREAPER = 36
 _GONE_SECONDS = 30.0  # for the kernel to take away what was killed
 _KILLED = {128 + number for number in (signal.SIGXCPU, signal.SIGKILL)}  # at the CPU limit
 INSTALL = (
@@ -61,7 +63,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Tests:
+class CodeTests:
     """The tests of a function: one of a text, statements, or calls with what they give.
 
     `text`: asserts, functions `test_...`, or `check(candidate)` for `entry_point` (HumanEval).
@@ -148,7 +150,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
-def judge(code: str, tests: Tests, limits: Limits | None = None) -> Judgement:
+def judge(code: str, tests: CodeTests, limits: Limits | None = None) -> Judgement:
     """Returns the verdict of `tests` on `code`, from a process that never runs the code.
 
     Errors: UsageError where there is no sandbox; DataError for tests that cannot be run so.
@@ -231,6 +233,7 @@ class _Box:
         files: Sequence[IO[bytes]] = (),
         text: str = "",
     ) -> None:
+        _adopt_orphans()
         whole = _file(stack, json.dumps({**job, "limits": limits.resources()}).encode())
         filters = _file(stack, seccomp.program(platform.machine()))
         status, self.started = _pipe(stack), _pipe(stack)
@@ -253,6 +256,9 @@ class _Box:
 
     def end(self) -> None:
         """Kill every process of the sandbox, by the first one of its pid namespace."""
+        if self.process.poll() is None:
+            self.process.kill()  # with --die-with-parent it takes the namespace with it
+        self.process.wait()
         if self.init is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.init, signal.SIGKILL)
@@ -260,11 +266,10 @@ class _Box:
                 gone.register(self.init, selectors.EVENT_READ)
                 if not gone.select(_GONE_SECONDS):
                     raise InternalError("A process of the sandbox does not end after SIGKILL.")
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, self.init, os.WEXITED)
             os.close(self.init)
             self.init = None
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
         for stream in (self.process.stdout, self.process.stderr):
             stream.close()
 
@@ -283,6 +288,14 @@ class _Box:
         if status in _KILLED or (status == 1 and "MemoryError" in errors[-2000:]):
             error = "out of memory" if status == 1 else "over its CPU time"
         return Ending(status, output, errors, error)
+
+
+@functools.cache
+def _adopt_orphans() -> None:
+    """Make this process the parent of what bubblewrap leaves behind: without it the first process
+    of each sandbox stays a zombie in a container whose own first process reaps nothing.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _line(file: IO[bytes]) -> bytes:
@@ -343,7 +356,8 @@ def confined() -> list[str]:
     network, no writing, no process of others.
     """
     words = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
-    return [*words, "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/dev/shm"]
+    words += ["--dev", "/dev", "--proc", "/proc", "--size", str(64 << 20), "--tmpfs", "/dev/shm"]
+    return [*words, "--setenv", "TMPDIR", "/dev/shm", "--setenv", "MPLCONFIGDIR", "/dev/shm"]
 
 
 def command(limits: Limits, filter_file: int, status_file: int) -> list[str]:

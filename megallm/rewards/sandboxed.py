@@ -163,7 +163,10 @@ def answer(request: list[Any], objects: Objects) -> list[Any]:
         name, args, kwargs = rest
         args = decode(args, objects.resolve)
         kwargs = decode(kwargs, objects.resolve)
-        function = target if name == "call" else getattr(target, f"__{name}__")
+        method = f"__{name}__"
+        if name != "call" and method not in dir(type(target)):
+            raise TypeError(f"{type(target).__name__} has no {method}")
+        function = target if name == "call" else getattr(target, method)
         value = function(*args, **kwargs)
         return ["ok", encode(value, objects.reference), encode(args, objects.reference)]
     except Exception as error:  # the boundary of the tested code

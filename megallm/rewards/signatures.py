@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 import sys
+import warnings
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,14 +281,15 @@ def options_of(spec: str) -> tuple[str, dict[str, Any]]:
     try:
         if match is None:
             raise ValueError(spec)
-        call = ast.parse(f"f({match['options'] or ''})", mode="eval").body
+        with warnings.catch_warnings(action="error"):  # an unknown escape
+            call = ast.parse(f"f({match['options'] or ''})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(one.arg is None for one in call.keywords):
             raise ValueError(spec)
         return match["target"], {one.arg: ast.literal_eval(one.value) for one in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UsageError(
             f"'{spec}' names no reward function: write name, file.py:function or package.module:function, "
-            "with options as (key=value, ...)."
+            "with options as (key=value, ...) and backslashes as r'...'."
         ) from error
 
 
