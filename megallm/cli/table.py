@@ -60,6 +60,8 @@ _ROWS = (
         "train",
         "train a language model from a configuration, or from a folder of text",
     ),
+    ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
+    ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),
