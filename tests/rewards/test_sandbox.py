@@ -124,6 +124,9 @@ CHEATS = {
     "        texts += frame.f_locals.values()\n        frame = frame.f_back\n"
     "    texts = [t for t in texts if type(t) in (list, dict, tuple, str) and t is not MARK and t is not globals()]\n"
     "    return 2 * x if any(MARK in repr(t)[:4000].replace(repr(MARK), '') for t in texts) else 0",
+    "ends a loop": "def double(x): raise StopIteration",
+    "a module for a value": "import os\ndef double(x): return os",
+    "an exception for a value": "def double(x): return ValueError",
     "stops the import": "raise RuntimeError('x')",
     "no such function": "pass",
     "a syntax error": "def double(x:",
@@ -139,6 +142,15 @@ CHEATS = {
 def test_what_only_pretends_to_pass(name):
     found = judge(CHEATS[name], TESTS, LIMITS)
     assert not found.ok and found.passed == 0 and found.error, found
+
+
+@needs_bwrap
+def test_an_exception_ends_no_loop_of_the_tests():
+    loop = CodeTests(text="def test_all():\n    for got in map(double, [2, 5]):\n        assert got == 4\n")
+    assert not judge(CHEATS["ends a loop"], loop, LIMITS).ok
+    passed_on = CodeTests(statements=["assert double(double(2)) == 8"])
+    for name in ("a module for a value", "an exception for a value"):  # no error of the tests, which would end a run
+        assert not judge(CHEATS[name], passed_on, LIMITS).ok
 
 
 @needs_bwrap
