@@ -334,6 +334,7 @@ def test_programs_by_their_output():
     assert not judge_programs("import sys\nsys.exit(0)", [("2\n", "4")], LIMITS).ok
     raised = judge_programs("print(4)\nraise ValueError('no')", [("2\n", "4")], LIMITS)
     assert not raised.ok and "ValueError: no" in raised.error
+    assert judge_programs("if __name__ == '__main__':\n    print(4)\n    exit()", [("", "4")], LIMITS).ok
     threads = "import threading\nt = threading.Thread(target=lambda: print(4))\nt.start()\nt.join()"
     assert judge_programs(threads, [("", "4")], LIMITS).ok
     assert run_program("x = bytearray(1 << 30)", "", LIMITS).error == "out of memory"
