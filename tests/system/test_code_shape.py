@@ -39,6 +39,7 @@ FLOORS: dict[str, set[str]] = {
     "parallel": {"base", "ops"},
     "models": {"base", "ops", "parallel"},
     "curate": {"base", "data"},
+    "rewards": {"base", "data"},
     "optim": {"base", "ops", "parallel"},
     "checkpoint": {"base", "parallel"},
     "convert": {"base", "data", "ops", "parallel", "models", "checkpoint"},
@@ -68,7 +69,8 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "losses.advantage", "peft.config", "training.finetune", "training.preference_config", "training.starting",
+    "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
+    "training.starting",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
