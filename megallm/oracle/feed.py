@@ -58,7 +58,8 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
     shape = batch["tokens"].shape
     documents, mask = batch.get("documents", torch.ones_like(batch["tokens"])), batch["mask"].clone()
     if row.packed:  # the last label of a document is the first token of the next one
-        mask[:, :-1] &= documents[:, 1:] == documents[:, :-1]
+        inside = documents[:, 1:] == documents[:, :-1]
+        mask[:, :-1] &= inside if (mask[:, :-1] & inside).any() else True
 
     def numbers(shift: float) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64) + shift

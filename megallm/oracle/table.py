@@ -21,7 +21,7 @@ from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.oracle.outputs import OUTPUT_CONTROLS, OUTPUT_ROWS
 from megallm.oracle.rows import Written
-from megallm.oracle.trainers import ADAPTERS, CONTROLS_OF, KINDS, PAIRED, TRAINER_ROWS
+from megallm.oracle.trainers import ADAPTERS, CONTROLS_OF, PAIRED, TRAINER_ROWS, TRAINERS
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -105,7 +105,7 @@ class Row:
     seq_len: int = 8
     mask: str = "uneven"
     loss: str | None = None  # one of LOSSES of the model's head; None: the first
-    trainer: str = "pretrain"  # or one of `trainers.KINDS`
+    trainer: str = "pretrain"  # or one of `trainers.TRAINERS`
     adapter: str | None = None  # one of `trainers.ADAPTERS` beside a frozen model
     frozen: tuple[str, ...] = ()  # patterns of logical names that are not trained
     rule: str = "adamw"  # the update rule, with the settings of `compare.RULE_SETTINGS`
@@ -350,7 +350,7 @@ def control_row(name: str, trainer: str = "pretrain") -> Row | None:
 
 def as_trainer(row: Row, trainer: str) -> Row:
     """Returns a row of a causal language model as one of the same layout that `trainer` trains."""
-    kind = KINDS[trainer]
+    kind = TRAINERS[trainer]
     experts = row.config.moe.num_experts > 0
     adapter = (kind.experts_adapter or kind.adapter) if experts else kind.adapter
     row = replace(row, trainer=trainer, adapter=adapter, loss=kind.loss, rule="adamw")
@@ -367,7 +367,7 @@ def fits_trainer(row: Row, trainer: str) -> bool:
     """Whether a row's model is one that `trainer` trains here: a causal language model without
     further tokens; latent attention takes no prefix, and experts no prompt.
     """
-    config, kind = row.config, KINDS[trainer]
+    config, kind = row.config, TRAINERS[trainer]
     method = ADAPTERS[kind.adapter]["method"] if kind.adapter else ""
     return not (
         not config.causal

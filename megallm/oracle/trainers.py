@@ -60,7 +60,7 @@ def _reward(name: str, layout: str, **rest: Any) -> Written:
 
 
 ENDS: dict[str, Any] = {"adapter": "lora-ends"}
-KINDS: dict[str, Kind] = {
+TRAINERS: dict[str, Kind] = {
     "sft": Kind("sft", further=(
         row("dft", "dp=2,tp=2", loss="dft", micros=2, mask="rank"),
         row("mtp", "dp=2,zero=2", "mtp", loss="next_token", micros=2, mask="rank"),
@@ -146,7 +146,7 @@ def _rows(name: str, kind: Kind) -> Iterator[Written]:
 
 
 TRAINER_ROWS: tuple[Written, ...] = tuple(
-    written for name, kind in KINDS.items() for written in _rows(name, kind)
+    written for name, kind in TRAINERS.items() for written in _rows(name, kind)
 )
 
 # What `--break` does besides leaving a reduction out.
