@@ -72,12 +72,12 @@ def ours(case: str) -> Step:
     from megallm.losses.language import NextToken
     from megallm.losses.preference import Preference
     from megallm.parallel.mesh import Mesh
-    from megallm.peft.inject import prepare
+    from megallm.peft.inject import prepare_adapters
     from megallm.peft.reference import off
 
     keep_memory()
     wanted = peft_config(case)
-    engine = Engine.build(engine_config(case), Mesh.single(), prepare(wanted, model_config(case.rpartition("-")[2])))
+    engine = Engine.build(engine_config(case), Mesh.single(), prepare_adapters(wanted, model_config(case.rpartition("-")[2])))
     mask, dpo = answers(case), case.startswith("dpo")
     positions, loss = tokens_of(case, 0)[:, :-1] * 0, Preference(beta=BETA) if dpo else NextToken()
     positions += positions.new_tensor(range(positions.shape[1]))
@@ -118,7 +118,7 @@ def their_model(case: str) -> Any:
     from megallm.models.parallel_model import ParallelModel
     from megallm.parallel.config import LayoutConfig
     from megallm.parallel.mesh import Mesh
-    from megallm.peft.inject import prepare
+    from megallm.peft.inject import prepare_adapters
 
     config = model_config(case.rpartition("-")[2])
     theirs = LlamaForCausalLM(
@@ -132,7 +132,7 @@ def their_model(case: str) -> Any:
     targets = [name.rpartition(".")[2] for names in THEIRS.values() for name in names if "proj" in name]
     theirs = get_peft_model(theirs, LoraConfig(r=DIM, lora_alpha=ALPHA, target_modules=targets))
     params = dict(theirs.named_parameters())
-    wanted = prepare(peft_config("lora"), config)
+    wanted = prepare_adapters(peft_config("lora"), config)
     with torch.no_grad():
         entries = ParallelModel(config, LayoutConfig(), ComputeConfig(), Mesh.single(), wanted).entries()
         for name, _, shard, _ in entries:
