@@ -57,7 +57,7 @@ def first_values(name: str, shard: Shard, box: Box, seed: int) -> Tensor:
 def rounded(matrices: Tensor) -> Tensor:
     """The values `(*stack, R, C)` that a base in 4 bit has."""
     rows, columns = matrices.shape[-2:]
-    piece = nf4.Piece((0, rows), (0, columns), (rows, columns))
+    piece = nf4.MatrixRange((0, rows), (0, columns), (rows, columns))
     flat = matrices.float().view(-1, rows, columns)
     made = [nf4.Nf4.of(one, piece).dequantize(torch.float64) for one in flat]
     return torch.stack(made).view_as(matrices)
