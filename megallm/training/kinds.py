@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megallm.run.config import JobConfig
-from megallm.training import files, finetune, reading
+from megallm.training import files, finetune, preference_config, reading
 from megallm.training.config import PretrainConfig
 from megallm.training.rules import finetune as finetune_rules
+from megallm.training.rules import preference as preference_rules
 from megallm.training.rules import pretrain
 from megallm.training.rules.problem import Rules
 
@@ -50,6 +51,21 @@ _ROWS = (
         finetune_rules.SFT,
         finetune.chat_vocab,
         finetune.check_chat_files,
+    ),
+    *(
+        Kind(
+            name,
+            config,
+            f"megallm.training.{module}",
+            rules,
+            finetune.tokenizer_vocab,
+            finetune.check_files,
+        )
+        for name, config, module, rules in (
+            ("reward", preference_config.RewardModelConfig, "reward", preference_rules.REWARD),
+            ("dpo", preference_config.DpoConfig, "preference", preference_rules.DPO),
+            ("kto", preference_config.KtoConfig, "kto", preference_rules.KTO),
+        )
     ),
 )
 KINDS = {row.name: row for row in _ROWS}
