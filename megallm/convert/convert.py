@@ -183,6 +183,11 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         family = family_of(model)
         bridge = bridge_of(model, family.rules_of(model.head))
         missing = [name for name in bridge.ours if name not in reader.names()]
+        if missing and isinstance(reader.meta, dict) and "base" in reader.meta:
+            raise UsageError(
+                f"--input {request.input} holds adapters alone: `megallm merge --model "
+                f"{request.input} --output DIR` puts them into their base."
+            )
         if missing:
             raise CheckpointError(f"{step} lacks {', '.join(missing[:3])}, which its model has.")
         dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
