@@ -29,17 +29,17 @@ def result(work: str, seconds: str) -> None:
             for group, marks in zip(groups, right, strict=True)]  # fmt: skip
     print(f"""# Result: a reward model that tells right sums from wrong ones
 
-Command: `bash examples/07_reward/run.sh`: {seconds} s. A Llama of 0.8M parameters (4 layers, 128 wide) that learned to add
-in 350 steps gives its body, the score's head starts from the seed; {rows[-1]["step"]} steps of 64 pairs.
+Command: `bash examples/07_reward/run.sh`: {seconds} s. A Llama of 0.8M parameters (4 layers, 128 wide) that learned to
+add gives its body, the score's head starts from the seed; {rows[-1]["step"]} steps of 64 pairs.
 
 | held-out pairs | right answer scored higher |
 |---|---|
 | wrong answer drawn at random | {other:.3f} |
 | wrong answer sampled from the model itself (near misses) | {near:.3f} |
 
-Held-out loss {first["val/loss"]:.3f} after {first["step"]} steps, {last["val/loss"]:.3f} at the end; accuracy of both kinds
-together {first["val/accuracy"]:.3f} and {last["val/accuracy"]:.3f}. The exported folder (`LlamaForSequenceClassification`) gives
-transformers the same logits (`megallm convert --verify`).
+Held-out loss {first["val/loss"]:.3f} after {first["step"]} steps, {last["val/loss"]:.3f} at the end; accuracy of both
+kinds together {first["val/accuracy"]:.3f} and {last["val/accuracy"]:.3f}. The exported folder gives transformers the
+same logits (`LlamaForSequenceClassification`, `megallm convert --verify`).
 
 | of {COUNT} samples (T = 1) for each of {len(groups)} held-out prompts | right |
 |---|---|
@@ -53,6 +53,7 @@ if __name__ == "__main__":
     if verb == "prompts":
         write(out, [row for row in read(source) for _ in range(COUNT)])
     elif verb == "answers":
-        write(out, [{"prompt": row["prompt"], "completion": row["text"] if row["text"].strip() else "?"} for row in read(source)])
+        rows = [(row["prompt"], row["text"]) for row in read(source)]
+        write(out, [{"prompt": asked, "completion": said if said.strip() else "?"} for asked, said in rows])
     else:
         result(source, out)

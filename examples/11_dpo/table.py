@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "07_reward"))
-from toy import answer, read  # noqa: E402
+from toy import answer, read
 
 NAMES = {
     "dpo": "DPO", "dpo_nll": "DPO + likelihood (`rpo_alpha: 1`)", "lora": "the same with LoRA, reference: adapter off",
@@ -48,18 +48,22 @@ if __name__ == "__main__":
     BEFORE = one["val/logps/chosen"] - one["val/rewards/chosen"] / 0.1
     steps = read(work / "dpo/metrics.jsonl")[-1]["step"]
     first = json.dumps(read("examples/07_reward/work/prompts-near.jsonl")[0])
+    before = greedy(work / "base.jsonl")
     print(f"""# Result: preferring the right answer is not giving it
 
-Command: `bash examples/11_dpo/run.sh`: {sys.argv[2]} s. A Llama of 0.8M parameters adds two numbers of two digits and is right in
-{greedy(work / "base.jsonl"):.3f} of 200 held-out sums (greedy). Pairs are the right answer and a wrong one that the model itself
+Command: `bash examples/11_dpo/run.sh`: {sys.argv[2]} s. A Llama of 0.8M parameters adds two numbers of two digits and is
+right in {before:.3f} of 200 held-out sums (greedy). Pairs are the right answer and a wrong one that the model itself
 sampled, such as `{first}`; {steps} steps of 32 pairs.
 
-| trained by | held-out pairs: right one preferred, first and last evaluation | log-prob of the right answer, change in nats | held-out sums that are right | warned |
+Columns: held-out pairs whose right answer is preferred, at the first and the last evaluation; change of the right
+answers' log-prob in nats; held-out sums that are right; whether the run itself warned.
+
+| trained by | right one preferred | log-prob | right sums | warned |
 |---|---|---|---|---|
-| nothing: the model before | | | {greedy(work / "base.jsonl"):.3f} | |
+| nothing: the model before | | | {before:.3f} | |
 {chr(10).join(rows(work))}
 
-DPO only asks that the gap between two answers grows. Where both are alike, the cheapest way is to make both less likely, the
-wrong one more so, and what takes their place is something else. The likelihood of the chosen answers beside it
-(`dpo.rpo_alpha`), or a loss that has it inside (ORPO), keeps the task. The last column says whether the run itself warned that
-the chosen answers become less likely (`likelihood_displacement` in events.jsonl).""")
+DPO only asks that the gap between two answers grows. Where both are alike, the cheapest way is to make both less
+likely, the wrong one more so, and what takes their place is something else. The likelihood of the chosen answers beside
+it (`dpo.rpo_alpha`), or a loss that has it inside (ORPO), is meant to keep the task. A warned run has an event
+`likelihood_displacement` in events.jsonl.""")

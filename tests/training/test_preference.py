@@ -1,4 +1,4 @@
-"""Whole runs of dpo, orpo, kto and reward: the same at every layout, packed or padded, and with every kind of reference."""
+"""Whole runs of dpo, orpo, kto and reward: the same at every layout, packed or padded, with every kind of reference."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ ALL = {"dpo": 12, "kto": 24, "reward": 12}  # rows of the file
 def packed(verb: str, folder: Path, start: str, source: str, **values: Any) -> Path:
     """Every row of the file in one packed row."""
     room = 256 if verb == "kto" else 128  # a row of pairs has twice as many places
-    one = {"data.packing": True, "data.seq_len": room, "train.global_batch": 1, "train.micro_batch": 1, "train.steps": 2}
+    one = {"data.packing": True, "data.seq_len": room, "train.global_batch": 1, "train.micro_batch": 1}
+    one |= {"train.steps": 2}
     return train(verb, folder, start, source, **one | values)
 
 
@@ -217,7 +218,8 @@ def test_rows_that_cannot_be_compared(place):
     folder, start, source = place
     equal = write_rows(folder / "equal.jsonl", [{"prompt": "1=", "chosen": "2", "rejected": "2"}] * 3)
     rows = metrics(train("dpo", folder / "equal", start, equal, **{"train.global_batch": 2}))
-    assert [row["train/loss"] for row in rows] == pytest.approx([math.log(2)] * 3) and rows[-1]["train/grad_norm"] < 1e-12
+    assert [row["train/loss"] for row in rows] == pytest.approx([math.log(2)] * 3)
+    assert rows[-1]["train/grad_norm"] < 1e-12
     odd = write_rows(folder / "odd.jsonl", pairs(5))
     held = {"data.valid_sources": {odd: None}, "eval.batches": 9, "train.steps": 1, "optim.lr": 1e-30}
     whole = held | {"train.global_batch": 10, "train.micro_batch": 10}
@@ -234,7 +236,8 @@ def test_rows_that_cannot_be_compared(place):
         bad = write_rows(folder / "bad.jsonl", [pairs(1)[0], row])
         with pytest.raises(DataError, match=rf"bad\.jsonl:{words}"):
             train("dpo", folder / "bad", start, bad, **{"data.too_long": "error"})
-    same_prompt = write_rows(folder / "one.jsonl", [{"prompt": "1=", "chosen": "3", "rejected": str(i)} for i in range(4)])
+    rows = [{"prompt": "1=", "chosen": "3", "rejected": str(i)} for i in range(4)]
+    same_prompt = write_rows(folder / "one.jsonl", rows)
     with pytest.raises(DataError, match="all 8 rows have the same prompt"):
         train("kto", folder / "one", start, same_prompt)
     train("kto", folder / "one-apo", start, same_prompt, **{"kto.loss": "apo_zero_unpaired"})
@@ -276,7 +279,8 @@ def test_the_tables_of_the_configuration_are_those_of_the_losses():
         made = loss_of(DpoOptions(loss=name, label_smoothing=smoothing))
         assert made.reference_free == (name in ("orpo", "simpo", "cpo")), name
     assert loss_of(DpoOptions(loss="simpo")) == losses.simpo_loss()
-    assert loss_of(DpoOptions(loss="orpo")) == losses.orpo_loss() and loss_of(DpoOptions(loss="cpo")) == losses.cpo_loss()
+    assert loss_of(DpoOptions(loss="orpo")) == losses.orpo_loss()
+    assert loss_of(DpoOptions(loss="cpo")) == losses.cpo_loss()
     mixed = loss_of(DpoOptions(mixture={"ipo": 0.5, "sigmoid": 2.0}, rpo_alpha=0.3))
     assert (mixed.kinds, mixed.weights, mixed.nll) == (("ipo", "sigmoid"), (0.5, 2.0), 0.3)
 
@@ -290,7 +294,8 @@ def test_a_reference_with_its_adapter_on_is_noticed(place, monkeypatch):
     right = metrics(train("dpo", folder / "off", start, source, **lora))
     monkeypatch.setattr(AdapterOff, "log_probs", Frozen.log_probs)
     wrong = metrics(train("dpo", folder / "on", start, source, **lora))
-    assert right[0]["train/loss"] == wrong[0]["train/loss"] and wrong[1]["rewards/margins"] == 0 != right[1]["rewards/margins"]
+    assert right[0]["train/loss"] == wrong[0]["train/loss"]
+    assert wrong[1]["rewards/margins"] == 0 != right[1]["rewards/margins"]
 
 
 def test_another_reference_is_noticed_in_the_first_step(place, monkeypatch):
@@ -299,7 +304,8 @@ def test_another_reference_is_noticed_in_the_first_step(place, monkeypatch):
     rows = metrics(train("dpo", folder / "given", start, source, **{"reference.model": other}))
     assert rows[0]["train/loss"] != pytest.approx(math.log(2), rel=1e-3), "a reference that was asked for is fine"
     monkeypatch.setattr(RUNS["dpo"], "frozen", lambda self, mesh: reference_run.Engine.build(self.config.engine, mesh))
-    with pytest.raises(InternalError, match=r"The first loss is .* while the policy is the reference it must be 0\.693147"):
+    words = r"The first loss is .* while the policy is the reference it must be 0\.693147"
+    with pytest.raises(InternalError, match=words):
         values = {"reference.kind": "frozen", "run.seed": 99}
         train("dpo", folder / "wrong", start, source, **values)
 
