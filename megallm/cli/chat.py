@@ -93,7 +93,7 @@ class Conversation:
         self.terminal = sys.stdin.isatty()
 
     def run(self) -> bool:
-        """Until the person leaves (True) or the ranks end (False)."""
+        """Runs the conversation until the person leaves (True) or the ranks end (False)."""
         ready = self._hear()
         if ready is None:
             return False

@@ -30,7 +30,8 @@ PRELOAD = (
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights, at which layout: the same for `generate` and `chat`."""
+    """Add the options that say which weights, at which layout: the same for `generate` and `chat`.
+    """
     parser.add_argument(
         "--model",
         required=True,
@@ -63,7 +64,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(
     parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int
 ) -> None:
-    """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
+    """Add the options that say how tokens are chosen and when an answer ends: the same for
+    `generate` and `chat`.
+    """
     add = parser.add_argument
     add(
         "--max-new-tokens",
@@ -181,7 +184,7 @@ def _warn(text: str) -> None:
 
 
 def parse_layout(text: str) -> Layout:
-    """`"tp=2,pp=2"` -> Layout; the same rules as `layout.*` of a configuration."""
+    """Maps `"tp=2,pp=2"` -> Layout; the same rules as `layout.*` of a configuration."""
     config = load(LayoutConfig, None, [part for part in text.split(",") if part])
     usual = dataclasses.replace(
         LayoutConfig(), tp=config.tp, pp=config.pp, dp=config.dp, ep=config.ep

@@ -13,9 +13,6 @@ from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
 
-REQUEST = (
-    "model", "input", "output", "tokenizer", "template", "strings", "precision", "batch",
-)  # fmt: skip
 PRELOAD = ("megallm.training.scoring", "megallm.launch.group")
 
 
@@ -46,7 +43,8 @@ def _run(args: argparse.Namespace) -> int:
             f"--layout {args.layout or 'of one rank'} needs {layout.world} ranks, but {world} were "
             "started."
         )
-    values = {name: vars(args)[name] for name in REQUEST}
+    names = ["model", "input", "output", "tokenizer", "template", "strings", "precision", "batch"]
+    values = {name: vars(args)[name] for name in names}
     start(_rank, (values, layout), layout.world, None, PRELOAD, saves=False)
     BOARD.end()
     tell(f"the rows with their rewards are in {args.output}.")

@@ -65,6 +65,8 @@ _ROWS = (
     ("dpo", "train", "train on pairs of answers: DPO and its kin, ORPO, SimPO, CPO"),
     ("kto", "train", "train on single answers that are good or bad"),
     ("score", "score", "write the reward of each row of a file"),
+    ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
+    ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),

@@ -125,8 +125,8 @@ def config_ids(folder: Path) -> dict[str, Any]:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """`eos_token_id` as transformers takes it: of generation_config.json, else of config.json;
-    empty without any.
+    """Returns `eos_token_id` as transformers takes it: of generation_config.json, else of
+    config.json; empty without any.
     """
     value = (
         read_json(folder / GENERATION).get("eos_token_id")
@@ -207,9 +207,10 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def token_ids(folder: Path) -> dict[str, Any]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else
-    as the tokenizer's settings name them; what ends a text else as `eod` of the tokenizer is found;
-    else None."""
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had
+    them, else as the tokenizer's settings name them; what ends a text else as `eod` of the
+    tokenizer is found; else None.
+    """
     found = dict.fromkeys(ID_KEYS) | config_ids(folder)
     settings: dict[str, Any] = {}
     for name in (SPECIALS, SETTINGS):
@@ -302,7 +303,8 @@ def _vocabulary(definition: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def write_generation_config(target: Path, ids: Ids) -> None:
-    """generation_config.json with the ids that end and begin a text, unless one was copied."""
+    """Write generation_config.json with the ids that end and begin a text, unless one was copied.
+    """
     if not (target / GENERATION).exists():
         known = {key: number for key, number in ids.items() if number is not None}
         atomic_write_json(target / GENERATION, {"_from_model_config": True} | known)

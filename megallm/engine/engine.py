@@ -1,4 +1,6 @@
 """Engine: one parallel model with its optimizer. Trainers see this and nothing below it.
+`train_step` is gradient accumulation over microbatches, loss normalisation (each term divided by
+its count over the global batch), gradient clipping and the update.
 
 `train_step`, `evaluate`, `parts` and `load` are collective over the world, and return the same
 values on every rank of a replica.
@@ -9,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Protocol, TypeVar
@@ -30,7 +31,7 @@ from megallm.engine.state import (
     read_state,
     stored_parameters,
 )
-from megallm.engine.sums import LossSums
+from megallm.engine.stats import LossSums, StepStats
 from megallm.inference.generator import Generator
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
@@ -47,8 +48,8 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.shard import Shard, StateProvider, StateTensor, piece
-from megallm.parallel.simulate import Slot, Timeline, peak_live
+from megallm.parallel.shard import Shard, StateProvider, StateTensor, WeightSource, piece
+from megallm.parallel.simulate import TimedAction, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
 from megallm.parallel.vocab import Wanted
 
@@ -56,47 +57,14 @@ TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
 
 
-class Source(Protocol):
-    """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into`
-    fills a tensor of any dtype with the box at `offset`."""
-
-    def names(self) -> list[str]: ...
-
-    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
-
-
 class StepObserver(StateProvider, Protocol):
     """Takes part in every update and has state of its own (`Engine.observe`)."""
 
     def begin(self, micros: int, scale: Tensor | float) -> None:
-        """Before the microbatches of a data rank, whose losses are multiplied by `scale`."""
+        """Prepare for the microbatches of a data rank, whose losses are multiplied by `scale`."""
 
     def finish(self, skipped: bool) -> dict[str, float]:
-        """After an update, its gradients still there; returns metrics."""
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One update: each term divided by its global count, the counts, the norm before clipping, and
-    whether the update was left out: `skipped` because the norm is not finite, `empty` because
-    nothing counted or every gradient was exactly 0."""
-
-    losses: dict[str, float]
-    counts: dict[str, float]  # int where it is a whole number
-    grad_norm: float
-    skipped: bool
-    loss_scale: float | None = None  # fp16: what the loss was multiplied by
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # what else was measured, under the names of metrics.jsonl: the loss's own and the routers'
-    empty: bool = False
-
-    @property
-    def loss(self) -> float:
-        """The sum of the terms: what was differentiated."""
-        return sum(self.losses.values())
+        """Returns metrics after an update, its gradients still there."""
 
 
 class Engine:
@@ -142,8 +110,8 @@ class Engine:
 
     @staticmethod
     def build(config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> Engine:
-        """An engine with its initial weights, the same logical weights at every layout, bit for
-        bit.
+        """Returns an engine with its initial weights, the same logical weights at every layout, bit
+        for bit.
 
         `prepare` is called with each stage of this rank on the meta device, before buckets are
         planned: it may fill adapter slots and freeze parameters (`requires_grad_(False)`).
@@ -176,7 +144,7 @@ class Engine:
         }
 
     def num_local_params(self) -> int:
-        """Parameters of this rank's stages."""
+        """Number of parameters of this rank's stages."""
         return sum(shape.numel() for shape in self.parameters.shapes.values())
 
     def observe(self, observer: StepObserver) -> None:
@@ -233,7 +201,9 @@ class Engine:
     def evaluate(
         self, batches: Sequence[Batch], loss: Loss
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Forward only: the sum of each loss and metric over all data ranks, and its count."""
+        """Returns the sum of each loss and metric over all data ranks, and its count; forward
+        passes only.
+        """
         return self._run(batches, loss, training=False).read()
 
     def scores(
@@ -242,8 +212,8 @@ class Engine:
         wanted: Sequence[str] = ("log_prob",),
         temperature: float = 1.0,
     ) -> list[dict[str, Tensor]]:
-        """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and
-        without gradient.
+        """Returns for each microbatch its per-token scalars `[B, T]`, wide and without gradient;
+        forward passes only.
 
         Logits are divided by `temperature` before their softmax. Scalars of a vocabulary are 0
         where the mask is False. The schedule is the one of `evaluate`; the result is in the
@@ -307,8 +277,8 @@ class Engine:
     def generator(
         self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
     ) -> Iterator[Generator]:
-        """A generator on the very weights that are trained, gathered once for the whole rollout and
-        let go afterwards; its samples say how many updates the weights have seen.
+        """Yields a generator on the very weights that are trained, gathered once for the whole
+        rollout and let go afterwards; its samples say how many updates the weights have seen.
 
         `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
         ranks that divide the weights; each data rank then generates from its own requests (`mine`).
@@ -414,8 +384,8 @@ class Engine:
         return vector
 
     def timeline(self) -> Timeline | None:
-        """The last step on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over
-        the world.
+        """Returns the last step on rank 0's pipeline line, from 0 seconds; None off rank 0.
+        Collective over the world.
 
         Clocks are those of the machines: lines that span several machines are off by their
         difference.
@@ -431,7 +401,7 @@ class Engine:
         line = [gathered[rank] for rank in self.mesh.pp.ranks]
         begin = min(row[3] for rows in line for row in rows)
         ranks = [
-            [Slot(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
+            [TimedAction(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
             for rows in line
         ]
         return Timeline(ranks, [peak_live([slot.action for slot in slots]) for slots in ranks])
@@ -439,29 +409,29 @@ class Engine:
     # State
 
     def masters(self) -> Iterator[Piece]:
-        """The wide master weights that this rank keeps, as boxes of logical tensors; frozen: the
-        weights.
+        """Yields the wide master weights that this rank keeps, as boxes of logical tensors; frozen:
+        the weights.
         """
         return pieces(
             self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat}
         )
 
     def gradients(self) -> Iterator[Piece]:
-        """The completed gradients that this rank keeps, after `train_step` (clipped)."""
+        """Yields the completed gradients that this rank keeps, after `train_step` (clipped)."""
         return pieces(
             self.parameters,
             {bucket.index: bucket.shard_grads for bucket in self.parameters.trainable},
         )
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything that a checkpoint remembers, as this rank's boxes of logical tensors, from all
-        providers.
+        """Yields everything that a checkpoint remembers, as this rank's boxes of logical tensors,
+        from all providers.
         """
         for provider in self.providers:
             yield from provider.state()
 
     def parts(self) -> Iterator[Part]:
-        """What this rank owns of the logical state: weights and optimizer state, as boxes of
+        """Yields what this rank owns of the logical state: weights and optimizer state, as boxes of
         logical tensors.
         """
         for held in self.state():
@@ -469,7 +439,7 @@ class Engine:
                 yield Part(held.name, held.shard.full, held.box.offset, held.tensor)
 
     def counters(self) -> dict[str, float]:
-        """What belongs to the state besides tensors; goes into a checkpoint's meta under
+        """Returns what belongs to the state besides tensors; goes into a checkpoint's meta under
         "engine".
         """
         return {"updates": self.optimizer.updates} | (
@@ -493,7 +463,7 @@ class Engine:
         for held in self.state():
             if not held.optimizer:
                 read_state(reader, held)
-        known = set(reader.names())
+        known = set(reader.names()) if self.model.quantized else ()
         for name, weight in self.model.quantized.items():
             if name in known:  # else they are those of the base that was filled in
                 weight.read_from(reader, name)
@@ -516,7 +486,7 @@ class Engine:
             if held.optimizer and there:
                 read_state(reader, held)
 
-    def fill(self, source: Source) -> None:
+    def fill(self, source: WeightSource) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
 
         A head that the source lacks, or has in another shape, starts afresh, from the seed; so do
@@ -541,7 +511,7 @@ class Engine:
         self.parameters.publish()
 
     @staticmethod
-    def _check_shape(source: Source, known: set[str], name: str, shard: Shard) -> None:
+    def _check_shape(source: WeightSource, known: set[str], name: str, shard: Shard) -> None:
         stored = tuple(source.info(name)[0]) if name in known else shard.full
         if stored != shard.full:
             raise UsageError(
@@ -569,8 +539,8 @@ def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
-    """The holders of the first and the last stage, size 1 when nothing is shared; collective over
-    the world.
+    """Returns the holders of the first and the last stage, size 1 when nothing is shared;
+    collective over the world.
     """
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     if not tied or first == last:

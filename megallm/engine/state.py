@@ -1,4 +1,6 @@
-"""The logical state of a rank: which boxes of which logical tensors its flat buffers hold."""
+"""The logical state of a rank, for checkpoints (parameters, master weights, optimizer state): which
+boxes of which logical tensors its flat buffers hold.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Piece(NamedTuple):
 
 
 def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterator[Piece]:
-    """The pieces in buffers that hold, by the number of a bucket, this rank's range of it."""
+    """Yields the pieces in buffers that hold, by the number of a bucket, this rank's range of it.
+    """
     mesh = parameters.mesh
     for index, flat in flats.items():
         bucket = parameters.flat[index]
@@ -57,7 +60,7 @@ class ParameterState:
         self.parameters, self.optimizer = parameters, optimizer
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything of one kind after another, in the order of the buckets."""
+        """Yields everything of one kind after another, in the order of the buckets."""
         flat = self.parameters.flat
         yield from self._tensors("", {bucket.index: bucket.weights for bucket in flat}, False)
         masters = {

@@ -35,7 +35,7 @@ from megallm.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whether it has ended)
 
 
@@ -57,7 +57,7 @@ class Loaded:
     def request(
         self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()
     ) -> Request:
-        """One text to continue as the request says, which also ends before any of `stops`.
+        """Returns one text to continue as the request says, which also ends before any of `stops`.
 
         Errors: DataError for a token that the model has no row for: the tokenizer is another
         model's.
@@ -115,7 +115,7 @@ def run(
     show: Show | None = None,
     warn: Callable[[str], None] | None = None,
     opener: Opener = open_plain,
-) -> list[Row]:
+) -> list[OutputRow]:
     """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the
     prompts' order.
 
@@ -158,7 +158,7 @@ def run(
     return ordered
 
 
-def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
+def _collect(rows: dict[int, OutputRow], mesh: Mesh) -> dict[int, OutputRow]:
     """On rank 0 the rows of every replica. Collective over the world when there are several."""
     if mesh.dp.size == 1:
         return rows
@@ -168,7 +168,7 @@ def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
 
 
 def load(request: GenerateRequest, mesh: Mesh, opener: Opener = open_plain) -> Loaded:
-    """The model of `request.model` at this mesh's layout; each rank reads its own pieces.
+    """Returns the model of `request.model` at this mesh's layout; each rank reads its own pieces.
     Collective over the world.
     """
     with opener(find_place(request.model, mesh), request.adapter, mesh) as opened:
@@ -214,16 +214,16 @@ def _check_model(model: ModelConfig, tp: int) -> None:
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:
-    """The request's part that chooses tokens."""
+    """Returns the request's part that chooses tokens."""
     return Sampling(
         request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed,
         request.repetition_penalty,
     )  # fmt: skip
 
 
-def row_of(prompt: str, answer: Answer) -> Row:
-    """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that
-    ended it.
+def row_of(prompt: str, answer: Answer) -> OutputRow:
+    """Returns the JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also
+    those that ended it.
     """
     return {
         "prompt": prompt,
@@ -235,8 +235,8 @@ def row_of(prompt: str, answer: Answer) -> Row:
 
 
 def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfReader:
-    """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
-    world.
+    """Returns the weights of a run folder, a step folder or a Hugging Face folder. Collective over
+    the world.
     """
     return open_place(find_place(model, mesh))
 
@@ -254,7 +254,8 @@ def find_place(model: str, mesh: Mesh | None = None) -> Path:
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
-    """The checkpoint that a run folder or a step folder stands for; UsageError when there is none.
+    """Returns the checkpoint that a run folder or a step folder stands for; UsageError when there
+    is none.
 
     Of a run folder it is the newest whose weights are whole; what is passed over is logged.
     Collective over the world.
@@ -285,9 +286,11 @@ def model_config(reader: CheckpointReader | HfReader) -> ModelConfig:
         ) from error
 
 
-def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
-    """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
-    the model's folder.
+def find_tokenizer(
+    reader: CheckpointReader | HfReader, given: str | None = None
+) -> tuple[str, Path | None]:
+    """Returns (tokenizer, folder of what else is known about texts): given, kept in the run folder,
+    or of the model's folder.
 
     Bytes only where the metadata say so. Errors: DataError when no tokenizer is known.
     """
@@ -305,7 +308,8 @@ def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
             f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only "
-            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {TOKENIZER_FORMS} into "
+            "where the data or the folder say so. Give --tokenizer DIR|bytes, or put "
+            f"{TOKENIZER_FORMS} into "
             f"{_home(reader)}; for a run to come, set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
@@ -320,8 +324,9 @@ def _home(reader: CheckpointReader | HfReader) -> Path:
 def end_tokens(
     words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()
 ) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id`
-    of the generation_config.json, else of the config.json, that came with the model."""
+    """Returns ids that end a text: the tokenizer's own, that which closes its template, and
+    `eos_token_id` of the generation_config.json, else of the config.json, that came with the model.
+    """
     named = [] if folder is None else end_ids(folder)
     try:
         return frozenset([*named, *closing, words.eod])

@@ -34,8 +34,8 @@ class BradleyTerry:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pairs of one microbatch. Errors: ValueError for a sequence with two counted tokens, and
-        for a pair of which only one sequence has one.
+        """Counts the pairs of one microbatch. Errors: ValueError for a sequence with two counted
+        tokens, and for a pair of which only one sequence has one.
         """
         scored = _scored(batch)
         counted = pair_counted(batch)
@@ -80,7 +80,9 @@ class RankedReward:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prompts of one microbatch with at least one pair, as the sum of the pairs' weights."""
+        """Counts the prompts of one microbatch with at least one pair, as the sum of the pairs'
+        weights.
+        """
         _scored(batch)
         weight = self._weights(batch)
         pairs, scored = (weight > 0).sum(), _scored(batch).sum()

@@ -1,4 +1,6 @@
-"""What a loss is, and what it returns."""
+"""What a loss is, and what it returns: sums and counts, of which the engine makes the mean over the
+global batch (loss normalisation). The batch's `mask` is the loss mask.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class Loss(Protocol):
         ...
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each term is divided by, of one microbatch, known before its forward pass.
+        """Returns what each term is divided by, of one microbatch, known before its forward pass.
 
         Whole numbers or, with soft weights, floats; 0 where nothing counts.
         """

@@ -19,7 +19,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.peft.checkpoint import check_base, open_base
 from megallm.peft.config import PeftConfig
 from megallm.peft.files import CONFIG
-from megallm.peft.inject import Prepare, prepare
+from megallm.peft.inject import Prepare, prepare_adapters
 from megallm.peft.reading import AdapterFolder
 from megallm.peft.sources import Joined
 
@@ -41,9 +41,9 @@ class Adapted(NamedTuple):
         return self.base if self.adapter is None else Joined(self.adapter, self.base)
 
     @property
-    def prepare(self) -> Prepare | None:
+    def prepare_adapters(self) -> Prepare | None:
         """Returns what makes the slots of a stage that the adapter goes into; None without one."""
-        return None if self.config is None else prepare(self.config, self.model)
+        return None if self.config is None else prepare_adapters(self.config, self.model)
 
 
 def config_of(reader: CheckpointReader) -> PeftConfig:

@@ -12,7 +12,7 @@ from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json
 from megallm.checkpoint.io import DTYPE_NAMES
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import (
     DTYPES,
@@ -32,7 +32,9 @@ from megallm.peft.merge import MergedSource
 @dataclass(frozen=True)
 class MergeRequest:
     """`model` is a Hugging Face folder, a run or a step folder, `adapter` a folder of PEFT's or the
-    run that wrote one, None where the run `model` holds adapters itself; `dtype` a key of `convert.DTYPES`, or None for the base's."""
+    run that wrote one, None where the run `model` holds adapters itself; `dtype` is a key of
+    `convert.DTYPES`, or None for the base's.
+    """
 
     model: str
     adapter: str | None
@@ -59,7 +61,7 @@ def run(request: MergeRequest) -> dict[str, Any]:
 def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         place = Path(request.model)
-        place = place if is_model_folder(place) else resolve(place, weights_only)
+        place = place if is_model_folder(place) else resolve_step(place, weights_only)
         opened = stack.enter_context(open_adapted(place, request.adapter))
         reader, model, base = opened.reader, opened.model, opened.base
         if opened.adapter is None:

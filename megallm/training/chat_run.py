@@ -200,7 +200,7 @@ class ChatRun(SupervisedRun):
         path = Path(self.config.run.dir) / "first_rows.txt"
         atomic_write_text(path, preview.first_rows(self.rows.sources, self.rows.words, SHOWN))
         first = next(iter(self.rows.sources.values()))
-        recorder.draw(lambda console: preview.show(first.row(0), self.rows.words, console))
+        recorder.draw(lambda console: preview.show_row(first.row(0), self.rows.words, console))
         recorder.note(f"the first rows, with their trained tokens in brackets: {path}")
 
     def next_command(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megallm.data.chat.formats import Kind
+from megallm.data.chat.formats import RowKind
 from megallm.training.finetune import FinetuneConfig
 
 ALONE = ("orpo", "simpo", "cpo")  # ways of training without a reference, never part of a mixture
@@ -90,7 +90,7 @@ class DpoConfig(PreferenceConfig):
     dpo: DpoOptions = field(default_factory=DpoOptions)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowKind:
         """Returns pairs of a chosen and a rejected answer."""
         return "preference"
 
@@ -102,7 +102,7 @@ class KtoConfig(PreferenceConfig):
     kto: KtoOptions = field(default_factory=KtoOptions)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowKind:
         """Returns single answers, each good or bad."""
         return "unpaired"
 
@@ -114,6 +114,6 @@ class RewardModelConfig(FinetuneConfig):
     reward: RewardOptions = field(default_factory=RewardOptions)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowKind:
         """Returns pairs, or all answers of a prompt with their ranks."""
         return "ranked" if self.reward.ranked else "reward"

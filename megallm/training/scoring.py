@@ -93,7 +93,7 @@ def load(reader: Any, request: ScoreRequest, mesh: Mesh) -> Engine:
     adapters = reader.meta.get("peft")
     fill = None
     if adapters is not None:
-        fill = inject.prepare(replace(_peft(adapters), dropout=0.0, adapter=None), model)
+        fill = inject.prepare_adapters(replace(_peft(adapters), dropout=0.0, adapter=None), model)
 
     def prepare(stage: Any) -> None:
         if fill is not None:

@@ -127,7 +127,8 @@ def test_noise_is_there_in_training_only(tmp_path, base):
 def test_the_size_of_the_noise_is_that_of_the_paper():
     """Uniform between -alpha / sqrt(L D) and as much above, L of each sequence by itself."""
     batch = {
-        "tokens": torch.zeros(1, 60, dtype=torch.int64), "positions": torch.cat((torch.arange(50), torch.arange(10)))[None],
+        "tokens": torch.zeros(1, 60, dtype=torch.int64),
+        "positions": torch.cat((torch.arange(50), torch.arange(10)))[None],
         "samples": torch.tensor([7, 9]), "epochs": torch.tensor([0, 0]), "cu_seqlens": torch.tensor([0, 50, 60]),
     }  # fmt: skip
     keys = keys_of(batch)

@@ -16,7 +16,7 @@ from megallm.data.chat.formats import FORMATS, answers
 from megallm.data.chat.messages import BadRow
 from megallm.data.chat.prepare import template_of
 from megallm.data.chat.records import records
-from megallm.data.chat.rows import RowMaker, Rules
+from megallm.data.chat.rows import RowMaker, RowRules
 from megallm.data.chat.spans import Speaker
 from megallm.data.chat.template import Renderer
 from megallm.data.text.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def read_answers(name: str, config: ChatDataConfig, words: Tokenizer) -> list[An
     with ExitStack() as stack:
         renderer = stack.enter_context(Renderer(template, config.template_date))
         # A row with a label is what a head reads whole; the label itself is not looked at.
-        rules = Rules("classification", "all", config.seq_len, "error")
+        rules = RowRules("classification", "all", config.seq_len, "error")
         maker = RowMaker(words, lambda: Speaker(renderer, ends), rules)
         form = None
         for record in records(name):

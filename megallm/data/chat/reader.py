@@ -20,8 +20,8 @@ from megallm.base.errors import UsageError
 from megallm.data.batches import Share, StreamReader
 from megallm.data.chat.cache import Tokenised
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import Kind
-from megallm.data.chat.prepare import Prepared, prepare, quiet
+from megallm.data.chat.formats import RowKind
+from megallm.data.chat.prepare import Prepared, prepare, silent
 from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, RankedRow, SftRow
 from megallm.data.chat.rows import Row as Example
 from megallm.data.objective import Arrays
@@ -43,7 +43,9 @@ class ChatSource(DocumentSource):
         self._first_sample = xxhash.xxh32_intdigest(tokenised.key.encode()) << 31
 
     def sample(self, document: int) -> int:
-        """The id of a row: the same whatever the sources' order, the epoch and the file's name."""
+        """Returns the id of a row: the same whatever the sources' order, the epoch and the file's
+        name.
+        """
         return self._first_sample + document
 
 
@@ -151,7 +153,7 @@ class ChatReader(StreamReader):
         super().__init__(stream, share, first_step)
         self.prepared, self.multiple, self.epochs = prepared, multiple, None
         self._per_row = prepared.per_row
-        longest = row_length(prepared)
+        longest = packed_row_length(prepared)
         if prepared.config.packing and longest % multiple:
             raise UsageError(
                 f"data.seq_len {prepared.config.seq_len} makes packed rows of {longest} tokens, "
@@ -160,7 +162,7 @@ class ChatReader(StreamReader):
             )
 
     def batches(self, step: int) -> list[Arrays]:
-        """This rank's microbatches of a step."""
+        """Returns this rank's microbatches of a step."""
         rows = self._take(step)
         micros = [[rows[i] for i in micro] for micro in self.share.micros()]
         if self.prepared.config.packing:
@@ -179,14 +181,16 @@ class ChatReader(StreamReader):
         return -(-max(length, 1) // self.multiple) * self.multiple
 
     def examples(self, step: int) -> list[tuple[int, Example]]:
-        """(sample, row) of this rank's rows of a step: prompts with their columns, for rollouts."""
+        """Returns (sample, row) of this rank's rows of a step: prompts with their columns, for
+        rollouts.
+        """
         rows = self._take(step)
         return [
             one for micro in self.share.micros() for i in micro for one in self._examples(rows[i])
         ]
 
     def steps(self, epochs: int = 1) -> int:
-        """Steps, from the beginning, until every source was read `epochs` times."""
+        """Number of steps, from the beginning, until every source was read `epochs` times."""
         stream = Stream(self.stream.plan, self.stream.sources)
         step = 0
         left = {name for name, weight in self.stream.plan.segments[0].weights.items() if weight > 0}
@@ -204,8 +208,9 @@ class ChatReader(StreamReader):
         source = self.stream.sources[row.prefix]
         return [
             (source.sample(item.document), source.tokenised.row(item.document))
-            for item in row.items if self._counts(row)
-        ]  # fmt: skip
+            for item in row.items
+            if self._counts(row)
+        ]
 
     def _longest(self, row: PackedRow) -> int:
         data = self.stream.sources[row.prefix].data
@@ -269,8 +274,8 @@ class ChatReader(StreamReader):
         return made
 
 
-def row_length(prepared: Prepared) -> int:
-    """Tokens of a packed row: there is room for every sequence of an example."""
+def packed_row_length(prepared: Prepared) -> int:
+    """Number of tokens of a packed row: there is room for every sequence of an example."""
     return prepared.config.seq_len * prepared.per_row
 
 
@@ -283,8 +288,8 @@ def reader_of(
     epochs: int | None = None,
     made: type[ChatReader] = ChatReader,
 ) -> ChatReader:
-    """The reader of prepared sources that goes on from `state` (None: from the beginning), `made`
-    as one that reads something beside them.
+    """Returns the reader of prepared sources that goes on from `state` (None: from the beginning),
+    `made` as one that reads something beside them.
 
     multiple: of the length T of every microbatch, 2 x cp x tp. epochs: rows of later ones are read
     as padding, so that held-out rows count once. Errors: DataError when the state is of other rows.
@@ -293,7 +298,7 @@ def reader_of(
     if config.seed is None:
         raise UsageError("data.seed is not given; it is the run's where nothing else is said.")
     packing = BEST_FIT if config.packing else SINGLE
-    reading = Reading(row_length(prepared), packing, config.window)
+    reading = Reading(packed_row_length(prepared), packing, config.window)
     plan = StreamPlan((StreamSegment(0, dict(prepared.weights), reading),), config.seed)
     sources = {name: ChatSource(name, one, plan) for name, one in prepared.sources.items()}
     reader = made(prepared, Stream(plan, sources, state), share, first_step, multiple)
@@ -303,12 +308,12 @@ def reader_of(
 
 def open_chat_reader(
     data: ChatDataConfig,
-    kind: Kind,
+    kind: RowKind,
     share: Share,
     cache: Path,
     first_step: int = 1,
     state: Mapping[str, Any] | None = None,
     multiple: int = 1,
 ) -> ChatReader:
-    """`prepare` and `reader_of` together, for the training sources."""
-    return reader_of(prepare(data, kind, cache, note=quiet), share, first_step, state, multiple)
+    """Opens the reader, `prepare` and `reader_of` together, for the training sources."""
+    return reader_of(prepare(data, kind, cache, note=silent), share, first_step, state, multiple)

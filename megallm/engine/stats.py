@@ -1,11 +1,33 @@
-"""What a loss returned over the global batch."""
+"""What a step returns: losses, counts, metrics and gradient norm, and the sums they come from."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One update: each term divided by its global count, the counts, the norm before clipping, and
+    whether the update was left out: `skipped` because the norm is not finite, `empty` because
+    nothing counted or every gradient was exactly 0."""
+
+    losses: dict[str, float]
+    counts: dict[str, float]  # int where it is a whole number
+    grad_norm: float
+    skipped: bool
+    loss_scale: float | None = None  # fp16: what the loss was multiplied by
+    # what else was measured, under the names of metrics.jsonl: the loss's own and the routers'
+    metrics: dict[str, float] = field(default_factory=dict)
+    empty: bool = False
+
+    @property
+    def loss(self) -> float:
+        """The sum of the terms: what was differentiated."""
+        return sum(self.losses.values())
 
 
 class LossSums(NamedTuple):
