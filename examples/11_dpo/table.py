@@ -51,7 +51,7 @@ if __name__ == "__main__":
     before = greedy(work / "base.jsonl")
     print(f"""# Result: preferring the right answer is not giving it
 
-Command: `bash examples/11_dpo/run.sh`: {sys.argv[2]} s. A Llama of 0.8M parameters adds two numbers of two digits. It is
+Command: `bash examples/11_dpo/run.sh`: {sys.argv[2]} s. A Llama of 0.8M parameters adds numbers of two digits. It is
 right in {before:.3f} of 200 held-out sums (greedy). Pairs are the right answer and a wrong one that the model itself
 sampled, such as `{first}`; {steps} steps of 32 pairs.
 
