@@ -18,7 +18,8 @@ PROMPTS = 3000  # of the learned problems, to sample answers to
 
 
 def read(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    with open(path, encoding="utf-8") as lines:  # not splitlines: a text may hold other line breaks
+        return [json.loads(line) for line in lines]
 
 
 def write(path: str | Path, rows: list[dict]) -> None:
