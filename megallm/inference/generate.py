@@ -74,7 +74,7 @@ class Loaded:
 
 class Opened(Protocol):
     """Weights to generate with: `reader` says of which model and with which tokenizer, `source` has
-    its tensors, `prepare` fills slots with adapters.
+    its tensors, `prepare_adapters` fills slots with adapters.
     """
 
     reader: CheckpointReader | HfReader
@@ -83,7 +83,7 @@ class Opened(Protocol):
     def source(self) -> WeightSource: ...
 
     @property
-    def prepare(self) -> Prepare | None: ...
+    def prepare_adapters(self) -> Prepare | None: ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Plain:
 
     reader: CheckpointReader | HfReader
     source: WeightSource
-    prepare: Prepare | None = None
+    prepare_adapters: Prepare | None = None
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def load(request: GenerateRequest, mesh: Mesh, opener: Opener = open_plain) -> L
         config, precision = model_config(reader), request.precision or reader.meta["precision"]
         _check_model(config, mesh.tp.size)
         compute = ComputeConfig(precision)
-        model = ParallelModel(config, LayoutConfig(), compute, mesh, opened.prepare)
+        model = ParallelModel(config, LayoutConfig(), compute, mesh, opened.prepare_adapters)
         model.load(opened.source)
         imported = isinstance(reader, HfReader) or is_import(reader)
         framed = not imported and reader.meta.get("framed")

@@ -97,9 +97,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     },
     "training.references": {"peft.reference"},  # the policy without its adapters
     # a reward model without a trainer: what `generate` finds beside weights, and adapters
-    "training.scoring": {
-        "checkpoint.reader", "convert.weights", "inference.generate", "peft.checkpoint", "peft.inject",
-    },
+    "training.scoring": {"inference.generate", "peft.adapted"},
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
