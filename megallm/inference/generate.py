@@ -178,9 +178,13 @@ def _check_model(model: ModelConfig, tp: int) -> None:
 def sampling_of(request: GenerateRequest) -> Sampling:
     """Returns the request's part that chooses tokens."""
     return Sampling(
-        request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed,
+        request.max_new_tokens,
+        request.temperature,
+        request.top_k,
+        request.top_p,
+        request.seed,
         request.repetition_penalty,
-    )  # fmt: skip
+    )
 
 
 def row_of(prompt: str, answer: Answer) -> OutputRow:
