@@ -456,7 +456,7 @@ class Engine:
         for held in self.state():
             if not held.optimizer:
                 read_state(reader, held)
-        known = set(reader.names())
+        known = set(reader.names()) if self.model.quantized else ()
         for name, weight in self.model.quantized.items():
             if name in known:  # else they are those of the base that was filled in
                 weight.read_from(reader, name)
