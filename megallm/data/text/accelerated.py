@@ -144,9 +144,7 @@ def accelerate(plain: FolderTokenizer) -> AcceleratedTokenizer | str:
     try:
         fast = AcceleratedTokenizer(plain, module)
         difference = _known_difference(plain, fast)
-    except (
-        Exception
-    ) as error:  # boundary: whatever a compiled library raises for a definition it cannot use
+    except Exception as error:  # boundary: whatever a compiled library raises for a definition
         plain.check()
         return f"gigatoken cannot use this tokenizer ({' '.join(str(error).split())[:200]})"
     fast.by_tokenizers = 0
