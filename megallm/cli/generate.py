@@ -25,6 +25,7 @@ from megallm.parallel.layout import Layout
 PRELOAD = (
     "megallm.inference.generate",
     "megallm.launch.group",
+    "megallm.peft.adapted",
 )  # imported once, before the ranks are forked
 
 
@@ -36,6 +37,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="RUN|STEP|HF",
         help="run folder, step folder or Hugging Face folder",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="A",
+        help="folder of PEFT's with an adapter of the model, or the run that trained it",
     )
     parser.add_argument(
         "--layout",
@@ -112,6 +118,7 @@ def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
         seed=args.seed,
         precision=args.precision,
         tokenizer=args.tokenizer,
+        adapter=args.adapter,
         **more,
     )
     request.check()
@@ -259,9 +266,10 @@ def _rank(env: RankEnv, request: GenerateRequest, layout: Layout, printer: Print
     from megallm.inference import generate
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
+    from megallm.peft.adapted import open_adapted
 
     with process_group(env) as device:
-        generate.run(request, Mesh.start(layout, device), printer, _warn)
+        generate.run(request, Mesh.start(layout, device), printer, _warn, open_adapted)
 
 
 COMMANDS = {"generate": Command(_arguments, _run)}

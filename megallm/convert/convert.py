@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from glob import escape
 from math import prod
@@ -183,6 +183,11 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         family = family_of(model)
         bridge = bridge_of(model, family.rules_of(model.head))
         missing = [name for name in bridge.ours if name not in reader.names()]
+        if missing and isinstance(reader.meta, dict) and "base" in reader.meta:
+            raise UsageError(
+                f"--input {request.input} holds adapters alone: `megallm merge --model "
+                f"{request.input} --output DIR` puts them into their base."
+            )
         if missing:
             raise CheckpointError(f"{step} lacks {', '.join(missing[:3])}, which its model has.")
         dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
@@ -361,7 +366,7 @@ def imported_meta(
     """Returns the meta of a checkpoint that conversion made: weights only, no history of
     training.
     """
-    described = asdict(replace(model, hf=None))
+    described = asdict(model.described)
     return {
         "kind": IMPORTED,
         "model": described,
@@ -377,7 +382,7 @@ def is_import(reader: CheckpointReader) -> bool:
 
 def to_yaml_section(model: ModelConfig) -> str:
     """Returns the `model:` section of a training configuration for this model."""
-    lines = to_yaml(replace(model, hf=None)).splitlines()
+    lines = to_yaml(model.described).splitlines()
     return (
         "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))])
         + "\n"
