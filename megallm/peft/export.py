@@ -34,9 +34,8 @@ def export(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the adapter of `config` (resolved) to the new `folder` (or, with `overwrite`, in place of
-    an older one), whatever the layout; collective
-    over the world.
+    """Write the adapter of `config` (resolved) to the new `folder` (or, with `overwrite`, in place
+    of an older one), whatever the layout; collective over the world.
 
     `base` is the folder of the base model as PEFT shall find it; `dtype` None: that of the master
     weights. Pieces travel through a file system that all ranks see, the one of `folder`. Raises on

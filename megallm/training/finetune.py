@@ -69,7 +69,7 @@ def tokenizer_vocab(config: FinetuneConfig) -> int | None:
 
 
 def check_files(config: FinetuneConfig) -> None:
-    """Errors: one `DataError` that lists what is missing or of another kind, as far as the first row
+    """Raises one `DataError` that lists what is missing or of another kind, as far as the first row
     of each file tells; the configuration is checked and resolved. The ranks read all rows before
     the first step.
     """

@@ -40,8 +40,8 @@ _ROWS = (
         PretrainConfig,
         "megallm.training.pretrain",
         pretrain.RULES,
-        reading.tokenizer_vocab,
-        files.check_files,
+        reading.pretrain_tokenizer_vocab,
+        files.check_pretrain_files,
     ),
     Kind(
         "sft",

@@ -90,8 +90,8 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.starting": {"checkpoint.manifest", "convert.tokenizer_files"},  # the run that another starts from
     # the one place of trainers that knows adapters: they stand beside a base that is named and not written
     "training.adapters": {
-        "checkpoint.reader", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject", "peft.sources",
-        "peft.start",
+        "checkpoint.reader", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject", "peft.noise",
+        "peft.sources", "peft.start", "models.decoder",  # the type of what `prepare` gets
     },
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
