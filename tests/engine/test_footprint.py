@@ -30,7 +30,8 @@ PADDING = 0.03  # each parameter begins at a multiple of 16 elements, and bucket
 
 def built(mesh: Mesh, kind: str, stage: int) -> Engine:
     optim = OptimConfig(clip=1.0)
-    return Engine.build(config_of(MODEL, optim, zero=stage, precision="bf16"), mesh, prepare_adapters(WANTED[kind], MODEL))
+    config = config_of(MODEL, optim, zero=stage, precision="bf16")
+    return Engine.build(config, mesh, prepare_adapters(WANTED[kind], MODEL))
 
 
 def measured(layout: Layout, kind: str, stage: int) -> tuple[Footprint, Footprint]:
