@@ -1,0 +1,105 @@
+"""The configuration of reinforcement learning: what is sampled, rewarded and trained. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megallm.data.chat.config import ChatDataConfig
+from megallm.peft.config import PeftConfig
+from megallm.run.config import JobConfig
+
+Algorithm = Literal[
+    "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce",
+    "reinforce_plus_plus",
+]  # fmt: skip
+Estimator = Literal[
+    "group", "batch", "none", "leave_one_out", "decoupled", "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+]  # fmt: skip
+Correction = Literal[
+    "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask",
+    "geometric_truncate", "geometric_mask",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What an answer earns: functions, called once for all answers of a step."""
+
+    functions: tuple[str, ...] = ()  # file.py:function, as TRL calls it: f(prompts, completions, **columns)
+    weights: tuple[float, ...] | None = None  # of the functions, in their order; null: 1 each
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are drawn: from the policy itself, without top-k or top-p, whose log-probs would be others."""
+
+    prompts: int = 8  # prompts of a step
+    group: int = 8  # answers to each of them
+    max_new_tokens: int = 256  # longest answer
+    temperature: float = 1.0  # of sampling, and of all log-probs that are trained
+    stop: tuple[str, ...] = ()  # texts that end an answer, beside the tokenizer's and the template's end
+    batch: int = 64  # sequences that a data rank decodes together
+    resample: int = 0  # times that new prompts replace groups whose answers all earned the same (DAPO)
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Answers of earlier steps, trained again."""
+
+    staleness: int = 0  # steps that an answer may be old; 0: on-policy, nothing is kept
+    prompts: int = 0  # groups of earlier steps that are added to those of a step
+    correction: Correction = "token_truncate"  # importance weights for what the policy of another step has drawn
+    low: float | None = None  # lower bound of these weights
+    high: float = 2.0  # upper bound: truncated to it, or masked above it
+
+
+@dataclass(frozen=True)
+class KlConfig:
+    """The distance to the reference model; one of the coefficients at most is above 0."""
+
+    loss: float = 0.0  # coefficient of the estimate in the loss
+    reward: float = 0.0  # coefficient of k1, which is subtracted from the reward
+    estimator: Literal["k2", "k3", "k3_is", "k1+", "k3+"] = "k3_is"  # in the loss
+    target: float | None = None  # nats a sequence that the reward's coefficient is steered to (arXiv 1909.08593)
+    horizon: int = 10_000  # answers in which it moves by a fifth at most
+    reference: str | None = None  # a Hugging Face folder; null: without adapters, or the weights training starts from
+
+    @property
+    def used(self) -> bool:
+        """Whether there is a reference model at all."""
+        return self.loss > 0 or self.reward > 0
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """What is learned from the rewards; null is what the paper of the algorithm has."""
+
+    algorithm: Algorithm = "grpo"  # the loss (docs/losses.md)
+    advantage: Estimator | None = None  # what an answer is compared with; null: of the algorithm
+    epochs: int = 1  # passes over the answers of a step, in updates of train.global_batch answers each
+    low: float | None = None  # a ratio is clipped below 1 - low
+    high: float | None = None  # and above 1 + high
+    dual_clip: float | None = None  # bound of the ratio for negative advantages
+    entropy_coef: float = 0.0  # weight of the entropy that is added to the objective
+    opsm: float | None = None  # nats a token after which a sequence of negative advantage is left out
+    mask_truncated: bool = False  # answers that were cut at max_new_tokens are not trained
+    overlong_cache: int = 0  # last tokens of max_new_tokens in which a penalty grows to 1 (DAPO); 0: none
+    recompute: bool = False  # old log-probs from the trainer, not from the sampler
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    show: int = 1  # answers of a step that are shown; all are in RUN/rollouts.jsonl
+
+
+@dataclass(frozen=True)
+class GrpoConfig(JobConfig):
+    """Everything about one run of `megallm grpo`; a step is a rollout and its updates, and `train.global_batch` counts
+    the answers of an update.
+    """
+
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
