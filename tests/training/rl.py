@@ -73,7 +73,7 @@ class Functions:
         return [[float(a == b) for a, b in said], [float(a.isdigit()) for a, _ in said]]
 
 
-def config_of(layout: Layout = Layout(), **changes: Any) -> GrpoConfig:
+def config_of(layout: Layout, **changes: Any) -> GrpoConfig:
     values = {
         "sampling.prompts": 4, "sampling.group": 4, "sampling.max_new_tokens": 3, "train.global_batch": 16,
         "train.micro_batch": 4, "train.precision": "fp64", "train.steps": 8, "layout.tp": layout.tp,
