@@ -60,6 +60,7 @@ _ROWS = (
         "train",
         "train a language model from a configuration, or from a folder of text",
     ),
+    ("sft", "train", "fine-tune a model on conversations: all of it, or adapters (LoRA, QLoRA, ...)"),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),

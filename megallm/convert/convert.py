@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from glob import escape
 from math import prod
@@ -361,7 +361,7 @@ def imported_meta(
     """Returns the meta of a checkpoint that conversion made: weights only, no history of
     training.
     """
-    described = asdict(replace(model, hf=None))
+    described = asdict(model.described)
     return {
         "kind": IMPORTED,
         "model": described,
@@ -377,7 +377,7 @@ def is_import(reader: CheckpointReader) -> bool:
 
 def to_yaml_section(model: ModelConfig) -> str:
     """Returns the `model:` section of a training configuration for this model."""
-    lines = to_yaml(replace(model, hf=None)).splitlines()
+    lines = to_yaml(model.described).splitlines()
     return (
         "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))])
         + "\n"

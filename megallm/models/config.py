@@ -23,6 +23,7 @@ class ModelConfig:
 
     preset: str | None = None  # sizes and switches of a known model (`megallm presets` lists them)
     hf: str | None = None  # a Hugging Face folder: its sizes, weights and tokenizer
+    init: str | None = None  # a run or step folder of megallm: its sizes, weights and tokenizer, without its history
     family: str | None = None  # the switches of a family such as llama, qwen3, gpt2, bert; null: llama
     num_layers: int | None = None  # transformer blocks
     hidden_size: int | None = None  # features of the hidden state of a token
@@ -101,6 +102,11 @@ class ModelConfig:
             raise UsageError(f"The model lacks {names}: give them, or name a model.preset ({', '.join(PRESETS)}).")
         _derive(values)
         return ModelConfig(**values)
+
+    @property
+    def described(self) -> ModelConfig:
+        """Returns the model without where its first weights come from."""
+        return dataclasses.replace(self, hf=None, init=None)
 
     @property
     def rope_scaling_spec(self) -> RopeScaling | None:

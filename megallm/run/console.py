@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -190,6 +190,11 @@ class Reporter:
         if self._live is not None:
             self._on_terminal(partial(self._live.console.print, Text(text)))
         self._write(text)
+
+    def draw(self, show: Callable[[Console], None]) -> None:
+        """Let `show` print on the console where that is a terminal; elsewhere nothing is drawn."""
+        if self._live is not None:
+            self._on_terminal(partial(show, self._live.console))
 
     @property
     def on_terminal(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ from megallm.parallel.schedule import Placement
 from megallm.parallel.simulate import Timeline
 from megallm.run.changes import Change, table_of
 from megallm.run.config import JobConfig
-from megallm.run.console import LossCurve, Reporter, Sink, TensorBoard
+from megallm.run.console import Console, LossCurve, Reporter, Sink, TensorBoard
 from megallm.run.divergence import DivergenceDetector
 from megallm.run.lease import Lease
 from megallm.run.rows import Events, Metrics, read_rows
@@ -147,6 +147,11 @@ class Recorder:
         """A sentence for whoever watches."""
         if self.writes:
             self.reporter.note(text)
+
+    def draw(self, show: Callable[[Console], None]) -> None:
+        """Let `show` print for whoever watches at a terminal."""
+        if self.writes:
+            self.reporter.draw(show)
 
     def stopping(self, name: str) -> None:
         """Say that a signal was heard. Of Ctrl-C the launcher tells, except where a panel would

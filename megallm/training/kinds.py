@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megallm.run.config import JobConfig
-from megallm.training import files, reading
+from megallm.training import files, finetune, reading
 from megallm.training.config import PretrainConfig
+from megallm.training.rules import finetune as finetune_rules
 from megallm.training.rules import pretrain
 from megallm.training.rules.problem import Rules
 
@@ -41,6 +42,14 @@ _ROWS = (
         pretrain.RULES,
         reading.tokenizer_vocab,
         files.check_files,
+    ),
+    Kind(
+        "sft",
+        finetune.SftConfig,
+        "megallm.training.sft",
+        finetune_rules.SFT,
+        finetune.tokenizer_vocab,
+        finetune.check_files,
     ),
 )
 KINDS = {row.name: row for row in _ROWS}

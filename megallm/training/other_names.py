@@ -266,6 +266,7 @@ BY_KEY = _by_key()
 KEYS = _table()
 VERBS = {
     "pretrain": "train training run fit start train_gpt pretrain_gpt launch trainer learn",
+    "sft": "finetune fine_tune lora peft tune instruct qlora instruction_tune sft_train",
     "generate": "inference infer predict sample complete completion_text text_generation "
     "run_inference gen",
     "chat": "talk webchat webui conversation",
@@ -286,10 +287,6 @@ VERBS = {
     "synth": "synthesize synthetic",
 }
 NO_VERBS = {
-    "megallm has no fine-tuning recipes yet. `megallm convert --to megallm` takes a Hugging Face "
-    "model in, and "
-    "`megallm pretrain` trains it on with run.dir of that folder (docs/huggingface.md).":
-    "finetune fine_tune sft lora peft tune instruct qlora",
     "megallm has no preference or reinforcement learning yet.": "dpo rlhf ppo grpo orpo kto rl "
                                                                 "reward rm align",
     "There is no verb for benchmarks: `megallm pretrain` prints the held-out loss (eval.every, "

@@ -68,7 +68,7 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "losses.advantage", "peft.config",
+    "losses.advantage", "peft.config", "training.finetune", "training.starting",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
@@ -80,13 +80,19 @@ MODEL_SIDE = {"ops", "parallel", "models", "optim", "peft", "checkpoint", "conve
 DESCRIPTIONS = {
     "models.config", "models.presets", "models.stages", "ops.low_precision", "ops.backends", "optim.config",
     "optim.groups", "optim.lr", "parallel.layout", "parallel.schedule", "parallel.zigzag", "parallel.config",
-    "convert.hf_config", "models.compute",
+    "convert.hf_config", "models.compute", "peft.config",
 }  # fmt: skip
 BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.loop": {"checkpoint.store"},  # saves what a trainer yields
     "training.resuming": {"checkpoint.store", "checkpoint.reader", "convert.convert", "convert.weights"},  # its meta
-    "training.weights": {"checkpoint.reader", "convert.convert", "convert.weights"},  # where weights come from
-    "training.reading": {"checkpoint.manifest", "convert.tokenizer_files"},  # `data stream --from`; tokenizers
+    # where weights come from
+    "training.weights": {"checkpoint.reader", "checkpoint.store", "convert.convert", "convert.weights"},
+    "training.starting": {"checkpoint.manifest", "convert.tokenizer_files"},  # the run that another starts from
+    # the one place of trainers that knows adapters: they stand beside a base that is named and not written
+    "training.adapters": {
+        "checkpoint.reader", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject", "peft.sources", "peft.start",
+    },
+    "training.reading": {"checkpoint.manifest"},  # `data stream --from`
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 

@@ -97,7 +97,7 @@ def prepare(
         notes.append(line)
         note(line)
 
-    found = _files(config.valid_sources if valid else config.sources)
+    found = files_of(config.valid_sources if valid else config.sources)
     workshop = _Workshop(config, kind, words, template, tell)
     sources = {name: workshop.tokenised(name, cache) for name in found}
     return Prepared(
@@ -128,9 +128,9 @@ def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate,
     return found, f"chat template: {found.origin}"
 
 
-def _files(sources: Mapping[str, float | None]) -> dict[str, float | None]:
-    """File -> weight; the files of a pattern share its weight by their size, told by None or a
-    tuple.
+def files_of(sources: Mapping[str, float | None]) -> dict[str, float | None]:
+    """File -> weight; the files of a pattern share its weight. Errors: DataError for a pattern that
+    fits no file, UsageError for a file that is named twice.
     """
     found: dict[str, float | None] = {}
     for name, weight in sources.items():

@@ -211,7 +211,9 @@ def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> Cha
         raise DataError(
             f"The chat template of {folder} is larger than {MAX_TEMPLATE} bytes; none is."
         )
-    return ChatTemplate(found, str(folder), tokens, specials, (), built_in=False)
+    stops = CHATML_STOPS if found == CHATML else ()
+    specials = tuple(sorted({*specials, *stops})) if stops else specials
+    return ChatTemplate(found, str(folder), tokens, specials, stops, built_in=False)
 
 
 def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:
