@@ -94,7 +94,7 @@ class GrpoTrainer:
         dtype = torch.float64 if train.precision == "fp64" else torch.float32
         multiple = 2 * config.layout.cp * config.layout.tp
         self.layer = Layer(
-            self.engine, train.micro_batch, multiple, config.data.packing, dtype
+            self.engine, train.micro_batch, multiple, rl.packing, dtype
         )
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
         self.draws = int(ledger.get("draws", 0))
@@ -146,7 +146,7 @@ class GrpoTrainer:
         difference were replaced.
         """
         sampling, kept, seen = self.config.sampling, Drawn(), Drawn()
-        wanted = sampling.prompts * sampling.group
+        wanted = self.config.prompts * sampling.group
         for _ in range(1 + sampling.resample):
             self.draws += 1
             drawn = self.rollouts.draw(step, self.draws, self.feeds.prompts, phases)
@@ -230,10 +230,8 @@ class GrpoTrainer:
         return made
 
     def _minibatches(self, step: int, answers: list[Answer]) -> Iterator[list[Answer]]:
-        """The answers of each update: about `train.global_batch` of them, mixed by the seed where
-        there are several.
-        """
-        count = max(1, round(len(answers) / self.config.train.global_batch))
+        """The answers of each update, mixed by the seed where there are several."""
+        count = self.config.rl.updates
         for epoch in range(self.config.rl.epochs):
             if count == 1:
                 yield answers
@@ -306,8 +304,7 @@ class GrpoTrainer:
             [len(one.tokens) for one in answers], [one.truncated for one in answers]
         )
         if self.config.sampling.resample:
-            figures["rl/draws"] = len(answers) / self.config.sampling.prompts
-            figures["rl/draws"] /= self.config.sampling.group
+            figures["rl/draws"] = len({*groups}) / self.config.prompts
         return figures
 
     def _penalty_metrics(self, credit: Credit) -> Figures:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megallm.data.chat.config import ChatDataConfig
-from megallm.peft.config import PeftConfig
-from megallm.run.config import JobConfig
+from megallm.data.chat.formats import Kind
+from megallm.training.finetune import FinetuneConfig
 
 Algorithm = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce",
@@ -24,19 +24,22 @@ Correction = Literal[
 
 
 @dataclass(frozen=True)
-class RewardsConfig:
-    """What an answer earns: functions, called once for all answers of a step."""
+class RewardConfig:
+    """What an answer earns."""
 
-    functions: tuple[str, ...] = ()  # file.py:function, as TRL calls it: f(prompts, completions, **columns)
-    weights: tuple[float, ...] | None = None  # of the functions, in their order; null: 1 each
+    functions: dict[str, float] = field(default_factory=dict)  # file.py:function, as TRL calls it -> weight
+
+    def faults(self) -> Iterator[str]:
+        """Sentences about what is wrong with the section itself."""
+        if not self.functions:
+            yield "reward.functions is empty: name at least one, such as reward.functions={rewards.py:right: 1}."
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How answers are drawn: from the policy itself, without top-k or top-p, whose log-probs would be others."""
 
-    prompts: int = 8  # prompts of a step
-    group: int = 8  # answers to each of them
+    group: int = 8  # answers to each prompt
     max_new_tokens: int = 256  # longest answer
     temperature: float = 1.0  # of sampling, and of all log-probs that are trained
     stop: tuple[str, ...] = ()  # texts that end an answer, beside the tokenizer's and the template's end
@@ -78,7 +81,9 @@ class RlConfig:
 
     algorithm: Algorithm = "grpo"  # the loss (docs/losses.md)
     advantage: Estimator | None = None  # what an answer is compared with; null: of the algorithm
-    epochs: int = 1  # passes over the answers of a step, in updates of train.global_batch answers each
+    updates: int = 1  # updates in which the answers of a step are trained, train.global_batch of them in each
+    epochs: int = 1  # passes over the answers of a step
+    packing: bool = False  # answers of a microbatch in one row, which do not see each other; else a row each, padded
     low: float | None = None  # a ratio is clipped below 1 - low
     high: float | None = None  # and above 1 + high
     dual_clip: float | None = None  # bound of the ratio for negative advantages
@@ -93,13 +98,19 @@ class RlConfig:
 
 
 @dataclass(frozen=True)
-class GrpoConfig(JobConfig):
-    """Everything about one run of `megallm grpo`; a step is a rollout and its updates, and `train.global_batch` counts
-    the answers of an update.
-    """
+class GrpoConfig(FinetuneConfig):
+    """Everything about one run of `megallm grpo`: a step is a rollout and its updates."""
 
-    data: ChatDataConfig = field(default_factory=ChatDataConfig)
-    peft: PeftConfig = field(default_factory=PeftConfig)
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rl: RlConfig = field(default_factory=RlConfig)
+
+    @property
+    def kind(self) -> Kind:
+        """Returns what the rows of its files are read as."""
+        return "prompts"
+
+    @property
+    def prompts(self) -> int:
+        """Returns the number of prompts of a step."""
+        return self.train.global_batch * self.rl.updates // self.sampling.group

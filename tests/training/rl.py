@@ -75,7 +75,7 @@ class Functions:
 
 def config_of(layout: Layout, **changes: Any) -> GrpoConfig:
     values = {
-        "sampling.prompts": 4, "sampling.group": 4, "sampling.max_new_tokens": 3, "train.global_batch": 16,
+        "sampling.group": 4, "sampling.max_new_tokens": 3, "train.global_batch": 16,
         "train.micro_batch": 4, "train.precision": "fp64", "train.steps": 8, "layout.tp": layout.tp,
         "layout.cp": layout.cp, "run.seed": 7, "optim": OPTIM,
     }  # fmt: skip
@@ -113,5 +113,5 @@ def trainer_of(
         engine, config.sampling, Voice.of(Words(), ()), Scorer(lambda: made, made.names, made.weights),
         config.run.seed,
     )  # fmt: skip
-    feeds = Feeds(Sums(config.sampling.prompts), lambda: Sums(10))
+    feeds = Feeds(Sums(config.prompts), lambda: Sums(10))
     return GrpoTrainer(config, rollouts, feeds, reference, ledger or {}, {})

@@ -23,7 +23,7 @@ from tests.training.rl import MODEL, OPTIM, Functions, learn, trainer_of
 
 MOE = MoeConfig(num_experts=4, ffn_hidden_size=14, shared_ffn_hidden_size=10)
 # Two updates a step, a reference, and unequal lengths; at dp = 2 nothing divides evenly.
-SOME = {"sampling.prompts": 3, "train.global_batch": 6, "train.micro_batch": 3, "rl.kl.loss": 0.1,
+SOME = {"rl.updates": 2, "train.global_batch": 6, "train.micro_batch": 3, "rl.kl.loss": 0.1,
         "rl.entropy_coef": 0.01, "rl.algorithm": "dapo"}  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def train(layout: Layout, moe: bool, zero: int, options: dict[str, Any], steps: 
 LAYOUTS = {
     "tp2 pp2": (Layout(tp=2, pp=2), False, 1, {"sp": True}),
     "dp2 zero3": (Layout(dp=2), False, 3, {}),
-    "dp2 packed": (Layout(dp=2), False, 0, {"data.packing": True}),
+    "dp2 packed": (Layout(dp=2), False, 0, {"rl.packing": True}),
     "cp2 tp2": (Layout(cp=2, tp=2), False, 0, {}),
     "ep2": (Layout(dp=2, ep=2), True, 0, {}),
 }
@@ -81,7 +81,7 @@ def test_the_tables_name_what_the_losses_have():
 
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_each_algorithm_makes_a_step_of_two_updates(algorithm):
-    trainer = trainer_of(**{"rl.algorithm": algorithm, "train.global_batch": 8})
+    trainer = trainer_of(**{"rl.algorithm": algorithm, "rl.updates": 2, "train.global_batch": 8})
     report = trainer.step(1)
     assert report.stats.grad_norm > 0 and report.metrics["ratio/mean"] == pytest.approx(1, abs=0.2)
     assert trainer.engine.counters()["updates"] == 2
@@ -94,7 +94,7 @@ def test_each_estimator_gives_advantages(estimator):
 
 def test_it_learns():
     trainer = trainer_of(**{
-        "sampling.prompts": 8, "sampling.group": 8, "train.global_batch": 64, "train.micro_batch": 64,
+        "sampling.group": 8, "train.global_batch": 64, "train.micro_batch": 64,
         "train.precision": "fp32", "eval.batches": 3, "train.steps": 25, "rl.algorithm": "dapo",
     })  # fmt: skip
     learn(trainer.engine, 12)
@@ -195,7 +195,7 @@ def test_an_error_of_the_rank_that_calls_reaches_all():
 
 
 def test_groups_without_a_difference_are_replaced():
-    options = {"sampling.resample": 3, "eval.batches": 0, "sampling.prompts": 2}
+    options = {"sampling.resample": 3, "eval.batches": 0, "train.global_batch": 8}
     trainer = trainer_of(**options)
     trainer.rollouts.scorer.weights[:] = [1.0, 0.0]
     learn(trainer.engine, 12)
@@ -239,7 +239,7 @@ def test_kl_in_the_reward_is_steered():
 
 
 def test_old_answers_are_weighed_and_bounded_in_age():
-    options = {"rl.replay.staleness": 2, "rl.replay.prompts": 2, "train.global_batch": 24, "optim.lr": 0.05}
+    options = {"rl.replay.staleness": 2, "rl.replay.prompts": 2, "optim.lr": 0.05}
     trainer = trainer_of(**options)
     seen: list[list[Answer]] = []
     layer, batches = trainer.layer, []
