@@ -61,6 +61,7 @@ _ROWS = (
         "train a language model from a configuration, or from a folder of text",
     ),
     ("sft", "train", "fine-tune a model on conversations: all of it, or adapters (LoRA, QLoRA, ...)"),
+    ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),

@@ -12,8 +12,9 @@ from typing import Any
 from megallm.run.config import JobConfig
 from megallm.training import files, finetune, reading
 from megallm.training.config import PretrainConfig
+from megallm.training.rl_config import GrpoConfig
 from megallm.training.rules import finetune as finetune_rules
-from megallm.training.rules import pretrain
+from megallm.training.rules import grpo, pretrain
 from megallm.training.rules.problem import Rules
 
 
@@ -48,6 +49,14 @@ _ROWS = (
         finetune.SftConfig,
         "megallm.training.sft",
         finetune_rules.SFT,
+        finetune.tokenizer_vocab,
+        finetune.check_files,
+    ),
+    Kind(
+        "grpo",
+        GrpoConfig,
+        "megallm.training.grpo",
+        grpo.RULES,
         finetune.tokenizer_vocab,
         finetune.check_files,
     ),

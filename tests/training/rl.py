@@ -15,7 +15,7 @@ from megallm.models.config import ModelConfig
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from megallm.training.grpo import Feeds, GrpoTrainer
+from megallm.training.grpo_trainer import Feeds, GrpoTrainer
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Rollouts, Voice
 from megallm.training.scoring import Scorer
