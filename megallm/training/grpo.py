@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,22 @@ class GrpoRunTrainer(GrpoTrainer):
     def __init__(self, job: GrpoRun, *args: Any) -> None:
         super().__init__(job.config, *args)
         self.job, self.monitor = job, CollapseMonitor()
+        self.note: Callable[[str], None] = lambda text: None
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
         report = super().step(step)
         row = {"step": step, **report.metrics}
+        if step % self.config.log.every == 0:
+            self.note(_told(row))
         return dataclasses.replace(report, warnings=tuple(self.monitor.see(row)))
+
+    def evaluate(self) -> dict[str, float | None]:
+        """Returns the held-out rewards, and tells them; collective over the world."""
+        figures = super().evaluate()
+        if figures.get("val/reward") is not None:
+            self.note(f"  held out: greedy reward {figures['val/reward']:.4g}")
+        return figures
 
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of the state."""
@@ -181,6 +191,14 @@ class RolloutLog:
                 self.recorder.note(_shown(row))
 
 
+def _told(row: Mapping[str, Any]) -> str:
+    """The figures of a step that say how it goes, in one line."""
+    names = {"reward": "reward", "frac_reward_zero_std": "same", "entropy": "entropy", "kl": "kl",
+             "completions/mean_length": "tokens", "completions/clipped_ratio": "cut"}  # fmt: skip
+    told = [f"{said} {row[name]:.3g}" for name, said in names.items() if row.get(name) is not None]
+    return " | ".join([f"  step {row['step']}", *told])
+
+
 def _shown(row: Mapping[str, Any]) -> str:
     """One answer in one line."""
     parts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
@@ -211,6 +229,7 @@ def run(
         feeds = Feeds(job.prompts(ledger.data), held_out, **tell)
         identity = opened.identity.values | job.meta
         trainer = GrpoRunTrainer(job, rollouts, feeds, job.reference, ledger.data, identity)
+        trainer.note = opened.recorder.note
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
                 trainer.buffer.load(reader)
