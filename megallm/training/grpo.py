@@ -24,7 +24,7 @@ from megallm.training.collapse import CollapseMonitor
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, Reference
 from megallm.training.loop import Loop
 from megallm.training.rl_config import GrpoConfig
-from megallm.training.rollout import Drawn, Rollouts, Voice
+from megallm.training.rollout import Experience, Rollouts, Codec
 from megallm.training.scoring import PlainFunctions, Scorer
 from megallm.training.supervised import open_run
 from megallm.training.trainer import StepReport
@@ -107,8 +107,8 @@ class GrpoRun(ChatRun):
         """Returns what answers prompts."""
         config = self.config
         stops = (*self.rows.template.stops, *config.sampling.stop)
-        voice = Voice.of(self.rows.words, stops)
-        return Rollouts(engine, config.sampling, voice, self.scorer(), config.run.seed)
+        codec = Codec.of(self.rows.words, stops)
+        return Rollouts(engine, config.sampling, codec, self.scorer(), config.run.seed)
 
     def prompts(self, ledger: Mapping[str, Any]) -> ChatReader:
         """Returns the prompts that come next, all of a draw on every rank."""
@@ -172,7 +172,7 @@ class RolloutLog:
         truncate_log(path, step)
         self.lines = SampleLog(path)
 
-    def __call__(self, step: int, drawn: Drawn, rewards: Sequence[float]) -> None:
+    def __call__(self, step: int, drawn: Experience, rewards: Sequence[float]) -> None:
         """Write the answers of a step."""
         rows = []
         for i, answer in enumerate(drawn.answers):

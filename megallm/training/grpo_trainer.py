@@ -26,7 +26,7 @@ from megallm.losses.kl import adapt_kl_coefficient
 from megallm.losses.policy import Policy, first_update_fault, policy_loss
 from megallm.optim.lr import learning_rate
 from megallm.training.advantages import OF_ALGORITHM, Credit, advantages_of
-from megallm.training.answers import Answer, Batch, Layer
+from megallm.training.responses import Batch, Response, ResponseRows
 from megallm.training.replay import ReplayBuffer
 from megallm.training.rl_config import GrpoConfig, RlConfig
 from megallm.training.rl_metrics import (
@@ -38,7 +38,7 @@ from megallm.training.rl_metrics import (
     reward_metrics,
     update_metrics,
 )
-from megallm.training.rollout import Drawn, Prompts, Rollouts
+from megallm.training.rollout import Experience, Prompts, Rollouts
 from megallm.training.trainer import StepReport
 
 TOLERANCE = {"fp32": 1e-4, "fp64": 1e-4}  # nats, in the first update of a rollout
@@ -67,7 +67,7 @@ class Feeds:
 
     prompts: Prompts
     held_out: Callable[[], Prompts] | None = None
-    tell: Callable[[int, Drawn, Sequence[float]], None] = lambda step, drawn, rewards: None
+    tell: Callable[[int, Experience, Sequence[float]], None] = lambda step, drawn, rewards: None
 
 
 class GrpoTrainer:
@@ -93,13 +93,13 @@ class GrpoTrainer:
         self.loss = loss_of(rl, sampling.max_new_tokens, sampling.temperature)
         dtype = torch.float64 if train.precision == "fp64" else torch.float32
         multiple = 2 * config.layout.cp * config.layout.tp
-        self.layer = Layer(
+        self.rows = ResponseRows(
             self.engine, train.micro_batch, multiple, rl.packing, dtype
         )
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
-        self._before: Drawn | None = None  # of the negative control
+        self._before: Experience | None = None  # of the negative control
 
     # Steps
 
@@ -141,11 +141,11 @@ class GrpoTrainer:
             kept["kl_coefficient"] = self.coefficient
         return kept
 
-    def _draw(self, step: int, phases: Phases) -> tuple[Drawn, Drawn]:
+    def _draw(self, step: int, phases: Phases) -> tuple[Experience, Experience]:
         """Answers to train on, and all that were drawn for them: more where groups without a
         difference were replaced.
         """
-        sampling, kept, seen = self.config.sampling, Drawn(), Drawn()
+        sampling, kept, seen = self.config.sampling, Experience(), Experience()
         wanted = self.config.prompts * sampling.group
         for _ in range(1 + sampling.resample):
             self.draws += 1
@@ -164,19 +164,19 @@ class GrpoTrainer:
             kept, self._before = self._before or kept, kept
         return (kept if kept.answers else drawn), seen
 
-    def _extra(self, drawn: Drawn) -> np.ndarray:
+    def _extra(self, drawn: Experience) -> np.ndarray:
         """What is added to the rewards of functions, `[n]`."""
         cache, sizes = self.config.rl.overlong_cache, [len(one.tokens) for one in drawn.answers]
         if not cache:
             return np.zeros(len(sizes))
         return overlong_punishment(sizes, self.config.sampling.max_new_tokens, cache)
 
-    def _score(self, fresh: list[Answer], again: list[Answer]) -> Figures:
+    def _score(self, fresh: list[Response], again: list[Response]) -> Figures:
         """Give answers the log-probs that a ratio is formed with, and the reference's."""
         temperature, figures = self.config.sampling.temperature, {}
         everything = [*fresh, *again]
         if self.config.rl.recompute or again:
-            old = self.layer.scores(
+            old = self.rows.scores(
                 everything, lambda batches: self.engine.log_probs(batches, temperature)
             )
             pairs = [(one.log_probs, new) for one, new in zip(fresh, old, strict=False)]
@@ -191,16 +191,16 @@ class GrpoTrainer:
                 answer.reference = values
         return figures
 
-    def _referred(self, answers: list[Answer]) -> list[list[float]]:
+    def _referred(self, answers: list[Response]) -> list[list[float]]:
         """What the reference model says of each token."""
 
         def score(batches: list[Batch]) -> list[Tensor]:
             with self.reference() as engine:
                 return engine.log_probs(batches, self.config.sampling.temperature)
 
-        return self.layer.scores(answers, score)
+        return self.rows.scores(answers, score)
 
-    def _credit(self, drawn: Drawn) -> Credit:
+    def _credit(self, drawn: Experience) -> Credit:
         penalties = None
         if self.config.rl.kl.reward > 0:
             penalties = [
@@ -214,13 +214,13 @@ class GrpoTrainer:
         )  # fmt: skip
 
     def _train(
-        self, step: int, answers: list[Answer], lr: float, reference_is_policy: bool
+        self, step: int, answers: list[Response], lr: float, reference_is_policy: bool
     ) -> list[StepStats]:
         """The updates of a step; the first one proves that the answers are this policy's."""
         rl, made = self.config.rl, []
         kept = [one for one in answers if not (rl.mask_truncated and one.truncated)]
         for chosen in self._minibatches(step, kept):
-            batches = self.layer.batches(chosen)
+            batches = self.rows.batches(chosen)
             if rl.recompute or rl.replay.prompts:
                 self._correct(batches)
             stats = self.engine.train_step(batches, self.loss, lr)
@@ -229,7 +229,7 @@ class GrpoTrainer:
             made.append(stats)
         return made
 
-    def _minibatches(self, step: int, answers: list[Answer]) -> Iterator[list[Answer]]:
+    def _minibatches(self, step: int, answers: list[Response]) -> Iterator[list[Response]]:
         """The answers of each update, mixed by the seed where there are several."""
         count = self.config.rl.updates
         for epoch in range(self.config.rl.epochs):
@@ -295,7 +295,7 @@ class GrpoTrainer:
 
     # What is told
 
-    def _rewards(self, seen: Drawn) -> Figures:
+    def _rewards(self, seen: Experience) -> Figures:
         answers = seen.answers
         totals = combine_rewards(seen.table, self.rollouts.weights) + self._extra(seen)
         groups = [one.group for one in answers]
@@ -319,7 +319,7 @@ class GrpoTrainer:
         """
         if self.feeds.held_out is None or not self.config.eval.batches:
             return {}
-        prompts, seen = self.feeds.held_out(), Drawn()
+        prompts, seen = self.feeds.held_out(), Experience()
         for number in range(1, self.config.eval.batches + 1):
             rows = [row for _, row in prompts.examples(number)]
             if not rows:

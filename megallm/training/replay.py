@@ -10,7 +10,7 @@ import torch
 from megallm.base.rng import key_of, permutation
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
-from megallm.training.answers import Answer
+from megallm.training.responses import Response
 
 PREFIX = "optim.rollout."  # of its tensors in a checkpoint
 _LISTS = {"prompt": torch.int64, "tokens": torch.int64, "log_probs": torch.float64,
@@ -25,9 +25,9 @@ class ReplayBuffer:
 
     def __init__(self, staleness: int, seed: int) -> None:
         self.staleness, self.seed = staleness, seed
-        self.answers: list[Answer] = []
+        self.answers: list[Response] = []
 
-    def take(self, step: int, groups: int) -> list[Answer]:
+    def take(self, step: int, groups: int) -> list[Response]:
         """Returns whole groups that were drawn in the last `staleness` steps before `step`, chosen
         by the seed; fewer while there are fewer.
         """
@@ -37,7 +37,7 @@ class ReplayBuffer:
         chosen = {names[i] for i in order[:groups]}
         return [one for one in known if one.group in chosen]
 
-    def add(self, step: int, answers: Sequence[Answer]) -> None:
+    def add(self, step: int, answers: Sequence[Response]) -> None:
         """Keep the answers of a step that was trained, and forget what is too old for the next."""
         if self.staleness:
             kept = [one for one in self.answers if step + 1 - one.step <= self.staleness]
@@ -69,7 +69,7 @@ class ReplayBuffer:
             values[name] = [flat[a:b] for a, b in zip(at, at[1:], strict=False)]
         values["reason"] = [_REASONS[number] for number in values["reason"]]
         self.answers = [
-            Answer(**{name: values[name][i] for name in values}) for i in range(count)
+            Response(**{name: values[name][i] for name in values}) for i in range(count)
         ]
 
 

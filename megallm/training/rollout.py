@@ -15,11 +15,11 @@ import numpy as np
 from megallm.data.chat.rows import PromptRow
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine
-from megallm.inference.answer import Answer as Growing
+from megallm.inference.answer import Answer
 from megallm.inference.answer import Ending
 from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
-from megallm.training.answers import Answer
+from megallm.training.responses import Response
 from megallm.training.rl_config import SamplingConfig
 from megallm.training.rl_metrics import Phases
 from megallm.training.scoring import Scorer
@@ -34,7 +34,7 @@ class Prompts(Protocol):
 
 
 @dataclass(frozen=True)
-class Voice:
+class Codec:
     """How answers begin and end in text: the tokenizer, the ids and the texts that end them."""
 
     words: Tokenizer
@@ -42,18 +42,18 @@ class Voice:
     stops: tuple[str, ...] = ()
 
     @staticmethod
-    def of(words: Tokenizer, stops: Sequence[str]) -> Voice:
+    def of(words: Tokenizer, stops: Sequence[str]) -> Codec:
         """Ends at the tokenizer's end of text, and at `stops`: by their id where they have one."""
         ids = {text: words.token_id(text) for text in stops}
         known = {number for number in ids.values() if number is not None}
         texts = tuple(text for text, number in ids.items() if number is None)
-        return Voice(words, frozenset({words.eod, *known}), texts)
+        return Codec(words, frozenset({words.eod, *known}), texts)
 
     def request(self, id: int, prompt: Sequence[int], limit: int) -> Request:
         """An answer to be given."""
         ending = Ending(limit, self.ends, self.stops)
         decoder = self.words if self.stops else None
-        return Request(id, list(prompt), Growing(ending, decoder, list(prompt)))
+        return Request(id, list(prompt), Answer(ending, decoder, list(prompt)))
 
     def text(self, tokens: Sequence[int], reason: str) -> str:
         """What an answer says, without what ended it."""
@@ -64,28 +64,28 @@ class Voice:
 
 
 @dataclass
-class Drawn:
+class Experience:
     """Answers of a step with what they earned: `table` `[n, k]` by function, NaN for none, and what
     they were given to, each `[n]`.
     """
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Response] = field(default_factory=list)
     table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     columns: list[Mapping[str, Any]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
-    def select(self, kept: Sequence[int]) -> Drawn:
+    def select(self, kept: Sequence[int]) -> Experience:
         """Those of these numbers."""
-        return Drawn(
+        return Experience(
             [self.answers[i] for i in kept], self.table[list(kept)],
             [self.columns[i] for i in kept], [self.texts[i] for i in kept],
         )  # fmt: skip
 
-    def join(self, other: Drawn) -> Drawn:
+    def join(self, other: Experience) -> Experience:
         """Both, one after the other."""
         if not self.answers:
             return other
-        return Drawn(
+        return Experience(
             self.answers + other.answers, np.concatenate([self.table, other.table]),
             self.columns + other.columns, self.texts + other.texts,
         )  # fmt: skip
@@ -98,9 +98,9 @@ class Rollouts:
     """
 
     def __init__(
-        self, engine: Engine, config: SamplingConfig, voice: Voice, scorer: Scorer, seed: int
+        self, engine: Engine, config: SamplingConfig, codec: Codec, scorer: Scorer, seed: int
     ) -> None:
-        self.engine, self.config, self.voice, self.scorer = engine, config, voice, scorer
+        self.engine, self.config, self.codec, self.scorer = engine, config, codec, scorer
         self.sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
         self.greedy = Sampling(config.max_new_tokens, 0.0)
 
@@ -123,7 +123,7 @@ class Rollouts:
         """
         limit = self.config.max_new_tokens
         asked = [
-            self.voice.request(first + i, rows[i // group].ids.tolist(), limit)
+            self.codec.request(first + i, rows[i // group].ids.tolist(), limit)
             for i in range(len(rows) * group)
         ]
         with self.engine.generator(self.config.batch) as generator:
@@ -132,7 +132,7 @@ class Rollouts:
             )
         return [Sample(**each) for each in self.engine.all([vars(each) for each in made])]
 
-    def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Drawn:
+    def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Experience:
         """Returns the scored answers to the draw `number` of prompts, counted from 1."""
         rows = [row for _, row in prompts.examples(number)]
         group = self.config.group
@@ -143,9 +143,9 @@ class Rollouts:
 
     def scored(
         self, step: int, samples: Sequence[Sample], rows: Sequence[PromptRow], group: int
-    ) -> Drawn:
+    ) -> Experience:
         """Returns samples with what they earned."""
-        texts = [self.voice.text(each.tokens, each.reason) for each in samples]
+        texts = [self.codec.text(each.tokens, each.reason) for each in samples]
         columns = [rows[i // group].columns for i in range(len(samples))]
         told = [
             {"id": each.id, "prompt_ids": each.prompt, "completion_ids": each.tokens,
@@ -154,8 +154,8 @@ class Rollouts:
         ]  # fmt: skip
         table = self.scorer.score(self.engine.mesh, told, columns)
         answers = [
-            Answer(each.id, each.id // group, step, each.prompt, each.tokens, each.log_probs,
+            Response(each.id, each.id // group, step, each.prompt, each.tokens, each.log_probs,
                    each.reason, each.version)
             for each in samples
         ]  # fmt: skip
-        return Drawn(answers, table, columns, texts)
+        return Experience(answers, table, columns, texts)

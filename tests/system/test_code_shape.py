@@ -68,7 +68,8 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "losses.advantage", "peft.config", "training.finetune", "training.starting",
+    "losses.advantage", "peft.config", "training.finetune", "training.starting", "training.rl_config", "training.advantages",
+    "training.rl_metrics", "training.collapse",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
@@ -93,6 +94,9 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
         "checkpoint.reader", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject", "peft.sources", "peft.start",
     },
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
+    "training.rollout": {"inference.answer", "inference.samples", "inference.sampling"},  # what it asks and gets
+    "training.replay": {"checkpoint.io", "checkpoint.reader"},  # old answers are a part of the state
+    "training.grpo": {"checkpoint.reader", "peft.reference"},  # the replay buffer; the policy without its adapters
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 

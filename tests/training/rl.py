@@ -17,7 +17,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer
 from megallm.training.rl_config import GrpoConfig
-from megallm.training.rollout import Rollouts, Voice
+from megallm.training.rollout import Rollouts, Codec
 from megallm.training.scoring import Scorer
 from tests.engine.tiny import engine_of
 
@@ -110,7 +110,7 @@ def trainer_of(
     engine = engine or engine_of(mesh, model=MODEL, optim=OPTIM, precision=config.train.precision)
     made = functions()
     rollouts = Rollouts(
-        engine, config.sampling, Voice.of(Words(), ()), Scorer(lambda: made, made.names, made.weights),
+        engine, config.sampling, Codec.of(Words(), ()), Scorer(lambda: made, made.names, made.weights),
         config.run.seed,
     )  # fmt: skip
     feeds = Feeds(Sums(config.prompts), lambda: Sums(10))

@@ -15,7 +15,7 @@ from megallm.models.sections import MoeConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.training.advantages import ESTIMATORS
-from megallm.training.answers import Answer, Layer
+from megallm.training.responses import Response, ResponseRows
 from megallm.training.rl_config import Algorithm, Estimator
 from tests.engine.tiny import engine_of
 from tests.ranks import run_ranks
@@ -241,17 +241,17 @@ def test_kl_in_the_reward_is_steered():
 def test_old_answers_are_weighed_and_bounded_in_age():
     options = {"rl.replay.staleness": 2, "rl.replay.prompts": 2, "optim.lr": 0.05}
     trainer = trainer_of(**options)
-    seen: list[list[Answer]] = []
-    layer, batches = trainer.layer, []
+    seen: list[list[Response]] = []
+    layer, batches = trainer.rows, []
 
     @dataclasses.dataclass(frozen=True)
-    class Seen(Layer):
+    class Seen(ResponseRows):
         def batches(self, answers):
             seen.append(list(answers))
             batches.append(super().batches(answers))
             return batches[-1]
 
-    trainer.layer = Seen(**vars(layer))
+    trainer.rows = Seen(**vars(layer))
     reports = [trainer.step(step) for step in range(1, 5)]
     assert [len(each) for each in seen] == [16, 24, 24, 24]
     for step, answers in enumerate(seen, start=1):

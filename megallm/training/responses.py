@@ -20,7 +20,7 @@ VALUES = {"advantages": "advantages", "old_log_probs": "old", "rollout_log_probs
 
 
 @dataclass
-class Answer:
+class Response:
     """One answer to a prompt, and what becomes known of it.
 
     `id` is that of its request and `group` that of its prompt, `step` the one that it was drawn in;
@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class ResponseRows:
     """Lays answers into this data rank's microbatches, of the same shape on every rank.
 
     `micro_batch` answers a microbatch, the length a multiple of `multiple`; with `packing` they
@@ -73,7 +73,7 @@ class Layer:
     packing: bool = False
     dtype: torch.dtype = torch.float32
 
-    def batches(self, answers: Sequence[Answer]) -> list[Batch]:
+    def batches(self, answers: Sequence[Response]) -> list[Batch]:
         """Returns this rank's microbatches: `tokens`, `labels`, `positions`, the `mask` of the
         answers' tokens, and per token `advantages`, `old_log_probs`, `rollout_log_probs` and, where
         every answer has them, `ref_log_probs`; 0 beside the mask. Missing answers are padding.
@@ -83,7 +83,7 @@ class Layer:
         return [self._batch(micro, length, further) for micro in micros]
 
     def scores(
-        self, answers: Sequence[Answer], score: Callable[[list[Batch]], list[Tensor]]
+        self, answers: Sequence[Response], score: Callable[[list[Batch]], list[Tensor]]
     ) -> list[list[float]]:
         """Returns what `score` `[B, T]` says of each token of each answer, on every rank;
         collective over the world.
@@ -98,18 +98,18 @@ class Layer:
                 mine.append(rows[row, begin : begin + size].tolist())
         return self.engine.all(mine)[: len(answers)]
 
-    def _micros(self, answers: Sequence[Answer]) -> tuple[list[list[Answer | None]], int]:
+    def _micros(self, answers: Sequence[Response]) -> tuple[list[list[Response | None]], int]:
         """This rank's answers by microbatch, and the length of all ranks' rows."""
         count, ranks = self.micro_batch, self.engine.mesh.data.size
         room = -len(answers) % (count * ranks) if answers else count * ranks
-        filled: list[Answer | None] = [*answers, *[None] * room]
+        filled: list[Response | None] = [*answers, *[None] * room]
         micros = [filled[at : at + count] for at in range(0, len(filled), count)]
         sizes = [[0 if one is None else one.size for one in micro] for micro in micros]
         longest = max(sum(each) if self.packing else max(each) for each in sizes)
         longest = max(longest, 1)
         return self.engine.mine(micros), -(-longest // self.multiple) * self.multiple
 
-    def _places(self, micro: Sequence[Answer | None]) -> list[Place]:
+    def _places(self, micro: Sequence[Response | None]) -> list[Place]:
         before, made = 0, []
         for row, answer in enumerate(micro):
             first = 0 if answer is None else len(answer.prompt) - 1
@@ -117,7 +117,7 @@ class Layer:
             before += 0 if answer is None else answer.size
         return made
 
-    def _batch(self, micro: Sequence[Answer | None], length: int, further: bool) -> Batch:
+    def _batch(self, micro: Sequence[Response | None], length: int, further: bool) -> Batch:
         rows = 1 if self.packing else len(micro)
         shape = rows, length
         batch: Arrays = {name: np.zeros(shape, np.int64) for name in ("tokens", "labels")}
