@@ -19,12 +19,6 @@ class DataError(MegallmError):
     exit_code = 65
 
 
-class RewardError(MegallmError):
-    """A reward function failed, or returned what is no reward."""
-
-    exit_code = 65
-
-
 class PeerLost(MegallmError):
     """Another rank of this job died or cannot be reached."""
 
