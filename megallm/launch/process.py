@@ -12,17 +12,7 @@ from typing import NoReturn
 from megallm.base.errors import Requeue
 from megallm.base.stopping import NOTHING_TO_SAVE, stop_signals
 
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when `parent`, its direct parent, dies; no orphans hold
-    ports or memory.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
 
 
 def keep_memory() -> bool:

@@ -39,6 +39,7 @@ FLOORS: dict[str, set[str]] = {
     "parallel": {"base", "ops"},
     "models": {"base", "ops", "parallel"},
     "curate": {"base", "data"},
+    "rewards": {"base", "data"},
     "optim": {"base", "ops", "parallel"},
     "checkpoint": {"base", "parallel"},
     "convert": {"base", "data", "ops", "parallel", "models", "checkpoint"},
@@ -68,8 +69,8 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
-    "losses.advantage", "peft.config", "training.finetune", "training.starting", "training.rl_config", "training.advantages",
-    "training.rl_metrics", "training.collapse",
+    "losses.advantage", "peft.config", "training.finetune", "training.starting", "training.rl_config",
+    "training.advantages", "training.rl_metrics", "training.collapse", "rewards.",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
@@ -106,6 +107,7 @@ MAX_LINES_OF = {
     "data": 6_000, "curate": 4_800, "convert": 4_000, "training": 5_000, "cli": 3_200, "parallel": 2_600,
     "oracle": 2_600, "models": 2_300, "optim": 1_500, "checkpoint": 1_400, "base": 1_300, "ops": 1_700,
     "run": 1_200, "inference": 2_500, "launch": 800, "engine": 900,
+    "rewards": 1_300,
     "losses": 1_200,  # every loss of post-training that TRL and the papers name, distillation and offline RL
 }  # fmt: skip
 MAX_COLUMNS, MIN_ROWS = 100, 3

@@ -1,0 +1,1 @@
+"""Rewards of sampled answers: functions by signature, a table of them, worker processes, a sandbox for code."""
