@@ -244,6 +244,7 @@ def _named(each: WeightRule, place: str, number: str) -> WeightRule:
 
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
+    """Returns the tensor and the place in its stack of `name` or `name[i]`, as a rule writes it."""
     match = _SOURCE.fullmatch(text)
     if match is None:
         raise InternalError(

@@ -247,7 +247,7 @@ class Engine:
         metrics = {name: means[name] for name in run.metrics} | metrics
         skipped = not math.isfinite(norm)
         for observer in self.observers:
-            metrics |= observer.finish(skipped)
+            metrics |= observer.finish(skipped or bool(empty))
         return StepStats(
             {name: means[name] for name in run.losses} | further,
             {name: counts[name] for name in run.counted},

@@ -48,9 +48,14 @@ class LayerCache:
         return self.keys[:, :end], self.values[:, :end]
 
     def cached_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        sinks: Tensor | None = None,
         prefix: Prefix | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Attention of new queries, which stand last, to what `append` returned (after pairing of
         heads), and to a prefix.
         """

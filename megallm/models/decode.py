@@ -16,7 +16,7 @@ from megallm.models.attention import Attention, AttentionInputs, LayerCache
 from megallm.models.block import Block
 from megallm.models.mlp import Mlp
 from megallm.ops.activation import swiglu
-from megallm.parallel.tensor import Linear, Norm
+from megallm.parallel.tensor import Adaptable, Linear, Norm
 
 
 def is_plain(block: Block) -> bool:
@@ -38,9 +38,10 @@ def is_plain(block: Block) -> bool:
             linear.bias is None
             and linear.fp8 is None
             and linear.te is None
-            and not linear.is_adapted
+            and linear.quantized is None
             for linear in linears
         )
+        and not any(module.is_adapted for module in block.modules() if isinstance(module, Adaptable))
     )
 
 

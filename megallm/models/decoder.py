@@ -113,6 +113,7 @@ class Stage(ShardedModule):
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
         self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens: `models.virtual`
+        self.noise = Slot(mesh)  # changes the embedding's output
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -201,7 +202,7 @@ class Stage(ShardedModule):
         virtual: Tensor | None,
     ) -> Tensor:
         """The sum of the embedding's rows and of the learned positions and types that there are."""
-        x = self.embedding(tokens)
+        x = self.noise(self.embedding(tokens))
         if virtual is not None:
             here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
             x = run_unit(self.units, ("prompt",), self.prompt, x, here)
@@ -417,7 +418,7 @@ class Stage(ShardedModule):
         """
         virtual = self.virtual(None)
         if virtual is not None:
-            positions = positions + virtual.check_decoding().count
+            positions, inputs = positions + virtual.check_decoding().count, None
         if self.span.first:
             x = self.embed(tokens, positions)
         if inputs is None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
+from megallm.models.heads import MASK_ON_CPU
 
 Batch = dict[str, Tensor]
 LossOf = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Any]]
-PER_TOKEN = ("tokens", "labels", "positions", "token_types", "mask")  # `[B, T]` that a stage reads
+# What a stage reads of each token, `[B, T]`.
+PER_TOKEN = ("tokens", "labels", "positions", "token_types", "mask", MASK_ON_CPU)
 
 
 class VirtualTokens(nn.Module):
@@ -97,7 +99,7 @@ class VirtualTokens(nn.Module):
         for name in PER_TOKEN:
             if name in batch:
                 grown[name] = batch[name].new_zeros(rows, length)
-                grown[name][:, places] = batch[name]
+                grown[name][:, places.to(batch[name].device)] = batch[name]
         ends = torch.tensor([0, tokens])
         if "cu_seqlens" in batch:
             ends = batch["cu_seqlens"].to(torch.int64).unique()

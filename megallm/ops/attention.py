@@ -45,9 +45,13 @@ def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Ten
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
     prefix: Prefix | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Softmax attention, scale `E**-0.5`.
 
     q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`;
@@ -71,9 +75,13 @@ def causal_attention(
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec, sinks: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_spec: MaskSpec,
+    sinks: Tensor | None = None,
     prefix: Prefix | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or Ev]` ->
     `[B, Tq, H, Ev]`.
 
@@ -94,9 +102,14 @@ def packed_attention(
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask_spec: MaskSpec,
-        sinks: Tensor | None, *prefix: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_spec: MaskSpec,
+        sinks: Tensor | None,
+        *prefix: Tensor | None,
+    ) -> Tensor:
         end = k.shape[1]
         ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), mask_spec)
         partial = Partial.empty(q, v)

@@ -1,4 +1,4 @@
-"""The section `peft` of a run's configuration: which parameters are trained beside or instead of all. No torch."""
+"""The section `peft` of a run's configuration: what is trained beside a base. No torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class PeftConfig:
         if self.dim < 1 or any(dim < 1 for dim in self.rank_pattern.values()):
             yield f"{prefix}.dim and the values of {prefix}.rank_pattern must be at least 1."
         if self.first_dim < self.dim:
-            yield f"{prefix}.init_dim is {self.init_dim}; it must be at least {prefix}.dim {self.dim}."
+            yield (
+                f"{prefix}.init_dim is {self.init_dim}; at least {prefix}.dim {self.dim} is needed."
+            )
         if not all(0 < beta < 1 for beta in self.betas) or self.orthogonal < 0:
             yield f"{prefix}.betas must lie between 0 and 1, and {prefix}.orthogonal not below 0."
         for key in ("virtual_tokens", "hidden", "interval"):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 
-from megallm.base.errors import CannotWrite, CheckpointError, InternalError, MegallmError, UsageError
+from megallm.base.errors import (
+    CannotWrite,
+    CheckpointError,
+    InternalError,
+    MegallmError,
+    UsageError,
+)
 from megallm.base.files import check_new, temporary_name
 from megallm.checkpoint import store
 from megallm.checkpoint.io import Part

@@ -31,8 +31,10 @@ from megallm.peft.sources import Tensors, read_whole
 from megallm.peft.targets import Target, choose, find_targets, named
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 def adapter_shapes(config: PeftConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the full shapes of what the configuration trains, by logical name: its adapter, and the
+    """Returns the full shapes of what is trained, by logical name: the adapter, and the
     modules of the base in `modules_to_save`."""
     stage = whole_stage(model, Mesh.single("meta"))
     prepare(config, model)(stage)
@@ -63,9 +65,7 @@ def write_folder(
         atomic_write_json(folder / CONFIG, settings)
         return
     plan = plan_keys(model, ours, config.name)
-    held = Tensors(
-        {n: _padded(read_whole(source, n, dtype), plan.blocks.get(n)) for n in ours}
-    )
+    held = Tensors({n: _padded(read_whole(source, n, dtype), plan.blocks.get(n)) for n in ours})
     tensors = {}
     for theirs, full in plan.bridge.theirs.items():
         whole = torch.empty(full, dtype=held.info(plan.bridge.by_theirs[theirs][0].ours)[1])
@@ -116,7 +116,9 @@ def write_config(
     experts = {module for module in parts if module.rpartition(".")[0].endswith(".experts")}
     common_rank = _most(rank for rank, _ in parts.values()) or config.dim
     common_alpha = _most(alpha for _, alpha in parts.values()) or config.alpha
-    every = {name.removesuffix(".weight") for target in find_targets(model) for name in target.names}
+    every = {
+        name.removesuffix(".weight") for target in find_targets(model) for name in target.names
+    }
     linears = {module for module in (*parts, *_embeddings(plan)) if module not in experts}
     whole = {
         theirs.removeprefix(PREFIX).rpartition(".")[0]
@@ -164,7 +166,11 @@ def _place_of(slot: str, name: str) -> tuple[str, int]:
 
 def _embeddings(plan: Plan) -> list[str]:
     ending = LEAVES["lora_embedding_A"].ending
-    return [t.removeprefix(PREFIX).removesuffix(ending) for t in plan.bridge.theirs if t.endswith(ending)]
+    return [
+        t.removeprefix(PREFIX).removesuffix(ending)
+        for t in plan.bridge.theirs
+        if t.endswith(ending)
+    ]
 
 
 def _most(values: Iterable[Any]) -> Any:

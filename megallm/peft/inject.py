@@ -41,7 +41,8 @@ def fill_lora(stage: Stage, injection: Injection) -> None:
             dropout = Dropout.of(config.dropout, seed, f"{name}[{target.member}]", owner)
             members.append((target, lora.LowRankOptions.of(config, target, dropout)))
         is_head = isinstance(base, VocabularyHead)
-        made = lora.LowRankHead(stage, members[0][1]) if is_head else lora.low_rank_of(base, members)
+        head = lora.LowRankHead(stage, members[0][1]) if is_head else None
+        made = lora.low_rank_of(base, members) if head is None else head
         put(base, config.name, made)
     if config.dropout:
         watch_tokens(stage)
@@ -121,9 +122,8 @@ def plan_injection(config: PeftConfig, model: ModelConfig, seed: int) -> Injecti
 
 def saved_modules(config: PeftConfig, model: ModelConfig) -> list[str]:
     """Returns the logical names of the base's modules that are trained in full."""
-    return [target.module for target in choose(
-        config.modules_to_save, find_modules(model), "peft.modules_to_save"
-    )]  # fmt: skip
+    found = choose(config.modules_to_save, find_modules(model), "peft.modules_to_save")
+    return [target.module for target in found]
 
 
 def slot_at(stage: Stage, name: str) -> Adaptable | None:

@@ -54,7 +54,7 @@ class Plan:
 
 
 def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> Plan:
-    """Returns the plan for the tensors `ours` of the adapter called `name`, and for what of the base
+    """Returns the plan for the tensors `ours` of the adapter `name`, and for what of the base
     is among them. Raises InternalError for a tensor that the family's files have no place for."""
     rules, modules = [], {}
     shapes, blocks = dict(ours), {}
@@ -62,7 +62,9 @@ def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> Plan:
         module, place = parse(each.theirs)
         module = runtime_name(module.removesuffix(".weight"))
         for leaf, how in LEAVES.items():
-            sources = [found for source in each.ours if (found := _source(source, leaf, name, ours))]
+            sources = [
+                found for source in each.ours if (found := _source(source, leaf, name, ours))
+            ]
             if not sources or bool(parse(sources[0])[1]) != bool(place):
                 continue  # PEFT has the experts of a layer in one tensor
             sources = list(dict.fromkeys(sources))

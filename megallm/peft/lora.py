@@ -214,7 +214,9 @@ class LowRankEmbedding(ShardedModule):
 
 class LowRankHead(ShardedModule):
     """The head over the vocabulary as one matrix `[W, B]` of features `[x, s A x]`: so that log-
-    probabilities without logits need nothing new, and a tied embedding stays as it is."""
+    probabilities without logits need nothing new, and a tied embedding stays as it is.
+
+    At the start B is zero, and the result that of the base up to the order of sums."""
 
     def __init__(self, stage: nn.Module, options: LowRankOptions) -> None:
         super().__init__(stage.mesh, stage.sp)
@@ -268,6 +270,6 @@ def check(config: PeftConfig, model: ModelConfig, chosen: list[Target]) -> None:
                 )
         if target.kind in (EMBEDDING, HEAD) and model.mtp.depth:
             raise UsageError(
-                f"peft.targets has {target.names[-1]}, which model.mtp.depth {model.mtp.depth} uses "
-                "again for further tokens: name other targets, or set model.mtp.depth to 0."
+                f"peft.targets has {target.names[-1]}, which model.mtp.depth {model.mtp.depth} "
+                "uses again for further tokens: name other targets, or set model.mtp.depth to 0."
             )

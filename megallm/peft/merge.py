@@ -77,8 +77,8 @@ def _merged(name: str, module: Adaptable) -> Tensor:
     used = list(module.adapter.in_use())
     if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
         raise UsageError(
-            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora can "
-            "be merged. Export it as a folder of PEFT's instead."
+            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
+            "can be merged. Export it as a folder of PEFT's instead."
         )
     if isinstance(module, Linear) and module.quantized is not None:
         raise UsageError(
@@ -100,7 +100,9 @@ def _merged(name: str, module: Adaptable) -> Tensor:
 def _check_several(name: str, used: Sequence[nn.Module]) -> None:
     dora = [a for a in used if any(n.endswith(MAGNITUDE) for n, _ in a.named_parameters())]
     if len(used) > 1 and dora:
-        raise UsageError(f"{name} has several adapters of which one is DoRA's: merge one at a time.")
+        raise UsageError(
+            f"{name} has several adapters of which one is DoRA's: merge one at a time."
+        )
 
 
 class MergedSource:
@@ -110,7 +112,9 @@ class MergedSource:
     the head for itself.
     """
 
-    def __init__(self, base: WeightSource, adapter: WeightSource, config: PeftConfig, model: ModelConfig) -> None:
+    def __init__(
+        self, base: WeightSource, adapter: WeightSource, config: PeftConfig, model: ModelConfig
+    ) -> None:
         self.model, self.base = model, Joined(adapter, base)
         stage = whole_stage(model, Mesh.single("meta"))
         prepare(config, model)(stage)

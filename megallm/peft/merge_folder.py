@@ -73,7 +73,9 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
         adapter = AdapterFolder(request.adapter, model)
         source = MergedSource(base, adapter, adapter.config, model)
         if source.model.tie_embeddings != model.tie_embeddings:
-            notes.append("the head is no longer tied to the embedding: the adapter changes one alone")
+            notes.append(
+                "the head is no longer tied to the embedding: the adapter changes one alone"
+            )
         dtype = DTYPES[request.dtype] if request.dtype else stored
         family = family_of(source.model)
         bridge = bridge_of(source.model, family.rules_of(source.model.head))

@@ -41,7 +41,7 @@ KNOWN = frozenset((
     "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora",
     "use_rslora",
 ))  # fmt: skip
-# Starts that change the base, unless the adapter was saved for the unchanged one; the file does not tell.
+# Starts that change the base, unless the adapter was saved for the unchanged one: no file tells.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -65,7 +65,9 @@ class AdapterFolder:
     has. Errors: UsageError for what megallm cannot compute, CheckpointError for a damaged folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: ModelConfig, name: str = "default") -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], model: ModelConfig, name: str = "default"
+    ) -> None:
         self.folder = Path(folder)
         if not (self.folder / CONFIG).is_file():
             raise UsageError(f"{self.folder} is no adapter of PEFT: it has no {CONFIG}.")
@@ -77,7 +79,9 @@ class AdapterFolder:
             return
         _check_settings(raw, self.folder)
         tensors = load_tensors(self.folder / WEIGHTS)
-        aside = {key for key in tensors if ".base_layer." in key and ".experts.base_layer." not in key}
+        aside = {
+            key for key in tensors if ".base_layer." in key and ".experts.base_layer." not in key
+        }
         tensors = {key: x for key, x in tensors.items() if key not in aside}
         parts = _parts(raw, tensors, model, self.folder)
         self.config = _config(raw, tensors, parts, model, name)
@@ -111,7 +115,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     found = {}
     for name, entry in read_header(plain_file(path.parent, path.name)).items():
         if entry.dtype not in HF_DTYPES:
-            raise CheckpointError(f"{name} in {path} is {entry.dtype}; weights are {', '.join(HF_DTYPES)}.")
+            raise CheckpointError(
+                f"{name} in {path} is {entry.dtype}; weights are {', '.join(HF_DTYPES)}."
+            )
         data = read_regular(entry.path, entry.offset, entry.nbytes)
         flat = torch.frombuffer(data, dtype=HF_DTYPES[entry.dtype]) if data else torch.empty(0)
         found[name] = flat.view(entry.shape)
@@ -129,7 +135,7 @@ def _check_settings(raw: Mapping[str, Any], folder: Path) -> None:
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         problems.append(
             f"init_lora_weights is {start!r}, which changes the base (PEFT's "
-            "`save_pretrained(..., path_initial_model_for_weight_conversion=X)` makes it plain LoRA)"
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=X)` makes it LoRA)"
         )
     if problems:
         raise UsageError(f"{folder / CONFIG}: {'; '.join(problems)}: it would be another model.")
@@ -215,7 +221,9 @@ def _config(
             label = next(n for n in reversed(target.names[:2]) if n.startswith(target.module))
             dims[label] = part.dim
             alphas[label] = round(part.scale * (part.dim**0.5 if rs else part.dim), 12)
-    dim, alpha = (max(table.values(), key=[*table.values()].count, default=8) for table in (dims, alphas))
+    dim, alpha = (
+        max(table.values(), key=[*table.values()].count, default=8) for table in (dims, alphas)
+    )
     every = {each for target in find_targets(model) for each in target.names}
     targets = tuple(endings(set(parts), every))
     adapted = tuple(leaf.ending for leaf in LEAVES.values())
@@ -258,13 +266,13 @@ def _theirs(
             )
         found[theirs] = from_file(theirs, tensor, full)
     if left:
-        raise CheckpointError(f"{folder / WEIGHTS} holds {sorted(left)[0]}, which is no part of the adapter.")
+        raise CheckpointError(
+            f"{folder / WEIGHTS} holds {sorted(left)[0]}, which is no part of the adapter."
+        )
     return found
 
 
-def _ours(
-    bridge: Bridge, theirs: Mapping[str, Tensor], name: str, full: tuple[int, ...]
-) -> Tensor:
+def _ours(bridge: Bridge, theirs: Mapping[str, Tensor], name: str, full: tuple[int, ...]) -> Tensor:
     """One of our tensors, made of theirs."""
     first = theirs[bridge.by_ours[name][0].theirs]
     whole = torch.empty(full, dtype=first.dtype)

@@ -1,5 +1,5 @@
-"""Sources of weights (`convert.weights.Source`) made of others: several joined, tensors in memory,
-and a base with an adapter merged into it, block by block."""
+"""Sources of weights (`convert.weights.WeightSource`) made of others: several joined, tensors in
+memory, and a base with an adapter merged into it, block by block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Joined:
 
     @property
     def meta(self) -> Any:
-        """What the first source, a checkpoint's Reader, remembers beside tensors."""
+        """What the first source, a checkpoint's CheckpointReader, remembers beside tensors."""
         return self.sources[0].meta
 
     def names(self) -> list[str]:

@@ -18,13 +18,13 @@ from megallm.peft.sources import Joined
 
 
 def resolve(config: PeftConfig, model: ModelConfig) -> PeftConfig:
-    """Returns the configuration to prepare a model with: where `adapter` names a folder, that folder
+    """Returns the configuration to prepare a model with: a folder that `adapter` names
     says which modules are adapted, with which rank and factor. Raises UsageError, CheckpointError.
     """
     if config.adapter is None:
         return config
     found = AdapterFolder(config.adapter, model, config.name).config
-    kept = {"lr_b": config.lr_b, "dropout": config.dropout, "adapter": config.adapter}
+    kept = {key: getattr(config, key) for key in ("lr_b", "dropout", "adapter", "quantize")}
     return replace(found, **kept)
 
 

@@ -14,11 +14,15 @@ from typing import Any
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine, Mesh, Part, Prepare
+from megallm.engine.engine import Engine, Mesh, Part
+from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.decoder import Stage
 from megallm.optim.config import GroupConfig
 from megallm.peft import adalora, inject, start
 from megallm.peft.checkpoint import base_reference, open_base, trained_parts
+from megallm.peft.config import PeftConfig
 from megallm.peft.export import export
+from megallm.peft.noise import add_noise
 from megallm.peft.sources import Joined
 from megallm.training.finetune import FinetuneConfig
 from megallm.training.weights import build_engine, starting_weights
@@ -30,13 +34,13 @@ class FrozenBase:
     """Builds the engine of a run on conversations, and says what its checkpoints hold.
 
     `meta` is what they remember: `base` names the weights that adapters stand on, `peft` what the
-    adapters are. Both are empty where all is trained. `further` changes a stage before buckets are
-    planned, after the adapters are in their slots.
+    adapters are. Both are empty where all is trained. `neftune_alpha` is how much noise embeddings
+    get in training.
     """
 
-    def __init__(self, config: FinetuneConfig, further: Prepare | None = None) -> None:
-        self.config, self.further = config, further
-        self.peft = start.resolve(config.peft, config.model)
+    def __init__(self, config: FinetuneConfig, neftune_alpha: float = 0.0) -> None:
+        self.config, self.neftune_alpha = config, neftune_alpha
+        self.peft = _with_head(start.resolve(config.peft, config.model), config.model)
         self.meta: dict[str, Any] = {}
 
     @property
@@ -54,21 +58,12 @@ class FrozenBase:
         groups = (*frozen, *inject.param_groups(self.peft), *engine.optim.groups)
         return dataclasses.replace(engine, optim=dataclasses.replace(engine.optim, groups=groups))
 
-    @property
-    def prepare(self) -> Prepare | None:
-        """Returns what fills the slots of a stage; None where nothing does."""
-        if not self.adapted:
-            return self.further
-        fill = inject.prepare(self.peft, self.config.model, self.config.run.seed)
-        further = self.further
-        if further is None:
-            return fill
-
-        def both(stage: Any) -> None:
-            fill(stage)
-            further(stage)
-
-        return both
+    def prepare(self, stage: Stage) -> None:
+        """Fill the slots of a stage and freeze the rest; see `Engine.build`."""
+        if self.adapted:
+            inject.prepare(self.peft, self.config.model, self.config.run.seed)(stage)
+        if self.neftune_alpha:
+            add_noise(stage, self.neftune_alpha, self.config.run.seed)
 
     def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
         """Returns the engine with the weights that the run starts or goes on with, and a clause
@@ -126,3 +121,12 @@ class FrozenBase:
         if self.adapted:
             folder = Path(self.config.run.dir) / FOLDER
             export(engine, self.peft, folder, self.config.model.hf, overwrite=True)
+
+
+def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:
+    """Returns the adapters' configuration with a head of classes or values trained in full: it is
+    new, and frozen it would stay as the seed made it.
+    """
+    if peft.method == "none" or model.head in VOCABULARY_HEADS or "head" in peft.modules_to_save:
+        return peft
+    return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, "head"))

@@ -100,11 +100,12 @@ class ChatRun(SupervisedRun):
     config: FinetuneConfig
     rows: Prepared  # of data.sources, on every rank once `read_data` returns
     held_out: Prepared | None = None
+    neftune_alpha = 0.0  # of `FrozenBase`
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
         self.log_samples = config.data.log_samples
-        self.base = FrozenBase(config)
+        self.base = FrozenBase(config, self.neftune_alpha)
 
     # Data
 

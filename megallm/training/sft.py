@@ -26,6 +26,10 @@ class SftRun(ChatRun):
     identity = SftIdentity
     config: SftConfig
 
+    def __init__(self, config: SftConfig) -> None:
+        self.neftune_alpha = config.sft.neftune_alpha
+        super().__init__(config)
+
     def loss(self) -> Loss:
         """Returns the loss of the head: cross-entropy with what else is told of the tokens that
         count, or the squared error of a value.

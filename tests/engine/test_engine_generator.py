@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from megallm.base.errors import CheckpointError, InternalError
 from megallm.engine.engine import Engine
+from megallm.inference.generator import Rollout
 from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
+from megallm.optim.flat import FlatBucket
+from megallm.optim.zero import ShardedParameters
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from tests.engine.tiny import batches, config_of, share
@@ -118,3 +124,47 @@ def test_samples_are_those_of_one_process(case, alone):
 @pytest.mark.parametrize("generator", [{}, {"batch": 3, "chunk": 5}, {"batch": 7, "blocks": 4}], ids=str)
 def test_neither_rows_nor_blocks_nor_chunks_change_a_sample(model, generator, alone):
     check(rolled_out(Layout(), model, {}, generator), alone[model])
+
+
+# Negative controls
+
+
+@contextmanager
+def nothing_gathered(self):
+    yield
+
+
+def broken(layout: Layout, model: str, options: Option, what: str) -> str:
+    """What happens when a part is left out: the error, or how the samples differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "gather":
+            patch.setattr(ShardedParameters, "gathered", nothing_gathered)
+            patch.setattr(FlatBucket, "unshard", lambda self: None)
+        else:
+            patch.setattr(FlatBucket, "publish", lambda self: None)
+        try:
+            return json.dumps([pair[0] for pair in rolled_out(layout, model, options, {}, 1)])
+        except (RuntimeError, CheckpointError, InternalError) as error:
+            return type(error).__name__
+
+
+@pytest.mark.parametrize("what", ["gather", "publish"])
+def test_stale_weights_are_noticed(what, alone):
+    """Weights that are not there, or those of before the update."""
+    expected = json.dumps([pair[0] for pair in alone["dense"]])
+    assert all(told != expected for told in run_ranks(2, broken, Layout(dp=2), "dense", {"zero": 3}, what))
+
+
+def passes_of_the_first_step() -> int:
+    """One data rank has six requests, the other one."""
+    mesh = Mesh.start(Layout(dp=2, ep=2))
+    engine = Engine.build(config_of(ModelConfig(**MODELS["moe"]).resolve()), mesh)
+    asked = requests()
+    with engine.generator() as live:
+        mine = asked[:-1] if mesh.dp.rank == 0 else asked[-1:]
+        return len(Rollout(live, mine, SAMPLING, None, None).groups[0].step().passes)
+
+
+def test_ranks_of_an_expert_group_make_different_numbers_of_passes():
+    """Why there is a vote: left to themselves the two ranks would make 3 passes and 1, and one would wait for ever."""
+    assert run_ranks(2, passes_of_the_first_step) == [3, 1]

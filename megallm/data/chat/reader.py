@@ -9,7 +9,7 @@ example, so its two sequences always lie in the same microbatch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class _Sequence:
     labels: np.ndarray
     mask: np.ndarray
     more: dict[str, Any]
+    epoch: int = 0
 
 
 def _sequence(row: SftRow, sample: int, **more: Any) -> _Sequence:
@@ -131,7 +132,8 @@ class ChatReader(StreamReader):
     """Batches of one data rank; see `data.batches.Reader`, whose methods it has.
 
     Beside tokens, labels, positions and mask a microbatch has one value for each sequence [S]:
-    `samples` int64, the id of its row, -1 for padding; for answers to prompts `prompt_tokens`
+    `samples` int64, the id of its row, -1 for padding, `epochs` int64, how often that row was read
+    before, and `lengths` int64, its tokens; for answers to prompts `prompt_tokens`
     int64; `margin` float32 of pairs where any has one, the rejected one's 0; `desirable` bool
     of unpaired rows; `prompt` and `rank` int64 of ranked answers; and for regression `targets`
     float32 [B, T]. The mask is True where a token is predicted, or at the last of a sequence that
@@ -203,7 +205,7 @@ class ChatReader(StreamReader):
     def _sequences(self, rows: Sequence[PackedRow]) -> list[_Sequence]:
         lay = _LAY[self.prepared.kind]
         return [
-            one
+            replace(one, epoch=row.epoch)
             for row in rows
             for sample, example in self._examples(row)
             for one in lay(example, sample)
@@ -211,13 +213,15 @@ class ChatReader(StreamReader):
 
     def _per_sequence(self, sequences: Sequence[_Sequence], padding: int) -> Arrays:
         """The arrays [S], with `padding` entries of nobody at the end."""
-        samples = [one.sample for one in sequences] + [NOBODY] * padding
+        nobody = (NOBODY, 0, 0)
+        about = [(one.sample, one.epoch, len(one.ids)) for one in sequences] + [nobody] * padding
+        samples, epochs, lengths = np.array(about, np.int64).reshape(-1, 3).T.copy()
         more = {
             name: np.array([one.more[name] for one in sequences] + [nothing] * padding, dtype)
             for name, dtype, nothing in _PER_SEQUENCE.get(self.prepared.kind, ())
             if name != "margin" or self.prepared.has_margins
         }
-        return {"samples": np.array(samples, np.int64), **more}
+        return {"samples": samples, "epochs": epochs, "lengths": lengths, **more}
 
     def _padded(self, rows: Sequence[PackedRow], length: int) -> Arrays:
         sequences, count = self._sequences(rows), len(rows) * self._per_row
