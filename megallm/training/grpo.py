@@ -16,6 +16,7 @@ from megallm.data.chat.reader import ChatReader, reader_of
 from megallm.data.stream.samplelog import SampleLog, truncate_log
 from megallm.engine.engine import Engine, Mesh, Part
 from megallm.peft.reference import off
+from megallm.rewards.workers import build
 from megallm.run.recorder import Recorder
 from megallm.run.rows import read_rows
 from megallm.training.adapters import FrozenBase
@@ -24,8 +25,8 @@ from megallm.training.collapse import CollapseMonitor
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, Reference
 from megallm.training.loop import Loop
 from megallm.training.rl_config import GrpoConfig
-from megallm.training.rollout import Experience, Rollouts, Codec
-from megallm.training.scoring import PlainFunctions, Scorer
+from megallm.training.rollout import Codec, Experience, Rollouts
+from megallm.training.scoring import Scorer
 from megallm.training.supervised import open_run
 from megallm.training.trainer import StepReport
 
@@ -96,19 +97,12 @@ class GrpoRun(ChatRun):
 
         return apart
 
-    def scorer(self) -> Scorer:
-        """Returns what calls the reward functions."""
-        functions = self.config.reward.functions
-        specs, weights = list(functions), list(functions.values())
-        names = [spec.rpartition(":")[2] for spec in specs]
-        return Scorer(lambda: PlainFunctions(specs, weights), names, weights)
-
-    def rollouts(self, engine: Engine) -> Rollouts:
+    def rollouts(self, engine: Engine, scorer: Scorer) -> Rollouts:
         """Returns what answers prompts."""
         config = self.config
         stops = (*self.rows.template.stops, *config.sampling.stop)
         codec = Codec.of(self.rows.words, stops)
-        return Rollouts(engine, config.sampling, codec, self.scorer(), config.run.seed)
+        return Rollouts(engine, config.sampling, codec, scorer, config.run.seed)
 
     def prompts(self, ledger: Mapping[str, Any]) -> ChatReader:
         """Returns the prompts that come next, all of a draw on every rank."""
@@ -144,7 +138,8 @@ class GrpoRunTrainer(GrpoTrainer):
         row = {"step": step, **report.metrics}
         if step % self.config.log.every == 0:
             self.note(_told(row))
-        return dataclasses.replace(report, warnings=tuple(self.monitor.see(row)))
+        warnings = (*report.warnings, *self.monitor.see(row))
+        return dataclasses.replace(report, warnings=warnings)
 
     def evaluate(self) -> dict[str, float | None]:
         """Returns the held-out rewards, and tells them; collective over the world."""
@@ -182,7 +177,7 @@ class RolloutLog:
                 "answer": drawn.texts[i], "tokens": len(answer.tokens), "reason": answer.reason,
                 "rewards": dict(zip(self.names, parts, strict=True)),
                 "reward": None if rewards[i] != rewards[i] else rewards[i],
-                "advantage": answer.advantages[0], "version": answer.version,
+                "advantage": answer.advantages[0], "version": answer.version, **drawn.extras[i],
             })  # fmt: skip
         every = self.config.checkpoint.every
         self.lines.append(rows, every > 0 and step % every == 0)
@@ -219,7 +214,8 @@ def run(
     """Train on a checked and resolved configuration; see `open_run`."""
     job = GrpoRun(config)
     with open_run(job, mesh, resume, own_log, allowed) as opened, ExitStack() as stack:
-        rollouts, ledger = job.rollouts(opened.engine), opened.ledger
+        scorer = stack.enter_context(Scorer(mesh, lambda: build(config.reward)))
+        rollouts, ledger = job.rollouts(opened.engine, scorer), opened.ledger
         tell: dict[str, Any] = {}
         if mesh.rank == 0:
             log = RolloutLog(config, rollouts.names, opened.recorder, ledger.step)

@@ -26,8 +26,8 @@ from megallm.losses.kl import adapt_kl_coefficient
 from megallm.losses.policy import Policy, first_update_fault, policy_loss
 from megallm.optim.lr import learning_rate
 from megallm.training.advantages import OF_ALGORITHM, Credit, advantages_of
-from megallm.training.responses import Batch, Response, ResponseRows
 from megallm.training.replay import ReplayBuffer
+from megallm.training.responses import Batch, Response, ResponseRows
 from megallm.training.rl_config import GrpoConfig, RlConfig
 from megallm.training.rl_metrics import (
     Figures,
@@ -130,6 +130,7 @@ class GrpoTrainer:
             replace(stats[-1], metrics={}), lr, len(seen.answers), tokens,
             losses={"train/loss": sum(losses) / len(losses)},
             metrics=figures | phases.metrics(), data=self.ledger(),
+            warnings=[("reward_failed", sentence) for sentence in seen.failures],
         )  # fmt: skip
 
     def ledger(self) -> dict[str, Any]:
@@ -299,7 +300,7 @@ class GrpoTrainer:
         answers = seen.answers
         totals = combine_rewards(seen.table, self.rollouts.weights) + self._extra(seen)
         groups = [one.group for one in answers]
-        figures = reward_metrics(self.rollouts.names, seen.table, totals, groups)
+        figures = seen.metrics | reward_metrics(self.rollouts.names, seen.table, totals, groups)
         figures |= length_metrics(
             [len(one.tokens) for one in answers], [one.truncated for one in answers]
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megallm.data.chat.formats import Kind
+from megallm.rewards.config import RewardConfig
 from megallm.training.finetune import FinetuneConfig
 
 Algorithm = Literal[
@@ -21,18 +21,6 @@ Correction = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask",
     "geometric_truncate", "geometric_mask",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """What an answer earns."""
-
-    functions: dict[str, float] = field(default_factory=dict)  # file.py:function, as TRL calls it -> weight
-
-    def faults(self) -> Iterator[str]:
-        """Sentences about what is wrong with the section itself."""
-        if not self.functions:
-            yield "reward.functions is empty: name at least one, such as reward.functions={rewards.py:right: 1}."
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ prompts that were drawn since the run began, whatever the layout and the order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +15,16 @@ import numpy as np
 from megallm.data.chat.rows import PromptRow
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine
-from megallm.inference.answer import Answer
-from megallm.inference.answer import Ending
+from megallm.inference.answer import Answer, Ending
 from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
+from megallm.rewards.samples import Completion
 from megallm.training.responses import Response
 from megallm.training.rl_config import SamplingConfig
 from megallm.training.rl_metrics import Phases
 from megallm.training.scoring import Scorer
+
+PROMPTS = ("prompt", "messages", "question", "instruction", "conversations")  # columns that hold one
 
 
 class Prompts(Protocol):
@@ -50,13 +52,13 @@ class Codec:
         return Codec(words, frozenset({words.eod, *known}), texts)
 
     def request(self, id: int, prompt: Sequence[int], limit: int) -> Request:
-        """An answer to be given."""
+        """Returns what a generator is asked for."""
         ending = Ending(limit, self.ends, self.stops)
         decoder = self.words if self.stops else None
         return Request(id, list(prompt), Answer(ending, decoder, list(prompt)))
 
     def text(self, tokens: Sequence[int], reason: str) -> str:
-        """What an answer says, without what ended it."""
+        """Returns what an answer says, without what ended it."""
         text = self.words.decode(tokens[:-1] if reason == "end" else tokens)
         if reason == "stop":
             text = text[: min((at for at in map(text.find, self.stops) if at >= 0), default=None)]
@@ -65,30 +67,36 @@ class Codec:
 
 @dataclass
 class Experience:
-    """Answers of a step with what they earned: `table` `[n, k]` by function, NaN for none, and what
-    they were given to, each `[n]`.
+    """Answers of a step with what they earned: `table` `[n, k]` by function, NaN for none; and
+    their texts, the rows of their prompts, and what functions say besides, each `[n]`.
     """
 
     answers: list[Response] = field(default_factory=list)
     table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     columns: list[Mapping[str, Any]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    extras: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     def select(self, kept: Sequence[int]) -> Experience:
-        """Those of these numbers."""
-        return Experience(
-            [self.answers[i] for i in kept], self.table[list(kept)],
-            [self.columns[i] for i in kept], [self.texts[i] for i in kept],
-        )  # fmt: skip
+        """Returns those of these numbers."""
+        lists = {name: [values[i] for i in kept] for name, values in self._lists()}
+        return replace(self, table=self.table[list(kept)], **lists)
 
     def join(self, other: Experience) -> Experience:
-        """Both, one after the other."""
+        """Returns both, one after the other."""
         if not self.answers:
             return other
-        return Experience(
-            self.answers + other.answers, np.concatenate([self.table, other.table]),
-            self.columns + other.columns, self.texts + other.texts,
-        )  # fmt: skip
+        lists = {name: values + vars(other)[name] for name, values in self._lists()}
+        table = np.concatenate([self.table, other.table])
+        failures = self.failures + other.failures
+        return replace(
+            self, table=table, metrics=self.metrics | other.metrics, failures=failures, **lists
+        )
+
+    def _lists(self) -> list[tuple[str, list]]:
+        return [(name, vars(self)[name]) for name in ("answers", "columns", "texts", "extras")]
 
 
 class Rollouts:
@@ -148,14 +156,28 @@ class Rollouts:
         texts = [self.codec.text(each.tokens, each.reason) for each in samples]
         columns = [rows[i // group].columns for i in range(len(samples))]
         told = [
-            {"id": each.id, "prompt_ids": each.prompt, "completion_ids": each.tokens,
-             "completion": text, "reason": each.reason}
-            for each, text in zip(samples, texts, strict=True)
-        ]  # fmt: skip
-        table = self.scorer.score(self.engine.mesh, told, columns)
+            Completion(_prompt_of(row), text, each.prompt, each.tokens, row, each.reason)
+            for each, text, row in zip(samples, texts, columns, strict=True)
+        ]
+        scores = self.scorer.score(told, step)
         answers = [
-            Response(each.id, each.id // group, step, each.prompt, each.tokens, each.log_probs,
-                   each.reason, each.version)
+            Response(id=each.id, group=each.id // group, step=step, **_sampled(each))
             for each in samples
-        ]  # fmt: skip
-        return Experience(answers, table, columns, texts)
+        ]
+        extras = [
+            {name: values[i] for name, values in scores.extras.items()} for i in range(len(samples))
+        ]
+        return Experience(
+            answers, scores.table, columns, texts, extras, scores.metrics, scores.failures
+        )
+
+
+def _sampled(sample: Sample) -> dict[str, Any]:
+    names = ("prompt", "tokens", "log_probs", "reason", "version")
+    return {name: vars(sample)[name] for name in names}
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    """The prompt as it stands in its row: a text, or messages."""
+    found = (row[name] for name in PROMPTS if row.get(name) is not None)
+    return next(found, "")

@@ -15,9 +15,10 @@ from megallm.models.config import ModelConfig
 from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
+from megallm.rewards.samples import Completion
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer
 from megallm.training.rl_config import GrpoConfig
-from megallm.training.rollout import Rollouts, Codec
+from megallm.training.rollout import Codec, Rollouts
 from megallm.training.scoring import Scorer
 from tests.engine.tiny import engine_of
 
@@ -68,9 +69,15 @@ class Functions:
 
     names, weights = ["right", "digits"], [1.0, 0.1]
 
-    def __call__(self, samples: Sequence[dict], columns: Sequence[dict]) -> list[list[float | None]]:
-        said = [(each["completion"], row["answer"]) for each, row in zip(samples, columns, strict=True)]
-        return [[float(a == b) for a, b in said], [float(a.isdigit()) for a, _ in said]]
+    def __init__(self) -> None:
+        self.failures, self.extras, self.metrics = [], {}, {}
+
+    def __call__(self, samples: Sequence[Completion], step: int = 0) -> list[list[float | None]]:
+        said = [(each.completion, each.columns["answer"]) for each in samples]
+        return [[float(a == b), float(a.isdigit())] for a, b in said]
+
+    def close(self) -> None:
+        pass
 
 
 def config_of(layout: Layout, **changes: Any) -> GrpoConfig:
@@ -108,10 +115,7 @@ def trainer_of(
     mesh = mesh or Mesh.single()
     config = config_of(mesh.layout, **changes)
     engine = engine or engine_of(mesh, model=MODEL, optim=OPTIM, precision=config.train.precision)
-    made = functions()
-    rollouts = Rollouts(
-        engine, config.sampling, Codec.of(Words(), ()), Scorer(lambda: made, made.names, made.weights),
-        config.run.seed,
-    )  # fmt: skip
+    scorer = Scorer(mesh, functions)
+    rollouts = Rollouts(engine, config.sampling, Codec.of(Words(), ()), scorer, config.run.seed)
     feeds = Feeds(Sums(config.prompts), lambda: Sums(10))
     return GrpoTrainer(config, rollouts, feeds, reference, ledger or {}, {})
