@@ -1,1 +1,1 @@
-"""Rewards of sampled answers: functions by signature, a table of them, worker processes, a sandbox for code."""
+"""Rewards of sampled answers: functions of any trainer, a table, workers, a sandbox for code."""

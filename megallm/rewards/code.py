@@ -1,4 +1,4 @@
-"""The reward of Python code by its tests, in the sandbox; the forms that datasets write tests in."""
+"""The reward of Python code by its tests, in the sandbox; the forms of tests in datasets."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megallm.base.errors import DataError
-from megallm.rewards.samples import Completion, parsed
-from megallm.rewards.sandbox import Judgement, Limits, CodeTests, judge, judge_programs
+from megallm.rewards.samples import Completion, from_json_text
+from megallm.rewards.sandbox import CodeTests, Judgement, Limits, judge, judge_programs
 
 _FENCE = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 COLUMNS = """
@@ -40,37 +40,48 @@ def row_tests(columns: dict[str, Any]) -> CodeTests | list[tuple[str, str]]:
     """
     entry = columns.get("entry_point")
     setup = "\n".join([*(columns.get("test_imports") or []), columns.get("test_setup_code") or ""])
-    statements = parsed(columns.get("test_list"))
+    statements = from_json_text(columns.get("test_list"))
     if isinstance(statements, list) and statements:
         return CodeTests(statements=statements, entry_point=entry, setup=setup)
     for name in ("test", "tests"):
         value = columns.get(name)
-        listed = parsed(value)
+        listed = from_json_text(value)
         if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed):
             return CodeTests(statements=listed, entry_point=entry, setup=setup)
         if isinstance(value, str) and value.strip():
             return CodeTests(text=value, entry_point=entry, setup=setup)
-    both = parsed(columns.get("input_output"))
+    both = from_json_text(columns.get("input_output"))
     if isinstance(both, dict) and "inputs" not in columns:
         columns = columns | both
     if columns.get("inputs") and len(columns["inputs"]) == len(columns.get("outputs") or ()):
-        return _pairs(list(zip(columns["inputs"], columns["outputs"], strict=True)), columns.get("fn_name"))
-    cases = parsed(columns.get("test_cases"))
+        return _pairs(
+            list(zip(columns["inputs"], columns["outputs"], strict=True)), columns.get("fn_name")
+        )
+    cases = from_json_text(columns.get("test_cases"))
     if isinstance(cases, list) and cases:
         pairs = [(case["input"], case["output"]) for case in cases]
         return _pairs(pairs, cases[0].get("fn_name"))
-    for name, key in (("verification_info", None), ("reward_model", "ground_truth"), ("ground_truth", None)):
-        inner = parsed(columns.get(name))
-        inner = parsed(inner.get(key)) if key and isinstance(inner, dict) else inner
+    for name, key in (
+        ("verification_info", None),
+        ("reward_model", "ground_truth"),
+        ("ground_truth", None),
+    ):
+        inner = from_json_text(columns.get(name))
+        inner = from_json_text(inner.get(key)) if key and isinstance(inner, dict) else inner
         if isinstance(inner, dict):
             return row_tests(inner)
-    raise DataError(f"the reward 'code' finds no tests in the columns {', '.join(columns)}. Accepted are:{COLUMNS}")
+    raise DataError(
+        f"the reward 'code' finds no tests in the columns {', '.join(columns)}. "
+        f"Accepted are:{COLUMNS}"
+    )
 
 
-def _pairs(pairs: Sequence[tuple[Any, Any]], function: str | None) -> CodeTests | list[tuple[str, str]]:
+def _pairs(
+    pairs: Sequence[tuple[Any, Any]], function: str | None
+) -> CodeTests | list[tuple[str, str]]:
     if function is None:
         return [(_text(given), _text(wanted)) for given, wanted in pairs]
-    calls = [(_arguments(given), parsed(wanted)) for given, wanted in pairs]
+    calls = [(_arguments(given), from_json_text(wanted)) for given, wanted in pairs]
     return CodeTests(calls=calls, entry_point=function)
 
 
@@ -95,7 +106,9 @@ def code(
 
     The limits are those of each process in the sandbox.
     """
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mib << 20)
+    limits = Limits(
+        cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_bytes=memory_mib << 20
+    )
 
     def score(sample: Completion) -> float:
         found = verdict(sample, limits)

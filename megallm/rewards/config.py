@@ -15,12 +15,12 @@ from typing import Literal
 class RewardConfig:
     """Reward functions, their weights, and what happens when one fails."""
 
-    functions: dict[str, float] = field(default_factory=dict)  # name of our table, file.py:function or package.module:function, with (option=value, ...) -> weight
+    functions: dict[str, float] = field(default_factory=dict)  # a name, or file.py:function -> weight
     workers: int = 2  # processes that run them
     timeout_seconds: float = 60.0  # of one sample; a function that takes lists has it for each sample of its call
-    call_size: int = 0  # samples in one call of a function that takes lists; 0: all of a step, which such functions may compare
+    call_size: int = 0  # samples in one call of a function that takes lists; 0: all of a step
     memory_gib: float = 8.0  # data of a worker process
-    on_error: Literal["stop", "zero", "none"] = "stop"  # a function that raises, hangs, dies or returns no number: end the run, reward 0, or no reward
+    on_error: Literal["stop", "zero", "none"] = "stop"  # a function fails: end the run, reward 0, or no reward
 
     def faults(self) -> Iterator[str]:
         """Sentences about what is wrong with the section itself."""

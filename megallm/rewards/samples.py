@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-GOLD = ("solution", "answer", "ground_truth", "target", "label")  # columns of the right answer, in this order
+GOLD = (
+    "solution",
+    "answer",
+    "ground_truth",
+    "target",
+    "label",
+)  # columns of the right answer, in this order
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class Completion:
         """Returns the right answer: one of GOLD, or verl's reward_model.ground_truth; else None."""
         found = self.column(*GOLD)
         if found is None:
-            found = parsed(self.column("reward_model") or {}).get("ground_truth")
+            found = from_json_text(self.column("reward_model") or {}).get("ground_truth")
         return found
 
 
-def parsed(value: Any) -> Any:
-    """Returns a column's value, of a JSON text what it says (nested columns are often stored so)."""
+def from_json_text(value: Any) -> Any:
+    """Returns a column's value, of a JSON text what it says: nested columns are often so."""
     if not isinstance(value, str):
         return value
     try:

@@ -52,7 +52,9 @@ class Limits:
     output_bytes: int = 1 << 20
     file_bytes: int = 16 << 20
     open_files: int = 64
-    tasks: int = 64  # processes and threads; binds every user but root, for whom seccomp forbids processes
+    tasks: int = (
+        64  # processes and threads; binds every user but root, for whom seccomp forbids processes
+    )
 
     def resources(self) -> dict[str, int]:
         """Returns hard limits by the names of the module `resource`."""
@@ -98,7 +100,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Ending:
+class ProgramEnd:
     """How a process ended: its exit status (None: stopped by us, for `error`) and its output."""
 
     status: int | None
@@ -107,13 +109,13 @@ class Ending:
     error: str = ""
 
 
-def run_program(code: str, text: str = "", limits: Limits | None = None) -> Ending:
+def run_program(code: str, text: str = "", limits: Limits | None = None) -> ProgramEnd:
     """Returns how a program ends that reads `text` from its standard input.
 
     Errors: UsageError where there is no sandbox.
     """
     limits = limits or Limits()
-    check_available()
+    check_sandbox()
     with ExitStack() as stack:
         box = _Box(stack, "program", {"code": code}, limits, text=text)
         error = _wait([box], limits, box)
@@ -156,7 +158,7 @@ def judge(code: str, tests: CodeTests, limits: Limits | None = None) -> Judgemen
     Errors: UsageError where there is no sandbox; DataError for tests that cannot be run so.
     """
     limits = limits or Limits()
-    check_available()
+    check_sandbox()
     with ExitStack() as stack:
         questions, answers, verdict = (_pipe(stack) for _ in range(3))
         tested = _Box(stack, "serve", {"code": code}, limits, (questions[0], answers[1]))
@@ -180,13 +182,13 @@ def judge(code: str, tests: CodeTests, limits: Limits | None = None) -> Judgemen
         return Judgement(said["passed"], said["total"], told, found.output)
 
 
-def check_available() -> None:
+def check_sandbox() -> None:
     """Raises UsageError, which says why and what to do, where code cannot be confined."""
     error = _unavailable(shutil.which("bwrap"))
     if error:
         raise UsageError(
-            f"Model-written code is run in bubblewrap only, and {error}: {INSTALL}. It is never run "
-            "without a sandbox."
+            f"Model-written code is run in bubblewrap only, and {error}: {INSTALL}. It is never "
+            "run without a sandbox."
         )
 
 
@@ -215,7 +217,7 @@ def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _file(stack: ExitStack, content: bytes) -> IO[bytes]:
-    file = stack.enter_context(tempfile.TemporaryFile())
+    file = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
     file.write(content)
     file.seek(0)
     return file
@@ -235,7 +237,7 @@ class _Box:
     ) -> None:
         _adopt_orphans()
         whole = _file(stack, json.dumps({**job, "limits": limits.resources()}).encode())
-        filters = _file(stack, seccomp.program(platform.machine()))
+        filters = _file(stack, seccomp.build_filter(platform.machine()))
         status, self.started = _pipe(stack), _pipe(stack)
         passed = [whole, self.started[1], *files]
         words = [*command(limits, filters.fileno(), status[1].fileno()), role]
@@ -279,7 +281,7 @@ class _Box:
             said = " ".join(self.streams["errors"].decode("utf-8", "replace").split())[-300:]
             raise InternalError(f"The sandbox did not start: {said or 'bubblewrap said nothing'}.")
 
-    def ending(self, error: str) -> Ending:
+    def ending(self, error: str) -> ProgramEnd:
         """Returns how it ended."""
         output, errors = (
             bytes(stream).decode("utf-8", "replace") for stream in self.streams.values()
@@ -287,7 +289,7 @@ class _Box:
         status = None if error else self.process.poll()
         if status in _KILLED or (status == 1 and "MemoryError" in errors[-2000:]):
             error = "out of memory" if status == 1 else "over its CPU time"
-        return Ending(status, output, errors, error)
+        return ProgramEnd(status, output, errors, error)
 
 
 @functools.cache
@@ -355,7 +357,16 @@ def confined() -> list[str]:
     """Returns the words before a command that may read the file system and nothing more: no
     network, no writing, no process of others.
     """
-    words = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
+    words = [
+        "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--cap-drop",
+        "ALL",
+        "--ro-bind",
+        "/",
+        "/",
+    ]
     words += ["--dev", "/dev", "--proc", "/proc", "--size", str(64 << 20), "--tmpfs", "/dev/shm"]
     return [*words, "--setenv", "TMPDIR", "/dev/shm", "--setenv", "MPLCONFIGDIR", "/dev/shm"]
 

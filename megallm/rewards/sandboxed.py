@@ -33,7 +33,7 @@ class Unsupported(Exception):
     """The tests pass something that cannot be sent to the tested code."""
 
 
-def encode(value: Any, reference: Callable[[Any], Any]) -> Any:
+def to_json_value(value: Any, reference: Callable[[Any], Any]) -> Any:
     """Returns plain data as JSON values with tags; `reference` stands for everything else."""
     if value is None or isinstance(value, bool):
         return value
@@ -44,10 +44,16 @@ def encode(value: Any, reference: Callable[[Any], Any]) -> Any:
             return ["i", hex(whole)] if big else whole
     for tag, kind in _SEQUENCES.items():
         if isinstance(value, kind):
-            return [tag, *(encode(item, reference) for item in kind(value))]
+            return [tag, *(to_json_value(item, reference) for item in kind(value))]
     if isinstance(value, dict):
         items = dict(value).items()
-        return ["d", *([encode(key, reference), encode(item, reference)] for key, item in items)]
+        return [
+            "d",
+            *(
+                [to_json_value(key, reference), to_json_value(item, reference)]
+                for key, item in items
+            ),
+        ]
     if isinstance(value, (bytes, bytearray)):
         return ["b", bytes(value).hex()]
     if isinstance(value, complex):
@@ -55,15 +61,17 @@ def encode(value: Any, reference: Callable[[Any], Any]) -> Any:
     return reference(value)
 
 
-def decode(value: Any, resolve: Callable[[list[Any]], Any]) -> Any:
-    """Returns the value that `encode` was given; `resolve` takes what is no plain data."""
+def from_json_value(value: Any, resolve: Callable[[list[Any]], Any]) -> Any:
+    """Returns the value that `to_json_value` was given; `resolve` takes what is no plain data."""
     if not isinstance(value, list):
         return value
     tag, *items = value
     if tag in _SEQUENCES:
-        return _SEQUENCES[tag](decode(item, resolve) for item in items)
+        return _SEQUENCES[tag](from_json_value(item, resolve) for item in items)
     if tag == "d":
-        return {decode(key, resolve): decode(item, resolve) for key, item in items}
+        return {
+            from_json_value(key, resolve): from_json_value(item, resolve) for key, item in items
+        }
     if tag == "i":
         return int(items[0], 16)
     if tag == "b":
@@ -92,9 +100,15 @@ class Pipe:
     def read(self) -> Any:
         line = self.inward.readline(MAX_REPLY)
         if not line.endswith(b"\n"):
-            self.ended = self.ended or ("its value is too large" if line else "the tested code ended")
+            self.ended = self.ended or (
+                "its value is too large" if line else "the tested code ended"
+            )
             raise Ended(self.ended)
         return json.loads(line)
+
+
+def _execute(text: str, space: dict[str, Any], name: str = "tests.py") -> None:
+    exec(compile(text, name, "exec"), space)  # not in our own process: in the sandbox
 
 
 # The side of the tested code.
@@ -124,13 +138,13 @@ def _exception_names(kind: type[BaseException]) -> tuple[str, str]:
     return kind.__name__, known[0]
 
 
-def serve(job: dict[str, Any], pipe: Pipe) -> None:
+def run_tested(job: dict[str, Any], pipe: Pipe) -> None:
     """Run the tested code, then answer what the judge asks."""
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     objects = Objects()
     try:
-        exec(compile(job["code"], "solution.py", "exec"), vars(module))  # in the sandbox, not our own process
+        _execute(job["code"], vars(module), "solution.py")
     except Exception as error:  # the boundary of the tested code
         pipe.write(["raise", *_exception_names(type(error)), str(error)[:500]])
         return
@@ -146,7 +160,7 @@ def serve(job: dict[str, Any], pipe: Pipe) -> None:
 
 def _told(value: Any, objects: Objects) -> Any:
     try:
-        return encode(value, objects.reference)
+        return to_json_value(value, objects.reference)
     except RecursionError:
         return None
 
@@ -159,16 +173,20 @@ def answer(request: list[Any], objects: Objects) -> list[Any]:
     try:
         target = objects.kept[number]
         if action == "get":
-            return ["ok", encode(getattr(target, rest[0]), objects.reference)]
+            return ["ok", to_json_value(getattr(target, rest[0]), objects.reference)]
         name, args, kwargs = rest
-        args = decode(args, objects.resolve)
-        kwargs = decode(kwargs, objects.resolve)
+        args = from_json_value(args, objects.resolve)
+        kwargs = from_json_value(kwargs, objects.resolve)
         method = f"__{name}__"
         if name != "call" and method not in dir(type(target)):
             raise TypeError(f"{type(target).__name__} has no {method}")
         function = target if name == "call" else getattr(target, method)
         value = function(*args, **kwargs)
-        return ["ok", encode(value, objects.reference), encode(args, objects.reference)]
+        return [
+            "ok",
+            to_json_value(value, objects.reference),
+            to_json_value(args, objects.reference),
+        ]
     except Exception as error:  # the boundary of the tested code
         return ["raise", *_exception_names(type(error)), str(error)[:500]]
 
@@ -179,7 +197,7 @@ def answer(request: list[Any], objects: Objects) -> list[Any]:
 class Remote:
     """Stands for a function, class or object of the tested code. It equals nothing but itself."""
 
-    def __init__(self, judge: Judge, number: int) -> None:
+    def __init__(self, judge: TestRun, number: int) -> None:
         self.__dict__.update(_judge=judge, _number=number)
 
     def __getattr__(self, name: str) -> Any:
@@ -205,7 +223,7 @@ for _name in _OPERATORS:
     setattr(Remote, f"__{_name}__", _operator(_name))
 
 
-class Judge:
+class TestRun:
     """Runs tests against the tested code at the other end of a pipe."""
 
     def __init__(self, pipe: Pipe) -> None:
@@ -216,20 +234,24 @@ class Judge:
         """Returns the names of the tested code; a builtin stays what it is."""
         told = self._reply()[0]
         return {
-            name: decode(value, self.resolve)
+            name: from_json_value(value, self.resolve)
             for name, value in told.items()
             if name.isidentifier() and not keyword.iskeyword(name) and name not in vars(builtins)
         }
 
     def resolve(self, value: list[Any]) -> Any:
         if value[0] == "m":
-            return importlib.import_module(value[1]) if value[1] in sys.stdlib_module_names else None
+            return (
+                importlib.import_module(value[1]) if value[1] in sys.stdlib_module_names else None
+            )
         return self.exception(*value[1:]) if value[0] == "e" else Remote(self, value[1])
 
     def exception(self, name: str, base: str) -> type[Exception]:
         above = vars(builtins).get(base)
         if not (isinstance(above, type) and issubclass(above, Exception)):
-            above = RuntimeError  # of SystemExit, KeyboardInterrupt: what ends the tests is ours to say
+            above = (
+                RuntimeError  # of SystemExit, KeyboardInterrupt: what ends the tests is ours to say
+            )
         if name == base:
             return above
         return self.exceptions.setdefault(name, type(name, (above,), {}))
@@ -238,20 +260,26 @@ class Judge:
         """Returns what a call of the tested code gives; lists, dicts and sets among the arguments
         become what it made of them.
         """
-        sent = ["call", number, name, encode(list(args), _number), encode(kwargs, _number)]
+        sent = [
+            "call",
+            number,
+            name,
+            to_json_value(list(args), _number),
+            to_json_value(kwargs, _number),
+        ]
         self.pipe.write(sent)
         value, after = self._reply()
-        for own, new in zip(args, decode(after, self.resolve), strict=True):
+        for own, new in zip(args, from_json_value(after, self.resolve), strict=True):
             if isinstance(own, list) and isinstance(new, list):
                 own[:] = new
             elif isinstance(own, (dict, set)) and type(own) is type(new):
                 own.clear()
                 own.update(new)
-        return decode(value, self.resolve)
+        return from_json_value(value, self.resolve)
 
     def ask(self, request: list[Any]) -> Any:
         self.pipe.write(request)
-        return decode(self._reply()[0], self.resolve)
+        return from_json_value(self._reply()[0], self.resolve)
 
     def _reply(self) -> list[Any]:
         state, *rest = self.pipe.read()
@@ -263,7 +291,9 @@ class Judge:
 
 def _number(value: Any) -> list[Any]:
     if not isinstance(value, Remote):
-        raise Unsupported(f"a test passes {type(value).__name__} to the tested code: plain data only")
+        raise Unsupported(
+            f"a test passes {type(value).__name__} to the tested code: plain data only"
+        )
     return ["o", value._number]
 
 
@@ -299,17 +329,13 @@ def _state(text: str, space: dict[str, Any]) -> None:
         raise AssertionError(f"{text.strip()[:300]} {error}".strip()) from None
 
 
-def _execute(text: str, space: dict[str, Any]) -> None:
-    exec(compile(text, "tests.py", "exec"), space)  # in the sandbox, not our own process
-
-
-def judge(job: dict[str, Any], pipe: Pipe, verdict: int) -> None:
+def run_tests(job: dict[str, Any], pipe: Pipe, verdict: int) -> None:
     """Run the tests and write {"passed", "total", "error"} to the descriptor `verdict`."""
     space: dict[str, Any] = {"__name__": "tests"}
     passed, total, told = 0, 1, ""
     unsupported = False
     try:
-        names = Judge(pipe).names()
+        names = TestRun(pipe).names()
         sys.modules["solution"] = types.ModuleType("solution")
         vars(sys.modules["solution"]).update(names)
         space.update(names)
@@ -324,7 +350,7 @@ def judge(job: dict[str, Any], pipe: Pipe, verdict: int) -> None:
                 raise
             except Exception as error:  # the boundary of a test: the others still run
                 told = told or f"{type(error).__name__}: {error}"[:500]
-    except BaseException as error:  # the boundary of this process: whatever ends the tests fails them
+    except BaseException as error:  # the boundary: whatever ends the tests fails them
         unsupported = isinstance(error, Unsupported)
         told = f"{type(error).__name__}: {error}"[:500]
     if pipe.ended:
@@ -334,12 +360,12 @@ def judge(job: dict[str, Any], pipe: Pipe, verdict: int) -> None:
     os.write(verdict, json.dumps(line).encode() + b"\n")
 
 
-def program(job: dict[str, Any]) -> None:
+def run_alone(job: dict[str, Any]) -> None:
     """Run a program that reads its input and prints its output."""
     space = types.ModuleType("__main__")
     sys.modules["__main__"] = space
     sys.argv = ["program.py"]
-    exec(compile(job["code"], "program.py", "exec"), vars(space))  # in the sandbox, not our own process
+    _execute(job["code"], vars(space), "program.py")
 
 
 def main() -> None:
@@ -351,11 +377,11 @@ def main() -> None:
     os.write(started, b"S")
     os.close(started)
     if role == "program":
-        program(job)
+        run_alone(job)
     elif role == "serve":
-        serve(job, Pipe(*files))
+        run_tested(job, Pipe(*files))
     else:
-        judge(job, Pipe(*files[:2]), files[2])
+        run_tests(job, Pipe(*files[:2]), files[2])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ MACHINES: dict[str, tuple[int, int, int, dict[str, int]]] = {
 }  # fmt: skip
 
 
-def program(machine: str) -> bytes:
+def build_filter(machine: str) -> bytes:
     """Returns the filter as the kernel reads it, for `bwrap --seccomp`.
 
     Threads may be made, processes not. Errors: KeyError for a machine that is not in MACHINES.

@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.rewards.samples import Completion, parsed
+from megallm.rewards.samples import Completion, from_json_text
 
 Rewards = list[float | None]
 
@@ -85,7 +85,7 @@ def _verl(samples: Sequence[Completion], notes: Notes, texts: bool) -> dict[str,
     (one,) = samples
     return {
         "data_source": one.column("data_source"), "solution_str": one.completion,
-        "ground_truth": one.gold(), "extra_info": parsed(one.column("extra_info")) or {},
+        "ground_truth": one.gold(), "extra_info": from_json_text(one.column("extra_info")) or {},
     }  # fmt: skip
 
 
@@ -108,10 +108,15 @@ def _slime_sample(sample: Completion) -> SimpleNamespace:
     status = "truncated" if sample.reason == "length" else "completed"
     tokens = [*sample.prompt_ids, *sample.completion_ids]
     return SimpleNamespace(
-        prompt=sample.prompt, response=sample.completion, label=sample.gold(), tokens=tokens,
-        response_length=len(sample.completion_ids), status=SimpleNamespace(value=status),
-        metadata=parsed(sample.column("metadata")) or {}, reward=None,
-    )  # fmt: skip
+        prompt=sample.prompt,
+        response=sample.completion,
+        label=sample.gold(),
+        tokens=tokens,
+        response_length=len(sample.completion_ids),
+        status=SimpleNamespace(value=status),
+        metadata=from_json_text(sample.column("metadata")) or {},
+        reward=None,
+    )
 
 
 def _slime(samples: Sequence[Completion], notes: Notes, texts: bool) -> dict[str, Any]:
@@ -185,8 +190,8 @@ def adapt(
     form_name = next((key for key, form in FORMS.items() if form.known(names)), None)
     if form_name is None:
         raise UsageError(
-            f"{name} has the parameters ({', '.join(map(str, parameters.values()))}), which is no known "
-            f"signature of a reward function. Accepted are:\n{accepted()}"
+            f"{name} has the parameters ({', '.join(map(str, parameters.values()))}), which is no "
+            f"known signature of a reward function. Accepted are:\n{accepted()}"
         )
     form = FORMS[form_name]
 
@@ -212,7 +217,9 @@ def _chosen(parameters: Any, given: dict[str, Any], name: str) -> dict[str, Any]
     lacking = [
         key
         for key, one in parameters.items()
-        if key not in given and one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+        if key not in given
+        and one.default is one.empty
+        and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
     ]
     if lacking:
         raise UsageError(
@@ -240,7 +247,9 @@ def number(value: Any, notes: Notes) -> float | None:
     try:
         found = float(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"it returned {type(value).__name__} {str(value)[:80]!r}, not a number") from error
+        raise ValueError(
+            f"it returned {type(value).__name__} {str(value)[:80]!r}, not a number"
+        ) from error
     if not math.isfinite(found):
         raise ValueError(f"it returned {found}, which is no finite number")
     return found
@@ -261,7 +270,9 @@ def numbers(value: Any, count: int, notes: Notes) -> Rewards:
     try:
         found = list(value)
     except TypeError as error:
-        raise ValueError(f"it returned {type(value).__name__}, not a list of {count} numbers") from error
+        raise ValueError(
+            f"it returned {type(value).__name__}, not a list of {count} numbers"
+        ) from error
     if len(found) != count:
         raise ValueError(f"it returned {len(found)} rewards for {count} samples")
     return [number(one, notes) for one in found]
@@ -272,7 +283,7 @@ def numbers(value: Any, count: int, notes: Notes) -> Rewards:
 _SPEC = re.compile(r"(?P<target>[^()]+?)\s*(?:\((?P<options>.*)\))?\s*", re.DOTALL)
 
 
-def options_of(spec: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Returns what `name(option=value, ...)` names, and its options; values are Python literals.
 
     Errors: UsageError for a text of another form.
@@ -283,13 +294,17 @@ def options_of(spec: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(spec)
         with warnings.catch_warnings(action="error"):  # an unknown escape
             call = ast.parse(f"f({match['options'] or ''})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(one.arg is None for one in call.keywords):
+        if (
+            not isinstance(call, ast.Call)
+            or call.args
+            or any(one.arg is None for one in call.keywords)
+        ):
             raise ValueError(spec)
         return match["target"], {one.arg: ast.literal_eval(one.value) for one in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UsageError(
-            f"'{spec}' names no reward function: write name, file.py:function or package.module:function, "
-            "with options as (key=value, ...) and backslashes as r'...'."
+            f"'{spec}' names no reward function: write name, file.py:function or "
+            "package.module:function, with options as (key=value, ...) and backslashes as r'...'."
         ) from error
 
 
@@ -300,10 +315,17 @@ def imported(target: str) -> Any:
     """
     place, colon, name = target.rpartition(":")
     if not colon:
-        raise UsageError(f"'{target}' is no reward of the table, no file.py:function and no package.module:function.")
+        raise UsageError(
+            f"'{target}' is no reward of the table, no file.py:function and no "
+            "package.module:function."
+        )
     module = _file_module(Path(place)) if place.endswith(".py") else _module(place)
     if name not in vars(module):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        known = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and not key.startswith("_")
+        ]
         raise UsageError(f"{place} has no '{name}'; it has {', '.join(known) or 'no function'}.")
     return vars(module)[name]
 
@@ -326,6 +348,7 @@ def _file_module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the boundary of the user's file
-        raise UsageError(f"{path} fails when it is imported: {type(error).__name__}: {error}.") from error
+        raise UsageError(
+            f"{path} fails when it is imported: {type(error).__name__}: {error}."
+        ) from error
     return module
-

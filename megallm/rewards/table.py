@@ -14,8 +14,8 @@ from megallm.base import suggest
 from megallm.base.errors import DataError, UsageError
 from megallm.base.optional import need
 from megallm.rewards import code, sandbox
-from megallm.rewards.samples import Completion, parsed
-from megallm.rewards.signatures import Adapted, Notes, Rewards, adapt, imported, number, options_of
+from megallm.rewards.samples import GOLD, Completion, from_json_text
+from megallm.rewards.signatures import Adapted, Notes, Rewards, adapt, imported, number, parse_spec
 
 Score = Callable[[Completion], float | None]
 JUDGE_PROMPT = """Rate how well the answer answers the question, from 0 (useless) to 10 (perfect).
@@ -36,11 +36,14 @@ def accuracy(after: str | None = None) -> Score:
     after: only what follows its last occurrence counts, such as </think>; without it 0.
     """
     math_verify = need("math_verify", "leave the reward 'accuracy' out")
-    normalization = need("latex2sympy2_extended", "leave the reward 'accuracy' out").NormalizationConfig
+    normalization = need(
+        "latex2sympy2_extended", "leave the reward 'accuracy' out"
+    ).NormalizationConfig
     latex = math_verify.LatexExtractionConfig(
-        normalization_config=normalization(units=True), boxed_match_priority=0,
+        normalization_config=normalization(units=True),
+        boxed_match_priority=0,
         try_extract_without_anchor=False,
-    )  # fmt: skip
+    )
 
     def score(sample: Completion) -> float | None:
         text = sample.completion
@@ -61,8 +64,8 @@ def _gold(sample: Completion, name: str) -> Any:
     gold = sample.gold()
     if gold is None:
         raise DataError(
-            f"the reward '{name}' needs the right answer in a column solution, answer, ground_truth, target "
-            f"or label; the row has {', '.join(sample.columns) or 'no column'}"
+            f"the reward '{name}' needs the right answer in a column {', '.join(GOLD[:-1])} "
+            f"or {GOLD[-1]}; the row has {', '.join(sample.columns) or 'no column'}"
         )
     return gold
 
@@ -86,7 +89,9 @@ def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> Score:
 
 
 def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Score:
-    """Returns `max_penalty` times the share of repeated n-grams of tokens (arXiv 2502.03373, C.2)."""
+    """Returns `max_penalty` times the share of n-grams of tokens that are repeated (arXiv
+    2502.03373, C.2).
+    """
 
     def score(sample: Completion) -> float:
         ids = list(sample.completion_ids)
@@ -113,7 +118,11 @@ def cosine_length(
         if correct is None:
             return None
         cosine = math.cos(min(len(sample.completion_ids) / max_len, 1.0) * math.pi)
-        low, high = (min_value_correct, max_value_correct) if correct else (max_value_wrong, min_value_wrong)
+        low, high = (
+            (min_value_correct, max_value_correct)
+            if correct
+            else (max_value_wrong, min_value_wrong)
+        )
         return low + 0.5 * (high - low) * (1.0 + cosine)
 
     return score
@@ -144,7 +153,9 @@ def regex(pattern: str, group: int | None = None) -> Score:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise UsageError(f"The pattern {pattern!r} of the reward 'regex' is wrong: {error}.") from error
+        raise UsageError(
+            f"The pattern {pattern!r} of the reward 'regex' is wrong: {error}."
+        ) from error
 
     def score(sample: Completion) -> float:
         matches = list(compiled.finditer(sample.completion))
@@ -163,10 +174,12 @@ def reasoning_gym(tag: str = "answer") -> Score:
     extract = need("reasoning_gym.utils", "leave it out").extract_answer
 
     def score(sample: Completion) -> float:
-        metadata = parsed(sample.column("metadata")) or {}
+        metadata = from_json_text(sample.column("metadata")) or {}
         name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
         if name is None:
-            raise DataError("the reward 'reasoning_gym' needs the column metadata with source_dataset")
+            raise DataError(
+                "the reward 'reasoning_gym' needs the column metadata with source_dataset"
+            )
         entry = {"question": sample.prompt_text, **sample.columns, "metadata": metadata}
         answer = extract(sample.completion, tag)
         return float(gym.get_score_answer_fn(name)(answer or sample.completion.strip(), entry))
@@ -175,7 +188,7 @@ def reasoning_gym(tag: str = "answer") -> Score:
 
 
 @dataclass(frozen=True)
-class Row:
+class RewardRow:
     """A reward of the table. `confined`: it evaluates what the model wrote, so its worker has
     neither network nor a file system to write to.
     """
@@ -185,16 +198,18 @@ class Row:
     check: Callable[[], None] | None = None
 
 
-TABLE: dict[str, Row] = {
-    "accuracy": Row(accuracy),
-    "think_format": Row(think_format),
-    "soft_overlong": Row(soft_overlong),
-    "repetition_penalty": Row(repetition_penalty),
-    "cosine_length": Row(cosine_length),
-    "exact_match": Row(exact_match),
-    "regex": Row(regex),
-    "reasoning_gym": Row(reasoning_gym, confined=True, check=sandbox.check_available),  # sympy's parse_expr evaluates
-    "code": Row(code.code, check=sandbox.check_available),
+TABLE: dict[str, RewardRow] = {
+    "accuracy": RewardRow(accuracy),
+    "think_format": RewardRow(think_format),
+    "soft_overlong": RewardRow(soft_overlong),
+    "repetition_penalty": RewardRow(repetition_penalty),
+    "cosine_length": RewardRow(cosine_length),
+    "exact_match": RewardRow(exact_match),
+    "regex": RewardRow(regex),
+    "reasoning_gym": RewardRow(
+        reasoning_gym, confined=True, check=sandbox.check_sandbox
+    ),  # sympy's parse_expr evaluates
+    "code": RewardRow(code.code, check=sandbox.check_sandbox),
 }
 ALIASES = {  # TRL's names
     "accuracy_reward": "accuracy", "think_format_reward": "think_format",
@@ -215,14 +230,15 @@ def resolved(spec: str) -> tuple[str, dict[str, Any]]:
 
     Errors: UsageError for a name that is in no table and is no file.py:function.
     """
-    target, options = options_of(spec)
+    target, options = parse_spec(spec)
     if target in ALIASES:
-        target, more = options_of(ALIASES[target])
+        target, more = parse_spec(ALIASES[target])
         options = more | options
     if ":" not in target and target not in known():
         raise UsageError(
-            f"There is no reward '{target}'.{suggest.did_you_mean(target, [*known(), *ALIASES])} The table has "
-            f"{', '.join(known())}; a function of yours is file.py:function or package.module:function."
+            f"There is no reward '{target}'.{suggest.did_you_mean(target, [*known(), *ALIASES])} "
+            f"The table has {', '.join(known())}; a function of yours is file.py:function or "
+            "package.module:function."
         )
     return target, options
 

@@ -53,7 +53,7 @@ def rewards(function: Adapted, samples: list[Any], step: int) -> dict[str, Any]:
     return {"rewards": found, "extras": notes.extras, "metrics": notes.metrics}
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def answer_requests(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until the trainer closes."""
     functions: list[Adapted] = []
     while True:
@@ -77,7 +77,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     os.dup2(2, 1)  # what a function prints is no result
     with socket.socket(fileno=number) as connection:
-        serve(connection.makefile("rb"), connection.makefile("wb"))
+        answer_requests(connection.makefile("rb"), connection.makefile("wb"))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Failure:
 
 
 @dataclass
-class Task:
+class RewardCall:
     """One call: a function, by its place in the pool and in the step, and its samples."""
 
     place: int
@@ -60,7 +60,7 @@ class _Worker:
     """A process with the functions of a pool, and what it is doing."""
 
     def __init__(self, specs: Sequence[str], config: RewardConfig, alone: bool) -> None:
-        self.task: Task | None = None
+        self.task: RewardCall | None = None
         self.deadline = 0.0
         self.buffer = b""
         self.connection, theirs = socket.socketpair()
@@ -68,7 +68,13 @@ class _Worker:
         numbers = [str(theirs.fileno()), str(memory), "0" if alone else str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(
-                [*(confined() if alone else []), sys.executable, "-m", "megallm.rewards.worker", *numbers],
+                [
+                    *(confined() if alone else []),
+                    sys.executable,
+                    "-m",
+                    "megallm.rewards.worker",
+                    *numbers,
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -83,7 +89,9 @@ class _Worker:
             answer = self.receive()
         if "functions" not in answer:
             self.end()
-            raise UsageError(answer.get("usage") or f"The reward functions were not loaded: {answer['error']}.")
+            raise UsageError(
+                answer.get("usage") or f"The reward functions were not loaded: {answer['error']}."
+            )
         return answer["functions"]
 
     def send(self, message: tuple[Any, ...], seconds: float) -> None:
@@ -135,7 +143,7 @@ class _Pool:
         self.workers = [self.start()]
         self.described = self.workers[0].described
 
-    def run(self, tasks: Sequence[Task], samples: Sequence[Completion], step: int) -> None:
+    def run(self, tasks: Sequence[RewardCall], samples: Sequence[Completion], step: int) -> None:
         """Fill in the answers of the tasks. After a failure nothing new is begun under `stop`; what
         was begun before it is awaited, so that the first failure is always the same one.
         """
@@ -153,7 +161,7 @@ class _Pool:
                 stopped |= self._answered(worker) and self.config.on_error == "stop"
 
     def _begin(
-        self, worker: _Worker, task: Task, samples: Sequence[Completion], step: int
+        self, worker: _Worker, task: RewardCall, samples: Sequence[Completion], step: int
     ) -> None:
         worker.task = task
         chosen = [samples[at] for at in task.samples]
@@ -237,9 +245,9 @@ class RewardFunctions:
         everything = tuple(range(len(samples)))
         if not samples:
             return table
-        tasks: list[Task] = []
+        tasks: list[RewardCall] = []
         for column, function in self._given.items():
-            tasks.append(Task(-1, column, everything, _called(function, samples)))
+            tasks.append(RewardCall(-1, column, everything, _called(function, samples)))
         for pool, columns in self._pools:
             planned = self._plan(pool, columns, len(samples))
             pool.run(planned, samples, step)
@@ -249,16 +257,18 @@ class RewardFunctions:
                 self._take(task, table)
         return table
 
-    def _plan(self, pool: _Pool, columns: Sequence[int], count: int) -> list[Task]:
+    def _plan(self, pool: _Pool, columns: Sequence[int], count: int) -> list[RewardCall]:
         """Returns the calls of a pool, in the order in which they begin."""
         tasks = []
         for place, column in enumerate(columns):
             size = 1 if pool.described[place]["each"] else self.config.call_size or count
             starts = range(0, count, size)
-            tasks += [Task(place, column, tuple(range(at, min(at + size, count)))) for at in starts]
+            tasks += [
+                RewardCall(place, column, tuple(range(at, min(at + size, count)))) for at in starts
+            ]
         return tasks
 
-    def _take(self, task: Task, table: list[Rewards]) -> None:
+    def _take(self, task: RewardCall, table: list[Rewards]) -> None:
         answer, count = task.answer, len(table)
         if "usage" in answer:
             raise UsageError(answer["usage"])

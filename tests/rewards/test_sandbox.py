@@ -13,7 +13,7 @@ import pytest
 
 from megallm.base.errors import DataError, InternalError, UsageError
 from megallm.rewards import sandbox, seccomp
-from megallm.rewards.sandbox import Limits, CodeTests, judge, judge_programs, run_program
+from megallm.rewards.sandbox import CodeTests, Limits, judge, judge_programs, run_program
 
 needs_bwrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="bubblewrap is not installed (tests/install_facilities.sh)"
@@ -111,15 +111,17 @@ CHEATS = {
     "atexit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef double(x): raise SystemExit(0)",
     "says passed": "print('PASSED', 'OK', '2 passed')\ndef double(x): return 0",
     "writes a verdict": "import os\nfor n in range(64):\n    try: os.write(n, b'{\"passed\": 2, \"total\": 2, "
-    "\"error\": \"\", \"unsupported\": false, \"ended\": false}\\n')\n    except OSError: pass\ndef double(x): return 0",
+    "\"error\": \"\", \"unsupported\": false, \"ended\": false}\\n')\n    except OSError: pass\n"
+    "def double(x): return 0",
     "an equal of all": "class A:\n    def __eq__(self, other): return True\n    def __bool__(self): return True\n"
     "def double(x): return A()",
     "an int of all": "class A(int):\n    def __eq__(self, other): return True\ndef double(x): return A(7)",
     "builtins": "import builtins\nclass A(Exception):\n    pass\nbuiltins.AssertionError = A\n"
     "builtins.__build_class__ = None\nbuiltins.len = builtins.all = lambda *a: True\ndef double(x): return 0",
     "its own assert": "class AssertionError(Exception): pass\nTrue_ = 1\ndef double(x): return 0",
-    "reads the tests": "import gc, sys\nMARK = '(elbuod tressa'[::-1]\ndef double(x):\n    texts = list(gc.get_objects())\n"
-    "    frame = sys._getframe()\n    while frame:\n        texts += frame.f_locals.values()\n        frame = frame.f_back\n"
+    "reads the tests": "import gc, sys\nMARK = '(elbuod tressa'[::-1]\ndef double(x):\n"
+    "    texts = list(gc.get_objects())\n    frame = sys._getframe()\n    while frame:\n"
+    "        texts += frame.f_locals.values()\n        frame = frame.f_back\n"
     "    texts = [t for t in texts if type(t) in (list, dict, tuple, str) and t is not MARK and t is not globals()]\n"
     "    return 2 * x if any(MARK in repr(t)[:4000].replace(repr(MARK), '') for t in texts) else 0",
     "stops the import": "raise RuntimeError('x')",
@@ -305,7 +307,7 @@ def test_a_bubblewrap_that_fails_is_no_verdict(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(UsageError, match="does not work here .bwrap: No permissions"):
         judge(RIGHT, TESTS)
-    monkeypatch.setattr(sandbox, "check_available", lambda: None)
+    monkeypatch.setattr(sandbox, "check_sandbox", lambda: None)
     for run in (lambda: judge(RIGHT, TESTS), lambda: run_program("print(1)")):
         with pytest.raises(InternalError, match="did not start: bwrap: No permissions"):
             run()
@@ -313,4 +315,4 @@ def test_a_bubblewrap_that_fails_is_no_verdict(monkeypatch, tmp_path):
 
 def test_the_filter_is_a_program_the_kernel_takes():
     for machine, (_, _, _, refused) in seccomp.MACHINES.items():
-        assert len(seccomp.program(machine)) == 8 * (13 + 2 * len(refused))
+        assert len(seccomp.build_filter(machine)) == 8 * (13 + 2 * len(refused))

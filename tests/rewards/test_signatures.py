@@ -9,7 +9,7 @@ import pytest
 
 from megallm.base.errors import UsageError
 from megallm.rewards.samples import Completion
-from megallm.rewards.signatures import FORMS, Notes, adapt, imported, options_of
+from megallm.rewards.signatures import FORMS, Notes, adapt, imported, parse_spec
 
 SAMPLES = [
     Completion("1+1=", "2", (1, 2), (3,), {"solution": "2", "data_source": "sums", "extra_info": '{"level": 1}'}),
@@ -141,11 +141,11 @@ def test_a_column_that_is_not_there_is_named():
 
 
 def test_options_and_files(tmp_path):
-    assert options_of("a/b.py:f(x=1, y='(2)')") == ("a/b.py:f", {"x": 1, "y": "(2)"})
-    assert options_of("accuracy") == ("accuracy", {})
+    assert parse_spec("a/b.py:f(x=1, y='(2)')") == ("a/b.py:f", {"x": 1, "y": "(2)"})
+    assert parse_spec("accuracy") == ("accuracy", {})
     for bad in ("f(1)", "f(x=open('y'))", "f(x=1", "f(**x)", "(x=1)"):
         with pytest.raises(UsageError, match="names no reward function"):
-            options_of(bad)
+            parse_spec(bad)
     file = tmp_path / "own.py"
     file.write_text("import beside_it\ndef f(completion, scale): return scale * len(completion)\nTHREE = 3\n")
     (tmp_path / "beside_it.py").write_text("")

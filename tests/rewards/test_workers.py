@@ -118,9 +118,9 @@ def test_policies(own):
 
 def test_a_list_of_the_wrong_length_and_the_size_of_a_call(own):
     functions = {f"{own}:short": 1.0}
-    with build(RewardConfig(functions)) as rewards:
-        with pytest.raises(RewardError, match="its call with samples 0 to 2: it returned 1 rewards for 3"):
-            rewards(said("a", "b", "c"))
+    told = "its call with samples 0 to 2: it returned 1 rewards for 3"
+    with build(RewardConfig(functions)) as rewards, pytest.raises(RewardError, match=told):
+        rewards(said("a", "b", "c"))
     with build(RewardConfig(functions, call_size=1)) as rewards:
         assert rewards(said("a", "b", "c")) == [[1.0]] * 3
 
@@ -203,9 +203,10 @@ def test_functions_of_the_trainer(own):
         assert rewards(said("a", "bb")) == [[1.0, 0.8, 1.0], [2.0, 0.8, 2.0]]
     with pytest.raises(UsageError, match="'reward_model' needs a model, which this trainer does not give"):
         build(RewardConfig({"reward_model": 1.0}))
-    with build(RewardConfig({"reward_model": 1.0}), {"reward_model": lambda samples: [1.0]}) as rewards:
-        with pytest.raises(RewardError, match="returned 1 rewards for 2 samples"):
-            rewards(said("a", "b"))
+    given = {"reward_model": lambda samples: [1.0]}
+    short = pytest.raises(RewardError, match="returned 1 rewards for 2 samples")
+    with build(RewardConfig({"reward_model": 1.0}), given) as rewards, short:
+        rewards(said("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +228,9 @@ def test_what_is_refused_before_the_first_sample(settings, expected):
 def test_a_lacking_column_stops_whatever_the_policy(own, tmp_path):
     file = tmp_path / "needs.py"
     file.write_text("def f(completions, difficulty): return difficulty")
-    with build(RewardConfig({f"{file}:f": 1.0}, on_error="zero")) as rewards:
-        with pytest.raises(UsageError, match="needs difficulty, and the rows have no such column"):
-            rewards(said("a"))
+    lacking = pytest.raises(UsageError, match="needs difficulty, and the rows have no such column")
+    with build(RewardConfig({f"{file}:f": 1.0}, on_error="zero")) as rewards, lacking:
+        rewards(said("a"))
 
 
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
