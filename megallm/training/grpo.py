@@ -87,9 +87,8 @@ class GrpoRun(ChatRun):
                 "rl.kl compares with the weights that the run started from, which nothing names: "
                 "give model.hf, model.init or rl.kl.reference."
             )
-        config = dataclasses.replace(config, freeze=(), optim=type(config.optim)())
-        made = FrozenBase(config, lambda stage: stage.requires_grad_(False))
-        frozen, _ = made.build(engine.mesh, None)
+        config = dataclasses.replace(config, freeze=("*",), optim=type(config.optim)())
+        frozen, _ = FrozenBase(config).build(engine.mesh, None)
 
         @contextmanager
         def apart() -> Iterator[Engine]:

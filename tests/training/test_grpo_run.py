@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megallm.base.config import load
+from megallm.base.config import load, replace
 from megallm.base.errors import RewardError, UsageError
 from megallm.cli.main import main
 from megallm.engine.engine import Engine
@@ -20,32 +20,28 @@ from megallm.training import grpo
 from megallm.training.collapse import CollapseMonitor
 from megallm.training.kinds import KINDS
 from megallm.training.rl_config import GrpoConfig
-from megallm.training.scoring import PlainFunctions
 from megallm.training.validate import check
 from tests.ranks import run_ranks
+from tests.system.commands import megallm
 
 REWARDS = """
-import os
+import os, signal
 from pathlib import Path
 
-def odd(prompts, completions, answer, **rest):
+def odd(prompts, completions, answer, number, **rest):
     marker = Path(__file__).with_name("kill")
-    if marker.exists() and completions and int(marker.read_text()) in rest["number"]:
-        raise SystemExit("killed inside the reward function")
+    if marker.exists() and int(marker.read_text()) in number:
+        marker.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
     return [float(sum(map(ord, text)) % 2) for text in completions]
 
 def short(completions, completion_ids, **rest):
     return [None if len(ids) > 4 else 0.1 for ids in completion_ids]
 
-def fails(**rest):
+def fails(completions, **rest):
     raise ValueError("it is broken")
 """
-# A killed process writes nothing more and saves nothing; SystemExit passes through the run like that.
-
-
-@pytest.fixture
-def config(tmp_path) -> GrpoConfig:
-    return made(tmp_path)
 
 
 def made(folder: Path, **values: Any) -> GrpoConfig:
@@ -130,14 +126,14 @@ def test_killed_before_an_update(quiet, tmp_path, monkeypatch, update):
 
 
 def test_killed_inside_the_reward_function(quiet, tmp_path):
-    config = made(tmp_path)
-    asked = answers_of(quiet)[-1]["prompt"]  # of the last step
+    """SIGKILL to the rank while it waits for the rewards of the last step."""
+    made(tmp_path)
+    asked = answers_of(quiet)[-1]["prompt"]
     (tmp_path / "kill").write_text(asked.partition("+")[0])
-    with pytest.raises(SystemExit, match="killed inside"):
-        grpo.run(config, Mesh.single(), "auto")
-    assert len(rows_of(tmp_path)) == 4
-    (tmp_path / "kill").unlink()
-    grpo.run(config, Mesh.single(), "must")
+    killed = megallm("grpo", "grpo.yaml", cwd=tmp_path)
+    assert killed.code != 0 and len(rows_of(tmp_path)) == 4, killed.err
+    done = megallm("grpo", "grpo.yaml", cwd=tmp_path)
+    assert done.code == 0, done.err
     assert rows_of(tmp_path) == rows_of(quiet)
 
 
@@ -175,14 +171,16 @@ def test_adapters_have_the_base_as_their_reference(quiet, tmp_path):
 # Rewards and rules
 
 
-def test_a_reward_function_that_raises_is_named(config):
-    functions = PlainFunctions([next(iter(config.reward.functions)).replace(":odd", ":fails")])
-    with pytest.raises(RewardError, match="The reward function fails raised ValueError: it is broken"):
-        functions([{"completion": "", "completion_ids": []}], [{"prompt": "1"}])
-    with pytest.raises(UsageError, match="has no function nothing"):
-        PlainFunctions([next(iter(config.reward.functions)).replace(":odd", ":nothing")])
-    with pytest.raises(UsageError, match="write file.py:function"):
-        PlainFunctions(["right"])
+def test_a_reward_function_that_raises_ends_the_run_or_is_told(tmp_path):
+    fails = {f"{tmp_path}/rewards.py:fails": 1.0}
+    config = made(tmp_path, **{"train.steps": 1, "rl.replay.prompts": 0, "rl.replay.staleness": 0})
+    config = replace(config, {"reward.functions": fails})
+    with pytest.raises(RewardError, match="The reward function 'fails' failed on .*ValueError: it is broken"):
+        grpo.run(config, Mesh.single(), "auto")
+    grpo.run(replace(config, {"reward.on_error": "zero"}), Mesh.single(), "auto")
+    assert rows_of(tmp_path)[0]["reward"] == 0
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert '"event": "reward_failed"' in events and "it is broken" in events
 
 
 @pytest.mark.parametrize(("options", "said"), [
@@ -193,6 +191,7 @@ def test_a_reward_function_that_raises_is_named(config):
     ({"sampling.temperature": 0}, "sampling.temperature is 0"),
     ({"rl.advantage": "decoupled", "rl.overlong_cache": 2}, "compares each reward alone"),
     ({"data.packing": "true"}, "it is rl.packing"),
+    ({"peft.dropout": 0.1, "peft.method": "lora"}, "another one than that which has sampled"),
     ({"model.head": "value"}, "trains language models"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_said(tmp_path, options, said):

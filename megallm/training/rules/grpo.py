@@ -74,6 +74,12 @@ def alone(config: GrpoConfig) -> Iterator[Problem]:
             f"{config.sampling.max_new_tokens}, of whose end it is a part."
         )
         yield Problem("overlong", sentence, ({"rl.overlong_cache": 0},))
+    if config.peft.dropout:
+        sentence = (
+            f"peft.dropout {config.peft.dropout:g}: the policy that is trained would be another one "
+            "than that which has sampled."
+        )
+        yield Problem("dropout", sentence, ({"peft.dropout": 0.0},))
     if config.data.packing:
         sentence = "data.packing packs what is read; of sampled answers it is rl.packing."
         yield Problem("packing", sentence, ({"data.packing": False},))
