@@ -1,4 +1,4 @@
-"""`megallm grpo`: what a run of reinforcement learning reads, keeps and shows around its trainer."""
+"""`megallm grpo`: what a run of reinforcement learning reads, keeps and shows."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ class RolloutLog:
     Lines of steps after `step`, which a run that was killed has left, are removed first.
     """
 
-    def __init__(self, config: GrpoConfig, names: Sequence[str], recorder: Recorder, step: int) -> None:
+    def __init__(
+        self, config: GrpoConfig, names: Sequence[str], recorder: Recorder, step: int
+    ) -> None:
         self.config, self.names, self.recorder = config, names, recorder
         path = Path(config.run.dir) / ROLLOUTS
         truncate_log(path, step)
@@ -171,13 +173,21 @@ class RolloutLog:
         rows = []
         for i, answer in enumerate(drawn.answers):
             parts = [None if x != x else float(x) for x in drawn.table[i]]
-            rows.append({
-                "step": step, "id": answer.id, "prompt": drawn.columns[i].get("prompt"),
-                "answer": drawn.texts[i], "tokens": len(answer.tokens), "reason": answer.reason,
-                "rewards": dict(zip(self.names, parts, strict=True)),
-                "reward": None if rewards[i] != rewards[i] else rewards[i],
-                "advantage": answer.advantages[0], "version": answer.version, **drawn.extras[i],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "step": step,
+                    "id": answer.id,
+                    "prompt": drawn.columns[i].get("prompt"),
+                    "answer": drawn.texts[i],
+                    "tokens": len(answer.tokens),
+                    "reason": answer.reason,
+                    "rewards": dict(zip(self.names, parts, strict=True)),
+                    "reward": None if rewards[i] != rewards[i] else rewards[i],
+                    "advantage": answer.advantages[0],
+                    "version": answer.version,
+                    **drawn.extras[i],
+                }
+            )
         every = self.config.checkpoint.every
         self.lines.append(rows, every > 0 and step % every == 0)
         if step % self.config.log.every == 0:
@@ -187,8 +197,14 @@ class RolloutLog:
 
 def _told(row: Mapping[str, Any]) -> str:
     """The figures of a step that say how it goes, in one line."""
-    names = {"reward": "reward", "frac_reward_zero_std": "same", "entropy": "entropy", "kl": "kl",
-             "completions/mean_length": "tokens", "completions/clipped_ratio": "cut"}  # fmt: skip
+    names = {
+        "reward": "reward",
+        "frac_reward_zero_std": "same",
+        "entropy": "entropy",
+        "kl": "kl",
+        "completions/mean_length": "tokens",
+        "completions/clipped_ratio": "cut",
+    }
     told = [f"{said} {row[name]:.3g}" for name, said in names.items() if row.get(name) is not None]
     return " | ".join([f"  step {row['step']}", *told])
 
@@ -198,8 +214,11 @@ def _shown(row: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
     prompt, answer = (
         text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-        for text in (json.dumps(row["prompt"], ensure_ascii=False), json.dumps(row["answer"], ensure_ascii=False))
-    )  # fmt: skip
+        for text in (
+            json.dumps(row["prompt"], ensure_ascii=False),
+            json.dumps(row["answer"], ensure_ascii=False),
+        )
+    )
     return f"  {prompt} -> {answer} | {parts} | advantage {row['advantage']:+.2f}"
 
 

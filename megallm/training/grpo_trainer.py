@@ -54,9 +54,14 @@ def loss_of(rl: RlConfig, max_new_tokens: int, temperature: float) -> Policy:
     given = {key: vars(rl)[key] for key in ("low", "high", "dual_clip", "opsm")}
     changes = {key: value for key, value in given.items() if value is not None}
     return policy_loss(
-        rl.algorithm, length=max_new_tokens, temperature=temperature, beta=rl.kl.loss,
-        kl=rl.kl.estimator, entropy_coef=rl.entropy_coef, **changes,
-    )  # fmt: skip
+        rl.algorithm,
+        length=max_new_tokens,
+        temperature=temperature,
+        beta=rl.kl.loss,
+        kl=rl.kl.estimator,
+        entropy_coef=rl.entropy_coef,
+        **changes,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,7 @@ class GrpoTrainer:
         self.loss = loss_of(rl, sampling.max_new_tokens, sampling.temperature)
         dtype = torch.float64 if train.precision == "fp64" else torch.float32
         multiple = 2 * config.layout.cp * config.layout.tp
-        self.rows = ResponseRows(
-            self.engine, train.micro_batch, multiple, rl.packing, dtype
-        )
+        self.rows = ResponseRows(self.engine, train.micro_batch, multiple, rl.packing, dtype)
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
@@ -127,17 +130,22 @@ class GrpoTrainer:
         losses = [each.loss for each in stats]
         tokens = sum(len(each.prompt) + len(each.tokens) for each in seen.answers)
         return StepReport(
-            replace(stats[-1], metrics={}), lr, len(seen.answers), tokens,
+            replace(stats[-1], metrics={}),
+            lr,
+            len(seen.answers),
+            tokens,
             losses={"train/loss": sum(losses) / len(losses)},
-            metrics=figures | phases.metrics(), data=self.ledger(),
+            metrics=figures | phases.metrics(),
+            data=self.ledger(),
             warnings=[("reward_failed", sentence) for sentence in seen.failures],
-        )  # fmt: skip
+        )
 
     def ledger(self) -> dict[str, Any]:
         """Returns what the ledger keeps of the prompts."""
         kept: dict[str, Any] = {
-            "draws": self.draws, "stream": self.feeds.prompts.state_after(self.draws)
-        }  # fmt: skip
+            "draws": self.draws,
+            "stream": self.feeds.prompts.state_after(self.draws),
+        }
         if self.config.rl.kl.target is not None:
             kept["kl_coefficient"] = self.coefficient
         return kept
@@ -209,10 +217,13 @@ class GrpoTrainer:
                 for one in drawn.answers
             ]
         return Credit(
-            drawn.table, np.array(self.rollouts.weights), self._extra(drawn),
-            [one.group for one in drawn.answers], [len(one.tokens) for one in drawn.answers],
+            drawn.table,
+            np.array(self.rollouts.weights),
+            self._extra(drawn),
+            [one.group for one in drawn.answers],
+            [len(one.tokens) for one in drawn.answers],
             penalties,
-        )  # fmt: skip
+        )
 
     def _train(
         self, step: int, answers: list[Response], lr: float, reference_is_policy: bool
@@ -248,9 +259,13 @@ class GrpoTrainer:
             return
         for batch in batches:
             batch["importance_weights"] = importance_weights(
-                batch["old_log_probs"], batch["rollout_log_probs"], batch, replay.correction,
-                replay.low, replay.high,
-            )  # fmt: skip
+                batch["old_log_probs"],
+                batch["rollout_log_probs"],
+                batch,
+                replay.correction,
+                replay.low,
+                replay.high,
+            )
 
     def _adapt(self, credit: Credit) -> None:
         """Steer the coefficient of the divergence in the reward."""

@@ -146,6 +146,4 @@ class ResponseRows:
                 ends.append(length)
             batch["cu_seqlens"] = np.array(ends, np.int32)
         made = to_tensors(batch)
-        return {
-            name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()
-        }
+        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()}

@@ -25,7 +25,9 @@ Correction = Literal[
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How answers are drawn: from the policy itself, without top-k or top-p, whose log-probs would be others."""
+    """How answers are drawn: from the policy itself; of top-k or top-p the log-probs would be
+    others.
+    """
 
     group: int = 8  # answers to each prompt
     max_new_tokens: int = 256  # longest answer

@@ -1,4 +1,5 @@
-"""What a step of reinforcement learning reports, under TRL's names and those of every run. No torch.
+"""What a step of reinforcement learning reports, under TRL's names and those of every run.
+No torch.
 """
 
 from __future__ import annotations
@@ -64,9 +65,11 @@ def reward_metrics(
     deviations = np.array([spread(totals[members]) for members in rows.values()])
     whole = mean(totals)
     figures: Figures = {
-        "reward": whole, "rl/reward_mean": whole, "reward_std": mean(deviations),
+        "reward": whole,
+        "rl/reward_mean": whole,
+        "reward_std": mean(deviations),
         "frac_reward_zero_std": mean(deviations == 0),
-    }  # fmt: skip
+    }
     for name, column in zip(names, table.T, strict=True):
         figures[f"rewards/{name}/mean"] = mean(column)
         figures[f"rewards/{name}/std"] = spread(column)
@@ -78,10 +81,13 @@ def length_metrics(lengths: Sequence[int], truncated: Sequence[bool]) -> Figures
     size, cut = np.array(lengths, np.float64), np.array(truncated, bool)
     whole = size[~cut]
     return {
-        "completions/mean_length": mean(size), "completions/min_length": float(size.min()),
-        "completions/max_length": float(size.max()), "completions/clipped_ratio": mean(cut),
-        "completions/mean_terminated_length": mean(whole), "rl/response_tokens": mean(size),
-    }  # fmt: skip
+        "completions/mean_length": mean(size),
+        "completions/min_length": float(size.min()),
+        "completions/max_length": float(size.max()),
+        "completions/clipped_ratio": mean(cut),
+        "completions/mean_terminated_length": mean(whole),
+        "rl/response_tokens": mean(size),
+    }
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]]) -> Figures:
@@ -94,8 +100,9 @@ def update_metrics(updates: Sequence[Mapping[str, float]]) -> Figures:
     squares = [each["ratio/mean_square"] for each in updates]
     shares = [
         each["ratio/mean"] ** 2 / square
-        for each, square in zip(updates, squares, strict=True) if square > 0
-    ]  # fmt: skip
+        for each, square in zip(updates, squares, strict=True)
+        if square > 0
+    ]
     figures["rl/ess_fraction"] = math.fsum(shares) / len(shares) if shares else None
     figures["rl/entropy"] = figures.get("entropy")
     if "kl" in figures:

@@ -24,7 +24,13 @@ from megallm.training.rl_config import SamplingConfig
 from megallm.training.rl_metrics import Phases
 from megallm.training.scoring import Scorer
 
-PROMPTS = ("prompt", "messages", "question", "instruction", "conversations")  # columns that hold one
+PROMPTS = (
+    "prompt",
+    "messages",
+    "question",
+    "instruction",
+    "conversations",
+)  # columns that hold one
 
 
 class Prompts(Protocol):

@@ -66,7 +66,9 @@ def alone(config: GrpoConfig) -> Iterator[Problem]:
     rl, kl = config.rl, config.rl.kl
     if rl.advantage == "decoupled" and (rl.overlong_cache or kl.reward > 0):
         key = "rl.overlong_cache" if rl.overlong_cache else "rl.kl.reward"
-        sentence = f"rl.advantage decoupled compares each reward alone; {key} is added to their sum."
+        sentence = (
+            f"rl.advantage decoupled compares each reward alone; {key} is added to their sum."
+        )
         yield Problem("advantage", sentence, ({key: 0}, {"rl.advantage": "group"}))
     if rl.overlong_cache > config.sampling.max_new_tokens:
         sentence = (
@@ -113,7 +115,10 @@ RULES = Rules(
     finetune.RANGES
     | {f"sampling.{name}": COUNT for name in ("group", "max_new_tokens", "batch")}
     | {f"rl.{name}": COUNT for name in ("updates", "epochs")}
-    | {f"rl.{name}": NOT_NEGATIVE for name in ("low", "high", "entropy_coef", "overlong_cache", "show")}
+    | {
+        f"rl.{name}": NOT_NEGATIVE
+        for name in ("low", "high", "entropy_coef", "overlong_cache", "show")
+    }
     | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "high")}
     | {f"rl.kl.{name}": NOT_NEGATIVE for name in ("loss", "reward")}
     | {"rl.kl.target": Range(above=0), "rl.kl.horizon": COUNT}
