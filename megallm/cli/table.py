@@ -62,6 +62,7 @@ _ROWS = (
     ),
     ("sft", "train", "fine-tune a model on conversations: all of it, or adapters (LoRA, QLoRA, ...)"),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
+    ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),

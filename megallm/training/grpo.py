@@ -58,6 +58,11 @@ class GrpoRun(ChatRun):
     reference: Reference | None = None
     found: Path | None = None  # the checkpoint that the run goes on from
 
+    @property
+    def trainer(self) -> type[PolicyTrainer]:
+        """Returns what makes the steps."""
+        return PolicyTrainer
+
     def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
         """Returns the policy's engine, and has the reference ready; collective over the world."""
         engine, begin = super().build(mesh, found)
@@ -121,7 +126,7 @@ class GrpoRun(ChatRun):
         return f'megallm generate --model {Path(self.config.run.dir)} --prompt "..."'
 
 
-class GrpoRunTrainer(GrpoTrainer):
+class PolicyTrainer(GrpoTrainer):
     """The trainer of a run: its checkpoints hold what the run's adapters say, and its rows are
     watched for signs of collapse.
     """
@@ -222,15 +227,11 @@ def _shown(row: Mapping[str, Any]) -> str:
     return f"  {prompt} -> {answer} | {parts} | advantage {row['advantage']:+.2f}"
 
 
-def run(
-    config: GrpoConfig,
-    mesh: Mesh,
-    resume: str,
-    own_log: bool = False,
-    allowed: Sequence[str] = (),
+def run_policy(
+    job: GrpoRun, mesh: Mesh, resume: str, own_log: bool = False, allowed: Sequence[str] = ()
 ) -> None:
-    """Train on a checked and resolved configuration; see `open_run`."""
-    job = GrpoRun(config)
+    """Train a policy on rewards; collective over the world. See `open_run`."""
+    config = job.config
     with open_run(job, mesh, resume, own_log, allowed) as opened, ExitStack() as stack:
         scorer = stack.enter_context(Scorer(mesh, lambda: build(config.reward)))
         rollouts, ledger = job.rollouts(opened.engine, scorer), opened.ledger
@@ -242,7 +243,7 @@ def run(
         held_out = None if job.held_out is None else job.held_out_prompts
         feeds = Feeds(job.prompts(ledger.data), held_out, **tell)
         identity = opened.identity.values | job.meta
-        trainer = GrpoRunTrainer(job, rollouts, feeds, job.reference, ledger.data, identity)
+        trainer = job.trainer(job, rollouts, feeds, job.reference, ledger.data, identity)
         trainer.note = opened.recorder.note
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
@@ -251,3 +252,14 @@ def run(
                 list(trainer.monitor.see(row))
         Loop(trainer, config, ledger, opened.recorder, opened.requests).run()
         job.finish(opened.engine)
+
+
+def run(
+    config: GrpoConfig,
+    mesh: Mesh,
+    resume: str,
+    own_log: bool = False,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Train on a checked and resolved configuration; see `run_policy`."""
+    run_policy(GrpoRun(config), mesh, resume, own_log, allowed)

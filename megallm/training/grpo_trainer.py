@@ -117,8 +117,7 @@ class GrpoTrainer:
             figures = self._score(fresh, again)
         credit = self._credit(drawn)
         figures |= self._penalty_metrics(credit)
-        name = rl.advantage or OF_ALGORITHM.get(rl.algorithm, "group")
-        for answer, values in zip(fresh, advantages_of(credit, name), strict=True):
+        for answer, values in zip(fresh, self.advantages(credit, fresh), strict=True):
             answer.advantages = values
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
         with phases("update"):
@@ -139,6 +138,19 @@ class GrpoTrainer:
             data=self.ledger(),
             warnings=[("reward_failed", sentence) for sentence in seen.failures],
         )
+
+    def advantages(self, credit: Credit, fresh: list[Response]) -> list[list[float]]:
+        """Returns the advantage of each token of new answers."""
+        rl = self.config.rl
+        return advantages_of(credit, rl.advantage or OF_ALGORITHM.get(rl.algorithm, "group"))
+
+    def update(self, step: int, chosen: list[Response], lr: float) -> StepStats:
+        """Train one update from these answers."""
+        rl = self.config.rl
+        batches = self.rows.batches(chosen)
+        if rl.recompute or rl.replay.prompts:
+            self._correct(batches)
+        return self.engine.train_step(batches, self.loss, lr)
 
     def ledger(self) -> dict[str, Any]:
         """Returns what the ledger keeps of the prompts."""
@@ -232,10 +244,7 @@ class GrpoTrainer:
         rl, made = self.config.rl, []
         kept = [one for one in answers if not (rl.mask_truncated and one.truncated)]
         for chosen in self._minibatches(step, kept):
-            batches = self.rows.batches(chosen)
-            if rl.recompute or rl.replay.prompts:
-                self._correct(batches)
-            stats = self.engine.train_step(batches, self.loss, lr)
+            stats = self.update(step, chosen, lr)
             if not made:
                 self._check_first(step, stats, reference_is_policy)
             made.append(stats)

@@ -12,7 +12,7 @@ from typing import Any
 from megallm.run.config import JobConfig
 from megallm.training import files, finetune, reading
 from megallm.training.config import PretrainConfig
-from megallm.training.rl_config import GrpoConfig
+from megallm.training.rl_config import GrpoConfig, PpoConfig
 from megallm.training.rules import finetune as finetune_rules
 from megallm.training.rules import grpo, pretrain
 from megallm.training.rules.problem import Rules
@@ -57,6 +57,14 @@ _ROWS = (
         GrpoConfig,
         "megallm.training.grpo",
         grpo.RULES,
+        finetune.tokenizer_vocab,
+        finetune.check_files,
+    ),
+    Kind(
+        "ppo",
+        PpoConfig,
+        "megallm.training.ppo",
+        grpo.PPO,
         finetune.tokenizer_vocab,
         finetune.check_files,
     ),

@@ -268,6 +268,7 @@ VERBS = {
     "pretrain": "train training run fit start train_gpt pretrain_gpt launch trainer learn",
     "sft": "finetune fine_tune lora peft tune instruct qlora instruction_tune sft_train",
     "grpo": "rl reinforce rloo dapo gspo reinforcement_learning rlvr dr_grpo cispo sapo",
+    "ppo": "rlhf actor_critic",
     "generate": "inference infer predict sample complete completion_text text_generation "
     "run_inference gen",
     "chat": "talk webchat webui conversation",
@@ -289,7 +290,7 @@ VERBS = {
 }
 NO_VERBS = {
     "megallm has no preference learning yet; `megallm grpo` learns from rewards.":
-        "dpo rlhf ppo orpo kto reward rm align",
+        "dpo orpo kto reward rm align",
     "There is no verb for benchmarks: `megallm pretrain` prints the held-out loss (eval.every, "
     "eval.batches), and "
     "`megallm generate --json` writes answers to score.":

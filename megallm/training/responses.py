@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ class Response:
     `id` is that of its request and `group` that of its prompt, `step` the one that it was drawn in;
     `log_probs` are the sampling policy's at the sampling temperature, whose weights have seen
     `version` updates. `old` are the log-probs that a ratio is formed with,
-    `reference` those of the reference model, None where there is none.
+    `reference` those of the reference model, None where there is none; `values` and `returns` are
+    those of a critic.
     """
 
     id: int
@@ -40,6 +41,8 @@ class Response:
     advantages: list[float] = field(default_factory=list)
     old: list[float] = field(default_factory=list)
     reference: list[float] | None = None
+    values: list[float] = field(default_factory=list)
+    returns: list[float] = field(default_factory=list)
 
     @property
     def truncated(self) -> bool:
@@ -73,14 +76,19 @@ class ResponseRows:
     packing: bool = False
     dtype: torch.dtype = torch.float32
 
-    def batches(self, answers: Sequence[Response]) -> list[Batch]:
+    def batches(
+        self, answers: Sequence[Response], values: Mapping[str, str] | None = None
+    ) -> list[Batch]:
         """Returns this rank's microbatches: `tokens`, `labels`, `positions`, the `mask` of the
-        answers' tokens, and per token `advantages`, `old_log_probs`, `rollout_log_probs` and, where
-        every answer has them, `ref_log_probs`; 0 beside the mask. Missing answers are padding.
+        answers' tokens, and per token, 0 beside the mask, `values`: name -> attribute of an answer.
+        Without them `advantages`, `old_log_probs`, `rollout_log_probs` and, where every answer has
+        them, `ref_log_probs`. Missing answers are padding.
         """
         micros, length = self._micros(answers)
-        further = all(answer.reference is not None for answer in answers)
-        return [self._batch(micro, length, further) for micro in micros]
+        if values is None:
+            further = all(answer.reference is not None for answer in answers)
+            values = VALUES | ({"ref_log_probs": "reference"} if further else {})
+        return [self._batch(micro, length, values) for micro in micros]
 
     def scores(
         self, answers: Sequence[Response], score: Callable[[list[Batch]], list[Tensor]]
@@ -89,7 +97,7 @@ class ResponseRows:
         collective over the world.
         """
         micros, length = self._micros(answers)
-        scored = score([self._batch(micro, length, False) for micro in micros])
+        scored = score([self._batch(micro, length, {}) for micro in micros])
         mine: list[list[float]] = []
         for micro, values in zip(micros, scored, strict=True):
             rows = values.to("cpu", torch.float64).numpy()
@@ -117,13 +125,14 @@ class ResponseRows:
             before += 0 if answer is None else answer.size
         return made
 
-    def _batch(self, micro: Sequence[Response | None], length: int, further: bool) -> Batch:
+    def _batch(
+        self, micro: Sequence[Response | None], length: int, wanted: Mapping[str, str]
+    ) -> Batch:
         rows = 1 if self.packing else len(micro)
         shape = rows, length
         batch: Arrays = {name: np.zeros(shape, np.int64) for name in ("tokens", "labels")}
         batch["positions"] = np.tile(np.arange(length), (rows, 1))
         batch["mask"] = np.zeros(shape, bool)
-        wanted = VALUES | ({"ref_log_probs": "reference"} if further else {})
         batch |= {name: np.zeros(shape) for name in wanted}
         ends = [0]
         for answer, (row, at) in zip(micro, self._places(micro), strict=True):

@@ -11,7 +11,7 @@ from megallm.training.finetune import FinetuneConfig
 
 Algorithm = Literal[
     "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "rloo", "reinforce",
-    "reinforce_plus_plus",
+    "reinforce_plus_plus", "ppo",
 ]  # fmt: skip
 Estimator = Literal[
     "group", "batch", "none", "leave_one_out", "decoupled", "reinforce_plus_plus",
@@ -104,3 +104,31 @@ class GrpoConfig(FinetuneConfig):
     def prompts(self) -> int:
         """Returns the number of prompts of a step."""
         return self.train.global_batch * self.rl.updates // self.sampling.group
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The value model beside the policy, and what advantages are made of with it."""
+
+    model: str | None = None  # folder or run that it starts from, such as a reward model; null: the policy's start
+    lr: float | None = None  # its learning rate; null: optim.lr
+    clip: float | None = 0.2  # values leave those of the rollout by at most that; null: as far as they like
+    gamma: float = 1.0  # discount of a token
+    lam: float = 0.95  # of generalised advantage estimation (arXiv 1506.02438)
+    reward_clip: float | None = 10.0  # rewards are clipped to +- this
+    warmup_steps: int = 0  # first steps in which only the critic is trained
+
+
+@dataclass(frozen=True)
+class PpoRlConfig(RlConfig):
+    """What is learned from the rewards, with a critic."""
+
+    algorithm: Algorithm = "ppo"  # the loss (docs/losses.md)
+
+
+@dataclass(frozen=True)
+class PpoConfig(GrpoConfig):
+    """Everything about one run of `megallm ppo`."""
+
+    rl: PpoRlConfig = field(default_factory=PpoRlConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)

@@ -75,11 +75,11 @@ def test_the_same_run_at_every_layout(alone, name):
 
 
 def test_the_tables_name_what_the_losses_have():
-    assert {*get_args(Algorithm)} == {*ALGORITHMS} - {"ppo"}
+    assert {*get_args(Algorithm)} == {*ALGORITHMS}
     assert {*get_args(Estimator)} == {*ESTIMATORS}
 
 
-@pytest.mark.parametrize("algorithm", get_args(Algorithm))
+@pytest.mark.parametrize("algorithm", sorted({*ALGORITHMS} - {"ppo"}))
 def test_each_algorithm_makes_a_step_of_two_updates(algorithm):
     trainer = trainer_of(**{"rl.algorithm": algorithm, "rl.updates": 2, "train.global_batch": 8})
     report = trainer.step(1)

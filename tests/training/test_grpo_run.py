@@ -16,10 +16,10 @@ from megallm.cli.main import main
 from megallm.engine.engine import Engine
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from megallm.training import grpo
+from megallm.training import grpo, ppo
 from megallm.training.collapse import CollapseMonitor
 from megallm.training.kinds import KINDS
-from megallm.training.rl_config import GrpoConfig
+from megallm.training.rl_config import GrpoConfig, PpoConfig
 from megallm.training.validate import check
 from tests.ranks import run_ranks
 from tests.system.commands import megallm
@@ -137,6 +137,12 @@ def test_killed_inside_the_reward_function(quiet, tmp_path):
     assert rows_of(tmp_path) == rows_of(quiet)
 
 
+def assert_close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for key, value in theirs.items():
+        same = value == ours[key] or math.isclose(ours[key], value, rel_tol=1e-9, abs_tol=1e-10)
+        assert same, (key, ours[key], value)
+
+
 def on_ranks(folder: str, layout: Layout) -> None:
     config = made(Path(folder), **{"layout.tp": layout.tp, "layout.dp": layout.dp, "zero.stage": 3})
     grpo.run(config, Mesh.start(layout), "must")
@@ -148,9 +154,7 @@ def test_it_goes_on_at_another_layout(quiet, tmp_path):
     run_ranks(2, on_ranks, str(tmp_path), layout)
     for ours, theirs in zip(rows_of(tmp_path), rows_of(quiet), strict=True):
         assert ours.keys() >= theirs.keys()  # the one that stopped has evaluated too
-        for key, value in theirs.items():
-            same = value == ours[key] or math.isclose(ours[key], value, rel_tol=1e-9, abs_tol=1e-10)
-            assert same, (key, ours[key], value)
+        assert_close(ours, theirs)
     assert [one["answer"] for one in answers_of(tmp_path)] == [one["answer"] for one in answers_of(quiet)]
 
 
@@ -226,3 +230,56 @@ def test_collapse_is_noticed_once():
     assert told(completions__mean_length=[40.0] * 5 + [3.0] * 10) == [(9, "short")]
     assert told(rl__ess_fraction=[1.0] * 5 + [0.2] * 6) == [(9, "ess")]
     assert told(completions__clipped_ratio=[0.0] * 5 + [1.0] * 60) == [(8, "truncated"), (58, "truncated")]
+
+
+# PPO
+
+PPO = {"rl.algorithm": "ppo", "rl.replay.prompts": 0, "rl.replay.staleness": 0, "rl.kl.reward": 0.1}
+
+
+def made_ppo(folder: Path, **values: Any) -> PpoConfig:
+    made(folder, **{"rl.replay.prompts": 0, "rl.replay.staleness": 0})
+    words = [f"{key}={value}" for key, value in (PPO | values).items()]
+    return check(load(PpoConfig, folder / "grpo.yaml", words))
+
+
+@pytest.fixture(scope="module")
+def quiet_ppo(quiet, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ppo")
+    ppo.run(made_ppo(folder, **start_of(quiet)), Mesh.single(), "never")
+    return folder
+
+
+def start_of(quiet: Path) -> dict[str, Any]:
+    keys = ("num_layers", "hidden_size", "num_heads")
+    return {"model.init": quiet / "run", **{f"model.{key}": "null" for key in keys}}
+
+
+def test_ppo_trains_a_critic_and_goes_on_as_if_nothing_had_been(quiet, quiet_ppo, tmp_path):
+    rows = rows_of(quiet_ppo)
+    assert rows[-1]["loss/value_avg"] < rows[0]["loss/value_avg"]
+    assert rows[0]["rl/kl"] == pytest.approx(0, abs=1e-12) and rows[-1]["rl/kl"] > 0
+    ppo.run(made_ppo(tmp_path, **start_of(quiet), **{"train.stop_at": 2}), Mesh.single(), "never")
+    ppo.run(made_ppo(tmp_path, **start_of(quiet)), Mesh.single(), "must")
+    stopped = {key: x for row in rows_of(tmp_path)[:2] for key, x in row.items() if key.startswith("val/")}
+    assert stopped
+    ours = [{k: x for k, x in row.items() if k in other} for row, other in zip(rows_of(tmp_path), rows, strict=True)]
+    assert ours == rows
+
+
+def ppo_on_ranks(folder: str, quiet: str) -> None:
+    config = made_ppo(Path(folder), **start_of(Path(quiet)), **{"layout.tp": 2, "train.steps": 5, "train.stop_at": 2})
+    ppo.run(config, Mesh.start(Layout(tp=2)), "never")
+
+
+def test_ppo_is_the_same_at_another_layout(quiet, quiet_ppo, tmp_path):
+    run_ranks(2, ppo_on_ranks, str(tmp_path), str(quiet))
+    for ours, theirs in zip(rows_of(tmp_path), rows_of(quiet_ppo), strict=False):
+        assert_close(ours, theirs)
+
+
+def test_the_critic_rests_on_rules(tmp_path):
+    with pytest.raises(UsageError, match="needs a critic, which `megallm ppo` trains"):
+        made(tmp_path, **{"rl.algorithm": "ppo"})
+    with pytest.raises(UsageError, match="takes the place of the critic's"):
+        made_ppo(tmp_path, **{"rl.advantage": "group"})

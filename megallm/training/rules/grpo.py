@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megallm.training.rl_config import GrpoConfig
+from megallm.training.rl_config import GrpoConfig, PpoConfig
 from megallm.training.rules import finetune
 from megallm.training.rules.nearest import multiples, nearest_fixes
 from megallm.training.rules.problem import Facts, Problem, Rules
@@ -87,6 +87,25 @@ def alone(config: GrpoConfig) -> Iterator[Problem]:
         yield Problem("packing", sentence, ({"data.packing": False},))
 
 
+def without_critic(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields an algorithm whose advantages need a critic."""
+    if config.rl.algorithm == "ppo":
+        sentence = "rl.algorithm ppo needs a critic, which `megallm ppo` trains."
+        yield Problem("algorithm", sentence, ({"rl.algorithm": "grpo"},))
+
+
+def with_critic(config: PpoConfig) -> Iterator[Problem]:
+    """Yields settings of other advantages than those of a critic."""
+    rl = config.rl
+    if rl.advantage is not None:
+        sentence = f"rl.advantage {rl.advantage} takes the place of the critic's: leave it out."
+        yield Problem("advantage", sentence, ({"rl.advantage": None},))
+    if rl.replay.prompts:
+        sentence = "rl.replay trains answers of other steps, of which the critic knows no values."
+        off = {"rl.replay.staleness": 0, "rl.replay.prompts": 0}
+        yield Problem("replay", sentence, (off,))
+
+
 def language(facts: Facts) -> Iterator[Problem]:
     """Yields a model that writes no text, or none that is long enough."""
     config, model = facts.config, facts.model
@@ -108,8 +127,9 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.inferred(config)
 
 
+_GIVEN = (*finetune.GIVEN, rewards, groups, divergence, old_answers, alone)
 RULES = Rules(
-    (*finetune.GIVEN, rewards, groups, divergence, old_answers, alone),
+    (*_GIVEN, without_critic),
     finetune.RESOLVED
     | {language: ("model.head", "data.seq_len", "sampling.max_new_tokens", "model.max_positions")},
     finetune.RANGES
@@ -125,3 +145,12 @@ RULES = Rules(
     | {"sampling.temperature": Range(above=0), "sampling.resample": Range(low=0, high=15)},
     inferred,
 )
+_CRITIC = {
+    "critic.lr": Range(above=0),
+    "critic.clip": Range(above=0),
+    "critic.gamma": Range(above=0, high=1),
+    "critic.lam": Range(low=0, high=1),
+    "critic.reward_clip": Range(above=0),
+    "critic.warmup_steps": NOT_NEGATIVE,
+}
+PPO = Rules((*_GIVEN, with_critic), RULES.resolved, {**RULES.ranges, **_CRITIC}, inferred)
