@@ -1,4 +1,4 @@
-"""`megallm ppo`: a policy and its critic, a second engine on the same mesh (PPO, arXiv 1707.06347)."""
+"""`megallm ppo`: a policy and its critic, two engines on one mesh (PPO, arXiv 1707.06347)."""
 
 from __future__ import annotations
 

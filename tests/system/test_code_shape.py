@@ -98,6 +98,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.rollout": {"inference.answer", "inference.samples", "inference.sampling"},  # what it asks and gets
     "training.replay": {"checkpoint.io", "checkpoint.reader"},  # old answers are a part of the state
     "training.grpo": {"checkpoint.reader", "peft.reference"},  # the replay buffer; the policy without its adapters
+    "training.ppo": {"checkpoint.reader"},  # the critic's part of a checkpoint
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 
