@@ -29,7 +29,9 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def ignore_stop_signals() -> None:
-    """The state is saved, or there is none: whatever still arrives changes nothing."""
+    """Ignore the signals that stop a run. The state is saved, or there is none: whatever still
+    arrives changes nothing.
+    """
     for number in (*stop_signals(), signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -66,8 +68,7 @@ class BeforeRanks:
 
 @contextmanager
 def before_ranks(wanted: bool) -> Iterator[None]:
-    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be
-    set.
+    """Let `BeforeRanks` handle signals inside the context, if wanted and where handlers can be set.
     """
     installed = isinstance(signal.getsignal(signal.SIGTERM), BeforeRanks)
     if not wanted or installed or threading.current_thread() is not threading.main_thread():

@@ -1,5 +1,5 @@
-"""A folder of checkpoints `step-00001200/`: save them atomically, find the newest valid one, keep a
-few.
+"""A folder of distributed checkpoints `step-00001200/`: save them atomically, find the newest valid
+one, keep a few.
 
 Commit: every rank writes and syncs its shard in `step-N.tmp-<host>.<pid>.<id>/`, rank 0 writes the
 manifest last, syncs, renames the folder and syncs its parent. A crash at any byte leaves the older
@@ -94,7 +94,7 @@ class RetentionPolicy:
 
 
 def weights_only(name: str) -> bool:
-    """The tensors that a model is made of, without the optimizer's."""
+    """Returns the tensors that a model is made of, without the optimizer's."""
     return not name.startswith("optim.")
 
 

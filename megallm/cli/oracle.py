@@ -17,6 +17,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="all|gqa|moe|mla|encoder",
         help="architecture (default all)",
     )
+    parser.add_argument(
+        "--trainer",
+        default="pretrain",
+        metavar="NAME",
+        help="what trains: pretrain (default); sft; lora, rslora, dora, adalora, ia3, prefix, "
+        "prompt, p-tuning, houlsby, parallel, qlora beside a frozen model; reward, dpo, kto, "
+        "grpo, gspo",
+    )
     parser.add_argument("--layout", metavar="k=v,..", help="one layout, such as tp=2,pp=2,sp=true")
     parser.add_argument(
         "--layouts", type=int, metavar="N", help="N random layouts instead of the table"

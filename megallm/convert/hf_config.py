@@ -427,8 +427,8 @@ FREE = {"moe.aux_coef", "moe.z_coef", "moe.bias_rate", "moe.capacity", "moe.drop
 
 
 def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
-    """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another
-    model.
+    """Returns `found`, with the fields that a user may choose anew; UsageError when `wanted` names
+    another model.
 
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and
     `init_std` hold no weights of a rotary model and may be given. So may `causal`, another head,
@@ -448,7 +448,10 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
         if key not in free and value != get(found, key) and not (key == "mtp.depth" and 0 <= value < found.mtp.depth)
     ]
     if differing:
-        raise UsageError(f"The configuration contradicts {where.partition(' ')[0]}: {'; '.join(differing)}. Leave these keys out.")
+        raise UsageError(
+            f"The configuration contradicts {where.partition(' ')[0]}: {'; '.join(differing)}. "
+            "Leave these keys out."
+        )
     chosen = {key: get(wanted, key) for key in _FROM}
     chosen |= {key: value for key, value in given.items() if key in free or key == "mtp.depth"}
     if given.get("head", found.head) != found.head:  # what is not said of the new head is as the family has it

@@ -132,7 +132,7 @@ def is_marked(text: str) -> bool:
 
 
 def find_keys(text: str) -> Iterator[tuple[int, int]]:
-    """Access keys and private keys; of `name = value` the value."""
+    """Yields access keys and private keys; of `name = value` the value."""
     for mark, matches in _MATCHES:
         at = text.find(mark)
         while at >= 0:
@@ -146,7 +146,7 @@ def find_keys(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_passwords(text: str) -> Iterator[tuple[int, int]]:
-    """Passwords in URLs; the name before one and the host after it stay."""
+    """Yields passwords in URLs; the name before one and the host after it stay."""
     if "@" in text:
         for match in _URL_PASSWORD.finditer(text):
             if match[1].lower() not in _NO_PASSWORDS:

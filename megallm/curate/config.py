@@ -148,7 +148,7 @@ class CurateConfig:
 
 
 def check_config(config: CurateConfig) -> None:
-    """Every cross-field problem at once. Errors: `UsageError`."""
+    """Collect every cross-field problem at once. Errors: `UsageError`."""
     known = (*LOCAL, *GLOBAL)
     problems = [
         f"steps: '{name}' is not a step; the steps are: {', '.join(known)}."

@@ -40,8 +40,9 @@ _PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
 
 
 def find_emails(text: str) -> Iterator[tuple[int, int]]:
-    """Addresses around each @; those in domains reserved for examples and logins of services are
-    left."""
+    """Yields addresses around each @; those in domains reserved for examples and logins of services
+    are left.
+    """
     at = text.find("@")
     while at >= 0:
         begin = _begin_of(text, at)

@@ -161,8 +161,9 @@ def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def comparable(text: str) -> bytes:
-    """UTF-8 of a text folded and with runs of white space made one blank: equal for texts that
-    compare alike."""
+    """Returns UTF-8 of a text folded and with runs of white space made one blank: equal for texts
+    that compare alike.
+    """
     native = extension.index()
     if native is None:
         same = fold([text])[0].tobytes().decode("utf-32-le", "surrogatepass")
@@ -173,5 +174,5 @@ def comparable(text: str) -> bytes:
 
 
 def code_points(text: str) -> np.ndarray:
-    """uint32 [len(text)]; a lone surrogate is allowed."""
+    """Returns uint32 [len(text)]; a lone surrogate is allowed."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)

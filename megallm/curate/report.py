@@ -31,7 +31,7 @@ ins{background:#cfe8d0;text-decoration:none}.where{font-size:.8em;color:#667}sum
 
 
 def escape(text: str) -> str:
-    """Text for a page; characters that no page may hold become replacement characters."""
+    """Returns text for a page; characters that no page may hold become replacement characters."""
     return _escape(_FORBIDDEN.sub("\ufffd", text))
 
 

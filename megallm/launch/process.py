@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import sys
 from types import FrameType
@@ -35,7 +34,7 @@ def keep_memory() -> bool:
 
 
 def limit_threads(count: int) -> None:
-    """Threads of this process's tensor operations, when torch is there."""
+    """Set the number of threads of this process's tensor operations, when torch is there."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
@@ -50,8 +49,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def default_signals() -> None:
-    """Handlers until the training loop sets its own: SIGTERM and the like leave with exit code 75,
-    SIGINT with 130.
+    """Set signal handlers that hold until the training loop sets its own: SIGTERM and the like
+    leave with exit code 75, SIGINT with 130.
     """
     for number in stop_signals():
         signal.signal(number, _stop)

@@ -69,12 +69,13 @@ class MoeConfig(Section):
     drop: str | None = None  # score | position: beyond its capacity, which tokens of a sequence an expert keeps
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Returns whether a layer has experts."""
         here = layer >= self.first_dense and (layer - self.first_dense) % self.every == 0
         return self.num_experts > 0 and here
 
     def layer_params(self, hidden: int, matrices: int, active: bool = False) -> int:
-        """Parameters of one layer with experts, each of `matrices` matrices; `active`: those that one token uses.
+        """Number of parameters of one layer with experts, each of `matrices` matrices; `active`:
+        those that one token uses.
 
         The selection bias is state, not a parameter.
         """

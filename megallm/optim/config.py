@@ -43,7 +43,9 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = ()  # ordered: the first whose pattern matches a name counts
 
     def resolve(self) -> OptimConfig:
-        """With the defaults of the rule and the schedule in place of null; a key that neither uses stays as it is."""
+        """Returns the section with the defaults of the rule and the schedule in place of null; a
+        key that neither uses stays as it is.
+        """
         given = dataclasses.asdict(self)
         wanted = SETTINGS[self.rule] | SCHEDULES[self.schedule]
         return dataclasses.replace(self, **{key: value for key, value in wanted.items() if given[key] is None})
@@ -89,7 +91,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def unused(config: OptimConfig) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Keys that were given and that nothing reads: `(key, "rule muon" or "schedule cosine", the keys it reads)`."""
+    """Returns keys that were given and that nothing reads: `(key, "rule muon" or "schedule cosine",
+    the keys it reads)`.
+    """
     given = dataclasses.asdict(config)
     found = []
     for kind, table in (("rule", SETTINGS), ("schedule", SCHEDULES)):

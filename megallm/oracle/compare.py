@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,21 +23,23 @@ from megallm.engine.engine import Engine
 from megallm.engine.state import Piece
 from megallm.losses.language import NextToken
 from megallm.losses.terms import Loss
-from megallm.models.build import initial_values
 from megallm.models.compute import ComputeConfig
 from megallm.ops import cross_entropy
 from megallm.ops.low_precision import Fp8Options
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim import adafactor, buckets, elementwise
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
+from megallm.oracle import adapted
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.objectives import LOSSES
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Rule, Trainer, masked_loss
+from megallm.oracle.reference_adapters import MARK, Budget, adapted_loss
 from megallm.oracle.reference_encoder import loss_named
 from megallm.oracle.reference_fp8 import Fp8Loss
 from megallm.oracle.table import Row
+from megallm.oracle.trainers import ADALORA_STEPS, ADAPTERS
 from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard
@@ -71,6 +73,7 @@ class RankRecord:
     shards: dict[str, Shard]
     state: dict[str, Shard]
     initial: Pieces
+    quantized: tuple[str, ...] = ()  # weights held in 4 bit
     steps: list[StepRecord] = field(default_factory=list)
     final: Pieces = field(default_factory=list)
 
@@ -83,6 +86,7 @@ class Verdict:
 
     row: Row
     initial: bool = False
+    touched: list[str] = field(default_factory=list)  # frozen weights that are not what they were
     loss: float = math.inf
     grads: dict[str, float] = field(default_factory=dict)
     grad_norm: float = math.inf
@@ -97,6 +101,7 @@ class Verdict:
         return (
             self.problem is None
             and self.initial
+            and not self.touched
             and all(error <= self.tolerance for error in errors)
         )
 
@@ -119,6 +124,7 @@ class Verdict:
             reverse=True,
         )
         start = [] if self.initial else ["initial weights differ"]
+        start += [f"frozen {name} was touched" for name in self.touched]
         return start + [f"{what} off by {error:.1e}" for error, what in bad]
 
 
@@ -219,6 +225,7 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
     """
     # FP8's rows leave everything but the linears in the row's precision, not in bf16 as runs do.
     with (
+        adapted.mistakes(broken),
         small_pieces() if row.small_pieces else nullcontext(),
         patch.dict(MODEL_DTYPES, fp8=DTYPES[row.precision]),
     ):
@@ -227,18 +234,25 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
 
 def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
     mesh = Mesh.start(row.layout, device, broken)
-    engine = Engine.build(engine_config(row), mesh)
+    engine = Engine.build(engine_config(row), mesh, adapted.prepare_row(row))
+    adapted.start(engine, row)
     state = {name: Shard(tuple(bias.shape)) for name, bias in engine.model.selection_biases()}
-    record = RankRecord(dict(engine.parameters.shards), state, _copies(engine.masters()))
+    held = engine.model.quantized
+    shards = dict(engine.parameters.shards) | {name: each.shard for name, each in held.items()}
+    in_bits = [(name, each.box, each.dequantize(torch.float64)) for name, each in held.items()]
+    record = RankRecord(shards, state, _copies(engine.masters()) + in_bits, tuple(held))
     loss = trained_loss(row)
     for step in range(row.steps):
         stats = engine.train_step(
-            micro_batches(row, step, mesh.data.rank), loss, row.rates[step % len(row.rates)]
+            micro_batches(row, step, mesh.data.rank, broken), loss, row.rates[step % len(row.rates)]
         )
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
         grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
         record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
+        if step == 0 and "frozen.touched" in broken:
+            adapted.touch_frozen(engine, frozenset(name for name, _, _ in grads))
     record.final = _copies(engine.masters())
+    record.final += [(name, each.box, each.dequantize(torch.float64)) for name, each in held.items()]
     biases, dtype = engine.model.selection_biases(), DTYPES[row.precision]
     record.final += [(k, Box((0,), state[k].full), v.to(dtype).cpu()) for k, v in biases]
     return record
@@ -278,26 +292,19 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     shards, state = (
         _logical_shards(held) for held in ([r.shards for r in records], [r.state for r in records])
     )
-    logical = {
-        k: initial_values(k, s, (0,) * len(s.full), s.full, row.seed) for k, s in shards.items()
-    }
-    logical = {k: values.to(DTYPES[row.precision]).double() for k, values in logical.items()}
+    logical = _start(row, shards, {name for record in records for name in record.quantized})
     verdict.initial = all(
-        torch.equal(mine.double(), theirs)
-        for _, mine, theirs in _paired([r.initial for r in records], shards, logical)
+        adapted.equal_start(name, mine, theirs)
+        for name, mine, theirs in _paired([r.initial for r in records], shards, logical)
     )
-    loss_of = masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
-    if row.fp8:
-        tokens = row.layout.tp * row.layout.cp
-        loss_of = Fp8Loss(
-            row.fp8, row.layout.dp, row.micros, math.lcm(row.layout.ep, tokens) // tokens
-        )
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
     fixed = frozen(row, shards)
     trained = {name: shard for name, shard in shards.items() if name not in fixed}
-    trainer = Trainer(
-        dataclasses.asdict(row.config), reference_rule(row), logical | zeros, loss_of, fixed
-    )
+    config, after = dataclasses.asdict(row.config), None
+    if row.adapter is not None and ADAPTERS[row.adapter]["method"] == "adalora":
+        after = Budget(ADAPTERS[row.adapter], ADALORA_STEPS)
+    rule, loss_of = reference_rule(row), reference_loss(row)
+    trainer = Trainer(config, rule, logical | zeros, loss_of, fixed, after)
     verdict.loss = verdict.grad_norm = 0.0
     norm, dtype = 0.0, DTYPES[row.precision]
     for step in range(row.steps):
@@ -312,12 +319,39 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
             verdict.grads,
             _errors(_paired([s.grads for s in seen], trained, grads), grads, floor, dtype),
         )
-    final = _paired([r.final for r in records], shards | state, trainer.weights)
-    verdict.weights = _errors(final, trainer.weights, FLOOR * norm, dtype)
+    final = list(_paired([r.final for r in records], shards | state, trainer.weights))
+    verdict.weights = _errors(iter(final), trainer.weights, FLOOR * norm, dtype)
+    changed = {name for name, mine, theirs in final if name in fixed and not torch.equal(mine.double(), theirs)}
+    verdict.touched = sorted(changed)
+
+
+def _start(row: Row, shards: Mapping[str, Shard], quantized: set[str]) -> dict[str, Tensor]:
+    """The logical weights that a row's engine starts with."""
+    logical = {}
+    for name, shard in shards.items():
+        box = Box((0,) * len(shard.full), shard.full)
+        values = adapted.first_values(name, shard, box, row.seed)
+        logical[name] = values.to(DTYPES[row.precision]).double()
+        if name in quantized:
+            logical[name] = adapted.rounded(values)
+    return adapted.with_magnitudes(row, logical)
+
+
+def reference_loss(row: Row) -> Callable[..., Tensor]:
+    """Returns the independent loss of a row's model, which `reference.Trainer` differentiates."""
+    if row.adapter is not None:
+        return adapted_loss(row.loss_name, ADAPTERS[row.adapter])
+    if row.fp8:
+        tokens = row.layout.tp * row.layout.cp
+        sequences = math.lcm(row.layout.ep, tokens) // tokens
+        return Fp8Loss(row.fp8, row.layout.dp, row.micros, sequences)
+    return masked_loss if row.loss_name == "next_token" else loss_named(row.loss_name)
 
 
 def frozen(row: Row, names: Iterable[str]) -> frozenset[str]:
     """Returns the parameters that the row does not train."""
+    if row.adapter is not None:
+        return frozenset(name for name in names if MARK not in name)
     return frozenset(
         name for name in names if any(fnmatchcase(name, pattern) for pattern in row.frozen)
     )

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from megallm.oracle.table import Row
+from megallm.oracle.trainers import PAIRED
 
 Batch = dict[str, Tensor]
+PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages")
 
 
 def global_batch(row: Row, step: int) -> Batch:
@@ -32,9 +34,64 @@ def global_batch(row: Row, step: int) -> Batch:
     if row.packed:
         starts = torch.rand(rows, length, generator=draw) < 0.3
         starts[:, 0] = True
+        if row.loss_name in PAIRED:
+            _make_even(starts)
         begin = torch.where(starts, places, 0).cummax(1).values
         batch |= {"documents": starts.cumsum(1), "positions": places - begin}
+    if row.trainer != "pretrain":
+        return batch | _of_sequences(row, batch, draw)
     return batch | _extras(row, batch, draw)
+
+
+def _make_even(starts: Tensor) -> None:
+    """Take a document away from each row `[T]` that has an odd number, or add one where it has one."""
+    for row in starts:
+        if int(row.sum()) % 2:
+            places = row.nonzero()[:, 0]
+            row[places[-1] if len(places) > 1 else len(row) // 2] = len(places) == 1
+
+
+def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
+    """Returns what the losses of `trainers` read: log-probs of other policies as data, and, at each
+    of its tokens, what belongs to a sequence.
+    """
+    shape = batch["tokens"].shape
+    documents, mask = batch.get("documents", torch.ones_like(batch["tokens"])), batch["mask"].clone()
+    if row.packed:  # the last label of a document is the first token of the next one
+        inside = documents[:, 1:] == documents[:, :-1]
+        mask[:, :-1] &= inside if (mask[:, :-1] & inside).any() else True
+
+    def numbers(shift: float) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64) + shift
+
+    def of_sequence(x: Tensor) -> Tensor:
+        return x.gather(1, documents - 1)
+
+    if row.loss_name == "bradley_terry":
+        mask = _last_tokens(mask, documents)
+    return {
+        "mask": mask,
+        "ref_log_probs": numbers(-4.5),
+        "old_log_probs": numbers(-4.5) / 2 - 2,
+        "margin": of_sequence(numbers(0.0)),
+        "advantages": of_sequence(numbers(0.0)),
+        "desirable": of_sequence(numbers(0.0)) > 0,
+        "reference_point": torch.full(shape, 0.37, dtype=torch.float64),
+    }
+
+
+def _last_tokens(mask: Tensor, documents: Tensor) -> Tensor:
+    """True at one token of each sequence of a pair of which any token counts: its last one that
+    does, or its last one.
+    """
+    found = [(row, documents[row] == n) for row in range(len(mask)) for n in documents[row].unique()]
+    scored = torch.zeros_like(mask)
+    for pair in zip(found[::2], found[1::2], strict=True):
+        if any((mask[row] & inside).any() for row, inside in pair):
+            for row, inside in pair:
+                counted = mask[row] & inside
+                scored[row, (counted if counted.any() else inside).nonzero()[-1]] = True
+    return scored
 
 
 def _extras(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
@@ -70,7 +127,13 @@ def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:
         return torch.ones(rows, length, dtype=torch.bool)
     always = (row.layout.dp - 1) * row.micros * row.micro_batch  # first row of the last data rank
     mask = torch.zeros(rows, length, dtype=torch.bool)
-    if row.mask != "one":
+    if row.mask == "answer":
+        places = torch.arange(length)
+        begin = torch.randint(0, length // 2, (rows, 1), generator=draw)
+        end = torch.randint(length // 2 + 1, length + 1, (rows, 1), generator=draw)
+        mask = (places >= begin) & (places < end)
+        mask[1:] &= torch.rand(rows - 1, 1, generator=draw) > 0.15  # here and there a row of nothing
+    elif row.mask != "one":
         chance = torch.arange(1, rows + 1)[:, None] / (rows + 1)
         mask = torch.rand(rows, length, generator=draw) < chance
     if row.mask == "rank":
@@ -81,21 +144,34 @@ def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:
     return mask
 
 
-def micro_batches(row: Row, step: int, data_rank: int) -> list[Batch]:
+def micro_batches(
+    row: Row, step: int, data_rank: int, broken: frozenset[str] = frozenset()
+) -> list[Batch]:
     """Returns the micro batches `[micro_batch, T]` of a data rank: a contiguous block of the global
     batch.
+
+    What belongs to a sequence becomes `[S]`, S the rows or documents of a micro batch.
     """
     whole = global_batch(row, step)
+    if "pairs.split" in broken:
+        whole = {key: value.roll(1, 0) for key, value in whole.items()}
     share = row.micros * row.micro_batch
     block = {
         key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()
     }
     pieces = {key: value.split(row.micro_batch) for key, value in block.items()}
     micros = [{key: value[micro] for key, value in pieces.items()} for micro in range(row.micros)]
-    return [
-        micro | {"cu_seqlens": _ends(micro["documents"])} if row.packed else micro
-        for micro in micros
-    ]
+    if row.packed:
+        micros = [micro | {"cu_seqlens": _ends(micro["documents"])} for micro in micros]
+    return [_by_sequence(micro) for micro in micros]
+
+
+def _by_sequence(micro: Batch) -> Batch:
+    """The micro batch with one number for each sequence of what belongs to a sequence."""
+    given = [name for name in PER_SEQUENCE if name in micro]
+    if "cu_seqlens" not in micro:
+        return micro | {name: micro[name][:, 0] for name in given}
+    return micro | {name: micro[name][0, micro["cu_seqlens"][:-1].long()] for name in given}
 
 
 def _ends(documents: Tensor) -> Tensor:

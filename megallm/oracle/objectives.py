@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from megallm.losses.language import MaskedDiffusion, NextToken
+from megallm.losses.policy import policy_loss
+from megallm.losses.preference import Kto, Preference, simpo_loss
+from megallm.losses.reward import BradleyTerry
 from megallm.losses.scores import PairwiseReward, Regression, Value
 from megallm.losses.terms import Loss, Terms
+from megallm.oracle import reference_trainers as written
 from megallm.oracle.reference_encoder import CLIP, ENTROPY, TEMPERATURE, WRONG
 
 
@@ -38,6 +42,13 @@ class Tempered:
         )
 
 
+_POLICY = {
+    "low": written.LOW,
+    "high": written.HIGH,
+    "beta": written.KL,
+    "entropy_coef": written.ENTROPY,
+    "temperature": written.HEAT,
+}
 LOSSES: dict[str, Loss] = {
     "next_token": NextToken(),
     "tempered": Tempered(),
@@ -46,4 +57,18 @@ LOSSES: dict[str, Loss] = {
     "regression": Regression(),
     "critic": Value(CLIP),
     "reward": PairwiseReward(),
+    "sft": NextToken(measured=("entropy", "mean_token_accuracy")),
+    "dft": NextToken(dft=True),
+    "bradley_terry": BradleyTerry(written.CENTER),
+    "dpo": Preference(beta=written.BETA),
+    "dpo_mixed": Preference(
+        ("sigmoid", "ipo_sum"), written.MIXED, beta=written.BETA, nll=written.NLL
+    ),
+    "simpo": simpo_loss(written.SIMPO_BETA, written.SIMPO_GAMMA),
+    "kto": Kto(
+        beta=written.BETA, desirable_weight=written.GOOD, undesirable_weight=written.BAD
+    ),
+    "grpo": policy_loss("grpo", **_POLICY),
+    "dapo": policy_loss("dapo", **_POLICY),
+    "gspo": policy_loss("gspo", **_POLICY),
 }

@@ -31,6 +31,11 @@ def forward(
     return _logits(config, weights, _last_layer(config, weights, tokens, seen))
 
 
+NOT_DECAYED = (
+    ".bias", ".sinks", ".lora_E", ".lora_magnitude_vector", ".ia3_l", ".keys", ".values",
+)  # fmt: skip
+
+
 class Seen(NamedTuple):
     """Where tokens stand, and what the routers of experts leave behind (None: there are none)."""
 
@@ -54,12 +59,15 @@ def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: T
     """
 
     def attend(y: Tensor) -> Tensor:
-        return attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
+        made = attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
+        return _bottleneck(weights, at, "after_attention", y, made)
 
     def feed(y: Tensor) -> Tensor:
         if has_experts(config, layer):
-            return experts(config, weights, at + "moe.", y, seen.notes, mlp)
-        return mlp(config, weights, at + "mlp.", y)
+            made = experts(config, weights, at + "moe.", y, seen.notes, mlp)
+        else:
+            made = mlp(config, weights, at + "mlp.", y)
+        return _bottleneck(weights, at, "after_mlp", y, made)
 
     if config["norm_place"] == "post":
         x = norm(config, weights, at + "attention_norm", x + attend(x))
@@ -68,8 +76,19 @@ def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: T
     return x + feed(norm(config, weights, at + "mlp_norm", x))
 
 
+def _bottleneck(weights: Weights, at: str, place: str, x: Tensor, y: Tensor) -> Tensor:
+    """The output `y` of a sublayer, and what an adapter behind it adds: Houlsby's, which stand behind
+    both sublayers, read `y`, a parallel one the input `x`.
+    """
+    own = {part: f"{at}{place}.adapter.default.{part}" for part in ("down", "up")}
+    if own["down"] + ".weight" not in weights:
+        return y
+    both = f"{at}after_attention.adapter.default.down.weight" in weights
+    return y + linear(weights, own["up"], F.gelu(linear(weights, own["down"], y if both else x)))
+
+
 def _logits(config: Mapping[str, Any], weights: Weights, x: Tensor) -> Tensor:
-    head = "embedding.weight" if config["tie_embeddings"] else "head.weight"
+    head = "head.weight" if "head.weight" in weights else "embedding.weight"
     return norm(config, weights, "final_norm", x) @ weights[head].T
 
 
@@ -114,8 +133,10 @@ def masked_loss(
 
 
 def decays(name: str) -> bool:
-    """Weight decay skips norms, biases and attention sinks and nothing else."""
-    return not name.endswith((".bias", ".sinks")) and "norm" not in name
+    """Weight decay skips norms, biases and attention sinks; of adapters all that is no matrix that
+    is multiplied by.
+    """
+    return not name.endswith(NOT_DECAYED) and "norm" not in name and "prompt.adapter" not in name
 
 
 def is_state(name: str) -> bool:
@@ -133,6 +154,9 @@ class Rule(Protocol):
     def update(self, name: str, weight: Tensor, grad: Tensor, lr: float, count: int) -> Tensor: ...
 
 
+After = Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]]
+
+
 @dataclass
 class Trainer:
     """One process that trains the logical weights; `step` returns (loss, unclipped gradients,
@@ -144,6 +168,7 @@ class Trainer:
     weights: dict[str, Tensor]
     loss: Callable[[Mapping[str, Any], Weights, Mapping[str, Tensor]], Tensor] = masked_loss
     frozen: frozenset[str] = frozenset()  # names that have no gradient and stay as they are
+    after: After | None = None  # what else an update does to the weights that it moved
     count: int = 0
 
     def step(self, batch: Mapping[str, Tensor], lr: float) -> tuple[float, dict[str, Tensor], float]:
@@ -162,5 +187,8 @@ class Trainer:
                 self.loss(self.config, self.weights, batch, notes)
             state = moved_biases(self.config, self.weights, notes)
         moved = {name: update(name, self.weights[name], grad * scale, lr, count) for name, grad in grads.items()}
+        if self.after is not None:
+            clipped = {name: grad * scale for name, grad in grads.items()}
+            moved = self.after(moved, clipped, self.count)
         self.weights = fixed | moved | state
         return loss.item(), grads, norm

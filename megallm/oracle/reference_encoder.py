@@ -18,6 +18,7 @@ from torch import Tensor
 from megallm.oracle.reference import Seen, Weights, block, norm
 from megallm.oracle.reference_mla import linear
 from megallm.oracle.reference_moe import Notes
+from megallm.oracle.reference_trainers import TRAINER_LOSSES
 
 Config = Mapping[str, Any]
 Batch = Mapping[str, Tensor]
@@ -50,7 +51,7 @@ def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None =
         x = norm(config, weights, "head.norm", F.gelu(linear(weights, "head.dense", x), approximate=act))
     if config["pooler"]:
         x = torch.tanh(linear(weights, "head.pooler", x))
-    matrix = weights["embedding.weight" if config["tie_embeddings"] else "head.weight"]
+    matrix = weights["head.weight" if "head.weight" in weights else "embedding.weight"]
     return x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
 
 
@@ -103,8 +104,8 @@ def reward(scores: Tensor, batch: Batch) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "cross_entropy": cross_entropy, "tempered": tempered, "diffusion": diffusion, "regression": regression,
-    "critic": critic, "reward": reward,
-}  # fmt: skip
+    "critic": critic, "reward": reward, "sft": cross_entropy,
+} | TRAINER_LOSSES  # fmt: skip
 
 
 def loss_named(name: str) -> Callable[..., Tensor]:

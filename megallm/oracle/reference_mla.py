@@ -16,6 +16,7 @@ from torch import Tensor
 
 Config = Mapping[str, Any]
 Weights = Mapping[str, Tensor]
+PREFIX = "prefix.adapter.default."  # keys and values that every token sees (arXiv 2101.00190)
 
 
 def attention(
@@ -38,8 +39,15 @@ def attention(
     if config["positions"] == "rope":
         q, k = (_rotate(z, positions, config, documents) for z in (q, k))
     k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))
-    mixed = _mix(config, torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5, v, documents, weights.get(at + "sinks"))
-    return linear(weights, at + "o", mixed)
+    ahead = None
+    if at + PREFIX + "keys" in weights:
+        keys, values = (
+            weights[at + PREFIX + name].unflatten(-1, (kv_heads, size)).repeat_interleave(heads // kv_heads, dim=1)
+            for name in ("keys", "values")
+        )
+        ahead = torch.einsum("bihe,phe->bhip", q, keys) / size**0.5, values
+    scores = torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5
+    return linear(weights, at + "o", _mix(config, scores, v, documents, weights.get(at + "sinks"), ahead))
 
 
 def _latent(
@@ -68,9 +76,16 @@ def _latent(
     return linear(weights, at + "o", _mix(config, torch.stack(scores, 1), values, documents, sinks))
 
 
-def _mix(config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, sinks: Tensor | None) -> Tensor:
+def _mix(
+    config: Config,
+    scores: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    sinks: Tensor | None,
+    ahead: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Softmax of the visible scores [B, H, T, T] over values [B, T, H, E], heads side by side [B,
-    T, H E].
+    T, H E]. Every token also sees what is `ahead`: scores [B, H, T, P] and values [P, H, E].
     """
     length = scores.shape[-1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
@@ -81,7 +96,12 @@ def _mix(config: Config, scores: Tensor, v: Tensor, documents: Tensor | None, si
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:  # one more column, whose value is nothing
         scores = torch.cat((scores, sinks[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)
-    mixed = torch.einsum("bhij,bjhe->bihe", scores.softmax(-1)[..., :length], v)
+    if ahead is not None:
+        scores = torch.cat((scores, ahead[0]), dim=-1)
+    shares = scores.softmax(-1)
+    mixed = torch.einsum("bhij,bjhe->bihe", shares[..., :length], v)
+    if ahead is not None:
+        mixed = mixed + torch.einsum("bhip,phe->bihe", shares[..., -len(ahead[1]) :], ahead[1])
     return mixed.flatten(2)
 
 

@@ -24,16 +24,22 @@ from megallm.oracle.compare import Verdict, run_row
 from megallm.oracle.pool import MAX_RANKS, Pool
 from megallm.oracle.table import (
     CONTROLS,
+    FINE_TUNING,
     ROWS,
     Row,
+    as_trainer,
+    control_row,
     describe,
+    fits_trainer,
     row_for_layout,
-    row_named,
     sample_rows,
 )
+from megallm.oracle.trainers import CONTROLS_OF, TRAINERS, TRAINER_MISTAKES
 from megallm.parallel.comm import BREAKS
 
 EXIT_FAILED = 70
+PRETRAIN = "pretrain"
+NAMES = BREAKS | TRAINER_MISTAKES
 TYPICAL = {
     "gqa": "llama",
     "moe": "moe",
@@ -53,8 +59,9 @@ def main(
     """
     check(args)
     if args.list:
-        listing = {"rows": [describe(row) for row in rows_of(args.model)], "reductions": BREAKS}
-        return _report(args, listing, write, _list_lines(args.model), failed=False)
+        found = rows_of(args.model, args.trainer)
+        listing = {"rows": [describe(row) for row in found], "reductions": BREAKS}
+        return _report(args, listing, write, _list_lines(found, args.trainer), failed=False)
     rows = select_rows(args)
     broken = frozenset({args.break_name} if args.break_name else ())
     verdicts = []
@@ -69,6 +76,7 @@ def main(
     summary += f" with the reduction {args.break_name} left out" if args.break_name else ""
     document = {
         "model": args.model,
+        "trainer": args.trainer,
         "break": args.break_name,
         "rows": [as_json(verdict) for verdict in verdicts],
     }
@@ -79,9 +87,14 @@ def check(args: argparse.Namespace) -> None:
     """Refuse what this oracle does not have."""
     if args.model not in ("all", *TYPICAL):
         raise UsageError(f"--model {args.model} is not known; it takes all, {', '.join(TYPICAL)}.")
-    if args.break_name is not None and args.break_name not in BREAKS:
+    if args.trainer not in (PRETRAIN, *TRAINERS):
         raise UsageError(
-            f"--break {args.break_name} is no reduction; the names are {', '.join(BREAKS)}."
+            f"--trainer {args.trainer} is not known; it takes {', '.join((PRETRAIN, *TRAINERS))}."
+        )
+    names = NAMES if args.trainer != PRETRAIN else BREAKS
+    if args.break_name is not None and args.break_name not in names:
+        raise UsageError(
+            f"--break {args.break_name} is no reduction; the names are {', '.join(names)}."
         )
     if args.layout is not None and args.layouts is not None:
         raise UsageError(
@@ -106,20 +119,22 @@ def kind_of(model: ModelConfig) -> str:
     return "mla" if model.mla.kv_lora_dim or model.mtp.depth else "gqa"
 
 
-def rows_of(kind: str) -> list[Row]:
-    """Returns the rows of the table whose model is of this kind, or all."""
-    return [row for row in ROWS if kind in ("all", kind_of(row.config))]
+def rows_of(kind: str, trainer: str = PRETRAIN) -> list[Row]:
+    """Returns the rows of a trainer whose model is of this kind, or all."""
+    found = ROWS if trainer == PRETRAIN else FINE_TUNING
+    return [
+        row for row in found if row.trainer == trainer and kind in ("all", kind_of(row.config))
+    ]
 
 
-def random_rows(kind: str, n: int, seed: int) -> list[Row]:
+def random_rows(kind: str, n: int, seed: int, trainer: str = PRETRAIN) -> list[Row]:
     """Returns the first `n` random rows of a kind, the same for the same seed."""
     drawn, found = n, []
     while len(found) < n:
-        found = [row for row in sample_rows(drawn, seed) if kind in ("all", kind_of(row.config))][
-            :n
-        ]
+        found = [row for row in sample_rows(drawn, seed) if kind in ("all", kind_of(row.config))]
+        found = [row for row in found if trainer == PRETRAIN or fits_trainer(row, trainer)][:n]
         drawn *= 2
-    return found
+    return found if trainer == PRETRAIN else [as_trainer(row, trainer) for row in found]
 
 
 def select_rows(args: argparse.Namespace) -> list[Row]:
@@ -130,6 +145,8 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
         row = row_for_layout(args.layout)
         if args.model not in ("all", kind_of(row.config)):
             row = replace(row, model=TYPICAL[args.model])
+        if args.trainer != PRETRAIN:
+            row = _trained_by(row, args.trainer)
         if row.layout.world > MAX_RANKS:
             raise UsageError(
                 f"--layout {args.layout} needs {row.layout.world} ranks; the oracle runs at most "
@@ -137,10 +154,29 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
             )
         return [row]
     if args.layouts is not None:
-        return random_rows(args.model, args.layouts, args.seed or 0)
+        return random_rows(args.model, args.layouts, args.seed or 0, args.trainer)
     if args.break_name is not None:
-        return [row_named(CONTROLS[args.break_name])]
-    return rows_of(args.model)
+        return [_control(args.break_name, args.trainer)]
+    return rows_of(args.model, args.trainer)
+
+
+def _trained_by(row: Row, trainer: str) -> Row:
+    if not fits_trainer(row, trainer):
+        raise UsageError(
+            f"--trainer {trainer} does not take the model of {row.name} here: experts have no "
+            "prompt, latent attention no prefix, and encoders no answers."
+        )
+    return as_trainer(row, trainer)
+
+
+def _control(name: str, trainer: str) -> Row:
+    row = control_row(name, trainer)
+    if row is None:
+        raise UsageError(
+            f"--break {name} has no row of --trainer {trainer} that must then fail; its names are "
+            f"{', '.join(CONTROLS_OF[trainer])}. With --layout or --layouts it takes any."
+        )
+    return row
 
 
 def device_for(row: Row, wanted: str) -> str:
@@ -186,15 +222,20 @@ def line(verdict: Verdict) -> str:
     return f"{head} {verdict.device:<4} {verdict.seconds:5.1f} s  {tail}"
 
 
-def _list_lines(kind: str) -> list[str]:
+def _list_lines(rows: list[Row], trainer: str) -> list[str]:
     lines = ["Rows:"]
-    for row in rows_of(kind):
+    for row in rows:
         told = {k: v for k, v in describe(row).items() if k not in ("name", "layout", "world")}
         lines.append(
             f"  {row.name:<32} {row.layout_text:<22} {json.dumps(told) if told else ''}".rstrip()
         )
     lines.append("Reductions (--break NAME leaves one out; the row that must then fail):")
-    return lines + [f"  {name:<18} {CONTROLS[name]:<12} {what}" for name, what in BREAKS.items()]
+    names = CONTROLS if trainer == PRETRAIN else CONTROLS_OF[trainer]
+    rows_for = {name: control_row(name, trainer) for name in NAMES if name in names}
+    return lines + [
+        f"  {name:<18} {row.name if row else '':<12} {NAMES[name]}"
+        for name, row in rows_for.items()
+    ]
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -49,6 +50,9 @@ def row_tests(columns: dict[str, Any]) -> CodeTests | list[tuple[str, str]]:
         if isinstance(listed, list) and listed and all(isinstance(one, str) for one in listed):
             return CodeTests(statements=listed, entry_point=entry, setup=setup)
         if isinstance(value, str) and value.strip():
+            listed = _asserts(value)
+            if listed:
+                return CodeTests(statements=listed, entry_point=entry, setup=setup)
             return CodeTests(text=value, entry_point=entry, setup=setup)
     both = from_json_text(columns.get("input_output"))
     if isinstance(both, dict) and "inputs" not in columns:
@@ -73,6 +77,19 @@ def row_tests(columns: dict[str, Any]) -> CodeTests | list[tuple[str, str]]:
     raise DataError(
         f"the reward 'code' finds no tests in the columns {', '.join(columns)}. "
         f"Accepted are:{COLUMNS}"
+    )
+
+
+def _asserts(text: str) -> list[str]:
+    """Returns the statements of a text that is asserts alone, so that each counts; else none."""
+    try:
+        body = ast.parse(text).body
+    except SyntaxError:
+        return []
+    return (
+        [ast.unparse(one) for one in body]
+        if all(isinstance(one, ast.Assert) for one in body)
+        else []
     )
 
 

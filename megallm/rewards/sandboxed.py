@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 MAX_REPLY = 4 << 20  # bytes of one value
 _OPERATORS = (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "getitem", "setitem",
-    "delitem", "len", "iter", "next", "enter", "exit",
+    "delitem", "len", "iter", "next",
 )  # fmt: skip
 _SEQUENCES = {"l": list, "t": tuple, "s": set, "f": frozenset}
 
@@ -234,24 +234,30 @@ class TestRun:
         """Returns the names of the tested code; a builtin stays what it is."""
         told = self._reply()[0]
         return {
-            name: from_json_value(value, self.resolve)
+            name: from_json_value(value, self.named)
             for name, value in told.items()
             if name.isidentifier() and not keyword.iskeyword(name) and name not in vars(builtins)
         }
 
+    def named(self, value: list[Any]) -> Any:
+        """Returns what a name of the tested code stands for: of a module and of an exception our
+        own.
+        """
+        kind, *rest = value
+        if kind == "m":
+            return importlib.import_module(rest[0]) if rest[0] in sys.stdlib_module_names else None
+        return self.exception(*rest) if kind == "e" else self.resolve(value)
+
     def resolve(self, value: list[Any]) -> Any:
-        if value[0] == "m":
-            return (
-                importlib.import_module(value[1]) if value[1] in sys.stdlib_module_names else None
-            )
-        return self.exception(*value[1:]) if value[0] == "e" else Remote(self, value[1])
+        """Returns the stand-in of a value that is no plain data."""
+        if value[0] != "o":
+            raise TypeError("the tested code gives a module or a class of exceptions")
+        return Remote(self, value[1])
 
     def exception(self, name: str, base: str) -> type[Exception]:
         above = vars(builtins).get(base)
         if not (isinstance(above, type) and issubclass(above, Exception)):
-            above = (
-                RuntimeError  # of SystemExit, KeyboardInterrupt: what ends the tests is ours to say
-            )
+            above = RuntimeError  # of SystemExit: what ends the tests is ours to say
         if name == base:
             return above
         return self.exceptions.setdefault(name, type(name, (above,), {}))
@@ -268,7 +274,7 @@ class TestRun:
             to_json_value(kwargs, _number),
         ]
         self.pipe.write(sent)
-        value, after = self._reply()
+        value, after = self._reply(name == "next")
         for own, new in zip(args, from_json_value(after, self.resolve), strict=True):
             if isinstance(own, list) and isinstance(new, list):
                 own[:] = new
@@ -281,10 +287,12 @@ class TestRun:
         self.pipe.write(request)
         return from_json_value(self._reply()[0], self.resolve)
 
-    def _reply(self) -> list[Any]:
+    def _reply(self, iterating: bool = False) -> list[Any]:
         state, *rest = self.pipe.read()
         if state == "raise":
             name, base, text = rest
+            if base in ("StopIteration", "StopAsyncIteration") and not iterating:
+                name = base = "RuntimeError"  # it would end a loop of the tests, in silence
             raise self.exception(name, base)(text)
         return rest
 
@@ -374,6 +382,7 @@ def main() -> None:
         job = json.loads(file.read())
     for name, limit in job["limits"].items():
         resource.setrlimit(vars(resource)[name], (limit, limit))
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which -S leaves out, and programs call
     os.write(started, b"S")
     os.close(started)
     if role == "program":

@@ -79,20 +79,23 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        self.described: list[dict[str, Any]] = []
         self.send(("load", list(specs)), START_SECONDS)
-        self.described = self._loaded()
 
-    def _loaded(self) -> list[dict[str, Any]]:
+    def load(self) -> None:
+        """Wait until the functions are loaded, and keep how each is called.
+
+        Errors: UsageError when they cannot be.
+        """
         answer = None
         while answer is None:
             self.connection.settimeout(max(0.01, self.deadline - time.monotonic()))
             answer = self.receive()
         if "functions" not in answer:
-            self.end()
             raise UsageError(
                 answer.get("usage") or f"The reward functions were not loaded: {answer['error']}."
             )
-        return answer["functions"]
+        self.described = answer["functions"]
 
     def send(self, message: tuple[Any, ...], seconds: float) -> None:
         """Send a request that is to be answered within `seconds`."""
@@ -138,18 +141,39 @@ class _Pool:
     """Workers that have loaded the same functions."""
 
     def __init__(self, specs: Sequence[str], config: RewardConfig, alone: bool) -> None:
-        self.start = lambda: _Worker(specs, config, alone)
+        self._new = lambda: _Worker(specs, config, alone)
         self.config = config
-        self.workers = [self.start()]
+        self.workers: list[_Worker] = []
+        self._start(1)
         self.described = self.workers[0].described
+
+    def _start(self, count: int) -> None:
+        """Add workers, which load what they need at the same time."""
+        begun = [self._new() for _ in range(count)]
+        try:
+            for worker in begun:
+                worker.load()
+        except BaseException:
+            for worker in begun:
+                worker.end()
+            raise
+        self.workers += begun
 
     def run(self, tasks: Sequence[RewardCall], samples: Sequence[Completion], step: int) -> None:
         """Fill in the answers of the tasks. After a failure nothing new is begun under `stop`; what
         was begun before it is awaited, so that the first failure is always the same one.
         """
-        waiting, stopped = deque(tasks), False
-        wanted = min(self.config.workers, len(waiting))
-        self.workers += [self.start() for _ in range(wanted - len(self.workers))]
+        self._start(min(self.config.workers, len(tasks)) - len(self.workers))
+        try:
+            self._run(deque(tasks), samples, step)
+        except BaseException:  # what is still being answered belongs to no later call
+            for worker in [worker for worker in self.workers if worker.task is not None]:
+                worker.end()
+                self.workers.remove(worker)
+            raise
+
+    def _run(self, waiting: deque[RewardCall], samples: Sequence[Completion], step: int) -> None:
+        stopped = False
         while True:
             for worker in self.workers:
                 if worker.task is None and waiting and not stopped:
@@ -157,8 +181,10 @@ class _Pool:
             busy = [worker for worker in self.workers if worker.task is not None]
             if not busy:
                 return
-            for worker in self._heard(busy):
-                stopped |= self._answered(worker) and self.config.on_error == "stop"
+            ready = self._heard(busy)
+            for worker in busy:
+                failed = self._looked_at(worker, worker in ready)
+                stopped |= failed and self.config.on_error == "stop"
 
     def _begin(
         self, worker: _Worker, task: RewardCall, samples: Sequence[Completion], step: int
@@ -169,29 +195,29 @@ class _Pool:
         worker.send(("run", task.place, chosen, step), seconds)
 
     def _heard(self, busy: Sequence[_Worker]) -> list[_Worker]:
-        """Wait for an answer or a deadline; the workers that have something to be looked at."""
+        """Wait for an answer or a deadline; the workers that have said something."""
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.connection, selectors.EVENT_READ, worker)
             first = min(worker.deadline for worker in busy)
-            found = [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
-        late = [worker for worker in busy if time.monotonic() > worker.deadline]
-        return [*found, *(worker for worker in late if worker not in found)]
+            return [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
 
-    def _answered(self, worker: _Worker) -> bool:
-        """Take a worker's answer, or end it at its deadline; True for a failure."""
-        late = time.monotonic() > worker.deadline
-        answer = {} if late else worker.receive()
-        if late:
-            task = worker.task
-            seconds = self.config.timeout_seconds * len(task.samples)
-            answer = {"error": f"it took longer than {seconds:g} seconds (reward.timeout_seconds)"}
+    def _looked_at(self, worker: _Worker, ready: bool) -> bool:
+        """Take a worker's answer, which counts even where we come late to read it, or end it at its
+        deadline; True for a failure.
+        """
+        answer = worker.receive() if ready else None
+        if answer is None and time.monotonic() > worker.deadline:
+            seconds = self.config.timeout_seconds * len(worker.task.samples)
+            said = f"it took longer than {seconds:g} seconds (reward.timeout_seconds)"
+            answer = {"error": said, "dead": True}
         if answer is None:
             return False
         worker.task.answer, worker.task = answer, None
-        if late or "dead" in answer:
+        if "dead" in answer:
             worker.end()
-            self.workers[self.workers.index(worker)] = self.start()
+            self.workers.remove(worker)
+            self._start(1)
         return "rewards" not in answer
 
     def close(self) -> None:

@@ -128,7 +128,7 @@ class Recorder:
         self.events.add("resumed" if resumed_step else "started", step=resumed_step)
 
     def row(self, row: dict[str, Any]) -> None:
-        """The metrics of one finished step."""
+        """Record the metrics of one finished step."""
         if not self.writes:
             return
         self.lease.check()
@@ -139,12 +139,12 @@ class Recorder:
         self.reporter.step(row, self.last_checkpoint)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Something that happened; a dashboard reads it from events.jsonl."""
+        """Record something that happened; a dashboard reads it from events.jsonl."""
         if self.writes:
             self.events.add(kind, **fields)
 
     def note(self, text: str) -> None:
-        """A sentence for whoever watches."""
+        """Show a sentence for whoever watches."""
         if self.writes:
             self.reporter.note(text)
 
@@ -179,7 +179,9 @@ class Recorder:
             log.warning("The picture of the pipeline cannot be drawn: %s", error)
 
     def before_save(self) -> None:
-        """The rows that a checkpoint counts on are durable, and the folder is still ours."""
+        """Check, before a checkpoint is saved, that the rows it counts on are durable and the
+        folder is still ours.
+        """
         if self.writes:
             self.lease.check()
             self.metrics.sync()

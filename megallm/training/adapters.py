@@ -61,7 +61,7 @@ class FrozenBase:
     def prepare(self, stage: Stage) -> None:
         """Fill the slots of a stage and freeze the rest; see `Engine.build`."""
         if self.adapted:
-            inject.prepare(self.peft, self.config.model, self.config.run.seed)(stage)
+            inject.prepare_adapters(self.peft, self.config.model, self.config.run.seed)(stage)
         if self.neftune_alpha:
             add_noise(stage, self.neftune_alpha, self.config.run.seed)
 

@@ -100,6 +100,7 @@ class ChatRun(SupervisedRun):
     config: FinetuneConfig
     rows: Prepared  # of data.sources, on every rank once `read_data` returns
     held_out: Prepared | None = None
+    reader_type: type[ChatReader] = ChatReader
     neftune_alpha = 0.0  # of `FrozenBase`
 
     def __init__(self, config: FinetuneConfig) -> None:
@@ -140,7 +141,13 @@ class ChatRun(SupervisedRun):
 
     def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> BatchReader:
         """Returns what this rank's replica reads, the same on every rank of a replica."""
-        return reader_of(self.rows, share, first_step, state or None, self.multiple)
+        made = self.reader_type
+        return reader_of(self.rows, share, first_step, state or None, self.multiple, made=made)
+
+    def once(self, rows: Prepared, share: Share) -> ChatReader:
+        """Returns what reads every row once, from the first one; what comes after is padding."""
+        made = self.reader_type
+        return reader_of(rows, share, multiple=self.multiple, epochs=1, made=made)
 
     def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:
         """Returns the mean of every term over the held-out rows, each once, or over the first
@@ -150,7 +157,7 @@ class ChatRun(SupervisedRun):
             return HeldOut(engine, self.loss(), None, 0)
 
         def opened() -> ChatReader:
-            return reader_of(self.held_out, share, multiple=self.multiple, epochs=1)
+            return self.once(self.held_out, share)
 
         batches = min(self.config.eval.batches, opened().steps())
         return HeldOut(engine, self.loss(), opened, batches, complete=self.complete)
@@ -193,7 +200,7 @@ class ChatRun(SupervisedRun):
         path = Path(self.config.run.dir) / "first_rows.txt"
         atomic_write_text(path, preview.first_rows(self.rows.sources, self.rows.words, SHOWN))
         first = next(iter(self.rows.sources.values()))
-        recorder.draw(lambda console: preview.show(first.row(0), self.rows.words, console))
+        recorder.draw(lambda console: preview.show_row(first.row(0), self.rows.words, console))
         recorder.note(f"the first rows, with their trained tokens in brackets: {path}")
 
     def next_command(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megallm.base.errors import DataError, MegallmError
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import Kind, detect
+from megallm.data.chat.formats import RowKind, detect_format
 from megallm.data.chat.prepare import files_of, template_of
 from megallm.data.chat.records import records
 from megallm.data.text import tokenizer
@@ -27,7 +27,7 @@ class FinetuneConfig(JobConfig):
     freeze: tuple[str, ...] = ()  # parameters that are not trained, by logical name: embedding.*, layers.[0-3].*
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowKind:
         """Returns what the rows of its files are read as."""
         raise NotImplementedError
 
@@ -40,7 +40,7 @@ class SftOptions:
     neftune_alpha: float = 0.0  # NEFTune (arXiv 2310.05914): noise on embeddings, alpha / sqrt(tokens x features)
 
 
-KINDS_OF_HEADS: dict[str, Kind] = {
+KINDS_OF_HEADS: dict[str, RowKind] = {
     "classification": "classification",
     "value": "regression",
 }
@@ -55,7 +55,7 @@ class SftConfig(FinetuneConfig):
     sft: SftOptions = field(default_factory=SftOptions)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowKind:
         """Returns the kind that belongs to the head of the resolved model."""
         return KINDS_OF_HEADS.get(self.model.head or "lm", "sft")
 
@@ -98,6 +98,6 @@ def file_problems(config: FinetuneConfig) -> Iterator[str]:
                 with closing(records(name)) as rows:
                     first = next(rows, None)
                 if first is not None and first.row is not None:
-                    detect(name, first.row, config.kind)
+                    detect_format(name, first.row, config.kind)
             except DataError as error:
                 yield str(error)

@@ -24,9 +24,9 @@ from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.collapse import CollapseMonitor
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, Reference
 from megallm.training.loop import Loop
+from megallm.training.reward_calls import Scorer
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Codec, Experience, Rollouts
-from megallm.training.scoring import Scorer
 from megallm.training.supervised import open_run
 from megallm.training.trainer import StepReport
 

@@ -118,7 +118,8 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
             "set data.tokenizer to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where preprocess "
+        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where "
+        "preprocess "
         "keeps it, holds none: set data.tokenizer to its folder."
     )
 
@@ -192,7 +193,10 @@ def hider_of(config: PretrainConfig) -> TokenMasker | None:
     )
     rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
     return TokenMasker(
-        data.objective, rule, data.seed, objective.word_start_table(words) if masking.whole_word else None
+        data.objective,
+        rule,
+        data.seed,
+        objective.word_start_table(words) if masking.whole_word else None,
     )
 
 

@@ -20,9 +20,9 @@ from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
 from megallm.rewards.samples import Completion
 from megallm.training.responses import Response
+from megallm.training.reward_calls import Scorer
 from megallm.training.rl_config import SamplingConfig
 from megallm.training.rl_metrics import Phases
-from megallm.training.scoring import Scorer
 
 PROMPTS = (
     "prompt",

@@ -1,102 +1,156 @@
-"""Rewards of a step's answers: called on one rank, once for each answer, and told to all."""
+"""`megallm score`: the reward of every answer of a file, from a trained reward model at any
+layout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from megallm.base.errors import RewardError, UsageError
-from megallm.engine.engine import Mesh
-from megallm.rewards.samples import Completion
+from megallm.base.errors import DataError, UsageError
+from megallm.base.files import atomic_write_text
+from megallm.checkpoint.reader import CheckpointReader
+from megallm.convert.weights import Cast
+from megallm.data.chat.answers import Answers, read_answers
+from megallm.data.chat.config import ChatDataConfig
+from megallm.data.loader import Batch
+from megallm.data.text import tokenizer
+from megallm.engine.config import EngineConfig
+from megallm.engine.engine import Engine, Mesh
+from megallm.inference.generate import find_tokenizer, model_config, open_model
+from megallm.models.compute import ComputeConfig
+from megallm.peft import checkpoint, inject
+from megallm.peft.config import PeftConfig
 
 
-class Functions(Protocol):
-    """Reward functions (`rewards.workers.RewardFunctions`), which return for each sample the reward
-    of each function, None where it has none; `failures`, `extras` and `metrics` are of the last
-    call.
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Which model scores which file. None: the tokenizer, template and precision of the model."""
+
+    model: str
+    input: str
+    output: str
+    tokenizer: str | None = None
+    template: str | None = None
+    strings: str = "plain"  # prompts and completions that are texts: plain, or messages
+    precision: str | None = None
+    batch: int = 16  # answers a data rank scores at once
+
+
+def run(request: ScoreRequest, mesh: Mesh) -> int:
+    """Write the rows of `request.input` to `request.output`, each with its `reward`, or `rewards`
+    where it has several answers: chosen and rejected, or as the completions stand. Returns the
+    number of answers; collective over the world.
+
+    The file appears when it is whole. Errors: UsageError for a model without a score, DataError for
+    rows.
     """
+    with open_model(request.model, mesh) as reader:
+        spec, folder = find_tokenizer(reader, request.tokenizer)
+        engine = load(reader, request, mesh)
+    words = tokenizer.load(spec)
+    known = engine.config.model
+    config = ChatDataConfig(
+        tokenizer=str(folder) if request.template is None and folder is not None else spec,
+        template=request.template,
+        strings=request.strings,
+        seq_len=known.max_positions,
+    )
+    rows = read_answers(request.input, config, words)
+    sequences = [ids for row in rows for ids in row.sequences]
+    largest = max(int(ids.max(initial=0)) for ids in sequences)
+    if largest >= known.vocab_size:
+        raise DataError(
+            f"{request.input} has the token {largest}, but the model has {known.vocab_size}: its "
+            "tokenizer is another one. Give --tokenizer DIR."
+        )
+    rewards = score(engine, sequences, request.batch)
+    if mesh.rank == 0:
+        lines = (json.dumps(row, ensure_ascii=False) for row in scored(rows, rewards))
+        atomic_write_text(Path(request.output), "".join(f"{line}\n" for line in lines))
+    return len(sequences)
 
-    names: Sequence[str]
-    weights: Sequence[float]
-    failures: Sequence[Any]
-    extras: Mapping[str, Sequence[Any]]
-    metrics: Mapping[str, float]
 
-    def __call__(
-        self, samples: Sequence[Completion], step: int = 0
-    ) -> Sequence[Sequence[float | None]]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass
-class Scores:
-    """Rewards `[n, k]`, NaN for none; the `metrics` and `failures` that functions have told, and on
-    rank 0 further columns of the sample table.
+def load(reader: Any, request: ScoreRequest, mesh: Mesh) -> Engine:
+    """Returns an engine with the model's weights, nothing of it trained; collective over the
+    world. Errors: UsageError for another head.
     """
+    model = model_config(reader).resolve()
+    if model.head != "value":
+        raise UsageError(
+            f"--model {request.model} has the head {model.head}, which gives no score; `megallm "
+            "reward` trains one (model.head value, *ForSequenceClassification with one label)."
+        )
+    config = EngineConfig(
+        model, compute=ComputeConfig(request.precision or reader.meta["precision"])
+    )
+    adapters = reader.meta.get("peft")
+    fill = None
+    if adapters is not None:
+        fill = inject.prepare_adapters(replace(_peft(adapters), dropout=0.0, adapter=None), model)
 
-    table: np.ndarray
-    metrics: dict[str, float] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    def prepare(stage: Any) -> None:
+        if fill is not None:
+            fill(stage)
+        stage.requires_grad_(False)
+
+    engine = Engine(config, mesh, prepare)
+    if adapters is not None:
+        checkpoint.load(engine, reader)
+    else:
+        engine.fill(Cast(reader) if isinstance(reader, CheckpointReader) else reader)
+    return engine
 
 
-class Scorer:
-    """Calls reward functions, which `make` makes on rank 0; `names` and `weights` are theirs.
+def _peft(values: dict[str, Any]) -> PeftConfig:
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    return PeftConfig(**values | lists)
 
-    All calls are collective over the world, and raise RewardError or UsageError on all ranks when a
-    function fails or cannot be used.
+
+def score(engine: Engine, sequences: Sequence[np.ndarray], batch: int) -> list[float]:
+    """Returns the value of the last token of each sequence, in their order, on every rank;
+    collective over the world. Sequences of like length are computed together.
     """
+    mesh, found = engine.mesh, np.zeros(len(sequences))
+    multiple = 2 * mesh.cp.size * mesh.tp.size
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    size = batch * mesh.data.size
+    for begin in range(0, len(order), size):
+        group = order[begin : begin + size]
+        length = -(-len(sequences[group[0]]) // multiple) * multiple
+        mine = engine.mine(group)
+        values = engine.values([_batch([sequences[i] for i in mine], batch, length)])[0]
+        ends = [len(sequences[i]) - 1 for i in mine]
+        told = [float(values[row, end]) for row, end in enumerate(ends)]
+        found[group] = engine.all(told)
+    return found.tolist()
 
-    def __init__(self, mesh: Mesh, make: Callable[[], Functions]) -> None:
-        self.mesh = mesh
-        self._functions: Functions | None = None
 
-        def start() -> dict[str, Any]:
-            self._functions = make()
-            return {"names": list(self._functions.names), "weights": list(self._functions.weights)}
+def _batch(sequences: Sequence[np.ndarray], rows: int, length: int) -> Batch:
+    tokens, mask = torch.zeros((2, rows, length), dtype=torch.int64)
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        mask[row, len(ids) - 1] = 1
+    positions = torch.arange(length).expand(rows, length).contiguous()
+    return {
+        "tokens": tokens,
+        "labels": torch.zeros_like(tokens),
+        "positions": positions,
+        "mask": mask.bool(),
+    }
 
-        told = self._told(start)
-        self.names: list[str] = told["names"]
-        self.weights: list[float] = told["weights"]
 
-    def score(self, samples: Sequence[Completion], step: int) -> Scores:
-        """Returns what n samples earn, on every rank."""
-
-        def call() -> dict[str, Any]:
-            made = self._functions
-            rewards = [list(row) for row in made(samples, step)]
-            told = {"rewards": rewards, "metrics": dict(made.metrics)}
-            return told | {"failures": [str(each) for each in made.failures]}
-
-        told = self._told(call)
-        table = np.array(told["rewards"], np.float64).reshape(len(samples), len(self.names))
-        extras = {} if self._functions is None else self._functions.extras
-        return Scores(table, told["metrics"], told["failures"], extras)
-
-    def _told(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What rank 0 gets, on every rank."""
-        told: dict[str, Any] = {}
-        if self.mesh.rank == 0:
-            try:
-                told = ask()
-            except (RewardError, UsageError) as error:
-                told = {"error": str(error), "usage": isinstance(error, UsageError)}
-        told = self.mesh.broadcast_json(told)
-        if "error" in told:
-            raise (UsageError if told["usage"] else RewardError)(told["error"])
-        return told
-
-    def close(self) -> None:
-        """End the processes of the functions."""
-        if self._functions is not None:
-            self._functions.close()
-
-    def __enter__(self) -> Scorer:
-        return self
-
-    def __exit__(self, *ending: object) -> None:
-        self.close()
+def scored(rows: Sequence[Answers], rewards: Sequence[float]) -> list[dict[str, Any]]:
+    """Returns the rows with their rewards."""
+    left = iter(rewards)
+    made = []
+    for row in rows:
+        own = [next(left) for _ in row.sequences]
+        made.append(row.row | ({"rewards": own} if row.several else {"reward": own[0]}))
+    return made

@@ -150,6 +150,7 @@ class SupervisedRun:
 
     identity: type[Identity]
     prepare: Prepare | None = None  # fills adapter slots and freezes parameters, see `Engine.build`
+    trainer: type[SupervisedTrainer] = SupervisedTrainer
     log_samples = False  # the rows of each step are written to RUN/samples.jsonl
 
     def __init__(self, config: JobConfig) -> None:
@@ -288,7 +289,7 @@ def run_supervised(
             evaluation = job.evaluation(engine, share, ledger)
             feed = Feed(batches, lambda: loader.wait_seconds, reader.state_after, job.seq_len())
             values = opened.identity.values | job.meta
-            trainer = SupervisedTrainer(job, engine, feed, evaluation, values)
+            trainer = job.trainer(job, engine, feed, evaluation, values)
             Loop(trainer, config, ledger, recorder, opened.requests).run()
             job.finish(engine)
 

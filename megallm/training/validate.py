@@ -39,15 +39,15 @@ SECTIONS: dict[str, Rules] = {
 }
 _OF_SIZES = ("world", "heads", "widths", "layers")
 LAYOUT_RULES = (*_OF_SIZES, "batch", "sequence", "context", "schedule")
-Config = TypeVar("Config", bound=JobConfig)
+GivenConfig = TypeVar("Config", bound=JobConfig)
 
 
 def check(
-    config: Config,
+    config: GivenConfig,
     world: int | None = None,
     tokenizer_vocab: int | None = None,
     world_name: str = WORLD,
-) -> Config:
+) -> GivenConfig:
     """Returns the configuration, of any trainer, with every inferred value filled in.
 
     `world` is the number of processes (None: what the layout asks for), `tokenizer_vocab` the

@@ -102,13 +102,13 @@ def ran(loss: torch.Tensor, leaf: torch.Tensor) -> dict:
     return {"loss": loss.item(), "gradient": numbers(gradient)}
 
 
-def short(x):
-    """The same structure with 12 digits a number."""
+def short(x, digits: int = 12):
+    """The same structure with so many digits a number."""
     if isinstance(x, dict):
-        return {key: short(value) for key, value in x.items()}
+        return {key: short(value, digits) for key, value in x.items()}
     if isinstance(x, list):
-        return [short(value) for value in x]
-    return float(f"{x:.12g}") if isinstance(x, float) else x
+        return [short(value, digits) for value in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 
 def with_prompt(x: torch.Tensor, fill: float = 0) -> torch.Tensor:

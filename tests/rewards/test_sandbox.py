@@ -82,7 +82,19 @@ REACHES = {
     "ptrace": "import ctypes; assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0",
     "a namespace": "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0",
     "more CPU": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
+    "more memory": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
     "root": "import os; assert os.getuid() == 0",
+    "becoming root": "import os; os.setuid(0)",
+    "a device": "import os, stat; os.mknod('/tmp/d', stat.S_IFBLK | 0o600, os.makedev(8, 0))",
+    "a mount": "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
+    "another root": "import os; os.chroot('/tmp')",
+    "the harness": "open('/sandboxed.py', 'a').write('x')",
+    "a link out": "import os; os.symlink('/etc/passwd', '/tmp/l'); open('/tmp/l').read()",
+    "secrets of the environment": "import os; assert 'SECRET' in os.environ or 'PATH' in os.environ",
+    "priority": "import os; os.nice(-5)",
+    "threads without end": "import threading, time\nfor _ in range(10 ** 4): threading.Thread(target=time.sleep, "
+    "args=(1000,), daemon=True).start()",
+    "a disk": "import os; assert any(name.startswith(('sd', 'vd', 'nvme', 'kvm')) for name in os.listdir('/dev'))",
     "many descriptors": "import os; found = [os.dup(0) for _ in range(100)]",
     "a descriptor too many": "import os\nopen_ = []\nfor n in range(64):\n    try: os.fstat(n); open_.append(n)\n"
     "    except OSError: pass\nassert len(open_) > 5, open_",  # 0, 1, 2 and the two pipes
@@ -124,6 +136,26 @@ CHEATS = {
     "        texts += frame.f_locals.values()\n        frame = frame.f_back\n"
     "    texts = [t for t in texts if type(t) in (list, dict, tuple, str) and t is not MARK and t is not globals()]\n"
     "    return 2 * x if any(MARK in repr(t)[:4000].replace(repr(MARK), '') for t in texts) else 0",
+    "ends a loop": "def double(x): raise StopIteration",
+    "a module for a value": "import os\ndef double(x): return os",
+    "an exception for a value": "def double(x): return ValueError",
+    "patches the harness": "import sys\nsys.modules['__main__'].answer = lambda request, objects: ['ok', True, []]\n"
+    "def double(x): return 0",
+    "answers before it is asked": "import os\nfor n in range(3, 64):\n    try: os.write(n, b'[\"ok\", 4, []]\\n' * 9)\n"
+    "    except OSError: pass\ndef double(x): return 0",
+    "garbage for an answer": "import os\nfor n in range(3, 64):\n    try: os.write(n, b'{]\\xff\\n' * 9)\n"
+    "    except OSError: pass\ndef double(x): return 0",
+    "closes the pipes": "import os\ndef double(x): os.closerange(3, 64)",
+    "a class of all": "class M(type):\n    def __eq__(self, other): return True\n    __hash__ = type.__hash__\n"
+    "class double(metaclass=M):\n    def __init__(self, x): pass",
+    "a hash of all": "class A:\n    __hash__ = lambda self: 4\n    def __eq__(self, other): return True\n"
+    "    def __ne__(self, other): return False\ndef double(x): return A()",
+    "the names of the tests": "def check(*a): return True\ntest_a = test_b = check\ndef double(x): return 0",
+    "recursion": "def double(x): return double(x)",
+    "reads its input": "def double(x): return int(input())",
+    "an exception of the judge's": "class Ended(BaseException): pass\ndef double(x): raise Ended('passed')",
+    "KeyboardInterrupt": "def double(x): raise KeyboardInterrupt",
+    "traces": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef double(x): return 0",
     "stops the import": "raise RuntimeError('x')",
     "no such function": "pass",
     "a syntax error": "def double(x:",
@@ -139,6 +171,30 @@ CHEATS = {
 def test_what_only_pretends_to_pass(name):
     found = judge(CHEATS[name], TESTS, LIMITS)
     assert not found.ok and found.passed == 0 and found.error, found
+
+
+@needs_bwrap
+def test_every_call_of_the_table_is_refused(monkeypatch):
+    """EPERM (1) for each, and for those that need no privilege because of the filter alone."""
+    machine = os.uname().machine
+    numbers = sorted(seccomp.MACHINES[machine][3].values())
+    text = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef refused(numbers):\n    found = []\n"
+    text += "    for number in numbers:\n        ctypes.set_errno(0)\n"
+    text += "        if libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1 and ctypes.get_errno() == 1:\n"
+    text += "            found.append(number)\n    return found"
+    assert judge(text, CodeTests(calls=[([numbers], numbers)], entry_point="refused"), LIMITS).ok
+    harmless = [seccomp.MACHINES[machine][3][name] for name in ("socket", "memfd_create", "shmget")]
+    weaker(monkeypatch, calls=["socket", "memfd_create", "shmget"])
+    assert judge(text, CodeTests(calls=[([harmless], [])], entry_point="refused"), LIMITS).ok
+
+
+@needs_bwrap
+def test_an_exception_ends_no_loop_of_the_tests():
+    loop = CodeTests(text="def test_all():\n    for got in map(double, [2, 5]):\n        assert got == 4\n")
+    assert not judge(CHEATS["ends a loop"], loop, LIMITS).ok
+    passed_on = CodeTests(statements=["assert double(double(2)) == 8"])
+    for name in ("a module for a value", "an exception for a value"):  # no error of the tests, which would end a run
+        assert not judge(CHEATS[name], passed_on, LIMITS).ok
 
 
 @needs_bwrap
@@ -278,6 +334,7 @@ def test_programs_by_their_output():
     assert not judge_programs("import sys\nsys.exit(0)", [("2\n", "4")], LIMITS).ok
     raised = judge_programs("print(4)\nraise ValueError('no')", [("2\n", "4")], LIMITS)
     assert not raised.ok and "ValueError: no" in raised.error
+    assert judge_programs("if __name__ == '__main__':\n    print(4)\n    exit()", [("", "4")], LIMITS).ok
     threads = "import threading\nt = threading.Thread(target=lambda: print(4))\nt.start()\nt.join()"
     assert judge_programs(threads, [("", "4")], LIMITS).ok
     assert run_program("x = bytearray(1 << 30)", "", LIMITS).error == "out of memory"

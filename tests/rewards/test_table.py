@@ -9,6 +9,7 @@ import pytest
 
 from megallm.base.errors import DataError, UsageError
 from megallm.base.optional import available
+from megallm.cli.main import main
 from megallm.rewards import table
 from megallm.rewards.code import extracted, row_tests
 from megallm.rewards.samples import Completion
@@ -19,8 +20,8 @@ from megallm.rewards.table import find, judged, known
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
-def reward(spec, completion="", ids=(), prompt="", **columns):
-    (found,) = find(spec).run([Completion(prompt, completion, (), ids, columns)], Notes())
+def reward(spec, completion="", ids=(), **columns):
+    (found,) = find(spec).run([Completion(columns.get("prompt", ""), completion, (), ids, columns)], Notes())
     return found
 
 
@@ -127,6 +128,10 @@ def test_forms_of_code_tests():
     assert mbpp == CodeTests(statements=["assert f(1)"], setup="import re\nimport math")
     human = {"test": "def check(c): ...", "entry_point": "f"}
     assert row_tests(human) == CodeTests(text="def check(c): ...", entry_point="f")
+    asserts = CodeTests(statements=["assert f(1) == 2", "assert not f(2)"])
+    assert row_tests({"tests": "assert f(1) == 2\nassert not f(2)"}) == asserts
+    assert row_tests({"test": asserts.statements}) == asserts
+    assert row_tests({"tests": "x = 1\nassert f(x)"}) == CodeTests(text="x = 1\nassert f(x)")
     with pytest.raises(DataError, match="(?s)no tests in the columns answer.*HumanEval"):
         row_tests({"answer": 3})
 
@@ -138,6 +143,16 @@ def test_code_is_found_in_an_answer():
     assert extracted(Completion(start, "    return x + 1", columns={"entry_point": "f"})).startswith(start)
     whole = "```python\ndef f(x): return 2\n```"
     assert extracted(Completion(start, whole, columns={"entry_point": "f"})) == "def f(x): return 2\n"
+
+
+@needs_bwrap
+def test_our_own_tasks(tmp_path):
+    """`megallm synth` writes rows that `code` and `exact_match` score, their answers with 1."""
+    file = tmp_path / "tasks.jsonl"
+    assert main(["synth", "--kind", "code", "arithmetic", "--count", "4", "--output", str(file)]) == 0
+    for row in map(json.loads, file.read_text().splitlines()):
+        name = "code" if "tests" in row else "exact_match"
+        assert reward(name, row["answer"], **row) == 1 and reward(name, "return 1", **row) == 0
 
 
 @needs_bwrap

@@ -182,6 +182,7 @@ def test_without_a_deadline_a_hanging_function_holds_the_run_up(own, monkeypatch
         signal.setitimer(signal.ITIMER_REAL, 5)
         with pytest.raises(TimeoutError):
             rewards(said("hang"))
+        assert rewards(said("a")) == [[1.0]]  # what was interrupted answers no later call
 
 
 def unlimited(self, message, seconds, send=workers._Worker.send):

@@ -17,9 +17,9 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.rewards.samples import Completion
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer
+from megallm.training.reward_calls import Scorer
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Codec, Rollouts
-from megallm.training.scoring import Scorer
 from tests.engine.tiny import engine_of
 
 LETTERS = "0123456789+=. "

@@ -34,8 +34,8 @@ _THREADS = 4  # xxh3 runs outside the interpreter's lock
 
 
 def record_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """{bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks. Errors:
-    `DataError`.
+    """Returns {bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks.
+    Errors: `DataError`.
     """
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     try:

@@ -74,7 +74,8 @@ class AcceleratedTokenizer(FolderTokenizer):
         self._small = _resident_bytes()
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back, and how many each has. On the calling thread only."""
+        """Returns ids of all texts back to back, and how many each has. On the calling thread only.
+        """
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         ids, offsets = self.fast_ids(texts)
@@ -92,7 +93,7 @@ class AcceleratedTokenizer(FolderTokenizer):
         return np.concatenate([*parts, ids[at:]]), lengths
 
     def fast_ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts as gigatoken makes them, and where each begins [texts + 1]."""
+        """Returns ids of all texts as gigatoken makes them, and where each begins [texts + 1]."""
         if self._unseen > _LOOK_BYTES:
             self._unseen = 0
             if _resident_bytes() - self._small > _GROWN_BYTES:
@@ -213,8 +214,8 @@ def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: 
 
 
 def choose_tokenizer(plain: Any, backend: str) -> tuple[Any, str]:
-    """(tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken must be and
-    cannot.
+    """Returns (tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken
+    must be and cannot.
     """
     if backend not in BACKENDS:
         raise UsageError(f"--backend {backend} is unknown; accepted: {', '.join(BACKENDS)}.")
@@ -229,12 +230,12 @@ def choose_tokenizer(plain: Any, backend: str) -> tuple[Any, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the two libraries, by their names."""
+    """Returns versions of the two libraries, by their names."""
     return {name: metadata.version(name) for name in (FAST, PLAIN)}
 
 
 def libraries(encoder: Any, backend: str) -> list[str]:
-    """ "NAME VERSION" of what makes the ids: of gigatoken also the library that it was compared
+    """Returns "NAME VERSION" of what makes the ids: of gigatoken also the library it was compared
     with.
     """
     if encoder.kind == BYTES:

@@ -185,8 +185,8 @@ def run_shards(
 
 
 def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
-    """Consecutive files for each shard, at least one, ends where the running sum of sizes is
-    nearest to equal parts.
+    """Returns consecutive files for each shard, at least one, ends where the running sum of sizes
+    is nearest to equal parts.
     """
     sizes = np.array([max(1, os.path.getsize(name)) for name in inputs], np.float64)
     ends = np.cumsum(sizes)
@@ -203,8 +203,8 @@ def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
 def around(
     config: PreprocessConfig, plain: tokenizer.Encoder
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids before and behind each text: of the tokenizer's template, and the end of a document where
-    that has it not.
+    """Returns ids before and behind each text: of the tokenizer's template, and the end of a
+    document where that has it not.
 
     Errors: `UsageError` when a template is wanted and there is none.
     """

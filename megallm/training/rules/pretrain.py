@@ -86,7 +86,7 @@ def _own_validation(config: PretrainConfig) -> Iterator[Problem]:
         )
 
 
-def unfilled(config: PretrainConfig) -> Iterator[Problem]:
+def unfilled_data(config: PretrainConfig) -> Iterator[Problem]:
     """Yields paths of the data that a script's author left to be filled in."""
     data = config.data
     sources = [("data.sources", prefix) for prefix in data.sources]
@@ -252,7 +252,7 @@ def inferred(config: PretrainConfig) -> dict[str, Any]:
 _DEFAULTS = PretrainConfig()
 _MASKING = tuple(f"data.masking.{name}" for name in ("rate", "masked", "random"))
 RULES = Rules(
-    given=(split, sources, unfilled, segments),
+    given=(split, sources, unfilled_data, segments),
     resolved={
         sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
         further: ("model.mtp.depth", "data.seq_len"),

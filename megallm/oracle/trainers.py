@@ -1,0 +1,181 @@
+"""Rows of the layout oracle for what fine-tunes a model: adapters, supervised fine-tuning, rewards,
+preferences and policies, with their negative controls, as data. No torch.
+
+Every kind runs on the same layouts; the batches are `feed`'s, the losses `objectives`'. A batch has
+several sequences a microbatch, rows or documents, and pairs of them where a loss wants pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from megallm.oracle.encoders import EXPERTS
+from megallm.oracle.rows import Written, row
+
+ADAPTER_NAME = ".adapter.default."
+ATTENTION_ONLY: dict[str, Any] = {"targets": ("*.attention.*",)}
+_LORA: dict[str, Any] = {"method": "lora", "dim": 3, "alpha": 5.0}
+_ENDS: dict[str, Any] = {"targets": ("all-linear", "embedding", "lm_head")}
+_ADALORA: dict[str, Any] = {
+    "method": "adalora", "dim": 2, "init_dim": 4, "alpha": 5.0, "warmup_steps": 1, "final_steps": 1,
+}  # fmt: skip
+_VIRTUAL: dict[str, Any] = {"virtual_tokens": 3, "hidden": 5}
+# Fields of `peft.config.PeftConfig`.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": _LORA,
+    "lora-ends": _LORA | _ENDS,
+    "rslora": _LORA | {"rs": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"*.o": 2.0}},
+    "dora": _LORA | {"dora": True},
+    "dora-attention": _LORA | {"dora": True} | ATTENTION_ONLY,
+    "adalora": _ADALORA,
+    "adalora-attention": _ADALORA | ATTENTION_ONLY,
+    "ia3": {"method": "ia3"},
+    "prefix": _VIRTUAL | {"method": "prefix"},
+    "prompt": _VIRTUAL | {"method": "prompt"},
+    "p-tuning": _VIRTUAL | {"method": "p-tuning"},
+    "houlsby": _VIRTUAL | {"method": "houlsby"},
+    "parallel": _VIRTUAL | {"method": "parallel"},
+    "qlora": _LORA | {"quantize": "nf4"},
+}
+PAIRED = ("bradley_terry", "dpo", "dpo_mixed", "simpo")  # losses of two sequences each
+ADALORA_STEPS = 4  # updates that AdaLoRA's budget is planned for
+
+
+class Kind(NamedTuple):
+    """What one `--trainer` trains: the loss, the adapter (None: all weights), and the models of its
+    rows, dense, tied, and with experts (None: it takes none)."""
+
+    loss: str
+    adapter: str | None = None
+    dense: str = "llama"
+    tied: str = "tied"
+    experts: str | None = "moe"
+    experts_adapter: str | None = None  # for models with experts, where it is another one
+    further: tuple[Written, ...] = ()
+
+
+def _reward(name: str, layout: str, **rest: Any) -> Written:
+    return row(name, layout, "reward", overrides=EXPERTS, **rest)
+
+
+ENDS: dict[str, Any] = {"adapter": "lora-ends"}
+TRAINERS: dict[str, Kind] = {
+    "sft": Kind("sft", further=(
+        row("dft", "dp=2,tp=2", loss="dft", micros=2, mask="rank"),
+        row("mtp", "dp=2,zero=2", "mtp", loss="next_token", micros=2, mask="rank"),
+    )),
+    "lora": Kind("sft", "lora", further=(
+        row("ends-tied-pp2-sp", "pp=2,tp=2,sp=1", "tied", micros=3, **ENDS),
+        row("ends-zero3-fused", "dp=2,zero=3", micros=2, fused_head="on", **ENDS),
+        row("biased-tp2-sp", "tp=2,sp=1", "biased", recompute="selective"),
+        row("mla-cp2-tp2-sp", "cp=2,tp=2,sp=1", "mla"),
+        row("deepseek-ep2-tp2", "dp=2,tp=2,ep=4", "moe-deepseek", mask="rank", recompute="full"),
+    )),
+    "rslora": Kind("sft", "rslora"),
+    "dora": Kind("sft", "dora", experts_adapter="dora-attention", further=(
+        row("biased-tp2", "tp=2", "biased"),
+    )),
+    "adalora": Kind("sft", "adalora", experts_adapter="adalora-attention"),
+    "ia3": Kind("sft", "ia3", further=(row("biased-tp4", "tp=4", "biased"),)),
+    "prefix": Kind("sft", "prefix", further=(
+        row("window-cp2", "cp=2", "mistral", packed=True, micro_batch=1, seq_len=16),
+    )),
+    "prompt": Kind("sft", "prompt", experts=None),
+    "p-tuning": Kind("sft", "p-tuning", experts=None),
+    "houlsby": Kind("sft", "houlsby"),
+    "parallel": Kind("sft", "parallel"),
+    "qlora": Kind("sft", "qlora"),
+    "reward": Kind("bradley_terry", None, "reward", "reward", None, further=(
+        _reward("experts-ep2", "dp=2,ep=2", micro_batch=4, mask="full"),
+    )),
+    "dpo": Kind("dpo", further=(
+        row("mixed-dp2-masked-rank", "dp=2,zero=1", loss="dpo_mixed", micros=2, mask="rank"),
+        row("mixed-packed-cp2", "cp=2", loss="dpo_mixed", packed=True, micro_batch=1, seq_len=16),
+        row("simpo-tp2-sp", "tp=2,sp=1", loss="simpo"),
+        row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
+    )),
+    "kto": Kind("kto", further=(row("lora-zb-h1", "pp=2,schedule=zb-h1", adapter="lora", micros=3),)),
+    "grpo": Kind("grpo", further=(
+        row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
+        row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
+    )),
+    "gspo": Kind("gspo"),
+}  # fmt: skip
+
+FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
+PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
+DENSE, TIED, MOE = "dense", "tied", "experts"
+LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("single", "", DENSE, {}),
+    ("accumulation", "", DENSE, {"micros": 3, "mask": "uneven"}),
+    ("packed", "", DENSE, PACKED | {"micros": 2}),
+    ("tp4-two-kv", "tp=4", DENSE, {}),
+    ("tp2-sp", "tp=2,sp=1", DENSE, {"micros": 2}),
+    ("tp2-sp-tied-full", "tp=2,sp=1", TIED, {"recompute": "full"}),
+    ("cp2-ring", "cp=2", DENSE, {"micros": 2}),
+    ("cp2-ulysses-packed", "cp=2,cp_kind=ulysses", DENSE, PACKED),
+    ("cp2-tp2-sp-ring-packed", "cp=2,tp=2,sp=1", DENSE, PACKED),
+    ("dp2-zero1-masked-rank", "dp=2,zero=1", DENSE, {"micros": 2, "mask": "rank"}),
+    ("dp2-zero2-masked-micro", "dp=2,zero=2", TIED, {"micros": 2, "mask": "micro"}),
+    ("dp2-zero3-full", "dp=2,zero=3", DENSE, {"micros": 2, "recompute": "full"}),
+    ("dp3-uneven", "dp=3", DENSE, {"micros": 2, "mask": "uneven"}),
+    ("dp2-one", "dp=2", DENSE, {"mask": "one"}),
+    ("ep2-masked-rank", "dp=2,ep=2", MOE, {"micros": 2, "mask": "rank"}),
+    ("ep2-tp2-sp-zero2", "dp=2,tp=2,sp=1,ep=2,zero=2", MOE, {"recompute": "full"}),
+    ("pp2-tied", "pp=2", TIED, {"micros": 3}),
+    ("interleaved", "pp=2,schedule=interleaved", DENSE, FOUR | {"micros": 4}),
+    ("zb-v", "pp=2,schedule=zb-v", DENSE, FOUR | {"micros": 3, "recompute": "full"}),
+    ("zb-h1-tp2-sp", "pp=2,tp=2,sp=1,schedule=zb-h1", DENSE, {"micros": 3}),
+    ("dp2-tp2-pp2-zero2", "dp=2,tp=2,pp=2,zero=2", DENSE, {"micros": 3}),
+)
+
+
+def _rows(name: str, kind: Kind) -> Iterator[Written]:
+    standard = {"trainer": name, "loss": kind.loss, "adapter": kind.adapter, "mask": "answer"}
+    for title, layout, model, changes in LAYOUTS:
+        used = {DENSE: kind.dense, TIED: kind.tied, MOE: kind.experts}[model]
+        if used is None:
+            continue
+        settings = standard | {"micro_batch": 4 if kind.loss in PAIRED else 2} | changes
+        if model == MOE and kind.experts_adapter:
+            settings["adapter"] = kind.experts_adapter
+        yield row(f"{name}-{title}", layout, used, **settings)
+    for title, layout, model, changes in kind.further:
+        yield row(f"{name}-{title}", layout, model, **(standard | changes))
+
+
+TRAINER_ROWS: tuple[Written, ...] = tuple(
+    written for name, kind in TRAINERS.items() for written in _rows(name, kind)
+)
+
+# What `--break` does besides leaving a reduction out.
+TRAINER_MISTAKES = {
+    "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
+    "frozen.touched": "the last bit of one frozen weight flipped after the first step",
+    "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
+}
+_COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
+_OUTPUTS = {"head.outputs": "tp2-sp"}
+_FROZEN = {"frozen.touched": "single", "clip.norm": "pp2-tied"}
+_LOW_RANK = _FROZEN | {"lora.partial": "tp4-two-kv", "grads.partial": "tp2-sp"}
+# For every kind the names that its path uses, and the end of a row's name in which each must show.
+CONTROLS_OF: dict[str, dict[str, str]] = {
+    "sft": _COUNTS | {"cp.outputs": "cp2-ring", "vocab.label": "tp2-sp"},
+    "lora": _COUNTS | _LOW_RANK | {"zero.parameters": "dp2-zero2-masked-micro"},
+    "rslora": _LOW_RANK,
+    "dora": _LOW_RANK | {"dora.norm": "tp2-sp"},
+    "adalora": _FROZEN | {"adalora.gram": "tp2-sp", "adalora.scores": "tp2-sp"},
+    "ia3": _FROZEN | {"grads.partial": "tp4-two-kv"},
+    "prefix": _FROZEN | {"grads.partial": "tp4-two-kv", "cp.lse": "cp2-ring"},
+    "prompt": _FROZEN | {"grads.partial": "tp2-sp"},
+    "p-tuning": _FROZEN | {"grads.partial": "tp2-sp"},
+    "houlsby": _FROZEN | {"grads.partial": "tp2-sp"},
+    "parallel": _FROZEN | {"grads.partial": "tp2-sp"},
+    "qlora": _LOW_RANK,
+    "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
+    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single"},
+    "kto": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
+    "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+}
