@@ -70,7 +70,7 @@ PURE = (
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
-    "training.starting",
+    "training.starting", "training.rl_config", "training.advantages", "training.rl_metrics", "training.collapse",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
@@ -99,6 +99,10 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     # a reward model without a trainer: what `generate` finds beside weights, and adapters
     "training.scoring": {"inference.generate", "peft.adapted"},
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
+    "training.rollout": {"inference.answer", "inference.samples", "inference.sampling"},  # what it asks and gets
+    "training.replay": {"checkpoint.io", "checkpoint.reader"},  # old answers are a part of the state
+    "training.grpo": {"checkpoint.reader", "peft.reference"},  # the replay buffer; the policy without its adapters
+    "training.ppo": {"checkpoint.reader"},  # the critic's part of a checkpoint
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 
