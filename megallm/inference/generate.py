@@ -97,7 +97,7 @@ class Plain:
 
 @contextmanager
 def open_plain(place: Path, adapter: str | None, mesh: Mesh) -> Iterator[Opened]:
-    """The weights of a Hugging Face or step folder; `peft.adapted.open_adapted` opens those with
+    """Opens the weights of a Hugging Face or step folder; `peft.adapted.open_adapted` opens those with
     adapters too.
     """
     with open_place(place) as reader:
@@ -242,12 +242,12 @@ def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfRea
 
 
 def open_place(place: Path) -> CheckpointReader | HfReader:
-    """The weights of a step folder or a Hugging Face folder."""
+    """Opens the weights of a step folder or a Hugging Face folder."""
     return HfReader(place) if is_model_folder(place) else CheckpointReader(place)
 
 
 def find_place(model: str, mesh: Mesh | None = None) -> Path:
-    """The Hugging Face folder itself, or the step that a run or step folder stands for; see
+    """Returns the Hugging Face folder itself, or the step that a run or step folder stands for; see
     `find_step`.
     """
     return Path(model) if is_model_folder(Path(model)) else find_step(model, mesh)

@@ -58,8 +58,8 @@ _ROWS = (
             config,
             f"megallm.training.{module}",
             rules,
-            finetune.tokenizer_vocab,
-            finetune.check_files,
+            finetune.chat_vocab,
+            finetune.check_chat_files,
         )
         for name, config, module, rules in (
             ("reward", preference_config.RewardModelConfig, "reward", preference_rules.REWARD),
