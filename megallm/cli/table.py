@@ -64,6 +64,8 @@ _ROWS = (
     ("reward", "train", "train a reward model on pairs of answers"),
     ("dpo", "train", "train on pairs of answers: DPO and its kin, ORPO, SimPO, CPO"),
     ("kto", "train", "train on single answers that are good or bad"),
+    ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
+    ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
     ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),

@@ -128,14 +128,11 @@ class Stage(ShardedModule):
             self.embedding_norm = Norm(
                 mesh, config.norm, config.hidden_size, config.norm_eps, partial
             )
+        parts = compute.recomputed  # of each local layer: what activation checkpointing runs again
         self.layers = nn.ModuleDict(
             {
                 str(n): Block(
-                    config,
-                    mesh,
-                    self.sp,
-                    compute.recomputed(n - span.begin),
-                    config.moe.has_experts(n),
+                    config, mesh, self.sp, parts(n - span.begin), config.moe.has_experts(n)
                 )
                 for n in range(span.begin, span.end)
             }
@@ -148,11 +145,7 @@ class Stage(ShardedModule):
         self.mtp = nn.ModuleDict(
             {
                 str(n): MtpModule(
-                    config,
-                    mesh,
-                    self.sp,
-                    compute.recomputed(span.end + n - span.begin),
-                    span.end + n,
+                    config, mesh, self.sp, parts(span.end + n - span.begin), span.end + n
                 )
                 for n in depths
             }

@@ -67,9 +67,11 @@ def adapter_folder(path: str) -> str:
 
 
 @contextmanager
-def open_adapted(place: Path, adapter: str | None, mesh: Mesh | None = None) -> Iterator[AdaptedModel]:
-    """Opens the model of a Hugging Face or step folder, with the adapter of a folder of PEFT's, or that
-    of the step itself; plain without either. Collective over the world where there is a mesh.
+def open_adapted(
+    place: Path, adapter: str | None, mesh: Mesh | None = None
+) -> Iterator[AdaptedModel]:
+    """Yields the model of a Hugging Face or step folder, with the adapter of a folder of PEFT's, or
+    that of the step itself; plain without either. Collective over the world where there is a mesh.
 
     Errors: UsageError for an adapter of another model, and for two of them; CheckpointError for a
     base that is not there any more.

@@ -267,6 +267,8 @@ KEYS = _table()
 VERBS = {
     "pretrain": "train training run fit start train_gpt pretrain_gpt launch trainer learn",
     "sft": "finetune fine_tune lora peft tune instruct qlora instruction_tune sft_train",
+    "grpo": "rl reinforce rloo dapo gspo reinforcement_learning rlvr dr_grpo cispo sapo",
+    "ppo": "rlhf actor_critic",
     "dpo": "orpo simpo cpo ipo preference align dpo_train",
     "reward": "rm reward_model train_rm",
     "kto": "unpaired",
@@ -290,7 +292,6 @@ VERBS = {
     "synth": "synthesize synthetic",
 }
 NO_VERBS = {
-    "megallm has no reinforcement learning yet.": "rlhf ppo grpo rl",
     "There is no verb for benchmarks: `megallm pretrain` prints the held-out loss (eval.every, "
     "eval.batches), and "
     "`megallm generate --json` writes answers to score.":

@@ -22,7 +22,7 @@ from megallm.optim.lr import learning_rate
 from megallm.run.changes import Change
 from megallm.run.config import JobConfig
 from megallm.run.recorder import Recorder
-from megallm.run.signals import handle_signals
+from megallm.run.signals import SignalRequests, handle_signals
 from megallm.training.loop import Loop, closing
 from megallm.training.opening import opening
 from megallm.training.resuming import (
@@ -214,21 +214,33 @@ class SupervisedRun:
         return f'megallm generate --model {Path(self.config.run.dir)} --prompt "..."'
 
 
-def run_supervised(
+@dataclass
+class OpenRun:
+    """A run whose engine has its weights and whose folder is open, before its first step."""
+
+    engine: Engine
+    ledger: Ledger
+    recorder: Recorder
+    requests: SignalRequests
+    identity: Identity
+
+
+@contextmanager
+def open_run(
     job: SupervisedRun,
     mesh: Mesh,
     resume: str,
     own_log: bool = False,
     allowed: Sequence[str] = (),
-) -> None:
-    """Train to `train.stop_at` or `train.steps`; collective over the world.
+) -> Iterator[OpenRun]:
+    """Begin a run, or go on with it; collective over the world.
 
     `resume` is auto (go on from the newest valid checkpoint if there is one), must (UsageError
     without one) or never (UsageError with one). With `own_log` rank 0 writes its lines to
     RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there. `allowed` are
     keys that may differ from the checkpoint's although they make it another run.
     """
-    config, train = job.config, job.config.train
+    config = job.config
     check_allowed(allowed, type(config), job.identity)
     with handle_signals() as requests, Recorder(config, mesh.rank, own_log) as recorder:
         warning = job.check_data() if mesh.rank == 0 else None
@@ -252,6 +264,21 @@ def run_supervised(
             recorder.note(warning)
         recorder.note(opening(config, engine, begin))
         job.show(recorder)
+        yield OpenRun(engine, ledger, recorder, requests, identity)
+        recorder.last_words = closing(config, ledger.step, job.next_command())
+
+
+def run_supervised(
+    job: SupervisedRun,
+    mesh: Mesh,
+    resume: str,
+    own_log: bool = False,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Train to `train.stop_at` or `train.steps`; collective over the world. See `open_run`."""
+    config, train = job.config, job.config.train
+    with open_run(job, mesh, resume, own_log, allowed) as opened:
+        engine, ledger, recorder = opened.engine, opened.ledger, opened.recorder
         share = Share(train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
         reader, first = job.reader(share, ledger.step + 1, ledger.data), ledger.step + 1
         end = (train.stop_at or train.steps) + 1
@@ -261,11 +288,10 @@ def run_supervised(
         ):
             evaluation = job.evaluation(engine, share, ledger)
             feed = Feed(batches, lambda: loader.wait_seconds, reader.state_after, job.seq_len())
-            values = identity.values | job.meta
+            values = opened.identity.values | job.meta
             trainer = job.trainer(job, engine, feed, evaluation, values)
-            Loop(trainer, config, ledger, recorder, requests).run()
+            Loop(trainer, config, ledger, recorder, opened.requests).run()
             job.finish(engine)
-            recorder.last_words = closing(config, ledger.step, job.next_command())
 
 
 @contextmanager
