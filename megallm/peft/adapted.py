@@ -24,7 +24,7 @@ from megallm.peft.reading import AdapterFolder
 from megallm.peft.sources import Joined
 
 
-class Adapted(NamedTuple):
+class AdaptedModel(NamedTuple):
     """The weights of a resolved `model`: `reader` is its run or Hugging Face folder, and says which
     tokenizer it has; `base` and `adapter` have its tensors, the adapter's as `config` says.
     """
@@ -67,7 +67,9 @@ def adapter_folder(path: str) -> str:
 
 
 @contextmanager
-def open_adapted(place: Path, adapter: str | None, mesh: Mesh | None = None) -> Iterator[Adapted]:
+def open_adapted(
+    place: Path, adapter: str | None, mesh: Mesh | None = None
+) -> Iterator[AdaptedModel]:
     """Yields the model of a Hugging Face or step folder, with the adapter of a folder of PEFT's, or
     that of the step itself; plain without either. Collective over the world where there is a mesh.
 
@@ -89,10 +91,10 @@ def open_adapted(place: Path, adapter: str | None, mesh: Mesh | None = None) -> 
                     )
                 folder = check_base(reader.meta["base"], str(place), mesh)
                 own, base = base, stack.enter_context(open_base(folder, model))
-                yield Adapted(reader, model, base, own, config_of(reader))
+                yield AdaptedModel(reader, model, base, own, config_of(reader))
                 return
         if adapter is None:
-            yield Adapted(reader, model, base)
+            yield AdaptedModel(reader, model, base)
             return
         found = AdapterFolder(adapter_folder(adapter), model)
-        yield Adapted(reader, model, base, found, found.config)
+        yield AdaptedModel(reader, model, base, found, found.config)

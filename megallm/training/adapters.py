@@ -8,13 +8,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
-from megallm.engine.engine import Engine, Mesh, Part
+from megallm.engine.engine import Engine, Mesh, Part, Prepare
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.decoder import Stage
 from megallm.optim.config import GroupConfig
@@ -34,12 +35,12 @@ class FrozenBase:
     """Builds the engine of a run on conversations, and says what its checkpoints hold.
 
     `meta` is what they remember: `base` names the weights that adapters stand on, `peft` what the
-    adapters are. Both are empty where all is trained. `neftune_alpha` is how much noise embeddings
-    get in training.
+    adapters are. Both are empty where all is trained. `further` changes a stage after the
+    adapters are in their slots.
     """
 
-    def __init__(self, config: FinetuneConfig, neftune_alpha: float = 0.0) -> None:
-        self.config, self.neftune_alpha = config, neftune_alpha
+    def __init__(self, config: FinetuneConfig, further: Prepare | None = None) -> None:
+        self.config, self.further = config, further
         self.peft = _with_head(start.resolve(config.peft, config.model), config.model)
         self.meta: dict[str, Any] = {}
 
@@ -62,8 +63,8 @@ class FrozenBase:
         """Fill the slots of a stage and freeze the rest; see `Engine.build`."""
         if self.adapted:
             inject.prepare_adapters(self.peft, self.config.model, self.config.run.seed)(stage)
-        if self.neftune_alpha:
-            add_noise(stage, self.neftune_alpha, self.config.run.seed)
+        if self.further is not None:
+            self.further(stage)
 
     def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
         """Returns the engine with the weights that the run starts or goes on with, and a clause
@@ -121,6 +122,11 @@ class FrozenBase:
         if self.adapted:
             folder = Path(self.config.run.dir) / FOLDER
             export(engine, self.peft, folder, self.config.model.hf, overwrite=True)
+
+
+def noise_of(alpha: float, seed: int) -> Prepare | None:
+    """Returns what puts NEFTune's noise on the embeddings of a stage; None for an alpha of 0."""
+    return partial(add_noise, alpha=alpha, seed=seed) if alpha else None
 
 
 def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:

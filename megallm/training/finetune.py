@@ -69,9 +69,9 @@ def chat_vocab(config: FinetuneConfig) -> int | None:
 
 
 def check_chat_files(config: FinetuneConfig) -> None:
-    """Errors: one `DataError` that lists what is missing or of another kind, as far as the first
-    row of each file tells; the configuration is checked and resolved. The ranks read all rows before
-    the first step.
+    """Looks as far as the first row of each file tells; the ranks read all rows before the first
+    step. The configuration is checked and resolved. Errors: one `DataError` that lists what is
+    missing or of another kind.
     """
     problems = list(chat_file_problems(config))
     if problems:

@@ -23,7 +23,7 @@ from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Mesh
 from megallm.inference.generate import find_place, find_tokenizer
 from megallm.models.compute import ComputeConfig
-from megallm.peft.adapted import Adapted, open_adapted
+from megallm.peft.adapted import AdaptedModel, open_adapted
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def run(request: ScoreRequest, mesh: Mesh) -> int:
     return len(sequences)
 
 
-def load(opened: Adapted, request: ScoreRequest, mesh: Mesh) -> Engine:
+def load(opened: AdaptedModel, request: ScoreRequest, mesh: Mesh) -> Engine:
     """Returns an engine with the model's weights, nothing of it trained; collective over the
     world. Errors: UsageError for another head.
     """

@@ -13,10 +13,13 @@ import torch
 from megallm.base.config import replace
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint.reader import CheckpointReader, step_name
+from megallm.engine.state import count_state
 from megallm.ops.dropout import keyed_uniform
+from megallm.parallel.mesh import Mesh
 from megallm.parallel.tensor import ADAPTER
 from megallm.peft.dropout import keys_of
 from megallm.peft.noise import EmbeddingNoise
+from megallm.training.adapters import FrozenBase
 from megallm.training.sft import SftIdentity
 from megallm.training.validate import check
 from tests.ranks import run_ranks
@@ -225,6 +228,15 @@ def test_another_base_is_refused_and_a_moved_one_is_found(tmp_path, base):
     shutil.rmtree(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="not there any more, or has other weights now"):
         train(from_base(tmp_path, str(other), **LORA))
+
+
+def test_a_stage_may_be_changed_further(tmp_path, base):
+    """As a reference is: none of it trained, so that there is no gradient, master or moment."""
+    config = check(from_base(tmp_path, base))
+    frozen = count_state(FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(Mesh.single(), None)[0])
+    trained = count_state(FrozenBase(config).build(Mesh.single(), None)[0])
+    assert (frozen.trained, trained.frozen) == (0, 0) and frozen.frozen == trained.trained > 0
+    assert frozen.frozen_bytes == 8 * frozen.frozen and trained.trained_bytes == 3 * 8 * trained.trained
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
