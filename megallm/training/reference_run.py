@@ -29,9 +29,9 @@ from megallm.training.references import (
     AdapterOff,
     Frozen,
     Reference,
+    ReferenceTable,
     Stored,
     Synced,
-    Table,
     compute_table,
     table_path,
 )
@@ -164,7 +164,7 @@ class ReferenceRun(ChatRun):
             if rows is not None
         ]
         wide = torch.float64 if engine.model.dtype == torch.float64 else torch.float32
-        return Stored(Table.joined(tables), wide)
+        return Stored(ReferenceTable.joined(tables), wide)
 
     def frozen(self, mesh: Mesh) -> Engine:
         """Returns an engine whose weights are those of the reference, none of them trained."""
@@ -182,7 +182,7 @@ class ReferenceRun(ChatRun):
         config = replace(config, freeze=(), optim=type(config.optim)(), zero=zero, train=train)
         return FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(mesh, None)[0]
 
-    def _table(self, rows: Prepared, engine: Engine, found: Path | None) -> Table:
+    def _table(self, rows: Prepared, engine: Engine, found: Path | None) -> ReferenceTable:
         """Returns the stored numbers of all rows; of a run that begins they are made anew."""
         config, mesh = self.config, engine.mesh
         began = config.reference.model, config.model.hf, config.model.init, config.peft.adapter
@@ -197,7 +197,7 @@ class ReferenceRun(ChatRun):
             if mesh.rank == 0:
                 table.save(path)
             mesh.barrier()
-        return Table.load(path)
+        return ReferenceTable.load(path)
 
     def _passes(self, rows: Prepared, mesh: Mesh) -> Iterator[list[Batch]]:
         """Yields every row once, as this data rank's microbatches."""

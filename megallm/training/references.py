@@ -107,29 +107,29 @@ class Synced(Frozen):
                 yield Part(held.name, held.shard.full, held.box.offset, held.tensor)
 
 
-class Table:
+class ReferenceTable:
     """Sums of log-probabilities by row id: samples int64 `[N]`, ascending, values `[N, SLOTS]`."""
 
     def __init__(self, samples: np.ndarray, values: np.ndarray) -> None:
         self.samples, self.values = samples, values
 
     @staticmethod
-    def of(rows: Iterable[tuple[int, int, float]]) -> Table:
+    def of(rows: Iterable[tuple[int, int, float]]) -> ReferenceTable:
         """Returns the table of (sample, slot, value)."""
         found: dict[int, list[float]] = {}
         for sample, slot, value in rows:
             found.setdefault(sample, [0.0] * SLOTS)[slot] = value
         samples = np.array(sorted(found), np.int64)
         values = np.array([found[sample] for sample in samples.tolist()], np.float64)
-        return Table(samples, values.reshape(len(samples), SLOTS))
+        return ReferenceTable(samples, values.reshape(len(samples), SLOTS))
 
     @staticmethod
-    def joined(tables: Sequence[Table]) -> Table:
+    def joined(tables: Sequence[ReferenceTable]) -> ReferenceTable:
         """Returns one table of all rows."""
         samples, places = np.unique(
             np.concatenate([one.samples for one in tables]), return_index=True
         )
-        return Table(samples, np.concatenate([one.values for one in tables])[places])
+        return ReferenceTable(samples, np.concatenate([one.values for one in tables])[places])
 
     def look_up(self, samples: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """Returns float64 `[S]`, 0 for padding. Errors: DataError for a row that is not there."""
@@ -149,11 +149,11 @@ class Table:
             np.savez(file, samples=self.samples, values=self.values)
 
     @staticmethod
-    def load(path: Path) -> Table:
+    def load(path: Path) -> ReferenceTable:
         """Returns the table of a file. Errors: CheckpointError."""
         try:
             with np.load(path) as file:
-                return Table(file["samples"], file["values"])
+                return ReferenceTable(file["samples"], file["values"])
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}): remove it, and it is computed again."
@@ -163,7 +163,7 @@ class Table:
 class Stored:
     """Numbers that were computed once, before the first step; given out as `dtype`."""
 
-    def __init__(self, table: Table, dtype: torch.dtype) -> None:
+    def __init__(self, table: ReferenceTable, dtype: torch.dtype) -> None:
         self.table, self.dtype = table, dtype
 
     def log_probs(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -193,7 +193,7 @@ def compute_table(
     engine: Engine,
     steps: Iterable[Sequence[Batch]],
     log_probs: Callable[[Sequence[Batch]], list[Tensor]],
-) -> Table:
+) -> ReferenceTable:
     """Returns the table of all rows of `steps`, each this data rank's microbatches, the same on
     every rank; collective over the world.
     """
@@ -206,4 +206,4 @@ def compute_table(
             names = batch["samples"].tolist(), batch["slots"].tolist(), sums.tolist()
             mine += [list(row) for row in zip(*names, strict=True) if row[0] >= 0]
         rows += [tuple(row) for row in engine.all(mine)]
-    return Table.of(rows)
+    return ReferenceTable.of(rows)

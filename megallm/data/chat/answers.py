@@ -12,7 +12,7 @@ import numpy as np
 
 from megallm.base.errors import DataError
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import FORMATS, answers
+from megallm.data.chat.formats import FORMATS, answers_of
 from megallm.data.chat.messages import BadRow
 from megallm.data.chat.prepare import template_of
 from megallm.data.chat.records import records
@@ -53,7 +53,7 @@ def read_answers(name: str, config: ChatDataConfig, words: Tokenizer) -> list[An
                 form = form or next((f for f in FORMATS if not f.missing(record.row)), None)
                 if form is None:
                     raise BadRow(f"the columns {', '.join(list(record.row)[:12])} are not known")
-                made = answers(form, record.row, config.strings)
+                made = answers_of(form, record.row, config.strings)
                 options: dict[str, Any] = dict(config.template_options)
                 sequences = [
                     maker.rows(replace(one, label=0.0, options=options | dict(one.options)))[0]

@@ -345,7 +345,7 @@ def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]
     return _spoken_alike([replace(one, **common) for one in made], row, reading.strings)
 
 
-def answers(form: RowFormat, row: RawRow, strings: str = "plain") -> list[Example]:
+def answers_of(form: RowFormat, row: RawRow, strings: str = "plain") -> list[Example]:
     """Returns every answer of a row, in the row's order, as an example of its own: two of a pair.
     Errors: BadRow.
     """

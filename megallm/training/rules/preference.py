@@ -35,7 +35,7 @@ def losses(config: DpoConfig) -> Iterator[Problem]:
         yield Problem("losses", sentence)
 
 
-def options(config: DpoConfig) -> Iterator[Problem]:
+def loss_options(config: DpoConfig) -> Iterator[Problem]:
     """Yields options that the chosen losses do not read, or cannot do without."""
     dpo, names = config.dpo, set(config.dpo.losses)
     if dpo.label_smoothing and not names & set(SMOOTHED):
@@ -92,7 +92,7 @@ def language_model(facts: Facts) -> Iterator[Problem]:
         yield Problem("objective", sentence, ({"model.head": "lm", "model.causal": True},))
 
 
-def score(facts: Facts) -> Iterator[Problem]:
+def value_head(facts: Facts) -> Iterator[Problem]:
     """Yields a model that gives no score."""
     if facts.model.head != "value":
         sentence = f"model.head is {facts.model.head}; megallm reward trains a score."
@@ -120,7 +120,7 @@ _SHARE = Range(low=0, high=1)
 _REFERENCE = {"reference.alpha": _SHARE, "reference.every": COUNT}
 _MODEL = finetune.RESOLVED | {language_model: ("model.head", "model.causal")}
 DPO = Rules(
-    (*finetune.GIVEN, losses, options, reference_of_pairs),
+    (*finetune.GIVEN, losses, loss_options, reference_of_pairs),
     _MODEL,
     finetune.RANGES
     | _REFERENCE
@@ -148,7 +148,7 @@ KTO = Rules(
 )
 REWARD = Rules(
     (*finetune.GIVEN, pairs_of_ranked),
-    finetune.RESOLVED | {score: ("model.head",)},
+    finetune.RESOLVED | {value_head: ("model.head",)},
     finetune.RANGES | {"reward.center": NOT_NEGATIVE},
     inferred_of_reward,
 )
