@@ -49,7 +49,7 @@ def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
-def measure(engine: Engine) -> Footprint:
+def measure_bytes(engine: Engine) -> Footprint:
     """Returns what the storages take that are alive now on this rank, each counted once; at ZeRO
     stage 3 to be called where no weights are gathered.
     """
@@ -67,11 +67,11 @@ def measure(engine: Engine) -> Footprint:
     )
 
 
-def plan(engine: Engine) -> Footprint:
+def plan_bytes(engine: Engine) -> Footprint:
     """Returns the same from numbers of parameters and the settings, without what aligns them.
 
-    bf16 with Adam: 2 bytes frozen, 18 trained (2 weights, 4 gradients, 12 master and moments), 0.516
-    in 4 bit; what ZeRO divides is divided.
+    bf16 with Adam: 2 bytes frozen, 18 trained (2 weights, 4 gradients, 12 master and moments),
+    0.516 in 4 bit; what ZeRO divides is divided.
     """
     narrow, wide = engine.model.dtype.itemsize, wide_dtype(engine.model.dtype).itemsize
     stage, quantized = engine.config.zero.stage, engine.model.quantized

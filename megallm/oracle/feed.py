@@ -44,7 +44,7 @@ def global_batch(row: Row, step: int) -> Batch:
 
 
 def _make_even(starts: Tensor) -> None:
-    """Take a document away from each row `[T]` that has an odd number, or add one where it has one."""
+    """Take a document away from each row `[T]` that has an odd number, or add one to one."""
     for row in starts:
         if int(row.sum()) % 2:
             places = row.nonzero()[:, 0]
@@ -56,7 +56,8 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
     of its tokens, what belongs to a sequence.
     """
     shape = batch["tokens"].shape
-    documents, mask = batch.get("documents", torch.ones_like(batch["tokens"])), batch["mask"].clone()
+    documents = batch.get("documents", torch.ones_like(batch["tokens"]))
+    mask = batch["mask"].clone()
     if row.packed:  # the last label of a document is the first token of the next one
         inside = documents[:, 1:] == documents[:, :-1]
         mask[:, :-1] &= inside if (mask[:, :-1] & inside).any() else True
@@ -84,7 +85,7 @@ def _last_tokens(mask: Tensor, documents: Tensor) -> Tensor:
     """True at one token of each sequence of a pair of which any token counts: its last one that
     does, or its last one.
     """
-    found = [(row, documents[row] == n) for row in range(len(mask)) for n in documents[row].unique()]
+    found = [(row, own == n) for row, own in enumerate(documents) for n in own.unique()]
     scored = torch.zeros_like(mask)
     for pair in zip(found[::2], found[1::2], strict=True):
         if any((mask[row] & inside).any() for row, inside in pair):
@@ -132,7 +133,7 @@ def _mask(row: Row, rows: int, length: int, draw: torch.Generator) -> Tensor:
         begin = torch.randint(0, length // 2, (rows, 1), generator=draw)
         end = torch.randint(length // 2 + 1, length + 1, (rows, 1), generator=draw)
         mask = (places >= begin) & (places < end)
-        mask[1:] &= torch.rand(rows - 1, 1, generator=draw) > 0.15  # here and there a row of nothing
+        mask[1:] &= torch.rand(rows - 1, 1, generator=draw) > 0.15  # here and there an empty row
     elif row.mask != "one":
         chance = torch.arange(1, rows + 1)[:, None] / (rows + 1)
         mask = torch.rand(rows, length, generator=draw) < chance

@@ -21,16 +21,13 @@ from megallm.base.files import atomic_write_json
 from megallm.base.progress import Progress, quiet
 from megallm.models.config import ModelConfig
 from megallm.oracle.compare import Verdict, run_row
+from megallm.oracle.fine_tuning import FINE_TUNING, as_trainer, control_row, fits_trainer
 from megallm.oracle.pool import MAX_RANKS, Pool
 from megallm.oracle.table import (
     CONTROLS,
-    FINE_TUNING,
     ROWS,
     Row,
-    as_trainer,
-    control_row,
     describe,
-    fits_trainer,
     row_for_layout,
     sample_rows,
 )

@@ -21,7 +21,6 @@ from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.oracle.outputs import OUTPUT_CONTROLS, OUTPUT_ROWS
 from megallm.oracle.rows import Written
-from megallm.oracle.trainers import ADAPTERS, CONTROLS_OF, PAIRED, TRAINER_ROWS, TRAINERS
 from megallm.parallel.layout import Layout
 from megallm.parallel.schedule import SCHEDULES
 from megallm.parallel.zigzag import KINDS, hybrid_degrees, ulysses_degree
@@ -328,54 +327,14 @@ CONTROLS: dict[str, str] = (
 )
 
 
-def row_named(name: str) -> Row:
-    return next(row for row in ROWS + FINE_TUNING if row.name == name)
-
-
-def _made(written: Written) -> Row:
+def made_row(written: Written) -> Row:
+    """Returns the row that a module of rows has written down."""
     name, layout, model, rest = written
     return _row(name, layout, model, **rest)
 
 
-FINE_TUNING: tuple[Row, ...] = tuple(_made(written) for written in TRAINER_ROWS)
-
-
-def control_row(name: str, trainer: str = "pretrain") -> Row | None:
-    """Returns the row in which leaving `name` out must show; None where the trainer has none."""
-    if trainer == "pretrain":
-        return row_named(CONTROLS[name])
-    end = CONTROLS_OF[trainer].get(name)
-    return None if end is None else row_named(f"{trainer}-{end}")
-
-
-def as_trainer(row: Row, trainer: str) -> Row:
-    """Returns a row of a causal language model as one of the same layout that `trainer` trains."""
-    kind = TRAINERS[trainer]
-    experts = row.config.moe.num_experts > 0
-    adapter = (kind.experts_adapter or kind.adapter) if experts else kind.adapter
-    row = replace(row, trainer=trainer, adapter=adapter, loss=kind.loss, rule="adamw")
-    row = replace(row, overrides=dict(row.overrides) | {"max_positions": 64})
-    if kind.loss == "bradley_terry":
-        row = replace(row, overrides=dict(row.overrides) | {"head": "value", "tie_embeddings": False})
-        row = replace(row, fused_head="off")
-    if kind.loss in PAIRED:
-        row = replace(row, micro_batch=1 if row.packed else 2 * row.micro_batch)
-    return replace(row, mask="answer" if row.mask in ("uneven", "full") else row.mask)
-
-
-def fits_trainer(row: Row, trainer: str) -> bool:
-    """Whether a row's model is one that `trainer` trains here: a causal language model without
-    further tokens; latent attention takes no prefix, and experts no prompt.
-    """
-    config, kind = row.config, TRAINERS[trainer]
-    method = ADAPTERS[kind.adapter]["method"] if kind.adapter else ""
-    return not (
-        not config.causal
-        or config.head != "lm"
-        or config.mtp.depth
-        or (config.mla.kv_lora_dim and method == "prefix")
-        or (config.moe.num_experts and kind.experts is None)
-    )
+def row_named(name: str) -> Row:
+    return next(row for row in ROWS if row.name == name)
 
 
 def row_for_layout(text: str) -> Row:

@@ -95,7 +95,9 @@ TRAINERS: dict[str, Kind] = {
         row("simpo-tp2-sp", "tp=2,sp=1", loss="simpo"),
         row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
     )),
-    "kto": Kind("kto", further=(row("lora-zb-h1", "pp=2,schedule=zb-h1", adapter="lora", micros=3),)),
+    "kto": Kind("kto", further=(
+        row("lora-zb-h1", "pp=2,schedule=zb-h1", adapter="lora", micros=3),
+    )),
     "grpo": Kind("grpo", further=(
         row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),

@@ -72,7 +72,7 @@ REDUCTIONS = {
     "muon.matrices": "pieces of a matrix on tp ranks, gathered before it is made orthogonal (Muon)",
     "adafactor.sums": "sums of squares over the pieces of a matrix, over the shard group and over "
     "tp (Adafactor)",
-    "dora.norm": "squares of the rows of a matrix whose columns tp divides, for their lengths (DoRA)",
+    "dora.norm": "squares of the rows of a matrix whose columns tp divides, for DoRA",
     "adalora.gram": "products of the low-rank matrices that tp divides, for AdaLoRA's regulariser",
     "adalora.scores": "scores of AdaLoRA's triplets, of every matrix of the model",
     "clip.norm": "squares of owned gradient elements, summed over the world",

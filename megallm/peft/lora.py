@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
 from megallm.ops.grouped_gemm import Runs, grouped_linear
+from megallm.ops.low_rank import LowRankSum, add_low_rank
 from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.linear import linear
-from megallm.parallel.low_rank import LowRankSum, add_low_rank
 from megallm.parallel.shard import Init, Shard, constant, normal, uniform_init
 from megallm.parallel.tensor import ColumnLinear, Linear, RowLinear, ShardedModule
 from megallm.parallel.vocab import VocabEmbedding

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megallm.engine.engine import Engine
-from megallm.engine.footprint import Footprint, measure, plan
+from megallm.engine.footprint import Footprint, measure_bytes, plan_bytes
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.optim.config import OptimConfig
@@ -37,9 +37,9 @@ def built(mesh: Mesh, kind: str, stage: int) -> Engine:
 def measured(layout: Layout, kind: str, stage: int) -> tuple[Footprint, Footprint]:
     """Planned before the first step, measured after it."""
     engine = built(Mesh.start(layout), kind, stage)
-    planned = plan(engine)
+    planned = plan_bytes(engine)
     engine.train_step(share(batches(2), engine.mesh), NextToken(), 0.01)
-    return planned, measure(engine)
+    return planned, measure_bytes(engine)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -52,7 +52,7 @@ def test_planned_is_measured(kind, stage):
 
 def test_bytes_a_parameter():
     """2 for a frozen one in bf16, 18 for an adapter's, at most 0.55 in 4 bit."""
-    lora, qlora = (plan(built(Mesh.single(), kind, 0)) for kind in ("lora", "qlora"))
+    lora, qlora = (plan_bytes(built(Mesh.single(), kind, 0)) for kind in ("lora", "qlora"))
     assert lora.frozen == 2 * lora.frozen_params
     assert lora.trained + lora.gradients + lora.optimizer == 18 * lora.trained_params
     assert (lora.frozen_params, lora.trained_params) == (qlora.frozen_params, qlora.trained_params)
@@ -69,7 +69,7 @@ def test_nothing_else_is_alive(kind):
     engine = built(Mesh.single(), kind, 0)
     engine.train_step(batches(2), NextToken(), 0.01)
     alive = sum(size for _, size in storages(tensors()).items() - before.items())
-    found = measure(engine)
+    found = measure_bytes(engine)
     assert found.total <= alive <= 1.02 * found.total
     kept = engine.parameters.flat[0].params.float()  # negative control
     more = sum(size for _, size in storages(tensors()).items() - before.items())

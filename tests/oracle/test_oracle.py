@@ -15,9 +15,9 @@ from megallm.base.errors import CannotWrite, InternalError, UsageError
 from megallm.oracle import compare, run, table
 from megallm.oracle.compare import RankRecord, Verdict, frozen, run_row, train_rank
 from megallm.oracle.feed import global_batch, micro_batches
+from megallm.oracle.fine_tuning import FINE_TUNING, control_row
 from megallm.oracle.table import (
     CONTROLS,
-    FINE_TUNING,
     MASKS,
     MODELS,
     RECOMPUTE,
@@ -58,7 +58,7 @@ def test_every_reduction_has_a_control_row() -> None:
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_leaving_a_reduction_out_is_noticed(name: str) -> None:
-    row = row_named(CONTROLS[name])  # passes unbroken: it is one of the rows above
+    row = control_row(name)  # passes unbroken: it is one of the rows above, or of fine-tuning's
     verdict = run_row(pool(), row, frozenset({name}))
     assert verdict.problem is None, "the row must fail by its numbers, not by a crash"
     assert verdict.initial or name == "dora.norm"  # DoRA's magnitudes start as lengths

@@ -10,8 +10,9 @@ from megallm.base.errors import UsageError
 from megallm.oracle import run
 from megallm.oracle.compare import Verdict, frozen, run_row
 from megallm.oracle.feed import global_batch, micro_batches
+from megallm.oracle.fine_tuning import FINE_TUNING, as_trainer, control_row, fits_trainer
 from megallm.oracle.reference import decays
-from megallm.oracle.table import FINE_TUNING, as_trainer, control_row, fits_trainer, row_named, sample_rows
+from megallm.oracle.table import sample_rows
 from megallm.oracle.trainers import CONTROLS_OF, LAYOUTS, TRAINER_MISTAKES, TRAINERS
 from megallm.parallel.comm import BREAKS
 from tests.oracle.test_oracle import arguments
@@ -38,7 +39,7 @@ def assert_equal(verdict: Verdict) -> None:
 
 @pytest.mark.parametrize("name", SLICE)
 def test_row_equals_the_reference(name):
-    assert_equal(run_row(pool(), row_named(name)))
+    assert_equal(run_row(pool(), BY_NAME[name]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dpo", "gspo"])
@@ -91,7 +92,7 @@ def test_a_touched_weight_is_named_and_nothing_else_fails():
 
 @pytest.mark.parametrize("name", ["dpo-packed", "reward-dp2-zero1-masked-rank", "kto-accumulation", "gspo-packed"])
 def test_batches_hold_sequences_and_their_numbers(name):
-    row = row_named(name)
+    row = BY_NAME[name]
     whole = global_batch(row, 1)
     micros = [m for rank in range(row.layout.dp) for m in micro_batches(row, 1, rank)]
     assert torch.equal(torch.cat([m["mask"] for m in micros]), whole["mask"])

@@ -106,15 +106,17 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 
-# Code lines when everything of the plan is in; a package's own budget is a ratchet with room for what is planned.
-MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 38_000, 2_000, 300
+# 38,000 lines and 300 settings were planned; with seven trainers and lines of at most 100 columns it is more (docs/log.md).
+# A package's own budget is a ratchet with room for what is planned.
+MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 44_000, 2_000, 340
 MAX_LINES_OF = {
-    "data": 7_200,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
-    "curate": 4_800, "convert": 4_000, "training": 5_000, "cli": 3_200, "parallel": 2_700,
-    "peft": 2_200,  # six methods, their files as PEFT writes and reads them, merging
-    "oracle": 2_600, "models": 2_500,  # with the slots of adapters, heads of values and classes
+    "data": 7_400,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
+    "curate": 4_800, "convert": 4_000, "training": 6_400, "cli": 3_200, "parallel": 2_700,
+    "peft": 2_400,  # six methods, their files as PEFT writes and reads them, merging
+    "models": 2_600,  # with the slots of adapters, heads of values and classes
     "optim": 1_500, "checkpoint": 1_400, "base": 1_300, "ops": 1_700,
     "run": 1_200, "inference": 2_500, "launch": 800, "engine": 900,
+    "oracle": 3_400,  # with a referee of its own for every adapter and loss that fine-tunes; counts as tests
     "losses": 1_200,  # every loss of post-training that TRL and the papers name, distillation and offline RL
 }  # fmt: skip
 MAX_COLUMNS, MIN_ROWS = 100, 3

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops.low_rank import LowRankSum, add_low_rank
 from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
-from megallm.parallel.low_rank import LowRankSum, add_low_rank
 
 STARTS, SCALES, DIMS, OUT = (0, 10), (0.5, 3.0), (2, 3), 5  # columns 5 to 10 have no adapter
 

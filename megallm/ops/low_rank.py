@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megallm.parallel.linear import WeightGradQueue
+from megallm.ops.grouped_gemm import WeightGrads
 
 
 class LowRankSum(NamedTuple):
@@ -24,14 +24,14 @@ class LowRankSum(NamedTuple):
 
     starts: Sequence[int]
     scales: Sequence[float]
-    weight_grads: WeightGradQueue | None
+    weight_grads: WeightGrads | None
 
 
 def add_low_rank(
     x: Tensor, y: Tensor, where: LowRankSum, a: Sequence[Tensor], b: Sequence[Tensor]
 ) -> Tensor:
-    """`y + s_i B_i A_i x` on the columns of each i, `[..., in]` and `[..., out]`; changes `y`, unless
-    that is a view.
+    """Returns `y + s_i B_i A_i x` on the columns of each i, `[..., in]` and `[..., out]`; changes
+    `y`, unless that is a view.
 
     `A_i (r_i, in)`, `B_i (out_i, r_i)`.
     """
