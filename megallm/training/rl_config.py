@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megallm.data.chat.formats import Kind
+from megallm.data.chat.formats import RowKind
 from megallm.rewards.config import RewardConfig
 from megallm.training.finetune import FinetuneConfig
 
@@ -96,7 +96,7 @@ class GrpoConfig(FinetuneConfig):
     rl: RlConfig = field(default_factory=RlConfig)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> RowKind:
         """Returns what the rows of its files are read as."""
         return "prompts"
 
