@@ -77,7 +77,8 @@ def ours(case: str) -> Step:
 
     keep_memory()
     wanted = peft_config(case)
-    engine = Engine.build(engine_config(case), Mesh.single(), prepare_adapters(wanted, model_config(case.rpartition("-")[2])))
+    prepare = prepare_adapters(wanted, model_config(case.rpartition("-")[2]))
+    engine = Engine.build(engine_config(case), Mesh.single(), prepare)
     mask, dpo = answers(case), case.startswith("dpo")
     positions, loss = tokens_of(case, 0)[:, :-1] * 0, Preference(beta=BETA) if dpo else NextToken()
     positions += positions.new_tensor(range(positions.shape[1]))

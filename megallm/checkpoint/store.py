@@ -139,9 +139,13 @@ def _first_problem(folder: Path, rank: int, size: int, wanted: Callable[[str], b
 
 
 def save(
-    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: MeshProtocol,
+    root: str | os.PathLike[str],
+    step: int,
+    parts: Sequence[Part],
+    meta: Any,
+    mesh: MeshProtocol,
     keep: int | RetentionPolicy | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
     `meta` is any JSON value (that of rank 0 counts). `keep` is how many valid steps stay, this one

@@ -22,7 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="A",
-        help="folder with adapter_config.json and adapter_model.safetensors, or the run that wrote it",
+        help="folder with adapter_config.json and adapter_model.safetensors, or the run of it",
     )
     parser.add_argument(
         "--output", required=True, metavar="Y", help="a new folder; it appears when it is complete"

@@ -43,8 +43,8 @@ def _run(args: argparse.Namespace) -> int:
             f"--layout {args.layout or 'of one rank'} needs {layout.world} ranks, but {world} were "
             "started."
         )
-    names = ["model", "input", "output", "tokenizer", "template", "strings", "precision", "batch"]
-    values = {name: vars(args)[name] for name in names}
+    names = ["model", "input", "output", "adapter", "tokenizer", "template", "strings"]
+    values = {name: vars(args)[name] for name in [*names, "precision", "batch"]}
     start(_rank, (values, layout), layout.world, None, PRELOAD, saves=False)
     BOARD.end()
     tell(f"the rows with their rewards are in {args.output}.")

@@ -60,7 +60,7 @@ _ROWS = (
         "train",
         "train a language model from a configuration, or from a folder of text",
     ),
-    ("sft", "train", "fine-tune a model on conversations: all of it, or adapters (LoRA, QLoRA, ...)"),
+    ("sft", "train", "fine-tune a model on conversations: all of it, or adapters such as LoRA"),
     ("reward", "train", "train a reward model on pairs of answers"),
     ("dpo", "train", "train on pairs of answers: DPO and its kin, ORPO, SimPO, CPO"),
     ("kto", "train", "train on single answers that are good or bad"),

@@ -239,8 +239,11 @@ def _of_layer(each: WeightRule, n: int, layers: int) -> WeightRule:
 def _named(each: WeightRule, place: str, number: str) -> WeightRule:
     ours = tuple(name.replace(place, number) for name in each.ours)
     return replace(
-        each, theirs=each.theirs.replace(place, number), ours=ours, where=each.where.replace(place, number)
-    )  # fmt: skip
+        each,
+        theirs=each.theirs.replace(place, number),
+        ours=ours,
+        where=each.where.replace(place, number),
+    )
 
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:

@@ -153,9 +153,12 @@ def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
             "learns to choose. Nearest valid: --top-k 2."
         )
     moe = MoeConfig(
-        num_experts=request.experts, top_k=request.top_k, first_dense=request.first_dense, every=request.every,
+        num_experts=request.experts,
+        top_k=request.top_k,
+        first_dense=request.first_dense,
+        every=request.every,
         ffn_hidden_size=dense.ffn_hidden_size,
-    )  # fmt: skip
+    )
     model = dataclasses.replace(dense, moe=moe).resolve()
     if not model.num_expert_layers:
         raise UsageError(

@@ -169,10 +169,18 @@ def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | Non
         config = transformers.AutoConfig.for_model(**raw)
         config._attn_implementation, config.use_cache = "eager", False
         config.pad_token_id = None  # with one, some tokens of the sample would not count
-        model = getattr(transformers, AUTO[head]).from_pretrained(
-            str(folder), config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-            trust_remote_code=False,
-        ).eval()  # fmt: skip
+        model = (
+            getattr(transformers, AUTO[head])
+            .from_pretrained(
+                str(folder),
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            .eval()
+        )
     except Exception as error:  # transformers raises whatever a strange config.json leads it to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(

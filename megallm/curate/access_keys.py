@@ -105,9 +105,12 @@ _ASSIGNED_MARKS = ("aws_secret", "AWS_SECRET", "awsSecret", "AwsSecret", "secret
                    "SECRET_ACCESS_KEY", "secretAccessKey", "SecretAccessKey", "AccountKey=",
                    "SharedAccessKey=")  # fmt: skip
 MARKS = (*dict.fromkeys(mark for marks, _ in _FORMS for mark in marks), *_ASSIGNED_MARKS)
-_MARK = re.compile("|".join(
-    f"(?<![A-Za-z0-9]){re.escape(mark)}" if mark[0].isalnum() else re.escape(mark) for mark in MARKS
-))  # fmt: skip
+_MARK = re.compile(
+    "|".join(
+        f"(?<![A-Za-z0-9]){re.escape(mark)}" if mark[0].isalnum() else re.escape(mark)
+        for mark in MARKS
+    )
+)
 # Of the characters that the scan may turn on, the rarest in text first.
 _RARE = "QZ=_XJzqjKVYUHGWxFLOPD-kvBMCRNSITEAybwpgfmcu"
 

@@ -53,10 +53,13 @@ def classes() -> np.ndarray:
 
 # Letters that are drawn like Latin ones (of a capital and its small letter the look of the capital
 # decides), Latin letters with a stroke, and apostrophes that Unicode counts as letters.
-_ALIKE = dict(zip(
-    "авекмнорстухіјѕһԁԛԝ" "αβεζηικμνορτυχ" "łøđħŧıɡ" "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ" "ʼʻꞌ",
-    "abekmhopctyxijshdqw" "abezhikmnoptyx" "lodhtig" "abcdefghijklmnoprstuvwyz" "'''", strict=True,
-))  # fmt: skip
+_ALIKE = dict(
+    zip(
+        "авекмнорстухіјѕһԁԛԝαβεζηικμνορτυχłøđħŧıɡᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢʼʻꞌ",
+        "abekmhopctyxijshdqwabezhikmnoptyxlodhtigabcdefghijklmnoprstuvwyz'''",
+        strict=True,
+    )
+)
 # Not taken apart: the ellipsis, trade marks (Foo™ is no "footm"), and jamo that stand for
 # themselves.
 _WHOLE = {0x2026, 0x2120, 0x2122, *range(0x3131, 0x318F), *range(0xAC00, 0xD7A4)}

@@ -115,9 +115,13 @@ class Pieces:
     """
 
     def __init__(
-        self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, hasher: Hasher,
+        self,
+        begin: np.ndarray,
+        end: np.ndarray,
+        document_starts: np.ndarray,
+        hasher: Hasher,
         hashes: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.begin, self.end, self._hasher, self._hashes = begin, end, hasher, hashes
         self.offsets = np.searchsorted(begin, document_starts)
 

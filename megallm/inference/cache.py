@@ -115,7 +115,7 @@ class PagedLayer(LayerCache):
 
 
 class RowCache(PagedLayer):
-    """For a pass in which each sequence gets one token."""
+    """A cache view for a pass in which each sequence gets one token."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one new position per row, `[n, 1, ...]`, each behind what its sequence holds."""
@@ -144,7 +144,9 @@ class RowCache(PagedLayer):
 
 
 class ChunkCache(PagedLayer):
-    """For a pass over a chunk of the text of each sequence; all chunks begin at `length`."""
+    """A cache view for a pass over a chunk of the text of each sequence; all chunks begin at
+    `length`.
+    """
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions `[n, T, ...]` and return everything so far."""
@@ -157,7 +159,9 @@ class ChunkCache(PagedLayer):
 
 
 class NoCache(LayerCache):
-    """For a pass of no sequence, which only keeps the ranks of an expert group in step."""
+    """A cache view for a pass of no sequence, which only keeps the ranks of an expert group in
+    step.
+    """
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v

@@ -74,7 +74,7 @@ class Loaded:
 
 class Opened(Protocol):
     """Weights to generate with: `reader` says of which model and with which tokenizer, `source` has
-    its tensors, `prepare` fills slots with adapters.
+    its tensors, `prepare_adapters` fills slots with adapters.
     """
 
     reader: CheckpointReader | HfReader
@@ -83,7 +83,7 @@ class Opened(Protocol):
     def source(self) -> WeightSource: ...
 
     @property
-    def prepare(self) -> Prepare | None: ...
+    def prepare_adapters(self) -> Prepare | None: ...
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Plain:
 
     reader: CheckpointReader | HfReader
     source: WeightSource
-    prepare: Prepare | None = None
+    prepare_adapters: Prepare | None = None
 
 
 @contextmanager
 def open_plain(place: Path, adapter: str | None, mesh: Mesh) -> Iterator[Opened]:
-    """The weights of a Hugging Face or step folder; `peft.adapted.open_adapted` opens those with
-    adapters too.
+    """Yields the weights of a Hugging Face or step folder; `peft.adapted.open_adapted` opens those
+    with adapters too.
     """
     with open_place(place) as reader:
         if adapter is not None or "base" in reader.meta:
@@ -180,7 +180,7 @@ def load(request: GenerateRequest, mesh: Mesh, opener: Opener = open_plain) -> L
         config, precision = model_config(reader), request.precision or reader.meta["precision"]
         _check_model(config, mesh.tp.size)
         compute = ComputeConfig(precision)
-        model = ParallelModel(config, LayoutConfig(), compute, mesh, opened.prepare)
+        model = ParallelModel(config, LayoutConfig(), compute, mesh, opened.prepare_adapters)
         model.load(opened.source)
         imported = isinstance(reader, HfReader) or is_import(reader)
         framed = not imported and reader.meta.get("framed")
@@ -216,9 +216,13 @@ def _check_model(model: ModelConfig, tp: int) -> None:
 def sampling_of(request: GenerateRequest) -> Sampling:
     """Returns the request's part that chooses tokens."""
     return Sampling(
-        request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed,
+        request.max_new_tokens,
+        request.temperature,
+        request.top_k,
+        request.top_p,
+        request.seed,
         request.repetition_penalty,
-    )  # fmt: skip
+    )
 
 
 def row_of(prompt: str, answer: Answer) -> OutputRow:
@@ -242,12 +246,12 @@ def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfRea
 
 
 def open_place(place: Path) -> CheckpointReader | HfReader:
-    """The weights of a step folder or a Hugging Face folder."""
+    """Returns the weights of a step folder or a Hugging Face folder."""
     return HfReader(place) if is_model_folder(place) else CheckpointReader(place)
 
 
 def find_place(model: str, mesh: Mesh | None = None) -> Path:
-    """The Hugging Face folder itself, or the step that a run or step folder stands for; see
+    """Returns the Hugging Face folder itself, or the step that a run or step folder stands for; see
     `find_step`.
     """
     return Path(model) if is_model_folder(Path(model)) else find_step(model, mesh)

@@ -51,9 +51,13 @@ class Generator:
     """
 
     def __init__(
-        self, model: ParallelModel, batch: int = 16, blocks: int | None = None, chunk: int = 2048,
+        self,
+        model: ParallelModel,
+        batch: int = 16,
+        blocks: int | None = None,
+        chunk: int = 2048,
         version: Callable[[], int] = int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.mesh, self.stages = model, model.mesh, model.stages
         self.batch, self.blocks, self.chunk, self.version = batch, blocks, chunk, version
         self.rotation = Rotation(model.placement)
@@ -62,9 +66,12 @@ class Generator:
         self.in_step = moe and self.mesh.ep.size > self.mesh.tp.size
 
     def generate(
-        self, requests: Many[Request], sampling: Sampling, listen: FinishListener | None = None,
+        self,
+        requests: Many[Request],
+        sampling: Sampling,
+        listen: FinishListener | None = None,
         stopped: Callable[[], bool] | None = None,
-    ) -> list[Sample]:  # fmt: skip
+    ) -> list[Sample]:
         """Let the answer of every request grow until it ends; returns their samples in order.
 
         Collective over the replica, whose ranks give the same requests and get the same samples;
@@ -149,9 +156,13 @@ class Rollout:
     """One call of `generate`: the groups, their caches on this rank, and what is on its way."""
 
     def __init__(
-        self, generator: Generator, requests: list[Request], sampling: Sampling,
-        listen: FinishListener | None, stopped: Callable[[], bool] | None,
-    ) -> None:  # fmt: skip
+        self,
+        generator: Generator,
+        requests: list[Request],
+        sampling: Sampling,
+        listen: FinishListener | None,
+        stopped: Callable[[], bool] | None,
+    ) -> None:
         self.model, self.mesh, self.in_step = generator.model, generator.mesh, generator.in_step
         self.rotation, self.sampling = generator.rotation, sampling
         self.listen, self.stopped = listen, stopped

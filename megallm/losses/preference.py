@@ -497,7 +497,7 @@ class LogRatio:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sequences of one microbatch with a counted token."""
+        """Returns the sequences of one microbatch with a counted token."""
         return {"log_ratio": (tokens_per_sequence(batch) > 0).sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:

@@ -112,8 +112,8 @@ class Stage(ShardedModule):
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
-        self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens: `models.virtual`
-        self.noise = Slot(mesh)  # changes the embedding's output
+        # Virtual tokens (`models.virtual`), and what changes the embedding's output.
+        self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -128,14 +128,11 @@ class Stage(ShardedModule):
             self.embedding_norm = Norm(
                 mesh, config.norm, config.hidden_size, config.norm_eps, partial
             )
+        parts = compute.recomputed  # of each local layer: what activation checkpointing runs again
         self.layers = nn.ModuleDict(
             {
                 str(n): Block(
-                    config,
-                    mesh,
-                    self.sp,
-                    compute.recomputed(n - span.begin),
-                    config.moe.has_experts(n),
+                    config, mesh, self.sp, parts(n - span.begin), config.moe.has_experts(n)
                 )
                 for n in range(span.begin, span.end)
             }
@@ -148,11 +145,7 @@ class Stage(ShardedModule):
         self.mtp = nn.ModuleDict(
             {
                 str(n): MtpModule(
-                    config,
-                    mesh,
-                    self.sp,
-                    compute.recomputed(span.end + n - span.begin),
-                    span.end + n,
+                    config, mesh, self.sp, parts(span.end + n - span.begin), span.end + n
                 )
                 for n in depths
             }

@@ -40,8 +40,8 @@ class Targets(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each token's divided logits z over a piece of the vocabulary, wide `[T]`: the largest, the
-    sum of `exp(z - top)`, and the label's z (0 where the label is elsewhere).
+    """Statistics of each token's divided logits z over a piece of the vocabulary, wide `[T]`: the
+    largest, the sum of `exp(z - top)`, and the label's z (0 where the label is elsewhere).
 
     Where they are wanted also `moment`, the sum of `exp(z - top) (z - top)`, and `best`, int64, the
     place of the largest in the piece.
@@ -202,8 +202,8 @@ def linear_statistics(
 
 
 class LinearGradients(NamedTuple):
-    """Of the hidden states, in their dtype, and of weight and bias, accumulated wide over the
-    chunks.
+    """Gradients of the hidden states, in their dtype, and of weight and bias, accumulated wide over
+    the chunks.
     """
 
     hidden: Tensor

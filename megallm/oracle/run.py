@@ -34,7 +34,7 @@ from megallm.oracle.table import (
     row_for_layout,
     sample_rows,
 )
-from megallm.oracle.trainers import CONTROLS_OF, TRAINERS, TRAINER_MISTAKES
+from megallm.oracle.trainers import CONTROLS_OF, TRAINER_MISTAKES, TRAINERS
 from megallm.parallel.comm import BREAKS
 
 EXIT_FAILED = 70

@@ -20,7 +20,9 @@ MIN_BYTES = 1024  # a copy of less costs more than it frees
 
 
 class Offload:
-    """Of one pipeline stage; one microbatch's blocks run between two `begin`s."""
+    """The offloaded activations of one pipeline stage; one microbatch's blocks run between two
+    `begin`s.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.copies = HostCopyStream(device)

@@ -24,8 +24,8 @@ LossOf = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Any]]
 
 
 class Listener(Protocol):
-    """Told when a backward pass begins on a stage, and when the gradients of one microbatch are
-    complete there.
+    """A listener that is told when a backward pass begins on a stage, and when the gradients of one
+    microbatch are complete there.
 
     `last`: it is the step's last one on that stage. `whole`: weight gradients come with the
     backward pass.

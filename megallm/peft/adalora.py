@@ -64,6 +64,8 @@ class AdaptiveLowRank(LowRank):
         self.pulls: dict[str, Tensor] = {}
         self.norms: dict[str, Tensor] = {}
 
+    is_plain = False
+
     def low_rank(self, x: Tensor, rows: slice | None) -> Tensor:
         queue, dropout = self.weight_grads, self.options.dropout
         x = x if dropout is None else dropout(x, self)

@@ -68,8 +68,8 @@ def adapter_folder(path: str) -> str:
 
 @contextmanager
 def open_adapted(place: Path, adapter: str | None, mesh: Mesh | None = None) -> Iterator[Adapted]:
-    """The model of a Hugging Face or step folder, with the adapter of a folder of PEFT's, or that
-    of the step itself; plain without either. Collective over the world where there is a mesh.
+    """Yields the model of a Hugging Face or step folder, with the adapter of a folder of PEFT's, or
+    that of the step itself; plain without either. Collective over the world where there is a mesh.
 
     Errors: UsageError for an adapter of another model, and for two of them; CheckpointError for a
     base that is not there any more.

@@ -60,13 +60,13 @@ class Dropout(NamedTuple):
 
 def keys_of(batch: Batch) -> Tensor:
     """Returns the keys int64 `[B, T]` of a microbatch's tokens."""
-    samples, epochs = per_token(batch, "samples", -1), None
+    samples, epochs = at_tokens(batch, "samples", -1), None
     if "epochs" in batch:
-        epochs = per_token(batch, "epochs", 0)
+        epochs = at_tokens(batch, "epochs", 0)
     return token_keys(samples, batch["positions"], epochs)
 
 
-def per_token(batch: Batch, name: str, padding: int) -> Tensor:
+def at_tokens(batch: Batch, name: str, padding: int) -> Tensor:
     """Returns numbers of the sequences of a microbatch, `[S]`, at each of their tokens `[B, T]`; as
     they are where they are that already. What follows the last sequence of a row has `padding`.
     """

@@ -34,8 +34,8 @@ def export(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the adapter of `config` (resolved) to the new `folder` (or, with `overwrite`, in place of
-    an older one), whatever the layout; collective
+    """Write the adapter of `config` (resolved) to the new `folder`, or with `overwrite` in place of
+    an older one, whatever the layout; collective
     over the world.
 
     `base` is the folder of the base model as PEFT shall find it; `dtype` None: that of the master

@@ -22,6 +22,7 @@ from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.linear import linear
+from megallm.parallel.low_rank import LowRankSum, add_low_rank
 from megallm.parallel.shard import Init, Shard, constant, normal, uniform_init
 from megallm.parallel.tensor import ColumnLinear, Linear, RowLinear, ShardedModule
 from megallm.parallel.vocab import VocabEmbedding
@@ -69,6 +70,11 @@ class LowRank(ShardedModule):
         if options.dora:
             record = _record((out,), 0, rows, of_b, constant(0.0), decay=False)
             self.add_parameter(MAGNITUDE, record)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it adds `s B A x` and does nothing else."""
+        return not self.options.dora and self.options.dropout is None
 
     def low_rank(self, x: Tensor, rows: slice | None) -> Tensor:
         """Computes `s B A x`, `[..., in] -> [..., out]`, of these rows."""
@@ -150,6 +156,8 @@ class LowRankLinear(nn.ModuleDict):
         bias = None if isinstance(self.base[0], RowLinear) else self.base[0].bias
         if bias is not None and rows is not None:
             bias = bias[..., rows]
+        if all(adapter.is_plain for adapter in self.values()):
+            return self._add(x, y, rows)
         if not self.stack:
             return self["0"](x, y, bias, rows)
         parts = list(y.chunk(self.stack[0], dim=-1))
@@ -157,6 +165,16 @@ class LowRankLinear(nn.ModuleDict):
             at = int(member)
             parts[at] = adapter(x, parts[at], None if bias is None else bias[at], rows)
         return torch.cat(parts, dim=-1)
+
+    def _add(self, x: Tensor, y: Tensor, rows: slice | None) -> Tensor:
+        """All members at once, in place of `y`."""
+        width = y.shape[-1] // (self.stack[0] if self.stack else 1)
+        adapters = {int(member) * width: adapter for member, adapter in self.items()}
+        a = [adapter.lora_A for adapter in adapters.values()]
+        b = [rows_of(adapter.lora_B, rows) for adapter in adapters.values()]
+        one = next(iter(adapters.values()))
+        scales = [adapter.options.scale for adapter in adapters.values()]
+        return add_low_rank(x, y, LowRankSum(list(adapters), scales, one.weight_grads), a, b)
 
     def add_to(self, weight: Tensor) -> None:
         """Put the adapters into this rank's piece of the whole weight, wide; collective over tp."""

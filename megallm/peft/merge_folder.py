@@ -66,8 +66,8 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
         reader, model, base = opened.reader, opened.model, opened.base
         if opened.adapter is None:
             raise UsageError(
-                f"--model {request.model} is a plain model: give --adapter A, a folder of PEFT's or "
-                "the run that wrote one."
+                f"--model {request.model} is a plain model: give --adapter A, a folder of PEFT's "
+                "or the run that wrote one."
             )
         notes = list(base.notes) if isinstance(base, HfReader) else []
         stored = base.dtype if isinstance(base, HfReader) else base.info("embedding.weight")[1]

@@ -18,7 +18,7 @@ from megallm.models.decoder import Stage
 from megallm.ops.dropout import keyed_uniform
 from megallm.parallel import comm
 from megallm.parallel.tensor import SEQUENCE_DIM
-from megallm.peft.dropout import keys_of, per_token
+from megallm.peft.dropout import at_tokens, keys_of
 from megallm.peft.slots import put
 
 NAME = "neftune"  # in the stage's slot
@@ -34,9 +34,9 @@ class EmbeddingNoise(nn.Module):
         self.keys = self.lengths = torch.empty(0)
 
     def watch(self, batch: dict[str, Tensor]) -> None:
-        """Note the keys `[B, T/cp]` and the lengths of the sequences of the microbatch that runs."""
+        """Note the keys `[B, T/cp]` and the lengths of the sequences of a microbatch."""
         self.keys = self.context.local(keys_of(batch))
-        self.lengths = self.context.local(per_token(batch, "lengths", 0))
+        self.lengths = self.context.local(at_tokens(batch, "lengths", 0))
 
     def forward(self, x: None, y: Tensor) -> Tensor:
         """Returns embeddings `y [B, T/cp/tp or T/cp, D]` with the noise."""

@@ -77,7 +77,8 @@ class ChatIdentity(Identity):
 
     def of_files(self, folder: RunFolder) -> dict[str, Any]:
         """Returns the hash of each file that is trained on."""
-        return {"content": {name: content_hash(name) for name in files_of(self.config.data.sources)}}
+        files = files_of(self.config.data.sources)
+        return {"content": {name: content_hash(name) for name in files}}
 
     def changes(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
         """Yields what differs, of files those that both runs read."""

@@ -60,7 +60,7 @@ class SftConfig(FinetuneConfig):
         return KINDS_OF_HEADS.get(self.model.head or "lm", "sft")
 
 
-def tokenizer_vocab(config: FinetuneConfig) -> int | None:
+def chat_vocab(config: FinetuneConfig) -> int | None:
     """Returns the size of `data.tokenizer`; None where the model comes with its own."""
     model, spec = config.model, config.data.tokenizer
     if spec is None or model.hf is not None or model.init is not None:
@@ -68,18 +68,18 @@ def tokenizer_vocab(config: FinetuneConfig) -> int | None:
     return tokenizer.load(spec).vocab_size
 
 
-def check_files(config: FinetuneConfig) -> None:
-    """Errors: one `DataError` that lists what is missing or of another kind, as far as the first row
-    of each file tells; the configuration is checked and resolved. The ranks read all rows before
+def check_chat_files(config: FinetuneConfig) -> None:
+    """Errors: one `DataError` that lists what is missing or of another kind, as far as the first
+    row of each file tells; the configuration is checked and resolved. The ranks read all rows before
     the first step.
     """
-    problems = list(file_problems(config))
+    problems = list(chat_file_problems(config))
     if problems:
         head = [] if len(problems) == 1 else [f"{len(problems)} problems with the files:"]
         raise DataError("\n  ".join([*head, *problems]))
 
 
-def file_problems(config: FinetuneConfig) -> Iterator[str]:
+def chat_file_problems(config: FinetuneConfig) -> Iterator[str]:
     """Yields a sentence for each file, tokenizer and template that training could not use."""
     data = config.data
     try:

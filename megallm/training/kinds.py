@@ -42,16 +42,16 @@ _ROWS = (
         PretrainConfig,
         "megallm.training.pretrain",
         pretrain.RULES,
-        reading.tokenizer_vocab,
-        files.check_files,
+        reading.pretrain_tokenizer_vocab,
+        files.check_pretrain_files,
     ),
     Kind(
         "sft",
         finetune.SftConfig,
         "megallm.training.sft",
         finetune_rules.SFT,
-        finetune.tokenizer_vocab,
-        finetune.check_files,
+        finetune.chat_vocab,
+        finetune.check_chat_files,
     ),
     *(
         Kind(
@@ -59,8 +59,8 @@ _ROWS = (
             config,
             f"megallm.training.{module}",
             rules,
-            finetune.tokenizer_vocab,
-            finetune.check_files,
+            finetune.chat_vocab,
+            finetune.check_chat_files,
         )
         for name, config, module, rules in (
             ("reward", preference_config.RewardModelConfig, "reward", preference_rules.REWARD),

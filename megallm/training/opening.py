@@ -17,7 +17,8 @@ def opening(config: JobConfig, engine: Engine, begin: str) -> str:
         size += f" ({config.model.num_params(active=True) / 1e6:.1f}M for a token)"
     if sizes.frozen:
         share, each = sizes.trained / sizes.all, sizes.frozen_bytes / sizes.frozen
-        size += f" and adapters, {sizes.all / 1e6:.1f}M in all" * (sizes.all > config.model.num_params())
+        more = sizes.all > config.model.num_params()
+        size += f" and adapters, {sizes.all / 1e6:.1f}M in all" * more
         size += f", {sizes.trained / 1e6:.3g}M trained ({share:.2%}), weights and state "
         size += f"{(sizes.trained_bytes + sizes.frozen_bytes) / 2**20:.0f} MiB "
         size += f"({each:.2f} bytes a frozen parameter)"

@@ -57,8 +57,8 @@ def uses_fim(config: PretrainConfig) -> bool:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """Returns `data.tokenizer`, else the one that came with `model.hf` or `model.init`, else what the sources' own
-    metadata and the copies kept beside them say made them, else None.
+    """Returns `data.tokenizer`, else the one that came with `model.hf` or `model.init`, else what
+    the sources' own metadata and the copies kept beside them say made them, else None.
     """
     if config.data.tokenizer is not None:
         return config.data.tokenizer
@@ -70,7 +70,7 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
 
 
-def tokenizer_vocab(config: PretrainConfig) -> int | None:
+def pretrain_tokenizer_vocab(config: PretrainConfig) -> int | None:
     """Returns the largest vocabulary that the sources were made with, from their side-cars; None
     when none has one.
     """
@@ -91,7 +91,7 @@ def words_of(config: PretrainConfig) -> str | None:
     return made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint
 
 
-def need_tokenizer(config: PretrainConfig) -> str | None:
+def tokenizer_warning(config: PretrainConfig) -> str | None:
     """Returns a sentence to warn with when nothing says which tokenizer made the sources; None when
     it is known.
 

@@ -174,7 +174,12 @@ class ReferenceRun(ChatRun):
             place = "hf" if (folder / "config.json").is_file() else "init"
             model = replace(config.model.described, **{place: str(folder)})
             config = replace(config, model=model, peft=type(config.peft)())
-        config = replace(config, freeze=(), optim=type(config.optim)())
+        # Nothing of it is updated: its weights may always be divided, in any order of summation.
+        zero, train = (
+            replace(config.zero, stage=3),
+            replace(config.train, determinism="none"),
+        )
+        config = replace(config, freeze=(), optim=type(config.optim)(), zero=zero, train=train)
         return FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(mesh, None)[0]
 
     def _table(self, rows: Prepared, engine: Engine, found: Path | None) -> Table:

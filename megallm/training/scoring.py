@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,15 @@ import torch
 
 from megallm.base.errors import DataError, UsageError
 from megallm.base.files import atomic_write_text
-from megallm.checkpoint.reader import CheckpointReader
-from megallm.convert.weights import Cast
 from megallm.data.chat.answers import Answers, read_answers
 from megallm.data.chat.config import ChatDataConfig
 from megallm.data.loader import Batch
 from megallm.data.text import tokenizer
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Mesh
-from megallm.inference.generate import find_tokenizer, model_config, open_model
+from megallm.inference.generate import find_place, find_tokenizer
 from megallm.models.compute import ComputeConfig
-from megallm.peft import checkpoint, inject
-from megallm.peft.config import PeftConfig
+from megallm.peft.adapted import Adapted, open_adapted
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class ScoreRequest:
     model: str
     input: str
     output: str
+    adapter: str | None = None  # as `megallm generate` takes it
     tokenizer: str | None = None
     template: str | None = None
     strings: str = "plain"  # prompts and completions that are texts: plain, or messages
@@ -51,9 +49,9 @@ def run(request: ScoreRequest, mesh: Mesh) -> int:
     The file appears when it is whole. Errors: UsageError for a model without a score, DataError for
     rows.
     """
-    with open_model(request.model, mesh) as reader:
-        spec, folder = find_tokenizer(reader, request.tokenizer)
-        engine = load(reader, request, mesh)
+    with open_adapted(find_place(request.model, mesh), request.adapter, mesh) as opened:
+        spec, folder = find_tokenizer(opened.reader, request.tokenizer)
+        engine = load(opened, request, mesh)
     words = tokenizer.load(spec)
     known = engine.config.model
     config = ChatDataConfig(
@@ -77,23 +75,19 @@ def run(request: ScoreRequest, mesh: Mesh) -> int:
     return len(sequences)
 
 
-def load(reader: Any, request: ScoreRequest, mesh: Mesh) -> Engine:
+def load(opened: Adapted, request: ScoreRequest, mesh: Mesh) -> Engine:
     """Returns an engine with the model's weights, nothing of it trained; collective over the
     world. Errors: UsageError for another head.
     """
-    model = model_config(reader).resolve()
-    if model.head != "value":
+    if opened.model.head != "value":
         raise UsageError(
-            f"--model {request.model} has the head {model.head}, which gives no score; `megallm "
-            "reward` trains one (model.head value, *ForSequenceClassification with one label)."
+            f"--model {request.model} has the head {opened.model.head}, which gives no score; "
+            "`megallm reward` trains one (model.head value, *ForSequenceClassification with one "
+            "label)."
         )
-    config = EngineConfig(
-        model, compute=ComputeConfig(request.precision or reader.meta["precision"])
-    )
-    adapters = reader.meta.get("peft")
-    fill = None
-    if adapters is not None:
-        fill = inject.prepare_adapters(replace(_peft(adapters), dropout=0.0, adapter=None), model)
+    precision = request.precision or opened.reader.meta["precision"]
+    config = EngineConfig(opened.model, compute=ComputeConfig(precision))
+    fill = opened.prepare_adapters
 
     def prepare(stage: Any) -> None:
         if fill is not None:
@@ -101,16 +95,8 @@ def load(reader: Any, request: ScoreRequest, mesh: Mesh) -> Engine:
         stage.requires_grad_(False)
 
     engine = Engine(config, mesh, prepare)
-    if adapters is not None:
-        checkpoint.load(engine, reader)
-    else:
-        engine.fill(Cast(reader) if isinstance(reader, CheckpointReader) else reader)
+    engine.fill(opened.source)
     return engine
-
-
-def _peft(values: dict[str, Any]) -> PeftConfig:
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    return PeftConfig(**values | lists)
 
 
 def score(engine: Engine, sequences: Sequence[np.ndarray], batch: int) -> list[float]:

@@ -67,7 +67,7 @@ def model_of(source: str) -> ModelConfig:
 
 
 def tokenizer_of_model(model: ModelConfig) -> str | None:
-    """Returns the tokenizer that came with the folder that a model starts from; None without one."""
+    """Returns the tokenizer of the folder that a model starts from; None without one."""
     if model.hf is not None:
         return tokenizer_spec(Path(model.hf))
     if model.init is not None:

@@ -40,8 +40,8 @@ class Weights:
 
 @contextmanager
 def starting_weights(model: ModelConfig, mesh: Mesh) -> Iterator[Weights | None]:
-    """The weights that `model.hf` or `model.init` names; None without either. Collective over the
-    world.
+    """Opens the weights that `model.hf` or `model.init` names; None without either. Collective over
+    the world.
     """
     if model.hf is not None:
         with HfReader(model.hf, model) as source:

@@ -12,7 +12,7 @@ from megallm.oracle.compare import Verdict, frozen, run_row
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.reference import decays
 from megallm.oracle.table import FINE_TUNING, as_trainer, control_row, fits_trainer, row_named, sample_rows
-from megallm.oracle.trainers import CONTROLS_OF, TRAINERS, LAYOUTS, TRAINER_MISTAKES
+from megallm.oracle.trainers import CONTROLS_OF, LAYOUTS, TRAINER_MISTAKES, TRAINERS
 from megallm.parallel.comm import BREAKS
 from tests.oracle.test_oracle import arguments
 from tests.ranks import pool

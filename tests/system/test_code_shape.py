@@ -92,14 +92,12 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.starting": {"checkpoint.manifest", "convert.tokenizer_files"},  # the run that another starts from
     # the one place of trainers that knows adapters: they stand beside a base that is named and not written
     "training.adapters": {
-        "checkpoint.reader", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject", "peft.sources",
-        "peft.start",
+        "checkpoint.reader", "models.decoder", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject",
+        "peft.noise", "peft.sources", "peft.start",
     },
     "training.references": {"peft.reference"},  # the policy without its adapters
     # a reward model without a trainer: what `generate` finds beside weights, and adapters
-    "training.scoring": {
-        "checkpoint.reader", "convert.weights", "inference.generate", "peft.checkpoint", "peft.inject",
-    },
+    "training.scoring": {"inference.generate", "peft.adapted"},
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
     "training.rollout": {"inference.answer", "inference.samples", "inference.sampling"},  # what it asks and gets
     "training.replay": {"checkpoint.io", "checkpoint.reader"},  # old answers are a part of the state
@@ -121,19 +119,10 @@ MAX_LINES_OF = {
 }  # fmt: skip
 MAX_COLUMNS, MIN_ROWS = 100, 3
 PRAGMAS = ("# noqa", "# type: ignore", 'r"', "https://")  # r": regular expressions are not cut
-# Files whose lines are still as long as those of tests (120): tables of settings and keys, and those not mended yet.
+# Files whose lines are still as long as those of tests (120): tables of settings and keys, examples of formats.
 WIDE = {
-    "base.config", "convert.hf_config", "convert.megatron.translate", "data.indexed.dataset", "data.text.accelerated",
-    "models.config", "models.sections", "optim.config", "ops.low_precision", "curate.config",
-    "checkpoint.manifest", "curate.datatrove_blocks", "curate.report",
-    "data.megatron.order",
-}  # fmt: skip
-# Files that still leave calls or signatures unformatted.
-UNFORMATTED = {
-    "checkpoint.retention", "checkpoint.store", "convert.rules", "convert.upcycle", "convert.verify",
-    "curate.access_keys", "curate.emails", "curate.folding", "curate.report", "curate.text", "data.indexed.content",
-    "data.indexed.dataset", "data.megatron.order", "data.text.preprocess", "data.text.tokenizer",
-    "inference.generate", "inference.generator",
+    "base.config", "convert.hf_config", "convert.megatron.translate", "data.indexed.dataset", "models.config",
+    "checkpoint.manifest", "curate.config", "curate.datatrove_blocks",
 }  # fmt: skip
 DOCUMENTED = set(FLOORS) - {"oracle"}  # packages whose public functions' docstrings all begin with a verb
 _VERBS = """
@@ -450,7 +439,7 @@ def _wide_lines(node: ast.AST) -> Iterator[int]:
 @rule
 def only_tables_are_not_formatted(source: Source) -> Iterator[Finding]:
     """`# fmt: skip` stands behind a table: a collection, or a call, of several rows."""
-    if source.package == "oracle" or source.name in UNFORMATTED:
+    if source.package == "oracle":
         return
     for number, line in enumerate(source.text.splitlines(), start=1):
         if line.endswith("# fmt: skip"):

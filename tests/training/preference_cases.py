@@ -61,13 +61,13 @@ def config_of(verb: str, folder: Path, start: str, source: str, **values: Any):
     """A checked configuration of a small run in float64 whose updates are not clipped."""
     base = {
         "run.dir": str(folder), "train.steps": 3, "train.global_batch": 4, "train.micro_batch": 2,
-        "train.precision": "fp64", "optim.warmup_steps": 0, "optim.lr": 1e-2, "model.init": start, "data.tokenizer": "bytes",
-        "data.sources": {source: None}, "data.seq_len": LENGTH, "checkpoint.every": 0, "log.plot": False,
-        "eval.batches": 0,
+        "train.precision": "fp64", "optim.warmup_steps": 0, "optim.lr": 1e-2, "model.init": start,
+        "data.tokenizer": "bytes", "data.sources": {source: None}, "data.seq_len": LENGTH,
+        "checkpoint.every": 0, "log.plot": False, "eval.batches": 0,
     }  # fmt: skip
     if verb == "reward":
         base["model.head"] = "value"
-    layout = Layout(**{axis: values.get(f"layout.{axis}", 1) for axis in ("pp", "cp", "tp")}, dp=values.get("layout.dp", 1))
+    layout = Layout(**{axis: values.get(f"layout.{axis}", 1) for axis in ("pp", "dp", "cp", "tp")})
     return check(replace(KINDS[verb].config(), base | values), layout.world)
 
 

@@ -155,7 +155,7 @@ def test_a_source_without_metadata_beside_one_with_is_refused(data):
     Path("e.meta.json").unlink()
     config = load_and_check(small(data / "c.yaml", sources={"d_text_document": 1, "e": 1}), [], 1)
     with pytest.raises(DataError, match="no metadata say what made e: set data.tokenizer"):
-        reading.need_tokenizer(config)
+        reading.tokenizer_warning(config)
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "mine.json"])

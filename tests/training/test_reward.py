@@ -27,7 +27,10 @@ from tests.training.preference_cases import (
 )
 
 SHAPE = {"vocab_size": 420}
-CHAT = "{% for m in messages %}{{ m.role[:1] ~ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role[:1] ~ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")

@@ -334,7 +334,7 @@ def _check_columns(form: RowFormat, row: RawRow) -> None:
 
 
 def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]:
-    """The examples of a row. Errors: BadRow."""
+    """Returns the examples of a row. Errors: BadRow."""
     _check_columns(form, row)
     made = _fitted(form, form.build(row), reading, row)
     common: dict[str, Any] = {}

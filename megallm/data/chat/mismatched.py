@@ -53,7 +53,7 @@ class MismatchedReader(ChatReader):
     _partners: dict[str, np.ndarray] | None = None
 
     def batches(self, step: int) -> list[Arrays]:
-        """This rank's microbatches of a step."""
+        """Returns this rank's microbatches of a step."""
         return [
             own | {f"{PREFIX}{name}": array for name, array in others.items()}
             for own, others in zip(super().batches(step), self._others(step), strict=True)

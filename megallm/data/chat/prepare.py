@@ -131,8 +131,8 @@ def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate,
 
 
 def files_of(sources: Mapping[str, float | None]) -> dict[str, float | None]:
-    """File -> weight; the files of a pattern share its weight. Errors: DataError for a pattern that
-    fits no file, UsageError for a file that is named twice.
+    """Returns file -> weight; the files of a pattern share its weight. Errors: DataError for a
+    pattern that fits no file, UsageError for a file that is named twice.
     """
     found: dict[str, float | None] = {}
     for name, weight in sources.items():

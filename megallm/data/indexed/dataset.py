@@ -161,9 +161,10 @@ def _read_header(path: str, index: bytes | mmap.mmap) -> tuple[np.dtype, int, in
     wanted = _HEADER.size + 12 * sequences + 8 * entries
     if len(index) not in (wanted, wanted + sequences):
         raise _bad(
-            path, min(len(index), wanted),
+            path,
+            min(len(index), wanted),
             f"the file has {len(index)} bytes, but {sequences} sequences and {entries} document entries need {wanted}",
-        )  # fmt: skip
+        )
     return DTYPES[code], sequences, entries
 
 

@@ -84,9 +84,13 @@ def num_epochs(tokens: int, num_samples: int | None, seq_len: int) -> int:
 
 
 def build_order(
-    lengths: np.ndarray, sequences: Sequence[int] | np.ndarray, num_samples: int | None, seq_len: int, seed: int,
+    lengths: np.ndarray,
+    sequences: Sequence[int] | np.ndarray,
+    num_samples: int | None,
+    seq_len: int,
+    seed: int,
     native: bool | None = None,
-) -> Order:  # fmt: skip
+) -> Order:
     """Returns index arrays for at least `num_samples` samples (None: one epoch) out of `sequences`.
 
     lengths: int32 [all sequences of the file], tokens; sequences: indices into it.

@@ -37,7 +37,9 @@ BACKENDS = (AUTO, FAST, PLAIN)
 CACHE = "~/.cache/megallm/gigatoken"  # verdicts of `first_difference`
 _CHECK = 1  # changes with what is compared
 _LOOK_BYTES = 16 << 20  # of text, after which the size of the process is looked at
-_GROWN_BYTES = 192 << 20  # that a process may have grown by before the cache of words is dropped: most text never does
+_GROWN_BYTES = (
+    192 << 20
+)  # that a process may have grown by before the cache of words is dropped: most text never does
 _LONG = 512  # characters of a text, on average
 _OWN_TOKENS = 4096  # of the vocabulary, whose texts are compared
 _PROBES = (
@@ -64,7 +66,10 @@ class AcceleratedTokenizer(FolderTokenizer):
         kept = [token for token in self.added_tokens if not token.get("special")]
         # Found wherever they are written, however `tokenizers` would look for them: a text that
         # holds one goes there.
-        bare = [token | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) for token in kept]
+        bare = [
+            token | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+            for token in kept
+        ]
         self._bare = dumps({**self._definition, "added_tokens": bare, "post_processor": None})
         self._added = np.array(sorted({token["id"] for token in kept}), np.int64)
         self._renew()
@@ -117,7 +122,9 @@ class AcceleratedTokenizer(FolderTokenizer):
         if self._normal_form is not None:
             form = self._normal_form
             left.update(
-                i for i, text in enumerate(texts) if not text.isascii() and not unicodedata.is_normalized(form, text)
+                i
+                for i, text in enumerate(texts)
+                if not text.isascii() and not unicodedata.is_normalized(form, text)
             )
         if self._added.size:
             places = np.flatnonzero(np.isin(ids, self._added))
@@ -137,7 +144,7 @@ def accelerate(plain: FolderTokenizer) -> AcceleratedTokenizer | str:
     try:
         fast = AcceleratedTokenizer(plain, module)
         difference = _known_difference(plain, fast)
-    except Exception as error:  # boundary: whatever a compiled library raises for a definition it cannot use
+    except Exception as error:  # boundary: whatever a compiled library raises for a definition
         plain.check()
         return f"gigatoken cannot use this tokenizer ({' '.join(str(error).split())[:200]})"
     fast.by_tokenizers = 0
@@ -154,7 +161,9 @@ def unprovable(definition: dict[str, Any]) -> str:
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "subword prefixes or suffixes"
     vocab = model.get("vocab")
-    whole = [f"<0x{byte:02X}>" for byte in range(256)] if model.get("byte_fallback") else BYTE_SYMBOLS
+    whole = (
+        [f"<0x{byte:02X}>" for byte in range(256)] if model.get("byte_fallback") else BYTE_SYMBOLS
+    )
     if not isinstance(vocab, dict) or not all(symbol in vocab for symbol in whole):
         return "a vocabulary that lacks bytes"
     kinds = [step.get("type") for step in steps_of(normalizer)]
@@ -187,7 +196,10 @@ def _known_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer) -> str
     key = json.dumps([_CHECK, plain.digest, versions()])
     path = None
     with suppress(RuntimeError):  # nobody's home is known
-        path = Path(CACHE).expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+        path = (
+            Path(CACHE).expanduser()
+            / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+        )
     if path is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +215,9 @@ def _known_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer) -> str
     return found
 
 
-def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: Sequence[str]) -> str | None:
+def first_difference(
+    plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: Sequence[str]
+) -> str | None:
     """Returns the first text that the two turn into different ids."""
     ids, lengths = fast.encode_joined(texts)
     begins = np.cumsum(lengths) - lengths
@@ -241,7 +255,10 @@ def libraries(encoder: Any, backend: str) -> list[str]:
     if encoder.kind == BYTES:
         return [f"megallm {VERSION}"]
     names = [PLAIN] if isinstance(encoder, FolderTokenizer) else [encoder.kind]
-    return [f"{name} {metadata.version(name)}" for name in ([FAST, *names] if backend == FAST else names)]
+    return [
+        f"{name} {metadata.version(name)}"
+        for name in ([FAST, *names] if backend == FAST else names)
+    ]
 
 
 def _probes(plain: FolderTokenizer) -> list[str]:

@@ -281,9 +281,10 @@ class _Output:
         self.config, self._work, keys = config, work, config.json_keys
         self._made_from = made_from
         self.stats = Stats(
-            empty=dict.fromkeys(keys, 0), tokens=dict.fromkeys(keys, 0),
+            empty=dict.fromkeys(keys, 0),
+            tokens=dict.fromkeys(keys, 0),
             outputs={key: config.prefix(key) for key in keys},
-        )  # fmt: skip
+        )
         saved = work.state or {}
         self.place: list[int] = saved.get("place", [0, 0])
         self._next_line: int = saved.get("next_line", 1)

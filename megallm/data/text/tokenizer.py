@@ -407,9 +407,11 @@ def train_bpe(
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        show_progress=False,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     found = sample.texts(inputs, options or readers.ReadOptions())
     bpe.train_from_iterator((piece for text in found for piece in split_long_text(text)), trainer)
     if not sample.text_bytes:

@@ -17,7 +17,7 @@ from megallm.training.starting import tokenizer_of_model
 HEADS = ("lm", "classification", "value")
 
 
-def sections(config: FinetuneConfig) -> Iterator[Problem]:
+def chat_sections(config: FinetuneConfig) -> Iterator[Problem]:
     """Yields what is wrong with the sections `data` and `peft` themselves, and with `freeze`."""
     for sentence in config.data.faults():
         yield Problem("chat_data", sentence)
@@ -29,7 +29,7 @@ def sections(config: FinetuneConfig) -> Iterator[Problem]:
             yield Problem("freeze", f"freeze: '{pattern}' {problem}.")
 
 
-def unfilled(config: FinetuneConfig) -> Iterator[Problem]:
+def unfilled_chat(config: FinetuneConfig) -> Iterator[Problem]:
     """Yields paths that a script's author left to be filled in."""
     data = config.data
     sources = [("data.sources", name) for name in data.sources]
@@ -38,7 +38,7 @@ def unfilled(config: FinetuneConfig) -> Iterator[Problem]:
     yield from placeholders([*paths, *sources])
 
 
-def need_tokenizer(config: FinetuneConfig) -> Iterator[Problem]:
+def named_tokenizer(config: FinetuneConfig) -> Iterator[Problem]:
     """Yields a tokenizer that nobody names."""
     if config.data.tokenizer is not None:
         return
@@ -61,7 +61,7 @@ def need_base(config: FinetuneConfig) -> Iterator[Problem]:
         yield Problem("base", f"{sentence}model.init.", ({"peft.method": "none"},))
 
 
-def sequence(facts: Facts) -> Iterator[Problem]:
+def chat_lengths(facts: Facts) -> Iterator[Problem]:
     """Yields lengths that the layout refuses for packed rows, and the model's positions for any."""
     data = facts.config.data
     for problem in row_length(facts, data.seq_len):
@@ -83,7 +83,7 @@ def objective(facts: Facts) -> Iterator[Problem]:
         yield Problem("objective", sentence, ({"sft.dft": False},))
 
 
-def inferred(config: FinetuneConfig) -> dict[str, Any]:
+def chat_inferred(config: FinetuneConfig) -> dict[str, Any]:
     """Returns the seed of the data, the run's, and their tokenizer, the model's, where none is
     given.
     """
@@ -96,12 +96,12 @@ def inferred(config: FinetuneConfig) -> dict[str, Any]:
 
 
 # Of every trainer on conversations; one of its own adds to them, as SFT does.
-GIVEN = (sections, unfilled, need_tokenizer, need_base)
-RESOLVED = {sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions")}
+GIVEN = (chat_sections, unfilled_chat, named_tokenizer, need_base)
+RESOLVED = {chat_lengths: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions")}
 RANGES = {"data.seed": SEED, "data.seq_len": COUNT, "data.window": COUNT}
 SFT = Rules(
     GIVEN,
     RESOLVED | {objective: ("model.head",)},
     RANGES | {"sft.neftune_alpha": NOT_NEGATIVE},
-    inferred,
+    chat_inferred,
 )

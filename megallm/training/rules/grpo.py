@@ -124,7 +124,7 @@ def language(facts: Facts) -> Iterator[Problem]:
 
 def inferred(config: GrpoConfig) -> dict[str, Any]:
     """Returns what every trainer on conversations fills in."""
-    return finetune.inferred(config)
+    return finetune.chat_inferred(config)
 
 
 _GIVEN = (*finetune.GIVEN, rewards, groups, divergence, old_answers, alone)

@@ -110,7 +110,7 @@ def inferred_of_reward(config: RewardModelConfig) -> dict[str, Any]:
     """Returns what every trainer fills in; beside adapters the head is trained in full, which a
     language model has no weights for.
     """
-    found = finetune.inferred(config)
+    found = finetune.chat_inferred(config)
     if config.peft.method != "none" and not config.peft.modules_to_save:
         found["peft.modules_to_save"] = ("head",)
     return found
@@ -131,7 +131,7 @@ DPO = Rules(
         "dpo.discopop_tau": Range(above=0, high=1e6),
         "dpo.watch_steps": NOT_NEGATIVE,
     },
-    finetune.inferred,
+    finetune.chat_inferred,
 )
 KTO = Rules(
     (*finetune.GIVEN, reference),
@@ -144,7 +144,7 @@ KTO = Rules(
         "kto.undesirable_weight": NOT_NEGATIVE,
         "kto.watch_steps": NOT_NEGATIVE,
     },
-    finetune.inferred,
+    finetune.chat_inferred,
 )
 REWARD = Rules(
     (*finetune.GIVEN, pairs_of_ranked),

@@ -161,7 +161,7 @@ def split(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem("split", sentence, ({"eval.batches": 0, "eval.every": 0}, *fixes))
 
 
-def sequence(facts: Facts) -> Iterator[Problem]:
+def pretrain_sequence(facts: Facts) -> Iterator[Problem]:
     """Yields lengths of rows that the layout or the model's positions refuse."""
     data = facts.config.data
     yield from row_length(facts, data.seq_len)
@@ -244,7 +244,7 @@ def objectives(facts: Facts) -> Iterator[Problem]:
         )
 
 
-def inferred(config: PretrainConfig) -> dict[str, Any]:
+def inferred_pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Returns the seed of the data, which is the run's unless it has one of its own."""
     return {"data.seed": config.run.seed if config.data.seed is None else config.data.seed}
 
@@ -254,7 +254,7 @@ _MASKING = tuple(f"data.masking.{name}" for name in ("rate", "masked", "random")
 RULES = Rules(
     given=(split, sources, unfilled_data, segments),
     resolved={
-        sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
+        pretrain_sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
         further: ("model.mtp.depth", "data.seq_len"),
         objectives: (*_MASKING, "data.fim.rate", "model.head"),
     },
@@ -270,5 +270,5 @@ RULES = Rules(
         "data.fim.rate": Range(low=0, high=1),
         "data.fim.spm": Range(low=0, high=1),
     },
-    inferred=inferred,
+    inferred=inferred_pretrain,
 )
