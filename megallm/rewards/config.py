@@ -23,7 +23,7 @@ class RewardConfig:
     on_error: Literal["stop", "zero", "none"] = "stop"  # a function fails: end the run, reward 0, or no reward
 
     def faults(self) -> Iterator[str]:
-        """Sentences about what is wrong with the section itself."""
+        """Yields sentences about what is wrong with the section itself."""
         if not self.functions:
             yield (
                 "reward.functions is empty: name at least one function with its weight, such as "

@@ -130,7 +130,7 @@ class _Worker:
         return f"it ended its process with exit status {code}"
 
     def end(self) -> None:
-        """Kill the process and all that it started."""
+        """Ends the process and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -106,7 +106,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 
-# 38,000 lines and 300 settings were planned; with seven trainers and lines of at most 100 columns it is more (docs/log.md).
+# 38,000 lines and 300 settings were planned; with seven trainers, at 100 columns a line, it is more (docs/log.md).
 # A package's own budget is a ratchet with room for what is planned.
 MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 44_000, 2_000, 340
 MAX_LINES_OF = {
