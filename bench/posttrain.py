@@ -6,9 +6,10 @@ a round (`bench/ratio.py`). Memory is the peak of the process above what it had 
 
     python bench/posttrain.py [--cases lora-15M lora-135M dpo-15M] [--rounds 5] [--json]
 
-`lora` trains every label; `dpo` the second half of each row, with the reference by the adapter switched off; `qlora`
+`lora` trains every label of full rows; `sft` rows of uneven lengths, of which the second half counts, packed by us
+and padded by transformers; `dpo` the second half of full rows, with the reference by the adapter switched off; `qlora`
 is our LoRA with the base in 4 bit beside PEFT's with the base in fp32. On transformers' side this is what TRL's
-trainers do: forward passes with whole logits, then the log-probabilities of the labels.
+trainers do by default: whole logits, then the loss of the labels.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ SHAPES = {
              "vocab_size": 49152, "tie_embeddings": True},
 }  # fmt: skip
 # Rows and tokens of a microbatch.
-CASES = {"lora-15M": (4, 256), "qlora-15M": (4, 256), "dpo-15M": (8, 128), "lora-135M": (1, 256), "dpo-135M": (2, 128)}
+CASES = {
+    "lora-15M": (4, 256), "sft-15M": (8, 256), "qlora-15M": (4, 256), "dpo-15M": (8, 128), "lora-135M": (1, 256),
+    "sft-135M": (4, 256), "dpo-135M": (2, 128),
+}  # fmt: skip
 LR, BETA, DIM, ALPHA, SEED = 1e-3, 0.1, 16, 32.0, 1
 THEIRS = {
     "attention.q": ["self_attn.q_proj"], "attention.kv": ["self_attn.k_proj", "self_attn.v_proj"],
@@ -55,18 +59,29 @@ def tokens_of(case: str, step: int) -> Any:
     return torch.randint(SHAPES[size]["vocab_size"], (rows, length + 1), generator=draw)
 
 
-def answers(case: str) -> Any:
+def lengths(case: str, step: int) -> Any:
+    """How many tokens each row of a step has."""
+    import torch
+
+    rows, most = CASES[case]
+    draw = torch.Generator().manual_seed(100 + step % 8)
+    if case.startswith("sft"):
+        return torch.randint(most // 8, most + 1, (rows,), generator=draw)
+    return torch.full((rows,), most)
+
+
+def answers(case: str, step: int) -> Any:
     """Which labels `[rows, T]` count."""
     import torch
 
-    mask = torch.ones(CASES[case], dtype=torch.bool)
-    if case.startswith("dpo"):
-        mask[:, : mask.shape[1] // 2] = False
-    return mask
+    ends, places = lengths(case, step)[:, None], torch.arange(CASES[case][1])
+    return (places < ends) & (places >= (0 if "lora" in case else ends // 2))
 
 
 def ours(case: str) -> Step:
     """The engine, as `megallm sft` and `megallm dpo` drive it."""
+    import torch
+
     from megallm.engine.engine import Engine
     from megallm.launch.process import keep_memory
     from megallm.losses.language import NextToken
@@ -79,13 +94,17 @@ def ours(case: str) -> Step:
     wanted = peft_config(case)
     prepare = prepare_adapters(wanted, model_config(case.rpartition("-")[2]))
     engine = Engine.build(engine_config(case), Mesh.single(), prepare)
-    mask, dpo = answers(case), case.startswith("dpo")
-    positions, loss = tokens_of(case, 0)[:, :-1] * 0, Preference(beta=BETA) if dpo else NextToken()
-    positions += positions.new_tensor(range(positions.shape[1]))
+    dpo = case.startswith("dpo")
+    loss = Preference(beta=BETA) if dpo else NextToken()
+    positions = torch.arange(CASES[case][1]).expand(CASES[case])
 
     def step(number: int) -> float:
-        text = tokens_of(case, number)
+        text, mask = tokens_of(case, number), answers(case, number)
         batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions, "mask": mask}
+        if case.startswith("sft"):
+            ends = lengths(case, number)
+            batch = {name: x[positions < ends[:, None]][None] for name, x in batch.items()}
+            batch["cu_seqlens"] = torch.cat((ends.new_zeros(1), ends.cumsum(0))).to(torch.int32)
         if dpo:
             with off(engine):
                 batch["ref_log_probs"] = engine.log_probs([batch])[0]
@@ -171,23 +190,25 @@ def transformers(case: str) -> Step:
     model = their_model(case).train()
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    mask = answers(case)
 
-    def log_probs(text: torch.Tensor) -> torch.Tensor:
+    def log_probs(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=text[:, :-1], use_cache=False).logits
         chosen = torch.log_softmax(logits, -1).gather(-1, text[:, 1:, None])[..., 0]
         return (chosen * mask).sum(-1)
 
     def step(number: int) -> float:
-        text = tokens_of(case, number)
+        text, mask = tokens_of(case, number), answers(case, number)
         if case.startswith("dpo"):
             with torch.no_grad(), model.disable_adapter():
-                reference = log_probs(text)
-            chosen, rejected = (log_probs(text) - reference).view(-1, 2).unbind(1)
+                reference = log_probs(text, mask)
+            chosen, rejected = (log_probs(text, mask) - reference).view(-1, 2).unbind(1)
             loss = -F.logsigmoid(BETA * (chosen - rejected)).mean()
         else:
-            logits = model(input_ids=text[:, :-1], use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+            longest = int(lengths(case, number).max())
+            seen = torch.arange(longest) < lengths(case, number)[:, None]
+            ids, labels = text[:, :longest], text[:, 1 : longest + 1].masked_fill(~mask[:, :longest], -100)
+            logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -250,7 +271,7 @@ def compare(case: str, rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["lora-15M", "qlora-15M", "dpo-15M", "lora-135M"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["lora-15M", "sft-15M", "qlora-15M", "dpo-15M"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", help=argparse.SUPPRESS)

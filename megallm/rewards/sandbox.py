@@ -257,7 +257,7 @@ class _Box:
             self.init = os.pidfd_open(json.loads(_line(status[0]))["child-pid"])
 
     def end(self) -> None:
-        """Kills every process of the sandbox, by the first one of its pid namespace."""
+        """Ends every process of the sandbox, by the first one of its pid namespace."""
         if self.process.poll() is None:
             self.process.kill()  # with --die-with-parent it takes the namespace with it
         self.process.wait()

@@ -11,7 +11,7 @@ from typing import Any
 WINDOW = 5  # steps that a figure is averaged over
 QUIET = 50  # steps before the same warning is given again
 
-Figures = Mapping[str, float]
+StepFigures = Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from megallm.run.rows import read_rows
 from megallm.training.adapters import FrozenBase
 from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.collapse import CollapseMonitor
-from megallm.training.grpo_trainer import Feeds, GrpoTrainer, Reference
+from megallm.training.grpo_trainer import Feeds, GrpoTrainer, PolicyReference
 from megallm.training.loop import Loop
-from megallm.training.reward_calls import Scorer
+from megallm.training.reward_calls import RewardCaller
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Codec, Experience, Rollouts
 from megallm.training.supervised import open_run
@@ -55,7 +55,7 @@ class GrpoRun(ChatRun):
 
     identity = GrpoIdentity
     config: GrpoConfig
-    reference: Reference | None = None
+    reference: PolicyReference | None = None
     found: Path | None = None  # the checkpoint that the run goes on from
 
     @property
@@ -71,7 +71,7 @@ class GrpoRun(ChatRun):
             self.reference = self._reference(engine)
         return engine, begin
 
-    def _reference(self, engine: Engine) -> Reference:
+    def _reference(self, engine: Engine) -> PolicyReference:
         """The policy without its adapters, or a model of its own, whose weights are frozen."""
         given, config = self.config.rl.kl.reference, self.config
         plain = config.peft.adapter is None and not config.peft.modules_to_save
@@ -101,7 +101,7 @@ class GrpoRun(ChatRun):
 
         return apart
 
-    def rollouts(self, engine: Engine, scorer: Scorer) -> Rollouts:
+    def rollouts(self, engine: Engine, scorer: RewardCaller) -> Rollouts:
         """Returns what answers prompts."""
         config = self.config
         stops = (*self.rows.template.stops, *config.sampling.stop)
@@ -233,7 +233,7 @@ def run_policy(
     """Train a policy on rewards; collective over the world. See `open_run`."""
     config = job.config
     with open_run(job, mesh, resume, own_log, allowed) as opened, ExitStack() as stack:
-        scorer = stack.enter_context(Scorer(mesh, lambda: build(config.reward)))
+        scorer = stack.enter_context(RewardCaller(mesh, lambda: build(config.reward)))
         rollouts, ledger = job.rollouts(opened.engine, scorer), opened.ledger
         tell: dict[str, Any] = {}
         if mesh.rank == 0:

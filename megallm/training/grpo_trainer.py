@@ -46,10 +46,10 @@ COARSE = 0.1  # the same for narrower types
 STALE = "rollout.stale"  # a negative control: the answers of the step before are taken for new ones
 
 # The reference model: an engine inside a context.
-Reference = Callable[[], AbstractContextManager[Engine]]
+PolicyReference = Callable[[], AbstractContextManager[Engine]]
 
 
-def loss_of(rl: RlConfig, max_new_tokens: int, temperature: float) -> Policy:
+def policy_loss_of(rl: RlConfig, max_new_tokens: int, temperature: float) -> Policy:
     """Returns the loss of an algorithm with what the configuration says otherwise."""
     given = {key: vars(rl)[key] for key in ("low", "high", "dual_clip", "opsm")}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -88,14 +88,14 @@ class GrpoTrainer:
         config: GrpoConfig,
         rollouts: Rollouts,
         feeds: Feeds,
-        reference: Reference | None,
+        reference: PolicyReference | None,
         ledger: Mapping[str, Any],
         identity: dict[str, Any],
     ) -> None:
         self.config, self.rollouts, self.feeds = config, rollouts, feeds
         self.engine, self.reference, self.identity = rollouts.engine, reference, identity
         sampling, rl, train = config.sampling, config.rl, config.train
-        self.loss = loss_of(rl, sampling.max_new_tokens, sampling.temperature)
+        self.loss = policy_loss_of(rl, sampling.max_new_tokens, sampling.temperature)
         dtype = torch.float64 if train.precision == "fp64" else torch.float32
         multiple = 2 * config.layout.cp * config.layout.tp
         self.rows = ResponseRows(self.engine, train.micro_batch, multiple, rl.packing, dtype)

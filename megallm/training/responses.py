@@ -55,7 +55,7 @@ class Response:
         return len(self.prompt) + len(self.tokens) - 1
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where the predictions of an answer's tokens stand in a microbatch: `row`, from `begin`."""
 
     row: int
@@ -117,11 +117,11 @@ class ResponseRows:
         longest = max(longest, 1)
         return self.engine.mine(micros), -(-longest // self.multiple) * self.multiple
 
-    def _places(self, micro: Sequence[Response | None]) -> list[Place]:
+    def _places(self, micro: Sequence[Response | None]) -> list[RowPlace]:
         before, made = 0, []
         for row, answer in enumerate(micro):
             first = 0 if answer is None else len(answer.prompt) - 1
-            made.append(Place(0, before + first) if self.packing else Place(row, first))
+            made.append(RowPlace(0, before + first) if self.packing else RowPlace(row, first))
             before += 0 if answer is None else answer.size
         return made
 

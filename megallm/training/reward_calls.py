@@ -44,7 +44,7 @@ class Scores:
     extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
-class Scorer:
+class RewardCaller:
     """Calls reward functions, which `make` makes on rank 0; `names` and `weights` are theirs.
 
     All calls are collective over the world, and raise RewardError or UsageError on all ranks when a
@@ -95,7 +95,7 @@ class Scorer:
         if self._functions is not None:
             self._functions.close()
 
-    def __enter__(self) -> Scorer:
+    def __enter__(self) -> RewardCaller:
         return self
 
     def __exit__(self, *ending: object) -> None:

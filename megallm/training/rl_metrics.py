@@ -36,20 +36,20 @@ class Phases:
         return {f"perf/{name}_seconds": value for name, value in self.seconds.items()}
 
 
-def known(values: Floats) -> Floats:
+def known_rewards(values: Floats) -> Floats:
     """Returns those that are not NaN."""
     return values[~np.isnan(values)]
 
 
 def mean(values: Floats) -> float | None:
     """Returns the mean of what is known, None of nothing."""
-    left = known(np.asarray(values, np.float64))
+    left = known_rewards(np.asarray(values, np.float64))
     return float(left.mean()) if left.size else None
 
 
 def spread(values: Floats) -> float:
     """Returns the unbiased deviation of what is known, 0 of fewer than two."""
-    left = known(values)
+    left = known_rewards(values)
     return float(left.std(ddof=1)) if left.size > 1 else 0.0
 
 

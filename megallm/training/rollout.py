@@ -20,7 +20,7 @@ from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
 from megallm.rewards.samples import Completion
 from megallm.training.responses import Response
-from megallm.training.reward_calls import Scorer
+from megallm.training.reward_calls import RewardCaller
 from megallm.training.rl_config import SamplingConfig
 from megallm.training.rl_metrics import Phases
 
@@ -112,7 +112,7 @@ class Rollouts:
     """
 
     def __init__(
-        self, engine: Engine, config: SamplingConfig, codec: Codec, scorer: Scorer, seed: int
+        self, engine: Engine, config: SamplingConfig, codec: Codec, scorer: RewardCaller, seed: int
     ) -> None:
         self.engine, self.config, self.codec, self.scorer = engine, config, codec, scorer
         self.sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)

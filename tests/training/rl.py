@@ -17,7 +17,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.rewards.samples import Completion
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer
-from megallm.training.reward_calls import Scorer
+from megallm.training.reward_calls import RewardCaller
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Codec, Rollouts
 from tests.engine.tiny import engine_of
@@ -115,7 +115,7 @@ def trainer_of(
     mesh = mesh or Mesh.single()
     config = config_of(mesh.layout, **changes)
     engine = engine or engine_of(mesh, model=MODEL, optim=OPTIM, precision=config.train.precision)
-    scorer = Scorer(mesh, functions)
+    scorer = RewardCaller(mesh, functions)
     rollouts = Rollouts(engine, config.sampling, Codec.of(Words(), ()), scorer, config.run.seed)
     feeds = Feeds(Sums(config.prompts), lambda: Sums(10))
     return GrpoTrainer(config, rollouts, feeds, reference, ledger or {}, {})

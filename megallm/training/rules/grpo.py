@@ -12,7 +12,7 @@ from megallm.training.rules.problem import Facts, Problem, Rules
 from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, Range
 
 
-def rewards(config: GrpoConfig) -> Iterator[Problem]:
+def reward_rules(config: GrpoConfig) -> Iterator[Problem]:
     """Yields what is wrong with the section `reward`."""
     for sentence in config.reward.faults():
         yield Problem("reward", sentence)
@@ -127,7 +127,7 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.chat_inferred(config)
 
 
-_GIVEN = (*finetune.GIVEN, rewards, groups, divergence, old_answers, alone)
+_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone)
 RULES = Rules(
     (*_GIVEN, without_critic),
     finetune.RESOLVED
