@@ -11,7 +11,7 @@ FROM nvidia/cuda:${CUDA}-cudnn-devel-ubuntu${UBUNTU} AS base
 ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        build-essential ca-certificates git libibverbs1 ninja-build python3 python3-dev python3-pip python3-venv \
+        bubblewrap build-essential ca-certificates git libibverbs1 ninja-build python3 python3-dev python3-pip python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 ARG PIP_INDEX_URL
@@ -53,7 +53,7 @@ COPY setup.py pyproject.toml README.md LICENSE ./
 COPY csrc csrc
 COPY megallm megallm
 # With build isolation: kenlm has no wheel, and its build wants packages of its own. The torch above satisfies megallm.
-RUN pip install ".[gpu,data]" && rm -rf build && megallm doctor --json > /opt/megallm/doctor.json
+RUN pip install ".[gpu,data,rewards]" && rm -rf build && megallm doctor --json > /opt/megallm/doctor.json
 COPY examples examples
 COPY tools tools
 COPY docs docs

@@ -114,6 +114,7 @@ setup(
             "selectolax>=0.4",
             "datatrove>=0.10",
         ],
+        "rewards": ["math-verify[antlr4-13-2]>=0.9", "reasoning-gym>=0.1.25"],
         "bench": ["transformers>=4.57", "deepspeed==0.19.8", "datatrove>=0.10", "spacy>=3.7"],
         "test": [
             "pytest>=8.2",
@@ -130,6 +131,8 @@ setup(
             "pybind11>=2.11",
             "ruff>=0.8",
             "bitsandbytes>=0.50",
+            "math-verify[antlr4-13-2]>=0.9",
+            "reasoning-gym>=0.1.25",
         ],
     },
 )

@@ -38,26 +38,23 @@ def prompts(load: str, vocab: int) -> list[list[int]]:
 
 
 def ours(size: str):
-    """A function that continues prompts, with this checkout's generator or an older one's."""
+    """A function that continues prompts with the generator of this checkout, or of the one that runs this file."""
     from megallm.engine.config import EngineConfig
     from megallm.engine.engine import Engine
-    from megallm.inference import generator as module
     from megallm.inference.answer import Answer, Ending
+    from megallm.inference.generator import Generator
+    from megallm.inference.samples import Request
     from megallm.inference.sampling import Sampling
     from megallm.models.config import ModelConfig
     from megallm.parallel.mesh import Mesh
 
-    if "Job" in vars(module):
-        request = module.Job
-    else:
-        from megallm.inference.samples import Request as request
     config = EngineConfig(model=ModelConfig(family="llama", **SIZES[size]).resolve(), seed=1)  # fp32
     engine = Engine.build(config, Mesh.single())
 
     def run(texts: list[list[int]], temperature: float) -> int:
-        asked = [request(n, list(text), Answer(Ending(NEW))) for n, text in enumerate(texts)]
+        asked = [Request(n, list(text), Answer(Ending(NEW))) for n, text in enumerate(texts)]
         with engine.parameters.gathered():
-            module.Generator(engine.model, len(texts)).generate(asked, Sampling(NEW, temperature))
+            Generator(engine.model, len(texts)).generate(asked, Sampling(NEW, temperature))
         return sum(len(each.answer.tokens) for each in asked)
 
     return run

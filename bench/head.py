@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.models.heads import counted_tokens, put_back, select
+from megallm.models.heads import counted_tokens, put_back, select_counted
 from megallm.ops.cross_entropy import Projection
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.vocab import Wanted, fused_scores, label_scores
@@ -51,7 +51,7 @@ def losses(way: str, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -label_scores(F.linear(hidden, weight), labels, mesh, vocab)["log_prob"].sum()
     mask = torch.arange(labels.numel()).view(labels.shape) * 37 % 100 < int(percent or 100)
     counted = counted_tokens(mask, hidden.device)
-    rows, own = select(hidden, counted), select(labels, counted)
+    rows, own = select_counted(hidden, counted), select_counted(labels, counted)
     found = fused_scores(rows, Projection(weight), own, mesh, vocab, BOTH if name == "entropy" else Wanted())
     found = {key: put_back(values, counted, labels.shape) for key, values in found.items()}
     return 0.01 * found.get("entropy", torch.zeros(())).sum() - found["log_prob"].sum()

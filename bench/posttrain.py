@@ -87,12 +87,13 @@ def ours(case: str) -> Step:
     from megallm.losses.language import NextToken
     from megallm.losses.preference import Preference
     from megallm.parallel.mesh import Mesh
-    from megallm.peft.inject import prepare
+    from megallm.peft.inject import prepare_adapters
     from megallm.peft.reference import off
 
     keep_memory()
     wanted = peft_config(case)
-    engine = Engine.build(engine_config(case), Mesh.single(), prepare(wanted, model_config(case.rpartition("-")[2])))
+    prepare = prepare_adapters(wanted, model_config(case.rpartition("-")[2]))
+    engine = Engine.build(engine_config(case), Mesh.single(), prepare)
     dpo = case.startswith("dpo")
     loss = Preference(beta=BETA) if dpo else NextToken()
     positions = torch.arange(CASES[case][1]).expand(CASES[case])
@@ -137,7 +138,7 @@ def their_model(case: str) -> Any:
     from megallm.models.parallel_model import ParallelModel
     from megallm.parallel.config import LayoutConfig
     from megallm.parallel.mesh import Mesh
-    from megallm.peft.inject import prepare
+    from megallm.peft.inject import prepare_adapters
 
     config = model_config(case.rpartition("-")[2])
     theirs = LlamaForCausalLM(
@@ -151,7 +152,7 @@ def their_model(case: str) -> Any:
     targets = [name.rpartition(".")[2] for names in THEIRS.values() for name in names if "proj" in name]
     theirs = get_peft_model(theirs, LoraConfig(r=DIM, lora_alpha=ALPHA, target_modules=targets))
     params = dict(theirs.named_parameters())
-    wanted = prepare(peft_config("lora"), config)
+    wanted = prepare_adapters(peft_config("lora"), config)
     with torch.no_grad():
         entries = ParallelModel(config, LayoutConfig(), ComputeConfig(), Mesh.single(), wanted).entries()
         for name, _, shard, _ in entries:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Best effort: install what some tests need and nothing else does. From Debian a real Slurm, network namespaces and shells;
+# Best effort: install what some tests need and nothing else does. From Debian a real Slurm, network namespaces, shells and bubblewrap;
 # into .venv the libraries that curation can use and the Dockerfile's linter. Always succeeds; tests whose facility is
 # missing are skipped and say so. MEGALLM_FACILITIES=no leaves the machine and .venv alone.
 set -uo pipefail
@@ -12,8 +12,8 @@ log=$(mktemp)
 missing() { echo "*** tests/install_facilities.sh: $1; their tests are skipped. ***"; }
 
 from_debian() {
-  local packages=(slurmctld slurmd slurm-client munge iproute2 iptables zsh fish) lacking=() name
-  for name in slurmctld slurmd sbatch munged ip iptables zsh fish; do
+  local packages=(slurmctld slurmd slurm-client munge iproute2 iptables zsh fish bubblewrap) lacking=() name
+  for name in slurmctld slurmd sbatch munged ip iptables zsh fish bwrap; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$name" > /dev/null || lacking+=("$name")
   done
   [ ${#lacking[@]} -eq 0 ] && return

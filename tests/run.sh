@@ -17,6 +17,6 @@ if [ $# -gt 0 ]; then
   exec "$python" -m pytest -q -rs "$@"
 fi
 status=0
-"$python" -m pytest -q --without-extension tests/data/test_{data_bookmarks,data_bounds,data_megatron_blends,data_order,data_objective,data_rows,data_samples,data_stream,chat_engine,chat_reader}.py || status=$?
+"$python" -m pytest -q --without-extension tests/data/test_{data_bounds,data_megatron_blends,data_order,data_objective,data_rows,data_samples,data_state_cache,data_stream,chat_engine,chat_reader}.py || status=$?
 "$python" -m pytest -q -rs "${parallel[@]}" || status=$?
 exit $status

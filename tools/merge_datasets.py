@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megallm.base.errors import MegallmError, UsageError
-from megallm.data.indexed.dataset import merge
+from megallm.data.indexed.dataset import merge_datasets
 
 
 def prefixes(inputs: list[str]) -> list[str]:
@@ -28,7 +28,7 @@ def run() -> int:
     parser.add_argument("--output-prefix", "--output", required=True)
     args = parser.parse_args()
     try:
-        print(json.dumps(merge(prefixes(args.input), args.output_prefix)))
+        print(json.dumps(merge_datasets(prefixes(args.input), args.output_prefix)))
     except MegallmError as error:
         print(f"merge_datasets: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -89,7 +89,8 @@ def load(cls: type[Config], path: str | Path | None, overrides: Iterable[str] = 
 
 
 def loads(cls: type[Config], text: str, name: str = "text") -> Config:
-    """`load` from a string; `name` stands for the file in messages."""
+    """Reads a configuration, as `load` does, from a string; `name` stands for the file in messages.
+    """
     problems: list[str] = []
     config = _build(cls, cls, _parse(text, name, problems), "", problems)
     raise_problems(problems)
@@ -112,7 +113,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """YAML that `load` turns into an equal configuration."""
+    """Returns YAML that `load` turns into an equal configuration."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -13,7 +13,9 @@ GIB = 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: allocated on a GPU, resident set of the process on a CPU."""
+    """Returns the most memory held so far: allocated on a GPU, resident set of the process on a
+    CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
@@ -24,7 +26,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a known GPU, else None: a utilisation would be a guess."""
+    """Returns the dense bf16 peak of a known GPU, else None: a utilisation would be a guess."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

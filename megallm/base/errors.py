@@ -19,6 +19,12 @@ class DataError(MegallmError):
     exit_code = 65
 
 
+class RewardError(MegallmError):
+    """A reward function raised, hung, died or returned no reward for a sample."""
+
+    exit_code = 65
+
+
 class PeerLost(MegallmError):
     """Another rank of this job died or cannot be reached."""
 

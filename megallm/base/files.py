@@ -45,7 +45,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_new(*paths: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """The one rule for outputs: what is there is only replaced when `overwrite` says so.
+    """Refuses to replace an output that is there, unless `overwrite` says so: the one rule for
+    outputs.
 
     An empty file, an empty folder, and what is no file (a pipe, /dev/stdout) hold nothing that
     could be lost. Errors: `UsageError`, before any work.

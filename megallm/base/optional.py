@@ -15,6 +15,7 @@ from types import ModuleType
 from megallm.base.errors import UsageError
 
 DATA_EXTRA = "pip install 'megallm[data]'"
+REWARDS_EXTRA = "pip install 'megallm[rewards]'"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ LIBRARIES: dict[str, Library] = {
     "profanity_check": Library("alt-profanity-check", "the toxicity score"),
     "kenlm": Library("kenlm", "fast queries of n-gram models"),
     "selectolax": Library("selectolax", "reading HTML"),
+    "math_verify": Library("math-verify", "the reward `accuracy`", REWARDS_EXTRA),
+    "latex2sympy2_extended": Library(
+        "latex2sympy2_extended", "the reward `accuracy`", REWARDS_EXTRA
+    ),
+    "reasoning_gym": Library("reasoning-gym", "the reward `reasoning_gym`", REWARDS_EXTRA),
     "datatrove": Library("datatrove", "running past one machine"),
 }
 

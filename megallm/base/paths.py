@@ -14,8 +14,8 @@ _PLACEHOLDER = re.compile(r"[$`]|^MOCK$|<[^<>]+>|(^|/)path/to(/|$)|^(YOUR|your)_
 
 
 def expand_home(text: str) -> str:
-    """`~/x` and `~name/x` as paths of the home folder; anything else as it is: no text that is not
-    a path begins so.
+    """Returns `~/x` and `~name/x` as paths of the home folder; anything else as it is: no text that
+    is not a path begins so.
 
     Errors: `UsageError` for a user who is not there.
     """

@@ -105,20 +105,20 @@ def key_of(seed: int, *names: str | int) -> int:
 
 
 def bits(key: int, begin: int, count: int) -> np.ndarray:
-    """Numbers `begin` to `begin + count` of the stream as uint64 [count]."""
+    """Returns numbers `begin` to `begin + count` of the stream as uint64 [count]."""
     block, skip = divmod(begin, _BLOCK)
     return np.random.Philox(key=key, counter=block).random_raw(count + skip)[skip:]
 
 
 def uniform(key: int, begin: int, count: int) -> np.ndarray:
-    """Numbers of the stream as float64 [count], each an odd multiple of 2^-53, so never 0 and never
-    1.
+    """Returns numbers of the stream as float64 [count], each an odd multiple of 2^-53, so never 0
+    and never 1.
     """
     return _to_uniform(bits(key, begin, count))
 
 
 def normal_values(key: int, begin: int, count: int) -> np.ndarray:
-    """Standard normal numbers as float64 [count]: the inverse distribution function of
+    """Returns standard normal numbers as float64 [count]: the inverse distribution function of
     `uniform`.
     """
     return normal_box(key, (begin + count,), (begin,), (count,))
@@ -139,7 +139,7 @@ def normal_box(
 def uniform_box(
     key: int, full: Sequence[int], offset: Sequence[int], shape: Sequence[int]
 ) -> np.ndarray:
-    """The same of numbers of `uniform`, in (0, 1)."""
+    """Returns the same of numbers of `uniform`, in (0, 1)."""
     return _box(np.asarray, key, full, offset, shape)
 
 

@@ -4,6 +4,7 @@ to nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ from types import FrameType
 INTERRUPTED, REQUEUE = 130, 75  # exit codes
 NOTHING_TO_SAVE = "before the first step: there is nothing to save. The same command starts again."
 
+_PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 
 
@@ -27,9 +29,20 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def ignore_stop_signals() -> None:
-    """The state is saved, or there is none: whatever still arrives changes nothing."""
+    """Ignore the signals that stop a run. The state is saved, or there is none: whatever still
+    arrives changes nothing.
+    """
     for number in (*stop_signals(), signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when `parent`, its direct parent, dies; no orphans hold
+    ports or memory.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
 
 
 class BeforeRanks:
@@ -55,8 +68,7 @@ class BeforeRanks:
 
 @contextmanager
 def before_ranks(wanted: bool) -> Iterator[None]:
-    """Inside the context signals are handled by `BeforeRanks`, if wanted and where handlers can be
-    set.
+    """Let `BeforeRanks` handle signals inside the context, if wanted and where handlers can be set.
     """
     installed = isinstance(signal.getsignal(signal.SIGTERM), BeforeRanks)
     if not wanted or installed or threading.current_thread() is not threading.main_thread():

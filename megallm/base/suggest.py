@@ -75,6 +75,6 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
 
 
 def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    """` Did you mean 'x'?`, or nothing."""
+    """Returns ` Did you mean 'x'?`, or nothing."""
     close = nearest(word, choices, cutoff)
     return f" Did you mean '{close}'?" if close is not None else ""

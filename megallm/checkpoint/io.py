@@ -197,7 +197,8 @@ class ShardWriter:
 def read_regular(
     path: Path, offset: int, nbytes: int | None, file_bytes: int | None = None
 ) -> bytearray:
-    """`nbytes` bytes (None: the whole file) at `offset` of a regular file that is no symbolic link.
+    """Returns `nbytes` bytes (None: the whole file) at `offset` of a regular file that is no
+    symbolic link.
 
     `file_bytes` is the size the file must have. Errors: `CheckpointError` when it is missing, of
     another kind or size, or cannot be read.
@@ -292,8 +293,8 @@ class PieceReader:
 
 
 def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target[...] = source` of one dtype; one-byte floats go as raw bytes (not every device can
-    copy them).
+    """Copies `source` into `target`, both of one dtype; one-byte floats go as raw bytes (not every
+    device can copy them).
     """
     if source.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         target, source = target.view(torch.uint8), source.view(torch.uint8)

@@ -61,7 +61,7 @@ _MAX_COUNT = 2**62
 
 
 def digest(data: Any) -> str:
-    """xxh3-128 of a bytes-like object, 32 hex digits (the XXH128 canonical form)."""
+    """Returns xxh3-128 of a bytes-like object, 32 hex digits (the XXH128 canonical form)."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
@@ -156,8 +156,8 @@ class Manifest:
         return body + f',\n"xxh3_128": "{digest(body)}"\n}}\n'.encode("ascii")
 
     def check(self) -> None:
-        """Every tensor is covered exactly once and every file is tiled by its pieces, else
-        CheckpointError.
+        """Checks that every tensor is covered exactly once and every file is tiled by its pieces,
+        else CheckpointError.
         """
         spans: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.files}
         for name, tensor in self.tensors.items():
@@ -196,8 +196,8 @@ def _check_tiling(file: str, record: FileRecord, spans: list[tuple[int, int, str
 
 
 def merge_tables(tables: Sequence[Mapping[str, TensorRecord]]) -> dict[str, TensorRecord]:
-    """One table from the tables of all ranks; full shape and dtype of a name must agree, else
-    CheckpointError.
+    """Returns one table from the tables of all ranks; full shape and dtype of a name must agree,
+    else CheckpointError.
     """
     merged: dict[str, TensorRecord] = {}
     for table in tables:

@@ -30,8 +30,8 @@ def step_name(step: int) -> str:
 
 
 def step_folders(root: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """All `(step, folder)` under `root`, newest first, valid or not; empty when `root` does not
-    exist.
+    """Returns all `(step, folder)` under `root`, newest first, valid or not; empty when `root` does
+    not exist.
     """
     try:
         with os.scandir(root) as entries:
@@ -116,7 +116,7 @@ class CheckpointReader:
         return sorted(self.manifest.tensors)
 
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Full logical shape and stored dtype of a tensor."""
+        """Returns full logical shape and stored dtype of a tensor."""
         if name not in self.manifest.tensors:
             hint = suggest.did_you_mean(name, self.manifest.tensors)
             raise CheckpointError(f"{self.folder} holds no tensor named {name}.{hint}")

@@ -100,9 +100,12 @@ def _alive(pid: int) -> bool:
 
 
 def retire(
-    root: str | os.PathLike[str], keep: int, step: int, proven: int | None = None,
+    root: str | os.PathLike[str],
+    keep: int,
+    step: int,
+    proven: int | None = None,
     guard: Callable[[], None] = lambda: None,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Delete the steps older than the newest `keep` valid ones up to `step`; returns what went.
 
     Call it when `step` is durable. Pinned steps, `proven` and steps that a `Reader` on this host

@@ -1,5 +1,5 @@
-"""A folder of checkpoints `step-00001200/`: save them atomically, find the newest valid one, keep a
-few.
+"""A folder of distributed checkpoints `step-00001200/`: save them atomically, find the newest valid
+one, keep a few.
 
 Commit: every rank writes and syncs its shard in `step-N.tmp-<host>.<pid>.<id>/`, rank 0 writes the
 manifest last, syncs, renames the folder and syncs its parent. A crash at any byte leaves the older
@@ -94,7 +94,7 @@ class RetentionPolicy:
 
 
 def weights_only(name: str) -> bool:
-    """The tensors that a model is made of, without the optimizer's."""
+    """Returns the tensors that a model is made of, without the optimizer's."""
     return not name.startswith("optim.")
 
 
@@ -139,9 +139,13 @@ def _first_problem(folder: Path, rank: int, size: int, wanted: Callable[[str], b
 
 
 def save(
-    root: str | os.PathLike[str], step: int, parts: Sequence[Part], meta: Any, mesh: MeshProtocol,
+    root: str | os.PathLike[str],
+    step: int,
+    parts: Sequence[Part],
+    meta: Any,
+    mesh: MeshProtocol,
     keep: int | RetentionPolicy | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write one checkpoint; collective over world: every rank passes the parts it owns.
 
     `meta` is any JSON value (that of rank 0 counts). `keep` is how many valid steps stay, this one

@@ -35,7 +35,9 @@ def root_of(source: str | os.PathLike[str]) -> Path:
     return source / CHECKPOINTS if (source / CHECKPOINTS).is_dir() else source
 
 
-def resolve(source: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None) -> Path:
+def resolve_step(
+    source: str | os.PathLike[str], wanted: Callable[[str], bool] | None = None
+) -> Path:
     """Returns the step folder that a source means; of a run folder the newest whose `wanted`
     tensors are whole.
 
@@ -67,8 +69,8 @@ def _all(name: str) -> bool:
 
 
 def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All steps, oldest first: step, path, bytes, valid, problem (None when valid), pinned. Hashes
-    are not read.
+    """Returns all steps, oldest first: step, path, bytes, valid, problem (None when valid), pinned.
+    Hashes are not read.
     """
     if not Path(source).is_dir():
         raise CheckpointError(f"{source} is not a folder; give a run folder.")
@@ -92,11 +94,11 @@ def ls(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def show(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """One step: step, path, bytes, files, meta, and tensors as rows of name, full, dtype, pieces,
-    bytes.
+def show_step(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns one step: step, path, bytes, files, meta, and tensors as rows of name, full, dtype,
+    pieces, bytes.
     """
-    folder = resolve(source)
+    folder = resolve_step(source)
     manifest = load_manifest(folder)
     tensors = [
         {
@@ -124,7 +126,7 @@ def verify_checkpoint(source: str | os.PathLike[str], progress: Progress = quiet
 
     A step folder that cannot even be opened is reported as a problem, not raised.
     """
-    folder = resolve(source)
+    folder = resolve_step(source)
     try:
         with CheckpointReader(folder) as reader:
             manifest = reader.manifest
@@ -171,7 +173,10 @@ def diff(
     None without values.
     """
     rows = []
-    with CheckpointReader(resolve(first, _all)) as a, CheckpointReader(resolve(second, _all)) as b:
+    with (
+        CheckpointReader(resolve_step(first, _all)) as a,
+        CheckpointReader(resolve_step(second, _all)) as b,
+    ):
         names_a, names_b = set(a.names()), set(b.names())
         for number, name in enumerate(sorted(names_a | names_b)):
             progress("comparing", number, len(names_a | names_b), "tensors")
@@ -226,7 +231,7 @@ def dump(
     complete. Returns step, output, tensors, bytes. Errors: `CheckpointError`, `CannotWrite`.
     """
     output = Path(output)
-    with CheckpointReader(resolve(source, _all)) as reader:
+    with CheckpointReader(resolve_step(source, _all)) as reader:
         records = reader.manifest.tensors
         names = sorted(records, key=lambda name: (-records[name].itemsize, name))
         header = header_bytes(

@@ -49,8 +49,8 @@ class Board:
             self._write(Note(phase[:200], done, total, unit[:50]))
 
     def end(self, said: bool = False) -> None:
-        """The work is done, or has failed: what follows on the terminal is the verb's own
-        output.
+        """End the display: the work is done, or has failed: what follows on the terminal is the
+        verb's own output.
         """
         if self._memory is not None:
             self._write(Note(shown=False, said=said))
@@ -60,7 +60,7 @@ class Board:
                 sys.stderr.flush()
 
     def drawn(self) -> None:
-        """A line of progress stands on the terminal, which `end` takes away."""
+        """Record that a line of progress stands on the terminal, which `end` takes away."""
         if self._memory is not None:
             self._memory[_DRAWN] = 1
 

@@ -24,7 +24,7 @@ from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.parallel.layout import Layout
 
-PRELOAD = ("megallm.inference.chat", "megallm.launch.group")
+PRELOAD = ("megallm.inference.chat", "megallm.launch.group", "megallm.peft.adapted")
 HELP = (
     "/reset forgets the conversation, /system TEXT gives instructions, /quit leaves; Ctrl-C stops "
     "an answer."
@@ -93,7 +93,7 @@ class Conversation:
         self.terminal = sys.stdin.isatty()
 
     def run(self) -> bool:
-        """Until the person leaves (True) or the ranks end (False)."""
+        """Runs the conversation until the person leaves (True) or the ranks end (False)."""
         ready = self._hear()
         if ready is None:
             return False
@@ -185,10 +185,11 @@ def _rank(env: RankEnv, request: GenerateRequest, layout: Layout, descriptor: in
     from megallm.inference.chat import serve
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
+    from megallm.peft.adapted import open_adapted
 
     line = Line(socket.socket(fileno=descriptor)) if env.rank == 0 else None
     with process_group(env) as device:
-        serve(request, Mesh.start(layout, device), line)
+        serve(request, Mesh.start(layout, device), line, open_adapted)
 
 
 COMMANDS = {"chat": Command(_arguments, _run)}

@@ -50,7 +50,7 @@ def _ls(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from megallm.checkpoint import tools
 
-    found = tools.show(args.source)
+    found = tools.show_step(args.source)
     lines = [f"step {found['step']}  {_gib(found['bytes'])}  {found['path']}"]
     for tensor in found["tensors"]:
         shape = " x ".join(map(str, tensor["full"])) or "scalar"

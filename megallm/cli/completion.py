@@ -27,7 +27,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def options() -> dict[str, list[tuple[str, str]]]:
-    """verb -> (option, help) of each of its long options, as its own parser declares them."""
+    """Returns verb -> (option, help) of each of its long options, as its own parser declares them.
+    """
     found = {}
     for words, verb in VERBS.items():
         parser = argparse.ArgumentParser(add_help=True)
@@ -45,7 +46,7 @@ def options() -> dict[str, list[tuple[str, str]]]:
 
 
 def first_words() -> dict[str, list[str]]:
-    """First word of a verb -> second words ([] for verbs of one word)."""
+    """Returns first word of a verb -> second words ([] for verbs of one word)."""
     found: dict[str, list[str]] = {}
     for words in VERBS:
         first, _, second = words.partition(" ")
@@ -56,7 +57,7 @@ def first_words() -> dict[str, list[str]]:
 
 
 def script(shell: str) -> str:
-    """The completion script of one shell."""
+    """Returns the completion script of one shell."""
     head = f"# Completion of megallm for {shell}. {HOW[shell]}\n"
     first = "#compdef megallm\n" if shell == "zsh" else ""  # compinit looks at the first line only
     return first + head + {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]()

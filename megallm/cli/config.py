@@ -11,8 +11,8 @@ from typing import Any
 from megallm.base.config import load, schema, to_dict, to_yaml
 from megallm.base.errors import UsageError
 from megallm.cli.table import Command
-from megallm.convert.megatron.translate import to_yaml as megatron_yaml
 from megallm.convert.megatron.translate import translate
+from megallm.convert.megatron.translate import translation_yaml as megatron_yaml
 from megallm.training.kinds import KINDS, Kind
 from megallm.training.validate import check
 

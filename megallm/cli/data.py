@@ -170,12 +170,12 @@ def _tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tokenizer_train(args: argparse.Namespace) -> int:
     from megallm.data.text.readers import ReadOptions
-    from megallm.data.text.sample import Sample
+    from megallm.data.text.sample import TextSample
     from megallm.data.text.tokenizer import TOKENIZER_FILES, train_bpe
 
     options = ReadOptions(keys=tuple(args.json_keys), split_text=args.split_text)
     check_outputs(args, *(f"{args.output}/{name}" for name in TOKENIZER_FILES))
-    sample = Sample(args.sample_mib << 20, BOARD.show)
+    sample = TextSample(args.sample_mib << 20, BOARD.show)
     found = train_bpe(
         args.input, args.vocab_size, args.output, options, args.special_tokens, sample
     )
@@ -268,7 +268,7 @@ def _merge(args: argparse.Namespace) -> int:
     from megallm.data.indexed import dataset as indexed
 
     check_outputs(args, *indexed.indexed_files(args.output))
-    found = indexed.merge(args.prefixes, args.output, BOARD.show)
+    found = indexed.merge_datasets(args.prefixes, args.output, BOARD.show)
     BOARD.end()
     print(json.dumps({"output": args.output, **found}, indent=2))
     tell(f"the data is in {args.output} (.bin, .idx).", f"{_train_on(args.output)}.")

@@ -13,12 +13,13 @@ import sys
 from typing import Any
 
 from megallm.base import extension, optional
-from megallm.base.errors import InternalError, MegallmError
+from megallm.base.errors import InternalError, MegallmError, UsageError
 from megallm.base.version import VERSION
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv, detect, thread_count
 from megallm.launch.local import run_ranks
 from megallm.ops import backends
+from megallm.rewards.sandbox import check_sandbox
 
 REQUIRED = (
     "torch",
@@ -44,7 +45,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Versions, extension, optional libraries, machine and the loopback check, as plain values."""
+    """Returns versions, extension, optional libraries, machine and the loopback check, as plain
+    values.
+    """
     status = extension.status()
     env = detect()
     required = {name: _version(name) for name in REQUIRED}
@@ -68,7 +71,17 @@ def examine() -> dict[str, Any]:
         "gpus": _gpus() if required.get("torch") else [],
         "launcher": "local" if env is None else env.launcher,
         "gloo": gloo,
+        "sandbox": _sandbox(),
     }
+
+
+def _sandbox() -> str:
+    """Returns "ok" where model-written code can be run, else why not."""
+    try:
+        check_sandbox()
+    except UsageError as error:
+        return str(error)
+    return "ok"
 
 
 def _backend(name: str) -> dict[str, str | None]:
@@ -82,7 +95,7 @@ def _backend(name: str) -> dict[str, str | None]:
 
 
 def check_gloo() -> str:
-    """`ok` when two ranks of this machine can sum a number, else what went wrong."""
+    """Returns `ok` when two ranks of this machine can sum a number, else what went wrong."""
     try:
         run_ranks(_sum, (), 2, saves=False)
     except (MegallmError, ImportError) as error:
@@ -137,6 +150,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}"
     )
+    lines.append(f"sandbox for the reward 'code': {found['sandbox']}")
     return lines
 
 

@@ -25,16 +25,23 @@ from megallm.parallel.layout import Layout
 PRELOAD = (
     "megallm.inference.generate",
     "megallm.launch.group",
+    "megallm.peft.adapted",
 )  # imported once, before the ranks are forked
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights, at which layout: the same for `generate` and `chat`."""
+    """Add the options that say which weights, at which layout: the same for `generate` and `chat`.
+    """
     parser.add_argument(
         "--model",
         required=True,
         metavar="RUN|STEP|HF",
         help="run folder, step folder or Hugging Face folder",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="A",
+        help="folder of PEFT's with an adapter of the model, or the run that trained it",
     )
     parser.add_argument(
         "--layout",
@@ -57,7 +64,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(
     parser: argparse.ArgumentParser, temperature: float, max_new_tokens: int
 ) -> None:
-    """How tokens are chosen and when an answer ends: the same for `generate` and `chat`."""
+    """Add the options that say how tokens are chosen and when an answer ends: the same for
+    `generate` and `chat`.
+    """
     add = parser.add_argument
     add(
         "--max-new-tokens",
@@ -109,6 +118,7 @@ def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
         seed=args.seed,
         precision=args.precision,
         tokenizer=args.tokenizer,
+        adapter=args.adapter,
         **more,
     )
     request.check()
@@ -174,7 +184,7 @@ def _warn(text: str) -> None:
 
 
 def parse_layout(text: str) -> Layout:
-    """`"tp=2,pp=2"` -> Layout; the same rules as `layout.*` of a configuration."""
+    """Maps `"tp=2,pp=2"` -> Layout; the same rules as `layout.*` of a configuration."""
     config = load(LayoutConfig, None, [part for part in text.split(",") if part])
     usual = dataclasses.replace(
         LayoutConfig(), tp=config.tp, pp=config.pp, dp=config.dp, ep=config.ep
@@ -256,9 +266,10 @@ def _rank(env: RankEnv, request: GenerateRequest, layout: Layout, printer: Print
     from megallm.inference import generate
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
+    from megallm.peft.adapted import open_adapted
 
     with process_group(env) as device:
-        generate.run(request, Mesh.start(layout, device), printer, _warn)
+        generate.run(request, Mesh.start(layout, device), printer, _warn, open_adapted)
 
 
 COMMANDS = {"generate": Command(_arguments, _run)}

@@ -66,7 +66,9 @@ class Parser(argparse.ArgumentParser):
         config = KINDS.get(self.prog.rpartition(" ")[2], KINDS[DEFAULT]).config
         known = list(leaves(config))
         keys = [
-            key for key in known if name in (suggest.plain(key), suggest.plain(key.rpartition(".")[2]))
+            key
+            for key in known
+            if name in (suggest.plain(key), suggest.plain(key.rpartition(".")[2]))
         ]
         found = keys[0] if len(keys) == 1 else vars(config).get("OTHER_NAMES", {}).get(name)
         if found is None:
@@ -102,7 +104,7 @@ def _run(arguments: list[str], program: bool) -> int:
 def _ended(arguments: list[str], kept: str) -> int:
     """Do what the words say, in this process; the exit code."""
     try:
-        code = dispatch(arguments)
+        code = run_verb(arguments)
         sys.stdout.flush()
     except MegallmError as error:
         if error.exit_code == INTERRUPTED and kept:  # a rank was
@@ -138,7 +140,7 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def dispatch(arguments: list[str]) -> int:
+def run_verb(arguments: list[str]) -> int:
     """Find the verb, import its module, parse, run."""
     if arguments[:1] == ["help"]:  # `megallm help data`, `megallm help ckpt ls`
         arguments = [*arguments[1:], "--help"]
@@ -179,7 +181,7 @@ def group_of(first: str) -> list[str]:
 
 
 def expand_paths(args: argparse.Namespace) -> argparse.Namespace:
-    """`~/x` as the home folder in every argument that is no text: shells leave it alone in
+    """Returns `~/x` as the home folder in every argument that is no text: shells leave it alone in
     `--output=~/x`.
     """
     for name, value in vars(args).items():

@@ -14,13 +14,15 @@ from megallm.cli.table import Command
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="X", help="the base: Hugging Face, run or step folder"
+        "--model",
+        required=True,
+        metavar="X",
+        help="the base: Hugging Face, run or step folder; or a run that has adapters of its own",
     )
     parser.add_argument(
         "--adapter",
-        required=True,
         metavar="A",
-        help="folder with adapter_config.json and adapter_model.safetensors",
+        help="folder with adapter_config.json and adapter_model.safetensors, or the run of it",
     )
     parser.add_argument(
         "--output", required=True, metavar="Y", help="a new folder; it appears when it is complete"

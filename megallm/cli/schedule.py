@@ -19,7 +19,7 @@ from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.parallel import picture
 from megallm.parallel.schedule import SCHEDULES, Placement, place, plan_schedule
-from megallm.parallel.simulate import Cost, Deadlock, Slot, Timeline, simulate
+from megallm.parallel.simulate import Cost, Deadlock, TimedAction, Timeline, simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +113,9 @@ def _simulate(args: argparse.Namespace, placement: Placement, cost: Cost) -> Tim
 
 
 def parse_cost(text: str) -> Cost:
-    """`F=1,B=2` as a Cost; what is not named keeps its default. UsageError for anything else."""
+    """Returns `F=1,B=2` as a Cost; what is not named keeps its default. UsageError for anything
+    else.
+    """
     values: dict[str, float] = {}
     for item in filter(None, text.split(",")):
         name, equals, number = item.partition("=")
@@ -136,7 +138,7 @@ def parse_cost(text: str) -> Cost:
 
 
 def title(args: argparse.Namespace, placement: Placement, timeline: Timeline) -> str:
-    """One line that says what was simulated and what came out."""
+    """Returns one line that says what was simulated and what came out."""
     chunks = f", {placement.chunks} chunks" if placement.chunks > 1 else ""
     return (
         f"{args.kind}: {placement.pp} ranks{chunks}, {args.micros} microbatches; "
@@ -155,7 +157,7 @@ def to_json(timeline: Timeline) -> dict[str, object]:
     }
 
 
-def _slot_json(slot: Slot) -> dict[str, object]:
+def _slot_json(slot: TimedAction) -> dict[str, object]:
     action = slot.action
     return {
         "op": action.op,
@@ -270,12 +272,12 @@ def grid(drawn: picture.Picture) -> list[Text]:
     return rows
 
 
-def _label(slot: Slot, placement: Placement) -> str:
+def _label(slot: TimedAction, placement: Placement) -> str:
     chunk = chr(ord("a") + slot.action.stage // placement.pp % 26) if placement.chunks > 1 else ""
     return f"{slot.action.op}{slot.action.micro}{chunk}"
 
 
-def _style(slot: Slot, placement: Placement) -> str:
+def _style(slot: TimedAction, placement: Placement) -> str:
     fill = picture.chunk_colour(slot.action.op, slot.action.stage // placement.pp, placement.chunks)
     return f"{picture.text_colour(fill)} on {fill}"
 

@@ -90,7 +90,7 @@ def _library() -> Any:
 
 
 def say_stopped(number: int, kept: str) -> None:
-    """The last word of a verb that was interrupted."""
+    """Say the last word of a verb that was interrupted."""
     note = BOARD.read()
     if note is not None and note.said:
         return  # by the child, which then took too long to leave
@@ -221,7 +221,7 @@ class _Screen:
 
 
 def line_of(verb: str, note: Note, seconds: float) -> str:
-    """`curate | read > quality | 12 of 80 shards, 15 % | 0:42`."""
+    """Returns `curate | read > quality | 12 of 80 shards, 15 % | 0:42`."""
     parts = [verb, note.phase or "working"]
     if note.done or note.total:
         counted = _counted(note.done, note.unit)

@@ -60,6 +60,15 @@ _ROWS = (
         "train",
         "train a language model from a configuration, or from a folder of text",
     ),
+    ("sft", "train", "fine-tune a model on conversations: all of it, or adapters such as LoRA"),
+    ("reward", "train", "train a reward model on pairs of answers"),
+    ("dpo", "train", "train on pairs of answers: DPO and its kin, ORPO, SimPO, CPO"),
+    ("kto", "train", "train on single answers that are good or bad"),
+    ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
+    ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
+    ("score", "score", "write the reward of each row of a file"),
+    ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
+    ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),
     ("presets", "presets", "list the model sizes that model.preset names"),
     ("config", "config", "check a configuration and print it resolved, or its schema"),
     ("generate", "generate", "continue prompts with a trained model"),
@@ -93,7 +102,7 @@ KEPT = {
     "curate train-classifier": _NOTHING, "curate train-lm": _NOTHING, "synth": _NOTHING, "convert": _NOTHING,
     "merge": _NOTHING,
     "ckpt verify": "nothing was found to be wrong so far.", "ckpt diff": _NOTHING, "ckpt dump": _NOTHING,
-    "ckpt upcycle": _NOTHING, "generate": _NOTHING, "oracle": "the rows above are done; --json "
+    "ckpt upcycle": _NOTHING, "generate": _NOTHING, "score": _NOTHING, "oracle": "the rows above are done; --json "
                                                               "was not written.",
 }  # fmt: skip
 VERBS = {

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, train: Callable[[argparse.Namespace], int]) ->
     return code
 
 
-def _prepare(request: from_text.Request) -> None:
+def _prepare(request: from_text.FromTextRequest) -> None:
     """Prepare with a line of counts on a terminal; an interrupt says what the same command does."""
     shown = 0.0
 
@@ -83,7 +83,7 @@ def _prepare(request: from_text.Request) -> None:
             )
 
     try:
-        from_text.prepare(request, _say, show)
+        from_text.prepare_run(request, _say, show)
     except KeyboardInterrupt:
         print(
             f"megallm: nothing is trained yet; the same command prepares {request.text} anew.",
@@ -106,7 +106,7 @@ def _shorter(args: argparse.Namespace) -> list[str]:
     return [f"optim.warmup_steps={given.train.steps // 10}"]
 
 
-def _request(args: argparse.Namespace) -> from_text.Request:
+def _request(args: argparse.Namespace) -> from_text.FromTextRequest:
     """Returns the command as a request; `run.dir=` among the settings says where the run lives."""
     preset = args.preset or from_text.TINY
     from_text.check_preset(preset)
@@ -115,7 +115,7 @@ def _request(args: argparse.Namespace) -> from_text.Request:
         for word in args.overrides
         if word.partition("=")[0].strip() == "run.dir"
     ]
-    return from_text.Request(
+    return from_text.FromTextRequest(
         args.text,
         preset,
         given[-1] if given else from_text.default_run(args.text),

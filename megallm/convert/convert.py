@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from glob import escape
 from math import prod
@@ -40,7 +40,7 @@ from megallm.checkpoint.io import DTYPE_NAMES, Part, ShardWriter, header_bytes, 
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import tokenizer_files, verify
 from megallm.convert.finite import check_finite
 from megallm.convert.folder import INDEX, SINGLE, is_model_folder
@@ -145,8 +145,8 @@ def check_output(output: Path, source: str, overwrite: bool) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that is synced and takes its name when the block ends
-    well, else vanishes.
+    """Yields a temporary folder beside `output` that is synced and takes its name when the block
+    ends well, else vanishes.
     """
     temporary = temporary_name(output.absolute())
     with writing(output):
@@ -177,18 +177,26 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"--input {request.input} is a Hugging Face folder already; --to megallm converts it."
         )
-    step = resolve(request.input, weights_only)
+    step = resolve_step(request.input, weights_only)
     with CheckpointReader(step) as reader:
         model = stored_model(reader)
         family = family_of(model)
         bridge = bridge_of(model, family.rules_of(model.head))
         missing = [name for name in bridge.ours if name not in reader.names()]
+        if missing and isinstance(reader.meta, dict) and "base" in reader.meta:
+            raise UsageError(
+                f"--input {request.input} holds adapters alone: `megallm merge --model "
+                f"{request.input} --output DIR` puts them into their base."
+            )
         if missing:
             raise CheckpointError(f"{step} lacks {', '.join(missing[:3])}, which its model has.")
         dtype = DTYPES[request.dtype] if request.dtype else reader.info("embedding.weight")[1]
         source = Cast(reader)
         nbytes = write_weights(folder, bridge, source, dtype, request.max_shard_bytes)
         notes, ids = write_tokenizer(folder, step, reader.meta)
+        if model.causal and model.head in ("classification", "value"):
+            ids, more = tokenizer_files.choose_padding(folder, ids)
+            notes += more
         atomic_write_json(folder / CONFIG, write_config(model, DTYPE_NAMES[dtype], ids))
         tokenizer_files.write_generation_config(folder, ids)
         if not is_import(reader) and not reader.meta.get("framed"):
@@ -202,8 +210,8 @@ def to_hf(request: ConvertRequest, folder: Path) -> dict[str, Any]:
 def write_weights(
     folder: Path, bridge: Bridge, source: WeightSource, dtype: torch.dtype, max_shard_bytes: int
 ) -> int:
-    """All tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an index
-    when there are more.
+    """Returns all tensors of theirs as safetensors of at most `max_shard_bytes` data each, with an
+    index when there are more.
 
     Beside what the source holds, one block of at most MAX_PIECE_BYTES is in memory. Returns the
     bytes of the data.
@@ -361,7 +369,7 @@ def imported_meta(
     """Returns the meta of a checkpoint that conversion made: weights only, no history of
     training.
     """
-    described = asdict(replace(model, hf=None))
+    described = asdict(model.described)
     return {
         "kind": IMPORTED,
         "model": described,
@@ -377,7 +385,7 @@ def is_import(reader: CheckpointReader) -> bool:
 
 def to_yaml_section(model: ModelConfig) -> str:
     """Returns the `model:` section of a training configuration for this model."""
-    lines = to_yaml(replace(model, hf=None)).splitlines()
+    lines = to_yaml(model.described).splitlines()
     return (
         "\n".join(["model:", *(f"  {line}" for line in lines if not line.endswith(": null"))])
         + "\n"

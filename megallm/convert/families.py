@@ -199,7 +199,7 @@ class Family:
         return tuple(bare)
 
     def architecture_of(self, head: str) -> str | None:
-        """Their class of a model with this head, None when there is none."""
+        """Returns their class of a model with this head, None when there is none."""
         others = {"classification": self.classifier, "value": self.classifier, "none": self.body}
         return self.architecture if head == self.head else others.get(head)
 

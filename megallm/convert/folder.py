@@ -257,8 +257,8 @@ def _counts(value: Any) -> bool:
 def match_shapes(
     folder: Path, found: Mapping[str, TensorEntry], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Every wanted tensor is there with its shape. Errors: CheckpointError with the first few that
-    are not.
+    """Check that every wanted tensor is there with its shape. Errors: CheckpointError with the
+    first few that are not.
     """
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [

@@ -427,8 +427,8 @@ FREE = {"moe.aux_coef", "moe.z_coef", "moe.bias_rate", "moe.capacity", "moe.drop
 
 
 def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
-    """`found`, with the fields that a user may choose anew; UsageError when `wanted` names another
-    model.
+    """Returns `found`, with the fields that a user may choose anew; UsageError when `wanted` names
+    another model.
 
     A longer context needs another `rope_theta`, `max_positions` or `sliding_window`: those and
     `init_std` hold no weights of a rotary model and may be given. So may `causal`, another head,
@@ -439,20 +439,25 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
         | FREE
         | ({"max_positions"} if found.positions == "rope" else set())
     )
-    given = {key: value for key in leaves(ModelConfig) if (value := get(wanted, key)) is not None and key != "hf"}
+    given = {key: value for key in leaves(ModelConfig) if (value := get(wanted, key)) is not None and key not in _FROM}
     if "preset" in given:
-        raise UsageError("model.hf and model.preset are both given; the folder says what the model is: keep one.")
+        raise UsageError(f"{where} and model.preset are both given; the folder says what the model is: keep one.")
     differing = [
         f"model.{key} is {value}, {where} has {get(found, key)}"
         for key, value in given.items()
         if key not in free and value != get(found, key) and not (key == "mtp.depth" and 0 <= value < found.mtp.depth)
     ]
     if differing:
-        raise UsageError(f"The configuration contradicts model.hf: {'; '.join(differing)}. Leave these keys out.")
-    chosen = {"hf": wanted.hf} | {key: value for key, value in given.items() if key in free or key == "mtp.depth"}
+        raise UsageError(
+            f"The configuration contradicts {where.partition(' ')[0]}: {'; '.join(differing)}. "
+            "Leave these keys out."
+        )
+    chosen = {key: get(wanted, key) for key in _FROM}
+    chosen |= {key: value for key, value in given.items() if key in free or key == "mtp.depth"}
     if given.get("head", found.head) != found.head:  # what is not said of the new head is as the family has it
         chosen = dict.fromkeys((*_HEAD, "tie_embeddings")) | {"mtp.depth": 0} | chosen
     return replace(found, chosen).resolve()
 
 
 _HEAD = ("head", "num_labels", "pooler")
+_FROM = ("hf", "init")  # where the first weights come from

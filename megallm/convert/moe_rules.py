@@ -13,8 +13,8 @@ _LAYER, _OURS = "model.layers.{n}.", "layers.{n}."
 
 
 def experts(theirs: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...]:
-    """Experts one by one, in a module called `theirs` of the layer, with these names of the three
-    matrices.
+    """Returns experts one by one, in a module called `theirs` of the layer, with these names of the
+    three matrices.
     """
     one, ours = f"{_LAYER}{theirs}.experts.{{x}}.", f"{_OURS}moe.experts."
     return (
@@ -25,7 +25,7 @@ def experts(theirs: str, gate: str, up: str, down: str) -> tuple[WeightRule, ...
 
 
 def stacked(theirs: str) -> tuple[WeightRule, ...]:
-    """All experts of a layer in two tensors."""
+    """Returns all experts of a layer in two tensors."""
     both, ours = f"{_LAYER}{theirs}.experts.", f"{_OURS}moe.experts."
     return (
         rule(
@@ -37,7 +37,7 @@ def stacked(theirs: str) -> tuple[WeightRule, ...]:
     )
 
 
-def router(theirs: str) -> WeightRule:
+def router_rule(theirs: str) -> WeightRule:
     """Returns the router's matrix."""
     return rule(f"{_LAYER}{theirs}.gate.weight", f"{_OURS}moe.router.weight")
 
@@ -53,9 +53,9 @@ def shared(theirs: str) -> tuple[WeightRule, ...]:
 
 
 NAMED = ("mlp", "gate_proj", "up_proj", "down_proj")
-MIXTRAL = (router("block_sparse_moe"), *experts("block_sparse_moe", "w1", "w3", "w2"))
+MIXTRAL = (router_rule("block_sparse_moe"), *experts("block_sparse_moe", "w1", "w3", "w2"))
 MIXTRAL_STACKED = stacked("block_sparse_moe")
-PLAIN = (router("mlp"), *experts(*NAMED))
+PLAIN = (router_rule("mlp"), *experts(*NAMED))
 STACKED = stacked("mlp")
 SHARED_GATE = (
     *shared("shared_expert"),

@@ -58,7 +58,7 @@ class WeightRule:
 
 
 def rule(theirs: str, *ours: str, **how: Any) -> WeightRule:
-    """One row of a table of rules; `how` are the switches of `WeightRule`."""
+    """Returns one row of a table of rules; `how` are the switches of `WeightRule`."""
     return WeightRule(theirs, ours, **how)
 
 
@@ -212,8 +212,8 @@ def plan_bridge(
 
 
 def expand(rules: Iterable[WeightRule], counts: Counts) -> Iterator[WeightRule]:
-    """Rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens follow the
-    layers.
+    """Yields rules with numbers in place of {n}, {x}, {m} and {d}; the blocks of further tokens
+    follow the layers.
     """
     for each in rules:
         if "{m}" in each.theirs:
@@ -239,8 +239,11 @@ def _of_layer(each: WeightRule, n: int, layers: int) -> WeightRule:
 def _named(each: WeightRule, place: str, number: str) -> WeightRule:
     ours = tuple(name.replace(place, number) for name in each.ours)
     return replace(
-        each, theirs=each.theirs.replace(place, number), ours=ours, where=each.where.replace(place, number)
-    )  # fmt: skip
+        each,
+        theirs=each.theirs.replace(place, number),
+        ours=ours,
+        where=each.where.replace(place, number),
+    )
 
 
 def parse(text: str) -> tuple[str, tuple[int, ...]]:

@@ -125,8 +125,8 @@ def config_ids(folder: Path) -> dict[str, Any]:
 
 
 def end_ids(folder: Path) -> list[int]:
-    """`eos_token_id` as transformers takes it: of generation_config.json, else of config.json;
-    empty without any.
+    """Returns `eos_token_id` as transformers takes it: of generation_config.json, else of
+    config.json; empty without any.
     """
     value = (
         read_json(folder / GENERATION).get("eos_token_id")
@@ -207,9 +207,10 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def token_ids(folder: Path) -> dict[str, Any]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had them, else
-    as the tokenizer's settings name them; what ends a text else as `eod` of the tokenizer is found;
-    else None."""
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`: as the model's config.json had
+    them, else as the tokenizer's settings name them; what ends a text else as `eod` of the
+    tokenizer is found; else None.
+    """
     found = dict.fromkeys(ID_KEYS) | config_ids(folder)
     settings: dict[str, Any] = {}
     for name in (SPECIALS, SETTINGS):
@@ -232,6 +233,36 @@ def token_ids(folder: Path) -> dict[str, Any]:
         with suppress(DataError):  # a tokenizer may have no end of texts
             found["eos_token_id"] = words.eod
     return found
+
+
+def choose_padding(folder: Path, ids: Ids) -> tuple[Ids, list[str]]:
+    """Let the tokenizer of an exported folder pad with a token that ends no text; returns the ids
+    with it, and notes. transformers scores the last token that is not padding: with the end of text
+    as padding it would score the one before.
+    """
+    if definition_file(folder) is None:
+        return ids, []
+    words = tokenizer.load(str(folder), check=False)
+    settings = read_json(folder / SETTINGS) if os.path.lexists(folder / SETTINGS) else {}
+    ends = set(end_ids(folder)) | {ids.get("eos_token_id")}
+    with suppress(DataError):
+        ends.add(words.eod)
+    for key in ("pad_token", "unk_token", "bos_token", None):
+        token = _ZERO_BYTE if key is None else settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        number = words.token_id(token) if isinstance(token, str) else None
+        if number is not None and number not in ends:
+            for name in (SETTINGS, SPECIALS):
+                content = read_json(folder / name) if os.path.lexists(folder / name) else {}
+                if name == SETTINGS or "pad_token" in content:
+                    atomic_write_json(folder / name, content | {"pad_token": token})
+            return dict(ids) | {"pad_token_id": number}, []
+    return dict(ids) | {"pad_token_id": None}, [
+        "no token of the tokenizer can pad, since each may end a text: score one text at a time"
+    ]
+
+
+_ZERO_BYTE = "Ā"  # how byte-level vocabularies write the byte 0, which no text ends with
 
 
 def begin_bare(folder: Path) -> list[str]:
@@ -272,7 +303,8 @@ def _vocabulary(definition: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def write_generation_config(target: Path, ids: Ids) -> None:
-    """generation_config.json with the ids that end and begin a text, unless one was copied."""
+    """Write generation_config.json with the ids that end and begin a text, unless one was copied.
+    """
     if not (target / GENERATION).exists():
         known = {key: number for key, number in ids.items() if number is not None}
         atomic_write_json(target / GENERATION, {"_from_model_config": True} | known)

@@ -23,7 +23,7 @@ from megallm.checkpoint import store
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert.convert import (
     LazyTensors,
     check_output,
@@ -76,8 +76,8 @@ class Upcycled:
         return sorted([*self.shards, *self.state])
 
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Full shape and dtype; what the dense model lacks has that of its embedding, and state is
-        float32.
+        """Returns full shape and dtype; what the dense model lacks has that of its embedding, and
+        state is float32.
         """
         if name in self.state:
             return self.state[name], torch.float32
@@ -110,7 +110,7 @@ def run(request: UpcycleRequest) -> dict[str, Any]:
     """
     output = Path(request.output)
     check_output(output, request.source, request.overwrite)
-    step = resolve(request.source, weights_only)
+    step = resolve_step(request.source, weights_only)
     with CheckpointReader(step) as reader, whole_folder(output) as folder:
         model = with_experts(stored_model(reader), request)
         dtype = reader.info("embedding.weight")[1]
@@ -153,9 +153,12 @@ def with_experts(dense: ModelConfig, request: UpcycleRequest) -> ModelConfig:
             "learns to choose. Nearest valid: --top-k 2."
         )
     moe = MoeConfig(
-        num_experts=request.experts, top_k=request.top_k, first_dense=request.first_dense, every=request.every,
+        num_experts=request.experts,
+        top_k=request.top_k,
+        first_dense=request.first_dense,
+        every=request.every,
         ffn_hidden_size=dense.ffn_hidden_size,
-    )  # fmt: skip
+    )
     model = dataclasses.replace(dense, moe=moe).resolve()
     if not model.num_expert_layers:
         raise UsageError(

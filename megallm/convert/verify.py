@@ -50,7 +50,7 @@ class Comparison:
 
 
 def check_available() -> Any:
-    """transformers, or a UsageError that says how to get it."""
+    """Returns transformers, or raises a UsageError that says how to get it."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
@@ -63,8 +63,8 @@ def check_available() -> Any:
 def compare(
     model: ModelConfig, ours: WeightSource, theirs: Path, round_theirs: torch.dtype | None = None
 ) -> Comparison:
-    """max|a - b| / max|b| of the logits of the same tokens; `a` ours, `b` transformers' from the
-    folder `theirs`.
+    """Returns max|a - b| / max|b| of the logits of the same tokens; `a` ours, `b` transformers'
+    from the folder `theirs`.
 
     Every position counts, and only when one is above TOLERANCE is more asked. A trained model has a
     position now and then whose logits move by 1e-4 when the last bit of an input does: there two
@@ -90,7 +90,8 @@ def compare(
 
 
 def sample_tokens(model: ModelConfig) -> Tensor:
-    """Token ids `[ROWS, T]` that go through the whole vocabulary, the same for both sides."""
+    """Returns token ids `[ROWS, T]` that go through the whole vocabulary, the same for both sides.
+    """
     length = min(TOKENS, model.max_positions)
     generator = torch.Generator().manual_seed(20)
     return torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
@@ -111,7 +112,7 @@ def loaded_stage(model: ModelConfig, source: WeightSource, mesh: Mesh) -> Stage:
 
 @torch.no_grad()
 def our_logits(model: ModelConfig, source: WeightSource, tokens: Tensor) -> Tensor:
-    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
+    """Returns float32 logits `[B, T, V]` of `tokens` `[B, T]`, with the weights of the source.
 
     Of a classification or value head those of each sequence `[B, 1, C]`: of the last token, or the
     first of an encoder. Of a body alone the hidden states, and after them the pooled first one.
@@ -158,8 +159,8 @@ AUTO = {
 
 @torch.no_grad()
 def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | None = None) -> Any:
-    """transformers' float32 model of the folder, its weights rounded to a dtype first when one is
-    given.
+    """Returns transformers' float32 model of the folder, its weights rounded to a dtype first when
+    one is given.
     """
     transformers = check_available()
     transformers.utils.logging.disable_progress_bar()
@@ -168,10 +169,18 @@ def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | Non
         config = transformers.AutoConfig.for_model(**raw)
         config._attn_implementation, config.use_cache = "eager", False
         config.pad_token_id = None  # with one, some tokens of the sample would not count
-        model = getattr(transformers, AUTO[head]).from_pretrained(
-            str(folder), config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
-            trust_remote_code=False,
-        ).eval()  # fmt: skip
+        model = (
+            getattr(transformers, AUTO[head])
+            .from_pretrained(
+                str(folder),
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            .eval()
+        )
     except Exception as error:  # transformers raises whatever a strange config.json leads it to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UsageError(
@@ -186,8 +195,8 @@ def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | Non
 
 @torch.no_grad()
 def transformers_logits(model: Any, tokens: Tensor, nudge: float = 0.0) -> Tensor:
-    """Float32 logits `[B, T, V]` of `tokens` `[B, T]`; `nudge` scales the noise that its inputs are
-    multiplied with.
+    """Returns float32 logits `[B, T, V]` of `tokens` `[B, T]`; `nudge` scales the noise that its
+    inputs are multiplied with.
     """
     given = [{"input_ids": row[None]} for row in tokens]
     if nudge:

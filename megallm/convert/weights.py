@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.stages import StageSpan
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Box, named_shards
+from megallm.parallel.shard import Box, WeightSource, named_shards
 
 BODY = {
     "head": "none",
@@ -50,16 +50,6 @@ HF_DTYPES = {
     "F16": torch.float16,
 }
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-class WeightSource(Protocol):
-    """What conversion, training and generation need of weights."""
-
-    def names(self) -> list[str]: ...
-
-    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -97,7 +87,7 @@ def dtype_of(bridge: Bridge, theirs: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def whole_stage(model: ModelConfig, mesh: Mesh) -> Stage:
-    """All layers of the model in one stage, with parameters on the meta device."""
+    """Returns all layers of the model in one stage, with parameters on the meta device."""
     return Stage(model, mesh, StageSpan(0, model.num_layers, True, True))
 
 
@@ -268,8 +258,8 @@ class HfReader:
         return torch.frombuffer(data, dtype=dtype).to(torch.float64)
 
     def check_copies(self, sample: bool = False) -> None:
-        """Tensors that repeat others hold the same numbers (in their first and last rows). Errors:
-        CheckpointError.
+        """Check that tensors that repeat others hold the same numbers (in their first and last
+        rows). Errors: CheckpointError.
         """
         for name in sorted(self.bridge.copies & self.entries.keys()):
             (link,), entry = self.bridge.by_theirs[name], self.entries[name]
@@ -311,7 +301,7 @@ class HfReader:
         return sorted(self.bridge.ours)
 
     def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Full logical shape, and the dtype of the first stored piece."""
+        """Returns full logical shape, and the dtype of the first stored piece."""
         if name not in self.bridge.ours:
             raise CheckpointError(f"{self.folder} holds no tensor for {name}.")
         return self.bridge.ours[name], HF_DTYPES[

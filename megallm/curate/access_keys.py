@@ -105,9 +105,12 @@ _ASSIGNED_MARKS = ("aws_secret", "AWS_SECRET", "awsSecret", "AwsSecret", "secret
                    "SECRET_ACCESS_KEY", "secretAccessKey", "SecretAccessKey", "AccountKey=",
                    "SharedAccessKey=")  # fmt: skip
 MARKS = (*dict.fromkeys(mark for marks, _ in _FORMS for mark in marks), *_ASSIGNED_MARKS)
-_MARK = re.compile("|".join(
-    f"(?<![A-Za-z0-9]){re.escape(mark)}" if mark[0].isalnum() else re.escape(mark) for mark in MARKS
-))  # fmt: skip
+_MARK = re.compile(
+    "|".join(
+        f"(?<![A-Za-z0-9]){re.escape(mark)}" if mark[0].isalnum() else re.escape(mark)
+        for mark in MARKS
+    )
+)
 # Of the characters that the scan may turn on, the rarest in text first.
 _RARE = "QZ=_XJzqjKVYUHGWxFLOPD-kvBMCRNSITEAybwpgfmcu"
 
@@ -132,7 +135,7 @@ def is_marked(text: str) -> bool:
 
 
 def find_keys(text: str) -> Iterator[tuple[int, int]]:
-    """Access keys and private keys; of `name = value` the value."""
+    """Yields access keys and private keys; of `name = value` the value."""
     for mark, matches in _MATCHES:
         at = text.find(mark)
         while at >= 0:
@@ -146,7 +149,7 @@ def find_keys(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_passwords(text: str) -> Iterator[tuple[int, int]]:
-    """Passwords in URLs; the name before one and the host after it stay."""
+    """Yields passwords in URLs; the name before one and the host after it stay."""
     if "@" in text:
         for match in _URL_PASSWORD.finditer(text):
             if match[1].lower() not in _NO_PASSWORDS:

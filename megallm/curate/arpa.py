@@ -38,7 +38,7 @@ class ArpaModel:
                 self.table[key] = (float(parts[0]), float(parts[2]) if len(parts) > 2 else 0.0)
 
     def word(self, context: tuple[str, ...], word: str) -> float:
-        """log10 p(word | context)."""
+        """Returns log10 p(word | context)."""
         context = context[max(0, len(context) - self.order + 1) :]
         found = self.table.get((*context, word))
         if found is not None:
@@ -48,7 +48,7 @@ class ArpaModel:
         return self.table.get(context, (0.0, 0.0))[1] + self.word(context[1:], word)
 
     def score(self, sentence: str) -> float:
-        """log10 p(sentence </s> | <s>)."""
+        """Returns log10 p(sentence </s> | <s>)."""
         known = [word if (word,) in self.table else _UNKNOWN for word in sentence.split()]
         total, context = 0.0, (_BEGIN,)
         for word in [*known, _END]:

@@ -56,8 +56,8 @@ class LocalStep(Protocol):
     marks: dict[str, tuple[float, ...]]
 
     def judge(self, batch: DocumentBatch) -> list[Verdict]:
-        """One verdict a document. The step may record metrics on the batch and add to a document's
-        `meta`.
+        """Returns one verdict a document. The step may record metrics on the batch and add to a
+        document's `meta`.
         """
         ...
 
@@ -72,8 +72,8 @@ class GlobalStep(Protocol):
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
     ) -> dict[int, dict[str, np.ndarray]]:
-        """Decisions by shard; `gone` are the sorted numbers of documents that a step decided before
-        drops.
+        """Returns decisions by shard; `gone` are the sorted numbers of documents that a step
+        decided before drops.
         """
         ...
 
@@ -136,7 +136,7 @@ def build_chain(config: CurateConfig) -> Chain:
 
 @lru_cache(maxsize=2)
 def chain_of(config_yaml: str) -> Chain:
-    """`build_chain`, remembered: a worker builds its chain at its first shard."""
+    """Returns `build_chain`, remembered: a worker builds its chain at its first shard."""
     return build_chain(configs.loads(CurateConfig, config_yaml))
 
 
@@ -303,8 +303,8 @@ def _redactor(chain: Chain) -> Callable[[str], str] | None:
 def ledger_row(
     document: Document, action: str, step: str, reason: str, note: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One row of ledger.jsonl; spans are [begin, end, reason, step] in the text as that step saw
-    it.
+    """Returns one row of ledger.jsonl; spans are [begin, end, reason, step] in the text as that
+    step saw it.
     """
     row = {
         "id": document.id, "file": document.file, "line": document.line, "action": action, "step": step,
@@ -314,7 +314,8 @@ def ledger_row(
 
 
 def kept_row(document: Document) -> bytes:
-    """One line of kept/*.jsonl.gz: {"id", "text", "file", "line"} and what is kept beside."""
+    """Returns one line of kept/*.jsonl.gz: {"id", "text", "file", "line"} and what is kept beside.
+    """
     beside = {"file": document.file, "line": document.line}
     beside |= {
         key: value for key, value in document.meta.items() if key not in ("id", "text", *beside)
@@ -330,7 +331,8 @@ def kept_row(document: Document) -> bytes:
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Up to BATCH_DOCUMENTS documents and, beyond the first, BATCH_CHARS characters at once."""
+    """Yields up to BATCH_DOCUMENTS documents and, beyond the first, BATCH_CHARS characters at once.
+    """
     held: list[Document] = []
     size = 0
     for document in documents:

@@ -73,11 +73,11 @@ class LinearModel:
         self.weights, self.bias, self.about = weights, bias, about
 
     def scores(self, analysis: Analysis) -> np.ndarray:
-        """float64 [documents]."""
+        """Returns the scores, float64 [documents]."""
         return _sigmoid(_margins(self.weights, self.bias, *features(analysis)))
 
     def save(self, path: str | Path) -> None:
-        """One .npz file, whole or not at all; no pickle in it."""
+        """Write one .npz file, whole or not at all; no pickle in it."""
         with writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(
                 file,
@@ -179,7 +179,9 @@ def _fit(
 
 
 def evaluate_classifier(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Precision and recall of `good` at 0.5, and the area under the ROC curve (Mann-Whitney)."""
+    """Returns precision and recall of `good` at 0.5, and the area under the ROC curve
+    (Mann-Whitney).
+    """
     chosen, good = scores >= 0.5, labels > 0
     hits = int((chosen & good).sum())
     pairs = max(int(good.sum()) * int((~good).sum()), 1)

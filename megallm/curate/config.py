@@ -148,24 +148,35 @@ class CurateConfig:
 
 
 def check_config(config: CurateConfig) -> None:
-    """Every cross-field problem at once. Errors: `UsageError`."""
+    """Collect every cross-field problem at once. Errors: `UsageError`."""
     known = (*LOCAL, *GLOBAL)
     problems = [
         f"steps: '{name}' is not a step; the steps are: {', '.join(known)}."
         for name in config.steps
         if name not in known
     ]
-    problems += [f"steps: '{name}' is named twice; name each step once." for name in _twice(config.steps)]
+    problems += [
+        f"steps: '{name}' is named twice; name each step once." for name in _twice(config.steps)
+    ]
     needs = {
-        "classifier": (config.classifier.model, "classifier.model: a file of `megallm curate train-classifier`"),
+        "classifier": (
+            config.classifier.model,
+            "classifier.model: a file of `megallm curate train-classifier`",
+        ),
         "perplexity": (
             config.perplexity.model or config.perplexity.scorer,
-            "perplexity.model (a file of `megallm curate train-lm`) or perplexity.scorer (file.py:function)",
+            "perplexity.model (a file of `megallm curate train-lm`) or perplexity.scorer "
+            "(file.py:function)",
         ),
-        "decontaminate": (config.decontaminate.sets, "decontaminate.sets: the JSONL files of the evaluation sets"),
+        "decontaminate": (
+            config.decontaminate.sets,
+            "decontaminate.sets: the JSONL files of the evaluation sets",
+        ),
     }
     problems += [
-        f"steps: '{name}' needs {what}." for name, (value, what) in needs.items() if name in config.steps and not value
+        f"steps: '{name}' needs {what}."
+        for name, (value, what) in needs.items()
+        if name in config.steps and not value
     ]
     if not config.input.files:
         problems.append("input.files: give at least one file, folder or pattern.")
@@ -201,7 +212,10 @@ def used_files(config: CurateConfig) -> list[str]:
         "language": (config.language.model,),
         "classifier": (config.classifier.model,),
         "toxicity": (config.toxicity.words, config.toxicity.allow),
-        "perplexity": (config.perplexity.model, (config.perplexity.scorer or "").rpartition(":")[0]),
+        "perplexity": (
+            config.perplexity.model,
+            (config.perplexity.scorer or "").rpartition(":")[0],
+        ),
         "decontaminate": config.decontaminate.sets,
     }
     return [name for step in config.steps for name in found.get(step, ()) if name]

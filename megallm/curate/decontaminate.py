@@ -55,7 +55,7 @@ class _Grams:
         self._filter[self.hashes >> np.uint64(64 - _FILTER_BITS)] = True
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(positions in `hashes`, numbers in `self.hashes`) of those that are ours."""
+        """Returns (positions in `hashes`, numbers in `self.hashes`) of those that are ours."""
         maybe = np.flatnonzero(self._filter[hashes >> np.uint64(64 - _FILTER_BITS)])
         maybe = maybe[contains(self.hashes, hashes[maybe])]
         return maybe, np.searchsorted(self.hashes, hashes[maybe])
@@ -80,7 +80,7 @@ class _Passages:
         self._share = share
 
     def find(self, words: Pieces, known: dict[int, dict[int, str]]) -> Iterator[tuple[int, int]]:
-        """(document, item) of the copies that are not `known`."""
+        """Yields (document, item) of the copies that are not `known`."""
         hashes, first = words.ngrams(_SEED_WORDS)
         at, numbers = self._seeds.find(hashes)
         place, item = self._seeds.owners(numbers, first[at])
@@ -200,8 +200,8 @@ class Decontaminate:
 
 
 def items(path: str, keys: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
-    """(line, key, text) of every text of a JSONL file of evaluation items. Errors: `DataError` with
-    file:line.
+    """Yields (line, key, text) of every text of a JSONL file of evaluation items. Errors:
+    `DataError` with file:line.
     """
     if not Path(path).is_file():
         what = "is a pipe or a device" if Path(path).exists() else "does not exist"
@@ -249,8 +249,8 @@ def _texts_of(raw: bytes, keys: tuple[str, ...], where: str) -> list[tuple[str, 
 
 
 def report_of(step: Decontaminate, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """contamination.json: how many texts were looked for, which were too short, and where each was
-    found.
+    """Returns contamination.json: how many texts were looked for, which were too short, and where
+    each was found.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -100,7 +100,7 @@ class DocumentBatch:
 
     @cached_property
     def analysis(self) -> Analysis:
-        """Words, lines and paragraphs of all texts; made when a step first asks."""
+        """Returns words, lines and paragraphs of all texts; made when a step first asks."""
         return Analysis([document.text for document in self.documents])
 
     def shared_analysis(self) -> tuple[Analysis, np.ndarray]:

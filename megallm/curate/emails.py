@@ -21,10 +21,14 @@ _RUNS = (  # what a name may be, each from its end on: the text before an @ is r
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _LATIN = r"A-Za-z0-9\u00c0-\u024f\u1e00-\u1eff\u0300-\u036f"
 _HOSTS = (
-    re.compile(rf"(?:{_LABEL}\.)+(?:xn--[A-Za-z0-9-]{{1,59}}|[A-Za-z]{{2,24}})(?![{_LATIN}]|-[A-Za-z0-9])"),
-    re.compile(r"(?:(?:[^\W_]|[\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff-]){1,63}\.)+"
-               r"(?:[^\W\d_]|[\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff-]){2,24}"),
-)  # fmt: skip
+    re.compile(
+        rf"(?:{_LABEL}\.)+(?:xn--[A-Za-z0-9-]{{1,59}}|[A-Za-z]{{2,24}})(?![{_LATIN}]|-[A-Za-z0-9])"
+    ),
+    re.compile(
+        r"(?:(?:[^\W_]|[\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff-]){1,63}\.)+"
+        r"(?:[^\W\d_]|[\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff-]){2,24}"
+    ),
+)
 _NAME_CHARS = 64
 _HOST_CHARS = 256
 _RETINA = re.compile(r"[1-9](?:\.\d+)?x\.", re.IGNORECASE)  # icon@2x.zip
@@ -40,8 +44,9 @@ _PERCENT = re.compile(r"%[0-9A-Fa-f]{2}")
 
 
 def find_emails(text: str) -> Iterator[tuple[int, int]]:
-    """Addresses around each @; those in domains reserved for examples and logins of services are
-    left."""
+    """Yields addresses around each @; those in domains reserved for examples and logins of services
+    are left.
+    """
     at = text.find("@")
     while at >= 0:
         begin = _begin_of(text, at)
@@ -93,9 +98,10 @@ def _shortened(host: str, begin: int) -> int:
     after one begins a sentence that follows without a blank: jane@mail.org.In the meantime."""
     labels = host.split(".")
     known = [
-        number for number, label in enumerate(labels)
+        number
+        for number, label in enumerate(labels)
         if number and (label.lower() in TOP_LEVEL or label.lower().startswith("xn--"))
-    ]  # fmt: skip
+    ]
     if len(known) > 1 and labels[known[-1]][0].isupper() and labels[known[-2]].islower():
         known.pop()
     return begin + len(".".join(labels[: known[-1] + 1])) if known else 0

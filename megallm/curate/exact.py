@@ -35,14 +35,16 @@ INDEX_BITS = 32  # a document's number is shard << 32 | index
 
 
 def text_key(text: str) -> bytes:
-    """16 bytes that are equal exactly (but for a chance of 2^-128) for texts that compare alike."""
+    """Returns 16 bytes that are equal exactly (but for a chance of 2^-128) for texts that compare
+    alike.
+    """
     return xxhash.xxh3_128_digest(comparable(text))
 
 
 def split_units(
     text: str, separator: re.Pattern[str], begin: int = 0, end: int | None = None
 ) -> Iterator[tuple[int, int, int]]:
-    """Units as (begin, end of content, end including the separator)."""
+    """Yields units as (begin, end of content, end including the separator)."""
     end = len(text) if end is None else end
     for match in separator.finditer(text, begin, end):
         yield begin, match.start(), match.end()
@@ -52,7 +54,7 @@ def split_units(
 
 
 def text_units(text: str, level: str) -> Iterator[tuple[int, int, int, int]]:
-    """Paragraphs or lines as (begin, end, end with separator, number of the paragraph)."""
+    """Yields paragraphs or lines as (begin, end, end with separator, number of the paragraph)."""
     for number, (begin, end, stop) in enumerate(split_units(text, _PARAGRAPH)):
         if level == "paragraph":
             yield begin, end, stop, number
@@ -82,7 +84,7 @@ class Signatures:
 
 
 def load_array(folder: Path, name: str) -> np.ndarray | None:
-    """One array of a shard as a memory map; None when the shard has none."""
+    """Returns one array of a shard as a memory map; None when the shard has none."""
     path = folder / f"{name}.npy"
     return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
 
@@ -136,8 +138,9 @@ class Exact:
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
     ) -> dict[int, dict[str, np.ndarray]]:
-        """For every shard and level the records to drop. A unit that is gone with its document or
-        paragraph is no first occurrence for others."""
+        """Returns for every shard and level the records to drop. A unit that is gone with its
+        document or paragraph is no first occurrence for others.
+        """
         out: dict[int, dict[str, np.ndarray]] = {shard: {} for shard in range(len(shards))}
         gone_paragraphs = np.zeros(0, np.dtype([("document", "<u8"), ("unit", "<u4")]))
         for level in self._levels:

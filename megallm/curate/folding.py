@@ -53,10 +53,13 @@ def classes() -> np.ndarray:
 
 # Letters that are drawn like Latin ones (of a capital and its small letter the look of the capital
 # decides), Latin letters with a stroke, and apostrophes that Unicode counts as letters.
-_ALIKE = dict(zip(
-    "авекмнорстухіјѕһԁԛԝ" "αβεζηικμνορτυχ" "łøđħŧıɡ" "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ" "ʼʻꞌ",
-    "abekmhopctyxijshdqw" "abezhikmnoptyx" "lodhtig" "abcdefghijklmnoprstuvwyz" "'''", strict=True,
-))  # fmt: skip
+_ALIKE = dict(
+    zip(
+        "авекмнорстухіјѕһԁԛԝαβεζηικμνορτυχłøđħŧıɡᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢʼʻꞌ",
+        "abekmhopctyxijshdqwabezhikmnoptyxlodhtigabcdefghijklmnoprstuvwyz'''",
+        strict=True,
+    )
+)
 # Not taken apart: the ellipsis, trade marks (Foo™ is no "footm"), and jamo that stand for
 # themselves.
 _WHOLE = {0x2026, 0x2120, 0x2122, *range(0x3131, 0x318F), *range(0xAC00, 0xD7A4)}
@@ -161,8 +164,9 @@ def fold(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def comparable(text: str) -> bytes:
-    """UTF-8 of a text folded and with runs of white space made one blank: equal for texts that
-    compare alike."""
+    """Returns UTF-8 of a text folded and with runs of white space made one blank: equal for texts
+    that compare alike.
+    """
     native = extension.index()
     if native is None:
         same = fold([text])[0].tobytes().decode("utf-32-le", "surrogatepass")
@@ -173,5 +177,5 @@ def comparable(text: str) -> bytes:
 
 
 def code_points(text: str) -> np.ndarray:
-    """uint32 [len(text)]; a lone surrogate is allowed."""
+    """Returns uint32 [len(text)]; a lone surrogate is allowed."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)

@@ -48,8 +48,8 @@ _KEPT_SPACE = (
 
 
 def text_of_html(html: str) -> str:
-    """Plain text: a blank line between blocks, one line an item or row. Errors: `UsageError`
-    without selectolax.
+    """Returns plain text: a blank line between blocks, one line an item or row. Errors:
+    `UsageError` without selectolax.
     """
     lexbor = optional.need("selectolax.lexbor", "give text or JSONL files")
     tree = lexbor.LexborHTMLParser(html)

@@ -74,8 +74,10 @@ class Language:
         self._predict = _native(path) or _library(path)
 
     def identify(self, text: str) -> tuple[str, float]:
-        """(code, confidence) of a text; of a long one a few windows spread over it are read."""
-        found = self._predict(as_trained(sample(text, self.config.sample_chars)))
+        """Returns (code, confidence) of a text; of a long one a few windows spread over it are
+        read.
+        """
+        found = self._predict(as_trained(sample_windows(text, self.config.sample_chars)))
         return (found[0].removeprefix(_LABEL), min(found[1], 1.0)) if found else ("und", 0.0)
 
     def judge(self, batch: DocumentBatch) -> list[Verdict]:
@@ -107,9 +109,9 @@ def as_trained(text: str) -> str:
     )
 
 
-def sample(text: str, size: int) -> str:
-    """At most `size` characters: a short text whole, otherwise windows spread evenly, each begun at
-    a word.
+def sample_windows(text: str, size: int) -> str:
+    """Returns at most `size` characters: a short text whole, otherwise windows spread evenly, each
+    begun at a word.
     """
     if len(text) <= size:
         return text

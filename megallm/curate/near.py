@@ -52,7 +52,8 @@ def _multipliers(count: int) -> np.ndarray:
 
 
 def band_hashes(values: np.ndarray, offsets: np.ndarray, bands: int, rows: int) -> np.ndarray:
-    """uint64 [sets, bands] of sets that are not empty: each band mixes `rows` MinHash values.
+    """Returns uint64 [sets, bands] of sets that are not empty: each band mixes `rows` MinHash
+    values.
 
     Permutation i of the 32-bit hashes is x -> (x ^ b_i) * a_i, a_i odd; the minimum over a set is
     its value.
@@ -75,7 +76,7 @@ def band_hashes(values: np.ndarray, offsets: np.ndarray, bands: int, rows: int) 
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard similarity of two sorted sets of hashes."""
+    """Returns the Jaccard similarity of two sorted sets of hashes."""
     both = np.concatenate([a, b])
     both.sort()
     common = int(np.count_nonzero(both[1:] == both[:-1]))
@@ -120,7 +121,7 @@ class Near:
     def resolve(
         self, shards: Sequence[Path], scratch: Path, memory_bytes: int, gone: np.ndarray
     ) -> dict[int, dict[str, np.ndarray]]:
-        """For every shard the documents to drop, their centres and similarities."""
+        """Returns for every shard the documents to drop, their centres and similarities."""
         members = self._buckets(shards, scratch, memory_bytes, gone)
         drops = _stars(members, _Sets(shards), self.config)
         shard_of = drops["document"] >> np.uint64(INDEX_BITS)

@@ -18,14 +18,14 @@ from megallm.curate.arpa import ArpaModel
 from megallm.curate.config import PerplexityConfig
 from megallm.curate.document import KEEP, DocumentBatch, Verdict, drop
 from megallm.curate.kneser_ney import sentences
-from megallm.curate.language import sample
+from megallm.curate.language import sample_windows
 
 Scorer = Callable[[list[str]], Sequence[float]]
 
 
 def ngram_scorer(path: str) -> Scorer:
-    """Perplexity per word (the end of each line counts as one) of texts; 1 for a text without
-    words.
+    """Returns perplexity per word (the end of each line counts as one) of texts; 1 for a text
+    without words.
 
     kenlm reads ARPA and its own binary files; without kenlm ARPA files are read in Python.
     """
@@ -120,7 +120,9 @@ class Perplexity:
         return np.nan_to_num(values)
 
     def judge(self, batch: DocumentBatch) -> list[Verdict]:
-        texts = [sample(document.text, self.config.sample_chars) for document in batch.documents]
+        texts = [
+            sample_windows(document.text, self.config.sample_chars) for document in batch.documents
+        ]
         values = self._values(texts)
         batch.record("perplexity.per_word", values)
         verdicts = []

@@ -49,8 +49,9 @@ class Phones:
         self._is_local = lru_cache(_REMEMBERED)(self._locally_valid)
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Telephone numbers that are valid in their country; a local form must be grouped as
-        people group it, or stand after a word such as "phone"."""
+        """Yields telephone numbers that are valid in their country; a local form must be grouped as
+        people group it, or stand after a word such as "phone".
+        """
         for match in _PHONE.finditer(text):
             written = match[0]
             digits = sum(char.isdigit() for char in written)

@@ -107,8 +107,8 @@ def iban_valid(text: str) -> bool:
 
 
 def find_ips(text: str) -> Iterator[tuple[int, int]]:
-    """Public addresses of version 4 and 6; section and version numbers are told by what stands
-    before them.
+    """Yields public addresses of version 4 and 6; section and version numbers are told by what
+    stands before them.
     """
     patterns = ([_IPV4] if "." in text else []) + ([_IPV6] if ":" in text else [])
     for pattern in patterns:
@@ -145,8 +145,9 @@ def _is_numbering(text: str, match: re.Match[str], version: int) -> bool:
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
-    """International bank account numbers, written together or in groups of four, in capitals or
-    not."""
+    """Yields international bank account numbers, written together or in groups of four, in capitals
+    or not.
+    """
     for match in _IBAN.finditer(text):
         size = _IBAN_LENGTHS.get(match[0][:2].upper())
         if size is None:
@@ -164,7 +165,7 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Payment card numbers: an issuer's prefix and length, the Luhn digit, groups of a usual
+    """Yields payment card numbers: an issuer's prefix and length, the Luhn digit, groups of a usual
     size.
     """
     for match in _CARD.finditer(text):
@@ -179,8 +180,9 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
 
 
 def find_ssns(text: str) -> Iterator[tuple[int, int]]:
-    """Social security numbers of the USA, written 123-45-6789 or 123 45 6789, without the
-    numbers never given out."""
+    """Yields social security numbers of the USA, written 123-45-6789 or 123 45 6789, without the
+    numbers never given out.
+    """
     for match in _SSN.finditer(text):
         area, group, serial = match[0][:3], match[0][4:6], match[0][7:]
         begin, end = match.span()
@@ -213,8 +215,8 @@ class Pii:
         self._finders = {kind: finder for kind, finder in finders.items() if kind in config.kinds}
 
     def find(self, text: str) -> list[TextSpan]:
-        """All spans of a text with their kinds and stand-ins; where two kinds overlap the first of
-        the table wins.
+        """Returns all spans of a text with their kinds and stand-ins; where two kinds overlap the
+        first of the table wins.
         """
         return self._find_all([text])[0]
 

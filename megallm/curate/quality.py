@@ -246,7 +246,7 @@ class Quality:
             self.marks[name] = (*self.marks.get(name, ()), limit)
 
     def judge(self, batch: DocumentBatch) -> list[Verdict]:
-        """One verdict a document; the note of a drop has the value and the limit."""
+        """Returns one verdict a document; the note of a drop has the value and the limit."""
         texts = [document.text for document in batch.documents]
         languages = [document.meta.get("language") for document in batch.documents]
         metrics = measure(
@@ -277,8 +277,8 @@ class Quality:
 
 
 def boilerplate_spans(text: str) -> list[TextSpan]:
-    """Short lines about cookies, JavaScript, terms and log-ins, each with the newline that ends
-    it.
+    """Returns short lines about cookies, JavaScript, terms and log-ins, each with the newline that
+    ends it.
     """
     low, spans = lowered(text), []
     for hint in _BOILERPLATE_HINTS:

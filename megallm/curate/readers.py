@@ -9,7 +9,6 @@ and two blocks are held, whatever a file unfolds to. `data.text.textfile` opens 
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,6 @@ from megallm.data.text import readers, textfile
 _JSONL = (".jsonl", ".json", ".ndjson", ".parquet")
 _HTML = (".html", ".htm", ".xhtml")
 _BOMB_BYTES = 64 << 20  # a small file may unfold as much as it likes
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CHARSET = re.compile(rb"charset=[\"']?([A-Za-z0-9_-]+)")
 _BOM = b"\xef\xbb\xbf"
 _MAX_DEPTH = 100  # of a value that is kept
@@ -100,12 +98,12 @@ def _check_file(name: str, config: InputConfig) -> None:
         raise DataError(f"{name} cannot be read: {error.strerror}.") from error
     except DataError:
         return  # an archive: `file_units` says so, and input.on_bad_file decides
-    if kind_of(name, config) == "html":
+    if file_kind(name, config) == "html":
         optional.check_installed("selectolax.lexbor", "give text or JSONL files")
 
 
-def kind_of(name: str, config: InputConfig) -> str:
-    """`jsonl` (and Parquet), `html` or `text`."""
+def file_kind(name: str, config: InputConfig) -> str:
+    """Returns `jsonl` (and Parquet), `html` or `text`."""
     if config.format != "auto":
         return config.format
     suffix = readers.suffix_of(name)
@@ -114,7 +112,7 @@ def kind_of(name: str, config: InputConfig) -> str:
 
 def file_units(name: str, config: InputConfig) -> Iterator[Unit]:
     """Cut one file; what is damaged becomes a last unit that says so."""
-    kind = kind_of(name, config)
+    kind = file_kind(name, config)
     packed_bytes = Path(name).stat().st_size
     if kind != "jsonl" and not _is_parquet(name):
         yield Unit(name, kind, min(packed_bytes, config.max_document_bytes))
@@ -181,8 +179,8 @@ def _count_lines(chunk: readers.Chunk) -> int:
 
 
 def parse_unit(unit: Unit, config: InputConfig) -> Iterator[Document | Reject]:
-    """Documents and rejected lines of a unit, in order; ids are made of file and line unless there
-    is `id_key`.
+    """Yields documents and rejected lines of a unit, in order; ids are made of file and line unless
+    there is `id_key`.
     """
     if unit.kind == "damaged":
         yield Reject(unit.file, unit.line, unit.reason, whole=True)
@@ -214,15 +212,9 @@ def _line(raw: bytes, file: str, line: int, config: InputConfig) -> Document | R
     if value is not None:
         return _document(value, file, line, config)
     try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Reject(file, line, f"invalid UTF-8 at byte {error.start} of the line")
-    except json.JSONDecodeError as error:
-        return Reject(file, line, f"not valid JSON, {error.msg} at column {error.colno}")
-    except ValueError as error:
-        return Reject(file, line, f"not usable JSON, {error}")
-    except RecursionError:
-        return Reject(file, line, "not usable JSON, it is nested too deeply")
+        value = readers.json_of_line(raw)
+    except readers.BadLine as bad:
+        return Reject(file, line, bad.reason)
     if not isinstance(value, dict):
         return Reject(
             file,
@@ -250,10 +242,10 @@ def _quick(raw: bytes, config: InputConfig) -> dict[str, Any] | None:
 def _document(
     value: dict[str, Any], file: str, line: int, config: InputConfig
 ) -> Document | Reject:
-    if config.key not in value:
-        has = ", ".join(f"'{name}'" for name in list(value)[:8]) or "no keys"
-        return Reject(file, line, f"the key '{config.key}' is missing; the line has {has}")
-    text = value[config.key]
+    try:
+        text = readers.value_of(value, config.key)
+    except readers.BadLine as bad:
+        return Reject(file, line, bad.reason)
     if not isinstance(text, str):
         return Reject(
             file, line, f"the value of '{config.key}' is a {readers.type_name(text)}, want a string"
@@ -269,7 +261,7 @@ def _document(
             line,
             f"the value of '{config.id_key}' is a {kind}, want a string or a whole number",
         )
-    if isinstance(name, str) and _SURROGATE.search(name):
+    if isinstance(name, str) and not readers.is_utf8(name):
         return Reject(file, line, f"the value of '{config.id_key}' holds a lone surrogate")
     meta = {}
     for key in config.keep_keys:
@@ -305,7 +297,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 def _unsound(text: str) -> str:
     if "\0" in text:
         return "the text holds NUL bytes, so it is not text"
-    if not text.isascii() and _SURROGATE.search(text):
+    if not readers.is_utf8(text):
         return "the text holds a lone surrogate, which UTF-8 cannot hold"
     return ""
 

@@ -17,9 +17,9 @@ DUPLICATE = (5, 6, 7, 8, 9, 10)
 
 
 def runs(hashes: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces that are equal inside one document, next to each other: their numbers in `order`,
-    first occurrences first, and for each place of `order` whether it belongs to the run of the
-    place before.
+    """Returns pieces that are equal inside one document, next to each other: their numbers in
+    `order`, first occurrences first, and for each place of `order` whether it belongs to the run of
+    the place before.
     """
     keys = mix(hashes + documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     order = np.argsort(keys, kind="stable")
@@ -50,7 +50,7 @@ def duplicate_pieces(pieces: Pieces, ink: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def word_repetition(analysis: Analysis) -> dict[str, np.ndarray]:
-    """`top_{2,3,4}gram` and `dup_{5..10}gram` of every document, float64 [documents]."""
+    """Returns `top_{2,3,4}gram` and `dup_{5..10}gram` of every document, float64 [documents]."""
     words = analysis.words
     total = np.maximum(words.extent[0], 1)
     native = extension.index()

@@ -31,7 +31,7 @@ ins{background:#cfe8d0;text-decoration:none}.where{font-size:.8em;color:#667}sum
 
 
 def escape(text: str) -> str:
-    """Text for a page; characters that no page may hold become replacement characters."""
+    """Returns text for a page; characters that no page may hold become replacement characters."""
     return _escape(_FORBIDDEN.sub("\ufffd", text))
 
 
@@ -81,10 +81,15 @@ def _steps(steps: dict[str, dict[str, Any]], documents: int) -> str:
         )
         rows.append(
             _row(
-                escape(name), f"{row['in']:,}", f"{dropped:,}", _percent(dropped, row["in"]),
-                f"{row['edited_documents']:,}", f"{row['characters_dropped'] + row['characters_cut']:,}", bars,
+                escape(name),
+                f"{row['in']:,}",
+                f"{dropped:,}",
+                _percent(dropped, row["in"]),
+                f"{row['edited_documents']:,}",
+                f"{row['characters_dropped'] + row['characters_cut']:,}",
+                bars,
             )
-        )  # fmt: skip
+        )
     titles = (
         "step",
         "in",
@@ -175,7 +180,8 @@ def _limit_line(edges: Iterable[float], limit: float) -> str:
     if not 0 <= below < BINS:
         return ""
     x = _WIDTH / BINS * (below + (limit - held[below]) / (held[below + 1] - held[below]))
-    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}" stroke="#c0392b" stroke-width="1.5"/>'
+    ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}"'
+    return f'<line {ends} stroke="#c0392b" stroke-width="1.5"/>'
 
 
 def _short(value: float) -> str:

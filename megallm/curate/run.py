@@ -223,8 +223,8 @@ class Run:
                 )
 
     def end_segment(self, number: int) -> None:
-        """Every shard of the segment is there: check what was read, or remove what is not needed
-        any more.
+        """Finish a segment, every shard of which is there: check what was read, or remove what is
+        not needed any more.
         """
         if number == 0:
             if not self._shards.exists():
@@ -379,7 +379,8 @@ class Run:
 def plan_curation_shards(
     inputs: list[str], config: CurateConfig
 ) -> Iterator[tuple[readers.Unit, ...]]:
-    """Units of about `shard_mib` together; depends on the files and the configuration only."""
+    """Yields units of about `shard_mib` together; depends on the files and the configuration only.
+    """
     limit = int(config.shard_mib * (1 << 20))
     held: list[readers.Unit] = []
     size = 0
@@ -395,7 +396,7 @@ def plan_curation_shards(
 
 
 def stats_of(total: CurationStats, chain: chains.Chain, identity: str) -> dict[str, Any]:
-    """stats.json: equal for equal input and configuration, whatever the workers and
+    """Returns stats.json: equal for equal input and configuration, whatever the workers and
     interruptions.
     """
     marks = {name: mark for step in chain.local.values() for name, mark in step.marks.items()}

@@ -147,11 +147,11 @@ class CurationStats:
         self.totals[name] = self.totals.get(name, 0) + number
 
     def spend(self, step: str, seconds: float) -> None:
-        """Processor time of a step."""
+        """Record the processor time of a step."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Returns everything as JSON values."""
         return {
             "totals": self.totals, "steps": self.steps,
             "histograms": {name: counts.tolist() for name, counts in self.histograms.items()},

@@ -60,7 +60,7 @@ class Chance:
         self._key, self._used = rng.key_of(seed, "synth", kind, index), 0
 
     def below(self, bound: int) -> int:
-        """A whole number from 0 to bound - 1 (the bias is below bound / 2^64)."""
+        """Returns a whole number from 0 to bound - 1 (the bias is below bound / 2^64)."""
         value = int(rng.bits(self._key, self._used, 1)[0])
         self._used += 1
         return value % bound
@@ -85,7 +85,7 @@ class Task:
 
 
 def arithmetic_task(chance: Chance) -> Task:
-    """Whole-number sums, products, division with rest, brackets, or a column of additions."""
+    """Make whole-number sums, products, division with rest, brackets, or a column of additions."""
     template = chance.choice(("sum", "difference", "product", "division", "brackets", "column"))
     digits = chance.between(1, 6)
     a, b, c = (chance.between(0, 10**digits - 1) for _ in range(3))
@@ -111,7 +111,7 @@ def arithmetic_task(chance: Chance) -> Task:
 
 
 def template_task(chance: Chance) -> Task:
-    """Word problems, ordering, places of things: the facts stand in the prompt."""
+    """Make word problems, ordering, places of things: the facts stand in the prompt."""
     template = chance.choice(("transfer", "order", "place"))
     names = _different(chance, _NAMES, 3)
     if template == "transfer":
@@ -172,7 +172,7 @@ KINDS: dict[str, Callable[[Chance], Task]] = {
 def generate(
     kinds: Iterable[str], count: int, seed: int, avoid: Iterable[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """`count` rows {id, text, prompt, answer, tests, source, provenance}, the kinds in turn.
+    """Yields `count` rows {id, text, prompt, answer, tests, source, provenance}, the kinds in turn.
 
     `avoid` are JSONL or text files; a task is left out when its prompt is a line or a text of them,
     or its text or an earlier task's. Errors: `UsageError` for an unknown kind or when a kind has no
@@ -228,5 +228,5 @@ def generate(
 
 
 def dump_row(row: dict[str, Any]) -> str:
-    """One line of the output."""
+    """Returns one line of the output."""
     return json.dumps(row, ensure_ascii=False) + "\n"

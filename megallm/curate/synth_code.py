@@ -61,7 +61,9 @@ _TESTS = 4
 
 
 def code_task(chance: Any) -> tuple[str, str, str, str]:
-    """(prompt, function, asserts, template) of the numbers that `chance` (synth.Chance) gives."""
+    """Returns (prompt, function, asserts, template) of the numbers that `chance` (synth.Chance)
+    gives.
+    """
     steps = [
         ("if", chance.choice(_FILTERS), chance.between(2, 12)) for _ in range(chance.between(0, 1))
     ]

@@ -54,7 +54,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def lowered(text: str) -> str:
-    """Lower case, one code point for one code point, so that positions stay."""
+    """Returns lower case, one code point for one code point, so that positions stay."""
     return text.replace("İ", "i").lower()  # the only letter whose lower case is longer
 
 
@@ -79,7 +79,7 @@ def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def sorted_set(values: np.ndarray) -> np.ndarray:
-    """The different values in order (numpy's own goes through a hash table, which is slower
+    """Returns the different values in order (numpy's own goes through a hash table, which is slower
     here).
     """
     values = np.sort(values)
@@ -101,7 +101,7 @@ class Hasher:
         return out
 
     def hash(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """uint64 hashes of the runs [begin, end)."""
+        """Returns uint64 hashes of the runs [begin, end)."""
         native = extension.index()
         if native is not None:
             return native.hashes(self._codes, begin, end, _BASE)
@@ -115,9 +115,13 @@ class Pieces:
     """
 
     def __init__(
-        self, begin: np.ndarray, end: np.ndarray, document_starts: np.ndarray, hasher: Hasher,
+        self,
+        begin: np.ndarray,
+        end: np.ndarray,
+        document_starts: np.ndarray,
+        hasher: Hasher,
         hashes: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.begin, self.end, self._hasher, self._hashes = begin, end, hasher, hashes
         self.offsets = np.searchsorted(begin, document_starts)
 
@@ -154,7 +158,7 @@ class Pieces:
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """uint64, equal for equal (folded) runs wherever they stand."""
+        """Returns uint64, equal for equal (folded) runs wherever they stand."""
         return self._hasher.hash(self.begin, self.end) if self._hashes is None else self._hashes
 
     def ngrams(self, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,8 +249,10 @@ class Analysis:
 
     @cached_property
     def characters(self) -> np.ndarray:
-        """Of each text the characters that are not space, those of words, digits, symbols (# and an
-        ellipsis), places where three dots begin, and ends of sentences, int64 [6, documents]."""
+        """Returns of each text the characters that are not space, those of words, digits, symbols
+        (# and an ellipsis), places where three dots begin, and ends of sentences, int64 [6,
+        documents].
+        """
         native = extension.index()
         if native is not None:
             return native.characters(self.codes, self.kinds, self.starts)
@@ -263,7 +269,7 @@ class Analysis:
 
     @cached_property
     def ink(self) -> np.ndarray:
-        """Positions of the characters that are not space."""
+        """Returns positions of the characters that are not space."""
         return np.flatnonzero((self.kinds & SPACE) == 0)
 
     @property

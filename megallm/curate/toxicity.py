@@ -66,7 +66,7 @@ _MAX_PASSAGES = 8
 
 
 def read_phrases(path: str, section: str) -> list[str]:
-    """Phrases of a file, one a line. Errors: `DataError`."""
+    """Returns phrases of a file, one a line. Errors: `DataError`."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +75,7 @@ def read_phrases(path: str, section: str) -> list[str]:
 
 
 def phrase_tables(phrases: Iterable[str]) -> dict[int, np.ndarray]:
-    """Sorted hashes of phrases by their number of words."""
+    """Returns sorted hashes of phrases by their number of words."""
     out: dict[int, list[int]] = {}
     for phrase in phrases:
         words = Analysis([phrase]).words

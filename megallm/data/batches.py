@@ -32,7 +32,7 @@ class Share:
     dp_rank: int = 0
 
     def micros(self, consumed: int = 0) -> list[list[int]]:
-        """Row numbers [microbatches][micro_batch] after `consumed` rows."""
+        """Returns row numbers [microbatches][micro_batch] after `consumed` rows."""
         return rows_after(consumed, self.global_batch, self.micro_batch, self.dp_size, self.dp_rank)
 
 
@@ -40,14 +40,15 @@ class BatchReader(Protocol):
     """What a run reads, step by step in order; steps count from 1."""
 
     def batches(self, step: int) -> list[Arrays]:
-        """This rank's microbatches of a step: {"tokens", "labels", "positions": int64 [B, T],
-        "mask": bool [B, T]}, for packed documents "cu_seqlens" int32 [n + 1] with B = 1, and for
-        masked diffusion "weight" float32 [B, T]."""
+        """Returns this rank's microbatches of a step: {"tokens", "labels", "positions": int64 [B,
+        T], "mask": bool [B, T]}, for packed documents "cu_seqlens" int32 [n + 1] with B = 1, and
+        for masked diffusion "weight" float32 [B, T].
+        """
         ...
 
     def consumed(self, step: int) -> list[dict[str, Any]]:
-        """This rank's rows of a step: {step, micro, row, source, epoch, spans}; micro and row count
-        over all ranks.
+        """Returns this rank's rows of a step: {step, micro, row, source, epoch, spans}; micro and
+        row count over all ranks.
         """
         ...
 
@@ -56,10 +57,10 @@ class BatchReader(Protocol):
         ...
 
 
-def fill(
+def fill_row(
     row: PackedRow, source: DocumentSource
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """(tokens, labels int64 [T], mask bool [T], ends of the documents in it) of one row.
+    """Returns (tokens, labels int64 [T], mask bool [T], ends of the documents in it) of one row.
 
     A label is the next token of the same document, also where that stands in another row. The last
     token of a document and the padding have none: 0, masked.
@@ -84,7 +85,7 @@ def pack_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource]) -> 
     """Returns a microbatch of B rows as one row of B x T tokens: documents see only themselves,
     their positions start at 0.
     """
-    filled = [fill(row, sources[row.prefix]) for row in rows]
+    filled = [fill_row(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.concatenate([one[i] for one in filled])[None] for i in range(3))
     return {"tokens": tokens, "labels": labels, "mask": mask} | _apart([one[3] for one in filled])
 
@@ -102,7 +103,7 @@ def unpacked_rows(rows: Sequence[PackedRow], sources: dict[str, DocumentSource])
     """Returns a microbatch without document masks: each row is one text, the next token is the
     label wherever a row has one.
     """
-    filled = [fill(row, sources[row.prefix]) for row in rows]
+    filled = [fill_row(row, sources[row.prefix]) for row in rows]
     tokens, labels, mask = (np.stack([one[i] for one in filled]) for i in range(3))
     for row, (number, one) in zip(rows, enumerate(filled), strict=True):
         used = sum(item.size for item in row.items)
@@ -249,7 +250,7 @@ class MegatronReader:
 
 
 def stack(samples: Sequence[np.ndarray]) -> Arrays:
-    """B samples of T + 1 tokens: each token's label is the next, all of them count."""
+    """Stacks B samples of T + 1 tokens: each token's label is the next, all of them count."""
     both = np.stack(samples)
     rows, length = both.shape[0], both.shape[1] - 1
     return {

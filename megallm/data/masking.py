@@ -45,8 +45,8 @@ class MaskRule:
 def mask_tokens(
     tokens: np.ndarray, rule: MaskRule, key: int, word_starts: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """{"tokens", "labels": int64 [T], "mask": bool [T]}: what the model sees, what stood there, and
-    what is predicted.
+    """Returns {"tokens", "labels": int64 [T], "mask": bool [T]}: what the model sees, what stood
+    there, and what is predicted.
 
     word_starts bool [T]: the units are whole words (a word begins where it is True) instead of
     tokens; all tokens of a chosen word are predicted, each treated by the 80/10/10 rule on its own,
@@ -77,8 +77,8 @@ def _ordinary(vocab_size: int, special: tuple[int, ...]) -> np.ndarray:
 
 
 def word_starts_of(pieces: Sequence[str], boundary: str = "Ġ") -> np.ndarray:
-    """bool [T]: where words begin among written tokens: `boundary` first (Ġ or ▁), or for "##"
-    where it is missing.
+    """Returns bool [T]: where words begin among written tokens: `boundary` first (Ġ or ▁), or for
+    "##" where it is missing.
     """
     if boundary == "##":
         starts = np.array([not piece.startswith("##") for piece in pieces], bool)

@@ -91,7 +91,7 @@ def mask_token_of(tokenizer: Tokenizer | None, name: str | None, vocab_size: int
 
 
 def special_tokens(tokenizer: Tokenizer | None) -> set[int]:
-    """Ids that are never masked nor put in another's place: the end of a document and the
+    """Returns ids that are never masked nor put in another's place: the end of a document and the
     tokenizer's specials.
     """
     if tokenizer is None:
@@ -103,8 +103,8 @@ def special_tokens(tokenizer: Tokenizer | None) -> set[int]:
 
 
 def word_start_table(tokenizer: Tokenizer | None) -> np.ndarray:
-    """bool [V]: which tokens begin a word. Errors: `UsageError` for a tokenizer that does not show
-    its pieces.
+    """Returns bool [V]: which tokens begin a word. Errors: `UsageError` for a tokenizer that does
+    not show its pieces.
     """
     if isinstance(tokenizer, ByteTokenizer):
         pieces = [chr(byte) for byte in range(256)] + [" "]

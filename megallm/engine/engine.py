@@ -1,4 +1,6 @@
 """Engine: one parallel model with its optimizer. Trainers see this and nothing below it.
+`train_step` is gradient accumulation over microbatches, loss normalisation (each term divided by
+its count over the global batch), gradient clipping and the update.
 
 `train_step`, `evaluate`, `parts` and `load` are collective over the world, and return the same
 values on every rank of a replica.
@@ -9,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
@@ -29,6 +31,7 @@ from megallm.engine.state import (
     read_state,
     stored_parameters,
 )
+from megallm.engine.stats import LossSums, StepStats
 from megallm.inference.generator import Generator
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
@@ -45,8 +48,8 @@ from megallm.parallel import comm
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.pipeline import Batch, ScheduleRun
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.shard import Shard, StateProvider, StateTensor, piece
-from megallm.parallel.simulate import Slot, Timeline, peak_live
+from megallm.parallel.shard import Shard, StateProvider, StateTensor, WeightSource, piece
+from megallm.parallel.simulate import TimedAction, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
 from megallm.parallel.vocab import Wanted
 
@@ -54,77 +57,14 @@ TIED_NAME = "embedding.weight"
 Item = TypeVar("Item")
 
 
-class Source(Protocol):
-    """Weights by logical name: `info` gives the full shape and the dtype of a tensor, `read_into`
-    fills a tensor of any dtype with the box at `offset`."""
-
-    def names(self) -> list[str]: ...
-
-    def info(self, name: str) -> tuple[tuple[int, ...], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
-
-
 class StepObserver(StateProvider, Protocol):
     """Takes part in every update and has state of its own (`Engine.observe`)."""
 
     def begin(self, micros: int, scale: Tensor | float) -> None:
-        """Before the microbatches of a data rank, whose losses are multiplied by `scale`."""
+        """Prepare for the microbatches of a data rank, whose losses are multiplied by `scale`."""
 
     def finish(self, skipped: bool) -> dict[str, float]:
-        """After an update, its gradients still there; returns metrics."""
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """One update: each term divided by its global count, the counts, the norm before clipping, and
-    whether the update was left out: `skipped` because the norm is not finite, `empty` because
-    nothing counted or every gradient was exactly 0."""
-
-    losses: dict[str, float]
-    counts: dict[str, float]  # int where it is a whole number
-    grad_norm: float
-    skipped: bool
-    loss_scale: float | None = None  # fp16: what the loss was multiplied by
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # what else was measured, under the names of metrics.jsonl: the loss's own and the routers'
-    empty: bool = False
-
-    @property
-    def loss(self) -> float:
-        """The sum of the terms: what was differentiated."""
-        return sum(self.losses.values())
-
-
-class LossSums(NamedTuple):
-    """What a loss returned over the global batch, still on the device.
-
-    `sums` are those of the losses and then of the metrics, `counts` what the terms of `counted` are
-    divided by; both float64.
-    """
-
-    losses: list[str]
-    metrics: list[str]
-    sums: Tensor
-    counted: list[str]
-    counts: Tensor
-
-    @property
-    def nothing(self) -> Tensor:
-        """Whether no term counts anything: a bool scalar on the device."""
-        return (self.counts == 0).all()
-
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Sums by name, and a count for each; waits for the device."""
-        values = torch.cat((self.sums, self.counts)).tolist()
-        names = [*self.losses, *self.metrics]
-        counts = {
-            name: int(count) if count == int(count) else count
-            for name, count in zip(self.counted, values[len(names) :], strict=True)
-        }
-        further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
-        return dict(zip(names, values[: len(names)], strict=True)), further | counts
+        """Returns metrics after an update, its gradients still there."""
 
 
 class Engine:
@@ -170,8 +110,8 @@ class Engine:
 
     @staticmethod
     def build(config: EngineConfig, mesh: Mesh, prepare: Prepare | None = None) -> Engine:
-        """An engine with its initial weights, the same logical weights at every layout, bit for
-        bit.
+        """Returns an engine with its initial weights, the same logical weights at every layout, bit
+        for bit.
 
         `prepare` is called with each stage of this rank on the meta device, before buckets are
         planned: it may fill adapter slots and freeze parameters (`requires_grad_(False)`).
@@ -204,7 +144,7 @@ class Engine:
         }
 
     def num_local_params(self) -> int:
-        """Parameters of this rank's stages."""
+        """Number of parameters of this rank's stages."""
         return sum(shape.numel() for shape in self.parameters.shapes.values())
 
     def observe(self, observer: StepObserver) -> None:
@@ -244,7 +184,7 @@ class Engine:
         further, metrics = ({}, {}) if routing is None else routing.read()
         if self.scaler is not None:
             self.scaler.check()
-        metrics = {name: means[name] for name in run.metrics} | metrics
+        metrics = {name: means[name] for name in (*run.metrics, *run.largest)} | metrics
         skipped = not math.isfinite(norm)
         for observer in self.observers:
             metrics |= observer.finish(skipped or bool(empty))
@@ -261,7 +201,9 @@ class Engine:
     def evaluate(
         self, batches: Sequence[Batch], loss: Loss
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Forward only: the sum of each loss and metric over all data ranks, and its count."""
+        """Returns the sum of each loss and metric over all data ranks, and its count; forward
+        passes only.
+        """
         return self._run(batches, loss, training=False).read()
 
     def scores(
@@ -270,8 +212,8 @@ class Engine:
         wanted: Sequence[str] = ("log_prob",),
         temperature: float = 1.0,
     ) -> list[dict[str, Tensor]]:
-        """Forward only: returns for each microbatch its per-token scalars `[B, T]`, wide and
-        without gradient.
+        """Returns for each microbatch its per-token scalars `[B, T]`, wide and without gradient;
+        forward passes only.
 
         Logits are divided by `temperature` before their softmax. Scalars of a vocabulary are 0
         where the mask is False. The schedule is the one of `evaluate`; the result is in the
@@ -335,8 +277,8 @@ class Engine:
     def generator(
         self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
     ) -> Iterator[Generator]:
-        """A generator on the very weights that are trained, gathered once for the whole rollout and
-        let go afterwards; its samples say how many updates the weights have seen.
+        """Yields a generator on the very weights that are trained, gathered once for the whole
+        rollout and let go afterwards; its samples say how many updates the weights have seen.
 
         `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
         ranks that divide the weights; each data rank then generates from its own requests (`mine`).
@@ -381,14 +323,17 @@ class Engine:
             )
             if self.scaler is not None:
                 total = total * self.scaler.scale
-            return total, Terms(_detached(terms.losses), _detached(terms.metrics))
+            return total, Terms(*map(_detached, vars(terms).values()))
 
         listener = self.parameters if training else None
         self.last_run = self.model.run_schedule(batches, loss_of, wanted, listener)
         results = self.last_run.results.values()
         terms = next(iter(results), None) or self._terms_of_nothing(batches[0], loss)
-        names = list(terms.losses), list(terms.metrics)
-        return LossSums(*names, self._global_sums(results, list(chain(*names))), counted, counts)
+        names = list(terms.losses), list(terms.metrics), list(terms.largest)
+        sums = self._joined(results, [*names[0], *names[1]])
+        if terms.largest:
+            sums = torch.cat((sums, self._joined(results, names[2], largest=True)))
+        return LossSums(*names, sums, counted, counts)
 
     def _terms_of_nothing(self, batch: Batch, loss: Loss) -> Terms:
         """Terms with the names that the last stage has, made where it is not; their values are of
@@ -421,23 +366,26 @@ class Engine:
         vector = vector.to(self.mesh.device, torch.float64)  # exact for whole numbers below 2^53
         return names, comm.all_reduce_(vector, self.mesh.data, "loss.counts")
 
-    def _global_sums(self, results: Iterable[Terms], names: list[str]) -> Tensor:
-        """Sum the reported terms over microbatches and data, and tell every stage; collective over
-        data and pp.
+    def _joined(
+        self, results: Iterable[Terms], names: list[str], largest: bool = False
+    ) -> Tensor:
+        """The sum of reported terms, or the `largest` of each, over microbatches and data, on every
+        stage; collective over data and pp.
         """
         vector = torch.zeros(len(names), dtype=torch.float64, device=self.mesh.device)
+        vector -= math.inf if largest else 0  # which a stage without results leaves as it is
         for terms in results:
-            values = terms.losses | terms.metrics
-            vector += torch.stack([values[name].to(torch.float64) for name in names])
-        comm.all_reduce_(vector, self.mesh.data, "loss.report")
-        comm.all_reduce_(
-            vector, self.mesh.pp, "loss.report"
-        )  # only the last stage holds anything but zero
+            values = terms.largest if largest else terms.losses | terms.metrics
+            row = torch.stack([values[name].to(torch.float64) for name in names])
+            vector = torch.maximum(vector, row) if largest else vector + row
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        for axis in (self.mesh.data, self.mesh.pp):
+            comm.all_reduce_(vector, axis, "loss.report", op)
         return vector
 
     def timeline(self) -> Timeline | None:
-        """The last step on rank 0's pipeline line, from 0 seconds; None off rank 0. Collective over
-        the world.
+        """Returns the last step on rank 0's pipeline line, from 0 seconds; None off rank 0.
+        Collective over the world.
 
         Clocks are those of the machines: lines that span several machines are off by their
         difference.
@@ -453,7 +401,7 @@ class Engine:
         line = [gathered[rank] for rank in self.mesh.pp.ranks]
         begin = min(row[3] for rows in line for row in rows)
         ranks = [
-            [Slot(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
+            [TimedAction(Action(*row[:3]), row[3] - begin, row[4] - begin) for row in rows]
             for rows in line
         ]
         return Timeline(ranks, [peak_live([slot.action for slot in slots]) for slots in ranks])
@@ -461,29 +409,29 @@ class Engine:
     # State
 
     def masters(self) -> Iterator[Piece]:
-        """The wide master weights that this rank keeps, as boxes of logical tensors; frozen: the
-        weights.
+        """Yields the wide master weights that this rank keeps, as boxes of logical tensors; frozen:
+        the weights.
         """
         return pieces(
             self.parameters, {bucket.index: bucket.master for bucket in self.parameters.flat}
         )
 
     def gradients(self) -> Iterator[Piece]:
-        """The completed gradients that this rank keeps, after `train_step` (clipped)."""
+        """Yields the completed gradients that this rank keeps, after `train_step` (clipped)."""
         return pieces(
             self.parameters,
             {bucket.index: bucket.shard_grads for bucket in self.parameters.trainable},
         )
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything that a checkpoint remembers, as this rank's boxes of logical tensors, from all
-        providers.
+        """Yields everything that a checkpoint remembers, as this rank's boxes of logical tensors,
+        from all providers.
         """
         for provider in self.providers:
             yield from provider.state()
 
     def parts(self) -> Iterator[Part]:
-        """What this rank owns of the logical state: weights and optimizer state, as boxes of
+        """Yields what this rank owns of the logical state: weights and optimizer state, as boxes of
         logical tensors.
         """
         for held in self.state():
@@ -491,7 +439,7 @@ class Engine:
                 yield Part(held.name, held.shard.full, held.box.offset, held.tensor)
 
     def counters(self) -> dict[str, float]:
-        """What belongs to the state besides tensors; goes into a checkpoint's meta under
+        """Returns what belongs to the state besides tensors; goes into a checkpoint's meta under
         "engine".
         """
         return {"updates": self.optimizer.updates} | (
@@ -515,7 +463,7 @@ class Engine:
         for held in self.state():
             if not held.optimizer:
                 read_state(reader, held)
-        known = set(reader.names())
+        known = set(reader.names()) if self.model.quantized else ()
         for name, weight in self.model.quantized.items():
             if name in known:  # else they are those of the base that was filled in
                 weight.read_from(reader, name)
@@ -538,7 +486,7 @@ class Engine:
             if held.optimizer and there:
                 read_state(reader, held)
 
-    def fill(self, source: Source) -> None:
+    def fill(self, source: WeightSource) -> None:
         """Fill the weights from `source`, whatever dtype it has; each rank reads what it keeps.
 
         A head that the source lacks, or has in another shape, starts afresh, from the seed; so do
@@ -563,7 +511,7 @@ class Engine:
         self.parameters.publish()
 
     @staticmethod
-    def _check_shape(source: Source, known: set[str], name: str, shard: Shard) -> None:
+    def _check_shape(source: WeightSource, known: set[str], name: str, shard: Shard) -> None:
         stored = tuple(source.info(name)[0]) if name in known else shard.full
         if stored != shard.full:
             raise UsageError(
@@ -591,8 +539,8 @@ def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
-    """The holders of the first and the last stage, size 1 when nothing is shared; collective over
-    the world.
+    """Returns the holders of the first and the last stage, size 1 when nothing is shared;
+    collective over the world.
     """
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     if not tied or first == last:

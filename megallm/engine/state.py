@@ -1,10 +1,12 @@
-"""The logical state of a rank: which boxes of which logical tensors its flat buffers hold."""
+"""The logical state of a rank, for checkpoints (parameters, master weights, optimizer state): which
+boxes of which logical tensors its flat buffers hold.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from megallm.optim.optimizer import Optimizer
 from megallm.optim.zero import ShardedParameters
 from megallm.parallel.fp8 import HISTORY
 from megallm.parallel.shard import Box, Shard, StateTensor
+
+if TYPE_CHECKING:
+    from megallm.engine.engine import Engine
 
 
 class Piece(NamedTuple):
@@ -27,7 +32,8 @@ class Piece(NamedTuple):
 
 
 def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterator[Piece]:
-    """The pieces in buffers that hold, by the number of a bucket, this rank's range of it."""
+    """Yields the pieces in buffers that hold, by the number of a bucket, this rank's range of it.
+    """
     mesh = parameters.mesh
     for index, flat in flats.items():
         bucket = parameters.flat[index]
@@ -54,7 +60,7 @@ class ParameterState:
         self.parameters, self.optimizer = parameters, optimizer
 
     def state(self) -> Iterator[StateTensor]:
-        """Everything of one kind after another, in the order of the buckets."""
+        """Yields everything of one kind after another, in the order of the buckets."""
         flat = self.parameters.flat
         yield from self._tensors("", {bucket.index: bucket.weights for bucket in flat}, False)
         masters = {
@@ -92,3 +98,37 @@ def stored_parameters(names: Iterable[str]) -> set[str]:
 def parameter_of(name: str) -> str:
     """Returns the parameter that the tensor `optim.STATE.PARAMETER` belongs to."""
     return name.split(".", 2)[-1]
+
+
+class Sizes(NamedTuple):
+    """Numbers of parameters of the whole model, each once, and the bytes that their weights and
+    their state take: masters and moments, gradients not counted."""
+
+    trained: int
+    frozen: int
+    trained_bytes: int
+    frozen_bytes: int
+
+    @property
+    def all(self) -> int:
+        """Parameters, adapters included."""
+        return self.trained + self.frozen
+
+
+def count_state(engine: Engine) -> Sizes:
+    """Returns what an engine holds; collective over the world."""
+    mesh = engine.mesh
+    frozen = {entry.name for entry in engine.model.entries() if not entry.param.requires_grad}
+    counts = [0, 0, 0, 0]
+    for held in engine.state():
+        if not held.owned:
+            continue
+        fixed = held.name in frozen
+        counts[2 + fixed] += held.tensor.numel() * held.tensor.itemsize
+        counts[fixed] += 0 if held.optimizer else held.tensor.numel()
+    for weight in engine.model.quantized.values():
+        if weight.shard.owned(mesh.coords):
+            counts[1] += weight.numel
+            counts[3] += weight.num_bytes
+    told = mesh.broadcast_json(mesh.gather_json(counts))
+    return Sizes(*(sum(column) for column in zip(*told, strict=True)))

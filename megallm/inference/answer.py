@@ -82,12 +82,12 @@ class Answer:
             self.end("length")
 
     def end(self, reason: str) -> None:
-        """Nothing more comes: what was held back becomes text."""
+        """End the answer: nothing more comes, and what was held back becomes text."""
         self._decode(last=True)
         self.reason = self.reason or reason
 
     def fresh(self) -> str:
-        """Text that nobody asked for yet and that can no longer change."""
+        """Returns text that nobody asked for yet and that can no longer change."""
         end = len(self.text) if self.done else len(self.text) - self._open_stop()
         piece = self.text[self._shown : end]
         self._shown = max(self._shown, end)

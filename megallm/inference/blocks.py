@@ -1,4 +1,4 @@
-"""Blocks of cached positions: who holds which, counted by reference. Pure.
+"""Blocks of the paged KV cache: who holds which, counted by reference. Pure.
 
 Keys and values live in blocks of `BLOCK` positions; a sequence's block table names those that hold
 its positions in order (PagedAttention, arXiv 2309.06180). Sequences with the same beginning share
@@ -31,7 +31,7 @@ class BlockPool:
         return block
 
     def share(self, blocks: Iterable[int]) -> list[int]:
-        """A further holder's table of blocks that are held already."""
+        """Returns a further holder's table of blocks that are held already."""
         table = list(blocks)
         for block in table:
             self.holders[block] += 1

@@ -1,4 +1,4 @@
-"""A paged cache of keys and values: positions of a sequence lie in blocks, wherever those are.
+"""A paged KV cache (keys and values): positions of a sequence lie in blocks, wherever those are.
 
 No sequence is padded: rotary and learned positions are those that it would have alone. Which block
 belongs to whom is planned elsewhere (`blocks`, `scheduler`); here are the tensors.
@@ -38,7 +38,9 @@ class Pages:
     def of(
         tables: Sequence[Sequence[int]], begins: Sequence[int], count: int, device: torch.device
     ) -> Pages:
-        """Of sequences with these block tables that get `count` positions each from `begins` on."""
+        """Returns the index of sequences with these block tables that get `count` positions each
+        from `begins` on.
+        """
         width = max(blocks_of(begin + count) for begin in begins)
         table = np.zeros((len(tables), width), dtype=np.int64)
         for row, blocks in zip(table, tables, strict=True):
@@ -50,7 +52,7 @@ class Pages:
         return Pages(torch.from_numpy(table), places.to(device), lengths.to(device), device)
 
     def index(self, heads: int, blocks: int) -> Tensor:
-        """Rows `[n * heads * m]` of a pool seen as `[heads * blocks, ...]`."""
+        """Returns rows `[n * heads * m]` of a pool seen as `[heads * blocks, ...]`."""
         key = ("index", heads, blocks)
         if key not in self.known:
             table = self.table.to(self.device)
@@ -59,7 +61,7 @@ class Pages:
         return self.known[key]
 
     def bias(self, capacity: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The mask of one new token a row, `[n, 1, 1, capacity]`."""
+        """Returns the mask of one new token a row, `[n, 1, 1, capacity]`."""
         key = ("bias", capacity, window, dtype)
         if key not in self.known:
             self.known[key] = length_bias(self.lengths + 1, capacity, window, dtype)
@@ -73,7 +75,7 @@ class Workspace:
         self.parts: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor, rows: int, size: int) -> Tensor:
-        """`[rows, size]` of the dtype and device of `like`, with anything in it."""
+        """Returns `[rows, size]` of the dtype and device of `like`, with anything in it."""
         part = self.parts.get(name)
         if part is None or part.numel() < rows * size or part.dtype != like.dtype:
             part = self.parts[name] = like.new_empty(rows * size * 5 // 4)
@@ -94,8 +96,8 @@ class PagedLayer(LayerCache):
                 pool.index_copy_(1, self.pages.places, new.flatten(0, 1).transpose(0, 1))
 
     def gather(self, name: str, pool: Tensor) -> Tensor:
-        """The blocks of every row, `[n, m * BLOCK, heads, size]`; the positions of a head lie
-        together.
+        """Returns the blocks of every row, `[n, m * BLOCK, heads, size]`; the positions of a head
+        lie together.
         """
         heads, positions, size = pool.shape
         rows, width = self.pages.table.shape
@@ -108,12 +110,12 @@ class PagedLayer(LayerCache):
         return into.view(rows, heads, width * BLOCK, size).transpose(1, 2)
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of every row, old and new."""
+        """Returns keys and values of every row, old and new."""
         return self.gather("keys", self.keys), self.gather("values", self.values)
 
 
 class RowCache(PagedLayer):
-    """For a pass in which each sequence gets one token."""
+    """A cache view for a pass in which each sequence gets one token."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one new position per row, `[n, 1, ...]`, each behind what its sequence holds."""
@@ -129,7 +131,9 @@ class RowCache(PagedLayer):
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Each row's new query against that row's positions, and a prefix that all rows see."""
+        """Computes attention of each row's new query to that row's positions, and a prefix that all
+        rows see.
+        """
         capacity = self.pages.table.shape[1] * BLOCK
         exact = sinks is not None or k.shape[-1] != v.shape[-1]
         bias = self.pages.bias(capacity, window, wide_dtype(q.dtype) if exact else q.dtype)
@@ -140,7 +144,9 @@ class RowCache(PagedLayer):
 
 
 class ChunkCache(PagedLayer):
-    """For a pass over a chunk of the text of each sequence; all chunks begin at `length`."""
+    """A cache view for a pass over a chunk of the text of each sequence; all chunks begin at
+    `length`.
+    """
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions `[n, T, ...]` and return everything so far."""
@@ -153,7 +159,9 @@ class ChunkCache(PagedLayer):
 
 
 class NoCache(LayerCache):
-    """For a pass of no sequence, which only keeps the ranks of an expert group in step."""
+    """A cache view for a pass of no sequence, which only keeps the ranks of an expert group in
+    step.
+    """
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
@@ -206,14 +214,14 @@ class PagedCache:
             blocks[:, target] = blocks[:, source]
 
     def rows(self, pages: Pages) -> list[LayerCache]:
-        """The layers, for feeding one token to each sequence."""
+        """Returns the layers, for feeding one token to each sequence."""
         return [
             RowCache(*layer, plain=plain, pages=pages, workspace=self.workspace)
             for layer, plain in zip(self.layers, self.plain, strict=True)
         ]
 
     def chunks(self, pages: Pages, begin: int) -> list[LayerCache]:
-        """The layers, for feeding texts from position `begin` on."""
+        """Returns the layers, for feeding texts from position `begin` on."""
         return [
             ChunkCache(*layer, begin, pages=pages, workspace=self.workspace)
             for layer in self.layers

@@ -13,7 +13,7 @@ from typing import Any
 from megallm.base.errors import DataError, UsageError
 from megallm.data.chat.template import ChatTemplate, find_template
 from megallm.inference import generate
-from megallm.inference.generate import Loaded
+from megallm.inference.generate import Loaded, Opener
 from megallm.inference.line import QUIT, STOP, Line
 from megallm.inference.request import GenerateRequest
 from megallm.inference.samples import Request
@@ -22,11 +22,13 @@ from megallm.parallel.mesh import Mesh
 IDLE_SECONDS = 60.0
 
 
-def serve(request: GenerateRequest, mesh: Mesh, line: Line | None) -> None:
+def serve(
+    request: GenerateRequest, mesh: Mesh, line: Line | None, opener: Opener = generate.open_plain
+) -> None:
     """Answer conversations until the front end leaves; `line` is rank 0's. Collective over the
     world.
     """
-    loaded = generate.load(request, mesh)
+    loaded = generate.load(request, mesh, opener)
     template = find_template(loaded.folder, loaded.words.special_texts)
     if line is not None:
         line.send(ready=True, template=template.origin)

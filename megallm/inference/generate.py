@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.base.files import atomic_write_text
@@ -17,7 +18,7 @@ from megallm.convert import tokenizer_files
 from megallm.convert.convert import is_import
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import TOKENIZER, copied_folder, end_ids
-from megallm.convert.weights import Cast, HfReader
+from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.data.text.tokenizer_folder import TOKENIZER_FORMS
@@ -28,13 +29,13 @@ from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import ModelConfig
-from megallm.models.parallel_model import ParallelModel
+from megallm.models.parallel_model import ParallelModel, Prepare
 from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+OutputRow = dict[str, Any]
 Show = Callable[[int, str, bool], None]  # (number of the prompt, new text, whether it has ended)
 
 
@@ -56,7 +57,7 @@ class Loaded:
     def request(
         self, number: int, tokens: list[int], request: GenerateRequest, stops: tuple[str, ...] = ()
     ) -> Request:
-        """One text to continue as the request says, which also ends before any of `stops`.
+        """Returns one text to continue as the request says, which also ends before any of `stops`.
 
         Errors: DataError for a token that the model has no row for: the tokenizer is another
         model's.
@@ -71,12 +72,50 @@ class Loaded:
         return Request(number, tokens, Answer(ending, self.words, tokens))
 
 
+class Opened(Protocol):
+    """Weights to generate with: `reader` says of which model and with which tokenizer, `source` has
+    its tensors, `prepare_adapters` fills slots with adapters.
+    """
+
+    reader: CheckpointReader | HfReader
+
+    @property
+    def source(self) -> WeightSource: ...
+
+    @property
+    def prepare_adapters(self) -> Prepare | None: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Weights without an adapter."""
+
+    reader: CheckpointReader | HfReader
+    source: WeightSource
+    prepare_adapters: Prepare | None = None
+
+
+@contextmanager
+def open_plain(place: Path, adapter: str | None, mesh: Mesh) -> Iterator[Opened]:
+    """Yields the weights of a Hugging Face or step folder; `peft.adapted.open_adapted` opens those
+    with adapters too.
+    """
+    with open_place(place) as reader:
+        if adapter is not None or "base" in reader.meta:
+            raise UsageError(f"{place} has an adapter, which only open_adapted opens.")
+        yield Plain(reader, reader if isinstance(reader, HfReader) else Cast(reader))
+
+
+Opener = Callable[[Path, str | None, Mesh], AbstractContextManager[Opened]]
+
+
 def run(
     request: GenerateRequest,
     mesh: Mesh,
     show: Show | None = None,
     warn: Callable[[str], None] | None = None,
-) -> list[Row]:
+    opener: Opener = open_plain,
+) -> list[OutputRow]:
     """Continue each prompt; rows {prompt, tokens, text, logprobs, finish_reason} on rank 0, in the
     prompts' order.
 
@@ -84,7 +123,7 @@ def run(
     and writes the rows to `request.output`; `warn` is told of its prompts that are longer than the
     model knows. Collective over the world; other ranks get the rows of their own replica.
     """
-    loaded = load(request, mesh)
+    loaded = load(request, mesh, opener)
     mine = range(mesh.dp.rank, len(request.prompts), mesh.dp.size)
     requests = []
     for number in mine:
@@ -119,7 +158,7 @@ def run(
     return ordered
 
 
-def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
+def _collect(rows: dict[int, OutputRow], mesh: Mesh) -> dict[int, OutputRow]:
     """On rank 0 the rows of every replica. Collective over the world when there are several."""
     if mesh.dp.size == 1:
         return rows
@@ -128,22 +167,21 @@ def _collect(rows: dict[int, Row], mesh: Mesh) -> dict[int, Row]:
     return rows if gathered is None else {number: row for part in gathered for number, row in part}
 
 
-def load(request: GenerateRequest, mesh: Mesh) -> Loaded:
-    """The model of `request.model` at this mesh's layout; each rank reads its own pieces.
+def load(request: GenerateRequest, mesh: Mesh, opener: Opener = open_plain) -> Loaded:
+    """Returns the model of `request.model` at this mesh's layout; each rank reads its own pieces.
     Collective over the world.
     """
-    with open_model(request.model, mesh) as reader:
+    with opener(find_place(request.model, mesh), request.adapter, mesh) as opened:
+        reader = opened.reader
         spec, folder = find_tokenizer(reader, request.tokenizer)
         words = tokenizer.load(spec)
         if request.tokenizer is None:
             tokenizer_files.check_vocabulary(reader.meta, spec, words)
         config, precision = model_config(reader), request.precision or reader.meta["precision"]
         _check_model(config, mesh.tp.size)
-        source: Any = reader
-        if precision != reader.meta["precision"] and isinstance(reader, CheckpointReader):
-            source = Cast(reader)
         compute = ComputeConfig(precision)
-        model = ParallelModel(config, LayoutConfig(), compute, mesh).load(source)
+        model = ParallelModel(config, LayoutConfig(), compute, mesh, opened.prepare_adapters)
+        model.load(opened.source)
         imported = isinstance(reader, HfReader) or is_import(reader)
         framed = not imported and reader.meta.get("framed")
     opening = tuple(words.template[0]) if imported or framed else ()
@@ -176,16 +214,20 @@ def _check_model(model: ModelConfig, tp: int) -> None:
 
 
 def sampling_of(request: GenerateRequest) -> Sampling:
-    """The request's part that chooses tokens."""
+    """Returns the request's part that chooses tokens."""
     return Sampling(
-        request.max_new_tokens, request.temperature, request.top_k, request.top_p, request.seed,
+        request.max_new_tokens,
+        request.temperature,
+        request.top_k,
+        request.top_p,
+        request.seed,
         request.repetition_penalty,
-    )  # fmt: skip
+    )
 
 
-def row_of(prompt: str, answer: Answer) -> Row:
-    """The JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also those that
-    ended it.
+def row_of(prompt: str, answer: Answer) -> OutputRow:
+    """Returns the JSON row of one finished answer; `tokens` and `logprobs` hold all tokens, also
+    those that ended it.
     """
     return {
         "prompt": prompt,
@@ -197,14 +239,27 @@ def row_of(prompt: str, answer: Answer) -> Row:
 
 
 def open_model(model: str, mesh: Mesh | None = None) -> CheckpointReader | HfReader:
-    """The weights of a run folder, a step folder or a Hugging Face folder. Collective over the
-    world.
+    """Returns the weights of a run folder, a step folder or a Hugging Face folder. Collective over
+    the world.
     """
-    return HfReader(model) if is_model_folder(Path(model)) else CheckpointReader(find_step(model, mesh))
+    return open_place(find_place(model, mesh))
+
+
+def open_place(place: Path) -> CheckpointReader | HfReader:
+    """Returns the weights of a step folder or a Hugging Face folder."""
+    return HfReader(place) if is_model_folder(place) else CheckpointReader(place)
+
+
+def find_place(model: str, mesh: Mesh | None = None) -> Path:
+    """Returns the Hugging Face folder itself, or the step that a run or step folder stands for; see
+    `find_step`.
+    """
+    return Path(model) if is_model_folder(Path(model)) else find_step(model, mesh)
 
 
 def find_step(model: str, mesh: Mesh | None = None) -> Path:
-    """The checkpoint that a run folder or a step folder stands for; UsageError when there is none.
+    """Returns the checkpoint that a run folder or a step folder stands for; UsageError when there
+    is none.
 
     Of a run folder it is the newest whose weights are whole; what is passed over is logged.
     Collective over the world.
@@ -235,9 +290,11 @@ def model_config(reader: CheckpointReader | HfReader) -> ModelConfig:
         ) from error
 
 
-def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None) -> tuple[str, Path | None]:
-    """(tokenizer, folder of what else is known about texts): given, kept in the run folder, or of
-    the model's folder.
+def find_tokenizer(
+    reader: CheckpointReader | HfReader, given: str | None = None
+) -> tuple[str, Path | None]:
+    """Returns (tokenizer, folder of what else is known about texts): given, kept in the run folder,
+    or of the model's folder.
 
     Bytes only where the metadata say so. Errors: DataError when no tokenizer is known.
     """
@@ -255,7 +312,8 @@ def find_tokenizer(reader: CheckpointReader | HfReader, given: str | None = None
         lost = f"; data.tokenizer was {named}, which is not there any more" if named else ""
         raise DataError(
             f"{reader.folder}: no tokenizer is known for this model{lost}, and bytes are used only "
-            f"where the data or the folder say so. Give --tokenizer DIR|bytes, or put {TOKENIZER_FORMS} into "
+            "where the data or the folder say so. Give --tokenizer DIR|bytes, or put "
+            f"{TOKENIZER_FORMS} into "
             f"{_home(reader)}; for a run to come, set data.tokenizer."
         )
     return spec, folder or (Path(spec) if Path(spec).is_dir() else None)
@@ -270,8 +328,9 @@ def _home(reader: CheckpointReader | HfReader) -> Path:
 def end_tokens(
     words: Tokenizer, folder: Path | None, closing: Sequence[int] = ()
 ) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, that which closes its template, and `eos_token_id`
-    of the generation_config.json, else of the config.json, that came with the model."""
+    """Returns ids that end a text: the tokenizer's own, that which closes its template, and
+    `eos_token_id` of the generation_config.json, else of the config.json, that came with the model.
+    """
     named = [] if folder is None else end_ids(folder)
     try:
         return frozenset([*named, *closing, words.eod])

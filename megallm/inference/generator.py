@@ -1,4 +1,4 @@
-"""Decoding many sequences together on the training weights, at any layout.
+"""Continuous batching: decoding many sequences together on the training weights, at any layout.
 
 Sequences are in groups, one per pipeline rank, which go round the stages one after another
 (`rotation`). A group's steps are planned as plain data that every rank of the replica computes
@@ -37,7 +37,7 @@ from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
 from megallm.parallel.tensor import whole_sequences
 
-Listener = Callable[[Request], None]
+FinishListener = Callable[[Request], None]
 NUMBERS = 4  # of a chosen token: itself and three log-probabilities
 
 
@@ -51,9 +51,13 @@ class Generator:
     """
 
     def __init__(
-        self, model: ParallelModel, batch: int = 16, blocks: int | None = None, chunk: int = 2048,
+        self,
+        model: ParallelModel,
+        batch: int = 16,
+        blocks: int | None = None,
+        chunk: int = 2048,
         version: Callable[[], int] = int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.mesh, self.stages = model, model.mesh, model.stages
         self.batch, self.blocks, self.chunk, self.version = batch, blocks, chunk, version
         self.rotation = Rotation(model.placement)
@@ -62,9 +66,12 @@ class Generator:
         self.in_step = moe and self.mesh.ep.size > self.mesh.tp.size
 
     def generate(
-        self, requests: Many[Request], sampling: Sampling, listen: Listener | None = None,
+        self,
+        requests: Many[Request],
+        sampling: Sampling,
+        listen: FinishListener | None = None,
         stopped: Callable[[], bool] | None = None,
-    ) -> list[Sample]:  # fmt: skip
+    ) -> list[Sample]:
         """Let the answer of every request grow until it ends; returns their samples in order.
 
         Collective over the replica, whose ranks give the same requests and get the same samples;
@@ -116,7 +123,7 @@ class Generator:
             )
 
     def blocks_each(self, rows: int, longest: int) -> int:
-        """Blocks of one group of `rows` sequences."""
+        """Returns blocks of one group of `rows` sequences."""
         if self.blocks is not None:
             return self.blocks // self.rotation.num_groups
         return rows * blocks_of(longest)
@@ -149,9 +156,13 @@ class Rollout:
     """One call of `generate`: the groups, their caches on this rank, and what is on its way."""
 
     def __init__(
-        self, generator: Generator, requests: list[Request], sampling: Sampling,
-        listen: Listener | None, stopped: Callable[[], bool] | None,
-    ) -> None:  # fmt: skip
+        self,
+        generator: Generator,
+        requests: list[Request],
+        sampling: Sampling,
+        listen: FinishListener | None,
+        stopped: Callable[[], bool] | None,
+    ) -> None:
         self.model, self.mesh, self.in_step = generator.model, generator.mesh, generator.in_step
         self.rotation, self.sampling = generator.rotation, sampling
         self.listen, self.stopped = listen, stopped
@@ -191,7 +202,9 @@ class Rollout:
         return rope_tables(positions, config.rope_size, config.rope_theta, dtype, scaling)
 
     def run(self) -> None:
-        """Tick by tick, this rank's part of the operations in their order, until all have ended."""
+        """Run, tick by tick, this rank's part of the operations in their order, until all have
+        ended.
+        """
         doing = {BEGIN: self._begin, RUN: self._run, SEND: self._send}
         for tick in count():
             for operation in self.rotation.operations(tick):

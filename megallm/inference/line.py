@@ -32,7 +32,8 @@ class Line:
             self.closed = True
 
     def receive(self, timeout: float | None) -> dict[str, Any] | None:
-        """The next message, or None when none came within `timeout` seconds (None: wait for it).
+        """Returns the next message, or None when none came within `timeout` seconds (None: wait for
+        it).
 
         An interrupt while it waits loses nothing.
         """

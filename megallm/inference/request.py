@@ -28,6 +28,7 @@ class GenerateRequest:
     precision: str | None = None  # None: the one that the weights were saved in
     output: str | None = None
     tokenizer: str | None = None  # None: the one that belongs to the model
+    adapter: str | None = None  # a folder of PEFT's, or a run that wrote one
 
     def check(self) -> None:
         """Raise UsageError for a value outside its range."""

@@ -51,12 +51,12 @@ class Rotation:
         return 2 if self.placement.vee else 1
 
     def stage(self, group: int, tick: int) -> int | None:
-        """The stage that a group passes in a tick; None before it has started."""
+        """Returns the stage that a group passes in a tick; None before it has started."""
         passed = tick - group * self.distance
         return passed % self.placement.num_stages if passed >= 0 else None
 
     def operations(self, tick: int) -> Iterator[Operation]:
-        """The operations of a tick in their order."""
+        """Yields the operations of a tick in their order."""
         rank_of, last = self.placement.rank_of, self.placement.num_stages - 1
         everyone = tuple(range(self.placement.pp))
         at = [(group, self.stage(group, tick)) for group in range(self.num_groups)]

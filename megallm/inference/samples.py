@@ -18,7 +18,9 @@ class Request:
 
     @staticmethod
     def of(id: int, prompt: Iterable[int], limit: int, stop_ids: Iterable[int] = ()) -> Request:
-        """A request in token ids alone: at most `limit` new ones, the last one of `stop_ids`."""
+        """Returns a request in token ids alone: at most `limit` new ones, the last one of
+        `stop_ids`.
+        """
         return Request(id, list(prompt), Answer(Ending(limit, frozenset(stop_ids))))
 
     @property
@@ -32,7 +34,7 @@ class Request:
         return len(self.prompt) + self.answer.ending.limit
 
     def tokens(self, begin: int, end: int) -> list[int]:
-        """Tokens `begin` to `end` of the prompt and the answer."""
+        """Returns tokens `begin` to `end` of the prompt and the answer."""
         size = len(self.prompt)
         if end <= size:
             return self.prompt[begin:end]
@@ -61,9 +63,14 @@ class Sample:
 
     @staticmethod
     def of(request: Request, version: int) -> Sample:
-        """What a finished request has become."""
+        """Returns what a finished request has become."""
         answer = request.answer
         return Sample(
-            request.id, request.prompt, answer.tokens, answer.policy_log_probs,
-            answer.behaviour_log_probs, answer.reason or "", version,
-        )  # fmt: skip
+            request.id,
+            request.prompt,
+            answer.tokens,
+            answer.policy_log_probs,
+            answer.behaviour_log_probs,
+            answer.reason or "",
+            version,
+        )

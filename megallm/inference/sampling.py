@@ -60,7 +60,7 @@ class Draws:
         self.numbers: np.ndarray = np.empty(0)
 
     def at(self, position: int) -> float:
-        """The number in (0, 1) that decides the token at `position`."""
+        """Returns the number in (0, 1) that decides the token at `position`."""
         place = position - self.begin
         if not 0 <= place < len(self.numbers):
             self.begin, place = position, 0
@@ -108,7 +108,8 @@ def sample(
 def choose(
     logits: Tensor, sampling: Sampling, request: int, position: int, seen: Sequence[int] = ()
 ) -> tuple[int, float]:
-    """One token from logits `[V]`, and its log-probability before penalty, temperature and filters.
+    """Returns one token from logits `[V]`, and its log-probability before penalty, temperature and
+    filters.
 
     The draw is a function of (seed, request, position), whatever layout computed the logits and
     whatever else was in the batch. `seen` are the tokens that the repetition penalty applies to.

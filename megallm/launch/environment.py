@@ -39,8 +39,8 @@ class RankEnv:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
-    """This process's place when torchrun or srun started it, else None; UsageError when it is told
-    only half.
+    """Returns this process's place when torchrun or srun started it, else None; UsageError when it
+    is told only half.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _torchrun(environ)
@@ -51,8 +51,8 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
 
 
 def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> int:
-    """Threads of one rank: OMP_NUM_THREADS when the user set it, else this process's cores divided
-    by the ranks.
+    """Returns threads of one rank: OMP_NUM_THREADS when the user set it, else this process's cores
+    divided by the ranks.
     """
     given = environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) >= 1:
@@ -125,13 +125,13 @@ def _slurm(environ: Mapping[str, str]) -> RankEnv:
 
 
 def first_host(nodelist: str) -> str:
-    """`"n[03-05,9],m1"` -> `"n03"`: Slurm's compressed host list, its first name."""
+    """Maps `"n[03-05,9],m1"` -> `"n03"`: Slurm's compressed host list, its first name."""
     first = re.split(r",(?![^\[]*\])", nodelist.strip())[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def tasks_per_node(text: str, node: int) -> int:
-    """`"2(x3),1"` -> tasks of one node: `2(x3)` stands for three nodes of two."""
+    """Maps `"2(x3),1"` -> tasks of one node: `2(x3)` stands for three nodes of two."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(repeat or 1)

@@ -42,8 +42,8 @@ def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torc
 
 
 def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.device) -> None:
-    """`init_process_group` over `env`: nccl beside gloo on GPUs, gloo on CPUs; see
-    `process_group`.
+    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, gloo on
+    CPUs; see `process_group`.
     """
     if env.one_host:
         use_loopback()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import sys
 from types import FrameType
@@ -12,17 +11,7 @@ from typing import NoReturn
 from megallm.base.errors import Requeue
 from megallm.base.stopping import NOTHING_TO_SAVE, stop_signals
 
-_PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when `parent`, its direct parent, dies; no orphans hold
-    ports or memory.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
 
 
 def keep_memory() -> bool:
@@ -45,7 +34,7 @@ def keep_memory() -> bool:
 
 
 def limit_threads(count: int) -> None:
-    """Threads of this process's tensor operations, when torch is there."""
+    """Set the number of threads of this process's tensor operations, when torch is there."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(count)
@@ -60,8 +49,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def default_signals() -> None:
-    """Handlers until the training loop sets its own: SIGTERM and the like leave with exit code 75,
-    SIGINT with 130.
+    """Set signal handlers that hold until the training loop sets its own: SIGTERM and the like
+    leave with exit code 75, SIGINT with 130.
     """
     for number in stop_signals():
         signal.signal(number, _stop)

@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 from megallm.base import terminal
 from megallm.base.errors import InternalError, MegallmError, PeerLost
 from megallm.base.output import FdWriter, LossyText
-from megallm.base.stopping import INTERRUPTED, stop_signals
+from megallm.base.stopping import INTERRUPTED, die_with, stop_signals
 from megallm.launch.environment import RankEnv, thread_count
-from megallm.launch.process import default_signals, die_with, keep_memory, limit_threads
+from megallm.launch.process import default_signals, keep_memory, limit_threads
 
 MAX_MESSAGE = 8000  # characters: the report must fit a pipe's buffer, it is read after the end
 

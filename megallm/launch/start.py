@@ -38,8 +38,8 @@ def world_size(nproc: int | None) -> int | None:
 
 
 def started_by_others() -> RankEnv | None:
-    """This rank under torchrun or srun. A single srun task counts as a plain process, which may
-    start ranks.
+    """Returns this rank under torchrun or srun. A single srun task counts as a plain process, which
+    may start ranks.
     """
     env = detect()
     return None if env is not None and env.launcher == "srun" and env.world == 1 else env

@@ -39,7 +39,7 @@ class Chord:
         return self.policy.temperature
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The policy's counts over sampled sequences, and the tokens of demonstrations."""
+        """Returns the policy's counts over sampled sequences, and the tokens of demonstrations."""
         sampled, shown = self._parts(batch)
         return self.policy.counts(sampled) | {"sft": shown.sum()}
 

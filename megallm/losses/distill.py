@@ -79,7 +79,7 @@ class Distillation:
         return ("log_prob", "divergence") if self.nll else ("divergence",)
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What divides the divergence and the likelihood of one microbatch."""
+        """Returns what divides the divergence and the likelihood of one microbatch."""
         number = divisor(batch, self.aggregate)
         return {"loss": number} | ({"nll": number} if self.nll else {})
 

@@ -45,7 +45,7 @@ class NextToken:
         return "log_prob", *further, *(METRICS[name] for name in self.measured)
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unmasked labels of one microbatch, known before its forward pass."""
+        """Counts the unmasked labels of one microbatch, known before its forward pass."""
         further = {
             f"mtp_{ahead}": shift_mask(batch, ahead).sum() for ahead in range(1, self.depth + 1)
         }
@@ -63,8 +63,8 @@ class NextToken:
 
 
 def shift_mask(batch: dict[str, Tensor], ahead: int) -> Tensor:
-    """Bool `[B, T]`: tokens for which the label `ahead` places on counts, and lies in the same
-    document.
+    """Returns bool `[B, T]`: tokens for which the label `ahead` places on counts, and lies in the
+    same document.
 
     The documents of a packed row are those of `cu_seqlens`, on the CPU; a row without them is one
     document.
@@ -91,7 +91,7 @@ class MaskedDiffusion:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens of one microbatch that are no padding."""
+        """Counts the tokens of one microbatch that are no padding."""
         return {"loss": batch["mask"].sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
@@ -109,7 +109,7 @@ class Accuracy:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Labels of one microbatch that count."""
+        """Counts the labels of one microbatch that count."""
         return {"accuracy": batch["mask"].sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:

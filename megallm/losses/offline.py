@@ -31,7 +31,7 @@ class AdvantageWeighted:
             raise ValueError(f"beta is {self.beta}; it must be above 0.")
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens or sequences of one microbatch, as `aggregate` has it."""
+        """Counts the tokens or sequences of one microbatch, as `aggregate` has it."""
         return {"loss": divisor(batch, self.aggregate), "weight": batch["mask"].sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
@@ -65,7 +65,7 @@ class Ilql:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Counted tokens of one microbatch."""
+        """Counts the tokens of one microbatch that the mask lets count."""
         return dict.fromkeys(("q", "v", "cql"), batch["mask"].sum())
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:

@@ -47,8 +47,8 @@ class PolicyTokens:
 
 
 def clip(tokens: PolicyTokens, loss: Policy) -> Tensor:
-    """PPO's clipped surrogate (Schulman et al., arXiv 1707.06347), with `dual_clip` bounded for
-    negative advantages too (Ye et al., arXiv 1912.09729; TRL's `delta`).
+    """Computes PPO's clipped surrogate (Schulman et al., arXiv 1707.06347), with `dual_clip`
+    bounded for negative advantages too (Ye et al., arXiv 1912.09729; TRL's `delta`).
     """
     near = tokens.ratio.clamp(1 - loss.low, 1 + loss.high)
     ratio = tokens.ratio if loss.dual_clip is None else tokens.ratio.clamp(max=loss.dual_clip)
@@ -56,13 +56,15 @@ def clip(tokens: PolicyTokens, loss: Policy) -> Tensor:
 
 
 def cispo(tokens: PolicyTokens, loss: Policy) -> Tensor:
-    """CISPO (MiniMax-M1, arXiv 2506.13585): the log-prob, weighed by the ratio up to a bound."""
+    """Computes CISPO (MiniMax-M1, arXiv 2506.13585): the log-prob, weighed by the ratio up to a
+    bound.
+    """
     bound = loss.high if loss.cispo_bound == "absolute" else 1 + loss.high
     return -tokens.ratio.detach().clamp(max=bound) * tokens.advantage * tokens.log_prob
 
 
 def sapo(tokens: PolicyTokens, loss: Policy) -> Tensor:
-    """SAPO (arXiv 2511.20347): a sigmoid gate of the ratio instead of a clip."""
+    """Computes SAPO (arXiv 2511.20347): a sigmoid gate of the ratio instead of a clip."""
     heat = torch.where(
         tokens.advantage > 0,
         tokens.ratio.new_tensor(loss.sapo_positive),
@@ -72,7 +74,7 @@ def sapo(tokens: PolicyTokens, loss: Policy) -> Tensor:
 
 
 def reinforce(tokens: PolicyTokens, loss: Policy) -> Tensor:
-    """The plain policy gradient (Williams, 1992): no ratio, for one update a rollout."""
+    """Returns the plain policy gradient (Williams, 1992): no ratio, for one update a rollout."""
     return -tokens.advantage * tokens.log_prob
 
 
@@ -132,8 +134,9 @@ class Policy:
             )
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What divides each term: by `aggregate` for the loss and its KL, by the counted tokens for
-        entropy and most metrics, and for clipped ratios by tokens or sequences, as `level` has it.
+        """Returns what divides each term: by `aggregate` for the loss and its KL, by the counted
+        tokens for entropy and most metrics, and for clipped ratios by tokens or sequences, as
+        `level` has it.
         """
         tokens = batch["mask"].sum()
         loss = divisor(batch, self.aggregate, self.length)

@@ -60,7 +60,7 @@ class Pairs:
         return chosen - rejected
 
     def means(self) -> Pairs:
-        """The same pairs with the means over the tokens instead of the sums."""
+        """Returns the same pairs with the means over the tokens instead of the sums."""
         return replace(
             self,
             policy=self.policy / self.tokens,
@@ -69,7 +69,7 @@ class Pairs:
         )
 
     def select(self, wanted: Tensor) -> Pairs:
-        """The pairs where `wanted` bool `[P]` is True."""
+        """Returns the pairs where `wanted` bool `[P]` is True."""
         return Pairs(
             self.policy[wanted],
             self.reference[wanted],
@@ -87,45 +87,48 @@ def _logit(pairs: Pairs, loss: Preference) -> Tensor:
 
 
 def sigmoid(pairs: Pairs, loss: Preference) -> Tensor:
-    """DPO (Rafailov et al., arXiv 2305.18290, equation 7)."""
+    """Computes DPO (Rafailov et al., arXiv 2305.18290, equation 7)."""
     return -F.logsigmoid(_logit(pairs, loss))
 
 
 def sigmoid_norm(pairs: Pairs, loss: Preference) -> Tensor:
-    """DPO on log-ratios per token (Tulu 3, arXiv 2411.15124)."""
+    """Computes DPO on log-ratios per token (Tulu 3, arXiv 2411.15124)."""
     return sigmoid(pairs.means(), loss)
 
 
 def cdpo(pairs: Pairs, loss: Preference) -> Tensor:
-    """Conservative DPO: a share `label_smoothing` of the labels is flipped (Mitchell, 2023)."""
+    """Computes conservative DPO: a share `label_smoothing` of the labels is flipped (Mitchell,
+    2023).
+    """
     logit, flipped = _logit(pairs, loss), loss.label_smoothing
     return -(1 - flipped) * F.logsigmoid(logit) - flipped * F.logsigmoid(-logit)
 
 
 def robust(pairs: Pairs, loss: Preference) -> Tensor:
-    """The unbiased form of cdpo (Chowdhury et al., arXiv 2403.00409)."""
+    """Returns the unbiased form of cdpo (Chowdhury et al., arXiv 2403.00409)."""
     logit, flipped = _logit(pairs, loss), loss.label_smoothing
     clean = -(1 - flipped) * F.logsigmoid(logit) + flipped * F.logsigmoid(-logit)
     return clean / (1 - 2 * flipped)
 
 
 def hinge(pairs: Pairs, loss: Preference) -> Tensor:
-    """SLiC (Zhao et al., arXiv 2305.10425), as in RSO (arXiv 2309.06657)."""
+    """Computes SLiC (Zhao et al., arXiv 2305.10425), as in RSO (arXiv 2309.06657)."""
     return torch.relu(1 - _logit(pairs, loss))
 
 
 def ipo_sum(pairs: Pairs, loss: Preference) -> Tensor:
-    """IPO as its paper states it, on sums over the tokens (arXiv 2310.12036, equation 17)."""
+    """Computes IPO as its paper states it, on sums over the tokens (arXiv 2310.12036, equation 17).
+    """
     return (pairs.gap - 1 / (2 * loss.beta)).square()
 
 
 def ipo(pairs: Pairs, loss: Preference) -> Tensor:
-    """IPO on log-ratios per token, as TRL has it after asking the authors."""
+    """Computes IPO on log-ratios per token, as TRL has it after asking the authors."""
     return ipo_sum(pairs.means(), loss)
 
 
 def exo_pair(pairs: Pairs, loss: Preference) -> Tensor:
-    """EXO for two answers (Ji et al., arXiv 2402.00856, equation 16)."""
+    """Computes EXO for two answers (Ji et al., arXiv 2402.00856, equation 16)."""
     logit = _logit(pairs, loss)
     log_won, log_lost = F.logsigmoid(logit), F.logsigmoid(-logit)
     win, lose = math.log1p(-loss.label_smoothing), math.log(loss.label_smoothing)
@@ -133,30 +136,30 @@ def exo_pair(pairs: Pairs, loss: Preference) -> Tensor:
 
 
 def nca_pair(pairs: Pairs, loss: Preference) -> Tensor:
-    """NCA (Chen et al., arXiv 2402.05369)."""
+    """Computes NCA (Chen et al., arXiv 2402.05369)."""
     chosen, rejected = (loss.beta * pairs.scores).unbind(-1)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def bco_pair(pairs: Pairs, loss: Preference) -> Tensor:
-    """BCO (Jung et al., arXiv 2404.04656). The paper subtracts a running mean of the rewards: that
-    couples batches, so it is data, `reference_point` `[S]` in units of beta x log-ratio; without it
-    0, as in TRL.
+    """Computes BCO (Jung et al., arXiv 2404.04656). The paper subtracts a running mean of the
+    rewards: that couples batches, so it is data, `reference_point` `[S]` in units of beta x
+    log-ratio; without it 0, as in TRL.
     """
     chosen, rejected = (loss.beta * pairs.scores - pairs.shift[:, None]).unbind(-1)
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def sppo_hard(pairs: Pairs, loss: Preference) -> Tensor:
-    """SPPO with the winner's probability 1 (Wu et al., arXiv 2405.00675)."""
+    """Computes SPPO with the winner's probability 1 (Wu et al., arXiv 2405.00675)."""
     chosen, rejected = pairs.scores.unbind(-1)
     half = 0.5 / loss.beta
     return (chosen - half).square() + (rejected + half).square()
 
 
 def aot(pairs: Pairs, loss: Preference) -> Tensor:
-    """Alignment by optimal transport (Melnyk et al., arXiv 2406.05882): the sorted gaps of the
-    policy against the sorted gaps of the reference, within a microbatch.
+    """Computes alignment by optimal transport (Melnyk et al., arXiv 2406.05882): the sorted gaps of
+    the policy against the sorted gaps of the reference, within a microbatch.
     """
     (chosen, rejected), (ref_chosen, ref_rejected) = pairs.policy.T, pairs.reference.T
     gap = (chosen - rejected).sort().values - (ref_chosen - ref_rejected).sort().values
@@ -164,7 +167,9 @@ def aot(pairs: Pairs, loss: Preference) -> Tensor:
 
 
 def aot_unpaired(pairs: Pairs, loss: Preference) -> Tensor:
-    """The same with the sorted log-ratios of the chosen answers against those of the rejected."""
+    """Returns the same with the sorted log-ratios of the chosen answers against those of the
+    rejected.
+    """
     chosen, rejected = pairs.scores.unbind(-1)
     return _smoothed(loss.beta * (chosen.sort().values - rejected.sort().values), loss)
 
@@ -175,26 +180,32 @@ def _smoothed(logit: Tensor, loss: Preference) -> Tensor:
 
 
 def apo_zero(pairs: Pairs, loss: Preference) -> Tensor:
-    """APO for chosen answers that are better than the model's (arXiv 2408.06266, equation 7)."""
+    """Computes APO for chosen answers that are better than the model's (arXiv 2408.06266, equation
+    7).
+    """
     chosen, rejected = (loss.beta * pairs.scores).unbind(-1)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down(pairs: Pairs, loss: Preference) -> Tensor:
-    """APO for chosen answers that are worse than the model's (arXiv 2408.06266, equation 8)."""
+    """Computes APO for chosen answers that are worse than the model's (arXiv 2408.06266, equation
+    8).
+    """
     chosen = loss.beta * pairs.scores[:, 0]
     return torch.sigmoid(chosen) + torch.sigmoid(-loss.beta * pairs.gap)
 
 
 def discopop(pairs: Pairs, loss: Preference) -> Tensor:
-    """DiscoPOP, the loss that was found by search (Lu et al., arXiv 2406.08414, equation 5)."""
+    """Computes DiscoPOP, the loss that was found by search (Lu et al., arXiv 2406.08414, equation
+    5).
+    """
     logit = _logit(pairs, loss)
     share = torch.sigmoid(logit / loss.discopop_tau)
     return -F.logsigmoid(logit) * (1 - share) + torch.exp(-logit) * share
 
 
 def orpo(pairs: Pairs, loss: Preference) -> Tensor:
-    """The odds ratio of the mean probability of a token (Hong et al., arXiv 2403.07691)."""
+    """Returns the odds ratio of the mean probability of a token (Hong et al., arXiv 2403.07691)."""
     # A probability of 1 has infinite odds: -1e-7 is what float32 still tells from it.
     scores = pairs.means().policy.clamp(max=-1e-7)
     chosen, rejected = (scores - (-torch.expm1(scores)).log()).unbind(-1)
@@ -281,8 +292,8 @@ class Preference:
         check_mode(self.nll_aggregate)
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pairs of one microbatch, and what divides the likelihood of the chosen answers. Errors:
-        ValueError for an odd number of sequences.
+        """Counts the pairs of one microbatch, and what divides the likelihood of the chosen
+        answers. Errors: ValueError for an odd number of sequences.
         """
         counts = {"loss": pair_counted(_answers(batch)).sum()}
         if self.nll:
@@ -474,3 +485,30 @@ def reference_point(policy: Tensor, reference: Tensor) -> Tensor:
     answers, over the whole global batch: a mean of one rank's share would depend on the layout.
     """
     return (policy - reference).detach().mean().clamp(min=0)
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """The mean over sequences of policy less reference: of mismatched answers it is what
+    `reference_point` clamps at 0. For `Engine.evaluate`, which sums over all data ranks.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("log_prob",)
+    temperature: ClassVar[float] = 1.0
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the sequences of one microbatch with a counted token."""
+        return {"log_ratio": (tokens_per_sequence(batch) > 0).sum()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        policy = per_sequence(outputs["log_prob"].masked_fill(~batch["mask"], 0), batch)
+        return Terms({"log_ratio": (policy - sequence_sum("ref_log_probs", batch)).sum()})
+
+
+def with_prompt(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the batch in which the tokens of prompts count too, and `answer_mask` says which are
+    the answers': for ORPO's likelihood. `prompt_tokens` `[S]` is the length of each prompt.
+    """
+    asked = batch["positions"] < per_token(batch["prompt_tokens"], batch) - 1
+    counted = per_token(tokens_per_sequence(batch) > 0, batch)
+    return batch | {"mask": batch["mask"] | (asked & counted), "answer_mask": batch["mask"]}

@@ -34,8 +34,8 @@ class BradleyTerry:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pairs of one microbatch. Errors: ValueError for a sequence with two counted tokens, and
-        for a pair of which only one sequence has one.
+        """Counts the pairs of one microbatch. Errors: ValueError for a sequence with two counted
+        tokens, and for a pair of which only one sequence has one.
         """
         scored = _scored(batch)
         counted = pair_counted(batch)
@@ -61,7 +61,8 @@ class BradleyTerry:
             "margin": (gap * counted).sum(),
         }
         metrics["mean_reward"] = ((chosen + rejected).detach() / 2 * counted).sum()
-        return Terms({"loss": (loss * counted).sum()}, metrics)
+        extremes = _extremes(_scores(outputs, batch), _scored(batch))
+        return Terms({"loss": (loss * counted).sum()}, metrics, extremes)
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,27 @@ class RankedReward:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prompts of one microbatch with at least one pair, as the sum of the pairs' weights."""
+        """Counts the prompts of one microbatch with at least one pair, as the sum of the pairs'
+        weights.
+        """
         _scored(batch)
         weight = self._weights(batch)
-        return {"loss": weight.sum().round(), "accuracy": (weight > 0).sum()}
+        pairs, scored = (weight > 0).sum(), _scored(batch).sum()
+        metrics = {"accuracy": pairs, "margin": pairs, "mean_reward": scored}
+        return {"loss": weight.sum().round()} | metrics
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         scores = _scores(outputs, batch)
         weight = self._weights(batch).to(scores.dtype)
         gap = scores[:, None] - scores[None]
         each = -F.logsigmoid(gap) + self.center * (scores[:, None] + scores[None]).square()
-        right = ((gap.detach() > 0) & (weight > 0)).sum().to(scores.dtype)
-        return Terms({"loss": (each * weight).sum()}, {"accuracy": right})
+        apart, paired, scored = gap.detach(), weight > 0, _scored(batch)
+        metrics = {
+            "accuracy": ((apart > 0) & paired).sum().to(scores.dtype),
+            "margin": (apart * paired).sum(),
+            "mean_reward": (scores.detach() * scored).sum(),
+        }
+        return Terms({"loss": (each * weight).sum()}, metrics, _extremes(scores, scored))
 
     @staticmethod
     def _weights(batch: dict[str, Tensor]) -> Tensor:
@@ -114,3 +124,10 @@ def _scored(batch: dict[str, Tensor]) -> Tensor:
 
 def _scores(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
     return per_sequence(outputs["value"].masked_fill(~batch["mask"], 0), batch)
+
+
+def _extremes(scores: Tensor, scored: Tensor) -> dict[str, Tensor]:
+    """The largest score of a microbatch, and the largest of the negated scores."""
+    known = scores.detach()
+    pairs = {"max_reward": known, "negated_min_reward": -known}
+    return {name: x.masked_fill(~scored, -torch.inf).amax() for name, x in pairs.items()}

@@ -27,7 +27,7 @@ class Regression:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Targets of one microbatch, known before its forward pass."""
+        """Counts the targets of one microbatch, known before its forward pass."""
         return {"loss": batch["mask"].sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
@@ -49,7 +49,9 @@ class PairwiseReward:
     temperature: ClassVar[float] = 1.0
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pairs of one microbatch. Errors: ValueError for a number of sequences that is odd."""
+        """Counts the pairs of one microbatch. Errors: ValueError for a number of sequences that is
+        odd.
+        """
         scored = int(batch["mask"].sum())
         if scored % 2:
             raise ValueError(
@@ -78,7 +80,7 @@ class Value:
     clip: float | None = None
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tokens of one microbatch that have a target."""
+        """Counts the tokens of one microbatch that have a target."""
         return {"loss": batch["mask"].sum()}
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:

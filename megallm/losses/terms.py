@@ -1,4 +1,6 @@
-"""What a loss is, and what it returns."""
+"""What a loss is, and what it returns: sums and counts, of which the engine makes the mean over the
+global batch (loss normalisation). The batch's `mask` is the loss mask.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,13 @@ class Terms:
     `losses` are differentiated: the engine divides each by its count over the global batch and adds
     them up. `metrics` are only reported, divided by the count of their own name, or by that of the
     first term where `counts` does not name them; they carry no gradient. Every microbatch returns
-    the same names.
+    the same names. `largest` are reported as the largest over the global batch, divided by nothing;
+    -inf where a microbatch has nothing.
     """
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Loss(Protocol):
@@ -43,7 +47,7 @@ class Loss(Protocol):
         ...
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What each term is divided by, of one microbatch, known before its forward pass.
+        """Returns what each term is divided by, of one microbatch, known before its forward pass.
 
         Whole numbers or, with soft weights, floats; 0 where nothing counts.
         """

@@ -1,5 +1,5 @@
-"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads, and what its relatives
-share.
+"""Grouped-query attention (arXiv 2305.13245) over tensor-parallel heads (query heads are split over
+tp, and key/value heads where they divide), and what its relatives share.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CacheShape = tuple[
 
 @dataclass
 class LayerCache:
-    """What one layer keeps for decoding, `[B, capacity, *CacheShape]`: keys and values, filled up
-    to `length`.
+    """The KV cache of one layer for decoding in one piece, `[B, capacity, *CacheShape]`: keys and
+    values, filled up to `length`.
     """
 
     keys: Tensor
@@ -56,8 +56,8 @@ class LayerCache:
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """Attention of new queries, which stand last, to what `append` returned (after pairing of
-        heads), and to a prefix.
+        """Computes attention of new queries, which stand last, to what `append` returned (after
+        pairing of heads), and to a prefix.
         """
         return causal_attention(q, k, v, window, sinks, prefix)
 
@@ -76,7 +76,7 @@ class AttentionInputs:
 
     @cached_property
     def whole_tables(self) -> tuple[Tensor, Tensor]:
-        """The tables as `x cos + roll(x, E/2) sin` takes them, `[B, T, 1, E]`."""
+        """Returns the tables as `x cos + roll(x, E/2) sin` takes them, `[B, T, 1, E]`."""
         cos, sin = torch.cat((self.cos, self.cos), -1), torch.cat((-self.sin, self.sin), -1)
         return cos[:, :, None], sin[:, :, None]
 
@@ -180,7 +180,7 @@ class Attention(ShardedModule):
         return (self.heads.num_kv, self.head_size), (self.heads.num_kv, self.head_size)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, T, D]` -> q `[B, T, H/tp, E]`, k and v `[B, T, K_local, E]`, before position
+        """Maps `[B, T, D]` -> q `[B, T, H/tp, E]`, k and v `[B, T, K_local, E]`, before position
         embedding.
         """
         plan, e = self.heads, self.head_size
@@ -224,8 +224,8 @@ class Attention(ShardedModule):
 
 
 def add_sinks(attention: ShardedModule, config: ModelConfig) -> None:
-    """`sinks (H,)`, split over tp: a score for each head that takes weight and gives no value; else
-    None.
+    """Add attention sinks: `sinks (H,)`, split over tp: a score for each head that takes weight and
+    gives no value; else None.
     """
     attention.register_parameter("sinks", None)
     if config.attention_sinks:
@@ -234,8 +234,8 @@ def add_sinks(attention: ShardedModule, config: ModelConfig) -> None:
 
 
 def scaled_init(config: ModelConfig):
-    """Output projections start smaller by sqrt(2 L), as in GPT-2; not where each sum is normalised
-    (post-norm).
+    """Returns the start of output projections, smaller by sqrt(2 L), as in GPT-2; not where each
+    sum is normalised (post-norm).
     """
     if config.norm_place == "post":
         return normal(config.init_std)

@@ -42,8 +42,8 @@ class RoutingInputs:
 
     @staticmethod
     def of(batch: Batch, context: Context, mesh: Mesh, sp: bool) -> RoutingInputs:
-        """This rank's share of a microbatch; no communication, since every rank of a replica holds
-        all of the batch.
+        """Returns this rank's share of a microbatch; no communication, since every rank of a
+        replica holds all of the batch.
         """
         mask, rows = batch["mask"], batch["mask"].shape[0]
         if "cu_seqlens" in batch:
@@ -65,7 +65,7 @@ class RoutingInputs:
 
 
 def scatter_tokens(x: Tensor, mesh: Mesh, sp: bool) -> Tensor:
-    """`[B, T/cp]` of this cp rank -> `[n]` of the tokens that this tp rank routes, as
+    """Maps `[B, T/cp]` of this cp rank -> `[n]` of the tokens that this tp rank routes, as
     `scatter_over_tp` divides them.
     """
     if sp:
@@ -93,7 +93,8 @@ class RouterStats:
         self.bias = torch.zeros(moe.num_experts, device=device) if moe.selection_bias else None
 
     def attach(self, x: Tensor, sums: RouterSums | None) -> Tensor:
-        """`x`, whose backward pass also gives `sums.terms` their gradient and adds them up."""
+        """Returns `x`, whose backward pass also gives `sums.terms` their gradient and adds them up.
+        """
         if sums is None:
             return x
         if x.requires_grad or sums.terms.requires_grad:
@@ -108,7 +109,7 @@ class RouterStats:
         self.load += load
 
     def begin(self, scale: Tensor) -> None:
-        """Before a step: the gradient of each term, and empty sums."""
+        """Prepare for a step: set the gradient of each term, and empty sums."""
         self.scale.copy_(scale)
         self.terms.zero_()
         self.load.zero_()
@@ -131,8 +132,8 @@ class _Attach(torch.autograd.Function):
 
 
 def balance_sum(scores: Tensor, experts: Tensor, routing: RoutingInputs, mesh: Mesh) -> Tensor:
-    """This rank's share of the balancing loss, a sum over tokens that count; collective over tp and
-    cp.
+    """Returns this rank's share of the balancing loss, a sum over tokens that count; collective
+    over tp and cp.
 
     For a sequence of N such tokens it is `X / (k N) sum_i c_i S_i`, with c_i how many chose expert
     i (over tp and cp, without a gradient) and S_i the sum of their scores for it, scaled to a sum
@@ -153,15 +154,15 @@ def balance_sum(scores: Tensor, experts: Tensor, routing: RoutingInputs, mesh: M
 
 
 def z_sum(logits: Tensor, routing: RoutingInputs) -> Tensor:
-    """The square of log sum exp of the logits `[n, X]`, summed over tokens that count (arXiv
-    2202.08906).
+    """Returns the square of log sum exp of the logits `[n, X]`, summed over tokens that count
+    (arXiv 2202.08906).
     """
     return (logits.logsumexp(-1).square() * routing.counts).sum()
 
 
 def load_of(experts: Tensor, keep: Tensor | None, counts: Tensor, num_experts: int) -> Tensor:
-    """Int64 `[X + 1]`: copies `[n, k]` of tokens that count for each expert, and how many of these
-    were dropped.
+    """Returns int64 `[X + 1]`: copies `[n, k]` of tokens that count for each expert, and how many
+    of these were dropped.
     """
     weight = counts[:, None].expand_as(experts)
     load = weight.new_zeros(num_experts + 1).scatter_add_(0, experts.flatten(), weight.flatten())
@@ -173,8 +174,8 @@ def load_of(experts: Tensor, keep: Tensor | None, counts: Tensor, num_experts: i
 def within_capacity(
     experts: Tensor, scores: Tensor, routing: RoutingInputs, moe: MoeConfig, mesh: Mesh
 ) -> Tensor:
-    """Which copies `[n, k]` their experts keep: of each sequence of N tokens at most `ceil(capacity
-    N k / X)`.
+    """Returns which copies `[n, k]` their experts keep: of each sequence of N tokens at most
+    `ceil(capacity N k / X)`.
 
     Those of the highest scores, or of the first places (`drop`); of equal scores the first place.
     Which tokens are dropped does not depend on the layout: the choices of a sequence are gathered

@@ -41,8 +41,8 @@ def build_stages(
 def initial_values(
     name: str, shard: Shard, offset: tuple[int, ...], shape: tuple[int, ...], seed: int
 ) -> Tensor:
-    """A box of a parameter's start, float64, a function of (seed, name, element): the same at any
-    layout.
+    """Returns a box of a parameter's start, float64, a function of (seed, name, element): the same
+    at any layout.
     """
     if shard.init.kind == "constant":
         return torch.full(shape, shard.init.value, dtype=torch.float64)

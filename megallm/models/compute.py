@@ -1,4 +1,6 @@
-"""How a step is computed: in which numbers, and which activations are kept. No torch."""
+"""How a step is computed: in which numbers (mixed precision, FP8, loss scaling), and which
+activations are kept (activation checkpointing, full or selective; CPU offload). No torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from typing import Literal
 
 from megallm.ops.low_precision import Fp8Options, LossScaleOptions
 
-BlockPart = Literal["norm", "attention", "core", "mlp", "activation"]  # of a block (docs/precision.md)
+BlockPart = Literal[
+    "norm", "attention", "core", "mlp", "activation"
+]  # of a block (docs/precision.md)
 
 BLOCK = "block"
 # What of a block can be recomputed by itself, and the part that contains it.

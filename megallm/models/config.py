@@ -23,6 +23,7 @@ class ModelConfig:
 
     preset: str | None = None  # sizes and switches of a known model (`megallm presets` lists them)
     hf: str | None = None  # a Hugging Face folder: its sizes, weights and tokenizer
+    init: str | None = None  # a run or step folder of megallm: its sizes, weights and tokenizer, without its history
     family: str | None = None  # the switches of a family such as llama, qwen3, gpt2, bert; null: llama
     num_layers: int | None = None  # transformer blocks
     hidden_size: int | None = None  # features of the hidden state of a token
@@ -103,6 +104,11 @@ class ModelConfig:
         return ModelConfig(**values)
 
     @property
+    def described(self) -> ModelConfig:
+        """Returns the model without where its first weights come from."""
+        return dataclasses.replace(self, hf=None, init=None)
+
+    @property
     def rope_scaling_spec(self) -> RopeScaling | None:
         """None for the plain rotary embedding."""
         return RopeScaling.of(vars(self))
@@ -117,7 +123,8 @@ class ModelConfig:
         return self.activation == "swiglu"
 
     def num_params(self, active: bool = False) -> int:
-        """Parameters of the resolved model; tied embeddings count once. Equals the built model's count.
+        """Number of parameters of the resolved model; tied embeddings count once. Equals the built
+        model's count.
 
         `active` leaves out the experts that a token does not go to.
         """
@@ -164,7 +171,9 @@ class ModelConfig:
         return sum(self.moe.has_experts(layer) for layer in range(self.num_blocks))
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What a checkpoint holds of the model beside parameters, float32: the routers' selection biases."""
+        """Returns what a checkpoint holds of the model beside parameters, float32: the routers'
+        selection biases.
+        """
         if not self.moe.selection_bias:
             return {}
         first_ahead = self.num_layers
@@ -244,7 +253,8 @@ class ModelConfig:
         return self.hidden_size * (self.head_layers * self.hidden_size + self.head_outputs)
 
     def num_flops(self, seq_len: int, causal: bool = False) -> int:
-        """Training FLOPs (forward and backward) per token: 6 per weight of each matrix multiply, plus attention.
+        """Number of training FLOPs (forward and backward) per token: 6 per weight of each matrix
+        multiply, plus attention.
 
         `causal` counts the lower triangle only; without it, the full square (Megatron's convention).
         """

@@ -20,7 +20,7 @@ from megallm.parallel.tensor import Adaptable, Linear, Norm
 
 
 def is_plain(block: Block) -> bool:
-    """Whether `plain_step` computes what the block does. To be asked anew where adapters may have
+    """Returns whether `plain_step` computes what the block does. Ask anew where adapters may have
     been switched.
     """
     attention, mlp = block.attention, block.mlp
@@ -41,12 +41,14 @@ def is_plain(block: Block) -> bool:
             and linear.quantized is None
             for linear in linears
         )
-        and not any(module.is_adapted for module in block.modules() if isinstance(module, Adaptable))
+        and not any(
+            module.is_adapted for module in block.modules() if isinstance(module, Adaptable)
+        )
     )
 
 
 def plain_step(x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache) -> Tensor:
-    """One token for each sequence, `[n, 1, D]` -> the same."""
+    """Runs one token for each sequence, `[n, 1, D]` -> the same."""
     attention, mlp = block.attention, block.mlp
     heads, size = attention.heads, attention.head_size
     rows = _norm(block.attention_norm, x)

@@ -23,9 +23,9 @@ from megallm.models.heads import (
     local_logits,
     next_token_logits,
     put_back,
-    select,
+    select_counted,
 )
-from megallm.models.mtp import MtpModule, shift_labels, shift_mask
+from megallm.models.mtp import MtpModule, shift_labels, shift_row_mask
 from megallm.models.stages import StageSpan
 from megallm.ops.cross_entropy import Projection
 from megallm.ops.embedding import look_up
@@ -79,7 +79,7 @@ class TokenTable(ShardedModule):
         )
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """`[B, T/cp]` -> `[B, T/cp/tp or T/cp, D]`."""
+        """Maps `[B, T/cp]` -> `[B, T/cp/tp or T/cp, D]`."""
         here = comm.own_slice(numbers, self.mesh.tp, SEQUENCE_DIM) if self.sp else numbers
         return look_up(here, self.weight)
 
@@ -112,7 +112,8 @@ class Stage(ShardedModule):
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
-        self.prompt, self.virtual = Slot(mesh), Slot(mesh)  # virtual tokens: `models.virtual`
+        # Virtual tokens (`models.virtual`), and what changes the embedding's output.
+        self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -127,14 +128,11 @@ class Stage(ShardedModule):
             self.embedding_norm = Norm(
                 mesh, config.norm, config.hidden_size, config.norm_eps, partial
             )
+        parts = compute.recomputed  # of each local layer: what activation checkpointing runs again
         self.layers = nn.ModuleDict(
             {
                 str(n): Block(
-                    config,
-                    mesh,
-                    self.sp,
-                    compute.recomputed(n - span.begin),
-                    config.moe.has_experts(n),
+                    config, mesh, self.sp, parts(n - span.begin), config.moe.has_experts(n)
                 )
                 for n in range(span.begin, span.end)
             }
@@ -147,11 +145,7 @@ class Stage(ShardedModule):
         self.mtp = nn.ModuleDict(
             {
                 str(n): MtpModule(
-                    config,
-                    mesh,
-                    self.sp,
-                    compute.recomputed(span.end + n - span.begin),
-                    span.end + n,
+                    config, mesh, self.sp, parts(span.end + n - span.begin), span.end + n
                 )
                 for n in depths
             }
@@ -166,8 +160,9 @@ class Stage(ShardedModule):
         return None if self.head is None else self.head.bias
 
     def head_operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head over the vocabulary multiplies: features `[..., D]` and its matrix `[V/tp,
-        D]`, both wider with an adapter."""
+        """Returns what the head over the vocabulary multiplies: features `[..., D]` and its matrix
+        `[V/tp, D]`, both wider with an adapter.
+        """
         if self.head is None:
             return features, self.head_weight
         return self.head.widened(features, self.head_weight)
@@ -179,8 +174,8 @@ class Stage(ShardedModule):
         token_types: Tensor | None = None,
         virtual: Tensor | None = None,
     ) -> Tensor:
-        """This rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without types
-        all are 0.
+        """Maps this rank's tokens `[B, T/cp]` -> hidden states `[B, T/cp/tp or T/cp, D]`; without
+        types all are 0.
 
         The norm is a unit of its own: its backward pass needs weights again, a look-up's does not.
         """
@@ -200,8 +195,10 @@ class Stage(ShardedModule):
         token_types: Tensor | None,
         virtual: Tensor | None,
     ) -> Tensor:
-        """The sum of the embedding's rows and of the learned positions and types that there are."""
-        x = self.embedding(tokens)
+        """Returns the sum of the embedding's rows and of the learned positions and types that there
+        are.
+        """
+        x = self.noise(self.embedding(tokens))
         if virtual is not None:
             here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
             x = run_unit(self.units, ("prompt",), self.prompt, x, here)
@@ -231,7 +228,7 @@ class Stage(ShardedModule):
         mask_spec: MaskSpec | None = None,
         routing: RoutingInputs | None = None,
     ) -> AttentionInputs:
-        """Where this rank's tokens `[B, T/cp]` stand and what they see; rotary tables in
+        """Returns where this rank's tokens `[B, T/cp]` stand and what they see; rotary tables in
         `dtype`.
         """
         config = self.config
@@ -251,7 +248,7 @@ class Stage(ShardedModule):
     def block(
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
-        """One block; what it saves may wait in CPU memory."""
+        """Runs one block; what it saves may wait in CPU memory."""
         if cache is not None and cache.plain:
             return plain_step(x, block, inputs, cache)
         if self.offload is None or not torch.is_grad_enabled():
@@ -260,15 +257,15 @@ class Stage(ShardedModule):
             return block.run(block, x, inputs, cache)
 
     def features(self, x: Tensor) -> Tensor:
-        """Hidden states of the last block -> what the head's matrix is applied to, `[B, T/cp/tp or
-        T/cp, D]`.
+        """Maps hidden states of the last block to what the head's matrix is applied to, `[B,
+        T/cp/tp or T/cp, D]`.
         """
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.head is None else self.head.features(x)
 
     def logits(self, x: Tensor, ready: Ready, counted: Tensor | None = None) -> Tensor:
-        """This rank's piece of the logits, `[B, T/cp, V/tp]` or of the tokens `counted` `[n, V/tp]`;
-        of a head with few outputs `[B, T/cp/tp or T/cp, C]`.
+        """Returns this rank's piece of the logits, `[B, T/cp, V/tp]` or of the tokens `counted`
+        `[n, V/tp]`; of a head with few outputs `[B, T/cp/tp or T/cp, C]`.
         """
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.logits(ready(x))
@@ -284,17 +281,17 @@ class Stage(ShardedModule):
         counted: Tensor | None,
         wanted: Wanted,
     ) -> tuple[Tensor, ...]:
-        """What is wanted, straight from hidden states: a head over the vocabulary without
+        """Returns what is wanted, straight from hidden states: a head over the vocabulary without
         logits.
         """
         features, weight = self.head_operands(ready(x))
-        hidden = select(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
+        hidden = select_counted(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
         head, vocab = Projection(weight, self.head_bias), self.config.vocab_size
         return tuple(fused_scores(hidden, head, labels, self.mesh, vocab, wanted).values())
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """One microbatch: hidden states to the next stage, or per-token scalars such as
-        `{"log_prob": [B, T]}`.
+        """Runs one microbatch and returns hidden states to the next stage, or per-token scalars
+        such as `{"log_prob": [B, T]}`.
 
         The batch may name the `token_types` `[B, T]`; `labels` are read by every head but that of
         values.
@@ -317,7 +314,8 @@ class Stage(ShardedModule):
             return x
         if self.config.head == "none":
             raise UsageError(
-                "model.head is none: this model is a body alone, which computes nothing to train on."
+                "model.head is none: this model is a body alone, which computes nothing to train "
+                "on."
             )
         outputs = self.own_scores(x, labels, batch)
         if any(name.startswith("mtp_") for name in self.wanted.names):
@@ -327,7 +325,7 @@ class Stage(ShardedModule):
     def own_scores(
         self, x: Tensor, labels: Tensor | None, batch: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The wanted scalars `[B, T/cp]` of the next token, of classes or of values."""
+        """Returns the wanted scalars `[B, T/cp]` of the next token, of classes or of values."""
         names = tuple(name for name in self.wanted.names if not name.startswith("mtp_"))
         if not names:
             return {}
@@ -337,8 +335,9 @@ class Stage(ShardedModule):
     def score(
         self, x: Tensor, ready: Ready, labels: Tensor | None, mask: Tensor | None, wanted: Wanted
     ) -> dict[str, Tensor]:
-        """This rank's tokens of the wanted scalars, 0 where the `mask` `[B, T]` of whole rows is
-        False (without one every token counts); `ready` makes of hidden states what the head's matrix takes.
+        """Returns the wanted scalars of this rank's tokens, 0 where the `mask` `[B, T]` of whole
+        rows is False (without one every token counts); `ready` makes of hidden states what the
+        head's matrix takes.
 
         All tp ranks count the same tokens; where none does, the head runs on none, and its weights
         have a gradient of zeros.
@@ -349,7 +348,7 @@ class Stage(ShardedModule):
                 run_unit(self.units, keys, self.logits, x, ready), labels, wanted
             )
         counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
-        shape, own = labels.shape, select(labels, counted)
+        shape, own = labels.shape, select_counted(labels, counted)
         if fuses(self.fused_head, own.numel(), self.head_weight):
             found = run_unit(self.units, keys, self.fused_outputs, x, ready, own, counted, wanted)
             scores = dict(zip(wanted.names, found, strict=True))
@@ -361,8 +360,8 @@ class Stage(ShardedModule):
     def mtp_scores(
         self, x: Tensor, batch: dict[str, Tensor], inputs: AttentionInputs
     ) -> dict[str, Tensor]:
-        """`{"mtp_k": [B, T/cp]}`: the log-probability of the token k + 1 places ahead, for k = 1,
-        2, ...
+        """Returns `{"mtp_k": [B, T/cp]}`: the log-probability of the token k + 1 places ahead, for
+        k = 1, 2, ...
 
         Labels and mask `[B, T]` are those of whole rows: what lies ahead may be on another cp rank.
         """
@@ -379,7 +378,7 @@ class Stage(ShardedModule):
             keys = (f"mtp.{number}", "embedding", "head") if joins else (f"mtp.{number}",)
             hidden = run_unit(self.units, keys, self.mtp_hidden, x, ready, depth, tokens, inputs)
             own_labels = self.context.local(shift_labels(labels, ahead))
-            own_mask = None if mask is None else shift_mask(mask, ahead)
+            own_mask = None if mask is None else shift_row_mask(mask, ahead)
             scores = self.score(hidden, _as_it_is, own_labels, own_mask, wanted)
             found[f"mtp_{ahead}"] = scores["log_prob"]
             if joins:
@@ -394,7 +393,7 @@ class Stage(ShardedModule):
         tokens: Tensor | None,
         inputs: AttentionInputs,
     ) -> Tensor:
-        """One depth of multi-token prediction."""
+        """Runs one depth of multi-token prediction."""
         embedded = None if tokens is None else self.embedding(tokens)
         return depth.run(depth, ready(x), embedded, inputs)
 
@@ -409,8 +408,8 @@ class Stage(ShardedModule):
         caches: list[LayerCache],
         inputs: AttentionInputs | None = None,
     ) -> Tensor:
-        """New positions against the cache: hidden states, or the next token's logits `[B, V]` on
-        the last stage.
+        """Runs new positions against the KV cache and returns hidden states, or the next token's
+        logits `[B, V]` on the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
         `inputs` are those of `positions`, where the caller has made them once for many stages.

@@ -59,13 +59,14 @@ class VocabularyHead(Adaptable):
             self.norm = final_norm(config, mesh, sp)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the matrix is applied to, `[B, T/tp or T, D]`."""
+        """Returns what the matrix is applied to, `[B, T/tp or T, D]`."""
         return x if self.dense is None else self.norm(self.activation(self.dense(x)))
 
 
     def widened(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Features `[..., D]` and matrix `[V/tp, D]` with those of the adapters in use beside
-        them."""
+        """Returns features `[..., D]` and matrix `[V/tp, D]` with those of the adapters in use
+        beside them.
+        """
         if not self.is_adapted:
             return x, weight
         used = list(self.adapter.in_use())
@@ -97,16 +98,16 @@ class TokenHead(ShardedModule):
             self.add_parameter("bias", Shard((outputs,), {}, partial, constant(0.0), decay=False))
 
     def features(self, x: Tensor) -> Tensor:
-        """Hidden states `[B, T/tp or T, D]`, pooled."""
+        """Returns hidden states `[B, T/tp or T, D]`, pooled."""
         return x if self.pooler is None else self.pooler(x).tanh()
 
     def logits(self, features: Tensor) -> Tensor:
-        """`[B, T/tp or T, C]`."""
+        """Returns the logits `[B, T/tp or T, C]`."""
         return linear(features, self.weight, self.bias, self.weight_grads)
 
     def outputs(self, logits: Tensor, labels: Tensor | None, wanted: Wanted) -> dict[str, Tensor]:
-        """`{"value": [B, T]}`, or for labels `[B, T]` the wanted of `log_prob`, `entropy` and
-        `correct`; collective over tp.
+        """Returns `{"value": [B, T]}`, or for labels `[B, T]` the wanted of `log_prob`, `entropy`
+        and `correct`; collective over tp.
 
         `correct` is 1 where the label's class is the most likely one; it has no gradient.
         """
@@ -132,7 +133,7 @@ class TokenHead(ShardedModule):
 
 
 def square(config: ModelConfig, mesh: Mesh, sp: bool) -> TokenLinear:
-    """A layer `(D, D)` of the head."""
+    """Returns a layer `(D, D)` of the head."""
     size = config.hidden_size
     return TokenLinear(mesh, (size, size), normal(config.init_std), config.head_bias, sp)
 
@@ -141,8 +142,8 @@ Head = VocabularyHead | TokenHead
 
 
 def build_head(config: ModelConfig, mesh: Mesh, sp: bool) -> Head | None:
-    """The module of the head; None when a language model's is the tied embedding and nothing
-    else.
+    """Returns the module of the head; None when a language model's is the tied embedding and
+    nothing else.
     """
     if config.head not in VOCABULARY_HEADS:
         return TokenHead(config, mesh, sp)
@@ -164,10 +165,10 @@ def local_logits(
     bias: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """`[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`, or `[n, V/tp]` of the tokens
-    `counted` (`select`); collective over tp.
+    """Maps `[B, T/tp or T, D]` -> this rank's logits `[B, T, V/tp]`, or `[n, V/tp]` of the tokens
+    `counted` (`select_counted`); collective over tp.
     """
-    rows = select(gather_input(hidden, mesh, sp, "vocab.logits"), counted)
+    rows = select_counted(gather_input(hidden, mesh, sp, "vocab.logits"), counted)
     return linear(rows, weight, bias, weight_grads)
 
 
@@ -189,13 +190,13 @@ def counted_tokens(mask: Tensor, device: torch.device) -> Tensor | None:
     return places.to(device, non_blocking=True)
 
 
-def select(x: Tensor, counted: Tensor | None) -> Tensor:
-    """`[B, T, ...]` -> `[n, ...]`, the tokens that count; as it is when all do."""
+def select_counted(x: Tensor, counted: Tensor | None) -> Tensor:
+    """Maps `[B, T, ...]` -> `[n, ...]`, the tokens that count; as it is when all do."""
     return x if counted is None else x.flatten(0, 1).index_select(0, counted)
 
 
 def put_back(x: Tensor, counted: Tensor | None, shape: torch.Size) -> Tensor:
-    """`[n]` -> `[B, T]` with 0 where tokens do not count."""
+    """Maps `[n]` -> `[B, T]` with 0 where tokens do not count."""
     if counted is None:
         return x
     return x.new_zeros(shape.numel()).index_copy(0, counted, x).view(shape)
@@ -204,7 +205,9 @@ def put_back(x: Tensor, counted: Tensor | None, shape: torch.Size) -> Tensor:
 def next_token_logits(
     hidden: Tensor, weight: Tensor, mesh: Mesh, vocab: int, bias: Tensor | None = None
 ) -> Tensor:
-    """Wide logits `[B, V]` of the last position on every tp rank, for sampling; no gradient."""
+    """Returns wide logits `[B, V]` of the last position on every tp rank, for sampling; no
+    gradient.
+    """
     return gather_logits(
         local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias), mesh, vocab
     )[:, -1]

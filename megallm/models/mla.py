@@ -90,8 +90,8 @@ class LatentAttention(ShardedModule):
         return (1, self.latent_size + self.rotated), (1, 0)
 
     def compress(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`[B, T/tp or T, D]` -> what queries are made of `[B, T, Q or D]`, latents `[B, T, C]`,
-        keys `[B, T, R]`.
+        """Maps `[B, T/tp or T, D]` -> what queries are made of `[B, T, Q or D]`, latents `[B, T,
+        C]`, keys `[B, T, R]`.
 
         One collective over tp for all three.
         """
@@ -112,7 +112,9 @@ class LatentAttention(ShardedModule):
         inputs: AttentionInputs,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Queries, keys and values from the latents, and attention: `[B, T/cp, H/tp, E]`."""
+        """Makes queries, keys and values from the latents, and computes attention: `[B, T/cp, H/tp,
+        E]`.
+        """
         q = self.q(source).unflatten(-1, (self.num_heads, -1))
         if self.factor != 1:
             q = q * self.factor
@@ -146,8 +148,8 @@ class LatentAttention(ShardedModule):
         return context.parallel_attention(q, k, v, inputs.mask_spec, *further)
 
     def keys_and_values(self, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of all heads, `[B, T, H/tp, N + R or E]`, of latents `[B, T, 1, C]` and rotated
-        keys `[B, T, 1, R]`.
+        """Returns those of all heads, `[B, T, H/tp, N + R or E]`, of latents `[B, T, 1, C]` and
+        rotated keys `[B, T, 1, R]`.
         """
         plain, values = (
             up(latent[:, :, 0]).unflatten(-1, (self.num_heads, -1)) for up in (self.k_up, self.v_up)
@@ -155,8 +157,8 @@ class LatentAttention(ShardedModule):
         return torch.cat((plain, key.expand(-1, -1, self.num_heads, -1)), dim=-1), values
 
     def absorbed(self, plain: Tensor, rotated: Tensor, seen: Tensor, cache: LayerCache) -> Tensor:
-        """The same against the cache `[B, T, 1, C + R]`: one key a position for all heads, its
-        latent the value.
+        """Computes the same against the KV cache `[B, T, 1, C + R]`: one key a position for all
+        heads, its latent the value.
 
         Adapters are modules, not matrices, and a prefix is no latent: with one, or with weights in
         4 bit, keys and values of the whole cache are made.

@@ -30,7 +30,7 @@ class Mlp(ShardedModule):
         self.run = runner(recomputes)
 
     def inner(self, hidden: Tensor) -> Tensor:
-        """Nonlinearity and the local part of `down`."""
+        """Applies the nonlinearity and the local part of `down`."""
         return self.down.local(self.scale(self.activation(hidden)))
 
     def forward(self, x: Tensor) -> Tensor:

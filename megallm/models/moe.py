@@ -1,4 +1,5 @@
-"""Mixture of experts in place of a feed-forward layer, with an optional dense layer beside it.
+"""Mixture of experts (MoE, its grouped GEMMs in `ops.grouped_gemm`) in place of a feed-forward
+layer, with an optional dense layer beside it.
 
 Experts are whole matrices on the ranks of an ep group: `gate_up (X, 2, F, D)` or `up (X, F, D)`,
 and `down (X, D, F)`.
@@ -57,7 +58,7 @@ class Experts(ShardedModule):
         self.run = runner(recomputes)
 
     def inner(self, hidden: Tensor, runs: Runs) -> Tensor:
-        """Nonlinearity and `down`."""
+        """Applies the nonlinearity and `down`."""
         return self.down(self.scale(self.activation(hidden), None, runs), runs)
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
@@ -95,7 +96,7 @@ class Moe(ShardedModule):
             self.shared_gate = SharedGate(config, mesh, sp) if config.moe.shared_gate else None
 
     def routed(self, tokens: Tensor, choice: Choice) -> Tensor:
-        """The weighted sum of each token's experts, `[n, D]`; collective over ep."""
+        """Returns the weighted sum of each token's experts, `[n, D]`; collective over ep."""
         order, counts = order_of(choice.experts, self.router.moe.num_experts, choice.keep)
         plan = plan_dispatch(counts, self.mesh)
         rows = dispatch(permute(tokens, order, self.router.moe.top_k), plan, self.mesh)

@@ -48,8 +48,8 @@ class MtpModule(ShardedModule):
         self.run = runner(BLOCK in recompute)
 
     def forward(self, x: Tensor, embedded: Tensor | None, inputs: AttentionInputs) -> Tensor:
-        """`x`: the hidden state that the head saw last (deepseek), or the last layer's output
-        (heads).
+        """Compute the hidden states of one depth of multi-token prediction. `x`: the hidden state
+        that the head saw last (deepseek), or the last layer's output (heads).
         """
         if self.projection is not None:
             x = self.projection(
@@ -59,7 +59,8 @@ class MtpModule(ShardedModule):
 
 
 def shift_labels(labels: Tensor, ahead: int) -> Tensor:
-    """Labels `[B, T]` of whole rows moved `ahead` places to the front, 0 where the row has ended.
+    """Returns labels `[B, T]` of whole rows moved `ahead` places to the front, 0 where the row has
+    ended.
 
     Where a document has ended they are another's: they reach no token whose label counts
     (`losses.language`).
@@ -67,8 +68,8 @@ def shift_labels(labels: Tensor, ahead: int) -> Tensor:
     return F.pad(labels.clamp(min=0), (0, ahead))[:, ahead:]
 
 
-def shift_mask(mask: Tensor, ahead: int) -> Tensor:
-    """A mask `[B, T]` moved likewise, False where the row has ended: every token whose label so far
-    ahead counts, and those at the end of a packed document, which the loss leaves out.
+def shift_row_mask(mask: Tensor, ahead: int) -> Tensor:
+    """Returns a mask `[B, T]` moved likewise, False where the row has ended: every token whose
+    label so far ahead counts, and those at the end of a packed document, which the loss leaves out.
     """
     return F.pad(mask, (0, ahead))[:, ahead:]

@@ -126,8 +126,8 @@ class ParallelModel:
         return Fp8Linears(found, self.mesh)
 
     def entries(self) -> list[Entry]:
-        """This rank's parameters in model order, each once, with the earliest local stage that
-        holds it.
+        """Returns this rank's parameters in model order, each once, with the earliest local stage
+        that holds it.
         """
         found: dict[str, Entry] = {}
         for number, stage in self.stages.items():
@@ -136,7 +136,7 @@ class ParallelModel:
         return list(found.values())
 
     def shared_units(self) -> frozenset[str]:
-        """Units whose parameters more than one use completes.
+        """Returns units whose parameters more than one use completes.
 
         That is an embedding that is whole on this rank and used at both ends, and with multi-token
         prediction the head and the embedding of the last stage, which every depth uses.
@@ -150,7 +150,9 @@ class ParallelModel:
         )
 
     def selection_biases(self) -> Iterator[tuple[str, Tensor]]:
-        """State beside the parameters: the routers' biases, the same on every rank of a stage."""
+        """Yields the state beside the parameters: the routers' biases, the same on every rank of a
+        stage.
+        """
         yield from () if self.routers is None else self.routers.biases()
 
     def place(self, storage: dict[str, Tensor]) -> None:
@@ -161,8 +163,8 @@ class ParallelModel:
     def run_schedule(
         self, batches: list[Batch], loss_of: LossOf, wanted: Wanted, listener=None
     ) -> ScheduleRun:
-        """One pass of the microbatches through the pipeline for the `wanted` scalars of the head;
-        with a listener also backward.
+        """Runs the microbatches through the pipeline for the `wanted` scalars of the head; with a
+        listener also backward.
         """
         for stage in self.stages.values():
             stage.wanted = wanted

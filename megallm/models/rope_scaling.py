@@ -56,7 +56,9 @@ class RopeScaling:
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> RopeScaling | None:
-        """From the fields of a resolved model; None for the plain rotary embedding."""
+        """Returns the RoPE scaling from the fields of a resolved model; None for the plain rotary
+        embedding.
+        """
         if values["rope_scaling"] is None:
             return None
         given = {name: values[name] for name in ROPE_NUMBERS if values[name] is not None}
@@ -67,7 +69,7 @@ class RopeScaling:
 
 
 def check_rope(values: Mapping[str, Any]) -> None:
-    """A stretched rotary embedding has exactly the numbers that its kind reads; raises
+    """Check that a scaled rotary embedding has exactly the numbers that its kind reads; raises
     UsageError.
     """
     kind = values.get("rope_scaling")

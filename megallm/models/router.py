@@ -64,11 +64,13 @@ class Router(ShardedModule):
         self.stats = RouterStats(config.moe, mesh.device)
 
     def forward(self, x: Tensor, routing: RoutingInputs | None) -> Choice:
-        """Without routing (decoding) nothing is dropped and nothing reported."""
+        """Choose the experts of each token. Without routing (decoding) nothing is dropped and
+        nothing reported.
+        """
         moe = self.moe
         logits = F.linear(wide(x), wide(self.weight))
         scores = logits.sigmoid() if moe.score == "sigmoid" else logits.softmax(-1)
-        experts = select(scores.detach(), self.stats.bias, moe)
+        experts = select_experts(scores.detach(), self.stats.bias, moe)
         chosen = scores.gather(-1, experts)
         weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) if moe.norm_topk_prob else chosen
         keep = sums = None
@@ -82,8 +84,8 @@ class Router(ShardedModule):
         return Choice(experts, weights * moe.routed_scale, keep, sums)
 
 
-def select(scores: Tensor, bias: Tensor | None, moe: MoeConfig) -> Tensor:
-    """The experts `[n, k]` of tokens with scores `[n, X]`, the best first; no gradient.
+def select_experts(scores: Tensor, bias: Tensor | None, moe: MoeConfig) -> Tensor:
+    """Returns the experts `[n, k]` of tokens with scores `[n, X]`, the best first; no gradient.
 
     With groups, a token first chooses groups: by their best score, or with a bias by the sum of
     their two best.
@@ -118,7 +120,8 @@ class RouterReport:
     dropped: Tensor
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The losses that the model has by name, and metrics by name; waits for the device."""
+        """Returns the losses that the model has by name, and metrics by name; waits for the device.
+        """
         values = dict(zip(TERMS, self.losses.tolist(), strict=True))
         losses = {name: value for name, value in values.items() if name in self.names}
         metrics = {
@@ -142,8 +145,10 @@ class Routers:
         self.weights = torch.zeros(2, dtype=torch.float64, device=mesh.device)
 
     def begin(self, batches: list[Batch], factor: float | Tensor = 1.0) -> None:
-        """Before a step: a loss is weighed by its coefficient over the tokens of the global batch
-        that count; `factor` (a loss scale) multiplies its gradient alone. Collective over data."""
+        """Prepare for a step: a loss is weighed by its coefficient over the tokens of the global
+        batch that count; `factor` (a loss scale) multiplies its gradient alone. Collective over
+        data.
+        """
         tokens = sum(batch["mask"].sum() for batch in batches).to(torch.int64)
         comm.all_reduce_(tokens, self.mesh.data, "loss.counts")
         coefficients = torch.tensor([self.moe.aux_coef, self.moe.z_coef], dtype=torch.float64)
@@ -152,8 +157,8 @@ class Routers:
             stats.begin(self.weights * factor)
 
     def finish(self, skip: Tensor) -> RouterReport:
-        """After a step: move the biases, unless `skip` (a bool scalar on the device). Collective
-        over the world.
+        """Update the selection biases after a step (load balancing without a loss), unless `skip`
+        (a bool scalar on the device). Collective over the world.
         """
         mesh, all_stats = self.mesh, list(self.all_stats.values())
         sums = torch.zeros(4, dtype=torch.float64, device=mesh.device)
@@ -194,7 +199,8 @@ class Routers:
             )
 
     def state(self) -> Iterator[StateTensor]:
-        """The selection biases, float32 `[X]`: state that every rank of a stage holds alike."""
+        """Yields the selection biases, float32 `[X]`: state that every rank of a stage holds alike.
+        """
         for name, bias in self.biases():
             shard = Shard(tuple(bias.shape))
             yield StateTensor(
@@ -202,7 +208,7 @@ class Routers:
             )
 
     def biases(self) -> Iterator[tuple[str, Tensor]]:
-        """`(logical name, float32 [X])`: state that every rank of a stage holds alike."""
+        """Yields `(logical name, float32 [X])`: state that every rank of a stage holds alike."""
         for name, stats in self.all_stats.items():
             if stats.bias is not None:
                 yield f"{name}.bias", stats.bias

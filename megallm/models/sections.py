@@ -1,6 +1,8 @@
-"""Parts of a model's configuration that only some models have: experts, latent attention, extra predictions. No torch.
+"""Parts of a model's configuration that only some models have: experts, latent attention, extra
+predictions. No torch.
 
-As in `models.config`, a field left at None is taken from the preset, then from the family, then from `DEFAULTS`.
+As in `models.config`, a field left at None is taken from the preset, then from the family, then
+from `DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ class Section:
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
 
     def resolve(self, table: Mapping[str, Any]) -> Self:
-        """Fill the fields left at None from `table` (of a preset or family), then from the defaults."""
+        """Fill the fields left at None from `table` (of a preset or family), then from the
+        defaults.
+        """
         values = dict(self.DEFAULTS) | dict(table)
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return type(self)(**(values | {name: value for name, value in given.items() if value is not None}))
+        return type(self)(
+            **(values | {name: value for name, value in given.items() if value is not None})
+        )
 
 
 @dataclass(frozen=True)
 class MoeConfig(Section):
-    """Mixture of experts in place of the feed-forward layer (arXiv 1701.06538); DeepSeek's forms: arXiv 2412.19437."""
+    """Mixture of experts in place of the feed-forward layer (arXiv 1701.06538); DeepSeek's forms:
+    arXiv 2412.19437.
+    """
 
     DEFAULTS = {
         "num_experts": 0,
@@ -69,12 +77,13 @@ class MoeConfig(Section):
     drop: str | None = None  # score | position: beyond its capacity, which tokens of a sequence an expert keeps
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts."""
+        """Returns whether a layer has experts."""
         here = layer >= self.first_dense and (layer - self.first_dense) % self.every == 0
         return self.num_experts > 0 and here
 
     def layer_params(self, hidden: int, matrices: int, active: bool = False) -> int:
-        """Parameters of one layer with experts, each of `matrices` matrices; `active`: those that one token uses.
+        """Number of parameters of one layer with experts, each of `matrices` matrices; `active`:
+        those that one token uses.
 
         The selection bias is state, not a parameter.
         """
@@ -92,7 +101,8 @@ class MoeConfig(Section):
             ("every", self.every >= 1, "at least 1"),
             ("first_dense", self.first_dense >= 0, "at least 0"),
             ("shared_ffn_hidden_size", self.shared_ffn_hidden_size >= 0, "at least 0"),
-            ("num_groups", groups >= 1 and experts % max(groups, 1) == 0, f"a divisor of num_experts {experts}"),
+            ("num_groups", groups >= 1 and experts % max(groups, 1) == 0,
+             f"a divisor of num_experts {experts}"),
             ("top_groups", 1 <= self.top_groups <= groups, f"from 1 to num_groups {groups}"),
             ("capacity", self.capacity is None or self.capacity > 0, "greater than 0, or null"),
         ):  # fmt: skip
@@ -100,8 +110,8 @@ class MoeConfig(Section):
                 raise UsageError(f"model.moe.{name} is {vars(self)[name]}; it must be {must}.")
         if self.top_k > self.top_groups * (experts // groups):
             raise UsageError(
-                f"model.moe.top_k {self.top_k} is more than the experts of model.moe.top_groups {self.top_groups} "
-                f"groups of {experts // groups}."
+                f"model.moe.top_k {self.top_k} is more than the experts of model.moe.top_groups "
+                f"{self.top_groups} groups of {experts // groups}."
             )
 
 
@@ -130,7 +140,9 @@ MTP_KINDS = ("deepseek", "heads")
 
 @dataclass(frozen=True)
 class MtpConfig(Section):
-    """Multi-token prediction: what lies further ahead than the next token (arXiv 2412.19437, 2404.19737)."""
+    """Multi-token prediction: what lies further ahead than the next token (arXiv 2412.19437,
+    2404.19737).
+    """
 
     DEFAULTS = {"depth": 0, "kind": "deepseek", "weight": 0.3}
 

@@ -28,8 +28,8 @@ class StageSpan:
 def plan_stages(
     num_layers: int, num_stages: int, layout: str | None = None, loss_work: float = 0.0
 ) -> list[StageSpan]:
-    """The layers of each stage, by `layout` or balanced; each balanced stage has at least one
-    layer.
+    """Returns the layers of each stage, by `layout` or balanced; each balanced stage has at least
+    one layer.
 
     `loss_work` is the cost of the head in layers (`head_work`). Raises UsageError when it cannot be
     done.
@@ -51,8 +51,8 @@ def plan_stages(
 
 
 def head_work(config: ModelConfig) -> float:
-    """Matrix-multiply FLOPs of the head, and of what predicts further tokens, over those of one
-    layer.
+    """Number of matrix-multiply FLOPs of the head, and of what predicts further tokens, over those
+    of one layer.
 
     The embedding is a look-up and counts 0.
     """
@@ -82,8 +82,9 @@ _TOKEN = re.compile(r"([EtL|])(?:\*(\d+))?")
 
 
 def parse_stages(layout: str, num_layers: int, num_stages: int) -> list[int]:
-    """Layers per stage of a layout string: `E` embedding, `t` a layer, `L` loss, `|` between
-    stages, `*n` repeats what stands before it, `(...)` groups."""
+    """Returns layers per stage of a layout string: `E` embedding, `t` a layer, `L` loss, `|`
+    between stages, `*n` repeats what stands before it, `(...)` groups.
+    """
     stages = _expand(layout.replace(" ", "")).split("|")
     problem = None
     if len(stages) != num_stages:

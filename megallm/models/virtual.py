@@ -7,7 +7,7 @@ Either way the text's own tokens stand at the positions behind them. Keys and va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from megallm.base.errors import UsageError
 from megallm.models.config import ModelConfig
 from megallm.models.heads import MASK_ON_CPU
+from megallm.parallel.pipeline import Batch, LossOf
 
-Batch = dict[str, Tensor]
-LossOf = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Any]]
 # What a stage reads of each token, `[B, T]`.
 PER_TOKEN = ("tokens", "labels", "positions", "token_types", "mask", MASK_ON_CPU)
 

@@ -30,7 +30,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` for `[..., 2 F]` with the gate first -> `[..., F]`."""
+    """Computes `silu(gate) * up` for `[..., 2 F]` with the gate first -> `[..., F]`."""
     return _SwiGlu.apply(gate_up)
 
 

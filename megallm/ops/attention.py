@@ -36,8 +36,8 @@ _LENGTHS = {torch.bfloat16: 64}  # what lengths of documents are rounded up to
 
 
 def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
-    """Bool `[..., Tq, Tk]`: key j is seen from query i when `i - window < j <= i` (Mistral, arXiv
-    2310.06825).
+    """Returns the attention mask, bool `[..., Tq, Tk]`: key j is seen from query i when `i - window
+    < j <= i` (Mistral, arXiv 2310.06825).
     """
     gap = q_positions[..., :, None] - k_positions[..., None, :]
     seen = gap >= 0
@@ -52,7 +52,7 @@ def causal_attention(
     sinks: Tensor | None = None,
     prefix: Prefix | None = None,
 ) -> Tensor:
-    """Softmax attention, scale `E**-0.5`.
+    """Computes causal softmax attention, scale `E**-0.5`.
 
     q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`;
     the queries are the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
@@ -82,8 +82,8 @@ def packed_attention(
     sinks: Tensor | None = None,
     prefix: Prefix | None = None,
 ) -> Tensor:
-    """Attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or Ev]` ->
-    `[B, Tq, H, Ev]`.
+    """Computes attention inside the documents of a row: q `[B, Tq, H, E]`, k and v `[B, T, K, E or
+    Ev]` -> `[B, Tq, H, Ev]`.
 
     The queries are the last Tq of the T tokens; sinks `[H]`.
 
@@ -149,7 +149,7 @@ class Partial:
 
     @staticmethod
     def empty(q: Tensor, v: Tensor) -> Partial:
-        """Nothing seen yet."""
+        """Returns the partial result of nothing seen yet."""
         out = q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=wide_dtype(q.dtype))
         return Partial(out, out.new_full(q.shape[:3], -torch.inf))
 
@@ -173,8 +173,8 @@ class Partial:
             self.add(q, *_rows_of(q, k, v), (_prefix_tile(q, k),))
 
     def finish(self, sinks: Tensor | None) -> Tensor:
-        """`out` when all keys were seen; with sinks `[H]` one more score a head, of a value that is
-        zero.
+        """Returns `out` when all keys were seen; with sinks `[H]` one more score a head, of a value
+        that is zero.
         """
         if sinks is not None:
             after = torch.logaddexp(self.lse, wide(sinks))
@@ -195,12 +195,14 @@ class Queries:
     grad: Tensor
 
     def rows(self, tile: Tile) -> Queries:
-        """The queries of a tile."""
+        """Returns the queries of a tile."""
         rows = slice(tile.q_begin, tile.q_end)
         return Queries(self.q[:, rows], self.out[:, rows], self.lse[:, rows], self.grad[:, rows])
 
     def sink_gradient(self, sinks: Tensor | None) -> Tensor | None:
-        """Gradient `[H]` of the sinks: each takes its share of the softmax away from the output."""
+        """Returns gradient `[H]` of the sinks: each takes its share of the softmax away from the
+        output.
+        """
         if sinks is None:
             return None
         share = (wide(sinks) - self.lse).exp_()
@@ -252,8 +254,8 @@ def _rows_of(q: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E or Ev]` alone, masked as the tile's
-    kind says.
+    """Computes attention of q `[B, Tq, H, E]` over k, v `[B, Tk, K, E or Ev]` alone, masked as the
+    tile's kind says.
 
     Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
@@ -270,8 +272,8 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
 def attention_block_backward(
     queries: Queries, k: Tensor, v: Tensor, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through this block, one of those merged into `queries.out` and
-    `queries.lse`.
+    """Returns gradients of q, k and v through this block, one of those merged into `queries.out`
+    and `queries.lse`.
     """
     if not _flash_fits(queries.q, v):
         return _block_backward(queries, k, v, tile)

@@ -12,9 +12,9 @@ from megallm.ops.precision import wide
 def length_bias(
     lengths: Tensor, capacity: int, window: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """What is added to scores `[n, 1, 1, capacity]`: 0 where row b may look, its first `lengths[b]`
-    positions or the last `window` of those, and -inf elsewhere. Lengths are int64 `[n]`, each from
-    1 to `capacity`.
+    """Returns what is added to scores `[n, 1, 1, capacity]`: 0 where row b may look, its first
+    `lengths[b]` positions or the last `window` of those, and -inf elsewhere. Lengths are int64
+    `[n]`, each from 1 to `capacity`.
     """
     places = torch.arange(capacity, device=lengths.device)
     hidden = places >= lengths[:, None]
@@ -27,8 +27,8 @@ def length_bias(
 def attend_rows(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention of q `[n, 1, H, E]`, scale `E**-0.5`, to k `[n, C, K, E]` and v `[n, C, K,
-    Ev]` with H a multiple of K; `bias` is that of `length_bias`.
+    """Computes softmax attention of q `[n, 1, H, E]`, scale `E**-0.5`, to k `[n, C, K, E]` and v
+    `[n, C, K, Ev]` with H a multiple of K; `bias` is that of `length_bias`.
 
     What the bias hides must be finite. Keys in front of the biased ones, as an adapter's prefix
     gives them, are seen by every query. Sinks `[H]` are one more score a head, of a value that is

@@ -35,13 +35,13 @@ class Targets(NamedTuple):
     temperature: float = 1.0
 
     def of(self, rows: slice) -> Targets:
-        """Those of some tokens."""
+        """Returns those of some tokens."""
         return self._replace(labels=self.labels[rows])
 
 
 class Statistics(NamedTuple):
-    """Of each token's divided logits z over a piece of the vocabulary, wide `[T]`: the largest, the
-    sum of `exp(z - top)`, and the label's z (0 where the label is elsewhere).
+    """Statistics of each token's divided logits z over a piece of the vocabulary, wide `[T]`: the
+    largest, the sum of `exp(z - top)`, and the label's z (0 where the label is elsewhere).
 
     Where they are wanted also `moment`, the sum of `exp(z - top) (z - top)`, and `best`, int64, the
     place of the largest in the piece.
@@ -62,7 +62,7 @@ class Softmax(NamedTuple):
     entropy: Tensor | None = None
 
     def of(self, rows: slice) -> Softmax:
-        """Those of some tokens."""
+        """Returns those of some tokens."""
         return Softmax(self.lse[rows], None if self.entropy is None else self.entropy[rows])
 
 
@@ -73,12 +73,12 @@ class Upstream(NamedTuple):
     entropy: Tensor | None = None
 
     def of(self, rows: slice) -> Upstream:
-        """Those of some tokens."""
+        """Returns those of some tokens."""
         return Upstream(self.log_prob[rows], None if self.entropy is None else self.entropy[rows])
 
 
 def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
-    """Tokens whose logits over `vocab` entries are made at once."""
+    """Number of tokens whose logits over `vocab` entries are made at once."""
     return max(MIN_TOKENS, CHUNK_BYTES // (vocab * wide_dtype(dtype).itemsize))
 
 
@@ -89,8 +89,8 @@ def statistics(
     best: bool = False,
     reuse: bool = False,
 ) -> Statistics:
-    """Of logits `[T, V]`; `moment` and `best` say whether these are wanted. With `reuse` wide logits
-    are overwritten.
+    """Returns the statistics of logits `[T, V]`; `moment` and `best` say whether these are wanted.
+    With `reuse` wide logits are overwritten.
     """
     labels, begin, temperature = targets
     here, local = locate(labels, begin, logits.shape[-1])
@@ -132,7 +132,7 @@ def _minus(logits: Tensor, row: Tensor, reuse: bool) -> Tensor:
 
 
 def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Whether each label is among entries `begin .. begin + vocab`, and its place there (0
+    """Returns whether each label is among entries `begin .. begin + vocab`, and its place there (0
     elsewhere).
     """
     here = (labels >= begin) & (labels < begin + vocab)
@@ -142,7 +142,7 @@ def locate(labels: Tensor, begin: int, vocab: int) -> tuple[Tensor, Tensor]:
 def logit_gradient_(
     logits: Tensor, targets: Targets, softmax: Softmax, upstream: Upstream
 ) -> Tensor:
-    """Gradient of `logits [T, V]` in their place.
+    """Returns gradient of `logits [T, V]` in their place.
 
     Logits that are no matrix in memory are copied first, and stay.
     """
@@ -191,7 +191,7 @@ class Projection(NamedTuple):
 def linear_statistics(
     hidden: Tensor, head: Projection, targets: Targets, moment: bool = False, best: bool = False
 ) -> Statistics:
-    """`statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits."""
+    """Returns `statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits."""
     parts = [
         statistics(F.linear(hidden[rows], *head), targets.of(rows), moment, best, reuse=True)
         for rows in _chunks(hidden.shape[0], head.weight)
@@ -202,8 +202,8 @@ def linear_statistics(
 
 
 class LinearGradients(NamedTuple):
-    """Of the hidden states, in their dtype, and of weight and bias, accumulated wide over the
-    chunks.
+    """Gradients of the hidden states, in their dtype, and of weight and bias, accumulated wide over
+    the chunks.
     """
 
     hidden: Tensor
@@ -214,7 +214,7 @@ class LinearGradients(NamedTuple):
 def linear_gradients(
     hidden: Tensor, head: Projection, targets: Targets, softmax: Softmax, upstream: Upstream
 ) -> LinearGradients:
-    """Gradients for those of `upstream`, through logits that are made again.
+    """Returns gradients for those of `upstream`, through logits that are made again.
 
     The weight's is left out (None) when it takes none.
     """

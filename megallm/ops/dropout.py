@@ -1,6 +1,6 @@
-"""Dropout whose mask is a function of (key, sample, token, feature) and of nothing else.
+"""Dropout and noise that are functions of (key, sample, token, feature) and of nothing else.
 
-So every layout drops the same numbers, and recomputation needs no state of a generator. The bits
+So every layout draws the same numbers, and recomputation needs no state of a generator. The bits
 are those of SplitMix64's finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014), applied to the token's key and to each feature of it.
 """
@@ -10,14 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megallm.ops.precision import wide_dtype
+
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number; products wrap
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
-def token_keys(samples: Tensor, positions: Tensor) -> Tensor:
+def token_keys(samples: Tensor, positions: Tensor, epochs: Tensor | None = None) -> Tensor:
     """Returns a key int64 `[B, T]` for each token, from the number of its sample `[B, T]` or `[B]`
-    and its place in the sample `[B, T]`."""
+    and its place in the sample `[B, T]`; `epochs`, shaped like `samples`, says how often the sample
+    was read before."""
     rows = samples.to(torch.int64)
+    if epochs is not None:
+        rows = rows ^ _mix(epochs.to(torch.int64) * _GOLDEN)
     rows = rows if rows.dim() == positions.dim() else rows[:, None]
     return _mix(_mix(rows * _GOLDEN) + positions.to(torch.int64) * _GOLDEN)
 
@@ -30,11 +35,22 @@ def keyed_dropout(x: Tensor, rate: float, key: int, tokens: Tensor, first: int =
     """
     if not rate:
         return x
+    keep = _bits(x, key, tokens, first) >= _signed(int(rate * 2**64) + 2**63)
+    return torch.where(keep, x, 0) / (1 - rate)
+
+
+def keyed_uniform(x: Tensor, key: int, tokens: Tensor) -> Tensor:
+    """Returns numbers from -1 to 1 in the shape `[..., F]` and the dtype of `x`, at least float32;
+    see `keyed_dropout`.
+    """
+    return _bits(x, key, tokens, 0).to(wide_dtype(x.dtype)) * 2.0**-63
+
+
+def _bits(x: Tensor, key: int, tokens: Tensor, first: int) -> Tensor:
+    """64 bits for each number of `x`, as int64."""
     seeded = _mix(tokens ^ _signed(key))
     features = torch.arange(first, first + x.shape[-1], device=x.device)
-    bits = _mix(seeded[..., None] + features * _GOLDEN)
-    keep = bits >= _signed(int(rate * 2**64) + 2**63)
-    return torch.where(keep, x, 0) / (1 - rate)
+    return _mix(seeded[..., None] + features * _GOLDEN)
 
 
 def _signed(number: int) -> int:

@@ -13,8 +13,8 @@ from megallm.ops.precision import wide
 
 
 def look_up(numbers: Tensor, table: Tensor) -> Tensor:
-    """Rows `numbers` `[...]` of `table` `[V, D]`: `[..., D]`. Raises IndexError for a number
-    outside the table.
+    """Returns rows `numbers` `[...]` of `table` `[V, D]`: `[..., D]`. Raises IndexError for a
+    number outside the table.
 
     On a CPU the table's gradient is sparse: each row that was read, once (`optim.flat` adds them).
     On a GPU it is dense, since atomic additions of rows have no fixed order.

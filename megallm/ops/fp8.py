@@ -33,7 +33,9 @@ class Quantised(NamedTuple):
     inverse: Tensor
 
     def transposed(self) -> Quantised:
-        """The transpose `[C, R]`; of a matrix with one scale, or with scales of square blocks."""
+        """Returns the transpose `[C, R]`; of a matrix with one scale, or with scales of square
+        blocks.
+        """
         return Quantised(
             self.data.t().contiguous(),
             self.inverse.t().contiguous() if self.inverse.dim() else self.inverse,
@@ -41,8 +43,8 @@ class Quantised(NamedTuple):
 
 
 def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False) -> Tensor:
-    """`largest / amax / 2^margin`, or the power of two next below it; 1 where amax is zero or not
-    finite.
+    """Returns `largest / amax / 2^margin`, or the power of two next below it; 1 where amax is zero
+    or not finite.
     """
     usable = (amax > 0) & amax.isfinite()
     scale = (largest / torch.where(usable, amax, 1.0)) / 2.0**margin
@@ -54,8 +56,8 @@ def scale_of(amax: Tensor, largest: float, margin: int = 0, powers: bool = False
 
 
 def amax_of(x: Tensor, scaled: str) -> Tensor:
-    """The largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R, C/128]` or
-    `[R/128, C/128]`.
+    """Returns the largest magnitudes of `[R, C]` that share a scale, wide: `[]`, `[R, 1]`, `[R,
+    C/128]` or `[R/128, C/128]`.
 
     Zero where there is nothing: an expert may have no rows.
     """
@@ -72,8 +74,8 @@ def amax_of(x: Tensor, scaled: str) -> Tensor:
 
 
 def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
-    """`[R, C]` in the format `form`; what a scale makes too large becomes the largest value, as no
-    format rounds.
+    """Returns `[R, C]` in the format `form`; what a scale makes too large becomes the largest
+    value, as no format rounds.
     """
     largest = LARGEST[form]
     data = times(wide(x), scale).clamp_(-largest, largest).to(FORMATS[form])
@@ -81,7 +83,8 @@ def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
 
 
 def times(x: Tensor, scale: Tensor) -> Tensor:
-    """`x [R, C]` times a scale of any granularity; whole blocks take no matrix of factors."""
+    """Computes `x [R, C]` times a scale of any granularity; whole blocks take no matrix of factors.
+    """
     (rows, columns), whole = x.shape, x.is_contiguous() and scale.dim() == 2
     if not x.numel():
         return x
@@ -96,7 +99,7 @@ def times(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
-    """A factor for every element of `shape`, or what broadcasts to that."""
+    """Returns a factor for every element of `shape`, or what broadcasts to that."""
     for dim in range(scale.dim()):
         if scale.shape[dim] not in (1, shape[dim]):
             scale = scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, shape[dim])
@@ -104,23 +107,23 @@ def expand_scale(scale: Tensor, shape: torch.Size) -> Tensor:
 
 
 def dequantise(x: Quantised, dtype: torch.dtype) -> Tensor:
-    """The stored values in a wide dtype."""
+    """Returns the stored values in a wide dtype."""
     return times(x.data.to(dtype), x.inverse.to(dtype))
 
 
 def product(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
-    """`a b^T` for `[M, K]` and `[N, K]` -> `[M, N]` in `dtype`."""
+    """Computes `a b^T` for `[M, K]` and `[N, K]` -> `[M, N]` in `dtype`."""
     return native(a, b, dtype) if runs_natively(a, b) else emulated(a, b, dtype)
 
 
 def emulated(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
-    """`product` from dequantised operands, accumulated wide."""
+    """Computes `product` from dequantised operands, accumulated wide."""
     wider = wide_dtype(dtype)
     return (dequantise(a, wider) @ dequantise(b, wider).t()).to(dtype)
 
 
 def native(a: Quantised, b: Quantised, dtype: torch.dtype) -> Tensor:
-    """`product` by torch's kernel; with one scale per tensor or per row only.
+    """Computes `product` by torch's kernel; with one scale per tensor or per row only.
 
     It takes whole multiples of `ALIGNED`: what is missing is filled up with zeros, which add
     nothing to a sum.
@@ -145,7 +148,8 @@ def _aligned(x: Quantised) -> Quantised:
 
 
 def runs_natively(a: Quantised, b: Quantised) -> bool:
-    """On GPUs that have FP8 arithmetic, for scales that their kernels take.
+    """Returns whether torch's kernel runs it: on GPUs that have FP8 arithmetic, for scales that
+    their kernels take.
 
     A CPU has a kernel too, slower than the emulation: tests compare the two.
     """

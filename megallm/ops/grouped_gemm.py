@@ -41,8 +41,8 @@ class Runs:
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each matrix on the host: the loop needs them, the kernel does not. May wait for
-        the device.
+        """Number of rows of each matrix on the host: the loop needs them, the kernel does not. May
+        wait for the device.
         """
         if self.known is not None:
             return self.known
@@ -57,13 +57,13 @@ class WeightGrads(Protocol):
 
 
 def loop_rows(x: Tensor, matrices: Tensor, runs: Runs) -> Tensor:
-    """`[N, K]` times `[X, K, M]` of each row's run -> `[N, M]`."""
+    """Multiplies `[N, K]` by `[X, K, M]` of each row's run -> `[N, M]`."""
     pairs = zip(x.split(runs.sizes), matrices, strict=True)
     return torch.cat([(_filled(rows) @ matrix)[: len(rows)] for rows, matrix in pairs])
 
 
 def loop_outer(a: Tensor, b: Tensor, runs: Runs) -> Tensor:
-    """`a_e^T b_e` of each run of `[N, K]` and `[N, M]` -> `[X, K, M]`; zero where a run is
+    """Computes `a_e^T b_e` of each run of `[N, K]` and `[N, M]` -> `[X, K, M]`; zero where a run is
     empty.
     """
     pairs = zip(a.split(runs.sizes), b.split(runs.sizes), strict=True)
@@ -87,8 +87,8 @@ def _filled(rows: Tensor) -> Tensor:
 
 
 def fits_kernel(*matrices: Tensor) -> bool:
-    """Whether `F.grouped_mm` takes these: a known dtype, rows at whole multiples of 16 bytes,
-    something to do.
+    """Returns whether `F.grouped_mm` takes these: a known dtype, rows at whole multiples of 16
+    bytes, something to do.
     """
     first = matrices[0]
     if first.dtype not in GROUPED_DTYPES or any(
@@ -108,7 +108,7 @@ def _rows(x: Tensor, matrices: Tensor, runs: Runs, stored: Tensor) -> Tensor:
 
 
 def grouped_weight_gradient(x: Tensor, dy: Tensor, runs: Runs) -> Tensor:
-    """`[N, in]` and `[N, out]` -> `[X, out, in]`: always of the full shape, zero for experts
+    """Maps `[N, in]` and `[N, out]` -> `[X, out, in]`: always of the full shape, zero for experts
     without rows.
     """
     if fits_kernel(x, dy):
@@ -117,14 +117,15 @@ def grouped_weight_gradient(x: Tensor, dy: Tensor, runs: Runs) -> Tensor:
 
 
 def grouped_input_gradient(dy: Tensor, weight: Tensor, runs: Runs) -> Tensor:
-    """`dy_e W_e` for the rows of each expert: `[N, out]`, W `[X, out, in]` -> `[N, in]`."""
+    """Computes `dy_e W_e` for the rows of each expert: `[N, out]`, W `[X, out, in]` -> `[N, in]`.
+    """
     return _rows(dy, weight, runs, weight)
 
 
 def grouped_linear(
     x: Tensor, weight: Tensor, runs: Runs, weight_grads: WeightGrads | None = None
 ) -> Tensor:
-    """`x_e W_e^T` for the rows of each expert: `[N, in]`, W `[X, out, in]` -> `[N, out]`.
+    """Computes `x_e W_e^T` for the rows of each expert: `[N, in]`, W `[X, out, in]` -> `[N, out]`.
 
     With `weight_grads` the weight's gradient goes there. The weight always gets one, also where no
     expert has a row: whether ranks reduce it together must not depend on the tokens.

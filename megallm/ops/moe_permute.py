@@ -16,8 +16,8 @@ from torch.autograd.function import FunctionCtx
 def order_of(
     experts: Tensor, num_experts: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Experts `[N, k]` -> (order int64 `[M]` of the copies by expert, copies per expert int64
-    `[X]`).
+    """Sorts copies by expert: experts `[N, k]` -> (order int64 `[M]` of the copies by expert,
+    copies per expert int64 `[X]`).
 
     `keep` `[N, k]` says which copies are not dropped; counting those waits for the device.
     """
@@ -53,7 +53,7 @@ class _Permute(torch.autograd.Function):
 
 
 def permute(x: Tensor, order: Tensor, copies: int) -> Tensor:
-    """Tokens `[N, D]` -> their copies in the given order `[M, D]`."""
+    """Gathers tokens `[N, D]` -> their copies in the given order `[M, D]`."""
     return _Permute.apply(x, order, copies)
 
 
@@ -69,8 +69,8 @@ class _Unpermute(torch.autograd.Function):
 
 
 def unpermute(y: Tensor, order: Tensor, rows: int) -> Tensor:
-    """Rows `[M, D]` back to where they were: row `order[i]` of the result `[rows, D]` is `y[i]`,
-    the rest is zero.
+    """Scatters rows `[M, D]` back to where they were: row `order[i]` of the result `[rows, D]` is
+    `y[i]`, the rest is zero.
     """
     return _Unpermute.apply(y, order, rows)
 
@@ -98,8 +98,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of each token's copies: `[M, D]` in the given order, weights wide `[N, k]` ->
-    `[N, D]`.
+    """Returns the weighted sum of each token's copies: `[M, D]` in the given order, weights wide
+    `[N, k]` -> `[N, D]`.
     """
     rows, copies = weights.shape
     return _WeightedSum.apply(

@@ -16,8 +16,8 @@ EPS = 1e-7
 
 
 def orthogonalized(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Each matrix of `x` `[..., rows, columns]` with its singular values brought near 1; a new
-    tensor of `dtype`.
+    """Returns each matrix of `x` `[..., rows, columns]` with its singular values brought near 1; a
+    new tensor of `dtype`.
 
     X / |X| goes through `steps` iterations X <- a X + (b A + c A^2) X with A = X X^T, on the
     shorter side. bf16 is enough: the polynomial does not converge, it only has to leave no singular

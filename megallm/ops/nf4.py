@@ -29,7 +29,7 @@ LEVELS = (
 
 @cache
 def pair_table(device: torch.device) -> Tensor:
-    """Float32 `[256, 2]`: the levels of the high and of the low half of a byte."""
+    """Returns float32 `[256, 2]`: the levels of the high and of the low half of a byte."""
     levels = torch.tensor(LEVELS, dtype=torch.float32)
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
     return pairs.to(device)
@@ -37,7 +37,9 @@ def pair_table(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_table(device: torch.device) -> Tensor:
-    """Float32 `[256]`, rising: seven decades, each with twice as many steps as the one below."""
+    """Returns float32 `[256]`, rising: seven decades, each with twice as many steps as the one
+    below.
+    """
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -46,9 +48,9 @@ def dynamic_table(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32).to(device)
 
 
-def nearest(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The code `uint8 [n]` of each of `[n]` float32 values, and the largest magnitude of each block
-    `[n / block]`.
+def nearest_codes(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Returns the code `uint8 [n]` of each of `[n]` float32 values, and the largest magnitude of
+    each block `[n / block]`.
     """
     blocks = F.pad(values, (0, -len(values) % block)).view(-1, block)
     largest = blocks.abs().amax(1)
@@ -63,7 +65,7 @@ def nearest(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatrixRange:
     """Rows and columns of a matrix `(R, C)`: `[begin, end)` of each."""
 
     rows: tuple[int, int]
@@ -101,20 +103,20 @@ class Nf4:
     of the whole matrix.
     """
 
-    piece: Piece
+    piece: MatrixRange
     codes: Tensor
     scales: Tensor
     outer: Tensor
     mean: Tensor
 
     @staticmethod
-    def of(matrix: Tensor, piece: Piece) -> Nf4:
+    def of(matrix: Tensor, piece: MatrixRange) -> Nf4:
         """Quantise the whole matrix `(R, C)` and keep a piece."""
         flat = matrix.to(torch.float32).flatten()
         levels = torch.tensor(LEVELS, dtype=torch.float32, device=flat.device)
-        codes, largest = nearest(flat, levels, BLOCK)
+        codes, largest = nearest_codes(flat, levels, BLOCK)
         mean = largest.mean()
-        scales, outer = nearest(largest - mean, dynamic_table(flat.device), OUTER_BLOCK)
+        scales, outer = nearest_codes(largest - mean, dynamic_table(flat.device), OUTER_BLOCK)
         rows, columns = slice(*piece.rows), slice(*piece.columns)
         own = codes.view(piece.full)[rows, columns].flatten()
         own = F.pad(own, (0, len(own) % 2), value=LEVELS.index(0.0))
@@ -128,7 +130,7 @@ class Nf4:
         return sum(x.numel() * x.element_size() for x in stored)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The piece in `dtype`, computed in float32."""
+        """Returns the piece in `dtype`, computed in float32."""
         piece, device = self.piece, self.codes.device
         blocks = _blocks(piece, device)
         stored = blocks if piece.is_aligned else torch.arange(len(self.scales), device=device)
@@ -147,7 +149,7 @@ class Nf4:
         return values.reshape(piece.shape).to(dtype)
 
 
-def _blocks(piece: Piece, device: torch.device) -> Tensor:
+def _blocks(piece: MatrixRange, device: torch.device) -> Tensor:
     """Numbers of blocks of the flattened matrix: those of each run `[runs, blocks]`, or where runs
     are not whole blocks that of each value `[runs, length]`.
     """

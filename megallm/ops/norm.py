@@ -33,12 +33,12 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight`, `[..., D]` in the dtype of `x`."""
+    """Computes `x / sqrt(mean(x^2) + eps) * weight`, `[..., D]` in the dtype of `x`."""
     if not torch.is_grad_enabled() and x.dtype == weight.dtype == wide_dtype(x.dtype):
         return F.rms_norm(x, weight.shape, weight, eps)  # the same operations, in one call
     return _RmsNorm.apply(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * weight + bias`, `[..., D]` in the dtype of `x`."""
+    """Computes `(x - mean) / sqrt(var + eps) * weight + bias`, `[..., D]` in the dtype of `x`."""
     return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps).to(x.dtype)

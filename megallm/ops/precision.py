@@ -17,10 +17,10 @@ MODEL_DTYPES["fp8"] = (
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """Returns float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in at least fp32. A bare `.float()` would be a downcast in the float64 oracle."""
+    """Returns `x` in at least fp32. A bare `.float()` would be a downcast in the float64 oracle."""
     return x.to(wide_dtype(x.dtype))

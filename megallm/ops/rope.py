@@ -40,7 +40,7 @@ def rope_tables(
     scaling: Scaling | None = None,
     length: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin `[B, T, E/2]` of the angles at `positions` `[B, T]`, in the wide `dtype`.
+    """Returns cos and sin `[B, T, E/2]` of the angles at `positions` `[B, T]`, in the wide `dtype`.
 
     `length` is that of the longest text, in tokens; only a dynamic stretch looks at it.
     """
@@ -56,8 +56,8 @@ def rope_tables(
 
 
 def stretched_theta(theta: float, head_size: int, scaling: Scaling, length: int) -> float:
-    """theta for a longer context: the fastest wave stays, the slowest becomes `factor` times as
-    long ("NTK-aware").
+    """Returns theta for a longer context: the fastest wave stays, the slowest becomes `factor`
+    times as long ("NTK-aware").
 
     ntk always; dynamic by as much as texts of `length` tokens exceed the positions that were known,
     so that shorter ones see no change.
@@ -71,7 +71,8 @@ def stretched_theta(theta: float, head_size: int, scaling: Scaling, length: int)
 
 
 def stretched(frequencies: Tensor, scaling: Scaling, theta: float = 10000.0) -> Tensor:
-    """Lowered frequencies `[E/2]`; `theta` is the one that they were made with (yarn looks at it).
+    """Returns lowered frequencies `[E/2]`; `theta` is the one that they were made with (yarn looks
+    at it).
 
     linear divides all by `factor` (arXiv 2306.15595). llama3 (Llama 3.1, arXiv 2407.21783) divides
     those of waves that did not turn `low_factor` times within the old context of `positions`,
@@ -100,8 +101,8 @@ def _kept_by_yarn(frequencies: Tensor, scaling: Scaling, theta: float) -> Tensor
     size = 2 * len(frequencies)
 
     def feature(turns: float) -> float:
-        """Which pair of features turns this often within the old context; pairs count from 0 as
-        real numbers.
+        """Returns which pair of features turns this often within the old context; pairs count from
+        0 as real numbers.
         """
         return size * math.log(scaling.positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -114,13 +115,15 @@ def _kept_by_yarn(frequencies: Tensor, scaling: Scaling, theta: float) -> Tensor
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:
-    """YaRN's correction of the magnitude of scores in a context that is `factor` times as long."""
+    """Returns YaRN's correction of the magnitude of scores in a context that is `factor` times as
+    long.
+    """
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def table_factor(scaling: Scaling | None) -> float:
-    """What cosines and sines are multiplied by: `attention_factor`, or what YaRN makes of its
-    mscales; else 1.
+    """Returns what cosines and sines are multiplied by: `attention_factor`, or what YaRN makes of
+    its mscales; else 1.
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -134,8 +137,8 @@ def table_factor(scaling: Scaling | None) -> float:
 
 
 def score_factor(scaling: Scaling | None) -> float:
-    """What all scores of latent attention are multiplied by: the square of the mscale of all dims
-    (DeepSeek-V2).
+    """Returns what all scores of latent attention are multiplied by: the square of the mscale of
+    all dims (DeepSeek-V2).
     """
     if scaling is None or scaling.kind != "yarn" or not scaling.mscale_all_dim:
         return 1.0

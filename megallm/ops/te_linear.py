@@ -36,7 +36,7 @@ class TeLinear:
 
 
 def te_recipe(options: Fp8Options) -> object:
-    """Our options as a recipe of the library."""
+    """Returns our options as a recipe of the library."""
     recipe = backends.require("transformer_engine", "transformer_engine.common.recipe")
     if options.recipe == "delayed":
         return recipe.DelayedScaling(

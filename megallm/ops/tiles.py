@@ -91,8 +91,8 @@ def row_mask_spec(
 def plan_tiles(
     queries: tuple[Span, ...], keys: tuple[Span, ...], mask_spec: MaskSpec
 ) -> tuple[Tile, ...]:
-    """The tiles of these queries against these keys; together they hold each visible pair exactly
-    once.
+    """Returns the tiles of these queries against these keys; together they hold each visible pair
+    exactly once.
     """
     tiles: list[Tile] = []
     for q in queries:

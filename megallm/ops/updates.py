@@ -25,8 +25,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def unless(skip: Tensor, grad: Tensor) -> Tensor:
-    """A copy of the gradient, or zeros when the update is skipped: an infinity times nothing would
-    not be nothing.
+    """Returns a copy of the gradient, or zeros when the update is skipped: an infinity times
+    nothing would not be nothing.
 
     Done on bits, in one vectorised pass; a select with a scalar condition takes six times as long
     on a CPU.
@@ -37,7 +37,7 @@ def unless(skip: Tensor, grad: Tensor) -> Tensor:
 
 
 def keeping(skip: Tensor, like: Tensor) -> Tensor:
-    """1 as a scalar of the buffers' dtype, or 0 when the update is skipped."""
+    """Returns 1 as a scalar of the buffers' dtype, or 0 when the update is skipped."""
     return 1 - skip.to(like.dtype)
 
 
@@ -49,8 +49,8 @@ class SgdRule(NamedTuple):
 
 
 def sgd_(flat: Flat, buffer: Tensor | None, rule: SgdRule, skip: Tensor) -> None:
-    """g += wd p; b = momentum b + g; p -= lr b, or lr (g + momentum b) with Nesterov (Sutskever et
-    al. 2013).
+    """Applies g += wd p; b = momentum b + g; p -= lr b, or lr (g + momentum b) with Nesterov
+    (Sutskever et al. 2013).
 
     `buffer` is None without momentum: p -= lr g. Through torch's fused functional form.
     """
@@ -88,7 +88,7 @@ def _decayed(flat: Flat, rule: ScaleRule, keep: Tensor, skip: Tensor) -> Tensor:
 
 
 def adagrad_(flat: Flat, squares: Tensor, rule: ScaleRule, skip: Tensor) -> None:
-    """g += wd p; s += g^2; p -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
+    """Applies g += wd p; s += g^2; p -= lr g / (sqrt(s) + eps) (Duchi et al. 2011)."""
     grad = _decayed(flat, rule, keeping(skip, flat.param), skip)
     squares.addcmul_(grad, grad)
     flat.param.addcdiv_(grad, squares.sqrt().add_(rule.eps), value=-rule.lr)
@@ -97,7 +97,7 @@ def adagrad_(flat: Flat, squares: Tensor, rule: ScaleRule, skip: Tensor) -> None
 def rmsprop_(
     flat: Flat, squares: Tensor, buffer: Tensor | None, rule: ScaleRule, skip: Tensor
 ) -> None:
-    """g += wd p; s = a s + (1 - a) g^2; p -= lr g / (sqrt(s) + eps) (Hinton 2012).
+    """Applies g += wd p; s = a s + (1 - a) g^2; p -= lr g / (sqrt(s) + eps) (Hinton 2012).
 
     With a `buffer` the quotient q goes through momentum first: b = momentum b + q; p -= lr b.
     """
@@ -117,8 +117,8 @@ class LionRule(NamedTuple):
 
 
 def lion_(flat: Flat, exp_avg: Tensor, rule: LionRule, skip: Tensor) -> None:
-    """p -= lr (sign(b1 m + (1 - b1) g) + wd p); m = b2 m + (1 - b2) g (arXiv 2302.06675, algorithm
-    2).
+    """Applies p -= lr (sign(b1 m + (1 - b1) g) + wd p); m = b2 m + (1 - b2) g (arXiv 2302.06675,
+    algorithm 2).
     """
     grad, keep = unless(skip, flat.grad), keeping(skip, flat.param)
     direction = (

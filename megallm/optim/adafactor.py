@@ -84,7 +84,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(grid: Grid, cut: ParamSlice, piece: Tensor) -> Rows:
-        """The elements of `cut`, as they are or copied between zeros."""
+        """Returns the elements of `cut`, as they are or copied between zeros."""
         first, head = divmod(cut.begin, grid.columns)
         last = -(-cut.end // grid.columns)
         if (last - first) * grid.columns != piece.numel():
@@ -94,7 +94,7 @@ class Rows(NamedTuple):
         return Rows(grid, first, head, piece.view(last - first, grid.columns))
 
     def units(self) -> Iterator[tuple[int, slice]]:
-        """Each matrix that the stretch touches, and its rows here."""
+        """Yields each matrix that the stretch touches, and its rows here."""
         count, rows = len(self.values), self.grid.rows
         for unit in range(self.first // rows, -(-(self.first + count) // rows)):
             yield (
@@ -121,7 +121,7 @@ class Sums:
         self.size = total
 
     def reduced(self, vector: Tensor, shard: Axis, mesh: Mesh) -> dict[Hashable, Tensor]:
-        """The complete sums by key; collective over `shard` and the named axes."""
+        """Returns the complete sums by key; collective over `shard` and the named axes."""
         total = comm.all_reduce_(vector.to(mesh.device), shard, SUMS)
         for axis, region in self.regions.items():
             comm.all_reduce_(total[region], mesh.axes[axis], SUMS)
@@ -177,7 +177,7 @@ class Adafactor:
         )
 
     def factors(self) -> Iterator[tuple[str, str, Shard, Tensor]]:
-        """`(state, parameter, record, this rank's box)` of the factors."""
+        """Yields `(state, parameter, record, this rank's box)` of the factors."""
         shapes, shards = self.parameters.shapes, self.parameters.shards
         for name, rows in self.rows.items():
             yield "rows", name, row_factor(shards[name]), rows.view(shapes[name][:-1])

@@ -1,4 +1,4 @@
-"""Which parameters share a flat buffer, and which range of it a rank keeps. Pure.
+"""Gradient buckets: which parameters share a flat buffer, and which range of it a rank keeps. Pure.
 
 Parameters whose gradients travel the same way (same partial axes, same tie) and that sit in
 neighbouring units are laid end to end, so a reduction is one message and an update is one loop. The
@@ -125,12 +125,12 @@ class Bucket:
         ]
 
     def shard_range(self, size: int, rank: int) -> tuple[int, int]:
-        """The elements that `rank` of `size` keeps."""
+        """Returns the elements that `rank` of `size` keeps."""
         each = self.numel // size
         return rank * each, (rank + 1) * each
 
     def slices(self, begin: int, end: int) -> list[ParamSlice]:
-        """The stretches of members inside `begin <= i < end`, in order."""
+        """Returns the stretches of members inside `begin <= i < end`, in order."""
         cuts = []
         for member, offset in zip(self.members, self.offsets, strict=True):
             first, last = max(begin, offset), min(end, offset + member.numel)
@@ -139,8 +139,8 @@ class Bucket:
         return cuts
 
     def runs(self, begin: int, end: int) -> list[tuple[int, int, ParamGroup]]:
-        """`(first, last, param_group)` stretches of `begin <= i < end` treated alike, counted from
-        `begin`.
+        """Returns `(first, last, param_group)` stretches of `begin <= i < end` treated alike,
+        counted from `begin`.
 
         For `begin` and `end` of a shard they are whole multiples of `ALIGN`, padding included.
         """
@@ -169,7 +169,7 @@ class ParamSlice:
     place: int
 
     def of(self, flat: Any) -> Any:
-        """The elements in a buffer that holds the shard."""
+        """Returns the elements in a buffer that holds the shard."""
         return flat[self.place : self.place + self.end - self.begin]
 
 
@@ -180,7 +180,7 @@ def plan_buckets(
     bucket_bytes: int = BUCKET_BYTES,
     by_unit: bool = False,
 ) -> list[Bucket]:
-    """Group members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit);
+    """Join members of one route into buckets of about `bucket_bytes` (`by_unit`: one per unit);
     members are whole.
 
     Inside a bucket members that are treated alike lie together, those with most decay first, so

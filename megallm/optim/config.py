@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Parameters that are treated otherwise than the rest, by logical name; the first group that matches counts."""
+    """Parameters that are treated otherwise than the rest, by logical name; the first group that
+    matches counts.
+    """
 
     match: str = ""  # a pattern such as *.mlp.down.weight (* and ? as in file names), or /regular expression/
     lr_scale: float = 1.0  # times the learning rate
@@ -19,7 +21,9 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """`null` is the default of the rule or of the schedule (`SETTINGS`, `SCHEDULES`); `resolve` fills it in."""
+    """`null` is the default of the rule or of the schedule (`SETTINGS`, `SCHEDULES`); `resolve`
+    fills it in.
+    """
 
     rule: str = "adamw"  # sgd | adagrad | rmsprop | adam | adamw | lion | adafactor | muon (docs/optimizers.md)
     lr: float | None = None  # the highest learning rate; adafactor: an upper bound of its relative step
@@ -43,10 +47,14 @@ class OptimConfig:
     groups: tuple[GroupConfig, ...] = ()  # ordered: the first whose pattern matches a name counts
 
     def resolve(self) -> OptimConfig:
-        """With the defaults of the rule and the schedule in place of null; a key that neither uses stays as it is."""
+        """Returns the section with the defaults of the rule and the schedule in place of null; a
+        key that neither uses stays as it is.
+        """
         given = dataclasses.asdict(self)
         wanted = SETTINGS[self.rule] | SCHEDULES[self.schedule]
-        return dataclasses.replace(self, **{key: value for key, value in wanted.items() if given[key] is None})
+        return dataclasses.replace(
+            self, **{key: value for key, value in wanted.items() if given[key] is None}
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class ZeroConfig:
     offload: bool = False  # optimizer state and master weights in CPU memory
 
 
-# The hyperparameters of each rule with the defaults of its paper (AdamW: those usual for language models).
+# The hyperparameters of each rule with the defaults of its paper (AdamW: those usual for language
+# models).
 _ADAMW = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": _ADAMW,
@@ -89,7 +98,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def unused(config: OptimConfig) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Keys that were given and that nothing reads: `(key, "rule muon" or "schedule cosine", the keys it reads)`."""
+    """Returns keys that were given and that nothing reads: `(key, "rule muon" or "schedule cosine",
+    the keys it reads)`.
+    """
     given = dataclasses.asdict(config)
     found = []
     for kind, table in (("rule", SETTINGS), ("schedule", SCHEDULES)):

@@ -61,7 +61,8 @@ class FlatBucket:
         self.gathering: dist.Work | None = None
 
     def views(self, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-        """The whole members, as views of `params` that do not notice when a gather rewrites it.
+        """Returns the whole members, as views of `params` that do not notice when a gather rewrites
+        it.
 
         To be made once, before parameters are let go for the first time: no view can be made of
         freed memory.
@@ -75,8 +76,8 @@ class FlatBucket:
     # Parameters
 
     def publish(self) -> None:
-        """After an update: the new weights in the model's dtype, on their way to the other ranks of
-        the shard group.
+        """Gather what an update has changed: the new weights in the model's dtype, on their way to
+        the other ranks of the shard group.
         """
         if self.master is not self.weights:
             self.weights.copy_(self.master)
@@ -90,7 +91,7 @@ class FlatBucket:
             self._start_gather()
 
     def unshard(self) -> None:
-        """Have the parameters here."""
+        """Gather the parameters here (unshard); `wait_and_reshard` lets them go again."""
         self.prefetch()
         if self.gathering is not None:
             self.gathering.wait()
@@ -107,8 +108,8 @@ class FlatBucket:
             self.present = False
 
     def wait_and_reshard(self) -> None:
-        """Have nothing on its way and nothing stale, before the weights are written from
-        outside.
+        """Wait for what is on its way and let go of what is stale, before the weights are written
+        from outside.
         """
         if self.gathering is not None:
             self.unshard()
@@ -124,11 +125,11 @@ class FlatBucket:
     # Gradients
 
     def begin_step(self) -> None:
-        """What comes first overwrites the accumulator."""
+        """Begin a step: what comes first overwrites the accumulator."""
         self.untouched = True
 
     def zero_if_untouched(self) -> None:
-        """Nothing more comes in this step, and nothing came."""
+        """Clear the gradients when nothing came in this step; nothing more does."""
         if self.untouched:
             self.grads.zero_()
             self.untouched = False
@@ -166,7 +167,7 @@ class FlatBucket:
         self.untouched = False
 
     def pack(self, params: dict[str, nn.Parameter], dtype: torch.dtype) -> Tensor:
-        """The members' gradients of one microbatch end to end; takes them away."""
+        """Returns the members' gradients of one microbatch end to end; takes them away."""
         return self._drain(
             params, torch.empty(self.plan.numel, dtype=dtype, device=self.params.device), True
         )

@@ -20,7 +20,7 @@ HIDDEN = (
 
 
 def param_group(config: OptimConfig, name: str, shard: Shard) -> ParamGroup:
-    """How the optimizer of a resolved configuration treats one parameter."""
+    """Returns how the optimizer of a resolved configuration treats one parameter."""
     group = next((group for group in config.groups if matches(group.match, name)), GroupConfig())
     decay = config.weight_decay if shard.decay else 0.0
     decay = decay if group.weight_decay is None else group.weight_decay
@@ -28,8 +28,8 @@ def param_group(config: OptimConfig, name: str, shard: Shard) -> ParamGroup:
 
 
 def rule_of(rule: str, name: str, shard: Shard) -> str:
-    """The update of one parameter: Muon leaves all but hidden matrices to AdamW, Adafactor does not
-    factor vectors.
+    """Returns the update of one parameter: Muon leaves all but hidden matrices to AdamW, Adafactor
+    does not factor vectors.
     """
     if rule == "muon" and not (is_matrix(shard) and name.startswith(HIDDEN)):
         return "adamw"
@@ -39,13 +39,15 @@ def rule_of(rule: str, name: str, shard: Shard) -> str:
 
 
 def is_matrix(shard: Shard) -> bool:
-    """Whether the last two dims are a matrix; norms and biases are vectors, stacked ones too."""
+    """Returns whether the last two dims are a matrix; norms and biases are vectors, stacked ones
+    too.
+    """
     return len(shard.full) >= 2 and shard.decay
 
 
 def matches(pattern: str, name: str) -> bool:
-    """A pattern between slashes is a regular expression that occurs in the name, any other a glob
-    of all of it.
+    """Returns whether a pattern means a name: between slashes it is a regular expression that
+    occurs in the name, any other a glob of all of it.
     """
     if len(pattern) >= 2 and pattern[0] == pattern[-1] == "/":
         return re.search(pattern[1:-1], name) is not None
@@ -53,7 +55,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """Why a pattern cannot be used, as the end of a sentence; None when it can."""
+    """Returns why a pattern cannot be used, as the end of a sentence; None when it can."""
     if not pattern:
         return "is empty; give a pattern of logical names, such as *.mlp.down.weight or /norm/"
     if len(pattern) >= 2 and pattern[0] == pattern[-1] == "/":

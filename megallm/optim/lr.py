@@ -8,7 +8,7 @@ from megallm.optim.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of update number `step` (the first is 1) out of `total_steps`.
+    """Returns the rate of update number `step` (the first is 1) out of `total_steps`.
 
     Linear warm-up from 0 over `warmup_steps`, then the schedule down to `min_lr` at `total_steps`.
     WSD (arXiv 2404.06395) holds the rate and falls over the last `decay_fraction` of the steps,

@@ -154,9 +154,10 @@ class Muon:
 
 
 def update_scale(kind: str, rows: int, columns: int) -> float:
-    """What an orthogonal update is multiplied by: `rms` brings its root mean square to AdamW's,
-    whatever the shape (arXiv 2502.16982, section 2.2); `original` is Jordan's sqrt(max(1, rows /
-    columns))."""
+    """Returns what an orthogonal update is multiplied by: `rms` brings its root mean square to
+    AdamW's, whatever the shape (arXiv 2502.16982, section 2.2); `original` is Jordan's sqrt(max(1,
+    rows / columns)).
+    """
     return (
         RMS * math.sqrt(max(rows, columns))
         if kind == "rms"

@@ -1,4 +1,6 @@
-"""The optimizer of a rank: one updater for each rule in use, over the buckets of that rule."""
+"""The optimizer of a rank and its optimizer state (what is kept for each element, sharded as ZeRO's
+stage says): one updater for each rule in use, over the buckets of that rule.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ class Optimizer:
         self.count.fill_(count)
 
     def state(self) -> Iterator[StateTensor]:
-        """The state that has a Shard of its own; what is shaped like the parameters lies in
+        """Yields the state that has a Shard of its own; what is shaped like the parameters lies in
         `states`.
         """
         if self.adafactor is not None:

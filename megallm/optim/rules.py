@@ -44,7 +44,7 @@ class UpdateRule:
 
 
 def row_factor(shard: Shard) -> Shard:
-    """One number for each row of each matrix: the parameter without its last dim."""
+    """Returns one number for each row of each matrix: the parameter without its last dim."""
     last = len(shard.full) - 1
     return replace(
         shard,
@@ -55,15 +55,17 @@ def row_factor(shard: Shard) -> Shard:
 
 
 def column_factor(shard: Shard) -> Shard:
-    """One number for each column of each matrix: the parameter without its last dim but one."""
+    """Returns one number for each column of each matrix: the parameter without its last dim but
+    one.
+    """
     last = len(shard.full) - 1
     split = {min(d, last - 1): a for d, a in shard.split.items() if d != last - 1}
     return replace(shard, full=(*shard.full[:-2], shard.full[-1]), split=split, partial=())
 
 
 def whole_elements(rule: str, shard: Shard, layout: Layout, local: tuple[int, ...]) -> int:
-    """`BucketParam.whole` of a parameter of this rule whose piece on this rank has the shape
-    `local`.
+    """Returns `BucketParam.whole` of a parameter of this rule whose piece on this rank has the
+    shape `local`.
     """
     if RULES[rule].granularity == "element":
         return 0

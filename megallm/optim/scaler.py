@@ -26,7 +26,7 @@ class LossScaler:
         self.held = torch.zeros((), dtype=torch.int64, device=device)
 
     def advance(self, finite: Tensor, empty: Tensor) -> Tensor:
-        """After a step: half the scale where the gradients were not finite, twice after
+        """Updates the scale after a step: half where the gradients were not finite, twice after
         `growth_steps` that were; no change after one without gradients (`empty`).
 
         Returns the scale that this step had.
@@ -50,7 +50,7 @@ class LossScaler:
             )
 
     def counters(self) -> dict[str, float]:
-        """What a checkpoint remembers."""
+        """Returns what a checkpoint remembers."""
         return {"loss_scale": float(self.scale), "loss_scale_held": int(self.held)}
 
     def restore(self, counters: dict[str, float]) -> None:

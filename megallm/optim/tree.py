@@ -33,8 +33,8 @@ class TreeSum:
         self.partial.append((count, leaf))
 
     def total(self) -> Tensor:
-        """The root, and an empty tree afterwards; a single node when the count was a power of
-        two.
+        """Returns the root, and an empty tree afterwards; a single node when the count was a power
+        of two.
         """
         _, total = self.partial.pop()
         while self.partial:
@@ -57,7 +57,7 @@ def tree_all_reduce_(x: Tensor, axis: Axis, exchange: Callable[[Tensor, int], Te
 
 
 def exchanger(axis: Axis) -> Callable[[Tensor, int], Tensor]:
-    """Swap a tensor with another rank of the axis."""
+    """Exchange a tensor with another rank of the axis."""
 
     def exchange(x: Tensor, partner: int) -> Tensor:
         other = torch.empty_like(x)

@@ -163,7 +163,7 @@ class ShardedParameters:
         self.early = self.last = False
 
     def attach(self, params: dict[str, nn.Parameter]) -> None:
-        """The parameters that now live on `views`; their `.grad` is collected."""
+        """Attach the parameters that now live on `views`; their `.grad` is collected."""
         self.params = params
         self.reshard()
 
@@ -221,26 +221,28 @@ class ShardedParameters:
             bucket.reshard()
 
     def wait_and_reshard(self) -> None:
-        """Have nothing on its way and nothing stale, before weights are written from outside."""
+        """Wait for what is on its way and let go of what is stale, before weights are written from
+        outside.
+        """
         for bucket in self.flat:
             bucket.wait_and_reshard()
 
     # Gradients
 
     def begin_step(self) -> None:
-        """Before the first microbatch."""
+        """Begin a step, before its first microbatch."""
         self._reset()
         for bucket in self.trainable:
             bucket.begin_step()
 
     def starts(self, stage: int, last: bool, whole: bool) -> None:
-        """A backward pass begins on a stage; `whole`: weight gradients come with it, so units
+        """Begin a backward pass on a stage; `whole`: weight gradients come with it, so units
         complete one by one.
         """
         self.last, self.early = last, whole
 
     def stage_done(self, stage: int, last: bool) -> None:
-        """The gradients of one microbatch on one stage are complete."""
+        """Mark the gradients of one microbatch on one stage as complete."""
         self.early, self.last = False, last
         units = self.by_stage.get(stage, [])
         self._reshard(tuple(units))
@@ -340,8 +342,8 @@ class ShardedParameters:
     # Ownership
 
     def owns(self, name: str) -> bool:
-        """Whether this rank is the one that answers for its range of a parameter (one owner per
-        logical element).
+        """Returns whether this rank is the one that answers for its range of a parameter (one owner
+        per logical element).
         """
         if name == self.tied_name and self.groups.tie.rank:
             return False
@@ -353,7 +355,7 @@ class ShardedParameters:
         return shard.owned(coords)
 
     def slices(self, bucket: FlatBucket) -> Iterator[ParamSlice]:
-        """The stretches of members in this rank's range of a bucket."""
+        """Yields the stretches of members in this rank's range of a bucket."""
         yield from bucket.plan.slices(bucket.begin, bucket.end)
 
     def squared_norm(self) -> Tensor:
@@ -384,9 +386,9 @@ class ShardedParameters:
 
 
 def shard_groups(mesh: Mesh, options: ZeroConfig, experts: bool) -> tuple[Division, Division]:
-    """Who divides dense parameters (inside dp x cp) and experts, if there are any (inside edp);
-    collective over the world when they are new groups. Where `shard_size` does not divide edp, its
-    largest part that does divides experts.
+    """Returns who divides dense parameters (inside dp x cp) and experts, if there are any (inside
+    edp); collective over the world when they are new groups. Where `shard_size` does not divide
+    edp, its largest part that does divides experts.
     """
     dense = _division(mesh, "grads", options.shard_size)
     return dense, _division(mesh, "expert_grads", options.shard_size) if experts else dense

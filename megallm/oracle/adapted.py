@@ -20,7 +20,7 @@ from megallm.oracle.trainers import ADALORA_STEPS, ADAPTERS
 from megallm.parallel.shard import Box, Shard, constant, normal
 from megallm.peft import adalora, lora
 from megallm.peft.config import PeftConfig
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.start import start_from_base
 
 START = 0.2  # in place of zeros: at the identity many gradients vanish
@@ -31,7 +31,7 @@ def prepare_row(row: Row) -> Prepare | None:
     """Returns what fills the slots of the row's model; None without an adapter."""
     if row.adapter is None:
         return None
-    return prepare(PeftConfig(**ADAPTERS[row.adapter]), row.config, row.seed)
+    return prepare_adapters(PeftConfig(**ADAPTERS[row.adapter]), row.config, row.seed)
 
 
 def start(engine: Engine, row: Row) -> None:
@@ -57,7 +57,7 @@ def first_values(name: str, shard: Shard, box: Box, seed: int) -> Tensor:
 def rounded(matrices: Tensor) -> Tensor:
     """The values `(*stack, R, C)` that a base in 4 bit has."""
     rows, columns = matrices.shape[-2:]
-    piece = nf4.Piece((0, rows), (0, columns), (rows, columns))
+    piece = nf4.MatrixRange((0, rows), (0, columns), (rows, columns))
     flat = matrices.float().view(-1, rows, columns)
     made = [nf4.Nf4.of(one, piece).dequantize(torch.float64) for one in flat]
     return torch.stack(made).view_as(matrices)

@@ -1,4 +1,5 @@
-"""Collectives as autograd functions whose names state both directions.
+"""Collectives (all-reduce, all-gather, reduce-scatter, all-to-all) as autograd functions whose
+names state both directions.
 
 Each reduction has a name, listed in `REDUCTIONS`. An axis whose `broken` set contains the name
 skips that reduction; the layout oracle does this on purpose to prove that it would notice.
@@ -175,7 +176,7 @@ def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> dist.Work:
 
 
 def own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's equal piece of `dim`."""
+    """Returns this rank's equal piece of `dim`."""
     return x.chunk(axis.size, dim)[axis.rank] if axis.size > 1 else x
 
 
@@ -289,8 +290,8 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str) -> Tensor:
-    """Rows of `x` in runs of `sent[i]` for rank i -> runs of `received[i]` rows from rank i; no
-    gradient.
+    """Exchanges rows of `x` in runs of `sent[i]` for rank i -> runs of `received[i]` rows from rank
+    i; no gradient.
     """
     if axis.size == 1:
         return x
@@ -324,7 +325,7 @@ def _all_to_all(x: Tensor, axis: Axis, name: str) -> Tensor:
 
 
 def copy_fwd_sum_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
-    """Identity forward; the gradient is summed over the axis. Megatron's `f` (arXiv 1909.08053)."""
+    """Copies forward; the gradient is summed over the axis. Megatron's `f` (arXiv 1909.08053)."""
     return x if axis.size == 1 else _CopyFwdSumBwd.apply(x, axis, name)
 
 
@@ -364,19 +365,21 @@ def gather_fwd_slice_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
 
 
 def all_to_all_fwd_all_to_all_bwd(x: Tensor, axis: Axis, name: str) -> Tensor:
-    """`x[i]` of `[size, ...]` goes to rank i, result `[i]` came from rank i; the gradient goes the
-    same way back.
+    """Exchanges slices: `x[i]` of `[size, ...]` goes to rank i, result `[i]` came from rank i; the
+    gradient goes the same way back.
     """
     return x if axis.size == 1 else _AllToAll.apply(x, axis, name)
 
 
 def slice_fwd_gather_bwd(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
-    """This rank's equal piece of `dim` of what all ranks hold alike; the gradient is gathered."""
+    """Returns this rank's equal piece of `dim` of what all ranks hold alike; the gradient is
+    gathered.
+    """
     return x if axis.size == 1 else _SliceFwdGatherBwd.apply(x, axis, dim, name)
 
 
 def exchange_rows_fwd_exchange_rows_bwd(
     x: Tensor, axis: Axis, sent: list[int], received: list[int], name: str
 ) -> Tensor:
-    """`exchange_rows` of uneven runs; the gradient goes the same way back."""
+    """Exchanges uneven runs of rows, as `exchange_rows`; the gradient goes the same way back."""
     return x if axis.size == 1 else _ExchangeRows.apply(x, axis, sent, received, name)

@@ -49,7 +49,7 @@ class Moving:
     works: list[dist.Work]
 
     def wait(self) -> Tensor:
-        """What arrived; both directions are done."""
+        """Returns what arrived; both directions are done."""
         for work in self.works:
             work.wait()
         return self.arriving
@@ -75,23 +75,23 @@ def pass_on(x: Tensor, axis: Axis, tag: int) -> Moving:
 
 
 def pack(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values as one message."""
+    """Returns keys and values as one message."""
     return torch.cat((k.flatten(), v.flatten()))
 
 
 def unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The two tensors in a message, shaped like `k` and `v`."""
+    """Returns the two tensors in a message, shaped like `k` and `v`."""
     first, second = message.split((k.numel(), v.numel()))
     return first.view(k.shape), second.view(v.shape)
 
 
 def to_natural(x: Tensor, size: int) -> Tensor:
-    """`[B, T, ...]` in the order of `size` ranks' pieces -> in the order of the row."""
+    """Maps `[B, T, ...]` in the order of `size` ranks' pieces -> in the order of the row."""
     return _reorder(x, natural_order(size))
 
 
 def to_ranks(x: Tensor, size: int) -> Tensor:
-    """`[B, T, ...]` in the order of the row -> the ranks' pieces, rank after rank."""
+    """Maps `[B, T, ...]` in the order of the row -> the ranks' pieces, rank after rank."""
     return _reorder(x, rank_order(size))
 
 
@@ -120,7 +120,7 @@ class KeyExchange:
     expand: Expand | None = None
 
     def keys_and_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what has travelled."""
+        """Returns the keys and values of what has travelled."""
         return (k, v) if self.expand is None else self.expand(k, v)
 
     def add_gradients(
@@ -157,11 +157,11 @@ class Ring:
         self.axis = axis
 
     def source(self, step: int) -> int:
-        """Whose keys are here in this step."""
+        """Returns the rank whose keys are here in this step."""
         return (self.axis.rank - step) % self.axis.size
 
     def tiles(self, step: int, length: int, mask_spec: MaskSpec) -> tuple[Tile, ...]:
-        """What this rank's queries see of the keys of one step."""
+        """Returns what this rank's queries see of the keys of one step."""
         size = self.axis.size
         return plan_tiles(
             spans(length, size, self.axis.rank), spans(length, size, self.source(step)), mask_spec
@@ -211,7 +211,7 @@ class AllGather:
         self.axis = axis
 
     def tiles(self, length: int, mask_spec: MaskSpec) -> tuple[Tile, ...]:
-        """What this rank's queries see of the whole row."""
+        """Returns what this rank's queries see of the whole row."""
         return plan_tiles(
             spans(length, self.axis.size, self.axis.rank), (Span(0, length),), mask_spec
         )
@@ -276,8 +276,8 @@ class _Attend(torch.autograd.Function):
 
 
 def heads_for_tokens(tensors: tuple[Tensor, ...], axis: Axis) -> list[Tensor]:
-    """All heads of some tokens `[B, T, heads, E]` -> some heads of all the axis's tokens `[B, T
-    size, heads/size, E]`.
+    """Exchanges (all-to-all) all heads of some tokens `[B, T, heads, E]` -> some heads of all the
+    axis's tokens `[B, T size, heads/size, E]`.
 
     One all-to-all for all tensors; what arrives is in the order of the row.
     """
@@ -293,14 +293,15 @@ def heads_for_tokens(tensors: tuple[Tensor, ...], axis: Axis) -> list[Tensor]:
 
 
 def tokens_for_heads(x: Tensor, axis: Axis) -> Tensor:
-    """The way back of one tensor: `[B, T size, heads/size, E]` -> `[B, T, heads, E]`."""
+    """Exchanges one tensor back (all-to-all): `[B, T size, heads/size, E]` -> `[B, T, heads, E]`.
+    """
     sent = to_ranks(x, axis.size).unflatten(TOKENS_DIM, (axis.size, -1)).movedim(TOKENS_DIM, 0)
     return comm.all_to_all_fwd_all_to_all_bwd(sent, axis, "cp.heads").movedim(0, 2).flatten(2, 3)
 
 
 def divisible_heads(x: Tensor, size: int) -> Tensor:
-    """Key/value heads `[..., K, E]` repeated as little as lets `size` divide them; autograd adds
-    the copies up.
+    """Returns key/value heads `[..., K, E]` repeated as little as lets `size` divide them; autograd
+    adds the copies up.
 
     With `heads % size == heads % K == 0` query heads, each still meets its own key head after the
     exchange.
@@ -324,7 +325,7 @@ class Context:
         self.transport = AllGather(ring) if layout.cp_kind == "allgather" else Ring(ring)
 
     def local(self, x: Tensor) -> Tensor:
-        """This rank's tokens of `[B, T, ...]`."""
+        """Returns this rank's tokens of `[B, T, ...]`."""
         check_length(x.shape[TOKENS_DIM], self.axis.size)
         if self.axis.size == 1:
             return x
@@ -335,7 +336,8 @@ class Context:
         return torch.cat(pieces, dim=TOKENS_DIM)
 
     def whole(self, x: Tensor) -> Tensor:
-        """Per-token results `[B, T/cp]` -> `[B, T]` in the order of the row; collective over cp.
+        """Gathers per-token results `[B, T/cp]` -> `[B, T]` in the order of the row; collective
+        over cp.
 
         Every cp rank computes the identical loss from it, so the gradient of a rank's tokens is a
         slice.
@@ -349,8 +351,8 @@ class Context:
     def mask_spec(
         self, batch: dict[str, Tensor], window: int | None, causal: bool = True
     ) -> MaskSpec | None:
-        """What the tokens of a microbatch may see; None when that is ordinary causal attention on
-        one rank.
+        """Returns what the tokens of a microbatch may see; None when that is ordinary causal
+        attention on one rank.
 
         A packed row has `cu_seqlens` int32 `[n+1]` (on the CPU: it is read here) and B = 1; else
         DataError is raised.
@@ -379,8 +381,9 @@ class Context:
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """q `[B, T/cp, H, E]`, k `[B, T/cp, K, E]`, v `[B, T/cp, K, Ev]`, sinks `[H]` -> `[B, T/cp,
-        H, Ev]`; over cp. A prefix is the same on all cp ranks, its gradient a partial sum.
+        """Computes attention over a split sequence: q `[B, T/cp, H, E]`, k `[B, T/cp, K, E]`, v
+        `[B, T/cp, K, Ev]`, sinks `[H]` -> `[B, T/cp, H, Ev]`; over cp. A prefix is the same on all
+        cp ranks, its gradient a partial sum.
         """
         if mask_spec is None:
             return causal_attention(q, k, v, window, sinks, prefix)
@@ -420,8 +423,8 @@ class Context:
         sinks: Tensor | None,
         prefix: Prefix | None = None,
     ) -> Tensor:
-        """`parallel_attention` to `expand(latent, key)` of every rank's `[B, T/cp, 1, ...]`, which
-        travel in place of that.
+        """Computes `parallel_attention` to `expand(latent, key)` of every rank's `[B, T/cp, 1,
+        ...]`, which travel in place of that.
         """
         self._check(q, mask_spec)
         exchange = KeyExchange(self.transport, mask_spec, expand)

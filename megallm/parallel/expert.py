@@ -1,5 +1,5 @@
-"""Expert parallelism, dropless (no capacity factor): tokens travel to the ranks that hold their
-experts, and back (GShard, arXiv 2006.16668).
+"""Expert parallelism, dropless (no capacity factor), token dispatch and combine: tokens travel to
+the ranks that hold their experts, and back (GShard, arXiv 2006.16668).
 
 The tp ranks of a tensor-parallel group share out the tokens, since all of them would hold the same
 (under sequence parallelism they already have different ones). Each copy of a token then goes by
@@ -26,8 +26,8 @@ from megallm.parallel.tensor import Linear
 
 
 def scatter_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
-    """`[N, ...]`, the same on every tp rank -> this rank's share `[ceil(N / tp), ...]`, zeros after
-    the last.
+    """Maps `[N, ...]`, the same on every tp rank -> this rank's share `[ceil(N / tp), ...]`, zeros
+    after the last.
     """
     missing = -len(x) % mesh.tp.size
     if missing:
@@ -36,7 +36,7 @@ def scatter_over_tp(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def gather_over_tp(y: Tensor, count: int, mesh: Mesh) -> Tensor:
-    """The shares of all tp ranks put together again, `[count, ...]` on each; collective over tp."""
+    """Gathers the shares of all tp ranks, `[count, ...]` on each; collective over tp."""
     return comm.gather_fwd_slice_bwd(y, mesh.tp, 0, "moe.leave")[:count]
 
 
@@ -53,8 +53,8 @@ class DispatchPlan:
 
 
 def plan_dispatch(counts: Tensor, mesh: Mesh) -> DispatchPlan:
-    """From the number of rows for each expert here, int64 `[X]`; collective over ep, and waits for
-    the device then.
+    """Returns the plan of the exchange from the number of rows for each expert here, int64 `[X]`;
+    collective over ep, and waits for the device then.
     """
     size, device = mesh.ep.size, counts.device
     if size == 1:
@@ -82,7 +82,8 @@ def dispatch(x: Tensor, plan: DispatchPlan, mesh: Mesh) -> Tensor:
 
 
 def combine_rows(y: Tensor, plan: DispatchPlan, mesh: Mesh) -> Tensor:
-    """The experts' outputs back to where `dispatch` took their rows from; collective over ep."""
+    """Sends the experts' outputs back to where `dispatch` took their rows from; collective over ep.
+    """
     y = y if plan.order is None else unpermute(y, plan.order, len(y))
     return comm.exchange_rows_fwd_exchange_rows_bwd(
         y, mesh.ep, plan.received, plan.sent, "moe.combine"
@@ -90,8 +91,8 @@ def combine_rows(y: Tensor, plan: DispatchPlan, mesh: Mesh) -> Tensor:
 
 
 def expert_replicas(mesh: Mesh) -> Axis:
-    """The ranks that have the other rows of an expert's input in a microbatch; collective over the
-    world, once.
+    """Returns the ranks that have the other rows of an expert's input in a microbatch; collective
+    over the world, once.
 
     That input is what one data rank sends where ep divides tp x cp, and otherwise what the fewest
     neighbouring data ranks send that are whole runs of ep. The ranks are neighbours on edp.
@@ -110,7 +111,7 @@ class GroupedLinear(Linear):
         self.add_parameter("weight", Shard(full, {0: "ep"}, (), init))
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
-        """Rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
+        """Maps rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
         if self.quantized is not None:
             y = self.quantized.grouped_linear(x, runs)
         elif self.fp8 is not None:

@@ -73,7 +73,8 @@ class Fp8Linear:
         transposed: bool = False,
         training: bool = False,
     ) -> list[Quantised]:
-        """Operands `[rows, columns]`, or their transposes, ready for products over their last dim.
+        """Stores operands `[rows, columns]`, or their transposes, ready for products over their
+        last dim.
 
         Collective over the axes that split what shares a scale, unless scales are delayed.
         """
@@ -103,7 +104,7 @@ class Fp8Linear:
         return _transposed(stored) if afterwards else stored
 
     def store_weight(self, weight: Tensor, transposed: bool = False) -> list[Quantised]:
-        """The weights `[X, out, in]`, stored once an update."""
+        """Returns the weights `[X, out, in]`, stored once an update."""
         if transposed in self.weight:
             return self.weight[transposed]
         stored = self.store("weight", weight.detach().unbind(), transposed, training=True)
@@ -112,20 +113,20 @@ class Fp8Linear:
         return stored
 
     def keep_input(self, matrices: Sequence[Tensor], stored: list[Quantised]) -> list[Quantised]:
-        """What the products for the weights' gradients will need of x."""
+        """Returns what the products for the weights' gradients will need of x."""
         return (
             stored if self.recipe.scaled == "tensor" else self.store("x", matrices, transposed=True)
         )
 
     def kept_input(self, kept: Sequence[Tensor]) -> list[Quantised]:
-        """x transposed, from the tensors of what `keep_input` gave."""
+        """Returns x transposed, from the tensors of what `keep_input` gave."""
         stored = [Quantised(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         return _transposed(stored) if self.recipe.scaled == "tensor" else stored
 
     def gradient_transposed(
         self, matrices: Sequence[Tensor], stored: list[Quantised]
     ) -> list[Quantised]:
-        """dy transposed, of dy as it is and as `store` gave it."""
+        """Returns dy transposed, of dy as it is and as `store` gave it."""
         if self.recipe.scaled == "tensor":
             return _transposed(stored)
         return self.store("dy", matrices, transposed=True)
@@ -158,7 +159,7 @@ class Fp8Linear:
         return amax
 
     def forget(self) -> None:
-        """The weight has changed: what was stored of it is stale."""
+        """Drop what was stored of the weight, which has changed."""
         self.weight.clear()
 
     def advance(self, seen: Tensor) -> None:
@@ -184,9 +185,10 @@ class Fp8Linears:
         self.linears, self.mesh = linears, mesh
 
     def commit(self) -> None:
-        """After an update. With delayed scales collective over tp and dp x cp, for experts over
-        edp: one reduction of all linears each. Waits for the device, once, until every operand was
-        entered."""
+        """Update all scales after an update of the weights. With delayed scales collective over tp
+        and dp x cp, for experts over edp: one reduction of all linears each. Waits for the device,
+        once, until every operand was entered.
+        """
         for linear in self.linears.values():
             linear.forget()
         delayed = [linear for linear in self.linears.values() if linear.recipe.delayed]
@@ -216,14 +218,17 @@ class Fp8Linears:
                 linear.complete = all_of_them
 
     def histories(self) -> Iterator[tuple[str, Tensor, Shard]]:
-        """What a checkpoint remembers of each linear with delayed scales: `[3, history]`, the same
-        on all ranks of a stage, or `[X, 3, history]`, divided over ep like the experts."""
+        """Yields what a checkpoint remembers of each linear with delayed scales: `[3, history]`,
+        the same on all ranks of a stage, or `[X, 3, history]`, divided over ep like the experts.
+        """
         for name, linear in self.linears.items():
             if linear.recipe.delayed:
                 yield name, linear.history, linear.shard
 
     def state(self) -> Iterator[StateTensor]:
-        """The histories of delayed scales; those of another length, or of none, start afresh."""
+        """Yields the histories of delayed scales; those of another length, or of none, start
+        afresh.
+        """
         coords = self.mesh.coords
         for name, history, shard in self.histories():
             box = shard.box(self.mesh.layout, coords)
@@ -232,7 +237,7 @@ class Fp8Linears:
             )
 
     def loaded(self) -> None:
-        """Weights and histories were filled from outside."""
+        """Drop what was stored: weights and histories were filled from outside."""
         for linear in self.linears.values():
             linear.forget()
         self._look(list(self.linears.values()))
@@ -297,8 +302,8 @@ def fp8_linear(
     state: Fp8Linear,
     weight_grads: WeightGradQueue | None,
 ) -> Tensor:
-    """`x W^T + b` from operands in FP8, `[..., in] -> [..., out]`; both gradients from operands in
-    FP8 too.
+    """Computes `x W^T + b` from operands in FP8, `[..., in] -> [..., out]`; both gradients from
+    operands in FP8 too.
     """
     rows = x.flatten(0, -2)
     y = _Fp8Products.apply(
@@ -311,8 +316,8 @@ def fp8_linear(
 def fp8_grouped_linear(
     x: Tensor, weight: Tensor, runs: Runs, state: Fp8Linear, weight_grads: WeightGradQueue | None
 ) -> Tensor:
-    """`x_e W_e^T` for the rows of each expert, as `ops.grouped_gemm.grouped_linear`, by the
-    products of `fp8_linear`.
+    """Computes `x_e W_e^T` for the rows of each expert, as `ops.grouped_gemm.grouped_linear`, by
+    the products of `fp8_linear`.
 
     Waits for the device where `runs` does not know its sizes. Every rank that holds an expert takes
     part in the reductions of its magnitudes, also without a row for it.

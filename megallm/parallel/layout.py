@@ -1,4 +1,6 @@
-"""Who is rank 37, and which ranks share its tensor-parallel group: integers only, no torch."""
+"""Who is rank 37, and which ranks share its tensor, pipeline, data, context and expert parallel
+groups: integers only, no torch.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,8 @@ class Layout:
         return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp, "ep": self.ep}[axis]
 
     def coords(self, rank: int) -> dict[str, int]:
-        """The coordinates of a rank in both views, e.g. `{"pp": 1, "dp": 0, "cp": 0, "tp": 1,
-        "edp": 1, "ep": 0}`.
+        """Returns the coordinates of a rank in both views, e.g. `{"pp": 1, "dp": 0, "cp": 0, "tp":
+        1, "edp": 1, "ep": 0}`.
         """
         if not 0 <= rank < self.world:
             raise UsageError(f"rank {rank} is outside this layout of {self.world} ranks.")
@@ -80,11 +82,13 @@ class Layout:
         return {axis: coords[axis] for axis in AXES} | {"edp": edp, "ep": ep}
 
     def rank(self, **coords: int) -> int:
-        """The rank at the given coordinates; axes left out are at 0."""
+        """Returns the rank at the given coordinates; axes left out are at 0."""
         return _number([coords.get(axis, 0) for axis in AXES], [self.size(axis) for axis in AXES])
 
     def ranks(self, purpose: str, of: int) -> tuple[int, ...]:
-        """The ranks of the group of this purpose that contains rank `of`, in ascending order."""
+        """Returns the ranks of the group of this purpose that contains rank `of`, in ascending
+        order.
+        """
         here = self.coords(of)
         free = PURPOSES[purpose]
         view = AXES if set(free) <= set(AXES) else EXPERT_AXES
@@ -95,7 +99,7 @@ class Layout:
         return tuple(_number(point, sizes) for point in product(*choices))
 
     def groups(self, purpose: str) -> list[tuple[int, ...]]:
-        """Every group of this purpose, each rank in exactly one, ordered by first rank."""
+        """Returns every group of this purpose, each rank in exactly one, ordered by first rank."""
         return sorted({self.ranks(purpose, of=rank) for rank in range(self.world)})
 
 

@@ -33,7 +33,7 @@ class WeightGradQueue:
         self.pending.append((weight, gradient))
 
     def take(self) -> list[DeferredGrad]:
-        """Everything put off since the last call."""
+        """Returns everything put off since the last call."""
         pending, self.pending = self.pending, []
         return pending
 
@@ -48,14 +48,16 @@ def compute_weight_grads(work: list[DeferredGrad]) -> None:
 
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """`dy^T x` of all rows, `[..., in]` and `[..., out]` -> `[out, in]`."""
+    """Computes `dy^T x` of all rows, `[..., in]` and `[..., out]` -> `[out, in]`."""
     return dy.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, weight_grads: WeightGradQueue | None
 ) -> Tensor:
-    """`x W^T + b`, `[..., in] -> [..., out]`; with a queue the weight's gradient goes there."""
+    """Computes `x W^T + b`, `[..., in] -> [..., out]`; with a queue the weight's gradient goes
+    there.
+    """
     if weight_grads is None or not weight.requires_grad:
         return F.linear(x, weight, bias)
     return _SplitLinear.apply(x, weight, bias, weight_grads)

@@ -58,7 +58,7 @@ class Mesh:
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
-        """One process: every axis has size 1."""
+        """Returns the mesh of one process: every axis has size 1."""
         return Mesh(Layout(), 0, torch.device(device), {name: Axis(name) for name in PURPOSES})
 
     @staticmethod
@@ -92,8 +92,8 @@ class Mesh:
         return Mesh(layout, rank, torch.device(device), axes)
 
     def pair(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """A new group of the given ranks; collective over the world: every rank makes every pair in
-        one order.
+        """Returns a new group of the given ranks; collective over the world: every rank makes every
+        pair in one order.
 
         `use_local_synchronization` would not do: torch derives the group's name from how many
         groups the process already has, and that differs between the middle and the ends of a
@@ -102,8 +102,8 @@ class Mesh:
         return dist.new_group(list(ranks))
 
     def view(self, name: str, inner: int) -> tuple[Axis, Axis]:
-        """An axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal places
-        the outer one.
+        """Returns an axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal
+        places the outer one.
 
         Collective over the world the first time a view is asked for; `inner` divides the axis's
         size.
@@ -137,7 +137,7 @@ class Mesh:
     # Control messages: JSON over the world group, never pickle.
 
     def gather_json(self, value: Any) -> list[Any] | None:
-        """Every rank's value on rank 0, None elsewhere; collective over the world."""
+        """Gathers every rank's value on rank 0, None elsewhere; collective over the world."""
         if self.world.size == 1:
             return [value]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -159,7 +159,7 @@ class Mesh:
         ]
 
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's value on every rank; collective over the world."""
+        """Broadcasts rank 0's value to every rank; collective over the world."""
         if self.world.size == 1:
             return value
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -171,7 +171,7 @@ class Mesh:
         return json.loads(bytes(payload.numpy()))
 
     def largest(self, value: int) -> int:
-        """The largest of every rank's value; collective over the world."""
+        """Returns the largest of every rank's value; collective over the world."""
         if self.world.size == 1:
             return value
         vote = torch.tensor([value])

@@ -1,5 +1,5 @@
-"""What blocks keep for the backward pass waits in CPU memory, copied beside the computation and
-back before its use.
+"""CPU offload of activations: what blocks keep for the backward pass waits in CPU memory, copied
+beside the computation and back before its use.
 
 A block's tensors leave as they are saved; when the backward pass first asks for one of them, those
 of the block before start to come back too.
@@ -20,7 +20,9 @@ MIN_BYTES = 1024  # a copy of less costs more than it frees
 
 
 class Offload:
-    """Of one pipeline stage; one microbatch's blocks run between two `begin`s."""
+    """The offloaded activations of one pipeline stage; one microbatch's blocks run between two
+    `begin`s.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.copies = HostCopyStream(device)
@@ -28,12 +30,12 @@ class Offload:
         self.bytes_away = 0  # copied so far, for whoever wants to know that it happens
 
     def begin(self) -> None:
-        """The blocks of a microbatch follow."""
+        """Begin a microbatch, whose blocks follow."""
         self.latest = None
 
     @contextmanager
     def block(self, staying: Iterable[Tensor | None]) -> Iterator[None]:
-        """What autograd saves inside leaves the device, but for memory of the `staying` tensors
+        """Let what autograd saves inside leave the device, but for memory of the `staying` tensors
         (weights, tables).
         """
         group = _Group(self, staying, self.latest)
@@ -57,7 +59,7 @@ class _Away:
             self.coming = self.group.owner.copies.to_device(self.host)
 
     def take(self) -> Tensor:
-        """The tensor, back; let go of after its last use (a second backward pass fetches it
+        """Returns the tensor, back; let go of after its last use (a second backward pass fetches it
         again).
         """
         copies = self.group.owner.copies
@@ -102,7 +104,7 @@ class _Group:
         return away, shape, stride
 
     def close(self) -> None:
-        """The block has run."""
+        """Close the block: it has run."""
         self.saved.clear()
 
     def request(self) -> None:

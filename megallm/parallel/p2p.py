@@ -42,7 +42,7 @@ class Channel:
         self.sent.append((x, dist.isend(x, self.destination, group=self.group)))
 
     def expect(self, keys: Sequence[Key], new_buffer: Callable[[], Tensor]) -> None:
-        """Announce the coming messages in the sender's order and post the first receives."""
+        """Name the coming messages in the sender's order and post the first receives."""
         self.expected.extend(keys)
         self.new_buffer = new_buffer
         self._post()
@@ -77,8 +77,8 @@ class Channel:
 
 
 def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str], Channel]:
-    """This rank's channels by (source, destination, kind), in global ranks; collective over the
-    world.
+    """Returns this rank's channels by (source, destination, kind), in global ranks; collective over
+    the world.
     """
     channels = {}
     holders = [placement.rank_of(stage) for stage in range(placement.num_stages)]

@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape, quoteattr
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_path, atomic_write_text, writing
 from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placement
-from megallm.parallel.simulate import Slot, Timeline
+from megallm.parallel.simulate import TimedAction, Timeline
 
 COLOURS = {
     FORWARD: "#0072b2",
@@ -86,8 +86,8 @@ class Drawing:
 
 
 def chunk_colour(op: str, chunk: int, chunks: int) -> str:
-    """The colour of an operation, `#rrggbb`: the first chunk is darkest, later ones lean towards
-    white.
+    """Returns the colour of an operation, `#rrggbb`: the first chunk is darkest, later ones lean
+    towards white.
     """
     share = 0.62 * chunk / max(1, chunks - 1)
     parts = [int(COLOURS[op][i : i + 2], 16) for i in (1, 3, 5)]
@@ -95,7 +95,7 @@ def chunk_colour(op: str, chunk: int, chunks: int) -> str:
 
 
 def text_colour(fill: str) -> str:
-    """Black or white, whichever reads better on `fill`."""
+    """Returns black or white, whichever reads better on `fill`."""
     red, green, blue = (int(fill[i : i + 2], 16) for i in (1, 3, 5))
     return PAPER if 0.30 * red + 0.59 * green + 0.11 * blue < 140 else INK
 
@@ -134,7 +134,9 @@ def lay_out(picture: Picture) -> Drawing:
     return drawing
 
 
-def _box(drawing: Drawing, picture: Picture, slot: Slot, frame: tuple[float, float, float]) -> None:
+def _box(
+    drawing: Drawing, picture: Picture, slot: TimedAction, frame: tuple[float, float, float]
+) -> None:
     begin, scale, top = frame
     action, placement = slot.action, picture.placement
     x, width = LEFT + (slot.start - begin) * scale, (slot.end - slot.start) * scale
@@ -192,7 +194,7 @@ def _axis(drawing: Drawing, span: float, plot: float, unit: str) -> None:
 
 
 def ticks(span: float) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from 0 to `span`, at most 13 of them."""
+    """Returns multiples of 1, 2 or 5 times a power of ten from 0 to `span`, at most 13 of them."""
     power = 10.0 ** math.floor(math.log10(span / 12))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= 12)
     return [index * step for index in range(int(span / step * (1 + 1e-12)) + 1)]
@@ -203,7 +205,7 @@ def ticks(span: float) -> list[float]:
 
 
 def to_svg(drawing: Drawing) -> str:
-    """The drawing as one self-contained SVG file."""
+    """Returns the drawing as one self-contained SVG file."""
     width, height = _number(drawing.width), _number(drawing.height)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 '
@@ -248,7 +250,7 @@ def _number(value: float) -> str:
 
 
 def write_png(drawing: Drawing, path: Path) -> None:
-    """The drawing as a PNG of twice its size in pixels."""
+    """Write the drawing as a PNG of twice its size in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -290,14 +292,14 @@ def save_picture(picture: Picture, path: Path) -> None:
 
 
 def check_name(path: Path) -> None:
-    """UsageError for a name that ends neither in .svg nor in .png."""
+    """Raises UsageError for a name that ends neither in .svg nor in .png."""
     if path.suffix not in (".svg", ".png"):
         raise UsageError(f"A picture's name ends in .svg or .png; '{path.name}' does not.")
 
 
 def chrome_trace(picture: Picture) -> dict[str, Any]:
-    """The timeline in the Trace Event Format: a thread for each rank, an arrow for each message
-    between ranks.
+    """Returns the timeline in the Trace Event Format: a thread for each rank, an arrow for each
+    message between ranks.
 
     The format counts microseconds; a simulated unit of time is shown as one millisecond.
     """

@@ -17,15 +17,15 @@ from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.p2p import Key, open_channels
 from megallm.parallel.schedule import BACKWARD, FORWARD, WEIGHT, Action, Placement, Plan
-from megallm.parallel.simulate import Slot
+from megallm.parallel.simulate import TimedAction
 
 Batch = dict[str, Tensor]
 LossOf = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Any]]
 
 
 class Listener(Protocol):
-    """Told when a backward pass begins on a stage, and when the gradients of one microbatch are
-    complete there.
+    """A listener that is told when a backward pass begins on a stage, and when the gradients of one
+    microbatch are complete there.
 
     `last`: it is the step's last one on that stage. `whole`: weight gradients come with the
     backward pass.
@@ -107,12 +107,12 @@ class Pipeline:
             channel.flush()
         return run
 
-    def timeline(self, run: ScheduleRun) -> list[Slot]:
-        """When this rank was busy, in seconds of the machine's clock; waits for messages are the
-        gaps.
+    def timeline(self, run: ScheduleRun) -> list[TimedAction]:
+        """Returns when this rank was busy, in seconds of the machine's clock; waits for messages
+        are the gaps.
         """
         return [
-            Slot(action, self.watch.seconds(a), self.watch.seconds(b))
+            TimedAction(action, self.watch.seconds(a), self.watch.seconds(b))
             for action, a, b in run.moments
         ]
 
@@ -184,5 +184,5 @@ class Pipeline:
 def buffer_maker(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Tensor]:
-    """A maker of receive buffers of one shape."""
+    """Returns a function that makes receive buffers of one shape."""
     return partial(torch.empty, shape, dtype=dtype, device=device)

@@ -9,11 +9,10 @@ a block for the 0.52 bytes a value that stage 3 would spare.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +21,12 @@ from torch.autograd.function import FunctionCtx
 
 from megallm.base.errors import InternalError
 from megallm.ops.grouped_gemm import Runs, grouped_input_gradient, grouped_linear
-from megallm.ops.nf4 import Nf4, Piece
+from megallm.ops.nf4 import MatrixRange, Nf4
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Shard
+from megallm.parallel.shard import Shard, WeightSource
 
 # Fills a tensor, shaped like a box of the logical tensor, with the box at an offset.
 ReadInto = Callable[[tuple[int, ...], Tensor], None]
-
-
-class WeightSource(Protocol):
-    """Weights by logical name: shape and dtype, and boxes in that dtype."""
-
-    def info(self, name: str) -> tuple[Sequence[int], torch.dtype]: ...
-
-    def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None: ...
 
 
 class QuantizedWeight:
@@ -58,7 +49,7 @@ class QuantizedWeight:
         self.read(partial(source.read_into, name), source.info(name)[1])
 
     def read(self, read_into: ReadInto, dtype: torch.dtype = torch.float32) -> None:
-        """The same of what `read_into` gives in `dtype`."""
+        """Quantise what `read_into` gives in `dtype`."""
         full = self.shard.full[-2:]
         rows, columns = (
             (a, a + n) for a, n in zip(self.box.offset[-2:], self.box.shape[-2:], strict=True)
@@ -67,7 +58,7 @@ class QuantizedWeight:
         for member in self._members():
             whole = torch.empty((1,) * len(member) + full, dtype=dtype, device=self.device)
             read_into((*member, 0, 0), whole)
-            self.matrices.append(Nf4.of(whole.view(full), Piece(rows, columns, full)))
+            self.matrices.append(Nf4.of(whole.view(full), MatrixRange(rows, columns, full)))
 
     @property
     def numel(self) -> int:
@@ -80,22 +71,23 @@ class QuantizedWeight:
         return sum(matrix.num_bytes for matrix in self.matrices)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The piece as the parameter would be, `(*stack, out, in)`."""
+        """Returns the piece as the parameter would be, `(*stack, out, in)`."""
         if not self.matrices:
             raise InternalError("a 4-bit weight is used before it was filled.")
         made = [matrix.dequantize(dtype) for matrix in self.matrices]
         return torch.stack(made).view(self.box.shape)
 
     def linear(self, x: Tensor, bias: Tensor | None, rows: slice | None) -> Tensor:
-        """`x W^T + b` with these rows of each matrix, `[..., in] -> [..., stack * out]`."""
+        """Computes `x W^T + b` with these rows of each matrix, `[..., in] -> [..., stack * out]`.
+        """
         return _QuantizedLinear.apply(x, self, bias, rows)
 
     def grouped_linear(self, x: Tensor, runs: Runs) -> Tensor:
-        """`x_e W_e^T` for the rows of each expert, `[N, in] -> [N, stack * out]`."""
+        """Computes `x_e W_e^T` for the rows of each expert, `[N, in] -> [N, stack * out]`."""
         return _QuantizedGroupedLinear.apply(x, self, runs)
 
     def rows(self, dtype: torch.dtype, rows: slice | None) -> Tensor:
-        """`(stack * out, in)` of these rows of each matrix."""
+        """Returns `(stack * out, in)` of these rows of each matrix."""
         whole = self.dequantize(dtype)
         return (whole if rows is None else whole[..., rows, :]).flatten(0, -2)
 

@@ -1,5 +1,6 @@
-"""Activation checkpointing, or recomputation (arXiv 1604.06174, 2205.05198). What is random in a
-block is a function of `TOKEN_KEYS`, which come back with it: no state of a generator is kept.
+"""Activation checkpointing, or activation recomputation, full or selective (arXiv 1604.06174,
+2205.05198). What is random in a block is a function of `TOKEN_KEYS`, which come back with it: no
+state of a generator is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 Runner = InputRunner = Callable[..., Any]  # runner, input_runner
 _AGAIN: ContextVar[bool] = ContextVar("again", default=False)
-# Keys of the tokens `[B, T/cp]` of the microbatch that runs, for dropout (`ops.dropout.token_keys`).
+# Keys of the tokens `[B, T/cp]` of the microbatch that runs, for dropout
+# (`ops.dropout.token_keys`).
 TOKEN_KEYS: ContextVar[Tensor | None] = ContextVar("token_keys", default=None)
 
 

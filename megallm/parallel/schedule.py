@@ -49,17 +49,17 @@ class Placement:
         return self.pp * self.chunks
 
     def rank_of(self, stage: int) -> int:
-        """The pipeline rank that holds a stage."""
+        """Returns the pipeline rank that holds a stage."""
         chunk, place = divmod(stage, self.pp)
         return self.pp - 1 - place if self.vee and chunk % 2 else place
 
     def stage_of(self, rank: int, chunk: int) -> int:
-        """The stage that is chunk number `chunk` of a rank."""
+        """Returns the stage that is chunk number `chunk` of a rank."""
         place = self.pp - 1 - rank if self.vee and chunk % 2 else rank
         return chunk * self.pp + place
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages of a rank, earliest first."""
+        """Returns the stages of a rank, earliest first."""
         return tuple(self.stage_of(rank, chunk) for chunk in range(self.chunks))
 
 
@@ -75,7 +75,8 @@ class Shape:
 
 
 def gpipe(rank: int, shape: Shape) -> Plan:
-    """All forwards, then all backwards (arXiv 1811.06965); every microbatch is live at once."""
+    """Plans all forwards, then all backwards (arXiv 1811.06965); every microbatch is live at once.
+    """
     stages = shape.placement.stages_of(rank)
     forward = [Action(FORWARD, micro, stage) for stage in stages for micro in range(shape.micros)]
     return forward + [
@@ -86,14 +87,14 @@ def gpipe(rank: int, shape: Shape) -> Plan:
 
 
 def one_f_one_b(rank: int, shape: Shape) -> Plan:
-    """1F1B (PipeDream-Flush, arXiv 2006.09503): at most `pp - rank` microbatches are live."""
+    """Plans 1F1B (PipeDream-Flush, arXiv 2006.09503): at most `pp - rank` microbatches are live."""
     forward = [Action(FORWARD, micro, rank) for micro in range(shape.micros)]
     backward = [Action(BACKWARD, micro, rank) for micro in range(shape.micros)]
     return _one_forward_one_backward(forward, backward, warmup=shape.placement.pp - 1 - rank)
 
 
 def interleaved(rank: int, shape: Shape) -> Plan:
-    """Interleaved 1F1B (arXiv 2104.04473): chunks take turns, a group of microbatches each.
+    """Plans interleaved 1F1B (arXiv 2104.04473): chunks take turns, a group of microbatches each.
 
     With one chunk it is `one_f_one_b`.
     """
@@ -116,7 +117,7 @@ def _one_forward_one_backward(forward: Plan, backward: Plan, warmup: int) -> Pla
 
 
 def zb_h1(rank: int, shape: Shape) -> Plan:
-    """ZB-H1 (arXiv 2401.10241): 1F1B whose weight gradients fill the bubble, with 1F1B's peak
+    """Plans ZB-H1 (arXiv 2401.10241): 1F1B whose weight gradients fill the bubble, with 1F1B's peak
     memory.
 
     Rank r runs r microbatches behind with `W`: it keeps as many activations as rank 0 of 1F1B,
@@ -137,7 +138,7 @@ def zb_h1(rank: int, shape: Shape) -> Plan:
 
 
 def zb_v(rank: int, shape: Shape) -> Plan:
-    """ZB-V (arXiv 2401.10241, section 6): two chunks placed in a V, no bubble when F = B = W,
+    """Plans ZB-V (arXiv 2401.10241, section 6): two chunks placed in a V, no bubble when F = B = W,
     1F1B's peak memory.
 
     Three warm-up phases fill the V, a steady phase alternates the two chunks, and the weight
@@ -185,7 +186,9 @@ def zb_v(rank: int, shape: Shape) -> Plan:
 
 
 def forward_only(rank: int, shape: Shape) -> Plan:
-    """Every microbatch forward once through every chunk: evaluation and log-probabilities."""
+    """Plans one forward pass of every microbatch once through every chunk: evaluation and
+    log-probabilities.
+    """
     return _turns(rank, shape, FORWARD)
 
 
@@ -214,7 +217,7 @@ def _turns(rank: int, shape: Shape, op: str) -> Plan:
 
 
 @dataclass(frozen=True)
-class Kind:
+class ScheduleKind:
     """A schedule's generator, and the numbers of chunks that it is defined for (None: any)."""
 
     generate: Callable[[int, Shape], Plan]
@@ -223,17 +226,19 @@ class Kind:
 
 
 SCHEDULES = {
-    "gpipe": Kind(gpipe),
-    "1f1b": Kind(one_f_one_b),
-    "interleaved": Kind(interleaved, None),
-    "zb-h1": Kind(zb_h1),
-    "zb-v": Kind(zb_v, 2, vee=True),
-    "forward": Kind(forward_only, None),
+    "gpipe": ScheduleKind(gpipe),
+    "1f1b": ScheduleKind(one_f_one_b),
+    "interleaved": ScheduleKind(interleaved, None),
+    "zb-h1": ScheduleKind(zb_h1),
+    "zb-v": ScheduleKind(zb_v, 2, vee=True),
+    "forward": ScheduleKind(forward_only, None),
 }
 
 
 def place(kind: str, pp: int, chunks: int = 1) -> Placement:
-    """The placement of a schedule; UsageError when it is not defined for that number of chunks."""
+    """Returns the placement of a schedule; UsageError when it is not defined for that number of
+    chunks.
+    """
     if kind not in SCHEDULES:
         raise UsageError(f"There is no schedule '{kind}'; known are {', '.join(SCHEDULES)}.")
     wanted = SCHEDULES[kind].chunks
@@ -248,8 +253,8 @@ def place(kind: str, pp: int, chunks: int = 1) -> Placement:
 def plan_schedule(
     kind: str, placement: Placement, micros: int, group: int | None = None
 ) -> list[Plan]:
-    """The plan of every pipeline rank. `group` (default pp) is the microbatch group of interleaved
-    schedules.
+    """Returns the plan of every pipeline rank. `group` (default pp) is the microbatch group of
+    interleaved schedules.
     """
     if micros < 1:
         raise UsageError(f"A step needs at least 1 microbatch, not {micros}.")

@@ -5,7 +5,7 @@ Initialisation, gradient reduction, clipping, checkpoints and conversion all rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +28,7 @@ def normal(std: float) -> Init:
     return Init("normal", std=std)
 
 
-def uniform(bound: float) -> Init:
+def uniform_init(bound: float) -> Init:
     return Init("uniform", value=bound)
 
 
@@ -48,7 +48,7 @@ class Box:
         return prod(self.shape)
 
     def intersect(self, other: Box) -> Box | None:
-        """The common box, or None when nothing is shared."""
+        """Returns the common box, or None when nothing is shared."""
         begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         end = tuple(
             min(a + n, b + m)
@@ -59,7 +59,9 @@ class Box:
         return Box(begin, tuple(e - b for b, e in zip(begin, end, strict=True)))
 
     def slices(self, inside: Box | None = None) -> tuple[slice, ...]:
-        """Slices of this box, counted from the origin of `inside` (default: the logical tensor)."""
+        """Returns slices of this box, counted from the origin of `inside` (default: the logical
+        tensor).
+        """
         origin = inside.offset if inside else (0,) * len(self.offset)
         return tuple(
             slice(o - s, o - s + n) for o, n, s in zip(self.offset, self.shape, origin, strict=True)
@@ -67,8 +69,8 @@ class Box:
 
 
 def piece(total: int, size: int, rank: int) -> tuple[int, int]:
-    """The half-open range of `total` items that `rank` of `size` holds; the first pieces are longer
-    by one.
+    """Returns the half-open range of `total` items that `rank` of `size` holds; the first pieces
+    are longer by one.
     """
     base, extra = divmod(total, size)
     begin = rank * base + min(rank, extra)
@@ -98,7 +100,7 @@ class Shard:
         return "ep" in self.split.values()
 
     def box(self, layout: Layout, coords: Mapping[str, int]) -> Box:
-        """The piece of the logical tensor that the rank at `coords` holds."""
+        """Returns the piece of the logical tensor that the rank at `coords` holds."""
         offset, shape = [], []
         for dim, total in enumerate(self.full):
             axis = self.split.get(dim)
@@ -110,7 +112,7 @@ class Shard:
         return Box(tuple(offset), tuple(shape))
 
     def owned(self, coords: Mapping[str, int], first_stage: bool = True) -> bool:
-        """Whether this rank is the one owner of its piece: coordinate 0 on every axis that
+        """Returns whether this rank is the one owner of its piece: coordinate 0 on every axis that
         replicates it.
 
         `first_stage` is False on the later holders of a tied parameter; pp itself never replicates.
@@ -149,6 +151,18 @@ class StateProvider(Protocol):
     """
 
     def state(self) -> Iterator[StateTensor]: ...
+
+
+class WeightSource(Protocol):
+    """Weights by logical name, to read from: `info` returns the full shape and the dtype of a
+    tensor, `read_into` fills a tensor of any dtype with the box of its shape at `offset`.
+    """
+
+    def names(self) -> list[str]: ...
+
+    def info(self, name: str) -> tuple[tuple[int, ...], Any]: ...
+
+    def read_into(self, name: str, offset: Sequence[int], tensor: Any) -> None: ...
 
 
 class Entry(NamedTuple):

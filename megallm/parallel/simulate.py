@@ -20,7 +20,7 @@ class Cost:
     message: float = 0.0
 
     def of(self, action: Action, split: bool) -> float:
-        """Time of an action, in a plan that splits backward passes or not."""
+        """Returns the time of an action, in a plan that splits backward passes or not."""
         if action.op == FORWARD:
             return self.forward
         if action.op == WEIGHT:
@@ -29,7 +29,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TimedAction:
     """An action and when it runs."""
 
     action: Action
@@ -41,7 +41,7 @@ class Slot:
 class Timeline:
     """What each rank does when. Live activations are counted in (microbatch, stage) pairs."""
 
-    ranks: list[list[Slot]]
+    ranks: list[list[TimedAction]]
     peak_live: list[int]
     makespan: float = field(init=False)
 
@@ -72,11 +72,11 @@ class Deadlock(InternalError):
 
 
 def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) -> Timeline:
-    """Play the plans of all ranks; raises Deadlock when they block one another."""
+    """Simulate the plans of all ranks; raises Deadlock when they block one another."""
     cost = cost or Cost()
     split = [any(action.op == WEIGHT for action in plan) for plan in plans]
     ended: dict[Action, float] = {}
-    slots: list[list[Slot]] = [[] for _ in plans]
+    slots: list[list[TimedAction]] = [[] for _ in plans]
     clocks, places = [0.0] * len(plans), [0] * len(plans)
     progress = True
     while progress:
@@ -93,7 +93,7 @@ def simulate(plans: list[Plan], placement: Placement, cost: Cost | None = None) 
                 ]
                 start = max([clocks[rank], *ready])
                 clocks[rank] = ended[action] = start + cost.of(action, split[rank])
-                slots[rank].append(Slot(action, start, clocks[rank]))
+                slots[rank].append(TimedAction(action, start, clocks[rank]))
                 places[rank] += 1
                 progress = True
     _check_finished(plans, places, ended, placement)
@@ -125,8 +125,8 @@ def _check_finished(
 
 
 def peak_live(plan: Plan) -> int:
-    """The most (micro, stage) pairs between their forward and the action that lets go of their
-    activations.
+    """Returns the largest number of (micro, stage) pairs between their forward and the action that
+    lets go of their activations.
 
     Nothing is kept for a backward pass that the plan does not have.
     """

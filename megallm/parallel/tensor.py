@@ -117,8 +117,8 @@ class Linear(Adaptable):
         raise NotImplementedError
 
     def multiply(self, x: Tensor, bias: Tensor | None, rows: slice | None = None) -> Tensor:
-        """`x W^T + b` with these rows of each matrix, `[..., in] -> [..., out]`, in FP8, with the
-        weight in 4 bit or its gradient put off, where asked.
+        """Computes `x W^T + b` with these rows of each matrix, `[..., in] -> [..., out]`, in FP8,
+        with the weight in 4 bit or its gradient put off, where asked.
         """
         if self.quantized is not None:
             return self.quantized.linear(x, bias, rows)
@@ -178,7 +178,9 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """Run `model` as it is without its adapters inside the context: the reference model at no cost
     of memory.
     """
-    slots = [module for module in model.modules() if isinstance(module, Adaptable) and module.adapts]
+    slots = [
+        module for module in model.modules() if isinstance(module, Adaptable) and module.adapts
+    ]
     for module in slots:
         module.adapts = False
     try:
@@ -189,8 +191,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def gather_input(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
-    """Into the tensor-parallel region: `[B, T/tp, D]` (sp) or `[B, T, D]` -> `[B, T, D]`;
-    collective over tp.
+    """Gathers activations into the tensor-parallel region: `[B, T/tp, D]` (sp) or `[B, T, D]` ->
+    `[B, T, D]`; collective over tp.
     """
     if sp:
         return comm.gather_fwd_reduce_scatter_bwd(x, mesh.tp, SEQUENCE_DIM, name or "sp.enter")
@@ -198,8 +200,8 @@ def gather_input(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Te
 
 
 def reduce_output(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> Tensor:
-    """Out of the tensor-parallel region: partial sums `[B, T, D]` -> `[B, T/tp, D]` (sp) or `[B, T,
-    D]`; over tp.
+    """Reduces activations on their way out of the tensor-parallel region: partial sums `[B, T, D]`
+    -> `[B, T/tp, D]` (sp) or `[B, T, D]`; over tp.
     """
     if sp:
         return comm.reduce_scatter_fwd_gather_bwd(x, mesh.tp, SEQUENCE_DIM, name or "sp.leave")
@@ -207,7 +209,7 @@ def reduce_output(x: Tensor, mesh: Mesh, sp: bool, name: str | None = None) -> T
 
 
 def sequence_partial(mesh: Mesh, sp: bool) -> tuple[str, ...]:
-    """`partial` of a parameter that is applied to sequence-split activations."""
+    """Returns `partial` of a parameter that is applied to sequence-split activations."""
     return ("tp",) if sp and mesh.tp.size > 1 else ()
 
 
@@ -290,7 +292,7 @@ class RowLinear(Linear):
             )
 
     def local(self, x: Tensor) -> Tensor:
-        """The partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
+        """Returns the partial sum of this rank, `[B, T, in/tp] -> [B, T, out]`."""
         return self.adapted(x, self.multiply(x, None), None)
 
     @property

@@ -87,7 +87,7 @@ def run_unit(
 
 
 def unit_of(name: str) -> str:
-    """The unit of a parameter, from its logical name."""
+    """Returns the unit of a parameter, from its logical name."""
     first, _, rest = name.partition(".")
     if first in ("layers", "mtp"):
         return f"{first}.{rest.partition('.')[0]}"

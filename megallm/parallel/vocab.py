@@ -1,5 +1,5 @@
-"""Vocabulary-parallel embedding and log-probabilities. The vocabulary is never padded: pieces are
-uneven.
+"""Vocabulary parallel (vocab parallel) embedding and log-probabilities: rows split over tp. The
+vocabulary is never padded: pieces are uneven.
 
 Paper: Megatron-LM (arXiv 1909.08053), section 3.
 """
@@ -181,8 +181,8 @@ LOG_PROB = Wanted()
 def label_scores(
     logits: Tensor, labels: Tensor, mesh: Mesh, vocab: int, wanted: Wanted = LOG_PROB
 ) -> dict[str, Tensor]:
-    """The wanted scalars of each label, wide and of its shape, from this rank's piece of the logits
-    `[..., V/tp]`.
+    """Returns the wanted scalars of each label, wide and of its shape, from this rank's piece of
+    the logits `[..., V/tp]`.
 
     Collective over tp (three to five all-reduces of the labels' shape); every tp rank gets the same
     values. The backward pass overwrites the logits.
@@ -201,8 +201,8 @@ def fused_scores(
     vocab: int,
     wanted: Wanted = LOG_PROB,
 ) -> dict[str, Tensor]:
-    """`label_scores` of `hidden W^T + b` for hidden states `[..., D]`, W `[V/tp, D]`: the logits
-    never exist.
+    """Computes `label_scores` of `hidden W^T + b` for hidden states `[..., D]`, W `[V/tp, D]`: the
+    logits never exist.
 
     Collective over tp, as `label_scores`. The gradient of the hidden states is this rank's share,
     still to be summed over tp (`tensor.gather_input` does it).
@@ -217,17 +217,18 @@ FUSE_BYTES = 256 * 2**20
 
 
 def fuses(choice: str, tokens: int, weight: Tensor) -> bool:
-    """Whether to fuse. `auto` does when the wide logits of `tokens` tokens would fill more than
-    FUSE_BYTES: making them twice costs a quarter to a third of the head's time, and only large ones
-    are worth it."""
+    """Returns whether to fuse. `auto` does when the wide logits of `tokens` tokens would fill more
+    than FUSE_BYTES: making them twice costs a quarter to a third of the head's time, and only large
+    ones are worth it.
+    """
     if choice == "auto":
         return tokens * weight.shape[0] * wide_dtype(weight.dtype).itemsize > FUSE_BYTES
     return choice == "on"
 
 
 def gather_logits(logits: Tensor, mesh: Mesh, vocab: int) -> Tensor:
-    """The whole `[B, T, V]` on every tp rank from uneven pieces, no gradient; collective over
-    tp.
+    """Gathers the whole `[B, T, V]` on every tp rank from uneven pieces, no gradient; collective
+    over tp.
     """
     if mesh.tp.size == 1:
         return logits

@@ -16,8 +16,8 @@ KINDS = ("ring", "ulysses", "allgather", "hybrid")
 
 
 def spans(length: int, size: int, rank: int) -> tuple[Span, ...]:
-    """The runs of tokens of one rank of `size`, with where it stores them; two that touch are
-    one.
+    """Returns the runs of tokens of one rank of `size`, with where it stores them; two that touch
+    are one.
     """
     chunk = length // (2 * size)
     front, back = rank * chunk, (2 * size - 1 - rank) * chunk
@@ -27,12 +27,12 @@ def spans(length: int, size: int, rank: int) -> tuple[Span, ...]:
 
 
 def rank_order(size: int) -> list[int]:
-    """The chunks as the ranks hold them, rank after rank: `[0, 3, 1, 2]` for two ranks."""
+    """Returns the chunks as the ranks hold them, rank after rank: `[0, 3, 1, 2]` for two ranks."""
     return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
 
 
 def natural_order(size: int) -> list[int]:
-    """Where in `rank_order` each chunk of the row is: the inverse permutation."""
+    """Returns where in `rank_order` each chunk of the row is: the inverse permutation."""
     order = rank_order(size)
     return [order.index(chunk) for chunk in range(2 * size)]
 
@@ -47,8 +47,8 @@ def check_length(length: int, size: int) -> None:
 
 
 def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) -> int:
-    """How many neighbouring cp ranks exchange heads for tokens; `cp / degree` of them then exchange
-    keys.
+    """Returns how many neighbouring cp ranks exchange heads for tokens; `cp / degree` of them then
+    exchange keys.
 
     `heads` are the query heads of a tensor-parallel rank. `wanted` is the degree of a hybrid;
     without it, the largest one that leaves a ring. Raises UsageError when the heads or cp do not
@@ -81,8 +81,8 @@ def ulysses_degree(kind: str, cp: int, heads: int, wanted: int | None = None) ->
 
 
 def hybrid_degrees(cp: int, heads: int) -> list[int]:
-    """Ulysses degrees with which a hybrid of `cp` ranks works, ascending; empty when there is
-    none.
+    """Returns Ulysses degrees with which a hybrid of `cp` ranks works, ascending; empty when there
+    is none.
     """
     common = gcd(cp, heads)
     return [degree for degree in range(2, cp) if common % degree == 0]

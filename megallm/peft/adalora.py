@@ -78,18 +78,19 @@ class AdaptiveLowRank(LowRank):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """`s B diag(E) A` of this rank's piece of the matrix, wide."""
+        """Computes `s B diag(E) A` of this rank's piece of the matrix, wide."""
         return wide(self.lora_B) @ (wide(self.lora_A) * wide(self.lora_E)) * self.options.scale
 
     def begin(self, weight: Tensor | float) -> None:
-        """Before an update, in which the matrices do not change."""
+        """Prepare for an update, in which the matrices do not change."""
         self.weight = weight
         self.pulls.clear()
         self.norms.clear()
 
     def pull(self, name: str, matrix: Tensor) -> Tensor:
-        """A microbatch's share, of this rank, of the regulariser's gradient for `matrix` `(r, n)`,
-        A or the transpose of B; made once an update, collective over the axes that split it.
+        """Returns a microbatch's share, of this rank, of the regulariser's gradient for `matrix`
+        `(r, n)`, A or the transpose of B; made once an update, collective over the axes that split
+        it.
         """
         if name not in self.pulls:
             self.pulls[name] = self._pull(name, matrix)
@@ -123,7 +124,7 @@ class _Regularise(torch.autograd.Function):
         return grad, ctx.adapter.pull(A, ctx.a), ctx.adapter.pull(B, ctx.b.mT).mT, None
 
 
-def fill(stage: Stage, injection: Injection) -> None:
+def fill_adalora(stage: Stage, injection: Injection) -> None:
     """Put an adapter of the first rank beside each target of the stage."""
     config, modules = injection.config, dict(stage.named_modules())
     for name, targets in groupby(injection.chosen, attrgetter("module")):
@@ -192,14 +193,15 @@ class RankAllocator:
     # What the engine calls
 
     def begin(self, micros: int, scale: Tensor | float) -> None:
-        """Before an update of so many microbatches a data rank."""
+        """Prepare for an update of so many microbatches a data rank."""
         shares = 2 * len(self.names) * micros * self.engine.mesh.grads.size
         for adapter in self.adapters.values():
             adapter.begin(self.config.orthogonal / shares * scale)
 
     def finish(self, skipped: bool) -> dict[str, float]:
-        """After an update: adjust the averages, choose the triplets when it is time, and returns
-        what goes into metrics."""
+        """Updates the averages after an update, chooses the triplets when it is time, and returns
+        what goes into metrics.
+        """
         if skipped:
             return {}
         step, end = self.engine.optimizer.updates, self.total_steps - self.config.final_steps
@@ -218,7 +220,8 @@ class RankAllocator:
         return {METRIC: float(sums[0]) / (2 * len(self.names)), "rank_budget": float(budget)}
 
     def state(self) -> Iterator[StateTensor]:
-        """The averages, shaped like the adapters' parameters, and which triplets are kept."""
+        """Yields the averages, shaped like the adapters' parameters, and which triplets are kept.
+        """
         parameters, mesh = self.engine.parameters, self.engine.mesh
         for kind, flats in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
             for name, shard, box, tensor in self._own(flats):

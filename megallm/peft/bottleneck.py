@@ -19,7 +19,7 @@ from megallm.peft.slots import put
 NEAR_IDENTITY = 1e-2
 
 
-def fill(stage: Stage, injection: Injection) -> None:
+def fill_bottleneck(stage: Stage, injection: Injection) -> None:
     """Put Houlsby's adapters behind attention and feed-forward layer of each block, or a parallel
     one beside the latter."""
     config, parallel = injection.config, injection.config.method == "parallel"

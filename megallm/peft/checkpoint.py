@@ -20,7 +20,7 @@ from megallm.checkpoint.io import Part, read_regular
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert.folder import catalogue, is_model_folder
 from megallm.convert.weights import Cast, HfReader, WeightSource
 from megallm.engine.engine import Engine
@@ -56,7 +56,7 @@ def base_reference(folder: str | os.PathLike[str], mesh: Mesh | None = None) -> 
     """
     path = Path(folder)
     if not is_model_folder(path):
-        step = resolve(folder, weights_only)
+        step = resolve_step(folder, weights_only)
         digest = xxhash.xxh3_128_hexdigest(bytes(read_regular(step / MANIFEST, 0, None)))
         return {"path": str(step), "xxh3_128": digest}
     files = sorted({entry.path for entry in catalogue(path).values()})
@@ -96,13 +96,14 @@ def check_base(base: Any, where: str, mesh: Mesh | None = None) -> Path:
 
 @contextmanager
 def open_base(folder: Path, model: ModelConfig) -> Iterator[WeightSource]:
-    """The weights of a base by logical name, whatever folder they are in; `model` is what is
-    trained."""
+    """Yields the weights of a base by logical name, whatever folder they are in; `model` is what is
+    trained.
+    """
     if is_model_folder(folder):
         with HfReader(folder, model) as source:
             yield source
     else:
-        with CheckpointReader(resolve(folder, weights_only)) as reader:
+        with CheckpointReader(resolve_step(folder, weights_only)) as reader:
             yield Cast(reader)
 
 

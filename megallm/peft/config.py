@@ -1,4 +1,6 @@
-"""The section `peft` of a run's configuration: what is trained beside a base. No torch."""
+"""The section `peft` of a run's configuration: LoRA and other adapters, trained beside a base. No
+torch.
+"""
 
 from __future__ import annotations
 

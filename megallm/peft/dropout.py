@@ -1,8 +1,9 @@
 """Dropout of an adapter's input, the same at every layout: keyed by sample, token and feature.
 
 The keys of the microbatch that a stage runs lie in a context variable, which recomputation brings
-back (`parallel.recompute`). Batches name the `samples`, int64 `[B, T]` or `[B]`; `number_samples`
-gives rows their numbers where the data has none. Without gradients nothing is dropped.
+back (`parallel.recompute`). Batches name the `samples`, int64 `[B, T]`, or `[S]` with one for each
+sequence, and perhaps the `epochs` `[S]` that they are read in; `number_samples` gives rows their
+numbers where the data has none. Without gradients nothing is dropped.
 """
 
 from __future__ import annotations
@@ -57,13 +58,35 @@ class Dropout(NamedTuple):
         return keyed_dropout(x, self.rate, self.key, tokens, self.first)
 
 
+def keys_of(batch: Batch) -> Tensor:
+    """Returns the keys int64 `[B, T]` of a microbatch's tokens."""
+    samples, epochs = at_tokens(batch, "samples", -1), None
+    if "epochs" in batch:
+        epochs = at_tokens(batch, "epochs", 0)
+    return token_keys(samples, batch["positions"], epochs)
+
+
+def at_tokens(batch: Batch, name: str, padding: int) -> Tensor:
+    """Returns numbers of the sequences of a microbatch, `[S]`, at each of their tokens `[B, T]`; as
+    they are where they are that already. What follows the last sequence of a row has `padding`.
+    """
+    values, shape = batch[name], batch["tokens"].shape
+    if values.shape == shape:
+        return values
+    if "cu_seqlens" not in batch:
+        return values[:, None].expand(shape)
+    lengths = batch["cu_seqlens"].to(torch.int64).diff().to(values.device)
+    more = values.new_full((max(0, len(lengths) - len(values)),), padding)
+    return torch.cat((values, more)).repeat_interleave(lengths)[None]
+
+
 def watch_tokens(stage: Stage) -> None:
     """Let a stage note the keys of the tokens of each microbatch that it runs."""
 
     def note(stage: Stage, inputs: tuple[Any, ...]) -> None:
         batch, keys = inputs[1], None
         if "samples" in batch:
-            keys = stage.context.local(token_keys(batch["samples"], batch["positions"]))
+            keys = stage.context.local(keys_of(batch))
         TOKEN_KEYS.set(keys)
 
     stage.register_forward_pre_hook(note)

@@ -32,8 +32,10 @@ def export(
     folder: Path,
     base: str | None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write the adapter of `config` (resolved) to the new `folder`, whatever the layout; collective
+    """Write the adapter of `config` (resolved) to the new `folder`, or with `overwrite` in place of
+    an older one, whatever the layout; collective
     over the world.
 
     `base` is the folder of the base model as PEFT shall find it; `dtype` None: that of the master
@@ -51,7 +53,7 @@ def export(
     step = store.save(pieces, 0, parts, {}, mesh)
     if mesh.world.rank == 0:
         try:
-            check_new(folder)
+            check_new(folder, overwrite=overwrite)
             with whole_folder(folder) as whole, CheckpointReader(step) as reader:
                 write_folder(whole, reader, config, engine.config.model, base, dtype)
         except MegallmError as error:

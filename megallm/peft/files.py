@@ -24,11 +24,11 @@ from megallm.parallel.shard import Box, named_shards
 from megallm.parallel.tensor import ADAPTER
 from megallm.peft import formats
 from megallm.peft.config import PeftConfig
-from megallm.peft.inject import prepare
-from megallm.peft.keys import LEAVES, PREFIX, Plan, in_file, plan_keys, to_file
+from megallm.peft.inject import prepare_adapters
+from megallm.peft.keys import LEAVES, PREFIX, KeyPlan, in_file, plan_keys, to_file
 from megallm.peft.lora import A, LowRankOptions
-from megallm.peft.sources import Tensors, read_whole
-from megallm.peft.targets import Target, choose, find_targets, named
+from megallm.peft.sources import TensorSource, read_whole
+from megallm.peft.targets import Target, find_targets, match_targets, named
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -37,7 +37,7 @@ def adapter_shapes(config: PeftConfig, model: ModelConfig) -> dict[str, tuple[in
     """Returns the full shapes of what is trained, by logical name: the adapter, and the
     modules of the base in `modules_to_save`."""
     stage = whole_stage(model, Mesh.single("meta"))
-    prepare(config, model)(stage)
+    prepare_adapters(config, model)(stage)
     saved = {name: shard.full for name, param, shard in named_shards(stage) if param.requires_grad}
     return {name: tuple(full) for name, full in saved.items()}
 
@@ -60,19 +60,21 @@ def write_folder(
     ours = adapter_shapes(config, model)
     if config.method in formats.FORMATS:
         whole = {n: read_whole(source, n, dtype) for n in ours}
-        tensors, settings = formats.write(config, model, whole, base)
+        tensors, settings = formats.write_adapter(config, model, whole, base)
         write_tensors(folder / WEIGHTS, tensors)
         atomic_write_json(folder / CONFIG, settings)
         return
     plan = plan_keys(model, ours, config.name)
-    held = Tensors({n: _padded(read_whole(source, n, dtype), plan.blocks.get(n)) for n in ours})
+    held = TensorSource(
+        {n: _padded(read_whole(source, n, dtype), plan.blocks.get(n)) for n in ours}
+    )
     tensors = {}
     for theirs, full in plan.bridge.theirs.items():
         whole = torch.empty(full, dtype=held.info(plan.bridge.by_theirs[theirs][0].ours)[1])
         fill_theirs(plan.bridge, held, theirs, Box((0,) * len(full), full), whole)
         tensors[in_file(theirs, plan.bridge.theirs)] = to_file(theirs, whole)
     write_tensors(folder / WEIGHTS, tensors)
-    atomic_write_json(folder / CONFIG, write_config(config, model, plan, base))
+    atomic_write_json(folder / CONFIG, write_adapter_config(config, model, plan, base))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -97,8 +99,8 @@ def _padded(tensor: Tensor, block: tuple[int, int] | None) -> Tensor:
     return wide
 
 
-def write_config(
-    config: PeftConfig, model: ModelConfig, plan: Plan, base: str | None
+def write_adapter_config(
+    config: PeftConfig, model: ModelConfig, plan: KeyPlan, base: str | None
 ) -> dict[str, Any]:
     """Returns PEFT's configuration of an adapter of LoRA's kind, with no key that PEFT lacks."""
     shapes, parts = plan.bridge.ours, {}
@@ -150,7 +152,7 @@ TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "value": "SEQ_CLS"}
 
 
 def _chosen(config: PeftConfig, model: ModelConfig) -> list[Target]:
-    return choose(config.targets, find_targets(model))
+    return match_targets(config.targets, find_targets(model))
 
 
 def _place(target: Target) -> tuple[str, int]:
@@ -164,7 +166,7 @@ def _place_of(slot: str, name: str) -> tuple[str, int]:
     return module, int(member or 0)
 
 
-def _embeddings(plan: Plan) -> list[str]:
+def _embeddings(plan: KeyPlan) -> list[str]:
     ending = LEAVES["lora_embedding_A"].ending
     return [
         t.removeprefix(PREFIX).removesuffix(ending)

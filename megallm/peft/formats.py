@@ -23,22 +23,24 @@ from megallm.peft.ia3 import DOWN, SCALE
 from megallm.peft.targets import runtime_name, their_modules
 
 PREFIX, PROMPT = "base_model.model.", "prompt_embeddings"
-Tensors = dict[str, Tensor]
-Settings = dict[str, Any]
+TensorDict = dict[str, Tensor]
+AdapterSettings = dict[str, Any]
 
 
-class Format(NamedTuple):
+class AdapterFormat(NamedTuple):
     """One method's files: `write` makes tensors and settings of ours by logical name, `read` the
     reverse."""
 
     peft_type: str
-    write: Callable[[PeftConfig, ModelConfig, Tensors], tuple[Tensors, Settings]]
-    read: Callable[[PeftConfig, ModelConfig, Tensors, Settings], tuple[PeftConfig, Tensors]]
+    write: Callable[[PeftConfig, ModelConfig, TensorDict], tuple[TensorDict, AdapterSettings]]
+    read: Callable[
+        [PeftConfig, ModelConfig, TensorDict, AdapterSettings], tuple[PeftConfig, TensorDict]
+    ]
 
 
-def write(
-    config: PeftConfig, model: ModelConfig, held: Tensors, base: str | None
-) -> tuple[Tensors, Settings]:
+def write_adapter(
+    config: PeftConfig, model: ModelConfig, held: TensorDict, base: str | None
+) -> tuple[TensorDict, AdapterSettings]:
     """Returns the tensors and the settings of `adapter_config.json` of the adapter in `held`, whole
     tensors by logical name."""
     form = FORMATS[config.method]
@@ -53,8 +55,8 @@ def write(
 
 
 def read(
-    settings: Settings, model: ModelConfig, tensors: Tensors, name: str
-) -> tuple[PeftConfig, Tensors]:
+    settings: AdapterSettings, model: ModelConfig, tensors: TensorDict, name: str
+) -> tuple[PeftConfig, TensorDict]:
     """Returns the configuration and our tensors of what a folder holds. Raises UsageError for
     another method, CheckpointError for tensors that do not fit."""
     for method, form in FORMATS.items():
@@ -83,9 +85,9 @@ def _scales(config: PeftConfig, model: ModelConfig) -> Iterator[tuple[str, str, 
 
 
 def _write_scales(
-    config: PeftConfig, model: ModelConfig, held: Tensors
-) -> tuple[Tensors, Settings]:
-    tensors: Tensors = {}
+    config: PeftConfig, model: ModelConfig, held: TensorDict
+) -> tuple[TensorDict, AdapterSettings]:
+    tensors: TensorDict = {}
     modules: dict[bool, set[str]] = {True: set(), False: set()}
     places = {ours: (theirs, inner) for ours, theirs, inner in _scales(config, model)}
     for ours, x in held.items():
@@ -106,8 +108,8 @@ def _write_scales(
 
 
 def _read_scales(
-    config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
-) -> tuple[PeftConfig, Tensors]:
+    config: PeftConfig, model: ModelConfig, tensors: TensorDict, settings: AdapterSettings
+) -> tuple[PeftConfig, TensorDict]:
     places = {
         f"{PREFIX}{theirs}.{SCALE}": (ours, inner) for ours, theirs, inner in _scales(config, model)
     }
@@ -133,9 +135,9 @@ def _triplets(config: PeftConfig, model: ModelConfig) -> Iterator[tuple[str, str
 
 
 def _write_triplets(
-    config: PeftConfig, model: ModelConfig, held: Tensors
-) -> tuple[Tensors, Settings]:
-    tensors: Tensors = {}
+    config: PeftConfig, model: ModelConfig, held: TensorDict
+) -> tuple[TensorDict, AdapterSettings]:
+    tensors: TensorDict = {}
     pattern, modules = {}, set()
     places = {ours: (theirs, joined) for ours, theirs, joined in _triplets(config, model)}
     for ours in sorted({name.rpartition(".")[0] for name in held}):
@@ -155,8 +157,8 @@ def _write_triplets(
 
 
 def _read_triplets(
-    config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
-) -> tuple[PeftConfig, Tensors]:
+    config: PeftConfig, model: ModelConfig, tensors: TensorDict, settings: AdapterSettings
+) -> tuple[PeftConfig, TensorDict]:
     places = {theirs: ours for ours, theirs, joined in _triplets(config, model) if joined == 1}
     modules = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors}
     first, pattern, found = int(settings["init_r"]), settings.get("rank_pattern") or {}, {}
@@ -183,7 +185,7 @@ def _read_triplets(
 # Virtual tokens
 
 
-def _shape(config: PeftConfig, model: ModelConfig) -> Settings:
+def _shape(config: PeftConfig, model: ModelConfig) -> AdapterSettings:
     return {
         "num_virtual_tokens": config.virtual_tokens,
         "num_transformer_submodules": 1,
@@ -197,8 +199,8 @@ def _prefix_names(config: PeftConfig, model: ModelConfig) -> list[str]:
 
 
 def _write_prefix(
-    config: PeftConfig, model: ModelConfig, held: Tensors
-) -> tuple[Tensors, Settings]:
+    config: PeftConfig, model: ModelConfig, held: TensorDict
+) -> tuple[TensorDict, AdapterSettings]:
     if model.mla.on:
         raise UsageError("PEFT's prefix tuning has no form for latent attention (MLA).")
     width = model.num_kv_heads * model.head_size
@@ -209,15 +211,15 @@ def _write_prefix(
 
 
 def _read_prefix(
-    config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
-) -> tuple[PeftConfig, Tensors]:
+    config: PeftConfig, model: ModelConfig, tensors: TensorDict, settings: AdapterSettings
+) -> tuple[PeftConfig, TensorDict]:
     width = model.num_kv_heads * model.head_size
     table = _prompt(tensors, 2 * model.num_layers * width)
     config = replace(config, virtual_tokens=len(table))
     return config, dict(zip(_prefix_names(config, model), table.split(width, dim=1), strict=True))
 
 
-def _prompt(tensors: Tensors, width: int) -> Tensor:
+def _prompt(tensors: TensorDict, width: int) -> Tensor:
     table = tensors.get(PROMPT)
     if table is None or tuple(tensors) != (PROMPT,) or table.dim() != 2 or table.shape[1] != width:
         raise CheckpointError(
@@ -227,8 +229,8 @@ def _prompt(tensors: Tensors, width: int) -> Tensor:
 
 
 def _write_prompt(
-    config: PeftConfig, model: ModelConfig, held: Tensors
-) -> tuple[Tensors, Settings]:
+    config: PeftConfig, model: ModelConfig, held: TensorDict
+) -> tuple[TensorDict, AdapterSettings]:
     slot = f"prompt{ADAPTER}{config.name}."
     x = held[f"{slot}embedding"]
     settings = {"token_dim": model.hidden_size, "num_attention_heads": model.num_heads}
@@ -243,8 +245,8 @@ def _write_prompt(
 
 
 def _read_prompt(
-    config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
-) -> tuple[PeftConfig, Tensors]:
+    config: PeftConfig, model: ModelConfig, tensors: TensorDict, settings: AdapterSettings
+) -> tuple[PeftConfig, TensorDict]:
     table = _prompt(tensors, model.hidden_size)
     config = replace(config, method="prompt", virtual_tokens=len(table))
     return config, {f"prompt{ADAPTER}{config.name}.embedding": table}
@@ -253,22 +255,24 @@ def _read_prompt(
 # Bottleneck adapters, under our own names
 
 
-def _write_own(config: PeftConfig, model: ModelConfig, held: Tensors) -> tuple[Tensors, Settings]:
+def _write_own(
+    config: PeftConfig, model: ModelConfig, held: TensorDict
+) -> tuple[TensorDict, AdapterSettings]:
     return dict(held), {"hidden": config.hidden, "model_family": model.family, "writer": "megallm"}
 
 
 def _read_own(
-    config: PeftConfig, model: ModelConfig, tensors: Tensors, settings: Settings
-) -> tuple[PeftConfig, Tensors]:
+    config: PeftConfig, model: ModelConfig, tensors: TensorDict, settings: AdapterSettings
+) -> tuple[PeftConfig, TensorDict]:
     return replace(config, hidden=int(settings["hidden"])), dict(tensors)
 
 
-FORMATS: dict[str, Format] = {
-    "adalora": Format("ADALORA", _write_triplets, _read_triplets),
-    "ia3": Format("IA3", _write_scales, _read_scales),
-    "prefix": Format("PREFIX_TUNING", _write_prefix, _read_prefix),
-    "prompt": Format("PROMPT_TUNING", _write_prompt, _read_prompt),
-    "p-tuning": Format("P_TUNING", _write_prompt, _read_prompt),
-    "houlsby": Format("MEGALLM_HOULSBY", _write_own, _read_own),
-    "parallel": Format("MEGALLM_PARALLEL", _write_own, _read_own),
+FORMATS: dict[str, AdapterFormat] = {
+    "adalora": AdapterFormat("ADALORA", _write_triplets, _read_triplets),
+    "ia3": AdapterFormat("IA3", _write_scales, _read_scales),
+    "prefix": AdapterFormat("PREFIX_TUNING", _write_prefix, _read_prefix),
+    "prompt": AdapterFormat("PROMPT_TUNING", _write_prompt, _read_prompt),
+    "p-tuning": AdapterFormat("P_TUNING", _write_prompt, _read_prompt),
+    "houlsby": AdapterFormat("MEGALLM_HOULSBY", _write_own, _read_own),
+    "parallel": AdapterFormat("MEGALLM_PARALLEL", _write_own, _read_own),
 }

@@ -35,7 +35,7 @@ def usual_targets(found: list[Target]) -> list[Target]:
     return [target for target in found if target.module.endswith(keys)]
 
 
-def fill(stage: Stage, injection: Injection) -> None:
+def fill_ia3(stage: Stage, injection: Injection) -> None:
     """Scale the output of each target of the stage; of `down` its input."""
     modules, name = dict(stage.named_modules()), injection.config.name
     for at, targets in groupby(injection.chosen, attrgetter("module")):

@@ -15,6 +15,7 @@ from megallm.base.config import raise_problems
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.heads import VocabularyHead
+from megallm.models.parallel_model import Prepare
 from megallm.optim.config import GroupConfig
 from megallm.parallel.tensor import ADAPTER, Adaptable, Linear
 from megallm.peft import adalora, bottleneck, ia3, lora, prompts
@@ -22,10 +23,9 @@ from megallm.peft.config import ALL_LINEAR, PeftConfig
 from megallm.peft.dropout import Dropout, watch_tokens
 from megallm.peft.injection import Injection
 from megallm.peft.slots import put, slots_of
-from megallm.peft.targets import HEAD, choose, find_modules, find_targets
+from megallm.peft.targets import HEAD, find_modules, find_targets, match_targets
 
-Prepare = Callable[[Stage], None]
-Method = Callable[[Stage, Injection], None]
+FillMethod = Callable[[Stage, Injection], None]
 
 
 def fill_lora(stage: Stage, injection: Injection) -> None:
@@ -48,15 +48,15 @@ def fill_lora(stage: Stage, injection: Injection) -> None:
         watch_tokens(stage)
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, FillMethod] = {
     "lora": fill_lora,
-    "adalora": adalora.fill,
-    "ia3": ia3.fill,
+    "adalora": adalora.fill_adalora,
+    "ia3": ia3.fill_ia3,
     "prefix": prompts.fill_prefix,
     "prompt": prompts.fill_prompt,
     "p-tuning": prompts.fill_prompt,
-    "houlsby": bottleneck.fill,
-    "parallel": bottleneck.fill,
+    "houlsby": bottleneck.fill_bottleneck,
+    "parallel": bottleneck.fill_bottleneck,
 }
 
 
@@ -69,7 +69,7 @@ def quantize(stage: Stage) -> None:
             module.quantize()
 
 
-def prepare(config: PeftConfig, model: ModelConfig, seed: int = 0) -> Prepare:
+def prepare_adapters(config: PeftConfig, model: ModelConfig, seed: int = 0) -> Prepare:
     """Returns what `Engine.build` calls with each stage on the meta device: fills slots with new
     adapters, freezes everything else but `modules_to_save`.
 
@@ -82,8 +82,9 @@ def prepare(config: PeftConfig, model: ModelConfig, seed: int = 0) -> Prepare:
 def prepare_all(
     configs: Sequence[PeftConfig], model: ModelConfig, seed: int = 0, frozen: Collection[str] = ()
 ) -> Prepare:
-    """The same with several adapters at once, of different names; those named in `frozen` are never
-    trained. All are in use until `reference.using` says otherwise."""
+    """Returns the same with several adapters at once, of different names; those named in `frozen`
+    are never trained. All are in use until `reference.using` says otherwise.
+    """
     raise_problems([problem for config in configs for problem in config.problems()])
     wanted = [config for config in configs if config.method != "none"]
     injections = [plan_injection(config, model, seed) for config in wanted]
@@ -114,15 +115,15 @@ def plan_injection(config: PeftConfig, model: ModelConfig, seed: int) -> Injecti
     if config.method == "ia3" and config.targets == (ALL_LINEAR,):
         chosen = ia3.usual_targets(found)
     else:
-        chosen = choose(config.targets, found)
+        chosen = match_targets(config.targets, found)
     if config.method == "lora":
-        lora.check(config, model, chosen)
+        lora.check_targets(config, model, chosen)
     return Injection(config, model, tuple(chosen), seed)
 
 
 def saved_modules(config: PeftConfig, model: ModelConfig) -> list[str]:
     """Returns the logical names of the base's modules that are trained in full."""
-    found = choose(config.modules_to_save, find_modules(model), "peft.modules_to_save")
+    found = match_targets(config.modules_to_save, find_modules(model), "peft.modules_to_save")
     return [target.module for target in found]
 
 

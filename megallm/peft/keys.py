@@ -44,7 +44,7 @@ LEAVES: dict[str, Leaf] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class KeyPlan:
     """How the tensors of one adapter are theirs: the bridge between both, which of our B stand in a
     block of columns `(first, all)` of theirs, and their modules with our parts in order."""
 
@@ -53,7 +53,7 @@ class Plan:
     modules: Mapping[str, tuple[str, ...]]
 
 
-def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> Plan:
+def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> KeyPlan:
     """Returns the plan for the tensors `ours` of the adapter `name`, and for what of the base
     is among them. Raises InternalError for a tensor that the family's files have no place for."""
     rules, modules = [], {}
@@ -79,7 +79,7 @@ def plan_keys(model: ModelConfig, ours: Shapes, name: str) -> Plan:
                 blocks |= _blocks(tensors, ours)
     shapes |= {text: (*ours[text][:-1], total) for text, (_, total) in blocks.items()}
     rules += _whole(model, ours)
-    return Plan(plan_bridge(_distinct(rules), shapes, counts_of(model)), blocks, modules)
+    return KeyPlan(plan_bridge(_distinct(rules), shapes, counts_of(model)), blocks, modules)
 
 
 def _source(source: str, leaf: str, name: str, ours: Shapes) -> str | None:

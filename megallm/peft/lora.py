@@ -23,7 +23,7 @@ from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.expert import GroupedLinear
 from megallm.parallel.linear import linear
-from megallm.parallel.shard import Init, Shard, constant, normal, uniform
+from megallm.parallel.shard import Init, Shard, constant, normal, uniform_init
 from megallm.parallel.tensor import ColumnLinear, Linear, RowLinear, ShardedModule
 from megallm.parallel.vocab import VocabEmbedding
 from megallm.peft.config import PeftConfig
@@ -64,7 +64,7 @@ class LowRank(ShardedModule):
         tp = ("tp",) if base.mesh.tp.size > 1 else ()
         of_a = tp if isinstance(base, ColumnLinear) else shard.partial
         of_b = tp if isinstance(base, RowLinear) else shard.partial
-        start = uniform(width**-0.5)
+        start = uniform_init(width**-0.5)
         self.add_parameter(A, _record((options.dim, width), 1, columns, of_a, start))
         self.add_parameter(B, _record((out, options.dim), 0, rows, of_b, constant(0.0)))
         if options.dora:
@@ -77,7 +77,7 @@ class LowRank(ShardedModule):
         return not self.options.dora and self.options.dropout is None
 
     def low_rank(self, x: Tensor, rows: slice | None) -> Tensor:
-        """`s B A x`, `[..., in] -> [..., out]`, of these rows."""
+        """Computes `s B A x`, `[..., in] -> [..., out]`, of these rows."""
         queue, dropout = self.weight_grads, self.options.dropout
         x = x if dropout is None else dropout(x, self)
         b = rows_of(self.lora_B, rows)
@@ -93,13 +93,14 @@ class LowRank(ShardedModule):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """`s B A` of this rank's piece of the matrix, wide."""
+        """Computes `s B A` of this rank's piece of the matrix, wide."""
         return wide(self.lora_B) @ wide(self.lora_A) * self.options.scale
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The length of each row of `W + s B A` over the whole input, `(out,)` as the weights are;
-        collective over tp where that divides the input. No gradient (section 4.3 of the paper).
+        """Returns the length of each row of `W + s B A` over the whole input, `(out,)` as the
+        weights are; collective over tp where that divides the input. No gradient (section 4.3 of
+        the paper).
         """
         weight = self.base[0].matrix
         return self._lengths(wide(weight.view(-1, *weight.shape[-2:])[self.member]) + self.delta())
@@ -112,7 +113,7 @@ class LowRank(ShardedModule):
 
     @torch.no_grad()
     def starts(self) -> dict[str, Tensor]:
-        """This rank's pieces of what starts from the base's weights, by parameter."""
+        """Returns this rank's pieces of what starts from the base's weights, by parameter."""
         return {MAGNITUDE: self.norm()} if self.options.dora else {}
 
     @torch.no_grad()
@@ -124,7 +125,9 @@ class LowRank(ShardedModule):
 
 
 def rows_of(values: Tensor, rows: slice | None) -> Tensor:
-    """What a rank uses of the rows that it holds: some, where keys and values are replicated."""
+    """Returns what a rank uses of the rows that it holds: some, where keys and values are
+    replicated.
+    """
     return values if rows is None else values[rows]
 
 
@@ -188,7 +191,7 @@ class LowRankExperts(ShardedModule):
         self.options = options
         full = base.shards["weight"].full
         a, b = (full[0], options.dim, full[-1]), (*full[:-1], options.dim)
-        self.add_parameter(A, Shard(a, {0: "ep"}, (), uniform(full[-1] ** -0.5)))
+        self.add_parameter(A, Shard(a, {0: "ep"}, (), uniform_init(full[-1] ** -0.5)))
         self.add_parameter(B, Shard(b, {0: "ep"}, (), constant(0.0)))
 
     def forward(self, x: Tensor, y: Tensor, runs: Runs) -> Tensor:
@@ -241,17 +244,17 @@ class LowRankHead(ShardedModule):
         self.options = options
         vocab, size = stage.config.vocab_size, stage.config.hidden_size
         tp = ("tp",) if self.sp else ()
-        self.add_parameter(A, Shard((options.dim, size), {}, tp, uniform(size**-0.5)))
+        self.add_parameter(A, Shard((options.dim, size), {}, tp, uniform_init(size**-0.5)))
         self.add_parameter(B, Shard((vocab, options.dim), {0: "tp"}, (), constant(0.0)))
 
     def features(self, x: Tensor) -> Tensor:
-        """`s A x`, `[..., D] -> [..., r]`."""
+        """Returns `s A x`, `[..., D] -> [..., r]`."""
         dropout = self.options.dropout
         x = x if dropout is None else dropout(x, self)
         return linear(x, self.lora_A, None, self.weight_grads) * self.options.scale
 
     def columns(self) -> Tensor:
-        """What stands beside this rank's rows of the matrix, `(V/tp, r)`."""
+        """Returns what stands beside this rank's rows of the matrix, `(V/tp, r)`."""
         return self.lora_B
 
     @torch.no_grad()
@@ -272,7 +275,7 @@ def low_rank_of(base: Any, members: list[tuple[Target, LowRankOptions]]) -> nn.M
     return made
 
 
-def check(config: PeftConfig, model: ModelConfig, chosen: list[Target]) -> None:
+def check_targets(config: PeftConfig, model: ModelConfig, chosen: list[Target]) -> None:
     """Raises UsageError for what a kind of target cannot have. A dropped input of experts would be
     another one for each of them; an embedding's adapter would stand on two stages."""
     for target in chosen:

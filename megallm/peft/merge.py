@@ -21,7 +21,7 @@ from megallm.parallel.shard import Box
 from megallm.parallel.tensor import ADAPTER, Adaptable, Linear, Slot
 from megallm.peft.config import PeftConfig
 from megallm.peft.ia3 import ScaledOutputs
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.lora import MAGNITUDE
 from megallm.peft.slots import slots_of
 from megallm.peft.sources import Joined, read_whole
@@ -117,7 +117,7 @@ class MergedSource:
     ) -> None:
         self.model, self.base = model, Joined(adapter, base)
         stage = whole_stage(model, Mesh.single("meta"))
-        prepare(config, model)(stage)
+        prepare_adapters(config, model)(stage)
         self.slots = {f"{name}.weight": module for name, module in slots_of(stage)}
         for name, module in self.slots.items():
             prefix = name.removesuffix("weight") + ADAPTER.strip(".")

@@ -4,16 +4,15 @@ tensor."""
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json
 from megallm.checkpoint.io import DTYPE_NAMES
-from megallm.checkpoint.reader import CheckpointReader
 from megallm.checkpoint.store import weights_only
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import tokenizer_files
 from megallm.convert.convert import (
     DTYPES,
@@ -25,18 +24,20 @@ from megallm.convert.convert import (
 )
 from megallm.convert.folder import is_model_folder
 from megallm.convert.hf_config import CONFIG, family_of, write_config
-from megallm.convert.weights import Cast, HfReader, bridge_of, stored_model
+from megallm.convert.weights import HfReader, bridge_of
+from megallm.peft.adapted import open_adapted
 from megallm.peft.merge import MergedSource
-from megallm.peft.reading import AdapterFolder
 
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """`model` is a Hugging Face folder, a run or a step folder, `adapter` a folder of PEFT's;
-    `dtype` a key of `convert.DTYPES`, or None for the base's."""
+    """`model` is a Hugging Face folder, a run or a step folder, `adapter` a folder of PEFT's or the
+    run that wrote one, None where the run `model` holds adapters itself; `dtype` is a key of
+    `convert.DTYPES`, or None for the base's.
+    """
 
     model: str
-    adapter: str
+    adapter: str | None
     output: str
     dtype: str | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -51,7 +52,7 @@ def run(request: MergeRequest) -> dict[str, Any]:
     output = Path(request.output)
     check_output(output, request.model, request.overwrite)
     for name, path in (("--model", request.model), ("--adapter", request.adapter)):
-        if not Path(path).is_dir():
+        if path is not None and not Path(path).is_dir():
             raise UsageError(f"{name} {path} is not a folder.")
     with whole_folder(output) as folder:
         return _fill(request, folder)
@@ -59,19 +60,25 @@ def run(request: MergeRequest) -> dict[str, Any]:
 
 def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
-        if is_model_folder(Path(request.model)):
-            base = stack.enter_context(HfReader(request.model))
-            model, stored, notes = base.model, base.dtype, list(base.notes)
-            tokenizer_files.copy_tokenizer(base.folder, folder)
-            ids = tokenizer_files.token_ids(base.folder)
+        place = Path(request.model)
+        place = place if is_model_folder(place) else resolve_step(place, weights_only)
+        opened = stack.enter_context(open_adapted(place, request.adapter))
+        reader, model, base = opened.reader, opened.model, opened.base
+        if opened.adapter is None:
+            raise UsageError(
+                f"--model {request.model} is a plain model: give --adapter A, a folder of PEFT's "
+                "or the run that wrote one."
+            )
+        notes = list(base.notes) if isinstance(base, HfReader) else []
+        stored = base.dtype if isinstance(base, HfReader) else base.info("embedding.weight")[1]
+        if isinstance(reader, HfReader):
+            tokenizer_files.copy_tokenizer(reader.folder, folder)
+            ids = tokenizer_files.token_ids(reader.folder)
         else:
-            step = resolve(request.model, weights_only)
-            reader = stack.enter_context(CheckpointReader(step))
-            base, model = Cast(reader), stored_model(reader)
-            stored = reader.info("embedding.weight")[1]
-            notes, ids = write_tokenizer(folder, step, reader.meta)
-        adapter = AdapterFolder(request.adapter, model)
-        source = MergedSource(base, adapter, adapter.config, model)
+            more, ids = write_tokenizer(folder, place, reader.meta)
+            notes += more
+        config = replace(opened.config, quantize="none")  # merged into what was quantised
+        source = MergedSource(base, opened.adapter, config, model)
         if source.model.tie_embeddings != model.tie_embeddings:
             notes.append(
                 "the head is no longer tied to the embedding: the adapter changes one alone"

@@ -14,7 +14,7 @@ from megallm.models.attention import Attention
 from megallm.models.decoder import Stage
 from megallm.models.mla import LatentAttention
 from megallm.models.virtual import VirtualTokens
-from megallm.parallel.shard import Init, Shard, normal, uniform
+from megallm.parallel.shard import Init, Shard, normal, uniform_init
 from megallm.parallel.tensor import ShardedModule, sequence_partial
 from megallm.peft.injection import Injection
 from megallm.peft.slots import put
@@ -86,12 +86,13 @@ class Prompt(ShardedModule):
         self.add_parameter(name, Shard(full, {}, partial, start, False))
 
     def table(self) -> Tensor:
-        """`[P, D]`."""
+        """Returns the table of virtual tokens `[P, D]`."""
         return self.embedding
 
     def forward(self, numbers: Tensor, y: Tensor) -> Tensor:
-        """Hidden states `[B, t, D]` with virtual tokens in place where `numbers` `[B, t]` has
-        one."""
+        """Returns hidden states `[B, t, D]` with virtual tokens in place where `numbers` `[B, t]`
+        has one.
+        """
         rows = F.embedding(numbers.clamp(min=0), self.table())
         return torch.where(numbers[..., None] >= 0, rows.to(y.dtype), y)
 
@@ -103,8 +104,8 @@ class EncodedPrompt(Prompt):
         super().__init__(base, count, hidden)
         sizes = (hidden, inner, inner, hidden)
         for number, (width, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
-            self._add(f"weight_{number}", (out, width), uniform(width**-0.5))
-            self._add(f"bias_{number}", (out,), uniform(width**-0.5))
+            self._add(f"weight_{number}", (out, width), uniform_init(width**-0.5))
+            self._add(f"bias_{number}", (out,), uniform_init(width**-0.5))
 
     def table(self) -> Tensor:
         x = F.relu(F.linear(self.embedding, self.weight_0, self.bias_0))

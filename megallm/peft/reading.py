@@ -29,7 +29,7 @@ from megallm.peft.config import PeftConfig
 from megallm.peft.files import CONFIG, WEIGHTS, adapter_shapes, endings
 from megallm.peft.keys import LEAVES, PREFIX, from_file, in_file, plan_keys
 from megallm.peft.lora import A, B
-from megallm.peft.sources import Tensors
+from megallm.peft.sources import TensorSource
 from megallm.peft.targets import EXPERTS, Target, find_targets
 
 FURTHER = frozenset(form.peft_type for form in formats.FORMATS.values())
@@ -46,7 +46,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class Part:
+class AdaptedModule:
     """One module of a folder: its rank, its factor and our targets that it adapts."""
 
     rank: int
@@ -75,7 +75,7 @@ class AdapterFolder:
         if raw.get("peft_type") in FURTHER:
             tensors = load_tensors(self.folder / WEIGHTS)
             self.config, made = formats.read(raw, model, tensors, name)
-            self._source = Tensors(made)
+            self._source = TensorSource(made)
             return
         _check_settings(raw, self.folder)
         tensors = load_tensors(self.folder / WEIGHTS)
@@ -93,7 +93,7 @@ class AdapterFolder:
             whole = _ours(plan.bridge, theirs, ours, full)
             first, _ = plan.blocks.get(ours, (0, 0))
             made[ours] = whole[..., first : first + shapes[ours][-1]].contiguous()
-        self._source = Tensors(made)
+        self._source = TensorSource(made)
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -143,7 +143,7 @@ def _check_settings(raw: Mapping[str, Any], folder: Path) -> None:
 
 def _parts(
     raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: ModelConfig, folder: Path
-) -> dict[str, Part]:
+) -> dict[str, AdaptedModule]:
     """The adapted modules by their name, an expert's parameter by its own."""
     by_name: dict[str, list[Target]] = {}
     joins = base_links(model)
@@ -167,7 +167,7 @@ def _parts(
             shared = len(here) > 1 and not (
                 b is not None and _is_diagonal(b, here, joins[f"{module}.weight"])
             )
-            found[module] = Part(rank, scale, tuple(here), shared)
+            found[module] = AdaptedModule(rank, scale, tuple(here), shared)
     return found
 
 
@@ -210,7 +210,7 @@ def _is_diagonal(b: Tensor, targets: Sequence[Target], links: Sequence[TensorLin
 def _config(
     raw: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, AdaptedModule],
     model: ModelConfig,
     name: str,
 ) -> PeftConfig:
@@ -244,7 +244,7 @@ def _config(
 
 
 def _theirs(
-    tensors: dict[str, Tensor], bridge: Bridge, parts: Mapping[str, Part], folder: Path
+    tensors: dict[str, Tensor], bridge: Bridge, parts: Mapping[str, AdaptedModule], folder: Path
 ) -> dict[str, Tensor]:
     """The tensors of the bridge, each of its shape. Errors: CheckpointError."""
     found, left = {}, dict(tensors)

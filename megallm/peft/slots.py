@@ -20,7 +20,7 @@ class Adapters(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
 
     def forward(self, x: Tensor, y: Tensor, *where: Any) -> Tensor:
-        """What a slot is called with (`parallel.tensor.Linear.adapted`)."""
+        """Returns what a slot is called with (`parallel.tensor.Linear.adapted`)."""
         for name in self.active:
             if name in self:
                 y = self[name](x, y, *where)

@@ -35,7 +35,7 @@ class Joined:
         self.owner.get(name, self.sources[0]).read_into(name, offset, tensor)
 
 
-class Tensors:
+class TensorSource:
     """Tensors in memory as a source."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

@@ -96,8 +96,9 @@ def runtime_name(module: str) -> str:
 
 
 def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
-    """The rules of the model's matrices in its family, spelled out, in both forms of experts; none
-    for a model of no family."""
+    """Yields the rules of the model's matrices in its family, spelled out, in both forms of
+    experts; none for a model of no family.
+    """
     family = FAMILIES.get(model.family or "")
     if family is None:
         return
@@ -108,7 +109,7 @@ def weight_rules(model: ModelConfig) -> Iterator[WeightRule]:
             yield each
 
 
-def choose(
+def match_targets(
     wanted: Iterable[str], found: Iterable[Target], key: str = "peft.targets"
 ) -> list[Target]:
     """Returns the targets that the patterns mean, in model order.
@@ -139,7 +140,9 @@ def _means(pattern: str, target: Target) -> bool:
 
 
 def named(pattern: str, name: str) -> bool:
-    """Whether a pattern means a module of this name: as the end of it, or as `optim.groups` do."""
+    """Returns whether a pattern means a module of this name: as the end of it, or as `optim.groups`
+    do.
+    """
     return name == pattern or name.endswith(f".{pattern}") or matches(pattern, name)
 
 

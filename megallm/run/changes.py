@@ -26,7 +26,7 @@ def is_allowed(change: Change, allowed: Sequence[str]) -> bool:
 
 
 def table_of(changes: Sequence[Change], allowed: Sequence[str] | None = None) -> str:
-    """One line a change, those marked that are refused (with None nothing is)."""
+    """Returns one line a change, those marked that are refused (with None nothing is)."""
     refused = [
         allowed is not None and change.refused and not is_allowed(change, allowed)
         for change in changes

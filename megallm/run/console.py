@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -41,7 +41,7 @@ MAX_POINTS = 2000  # of a curve in the picture
 def format_line(
     row: MetricRow, total_steps: int, last_checkpoint: int | None, eta_seconds: float | None
 ) -> str:
-    """One row as the log line, for example
+    """Returns one row as the log line, for example
 
     `step 1200/20000 | loss 2.4135 | gnorm 0.81 | lr 3.0e-4 | 18.2k tok/s (4.6k/dev) | mfu 41.2% |
     0.90 s | mem 3.1 GiB | ckpt 1150 | eta 4h41m` (in one line); what is not known is `-`, so the
@@ -77,7 +77,7 @@ def _show(row: MetricRow, key: str, form: Any) -> str:
 
 
 def format_count(value: float) -> str:
-    """Three digits or so with a unit: 8.3, 812, 18.2k, 4.6M."""
+    """Returns three digits or so with a unit: 8.3, 812, 18.2k, 4.6M."""
     if value < 99.95:
         return f"{value:.1f}"
     if value < 999.5:
@@ -90,7 +90,7 @@ def format_count(value: float) -> str:
 
 
 def format_lr(value: float) -> str:
-    """3.0e-4: two digits and an exponent without padding."""
+    """Returns two digits and an exponent without padding: 3.0e-4."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
@@ -121,8 +121,8 @@ class EtaClock:
         self._marks: deque[tuple[int, float]] = deque(maxlen=100)
 
     def eta(self, step: int, now: float) -> float | None:
-        """Seconds until `total_steps` after `step` ended at time `now`; None until two steps were
-        seen.
+        """Number of seconds until `total_steps` after `step` ended at time `now`; None until two
+        steps were seen.
         """
         self._marks.append((step, now))
         (first, then), (last, latest) = self._marks[0], self._marks[-1]
@@ -190,6 +190,11 @@ class Reporter:
         if self._live is not None:
             self._on_terminal(partial(self._live.console.print, Text(text)))
         self._write(text)
+
+    def draw(self, show: Callable[[Console], None]) -> None:
+        """Let `show` print on the console where that is a terminal; elsewhere nothing is drawn."""
+        if self._live is not None:
+            self._on_terminal(partial(show, self._live.console))
 
     @property
     def on_terminal(self) -> bool:
@@ -370,7 +375,7 @@ class _Series:
         self.values.append(value)
 
     def thinned(self) -> tuple[list[float], list[float]]:
-        """At most MAX_POINTS points: means of equal groups."""
+        """Returns at most MAX_POINTS points: means of equal groups."""
         group = -(-len(self.steps) // MAX_POINTS)
         if group <= 1:
             return list(self.steps), list(self.values)

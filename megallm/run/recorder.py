@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ from megallm.parallel.schedule import Placement
 from megallm.parallel.simulate import Timeline
 from megallm.run.changes import Change, table_of
 from megallm.run.config import JobConfig
-from megallm.run.console import LossCurve, Reporter, Sink, TensorBoard
+from megallm.run.console import Console, LossCurve, Reporter, Sink, TensorBoard
 from megallm.run.divergence import DivergenceDetector
 from megallm.run.lease import Lease
 from megallm.run.rows import Events, Metrics, read_rows
@@ -128,7 +128,7 @@ class Recorder:
         self.events.add("resumed" if resumed_step else "started", step=resumed_step)
 
     def row(self, row: dict[str, Any]) -> None:
-        """The metrics of one finished step."""
+        """Record the metrics of one finished step."""
         if not self.writes:
             return
         self.lease.check()
@@ -139,14 +139,19 @@ class Recorder:
         self.reporter.step(row, self.last_checkpoint)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Something that happened; a dashboard reads it from events.jsonl."""
+        """Record something that happened; a dashboard reads it from events.jsonl."""
         if self.writes:
             self.events.add(kind, **fields)
 
     def note(self, text: str) -> None:
-        """A sentence for whoever watches."""
+        """Show a sentence for whoever watches."""
         if self.writes:
             self.reporter.note(text)
+
+    def draw(self, show: Callable[[Console], None]) -> None:
+        """Let `show` print for whoever watches at a terminal."""
+        if self.writes:
+            self.reporter.draw(show)
 
     def stopping(self, name: str) -> None:
         """Say that a signal was heard. Of Ctrl-C the launcher tells, except where a panel would
@@ -174,7 +179,9 @@ class Recorder:
             log.warning("The picture of the pipeline cannot be drawn: %s", error)
 
     def before_save(self) -> None:
-        """The rows that a checkpoint counts on are durable, and the folder is still ours."""
+        """Check, before a checkpoint is saved, that the rows it counts on are durable and the
+        folder is still ours.
+        """
         if self.writes:
             self.lease.check()
             self.metrics.sync()

@@ -55,19 +55,19 @@ class RunFolder:
         return self.logs / f"rank-{rank}.log"
 
     def write_config(self, text: str) -> None:
-        """run.yaml: the resolved configuration. Errors: `CannotWrite`."""
+        """Write run.yaml: the resolved configuration. Errors: `CannotWrite`."""
         atomic_write_text(self.config, text)
 
     def write_environment(self, extra: Mapping[str, Any]) -> None:
-        """env.json: host, versions and commit, and what the caller adds (layout, world, backend,
-        ...).
+        """Write env.json: host, versions and commit, and what the caller adds (layout, world,
+        backend, ...).
         """
         atomic_write_json(self.environment, {**describe_environment(), **extra})
 
 
 def describe_environment() -> dict[str, Any]:
-    """Host, Python, versions of the packages that matter (None when absent), and the commit of this
-    checkout.
+    """Returns host, Python, versions of the packages that matter (None when absent), and the commit
+    of this checkout.
     """
     versions: dict[str, str | None] = {}
     for name in ("megallm", "torch", "numpy", "safetensors", "tokenizers", "xxhash", "pyyaml"):

@@ -14,14 +14,14 @@ from megallm.data.megatron.order import SPLITS, split_range
 from megallm.data.stream.source import documents_of
 from megallm.data.text import tokenizer
 from megallm.training.config import PretrainConfig
-from megallm.training.reading import check_tokenizers, need_tokenizer, tokenizer_of
+from megallm.training.reading import check_tokenizers, tokenizer_of, tokenizer_warning
 
 
-def check_files(config: PretrainConfig) -> None:
+def check_pretrain_files(config: PretrainConfig) -> None:
     """Errors: one `DataError` that lists everything missing or unusable; the configuration is
     checked and resolved.
     """
-    problems = list(file_problems(config))
+    problems = list(pretrain_file_problems(config))
     if problems:
         lines = (
             problems
@@ -31,7 +31,7 @@ def check_files(config: PretrainConfig) -> None:
         raise DataError("\n  ".join(lines))
 
 
-def file_problems(config: PretrainConfig) -> Iterator[str]:
+def pretrain_file_problems(config: PretrainConfig) -> Iterator[str]:
     """Yields a sentence for each dataset, split or tokenizer that training could not use."""
     whole = True
     for prefix in config.data.prefixes:
@@ -48,7 +48,7 @@ def file_problems(config: PretrainConfig) -> Iterator[str]:
             tokenizer.load(spec)
         if whole:
             check_tokenizers(config)
-            need_tokenizer(config)
+            tokenizer_warning(config)
     except MegallmError as error:
         yield str(error)
 

@@ -1,9 +1,9 @@
 """From a folder of text to a configuration that trains on it: tokenizer, tokens and sizes that fit.
 No torch.
 
-`prepare` is what `megallm pretrain --text` does before it trains. Everything lies in RUN/from_text:
-the tokenizer, the indexed dataset, `config.yaml`, and `choices.json`, by which the same command
-finds all of it again.
+`prepare_run` is what `megallm pretrain --text` does before it trains. Everything lies in
+RUN/from_text: the tokenizer, the indexed dataset, `config.yaml`, and `choices.json`, by which the
+same command finds all of it again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Request:
+class FromTextRequest:
     """The command: which text, which preset, where the run lives, on what machine."""
 
     text: str
@@ -126,7 +126,7 @@ def check_preset(name: str) -> None:
         )
 
 
-def is_prepared(request: Request) -> bool:
+def is_prepared(request: FromTextRequest) -> bool:
     """Returns whether the same text was prepared for the same preset.
 
     Errors: `UsageError` when the run folder belongs to another text or preset, `DataError` without
@@ -160,8 +160,8 @@ def is_prepared(request: Request) -> bool:
     return True
 
 
-def prepare(
-    request: Request,
+def prepare_run(
+    request: FromTextRequest,
     say: Callable[[str], None],
     progress: Callable[[preprocess.Stats], None] | None = None,
 ) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _fitting(size_bytes: int) -> str:
     return [name for name, least in TINY_FROM_BYTES.items() if size_bytes >= least][-1]
 
 
-def _train_tokenizer(request: Request, survey: Survey, split_text: str, preset: str) -> int:
+def _train_tokenizer(request: FromTextRequest, survey: Survey, split_text: str, preset: str) -> int:
     """Train on an even sample of the documents, at most SAMPLE_BYTES of them; returns the size of
     the vocabulary.
     """
@@ -340,7 +340,7 @@ class Text:
     documents: int
 
 
-def choose_settings(request: Request, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
+def choose_settings(request: FromTextRequest, preset: str, vocab_size: int, text: Text) -> dict[str, Any]:
     """Returns the configuration: how long, how much at once, how much is held out. Plain values of
     YAML.
     """
@@ -385,7 +385,7 @@ def _held_out(text: Text, batch_tokens: int) -> tuple[str, int]:
     return f"{text.documents - held},{held},0", min(16, max(1, tokens // batch_tokens))
 
 
-def _identity(request: Request) -> dict[str, Any]:
+def _identity(request: FromTextRequest) -> dict[str, Any]:
     """What decides the preparation: the files with their sizes and times, and the preset."""
     names = find_files(request.text)
     found = [(os.path.relpath(name, request.text), os.stat(name)) for name in names]

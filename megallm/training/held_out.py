@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megallm.data.batches import BatchReader
-from megallm.data.loader import to_tensors
+from megallm.data.loader import Batch, to_tensors
 from megallm.engine.engine import Engine, Loss
+
+
+def _as_they_are(engine: Engine, batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 class HeldOut:
     """The mean of every term of a loss over a number of global batches of held-out data.
 
     `open_reader` returns what reads them from their beginning (None without held-out data), `first`
-    the number, from 1, of the first batch of this evaluation.
+    the number, from 1, of the first batch of this evaluation; `complete` is that of
+    `SupervisedRun`.
     """
 
     def __init__(
@@ -23,8 +28,9 @@ class HeldOut:
         open_reader: Callable[[], BatchReader] | None,
         batches: int,
         first: Callable[[], int] = lambda: 1,
+        complete: Callable[[Engine, list[Batch]], list[Batch]] = _as_they_are,
     ) -> None:
-        self.engine, self.loss, self.batches = engine, loss, batches
+        self.engine, self.loss, self.batches, self.complete = engine, loss, batches, complete
         self.open_reader, self.first = open_reader, first
 
     def __call__(self) -> dict[str, float | None]:
@@ -38,6 +44,7 @@ class HeldOut:
         numbers: dict[str, float] = {}
         for batch in range(first, first + self.batches):
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
+            micros = self.complete(self.engine, micros)
             sums, counts = self.engine.evaluate(micros, self.loss)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0.0) + value

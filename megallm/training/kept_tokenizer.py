@@ -6,16 +6,17 @@ import shutil
 from pathlib import Path
 
 from megallm.base.errors import UsageError
-from megallm.base.files import atomic_path
+from megallm.base.files import atomic_path, atomic_write_text, writing
 from megallm.convert.folder import is_model_folder
 from megallm.convert.tokenizer_files import copy_tokenizer, tokenizer_spec
+from megallm.data.chat.template import ChatTemplate, find_template
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer_folder import definition_file, save_tokenizer_files
-from megallm.training.config import PretrainConfig
+from megallm.run.config import JobConfig
 from megallm.training.reading import tokenizer_of
 
 
-def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
+def keep_tokenizer(config: JobConfig, replace: bool = False) -> None:
     """Copy the tokenizer into the run folder, so that a checkpoint can be used wherever the run
     folder goes.
 
@@ -60,3 +61,15 @@ def keep_tokenizer(config: PretrainConfig, replace: bool = False) -> None:
                 if path.is_file() and not (temporary / path.name).exists():
                     shutil.copyfile(path, temporary / path.name)
             shutil.rmtree(target)
+
+
+def keep_template(config: JobConfig, template: ChatTemplate) -> None:
+    """Write the template of a run's conversations beside its tokenizer, unless that has it: the
+    model is asked as it was taught, here and in an exported folder.
+    """
+    target = Path(config.run.dir) / "tokenizer"
+    kept = find_template(target)
+    if kept.source != template.source or kept.built_in:
+        with writing(target):
+            target.mkdir(exist_ok=True)
+        atomic_write_text(target / "chat_template.jinja", template.source)

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megallm.run.config import JobConfig
-from megallm.training import files, reading
+from megallm.training import files, finetune, preference_config, reading
 from megallm.training.config import PretrainConfig
-from megallm.training.rules import pretrain
+from megallm.training.rl_config import GrpoConfig, PpoConfig
+from megallm.training.rules import finetune as finetune_rules
+from megallm.training.rules import grpo, pretrain
+from megallm.training.rules import preference as preference_rules
 from megallm.training.rules.problem import Rules
 
 
@@ -39,8 +42,33 @@ _ROWS = (
         PretrainConfig,
         "megallm.training.pretrain",
         pretrain.RULES,
-        reading.tokenizer_vocab,
-        files.check_files,
+        reading.pretrain_tokenizer_vocab,
+        files.check_pretrain_files,
+    ),
+    Kind(
+        "sft",
+        finetune.SftConfig,
+        "megallm.training.sft",
+        finetune_rules.SFT,
+        finetune.chat_vocab,
+        finetune.check_chat_files,
+    ),
+    *(
+        Kind(
+            name,
+            config,
+            f"megallm.training.{module}",
+            rules,
+            finetune.chat_vocab,
+            finetune.check_chat_files,
+        )
+        for name, config, module, rules in (
+            ("reward", preference_config.RewardModelConfig, "reward", preference_rules.REWARD),
+            ("dpo", preference_config.DpoConfig, "preference", preference_rules.DPO),
+            ("kto", preference_config.KtoConfig, "kto", preference_rules.KTO),
+            ("grpo", GrpoConfig, "grpo", grpo.RULES),
+            ("ppo", PpoConfig, "ppo", grpo.PPO),
+        )
     ),
 )
 KINDS = {row.name: row for row in _ROWS}

@@ -161,6 +161,9 @@ class Loop:
         ledger.consumed_tokens += report.tokens
         ledger.skipped_steps += report.stats.skipped
         ledger.data = dict(report.data)
+        for kind, sentence in report.warnings:
+            self.recorder.event(kind, step=step, reason=sentence)
+            self.recorder.note(f"warning: {sentence}")
         self._watch(report.stats, step)
         return self._metrics(report, time.monotonic() - begin)
 

@@ -266,6 +266,12 @@ BY_KEY = _by_key()
 KEYS = _table()
 VERBS = {
     "pretrain": "train training run fit start train_gpt pretrain_gpt launch trainer learn",
+    "sft": "finetune fine_tune lora peft tune instruct qlora instruction_tune sft_train",
+    "grpo": "rl reinforce rloo dapo gspo reinforcement_learning rlvr dr_grpo cispo sapo",
+    "ppo": "rlhf actor_critic",
+    "dpo": "orpo simpo cpo ipo preference align dpo_train",
+    "reward": "rm reward_model train_rm",
+    "kto": "unpaired",
     "generate": "inference infer predict sample complete completion_text text_generation "
     "run_inference gen",
     "chat": "talk webchat webui conversation",
@@ -286,16 +292,10 @@ VERBS = {
     "synth": "synthesize synthetic",
 }
 NO_VERBS = {
-    "megallm has no fine-tuning recipes yet. `megallm convert --to megallm` takes a Hugging Face "
-    "model in, and "
-    "`megallm pretrain` trains it on with run.dir of that folder (docs/huggingface.md).":
-    "finetune fine_tune sft lora peft tune instruct qlora",
-    "megallm has no preference or reinforcement learning yet.": "dpo rlhf ppo grpo orpo kto rl "
-                                                                "reward rm align",
     "There is no verb for benchmarks: `megallm pretrain` prints the held-out loss (eval.every, "
     "eval.batches), and "
     "`megallm generate --json` writes answers to score.":
-    "eval evaluate evaluation test benchmark lm_eval score perplexity validate_model bench",
+    "eval evaluate evaluation test benchmark lm_eval perplexity validate_model bench",
     "megallm has no server; `megallm convert --to hf` writes a folder that vLLM and others serve.":
     "serve server api deploy vllm host",
     "A run goes on when the same `megallm pretrain` command is given again (--resume auto).":

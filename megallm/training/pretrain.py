@@ -19,8 +19,8 @@ from megallm.training.reading import (
     check_tokenizers,
     first_held_out,
     held_out_readers,
-    need_tokenizer,
     open_reader,
+    tokenizer_warning,
 )
 from megallm.training.supervised import Evaluation, SupervisedRun, run_supervised
 from megallm.training.trainer import Ledger
@@ -45,7 +45,7 @@ class PretrainRun(SupervisedRun):
     def check_data(self) -> str | None:
         """Returns a warning when nothing says which tokenizer made the sources."""
         check_tokenizers(self.config)
-        return need_tokenizer(self.config)
+        return tokenizer_warning(self.config)
 
     def keep(self, changes: Sequence[Change]) -> None:
         """Copy the tokenizer into the run folder."""

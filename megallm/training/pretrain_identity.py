@@ -59,7 +59,9 @@ class PretrainIdentity(Identity):
                 "samples": planned_samples(self.config),
                 "surplus": data.surplus,
                 "global_batch": train.global_batch,
-                "files": {prefix: dataset_fingerprint(IndexedDataset(prefix)) for prefix in data.sources},
+                "files": {
+                    prefix: dataset_fingerprint(IndexedDataset(prefix)) for prefix in data.sources
+                },
             }
         return reading
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint import manifest
-from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.data import objective
 from megallm.data.batches import BatchReader, MegatronReader, Share, StreamReader
 from megallm.data.indexed import meta
@@ -25,6 +24,7 @@ from megallm.data.stream.state_cache import StreamStateCache
 from megallm.data.stream.stream import Stream, holds_rearranged
 from megallm.data.text import tokenizer
 from megallm.data.text.tokenizer_folder import saved_tokenizer
+from megallm.training import starting
 from megallm.training.config import PretrainConfig, SegmentConfig
 
 WHOLE_VALID = "0,1,0"  # the split of a dataset that is validation data as a whole
@@ -57,12 +57,12 @@ def uses_fim(config: PretrainConfig) -> bool:
 
 
 def tokenizer_of(config: PretrainConfig) -> str | None:
-    """Returns `data.tokenizer`, else the one that came with `model.hf`, else what the sources' own
-    metadata and the copies kept beside them say made them, else None.
+    """Returns `data.tokenizer`, else the one that came with `model.hf` or `model.init`, else what
+    the sources' own metadata and the copies kept beside them say made them, else None.
     """
     if config.data.tokenizer is not None:
         return config.data.tokenizer
-    came_along = None if config.model.hf is None else tokenizer_spec(Path(config.model.hf))
+    came_along = starting.tokenizer_of_model(config.model)
     if came_along is not None:
         return came_along
     if any(meta.read_meta(prefix) is None for prefix in config.data.prefixes):
@@ -70,7 +70,7 @@ def tokenizer_of(config: PretrainConfig) -> str | None:
     return next(filter(None, map(meta.kept_tokenizer, config.data.prefixes)), None)
 
 
-def tokenizer_vocab(config: PretrainConfig) -> int | None:
+def pretrain_tokenizer_vocab(config: PretrainConfig) -> int | None:
     """Returns the largest vocabulary that the sources were made with, from their side-cars; None
     when none has one.
     """
@@ -91,7 +91,7 @@ def words_of(config: PretrainConfig) -> str | None:
     return made_by[0] if made_by else None if spec is None else tokenizer.load(spec).fingerprint
 
 
-def need_tokenizer(config: PretrainConfig) -> str | None:
+def tokenizer_warning(config: PretrainConfig) -> str | None:
     """Returns a sentence to warn with when nothing says which tokenizer made the sources; None when
     it is known.
 
@@ -118,7 +118,8 @@ def need_tokenizer(config: PretrainConfig) -> str | None:
             "set data.tokenizer to the tokenizer of both."
         )
     raise DataError(
-        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where preprocess "
+        f"{prefix} was made with tokenizer {made_by}, but {saved_tokenizer(prefix)}, where "
+        "preprocess "
         "keeps it, holds none: set data.tokenizer to its folder."
     )
 
@@ -192,7 +193,10 @@ def hider_of(config: PretrainConfig) -> TokenMasker | None:
     )
     rule = MaskRule(mask, vocab, special, masking.rate, masking.masked, masking.random)
     return TokenMasker(
-        data.objective, rule, data.seed, objective.word_start_table(words) if masking.whole_word else None
+        data.objective,
+        rule,
+        data.seed,
+        objective.word_start_table(words) if masking.whole_word else None,
     )
 
 

@@ -51,7 +51,7 @@ class Identity:
         self.config = config
         self.values: dict[str, Any] = {
             "kind": self.KIND,
-            "model": dataclasses.asdict(dataclasses.replace(config.model, hf=None)),
+            "model": dataclasses.asdict(config.model.described),
             "precision": config.train.precision,
             "seed": config.run.seed,
             **self.own(),

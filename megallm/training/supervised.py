@@ -22,7 +22,7 @@ from megallm.optim.lr import learning_rate
 from megallm.run.changes import Change
 from megallm.run.config import JobConfig
 from megallm.run.recorder import Recorder
-from megallm.run.signals import handle_signals
+from megallm.run.signals import SignalRequests, handle_signals
 from megallm.training.loop import Loop, closing
 from megallm.training.opening import opening
 from megallm.training.resuming import (
@@ -59,17 +59,16 @@ class SupervisedTrainer:
 
     def __init__(
         self,
-        config: JobConfig,
+        job: SupervisedRun,
         engine: Engine,
-        loss: Loss,
         feed: Feed,
         evaluation: Evaluation,
         identity: dict[str, Any],
     ) -> None:
-        self.config, self.engine, self.loss, self.feed = config, engine, loss, feed
-        self.evaluation, self.identity = evaluation, identity
+        self.job, self.config, self.engine, self.feed = job, job.config, engine, feed
+        self.loss, self.evaluation, self.identity = job.loss(), evaluation, identity
         self._batches, self._waited = iter(feed.batches), 0.0
-        self._flops_of_token = config.model.num_flops(feed.seq_len)
+        self._flops_of_token = self.config.model.num_flops(feed.seq_len)
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
@@ -80,7 +79,7 @@ class SupervisedTrainer:
         waited = self.feed.wait_seconds() - self._waited
         self._waited += waited
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        stats = self.engine.train_step(batches, self.loss, lr)
+        stats = self.engine.train_step(self.job.complete(self.engine, batches), self.loss, lr)
         tokens = sum(batch["tokens"].numel() for batch in batches) * self.engine.mesh.data.size
         return StepReport(
             stats,
@@ -100,7 +99,7 @@ class SupervisedTrainer:
 
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of weights and optimizer state."""
-        return self.engine.parts()
+        return self.job.parts(self.engine)
 
     def counters(self) -> dict[str, Any]:
         """Returns what belongs to the engine's state besides tensors."""
@@ -151,14 +150,30 @@ class SupervisedRun:
 
     identity: type[Identity]
     prepare: Prepare | None = None  # fills adapter slots and freezes parameters, see `Engine.build`
+    trainer: type[SupervisedTrainer] = SupervisedTrainer
     log_samples = False  # the rows of each step are written to RUN/samples.jsonl
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
+        self.meta: dict[str, Any] = {}  # what a checkpoint remembers beside the identity
 
     def check_data(self) -> str | None:
         """Returns a sentence to warn with; rank 0 only. Errors: `DataError`."""
         return None
+
+    def read_data(self, mesh: Mesh) -> None:
+        """Make what is read ready, before any weight is; collective over the world. Errors:
+        `DataError`.
+        """
+
+    def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
+        """Returns the engine with its weights, those of the checkpoint `found` where there is one,
+        and a clause that says which; collective over the world.
+        """
+        return build_engine(self.config.engine, mesh, found, self.prepare)
+
+    def show(self, recorder: Recorder) -> None:
+        """Tell a person what is read and trained, before the first step."""
 
     def keep(self, changes: Sequence[Change]) -> None:
         """Write what belongs into the run folder, such as the tokenizer; rank 0 only."""
@@ -173,6 +188,19 @@ class SupervisedRun:
         """Returns what is trained."""
         raise NotImplementedError
 
+    def complete(self, engine: Engine, batches: list[Batch]) -> list[Batch]:
+        """Returns the microbatches of a step, or of an evaluation, with what the loss needs beside
+        what was read, such as the reference's log-probabilities; collective over the world.
+        """
+        return batches
+
+    def parts(self, engine: Engine) -> Iterator[Part]:
+        """Yields what this rank owns of a checkpoint's tensors."""
+        return engine.parts()
+
+    def finish(self, engine: Engine) -> None:
+        """Write what a run leaves beside its last checkpoint; collective over the world."""
+
     def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:
         """Returns what evaluates after the step that the ledger is at; opens the files."""
         return dict
@@ -186,29 +214,42 @@ class SupervisedRun:
         return f'megallm generate --model {Path(self.config.run.dir)} --prompt "..."'
 
 
-def run_supervised(
+@dataclass
+class OpenRun:
+    """A run whose engine has its weights and whose folder is open, before its first step."""
+
+    engine: Engine
+    ledger: Ledger
+    recorder: Recorder
+    requests: SignalRequests
+    identity: Identity
+
+
+@contextmanager
+def open_run(
     job: SupervisedRun,
     mesh: Mesh,
     resume: str,
     own_log: bool = False,
     allowed: Sequence[str] = (),
-) -> None:
-    """Train to `train.stop_at` or `train.steps`; collective over the world.
+) -> Iterator[OpenRun]:
+    """Begin a run, or go on with it; collective over the world.
 
     `resume` is auto (go on from the newest valid checkpoint if there is one), must (UsageError
     without one) or never (UsageError with one). With `own_log` rank 0 writes its lines to
     RUN/logs/rank-0.log itself; otherwise whoever started it copies its output there. `allowed` are
     keys that may differ from the checkpoint's although they make it another run.
     """
-    config, train = job.config, job.config.train
+    config = job.config
     check_allowed(allowed, type(config), job.identity)
     with handle_signals() as requests, Recorder(config, mesh.rank, own_log) as recorder:
         warning = job.check_data() if mesh.rank == 0 else None
+        job.read_data(mesh)
         identity = job.identity(config)
         found, damaged = find_checkpoint(recorder.checkpoints, resume, mesh)
         ledger, changes = same_run(identity, found, allowed, mesh)
         try:
-            engine, begin = build_engine(config.engine, mesh, found, job.prepare)
+            engine, begin = job.build(mesh, found)
         except CheckpointError as error:
             raise unreadable(error, changes) from error
         layout = dataclasses.asdict(mesh.layout)
@@ -222,6 +263,22 @@ def run_supervised(
         if warning is not None:
             recorder.note(warning)
         recorder.note(opening(config, engine, begin))
+        job.show(recorder)
+        yield OpenRun(engine, ledger, recorder, requests, identity)
+        recorder.last_words = closing(config, ledger.step, job.next_command())
+
+
+def run_supervised(
+    job: SupervisedRun,
+    mesh: Mesh,
+    resume: str,
+    own_log: bool = False,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Train to `train.stop_at` or `train.steps`; collective over the world. See `open_run`."""
+    config, train = job.config, job.config.train
+    with open_run(job, mesh, resume, own_log, allowed) as opened:
+        engine, ledger, recorder = opened.engine, opened.ledger, opened.recorder
         share = Share(train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
         reader, first = job.reader(share, ledger.step + 1, ledger.data), ledger.step + 1
         end = (train.stop_at or train.steps) + 1
@@ -231,11 +288,10 @@ def run_supervised(
         ):
             evaluation = job.evaluation(engine, share, ledger)
             feed = Feed(batches, lambda: loader.wait_seconds, reader.state_after, job.seq_len())
-            trainer = SupervisedTrainer(
-                config, engine, job.loss(), feed, evaluation, identity.values
-            )
-            Loop(trainer, config, ledger, recorder, requests).run()
-            recorder.last_words = closing(config, ledger.step, job.next_command())
+            values = opened.identity.values | job.meta
+            trainer = job.trainer(job, engine, feed, evaluation, values)
+            Loop(trainer, config, ledger, recorder, opened.requests).run()
+            job.finish(engine)
 
 
 @contextmanager

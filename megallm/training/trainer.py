@@ -5,7 +5,7 @@ every trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,8 @@ class StepReport:
     `stats` are those of the (last) update of the engine whose weights are trained. `losses` and
     `metrics` are under their names in metrics.jsonl; `tokens` and `samples` are those of the global
     batch, `flops` what the model computes for them (None: not counted); `wait_seconds` went by
-    waiting for data. `data` is the ledger's once the step is done.
+    waiting for data. `data` is the ledger's once the step is done. `warnings` are (kind, sentence),
+    for events.jsonl and for a person.
     """
 
     stats: StepStats
@@ -42,6 +43,7 @@ class StepReport:
     flops: float | None = None
     wait_seconds: float = 0.0
     data: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[tuple[str, str]] = ()
 
 
 class Trainer(Protocol):

@@ -20,6 +20,7 @@ from megallm.convert.hf_config import agree, read_config
 from megallm.models.config import CHOICES
 from megallm.optim.config import CHOICES as OPTIM_CHOICES
 from megallm.run.config import JobConfig
+from megallm.training import starting
 from megallm.training.kinds import rules_of
 from megallm.training.rules import experts, files, layout, model, optim, precision, train
 from megallm.training.rules.nearest import divisors, ratio
@@ -38,15 +39,15 @@ SECTIONS: dict[str, Rules] = {
 }
 _OF_SIZES = ("world", "heads", "widths", "layers")
 LAYOUT_RULES = (*_OF_SIZES, "batch", "sequence", "context", "schedule")
-Config = TypeVar("Config", bound=JobConfig)
+GivenConfig = TypeVar("Config", bound=JobConfig)
 
 
 def check(
-    config: Config,
+    config: GivenConfig,
     world: int | None = None,
     tokenizer_vocab: int | None = None,
     world_name: str = WORLD,
-) -> Config:
+) -> GivenConfig:
     """Returns the configuration, of any trainer, with every inferred value filled in.
 
     `world` is the number of processes (None: what the layout asks for), `tokenizer_vocab` the
@@ -100,7 +101,7 @@ def nearest_layouts(
     """
     wish, found = config.layout, []
     resolved = _facts(config, world, tokenizer_vocab).model
-    resolved = dataclasses.replace(resolved, hf=None)  # a folder is read once
+    resolved = resolved.described  # a folder is read once
     for tp in divisors(world):
         for pp, cp in product(divisors(world // tp), {1, wish.cp}):
             if world // tp // pp % cp:
@@ -118,6 +119,8 @@ def _facts(config: JobConfig, world: int | None, tokenizer_vocab: int | None) ->
     given = config.model
     if given.hf is not None:
         given = agree(given, read_config(Path(given.hf)).model, f"model.hf {given.hf}")
+    elif given.init is not None:
+        given = agree(given, starting.model_of(given.init), f"model.init {given.init}")
     elif given.vocab_size is None and given.preset is None and tokenizer_vocab is not None:
         given = dataclasses.replace(given, vocab_size=tokenizer_vocab)
     return Facts(config, given.resolve(), world, tokenizer_vocab)

@@ -53,7 +53,7 @@ def test_ls_and_show(small, tmp_path):
     assert (first["step"], first["valid"], first["pinned"], first["problem"]) == (5, True, True, None)
     assert first["bytes"] == sum(path.stat().st_size for path in small.glob("*.safetensors"))
     assert (second["step"], second["valid"]) == (9, False) and "has no manifest.json" in second["problem"]
-    shown = tools.show(tmp_path)
+    shown = tools.show_step(tmp_path)
     assert shown["step"] == 5 and shown["meta"] == {"step": 5, "seed": 1.25} and len(shown["files"]) == 2
     assert shown["tensors"][1] == {
         "name": "layers.0.mlp.down.weight", "full": [12, 10], "dtype": "float32", "pieces": 2, "bytes": 480,
@@ -104,8 +104,8 @@ def test_diff_names_tensors_and_errors(tmp_path, cluster):
 
 def test_a_source_without_checkpoints_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="is not a folder"):
-        tools.show(tmp_path / "nowhere")
+        tools.show_step(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no valid checkpoint.*step-00001200"):
-        tools.show(tmp_path)
+        tools.show_step(tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         tools.ls(tmp_path / "nowhere")

@@ -31,6 +31,13 @@ def test_doctor_fails_when_ranks_cannot_talk(capfd, monkeypatch):
     assert "gloo between two ranks here: rank 1 did not answer" in capfd.readouterr().out
 
 
+def test_doctor_says_whether_code_can_be_run(capfd, monkeypatch):
+    monkeypatch.setattr(doctor, "check_gloo", lambda: "ok")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["doctor"]) == 0
+    assert "sandbox for the reward 'code': Model-written code is run in bubblewrap only" in capfd.readouterr().out
+
+
 def test_doctor_names_what_is_missing(capfd, monkeypatch):
     monkeypatch.setattr(doctor, "check_gloo", lambda: "ok")
     monkeypatch.setattr(doctor, "REQUIRED", ("numpy", "no-such-package"))

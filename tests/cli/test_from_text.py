@@ -21,7 +21,7 @@ from megallm.models.config import ModelConfig
 from megallm.models.presets import PRESETS
 from megallm.training import from_text
 from megallm.training.config import PretrainConfig
-from megallm.training.from_text import Machine, Request, Survey, Text
+from megallm.training.from_text import FromTextRequest, Machine, Survey, Text
 from megallm.training.validate import check
 from tests.system.commands import megallm
 
@@ -47,8 +47,8 @@ def books(tmp_path, monkeypatch) -> Path:
 TWO_CORES = Machine(2, 0)
 
 
-def request(text: Path, preset: str = "tiny", run: str = "runs/x", machine: Machine = TWO_CORES) -> Request:
-    return Request(str(text), preset, run, machine)
+def request(text: Path, preset: str = "tiny", run: str = "runs/x", machine: Machine = TWO_CORES) -> FromTextRequest:
+    return FromTextRequest(str(text), preset, run, machine)
 
 
 def test_one_command_trains_goes_on_and_names_generate(books):
@@ -72,7 +72,7 @@ def test_one_command_trains_goes_on_and_names_generate(books):
 
 def test_preparing_makes_a_configuration_that_passes_its_own_check(books):
     said = []
-    chosen = from_text.prepare(request(books), said.append)
+    chosen = from_text.prepare_run(request(books), said.append)
     assert chosen["split_text"] == "paragraphs" and len(said) == 3
     config = load(PretrainConfig, request(books).config)
     assert check(config).model.vocab_size == chosen["vocab_size"] <= 2048
@@ -92,7 +92,7 @@ def call_config(path: Path) -> int:
     ("the text", lambda books: os.utime(books / "one.txt", (1, 1)) or request(books)),
 ])  # fmt: skip
 def test_another_text_or_preset_in_the_same_run_is_refused(books, what, make):
-    from_text.prepare(request(books), lambda text: None)
+    from_text.prepare_run(request(books), lambda text: None)
     with pytest.raises(UsageError, match=what):
         from_text.is_prepared(make(books))
 
@@ -104,9 +104,9 @@ def test_what_an_interrupted_preparation_left_is_made_anew(books, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(from_text.preprocess, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            from_text.prepare(request(books), lambda text: None)
+            from_text.prepare_run(request(books), lambda text: None)
     assert not from_text.is_prepared(request(books))
-    from_text.prepare(request(books), lambda text: None)
+    from_text.prepare_run(request(books), lambda text: None)
     assert from_text.is_prepared(request(books))
 
 
@@ -132,7 +132,7 @@ def test_whenever_preparing_is_ended_it_can_be_begun_anew(books, again, call):
     sys.setprofile(killed)
     try:
         with pytest.raises(KeyboardInterrupt):
-            from_text.prepare(wanted, print)
+            from_text.prepare_run(wanted, print)
     finally:
         sys.setprofile(None)
     assert not from_text.is_prepared(wanted)

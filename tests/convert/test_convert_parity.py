@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megallm.base.errors import UsageError
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import CheckpointReader
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import convert, families, verify
 from megallm.convert.convert import ConvertRequest, NotEqual
 from megallm.convert.rules import rule
@@ -244,7 +244,7 @@ def test_stretches_that_make_no_sense_are_refused(fields, sentence):
 
 def test_a_checkpoint_reads_as_any_dtype(tmp_path):
     convert.run(ConvertRequest("megallm", str(make(tmp_path / "hf", LLAMA)), str(tmp_path / "a")))
-    with CheckpointReader(resolve(tmp_path / "a")) as reader:
+    with CheckpointReader(resolve_step(tmp_path / "a")) as reader:
         whole = reader.read("layers.1.mlp.down.weight")
         part = torch.empty(5, 7, dtype=torch.float64).T.contiguous().T
         Cast(reader).read_into("layers.1.mlp.down.weight", (3, 2), part)

@@ -14,7 +14,7 @@ from megallm.base.errors import UsageError
 from megallm.cli.main import main
 from megallm.convert.megatron.flags import DROPPED, FLAGS, READ, SET
 from megallm.convert.megatron.shell import read_script
-from megallm.convert.megatron.translate import TABLE, markdown, to_yaml, translate
+from megallm.convert.megatron.translate import TABLE, markdown, translate, translation_yaml
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
 
@@ -63,7 +63,7 @@ mkdir -p "$SAVE" && torchrun --nproc_per_node $GPUS_PER_NODE --nnodes $NNODES \
 def test_a_whole_script():
     found = translate(LLAMA, "llama.sh")
     assert found.problems == []
-    config = yaml.safe_load(to_yaml(found, "llama.sh"))
+    config = yaml.safe_load(translation_yaml(found, "llama.sh"))
     assert config == {
         "run": {"dir": "runs/my run", "seed": 7},
         "model": {
@@ -90,7 +90,7 @@ def test_a_whole_script():
 
 
 def test_what_comes_out_is_a_valid_configuration():
-    text = to_yaml(translate(LLAMA + "\n", "llama.sh"), "llama.sh")
+    text = translation_yaml(translate(LLAMA + "\n", "llama.sh"), "llama.sh")
     config = loads(PretrainConfig, text)
     checked = check(config, world=32, tokenizer_vocab=32000)
     assert checked.layout.dp == 4 and checked.model.vocab_size == 32000 and checked.model.num_kv_heads == 8
@@ -192,7 +192,7 @@ def test_flags(flags, key, value):
 def test_what_does_not_fit_is_named(flags, words):
     problems = translate(QUIET + flags, "flags").problems
     assert len(problems) == 1 + (flags == "--lr-decay-style WSD") and words in problems[0]
-    assert problems[0] in to_yaml(translate(QUIET + flags, "flags"), "flags").replace("\n#   ", "\n")
+    assert problems[0] in translation_yaml(translate(QUIET + flags, "flags"), "flags").replace("\n#   ", "\n")
     assert translate(QUIET, "flags").problems == []
 
 
@@ -235,7 +235,7 @@ def test_programs_of_other_models_are_said():
 
 def test_nested_keys_load():
     flags = "--seq-length 64 --vocab-size 96 --lr 1e-3 --disable-bias-linear --num-experts 8 --moe-layer-freq 2 "
-    text = to_yaml(translate(QUIET + flags, "x"), "x")
+    text = translation_yaml(translate(QUIET + flags, "x"), "x")
     config = loads(PretrainConfig, text)
     assert config.model.moe.num_experts == 8 and config.model.moe.every == 2 and config.model.bias is False
 

@@ -22,7 +22,7 @@ from megallm.curate.config import (
 )
 from megallm.curate.decontaminate import Decontaminate, report_of
 from megallm.curate.document import Document, DocumentBatch, TextSpan, Verdict, apply_spans, edit
-from megallm.curate.language import Language, sample
+from megallm.curate.language import Language, sample_windows
 from megallm.curate.pii import Pii, iban_valid, luhn, placeholder_for
 from megallm.curate.quality import RULES, Quality, boilerplate_spans, measure
 from megallm.curate.text import Analysis, lowered
@@ -199,7 +199,7 @@ def test_language(tmp_path: Path) -> None:
     assert [verdict.reason for verdict in verdicts[:3]] == ["", "", "language_other"]
     assert [document.meta["language"] for document in batch.documents[:3]] == ["en", "de", "fr"]
     long = (GOOD + "\n") * 50
-    assert len(sample(long, 1200)) <= 1200 + 4 and step.identify(long)[0] == "en"
+    assert len(sample_windows(long, 1200)) <= 1200 + 4 and step.identify(long)[0] == "en"
     with pytest.raises(DataError, match="does not exist"):
         Language(LanguageConfig(model="/nonexistent.ftz"))
     (tmp_path / "bad.ftz").write_text("nonsense")

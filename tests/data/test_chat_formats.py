@@ -12,7 +12,7 @@ import pytest
 
 from megallm.base.errors import DataError, UsageError
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import Reading, detect, examples
+from megallm.data.chat.formats import RowReading, detect_format, examples
 from megallm.data.chat.messages import BadRow
 from megallm.data.chat.prepare import prepare
 from megallm.data.chat.records import records
@@ -184,9 +184,9 @@ def seen(talk) -> object:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_kind_of_rows_is_found_by_their_columns(name):
     row, kind, words, expected = SHAPES[name]
-    form, line = detect("F.jsonl", row, kind)
+    form, line = detect_format("F.jsonl", row, kind)
     assert words in line and line.startswith("F.jsonl: ")
-    made = examples(form, row, Reading(kind))
+    made = examples(form, row, RowReading(kind))
     wanted = [(seen(p) if p else p, tuple(map(seen, a))) for p, a in expected]
     assert [(seen(one.prompt) if one.prompt else one.prompt, tuple(map(seen, one.answers))) for one in made] == wanted
     if kind == "prompts":
@@ -195,16 +195,16 @@ def test_the_kind_of_rows_is_found_by_their_columns(name):
 
 def test_labels_margins_and_all_pairs():
     row = {"prompt": "q", "completions": list("wxyz"), "scores": [1, 2, 3, 3]}
-    form, _ = detect("F", row, "reward")
-    made = examples(form, row, Reading("reward", pairs="all"))
+    form, _ = detect_format("F", row, "reward")
+    made = examples(form, row, RowReading("reward", pairs="all"))
     assert sorted(one.answers for one in made) == [("x", "w"), ("y", "w"), ("y", "x"), ("z", "w"), ("z", "x")]
-    (one,) = examples(form, row, Reading("ranked"))
+    (one,) = examples(form, row, RowReading("ranked"))
     assert one.answers == ("y", "z", "x", "w") and one.ranks == (0, 0, 1, 2)
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "margin": "1.5"}
-    form, _ = detect("F", row, "unpaired")
-    assert [one.label for one in examples(form, row, Reading("unpaired"))] == [1, 0]
-    form, _ = detect("F", row, "preference")
-    (one,) = examples(form, row, Reading("preference", strings="messages"))
+    form, _ = detect_format("F", row, "unpaired")
+    assert [one.label for one in examples(form, row, RowReading("unpaired"))] == [1, 0]
+    form, _ = detect_format("F", row, "preference")
+    (one,) = examples(form, row, RowReading("preference", strings="messages"))
     assert (
         one.margin == 1.5
         and one.prompt[0] == {"role": "user", "content": "q"}

@@ -19,7 +19,7 @@ from megallm.data.chat import prepare as preparing
 from megallm.data.chat.cache import load_or_make
 from megallm.data.chat.config import ChatDataConfig
 from megallm.data.chat.prepare import prepare
-from megallm.data.chat.preview import first_rows, preview, show
+from megallm.data.chat.preview import first_rows, preview, show_row
 from megallm.data.chat.reader import open_chat_reader, reader_of
 from megallm.data.text import tokenizer
 from tests.data.chat_cases import CHATML, END, conversation, make_tokenizer, text, write_jsonl
@@ -412,7 +412,7 @@ def test_the_first_rows_show_what_is_trained(folder):
             self.spans = [(text.plain[span.start : span.end], span.style) for span in text.spans]
 
     console = Console()
-    show(source.row(0), made.words, console)
+    show_row(source.row(0), made.words, console)
     green = [text for text, style in console.spans if style == "bold green"]
     assert len(green) == 1 and green[0].endswith("<|im_end|>")
     assert preview(source.row(0), made.words).count("[[") == 2

@@ -16,7 +16,7 @@ from megallm.base.errors import DataError
 from megallm.data.chat import spans, template_child
 from megallm.data.chat.formats import Example
 from megallm.data.chat.messages import BadRow, messages_of
-from megallm.data.chat.rows import RowMaker, Rules, SftRow
+from megallm.data.chat.rows import RowMaker, RowRules, SftRow
 from megallm.data.chat.spans import Passage, Speaker
 from megallm.data.chat.template import CHATML, ChatTemplate, Renderer, find_template
 from megallm.data.text import tokenizer
@@ -37,7 +37,7 @@ class Chat:
         self.renderer = Renderer(self.template, "2024-07-26")
         ends = (*self.words.special_texts, *self.template.stops)
         self.speaker = Speaker(self.renderer, ends)
-        self.maker = RowMaker(self.words, lambda: self.speaker, Rules("sft", **({"seq_len": 1 << 20} | rules)))
+        self.maker = RowMaker(self.words, lambda: self.speaker, RowRules("sft", **({"seq_len": 1 << 20} | rules)))
 
     def rows(self, talk: list[dict], **more) -> list[SftRow]:
         return self.maker.rows(Example((), (messages_of(talk, "messages"),), **more))
@@ -350,7 +350,7 @@ def test_other_tokenizers_tell_characters_too(kind, tmp_path):
     ids, offsets = words.encode_offsets(talk)
     assert ids == words.encode(talk, special=True) and offsets.shape == (len(ids), 2)
     begin = talk.index("Grüße")
-    maker = RowMaker(words, lambda: None, Rules("sft"))
+    maker = RowMaker(words, lambda: None, RowRules("sft"))
     row = maker.tokenised(Passage(talk, ((begin, begin + len("Grüße 1 🙂<|im_end|>")),)))
     shown = words.decode(row.ids[row.trained].tolist())
     assert shown.strip() in ("Grüße 1 🙂<|im_end|>", "Grüße 1 🙂")  # sentencepiece does not write control symbols

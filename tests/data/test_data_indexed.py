@@ -178,12 +178,12 @@ def test_merge_concatenates(make_dataset, tmp_path):
     parts = [[[[1, 2]], []], [[[3], [4, 5]]], []]
     prefixes = [make_dataset(f"part{i}", part) for i, part in enumerate(parts)]
     whole = make_dataset("whole", sum(parts, []))
-    counts = indexed.merge(prefixes, tmp_path / "merged")
+    counts = indexed.merge_datasets(prefixes, tmp_path / "merged")
     assert counts == {"documents": 3, "sequences": 3, "tokens": 5}
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"merged.{suffix}").read_bytes() == Path(f"{whole}.{suffix}").read_bytes()
     with pytest.raises(DataError, match="same dtype"):
-        indexed.merge([prefixes[0], make_dataset("wide", [[[1]]], "<i4")], tmp_path / "bad")
+        indexed.merge_datasets([prefixes[0], make_dataset("wide", [[[1]]], "<i4")], tmp_path / "bad")
     assert not list(tmp_path.glob("bad*"))
 
 
@@ -196,11 +196,11 @@ def test_merge_refuses_two_tokenizers(make_dataset, tmp_path):
     a, b = make_dataset("a", [[[1, 2, 3]]]), make_dataset("b", [[[1, 2, 3]]])
     meta.write(a, side_car())
     meta.write(b, side_car())
-    indexed.merge([a, b], tmp_path / "m")
+    indexed.merge_datasets([a, b], tmp_path / "m")
     assert meta.read_meta(tmp_path / "m")["tokens"] == 6
     meta.write(b, side_car("hf-1"))
     with pytest.raises(DataError, match="different tokenizers"):
-        indexed.merge([a, b], tmp_path / "n")
+        indexed.merge_datasets([a, b], tmp_path / "n")
 
 
 def test_tokenizer_fingerprint_is_enforced(make_dataset):

@@ -120,13 +120,13 @@ def test_without_metadata_nothing_is_known(made, tmp_path):
 def test_merge_and_split_carry_it(made, tmp_path, form):
     a, b = preprocess(tmp_path, made[form], "a"), preprocess(tmp_path, made[form], "b", "the heaven\n")
     shutil.rmtree(saved_tokenizer(a))  # one copy is enough: the fingerprints agree
-    indexed.merge([a, b], tmp_path / "m")
+    indexed.merge_datasets([a, b], tmp_path / "m")
     wanted = tokenizer.load(made[form]).fingerprint
     assert tokenizer.load(meta.kept_tokenizer(tmp_path / "m")).fingerprint == wanted
     for part in split_merge.split_dataset(tmp_path / "m", str(tmp_path / "s"), [1, 1]):
         assert tokenizer.load(meta.kept_tokenizer(part["prefix"])).fingerprint == wanted
     bytewise = [preprocess(tmp_path, "bytes", name) for name in ("x", "y")]
-    indexed.merge(bytewise, tmp_path / "n")
+    indexed.merge_datasets(bytewise, tmp_path / "n")
     assert meta.kept_tokenizer(tmp_path / "n") == "bytes" and not saved_tokenizer(tmp_path / "n").exists()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from megallm.base.config import load, loads, replace
 from megallm.base.errors import DataError, UsageError
-from megallm.convert.megatron.translate import to_yaml, translate
+from megallm.convert.megatron.translate import translate, translation_yaml
 from megallm.data.batches import Share
 from megallm.data.megatron import blend
 from megallm.data.megatron.samples import SampleOptions, build_samples
@@ -74,7 +74,7 @@ def corpus(make_dataset, tmp_path, monkeypatch):
 def config_of(flags: str) -> PretrainConfig:
     found = translate(REST + flags, "flags")
     assert found.problems == []
-    return check(loads(PretrainConfig, to_yaml(found, "flags")))
+    return check(loads(PretrainConfig, translation_yaml(found, "flags")))
 
 
 def first_tokens(reader, steps: range) -> np.ndarray:
@@ -161,7 +161,7 @@ def test_what_cannot_be_exact_is_refused_once(flag, words, why):
     assert "data.sources" not in found.config
     assert len(found.problems) == 1 and why in found.problems[0], found.problems
     with pytest.raises(UsageError, match="data.sources is empty"):
-        check(loads(PretrainConfig, to_yaml(found, "flags")))
+        check(loads(PretrainConfig, translation_yaml(found, "flags")))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_cannot_be_exact_is_refused_once(flag, words, why):
 def test_weights_are_what_python_reads(words, sources):
     found = translate(REST + f"--train-iters 5 --global-batch-size 1 --data-path {words}", "flags")
     assert found.problems == [] and found.config["data.sources"] == sources
-    assert loads(PretrainConfig, to_yaml(found, "flags")).data.sources == sources
+    assert loads(PretrainConfig, translation_yaml(found, "flags")).data.sources == sources
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_template_of_the_tokenizer_stands_around_texts(tmp_path, eos, ending
     assert [data.document(i).tolist() for i in range(4)] == wanted and wanted[0] == [1, 3, 4, 2, *ending]
     assert meta.read_meta(tmp_path / "o_text_document")["add_special_tokens"]
     prefix = str(tmp_path / "o_text_document")
-    indexed.merge([prefix, prefix], tmp_path / "all")
+    indexed.merge_datasets([prefix, prefix], tmp_path / "all")
     split_merge.split_dataset(prefix, str(tmp_path / "part"), [1, 1], seed=3)
     kept = [meta.read_meta(tmp_path / name) for name in ("all", "part-0")]
     assert all(found["add_special_tokens"] for found in kept)

@@ -187,7 +187,7 @@ def test_item_4_the_choice_does_not_depend_on_the_size(tmp_path):
     assert found["one"] == found["many"] == tokenizer.load(folder).encode(json.loads(line)["text"])
     libraries = [f"{name} {metadata.version(name)}" for name in ("gigatoken", "tokenizers")]
     assert meta.read_meta(f"{tmp_path}/one_text_document")["tokenizer"]["encoded_by"] == libraries
-    indexed.merge([f"{tmp_path}/one_text_document", f"{tmp_path}/many_text_document"], tmp_path / "all")
+    indexed.merge_datasets([f"{tmp_path}/one_text_document", f"{tmp_path}/many_text_document"], tmp_path / "all")
     parts = split_merge.split_dataset(str(tmp_path / "all"), str(tmp_path / "part"), [1, 1, 0], 1)
     for prefix in (str(tmp_path / "all"), parts[0]["prefix"]):
         assert meta.read_meta(prefix)["tokenizer"]["encoded_by"] == libraries
@@ -200,7 +200,9 @@ def test_item_4_a_merge_names_the_libraries_of_all_its_parts(tmp_path):
         preprocess.run(
             preprocess.PreprocessConfig((f"{tmp_path}/in.jsonl",), f"{tmp_path}/{backend}", folder, backend=backend)
         )
-    indexed.merge([f"{tmp_path}/{name}_text_document" for name in ("tokenizers", "gigatoken")], tmp_path / "all")
+    indexed.merge_datasets(
+        [f"{tmp_path}/{name}_text_document" for name in ("tokenizers", "gigatoken")], tmp_path / "all"
+    )
     assert len(meta.read_meta(str(tmp_path / "all"))["tokenizer"]["encoded_by"]) == 2
 
 

@@ -291,7 +291,7 @@ def test_shards_hold_whole_files_and_merge_to_the_whole(tmp_path):
     preprocess.run_shards(config, 3)
     preprocess.run(config)
     shards = [f"{tmp_path}/o-{i:05d}-of-00003_text_document" for i in range(3)]
-    indexed.merge(shards, tmp_path / "merged")
+    indexed.merge_datasets(shards, tmp_path / "merged")
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"merged.{suffix}").read_bytes() == (tmp_path / f"o_text_document.{suffix}").read_bytes()
     before = digests(tmp_path)
@@ -349,12 +349,12 @@ def test_lines_are_known_after_merging_and_splitting(tmp_path):
         config = PreprocessConfig((f"{tmp_path}/{name}.jsonl",), f"{tmp_path}/{name}", "bytes", on_error="skip")
         assert preprocess.run(config).rejected
     prefix = {name: f"{tmp_path}/{name}_text_document" for name in "ab"}
-    indexed.merge([prefix["a"], prefix["b"], prefix["a"]], tmp_path / "all")
+    indexed.merge_datasets([prefix["a"], prefix["b"], prefix["a"]], tmp_path / "all")
     parts = [
         part["prefix"]
         for part in split_merge.split_dataset(tmp_path / "all", str(tmp_path / "part"), [1, 1, 0], seed=3)
     ]
-    indexed.merge(parts, tmp_path / "again")
+    indexed.merge_datasets(parts, tmp_path / "again")
     lines = {name: Path(name).read_text().splitlines() for name in files}
     for made in (tmp_path / "all", *parts, tmp_path / "again"):
         data = IndexedDataset(made)
@@ -362,7 +362,7 @@ def test_lines_are_known_after_merging_and_splitting(tmp_path):
             text = json.loads(lines[place["file"]][place["line"] - 1])["text"]
             assert bytes(data.document(document).tolist()).decode() == text
     Path(f"{prefix['b']}.meta.json").unlink()
-    indexed.merge([prefix["a"], prefix["b"]], tmp_path / "half")
+    indexed.merge_datasets([prefix["a"], prefix["b"]], tmp_path / "half")
     assert trace.places(str(tmp_path / "half"), [0]) == [None]
 
 

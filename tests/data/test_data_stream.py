@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megallm.base.errors import DataError, UsageError
-from megallm.data.batches import Share, StreamReader, fill, pack_rows, unpacked_rows
+from megallm.data.batches import Share, StreamReader, fill_row, pack_rows, unpacked_rows
 from megallm.data.stream.mixture import Mixture
 from megallm.data.stream.permute import Permutation
 from megallm.data.stream.plan import Reading, StreamPlan, StreamSegment, stream_segments
@@ -280,7 +280,7 @@ def test_every_token_but_the_first_is_predicted_once(tmp_path):
         sources = sources_of(plan)
         stream, labels = Stream(plan, sources), []
         while (row := stream.take(1)[0]).epoch == 0:
-            _, label, mask, _ = fill(row, sources[prefix])
+            _, label, mask, _ = fill_row(row, sources[prefix])
             labels += label[mask].tolist()
         assert sorted(labels) == sorted(token for document in documents for token in document[1:].tolist())
 

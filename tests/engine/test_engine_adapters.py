@@ -20,7 +20,7 @@ from megallm.parallel.shard import Shard, normal
 from megallm.peft import lora
 from megallm.peft.config import PeftConfig
 from megallm.peft.dropout import number_samples
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.start import start_from_base
 from tests.engine.tiny import batches, config_of, share
 from tests.ranks import run_ranks
@@ -80,7 +80,7 @@ def built(mesh: Mesh, model: str, method: str, changes: dict[str, Any]) -> Engin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "constant", lambda value: normal(0.3))
         engine = Engine.build(
-            config_of(resolved, **changes), mesh, prepare(METHODS[method], resolved, seed=3)
+            config_of(resolved, **changes), mesh, prepare_adapters(METHODS[method], resolved, seed=3)
         )
     start_from_base(engine)
     return engine

@@ -14,7 +14,7 @@ from megallm.optim.config import OptimConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.peft.config import PeftConfig
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from tests.engine.tiny import batches, config_of, share
 from tests.peft.test_quantized import storages, tensors
 from tests.ranks import run_ranks
@@ -30,7 +30,8 @@ PADDING = 0.03  # each parameter begins at a multiple of 16 elements, and bucket
 
 def built(mesh: Mesh, kind: str, stage: int) -> Engine:
     optim = OptimConfig(clip=1.0)
-    return Engine.build(config_of(MODEL, optim, zero=stage, precision="bf16"), mesh, prepare(WANTED[kind], MODEL))
+    config = config_of(MODEL, optim, zero=stage, precision="bf16")
+    return Engine.build(config, mesh, prepare_adapters(WANTED[kind], MODEL))
 
 
 def measured(layout: Layout, kind: str, stage: int) -> tuple[Footprint, Footprint]:

@@ -18,7 +18,7 @@ from megallm.models.build import place_parameters
 from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.moe import Moe
-from megallm.models.router import select
+from megallm.models.router import select_experts
 from megallm.models.sections import MoeConfig
 from megallm.models.stages import StageSpan
 from megallm.ops.low_precision import LossScaleOptions
@@ -101,16 +101,18 @@ def test_biases_are_refused():
 def test_the_bias_moves_the_choice_and_not_the_weights():
     scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     moe = model_of(top_k=1, selection_bias=True).moe
-    assert select(scores, None, moe).tolist() == [[0]]
-    assert select(scores, torch.tensor([0.0, 0.0, 0.0, 0.5]), moe).tolist() == [[3]]
+    assert select_experts(scores, None, moe).tolist() == [[0]]
+    assert select_experts(scores, torch.tensor([0.0, 0.0, 0.0, 0.5]), moe).tolist() == [[3]]
 
 
 def test_groups_limit_the_choice():
     """The best two are in different groups; one group may be taken, the one with the best member or the best pair."""
     scores = torch.tensor([[0.9, 0.0, 0.1, 0.6, 0.5, 0.2]])
     moe = model_of(num_experts=6, num_groups=3, top_groups=1).moe
-    assert set(select(scores, None, moe)[0].tolist()) == {0, 1}, "by the best"
-    assert set(select(scores * 0, torch.tensor([0.4, 0.0, 0.1, 0.2, 0.3, 0.2]), moe)[0].tolist()) == {4, 5}, "by pairs"
+    assert set(select_experts(scores, None, moe)[0].tolist()) == {0, 1}, "by the best"
+    assert set(select_experts(scores * 0, torch.tensor([0.4, 0.0, 0.1, 0.2, 0.3, 0.2]), moe)[0].tolist()) == {4, 5}, (
+        "by pairs"
+    )
 
 
 # Capacity

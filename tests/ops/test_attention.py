@@ -13,7 +13,7 @@ from torch import Tensor
 from megallm.base.errors import DataError
 from megallm.ops import attention
 from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention, visible
-from megallm.ops.cached_attention import attend_rows
+from megallm.ops.cached_attention import attend_rows, length_bias
 from megallm.ops.tiles import CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles, row_mask_spec
 
 ATOL = 1e-12
@@ -257,7 +257,8 @@ def test_rows_of_a_cache_see_their_own_lengths(with_sinks: bool, window: int | N
     q, k, v = (x.detach() for x in tensors(20, 6, 2, value_size=4))
     sinks = torch.linspace(-1, 2, 6, dtype=torch.float64) if with_sinks else None
     lengths = torch.tensor([20, 7])
-    got = attend_rows(torch.stack([q[0, 19:20], q[1, 6:7]]), k, v, lengths, window, sinks)
+    bias = length_bias(lengths, 20, window, q.dtype)
+    got = attend_rows(torch.stack([q[0, 19:20], q[1, 6:7]]), k, v, bias, sinks)
     for row, length in enumerate(lengths.tolist()):
         part = [x[row : row + 1, :length] for x in (q, k, v)]
         seen = dense_mask(MaskSpec((0, length), window))

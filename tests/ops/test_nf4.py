@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megallm.ops.nf4 import BLOCK, LEVELS, OUTER_BLOCK, Nf4, Piece, dynamic_table
+from megallm.ops.nf4 import BLOCK, LEVELS, OUTER_BLOCK, MatrixRange, Nf4, dynamic_table
 
 functional = pytest.importorskip("bitsandbytes.functional")
 SHAPES = [(64, 64), (48, 96), (7, 13), (1, 64), (300, 70), (256, 344)]
@@ -19,7 +19,7 @@ def matrix(shape: tuple[int, int], std: float = 1.0, dtype: torch.dtype = torch.
 
 def whole(values: Tensor) -> Nf4:
     full = tuple(values.shape)
-    return Nf4.of(values, Piece((0, full[0]), (0, full[1]), full))
+    return Nf4.of(values, MatrixRange((0, full[0]), (0, full[1]), full))
 
 
 def reference(name: str, *args: object) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def test_a_piece_has_the_values_of_the_whole(shape):
     for some in ((0, rows), (rows // 2, rows), (rows // 3, rows - 1)):
         for across in ((0, columns), (0, columns // 2), (columns // 2, columns)):
             if some[0] < some[1]:
-                got = Nf4.of(values, Piece(some, across, shape)).dequantize(torch.float64)
+                got = Nf4.of(values, MatrixRange(some, across, shape)).dequantize(torch.float64)
                 assert torch.equal(got, want[slice(*some), slice(*across)])
     if shape == (128, 256):  # negative control: quantising the piece itself gives other scales
         assert not torch.equal(whole(values[:, :128]).dequantize(torch.float64), want[:, :128])
@@ -80,5 +80,5 @@ def test_a_piece_has_the_values_of_the_whole(shape):
 def test_bytes():
     values = matrix((256, 1024))
     assert whole(values).num_bytes <= 0.517 * values.numel()
-    pieces = [Nf4.of(values, Piece((0, 256), at, (256, 1024))) for at in ((0, 512), (512, 1024))]
+    pieces = [Nf4.of(values, MatrixRange((0, 256), at, (256, 1024))) for at in ((0, 512), (512, 1024))]
     assert sum(piece.num_bytes for piece in pieces) <= 0.517 * values.numel()

@@ -165,7 +165,7 @@ def test_rows_take_the_branch_they_are_named_after(name: str) -> None:
         products = 3 * 2 * 2 * row_named(name).micros * 3  # 2 layers, gate_up and down, 3 steps; dx, dw, y
         assert seen.grouped == products
     else:
-        assert seen.chunks > 3 and seen.buckets > 3
+        assert seen.chunks >= 3 and seen.buckets > 3  # of the tokens that count, 3 at once
 
 
 def test_the_clip_is_reached_in_some_steps_and_not_in_others() -> None:

@@ -15,7 +15,7 @@ from megallm.parallel.linear import WeightGradQueue, weight_gradient
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Pipeline, buffer_maker
 from megallm.parallel.schedule import Placement, place, plan_schedule
-from megallm.parallel.simulate import Cost, Slot, Timeline, peak_live, simulate
+from megallm.parallel.simulate import Cost, TimedAction, Timeline, peak_live, simulate
 from tests.ranks import run_ranks
 
 SLEEP = {"F": 0.010, "B": 0.010, "W": 0.008}
@@ -97,7 +97,7 @@ def sleep_through(layout: Layout, kind: str, chunks: int, micros: int) -> list[l
 
 def timeline_of(rows: list[list[list]]) -> Timeline:
     begin = min(row[1] for rank in rows for row in rank)
-    ranks = [[Slot(action, start - begin, end - begin) for action, start, end in rank] for rank in rows]
+    ranks = [[TimedAction(action, start - begin, end - begin) for action, start, end in rank] for rank in rows]
     return Timeline(ranks, [peak_live([slot.action for slot in rank]) for rank in ranks])
 
 

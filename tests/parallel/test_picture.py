@@ -18,7 +18,7 @@ from megallm.cli import main as cli
 from megallm.parallel import picture
 from megallm.parallel.picture import Picture, chrome_trace, lay_out, save_picture, ticks, to_svg
 from megallm.parallel.schedule import Action, Placement
-from megallm.parallel.simulate import Cost, Slot, Timeline, simulate
+from megallm.parallel.simulate import Cost, TimedAction, Timeline, simulate
 from tests.parallel.plans import Case, cases, traffic
 
 ROOT = Path(__file__).parents[2]
@@ -100,8 +100,11 @@ def test_png_shows_the_same(tmp_path):
 def test_a_measured_timeline_begins_at_nought():
     """Seconds of a clock that began long ago."""
     ranks = [
-        [Slot(Action("F", 0, 0), 5000.0, 5000.25), Slot(Action("B", 0, 0), 5000.5, 5001.0)],
-        [Slot(Action("F", 0, 1), 5000.25, 5000.25), Slot(Action("B", 0, 1), 5000.25, 5000.5)],  # an empty one too
+        [TimedAction(Action("F", 0, 0), 5000.0, 5000.25), TimedAction(Action("B", 0, 0), 5000.5, 5001.0)],
+        [
+            TimedAction(Action("F", 0, 1), 5000.25, 5000.25),
+            TimedAction(Action("B", 0, 1), 5000.25, 5000.5),
+        ],  # an empty one too
     ]
     shown = Picture(Timeline(ranks, [1, 1]), Placement(2), "measured", unit="s")
     svg = to_svg(lay_out(shown))
@@ -143,7 +146,7 @@ def test_bad_names_and_sizes(tmp_path):
     for name in ("missing/a.svg", "missing/a.png"):
         with pytest.raises(CannotWrite, match="folder"):
             save_picture(shown, tmp_path / name)
-    many = [Slot(Action("F", micro, 0), micro, micro + 1) for micro in range(picture.MAX_BOXES + 1)]
+    many = [TimedAction(Action("F", micro, 0), micro, micro + 1) for micro in range(picture.MAX_BOXES + 1)]
     with pytest.raises(UsageError, match="fewer microbatches"):
         save_picture(Picture(Timeline([many], [0]), Placement(1)), tmp_path / "a.svg")
     assert list(tmp_path.iterdir()) == []

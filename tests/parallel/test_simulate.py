@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megallm.base.errors import InternalError
 from megallm.parallel.schedule import Action, place, plan_schedule
-from megallm.parallel.simulate import Cost, Deadlock, Slot, Timeline, simulate
+from megallm.parallel.simulate import Cost, Deadlock, TimedAction, Timeline, simulate
 from tests.parallel.plans import Case, cases, swapped
 
 # Whole numbers: sums and comparisons of them are exact in floating point, so the tests below use ==.
@@ -174,8 +174,8 @@ def test_one_rank_only_ever_works():
 def test_figures_of_a_measured_timeline():
     """Slots that a clock made: rank 0 works 3 of 4 s, rank 1 works 2 of 4."""
     ranks = [
-        [Slot(Action("F", 0, 0), 0.0, 1.0), Slot(Action("B", 0, 0), 2.0, 4.0)],
-        [Slot(Action("F", 0, 1), 1.0, 1.5), Slot(Action("B", 0, 1), 1.5, 3.0)],
+        [TimedAction(Action("F", 0, 0), 0.0, 1.0), TimedAction(Action("B", 0, 0), 2.0, 4.0)],
+        [TimedAction(Action("F", 0, 1), 1.0, 1.5), TimedAction(Action("B", 0, 1), 1.5, 3.0)],
     ]
     timeline = Timeline(ranks, [1, 1])
     assert timeline.makespan == 4.0 and timeline.work == 3.0

@@ -21,7 +21,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.peft.adalora import attach, plan_budget
 from megallm.peft.config import PeftConfig
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from tests.engine.tiny import batches, config_of, share, state_of
 from tests.ranks import run_ranks
 
@@ -39,7 +39,7 @@ PLAIN = OptimConfig(rule="sgd", momentum=0.0, clip=0.0, weight_decay=0.0)
 
 def built(mesh: Mesh, changes: dict[str, Any]) -> Engine:
     config = config_of(MODEL, PLAIN, **changes)
-    engine = Engine.build(config, mesh, prepare(CONFIG, MODEL))
+    engine = Engine.build(config, mesh, prepare_adapters(CONFIG, MODEL))
     attach(engine, CONFIG, STEPS)
     return engine
 
@@ -116,7 +116,7 @@ def test_the_budget_is_a_cubic():
     assert plan[9] == (36, False) and plan[79] == (24, True) and plan[99] == (24, False)
     assert plan[44] == (int(12 * 0.5**3 + 24), True) and plan[45][1] is False
     assert all(a[0] >= b[0] for a, b in zip(plan, plan[1:], strict=False))
-    engine = Engine.build(config_of(MODEL, PLAIN), Mesh.single(), prepare(config, MODEL))
+    engine = Engine.build(config_of(MODEL, PLAIN), Mesh.single(), prepare_adapters(config, MODEL))
     with pytest.raises(UsageError, match="warmup_steps"):
         attach(engine, config, 30)
 
@@ -143,7 +143,7 @@ def test_as_peft(tmp_path: Path):
     from megallm.convert.weights import HfReader
     from megallm.peft.files import write_folder
     from megallm.peft.reading import AdapterFolder
-    from megallm.peft.sources import Joined, Tensors
+    from megallm.peft.sources import Joined, TensorSource
 
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -161,7 +161,7 @@ def test_as_peft(tmp_path: Path):
     with HfReader(tmp_path / "base") as reader:
         start = AdapterFolder(tmp_path / "start", reader.model)
         made = replace(CONFIG, targets=start.config.targets)
-        engine = Engine.build(config_of(reader.model, PLAIN), Mesh.single(), prepare(made, reader.model))
+        engine = Engine.build(config_of(reader.model, PLAIN), Mesh.single(), prepare_adapters(made, reader.model))
         engine.fill(Joined(start, reader))
     attach(engine, made, STEPS)
     optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.5)
@@ -175,7 +175,7 @@ def test_as_peft(tmp_path: Path):
         optimizer.zero_grad()
     held = {name: x.float() for name, x in state_of(engine).items() if not name.startswith("optim.")}
     (tmp_path / "ours").mkdir()
-    write_folder(tmp_path / "ours", Tensors(held), made, engine.config.model, str(tmp_path / "base"))
+    write_folder(tmp_path / "ours", TensorSource(held), made, engine.config.model, str(tmp_path / "base"))
     theirs.save_pretrained(tmp_path / "theirs")
     ours, wanted = (AdapterFolder(tmp_path / name, engine.config.model) for name in ("ours", "theirs"))
     assert ours.names() == wanted.names()

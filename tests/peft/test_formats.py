@@ -16,9 +16,9 @@ from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
 from megallm.peft.config import PeftConfig
 from megallm.peft.files import write_folder
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.reading import AdapterFolder
-from megallm.peft.sources import Joined, Tensors
+from megallm.peft.sources import Joined, TensorSource
 from tests.engine.tiny import batches, config_of, state_of
 
 peft = pytest.importorskip("peft")
@@ -81,7 +81,7 @@ def engine_of(base: Path, config: PeftConfig, adapter: AdapterFolder | None = No
     with HfReader(base) as reader:
         model: ModelConfig = reader.model
         made = config_of(model, precision="fp32")
-        engine = Engine.build(made, Mesh.single(), prepare(config, model))
+        engine = Engine.build(made, Mesh.single(), prepare_adapters(config, model))
         engine.fill(reader if adapter is None else Joined(adapter, reader))
     return engine
 
@@ -94,7 +94,7 @@ def test_ours_in_peft(method, base, tmp_path):
     held = {name: x for name, x in state_of(engine).items() if not name.startswith("optim.")}
     trained = [x.numel() for name, x in held.items() if ".adapter." in name]
     assert sum(trained) == COUNTS[method]
-    write_folder(tmp_path, Tensors(held), config, engine.config.model, str(base))
+    write_folder(tmp_path, TensorSource(held), config, engine.config.model, str(base))
     loaded = peft.PeftModel.from_pretrained(hugging_face(base), tmp_path)
     want, got = ours_of(engine), log_probs_of(loaded)
     assert (want - got).abs().max() <= 1e-5
@@ -118,7 +118,7 @@ def test_theirs_in_ours(method, base, tmp_path):
     assert (want - ours_of(engine)).abs().max() <= 1e-5
     # Negative control: the positions of the text count, and so does each tensor.
     held = {name: x for name, x in state_of(engine).items() if not name.startswith("optim.")}
-    wrong = Tensors({name: x * (1.1 if ".adapter." in name else 1) for name, x in held.items()})
+    wrong = TensorSource({name: x * (1.1 if ".adapter." in name else 1) for name, x in held.items()})
     engine.fill(wrong)
     assert (want - ours_of(engine)).abs().max() > 1e-4
 
@@ -128,7 +128,7 @@ def test_bottlenecks_come_back(base, tmp_path):
     engine = engine_of(base, config)
     engine.train_step(batches(2, tokens=8), NextToken(), 0.05)
     held = {name: x for name, x in state_of(engine).items() if not name.startswith("optim.")}
-    write_folder(tmp_path, Tensors(held), config, engine.config.model, str(base))
+    write_folder(tmp_path, TensorSource(held), config, engine.config.model, str(base))
     adapter = AdapterFolder(tmp_path, engine.config.model)
     assert adapter.config.hidden == 5 and adapter.config.method == "houlsby"
     assert torch.equal(ours_of(engine_of(base, adapter.config, adapter)), ours_of(engine))
@@ -140,6 +140,6 @@ def test_what_peft_has_no_place_for(base, tmp_path):
         mla={"kv_lora_dim": 7, "nope_head_size": 3, "rope_head_size": 4, "value_head_size": 5},
     ).resolve()  # fmt: skip
     config = PeftConfig("prefix", virtual_tokens=3)
-    engine = Engine.build(config_of(latent), Mesh.single(), prepare(config, latent))
+    engine = Engine.build(config_of(latent), Mesh.single(), prepare_adapters(config, latent))
     with pytest.raises(UsageError, match="latent"):
-        write_folder(tmp_path, Tensors(state_of(engine)), config, latent, None)
+        write_folder(tmp_path, TensorSource(state_of(engine)), config, latent, None)

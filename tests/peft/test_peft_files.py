@@ -19,7 +19,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.peft import lora
 from megallm.peft.config import PeftConfig
 from megallm.peft.files import adapter_shapes, write_folder
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.reading import AdapterFolder
 from megallm.peft.sources import Joined, read_whole
 from tests.engine.tiny import config_of
@@ -30,7 +30,7 @@ def ours(saved: Saved) -> float:
     """The largest difference of log-probabilities when the folders are read here."""
     with HfReader(saved.base) as base:
         adapter = AdapterFolder(saved.adapter, base.model)
-        prepared = prepare(adapter.config, base.model)
+        prepared = prepare_adapters(adapter.config, base.model)
         engine = Engine(config_of(base.model), Mesh.single(), prepared)
         engine.fill(Joined(adapter, base))
     trained = sum(b.plan.numel for b in engine.parameters.trainable)
@@ -129,4 +129,4 @@ def test_damaged_folders_are_told(tmp_path):
 def test_a_configuration_that_cannot_be_is_told(config, words):
     model = ModelConfig(family="llama", num_layers=1, hidden_size=8, num_heads=2, vocab_size=9, ffn_hidden_size=8)
     with pytest.raises(UsageError, match=words):
-        prepare(config, model.resolve())
+        prepare_adapters(config, model.resolve())

@@ -14,7 +14,7 @@ from megallm.convert.weights import HfReader
 from megallm.engine.engine import Engine
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.merge import merge, unmerge
 from megallm.peft.reading import AdapterFolder
 from megallm.peft.sources import Joined
@@ -66,7 +66,7 @@ def switched(layout: Layout, base: str, adapter: str, text: Any, options: dict[s
     with HfReader(base) as source:
         read = AdapterFolder(adapter, source.model)
         engine = Engine(
-            config_of(source.model, **options), mesh, prepare(read.config, source.model)
+            config_of(source.model, **options), mesh, prepare_adapters(read.config, source.model)
         )
         engine.fill(Joined(read, source))
     before = [(held.name, held.tensor.clone()) for held in engine.state()]
@@ -103,7 +103,7 @@ def test_a_tied_head_is_not_merged_in_place(tmp_path):
     saved = save("tied head", tmp_path)
     with HfReader(saved.base) as source:
         read = AdapterFolder(saved.adapter, source.model)
-        engine = Engine(config_of(source.model), Mesh.single(), prepare(read.config, source.model))
+        engine = Engine(config_of(source.model), Mesh.single(), prepare_adapters(read.config, source.model))
         engine.fill(Joined(read, source))
     with pytest.raises(UsageError, match="tied to the embedding"):
         merge(engine)

@@ -22,7 +22,7 @@ from megallm.parallel.recompute import TOKEN_KEYS
 from megallm.peft.checkpoint import base_reference, load, trained_parts
 from megallm.peft.config import PeftConfig
 from megallm.peft.export import export
-from megallm.peft.inject import param_groups, prepare, prepare_all
+from megallm.peft.inject import param_groups, prepare_adapters, prepare_all
 from megallm.peft.reference import off, using
 from megallm.peft.start import fill, resolve, start_from_base
 from tests.engine.tiny import MODEL, SEEN, batches, config_of, share
@@ -125,7 +125,7 @@ def trained(layout: Layout, folder: str, base: str, more: int) -> list:
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
     with HfReader(base) as source:
         config = config_of(source.model)
-        engine = Engine(config, mesh, prepare(PeftConfig("lora", dim=2, dora=True), source.model))
+        engine = Engine(config, mesh, prepare_adapters(PeftConfig("lora", dim=2, dora=True), source.model))
         if more:
             engine.fill(source)
             start_from_base(engine)
@@ -164,7 +164,7 @@ def exported(layout: Layout, base: str, adapter: str, out: str) -> None:
         config = resolve(PeftConfig("lora", adapter=adapter, lr_b=4.0), source.model)
         assert config.lr_b == 4.0
         zero = 3 if layout.dp > 1 else 0
-        engine = Engine(config_of(source.model, zero=zero), mesh, prepare(config, source.model))
+        engine = Engine(config_of(source.model, zero=zero), mesh, prepare_adapters(config, source.model))
         fill(engine, source, [config])
     export(engine, config, Path(out), base)
     with pytest.raises(UsageError, match="out"):
@@ -197,4 +197,4 @@ def test_another_base_is_refused(tmp_path):
         CheckpointReader(tmp_path / "run/step-00000002") as reader,
         pytest.raises(CheckpointError, match="not there"),
     ):
-        load(Engine(config_of(source.model), Mesh.single(), prepare(LORA, source.model)), reader)
+        load(Engine(config_of(source.model), Mesh.single(), prepare_adapters(LORA, source.model)), reader)

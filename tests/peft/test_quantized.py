@@ -14,11 +14,11 @@ from megallm.base.errors import UsageError
 from megallm.engine.engine import Engine
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
-from megallm.ops.nf4 import Nf4, Piece
+from megallm.ops.nf4 import MatrixRange, Nf4
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.peft.config import PeftConfig
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from megallm.peft.merge import merge
 from megallm.peft.start import start_from_base
 from tests.engine.tiny import batches, config_of, share, state_of
@@ -52,7 +52,7 @@ def rounded(engine: Engine) -> None:
         if inside and not name.endswith("router.weight"):
             rows, columns = shard.full[-2:]
             for matrix in tensor.view(-1, rows, columns):
-                piece = Piece((0, rows), (0, columns), (rows, columns))
+                piece = MatrixRange((0, rows), (0, columns), (rows, columns))
                 matrix.copy_(Nf4.of(matrix, piece).dequantize(matrix.dtype))
     engine.parameters.publish()
 
@@ -68,7 +68,7 @@ def steps(engine: Engine, mesh: Mesh) -> tuple[list, list]:
 
 def trained(layout: Layout, name: str, changes: dict[str, Any]) -> tuple[list, list]:
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
-    engine = Engine.build(config_of(model(name), **changes), mesh, prepare(QLORA, model(name)))
+    engine = Engine.build(config_of(model(name), **changes), mesh, prepare_adapters(QLORA, model(name)))
     return steps(engine, mesh)
 
 
@@ -87,9 +87,9 @@ def expected() -> dict[str, tuple[list, dict[str, Tensor]]]:
     """What an ordinary frozen base with the same rounded values trains to, in one process."""
     found = {}
     for name in MODELS:
-        engine = Engine.build(config_of(model(name)), Mesh.single(), prepare(LORA, model(name)))
+        engine = Engine.build(config_of(model(name)), Mesh.single(), prepare_adapters(LORA, model(name)))
         plain = steps(engine, Mesh.single())[0]
-        engine = Engine.build(config_of(model(name)), Mesh.single(), prepare(LORA, model(name)))
+        engine = Engine.build(config_of(model(name)), Mesh.single(), prepare_adapters(LORA, model(name)))
         rounded(engine)
         numbers, parts = steps(engine, Mesh.single())
         assert abs(numbers[1][0] - plain[1][0]) > 1e-4  # the rounding is not nothing
@@ -117,13 +117,13 @@ def test_filled_from_another_engine_and_kept_in_half_a_byte():
     held = {name: tensor for name, tensor in state_of(source).items() if "optim." not in name}
     before = tensors()
     engine = Engine.build(
-        config_of(big, precision="bf16", seed=6), Mesh.single(), prepare(QLORA, big)
+        config_of(big, precision="bf16", seed=6), Mesh.single(), prepare_adapters(QLORA, big)
     )
     engine.fill(Held(held))
     weights = engine.model.quantized
     for name, weight in weights.items():
         whole = held[name].view(-1, *held[name].shape[-2:])
-        piece = Piece((0, whole.shape[1]), (0, whole.shape[2]), tuple(whole.shape[1:]))
+        piece = MatrixRange((0, whole.shape[1]), (0, whole.shape[2]), tuple(whole.shape[1:]))
         want = torch.stack([Nf4.of(x, piece).dequantize(torch.float32) for x in whole])
         assert torch.equal(weight.dequantize(torch.float32), want.view(held[name].shape))
     total = sum(weight.numel for weight in weights.values())
@@ -154,7 +154,7 @@ def test_dora_reads_the_rounded_base_and_cannot_be_merged_into_it():
     config = model("dense")
     norms = []
     for wanted in (replace(QLORA, dora=True), replace(LORA, dora=True)):
-        engine = Engine.build(config_of(config), Mesh.single(), prepare(wanted, config))
+        engine = Engine.build(config_of(config), Mesh.single(), prepare_adapters(wanted, config))
         if wanted.quantize == "none":
             rounded(engine)
         start_from_base(engine)

@@ -23,7 +23,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.tensor import without_adapters
 from megallm.peft.config import PeftConfig
-from megallm.peft.inject import prepare
+from megallm.peft.inject import prepare_adapters
 from tests.engine.tiny import batches, config_of, share
 from tests.ranks import run_ranks
 
@@ -96,7 +96,7 @@ def trained(case: Case, method: str, broken: str = "") -> tuple[list, list]:
     off = frozenset({broken} if broken else ())
     mesh = Mesh.start(layout, broken=off) if layout.world > 1 else Mesh.single()
     config = config_of(ModelConfig(**MODELS[model]).resolve(), **changes)
-    engine = Engine.build(config, mesh, prepare(METHODS[method], config.model))
+    engine = Engine.build(config, mesh, prepare_adapters(METHODS[method], config.model))
     numbers = []
     for step in range(3):
         given = share(make(batches(4, tokens=16, seed=step)), mesh)
@@ -183,7 +183,7 @@ def test_documents_of_a_row_each_see_the_virtual_tokens(method):
     norms = []
     for given in (rows, apart):
         config = config_of(ModelConfig(**TINY).resolve())
-        engine = Engine.build(config, Mesh.single(), prepare(METHODS[method], config.model))
+        engine = Engine.build(config, Mesh.single(), prepare_adapters(METHODS[method], config.model))
         stats = engine.train_step(given, NextToken(), 0.0)
         norms.append((stats.loss, stats.grad_norm))
     assert norms[0] == pytest.approx(norms[1], rel=1e-11)
@@ -194,7 +194,7 @@ def generated(layout: Layout, model: str, method: str) -> tuple[float, float]:
     those to the reference model's."""
     mesh = Mesh.start(layout)
     config = config_of(ModelConfig(**MODELS[model]).resolve(), zero=3)
-    engine = Engine.build(config, mesh, prepare(METHODS[method], config.model))
+    engine = Engine.build(config, mesh, prepare_adapters(METHODS[method], config.model))
     requests = [Request(number, [1 + number, 7, 3, 9, 2], Answer(Ending(8))) for number in range(3)]
     with engine.parameters.gathered():
         Generator(engine.model).generate(requests, Sampling())
@@ -227,7 +227,7 @@ def test_the_reference_has_no_virtual_tokens(method):
     given = batches(1, tokens=10)
     config = config_of(ModelConfig(**TINY).resolve())
     plain = Engine.build(config, Mesh.single()).log_probs(given)[0]
-    engine = Engine.build(config, Mesh.single(), prepare(METHODS[method], config.model))
+    engine = Engine.build(config, Mesh.single(), prepare_adapters(METHODS[method], config.model))
     assert (engine.log_probs(given)[0] - plain).abs().max() > 1e-3
     with without_adapters(engine.model.stages[0]):
         assert torch.equal(engine.log_probs(given)[0], plain)
@@ -236,9 +236,9 @@ def test_the_reference_has_no_virtual_tokens(method):
 def test_virtual_tokens_that_cannot_be():
     encoder = ModelConfig(**TINY | {"family": "bert", "num_kv_heads": 4}).resolve()
     with pytest.raises(UsageError, match="causal"):
-        Engine.build(config_of(encoder), Mesh.single(), prepare(METHODS["prompt"], encoder))
+        Engine.build(config_of(encoder), Mesh.single(), prepare_adapters(METHODS["prompt"], encoder))
     config = config_of(ModelConfig(**TINY).resolve())
-    engine = Engine.build(config, Mesh.single(), prepare(METHODS["prompt"], config.model))
+    engine = Engine.build(config, Mesh.single(), prepare_adapters(METHODS["prompt"], config.model))
     with pytest.raises(UsageError, match="prefix"):
         Generator(engine.model).generate([Request(0, [1], Answer(Ending(2)))], Sampling())
 
@@ -258,7 +258,7 @@ def test_values_that_cannot_be_used():
 def test_norms_are_trained_beside_adapters():
     config = config_of(ModelConfig(**TINY).resolve())
     wanted = PeftConfig("houlsby", hidden=5, modules_to_save=("*norm",))
-    engine = Engine.build(config, Mesh.single(), prepare(wanted, config.model))
+    engine = Engine.build(config, Mesh.single(), prepare_adapters(wanted, config.model))
     trained_names = {name for name in engine.parameters.params if engine.parameters.params[name].requires_grad}
     assert "layers.0.mlp_norm.weight" in trained_names and "final_norm.weight" in trained_names
     assert "layers.0.mlp.down.weight" not in trained_names

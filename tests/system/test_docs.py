@@ -48,3 +48,15 @@ def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def strange_lines(page: str, source: str) -> list[str]:
+    """Lines of a page's Python blocks that do not stand in the file that the page takes them from."""
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    return [line for line in block.splitlines() if line.strip() and f"\n{line}\n" not in source]
+
+
+def test_the_trainer_of_the_page_is_the_one_that_is_tested():
+    page = (ROOT / "docs/adding_a_trainer.md").read_text()
+    assert strange_lines(page, (ROOT / "tests/training/test_supervised.py").read_text()) == []
+    assert strange_lines("```python\nx = 1\ny = 2\n```", "\nx = 1\n") == ["y = 2"]

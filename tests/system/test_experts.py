@@ -12,7 +12,7 @@ import torch
 
 from megallm.base.errors import UsageError
 from megallm.checkpoint.reader import CheckpointReader
-from megallm.checkpoint.tools import resolve
+from megallm.checkpoint.tools import resolve_step
 from megallm.convert import upcycle
 from megallm.convert.upcycle import UpcycleRequest
 from megallm.convert.verify import our_logits
@@ -107,7 +107,7 @@ def test_resumed_with_experts_divided_otherwise(tmp_path, corpus):
 
 
 def logits_of(run: Path, tokens: torch.Tensor) -> torch.Tensor:
-    with CheckpointReader(resolve(run)) as reader:
+    with CheckpointReader(resolve_step(run)) as reader:
         return our_logits(stored_model(reader), Cast(reader), tokens)
 
 

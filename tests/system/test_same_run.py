@@ -172,7 +172,7 @@ def test_a6_a_key_that_does_not_exist_cannot_be_allowed():
 
 def test_a6_what_preprocess_merge_and_split_hashed_is_not_read_again(tmp_path, made, monkeypatch):
     prefix = str(tmp_path / "merged")
-    indexed.merge(list(made), prefix)
+    indexed.merge_datasets(list(made), prefix)
     parts = [part["prefix"] for part in split_merge.split_dataset(prefix, str(tmp_path / "part"), [1, 1])]
     truth = {one: content.records_of({s: f"{one}.{s}" for s in content.SUFFIXES}) for one in (made[0], prefix, *parts)}
     read = []

@@ -13,7 +13,7 @@ from megallm.base.errors import DataError, UsageError
 from megallm.cli.config import load_and_check
 from megallm.convert.convert import ConvertRequest
 from megallm.convert.convert import run as convert
-from megallm.convert.megatron.translate import to_yaml, translate
+from megallm.convert.megatron.translate import translate, translation_yaml
 from megallm.convert.tokenizer_files import write_byte_tokenizer
 from megallm.data.chat.template import find_template
 from megallm.data.indexed import dataset as indexed
@@ -63,7 +63,7 @@ def continued(model: str, prompt: str = "In the beginning", **more) -> list[int]
 
 def test_a_megatron_script_without_a_tokenizer_gets_that_of_its_data(data):
     found = translate(MEGATRON, "flags")
-    Path("c.yaml").write_text(to_yaml(found, "flags"))
+    Path("c.yaml").write_text(translation_yaml(found, "flags"))
     assert load(PretrainConfig, "c.yaml", []).data.tokenizer is None
     trained("c.yaml", "train.precision=fp32", "log.plot=false", "checkpoint.every=1")
     own = tokenizer.load("elsewhere")
@@ -151,11 +151,11 @@ def test_data_of_megatron_itself_train_with_a_warning_and_are_never_bytes(data, 
 
 
 def test_a_source_without_metadata_beside_one_with_is_refused(data):
-    indexed.merge(["d_text_document"], "e")
+    indexed.merge_datasets(["d_text_document"], "e")
     Path("e.meta.json").unlink()
     config = load_and_check(small(data / "c.yaml", sources={"d_text_document": 1, "e": 1}), [], 1)
     with pytest.raises(DataError, match="no metadata say what made e: set data.tokenizer"):
-        reading.need_tokenizer(config)
+        reading.tokenizer_warning(config)
 
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "mine.json"])

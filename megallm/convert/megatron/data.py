@@ -13,7 +13,7 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.base.paths import is_placeholder
-from megallm.convert.megatron.translation import Translation, shown, unfilled
+from megallm.convert.megatron.translation import Translation, shown_values, unfilled_word
 from megallm.data.text.native import SENTENCEPIECE, TIKTOKEN
 
 Sources = dict[str, float | None]
@@ -24,7 +24,7 @@ SENTENCEPIECE_TYPES = ("Llama2Tokenizer", "SentencePieceTokenizer", "GPTSentence
 
 
 def sources_of(words: Sequence[str]) -> Sources:
-    """Prefix -> weight of the words of `--data-path`, or None where they hold none.
+    """Returns prefix -> weight of the words of `--data-path`, or None where they hold none.
 
     As Megatron-LM's `get_blend_from_list`: an odd number of words are prefixes; else every other
     word is a weight if Python reads it as a number. What it stops at, or reads in a way that nobody
@@ -72,12 +72,12 @@ def _number(word: str) -> float | None:
 
 
 def words_of_file(path: str) -> list[str]:
-    """The words of a file for `--data-args-path`. Errors: `UsageError`, a clause."""
+    """Returns the words of a file for `--data-args-path`. Errors: `UsageError`, a clause."""
     return _read(path).split()
 
 
 def splits_of_file(path: str) -> dict[str, list[str]]:
-    """The words of each split in a JSON file for `--per-split-data-args-path`.
+    """Returns the words of each split in a JSON file for `--per-split-data-args-path`.
 
     Errors: `UsageError`, a clause.
     """
@@ -113,8 +113,8 @@ def _read(path: str) -> str:
         raise UsageError(f"the file cannot be read ({error})") from error
 
 
-def tokenizer_of(kind: str, given: Mapping[str, str]) -> str | None:
-    """What `data.tokenizer` is for `--tokenizer-type` and the flags beside it.
+def megatron_tokenizer(kind: str, given: Mapping[str, str]) -> str | None:
+    """Returns what `data.tokenizer` is for `--tokenizer-type` and the flags beside it.
 
     None without a type, and for NullTokenizer, whose data has no text. Errors: `UsageError`.
     """
@@ -183,7 +183,7 @@ _APART = {"train": "--train-data-path", "valid": "--valid-data-path", "test": "-
 
 
 def translate_data(found: Translation) -> None:
-    """The sources: one blend that `--split` divides, or a blend for each split."""
+    """Translate the sources: one blend that `--split` divides, or a blend for each split."""
     flags = [
         flag
         for flag in (*_WHOLE, *_APART.values(), "--per-split-data-args-path")
@@ -212,7 +212,7 @@ def _data_of_splits(found: Translation) -> None:
         )
     found.config["data.split"] = "100,0,0"
     flag, words = "--per-split-data-args-path", {}
-    if flag in found.given and not any(map(unfilled, found.given[flag])):
+    if flag in found.given and not any(map(unfilled_word, found.given[flag])):
         try:
             words = splits_of_file(found.text(flag))
         except UsageError as error:
@@ -235,10 +235,10 @@ def _sources(found: Translation, flag: str, words: list[str] | None = None) -> t
     usable.
     """
     words = found.given.get(flag, []) if words is None else words
-    if any(map(unfilled, words)):
+    if any(map(unfilled_word, words)):
         if found.given.get(flag) != words:  # else it was said when the flag was read
             found.problems.append(
-                f"{flag}: {next(filter(unfilled, words))} is a placeholder; fill it in."
+                f"{flag}: {next(filter(unfilled_word, words))} is a placeholder; fill it in."
             )
         return {}, False
     try:
@@ -248,7 +248,7 @@ def _sources(found: Translation, flag: str, words: list[str] | None = None) -> t
             words = words_of_file(" ".join(words))
         sources = sources_of(words)
     except UsageError as error:
-        found.problems.append(f"{flag}{shown(words[:8])}: {error}.")
+        found.problems.append(f"{flag}{shown_values(words[:8])}: {error}.")
         return {}, False
     return sources, None not in sources.values()
 
@@ -262,13 +262,13 @@ def _set_sources(found: Translation, key: str, sources: Sources, blended: bool) 
 
 
 def translate_tokenizer(found: Translation) -> None:
-    """`data.tokenizer` of the type of a tokenizer and the files that belong to it."""
+    """Set `data.tokenizer` to that of the type of a tokenizer and the files that belong to it."""
     flags = ("--tokenizer-model", "--vocab-file", "--merge-file")
     given = {flag: found.text(flag) for flag in flags}
-    if any(unfilled(text) for text in given.values()):
+    if any(unfilled_word(text) for text in given.values()):
         return  # said already
     try:
-        spec = tokenizer_of(found.text("--tokenizer-type"), given)
+        spec = megatron_tokenizer(found.text("--tokenizer-type"), given)
     except UsageError as error:
         found.problems.append(str(error))
         return

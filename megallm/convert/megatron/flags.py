@@ -31,7 +31,7 @@ class Flag:
     harmless: str = "-"
 
     def shown(self) -> str:
-        """The middle column of the documentation."""
+        """Returns the middle column of the documentation."""
         if self.kind == ALIKE:
             return "nothing to set"
         if self.kind == DROPPED:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.convert.megatron.data import GPT2, TIKTOKENIZER, tokenizer_of
+from megallm.convert.megatron.data import GPT2, TIKTOKENIZER, megatron_tokenizer
 from megallm.data.text.megatron_tokenizers import write_gpt2_folder, write_tiktoken_folder
 
 _WANTED = "give --tokenizer-model FOLDER with a Hugging Face tokenizer.json, or `bytes`"
 
 
 def preprocess_tokenizer(given: Mapping[str, Any], folder: Path) -> str:
-    """What `megallm preprocess --tokenizer` is for the parsed flags.
+    """Returns what `megallm preprocess --tokenizer` is for the parsed flags.
 
     Files that megallm does not read as they are become a tokenizer in `folder`. Without a type they
     say what they are. Errors: `UsageError`, `DataError` for the files, `CannotWrite`.
@@ -29,7 +29,7 @@ def preprocess_tokenizer(given: Mapping[str, Any], folder: Path) -> str:
         return str(write_tiktoken_folder(model, folder, *rules, given["vocab_size"] or 2**17))
     flags = {"--vocab-file": vocab, "--merge-file": merges, "--tokenizer-model": model}
     try:
-        found = tokenizer_of(kind, {flag: value or "" for flag, value in flags.items()})
+        found = megatron_tokenizer(kind, {flag: value or "" for flag, value in flags.items()})
     except UsageError as error:
         sentence = str(error).replace("data.tokenizer", "--tokenizer-model")
         raise UsageError(f"{sentence} Or {_WANTED}.") from error

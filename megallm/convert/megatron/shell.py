@@ -45,7 +45,9 @@ class Shell:
 
 
 def read_script(text: str, name: str) -> Shell:
-    """The commands of a script with variables filled in. Errors: UsageError `name:line: reason`."""
+    """Returns the commands of a script with variables filled in. Errors: UsageError `name:line:
+    reason`.
+    """
     if len(text) > MAX_BYTES:
         raise UsageError(f"{name} is larger than {MAX_BYTES} bytes; a launch script is short.")
     shell, depth = Shell(), 0
@@ -62,7 +64,7 @@ def read_script(text: str, name: str) -> Shell:
 
 
 def unresolved(word: str) -> bool:
-    """Whether a shell would still have to work something out in this word."""
+    """Returns whether a shell would still have to work something out in this word."""
     return "$" in word or "`" in word
 
 

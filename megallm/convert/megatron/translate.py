@@ -17,12 +17,14 @@ from megallm.base.errors import UsageError
 from megallm.convert.megatron.data import translate_data, translate_tokenizer
 from megallm.convert.megatron.flags import DROPPED, FLAGS, READ, SET, Flag
 from megallm.convert.megatron.shell import Shell, read_script, unresolved
-from megallm.convert.megatron.translation import Translation, Values, shown, unfilled
+from megallm.convert.megatron.translation import Translation, Values, shown_values, unfilled_word
 from megallm.ops.low_precision import RECIPES
 
 
 def translate(source: str, name: str) -> Translation:
-    """What the words of a script (or the flags themselves) become. Errors: UsageError without any flag."""
+    """Returns what the words of a script (or the flags themselves) become. Errors: UsageError
+    without any flag.
+    """
     shell = read_script(source, name)
     program, words = _arguments(shell)
     found = Translation(given=_flags(words))
@@ -81,17 +83,17 @@ def _flags(words: Iterable[str]) -> Values:
 def _translate_flag(flag: str, values: list[str], found: Translation) -> None:
     row = TABLE.get(flag)
     if row is None:
-        found.problems.append(f"{flag}{shown(values)}: not in the table; look in docs/from_megatron.md.")
+        found.problems.append(f"{flag}{shown_values(values)}: not in the table; look in docs/from_megatron.md.")
         return
-    missing = [value for value in values if unfilled(value)]
+    missing = [value for value in values if unfilled_word(value)]
     if missing and row.kind in (SET, READ):
         why = "the script computes {} when it runs" if unresolved(missing[0]) else "{} is a placeholder"
-        found.problems.append(f"{flag}{shown(values)}: {why.format(missing[0])}; fill it in.")
+        found.problems.append(f"{flag}{shown_values(values)}: {why.format(missing[0])}; fill it in.")
         if row.kind == SET:
             return
     if row.kind == DROPPED:
-        if row.harmless not in (shown(values).strip(), "*"):
-            found.problems.append(f"{flag}{shown(values)}: {row.note}.")
+        if row.harmless not in (shown_values(values).strip(), "*"):
+            found.problems.append(f"{flag}{shown_values(values)}: {row.note}.")
     elif row.kind == SET and row.value is not None:
         found.config[row.key] = row.value
     elif row.kind == SET:
@@ -185,7 +187,9 @@ def _model(found: Translation) -> None:
         if len(sizes) == 2 and sizes[0].isdigit() and sizes[1] == "0":
             config["model.sliding_window"] = int(sizes[0]) + 1
         else:
-            found.problems.append(f"--window-size{shown(found.given['--window-size'])}: only `N,0` has a counterpart.")
+            found.problems.append(
+                f"--window-size{shown_values(found.given['--window-size'])}: only `N,0` has a counterpart."
+            )
     for flag in ("--attention-dropout", "--hidden-dropout"):
         if found.number(flag, 0.1) != 0:
             given = found.text(flag, "0.1 (its default)")
@@ -248,8 +252,8 @@ def _experts(found: Translation) -> None:
     config["model.moe.aux_coef"] = 0.0 if balance == ["none"] else found.number("--moe-aux-loss-coeff", 0.0)
     if balance != ["seq_aux_loss"] and config["model.moe.aux_coef"]:
         found.problems.append(
-            f"--moe-router-load-balancing-type{shown(balance)}: here the balancing loss is that of each sequence, "
-            "Megatron-LM's seq_aux_loss."
+            f"--moe-router-load-balancing-type{shown_values(balance)}: here the balancing loss "
+            "is that of each sequence, Megatron-LM's seq_aux_loss."
         )
     layers = "".join(found.given.get("--moe-layer-freq", ["1"])).replace(" ", "")
     dense = re.fullmatch(r"\(?\[0\]\*(\d+)\+\[1\]\*\d+\)?", layers)
@@ -352,7 +356,7 @@ _rule(translate_tokenizer)
 @_rule
 def _saving(found: Translation) -> None:
     save, load = found.text("--save"), found.text("--load")
-    if load and load != save and not unfilled(load):
+    if load and load != save and not unfilled_word(load):
         found.problems.append(
             f"--load {load}: a run goes on from its own folder (run.dir); Megatron-LM's checkpoints are not read. "
             "Convert them to a Hugging Face folder and give it as model.hf."
@@ -365,8 +369,8 @@ def _saving(found: Translation) -> None:
 # Writing.
 
 
-def to_yaml(found: Translation, name: str) -> str:
-    """The configuration, with what could not be mapped as comments above it."""
+def translation_yaml(found: Translation, name: str) -> str:
+    """Returns the configuration, with what could not be mapped as comments above it."""
     tree: dict[str, Any] = {}
     for key, value in found.config.items():
         *sections, last = key.split(".")
@@ -387,7 +391,7 @@ TABLE: dict[str, Flag] = {name: row for row in FLAGS for name in row.names}
 
 
 def markdown() -> str:
-    """The table of docs/from_megatron.md."""
+    """Returns the table of docs/from_megatron.md."""
     lines = ["| Megatron-LM | megallm | note |", "|---|---|---|"]
     for row in FLAGS:
         names = ", ".join(f"`{name}`" for name in row.names)

@@ -20,11 +20,11 @@ class Translation:
     given: Values = field(default_factory=dict)
 
     def number(self, flag: str, default: float | None = None) -> float | None:
-        """The value of a flag as a number; a problem is noted when it is none."""
+        """Returns the value of a flag as a number; a problem is noted when it is none."""
         if flag not in self.given:
             return default
         text = (self.given[flag] or [""])[0]
-        if unfilled(text):
+        if unfilled_word(text):
             return default  # said when the flag was read
         try:
             value = float(text.replace("_", ""))
@@ -39,11 +39,12 @@ class Translation:
         return (self.given.get(flag) or [default])[0]
 
 
-def unfilled(word: str) -> bool:
-    """Whether a word is known only when the script runs, or is to be filled in by a person."""
+def unfilled_word(word: str) -> bool:
+    """Returns whether a word is known only when the script runs, or is to be filled in by a person.
+    """
     return unresolved(word) or is_placeholder(word)
 
 
-def shown(values: list[str]) -> str:
-    """The values of a flag as they stand behind it."""
+def shown_values(values: list[str]) -> str:
+    """Returns the values of a flag as they stand behind it."""
     return "".join(f" {value}" for value in values)

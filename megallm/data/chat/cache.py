@@ -25,14 +25,14 @@ import xxhash
 
 from megallm.base import files
 from megallm.base.errors import DataError, MegallmError
-from megallm.data.chat.formats import PAIRED, Kind
+from megallm.data.chat.formats import PAIRED, RowKind
 from megallm.data.chat.rows import (
-    Counts,
     LabelledRow,
     PreferenceRow,
     PromptRow,
     RankedRow,
     Row,
+    RowCounts,
     SftRow,
 )
 from megallm.data.indexed.dataset import IndexedDataset, IndexedWriter, dtype_for
@@ -48,7 +48,7 @@ _ROW = np.dtype([
 
 
 def content_hash(name: str) -> str:
-    """The hash of a file's bytes. Errors: DataError."""
+    """Returns the hash of a file's bytes. Errors: DataError."""
     digest = xxhash.xxh3_128()
     try:
         with open(name, "rb") as file:
@@ -59,8 +59,8 @@ def content_hash(name: str) -> str:
     return digest.hexdigest()
 
 
-def key_of(*parts: Any) -> str:
-    """The name of what these JSON values decide."""
+def cache_key(*parts: Any) -> str:
+    """Returns the name of what these JSON values decide."""
     data = json.dumps([SCHEMA, *parts], sort_keys=True).encode()
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -77,13 +77,13 @@ class Made:
 class Tokenised:
     """The rows of one file, read from their folder. Errors: DataError for one that is damaged."""
 
-    def __init__(self, folder: Path, kind: Kind) -> None:
+    def __init__(self, folder: Path, kind: RowKind) -> None:
         self.folder, self.kind = folder, kind
         try:
             found = json.loads((folder / _META).read_text(encoding="utf-8"))
             hashes: Mapping[str, str] = found["hashes"]
             self.counts, self.said, self.key = (
-                Counts(**found["counts"]),
+                RowCounts(**found["counts"]),
                 found["said"],
                 found["key"],
             )
@@ -98,7 +98,7 @@ class Tokenised:
 
     @cached_property
     def data(self) -> IndexedDataset:
-        """The ids."""
+        """Returns the ids."""
         return IndexedDataset(self.prefix)
 
     @property
@@ -115,14 +115,14 @@ class Tokenised:
         return int(np.diff(self.data.document_indices).max(initial=1))
 
     def rejects(self) -> Iterator[tuple[int, str]]:
-        """(line, reason) of the rows that could not be used."""
+        """Yields (line, reason) of the rows that could not be used."""
         with open(self.folder / _REJECTS, encoding="utf-8") as lines:
             for line in lines:
                 found = json.loads(line)
                 yield found["line"], found["reason"]
 
     def row(self, number: int) -> Row:
-        """A row of the file, as it was made."""
+        """Returns a row of the file, as it was made."""
         about = self.table[number]
         first, end = self.data.document_indices[number : number + 2].tolist()
         sequences = [self._sequence(i) for i in range(first, end)]
@@ -154,10 +154,10 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def load_or_make(
-    cache: Path, key: str, kind: Kind, make: Callable[[Path], None], note: Callable[[str], None]
+    cache: Path, key: str, kind: RowKind, make: Callable[[Path], None], note: Callable[[str], None]
 ) -> Tokenised:
-    """The rows called `key`: those in the cache, or what `make` writes into the folder that it is
-    given.
+    """Returns the rows called `key`: those in the cache, or what `make` writes into the folder that
+    it is given.
 
     Several processes may do so at once: each makes a folder of its own, and the first stays.
     """
@@ -191,7 +191,7 @@ class Writer:
     """Writes a folder of rows; `finish` makes it whole."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
-        self.folder, self.counts = folder, Counts()
+        self.folder, self.counts = folder, RowCounts()
         self._ids = IndexedWriter(folder / _PREFIX, dtype_for(vocab_size))
         names = (_TRAINED, _TABLE, _COLUMNS, _REJECTS)
         self._open = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115
@@ -243,7 +243,7 @@ class Writer:
     def _write(self, name: str, data: bytes) -> int:
         return self._open[name].write(data)
 
-    def finish(self, key: str, said: str, counts: Counts) -> None:
+    def finish(self, key: str, said: str, counts: RowCounts) -> None:
         """Write what makes the folder whole."""
         self._ids.commit()
         with files.writing(self.folder):

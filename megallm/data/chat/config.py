@@ -39,9 +39,12 @@ class ChatDataConfig:
         return list(dict.fromkeys([*self.sources, *self.valid_sources]))
 
     def faults(self) -> Iterator[str]:
-        """Sentences about what is wrong with the section itself."""
+        """Yields sentences about what is wrong with the section itself."""
         if not self.sources:
-            yield "data.sources is empty: name at least one file, such as data.sources={train.jsonl: 1}."
+            yield (
+                "data.sources is empty: name at least one file, such as "
+                "data.sources={train.jsonl: 1}."
+            )
         for name in ("sources", "valid_sources"):
             key, sources = f"data.{name}", vars(self)[name]
             weights = [weight for weight in sources.values() if weight is not None]

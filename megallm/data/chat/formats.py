@@ -25,7 +25,7 @@ from megallm.data.chat.messages import (
     tools_of,
 )
 
-Kind = Literal[
+RowKind = Literal[
     "sft", "preference", "reward", "ranked", "unpaired", "prompts", "classification", "regression"
 ]  # fmt: skip
 PAIRED = ("preference", "reward")
@@ -59,20 +59,20 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowReading:
     """How rows become examples: `strings` plain or messages, `pairs` of several completions."""
 
-    kind: Kind
+    kind: RowKind
     strings: str = "plain"
     pairs: str = "best_worst"
 
 
-Row = Mapping[str, Any]
-Builder = Callable[[Row], list[Example]]
+RawRow = Mapping[str, Any]
+Builder = Callable[[RawRow], list[Example]]
 
 
 @dataclass(frozen=True)
-class Format:
+class RowFormat:
     """Rows that have all columns `needed` (of alternatives a|b one); `natural` says what they
     hold.
     """
@@ -82,8 +82,8 @@ class Format:
     natural: Literal["conversation", "pair", "several", "prompt"]
     build: Builder
 
-    def missing(self, row: Row) -> list[str]:
-        """The needed columns that a row does not have, or has empty."""
+    def missing(self, row: RawRow) -> list[str]:
+        """Returns the needed columns that a row does not have, or has empty."""
         return [
             names
             for names in self.needed
@@ -91,7 +91,7 @@ class Format:
         ]
 
 
-def _first(row: Row, *names: str) -> Any:
+def _first(row: RawRow, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
@@ -110,29 +110,29 @@ def _answer(value: Any, what: str) -> Talk:
     return found
 
 
-def _system(row: Row) -> Messages:
+def _system(row: RawRow) -> Messages:
     system = row.get("system")
     text = "" if system is None else text_of(system, "system")
     return ({"role": "system", "content": text},) if text else ()
 
 
-def _messages(row: Row) -> list[Example]:
+def _messages(row: RawRow) -> list[Example]:
     name = next(
         key for key in ("messages", "conversations", "conversation") if row.get(key) is not None
     )
     return [Example((), (_system(row) + messages_of(row[name], name),))]
 
 
-def _text(row: Row) -> list[Example]:
+def _text(row: RawRow) -> list[Example]:
     return [Example("", (_answer(row["text"], "text"),))]
 
 
-def _prompt_completion(row: Row) -> list[Example]:
+def _prompt_completion(row: RawRow) -> list[Example]:
     name = "completion" if row.get("completion") is not None else "response"
     return [Example(_talk(row["prompt"], "prompt"), (_answer(row[name], name),))]
 
 
-def _instruction(row: Row) -> Messages:
+def _instruction(row: RawRow) -> Messages:
     history: list[dict[str, Any]] = []
     for turn in row.get("history") or ():
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
@@ -152,20 +152,20 @@ def _spoken(value: Any, what: str) -> Messages:
     return ({"role": "assistant", "content": found},) if isinstance(found, str) else found
 
 
-def _alpaca(row: Row) -> list[Example]:
+def _alpaca(row: RawRow) -> list[Example]:
     return [Example((), (_instruction(row) + _spoken(row["output"], "output"),))]
 
 
-def _alpaca_prompt(row: Row) -> list[Example]:
+def _alpaca_prompt(row: RawRow) -> list[Example]:
     return [Example(_instruction(row))]
 
 
-def _question(row: Row) -> list[Example]:
+def _question(row: RawRow) -> list[Example]:
     asked = (*_system(row), {"role": "user", "content": text_of(row["question"], "question")})
     return [Example((), (asked + _spoken(row["answer"], "answer"),))]
 
 
-def _pair(row: Row) -> list[Example]:
+def _pair(row: RawRow) -> list[Example]:
     """Explicit prompt, or the beginning that both conversations have in common."""
     name = next((key for key in _PROMPTS if row.get(key) is not None), None)
     chosen, rejected = (_answer(row[key], key) for key in ("chosen", "rejected"))
@@ -211,7 +211,7 @@ def _divided(chosen: Talk, rejected: Talk) -> tuple[Talk, tuple[Talk, Talk]]:
     return chosen[:size], left
 
 
-def _swift_pair(row: Row) -> list[Example]:
+def _swift_pair(row: RawRow) -> list[Example]:
     """ms-swift: messages are chosen; the last answer, or all messages, of the rejected ones."""
     chosen = _system(row) + messages_of(row["messages"], "messages")
     if row.get("rejected_messages") is not None:
@@ -223,7 +223,7 @@ def _swift_pair(row: Row) -> list[Example]:
     return [Example(*_divided(chosen, rejected))]
 
 
-def _several(row: Row) -> list[Example]:
+def _several(row: RawRow) -> list[Example]:
     """Several answers with scores (or ranks, 1 the best); `fitted` makes pairs of them."""
     answers = parsed(row["completions"], "completions")
     scores = parsed(_first(row, "scores", "rewards", "labels", "ranks"), "scores")
@@ -242,23 +242,23 @@ def _several(row: Row) -> list[Example]:
     return [replace(one, label=score) for one, score in zip(made, found, strict=True)]
 
 
-def _prompt(row: Row) -> list[Example]:
+def _prompt(row: RawRow) -> list[Example]:
     return [Example(_talk(row["prompt"], "prompt"))]
 
 
 FORMATS = (
-    Format("several completions", ("prompt", "completions"), "several", _several),
-    Format("preference", ("chosen", "rejected"), "pair", _pair),
-    Format("ms-swift preference", ("messages", "rejected_messages|rejected_response"), "pair", _swift_pair),
-    Format("messages", ("messages|conversation",), "conversation", _messages),
-    Format("ShareGPT", ("conversations",), "conversation", _messages),
-    Format("prompt-completion", ("prompt", "completion|response"), "conversation", _prompt_completion),
-    Format("verl", ("prompt", "reward_model"), "prompt", _prompt),
-    Format("prompt-only", ("prompt",), "prompt", _prompt),
-    Format("Alpaca", ("instruction", "output"), "conversation", _alpaca),
-    Format("Alpaca prompts", ("instruction",), "prompt", _alpaca_prompt),
-    Format("question-answer", ("question", "answer"), "conversation", _question),
-    Format("text", ("text",), "conversation", _text),
+    RowFormat("several completions", ("prompt", "completions"), "several", _several),
+    RowFormat("preference", ("chosen", "rejected"), "pair", _pair),
+    RowFormat("ms-swift preference", ("messages", "rejected_messages|rejected_response"), "pair", _swift_pair),
+    RowFormat("messages", ("messages|conversation",), "conversation", _messages),
+    RowFormat("ShareGPT", ("conversations",), "conversation", _messages),
+    RowFormat("prompt-completion", ("prompt", "completion|response"), "conversation", _prompt_completion),
+    RowFormat("verl", ("prompt", "reward_model"), "prompt", _prompt),
+    RowFormat("prompt-only", ("prompt",), "prompt", _prompt),
+    RowFormat("Alpaca", ("instruction", "output"), "conversation", _alpaca),
+    RowFormat("Alpaca prompts", ("instruction",), "prompt", _alpaca_prompt),
+    RowFormat("question-answer", ("question", "answer"), "conversation", _question),
+    RowFormat("text", ("text",), "conversation", _text),
 )  # fmt: skip
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "sft": ("conversation",), "preference": ("pair", "several"), "reward": ("pair", "several"),
@@ -268,8 +268,8 @@ _ACCEPTED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def detect(name: str, row: Row, kind: Kind) -> tuple[Format, str]:
-    """The format of the rows of file `name`, whose first is `row`, and a line that says so.
+def detect_format(name: str, row: RawRow, kind: RowKind) -> tuple[RowFormat, str]:
+    """Returns the format of the rows of file `name`, whose first is `row`, and a line that says so.
 
     Errors: DataError when the columns are none that we know, or hold nothing of this kind.
     """
@@ -285,8 +285,9 @@ def detect(name: str, row: Row, kind: Kind) -> tuple[Format, str]:
         more = " and label" if labels else ""
         wanted = "; ".join(
             f"{form.name} ({', '.join(form.needed)}{more})"
-            for form in FORMATS if form.natural in _ACCEPTED[kind]
-        )  # fmt: skip
+            for form in FORMATS
+            if form.natural in _ACCEPTED[kind]
+        )
         raise DataError(
             f"{name} holds {found.name} rows (columns {has}), but {kind} rows are needed: {wanted}."
         )
@@ -300,7 +301,7 @@ def detect(name: str, row: Row, kind: Kind) -> tuple[Format, str]:
 
 
 def number_of(value: Any, what: str) -> float:
-    """A finite number, also where CSV keeps it as text."""
+    """Returns a finite number, also where CSV keeps it as text."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
@@ -309,7 +310,7 @@ def number_of(value: Any, what: str) -> float:
     return float(value)
 
 
-def _label(value: Any, kind: Kind) -> float:
+def _label(value: Any, kind: RowKind) -> float:
     if kind == "unpaired":
         known = {"true": True, "1": True, "false": False, "0": False}
         found = known.get(value.strip().lower()) if isinstance(value, str) else value
@@ -322,8 +323,7 @@ def _label(value: Any, kind: Kind) -> float:
     return found
 
 
-def examples(form: Format, row: Row, reading: Reading) -> list[Example]:
-    """The examples of a row. Errors: BadRow."""
+def _check_columns(form: RowFormat, row: RawRow) -> None:
     lost = form.missing(row)
     if lost:
         raise BadRow(
@@ -331,20 +331,46 @@ def examples(form: Format, row: Row, reading: Reading) -> list[Example]:
             f"{form.name} rows, "
             f"this one has {', '.join(list(row)[:12]) or 'none'}"
         )
+
+
+def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]:
+    """Returns the examples of a row. Errors: BadRow."""
+    _check_columns(form, row)
     made = _fitted(form, form.build(row), reading, row)
-    common = {
-        "tools": tools_of(row.get("tools")),
-        "options": options_of(row.get("chat_template_kwargs")),
-    }
+    common: dict[str, Any] = {}
     if row.get("margin") is not None:
         common["margin"] = number_of(row["margin"], "margin")
     if reading.kind == "prompts":
         common["columns"] = json.loads(json.dumps(row, default=str))
+    return _spoken_alike([replace(one, **common) for one in made], row, reading.strings)
+
+
+def answers_of(form: RowFormat, row: RawRow, strings: str = "plain") -> list[Example]:
+    """Returns every answer of a row, in the row's order, as an example of its own: two of a pair.
+    Errors: BadRow.
+    """
+    _check_columns(form, row)
+    if form.natural == "several":  # which need no scores here
+        row = {**row, "scores": [0.0] * len(parsed(row["completions"], "completions"))}
+    made = [replace(one, answers=(answer,)) for one in form.build(row) for answer in one.answers]
+    if not made:
+        raise BadRow("the row has a prompt and no answer to it")
+    return _spoken_alike(made, row, strings)
+
+
+def _spoken_alike(made: Iterable[Example], row: RawRow, strings: str) -> list[Example]:
+    """The examples with the row's tools, prompts and answers both texts or both messages."""
+    common = {
+        "tools": tools_of(row.get("tools")),
+        "options": options_of(row.get("chat_template_kwargs")),
+    }
     made = [replace(one, **common) for one in made]
-    return [*map(_as_messages, made)] if reading.strings == "messages" else [*map(_alike, made)]
+    return [*map(_as_messages, made)] if strings == "messages" else [*map(_alike, made)]
 
 
-def _fitted(form: Format, made: list[Example], reading: Reading, row: Row) -> list[Example]:
+def _fitted(
+    form: RowFormat, made: list[Example], reading: RowReading, row: RawRow
+) -> list[Example]:
     """The examples as the kind of reading needs them."""
     kind, natural = reading.kind, form.natural
     if natural == "several":
@@ -356,8 +382,9 @@ def _fitted(form: Format, made: list[Example], reading: Reading, row: Row) -> li
     if kind == "unpaired" and natural == "pair":
         return [
             replace(one, answers=(answer,), label=label)
-            for one in made for answer, label in zip(one.answers, (1.0, 0.0), strict=True)
-        ]  # fmt: skip
+            for one in made
+            for answer, label in zip(one.answers, (1.0, 0.0), strict=True)
+        ]
     if kind in ("sft", "unpaired") and natural == "conversation":
         for one in made:
             if not isinstance(one.answers[0], str) and not _speaks(one.answers[0]):

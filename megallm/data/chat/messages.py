@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from megallm.data.text.readers import type_name
+from megallm.data.text.readers import is_utf8, type_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {
@@ -22,7 +22,6 @@ _ALIASES = {
     "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # ShareGPT's and ms-swift's roles of a call
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _WRITTEN = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"')  # messages in a cell of CSV
 LOSS = "loss"  # of a message: whether it may be trained; no template sees it
 
@@ -34,7 +33,7 @@ class BadRow(Exception):
 
 
 def parsed(value: Any, what: str) -> Any:
-    """A value that some files (CSV, Arrow) keep as JSON text, else the value itself."""
+    """Returns a value that some files (CSV, Arrow) keep as JSON text, else the value itself."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
@@ -44,16 +43,16 @@ def parsed(value: Any, what: str) -> Any:
 
 
 def text_of(value: Any, what: str) -> str:
-    """A text that UTF-8 can hold."""
+    """Returns a text that UTF-8 can hold."""
     if not isinstance(value, str):
         raise BadRow(f"{what} is a {type_name(value)}, want a string")
-    if not value.isascii() and _SURROGATE.search(value):
+    if not is_utf8(value):
         raise BadRow(f"{what} holds a lone surrogate, which UTF-8 cannot hold")
     return value
 
 
 def messages_of(value: Any, what: str) -> Messages:
-    """A list of messages (or JSON text of one), checked."""
+    """Returns a list of messages (or JSON text of one), checked."""
     value = parsed(value, what)
     if isinstance(value, Mapping):
         value = [value]
@@ -65,7 +64,7 @@ def messages_of(value: Any, what: str) -> Messages:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a column's value is meant as messages and not as a plain text."""
+    """Returns whether a column's value is meant as messages and not as a plain text."""
     if isinstance(value, str):  # an answer may be JSON, but hardly of this
         return _WRITTEN.match(value) is not None
     return isinstance(value, (list, tuple, Mapping))
@@ -146,7 +145,7 @@ def _loss(found: Mapping[str, Any], what: str) -> bool | None:
 
 
 def tools_of(value: Any) -> list[Any] | None:
-    """The tools of a conversation: a list of JSON schemas, or JSON text of it."""
+    """Returns the tools of a conversation: a list of JSON schemas, or JSON text of it."""
     value = parsed(value, "tools")
     if value is None or value == "" or value == []:
         return None
@@ -159,7 +158,7 @@ def tools_of(value: Any) -> list[Any] | None:
 
 
 def options_of(value: Any) -> dict[str, Any]:
-    """`chat_template_kwargs` of a row: further variables of its template."""
+    """Returns `chat_template_kwargs` of a row: further variables of its template."""
     value = parsed(value, "chat_template_kwargs")
     if value is None or value == "":
         return {}
@@ -168,6 +167,6 @@ def options_of(value: Any) -> dict[str, Any]:
     return {key: item for key, item in value.items() if item is not None}
 
 
-def plain(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as a template sees them."""
+def template_messages(messages: Messages) -> list[dict[str, Any]]:
+    """Returns the messages as a template sees them."""
     return [{key: item for key, item in one.items() if key != LOSS} for one in messages]

@@ -15,10 +15,10 @@ from megallm.base.errors import DataError, UsageError
 from megallm.data.chat import cache as caches
 from megallm.data.chat.cache import Made, Tokenised, Writer
 from megallm.data.chat.config import ChatDataConfig
-from megallm.data.chat.formats import Kind, Reading, detect, examples
+from megallm.data.chat.formats import RowKind, RowReading, detect_format, examples
 from megallm.data.chat.messages import BadRow
 from megallm.data.chat.records import records
-from megallm.data.chat.rows import Counts, RowMaker, Rules
+from megallm.data.chat.rows import RowCounts, RowMaker, RowRules
 from megallm.data.chat.spans import Speaker
 from megallm.data.chat.template import CHATML, CHATML_STOPS, ChatTemplate, Renderer, find_template
 from megallm.data.text import tokenizer
@@ -29,7 +29,7 @@ from megallm.data.text.tokenizer import Tokenizer
 class Prepared:
     """Tokenised sources: file -> rows, and file -> weight. `notes` are lines for a person."""
 
-    kind: Kind
+    kind: RowKind
     config: ChatDataConfig
     words: Tokenizer
     template: ChatTemplate
@@ -43,7 +43,8 @@ class Prepared:
             if source.largest >= vocab_size:
                 raise DataError(
                     f"{name} has the token {source.largest} with the tokenizer "
-                    f"{self.config.tokenizer}, but model.vocab_size is {vocab_size}: give the model "
+                    f"{self.config.tokenizer}, but model.vocab_size is {vocab_size}: give the "
+                    "model "
                     f"at least {source.largest + 1} tokens, or use its own tokenizer."
                 )
 
@@ -58,24 +59,24 @@ class Prepared:
         return max(source.most_sequences for source in self.sources.values())
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> RowCounts:
         """What became of the rows of all files."""
-        total = Counts()
+        total = RowCounts()
         for source in self.sources.values():
             total.add(vars(source.counts))
         return total
 
 
-def quiet(line: str) -> None:
+def silent(line: str) -> None:
     """Tells nobody."""
 
 
 def prepare(
     config: ChatDataConfig,
-    kind: Kind,
+    kind: RowKind,
     cache: Path,
     valid: bool = False,
-    note: Callable[[str], None] = quiet,
+    note: Callable[[str], None] = silent,
 ) -> Prepared:
     """Tokenise the sources (or `valid_sources`) of a section, or find them in the folder `cache`.
 
@@ -97,7 +98,7 @@ def prepare(
         notes.append(line)
         note(line)
 
-    found = _files(config.valid_sources if valid else config.sources)
+    found = files_of(config.valid_sources if valid else config.sources)
     workshop = _Workshop(config, kind, words, template, tell)
     sources = {name: workshop.tokenised(name, cache) for name in found}
     return Prepared(
@@ -106,7 +107,8 @@ def prepare(
 
 
 def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate, str]:
-    """The template that the section names, and a line that says which. Errors: DataError."""
+    """Returns the template that the section names, and a line that says which. Errors: DataError.
+    """
     spec = Path(config.tokenizer)
     found = find_template(
         spec if spec.is_dir() else spec.parent if spec.is_file() else None, words.special_texts
@@ -128,9 +130,9 @@ def template_of(config: ChatDataConfig, words: Tokenizer) -> tuple[ChatTemplate,
     return found, f"chat template: {found.origin}"
 
 
-def _files(sources: Mapping[str, float | None]) -> dict[str, float | None]:
-    """File -> weight; the files of a pattern share its weight by their size, told by None or a
-    tuple.
+def files_of(sources: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Returns file -> weight; the files of a pattern share its weight. Errors: DataError for a
+    pattern that fits no file, UsageError for a file that is named twice.
     """
     found: dict[str, float | None] = {}
     for name, weight in sources.items():
@@ -167,7 +169,7 @@ class _Workshop:
     def __init__(
         self,
         config: ChatDataConfig,
-        kind: Kind,
+        kind: RowKind,
         words: Tokenizer,
         template: ChatTemplate,
         tell: Callable[[str], None],
@@ -179,18 +181,23 @@ class _Workshop:
             template,
             tell,
         )
-        self.reading = Reading(kind, config.strings, config.pairs)
-        self.rules = Rules(kind, config.train_on, config.seq_len, config.too_long)
+        self.reading = RowReading(kind, config.strings, config.pairs)
+        self.rules = RowRules(kind, config.train_on, config.seq_len, config.too_long)
 
     def tokenised(self, name: str, cache: Path) -> Tokenised:
-        """The rows of a file. Errors: DataError."""
+        """Returns the rows of a file. Errors: DataError."""
         template = self.template
-        key = caches.key_of(
-            caches.content_hash(name), self.words.fingerprint, self.words.template,
+        key = caches.cache_key(
+            caches.content_hash(name),
+            self.words.fingerprint,
+            self.words.template,
             vars(template) | {"tokens": dict(template.tokens), "origin": None},
-            dict(self.config.template_options), self.config.template_date, vars(self.reading),
-            vars(self.rules), Path(name).suffix,
-        )  # fmt: skip
+            dict(self.config.template_options),
+            self.config.template_date,
+            vars(self.reading),
+            vars(self.rules),
+            Path(name).suffix,
+        )
         made = caches.load_or_make(
             cache, key, self.kind, lambda folder: self._make(name, key, folder), self.tell
         )
@@ -205,7 +212,7 @@ class _Workshop:
         return made
 
     def _make(self, name: str, key: str, folder: Path) -> None:
-        counts, said = Counts(), ""
+        counts, said = RowCounts(), ""
         with ExitStack() as stack:
             renderer = stack.enter_context(Renderer(self.template, self.config.template_date))
             ends = (
@@ -235,7 +242,7 @@ class _Workshop:
                 if record.row is None:
                     raise BadRow(record.reason)
                 if form is None:
-                    form, whole = detect(name, record.row, self.kind)
+                    form, whole = detect_format(name, record.row, self.kind)
                     said = whole.removeprefix(f"{name}: ")
                 made = examples(form, record.row, self.reading)
                 options: dict[str, Any] = dict(self.config.template_options)

@@ -15,11 +15,11 @@ from megallm.data.text.tokenizer import Tokenizer
 
 BEGIN, END, STYLE = "[[", "]]", "bold green"
 
-Piece = tuple[str, bool]  # a text, and whether its tokens are trained
+TextPiece = tuple[str, bool]  # a text, and whether its tokens are trained
 
 
-def pieces(row: SftRow, words: Tokenizer) -> list[Piece]:
-    """The text of a sequence, cut where trained tokens begin and end.
+def text_pieces(row: SftRow, words: Tokenizer) -> list[TextPiece]:
+    """Returns the text of a sequence, cut where trained tokens begin and end.
 
     The first token of a sequence has nothing before it and is never predicted.
     """
@@ -31,23 +31,23 @@ def pieces(row: SftRow, words: Tokenizer) -> list[Piece]:
     ]
 
 
-def lines(row: Row, words: Tokenizer) -> Iterator[tuple[str, list[Piece]]]:
-    """(what it is, its pieces) of each sequence of a row."""
+def lines(row: Row, words: Tokenizer) -> Iterator[tuple[str, list[TextPiece]]]:
+    """Yields (what it is, its pieces) of each sequence of a row."""
     if isinstance(row, PreferenceRow):
         more = f", margin {row.margin:g}" if row.margin else ""
-        yield f"chosen ({_sizes(row.chosen)}{more})", pieces(row.chosen, words)
-        yield f"rejected ({_sizes(row.rejected)})", pieces(row.rejected, words)
+        yield f"chosen ({_sizes(row.chosen)}{more})", text_pieces(row.chosen, words)
+        yield f"rejected ({_sizes(row.rejected)})", text_pieces(row.rejected, words)
     elif isinstance(row, RankedRow):
         for rank, one in zip(row.ranks, row.sequences, strict=True):
-            yield f"rank {rank} ({_sizes(one)})", pieces(one, words)
+            yield f"rank {rank} ({_sizes(one)})", text_pieces(one, words)
     elif isinstance(row, LabelledRow):
-        yield f"label {row.label:g} ({_sizes(row.sequence)})", pieces(row.sequence, words)
+        yield f"label {row.label:g} ({_sizes(row.sequence)})", text_pieces(row.sequence, words)
     elif isinstance(row, PromptRow):
         columns = json.dumps(dict(row.columns), ensure_ascii=False)
         yield f"prompt ({len(row.ids)} tokens)", [(words.decode(row.ids.tolist()), False)]
         yield "columns", [(columns[:300], False)]
     else:
-        yield f"row ({_sizes(row)})", pieces(row, words)
+        yield f"row ({_sizes(row)})", text_pieces(row, words)
 
 
 def _sizes(row: SftRow) -> str:
@@ -55,7 +55,7 @@ def _sizes(row: SftRow) -> str:
 
 
 def preview(row: Row, words: Tokenizer) -> str:
-    """A row as plain text, its trained tokens in double brackets."""
+    """Returns a row as plain text, its trained tokens in double brackets."""
     return "\n".join(
         f"--- {said}\n"
         + "".join(f"{BEGIN}{text}{END}" if trained else text for text, trained in found)
@@ -64,15 +64,16 @@ def preview(row: Row, words: Tokenizer) -> str:
 
 
 def first_rows(sources: Mapping[str, Tokenised], words: Tokenizer, count: int = 3) -> str:
-    """The first rows of every source as plain text: what RUN/first_rows.txt holds."""
+    """Returns the first rows of every source as plain text: what RUN/first_rows.txt holds."""
     parts = [
         f"{name}, line {int(one.table[number]['line'])}\n{preview(one.row(number), words)}\n"
-        for name, one in sources.items() for number in range(min(count, len(one)))
-    ]  # fmt: skip
+        for name, one in sources.items()
+        for number in range(min(count, len(one)))
+    ]
     return f"Trained tokens stand in {BEGIN} {END}.\n\n" + "\n".join(parts)
 
 
-def show(row: Row, words: Tokenizer, console: Any) -> None:
+def show_row(row: Row, words: Tokenizer, console: Any) -> None:
     """Print a row on a console of `base.terminal`, its trained tokens coloured."""
     from rich.text import Text
 

@@ -31,7 +31,7 @@ class Record:
 
 
 def records(name: str) -> Iterator[Record]:
-    """The rows of a file. Errors: `DataError` for a file that cannot be read at all."""
+    """Yields the rows of a file. Errors: `DataError` for a file that cannot be read at all."""
     textfile.check_readable([name])
     with textfile.damage(name), textfile.opened(name) as file:
         suffix = readers.suffix_of(name)
@@ -79,13 +79,9 @@ def _jsonl(name: str) -> Iterator[Record]:
 
 def _judged(raw: bytes, line: int) -> Record:
     try:
-        return _row(json.loads(raw.decode("utf-8")), line)
-    except UnicodeDecodeError as error:
-        return Record(line, None, f"invalid UTF-8 at byte {error.start} of the line")
-    except json.JSONDecodeError as error:
-        return Record(line, None, f"not valid JSON, {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return Record(line, None, f"not usable JSON, {str(error)[:80]}")
+        return _row(readers.json_of_line(raw), line)
+    except readers.BadLine as bad:
+        return Record(line, None, bad.reason)
 
 
 def _whole(file: textfile.TextFile) -> str:

@@ -70,7 +70,7 @@ Row = SftRow | PreferenceRow | RankedRow | LabelledRow | PromptRow
 
 
 @dataclass
-class Counts:
+class RowCounts:
     """What became of the rows of a file."""
 
     lines: int = 0  # rows of the file
@@ -85,7 +85,7 @@ class Counts:
     straddling: int = 0  # trained tokens that hold characters on both sides of a boundary
 
     def told(self) -> str:
-        """A clause with all that is not zero."""
+        """Returns a clause with all that is not zero."""
         names = {
             "bad": "rows that cannot be used were left out",
             "truncated": "too long and cut", "dropped": "too long and left out",
@@ -105,7 +105,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Rules:
+class RowRules:
     """What decides how an example becomes rows."""
 
     kind: str
@@ -117,8 +117,8 @@ class Rules:
 class RowMaker:
     """Makes rows of examples; `counts` says what was cut or left out."""
 
-    def __init__(self, words: Tokenizer, speaker: Callable[[], Speaker], rules: Rules) -> None:
-        self.words, self.rules, self.counts = words, rules, Counts()
+    def __init__(self, words: Tokenizer, speaker: Callable[[], Speaker], rules: RowRules) -> None:
+        self.words, self.rules, self.counts = words, rules, RowCounts()
         self._speaker_of = speaker
         self._speaker: Speaker | None = None
         self._begin = list(words.template[0])
@@ -131,7 +131,9 @@ class RowMaker:
         return self._speaker
 
     def rows(self, example: Example) -> list[Row]:
-        """The rows of an example, which the policy for long ones may leave out. Errors: BadRow."""
+        """Returns the rows of an example, which the policy for long ones may leave out. Errors:
+        BadRow.
+        """
         rules = self.rules
         if rules.kind == "prompts":
             made: list[Row] = [PromptRow(self._prompt(example), example.columns)]
@@ -165,7 +167,7 @@ class RowMaker:
         return [self.tokenised(passage) for passage in passages]
 
     def tokenised(self, passage: Passage) -> SftRow:
-        """The ids of a passage, and which of them are trained."""
+        """Returns the ids of a passage, and which of them are trained."""
         ids, offsets = self.words.encode_offsets(passage.text)
         begin, end = offsets[:, 0], offsets[:, 1]
         begin = np.where(begin == end, end - 1, begin)  # spaces that the library left out

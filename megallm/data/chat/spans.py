@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megallm.base.errors import DataError
-from megallm.data.chat.messages import LOSS, BadRow, Messages, plain
+from megallm.data.chat.messages import LOSS, BadRow, Messages, template_messages
 from megallm.data.chat.template import Renderer
 
 MAX_FAILURES = 3  # conversations at which a template may be ended
 
-Span = tuple[int, int]  # characters [begin, end)
+CharSpan = tuple[int, int]  # characters [begin, end)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Passage:
     """
 
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[CharSpan, ...]
 
 
 class Speaker:
@@ -49,7 +49,7 @@ class Speaker:
     def prompt(
         self, messages: Messages, tools: Any = None, options: Mapping[str, Any] | None = None
     ) -> str:
-        """The text after which the assistant speaks."""
+        """Returns the text after which the assistant speaks."""
         return self._texts(messages, [(len(messages), True)], tools, options)[0]
 
     def passages(
@@ -60,7 +60,8 @@ class Speaker:
         tools: Any = None,
         options: Mapping[str, Any] | None = None,
     ) -> list[Passage]:
-        """The texts that train the assistant's turns from message `first` on; most often one.
+        """Returns the texts that train the assistant's turns from message `first` on; most often
+        one.
 
         train_on: "assistant_only" all of these turns, "completion_only" the last of them when
         `first` is 0 (a conversation without a prompt of its own), "all" every character. A message
@@ -142,7 +143,7 @@ class Speaker:
                 "trained. Use a template that writes it"
             )
 
-    def _span(self, text: str, before: str, after: str) -> Span | None:
+    def _span(self, text: str, before: str, after: str) -> CharSpan | None:
         """Where `text` holds what was said between `before` and `after`, up to the end of turn;
         None where it does not.
         """
@@ -173,7 +174,7 @@ class Speaker:
         self, messages: Messages, cuts: list, tools: Any, options: Mapping[str, Any] | None
     ) -> list[str]:
         try:
-            return self.renderer.texts(plain(messages), cuts, tools, options)
+            return self.renderer.texts(template_messages(messages), cuts, tools, options)
         except DataError as error:
             self._failures += not self.renderer.alive
             if self._failures >= MAX_FAILURES:

@@ -30,7 +30,7 @@ from megallm.data.text.tokenizer_folder import (
 )
 
 Message = Mapping[str, Any]  # {"role": ..., "content": "...", "tool_calls": [...], ...}
-Cut = tuple[int, bool]  # so many messages, and whether the assistant is to speak next
+MessagePrefix = tuple[int, bool]  # so many messages, and whether the assistant is to speak next
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content "
@@ -63,7 +63,7 @@ class ChatTemplate:
     built_in: bool = True
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the assistant begins to speak.
+        """Returns the conversation as text, up to where the assistant begins to speak.
 
         Errors: DataError when the template fails, refuses the conversation, or needs too much time
         or memory.
@@ -72,7 +72,7 @@ class ChatTemplate:
             return renderer.texts(messages, [(len(messages), add_generation_prompt)])[0]
 
     def defused(self, value: Any) -> Any:
-        """The same value with the special tokens in all of its texts broken up."""
+        """Returns the same value with the special tokens in all of its texts broken up."""
         if isinstance(value, str):
             for special in self.specials:
                 value = value.replace(special, special[:1] + _JOINER + special[1:])
@@ -110,12 +110,12 @@ class Renderer:
     def texts(
         self,
         messages: Sequence[Message],
-        cuts: Sequence[Cut],
+        cuts: Sequence[MessagePrefix],
         tools: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """The text of the first n messages for each cut (n, whether the assistant is to speak
-        next).
+        """Returns the text of the first n messages for each cut (n, whether the assistant is to
+        speak next).
 
         `options` are further variables of the template (`chat_template_kwargs`). Errors: DataError.
         """
@@ -194,8 +194,8 @@ class Renderer:
 
 
 def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> ChatTemplate:
-    """The template in a tokenizer's folder, else ChatML. Errors: DataError for one that cannot be
-    read.
+    """Returns the template in a tokenizer's folder, else ChatML. Errors: DataError for one that
+    cannot be read.
 
     `special_texts` are written forms of special tokens beside those of the folder's tokenizer.json.
     """
@@ -211,7 +211,9 @@ def find_template(folder: Path | None, special_texts: Iterable[str] = ()) -> Cha
         raise DataError(
             f"The chat template of {folder} is larger than {MAX_TEMPLATE} bytes; none is."
         )
-    return ChatTemplate(found, str(folder), tokens, specials, (), built_in=False)
+    stops = CHATML_STOPS if found == CHATML else ()
+    specials = tuple(sorted({*specials, *stops})) if stops else specials
+    return ChatTemplate(found, str(folder), tokens, specials, stops, built_in=False)
 
 
 def _source(folder: Path, settings: Mapping[str, Any]) -> str | None:

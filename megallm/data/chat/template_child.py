@@ -27,7 +27,7 @@ MAX_TEXT = 8 << 20  # characters of a rendered conversation
 
 
 def compiled(source: str, date: str | None) -> Callable[[dict[str, Any]], str]:
-    """What renders variables with the template `source`; raises what Jinja raises.
+    """Returns what renders variables with the template `source`; raises what Jinja raises.
 
     `date` is what `strftime_now` says (YYYY-MM-DD), None for the clock.
     """
@@ -76,7 +76,9 @@ def compiled(source: str, date: str | None) -> Callable[[dict[str, Any]], str]:
 
 
 def answers(render: Callable[[dict[str, Any]], str], job: dict[str, Any]) -> list[str]:
-    """The text of the first n messages for each cut (n, whether the assistant is to speak next)."""
+    """Returns the text of the first n messages for each cut (n, whether the assistant is to speak
+    next).
+    """
     variables, messages = job["variables"], job["variables"]["messages"]
     return [
         render(variables | {"messages": messages[:count], "add_generation_prompt": prompt})
@@ -99,7 +101,7 @@ def main() -> None:
                 answer = {"texts": answers(render, job)}
         except MemoryError:
             answer = {"error": "it needs too much memory"}
-        except Exception as error:  # the boundary of this process: whatever a template does wrong is told in one line
+        except Exception as error:  # the boundary of this process: told in one line
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -34,8 +34,8 @@ _THREADS = 4  # xxh3 runs outside the interpreter's lock
 
 
 def record_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """{bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks. Errors:
-    `DataError`.
+    """Returns {bytes, xxh3_128, sampled} of one file: the hash of all of it, and of 64 blocks.
+    Errors: `DataError`.
     """
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     try:
@@ -72,8 +72,10 @@ def contents(prefixes: list[str], memory: Path) -> dict[str, str]:
     known = {prefix: _known(prefix, remembered) for prefix in prefixes}
     missing = {
         f"{prefix}.{suffix}": f"{prefix}.{suffix}"
-        for prefix, records in known.items() for suffix in SUFFIXES if suffix not in records
-    }  # fmt: skip
+        for prefix, records in known.items()
+        for suffix in SUFFIXES
+        if suffix not in records
+    }
     size = sum(os.stat(path).st_size for path in missing.values() if os.path.exists(path))
     if size >= _TOLD_BYTES:
         log.warning(

@@ -41,7 +41,7 @@ _PARTS = ("bin", "lengths", "documents")  # what a writer appends to
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """uint16 when every id of the vocabulary surely fits (Megatron's limit), else int32."""
+    """Returns uint16 when every id of the vocabulary surely fits (Megatron's limit), else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -96,7 +96,9 @@ class IndexedDataset:
         return self._data.size // self.dtype.itemsize
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens `offset` to `offset + length` (default: to the end) of a sequence, read-only."""
+        """Returns tokens `offset` to `offset + length` (default: to the end) of a sequence,
+        read-only.
+        """
         total = int(self.lengths[sequence])
         length = total - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > total:
@@ -113,13 +115,13 @@ class IndexedDataset:
         return int(self.offsets[sequence]) // self.dtype.itemsize + offset
 
     def place_of(self, token_index: int) -> tuple[int, int]:
-        """(document, position in the document) of a token of `.bin`."""
+        """Returns (document, position in the document) of a token of `.bin`."""
         sequence = int(np.searchsorted(self.offsets, token_index * self.dtype.itemsize, side="right")) - 1
         document = self.document_of(sequence)
         return document, token_index - self.token_index(int(self.document_indices[document]))
 
     def document(self, document: int) -> np.ndarray:
-        """All tokens of one document, read-only."""
+        """Returns all tokens of one document, read-only."""
         begin, end = self.document_starts(np.array([document, document + 1])).tolist()
         return self.tokens(begin, end - begin)
 
@@ -132,7 +134,7 @@ class IndexedDataset:
         return np.where(ends, self.num_tokens, self.offsets[np.where(ends, 0, sequences)] // self.dtype.itemsize)
 
     def tokens(self, begin: int, count: int) -> np.ndarray:
-        """`count` tokens of `.bin` from token `begin` on, read-only."""
+        """Returns `count` tokens of `.bin` from token `begin` on, read-only."""
         if begin < 0 or count < 0 or begin + count > self.num_tokens:
             raise IndexError(f"Tokens {begin} to {begin + count} of {self.data_path}, which has {self.num_tokens}.")
         item = self.dtype.itemsize
@@ -159,9 +161,10 @@ def _read_header(path: str, index: bytes | mmap.mmap) -> tuple[np.dtype, int, in
     wanted = _HEADER.size + 12 * sequences + 8 * entries
     if len(index) not in (wanted, wanted + sequences):
         raise _bad(
-            path, min(len(index), wanted),
+            path,
+            min(len(index), wanted),
             f"the file has {len(index)} bytes, but {sequences} sequences and {entries} document entries need {wanted}",
-        )  # fmt: skip
+        )
     return DTYPES[code], sequences, entries
 
 
@@ -370,7 +373,7 @@ def publish(prefix: str, prepared: Mapping[str, str]) -> None:
         files.fsync_dir(Path(prefix).parent)
 
 
-def merge(
+def merge_datasets(
     prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
     """Concatenate datasets of one dtype, in the order given; returns the counts."""

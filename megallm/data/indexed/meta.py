@@ -110,7 +110,7 @@ def kept_tokenizer(prefix: str | os.PathLike[str]) -> str | None:
 
 
 def merged(prefixes: Sequence[str]) -> dict[str, Any] | None:
-    """The side-car of a merge without its counts: None unless every part has one.
+    """Returns the side-car of a merge without its counts: None unless every part has one.
 
     Errors: `DataError` when the parts were made with different tokenizers.
     """

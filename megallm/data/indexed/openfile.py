@@ -41,7 +41,7 @@ class OpenFile:
         self.size = status.st_size
 
     def read(self, begin: int, count: int) -> bytes:
-        """`count` bytes from byte `begin` on."""
+        """Returns `count` bytes from byte `begin` on."""
         parts = []
         while count > 0:
             try:

@@ -15,7 +15,7 @@ MAX_RUNS = 100_000  # more are not kept: a side-car is read whole
 
 
 def locate_document(known: Mapping[str, Any], document: int) -> dict[str, Any]:
-    """{"file", "line"} of a document."""
+    """Returns {"file", "line"} of a document."""
     runs = known["runs"]
     first, file, line = runs[bisect_right(runs, document, key=lambda run: run[0]) - 1]
     return {"file": known["files"][file], "line": line + document - first}
@@ -40,7 +40,9 @@ class MergedProvenance:
         self._known = True
 
     def add(self, known: Mapping[str, Any] | None, begin: int, end: int) -> None:
-        """The documents begin to end of a dataset with these origins (None: it does not say)."""
+        """Append the documents begin to end of a dataset with these origins (None: it does not
+        say).
+        """
         if begin < end and known is None:
             self._known = False
         if begin < end and self._known and known is not None:

@@ -89,8 +89,8 @@ def split_dataset(
 def stats(
     prefix: str | os.PathLike[str], seq_len: int = 2048, progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Figures about a dataset: counts, lengths of documents, how full rows of `seq_len` get, most
-    frequent ids.
+    """Returns figures about a dataset: counts, lengths of documents, how full rows of `seq_len`
+    get, most frequent ids.
     """
     if seq_len < 1:
         raise UsageError(f"--seq-len {seq_len} must be at least 1.")

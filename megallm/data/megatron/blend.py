@@ -17,7 +17,7 @@ MAX_SOURCES = 32766  # sources are numbered in int16
 
 
 def normalise(weights: Sequence[float]) -> np.ndarray:
-    """Weights divided by their sum, float64 [sources].
+    """Returns weights divided by their sum, float64 [sources].
 
     The sum is numpy's, whose order of additions from eight weights on is not that of Python's.
     """
@@ -43,7 +43,7 @@ def source_sizes(weights: np.ndarray, size: int, surplus: float = SURPLUS) -> li
 def blend(
     weights: np.ndarray, size: int, native: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Source (int16 [size]) and sample in that source (int64 [size]) of each item.
+    """Returns source (int16 [size]) and sample in that source (int64 [size]) of each item.
 
     Item i comes from argmax over d of weights[d] * max(i, 1) - taken[d], in float64, ties to the
     lowest d. `native` as in `base.extension.index`.

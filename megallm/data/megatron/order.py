@@ -75,8 +75,8 @@ def split_range(text: str, which: str, num_sequences: int) -> tuple[int, int]:
 
 
 def num_epochs(tokens: int, num_samples: int | None, seq_len: int) -> int:
-    """Smallest number of passes over `tokens` tokens that gives `num_samples` samples (None: one
-    pass).
+    """Returns the smallest number of passes over `tokens` tokens that gives `num_samples` samples
+    (None: one pass).
     """
     if num_samples is None:
         return 1
@@ -84,10 +84,14 @@ def num_epochs(tokens: int, num_samples: int | None, seq_len: int) -> int:
 
 
 def build_order(
-    lengths: np.ndarray, sequences: Sequence[int] | np.ndarray, num_samples: int | None, seq_len: int, seed: int,
+    lengths: np.ndarray,
+    sequences: Sequence[int] | np.ndarray,
+    num_samples: int | None,
+    seq_len: int,
+    seed: int,
     native: bool | None = None,
-) -> Order:  # fmt: skip
-    """Index arrays for at least `num_samples` samples (None: one epoch) out of `sequences`.
+) -> Order:
+    """Returns index arrays for at least `num_samples` samples (None: one epoch) out of `sequences`.
 
     lengths: int32 [all sequences of the file], tokens; sequences: indices into it.
     Errors: `DataError` when the sequences cannot fill a single sample.

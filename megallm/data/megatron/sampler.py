@@ -15,7 +15,7 @@ def rows_after(
     dp_rank: int,
     strided: bool = False,
 ) -> list[list[int]]:
-    """Sample numbers of the global batch that follows `consumed` samples, as
+    """Returns sample numbers of the global batch that follows `consumed` samples, as
     [microbatches][micro_batch].
 
     Each rank reads a contiguous block of the global batch, so that the order of a tree of sums does

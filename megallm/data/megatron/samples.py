@@ -57,7 +57,7 @@ class SourceSplit:
         return len(self.order)
 
     def sample(self, i: int) -> np.ndarray:
-        """Tokens of item i, int64 [seq_len + 1]. Errors: `DataError` for an id outside the
+        """Returns tokens of item i, int64 [seq_len + 1]. Errors: `DataError` for an id outside the
         vocabulary.
         """
         out = np.empty(self.seq_len + 1, np.int64)
@@ -82,8 +82,8 @@ class SourceSplit:
         return out
 
     def where(self, i: int) -> dict[str, Any]:
-        """{source, epoch, spans}; the epoch is how often the shuffled list had been gone through
-        before item i.
+        """Returns {source, epoch, spans}; the epoch is how often the shuffled list had been gone
+        through before item i.
         """
         first = int(self.order.sample[int(self.order.shuffle[_checked(i, len(self))])][0])
         epoch = first // max(1, len(self.order.document) // self.epochs)
@@ -117,7 +117,7 @@ class Blend:
         return len(self.source_of)
 
     def sample(self, i: int) -> np.ndarray:
-        """Tokens of item i, int64 [seq_len + 1]."""
+        """Returns tokens of item i, int64 [seq_len + 1]."""
         return self.sources[self.source_of[_checked(i, len(self))]].sample(int(self.sample_of[i]))
 
     def spans(self, i: int) -> list[DocumentSpan]:
@@ -125,7 +125,7 @@ class Blend:
         return self.sources[self.source_of[_checked(i, len(self))]].spans(int(self.sample_of[i]))
 
     def where(self, i: int) -> dict[str, Any]:
-        """{source, epoch, spans} of item i."""
+        """Returns {source, epoch, spans} of item i."""
         return self.sources[self.source_of[_checked(i, len(self))]].where(int(self.sample_of[i]))
 
 

@@ -41,8 +41,8 @@ class Sentinels:
 def find_sentinels(
     tokenizer: Tokenizer, names: Sequence[str] | None, vocab_size: int | None
 ) -> Sentinels:
-    """Ids of the given names (a number is an id), else of a triple this module knows. Errors:
-    `UsageError`.
+    """Returns ids of the given names (a number is an id), else of a triple this module knows.
+    Errors: `UsageError`.
     """
     candidates = KNOWN if names is None else (tuple(names),)
     for triple in candidates:
@@ -75,7 +75,7 @@ def check_exact(tokenizer: Tokenizer) -> None:
 
 
 def choose_form(key: int, rate: float, spm_share: float) -> str:
-    """PLAIN with probability 1 - rate, else SPM with probability `spm_share`, else PSM."""
+    """Returns PLAIN with probability 1 - rate, else SPM with probability `spm_share`, else PSM."""
     first, second = rng.uniform(key, 0, 2).tolist()
     if first >= rate:
         return PLAIN
@@ -93,7 +93,7 @@ def cuts(key: int, characters: int) -> tuple[int, int]:
 def rearrange(
     text: str, form: str, key: int, encode: Callable[[str], list[int]], sentinels: Sentinels
 ) -> list[int]:
-    """Ids of the text in the given form (not PLAIN)."""
+    """Returns ids of the text in the given form (not PLAIN)."""
     begin, end = cuts(key, len(text))
     prefix, middle, suffix = (encode(part) for part in (text[:begin], text[begin:end], text[end:]))
     if form == PSM:
@@ -104,8 +104,8 @@ def rearrange(
 def restore(
     ids: Sequence[int], decode: Callable[[list[int]], str], sentinels: Sentinels
 ) -> tuple[str, str]:
-    """(form, original text) of what `rearrange` made; PSM with an empty prefix cannot be told from
-    SPM, nor need be.
+    """Returns (form, original text) of what `rearrange` made; PSM with an empty prefix cannot be
+    told from SPM, nor need be.
     """
     ids = list(ids)
     if not ids or ids[0] != sentinels.prefix:

@@ -20,8 +20,8 @@ _PARTS = (
 
 
 def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Weights as integers in the same proportions to 2^-48; sources of weight 0 are left out.
-    Errors: `UsageError`.
+    """Returns weights as integers in the same proportions to 2^-48; sources of weight 0 are left
+    out. Errors: `UsageError`.
     """
     if not all(0 <= weight < inf for weight in weights.values()) or not any(weights.values()):
         raise UsageError(

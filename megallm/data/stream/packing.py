@@ -1,5 +1,5 @@
-"""How pieces of documents fill rows of one length: windowed best fit, or concatenation cut into
-chunks. Pure.
+"""Sequence packing: how pieces of documents fill rows of one length: windowed best fit, or
+concatenation cut into chunks. Pure.
 
 Best fit never cuts what fits into a row (Ding et al., "Fewer Truncations Improve Language
 Modeling", arXiv 2404.10830): documents longer than a row are cut into full rows and a rest, then
@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 
 def split_document(length: int, capacity: int) -> list[tuple[int, int]]:
-    """[begin, end) of full rows of a document of `length` tokens and of its rest; [] for an empty
-    one.
+    """Returns [begin, end) of full rows of a document of `length` tokens and of its rest; [] for an
+    empty one.
     """
     return [(begin, min(begin + capacity, length)) for begin in range(0, length, capacity)]
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `sizes` (each 1 to capacity), best fit decreasing; ties in the order
-    given.
+    """Returns rows of indices into `sizes` (each 1 to capacity), best fit decreasing; ties in the
+    order given.
 
     O(n log n) comparisons: the rows that still have room are kept sorted by it.
     """
@@ -45,8 +45,8 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def concatenate(lengths: Sequence[int], capacity: int) -> list[list[tuple[int, int, int]]]:
-    """Rows of (index, begin, end): everything back to back, cut every `capacity` tokens; the last
-    may be short.
+    """Returns rows of (index, begin, end): everything back to back, cut every `capacity` tokens;
+    the last may be short.
     """
     rows: list[list[tuple[int, int, int]]] = []
     room = 0

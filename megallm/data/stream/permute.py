@@ -31,7 +31,7 @@ class Permutation:
         self._keys = rng.bits(key, 0, _ROUNDS)
 
     def at(self, begin: int, count: int) -> np.ndarray:
-        """Entries begin to begin + count, int64 [count]."""
+        """Returns entries begin to begin + count, int64 [count]."""
         if begin < 0 or count < 0 or begin + count > self.n:
             raise IndexError(f"Entries {begin} to {begin + count} of a permutation of {self.n}.")
         values = np.arange(begin, begin + count, dtype=np.uint64)

@@ -17,9 +17,9 @@ DOCUMENT, CONTEXT = "document", "context"
 class Reading:
     """How documents become rows.
 
-    seq_len: tokens of a row; packing: BEST_FIT, CONCAT or SINGLE; window: rows packed (and shuffled)
-    together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents before
-    packing, CONTEXT what a row holds of them.
+    seq_len: tokens of a row; packing: BEST_FIT, CONCAT or SINGLE; window: rows packed (and
+    shuffled) together; fim_rate, fim_spm: see `fim`; fim_form: DOCUMENT rearranges whole documents
+    before packing, CONTEXT what a row holds of them.
     """
 
     seq_len: int
@@ -98,8 +98,8 @@ def stream_segments(
     reading: Reading,
     changes: Sequence[tuple[int | None, dict[str, Any]]],
 ) -> tuple[StreamSegment, ...]:
-    """Segments from (until_tokens, what differs from `sources` and `reading`); () is one segment
-    without an end.
+    """Returns segments from (until_tokens, what differs from `sources` and `reading`); () is one
+    segment without an end.
     """
     out, begin = [], 0
     for until, change in changes or [(None, {})]:

@@ -87,8 +87,8 @@ FEW_DOCUMENTS = 20  # so few are usually whole files that were meant to be split
 
 
 def documents_of(data: IndexedDataset, split: str, which: str) -> tuple[int, int]:
-    """(first, how many) of the whole documents of a split. Errors: `DataError` when they hold no
-    token.
+    """Returns (first, how many) of the whole documents of a split. Errors: `DataError` when they
+    hold no token.
     """
     low, high = split_range(split, which, len(data))
     first = int(np.searchsorted(data.document_indices, low, side="left"))
@@ -265,8 +265,8 @@ class DocumentSource:
         return tokens
 
     def read(self, item: RowItem, epoch: int) -> tuple[np.ndarray, int | None]:
-        """Tokens of an item [size], and the token that follows them in the same document (None at
-        its end).
+        """Returns tokens of an item [size], and the token that follows them in the same document
+        (None at its end).
 
         Errors: `DataError` for an id outside the vocabulary.
         """

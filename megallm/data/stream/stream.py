@@ -57,7 +57,7 @@ class Stream:
             self._restore(state)
 
     def take(self, count: int) -> list[PackedRow]:
-        """The next `count` rows, all by the segment that holds now."""
+        """Returns the next `count` rows, all by the segment that holds now."""
         segment = self.plan.at(self.places)
         mixture = Mixture.restore(segment.weights, self._mixture_state)
         rows = [self._next(mixture.draw(), segment.reading) for _ in range(count)]
@@ -102,7 +102,7 @@ class Stream:
         return self._windows[prefix][1]
 
     def state(self) -> dict[str, Any]:
-        """JSON from which a new stream goes on; see `Cursor`."""
+        """Returns JSON from which a new stream goes on; see `Cursor`."""
         cursors = {
             prefix: {
                 **vars(cursor),

@@ -18,7 +18,9 @@ _CURATED = ("id", "file", "line")  # what a curated row says about the raw docum
 
 
 def places(prefix: str, documents: Iterable[int]) -> list[dict[str, Any] | None]:
-    """{"file", "line"} that each document was made of; None where the side-car does not say."""
+    """Returns {"file", "line"} that each document was made of; None where the side-car does not
+    say.
+    """
     known = (meta.read_meta(prefix) or {}).get("origins")
     return [
         provenance.locate_document(known, document) if known else None for document in documents
@@ -26,7 +28,9 @@ def places(prefix: str, documents: Iterable[int]) -> list[dict[str, Any] | None]
 
 
 def raw_places(places: Iterable[Mapping[str, Any]]) -> dict[Place, tuple[str, Place]]:
-    """(id, raw place) by place, for those places that can still be read and hold curated rows."""
+    """Returns (id, raw place) by place, for those places that can still be read and hold curated
+    rows.
+    """
     wanted: dict[str, set[int]] = {}
     for place in places:
         if Path(place["file"]).is_file():

@@ -37,7 +37,9 @@ BACKENDS = (AUTO, FAST, PLAIN)
 CACHE = "~/.cache/megallm/gigatoken"  # verdicts of `first_difference`
 _CHECK = 1  # changes with what is compared
 _LOOK_BYTES = 16 << 20  # of text, after which the size of the process is looked at
-_GROWN_BYTES = 192 << 20  # that a process may have grown by before the cache of words is dropped: most text never does
+_GROWN_BYTES = (
+    192 << 20
+)  # that a process may have grown by before the cache of words is dropped: most text never does
 _LONG = 512  # characters of a text, on average
 _OWN_TOKENS = 4096  # of the vocabulary, whose texts are compared
 _PROBES = (
@@ -64,7 +66,10 @@ class AcceleratedTokenizer(FolderTokenizer):
         kept = [token for token in self.added_tokens if not token.get("special")]
         # Found wherever they are written, however `tokenizers` would look for them: a text that
         # holds one goes there.
-        bare = [token | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False) for token in kept]
+        bare = [
+            token | dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+            for token in kept
+        ]
         self._bare = dumps({**self._definition, "added_tokens": bare, "post_processor": None})
         self._added = np.array(sorted({token["id"] for token in kept}), np.int64)
         self._renew()
@@ -74,7 +79,8 @@ class AcceleratedTokenizer(FolderTokenizer):
         self._small = _resident_bytes()
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back, and how many each has. On the calling thread only."""
+        """Returns ids of all texts back to back, and how many each has. On the calling thread only.
+        """
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         ids, offsets = self.fast_ids(texts)
@@ -92,7 +98,7 @@ class AcceleratedTokenizer(FolderTokenizer):
         return np.concatenate([*parts, ids[at:]]), lengths
 
     def fast_ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts as gigatoken makes them, and where each begins [texts + 1]."""
+        """Returns ids of all texts as gigatoken makes them, and where each begins [texts + 1]."""
         if self._unseen > _LOOK_BYTES:
             self._unseen = 0
             if _resident_bytes() - self._small > _GROWN_BYTES:
@@ -116,7 +122,9 @@ class AcceleratedTokenizer(FolderTokenizer):
         if self._normal_form is not None:
             form = self._normal_form
             left.update(
-                i for i, text in enumerate(texts) if not text.isascii() and not unicodedata.is_normalized(form, text)
+                i
+                for i, text in enumerate(texts)
+                if not text.isascii() and not unicodedata.is_normalized(form, text)
             )
         if self._added.size:
             places = np.flatnonzero(np.isin(ids, self._added))
@@ -136,7 +144,7 @@ def accelerate(plain: FolderTokenizer) -> AcceleratedTokenizer | str:
     try:
         fast = AcceleratedTokenizer(plain, module)
         difference = _known_difference(plain, fast)
-    except Exception as error:  # boundary: whatever a compiled library raises for a definition it cannot use
+    except Exception as error:  # boundary: whatever a compiled library raises for a definition
         plain.check()
         return f"gigatoken cannot use this tokenizer ({' '.join(str(error).split())[:200]})"
     fast.by_tokenizers = 0
@@ -153,7 +161,9 @@ def unprovable(definition: dict[str, Any]) -> str:
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "subword prefixes or suffixes"
     vocab = model.get("vocab")
-    whole = [f"<0x{byte:02X}>" for byte in range(256)] if model.get("byte_fallback") else BYTE_SYMBOLS
+    whole = (
+        [f"<0x{byte:02X}>" for byte in range(256)] if model.get("byte_fallback") else BYTE_SYMBOLS
+    )
     if not isinstance(vocab, dict) or not all(symbol in vocab for symbol in whole):
         return "a vocabulary that lacks bytes"
     kinds = [step.get("type") for step in steps_of(normalizer)]
@@ -186,7 +196,10 @@ def _known_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer) -> str
     key = json.dumps([_CHECK, plain.digest, versions()])
     path = None
     with suppress(RuntimeError):  # nobody's home is known
-        path = Path(CACHE).expanduser() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+        path = (
+            Path(CACHE).expanduser()
+            / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+        )
     if path is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +215,9 @@ def _known_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer) -> str
     return found
 
 
-def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: Sequence[str]) -> str | None:
+def first_difference(
+    plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: Sequence[str]
+) -> str | None:
     """Returns the first text that the two turn into different ids."""
     ids, lengths = fast.encode_joined(texts)
     begins = np.cumsum(lengths) - lengths
@@ -213,8 +228,8 @@ def first_difference(plain: FolderTokenizer, fast: AcceleratedTokenizer, texts: 
 
 
 def choose_tokenizer(plain: Any, backend: str) -> tuple[Any, str]:
-    """(tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken must be and
-    cannot.
+    """Returns (tokenizer to use, what it is) for a backend. Errors: `UsageError` when gigatoken
+    must be and cannot.
     """
     if backend not in BACKENDS:
         raise UsageError(f"--backend {backend} is unknown; accepted: {', '.join(BACKENDS)}.")
@@ -229,18 +244,21 @@ def choose_tokenizer(plain: Any, backend: str) -> tuple[Any, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the two libraries, by their names."""
+    """Returns versions of the two libraries, by their names."""
     return {name: metadata.version(name) for name in (FAST, PLAIN)}
 
 
 def libraries(encoder: Any, backend: str) -> list[str]:
-    """ "NAME VERSION" of what makes the ids: of gigatoken also the library that it was compared
+    """Returns "NAME VERSION" of what makes the ids: of gigatoken also the library it was compared
     with.
     """
     if encoder.kind == BYTES:
         return [f"megallm {VERSION}"]
     names = [PLAIN] if isinstance(encoder, FolderTokenizer) else [encoder.kind]
-    return [f"{name} {metadata.version(name)}" for name in ([FAST, *names] if backend == FAST else names)]
+    return [
+        f"{name} {metadata.version(name)}"
+        for name in ([FAST, *names] if backend == FAST else names)
+    ]
 
 
 def _probes(plain: FolderTokenizer) -> list[str]:

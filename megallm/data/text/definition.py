@@ -127,7 +127,7 @@ def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def dumps(definition: dict[str, Any]) -> str:
-    """JSON of a definition for a library to read."""
+    """Returns JSON of a definition for a library to read."""
     quick = _orjson()
     if quick is not None:
         with suppress(TypeError, ValueError):

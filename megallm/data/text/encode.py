@@ -88,8 +88,8 @@ def _by_tokenizers(encoder: tokenizer.Encoder) -> int:
 def join(
     ids: np.ndarray, lengths: np.ndarray, job: EncodeJob
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens back to back, lengths of the sequences, sequences of each document); an empty text
-    has none.
+    """Returns (tokens back to back, lengths of the sequences, sequences of each document); an empty
+    text has none.
 
     ids [sum(lengths)]; opening and closing go around every text that has tokens.
     """

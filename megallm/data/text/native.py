@@ -66,7 +66,7 @@ class _Native:
         return [np.array(self.encode(text), np.int64) for text in texts]
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back, and how many each has."""
+        """Returns ids of all texts back to back, and how many each has."""
         ids = self.encode_batch(texts)
         return np.concatenate([np.empty(0, np.int64), *ids]), np.array(
             [len(one) for one in ids], np.int64
@@ -149,7 +149,7 @@ class SentencePieceTokenizer(_Native):
         return found | {i for text, i in self._added.items() if text in self._settings.specials}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` lets special tokens written in it become their ids."""
+        """Returns ids of a text; `special` lets special tokens written in it become their ids."""
         if not special or self._finder is None:
             return self._model.encode(text)
         ids, begin = [], 0
@@ -160,7 +160,7 @@ class SentencePieceTokenizer(_Native):
         return ids + self._model.encode(text[begin:])
 
     def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids of a text with its special tokens, and their characters."""
+        """Returns ids of a text with its special tokens, and their characters."""
         ids, offsets, begin = [], [], 0
         for match in [*(self._finder.finditer(text) if self._finder else ()), None]:
             end = len(text) if match is None else match.start()
@@ -253,7 +253,7 @@ class TiktokenTokenizer(_Native):
         return set(self._special_tokens)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` lets special tokens written in it become their ids."""
+        """Returns ids of a text; `special` lets special tokens written in it become their ids."""
         return (
             self._encoding.encode(text, allowed_special="all")
             if special
@@ -261,7 +261,7 @@ class TiktokenTokenizer(_Native):
         )
 
     def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids of a text with its special tokens, and their characters."""
+        """Returns ids of a text with its special tokens, and their characters."""
         ids = self.encode(text, special=True)
         begins = np.array(self._encoding.decode_with_offsets(ids)[1], np.int64)
         ends = np.maximum(np.append(begins[1:], len(text)), begins + 1)

@@ -63,7 +63,7 @@ class PartialOutput:
         files.atomic_write_json(self.folder / _STATE, {"identity": self._identity, "state": state})
 
     def remove(self) -> None:
-        """The work is published, or of no use."""
+        """Remove the folder: the work is published, or of no use."""
         with suppress(OSError):
             shutil.rmtree(self.folder)
 

@@ -185,8 +185,8 @@ def run_shards(
 
 
 def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
-    """Consecutive files for each shard, at least one, ends where the running sum of sizes is
-    nearest to equal parts.
+    """Returns consecutive files for each shard, at least one, ends where the running sum of sizes
+    is nearest to equal parts.
     """
     sizes = np.array([max(1, os.path.getsize(name)) for name in inputs], np.float64)
     ends = np.cumsum(sizes)
@@ -203,8 +203,8 @@ def divide(inputs: tuple[str, ...], shards: int) -> list[tuple[str, ...]]:
 def around(
     config: PreprocessConfig, plain: tokenizer.Encoder
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids before and behind each text: of the tokenizer's template, and the end of a document where
-    that has it not.
+    """Returns ids before and behind each text: of the tokenizer's template, and the end of a
+    document where that has it not.
 
     Errors: `UsageError` when a template is wanted and there is none.
     """
@@ -281,9 +281,10 @@ class _Output:
         self.config, self._work, keys = config, work, config.json_keys
         self._made_from = made_from
         self.stats = Stats(
-            empty=dict.fromkeys(keys, 0), tokens=dict.fromkeys(keys, 0),
+            empty=dict.fromkeys(keys, 0),
+            tokens=dict.fromkeys(keys, 0),
             outputs={key: config.prefix(key) for key in keys},
-        )  # fmt: skip
+        )
         saved = work.state or {}
         self.place: list[int] = saved.get("place", [0, 0])
         self._next_line: int = saved.get("next_line", 1)

@@ -257,7 +257,7 @@ def _cut(
 
 
 def parse_chunk(chunk: Chunk, options: ReadOptions) -> Parsed:
-    """Documents and rejected lines of a chunk."""
+    """Returns documents and rejected lines of a chunk."""
     if chunk.too_long:
         reason = f"the document is longer than {options.max_document_bytes} bytes"
         if chunk.kind == "file":
@@ -294,7 +294,7 @@ def _parse_one(
     """Add one document, or the reason against it, to `parsed`."""
     try:
         if _encoded_size(raw) > options.max_document_bytes:
-            raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
+            raise BadLine(f"the document is longer than {options.max_document_bytes} bytes")
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
         if not text.strip():
             parsed.blank += 1
@@ -305,14 +305,14 @@ def _parse_one(
             parsed.documents.append((line, (whole,) * len(options.keys)))
     except UnicodeDecodeError as error:
         parsed.rejects.append((line, f"invalid UTF-8 at byte {error.start} of the document"))
-    except _Reject as reject:
+    except BadLine as reject:
         parsed.rejects.append((line, reject.reason))
 
 
 @cache
 def fast_loads() -> Callable[[bytes], Any] | None:
-    """orjson's reader where it is installed. It only ever says yes: a line it refuses is judged by
-    `json`.
+    """Returns orjson's reader where it is installed. It only ever says yes: a line it refuses is
+    judged by `json`.
     """
     try:
         return importlib.import_module("orjson").loads
@@ -348,8 +348,8 @@ def _encoded_size(raw: bytes | str) -> int:
     return len(raw) if isinstance(raw, bytes) or raw.isascii() else len(raw.encode("utf-8"))
 
 
-class _Reject(Exception):
-    """This document cannot be used."""
+class BadLine(Exception):
+    """A line, or a document, that cannot be used, and the reason: a clause."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -377,27 +377,41 @@ def _documents(kind: str, data: bytes) -> Iterator[tuple[int, bytes | str]]:
             begin = line + 1
 
 
-def _texts_of_json(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+def json_of_line(raw: bytes | str) -> Any:
+    """Returns the JSON value on a line. Raises BadLine for one that holds none."""
     try:
-        value = json.loads(line)
+        return json.loads(raw.decode("utf-8") if isinstance(raw, bytes) else raw)
+    except UnicodeDecodeError as error:
+        raise BadLine(f"invalid UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
-        raise _Reject(f"not valid JSON, {error.msg} at column {error.colno}") from None
+        raise BadLine(f"not valid JSON, {error.msg} at column {error.colno}") from None
     except ValueError as error:  # a number of thousands of digits
-        raise _Reject(f"not usable JSON, {error}") from None
+        raise BadLine(f"not usable JSON, {error}") from None
     except RecursionError:
-        raise _Reject("not usable JSON, it is nested too deeply") from None
+        raise BadLine("not usable JSON, it is nested too deeply") from None
+
+
+def value_of(row: dict[str, Any], key: str) -> Any:
+    """Returns the value of a key. Raises BadLine with the keys that there are."""
+    if key not in row:
+        raise BadLine(
+            f"the key '{key}' is missing; the line has {_quoted(list(row)[:8]) or 'no keys'}"
+        )
+    return row[key]
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether a text has a form in UTF-8: no lone surrogate is in it."""
+    return text.isascii() or not _SURROGATE.search(text)
+
+
+def _texts_of_json(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    value = json_of_line(line)
     if not isinstance(value, dict):
-        raise _Reject(
+        raise BadLine(
             f"the line holds a JSON {type_name(value)}, want an object with {_quoted(keys)}"
         )
-    found = []
-    for key in keys:
-        if key not in value:
-            raise _Reject(
-                f"the key '{key}' is missing; the line has {_quoted(list(value)[:8]) or 'no keys'}"
-            )
-        found.append(value[key])
-    return _sound(found, keys)
+    return _sound([value_of(value, key) for key in keys], keys)
 
 
 def _parse_rows(rows: list[tuple[Any, ...]], options: ReadOptions) -> Parsed:
@@ -406,22 +420,22 @@ def _parse_rows(rows: list[tuple[Any, ...]], options: ReadOptions) -> Parsed:
         try:
             texts_of_row = _sound(list(values), options.keys)
             if any(_encoded_size(text) > options.max_document_bytes for text in texts_of_row):
-                raise _Reject(f"the document is longer than {options.max_document_bytes} bytes")
+                raise BadLine(f"the document is longer than {options.max_document_bytes} bytes")
             parsed.documents.append((row, texts_of_row))
-        except _Reject as reject:
+        except BadLine as reject:
             parsed.rejects.append((row, reject.reason))
     return parsed
 
 
 def _sound(values: list[Any], keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the values as texts, or a `_Reject` for one that is no string or holds a lone
+    """Returns the values as texts, or a `BadLine` for one that is no string or holds a lone
     surrogate.
     """
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
-            raise _Reject(f"the value of '{key}' is a {type_name(value)}, want a string")
-        if not value.isascii() and _SURROGATE.search(value):
-            raise _Reject(f"the value of '{key}' holds a lone surrogate, which UTF-8 cannot hold")
+            raise BadLine(f"the value of '{key}' is a {type_name(value)}, want a string")
+        if not is_utf8(value):
+            raise BadLine(f"the value of '{key}' holds a lone surrogate, which UTF-8 cannot hold")
     return tuple(values)
 
 

@@ -25,7 +25,7 @@ _CUT = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
 _SEED = 0
 
 
-class Sample:
+class TextSample:
     """At most `most_bytes` (UTF-8) of texts; `documents` and `text_bytes` count what was taken."""
 
     def __init__(self, most_bytes: int = SAMPLE_BYTES, progress: Progress = quiet) -> None:

@@ -150,7 +150,7 @@ class TextFile:
             _library(self.packing, self.name)
 
     def blocks(self) -> Iterator[bytes]:
-        """Its text as UTF-8, at most about BLOCK_BYTES at once. Errors: `DataError`; see
+        """Yields its text as UTF-8, at most about BLOCK_BYTES at once. Errors: `DataError`; see
         `damage`.
         """
         yield from _as_utf8(self.name, _unpacked(self), bool(self.packing))
@@ -169,8 +169,8 @@ class TextFile:
 
 @contextmanager
 def opened(name: str) -> Iterator[TextFile]:
-    """The file called `name`. Errors: `DataError` for an archive, or a pipe that nobody writes to;
-    OSError.
+    """Yields the file called `name`. Errors: `DataError` for an archive, or a pipe that nobody
+    writes to; OSError.
     """
     stream = is_stream(name)
     with _open_pipe(name) if stream else open(name, "rb") as raw:

@@ -19,7 +19,7 @@ import tokenizers
 from megallm.base import files
 from megallm.base.errors import DataError, UsageError
 from megallm.data.text import definition, native, readers, tokenizer_folder
-from megallm.data.text.sample import Sample, split_long_text
+from megallm.data.text.sample import TextSample, split_long_text
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
@@ -50,7 +50,7 @@ class Encoder(Protocol):
         ...
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back, and how many each has (int64 [texts])."""
+        """Returns ids of all texts back to back, and how many each has (int64 [texts])."""
         ...
 
 
@@ -70,14 +70,14 @@ class Tokenizer(Encoder, Protocol):
         ...
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` lets special tokens written in it become their ids (chat
+        """Returns ids of a text; `special` lets special tokens written in it become their ids (chat
         templates).
         """
         ...
 
     def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
-        """What `encode(text, special=True)` gives, and for each id the characters [begin, end) of
-        the text that it stands for, int64 [ids, 2].
+        """Returns what `encode(text, special=True)` gives, and for each id the characters [begin,
+        end) of the text that it stands for, int64 [ids, 2].
 
         Some libraries leave spaces at the ends of a token out; one of spaces alone may be empty,
         and then stands behind them.
@@ -145,21 +145,21 @@ class ByteTokenizer:
         return {self.eod}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Bytes of the text; the one special token has no written form, so `special` changes
-        nothing.
+        """Returns bytes of the text; the one special token has no written form, so `special`
+        changes nothing.
         """
         _check_sound(text)
         return list(text.encode("utf-8"))
 
     def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Bytes of the text, and for each the character that it is a part of."""
+        """Returns bytes of the text, and for each the character that it is a part of."""
         _check_sound(text)
         widths = [len(character.encode("utf-8")) for character in text]
         begins = np.repeat(np.arange(len(text)), widths)
         return list(text.encode("utf-8")), np.stack([begins, begins + 1], axis=1)
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back, and how many each has."""
+        """Returns ids of all texts back to back, and how many each has."""
         parts = [text.encode("utf-8") for text in texts]
         return np.frombuffer(b"".join(parts), np.uint8), np.fromiter(
             map(len, parts), np.int64, len(parts)
@@ -172,7 +172,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < self.eod).decode("utf-8", errors="replace")
 
     def token_id(self, token: str) -> int | None:
-        """None: no token has a name."""
+        """Returns None: no token has a name."""
         return None
 
 
@@ -217,7 +217,7 @@ class FolderTokenizer:
 
     @cached_property
     def eod(self) -> int:
-        """Id of `eos_token` in tokenizer_config.json or special_tokens_map.json. Errors:
+        """Returns id of `eos_token` in tokenizer_config.json or special_tokens_map.json. Errors:
         `DataError`.
         """
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -246,22 +246,22 @@ class FolderTokenizer:
         return definition.tokenizer_fingerprint(self._definition)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text, without any token that a template would add around it."""
+        """Returns ids of a text, without any token that a template would add around it."""
         _check_sound(text)
         return (
             (self._special if special else self._plain).encode(text, add_special_tokens=False).ids
         )
 
     def encode_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
-        """Ids of a text with its special tokens, and their characters."""
+        """Returns ids of a text with its special tokens, and their characters."""
         _check_sound(text)
         made = self._special.encode(text, add_special_tokens=False)
         return made.ids, np.array(made.offsets, np.int64).reshape(-1, 2)
 
     @cached_property
     def template(self) -> tuple[list[int], list[int]]:
-        """Ids that the definition's template puts before and behind a text: a Llama's `<s>`, BERT's
-        [CLS] and [SEP].
+        """Returns ids that the definition's template puts before and behind a text: a Llama's
+        `<s>`, BERT's [CLS] and [SEP].
         """
         for text in ("a", *self.pieces()):  # some vocabularies have no token for an a
             made = self._special.encode(text, add_special_tokens=True)
@@ -295,7 +295,7 @@ class FolderTokenizer:
         return written
 
     def encode_joined(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts back to back, and how many each has."""
+        """Returns ids of all texts back to back, and how many each has."""
         encode, parts = self._plain.encode_batch_fast, []
         for at in range(0, len(texts), _AT_ONCE):  # without offsets, which nobody asks for here
             parts += [
@@ -385,7 +385,7 @@ def train_bpe(
     output: str,
     options: readers.ReadOptions | None = None,
     special_tokens: Sequence[str] = (),
-    sample: Sample | None = None,
+    sample: TextSample | None = None,
 ) -> dict[str, Any]:
     """Train a byte-level BPE on the texts of `inputs` and write a folder that `transformers` can
     load.
@@ -395,7 +395,7 @@ def train_bpe(
     vocab_size, documents, text_bytes, fingerprint}: documents and bytes that were learned from.
     Errors: `UsageError` for the size, `DataError` for the files, `CannotWrite`.
     """
-    sample = sample or Sample()
+    sample = sample or TextSample()
     specials = list(dict.fromkeys((END_OF_TEXT, *special_tokens)))
     least = 256 + len(specials)
     if vocab_size < least:
@@ -407,9 +407,11 @@ def train_bpe(
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        show_progress=False,
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     found = sample.texts(inputs, options or readers.ReadOptions())
     bpe.train_from_iterator((piece for text in found for piece in split_long_text(text)), trainer)
     if not sample.text_bytes:

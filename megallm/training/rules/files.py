@@ -21,9 +21,19 @@ def placeholders(paths: Iterable[tuple[str, str | None]]) -> Iterator[Problem]:
             yield Problem("placeholder", f"{sentence}one.")
 
 
-def unfilled(config: JobConfig) -> Iterator[Problem]:
+def unfilled_paths(config: JobConfig) -> Iterator[Problem]:
     """Yields the placeholders among the paths that every trainer has."""
-    yield from placeholders([("run.dir", config.run.dir), ("model.hf", config.model.hf)])
+    model = config.model
+    paths = [("run.dir", config.run.dir), ("model.hf", model.hf), ("model.init", model.init)]
+    yield from placeholders(paths)
 
 
-RULES = Rules(given=(unfilled,))
+def two_starts(config: JobConfig) -> Iterator[Problem]:
+    """Yields two folders that the first weights would come from."""
+    if config.model.hf is not None and config.model.init is not None:
+        sentence = "model.hf and model.init both name the weights to start from: keep one."
+        fixes = ({"model.init": None}, {"model.hf": None})
+        yield Problem("starts", sentence, fixes, "model.init")
+
+
+RULES = Rules(given=(unfilled_paths, two_starts))

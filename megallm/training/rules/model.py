@@ -24,7 +24,7 @@ NEEDED = {
 }
 
 
-def sections(facts: Facts) -> Iterator[Problem]:
+def model_sections(facts: Facts) -> Iterator[Problem]:
     """Yields keys of the sections that nothing reads."""
     config, model = facts.config, facts.model
     for name, switch in SWITCHES.items():
@@ -89,7 +89,7 @@ def vocabulary(facts: Facts) -> Iterator[Problem]:
 
 RULES = Rules(
     resolved={
-        sections: (
+        model_sections: (
             "model.num_layers",
             "model.moe.num_experts",
             "model.mla.kv_lora_dim",

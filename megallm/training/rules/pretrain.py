@@ -86,7 +86,7 @@ def _own_validation(config: PretrainConfig) -> Iterator[Problem]:
         )
 
 
-def unfilled(config: PretrainConfig) -> Iterator[Problem]:
+def unfilled_data(config: PretrainConfig) -> Iterator[Problem]:
     """Yields paths of the data that a script's author left to be filled in."""
     data = config.data
     sources = [("data.sources", prefix) for prefix in data.sources]
@@ -161,7 +161,7 @@ def split(config: PretrainConfig) -> Iterator[Problem]:
         yield Problem("split", sentence, ({"eval.batches": 0, "eval.every": 0}, *fixes))
 
 
-def sequence(facts: Facts) -> Iterator[Problem]:
+def pretrain_sequence(facts: Facts) -> Iterator[Problem]:
     """Yields lengths of rows that the layout or the model's positions refuse."""
     data = facts.config.data
     yield from row_length(facts, data.seq_len)
@@ -244,7 +244,7 @@ def objectives(facts: Facts) -> Iterator[Problem]:
         )
 
 
-def inferred(config: PretrainConfig) -> dict[str, Any]:
+def inferred_pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Returns the seed of the data, which is the run's unless it has one of its own."""
     return {"data.seed": config.run.seed if config.data.seed is None else config.data.seed}
 
@@ -252,9 +252,9 @@ def inferred(config: PretrainConfig) -> dict[str, Any]:
 _DEFAULTS = PretrainConfig()
 _MASKING = tuple(f"data.masking.{name}" for name in ("rate", "masked", "random"))
 RULES = Rules(
-    given=(split, sources, unfilled, segments),
+    given=(split, sources, unfilled_data, segments),
     resolved={
-        sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
+        pretrain_sequence: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions"),
         further: ("model.mtp.depth", "data.seq_len"),
         objectives: (*_MASKING, "data.fim.rate", "model.head"),
     },
@@ -270,5 +270,5 @@ RULES = Rules(
         "data.fim.rate": Range(low=0, high=1),
         "data.fim.spm": Range(low=0, high=1),
     },
-    inferred=inferred,
+    inferred=inferred_pretrain,
 )

@@ -1,0 +1,265 @@
+"""`megallm grpo`: what a run of reinforcement learning reads, keeps and shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from megallm.base.errors import UsageError
+from megallm.checkpoint.reader import CheckpointReader
+from megallm.data.batches import Share
+from megallm.data.chat.reader import ChatReader, reader_of
+from megallm.data.stream.samplelog import SampleLog, truncate_log
+from megallm.engine.engine import Engine, Mesh, Part
+from megallm.peft.reference import off
+from megallm.rewards.workers import build
+from megallm.run.recorder import Recorder
+from megallm.run.rows import read_rows
+from megallm.training.adapters import FrozenBase
+from megallm.training.chat_run import ChatIdentity, ChatRun
+from megallm.training.collapse import CollapseMonitor
+from megallm.training.grpo_trainer import Feeds, GrpoTrainer, Reference
+from megallm.training.loop import Loop
+from megallm.training.reward_calls import Scorer
+from megallm.training.rl_config import GrpoConfig
+from megallm.training.rollout import Codec, Experience, Rollouts
+from megallm.training.supervised import open_run
+from megallm.training.trainer import StepReport
+
+ROLLOUTS = "rollouts.jsonl"  # of the run folder
+SHOWN_CHARACTERS = 160
+
+
+class GrpoIdentity(ChatIdentity):
+    """What a checkpoint of `megallm grpo` remembers."""
+
+    KIND = "grpo"
+    config: GrpoConfig
+
+    def own(self) -> dict[str, Any]:
+        """Returns how prompts are read and how many are, how they are answered, and what answers
+        earn.
+        """
+        sampling, reward = self.config.sampling, self.config.reward
+        kept = {"group": sampling.group, "temperature": sampling.temperature}
+        kept |= {"max_new_tokens": sampling.max_new_tokens, "prompts": self.config.prompts}
+        return super().own() | {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
+
+
+class GrpoRun(ChatRun):
+    """Reads prompts; its engine answers them."""
+
+    identity = GrpoIdentity
+    config: GrpoConfig
+    reference: Reference | None = None
+    found: Path | None = None  # the checkpoint that the run goes on from
+
+    @property
+    def trainer(self) -> type[PolicyTrainer]:
+        """Returns what makes the steps."""
+        return PolicyTrainer
+
+    def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
+        """Returns the policy's engine, and has the reference ready; collective over the world."""
+        engine, begin = super().build(mesh, found)
+        self.found = found
+        if self.config.rl.kl.used:
+            self.reference = self._reference(engine)
+        return engine, begin
+
+    def _reference(self, engine: Engine) -> Reference:
+        """The policy without its adapters, or a model of its own, whose weights are frozen."""
+        given, config = self.config.rl.kl.reference, self.config
+        plain = config.peft.adapter is None and not config.peft.modules_to_save
+        if given is None and self.base.adapted and plain:
+
+            @contextmanager
+            def without() -> Iterator[Engine]:
+                with off(engine):
+                    yield engine
+
+            return without
+        if given is not None:
+            place = "hf" if (Path(given) / "config.json").is_file() else "init"
+            model = dataclasses.replace(config.model, hf=None, init=None, **{place: given})
+            config = dataclasses.replace(config, model=model, peft=type(config.peft)())
+        elif config.model.hf is None and config.model.init is None:
+            raise UsageError(
+                "rl.kl compares with the weights that the run started from, which nothing names: "
+                "give model.hf, model.init or rl.kl.reference."
+            )
+        config = dataclasses.replace(config, freeze=("*",), optim=type(config.optim)())
+        frozen, _ = FrozenBase(config).build(engine.mesh, None)
+
+        @contextmanager
+        def apart() -> Iterator[Engine]:
+            yield frozen
+
+        return apart
+
+    def rollouts(self, engine: Engine, scorer: Scorer) -> Rollouts:
+        """Returns what answers prompts."""
+        config = self.config
+        stops = (*self.rows.template.stops, *config.sampling.stop)
+        codec = Codec.of(self.rows.words, stops)
+        return Rollouts(engine, config.sampling, codec, scorer, config.run.seed)
+
+    def prompts(self, ledger: Mapping[str, Any]) -> ChatReader:
+        """Returns the prompts that come next, all of a draw on every rank."""
+        share, first = Share(self.config.prompts, 1), int(ledger.get("draws", 0)) + 1
+        return reader_of(self.rows, share, first, ledger.get("stream"))
+
+    def held_out_prompts(self) -> ChatReader:
+        """Returns the held-out prompts, each once."""
+        return reader_of(self.held_out, Share(self.config.prompts, 1), epochs=1)
+
+    def parts(self, engine: Engine) -> Iterator[Part]:
+        """Yields what this rank owns of a checkpoint."""
+        return self.base.parts(engine)
+
+    def next_command(self) -> str:
+        """Returns the command that shows what the model has learned."""
+        return f'megallm generate --model {Path(self.config.run.dir)} --prompt "..."'
+
+
+class PolicyTrainer(GrpoTrainer):
+    """The trainer of a run: its checkpoints hold what the run's adapters say, and its rows are
+    watched for signs of collapse.
+    """
+
+    def __init__(self, job: GrpoRun, *args: Any) -> None:
+        super().__init__(job.config, *args)
+        self.job, self.monitor = job, CollapseMonitor()
+        self.note: Callable[[str], None] = lambda text: None
+
+    def step(self, step: int) -> StepReport:
+        """Train one step, numbered from 1."""
+        report = super().step(step)
+        row = {"step": step, **report.metrics}
+        if step % self.config.log.every == 0:
+            self.note(_told(row))
+        warnings = (*report.warnings, *self.monitor.see(row))
+        return dataclasses.replace(report, warnings=warnings)
+
+    def evaluate(self) -> dict[str, float | None]:
+        """Returns the held-out rewards, and tells them; collective over the world."""
+        figures = super().evaluate()
+        if figures.get("val/reward") is not None:
+            self.note(f"  held out: greedy reward {figures['val/reward']:.4g}")
+        return figures
+
+    def state(self) -> Iterator[Part]:
+        """Yields what this rank owns of the state."""
+        yield from self.job.parts(self.engine)
+        if self.engine.mesh.rank == 0:
+            yield from self.buffer.state()
+
+
+class RolloutLog:
+    """RUN/rollouts.jsonl, one line an answer, and some of them for a person; rank 0 only.
+
+    Lines of steps after `step`, which a run that was killed has left, are removed first.
+    """
+
+    def __init__(
+        self, config: GrpoConfig, names: Sequence[str], recorder: Recorder, step: int
+    ) -> None:
+        self.config, self.names, self.recorder = config, names, recorder
+        path = Path(config.run.dir) / ROLLOUTS
+        truncate_log(path, step)
+        self.lines = SampleLog(path)
+
+    def __call__(self, step: int, drawn: Experience, rewards: Sequence[float]) -> None:
+        """Write the answers of a step."""
+        rows = []
+        for i, answer in enumerate(drawn.answers):
+            parts = [None if x != x else float(x) for x in drawn.table[i]]
+            rows.append(
+                {
+                    "step": step,
+                    "id": answer.id,
+                    "prompt": drawn.columns[i].get("prompt"),
+                    "answer": drawn.texts[i],
+                    "tokens": len(answer.tokens),
+                    "reason": answer.reason,
+                    "rewards": dict(zip(self.names, parts, strict=True)),
+                    "reward": None if rewards[i] != rewards[i] else rewards[i],
+                    "advantage": answer.advantages[0],
+                    "version": answer.version,
+                    **drawn.extras[i],
+                }
+            )
+        every = self.config.checkpoint.every
+        self.lines.append(rows, every > 0 and step % every == 0)
+        if step % self.config.log.every == 0:
+            for row in rows[: self.config.rl.show]:
+                self.recorder.note(_shown(row))
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    """The figures of a step that say how it goes, in one line."""
+    names = {
+        "reward": "reward",
+        "frac_reward_zero_std": "same",
+        "entropy": "entropy",
+        "kl": "kl",
+        "completions/mean_length": "tokens",
+        "completions/clipped_ratio": "cut",
+    }
+    told = [f"{said} {row[name]:.3g}" for name, said in names.items() if row.get(name) is not None]
+    return " | ".join([f"  step {row['step']}", *told])
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """One answer in one line."""
+    parts = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
+    prompt, answer = (
+        text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+        for text in (
+            json.dumps(row["prompt"], ensure_ascii=False),
+            json.dumps(row["answer"], ensure_ascii=False),
+        )
+    )
+    return f"  {prompt} -> {answer} | {parts} | advantage {row['advantage']:+.2f}"
+
+
+def run_policy(
+    job: GrpoRun, mesh: Mesh, resume: str, own_log: bool = False, allowed: Sequence[str] = ()
+) -> None:
+    """Train a policy on rewards; collective over the world. See `open_run`."""
+    config = job.config
+    with open_run(job, mesh, resume, own_log, allowed) as opened, ExitStack() as stack:
+        scorer = stack.enter_context(Scorer(mesh, lambda: build(config.reward)))
+        rollouts, ledger = job.rollouts(opened.engine, scorer), opened.ledger
+        tell: dict[str, Any] = {}
+        if mesh.rank == 0:
+            log = RolloutLog(config, rollouts.names, opened.recorder, ledger.step)
+            stack.enter_context(log.lines)
+            tell["tell"] = log
+        held_out = None if job.held_out is None else job.held_out_prompts
+        feeds = Feeds(job.prompts(ledger.data), held_out, **tell)
+        identity = opened.identity.values | job.meta
+        trainer = job.trainer(job, rollouts, feeds, job.reference, ledger.data, identity)
+        trainer.note = opened.recorder.note
+        if job.found is not None:
+            with CheckpointReader(job.found) as reader:
+                trainer.buffer.load(reader)
+            for row in read_rows(opened.recorder.folder.metrics) if mesh.rank == 0 else ():
+                list(trainer.monitor.see(row))
+        Loop(trainer, config, ledger, opened.recorder, opened.requests).run()
+        job.finish(opened.engine)
+
+
+def run(
+    config: GrpoConfig,
+    mesh: Mesh,
+    resume: str,
+    own_log: bool = False,
+    allowed: Sequence[str] = (),
+) -> None:
+    """Train on a checked and resolved configuration; see `run_policy`."""
+    run_policy(GrpoRun(config), mesh, resume, own_log, allowed)

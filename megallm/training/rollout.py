@@ -1,0 +1,189 @@
+"""Rollouts: prompts of a stream, and the answers that the policy gives to them.
+
+An answer is a pure function of the weights, the seed and the id of its request; ids count the
+prompts that were drawn since the run began, whatever the layout and the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from megallm.data.chat.rows import PromptRow
+from megallm.data.text.tokenizer import Tokenizer
+from megallm.engine.engine import Engine
+from megallm.inference.answer import Answer, Ending
+from megallm.inference.samples import Request, Sample
+from megallm.inference.sampling import Sampling
+from megallm.rewards.samples import Completion
+from megallm.training.responses import Response
+from megallm.training.reward_calls import Scorer
+from megallm.training.rl_config import SamplingConfig
+from megallm.training.rl_metrics import Phases
+
+PROMPTS = (
+    "prompt",
+    "messages",
+    "question",
+    "instruction",
+    "conversations",
+)  # columns that hold one
+
+
+class Prompts(Protocol):
+    """Draws of prompts, numbered from 1, each of as many as a step has (`data.chat.reader`)."""
+
+    def examples(self, step: int) -> list[tuple[int, Any]]: ...
+
+    def state_after(self, step: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How answers begin and end in text: the tokenizer, the ids and the texts that end them."""
+
+    words: Tokenizer
+    ends: frozenset[int]
+    stops: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(words: Tokenizer, stops: Sequence[str]) -> Codec:
+        """Ends at the tokenizer's end of text, and at `stops`: by their id where they have one."""
+        ids = {text: words.token_id(text) for text in stops}
+        known = {number for number in ids.values() if number is not None}
+        texts = tuple(text for text, number in ids.items() if number is None)
+        return Codec(words, frozenset({words.eod, *known}), texts)
+
+    def request(self, id: int, prompt: Sequence[int], limit: int) -> Request:
+        """Returns what a generator is asked for."""
+        ending = Ending(limit, self.ends, self.stops)
+        decoder = self.words if self.stops else None
+        return Request(id, list(prompt), Answer(ending, decoder, list(prompt)))
+
+    def text(self, tokens: Sequence[int], reason: str) -> str:
+        """Returns what an answer says, without what ended it."""
+        text = self.words.decode(tokens[:-1] if reason == "end" else tokens)
+        if reason == "stop":
+            text = text[: min((at for at in map(text.find, self.stops) if at >= 0), default=None)]
+        return text
+
+
+@dataclass
+class Experience:
+    """Answers of a step with what they earned: `table` `[n, k]` by function, NaN for none; and
+    their texts, the rows of their prompts, and what functions say besides, each `[n]`.
+    """
+
+    answers: list[Response] = field(default_factory=list)
+    table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    columns: list[Mapping[str, Any]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    extras: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def select(self, kept: Sequence[int]) -> Experience:
+        """Returns those of these numbers."""
+        lists = {name: [values[i] for i in kept] for name, values in self._lists()}
+        return replace(self, table=self.table[list(kept)], **lists)
+
+    def join(self, other: Experience) -> Experience:
+        """Returns both, one after the other."""
+        if not self.answers:
+            return other
+        lists = {name: values + vars(other)[name] for name, values in self._lists()}
+        table = np.concatenate([self.table, other.table])
+        failures = self.failures + other.failures
+        return replace(
+            self, table=table, metrics=self.metrics | other.metrics, failures=failures, **lists
+        )
+
+    def _lists(self) -> list[tuple[str, list]]:
+        return [(name, vars(self)[name]) for name in ("answers", "columns", "texts", "extras")]
+
+
+class Rollouts:
+    """Draws prompts, lets the engine answer each `group` times, and has the answers scored.
+
+    All calls are collective over the world.
+    """
+
+    def __init__(
+        self, engine: Engine, config: SamplingConfig, codec: Codec, scorer: Scorer, seed: int
+    ) -> None:
+        self.engine, self.config, self.codec, self.scorer = engine, config, codec, scorer
+        self.sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
+        self.greedy = Sampling(config.max_new_tokens, 0.0)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the reward functions."""
+        return self.scorer.names
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the reward functions."""
+        return self.scorer.weights
+
+    def sample(
+        self, rows: Sequence[PromptRow], first: int, group: int, greedy: bool = False
+    ) -> list[Sample]:
+        """Returns `group` answers to each prompt, on every rank; the ids count from `first` on.
+
+        Each data rank gives its share of them.
+        """
+        limit = self.config.max_new_tokens
+        asked = [
+            self.codec.request(first + i, rows[i // group].ids.tolist(), limit)
+            for i in range(len(rows) * group)
+        ]
+        with self.engine.generator(self.config.batch) as generator:
+            made = generator.generate(
+                self.engine.mine(asked), self.greedy if greedy else self.sampling
+            )
+        return [Sample(**each) for each in self.engine.all([vars(each) for each in made])]
+
+    def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Experience:
+        """Returns the scored answers to the draw `number` of prompts, counted from 1."""
+        rows = [row for _, row in prompts.examples(number)]
+        group = self.config.group
+        with phases("rollout"):
+            samples = self.sample(rows, (number - 1) * len(rows) * group, group)
+        with phases("reward"):
+            return self.scored(step, samples, rows, group)
+
+    def scored(
+        self, step: int, samples: Sequence[Sample], rows: Sequence[PromptRow], group: int
+    ) -> Experience:
+        """Returns samples with what they earned."""
+        texts = [self.codec.text(each.tokens, each.reason) for each in samples]
+        columns = [rows[i // group].columns for i in range(len(samples))]
+        told = [
+            Completion(_prompt_of(row), text, each.prompt, each.tokens, row, each.reason)
+            for each, text, row in zip(samples, texts, columns, strict=True)
+        ]
+        scores = self.scorer.score(told, step)
+        answers = [
+            Response(id=each.id, group=each.id // group, step=step, **_sampled(each))
+            for each in samples
+        ]
+        extras = [
+            {name: values[i] for name, values in scores.extras.items()} for i in range(len(samples))
+        ]
+        return Experience(
+            answers, scores.table, columns, texts, extras, scores.metrics, scores.failures
+        )
+
+
+def _sampled(sample: Sample) -> dict[str, Any]:
+    names = ("prompt", "tokens", "log_probs", "reason", "version")
+    return {name: vars(sample)[name] for name in names}
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Any:
+    """The prompt as it stands in its row: a text, or messages."""
+    found = (row[name] for name in PROMPTS if row.get(name) is not None)
+    return next(found, "")

@@ -1,0 +1,156 @@
+"""Rules about reinforcement learning: what is sampled, rewarded and compared. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megallm.training.rl_config import GrpoConfig, PpoConfig
+from megallm.training.rules import finetune
+from megallm.training.rules.nearest import multiples, nearest_fixes
+from megallm.training.rules.problem import Facts, Problem, Rules
+from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, Range
+
+
+def rewards(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields what is wrong with the section `reward`."""
+    for sentence in config.reward.faults():
+        yield Problem("reward", sentence)
+
+
+def groups(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields a step that is no whole number of groups."""
+    train, group, updates = config.train, config.sampling.group, config.rl.updates
+    if min(train.global_batch, group, updates) > 0 and train.global_batch * updates % group:
+        sentence = (
+            f"train.global_batch {train.global_batch} x rl.updates {updates} answers are no whole "
+            f"number of groups of sampling.group {group}."
+        )
+        fixes = nearest_fixes(
+            "train.global_batch", train.global_batch, multiples(train.global_batch, group)
+        )
+        yield Problem("groups", sentence, fixes)
+
+
+def divergence(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields a KL divergence that counts twice, or settings of it that nothing reads."""
+    kl = config.rl.kl
+    if kl.loss > 0 and kl.reward > 0:
+        sentence = (
+            f"rl.kl.loss {kl.loss:g} and rl.kl.reward {kl.reward:g} both hold the policy at the "
+            "reference: the divergence belongs into the loss or into the reward, not into both."
+        )
+        yield Problem("kl", sentence, ({"rl.kl.loss": 0.0}, {"rl.kl.reward": 0.0}))
+    if kl.target is not None and not kl.reward > 0:
+        sentence = "rl.kl.target steers rl.kl.reward, which is 0."
+        yield Problem("kl", sentence, ({"rl.kl.target": None}, {"rl.kl.reward": 0.05}))
+    if kl.reference is not None and not kl.used:
+        sentence = "rl.kl.reference names a model that nothing is compared with."
+        yield Problem("kl", sentence, ({"rl.kl.reference": None}, {"rl.kl.loss": 0.04}))
+
+
+def old_answers(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields half of a replay buffer."""
+    replay = config.rl.replay
+    if (replay.staleness > 0) != (replay.prompts > 0):
+        sentence = (
+            f"rl.replay.staleness {replay.staleness} and rl.replay.prompts {replay.prompts}: "
+            "answers of earlier steps need an age that they may have, and a number."
+        )
+        off = {"rl.replay.staleness": 0, "rl.replay.prompts": 0}
+        yield Problem("replay", sentence, (off, {"rl.replay.staleness": 1, "rl.replay.prompts": 1}))
+
+
+def alone(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields settings that do not go together."""
+    rl, kl = config.rl, config.rl.kl
+    if rl.advantage == "decoupled" and (rl.overlong_cache or kl.reward > 0):
+        key = "rl.overlong_cache" if rl.overlong_cache else "rl.kl.reward"
+        sentence = (
+            f"rl.advantage decoupled compares each reward alone; {key} is added to their sum."
+        )
+        yield Problem("advantage", sentence, ({key: 0}, {"rl.advantage": "group"}))
+    if rl.overlong_cache > config.sampling.max_new_tokens:
+        sentence = (
+            f"rl.overlong_cache {rl.overlong_cache} is more than sampling.max_new_tokens "
+            f"{config.sampling.max_new_tokens}, of whose end it is a part."
+        )
+        yield Problem("overlong", sentence, ({"rl.overlong_cache": 0},))
+    if config.peft.dropout:
+        sentence = (
+            f"peft.dropout {config.peft.dropout:g}: the policy that is trained would be another one "
+            "than that which has sampled."
+        )
+        yield Problem("dropout", sentence, ({"peft.dropout": 0.0},))
+    if config.data.packing:
+        sentence = "data.packing packs what is read; of sampled answers it is rl.packing."
+        yield Problem("packing", sentence, ({"data.packing": False},))
+
+
+def without_critic(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields an algorithm whose advantages need a critic."""
+    if config.rl.algorithm == "ppo":
+        sentence = "rl.algorithm ppo needs a critic, which `megallm ppo` trains."
+        yield Problem("algorithm", sentence, ({"rl.algorithm": "grpo"},))
+
+
+def with_critic(config: PpoConfig) -> Iterator[Problem]:
+    """Yields settings of other advantages than those of a critic."""
+    rl = config.rl
+    if rl.advantage is not None:
+        sentence = f"rl.advantage {rl.advantage} takes the place of the critic's: leave it out."
+        yield Problem("advantage", sentence, ({"rl.advantage": None},))
+    if rl.replay.prompts:
+        sentence = "rl.replay trains answers of other steps, of which the critic knows no values."
+        off = {"rl.replay.staleness": 0, "rl.replay.prompts": 0}
+        yield Problem("replay", sentence, (off,))
+
+
+def language(facts: Facts) -> Iterator[Problem]:
+    """Yields a model that writes no text, or none that is long enough."""
+    config, model = facts.config, facts.model
+    if model.head != "lm" or not model.causal:
+        sentence = "megallm grpo trains language models: model.head lm, model.causal true."
+        yield Problem("objective", sentence, ({"model.head": "lm", "model.causal": True},))
+    longest = config.data.seq_len + config.sampling.max_new_tokens
+    if longest > model.max_positions and model.positions == "learned":
+        sentence = (
+            f"data.seq_len {config.data.seq_len} of the longest prompt and sampling.max_new_tokens "
+            f"{config.sampling.max_new_tokens} need {longest} positions; model.max_positions is "
+            f"{model.max_positions}."
+        )
+        yield Problem("positions", sentence, ({"model.max_positions": longest},))
+
+
+def inferred(config: GrpoConfig) -> dict[str, Any]:
+    """Returns what every trainer on conversations fills in."""
+    return finetune.chat_inferred(config)
+
+
+_GIVEN = (*finetune.GIVEN, rewards, groups, divergence, old_answers, alone)
+RULES = Rules(
+    (*_GIVEN, without_critic),
+    finetune.RESOLVED
+    | {language: ("model.head", "data.seq_len", "sampling.max_new_tokens", "model.max_positions")},
+    finetune.RANGES
+    | {f"sampling.{name}": COUNT for name in ("group", "max_new_tokens", "batch")}
+    | {f"rl.{name}": COUNT for name in ("updates", "epochs")}
+    | {
+        f"rl.{name}": NOT_NEGATIVE
+        for name in ("low", "high", "entropy_coef", "overlong_cache", "show")
+    }
+    | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "high")}
+    | {f"rl.kl.{name}": NOT_NEGATIVE for name in ("loss", "reward")}
+    | {"rl.kl.target": Range(above=0), "rl.kl.horizon": COUNT}
+    | {"sampling.temperature": Range(above=0), "sampling.resample": Range(low=0, high=15)},
+    inferred,
+)
+_CRITIC = {
+    "critic.lr": Range(above=0),
+    "critic.clip": Range(above=0),
+    "critic.gamma": Range(above=0, high=1),
+    "critic.lam": Range(low=0, high=1),
+    "critic.reward_clip": Range(above=0),
+    "critic.warmup_steps": NOT_NEGATIVE,
+}
+PPO = Rules((*_GIVEN, with_critic), RULES.resolved, {**RULES.ranges, **_CRITIC}, inferred)
