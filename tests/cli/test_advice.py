@@ -128,10 +128,10 @@ def test_names_that_people_bring_along_have_a_pointer(capsys, name):
 @pytest.mark.parametrize(
     ("word", "advice"),
     [
-        ("finetune", "no fine-tuning recipes yet"), ("sft", "no fine-tuning recipes yet"),
+        ("finetune", "`megallm sft`"), ("lora", "`megallm sft`"),
         ("eval", "prints the held-out loss"), ("train", "`megallm pretrain`"), ("Pretrain", "Did you mean 'pretrain'?"),
         ("inference", "`megallm generate`"), ("serve", "has no server"), ("preprocess_data", "`megallm preprocess`"),
-        ("merge_datasets", "`megallm data merge`"), ("ppo", "no reinforcement"),
+        ("merge_datasets", "`megallm data merge`"), ("rloo", "`megallm grpo`"),
         ("orpo", "`megallm dpo`"), ("resume", "--resume auto"),
         ("list-models", "`megallm presets`"), ("doctr", "Did you mean 'doctor'?"),
         ("tokenise", "`megallm preprocess`"), ("upgrade", "`bash tools/install.sh`"), ("version", "--version"),
