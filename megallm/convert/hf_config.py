@@ -441,7 +441,8 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     )
     given = {key: value for key in leaves(ModelConfig) if (value := get(wanted, key)) is not None and key not in _FROM}
     if "preset" in given:
-        raise UsageError(f"{where} and model.preset are both given; the folder says what the model is: keep one.")
+        key = "model.init" if where.startswith("model.init") else "model.hf"
+        raise UsageError(f"{key} and model.preset are both given; the folder says what the model is: keep one.")
     differing = [
         f"model.{key} is {value}, {where} has {get(found, key)}"
         for key, value in given.items()

@@ -19,6 +19,7 @@ from megallm.cli.main import main
 from megallm.cli.table import VERBS
 from megallm.data.indexed.dataset import IndexedWriter
 from megallm.training.config import PretrainConfig
+from megallm.training.kinds import KINDS
 
 TEXT = "The river runs by the old mill, and the miller is there. " * 20
 
@@ -91,7 +92,8 @@ def test_b17_what_is_there_is_refused_and_overwrite_allows_it(place, capsys, cas
 
 
 def test_b17_every_verb_with_an_output_has_the_option(capsys):
-    without = {"pretrain", "config", "doctor", "completion", "data show", "data trace", "data verify", "data stats",
+    without = {*KINDS, "rewards try", "rewards list",
+               "config", "doctor", "completion", "data show", "data trace", "data verify", "data stats",
                "ckpt ls", "ckpt show", "ckpt verify", "ckpt diff", "chat", "presets"}  # fmt: skip
     for words in VERBS:
         with contextlib.suppress(SystemExit):

@@ -24,6 +24,7 @@ import pytest
 from megallm.cli import supervise
 from megallm.cli.board import Note
 from megallm.cli.table import KEPT, VERBS
+from megallm.training.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 8.0  # 2 are promised, of a machine that has a processor free; it took over 75
@@ -233,7 +234,8 @@ def test_b15_ctrl_c_at_a_terminal(tmp_path):
 
 
 def test_b15_every_verb_that_may_take_long_is_supervised_and_says_what_it_keeps():
-    quick = {"data show", "data trace", "pretrain", "config", "chat", "ckpt ls", "ckpt show", "schedule",
+    quick = {*KINDS, "rewards try", "rewards list",
+             "data show", "data trace", "config", "chat", "ckpt ls", "ckpt show", "schedule",
              "completion", "doctor", "presets"}  # fmt: skip
     assert {words for words in VERBS if words not in KEPT} - quick == set(), "give it a sentence in KEPT"
     assert all(kept.endswith(".") for kept in KEPT.values())

@@ -79,7 +79,7 @@ from megallm.launch.start import start
 def show(env):
     for stream in (sys.stdout, sys.stderr):
         print("\\x1b[31m red", file=stream)
-main.dispatch_command = lambda words: start(show, (), 1, None) or 0
+main.run_verb = lambda words: start(show, (), 1, None) or 0
 sys.exit(main.main([]))
 """
 
