@@ -54,7 +54,7 @@ class LossSums(NamedTuple):
         values = torch.cat((self.sums, self.counts)).tolist()
         names = [*self.losses, *self.metrics, *self.largest]
         counts = {
-            name: int(count) if count == int(count) else count
+            name: int(count) if count.is_integer() else count
             for name, count in zip(self.counted, values[len(names) :], strict=True)
         }
         further = {name: counts.get(name, counts[self.counted[0]]) for name in names}
