@@ -155,12 +155,12 @@ def test_all_kinds_of_reference_agree(place, verb):
 def test_a_synced_reference_follows_the_policy(place):
     folder, start, source = place
     kind = {"reference.kind": "synced", "reference.alpha": 1.0, "reference.every": 2, "train.steps": 4}
-    rows = metrics(train("dpo", folder / "synced", start, source, **kind))
+    rows = metrics(train("dpo", folder / "follows", start, source, **kind))
     assert rows[0]["train/loss"] == pytest.approx(math.log(2)) == rows[2]["train/loss"] != rows[1]["train/loss"]
-    stopped = folder / "synced-stopped"
+    stopped = folder / "follows-stopped"
     for stop in (3, 4):
         train("dpo", stopped, start, source, **kind, **{"train.stop_at": stop})
-    assert metrics(stopped) == rows and worst(weights(stopped, 4), weights(folder / "synced", 4)) == 0
+    assert metrics(stopped) == rows and worst(weights(stopped, 4), weights(folder / "follows", 4)) == 0
 
 
 def test_a_stored_reference_survives_the_end_of_a_run(place, monkeypatch):
