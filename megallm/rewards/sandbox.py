@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -235,7 +236,8 @@ class _Box:
         files: Sequence[IO[bytes]] = (),
         text: str = "",
     ) -> None:
-        _adopt_orphans()
+        _ADOPTING.enter()
+        stack.callback(_ADOPTING.leave)
         whole = _file(stack, json.dumps({**job, "limits": limits.resources()}).encode())
         filters = _file(stack, seccomp.build_filter(platform.machine()))
         status, self.started = _pipe(stack), _pipe(stack)
@@ -292,12 +294,32 @@ class _Box:
         return ProgramEnd(status, output, errors, error)
 
 
-@functools.cache
-def _adopt_orphans() -> None:
-    """Make this process the parent of what bubblewrap leaves behind: without it the first process
-    of each sandbox stays a zombie in a container whose own first process reaps nothing.
+class _Adopting:
+    """Makes this process the parent of what bubblewrap leaves behind, while a sandbox lives:
+    without it the first process of each stays a zombie in a container whose own first process reaps
+    nothing. Afterwards the orphans of others are theirs again.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    def __init__(self) -> None:
+        self.count, self.lock = 0, threading.Lock()
+
+    def enter(self) -> None:
+        """Begins with the first sandbox."""
+        with self.lock:
+            self.count += 1
+            self._set(True)
+
+    def leave(self) -> None:
+        """Ends with the last one."""
+        with self.lock:
+            self.count -= 1
+            self._set(self.count > 0)
+
+    def _set(self, on: bool) -> None:
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+
+
+_ADOPTING = _Adopting()
 
 
 def _line(file: IO[bytes]) -> bytes:
