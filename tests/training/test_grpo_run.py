@@ -62,6 +62,11 @@ def made(folder: Path, **values: Any) -> GrpoConfig:
         "optim": {"lr": 0.01}, "eval": {"batches": 1}, "checkpoint": {"every": 2}, "log": {"plot": False},
     }  # fmt: skip
     (folder / "grpo.yaml").write_text(yaml.safe_dump(text))
+    return loaded(folder, values)
+
+
+def loaded(folder: Path, values: dict[str, Any]) -> GrpoConfig:
+    """The configuration of a folder whose files are there: what several ranks may read at once."""
     words = [f"{key}={value}" for key, value in values.items()]
     return check(load(GrpoConfig, folder / "grpo.yaml", words))
 
@@ -144,7 +149,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def on_ranks(folder: str, layout: Layout) -> None:
-    config = made(Path(folder), **{"layout.tp": layout.tp, "layout.dp": layout.dp, "zero.stage": 3})
+    config = loaded(Path(folder), {"layout.tp": layout.tp, "layout.dp": layout.dp, "zero.stage": 3})
     grpo.run(config, Mesh.start(layout), "must")
 
 
