@@ -242,8 +242,16 @@ def test_collapse_is_noticed_once():
 PPO = {"rl.algorithm": "ppo", "rl.replay.prompts": 0, "rl.replay.staleness": 0, "rl.kl.reward": 0.1}
 
 
+ON_POLICY = {"rl.replay.prompts": 0, "rl.replay.staleness": 0}
+
+
 def made_ppo(folder: Path, **values: Any) -> PpoConfig:
-    made(folder, **{"rl.replay.prompts": 0, "rl.replay.staleness": 0})
+    made(folder, **ON_POLICY)
+    return loaded_ppo(folder, values)
+
+
+def loaded_ppo(folder: Path, values: dict[str, Any]) -> PpoConfig:
+    """The configuration of a folder whose files are there."""
     words = [f"{key}={value}" for key, value in (PPO | values).items()]
     return check(load(PpoConfig, folder / "grpo.yaml", words))
 
@@ -273,11 +281,13 @@ def test_ppo_trains_a_critic_and_goes_on_as_if_nothing_had_been(quiet, quiet_ppo
 
 
 def ppo_on_ranks(folder: str, quiet: str) -> None:
-    config = made_ppo(Path(folder), **start_of(Path(quiet)), **{"layout.tp": 2, "train.steps": 5, "train.stop_at": 2})
+    more = {"layout.tp": 2, "train.steps": 5, "train.stop_at": 2}
+    config = loaded_ppo(Path(folder), start_of(Path(quiet)) | more)
     ppo.run(config, Mesh.start(Layout(tp=2)), "never")
 
 
 def test_ppo_is_the_same_at_another_layout(quiet, quiet_ppo, tmp_path):
+    made(tmp_path, **ON_POLICY)
     run_ranks(2, ppo_on_ranks, str(tmp_path), str(quiet))
     for ours, theirs in zip(rows_of(tmp_path), rows_of(quiet_ppo), strict=False):
         assert_close(ours, theirs)
