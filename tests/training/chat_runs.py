@@ -35,7 +35,9 @@ def conversations(path: Path, count: int, seed: int = 0) -> str:
 
 
 def write_rows(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    if not path.exists() or path.read_text() != text:  # ranks that run at once find it there
+        path.write_text(text)
     return str(path)
 
 
