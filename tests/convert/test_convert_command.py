@@ -88,22 +88,28 @@ from megallm.convert.weights import HfReader
 torch.set_num_threads(1)
 run(ConvertRequest("megallm", sys.argv[1], sys.argv[3] + "-warm"))
 run(ConvertRequest("hf", sys.argv[3] + "-warm", sys.argv[3] + "-warm-back"))
+streamed = []
+for output in (sys.argv[3], sys.argv[3] + "-again"):
+    before = begin()
+    done = run(ConvertRequest("megallm", sys.argv[2], output, dtype=sys.argv[4]))
+    run(ConvertRequest("hf", output, output + "-back"))
+    streamed.append(kib("VmHWM") - before)
 before = begin()
-done = run(ConvertRequest("megallm", sys.argv[2], sys.argv[3], dtype=sys.argv[4]))
-run(ConvertRequest("hf", sys.argv[3], sys.argv[3] + "-back"))
-streamed, before = kib("VmHWM") - before, begin()
 with HfReader(sys.argv[2]) as reader:  # negative control: everything at once is seen
     whole = [torch.empty(reader.info(name)[0]) for name in reader.names()]
     for name, tensor in zip(reader.names(), whole):
         reader.read_into(name, (0,) * tensor.dim(), tensor)
-print(streamed * 1024, done["bytes"], (kib("VmHWM") - before) * 1024)
+print(min(streamed) * 1024, done["bytes"], (kib("VmHWM") - before) * 1024)
 """
 )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_memory_is_that_of_one_tensor(folder, tmp_path, dtype):
-    """A model of 79 MB with a largest logical tensor of 8 MiB (a stack): both ways take about three of those."""
+    """A model of 79 MB with a largest logical tensor of 8 MiB (a stack): both ways take less than three of those.
+
+    In the better of two runs: what an allocator happens to hold differs by several MiB from run to run.
+    """
     large = case("llama", "LlamaConfig", hidden_size=512, intermediate_size=2048, num_hidden_layers=5)
     make(tmp_path / "large", large, shard="30MB")
     done = subprocess.run(
@@ -112,7 +118,7 @@ def test_memory_is_that_of_one_tensor(folder, tmp_path, dtype):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     grown, total, whole = map(int, done.stdout.split())
-    assert total > 39e6 and whole > 55e6 and grown < 26 * 2**20, (grown, total, whole)
+    assert total > 39e6 and whole > 55e6 and grown < 24 * 2**20, (grown, total, whole)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02])
