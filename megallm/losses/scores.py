@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.losses.terms import Terms
@@ -33,36 +32,6 @@ class Regression:
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         error = (outputs["value"] - batch["targets"]).square()
         return Terms({"loss": (error * batch["mask"]).sum()})
-
-
-@dataclass(frozen=True)
-class PairwiseReward:
-    """`-sum log sigmoid(chosen - rejected)` over pairs of sequences (Bradley-Terry; Ouyang et al.,
-    arXiv 2203.02155).
-
-    The tokens that count, in the order of the microbatch, are the last ones of a chosen sequence,
-    of its rejected one, of the next chosen one, and so on. A pair stands in one microbatch, whether
-    as rows or packed.
-    """
-
-    needs: ClassVar[tuple[str, ...]] = NEEDS
-    temperature: ClassVar[float] = 1.0
-
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Counts the pairs of one microbatch. Errors: ValueError for a number of sequences that is
-        odd.
-        """
-        scored = int(batch["mask"].sum())
-        if scored % 2:
-            raise ValueError(
-                f"a microbatch scores {scored} sequences; a chosen and a rejected one belong into "
-                "the same microbatch, so their number must be even."
-            )
-        return {"loss": batch["mask"].sum() // 2}
-
-    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
-        chosen, rejected = outputs["value"][batch["mask"]].view(-1, 2).unbind(-1)
-        return Terms({"loss": -F.logsigmoid(chosen - rejected).sum()})
 
 
 @dataclass(frozen=True)

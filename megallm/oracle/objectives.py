@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, simpo_loss
 from megallm.losses.reward import BradleyTerry
-from megallm.losses.scores import PairwiseReward, Regression, Value
+from megallm.losses.scores import Regression, Value
 from megallm.losses.terms import Loss, Terms
 from megallm.oracle import reference_trainers as written
 from megallm.oracle.reference_encoder import CLIP, ENTROPY, TEMPERATURE, WRONG
@@ -42,6 +43,24 @@ class Tempered:
         )
 
 
+@dataclass(frozen=True)
+class EvenPairs:
+    """`-sum log sigmoid(first - second)` of the values of the counted tokens, two by two in the
+    order of the microbatch, however many a sequence has.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("value",)
+    temperature: ClassVar[float] = 1.0
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Counts the pairs of one microbatch."""
+        return {"loss": batch["mask"].sum() // 2}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        first, second = outputs["value"][batch["mask"]].view(-1, 2).unbind(-1)
+        return Terms({"loss": -F.logsigmoid(first - second).sum()})
+
+
 _POLICY = {
     "low": written.LOW,
     "high": written.HIGH,
@@ -56,7 +75,7 @@ LOSSES: dict[str, Loss] = {
     "diffusion": MaskedDiffusion(),
     "regression": Regression(),
     "critic": Value(CLIP),
-    "reward": PairwiseReward(),
+    "reward": EvenPairs(),
     "sft": NextToken(measured=("entropy", "mean_token_accuracy")),
     "dft": NextToken(dft=True),
     "bradley_terry": BradleyTerry(written.CENTER),

@@ -14,7 +14,8 @@ from megallm.data.objective import MLM, TokenMasker
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Loss
 from megallm.losses.language import Accuracy, NextToken
-from megallm.losses.scores import PairwiseReward, Regression
+from megallm.losses.reward import BradleyTerry
+from megallm.losses.scores import Regression
 from megallm.models.config import ModelConfig
 from megallm.optim.config import OptimConfig
 from megallm.parallel.config import LayoutConfig
@@ -27,7 +28,7 @@ SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 
 TASKS: dict[str, tuple[dict, Loss]] = {
     "classes": ({"family": "bert", "max_positions": 8, "head": "classification", "num_labels": CLASSES}, NextToken()),
     "regression": ({"family": "bert", "max_positions": 8, "head": "value", "pooler": True}, Regression()),
-    "reward": ({"family": "llama", "head": "value"}, PairwiseReward()),
+    "reward": ({"family": "llama", "head": "value"}, BradleyTerry()),
 }
 Batch = dict[str, Tensor]
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megallm.losses.reward import BradleyTerry, RankedReward
-from megallm.losses.scores import PairwiseReward
 from tests.losses.averages import averaged, packed, split
 
 VALUE = torch.randn(8, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -22,11 +21,10 @@ def softplus(x):
     return math.log1p(math.exp(x))
 
 
-def test_pairs_are_those_of_pairwise_reward():
-    batch = {"mask": MASK}
-    want = averaged(BradleyTerry(), split({"value": VALUE}, batch))[0].item()
-    total = PairwiseReward()({"value": VALUE}, batch).losses["loss"]
-    assert total.item() / int(PairwiseReward().counts(batch)["loss"]) == pytest.approx(want)
+def test_a_pair_is_chosen_and_rejected_in_the_order_of_the_microbatch():
+    loss = averaged(BradleyTerry(), split({"value": VALUE}, {"mask": MASK}))[0].item()
+    pairs = zip(SCORES[::2], SCORES[1::2], strict=True)
+    assert loss == pytest.approx(sum(softplus(low - high) for high, low in pairs) / (len(SCORES) // 2))
 
 
 def test_a_margin_and_centring():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from megallm.losses.language import MaskedDiffusion
-from megallm.losses.scores import PairwiseReward, Regression, Value
+from megallm.losses.scores import Regression, Value
 
 VALUE = torch.tensor([[1.0, 9.0, 3.0], [9.0, -1.0, 2.0]], dtype=torch.float64)
 MASK = torch.tensor([[True, False, True], [False, True, True]])
@@ -27,23 +25,6 @@ def test_regression_is_the_sum_of_squares_where_a_target_counts():
     total, grad, count = ran(Regression(), {})
     assert (total, count) == (1 + 4 + 0 + 9, 4)
     assert torch.equal(grad, 2 * (VALUE - TARGETS) * MASK)
-
-
-def test_a_pair_is_chosen_and_rejected_in_the_order_of_the_microbatch():
-    total, grad, count = ran(PairwiseReward(), {})
-    want = -math.log(1 / (1 + math.exp(3 - 1))) - math.log(1 / (1 + math.exp(2 - -1)))
-    assert total == pytest.approx(want) and count == 2
-    assert grad[0, 0] == -grad[0, 2] and grad[1, 1] == -grad[1, 2] and grad[0, 0] < 0
-    assert grad[0, 1] == grad[1, 0] == 0
-
-
-def test_pairs_must_be_whole_and_may_be_none():
-    odd = MASK.clone()
-    odd[0, 0] = False
-    with pytest.raises(ValueError, match="scores 3 sequences; .* must be even"):
-        PairwiseReward().counts({"mask": odd})
-    total, grad, count = ran(PairwiseReward(), {"mask": torch.zeros_like(MASK)})
-    assert total == count == 0 and not grad.any()
 
 
 def test_a_critic_gains_nothing_beyond_the_clip():
