@@ -136,3 +136,19 @@ def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:
     if peft.method == "none" or model.head in VOCABULARY_HEADS or "head" in peft.modules_to_save:
         return peft
     return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, "head"))
+
+
+def frozen_engine(config: FinetuneConfig, source: str | None, mesh: Mesh) -> Engine:
+    """Returns an engine with the weights that the run starts from, or with those of `source` (a
+    Hugging Face folder, a run or a step of one), none of them trained; collective over the world.
+
+    Nothing of it is updated: its weights are always divided, and gradients are summed in no order.
+    """
+    if source is not None:
+        place = "hf" if (Path(source) / "config.json").is_file() else "init"
+        model = dataclasses.replace(config.model.described, **{place: source})
+        config = dataclasses.replace(config, model=model, peft=type(config.peft)())
+    zero = dataclasses.replace(config.zero, stage=3)
+    train = dataclasses.replace(config.train, determinism="none")
+    frozen = {"freeze": ("*",), "optim": type(config.optim)(), "zero": zero, "train": train}
+    return FrozenBase(dataclasses.replace(config, **frozen)).build(mesh, None)[0]

@@ -19,7 +19,7 @@ from megallm.peft.reference import off
 from megallm.rewards.workers import build
 from megallm.run.recorder import Recorder
 from megallm.run.rows import read_rows
-from megallm.training.adapters import FrozenBase
+from megallm.training.adapters import frozen_engine
 from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.collapse import CollapseMonitor
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, PolicyReference
@@ -83,17 +83,12 @@ class GrpoRun(ChatRun):
                     yield engine
 
             return without
-        if given is not None:
-            place = "hf" if (Path(given) / "config.json").is_file() else "init"
-            model = dataclasses.replace(config.model, hf=None, init=None, **{place: given})
-            config = dataclasses.replace(config, model=model, peft=type(config.peft)())
-        elif config.model.hf is None and config.model.init is None:
+        if given is None and config.model.hf is None and config.model.init is None:
             raise UsageError(
                 "rl.kl compares with the weights that the run started from, which nothing names: "
                 "give model.hf, model.init or rl.kl.reference."
             )
-        config = dataclasses.replace(config, freeze=("*",), optim=type(config.optim)())
-        frozen, _ = FrozenBase(config).build(engine.mesh, None)
+        frozen = frozen_engine(config, given, engine.mesh)
 
         @contextmanager
         def apart() -> Iterator[Engine]:

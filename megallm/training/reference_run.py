@@ -22,7 +22,7 @@ from megallm.data.loader import Batch, to_tensors
 from megallm.engine.engine import Engine, Mesh, Part, StepStats
 from megallm.engine.weights_copy import WeightsCopy
 from megallm.run.recorder import Recorder
-from megallm.training.adapters import FrozenBase
+from megallm.training.adapters import frozen_engine
 from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.preference_config import PreferenceConfig, ReferenceKind
 from megallm.training.references import (
@@ -168,19 +168,7 @@ class ReferenceRun(ChatRun):
 
     def frozen(self, mesh: Mesh) -> Engine:
         """Returns an engine whose weights are those of the reference, none of them trained."""
-        config = self.config
-        if config.reference.model is not None:
-            folder = Path(config.reference.model)
-            place = "hf" if (folder / "config.json").is_file() else "init"
-            model = replace(config.model.described, **{place: str(folder)})
-            config = replace(config, model=model, peft=type(config.peft)())
-        # Nothing of it is updated: its weights may always be divided, in any order of summation.
-        zero, train = (
-            replace(config.zero, stage=3),
-            replace(config.train, determinism="none"),
-        )
-        config = replace(config, freeze=(), optim=type(config.optim)(), zero=zero, train=train)
-        return FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(mesh, None)[0]
+        return frozen_engine(self.config, self.config.reference.model, mesh)
 
     def _table(self, rows: Prepared, engine: Engine, found: Path | None) -> ReferenceTable:
         """Returns the stored numbers of all rows; of a run that begins they are made anew."""
