@@ -101,13 +101,10 @@ def parameter_of(name: str) -> str:
 
 
 class Sizes(NamedTuple):
-    """Numbers of parameters of the whole model, each once, and the bytes that their weights and
-    their state take: masters and moments, gradients not counted."""
+    """Numbers of parameters of the whole model, each once."""
 
     trained: int
     frozen: int
-    trained_bytes: int
-    frozen_bytes: int
 
     @property
     def all(self) -> int:
@@ -115,20 +112,13 @@ class Sizes(NamedTuple):
         return self.trained + self.frozen
 
 
-def count_state(engine: Engine) -> Sizes:
-    """Returns what an engine holds; collective over the world."""
-    mesh = engine.mesh
-    frozen = {entry.name for entry in engine.model.entries() if not entry.param.requires_grad}
-    counts = [0, 0, 0, 0]
-    for held in engine.state():
-        if not held.owned:
-            continue
-        fixed = held.name in frozen
-        counts[2 + fixed] += held.tensor.numel() * held.tensor.itemsize
-        counts[fixed] += 0 if held.optimizer else held.tensor.numel()
+def count_params(engine: Engine) -> Sizes:
+    """Returns how many parameters are trained and frozen; collective over the world."""
+    mesh, counts = engine.mesh, [0, 0]
+    for held in engine.masters():
+        if engine.parameters.owns(held.name):
+            counts[not engine.parameters.params[held.name].requires_grad] += held.tensor.numel()
     for weight in engine.model.quantized.values():
-        if weight.shard.owned(mesh.coords):
-            counts[1] += weight.numel
-            counts[3] += weight.num_bytes
+        counts[1] += weight.numel * weight.shard.owned(mesh.coords)
     told = mesh.broadcast_json(mesh.gather_json(counts))
     return Sizes(*(sum(column) for column in zip(*told, strict=True)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megallm.engine.engine import Engine
-from megallm.engine.state import count_state
+from megallm.engine.footprint import plan_bytes
+from megallm.engine.state import count_params
 from megallm.run.config import JobConfig
 
 
@@ -11,17 +12,16 @@ def opening(config: JobConfig, engine: Engine, begin: str) -> str:
     """Returns one line about what starts or goes on; `begin` is a clause about the weights.
     Collective over the world.
     """
-    layout, sizes = engine.mesh.layout, count_state(engine)
+    layout, sizes = engine.mesh.layout, count_params(engine)
     size = f"{config.model.num_params() / 1e6:.1f}M parameters"
     if config.model.moe.num_experts:
         size += f" ({config.model.num_params(active=True) / 1e6:.1f}M for a token)"
     if sizes.frozen:
-        share, each = sizes.trained / sizes.all, sizes.frozen_bytes / sizes.frozen
+        share = sizes.trained / sizes.all
         more = sizes.all > config.model.num_params()
         size += f" and adapters, {sizes.all / 1e6:.1f}M in all" * more
-        size += f", {sizes.trained / 1e6:.3g}M trained ({share:.2%}), weights and state "
-        size += f"{(sizes.trained_bytes + sizes.frozen_bytes) / 2**20:.0f} MiB "
-        size += f"({each:.2f} bytes a frozen parameter)"
+        size += f", {sizes.trained / 1e6:.3g}M trained ({share:.2%}); on a rank "
+        size += "; ".join(plan_bytes(engine).lines())
     where = f"tp={layout.tp} pp={layout.pp} dp={layout.dp}{' sp' if config.layout.sp else ''}"
     where += f" ep={layout.ep}" * (layout.ep > 1)
     where += (

@@ -13,7 +13,8 @@ import torch
 from megallm.base.config import replace
 from megallm.base.errors import CheckpointError, DataError, UsageError
 from megallm.checkpoint.reader import CheckpointReader, step_name
-from megallm.engine.state import count_state
+from megallm.engine.footprint import measure_bytes
+from megallm.engine.state import count_params
 from megallm.ops.dropout import keyed_uniform
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.tensor import ADAPTER
@@ -233,10 +234,13 @@ def test_another_base_is_refused_and_a_moved_one_is_found(tmp_path, base):
 def test_a_stage_may_be_changed_further(tmp_path, base):
     """As a reference is: none of it trained, so that there is no gradient, master or moment."""
     config = check(from_base(tmp_path, base))
-    frozen = count_state(FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(Mesh.single(), None)[0])
-    trained = count_state(FrozenBase(config).build(Mesh.single(), None)[0])
-    assert (frozen.trained, trained.frozen) == (0, 0) and frozen.frozen == trained.trained > 0
-    assert frozen.frozen_bytes == 8 * frozen.frozen and trained.trained_bytes == 3 * 8 * trained.trained
+    frozen, _ = FrozenBase(config, lambda stage: stage.requires_grad_(False)).build(Mesh.single(), None)
+    trained, _ = FrozenBase(config).build(Mesh.single(), None)
+    assert count_params(frozen).trained == count_params(trained).frozen == 0
+    assert count_params(frozen).frozen == count_params(trained).trained > 0
+    kept, moved = measure_bytes(frozen), measure_bytes(trained)
+    assert kept.trained == kept.gradients == kept.optimizer == 0 < kept.frozen == moved.trained
+    assert moved.optimizer == 2 * moved.gradients == 2 * moved.trained, "two moments, one gradient"
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
