@@ -108,16 +108,16 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
 
 # 38,000 lines and 300 settings were planned; with seven trainers, at 100 columns a line, it is more (docs/log.md).
 # A package's own budget is a ratchet with room for what is planned.
-MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 44_000, 2_000, 340
+MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 51_000, 2_200, 400
 MAX_LINES_OF = {
-    "data": 7_400,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
-    "curate": 4_800, "convert": 4_000, "training": 6_400, "cli": 3_200, "parallel": 2_700,
-    "peft": 2_400,  # six methods, their files as PEFT writes and reads them, merging
-    "models": 2_600,  # with the slots of adapters, heads of values and classes
-    "optim": 1_500, "checkpoint": 1_400, "base": 1_300, "ops": 1_700,
-    "run": 1_200, "inference": 2_500, "launch": 800, "engine": 900,
-    "oracle": 3_400,  # with a referee of its own for every adapter and loss that fine-tunes; counts as tests
-    "losses": 1_200,  # every loss of post-training that TRL and the papers name, distillation and offline RL
+    "data": 7_800,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
+    "curate": 4_800, "convert": 4_700, "training": 8_600, "cli": 3_400, "parallel": 3_300,
+    "peft": 2_500,  # six methods, their files as PEFT writes and reads them, merging
+    "models": 3_200,  # with the slots of adapters, heads of values and classes
+    "optim": 1_500, "checkpoint": 1_400, "base": 1_300, "ops": 2_200,
+    "run": 1_200, "inference": 2_900, "launch": 800, "engine": 1_100,
+    "oracle": 4_400,  # with a referee of its own for every adapter and loss that fine-tunes; counts as tests
+    "losses": 1_500,  # every loss of post-training that TRL and the papers name, distillation and offline RL
 }  # fmt: skip
 MAX_COLUMNS, MIN_ROWS = 100, 3
 PRAGMAS = ("# noqa", "# type: ignore", 'r"', "https://")  # r": regular expressions are not cut
