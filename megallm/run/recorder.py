@@ -240,6 +240,8 @@ class Recorder:
         goes_on = "starts afresh" if left is None else f"goes on from step {left}"
         return f"{aside}Lower optim.lr or warm up for longer: the same command then {goes_on}."
 
-    def saved(self, step: int, seconds: float) -> None:
+    def saved(self, step: int, stall_seconds: float, save_seconds: float) -> None:
+        """Record a checkpoint: how long training stood still, and how long it took in all."""
         self.last_checkpoint = step
-        self.event("saved", step=step, **{"ckpt/stall_seconds": seconds})
+        times = {"ckpt/stall_seconds": stall_seconds, "ckpt/save_seconds": save_seconds}
+        self.event("saved", step=step, **times)
