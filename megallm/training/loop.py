@@ -194,6 +194,7 @@ class Loop:
             "train/grad_norm": finite(stats.grad_norm),
             "train/skipped_steps": ledger.skipped_steps,
             "perf/step_seconds": seconds,
+            "perf/unix_time": time.time(),
             "perf/tokens_per_sec": report.tokens / seconds,
             "perf/tokens_per_sec_per_device": report.tokens / seconds / self.mesh.layout.world,
             "perf/data_wait_seconds": report.wait_seconds,

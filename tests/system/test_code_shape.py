@@ -55,7 +55,7 @@ FLOORS["run"] = _LOWER
 FLOORS["training"] = _LOWER | {"run"}
 FLOORS["oracle"] = _LOWER | {"training"}
 FLOORS["launch"] = {"base"}
-FLOORS["report"] = {"base", "run", "training"}
+FLOORS["report"] = {"base", "run", "parallel"}
 FLOORS["cli"] = _LOWER | {"run", "training", "oracle", "launch", "report"}
 
 # Modules that must import while torch cannot: packages end with a dot, and their exceptions stand in WITH_TORCH.
@@ -74,7 +74,7 @@ PURE = (
     "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
     "training.starting", "training.rl_config", "training.advantages", "training.rl_metrics", "training.collapse",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
-    "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
+    "report.", "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
 WITH_TORCH = ("data.loader", "base.device")
 
