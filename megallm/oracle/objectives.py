@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.losses.language import MaskedDiffusion, NextToken
+from megallm.losses.offline import AdvantageWeighted, Ilql
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, simpo_loss
 from megallm.losses.reward import BradleyTerry
@@ -90,4 +91,9 @@ LOSSES: dict[str, Loss] = {
     "grpo": policy_loss("grpo", **_POLICY),
     "dapo": policy_loss("dapo", **_POLICY),
     "gspo": policy_loss("gspo", **_POLICY),
+    "awr": AdvantageWeighted(written.AWR_BETA, written.AWR_MOST),
+    "awr_value": AdvantageWeighted(
+        written.AWR_BETA, written.AWR_MOST, value_coef=written.AWR_VALUE
+    ),
+    "ilql": Ilql(written.DISCOUNT, written.EXPECTILE, written.CQL, written.LIKELY),
 }
