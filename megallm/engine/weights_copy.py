@@ -17,13 +17,18 @@ PREFIX = "optim.reference."  # of its tensors in a checkpoint
 
 
 class WeightsCopy:
-    """The master weights of an engine as they were when it was made, in the masters' dtype."""
+    """The master weights of an engine as they were when it was made, in the masters' dtype; those
+    of one `unit` of the model alone where it is named.
+    """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, unit: str | None = None) -> None:
         self.engine = engine
-        self.flats = {
-            bucket.index: bucket.master.detach().clone() for bucket in engine.parameters.trainable
-        }
+        self.buckets = [
+            bucket
+            for bucket in engine.parameters.trainable
+            if unit is None or bucket.plan.units == {unit}
+        ]
+        self.flats = {bucket.index: bucket.master.detach().clone() for bucket in self.buckets}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -37,7 +42,7 @@ class WeightsCopy:
     def _exchange(self) -> None:
         parameters = self.engine.parameters
         parameters.wait_and_reshard()
-        for bucket in parameters.trainable:
+        for bucket in self.buckets:
             held = self.flats[bucket.index]
             before = bucket.master.clone()
             bucket.master.copy_(held)
@@ -49,7 +54,7 @@ class WeightsCopy:
         """Move the copy by the share `alpha` towards the weights that are trained; 1 replaces
         it.
         """
-        for bucket in self.engine.parameters.trainable:
+        for bucket in self.buckets:
             held = self.flats[bucket.index]
             held.copy_(bucket.master) if alpha == 1 else held.lerp_(bucket.master, alpha)
 

@@ -135,6 +135,15 @@ def next_counted(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return x.gather(-1, last).masked_fill(~found, 0)
 
 
+def at_last(name: str, batch: dict[str, Tensor]) -> Tensor:
+    """Returns `[B, T]`: `batch[name]` `[S]` at the last counted token of each sequence, 0
+    elsewhere: the reward of a whole answer.
+    """
+    given = per_token(batch[name], batch)
+    more = next_counted(torch.ones_like(given), batch)
+    return given.masked_fill(~batch["mask"] | (more > 0), 0)
+
+
 def perturbed_log_probs(log_probs: Tensor, q: Tensor, value: Tensor, beta: float) -> Tensor:
     """Returns the log-probs `[..., V]` that ILQL decodes with, `log pi + beta (Q - V)` normalised;
     `log_probs` and `q` are `[..., V]`, `value` `[...]`.

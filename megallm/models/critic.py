@@ -79,5 +79,7 @@ class CriticHeads(ShardedModule):
         """Returns the smaller Q of this rank's entries of the vocabulary, wide `[..., V/tp]`, of
         features `[..., D]`; without gradient.
         """
-        first, second = (wide(linear(features, self.get_parameter(name))) for name in TWINS)
+        first, second = (
+            wide(linear(features, self.get_parameter(name), None, None)) for name in TWINS
+        )
         return torch.minimum(first, second)
