@@ -55,7 +55,7 @@ PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf1
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the full shape of each logical tensor of a resolved model, from the built model's own
     Shard records, and of its state beside parameters."""
-    shards = named_shards(whole_stage(model, Mesh.single("meta")))
+    shards = named_shards(whole_stage(replace(model, critic=None), Mesh.single("meta")))
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
 

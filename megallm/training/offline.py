@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megallm.data.batches import Share
 from megallm.data.chat.scored import advantages, keep_best, samples_of
 from megallm.data.loader import Batch
 from megallm.engine.engine import Engine, Loss, Mesh, Part
@@ -26,8 +27,8 @@ from megallm.losses.offline import AdvantageWeighted, Ilql, at_last
 from megallm.run.recorder import Recorder
 from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.offline_config import OfflineConfig
-from megallm.training.supervised import SupervisedTrainer, run_supervised
-from megallm.training.trainer import StepReport
+from megallm.training.supervised import Evaluation, SupervisedTrainer, run_supervised
+from megallm.training.trainer import Ledger, StepReport
 
 TWINS = ("q1", "q2")
 
@@ -119,13 +120,26 @@ class OfflineRun(ChatRun):
         places = np.searchsorted(samples, wanted).clip(max=len(samples) - 1)
         return torch.from_numpy(np.where(samples[places] == wanted, values[places], 0.0))
 
+    def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:
+        """Returns the held-out numbers; `val/loss` is the sum of the terms where none is of that
+        name, like `train/loss`.
+        """
+        held_out, terms = super().evaluation(engine, share, ledger), ("q", "v", "cql", "nll")
+
+        def evaluate() -> dict[str, float | None]:
+            found = held_out()
+            own = [found[f"val/{term}"] for term in terms if f"val/{term}" in found]
+            return {"val/loss": None if None in own else sum(own), **found} if own else found
+
+        return evaluate
+
     # The target
 
     def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
         """Returns the engine, and has the target's Q ready; collective over the world."""
         engine, begin = super().build(mesh, found)
         if self.config.critic == "q":
-            self.target = WeightsCopy(engine, "critic")
+            self.target = WeightsCopy(engine, "critic.q")
             if found is not None:
                 self.target.load(found)
         return engine, begin
