@@ -183,6 +183,8 @@ def _pair(row: RawRow) -> list[Example]:
         prompt = _system(row) + messages_of(row[name], name)
     else:
         prompt = _talk(row[name], name)
+    if isinstance(prompt, str):
+        prompt = _said_again(prompt, chosen, rejected) or prompt
     if not isinstance(prompt, str):  # the answers may still begin with it
         size = len(prompt)
         chosen, rejected = (
@@ -190,6 +192,18 @@ def _pair(row: RawRow) -> list[Example]:
             for talk in (_spoken(chosen, "chosen"), _spoken(rejected, "rejected"))
         )
     return [Example(prompt, (chosen, rejected))]
+
+
+def _said_again(prompt: str, chosen: Talk, rejected: Talk) -> Messages:
+    """The messages with which both answers begin, up to the user's that is the prompt, perhaps
+    after the system's (as in UltraFeedback); empty where they do not.
+    """
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return ()
+    size = 2 if chosen[0]["role"] == "system" else 1
+    asked = chosen[:size]
+    same = asked == rejected[:size] and asked[-1]["role"] == "user"
+    return asked if same and asked[-1]["content"] == prompt else ()
 
 
 def _divided(chosen: Talk, rejected: Talk) -> tuple[Talk, tuple[Talk, Talk]]:
