@@ -62,6 +62,30 @@ class EvenPairs:
         return Terms({"loss": -F.logsigmoid(first - second).sum()})
 
 
+@dataclass(frozen=True)
+class Doubled:
+    """A mistake: another loss whose every term is divided by twice its count."""
+
+    loss: Loss
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Returns those of the loss."""
+        return self.loss.needs
+
+    @property
+    def temperature(self) -> float:
+        """Returns that of the loss."""
+        return self.loss.temperature
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Counts everything twice."""
+        return {name: 2 * count for name, count in self.loss.counts(batch).items()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        return self.loss(outputs, batch)
+
+
 _POLICY = {
     "low": written.LOW,
     "high": written.HIGH,

@@ -171,6 +171,7 @@ TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
     "target.sign": "the target's Q, which values are fitted to, has its sign turned",
+    "counts.doubled": "each term divided by twice its count",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -192,8 +193,8 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "parallel": _FROZEN | {"grads.partial": "tp2-sp"},
     "qlora": _LOW_RANK,
     "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
-    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single"},
-    "kto": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single", "counts.doubled": "single"},
+    "kto": _COUNTS | {"cp.outputs": "cp2-ring", "counts.doubled": "accumulation"},
     "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
     "awr": _COUNTS | {"cp.outputs": "cp2-ring", "head.outputs": "value-tp2-sp"},
