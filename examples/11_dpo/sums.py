@@ -50,11 +50,11 @@ def answered(path: str, questions: str) -> list[dict]:
 def pairs(work: str) -> None:
     rows = answered(f"{work}/sum_samples.jsonl", f"{work}/sum_prompts.jsonl")
     wrong = [row for row in rows if row["text"].strip() and scored(row) < 1]
-    write(
-        f"{work}/sum_pairs.jsonl",
-        [{"prompt": row["prompt"], "chosen": f" {row['answer']}", "rejected": " " + row["text"].strip().partition("\n")[0]}
-         for row in wrong],
-    )  # fmt: skip
+    made = []
+    for row in wrong:
+        said = row["text"].strip().partition("\n")[0]
+        made.append({"prompt": row["prompt"], "chosen": f" {row['answer']}", "rejected": f" {said}"})
+    write(f"{work}/sum_pairs.jsonl", made)
     print(f"{len(wrong)} of {len(rows)} sampled answers are wrong: as many pairs")
 
 

@@ -36,15 +36,15 @@ def export(
     overwrite: bool = False,
 ) -> None:
     """Write the adapter of `config` (resolved) to the new `folder`, or with `overwrite` in place of
-    an older one, whatever the layout; collective
-    over the world.
+    an older one, whatever the layout; collective over the world.
 
     `base` is the folder of the base model as PEFT shall find it; `dtype` None: that of the master
-    weights. Values beside the head (`model.critic`) are left out. Pieces travel through a file system that all ranks see, the one of `folder`. Raises on
-    every rank what rank 0 meets.
+    weights. Values beside the head (`model.critic`) are left out. Pieces travel through a file
+    system that all ranks see, the one of `folder`. Raises on every rank what rank 0 meets.
     """
     model = replace(engine.config.model, critic=None)  # PEFT and transformers know no such values
-    config = replace(config, modules_to_save=tuple(n for n in config.modules_to_save if n != "critic"))
+    saved = tuple(name for name in config.modules_to_save if name != "critic")
+    config = replace(config, modules_to_save=saved)
     wanted, mesh = adapter_shapes(config, model), engine.mesh
     parts = [
         Part(name, shard.full, box.offset, tensor)

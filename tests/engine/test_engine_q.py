@@ -71,7 +71,7 @@ def test_q_changes_what_is_drawn_and_0_does_not():
 
 
 def test_it_draws_from_pi_exp_beta_q():
-    """The log-probability of the first token is that of the formula, with Q and V of every token asked for as labels."""
+    """The first token's log-probability is that of the formula, with Q and V of every token asked for as labels."""
     engine = Engine.build(config_of(Q_MODEL), Mesh.single())
     vocab, prompt, beta = Q_MODEL.vocab_size, PROMPTS[0], 2.5
     asked = {
@@ -92,7 +92,8 @@ def test_it_draws_from_pi_exp_beta_q():
 
 def test_a_model_without_q_refuses_it():
     engine = Engine.build(config_of(MODEL), Mesh.single())
-    with engine.generator(batch=1) as generator, pytest.raises(UsageError, match=r"q_beta 1.* needs a model with Q heads"):
+    words = "q_beta 1.* needs a model with Q heads"
+    with engine.generator(batch=1) as generator, pytest.raises(UsageError, match=words):
         generator.generate([Request.of(0, [1], 1)], Sampling(1, 0.0, q_beta=1.0))
 
 

@@ -180,7 +180,10 @@ def test_several_completions_are_as_many_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("edges", "condition", "said"),
-    [((0.5, 1.0), "<{bucket}> ", ["<0> ", "<1> ", "<2> ", "<2> "]), ((), "r={reward}:", ["r=0:", "r=0.5:", "r=1:", "r=7:"])],
+    [
+        ((0.5, 1.0), "<{bucket}> ", ["<0> ", "<1> ", "<2> ", "<2> "]),
+        ((), "r={reward}:", ["r=0:", "r=0.5:", "r=1:", "r=7:"]),
+    ],
 )
 def test_a_prompt_is_told_the_reward(tmp_path, edges, condition, said):
     rows = [{"prompt": "p", "completion": "c", "reward": reward} for reward in (0, 0.5, 1.0, "7")]

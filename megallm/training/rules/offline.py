@@ -18,7 +18,7 @@ _READ_BY = {
 }  # fmt: skip
 
 
-def options(config: OfflineConfig) -> Iterator[Problem]:
+def offline_options(config: OfflineConfig) -> Iterator[Problem]:
     """Yields settings that another algorithm reads."""
     given, usual = vars(config.offline), vars(OfflineOptions())
     for name, algorithm in _READ_BY.items():
@@ -51,7 +51,7 @@ def critic(facts: Facts) -> Iterator[Problem]:
 
 
 OFFLINE = Rules(
-    (*finetune.GIVEN, options, condition),
+    (*finetune.GIVEN, offline_options, condition),
     finetune.RESOLVED
     | {language_model: ("model.head", "model.causal"), critic: ("model.critic",)},
     finetune.RANGES
