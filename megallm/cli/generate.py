@@ -107,7 +107,8 @@ def sampling_arguments(
         type=float,
         default=0.0,
         metavar="F",
-        help="of a model with Q heads (megallm offline, ilql): draw from pi exp(F (Q - V)); 0: from pi",
+        help="of a model with Q heads (megallm offline, ilql): draw from pi exp(F (Q - V)); "
+        "0: from pi",
     )
     add("--seed", type=int, default=0, help="the same seed draws the same tokens (default 0)")
 

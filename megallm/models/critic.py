@@ -36,14 +36,21 @@ class CriticHeads(ShardedModule):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool) -> None:
         super().__init__(mesh, sp)
-        self.names, self.vocab, size = CRITIC_SCORES[config.critic], config.vocab_size, config.hidden_size
+        self.names, self.vocab = CRITIC_SCORES[config.critic], config.vocab_size
+        size = config.hidden_size
         start = normal((size + 1) ** -0.5)  # as a value head's
         self.add_parameter("value", Shard((1, size), {}, sequence_partial(mesh, sp), start))
         for name in TWINS if config.critic == "q" else ():
-            self.add_parameter(name, Shard((self.vocab, size), {0: "tp"}, (), normal(config.init_std)))
+            shard = Shard((self.vocab, size), {0: "tp"}, (), normal(config.init_std))
+            self.add_parameter(name, shard)
 
     def outputs(
-        self, features: Tensor, labels: Tensor, counted: Tensor | None, names: tuple[str, ...], fused: bool
+        self,
+        features: Tensor,
+        labels: Tensor,
+        counted: Tensor | None,
+        names: tuple[str, ...],
+        fused: bool,
     ) -> tuple[Tensor, ...]:
         """Returns the scalars `names` from the head's features `[B, T/tp or T, D]`: values of every
         token `[B, T]`, Q of the `labels` `[n]` and its log-softmax at the tokens that count `[n]`;
@@ -71,7 +78,8 @@ class CriticHeads(ShardedModule):
         self, hidden: Tensor, weight: Tensor, labels: Tensor, fused: bool
     ) -> dict[str, Tensor]:
         if fused:
-            return fused_scores(hidden, Projection(weight), labels, self.mesh, self.vocab, _OF_LABEL)
+            head = Projection(weight)
+            return fused_scores(hidden, head, labels, self.mesh, self.vocab, _OF_LABEL)
         logits = linear(hidden, weight, None, self.weight_grads)
         return label_scores(logits, labels, self.mesh, self.vocab, _OF_LABEL)
 

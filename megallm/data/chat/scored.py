@@ -1,5 +1,5 @@
-"""Answers with rewards: which rows answer the same prompt, how much better than the others an answer
-is, and the best of each prompt alone. Pure.
+"""Answers with rewards: which rows answer the same prompt, how much better than the others an
+answer is, and the best of each prompt alone. Pure.
 """
 
 from __future__ import annotations
