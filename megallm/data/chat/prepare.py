@@ -153,7 +153,9 @@ def files_of(sources: Mapping[str, float | None]) -> dict[str, float | None]:
 def weights_of(
     found: Mapping[str, float | None], sources: Mapping[str, Tokenised], config: ChatDataConfig
 ) -> dict[str, float]:
-    """Without weights each file has that of its size: tokens where rows are packed, else rows."""
+    """Returns file -> weight; without weights that of its size: tokens where rows are packed, else
+    rows.
+    """
     sizes = {
         name: source.counts.tokens if config.packing else len(source)
         for name, source in sources.items()

@@ -151,7 +151,8 @@ class ChatReader(StreamReader):
     int64; `margin` float32 of pairs where any has one, the rejected one's 0; `desirable` bool
     of unpaired rows; `reward` float64 of scored ones; `prompt` and `rank` int64 of ranked answers;
     and for regression `targets` float32 [B, T]. The mask is True where a token is predicted, or at
-    the last of a sequence that a head reads. The sequences of pairs alternate: chosen, rejected, chosen, ...
+    the last of a sequence that a head reads. The sequences of pairs alternate: chosen, rejected,
+    chosen, ...
 
     padded: [B, T], T the longest sequence of the global batch, rounded up to `multiple`; B is the
     microbatch times the (most) sequences of a row. packed: B = 1 with `cu_seqlens`, S sequences
