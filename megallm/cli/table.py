@@ -64,6 +64,7 @@ _ROWS = (
     ("reward", "train", "train a reward model on pairs of answers"),
     ("dpo", "train", "train on pairs of answers: DPO and its kin, ORPO, SimPO, CPO"),
     ("kto", "train", "train on single answers that are good or bad"),
+    ("offline", "train", "learn from answers with rewards, sampling none: RAFT, AWR, ILQL, ..."),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),

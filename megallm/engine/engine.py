@@ -496,7 +496,7 @@ class Engine:
         known = set(source.names())
         for name, shard, box, tensor in self.masters():
             stored = tuple(source.info(name)[0]) if name in known else None
-            new_head = name.startswith("head.") and stored != shard.full
+            new_head = name.startswith(("head.", "critic.")) and stored != shard.full
             if new_head or (stored is None and ADAPTER in name):
                 self._initialise(Piece(name, shard, box, tensor))
             else:

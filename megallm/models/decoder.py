@@ -14,6 +14,7 @@ from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.critic import CriticHeads
 from megallm.models.decode import plain_step
 from megallm.models.heads import (
     MASK_ON_CPU,
@@ -115,6 +116,8 @@ class Stage(ShardedModule):
         # Virtual tokens (`models.virtual`), and what changes the embedding's output.
         self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
+        self.critic: CriticHeads | None = None
+        self.q_beta = 0.0  # of decoding: how much Q weighs beside the logits
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
@@ -141,6 +144,8 @@ class Stage(ShardedModule):
             if config.norm_place == "pre":
                 self.final_norm = final_norm(config, mesh, self.sp)
             self.head = build_head(config, mesh, self.sp)
+            if config.critic is not None:
+                self.critic = CriticHeads(config, mesh, self.sp)
         depths = range(config.mtp.depth if span.last else 0)
         self.mtp = nn.ModuleDict(
             {
@@ -327,10 +332,37 @@ class Stage(ShardedModule):
     ) -> dict[str, Tensor]:
         """Returns the wanted scalars `[B, T/cp]` of the next token, of classes or of values."""
         names = tuple(name for name in self.wanted.names if not name.startswith("mtp_"))
-        if not names:
-            return {}
         mask = batch.get(MASK_ON_CPU, batch.get("mask"))
-        return self.score(x, self.features, labels, mask, self.wanted._replace(names=names))
+        found: dict[str, Tensor] = {}
+        if self.critic is not None:
+            beside = tuple(name for name in names if name in self.critic.names)
+            names = tuple(name for name in names if name not in beside)
+            found = self.critic_scores(x, labels, mask, beside) if beside else {}
+        if not names:
+            return found
+        return found | self.score(
+            x, self.features, labels, mask, self.wanted._replace(names=names)
+        )
+
+    def critic_scores(
+        self, x: Tensor, labels: Tensor, mask: Tensor | None, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """Returns scalars of the values beside the head `[B, T/cp]`, those of Q 0 where the mask is
+        False.
+        """
+        counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
+        own = select_counted(labels, counted)
+        fused = self.config.critic == "q" and fuses(self.fused_head, own.numel(), self.critic.q1)
+
+        def outputs(x: Tensor) -> tuple[Tensor, ...]:
+            return self.critic.outputs(self.features(x), own, counted, names, fused)
+
+        # The final norm is of the head's unit.
+        found = zip(names, run_unit(self.units, ("critic", "head"), outputs, x), strict=True)
+        return {
+            name: values if name == "value" else put_back(values, counted, labels.shape)
+            for name, values in found
+        }
 
     def score(
         self, x: Tensor, ready: Ready, labels: Tensor | None, mask: Tensor | None, wanted: Wanted
@@ -425,11 +457,16 @@ class Stage(ShardedModule):
         if not self.span.last:
             return x
         keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
+        keys = (*keys, "critic") if self.q_beta else keys
         return run_unit(self.units, keys, self.last_logits, x)
 
     def last_logits(self, x: Tensor) -> Tensor:
-        """Returns wide logits `[B, V]` of the last position, on every tp rank."""
-        features, weight = self.head_operands(self.features(x[:, -1:]))
+        """Returns wide logits `[B, V]` of the last position, on every tp rank; with `q_beta` those
+        of pi exp(beta (Q - V)), of which V, the same for every token, is left out.
+        """
+        own = self.features(x[:, -1:])
+        features, weight = self.head_operands(own)
+        added = self.q_beta * self.critic.least_q(own) if self.q_beta else None
         return next_token_logits(
-            features, weight, self.mesh, self.config.vocab_size, self.head_bias
+            features, weight, self.mesh, self.config.vocab_size, self.head_bias, added
         )

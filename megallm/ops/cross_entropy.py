@@ -67,14 +67,16 @@ class Softmax(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The gradients of log-probabilities and perhaps entropies, wide `[T]`."""
+    """The gradients of log-probabilities and perhaps of entropies and of the labels' logits, wide
+    `[T]`."""
 
     log_prob: Tensor
     entropy: Tensor | None = None
+    logit: Tensor | None = None
 
     def of(self, rows: slice) -> Upstream:
         """Returns those of some tokens."""
-        return Upstream(self.log_prob[rows], None if self.entropy is None else self.entropy[rows])
+        return Upstream(*(None if x is None else x[rows] for x in self))
 
 
 def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
@@ -162,7 +164,8 @@ def _gradient(
     here, local = locate(labels, begin, logits.shape[-1])
     of_log_prob = upstream.log_prob / temperature
     of_entropy = None if upstream.entropy is None else upstream.entropy / temperature
-    at_label = of_log_prob * here
+    at_label = of_log_prob if upstream.logit is None else of_log_prob + upstream.logit / temperature
+    at_label = at_label * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in _blocks(logits):
         share = wide(logits[rows])

@@ -32,7 +32,7 @@ from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
 from megallm.oracle import adapted
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
-from megallm.oracle.objectives import LOSSES
+from megallm.oracle.objectives import LOSSES, Doubled
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Rule, Trainer, masked_loss
 from megallm.oracle.reference_adapters import MARK, Budget, adapted_loss
@@ -242,6 +242,7 @@ def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
     in_bits = [(name, each.box, each.dequantize(torch.float64)) for name, each in held.items()]
     record = RankRecord(shards, state, _copies(engine.masters()) + in_bits, tuple(held))
     loss = trained_loss(row)
+    loss = Doubled(loss) if "counts.doubled" in broken else loss
     for step in range(row.steps):
         stats = engine.train_step(
             micro_batches(row, step, mesh.data.rank, broken), loss, row.rates[step % len(row.rates)]

@@ -9,7 +9,7 @@ from megallm.oracle.table import Row
 from megallm.oracle.trainers import PAIRED
 
 Batch = dict[str, Tensor]
-PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages")
+PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages", "returns")
 
 
 def global_batch(row: Row, step: int) -> Batch:
@@ -78,6 +78,9 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
         "advantages": of_sequence(numbers(0.0)),
         "desirable": of_sequence(numbers(0.0)) > 0,
         "reference_point": torch.full(shape, 0.37, dtype=torch.float64),
+        "returns": of_sequence(numbers(0.5)),
+        "rewards": numbers(0.0),
+        "target_q": numbers(0.0) / 4,
     }
 
 
@@ -156,6 +159,8 @@ def micro_batches(
     whole = global_batch(row, step)
     if "pairs.split" in broken:
         whole = {key: value.roll(1, 0) for key, value in whole.items()}
+    if "target.sign" in broken:
+        whole = whole | {"target_q": -whole["target_q"]}
     share = row.micros * row.micro_batch
     block = {
         key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()

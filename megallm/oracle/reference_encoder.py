@@ -44,7 +44,9 @@ def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes |
 
 
 def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
-    """Logits [B, T, V or classes], or [B, T, 1] of a value head."""
+    """Logits [B, T, V or classes], or [B, T, 1] of a value head; behind them the values beside a language model's
+    head: V [B, T, 1] and perhaps two Q [B, T, V].
+    """
     x = hidden_states(config, weights, batch, notes)
     if config["head"] == "mlm":
         act = "tanh" if config["activation"] == "gelu_tanh" else "none"
@@ -52,7 +54,9 @@ def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None =
     if config["pooler"]:
         x = torch.tanh(linear(weights, "head.pooler", x))
     matrix = weights["head.weight" if "head.weight" in weights else "embedding.weight"]
-    return x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
+    found = x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
+    beside = [weights[f"critic.{one}"] for one in ("value", "q1", "q2") if f"critic.{one}" in weights]
+    return torch.cat([found, *(x @ one.T for one in beside)], -1)
 
 
 def _nll(scores: Tensor, batch: Batch) -> Tensor:

@@ -52,6 +52,7 @@ class Kind(NamedTuple):
     tied: str = "tied"
     experts: str | None = "moe"
     experts_adapter: str | None = None  # for models with experts, where it is another one
+    critic: str | None = None  # values beside the head
     further: tuple[Written, ...] = ()
 
 
@@ -59,6 +60,8 @@ def _reward(name: str, layout: str, **rest: Any) -> Written:
     return row(name, layout, "reward", overrides=EXPERTS, **rest)
 
 
+VALUE: dict[str, Any] = {"loss": "awr_value", "overrides": {"critic": "value"}}
+FUSED_Q: dict[str, Any] = {"fused_head": "on", "overrides": {"critic": "q"}}
 ENDS: dict[str, Any] = {"adapter": "lora-ends"}
 TRAINERS: dict[str, Kind] = {
     "sft": Kind("sft", further=(
@@ -103,6 +106,16 @@ TRAINERS: dict[str, Kind] = {
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
     )),
     "gspo": Kind("gspo"),
+    "awr": Kind("awr", further=(
+        row("value-tp2-sp", "tp=2,sp=1", micros=2, **VALUE),
+        row("value-dp2-cp2-zero3", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full", **VALUE),
+        row("value-zb-h1-packed", "pp=2,schedule=zb-h1", micros=3, packed=True, micro_batch=1, seq_len=16, **VALUE),
+        row("value-experts-ep2", "dp=2,ep=2", "moe", mask="rank", **VALUE),
+    )),
+    "ilql": Kind("ilql", critic="q", further=(
+        row("fused-tp2-sp", "tp=2,sp=1", micros=2, **FUSED_Q),
+        row("fused-zb-h1-tied", "pp=2,schedule=zb-h1", "tied", micros=3, **FUSED_Q),
+    )),
 }  # fmt: skip
 
 FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
@@ -142,6 +155,8 @@ def _rows(name: str, kind: Kind) -> Iterator[Written]:
         settings = standard | {"micro_batch": 4 if kind.loss in PAIRED else 2} | changes
         if model == MOE and kind.experts_adapter:
             settings["adapter"] = kind.experts_adapter
+        if kind.critic:
+            settings["overrides"] = settings.get("overrides", {}) | {"critic": kind.critic}
         yield row(f"{name}-{title}", layout, used, **settings)
     for title, layout, model, changes in kind.further:
         yield row(f"{name}-{title}", layout, model, **(standard | changes))
@@ -155,6 +170,8 @@ TRAINER_ROWS: tuple[Written, ...] = tuple(
 TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
+    "target.sign": "the target's Q, which values are fitted to, has its sign turned",
+    "counts.doubled": "each term divided by twice its count",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -176,8 +193,12 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "parallel": _FROZEN | {"grads.partial": "tp2-sp"},
     "qlora": _LOW_RANK,
     "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
-    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single"},
-    "kto": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single", "counts.doubled": "single"},
+    "kto": _COUNTS | {"cp.outputs": "cp2-ring", "counts.doubled": "accumulation"},
     "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "awr": _COUNTS | {"cp.outputs": "cp2-ring", "head.outputs": "value-tp2-sp"},
+    "ilql": _COUNTS | _OUTPUTS | {
+        "cp.outputs": "cp2-ring", "vocab.label": "tp4-two-kv", "vocab.sum": "tp2-sp", "target.sign": "single",
+    },
 }

@@ -62,7 +62,8 @@ class Wanted(NamedTuple):
     """Per-token scalars that a head is asked for, by name, and what its logits are divided by.
 
     Of a vocabulary or of classes there are the label's `log_prob`, the `entropy` of the whole
-    distribution, and `correct`: 1 where the label is the likeliest entry, without a gradient.
+    distribution, the label's `logit` itself, and `correct`: 1 where the label is the likeliest
+    entry, without a gradient.
     """
 
     names: tuple[str, ...] = ("log_prob",)
@@ -147,7 +148,9 @@ def _upstream(ctx: FunctionCtx, grads: tuple[Tensor | None, ...], like: Tensor) 
     given = dict(zip(ctx.names, grads, strict=True))
     of_log_prob = given.get("log_prob")
     return Upstream(
-        torch.zeros_like(like) if of_log_prob is None else of_log_prob, given.get("entropy")
+        torch.zeros_like(like) if of_log_prob is None else of_log_prob,
+        given.get("entropy"),
+        given.get("logit"),
     )
 
 
@@ -161,7 +164,8 @@ def _merge(local: Statistics, targets: Targets, axis: Axis) -> tuple[dict[str, T
     shift = local.top - top
     total = comm.all_reduce_(local.total * shift.exp(), axis, "vocab.sum")
     lse = top + total.log()
-    outputs = {"log_prob": comm.all_reduce_(local.label, axis, "vocab.label") - lse}
+    label = comm.all_reduce_(local.label, axis, "vocab.label")
+    outputs = {"log_prob": label - lse, "logit": label}
     if local.moment is not None:
         moment = (local.moment + local.total * shift) * shift.exp()
         mean = comm.all_reduce_(moment, axis, "vocab.entropy") / total

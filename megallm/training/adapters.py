@@ -130,12 +130,14 @@ def noise_of(alpha: float, seed: int) -> Prepare | None:
 
 
 def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:
-    """Returns the adapters' configuration with a head of classes or values trained in full: it is
-    new, and frozen it would stay as the seed made it.
+    """Returns the adapters' configuration with a head of classes or values, and values beside a
+    head, trained in full: they are new, and frozen they would stay as the seed made them.
     """
-    if peft.method == "none" or model.head in VOCABULARY_HEADS or "head" in peft.modules_to_save:
+    new = {"head": model.head not in VOCABULARY_HEADS, "critic": model.critic is not None}
+    more = [name for name, here in new.items() if here and name not in peft.modules_to_save]
+    if peft.method == "none" or not more:
         return peft
-    return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, "head"))
+    return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, *more))
 
 
 def frozen_engine(config: FinetuneConfig, source: str | None, mesh: Mesh) -> Engine:

@@ -62,6 +62,9 @@ class ChatIdentity(Identity):
         words = tokenizer.load(config.data.tokenizer)
         template, _ = template_of(config.data, words)
         reading = {key: value for key, value in vars(config.data).items() if key in _READING}
+        if config.data.condition:
+            edges = config.data.return_edges
+            reading |= {"condition": config.data.condition, "return_edges": edges}
         reading["template"] = hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
         values = {
             "tokenizer": config.data.tokenizer,

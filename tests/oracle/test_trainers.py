@@ -62,6 +62,7 @@ QUICK = (
     ("dora", "dora.norm"), ("adalora", "adalora.gram"), ("adalora", "adalora.scores"), ("prefix", "cp.lse"),
     ("qlora", "frozen.touched"), ("houlsby", "grads.partial"), ("reward", "head.outputs"),
     ("reward", "pairs.split"), ("dpo", "pairs.split"), ("dpo", "loss.counts"), ("kto", "loss.counts"),
+    ("dpo", "counts.doubled"), ("ilql", "target.sign"), ("ilql", "head.outputs"), ("awr", "loss.counts"),
     ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"),
 )  # fmt: skip
 
