@@ -412,13 +412,16 @@ class Stage(ShardedModule):
         logits `[B, V]` on the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
+        With embedded virtual tokens the token -1 - i is the virtual one of number i.
         `inputs` are those of `positions`, where the caller has made them once for many stages.
         """
-        virtual = self.virtual(None)
-        if virtual is not None:
-            positions, inputs = positions + virtual.check_decoding().count, None
+        virtual, numbers = self.virtual(None), None
+        if virtual is not None and not virtual.embedded:
+            positions, inputs = positions + virtual.count, None
         if self.span.first:
-            x = self.embed(tokens, positions)
+            if virtual is not None and virtual.embedded:
+                numbers, tokens = -1 - tokens, tokens.clamp(min=0)
+            x = self.embed(tokens, positions, virtual=numbers)
         if inputs is None:
             inputs = self.attention_inputs(positions, wide_dtype(x.dtype))
         x = self.blocks(x, inputs, caches)
