@@ -114,6 +114,7 @@ class Stage(ShardedModule):
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
         # Virtual tokens (`models.virtual`), and what changes the embedding's output.
         self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
+        self.after_embedding = Slot(mesh)  # called with all that the first block takes
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
@@ -182,11 +183,9 @@ class Stage(ShardedModule):
         given = tokens, positions, token_types, virtual
         once = not self.embedding.is_adapted
         x = run_unit(self.units, ("embedding",), self.look_up, *given, once=once)
-        return (
-            x
-            if self.embedding_norm is None
-            else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
-        )
+        if self.embedding_norm is not None:
+            x = run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
+        return self.after_embedding(x)
 
     def look_up(
         self,

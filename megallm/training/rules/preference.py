@@ -149,6 +149,6 @@ KTO = Rules(
 REWARD = Rules(
     (*finetune.GIVEN, pairs_of_ranked),
     finetune.RESOLVED | {value_head: ("model.head",)},
-    finetune.RANGES | {"reward.center": NOT_NEGATIVE},
+    finetune.RANGES | {"reward.center": NOT_NEGATIVE, "reward.hidden_dropout": SHARE},
     inferred_of_reward,
 )
