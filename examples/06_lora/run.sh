@@ -30,7 +30,7 @@ $megallm sft $here/config.yaml run.dir=$work/qlora peft.quantize=nf4 train.preci
 
 say "4/5 merged and scored by transformers; the adapter beside the base by PEFT"
 rm -rf $work/merged-lora $work/merged-qlora $work/scores.jsonl
-$megallm merge --model $work/lora --output $work/merged-lora --dtype float32
+$megallm merge --model $work/lora --output $work/merged-lora --dtype fp32
 $megallm merge --model $work/qlora --output $work/merged-qlora
 if [ -s $sft/work/scores.jsonl ]; then
   head -n 1 $sft/work/scores.jsonl > $work/scores.jsonl   # the same model on the same tasks, by examples/05_sft
