@@ -29,8 +29,8 @@ def main(base: str, adapter: str, merged: str, tasks: str) -> None:
         one, other = beside(ids).logits, into(ids).logits
         worst = max(worst, float((one - other).abs().max()))
         largest = max(largest, float(one.abs().max()))
-    print(f"- LoRA's adapter beside the base in PEFT, and merged by `megallm merge --dtype fp32` in transformers: logits "
-          f"of {len(texts)} tasks differ by at most {worst:.1e} (the largest is {largest:.1f}).")  # fmt: skip
+    print(f"- LoRA's adapter beside the base in PEFT, and merged by `megallm merge --dtype fp32` in transformers: "
+          f"logits of {len(texts)} tasks differ by at most {worst:.1e} (the largest is {largest:.1f}).")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def test_every_kind_stands_on_sixteen_layouts_and_in_the_slice():
 # Negative controls
 
 QUICK = (
-    ("sft", "loss.counts"), ("sft", "dropout.keys"), ("lora", "lora.partial"), ("lora", "frozen.touched"), ("lora", "grads.partial"),
+    ("sft", "loss.counts"), ("sft", "dropout.keys"),
+    ("lora", "lora.partial"), ("lora", "frozen.touched"), ("lora", "grads.partial"),
     ("dora", "dora.norm"), ("adalora", "adalora.gram"), ("adalora", "adalora.scores"), ("prefix", "cp.lse"),
     ("qlora", "frozen.touched"), ("houlsby", "grads.partial"), ("reward", "head.outputs"),
     ("reward", "pairs.split"), ("dpo", "pairs.split"), ("dpo", "loss.counts"), ("kto", "loss.counts"),

@@ -164,7 +164,7 @@ def test_generates_what_peft_generates(base, tmp_path, method):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             given = module.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
         assert sample.tokens == given[0, -12:].tolist()

@@ -104,7 +104,8 @@ def test_noise_that_knows_its_rank_is_noticed(tmp_path, base):
 
 
 MORE = {
-    "plain": {}, "noise": {"sft__neftune_alpha": 5.0}, "lora-dropout": LORA, "hidden-dropout": {"sft__hidden_dropout": 0.2},
+    "plain": {}, "noise": {"sft__neftune_alpha": 5.0}, "lora-dropout": LORA,
+    "hidden-dropout": {"sft__hidden_dropout": 0.2},
 }  # fmt: skip
 
 

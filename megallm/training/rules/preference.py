@@ -17,7 +17,7 @@ from megallm.training.preference_config import (
 )
 from megallm.training.rules import finetune
 from megallm.training.rules.problem import Facts, Problem, Rules
-from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, Range
+from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, SHARE, Range
 
 
 def losses(config: DpoConfig) -> Iterator[Problem]:
