@@ -41,7 +41,7 @@ $python -W ignore $sft/score.py "LoRA, adapter beside the base (PEFT)" $model $t
 $python -W ignore $sft/score.py "QLoRA, merged (bf16)" $work/merged-qlora $tasks $work/scores.jsonl
 
 say "5/5 RESULT.md"
-$python $sft/result.py "Result: LoRA and QLoRA" "bash $here/run.sh $*" $((SECONDS - started)) $work/scores.jsonl \
+$python $sft/result.py "Result: LoRA and QLoRA" "bash $here/run.sh${*:+ $*}" $((SECONDS - started)) $work/scores.jsonl \
   $work/lora $work/qlora > $here/RESULT.md.tmp
 $python -W ignore $here/same.py $model $work/lora/adapter $work/merged-lora $tasks >> $here/RESULT.md.tmp
 mv $here/RESULT.md.tmp $here/RESULT.md

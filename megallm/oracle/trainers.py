@@ -75,6 +75,7 @@ TRAINERS: dict[str, Kind] = {
     "lora": Kind("sft", "lora", further=(
         row("dropout-dp2-tp2-sp", "dp=2,tp=2,sp=1", micros=2, mask="rank", **DROPOUT),
         row("ends-tied-pp2-sp", "pp=2,tp=2,sp=1", "tied", micros=3, **ENDS),
+        row("fused-tp2-sp-tied", "tp=2,sp=1", "tied", fused_head="on", micros=2, small_pieces=True),
         row("ends-zero3-fused", "dp=2,zero=3", micros=2, fused_head="on", **ENDS),
         row("biased-tp2-sp", "tp=2,sp=1", "biased", recompute="selective"),
         row("mla-cp2-tp2-sp", "cp=2,tp=2,sp=1", "mla"),
@@ -110,6 +111,7 @@ TRAINERS: dict[str, Kind] = {
     "grpo": Kind("grpo", further=(
         row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
+        row("lora-fused-tp2", "tp=2", adapter="lora", fused_head="on"),
     )),
     "gspo": Kind("gspo"),
 }  # fmt: skip
