@@ -271,7 +271,8 @@ def compare(case: str, precision: str, rounds: int, folder: Path) -> dict[str, A
         peaks = [system.ask(steps=1)[0]["peak"] / 2**20 for system in (mine, theirs)]
     return {
         "case": case, "precision": precision, "ratio": ratio.median, "low": ratio.low, "high": ratio.high,
-        "loss_gap": gap, "mib": peaks[0], "their_mib": peaks[1], "memory_ratio": peaks[1] / peaks[0], "same": same.median,
+        "loss_gap": gap, "mib": peaks[0], "their_mib": peaks[1], "memory_ratio": peaks[1] / peaks[0],
+        "same": same.median,
     }  # fmt: skip
 
 
@@ -297,8 +298,8 @@ def main() -> None:
                 noisy = " (noisy)" if abs(one["same"] - 1) > NOISY else ""
                 print(
                     f"{case:<10} {args.precision} time {one['ratio']:.2f}x [{one['low']:.2f}, {one['high']:.2f}], "
-                    f"memory {one['mib']:.0f} of {one['their_mib']:.0f} MiB ({one['memory_ratio']:.2f}x less), losses within "
-                    f"{one['loss_gap']:.0e}, A/A {one['same']:.2f}{noisy}", flush=True,
+                    f"memory {one['mib']:.0f} of {one['their_mib']:.0f} MiB ({one['memory_ratio']:.2f}x less), "
+                    f"losses within {one['loss_gap']:.0e}, A/A {one['same']:.2f}{noisy}", flush=True,
                 )  # fmt: skip
     if args.json:
         print(json.dumps({"machine": machine(), "cases": found}, indent=1))
