@@ -132,10 +132,15 @@ class ChatRun(SupervisedRun):
     def _read(self) -> None:
         data, cache = self.config.data, Path(self.config.run.dir) / "cache"
         self.rows = prepare(data, self.config.kind, cache)
-        self.rows.check_vocabulary(self.config.model.vocab_size)
+        self._check(self.rows)
         if data.valid_sources and self.config.eval.batches:
             self.held_out = prepare(data, self.config.kind, cache, valid=True)
-            self.held_out.check_vocabulary(self.config.model.vocab_size)
+            self._check(self.held_out)
+
+    def _check(self, rows: Prepared) -> None:
+        rows.check_vocabulary(self.config.model.vocab_size)
+        if self.config.kind == "classification":
+            rows.check_classes(self.config.model.num_labels)
 
     @property
     def multiple(self) -> int:

@@ -179,6 +179,13 @@ def test_labels_are_learned(tmp_path, head):
     assert rows[-1].get("val/mean_token_accuracy", 1.0) == 1.0
 
 
+def test_a_class_that_the_model_lacks_is_named(tmp_path):
+    sources = {write_rows(tmp_path / "labels.jsonl", [{"text": "aa", "label": n} for n in (0, 1, 7)]): None}
+    values = {"data__sources": sources, "data__valid_sources": {}, "model__head": "classification"}
+    with pytest.raises(DataError, match=r"labels\.jsonl:3: label is 7, but model\.num_labels is 3"):
+        train(config_of(tmp_path, **values, model__tie_embeddings=None, model__num_labels=3))
+
+
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
