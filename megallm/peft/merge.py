@@ -76,11 +76,7 @@ def _publish(engine: Engine, adapts: bool) -> None:
 def _merged(name: str, module: Adaptable) -> Tensor:
     """This rank's piece of the weight with the adapters in use in it, wide."""
     used = list(module.adapter.in_use())
-    if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
-        raise UsageError(
-            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
-            "can be merged. Export it as a folder of PEFT's instead."
-        )
+    _check_matrix(name, module)
     if isinstance(module, Linear) and module.quantized is not None:
         raise UsageError(
             f"{name} is held in 4 bit, which an adapter cannot be merged into without loss. "
@@ -96,6 +92,16 @@ def _merged(name: str, module: Adaptable) -> Tensor:
     for adapter in used:
         adapter.add_to(weight)
     return weight
+
+
+def _check_matrix(name: str, module: Adaptable) -> None:
+    used = module.adapter.in_use()
+    if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
+        raise UsageError(
+            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
+            "can be merged. Use the adapter beside the base: `megallm generate --model RUN`, or its "
+            "folder of PEFT's."
+        )
 
 
 def _check_several(name: str, used: Sequence[nn.Module]) -> None:
@@ -127,6 +133,7 @@ class MergedSource:
             if isinstance(module, Linear) and module.quantized is not None
         }
         for name, module in self.slots.items():
+            _check_matrix(name.removesuffix(".weight"), module)
             prefix = name.removesuffix("weight") + ADAPTER.strip(".")
             for leaf, _ in list(module.adapter.named_parameters()):
                 at, _, last = leaf.rpartition(".")

@@ -182,6 +182,16 @@ def test_a_merged_folder_is_the_model_that_was_trained(name):
     assert gaps[0] < 1e-11 and gaps[1] > 1e-3
 
 
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning", "houlsby", "ia3"])
+def test_what_is_no_part_of_a_matrix_is_not_merged(method):
+    """Virtual tokens would be lost without a word."""
+    config, wanted = model("dense"), PeftConfig(method, virtual_tokens=3)
+    engine = Engine.build(config_of(config), Mesh.single(), prepare_adapters(wanted, config))
+    held = Held({name: x for name, x in state_of(engine).items() if "optim." not in name})
+    with pytest.raises(UsageError, match="is no part of a matrix: only those of lora and adalora"):
+        MergedSource(held, held, wanted, config)
+
+
 class Held:
     """Weights in memory as a source."""
 
