@@ -82,6 +82,7 @@ class Generator:
         the model or the blocks.
         """
         for request in requests:
+            request.virtual = self.virtual_rows
             self._check(request)
         self._guide(sampling.q_beta)
         mine = list(requests[self.mesh.cp.rank :: self.mesh.cp.size])
@@ -104,6 +105,12 @@ class Generator:
             )
         for stage in self.stages.values():
             stage.q_beta = q_beta
+
+    @property
+    def virtual_rows(self) -> int:
+        """Returns rows of hidden states that stand in front of every prompt (prompt tuning)."""
+        virtual = next(iter(self.stages.values())).virtual(None)
+        return 0 if virtual is None else virtual.rows
 
     def _check(self, request: Request) -> None:
         config, limit = self.model.config, request.answer.ending.limit

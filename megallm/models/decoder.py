@@ -115,6 +115,7 @@ class Stage(ShardedModule):
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
         # Virtual tokens (`models.virtual`), and what changes the embedding's output.
         self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
+        self.after_embedding = Slot(mesh)  # called with all that the first block takes
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
         self.critic: CriticHeads | None = None
         self.q_beta = 0.0  # of decoding: how much Q weighs beside the logits
@@ -187,11 +188,9 @@ class Stage(ShardedModule):
         given = tokens, positions, token_types, virtual
         once = not self.embedding.is_adapted
         x = run_unit(self.units, ("embedding",), self.look_up, *given, once=once)
-        return (
-            x
-            if self.embedding_norm is None
-            else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
-        )
+        if self.embedding_norm is not None:
+            x = run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
+        return self.after_embedding(x)
 
     def look_up(
         self,
@@ -444,13 +443,16 @@ class Stage(ShardedModule):
         logits `[B, V]` on the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
+        With embedded virtual tokens the token -1 - i is the virtual one of number i.
         `inputs` are those of `positions`, where the caller has made them once for many stages.
         """
-        virtual = self.virtual(None)
-        if virtual is not None:
-            positions, inputs = positions + virtual.check_decoding().count, None
+        virtual, numbers = self.virtual(None), None
+        if virtual is not None and not virtual.embedded:
+            positions, inputs = positions + virtual.count, None
         if self.span.first:
-            x = self.embed(tokens, positions)
+            if virtual is not None and virtual.embedded:
+                numbers, tokens = -1 - tokens, tokens.clamp(min=0)
+            x = self.embed(tokens, positions, virtual=numbers)
         if inputs is None:
             inputs = self.attention_inputs(positions, wide_dtype(x.dtype))
         x = self.blocks(x, inputs, caches)

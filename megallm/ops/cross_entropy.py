@@ -52,6 +52,7 @@ class Statistics(NamedTuple):
     label: Tensor
     moment: Tensor | None = None
     best: Tensor | None = None
+    others: Tensor | None = None  # see `linear_statistics`
 
 
 class Softmax(NamedTuple):
@@ -90,9 +91,11 @@ def statistics(
     moment: bool = False,
     best: bool = False,
     reuse: bool = False,
+    powers: Tensor | None = None,
 ) -> Statistics:
     """Returns the statistics of logits `[T, V]`; `moment` and `best` say whether these are wanted.
-    With `reuse` wide logits are overwritten.
+    With `reuse` wide logits are overwritten. `powers` takes `exp(z - top)`, which may be the logits
+    themselves.
     """
     labels, begin, temperature = targets
     here, local = locate(labels, begin, logits.shape[-1])
@@ -108,10 +111,12 @@ def statistics(
         z = _minus(logits[rows], top[rows], reuse)
         if temperature != 1.0:
             z.div_(temperature)
-        powers = z.exp_() if moments is None else z.exp()
-        torch.sum(powers, -1, out=total[rows])
+        exp = z.exp_() if moments is None else z.exp()
+        torch.sum(exp, -1, out=total[rows])
         if moments is not None:
-            torch.sum(powers.mul_(z), -1, out=moments[rows])
+            torch.sum(z.mul_(exp), -1, out=moments[rows])
+        if powers is not None and (moments is not None or exp.dtype != powers.dtype or not reuse):
+            powers[rows] = exp
     if temperature != 1.0:
         top, label = top / temperature, label / temperature
     return Statistics(top, total, label, moments, places)
@@ -192,16 +197,49 @@ class Projection(NamedTuple):
 
 
 def linear_statistics(
-    hidden: Tensor, head: Projection, targets: Targets, moment: bool = False, best: bool = False
+    hidden: Tensor,
+    head: Projection,
+    targets: Targets,
+    moment: bool = False,
+    best: bool = False,
+    others: bool = False,
 ) -> Statistics:
-    """Returns `statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits."""
-    parts = [
-        statistics(F.linear(hidden[rows], *head), targets.of(rows), moment, best, reuse=True)
-        for rows in _chunks(hidden.shape[0], head.weight)
-    ]
+    """Returns `statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits.
+
+    `others` says whether that of the name is wanted: the sum over all entries of the piece but the
+    label of `exp(z - top)` times the entry's row of W, `[T, D]`. A frozen head's gradient needs no
+    more (`frozen_gradient`), and makes no logits again.
+    """
+    parts = []
+    for rows in _chunks(hidden.shape[0], head.weight):
+        logits, own = F.linear(hidden[rows], *head), targets.of(rows)
+        if not others:
+            parts.append(statistics(logits, own, moment, best, reuse=True))
+            continue
+        found = statistics(logits, own, moment, best, reuse=True, powers=logits)
+        here, local = locate(own.labels, own.begin, logits.shape[-1])
+        at = local[:, None]  # of a label elsewhere the first entry, which stays
+        logits.scatter_(-1, at, logits.gather(-1, at).masked_fill_(here[:, None], 0))
+        parts.append(found._replace(others=logits @ head.weight.detach()))
     return Statistics(
         *(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
     )
+
+
+def frozen_gradient(
+    weight: Tensor, targets: Targets, found: Statistics, lse: Tensor, upstream: Tensor
+) -> Tensor:
+    """Returns the gradient of hidden states `[T, D]` through a head that is not trained, for that of
+    log-probabilities `[T]`: `sum_j ((j = y) - p_j) W_j`, of this piece of the vocabulary.
+
+    The label's own share is apart, so that a likely label's `1 - p` is not lost in rounding.
+    """
+    here, local = locate(targets.labels, targets.begin, weight.shape[0])
+    away = -torch.expm1(found.label - lse) * here
+    factor = upstream / targets.temperature
+    made = wide(weight.detach()[local]) * (factor * away)[:, None]
+    share = (factor * (found.top - lse).exp())[:, None]
+    return made.sub_(wide(found.others) * share).to(weight.dtype)
 
 
 class LinearGradients(NamedTuple):

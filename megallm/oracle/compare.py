@@ -301,7 +301,7 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
     fixed = frozen(row, shards)
     trained = {name: shard for name, shard in shards.items() if name not in fixed}
-    config, after = dataclasses.asdict(row.config), None
+    config, after = dataclasses.asdict(row.config) | adapted.dropout_of(row), None
     if row.adapter is not None and ADAPTERS[row.adapter]["method"] == "adalora":
         after = Budget(ADAPTERS[row.adapter], ADALORA_STEPS)
     rule, loss_of = reference_rule(row), reference_loss(row)

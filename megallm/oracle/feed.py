@@ -9,7 +9,14 @@ from megallm.oracle.table import Row
 from megallm.oracle.trainers import PAIRED
 
 Batch = dict[str, Tensor]
-PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages", "returns")
+PER_SEQUENCE = (
+    "margin",
+    "desirable",
+    "reference_point",
+    "advantages",
+    "returns",
+    "samples",
+)
 
 
 def global_batch(row: Row, step: int) -> Batch:
@@ -70,7 +77,10 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
 
     if row.loss_name == "bradley_terry":
         mask = _last_tokens(mask, documents)
-    return {
+    dropped = {}
+    if row.hidden_dropout:  # not always: virtual tokens would have to have samples too
+        dropped["samples"] = documents + 16 * torch.arange(shape[0])[:, None]
+    return dropped | {
         "mask": mask,
         "ref_log_probs": numbers(-4.5),
         "old_log_probs": numbers(-4.5) / 2 - 2,

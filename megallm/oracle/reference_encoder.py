@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.oracle.reference import Seen, Weights, block, norm
+from megallm.oracle.reference_dropout import drop_of
 from megallm.oracle.reference_mla import linear
 from megallm.oracle.reference_moe import Notes
 from megallm.oracle.reference_trainers import TRAINER_LOSSES
@@ -37,7 +38,8 @@ def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes |
         x = x + weights["token_types.weight"][batch["token_types"]]
     if config["embedding_norm"]:
         x = norm(config, weights, "embedding_norm", x)
-    seen = Seen(batch["positions"], batch.get("documents"), notes)
+    seen = Seen(batch["positions"], batch.get("documents"), notes, drop_of(config, batch))
+    x = seen.drop("embedding", x)
     for layer in range(config["num_layers"]):
         x = block(config, weights, f"layers.{layer}.", layer, x, seen)
     return norm(config, weights, "final_norm", x) if config["norm_place"] == "pre" else x

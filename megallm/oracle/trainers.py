@@ -63,13 +63,22 @@ def _reward(name: str, layout: str, **rest: Any) -> Written:
 VALUE: dict[str, Any] = {"loss": "awr_value", "overrides": {"critic": "value"}}
 FUSED_Q: dict[str, Any] = {"fused_head": "on", "overrides": {"critic": "q"}}
 ENDS: dict[str, Any] = {"adapter": "lora-ends"}
+DROPOUT: dict[str, Any] = {"hidden_dropout": 0.3}
+FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
+PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
 TRAINERS: dict[str, Kind] = {
     "sft": Kind("sft", further=(
         row("dft", "dp=2,tp=2", loss="dft", micros=2, mask="rank"),
+        row("dropout-tp2-sp-full", "tp=2,sp=1", recompute="full", micros=2, **DROPOUT),
+        row("dropout-cp2-dp2-zero3-packed", "cp=2,dp=2,zero=3", **DROPOUT | PACKED),
+        row("dropout-zb-v-tied", "pp=2,schedule=zb-v", "tied", micros=3, **DROPOUT | FOUR),
+        row("dropout-experts-ep2-tp2-sp", "dp=2,tp=2,sp=1,ep=2", "moe", **DROPOUT),
         row("mtp", "dp=2,zero=2", "mtp", loss="next_token", micros=2, mask="rank"),
     )),
     "lora": Kind("sft", "lora", further=(
+        row("dropout-dp2-tp2-sp", "dp=2,tp=2,sp=1", micros=2, mask="rank", **DROPOUT),
         row("ends-tied-pp2-sp", "pp=2,tp=2,sp=1", "tied", micros=3, **ENDS),
+        row("fused-tp2-sp-tied", "tp=2,sp=1", "tied", fused_head="on", micros=2, small_pieces=True),
         row("ends-zero3-fused", "dp=2,zero=3", micros=2, fused_head="on", **ENDS),
         row("biased-tp2-sp", "tp=2,sp=1", "biased", recompute="selective"),
         row("mla-cp2-tp2-sp", "cp=2,tp=2,sp=1", "mla"),
@@ -86,10 +95,11 @@ TRAINERS: dict[str, Kind] = {
     )),
     "prompt": Kind("sft", "prompt", experts=None),
     "p-tuning": Kind("sft", "p-tuning", experts=None),
-    "houlsby": Kind("sft", "houlsby"),
+    "houlsby": Kind("sft", "houlsby", further=(row("dropout-pp2", "pp=2", micros=3, **DROPOUT),)),
     "parallel": Kind("sft", "parallel"),
     "qlora": Kind("sft", "qlora"),
     "reward": Kind("bradley_terry", None, "reward", "reward", None, further=(
+        _reward("dropout-tp2-sp", "tp=2,sp=1", micro_batch=4, **DROPOUT),
         _reward("experts-ep2", "dp=2,ep=2", micro_batch=4, mask="full"),
     )),
     "dpo": Kind("dpo", further=(
@@ -104,6 +114,7 @@ TRAINERS: dict[str, Kind] = {
     "grpo": Kind("grpo", further=(
         row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
+        row("lora-fused-tp2", "tp=2", adapter="lora", fused_head="on"),
     )),
     "gspo": Kind("gspo"),
     "awr": Kind("awr", further=(
@@ -118,8 +129,6 @@ TRAINERS: dict[str, Kind] = {
     )),
 }  # fmt: skip
 
-FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
-PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
 DENSE, TIED, MOE = "dense", "tied", "experts"
 LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("single", "", DENSE, {}),
@@ -169,6 +178,7 @@ TRAINER_ROWS: tuple[Written, ...] = tuple(
 # What `--break` does besides leaving a reduction out.
 TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
+    "dropout.keys": "every tp rank drops by the keys of the first rank's tokens",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
     "target.sign": "the target's Q, which values are fitted to, has its sign turned",
     "counts.doubled": "each term divided by twice its count",
@@ -180,7 +190,9 @@ _FROZEN = {"frozen.touched": "single", "clip.norm": "pp2-tied"}
 _LOW_RANK = _FROZEN | {"lora.partial": "tp4-two-kv", "grads.partial": "tp2-sp"}
 # For every kind the names that its path uses, and the end of a row's name in which each must show.
 CONTROLS_OF: dict[str, dict[str, str]] = {
-    "sft": _COUNTS | {"cp.outputs": "cp2-ring", "vocab.label": "tp2-sp"},
+    "sft": _COUNTS | {
+        "cp.outputs": "cp2-ring", "vocab.label": "tp2-sp", "dropout.keys": "dropout-tp2-sp-full",
+    },
     "lora": _COUNTS | _LOW_RANK | {"zero.parameters": "dp2-zero2-masked-micro"},
     "rslora": _LOW_RANK,
     "dora": _LOW_RANK | {"dora.norm": "tp2-sp"},

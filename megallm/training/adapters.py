@@ -8,7 +8,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from megallm.optim.config import GroupConfig
 from megallm.peft import adalora, inject, start
 from megallm.peft.checkpoint import base_reference, open_base, trained_parts
 from megallm.peft.config import PeftConfig
+from megallm.peft.dropout import drop_hidden
 from megallm.peft.export import export
 from megallm.peft.noise import add_noise
 from megallm.peft.sources import Joined
@@ -124,9 +124,18 @@ class FrozenBase:
             export(engine, self.peft, folder, self.config.model.hf, overwrite=True)
 
 
-def noise_of(alpha: float, seed: int) -> Prepare | None:
-    """Returns what puts NEFTune's noise on the embeddings of a stage; None for an alpha of 0."""
-    return partial(add_noise, alpha=alpha, seed=seed) if alpha else None
+def in_training_only(alpha: float, dropout: float, seed: int) -> Prepare:
+    """Returns what puts NEFTune's noise on the embeddings of a stage, and dropout into it; each of
+    the two for a number above 0.
+    """
+
+    def add(stage: Stage) -> None:
+        if alpha:
+            add_noise(stage, alpha, seed)
+        if dropout:
+            drop_hidden(stage, dropout, seed)
+
+    return add
 
 
 def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:

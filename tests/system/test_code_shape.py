@@ -96,7 +96,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     # the one place of trainers that knows adapters: they stand beside a base that is named and not written
     "training.adapters": {
         "checkpoint.reader", "models.decoder", "peft.adalora", "peft.checkpoint", "peft.export", "peft.inject",
-        "peft.noise", "peft.sources", "peft.start",
+        "peft.dropout", "peft.noise", "peft.sources", "peft.start",
     },
     "training.references": {"peft.reference"},  # the policy without its adapters
     # a reward model without a trainer: what `generate` finds beside weights, and adapters

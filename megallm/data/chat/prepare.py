@@ -48,6 +48,18 @@ class Prepared:
                     f"at least {source.largest + 1} tokens, or use its own tokenizer."
                 )
 
+    def check_classes(self, num_labels: int) -> None:
+        """Errors: DataError `file:line: reason` when a row's label is no class of a model that has
+        `num_labels` of them.
+        """
+        for name, source in self.sources.items():
+            for row in source.table[source.table["label"] >= num_labels][:1]:
+                raise DataError(
+                    f"{name}:{row['line']}: label is {row['label']:g}, but model.num_labels is "
+                    f"{num_labels}, so classes go from 0 to {num_labels - 1}: mend the row, or give "
+                    "the model more classes."
+                )
+
     @property
     def has_margins(self) -> bool:
         """Whether any pair has a margin."""
