@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megallm.oracle.table import Row
-from megallm.oracle.trainers import PAIRED
+from megallm.oracle.trainers import DISTILLED, PAIRED, STORED_CLASSES
 
 Batch = dict[str, Tensor]
 PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages")
@@ -70,7 +70,8 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
 
     if row.loss_name == "bradley_terry":
         mask = _last_tokens(mask, documents)
-    return {
+    stored = row.loss_name in DISTILLED and DISTILLED[row.loss_name].teacher == "stored"
+    return ({} if not stored else stored_top(row.config.vocab_size, shape, draw)) | {
         "mask": mask,
         "ref_log_probs": numbers(-4.5),
         "old_log_probs": numbers(-4.5) / 2 - 2,
@@ -79,6 +80,15 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
         "desirable": of_sequence(numbers(0.0)) > 0,
         "reference_point": torch.full(shape, 0.37, dtype=torch.float64),
     }
+
+
+def stored_top(vocab: int, shape: torch.Size, draw: torch.Generator) -> Batch:
+    """Ids and log-probs `[B, T, K]` of the likeliest entries of distributions that are drawn, as a
+    teacher would have stored them.
+    """
+    logits = torch.randn(*shape, vocab, generator=draw, dtype=torch.float64)
+    top, ids = torch.log_softmax(2 * logits, -1).topk(STORED_CLASSES, -1)
+    return {"teacher_ids": ids, "teacher_log_probs": top}
 
 
 def _last_tokens(mask: Tensor, documents: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.losses.distill import Distillation
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, simpo_loss
@@ -17,6 +18,7 @@ from megallm.losses.scores import Regression, Value
 from megallm.losses.terms import Loss, Terms
 from megallm.oracle import reference_trainers as written
 from megallm.oracle.reference_encoder import CLIP, ENTROPY, TEMPERATURE, WRONG
+from megallm.oracle.trainers import DISTILLED
 
 
 @dataclass(frozen=True)
@@ -90,4 +92,8 @@ LOSSES: dict[str, Loss] = {
     "grpo": policy_loss("grpo", **_POLICY),
     "dapo": policy_loss("dapo", **_POLICY),
     "gspo": policy_loss("gspo", **_POLICY),
+    **{
+        name: Distillation(written.NLL * (name == "distill_nll"), temperature=written.HEAT)
+        for name in DISTILLED
+    },
 }

@@ -7,14 +7,9 @@ import math
 import pytest
 import torch
 
-from megallm.losses.distill import (
-    Distillation,
-    generalized_jsd,
-    kl_divergence,
-    reverse_kl_advantages,
-    with_tail,
-)
+from megallm.losses.distill import Distillation, reverse_kl_advantages
 from megallm.losses.offline import AdvantageWeighted, Ilql, next_counted, perturbed_log_probs
+from megallm.ops.divergence import generalized_jsd, kl_divergence, with_tail
 from tests.losses.averages import averaged, packed, split
 
 RANDOM = torch.Generator().manual_seed(6)
