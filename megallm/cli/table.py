@@ -66,6 +66,11 @@ _ROWS = (
     ("kto", "train", "train on single answers that are good or bad"),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
+    (
+        "distill",
+        "train",
+        "train a student on a teacher's distribution, on its own answers or on given ones",
+    ),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
     ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),

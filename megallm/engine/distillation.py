@@ -58,15 +58,16 @@ def hidden_states(teacher: Engine, batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def top_log_probs(
+def teacher_top_k(
     teacher: Engine, batches: Sequence[Batch], k: int, temperature: float = 1.0
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Returns of each microbatch ids int64 and wide log-probs `[B, T, k]` of the likeliest entries,
-    0 where the mask is False; None on ranks without the head. Forward passes only; collective over
-    the world.
+    0 where the mask is False, on one rank of each replica and None on the others. Forward passes
+    only; collective over the world.
     """
     found = _lessons(teacher, batches, Wanted(("top",), temperature, k))
-    return [None if each is None else (each["ids"], each["log_probs"]) for each in found]
+    first = not any(teacher.mesh.coords[axis] for axis in ("cp", "tp"))
+    return [(each["ids"], each["log_probs"]) if each and first else None for each in found]
 
 
 def _lessons(

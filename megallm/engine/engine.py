@@ -348,8 +348,8 @@ class Engine:
             return loss(dict.fromkeys(loss.needs, zeros), batch)
 
     def on_device(self, batch: Batch) -> Batch:
-        """Returns the batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay on
-        the CPU, where the plan of attention and the head read them.
+        """Returns the batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay
+        on the CPU, where the plan of attention and the head read them.
         """
         device = self.mesh.device
         here = {

@@ -264,7 +264,9 @@ def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
 
 
 def token_chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
-    """Yields the tokens whose logits over `weight` `[V, D]` are made at once; at least one, empty."""
+    """Yields the tokens whose logits over `weight` `[V, D]` are made at once; without any one empty
+    chunk.
+    """
     step = chunk_tokens(weight.shape[0], weight.dtype)
     # Without tokens one empty chunk: what is made of it has the right shape.
     yield from (slice(begin, min(begin + step, tokens)) for begin in range(0, max(1, tokens), step))

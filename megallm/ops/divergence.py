@@ -98,8 +98,8 @@ def piece_sums(student: Tensor, teacher: Tensor, beta: float) -> PieceSums:
 
 
 def piece_gradient_(student: Tensor, teacher: Tensor, beta: float, slope: Tensor) -> Tensor:
-    """Returns the gradient `[T, V]` of each token's divergence with respect to the student's logits,
-    in the place of its log-probs.
+    """Returns the gradient `[T, V]` of each token's divergence with respect to the student's
+    logits, in the place of its log-probs.
 
     For q = softmax(z) and teacher p it is `q - p` of the forward KL; otherwise `q (a - sum q a)`
     with a = log(q / p) of the reverse one, and (1 - beta) log(q / m) of a mixture m. `slope` `[T]`

@@ -155,7 +155,12 @@ class _LabelLogProbs(torch.autograd.Function):
 
 
 def live_divergence(
-    hidden: Tensor, head: Projection, taught: Tensor, teacher: Teacher, temperature: float, mesh: Mesh
+    hidden: Tensor,
+    head: Projection,
+    taught: Tensor,
+    teacher: Teacher,
+    temperature: float,
+    mesh: Mesh,
 ) -> Tensor:
     """Returns the divergence `[...]` of the student's hidden states `[..., D]` from the teacher's
     `taught` `[..., D']`, whose matrix `teacher.head` names the same entries as `head`.
@@ -207,7 +212,8 @@ def top_log_probs(
         lse = _lse([z], mesh.tp)[0]
         few = min(k, z.shape[-1])
         best, places = (z - lse[:, None]).topk(few, -1)
-        best, places = F.pad(best, (0, k - few), value=-torch.inf), F.pad(places + begin, (0, k - few))
+        best = F.pad(best, (0, k - few), value=-torch.inf)
+        places = F.pad(places + begin, (0, k - few))
         best, places = (comm.all_gather(x, mesh.tp, 1) for x in (best, places))
         best, chosen = best.topk(k, -1)
         ids.append(places.gather(-1, chosen))

@@ -12,9 +12,10 @@ from typing import Any
 from megallm.run.config import JobConfig
 from megallm.training import files, finetune, preference_config, reading
 from megallm.training.config import PretrainConfig
+from megallm.training.distill_config import DistillConfig
 from megallm.training.rl_config import GrpoConfig, PpoConfig
+from megallm.training.rules import distill, grpo, pretrain
 from megallm.training.rules import finetune as finetune_rules
-from megallm.training.rules import grpo, pretrain
 from megallm.training.rules import preference as preference_rules
 from megallm.training.rules.problem import Rules
 
@@ -68,6 +69,7 @@ _ROWS = (
             ("kto", preference_config.KtoConfig, "kto", preference_rules.KTO),
             ("grpo", GrpoConfig, "grpo", grpo.RULES),
             ("ppo", PpoConfig, "ppo", grpo.PPO),
+            ("distill", DistillConfig, "distill", distill.RULES),
         )
     ),
 )

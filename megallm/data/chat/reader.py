@@ -40,7 +40,12 @@ class ChatSource(DocumentSource):
     def __init__(self, name: str, tokenised: Tokenised, plan: StreamPlan) -> None:
         super().__init__(tokenised.prefix, plan)
         self.prefix, self.tokenised, self.fingerprint = name, tokenised, tokenised.key
-        self._first_sample = xxhash.xxh32_intdigest(tokenised.key.encode()) << 31
+        self._first_sample = self.first_sample(tokenised)
+
+    @staticmethod
+    def first_sample(tokenised: Tokenised) -> int:
+        """Returns the id of the first row of a file; the others follow it."""
+        return xxhash.xxh32_intdigest(tokenised.key.encode()) << 31
 
     def sample(self, document: int) -> int:
         """Returns the id of a row: the same whatever the sources' order, the epoch and the file's
