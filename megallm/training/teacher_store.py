@@ -126,7 +126,8 @@ class TeacherStore:
             raise UsageError(
                 f"teacher.store {self.folder} was made with another tokenizer (of "
                 f"{self.meta.teacher}) than that of the rows, {rows.config.tokenizer}: a "
-                "divergence compares probabilities of the same tokens. Take a teacher of the same tokenizer."
+                "divergence compares probabilities of the same tokens. Take a teacher of the same "
+                "tokenizer."
             )
         if self.meta.temperature != temperature:
             raise UsageError(

@@ -25,6 +25,7 @@ NARROW = [layout for layout in LAYOUTS if layout[0] != "dp2-tp2-pp2-zero2"]
 KINDS = list(TRAINERS)
 SLICE = [f"{KINDS[n % len(KINDS)]}-{layout[0]}" for n, layout in enumerate(NARROW)]
 SLICE += ["lora-ends-tied-pp2-sp", "dpo-lora-dp2-tp2", "dpo-packed", "gspo-cp2-ulysses-packed", "reward-zb-v"]
+SLICE += ["distill-tp4-two-kv", "distill-stored-cp2-packed", "distill-self-lora-pp2-tp2"]
 BY_NAME = {row.name: row for row in FINE_TUNING}
 CONTROLS = [(kind, name) for kind, names in CONTROLS_OF.items() for name in names]
 
@@ -62,7 +63,8 @@ QUICK = (
     ("dora", "dora.norm"), ("adalora", "adalora.gram"), ("adalora", "adalora.scores"), ("prefix", "cp.lse"),
     ("qlora", "frozen.touched"), ("houlsby", "grads.partial"), ("reward", "head.outputs"),
     ("reward", "pairs.split"), ("dpo", "pairs.split"), ("dpo", "loss.counts"), ("kto", "loss.counts"),
-    ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"),
+    ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"), ("distill", "vocab.divergence"),
+    ("distill", "distill.temperature"),
 )  # fmt: skip
 
 

@@ -59,13 +59,14 @@ def train(name: str, place: tuple, **values: Any) -> Path:
     return Path(config.run.dir)
 
 
+LORA = {"teacher.model": None, "peft.method": "lora", "peft.dim": 4}
 KINDS = {
     "live": {"data.valid_sources": "held out", "eval.batches": 9},
     "forward-nll": {"distill.beta": 0.0, "distill.nll": 0.3},
     "stored": {"teacher.kind": "stored", "teacher.top_k": 7, "data.packing": True, "data.seq_len": 32},
     "on-policy": {"distill.lmbda": 1.0, "distill.beta": 1.0},
     "reward": {"distill.loss": "reverse_kl_reward", "distill.lmbda": None},
-    "adapter_off": {"teacher.model": None, "peft.method": "lora", "peft.dim": 4, "distill.lmbda": 0.5, "distill.nll": 0.5},
+    "adapter_off": LORA | {"distill.lmbda": 0.5, "distill.nll": 0.5},
 }
 LAYOUTS = {
     "tp2-pp2": {"layout.tp": 2, "layout.pp": 2},
@@ -85,7 +86,7 @@ def on_ranks(place: tuple) -> None:
 
 @pytest.fixture(scope="module")
 def trained(place):
-    run_ranks(4, on_ranks, place)
+    run_ranks(4, on_ranks, place, timeout=300)
     return {name: train(name, place, **values_of(name, place)) for name in KINDS}
 
 
