@@ -1,7 +1,7 @@
 """Distillation: divergences of a student from a teacher, token by token.
 
 The divergence is an output of the head, which holds the logits (`parallel.divergence`); here is the
-loss that sums it, and its form as a reward.
+loss that sums it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,6 @@ from torch import Tensor
 
 from megallm.losses.reduce import check_mode, divisor, total
 from megallm.losses.terms import Terms
-
-
-def reverse_kl_advantages(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Returns `teacher - student` `[B, T]`, detached, 0 where the mask is: the advantage of a token
-    in on-policy distillation, whose expectation under the student is the negative reverse KL.
-    """
-    return (teacher - student).detach().masked_fill(~mask, 0)
 
 
 @dataclass(frozen=True)

@@ -313,6 +313,11 @@ class Stage(ShardedModule):
         """Returns what the teacher says of this rank's tokens that count: its hidden states `[n,
         D]`, or ids and log-probs `[n, K]` of those `[B, T, K]` of whole rows.
         """
+        if self.teacher is None:
+            raise UsageError(
+                "The loss needs the divergence from a teacher, and the engine has none: "
+                "engine.distillation.compare_with gives it one."
+            )
         if "teacher_hidden" in batch:
             return (batch["teacher_hidden"],)
         stored = ("teacher_ids", "teacher_log_probs")
