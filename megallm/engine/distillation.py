@@ -14,25 +14,27 @@ from megallm.engine.engine import Engine
 from megallm.models.decoder import Stage
 from megallm.ops.cross_entropy import Projection
 from megallm.ops.divergence import Tail
+from megallm.parallel import comm
 from megallm.parallel.divergence import Teacher
 from megallm.parallel.pipeline import Batch
+from megallm.parallel.shard import piece
 from megallm.parallel.units import run_unit
 from megallm.parallel.vocab import Wanted
 
+READ = ("tokens", "labels", "positions", "mask", "cu_seqlens")  # of a batch, by any model
 
-def compare_with(
-    student: Engine, teacher: Engine | None, beta: float, tail: Tail = "rest"
-) -> None:
+
+def compare_with(student: Engine, teacher: Engine | None, beta: float, tail: Tail = "rest") -> None:
     """Give the student's head its output `divergence`: generalised JSD with `beta` from a teacher.
 
-    A live `teacher` is an engine on the same mesh with the same vocabulary, which makes
-    `teacher_hidden` of each batch (`hidden_states`); the student itself stands for its base without
-    adapters. None stands for stored log-probs, `teacher_ids` and `teacher_log_probs` `[B, T, K]` of
-    each batch. The teacher's piece of the head's matrix stays whole on the ranks that compare.
-    Collective over the ranks that divide the teacher's weights. Raises UsageError for another
+    A live `teacher` is an engine with the same vocabulary, on the student's mesh or on another one
+    over the same ranks, which makes `teacher_hidden` of each batch (`hidden_states`); the student
+    itself stands for its base without adapters. None stands for stored log-probs, `teacher_ids` and
+    `teacher_log_probs` `[B, T, K]` of each batch. The teacher's piece of the head's matrix stays
+    whole on the ranks that compare. Collective over the world. Raises UsageError for another
     vocabulary.
     """
-    head = None
+    head, stage = None, _last_stage(student)
     if teacher is not None and teacher is not student:
         sizes = student.config.model.vocab_size, teacher.config.model.vocab_size
         if sizes[0] != sizes[1]:
@@ -41,16 +43,22 @@ def compare_with(
                 "compares two distributions over the same vocabulary."
             )
         head = _head_copy(teacher)
-    stage = _last_stage(student)
+        if teacher.mesh is not student.mesh:
+            head = _resharded_head(teacher, head, student)
     if stage is not None:
         stage.teacher = Teacher(beta, tail, head)
 
 
-def hidden_states(teacher: Engine, batches: Sequence[Batch]) -> list[Batch]:
+def hidden_states(teacher: Engine, batches: Sequence[Batch], student: Engine) -> list[Batch]:
     """Returns the microbatches with `teacher_hidden`, what the teacher's head would multiply: `[n,
-    D]` of this rank's tokens that count, as they are of a student at the same layout, and only on
-    ranks with the head. Forward passes only; collective over the world.
+    D]` of this rank's tokens that count, only on ranks with the student's head. Forward passes
+    only; collective over the world.
+
+    On another mesh the teacher reads the microbatches of all data ranks, its own share of them, and
+    the hidden states of each come to every rank, one microbatch after the other.
     """
+    if teacher.mesh is not student.mesh:
+        return _from_another_mesh(teacher, batches, student)
     found = _lessons(teacher, batches, Wanted(("hidden",)))
     return [
         batch if each is None else batch | {"teacher_hidden": each["hidden"]}
@@ -98,3 +106,78 @@ def _head_copy(teacher: Engine) -> Projection | None:
     with torch.no_grad():
         nothing = torch.empty(0, device=teacher.mesh.device)
         return Projection(*run_unit(stage.units, stage.head_keys, copied, nothing))
+
+
+# A teacher on another mesh over the same ranks
+
+
+def _from_another_mesh(teacher: Engine, batches: Sequence[Batch], student: Engine) -> list[Batch]:
+    """`hidden_states`, where the teacher's ranks hold other tokens than the student's."""
+    lists = [{name: batch[name].tolist() for name in READ if name in batch} for batch in batches]
+    whole = [_batch_of(one) for one in student.all(lists)]
+    count, size = len(whole), teacher.mesh.data.size
+    nobody = whole[0] | {"mask": torch.zeros_like(whole[0]["mask"])}
+    whole += [nobody] * (-count % size)
+    found = _lessons(teacher, teacher.mine(whole), Wanted(("whole_hidden",)))
+    sources, each = _holders(teacher), len(whole) // size
+    first = student.mesh.data.rank * len(batches)
+    made = list(batches)
+    for number, batch in enumerate(whole[:count]):
+        mask, (owner, place) = batch["mask"].flatten(), divmod(number, each)
+        shape = int(mask.sum()), teacher.config.model.hidden_size
+        x = torch.empty(shape, dtype=teacher.model.dtype, device=teacher.mesh.device)
+        if teacher.mesh.rank == sources[owner, 0]:
+            x.copy_(found[place]["whole_hidden"].flatten(0, 1)[mask.to(x.device)])
+        comm.broadcast_(x, teacher.mesh.world, sources[owner, 0])
+        stage = _last_stage(student)
+        if stage is not None and first <= number < first + len(batches):
+            own = _own_tokens(x, batch["mask"], stage)
+            made[number - first] = batches[number - first] | {"teacher_hidden": own}
+    return made
+
+
+def _batch_of(lists: dict[str, list]) -> Batch:
+    types = {"mask": torch.bool, "cu_seqlens": torch.int32}
+    return {name: torch.tensor(x, dtype=types.get(name, torch.int64)) for name, x in lists.items()}
+
+
+def _holders(teacher: Engine) -> dict[tuple[int, int], int]:
+    """(data rank, tp rank) -> the rank with that piece of the teacher's head and the whole rows of
+    that data rank; collective over the world.
+    """
+    mesh = teacher.mesh
+    here = _last_stage(teacher) is not None and mesh.cp.rank == 0
+    gathered = mesh.gather_json([mesh.data.rank, mesh.tp.rank, mesh.rank] if here else None)
+    table = mesh.broadcast_json(gathered)
+    return {(data, tp): rank for data, tp, rank in filter(None, table)}
+
+
+def _own_tokens(x: Tensor, mask: Tensor, stage: Stage) -> Tensor:
+    """Those `[n, D]` of this cp rank, of all `[N, D]` that count in the rows of a mask `[B, T]`."""
+    numbers = (mask.flatten().cumsum(0) - 1).view(mask.shape)
+    own = stage.context.local(numbers)[stage.context.local(mask)]
+    return x.index_select(0, own.to(x.device))
+
+
+def _resharded_head(
+    teacher: Engine, piece_here: Projection | None, student: Engine
+) -> Projection | None:
+    """This rank's piece of the teacher's head as the student's vocabulary is divided; one piece of
+    the teacher's at a time is here besides.
+    """
+    model, mesh, sources = teacher.config.model, teacher.mesh, _holders(teacher)
+    own = piece(model.vocab_size, student.mesh.tp.size, student.mesh.tp.rank)
+    shapes = [(model.hidden_size,)] + [()] * model.head_bias
+    parts: list[list[Tensor]] = [[] for _ in shapes]
+    for tp in range(mesh.tp.size):
+        begin, end = piece(model.vocab_size, mesh.tp.size, tp)
+        for number, shape in enumerate(shapes):
+            x = torch.empty(end - begin, *shape, dtype=teacher.model.dtype, device=mesh.device)
+            if mesh.rank == sources[0, tp]:
+                x.copy_(piece_here[number])
+            comm.broadcast_(x, mesh.world, sources[0, tp])
+            low, high = max(begin, own[0]) - begin, min(end, own[1]) - begin
+            parts[number].append(x[low : max(low, high)].clone())
+    if _last_stage(student) is None:
+        return None
+    return Projection(*(torch.cat(each) for each in parts))

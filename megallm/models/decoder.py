@@ -329,13 +329,17 @@ class Stage(ShardedModule):
 
     def lesson(self, x: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns what a teacher is asked for: `hidden` `[n, D]` of this rank's tokens that count,
-        or `ids` and `log_probs` `[B, T, K]` of its likeliest entries, 0 where tokens do not count.
+        `whole_hidden` `[B, T, D]`, or `ids` and `log_probs` `[B, T, K]` of its likeliest entries, 0
+        where tokens do not count.
         """
         mask, keys = batch.get(MASK_ON_CPU, batch["mask"]), self.head_keys
         counted = counted_tokens(self.context.local(mask), x.device)
         if self.wanted.names == ("hidden",):
             found = run_unit(self.units, keys, self.counted_hidden, x)
             return {"hidden": select_counted(found, counted).flatten(0, -2)}
+        if self.wanted.names == ("whole_hidden",):
+            found = run_unit(self.units, keys, self.counted_hidden, x)
+            return {"whole_hidden": self.context.whole(found)}
         shape = self.context.local(batch["labels"]).shape
         found = run_unit(self.units, keys, self.top_entries, x, counted)
         made = (put_back(y, counted, shape).view(*shape, -1) for y in found)
@@ -375,7 +379,7 @@ class Stage(ShardedModule):
                 "model.head is none: this model is a body alone, which computes nothing to train "
                 "on."
             )
-        if self.wanted.names in (("hidden",), ("top",)):
+        if self.wanted.names in (("hidden",), ("whole_hidden",), ("top",)):
             return self.lesson(x, batch)
         outputs = self.own_scores(x, labels, batch)
         if any(name.startswith("mtp_") for name in self.wanted.names):

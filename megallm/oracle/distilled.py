@@ -33,7 +33,7 @@ class Teaching:
 
     def __init__(self, engine: Engine, row: Row, config: EngineConfig) -> None:
         self.kind = DISTILLED.get(row.loss_name)
-        self.engine = None
+        self.engine, self.student = None, engine
         if self.kind is None:
             return
         if self.kind.teacher == "self":
@@ -41,7 +41,9 @@ class Teaching:
         elif self.kind.teacher == "live":
             seed = row.seed + OTHER_SEED
             config = dataclasses.replace(config, seed=seed, zero=ZeroConfig(3))
-            self.engine = Engine.build(config, engine.mesh, lambda stage: stage.requires_grad_(False))
+            self.engine = Engine.build(
+                config, engine.mesh, lambda stage: stage.requires_grad_(False)
+            )
         compare_with(engine, self.engine, self.kind.beta, self.kind.tail)
 
     def taught(self, batches: list[Batch]) -> list[Batch]:
@@ -49,7 +51,7 @@ class Teaching:
         if self.engine is None:
             return batches
         with off(self.engine) if self.kind.teacher == "self" else nullcontext():
-            return hidden_states(self.engine, batches)
+            return hidden_states(self.engine, batches, self.student)
 
 
 def reference_batch(row: Row, batch: Batch, shards: Mapping[str, Shard]) -> Batch:
@@ -69,4 +71,3 @@ def reference_batch(row: Row, batch: Batch, shards: Mapping[str, Shard]) -> Batc
     with torch.no_grad():
         made = scores(dataclasses.asdict(row.config), weights, batch, notes)
     return batch | {"teacher_scores": made}
-

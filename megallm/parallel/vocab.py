@@ -64,7 +64,8 @@ class Wanted(NamedTuple):
     Of a vocabulary or of classes there are the label's `log_prob`, the `entropy` of the whole
     distribution, and `correct`: 1 where the label is the likeliest entry, without a gradient; of a
     vocabulary whose stage has a teacher the `divergence` from it. A teacher is asked for one thing
-    alone: the `hidden` states that its head would multiply, or the `top` entries, `top_k` of them.
+    alone: the `hidden` states that its head would multiply, of tokens that count or of whole rows,
+    or the `top` entries, `top_k` of them.
     """
 
     names: tuple[str, ...] = ("log_prob",)

@@ -153,10 +153,11 @@ def frozen_engine(
         place = "hf" if (Path(source) / "config.json").is_file() else "init"
         model = config.model
         if not same_model:
-            model = read_config(Path(source)).model if place == "hf" else model_of(source)
+            known = read_config(Path(source)).model if place == "hf" else model_of(source)
+            model = known.resolve()
             layout = dataclasses.replace(config.layout, stages=None)
             config = dataclasses.replace(config, layout=layout)
-        model = dataclasses.replace(model.resolve().described, **{place: source})
+        model = dataclasses.replace(model.described, **{place: source})
         config = dataclasses.replace(config, model=model, peft=type(config.peft)())
     zero = dataclasses.replace(config.zero, stage=3)
     train = dataclasses.replace(config.train, determinism="none")

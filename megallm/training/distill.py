@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megallm.base.errors import InternalError
+from megallm.base.errors import InternalError, UsageError
 from megallm.base.rng import key_of, uniform
 from megallm.data.batches import Share
 from megallm.data.chat.rows import PromptRow
@@ -30,6 +31,7 @@ from megallm.engine.distillation import compare_with, hidden_states
 from megallm.engine.engine import Engine, Loss, Mesh
 from megallm.losses.distill import Distillation
 from megallm.losses.policy import first_update_fault, policy_loss
+from megallm.parallel.config import LayoutConfig
 from megallm.peft.reference import off
 from megallm.run.recorder import Recorder
 from megallm.training.adapters import frozen_engine
@@ -46,7 +48,7 @@ from megallm.training.trainer import Ledger, StepReport
 
 REWARD = "reverse_kl_reward"
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4}  # nats of a first step; others compute in 8 or 11 bits
-_TEACHER = ("model", "top_k", "tail")
+_TEACHER = ("model", "top_k", "tail")  # its layout may change
 _OPTIONS = ("loss", "beta", "temperature", "nll", "max_new_tokens", "stop")
 
 
@@ -122,11 +124,15 @@ class DistillRun(ChatRun):
     config: DistillConfig
     teacher: Engine | None = None  # live; the student's own engine where it is its base
     store: TeacherStore | None = None
+    teacher_mesh: Mesh | None = None  # over the same ranks
 
     # The teacher
 
     def build(self, mesh: Mesh, found: Path | None) -> tuple[Engine, str]:
         """Returns the student's engine, and has the teacher ready; collective over the world."""
+        # Before any engine makes groups of its own: then every rank has made as many.
+        there = self._teacher_grid(mesh)
+        self.teacher_mesh = mesh if there is None else Mesh.start(there.grid(), mesh.device)
         engine, begin = super().build(mesh, found)
         config, kind = self.config, self.config.teacher_kind
         if kind == "stored":
@@ -137,8 +143,34 @@ class DistillRun(ChatRun):
         compare_with(engine, self.teacher, beta, config.teacher.tail)
         return engine, begin
 
+    def _teacher_grid(self, mesh: Mesh) -> LayoutConfig | None:
+        """The layout of a teacher that has another one. Errors: UsageError where the ranks do not
+        make it.
+        """
+        given, world = self.config.teacher.layout, mesh.layout.world
+        if not given:
+            return None
+        each = given.get("tp", 1) * given.get("pp", 1) * given.get("cp", 1)
+        if world % each:
+            raise UsageError(
+                f"teacher.layout {dict(given)} takes a multiple of {each} ranks, and the student's "
+                f"has {world}: choose sizes whose product divides {world}."
+            )
+        return LayoutConfig(**given, sp=given.get("tp", 1) > 1, dp=world // each)
+
     def _teacher(self, mesh: Mesh) -> Engine:
-        return frozen_engine(self.config, self.config.teacher.model, mesh, same_model=False)
+        config = self.config
+        there = self._teacher_grid(mesh)
+        if there is not None:
+            config, mesh = dataclasses.replace(config, layout=there), self.teacher_mesh
+        return frozen_engine(config, config.teacher.model, mesh, same_model=False)
+
+    @property
+    def multiple(self) -> int:
+        """Returns what the tokens of a row are a multiple of at the layouts of both."""
+        other = self.config.teacher.layout
+        theirs = 2 * other.get("tp", 1) * other.get("cp", 1)
+        return math.lcm(super().multiple, theirs)
 
     def open_store(self, mesh: Mesh) -> None:
         """Open the store of the teacher's log-probs, and make it where there is none; collective
@@ -219,7 +251,7 @@ class DistillRun(ChatRun):
             wide = torch.float64 if engine.model.dtype == torch.float64 else torch.float32
             return [batch | self.store.top(batch, wide) for batch in batches]
         with self._as_teacher(engine):
-            return hidden_states(self.teacher, batches)
+            return hidden_states(self.teacher, batches, engine)
 
     def response_rows(self, engine: Engine) -> ResponseRows:
         """Returns what lays the student's answers into microbatches."""
@@ -259,11 +291,12 @@ class DistillRun(ChatRun):
             with self._as_teacher(engine):
                 return self.teacher.log_probs(batches, temperature)
 
-        rows = self.response_rows(engine)
-        for answer, theirs in zip(answers, rows.scores(answers, score), strict=True):
+        found = self.response_rows(self.teacher).scores(answers, score)
+        for answer, theirs in zip(answers, found, strict=True):
             answer.old = answer.log_probs
             answer.advantages = np.subtract(theirs, answer.log_probs).tolist()
         every = [x for answer in answers for x in answer.advantages]
+        rows = self.response_rows(engine)
         return rows.batches(answers), -fmean(every) if every else None
 
     def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:

@@ -20,6 +20,7 @@ class TeacherConfig:
 
     kind: TeacherKind | None = None  # null: adapter_off where no model is named, stored where a store is, else live
     model: str | None = None  # Hugging Face, run or step folder
+    layout: dict[str, int] = field(default_factory=dict)  # live: another one over the same ranks: {tp: 4, pp: 2}
     store: str | None = None  # stored: folder of its top k log-probs; null: made in cache/teacher of the run folder
     top_k: int = 64  # stored: likeliest tokens that are kept of each position
     tail: Literal["rest", "renormalize"] = "rest"  # stored: all other tokens as one class, or both sides without them

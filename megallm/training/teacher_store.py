@@ -166,4 +166,3 @@ class TeacherStore:
         made = torch.from_numpy(ids), torch.from_numpy(values).to(dtype)
         named = zip(("teacher_ids", "teacher_log_probs"), made, strict=True)
         return {name: x.view(*shape, k) for name, x in named}
-

@@ -78,7 +78,17 @@ def values_of(name: str, place: tuple) -> dict[str, Any]:
     return {key: {place[3]: None} if value == "held out" else value for key, value in KINDS[name].items()}
 
 
+OTHERS = {
+    "tp2-pp2": {"teacher.layout": {"cp": 2}},
+    "cp2-dp2-zero3": {"teacher.layout": {"tp": 2, "pp": 2}, "train.global_batch": 4},
+}
+
+
 def on_ranks(place: tuple) -> None:
+    for title, name in (("tp2-pp2", "reward"), ("cp2-dp2-zero3", "live")):
+        given = values_of(name, place) | LAYOUTS[title] | OTHERS[title]
+        train(f"{name}-apart", place, **given)
+    train("on-policy-apart", place, **values_of("on-policy", place), **LAYOUTS["tp2-pp2"], **OTHERS["tp2-pp2"])
     for number, name in enumerate(KINDS):
         title = list(LAYOUTS)[number % 2]
         train(f"{name}-{title}", place, **values_of(name, place), **LAYOUTS[title])
@@ -99,6 +109,12 @@ def test_every_layout_gives_the_same_run(place, trained, name):
     assert worst(weights(place[0] / f"{name}-{title}", 3), weights(trained[name], 3)) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["live", "on-policy", "reward"])
+def test_a_teacher_may_have_another_layout(place, trained, name):
+    for mine, theirs in zip(metrics(place[0] / f"{name}-apart"), metrics(trained[name]), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-8, abs=1e-9)
+
+
 def test_what_the_rows_of_metrics_say(trained):
     live, nll, reward = (metrics(trained[name]) for name in ("live", "forward-nll", "reward"))
     assert live[-1]["train/loss"] < live[0]["train/loss"] and live[-1]["val/loss"] > 0
@@ -116,9 +132,9 @@ def test_a_student_that_is_its_teacher_learns_nothing(place, trained, monkeypatc
         row = metrics(train(name, place, **own, **values))[0]
         assert abs(row.get("distill/reverse_kl", row["train/loss"])) < 1e-12
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "hidden_states", lambda teacher, batches: [
+        patch.setattr(distill, "hidden_states", lambda teacher, batches, student: [
             batch | {"teacher_hidden": batch["teacher_hidden"] * 1.01}
-            for batch in distillation.hidden_states(teacher, batches)
+            for batch in distillation.hidden_states(teacher, batches, student)
         ])  # fmt: skip
         with pytest.raises(InternalError, match="it must be 0"):
             train("other", place, **own)
@@ -154,6 +170,7 @@ def test_what_is_refused(place, tmp_path):
         (stored | {"distill.lmbda": 0.5}, "of the student's own answers nothing is stored"),
         ({"distill.loss": "reverse_kl_reward", "distill.lmbda": 0.5}, "rewards the student's own answers"),
         ({"distill.beta": 1.5}, "distill.beta is 1.5; it must be"),
+        ({"teacher.layout": {"dp": 2}}, "it takes tp, pp, cp, ep with sizes of at least 1"),
         ({"peft.method": "prompt"}, "moves tokens to other places"),
     ):
         with pytest.raises(UsageError, match=words):

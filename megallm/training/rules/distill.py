@@ -14,6 +14,7 @@ from megallm.training.rules.problem import Facts, Problem, Rules
 from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, Range
 from megallm.training.starting import tokenizer_of_model
 
+AXES = ("tp", "pp", "cp", "ep")  # of teacher.layout; dp is what the number of ranks leaves
 _SHARE = Range(low=0, high=1)
 
 
@@ -42,6 +43,13 @@ def had_teacher(config: DistillConfig) -> Iterator[Problem]:
     elif kind == "stored" and given.model is None and given.store is None:
         sentence = "teacher.kind is stored: give teacher.store, or the teacher.model to make it."
         yield Problem("teacher", sentence)
+    unknown = [name for name in given.layout if name not in AXES]
+    if unknown or any(size < 1 for size in given.layout.values()):
+        sentence = f"teacher.layout is {dict(given.layout)}; it takes {', '.join(AXES)} with sizes "
+        yield Problem("teacher", f"{sentence}of at least 1.", ({"teacher.layout": {}},))
+    if given.layout and kind != "live":
+        sentence = f"teacher.layout is not read where teacher.kind is {kind}; with --store it is "
+        yield Problem("teacher", f"{sentence}the section layout.", ({"teacher.layout": {}},))
     if given.store is not None and kind != "stored":
         sentence = f"teacher.store is not read where teacher.kind is {kind}."
         yield Problem("teacher", sentence, ({"teacher.kind": "stored"}, {"teacher.store": None}))
