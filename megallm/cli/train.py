@@ -14,6 +14,7 @@ from functools import partial
 from megallm.base.errors import UsageError
 from megallm.base.stopping import ignore_stop_signals
 from megallm.cli import text
+from megallm.cli.board import tell
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv
@@ -80,7 +81,8 @@ def _train(kind: Kind, args: argparse.Namespace) -> int:
     overrides, module = args.overrides, kind.module
     if kind.name == STORING and args.store is not None:
         module = "megallm.training.store_teacher"
-        overrides = [*overrides, "teacher.kind=stored", f"teacher.store={args.store}"]
+        storing = ["teacher.kind=stored", f"teacher.store={args.store}", "distill.lmbda=0"]
+        overrides = [*overrides, *storing]
     config = load_and_check(args.config, overrides, world_size(args.nproc), kind=kind)
     kind.check_files(config)  # what is missing or cannot be used ends here, before any rank
     folder = RunFolder(config.run.dir)
@@ -89,6 +91,8 @@ def _train(kind: Kind, args: argparse.Namespace) -> int:
         world, owns = config.layout.grid().world, partial(held_by, folder)
         work = (module, config, args.resume, args.allow_change)
         start(_rank, work, world, folder.logs, preload, owns)
+        if module != kind.module:
+            tell(f"the teacher's log-probs of all rows are in {args.store}.")
     finally:
         drop_dead_lease(folder)  # of rank 0, when it was ended because another rank failed
     return 0

@@ -152,6 +152,10 @@ def test_a_store_made_before_needs_no_teacher(place, trained):
     stored = {"teacher.kind": "stored", "teacher.store": store, "teacher.top_k": 7}
     made = config_of(place[0] / "storing", place, **stored)
     store_teacher.run(made, Mesh.single(), "auto")
+    with pytest.raises(UsageError, match="holds a store already"):
+        store_teacher.run(made, Mesh.single(), "auto")
+    with pytest.raises(UsageError, match="which is not given"):
+        store_teacher.run(replace(made, {"teacher.model": None}), Mesh.single(), "auto")
     values = {"teacher.model": None, "teacher.store": store}
     run = train("from-store", place, **values)
     assert metrics(run)[0]["train/loss"] > 0
