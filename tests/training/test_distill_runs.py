@@ -147,7 +147,7 @@ def test_all_of_the_vocabulary_stored_is_the_live_teacher(place, trained):
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-9)
 
 
-def test_a_store_made_before_needs_no_teacher(place, trained):
+def test_a_store_made_before_needs_no_teacher(place):
     store = str(place[0] / "store")
     stored = {"teacher.kind": "stored", "teacher.store": store, "teacher.top_k": 7}
     made = config_of(place[0] / "storing", place, **stored)
