@@ -89,7 +89,6 @@ def test_pieces_of_the_vocabulary_equal_whole_logits(size, beta, tail):
 def test_what_is_left_out_shows(name):
     value, *_ = expected(0.5, None)
     for mine in run_ranks(3, on_ranks, 0.5, None, frozenset({name})):
-        # A maximum of one's own is corrected by no one: only the sums notice.
         assert not torch.allclose(mine[0], value, rtol=1e-6)
 
 
