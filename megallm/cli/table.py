@@ -69,6 +69,11 @@ _ROWS = (
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),
     ("report", "report", "write a page about a run: curves, goodput, incidents, samples"),
+    (
+        "distill",
+        "train",
+        "train a student on a teacher's distribution, on its own answers or on given ones",
+    ),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
     ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),

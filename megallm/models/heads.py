@@ -196,10 +196,11 @@ def select_counted(x: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def put_back(x: Tensor, counted: Tensor | None, shape: torch.Size) -> Tensor:
-    """Maps `[n]` -> `[B, T]` with 0 where tokens do not count."""
+    """Maps `[n, ...]` -> `[B, T, ...]` with 0 where tokens do not count."""
     if counted is None:
         return x
-    return x.new_zeros(shape.numel()).index_copy(0, counted, x).view(shape)
+    rest = x.shape[1:]
+    return x.new_zeros(shape.numel(), *rest).index_copy(0, counted, x).view(*shape, *rest)
 
 
 def next_token_logits(

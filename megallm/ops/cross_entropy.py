@@ -10,7 +10,7 @@ the sum: arXiv 1805.02867.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -211,7 +211,7 @@ def linear_statistics(
     more (`frozen_gradient`), and makes no logits again.
     """
     parts = []
-    for rows in _chunks(hidden.shape[0], head.weight):
+    for rows in token_chunks(hidden.shape[0], head.weight):
         logits, own = F.linear(hidden[rows], *head), targets.of(rows)
         if not others:
             parts.append(statistics(logits, own, moment, best, reuse=True))
@@ -259,6 +259,22 @@ def linear_gradients(
 
     The weight's is left out (None) when it takes none.
     """
+    dtype = wide_dtype(head.weight.dtype)
+
+    def gradient(logits: Tensor, rows: slice) -> Tensor:
+        return _gradient(logits, targets.of(rows), softmax.of(rows), upstream.of(rows), dtype)
+
+    return linear_backward(hidden, head, gradient)
+
+
+def linear_backward(
+    hidden: Tensor, head: Projection, gradient: Callable[[Tensor, slice], Tensor]
+) -> LinearGradients:
+    """Returns gradients through the logits of hidden states `[T, D]`, made again a chunk at a time:
+    `gradient(logits, rows)` returns the wide one of a chunk's, and may overwrite them.
+
+    The weight's is left out (None) when it takes none.
+    """
     weight, bias = head
     dtype, device = wide_dtype(weight.dtype), weight.device
     into = torch.empty_like(hidden)
@@ -267,10 +283,9 @@ def linear_gradients(
     )
     into_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=device)
     weight = weight.detach()
-    for rows in _chunks(hidden.shape[0], weight):
+    for rows in token_chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        logits = F.linear(x, weight, bias)
-        dy = _gradient(logits, targets.of(rows), softmax.of(rows), upstream.of(rows), dtype)
+        dy = gradient(F.linear(x, weight, bias), rows)
         torch.mm(dy.to(x.dtype), weight, out=into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)
@@ -289,7 +304,10 @@ def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
         total += dy.to(x.dtype).mT @ x
 
 
-def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
+def token_chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
+    """Yields the tokens whose logits over `weight` `[V, D]` are made at once; without any one empty
+    chunk.
+    """
     step = chunk_tokens(weight.shape[0], weight.dtype)
     # Without tokens one empty chunk: what is made of it has the right shape.
     yield from (slice(begin, min(begin + step, tokens)) for begin in range(0, max(1, tokens), step))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megallm.oracle.table import Row
-from megallm.oracle.trainers import PAIRED
+from megallm.oracle.trainers import DISTILLED, PAIRED, STORED_CLASSES
 
 Batch = dict[str, Tensor]
 PER_SEQUENCE = (
@@ -80,6 +80,8 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
     dropped = {}
     if row.hidden_dropout:  # not always: virtual tokens would have to have samples too
         dropped["samples"] = documents + 16 * torch.arange(shape[0])[:, None]
+    if row.loss_name in DISTILLED and DISTILLED[row.loss_name].teacher == "stored":
+        dropped |= stored_top(row.config.vocab_size, shape, draw)
     return dropped | {
         "mask": mask,
         "ref_log_probs": numbers(-4.5),
@@ -92,6 +94,15 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
         "rewards": numbers(0.0),
         "target_q": numbers(0.0) / 4,
     }
+
+
+def stored_top(vocab: int, shape: torch.Size, draw: torch.Generator) -> Batch:
+    """Ids and log-probs `[B, T, K]` of the likeliest entries of distributions that are drawn, as a
+    teacher would have stored them.
+    """
+    logits = torch.randn(*shape, vocab, generator=draw, dtype=torch.float64)
+    top, ids = torch.log_softmax(2 * logits, -1).topk(STORED_CLASSES, -1)
+    return {"teacher_ids": ids, "teacher_log_probs": top}
 
 
 def _last_tokens(mask: Tensor, documents: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.losses.distill import Distillation
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.offline import AdvantageWeighted, Ilql
 from megallm.losses.policy import policy_loss
@@ -18,6 +19,7 @@ from megallm.losses.scores import Regression, Value
 from megallm.losses.terms import Loss, Terms
 from megallm.oracle import reference_trainers as written
 from megallm.oracle.reference_encoder import CLIP, ENTROPY, TEMPERATURE, WRONG
+from megallm.oracle.trainers import DISTILLED
 
 
 @dataclass(frozen=True)
@@ -120,4 +122,8 @@ LOSSES: dict[str, Loss] = {
         written.AWR_BETA, written.AWR_MOST, value_coef=written.AWR_VALUE
     ),
     "ilql": Ilql(written.DISCOUNT, written.EXPECTILE, written.CQL, written.LIKELY),
+    **{
+        name: Distillation(written.NLL * (name == "distill_nll"), temperature=written.HEAT)
+        for name in DISTILLED
+    },
 }

@@ -188,9 +188,47 @@ def ilql(scores: Tensor, batch: Batch) -> Tensor:
     return torch.stack(each).mean()
 
 
+def _jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Equation 1 of arXiv 2306.13649, and the two divergences at its ends, of probabilities."""
+    mixture = beta * teacher + (1 - beta) * student
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p * torch.log(p / q)).sum(-1)
+
+    if beta in (0.0, 1.0):
+        return kl(teacher, student) if beta == 0.0 else kl(student, teacher)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def _live(scores: Tensor, batch: Batch, beta: float, nll: float = 0.0) -> Tensor:
+    student, teacher = (torch.softmax(x / HEAT, -1) for x in (scores, batch["teacher_scores"]))
+    each = _jsd(student, teacher, beta) - nll * log_probs(scores, batch, HEAT)
+    return each[batch["mask"]].mean()
+
+
+def _stored(scores: Tensor, batch: Batch, beta: float, renormalized: bool = False) -> Tensor:
+    student = torch.softmax(scores / HEAT, -1).gather(-1, batch["teacher_ids"])
+    both = [student, batch["teacher_log_probs"].exp()]
+    if renormalized:
+        both = [x / x.sum(-1, keepdim=True) for x in both]
+    else:
+        both = [torch.cat((x, 1 - x.sum(-1, keepdim=True)), -1) for x in both]
+    return _jsd(*both, beta)[batch["mask"]].mean()
+
+
+DISTILLATION: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "distill": lambda scores, batch: _live(scores, batch, 0.5),
+    "distill_forward": lambda scores, batch: _live(scores, batch, 0.0),
+    "distill_reverse": lambda scores, batch: _live(scores, batch, 1.0),
+    "distill_nll": lambda scores, batch: _live(scores, batch, 0.3, NLL),
+    "distill_self": lambda scores, batch: _live(scores, batch, 0.7),
+    "distill_stored": lambda scores, batch: _stored(scores, batch, 0.5),
+    "distill_stored_reverse": lambda scores, batch: _stored(scores, batch, 1.0),
+    "distill_renormalized": lambda scores, batch: _stored(scores, batch, 0.3, True),
+}
 TRAINER_LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     loss.__name__: loss
     for loss in (
         dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo, awr, awr_value, ilql,
     )
-}
+} | DISTILLATION

@@ -302,6 +302,7 @@ CONTROLS: dict[str, str] = (
         "vocab.max": "tp2",
         "vocab.sum": "tp2",
         "vocab.label": "tp2",
+        "vocab.divergence": "distill-tp2-sp",
         "fp8.amax": "fp8-tp2",
         "fp8.expert_amax": "fp8-moe-tp2-replicated",
         "fp8.wrong_expert": "fp8-moe",

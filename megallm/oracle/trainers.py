@@ -38,6 +38,28 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "parallel": _VIRTUAL | {"method": "parallel"},
     "qlora": _LORA | {"quantize": "nf4"},
 }
+
+
+class Distilled(NamedTuple):
+    """What a loss of a student is one from: a live teacher, the student's own base, or stored
+    log-probs; beta, and what becomes of the tail of stored ones."""
+
+    teacher: str = "live"
+    beta: float = 0.5
+    tail: str = "rest"
+
+
+DISTILLED = {
+    "distill": Distilled(),
+    "distill_forward": Distilled(beta=0.0),
+    "distill_reverse": Distilled(beta=1.0),
+    "distill_nll": Distilled(beta=0.3),
+    "distill_self": Distilled("self", 0.7),
+    "distill_stored": Distilled("stored"),
+    "distill_stored_reverse": Distilled("stored", 1.0),
+    "distill_renormalized": Distilled("stored", 0.3, "renormalize"),
+}
+STORED_CLASSES = 5
 PAIRED = ("bradley_terry", "dpo", "dpo_mixed", "simpo")  # losses of two sequences each
 ADALORA_STEPS = 4  # updates that AdaLoRA's budget is planned for
 
@@ -127,6 +149,22 @@ TRAINERS: dict[str, Kind] = {
         row("fused-tp2-sp", "tp=2,sp=1", micros=2, **FUSED_Q),
         row("fused-zb-h1-tied", "pp=2,schedule=zb-h1", "tied", micros=3, **FUSED_Q),
     )),
+    "distill": Kind("distill", further=(
+        row("forward-tp2-sp", "tp=2,sp=1", loss="distill_forward", micros=2),
+        row("forward-masked-rank", "dp=2,zero=2", loss="distill_forward", micros=2, mask="rank"),
+        row("reverse-cp2-tp2-sp", "cp=2,tp=2,sp=1", loss="distill_reverse"),
+        row("reverse-zb-h1", "pp=2,schedule=zb-h1", "tied", loss="distill_reverse", micros=3),
+        row("nll-zero3-small", "dp=2,zero=3", loss="distill_nll", micros=2, small_pieces=True),
+        row("biased-nll-tp2", "tp=2", "biased", loss="distill_nll"),
+        row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
+        row("self-lora-pp2-tp2", "pp=2,tp=2", loss="distill_self", adapter="lora-ends", micros=3),
+        row("self-lora-zero3", "dp=2,zero=3", loss="distill_self", adapter="lora", micros=2),
+        row("stored-tp4", "tp=4", loss="distill_stored", small_pieces=True),
+        row("stored-cp2-packed", "cp=2", loss="distill_stored", packed=True, micro_batch=1, seq_len=16),
+        row("stored-masked-rank", "dp=2", loss="distill_stored_reverse", micros=2, mask="rank"),
+        row("stored-interleaved", "pp=2,tp=2,schedule=interleaved", loss="distill_renormalized",
+            micros=4, overrides={"num_layers": 4}),
+    )),
 }  # fmt: skip
 
 DENSE, TIED, MOE = "dense", "tied", "experts"
@@ -182,6 +220,7 @@ TRAINER_MISTAKES = {
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
     "target.sign": "the target's Q, which values are fitted to, has its sign turned",
     "counts.doubled": "each term divided by twice its count",
+    "distill.temperature": "logits of one side, teacher or student, not divided by the temperature",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -212,5 +251,9 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "awr": _COUNTS | {"cp.outputs": "cp2-ring", "head.outputs": "value-tp2-sp"},
     "ilql": _COUNTS | _OUTPUTS | {
         "cp.outputs": "cp2-ring", "vocab.label": "tp4-two-kv", "vocab.sum": "tp2-sp", "target.sign": "single",
+    },
+    "distill": _COUNTS | {
+        "vocab.divergence": "tp2-sp", "vocab.sum": "tp2-sp", "vocab.logits": "tp2-sp",
+        "vocab.label": "stored-tp4", "cp.outputs": "cp2-ring", "distill.temperature": "single",
     },
 }

@@ -64,11 +64,14 @@ class Wanted(NamedTuple):
 
     Of a vocabulary or of classes there are the label's `log_prob`, the `entropy` of the whole
     distribution, the label's `logit` itself, and `correct`: 1 where the label is the likeliest
-    entry, without a gradient.
+    entry, without a gradient; of a vocabulary whose stage has a teacher the `divergence` from it. A
+    teacher is asked for one thing alone: the `hidden` states that its head would multiply, of
+    tokens that count or of whole rows, or the `top` entries, `top_k` of them.
     """
 
     names: tuple[str, ...] = ("log_prob",)
     temperature: float = 1.0
+    top_k: int = 0
 
 
 class _Scores(torch.autograd.Function):

@@ -13,6 +13,7 @@ from typing import Any
 
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.reader import CheckpointReader
+from megallm.convert.hf_config import read_config
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Mesh, Part, Prepare
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
@@ -26,6 +27,7 @@ from megallm.peft.export import export
 from megallm.peft.noise import add_noise
 from megallm.peft.sources import Joined
 from megallm.training.finetune import FinetuneConfig
+from megallm.training.starting import model_of
 from megallm.training.weights import build_engine, starting_weights
 
 FOLDER = "adapter"  # of the run: PEFT's form of what was trained
@@ -149,15 +151,24 @@ def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:
     return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, *more))
 
 
-def frozen_engine(config: FinetuneConfig, source: str | None, mesh: Mesh) -> Engine:
+def frozen_engine(
+    config: FinetuneConfig, source: str | None, mesh: Mesh, same_model: bool = True
+) -> Engine:
     """Returns an engine with the weights that the run starts from, or with those of `source` (a
     Hugging Face folder, a run or a step of one), none of them trained; collective over the world.
 
-    Nothing of it is updated: its weights are always divided, and gradients are summed in no order.
+    `same_model`: `source` has the sizes of the run's model; otherwise it has its own. Nothing of it
+    is updated: its weights are always divided, and gradients are summed in no order.
     """
     if source is not None:
         place = "hf" if (Path(source) / "config.json").is_file() else "init"
-        model = dataclasses.replace(config.model.described, **{place: source})
+        model = config.model
+        if not same_model:
+            known = read_config(Path(source)).model if place == "hf" else model_of(source)
+            model = known.resolve()
+            layout = dataclasses.replace(config.layout, stages=None)
+            config = dataclasses.replace(config, layout=layout)
+        model = dataclasses.replace(model.described, **{place: source})
         config = dataclasses.replace(config, model=model, peft=type(config.peft)())
     zero = dataclasses.replace(config.zero, stage=3)
     train = dataclasses.replace(config.train, determinism="none")

@@ -72,6 +72,7 @@ PURE = (
     "checkpoint.writer", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
+    "training.distill_config",
     "training.starting", "training.rl_config", "training.advantages", "training.rl_metrics", "training.collapse",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "report.", "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
@@ -99,6 +100,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
         "peft.dropout", "peft.noise", "peft.sources", "peft.start",
     },
     "training.references": {"peft.reference"},  # the policy without its adapters
+    "training.distill": {"peft.reference"},  # the student without its adapters teaches it
     # a reward model without a trainer: what `generate` finds beside weights, and adapters
     "training.scoring": {"inference.generate", "peft.adapted"},
     "training.reading": {"checkpoint.manifest"},  # `data stream --from`
