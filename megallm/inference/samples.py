@@ -10,11 +10,14 @@ from megallm.inference.answer import Answer, Ending
 
 @dataclass(eq=False)
 class Request:
-    """One prompt to continue; `id` keys its randomness, `answer` grows."""
+    """One prompt to continue; `id` keys its randomness, `answer` grows. `room` positions at least
+    are kept for it, where it is to be continued by further requests of its id.
+    """
 
     id: int
     prompt: list[int]
     answer: Answer
+    room: int = 0
 
     @staticmethod
     def of(id: int, prompt: Iterable[int], limit: int, stop_ids: Iterable[int] = ()) -> Request:
@@ -31,7 +34,7 @@ class Request:
     @property
     def most(self) -> int:
         """Positions that the sequence may come to need."""
-        return len(self.prompt) + self.answer.ending.limit
+        return max(len(self.prompt) + self.answer.ending.limit, self.room)
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Returns tokens `begin` to `end` of the prompt and the answer."""
