@@ -284,8 +284,9 @@ class Engine:
         """Yields a generator on the very weights that are trained, gathered once for the whole
         rollout and let go afterwards; its samples say how many updates the weights have seen.
 
-        `batch`, `blocks`, `chunk` and `keep` are those of `Generator`. Entering is collective over the
-        ranks that divide the weights; each data rank then generates from its own requests (`mine`).
+        `batch`, `blocks`, `chunk` and `keep` are those of `Generator`. Entering is collective over
+        the ranks that divide the weights; each data rank then generates from its own requests
+        (`mine`).
         """
         with self.parameters.gathered():
             yield Generator(

@@ -59,6 +59,7 @@ def _reward(name: str, layout: str, **rest: Any) -> Written:
     return row(name, layout, "reward", overrides=EXPERTS, **rest)
 
 
+FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
 ENDS: dict[str, Any] = {"adapter": "lora-ends"}
 TRAINERS: dict[str, Kind] = {
     "sft": Kind("sft", further=(
@@ -101,11 +102,14 @@ TRAINERS: dict[str, Kind] = {
     "grpo": Kind("grpo", further=(
         row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
+        row("rollout-dp2-zero3", "dp=2,zero=3", rollout=True),
+        row("rollout-tp2-pp2", "tp=2,pp=2", rollout=True),
+        row("rollout-interleaved", "pp=2,schedule=interleaved", rollout=True, **FOUR),
+        row("rollout-ep2", "dp=2,ep=2", "moe", rollout=True),
     )),
     "gspo": Kind("gspo"),
 }  # fmt: skip
 
-FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
 PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
 DENSE, TIED, MOE = "dense", "tied", "experts"
 LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
@@ -155,6 +159,7 @@ TRAINER_ROWS: tuple[Written, ...] = tuple(
 TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
+    "rollout.stale": "answers sampled from the weights before the last update, taken for new ones",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -178,6 +183,8 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
     "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single"},
     "kto": _COUNTS | {"cp.outputs": "cp2-ring"},
-    "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
+    "grpo": _COUNTS | {
+        "vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring", "rollout.stale": "rollout-dp2-zero3",
+    },
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
 }

@@ -91,8 +91,8 @@ def setting_of(tools: Sequence[str], environment: str | None) -> Setting:
         told = "\n".join(f"  {name}: {shown}" for name, shown in FORMS.items())
         raise UsageError(
             f"turns.environment {target} has the methods "
-            f"{', '.join(name for name in members if not name.startswith('_')) or 'none'}; accepted "
-            f"are:\n{told}"
+            f"{', '.join(name for name in members if not name.startswith('_')) or 'none'}; "
+            f"accepted are:\n{told}"
         )
     methods = tuple(
         name
@@ -131,6 +131,9 @@ class Host:
         has not seen them. `key`, `seed` and `row` are those of the episode.
         """
         key, actions = request["key"], request["actions"]
+        if self.setting.form == "tools":  # functions remember nothing
+            _seed(request["seed"], len(actions))
+            return self._take(Live(), actions[-1], request)
         live = self.live.get(key)
         if live is None or live.done != len(actions) - 1:
             live = self.live[key] = Live()

@@ -84,7 +84,8 @@ class Environments:
     def _begin(self, place: int, act: Act) -> None:
         worker, known = self._workers[place], self._known[place]
         key, count = act.request["key"], len(act.request["actions"])
-        missing = 1 if known.pop(key, 0) == count - 1 else count  # what is repeated has its time too
+        again = self.form != "tools" and known.pop(key, 0) != count - 1
+        missing = count if again else 1  # what is repeated has its time too
         worker.task = act
         worker.send(("act", act.request), self.config.timeout_seconds * missing)
 
@@ -108,7 +109,7 @@ class Environments:
         act.answer = answer
         if "dead" in answer:
             self._replace(place)
-        else:
+        elif self.form != "tools" and act.request["actions"][-1]["do"] != "finish":
             self._known[place][act.request["key"]] = len(act.request["actions"])
         if "usage" in answer:
             raise UsageError(answer["usage"])

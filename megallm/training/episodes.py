@@ -16,6 +16,7 @@ from megallm.engine.engine import Engine
 from megallm.inference.generator import Generator
 from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
+from megallm.run.phases import PhaseLine
 from megallm.training.replies import Episode, Replies
 from megallm.training.reward_calls import tell_all
 
@@ -42,19 +43,20 @@ class EpisodeRunner:
         self.engine, self.request, self.text = engine, request, text
         self.max_tokens, self.turn_tokens = max_tokens, turn_tokens
         self.replies: Replies | None = None
+        self.watch: PhaseLine | None = None
+        self.listen: Callable[[Request], None] | None = None
         self.several = False  # whether anything answers a turn
 
     def open(
         self, rows: Sequence[PromptRow], first: int, group: int, step: int, kind: str
     ) -> list[Episode]:
         """Returns `group` new episodes for each prompt, whose ids count from `first` on."""
+        ids = range(first, first + len(rows) * group)
+        asked = [row for row in rows for _ in range(group)]
         made = [
-            Episode(
-                first + i, (first + i) // group, step, rows[i // group].ids.tolist(),
-                dict(rows[i // group].columns),
-            )
-            for i in range(len(rows) * group)
-        ]  # fmt: skip
+            Episode(id, id // group, step, row.ids.tolist(), dict(row.columns))
+            for id, row in zip(ids, asked, strict=True)
+        ]
         if self.several:
 
             def begin() -> list:
@@ -114,7 +116,9 @@ class EpisodeRunner:
         asked = [
             self._request(one, most[one.id] - one.drawn) for one in left if one.id in mine
         ]
-        made = generator.generate(asked, sampling)
+        if self.watch is not None:
+            self.watch.expect(len(asked))
+        made = generator.generate(asked, sampling, self.listen)
         every = self.engine.all([vars(each) for each in made])
         return {each["id"]: Sample(**each) for each in every}
 

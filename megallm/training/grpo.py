@@ -18,6 +18,7 @@ from megallm.data.stream.samplelog import SampleLog, truncate_log
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine, Mesh, Part
 from megallm.peft.reference import off
+from megallm.run.phases import PhaseLine
 from megallm.run.recorder import Recorder
 from megallm.run.rows import read_rows
 from megallm.training.adapters import frozen_engine
@@ -263,6 +264,10 @@ def run_policy(
         identity = opened.identity.values | job.meta
         trainer = job.trainer(job, rollouts, feeds, job.reference, ledger.data, identity)
         trainer.note = opened.recorder.note
+        if mesh.rank == 0:
+            watch = PhaseLine(opened.recorder.progress, config.train.steps)
+            trainer.entered = watch.enter
+            rollouts.show(watch)
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
                 trainer.buffer.load(reader)

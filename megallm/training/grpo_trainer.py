@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,13 +107,14 @@ class GrpoTrainer:
         self.partial = PartialRollouts(rollouts, sampling.partial)
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
+        self.entered: Callable[[int, str], None] = lambda step, name: None
         self._before: Experience | None = None  # of the negative control
 
     # Steps
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
-        phases, rl = Phases(), self.config.rl
+        phases, rl = Phases(partial(self.entered, step)), self.config.rl
         updates_before = self.engine.counters()["updates"]
         drawn, seen = self._draw(step, phases)
         fresh = drawn.answers
@@ -200,8 +202,8 @@ class GrpoTrainer:
     @property
     def _recomputed(self) -> bool:
         """Whether ratios are formed with the trainer's log-probs, and weighed for the sampler's."""
-        rl, partial = self.config.rl, self.config.sampling.partial
-        return bool(rl.recompute or rl.replay.prompts or partial.tokens)
+        rl = self.config.rl
+        return bool(rl.recompute or rl.replay.prompts or self.config.sampling.partial.tokens)
 
     def _extra(self, drawn: Experience) -> np.ndarray:
         """What is added to the rewards of functions, `[n]`."""

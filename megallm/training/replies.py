@@ -106,7 +106,7 @@ class Replies:
         self.parse, self.limits = parse, limits
 
     def open(self, episodes: Sequence[Episode], kind: str) -> None:
-        """Reset the environment of each episode, and write its prompt with the tools and with what
+        """Begin the environment of each episode, and write its prompt with the tools and with what
         the environment begins with. `kind` tells episodes of the same id apart.
         """
         for one in episodes:

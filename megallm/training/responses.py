@@ -203,7 +203,8 @@ class ResponseRows:
             kept = batch["mask"][row, at : at + count] = np.array(answer.sampled)
             for name, key in wanted.items():
                 values = vars(answer)[key]
-                batch[name][row, at : at + count] = np.where(kept, values if len(values) else 0.0, 0.0)
+                filled = values if len(values) else 0.0
+                batch[name][row, at : at + count] = np.where(kept, filled, 0.0)
             if self.packing:
                 batch["positions"][row, begin : begin + size] = np.arange(size)
                 ends.append(begin + size)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,14 +18,16 @@ Figures = dict[str, float | None]
 
 
 class Phases:
-    """Seconds of the parts of a step."""
+    """Seconds of the parts of a step; `enter` is told when one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.enter = enter
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time inside to that of the phase."""
+        self.enter(name)
         begin = time.monotonic()
         try:
             yield

@@ -6,7 +6,7 @@ prompts that were drawn since the run began, whatever the layout and the order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from megallm.inference.answer import Answer, Ending
 from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
 from megallm.rewards.samples import Completion
+from megallm.run.phases import PhaseLine
 from megallm.training.episodes import EpisodeRunner
 from megallm.training.replies import Episode, Replies, prompt_of
 from megallm.training.responses import Response
@@ -111,7 +112,14 @@ class Rollouts:
         self.engine, self.config, self.codec, self.scorer = engine, config, codec, scorer
         self.sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
         self.greedy = Sampling(config.max_new_tokens, 0.0)
+        self.watch: PhaseLine | None = None
+        self.listen: Callable[[Request], None] | None = None
         self.runner = EpisodeRunner(engine, codec.request, codec.text, config.max_new_tokens)
+
+    def show(self, watch: PhaseLine) -> None:
+        """Let `watch` be told of each token that this rank's replica samples; rank 0."""
+        self.watch = self.runner.watch = watch
+        self.listen = self.runner.listen = lambda asked: watch.token(asked.answer.done)
 
     def let_reply(self, replies: Replies | None, turn_tokens: int) -> None:
         """Let tools and an environment answer the policy's turns, of at most `turn_tokens` tokens
@@ -142,9 +150,11 @@ class Rollouts:
             self.codec.request(first + i, rows[i // group].ids.tolist(), limit)
             for i in range(len(rows) * group)
         ]
+        if self.watch is not None:
+            self.watch.expect(len(self.engine.mine(asked)))
         with self.engine.generator(self.config.batch) as generator:
             made = generator.generate(
-                self.engine.mine(asked), self.greedy if greedy else self.sampling
+                self.engine.mine(asked), self.greedy if greedy else self.sampling, self.listen
             )
         return [Sample(**each) for each in self.engine.all([vars(each) for each in made])]
 

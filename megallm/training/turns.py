@@ -46,10 +46,8 @@ def open_turns(config: GrpoConfig, mesh: Mesh, rows: Prepared) -> Iterator[Turns
             ends = (*rows.words.special_texts, *rows.template.stops, eos)
             writer = ReplyWriter(rows.words, Speaker(renderer, ends))
             parse = parser_of(config.turns.calls, rows.template.source)
-            limits = Limits(
-                config.sampling.max_new_tokens, config.turns.most, config.data.strings,
-                config.run.seed,
-            )  # fmt: skip
+            length, strings = config.sampling.max_new_tokens, config.data.strings
+            limits = Limits(length, config.turns.most, strings, config.run.seed)
             turns.replies = Replies(config.turns, environments, writer, parse, limits)
             return {"name": environments.name, "earns": environments.earns}
 

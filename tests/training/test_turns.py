@@ -22,7 +22,7 @@ from megallm.rewards.tools import ToolCall, hermes, llama3, parser_of, schema_of
 from megallm.training.advantages import Credit, advantages_of
 from tests.engine.tiny import engine_of
 from tests.ranks import run_ranks
-from tests.training import turns
+from tests.training import games
 from tests.training.rl import MODEL, OPTIM
 from tests.training.turns import FILE, as_json, game, playing, told, tools
 
@@ -168,7 +168,7 @@ def test_advantages_skip_replies():
     ("junk", "it ended its process with exit status 3", 20),
 ])  # fmt: skip
 def test_a_tool_that_fails_is_told_or_ends(name, said, seconds):
-    options = {**OPTIONS, "train.global_batch": 4, "sampling.group": 4}
+    options = {**OPTIONS, "train.global_batch": 4, "sampling.group": 4, "sampling.max_new_tokens": 60}
     with playing(tools(name, timeout_seconds=seconds, most=2), **options) as (trainer, kept):
         report = trainer.step(1)
     drawn, _ = kept[0]
@@ -241,7 +241,8 @@ def test_seeds_decide_what_environments_draw():
 
 
 def test_calls_are_read_as_templates_write_them():
-    text = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"left": 1}}\n</tool_call><tool_call>{"name": 3}</tool_call>'
+    text = 'I add.\n<tool_call>\n{"name": "add", "arguments": {"left": 1}}\n</tool_call>'
+    text += '<tool_call>{"name": 3}</tool_call>'
     first, second = hermes(text)
     assert first == ToolCall("add", {"left": 1}) and "no JSON object with the name" in second.error
     assert hermes("<tool_call>{oops</tool_call>")[0].error.startswith("the call is no JSON")
@@ -256,7 +257,7 @@ def test_calls_are_read_as_templates_write_them():
 
 
 def test_schemas_come_from_hints_and_docstrings():
-    made = schema_of(turns.add)["function"]
+    made = schema_of(games.add)["function"]
     assert made["name"] == "add" and made["description"] == "Adds two numbers."
     assert made["parameters"] == {
         "type": "object", "required": ["left", "right"],
