@@ -237,7 +237,8 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
 
 
 def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
-    mesh = Mesh.start(row.layout, device, broken)
+    critic = "critic.reduce" in broken and row.loss_name == "critic"
+    mesh = Mesh.start(row.layout, device, broken | {"grads.data"} if critic else broken)
     engine = Engine.build(engine_config(row), mesh, adapted.prepare_row(row))
     adapted.start(engine, row)
     state = {name: Shard(tuple(bias.shape)) for name, bias in engine.model.selection_biases()}

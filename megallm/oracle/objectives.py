@@ -90,4 +90,5 @@ LOSSES: dict[str, Loss] = {
     "grpo": policy_loss("grpo", **_POLICY),
     "dapo": policy_loss("dapo", **_POLICY),
     "gspo": policy_loss("gspo", **_POLICY),
+    "ppo": policy_loss("ppo", **_POLICY | {"beta": 0.0, "dual_clip": written.DUAL}),
 }

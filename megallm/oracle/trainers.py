@@ -108,6 +108,11 @@ TRAINERS: dict[str, Kind] = {
         row("rollout-ep2", "dp=2,ep=2", "moe", rollout=True),
     )),
     "gspo": Kind("gspo"),
+    "ppo": Kind("ppo", further=(
+        row("critic-dp2-zero2", "dp=2,zero=2", "reward", loss="critic", micros=2),
+        row("critic-tp2-pp2", "tp=2,pp=2", "reward", loss="critic", micros=2),
+        row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
+    )),
 }  # fmt: skip
 
 PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
@@ -159,6 +164,8 @@ TRAINER_ROWS: tuple[Written, ...] = tuple(
 TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
+    "advantage.whiten": "advantages whitened over each data rank's tokens instead of over all",
+    "critic.reduce": "the critic's gradients are not summed over data ranks",
     "rollout.stale": "answers sampled from the weights before the last update, taken for new ones",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
@@ -187,4 +194,7 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
         "vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring", "rollout.stale": "rollout-dp2-zero3",
     },
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "ppo": _COUNTS | {
+        "cp.outputs": "cp2-ring", "advantage.whiten": "dp3-uneven", "critic.reduce": "critic-dp2-zero2",
+    },
 }
