@@ -66,7 +66,7 @@ class TurnsConfig:
 
 
 @dataclass(frozen=True)
-class RewardModelConfig:
+class RewardScorerConfig:
     """The model of `reward_model` in reward.functions."""
 
     model: str | None = None  # run of `megallm reward`, or a *ForSequenceClassification folder with one label

@@ -19,7 +19,7 @@ from megallm.base.errors import UsageError
 from megallm.rewards.signatures import Notes, imported, number, parse_spec
 from megallm.rewards.tools import schema_of, unknown_tool
 
-Answer = dict[str, Any]
+Told = dict[str, Any]
 OWN = ("reset", "get_reward")  # methods of TRL's environments that are no tools
 
 # The signatures, as they are shown.
@@ -52,7 +52,7 @@ class Setting:
     earns: bool = False  # whether it gives a reward of its own
     name: str = "environment"
 
-    def described(self) -> Answer:
+    def described(self) -> Told:
         """Returns what the trainer is told."""
         schemas = [schema_of(tool) for tool in self.tools.values()]
         if self.methods:
@@ -126,7 +126,7 @@ class Host:
     setting: Setting
     live: dict[str, Live] = field(default_factory=dict)
 
-    def act(self, request: Mapping[str, Any]) -> Answer:
+    def act(self, request: Mapping[str, Any]) -> Told:
         """Returns what comes of the last of `actions`; the others are repeated where this process
         has not seen them. `key`, `seed` and `row` are those of the episode.
         """
@@ -137,7 +137,7 @@ class Host:
         live = self.live.get(key)
         if live is None or live.done != len(actions) - 1:
             live = self.live[key] = Live()
-        answer: Answer = {}
+        answer: Told = {}
         while live.done < len(actions):
             action = actions[live.done]
             _seed(request["seed"], live.done)
@@ -148,7 +148,7 @@ class Host:
             del self.live[key]
         return answer
 
-    def _take(self, live: Live, action: Mapping[str, Any], request: Mapping[str, Any]) -> Answer:
+    def _take(self, live: Live, action: Mapping[str, Any], request: Mapping[str, Any]) -> Told:
         if action["do"] == "reset":
             live.instance = self.setting.make()
             return _RESETS[self.setting.form](live.instance, request)
@@ -160,7 +160,7 @@ class Host:
             return {"reward": number(_result(live.instance.get_reward()), Notes())}
         return {}
 
-    def _called(self, instance: Any, call: Mapping[str, Any]) -> Answer:
+    def _called(self, instance: Any, call: Mapping[str, Any]) -> Told:
         """What a tool returns, or `error`."""
         name, known = call["name"], [*self.setting.tools, *self.setting.methods]
         if name not in known:
@@ -204,24 +204,24 @@ def _chosen(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str,
 # How an episode begins, by form: the text of a prompt of its own, or one that is added to it.
 
 
-def _reset_nothing(instance: Any, request: Mapping[str, Any]) -> Answer:
+def _reset_nothing(instance: Any, request: Mapping[str, Any]) -> Told:
     return {}
 
 
-def _reset_openrlhf(instance: Any, request: Mapping[str, Any]) -> Answer:
+def _reset_openrlhf(instance: Any, request: Mapping[str, Any]) -> Told:
     states = {"observation": request["text"], "prompt": request["text"], "label": request["gold"]}
     found = _result(instance.reset(states))
     return {"prompt": _text(found["observation"])}
 
 
-def _reset_gymnasium(instance: Any, request: Mapping[str, Any]) -> Answer:
+def _reset_gymnasium(instance: Any, request: Mapping[str, Any]) -> Told:
     given = {**request["row"], "seed": request["seed"] % 2**32}
     found = _result(instance.reset(**_chosen(instance.reset, given)))
     observation = found[0] if isinstance(found, tuple) else found
     return {"added": None if observation is None else _text(observation)}
 
 
-def _reset_trl(instance: Any, request: Mapping[str, Any]) -> Answer:
+def _reset_trl(instance: Any, request: Mapping[str, Any]) -> Told:
     found = _result(instance.reset(**_chosen(instance.reset, request["row"])))
     return {"added": None if found is None else _text(found)}
 
@@ -231,7 +231,7 @@ def _reset_trl(instance: Any, request: Mapping[str, Any]) -> Answer:
 
 def _step_openrlhf(
     instance: Any, action: Mapping[str, Any], request: Mapping[str, Any]
-) -> Answer:
+) -> Told:
     states = {"observation_text": action["before"], "action_text": action["text"],
               "label": request["gold"], "sampling_params": None}  # fmt: skip
     found = _result(instance.step(states))
@@ -246,7 +246,7 @@ def _step_openrlhf(
 
 def _step_gymnasium(
     instance: Any, action: Mapping[str, Any], request: Mapping[str, Any]
-) -> Answer:
+) -> Told:
     observation, reward, terminated, truncated, *_ = _result(instance.step(action["text"]))
     said, done = _text(observation), bool(terminated or truncated)
     return {"said": said, "reward": number(reward, Notes()), "done": done}

@@ -114,7 +114,7 @@ class RewardModel:
         return made
 
 
-class Judge:
+class JudgeModel:
     """Answers prompts in words, greedily; calls are collective over the world."""
 
     def __init__(
@@ -143,12 +143,12 @@ class Judge:
         return [self.words.encode(text, special=True) for text in texts]
 
 
-def open_judge(job: Job, engine: Engine) -> Judge:
+def open_judge(job: Job, engine: Engine) -> JudgeModel:
     """Returns the model of the section `judge`: its folder, or what the policy started from."""
     config = job.config
     if config.judge.model is None:
         words, template = job.words()
-        return Judge(job.frozen(engine, None, "judge.model null is"), words, template, config)
+        return JudgeModel(job.frozen(engine, None, "judge.model null is"), words, template, config)
     opened = open_frozen(config.judge.model, engine.mesh, config.train.precision)
     template, _ = template_of(ChatDataConfig(tokenizer=opened.spec), opened.words)
-    return Judge(partial(nullcontext, opened.engine), opened.words, template, config)
+    return JudgeModel(partial(nullcontext, opened.engine), opened.words, template, config)

@@ -15,7 +15,7 @@ from megallm.rewards.episodes import Act, Environments
 from megallm.rewards.samples import Completion
 from megallm.rewards.tools import CallParser, ToolCall
 
-Message = dict[str, Any]
+TurnMessage = dict[str, Any]
 # Columns that hold a prompt; the last four are conversations however they are written.
 PROMPTS = ("prompt", "messages", "question", "instruction", "conversations")
 
@@ -26,7 +26,7 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
     return next(found, "")
 
 
-def talk_of(row: Mapping[str, Any], strings: str) -> str | list[Message]:
+def talk_of(row: Mapping[str, Any], strings: str) -> str | list[TurnMessage]:
     """Returns the prompt as it is answered: a plain text, or messages that a template writes."""
     prompt = prompt_of(row)
     if isinstance(prompt, str):
@@ -61,7 +61,7 @@ class Episode:
     begin: int = 0
     turns: int = 0
     text: str = ""
-    messages: list[Message] = field(default_factory=list)
+    messages: list[TurnMessage] = field(default_factory=list)
     actions: list[dict[str, Any]] = field(default_factory=list)
     earned: float | None = None
     extras: dict[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Limits:
+class TurnLimits:
     """Tokens of an answer behind its prompt, and turns; how prompts that are texts are read, and
     the seed of the run.
     """
@@ -100,7 +100,7 @@ class Replies:
         environments: Environments,
         writer: ReplyWriter,
         parse: CallParser,
-        limits: Limits,
+        limits: TurnLimits,
     ) -> None:
         self.config, self.environments, self.writer = config, environments, writer
         self.parse, self.limits = parse, limits
@@ -135,10 +135,10 @@ class Replies:
         """What a prompt tells of tools: what its row does, else those that there are."""
         return row.get("tools") or self.environments.schemas or None
 
-    def _talk(self, one: Episode) -> str | list[Message]:
+    def _talk(self, one: Episode) -> str | list[TurnMessage]:
         return talk_of(one.row, self.limits.strings)
 
-    def _text_of(self, talk: str | list[Message], row: Mapping[str, Any]) -> str:
+    def _text_of(self, talk: str | list[TurnMessage], row: Mapping[str, Any]) -> str:
         return talk if isinstance(talk, str) else self.writer.prompt(talk, row.get("tools"))
 
     def answer(self, episodes: Sequence[Episode], texts: Sequence[str], kind: str) -> None:
@@ -150,7 +150,7 @@ class Replies:
             one.turns += 1
             cut = one.reason == "length"
             calls = self.parse(text) if self._by_calls and not cut else []
-            message: Message = {"role": "assistant", "content": text}
+            message: TurnMessage = {"role": "assistant", "content": text}
             if calls:
                 message["tool_calls"] = [call.message for call in calls if call.error is None]
             one.messages.append(message)
@@ -207,7 +207,7 @@ class Replies:
     ) -> None:
         failed = {"error": answer["error"]} if "error" in answer else None
         results = [failed or each for each in answer.get("results", action["calls"])]
-        said: list[Message] = []
+        said: list[TurnMessage] = []
         for call, wrong, result in zip(action["calls"], action["wrong"], results, strict=True):
             error = wrong or result.get("error")
             if error is not None:
@@ -224,7 +224,7 @@ class Replies:
             ids = self.writer.ids(self.writer.reply(said))
         self._go_on(one, said, ids)
 
-    def _go_on(self, one: Episode, said: Sequence[Message], ids: Sequence[int]) -> None:
+    def _go_on(self, one: Episode, said: Sequence[TurnMessage], ids: Sequence[int]) -> None:
         """Add a reply, where there is room for it and for what the policy says to it."""
         if one.turns >= self.limits.turns:
             one.reason = "turns"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megallm.data.chat.formats import RowKind
-from megallm.rewards.config import JudgeConfig, RewardConfig, RewardModelConfig, TurnsConfig
+from megallm.rewards.config import JudgeConfig, RewardConfig, RewardScorerConfig, TurnsConfig
 from megallm.training.finetune import FinetuneConfig
 
 Algorithm = Literal[
@@ -101,7 +101,7 @@ class GrpoConfig(FinetuneConfig):
     """Everything about one run of `megallm grpo`: a step is a rollout and its updates."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    reward_model: RewardScorerConfig = field(default_factory=RewardScorerConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     turns: TurnsConfig = field(default_factory=TurnsConfig)

@@ -14,7 +14,7 @@ from megallm.data.chat.template import Renderer
 from megallm.engine.engine import Mesh
 from megallm.rewards.episodes import Environments
 from megallm.rewards.tools import parser_of
-from megallm.training.replies import Limits, Replies
+from megallm.training.replies import Replies, TurnLimits
 from megallm.training.reward_calls import FurtherReward, environment_reward, tell_all
 from megallm.training.rl_config import GrpoConfig
 
@@ -47,7 +47,7 @@ def open_turns(config: GrpoConfig, mesh: Mesh, rows: Prepared) -> Iterator[Turns
             writer = ReplyWriter(rows.words, Speaker(renderer, ends))
             parse = parser_of(config.turns.calls, rows.template.source)
             length, strings = config.sampling.max_new_tokens, config.data.strings
-            limits = Limits(length, config.turns.most, strings, config.run.seed)
+            limits = TurnLimits(length, config.turns.most, strings, config.run.seed)
             turns.replies = Replies(config.turns, environments, writer, parse, limits)
             return {"name": environments.name, "earns": environments.earns}
 

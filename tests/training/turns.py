@@ -13,7 +13,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.rewards.config import TurnsConfig
 from megallm.rewards.episodes import Environments
 from megallm.rewards.tools import parser_of
-from megallm.training.replies import Limits, Replies
+from megallm.training.replies import Replies, TurnLimits
 from megallm.training.reward_calls import environment_reward
 from tests.training.rl import Words, trainer_of
 
@@ -51,7 +51,7 @@ def playing(turns: TurnsConfig, mesh: Mesh | None = None, engine: Any = None, **
         replies = None
         if environments is not None:
             parse = parser_of(turns.calls, "")
-            limits = Limits(options["sampling.max_new_tokens"], turns.most, seed=7)
+            limits = TurnLimits(options["sampling.max_new_tokens"], turns.most, seed=7)
             writer = ReplyWriter(Letters(), None)
             replies = Replies(turns, environments, writer, parse, limits)
         trainer.rollouts.let_reply(replies, turns.tokens)
