@@ -277,16 +277,23 @@ class Engine:
 
     @contextmanager
     def generator(
-        self, batch: int = 64, blocks: int | None = None, chunk: int = 2048
+        self,
+        batch: int = 64,
+        blocks: int | None = None,
+        chunk: int = 2048,
+        keep: bool = False,
     ) -> Iterator[Generator]:
         """Yields a generator on the very weights that are trained, gathered once for the whole
         rollout and let go afterwards; its samples say how many updates the weights have seen.
 
-        `batch`, `blocks` and `chunk` are those of `Generator`. Entering is collective over the
-        ranks that divide the weights; each data rank then generates from its own requests (`mine`).
+        `batch`, `blocks`, `chunk` and `keep` are those of `Generator`. Entering is collective over
+        the ranks that divide the weights; each data rank then generates from its own requests
+        (`mine`).
         """
         with self.parameters.gathered():
-            yield Generator(self.model, batch, blocks, chunk, lambda: self.optimizer.updates)
+            yield Generator(
+                self.model, batch, blocks, chunk, lambda: self.optimizer.updates, keep
+            )
 
     # A batch divided over data ranks
 

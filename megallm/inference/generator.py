@@ -47,7 +47,8 @@ class Generator:
     `batch` sequences are decoded together, and at most `chunk` tokens of texts prefilled in a step.
     `blocks` bounds the memory beside the weights: the number of blocks of 16 positions, None for as
     many as `batch` of the longest requests need. `version` goes into the samples: the number of
-    updates that the weights have seen.
+    updates that the weights have seen. With `keep` a request whose id an earlier call has answered
+    continues on that one's blocks, as far as they were not needed for others.
     """
 
     def __init__(
@@ -57,8 +58,11 @@ class Generator:
         blocks: int | None = None,
         chunk: int = 2048,
         version: Callable[[], int] = int,
+        keep: bool = False,
     ) -> None:
         self.model, self.mesh, self.stages = model, model.mesh, model.stages
+        self.keep = keep
+        self.rollout: Rollout | None = None
         self.batch, self.blocks, self.chunk, self.version = batch, blocks, chunk, version
         self.rotation = Rotation(model.placement)
         moe = model.config.moe.num_experts > 0
@@ -86,12 +90,16 @@ class Generator:
             self._check(request)
         self._guide(sampling.q_beta)
         mine = list(requests[self.mesh.cp.rank :: self.mesh.cp.size])
+        begun = [len(request.answer.tokens) for request in requests]
         with torch.no_grad(), ExitStack() as modes:
             for stage in self.stages.values():
                 modes.enter_context(whole_sequences(stage))
-            rollout = Rollout(self, mine, sampling, listen, stopped)
+            rollout = self.rollout
+            if rollout is None or not rollout.go_on(mine, sampling):
+                rollout = Rollout(self, mine, sampling, listen, stopped)
+            self.rollout = rollout if self.keep else None
             rollout.run()
-        self._exchange(requests)
+        self._exchange(requests, begun)
         version = self.version()
         return [Sample.of(request, version) for request in requests]
 
@@ -147,8 +155,10 @@ class Generator:
             return self.blocks // self.rotation.num_groups
         return rows * blocks_of(longest)
 
-    def _exchange(self, requests: Many[Request]) -> None:
-        """Let every context-parallel rank have the answers of all; collective over cp."""
+    def _exchange(self, requests: Many[Request], begun: Many[int]) -> None:
+        """Let every context-parallel rank have the answers of all, of which `begun` tokens were
+        there before; collective over cp.
+        """
         cp = self.mesh.cp
         if cp.size == 1:
             return
@@ -164,8 +174,10 @@ class Generator:
             ).T  # fmt: skip
         everything = comm.all_gather(packed[None].to(self.mesh.device), cp, 0).tolist()
         for rank, (share, rows) in enumerate(zip(shares, everything, strict=True)):
-            for request, row in zip(share, rows, strict=False) if rank != cp.rank else ():
-                for token, *log_probs in row[1 : int(row[0][0]) + 1]:
+            before = begun[rank :: cp.size]
+            others = zip(share, rows, before, strict=False) if rank != cp.rank else ()
+            for request, row, known in others:
+                for token, *log_probs in row[1 + known : int(row[0][0]) + 1]:
                     request.answer.push(int(token), *log_probs)
                 if row[0][1] and not request.answer.done:
                     request.answer.end("interrupted")
@@ -190,21 +202,47 @@ class Rollout:
         rows = min(-(-generator.batch // groups), max(1, -(-len(open_requests) // groups)))
         longest = max((request.most for request in open_requests), default=1)
         blocks = generator.blocks_each(rows, longest)
+        self.longest = longest
         self.waiting = deque(Sequence(request) for request in open_requests)
         self.groups = [
-            Scheduler(self.waiting, rows, BlockPool(blocks), generator.chunk) for _ in range(groups)
+            Scheduler(self.waiting, rows, BlockPool(blocks), generator.chunk, generator.keep)
+            for _ in range(groups)
         ]
         self.caches = [
             {number: self._cache(stage, blocks) for number, stage in self.model.stages.items()}
             for _ in range(groups)
         ]
+        self._begin_anew()
+        self.tables = self._rope_tables(longest)
+        self.draws = {request.id: Draws(sampling.seed, request.id) for request in open_requests}
+
+    def _begin_anew(self) -> None:
+        groups = len(self.groups)
         self.steps: list[Step] = [Step([], []) for _ in range(groups)]
         self.pages: list[list[Pages | None]] = [[] for _ in range(groups)]
         self.left = True  # something is to be done, here or on a rank that runs in step
         self.passes = [0] * groups  # of a step, the same on all ranks of an expert group
         self.hidden: dict[int, list[Tensor]] = {}  # by group: what its next stage takes
-        self.tables = self._rope_tables(longest)
-        self.draws = {request.id: Draws(sampling.seed, request.id) for request in open_requests}
+
+    def go_on(self, requests: Many[Request], sampling: Sampling) -> bool:
+        """Take requests that continue those of the last run, on their blocks; returns False, with
+        nothing changed, where there is no room for them.
+        """
+        open_requests = [request for request in requests if not request.answer.done]
+        longest = max((request.most for request in open_requests), default=1)
+        if sampling != self.sampling or longest > self.longest:
+            return False
+        for scheduler in self.groups:
+            scheduler.park()
+        for request in open_requests:
+            if not any(scheduler.resume(request) for scheduler in self.groups):
+                self.waiting.append(Sequence(request))
+            if request.id not in self.draws:
+                self.draws[request.id] = Draws(sampling.seed, request.id)
+        for scheduler in self.groups:
+            scheduler.forget()
+        self._begin_anew()
+        return True
 
     def _cache(self, stage, blocks: int) -> PagedCache:
         shapes = [block.attention.cache_shape for block in stage.layers.values()]

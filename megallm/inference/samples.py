@@ -11,13 +11,15 @@ from megallm.inference.answer import Answer, Ending
 @dataclass(eq=False)
 class Request:
     """One prompt to continue; `id` keys its randomness, `answer` grows. `virtual` is the number of
-    rows of hidden states in front of the prompt (prompt tuning), which a generator notes.
+    rows of hidden states in front of the prompt (prompt tuning), which a generator notes. `room`
+    positions at least are kept for it, where it is to be continued by further requests of its id.
     """
 
     id: int
     prompt: list[int]
     answer: Answer
     virtual: int = 0
+    room: int = 0
 
     @staticmethod
     def of(id: int, prompt: Iterable[int], limit: int, stop_ids: Iterable[int] = ()) -> Request:
@@ -39,7 +41,7 @@ class Request:
     @property
     def most(self) -> int:
         """Positions that the sequence may come to need."""
-        return self.prefill + self.answer.ending.limit
+        return max(self.prefill + self.answer.ending.limit, self.room)
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Returns tokens at positions `begin` to `end`; virtual token i has the number -1 - i."""

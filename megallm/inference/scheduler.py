@@ -64,20 +64,68 @@ class Step:
 class Scheduler:
     """Plans the steps of one group of at most `rows` sequences, which share a pool of blocks.
 
-    `waiting` is shared with other groups. A step prefills at most `chunk` tokens.
+    `waiting` is shared with other groups. A step prefills at most `chunk` tokens. With `keep`
+    sequences that have ended are parked with their blocks until these are needed: `resume` lets a
+    longer request of the same id go on there.
     """
 
     def __init__(
-        self, waiting: deque[Sequence], rows: int, pool: BlockPool, chunk: int = 2048
+        self,
+        waiting: deque[Sequence],
+        rows: int,
+        pool: BlockPool,
+        chunk: int = 2048,
+        keep: bool = False,
     ) -> None:
         self.waiting, self.rows, self.pool, self.chunk = waiting, rows, pool, chunk
         self.running: list[Sequence] = []  # the oldest first
-        self.preempted = 0
+        self.keep = keep
+        self.parked: dict[int, Sequence] = {}  # by the id of the request
+        self.returning: deque[Sequence] = deque()  # with blocks, or without where others took them
+        self.preempted = self.resumed = 0
 
     @property
     def busy(self) -> bool:
         """Whether any of its sequences has not ended."""
-        return any(not sequence.request.answer.done for sequence in self.running)
+        running = any(not sequence.request.answer.done for sequence in self.running)
+        return running or bool(self.returning)
+
+    def park(self) -> None:
+        """Take all sequences that have ended out of their rows."""
+        self._retire()
+
+    def resume(self, request: Request) -> bool:
+        """Returns whether a parked sequence holds the beginning of this request, which goes on with
+        its blocks.
+        """
+        known = self.parked.get(request.id)
+        if known is None or not 0 < known.stored < request.length:
+            return False
+        if known.request.tokens(0, known.stored) != request.tokens(0, known.stored):
+            return False
+        del self.parked[request.id]
+        self.returning.append(Sequence(request, known.table, known.stored))
+        self.resumed += 1
+        return True
+
+    def forget(self) -> None:
+        """Give back the blocks of parked sequences."""
+        while self.parked:
+            self._reclaim()
+
+    def _reclaim(self) -> bool:
+        """Take the blocks of one sequence that has none to run on now: of a parked one, else of the
+        last that returns, which is computed again.
+        """
+        if self.parked:
+            self.pool.release(self.parked.popitem()[1].table)
+            return True
+        for sequence in reversed(self.returning):
+            if sequence.table:
+                self.pool.release(sequence.table)
+                sequence.stored = 0
+                return True
+        return False
 
     def step(self) -> Step:
         """Plan the next step and take what it needs; the tokens of the step before are known."""
@@ -119,6 +167,8 @@ class Scheduler:
             copies = self.pool.extend(sequence.table, sequence.stored, end)
             if copies is not None:
                 return copies
+            if self._reclaim():
+                continue
             victim = self.running.pop()
             self.pool.release(victim.table)
             victim.stored, victim.leader = 0, None
@@ -147,7 +197,9 @@ class Scheduler:
     def _retire(self) -> None:
         """Let go of sequences that have ended."""
         for sequence in self.running:
-            if sequence.request.answer.done:
+            if sequence.request.answer.done and self.keep and sequence.table:
+                self.parked[sequence.request.id] = sequence
+            elif sequence.request.answer.done:
                 self.pool.release(sequence.table)
         self.running = [each for each in self.running if not each.request.answer.done]
 
@@ -158,14 +210,18 @@ class Scheduler:
         (whose logits are needed), or waited for.
         """
         spare = len(self.pool.free) - len(self.running)
-        while self.waiting and len(self.running) < self.rows:
-            sequence = self.waiting[0]
-            source = self._same_prompt(sequence.request)
-            need = 1 if source is not None else blocks_of(sequence.request.length) + 1
+        while (self.returning or self.waiting) and len(self.running) < self.rows:
+            queue = self.returning or self.waiting
+            sequence = queue.popleft()
+            source = None if sequence.table else self._same_prompt(sequence.request)
+            need = blocks_of(sequence.request.length) + 1 - len(sequence.table)
+            need = 1 if source is not None else need
+            while need > spare and self._reclaim():
+                spare = len(self.pool.free) - len(self.running)
             if self.running and need > spare:
+                queue.appendleft(sequence)
                 return
             spare -= need
-            self.waiting.popleft()
             self.running.append(sequence)
             if source is None:
                 continue

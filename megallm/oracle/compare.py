@@ -29,7 +29,7 @@ from megallm.ops.low_precision import Fp8Options
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim import adafactor, buckets, elementwise
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
-from megallm.oracle import adapted, distilled
+from megallm.oracle import adapted, distilled, sampled
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.objectives import LOSSES, Doubled
@@ -62,6 +62,7 @@ class StepRecord:
     loss: float
     grad_norm: float
     grads: Pieces
+    drawn: sampled.Drawn = field(default_factory=list)
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Verdict:
     grads: dict[str, float] = field(default_factory=dict)
     grad_norm: float = math.inf
     weights: dict[str, float] = field(default_factory=dict)
+    rollout: float = 0.0  # nats between the log-probs of what was sampled
     seconds: float = 0.0
     problem: str | None = None
     device: str = "cpu"
@@ -98,6 +100,7 @@ class Verdict:
     @property
     def passed(self) -> bool:
         errors = [self.loss, self.grad_norm, *self.grads.values(), *self.weights.values()]
+        errors.append(self.rollout)
         return (
             self.problem is None
             and self.initial
@@ -117,6 +120,7 @@ class Verdict:
                 line for line in self.problem.splitlines() if "Error: " in line
             ]
         named = {"loss": self.loss, "grad_norm": self.grad_norm}
+        named["log-probs of the rollout"] = self.rollout
         named |= {f"gradient of {k}": v for k, v in self.grads.items()}
         named |= {f"weight {k}": v for k, v in self.weights.items()}
         bad = sorted(
@@ -233,7 +237,8 @@ def train_rank(row: Row, broken: frozenset[str], device: str = "cpu") -> RankRec
 
 
 def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
-    mesh = Mesh.start(row.layout, device, broken)
+    critic = "critic.reduce" in broken and row.loss_name == "critic"
+    mesh = Mesh.start(row.layout, device, broken | {"grads.data"} if critic else broken)
     engine = Engine.build(engine_config(row), mesh, adapted.prepare_row(row))
     adapted.start(engine, row)
     state = {name: Shard(tuple(bias.shape)) for name, bias in engine.model.selection_biases()}
@@ -242,14 +247,17 @@ def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
     in_bits = [(name, each.box, each.dequantize(torch.float64)) for name, each in held.items()]
     teaching = distilled.Teaching(engine, row, engine_config(row))
     record = RankRecord(shards, state, _copies(engine.masters()) + in_bits, tuple(held))
-    loss = trained_loss(row)
+    loss, before = trained_loss(row), None
     loss = Doubled(loss) if "counts.doubled" in broken else loss
     for step in range(row.steps):
+        drawn = sampled.draw(engine, row, step) if row.rollout else []
         batches = teaching.taught(micro_batches(row, step, mesh.data.rank, broken))
         stats = engine.train_step(batches, loss, row.rates[step % len(row.rates)])
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
         grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
-        record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
+        told = before or drawn if "rollout.stale" in broken else drawn
+        record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads, told))
+        before = drawn
         if step == 0 and "frozen.touched" in broken:
             adapted.touch_frozen(engine, frozenset(name for name, _, _ in grads))
     record.final = _copies(engine.masters())
@@ -310,6 +318,8 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     norm, dtype = 0.0, DTYPES[row.precision]
     for step in range(row.steps):
         seen = [record.steps[step] for record in records]
+        gaps = [sampled.difference(config, trainer.weights, one.drawn) for one in seen]
+        verdict.rollout = max(verdict.rollout, *gaps)
         batch = distilled.reference_batch(row, global_batch(row, step), shards)
         loss, grads, norm = trainer.step(batch, row.rates[step % len(row.rates)])
         floor = FLOOR * norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megallm.losses.advantage import whiten
 from megallm.oracle.table import Row
 from megallm.oracle.trainers import DISTILLED, PAIRED, STORED_CLASSES
 
@@ -77,12 +78,16 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
 
     if row.loss_name == "bradley_terry":
         mask = _last_tokens(mask, documents)
-    dropped = {}
+    further: Batch = {}
     if row.hidden_dropout:  # not always: virtual tokens would have to have samples too
-        dropped["samples"] = documents + 16 * torch.arange(shape[0])[:, None]
+        further["samples"] = documents + 16 * torch.arange(shape[0])[:, None]
     if row.loss_name in DISTILLED and DISTILLED[row.loss_name].teacher == "stored":
-        dropped |= stored_top(row.config.vocab_size, shape, draw)
-    return dropped | {
+        further |= stored_top(row.config.vocab_size, shape, draw)
+    if row.loss_name == "ppo":  # before they are whitened
+        further["raw_advantages"] = numbers(0.3)
+    if row.loss_name == "critic":
+        further |= {"targets": numbers(0.0), "old_values": numbers(0.0)}
+    return further | {
         "mask": mask,
         "ref_log_probs": numbers(-4.5),
         "old_log_probs": numbers(-4.5) / 2 - 2,
@@ -178,6 +183,8 @@ def micro_batches(
     What belongs to a sequence becomes `[S]`, S the rows or documents of a micro batch.
     """
     whole = global_batch(row, step)
+    if row.loss_name == "ppo":
+        whole["advantages"] = _whitened(whole)
     if "pairs.split" in broken:
         whole = {key: value.roll(1, 0) for key, value in whole.items()}
     if "target.sign" in broken:
@@ -186,6 +193,8 @@ def micro_batches(
     block = {
         key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()
     }
+    if row.loss_name == "ppo" and "advantage.whiten" in broken:
+        block["advantages"] = _whitened(block)
     pieces = {key: value.split(row.micro_batch) for key, value in block.items()}
     micros = [{key: value[micro] for key, value in pieces.items()} for micro in range(row.micros)]
     if row.packed:
@@ -193,9 +202,16 @@ def micro_batches(
     return [_by_sequence(micro) for micro in micros]
 
 
+def _whitened(batch: Batch) -> Tensor:
+    """The advantages of all tokens of a batch, as `megallm ppo` whitens them."""
+    return torch.from_numpy(whiten(batch["raw_advantages"].numpy(), batch["mask"].numpy()))
+
+
 def _by_sequence(micro: Batch) -> Batch:
     """The micro batch with one number for each sequence of what belongs to a sequence."""
     given = [name for name in PER_SEQUENCE if name in micro]
+    if "raw_advantages" in micro:  # one a token
+        given.remove("advantages")
     if "cu_seqlens" not in micro:
         return micro | {name: micro[name][:, 0] for name in given}
     return micro | {name: micro[name][0, micro["cu_seqlens"][:-1].long()] for name in given}

@@ -126,4 +126,5 @@ LOSSES: dict[str, Loss] = {
         name: Distillation(written.NLL * (name == "distill_nll"), temperature=written.HEAT)
         for name in DISTILLED
     },
+    "ppo": policy_loss("ppo", **_POLICY | {"beta": 0.0, "dual_clip": written.DUAL}),
 }

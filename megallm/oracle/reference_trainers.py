@@ -16,6 +16,7 @@ Batch = Mapping[str, Tensor]
 BETA, CENTER, NLL, MIXED = 0.3, 0.05, 0.4, (0.8, 0.3)  # of preferences and rewards
 GOOD, BAD = 1.3, 0.7  # weights of KTO's two kinds of answers
 HEAT, LOW, HIGH, KL, ENTROPY = 0.7, 0.3, 0.4, 0.2, 0.05  # of policies: temperature, clip, terms
+DUAL = 1.6  # PPO's bound of the ratio for negative advantages
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 0.6
 AWR_BETA, AWR_MOST, AWR_VALUE = 0.8, 2.5, 0.6  # of weighted regression: temperature, largest weight, values
 DISCOUNT, EXPECTILE, CQL, LIKELY = 0.9, 0.7, 0.3, 0.5  # of ILQL
@@ -226,9 +227,25 @@ DISTILLATION: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "distill_stored_reverse": lambda scores, batch: _stored(scores, batch, 1.0),
     "distill_renormalized": lambda scores, batch: _stored(scores, batch, 0.3, True),
 }
+def ppo(scores: Tensor, batch: Batch) -> Tensor:
+    """Equation 7 of arXiv 1707.06347 and 5 of 1912.09729 with advantages of each token, whitened over all that count,
+    and entropy; averaged over tokens."""
+    mask, probability = batch["mask"], torch.softmax(scores / HEAT, -1)
+    raw = batch["raw_advantages"][mask]
+    spread = (raw - raw.mean()).square().sum() / max(len(raw) - 1, 1)
+    advantage = (raw - raw.mean()) / (spread.sqrt() + 1e-8)
+    drift = log_probs(scores, batch, HEAT) - batch["old_log_probs"]
+    ratio = torch.exp(drift[mask])
+    plain, near = ratio * advantage, torch.clamp(ratio, 1 - LOW, 1 + HIGH) * advantage
+    bounded = torch.where(advantage < 0, torch.maximum(torch.minimum(plain, near), DUAL * advantage),
+                          torch.minimum(plain, near))  # fmt: skip
+    entropy = -torch.special.xlogy(probability, probability).sum(-1)[mask]
+    return -bounded.mean() - ENTROPY * entropy.mean()
+
+
 TRAINER_LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     loss.__name__: loss
     for loss in (
-        dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo, awr, awr_value, ilql,
+        dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo, ppo, awr, awr_value, ilql,
     )
 } | DISTILLATION

@@ -202,6 +202,7 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
         "grad_norm": _finite(verdict.grad_norm),
         "weights": _finite(max(verdict.weights.values(), default=math.inf)),
         "weights_by_name": {name: _finite(error) for name, error in verdict.weights.items()},
+        "rollout": _finite(verdict.rollout),
         "seconds": round(verdict.seconds, 3),
         "device": verdict.device,
         "problem": verdict.problem,
@@ -213,8 +214,9 @@ def line(verdict: Verdict) -> str:
     """One line of the table a person reads."""
     head = f"{'pass' if verdict.passed else 'FAIL'}  {verdict.row.name:<32} {verdict.row.layout_text:<22}"
     worst = max(
-        [verdict.loss, verdict.grad_norm, *verdict.grads.values(), *verdict.weights.values()]
-    )
+        [verdict.loss, verdict.grad_norm, *verdict.grads.values(), *verdict.weights.values(),
+         verdict.rollout]
+    )  # fmt: skip
     tail = f"worst {worst:.1e}" if verdict.passed else "; ".join(verdict.failures[:3])
     return f"{head} {verdict.device:<4} {verdict.seconds:5.1f} s  {tail}"
 

@@ -114,6 +114,7 @@ class Row:
     precision: str = "fp64"  # or fp32, for what has no float64
     small_pieces: bool = False  # buckets, chunks of the fused head and of updates so small that there are several
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model, beyond `model`
+    rollout: bool = False  # before each update the weights answer prompts
     steps: int = 3
     seed: int = 1
 

@@ -137,8 +137,17 @@ TRAINERS: dict[str, Kind] = {
         row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
         row("lora-fused-tp2", "tp=2", adapter="lora", fused_head="on"),
+        row("rollout-dp2-zero3", "dp=2,zero=3", rollout=True),
+        row("rollout-tp2-pp2", "tp=2,pp=2", rollout=True),
+        row("rollout-interleaved", "pp=2,schedule=interleaved", rollout=True, **FOUR),
+        row("rollout-ep2", "dp=2,ep=2", "moe", rollout=True),
     )),
     "gspo": Kind("gspo"),
+    "ppo": Kind("ppo", further=(
+        row("critic-dp2-zero2", "dp=2,zero=2", "reward", loss="critic", micros=2),
+        row("critic-tp2-pp2", "tp=2,pp=2", "reward", loss="critic", micros=2),
+        row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
+    )),
     "awr": Kind("awr", further=(
         row("value-tp2-sp", "tp=2,sp=1", micros=2, **VALUE),
         row("value-dp2-cp2-zero3", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full", **VALUE),
@@ -221,6 +230,9 @@ TRAINER_MISTAKES = {
     "target.sign": "the target's Q, which values are fitted to, has its sign turned",
     "counts.doubled": "each term divided by twice its count",
     "distill.temperature": "logits of one side, teacher or student, not divided by the temperature",
+    "advantage.whiten": "advantages whitened over each data rank's tokens instead of over all",
+    "critic.reduce": "the critic's gradients are not summed over data ranks",
+    "rollout.stale": "answers sampled from the weights before the last update, taken for new ones",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -246,8 +258,13 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
     "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single", "counts.doubled": "single"},
     "kto": _COUNTS | {"cp.outputs": "cp2-ring", "counts.doubled": "accumulation"},
-    "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
+    "grpo": _COUNTS | {
+        "vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring", "rollout.stale": "rollout-dp2-zero3",
+    },
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "ppo": _COUNTS | {
+        "cp.outputs": "cp2-ring", "advantage.whiten": "dp3-uneven", "critic.reduce": "critic-dp2-zero2",
+    },
     "awr": _COUNTS | {"cp.outputs": "cp2-ring", "head.outputs": "value-tp2-sp"},
     "ilql": _COUNTS | _OUTPUTS | {
         "cp.outputs": "cp2-ring", "vocab.label": "tp4-two-kv", "vocab.sum": "tp2-sp", "target.sign": "single",

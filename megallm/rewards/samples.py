@@ -20,7 +20,9 @@ GOLD = (
 class Completion:
     """A prompt, the answer that was sampled for it, and the other columns of the prompt's row.
 
-    `prompt` is a text or a list of messages; `reason` is why sampling ended ("length": cut off).
+    `prompt` is a text or a list of messages; `reason` is why sampling ended ("length": cut off). Of
+    several turns `completion` is all that follows the prompt, `turns` the messages of it, and
+    `earned` what the environment has given.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
@@ -29,10 +31,14 @@ class Completion:
     completion_ids: Sequence[int] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     reason: str = "end"
+    turns: Sequence[Mapping[str, Any]] = ()
+    earned: float | None = None
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The answer as a list of one message."""
+        """The answer as a list of messages: one, or those of its turns."""
+        if self.turns:
+            return [dict(message) for message in self.turns]
         return [{"role": "assistant", "content": self.completion}]
 
     @property

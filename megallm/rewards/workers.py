@@ -56,15 +56,17 @@ class RewardCall:
     answer: dict[str, Any] = field(default_factory=dict)
 
 
-class _Worker:
-    """A process with the functions of a pool, and what it is doing."""
+class Worker:
+    """A process with the functions of a pool, and what it is doing; `load` is the request that
+    tells it which.
+    """
 
-    def __init__(self, specs: Sequence[str], config: RewardConfig, alone: bool) -> None:
-        self.task: RewardCall | None = None
+    def __init__(self, load: tuple[Any, ...], memory_gib: float, alone: bool = False) -> None:
+        self.task: Any = None
         self.deadline = 0.0
         self.buffer = b""
         self.connection, theirs = socket.socketpair()
-        memory = int(config.memory_gib * 2**30)
+        memory = int(memory_gib * 2**30)
         numbers = [str(theirs.fileno()), str(memory), "0" if alone else str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(
@@ -80,7 +82,7 @@ class _Worker:
                 start_new_session=True,
             )
         self.described: list[dict[str, Any]] = []
-        self.send(("load", list(specs)), START_SECONDS)
+        self.send(load, START_SECONDS)
 
     def load(self) -> None:
         """Wait until the functions are loaded, and keep how each is called.
@@ -141,9 +143,9 @@ class _Pool:
     """Workers that have loaded the same functions."""
 
     def __init__(self, specs: Sequence[str], config: RewardConfig, alone: bool) -> None:
-        self._new = lambda: _Worker(specs, config, alone)
+        self._new = lambda: Worker(("load", list(specs)), config.memory_gib, alone)
         self.config = config
-        self.workers: list[_Worker] = []
+        self.workers: list[Worker] = []
         self._start(1)
         self.described = self.workers[0].described
 
@@ -187,14 +189,14 @@ class _Pool:
                 stopped |= failed and self.config.on_error == "stop"
 
     def _begin(
-        self, worker: _Worker, task: RewardCall, samples: Sequence[Completion], step: int
+        self, worker: Worker, task: RewardCall, samples: Sequence[Completion], step: int
     ) -> None:
         worker.task = task
         chosen = [samples[at] for at in task.samples]
         seconds = self.config.timeout_seconds * len(chosen)
         worker.send(("run", task.place, chosen, step), seconds)
 
-    def _heard(self, busy: Sequence[_Worker]) -> list[_Worker]:
+    def _heard(self, busy: Sequence[Worker]) -> list[Worker]:
         """Wait for an answer or a deadline; the workers that have said something."""
         with selectors.DefaultSelector() as selector:
             for worker in busy:
@@ -202,7 +204,7 @@ class _Pool:
             first = min(worker.deadline for worker in busy)
             return [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
 
-    def _looked_at(self, worker: _Worker, ready: bool) -> bool:
+    def _looked_at(self, worker: Worker, ready: bool) -> bool:
         """Take a worker's answer, which counts even where we come late to read it, or end it at its
         deadline; True for a failure.
         """

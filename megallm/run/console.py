@@ -162,6 +162,7 @@ class Reporter:
         self._clock = EtaClock(total_steps)
         console = self._console = terminal.console(stream)
         self._live: Live | None = None
+        self._shown: Panel | Text = Text("")  # of the last step
         self._notes = _Notes(self)
         if console.is_terminal:
             self._live = Live(
@@ -178,8 +179,8 @@ class Reporter:
         for sink in self.sinks:
             sink.add(row)
         if self._live is not None:
-            panel = _panel(row, self.total_steps, last_checkpoint, eta)
-            self._on_terminal(partial(self._live.update, panel, refresh=True))
+            self._shown = _panel(row, self.total_steps, last_checkpoint, eta)
+            self._on_terminal(partial(self._live.update, self._shown, refresh=True))
         if row["step"] % self.every == 0 or row["step"] == self.total_steps:
             self._write(format_line(row, self.total_steps, last_checkpoint, eta))
         if row.get("val/loss") is not None:
@@ -190,6 +191,14 @@ class Reporter:
         if self._live is not None:
             self._on_terminal(partial(self._live.console.print, Text(text)))
         self._write(text)
+
+    def progress(self, text: str) -> None:
+        """Show what the step is doing, below the panel of the last one; nothing where there is no
+        terminal.
+        """
+        if self._live is not None:
+            shown = Group(self._shown, Text(text, style="dim"))
+            self._on_terminal(partial(self._live.update, shown, refresh=True))
 
     def draw(self, show: Callable[[Console], None]) -> None:
         """Let `show` print on the console where that is a terminal; elsewhere nothing is drawn."""

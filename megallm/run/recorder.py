@@ -152,6 +152,11 @@ class Recorder:
         if self.writes:
             self.reporter.note(text)
 
+    def progress(self, text: str) -> None:
+        """Show what a step is doing, to whoever watches at a terminal."""
+        if self.writes:
+            self.reporter.progress(text)
+
     def draw(self, show: Callable[[Console], None]) -> None:
         """Let `show` print for whoever watches at a terminal."""
         if self.writes:

@@ -24,7 +24,8 @@ class Credit:
 
     `table` `[n, k]` holds the reward of each function, NaN where there is none, `weights` `[k]`
     their weights, `extra` `[n]` what is added to their sum, `groups` `[n]` the prompt of an answer,
-    `tokens` `[n]` its length and `penalties` what each of its tokens costs (None: nothing).
+    `tokens` `[n]` its length, `penalties` what each of its tokens costs (None: nothing), `sampled`
+    which of them the policy has drawn (None: all).
     """
 
     table: Floats
@@ -33,6 +34,16 @@ class Credit:
     groups: Sequence[int]
     tokens: Sequence[int]
     penalties: Sequence[Floats] | None = None
+    sampled: Sequence[Sequence[bool]] | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Which tokens `[n, longest]` are steps of the policy: neither padding nor of a tool."""
+        longest = max(self.tokens, default=0)
+        mask = np.arange(longest) < np.array(self.tokens)[:, None]
+        for row, kept in zip(mask, self.sampled or (), strict=False):
+            row[: len(kept)] = kept
+        return mask
 
     @property
     def rewards(self) -> Floats:
@@ -49,8 +60,7 @@ class Credit:
 
 def _plus_plus(credit: Credit, baseline: bool) -> Floats:
     """REINFORCE++ on rows `[n, longest]`."""
-    longest = max(credit.tokens, default=0)
-    mask = np.arange(longest) < np.array(credit.tokens)[:, None]
+    mask, longest = credit.mask, max(credit.tokens, default=0)
     penalties = None
     if credit.penalties is not None:
         penalties = np.stack([np.pad(x, (0, longest - len(x))) for x in credit.penalties])

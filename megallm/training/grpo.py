@@ -13,10 +13,12 @@ from megallm.base.errors import UsageError
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.data.batches import Share
 from megallm.data.chat.reader import ChatReader, reader_of
+from megallm.data.chat.template import ChatTemplate
 from megallm.data.stream.samplelog import SampleLog, truncate_log
+from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine, Mesh, Part
 from megallm.peft.reference import off
-from megallm.rewards.workers import build
+from megallm.run.phases import PhaseLine
 from megallm.run.recorder import Recorder
 from megallm.run.rows import read_rows
 from megallm.training.adapters import frozen_engine
@@ -24,11 +26,13 @@ from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.collapse import CollapseMonitor
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, PolicyReference
 from megallm.training.loop import Loop
+from megallm.training.model_rewards import functions_of, open_rewards
 from megallm.training.reward_calls import RewardCaller
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Codec, Experience, Rollouts
 from megallm.training.supervised import open_run
 from megallm.training.trainer import StepReport
+from megallm.training.turns import open_turns
 
 ROLLOUTS = "rollouts.jsonl"  # of the run folder
 SHOWN_CHARACTERS = 160
@@ -47,7 +51,12 @@ class GrpoIdentity(ChatIdentity):
         sampling, reward = self.config.sampling, self.config.reward
         kept = {"group": sampling.group, "temperature": sampling.temperature}
         kept |= {"max_new_tokens": sampling.max_new_tokens, "prompts": self.config.prompts}
-        return super().own() | {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
+        own = {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
+        turns = self.config.turns
+        if turns.used:
+            kept_turns = ("tools", "environment", "weight", "calls", "most", "tokens", "reply")
+            own["turns"] = json.loads(json.dumps({key: vars(turns)[key] for key in kept_turns}))
+        return super().own() | own
 
 
 class GrpoRun(ChatRun):
@@ -72,8 +81,14 @@ class GrpoRun(ChatRun):
         return engine, begin
 
     def _reference(self, engine: Engine) -> PolicyReference:
-        """The policy without its adapters, or a model of its own, whose weights are frozen."""
-        given, config = self.config.rl.kl.reference, self.config
+        return self.frozen(engine, self.config.rl.kl.reference, "rl.kl compares with")
+
+    def frozen(self, engine: Engine, given: str | None, reader: str) -> PolicyReference:
+        """Returns the policy without its adapters, or a model of its own, whose weights are
+        frozen: those of `given`, or with None those that the run started from. `reader` says in an
+        error what reads it. Collective over the world.
+        """
+        config = self.config
         plain = config.peft.adapter is None and not config.peft.modules_to_save
         if given is None and self.base.adapted and plain:
 
@@ -85,8 +100,8 @@ class GrpoRun(ChatRun):
             return without
         if given is None and config.model.hf is None and config.model.init is None:
             raise UsageError(
-                "rl.kl compares with the weights that the run started from, which nothing names: "
-                "give model.hf, model.init or rl.kl.reference."
+                f"{reader} the weights that the run started from, which nothing names: give "
+                "model.hf, model.init, or a folder instead of null."
             )
         frozen = frozen_engine(config, given, engine.mesh)
 
@@ -102,6 +117,10 @@ class GrpoRun(ChatRun):
         stops = (*self.rows.template.stops, *config.sampling.stop)
         codec = Codec.of(self.rows.words, stops)
         return Rollouts(engine, config.sampling, codec, scorer, config.run.seed)
+
+    def words(self) -> tuple[Tokenizer, ChatTemplate]:
+        """Returns the policy's tokenizer and template."""
+        return self.rows.words, self.rows.template
 
     def prompts(self, ledger: Mapping[str, Any]) -> ChatReader:
         """Returns the prompts that come next, all of a draw on every rank."""
@@ -152,6 +171,7 @@ class PolicyTrainer(GrpoTrainer):
         yield from self.job.parts(self.engine)
         if self.engine.mesh.rank == 0:
             yield from self.buffer.state()
+            yield from self.partial.state()
 
 
 class RolloutLog:
@@ -179,7 +199,7 @@ class RolloutLog:
                     "id": answer.id,
                     "prompt": drawn.columns[i].get("prompt"),
                     "answer": drawn.texts[i],
-                    "tokens": len(answer.tokens),
+                    "tokens": answer.count,
                     "reason": answer.reason,
                     "rewards": dict(zip(self.names, parts, strict=True)),
                     "reward": None if rewards[i] != rewards[i] else rewards[i],
@@ -228,8 +248,12 @@ def run_policy(
     """Train a policy on rewards; collective over the world. See `open_run`."""
     config = job.config
     with open_run(job, mesh, resume, own_log, allowed) as opened, ExitStack() as stack:
-        scorer = stack.enter_context(RewardCaller(mesh, lambda: build(config.reward)))
+        turns = stack.enter_context(open_turns(config, mesh, job.rows))
+        further = [*turns.rewards, *open_rewards(job, opened.engine)]
+        scorer = stack.enter_context(RewardCaller(mesh, lambda: functions_of(config), further))
         rollouts, ledger = job.rollouts(opened.engine, scorer), opened.ledger
+        if config.turns.used:
+            rollouts.let_reply(turns.replies, config.turns.tokens)
         tell: dict[str, Any] = {}
         if mesh.rank == 0:
             log = RolloutLog(config, rollouts.names, opened.recorder, ledger.step)
@@ -240,9 +264,14 @@ def run_policy(
         identity = opened.identity.values | job.meta
         trainer = job.trainer(job, rollouts, feeds, job.reference, ledger.data, identity)
         trainer.note = opened.recorder.note
+        if mesh.rank == 0:
+            watch = PhaseLine(opened.recorder.progress, config.train.steps)
+            trainer.entered = watch.enter
+            rollouts.show(watch)
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
                 trainer.buffer.load(reader)
+                trainer.partial.load(reader)
             for row in read_rows(opened.recorder.folder.metrics) if mesh.rank == 0 else ():
                 list(trainer.monitor.see(row))
         Loop(trainer, config, ledger, opened.recorder, opened.requests).run()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megallm.base.errors import InternalError
 from megallm.base.rng import key_of, permutation
+from megallm.data.chat.rows import PromptRow
 from megallm.engine.engine import Engine, Part, StepStats
 from megallm.losses.advantage import combine_rewards, informative, overlong_punishment
 from megallm.losses.importance import importance_weights
@@ -26,6 +28,7 @@ from megallm.losses.kl import adapt_kl_coefficient
 from megallm.losses.policy import Policy, first_update_fault, policy_loss
 from megallm.optim.lr import learning_rate
 from megallm.training.advantages import OF_ALGORITHM, Credit, advantages_of
+from megallm.training.partial import PartialRollouts
 from megallm.training.replay import ReplayBuffer
 from megallm.training.responses import Batch, Response, ResponseRows
 from megallm.training.rl_config import GrpoConfig, RlConfig
@@ -33,6 +36,7 @@ from megallm.training.rl_metrics import (
     Figures,
     Phases,
     differences,
+    importance_metrics,
     length_metrics,
     mean,
     reward_metrics,
@@ -100,15 +104,17 @@ class GrpoTrainer:
         multiple = 2 * config.layout.cp * config.layout.tp
         self.rows = ResponseRows(self.engine, train.micro_batch, multiple, rl.packing, dtype)
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
+        self.partial = PartialRollouts(rollouts, sampling.partial)
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
+        self.entered: Callable[[int, str], None] = lambda step, name: None
         self._before: Experience | None = None  # of the negative control
 
     # Steps
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
-        phases, rl = Phases(), self.config.rl
+        phases, rl = Phases(partial(self.entered, step)), self.config.rl
         updates_before = self.engine.counters()["updates"]
         drawn, seen = self._draw(step, phases)
         fresh = drawn.answers
@@ -146,9 +152,8 @@ class GrpoTrainer:
 
     def update(self, step: int, chosen: list[Response], lr: float) -> StepStats:
         """Train one update from these answers."""
-        rl = self.config.rl
         batches = self.rows.batches(chosen)
-        if rl.recompute or rl.replay.prompts:
+        if self._recomputed:
             self._correct(batches)
         return self.engine.train_step(batches, self.loss, lr)
 
@@ -167,6 +172,9 @@ class GrpoTrainer:
         difference were replaced.
         """
         sampling, kept, seen = self.config.sampling, Experience(), Experience()
+        if sampling.partial.tokens:
+            drawn = self.partial.draw(step, self.config.prompts, self._fresh, phases)
+            return drawn, drawn
         wanted = self.config.prompts * sampling.group
         for _ in range(1 + sampling.resample):
             self.draws += 1
@@ -185,6 +193,18 @@ class GrpoTrainer:
             kept, self._before = self._before or kept, kept
         return (kept if kept.answers else drawn), seen
 
+    def _fresh(self) -> tuple[int, list[PromptRow]]:
+        """The rows of the next draw, and the id of its first answer."""
+        self.draws += 1
+        rows = [row for _, row in self.feeds.prompts.examples(self.draws)]
+        return (self.draws - 1) * len(rows) * self.config.sampling.group, rows
+
+    @property
+    def _recomputed(self) -> bool:
+        """Whether ratios are formed with the trainer's log-probs, and weighed for the sampler's."""
+        rl = self.config.rl
+        return bool(rl.recompute or rl.replay.prompts or self.config.sampling.partial.tokens)
+
     def _extra(self, drawn: Experience) -> np.ndarray:
         """What is added to the rewards of functions, `[n]`."""
         cache, sizes = self.config.rl.overlong_cache, [len(one.tokens) for one in drawn.answers]
@@ -196,13 +216,17 @@ class GrpoTrainer:
         """Give answers the log-probs that a ratio is formed with, and the reference's."""
         temperature, figures = self.config.sampling.temperature, {}
         everything = [*fresh, *again]
-        if self.config.rl.recompute or again:
+        if self._recomputed:
             old = self.rows.scores(
                 everything, lambda batches: self.engine.log_probs(batches, temperature)
             )
-            pairs = [(one.log_probs, new) for one, new in zip(fresh, old, strict=False)]
-            figures = differences(pairs)
-            self._check_sampler(figures)
+            now = self.engine.counters()["updates"]
+            pairs = [one.compared(new, now) for one, new in zip(everything, old, strict=True)]
+            figures = importance_metrics(pairs)
+            same = [pair.same for pair in pairs if pair.same[0]]
+            if same:
+                figures |= differences(same)
+                self._check_sampler(figures)
         else:
             old = [answer.log_probs for answer in everything]
         for answer, values in zip(everything, old, strict=True):
@@ -235,6 +259,7 @@ class GrpoTrainer:
             [one.group for one in drawn.answers],
             [len(one.tokens) for one in drawn.answers],
             penalties,
+            [one.sampled for one in drawn.answers],
         )
 
     def _train(
@@ -326,7 +351,7 @@ class GrpoTrainer:
         groups = [one.group for one in answers]
         figures = seen.metrics | reward_metrics(self.rollouts.names, seen.table, totals, groups)
         figures |= length_metrics(
-            [len(one.tokens) for one in answers], [one.truncated for one in answers]
+            [one.count for one in answers], [one.truncated for one in answers]
         )
         if self.config.sampling.resample:
             figures["rl/draws"] = len({*groups}) / self.config.prompts
@@ -335,7 +360,8 @@ class GrpoTrainer:
     def _penalty_metrics(self, credit: Credit) -> Figures:
         if credit.penalties is None or not self.coefficient:
             return {}
-        per_token = mean(np.concatenate(credit.penalties) / self.coefficient)
+        kept = [x[list(s)] for x, s in zip(credit.penalties, credit.sampled, strict=True)]
+        per_token = mean(np.concatenate(kept) / self.coefficient)
         return {"kl": per_token, "rl/kl": per_token, "rl/kl_coefficient": self.coefficient}
 
     def evaluate(self) -> dict[str, float | None]:
@@ -349,7 +375,7 @@ class GrpoTrainer:
             rows = [row for _, row in prompts.examples(number)]
             if not rows:
                 break
-            samples = self.rollouts.sample(rows, 0, 1, greedy=True)
+            samples = self.rollouts.play(rows, 0, 1, greedy=True)
             seen = seen.join(self.rollouts.scored(0, samples, rows, 1))
         totals = combine_rewards(seen.table, self.rollouts.weights)
         figures: dict[str, float | None] = {"val/reward": mean(totals)}
@@ -364,6 +390,7 @@ class GrpoTrainer:
         yield from self.engine.parts()
         if self.engine.mesh.rank == 0:
             yield from self.buffer.state()
+            yield from self.partial.state()
 
     def counters(self) -> dict[str, Any]:
         """Returns what belongs to the engine's state besides tensors."""

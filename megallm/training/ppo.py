@@ -83,10 +83,12 @@ class PpoTrainer(PolicyTrainer):
     def advantages(self, credit: Credit, fresh: list[Response]) -> list[list[float]]:
         """Returns the advantage of each token, and gives answers their values and returns."""
         options = self.config.critic
-        read = [dataclasses.replace(one, tokens=[*one.tokens, 0]) for one in fresh]
+        read = [
+            dataclasses.replace(one, tokens=[*one.tokens, 0], mask=[*one.sampled, True])
+            for one in fresh
+        ]
         values = self.rows.scores(read, self.critic.values)
-        longest = max(credit.tokens)
-        mask = np.arange(longest) < np.array(credit.tokens)[:, None]
+        mask = credit.mask
         table, ends = np.zeros(mask.shape), np.zeros(len(fresh))
         for i, (answer, given) in enumerate(zip(fresh, values, strict=True)):
             answer.values = given[:-1]
@@ -110,7 +112,8 @@ class PpoTrainer(PolicyTrainer):
         for i, size in enumerate(credit.tokens):
             if credit.penalties is not None:
                 rewards[i, :size] -= credit.penalties[i]
-            rewards[i, size - 1] += given[i] if bound is None else np.clip(given[i], -bound, bound)
+            last = int(np.flatnonzero(mask[i])[-1])
+            rewards[i, last] += given[i] if bound is None else np.clip(given[i], -bound, bound)
         return rewards
 
     def update(self, step: int, chosen: list[Response], lr: float) -> StepStats:

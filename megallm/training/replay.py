@@ -13,11 +13,12 @@ from megallm.checkpoint.reader import CheckpointReader
 from megallm.training.responses import Response
 
 PREFIX = "optim.rollout."  # of its tensors in a checkpoint
+NOT_COUNTED = -1
 _LISTS = {"prompt": torch.int64, "tokens": torch.int64, "log_probs": torch.float64,
-          "advantages": torch.float64}  # fmt: skip
+          "advantages": torch.float64, "mask": torch.int64, "versions": torch.int64}  # fmt: skip
 _NUMBERS = {"id": torch.int64, "group": torch.int64, "step": torch.int64,
-            "version": torch.int64}  # fmt: skip
-_REASONS = ("", "length", "end", "stop", "interrupted")
+            "version": torch.int64, "drawn": torch.int64}  # fmt: skip
+_REASONS = ("", "length", "end", "stop", "interrupted", "turns", "error")
 
 
 class ReplayBuffer:
@@ -50,7 +51,8 @@ class ReplayBuffer:
         if not self.answers:
             return
         for name, dtype in _NUMBERS.items():
-            yield _part(name, [vars(one)[name] for one in self.answers], dtype)
+            numbers = [vars(one)[name] for one in self.answers]
+            yield _part(name, [NOT_COUNTED if one is None else one for one in numbers], dtype)
         yield _part("reason", [_REASONS.index(one.reason) for one in self.answers], torch.int64)
         for name, dtype in _LISTS.items():
             yield _part(name, [x for one in self.answers for x in vars(one)[name]], dtype)
@@ -67,6 +69,8 @@ class ReplayBuffer:
         for name, sizes in zip(_LISTS, ends, strict=True):
             flat, at = reader.read(PREFIX + name).tolist(), np.cumsum([0, *sizes])
             values[name] = [flat[a:b] for a, b in zip(at, at[1:], strict=False)]
+        values["mask"] = [list(map(bool, mask)) for mask in values["mask"]]
+        values["drawn"] = [None if n == NOT_COUNTED else n for n in values["drawn"]]
         values["reason"] = [_REASONS[number] for number in values["reason"]]
         self.answers = [
             Response(**{name: values[name][i] for name in values}) for i in range(count)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megallm.base.errors import InternalError
 from megallm.data.loader import to_tensors
 from megallm.data.objective import Arrays
 from megallm.engine.engine import Engine
@@ -28,6 +29,11 @@ class Response:
     `version` updates. `old` are the log-probs that a ratio is formed with,
     `reference` those of the reference model, None where there is none; `values` and `returns` are
     those of a critic.
+
+    Of several turns `tokens` holds also what tools and environments said between them: `mask` is
+    False there (empty: the policy has sampled all), and numbers of tokens are 0. `versions` are
+    those of each token where weights have changed within the answer (empty: `version` throughout);
+    `drawn` counts what the generator gave, from which no mask may differ.
     """
 
     id: int
@@ -43,6 +49,19 @@ class Response:
     reference: list[float] | None = None
     values: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    drawn: int | None = None
+
+    @property
+    def sampled(self) -> list[bool]:
+        """Which tokens the policy has sampled, and is trained on."""
+        return self.mask or [True] * len(self.tokens)
+
+    @property
+    def count(self) -> int:
+        """Number of tokens that were sampled."""
+        return len(self.tokens) if self.drawn is None else self.drawn
 
     @property
     def truncated(self) -> bool:
@@ -53,6 +72,31 @@ class Response:
     def size(self) -> int:
         """Tokens that the model reads: the last one is only predicted."""
         return len(self.prompt) + len(self.tokens) - 1
+
+
+    def compared(self, now: Sequence[float], version: int) -> LogProbPair:
+        """Returns the sampler's log-probs beside the trainer's `now`, whose weights are those of
+        `version`.
+        """
+        versions = self.versions or [self.version] * len(self.tokens)
+        every = zip(self.log_probs, now, versions, self.sampled, strict=True)
+        kept = [(a, b, version - each) for a, b, each, mine in every if mine]
+        same = [(a, b) for a, b, age in kept if not age]
+        return LogProbPair(
+            ([a for a, _, _ in kept], [b for _, b, _ in kept]),
+            ([a for a, _ in same], [b for _, b in same]),
+            [age for _, _, age in kept],
+        )
+
+
+class LogProbPair(NamedTuple):
+    """The sampler's and the trainer's log-probs of tokens that were sampled: of all, and of those
+    that the trainer's weights have drawn; `ages` counts the updates between both.
+    """
+
+    every: tuple[list[float], list[float]]
+    same: tuple[list[float], list[float]]
+    ages: list[int]
 
 
 class RowPlace(NamedTuple):
@@ -88,7 +132,21 @@ class ResponseRows:
         if values is None:
             further = all(answer.reference is not None for answer in answers)
             values = VALUES | ({"ref_log_probs": "reference"} if further else {})
-        return [self._batch(micro, length, values) for micro in micros]
+        made = [self._batch(micro, length, values) for micro in micros]
+        self._check_mask(made, micros)
+        return made
+
+    def _check_mask(
+        self, batches: Sequence[Batch], micros: Sequence[Sequence[Response | None]]
+    ) -> None:
+        """Raises InternalError unless exactly the tokens that were sampled are trained."""
+        trained = sum(int(batch["mask"].sum()) for batch in batches)
+        drawn = sum(one.count for micro in micros for one in micro if one is not None)
+        if trained != drawn:
+            raise InternalError(
+                f"{trained} tokens are to be trained on rank {self.engine.mesh.rank}, but the "
+                f"policy has sampled {drawn}: what tools and environments say must not be trained."
+            )
 
     def scores(
         self, answers: Sequence[Response], score: Callable[[list[Batch]], list[Tensor]]
@@ -102,8 +160,8 @@ class ResponseRows:
         for micro, values in zip(micros, scored, strict=True):
             rows = values.to("cpu", torch.float64).numpy()
             for answer, (row, begin) in zip(micro, self._places(micro), strict=True):
-                size = 0 if answer is None else len(answer.tokens)
-                mine.append(rows[row, begin : begin + size].tolist())
+                kept = [] if answer is None else answer.sampled
+                mine.append(np.where(kept, rows[row, begin : begin + len(kept)], 0.0).tolist())
         return self.engine.all(mine)[: len(answers)]
 
     def _micros(self, answers: Sequence[Response]) -> tuple[list[list[Response | None]], int]:
@@ -142,10 +200,11 @@ class ResponseRows:
             begin = at - len(answer.prompt) + 1
             batch["tokens"][row, begin : begin + size] = [*answer.prompt, *answer.tokens[:-1]]
             batch["labels"][row, at : at + count] = answer.tokens
-            batch["mask"][row, at : at + count] = True
+            kept = batch["mask"][row, at : at + count] = np.array(answer.sampled)
             for name, key in wanted.items():
                 values = vars(answer)[key]
-                batch[name][row, at : at + count] = values if len(values) else 0.0
+                filled = values if len(values) else 0.0
+                batch[name][row, at : at + count] = np.where(kept, filled, 0.0)
             if self.packing:
                 batch["positions"][row, begin : begin + size] = np.arange(size)
                 ends.append(begin + size)

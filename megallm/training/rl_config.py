@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megallm.data.chat.formats import RowKind
-from megallm.rewards.config import RewardConfig
+from megallm.rewards.config import JudgeConfig, RewardConfig, RewardScorerConfig, TurnsConfig
 from megallm.training.finetune import FinetuneConfig
 
 Algorithm = Literal[
@@ -24,6 +24,14 @@ Correction = Literal[
 
 
 @dataclass(frozen=True)
+class PartialConfig:
+    """Answers that grow over several steps; their tokens are weighed as rl.replay says."""
+
+    tokens: int = 0  # tokens that all growing answers get before a step looks whether enough are done; 0: all of them
+    staleness: int = 1  # steps after which an answer is trained at the latest
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How answers are drawn: from the policy itself; of top-k or top-p the log-probs would be
     others.
@@ -34,6 +42,7 @@ class SamplingConfig:
     temperature: float = 1.0  # of sampling, and of all log-probs that are trained
     stop: tuple[str, ...] = ()  # texts that end an answer, beside the tokenizer's and the template's end
     batch: int = 64  # sequences that a data rank decodes together
+    partial: PartialConfig = field(default_factory=PartialConfig)
     resample: int = 0  # times that new prompts replace groups whose answers all earned the same (DAPO)
 
 
@@ -92,7 +101,10 @@ class GrpoConfig(FinetuneConfig):
     """Everything about one run of `megallm grpo`: a step is a rollout and its updates."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_model: RewardScorerConfig = field(default_factory=RewardScorerConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
     rl: RlConfig = field(default_factory=RlConfig)
 
     @property

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 
@@ -17,14 +18,16 @@ Figures = dict[str, float | None]
 
 
 class Phases:
-    """Seconds of the parts of a step."""
+    """Seconds of the parts of a step; `enter` is told when one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.enter = enter
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time inside to that of the phase."""
+        self.enter(name)
         begin = time.monotonic()
         try:
             yield
@@ -121,4 +124,32 @@ def differences(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Fig
     return {
         "sampling/sampling_logp_difference/mean": mean(flat),
         "sampling/sampling_logp_difference/max": float(flat.max()),
+    }
+
+
+class Compared(Protocol):
+    """The sampler's and the trainer's log-probs of the tokens of an answer, and their ages in
+    updates (`training.responses.LogProbPair`).
+    """
+
+    every: tuple[Sequence[float], Sequence[float]]
+    ages: Sequence[int]
+
+
+def importance_metrics(pairs: Sequence[Compared]) -> Figures:
+    """Returns how far the policy has left the weights that drew the tokens: their ratios under
+    TRL's names, the share of the tokens that are worth as samples, and their age in updates.
+    """
+    sampler = np.concatenate([pair.every[0] for pair in pairs])
+    trainer = np.concatenate([pair.every[1] for pair in pairs])
+    ages = np.concatenate([pair.ages for pair in pairs])
+    ratio = np.exp(np.clip(trainer - sampler, -20, 20))
+    return {
+        "sampling/importance_sampling_ratio/mean": mean(ratio),
+        "sampling/importance_sampling_ratio/min": float(ratio.min()),
+        "sampling/importance_sampling_ratio/max": float(ratio.max()),
+        "rl/behaviour_ess_fraction": float(ratio.mean() ** 2 / np.square(ratio).mean()),
+        "rl/stale_fraction": mean(ages > 0),
+        "rl/age_mean": mean(ages),
+        "rl/age_max": float(ages.max()),
     }

@@ -6,7 +6,7 @@ prompts that were drawn since the run began, whatever the layout and the order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,18 +19,13 @@ from megallm.inference.answer import Answer, Ending
 from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Sampling
 from megallm.rewards.samples import Completion
+from megallm.run.phases import PhaseLine
+from megallm.training.episodes import EpisodeRunner
+from megallm.training.replies import Episode, Replies, prompt_of
 from megallm.training.responses import Response
 from megallm.training.reward_calls import RewardCaller
 from megallm.training.rl_config import SamplingConfig
 from megallm.training.rl_metrics import Phases
-
-PROMPTS = (
-    "prompt",
-    "messages",
-    "question",
-    "instruction",
-    "conversations",
-)  # columns that hold one
 
 
 class Prompts(Protocol):
@@ -117,6 +112,21 @@ class Rollouts:
         self.engine, self.config, self.codec, self.scorer = engine, config, codec, scorer
         self.sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
         self.greedy = Sampling(config.max_new_tokens, 0.0)
+        self.watch: PhaseLine | None = None
+        self.listen: Callable[[Request], None] | None = None
+        self.runner = EpisodeRunner(engine, codec.request, codec.text, config.max_new_tokens)
+
+    def show(self, watch: PhaseLine) -> None:
+        """Let `watch` be told of each token that this rank's replica samples; rank 0."""
+        self.watch = self.runner.watch = watch
+        self.listen = self.runner.listen = lambda asked: watch.token(asked.answer.done)
+
+    def let_reply(self, replies: Replies | None, turn_tokens: int) -> None:
+        """Let tools and an environment answer the policy's turns, of at most `turn_tokens` tokens
+        where that is not 0; `replies` is rank 0's, None elsewhere.
+        """
+        self.runner.replies, self.runner.several = replies, True
+        self.runner.turn_tokens = turn_tokens
 
     @property
     def names(self) -> list[str]:
@@ -140,50 +150,113 @@ class Rollouts:
             self.codec.request(first + i, rows[i // group].ids.tolist(), limit)
             for i in range(len(rows) * group)
         ]
+        if self.watch is not None:
+            self.watch.expect(len(self.engine.mine(asked)))
         with self.engine.generator(self.config.batch) as generator:
             made = generator.generate(
-                self.engine.mine(asked), self.greedy if greedy else self.sampling
+                self.engine.mine(asked), self.greedy if greedy else self.sampling, self.listen
             )
         return [Sample(**each) for each in self.engine.all([vars(each) for each in made])]
+
+    def play(
+        self, rows: Sequence[PromptRow], first: int, group: int, step: int = 0, greedy: bool = False
+    ) -> list[Episode] | list[Sample]:
+        """Returns whole answers as `sample` does, of several turns where something replies."""
+        if not self.runner.several:
+            return self.sample(rows, first, group, greedy)
+        kind = "greedy" if greedy else "train"
+        episodes = self.runner.open(rows, first, group, step, kind)
+        self.grow(episodes, None, greedy)
+        return episodes
+
+    def grow(
+        self, episodes: Sequence[Episode], budget: int | None, greedy: bool = False
+    ) -> None:
+        """Let episodes end, or grow by `budget` sampled tokens."""
+        kind = "greedy" if greedy else "train"
+        sampling = self.greedy if greedy else self.sampling
+        self.runner.advance(episodes, sampling, self.config.batch, kind, budget)
 
     def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Experience:
         """Returns the scored answers to the draw `number` of prompts, counted from 1."""
         rows = [row for _, row in prompts.examples(number)]
         group = self.config.group
         with phases("rollout"):
-            samples = self.sample(rows, (number - 1) * len(rows) * group, group)
+            samples = self.play(rows, (number - 1) * len(rows) * group, group, step)
         with phases("reward"):
             return self.scored(step, samples, rows, group)
 
     def scored(
-        self, step: int, samples: Sequence[Sample], rows: Sequence[PromptRow], group: int
+        self,
+        step: int,
+        samples: Sequence[Sample] | Sequence[Episode],
+        rows: Sequence[PromptRow],
+        group: int,
     ) -> Experience:
         """Returns samples with what they earned."""
         texts = [self.codec.text(each.tokens, each.reason) for each in samples]
         columns = [rows[i // group].columns for i in range(len(samples))]
         told = [
-            Completion(_prompt_of(row), text, each.prompt, each.tokens, row, each.reason)
+            Completion(
+                prompt_of(row), text, each.prompt, each.tokens, row, each.reason, **_said(each)
+            )
             for each, text, row in zip(samples, texts, columns, strict=True)
         ]
         scores = self.scorer.score(told, step)
         answers = [
-            Response(id=each.id, group=each.id // group, step=step, **_sampled(each))
+            Response(**{"id": each.id, "group": each.id // group, "step": step} | _sampled(each))
             for each in samples
         ]
         extras = [
-            {name: values[i] for name, values in scores.extras.items()} for i in range(len(samples))
+            {name: values[i] for name, values in scores.extras.items()} | _extras(each)
+            for i, each in enumerate(samples)
         ]
+        failed = [text for each in samples if isinstance(each, Episode) for text in each.failures]
         return Experience(
-            answers, scores.table, columns, texts, extras, scores.metrics, scores.failures
+            answers,
+            scores.table,
+            columns,
+            texts,
+            extras,
+            scores.metrics | turn_metrics(samples),
+            [*scores.failures, *failed],
         )
 
 
-def _sampled(sample: Sample) -> dict[str, Any]:
-    names = ("prompt", "tokens", "log_probs", "reason", "version")
-    return {name: vars(sample)[name] for name in names}
+def _sampled(sample: Sample | Episode) -> dict[str, Any]:
+    names = ("prompt", "tokens", "log_probs", "reason")
+    found = {name: vars(sample)[name] for name in names} | {"version": sample.version}
+    if isinstance(sample, Episode):
+        found |= {name: vars(sample)[name] for name in ("mask", "versions", "drawn")}
+        found["step"] = sample.step
+    return found
 
 
-def _prompt_of(row: Mapping[str, Any]) -> Any:
-    """The prompt as it stands in its row: a text, or messages."""
-    found = (row[name] for name in PROMPTS if row.get(name) is not None)
-    return next(found, "")
+def _said(sample: Sample | Episode) -> dict[str, Any]:
+    """What reward functions are told of an answer of several turns."""
+    if not isinstance(sample, Episode) or not sample.messages:
+        return {}
+    return {"turns": sample.messages, "earned": sample.earned}
+
+
+def _extras(sample: Sample | Episode) -> dict[str, Any]:
+    """Further columns of the sample table."""
+    if not isinstance(sample, Episode) or not sample.messages:
+        return {}
+    return {"turns": sample.turns, "messages": sample.messages, **sample.extras}
+
+
+def turn_metrics(samples: Sequence[Sample] | Sequence[Episode]) -> dict[str, float]:
+    """Returns the figures of turns and of tools, under TRL's names; none of single turns."""
+    played = [one for one in samples if isinstance(one, Episode) and one.messages]
+    if not played:
+        return {}
+    calls = sum(message["role"] == "tool" for one in played for message in one.messages)
+    failed = sum(len(one.failures) for one in played)
+    foreign = sum(len(one.tokens) - one.drawn for one in played)
+    return {
+        "rl/turns_mean": sum(one.turns for one in played) / len(played),
+        "rl/environment_tokens": foreign / len(played),
+        "tools/call_frequency": calls / len(played),
+        "tools/failure_frequency": failed / calls if calls else 0.0,
+    }

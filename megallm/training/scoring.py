@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,20 @@ def load(opened: AdaptedModel, request: ScoreRequest, mesh: Mesh) -> Engine:
     """Returns an engine with the model's weights, nothing of it trained; collective over the
     world. Errors: UsageError for another head.
     """
+    _check_head(opened, f"--model {request.model}")
+    return _frozen(opened, request.precision or opened.reader.meta["precision"], mesh)
+
+
+def _check_head(opened: AdaptedModel, given: str) -> None:
     if opened.model.head != "value":
         raise UsageError(
-            f"--model {request.model} has the head {opened.model.head}, which gives no score; "
+            f"{given} has the head {opened.model.head}, which gives no score; "
             "`megallm reward` trains one (model.head value, *ForSequenceClassification with one "
             "label)."
         )
-    precision = request.precision or opened.reader.meta["precision"]
+
+
+def _frozen(opened: AdaptedModel, precision: str, mesh: Mesh) -> Engine:
     config = EngineConfig(opened.model, compute=ComputeConfig(precision))
     fill = opened.prepare_adapters
 
@@ -97,6 +105,36 @@ def load(opened: AdaptedModel, request: ScoreRequest, mesh: Mesh) -> Engine:
     engine = Engine(config, mesh, prepare)
     engine.fill(opened.source)
     return engine
+
+
+@dataclass(frozen=True)
+class OpenedFrozen:
+    """A model that is not trained, with its tokenizer and what names that."""
+
+    engine: Engine
+    words: tokenizer.Tokenizer
+    spec: str
+
+
+def open_frozen(model: str, mesh: Mesh, precision: str, scores: bool = False) -> OpenedFrozen:
+    """Returns the model of a run or a Hugging Face folder, with the adapter that the run holds, of
+    any size; with `scores` one that gives scores. Collective over the world.
+
+    Errors: UsageError for a model with another head than is wanted.
+    """
+    with open_adapted(find_place(model, mesh), None, mesh) as opened:
+        if scores:
+            _check_head(opened, f"reward_model.model {model}")
+        elif opened.model.head != "lm" or not opened.model.causal:
+            raise UsageError(
+                f"judge.model {model} has the head {opened.model.head}; a judge answers in words."
+            )
+        spec, folder = find_tokenizer(opened.reader, None)
+        engine = _frozen(opened, precision, mesh)
+    return OpenedFrozen(engine, tokenizer.load(spec), spec if folder is None else str(folder))
+
+
+open_scorer = partial(open_frozen, scores=True)
 
 
 def score(engine: Engine, sequences: Sequence[np.ndarray], batch: int) -> list[float]:

@@ -175,7 +175,7 @@ input()
 
 def test_without_a_deadline_a_hanging_function_holds_the_run_up(own, monkeypatch):
     """The control of the time limit: the same call is still waiting after it."""
-    monkeypatch.setattr(workers._Worker, "send", unlimited)
+    monkeypatch.setattr(workers.Worker, "send", unlimited)
     config = RewardConfig({f"{own}:acts": 1.0}, timeout_seconds=0.5, on_error="none")
     with build(config) as rewards:
         signal.signal(signal.SIGALRM, _alarm)
@@ -185,7 +185,7 @@ def test_without_a_deadline_a_hanging_function_holds_the_run_up(own, monkeypatch
         assert rewards(said("a")) == [[1.0]]  # what was interrupted answers no later call
 
 
-def unlimited(self, message, seconds, send=workers._Worker.send):
+def unlimited(self, message, seconds, send=workers.Worker.send):
     send(self, message, 1e6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,52 @@ from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, Range
 
 def reward_rules(config: GrpoConfig) -> Iterator[Problem]:
     """Yields what is wrong with the section `reward`."""
-    for sentence in config.reward.faults():
+    for sentence in config.reward.faults(config.turns.environment is not None):
         yield Problem("reward", sentence)
+    named = {spec.partition("(")[0].strip() for spec in config.reward.functions}
+    if ("reward_model" in named) != (config.reward_model.model is not None):
+        sentence = (
+            "reward.functions names reward_model with its weight, and reward_model.model its folder: "
+            "the one needs the other."
+        )
+        yield Problem("reward_model", sentence)
+    judge = config.judge
+    if judge.model is not None and "judge" not in named:
+        yield Problem("judge", "judge.model is given, but reward.functions has no judge.")
+    try:
+        groups_of = re.compile(judge.pattern).groups
+    except re.error as error:
+        yield Problem("judge", f"judge.pattern {judge.pattern!r} is wrong: {error}.")
+        return
+    if groups_of != 1:
+        sentence = f"judge.pattern {judge.pattern!r} has {groups_of} groups; the one is the rating."
+        yield Problem("judge", sentence)
+
+
+def turns(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields settings of answers of several turns, or of several steps, that do not go together."""
+    partial, length = config.sampling.partial, config.sampling.max_new_tokens
+    if config.turns.tokens > length:
+        sentence = (
+            f"turns.tokens {config.turns.tokens} is more than sampling.max_new_tokens {length}, "
+            "which counts all turns of an answer."
+        )
+        yield Problem("turns", sentence, ({"turns.tokens": 0},))
+    if config.turns.used and "{result}" not in config.turns.reply:
+        yield Problem("turns", "turns.reply does not hold {result}, which is what a tool says.")
+    if partial.tokens and config.sampling.resample:
+        sentence = (
+            "sampling.partial trains the groups that are whole first, and sampling.resample "
+            "replaces some of them: leave one of the two out."
+        )
+        off = ({"sampling.resample": 0}, {"sampling.partial.tokens": 0})
+        yield Problem("partial", sentence, off)
+    if partial.tokens and partial.staleness < 1:
+        sentence = (
+            "sampling.partial.staleness 0 lets no answer go on in the next step: on-policy is "
+            "sampling.partial.tokens 0."
+        )
+        yield Problem("partial", sentence, ({"sampling.partial.tokens": 0},))
 
 
 def groups(config: GrpoConfig) -> Iterator[Problem]:
@@ -127,7 +172,7 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.chat_inferred(config)
 
 
-_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone)
+_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone, turns)
 RULES = Rules(
     (*_GIVEN, without_critic),
     finetune.RESOLVED
@@ -140,6 +185,11 @@ RULES = Rules(
         for name in ("low", "high", "entropy_coef", "overlong_cache", "show")
     }
     | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "high")}
+    | {f"sampling.partial.{name}": NOT_NEGATIVE for name in ("tokens", "staleness")}
+    | {"turns.tokens": NOT_NEGATIVE, "turns.timeout_seconds": Range(above=0)}
+    | {"turns.memory_gib": Range(above=0), "judge.most": Range(above=0)}
+    | {f"{name}": COUNT for name in ("turns.most", "turns.workers", "reward_model.batch")}
+    | {"judge.max_new_tokens": COUNT}
     | {f"rl.kl.{name}": NOT_NEGATIVE for name in ("loss", "reward")}
     | {"rl.kl.target": Range(above=0), "rl.kl.horizon": COUNT}
     | {"sampling.temperature": Range(above=0), "sampling.resample": Range(low=0, high=15)},
