@@ -17,6 +17,7 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.base.rng import key_of
 from megallm.models.decoder import Stage
+from megallm.ops.documents import token_sequences
 from megallm.ops.dropout import keyed_dropout, token_keys
 from megallm.parallel import comm
 from megallm.parallel.recompute import TOKEN_KEYS
@@ -75,9 +76,9 @@ def at_tokens(batch: Batch, name: str, padding: int) -> Tensor:
         return values
     if "cu_seqlens" not in batch:
         return values[:, None].expand(shape)
-    lengths = batch["cu_seqlens"].to(torch.int64).diff().to(values.device)
-    more = values.new_full((max(0, len(lengths) - len(values)),), padding)
-    return torch.cat((values, more)).repeat_interleave(lengths)[None]
+    sequences = token_sequences(batch)
+    more = values.new_full((max(0, int(sequences[-1]) + 1 - len(values)),), padding)
+    return torch.cat((values, more))[sequences.to(values.device)][None]
 
 
 def watch_tokens(stage: Stage) -> None:
