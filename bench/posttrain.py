@@ -10,18 +10,25 @@ a round (`bench/ratio.py`). Memory is the peak of the process above what it had 
 and padded by transformers; `dpo` the second half of full rows, with the reference by the adapter switched off; `qlora`
 is our LoRA with the base in 4 bit beside PEFT's with the base in fp32. On transformers' side this is what TRL's
 trainers do by default: whole logits, then the loss of the labels.
+
+`grpo-...` and `pairs...` run TRL's own GRPO and DPO trainers (bench/trl_steps.py): `--peer` names an interpreter that
+has TRL 1.16 beside torch, peft and what megallm imports (tests/peers/requirements.txt).
+
+    python bench/posttrain.py --peer PYTHON --cases grpo-short-15M grpo-long16-15M pairs-15M
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import trl_steps
 from ratio import NOISY, Workers, abba, machine, paired_ratio, peak_bytes, resident_bytes
 
 SHAPES = {
@@ -35,6 +42,7 @@ CASES = {
     "lora-15M": (4, 256), "sft-15M": (8, 256), "qlora-15M": (4, 256), "dpo-15M": (8, 128), "lora-135M": (1, 256),
     "sft-135M": (4, 256), "dpo-135M": (2, 128),
 }  # fmt: skip
+EVERY = (*CASES, *trl_steps.CASES)
 LR, BETA, DIM, ALPHA, SEED = 1e-3, 0.1, 16, 32.0, 1
 THEIRS = {
     "attention.q": ["self_attn.q_proj"], "attention.kv": ["self_attn.k_proj", "self_attn.v_proj"],
@@ -94,6 +102,8 @@ def ours(case: str) -> Step:
     wanted = peft_config(case)
     prepare = prepare_adapters(wanted, model_config(case.rpartition("-")[2]))
     engine = Engine.build(engine_config(case), Mesh.single(), prepare)
+    if case in trl_steps.CASES:
+        return trl_steps.ours(case, engine, LR)
     dpo = case.startswith("dpo")
     loss = Preference(beta=BETA) if dpo else NextToken()
     positions = torch.arange(CASES[case][1]).expand(CASES[case])
@@ -188,6 +198,8 @@ def transformers(case: str) -> Step:
     import torch.nn.functional as F
 
     model = their_model(case).train()
+    if case in trl_steps.CASES:
+        return trl_steps.theirs(case, model, LR)
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
@@ -219,8 +231,6 @@ def transformers(case: str) -> Step:
 
 def serve(system: str, case: str) -> None:
     """Answer each line `{"steps": n}` with losses, CPU seconds and the peak of memory."""
-    import sys
-
     import torch
 
     import megallm.engine.engine
@@ -244,13 +254,13 @@ def serve(system: str, case: str) -> None:
         print(json.dumps(told), flush=True)
 
 
-def compare(case: str, rounds: int, folder: Path) -> dict[str, Any]:
+def compare(case: str, rounds: int, folder: Path, peer: str) -> dict[str, Any]:
     """One case: the ratio of times, memory of both, and A/A of ours when there are rounds to spare."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
     command = [__file__, "--cases", case, "--serve"]
     with (
         Workers([*command, "megallm"], [0], folder, env) as mine,
-        Workers([*command, "transformers"], [0], folder, env) as theirs,
+        Workers([*command, "transformers"], [0], folder, env, python=peer) as theirs,
     ):
         first = [system.ask(steps=3)[0] for system in (mine, theirs)]
         gap = max(abs(a - b) for a, b in zip(*(each["losses"] for each in first), strict=True))
@@ -271,9 +281,10 @@ def compare(case: str, rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["lora-15M", "sft-15M", "qlora-15M", "dpo-15M"])
+    parser.add_argument("--cases", nargs="+", choices=EVERY, default=["lora-15M", "sft-15M", "qlora-15M", "dpo-15M"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", default=sys.executable, help="the interpreter of the other side")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     for name in ("--rank", "--core", "--store"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -284,7 +295,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for case in args.cases:
-            one = compare(case, args.rounds, Path(folder))
+            one = compare(case, args.rounds, Path(folder), args.peer)
             found.append(one)
             if not args.json:
                 noisy = " (noisy)" if abs(one["same"] - 1) > NOISY else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,9 +15,11 @@ from megallm.engine.engine import Engine
 from megallm.models.build import initial_values
 from megallm.models.parallel_model import Prepare
 from megallm.ops import nf4
+from megallm.ops.tiles import MaskSpec
 from megallm.oracle.reference_adapters import MARK, lengths
 from megallm.oracle.table import Row
 from megallm.oracle.trainers import ADALORA_STEPS, ADAPTERS
+from megallm.parallel import context
 from megallm.parallel.shard import Box, Shard, constant, normal
 from megallm.peft import adalora, lora
 from megallm.peft.config import PeftConfig
@@ -90,7 +93,7 @@ def touch_frozen(engine: Engine, trained: frozenset[str]) -> None:
 
 @contextmanager
 def mistakes(broken: frozenset[str]) -> Iterator[None]:
-    """Inside, adapters are built with the mistakes of `broken`."""
+    """Inside, adapters are built and masks made with the mistakes of `broken`."""
     right = lora._record
 
     def whole(
@@ -98,5 +101,16 @@ def mistakes(broken: frozenset[str]) -> Iterator[None]:
     ) -> Shard:
         return replace(right(full, dim, axis, *further, **named), partial=())
 
-    with patch.object(lora, "_record", whole if "lora.partial" in broken else right):
+    mask_spec = context.row_mask_spec
+
+    def siblings(*given: Any) -> MaskSpec:
+        spec = mask_spec(*given)
+        seen = [n - 1 if before >= 0 else -1 for n, before in enumerate(spec.prefix_of)]
+        return replace(spec, prefix_of=tuple(seen))
+
+    seen = siblings if "prefix.siblings" in broken else mask_spec
+    with (
+        patch.object(lora, "_record", whole if "lora.partial" in broken else right),
+        patch.object(context, "row_mask_spec", seen),
+    ):
         yield
