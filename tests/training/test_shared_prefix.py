@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.data.shared_prefix import Cost, Sharing, Sized, causal, lay_out
+from megallm.engine.engine import Engine
 from megallm.losses.policy import policy_loss
 from megallm.losses.scores import Value
 from megallm.models.config import ModelConfig
@@ -22,7 +23,6 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare_adapters
-from megallm.engine.engine import Engine
 from megallm.training.responses import Response, ResponseRows
 from megallm.training.shared_prefix import product_cost, sharing_of
 from tests.engine.tiny import SEEN, config_of, state_of
@@ -159,3 +159,88 @@ def test_as_plain_rows_train(name: str) -> None:
         assert axes
     for found in results:
         assert gap(found, *want) < 1e-9
+
+
+def test_answers_that_see_each_other_or_stand_elsewhere_are_noticed() -> None:
+    """Negative controls of the comparison above."""
+    want = plain("dense", "grpo", {})
+    engine = Engine.build(config_of(MODEL, SEEN), Mesh.single())
+    rows = ResponseRows(engine, 6, 2, False, torch.float64, ALWAYS)
+    (batch, *_), (right, *_) = rows.batches(answers(0)), rows.batches(answers(0))
+    before = batch["prefix_of"]
+    batch["prefix_of"] = torch.where(before >= 0, torch.arange(len(before), dtype=torch.int32) - 1, before)
+    moved = right | {"positions": right["positions"] + (right["mask"] & (right["positions"] > 8))}
+    scored = [engine.log_probs([each])[0] for each in (right, batch, moved)]
+    assert all((other - scored[0]).abs().max() > 1e-5 for other in scored[1:])
+    assert np.isfinite(want[0]).all()
+
+
+RUNS: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "two updates": (Layout(), {"rl.updates": 2, "rl.kl.loss": 0.1, "rl.algorithm": "dapo"}),
+    "recomputed, dp2": (Layout(dp=2), {"rl.recompute": True, "rl.algorithm": "gspo"}),
+}
+
+
+def run(layout: Layout, sharing: str, options: dict[str, Any]) -> tuple[list[Any], list[float]]:
+    """Losses and norms of two steps of GRPO, and what was saved."""
+    mesh = Mesh.single() if layout.world == 1 else Mesh.start(layout)
+    other = Engine.build(config_of(TOY), mesh)
+    given = {"train.micro_batch": 8, "rl.shared_prefix": sharing} | options
+    trainer = trainer_of(mesh, reference=lambda: nullcontext(other), **given)
+    reports = [trainer.step(step) for step in (1, 2)]
+    numbers = [[one.losses["train/loss"], one.stats.grad_norm, one.metrics["entropy"]] for one in reports]
+    return numbers, [one.metrics["perf/shared_prefix_saving"] for one in reports]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_the_same(name: str) -> None:
+    layout, options = RUNS[name]
+    plain_numbers, nothing = run(Layout(), "off", options)
+    results = [run(layout, "on", options)] if layout.world == 1 else run_ranks(layout.world, run, layout, "on", options)
+    for numbers, saved in results:
+        np.testing.assert_allclose(numbers, plain_numbers, rtol=1e-9, atol=1e-12)
+        assert min(saved) > 0.1 and nothing == [0.0, 0.0]
+
+
+# The plan
+
+
+def test_a_row_says_where_everything_stands() -> None:
+    row = lay_out([Sized(9, 4, "a"), Sized(6, 4, "a"), Sized(5, 0, "b"), Sized(5, 0, "b"), Sized(7, 6, "c")])
+    assert row.ends == (0, 4, 9, 11, 16, 21, 28) and row.prefix_of == (-1, 0, 0, -1, -1, -1)
+    assert [tuple(one) for one in row.places] == [(4, 4), (9, 4), (11, 0), (16, 0), (21, 0)]
+    assert row.cost == Cost(28, causal(4) + causal(5) + 20 + causal(2) + 8 + 2 * causal(5) + causal(7))
+    made = row.of_documents(30)
+    assert made["positions"][0].tolist() == [
+        *range(4), *range(4, 9), *range(4, 6), *range(5), *range(5), *range(7), 0, 1
+    ]  # fmt: skip
+    assert made["cu_seqlens"].tolist()[-2:] == [28, 30] and made["prefix_of"].tolist() == [-1, 0, 0, -1, -1, -1, -1]
+    assert lay_out([]).of_documents(4)["cu_seqlens"].tolist() == [0, 4]
+
+
+def drawn(prompt: int, sizes: Sequence[int]) -> list[Response]:
+    return [Response(i, 0, 1, [1] * prompt, [2] * n, [0.0] * n, "stop", 0) for i, n in enumerate(sizes)]
+
+
+def test_auto_shares_where_it_is_cheaper() -> None:
+    engine = Engine.build(config_of(MODEL, SEEN), Mesh.single())
+    auto = sharing_of("auto", MODEL, "rl.shared_prefix")
+    rows = ResponseRows(engine, 4, 1, True, torch.float64, auto)
+    shape = rows.shape(drawn(50, [10] * 4))
+    assert shape.shared and shape.length == 49 + 40 and shape.saved == pytest.approx(1 - 89 / 236)
+    assert not rows.shape(drawn(50, [200])).shared, "a prompt with one answer"
+    assert not rows.shape(drawn(1, [10] * 4)).shared, "nothing to share"
+    uneven = drawn(3, [9] * 4) + [dataclasses.replace(one, prompt=[one.id + 3]) for one in drawn(1, [13] * 4)]
+    assert not rows.shape(uneven).shared, "another microbatch is as long, so that nothing is saved"
+    always = ResponseRows(engine, 4, 1, True, torch.float64, ALWAYS)
+    assert always.shape(uneven).shared
+    padded = ResponseRows(engine, 4, 1, False, torch.float64, auto)
+    assert padded.shape(drawn(3, [2, 40])).shared
+
+
+def test_models_that_cannot_share_say_why() -> None:
+    capacity = dataclasses.replace(MODELS["moe"], moe=MoeConfig(num_experts=4, capacity=1.5)).resolve()
+    assert sharing_of("off", MODEL, "x") is None and sharing_of("auto", capacity, "x") is None
+    with pytest.raises(UsageError, match="rl.shared_prefix is on, but model.moe.capacity counts"):
+        sharing_of("on", capacity, "rl.shared_prefix")
+    assert 0 < product_cost(MODEL) < 1
