@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-BETA, HIGH, KINDS = 0.1, 0.2, ("grpo", "pairs")
+BETA, HIGH = 0.1, 0.2
 
 
 class Case(NamedTuple):
@@ -25,14 +25,15 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "grpo-short-15M": Case(64, 48, 8, 4), "grpo-long8-15M": Case(256, 64, 8, 2), "grpo-long16-15M": Case(256, 64, 16, 1),
+    "grpo-short-15M": Case(64, 48, 8, 4), "grpo-long8-15M": Case(256, 64, 8, 2),
+    "grpo-long16-15M": Case(256, 64, 16, 1),
     "pairs-15M": Case(192, 64, 2, 4), "pairs-short-15M": Case(96, 96, 2, 4),
 }  # fmt: skip
 Step = Callable[[int], float]
 
 
 def texts(case: str, vocab: int, step: int) -> tuple[Any, Any, Any]:
-    """Prompts `[groups, P]`, answers `[groups, count, N]`, advantages `[groups, count]` of a step; eight that repeat."""
+    """Prompts `[groups, P]`, answers `[groups, count, N]`, advantages `[groups, count]` of one of eight steps."""
     import torch
 
     prompt, answer, count, groups = CASES[case]

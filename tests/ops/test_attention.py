@@ -133,7 +133,10 @@ def test_a_group_is_one_rectangle_and_the_diagonals() -> None:
 
 @pytest.mark.parametrize(
     "ends, before",
-    [([0, 4, 8], [-1]), ([0, 4, 8], [0, -1]), ([0, 4, 8], [-1, 1]), ([0, 4, 4, 8], [-1, 0, 0]), ([0, 4, 6, 8], [-1, -1, 0])],
+    [
+        ([0, 4, 8], [-1]), ([0, 4, 8], [0, -1]), ([0, 4, 8], [-1, 1]), ([0, 4, 4, 8], [-1, 0, 0]),
+        ([0, 4, 6, 8], [-1, -1, 0]),
+    ],  # fmt: skip
 )
 def test_prefixes_that_are_none_are_refused(ends: list[int], before: list[int]) -> None:
     with pytest.raises(DataError, match="follows at once"):

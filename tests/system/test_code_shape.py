@@ -70,7 +70,8 @@ PURE = (
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
-    "training.starting", "training.shared_prefix", "training.rl_config", "training.advantages", "training.rl_metrics", "training.collapse",
+    "training.starting", "training.shared_prefix", "training.rl_config",
+    "training.advantages", "training.rl_metrics", "training.collapse",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip

@@ -25,7 +25,7 @@ from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare_adapters
 from megallm.training.responses import Response, ResponseRows
 from megallm.training.shared_prefix import product_cost, sharing_of
-from tests.engine.tiny import SEEN, config_of, state_of
+from tests.engine.tiny import SEEN, config_of
 from tests.ranks import run_ranks
 from tests.training.rl import MODEL as TOY
 from tests.training.rl import trainer_of
