@@ -15,6 +15,8 @@ trainers do by default: whole logits, then the loss of the labels.
 has TRL 1.16 beside torch, peft and what megallm imports (tests/peers/requirements.txt).
 
     python bench/posttrain.py --peer PYTHON --cases grpo-short-15M grpo-long16-15M pairs-15M
+
+With `--against plain` the other side of these is ours without shared prompts.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def answers(case: str, step: int) -> Any:
     return (places < ends) & (places >= (0 if "lora" in case else ends // 2))
 
 
-def ours(case: str) -> Step:
+def ours(case: str, sharing: str = "auto") -> Step:
     """The engine, as `megallm sft` and `megallm dpo` drive it."""
     import torch
 
@@ -103,7 +105,7 @@ def ours(case: str) -> Step:
     prepare = prepare_adapters(wanted, model_config(case.rpartition("-")[2]))
     engine = Engine.build(engine_config(case), Mesh.single(), prepare)
     if case in trl_steps.CASES:
-        return trl_steps.ours(case, engine, LR)
+        return trl_steps.ours(case, engine, LR, sharing)
     dpo = case.startswith("dpo")
     loss = Preference(beta=BETA) if dpo else NextToken()
     positions = torch.arange(CASES[case][1]).expand(CASES[case])
@@ -236,7 +238,7 @@ def serve(system: str, case: str) -> None:
     import megallm.engine.engine
     import megallm.peft.inject  # so that everything is imported before memory is counted
 
-    if system != "megallm":
+    if system == "transformers":
         import peft
         import transformers as _library
 
@@ -244,7 +246,8 @@ def serve(system: str, case: str) -> None:
     assert megallm
     torch.set_num_threads(1)
     before = resident_bytes()
-    step, number = (ours if system == "megallm" else transformers)(case), 0
+    made = {"megallm": ours, "plain": lambda case: ours(case, "off"), "transformers": transformers}
+    step, number = made[system](case), 0
     for line in sys.stdin:
         losses, begin = [], time.process_time()
         for _ in range(json.loads(line)["steps"]):
@@ -254,13 +257,13 @@ def serve(system: str, case: str) -> None:
         print(json.dumps(told), flush=True)
 
 
-def compare(case: str, rounds: int, folder: Path, peer: str) -> dict[str, Any]:
+def compare(case: str, rounds: int, folder: Path, peer: str, other: str) -> dict[str, Any]:
     """One case: the ratio of times, memory of both, and A/A of ours when there are rounds to spare."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
     command = [__file__, "--cases", case, "--serve"]
     with (
         Workers([*command, "megallm"], [0], folder, env) as mine,
-        Workers([*command, "transformers"], [0], folder, env, python=peer) as theirs,
+        Workers([*command, other], [0], folder, env, python=peer) as theirs,
     ):
         first = [system.ask(steps=3)[0] for system in (mine, theirs)]
         gap = max(abs(a - b) for a, b in zip(*(each["losses"] for each in first), strict=True))
@@ -283,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=EVERY, default=["lora-15M", "sft-15M", "qlora-15M", "dpo-15M"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", choices=("transformers", "plain"), default="transformers")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peer", default=sys.executable, help="the interpreter of the other side")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -295,7 +299,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for case in args.cases:
-            one = compare(case, args.rounds, Path(folder), args.peer)
+            one = compare(case, args.rounds, Path(folder), args.peer, args.against)
             found.append(one)
             if not args.json:
                 noisy = " (noisy)" if abs(one["same"] - 1) > NOISY else ""

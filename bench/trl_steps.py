@@ -43,7 +43,7 @@ def texts(case: str, vocab: int, step: int) -> tuple[Any, Any, Any]:
     return prompts, answers, torch.randn(groups, count, generator=draw)
 
 
-def ours(case: str, engine: Any, lr: float) -> Step:
+def ours(case: str, engine: Any, lr: float, shared_prefix: Any) -> Step:
     """The engine on rows in which answers share their prompt."""
     import numpy as np
     import torch
@@ -55,7 +55,7 @@ def ours(case: str, engine: Any, lr: float) -> Step:
     from megallm.training.shared_prefix import sharing_of
 
     model, (_, size, count, groups) = engine.config.model, CASES[case]
-    sharing = sharing_of("auto", model, "shared_prefix")
+    sharing = sharing_of(shared_prefix, model, "shared_prefix")
     rows = ResponseRows(engine, count * groups, 2, False, torch.float32, sharing)
     loss = Preference(beta=BETA) if case.startswith("pairs") else policy_loss("grpo", low=HIGH, high=HIGH)
     old = [-math.log(model.vocab_size)] * size

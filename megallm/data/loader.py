@@ -17,7 +17,7 @@ import torch
 from megallm.data.batches import Arrays
 
 Batch = dict[str, torch.Tensor]
-OF_DOCUMENTS = ("cu_seqlens", "prefix_of")  # where they are in a packed row, and what is before each
+OF_DOCUMENTS = ("cu_seqlens", "prefix_of")  # of a packed row: where they end, what is before them
 
 
 def to_tensors(arrays: Arrays, pin: bool = False) -> Batch:

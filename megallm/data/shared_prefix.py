@@ -29,7 +29,7 @@ class Sized(NamedTuple):
     prompt: Hashable
 
 
-class Place(NamedTuple):
+class SequencePlace(NamedTuple):
     """Where the tokens of a sequence lie in a row: from `begin` on those from its number `first`
     on; those before lie in a shared prefix, or are not there.
     """
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     first: int
 
 
-class Prefix(NamedTuple):
+class PrefixPlace(NamedTuple):
     """A shared prefix: from `begin` on the first `size` tokens of the sequence `source`."""
 
     begin: int
@@ -46,15 +46,15 @@ class Prefix(NamedTuple):
     source: int
 
 
-class Cost(NamedTuple):
+class RowCost(NamedTuple):
     """What a forward pass computes: tokens, and products of a query with a key."""
 
     tokens: int = 0
     products: int = 0
 
-    def plus(self, other: Cost) -> Cost:
+    def plus(self, other: RowCost) -> RowCost:
         """Returns the sum."""
-        return Cost(self.tokens + other.tokens, self.products + other.products)
+        return RowCost(self.tokens + other.tokens, self.products + other.products)
 
 
 def causal(tokens: int) -> int:
@@ -68,19 +68,19 @@ class SharedRow:
     their `ends` from 0 on, and for each the one that stands before it (`prefix_of`, -1: none).
     """
 
-    places: tuple[Place, ...]
-    prefixes: tuple[Prefix, ...]
+    places: tuple[SequencePlace, ...]
+    prefixes: tuple[PrefixPlace, ...]
     ends: tuple[int, ...]
     prefix_of: tuple[int, ...]
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> RowCost:
         """Returns what is computed for it, without padding."""
         products = 0
         sizes = np.diff(self.ends).tolist()
         for size, before in zip(sizes, self.prefix_of, strict=True):
             products += causal(size) + (size * sizes[before] if before >= 0 else 0)
-        return Cost(self.ends[-1], products)
+        return RowCost(self.ends[-1], products)
 
     def of_documents(self, length: int) -> Arrays:
         """Returns `positions` `[1, length]`, `cu_seqlens` and `prefix_of` of a row that is filled
@@ -100,7 +100,7 @@ class SharedRow:
         }
 
 
-def lay_out(sequences: Sequence[Sized]) -> SharedRow:
+def shared_row(sequences: Sequence[Sized]) -> SharedRow:
     """Returns the row of these sequences; those of one prompt follow each other."""
     places, prefixes, ends, before = [], [], [0], []
     for _, found in groupby(enumerate(sequences), lambda one: one[1].prompt):
@@ -108,19 +108,19 @@ def lay_out(sequences: Sequence[Sized]) -> SharedRow:
         common = min(min(one.common, one.size - 1) for _, one in group) if len(group) > 1 else 0
         parent = -1
         if common > 0:
-            prefixes.append(Prefix(ends[-1], common, group[0][0]))
+            prefixes.append(PrefixPlace(ends[-1], common, group[0][0]))
             parent = len(before)
             before.append(-1)
             ends.append(ends[-1] + common)
         for _, one in group:
-            places.append(Place(ends[-1], max(common, 0)))
+            places.append(SequencePlace(ends[-1], max(common, 0)))
             before.append(parent)
             ends.append(ends[-1] + one.size - max(common, 0))
     return SharedRow(tuple(places), tuple(prefixes), tuple(ends), tuple(before))
 
 
 @dataclass(frozen=True)
-class Sharing:
+class PrefixSharing:
     """When prompts are shared: wherever answers have one (`always`), or where a row then costs
     less; a product of a query with a key costs `product` tokens.
     """
@@ -128,7 +128,7 @@ class Sharing:
     always: bool = False
     product: float = 0.0
 
-    def pays(self, plain: Cost, shared: Cost) -> bool:
+    def pays(self, plain: RowCost, shared: RowCost) -> bool:
         """Returns whether shared rows are made instead of plain ones."""
         if self.always:
             return True

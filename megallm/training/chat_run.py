@@ -21,7 +21,7 @@ from megallm.data.chat import preview
 from megallm.data.chat.cache import content_hash
 from megallm.data.chat.prepare import Prepared, files_of, prepare, template_of
 from megallm.data.chat.reader import SHARED, ChatReader, common_share, reader_of
-from megallm.data.shared_prefix import Sharing
+from megallm.data.shared_prefix import PrefixSharing
 from megallm.data.text import tokenizer
 from megallm.engine.engine import Engine, Mesh, Part
 from megallm.run.changes import Change
@@ -161,7 +161,7 @@ class ChatRun(SupervisedRun):
         return reader
 
     @property
-    def sharing(self) -> Sharing | None:
+    def sharing(self) -> PrefixSharing | None:
         """Returns when answers share their prompts."""
         config = self.config
         if config.kind not in SHARED:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megallm.data.loader import to_tensors
 from megallm.data.objective import Arrays
-from megallm.data.shared_prefix import Cost, SharedRow, Sharing, Sized, causal, lay_out
+from megallm.data.shared_prefix import PrefixSharing, RowCost, SharedRow, Sized, causal, shared_row
 from megallm.engine.engine import Engine
 
 Batch = dict[str, Tensor]
@@ -57,8 +57,9 @@ class Response:
 
 
 class RowPlace(NamedTuple):
-    """Where an answer stands in a microbatch: in `row`, from `begin` on, without the first `skipped`
-    tokens of its prompt, which it shares; `at` is where the predictions of its tokens begin.
+    """Where an answer stands in a microbatch: in `row`, from `begin` on, without the first
+    `skipped` tokens of its prompt, which it shares; `at` is where the predictions of its tokens
+    begin.
     """
 
     row: int
@@ -92,7 +93,7 @@ class ResponseRows:
     multiple: int = 1
     packing: bool = False
     dtype: torch.dtype = torch.float32
-    sharing: Sharing | None = None
+    sharing: PrefixSharing | None = None
 
     def batches(
         self, answers: Sequence[Response], values: Mapping[str, str] | None = None
@@ -149,12 +150,12 @@ class ResponseRows:
             return RowShape(length)
         rows = [_shared(micro) for micro in micros]
         shared = self._rounded(row.ends[-1] for row in rows)
-        plain, other = Cost(), Cost()
+        plain, other = RowCost(), RowCost()
         for row, each in zip(rows, sizes, strict=True):
             rest = shared - row.ends[-1]
-            other = other.plus(row.cost).plus(Cost(rest, causal(rest)))
+            other = other.plus(row.cost).plus(RowCost(rest, causal(rest)))
             documents = [*each, length - sum(each)] if self.packing else [length] * len(each)
-            plain = plain.plus(Cost(sum(documents), sum(map(causal, documents))))
+            plain = plain.plus(RowCost(sum(documents), sum(map(causal, documents))))
         found = any(row.prefixes for row in rows)
         if not found or not self.sharing.pays(plain, other):
             return RowShape(length)
@@ -221,7 +222,7 @@ class ResponseRows:
 
 def _shared(micro: Sequence[Response | None]) -> SharedRow:
     """The row of a microbatch's answers in which neighbours with the same prompt share it."""
-    return lay_out(
+    return shared_row(
         [
             Sized(one.size, len(one.prompt) - 1, tuple(one.prompt))
             for one in micro

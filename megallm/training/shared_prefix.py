@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megallm.base.errors import UsageError
-from megallm.data.shared_prefix import SharedPrefix, Sharing
+from megallm.data.shared_prefix import PrefixSharing, SharedPrefix
 from megallm.models.config import ModelConfig
 
 # Name of the metric: the share of the tokens of plain rows that shared rows do not compute.
@@ -36,7 +36,7 @@ def obstacle(model: ModelConfig) -> str | None:
 
 def sharing_of(
     wanted: SharedPrefix, model: ModelConfig, key: str, further: str | None = None
-) -> Sharing | None:
+) -> PrefixSharing | None:
     """Returns when prompts are shared, None for never; `key` is the setting's, `further` another
     clause against it. Errors: UsageError where it is on and the model cannot.
     """
@@ -45,7 +45,7 @@ def sharing_of(
         raise UsageError(f"{key} is on, but {why}. Set it to auto or off.")
     if wanted == "off" or why is not None:
         return None
-    return Sharing(wanted == "on", product_cost(model))
+    return PrefixSharing(wanted == "on", product_cost(model))
 
 
 def saving_of(batches: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.data.shared_prefix import Cost, Sharing, Sized, causal, lay_out
+from megallm.data.shared_prefix import PrefixSharing, RowCost, Sized, causal, shared_row
 from megallm.engine.engine import Engine
 from megallm.losses.policy import policy_loss
 from megallm.losses.scores import Value
@@ -44,7 +44,7 @@ MODELS: dict[str, ModelConfig] = {
     ).resolve(),
     "value": dataclasses.replace(MODEL, head="value").resolve(),
 }
-ALWAYS = Sharing(always=True)
+ALWAYS = PrefixSharing(always=True)
 
 
 def answers(step: int) -> list[Response]:
@@ -73,7 +73,7 @@ LOSSES = {
 
 
 def trained(
-    layout: Layout | None, model: str, loss: str, sharing: Sharing | None, options: dict[str, Any]
+    layout: Layout | None, model: str, loss: str, sharing: PrefixSharing | None, options: dict[str, Any]
 ) -> tuple[list[float], list[tuple[str, tuple[int, ...], Tensor]], list[list[float]]]:
     """Losses of three steps, the state after them in boxes, and what `scores` says of the answers."""
     mesh = Mesh.single() if layout is None else Mesh.start(layout)
@@ -206,16 +206,16 @@ def test_a_run_is_the_same(name: str) -> None:
 
 
 def test_a_row_says_where_everything_stands() -> None:
-    row = lay_out([Sized(9, 4, "a"), Sized(6, 4, "a"), Sized(5, 0, "b"), Sized(5, 0, "b"), Sized(7, 6, "c")])
+    row = shared_row([Sized(9, 4, "a"), Sized(6, 4, "a"), Sized(5, 0, "b"), Sized(5, 0, "b"), Sized(7, 6, "c")])
     assert row.ends == (0, 4, 9, 11, 16, 21, 28) and row.prefix_of == (-1, 0, 0, -1, -1, -1)
     assert [tuple(one) for one in row.places] == [(4, 4), (9, 4), (11, 0), (16, 0), (21, 0)]
-    assert row.cost == Cost(28, causal(4) + causal(5) + 20 + causal(2) + 8 + 2 * causal(5) + causal(7))
+    assert row.cost == RowCost(28, causal(4) + causal(5) + 20 + causal(2) + 8 + 2 * causal(5) + causal(7))
     made = row.of_documents(30)
     assert made["positions"][0].tolist() == [
         *range(4), *range(4, 9), *range(4, 6), *range(5), *range(5), *range(7), 0, 1
     ]  # fmt: skip
     assert made["cu_seqlens"].tolist()[-2:] == [28, 30] and made["prefix_of"].tolist() == [-1, 0, 0, -1, -1, -1, -1]
-    assert lay_out([]).of_documents(4)["cu_seqlens"].tolist() == [0, 4]
+    assert shared_row([]).of_documents(4)["cu_seqlens"].tolist() == [0, 4]
 
 
 def drawn(prompt: int, sizes: Sequence[int]) -> list[Response]:

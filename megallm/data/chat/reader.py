@@ -25,7 +25,7 @@ from megallm.data.chat.prepare import Prepared, prepare, silent
 from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, RankedRow, SftRow
 from megallm.data.chat.rows import Row as Example
 from megallm.data.objective import Arrays
-from megallm.data.shared_prefix import Cost, Sharing, Sized, causal, lay_out
+from megallm.data.shared_prefix import PrefixSharing, RowCost, Sized, causal, shared_row
 from megallm.data.stream.plan import BEST_FIT, SINGLE, Reading, StreamPlan, StreamSegment
 from megallm.data.stream.source import DocumentSource, PackedRow
 from megallm.data.stream.stream import Stream
@@ -150,8 +150,9 @@ class ChatReader(StreamReader):
     float32 [B, T]. The mask is True where a token is predicted, or at the last of a sequence that
     a head reads. The sequences of pairs alternate: chosen, rejected, chosen, ...
 
-    With `sharing`, answers of one row share its prompt where that pays (`data.shared_prefix`): packed
-    with `cu_seqlens`, `prefix_of` and a length of its own, the same sequences in each microbatch.
+    With `sharing`, answers of one row share its prompt where that pays (`data.shared_prefix`):
+    packed with `cu_seqlens`, `prefix_of` and a length of its own, each microbatch the same
+    sequences.
     The first of the answers has what belongs to the prompt.
 
     padded: [B, T], T the longest sequence of the global batch, rounded up to `multiple`; B is the
@@ -164,7 +165,7 @@ class ChatReader(StreamReader):
     ) -> None:
         super().__init__(stream, share, first_step)
         self.prepared, self.multiple, self.epochs = prepared, multiple, None
-        self.sharing: Sharing | None = None
+        self.sharing: PrefixSharing | None = None
         self.saved = 0.0  # share of the last step's tokens that shared prompts save
         self._per_row = prepared.per_row
         longest = packed_row_length(prepared)
@@ -201,21 +202,21 @@ class ChatReader(StreamReader):
         self.saved = 0.0
         if self.sharing is None or self.prepared.kind not in SHARED:
             return 0
-        size, made, plain = self.share.micro_batch, [], Cost()
+        size, made, plain = self.share.micro_batch, [], RowCost()
         for at in range(0, len(rows), size):
             micro = rows[at : at + size]
             sized = [one for row in micro for one in self._sized(row)]
-            made.append(lay_out(sized))
+            made.append(shared_row(sized))
             documents = [length] * (len(micro) * self._per_row)
             if self.prepared.config.packing:
                 documents = [one.size for one in sized]
                 documents.append(sum(row.seq_len for row in micro) - sum(documents))
-            plain = plain.plus(Cost(sum(documents), sum(map(causal, documents))))
+            plain = plain.plus(RowCost(sum(documents), sum(map(causal, documents))))
         found = self._rounded(max(row.ends[-1] for row in made))
-        shared = Cost()
+        shared = RowCost()
         for row in made:
             rest = found - row.ends[-1]
-            shared = shared.plus(row.cost).plus(Cost(rest, causal(rest)))
+            shared = shared.plus(row.cost).plus(RowCost(rest, causal(rest)))
         if not any(row.prefixes for row in made) or not self.sharing.pays(plain, shared):
             return 0
         self.saved = 1 - shared.tokens / plain.tokens
@@ -233,7 +234,7 @@ class ChatReader(StreamReader):
         return made
 
     def _shared(self, sequences: Sequence[LaidOut], length: int) -> Arrays:
-        row = lay_out(
+        row = shared_row(
             [
                 Sized(len(one.ids), one.more["prompt_tokens"] - 1, (one.sample, one.epoch))
                 for one in sequences
