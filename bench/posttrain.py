@@ -11,18 +11,28 @@ of the process above what it had after its imports.
 and padded by transformers; `dpo` the second half of full rows, with the reference by the adapter switched off; `qlora`
 is our LoRA with the base in 4 bit beside PEFT's with the base in fp32. On transformers' side this is what TRL's
 trainers do by default: whole logits, then the loss of the labels.
+
+`grpo-...` and `pairs...` run TRL's own GRPO and DPO trainers (bench/trl_steps.py): `--peer` names an interpreter that
+has TRL 1.16 beside torch, peft and what megallm imports (tests/peers/requirements.txt).
+
+    python bench/posttrain.py --peer PYTHON --cases grpo-short-15M grpo-long16-15M pairs-15M
+
+With `--against plain` the other side of these is ours without shared prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import trl_steps
 from ratio import NOISY, Workers, abba, machine, paired_ratio, peak_bytes, resident_bytes
 
 SHAPES = {
@@ -36,6 +46,7 @@ CASES = {
     "lora-15M": (4, 256), "sft-15M": (8, 256), "qlora-15M": (4, 256), "dpo-15M": (8, 128), "lora-135M": (1, 256),
     "sft-135M": (4, 256), "dpo-135M": (2, 128),
 }  # fmt: skip
+EVERY = (*CASES, *trl_steps.CASES)
 LR, BETA, DIM, ALPHA, SEED = 1e-3, 0.1, 16, 32.0, 1
 THEIRS = {
     "attention.q": ["self_attn.q_proj"], "attention.kv": ["self_attn.k_proj", "self_attn.v_proj"],
@@ -79,7 +90,7 @@ def answers(case: str, step: int) -> Any:
     return (places < ends) & (places >= (0 if "lora" in case else ends // 2))
 
 
-def ours(case: str, precision: str) -> Step:
+def ours(case: str, precision: str, sharing: str = "auto") -> Step:
     """The engine, as `megallm sft` and `megallm dpo` drive it."""
     import torch
 
@@ -95,6 +106,8 @@ def ours(case: str, precision: str) -> Step:
     wanted = peft_config(case)
     prepare = prepare_adapters(wanted, model_config(case.rpartition("-")[2]))
     engine = Engine.build(engine_config(case, precision), Mesh.single(), prepare)
+    if case in trl_steps.CASES:
+        return trl_steps.ours(case, engine, LR, sharing)
     dpo = case.startswith("dpo")
     loss = Preference(beta=BETA) if dpo else NextToken()
     positions = torch.arange(CASES[case][1]).expand(CASES[case])
@@ -194,6 +207,8 @@ def transformers(case: str, precision: str) -> Step:
     for param in model.parameters():
         if precision == "bf16" and not param.requires_grad:
             param.data = param.data.bfloat16()
+    if case in trl_steps.CASES:
+        return trl_steps.theirs(case, model, LR)
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
@@ -225,14 +240,12 @@ def transformers(case: str, precision: str) -> Step:
 
 def serve(system: str, case: str, precision: str) -> None:
     """Answer each line `{"steps": n}` with losses, CPU seconds and the peak of memory."""
-    import sys
-
     import torch
 
     import megallm.engine.engine
     import megallm.peft.inject  # so that everything is imported before memory is counted
 
-    if system != "megallm":
+    if system == "transformers":
         import peft
         import transformers as _library
 
@@ -240,7 +253,8 @@ def serve(system: str, case: str, precision: str) -> None:
     assert megallm
     torch.set_num_threads(1)
     before = resident_bytes()
-    step, number = (ours if system == "megallm" else transformers)(case, precision), 0
+    made = {"megallm": ours, "plain": partial(ours, sharing="off"), "transformers": transformers}
+    step, number = made[system](case, precision), 0
     for line in sys.stdin:
         losses, begin = [], time.process_time()
         for _ in range(json.loads(line)["steps"]):
@@ -250,13 +264,15 @@ def serve(system: str, case: str, precision: str) -> None:
         print(json.dumps(told), flush=True)
 
 
-def compare(case: str, precision: str, rounds: int, folder: Path) -> dict[str, Any]:
+def compare(
+    case: str, precision: str, rounds: int, folder: Path, peer: str, other: str
+) -> dict[str, Any]:
     """One case: the ratio of times, memory of both, and A/A of ours when there are rounds to spare."""
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
     command = [__file__, "--cases", case, "--precision", precision, "--serve"]
     with (
         Workers([*command, "megallm"], [0], folder, env) as mine,
-        Workers([*command, "transformers"], [0], folder, env) as theirs,
+        Workers([*command, other], [0], folder, env, python=peer) as theirs,
     ):
         first = [system.ask(steps=3)[0] for system in (mine, theirs)]
         gap = max(abs(a - b) for a, b in zip(*(each["losses"] for each in first), strict=True))
@@ -278,10 +294,12 @@ def compare(case: str, precision: str, rounds: int, folder: Path) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["lora-15M", "sft-15M", "qlora-15M", "dpo-15M"])
+    parser.add_argument("--cases", nargs="+", choices=EVERY, default=["lora-15M", "sft-15M", "qlora-15M", "dpo-15M"])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", choices=("transformers", "plain"), default="transformers")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", default=sys.executable, help="the interpreter of the other side")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     for name in ("--rank", "--core", "--store"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -292,7 +310,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for case in args.cases:
-            one = compare(case, args.precision, args.rounds, Path(folder))
+            one = compare(case, args.precision, args.rounds, Path(folder), args.peer, args.against)
             found.append(one)
             if not args.json:
                 noisy = " (noisy)" if abs(one["same"] - 1) > NOISY else ""

@@ -68,14 +68,15 @@ class Workers:
     """
 
     def __init__(
-        self, command: list[str], cores: Sequence[int], folder: Path, env: dict[str, str], timeout: float = 600.0
-    ) -> None:
+        self, command: list[str], cores: Sequence[int], folder: Path, env: dict[str, str], timeout: float = 600.0,
+        python: str = sys.executable,
+    ) -> None:  # fmt: skip
         self.timeout = timeout
         store = folder / f"store-{time.monotonic_ns()}"
         self.errors = [folder / f"{store.name}-rank-{rank}.txt" for rank in range(len(cores))]
         self.processes: list[subprocess.Popen[str]] = []
         for rank, core in enumerate(cores):
-            words = [sys.executable, *command, "--rank", str(rank), "--core", str(core), "--store", str(store)]
+            words = [python, *command, "--rank", str(rank), "--core", str(core), "--store", str(store)]
             with open(self.errors[rank], "w") as stderr:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr}
                 self.processes.append(subprocess.Popen(words, text=True, env={**os.environ, **env}, **pipes))

@@ -17,15 +17,17 @@ import torch
 from megallm.data.batches import Arrays
 
 Batch = dict[str, torch.Tensor]
+OF_DOCUMENTS = ("cu_seqlens", "prefix_of")  # of a packed row: where they end, what is before them
 
 
 def to_tensors(arrays: Arrays, pin: bool = False) -> Batch:
-    """Returns the same memory as tensors; `pin` copies all but "cu_seqlens" to pinned memory (that
-    one is read on the CPU).
+    """Returns the same memory as tensors; `pin` copies all but those of documents to pinned memory
+    (these are read on the CPU).
     """
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     return {
-        name: x.pin_memory() if pin and name != "cu_seqlens" else x for name, x in batch.items()
+        name: x.pin_memory() if pin and name not in OF_DOCUMENTS else x
+        for name, x in batch.items()
     }
 
 

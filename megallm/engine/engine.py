@@ -37,6 +37,7 @@ from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
 from megallm.models.heads import MASK_ON_CPU
 from megallm.models.parallel_model import ParallelModel, Prepare
+from megallm.ops.documents import OF_DOCUMENTS
 from megallm.ops.precision import wide_dtype
 from megallm.optim.buckets import ParamGroup
 from megallm.optim.clip import clip_gradients
@@ -355,12 +356,12 @@ class Engine:
             return loss(dict.fromkeys(loss.needs, zeros), batch)
 
     def on_device(self, batch: Batch) -> Batch:
-        """Returns the batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay
-        on the CPU, where the plan of attention and the head read them.
+        """Returns the batch on the mesh's device; `cu_seqlens`, `prefix_of` and a second copy of
+        the mask stay on the CPU, where the plan of attention and the head read them.
         """
         device = self.mesh.device
         here = {
-            key: x if key == "cu_seqlens" else x.to(device, non_blocking=True)
+            key: x if key in OF_DOCUMENTS else x.to(device, non_blocking=True)
             for key, x in batch.items()
         }
         return here if device.type == "cpu" else here | {MASK_ON_CPU: batch["mask"]}

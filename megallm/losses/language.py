@@ -72,6 +72,11 @@ def shift_mask(batch: dict[str, Tensor], ahead: int) -> Tensor:
     mask = F.pad(batch["mask"], (0, ahead))[:, ahead:]
     if "cu_seqlens" not in batch:
         return mask
+    if "prefix_of" in batch:
+        raise ValueError(
+            "further labels of a token that several answers share differ between them: train "
+            "multi-token prediction on rows of their own, with shared_prefix off."
+        )
     ends = batch["cu_seqlens"].to(torch.int64)
     inside = torch.arange(mask.shape[1]) + ahead < ends[1:].repeat_interleave(ends.diff())
     return mask & inside.to(mask.device, non_blocking=True)

@@ -8,7 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megallm.losses.reduce import check_mode, divisor, per_token, token_values, total
+from megallm.losses.reduce import (
+    check_mode,
+    divisor,
+    per_token,
+    token_values,
+    tokens_per_sequence,
+    total,
+)
 from megallm.losses.terms import Terms
 
 
@@ -122,7 +129,7 @@ def next_counted(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
     rows, tokens = mask.shape
     places = torch.arange(tokens, device=mask.device).expand(rows, tokens)
     if "cu_seqlens" in batch:
-        numbers = torch.arange(len(batch["cu_seqlens"]) - 1, device=mask.device)
+        numbers = torch.arange(len(tokens_per_sequence(batch)), device=mask.device)
         sequence = per_token(numbers, batch)
     else:
         sequence = torch.zeros_like(places)

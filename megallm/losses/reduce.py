@@ -1,6 +1,8 @@
 """Sums over sequences, and the ways to average a token's loss over a batch.
 
 A sequence of a microbatch is a row `[T]`, or a document of `cu_seqlens` in a packed row (B = 1).
+Where `prefix_of` names documents that stand before others, those are no sequences: the tokens of a
+shared prompt belong to the first answer behind it.
 Every average is a sum of one microbatch and a count of the same microbatch; the engine divides the
 sum of the sums by the sum of the counts, so any split over microbatches and data ranks gives the
 same number.
@@ -18,7 +20,12 @@ def per_sequence(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """Returns the sum `[S]` of `x` `[B, T]` over each sequence, with the dtype of `x`."""
     if "cu_seqlens" not in batch:
         return x.sum(-1)
-    return torch.segment_reduce(x[0], "sum", lengths=_document_tokens(batch, x.device))
+    sums = torch.segment_reduce(x[0], "sum", lengths=_document_tokens(batch, x.device))
+    if "prefix_of" not in batch:
+        return sums
+    sequence = _sequence_of(batch)
+    count = int(sequence[-1]) + 1
+    return sums.new_zeros(count).index_add(0, sequence.to(x.device, non_blocking=True), sums)
 
 
 def per_token(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -26,7 +33,17 @@ def per_token(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
     rows, tokens = batch["mask"].shape
     if "cu_seqlens" not in batch:
         return y[:, None].expand(rows, tokens)
+    if "prefix_of" in batch:
+        y = y[_sequence_of(batch).to(y.device, non_blocking=True)]
     return y.repeat_interleave(_document_tokens(batch, y.device), output_size=tokens)[None]
+
+
+def _sequence_of(batch: dict[str, Tensor]) -> Tensor:
+    """The number of each document's sequence, int64 `[n]`, as `ops.documents` has it too."""
+    before = batch["prefix_of"]
+    last = torch.ones(len(before), dtype=torch.int64)
+    last[before[before >= 0].to(torch.int64)] = 0
+    return last.cumsum(0) - last
 
 
 def _document_tokens(batch: dict[str, Tensor], device: torch.device) -> Tensor:

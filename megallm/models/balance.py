@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.models.sections import MoeConfig
+from megallm.ops.documents import token_sequences
 from megallm.parallel import comm
 from megallm.parallel.context import Context
 from megallm.parallel.expert import scatter_over_tp
@@ -29,7 +30,7 @@ Batch = dict[str, Tensor]
 @dataclass(frozen=True)
 class RoutingInputs:
     """Where the `n` tokens that this rank routes stand. A sequence is a row, or a document of a
-    packed row.
+    packed row; a shared prefix is part of the first one behind it.
 
     Tokens without a label (padding among them) take no part in balancing.
     """
@@ -47,9 +48,9 @@ class RoutingInputs:
         """
         mask, rows = batch["mask"], batch["mask"].shape[0]
         if "cu_seqlens" in batch:
-            lengths = batch["cu_seqlens"].diff().to(torch.int64)
-            sequence = torch.repeat_interleave(lengths).to(mask.device, non_blocking=True)[None]
-            lengths = lengths.to(mask.device, non_blocking=True)
+            sequence = token_sequences(batch)
+            lengths = sequence.bincount().to(mask.device, non_blocking=True)
+            sequence = sequence.to(mask.device, non_blocking=True)[None]
         else:
             lengths = torch.full((rows,), mask.shape[1], device=mask.device)
             sequence = torch.arange(rows, device=mask.device)[:, None].expand_as(mask)

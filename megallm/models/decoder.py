@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -240,11 +239,7 @@ class Stage(ShardedModule):
         config = self.config
         if config.positions != "rope":
             return AttentionInputs(None, None, self.context, mask_spec, routing)
-        longest = (
-            positions.shape[1]
-            if mask_spec is None
-            else max(b - a for a, b in pairwise(mask_spec.documents))
-        )
+        longest = positions.shape[1] if mask_spec is None else mask_spec.longest
         scaling = config.rope_scaling_spec
         tables = rope_tables(
             positions, config.rope_size, config.rope_theta, dtype, scaling, longest

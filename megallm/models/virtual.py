@@ -59,7 +59,8 @@ class VirtualTokens(nn.Module):
             return [b | {"positions": b["positions"] + self.count} for b in batches], loss_of
         places = [self._places(batch) for batch in batches]
         longest = max(
-            len(at) + self.count * self._texts(b) for at, b in zip(places, batches, strict=True)
+            len(at) + self.count * int(self._begins(b).sum())
+            for at, b in zip(places, batches, strict=True)
         )
         length = -(-longest // multiple) * multiple
         grown = [self._extend(b, at, length) for b, at in zip(batches, places, strict=True)]
@@ -71,16 +72,20 @@ class VirtualTokens(nn.Module):
 
         return grown, loss_of_own
 
-    def _texts(self, batch: Batch) -> int:
-        """Texts in a row."""
-        return len(batch["cu_seqlens"].unique()) - 1 if "cu_seqlens" in batch else 1
+    def _begins(self, batch: Batch) -> Tensor:
+        """Bool `[n]`: which documents of a row begin a text; others stand behind a prefix."""
+        if "cu_seqlens" not in batch:
+            return torch.ones(1, dtype=torch.bool)
+        count = len(batch["cu_seqlens"].unique()) - 1
+        return batch["prefix_of"] < 0 if "prefix_of" in batch else torch.ones(count).bool()
 
     def _places(self, batch: Batch) -> Tensor:
         """Where each token of a row stands in the longer one, int64 `[T]`."""
         row = torch.arange(batch["tokens"].shape[1])
         if "cu_seqlens" in batch:
             lengths = batch["cu_seqlens"].to(torch.int64).unique().diff()
-            row = row + torch.repeat_interleave(lengths) * self.count
+            before = self._begins(batch).cumsum(0) - 1
+            row = row + before.repeat_interleave(lengths) * self.count
         return (row + self.count).to(batch["tokens"].device, non_blocking=True)
 
     def _extend(self, batch: Batch, places: Tensor, length: int) -> Batch:
@@ -96,10 +101,16 @@ class VirtualTokens(nn.Module):
         ends = torch.tensor([0, tokens])
         if "cu_seqlens" in batch:
             ends = batch["cu_seqlens"].to(torch.int64).unique()
-            starts = ends + self.count * torch.arange(len(ends))
+            begins = torch.cat((torch.ones(1).bool(), self._begins(batch)))
+            begins = begins.roll(-1)  # of the document after each end; behind the last is padding
+            starts = ends + self.count * (begins.cumsum(0) - begins.long())
             own_end = starts[-1:] if starts[-1] < length else starts[:0]
             longer = torch.cat((starts[:-1], own_end, torch.tensor([length])))
             grown["cu_seqlens"] = longer.to(torch.int32)
+            if "prefix_of" in batch and len(own_end):
+                before = batch["prefix_of"]
+                grown["prefix_of"] = torch.cat((before, before.new_full((1,), -1)))
+            ends = ends[begins]
         numbers = torch.arange(self.count, device=places.device)
         first = places[ends[:-1].to(places.device)][:, None] - self.count + numbers
         virtual = places.new_full((length,), -1)

@@ -4,14 +4,18 @@ Causality, documents and a window leave most of the matrix empty. `plan_tiles` c
 into rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL) or
 with a band (BAND); a rectangle in which nothing is visible is not in the plan, so nothing is
 computed for it.
+
+Documents may share a prefix: a prompt that stands in the row once is seen by each of its answers,
+which do not see each other. That is one more rectangle, queries of answers by keys of the prompt.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise, product
 
 from megallm.base.errors import DataError
 
@@ -26,11 +30,38 @@ class MaskSpec:
     When not causal it sees its document whole. Padding is a document of its own, which no other
     token sees. `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row
     without packing is `(0, T)`.
+
+    `prefix_of` names for each document the one that stands before it, -1 for none; empty: none has
+    one. A document sees its prefix, and that one's prefix, as if they stood right before it.
     """
 
     documents: tuple[int, ...]
     window: int | None = None
     causal: bool = True
+    prefix_of: tuple[int, ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Returns the tokens of the longest text: of a document together with what stands before
+        it.
+        """
+        texts: list[int] = []
+        for number, (begin, end) in enumerate(pairwise(self.documents)):
+            before = self.prefix_of[number] if self.prefix_of else -1
+            texts.append(end - begin + (texts[before] if before >= 0 else 0))
+        return max(texts)
+
+    def seen(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """Yields (begin, end, distance) of a document and of all that stand before it: how far a
+        key's token has to move to stand where the document's queries count from.
+        """
+        begin, end = self.documents[number : number + 2]
+        yield begin, end, 0
+        while self.prefix_of and self.prefix_of[number] >= 0:
+            number = self.prefix_of[number]
+            low, high = self.documents[number : number + 2]
+            yield low, high, begin - high
+            begin -= high - low
 
 
 @dataclass(frozen=True)
@@ -66,10 +97,14 @@ class Tile:
 
 
 def row_mask_spec(
-    length: int, cu_seqlens: Sequence[int] | None, window: int | None, causal: bool = True
+    length: int,
+    cu_seqlens: Sequence[int] | None,
+    window: int | None,
+    causal: bool = True,
+    prefix_of: Sequence[int] = (),
 ) -> MaskSpec:
     """Returns the mask of a row of `length` tokens; raises DataError when `cu_seqlens` does not
-    divide up that row.
+    divide up that row, or `prefix_of` does not name prefixes in it.
     """
     if cu_seqlens is None:
         return MaskSpec((0, length), window, causal)
@@ -84,7 +119,30 @@ def row_mask_spec(
             f"cu_seqlens {list(ends[:8])}{'...' if len(ends) > 8 else ''} do not divide up a row "
             f"of {length} tokens: they must rise from 0 to {length}."
         )
+    if len(prefix_of):
+        _check_prefixes(ends, prefix_of, causal)
+        return MaskSpec(ends, window, causal, tuple(prefix_of))
     return MaskSpec(tuple(sorted(set(ends))), window, causal)
+
+
+def _check_prefixes(ends: tuple[int, ...], prefix_of: Sequence[int], causal: bool) -> None:
+    """Documents that share a prefix follow it: each is behind its own, the first of them at
+    once.
+    """
+    if not causal:
+        raise DataError(
+            "prefix_of shares prefixes between documents, which needs a causal model: in this one "
+            "a prompt sees its answer. Set shared_prefix to off."
+        )
+    first = {before: number for number, before in reversed([*enumerate(prefix_of)]) if before >= 0}
+    follows = all(before + 1 == number for before, number in first.items())
+    behind = all(-1 <= before < number for number, before in enumerate(prefix_of))
+    if len(prefix_of) != len(ends) - 1 or len(set(ends)) < len(ends) or not (follows and behind):
+        raise DataError(
+            f"prefix_of {list(prefix_of[:8])} of the documents cu_seqlens {list(ends[:8])}: it "
+            "names for each document, none of them empty, an earlier one that the first of its "
+            "documents follows at once, or -1."
+        )
 
 
 @lru_cache(maxsize=256)
@@ -96,27 +154,48 @@ def plan_tiles(
     """
     tiles: list[Tile] = []
     for q in queries:
-        for begin, end in _documents(mask_spec.documents, q):
+        for number in _documents(mask_spec.documents, q):
+            begin, end = mask_spec.documents[number : number + 2]
             mine = max(q.begin, begin), min(q.end, end)
-            for k in keys:
+            for (low, high, distance), k in product(mask_spec.seen(number), keys):
+                there = Span(max(k.begin, low) + distance, min(k.end, high) + distance)
                 cuts = (
-                    _cut(*mine, k, begin, mask_spec.window)
+                    _cut(*mine, there, low + distance, mask_spec.window)
                     if mask_spec.causal
                     else _rectangle(mine, k, (begin, end))
                 )
                 for kind, (a, b), (c, d) in cuts:
-                    q_at, k_at = a - q.begin + q.at, c - k.begin + k.at
+                    q_at, k_at = a - q.begin + q.at, c - distance - k.begin + k.at
                     tiles.append(
                         Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, mask_spec.window)
                     )
-    return tuple(tiles)
+    return _joined(tiles) if mask_spec.prefix_of else tuple(tiles)
 
 
-def _documents(ends: tuple[int, ...], span: Span) -> Iterator[tuple[int, int]]:
-    """The documents that have tokens in the span."""
+def _joined(tiles: list[Tile]) -> tuple[Tile, ...]:
+    """The same with FULL tiles of the same keys whose queries follow each other as one: of all
+    answers to a prompt.
+    """
+    made: list[Tile] = []
+    last: dict[tuple[int, int, int], int] = {}  # by keys and the end of the queries
+    for tile in tiles:
+        before = tile.k_begin, tile.k_end, tile.q_begin
+        if tile.kind == FULL and before in last:
+            at = last.pop(before)
+            made[at] = replace(made[at], q_end=tile.q_end)
+        else:
+            at = len(made)
+            made.append(tile)
+        if tile.kind == FULL:
+            last[tile.k_begin, tile.k_end, tile.q_end] = at
+    return tuple(made)
+
+
+def _documents(ends: tuple[int, ...], span: Span) -> Iterator[int]:
+    """The numbers of the documents that have tokens in the span."""
     n = bisect_right(ends, span.begin) - 1
     while n + 1 < len(ends) and ends[n] < span.end:
-        yield ends[n], ends[n + 1]
+        yield n
         n += 1
 
 

@@ -17,9 +17,11 @@ from megallm.models.build import initial_values
 from megallm.models.decoder import Stage
 from megallm.models.parallel_model import Prepare
 from megallm.ops import nf4
+from megallm.ops.tiles import MaskSpec
 from megallm.oracle.reference_adapters import MARK, lengths
 from megallm.oracle.table import Row
 from megallm.oracle.trainers import ADALORA_STEPS, ADAPTERS
+from megallm.parallel import context
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard, constant, normal
 from megallm.peft import adalora, dropout, lora
@@ -111,8 +113,8 @@ def touch_frozen(engine: Engine, trained: frozenset[str]) -> None:
 
 @contextmanager
 def mistakes(broken: frozenset[str]) -> Iterator[None]:
-    """Inside, adapters are built with the mistakes of `broken`."""
-    right, own_keys = lora._record, dropout.own_keys
+    """Inside, adapters are built and masks made with the mistakes of `broken`."""
+    right, own_keys, mask_spec = lora._record, dropout.own_keys, context.row_mask_spec
 
     def first_keys(tokens: Tensor, mesh: Mesh) -> Tensor:
         return tokens[:, : tokens.shape[1] // mesh.tp.size]
@@ -122,9 +124,16 @@ def mistakes(broken: frozenset[str]) -> Iterator[None]:
     ) -> Shard:
         return replace(right(full, dim, axis, *further, **named), partial=())
 
+    def siblings(*given: Any) -> MaskSpec:
+        spec = mask_spec(*given)
+        seen = [n - 1 if before >= 0 else -1 for n, before in enumerate(spec.prefix_of)]
+        return replace(spec, prefix_of=tuple(seen))
+
     keys = first_keys if "dropout.keys" in broken else own_keys
+    seen = siblings if "prefix.siblings" in broken else mask_spec
     with (
         patch.object(lora, "_record", whole if "lora.partial" in broken else right),
         patch.object(dropout, "own_keys", keys),
+        patch.object(context, "row_mask_spec", seen),
     ):
         yield

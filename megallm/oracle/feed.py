@@ -44,11 +44,81 @@ def global_batch(row: Row, step: int) -> Batch:
         starts[:, 0] = True
         if row.loss_name in PAIRED:
             _make_even(starts)
+        if row.shared:
+            starts = _pairs_of_prompts(starts, draw)
         begin = torch.where(starts, places, 0).cummax(1).values
         batch |= {"documents": starts.cumsum(1), "positions": places - begin}
+        if row.shared:
+            _make_common(batch)
     if row.trainer != "pretrain":
         return batch | _of_sequences(row, batch, draw)
     return batch | _extras(row, batch, draw)
+
+
+def _pairs_of_prompts(starts: Tensor, draw: torch.Generator) -> Tensor:
+    """Starts of documents `[rows, T]` two by two, each of at least three tokens."""
+    made = torch.zeros_like(starts)
+    for row in made:
+        at = 0
+        while at == 0 or len(row) - at >= 12:
+            sizes = torch.randint(3, 7, (2,), generator=draw).tolist()
+            row[at], row[at + sizes[0]] = True, True
+            at += sum(sizes)
+    return made
+
+
+def _make_common(batch: Batch) -> None:
+    """Let each second document begin as the one before it, in place, with a prompt of all but its
+    last two tokens; nothing of it counts. `common` `[rows, T]` is how many tokens of a prompt need
+    stand only once: all but its last.
+    """
+    batch["common"] = torch.zeros_like(batch["tokens"])
+    for row, documents in enumerate(batch["documents"]):
+        sizes = documents.bincount()[1:].tolist()
+        ends = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+        for n in range(0, len(sizes) - 1, 2):
+            first, second = ends[n], ends[n + 1]
+            prompt = min(sizes[n], sizes[n + 1]) - 1
+            batch["tokens"][row, second : second + prompt] = batch["tokens"][
+                row, first : first + prompt
+            ]
+            for begin, end in ((first, second), (second, ends[n + 2])):
+                batch["labels"][row, begin : end - 1] = batch["tokens"][row, begin + 1 : end]
+                batch["mask"][row, begin : begin + prompt - 1] = False
+                batch["mask"][row, begin + prompt - 1] = True
+                batch["common"][row, begin:end] = prompt - 1
+
+
+def share_prefixes(micro: Batch, broken: frozenset[str]) -> Batch:
+    """Returns a packed microbatch whose pairs of documents have their common beginning once, with
+    `cu_seqlens` and `prefix_of`; what is left of the row is padding.
+    """
+    documents, common = micro["documents"][0], micro["common"][0]
+    sizes = documents.bincount()[1:].tolist()
+    kept, ends, before, begin = [], [0], [], 0
+    for n, size in enumerate(sizes):
+        shared = int(common[begin])
+        if shared and n % 2 == 0:
+            kept += range(begin, begin + shared)
+            before.append(-1)
+            ends.append(len(kept))
+        kept += range(begin + shared, begin + size)
+        before.append(len(before) - 1 - n % 2 if shared else -1)
+        ends.append(len(kept))
+        begin += size
+    order, padding = torch.tensor(kept), len(documents) - len(kept)
+    made = {
+        name: torch.cat((x[:, order], x.new_zeros(1, padding)), 1) for name, x in micro.items()
+    }
+    made["positions"][0, len(kept) :] = torch.arange(padding)
+    if "prefix.positions" in broken:
+        for n, parent in enumerate(before):
+            made["positions"][0, ends[n] : ends[n + 1]] += int(parent >= 0)
+    if padding:
+        ends.append(len(documents))
+        before.append(-1)
+    ends_of = torch.tensor(ends, dtype=torch.int32)
+    return made | {"cu_seqlens": ends_of, "prefix_of": torch.tensor(before, dtype=torch.int32)}
 
 
 def _make_even(starts: Tensor) -> None:
@@ -197,7 +267,9 @@ def micro_batches(
         block["advantages"] = _whitened(block)
     pieces = {key: value.split(row.micro_batch) for key, value in block.items()}
     micros = [{key: value[micro] for key, value in pieces.items()} for micro in range(row.micros)]
-    if row.packed:
+    if row.shared:
+        micros = [share_prefixes(micro, broken) for micro in micros]
+    elif row.packed:
         micros = [micro | {"cu_seqlens": _ends(micro["documents"])} for micro in micros]
     return [_by_sequence(micro) for micro in micros]
 
@@ -214,7 +286,11 @@ def _by_sequence(micro: Batch) -> Batch:
         given.remove("advantages")
     if "cu_seqlens" not in micro:
         return micro | {name: micro[name][:, 0] for name in given}
-    return micro | {name: micro[name][0, micro["cu_seqlens"][:-1].long()] for name in given}
+    first = micro["cu_seqlens"][:-1].long()
+    if "prefix_of" in micro:  # a prefix is no sequence
+        prefixes = micro["prefix_of"][micro["prefix_of"] >= 0].unique().tolist()
+        first = first[[n for n in range(len(first)) if n not in prefixes]]
+    return micro | {name: micro[name][0, first] for name in given}
 
 
 def _ends(documents: Tensor) -> Tensor:

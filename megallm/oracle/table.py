@@ -93,6 +93,7 @@ class Row:
     cp_kind: str = "ring"
     cp_ulysses: int | None = None
     packed: bool = False  # rows of several documents, attention inside each; micro_batch is 1
+    shared: bool = False  # packed: documents begin alike two by two, and microbatches hold that once
     recompute: str = "none"
     recompute_modules: tuple[str, ...] = ("core", "activation")
     recompute_layers: int | None = None

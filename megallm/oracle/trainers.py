@@ -176,6 +176,17 @@ TRAINERS: dict[str, Kind] = {
     )),
 }  # fmt: skip
 
+SHARED: dict[str, Any] = {"packed": True, "shared": True, "micro_batch": 1, "seq_len": 24}
+SHARING = ("dpo", "grpo", "gspo")  # kinds whose answers share prompts
+SHARED_LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("shared", "", "dense", {"micros": 2}),
+    ("shared-tp4-two-kv", "tp=4", "dense", {}),
+    ("shared-cp2-tp2-sp-ring", "cp=2,tp=2,sp=1", "dense", {"micros": 2}),
+    ("shared-cp2-ulysses", "cp=2,cp_kind=ulysses", "dense", {}),
+    ("shared-zb-v", "pp=2,schedule=zb-v", "dense", FOUR | {"micros": 3, "recompute": "full"}),
+    ("shared-dp2-ep2", "dp=2,ep=2", "experts", {"micros": 2}),
+    ("shared-lora-dp2-zero3", "dp=2,zero=3", "dense", {"micros": 2, "adapter": "lora"}),
+)
 DENSE, TIED, MOE = "dense", "tied", "experts"
 LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("single", "", DENSE, {}),
@@ -204,7 +215,8 @@ LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 
 def _rows(name: str, kind: Kind) -> Iterator[Written]:
     standard = {"trainer": name, "loss": kind.loss, "adapter": kind.adapter, "mask": "answer"}
-    for title, layout, model, changes in LAYOUTS:
+    sharing = [(*most, SHARED | rest) for *most, rest in SHARED_LAYOUTS if name in SHARING]
+    for title, layout, model, changes in (*LAYOUTS, *sharing):
         used = {DENSE: kind.dense, TIED: kind.tied, MOE: kind.experts}[model]
         if used is None:
             continue
@@ -234,10 +246,13 @@ TRAINER_MISTAKES = {
     "critic.reduce": "the critic's gradients are not summed over data ranks",
     "rollout.stale": "answers sampled from the weights before the last update, taken for new ones",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
+    "prefix.siblings": "answers to a shared prompt see the answer before them",
+    "prefix.positions": "answers to a shared prompt stand one place too late",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
 _OUTPUTS = {"head.outputs": "tp2-sp"}
 _FROZEN = {"frozen.touched": "single", "clip.norm": "pp2-tied"}
+_SHARED = {"prefix.siblings": "shared", "prefix.positions": "shared"}
 _LOW_RANK = _FROZEN | {"lora.partial": "tp4-two-kv", "grads.partial": "tp2-sp"}
 # For every kind the names that its path uses, and the end of a row's name in which each must show.
 CONTROLS_OF: dict[str, dict[str, str]] = {
@@ -256,12 +271,12 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "parallel": _FROZEN | {"grads.partial": "tp2-sp"},
     "qlora": _LOW_RANK,
     "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
-    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single", "counts.doubled": "single"},
+    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single", "counts.doubled": "single"} | _SHARED,
     "kto": _COUNTS | {"cp.outputs": "cp2-ring", "counts.doubled": "accumulation"},
     "grpo": _COUNTS | {
         "vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring", "rollout.stale": "rollout-dp2-zero3",
-    },
-    "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+    } | _SHARED,
+    "gspo": _COUNTS | {"cp.outputs": "cp2-ring"} | _SHARED,
     "ppo": _COUNTS | {
         "cp.outputs": "cp2-ring", "advantage.whiten": "dp3-uneven", "critic.reduce": "critic-dp2-zero2",
     },

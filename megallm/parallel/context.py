@@ -354,8 +354,9 @@ class Context:
         """Returns what the tokens of a microbatch may see; None when that is ordinary causal
         attention on one rank.
 
-        A packed row has `cu_seqlens` int32 `[n+1]` (on the CPU: it is read here) and B = 1; else
-        DataError is raised.
+        A packed row has `cu_seqlens` int32 `[n+1]` and B = 1, else DataError is raised; and perhaps
+        `prefix_of` int32 `[n]`, the document that stands before each, -1: none. Both lie on the
+        CPU, since they are read here.
         """
         rows, length = batch["positions"].shape
         if "cu_seqlens" not in batch:
@@ -369,7 +370,8 @@ class Context:
                 f"a microbatch with cu_seqlens has {rows} rows; packed documents fill one row (B "
                 "= 1)."
             )
-        return row_mask_spec(length, batch["cu_seqlens"].tolist(), window, causal)
+        prefixes = batch["prefix_of"].tolist() if "prefix_of" in batch else ()
+        return row_mask_spec(length, batch["cu_seqlens"].tolist(), window, causal, prefixes)
 
     def parallel_attention(
         self,

@@ -19,6 +19,7 @@ from megallm.base.errors import UsageError
 from megallm.base.rng import key_of
 from megallm.models.block import Block
 from megallm.models.decoder import Stage
+from megallm.ops.documents import token_sequences
 from megallm.ops.dropout import keyed_dropout, token_keys
 from megallm.parallel import comm
 from megallm.parallel.mesh import Mesh
@@ -115,9 +116,9 @@ def at_tokens(batch: Batch, name: str, padding: int) -> Tensor:
         return values
     if "cu_seqlens" not in batch:
         return values[:, None].expand(shape)
-    lengths = batch["cu_seqlens"].to(torch.int64).diff().to(values.device)
-    more = values.new_full((max(0, len(lengths) - len(values)),), padding)
-    return torch.cat((values, more)).repeat_interleave(lengths)[None]
+    sequences = token_sequences(batch)
+    more = values.new_full((max(0, int(sequences[-1]) + 1 - len(values)),), padding)
+    return torch.cat((values, more))[sequences.to(values.device)][None]
 
 
 def watch_tokens(stage: Stage) -> None:

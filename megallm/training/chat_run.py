@@ -20,7 +20,8 @@ from megallm.data.batches import BatchReader, Share
 from megallm.data.chat import preview
 from megallm.data.chat.cache import content_hash
 from megallm.data.chat.prepare import Prepared, files_of, prepare, template_of
-from megallm.data.chat.reader import ChatReader, reader_of
+from megallm.data.chat.reader import SHARED, ChatReader, common_share, reader_of
+from megallm.data.shared_prefix import PrefixSharing
 from megallm.data.text import tokenizer
 from megallm.engine.engine import Engine, Mesh, Part
 from megallm.run.changes import Change
@@ -31,6 +32,7 @@ from megallm.training.finetune import FinetuneConfig
 from megallm.training.held_out import HeldOut
 from megallm.training.kept_tokenizer import keep_template, keep_tokenizer
 from megallm.training.resuming import Identity
+from megallm.training.shared_prefix import sharing_of, sharing_said
 from megallm.training.supervised import Evaluation, SupervisedRun
 from megallm.training.trainer import Ledger
 
@@ -153,12 +155,34 @@ class ChatRun(SupervisedRun):
     def reader(self, share: Share, first_step: int, state: dict[str, Any]) -> BatchReader:
         """Returns what this rank's replica reads, the same on every rank of a replica."""
         made = self.reader_type
-        return reader_of(self.rows, share, first_step, state or None, self.multiple, made=made)
+        reader = reader_of(self.rows, share, first_step, state or None, self.multiple, made=made)
+        return self._sharing(reader)
 
     def once(self, rows: Prepared, share: Share) -> ChatReader:
         """Returns what reads every row once, from the first one; what comes after is padding."""
         made = self.reader_type
-        return reader_of(rows, share, multiple=self.multiple, epochs=1, made=made)
+        return self._sharing(
+            reader_of(rows, share, multiple=self.multiple, epochs=1, made=made)
+        )
+
+    def _sharing(self, reader: ChatReader) -> ChatReader:
+        """The reader, told when answers share their prompts."""
+        reader.sharing = self.sharing
+        return reader
+
+    @property
+    def sharing(self) -> PrefixSharing | None:
+        """Returns when answers share their prompts."""
+        config = self.config
+        if config.kind not in SHARED:
+            return None
+        wanted, model = config.data.shared_prefix, config.model
+        return sharing_of(wanted, model, "data.shared_prefix", self.not_shared)
+
+    @property
+    def not_shared(self) -> str | None:
+        """Returns why this way of training has a prompt for each answer, as a clause."""
+        return None
 
     def evaluation(self, engine: Engine, share: Share, ledger: Ledger) -> Evaluation:
         """Returns the mean of every term over the held-out rows, each once, or over the first
@@ -208,6 +232,8 @@ class ChatRun(SupervisedRun):
         held_out = () if self.held_out is None else self.held_out.notes[1:]  # the template is told
         for line in (*self.rows.notes, *(f"held out: {line}" for line in held_out)):
             recorder.note(line)
+        if self.sharing is not None:
+            recorder.note(sharing_said(self.config.data.shared_prefix, common_share(self.rows)))
         path = Path(self.config.run.dir) / "first_rows.txt"
         atomic_write_text(path, preview.first_rows(self.rows.sources, self.rows.words, SHOWN))
         first = next(iter(self.rows.sources.values()))

@@ -30,6 +30,7 @@ from megallm.training.model_rewards import functions_of, open_rewards
 from megallm.training.reward_calls import RewardCaller
 from megallm.training.rl_config import GrpoConfig
 from megallm.training.rollout import Codec, Experience, Rollouts
+from megallm.training.shared_prefix import SAVING, saving_said
 from megallm.training.supervised import open_run
 from megallm.training.trainer import StepReport
 from megallm.training.turns import open_turns
@@ -147,13 +148,16 @@ class PolicyTrainer(GrpoTrainer):
 
     def __init__(self, job: GrpoRun, *args: Any) -> None:
         super().__init__(job.config, *args)
-        self.job, self.monitor = job, CollapseMonitor()
+        self.job, self.monitor, self._told_saving = job, CollapseMonitor(), False
         self.note: Callable[[str], None] = lambda text: None
 
     def step(self, step: int) -> StepReport:
         """Train one step, numbered from 1."""
         report = super().step(step)
         row = {"step": step, **report.metrics}
+        if not self._told_saving:
+            self._told_saving = True
+            self.note(saving_said("rl", self.config.rl.shared_prefix, row[SAVING]))
         if step % self.config.log.every == 0:
             self.note(_told(row))
         warnings = (*report.warnings, *self.monitor.see(row))

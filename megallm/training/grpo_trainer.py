@@ -43,6 +43,7 @@ from megallm.training.rl_metrics import (
     update_metrics,
 )
 from megallm.training.rollout import Experience, Prompts, Rollouts
+from megallm.training.shared_prefix import SAVING, sharing_of
 from megallm.training.trainer import StepReport
 
 TOLERANCE = {"fp32": 1e-4, "fp64": 1e-4}  # nats, in the first update of a rollout
@@ -102,7 +103,10 @@ class GrpoTrainer:
         self.loss = policy_loss_of(rl, sampling.max_new_tokens, sampling.temperature)
         dtype = torch.float64 if train.precision == "fp64" else torch.float32
         multiple = 2 * config.layout.cp * config.layout.tp
-        self.rows = ResponseRows(self.engine, train.micro_batch, multiple, rl.packing, dtype)
+        sharing = sharing_of(rl.shared_prefix, self.engine.config.model, "rl.shared_prefix")
+        self.rows = ResponseRows(
+            self.engine, train.micro_batch, multiple, rl.packing, dtype, sharing
+        )
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
         self.partial = PartialRollouts(rollouts, sampling.partial)
         self.draws = int(ledger.get("draws", 0))
@@ -123,6 +127,7 @@ class GrpoTrainer:
             figures = self._score(fresh, again)
         credit = self._credit(drawn)
         figures |= self._penalty_metrics(credit)
+        figures[SAVING] = self.rows.shape([*fresh, *again]).saved
         for answer, values in zip(fresh, self.advantages(credit, fresh), strict=True):
             answer.advantages = values
         lr = learning_rate(self.config.optim, step, self.config.train.steps)

@@ -83,6 +83,13 @@ class DpoRun(ReferenceRun):
         """Whether the loss compares the policy with another model."""
         return not self._loss.reference_free
 
+    @property
+    def not_shared(self) -> str | None:
+        """Returns that ORPO's prompts count, for experts' balance once an answer."""
+        if "orpo" in self._loss.kinds and self.config.model.moe.num_experts:
+            return "dpo.loss orpo trains prompts, whose tokens experts balance once an answer"
+        return None
+
     def read_data(self, mesh: Mesh) -> None:
         """Make the rows ready. Errors: UsageError for margins that the loss cannot use."""
         super().read_data(mesh)

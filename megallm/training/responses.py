@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from megallm.base.errors import InternalError
 from megallm.data.loader import to_tensors
 from megallm.data.objective import Arrays
+from megallm.data.shared_prefix import PrefixSharing, RowCost, SharedRow, Sized, causal, shared_row
 from megallm.engine.engine import Engine
 
 Batch = dict[str, Tensor]
@@ -100,10 +101,25 @@ class LogProbPair(NamedTuple):
 
 
 class RowPlace(NamedTuple):
-    """Where the predictions of an answer's tokens stand in a microbatch: `row`, from `begin`."""
+    """Where an answer stands in a microbatch: in `row`, from `begin` on, without the first
+    `skipped` tokens of its prompt, which it shares; `at` is where the predictions of its tokens
+    begin.
+    """
 
     row: int
     begin: int
+    skipped: int
+    at: int
+
+
+class RowShape(NamedTuple):
+    """The `length` of every rank's rows, whether answers share their prompts in them, and the share
+    of the tokens that this saves.
+    """
+
+    length: int
+    shared: bool = False
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,9 @@ class ResponseRows:
     """Lays answers into this data rank's microbatches, of the same shape on every rank.
 
     `micro_batch` answers a microbatch, the length a multiple of `multiple`; with `packing` they
-    stand one after another in one row and do not see each other.
+    stand one after another in one row and do not see each other. With `sharing` neighbours with the
+    same prompt share it where that pays (`data.shared_prefix`): one row a microbatch, whatever
+    `packing` is. What lies in a microbatch, and so every loss, is the same either way.
     """
 
     engine: Engine
@@ -119,6 +137,7 @@ class ResponseRows:
     multiple: int = 1
     packing: bool = False
     dtype: torch.dtype = torch.float32
+    sharing: PrefixSharing | None = None
 
     def batches(
         self, answers: Sequence[Response], values: Mapping[str, str] | None = None
@@ -128,11 +147,11 @@ class ResponseRows:
         Without them `advantages`, `old_log_probs`, `rollout_log_probs` and, where every answer has
         them, `ref_log_probs`. Missing answers are padding.
         """
-        micros, length = self._micros(answers)
+        micros, shape = self._micros(answers)
         if values is None:
             further = all(answer.reference is not None for answer in answers)
             values = VALUES | ({"ref_log_probs": "reference"} if further else {})
-        made = [self._batch(micro, length, values) for micro in micros]
+        made = [self._batch(micro, shape, values) for micro in micros]
         self._check_mask(made, micros)
         return made
 
@@ -154,64 +173,119 @@ class ResponseRows:
         """Returns what `score` `[B, T]` says of each token of each answer, on every rank;
         collective over the world.
         """
-        micros, length = self._micros(answers)
-        scored = score([self._batch(micro, length, {}) for micro in micros])
+        micros, shape = self._micros(answers)
+        scored = score([self._batch(micro, shape, {}) for micro in micros])
         mine: list[list[float]] = []
         for micro, values in zip(micros, scored, strict=True):
             rows = values.to("cpu", torch.float64).numpy()
-            for answer, (row, begin) in zip(micro, self._places(micro), strict=True):
+            for answer, place in zip(micro, self._places(micro, shape), strict=True):
                 kept = [] if answer is None else answer.sampled
-                mine.append(np.where(kept, rows[row, begin : begin + len(kept)], 0.0).tolist())
+                found = rows[place.row, place.at : place.at + len(kept)]
+                mine.append(np.where(kept, found, 0.0).tolist())
         return self.engine.all(mine)[: len(answers)]
 
-    def _micros(self, answers: Sequence[Response]) -> tuple[list[list[Response | None]], int]:
-        """This rank's answers by microbatch, and the length of all ranks' rows."""
+    def shape(self, answers: Sequence[Response]) -> RowShape:
+        """Returns the shape of the rows in which these answers are trained."""
+        return self._shape(self._filled(answers))
+
+    def _filled(self, answers: Sequence[Response]) -> list[list[Response | None]]:
+        """All ranks' answers by microbatch, with padding at the end."""
         count, ranks = self.micro_batch, self.engine.mesh.data.size
         room = -len(answers) % (count * ranks) if answers else count * ranks
         filled: list[Response | None] = [*answers, *[None] * room]
-        micros = [filled[at : at + count] for at in range(0, len(filled), count)]
-        sizes = [[0 if one is None else one.size for one in micro] for micro in micros]
-        longest = max(sum(each) if self.packing else max(each) for each in sizes)
-        longest = max(longest, 1)
-        return self.engine.mine(micros), -(-longest // self.multiple) * self.multiple
+        return [filled[at : at + count] for at in range(0, len(filled), count)]
 
-    def _places(self, micro: Sequence[Response | None]) -> list[RowPlace]:
+    def _micros(
+        self, answers: Sequence[Response]
+    ) -> tuple[list[list[Response | None]], RowShape]:
+        """This rank's answers by microbatch, and the shape of all ranks' rows."""
+        micros = self._filled(answers)
+        return self.engine.mine(micros), self._shape(micros)
+
+    def _shape(self, micros: list[list[Response | None]]) -> RowShape:
+        sizes = [[0 if one is None else one.size for one in micro] for micro in micros]
+        length = self._rounded(sum(each) if self.packing else max(each) for each in sizes)
+        if self.sharing is None:
+            return RowShape(length)
+        rows = [_shared(micro) for micro in micros]
+        shared = self._rounded(row.ends[-1] for row in rows)
+        plain, other = RowCost(), RowCost()
+        for row, each in zip(rows, sizes, strict=True):
+            rest = shared - row.ends[-1]
+            other = other.plus(row.cost).plus(RowCost(rest, causal(rest)))
+            documents = [*each, length - sum(each)] if self.packing else [length] * len(each)
+            plain = plain.plus(RowCost(sum(documents), sum(map(causal, documents))))
+        found = any(row.prefixes for row in rows)
+        if not found or not self.sharing.pays(plain, other):
+            return RowShape(length)
+        return RowShape(shared, True, 1 - other.tokens / plain.tokens)
+
+    def _rounded(self, sizes: Iterable[int]) -> int:
+        return -(-max(1, *sizes) // self.multiple) * self.multiple
+
+    def _places(self, micro: Sequence[Response | None], shape: RowShape) -> list[RowPlace]:
         before, made = 0, []
+        shared = iter(_shared(micro).places if shape.shared else ())
         for row, answer in enumerate(micro):
             first = 0 if answer is None else len(answer.prompt) - 1
-            made.append(RowPlace(0, before + first) if self.packing else RowPlace(row, first))
+            if answer is not None and shape.shared:
+                begin, skipped = next(shared)
+                made.append(RowPlace(0, begin, skipped, begin + first - skipped))
+            elif self.packing or shape.shared:
+                made.append(RowPlace(0, before, 0, before + first))
+            else:
+                made.append(RowPlace(row, 0, 0, first))
             before += 0 if answer is None else answer.size
         return made
 
     def _batch(
-        self, micro: Sequence[Response | None], length: int, wanted: Mapping[str, str]
+        self, micro: Sequence[Response | None], shape: RowShape, wanted: Mapping[str, str]
     ) -> Batch:
-        rows = 1 if self.packing else len(micro)
-        shape = rows, length
-        batch: Arrays = {name: np.zeros(shape, np.int64) for name in ("tokens", "labels")}
+        length, whole = shape.length, self.packing or shape.shared
+        rows = 1 if whole else len(micro)
+        size = rows, length
+        batch: Arrays = {name: np.zeros(size, np.int64) for name in ("tokens", "labels")}
         batch["positions"] = np.tile(np.arange(length), (rows, 1))
-        batch["mask"] = np.zeros(shape, bool)
-        batch |= {name: np.zeros(shape) for name in wanted}
+        batch["mask"] = np.zeros(size, bool)
+        batch |= {name: np.zeros(size) for name in wanted}
         ends = [0]
-        for answer, (row, at) in zip(micro, self._places(micro), strict=True):
+        for answer, (row, begin, skipped, at) in zip(
+            micro, self._places(micro, shape), strict=True
+        ):
             if answer is None:
                 continue
-            size, count = answer.size, len(answer.tokens)
-            begin = at - len(answer.prompt) + 1
-            batch["tokens"][row, begin : begin + size] = [*answer.prompt, *answer.tokens[:-1]]
+            count, end = len(answer.tokens), begin + answer.size - skipped
+            batch["tokens"][row, begin:end] = [*answer.prompt, *answer.tokens[:-1]][skipped:]
             batch["labels"][row, at : at + count] = answer.tokens
             kept = batch["mask"][row, at : at + count] = np.array(answer.sampled)
             for name, key in wanted.items():
                 values = vars(answer)[key]
                 filled = values if len(values) else 0.0
                 batch[name][row, at : at + count] = np.where(kept, filled, 0.0)
-            if self.packing:
-                batch["positions"][row, begin : begin + size] = np.arange(size)
-                ends.append(begin + size)
-        if self.packing:
-            if ends[-1] < length:
-                batch["positions"][0, ends[-1] :] = np.arange(length - ends[-1])
-                ends.append(length)
-            batch["cu_seqlens"] = np.array(ends, np.int32)
+            ends.append(end)
+        if shape.shared:
+            batch |= self._share(batch["tokens"], micro)
+        elif self.packing:
+            batch |= SharedRow((), (), tuple(ends), (-1,) * (len(ends) - 1)).of_documents(length)
+            del batch["prefix_of"]
         made = to_tensors(batch)
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()}
+
+    @staticmethod
+    def _share(tokens: np.ndarray, micro: Sequence[Response | None]) -> Arrays:
+        """Fill shared prompts into `tokens` `[1, T]`; returns what the row's documents are."""
+        found, row = [one for one in micro if one is not None], _shared(micro)
+        for begin, size, source in row.prefixes:
+            tokens[0, begin : begin + size] = found[source].prompt[:size]
+        return row.of_documents(tokens.shape[1])
+
+
+def _shared(micro: Sequence[Response | None]) -> SharedRow:
+    """The row of a microbatch's answers in which neighbours with the same prompt share it."""
+    return shared_row(
+        [
+            Sized(one.size, len(one.prompt) - 1, tuple(one.prompt))
+            for one in micro
+            if one is not None
+        ]
+    )

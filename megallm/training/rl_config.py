@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megallm.data.chat.formats import RowKind
+from megallm.data.shared_prefix import SharedPrefix
 from megallm.rewards.config import JudgeConfig, RewardConfig, RewardScorerConfig, TurnsConfig
 from megallm.training.finetune import FinetuneConfig
 
@@ -83,6 +84,7 @@ class RlConfig:
     updates: int = 1  # updates in which the answers of a step are trained, train.global_batch of them in each
     epochs: int = 1  # passes over the answers of a step
     packing: bool = False  # answers of a microbatch in one row, which do not see each other; else a row each, padded
+    shared_prefix: SharedPrefix = "auto"  # a prompt once in a row, its answers behind it: where it is cheaper, on, off
     low: float | None = None  # a ratio is clipped below 1 - low
     high: float | None = None  # and above 1 + high
     dual_clip: float | None = None  # bound of the ratio for negative advantages

@@ -32,6 +32,7 @@ from megallm.training.resuming import (
     same_run,
     unreadable,
 )
+from megallm.training.shared_prefix import saving_of
 from megallm.training.trainer import Ledger, StepReport, finite
 from megallm.training.weights import build_engine
 
@@ -88,7 +89,7 @@ class SupervisedTrainer:
             self.config.train.global_batch,
             tokens,
             losses=train_losses(stats),
-            metrics=_tokens(stats) | mtp_losses(stats, mtp.depth, mtp.weight),
+            metrics=_tokens(stats) | mtp_losses(stats, mtp.depth, mtp.weight) | saving_of(batches),
             flops=self._flops_of_token * tokens,
             wait_seconds=waited,
             data=self.feed.data_after(step),

@@ -56,3 +56,31 @@ def packed(outputs: Batch, batch: Batch) -> tuple[Batch, Batch]:
     ends = torch.tensor([0, *lengths, 4]).cumsum(0).to(torch.int32)
     whole = {name: joined(x) for name, x in batch.items()} | {"cu_seqlens": ends}
     return {name: joined(x) for name, x in outputs.items()}, whole
+
+
+def shared(outputs: Batch, batch: Batch) -> tuple[Batch, Batch]:
+    """The same with a prompt of three tokens before every second sequence, which it shares with the next
+    one; whatever outputs say of prompts is of no interest.
+    """
+    outputs, batch = packed(outputs, batch)
+    ends, pieces, before, sizes = batch["cu_seqlens"].tolist(), [], [], [0]
+    for n, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        alone = n == len(ends) - 2  # padding
+        if n % 2 == 0 and not alone:
+            pieces.append(None)
+            before.append(-1)
+            sizes.append(3)
+        before.append(-1 if alone else len(before) - 1 - n % 2)
+        pieces.append(slice(begin, end))
+        sizes.append(end - begin)
+
+    def joined(x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return x
+        fill = 7.0 if x.is_floating_point() else 0
+        return torch.cat([x.new_full((1, 3), fill) if piece is None else x[:, piece] for piece in pieces], 1)
+
+    whole = {name: joined(x) for name, x in batch.items() if name != "cu_seqlens"}
+    whole["cu_seqlens"] = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    whole["prefix_of"] = torch.tensor(before, dtype=torch.int32)
+    return {name: joined(x) for name, x in outputs.items()}, whole

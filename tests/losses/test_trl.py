@@ -1,4 +1,5 @@
-"""Losses and gradients of TRL 1.16 (tests/peers/trl_golden.json), in one microbatch, split and packed.
+"""Losses and gradients of TRL 1.16 (tests/peers/trl_golden.json), in one microbatch, split, packed and
+behind shared prompts.
 
 `tests/peers/trl_golden.py` has written the file by running TRL's own trainers in an environment of
 their own; with MEGALLM_PEERS=PYTHON, the interpreter of such an environment, it is written anew and
@@ -22,7 +23,7 @@ from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, cpo_loss, orpo_loss, reference_point, simpo_loss
 from megallm.losses.reward import BradleyTerry
 from megallm.ops.divergence import generalized_jsd
-from tests.losses.averages import averaged, packed, split
+from tests.losses.averages import averaged, packed, shared, split
 
 PEERS = Path(__file__).parents[1] / "peers"
 GOLDEN = json.loads((PEERS / "trl_golden.json").read_text(encoding="utf-8"))
@@ -31,12 +32,12 @@ INPUTS = {
     for name, x in GOLDEN["inputs"].items()
 }
 MASK = INPUTS["mask"].bool()
-SHAPES = ("whole", "split", "packed")
+SHAPES = ("whole", "split", "packed", "shared")
 
 
 def micros(outputs, batch, shape, *ends):
-    if shape == "packed":
-        return [packed(outputs, batch)]
+    if shape in ("packed", "shared"):
+        return [(packed if shape == "packed" else shared)(outputs, batch)]
     return split(outputs, batch, *(ends if shape == "split" else ()))
 
 

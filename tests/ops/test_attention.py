@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -25,8 +26,20 @@ def dense_mask(mask_spec: MaskSpec) -> Tensor:
     document = torch.zeros(length, dtype=torch.long)
     for end in mask_spec.documents[1:-1]:
         document[end:] += 1
-    gap = torch.arange(length)[:, None] - torch.arange(length)[None]
-    seen = ((gap >= 0) | (not mask_spec.causal)) & (document[:, None] == document[None])
+    place, own = torch.arange(length), document[:, None] == document[None]
+    if mask_spec.prefix_of:
+        before = torch.tensor(mask_spec.prefix_of)
+        sizes, starts = document.bincount(), torch.tensor(mask_spec.documents[:-1])
+        for number, parent in enumerate(mask_spec.prefix_of):
+            while parent >= 0:
+                own |= (document == number)[:, None] & (document == parent)[None]
+                parent = mask_spec.prefix_of[parent]
+        first = torch.zeros(len(before), dtype=torch.long)  # position of each document's first token
+        for number, parent in enumerate(mask_spec.prefix_of):
+            first[number] = first[parent] + sizes[parent] if parent >= 0 else 0
+        place = place - starts[document] + first[document]
+    gap = place[:, None] - place[None]
+    seen = ((gap >= 0) | (not mask_spec.causal)) & own
     return seen if mask_spec.window is None else seen & (gap < mask_spec.window)
 
 
@@ -41,6 +54,21 @@ def random_sight(draw: random.Random, length: int) -> MaskSpec:
     ends = sorted(draw.sample(range(1, length), draw.randint(0, min(5, length - 1))))
     window = draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length])
     return MaskSpec((0, *ends, length), window, causal=window is not None or draw.random() < 0.5)
+
+
+def random_groups(draw: random.Random, length: int) -> MaskSpec:
+    """Documents of which some share a prefix, down to prefixes of prefixes."""
+    ends = sorted(draw.sample(range(1, length), draw.randint(1, min(9, length - 1))))
+    before: list[int] = []
+    for number in range(len(ends) + 1):
+        chain = [-1]  # what may stand before it: the document just before, and what stands before that
+        at = number - 1
+        while at >= 0:
+            chain.append(at)
+            at = before[at]
+        before.append(draw.choice(chain))
+    window = draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length])
+    return row_mask_spec(length, [0, *ends, length], window, prefix_of=before)
 
 
 def tensors(length: int, heads: int, kv_heads: int, size: int = 6, value_size: int = 6, dtype=torch.float64):
@@ -73,11 +101,12 @@ def covered(tiles: tuple[Tile, ...], rows: int, keys: int) -> Tensor:
     return count
 
 
+@pytest.mark.parametrize("made", [random_sight, random_groups])
 @pytest.mark.parametrize("seed", range(40))
-def test_tiles_hold_each_visible_pair_once(seed: int) -> None:
+def test_tiles_hold_each_visible_pair_once(seed: int, made: Callable[..., MaskSpec]) -> None:
     draw = random.Random(seed)
     length = draw.randint(2, 300)
-    mask_spec = random_sight(draw, length)
+    mask_spec = made(draw, length)
     cuts = sorted({0, length, *draw.choices(range(length), k=draw.randint(0, 4))})
     runs = [Span(a, b) for a, b in pairwise(cuts)]
     draw.shuffle(runs)
@@ -91,6 +120,51 @@ def test_tiles_hold_each_visible_pair_once(seed: int) -> None:
     assert torch.equal(covered(plan_tiles(queries, keys, mask_spec), length, length), mask[order].long())
     assert torch.equal(covered(plan_tiles(keys, queries, mask_spec), length, length), mask[:, order].long())
     assert torch.equal(covered(plan_tiles(queries, queries, mask_spec), length, length), mask[order][:, order].long())
+
+
+def test_a_group_is_one_rectangle_and_the_diagonals() -> None:
+    row = (Span(0, 20),)
+    tiles = plan_tiles(row, row, row_mask_spec(20, [0, 8, 11, 15, 18, 20], None, prefix_of=[-1, 0, 0, 0, -1]))
+    assert sorted((t.kind, t.q_begin, t.q_end, t.k_begin, t.k_end) for t in tiles) == [
+        (CAUSAL, 0, 8, 0, 8), (CAUSAL, 8, 11, 8, 11), (CAUSAL, 11, 15, 11, 15), (CAUSAL, 15, 18, 15, 18),
+        (CAUSAL, 18, 20, 18, 20), (FULL, 8, 18, 0, 8),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ends, before",
+    [
+        ([0, 4, 8], [-1]), ([0, 4, 8], [0, -1]), ([0, 4, 8], [-1, 1]), ([0, 4, 4, 8], [-1, 0, 0]),
+        ([0, 4, 6, 8], [-1, -1, 0]),
+    ],  # fmt: skip
+)
+def test_prefixes_that_are_none_are_refused(ends: list[int], before: list[int]) -> None:
+    with pytest.raises(DataError, match="follows at once"):
+        row_mask_spec(8, ends, None, prefix_of=before)
+    with pytest.raises(DataError, match="causal"):
+        row_mask_spec(8, [0, 4, 8], None, causal=False, prefix_of=[-1, 0])
+
+
+@pytest.mark.parametrize("window, sinks", [(None, False), (7, False), (5, True)])
+def test_a_group_equals_its_sequences(window: int | None, sinks: bool) -> None:
+    """Keys, values and gradients of answers behind a shared prompt: those of whole sequences, added up."""
+    q, k, v = tensors(30, 4, 2)
+    q, k, v = (x.detach()[:1].requires_grad_() for x in (q, k, v))
+    sunk = torch.linspace(-1, 1, 4, dtype=torch.float64).requires_grad_() if sinks else None
+    leaves = [q, k, v, *([sunk] if sinks else [])]
+    prompt, answers = slice(0, 11), [slice(11, 17), slice(17, 20), slice(20, 30)]
+    spec = row_mask_spec(30, [0, 11, 17, 20, 30], window, prefix_of=[-1, 0, 0, 0])
+    found = packed_attention(q, k, v, spec, sunk)
+    want = [packed_attention(q[:, prompt], k[:, prompt], v[:, prompt], MaskSpec((0, 11), window), sunk)]
+    for answer in answers:
+        whole = [torch.cat((x[:, prompt], x[:, answer]), 1) for x in (q, k, v)]
+        length = whole[0].shape[1]
+        want.append(packed_attention(*whole, MaskSpec((0, length), window), sunk)[:, 11:])
+    assert (found - torch.cat(want, 1)).abs().max() < 1e-12
+    for mine, theirs in zip(gradients(found, leaves), gradients(torch.cat(want, 1), leaves), strict=True):
+        assert (mine - theirs).abs().max() < 1e-12
+    each_other = MaskSpec((0, 11, 30), window, True, (-1, 0))
+    assert (packed_attention(q, k, v, each_other, sunk) - found).abs().max() > 1e-3
 
 
 def test_full_sight_is_one_rectangle_for_each_document_and_padding_is_one() -> None:

@@ -72,8 +72,8 @@ PURE = (
     "checkpoint.writer", "convert.rules", "convert.families",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
-    "training.distill_config",
-    "training.starting", "training.rl_config", "training.advantages", "training.rl_metrics", "training.collapse",
+    "training.distill_config", "training.starting", "training.shared_prefix", "training.rl_config",
+    "training.advantages", "training.rl_metrics", "training.collapse",
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "report.", "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip

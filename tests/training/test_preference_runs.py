@@ -126,6 +126,28 @@ def test_packed_equals_padded(place):
             same(folder / f"{name}-packed-cp2", padded, 2)
 
 
+def savings(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["perf/shared_prefix_saving"] for row in rows if "perf/shared_prefix_saving" in row]
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "reward"])
+def test_shared_prompts_equal_plain_rows(place, whole, name):
+    """Where it is cheaper, which is the default, wherever it can be, and packed."""
+    folder, start, source = place
+    verb, values = CASES[name]
+    plain = train(verb, folder / f"{name}-plain", start, source, **values, **{"data.shared_prefix": "off"})
+    assert not savings(plain) and all(saved > 0.1 for saved in savings(whole(name))) and savings(whole(name))
+    same(whole(name), plain)
+    said = (whole(name) / "log.txt").read_text() if (whole(name) / "log.txt").is_file() else ""
+    assert not said or "answers share their prompt where that is cheaper" in said
+    if name == "dpo":
+        lora = {"peft.method": "lora", "peft.dim": 4, "peft.dropout": 0.1, "reference.kind": "adapter_off"}
+        runs = [train(verb, folder / f"dpo-lora-{sharing}", start, source, **lora, **{"data.shared_prefix": sharing})
+                for sharing in ("on", "off")]  # fmt: skip
+        same(*runs)
+
+
 KINDS = {
     "precomputed": {},
     "frozen": {},
@@ -340,6 +362,7 @@ def test_a_reference_point_of_one_rank_is_noticed(place, whole):
 def test_a_pair_that_is_split_is_refused(place, monkeypatch):
     """A microbatch with one answer of a pair would compare answers to different prompts."""
     folder, start, source = place
+    plain = {"data.shared_prefix": "off"}  # rows of which one can be taken
     run = RUNS["dpo"](config_of("dpo", folder / "split", start, source))
     whole_of = RUNS["dpo"].complete
 
@@ -349,4 +372,4 @@ def test_a_pair_that_is_split_is_refused(place, monkeypatch):
 
     monkeypatch.setattr(RUNS["dpo"], "complete", split)
     with pytest.raises(ValueError, match="belong into the same microbatch"):
-        train("dpo", Path(run.config.run.dir), start, source)
+        train("dpo", Path(run.config.run.dir), start, source, **plain)

@@ -13,6 +13,8 @@ from itertools import pairwise
 from math import inf
 from typing import Literal
 
+from megallm.data.shared_prefix import SharedPrefix
+
 _PLACES = re.compile(r"\{\w+\}")
 
 
@@ -35,6 +37,7 @@ class ChatDataConfig:
     too_long: Literal["keep_start", "keep_end", "drop", "error"] = "drop"  # a sequence over seq_len: cut, or left out
     on_error: Literal["stop", "skip"] = "stop"  # a row that cannot be used: end with its line, or leave it out
     packing: bool = False  # several sequences a row, which do not see each other; else a row each, padded
+    shared_prefix: SharedPrefix = "auto"  # dpo, reward: a prompt once for all its answers: where cheaper, on, or off
     window: int = 256  # rows drawn, and packed, together
     seed: int | None = None  # of the order; null: run.seed
     log_samples: bool = False  # append what each rank consumed to RUN/samples.jsonl

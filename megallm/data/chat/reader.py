@@ -25,6 +25,7 @@ from megallm.data.chat.prepare import Prepared, prepare, silent
 from megallm.data.chat.rows import LabelledRow, PreferenceRow, PromptRow, RankedRow, SftRow
 from megallm.data.chat.rows import Row as Example
 from megallm.data.objective import Arrays
+from megallm.data.shared_prefix import PrefixSharing, RowCost, Sized, causal, shared_row
 from megallm.data.stream.plan import BEST_FIT, SINGLE, Reading, StreamPlan, StreamSegment
 from megallm.data.stream.source import DocumentSource, PackedRow
 from megallm.data.stream.stream import Stream
@@ -66,6 +67,12 @@ class LaidOut:
     mask: np.ndarray
     more: dict[str, Any]
     epoch: int = 0
+
+
+def _cut(one: LaidOut, begin: int, end: int) -> LaidOut:
+    """Some tokens of a sequence."""
+    ids, labels, mask = (x[begin:end] for x in (one.ids, one.labels, one.mask))
+    return replace(one, ids=ids, labels=labels, mask=mask)
 
 
 def _sequence(row: SftRow, sample: int, **more: Any) -> LaidOut:
@@ -132,6 +139,7 @@ _LAY: dict[str, Callable[[Any, int], list[LaidOut]]] = {
     "classification": lambda row, sample: [_scored(row.sequence, sample, int(row.label))],
     "regression": _value,
 }
+SHARED = ("preference", "reward", "ranked")  # kinds whose rows have several answers to a prompt
 _SHARED = ("prompt_tokens", np.dtype(np.int64), 0)
 _PER_SEQUENCE: dict[str, tuple[tuple[str, np.dtype, int], ...]] = {
     "preference": (_SHARED, ("margin", np.dtype(np.float32), 0)),
@@ -154,6 +162,11 @@ class ChatReader(StreamReader):
     the last of a sequence that a head reads. The sequences of pairs alternate: chosen, rejected,
     chosen, ...
 
+    With `sharing`, answers of one row share its prompt where that pays (`data.shared_prefix`):
+    packed with `cu_seqlens`, `prefix_of` and a length of its own, each microbatch the same
+    sequences.
+    The first of the answers has what belongs to the prompt.
+
     padded: [B, T], T the longest sequence of the global batch, rounded up to `multiple`; B is the
     microbatch times the (most) sequences of a row. packed: B = 1 with `cu_seqlens`, S sequences
     and, where there is room left, one of padding at the end.
@@ -164,6 +177,8 @@ class ChatReader(StreamReader):
     ) -> None:
         super().__init__(stream, share, first_step)
         self.prepared, self.multiple, self.epochs = prepared, multiple, None
+        self.sharing: PrefixSharing | None = None
+        self.saved = 0.0  # share of the last step's tokens that shared prompts save
         self._per_row = prepared.per_row
         longest = packed_row_length(prepared)
         if prepared.config.packing and longest % multiple:
@@ -177,17 +192,79 @@ class ChatReader(StreamReader):
         """Returns this rank's microbatches of a step."""
         rows = self._take(step)
         micros = [[rows[i] for i in micro] for micro in self.share.micros()]
+        longest = max((self._longest(row) for row in rows if self._counts(row)), default=1)
+        length = self._rounded(longest)
+        shared = self._shared_length(rows, length)
+        if shared:
+            return [self._shared(self._sequences(micro), shared) for micro in micros]
         if self.prepared.config.packing:
             return [
                 self._packed(self._sequences(micro), sum(row.seq_len for row in micro))
                 for micro in micros
             ]
-        longest = max((self._longest(row) for row in rows if self._counts(row)), default=1)
-        length = self._rounded(longest)
         return [
             self._padded(self._sequences(micro), len(micro) * self._per_row, length)
             for micro in micros
         ]
+
+    def _shared_length(self, rows: Sequence[PackedRow], length: int) -> int:
+        """The length of rows that share prompts, of all ranks' microbatches; 0 where they do not
+        pay beside rows of `length`.
+        """
+        self.saved = 0.0
+        if self.sharing is None or self.prepared.kind not in SHARED:
+            return 0
+        size, made, plain = self.share.micro_batch, [], RowCost()
+        for at in range(0, len(rows), size):
+            micro = rows[at : at + size]
+            sized = [one for row in micro for one in self._sized(row)]
+            made.append(shared_row(sized))
+            documents = [length] * (len(micro) * self._per_row)
+            if self.prepared.config.packing:
+                documents = [one.size for one in sized]
+                documents.append(sum(row.seq_len for row in micro) - sum(documents))
+            plain = plain.plus(RowCost(sum(documents), sum(map(causal, documents))))
+        found = self._rounded(max(row.ends[-1] for row in made))
+        shared = RowCost()
+        for row in made:
+            rest = found - row.ends[-1]
+            shared = shared.plus(row.cost).plus(RowCost(rest, causal(rest)))
+        if not any(row.prefixes for row in made) or not self.sharing.pays(plain, shared):
+            return 0
+        self.saved = 1 - shared.tokens / plain.tokens
+        return found
+
+    def _sized(self, row: PackedRow) -> list[Sized]:
+        """The sequences of a row's items that count, as they are laid out."""
+        source = self.stream.sources[row.prefix]
+        data, made = source.data, []
+        for item in row.items if self._counts(row) else ():
+            first, end = data.document_indices[item.document : item.document + 2]
+            common = int(source.tokenised.table["prompt"][item.document]) - 1
+            key = row.prefix, item.document, row.epoch
+            made += [Sized(size, common, key) for size in data.lengths[first:end].tolist()]
+        return made
+
+    def _shared(self, sequences: Sequence[LaidOut], length: int) -> Arrays:
+        row = shared_row(
+            [
+                Sized(len(one.ids), one.more["prompt_tokens"] - 1, (one.sample, one.epoch))
+                for one in sequences
+            ]
+        )
+        prefixes = [_cut(sequences[source], 0, size) for _, size, source in row.prefixes]
+        behind = [
+            _cut(one, place.first, len(one.ids))
+            for one, place in zip(sequences, row.places, strict=True)
+        ]
+        parts = [*prefixes, *behind]
+        begins = [one.begin for one in (*row.prefixes, *row.places)]
+        places = [(0, slice(a, a + len(x.ids))) for a, x in zip(begins, parts, strict=True)]
+        return {
+            **self._filled(parts, places, (1, length)),
+            **row.of_documents(length),
+            **self._per_sequence(sequences, int(row.ends[-1] < length)),
+        }
 
     def _rounded(self, length: int) -> int:
         return -(-max(length, 1) // self.multiple) * self.multiple
@@ -284,6 +361,18 @@ class ChatReader(StreamReader):
             if "targets" in made:
                 made["targets"][place] = one.more["targets"]
         return made
+
+
+def common_share(prepared: Prepared) -> float:
+    """Returns which share of all tokens of rows with several answers is that of prompts that these
+    have in common, but for the first of each.
+    """
+    tokens = common = 0
+    for source in prepared.sources.values():
+        tokens += int(source.data.lengths.sum())
+        again = np.diff(source.data.document_indices)[: len(source)] - 1
+        common += int((again * (source.table["prompt"] - 1).clip(min=0)).sum())
+    return common / max(tokens, 1)
 
 
 def packed_row_length(prepared: Prepared) -> int:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from megallm.base.errors import MegallmError
+from megallm.data.shared_prefix import SharedPrefix
 from megallm.optim.groups import pattern_problem
 from megallm.training.finetune import FinetuneConfig
 from megallm.training.rules.files import placeholders
 from megallm.training.rules.layout import row_length
 from megallm.training.rules.problem import Facts, Problem, Rules
 from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE
+from megallm.training.shared_prefix import obstacle
 from megallm.training.starting import tokenizer_of_model
 
 HEADS = ("lm", "classification", "value")
@@ -67,6 +69,13 @@ def chat_lengths(facts: Facts) -> Iterator[Problem]:
     for problem in row_length(facts, data.seq_len):
         if problem.rule == "positions" or data.packing:
             yield problem
+
+
+def shared_prefix(facts: Facts, key: str, wanted: SharedPrefix) -> Iterator[Problem]:
+    """Yields prompts that are to be shared in a model that cannot."""
+    why = obstacle(facts.model) if wanted == "on" else None
+    if why is not None:
+        yield Problem("shared_prefix", f"{key} is on, but {why}.", ({key: "auto"},))
 
 
 def objective(facts: Facts) -> Iterator[Problem]:

@@ -167,6 +167,11 @@ def language(facts: Facts) -> Iterator[Problem]:
         yield Problem("positions", sentence, ({"model.max_positions": longest},))
 
 
+def shared_answers(facts: Facts) -> Iterator[Problem]:
+    """Yields answers that are to share their prompt in a model that cannot."""
+    yield from finetune.shared_prefix(facts, "rl.shared_prefix", facts.config.rl.shared_prefix)
+
+
 def inferred(config: GrpoConfig) -> dict[str, Any]:
     """Returns what every trainer on conversations fills in."""
     return finetune.chat_inferred(config)
@@ -176,7 +181,8 @@ _GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone,
 RULES = Rules(
     (*_GIVEN, without_critic),
     finetune.RESOLVED
-    | {language: ("model.head", "data.seq_len", "sampling.max_new_tokens", "model.max_positions")},
+    | {language: ("model.head", "data.seq_len", "sampling.max_new_tokens", "model.max_positions")}
+    | {shared_answers: ("rl.shared_prefix", "model.causal", "model.moe.capacity")},
     finetune.RANGES
     | {f"sampling.{name}": COUNT for name in ("group", "max_new_tokens", "batch")}
     | {f"rl.{name}": COUNT for name in ("updates", "epochs")}

@@ -99,6 +99,13 @@ def value_head(facts: Facts) -> Iterator[Problem]:
         yield Problem("objective", sentence, ({"model.head": "value"},))
 
 
+def shared_pairs(facts: Facts) -> Iterator[Problem]:
+    """Yields pairs that are to share their prompt in a model that cannot."""
+    yield from finetune.shared_prefix(
+        facts, "data.shared_prefix", facts.config.data.shared_prefix
+    )
+
+
 def pairs_of_ranked(config: RewardModelConfig) -> Iterator[Problem]:
     """Yields a way to take pairs that ranked answers do not have."""
     if config.reward.ranked and config.data.pairs != type(config.data)().pairs:
@@ -118,10 +125,11 @@ def inferred_of_reward(config: RewardModelConfig) -> dict[str, Any]:
 
 _SHARE = Range(low=0, high=1)
 _REFERENCE = {"reference.alpha": _SHARE, "reference.every": COUNT}
+_SHARED = {shared_pairs: ("data.shared_prefix", "model.causal", "model.moe.capacity")}
 _MODEL = finetune.RESOLVED | {language_model: ("model.head", "model.causal")}
 DPO = Rules(
     (*finetune.GIVEN, losses, loss_options, reference_of_pairs),
-    _MODEL,
+    _MODEL | _SHARED,
     finetune.RANGES
     | _REFERENCE
     | {
@@ -148,7 +156,7 @@ KTO = Rules(
 )
 REWARD = Rules(
     (*finetune.GIVEN, pairs_of_ranked),
-    finetune.RESOLVED | {value_head: ("model.head",)},
+    finetune.RESOLVED | {value_head: ("model.head",)} | _SHARED,
     finetune.RANGES | {"reward.center": NOT_NEGATIVE, "reward.hidden_dropout": SHARE},
     inferred_of_reward,
 )
