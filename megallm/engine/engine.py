@@ -296,15 +296,13 @@ class Engine:
         return list(items[begin:end])
 
     def all(self, items: Sequence[Item]) -> list[Item]:
-        """Returns the items of all data ranks, in the order of the ranks, on every rank; collective
-        over the world.
+        """Returns the items of all data ranks, in the order of the ranks; collective over data. The
+        ranks of a replica give the same ones.
 
-        Items are what JSON can hold. `all(mine(items))` is `items`.
+        Items are what JSON can hold, in which arrays of numpy may stand: they are sent in binary,
+        bit for bit. `all(mine(items))` is `items`.
         """
-        first = not any(self.mesh.coords[axis] for axis in ("pp", "cp", "tp"))
-        gathered = self.mesh.gather_json(list(items) if first else None)
-        joined = gathered and [item for share in gathered if share is not None for item in share]
-        return self.mesh.broadcast_json(joined)
+        return [item for share in self.mesh.all_values(list(items), self.mesh.data) for item in share]
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         wanted = self._wanted(f"{type(loss).__name__} needs", loss.needs, loss.temperature)

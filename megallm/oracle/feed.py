@@ -9,7 +9,7 @@ from megallm.oracle.table import Row
 from megallm.oracle.trainers import PAIRED
 
 Batch = dict[str, Tensor]
-PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages")
+PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages", "demonstration")
 
 
 def global_batch(row: Row, step: int) -> Batch:
@@ -78,6 +78,7 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
         "advantages": of_sequence(numbers(0.0)),
         "desirable": of_sequence(numbers(0.0)) > 0,
         "reference_point": torch.full(shape, 0.37, dtype=torch.float64),
+        "demonstration": of_sequence(numbers(0.0)) > 0,
     }
 
 
@@ -156,6 +157,9 @@ def micro_batches(
     whole = global_batch(row, step)
     if "pairs.split" in broken:
         whole = {key: value.roll(1, 0) for key, value in whole.items()}
+    if "demonstrations.sampled" in broken:
+        first = (whole["demonstration"] & whole["mask"]).any(1).nonzero()[0]
+        whole["demonstration"][first] = False
     share = row.micros * row.micro_batch
     block = {
         key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.losses.chord import Chord
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, simpo_loss
@@ -90,4 +91,7 @@ LOSSES: dict[str, Loss] = {
     "grpo": policy_loss("grpo", **_POLICY),
     "dapo": policy_loss("dapo", **_POLICY),
     "gspo": policy_loss("gspo", **_POLICY),
+    "chord": Chord(policy_loss("grpo", **_POLICY), written.SHOWN),
+    "chord_phi": Chord(policy_loss("dapo", **_POLICY), written.SHOWN, phi=True),
+    "ptx": Chord(policy_loss("dapo", **_POLICY), written.PTX, keep=True),
 }

@@ -103,6 +103,12 @@ TRAINERS: dict[str, Kind] = {
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
     )),
     "gspo": Kind("gspo"),
+    "chord": Kind("chord", further=(
+        row("phi-dp2-masked-rank", "dp=2,zero=1", loss="chord_phi", micros=2, mask="rank"),
+        row("phi-packed-cp2", "cp=2", loss="chord_phi", packed=True, micro_batch=1, seq_len=16),
+        row("ptx-dp2-tp2", "dp=2,tp=2", loss="ptx", micros=2, mask="rank"),
+        row("lora-zb-h1", "pp=2,schedule=zb-h1", adapter="lora", micros=3),
+    )),
 }  # fmt: skip
 
 FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
@@ -155,6 +161,7 @@ TRAINER_ROWS: tuple[Written, ...] = tuple(
 TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
+    "demonstrations.sampled": "one demonstration of a step passes for an answer of the policy",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -180,4 +187,5 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "kto": _COUNTS | {"cp.outputs": "cp2-ring"},
     "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "chord": _COUNTS | {"cp.outputs": "cp2-ring", "demonstrations.sampled": "accumulation"},
 }

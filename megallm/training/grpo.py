@@ -12,6 +12,8 @@ from typing import Any
 from megallm.base.errors import UsageError
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.data.batches import Share
+from megallm.data.chat.cache import content_hash
+from megallm.data.chat.prepare import Prepared, files_of, prepare
 from megallm.data.chat.reader import ChatReader, reader_of
 from megallm.data.stream.samplelog import SampleLog, truncate_log
 from megallm.engine.engine import Engine, Mesh, Part
@@ -19,9 +21,11 @@ from megallm.peft.reference import off
 from megallm.rewards.workers import build
 from megallm.run.recorder import Recorder
 from megallm.run.rows import read_rows
+from megallm.run.runfolder import RunFolder
 from megallm.training.adapters import frozen_engine
 from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.collapse import CollapseMonitor
+from megallm.training.demonstrations import Demonstrations
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, PolicyReference
 from megallm.training.loop import Loop
 from megallm.training.reward_calls import RewardCaller
@@ -47,7 +51,14 @@ class GrpoIdentity(ChatIdentity):
         sampling, reward = self.config.sampling, self.config.reward
         kept = {"group": sampling.group, "temperature": sampling.temperature}
         kept |= {"max_new_tokens": sampling.max_new_tokens, "prompts": self.config.prompts}
-        return super().own() | {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
+        own = super().own() | {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
+        expert = self.config.expert
+        return own | ({"expert": {"mix": expert.mix, "phi": expert.phi}} if expert.sources else {})
+
+    def of_files(self, folder: RunFolder) -> dict[str, Any]:
+        """Returns the hash of each file that is trained on, demonstrations too."""
+        made, shown = super().of_files(folder)["content"], files_of(self.config.expert.sources)
+        return {"content": made | {name: content_hash(name) for name in shown}}
 
 
 class GrpoRun(ChatRun):
@@ -57,6 +68,7 @@ class GrpoRun(ChatRun):
     config: GrpoConfig
     reference: PolicyReference | None = None
     found: Path | None = None  # the checkpoint that the run goes on from
+    shown: Prepared | None = None  # demonstrations
 
     @property
     def trainer(self) -> type[PolicyTrainer]:
@@ -95,6 +107,25 @@ class GrpoRun(ChatRun):
             yield frozen
 
         return apart
+
+    def _read(self) -> None:
+        super()._read()
+        config = self.config
+        if config.expert.sources:
+            self.shown = prepare(config.shown, "sft", Path(config.run.dir) / "cache")
+            self.shown.check_vocabulary(config.model.vocab_size)
+
+    def demonstrations(self, ledger: Mapping[str, Any]) -> Demonstrations | None:
+        """Returns what is trained beside answers, all of a draw on every rank; None where there is
+        nothing.
+        """
+        expert, known = self.config.expert, ledger.get("demonstrations") or {}
+        if self.shown is None:
+            return None
+        share, first = Share(expert.batch, 1), int(known.get("draws", 0)) + 1
+        return Demonstrations(
+            expert, reader_of(self.shown, share, first, known.get("stream")), known
+        )
 
     def rollouts(self, engine: Engine, scorer: RewardCaller) -> Rollouts:
         """Returns what answers prompts."""
@@ -236,7 +267,8 @@ def run_policy(
             stack.enter_context(log.lines)
             tell["tell"] = log
         held_out = None if job.held_out is None else job.held_out_prompts
-        feeds = Feeds(job.prompts(ledger.data), held_out, **tell)
+        beside = job.demonstrations(ledger.data)
+        feeds = Feeds(job.prompts(ledger.data), held_out, demonstrations=beside, **tell)
         identity = opened.identity.values | job.meta
         trainer = job.trainer(job, rollouts, feeds, job.reference, ledger.data, identity)
         trainer.note = opened.recorder.note

@@ -26,6 +26,7 @@ from megallm.losses.kl import adapt_kl_coefficient
 from megallm.losses.policy import Policy, first_update_fault, policy_loss
 from megallm.optim.lr import learning_rate
 from megallm.training.advantages import OF_ALGORITHM, Credit, advantages_of
+from megallm.training.demonstrations import Demonstrations
 from megallm.training.replay import ReplayBuffer
 from megallm.training.responses import Batch, Response, ResponseRows
 from megallm.training.rl_config import GrpoConfig, RlConfig
@@ -67,12 +68,13 @@ def policy_loss_of(rl: RlConfig, max_new_tokens: int, temperature: float) -> Pol
 @dataclass(frozen=True)
 class Feeds:
     """Where prompts come from: those to train on, what opens the held-out ones (None: there are
-    none), and what is told of each step's answers.
+    none), what is told of each step's answers, and demonstrations to train beside them.
     """
 
     prompts: Prompts
     held_out: Callable[[], Prompts] | None = None
     tell: Callable[[int, Experience, Sequence[float]], None] = lambda step, drawn, rewards: None
+    demonstrations: Demonstrations | None = None
 
 
 class GrpoTrainer:
@@ -126,6 +128,8 @@ class GrpoTrainer:
         self._adapt(credit)
         self.feeds.tell(step, drawn, credit.totals.tolist())
         figures = self._rewards(seen) | update_metrics([each.metrics for each in stats]) | figures
+        if self.feeds.demonstrations is not None:
+            figures["rl/mu"] = self.feeds.demonstrations.weight(step)
         losses = [each.loss for each in stats]
         tokens = sum(len(each.prompt) + len(each.tokens) for each in seen.answers)
         return StepReport(
@@ -146,11 +150,13 @@ class GrpoTrainer:
 
     def update(self, step: int, chosen: list[Response], lr: float) -> StepStats:
         """Train one update from these answers."""
-        rl = self.config.rl
-        batches = self.rows.batches(chosen)
+        rl, shown = self.config.rl, self.feeds.demonstrations
+        beside = [] if shown is None else shown.draw()
+        batches = self.rows.batches([*chosen, *beside])
         if rl.recompute or rl.replay.prompts:
             self._correct(batches)
-        return self.engine.train_step(batches, self.loss, lr)
+        loss = self.loss if shown is None else shown.loss(self.loss, step)
+        return self.engine.train_step(batches, loss, lr)
 
     def ledger(self) -> dict[str, Any]:
         """Returns what the ledger keeps of the prompts."""
@@ -160,6 +166,8 @@ class GrpoTrainer:
         }
         if self.config.rl.kl.target is not None:
             kept["kl_coefficient"] = self.coefficient
+        if self.feeds.demonstrations is not None:
+            kept["demonstrations"] = self.feeds.demonstrations.ledger()
         return kept
 
     def _draw(self, step: int, phases: Phases) -> tuple[Experience, Experience]:
@@ -303,7 +311,7 @@ class GrpoTrainer:
             report["off_policy"] = 0.0
         own = self.config.rl.kl.reference is None and self.config.peft.adapter is None
         fault = first_update_fault(report, reference_is_policy and own, self._tolerance)
-        if fault is not None and any(stats.counts.values()):
+        if fault is not None and stats.counts["ratio/mean"]:
             raise InternalError(f"Step {step}: {fault}")
 
     def _check_sampler(self, figures: Figures) -> None:

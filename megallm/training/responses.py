@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ class Response:
     `log_probs` are the sampling policy's at the sampling temperature, whose weights have seen
     `version` updates. `old` are the log-probs that a ratio is formed with,
     `reference` those of the reference model, None where there is none; `values` and `returns` are
-    those of a critic.
+    those of a critic. `demonstrated` is None of a sample; of a demonstration it says which of its
+    tokens are trained.
     """
 
     id: int
@@ -43,6 +45,7 @@ class Response:
     reference: list[float] | None = None
     values: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
+    demonstrated: list[bool] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -81,14 +84,27 @@ class ResponseRows:
     ) -> list[Batch]:
         """Returns this rank's microbatches: `tokens`, `labels`, `positions`, the `mask` of the
         answers' tokens, and per token, 0 beside the mask, `values`: name -> attribute of an answer.
-        Without them `advantages`, `old_log_probs`, `rollout_log_probs` and, where every answer has
-        them, `ref_log_probs`. Missing answers are padding.
+        Without them `advantages`, `old_log_probs`, `rollout_log_probs` and, where every sample has
+        them, `ref_log_probs`. Missing answers are padding. Where there are demonstrations,
+        `demonstration` `[S]` says which sequences are.
         """
         micros, length = self._micros(answers)
+        sampled = [answer for answer in answers if answer.demonstrated is None]
         if values is None:
-            further = all(answer.reference is not None for answer in answers)
+            further = all(answer.reference is not None for answer in sampled)
             values = VALUES | ({"ref_log_probs": "reference"} if further else {})
-        return [self._batch(micro, length, values) for micro in micros]
+        batches = [self._batch(micro, length, values) for micro in micros]
+        if len(sampled) < len(answers):
+            for micro, batch in zip(micros, batches, strict=True):
+                batch["demonstration"] = self._demonstration(micro, batch)
+        return batches
+
+    @staticmethod
+    def _demonstration(micro: Sequence[Response | None], batch: Batch) -> Tensor:
+        """Bool `[S]`; padding is none."""
+        shown = [one.demonstrated is not None for one in micro if one is not None]
+        count = len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else len(micro)
+        return torch.tensor(shown + [False] * (count - len(shown)))
 
     def scores(
         self, answers: Sequence[Response], score: Callable[[list[Batch]], list[Tensor]]
@@ -98,13 +114,18 @@ class ResponseRows:
         """
         micros, length = self._micros(answers)
         scored = score([self._batch(micro, length, {}) for micro in micros])
-        mine: list[list[float]] = []
+        mine, sizes = [np.zeros(0)], []
         for micro, values in zip(micros, scored, strict=True):
             rows = values.to("cpu", torch.float64).numpy()
             for answer, (row, begin) in zip(micro, self._places(micro), strict=True):
                 size = 0 if answer is None else len(answer.tokens)
-                mine.append(rows[row, begin : begin + size].tolist())
-        return self.engine.all(mine)[: len(answers)]
+                mine.append(rows[row, begin : begin + size])
+                sizes.append(size)
+        found: list[list[float]] = []
+        for values, counts in self.engine.all([[np.concatenate(mine), np.array(sizes)]]):
+            flat, ends = values.tolist(), np.cumsum([0, *counts]).tolist()
+            found += [flat[a:b] for a, b in pairwise(ends)]
+        return found[: len(answers)]
 
     def _micros(self, answers: Sequence[Response]) -> tuple[list[list[Response | None]], int]:
         """This rank's answers by microbatch, and the length of all ranks' rows."""
@@ -142,10 +163,10 @@ class ResponseRows:
             begin = at - len(answer.prompt) + 1
             batch["tokens"][row, begin : begin + size] = [*answer.prompt, *answer.tokens[:-1]]
             batch["labels"][row, at : at + count] = answer.tokens
-            batch["mask"][row, at : at + count] = True
+            batch["mask"][row, at : at + count] = answer.demonstrated or True
             for name, key in wanted.items():
                 values = vars(answer)[key]
-                batch[name][row, at : at + count] = values if len(values) else 0.0
+                batch[name][row, at : at + count] = values if values else 0.0
             if self.packing:
                 batch["positions"][row, begin : begin + size] = np.arange(size)
                 ends.append(begin + size)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megallm.data.chat.config import ChatDataConfig
 from megallm.data.chat.formats import RowKind
 from megallm.rewards.config import RewardConfig
 from megallm.training.finetune import FinetuneConfig
@@ -88,17 +89,45 @@ class RlConfig:
 
 
 @dataclass(frozen=True)
+class ExpertConfig:
+    """Demonstrations that are trained beside the answers, in one loss; rows as for `megallm sft`,
+    read with the tokenizer, template and seq_len of the section `data` (CHORD, arXiv 2508.11408;
+    PPO-ptx, arXiv 2203.02155).
+    """
+
+    sources: dict[str, float | None] = field(default_factory=dict)  # file or pattern -> weight; empty: none
+    batch: int = 16  # demonstrations beside the answers of each update
+    mix: Literal["chord", "ptx"] = "chord"  # (1 - mu) policy + mu NLL; or policy + mu NLL (PPO-ptx)
+    mu_peak: float = 0.9  # mu after its warm-up; with ptx the coefficient, which may exceed 1
+    mu_valley: float | None = 0.05  # mu at the end of its decay; null: mu_peak, it stays
+    mu_warmup_steps: int = 0  # first steps, in which mu rises from 0
+    mu_decay_steps: int = 200  # steps in which it falls, along a cosine
+    phi: bool = False  # a demonstration's token weighs p (1 - p): CHORD-phi, with mu_peak 0.1 and mu_valley null
+
+
+@dataclass(frozen=True)
 class GrpoConfig(FinetuneConfig):
     """Everything about one run of `megallm grpo`: a step is a rollout and its updates."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rl: RlConfig = field(default_factory=RlConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+
+    @property
+    def shown(self) -> ChatDataConfig:
+        """Returns the section of the demonstrations."""
+        return replace(self.data, sources=self.expert.sources, valid_sources={})
 
     @property
     def kind(self) -> RowKind:
         """Returns what the rows of its files are read as."""
         return "prompts"
+
+    @property
+    def reads(self) -> tuple[tuple[RowKind, dict[str, float | None]], ...]:
+        """Returns all sources, and what the rows of their files are read as."""
+        return (*super().reads, ("sft", self.expert.sources))
 
     @property
     def prompts(self) -> int:

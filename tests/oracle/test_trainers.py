@@ -62,7 +62,7 @@ QUICK = (
     ("dora", "dora.norm"), ("adalora", "adalora.gram"), ("adalora", "adalora.scores"), ("prefix", "cp.lse"),
     ("qlora", "frozen.touched"), ("houlsby", "grads.partial"), ("reward", "head.outputs"),
     ("reward", "pairs.split"), ("dpo", "pairs.split"), ("dpo", "loss.counts"), ("kto", "loss.counts"),
-    ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"),
+    ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"), ("chord", "demonstrations.sampled"), ("chord", "loss.counts"),
 )  # fmt: skip
 
 

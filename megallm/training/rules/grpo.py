@@ -87,6 +87,20 @@ def alone(config: GrpoConfig) -> Iterator[Problem]:
         yield Problem("packing", sentence, ({"data.packing": False},))
 
 
+def expert(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields weights of demonstrations that cannot be, and a share of the policy that is none."""
+    given = config.expert
+    if not given.sources:
+        return
+    for sentence in config.shown.faults():
+        yield Problem("expert", sentence.replace("data.", "expert."))
+    for key in ("mu_peak", "mu_valley"):
+        value = vars(given)[key]
+        if given.mix == "chord" and value is not None and value > 1:
+            sentence = f"expert.{key} {value:g} leaves 1 - mu, less than nothing, to the policy."
+            yield Problem("expert", sentence, ({f"expert.{key}": 1.0}, {"expert.mix": "ptx"}))
+
+
 def without_critic(config: GrpoConfig) -> Iterator[Problem]:
     """Yields an algorithm whose advantages need a critic."""
     if config.rl.algorithm == "ppo":
@@ -127,7 +141,7 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.chat_inferred(config)
 
 
-_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone)
+_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone, expert)
 RULES = Rules(
     (*_GIVEN, without_critic),
     finetune.RESOLVED
@@ -141,6 +155,8 @@ RULES = Rules(
     }
     | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "high")}
     | {f"rl.kl.{name}": NOT_NEGATIVE for name in ("loss", "reward")}
+    | {"expert.batch": COUNT, "expert.mu_decay_steps": COUNT}
+    | {f"expert.{name}": NOT_NEGATIVE for name in ("mu_peak", "mu_valley", "mu_warmup_steps")}
     | {"rl.kl.target": Range(above=0), "rl.kl.horizon": COUNT}
     | {"sampling.temperature": Range(above=0), "sampling.resample": Range(low=0, high=15)},
     inferred,
