@@ -1,5 +1,5 @@
-"""Values as bytes, for messages between ranks: JSON, with arrays of numpy in binary beside it. Never
-pickle, which would run what it reads.
+"""Values as bytes, for messages between ranks: JSON, with arrays of numpy in binary beside it.
+Never pickle, which would run what it reads.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 _ARRAY = "\0array"  # key of what stands for an array in the text
 
 
-def encode(value: Any) -> bytes:
-    """Returns what JSON can hold, in which arrays of numbers may stand anywhere, as bytes; every bit
-    of an array is kept. Errors: TypeError for anything else.
+def to_payload(value: Any) -> bytes:
+    """Returns what JSON can hold, in which arrays of numbers may stand anywhere, as bytes; every
+    bit of an array is kept. Errors: TypeError for anything else.
     """
     arrays: list[np.ndarray] = []
 
@@ -31,8 +31,8 @@ def encode(value: Any) -> bytes:
     return b"".join((size, head, *(each.tobytes() for each in arrays)))
 
 
-def decode(payload: bytes) -> Any:
-    """Returns the value that `encode` was given; its arrays are read-only."""
+def from_payload(payload: bytes) -> Any:
+    """Returns the value that `to_payload` was given; its arrays are read-only."""
     size = int.from_bytes(payload[:8], "little")
     if not size:
         return json.loads(payload[8:])

@@ -85,7 +85,7 @@ class Sample:
         )
 
 
-def pack(samples: Sequence[Sample]) -> dict[str, Any]:
+def pack_samples(samples: Sequence[Sample]) -> dict[str, Any]:
     """Returns samples as ranks tell one another: an array for each field, and of its lists their
     sizes.
     """
@@ -99,7 +99,7 @@ def pack(samples: Sequence[Sample]) -> dict[str, Any]:
     return made
 
 
-def unpack(packed: Mapping[str, Any]) -> list[Sample]:
+def unpack_samples(packed: Mapping[str, Any]) -> list[Sample]:
     """Returns the samples that were packed."""
     columns = {"reason": packed["reason"]}
     columns |= {name: packed[name].tolist() for name in _NUMBERS}

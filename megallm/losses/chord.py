@@ -1,5 +1,5 @@
-"""Reinforcement learning and demonstrations in one loss: CHORD (Zhang et al., arXiv 2508.11408), and
-PPO-ptx (InstructGPT, arXiv 2203.02155).
+"""Reinforcement learning and demonstrations in one loss: CHORD (Zhang et al., arXiv 2508.11408),
+and PPO-ptx (InstructGPT, arXiv 2203.02155).
 """
 
 from __future__ import annotations

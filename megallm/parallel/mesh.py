@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megallm.base.errors import UsageError
-from megallm.base.payload import decode, encode
+from megallm.base.payload import from_payload, to_payload
 from megallm.parallel.layout import PURPOSES, Layout
 
 
@@ -177,7 +177,7 @@ class Mesh:
         """
         if axis.size == 1:
             return [value]
-        payload = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+        payload = torch.frombuffer(bytearray(to_payload(value)), dtype=torch.uint8)
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(axis.size)]
         dist.all_gather(sizes, torch.tensor([payload.numel()]), group=axis.group)
         counts = [int(size) for size in sizes]
@@ -185,9 +185,8 @@ class Mesh:
         padded[: payload.numel()] = payload
         rows = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(rows, padded, group=axis.group)
-        return [
-            decode(row[:count].numpy().tobytes()) for row, count in zip(rows, counts, strict=True)
-        ]
+        pairs = zip(rows, counts, strict=True)
+        return [from_payload(row[:count].numpy().tobytes()) for row, count in pairs]
 
     def largest(self, value: int) -> int:
         """Returns the largest of every rank's value; collective over the world."""

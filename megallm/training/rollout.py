@@ -16,7 +16,7 @@ from megallm.data.chat.rows import PromptRow
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.samples import Request, Sample, pack, unpack
+from megallm.inference.samples import Request, Sample, pack_samples, unpack_samples
 from megallm.inference.sampling import Sampling
 from megallm.rewards.samples import Completion
 from megallm.training.responses import Response
@@ -144,7 +144,7 @@ class Rollouts:
             made = generator.generate(
                 self.engine.mine(asked), self.greedy if greedy else self.sampling
             )
-        return [one for share in self.engine.all([pack(made)]) for one in unpack(share)]
+        return [one for share in self.engine.all([pack_samples(made)]) for one in unpack_samples(share)]
 
     def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Experience:
         """Returns the scored answers to the draw `number` of prompts, counted from 1."""

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from megallm.base.payload import decode, encode
+from megallm.base.payload import from_payload, to_payload
 
 
 def test_every_bit_of_an_array_comes_back():
@@ -16,7 +16,7 @@ def test_every_bit_of_an_array_comes_back():
     value = {"a": [odd, draw.integers(-(2**62), 2**62, 7)]}
     value |= {"b": [{"c": np.zeros((0, 3), np.float32)}, "x\0array", None]}
     value |= {"d": np.array([[True, False]]), "e": draw.random((2, 3)).T}
-    found = decode(encode(value))
+    found = from_payload(to_payload(value))
     assert found["b"][1:] == value["b"][1:]
     pairs = [(found["a"][0], odd), (found["a"][1], value["a"][1]), (found["b"][0]["c"], value["b"][0]["c"]),
              (found["d"], value["d"]), (found["e"], value["e"])]  # fmt: skip
@@ -26,12 +26,12 @@ def test_every_bit_of_an_array_comes_back():
 
 def test_without_arrays_it_is_json_and_nothing_else_is_taken():
     value = [1, 2.5, "täxt", None, {"a": [True]}]
-    assert decode(encode(value)) == value and json.loads(encode(value)[8:]) == value
+    assert from_payload(to_payload(value)) == value and json.loads(to_payload(value)[8:]) == value
     for wrong in (object(), {1, 2}, np.array(["a"]), np.array([None])):
         with pytest.raises(TypeError, match="cannot be sent"):
-            encode([wrong])
+            to_payload([wrong])
 
 
 def test_numbers_take_their_own_size():
     numbers = np.random.default_rng(1).normal(size=10_000)
-    assert len(encode([numbers])) < 8 * 10_000 + 100 < len(json.dumps([numbers.tolist()])) / 2
+    assert len(to_payload([numbers])) < 8 * 10_000 + 100 < len(json.dumps([numbers.tolist()])) / 2
