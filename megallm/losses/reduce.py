@@ -33,6 +33,21 @@ def _document_tokens(batch: dict[str, Tensor], device: torch.device) -> Tensor:
     return batch["cu_seqlens"].to(torch.int64).diff().to(device, non_blocking=True)
 
 
+def num_sequences(batch: dict[str, Tensor]) -> int:
+    """Returns S, the sequences of a microbatch, padding included."""
+    return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else len(batch["mask"])
+
+
+def mean_by_sequence(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the mean `[S, D]` of `x` `[B, T, D]` over the counted tokens of each sequence, 0
+    where none counts.
+    """
+    count, mask = num_sequences(batch), batch["mask"]
+    numbers = per_token(torch.arange(count, device=x.device), batch)
+    sums = x.new_zeros(count, x.shape[-1]).index_add(0, numbers[mask], x[mask])
+    return sums / tokens_per_sequence(batch).clamp(min=1).to(x.dtype)[:, None]
+
+
 def tokens_per_sequence(batch: dict[str, Tensor]) -> Tensor:
     """Returns the number `[S]` of tokens of each sequence that `mask` counts, in float64."""
     return per_sequence(batch["mask"].to(torch.float64), batch)

@@ -181,8 +181,7 @@ class PolicyTrainer(GrpoTrainer):
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of the state."""
         yield from self.job.parts(self.engine)
-        if self.engine.mesh.rank == 0:
-            yield from self.buffer.state()
+        yield from self.kept()
 
 
 class RolloutLog:
@@ -274,7 +273,7 @@ def run_policy(
         trainer.note = opened.recorder.note
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
-                trainer.buffer.load(reader)
+                trainer.restore(reader)
             for row in read_rows(opened.recorder.folder.metrics) if mesh.rank == 0 else ():
                 list(trainer.monitor.see(row))
         Loop(trainer, config, ledger, opened.recorder, opened.requests).run()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megallm.base.errors import InternalError
 from megallm.base.rng import key_of, permutation
+from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine, Part, StepStats
 from megallm.losses.advantage import combine_rewards, informative, overlong_punishment
 from megallm.losses.importance import importance_weights
@@ -27,6 +28,7 @@ from megallm.losses.policy import Policy, first_update_fault, policy_loss
 from megallm.optim.lr import learning_rate
 from megallm.training.advantages import OF_ALGORITHM, Credit, advantages_of
 from megallm.training.demonstrations import Demonstrations
+from megallm.training.novelty import Novelty
 from megallm.training.replay import ReplayBuffer
 from megallm.training.responses import Batch, Response, ResponseRows
 from megallm.training.rl_config import GrpoConfig, RlConfig
@@ -102,6 +104,8 @@ class GrpoTrainer:
         multiple = 2 * config.layout.cp * config.layout.tp
         self.rows = ResponseRows(self.engine, train.micro_batch, multiple, rl.packing, dtype)
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
+        size, novelty = self.engine.config.model.hidden_size, rl.novelty
+        self.novelty = Novelty(novelty, size, config.run.seed) if novelty.coefficient else None
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
         self._before: Experience | None = None  # of the negative control
@@ -179,6 +183,9 @@ class GrpoTrainer:
         for _ in range(1 + sampling.resample):
             self.draws += 1
             drawn = self.rollouts.draw(step, self.draws, self.feeds.prompts, phases)
+            if self.novelty is not None:
+                with phases("score"):
+                    self._wonder(drawn, self.novelty)
             seen = seen.join(drawn)
             if not sampling.resample:
                 kept = drawn
@@ -193,12 +200,25 @@ class GrpoTrainer:
             kept, self._before = self._before or kept, kept
         return (kept if kept.answers else drawn), seen
 
+    def _wonder(self, drawn: Experience, novelty: Novelty) -> None:
+        """Say of new answers how new they are: rank 0 does, and tells the others."""
+        features = self.rows.pooled(drawn.answers)
+        told: Any = None
+        if self.engine.mesh.rank == 0:
+            told = [novelty(features).tolist(), novelty.error]
+        values, error = self.engine.mesh.broadcast_json(told)
+        for answer, value in zip(drawn.answers, values, strict=True):
+            answer.novelty = value
+        drawn.metrics |= {"novelty/reward": sum(values) / len(values), "novelty/error": error}
+
     def _extra(self, drawn: Experience) -> np.ndarray:
         """What is added to the rewards of functions, `[n]`."""
-        cache, sizes = self.config.rl.overlong_cache, [len(one.tokens) for one in drawn.answers]
-        if not cache:
-            return np.zeros(len(sizes))
-        return overlong_punishment(sizes, self.config.sampling.max_new_tokens, cache)
+        rl, sizes = self.config.rl, [len(one.tokens) for one in drawn.answers]
+        added = rl.novelty.coefficient * np.array([one.novelty for one in drawn.answers])
+        if rl.overlong_cache:
+            longest = self.config.sampling.max_new_tokens
+            added = added + overlong_punishment(sizes, longest, rl.overlong_cache)
+        return added
 
     def _score(self, fresh: list[Response], again: list[Response]) -> Figures:
         """Give answers the log-probs that a ratio is formed with, and the reference's."""
@@ -370,8 +390,21 @@ class GrpoTrainer:
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of weights, optimizer state and the replay buffer."""
         yield from self.engine.parts()
+        yield from self.kept()
+
+    def kept(self) -> Iterator[Part]:
+        """Yields what this rank keeps beside the engine: on rank 0 the replay buffer and what is
+        new.
+        """
         if self.engine.mesh.rank == 0:
             yield from self.buffer.state()
+            yield from () if self.novelty is None else self.novelty.state()
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Read what `kept` has yielded."""
+        self.buffer.load(reader)
+        if self.novelty is not None:
+            self.novelty.load(reader)
 
     def counters(self) -> dict[str, Any]:
         """Returns what belongs to the engine's state besides tensors."""

@@ -29,7 +29,7 @@ class Response:
     `version` updates. `old` are the log-probs that a ratio is formed with,
     `reference` those of the reference model, None where there is none; `values` and `returns` are
     those of a critic. `demonstrated` is None of a sample; of a demonstration it says which of its
-    tokens are trained.
+    tokens are trained. `novelty` is a part of its reward.
     """
 
     id: int
@@ -46,6 +46,7 @@ class Response:
     values: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
     demonstrated: list[bool] | None = None
+    novelty: float = 0.0
 
     @property
     def truncated(self) -> bool:
@@ -127,6 +128,18 @@ class ResponseRows:
             found += [flat[a:b] for a, b in pairwise(ends)]
         return found[: len(answers)]
 
+    def pooled(self, answers: Sequence[Response]) -> np.ndarray:
+        """Returns the policy's final hidden states, averaged over the tokens of each answer, `[n,
+        D]`, on every rank; collective over the world.
+        """
+        micros, length = self._micros(answers)
+        found = self.engine.pooled([self._batch(micro, length, {}) for micro in micros])
+        counts = [len(micro) for micro in micros]  # a packed row may end with one of padding
+        mine = [x[:n].to("cpu", torch.float64).numpy() for x, n in zip(found, counts, strict=True)]
+        if self.packing:
+            mine = [_at_answers(x, micro) for x, micro in zip(mine, micros, strict=True)]
+        return np.concatenate(self.engine.all([np.concatenate(mine)]))[: len(answers)]
+
     def _micros(self, answers: Sequence[Response]) -> tuple[list[list[Response | None]], int]:
         """This rank's answers by microbatch, and the length of all ranks' rows."""
         count, ranks = self.micro_batch, self.engine.mesh.data.size
@@ -177,3 +190,11 @@ class ResponseRows:
             batch["cu_seqlens"] = np.array(ends, np.int32)
         made = to_tensors(batch)
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()}
+
+
+def _at_answers(x: np.ndarray, micro: Sequence[Response | None]) -> np.ndarray:
+    """Rows `[S, D]` of a packed microbatch as one for each of its answers, 0 for a missing one."""
+    rows = np.zeros((len(micro), x.shape[-1]))
+    present = [i for i, one in enumerate(micro) if one is not None]
+    rows[present] = x[: len(present)]
+    return rows

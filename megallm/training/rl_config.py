@@ -67,6 +67,19 @@ class KlConfig:
 
 
 @dataclass(frozen=True)
+class NoveltyConfig:
+    """A reward for answers that are unlike those before (random network distillation, arXiv
+    1810.12894), from the policy's final hidden states.
+    """
+
+    coefficient: float = 0.0  # of the reward, which is in deviations, beside those of functions; 0: none
+    width: int = 128  # hidden features of the two networks
+    outputs: int = 64  # numbers that one of them draws and the other one learns
+    lr: float = 1e-3  # learning rate of the one that learns
+    updates: int = 4  # times that it learns the answers of a draw
+
+
+@dataclass(frozen=True)
 class RlConfig:
     """What is learned from the rewards; null is what the paper of the algorithm has."""
 
@@ -85,6 +98,7 @@ class RlConfig:
     recompute: bool = False  # old log-probs from the trainer, not from the sampler
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     kl: KlConfig = field(default_factory=KlConfig)
+    novelty: NoveltyConfig = field(default_factory=NoveltyConfig)
     show: int = 1  # answers of a step that are shown; all are in RUN/rollouts.jsonl
 
 

@@ -64,8 +64,10 @@ def old_answers(config: GrpoConfig) -> Iterator[Problem]:
 def alone(config: GrpoConfig) -> Iterator[Problem]:
     """Yields settings that do not go together."""
     rl, kl = config.rl, config.rl.kl
-    if rl.advantage == "decoupled" and (rl.overlong_cache or kl.reward > 0):
-        key = "rl.overlong_cache" if rl.overlong_cache else "rl.kl.reward"
+    added = {"rl.overlong_cache": rl.overlong_cache, "rl.kl.reward": kl.reward}
+    added["rl.novelty.coefficient"] = rl.novelty.coefficient
+    key = next((name for name, value in added.items() if value), None)
+    if rl.advantage == "decoupled" and key is not None:
         sentence = (
             f"rl.advantage decoupled compares each reward alone; {key} is added to their sum."
         )
@@ -155,6 +157,8 @@ RULES = Rules(
     }
     | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "high")}
     | {f"rl.kl.{name}": NOT_NEGATIVE for name in ("loss", "reward")}
+    | {f"rl.novelty.{name}": COUNT for name in ("width", "outputs", "updates")}
+    | {"rl.novelty.coefficient": NOT_NEGATIVE, "rl.novelty.lr": Range(above=0)}
     | {"expert.batch": COUNT, "expert.mu_decay_steps": COUNT}
     | {f"expert.{name}": NOT_NEGATIVE for name in ("mu_peak", "mu_valley", "mu_warmup_steps")}
     | {"rl.kl.target": Range(above=0), "rl.kl.horizon": COUNT}
