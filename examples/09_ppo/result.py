@@ -30,7 +30,7 @@ print(f"""# PPO on sums of two numbers
 
 Measured by `{command}`: {len(one)} steps of 64 prompts x 4 answers, two passes over them, 200 held-out sums.
 
-| | greedy | temperature 1 | reward, first 5 -> last 10 steps | KL to the start, nats a token | explained by the critic |
+| | greedy | temperature 1 | reward, first 5 -> last 10 steps | KL to the start, nats a token | critic explains |
 |---|---|---|---|---|---|
 | after SFT | {greedy} | {drawn} | | | |
 {line("PPO", "ppo")}

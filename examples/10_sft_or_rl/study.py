@@ -48,7 +48,8 @@ def measure(run: str) -> dict[str, float]:
 found = {name: measure(run) for name, run in RUNS.items()}
 columns = {
     "in": "greedy, below 70 (trained)", "out": "greedy, from 70 on", "kept": "greedy, differences",
-    "in1": "pass@1, below 70", "in16": "pass@16, below 70", "out1": "pass@1, from 70 on", "out16": "pass@16, from 70 on",
+    "in1": "pass@1, below 70", "in16": "pass@16, below 70",
+    "out1": "pass@1, from 70 on", "out16": "pass@16, from 70 on",
 }  # fmt: skip
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
 names = list(found)
@@ -78,7 +79,8 @@ lines = [f"| {name} | {' | '.join(f'{each[key]:.3f}' for key in columns)} |" for
 print(f"""# Fine-tuning or reinforcement learning
 
 Measured by `{command}` with one seed: 200 held-out prompts of each kind, {SAMPLES} samples of each sum at temperature
-1. The start knows sums and differences; every run then trains 100 steps of 128 rows on sums whose first number is below 70.
+1. The start knows sums and differences; every run then trains 100 steps of 128 rows on sums whose first number is
+below 70.
 The standard error of a share is at most 0.035: smaller differences say nothing.
 
 | | {" | ".join(columns.values())} |
