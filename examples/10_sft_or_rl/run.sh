@@ -23,7 +23,7 @@ train sft sft sft
 train sft_grpo grpo grpo model.init=$work/sft
 wait $beside
 say "3/4 both: CHORD-mu and CHORD-phi"
-train chord grpo grpo "expert.sources={$work/expert.jsonl: 1}" expert.batch=32 expert.mu_decay_steps=60 & beside=$!
+train chord grpo grpo "expert.sources={$work/expert.jsonl: 1}" expert.batch=32 expert.mu_decay_steps=50 & beside=$!
 train chord_phi grpo grpo "expert.sources={$work/expert.jsonl: 1}" expert.batch=32 expert.mu_peak=0.1 expert.mu_valley=null \
   expert.phi=true
 wait $beside

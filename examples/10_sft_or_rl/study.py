@@ -79,7 +79,7 @@ lines = [f"| {name} | {' | '.join(f'{each[key]:.3f}' for key in columns)} |" for
 print(f"""# Fine-tuning or reinforcement learning
 
 Measured by `{command}` with one seed: 200 held-out prompts of each kind, {SAMPLES} samples of each sum at temperature
-1. The start knows sums and differences; every run then trains 100 steps of 128 rows on sums whose first number is
+1. The start knows sums and differences; every run then trains 80 steps of 128 rows on sums whose first number is
 below 70.
 The standard error of a share is at most 0.035: smaller differences say nothing.
 

@@ -321,7 +321,8 @@ class Engine:
         Items are what JSON can hold, in which arrays of numpy may stand: they are sent in binary,
         bit for bit. `all(mine(items))` is `items`.
         """
-        return [item for share in self.mesh.all_values(list(items), self.mesh.data) for item in share]
+        shares = self.mesh.all_values(list(items), self.mesh.data)
+        return [item for share in shares for item in share]
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         wanted = self._wanted(f"{type(loss).__name__} needs", loss.needs, loss.temperature)

@@ -83,7 +83,7 @@ def native_step(
     q = F.linear(rows, attention.q.weight)
     kv = F.linear(rows, attention.kv.weight.flatten(0, -2))
     if attention.q_norm is not None:
-        q = _norm(attention.q_norm, q.view(-1, heads.num_q, size))
+        q = _norm(attention.q_norm, q.view(-1, heads.num_q, size)).flatten(1)
         k, v = kv.view(-1, 2, heads.num_kv, size).unbind(1)
         kv = torch.stack((_norm(attention.k_norm, k), v), 1)
     out = cache.attend(q, kv, inputs, heads, attention.window)
@@ -95,11 +95,9 @@ def native_step(
 
 
 def _native_norm(ops: ModuleType, norm: Norm, x: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    ops.norm(
-        x.data_ptr(), norm.weight.data_ptr(), out.data_ptr(), *x.shape, norm.eps,
-        x.dtype == torch.float64,
-    )  # fmt: skip
+    out, twice = torch.empty_like(x), x.dtype == torch.float64
+    addresses = x.data_ptr(), norm.weight.data_ptr(), out.data_ptr()
+    ops.norm(*addresses, *x.shape, norm.eps, twice)
     return out
 
 

@@ -181,7 +181,7 @@ class PolicyTrainer(GrpoTrainer):
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of the state."""
         yield from self.job.parts(self.engine)
-        yield from self.kept()
+        yield from self.kept_parts()
 
 
 class RolloutLog:
@@ -273,7 +273,8 @@ def run_policy(
         trainer.note = opened.recorder.note
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
-                trainer.restore(reader)
+                for kept in trainer.kept:
+                    kept.load(reader)
             for row in read_rows(opened.recorder.folder.metrics) if mesh.rank == 0 else ():
                 list(trainer.monitor.see(row))
         Loop(trainer, config, ledger, opened.recorder, opened.requests).run()

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megallm.base.errors import InternalError
 from megallm.base.rng import key_of, permutation
-from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine, Part, StepStats
 from megallm.losses.advantage import combine_rewards, informative, overlong_punishment
 from megallm.losses.importance import importance_weights
@@ -106,6 +105,7 @@ class GrpoTrainer:
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
         size, novelty = self.engine.config.model.hidden_size, rl.novelty
         self.novelty = Novelty(novelty, size, config.run.seed) if novelty.coefficient else None
+        self.kept = (self.buffer,) if self.novelty is None else (self.buffer, self.novelty)
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
         self._before: Experience | None = None  # of the negative control
@@ -390,21 +390,12 @@ class GrpoTrainer:
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of weights, optimizer state and the replay buffer."""
         yield from self.engine.parts()
-        yield from self.kept()
+        yield from self.kept_parts()
 
-    def kept(self) -> Iterator[Part]:
-        """Yields what this rank keeps beside the engine: on rank 0 the replay buffer and what is
-        new.
-        """
-        if self.engine.mesh.rank == 0:
-            yield from self.buffer.state()
-            yield from () if self.novelty is None else self.novelty.state()
-
-    def restore(self, reader: CheckpointReader) -> None:
-        """Read what `kept` has yielded."""
-        self.buffer.load(reader)
-        if self.novelty is not None:
-            self.novelty.load(reader)
+    def kept_parts(self) -> Iterator[Part]:
+        """Yields what this rank keeps beside the engine, rank 0 alone: the parts of `kept`."""
+        for each in self.kept if self.engine.mesh.rank == 0 else ():
+            yield from each.state()
 
     def counters(self) -> dict[str, Any]:
         """Returns what belongs to the engine's state besides tensors."""

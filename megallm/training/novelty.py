@@ -79,7 +79,8 @@ class Novelty:
 
     def __init__(self, config: NoveltyConfig, size: int, seed: int) -> None:
         self.config, sizes = config, (size, config.width, config.outputs)
-        self.target, self.predictor = (Network(sizes, seed, name) for name in ("target", "predictor"))
+        self.target = Network(sizes, seed, "target")
+        self.predictor = Network(sizes, seed, "predictor")
         self.inputs, self.rewards = Moments(size), Moments(1)
         self.first, self.second = torch.zeros(2, len(self.predictor.weights), dtype=torch.float64)
         self.updates = torch.zeros(1, dtype=torch.float64)
@@ -109,8 +110,9 @@ class Novelty:
         self.updates += 1
         self.first.lerp_(gradient, 1 - BETAS[0])
         self.second.lerp_(gradient.square(), 1 - BETAS[1])
-        means = self.first / (1 - BETAS[0] ** self.updates), self.second / (1 - BETAS[1] ** self.updates)
-        weights -= self.config.lr * means[0] / (means[1].sqrt() + EPS)
+        mean = self.first / (1 - BETAS[0] ** self.updates)
+        square = self.second / (1 - BETAS[1] ** self.updates)
+        weights -= self.config.lr * mean / (square.sqrt() + EPS)
 
     # State
 

@@ -144,7 +144,8 @@ class Rollouts:
             made = generator.generate(
                 self.engine.mine(asked), self.greedy if greedy else self.sampling
             )
-        return [one for share in self.engine.all([pack_samples(made)]) for one in unpack_samples(share)]
+        shares = self.engine.all([pack_samples(made)])
+        return [one for share in shares for one in unpack_samples(share)]
 
     def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Experience:
         """Returns the scored answers to the draw `number` of prompts, counted from 1."""
