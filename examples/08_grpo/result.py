@@ -20,7 +20,8 @@ def rows(run: str) -> list[dict]:
 def interval(share: float, n: int = SUMS) -> str:
     """A share with its 95 % interval (Wilson)."""
     middle, half = share + 1.92 / n, 1.96 * math.sqrt(share * (1 - share) / n + 0.96 / n**2)
-    return f"{share:.3f} ({(middle - half) / (1 + 3.84 / n):.2f} to {(middle + half) / (1 + 3.84 / n):.2f})"
+    low, high = ((middle + side) / (1 + 3.84 / n) for side in (-half, half))
+    return f"{share:.3f} ({max(low, 0):.2f} to {high:.2f})"
 
 
 def mean(part: list[dict], key: str) -> float:
