@@ -28,7 +28,7 @@ HOME_PAGE = "https://megallm.example"  # a reserved name: there is no published 
 
 
 class OptionalBuild(build_ext):
-    """Every extension has a numpy twin with the same bits: a failed build costs speed, never the install."""
+    """Every extension has a twin in numpy or torch: a failed build costs speed, never the install."""
 
     failed = ()
 
@@ -50,7 +50,7 @@ class OptionalBuild(build_ext):
         except Exception as error:  # a compiler that is missing, too old or crashes: all the same here
             reason = " ".join(str(error).split())[:200]
             self.failed = (*self.failed, (ext, reason))
-            told = f"{ext.name} was NOT built ({reason}); its slower numpy twin is used."
+            told = f"{ext.name} was NOT built ({reason}); its slower twin is used."
             print(f"*** megallm: {told} ***", file=sys.stderr)
 
     def copy_extensions_to_source(self):
@@ -60,15 +60,22 @@ class OptionalBuild(build_ext):
 
 
 def extensions():
-    """`megallm._index` from csrc/index."""
-    sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.cpp"))
-    headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc/index").glob("*.hpp"))
+    """`megallm._index` from csrc/index and `megallm._ops` from csrc/ops."""
+    if not MISSING:
+        ParallelCompile().install()  # one file a core
+    # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
+    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose)]
+
+
+def extension(folder, flags):
+    """`megallm._FOLDER` from csrc/FOLDER."""
+    sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.cpp"))
+    headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.hpp"))
     if MISSING:
-        return [Extension("megallm._index", sources, depends=headers)]
-    ParallelCompile().install()  # one file a core
-    # No fused multiply-add: the bits must equal numpy's.
-    flags = ["-O3", "-ffp-contract=off", "-g0"]
-    return [Pybind11Extension("megallm._index", sources, cxx_std=17, extra_compile_args=flags, depends=headers)]
+        return Extension(f"megallm._{folder}", sources, depends=headers)
+    flags = ["-O3", "-g0", *flags]
+    return Pybind11Extension(f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, depends=headers)
 
 
 setup(

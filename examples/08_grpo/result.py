@@ -1,27 +1,60 @@
-"""What run.sh has measured, as a page: `python result.py "GREEDY SAMPLED" "GREEDY SAMPLED" RUN`."""
+"""What run.sh has measured, as a page: `python result.py WORK COMMAND`."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
-before, after = (text.split() for text in sys.argv[1:3])
-rows = [json.loads(line) for line in Path(sys.argv[3], "metrics.jsonl").read_text().splitlines()]
-phases = {name: sum(row.get(f"perf/{name}_seconds", 0.0) for row in rows) for name in ("rollout", "reward", "update")}
+work, command = Path(sys.argv[1]), sys.argv[2].strip()
+SUMS = 200  # held out
+
+
+def shares(name: str) -> list[float]:
+    return [float(share) for share in (work / f"{name}.txt").read_text().split()[:2]]
+
+
+def rows(run: str) -> list[dict]:
+    return [json.loads(line) for line in (work / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def interval(share: float, n: int = SUMS) -> str:
+    """A share with its 95 % interval (Wilson)."""
+    middle, half = share + 1.92 / n, 1.96 * math.sqrt(share * (1 - share) / n + 0.96 / n**2)
+    low, high = ((middle + side) / (1 + 3.84 / n) for side in (-half, half))
+    return f"{share:.3f} ({max(low, 0):.2f} to {high:.2f})"
 
 
 def mean(part: list[dict], key: str) -> float:
     return sum(row[key] for row in part) / len(part)
 
 
+def line(name: str, run: str) -> str:
+    greedy, drawn = shares(run)
+    if run == "before":
+        return f"| {name} | | {interval(greedy)} | {interval(drawn)} | | |"
+    seen = rows(run)
+    reward = f"{mean(seen[:5], 'reward'):.3f} -> {mean(seen[-10:], 'reward'):.3f}"
+    entropy = f"{seen[0]['entropy']:.2f} -> {seen[-1]['entropy']:.2f}"
+    return f"| {name} | {len(seen)} | {interval(greedy)} | {interval(drawn)} | {reward} | {entropy} |"
+
+
+one = rows("seed1")
+phases = [
+    f"{part} {sum(row.get(f'perf/{part}_seconds', 0) for row in one):.0f}" for part in ("rollout", "reward", "update")
+]
+events = [json.loads(text) for text in (work / "high" / "events.jsonl").read_text().splitlines()]
+warnings = [each["reason"] for each in events if "reason" in each and each.get("step")]
 print(f"""# GRPO on sums of two numbers
 
-Written by run.sh from what it measured: {len(rows)} steps of 16 prompts x 16 answers, 200 held-out sums.
+Measured by `{command}`: 16 prompts x 16 answers a step, {SUMS} held-out sums, shares with 95 % intervals.
 
-| | greedy | temperature 1 |
-|---|---|---|
-| after SFT | {before[0]} | {before[1]} |
-| after GRPO | {after[0]} | {after[1]} |
+| | steps | greedy | temperature 1 | reward, first 5 -> last 10 steps | entropy, nats a token |
+|---|---|---|---|---|---|
+{line("after SFT", "before")}
+{line("GRPO, seed 1", "seed1")}
+{line("GRPO, seed 2", "seed2")}
+{line("GRPO, learning rate x 20", "high")}
 
-Mean reward of the first five steps {mean(rows[:5], "reward"):.3f}, of the last ten {mean(rows[-10:], "reward"):.3f};
-entropy {rows[0]["entropy"]:.3f} -> {rows[-1]["entropy"]:.3f} nats a token. Seconds: rollouts {phases["rollout"]:.0f},
-rewards {phases["reward"]:.0f}, updates {phases["update"]:.0f}.""")
+Seconds of seed 1, one thread beside the other seed: {", ".join(phases)}. Of the run at the high rate the monitor said:
+""")
+print("\n".join(f"> {text}" for text in warnings[:3]) or "> nothing")

@@ -1,6 +1,7 @@
-"""Loads the C++ extension `megallm._index`, and says why when it cannot.
+"""Loads the C++ extensions `megallm._index` and `megallm._ops`, and says why when it cannot.
 
-Nothing depends on it: every function in it has a numpy twin with the same bits next to its caller.
+Nothing depends on them: every function of the first one has a numpy twin with the same bits next to
+its caller, those of the second one a twin in torch with the same results to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ REASON = (
     Path(__file__).parents[1] / "_index_not_built.txt"
 )  # why the build failed; `setup.py` writes it
 VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
+OPS, OPS_VERSION = "megallm._ops", 1  # the same of csrc/ops/decode.cpp
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,26 @@ class Status:
 
 @cache
 def _load() -> tuple[ModuleType | None, str]:
+    return _found(MODULE, VERSION, "numpy")
+
+
+def _found(name: str, version: int, twin: str) -> tuple[ModuleType | None, str]:
     try:
-        module = importlib.import_module(MODULE)
+        module = importlib.import_module(name)
     except ImportError as error:
-        return None, f"{_reason(error)}; the numpy twin is used, same results, slower"
-    if module.VERSION != VERSION:
+        return None, f"{_reason(error)}; the {twin} twin is used, same results, slower"
+    if version != module.VERSION:
         return None, (
-            f"{module.__file__} is a stale build (version {module.VERSION}, want {VERSION}); "
-            f"reinstall megallm to rebuild it; the numpy twin is used"
+            f"{module.__file__} is a stale build (version {module.VERSION}, want {version}); "
+            f"reinstall megallm to rebuild it; the {twin} twin is used"
         )
     return module, str(module.__file__)
+
+
+@cache
+def ops() -> ModuleType | None:
+    """Returns the extension of operations on tensors, or None when the caller must use torch."""
+    return _found(OPS, OPS_VERSION, "torch")[0]
 
 
 def _reason(error: ImportError) -> str:

@@ -9,7 +9,7 @@ values on every rank of a replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -33,9 +33,10 @@ from megallm.engine.state import (
 )
 from megallm.engine.stats import LossSums, StepStats
 from megallm.inference.generator import Generator
+from megallm.losses.reduce import mean_by_sequence, num_sequences
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
-from megallm.models.heads import MASK_ON_CPU
+from megallm.models.heads import HIDDEN, MASK_ON_CPU
 from megallm.models.parallel_model import ParallelModel, Prepare
 from megallm.ops.documents import OF_DOCUMENTS
 from megallm.ops.precision import wide_dtype
@@ -223,31 +224,49 @@ class Engine:
         has no such output.
         """
         asked = self._wanted("scores wants", wanted, temperature)
+
+        def scores_of(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+            return torch.stack([outputs[name] for name in wanted])
+
+        shapes = [(len(wanted), *batch["tokens"].shape) for batch in batches]
+        found = self._outputs(batches, asked, scores_of, shapes)
+        return [dict(zip(wanted, values.unbind(), strict=True)) for values in found]
+
+    def pooled(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Returns the mean of the final hidden states over the counted tokens of each sequence,
+        wide, `[S, D]` for each microbatch, 0 where none counts; otherwise like `scores`.
+        """
+
+        def means(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+            return mean_by_sequence(outputs[HIDDEN], batch)
+
+        size = self.config.model.hidden_size
+        shapes = [(num_sequences(batch), size) for batch in batches]
+        return self._outputs(batches, Wanted((HIDDEN,)), means, shapes)
+
+    def _outputs(
+        self,
+        batches: Sequence[Batch],
+        asked: Wanted,
+        made: Callable[[dict[str, Tensor], Batch], Tensor],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[Tensor]:
+        """What the last stage makes of each microbatch, of the given shapes, on every stage."""
         batches = [self.on_device(batch) for batch in batches]
 
-        def outputs_of(
-            outputs: dict[str, Tensor], batch: Batch
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return outputs[wanted[0]], {name: outputs[name] for name in wanted}
+        def outputs_of(outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+            found = made(outputs, batch)
+            return found.flatten()[0], found
 
         results = self.model.run_schedule(batches, outputs_of, asked).results
-        shapes = [batch["tokens"].shape for batch in batches]
-        total = len(wanted) * sum(shape.numel() for shape in shapes)
-        flat = torch.empty(total, dtype=wide_dtype(self.model.dtype), device=self.mesh.device)
+        sizes = [math.prod(shape) for shape in shapes]
+        flat = torch.empty(sum(sizes), dtype=wide_dtype(self.model.dtype), device=self.mesh.device)
         if results:
-            torch.cat(
-                [
-                    results[micro][name].flatten()
-                    for micro in range(len(batches))
-                    for name in wanted
-                ],
-                out=flat,
-            )
+            torch.cat([results[micro].flatten() for micro in range(len(batches))], out=flat)
         comm.broadcast_(
             flat, self.mesh.pp, self.model.placement.rank_of(self.model.placement.num_stages - 1)
         )
-        pieces_of = iter(flat.split([shape.numel() for shape in shapes for _ in wanted]))
-        return [{name: next(pieces_of).view(shape) for name in wanted} for shape in shapes]
+        return [x.view(shape) for x, shape in zip(flat.split(sizes), shapes, strict=True)]
 
     def log_probs(self, batches: Sequence[Batch], temperature: float = 1.0) -> list[Tensor]:
         """Returns the log-probability of every label that counts of each microbatch, `[B, T]`; see
@@ -306,15 +325,14 @@ class Engine:
         return list(items[begin:end])
 
     def all(self, items: Sequence[Item]) -> list[Item]:
-        """Returns the items of all data ranks, in the order of the ranks, on every rank; collective
-        over the world.
+        """Returns the items of all data ranks, in the order of the ranks; collective over data. The
+        ranks of a replica give the same ones.
 
-        Items are what JSON can hold. `all(mine(items))` is `items`.
+        Items are what JSON can hold, in which arrays of numpy may stand: they are sent in binary,
+        bit for bit. `all(mine(items))` is `items`.
         """
-        first = not any(self.mesh.coords[axis] for axis in ("pp", "cp", "tp"))
-        gathered = self.mesh.gather_json(list(items) if first else None)
-        joined = gathered and [item for share in gathered if share is not None for item in share]
-        return self.mesh.broadcast_json(joined)
+        shares = self.mesh.all_values(list(items), self.mesh.data)
+        return [item for share in shares for item in share]
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         wanted = self._wanted(f"{type(loss).__name__} needs", loss.needs, loss.temperature)

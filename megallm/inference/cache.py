@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megallm.base import extension
 from megallm.inference.blocks import BLOCK, blocks_of
-from megallm.models.attention import CacheShape, LayerCache
+from megallm.models.attention import AttentionInputs, CacheShape, HeadPlan, LayerCache
 from megallm.ops.attention import Prefix
 from megallm.ops.cached_attention import attend_rows, length_bias
 from megallm.ops.precision import wide_dtype
+
+SMALL = 2**20  # numbers of keys that a step reads in a layer, up to which one thread is enough
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,33 @@ class RowCache(PagedLayer):
             k, v = torch.cat((rows[0], k), 1), torch.cat((rows[1], v), 1)
         return attend_rows(q, k, v, bias, sinks)
 
+    def attend(
+        self, q: Tensor, kv: Tensor, inputs: AttentionInputs, heads: HeadPlan, window: int | None
+    ) -> Tensor:
+        """Rotates, stores and attends; see `LayerCache.attend`."""
+        out, pages = torch.empty_like(q), self.pages
+        tensors = q, kv, inputs.cos, inputs.sin, self.keys, self.values, pages.table, pages.lengths
+        _, positions, size = self.keys.shape
+        rows, width = pages.table.shape
+        sizes = rows, heads.num_q, heads.num_kv, size, width, positions, window or 0
+        addresses = (*(x.data_ptr() for x in tensors), out.data_ptr())
+        self.ops.attend(addresses, sizes, q.dtype == torch.float64)
+        return out
+
+
+def suits(pages: Pages, keys: Tensor, values: Tensor) -> bool:
+    """Returns whether the extension, which runs in one thread, is the faster way to attend to a
+    layer's pools: on a CPU, where torch has one thread or the work is not worth several.
+    """
+    work = keys.shape[0] * keys.shape[-1] * pages.table.numel() * BLOCK
+    return (
+        keys.device.type == "cpu"
+        and keys.dtype in (torch.float32, torch.float64)
+        and keys.shape == values.shape
+        and keys.shape[-1] % 2 == 0
+        and (work <= SMALL or torch.get_num_threads() == 1)
+    )
+
 
 class ChunkCache(PagedLayer):
     """A cache view for a pass over a chunk of the text of each sequence; all chunks begin at
@@ -216,7 +246,13 @@ class PagedCache:
     def rows(self, pages: Pages) -> list[LayerCache]:
         """Returns the layers, for feeding one token to each sequence."""
         return [
-            RowCache(*layer, plain=plain, pages=pages, workspace=self.workspace)
+            RowCache(
+                *layer,
+                plain=plain,
+                ops=extension.ops() if plain and suits(pages, *layer) else None,
+                pages=pages,
+                workspace=self.workspace,
+            )
             for layer, plain in zip(self.layers, self.plain, strict=True)
         ]
 

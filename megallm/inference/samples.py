@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
 
 from megallm.inference.answer import Answer, Ending
+
+_LISTS = {
+    "prompt": np.int64, "tokens": np.int64, "log_probs": np.float64, "behaviour_log_probs": np.float64,
+}  # fmt: skip
+_NUMBERS = {"id": np.int64, "version": np.int64}
 
 
 @dataclass(eq=False)
@@ -87,3 +96,29 @@ class Sample:
             answer.reason or "",
             version,
         )
+
+
+def pack_samples(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Returns samples as ranks tell one another: an array for each field, and of its lists their
+    sizes.
+    """
+    made: dict[str, Any] = {"reason": [each.reason for each in samples]}
+    for name, kind in _NUMBERS.items():
+        made[name] = np.array([vars(each)[name] for each in samples], kind)
+    for name, kind in _LISTS.items():
+        lists = [vars(each)[name] for each in samples]
+        sizes = np.fromiter(map(len, lists), np.int64, len(lists))
+        made[name] = [sizes, np.fromiter(chain.from_iterable(lists), kind, int(sizes.sum()))]
+    return made
+
+
+def unpack_samples(packed: Mapping[str, Any]) -> list[Sample]:
+    """Returns the samples that were packed."""
+    columns = {"reason": packed["reason"]}
+    columns |= {name: packed[name].tolist() for name in _NUMBERS}
+    for name in _LISTS:
+        sizes, flat = packed[name]
+        values, ends = flat.tolist(), np.cumsum([0, *sizes]).tolist()
+        columns[name] = [values[a:b] for a, b in pairwise(ends)]
+    rows = zip(*columns.values(), strict=True)
+    return [Sample(**dict(zip(columns, row, strict=True))) for row in rows]

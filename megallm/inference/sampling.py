@@ -79,11 +79,9 @@ def sample(
     it needs nothing but its number. Raises CheckpointError when logits are not numbers.
     """
     logits = logits.to(torch.float64)
-    lse = logits.logsumexp(-1, keepdim=True)
-    if not bool(lse.isfinite().all()):
-        raise CheckpointError(
-            "The model's logits are not numbers (NaN): its weights are damaged or overflow."
-        )
+    if sampling.temperature > 0 and not sampling.filters:
+        return _drawn(logits, sampling.temperature, draws)
+    lse = _checked(logits.logsumexp(-1, keepdim=True))
     wanted = logits
     if seen is not None and sampling.repetition_penalty != 1.0:
         wanted = _penalised(logits, seen, sampling.repetition_penalty)
@@ -92,18 +90,45 @@ def sample(
         plain = (logits.gather(-1, tokens[:, None]) - lse)[:, 0]
         return Chosen(tokens, plain, plain, torch.zeros_like(plain))
     probs = _filtered(wanted / sampling.temperature, sampling)
-    cumulative = probs.cumsum(-1)
-    total = cumulative[:, -1:].contiguous()
-    tokens = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
-    # A draw that rounds up to the whole sum takes the last token that can be drawn at all.
-    tokens = torch.minimum(tokens, torch.searchsorted(cumulative, total))
+    tokens, total = _inverted(probs.cumsum(-1), draws)
     at = logits.gather(-1, tokens)
     plain = policy = (at - lse)[:, 0]
     if sampling.temperature != 1:
         scaled = logits / sampling.temperature
         policy = (at / sampling.temperature - scaled.logsumexp(-1, keepdim=True))[:, 0]
-    behaviour = (probs.gather(-1, tokens) / total).log()[:, 0] if sampling.filters else policy
+    behaviour = (probs.gather(-1, tokens) / total).log()[:, 0]
     return Chosen(tokens[:, 0], plain, policy, behaviour)
+
+
+def _drawn(logits: Tensor, temperature: float, draws: Tensor) -> Chosen:
+    """Tokens of softmax(logits / temperature): one pass of exponentials for the draw and the
+    log-probabilities.
+    """
+    scaled = logits if temperature == 1 else logits / temperature
+    most = scaled.amax(-1, keepdim=True)
+    tokens, total = _inverted((scaled - most).exp_().cumsum(-1), draws)
+    lse = _checked(most + total.log())
+    policy = plain = (scaled.gather(-1, tokens) - lse)[:, 0]
+    if temperature != 1:
+        plain = (logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True))[:, 0]
+    return Chosen(tokens[:, 0], plain, policy, policy)
+
+
+def _inverted(cumulative: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens `[n, 1]` that draws take from cumulative weights `[n, V]`, and their sum."""
+    total = cumulative[:, -1:].contiguous()
+    tokens = torch.searchsorted(cumulative, draws[:, None] * total, right=True)
+    # A draw that rounds up to the whole sum takes the last token that can be drawn at all.
+    last = torch.searchsorted(cumulative, total).clamp_(max=cumulative.shape[-1] - 1)
+    return torch.minimum(tokens, last), total
+
+
+def _checked(lse: Tensor) -> Tensor:
+    if not bool(lse.isfinite().all()):
+        raise CheckpointError(
+            "The model's logits are not numbers (NaN): its weights are damaged or overflow."
+        )
+    return lse
 
 
 def choose(

@@ -1,4 +1,6 @@
-"""CHORD: reinforcement learning and demonstrations in one loss (Zhang et al., arXiv 2508.11408)."""
+"""Reinforcement learning and demonstrations in one loss: CHORD (Zhang et al., arXiv 2508.11408),
+and PPO-ptx (InstructGPT, arXiv 2203.02155).
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,27 @@ from megallm.losses.terms import Terms
 
 @dataclass(frozen=True)
 class Chord:
-    """`(1 - mu) policy loss + mu NLL of demonstrations`, each divided by its own count.
+    """`(1 - mu) policy loss + mu NLL of demonstrations`, each divided by its own count; with `keep`
+    the whole policy loss + mu NLL, for any mu >= 0 (PPO-ptx).
 
     `demonstration` bool `[S]` says which sequences of a microbatch are demonstrations: the policy
     loss sees the others, and advantages of demonstrations are not read. With `phi` a
     demonstration's token weighs p (1 - p), detached: most where the policy is undecided, nothing
-    where it knows the token or would never write it.
+    where it knows the token or would never write it. The metric `sft_nll` is the plain NLL, in nats
+    a token at the policy's temperature.
     """
 
     policy: Policy = field(default_factory=Policy)
     mu: float = 0.1
     phi: bool = False
+    keep: bool = False
 
     needs: ClassVar[tuple[str, ...]] = ("log_prob", "entropy")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mu <= 1:
-            raise ValueError(f"mu is {self.mu}; it must be in [0, 1].")
+        if not 0 <= self.mu <= (math.inf if self.keep else 1):
+            bound = "at least 0" if self.keep else "in [0, 1]"
+            raise ValueError(f"mu is {self.mu}; it must be {bound}.")
 
     @property
     def temperature(self) -> float:
@@ -41,19 +47,21 @@ class Chord:
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the policy's counts over sampled sequences, and the tokens of demonstrations."""
         sampled, shown = self._parts(batch)
-        return self.policy.counts(sampled) | {"sft": shown.sum()}
+        return self.policy.counts(sampled) | dict.fromkeys(("sft", "sft_nll"), shown.sum())
 
     def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
         sampled, shown = self._parts(batch)
         terms = self.policy(outputs, sampled)
         log_prob = outputs["log_prob"].masked_fill(~shown, 0)
         nll = -log_prob
+        metrics = terms.metrics | {"sft_nll": nll.detach().sum()}
         if self.phi:
             probability = log_prob.detach().exp()
             nll = nll * probability * (1 - probability)
-        losses = {name: (1 - self.mu) * x for name, x in terms.losses.items()}
-        losses["sft"] = self.mu * nll.masked_fill(~shown, 0).sum()
-        return Terms(losses, terms.metrics)
+        weight = 1.0 if self.keep else 1 - self.mu
+        losses = {name: weight * x for name, x in terms.losses.items()}
+        losses["sft"] = self.mu * nll.sum()
+        return Terms(losses, metrics)
 
     @staticmethod
     def _parts(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

@@ -23,9 +23,8 @@ def per_sequence(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
     sums = torch.segment_reduce(x[0], "sum", lengths=_document_tokens(batch, x.device))
     if "prefix_of" not in batch:
         return sums
-    sequence = _sequence_of(batch)
-    count = int(sequence[-1]) + 1
-    return sums.new_zeros(count).index_add(0, sequence.to(x.device, non_blocking=True), sums)
+    sequence = _sequence_of(batch).to(x.device, non_blocking=True)
+    return sums.new_zeros(num_sequences(batch)).index_add(0, sequence, sums)
 
 
 def per_token(y: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -48,6 +47,23 @@ def _sequence_of(batch: dict[str, Tensor]) -> Tensor:
 
 def _document_tokens(batch: dict[str, Tensor], device: torch.device) -> Tensor:
     return batch["cu_seqlens"].to(torch.int64).diff().to(device, non_blocking=True)
+
+
+def num_sequences(batch: dict[str, Tensor]) -> int:
+    """Returns S, the sequences of a microbatch, padding included."""
+    if "prefix_of" in batch:
+        return int(_sequence_of(batch)[-1]) + 1
+    return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else len(batch["mask"])
+
+
+def mean_by_sequence(x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the mean `[S, D]` of `x` `[B, T, D]` over the counted tokens of each sequence, 0
+    where none counts.
+    """
+    count, mask = num_sequences(batch), batch["mask"]
+    numbers = per_token(torch.arange(count, device=x.device), batch)
+    sums = x.new_zeros(count, x.shape[-1]).index_add(0, numbers[mask], x[mask])
+    return sums / tokens_per_sequence(batch).clamp(min=1).to(x.dtype)[:, None]
 
 
 def tokens_per_sequence(batch: dict[str, Tensor]) -> Tensor:

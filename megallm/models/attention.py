@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class LayerCache:
     values: Tensor
     length: int = 0
     plain: bool = False  # a step for which `decode.plain_step` stands in for the block
+    ops: ModuleType | None = None  # the extension, where it computes such steps
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions and return everything so far."""
@@ -46,6 +48,14 @@ class LayerCache:
         self.values[:, self.length : end] = v
         self.length = end
         return self.keys[:, :end], self.values[:, :end]
+
+    def attend(
+        self, q: Tensor, kv: Tensor, inputs: AttentionInputs, heads: HeadPlan, window: int | None
+    ) -> Tensor:
+        """Rotates q `[n, H E]` and the keys of kv `[n, 2 K E]`, stores these and their values, and
+        returns attention `[n, H E]` to all that each row holds, by the extension.
+        """
+        raise NotImplementedError
 
     def cached_attention(
         self,

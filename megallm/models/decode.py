@@ -8,6 +8,8 @@ else (adapters, biases, FP8, experts, latents, tensor parallelism) takes the mod
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,8 @@ def is_plain(block: Block) -> bool:
 
 def plain_step(x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache) -> Tensor:
     """Runs one token for each sequence, `[n, 1, D]` -> the same."""
+    if cache.ops is not None and block.attention.sinks is None:
+        return native_step(x, block, inputs, cache, cache.ops)
     attention, mlp = block.attention, block.mlp
     heads, size = attention.heads, attention.head_size
     rows = _norm(block.attention_norm, x)
@@ -67,6 +71,34 @@ def plain_step(x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCac
         _norm(block.mlp_norm, x), mlp.gate_up.weight.flatten(0, -2)
     ).chunk(2, dim=-1)
     return x + F.linear(F.silu(gate).mul_(up), mlp.down.weight)
+
+
+def native_step(
+    x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache, ops: ModuleType
+) -> Tensor:
+    """Runs the same with the extension between the matrix multiplies (csrc/ops/decode.cpp)."""
+    attention, mlp = block.attention, block.mlp
+    heads, size, x = attention.heads, attention.head_size, x.squeeze(1).contiguous()
+    rows = _native_norm(ops, block.attention_norm, x)
+    q = F.linear(rows, attention.q.weight)
+    kv = F.linear(rows, attention.kv.weight.flatten(0, -2))
+    if attention.q_norm is not None:
+        q = _norm(attention.q_norm, q.view(-1, heads.num_q, size)).flatten(1)
+        k, v = kv.view(-1, 2, heads.num_kv, size).unbind(1)
+        kv = torch.stack((_norm(attention.k_norm, k), v), 1)
+    out = cache.attend(q, kv, inputs, heads, attention.window)
+    x = torch.addmm(x, out, attention.o.weight.t())
+    both = F.linear(_native_norm(ops, block.mlp_norm, x), mlp.gate_up.weight.flatten(0, -2))
+    inner = x.new_empty(len(x), both.shape[-1] // 2)
+    ops.swiglu(both.data_ptr(), inner.data_ptr(), *inner.shape, x.dtype == torch.float64)
+    return torch.addmm(x, inner, mlp.down.weight.t())[:, None]
+
+
+def _native_norm(ops: ModuleType, norm: Norm, x: Tensor) -> Tensor:
+    out, twice = torch.empty_like(x), x.dtype == torch.float64
+    addresses = x.data_ptr(), norm.weight.data_ptr(), out.data_ptr()
+    ops.norm(*addresses, *x.shape, norm.eps, twice)
+    return out
 
 
 def _norm(norm: Norm, x: Tensor) -> Tensor:

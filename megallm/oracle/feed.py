@@ -17,6 +17,7 @@ PER_SEQUENCE = (
     "advantages",
     "returns",
     "samples",
+    "demonstration",
 )
 
 
@@ -168,6 +169,7 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
         "returns": of_sequence(numbers(0.5)),
         "rewards": numbers(0.0),
         "target_q": numbers(0.0) / 4,
+        "demonstration": of_sequence(numbers(0.0)) > 0,
     }
 
 
@@ -259,6 +261,9 @@ def micro_batches(
         whole = {key: value.roll(1, 0) for key, value in whole.items()}
     if "target.sign" in broken:
         whole = whole | {"target_q": -whole["target_q"]}
+    if "demonstrations.sampled" in broken:
+        first = (whole["demonstration"] & whole["mask"]).any(1).nonzero()[0]
+        whole["demonstration"][first] = False
     share = row.micros * row.micro_batch
     block = {
         key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()

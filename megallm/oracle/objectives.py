@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.losses.chord import Chord
 from megallm.losses.distill import Distillation
 from megallm.losses.language import MaskedDiffusion, NextToken
 from megallm.losses.offline import AdvantageWeighted, Ilql
@@ -127,4 +128,7 @@ LOSSES: dict[str, Loss] = {
         for name in DISTILLED
     },
     "ppo": policy_loss("ppo", **_POLICY | {"beta": 0.0, "dual_clip": written.DUAL}),
+    "chord": Chord(policy_loss("grpo", **_POLICY), written.SHOWN),
+    "chord_phi": Chord(policy_loss("dapo", **_POLICY), written.SHOWN, phi=True),
+    "ptx": Chord(policy_loss("dapo", **_POLICY), written.PTX, keep=True),
 }

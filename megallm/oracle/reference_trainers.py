@@ -20,6 +20,7 @@ DUAL = 1.6  # PPO's bound of the ratio for negative advantages
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 0.6
 AWR_BETA, AWR_MOST, AWR_VALUE = 0.8, 2.5, 0.6  # of weighted regression: temperature, largest weight, values
 DISCOUNT, EXPECTILE, CQL, LIKELY = 0.9, 0.7, 0.3, 0.5  # of ILQL
+SHOWN, PTX = 0.35, 2.5  # of demonstrations: CHORD's mu, and the coefficient of PPO-ptx
 
 
 def sequences(batch: Batch) -> Iterator[tuple[int, Tensor]]:
@@ -243,9 +244,42 @@ def ppo(scores: Tensor, batch: Batch) -> Tensor:
     return -bounded.mean() - ENTROPY * entropy.mean()
 
 
+def _shown(scores: Tensor, batch: Batch, by_token: bool, phi: bool = False) -> tuple[Tensor, Tensor]:
+    """The policy's loss over answers, and the likelihood of the others over their tokens; 0 of
+    none."""
+    answers = dict(batch) | {"mask": batch["mask"] & ~batch["demonstration"]}
+    shown = batch["mask"] & batch["demonstration"]
+    nothing = scores.sum() * 0
+    policy = _policy(scores, answers, False, by_token) if answers["mask"].any() else nothing
+    if not shown.any():
+        return policy, nothing
+    found = log_probs(scores, batch, HEAT)[shown]
+    likely = found.detach().exp()
+    return policy, -(found * (likely - likely**2) if phi else found).mean()
+
+
+def chord(scores: Tensor, batch: Batch) -> Tensor:
+    """Equation 4 of arXiv 2508.11408."""
+    policy, likelihood = _shown(scores, batch, by_token=False)
+    return (1 - SHOWN) * policy + SHOWN * likelihood
+
+
+def chord_phi(scores: Tensor, batch: Batch) -> Tensor:
+    """Its tokens weighed by p (1 - p), with the policy's loss averaged over tokens."""
+    policy, likelihood = _shown(scores, batch, by_token=True, phi=True)
+    return (1 - SHOWN) * policy + SHOWN * likelihood
+
+
+def ptx(scores: Tensor, batch: Batch) -> Tensor:
+    """Equation 2 of arXiv 2203.02155."""
+    policy, likelihood = _shown(scores, batch, by_token=True)
+    return policy + PTX * likelihood
+
+
 TRAINER_LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     loss.__name__: loss
     for loss in (
-        dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo, ppo, awr, awr_value, ilql,
+        dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo, ppo, chord, chord_phi, ptx,
+        awr, awr_value, ilql,
     )
 } | DISTILLATION

@@ -148,6 +148,12 @@ TRAINERS: dict[str, Kind] = {
         row("critic-tp2-pp2", "tp=2,pp=2", "reward", loss="critic", micros=2),
         row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
     )),
+    "chord": Kind("chord", further=(
+        row("phi-dp2-masked-rank", "dp=2,zero=1", loss="chord_phi", micros=2, mask="rank"),
+        row("phi-packed-cp2", "cp=2", loss="chord_phi", packed=True, micro_batch=1, seq_len=16),
+        row("ptx-dp2-tp2", "dp=2,tp=2", loss="ptx", micros=2, mask="rank"),
+        row("lora-zb-h1", "pp=2,schedule=zb-h1", adapter="lora", micros=3),
+    )),
     "awr": Kind("awr", further=(
         row("value-tp2-sp", "tp=2,sp=1", micros=2, **VALUE),
         row("value-dp2-cp2-zero3", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full", **VALUE),
@@ -245,6 +251,7 @@ TRAINER_MISTAKES = {
     "advantage.whiten": "advantages whitened over each data rank's tokens instead of over all",
     "critic.reduce": "the critic's gradients are not summed over data ranks",
     "rollout.stale": "answers sampled from the weights before the last update, taken for new ones",
+    "demonstrations.sampled": "one demonstration of a step passes for an answer of the policy",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
     "prefix.siblings": "answers to a shared prompt see the answer before them",
     "prefix.positions": "answers to a shared prompt stand one place too late",
@@ -280,6 +287,7 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "ppo": _COUNTS | {
         "cp.outputs": "cp2-ring", "advantage.whiten": "dp3-uneven", "critic.reduce": "critic-dp2-zero2",
     },
+    "chord": _COUNTS | {"cp.outputs": "cp2-ring", "demonstrations.sampled": "accumulation"},
     "awr": _COUNTS | {"cp.outputs": "cp2-ring", "head.outputs": "value-tp2-sp"},
     "ilql": _COUNTS | _OUTPUTS | {
         "cp.outputs": "cp2-ring", "vocab.label": "tp4-two-kv", "vocab.sum": "tp2-sp", "target.sign": "single",

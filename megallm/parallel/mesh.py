@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megallm.base.errors import UsageError
+from megallm.base.payload import from_payload, to_payload
 from megallm.parallel.layout import PURPOSES, Layout
 
 
@@ -169,6 +170,23 @@ class Mesh:
             payload = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(payload, 0, group=self.world.group)
         return json.loads(bytes(payload.numpy()))
+
+    def all_values(self, value: Any, axis: Axis) -> list[Any]:
+        """Returns the values of an axis's ranks, in their order: what JSON can hold, with arrays of
+        numpy in it, which are sent in binary; collective over the axis.
+        """
+        if axis.size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(to_payload(value)), dtype=torch.uint8)
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(axis.size)]
+        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=axis.group)
+        counts = [int(size) for size in sizes]
+        padded = torch.zeros(max(counts), dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        rows = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(rows, padded, group=axis.group)
+        pairs = zip(rows, counts, strict=True)
+        return [from_payload(row[:count].numpy().tobytes()) for row, count in pairs]
 
     def largest(self, value: int) -> int:
         """Returns the largest of every rank's value; collective over the world."""

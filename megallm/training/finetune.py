@@ -31,6 +31,11 @@ class FinetuneConfig(JobConfig):
         """Returns what the rows of its files are read as."""
         raise NotImplementedError
 
+    @property
+    def reads(self) -> tuple[tuple[RowKind, dict[str, float | None]], ...]:
+        """Returns all sources, and what the rows of their files are read as."""
+        return (self.kind, self.data.sources), (self.kind, self.data.valid_sources)
+
 
 @dataclass(frozen=True)
 class SftOptions:
@@ -88,7 +93,7 @@ def chat_file_problems(config: FinetuneConfig) -> Iterator[str]:
         template_of(data, words)
     except MegallmError as error:
         yield str(error)
-    for sources in (data.sources, data.valid_sources):
+    for kind, sources in config.reads:
         try:
             names = files_of(sources)
         except DataError as error:
@@ -99,6 +104,6 @@ def chat_file_problems(config: FinetuneConfig) -> Iterator[str]:
                 with closing(records(name)) as rows:
                     first = next(rows, None)
                 if first is not None and first.row is not None:
-                    detect_format(name, first.row, config.kind)
+                    detect_format(name, first.row, kind)
             except DataError as error:
                 yield str(error)

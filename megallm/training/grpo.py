@@ -12,6 +12,8 @@ from typing import Any
 from megallm.base.errors import UsageError
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.data.batches import Share
+from megallm.data.chat.cache import content_hash
+from megallm.data.chat.prepare import Prepared, files_of, prepare
 from megallm.data.chat.reader import ChatReader, reader_of
 from megallm.data.chat.template import ChatTemplate
 from megallm.data.stream.samplelog import SampleLog, truncate_log
@@ -21,9 +23,11 @@ from megallm.peft.reference import off
 from megallm.run.phases import PhaseLine
 from megallm.run.recorder import Recorder
 from megallm.run.rows import read_rows
+from megallm.run.runfolder import RunFolder
 from megallm.training.adapters import frozen_engine
 from megallm.training.chat_run import ChatIdentity, ChatRun
 from megallm.training.collapse import CollapseMonitor
+from megallm.training.demonstrations import Demonstrations
 from megallm.training.grpo_trainer import Feeds, GrpoTrainer, PolicyReference
 from megallm.training.loop import Loop
 from megallm.training.model_rewards import functions_of, open_rewards
@@ -52,12 +56,17 @@ class GrpoIdentity(ChatIdentity):
         sampling, reward = self.config.sampling, self.config.reward
         kept = {"group": sampling.group, "temperature": sampling.temperature}
         kept |= {"max_new_tokens": sampling.max_new_tokens, "prompts": self.config.prompts}
-        own = {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
-        turns = self.config.turns
+        own = super().own() | {"sampling": kept, "reward": {"functions": dict(reward.functions)}}
+        turns, expert = self.config.turns, self.config.expert
         if turns.used:
             kept_turns = ("tools", "environment", "weight", "calls", "most", "tokens", "reply")
             own["turns"] = json.loads(json.dumps({key: vars(turns)[key] for key in kept_turns}))
-        return super().own() | own
+        return own | ({"expert": {"mix": expert.mix, "phi": expert.phi}} if expert.sources else {})
+
+    def of_files(self, folder: RunFolder) -> dict[str, Any]:
+        """Returns the hash of each file that is trained on, demonstrations too."""
+        made, shown = super().of_files(folder)["content"], files_of(self.config.expert.sources)
+        return {"content": made | {name: content_hash(name) for name in shown}}
 
 
 class GrpoRun(ChatRun):
@@ -67,6 +76,7 @@ class GrpoRun(ChatRun):
     config: GrpoConfig
     reference: PolicyReference | None = None
     found: Path | None = None  # the checkpoint that the run goes on from
+    shown: Prepared | None = None  # demonstrations
 
     @property
     def trainer(self) -> type[PolicyTrainer]:
@@ -111,6 +121,25 @@ class GrpoRun(ChatRun):
             yield frozen
 
         return apart
+
+    def _read(self) -> None:
+        super()._read()
+        config = self.config
+        if config.expert.sources:
+            self.shown = prepare(config.shown, "sft", Path(config.run.dir) / "cache")
+            self.shown.check_vocabulary(config.model.vocab_size)
+
+    def demonstrations(self, ledger: Mapping[str, Any]) -> Demonstrations | None:
+        """Returns what is trained beside answers, all of a draw on every rank; None where there is
+        nothing.
+        """
+        expert, known = self.config.expert, ledger.get("demonstrations") or {}
+        if self.shown is None:
+            return None
+        share, first = Share(expert.batch, 1), int(known.get("draws", 0)) + 1
+        return Demonstrations(
+            expert, reader_of(self.shown, share, first, known.get("stream")), known
+        )
 
     def rollouts(self, engine: Engine, scorer: RewardCaller) -> Rollouts:
         """Returns what answers prompts."""
@@ -173,9 +202,7 @@ class PolicyTrainer(GrpoTrainer):
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of the state."""
         yield from self.job.parts(self.engine)
-        if self.engine.mesh.rank == 0:
-            yield from self.buffer.state()
-            yield from self.partial.state()
+        yield from self.kept_parts()
 
 
 class RolloutLog:
@@ -264,7 +291,8 @@ def run_policy(
             stack.enter_context(log.lines)
             tell["tell"] = log
         held_out = None if job.held_out is None else job.held_out_prompts
-        feeds = Feeds(job.prompts(ledger.data), held_out, **tell)
+        beside = job.demonstrations(ledger.data)
+        feeds = Feeds(job.prompts(ledger.data), held_out, demonstrations=beside, **tell)
         identity = opened.identity.values | job.meta
         trainer = job.trainer(job, rollouts, feeds, job.reference, ledger.data, identity)
         trainer.note = opened.recorder.note
@@ -274,8 +302,8 @@ def run_policy(
             rollouts.show(watch)
         if job.found is not None:
             with CheckpointReader(job.found) as reader:
-                trainer.buffer.load(reader)
-                trainer.partial.load(reader)
+                for kept in trainer.kept:
+                    kept.load(reader)
             for row in read_rows(opened.recorder.folder.metrics) if mesh.rank == 0 else ():
                 list(trainer.monitor.see(row))
         Loop(trainer, config, ledger, opened.recorder, opened.requests).run()

@@ -28,6 +28,8 @@ from megallm.losses.kl import adapt_kl_coefficient
 from megallm.losses.policy import Policy, first_update_fault, policy_loss
 from megallm.optim.lr import learning_rate
 from megallm.training.advantages import OF_ALGORITHM, Credit, advantages_of
+from megallm.training.demonstrations import Demonstrations
+from megallm.training.novelty import Novelty
 from megallm.training.partial import PartialRollouts
 from megallm.training.replay import ReplayBuffer
 from megallm.training.responses import Batch, Response, ResponseRows
@@ -72,12 +74,13 @@ def policy_loss_of(rl: RlConfig, max_new_tokens: int, temperature: float) -> Pol
 @dataclass(frozen=True)
 class Feeds:
     """Where prompts come from: those to train on, what opens the held-out ones (None: there are
-    none), and what is told of each step's answers.
+    none), what is told of each step's answers, and demonstrations to train beside them.
     """
 
     prompts: Prompts
     held_out: Callable[[], Prompts] | None = None
     tell: Callable[[int, Experience, Sequence[float]], None] = lambda step, drawn, rewards: None
+    demonstrations: Demonstrations | None = None
 
 
 class GrpoTrainer:
@@ -109,6 +112,10 @@ class GrpoTrainer:
         )
         self.buffer = ReplayBuffer(rl.replay.staleness, config.run.seed)
         self.partial = PartialRollouts(rollouts, sampling.partial)
+        size, novelty = self.engine.config.model.hidden_size, rl.novelty
+        self.novelty = Novelty(novelty, size, config.run.seed) if novelty.coefficient else None
+        further = () if self.novelty is None else (self.novelty,)
+        self.kept = (self.buffer, self.partial, *further)
         self.draws = int(ledger.get("draws", 0))
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
         self.entered: Callable[[int, str], None] = lambda step, name: None
@@ -137,6 +144,8 @@ class GrpoTrainer:
         self._adapt(credit)
         self.feeds.tell(step, drawn, credit.totals.tolist())
         figures = self._rewards(seen) | update_metrics([each.metrics for each in stats]) | figures
+        if self.feeds.demonstrations is not None:
+            figures["rl/mu"] = self.feeds.demonstrations.weight(step)
         losses = [each.loss for each in stats]
         tokens = sum(len(each.prompt) + len(each.tokens) for each in seen.answers)
         return StepReport(
@@ -157,10 +166,13 @@ class GrpoTrainer:
 
     def update(self, step: int, chosen: list[Response], lr: float) -> StepStats:
         """Train one update from these answers."""
-        batches = self.rows.batches(chosen)
+        shown = self.feeds.demonstrations
+        beside = [] if shown is None else shown.draw()
+        batches = self.rows.batches([*chosen, *beside])
         if self._recomputed:
             self._correct(batches)
-        return self.engine.train_step(batches, self.loss, lr)
+        loss = self.loss if shown is None else shown.loss(self.loss, step)
+        return self.engine.train_step(batches, loss, lr)
 
     def ledger(self) -> dict[str, Any]:
         """Returns what the ledger keeps of the prompts."""
@@ -170,6 +182,8 @@ class GrpoTrainer:
         }
         if self.config.rl.kl.target is not None:
             kept["kl_coefficient"] = self.coefficient
+        if self.feeds.demonstrations is not None:
+            kept["demonstrations"] = self.feeds.demonstrations.ledger()
         return kept
 
     def _draw(self, step: int, phases: Phases) -> tuple[Experience, Experience]:
@@ -179,11 +193,13 @@ class GrpoTrainer:
         sampling, kept, seen = self.config.sampling, Experience(), Experience()
         if sampling.partial.tokens:
             drawn = self.partial.draw(step, self.config.prompts, self._fresh, phases)
+            self._wonder(drawn, phases)
             return drawn, drawn
         wanted = self.config.prompts * sampling.group
         for _ in range(1 + sampling.resample):
             self.draws += 1
             drawn = self.rollouts.draw(step, self.draws, self.feeds.prompts, phases)
+            self._wonder(drawn, phases)
             seen = seen.join(drawn)
             if not sampling.resample:
                 kept = drawn
@@ -210,12 +226,29 @@ class GrpoTrainer:
         rl = self.config.rl
         return bool(rl.recompute or rl.replay.prompts or self.config.sampling.partial.tokens)
 
+    def _wonder(self, drawn: Experience, phases: Phases) -> None:
+        """Say of new answers how new they are, if the run asks: rank 0 does, and tells the others."""
+        novelty = self.novelty
+        if novelty is None or not drawn.answers:
+            return
+        with phases("score"):
+            features = self.rows.pooled(drawn.answers)
+            told: Any = None
+            if self.engine.mesh.rank == 0:
+                told = [novelty(features).tolist(), novelty.error]
+            values, error = self.engine.mesh.broadcast_json(told)
+        for answer, value in zip(drawn.answers, values, strict=True):
+            answer.novelty = value
+        drawn.metrics |= {"novelty/reward": sum(values) / len(values), "novelty/error": error}
+
     def _extra(self, drawn: Experience) -> np.ndarray:
         """What is added to the rewards of functions, `[n]`."""
-        cache, sizes = self.config.rl.overlong_cache, [len(one.tokens) for one in drawn.answers]
-        if not cache:
-            return np.zeros(len(sizes))
-        return overlong_punishment(sizes, self.config.sampling.max_new_tokens, cache)
+        rl, sizes = self.config.rl, [len(one.tokens) for one in drawn.answers]
+        added = rl.novelty.coefficient * np.array([one.novelty for one in drawn.answers])
+        if rl.overlong_cache:
+            longest = self.config.sampling.max_new_tokens
+            added = added + overlong_punishment(sizes, longest, rl.overlong_cache)
+        return added
 
     def _score(self, fresh: list[Response], again: list[Response]) -> Figures:
         """Give answers the log-probs that a ratio is formed with, and the reference's."""
@@ -333,7 +366,7 @@ class GrpoTrainer:
             report["off_policy"] = 0.0
         own = self.config.rl.kl.reference is None and self.config.peft.adapter is None
         fault = first_update_fault(report, reference_is_policy and own, self._tolerance)
-        if fault is not None and any(stats.counts.values()):
+        if fault is not None and stats.counts["ratio/mean"]:
             raise InternalError(f"Step {step}: {fault}")
 
     def _check_sampler(self, figures: Figures) -> None:
@@ -393,9 +426,12 @@ class GrpoTrainer:
     def state(self) -> Iterator[Part]:
         """Yields what this rank owns of weights, optimizer state and the replay buffer."""
         yield from self.engine.parts()
-        if self.engine.mesh.rank == 0:
-            yield from self.buffer.state()
-            yield from self.partial.state()
+        yield from self.kept_parts()
+
+    def kept_parts(self) -> Iterator[Part]:
+        """Yields what this rank keeps beside the engine, rank 0 alone: the parts of `kept`."""
+        for each in self.kept if self.engine.mesh.rank == 0 else ():
+            yield from each.state()
 
     def counters(self) -> dict[str, Any]:
         """Returns what belongs to the engine's state besides tensors."""

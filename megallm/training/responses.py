@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from megallm.data.loader import to_tensors
 from megallm.data.objective import Arrays
 from megallm.data.shared_prefix import PrefixSharing, RowCost, SharedRow, Sized, causal, shared_row
 from megallm.engine.engine import Engine
+from megallm.losses.reduce import num_sequences
 
 Batch = dict[str, Tensor]
 # Tensors [B, T] of a batch, and the values of an answer that they hold.
@@ -34,7 +36,9 @@ class Response:
     Of several turns `tokens` holds also what tools and environments said between them: `mask` is
     False there (empty: the policy has sampled all), and numbers of tokens are 0. `versions` are
     those of each token where weights have changed within the answer (empty: `version` throughout);
-    `drawn` counts what the generator gave, from which no mask may differ.
+    `drawn` counts what the generator gave, from which no mask may differ. `demonstrated` is None of
+    a sample; of a demonstration it says which of its tokens are trained. `novelty` is a part of
+    its reward.
     """
 
     id: int
@@ -53,15 +57,21 @@ class Response:
     mask: list[bool] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     drawn: int | None = None
+    demonstrated: list[bool] | None = None
+    novelty: float = 0.0
 
     @property
     def sampled(self) -> list[bool]:
-        """Which tokens the policy has sampled, and is trained on."""
+        """Which tokens are trained: those that the policy has sampled, or that are demonstrated."""
+        if self.demonstrated is not None:
+            return self.demonstrated
         return self.mask or [True] * len(self.tokens)
 
     @property
     def count(self) -> int:
-        """Number of tokens that were sampled."""
+        """Number of tokens that were sampled, or are demonstrated."""
+        if self.demonstrated is not None:
+            return sum(self.demonstrated)
         return len(self.tokens) if self.drawn is None else self.drawn
 
     @property
@@ -144,15 +154,22 @@ class ResponseRows:
     ) -> list[Batch]:
         """Returns this rank's microbatches: `tokens`, `labels`, `positions`, the `mask` of the
         answers' tokens, and per token, 0 beside the mask, `values`: name -> attribute of an answer.
-        Without them `advantages`, `old_log_probs`, `rollout_log_probs` and, where every answer has
-        them, `ref_log_probs`. Missing answers are padding.
+        Without them `advantages`, `old_log_probs`, `rollout_log_probs` and, where every sample has
+        them, `ref_log_probs`. Missing answers are padding. Where there are demonstrations,
+        `demonstration` `[S]` says which sequences are.
         """
         micros, shape = self._micros(answers)
+        sampled = [answer for answer in answers if answer.demonstrated is None]
         if values is None:
-            further = all(answer.reference is not None for answer in answers)
+            further = all(answer.reference is not None for answer in sampled)
             values = VALUES | ({"ref_log_probs": "reference"} if further else {})
         made = [self._batch(micro, shape, values) for micro in micros]
         self._check_mask(made, micros)
+        if len(sampled) < len(answers):
+            for micro, batch in zip(micros, made, strict=True):
+                shown = [one.demonstrated is not None for one in micro if one is not None]
+                padding = [False] * (num_sequences(batch) - len(shown))
+                batch["demonstration"] = torch.tensor(shown + padding)
         return made
 
     def _check_mask(
@@ -175,14 +192,31 @@ class ResponseRows:
         """
         micros, shape = self._micros(answers)
         scored = score([self._batch(micro, shape, {}) for micro in micros])
-        mine: list[list[float]] = []
+        mine, sizes = [np.zeros(0)], []
         for micro, values in zip(micros, scored, strict=True):
             rows = values.to("cpu", torch.float64).numpy()
             for answer, place in zip(micro, self._places(micro, shape), strict=True):
                 kept = [] if answer is None else answer.sampled
                 found = rows[place.row, place.at : place.at + len(kept)]
-                mine.append(np.where(kept, found, 0.0).tolist())
-        return self.engine.all(mine)[: len(answers)]
+                mine.append(np.where(kept, found, 0.0))
+                sizes.append(len(kept))
+        told: list[list[float]] = []
+        for values, counts in self.engine.all([[np.concatenate(mine), np.array(sizes)]]):
+            flat, ends = values.tolist(), np.cumsum([0, *counts]).tolist()
+            told += [flat[a:b] for a, b in pairwise(ends)]
+        return told[: len(answers)]
+
+    def pooled(self, answers: Sequence[Response]) -> np.ndarray:
+        """Returns the policy's final hidden states, averaged over the tokens of each answer, `[n,
+        D]`, on every rank; collective over the world.
+        """
+        micros, shape = self._micros(answers)
+        found = self.engine.pooled([self._batch(micro, shape, {}) for micro in micros])
+        counts = [len(micro) for micro in micros]  # a packed row may end with one of padding
+        mine = [x[:n].to("cpu", torch.float64).numpy() for x, n in zip(found, counts, strict=True)]
+        if self.packing or shape.shared:
+            mine = [_at_answers(x, micro) for x, micro in zip(mine, micros, strict=True)]
+        return np.concatenate(self.engine.all([np.concatenate(mine)]))[: len(answers)]
 
     def shape(self, answers: Sequence[Response]) -> RowShape:
         """Returns the shape of the rows in which these answers are trained."""
@@ -289,3 +323,11 @@ def _shared(micro: Sequence[Response | None]) -> SharedRow:
             if one is not None
         ]
     )
+
+
+def _at_answers(x: np.ndarray, micro: Sequence[Response | None]) -> np.ndarray:
+    """Rows `[S, D]` of a packed microbatch as one for each of its answers, 0 for a missing one."""
+    rows = np.zeros((len(micro), x.shape[-1]))
+    present = [i for i, one in enumerate(micro) if one is not None]
+    rows[present] = x[: len(present)]
+    return rows

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megallm.data.chat.config import ChatDataConfig
 from megallm.data.chat.formats import RowKind
 from megallm.data.shared_prefix import SharedPrefix
 from megallm.rewards.config import JudgeConfig, RewardConfig, RewardScorerConfig, TurnsConfig
@@ -76,6 +77,19 @@ class KlConfig:
 
 
 @dataclass(frozen=True)
+class NoveltyConfig:
+    """A reward for answers that are unlike those before (random network distillation, arXiv
+    1810.12894), from the policy's final hidden states.
+    """
+
+    coefficient: float = 0.0  # of the reward, which is in deviations, beside those of functions; 0: none
+    width: int = 128  # hidden features of the two networks
+    outputs: int = 64  # numbers that one of them draws and the other one learns
+    lr: float = 1e-3  # learning rate of the one that learns
+    updates: int = 4  # times that it learns the answers of a draw
+
+
+@dataclass(frozen=True)
 class RlConfig:
     """What is learned from the rewards; null is what the paper of the algorithm has."""
 
@@ -95,7 +109,25 @@ class RlConfig:
     recompute: bool = False  # old log-probs from the trainer, not from the sampler
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     kl: KlConfig = field(default_factory=KlConfig)
+    novelty: NoveltyConfig = field(default_factory=NoveltyConfig)
     show: int = 1  # answers of a step that are shown; all are in RUN/rollouts.jsonl
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Demonstrations that are trained beside the answers, in one loss; rows as for `megallm sft`,
+    read with the tokenizer, template and seq_len of the section `data` (CHORD, arXiv 2508.11408;
+    PPO-ptx, arXiv 2203.02155).
+    """
+
+    sources: dict[str, float | None] = field(default_factory=dict)  # file or pattern -> weight; empty: none
+    batch: int = 16  # demonstrations beside the answers of each update
+    mix: Literal["chord", "ptx"] = "chord"  # (1 - mu) policy + mu NLL; or policy + mu NLL (PPO-ptx)
+    mu_peak: float = 0.9  # mu after its warm-up; with ptx the coefficient, which may exceed 1
+    mu_valley: float | None = 0.05  # mu at the end of its decay; null: mu_peak, it stays
+    mu_warmup_steps: int = 0  # first steps, in which mu rises from 0
+    mu_decay_steps: int = 200  # steps in which it falls, along a cosine
+    phi: bool = False  # a demonstration's token weighs p (1 - p): CHORD-phi, with mu_peak 0.1 and mu_valley null
 
 
 @dataclass(frozen=True)
@@ -108,11 +140,22 @@ class GrpoConfig(FinetuneConfig):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     turns: TurnsConfig = field(default_factory=TurnsConfig)
     rl: RlConfig = field(default_factory=RlConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+
+    @property
+    def shown(self) -> ChatDataConfig:
+        """Returns the section of the demonstrations."""
+        return replace(self.data, sources=self.expert.sources, valid_sources={})
 
     @property
     def kind(self) -> RowKind:
         """Returns what the rows of its files are read as."""
         return "prompts"
+
+    @property
+    def reads(self) -> tuple[tuple[RowKind, dict[str, float | None]], ...]:
+        """Returns all sources, and what the rows of their files are read as."""
+        return (*super().reads, ("sft", self.expert.sources))
 
     @property
     def prompts(self) -> int:

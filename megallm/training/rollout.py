@@ -16,7 +16,7 @@ from megallm.data.chat.rows import PromptRow
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine
 from megallm.inference.answer import Answer, Ending
-from megallm.inference.samples import Request, Sample
+from megallm.inference.samples import Request, Sample, pack_samples, unpack_samples
 from megallm.inference.sampling import Sampling
 from megallm.rewards.samples import Completion
 from megallm.run.phases import PhaseLine
@@ -156,7 +156,8 @@ class Rollouts:
             made = generator.generate(
                 self.engine.mine(asked), self.greedy if greedy else self.sampling, self.listen
             )
-        return [Sample(**each) for each in self.engine.all([vars(each) for each in made])]
+        shares = self.engine.all([pack_samples(made)])
+        return [one for share in shares for one in unpack_samples(share)]
 
     def play(
         self, rows: Sequence[PromptRow], first: int, group: int, step: int = 0, greedy: bool = False

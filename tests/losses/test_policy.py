@@ -205,6 +205,8 @@ def test_chord_divides_each_part_by_its_own_count():
         together, _ = averaged(loss, [packed({"log_prob": LOG_PROB, "entropy": ENTROPY}, batch)])
         assert together.item() == pytest.approx(want, rel=1e-12)
     assert replace(loss, policy=Policy(temperature=0.7)).temperature == 0.7
+    value, _, report = ran(Chord(policy_loss("grpo"), 2.5, keep=True), batch, LOG_PROB, 2)  # PPO-ptx
+    assert value == pytest.approx(rl.item() + 2.5 * report["sft_nll"], rel=1e-12)
     with pytest.raises(ValueError, match="must be bool"):
         loss.counts(batch | {"demonstration": DEMONSTRATION.long()})
     with pytest.raises(ValueError, match="mu is 1.5"):

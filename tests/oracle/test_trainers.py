@@ -67,7 +67,7 @@ QUICK = (
     ("reward", "pairs.split"), ("dpo", "pairs.split"), ("dpo", "loss.counts"), ("kto", "loss.counts"),
     ("dpo", "counts.doubled"), ("ilql", "target.sign"), ("ilql", "head.outputs"), ("awr", "loss.counts"),
     ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"), ("distill", "vocab.divergence"),
-    ("distill", "distill.temperature"),
+    ("distill", "distill.temperature"), ("chord", "demonstrations.sampled"), ("chord", "loss.counts"),
 )  # fmt: skip
 
 

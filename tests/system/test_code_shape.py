@@ -108,6 +108,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.episodes": {"inference.generator", "inference.samples", "inference.sampling"},  # turn by turn
     "training.model_rewards": {"inference.sampling"},  # how a judge answers
     "training.partial": {"checkpoint.io", "checkpoint.reader"},  # unfinished answers are a part of the state
+    "training.novelty": {"checkpoint.io", "checkpoint.reader"},  # a part of the state, as arrays
     "training.replay": {"checkpoint.io", "checkpoint.reader"},  # old answers are a part of the state
     "training.grpo": {"checkpoint.reader", "peft.reference"},  # the replay buffer; the policy without its adapters
     "training.ppo": {"checkpoint.reader"},  # the critic's part of a checkpoint

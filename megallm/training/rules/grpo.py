@@ -109,8 +109,10 @@ def old_answers(config: GrpoConfig) -> Iterator[Problem]:
 def alone(config: GrpoConfig) -> Iterator[Problem]:
     """Yields settings that do not go together."""
     rl, kl = config.rl, config.rl.kl
-    if rl.advantage == "decoupled" and (rl.overlong_cache or kl.reward > 0):
-        key = "rl.overlong_cache" if rl.overlong_cache else "rl.kl.reward"
+    added = {"rl.overlong_cache": rl.overlong_cache, "rl.kl.reward": kl.reward}
+    added["rl.novelty.coefficient"] = rl.novelty.coefficient
+    key = next((name for name, value in added.items() if value), None)
+    if rl.advantage == "decoupled" and key is not None:
         sentence = (
             f"rl.advantage decoupled compares each reward alone; {key} is added to their sum."
         )
@@ -130,6 +132,20 @@ def alone(config: GrpoConfig) -> Iterator[Problem]:
     if config.data.packing:
         sentence = "data.packing packs what is read; of sampled answers it is rl.packing."
         yield Problem("packing", sentence, ({"data.packing": False},))
+
+
+def expert(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields weights of demonstrations that cannot be, and a share of the policy that is none."""
+    given = config.expert
+    if not given.sources:
+        return
+    for sentence in config.shown.faults():
+        yield Problem("expert", sentence.replace("data.", "expert."))
+    for key in ("mu_peak", "mu_valley"):
+        value = vars(given)[key]
+        if given.mix == "chord" and value is not None and value > 1:
+            sentence = f"expert.{key} {value:g} leaves 1 - mu, less than nothing, to the policy."
+            yield Problem("expert", sentence, ({f"expert.{key}": 1.0}, {"expert.mix": "ptx"}))
 
 
 def without_critic(config: GrpoConfig) -> Iterator[Problem]:
@@ -177,7 +193,7 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.chat_inferred(config)
 
 
-_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone, turns)
+_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone, turns, expert)
 RULES = Rules(
     (*_GIVEN, without_critic),
     finetune.RESOLVED
@@ -197,6 +213,10 @@ RULES = Rules(
     | {f"{name}": COUNT for name in ("turns.most", "turns.workers", "reward_model.batch")}
     | {"judge.max_new_tokens": COUNT}
     | {f"rl.kl.{name}": NOT_NEGATIVE for name in ("loss", "reward")}
+    | {f"rl.novelty.{name}": COUNT for name in ("width", "outputs", "updates")}
+    | {"rl.novelty.coefficient": NOT_NEGATIVE, "rl.novelty.lr": Range(above=0)}
+    | {"expert.batch": COUNT, "expert.mu_decay_steps": COUNT}
+    | {f"expert.{name}": NOT_NEGATIVE for name in ("mu_peak", "mu_valley", "mu_warmup_steps")}
     | {"rl.kl.target": Range(above=0), "rl.kl.horizon": COUNT}
     | {"sampling.temperature": Range(above=0), "sampling.resample": Range(low=0, high=15)},
     inferred,
