@@ -227,7 +227,7 @@ class GrpoTrainer:
         return bool(rl.recompute or rl.replay.prompts or self.config.sampling.partial.tokens)
 
     def _wonder(self, drawn: Experience, phases: Phases) -> None:
-        """Say of new answers how new they are, if the run asks: rank 0 does, and tells the others."""
+        """Say how new answers are, if the run asks for it: rank 0 does, and tells the others."""
         novelty = self.novelty
         if novelty is None or not drawn.answers:
             return
