@@ -9,7 +9,7 @@ values on every rank of a replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -106,6 +106,7 @@ class Engine:
             self.optimizer,
         ]
         self.observers: list[StepObserver] = []
+        self.request: Callable[[], int] = lambda: 0  # 0, 1 or 2, told to all ranks with each update
         self.last_run: ScheduleRun | None = None
 
     @staticmethod
@@ -169,6 +170,7 @@ class Engine:
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
         self.parameters.finish()
+        self.parameters.note(self.request())
         norm = clip_gradients(
             self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
         )
@@ -196,6 +198,7 @@ class Engine:
             loss_scale and float(loss_scale),
             metrics,
             bool(empty),
+            self.parameters.largest_noted(),
         )
 
     def evaluate(
@@ -354,7 +357,8 @@ class Engine:
             key: x if key == "cu_seqlens" else x.to(device, non_blocking=True)
             for key, x in batch.items()
         }
-        return here if device.type == "cpu" else here | {MASK_ON_CPU: batch["mask"]}
+        copied = here["mask"] is not batch["mask"]
+        return here | {MASK_ON_CPU: batch["mask"]} if copied else here
 
     def _global_counts(self, batches: list[Batch], loss: Loss) -> tuple[list[str], Tensor]:
         """The names of what is counted, and the numbers, float64: this data rank's counts, summed

@@ -97,6 +97,8 @@ class Optimizer:
         """Apply the completed and clipped gradients, unless `skip` (a bool scalar, on the device)
         says not to, and send the new weights on their way."""
         clock = Clock(self.count, skip.to(self.count.device, self.count.dtype))
+        for bucket in self.parameters.trainable:
+            bucket.start_home()
         for updater, buckets in self.updaters:
             updater.update(buckets, lr, clock)
         self.count += 1 - clock.skip

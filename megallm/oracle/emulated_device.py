@@ -82,6 +82,10 @@ class EmulatedDevice(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name == "__iter__":
             result = list(result)
+        if name == "cpu" and device:
+            result = result.clone()
+            vars(result)[MARK] = True
+            return result
         moved = names_device(name, args, kwargs)
         if moved and host and not device and isinstance(result, Tensor):
             return result.clone() if any(result is x for x in host) else result

@@ -20,7 +20,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.parallel.schedule import Edge, Placement, pipeline_edges
 
 Key = tuple[int, int]  # (micro, receiving stage)
-POSTED = 2  # receives kept in flight on a channel
+POSTED = 2  # receives in flight on a channel of gloo; on nccl 1, as a waiting kernel keeps an SM
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Channel:
     source: int
     destination: int
     group: dist.ProcessGroup
+    ahead: int = POSTED
     expected: deque[Key] = field(default_factory=deque)
     posted: deque[tuple[Key, Tensor, dist.Work]] = field(default_factory=deque)
     sent: deque[tuple[Tensor, dist.Work]] = field(default_factory=deque)
@@ -78,7 +79,7 @@ class Channel:
             self.sent.popleft()[1].wait()
 
     def _post(self) -> None:
-        while self.expected and len(self.posted) < POSTED:
+        while self.expected and len(self.posted) < self.ahead:
             buffer = self.new_buffer()
             work = dist.irecv(buffer, self.source, group=self.group)
             self.posted.append((self.expected.popleft(), buffer, work))
@@ -100,7 +101,8 @@ def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str]
     for edge in edges:
         if mesh.pp.rank in edge[:2]:
             source, destination, kind = line[edge[0]], line[edge[1]], edge[2]
-            channel = Channel(source, destination, groups[_way(edge)])
+            ahead = 1 if mesh.connects_late else POSTED
+            channel = Channel(source, destination, groups[_way(edge)], ahead)
             channels[source, destination, kind] = channel
             if mesh.connects_late:
                 channel.open(mesh.rank, mesh.device)
