@@ -16,9 +16,11 @@ that every query sees whole, whatever its document and window (prefix tuning, ar
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megallm.base.optional import version
 from megallm.ops import flash
 from megallm.ops.precision import wide, wide_dtype
 from megallm.ops.tiles import (
@@ -136,7 +139,7 @@ class _Packed(torch.autograd.Function):
         *prefix: Tensor | None,
     ) -> Tensor:
         end = k.shape[1]
-        queries, strips = (Span(end - q.shape[1], end),), executor(q, v) != flash.RUNS
+        queries, strips = (Span(end - q.shape[1], end),), executor(q, v) not in (flash.RUNS, flash.TRITON)
         ctx.tiles = plan_tiles(queries, (Span(0, end),), mask_spec, strips)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
@@ -186,6 +189,11 @@ class Partial:
             for run in runs_of(tuple(tiles)):
                 rows, keys = run.rows, run.keys
                 self._merge(rows, *flash.run_forward(q[:, rows], k[:, keys], v[:, keys], run))
+            return
+        if kind == flash.TRITON:
+            kernels, whole = _triton(), (q.shape[1], k.shape[1], q.device)
+            for plan in kernels.intervals_of(tuple(tiles), *whole):
+                self._merge(slice(None), *kernels.forward(q, k, v, plan))
             return
         for tile in tiles if kind == flash.CPU else _pieces(tiles):
             rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
@@ -263,6 +271,12 @@ class Gradients:
                 grads = flash.run_backward(given, k[:, keys], v[:, keys], run)
                 self._add(rows, keys, grads)
             return
+        if kind == flash.TRITON:
+            kernels, whole = _triton(), (queries.q.shape[1], k.shape[1], k.device)
+            given = queries.q, queries.out, queries.lse, queries.grad
+            for plan in kernels.intervals_of(tuple(tiles), *whole):
+                self._add(slice(None), slice(None), kernels.backward(given, k, v, plan))
+            return
         for tile in tiles if kind == flash.CPU else _pieces(tiles):
             rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
             mine = queries.rows(rows)
@@ -337,7 +351,13 @@ def attention_block_backward(
 def executor(q: Tensor, v: Tensor) -> str:
     """Returns who computes the blocks of these queries; see `flash.executor_of`."""
     capability = flash.capability_of(q.device)
-    return flash.executor_of(q.device.type, capability, q.dtype, q.shape[-1], v.shape[-1])
+    sizes, installed = (q.shape[-1], v.shape[-1]), version("triton") is not None
+    return flash.executor_of(q.device.type, capability, q.dtype, sizes, installed)
+
+
+def _triton() -> ModuleType:
+    """The kernels in Triton, which is imported where they are used."""
+    return importlib.import_module("megallm.ops.triton_attention")
 
 
 def _pieces(tiles: Iterable[Tile]) -> Iterable[Tile]:

@@ -17,21 +17,28 @@ CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 MAX_HEAD_SIZE = 256
 SDPA_DTYPES = (*HALF, torch.float32)
 
-CPU, RUNS, WRITTEN_OUT = "torch's flash kernel of CPUs", "flash", "written out"
+CPU, RUNS, TRITON, WRITTEN_OUT = "torch's kernel of CPUs", "torch's flash", "Triton", "written out"
 
 
 def executor_of(
-    device: str, capability: tuple[int, int], dtype: torch.dtype, head_size: int, value_size: int
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    triton: bool = True,
 ) -> str:
-    """Returns who computes attention blocks: CPU tile by tile, RUNS in few calls on a GPU, or they
-    are WRITTEN_OUT, in pieces, for everything else.
+    """Returns who computes attention blocks with keys and values of `sizes`: CPU tile by tile; RUNS
+    in few calls on a GPU; there TRITON, where it is installed, for shapes that those do not take; or
+    they are WRITTEN_OUT, in pieces.
     """
-    if value_size > head_size:
-        return WRITTEN_OUT
+    head_size, value_size = sizes
     if device == "cpu":
-        return CPU if dtype in CPU_DTYPES else WRITTEN_OUT
-    fits = dtype in HALF and head_size <= MAX_HEAD_SIZE and head_size % 8 == 0
-    return RUNS if device == "cuda" and capability >= (8, 0) and fits else WRITTEN_OUT
+        return CPU if dtype in CPU_DTYPES and value_size <= head_size else WRITTEN_OUT
+    if device != "cuda" or capability < (8, 0) or max(sizes) > MAX_HEAD_SIZE:
+        return WRITTEN_OUT
+    if dtype in HALF and value_size <= head_size and head_size % 8 == 0:
+        return RUNS
+    return TRITON if triton and dtype in SDPA_DTYPES else WRITTEN_OUT
 
 
 def sdpa_order(capability: tuple[int, int]) -> list[str]:

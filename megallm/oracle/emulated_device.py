@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from types import FunctionType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,19 +22,20 @@ from torch.overrides import TorchFunctionMode
 from megallm.base.errors import InternalError
 
 MARK = "on_host"
-FACTORIES = frozenset(
-    "tensor zeros ones empty full arange rand randn randint randperm frombuffer from_numpy "
-    "as_tensor linspace eye scalar_tensor empty_strided tril_indices triu_indices".split()
-)
+_FACTORIES = """
+tensor zeros ones empty full arange rand randn randint randperm as_tensor linspace eye scalar_tensor
+empty_strided tril_indices triu_indices
+"""
 # What may see tensors of both: copies, and an index, which torch brings over by itself.
-ACROSS = frozenset(
-    "copy_ to __setitem__ __getitem__ __set__ _foreach_copy_ set_ backward register_hook "
-    "type_as equal __init__ apply stack".split()
-)
-WAITS = frozenset(
-    "item tolist __bool__ __int__ __float__ __index__ cpu numpy nonzero masked_select unique "
-    "unique_consecutive equal allclose is_nonzero argwhere __contains__ bincount".split()
-)
+_ACROSS = """
+copy_ to __setitem__ __getitem__ __set__ _foreach_copy_ set_ backward register_hook type_as equal
+__init__ apply stack
+"""
+_WAITS = """
+item tolist __bool__ __int__ __float__ __index__ cpu numpy nonzero masked_select unique
+unique_consecutive equal allclose is_nonzero argwhere __contains__ bincount
+"""
+FACTORIES, ACROSS, WAITS = (frozenset(words.split()) for words in (_FACTORIES, _ACROSS, _WAITS))
 
 
 class WrongDevice(InternalError):
@@ -63,6 +66,16 @@ class EmulatedDevice(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[tuple[str, str]] = []
+        self.patches = ExitStack()
+
+    def __enter__(self) -> EmulatedDevice:
+        self.patches.enter_context(patch.object(torch, "frombuffer", marking(torch.frombuffer)))
+        self.patches.enter_context(patch.object(torch, "from_numpy", marking(torch.from_numpy)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.patches.close()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -93,6 +106,17 @@ class EmulatedDevice(TorchFunctionMode):
             for x in tensors_of(result):
                 vars(x)[MARK] = True
         return iter(result) if name == "__iter__" else result
+
+
+def marking(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a maker of tensors of the host that tells no mode of what it makes."""
+
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        x = make(*args, **kwargs)
+        vars(x)[MARK] = True
+        return x
+
+    return made
 
 
 def names_device(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -339,22 +339,23 @@ LONG_ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [*PATHS, "no kernel"])
-@pytest.mark.parametrize("row", LONG_ROWS)
+# "plain" and "whole" are torch's own attention where it has a kernel. fp16 has none on CPUs.
+LONG_CASES = [(row, "no kernel") for row in LONG_ROWS] + [("plain", "flash"), ("whole", "flash")]
+LONG_CASES += [(row, path) for row in ("window", "documents") for path in PATHS]
+
+
+@pytest.mark.parametrize(("row", "path"), LONG_CASES)
 def test_no_path_makes_a_matrix_of_scores(row: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp16 has no kernel on CPUs, where torch's own attention would make that matrix."""
-    if path == "runs" and row in ("plain", "whole"):
-        pytest.skip("torch's own attention")
     if path != "no kernel":
         take(path, monkeypatch)
         monkeypatch.setattr(attention, "PIECE", 512)
     dtype = torch.float16 if path == "no kernel" else torch.float32
-    q, k, v = (torch.randn(1, LONG, 1, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(1, LONG, heads, 8, dtype=dtype, requires_grad=True) for heads in (2, 1, 1))
     with Counting() as count:
         mask_spec = LONG_ROWS[row]
         out = causal_attention(q, k, v) if mask_spec is None else packed_attention(q, k, v, mask_spec)
         out.sum().backward()
-    assert count.largest <= 1024 * 1024 < LONG * LONG  # a strip of a window: 512 queries, 1,512 keys
+    assert count.largest <= 1024 * 1024 < LONG * LONG  # 2 heads of a piece; a strip of 512 queries, 1,511 keys
 
 
 def test_operations_of_many_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,15 +380,16 @@ def test_who_computes_is_a_function_of_device_and_shape() -> None:
     half, wide = torch.bfloat16, torch.float32
     choose = flash.executor_of
     for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
-        assert choose("cuda", capability, half, 128, 128) == flash.RUNS
-        assert choose("cuda", capability, half, 192, 128) == flash.RUNS  # latent attention
-    assert choose("cuda", (7, 5), half, 128, 128) == flash.WRITTEN_OUT  # Turing has no such kernel
-    assert choose("cuda", (9, 0), wide, 128, 128) == flash.WRITTEN_OUT
-    assert choose("cuda", (9, 0), half, 320, 320) == flash.WRITTEN_OUT
-    assert choose("cuda", (9, 0), half, 36, 36) == flash.WRITTEN_OUT
-    assert choose("cuda", (9, 0), half, 64, 128) == flash.WRITTEN_OUT
-    assert choose("cpu", (0, 0), wide, 64, 64) == choose("cpu", (0, 0), torch.float64, 6, 4) == flash.CPU
-    assert choose("cpu", (0, 0), torch.float16, 64, 64) == flash.WRITTEN_OUT
+        assert choose("cuda", capability, half, (128, 128)) == flash.RUNS
+        assert choose("cuda", capability, half, (192, 128)) == flash.RUNS  # latent attention
+        assert choose("cuda", capability, wide, (128, 128)) == flash.TRITON
+        assert choose("cuda", capability, half, (36, 36)) == choose("cuda", capability, half, (64, 128)) == flash.TRITON
+    assert choose("cuda", (7, 5), half, (128, 128)) == flash.WRITTEN_OUT  # Turing has no such kernel
+    assert choose("cuda", (9, 0), wide, (128, 128), triton=False) == flash.WRITTEN_OUT
+    assert choose("cuda", (9, 0), half, (320, 320)) == flash.WRITTEN_OUT
+    assert choose("cuda", (9, 0), torch.float64, (64, 64)) == flash.WRITTEN_OUT
+    assert choose("cpu", (0, 0), wide, (64, 64)) == choose("cpu", (0, 0), torch.float64, (6, 4)) == flash.CPU
+    assert choose("cpu", (0, 0), wide, (6, 10)) == choose("cpu", (0, 0), torch.float16, (64, 64)) == flash.WRITTEN_OUT
     assert flash.sdpa_order((9, 0))[0] == flash.sdpa_order((10, 3))[0] == "CUDNN_ATTENTION"
     assert "MATH" not in flash.sdpa_order((8, 0)) and flash.sdpa_order((8, 0))[0] == "FLASH_ATTENTION"
 

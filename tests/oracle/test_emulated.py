@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tests.ranks import pool, run_ranks
 from tests.training.test_grpo import SOME, train
 
 pytestmark = pytest.mark.oracle
+emulated = partial(run_ranks, device="emulated", timeout=240.0)
 
 # One of each kind of message: every axis, schedule, stage of ZeRO, transport of cp, experts, ties, FP8, offload.
 SLICE = [
@@ -52,15 +54,15 @@ def test_a_row_equals_the_reference_by_the_rules_of_nccl(name: str) -> None:
 def test_generation(case: str) -> None:
     layout, model, options = CASES[case]
     expected = rolled_out(Layout(), model, {}, {"batch": 1})
-    for found in run_ranks(
-        layout.world, rolled_out, layout, model, options, {"batch": 4, "chunk": 8}, 1, device="emulated", timeout=240.0
+    for found in emulated(
+        layout.world, rolled_out, layout, model, options, {"batch": 4, "chunk": 8}, 1
     ):
         check(found, expected)
 
 
 def test_a_trainer_with_rollouts() -> None:
     alone = train(Layout(), False, 0, SOME)
-    for result in run_ranks(4, train, Layout(tp=2, pp=2), False, 1, SOME | {"sp": True}, device="emulated", timeout=240.0):
+    for result in emulated(4, train, Layout(tp=2, pp=2), False, 1, SOME | {"sp": True}):
         assert result["said"] == alone["said"]
         np.testing.assert_allclose(result["numbers"], alone["numbers"], rtol=1e-9, atol=1e-12)
 
@@ -80,8 +82,8 @@ def saved_and_loaded(root: str, layout: Layout, other: Layout, options: dict[str
 
 def test_a_checkpoint_goes_on_at_another_layout(tmp_path) -> None:
     options = {"pp": 2, "dp": 2, "zero": 3}
-    for losses in run_ranks(
-        4, saved_and_loaded, str(tmp_path), Layout(pp=2, dp=2), Layout(dp=2, tp=2), options, device="emulated", timeout=240.0
+    for losses in emulated(
+        4, saved_and_loaded, str(tmp_path), Layout(pp=2, dp=2), Layout(dp=2, tp=2), options
     ):
         assert losses[:2] == pytest.approx(losses[2:], rel=1e-12)
 
@@ -145,7 +147,7 @@ def cost_of_step(layout: Layout, options: dict[str, Any], packed: bool) -> tuple
     text = batches(4, rows=1 if packed else 2, tokens=16)
     for batch in text if packed else ():
         batch["cu_seqlens"] = torch.tensor([0, 5, 16], dtype=torch.int32)
-    mine, sizes, found = share(text, mesh), [], []
+    mine, sizes = share(text, mesh), []
     for _ in range(3):
         with Watch() as watch, window(engine, watch) as found:
             engine.train_step(mine, NextToken(), 0.01)
@@ -155,10 +157,12 @@ def cost_of_step(layout: Layout, options: dict[str, Any], packed: bool) -> tuple
 
 MOE = dataclasses.replace(MODEL, moe=MoeConfig(num_experts=4, ffn_hidden_size=14), tie_embeddings=False).resolve()
 DENSE = {
-    "dp2-zero3": (Layout(dp=2), {"zero": 3}, False), "pp2-zb-v": (Layout(pp=2), {"schedule": "zb-v", "chunks": 2}, False),
-    "tp2-sp-fused": (Layout(tp=2), {"sp": True, "fused_head": "on"}, False), "cp2-packed": (Layout(cp=2), {}, True),
+    "dp2-zero3": (Layout(dp=2), {"zero": 3}, False),
+    "pp2-zb-v": (Layout(pp=2), {"schedule": "zb-v", "chunks": 2}, False),
+    "tp2-sp-fused": (Layout(tp=2), {"sp": True, "fused_head": "on"}, False),
+    "cp2-packed": (Layout(cp=2), {}, True),
     "offload": (Layout(dp=2), {"zero": 1, "zero_offload": True}, False),
-    "fp16": (Layout(dp=2), {"precision": "fp32", "recompute": "full"}, False),
+    "fp32-recompute": (Layout(dp=2), {"precision": "fp32", "recompute": "full"}, False),
 }  # fmt: skip
 LONGER = dataclasses.replace(MODEL, num_layers=4)
 
@@ -166,8 +170,8 @@ LONGER = dataclasses.replace(MODEL, num_layers=4)
 @pytest.mark.parametrize("name", DENSE)
 def test_a_dense_step_never_waits_for_the_device_and_allocates_the_same_each_time(name: str) -> None:
     layout, options, packed = DENSE[name]
-    for waits, (before, after) in run_ranks(
-        layout.world, cost_of_step, layout, options | {"model": LONGER}, packed, device="emulated", timeout=240.0
+    for waits, (before, after) in emulated(
+        layout.world, cost_of_step, layout, options | {"model": LONGER}, packed
     ):
         assert waits == []
         assert before == after > 0
@@ -175,17 +179,16 @@ def test_a_dense_step_never_waits_for_the_device_and_allocates_the_same_each_tim
 
 def test_what_a_step_with_experts_waits_for_is_known() -> None:
     """The sizes of an exchange over ep, once a layer and pass; without ep nothing."""
-    (waits, _), *_ = run_ranks(2, cost_of_step, Layout(dp=2), {"model": MOE, "precision": "fp32"}, False, device="emulated", timeout=240.0)
+    options = {"model": MOE, "precision": "fp32"}
+    (waits, _), *_ = emulated(2, cost_of_step, Layout(dp=2), options, False)
     assert waits == []
-    (waits, _), *_ = run_ranks(
-        2, cost_of_step, Layout(dp=2, ep=2), {"model": MOE, "precision": "fp32"}, False, device="emulated", timeout=240.0
-    )
+    (waits, _), *_ = emulated(2, cost_of_step, Layout(dp=2, ep=2), options, False)
     places = {place for _, place in waits if place != "a kernel"}
     assert places == {"parallel/expert.py:plan_dispatch"}
 
 
 def test_a_wait_inside_a_step_would_be_seen() -> None:
-    (waits, _), *_ = run_ranks(2, cost_of_a_loss_that_reads, device="emulated", timeout=240.0)
+    (waits, _), *_ = emulated(2, cost_of_a_loss_that_reads)
     assert [name for name, _ in waits].count("item") == 2
 
 

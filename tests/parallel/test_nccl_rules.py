@@ -1,4 +1,4 @@
-"""nccl's rules on CPUs: what hangs, races or is refused there does so under the emulated group, and what we do does not."""
+"""nccl's rules on CPUs: what hangs, races or is refused there does so under the emulated group; what we do does not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megallm.base.errors import InternalError
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.oracle.emulated_device import EmulatedDevice, WrongDevice, is_on_host
@@ -83,11 +84,11 @@ def test_work_on_a_communicator_runs_in_order_of_issue() -> None:
 
 def misuse(kind: str) -> str:
     group = dist.new_group([0, 1], timeout=timedelta(seconds=20))
-    x = torch.ones(4) if kind == "host" else torch.ones(4, device=DEVICE)
+    x = torch.ones(4, device=DEVICE)
     out = torch.zeros(8, device=DEVICE)
     try:
         if kind in ("host", "world"):
-            dist.all_reduce(torch.ones(2) if kind == "world" else x, group=dist.group.WORLD if kind == "world" else group)
+            dist.all_reduce(torch.ones(4), group=dist.group.WORLD if kind == "world" else group)
             return "fine"
         work = dist.all_gather_single(out, x, group=group, async_op=True)
         if kind == "changed":
@@ -106,7 +107,7 @@ def misuse(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("host", "was given a tensor of the host"), ("world", "fine"), ("changed", "was changed while it was in flight"),
+        ("host", "was given a tensor of the host"), ("world", "fine"), ("changed", "was changed while it was in"),
         ("written", "was written by others"), ("freed", "was freed while"), ("early", "read nan"),
     ],
 )  # fmt: skip
@@ -177,8 +178,8 @@ def test_a_group_is_of_nccl_alone_on_gpus_and_of_the_world_s_kind_elsewhere() ->
 
 
 LAYOUTS = [
-    (Layout(pp=2, dp=2, tp=2), "1f1b", 1), (Layout(pp=4, dp=2), "1f1b", 1), (Layout(pp=2, cp=2, tp=2), "interleaved", 2),
-    (Layout(pp=4, tp=2), "zb-v", 2),
+    (Layout(pp=2, dp=2, tp=2), "1f1b", 1), (Layout(pp=4, dp=2), "1f1b", 1),
+    (Layout(pp=2, cp=2, tp=2), "interleaved", 2), (Layout(pp=4, tp=2), "zb-v", 2),
 ]  # fmt: skip
 
 
@@ -214,3 +215,30 @@ def test_communicators_do_not_grow_with_the_world(layout: Layout, most: int) -> 
     assert len(plan.communicators) == most
     assert f"{layout.world} ranks: at most {most} communicators" in told(plan)
     assert plan.seconds < 30
+
+
+def heard(tree: bool, asked: tuple[int, ...]) -> list[int]:
+    """What a step tells of the other ranks' requests, and whether the host's group was used for it."""
+    mesh = Mesh.start(Layout(dp=2, tp=2))
+    engine = engine_of(mesh, tp=2, tree=tree)
+    engine.request = lambda: asked[mesh.rank]
+    text = batches(2, rows=1)[mesh.data.rank : mesh.data.rank + 1]
+    EmulatedNccl.made[0].host = None  # a message of the host would be refused
+    return [engine.train_step(text, NextToken(), 0.01).request for _ in range(2)]
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("asked", [(0, 0, 0, 0), (0, 0, 1, 0), (1, 0, 0, 2)])
+def test_a_request_to_stop_rides_on_the_gradient_norm(tree: bool, asked: tuple[int, ...]) -> None:
+    assert emulated(4, heard, tree, asked) == [[max(asked)] * 2] * 4
+
+
+def test_a_gradient_on_another_device_is_told() -> None:
+    engine = engine_of()
+    engine.train_step(batches(1), NextToken(), 0.01)
+    name, param = next(iter(engine.parameters.params.items()))
+    bucket = next(b for b in engine.parameters.flat if name in [member.name for member in b.plan.members])
+    lost = torch.nn.Parameter(torch.empty_like(param, device="meta"))
+    lost.grad = torch.empty_like(lost)
+    with pytest.raises(InternalError, match=f"The gradient of {name} is on meta"):
+        bucket.accumulate(engine.parameters.params | {name: lost})
