@@ -43,8 +43,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--startup",
         metavar="k=v,..",
-        help="what the ranks of a layout connect when a run starts, such as tp=8,pp=8,dp=16; checks "
-        "nothing here",
+        help="what the ranks of a layout connect when a run starts, such as tp=8,pp=8,dp=16; "
+        "checks nothing here",
     )
 
 

@@ -75,8 +75,8 @@ def gpu_of(visible: int, env: RankEnv, node: str) -> int | None:
         return None
     raise UsageError(
         f"The node {node} shows {visible} GPU{'s' * (visible > 1)} to its {env.local_world} ranks: "
-        "each needs one of its own. Start as many ranks as there are GPUs, or train on the CPU with "
-        "CUDA_VISIBLE_DEVICES= in the environment."
+        "each needs one of its own. Start as many ranks as there are GPUs, or train on the CPU "
+        "with CUDA_VISIBLE_DEVICES= in the environment."
     )
 
 

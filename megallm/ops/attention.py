@@ -20,6 +20,7 @@ import importlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -139,7 +140,8 @@ class _Packed(torch.autograd.Function):
         *prefix: Tensor | None,
     ) -> Tensor:
         end = k.shape[1]
-        queries, strips = (Span(end - q.shape[1], end),), executor(q, v) not in (flash.RUNS, flash.TRITON)
+        queries = (Span(end - q.shape[1], end),)
+        strips = executor(q, v) not in (flash.RUNS, flash.TRITON)
         ctx.tiles = plan_tiles(queries, (Span(0, end),), mask_spec, strips)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
@@ -351,8 +353,13 @@ def attention_block_backward(
 def executor(q: Tensor, v: Tensor) -> str:
     """Returns who computes the blocks of these queries; see `flash.executor_of`."""
     capability = flash.capability_of(q.device)
-    sizes, installed = (q.shape[-1], v.shape[-1]), version("triton") is not None
+    sizes, installed = (q.shape[-1], v.shape[-1]), q.is_cuda and _has_triton()
     return flash.executor_of(q.device.type, capability, q.dtype, sizes, installed)
+
+
+@cache
+def _has_triton() -> bool:
+    return version("triton") is not None
 
 
 def _triton() -> ModuleType:

@@ -1,5 +1,5 @@
-"""FlashAttention of torch on GPUs, for runs of sequences of any lengths, with the log-sum-exp (arXiv
-2307.08691); and who computes an attention block where. The choice is pure.
+"""FlashAttention of torch on GPUs, for runs of sequences of any lengths, with the log-sum-exp
+(arXiv 2307.08691); and who computes an attention block where. The choice is pure.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.ops.tiles import Run
+from megallm.ops.tiles import TileRun
 
 HALF = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -28,8 +28,8 @@ def executor_of(
     triton: bool = True,
 ) -> str:
     """Returns who computes attention blocks with keys and values of `sizes`: CPU tile by tile; RUNS
-    in few calls on a GPU; there TRITON, where it is installed, for shapes that those do not take; or
-    they are WRITTEN_OUT, in pieces.
+    in few calls on a GPU; there TRITON, where it is installed, for shapes that those do not take;
+    or they are WRITTEN_OUT, in pieces.
     """
     head_size, value_size = sizes
     if device == "cpu":
@@ -62,18 +62,18 @@ def _ends(ends: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
     return torch.tensor(whole, dtype=torch.int32).to(device, non_blocking=True)
 
 
-def _arguments(run: Run, batch: int, device: torch.device) -> tuple:
+def _arguments(run: TileRun, batch: int, device: torch.device) -> tuple:
     q_ends, k_ends = (_ends(ends, batch, device) for ends in (run.q_ends, run.k_ends))
     longest = (max(b - a for a, b in zip(x, x[1:], strict=False)) for x in (run.q_ends, run.k_ends))
     return q_ends, k_ends, *longest, 0.0, run.left is None and run.right == 0
 
 
-def _window(run: Run, size: int) -> dict[str, float | int]:
+def _window(run: TileRun, size: int) -> dict[str, float | int]:
     left, right = (-1 if side is None else side for side in (run.left, run.right))
     return {"scale": size**-0.5, "window_size_left": left, "window_size_right": right}
 
 
-def run_forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+def run_forward(q: Tensor, k: Tensor, v: Tensor, run: TileRun) -> tuple[Tensor, Tensor]:
     """Computes the attention of a run: q `[B, Tq, H, E]`, k and v `[B, Tk, K, E or Ev]` are its own
     rows. Returns `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]`.
     """
@@ -86,7 +86,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tens
 
 
 def run_backward(
-    given: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, v: Tensor, run: Run
+    given: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, v: Tensor, run: TileRun
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v through a run, from `given`: q, the output and the
     log-sum-exp of the whole softmax, and the gradient of that output.
@@ -99,10 +99,19 @@ def run_backward(
     arguments = _arguments(run, len(q), q.device)
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout, which is 0
     grads = torch.ops.aten._flash_attention_backward(
-        grad.to(q.dtype), q_, k_, v_, out.to(q.dtype), lse.flatten(0, 1).mT.contiguous(),
-        *arguments, random, q.new_empty(0), **_window(run, q.shape[-1]),
-    )  # fmt: skip
-    grad_q, grad_k, grad_v = (x.view(y.shape[:3] + x.shape[2:]) for x, y in zip(grads, (q, k, v), strict=True))
+        grad.to(q.dtype),
+        q_,
+        k_,
+        v_,
+        out.to(q.dtype),
+        lse.flatten(0, 1).mT.contiguous(),
+        *arguments,
+        random,
+        q.new_empty(0),
+        **_window(run, q.shape[-1]),
+    )
+    shapes = (x.shape[:3] for x in (q, k, v))
+    grad_q, grad_k, grad_v = (x.view(*s, -1) for x, s in zip(grads, shapes, strict=True))
     return grad_q, grad_k, grad_v[..., :size]
 
 

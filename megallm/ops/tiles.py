@@ -195,7 +195,7 @@ def pieces_of(tile: Tile, limit: int) -> Iterator[Tile]:
 
 
 @dataclass(frozen=True)
-class Run:
+class TileRun:
     """Tiles of which each begins where the one before ends: one call of a kernel for sequences of
     many lengths. `q_ends` and `k_ends` are cumulative, from 0.
 
@@ -221,7 +221,7 @@ class Run:
 
 
 @lru_cache(maxsize=256)
-def runs_of(tiles: tuple[Tile, ...]) -> tuple[Run, ...]:
+def runs_of(tiles: tuple[Tile, ...]) -> tuple[TileRun, ...]:
     """Returns the tiles as few runs."""
     runs: list[list[Tile]] = []
     for tile in tiles:
@@ -232,7 +232,7 @@ def runs_of(tiles: tuple[Tile, ...]) -> tuple[Run, ...]:
         else:
             runs.append([tile])
     return tuple(
-        Run(
+        TileRun(
             run[0],
             (0, *(tile.q_end - run[0].q_begin for tile in run)),
             (0, *(tile.k_end - run[0].k_begin for tile in run)),

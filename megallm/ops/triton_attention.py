@@ -1,5 +1,5 @@
-"""Attention in Triton for GPUs: each query sees one interval of the keys, which is what causality, a
-window, a document, a block of a ring or a shared prefix leave of them; with the log-sum-exp, and
+"""Attention in Triton for GPUs: each query sees one interval of the keys, which is what causality,
+a window, a document, a block of a ring or a shared prefix leave of them; with the log-sum-exp, and
 the backward pass (FlashAttention-2, arXiv 2307.08691).
 
 Only what some query of a block sees is read. `Intervals` is the plan, made of tiles.
@@ -38,8 +38,7 @@ class Intervals:
 def intervals_of(
     tiles: tuple[Tile, ...], num_q: int, num_k: int, device: torch.device
 ) -> tuple[Intervals, ...]:
-    """Returns the tiles as few plans: in each a query sees one interval, and what touches is joined.
-    """
+    """Returns the tiles as few plans: in each a query sees one interval; what touches is joined."""
     layers: list[tuple[Tensor, Tensor]] = []
     for tile in tiles:
         rows, (low, high) = slice(tile.q_begin, tile.q_end), _sight(tile)
@@ -88,10 +87,26 @@ def _rows(base, head, rows, num_rows, stride, heads, columns, SIZE: tl.constexpr
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, lows, highs, scale, num_q, num_k, heads, share,
-    E: tl.constexpr, EV: tl.constexpr, E2: tl.constexpr, EV2: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    lse,
+    lows,
+    highs,
+    scale,
+    num_q,
+    num_k,
+    heads,
+    share,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    E2: tl.constexpr,
+    EV2: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = heads // share
     rows, wide, wide_v = block * ROWS + tl.arange(0, ROWS), tl.arange(0, E2), tl.arange(0, EV2)
@@ -119,11 +134,14 @@ def _forward(
     some = tl.where(total > 0, total, 1.0)
     result = sums / some[:, None]
     places = batch * num_q * heads + rows * heads + head
-    tl.store(lse + places, tl.where(total > 0, best + tl.log(some), float("-inf")), mask=rows < num_q)
     tl.store(
-        out + places[:, None] * EV + wide_v[None, :], result.to(out.dtype.element_ty),
+        lse + places, tl.where(total > 0, best + tl.log(some), float("-inf")), mask=rows < num_q
+    )
+    tl.store(
+        out + places[:, None] * EV + wide_v[None, :],
+        result.to(out.dtype.element_ty),
         mask=(rows[:, None] < num_q) & (wide_v[None, :] < EV),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
@@ -136,10 +154,28 @@ def _weights(mine, theirs, keys, low, high, sums, scale, PRECISION: tl.constexpr
 
 @triton.jit
 def _backward_q(
-    q, k, v, grad, lse, inner, grad_q, lows, highs, scale, num_q, num_k, heads, share,
-    E: tl.constexpr, EV: tl.constexpr, E2: tl.constexpr, EV2: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    inner,
+    grad_q,
+    lows,
+    highs,
+    scale,
+    num_q,
+    num_k,
+    heads,
+    share,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    E2: tl.constexpr,
+    EV2: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = heads // share
     rows, wide, wide_v = block * ROWS + tl.arange(0, ROWS), tl.arange(0, E2), tl.arange(0, EV2)
@@ -162,18 +198,39 @@ def _backward_q(
         back = (weights * back * scale).to(theirs.dtype)
         total += tl.dot(back, theirs, input_precision=PRECISION)
     tl.store(
-        grad_q + places[:, None] * E + wide[None, :], total,
+        grad_q + places[:, None] * E + wide[None, :],
+        total,
         mask=(rows[:, None] < num_q) & (wide[None, :] < E),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 def _backward_kv(
-    q, k, v, grad, lse, inner, grad_k, grad_v, lows, highs, firsts, lasts, scale, num_q, num_k,
-    heads, share,
-    E: tl.constexpr, EV: tl.constexpr, E2: tl.constexpr, EV2: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    grad,
+    lse,
+    inner,
+    grad_k,
+    grad_v,
+    lows,
+    highs,
+    firsts,
+    lasts,
+    scale,
+    num_q,
+    num_k,
+    heads,
+    share,
+    E: tl.constexpr,
+    EV: tl.constexpr,
+    E2: tl.constexpr,
+    EV2: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     block, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = heads // share
     keys, wide, wide_v = block * KEYS + tl.arange(0, KEYS), tl.arange(0, E2), tl.arange(0, EV2)
@@ -201,13 +258,15 @@ def _backward_kv(
             of_k += tl.dot(tl.trans(back), mine, input_precision=PRECISION)
     places = batch * num_k * kv_heads + keys * kv_heads + kv_head
     tl.store(
-        grad_k + places[:, None] * E + wide[None, :], of_k,
+        grad_k + places[:, None] * E + wide[None, :],
+        of_k,
         mask=(keys[:, None] < num_k) & (wide[None, :] < E),
-    )  # fmt: skip
+    )
     tl.store(
-        grad_v + places[:, None] * EV + wide_v[None, :], of_v,
+        grad_v + places[:, None] * EV + wide_v[None, :],
+        of_v,
         mask=(keys[:, None] < num_k) & (wide_v[None, :] < EV),
-    )  # fmt: skip
+    )
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple:

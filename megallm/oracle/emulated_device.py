@@ -134,9 +134,7 @@ def waits(name: str, args: tuple, kwargs: dict[str, Any], device: list[Tensor]) 
     """Returns whether the host has to wait for the device to know the result, or its shape."""
     if name in ("__getitem__", "__setitem__"):
         where = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(
-            isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() for x in where
-        )
+        return any(isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() for x in where)
     if name == "repeat_interleave":
         counts = args[1] if len(args) > 1 else kwargs.get("repeats")
         return isinstance(counts, Tensor) and kwargs.get("output_size") is None

@@ -75,7 +75,9 @@ class EmulatedWork:
     def start(self, communicator: Communicator, job: Job) -> EmulatedWork:
         """Issue it: from now on its tensors belong to the stream."""
         with torch._C.DisableTorchFunction():
-            self.sent = [x.detach().clone(memory_format=torch.contiguous_format) for x in self.inputs]
+            self.sent = [
+                x.detach().clone(memory_format=torch.contiguous_format) for x in self.inputs
+            ]
             self.landing = [
                 torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.outputs
             ]

@@ -5,6 +5,7 @@ one.
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,7 @@ class Mesh:
         self.coords = layout.coords(rank)
         self.axes = axes
         self.views: dict[tuple[str, int], tuple[Axis, Axis]] = {}
+        self.lines: dict[Hashable, dict[tuple, dist.ProcessGroup]] = {}  # by placement (`p2p`)
         if axes:
             self._name_axes()
 

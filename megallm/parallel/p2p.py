@@ -97,14 +97,18 @@ def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str]
     """
     channels, line = {}, mesh.pp.ranks
     edges = pipeline_edges(placement)
-    groups = {way: mesh.group(line, opened=False) for way in dict.fromkeys(map(_way, edges))}
+    known = mesh.lines.get(placement)  # of another model on this mesh: they take turns
+    groups = known or {
+        way: mesh.group(line, opened=False) for way in dict.fromkeys(map(_way, edges))
+    }
+    mesh.lines[placement] = groups
     for edge in edges:
         if mesh.pp.rank in edge[:2]:
             source, destination, kind = line[edge[0]], line[edge[1]], edge[2]
             ahead = 1 if mesh.connects_late else POSTED
             channel = Channel(source, destination, groups[_way(edge)], ahead)
             channels[source, destination, kind] = channel
-            if mesh.connects_late:
+            if mesh.connects_late and known is None:
                 channel.open(mesh.rank, mesh.device)
     return channels
 

@@ -1,5 +1,5 @@
-"""What a rank connects at the start of a run, by formula: its communicators, and about how long that
-takes. Pure.
+"""What a rank connects at the start of a run, by formula: its communicators, and about how long
+that takes. Pure.
 
 `Mesh.start`, `Mesh.view`, `open_channels` and the axis of a tie make just these. No group but the
 world's is waited for by others than its members, so the number of communicators of a rank does not
@@ -82,9 +82,7 @@ def communicators_of(
         whole = layout.ranks(name, of=rank)
         if inner not in (1, len(whole)):
             parts = grid_lines(whole, whole.index(rank), inner)
-            found += [
-                Communicator((f"{name} view",), ranks) for ranks in parts if len(ranks) > 1
-            ]
+            found += [Communicator((f"{name} view",), ranks) for ranks in parts if len(ranks) > 1]
     line, place = layout.ranks("pp", of=rank), layout.coords(rank)["pp"]
     for source, destination, kind in pipeline_edges(placement):
         if place in (source, destination):
