@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megallm.base.errors import InternalError
 from megallm.oracle.emulated_device import is_on_host
@@ -74,7 +75,7 @@ class EmulatedWork:
 
     def start(self, communicator: Communicator, job: Job) -> EmulatedWork:
         """Issue it: from now on its tensors belong to the stream."""
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
             self.sent = [
                 x.detach().clone(memory_format=torch.contiguous_format) for x in self.inputs
             ]
@@ -118,7 +119,7 @@ class EmulatedWork:
         if self.seen:
             return True
         self.seen = True
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
             for x in (*self.inputs, *self.outputs):
                 if x.untyped_storage().nbytes() < x.numel() * x.element_size():
                     raise RuleBroken(f"A tensor of {self.name} was freed while it was in flight.")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,11 +110,14 @@ class Watch(TorchDispatchMode):
         if there and (name in WAITING or index or unsized):
             self.waits.append(name)
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tensors_of(args)}
-        self.allocated += [
-            x.numel() for x in tensors_of(result) if x.untyped_storage().data_ptr() not in given
-        ]
+        given = {x.untyped_storage().data_ptr() for x in dense(args)}
+        self.allocated += [x.numel() for x in dense(result) if x.untyped_storage().data_ptr() not in given]
         return result
+
+
+def dense(values: Any) -> list[Tensor]:
+    """The tensors with memory of their own; the gradient of an embedding is sparse."""
+    return [x for x in tensors_of(values) if x.layout == torch.strided]
 
 
 @contextmanager
