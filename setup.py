@@ -83,6 +83,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megallm", "megallm.*"]),
+    package_data={"megallm.report": ["page.html"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
     entry_points={"console_scripts": ["megallm = megallm.__main__:main"]},

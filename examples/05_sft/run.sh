@@ -35,7 +35,7 @@ head -n 1 $work/scores.jsonl > $work/scores.tmp && mv $work/scores.tmp $work/sco
 $python -W ignore $here/score.py "fine-tuned" $work/trained $work/held_out.jsonl $work/scores.jsonl
 
 say "5/5 RESULT.md"
-$python $here/result.py "Result: supervised fine-tuning" "bash $here/run.sh $*" $((SECONDS - started)) $work/scores.jsonl \
+$python $here/result.py "Result: supervised fine-tuning" "bash $here/run.sh${*:+ $*}" $((SECONDS - started)) $work/scores.jsonl \
   $work/run > $here/RESULT.md.tmp
 mv $here/RESULT.md.tmp $here/RESULT.md
 cat $here/RESULT.md

@@ -28,19 +28,22 @@ $megallm sft $here/config.yaml run.dir=$work/lora "$@"
 say "3/5 QLoRA: the base in 4 bit"
 $megallm sft $here/config.yaml run.dir=$work/qlora peft.quantize=nf4 train.precision=bf16 "$@"
 
-say "4/5 merged, and scored by transformers; the adapter beside the base by PEFT"
+say "4/5 merged and scored by transformers; the adapter beside the base by PEFT"
 rm -rf $work/merged-lora $work/merged-qlora $work/scores.jsonl
-for name in lora qlora; do
-  $megallm merge --model $work/$name --output $work/merged-$name
-done
-$python -W ignore $sft/score.py "before" $model $tasks $work/scores.jsonl
+$megallm merge --model $work/lora --output $work/merged-lora --dtype fp32
+$megallm merge --model $work/qlora --output $work/merged-qlora
+if [ -s $sft/work/scores.jsonl ]; then
+  head -n 1 $sft/work/scores.jsonl > $work/scores.jsonl   # the same model on the same tasks, by examples/05_sft
+else
+  $python -W ignore $sft/score.py "before" $model $tasks $work/scores.jsonl
+fi
 $python -W ignore $sft/score.py "LoRA, adapter beside the base (PEFT)" $model $tasks $work/scores.jsonl --adapter $work/lora/adapter
-$python -W ignore $sft/score.py "LoRA, merged (bf16)" $work/merged-lora $tasks $work/scores.jsonl
 $python -W ignore $sft/score.py "QLoRA, merged (bf16)" $work/merged-qlora $tasks $work/scores.jsonl
 
 say "5/5 RESULT.md"
-$python $sft/result.py "Result: LoRA and QLoRA" "bash $here/run.sh $*" $((SECONDS - started)) $work/scores.jsonl \
+$python $sft/result.py "Result: LoRA and QLoRA" "bash $here/run.sh${*:+ $*}" $((SECONDS - started)) $work/scores.jsonl \
   $work/lora $work/qlora > $here/RESULT.md.tmp
+$python -W ignore $here/same.py $model $work/lora/adapter $work/merged-lora $tasks >> $here/RESULT.md.tmp
 mv $here/RESULT.md.tmp $here/RESULT.md
 cat $here/RESULT.md
 echo "talk to it: $megallm chat --model $work/lora"

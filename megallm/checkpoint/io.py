@@ -8,20 +8,15 @@ is in memory beside the tensors of the caller, on both ways.
 
 from __future__ import annotations
 
-import json
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megallm.base.errors import CheckpointError, InternalError
 from megallm.base.files import writing
 from megallm.checkpoint.manifest import (
-    DTYPES,
     FileRecord,
     Manifest,
     StoredPiece,
@@ -29,6 +24,7 @@ from megallm.checkpoint.manifest import (
     digest,
 )
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, outside_problem, split_box
+from megallm.checkpoint.shard_file import ShardWriter, header_bytes, read_regular
 from megallm.parallel.shard import Box
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -84,26 +80,44 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def header_bytes(
-    entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
-) -> bytes:
-    """Returns a safetensors header (length prefix, JSON, spaces to a multiple of 8).
+@dataclass(frozen=True)
+class ShardPlan:
+    """What a shard file is going to hold: a header, then each box of a part at its byte offset."""
 
-    `entries` are `(key, dtype name, shape, bytes)` in the order of their data, which follows
-    without gaps.
+    parts: Sequence[Part]
+    header: bytes
+    pieces: tuple[tuple[Part, Box, int], ...]
+    nbytes: int
+
+    def record(
+        self, name: str, digests: Sequence[str]
+    ) -> tuple[FileRecord, dict[str, TensorRecord]]:
+        """Returns what the manifest says of the file `name`; `digests` are those of the pieces."""
+        held: dict[str, list[StoredPiece]] = {part.name: [] for part in self.parts}
+        for (part, box, offset), hexadecimal in zip(self.pieces, digests, strict=True):
+            held[part.name].append(StoredPiece(name, offset, box, hexadecimal))
+        table = {}
+        for part in self.parts:
+            dtype = DTYPE_NAMES[part.tensor.dtype]
+            table[part.name] = TensorRecord(tuple(part.full), dtype, tuple(held[part.name]))
+        return FileRecord(self.nbytes, len(self.header), digest(self.header)), table
+
+
+def plan_shard(parts: Sequence[Part], max_piece_bytes: int = MAX_PIECE_BYTES) -> ShardPlan:
+    """Returns the plan of the file that holds `parts`. Errors: `InternalError` for a part that
+    cannot be stored.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    position = 0
-    for key, dtype, shape, nbytes in entries:
-        header[key] = {
-            "dtype": DTYPES[dtype][0],
-            "shape": list(shape),
-            "data_offsets": [position, position + nbytes],
-        }
-        position += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    cut = _cut(parts, max_piece_bytes)
+    header = header_bytes(
+        [(_key(part, box), DTYPE_NAMES[part.tensor.dtype], box.shape, box.size * part.tensor.itemsize)
+         for part, box in cut],
+        {"format": "megallm"},
+    )  # fmt: skip
+    pieces, position = [], len(header)
+    for part, box in cut:
+        pieces.append((part, box, position))
+        position += box.size * part.tensor.itemsize
+    return ShardPlan(parts, header, tuple(pieces), position)
 
 
 def write_shard(
@@ -115,28 +129,16 @@ def write_shard(
     Errors: `CannotWrite` when the file cannot be written, `InternalError` for a part that cannot be
     stored.
     """
-    pieces = _cut(parts, max_piece_bytes)
-    header = header_bytes(
-        [(_key(part, box), DTYPE_NAMES[part.tensor.dtype], box.shape, box.size * part.tensor.itemsize)
-         for part, box in pieces],
-        {"format": "megallm"},
-    )  # fmt: skip
-    held: dict[str, list[StoredPiece]] = {part.name: [] for part in parts}
+    plan = plan_shard(parts, max_piece_bytes)
+    digests = []
     with writing(path), ShardWriter(path) as file:
-        file.write(header)
-        for part, box in pieces:
+        file.write(plan.header)
+        for part, box, _ in plan.pieces:
             data = raw(part.tensor[box.slices(part.box)])
-            held[part.name].append(StoredPiece(path.name, file.position, box, digest(data)))
+            digests.append(digest(data))
             file.write(data)
             del data  # before the next piece is copied: one at a time
-        record = FileRecord(file.position, len(header), digest(header))
-    table = {
-        part.name: TensorRecord(
-            tuple(part.full), DTYPE_NAMES[part.tensor.dtype], tuple(held[part.name])
-        )
-        for part in parts
-    }
-    return record, table
+    return plan.record(path.name, digests)
 
 
 def _cut(parts: Sequence[Part], max_piece_bytes: int) -> list[tuple[Part, Box]]:
@@ -165,81 +167,6 @@ def _key(part: Part, box: Box) -> str:
     if box.shape == tuple(part.full):
         return part.name
     return f"{part.name}@{','.join(map(str, box.offset))}"
-
-
-class ShardWriter:
-    """An unbuffered new file that counts its bytes and is synced when the block ends without an
-    error.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self.position = 0
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data)
-        while view:
-            count = os.write(self.fd, view)
-            self.position += count
-            view = view[count:]
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                os.fsync(self.fd)
-        finally:
-            os.close(self.fd)
-
-
-def read_regular(
-    path: Path, offset: int, nbytes: int | None, file_bytes: int | None = None
-) -> bytearray:
-    """Returns `nbytes` bytes (None: the whole file) at `offset` of a regular file that is no
-    symbolic link.
-
-    `file_bytes` is the size the file must have. Errors: `CheckpointError` when it is missing, of
-    another kind or size, or cannot be read.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            problem = size_problem(os.fstat(fd), file_bytes)
-            if problem is not None:
-                raise CheckpointError(f"{path} {problem}.")
-            size = os.fstat(fd).st_size - offset if nbytes is None else nbytes
-            return _read_exactly(fd, offset, size, path)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def size_problem(status: os.stat_result, file_bytes: int | None) -> str | None:
-    """Returns why a file is not the regular file of `file_bytes` bytes that the manifest
-    promises.
-    """
-    if not stat.S_ISREG(status.st_mode):
-        return "is not a regular file (symbolic links are refused)"
-    if file_bytes is not None and status.st_size != file_bytes:
-        return f"has {status.st_size} bytes, the manifest says {file_bytes}"
-    return None
-
-
-def _read_exactly(fd: int, offset: int, nbytes: int, path: Path) -> bytearray:
-    buffer = bytearray(nbytes)
-    view = memoryview(buffer)
-    position = 0
-    while position < nbytes:
-        count = os.preadv(fd, [view[position:]], offset + position)
-        if count == 0:
-            raise CheckpointError(
-                f"{path} ends at byte {offset + position}, {nbytes - position} bytes too early."
-            )
-        position += count
-    return buffer
 
 
 class PieceReader:

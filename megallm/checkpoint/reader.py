@@ -17,9 +17,10 @@ import torch
 from megallm.base import suggest
 from megallm.base.errors import CheckpointError
 from megallm.base.progress import Progress, quiet
-from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes, read_regular, size_problem
+from megallm.checkpoint.io import TORCH_DTYPES, PieceReader, copy_bytes
 from megallm.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, decode
 from megallm.checkpoint.plan import outside_problem, plan_reads
+from megallm.checkpoint.shard_file import read_regular, size_problem
 from megallm.parallel.shard import Box
 
 _STEP = re.compile(r"step-(\d{8,})")

@@ -13,18 +13,27 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megallm.base.errors import CannotWrite, CheckpointError, InternalError, LeaseLost, MegallmError
+from megallm.base.errors import (
+    CannotWrite,
+    CheckpointError,
+    Diverged,
+    InternalError,
+    LeaseLost,
+    MegallmError,
+)
 from megallm.base.files import fsync_dir, writing
-from megallm.checkpoint.io import Part, ShardWriter, read_regular, write_shard
+from megallm.checkpoint.io import Part, write_shard
 from megallm.checkpoint.manifest import (
     MANIFEST,
+    FileRecord,
     Manifest,
+    TensorRecord,
     file_from_json,
     merge_tables,
     table_from_json,
@@ -37,6 +46,7 @@ from megallm.checkpoint.reader import (
     step_name,
 )
 from megallm.checkpoint.retention import remove_stale_folders, retire, set_aside, temporary_step
+from megallm.checkpoint.shard_file import ShardWriter, read_regular
 
 _APPEAR_SECONDS = (
     5.0  # how long a shard of another host may take to appear on a network file system
@@ -156,39 +166,44 @@ def save(
     root = Path(root)
     keeping = keep if isinstance(keep, RetentionPolicy) else RetentionPolicy(keep or 0)
     first = mesh.world.rank == 0
-    begun = mesh.broadcast_json(_begin(root, step, keeping) if first else None)
-    _raise_if_failed(begun)
+    begun = mesh.broadcast_json(begin_save(root, step, keeping) if first else None)
+    raise_failure(begun)
     folder = root / begun["folder"]
     reports = mesh.gather_json(_write_own(folder, mesh.world.rank, parts))
     done = (
         None
         if reports is None
-        else _finish(root, folder, keeping, lambda: _assemble(step, reports, meta))
+        else finish_save(root, folder, keeping, lambda: assemble(step, reports, meta))
     )
     outcome = mesh.broadcast_json(done)
     if "error" in outcome:
         shutil.rmtree(
             folder, ignore_errors=True
         )  # rank 0 did; a folder that is not shared has its own copy here
-    _raise_if_failed(outcome)
+    raise_failure(outcome)
     return root / step_name(step)
 
 
-_KINDS = {kind.__name__: kind for kind in (CannotWrite, LeaseLost, CheckpointError, InternalError)}
+_KINDS = {
+    kind.__name__: kind
+    for kind in (CannotWrite, CheckpointError, Diverged, InternalError, LeaseLost)
+}
 
 
-def _failure(error: MegallmError) -> dict[str, str]:
+def failure(error: MegallmError) -> dict[str, str]:
+    """Returns what a rank reports of an error while saving; `raise_failure` raises it again."""
     kind = type(error).__name__
     return {"error": str(error), "kind": kind if kind in _KINDS else InternalError.__name__}
 
 
-def _raise_if_failed(report: dict[str, Any]) -> None:
+def raise_failure(report: dict[str, Any]) -> None:
+    """Raise the error that a report tells of, if it tells of one."""
     if "error" in report:
         raise _KINDS[report["kind"]](report["error"])
 
 
-def _begin(root: Path, step: int, keeping: RetentionPolicy) -> dict[str, str]:
-    """Rank 0: sweep what dead writers left, and make the temporary folder of this save."""
+def begin_save(root: Path, step: int, keeping: RetentionPolicy) -> dict[str, str]:
+    """Make the temporary folder of a save, after sweeping what dead writers left; for rank 0."""
     try:
         keeping.guard()
         with writing(root):
@@ -197,7 +212,7 @@ def _begin(root: Path, step: int, keeping: RetentionPolicy) -> dict[str, str]:
             folder = temporary_step(root / step_name(step))
             folder.mkdir()
     except CannotWrite as error:
-        return _failure(error)
+        return failure(error)
     return {"folder": folder.name}
 
 
@@ -207,7 +222,7 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
     """
     if not parts:
         return {"files": {}, "tensors": {}}
-    path = folder / f"weights-{rank:05d}.safetensors"
+    path = folder / shard_name(rank)
     try:
         with writing(path):
             folder.mkdir(
@@ -215,17 +230,31 @@ def _write_own(folder: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]
             )  # on a network file system the folder may not be visible here yet
             record, table = write_shard(path, parts)
     except (CannotWrite, CheckpointError, InternalError) as error:
-        return _failure(error)
+        return failure(error)
+    return shard_report(path.name, record, table)
+
+
+def shard_name(rank: int) -> str:
+    """Returns the name of the file in which a rank's parts lie."""
+    return f"weights-{rank:05d}.safetensors"
+
+
+def shard_report(
+    name: str, record: FileRecord, table: Mapping[str, TensorRecord]
+) -> dict[str, Any]:
+    """Returns what a rank reports of the shard that it wrote."""
     return {
-        "files": {path.name: record.to_json()},
-        "tensors": {name: tensor.to_json() for name, tensor in table.items()},
+        "files": {name: record.to_json()},
+        "tensors": {key: tensor.to_json() for key, tensor in table.items()},
     }
 
 
-def _finish(
+def finish_save(
     root: Path, folder: Path, keeping: RetentionPolicy, assemble: Callable[[], Manifest]
 ) -> dict[str, Any]:
-    """Rank 0: commit when all ranks wrote, else remove the folder; returns the failure or {}."""
+    """Finish a save on rank 0: commit when all ranks wrote, else remove the folder. Returns the
+    failure or {}.
+    """
     try:
         manifest = assemble()
         with writing(folder):
@@ -234,13 +263,14 @@ def _finish(
             retire(root, keeping.newest, manifest.step, keeping.proven, keeping.guard)
     except MegallmError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        return _failure(error)
+        return failure(error)
     return {}
 
 
-def _assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
+def assemble(step: int, reports: list[Any], meta: Any) -> Manifest:
+    """Returns the manifest from what all ranks report; raises what one of them reports instead."""
     for report in reports:
-        _raise_if_failed(report)
+        raise_failure(report)
     files = {
         name: file_from_json(entry, name)
         for report in reports

@@ -18,10 +18,11 @@ import torch
 from megallm.base.errors import CheckpointError
 from megallm.base.files import atomic_path, writing
 from megallm.base.progress import Progress, quiet
-from megallm.checkpoint.io import ShardWriter, header_bytes, raw
+from megallm.checkpoint.io import raw
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.checkpoint.reader import CheckpointReader, load_manifest, step_folders
 from megallm.checkpoint.retention import pin_file
+from megallm.checkpoint.shard_file import ShardWriter, header_bytes
 from megallm.checkpoint.store import latest, latest_whole
 
 CHECKPOINTS = "checkpoints"

@@ -102,6 +102,14 @@ def sampling_arguments(
         metavar="TEXT",
         help="end an answer before this text; may be given several times",
     )
+    add(
+        "--q-beta",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="of a model with Q heads (megallm offline, ilql): draw from pi exp(F (Q - V)); "
+        "0: from pi",
+    )
     add("--seed", type=int, default=0, help="the same seed draws the same tokens (default 0)")
 
 
@@ -119,6 +127,7 @@ def request_of(args: argparse.Namespace, **more: Any) -> GenerateRequest:
         precision=args.precision,
         tokenizer=args.tokenizer,
         adapter=args.adapter,
+        q_beta=args.q_beta,
         **more,
     )
     request.check()

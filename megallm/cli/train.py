@@ -14,6 +14,7 @@ from functools import partial
 from megallm.base.errors import UsageError
 from megallm.base.stopping import ignore_stop_signals
 from megallm.cli import text
+from megallm.cli.board import tell
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv
@@ -23,6 +24,7 @@ from megallm.run.lease import drop_dead_lease, held_by
 from megallm.run.runfolder import RunFolder
 from megallm.training.kinds import KINDS, Kind
 
+STORING = "distill"  # the kind whose data a teacher can complete
 FROM_TEXT = "pretrain"  # the kind that can make its configuration of a folder of text
 
 
@@ -33,6 +35,12 @@ def _arguments(kind: Kind, parser: argparse.ArgumentParser) -> None:
     overrides_argument(parser)
     if kind.name == FROM_TEXT:
         text.arguments(parser)
+    if kind.name == STORING:
+        parser.add_argument(
+            "--store",
+            metavar="DIR",
+            help="write the top k log-probs of teacher.model for every row to DIR, and train nothing",
+        )
     parser.add_argument(
         "--nproc",
         type=int,
@@ -70,14 +78,21 @@ def _run(kind: Kind, args: argparse.Namespace) -> int:
 
 
 def _train(kind: Kind, args: argparse.Namespace) -> int:
-    config = load_and_check(args.config, args.overrides, world_size(args.nproc), kind=kind)
+    overrides, module = args.overrides, kind.module
+    if kind.name == STORING and args.store is not None:
+        module = "megallm.training.store_teacher"
+        storing = ["teacher.kind=stored", f"teacher.store={args.store}", "distill.lmbda=0"]
+        overrides = [*overrides, *storing]
+    config = load_and_check(args.config, overrides, world_size(args.nproc), kind=kind)
     kind.check_files(config)  # what is missing or cannot be used ends here, before any rank
     folder = RunFolder(config.run.dir)
-    preload = (kind.module, "megallm.launch.group")  # imported once, before the ranks are forked
+    preload = (module, "megallm.launch.group")  # imported once, before the ranks are forked
     try:
         world, owns = config.layout.grid().world, partial(held_by, folder)
-        work = (kind.module, config, args.resume, args.allow_change)
+        work = (module, config, args.resume, args.allow_change)
         start(_rank, work, world, folder.logs, preload, owns)
+        if module != kind.module:
+            tell(f"the teacher's log-probs of all rows are in {args.store}.")
     finally:
         drop_dead_lease(folder)  # of rank 0, when it was ended because another rank failed
     return 0

@@ -36,9 +36,10 @@ from megallm.base.files import (
     writing,
 )
 from megallm.checkpoint import store
-from megallm.checkpoint.io import DTYPE_NAMES, Part, ShardWriter, header_bytes, raw
+from megallm.checkpoint.io import DTYPE_NAMES, Part, raw
 from megallm.checkpoint.plan import MAX_PIECE_BYTES, split_box
 from megallm.checkpoint.reader import CheckpointReader
+from megallm.checkpoint.shard_file import ShardWriter, header_bytes
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve_step
 from megallm.convert import tokenizer_files, verify

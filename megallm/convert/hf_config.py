@@ -460,5 +460,5 @@ def agree(wanted: ModelConfig, found: ModelConfig, where: str) -> ModelConfig:
     return replace(found, chosen).resolve()
 
 
-_HEAD = ("head", "num_labels", "pooler")
+_HEAD = ("head", "num_labels", "pooler", "critic")
 _FROM = ("hf", "init")  # where the first weights come from

@@ -55,7 +55,7 @@ PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf1
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the full shape of each logical tensor of a resolved model, from the built model's own
     Shard records, and of its state beside parameters."""
-    shards = named_shards(whole_stage(model, Mesh.single("meta")))
+    shards = named_shards(whole_stage(replace(model, critic=None), Mesh.single("meta")))
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
 
@@ -389,7 +389,8 @@ def _check_size(folder: Path, model: ModelConfig, found: Mapping[str, TensorEntr
             f"{folder} has {len(found)} tensors, but its config.json says {model.num_blocks} "
             f"layers; more than {MAX_LAYERS} are refused."
         )
-    wanted, stored = model.num_params(), sum(prod(entry.shape) for entry in found.values())
+    wanted = model.num_params() - model.critic_matrices  # which a run may put beside them
+    stored = sum(prod(entry.shape) for entry in found.values())
     if wanted > 2 * stored:
         raise CheckpointError(
             f"{folder} holds {stored} numbers, but the model of its config.json has {wanted} "

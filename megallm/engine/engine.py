@@ -225,7 +225,7 @@ class Engine:
         has no such output.
         """
         asked = self._wanted("scores wants", wanted, temperature)
-        batches = [self._on_device(batch) for batch in batches]
+        batches = [self.on_device(batch) for batch in batches]
 
         def outputs_of(
             outputs: dict[str, Tensor], batch: Batch
@@ -266,6 +266,8 @@ class Engine:
     def _wanted(self, who: str, names: Sequence[str], temperature: float) -> Wanted:
         """What the head is asked for, checked; in the head's order, each once."""
         given = self.config.model.scores
+        if self.config.model.head == "lm":
+            given = (*given, "divergence")
         missing = [name for name in names if name not in given]
         if missing or not names:
             raise UsageError(
@@ -311,7 +313,7 @@ class Engine:
 
     def _run(self, batches: Sequence[Batch], loss: Loss, training: bool) -> LossSums:
         wanted = self._wanted(f"{type(loss).__name__} needs", loss.needs, loss.temperature)
-        batches = [self._on_device(batch) for batch in batches]
+        batches = [self.on_device(batch) for batch in batches]
         counted, counts = self._global_counts(batches, loss)
         divisors = dict(zip(counted, torch.where(counts == 0, 1.0, counts).unbind(), strict=True))
         if training and self.model.routers is not None:
@@ -348,9 +350,9 @@ class Engine:
         with torch.no_grad():
             return loss(dict.fromkeys(loss.needs, zeros), batch)
 
-    def _on_device(self, batch: Batch) -> Batch:
-        """The batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay on the
-        CPU, where the plan of attention and the head read them.
+    def on_device(self, batch: Batch) -> Batch:
+        """Returns the batch on the mesh's device; `cu_seqlens` and a second copy of the mask stay
+        on the CPU, where the plan of attention and the head read them.
         """
         device = self.mesh.device
         here = {
@@ -500,7 +502,7 @@ class Engine:
         known = set(source.names())
         for name, shard, box, tensor in self.masters():
             stored = tuple(source.info(name)[0]) if name in known else None
-            new_head = name.startswith("head.") and stored != shard.full
+            new_head = name.startswith(("head.", "critic.")) and stored != shard.full
             if new_head or (stored is None and ADAPTER in name):
                 self._initialise(Piece(name, shard, box, tensor))
             else:

@@ -14,7 +14,9 @@ from megallm.ops.precision import wide_dtype
 
 
 class Footprint(NamedTuple):
-    """Bytes of one rank by kind, and the parameters of its stages that are frozen and trained."""
+    """Bytes of one rank by kind, and the parameters of its stages that are frozen and trained;
+    `quantized` bytes and parameters of the frozen ones are held in 4 bit.
+    """
 
     frozen: int
     trained: int
@@ -22,6 +24,8 @@ class Footprint(NamedTuple):
     optimizer: int
     frozen_params: int
     trained_params: int
+    quantized: int = 0
+    quantized_params: int = 0
 
     @property
     def total(self) -> int:
@@ -37,6 +41,11 @@ class Footprint(NamedTuple):
             for name, count, params in kinds
             if params
         ]
+        if self.quantized_params:
+            found[0] += (
+                f" ({self.quantized_params:,} of them in 4 bit, {_size(self.quantized)}, "
+                f"{self.quantized / self.quantized_params:.3f} bytes each)"
+            )
         if self.trained_params:
             found[-1] += (
                 f" (weights {_size(self.trained)}, gradients {_size(self.gradients)}, "
@@ -64,6 +73,8 @@ def measure_bytes(engine: Engine) -> Footprint:
         _bytes(b.grads for b in engine.parameters.trainable),
         _bytes(master) + _bytes(x for flats in states for x in flats.values()),
         *_counts(engine),
+        quantized,
+        _quantized_params(engine),
     )
 
 
@@ -74,7 +85,7 @@ def plan_bytes(engine: Engine) -> Footprint:
     0.516 in 4 bit; what ZeRO divides is divided.
     """
     narrow, wide = engine.model.dtype.itemsize, wide_dtype(engine.model.dtype).itemsize
-    stage, quantized = engine.config.zero.stage, engine.model.quantized
+    stage = engine.config.zero.stage
     held = {True: 0.0, False: 0.0}  # elements of parameters, whole and divided, by whether frozen
     parts = {True: 0.0, False: 0.0}
     for bucket in engine.parameters.flat:
@@ -83,7 +94,7 @@ def plan_bytes(engine: Engine) -> Footprint:
         parts[bucket.frozen] += numel / bucket.shard.size
     kept = parts if stage == 3 else held
     moments = len(engine.optimizer.states) + (narrow != wide)
-    in_bits = sum(weight.numel for weight in quantized.values())
+    in_bits = _quantized_params(engine)
     each = 0.5 + (1 + 4 / OUTER_BLOCK) / BLOCK
     frozen, trained = _counts(engine)
     return Footprint(
@@ -93,14 +104,19 @@ def plan_bytes(engine: Engine) -> Footprint:
         round(wide * moments * parts[False]),
         frozen,
         trained,
+        round(each * in_bits),
+        in_bits,
     )
+
+
+def _quantized_params(engine: Engine) -> int:
+    return sum(weight.numel for weight in engine.model.quantized.values())
 
 
 def _counts(engine: Engine) -> tuple[int, int]:
     shapes, params = engine.parameters.shapes, engine.parameters.params
     trained = sum(shape.numel() for name, shape in shapes.items() if params[name].requires_grad)
-    in_bits = sum(weight.numel for weight in engine.model.quantized.values())
-    return engine.num_local_params() - trained + in_bits, trained
+    return engine.num_local_params() - trained + _quantized_params(engine), trained
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

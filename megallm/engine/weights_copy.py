@@ -10,20 +10,27 @@ from pathlib import Path
 
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.engine import Engine
-from megallm.engine.state import pieces, read_state
+from megallm.engine.state import Piece, pieces, read_state
 from megallm.parallel.shard import StateTensor
 
 PREFIX = "optim.reference."  # of its tensors in a checkpoint
 
 
 class WeightsCopy:
-    """The master weights of an engine as they were when it was made, in the masters' dtype."""
+    """The master weights of an engine as they were when it was made, in the masters' dtype; where
+    a `prefix` is given those of the parameters alone whose names begin with it.
+    """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.flats = {
-            bucket.index: bucket.master.detach().clone() for bucket in engine.parameters.trainable
-        }
+    def __init__(self, engine: Engine, prefix: str = "") -> None:
+        self.engine, self.prefix = engine, prefix
+        self.held = [piece.tensor.detach().clone() for piece in self._masters()]
+
+    def _masters(self) -> Iterator[Piece]:
+        """The weights that are trained: what neighbours share a bucket with them is none of it."""
+        parameters = self.engine.parameters
+        masters = {bucket.index: bucket.master for bucket in parameters.trainable}
+        found = pieces(parameters, masters)
+        yield from (piece for piece in found if piece.name.startswith(self.prefix))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -37,10 +44,9 @@ class WeightsCopy:
     def _exchange(self) -> None:
         parameters = self.engine.parameters
         parameters.wait_and_reshard()
-        for bucket in parameters.trainable:
-            held = self.flats[bucket.index]
-            before = bucket.master.clone()
-            bucket.master.copy_(held)
+        for piece, held in zip(self._masters(), self.held, strict=True):
+            before = piece.tensor.clone()
+            piece.tensor.copy_(held)
             held.copy_(before)
         self.engine.model.fp8.loaded()
         parameters.publish(frozen=False)
@@ -49,16 +55,14 @@ class WeightsCopy:
         """Move the copy by the share `alpha` towards the weights that are trained; 1 replaces
         it.
         """
-        for bucket in self.engine.parameters.trainable:
-            held = self.flats[bucket.index]
-            held.copy_(bucket.master) if alpha == 1 else held.lerp_(bucket.master, alpha)
+        for piece, held in zip(self._masters(), self.held, strict=True):
+            held.copy_(piece.tensor) if alpha == 1 else held.lerp_(piece.tensor, alpha)
 
     def state(self) -> Iterator[StateTensor]:
         """Yields the copy as boxes of logical tensors, for checkpoints."""
-        parameters = self.engine.parameters
-        for name, shard, box, tensor in pieces(parameters, self.flats):
-            owned = parameters.owns(name)
-            yield StateTensor(f"{PREFIX}{name}", shard, box, tensor, owned, optimizer=True)
+        for (name, shard, box, _), held in zip(self._masters(), self.held, strict=True):
+            owned = self.engine.parameters.owns(name)
+            yield StateTensor(f"{PREFIX}{name}", shard, box, held, owned, optimizer=True)
 
     def load(self, step: Path) -> None:
         """Fill the copy from a checkpoint written at any layout. Errors: CheckpointError for one

@@ -222,6 +222,7 @@ def sampling_of(request: GenerateRequest) -> Sampling:
         request.top_p,
         request.seed,
         request.repetition_penalty,
+        q_beta=request.q_beta,
     )
 
 

@@ -82,7 +82,9 @@ class Generator:
         the model or the blocks.
         """
         for request in requests:
+            request.virtual = self.virtual_rows
             self._check(request)
+        self._guide(sampling.q_beta)
         mine = list(requests[self.mesh.cp.rank :: self.mesh.cp.size])
         with torch.no_grad(), ExitStack() as modes:
             for stage in self.stages.values():
@@ -92,6 +94,23 @@ class Generator:
         self._exchange(requests)
         version = self.version()
         return [Sample.of(request, version) for request in requests]
+
+    def _guide(self, q_beta: float) -> None:
+        """Let the last stage add Q to the logits. Errors: UsageError for a model without Q."""
+        if q_beta and self.model.config.critic != "q":
+            raise UsageError(
+                f"Decoding with Q (q_beta {q_beta:g}) needs a model with Q heads (model.critic q), "
+                "as `megallm offline` with offline.algorithm=ilql trains it; this model has "
+                f"model.critic {self.model.config.critic or 'null'}."
+            )
+        for stage in self.stages.values():
+            stage.q_beta = q_beta
+
+    @property
+    def virtual_rows(self) -> int:
+        """Returns rows of hidden states that stand in front of every prompt (prompt tuning)."""
+        virtual = next(iter(self.stages.values())).virtual(None)
+        return 0 if virtual is None else virtual.rows
 
     def _check(self, request: Request) -> None:
         config, limit = self.model.config, request.answer.ending.limit

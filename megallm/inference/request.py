@@ -29,6 +29,7 @@ class GenerateRequest:
     output: str | None = None
     tokenizer: str | None = None  # None: the one that belongs to the model
     adapter: str | None = None  # a folder of PEFT's, or a run that wrote one
+    q_beta: float = 0.0  # how much Q heads weigh beside the logits (ILQL)
 
     def check(self) -> None:
         """Raise UsageError for a value outside its range."""
@@ -41,6 +42,7 @@ class GenerateRequest:
             ("--repetition-penalty", self.repetition_penalty,
              0 < self.repetition_penalty < float("inf"), "greater than 0 (1: none)"),
             ("--stop", self.stop, all(self.stop), "a text of at least one character"),
+            ("--q-beta", self.q_beta, 0 <= self.q_beta < float("inf"), "at least 0 (0: off)"),
             ("--seed", self.seed, self.seed >= 0, "at least 0"),
             ("--batch", self.batch, self.batch >= 1, "at least 1"),
             ("--precision", self.precision, self.precision in (None, *PRECISIONS), known),

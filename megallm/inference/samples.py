@@ -10,11 +10,14 @@ from megallm.inference.answer import Answer, Ending
 
 @dataclass(eq=False)
 class Request:
-    """One prompt to continue; `id` keys its randomness, `answer` grows."""
+    """One prompt to continue; `id` keys its randomness, `answer` grows. `virtual` is the number of
+    rows of hidden states in front of the prompt (prompt tuning), which a generator notes.
+    """
 
     id: int
     prompt: list[int]
     answer: Answer
+    virtual: int = 0
 
     @staticmethod
     def of(id: int, prompt: Iterable[int], limit: int, stop_ids: Iterable[int] = ()) -> Request:
@@ -24,18 +27,26 @@ class Request:
         return Request(id, list(prompt), Answer(Ending(limit, frozenset(stop_ids))))
 
     @property
+    def prefill(self) -> int:
+        """Positions before the answer."""
+        return self.virtual + len(self.prompt)
+
+    @property
     def length(self) -> int:
-        """Tokens so far."""
-        return len(self.prompt) + len(self.answer.tokens)
+        """Positions so far."""
+        return self.prefill + len(self.answer.tokens)
 
     @property
     def most(self) -> int:
         """Positions that the sequence may come to need."""
-        return len(self.prompt) + self.answer.ending.limit
+        return self.prefill + self.answer.ending.limit
 
     def tokens(self, begin: int, end: int) -> list[int]:
-        """Returns tokens `begin` to `end` of the prompt and the answer."""
-        size = len(self.prompt)
+        """Returns tokens at positions `begin` to `end`; virtual token i has the number -1 - i."""
+        if begin < self.virtual:
+            rows = range(-1 - begin, -1 - min(end, self.virtual), -1)
+            return [*rows, *self.tokens(self.virtual, max(end, self.virtual))]
+        size, begin, end = len(self.prompt), begin - self.virtual, end - self.virtual
         if end <= size:
             return self.prompt[begin:end]
         return self.prompt[begin:] + self.answer.tokens[max(0, begin - size) : end - size]

@@ -30,6 +30,7 @@ class Sampling:
     seed: int = 0
     repetition_penalty: float = 1.0
     min_p: float = 0.0  # of the likeliest token's probability (arXiv 2407.01082)
+    q_beta: float = 0.0  # draws from pi exp(q_beta (Q - V)) of a model with Q heads (ILQL, arXiv 2206.11871)
 
     @property
     def filters(self) -> bool:

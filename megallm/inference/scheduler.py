@@ -169,7 +169,7 @@ class Scheduler:
             self.running.append(sequence)
             if source is None:
                 continue
-            size = len(sequence.request.prompt)
+            size = sequence.request.prefill
             if source.stored >= size:
                 sequence.stored = min(size, sequence.request.length - 1)
                 sequence.table = self.pool.share(source.table[: blocks_of(sequence.stored)])
@@ -184,7 +184,7 @@ class Scheduler:
         """
         for each in self.running:
             if each.leader is None and each.request.prompt == request.prompt:
-                size = len(request.prompt)
+                size = request.prefill
                 if each.stored >= size or (each.request.length == size == request.length > 1):
                     return each
         return None

@@ -29,7 +29,7 @@ class ComputeConfig:
     recompute_modules: tuple[BlockPart, ...] = ("core", "activation")  # selective: the parts of a block made again
     recompute_layers: int | None = None  # only the first so many of each pipeline stage; null: all
     offload: bool = False  # what the blocks keep for the backward pass waits in CPU memory
-    fused_head: Literal["auto", "on", "off"] = "auto"  # the head's logits never exist; auto: where they would be large
+    fused_head: Literal["auto", "on", "off"] = "auto"  # logits never exist whole; auto: large, or a frozen head
     determinism: Literal["none", "tree"] = "none"  # tree: gradients summed in one fixed order whatever dp is
 
     def recomputed(self, place: int) -> frozenset[str]:

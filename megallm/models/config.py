@@ -46,6 +46,7 @@ class ModelConfig:
     head_bias: bool | None = None  # of the head's matrices
     num_labels: int | None = None  # classes of the classification head
     pooler: bool | None = None  # a tanh layer before the classification or value head
+    critic: str | None = None  # beside head lm: value (of a state) | q (and twice of each next token: ILQL); null: none
     rope_theta: float | None = None  # base of the wave lengths of the rotary embedding
     rope_scaling: str | None = None  # linear | ntk | dynamic | llama3 | yarn: stretches positions by rope_factor
     rope_factor: float | None = None  # how many times longer texts become than the model knew, with rope_scaling
@@ -227,14 +228,15 @@ class ModelConfig:
     def _head_params(self) -> int:
         d, outputs, layers = self.hidden_size, self.head_outputs, self.head_layers
         total = layers * d * (d + self.head_bias) + self._norm_params * (self.head == "mlm")
-        return total + outputs * (d * (not self.tie_embeddings) + self.head_bias)
+        return total + outputs * (d * (not self.tie_embeddings) + self.head_bias) + self.critic_matrices
 
     @property
     def scores(self) -> tuple[str, ...]:
         """Names of the per-token scalars `[B, T]` that the model's last stage returns."""
         of_head = {"value": ("value",), "none": ()}
         further = tuple(f"mtp_{depth}" for depth in range(1, self.mtp.depth + 1))
-        return of_head.get(self.head, ("log_prob", "entropy", "correct")) + further
+        usual = ("log_prob", "entropy", "correct", *CRITIC_SCORES.get(self.critic, ()))
+        return of_head.get(self.head, usual) + further
 
     @property
     def head_outputs(self) -> int:
@@ -248,9 +250,16 @@ class ModelConfig:
         return int(self.head == "mlm" or self.pooler)
 
     @property
+    def critic_matrices(self) -> int:
+        """Weights of the values beside the head."""
+        outputs = {"value": 1, "q": 1 + 2 * self.vocab_size}
+        return self.hidden_size * outputs.get(self.critic, 0)
+
+    @property
     def head_matrices(self) -> int:
-        """Weights of the head's matrix multiplies."""
-        return self.hidden_size * (self.head_layers * self.hidden_size + self.head_outputs)
+        """Weights of the head's matrix multiplies, and of the values beside it."""
+        own = self.hidden_size * (self.head_layers * self.hidden_size + self.head_outputs)
+        return own + self.critic_matrices
 
     def num_flops(self, seq_len: int, causal: bool = False) -> int:
         """Number of training FLOPs (forward and backward) per token: 6 per weight of each matrix
@@ -316,6 +325,11 @@ def _check_head(values: dict[str, Any]) -> None:
         raise UsageError(f"model.pooler stands before a classification or value head; model.head is {head}.")
     if head not in VOCABULARY_HEADS:
         values["tie_embeddings"] = False
+    if values.get("critic") and (head != "lm" or values["mtp"].depth):
+        raise UsageError(
+            f"model.critic {values['critic']} stands beside model.head lm without further tokens; model.head is {head} "
+            f"and model.mtp.depth {values['mtp'].depth}."
+        )
     if not values["causal"] and values.get("sliding_window") is not None:
         raise UsageError("model.sliding_window looks back only; model.causal false cannot have one: leave it out.")
 
@@ -375,5 +389,7 @@ CHOICES = {
     "moe.score": ("softmax", "sigmoid"),
     "moe.drop": ("score", "position"),
     "head": ("lm", "mlm", "classification", "value", "none"),
+    "critic": ("value", "q"),
 }
 VOCABULARY_HEADS = ("lm", "mlm")
+CRITIC_SCORES = {"value": ("value",), "q": ("value", "q1", "q2", "q1_log_prob", "q2_log_prob")}

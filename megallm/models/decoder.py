@@ -14,6 +14,7 @@ from megallm.models.balance import RoutingInputs
 from megallm.models.block import Block
 from megallm.models.compute import ComputeConfig
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
+from megallm.models.critic import CriticHeads
 from megallm.models.decode import plain_step
 from megallm.models.heads import (
     MASK_ON_CPU,
@@ -35,6 +36,7 @@ from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
 from megallm.parallel.config import LayoutConfig
 from megallm.parallel.context import Context
+from megallm.parallel.divergence import Teacher, live_divergence, stored_divergence, top_log_probs
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.offload import Offload
 from megallm.parallel.shard import Shard, normal
@@ -109,12 +111,16 @@ class Stage(ShardedModule):
         self.config, self.span = config, span
         self.units: Units | None = None
         self.wanted = Wanted(config.scores)
+        self.teacher: Teacher | None = None  # what the divergence is one from
         self.offload = Offload(mesh.device) if compute.offload else None
         self.fused_head = compute.fused_head
         self.context = Context(mesh, layout, config.num_heads // mesh.tp.size)
         # Virtual tokens (`models.virtual`), and what changes the embedding's output.
         self.prompt, self.virtual, self.noise = Slot(mesh), Slot(mesh), Slot(mesh)
+        self.after_embedding = Slot(mesh)  # called with all that the first block takes
         self.positions = self.token_types = self.embedding_norm = self.final_norm = self.head = None
+        self.critic: CriticHeads | None = None
+        self.q_beta = 0.0  # of decoding: how much Q weighs beside the logits
         if span.first or (span.last and config.embeds_last):
             self.embedding = embedding or VocabEmbedding(
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
@@ -141,6 +147,8 @@ class Stage(ShardedModule):
             if config.norm_place == "pre":
                 self.final_norm = final_norm(config, mesh, self.sp)
             self.head = build_head(config, mesh, self.sp)
+            if config.critic is not None:
+                self.critic = CriticHeads(config, mesh, self.sp)
         depths = range(config.mtp.depth if span.last else 0)
         self.mtp = nn.ModuleDict(
             {
@@ -182,11 +190,9 @@ class Stage(ShardedModule):
         given = tokens, positions, token_types, virtual
         once = not self.embedding.is_adapted
         x = run_unit(self.units, ("embedding",), self.look_up, *given, once=once)
-        return (
-            x
-            if self.embedding_norm is None
-            else run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
-        )
+        if self.embedding_norm is not None:
+            x = run_unit(self.units, ("embedding_norm",), self.embedding_norm, x)
+        return self.after_embedding(x)
 
     def look_up(
         self,
@@ -280,14 +286,74 @@ class Stage(ShardedModule):
         labels: Tensor,
         counted: Tensor | None,
         wanted: Wanted,
+        taught: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """Returns what is wanted, straight from hidden states: a head over the vocabulary without
-        logits.
+        logits. `taught` is what a teacher says of these tokens.
         """
         features, weight = self.head_operands(ready(x))
         hidden = select_counted(gather_input(features, self.mesh, self.sp, "vocab.logits"), counted)
         head, vocab = Projection(weight, self.head_bias), self.config.vocab_size
-        return tuple(fused_scores(hidden, head, labels, self.mesh, vocab, wanted).values())
+        if not taught:
+            return tuple(fused_scores(hidden, head, labels, self.mesh, vocab, wanted).values())
+        plain = wanted._replace(names=tuple(n for n in wanted.names if n != "divergence"))
+        found = fused_scores(hidden, head, labels, self.mesh, vocab, plain) if plain.names else {}
+        found["divergence"] = self.divergence(hidden, head, taught, wanted.temperature)
+        return tuple(found[name] for name in wanted.names)
+
+    def divergence(
+        self, hidden: Tensor, head: Projection, taught: tuple[Tensor, ...], temperature: float
+    ) -> Tensor:
+        """Returns the divergence from the teacher, of hidden states of tokens that count."""
+        teacher = self.teacher
+        if len(taught) == 2:
+            own = self.mesh, self.config.vocab_size
+            return stored_divergence(hidden, head, taught, teacher, temperature, own)
+        if teacher.head is None:  # the base of this very model
+            teacher = teacher._replace(head=Projection(self.head_weight, self.head_bias))
+        return live_divergence(hidden, head, taught[0], teacher, temperature, self.mesh)
+
+    def taught(self, batch: dict[str, Tensor], counted: Tensor | None) -> tuple[Tensor, ...]:
+        """Returns what the teacher says of this rank's tokens that count: its hidden states `[n,
+        D]`, or ids and log-probs `[n, K]` of those `[B, T, K]` of whole rows.
+        """
+        if self.teacher is None:
+            raise UsageError(
+                "The loss needs the divergence from a teacher, and the engine has none: "
+                "engine.distillation.compare_with gives it one."
+            )
+        if "teacher_hidden" in batch:
+            return (batch["teacher_hidden"],)
+        stored = ("teacher_ids", "teacher_log_probs")
+        return tuple(select_counted(self._local(batch, name), counted) for name in stored)
+
+    def counted_hidden(self, x: Tensor) -> Tensor:
+        """Returns what a head would multiply, `[B, T/cp, D]`, on every tp rank."""
+        return gather_input(self.features(x), self.mesh, self.sp, "vocab.logits")
+
+    def lesson(self, x: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what a teacher is asked for: `hidden` `[n, D]` of this rank's tokens that count,
+        `whole_hidden` `[B, T, D]`, or `ids` and `log_probs` `[B, T, K]` of its likeliest entries, 0
+        where tokens do not count.
+        """
+        mask, keys = batch.get(MASK_ON_CPU, batch["mask"]), self.head_keys
+        counted = counted_tokens(self.context.local(mask), x.device)
+        if self.wanted.names == ("hidden",):
+            found = run_unit(self.units, keys, self.counted_hidden, x)
+            return {"hidden": select_counted(found, counted).flatten(0, -2)}
+        if self.wanted.names == ("whole_hidden",):
+            found = run_unit(self.units, keys, self.counted_hidden, x)
+            return {"whole_hidden": self.context.whole(found)}
+        shape = self.context.local(batch["labels"]).shape
+        found = run_unit(self.units, keys, self.top_entries, x, counted)
+        made = (put_back(y, counted, shape).view(*shape, -1) for y in found)
+        return dict(zip(("ids", "log_probs"), map(self.context.whole, made), strict=True))
+
+    def top_entries(self, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns ids and log-probs `[n, K]` of the likeliest entries of tokens that count."""
+        hidden = select_counted(self.counted_hidden(x), counted).flatten(0, -2)
+        head, (_, temperature, k) = Projection(self.head_weight, self.head_bias), self.wanted
+        return top_log_probs(hidden, head, k, temperature, (self.mesh, self.config.vocab_size))
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Runs one microbatch and returns hidden states to the next stage, or per-token scalars
@@ -317,6 +383,8 @@ class Stage(ShardedModule):
                 "model.head is none: this model is a body alone, which computes nothing to train "
                 "on."
             )
+        if self.wanted.names in (("hidden",), ("whole_hidden",), ("top",)):
+            return self.lesson(x, batch)
         outputs = self.own_scores(x, labels, batch)
         if any(name.startswith("mtp_") for name in self.wanted.names):
             outputs |= self.mtp_scores(x, batch, inputs)
@@ -327,30 +395,68 @@ class Stage(ShardedModule):
     ) -> dict[str, Tensor]:
         """Returns the wanted scalars `[B, T/cp]` of the next token, of classes or of values."""
         names = tuple(name for name in self.wanted.names if not name.startswith("mtp_"))
-        if not names:
-            return {}
         mask = batch.get(MASK_ON_CPU, batch.get("mask"))
-        return self.score(x, self.features, labels, mask, self.wanted._replace(names=names))
+        found: dict[str, Tensor] = {}
+        if self.critic is not None:
+            beside = tuple(name for name in names if name in self.critic.names)
+            names = tuple(name for name in names if name not in beside)
+            found = self.critic_scores(x, labels, mask, beside) if beside else {}
+        if not names:
+            return found
+        wanted = self.wanted._replace(names=names)
+        return found | self.score(x, self.features, labels, mask, wanted, batch)
+
+    def critic_scores(
+        self, x: Tensor, labels: Tensor, mask: Tensor | None, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """Returns scalars of the values beside the head `[B, T/cp]`, those of Q 0 where the mask is
+        False.
+        """
+        counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
+        own = select_counted(labels, counted)
+        fused = self.config.critic == "q" and fuses(self.fused_head, own.numel(), self.critic.q1)
+
+        def outputs(x: Tensor) -> tuple[Tensor, ...]:
+            return self.critic.outputs(self.features(x), own, counted, names, fused)
+
+        # The final norm is of the head's unit.
+        found = zip(names, run_unit(self.units, ("critic", "head"), outputs, x), strict=True)
+        return {
+            name: values if name == "value" else put_back(values, counted, labels.shape)
+            for name, values in found
+        }
+    @property
+    def head_keys(self) -> tuple[str, ...]:
+        """Returns the units that the head is a part of."""
+        return ("head", "embedding") if self.config.tie_embeddings else ("head",)
 
     def score(
-        self, x: Tensor, ready: Ready, labels: Tensor | None, mask: Tensor | None, wanted: Wanted
+        self,
+        x: Tensor,
+        ready: Ready,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        wanted: Wanted,
+        batch: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Returns the wanted scalars of this rank's tokens, 0 where the `mask` `[B, T]` of whole
         rows is False (without one every token counts); `ready` makes of hidden states what the
-        head's matrix takes.
+        head's matrix takes. The `batch` is read for what a teacher says.
 
         All tp ranks count the same tokens; where none does, the head runs on none, and its weights
         have a gradient of zeros.
         """
-        keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
+        keys = self.head_keys
         if self.config.head not in VOCABULARY_HEADS:
             return self.head.outputs(
                 run_unit(self.units, keys, self.logits, x, ready), labels, wanted
             )
         counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
         shape, own = labels.shape, select_counted(labels, counted)
-        if fuses(self.fused_head, own.numel(), self.head_weight):
-            found = run_unit(self.units, keys, self.fused_outputs, x, ready, own, counted, wanted)
+        taught = self.taught(batch, counted) if "divergence" in wanted.names else ()
+        if taught or fuses(self.fused_head, own.numel(), self.head_weight):
+            given = ready, own, counted, wanted, taught
+            found = run_unit(self.units, keys, self.fused_outputs, x, *given)
             scores = dict(zip(wanted.names, found, strict=True))
         else:
             logits = run_unit(self.units, keys, self.logits, x, ready, counted)
@@ -379,7 +485,7 @@ class Stage(ShardedModule):
             hidden = run_unit(self.units, keys, self.mtp_hidden, x, ready, depth, tokens, inputs)
             own_labels = self.context.local(shift_labels(labels, ahead))
             own_mask = None if mask is None else shift_row_mask(mask, ahead)
-            scores = self.score(hidden, _as_it_is, own_labels, own_mask, wanted)
+            scores = self.score(hidden, _as_it_is, own_labels, own_mask, wanted, batch)
             found[f"mtp_{ahead}"] = scores["log_prob"]
             if joins:
                 x, ready = hidden, _as_it_is
@@ -412,24 +518,31 @@ class Stage(ShardedModule):
         logits `[B, V]` on the last stage.
 
         Built without sequence parallelism, since a step of decoding has a single position.
+        With embedded virtual tokens the token -1 - i is the virtual one of number i.
         `inputs` are those of `positions`, where the caller has made them once for many stages.
         """
-        virtual = self.virtual(None)
-        if virtual is not None:
-            positions, inputs = positions + virtual.check_decoding().count, None
+        virtual, numbers = self.virtual(None), None
+        if virtual is not None and not virtual.embedded:
+            positions, inputs = positions + virtual.count, None
         if self.span.first:
-            x = self.embed(tokens, positions)
+            if virtual is not None and virtual.embedded:
+                numbers, tokens = -1 - tokens, tokens.clamp(min=0)
+            x = self.embed(tokens, positions, virtual=numbers)
         if inputs is None:
             inputs = self.attention_inputs(positions, wide_dtype(x.dtype))
         x = self.blocks(x, inputs, caches)
         if not self.span.last:
             return x
-        keys = ("head", "embedding") if self.config.tie_embeddings else ("head",)
+        keys = (*self.head_keys, "critic") if self.q_beta else self.head_keys
         return run_unit(self.units, keys, self.last_logits, x)
 
     def last_logits(self, x: Tensor) -> Tensor:
-        """Returns wide logits `[B, V]` of the last position, on every tp rank."""
-        features, weight = self.head_operands(self.features(x[:, -1:]))
+        """Returns wide logits `[B, V]` of the last position, on every tp rank; with `q_beta` those
+        of pi exp(beta (Q - V)), of which V, the same for every token, is left out.
+        """
+        own = self.features(x[:, -1:])
+        features, weight = self.head_operands(own)
+        added = self.q_beta * self.critic.least_q(own) if self.q_beta else None
         return next_token_logits(
-            features, weight, self.mesh, self.config.vocab_size, self.head_bias
+            features, weight, self.mesh, self.config.vocab_size, self.head_bias, added
         )

@@ -196,18 +196,23 @@ def select_counted(x: Tensor, counted: Tensor | None) -> Tensor:
 
 
 def put_back(x: Tensor, counted: Tensor | None, shape: torch.Size) -> Tensor:
-    """Maps `[n]` -> `[B, T]` with 0 where tokens do not count."""
+    """Maps `[n, ...]` -> `[B, T, ...]` with 0 where tokens do not count."""
     if counted is None:
         return x
-    return x.new_zeros(shape.numel()).index_copy(0, counted, x).view(shape)
+    rest = x.shape[1:]
+    return x.new_zeros(shape.numel(), *rest).index_copy(0, counted, x).view(*shape, *rest)
 
 
 def next_token_logits(
-    hidden: Tensor, weight: Tensor, mesh: Mesh, vocab: int, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    mesh: Mesh,
+    vocab: int,
+    bias: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """Returns wide logits `[B, V]` of the last position on every tp rank, for sampling; no
-    gradient.
+    gradient. `added` `[B, 1, V/tp]` is added to this rank's.
     """
-    return gather_logits(
-        local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias), mesh, vocab
-    )[:, -1]
+    own = local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias)
+    return gather_logits(own if added is None else own + added, mesh, vocab)[:, -1]

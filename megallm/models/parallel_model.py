@@ -139,14 +139,16 @@ class ParallelModel:
         """Returns units whose parameters more than one use completes.
 
         That is an embedding that is whole on this rank and used at both ends, and with multi-token
-        prediction the head and the embedding of the last stage, which every depth uses.
+        prediction the head and the embedding of the last stage, which every depth uses; so do
+        values beside the head with its norm.
         """
         config, last = self.config, self.placement.num_stages - 1
         if last not in self.stages:
             return frozenset()
         embedding = config.embeds_last and (0 in self.stages or config.mtp.depth > 0)
+        further = config.mtp.depth > 0 or config.critic is not None
         return frozenset({"embedding"} if embedding else ()) | frozenset(
-            {"head"} if config.mtp.depth else ()
+            {"head"} if further else ()
         )
 
     def selection_biases(self) -> Iterator[tuple[str, Tensor]]:

@@ -42,16 +42,10 @@ class VirtualTokens(nn.Module):
         """Returns itself, as the contents of the slot."""
         return self
 
-    def check_decoding(self) -> VirtualTokens:
-        """Returns itself; raises UsageError for rows of hidden states, which caches have no place
-        for.
-        """
-        if self.embedded:
-            raise UsageError(
-                "Generation does not feed the virtual tokens of prompt tuning and P-tuning; "
-                "use a prefix, or generate with PEFT from the exported adapter."
-            )
-        return self
+    @property
+    def rows(self) -> int:
+        """Positions that they take in a cache: none where they are keys and values alone."""
+        return self.count if self.embedded else 0
 
     def extend(
         self, batches: Sequence[Batch], loss_of: LossOf, multiple: int

@@ -10,7 +10,7 @@ the sum: arXiv 1805.02867.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class Statistics(NamedTuple):
     label: Tensor
     moment: Tensor | None = None
     best: Tensor | None = None
+    others: Tensor | None = None  # see `linear_statistics`
 
 
 class Softmax(NamedTuple):
@@ -67,14 +68,16 @@ class Softmax(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The gradients of log-probabilities and perhaps entropies, wide `[T]`."""
+    """The gradients of log-probabilities and perhaps of entropies and of the labels' logits, wide
+    `[T]`."""
 
     log_prob: Tensor
     entropy: Tensor | None = None
+    logit: Tensor | None = None
 
     def of(self, rows: slice) -> Upstream:
         """Returns those of some tokens."""
-        return Upstream(self.log_prob[rows], None if self.entropy is None else self.entropy[rows])
+        return Upstream(*(None if x is None else x[rows] for x in self))
 
 
 def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
@@ -88,9 +91,11 @@ def statistics(
     moment: bool = False,
     best: bool = False,
     reuse: bool = False,
+    powers: Tensor | None = None,
 ) -> Statistics:
     """Returns the statistics of logits `[T, V]`; `moment` and `best` say whether these are wanted.
-    With `reuse` wide logits are overwritten.
+    With `reuse` wide logits are overwritten. `powers` takes `exp(z - top)`, which may be the logits
+    themselves.
     """
     labels, begin, temperature = targets
     here, local = locate(labels, begin, logits.shape[-1])
@@ -106,10 +111,12 @@ def statistics(
         z = _minus(logits[rows], top[rows], reuse)
         if temperature != 1.0:
             z.div_(temperature)
-        powers = z.exp_() if moments is None else z.exp()
-        torch.sum(powers, -1, out=total[rows])
+        exp = z.exp_() if moments is None else z.exp()
+        torch.sum(exp, -1, out=total[rows])
         if moments is not None:
-            torch.sum(powers.mul_(z), -1, out=moments[rows])
+            torch.sum(z.mul_(exp), -1, out=moments[rows])
+        if powers is not None and (moments is not None or exp.dtype != powers.dtype or not reuse):
+            powers[rows] = exp
     if temperature != 1.0:
         top, label = top / temperature, label / temperature
     return Statistics(top, total, label, moments, places)
@@ -162,7 +169,8 @@ def _gradient(
     here, local = locate(labels, begin, logits.shape[-1])
     of_log_prob = upstream.log_prob / temperature
     of_entropy = None if upstream.entropy is None else upstream.entropy / temperature
-    at_label = of_log_prob * here
+    at_label = of_log_prob if upstream.logit is None else of_log_prob + upstream.logit / temperature
+    at_label = at_label * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in _blocks(logits):
         share = wide(logits[rows])
@@ -189,16 +197,49 @@ class Projection(NamedTuple):
 
 
 def linear_statistics(
-    hidden: Tensor, head: Projection, targets: Targets, moment: bool = False, best: bool = False
+    hidden: Tensor,
+    head: Projection,
+    targets: Targets,
+    moment: bool = False,
+    best: bool = False,
+    others: bool = False,
 ) -> Statistics:
-    """Returns `statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits."""
-    parts = [
-        statistics(F.linear(hidden[rows], *head), targets.of(rows), moment, best, reuse=True)
-        for rows in _chunks(hidden.shape[0], head.weight)
-    ]
+    """Returns `statistics` of `hidden W^T + b` for hidden states `[T, D]`, without the logits.
+
+    `others` says whether that of the name is wanted: the sum over all entries of the piece but the
+    label of `exp(z - top)` times the entry's row of W, `[T, D]`. A frozen head's gradient needs no
+    more (`frozen_gradient`), and makes no logits again.
+    """
+    parts = []
+    for rows in token_chunks(hidden.shape[0], head.weight):
+        logits, own = F.linear(hidden[rows], *head), targets.of(rows)
+        if not others:
+            parts.append(statistics(logits, own, moment, best, reuse=True))
+            continue
+        found = statistics(logits, own, moment, best, reuse=True, powers=logits)
+        here, local = locate(own.labels, own.begin, logits.shape[-1])
+        at = local[:, None]  # of a label elsewhere the first entry, which stays
+        logits.scatter_(-1, at, logits.gather(-1, at).masked_fill_(here[:, None], 0))
+        parts.append(found._replace(others=logits @ head.weight.detach()))
     return Statistics(
         *(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
     )
+
+
+def frozen_gradient(
+    weight: Tensor, targets: Targets, found: Statistics, lse: Tensor, upstream: Tensor
+) -> Tensor:
+    """Returns the gradient of hidden states `[T, D]` through a head that is not trained, for that of
+    log-probabilities `[T]`: `sum_j ((j = y) - p_j) W_j`, of this piece of the vocabulary.
+
+    The label's own share is apart, so that a likely label's `1 - p` is not lost in rounding.
+    """
+    here, local = locate(targets.labels, targets.begin, weight.shape[0])
+    away = -torch.expm1(found.label - lse) * here
+    factor = upstream / targets.temperature
+    made = wide(weight.detach()[local]) * (factor * away)[:, None]
+    share = (factor * (found.top - lse).exp())[:, None]
+    return made.sub_(wide(found.others) * share).to(weight.dtype)
 
 
 class LinearGradients(NamedTuple):
@@ -218,6 +259,22 @@ def linear_gradients(
 
     The weight's is left out (None) when it takes none.
     """
+    dtype = wide_dtype(head.weight.dtype)
+
+    def gradient(logits: Tensor, rows: slice) -> Tensor:
+        return _gradient(logits, targets.of(rows), softmax.of(rows), upstream.of(rows), dtype)
+
+    return linear_backward(hidden, head, gradient)
+
+
+def linear_backward(
+    hidden: Tensor, head: Projection, gradient: Callable[[Tensor, slice], Tensor]
+) -> LinearGradients:
+    """Returns gradients through the logits of hidden states `[T, D]`, made again a chunk at a time:
+    `gradient(logits, rows)` returns the wide one of a chunk's, and may overwrite them.
+
+    The weight's is left out (None) when it takes none.
+    """
     weight, bias = head
     dtype, device = wide_dtype(weight.dtype), weight.device
     into = torch.empty_like(hidden)
@@ -226,10 +283,9 @@ def linear_gradients(
     )
     into_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=device)
     weight = weight.detach()
-    for rows in _chunks(hidden.shape[0], weight):
+    for rows in token_chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        logits = F.linear(x, weight, bias)
-        dy = _gradient(logits, targets.of(rows), softmax.of(rows), upstream.of(rows), dtype)
+        dy = gradient(F.linear(x, weight, bias), rows)
         torch.mm(dy.to(x.dtype), weight, out=into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)
@@ -248,7 +304,10 @@ def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
         total += dy.to(x.dtype).mT @ x
 
 
-def _chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
+def token_chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
+    """Yields the tokens whose logits over `weight` `[V, D]` are made at once; without any one empty
+    chunk.
+    """
     step = chunk_tokens(weight.shape[0], weight.dtype)
     # Without tokens one empty chunk: what is made of it has the right shape.
     yield from (slice(begin, min(begin + step, tokens)) for begin in range(0, max(1, tokens), step))

@@ -99,6 +99,8 @@ def _members(
 
 
 def _product(dy: Tensor, x: Tensor, scale: float) -> Tensor:
-    """`s dy^T x`, `[T, out]` and `[T, in]` -> `[out, in]`."""
-    made = dy.mT @ x
+    """`s dy^T x`, `[T, out]` and `[T, in]` -> `[out, in]`; a CPU is twice as fast with few rows in
+    front, so the narrower side comes first.
+    """
+    made = dy.mT @ x if dy.shape[1] <= x.shape[1] else (x.mT @ dy).mT
     return made if scale == 1.0 else made.mul_(scale)

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from megallm.base.rng import key_of
 from megallm.engine.engine import Engine
 from megallm.models.build import initial_values
+from megallm.models.decoder import Stage
 from megallm.models.parallel_model import Prepare
 from megallm.ops import nf4
 from megallm.oracle.reference_adapters import MARK, lengths
 from megallm.oracle.table import Row
 from megallm.oracle.trainers import ADALORA_STEPS, ADAPTERS
+from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import Box, Shard, constant, normal
-from megallm.peft import adalora, lora
+from megallm.peft import adalora, dropout, lora
 from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare_adapters
 from megallm.peft.start import start_from_base
@@ -27,11 +31,28 @@ START = 0.2  # in place of zeros: at the identity many gradients vanish
 MAGNITUDE = ".lora_magnitude_vector"
 
 
-def prepare_row(row: Row) -> Prepare | None:
-    """Returns what fills the slots of the row's model; None without an adapter."""
-    if row.adapter is None:
-        return None
-    return prepare_adapters(PeftConfig(**ADAPTERS[row.adapter]), row.config, row.seed)
+def prepare_row(row: Row) -> Prepare:
+    """Returns what fills the slots of the row's model."""
+    adapter = PeftConfig(**ADAPTERS[row.adapter]) if row.adapter else PeftConfig()
+    fill = prepare_adapters(adapter, row.config, row.seed)
+
+    def prepare(stage: Stage) -> None:
+        fill(stage)
+        if row.hidden_dropout:
+            dropout.drop_hidden(stage, row.hidden_dropout, row.seed)
+
+    return prepare
+
+
+def dropout_of(row: Row) -> dict[str, Any]:
+    """Returns what `reference_dropout` reads; nothing for a row without dropout."""
+    if not row.hidden_dropout:
+        return {}
+
+    def key(place: str) -> int:
+        return key_of(row.seed, dropout.HIDDEN, place) % 2**64
+
+    return {"dropout": {"rate": row.hidden_dropout, "key": key}}
 
 
 def start(engine: Engine, row: Row) -> None:
@@ -91,12 +112,19 @@ def touch_frozen(engine: Engine, trained: frozenset[str]) -> None:
 @contextmanager
 def mistakes(broken: frozenset[str]) -> Iterator[None]:
     """Inside, adapters are built with the mistakes of `broken`."""
-    right = lora._record
+    right, own_keys = lora._record, dropout.own_keys
+
+    def first_keys(tokens: Tensor, mesh: Mesh) -> Tensor:
+        return tokens[:, : tokens.shape[1] // mesh.tp.size]
 
     def whole(
         full: tuple[int, ...], dim: int, axis: str | None, *further: object, **named: object
     ) -> Shard:
         return replace(right(full, dim, axis, *further, **named), partial=())
 
-    with patch.object(lora, "_record", whole if "lora.partial" in broken else right):
+    keys = first_keys if "dropout.keys" in broken else own_keys
+    with (
+        patch.object(lora, "_record", whole if "lora.partial" in broken else right),
+        patch.object(dropout, "own_keys", keys),
+    ):
         yield

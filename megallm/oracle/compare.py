@@ -29,10 +29,10 @@ from megallm.ops.low_precision import Fp8Options
 from megallm.ops.precision import MODEL_DTYPES
 from megallm.optim import adafactor, buckets, elementwise
 from megallm.optim.config import GroupConfig, OptimConfig, ZeroConfig
-from megallm.oracle import adapted
+from megallm.oracle import adapted, distilled
 from megallm.oracle import reference_rules as rules
 from megallm.oracle.feed import global_batch, micro_batches
-from megallm.oracle.objectives import LOSSES
+from megallm.oracle.objectives import LOSSES, Doubled
 from megallm.oracle.pool import Pool
 from megallm.oracle.reference import Rule, Trainer, masked_loss
 from megallm.oracle.reference_adapters import MARK, Budget, adapted_loss
@@ -240,12 +240,13 @@ def _train(row: Row, broken: frozenset[str], device: str) -> RankRecord:
     held = engine.model.quantized
     shards = dict(engine.parameters.shards) | {name: each.shard for name, each in held.items()}
     in_bits = [(name, each.box, each.dequantize(torch.float64)) for name, each in held.items()]
+    teaching = distilled.Teaching(engine, row, engine_config(row))
     record = RankRecord(shards, state, _copies(engine.masters()) + in_bits, tuple(held))
     loss = trained_loss(row)
+    loss = Doubled(loss) if "counts.doubled" in broken else loss
     for step in range(row.steps):
-        stats = engine.train_step(
-            micro_batches(row, step, mesh.data.rank, broken), loss, row.rates[step % len(row.rates)]
-        )
+        batches = teaching.taught(micro_batches(row, step, mesh.data.rank, broken))
+        stats = engine.train_step(batches, loss, row.rates[step % len(row.rates)])
         scale = min(1.0, row.clip / (stats.grad_norm + 1e-6)) if row.clip > 0 else 1.0
         grads = [(name, box, grad / scale) for name, box, grad in _copies(engine.gradients())]
         record.steps.append(StepRecord(stats.loss, stats.grad_norm, grads))
@@ -301,7 +302,7 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     zeros = {name: torch.zeros(shard.full, dtype=torch.float64) for name, shard in state.items()}
     fixed = frozen(row, shards)
     trained = {name: shard for name, shard in shards.items() if name not in fixed}
-    config, after = dataclasses.asdict(row.config), None
+    config, after = dataclasses.asdict(row.config) | adapted.dropout_of(row), None
     if row.adapter is not None and ADAPTERS[row.adapter]["method"] == "adalora":
         after = Budget(ADAPTERS[row.adapter], ADALORA_STEPS)
     rule, loss_of = reference_rule(row), reference_loss(row)
@@ -310,7 +311,8 @@ def judge(verdict: Verdict, records: list[RankRecord]) -> None:
     norm, dtype = 0.0, DTYPES[row.precision]
     for step in range(row.steps):
         seen = [record.steps[step] for record in records]
-        loss, grads, norm = trainer.step(global_batch(row, step), row.rates[step % len(row.rates)])
+        batch = distilled.reference_batch(row, global_batch(row, step), shards)
+        loss, grads, norm = trainer.step(batch, row.rates[step % len(row.rates)])
         floor = FLOOR * norm
         verdict.loss = max([verdict.loss, *(_relative(s.loss - loss, loss, 0.0) for s in seen)])
         verdict.grad_norm = max(

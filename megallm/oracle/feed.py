@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from megallm.oracle.table import Row
-from megallm.oracle.trainers import PAIRED
+from megallm.oracle.trainers import DISTILLED, PAIRED, STORED_CLASSES
 
 Batch = dict[str, Tensor]
-PER_SEQUENCE = ("margin", "desirable", "reference_point", "advantages")
+PER_SEQUENCE = (
+    "margin",
+    "desirable",
+    "reference_point",
+    "advantages",
+    "returns",
+    "samples",
+)
 
 
 def global_batch(row: Row, step: int) -> Batch:
@@ -70,7 +77,12 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
 
     if row.loss_name == "bradley_terry":
         mask = _last_tokens(mask, documents)
-    return {
+    dropped = {}
+    if row.hidden_dropout:  # not always: virtual tokens would have to have samples too
+        dropped["samples"] = documents + 16 * torch.arange(shape[0])[:, None]
+    if row.loss_name in DISTILLED and DISTILLED[row.loss_name].teacher == "stored":
+        dropped |= stored_top(row.config.vocab_size, shape, draw)
+    return dropped | {
         "mask": mask,
         "ref_log_probs": numbers(-4.5),
         "old_log_probs": numbers(-4.5) / 2 - 2,
@@ -78,7 +90,19 @@ def _of_sequences(row: Row, batch: Batch, draw: torch.Generator) -> Batch:
         "advantages": of_sequence(numbers(0.0)),
         "desirable": of_sequence(numbers(0.0)) > 0,
         "reference_point": torch.full(shape, 0.37, dtype=torch.float64),
+        "returns": of_sequence(numbers(0.5)),
+        "rewards": numbers(0.0),
+        "target_q": numbers(0.0) / 4,
     }
+
+
+def stored_top(vocab: int, shape: torch.Size, draw: torch.Generator) -> Batch:
+    """Ids and log-probs `[B, T, K]` of the likeliest entries of distributions that are drawn, as a
+    teacher would have stored them.
+    """
+    logits = torch.randn(*shape, vocab, generator=draw, dtype=torch.float64)
+    top, ids = torch.log_softmax(2 * logits, -1).topk(STORED_CLASSES, -1)
+    return {"teacher_ids": ids, "teacher_log_probs": top}
 
 
 def _last_tokens(mask: Tensor, documents: Tensor) -> Tensor:
@@ -156,6 +180,8 @@ def micro_batches(
     whole = global_batch(row, step)
     if "pairs.split" in broken:
         whole = {key: value.roll(1, 0) for key, value in whole.items()}
+    if "target.sign" in broken:
+        whole = whole | {"target_q": -whole["target_q"]}
     share = row.micros * row.micro_batch
     block = {
         key: value[data_rank * share : (data_rank + 1) * share] for key, value in whole.items()

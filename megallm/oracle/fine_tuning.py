@@ -27,6 +27,8 @@ def as_trainer(row: Row, trainer: str) -> Row:
     if kind.loss == "bradley_terry":
         head = {"head": "value", "tie_embeddings": False}
         row = replace(row, overrides=dict(row.overrides) | head, fused_head="off")
+    if kind.critic:
+        row = replace(row, overrides=dict(row.overrides) | {"critic": kind.critic})
     if kind.loss in PAIRED:
         row = replace(row, micro_batch=1 if row.packed else 2 * row.micro_batch)
     return replace(row, mask="answer" if row.mask in ("uneven", "full") else row.mask)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.losses.distill import Distillation
 from megallm.losses.language import MaskedDiffusion, NextToken
+from megallm.losses.offline import AdvantageWeighted, Ilql
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, simpo_loss
 from megallm.losses.reward import BradleyTerry
@@ -17,6 +19,7 @@ from megallm.losses.scores import Regression, Value
 from megallm.losses.terms import Loss, Terms
 from megallm.oracle import reference_trainers as written
 from megallm.oracle.reference_encoder import CLIP, ENTROPY, TEMPERATURE, WRONG
+from megallm.oracle.trainers import DISTILLED
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,30 @@ class EvenPairs:
         return Terms({"loss": -F.logsigmoid(first - second).sum()})
 
 
+@dataclass(frozen=True)
+class Doubled:
+    """A mistake: another loss whose every term is divided by twice its count."""
+
+    loss: Loss
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Returns those of the loss."""
+        return self.loss.needs
+
+    @property
+    def temperature(self) -> float:
+        """Returns that of the loss."""
+        return self.loss.temperature
+
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Counts everything twice."""
+        return {name: 2 * count for name, count in self.loss.counts(batch).items()}
+
+    def __call__(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Terms:
+        return self.loss(outputs, batch)
+
+
 _POLICY = {
     "low": written.LOW,
     "high": written.HIGH,
@@ -90,4 +117,13 @@ LOSSES: dict[str, Loss] = {
     "grpo": policy_loss("grpo", **_POLICY),
     "dapo": policy_loss("dapo", **_POLICY),
     "gspo": policy_loss("gspo", **_POLICY),
+    "awr": AdvantageWeighted(written.AWR_BETA, written.AWR_MOST),
+    "awr_value": AdvantageWeighted(
+        written.AWR_BETA, written.AWR_MOST, value_coef=written.AWR_VALUE
+    ),
+    "ilql": Ilql(written.DISCOUNT, written.EXPECTILE, written.CQL, written.LIKELY),
+    **{
+        name: Distillation(written.NLL * (name == "distill_nll"), temperature=written.HEAT)
+        for name in DISTILLED
+    },
 }

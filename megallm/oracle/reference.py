@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.oracle.reference_dropout import Drop
 from megallm.oracle.reference_mla import Weights, attention, linear, rms
 from megallm.oracle.reference_moe import Notes, experts, has_experts, moved_biases
 from megallm.oracle.reference_mtp import further_loss
@@ -36,12 +37,18 @@ NOT_DECAYED = (
 )  # fmt: skip
 
 
+def _whole(place: str, x: Tensor) -> Tensor:
+    return x
+
+
 class Seen(NamedTuple):
-    """Where tokens stand, and what the routers of experts leave behind (None: there are none)."""
+    """Where tokens stand, what the routers of experts leave behind (None: there are none), and what
+    drops hidden states."""
 
     positions: Tensor
     documents: Tensor | None
     notes: Notes | None
+    drop: Drop = _whole
 
 
 def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, seen: Seen) -> Tensor:
@@ -60,14 +67,14 @@ def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: T
 
     def attend(y: Tensor) -> Tensor:
         made = attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
-        return _bottleneck(weights, at, "after_attention", y, made)
+        return seen.drop(at + "attention", _bottleneck(weights, at, "after_attention", y, made))
 
     def feed(y: Tensor) -> Tensor:
         if has_experts(config, layer):
             made = experts(config, weights, at + "moe.", y, seen.notes, mlp)
         else:
             made = mlp(config, weights, at + "mlp.", y)
-        return _bottleneck(weights, at, "after_mlp", y, made)
+        return seen.drop(at + "mlp", _bottleneck(weights, at, "after_mlp", y, made))
 
     if config["norm_place"] == "post":
         x = norm(config, weights, at + "attention_norm", x + attend(x))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.oracle.reference import Seen, Weights, block, norm
+from megallm.oracle.reference_dropout import drop_of
 from megallm.oracle.reference_mla import linear
 from megallm.oracle.reference_moe import Notes
 from megallm.oracle.reference_trainers import TRAINER_LOSSES
@@ -37,14 +38,17 @@ def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes |
         x = x + weights["token_types.weight"][batch["token_types"]]
     if config["embedding_norm"]:
         x = norm(config, weights, "embedding_norm", x)
-    seen = Seen(batch["positions"], batch.get("documents"), notes)
+    seen = Seen(batch["positions"], batch.get("documents"), notes, drop_of(config, batch))
+    x = seen.drop("embedding", x)
     for layer in range(config["num_layers"]):
         x = block(config, weights, f"layers.{layer}.", layer, x, seen)
     return norm(config, weights, "final_norm", x) if config["norm_place"] == "pre" else x
 
 
 def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
-    """Logits [B, T, V or classes], or [B, T, 1] of a value head."""
+    """Logits [B, T, V or classes], or [B, T, 1] of a value head; behind them the values beside a language model's
+    head: V [B, T, 1] and perhaps two Q [B, T, V].
+    """
     x = hidden_states(config, weights, batch, notes)
     if config["head"] == "mlm":
         act = "tanh" if config["activation"] == "gelu_tanh" else "none"
@@ -52,7 +56,9 @@ def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None =
     if config["pooler"]:
         x = torch.tanh(linear(weights, "head.pooler", x))
     matrix = weights["head.weight" if "head.weight" in weights else "embedding.weight"]
-    return x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
+    found = x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
+    beside = [weights[f"critic.{one}"] for one in ("value", "q1", "q2") if f"critic.{one}" in weights]
+    return torch.cat([found, *(x @ one.T for one in beside)], -1)
 
 
 def _nll(scores: Tensor, batch: Batch) -> Tensor:

@@ -17,6 +17,8 @@ BETA, CENTER, NLL, MIXED = 0.3, 0.05, 0.4, (0.8, 0.3)  # of preferences and rewa
 GOOD, BAD = 1.3, 0.7  # weights of KTO's two kinds of answers
 HEAT, LOW, HIGH, KL, ENTROPY = 0.7, 0.3, 0.4, 0.2, 0.05  # of policies: temperature, clip, terms
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 0.6
+AWR_BETA, AWR_MOST, AWR_VALUE = 0.8, 2.5, 0.6  # of weighted regression: temperature, largest weight, values
+DISCOUNT, EXPECTILE, CQL, LIKELY = 0.9, 0.7, 0.3, 0.5  # of ILQL
 
 
 def sequences(batch: Batch) -> Iterator[tuple[int, Tensor]]:
@@ -152,7 +154,81 @@ def gspo(scores: Tensor, batch: Batch) -> Tensor:
     return _policy(scores, batch, together=True, by_token=False)
 
 
+def awr(scores: Tensor, batch: Batch) -> Tensor:
+    """Equation 5 of arXiv 1910.00177 with weights of at most AWR_MOST."""
+    weights = torch.clamp(torch.exp(batch["advantages"] / AWR_BETA), max=AWR_MOST)
+    return -(weights * log_probs(scores, batch)).sum() / batch["mask"].sum()
+
+
+def awr_value(scores: Tensor, batch: Batch) -> Tensor:
+    """The same with the return less a value, which is fitted to it."""
+    value, known = scores[..., -1], batch["mask"]
+    away = batch["returns"] - value
+    fit = AWR_VALUE / 2 * (away[known] ** 2).mean()
+    return fit + awr(scores[..., :-1], {**batch, "advantages": away.detach()})
+
+
+def ilql(scores: Tensor, batch: Batch) -> Tensor:
+    """Equations 2 to 5 of arXiv 2206.11871 and the likelihood of the data, a token after the other."""
+    vocab = (scores.shape[-1] - 1) // 3
+    logits, value, first, second = scores.split([vocab, 1, vocab, vocab], -1)
+    each = []
+    for row, places in _counted(batch):
+        places = places[batch["mask"][row, places]].tolist()
+        for at, then in zip(places, [*places[1:], None], strict=True):
+            now, taken = value[row, at, 0], batch["labels"][row, at]
+            after = 0.0 if then is None else float(value[row, then, 0].detach())
+            wanted = batch["rewards"][row, at] + DISCOUNT * after
+            loss = sum((q[row, at, taken] - wanted) ** 2 for q in (first, second))
+            away = batch["target_q"][row, at] - now
+            loss = loss + (EXPECTILE if away.item() >= 0 else 1 - EXPECTILE) * away**2
+            for weight, one in ((CQL, first), (CQL, second), (LIKELY, logits)):
+                loss = loss + weight * (torch.logsumexp(one[row, at], -1) - one[row, at, taken])
+            each.append(loss)
+    return torch.stack(each).mean()
+
+
+def _jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Equation 1 of arXiv 2306.13649, and the two divergences at its ends, of probabilities."""
+    mixture = beta * teacher + (1 - beta) * student
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p * torch.log(p / q)).sum(-1)
+
+    if beta in (0.0, 1.0):
+        return kl(teacher, student) if beta == 0.0 else kl(student, teacher)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def _live(scores: Tensor, batch: Batch, beta: float, nll: float = 0.0) -> Tensor:
+    student, teacher = (torch.softmax(x / HEAT, -1) for x in (scores, batch["teacher_scores"]))
+    each = _jsd(student, teacher, beta) - nll * log_probs(scores, batch, HEAT)
+    return each[batch["mask"]].mean()
+
+
+def _stored(scores: Tensor, batch: Batch, beta: float, renormalized: bool = False) -> Tensor:
+    student = torch.softmax(scores / HEAT, -1).gather(-1, batch["teacher_ids"])
+    both = [student, batch["teacher_log_probs"].exp()]
+    if renormalized:
+        both = [x / x.sum(-1, keepdim=True) for x in both]
+    else:
+        both = [torch.cat((x, 1 - x.sum(-1, keepdim=True)), -1) for x in both]
+    return _jsd(*both, beta)[batch["mask"]].mean()
+
+
+DISTILLATION: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "distill": lambda scores, batch: _live(scores, batch, 0.5),
+    "distill_forward": lambda scores, batch: _live(scores, batch, 0.0),
+    "distill_reverse": lambda scores, batch: _live(scores, batch, 1.0),
+    "distill_nll": lambda scores, batch: _live(scores, batch, 0.3, NLL),
+    "distill_self": lambda scores, batch: _live(scores, batch, 0.7),
+    "distill_stored": lambda scores, batch: _stored(scores, batch, 0.5),
+    "distill_stored_reverse": lambda scores, batch: _stored(scores, batch, 1.0),
+    "distill_renormalized": lambda scores, batch: _stored(scores, batch, 0.3, True),
+}
 TRAINER_LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     loss.__name__: loss
-    for loss in (dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo)
-}
+    for loss in (
+        dft, bradley_terry, dpo, dpo_mixed, simpo, kto, grpo, dapo, gspo, awr, awr_value, ilql,
+    )
+} | DISTILLATION

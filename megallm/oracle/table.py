@@ -106,6 +106,7 @@ class Row:
     loss: str | None = None  # one of LOSSES of the model's head; None: the first
     trainer: str = "pretrain"  # or one of `trainers.TRAINERS`
     adapter: str | None = None  # one of `trainers.ADAPTERS` beside a frozen model
+    hidden_dropout: float = 0.0  # of a row of a trainer
     frozen: tuple[str, ...] = ()  # patterns of logical names that are not trained
     rule: str = "adamw"  # the update rule, with the settings of `compare.RULE_SETTINGS`
     clip: float = 0.05  # far below the norms of these models, so that it acts
@@ -301,6 +302,7 @@ CONTROLS: dict[str, str] = (
         "vocab.max": "tp2",
         "vocab.sum": "tp2",
         "vocab.label": "tp2",
+        "vocab.divergence": "distill-tp2-sp",
         "fp8.amax": "fp8-tp2",
         "fp8.expert_amax": "fp8-moe-tp2-replicated",
         "fp8.wrong_expert": "fp8-moe",

@@ -38,6 +38,28 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "parallel": _VIRTUAL | {"method": "parallel"},
     "qlora": _LORA | {"quantize": "nf4"},
 }
+
+
+class Distilled(NamedTuple):
+    """What a loss of a student is one from: a live teacher, the student's own base, or stored
+    log-probs; beta, and what becomes of the tail of stored ones."""
+
+    teacher: str = "live"
+    beta: float = 0.5
+    tail: str = "rest"
+
+
+DISTILLED = {
+    "distill": Distilled(),
+    "distill_forward": Distilled(beta=0.0),
+    "distill_reverse": Distilled(beta=1.0),
+    "distill_nll": Distilled(beta=0.3),
+    "distill_self": Distilled("self", 0.7),
+    "distill_stored": Distilled("stored"),
+    "distill_stored_reverse": Distilled("stored", 1.0),
+    "distill_renormalized": Distilled("stored", 0.3, "renormalize"),
+}
+STORED_CLASSES = 5
 PAIRED = ("bradley_terry", "dpo", "dpo_mixed", "simpo")  # losses of two sequences each
 ADALORA_STEPS = 4  # updates that AdaLoRA's budget is planned for
 
@@ -52,6 +74,7 @@ class Kind(NamedTuple):
     tied: str = "tied"
     experts: str | None = "moe"
     experts_adapter: str | None = None  # for models with experts, where it is another one
+    critic: str | None = None  # values beside the head
     further: tuple[Written, ...] = ()
 
 
@@ -59,14 +82,25 @@ def _reward(name: str, layout: str, **rest: Any) -> Written:
     return row(name, layout, "reward", overrides=EXPERTS, **rest)
 
 
+VALUE: dict[str, Any] = {"loss": "awr_value", "overrides": {"critic": "value"}}
+FUSED_Q: dict[str, Any] = {"fused_head": "on", "overrides": {"critic": "q"}}
 ENDS: dict[str, Any] = {"adapter": "lora-ends"}
+DROPOUT: dict[str, Any] = {"hidden_dropout": 0.3}
+FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
+PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
 TRAINERS: dict[str, Kind] = {
     "sft": Kind("sft", further=(
         row("dft", "dp=2,tp=2", loss="dft", micros=2, mask="rank"),
+        row("dropout-tp2-sp-full", "tp=2,sp=1", recompute="full", micros=2, **DROPOUT),
+        row("dropout-cp2-dp2-zero3-packed", "cp=2,dp=2,zero=3", **DROPOUT | PACKED),
+        row("dropout-zb-v-tied", "pp=2,schedule=zb-v", "tied", micros=3, **DROPOUT | FOUR),
+        row("dropout-experts-ep2-tp2-sp", "dp=2,tp=2,sp=1,ep=2", "moe", **DROPOUT),
         row("mtp", "dp=2,zero=2", "mtp", loss="next_token", micros=2, mask="rank"),
     )),
     "lora": Kind("sft", "lora", further=(
+        row("dropout-dp2-tp2-sp", "dp=2,tp=2,sp=1", micros=2, mask="rank", **DROPOUT),
         row("ends-tied-pp2-sp", "pp=2,tp=2,sp=1", "tied", micros=3, **ENDS),
+        row("fused-tp2-sp-tied", "tp=2,sp=1", "tied", fused_head="on", micros=2, small_pieces=True),
         row("ends-zero3-fused", "dp=2,zero=3", micros=2, fused_head="on", **ENDS),
         row("biased-tp2-sp", "tp=2,sp=1", "biased", recompute="selective"),
         row("mla-cp2-tp2-sp", "cp=2,tp=2,sp=1", "mla"),
@@ -83,10 +117,11 @@ TRAINERS: dict[str, Kind] = {
     )),
     "prompt": Kind("sft", "prompt", experts=None),
     "p-tuning": Kind("sft", "p-tuning", experts=None),
-    "houlsby": Kind("sft", "houlsby"),
+    "houlsby": Kind("sft", "houlsby", further=(row("dropout-pp2", "pp=2", micros=3, **DROPOUT),)),
     "parallel": Kind("sft", "parallel"),
     "qlora": Kind("sft", "qlora"),
     "reward": Kind("bradley_terry", None, "reward", "reward", None, further=(
+        _reward("dropout-tp2-sp", "tp=2,sp=1", micro_batch=4, **DROPOUT),
         _reward("experts-ep2", "dp=2,ep=2", micro_batch=4, mask="full"),
     )),
     "dpo": Kind("dpo", further=(
@@ -101,12 +136,37 @@ TRAINERS: dict[str, Kind] = {
     "grpo": Kind("grpo", further=(
         row("dapo-dp2-masked-rank", "dp=2", loss="dapo", micros=2, mask="rank"),
         row("lora-dp2-zero2", "dp=2,zero=2", adapter="lora", micros=2),
+        row("lora-fused-tp2", "tp=2", adapter="lora", fused_head="on"),
     )),
     "gspo": Kind("gspo"),
+    "awr": Kind("awr", further=(
+        row("value-tp2-sp", "tp=2,sp=1", micros=2, **VALUE),
+        row("value-dp2-cp2-zero3", "dp=2,cp=2,zero=3", "tied", micros=2, recompute="full", **VALUE),
+        row("value-zb-h1-packed", "pp=2,schedule=zb-h1", micros=3, packed=True, micro_batch=1, seq_len=16, **VALUE),
+        row("value-experts-ep2", "dp=2,ep=2", "moe", mask="rank", **VALUE),
+    )),
+    "ilql": Kind("ilql", critic="q", further=(
+        row("fused-tp2-sp", "tp=2,sp=1", micros=2, **FUSED_Q),
+        row("fused-zb-h1-tied", "pp=2,schedule=zb-h1", "tied", micros=3, **FUSED_Q),
+    )),
+    "distill": Kind("distill", further=(
+        row("forward-tp2-sp", "tp=2,sp=1", loss="distill_forward", micros=2),
+        row("forward-masked-rank", "dp=2,zero=2", loss="distill_forward", micros=2, mask="rank"),
+        row("reverse-cp2-tp2-sp", "cp=2,tp=2,sp=1", loss="distill_reverse"),
+        row("reverse-zb-h1", "pp=2,schedule=zb-h1", "tied", loss="distill_reverse", micros=3),
+        row("nll-zero3-small", "dp=2,zero=3", loss="distill_nll", micros=2, small_pieces=True),
+        row("biased-nll-tp2", "tp=2", "biased", loss="distill_nll"),
+        row("lora-dp2-tp2", "dp=2,tp=2", adapter="lora", micros=2, mask="rank"),
+        row("self-lora-pp2-tp2", "pp=2,tp=2", loss="distill_self", adapter="lora-ends", micros=3),
+        row("self-lora-zero3", "dp=2,zero=3", loss="distill_self", adapter="lora", micros=2),
+        row("stored-tp4", "tp=4", loss="distill_stored", small_pieces=True),
+        row("stored-cp2-packed", "cp=2", loss="distill_stored", packed=True, micro_batch=1, seq_len=16),
+        row("stored-masked-rank", "dp=2", loss="distill_stored_reverse", micros=2, mask="rank"),
+        row("stored-interleaved", "pp=2,tp=2,schedule=interleaved", loss="distill_renormalized",
+            micros=4, overrides={"num_layers": 4}),
+    )),
 }  # fmt: skip
 
-FOUR: dict[str, Any] = {"overrides": {"num_layers": 4}}
-PACKED: dict[str, Any] = {"packed": True, "micro_batch": 1, "seq_len": 16}
 DENSE, TIED, MOE = "dense", "tied", "experts"
 LAYOUTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("single", "", DENSE, {}),
@@ -142,6 +202,8 @@ def _rows(name: str, kind: Kind) -> Iterator[Written]:
         settings = standard | {"micro_batch": 4 if kind.loss in PAIRED else 2} | changes
         if model == MOE and kind.experts_adapter:
             settings["adapter"] = kind.experts_adapter
+        if kind.critic:
+            settings["overrides"] = settings.get("overrides", {}) | {"critic": kind.critic}
         yield row(f"{name}-{title}", layout, used, **settings)
     for title, layout, model, changes in kind.further:
         yield row(f"{name}-{title}", layout, model, **(standard | changes))
@@ -154,7 +216,11 @@ TRAINER_ROWS: tuple[Written, ...] = tuple(
 # What `--break` does besides leaving a reduction out.
 TRAINER_MISTAKES = {
     "lora.partial": "gradients of the low-rank matrices that are partial over tp are not summed",
+    "dropout.keys": "every tp rank drops by the keys of the first rank's tokens",
     "frozen.touched": "the last bit of one frozen weight flipped after the first step",
+    "target.sign": "the target's Q, which values are fitted to, has its sign turned",
+    "counts.doubled": "each term divided by twice its count",
+    "distill.temperature": "logits of one side, teacher or student, not divided by the temperature",
     "pairs.split": "each pair of sequences torn apart: its second one stands with the next first",
 }
 _COUNTS = {"loss.counts": "dp3-uneven", "loss.report": "dp3-uneven", "grads.data": "dp3-uneven"}
@@ -163,7 +229,9 @@ _FROZEN = {"frozen.touched": "single", "clip.norm": "pp2-tied"}
 _LOW_RANK = _FROZEN | {"lora.partial": "tp4-two-kv", "grads.partial": "tp2-sp"}
 # For every kind the names that its path uses, and the end of a row's name in which each must show.
 CONTROLS_OF: dict[str, dict[str, str]] = {
-    "sft": _COUNTS | {"cp.outputs": "cp2-ring", "vocab.label": "tp2-sp"},
+    "sft": _COUNTS | {
+        "cp.outputs": "cp2-ring", "vocab.label": "tp2-sp", "dropout.keys": "dropout-tp2-sp-full",
+    },
     "lora": _COUNTS | _LOW_RANK | {"zero.parameters": "dp2-zero2-masked-micro"},
     "rslora": _LOW_RANK,
     "dora": _LOW_RANK | {"dora.norm": "tp2-sp"},
@@ -176,8 +244,16 @@ CONTROLS_OF: dict[str, dict[str, str]] = {
     "parallel": _FROZEN | {"grads.partial": "tp2-sp"},
     "qlora": _LOW_RANK,
     "reward": _COUNTS | _OUTPUTS | {"cp.outputs": "cp2-ring", "pairs.split": "experts-ep2"},
-    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single"},
-    "kto": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "dpo": _COUNTS | {"cp.outputs": "cp2-ring", "pairs.split": "single", "counts.doubled": "single"},
+    "kto": _COUNTS | {"cp.outputs": "cp2-ring", "counts.doubled": "accumulation"},
     "grpo": _COUNTS | {"vocab.entropy": "tp2-sp", "cp.outputs": "cp2-ring"},
     "gspo": _COUNTS | {"cp.outputs": "cp2-ring"},
+    "awr": _COUNTS | {"cp.outputs": "cp2-ring", "head.outputs": "value-tp2-sp"},
+    "ilql": _COUNTS | _OUTPUTS | {
+        "cp.outputs": "cp2-ring", "vocab.label": "tp4-two-kv", "vocab.sum": "tp2-sp", "target.sign": "single",
+    },
+    "distill": _COUNTS | {
+        "vocab.divergence": "tp2-sp", "vocab.sum": "tp2-sp", "vocab.logits": "tp2-sp",
+        "vocab.label": "stored-tp4", "cp.outputs": "cp2-ring", "distill.temperature": "single",
+    },
 }

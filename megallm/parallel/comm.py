@@ -38,6 +38,8 @@ REDUCTIONS = {
     "vocab.label": "logit of the label, found on one vocabulary piece",
     "vocab.entropy": "mean logit over the vocabulary pieces, for the entropy",
     "vocab.best": "place of the largest logit, found on one vocabulary piece",
+    "vocab.divergence": "divergence from a teacher over the vocabulary pieces, and the mean of its "
+    "slope",
     "head.outputs": "per-token results of the other tp ranks' tokens, gathered before the loss "
     "(sequence parallelism)",
     "fp8.amax": "largest magnitude of a tensor that tp or cp divides, or of a step, for its FP8 "

@@ -92,6 +92,14 @@ class QuantizedWeight:
         return (whole if rows is None else whole[..., rows, :]).flatten(0, -2)
 
 
+def rounded(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the values `(*stack, out, in)` that whole matrices have in 4 bit, in `dtype`."""
+    full = matrices.shape[-2:]
+    piece = MatrixRange((0, full[0]), (0, full[1]), tuple(full))
+    made = [Nf4.of(matrix, piece).dequantize(dtype) for matrix in matrices.view(-1, *full)]
+    return torch.stack(made).view(matrices.shape)
+
+
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -93,4 +93,4 @@ def unit_of(name: str) -> str:
         return f"{first}.{rest.partition('.')[0]}"
     if first in ("final_norm", "head"):
         return "head"
-    return first if first in ("embedding_norm", "prompt") else "embedding"
+    return first if first in ("embedding_norm", "prompt", "critic") else "embedding"

@@ -19,6 +19,7 @@ from megallm.ops.cross_entropy import (
     Statistics,
     Targets,
     Upstream,
+    frozen_gradient,
     linear_gradients,
     linear_statistics,
     logit_gradient_,
@@ -62,11 +63,15 @@ class Wanted(NamedTuple):
     """Per-token scalars that a head is asked for, by name, and what its logits are divided by.
 
     Of a vocabulary or of classes there are the label's `log_prob`, the `entropy` of the whole
-    distribution, and `correct`: 1 where the label is the likeliest entry, without a gradient.
+    distribution, the label's `logit` itself, and `correct`: 1 where the label is the likeliest
+    entry, without a gradient; of a vocabulary whose stage has a teacher the `divergence` from it. A
+    teacher is asked for one thing alone: the `hidden` states that its head would multiply, of
+    tokens that count or of whole rows, or the `top` entries, `top_k` of them.
     """
 
     names: tuple[str, ...] = ("log_prob",)
     temperature: float = 1.0
+    top_k: int = 0
 
 
 class _Scores(torch.autograd.Function):
@@ -98,6 +103,8 @@ class _Scores(torch.autograd.Function):
 class _FusedScores(torch.autograd.Function):
     """The same from hidden states, a chunk of tokens at a time: no logits are kept.
 
+    A head that is not trained makes its logits once: what the gradient of the hidden states is made
+    of is known in the forward pass, but for a factor a token.
     The gradients of weight and bias are complete at the end of `backward` even where weight
     gradients are put off: to put them off, the logits would have to be made a third time.
     """
@@ -113,19 +120,29 @@ class _FusedScores(torch.autograd.Function):
         axis: Axis,
     ) -> tuple[Tensor, ...]:
         head = Projection(weight, bias)
-        found = linear_statistics(hidden, head, targets, "entropy" in names, "correct" in names)
+        needs = ctx.needs_input_grad
+        ctx.frozen = needs[0] and not any(needs[1:3])
+        found = linear_statistics(
+            hidden, head, targets, "entropy" in names, "correct" in names, ctx.frozen
+        )
         outputs, softmax = _merge(found, targets, axis)
-        _remember(ctx, (hidden, targets.labels, *softmax), outputs, names)
+        kept = (found.top, found.label, found.others) if ctx.frozen else ()
+        _remember(ctx, (hidden, targets.labels, *softmax, *kept), outputs, names)
         # Parameters: not to be copied or moved by hooks.
         ctx.head, ctx.targets = head, targets._replace(labels=None)
         return tuple(outputs[name] for name in names)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
-        hidden, labels, *softmax = ctx.saved_tensors
-        upstream = _upstream(ctx, grads, softmax[0])
+        hidden, labels, lse, entropy, *kept = ctx.saved_tensors
+        softmax, upstream = Softmax(lse, entropy), _upstream(ctx, grads, lse)
         targets = ctx.targets._replace(labels=labels)
-        found = linear_gradients(hidden, ctx.head, targets, Softmax(*softmax), upstream)
+        if ctx.frozen and upstream.entropy is None:
+            top, label, others = kept
+            local = Statistics(top, lse, label, others=others)
+            of_hidden = frozen_gradient(ctx.head.weight, targets, local, lse, upstream.log_prob)
+            return of_hidden, *[None] * 5
+        found = linear_gradients(hidden, ctx.head, targets, softmax, upstream)
         return found.hidden, found.weight, found.bias, None, None, None
 
 
@@ -147,7 +164,9 @@ def _upstream(ctx: FunctionCtx, grads: tuple[Tensor | None, ...], like: Tensor) 
     given = dict(zip(ctx.names, grads, strict=True))
     of_log_prob = given.get("log_prob")
     return Upstream(
-        torch.zeros_like(like) if of_log_prob is None else of_log_prob, given.get("entropy")
+        torch.zeros_like(like) if of_log_prob is None else of_log_prob,
+        given.get("entropy"),
+        given.get("logit"),
     )
 
 
@@ -161,7 +180,8 @@ def _merge(local: Statistics, targets: Targets, axis: Axis) -> tuple[dict[str, T
     shift = local.top - top
     total = comm.all_reduce_(local.total * shift.exp(), axis, "vocab.sum")
     lse = top + total.log()
-    outputs = {"log_prob": comm.all_reduce_(local.label, axis, "vocab.label") - lse}
+    label = comm.all_reduce_(local.label, axis, "vocab.label")
+    outputs = {"log_prob": label - lse, "logit": label}
     if local.moment is not None:
         moment = (local.moment + local.total * shift) * shift.exp()
         mean = comm.all_reduce_(moment, axis, "vocab.entropy") / total
@@ -217,12 +237,12 @@ FUSE_BYTES = 256 * 2**20
 
 
 def fuses(choice: str, tokens: int, weight: Tensor) -> bool:
-    """Returns whether to fuse. `auto` does when the wide logits of `tokens` tokens would fill more
-    than FUSE_BYTES: making them twice costs a quarter to a third of the head's time, and only large
-    ones are worth it.
+    """Returns whether to fuse. `auto` does for a head that is not trained, and when the wide logits
+    of `tokens` tokens would fill more than FUSE_BYTES: making them twice costs a quarter to a third
+    of the head's time, and only large ones are worth it.
     """
     if choice == "auto":
-        return tokens * weight.shape[0] * wide_dtype(weight.dtype).itemsize > FUSE_BYTES
+        return not weight.requires_grad or tokens * weight.shape[0] * wide_dtype(weight.dtype).itemsize > FUSE_BYTES
     return choice == "on"
 
 

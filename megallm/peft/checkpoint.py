@@ -16,9 +16,10 @@ from typing import Any
 import xxhash
 
 from megallm.base.errors import CheckpointError
-from megallm.checkpoint.io import Part, read_regular
+from megallm.checkpoint.io import Part
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.checkpoint.reader import CheckpointReader
+from megallm.checkpoint.shard_file import read_regular
 from megallm.checkpoint.store import weights_only
 from megallm.checkpoint.tools import resolve_step
 from megallm.convert.folder import catalogue, is_model_folder

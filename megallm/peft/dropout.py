@@ -1,4 +1,5 @@
-"""Dropout of an adapter's input, the same at every layout: keyed by sample, token and feature.
+"""Dropout of an adapter's input and of the model's hidden states, the same at every layout: keyed
+by sample, token and feature.
 
 The keys of the microbatch that a stage runs lie in a context variable, which recomputation brings
 back (`parallel.recompute`). Batches name the `samples`, int64 `[B, T]`, or `[S]` with one for each
@@ -12,17 +13,21 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megallm.base.errors import UsageError
 from megallm.base.rng import key_of
+from megallm.models.block import Block
 from megallm.models.decoder import Stage
 from megallm.ops.dropout import keyed_dropout, token_keys
 from megallm.parallel import comm
+from megallm.parallel.mesh import Mesh
 from megallm.parallel.recompute import TOKEN_KEYS
 from megallm.parallel.tensor import SEQUENCE_DIM, ShardedModule, TokenLinear
+from megallm.peft.slots import put
 
 Batch = dict[str, Tensor]
+HIDDEN = "hidden_dropout"  # in the slots of a model
 
 
 class Dropout(NamedTuple):
@@ -46,16 +51,51 @@ class Dropout(NamedTuple):
         own = base.sp and isinstance(base, TokenLinear | Stage)
         return Dropout(rate, key_of(seed, "dropout", name) % 2**64, first, own)
 
-    def __call__(self, x: Tensor, module: ShardedModule) -> Tensor:
+    def __call__(self, x: Tensor, module: ShardedModule | HiddenDropout) -> Tensor:
         """Returns `x [B, T, in]` with its share dropped, or as it is without gradients."""
         if not torch.is_grad_enabled():
             return x
         tokens = TOKEN_KEYS.get()
         if tokens is None:
-            raise UsageError("peft.dropout needs the number of each sample in batches: `samples`.")
+            raise UsageError("Dropout needs the number of each sample in batches: `samples`.")
         if self.own_tokens:
-            tokens = comm.own_slice(tokens, module.mesh.tp, SEQUENCE_DIM)
+            tokens = own_keys(tokens, module.mesh)
         return keyed_dropout(x, self.rate, self.key, tokens, self.first)
+
+
+def own_keys(tokens: Tensor, mesh: Mesh) -> Tensor:
+    """Returns the keys of this tp rank's part of the tokens, `[B, T] -> [B, T/tp]`."""
+    return comm.own_slice(tokens, mesh.tp, SEQUENCE_DIM)
+
+
+class HiddenDropout(nn.Module):
+    """Dropout of what a sublayer adds to the hidden states, or of the embeddings; stands in a
+    slot. In the reference model, and without gradients, nothing is dropped.
+    """
+
+    def __init__(self, stage: Stage, rate: float, seed: int, name: str) -> None:
+        super().__init__()
+        self.mesh = stage.mesh
+        self.dropout = Dropout(rate, key_of(seed, HIDDEN, name) % 2**64, own_tokens=stage.sp)
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Returns `y [B, T/cp/tp or T/cp, D]` with its share dropped."""
+        return self.dropout(y, self)
+
+
+def drop_hidden(stage: Stage, rate: float, seed: int) -> None:
+    """Let a stage drop a share `rate` of its embeddings and of the outputs of attention and
+    feed-forward layers before they are added to the residual stream, on the meta device; behind
+    adapters that stand in the same slots.
+    """
+    slots = {"embedding": stage.after_embedding} if stage.span.first else {}
+    for name, block in stage.named_modules():
+        if isinstance(block, Block):
+            slots[f"{name}.attention"] = block.after_attention
+            slots[f"{name}.mlp"] = block.after_mlp
+    for name, slot in slots.items():
+        put(slot, HIDDEN, HiddenDropout(stage, rate, seed, name))
+    watch_tokens(stage)
 
 
 def keys_of(batch: Batch) -> Tensor:

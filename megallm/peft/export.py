@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,14 +36,16 @@ def export(
     overwrite: bool = False,
 ) -> None:
     """Write the adapter of `config` (resolved) to the new `folder`, or with `overwrite` in place of
-    an older one, whatever the layout; collective
-    over the world.
+    an older one, whatever the layout; collective over the world.
 
     `base` is the folder of the base model as PEFT shall find it; `dtype` None: that of the master
-    weights. Pieces travel through a file system that all ranks see, the one of `folder`. Raises on
-    every rank what rank 0 meets.
+    weights. Values beside the head (`model.critic`) are left out. Pieces travel through a file
+    system that all ranks see, the one of `folder`. Raises on every rank what rank 0 meets.
     """
-    wanted, mesh = adapter_shapes(config, engine.config.model), engine.mesh
+    model = replace(engine.config.model, critic=None)  # PEFT and transformers know no such values
+    saved = tuple(name for name in config.modules_to_save if name != "critic")
+    config = replace(config, modules_to_save=saved)
+    wanted, mesh = adapter_shapes(config, model), engine.mesh
     parts = [
         Part(name, shard.full, box.offset, tensor)
         for name, shard, box, tensor in engine.masters()
@@ -55,7 +58,7 @@ def export(
         try:
             check_new(folder, overwrite=overwrite)
             with whole_folder(folder) as whole, CheckpointReader(step) as reader:
-                write_folder(whole, reader, config, engine.config.model, base, dtype)
+                write_folder(whole, reader, config, model, base, dtype)
         except MegallmError as error:
             problem = [type(error).__name__, str(error)]
         finally:

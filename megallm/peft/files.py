@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megallm.base.errors import UsageError
 from megallm.base.files import atomic_write_json, writing
-from megallm.checkpoint.io import DTYPE_NAMES, ShardWriter, header_bytes, raw
+from megallm.checkpoint.io import DTYPE_NAMES, raw
+from megallm.checkpoint.shard_file import ShardWriter, header_bytes
 from megallm.convert.weights import WeightSource, fill_theirs, whole_stage
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh

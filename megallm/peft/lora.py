@@ -285,8 +285,9 @@ def check_targets(config: PeftConfig, model: ModelConfig, chosen: list[Target]) 
             ("dropout", config.dropout > 0, no_dropout),
         ):
             if on and target.kind in kinds:
+                too = " (nor in PEFT)" if target.kind == EXPERTS else ""
                 raise UsageError(
-                    f"peft.{key} does not work on {target.names[-1]}: name other targets in "
+                    f"peft.{key} does not work on {target.names[-1]}{too}: name other targets in "
                     f"peft.targets, or switch peft.{key} off."
                 )
         if target.kind in (EMBEDDING, HEAD) and model.mtp.depth:

@@ -17,6 +17,7 @@ from megallm.engine.engine import Engine
 from megallm.models.config import ModelConfig
 from megallm.ops.precision import wide, wide_dtype
 from megallm.parallel.mesh import Mesh
+from megallm.parallel.quantized import rounded
 from megallm.parallel.shard import Box
 from megallm.parallel.tensor import ADAPTER, Adaptable, Linear, Slot
 from megallm.peft.config import PeftConfig
@@ -75,15 +76,11 @@ def _publish(engine: Engine, adapts: bool) -> None:
 def _merged(name: str, module: Adaptable) -> Tensor:
     """This rank's piece of the weight with the adapters in use in it, wide."""
     used = list(module.adapter.in_use())
-    if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
-        raise UsageError(
-            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
-            "can be merged. Export it as a folder of PEFT's instead."
-        )
+    _check_matrix(name, module)
     if isinstance(module, Linear) and module.quantized is not None:
         raise UsageError(
             f"{name} is held in 4 bit, which an adapter cannot be merged into without loss. "
-            "`megallm merge` merges into the weights that it was made from."
+            "`megallm merge` writes a folder with both together in the base's dtype."
         )
     if "weight" not in module.shards:
         raise UsageError(
@@ -95,6 +92,16 @@ def _merged(name: str, module: Adaptable) -> Tensor:
     for adapter in used:
         adapter.add_to(weight)
     return weight
+
+
+def _check_matrix(name: str, module: Adaptable) -> None:
+    used = module.adapter.in_use()
+    if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
+        raise UsageError(
+            f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
+            "can be merged. Use the adapter beside the base: `megallm generate --model RUN`, or its "
+            "folder of PEFT's."
+        )
 
 
 def _check_several(name: str, used: Sequence[nn.Module]) -> None:
@@ -109,7 +116,8 @@ class MergedSource:
     """A base and an adapter of it as the source of a plain model; one tensor at a time is whole.
 
     `model` is that of the result: where the adapter changes one end of tied weights alone, it has
-    the head for itself.
+    the head for itself. Of a base in 4 bit the values are those that its codes stand for, beside
+    which the adapter was trained.
     """
 
     def __init__(
@@ -119,7 +127,13 @@ class MergedSource:
         stage = whole_stage(model, Mesh.single("meta"))
         prepare_adapters(config, model)(stage)
         self.slots = {f"{name}.weight": module for name, module in slots_of(stage)}
+        self.in_bits = {
+            f"{name}.weight"
+            for name, module in stage.named_modules()
+            if isinstance(module, Linear) and module.quantized is not None
+        }
         for name, module in self.slots.items():
+            _check_matrix(name.removesuffix(".weight"), module)
             prefix = name.removesuffix("weight") + ADAPTER.strip(".")
             for leaf, _ in list(module.adapter.named_parameters()):
                 at, _, last = leaf.rpartition(".")
@@ -146,13 +160,18 @@ class MergedSource:
     @torch.no_grad()
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
         """Fill `tensor` with the box at `offset`, in the dtype it has, computed wide."""
-        if name not in self.slots:
+        if name not in self.slots and name not in self.in_bits:
             self.base.read_into(self._stored(name), offset, tensor)
             return
         if self._last is None or self._last[0] != name:
             stored = self._stored(name)
-            whole = read_whole(self.base, stored, wide_dtype(self.base.info(stored)[1]))
-            for adapter in self.slots[name].adapter.in_use():
-                adapter.add_to(whole)
+            dtype = self.base.info(stored)[1]
+            if name in self.in_bits:
+                whole = rounded(read_whole(self.base, stored), wide_dtype(dtype))
+            else:
+                whole = read_whole(self.base, stored, wide_dtype(dtype))
+            if name in self.slots:
+                for adapter in self.slots[name].adapter.in_use():
+                    adapter.add_to(whole)
             self._last = (name, whole)
         tensor.copy_(self._last[1][Box(tuple(offset), tuple(tensor.shape)).slices()])

@@ -4,7 +4,7 @@ tensor."""
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,11 @@ def _fill(request: MergeRequest, folder: Path) -> dict[str, Any]:
         else:
             more, ids = write_tokenizer(folder, place, reader.meta)
             notes += more
-        config = replace(opened.config, quantize="none")  # merged into what was quantised
-        source = MergedSource(base, opened.adapter, config, model)
+        if opened.config.quantize != "none":
+            notes.append(
+                "merged into the values that the base had in 4 bit, as the adapter was trained"
+            )
+        source = MergedSource(base, opened.adapter, opened.config, model)
         if source.model.tie_embeddings != model.tie_embeddings:
             notes.append(
                 "the head is no longer tied to the embedding: the adapter changes one alone"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megallm.base.errors import CheckpointError, UsageError
-from megallm.checkpoint.io import read_regular
+from megallm.checkpoint.shard_file import read_regular
 from megallm.convert.folder import plain_file, read_header, read_json
 from megallm.convert.hf_config import family_of
 from megallm.convert.rules import Bridge, TensorLink

@@ -46,6 +46,7 @@ class CheckpointConfig:
 
     every: int = 500  # steps; 0 saves only at the end
     keep: int = 3  # newest checkpoints kept; 0 keeps all
+    async_save: bool = False  # a process beside training writes: a step pays a copy of the state, in memory
 
 
 @dataclass(frozen=True)

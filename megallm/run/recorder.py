@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +106,7 @@ class Recorder:
         self.lease.check()
         self.folder.write_config(to_yaml(config))
         self.folder.write_environment(environment)
+        last = next(iter(deque(read_rows(self.folder.metrics), maxlen=1)), {})
         self.metrics = Metrics(self.folder.metrics, resumed_step, self.lease.check)
         self.events = Events(self.folder.events, self.lease.check)
         for row in read_rows(self.folder.metrics):
@@ -125,7 +127,9 @@ class Recorder:
         )
         self.last_checkpoint = resumed_step or None
         self.started = True
-        self.events.add("resumed" if resumed_step else "started", step=resumed_step)
+        lost = last.get("step", 0) - resumed_step
+        fields = {"lost_steps": lost, "lost_until": last.get("perf/unix_time")} if lost > 0 else {}
+        self.events.add("resumed" if resumed_step else "started", step=resumed_step, **fields)
 
     def row(self, row: dict[str, Any]) -> None:
         """Record the metrics of one finished step."""
@@ -240,6 +244,8 @@ class Recorder:
         goes_on = "starts afresh" if left is None else f"goes on from step {left}"
         return f"{aside}Lower optim.lr or warm up for longer: the same command then {goes_on}."
 
-    def saved(self, step: int, seconds: float) -> None:
+    def saved(self, step: int, stall_seconds: float, save_seconds: float) -> None:
+        """Record a checkpoint: how long training stood still, and how long it took in all."""
         self.last_checkpoint = step
-        self.event("saved", step=step, **{"ckpt/stall_seconds": seconds})
+        times = {"ckpt/stall_seconds": stall_seconds, "ckpt/save_seconds": save_seconds}
+        self.event("saved", step=step, **times)

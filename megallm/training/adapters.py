@@ -8,12 +8,12 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.reader import CheckpointReader
+from megallm.convert.hf_config import read_config
 from megallm.engine.config import EngineConfig
 from megallm.engine.engine import Engine, Mesh, Part, Prepare
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
@@ -22,10 +22,12 @@ from megallm.optim.config import GroupConfig
 from megallm.peft import adalora, inject, start
 from megallm.peft.checkpoint import base_reference, open_base, trained_parts
 from megallm.peft.config import PeftConfig
+from megallm.peft.dropout import drop_hidden
 from megallm.peft.export import export
 from megallm.peft.noise import add_noise
 from megallm.peft.sources import Joined
 from megallm.training.finetune import FinetuneConfig
+from megallm.training.starting import model_of
 from megallm.training.weights import build_engine, starting_weights
 
 FOLDER = "adapter"  # of the run: PEFT's form of what was trained
@@ -124,29 +126,49 @@ class FrozenBase:
             export(engine, self.peft, folder, self.config.model.hf, overwrite=True)
 
 
-def noise_of(alpha: float, seed: int) -> Prepare | None:
-    """Returns what puts NEFTune's noise on the embeddings of a stage; None for an alpha of 0."""
-    return partial(add_noise, alpha=alpha, seed=seed) if alpha else None
+def in_training_only(alpha: float, dropout: float, seed: int) -> Prepare:
+    """Returns what puts NEFTune's noise on the embeddings of a stage, and dropout into it; each of
+    the two for a number above 0.
+    """
+
+    def add(stage: Stage) -> None:
+        if alpha:
+            add_noise(stage, alpha, seed)
+        if dropout:
+            drop_hidden(stage, dropout, seed)
+
+    return add
 
 
 def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:
-    """Returns the adapters' configuration with a head of classes or values trained in full: it is
-    new, and frozen it would stay as the seed made it.
+    """Returns the adapters' configuration with a head of classes or values, and values beside a
+    head, trained in full: they are new, and frozen they would stay as the seed made them.
     """
-    if peft.method == "none" or model.head in VOCABULARY_HEADS or "head" in peft.modules_to_save:
+    new = {"head": model.head not in VOCABULARY_HEADS, "critic": model.critic is not None}
+    more = [name for name, here in new.items() if here and name not in peft.modules_to_save]
+    if peft.method == "none" or not more:
         return peft
-    return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, "head"))
+    return dataclasses.replace(peft, modules_to_save=(*peft.modules_to_save, *more))
 
 
-def frozen_engine(config: FinetuneConfig, source: str | None, mesh: Mesh) -> Engine:
+def frozen_engine(
+    config: FinetuneConfig, source: str | None, mesh: Mesh, same_model: bool = True
+) -> Engine:
     """Returns an engine with the weights that the run starts from, or with those of `source` (a
     Hugging Face folder, a run or a step of one), none of them trained; collective over the world.
 
-    Nothing of it is updated: its weights are always divided, and gradients are summed in no order.
+    `same_model`: `source` has the sizes of the run's model; otherwise it has its own. Nothing of it
+    is updated: its weights are always divided, and gradients are summed in no order.
     """
     if source is not None:
         place = "hf" if (Path(source) / "config.json").is_file() else "init"
-        model = dataclasses.replace(config.model.described, **{place: source})
+        model = config.model
+        if not same_model:
+            known = read_config(Path(source)).model if place == "hf" else model_of(source)
+            model = known.resolve()
+            layout = dataclasses.replace(config.layout, stages=None)
+            config = dataclasses.replace(config, layout=layout)
+        model = dataclasses.replace(model.described, **{place: source})
         config = dataclasses.replace(config, model=model, peft=type(config.peft)())
     zero = dataclasses.replace(config.zero, stage=3)
     train = dataclasses.replace(config.train, determinism="none")

@@ -26,7 +26,7 @@ from megallm.engine.engine import Engine, Mesh, Part
 from megallm.run.changes import Change
 from megallm.run.recorder import Recorder
 from megallm.run.runfolder import RunFolder
-from megallm.training.adapters import FrozenBase, noise_of
+from megallm.training.adapters import FrozenBase, in_training_only
 from megallm.training.finetune import FinetuneConfig
 from megallm.training.held_out import HeldOut
 from megallm.training.kept_tokenizer import keep_template, keep_tokenizer
@@ -62,6 +62,9 @@ class ChatIdentity(Identity):
         words = tokenizer.load(config.data.tokenizer)
         template, _ = template_of(config.data, words)
         reading = {key: value for key, value in vars(config.data).items() if key in _READING}
+        if config.data.condition:
+            edges = config.data.return_edges
+            reading |= {"condition": config.data.condition, "return_edges": edges}
         reading["template"] = hashlib.blake2b(template.source.encode(), digest_size=8).hexdigest()
         values = {
             "tokenizer": config.data.tokenizer,
@@ -103,11 +106,13 @@ class ChatRun(SupervisedRun):
     held_out: Prepared | None = None
     reader_type: type[ChatReader] = ChatReader
     neftune_alpha = 0.0  # how much noise embeddings get in training
+    hidden_dropout = 0.0  # the share of the model's hidden states that is dropped in training
 
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__(config)
         self.log_samples = config.data.log_samples
-        self.base = FrozenBase(config, noise_of(self.neftune_alpha, config.run.seed))
+        noise = in_training_only(self.neftune_alpha, self.hidden_dropout, config.run.seed)
+        self.base = FrozenBase(config, noise)
 
     # Data
 
@@ -130,10 +135,15 @@ class ChatRun(SupervisedRun):
     def _read(self) -> None:
         data, cache = self.config.data, Path(self.config.run.dir) / "cache"
         self.rows = prepare(data, self.config.kind, cache)
-        self.rows.check_vocabulary(self.config.model.vocab_size)
+        self._check(self.rows)
         if data.valid_sources and self.config.eval.batches:
             self.held_out = prepare(data, self.config.kind, cache, valid=True)
-            self.held_out.check_vocabulary(self.config.model.vocab_size)
+            self._check(self.held_out)
+
+    def _check(self, rows: Prepared) -> None:
+        rows.check_vocabulary(self.config.model.vocab_size)
+        if self.config.kind == "classification":
+            rows.check_classes(self.config.model.num_labels)
 
     @property
     def multiple(self) -> int:

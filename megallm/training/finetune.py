@@ -37,6 +37,7 @@ class SftOptions:
     """What supervised fine-tuning adds to the loss and to the model while it is trained."""
 
     dft: bool = False  # each token's loss times its own probability (dynamic fine-tuning, arXiv 2508.05629)
+    hidden_dropout: float = 0.0  # share dropped of embeddings and of outputs of attention and feed-forward layers
     neftune_alpha: float = 0.0  # NEFTune (arXiv 2310.05914): noise on embeddings, alpha / sqrt(tokens x features)
 
 

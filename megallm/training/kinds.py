@@ -12,9 +12,11 @@ from typing import Any
 from megallm.run.config import JobConfig
 from megallm.training import files, finetune, preference_config, reading
 from megallm.training.config import PretrainConfig
+from megallm.training.distill_config import DistillConfig
+from megallm.training.offline_config import OfflineConfig
 from megallm.training.rl_config import GrpoConfig, PpoConfig
+from megallm.training.rules import distill, grpo, offline, pretrain
 from megallm.training.rules import finetune as finetune_rules
-from megallm.training.rules import grpo, pretrain
 from megallm.training.rules import preference as preference_rules
 from megallm.training.rules.problem import Rules
 
@@ -66,8 +68,10 @@ _ROWS = (
             ("reward", preference_config.RewardModelConfig, "reward", preference_rules.REWARD),
             ("dpo", preference_config.DpoConfig, "preference", preference_rules.DPO),
             ("kto", preference_config.KtoConfig, "kto", preference_rules.KTO),
+            ("offline", OfflineConfig, "offline", offline.OFFLINE),
             ("grpo", GrpoConfig, "grpo", grpo.RULES),
             ("ppo", PpoConfig, "ppo", grpo.PPO),
+            ("distill", DistillConfig, "distill", distill.RULES),
         )
     ),
 )

@@ -9,19 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megallm.base.device import peak_flops, peak_memory_gib
-from megallm.base.errors import CannotWrite, Diverged, LeaseLost, Requeue
+from megallm.base.errors import Diverged, Requeue
 from megallm.checkpoint import store
-from megallm.engine.engine import Part, StepStats
+from megallm.engine.engine import StepStats
 from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
 from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests
+from megallm.training.saving import Saver
 from megallm.training.trainer import Ledger, StepReport, Trainer, finite
-
-MAX_FAILED_SAVES = 3
 
 
 class Loop:
@@ -38,8 +35,9 @@ class Loop:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests
         self.engine, self.mesh = trainer.engine, trainer.engine.mesh
-        self.saved_step = self.first_step = ledger.step
-        self.skipped_in_a_row = self.failed_saves = 0
+        self.saver = Saver(trainer, config.checkpoint, ledger, recorder)
+        self.first_step = ledger.step
+        self.skipped_in_a_row = 0
         requests.told = recorder.stopping
         self.engine.request = lambda: requests.seen
         self.request = requests.seen  # of all ranks, as the last update told
@@ -58,6 +56,8 @@ class Loop:
         except Diverged as error:  # the same on every rank
             told = self.recorder.set_diverged_aside(self.ledger.step) if self.mesh.rank == 0 else ""
             raise Diverged(f"{error} {self.mesh.broadcast_json(told)}") from error
+        finally:
+            self.saver.close()
 
     def _train(self) -> None:
         last = self.config.train.stop_at or self.config.train.steps
@@ -82,6 +82,7 @@ class Loop:
             if step == last or request:
                 break
             self.recorder.row(row)
+            self.saver.look()
             if self._due(self.config.checkpoint.every, step):
                 self._save()
         if row is not None:
@@ -93,7 +94,8 @@ class Loop:
             self._check_end(
                 request, {name: row[name] for name in row if name.startswith("val/")}
             )
-        if self.saved_step < self.ledger.step and not self.skipped_in_a_row:
+        self.saver.settle()
+        if self.saver.saved_step < self.ledger.step and not self.skipped_in_a_row:
             self._save(final=True)
         self._leave(request)
 
@@ -120,14 +122,14 @@ class Loop:
     def _leave(self, request: int) -> None:
         if not request:
             return
-        step, root = self.ledger.step, self.recorder.checkpoints
+        step, root, saved = self.ledger.step, self.recorder.checkpoints, self.saver.saved_step
         name = (
             "Interrupted"
             if request == INTERRUPTED
             else f"Stopped by {self.requests.name or 'a signal'}"
         )
         self.recorder.event("preempted" if request == PREEMPTED else "interrupted", step=step)
-        state = f"step {self.saved_step} is saved in {root / store.step_name(self.saved_step)}"
+        state = f"step {saved} is saved in {root / store.step_name(saved)}"
         if step == self.first_step:
             text = (
                 f"{name} before step {step + 1}: there is nothing {'new ' if step else ''}to save"
@@ -137,7 +139,7 @@ class Loop:
                 if step
                 else "; the same command starts again."
             )
-        elif self.saved_step < step:
+        elif saved < step:
             text = (
                 f"{name} after step {step}, where the gradients have not been finite for "
                 f"{self.skipped_in_a_row} "
@@ -145,7 +147,7 @@ class Loop:
             text += "steps: that state is not saved. "
             text += (
                 f"{state[:1].upper()}{state[1:]}; the same command goes on."
-                if self.saved_step
+                if saved
                 else "None is."
             )
         else:
@@ -198,6 +200,7 @@ class Loop:
             "train/grad_norm": finite(stats.grad_norm),
             "train/skipped_steps": ledger.skipped_steps,
             "perf/step_seconds": seconds,
+            "perf/unix_time": time.time(),
             "perf/tokens_per_sec": report.tokens / seconds,
             "perf/tokens_per_sec_per_device": report.tokens / seconds / self.mesh.layout.world,
             "perf/data_wait_seconds": report.wait_seconds,
@@ -211,52 +214,13 @@ class Loop:
         return row
 
     def _save(self, final: bool = False) -> None:
-        """Write a checkpoint. A failure is reported and training goes on, unless it was the last
-        chance.
-
-        A state whose last gradients were not finite is not saved: whether it has diverged shows
-        later.
-        """
-        ledger, begin = self.ledger, time.monotonic()
+        """Save, unless the last gradients were not finite: whether it has diverged shows later."""
         if self.skipped_in_a_row:
             self.recorder.event(
-                "not_saved", step=ledger.step, reason="the gradients were not finite"
+                "not_saved", step=self.ledger.step, reason="the gradients were not finite"
             )
             return
-        self.recorder.before_save()
-        meta = {"engine": self.trainer.counters(), "ledger": vars(ledger), **self.trainer.identity}
-        parts, keeping = (
-            list(self.trainer.state()),
-            self.recorder.keeping(self.config.checkpoint.keep),
-        )
-        bad = next((part.name for part in parts if not _is_finite(part)), "")
-        if self.mesh.largest(int(bool(bad))):
-            raise Diverged(
-                f"The state after step {ledger.step} is not finite{f', as in {bad}' * bool(bad)}."
-            )
-        try:
-            store.save(self.recorder.checkpoints, ledger.step, parts, meta, self.mesh, keeping)
-        except LeaseLost:
-            raise
-        except CannotWrite as error:
-            self.failed_saves += 1
-            self.recorder.event("save_failed", step=ledger.step, reason=str(error))
-            if final or self.failed_saves >= MAX_FAILED_SAVES:
-                raise
-            return
-        self.failed_saves, self.saved_step = 0, ledger.step
-        self.recorder.saved(ledger.step, time.monotonic() - begin)
-
-
-def _is_finite(part: Part) -> bool:
-    """Whether a tensor holds finite numbers only; one byte formats have been clamped when they were
-    made.
-    """
-    tensor = part.tensor
-    if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+        self.saver.save(final)
 
 
 def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ class RewardOptions:
     """Bradley-Terry (arXiv 2203.02155): the score of a chosen answer above a rejected one's."""
 
     center: float = 0.0  # weight of (chosen + rejected)^2, which keeps scores around 0 (arXiv 2312.09244: 0.01)
+    hidden_dropout: float = 0.0  # share dropped of embeddings and of outputs of attention and feed-forward layers
     ranked: bool = False  # all answers of a prompt in one row, each pair weighing 1 / number of pairs; else data.pairs
 
 

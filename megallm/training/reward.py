@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,8 @@ class RewardIdentity(ChatIdentity):
 
     def own(self) -> dict[str, Any]:
         """Returns the loss besides."""
-        return super().own() | {"reward": dataclasses.asdict(self.config.reward)}
+        options = self.config.reward
+        return super().own() | {"reward": {"center": options.center, "ranked": options.ranked}}
 
 
 class RewardTrainer(SupervisedTrainer):
@@ -52,6 +52,10 @@ class RewardRun(ChatRun):
     identity = RewardIdentity
     trainer = RewardTrainer
     config: RewardModelConfig
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        self.hidden_dropout = config.reward.hidden_dropout
+        super().__init__(config)
 
     def loss(self) -> Loss:
         """Returns the loss of scores."""

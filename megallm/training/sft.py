@@ -28,6 +28,7 @@ class SftRun(ChatRun):
 
     def __init__(self, config: SftConfig) -> None:
         self.neftune_alpha = config.sft.neftune_alpha
+        self.hidden_dropout = config.sft.hidden_dropout
         super().__init__(config)
 
     def loss(self) -> Loss:

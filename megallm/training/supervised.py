@@ -79,7 +79,8 @@ class SupervisedTrainer:
         waited = self.feed.wait_seconds() - self._waited
         self._waited += waited
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
-        stats = self.engine.train_step(self.job.complete(self.engine, batches), self.loss, lr)
+        batches = self.completed(step, batches)
+        stats = self.engine.train_step(batches, self.loss, lr)
         tokens = sum(batch["tokens"].numel() for batch in batches) * self.engine.mesh.data.size
         return StepReport(
             stats,
@@ -92,6 +93,10 @@ class SupervisedTrainer:
             wait_seconds=waited,
             data=self.feed.data_after(step),
         )
+
+    def completed(self, step: int, batches: list[Batch]) -> list[Batch]:
+        """Returns the microbatches of a step with what the loss needs besides."""
+        return self.job.complete(self.engine, batches)
 
     def evaluate(self) -> dict[str, float | None]:
         """Returns the held-out numbers; collective over the world."""

@@ -212,6 +212,19 @@ def test_labels_margins_and_all_pairs():
     )
 
 
+@pytest.mark.parametrize("system", [(), ({"role": "system", "content": "s"},)])
+def test_a_prompt_that_answers_repeat_stands_once(system):
+    """UltraFeedback's rows: the prompt as a text, and whole conversations as answers."""
+    talks = [[*system, USER, {"role": "assistant", "content": said}] for said in ("good", "bad")]
+    row = {"prompt": USER["content"], "chosen": talks[0], "rejected": talks[1]}
+    form, _ = detect_format("F", row, "preference")
+    (one,) = examples(form, row, RowReading("preference"))
+    assert one.prompt == (*system, USER) and [len(answer) for answer in one.answers] == [1, 1]
+    other = row | {"prompt": "another question"}
+    (one,) = examples(form, other, RowReading("preference"))
+    assert [len(answer) for answer in one.answers] == [2 + len(system)] * 2
+
+
 BAD = {
     "empty answer": (
         {"messages": [USER, {"role": "assistant", "content": " \n"}]},

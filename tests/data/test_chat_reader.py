@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from megallm.base.config import loads, schema
 from megallm.base.errors import DataError, UsageError
@@ -416,3 +417,33 @@ def test_the_first_rows_show_what_is_trained(folder):
     green = [text for text, style in console.spans if style == "bold green"]
     assert len(green) == 1 and green[0].endswith("<|im_end|>")
     assert preview(source.row(0), made.words).count("[[") == 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_tokenizers_padding_and_truncation_change_no_pair(folder, tmp_path, packing):
+    """Left or right, with the end of the text or a token of its own for padding, or short cuts in tokenizer.json: the
+    rows are the same, and the end of an answer is trained."""
+    for name in ("plain", "left"):
+        shutil.copytree(folder / "tokenizer", tmp_path / name)
+    settings = json.loads((tmp_path / "left/tokenizer_config.json").read_text())
+    more = {"padding_side": "left", "truncation_side": "left", "model_max_length": 8}
+    (tmp_path / "left/tokenizer_config.json").write_text(json.dumps(settings | more))
+    built = Tokenizer.from_file(str(tmp_path / "left/tokenizer.json"))
+    built.enable_padding(direction="left", length=300, pad_id=1)
+    built.enable_truncation(6)
+    built.save(str(tmp_path / "left/tokenizer.json"))
+    (tmp_path / "plain/tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|begin|>"}))
+    rows = [{"prompt": f"{n} what?", "chosen": " yes" * n, "rejected": " no"} for n in range(1, 4)]
+    write_jsonl(tmp_path / "texts.jsonl", rows)
+    found = []
+    for name in ("plain", "left"):
+        data = config(tmp_path, "texts.jsonl", tokenizer=str(tmp_path / name), packing=packing)
+        (source,) = prepare(data, "preference", tmp_path / "cache").sources.values()
+        found.append([source.row(n) for n in range(len(source))])
+        for batch in open_chat_reader(data, "preference", Share(2, 2), tmp_path / "cache").batches(1):
+            ends = (batch["labels"] == tokenizer.load(str(tmp_path / name)).eod) & batch["mask"]
+            assert ends.sum() == (batch["samples"] >= 0).sum() > 0
+    for mine, other in zip(*found, strict=True):
+        assert mine.prompt.tolist() == other.prompt.tolist()
+        for one, two in ((mine.chosen, other.chosen), (mine.rejected, other.rejected)):
+            assert one.ids.tolist() == two.ids.tolist() and one.trained.tolist() == two.trained.tolist()

@@ -58,6 +58,9 @@ def test_bytes_a_parameter():
     assert (lora.frozen_params, lora.trained_params) == (qlora.frozen_params, qlora.trained_params)
     rest = MODEL.vocab_size * 64 + 5 * 64  # the embedding and norms stay in bf16
     assert (qlora.frozen - 2 * rest) / (qlora.frozen_params - rest) <= 0.55
+    assert qlora.quantized_params == qlora.frozen_params - rest and qlora.frozen == qlora.quantized + 2 * rest
+    told = qlora.lines()[0]
+    assert f"({qlora.quantized_params:,} of them in 4 bit, " in told and "0.516 bytes each)" in told
     said = " ".join(lora.lines())
     assert "2.00 bytes each" in said and "18.00 bytes each (weights" in said
 

@@ -7,14 +7,9 @@ import math
 import pytest
 import torch
 
-from megallm.losses.distill import (
-    Distillation,
-    generalized_jsd,
-    kl_divergence,
-    reverse_kl_advantages,
-    with_tail,
-)
+from megallm.losses.distill import Distillation
 from megallm.losses.offline import AdvantageWeighted, Ilql, next_counted, perturbed_log_probs
+from megallm.ops.divergence import generalized_jsd, kl_divergence, with_tail
 from tests.losses.averages import averaged, packed, split
 
 RANDOM = torch.Generator().manual_seed(6)
@@ -59,11 +54,10 @@ def test_distillation_sums_the_head_s_divergence():
         assert loss.item() == pytest.approx(want.item())
 
 
-def test_reverse_kl_as_an_advantage_is_minus_the_divergence_on_average():
-    vocabulary = STUDENT[0, 0].exp()
-    every = reverse_kl_advantages(STUDENT[0, 0], TEACHER[0, 0], torch.ones(9, dtype=torch.bool))
+def test_reverse_kl_as_a_reward_is_minus_the_divergence_on_average():
+    """What `megallm distill` rewards each sampled token with."""
+    vocabulary, every = STUDENT[0, 0].exp(), TEACHER[0, 0] - STUDENT[0, 0]
     assert (vocabulary * every).sum().item() == pytest.approx(-generalized_jsd(STUDENT, TEACHER, 1)[0, 0].item())
-    assert not reverse_kl_advantages(STUDENT[..., 0], TEACHER[..., 0], MASK)[~MASK].any()
 
 
 def test_advantage_weighted_regression():

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from megallm.losses.advantage import combine_rewards, decoupled_advantages, group_advantages, leave_one_out
-from megallm.losses.distill import generalized_jsd
 from megallm.losses.policy import policy_loss
 from megallm.losses.preference import Kto, Preference, cpo_loss, orpo_loss, reference_point, simpo_loss
 from megallm.losses.reward import BradleyTerry
+from megallm.ops.divergence import generalized_jsd
 from tests.losses.averages import averaged, packed, split
 
 PEERS = Path(__file__).parents[1] / "peers"

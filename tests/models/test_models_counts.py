@@ -103,6 +103,13 @@ def test_every_combination_of_switches():
     assert len(seen) > 100, "the switches change the number of parameters"
 
 
+def test_values_beside_the_head():
+    plain = replace(TINY, critic=None).resolve()
+    for critic, outputs in (("value", 1), ("q", 1 + 2 * plain.vocab_size)):
+        config = replace(plain, critic=critic).resolve()
+        assert config.num_params() == built_count(config) == plain.num_params() + outputs * plain.hidden_size
+
+
 def test_every_combination_of_latents_further_tokens_and_sinks():
     seen = set()
     for mla, kind, depth, sinks, tie in product(

@@ -14,6 +14,7 @@ from megallm.ops.cross_entropy import (
     Statistics,
     Targets,
     Upstream,
+    frozen_gradient,
     linear_gradients,
     linear_statistics,
     logit_gradient_,
@@ -104,10 +105,49 @@ def test_the_form_without_logits_equals_it(monkeypatch, temperature):
     torch.testing.assert_close(gradients.weight, gradient.mT @ hidden, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("moment", [False, True])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.usefixtures("block")
+def test_a_frozen_head_needs_its_logits_once(monkeypatch, temperature, moment):
+    """In two pieces of the vocabulary, whose shares add up to the gradient of the whole."""
+    monkeypatch.setattr(cross_entropy, "MIN_TOKENS", 7)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 0)
+    make = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 6, generator=make, dtype=torch.float64) for n in (ROWS, VOCAB))
+    _, labels, grads = problem(torch.float64)
+    lse, _, _, _, gradient = expected(F.linear(hidden, weight), labels, grads, temperature)
+    total = torch.zeros_like(hidden)
+    for first, rows in ((0, weight[:20]), (20, weight[20:])):
+        targets = Targets(labels, BEGIN + first, temperature)
+        found = linear_statistics(hidden, Projection(rows), targets, moment, others=True)
+        total += frozen_gradient(rows, targets, found, lse, grads[0])
+    torch.testing.assert_close(total, gradient @ weight, rtol=0, atol=1e-12)
+    wrong = frozen_gradient(rows, targets, found, lse + 0.01, grads[0])  # the control: another sum
+    assert (wrong - frozen_gradient(rows, targets, found, lse, grads[0])).abs().max() > 1e-3
+
+
+def test_a_likely_label_keeps_its_gradient_in_bf16():
+    """1 - p of the label is some 1e-4; with its row in the sum of all, 8 bits leave nothing of that."""
+    weight = torch.randn(VOCAB, 6, generator=torch.Generator().manual_seed(2)) / 3
+    weight[3] = 2.0
+    weight, hidden, labels = weight.bfloat16(), torch.ones(1, 6).bfloat16(), torch.tensor([3])
+    logits = F.linear(hidden, weight).double()
+    lse = logits.logsumexp(-1)
+    share = F.one_hot(labels, VOCAB) - (logits - lse[:, None]).exp()
+    expected = share @ weight.double()
+    assert 0 < float(share[0, 3]) < 1e-3
+    found = linear_statistics(hidden, Projection(weight), Targets(labels), others=True)
+    mine = frozen_gradient(weight, Targets(labels), found, lse.float(), torch.ones(1))
+    limit = float(expected.abs().max()) / 16
+    torch.testing.assert_close(mine.double(), expected, rtol=0, atol=limit)
+    together = weight[labels] - (logits - lse[:, None]).exp().bfloat16() @ weight  # the control
+    assert (together.double() - expected).abs().max() > 4 * limit
+
+
 def test_no_tokens_give_nothing_and_a_gradient_of_zeros():
     empty, targets = torch.zeros(0), Targets(torch.zeros(0, dtype=torch.long))
     found = statistics(torch.zeros(0, VOCAB), targets, moment=True, best=True)
-    assert all(part.shape == (0,) for part in found)
+    assert all(part.shape == (0,) for part in found if part is not None)
     softmax, upstream = Softmax(empty, empty), Upstream(empty, empty)
     assert logit_gradient_(torch.zeros(0, VOCAB), targets, softmax, upstream).shape == (0, VOCAB)
     head = Projection(torch.ones(VOCAB, 6))

@@ -137,7 +137,7 @@ class Seen(NamedTuple):
 def watch(name: str) -> Seen:
     """Train a row of the table in this rank and count."""
     chunks, buckets = [0], [0]
-    cut, plan = cross_entropy._chunks, zero.plan_buckets
+    cut, plan = cross_entropy.token_chunks, zero.plan_buckets
 
     def count_chunks(*given: Any) -> list[slice]:
         chunks.append(len(list(cut(*given))))
@@ -149,7 +149,7 @@ def watch(name: str) -> Seen:
 
     with (
         patch.object(F, "grouped_mm", wraps=F.grouped_mm) as grouped,
-        patch.object(cross_entropy, "_chunks", count_chunks),
+        patch.object(cross_entropy, "token_chunks", count_chunks),
         patch.object(zero, "plan_buckets", count_buckets),
     ):
         record = train_rank(row_named(name), frozenset())

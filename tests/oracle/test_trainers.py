@@ -24,7 +24,9 @@ NARROW = [layout for layout in LAYOUTS if layout[0] != "dp2-tp2-pp2-zero2"]
 # Every layout with one kind, so that every kind has one or two; and some that only their kind has.
 KINDS = list(TRAINERS)
 SLICE = [f"{KINDS[n % len(KINDS)]}-{layout[0]}" for n, layout in enumerate(NARROW)]
+SLICE += ["sft-dropout-tp2-sp-full", "sft-dropout-cp2-dp2-zero3-packed", "lora-dropout-dp2-tp2-sp"]
 SLICE += ["lora-ends-tied-pp2-sp", "dpo-lora-dp2-tp2", "dpo-packed", "gspo-cp2-ulysses-packed", "reward-zb-v"]
+SLICE += ["distill-tp4-two-kv", "distill-stored-cp2-packed", "distill-self-lora-pp2-tp2"]
 BY_NAME = {row.name: row for row in FINE_TUNING}
 CONTROLS = [(kind, name) for kind, names in CONTROLS_OF.items() for name in names]
 
@@ -58,11 +60,14 @@ def test_every_kind_stands_on_sixteen_layouts_and_in_the_slice():
 # Negative controls
 
 QUICK = (
-    ("sft", "loss.counts"), ("lora", "lora.partial"), ("lora", "frozen.touched"), ("lora", "grads.partial"),
+    ("sft", "loss.counts"), ("sft", "dropout.keys"),
+    ("lora", "lora.partial"), ("lora", "frozen.touched"), ("lora", "grads.partial"),
     ("dora", "dora.norm"), ("adalora", "adalora.gram"), ("adalora", "adalora.scores"), ("prefix", "cp.lse"),
     ("qlora", "frozen.touched"), ("houlsby", "grads.partial"), ("reward", "head.outputs"),
     ("reward", "pairs.split"), ("dpo", "pairs.split"), ("dpo", "loss.counts"), ("kto", "loss.counts"),
-    ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"),
+    ("dpo", "counts.doubled"), ("ilql", "target.sign"), ("ilql", "head.outputs"), ("awr", "loss.counts"),
+    ("grpo", "vocab.entropy"), ("gspo", "cp.outputs"), ("distill", "vocab.divergence"),
+    ("distill", "distill.temperature"),
 )  # fmt: skip
 
 

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from megallm.base.errors import UsageError
 from megallm.convert.weights import HfReader
 from megallm.engine.engine import Engine
+from megallm.inference.answer import Answer, Ending
+from megallm.inference.generator import Generator
+from megallm.inference.samples import Request
+from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
@@ -143,3 +147,24 @@ def test_what_peft_has_no_place_for(base, tmp_path):
     engine = Engine.build(config_of(latent), Mesh.single(), prepare_adapters(config, latent))
     with pytest.raises(UsageError, match="latent"):
         write_folder(tmp_path, TensorSource(state_of(engine)), config, latent, None)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_generates_what_peft_generates(base, tmp_path, method):
+    """Greedy answers to prompts of two lengths, from an adapter of PEFT's, one after another."""
+    torch.manual_seed(2)
+    module = peft.get_peft_model(hugging_face(base), theirs(method)).eval()
+    module.save_pretrained(tmp_path)
+    adapter = AdapterFolder(tmp_path, HfReader(base).model)
+    engine = engine_of(base, adapter.config, adapter)
+    prompts = [[5, 9, 2, 7], [11, 3, 1, 8, 6, 4]]
+    requests = [Request(n, prompt, Answer(Ending(12))) for n, prompt in enumerate(prompts)]
+    made = Generator(engine.model).generate(requests, Sampling(temperature=0.0))
+    for prompt, sample in zip(prompts, made, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            given = module.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        assert sample.tokens == given[0, -12:].tolist()

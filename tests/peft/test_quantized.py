@@ -19,7 +19,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.peft.config import PeftConfig
 from megallm.peft.inject import prepare_adapters
-from megallm.peft.merge import merge
+from megallm.peft.merge import MergedSource, merge
 from megallm.peft.start import start_from_base
 from tests.engine.tiny import batches, config_of, share, state_of
 from tests.ranks import run_ranks
@@ -163,6 +163,33 @@ def test_dora_reads_the_rounded_base_and_cannot_be_merged_into_it():
             with pytest.raises(UsageError, match="4 bit"):
                 merge(engine)
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dense", "odd", "moe"])
+def test_a_merged_folder_is_the_model_that_was_trained(name):
+    """`megallm merge` takes what the 4-bit codes stand for; into the weights that were quantised it is another."""
+    config, gaps = model(name), []
+    base = Held(state_of(Engine.build(config_of(config), Mesh.single())))
+    engine = Engine.build(config_of(config), Mesh.single(), prepare_adapters(QLORA, config))
+    engine.fill(base)
+    engine.train_step(batches(2), NextToken(), 0.02)
+    adapter = Held({n: x for n, x in state_of(engine).items() if ".adapter." in n and "optim." not in n})
+    expected = engine.log_probs(batches(1))[0]
+    for wanted in (QLORA, LORA):
+        plain = Engine.build(config_of(config), Mesh.single())
+        plain.fill(MergedSource(base, adapter, wanted, config))
+        gaps.append(float((plain.log_probs(batches(1))[0] - expected).abs().max()))
+    assert gaps[0] < 1e-11 and gaps[1] > 1e-3
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning", "houlsby", "ia3"])
+def test_what_is_no_part_of_a_matrix_is_not_merged(method):
+    """Virtual tokens would be lost without a word."""
+    config, wanted = model("dense"), PeftConfig(method, virtual_tokens=3)
+    engine = Engine.build(config_of(config), Mesh.single(), prepare_adapters(wanted, config))
+    held = Held({name: x for name, x in state_of(engine).items() if "optim." not in name})
+    with pytest.raises(UsageError, match="is no part of a matrix: only those of lora and adalora"):
+        MergedSource(held, held, wanted, config)
 
 
 class Held:

@@ -18,6 +18,7 @@ from megallm.inference.samples import Request
 from megallm.inference.sampling import Sampling
 from megallm.losses.language import NextToken
 from megallm.models.config import ModelConfig
+from megallm.models.parallel_model import ParallelModel
 from megallm.ops.attention import Partial
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -214,7 +215,10 @@ def generated(layout: Layout, model: str, method: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("window", "prefix"), ("mla", "prefix"), ("dense", "houlsby")]
+    ("model", "method"),
+    [
+        ("window", "prefix"), ("mla", "prefix"), ("dense", "houlsby"), ("window", "prompt"), ("gpt2", "p-tuning"),
+    ],
 )
 def test_generation_uses_the_slots(model, method):
     found = run_ranks(4, generated, Layout(pp=2, tp=2), model, method)
@@ -237,10 +241,28 @@ def test_virtual_tokens_that_cannot_be():
     encoder = ModelConfig(**TINY | {"family": "bert", "num_kv_heads": 4}).resolve()
     with pytest.raises(UsageError, match="causal"):
         Engine.build(config_of(encoder), Mesh.single(), prepare_adapters(METHODS["prompt"], encoder))
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_answers_do_not_depend_on_how_virtual_tokens_are_fed(method):
+    """Prefilled a token at a time, prompts shared, blocks so few that sequences are preempted; and with the adapter
+    off the base's answers."""
     config = config_of(ModelConfig(**TINY).resolve())
-    engine = Engine.build(config, Mesh.single(), prepare_adapters(METHODS["prompt"], config.model))
-    with pytest.raises(UsageError, match="prefix"):
-        Generator(engine.model).generate([Request(0, [1], Answer(Ending(2)))], Sampling())
+    engine = Engine.build(config, Mesh.single(), prepare_adapters(METHODS[method], config.model))
+    plain = Engine.build(config, Mesh.single())
+
+    def answers(model: ParallelModel, **options: int) -> list[list[int]]:
+        prompts = [[5, 9, 2], [5, 9, 2], [7], [11, 3, 1, 8]]
+        requests = [Request(n, prompt, Answer(Ending(20))) for n, prompt in enumerate(prompts)]
+        made = Generator(model, **options).generate(requests, Sampling(temperature=1.0, seed=3))
+        assert [sample.prompt for sample in made] == prompts
+        return [sample.tokens for sample in made]
+
+    whole = answers(engine.model)
+    assert whole == answers(engine.model, chunk=1) == answers(engine.model, blocks=4, batch=4)
+    assert whole == answers(engine.model, batch=1)
+    with without_adapters(engine.model.stages[0]):
+        assert answers(engine.model) == answers(plain.model) != whole
 
 
 def test_values_that_cannot_be_used():

@@ -13,7 +13,7 @@ from megallm.base.errors import Diverged
 from megallm.engine.engine import Engine
 from megallm.parallel.mesh import Mesh
 from megallm.run.divergence import DivergenceDetector
-from megallm.training import loop, pretrain
+from megallm.training import pretrain, saving
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
 from tests.system.commands import make_corpus, rows_of, write_config
@@ -73,7 +73,7 @@ def test_b10_a_run_that_is_wild_from_its_first_step_starts_afresh(config):
 def test_b10_a_folder_that_an_older_version_poisoned_heals_itself(config, monkeypatch):
     """The newest checkpoint already holds numbers that are not finite: the next start sets it aside."""
     train(config, "train.stop_at=4")
-    monkeypatch.setattr(loop, "_is_finite", lambda part: True)
+    monkeypatch.setattr(saving, "_is_finite", lambda part: True)
     real, poisoned = Engine.parts, []
 
     def parts(self):

@@ -21,6 +21,7 @@ from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
 from megallm.training.kinds import KINDS
 from megallm.training.kto import KtoRun
+from megallm.training.offline import OfflineRun
 from megallm.training.preference import DpoRun
 from megallm.training.reward import RewardRun
 from megallm.training.supervised import run_supervised
@@ -30,7 +31,7 @@ MODEL = ModelConfig(
     family="llama", num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, vocab_size=257, max_positions=512,
     init_std=0.2,
 ).resolve()  # fmt: skip
-RUNS = {"dpo": DpoRun, "kto": KtoRun, "reward": RewardRun}
+RUNS = {"dpo": DpoRun, "kto": KtoRun, "reward": RewardRun, "offline": OfflineRun}
 LENGTH = 24  # of the longest sequence
 
 

@@ -103,7 +103,13 @@ def test_noise_that_knows_its_rank_is_noticed(tmp_path, base):
     assert worst(numbers_of(tmp_path / "broken"), numbers_of(single)) > 1e-6
 
 
-@pytest.mark.parametrize("more", [{}, {"sft__neftune_alpha": 5.0}, LORA], ids=["plain", "noise", "lora-dropout"])
+MORE = {
+    "plain": {}, "noise": {"sft__neftune_alpha": 5.0}, "lora-dropout": LORA,
+    "hidden-dropout": {"sft__hidden_dropout": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
 def test_packed_is_padded(tmp_path, base, more):
     """All rows in each step, once as rows of a batch and once in one packed row: the same updates."""
     more = more | {"data__seq_len": 2048}
@@ -117,11 +123,12 @@ def test_packed_is_padded(tmp_path, base, more):
 # --- noise and options ---------------------------------------------------------------------------------------------
 
 
-def test_noise_is_there_in_training_only(tmp_path, base):
+@pytest.mark.parametrize("more", [{"sft__neftune_alpha": 5.0}, {"sft__hidden_dropout": 0.2}], ids=["noise", "dropout"])
+def test_noise_is_there_in_training_only(tmp_path, base, more):
     """A learning rate that moves nothing: another training loss, the same held-out loss; each epoch other noise."""
     values = {"optim__lr": 1e-300, "optim__weight_decay": 0.0, "train__steps": 8}
     quiet = rows_of(train(from_base(tmp_path, base, run__dir=str(tmp_path / "q"), **values)))
-    noisy = rows_of(train(from_base(tmp_path, base, run__dir=str(tmp_path / "n"), sft__neftune_alpha=5.0, **values)))
+    noisy = rows_of(train(from_base(tmp_path, base, run__dir=str(tmp_path / "n"), **more, **values)))
     assert quiet[-1]["val/loss"] == noisy[-1]["val/loss"]
     assert all(abs(a["train/loss"] - b["train/loss"]) > 1e-4 for a, b in zip(quiet, noisy, strict=True))
     epochs = [sum(row["train/loss"] * row["train/tokens"] for row in half) for half in (noisy[:4], noisy[4:])]
@@ -170,6 +177,13 @@ def test_labels_are_learned(tmp_path, head):
     rows = rows_of(train(config_of(tmp_path, **values)))
     assert rows[-1]["val/loss"] < 0.05 < rows[0]["train/loss"]
     assert rows[-1].get("val/mean_token_accuracy", 1.0) == 1.0
+
+
+def test_a_class_that_the_model_lacks_is_named(tmp_path):
+    sources = {write_rows(tmp_path / "labels.jsonl", [{"text": "aa", "label": n} for n in (0, 1, 7)]): None}
+    values = {"data__sources": sources, "data__valid_sources": {}, "model__head": "classification"}
+    with pytest.raises(DataError, match=r"labels\.jsonl:3: label is 7, but model\.num_labels is 3"):
+        train(config_of(tmp_path, **values, model__tie_embeddings=None, model__num_labels=3))
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -297,6 +311,7 @@ def test_other_rows_are_another_run(tmp_path):
         ({"peft__method": "lora"}, "peft.method lora trains beside a model that is there"),
         ({"freeze": ("/(/",)}, "freeze: '/\\(/' is no regular expression"),
         ({"sft__neftune_alpha": -1.0}, "sft.neftune_alpha is -1.0; it must be at least 0"),
+        ({"sft__hidden_dropout": 1.0}, "sft.hidden_dropout is 1.0; it must be at least 0 and less than 1"),
         ({"model__causal": False}, "model.causal is false"),
         ({"model__head": "value", "model__tie_embeddings": None, "sft__dft": True}, "sft.dft weighs the tokens"),
         ({"data__packing": True, "layout__cp": 2, "data__seq_len": 126}, "data.seq_len 126 is not a multiple of 2"),

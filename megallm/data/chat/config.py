@@ -6,10 +6,14 @@ The comment beside a field is its documentation (`megallm config --schema` print
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from typing import Literal
+
+_PLACES = re.compile(r"\{\w+\}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class ChatDataConfig:
     train_on: Literal["assistant_only", "completion_only", "all"] = "assistant_only"  # sft: which tokens are predicted
     strings: Literal["plain", "messages"] = "plain"  # prompts and completions that are texts: as they stand, or said
     pairs: Literal["best_worst", "all"] = "best_worst"  # of several completions with scores
+    condition: str = ""  # offline: text before a prompt with {reward}, or {bucket} of the reward, such as "<{bucket}> "
+    return_edges: tuple[float, ...] = ()  # ascending: {bucket} is how many of them a reward reaches
     too_long: Literal["keep_start", "keep_end", "drop", "error"] = "drop"  # a sequence over seq_len: cut, or left out
     on_error: Literal["stop", "skip"] = "stop"  # a row that cannot be used: end with its line, or leave it out
     packing: bool = False  # several sequences a row, which do not see each other; else a row each, padded
@@ -54,6 +60,12 @@ class ChatDataConfig:
                 yield f"{key} has no source with a weight above 0."
             elif 0 < len(weights) < len(sources):
                 yield f"{key} has weights for some sources only: give each a weight, or none."
+        if any(a >= b for a, b in pairwise(self.return_edges)):
+            yield f"data.return_edges {list(self.return_edges)} do not ascend."
+        if bool(self.return_edges) != ("{bucket}" in self.condition):
+            yield "data.return_edges and {bucket} in data.condition go together."
+        if self.condition and not {"{bucket}", "{reward}"} & set(_PLACES.findall(self.condition)):
+            yield "data.condition has neither {bucket} nor {reward} in it."
         for key in ("seq_len", "window"):
             if vars(self)[key] < 1:
                 yield f"data.{key} is {vars(self)[key]}; it must be at least 1."

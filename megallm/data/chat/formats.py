@@ -7,6 +7,7 @@ reasoning-gym.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,8 @@ from megallm.data.chat.messages import (
 )
 
 RowKind = Literal[
-    "sft", "preference", "reward", "ranked", "unpaired", "prompts", "classification", "regression"
+    "sft", "preference", "reward", "ranked", "unpaired", "scored", "prompts", "classification",
+    "regression",
 ]  # fmt: skip
 PAIRED = ("preference", "reward")
 LABELLED = ("classification", "regression")
@@ -60,11 +62,15 @@ class Example:
 
 @dataclass(frozen=True)
 class RowReading:
-    """How rows become examples: `strings` plain or messages, `pairs` of several completions."""
+    """How rows become examples: `strings` plain or messages, `pairs` of several completions; the
+    text `condition` is put before the prompts of scored rows, whose rewards `edges` divide.
+    """
 
     kind: RowKind
     strings: str = "plain"
     pairs: str = "best_worst"
+    condition: str = ""
+    edges: tuple[float, ...] = ()
 
 
 RawRow = Mapping[str, Any]
@@ -177,6 +183,8 @@ def _pair(row: RawRow) -> list[Example]:
         prompt = _system(row) + messages_of(row[name], name)
     else:
         prompt = _talk(row[name], name)
+    if isinstance(prompt, str):
+        prompt = _said_again(prompt, chosen, rejected) or prompt
     if not isinstance(prompt, str):  # the answers may still begin with it
         size = len(prompt)
         chosen, rejected = (
@@ -184,6 +192,18 @@ def _pair(row: RawRow) -> list[Example]:
             for talk in (_spoken(chosen, "chosen"), _spoken(rejected, "rejected"))
         )
     return [Example(prompt, (chosen, rejected))]
+
+
+def _said_again(prompt: str, chosen: Talk, rejected: Talk) -> Messages:
+    """The messages with which both answers begin, up to the user's that is the prompt, perhaps
+    after the system's (as in UltraFeedback); empty where they do not.
+    """
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return ()
+    size = 2 if chosen[0]["role"] == "system" else 1
+    asked = chosen[:size]
+    same = asked == rejected[:size] and asked[-1]["role"] == "user"
+    return asked if same and asked[-1]["content"] == prompt else ()
 
 
 def _divided(chosen: Talk, rejected: Talk) -> tuple[Talk, tuple[Talk, Talk]]:
@@ -263,7 +283,7 @@ FORMATS = (
 _ACCEPTED: dict[str, tuple[str, ...]] = {
     "sft": ("conversation",), "preference": ("pair", "several"), "reward": ("pair", "several"),
     "ranked": ("pair", "several"),
-    "unpaired": ("conversation", "pair"), "prompts": ("prompt", "conversation"),
+    "unpaired": ("conversation", "pair"), "scored": ("conversation", "several"), "prompts": ("prompt", "conversation"),
     "classification": ("conversation", "prompt"), "regression": ("conversation", "prompt"),
 }  # fmt: skip
 
@@ -280,9 +300,11 @@ def detect_format(name: str, row: RawRow, kind: RowKind) -> tuple[RowFormat, str
         raise DataError(
             f"{name}: the columns {has} are of no kind of rows that is known. Known: {known}."
         )
-    labels = kind in ("unpaired", *LABELLED) and found.natural != "pair"
-    if found.natural not in _ACCEPTED[kind] or (labels and row.get("label") is None):
-        more = " and label" if labels else ""
+    label = ""
+    if kind in ("unpaired", "scored", *LABELLED) and found.natural not in ("pair", "several"):
+        label = "reward" if kind == "scored" else "label"
+    if found.natural not in _ACCEPTED[kind] or (label and row.get(label) is None):
+        more = f" and {label}" if label else ""
         wanted = "; ".join(
             f"{form.name} ({', '.join(form.needed)}{more})"
             for form in FORMATS
@@ -296,7 +318,7 @@ def detect_format(name: str, row: RawRow, kind: RowKind) -> tuple[RowFormat, str
     if found.name == "preference":
         explicit = _first(row, *_PROMPTS) is not None
         prompt = " with explicit prompt" if explicit else " with implicit prompt"
-    used += [key for key in ("label", "margin", "tools") if row.get(key) is not None]
+    used += [key for key in ("label", "reward", "margin", "tools") if row.get(key) is not None]
     return found, f"{name}: {found.name} rows{prompt} (columns {', '.join(used)})"
 
 
@@ -337,6 +359,8 @@ def examples(form: RowFormat, row: RawRow, reading: RowReading) -> list[Example]
     """Returns the examples of a row. Errors: BadRow."""
     _check_columns(form, row)
     made = _fitted(form, form.build(row), reading, row)
+    if reading.condition:
+        made = [_conditioned(one, reading) for one in made]
     common: dict[str, Any] = {}
     if row.get("margin") is not None:
         common["margin"] = number_of(row["margin"], "margin")
@@ -373,6 +397,8 @@ def _fitted(
 ) -> list[Example]:
     """The examples as the kind of reading needs them."""
     kind, natural = reading.kind, form.natural
+    if natural == "several" and kind == "scored":
+        return made
     if natural == "several":
         return _ranked(made) if kind == "ranked" else _pairs(made, reading.pairs)
     if kind == "ranked":
@@ -385,10 +411,15 @@ def _fitted(
             for one in made
             for answer, label in zip(one.answers, (1.0, 0.0), strict=True)
         ]
-    if kind in ("sft", "unpaired") and natural == "conversation":
+    if kind in ("sft", "unpaired", "scored") and natural == "conversation":
         for one in made:
             if not isinstance(one.answers[0], str) and not _speaks(one.answers[0]):
                 raise BadRow("the conversation has no message of the assistant: nothing to learn")
+    if kind == "scored":
+        if row.get("reward") is None:
+            raise BadRow("the column reward is missing or null")
+        reward = number_of(row["reward"], "reward")
+        return [replace(one, label=reward, **_last_answer(one)) for one in made]
     if kind in ("unpaired", *LABELLED):
         if row.get("label") is None:
             raise BadRow("the column label is missing or null")
@@ -396,6 +427,19 @@ def _fitted(
         if kind == "unpaired":
             made = [replace(one, **_last_answer(one)) for one in made]
     return made
+
+
+def _conditioned(one: Example, reading: RowReading) -> Example:
+    """The example whose prompt begins with the reward of the answer, or the bucket it falls in."""
+    bucket = str(bisect_right(reading.edges, one.label))
+    said = reading.condition.replace("{bucket}", bucket).replace("{reward}", f"{one.label:g}")
+    if isinstance(one.prompt, str):
+        return replace(one, prompt=said + one.prompt)
+    place = next((i for i, talk in enumerate(one.prompt) if talk["role"] == "user"), None)
+    if place is None or not isinstance(one.prompt[place]["content"], str):
+        raise BadRow("the prompt has no text of the user, which data.condition could begin")
+    asked = one.prompt[place] | {"content": said + one.prompt[place]["content"]}
+    return replace(one, prompt=(*one.prompt[:place], asked, *one.prompt[place + 1 :]))
 
 
 def _speaks(messages: Iterable[Mapping[str, Any]]) -> bool:

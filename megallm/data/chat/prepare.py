@@ -48,6 +48,18 @@ class Prepared:
                     f"at least {source.largest + 1} tokens, or use its own tokenizer."
                 )
 
+    def check_classes(self, num_labels: int) -> None:
+        """Errors: DataError `file:line: reason` when a row's label is no class of a model that has
+        `num_labels` of them.
+        """
+        for name, source in self.sources.items():
+            for row in source.table[source.table["label"] >= num_labels][:1]:
+                raise DataError(
+                    f"{name}:{row['line']}: label is {row['label']:g}, but model.num_labels is "
+                    f"{num_labels}, so classes go from 0 to {num_labels - 1}: mend the row, or give "
+                    "the model more classes."
+                )
+
     @property
     def has_margins(self) -> bool:
         """Whether any pair has a margin."""
@@ -102,7 +114,7 @@ def prepare(
     workshop = _Workshop(config, kind, words, template, tell)
     sources = {name: workshop.tokenised(name, cache) for name in found}
     return Prepared(
-        kind, config, words, template, sources, _weights(found, sources, config), tuple(notes)
+        kind, config, words, template, sources, weights_of(found, sources, config), tuple(notes)
     )
 
 
@@ -150,10 +162,12 @@ def files_of(sources: Mapping[str, float | None]) -> dict[str, float | None]:
     return found
 
 
-def _weights(
+def weights_of(
     found: Mapping[str, float | None], sources: Mapping[str, Tokenised], config: ChatDataConfig
 ) -> dict[str, float]:
-    """Without weights each file has that of its size: tokens where rows are packed, else rows."""
+    """Returns file -> weight; without weights that of its size: tokens where rows are packed, else
+    rows.
+    """
     sizes = {
         name: source.counts.tokens if config.packing else len(source)
         for name, source in sources.items()
@@ -181,7 +195,9 @@ class _Workshop:
             template,
             tell,
         )
-        self.reading = RowReading(kind, config.strings, config.pairs)
+        self.reading = RowReading(
+            kind, config.strings, config.pairs, config.condition, tuple(config.return_edges)
+        )
         self.rules = RowRules(kind, config.train_on, config.seq_len, config.too_long)
 
     def tokenised(self, name: str, cache: Path) -> Tokenised:
@@ -194,7 +210,7 @@ class _Workshop:
             vars(template) | {"tokens": dict(template.tokens), "origin": None},
             dict(self.config.template_options),
             self.config.template_date,
-            vars(self.reading),
+            {key: value for key, value in vars(self.reading).items() if value},
             vars(self.rules),
             Path(name).suffix,
         )

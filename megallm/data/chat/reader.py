@@ -40,13 +40,18 @@ class ChatSource(DocumentSource):
     def __init__(self, name: str, tokenised: Tokenised, plan: StreamPlan) -> None:
         super().__init__(tokenised.prefix, plan)
         self.prefix, self.tokenised, self.fingerprint = name, tokenised, tokenised.key
-        self._first_sample = xxhash.xxh32_intdigest(tokenised.key.encode()) << 31
+        self._first_sample = first_sample(tokenised)
 
     def sample(self, document: int) -> int:
         """Returns the id of a row: the same whatever the sources' order, the epoch and the file's
         name.
         """
         return self._first_sample + document
+
+
+def first_sample(tokenised: Tokenised) -> int:
+    """Returns the id of a file's first row; those of the others follow it."""
+    return xxhash.xxh32_intdigest(tokenised.key.encode()) << 31
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,10 @@ def lay_answer(row: LabelledRow, sample: int) -> LaidOut:
     return _sequence(row.sequence, sample, **more)
 
 
+def _scored_answer(row: LabelledRow, sample: int) -> list[LaidOut]:
+    return [_sequence(row.sequence, sample, prompt_tokens=len(row.prompt), reward=row.label)]
+
+
 def _prompt(row: PromptRow, sample: int) -> list[LaidOut]:
     return [_sequence(SftRow(row.ids, np.zeros(len(row.ids), bool)), sample)]
 
@@ -118,6 +127,7 @@ _LAY: dict[str, Callable[[Any, int], list[LaidOut]]] = {
     "reward": lambda row, sample: _pair(row, sample, _scored),
     "ranked": _ranked,
     "unpaired": lambda row, sample: [lay_answer(row, sample)],
+    "scored": _scored_answer,
     "prompts": _prompt,
     "classification": lambda row, sample: [_scored(row.sequence, sample, int(row.label))],
     "regression": _value,
@@ -128,6 +138,7 @@ _PER_SEQUENCE: dict[str, tuple[tuple[str, np.dtype, int], ...]] = {
     "reward": (_SHARED, ("margin", np.dtype(np.float32), 0)),
     "ranked": (_SHARED, ("prompt", np.dtype(np.int64), NOBODY), ("rank", np.dtype(np.int64), 0)),
     "unpaired": (_SHARED, ("desirable", np.dtype(bool), 0)),
+    "scored": (_SHARED, ("reward", np.dtype(np.float64), 0)),
 }  # name, dtype, and what padding has
 
 
@@ -138,9 +149,10 @@ class ChatReader(StreamReader):
     `samples` int64, the id of its row, -1 for padding, `epochs` int64, how often that row was read
     before, and `lengths` int64, its tokens; for answers to prompts `prompt_tokens`
     int64; `margin` float32 of pairs where any has one, the rejected one's 0; `desirable` bool
-    of unpaired rows; `prompt` and `rank` int64 of ranked answers; and for regression `targets`
-    float32 [B, T]. The mask is True where a token is predicted, or at the last of a sequence that
-    a head reads. The sequences of pairs alternate: chosen, rejected, chosen, ...
+    of unpaired rows; `reward` float64 of scored ones; `prompt` and `rank` int64 of ranked answers;
+    and for regression `targets` float32 [B, T]. The mask is True where a token is predicted, or at
+    the last of a sequence that a head reads. The sequences of pairs alternate: chosen, rejected,
+    chosen, ...
 
     padded: [B, T], T the longest sequence of the global batch, rounded up to `multiple`; B is the
     microbatch times the (most) sequences of a row. packed: B = 1 with `cu_seqlens`, S sequences

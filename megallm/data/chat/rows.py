@@ -50,7 +50,9 @@ class RankedRow:
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """A sequence with a label: good or bad (1.0 or 0.0), the number of a class, or a value."""
+    """A sequence with a label: good or bad (1.0 or 0.0), a reward, the number of a class, or a
+    value.
+    """
 
     sequence: SftRow
     label: float
@@ -143,7 +145,7 @@ class RowMaker:
             talk = _joined(example.prompt, example.answers)
             (sequence,) = self._sequences("", talk, example, "all")[:1]
             made = [LabelledRow(sequence, example.label)]
-        elif rules.kind == "unpaired":
+        elif rules.kind in ("unpaired", "scored"):
             (sequence,) = self._completion(example, 0)
             made = [LabelledRow(sequence, example.label, sequence.ids[: _prompt_of(sequence)])]
         else:

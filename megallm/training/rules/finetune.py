@@ -11,7 +11,7 @@ from megallm.training.finetune import FinetuneConfig
 from megallm.training.rules.files import placeholders
 from megallm.training.rules.layout import row_length
 from megallm.training.rules.problem import Facts, Problem, Rules
-from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, SEED
+from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE
 from megallm.training.starting import tokenizer_of_model
 
 HEADS = ("lm", "classification", "value")
@@ -102,6 +102,6 @@ RANGES = {"data.seed": SEED, "data.seq_len": COUNT, "data.window": COUNT}
 SFT = Rules(
     GIVEN,
     RESOLVED | {objective: ("model.head",)},
-    RANGES | {"sft.neftune_alpha": NOT_NEGATIVE},
+    RANGES | {"sft.neftune_alpha": NOT_NEGATIVE, "sft.hidden_dropout": SHARE},
     chat_inferred,
 )

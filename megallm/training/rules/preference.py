@@ -17,7 +17,7 @@ from megallm.training.preference_config import (
 )
 from megallm.training.rules import finetune
 from megallm.training.rules.problem import Facts, Problem, Rules
-from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, Range
+from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, SHARE, Range
 
 
 def losses(config: DpoConfig) -> Iterator[Problem]:
@@ -149,6 +149,6 @@ KTO = Rules(
 REWARD = Rules(
     (*finetune.GIVEN, pairs_of_ranked),
     finetune.RESOLVED | {value_head: ("model.head",)},
-    finetune.RANGES | {"reward.center": NOT_NEGATIVE},
+    finetune.RANGES | {"reward.center": NOT_NEGATIVE, "reward.hidden_dropout": SHARE},
     inferred_of_reward,
 )

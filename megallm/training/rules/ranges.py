@@ -41,6 +41,7 @@ class Range:
 
 COUNT = Range(low=1)
 NOT_NEGATIVE = Range(low=0)
+SHARE = Range(low=0, below=1)
 SEED = Range(low=0, high=2**32 - 1)
 RANGES: dict[str, Range] = {
     "run.seed": SEED,
