@@ -159,7 +159,7 @@ def cost_of_step(layout: Layout, options: dict[str, Any], packed: bool) -> tuple
     return found, sizes[1:]
 
 
-MOE = dataclasses.replace(MODEL, moe=MoeConfig(num_experts=4, ffn_hidden_size=14), tie_embeddings=False).resolve()
+MOE = dataclasses.replace(MODEL, moe=MoeConfig(num_experts=4, ffn_hidden_size=16), tie_embeddings=False).resolve()
 DENSE = {
     "dp2-zero3": (Layout(dp=2), {"zero": 3}, False),
     "pp2-zb-v": (Layout(pp=2), {"schedule": "zb-v", "chunks": 2}, False),
@@ -182,7 +182,8 @@ def test_a_dense_step_never_waits_for_the_device_and_allocates_the_same_each_tim
 
 
 def test_what_a_step_with_experts_waits_for_is_known() -> None:
-    """The sizes of an exchange over ep, once a layer and pass; without ep nothing."""
+    """The sizes of an exchange over ep, once a layer and microbatch; without ep nothing, where the kernel takes the
+    sizes."""
     options = {"model": MOE, "precision": "fp32"}
     (waits, _), *_ = emulated(2, cost_of_step, Layout(dp=2), options, False)
     assert waits == []
