@@ -86,6 +86,12 @@ def _rows(base, head, rows, num_rows, stride, heads, columns, SIZE: tl.constexpr
 
 
 @triton.jit
+def _pair(a, b, places, seen):
+    """Two numbers of each query, 0 outside."""
+    return tl.load(a + places, mask=seen, other=0), tl.load(b + places, mask=seen, other=0)
+
+
+@triton.jit
 def _forward(
     q,
     k,
@@ -110,8 +116,7 @@ def _forward(
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = heads // share
     rows, wide, wide_v = block * ROWS + tl.arange(0, ROWS), tl.arange(0, E2), tl.arange(0, EV2)
-    low = tl.load(lows + rows, mask=rows < num_q, other=0)
-    high = tl.load(highs + rows, mask=rows < num_q, other=0)
+    low, high = _pair(lows, highs, rows, rows < num_q)
     begin = tl.min(tl.where(high > low, low, num_k), 0) // KEYS * KEYS
     mine = _rows(q + batch * num_q * heads * E, head, rows, num_q, E, heads, wide, E)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -179,12 +184,10 @@ def _backward_q(
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = heads // share
     rows, wide, wide_v = block * ROWS + tl.arange(0, ROWS), tl.arange(0, E2), tl.arange(0, EV2)
-    low = tl.load(lows + rows, mask=rows < num_q, other=0)
-    high = tl.load(highs + rows, mask=rows < num_q, other=0)
+    low, high = _pair(lows, highs, rows, rows < num_q)
     begin = tl.min(tl.where(high > low, low, num_k), 0) // KEYS * KEYS
     places = batch * num_q * heads + rows * heads + head
-    sums = tl.load(lse + places, mask=rows < num_q, other=0.0)
-    ours = tl.load(inner + places, mask=rows < num_q, other=0.0)
+    sums, ours = _pair(lse, inner, places, rows < num_q)
     mine = _rows(q + batch * num_q * heads * E, head, rows, num_q, E, heads, wide, E)
     dy = _rows(grad + batch * num_q * heads * EV, head, rows, num_q, EV, heads, wide_v, EV)
     total = tl.zeros((ROWS, E2), tl.float32)
@@ -244,11 +247,9 @@ def _backward_kv(
         head = kv_head * share + number
         for first in range(begin, end, ROWS):
             rows = first + tl.arange(0, ROWS)
-            low = tl.load(lows + rows, mask=rows < num_q, other=0)
-            high = tl.load(highs + rows, mask=rows < num_q, other=0)
+            low, high = _pair(lows, highs, rows, rows < num_q)
             places = batch * num_q * heads + rows * heads + head
-            sums = tl.load(lse + places, mask=rows < num_q, other=0.0)
-            ours = tl.load(inner + places, mask=rows < num_q, other=0.0)
+            sums, ours = _pair(lse, inner, places, rows < num_q)
             mine = _rows(q + batch * num_q * heads * E, head, rows, num_q, E, heads, wide, E)
             dy = _rows(grad + batch * num_q * heads * EV, head, rows, num_q, EV, heads, wide_v, EV)
             weights = _weights(mine, theirs, keys, low, high, sums, scale, PRECISION)

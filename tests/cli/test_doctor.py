@@ -65,6 +65,6 @@ def test_the_start_up_of_a_layout_is_told_without_starting_anything(capfd):
     assert main(["doctor", "--startup", "tp=8,pp=8,dp=16"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("1024 ranks: at most 10 communicators a rank (")
-    assert len(lines) == 11 and lines[1].split()[0] == "1024"
+    assert len(lines) == 11 and lines[1].split() == ["8", "tp"] and lines[6].split() == ["1024", "world"]
     assert main(["doctor", "--startup", "tp=2,pp=2", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["world"] == 4
