@@ -18,9 +18,12 @@ def pool() -> Pool:
     return made
 
 
-def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-    """Call `fn(*args)` on `n` ranks of a fresh gloo world; the list of results by rank.
+def run_ranks(
+    n: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, device: str = "cpu"
+) -> list[Any]:
+    """Call `fn(*args)` on `n` ranks of a fresh gloo world; the list of results by rank. On the device
+    "emulated" by nccl's rules (`megallm.oracle.emulated_nccl`).
 
     `fn` is a module-level function; inside it `torch.distributed` is initialised.
     """
-    return pool().run(n, fn, *args, timeout=timeout)
+    return pool().run(n, fn, *args, timeout=timeout, device=device)

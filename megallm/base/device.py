@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -62,6 +63,13 @@ class Stopwatch:
         return self.begun + self.origin.elapsed_time(moment) / 1000.0
 
 
+def host_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns zeros in CPU memory that `device` copies from and to beside its computation: pinned
+    for a GPU.
+    """
+    return torch.zeros(numel, dtype=dtype, pin_memory=device.type == "cuda")
+
+
 class HostCopyStream:
     """Copies to CPU memory and back, beside the computation: on a GPU through pinned memory, on a
     stream of their own.
@@ -83,6 +91,24 @@ class HostCopyStream:
             host.copy_(tensor.detach(), non_blocking=True)
         tensor.record_stream(self.stream)
         return host
+
+    def bring(self, tensor: torch.Tensor, host: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start copying into `host`, which is kept (`host_zeros`); calling the result waits and
+        returns it.
+        """
+        if self.stream is None:
+            return lambda: host.copy_(tensor)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            host.copy_(tensor, non_blocking=True)
+            copied = self.stream.record_event()
+        tensor.record_stream(self.stream)
+
+        def wait() -> torch.Tensor:
+            copied.synchronize()
+            return host
+
+        return wait
 
     def to_device(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Start copying back; `wait` makes the result usable."""

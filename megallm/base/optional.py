@@ -57,7 +57,13 @@ LIBRARIES: dict[str, Library] = {
         "the build argument of the Dockerfile",
         backend=True,
     ),
-    "triton": Library("triton", "GPU kernels", "comes with torch for GPUs"),
+    "triton": Library(
+        "triton",
+        "attention on GPUs of shapes that torch's FlashAttention does not take",
+        "comes with torch for GPUs",
+        key="attention on a GPU",
+        backend=True,
+    ),
     "tensorboard": Library("tensorboard", "log.tensorboard", "pip install tensorboard"),
     "transformers": Library(
         "transformers", "comparison with Hugging Face models", "pip install transformers"

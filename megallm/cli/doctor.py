@@ -19,6 +19,10 @@ from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv, detect, thread_count
 from megallm.launch.local import run_ranks
 from megallm.ops import backends
+from megallm.oracle.table import row_for_layout
+from megallm.parallel import startup
+from megallm.parallel.schedule import place
+from megallm.parallel.zigzag import ulysses_degree
 from megallm.rewards.sandbox import check_sandbox
 
 REQUIRED = (
@@ -36,12 +40,35 @@ REQUIRED = (
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--startup",
+        metavar="k=v,..",
+        help="what the ranks of a layout connect when a run starts, such as tp=8,pp=8,dp=16; "
+        "checks nothing here",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.startup is not None:
+        plan = _startup(args.startup)
+        rows = [
+            {"for": list(each.purposes), "ranks": len(each.ranks)} for each in plan.communicators
+        ]
+        lines = [f"  {row['ranks']:>6}  {', '.join(row['for'])}" for row in rows]
+        told = {"world": plan.world, "seconds": plan.seconds, "communicators": rows}
+        print(json.dumps(told, indent=2) if args.json else "\n".join([startup.told(plan), *lines]))
+        return 0
     found = examine()
     print(json.dumps(found, indent=2) if args.json else "\n".join(_lines(found)))
     return 0 if found["ok"] else InternalError.exit_code
+
+
+def _startup(text: str) -> startup.StartupPlan:
+    """Returns the start-up plan of a layout as `megallm oracle --layout` takes it."""
+    row = row_for_layout(text)
+    degree = ulysses_degree(row.cp_kind, row.layout.cp, row.config.num_heads // row.layout.tp)
+    views = [("cp", degree)]
+    return startup.plan_startup(row.layout, place(row.schedule, row.layout.pp, row.chunks), views)
 
 
 def examine() -> dict[str, Any]:

@@ -38,9 +38,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "emulated"),
         default="auto",
-        help="auto: nccl where each rank has a GPU, else gloo",
+        help="auto: nccl where each rank has a GPU, else gloo; emulated: nccl's rules on CPUs",
     )
     parser.add_argument("--json", metavar="F", help="write the rows to this file")
     parser.add_argument(

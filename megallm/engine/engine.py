@@ -108,6 +108,7 @@ class Engine:
             self.optimizer,
         ]
         self.observers: list[StepObserver] = []
+        self.request: Callable[[], int] = lambda: 0  # 0, 1 or 2, told to all ranks with each update
         self.last_run: ScheduleRun | None = None
 
     @staticmethod
@@ -171,6 +172,7 @@ class Engine:
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
         self.parameters.finish()
+        self.parameters.note(self.request())
         norm = clip_gradients(
             self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
         )
@@ -198,6 +200,7 @@ class Engine:
             loss_scale and float(loss_scale),
             metrics,
             bool(empty),
+            self.parameters.largest_noted(),
         )
 
     def evaluate(
@@ -382,7 +385,8 @@ class Engine:
             key: x if key in OF_DOCUMENTS else x.to(device, non_blocking=True)
             for key, x in batch.items()
         }
-        return here if device.type == "cpu" else here | {MASK_ON_CPU: batch["mask"]}
+        copied = here["mask"] is not batch["mask"]
+        return here | {MASK_ON_CPU: batch["mask"]} if copied else here
 
     def _global_counts(self, batches: list[Batch], loss: Loss) -> tuple[list[str], Tensor]:
         """The names of what is counted, and the numbers, float64: this data rank's counts, summed
@@ -568,16 +572,16 @@ def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
     """Returns the holders of the first and the last stage, size 1 when nothing is shared;
-    collective over the world.
+    collective over pp.
     """
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     if not tied or first == last:
         return Axis("tie")
+    ends = (mesh.pp.ranks[first], mesh.pp.ranks[last])
+    here = mesh.rank in ends
     group = mesh.pp.group
     if mesh.pp.size > 2:
-        made = {line: mesh.pair((line[first], line[last])) for line in mesh.layout.groups("pp")}
-        group = made[mesh.pp.ranks]
-    ends = (mesh.pp.ranks[first], mesh.pp.ranks[last])
-    if mesh.rank not in ends:
+        group = mesh.group(ends if here else (mesh.rank,))  # as many groups on every rank
+    if not here:
         return Axis("tie")
     return Axis("tie", ends.index(mesh.rank), 2, ends, group, mesh.pp.broken)

@@ -37,6 +37,7 @@ def pieces(parameters: ShardedParameters, flats: Mapping[int, Tensor]) -> Iterat
     mesh = parameters.mesh
     for index, flat in flats.items():
         bucket = parameters.flat[index]
+        bucket.settle()
         for cut in parameters.slices(bucket):
             name, place = cut.member.name, cut.place
             shard = parameters.shards[name]

@@ -23,6 +23,7 @@ class StepStats:
     # what else was measured, under the names of metrics.jsonl: the loss's own and the routers'
     metrics: dict[str, float] = field(default_factory=dict)
     empty: bool = False
+    request: int = 0  # the largest `Engine.request` of all ranks at the end of the backward pass
 
     @property
     def loss(self) -> float:

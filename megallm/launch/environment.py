@@ -60,6 +60,26 @@ def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> i
     return max(1, len(os.sched_getaffinity(0)) // local_world)
 
 
+def gpu_of(visible: int, env: RankEnv, node: str) -> int | None:
+    """Returns the number of a rank's GPU among the `visible` ones of its process on `node`; None:
+    the CPU, where no GPU is visible.
+
+    Under srun a task may be given its one GPU alone (`--gpus-per-task=1`); the ranks of other
+    launchers see all those of the node. Raises UsageError where GPUs are too few for the ranks.
+    """
+    if visible >= env.local_world:
+        return env.local_rank
+    if visible == 1 and env.launcher == "srun":
+        return 0
+    if visible == 0:
+        return None
+    raise UsageError(
+        f"The node {node} shows {visible} GPU{'s' * (visible > 1)} to its {env.local_world} ranks: "
+        "each needs one of its own. Start as many ranks as there are GPUs, or train on the CPU "
+        "with CUDA_VISIBLE_DEVICES= in the environment."
+    )
+
+
 def use_loopback() -> None:
     """Let gloo talk over the loopback device (all ranks on one host), unless the user named
     another.

@@ -4,6 +4,7 @@ exit).
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,15 +12,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megallm.base.errors import PeerLost
-from megallm.launch.environment import RankEnv, use_loopback
+from megallm.base.errors import PeerLost, UsageError
+from megallm.launch.environment import RankEnv, gpu_of, use_loopback
 
 
 def rank_device(env: RankEnv) -> torch.device:
-    """Returns the GPU of this local rank where there are enough of them, else the CPU."""
-    if torch.cuda.is_available() and torch.cuda.device_count() >= env.local_world:
-        return torch.device("cuda", env.local_rank)
-    return torch.device("cpu")
+    """Returns the GPU of this rank, or the CPU on a node without GPUs; see `gpu_of`."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = gpu_of(visible, env, socket.gethostname())
+    return torch.device("cpu") if number is None else torch.device("cuda", number)
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
             timeout=timeout,
             master_listen_fd=env.listen_fd,
         )
+        _check_alike(dist.PrefixStore(f"devices/{env.attempt}", store), env, device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"megallm/{env.attempt}", store),
@@ -69,3 +71,17 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
             f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} "
             f"within {timeout_seconds:g} s: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _check_alike(store: dist.Store, env: RankEnv, device: torch.device) -> None:
+    """Refuse a world in which some ranks found GPUs and others not: their groups would never meet.
+    """
+    if env.rank == 0:
+        store.set("kind", device.type)
+    first = store.get("kind").decode()
+    if first != device.type:
+        raise UsageError(
+            f"Rank {env.rank} on the node {socket.gethostname()} has the device {device.type}, "
+            f"rank 0 {first}: all need the same. Is a driver missing there, or a "
+            "CUDA_VISIBLE_DEVICES set?"
+        )

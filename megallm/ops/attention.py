@@ -16,22 +16,39 @@ that every query sees whole, whatever its document and window (prefix tuning, ar
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megallm.base.optional import version
+from megallm.ops import flash
 from megallm.ops.precision import wide, wide_dtype
-from megallm.ops.tiles import BAND, CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles
+from megallm.ops.tiles import (
+    BAND,
+    CAUSAL,
+    FULL,
+    MaskSpec,
+    Span,
+    Tile,
+    pieces_of,
+    plan_tiles,
+    runs_of,
+)
 
 Prefix = tuple[Tensor, Tensor]  # keys [P, K, E] and values [P, K, Ev] that every query sees
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLASH_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+PIECE = 512  # queries and keys whose scores are written out at once
 _LENGTHS = {torch.bfloat16: 64}  # what lengths of documents are rounded up to
 
 
@@ -58,20 +75,34 @@ def causal_attention(
     the queries are the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
     """
     tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
-    windowed = tq == tk and window is not None and window < tk
-    if sinks is not None or prefix is not None or windowed:
+    windowed = window is not None and window < tk
+    further = sinks is not None or prefix is not None
+    if further or tq > 1 and (windowed or tq != tk) or not _sdpa_fits(q, v):
         return packed_attention(q, k, v, MaskSpec((0, tk), window), sinks, prefix)
-    if q.device.type == "cpu":
-        v = _widened(v, q)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = None
-    if tq != tk and (tq > 1 or window is not None):
+    if windowed:
         places = torch.arange(tk, device=q.device)
         mask = visible(places[tk - tq :], places, window)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=tq == tk and tq > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)[..., :size]
+    return _sdpa(q, k, v, mask, tq > 1)[..., :size]
+
+
+def _sdpa_fits(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's own attention has a kernel: else it would make a matrix of scores."""
+    dtypes = flash.CPU_DTYPES if q.device.type == "cpu" else flash.SDPA_DTYPES
+    return q.dtype in dtypes and v.shape[-1] <= q.shape[-1]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """torch's own attention, `[B, T, heads, E]` -> the same; the values may be narrower."""
+    narrow = q.device.type == "cpu"
+    q, k, v = (x.transpose(1, 2) for x in (q, k, _widened(v, q) if narrow else v))
+    order = flash.sdpa_order(flash.capability_of(q.device))
+    kernels = [SDPBackend.__members__[name] for name in order]
+    with nullcontext() if narrow else sdpa_kernel(kernels, set_priority=True):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2)
 
 
 def packed_attention(
@@ -91,11 +122,9 @@ def packed_attention(
     something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
     plain = sinks is None and prefix is None
-    if not mask_spec.causal and len(mask_spec.documents) == 2 and plain:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(
-            q, k, v, enable_gqa=q.shape[1] != k.shape[1]
-        ).transpose(1, 2)
+    one = not mask_spec.causal and len(mask_spec.documents) == 2
+    if one and plain and _sdpa_fits(q, v):
+        return _sdpa(q, k, v, None, False)[..., : v.shape[-1]]
     return _Packed.apply(q, k, v, mask_spec, sinks, *(prefix or (None, None)))
 
 
@@ -111,7 +140,9 @@ class _Packed(torch.autograd.Function):
         *prefix: Tensor | None,
     ) -> Tensor:
         end = k.shape[1]
-        ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), mask_spec)
+        queries = (Span(end - q.shape[1], end),)
+        strips = executor(q, v) not in (flash.RUNS, flash.TRITON)
+        ctx.tiles = plan_tiles(queries, (Span(0, end),), mask_spec, strips)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
         partial.add_prefix(q, *prefix)
@@ -155,15 +186,27 @@ class Partial:
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile]) -> None:
         """Merge tiles of the queries against further keys, in place."""
-        for tile in tiles:
+        kind = executor(q, v)
+        if kind == flash.RUNS:
+            for run in runs_of(tuple(tiles)):
+                rows, keys = run.rows, run.keys
+                self._merge(rows, *flash.run_forward(q[:, rows], k[:, keys], v[:, keys], run))
+            return
+        if kind == flash.TRITON:
+            kernels, whole = _triton(), (q.shape[1], k.shape[1], q.device)
+            for plan in kernels.intervals_of(tuple(tiles), *whole):
+                self._merge(slice(None), *kernels.forward(q, k, v, plan))
+            return
+        for tile in tiles if kind == flash.CPU else _pieces(tiles):
             rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
-            out, lse = attention_block(q[:, rows], k[:, keys], v[:, keys], tile)
-            before, so_far = self.lse[:, rows], self.out[:, rows]
-            after = torch.logaddexp(before, lse)
-            so_far.mul_((before - after).exp_()[..., None]).add_(
-                out * (lse - after).exp_()[..., None]
-            )
-            before.copy_(after)
+            self._merge(rows, *attention_block(q[:, rows], k[:, keys], v[:, keys], tile))
+
+    def _merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        before, so_far = self.lse[:, rows], self.out[:, rows]
+        after = torch.logaddexp(before, lse)
+        base = after.clamp(min=torch.finfo(after.dtype).min)  # where nothing was seen yet
+        so_far.mul_((before - base).exp_()[..., None]).add_(out * (lse - base).exp_()[..., None])
+        before.copy_(after)
 
     def add_prefix(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
         """Merge a prefix `[P, K, E or Ev]`, the same for all rows, in place; None: there is
@@ -194,9 +237,8 @@ class Queries:
     lse: Tensor
     grad: Tensor
 
-    def rows(self, tile: Tile) -> Queries:
-        """Returns the queries of a tile."""
-        rows = slice(tile.q_begin, tile.q_end)
+    def rows(self, rows: slice) -> Queries:
+        """Returns some of the queries."""
         return Queries(self.q[:, rows], self.out[:, rows], self.lse[:, rows], self.grad[:, rows])
 
     def sink_gradient(self, sinks: Tensor | None) -> Tensor | None:
@@ -223,13 +265,29 @@ class Gradients:
 
     def add(self, queries: Queries, k: Tensor, v: Tensor, tiles: Iterable[Tile]) -> None:
         """Add what the tiles contribute, in place."""
-        for tile in tiles:
+        kind = executor(queries.q, v)
+        if kind == flash.RUNS:
+            for run in runs_of(tuple(tiles)):
+                rows, keys, mine = run.rows, run.keys, queries.rows(run.rows)
+                given = mine.q, mine.out, mine.lse, mine.grad
+                grads = flash.run_backward(given, k[:, keys], v[:, keys], run)
+                self._add(rows, keys, grads)
+            return
+        if kind == flash.TRITON:
+            kernels, whole = _triton(), (queries.q.shape[1], k.shape[1], k.device)
+            given = queries.q, queries.out, queries.lse, queries.grad
+            for plan in kernels.intervals_of(tuple(tiles), *whole):
+                self._add(slice(None), slice(None), kernels.backward(given, k, v, plan))
+            return
+        for tile in tiles if kind == flash.CPU else _pieces(tiles):
             rows, keys = slice(tile.q_begin, tile.q_end), slice(tile.k_begin, tile.k_end)
-            grads = attention_block_backward(queries.rows(tile), k[:, keys], v[:, keys], tile)
-            for total, part, where in zip(
-                (self.q, self.k, self.v), grads, (rows, keys, keys), strict=True
-            ):
-                total[:, where] += part
+            mine = queries.rows(rows)
+            self._add(rows, keys, attention_block_backward(mine, k[:, keys], v[:, keys], tile))
+
+    def _add(self, rows: slice, keys: slice, grads: tuple[Tensor, ...]) -> None:
+        totals = (self.q, self.k, self.v)
+        for total, part, where in zip(totals, grads, (rows, keys, keys), strict=True):
+            total[:, where] += part
 
     def add_prefix(
         self, queries: Queries, k: Tensor | None, v: Tensor | None
@@ -239,10 +297,10 @@ class Gradients:
         """
         if k is None:
             return None, None
-        tile = _prefix_tile(queries.q, k)
-        grads = attention_block_backward(queries, *_rows_of(queries.q, k, v), tile)
-        self.q.add_(grads[0])
-        return grads[1].sum(0).to(k.dtype), grads[2].sum(0).to(v.dtype)
+        keys, values = _rows_of(queries.q, k, v)
+        sums = Gradients(self.q, *(torch.zeros_like(x, dtype=self.q.dtype) for x in (keys, values)))
+        sums.add(queries, keys, values, (_prefix_tile(queries.q, k),))
+        return sums.k.sum(0).to(k.dtype), sums.v.sum(0).to(v.dtype)
 
 
 def _prefix_tile(q: Tensor, k: Tensor) -> Tile:
@@ -259,7 +317,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
 
     Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
-    if not _flash_fits(q, v):
+    if executor(q, v) != flash.CPU:
         return _block(q, k, v, tile)
     tokens, size = q.shape[1], v.shape[-1]
     q, k, v = (_lengthened(x, tile, q.dtype).transpose(1, 2) for x in (q, k, _widened(v, q)))
@@ -275,7 +333,7 @@ def attention_block_backward(
     """Returns gradients of q, k and v through this block, one of those merged into `queries.out`
     and `queries.lse`.
     """
-    if not _flash_fits(queries.q, v):
+    if executor(queries.q, v) != flash.CPU:
         return _block_backward(queries, k, v, tile)
     tokens, size, whole = (
         k.shape[1],
@@ -292,8 +350,25 @@ def attention_block_backward(
     return grad_q[:, : tile.q_end - tile.q_begin], grad_k[:, :tokens], grad_v[:, :tokens, :, :size]
 
 
-def _flash_fits(q: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and q.shape[-1] >= v.shape[-1]
+def executor(q: Tensor, v: Tensor) -> str:
+    """Returns who computes the blocks of these queries; see `flash.executor_of`."""
+    capability = flash.capability_of(q.device)
+    sizes, installed = (q.shape[-1], v.shape[-1]), q.is_cuda and _has_triton()
+    return flash.executor_of(q.device.type, capability, q.dtype, sizes, installed)
+
+
+@cache
+def _has_triton() -> bool:
+    return version("triton") is not None
+
+
+def _triton() -> ModuleType:
+    """The kernels in Triton, which is imported where they are used."""
+    return importlib.import_module("megallm.ops.triton_attention")
+
+
+def _pieces(tiles: Iterable[Tile]) -> Iterable[Tile]:
+    return (piece for tile in tiles for piece in pieces_of(tile, PIECE))
 
 
 def _widened(x: Tensor, q: Tensor) -> Tensor:
@@ -355,7 +430,8 @@ def _block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]
     rows, keys = _grouped(q, k)
     scores = _scores(rows, keys, tile)
     lse = scores.logsumexp(-1, keepdim=True)
-    out = (scores - lse).exp_() @ wide(v).transpose(1, 2)[:, :, None]
+    base = lse.clamp(min=torch.finfo(lse.dtype).min)  # a query may see nothing of a piece
+    out = (scores - base).exp_() @ wide(v).transpose(1, 2)[:, :, None]
     return _ungrouped(out).to(q.dtype), _ungrouped(lse).squeeze(-1)
 
 

@@ -21,6 +21,7 @@ from megallm.base.errors import DataError
 
 FULL, CAUSAL, BAND = "full", "causal", "band"
 SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
+LONGEST_STRIP = 512  # and where it is longer: what is added to the scores of a strip is a tensor
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,13 @@ def _check_prefixes(ends: tuple[int, ...], prefix_of: Sequence[int], causal: boo
 
 @lru_cache(maxsize=256)
 def plan_tiles(
-    queries: tuple[Span, ...], keys: tuple[Span, ...], mask_spec: MaskSpec
+    queries: tuple[Span, ...], keys: tuple[Span, ...], mask_spec: MaskSpec, strips: bool = True
 ) -> tuple[Tile, ...]:
     """Returns the tiles of these queries against these keys; together they hold each visible pair
     exactly once.
+
+    Without `strips` a window is one BAND for each document, for kernels that leave out by
+    themselves what it hides.
     """
     tiles: list[Tile] = []
     for q in queries:
@@ -160,7 +164,7 @@ def plan_tiles(
             for (low, high, distance), k in product(mask_spec.seen(number), keys):
                 there = Span(max(k.begin, low) + distance, min(k.end, high) + distance)
                 cuts = (
-                    _cut(*mine, there, low + distance, mask_spec.window)
+                    _cut(*mine, there, low + distance, mask_spec.window, strips)
                     if mask_spec.causal
                     else _rectangle(mine, k, (begin, end))
                 )
@@ -211,14 +215,18 @@ def _rectangle(queries: tuple[int, int], k: Span, document: tuple[int, int]) -> 
         yield FULL, queries, (begin, end)
 
 
-def _cut(a: int, b: int, k: Span, document: int, window: int | None) -> Iterator[Cut]:
+def _cut(
+    a: int, b: int, k: Span, document: int, window: int | None, strips: bool
+) -> Iterator[Cut]:
     """Tiles of queries `[a, b)` of one document against the keys of it in `k`."""
     c, d = max(k.begin, document), min(k.end, b)
     a = max(a, c)
     if a >= b or c >= d:
         return
     if window is not None and b - 1 - c >= window:
-        yield from _strips(a, b, c, d, window)
+        b, c = min(b, d - 1 + window), max(c, a - window + 1)  # who sees, and what is seen
+        if a < b and c < d:
+            yield from _strips(a, b, c, d, window) if strips else [(BAND, (a, b), (c, d))]
         return
     if c < a:
         yield FULL, (a, b), (c, min(d, a))
@@ -232,7 +240,7 @@ def _strips(a: int, b: int, c: int, d: int, window: int) -> Iterator[Cut]:
     """Short strips of queries, each against the keys that its window reaches: work grows as T x
     window.
     """
-    size = max(window, SHORTEST_STRIP)
+    size = min(max(window, SHORTEST_STRIP), LONGEST_STRIP)
     for x in range(a, b, size):
         low, high = max(c, x - window + 1), min(d, x + size, b)
         y = min(
@@ -240,3 +248,81 @@ def _strips(a: int, b: int, c: int, d: int, window: int) -> Iterator[Cut]:
         )  # queries from y on are past the window of the last key
         if low < high and x < y:
             yield (FULL if high <= x + 1 and y - 1 - low < window else BAND), (x, y), (low, high)
+
+
+def pieces_of(tile: Tile, limit: int) -> Iterator[Tile]:
+    """Yields a tile as tiles of at most `limit` queries and keys, without those that show nothing.
+    A query may see nothing of a piece.
+    """
+    if max(tile.q_end - tile.q_begin, tile.k_end - tile.k_begin) <= limit:
+        yield tile
+        return
+    masked = tile.kind in (CAUSAL, BAND)
+    for q in range(tile.q_begin, tile.q_end, limit):
+        for k in range(tile.k_begin, tile.k_end, limit):
+            q_end, k_end = min(q + limit, tile.q_end), min(k + limit, tile.k_end)
+            shift = tile.shift + (q - tile.q_begin) - (k - tile.k_begin)
+            least, most = shift - (k_end - k - 1), shift + (q_end - q - 1)  # query minus key
+            window = tile.window if tile.kind == BAND else None
+            if masked and (most < 0 or (window is not None and least >= window)):
+                continue
+            whole = not masked or (least >= 0 and (window is None or most < window))
+            kind = FULL if whole else BAND
+            if kind == BAND and window is None and shift == 0 and q_end - q == k_end - k:
+                kind = CAUSAL
+            yield Tile(kind, q, q_end, k, k_end, shift, window)
+
+
+@dataclass(frozen=True)
+class TileRun:
+    """Tiles of which each begins where the one before ends: one call of a kernel for sequences of
+    many lengths. `q_ends` and `k_ends` are cumulative, from 0.
+
+    A query sees keys from `left` before to `right` after its own place, where the last query and
+    the last key of a tile share one place; None: all.
+    """
+
+    first: Tile
+    q_ends: tuple[int, ...]
+    k_ends: tuple[int, ...]
+    left: int | None
+    right: int | None
+
+    @property
+    def rows(self) -> slice:
+        """Returns the queries, as indices into what is stored."""
+        return slice(self.first.q_begin, self.first.q_begin + self.q_ends[-1])
+
+    @property
+    def keys(self) -> slice:
+        """Returns the keys, as indices into what is stored."""
+        return slice(self.first.k_begin, self.first.k_begin + self.k_ends[-1])
+
+
+@lru_cache(maxsize=256)
+def runs_of(tiles: tuple[Tile, ...]) -> tuple[TileRun, ...]:
+    """Returns the tiles as few runs."""
+    runs: list[list[Tile]] = []
+    for tile in tiles:
+        last = runs[-1][-1] if runs else None
+        joins = last is not None and (last.q_end, last.k_end) == (tile.q_begin, tile.k_begin)
+        if joins and _sight(last) == _sight(tile):
+            runs[-1].append(tile)
+        else:
+            runs.append([tile])
+    return tuple(
+        TileRun(
+            run[0],
+            (0, *(tile.q_end - run[0].q_begin for tile in run)),
+            (0, *(tile.k_end - run[0].k_begin for tile in run)),
+            *_sight(run[0]),
+        )
+        for run in runs
+    )
+
+
+def _sight(tile: Tile) -> tuple[int | None, int | None]:
+    if tile.kind == FULL:
+        return None, None
+    behind = tile.shift - (tile.k_end - tile.k_begin) + (tile.q_end - tile.q_begin)
+    return None if tile.window is None else tile.window - 1 - behind, behind

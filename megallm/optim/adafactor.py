@@ -250,7 +250,7 @@ class Adafactor:
         """A copy of a stretch of the gradient where the weights are, zeros when the update is
         skipped.
         """
-        return unless(clock.skip, cut.of(bucket.shard_grads).to(bucket.master.device))
+        return unless(clock.skip, cut.of(bucket.gradients()))
 
     def _remember(self, group: FactorGroup, squares: dict[Hashable, Tensor], clock: Clock) -> None:
         """Move the means of squares along: after t steps they keep 1 - t^-decay_power of what they
@@ -270,10 +270,7 @@ class Adafactor:
             )
         for bucket in group.buckets:
             if bucket.index in self.squares:
-                mean, grads = (
-                    self.squares[bucket.index],
-                    bucket.shard_grads.to(bucket.master.device),
-                )
+                mean, grads = self.squares[bucket.index], bucket.gradients()
                 mean.lerp_(unless(clock.skip, grads.square()).add_(self.config.eps), share)
 
     def _steps(

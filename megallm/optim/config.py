@@ -42,6 +42,7 @@ class OptimConfig:
     update_clip: float | None = None  # adafactor: largest root mean square of an update before the rate
     min_scale: float | None = None  # adafactor: least root mean square of a weight that a step is relative to
     ns_steps: int | None = None  # muon: Newton-Schulz iterations
+    ns_precision: str | None = None  # muon: of those iterations: bf16 | fp32; null: fp32 where the run is in fp32
     update_scale: str | None = None  # muon: rms (0.2 sqrt(max(rows, columns)), as AdamW) | original (Jordan's)
     clip: float = 1.0  # the global norm that gradients are scaled down to; 0 switches it off
     groups: tuple[GroupConfig, ...] = ()  # ordered: the first whose pattern matches a name counts
@@ -80,7 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adafactor": {
         "lr": 1e-2, "decay_power": 0.8, "update_clip": 1.0, "eps": 1e-30, "min_scale": 1e-3, "weight_decay": 0.0,
     },
-    "muon": _ADAMW | {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "update_scale": "rms"},
+    "muon": _ADAMW | {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "ns_precision": None, "update_scale": "rms"},
 }  # fmt: skip
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -94,6 +95,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": tuple(SCHEDULES),
     "decay_shape": ("linear", "cosine", "sqrt"),
     "update_scale": ("rms", "original"),
+    "ns_precision": ("bf16", "fp32"),
 }
 
 

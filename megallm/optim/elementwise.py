@@ -41,7 +41,7 @@ class Elementwise:
     def update(self, buckets: list[FlatBucket], lr: float, clock: Clock) -> None:
         """Apply the completed and clipped gradients of `buckets`."""
         for bucket in buckets:
-            grads = bucket.shard_grads.to(bucket.master.device)
+            grads = bucket.gradients()
             for begin, end, param_group in bucket.plan.runs(bucket.begin, bucket.end):
                 settings = Settings(lr * param_group.lr_scale, param_group, self.config)
                 step = (

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megallm.base.device import HostCopyStream, host_zeros
+from megallm.base.errors import InternalError
 from megallm.optim.buckets import Bucket
 from megallm.optim.config import ZeroConfig
 from megallm.parallel import comm
@@ -44,13 +46,21 @@ class FlatBucket:
         self.message_dtype = torch.bfloat16 if options.bf16_grads else wide
         self.reduction = "grads.expert" if plan.expert else "grads.data"
         self.present = True
-        count, home = self.end - self.begin, torch.device("cpu") if options.offload else device
+        count = self.end - self.begin
         self.params = torch.zeros(plan.numel, dtype=dtype, device=device)
         self.weights = self.params[self.begin : self.end]
         if self.frees_params:
             self.weights = self.weights.clone()
-        shared = self.frozen or (dtype == wide and home == device)
-        self.master = self.weights if shared else torch.zeros(count, dtype=wide, device=home)
+        self.home_grads: Tensor | None = None  # with offload: where gradients are copied to
+        if self.frozen or (dtype == wide and not options.offload):
+            self.master = self.weights
+        elif options.offload:
+            self.master = host_zeros(count, wide, device)
+            self.home_grads = host_zeros(count, wide, device)
+        else:
+            self.master = torch.zeros(count, dtype=wide, device=device)
+        self.copies = HostCopyStream(device) if options.offload else None
+        self.coming: Callable[[], Tensor] | None = None
         # Frozen parameters have no gradient: their buffer is empty and nothing may read it.
         numel = 0 if self.frozen else count if self.sharded_grads else plan.numel
         self.grads = torch.zeros(numel, dtype=wide, device=device)
@@ -80,7 +90,7 @@ class FlatBucket:
         the other ranks of the shard group.
         """
         if self.master is not self.weights:
-            self.weights.copy_(self.master)
+            self.weights.copy_(self.master, non_blocking=True)
         if not self.frees_params:
             self._start_gather()
 
@@ -107,6 +117,14 @@ class FlatBucket:
             self.params.untyped_storage().resize_(0)
             self.present = False
 
+    def settle(self) -> None:
+        """Wait for a gather under way, which also writes this rank's own range, before that is read
+        or written.
+        """
+        if self.gathering is not None and not self.frees_params:
+            self.gathering.wait()
+            self.gathering = None
+
     def wait_and_reshard(self) -> None:
         """Wait for what is on its way and let go of what is stale, before the weights are written
         from outside.
@@ -123,6 +141,21 @@ class FlatBucket:
             self.gathering = comm.start_all_gather(self.params, piece, self.shard)
 
     # Gradients
+
+    def start_home(self) -> None:
+        """Begin to bring the completed gradients to where the master weights are."""
+        if self.copies is not None:
+            self.coming = self.copies.bring(self.shard_grads, self.home_grads)
+
+    def gradients(self) -> Tensor:
+        """Returns the completed gradients beside the master weights: what an update reads, which
+        may overwrite them.
+        """
+        self.settle()
+        if self.coming is not None:
+            self.coming()
+            self.coming = None
+        return self.shard_grads if self.copies is None else self.home_grads
 
     def begin_step(self) -> None:
         """Begin a step: what comes first overwrites the accumulator."""
@@ -177,6 +210,10 @@ class FlatBucket:
         for member, offset in zip(self.plan.members, self.plan.offsets, strict=True):
             grad, part = params[member.name].grad, into[offset : offset + member.numel]
             params[member.name].grad = None
+            if grad is not None and grad.device != into.device:
+                raise InternalError(
+                    f"The gradient of {member.name} is on {grad.device}, its sum on {into.device}."
+                )
             if first and (grad is None or grad.is_sparse):
                 part.zero_()
             if grad is None:

@@ -96,7 +96,7 @@ class Muon:
         """What is to be made orthogonal: the momentum, or with Nesterov the gradient moved along
         it.
         """
-        grads, mu = bucket.shard_grads.to(bucket.master.device), self.config.momentum
+        grads, mu = bucket.gradients(), self.config.momentum
         grads = unless(clock.skip, grads)
         if mu == 0:
             return grads
@@ -132,7 +132,7 @@ class Muon:
         self, bucket: FlatBucket, matrices: Matrices, whole: Tensor, lr: float, clock: Clock
     ) -> None:
         weights, param_group = matrices.view(bucket.master), matrices.cut.member.param_group
-        dtype = torch.bfloat16 if weights.dtype == torch.float32 else weights.dtype
+        dtype = iteration_dtype(self.config.ns_precision, bucket.params.dtype)
         step = orthogonalized(whole, self.config.ns_steps, dtype)
         step = self._own(matrices, step).to(weights.device, weights.dtype)
         lr, keep = lr * param_group.lr_scale, keeping(clock.skip, weights)
@@ -151,6 +151,18 @@ class Muon:
         axis = self.parameters.mesh.axes[split.axis]
         begin, end = piece(split.total, axis.size, axis.rank)
         return whole.narrow(split.dim, begin, end - begin)
+
+
+def iteration_dtype(precision: str | None, model: torch.dtype) -> torch.dtype:
+    """Returns what the Newton-Schulz iterations are computed in: `precision` where it is given,
+    else the model's own dtype, and bf16 for those of half precision.
+
+    bf16 is enough for training, but its rounding is that of a matrix product, which another layout
+    or kernel makes differently: in fp32 a run is to be the same at every layout.
+    """
+    if precision is not None:
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    return torch.bfloat16 if model in (torch.float16, torch.bfloat16) else model
 
 
 def update_scale(kind: str, rows: int, columns: int) -> float:

@@ -37,7 +37,7 @@ class Optimizer:
 
     def __init__(self, config: OptimConfig, parameters: ShardedParameters) -> None:
         self.config, self.parameters = config.resolve(), parameters
-        home = torch.device("cpu") if parameters.options.offload else parameters.mesh.device
+        home = None if parameters.options.offload else parameters.mesh.device  # None: the host
         self.count = torch.zeros((), dtype=torch.float32, device=home)  # updates applied so far
         self.states: dict[str, dict[int, Tensor]] = {}
         self.updaters: list[tuple[Updater, list[FlatBucket]]] = []
@@ -96,7 +96,10 @@ class Optimizer:
     def step(self, lr: float, skip: Tensor) -> None:
         """Apply the completed and clipped gradients, unless `skip` (a bool scalar, on the device)
         says not to, and send the new weights on their way."""
-        clock = Clock(self.count, skip.to(self.count.device, self.count.dtype))
+        skip = skip.cpu() if self.parameters.options.offload else skip  # here the host waits
+        clock = Clock(self.count, skip.to(self.count.dtype))
+        for bucket in self.parameters.trainable:
+            bucket.start_home()
         for updater, buckets in self.updaters:
             updater.update(buckets, lr, clock)
         self.count += 1 - clock.skip

@@ -99,6 +99,7 @@ class ShardedParameters:
                 units.append(unit_of(entry.name))
         self.ahead, self.behind = self._neighbours()
         self.tree, self.trees = tree, [TreeSum() for _ in self.flat] if tree else []
+        self.note(0)
         self.keeps = False  # all parameters stay gathered (`gathered`)
         self._reset()
 
@@ -360,7 +361,7 @@ class ShardedParameters:
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of all logical gradient elements but frozen ones, a float64 scalar;
-        collective over the world.
+        collective over the world. What ranks `note` is added up with it, in `noted`.
 
         In tree mode every rank holds the whole sums, and one replica is added up in an order that
         does not depend on the number of replicas.
@@ -376,7 +377,21 @@ class ShardedParameters:
                     part = flat[run[0].place : run[-1].place + run[-1].end - run[-1].begin]
                     total += torch.linalg.vector_norm(part).to(torch.float64) ** 2
         axis = self.mesh.model if self.tree else self.mesh.world
-        return comm.all_reduce_(total, axis, "clip.norm")
+        both = comm.all_reduce_(torch.cat((total[None], self.noted)), axis, "clip.norm")
+        self.noted = both[1:]
+        if self.tree:
+            comm.all_reduce_(self.noted, self.mesh.data, "clip.norm")
+        return both[0]
+
+    def note(self, value: int) -> None:
+        """Tell all ranks a number, 0, 1 or 2, with the next gradient norm."""
+        counts = torch.tensor([value == 1, value == 2], dtype=torch.float64)
+        self.noted = counts.to(self.mesh.device, non_blocking=True)
+
+    def largest_noted(self) -> int:
+        """Returns the largest number that a rank told; waits for the device."""
+        ones, twos = self.noted.tolist()
+        return 2 if twos else int(ones > 0)
 
     def _counts(self, name: str) -> bool:
         if not self.tree:

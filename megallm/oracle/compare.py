@@ -282,8 +282,9 @@ def run_row(
     verdict, started = Verdict(row, device=device), time.monotonic()
     try:
         records = pool.run(
-            row.layout.world, train_rank, row, broken, device, timeout=ROW_SECONDS, device=device
-        )
+            row.layout.world, train_rank, row, broken,
+            "cuda" if device == "cuda" else "cpu", timeout=ROW_SECONDS, device=device,
+        )  # fmt: skip
         judge(verdict, records)
     except (InternalError, PeerLost, Hang) as error:
         verdict.problem = str(error)

@@ -25,6 +25,7 @@ RULE_ROWS: tuple[Written, ...] = (
     _row("zero1-dp2-ep2", "muon", "dp=2,ep=2,zero=1", "moe-deepseek", micros=2),
     _row("zero3-dp4-ep2", "muon", "dp=4,ep=2,zero=3", "moe"),
     _row("tp2-ep2-mla-mtp", "muon", "tp=2,ep=2", "moe-mla-mtp"),
+    _row("tp2-fp32", "muon", "tp=2", precision="fp32"),  # what runs take, with no float64 in it
     _row("single", "adafactor", clip=0.0),
     _row("tp2", "adafactor", "tp=2", "biased"),
     _row("tp4-sp-two-kv", "adafactor", "tp=4,sp=1", "qwen2"),

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
@@ -31,9 +31,12 @@ import torch
 import torch.distributed as dist
 
 from megallm.base.errors import Hang, InternalError, PeerLost, UsageError
+from megallm.oracle import emulated_nccl
+from megallm.oracle.emulated_device import EmulatedDevice
+from megallm.oracle.emulated_nccl import NAME as EMULATED
 
 MAX_RANKS = 8
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", EMULATED: EMULATED}
 GRACE_SECONDS = 1.0  # how long peers of a failed rank may still report before they are killed
 
 
@@ -57,7 +60,8 @@ class _Call:
     size: int
     store: str
     timeout: float
-    device: str  # cpu, or cuda: rank r takes GPU r, and CUDA tensors travel over nccl
+    # cpu; cuda: rank r takes GPU r, and CUDA tensors travel over nccl; emulated: as there, on a CPU
+    device: str
     path: list[str]  # the caller's sys.path, so that functions of test modules can be imported
     job: bytes  # pickled (fn, args); opened only after `path` is in force
 
@@ -112,10 +116,14 @@ def _perform(rank: int, call: _Call) -> Any:
     limit = timedelta(seconds=call.timeout)
     if call.device == "cuda":
         torch.cuda.set_device(rank)
+    if call.device == EMULATED:
+        emulated_nccl.register()
+        emulated_nccl.EmulatedNccl.reset()
     dist.init_process_group(
         BACKENDS[call.device], store=store, rank=rank, world_size=call.size, timeout=limit
     )
-    return fn(*args)
+    with EmulatedDevice() if call.device == EMULATED else nullcontext():
+        return fn(*args)
 
 
 class Pool:
@@ -136,8 +144,8 @@ class Pool:
         timeout: float = 60.0,
         device: str = "cpu",
     ) -> list[Any]:
-        """Call `fn(*args)` on `size` ranks inside a fresh world (gloo; on `cuda` nccl beside it);
-        the results, by rank.
+        """Call `fn(*args)` on `size` ranks inside a fresh world (gloo; on `cuda` nccl beside it;
+        `emulated`: gloo by nccl's rules); the results, by rank.
 
         `fn` must be importable by name (no lambda, no nested function); it, its arguments and its
         results travel by pickle. Raises RankFailed with the first rank's traceback, PeerLost naming

@@ -21,6 +21,7 @@ from megallm.base.files import atomic_write_json
 from megallm.base.progress import Progress, quiet
 from megallm.models.config import ModelConfig
 from megallm.oracle.compare import Verdict, run_row
+from megallm.oracle.emulated_nccl import NAME as EMULATED
 from megallm.oracle.fine_tuning import FINE_TUNING, as_trainer, control_row, fits_trainer
 from megallm.oracle.pool import MAX_RANKS, Pool
 from megallm.oracle.table import (
@@ -182,6 +183,8 @@ def device_for(row: Row, wanted: str) -> str:
 
     Raises UsageError when GPUs were asked for and there are too few.
     """
+    if wanted == EMULATED:
+        return EMULATED
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and gpus < row.layout.world:
         raise UsageError(

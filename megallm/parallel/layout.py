@@ -98,9 +98,24 @@ class Layout:
         ]
         return tuple(_number(point, sizes) for point in product(*choices))
 
+    def communicators(self, rank: int) -> list[tuple[int, ...]]:
+        """Returns the ranks of each group that a rank is in, for all purposes, in one order
+        everywhere: larger than one, each once, the world left out.
+        """
+        found = [self.ranks(purpose, of=rank) for purpose in PURPOSES if purpose != "world"]
+        return [ranks for ranks in dict.fromkeys(found) if 1 < len(ranks) < self.world]
+
     def groups(self, purpose: str) -> list[tuple[int, ...]]:
         """Returns every group of this purpose, each rank in exactly one, ordered by first rank."""
         return sorted({self.ranks(purpose, of=rank) for rank in range(self.world)})
+
+
+def grid_lines(ranks: tuple[int, ...], place: int, inner: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the two groups that a rank at `place` of `ranks` is in when these are a grid of rows
+    of `inner` neighbours: its column, and its row.
+    """
+    begin = place - place % inner
+    return ranks[place % inner :: inner], ranks[begin : begin + inner]
 
 
 def _number(point: Sequence[int], sizes: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ one.
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from megallm.base.errors import UsageError
 from megallm.base.payload import from_payload, to_payload
-from megallm.parallel.layout import PURPOSES, Layout
+from megallm.parallel.layout import PURPOSES, Layout, grid_lines
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     group: dist.ProcessGroup | None = None
     broken: frozenset[str] = frozenset()
+
+
+def device_backend(device: torch.device) -> str | None:
+    """Returns what moves tensors of a device between the ranks of a group; None: what the world
+    has.
+    """
+    return "nccl" if device.type == "cuda" else None
 
 
 class Mesh:
@@ -48,6 +56,12 @@ class Mesh:
         self.coords = layout.coords(rank)
         self.axes = axes
         self.views: dict[tuple[str, int], tuple[Axis, Axis]] = {}
+        self.lines: dict[Hashable, dict[tuple, dist.ProcessGroup]] = {}  # by placement (`p2p`)
+        if axes:
+            self._name_axes()
+
+    def _name_axes(self) -> None:
+        axes = self.axes
         self.tp, self.cp, self.dp, self.pp = axes["tp"], axes["cp"], axes["dp"], axes["pp"]
         self.data, self.grads, self.model, self.world = (
             axes["data"],
@@ -78,35 +92,54 @@ class Mesh:
                 f"{dist.get_world_size()} processes were started, but the layout pp={layout.pp} "
                 f"dp={layout.dp} cp={layout.cp} tp={layout.tp} needs {layout.world}."
             )
-        rank = dist.get_rank()
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {
-            tuple(range(layout.world)): dist.group.WORLD
-        }
-        axes = {}
+        mesh = Mesh(layout, dist.get_rank(), torch.device(device), {})
+        mesh._open(dist.group.WORLD)
+        made = {tuple(range(layout.world)): dist.group.WORLD}
+        for ranks in layout.communicators(mesh.rank):
+            if ranks not in made:
+                made[ranks] = mesh.group(ranks)
         for purpose in PURPOSES:
-            ranks = layout.ranks(purpose, of=rank)
-            if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-            axes[purpose] = Axis(
-                purpose, ranks.index(rank), len(ranks), ranks, made.get(ranks), broken
-            )
-        return Mesh(layout, rank, torch.device(device), axes)
+            ranks = layout.ranks(purpose, of=mesh.rank)
+            axis = Axis(purpose, ranks.index(mesh.rank), len(ranks), ranks, made.get(ranks), broken)
+            mesh.axes[purpose] = axis
+        mesh._name_axes()
+        return mesh
 
-    def pair(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """Returns a new group of the given ranks; collective over the world: every rank makes every
-        pair in one order.
+    def group(self, ranks: tuple[int, ...], opened: bool = True) -> dist.ProcessGroup:
+        """Returns a new group of the given ranks, this one among them, with the time limit of the
+        world; only its members wait for each other.
 
-        `use_local_synchronization` would not do: torch derives the group's name from how many
-        groups the process already has, and that differs between the middle and the ends of a
-        pipeline.
+        Every rank calls this equally often, each with the ranks of its own group, alone where it
+        has none: torch names a group by its ranks and by how many groups the process has. On GPUs
+        the group is nccl's alone (gloo, for the host, has the world only), and its communicator
+        is made here and not inside a step (`opened`). Not by binding a `device_id` to the world:
+        torch would then split each communicator off the world's, with all ranks taking part.
         """
-        return dist.new_group(list(ranks))
+        group = dist.new_group(
+            list(ranks),
+            timeout=dist.group.WORLD._get_backend(self.device).options._timeout,
+            backend=device_backend(self.device),
+            use_local_synchronization=True,
+        )
+        if opened and len(ranks) > 1:
+            self._open(group)
+        return group
+
+    @property
+    def connects_late(self) -> bool:
+        """Whether communicators are made at first use (nccl): gloo connects when a group is made.
+        """
+        return dist.get_backend() != "gloo"
+
+    def _open(self, group: dist.ProcessGroup) -> None:
+        if self.connects_late:
+            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
 
     def view(self, name: str, inner: int) -> tuple[Axis, Axis]:
         """Returns an axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal
         places the outer one.
 
-        Collective over the world the first time a view is asked for; `inner` divides the axis's
+        Collective over the axis the first time a view is asked for; `inner` divides the axis's
         size.
         """
         if (name, inner) not in self.views:
@@ -115,25 +148,13 @@ class Mesh:
             if inner in (1, axis.size):
                 self.views[name, inner] = (axis, alone) if inner == 1 else (alone, axis)
             else:
-                self.views[name, inner] = self._grid(axis, inner)
+                lines = grid_lines(axis.ranks, axis.rank, inner)
+                self.views[name, inner] = tuple(self._axis(axis, ranks) for ranks in lines)
         return self.views[name, inner]
 
-    def _grid(self, axis: Axis, inner: int) -> tuple[Axis, Axis]:
-        mine: list[Axis] = []
-        for line in self.layout.groups(axis.name):  # every rank makes every group, in one order
-            outer = [line[first::inner] for first in range(inner)]
-            for ranks in (
-                *outer,
-                *(line[begin : begin + inner] for begin in range(0, len(line), inner)),
-            ):
-                group = dist.new_group(list(ranks))
-                if self.rank in ranks:
-                    mine.append(
-                        Axis(
-                            axis.name, ranks.index(self.rank), len(ranks), ranks, group, axis.broken
-                        )
-                    )
-        return mine[0], mine[1]
+    def _axis(self, axis: Axis, ranks: tuple[int, ...]) -> Axis:
+        place = ranks.index(self.rank)
+        return Axis(axis.name, place, len(ranks), ranks, self.group(ranks), axis.broken)
 
     # Control messages: JSON over the world group, never pickle.
 

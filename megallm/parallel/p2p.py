@@ -1,4 +1,4 @@
-"""Messages between pipeline ranks: one two-rank group per (source, destination, kind).
+"""Messages between pipeline ranks: one channel per (source, destination, kind).
 
 A channel carries messages in the order of the sender's plan, and the receiver posts its receives in
 that same order, so two messages between the same peers can never be mistaken for one another, not
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import InternalError
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.schedule import BACKWARD, FORWARD, Placement
+from megallm.parallel.schedule import Edge, Placement, pipeline_edges
 
 Key = tuple[int, int]  # (micro, receiving stage)
-POSTED = 2  # receives kept in flight on a channel
+POSTED = 2  # receives in flight on a channel of gloo; on nccl 1, as a waiting kernel keeps an SM
 
 
 @dataclass
@@ -30,9 +30,18 @@ class Channel:
     source: int
     destination: int
     group: dist.ProcessGroup
+    ahead: int = POSTED
     expected: deque[Key] = field(default_factory=deque)
     posted: deque[tuple[Key, Tensor, dist.Work]] = field(default_factory=deque)
     sent: deque[tuple[Tensor, dist.Work]] = field(default_factory=deque)
+
+    def open(self, rank: int, device: torch.device) -> None:
+        """Exchange an empty message, so that both ends are connected."""
+        x = torch.zeros(1, device=device)
+        if rank == self.source:
+            dist.isend(x, self.destination, group=self.group).wait()
+        else:
+            dist.irecv(x, self.source, group=self.group).wait()
 
     def send(self, x: Tensor) -> None:
         """Start sending; the tensor is kept alive until it has left."""
@@ -70,7 +79,7 @@ class Channel:
             self.sent.popleft()[1].wait()
 
     def _post(self) -> None:
-        while self.expected and len(self.posted) < POSTED:
+        while self.expected and len(self.posted) < self.ahead:
             buffer = self.new_buffer()
             work = dist.irecv(buffer, self.source, group=self.group)
             self.posted.append((self.expected.popleft(), buffer, work))
@@ -78,17 +87,31 @@ class Channel:
 
 def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str], Channel]:
     """Returns this rank's channels by (source, destination, kind), in global ranks; collective over
-    the world.
+    pp, and every rank of the world makes equally many groups.
+
+    The messages of a kind that go up the ranks have a group of the whole line, those that go down
+    another. nccl gives each pair of ranks of a group a communicator of its own, on which work runs
+    in order of issue: there it carries one channel. It is made at its first message, for which
+    both hosts wait: the channels are opened here, in one order everywhere, before any plan posts
+    its receives.
     """
-    channels = {}
-    holders = [placement.rank_of(stage) for stage in range(placement.num_stages)]
-    edges = [(a, b, FORWARD) for a, b in pairwise(holders)] + [
-        (b, a, BACKWARD) for a, b in pairwise(holders)
-    ]
-    for line in mesh.layout.groups("pp"):
-        for a, b, kind in dict.fromkeys(edge for edge in edges if edge[0] != edge[1]):
-            source, destination = line[a], line[b]
-            group = mesh.pair((min(source, destination), max(source, destination)))
-            if mesh.rank in (source, destination):
-                channels[source, destination, kind] = Channel(source, destination, group)
+    channels, line = {}, mesh.pp.ranks
+    edges = pipeline_edges(placement)
+    known = mesh.lines.get(placement)  # of another model on this mesh: they take turns
+    groups = known or {
+        way: mesh.group(line, opened=False) for way in dict.fromkeys(map(_way, edges))
+    }
+    mesh.lines[placement] = groups
+    for edge in edges:
+        if mesh.pp.rank in edge[:2]:
+            source, destination, kind = line[edge[0]], line[edge[1]], edge[2]
+            ahead = 1 if mesh.connects_late else POSTED
+            channel = Channel(source, destination, groups[_way(edge)], ahead)
+            channels[source, destination, kind] = channel
+            if mesh.connects_late and known is None:
+                channel.open(mesh.rank, mesh.device)
     return channels
+
+
+def _way(edge: Edge) -> tuple[str, bool]:
+    return edge[2], edge[0] < edge[1]

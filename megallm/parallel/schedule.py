@@ -63,6 +63,23 @@ class Placement:
         return tuple(self.stage_of(rank, chunk) for chunk in range(self.chunks))
 
 
+Edge = tuple[int, int, str]  # source and destination, as pipeline ranks, and the kind of message
+
+
+def pipeline_edges(placement: Placement) -> list[Edge]:
+    """Returns who sends what to whom in any plan, in the order in which channels are opened: pairs
+    that share no rank stand together, so a line of any length takes a few rounds.
+    """
+    holders = [placement.rank_of(stage) for stage in range(placement.num_stages)]
+    edges = [edge for a, b in pairwise(holders) for edge in ((a, b, FORWARD), (b, a, BACKWARD))]
+
+    def turn(edge: Edge) -> tuple:
+        low, high = sorted(edge[:2])
+        return (low % 2 if high - low == 1 else 2, edge[2], edge[0] < edge[1], low)
+
+    return sorted({edge for edge in edges if edge[0] != edge[1]}, key=turn)
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a generator needs: the placement, the number of microbatches, and how many of them a

@@ -248,6 +248,7 @@ class RankAllocator:
         beta1, beta2 = self.config.betas
         for bucket in self.engine.parameters.trainable:
             felt, doubt = self.sensitivity[bucket.index], self.uncertainty[bucket.index]
+            bucket.settle()
             now = (bucket.master.to(felt.device) * bucket.shard_grads).abs_()
             felt.lerp_(now, 1 - beta1)
             doubt.lerp_(now.sub_(felt).abs_(), 1 - beta2)

@@ -39,6 +39,8 @@ class Loop:
         self.first_step = ledger.step
         self.skipped_in_a_row = 0
         requests.told = recorder.stopping
+        self.engine.request = lambda: requests.seen
+        self.request = requests.seen  # of all ranks, as the last update told
         peak = peak_flops(self.mesh.device)
         self.peak_flops = None if peak is None else peak * self.mesh.layout.world
 
@@ -69,11 +71,14 @@ class Loop:
         row: dict[str, Any] | None = None
         for step in range(self.ledger.step + 1, last + 1):
             row = self._step(step)
-            if self._due(self.config.eval.every, step) and step < last:
+            request, evaluates = self.request, self._due(self.config.eval.every, step)
+            if evaluates and step < last:
                 row |= self.trainer.evaluate()
             if step == self.config.log.trace_step:
                 self.recorder.pipeline(self.engine.timeline(), self.engine.model.placement, step)
-            request = self.mesh.largest(self.requests.seen)
+            # Signals of a long while, of which no update has told; alone, asking costs nothing.
+            if step == last or evaluates or self.mesh.layout.world == 1:
+                request = self.mesh.largest(self.requests.seen)
             if step == last or request:
                 break
             self.recorder.row(row)
@@ -158,6 +163,7 @@ class Loop:
         """One step; returns its metrics."""
         begin, ledger = time.monotonic(), self.ledger
         report = self.trainer.step(step)
+        self.request = report.stats.request
         ledger.step = step
         ledger.consumed_samples += report.samples
         ledger.consumed_tokens += report.tokens

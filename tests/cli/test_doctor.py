@@ -22,7 +22,7 @@ def test_doctor_json(capfd):
     assert found["extension"]["loaded"] == extension.status().loaded
     assert "detail" in found["extension"]
     assert found["backends"]["transformer_engine"]["key"] == "train.fp8.backend"
-    assert set(found["backends"]) == {"transformer_engine", "flash_attn", "apex"}
+    assert set(found["backends"]) == {"transformer_engine", "flash_attn", "apex", "triton"}
 
 
 def test_doctor_fails_when_ranks_cannot_talk(capfd, monkeypatch):
@@ -59,3 +59,12 @@ def test_ctrl_c_while_ranks_are_tried_is_no_finding(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         doctor.check_gloo()
     assert time.monotonic() - begin < 20
+
+
+def test_the_start_up_of_a_layout_is_told_without_starting_anything(capfd):
+    assert main(["doctor", "--startup", "tp=8,pp=8,dp=16"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("1024 ranks: at most 10 communicators a rank (")
+    assert len(lines) == 11 and lines[1].split() == ["8", "tp"] and lines[6].split() == ["1024", "world"]
+    assert main(["doctor", "--startup", "tp=2,pp=2", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["world"] == 4

@@ -93,7 +93,7 @@ def gap_of(engine: Engine, sample) -> float:
     batch["mask"] = torch.ones_like(batch["tokens"], dtype=torch.bool)
     theirs = engine.log_probs([batch])[0][0, :count][-size:]
     said = torch.tensor(sample.log_probs, dtype=torch.float64)
-    return float((said - theirs).abs().max())
+    return float((said - theirs.cpu()).abs().max())
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from megallm.base.errors import UsageError
-from megallm.launch.environment import RankEnv, detect, first_host, rendezvous_port, tasks_per_node, thread_count
+from megallm.launch.environment import (
+    RankEnv,
+    detect,
+    first_host,
+    gpu_of,
+    rendezvous_port,
+    tasks_per_node,
+    thread_count,
+)  # fmt: skip
 
 TORCHRUN = {
     "RANK": "5",
@@ -112,3 +120,22 @@ def test_thread_count():
     assert thread_count(1, {}) >= thread_count(2, {}) >= 1
     assert thread_count(4, {"OMP_NUM_THREADS": "3"}) == 3
     assert thread_count(10**6, {"OMP_NUM_THREADS": "all"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "local_world", "launcher", "number"),
+    [
+        (0, 3, 4, "srun", None), (4, 3, 4, "srun", 3), (8, 3, 4, "torchrun", 3), (1, 0, 1, "local", 0),
+        (1, 5, 8, "srun", 0),  # srun --gpus-per-task=1
+    ],
+)  # fmt: skip
+def test_a_rank_takes_its_gpu(visible, local_rank, local_world, launcher, number):
+    env = RankEnv(local_rank, local_world, local_rank, local_world, launcher=launcher)
+    assert gpu_of(visible, env, "n7") == number
+
+
+@pytest.mark.parametrize(("visible", "launcher"), [(2, "srun"), (1, "torchrun"), (3, "local"), (1, "local")])
+def test_too_few_gpus_are_an_error_that_names_the_node(visible, launcher):
+    words = f"The node n7 shows {visible} GPUs? to its 4 ranks"
+    with pytest.raises(UsageError, match=words):
+        gpu_of(visible, RankEnv(1, 4, 1, 4, launcher=launcher), "n7")

@@ -10,12 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megallm.base.errors import DataError
-from megallm.ops import attention
+from megallm.ops import attention, flash
 from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention, visible
 from megallm.ops.cached_attention import attend_rows, length_bias
-from megallm.ops.tiles import CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles, row_mask_spec
+from megallm.ops.tiles import CAUSAL, FULL, MaskSpec, Span, Tile, pieces_of, plan_tiles, row_mask_spec, runs_of
+from tests.ops import flash_of_gpus
 
 ATOL = 1e-12
 
@@ -229,12 +232,24 @@ def test_documents_of_many_lengths_reach_the_kernel_in_few(monkeypatch: pytest.M
     assert lengths == {"_FLASH": {16, 32, 48}, "_FLASH_BACKWARD": {16, 32, 48}}
 
 
-@pytest.mark.parametrize("path", ["flash", "written out"])
+PATHS = ["flash", "written out", "runs"]
+
+
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the blocks be computed by the CPU's kernel, written out in small pieces, or in runs as on a GPU."""
+    if path == "written out":
+        monkeypatch.setattr(attention, "executor", lambda q, v: flash.WRITTEN_OUT)
+        monkeypatch.setattr(attention, "PIECE", 7)
+    if path == "runs":
+        flash_of_gpus.install()
+        monkeypatch.setattr(attention, "executor", lambda q, v: flash.RUNS)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("seed", range(3))
 def test_packed_attention_equals_plain(seed: int, kv_heads: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path == "written out":
-        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+    take(path, monkeypatch)
     draw = random.Random(seed)
     mask_spec = random_sight(draw, 90)
     q, k, v = tensors(90, 6, kv_heads)
@@ -266,12 +281,11 @@ def test_causal_attention_of_the_last_queries(queries: int, window: int | None) 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("path", ["flash", "written out"])
+@pytest.mark.parametrize("path", PATHS)
 def test_narrow_types_stay_within_their_precision(
     path: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if path == "written out":
-        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+    take(path, monkeypatch)
     mask_spec = MaskSpec((0, 21, 64), 17)
     q, k, v = tensors(64, 4, 2, dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -292,11 +306,10 @@ def sunk_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor)
     return torch.einsum("bhij,bjhe->bihe", weights, v)
 
 
-@pytest.mark.parametrize("path", ["flash", "written out"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mask_spec", [MaskSpec((0, 40)), MaskSpec((0, 9, 40), 7)])
 def test_sinks_equal_a_column_of_scores(mask_spec: MaskSpec, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path == "written out":
-        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+    take(path, monkeypatch)
     q, k, v = tensors(40, 4, 2, value_size=5)
     sinks = torch.tensor([-3.0, 0.0, 1.5, 4.0], dtype=torch.float64, requires_grad=True)
     want = sunk_attention(q, k, v, dense_mask(mask_spec), sinks)
@@ -373,3 +386,112 @@ def test_gradients_need_the_log_sum_exp_of_the_whole() -> None:
             grads.add(Queries(q, partial.out, partial.lse + shift, grad), k, v, plan_tiles(row, row, mask_spec))
             errors = [(a - b).abs().max() for a, b in zip((grads.q, grads.k, grads.v), want, strict=True)]
             assert (max(errors) < ATOL) == equal
+
+
+# Cost, and who computes
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations, and remembers the largest tensor that one made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        made = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return result
+
+
+LONG = 2048
+LONG_ROWS = {
+    "plain": None, "window": MaskSpec((0, LONG), 1000), "documents": MaskSpec((0, 1500, LONG)),
+    "whole": MaskSpec((0, LONG), None, False),
+}  # fmt: skip
+
+
+# "plain" and "whole" are torch's own attention where it has a kernel. fp16 has none on CPUs.
+LONG_CASES = [(row, "no kernel") for row in LONG_ROWS] + [("plain", "flash"), ("whole", "flash")]
+LONG_CASES += [(row, path) for row in ("window", "documents") for path in PATHS]
+
+
+@pytest.mark.parametrize(("row", "path"), LONG_CASES)
+def test_no_path_makes_a_matrix_of_scores(row: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path != "no kernel":
+        take(path, monkeypatch)
+        monkeypatch.setattr(attention, "PIECE", 512)
+    dtype = torch.float16 if path == "no kernel" else torch.float32
+    q, k, v = (torch.randn(1, LONG, heads, 8, dtype=dtype, requires_grad=True) for heads in (2, 1, 1))
+    with Counting() as count:
+        mask_spec = LONG_ROWS[row]
+        out = causal_attention(q, k, v) if mask_spec is None else packed_attention(q, k, v, mask_spec)
+        out.sum().backward()
+    assert count.largest <= 1024 * 1024 < LONG * LONG  # 2 heads of a piece; a strip of 512 queries, 1,511 keys
+
+
+def test_operations_of_many_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU two calls, whatever the number of documents; one after the other elsewhere."""
+    found = {}
+    for path in ("runs", "flash"):
+        with monkeypatch.context() as patch:
+            take(path, patch)
+            q, k, v = tensors(320, 4, 2)
+            for documents in (2, 32):
+                mask_spec = MaskSpec(tuple(range(0, 321, 320 // documents)), 7)
+                with Counting() as forward:
+                    out = packed_attention(q, k, v, mask_spec)
+                with Counting() as backward:
+                    gradients(out, [q, k, v])
+                found[path, documents] = forward.operations, backward.operations
+    assert found["runs", 2] == found["runs", 32]
+    assert max(found["runs", 32]) <= 40 and min(found["flash", 32]) > 150
+
+
+def test_who_computes_is_a_function_of_device_and_shape() -> None:
+    half, wide = torch.bfloat16, torch.float32
+    choose = flash.executor_of
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        assert choose("cuda", capability, half, (128, 128)) == flash.RUNS
+        assert choose("cuda", capability, half, (192, 128)) == flash.RUNS  # latent attention
+        assert choose("cuda", capability, wide, (128, 128)) == flash.TRITON
+        assert choose("cuda", capability, half, (36, 36)) == choose("cuda", capability, half, (64, 128)) == flash.TRITON
+    assert choose("cuda", (7, 5), half, (128, 128)) == flash.WRITTEN_OUT  # Turing has no such kernel
+    assert choose("cuda", (9, 0), wide, (128, 128), triton=False) == flash.WRITTEN_OUT
+    assert choose("cuda", (9, 0), half, (320, 320)) == flash.WRITTEN_OUT
+    assert choose("cuda", (9, 0), torch.float64, (64, 64)) == flash.WRITTEN_OUT
+    assert choose("cpu", (0, 0), wide, (64, 64)) == choose("cpu", (0, 0), torch.float64, (6, 4)) == flash.CPU
+    assert choose("cpu", (0, 0), wide, (6, 10)) == choose("cpu", (0, 0), torch.float16, (64, 64)) == flash.WRITTEN_OUT
+    assert flash.sdpa_order((9, 0))[0] == flash.sdpa_order((10, 3))[0] == "CUDNN_ATTENTION"
+    assert "MATH" not in flash.sdpa_order((8, 0)) and flash.sdpa_order((8, 0))[0] == "FLASH_ATTENTION"
+
+
+def test_torch_has_the_operations_as_they_are_called() -> None:
+    """Names and places of what `ops.flash` gives: a release that changes them fails here, without a GPU."""
+    forward = [x.name for x in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    backward = [x.name for x in torch.ops.aten._flash_attention_backward.default._schema.arguments]
+    lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    further = ["scale", "window_size_left", "window_size_right"]
+    assert forward[:13] == ["query", "key", "value", *lengths, "return_debug_mask", *further]
+    made = ["grad_out", "query", "key", "value", "out", "logsumexp"]
+    assert backward == [*made, *lengths, "rng_state", "unused", *further]
+    assert {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"} <= SDPBackend.__members__.keys()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_and_runs_hold_what_their_tiles_hold(seed: int) -> None:
+    """Each visible pair once: cut small, and joined."""
+    draw = random.Random(seed)
+    mask_spec, row = random_sight(draw, 60), (Span(0, 60),)
+    seen = dense_mask(mask_spec)
+    for tiles in (plan_tiles(row, row, mask_spec), plan_tiles(row, row, mask_spec, False)):
+        for pieces in (tiles, [piece for tile in tiles for piece in pieces_of(tile, draw.choice((4, 9)))]):
+            held = torch.zeros(60, 60, dtype=torch.int64)
+            for tile in pieces:
+                shown = attention._seen(tile, torch.device("cpu"))
+                held[tile.q_begin : tile.q_end, tile.k_begin : tile.k_end] += 1 if shown is None else shown
+            assert torch.equal(held, seen.long())
+        assert sum(len(run.q_ends) - 1 for run in runs_of(tiles)) == len(tiles)
+    assert len(runs_of(tiles)) == 1, "without strips one call"

@@ -15,7 +15,7 @@ from megallm.ops.newton_schulz import orthogonalized
 from megallm.ops.updates import Flat, SgdRule, sgd_
 from megallm.optim.config import SETTINGS, OptimConfig
 from megallm.optim.groups import rule_of
-from megallm.optim.muon import update_scale
+from megallm.optim.muon import iteration_dtype, update_scale
 from megallm.optim.rules import RULES
 from megallm.oracle import reference
 from megallm.parallel.shard import Shard
@@ -290,3 +290,13 @@ def test_which_rule_a_parameter_gets():
         assert rule_of("muon", name, shard) == "adamw"
     assert rule_of("adafactor", "embedding.weight", matrix) == "adafactor"
     assert rule_of("adafactor", "final_norm.weight", vector) == "adafactor.vector"
+
+
+def test_newton_schulz_is_as_precise_as_the_run_or_as_it_is_told():
+    for model, chosen in (
+        (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ):  # fmt: skip
+        assert iteration_dtype(None, model) == chosen
+        assert iteration_dtype("bf16", model) == torch.bfloat16
+        assert iteration_dtype("fp32", model) == torch.float32
