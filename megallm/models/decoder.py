@@ -27,7 +27,7 @@ from megallm.models.heads import (
 )
 from megallm.models.mtp import MtpModule, shift_labels, shift_row_mask
 from megallm.models.stages import StageSpan
-from megallm.ops.cross_entropy import Projection
+from megallm.ops.cross_entropy import Projection, soft_cap
 from megallm.ops.embedding import look_up
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
@@ -120,7 +120,8 @@ class Stage(ShardedModule):
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
             )
         if span.first and config.positions == "learned":
-            self.positions = TokenTable(config, mesh, config.max_positions, self.sp)
+            rows = config.max_positions + config.position_offset
+            self.positions = TokenTable(config, mesh, rows, self.sp)
         if span.first and config.token_types:
             self.token_types = TokenTable(config, mesh, config.token_types, self.sp)
         if span.first and config.embedding_norm:
@@ -131,14 +132,12 @@ class Stage(ShardedModule):
         parts = compute.recomputed  # of each local layer: what activation checkpointing runs again
         self.layers = nn.ModuleDict(
             {
-                str(n): Block(
-                    config, mesh, self.sp, parts(n - span.begin), config.moe.has_experts(n)
-                )
+                str(n): Block(config, mesh, self.sp, parts(n - span.begin), config.layer_plan(n))
                 for n in range(span.begin, span.end)
             }
         )
         if span.last:
-            if config.norm_place == "pre":
+            if config.norm_place != "post":
                 self.final_norm = final_norm(config, mesh, self.sp)
             self.head = build_head(config, mesh, self.sp)
         depths = range(config.mtp.depth if span.last else 0)
@@ -161,8 +160,10 @@ class Stage(ShardedModule):
 
     def head_operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what the head over the vocabulary multiplies: features `[..., D]` and its matrix
-        `[V/tp, D]`, both wider with an adapter.
+        `[V/tp, D]`, both wider with an adapter. What divides logits divides the features.
         """
+        if self.config.logits_scaling is not None:
+            features = features / self.config.logits_scaling
         if self.head is None:
             return features, self.head_weight
         return self.head.widened(features, self.head_weight)
@@ -198,17 +199,22 @@ class Stage(ShardedModule):
         """Returns the sum of the embedding's rows and of the learned positions and types that there
         are.
         """
-        x = self.noise(self.embedding(tokens))
+        x = self.noise(self.scaled(self.embedding(tokens)))
         if virtual is not None:
             here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
             x = run_unit(self.units, ("prompt",), self.prompt, x, here)
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x + self.positions(positions + self.config.position_offset)
         if self.token_types is not None:
             x = x + self.token_types(
                 torch.zeros_like(tokens) if token_types is None else token_types
             )
         return x
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Returns embeddings times their scale, which has their precision (as in Gemma)."""
+        scale = self.config.embedding_scale
+        return x if scale is None else x * torch.tensor(scale, dtype=x.dtype).item()
 
     def blocks(
         self, x: Tensor, inputs: AttentionInputs, caches: list[LayerCache] | None = None
@@ -239,11 +245,11 @@ class Stage(ShardedModule):
             if mask_spec is None
             else max(b - a for a, b in pairwise(mask_spec.documents))
         )
-        scaling = config.rope_scaling_spec
-        tables = rope_tables(
-            positions, config.rope_size, config.rope_theta, dtype, scaling, longest
-        )
-        return AttentionInputs(*tables, self.context, mask_spec, routing)
+        made = [
+            rope_tables(positions, config.rope_size, theta, dtype, scaling, longest)
+            for theta, scaling in config.ropes
+        ]
+        return AttentionInputs.with_tables(made, self.context, mask_spec, routing)
 
     def block(
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
@@ -253,7 +259,7 @@ class Stage(ShardedModule):
             return plain_step(x, block, inputs, cache)
         if self.offload is None or not torch.is_grad_enabled():
             return block.run(block, x, inputs, cache)
-        with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
+        with self.offload.block((*block.parameters(), *inputs.tables)):
             return block.run(block, x, inputs, cache)
 
     def features(self, x: Tensor) -> Tensor:
@@ -349,6 +355,7 @@ class Stage(ShardedModule):
             )
         counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
         shape, own = labels.shape, select_counted(labels, counted)
+        wanted = wanted._replace(cap=self.config.logit_cap)
         if fuses(self.fused_head, own.numel(), self.head_weight):
             found = run_unit(self.units, keys, self.fused_outputs, x, ready, own, counted, wanted)
             scores = dict(zip(wanted.names, found, strict=True))
@@ -394,7 +401,7 @@ class Stage(ShardedModule):
         inputs: AttentionInputs,
     ) -> Tensor:
         """Runs one depth of multi-token prediction."""
-        embedded = None if tokens is None else self.embedding(tokens)
+        embedded = None if tokens is None else self.scaled(self.embedding(tokens))
         return depth.run(depth, ready(x), embedded, inputs)
 
     def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
@@ -430,6 +437,5 @@ class Stage(ShardedModule):
     def last_logits(self, x: Tensor) -> Tensor:
         """Returns wide logits `[B, V]` of the last position, on every tp rank."""
         features, weight = self.head_operands(self.features(x[:, -1:]))
-        return next_token_logits(
-            features, weight, self.mesh, self.config.vocab_size, self.head_bias
-        )
+        vocab, cap = self.config.vocab_size, self.config.logit_cap
+        return soft_cap(next_token_logits(features, weight, self.mesh, vocab, self.head_bias), cap)

@@ -135,7 +135,7 @@ class TokenHead(ShardedModule):
 def square(config: ModelConfig, mesh: Mesh, sp: bool) -> TokenLinear:
     """Returns a layer `(D, D)` of the head."""
     size = config.hidden_size
-    return TokenLinear(mesh, (size, size), normal(config.init_std), config.head_bias, sp)
+    return TokenLinear(mesh, (size, size), normal(config.init_std), config.head_dense_bias, sp)
 
 
 Head = VocabularyHead | TokenHead

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.ops.precision import wide, wide_dtype
-from megallm.ops.tiles import BAND, CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles
+from megallm.ops.tiles import BAND, CAUSAL, FULL, NEAR, MaskSpec, Span, Tile, plan_tiles
 
 Prefix = tuple[Tensor, Tensor]  # keys [P, K, E] and values [P, K, Ev] that every query sees
 
@@ -51,16 +51,17 @@ def causal_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     prefix: Prefix | None = None,
+    cap: float | None = None,
 ) -> Tensor:
-    """Computes causal softmax attention, scale `E**-0.5`.
+    """Computes causal softmax attention, scale `E**-0.5`; `cap` is a soft cap of the scores.
 
     q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`;
     the queries are the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
     """
     tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
     windowed = tq == tk and window is not None and window < tk
-    if sinks is not None or prefix is not None or windowed:
-        return packed_attention(q, k, v, MaskSpec((0, tk), window), sinks, prefix)
+    if sinks is not None or prefix is not None or windowed or cap is not None:
+        return packed_attention(q, k, v, MaskSpec((0, tk), window, cap=cap), sinks, prefix)
     if q.device.type == "cpu":
         v = _widened(v, q)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -90,7 +91,7 @@ def packed_attention(
     A row that is one document and sees itself whole is torch's own attention. Only tiles with
     something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
-    plain = sinks is None and prefix is None
+    plain = sinks is None and prefix is None and mask_spec.window is None and mask_spec.cap is None
     if not mask_spec.causal and len(mask_spec.documents) == 2 and plain:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(
@@ -114,8 +115,9 @@ class _Packed(torch.autograd.Function):
         ctx.tiles = plan_tiles((Span(end - q.shape[1], end),), (Span(0, end),), mask_spec)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
-        partial.add_prefix(q, *prefix)
+        partial.add_prefix(q, *prefix, cap=mask_spec.cap)
         out = partial.finish(sinks).to(q.dtype)
+        ctx.cap = mask_spec.cap
         ctx.save_for_backward(q, k, v, sinks, *prefix, out, partial.lse)
         return out
 
@@ -124,7 +126,7 @@ class _Packed(torch.autograd.Function):
         q, k, v, sinks, *prefix, out, lse = ctx.saved_tensors
         queries, grads = Queries(q, out, lse, grad), Gradients.zeros(q, k, v)
         grads.add(queries, k, v, ctx.tiles)
-        prefix_grads = grads.add_prefix(queries, *prefix)
+        prefix_grads = grads.add_prefix(queries, *prefix, cap=ctx.cap)
         return (
             grads.q.to(q.dtype),
             grads.k.to(k.dtype),
@@ -165,12 +167,14 @@ class Partial:
             )
             before.copy_(after)
 
-    def add_prefix(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    def add_prefix(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, cap: float | None = None
+    ) -> None:
         """Merge a prefix `[P, K, E or Ev]`, the same for all rows, in place; None: there is
         none.
         """
         if k is not None:
-            self.add(q, *_rows_of(q, k, v), (_prefix_tile(q, k),))
+            self.add(q, *_rows_of(q, k, v), (_prefix_tile(q, k, cap),))
 
     def finish(self, sinks: Tensor | None) -> Tensor:
         """Returns `out` when all keys were seen; with sinks `[H]` one more score a head, of a value
@@ -232,21 +236,21 @@ class Gradients:
                 total[:, where] += part
 
     def add_prefix(
-        self, queries: Queries, k: Tensor | None, v: Tensor | None
+        self, queries: Queries, k: Tensor | None, v: Tensor | None, cap: float | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Add what a prefix contributes to the gradient of q; returns those of its keys and
         values.
         """
         if k is None:
             return None, None
-        tile = _prefix_tile(queries.q, k)
+        tile = _prefix_tile(queries.q, k, cap)
         grads = attention_block_backward(queries, *_rows_of(queries.q, k, v), tile)
         self.q.add_(grads[0])
         return grads[1].sum(0).to(k.dtype), grads[2].sum(0).to(v.dtype)
 
 
-def _prefix_tile(q: Tensor, k: Tensor) -> Tile:
-    return Tile(FULL, 0, q.shape[1], 0, len(k), 0)
+def _prefix_tile(q: Tensor, k: Tensor, cap: float | None) -> Tile:
+    return Tile(FULL, 0, q.shape[1], 0, len(k), 0, cap=cap)
 
 
 def _rows_of(q: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -259,7 +263,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
 
     Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
-    if not _flash_fits(q, v):
+    if not _flash_fits(q, v, tile):
         return _block(q, k, v, tile)
     tokens, size = q.shape[1], v.shape[-1]
     q, k, v = (_lengthened(x, tile, q.dtype).transpose(1, 2) for x in (q, k, _widened(v, q)))
@@ -275,7 +279,7 @@ def attention_block_backward(
     """Returns gradients of q, k and v through this block, one of those merged into `queries.out`
     and `queries.lse`.
     """
-    if not _flash_fits(queries.q, v):
+    if not _flash_fits(queries.q, v, tile):
         return _block_backward(queries, k, v, tile)
     tokens, size, whole = (
         k.shape[1],
@@ -292,8 +296,9 @@ def attention_block_backward(
     return grad_q[:, : tile.q_end - tile.q_begin], grad_k[:, :tokens], grad_v[:, :tokens, :, :size]
 
 
-def _flash_fits(q: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and q.shape[-1] >= v.shape[-1]
+def _flash_fits(q: Tensor, v: Tensor, tile: Tile) -> bool:
+    fits = q.device.type == "cpu" and q.dtype in _FLASH_DTYPES and q.shape[-1] >= v.shape[-1]
+    return fits and tile.cap is None  # the kernel knows no function of the scores
 
 
 def _widened(x: Tensor, q: Tensor) -> Tensor:
@@ -315,16 +320,18 @@ def _lengthened(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
 
 def _seen(tile: Tile, device: torch.device) -> Tensor | None:
     """Bool `[Tq, Tk]` of what a tile shows; None when it shows everything."""
-    if tile.kind not in (CAUSAL, BAND):
+    if tile.kind == FULL:
         return None
     rows = torch.arange(tile.q_end - tile.q_begin, device=device) + tile.shift
     keys = torch.arange(tile.k_end - tile.k_begin, device=device)
+    if tile.kind == NEAR:
+        return (rows[:, None] - keys).abs() < tile.window
     return visible(rows, keys, tile.window)
 
 
 def _additive(tile: Tile, q: Tensor) -> Tensor | None:
-    """A BAND as what the flash kernel adds to the scores."""
-    if tile.kind != BAND:
+    """A BAND, or a window to both sides, as what the flash kernel adds to the scores."""
+    if tile.kind not in (BAND, NEAR):
         return None
     seen = _seen(tile, q.device)
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
@@ -345,15 +352,19 @@ def _ungrouped(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+def _scores(q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """The scores as softmax takes them, and with a soft cap its derivative at each of them."""
+    scores, slope = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None
+    if tile.cap is not None:
+        bent = scores.div_(tile.cap).tanh_()
+        scores, slope = bent * tile.cap, 1 - bent.square()
     seen = _seen(tile, q.device)
-    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf), slope
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     rows, keys = _grouped(q, k)
-    scores = _scores(rows, keys, tile)
+    scores, _ = _scores(rows, keys, tile)
     lse = scores.logsumexp(-1, keepdim=True)
     out = (scores - lse).exp_() @ wide(v).transpose(1, 2)[:, :, None]
     return _ungrouped(out).to(q.dtype), _ungrouped(lse).squeeze(-1)
@@ -367,12 +378,14 @@ def _block_backward(
     out, grad, lse = (
         _grouped(x, k)[0] for x in (queries.out, queries.grad, queries.lse[..., None])
     )
-    weights = (_scores(rows, keys, tile) - lse).exp_()
+    scores, slope = _scores(rows, keys, tile)
+    weights = (scores - lse).exp_()
     inner = (
         (grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
         * weights
         * rows.shape[-1] ** -0.5
     )
+    inner = inner if slope is None else inner * slope
     grad_k, grad_v = (
         (inner.transpose(-1, -2) @ rows).sum(2),
         (weights.transpose(-1, -2) @ grad).sum(2),

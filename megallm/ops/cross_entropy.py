@@ -28,11 +28,13 @@ BLOCK_BYTES = 2**20  # of wide logits that several passes go over while they are
 
 class Targets(NamedTuple):
     """Labels `[T]` of tokens, counted from entry 0 of the vocabulary, beside logits of its entries
-    from `begin` on, which are divided by `temperature` before the softmax."""
+    from `begin` on, which are softly capped (`soft_cap`) and divided by `temperature` before the
+    softmax."""
 
     labels: Tensor
     begin: int = 0
     temperature: float = 1.0
+    cap: float | None = None
 
     def of(self, rows: slice) -> Targets:
         """Returns those of some tokens."""
@@ -77,6 +79,11 @@ class Upstream(NamedTuple):
         return Upstream(self.log_prob[rows], None if self.entropy is None else self.entropy[rows])
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Returns `cap * tanh(logits / cap)` (Gemma 2, arXiv 2408.00118); without a cap the logits."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
 def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
     """Number of tokens whose logits over `vocab` entries are made at once."""
     return max(MIN_TOKENS, CHUNK_BYTES // (vocab * wide_dtype(dtype).itemsize))
@@ -92,7 +99,9 @@ def statistics(
     """Returns the statistics of logits `[T, V]`; `moment` and `best` say whether these are wanted.
     With `reuse` wide logits are overwritten.
     """
-    labels, begin, temperature = targets
+    labels, begin, temperature, cap = targets
+    if cap is not None:
+        logits, reuse = soft_cap(wide(logits), cap), True
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
     # Written in place: small allocations between blocks fragment memory.
@@ -155,10 +164,10 @@ def _gradient(
 ) -> Tensor:
     """Of logits `[T, V]`, in `dtype`; in their place when that is theirs.
 
-    For divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y) - p_j` and
+    For capped and divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y) - p_j` and
     `d H / d z_j = -p_j (log p_j + H)`.
     """
-    labels, begin, temperature = targets
+    labels, begin, temperature, cap = targets
     here, local = locate(labels, begin, logits.shape[-1])
     of_log_prob = upstream.log_prob / temperature
     of_entropy = None if upstream.entropy is None else upstream.entropy / temperature
@@ -166,6 +175,9 @@ def _gradient(
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in _blocks(logits):
         share = wide(logits[rows])
+        if cap is not None:
+            bent = (share / cap).tanh()
+            share = bent * cap
         if temperature != 1.0:
             share.div_(temperature)
         share.sub_(softmax.lse[rows, None])
@@ -176,7 +188,9 @@ def _gradient(
             factor.mul_(-of_entropy[rows, None]).sub_(of_log_prob[rows, None])
             share.exp_().mul_(factor)
         share.scatter_add_(-1, local[rows, None], at_label[rows, None])
-        if into is not logits or share.dtype != dtype:
+        if cap is not None:
+            share.mul_(1 - bent.square())
+        if into is not logits or share.dtype != dtype or cap is not None:
             into[rows] = share
     return into
 

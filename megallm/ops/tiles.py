@@ -1,9 +1,9 @@
 """Which rectangles of the attention matrix hold anything visible. Pure.
 
 Causality, documents and a window leave most of the matrix empty. `plan_tiles` cuts what is left
-into rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL) or
-with a band (BAND); a rectangle in which nothing is visible is not in the plan, so nothing is
-computed for it.
+into rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL),
+with a band (BAND) or with a window to both sides (NEAR); a rectangle in which nothing is visible is
+not in the plan, so nothing is computed for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from megallm.base.errors import DataError
 
-FULL, CAUSAL, BAND = "full", "causal", "band"
+FULL, CAUSAL, BAND, NEAR = "full", "causal", "band", "near"
 SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
 
 
@@ -23,7 +23,8 @@ SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
 class MaskSpec:
     """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
 
-    When not causal it sees its document whole. Padding is a document of its own, which no other
+    When not causal it sees its document whole, or what is less than `window` away to either side.
+    Scores are capped softly, `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118). Padding is a document of its own, which no other
     token sees. `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row
     without packing is `(0, T)`.
     """
@@ -31,6 +32,7 @@ class MaskSpec:
     documents: tuple[int, ...]
     window: int | None = None
     causal: bool = True
+    cap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Tile:
     k_end: int
     shift: int
     window: int | None = None
+    cap: float | None = None  # of the scores
 
     @property
     def work(self) -> int:
@@ -102,13 +105,12 @@ def plan_tiles(
                 cuts = (
                     _cut(*mine, k, begin, mask_spec.window)
                     if mask_spec.causal
-                    else _rectangle(mine, k, (begin, end))
+                    else _rectangle(mine, k, (begin, end), mask_spec.window)
                 )
                 for kind, (a, b), (c, d) in cuts:
                     q_at, k_at = a - q.begin + q.at, c - k.begin + k.at
-                    tiles.append(
-                        Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, mask_spec.window)
-                    )
+                    place = kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c
+                    tiles.append(Tile(*place, mask_spec.window, mask_spec.cap))
     return tuple(tiles)
 
 
@@ -123,13 +125,25 @@ def _documents(ends: tuple[int, ...], span: Span) -> Iterator[tuple[int, int]]:
 Cut = tuple[str, tuple[int, int], tuple[int, int]]  # kind, queries and keys as tokens of the row
 
 
-def _rectangle(queries: tuple[int, int], k: Span, document: tuple[int, int]) -> Iterator[Cut]:
+def _rectangle(
+    queries: tuple[int, int], k: Span, document: tuple[int, int], window: int | None
+) -> Iterator[Cut]:
     """The one tile of some queries of a document that sees itself whole, against the keys of it in
-    `k`.
+    `k`; with a window strips of the queries that it reaches.
     """
     begin, end = max(k.begin, document[0]), min(k.end, document[1])
-    if begin < end:
-        yield FULL, queries, (begin, end)
+    if window is None:
+        if begin < end:
+            yield FULL, queries, (begin, end)
+        return
+    size = max(window, SHORTEST_STRIP)
+    for x in range(*queries, size):
+        y = min(x + size, queries[1])
+        low, high = max(begin, x - window + 1), min(end, y - 1 + window)
+        x, y = max(x, low - window + 1), min(y, high - 1 + window)
+        if low < high and x < y:
+            whole = max(y - 1 - low, high - 1 - x) < window
+            yield FULL if whole else NEAR, (x, y), (low, high)
 
 
 def _cut(a: int, b: int, k: Span, document: int, window: int | None) -> Iterator[Cut]:
