@@ -65,12 +65,12 @@ class ModelConfig:
     rope_positions: int | None = None  # dynamic, llama3, yarn, longrope: positions that the model knew before it was stretched
     rope_beta_fast: float | None = None  # yarn: waves that turn this often in rope_positions are left alone; null: 32
     rope_beta_slow: float | None = None  # yarn: waves that turn this often are stretched in full; null: 1
-    rope_attention_factor: float | None = None  # yarn, longrope: size of cosines and sines; null: from the other numbers
+    rope_attention_factor: float | None = None  # yarn, longrope: size of cosines and sines; null: from the rest
     rope_mscale: float | None = None  # yarn: numerator of that size, with rope_mscale_all_dim
     rope_mscale_all_dim: float | None = None  # yarn: its denominator; its square also scales latent attention
     rope_truncate: bool | None = None  # yarn: the ramp begins and ends at whole features; null: true
-    rope_short_factors: tuple[float, ...] | None = None  # longrope: what each wave is stretched by in texts that it knew
-    rope_long_factors: tuple[float, ...] | None = None  # longrope: in texts of more than rope_positions tokens
+    rope_short_factors: tuple[float, ...] | None = None  # longrope: a divisor for each wave
+    rope_long_factors: tuple[float, ...] | None = None  # longrope: the same in texts of more than rope_positions
     qkv_bias: bool | None = None  # biases of the query, key and value projections; null: as bias
     o_bias: bool | None = None  # of the output projection of attention; null: as bias
     bias: bool | None = None  # up, down; and qkv and o unless qkv_bias and o_bias say otherwise
@@ -141,7 +141,8 @@ class ModelConfig:
     @property
     def ropes(self) -> list[tuple[float, RopeScaling | None]]:
         """Returns base and scaling of the rotary embedding, and of that of layers with a window where it differs."""
-        windowed = [] if self.window_rope_theta is None else [(self.window_rope_theta, None)]
+        turned = self.window_rope_theta is not None and self.sliding_window is not None
+        windowed = [(self.window_rope_theta, None)] if turned else []
         return [(self.rope_theta, self.rope_scaling_spec), *windowed]
 
     @property

@@ -69,5 +69,3 @@ def check_pattern(values: Mapping[str, Any]) -> None:
             f"model.positions is {values['positions']}: rotary positions of some layers "
             "(model.layer_pattern, model.window_rope_theta) need model.positions rope."
         )
-    if turned and window is None:
-        raise UsageError("model.window_rope_theta is that of layers with model.sliding_window.")

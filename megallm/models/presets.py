@@ -85,6 +85,79 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_bias": True,
     },
 }
+_GEMMA = _ROPE_DECODER | {
+    "norm": "rmsnorm_unit",
+    "norm_eps": 1e-6,
+    "norm_place": "both",
+    "activation": "geglu_tanh",
+    "tie_embeddings": True,
+}
+_LAYER_NORMED = _ROPE_DECODER | {"norm": "layernorm", "activation": "gelu_tanh", "bias": True}
+_NORMED_OUTPUT = _ROPE_DECODER | {
+    "norm_place": "output",
+    "norm_eps": 1e-6,
+    "qk_norm": True,
+    "qk_norm_span": "all",
+    "rope_theta": 500000.0,
+}
+FAMILIES |= {
+    "gemma2": _GEMMA | {"layer_pattern": "wf"},
+    "gemma3_text": _GEMMA
+    | {"layer_pattern": "wwwwwf", "qk_norm": True, "rope_theta": 1e6, "window_rope_theta": 10000.0},
+    "gpt_oss": _ROPE_DECODER
+    | {
+        "layer_pattern": "wf",
+        "attention_sinks": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "activation": "swiglu_clamped",
+        "rope_theta": 150000.0,
+        "moe": {"bias": True, "router_bias": True},
+    },
+    "smollm3": _ROPE_DECODER
+    | {
+        "layer_pattern": "fffn",
+        "norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "tie_embeddings": True,
+    },
+    "olmo2": _NORMED_OUTPUT,
+    "olmo3": _NORMED_OUTPUT | {"layer_pattern": "wwwf"},
+    "glm4_moe": _ROPE_DECODER
+    | {
+        "qkv_bias": True,
+        "rope_theta": 1e6,
+        "rope_fraction": 0.5,
+        "moe": {"score": "sigmoid", "selection_bias": True, "aux_coef": 0.0001},
+    },
+    "granite": _ROPE_DECODER | {"tie_embeddings": True},
+    "seed_oss": _ROPE_DECODER | {"qkv_bias": True, "o_bias": False, "norm_eps": 1e-6, "rope_theta": 1e7},
+    "ernie4_5": _ROPE_DECODER | {"tie_embeddings": True, "rope_theta": 500000.0},
+    "ernie4_5_moe": _ROPE_DECODER
+    | {"tie_embeddings": True, "rope_theta": 500000.0, "moe": {"selection_bias": True}},
+    "starcoder2": _LAYER_NORMED | {"tie_embeddings": True, "init_std": 0.018042},
+    "gpt_neox": _LAYER_NORMED
+    | {"activation": "gelu", "parallel_residual": True, "rope_fraction": 0.25, "max_positions": 2048},
+    "deepseek_v2": _ROPE_DECODER
+    | {"norm_eps": 1e-6, "moe": {"norm_topk_prob": False}, "mla": {"norm_eps": 1e-6}},
+    "modernbert": _ROPE_DECODER
+    | {
+        "norm": "layernorm_unbiased",
+        "activation": "geglu",
+        "causal": False,
+        "embedding_norm": True,
+        "first_norm": False,
+        "layer_pattern": "fww",
+        "rope_theta": 160000.0,
+        "window_rope_theta": 10000.0,
+        "max_positions": 8192,
+        "head": "mlm",
+        "head_bias": True,
+        "head_dense_bias": False,
+        "tie_embeddings": True,
+    },
+    "roberta": FAMILIES["bert"] | {"norm_eps": 1e-5, "token_types": 1, "position_offset": 2},
+}
 
 
 def _sizes(
