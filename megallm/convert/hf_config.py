@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megallm.base.config import get, leaves, replace
 from megallm.base.errors import UsageError
 from megallm.convert.families import FAMILIES
 from megallm.convert.family import NEUTRAL, Family
-from megallm.convert.folder import catalogue, is_model_folder, read_json
+from megallm.convert.folder import catalogue, is_model_folder, packing_problem, read_json
 from megallm.convert.layer_keys import (
     layers_problem,
     read_layers,
@@ -25,7 +26,6 @@ from megallm.convert.layer_keys import (
     write_layers,
     write_rope,
 )
-from megallm.convert.packed import packing_problem
 from megallm.models.config import ModelConfig
 from megallm.models.rope_scaling import ROPE_NUMBERS
 
@@ -45,7 +45,7 @@ HARMLESS = frozenset((
     "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache", "use_sliding_window",
     "vocab_file", "router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "aux_loss_alpha", "seq_aux",
-    "ep_size", "residual_dropout", "embedding_dropout", "mlp_dropout",
+    "ep_size", "residual_dropout", "embedding_dropout", "mlp_dropout", "cache_implementation",
 ))  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> HfConfig:
     family = _family(raw, where)
     problems: list[str] = []
     raw = _by_own_names(raw, family, problems)
-    problems += _refused(raw, family)
+    problems += _refusals(raw, family).values()
     values: dict[str, Any] = {}
     for field, key in family.keys.items():
         value = raw[key] if key in raw else family.defaults.get(key)
@@ -138,9 +138,11 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
+        family, difference = nearest(raw)
         raise UsageError(
-            f"{where} has model_type {str(name)[:60]!r}; megallm converts {', '.join(FAMILIES)} (Qwen2.5 is qwen2, "
-            "Llama 2 and 3 are llama). Code that a folder brings along is never run."
+            f"{where} has model_type {str(name)[:60]!r}, which megallm does not convert. The nearest that it does is "
+            f"{family.name} ({family.models}); {difference}. `megallm convert --list` has all of them; code that a "
+            "folder brings along is never run."
         )
     named = raw.get("architectures") or []
     family = FAMILIES[name]
@@ -148,6 +150,29 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
         known = [one for one in (family.architecture, family.classifier, family.body) if one is not None]
         raise UsageError(f"{where} has architectures {str(named)[:120]}; known is {' or '.join(known)}.")
     return family
+
+
+def nearest(raw: Mapping[str, Any]) -> tuple[Family, str]:
+    """Returns the family that shares most keys with a config.json of none, and the first key that
+    differs, in words.
+    """
+    name = str(raw.get("model_type"))
+    named = {key for key in raw if key not in HARMLESS}
+
+    def shared(family: Family) -> float:
+        known = _known(family)
+        missing = len(set(family.keys.values()) - named - set(family.defaults))
+        likeness = SequenceMatcher(None, family.name, name).ratio()
+        return len(named & known) - len(named - known) - missing + 6 * likeness
+
+    family = max(FAMILIES.values(), key=shared)
+    refused = _refusals(raw, family)
+    for key, value in raw.items():
+        if key in refused:
+            return family, f"the first key that differs is {key}: {refused[key]}"
+        if key in named and key not in _known(family) and key[:1] != "_" and value not in (None, False):
+            return family, f"the first key that differs is {key} ({str(value)[:40]}), which that family does not have"
+    return family, "no key of its config.json differs, so it may be that family under another name"
 
 
 def _heads(family: Family) -> dict[str, str]:
@@ -174,9 +199,9 @@ def _head(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict[s
     return {"head": head, "num_labels": labels if head == "classification" else None, "pooler": family.pooler}
 
 
-def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
+def _refusals(raw: Mapping[str, Any], family: Family) -> dict[str, str]:
     """Returns a sentence for each key that asks for something else than this family computes."""
-    problems = []
+    problems = {}
     read = {*family.keys.values(), *family.layers.keys, *family.flags.values()}
     read |= family.more.keys if family.more is not None else set()
     neutral = {key: accepted for key, accepted in NEUTRAL.items() if key not in read}
@@ -184,7 +209,7 @@ def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
         value = raw.get(key)
         if key == "quantization_config" and value is not None:
             problem = packing_problem(value)
-            problems += [problem] if problem else []
+            problems |= {key: problem} if problem else {}
             continue
         if value is None or any(type(value) is type(good) and value == good for good in accepted):
             continue
@@ -192,7 +217,7 @@ def _refused(raw: Mapping[str, Any], family: Family) -> list[str]:
         problem = f"{key} is {str(value)[:80]}; it must be {words}"
         if key == "auto_map":
             problem += ", since it asks for code of the folder, which is never run"
-        problems.append(problem)
+        problems[key] = problem
     return problems
 
 
@@ -210,10 +235,15 @@ def _biases(raw: Mapping[str, Any], family: Family, problems: list[str]) -> dict
     return values
 
 
-def _notes(raw: Mapping[str, Any], family: Family, where: str) -> list[str]:
+def _known(family: Family) -> set[str]:
+    """Keys that say something to this family, or nothing to any."""
     known = HARMLESS | set(NEUTRAL) | set(family.only) | set(family.keys.values()) | {family.activation_key}
     known |= family.more.keys if family.more is not None else set()
-    known |= {*family.layers.keys, *family.flags.values()}
+    return known | {*family.layers.keys, *family.flags.values()}
+
+
+def _notes(raw: Mapping[str, Any], family: Family, where: str) -> list[str]:
+    known = _known(family)
     unknown = [key for key, value in raw.items() if key not in known and key[:1] != "_" and value not in (None, False)]
     if not unknown:
         return []

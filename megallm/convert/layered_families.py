@@ -4,6 +4,8 @@ table in `families`. Pure.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megallm.convert import model_keys, moe_keys, moe_rules
 from megallm.convert.family import (
     DECODER,
@@ -178,7 +180,8 @@ _GEMMA_DEFAULTS = DEFAULTS | {
     "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
     "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
-_GEMMA_ONLY = {"use_bidirectional_attention": (False,), "hidden_act": ("gelu_pytorch_tanh",)}
+_GEMMA_ONLY = {"use_bidirectional_attention": (False,), "hidden_act": ("gelu_pytorch_tanh",),
+               "sliding_window_size": (4096,)}  # fmt: skip
 _OUTPUT_BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 _NORMED = {"norm_place": "output", "qk_norm": True, "qk_norm_span": "all"}
 _OLMO_DEFAULTS = DEFAULTS | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
@@ -206,7 +209,7 @@ LAYERED: dict[str, Family] = {
         more=model_keys.GEMMA, flags=_OUTPUT_BIASES, classifier="Gemma3TextForSequenceClassification",
         layers=LayerKeys("fw", pattern="wwwwwf", period="sliding_window_pattern",
                          window_theta="rope_local_base_freq"),
-        models="Gemma 3 270M and 1B, and the text models of larger ones",
+        models="Gemma 3 270M and 1B, and other text models of that shape",
     ),
     "gemma2": Family(
         "gemma2", "Gemma2ForCausalLM", "model.", GEMMA_RULES, _GEMMA_KEYS, "hidden_activation",
@@ -214,15 +217,16 @@ LAYERED: dict[str, Family] = {
         _GEMMA_DEFAULTS | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0,
                            "final_logit_softcapping": 30.0},
         _GEMMA_SWITCHES, _GEMMA_ONLY, more=model_keys.GEMMA, flags=_OUTPUT_BIASES,
-        classifier="Gemma2ForSequenceClassification", layers=LayerKeys("fw", pattern="wf"), models="Gemma 2 2B, 9B, 27B",
+        classifier="Gemma2ForSequenceClassification", layers=LayerKeys("fw", pattern="wf"),
+        models="Gemma 2 2B, 9B, 27B",
     ),
     "gpt_oss": Family(
         "gpt_oss", "GptOssForCausalLM", "model.", GPT_OSS_RULES + GPT_OSS_EXPERTS,
         EXPERT_KEYS | {"moe.num_experts": "num_local_experts", "moe.top_k": "num_experts_per_tok"}, "hidden_act",
         {"silu": "swiglu_clamped"},
         DEFAULTS | {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "head_dim": 64, "rope_theta": 150000.0,
-                    "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4, "attention_bias": True,
-                    "sliding_window": 128, "original_max_position_embeddings": 4096},
+                    "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4,
+                    "attention_bias": True, "sliding_window": 128, "original_max_position_embeddings": 4096},
         without(SPARSE_SWITCHES, "layer_pattern", "qkv_bias", "o_bias") | {
             "activation": "swiglu_clamped", "attention_sinks": True, "moe.bias": True, "moe.router_bias": True,
             "moe.norm_topk_prob": True, "moe.shared_ffn_hidden_size": 0,
@@ -309,14 +313,16 @@ LAYERED: dict[str, Family] = {
                            "sliding_window": None},
         {"sliding_window": (), "use_bias": (False,), "moe_norm_min": (1e-12,)}, fused=moe_rules.STACKED,
         more=moe_keys.ERNIE, aside=r"model\.mtp_.*", models="ERNIE-4.5-21B-A3B, ERNIE-4.5-300B-A47B",
-        aliases={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k", "num_local_experts": "moe_num_experts"},
+        aliases={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k",
+                 "num_local_experts": "moe_num_experts"},
     ),
     "starcoder2": Family(
         "starcoder2", "Starcoder2ForCausalLM", "model.", STARCODER2_RULES, _NO_HEAD_SIZE | {"norm_eps": "norm_epsilon"},
         "hidden_act", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
         without(DEFAULTS, "rms_norm_eps") | {
-            "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "num_key_value_heads": 2, "tie_word_embeddings": True,
-            "initializer_range": 0.018042, "hidden_act": "gelu_pytorch_tanh", "use_bias": True,
+            "max_position_embeddings": 4096, "norm_epsilon": 1e-5, "num_key_value_heads": 2,
+            "tie_word_embeddings": True, "initializer_range": 0.018042, "hidden_act": "gelu_pytorch_tanh",
+            "use_bias": True,
         },
         DECODER | {"norm": "layernorm", "positions": "rope", "qk_norm": False},
         {"norm_type": ("layer_norm",), "mlp_type": ("default",)}, flags=_ALL_BIASES, layers=LayerKeys("fw"),
@@ -381,6 +387,14 @@ LAYERED: dict[str, Family] = {
         score=ROBERTA_CLASSIFIER, pooler=True, body="RobertaModel", more=model_keys.ROBERTA,
         aside=r"roberta\.pooler\..*",
         writes={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": True},
-        models="RoBERTa, and what has its shape (XLM-R is another model_type)",
+        models="RoBERTa",
     ),
 }  # fmt: skip
+LAYERED["xlm-roberta"] = replace(
+    LAYERED["roberta"],
+    name="xlm-roberta",
+    architecture="XLMRobertaForMaskedLM",
+    classifier="XLMRobertaForSequenceClassification",
+    body="XLMRobertaModel",
+    models="XLM-R base, large",
+)

@@ -42,8 +42,8 @@ class ModelConfig:
     activation: str | None = None
     positions: str | None = None  # rope (rotary embedding) | learned (a vector for each position)
     causal: bool | None = None  # false: every token sees its whole document (encoders, masked diffusion)
-    # pre: before attention and mlp | output: of what they give, before it is added (OLMo 2) | both (Gemma) | post: after
-    # it was added, and none at the end (BERT)
+    # pre: before attention and mlp | output: of what they give, before it is added (OLMo 2) | both (Gemma) |
+    # post: after it was added, and none at the end (BERT)
     norm_place: str | None = None
     first_norm: bool | None = None  # false: layer 0 has no norm before attention (ModernBERT)
     parallel_residual: bool | None = None  # attention and mlp read the same hidden state (GPT-NeoX)
@@ -62,7 +62,7 @@ class ModelConfig:
     rope_factor: float | None = None  # how many times longer texts become than the model knew, with rope_scaling
     rope_low_factor: float | None = None  # llama3: waves longer than rope_positions / this are stretched in full
     rope_high_factor: float | None = None  # llama3: waves shorter than rope_positions / this are left alone
-    rope_positions: int | None = None  # dynamic, llama3, yarn, longrope: positions that the model knew before it was stretched
+    rope_positions: int | None = None  # dynamic, llama3, yarn, longrope: positions that it knew before it was stretched
     rope_beta_fast: float | None = None  # yarn: waves that turn this often in rope_positions are left alone; null: 32
     rope_beta_slow: float | None = None  # yarn: waves that turn this often are stretched in full; null: 1
     rope_attention_factor: float | None = None  # yarn, longrope: size of cosines and sines; null: from the rest

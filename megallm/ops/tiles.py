@@ -24,9 +24,9 @@ class MaskSpec:
     """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
 
     When not causal it sees its document whole, or what is less than `window` away to either side.
-    Scores are capped softly, `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118). Padding is a document of its own, which no other
-    token sees. `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row
-    without packing is `(0, T)`.
+    Scores are capped softly, `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118). Padding is a
+    document of its own, which no other token sees. `documents` are the ends of the documents, first
+    0 and last T (cu_seqlens); a row without packing is `(0, T)`.
     """
 
     documents: tuple[int, ...]

@@ -18,7 +18,9 @@ OLMO3 = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
-def case(name: str, config: str, sizes: dict[str, Any] = SIZES, auto: str = "AutoModelForCausalLM", **more: Any) -> Case:
+def case(
+    name: str, config: str, sizes: dict[str, Any] = SIZES, auto: str = "AutoModelForCausalLM", **more: Any
+) -> Case:
     return Case(name, config, sizes | {"pad_token_id": None} | more, auto)
 
 
@@ -70,6 +72,7 @@ LAYERED = [
     case("modernbert", "ModernBertConfig", MHA, MLM, local_attention=8, **MIXED),
     case("modernbert-body", "ModernBertConfig", MHA, "AutoModel", local_attention=8, **MIXED),
     case("roberta", "RobertaConfig", MHA, MLM, pad_token_id=1, type_vocab_size=1),
+    case("xlm-roberta", "XLMRobertaConfig", MHA, MLM, pad_token_id=1, type_vocab_size=1),
     case("roberta-classes", "RobertaConfig", MHA, CLASSES, pad_token_id=1, num_labels=3),
     case("gemma2-classes", "Gemma2Config", auto=CLASSES, head_dim=8, sliding_window=5, num_labels=3),
     case("olmo2-reward", "Olmo2Config", auto=CLASSES, num_labels=1),
