@@ -62,8 +62,8 @@ class Family:
     layer in place of those with one each; `further` matches the tensors of multi-token prediction;
     `more` are the keys that do not go over one by one; `aliases` are other names of keys, which
     transformers writes; `writes` are keys of an exported config.json with one value. `flags`: our
-    field -> the key that switches it, false unless `defaults` says otherwise; `layers` is how layers
-    differ, and where their rotary embedding stands. `models` are published ones, for people.
+    field -> the key that switches it, false unless `defaults` says otherwise; `layers` is how they
+    differ, and where rotary embeddings stand. `models` are published ones, for people.
     """
 
     name: str

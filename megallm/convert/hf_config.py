@@ -138,7 +138,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _family(raw: Mapping[str, Any], where: str) -> Family:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        family, difference = nearest(raw)
+        family, difference = nearest_family(raw)
         raise UsageError(
             f"{where} has model_type {str(name)[:60]!r}, which megallm does not convert. The nearest that it does is "
             f"{family.name} ({family.models}); {difference}. `megallm convert --list` has all of them; code that a "
@@ -152,7 +152,7 @@ def _family(raw: Mapping[str, Any], where: str) -> Family:
     return family
 
 
-def nearest(raw: Mapping[str, Any]) -> tuple[Family, str]:
+def nearest_family(raw: Mapping[str, Any]) -> tuple[Family, str]:
     """Returns the family that shares most keys with a config.json of none, and the first key that
     differs, in words.
     """

@@ -9,12 +9,12 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.convert.family import Family, LayerKeys
+from megallm.convert.moe_keys import Raw
 from megallm.models.config import ModelConfig
 from megallm.models.layer_plan import letters_of, pattern_of
 from megallm.models.presets import FAMILIES
 from megallm.models.rope_scaling import ROPE_OPTIONS
 
-Raw = Mapping[str, Any]
 KINDS = {"full_attention": "f", "sliding_attention": "w"}
 MOST_LAYERS = 10_000
 

@@ -175,13 +175,16 @@ _GEMMA_SWITCHES = without(
     ROPE_SWITCHES, "layer_pattern", "attention_scale", "attention_cap", "logit_cap", "embedding_scale", "qkv_bias",
     "o_bias",
 ) | {"norm": "rmsnorm_unit", "norm_place": "both", "activation": "geglu_tanh"}  # fmt: skip
-_GEMMA_KEYS = KEYS | {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
+_GEMMA_KEYS = KEYS | {
+    "attention_cap": "attn_logit_softcapping",
+    "logit_cap": "final_logit_softcapping",
+}
 _GEMMA_DEFAULTS = DEFAULTS | {
     "tie_word_embeddings": True, "head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
     "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
-_GEMMA_ONLY = {"use_bidirectional_attention": (False,), "hidden_act": ("gelu_pytorch_tanh",),
-               "sliding_window_size": (4096,)}  # fmt: skip
+_GEMMA_ONLY = {"use_bidirectional_attention": (False,), "hidden_act": ("gelu_pytorch_tanh",)}
+_GEMMA_ONLY |= {"sliding_window_size": (4096,)}
 _OUTPUT_BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 _NORMED = {"norm_place": "output", "qk_norm": True, "qk_norm_span": "all"}
 _OLMO_DEFAULTS = DEFAULTS | {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}

@@ -32,7 +32,8 @@ Layers: `f` sees all, `w` has the sliding window, `n` is without rotary position
 def page() -> str:
     """Returns the page as markdown."""
     families = ["| `model_type` | class | models | heads |", "|---|---|---|---|", *_families()]
-    sizes = ["| preset | family | parameters | layers | hidden | context |", "|---|---|---|---|---|---|", *_sizes()]
+    title = "| preset | family | parameters | layers | hidden | context |"
+    sizes = [title, "|---|---|---|---|---|---|", *_sizes()]
     return _PAGE + "\n".join(families) + "\n" + _SIZES + "\n".join(sizes) + "\n"
 
 
@@ -42,7 +43,7 @@ def _families() -> Iterator[str]:
 
 
 def _heads(family: Family) -> str:
-    return ", ".join(words for head, words in HEADS.items() if family.architecture_of(head) is not None)
+    return ", ".join(words for head, words in HEADS.items() if family.architecture_of(head))
 
 
 def _sizes() -> Iterator[str]:
@@ -54,4 +55,5 @@ def _sizes() -> Iterator[str]:
         count = f"{model.num_params() / 1e6:,.1f} M"
         active = model.num_params(active=True) / 1e6
         count += f" ({active:,.1f} M a token)" if model.moe.num_experts else ""
-        yield f"| {name} | {model.family} | {count} | {layers} | {model.hidden_size} | {model.max_positions} |"
+        sizes = f"{layers} | {model.hidden_size} | {model.max_positions}"
+        yield f"| {name} | {model.family} | {count} | {sizes} |"

@@ -10,7 +10,7 @@ from megallm.convert.moe_keys import LARGEST_LAYERS, ConfigExtension, Raw, whole
 from megallm.models.config import ModelConfig
 from megallm.models.layer_plan import letters_of, pattern_of
 
-# Gemma: the embedding's scale follows from the hidden size, that of scores from a number of features.
+# Gemma: the embedding's scale follows from the hidden size, that of scores from a number.
 
 
 def _read_gemma(raw: Raw, problems: list[str]) -> dict[str, Any]:

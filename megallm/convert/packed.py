@@ -1,4 +1,4 @@
-"""Weights that a folder holds in 4 or 8 bit with scales, seen as bf16 tensors and read block by block.
+"""Weights that a folder holds in 4 or 8 bit with scales, seen as bf16 tensors and read in blocks.
 
 MXFP4 (OCP Microscaling v1.0; gpt-oss): `X_blocks` uint8 `[..., rows, K / 32, 16]`, two e2m1 numbers
 a byte, the low half first, and `X_scales` uint8 `[..., rows, K / 32]`, exponents of 2 counted from

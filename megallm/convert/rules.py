@@ -34,8 +34,9 @@ class WeightRule:
 
     With `by_head` every head has its share of each matrix of ours, one after another; keys and
     values have heads of their own number. With `interleave` the rows of the sources take turns.
-    With `pairs` the last `rotated` rows (of every head) are rotary features that theirs keeps as neighbours
-    `(x0, y0, x1, y1, ...)` and ours as halves `(x0, x1, ..., y0, y1, ...)`. A `copy` repeats what
+    With `pairs` the last `rotated` rows (of every head) are rotary features that theirs keeps as
+    neighbours `(x0, y0, x1, y1, ...)` and ours as halves `(x0, x1, ..., y0, y1, ...)`. A `copy`
+    repeats what
     other rules hold: it is written, and may be absent. `where` names a tensor of ours without
     which, or with `!` before it with which, the rule is left out.
     """
@@ -310,7 +311,8 @@ def _links(
                 if each.transpose:
                     offset, shape = offset[::-1], shape[::-1]
                 box = Box((*their_stack, *offset), (*(1 for _ in their_stack), *shape))
-                made.append(TensorLink(name, ours_box, theirs, box, each.transpose, every, len(matrix)))
+                how = each.transpose, every, len(matrix)
+                made.append(TensorLink(name, ours_box, theirs, box, *how))
             rows += count
     matrix = (rows, *columns)[::-1] if each.transpose else (rows, *columns)
     return (*(i + 1 for i in their_stack), *matrix), made

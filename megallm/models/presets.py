@@ -131,13 +131,15 @@ FAMILIES |= {
         "moe": {"score": "sigmoid", "selection_bias": True, "aux_coef": 0.0001},
     },
     "granite": _ROPE_DECODER | {"tie_embeddings": True},
-    "seed_oss": _ROPE_DECODER | {"qkv_bias": True, "o_bias": False, "norm_eps": 1e-6, "rope_theta": 1e7},
+    "seed_oss": _ROPE_DECODER
+    | {"qkv_bias": True, "o_bias": False, "norm_eps": 1e-6, "rope_theta": 1e7},
     "ernie4_5": _ROPE_DECODER | {"tie_embeddings": True, "rope_theta": 500000.0},
     "ernie4_5_moe": _ROPE_DECODER
     | {"tie_embeddings": True, "rope_theta": 500000.0, "moe": {"selection_bias": True}},
     "starcoder2": _LAYER_NORMED | {"tie_embeddings": True, "init_std": 0.018042},
     "gpt_neox": _LAYER_NORMED
-    | {"activation": "gelu", "parallel_residual": True, "rope_fraction": 0.25, "max_positions": 2048},
+    | {"activation": "gelu", "parallel_residual": True, "rope_fraction": 0.25}
+    | {"max_positions": 2048},
     "deepseek_v2": _ROPE_DECODER
     | {"norm_eps": 1e-6, "moe": {"norm_topk_prob": False}, "mla": {"norm_eps": 1e-6}},
     "modernbert": _ROPE_DECODER

@@ -119,8 +119,8 @@ def _check_waves(kind: str | None, values: Mapping[str, Any]) -> None:
     fraction = values.get("rope_fraction")
     if fraction is not None and not (0 < fraction <= 1 and rotated(values) > 0):
         raise UsageError(
-            f"model.rope_fraction is {fraction}; it must be greater than 0, at most 1, and rotate 2 "
-            f"features at least of the {values['head_size']} of a head."
+            f"model.rope_fraction is {fraction}; it must be greater than 0, at most 1, and rotate "
+            f"2 features at least of the {values['head_size']} of a head."
         )
     for name in ("rope_short_factors", "rope_long_factors"):
         if kind == "longrope" and len(values[name]) != rotated(values) // 2:

@@ -37,7 +37,8 @@ def attend_rows(
 
     What the bias hides must be finite. Keys in front of the biased ones, as an adapter's prefix
     gives them, are seen by every query. Sinks `[H]` are one more score a head, of a value that is
-    zero; `cap` is a soft cap of the scores. Fast where the C positions of a head lie together. Returns `[n, 1, H, Ev]`.
+    zero; `cap` is a soft cap of the scores. Fast where the C positions of a head lie together.
+    Returns `[n, 1, H, Ev]`.
     """
     if k.shape[1] > bias.shape[-1]:
         bias = F.pad(bias, (k.shape[1] - bias.shape[-1], 0))

@@ -164,8 +164,8 @@ def _gradient(
 ) -> Tensor:
     """Of logits `[T, V]`, in `dtype`; in their place when that is theirs.
 
-    For capped and divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y) - p_j` and
-    `d H / d z_j = -p_j (log p_j + H)`.
+    For capped and divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y)
+    - p_j` and `d H / d z_j = -p_j (log p_j + H)`.
     """
     labels, begin, temperature, cap = targets
     here, local = locate(labels, begin, logits.shape[-1])

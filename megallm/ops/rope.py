@@ -159,8 +159,8 @@ def score_factor(scaling: Scaling | None) -> float:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` `[B, T, H, E]` by the tables `[B, T, R/2]`; the result has the dtype of `x`. With R
-    less than E the first R features are rotated and the others pass.
+    """Rotate `x` `[B, T, H, E]` by the tables `[B, T, R/2]`; the result has the dtype of `x`. With
+    R less than E the first R features are rotated and the others pass.
     """
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
 

@@ -102,8 +102,8 @@ def expert_replicas(mesh: Mesh) -> Axis:
 
 
 class GroupedLinear(Linear):
-    """A linear of each expert: W `(X, *stack, out, in)` and perhaps a bias `(X, *stack, out)`, whole
-    experts divided over ep; never split over tp.
+    """A linear of each expert: W `(X, *stack, out, in)` and perhaps a bias `(X, *stack, out)`;
+    whole experts divided over ep, never split over tp.
     """
 
     def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init, bias: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bit with scales are read into bf16: equal to what transformers (and DeepSeek's rule) makes of them."""
+"""Weights in 4 and 8 bit with scales are read into bf16, equal to what transformers or the rule makes of them."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ FLOP_CONFIGS = {
     "further tokens by heads": {"mtp": {"depth": 3, "kind": "heads"}, "tie_embeddings": True},
     "norms of the output, geglu": {"norm_place": "both", "activation": "geglu_tanh", "norm": "rmsnorm_unit"},
     "parallel, partly rotated": {"parallel_residual": True, "rope_fraction": 0.5, "norm": "layernorm", "bias": True},
-    "soft caps": {"attention_cap": 3.0, "logit_cap": 5.0, "qkv_bias": True, "o_bias": True},
+    "a soft cap of logits": {"logit_cap": 5.0, "qkv_bias": True, "o_bias": True},
     "latent, further": {"mtp": {"depth": 1}, "mla": LATENT, "num_kv_heads": None},
 }
 

@@ -87,11 +87,9 @@ RANGES: dict[str, Range] = {
     "model.position_offset": NOT_NEGATIVE,
     "model.rope_fraction": Range(above=0, high=1),
     "model.window_rope_theta": Range(above=0),
-    **{f"model.{name}": Range(above=0) for name in ("attention_scale", "attention_cap", "logit_cap")},
-    **{
-        f"model.{name}": Range(above=0)
-        for name in ("embedding_scale", "residual_scale", "logits_scaling")
-    },
+    **{f"model.{name}": Range(above=0) for name in ("attention_cap", "logit_cap")},
+    **{f"model.{name}_scale": Range(above=0) for name in ("attention", "embedding", "residual")},
+    "model.logits_scaling": Range(above=0),
     **{f"model.mla.{name}": NOT_NEGATIVE for name in ("kv_lora_dim", "q_lora_dim")},
     **{f"model.mla.{name}_head_size": COUNT for name in ("nope", "rope", "value")},
     "model.mtp.depth": Range(low=0, high=100),
