@@ -116,3 +116,18 @@ LAYERED_ROWS: tuple[Written, ...] = (
     row("modernbert-cp2-allgather-long", "cp=2,cp_kind=allgather", "modernbert", seq_len=76),
     row("roberta-pp2", "pp=2", "roberta", micros=2),
 )
+
+# Rows in which leaving out a reduction must show, by what is new in them.
+LAYERED_CONTROLS: tuple[tuple[str, str], ...] = (
+    ("gemma-tp2-sp", "grads.partial"),
+    ("gemma-tp2-fused", "vocab.sum"),
+    ("gemma-pp2-fused", "grads.tie"),
+    ("gemma-cp2-ring-packed", "cp.kv_grads"),
+    ("olmo-tp2", "tp.qk_norm"),
+    ("gpt-oss-tp2-ep2-sp", "grads.partial"),
+    ("gpt-oss-cp2-ep2-ring", "cp.lse"),
+    ("gpt-oss-dp2-ep2", "moe.combine"),
+    ("granite-tp2-sp", "sp.leave"),
+    ("neox-tp2-sp", "sp.enter"),
+    ("modernbert-cp2-ring-packed", "cp.lse"),
+)

@@ -71,7 +71,9 @@ def test_presets_survive(preset):
     written = write_config(model, "bfloat16", {})
     assert parse_config(written, "x").model == dataclasses.replace(model, preset=None)
     if model.positions == "rope":  # one key for transformers 4, the other for 5
-        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == model.rope_theta
+        table = written["rope_parameters"]
+        table = table.get("full_attention", table)
+        assert written[FAMILIES[model.family].layers.theta] == table["rope_theta"] == model.rope_theta
 
 
 REFUSED = [
@@ -106,7 +108,7 @@ REFUSED = [
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "mixes full and sliding"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit is 5.0"),
-    ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+    ("olmo2", {"sliding_window": 8}, "sliding_window is 8"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is .* must be a list of 0 and 1"),
     ("gemma2", {"layer_types": ["sliding_attention", "chunked_attention"]}, "'chunked_attention' somewhere"),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, "weight_block_size None"),

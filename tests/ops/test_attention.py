@@ -14,7 +14,7 @@ from megallm.base.errors import DataError
 from megallm.ops import attention
 from megallm.ops.attention import Gradients, Partial, Queries, causal_attention, packed_attention, visible
 from megallm.ops.cached_attention import attend_rows, length_bias
-from megallm.ops.tiles import CAUSAL, FULL, MaskSpec, Span, Tile, plan_tiles, row_mask_spec
+from megallm.ops.tiles import CAUSAL, FULL, NEAR, MaskSpec, Span, Tile, plan_tiles, row_mask_spec
 
 ATOL = 1e-12
 
@@ -27,20 +27,22 @@ def dense_mask(mask_spec: MaskSpec) -> Tensor:
         document[end:] += 1
     gap = torch.arange(length)[:, None] - torch.arange(length)[None]
     seen = ((gap >= 0) | (not mask_spec.causal)) & (document[:, None] == document[None])
-    return seen if mask_spec.window is None else seen & (gap < mask_spec.window)
+    near = gap if mask_spec.causal else gap.abs()
+    return seen if mask_spec.window is None else seen & (near < mask_spec.window)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, cap: float | None = None) -> Tensor:
     """Softmax attention over `[B, T, H, E]` by the textbook."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bihe,bjhe->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
     return torch.einsum("bhij,bjhe->bihe", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def random_sight(draw: random.Random, length: int) -> MaskSpec:
     ends = sorted(draw.sample(range(1, length), draw.randint(0, min(5, length - 1))))
     window = draw.choice([None, None, 1, 2, 7, length // 2 + 1, 3 * length])
-    return MaskSpec((0, *ends, length), window, causal=window is not None or draw.random() < 0.5)
+    return MaskSpec((0, *ends, length), window, causal=draw.random() < 0.5)
 
 
 def tensors(length: int, heads: int, kv_heads: int, size: int = 6, value_size: int = 6, dtype=torch.float64):
@@ -66,6 +68,8 @@ def covered(tiles: tuple[Tile, ...], rows: int, keys: int) -> Tensor:
         seen = (
             torch.ones(block.shape, dtype=torch.bool)
             if tile.kind == FULL
+            else (i - torch.arange(block.shape[1])).abs() < tile.window
+            if tile.kind == NEAR
             else visible(i[:, 0], torch.arange(block.shape[1]), tile.window)
         )
         assert seen.any(1).all(), f"a query of {tile} sees nothing"
@@ -160,7 +164,7 @@ def test_documents_of_many_lengths_reach_the_kernel_in_few(monkeypatch: pytest.M
 @pytest.mark.parametrize("seed", range(3))
 def test_packed_attention_equals_plain(seed: int, kv_heads: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "written out":
-        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+        monkeypatch.setattr(attention, "_flash_fits", lambda *_: False)
     draw = random.Random(seed)
     mask_spec = random_sight(draw, 90)
     q, k, v = tensors(90, 6, kv_heads)
@@ -197,7 +201,7 @@ def test_narrow_types_stay_within_their_precision(
     path: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "written out":
-        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+        monkeypatch.setattr(attention, "_flash_fits", lambda *_: False)
     mask_spec = MaskSpec((0, 21, 64), 17)
     q, k, v = tensors(64, 4, 2, dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -222,7 +226,7 @@ def sunk_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor)
 @pytest.mark.parametrize("mask_spec", [MaskSpec((0, 40)), MaskSpec((0, 9, 40), 7)])
 def test_sinks_equal_a_column_of_scores(mask_spec: MaskSpec, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "written out":
-        monkeypatch.setattr(attention, "_flash_fits", lambda q, v: False)
+        monkeypatch.setattr(attention, "_flash_fits", lambda *_: False)
     q, k, v = tensors(40, 4, 2, value_size=5)
     sinks = torch.tensor([-3.0, 0.0, 1.5, 4.0], dtype=torch.float64, requires_grad=True)
     want = sunk_attention(q, k, v, dense_mask(mask_spec), sinks)
@@ -299,3 +303,37 @@ def test_gradients_need_the_log_sum_exp_of_the_whole() -> None:
             grads.add(Queries(q, partial.out, partial.lse + shift, grad), k, v, plan_tiles(row, row, mask_spec))
             errors = [(a - b).abs().max() for a, b in zip((grads.q, grads.k, grads.v), want, strict=True)]
             assert (max(errors) < ATOL) == equal
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_soft_cap_bends_scores_and_their_gradients(window, causal):
+    """Packed documents against the textbook, a prefix that all see, and cached keys; without the cap it is another."""
+    q, k, v = tensors(21, 4, 2)
+    mask_spec, cap = MaskSpec((0, 9, 21), window, causal, 0.8), 0.8
+    leaves, dense = [q, k, v], dense_mask(mask_spec)
+    want, got = plain_attention(q, k, v, dense, cap), packed_attention(q, k, v, mask_spec)
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    for mine, theirs in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=10 * ATOL)
+    assert (plain_attention(q, k, v, dense) - want).abs().max() > 1e-2
+    keys, values = (x[0, :3].detach().requires_grad_() for x in (k, v))
+    whole = [torch.cat((p.expand(2, -1, -1, -1), x), 1) for p, x in ((keys, k), (values, v))]
+    seen = torch.cat((torch.ones(21, 3, dtype=torch.bool), dense), 1)
+    want, got = plain_attention(q, *whole, seen, cap), packed_attention(q, k, v, mask_spec, None, (keys, values))
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    leaves = [q, k, v, keys, values]
+    for mine, theirs in zip(gradients(got, leaves), gradients(want, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=10 * ATOL)
+
+
+def test_a_soft_cap_of_one_new_token_a_row():
+    q, k, v = tensors(20, 4, 2)
+    bias = length_bias(torch.tensor([20, 7]), 20, 5, torch.float64)
+    for row, length in enumerate((20, 7)):
+        mask_spec = MaskSpec((0, length), 5, True, 0.8)
+        want = packed_attention(*(x[row : row + 1, :length] for x in (q, k, v)), mask_spec)
+        new = torch.stack([q[0, 19:20], q[1, 6:7]])
+        got = attend_rows(new, k, v, bias, None, 0.8)
+        torch.testing.assert_close(got[row, 0], want[0, -1], rtol=0, atol=ATOL)
+        assert (attend_rows(new, k, v, bias) - got).abs().max() > 1e-3
