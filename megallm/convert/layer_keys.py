@@ -57,11 +57,11 @@ def read_layers(raw: Raw, family: Family, problems: list[str]) -> dict[str, Any]
     if kinds is not None and not (isinstance(kinds, list) and kinds):
         problems.append(f"layer_types is {str(kinds)[:40]!r}; it must be a list of words")
         return {}
+    if keys.use and not raw.get("use_sliding_window"):
+        window = None
     if window is not None and (type(window) is not int or window < 1):
         problems.append(f"{keys.window} is {str(window)[:40]!r}; it must be a whole number of at least 1, or null")
         return {}
-    if keys.use and not raw.get("use_sliding_window"):
-        window = None
     count = layers if type(layers) is int and 1 <= layers <= MOST_LAYERS else 1
     letters = _letters(raw, keys, window, count)
     if kinds is not None:
@@ -123,7 +123,8 @@ def write_layers(model: ModelConfig, family: Family) -> dict[str, Any]:
 def layers_problem(model: ModelConfig, family: Family) -> list[str]:
     """Returns why layers of this model cannot be said in the family's keys."""
     found, keys = [], family.layers
-    letters = set(letters_of(model.layer_pattern, model.sliding_window, model.num_layers))
+    count = min(model.num_layers, MOST_LAYERS)  # checked against the tensors later
+    letters = set(letters_of(model.layer_pattern, model.sliding_window, count))
     if "layer_pattern" not in family.switches and not letters <= set(keys.letters):
         found.append(f"model.layer_pattern is {model.layer_pattern}, {family.name} has layers of {keys.letters} alone")
     turned = model.window_rope_theta is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.base.suggest import did_you_mean
-from megallm.models.layer_plan import LETTERS, LayerPlan, check_pattern, letters_of
+from megallm.models.layer_plan import LETTERS, LayerPlan, check_pattern, letter_of
 from megallm.models.presets import FAMILIES, PRESETS
 from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope, rotated
 from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
@@ -156,8 +156,7 @@ class ModelConfig:
 
     def layer_plan(self, number: int) -> LayerPlan:
         """Returns what the block of this number is; those of multi-token prediction follow the layers."""
-        letters = letters_of(self.layer_pattern, self.sliding_window, self.num_blocks)
-        windowed, rope = LETTERS[letters[number]]
+        windowed, rope = LETTERS[letter_of(self.layer_pattern, self.sliding_window, number)]
         return LayerPlan(
             self.sliding_window if windowed else None,
             rope and self.positions == "rope",

@@ -29,10 +29,15 @@ class LayerPlan:
     experts: bool
 
 
+def letter_of(pattern: str | None, window: int | None, layer: int) -> str:
+    """Returns the letter of a layer."""
+    pattern = pattern or ("f" if window is None else "w")
+    return pattern[layer % len(pattern)]
+
+
 def letters_of(pattern: str | None, window: int | None, layers: int) -> str:
     """Returns a letter for each layer."""
-    pattern = pattern or ("f" if window is None else "w")
-    return (pattern * (layers // len(pattern) + 1))[:layers]
+    return "".join(letter_of(pattern, window, layer) for layer in range(layers))
 
 
 def pattern_of(letters: Sequence[str]) -> str | None:
