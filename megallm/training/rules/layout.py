@@ -45,7 +45,7 @@ def heads(facts: Facts) -> Iterator[Problem]:
         size = facts.model.head_size
         sentence = (
             f"model.head_size is {size}, of which {facts.model.rope_size} features are rotated; "
-            "rotary positions turn pairs of features, so that must be even."
+            "rotary positions turn pairs of features, so it must be even."
         )
         yield Problem(
             "head_size", sentence, nearest_fixes("model.head_size", size, (size - 1, size + 1))
