@@ -15,15 +15,17 @@ DTYPES = ("fp64", "fp32", "bf16", "fp16")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", required=True, choices=("hf", "megallm"), help="what to write")
+    parser.add_argument(
+        "--list", action="store_true", help="print what is supported, as docs/models.md has it"
+    )
+    parser.add_argument("--to", choices=("hf", "megallm"), help="what to write")
     parser.add_argument(
         "--input",
-        required=True,
         metavar="X",
         help="run or step folder (to hf), Hugging Face folder (to megallm)",
     )
     parser.add_argument(
-        "--output", required=True, metavar="Y", help="a new folder; it appears when it is complete"
+        "--output", metavar="Y", help="a new folder; it appears when it is complete"
     )
     overwrite_argument(parser)
     parser.add_argument(
@@ -44,6 +46,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.list:
+        from megallm.convert.listing import page
+
+        print(page(), end="")
+        return 0
+    missing = [f"--{name}" for name in ("to", "input", "output") if getattr(args, name) is None]
+    if missing:
+        raise UsageError(f"megallm convert needs {', '.join(missing)}, or --list alone.")
     if not args.max_shard_gib > 0:
         raise UsageError(f"--max-shard-gib is {args.max_shard_gib:g}; it must be greater than 0.")
     from megallm.convert import convert

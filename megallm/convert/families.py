@@ -7,37 +7,24 @@ keys that must have one value for the architecture to be ours. Everything else r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
-
 from megallm.convert import moe_keys, moe_rules
-from megallm.convert.moe_keys import ConfigExtension
-from megallm.convert.rules import WeightRule, rule
-
-LLAMA_RULES = (
-    rule("model.embed_tokens.weight", "embedding.weight"),
-    rule("model.layers.{n}.input_layernorm.weight", "layers.{n}.attention_norm.weight"),
-    rule("model.layers.{n}.self_attn.q_proj.weight", "layers.{n}.attention.q.weight"),
-    rule("model.layers.{n}.self_attn.q_proj.bias", "layers.{n}.attention.q.bias"),
-    rule("model.layers.{n}.self_attn.k_proj.weight", "layers.{n}.attention.kv.weight[0]"),
-    rule("model.layers.{n}.self_attn.k_proj.bias", "layers.{n}.attention.kv.bias[0]"),
-    rule("model.layers.{n}.self_attn.v_proj.weight", "layers.{n}.attention.kv.weight[1]"),
-    rule("model.layers.{n}.self_attn.v_proj.bias", "layers.{n}.attention.kv.bias[1]"),
-    rule("model.layers.{n}.self_attn.q_norm.weight", "layers.{n}.attention.q_norm.weight"),
-    rule("model.layers.{n}.self_attn.k_norm.weight", "layers.{n}.attention.k_norm.weight"),
-    rule("model.layers.{n}.self_attn.o_proj.weight", "layers.{n}.attention.o.weight"),
-    rule("model.layers.{n}.self_attn.o_proj.bias", "layers.{n}.attention.o.bias"),
-    rule("model.layers.{n}.post_attention_layernorm.weight", "layers.{n}.mlp_norm.weight"),
-    rule("model.layers.{n}.mlp.gate_proj.weight", "layers.{n}.mlp.gate_up.weight[0]"),
-    rule("model.layers.{n}.mlp.gate_proj.bias", "layers.{n}.mlp.gate_up.bias[0]"),
-    rule("model.layers.{n}.mlp.up_proj.weight", "layers.{n}.mlp.gate_up.weight[1]"),
-    rule("model.layers.{n}.mlp.up_proj.bias", "layers.{n}.mlp.gate_up.bias[1]"),
-    rule("model.layers.{n}.mlp.down_proj.weight", "layers.{n}.mlp.down.weight"),
-    rule("model.layers.{n}.mlp.down_proj.bias", "layers.{n}.mlp.down.bias"),
-    rule("model.norm.weight", "final_norm.weight"),
-    rule("lm_head.weight", "head.weight"),
+from megallm.convert.family import (
+    DECODER,
+    DEFAULTS,
+    EXPERT_KEYS,
+    KEYS,
+    PLAIN,
+    QWEN_EXPERTS,
+    ROPE_SWITCHES,
+    SPARSE_SWITCHES,
+    SWIGLU,
+    Family,
+    LayerKeys,
+    without,
 )
+from megallm.convert.layered_families import LAYERED
+from megallm.convert.llama_rules import LLAMA_RULES
+from megallm.convert.rules import rule
 
 PHI3_RULES = (  # q, k and v in one matrix, gate and up in another
     *(each for each in LLAMA_RULES if not each.theirs.endswith(("_proj.weight", "_proj.bias", "_norm.weight"))),
@@ -128,237 +115,103 @@ BERT_CLASSIFIER = (
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """What conversion knows about one `model_type`.
-
-    `keys`: our field -> their key. `defaults`: what transformers takes when a key is absent.
-    `only`: keys that must be absent, null or have one of these values. `switches`: what our model
-    must be to be written as this family. `activations`: their activation -> ours. `buffers`:
-    regular expression of stored tensors that are no weights.
-
-    `architecture` is that of the family's own head (`head`), `classifier` the one of classes or of
-    one number, and `body` the one without a head; `rules` hold the first, `score` those of the
-    classifier. `aside` matches stored tensors of a head that megallm does not have, `spellings` are
-    old endings of names and what they are now. `fused` are rules of tensors with all experts of a
-    layer in place of those with one each; `further` matches the tensors of multi-token prediction;
-    `more` are the keys that do not go over one by one; `aliases` are other names of keys, which
-    transformers writes; `writes` are keys of an exported config.json with one value.
-    """
-
-    name: str
-    architecture: str
-    prefix: str  # of the body's tensors; folders saved from the bare body lack it
-    rules: tuple[WeightRule, ...]
-    keys: Mapping[str, str]
-    activation_key: str
-    activations: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    switches: Mapping[str, Any]
-    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    buffers: str = r".*\.rotary_emb\.inv_freq"
-    head: str = "lm"
-    tied: str = "lm_head.weight"  # their name of the head's matrix when it is the embedding
-    repeats: Mapping[str, str] = field(
-        default_factory=dict
-    )  # further tensors that must equal another one of theirs
-    classifier: str | None = None
-    score: tuple[WeightRule, ...] = (rule("score.weight", "head.weight"),)
-    pooler: bool = False  # before the classifier
-    body: str | None = None
-    also: tuple[str, ...] = ()  # other architectures that hold all of `architecture`
-    aside: str = ""
-    spellings: tuple[tuple[str, str], ...] = ()
-    fused: tuple[WeightRule, ...] = ()
-    further: str = r"(?!)"
-    more: ConfigExtension | None = None
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    writes: Mapping[str, Any] = field(default_factory=dict)
-
-    def is_fused(self, names: Iterable[str]) -> bool:
-        """Returns whether tensors with these names hold all experts of a layer."""
-        endings = tuple(each.theirs.rpartition("}.")[2].split("[")[0] for each in self.fused)
-        return bool(endings) and any(name.endswith(endings) for name in names)
-
-    def rules_of(self, head: str, fused: bool = False) -> tuple[WeightRule, ...]:
-        """Returns the rules of a model with this head; of a body alone, whose tensors have no
-        prefix.
-        """
-        rules = self.rules
-        if fused:
-            rules = (*(each for each in rules if "{x}" not in each.theirs), *self.fused)
-        if head == self.head:
-            return rules
-        rest = tuple(each for each in rules if not each.of_head)
-        if head != "none":
-            return rest + self.score
-        bare = (
-            replace(each, theirs=each.theirs.removeprefix(self.prefix))
-            for each in rest + self.score
-        )
-        return tuple(bare)
-
-    def architecture_of(self, head: str) -> str | None:
-        """Returns their class of a model with this head, None when there is none."""
-        others = {"classification": self.classifier, "value": self.classifier, "none": self.body}
-        return self.architecture if head == self.head else others.get(head)
-
-
-_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "vocab_size": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "tie_embeddings": "tie_word_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-}
-_EXPERT_KEYS = _KEYS | {"moe.top_k": "num_experts_per_tok"}
-_QWEN_EXPERTS = _EXPERT_KEYS | {
-    "moe.num_experts": "num_experts", "moe.ffn_hidden_size": "moe_intermediate_size",
-    "moe.norm_topk_prob": "norm_topk_prob",
-}  # fmt: skip
-_SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
-_PLAIN = {"mla.kv_lora_dim": 0, "mtp.depth": 0, "attention_sinks": False}
-_DECODER = {"causal": True, "norm_place": "pre", "embedding_norm": False, "token_types": 0, "head_bias": False,
-            "moe.num_experts": 0} | _PLAIN  # fmt: skip
-_ROPE_SWITCHES = _DECODER | {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
-_SPARSE_SWITCHES = {name: value for name, value in _ROPE_SWITCHES.items() if name != "moe.num_experts"} | {
-    "bias": False, "moe.score": "softmax", "moe.routed_scale": 1.0, "moe.num_groups": 1, "moe.selection_bias": False,
-}  # fmt: skip
-_DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu",
-             "rope_theta": 10000.0}  # fmt: skip
-
 # Published folders name code of their own, which transformers has itself by now. None of it is run.
 _CODE_OF_PHI3 = {
     "AutoConfig": "configuration_phi3.Phi3Config",
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
 }
-
-# Keys of any config.json that ask for something no family here computes, with the values that ask
-# for nothing.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "rope_interleaved": (False,),
-    "partial_rotary_factor": (1, 1.0),
-    "rotary_pct": (1, 1.0),
-    "no_rope_layers": ([],),
-    "no_rope_layer_interval": (),
-    "use_qk_norm": (False,),
-    "qk_layernorm": (False,),
-    "logits_scaling": (1, 1.0),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "attention_multiplier": (),
-    "logits_soft_cap": (),
-    "logit_scale": (1, 1.0),
-    "final_logit_softcapping": (),
-    "attn_logit_softcapping": (),
-    "query_pre_attn_scalar": (),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "n_routed_experts": (0,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "quantization_config": (),
-    "compression_config": (),
-    "auto_map": ({},),
-    "attention_chunk_size": (),
-    "parallel_attn": (False,),
-    "alibi": (False,),
-    "clip_qkv": (),
-    "num_nextn_predict_layers": (0,),
-    "tie_encoder_decoder": (False,),
-}
+_CODE_OF_PHI4 = _CODE_OF_PHI3 | {"AutoTokenizer": "Xenova/gpt-4o"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "llama", "LlamaForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 2048},
-        _ROPE_SWITCHES | {"qk_norm": False, "sliding_window": None},
+        "llama", "LlamaForCausalLM", "model.", LLAMA_RULES, KEYS, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 2048},
+        without(ROPE_SWITCHES, "qkv_bias", "o_bias", "bias") | {"sliding_window": None},
         {"sliding_window": (), "use_sliding_window": (False,)},
         classifier="LlamaForSequenceClassification",
+        flags={"qkv_bias": "attention_bias", "o_bias": "attention_bias", "bias": "mlp_bias"},
+        models="Llama 2, 3, 3.1, 3.2, SmolLM2 and others of that shape",
     ),
     "mistral": Family(
-        "mistral", "MistralForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-        _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "bias": False},
-        {"attention_bias": (False,), "mlp_bias": (False,)},
-        classifier="MistralForSequenceClassification",
+        "mistral", "MistralForCausalLM", "model.", LLAMA_RULES, KEYS, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        ROPE_SWITCHES, {"attention_bias": (False,), "mlp_bias": (False,)},
+        classifier="MistralForSequenceClassification", layers=LayerKeys("fw"), models="Mistral 7B",
     ),
     "qwen2": Family(
-        "qwen2", "Qwen2ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-        _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": True, "bias": False},
+        "qwen2", "Qwen2ForCausalLM", "model.", LLAMA_RULES, KEYS, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+        without(ROPE_SWITCHES, "layer_pattern") | {"qkv_bias": True},
         {"attention_bias": (True,), "mlp_bias": (False,)},
-        classifier="Qwen2ForSequenceClassification",
+        classifier="Qwen2ForSequenceClassification", layers=LayerKeys("fw", use=True), models="Qwen2, Qwen2.5",
     ),
     "qwen3": Family(
-        "qwen3", "Qwen3ForCausalLM", "model.", LLAMA_RULES, _KEYS, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-        _ROPE_SWITCHES | {"qk_norm": True, "qk_norm_span": "head", "qkv_bias": False, "bias": False},
+        "qwen3", "Qwen3ForCausalLM", "model.", LLAMA_RULES, KEYS, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        without(ROPE_SWITCHES, "layer_pattern") | {"qk_norm": True, "qk_norm_span": "head"},
         {"attention_bias": (False,), "mlp_bias": (False,)},
-        classifier="Qwen3ForSequenceClassification",
+        classifier="Qwen3ForSequenceClassification", layers=LayerKeys("fw", use=True), models="Qwen3 (dense)",
     ),
     "phi3": Family(
         "phi3", "Phi3ForCausalLM", "model.", PHI3_RULES,
-        {field: key for field, key in _KEYS.items() if field != "head_size"}, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        _ROPE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "bias": False, "rope_scaling": None},
-        {"attention_bias": (False,), "mlp_bias": (False,), "auto_map": ({}, _CODE_OF_PHI3)},
+        {field: key for field, key in KEYS.items() if field != "head_size"}, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        without(ROPE_SWITCHES, "rope_fraction") | {"rope_scaling": frozenset((None, "longrope"))},
+        {"attention_bias": (False,), "mlp_bias": (False,), "auto_map": ({}, _CODE_OF_PHI3, _CODE_OF_PHI4)},
         classifier="Phi3ForSequenceClassification",
+        layers=LayerKeys("fw", fraction="partial_rotary_factor", stretches={"yarn": "longrope", "su": "longrope"}),
+        models="Phi-3, Phi-3.5-mini (LongRoPE), Phi-4, Phi-4-mini (partial rotary embeddings)",
     ),
     "mixtral": Family(
         "mixtral", "MixtralForCausalLM", "model.", LLAMA_RULES + moe_rules.MIXTRAL,
-        _EXPERT_KEYS | {"moe.num_experts": "num_local_experts"}, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        EXPERT_KEYS | {"moe.num_experts": "num_local_experts"}, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
                      "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
-        _SPARSE_SWITCHES | {"qk_norm": False, "qkv_bias": False, "moe.norm_topk_prob": True,
-                            "moe.shared_ffn_hidden_size": 0},
-        {"attention_bias": (False,), "mlp_bias": (False,)},
+        SPARSE_SWITCHES | {"moe.norm_topk_prob": True, "moe.shared_ffn_hidden_size": 0},
+        {"attention_bias": (False,), "mlp_bias": (False,)}, layers=LayerKeys("fw"), models="Mixtral 8x7B, 8x22B",
         classifier="MixtralForSequenceClassification", spellings=((".mlp.", ".block_sparse_moe."),),
         fused=moe_rules.MIXTRAL_STACKED, more=moe_keys.EVERY_LAYER,
     ),
     "qwen2_moe": Family(
         "qwen2_moe", "Qwen2MoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN + moe_rules.SHARED_GATE,
-        _QWEN_EXPERTS | {"moe.shared_ffn_hidden_size": "shared_expert_intermediate_size"}, "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 16, "norm_topk_prob": False,
+        QWEN_EXPERTS | {"moe.shared_ffn_hidden_size": "shared_expert_intermediate_size"}, "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 16, "norm_topk_prob": False,
                      "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
                      "shared_expert_intermediate_size": 5632, "intermediate_size": 5632},
-        _SPARSE_SWITCHES | {"qk_norm": False, "qkv_bias": True, "sliding_window": None, "moe.shared_gate": True},
+        SPARSE_SWITCHES | {"qkv_bias": True, "sliding_window": None, "moe.shared_gate": True},
         {"attention_bias": (True,), "qkv_bias": (True,), "mlp_bias": (False,), "use_sliding_window": (False,)},
         classifier="Qwen2MoeForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.SPARSE,
+        layers=LayerKeys(use=True), models="Qwen1.5-MoE, Qwen2-57B-A14B",
     ),
     "qwen3_moe": Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN, _QWEN_EXPERTS,
-        "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "norm_topk_prob": False,
+        "qwen3_moe", "Qwen3MoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN, QWEN_EXPERTS,
+        "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "norm_topk_prob": False,
                      "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
                      "intermediate_size": 6144},
-        _SPARSE_SWITCHES | {"qk_norm": True, "qk_norm_span": "head", "qkv_bias": False, "sliding_window": None,
+        SPARSE_SWITCHES | {"qk_norm": True, "qk_norm_span": "head", "sliding_window": None,
                             "moe.shared_ffn_hidden_size": 0},
         {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,)},
         classifier="Qwen3MoeForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.SPARSE,
-        aliases={"num_local_experts": "num_experts"},
+        aliases={"num_local_experts": "num_experts"}, layers=LayerKeys(use=True),
+        models="Qwen3-30B-A3B, Qwen3-235B-A22B",
     ),
     "olmoe": Family(
         "olmoe", "OlmoeForCausalLM", "model.", LLAMA_RULES + moe_rules.PLAIN,
-        {field: key for field, key in _EXPERT_KEYS.items() if field != "head_size"}
+        {field: key for field, key in EXPERT_KEYS.items() if field != "head_size"}
         | {"moe.num_experts": "num_experts", "moe.norm_topk_prob": "norm_topk_prob"},
-        "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64,
+        "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64,
                      "num_experts_per_tok": 8, "norm_topk_prob": False, "intermediate_size": 2048},
-        _SPARSE_SWITCHES | {"qk_norm": True, "qk_norm_span": "all", "qkv_bias": False, "sliding_window": None,
+        SPARSE_SWITCHES | {"qk_norm": True, "qk_norm_span": "all", "sliding_window": None,
                             "moe.shared_ffn_hidden_size": 0},
         {"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": ()},
         fused=moe_rules.STACKED, more=moe_keys.EVERY_LAYER, aliases={"num_local_experts": "num_experts"},
+        models="OLMoE-1B-7B",
     ),
     "deepseek_v3": Family(
         "deepseek_v3", "DeepseekV3ForCausalLM", "model.", DEEPSEEK_RULES,
-        {field: key for field, key in _EXPERT_KEYS.items() if field != "head_size"}
+        {field: key for field, key in EXPERT_KEYS.items() if field != "head_size"}
         | {
             "moe.num_experts": "n_routed_experts", "moe.ffn_hidden_size": "moe_intermediate_size",
             "moe.norm_topk_prob": "norm_topk_prob", "moe.routed_scale": "routed_scaling_factor",
@@ -366,18 +219,18 @@ FAMILIES: dict[str, Family] = {
             "mla.nope_head_size": "qk_nope_head_dim", "mla.rope_head_size": "qk_rope_head_dim",
             "mla.value_head_size": "v_head_dim",
         },
-        "hidden_act", _SWIGLU,
-        _DEFAULTS | {"max_position_embeddings": 4096, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "hidden_act", SWIGLU,
+        DEFAULTS | {"max_position_embeddings": 4096, "intermediate_size": 18432, "moe_intermediate_size": 2048,
                      "n_routed_experts": 256, "num_experts_per_tok": 8, "norm_topk_prob": True,
                      "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "kv_lora_rank": 512,
                      "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
-        {name: value for name, value in _SPARSE_SWITCHES.items() if name not in moe_keys.OPEN_IN_DEEPSEEK}
-        | {"moe.score": "sigmoid", "moe.selection_bias": True, "moe.shared_gate": False, "sliding_window": None,
-           "qk_norm": False, "qkv_bias": False},
+        {name: value for name, value in SPARSE_SWITCHES.items() if name not in moe_keys.OPEN_IN_DEEPSEEK}
+        | {"moe.score": "sigmoid", "moe.selection_bias": True, "moe.shared_gate": False, "sliding_window": None},
         moe_keys.ONLY_IN_DEEPSEEK,
         classifier="DeepseekV3ForSequenceClassification", fused=moe_rules.STACKED, more=moe_keys.DEEPSEEK,
         further=r"model\.layers\.\d+\.(enorm|hnorm|eh_proj)\.weight",
         aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
+        models="DeepSeek-V3, R1, Moonlight and others of that shape, in bf16 or FP8",
     ),
     "gpt2": Family(
         "gpt2", "GPT2LMHeadModel", "transformer.", GPT2_RULES,
@@ -392,11 +245,12 @@ FAMILIES: dict[str, Family] = {
             "n_positions": 1024, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
             "activation_function": "gelu_new",
         },
-        _DECODER | {"norm": "layernorm", "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False,
-                    "sliding_window": None},
+        DECODER | {"norm": "layernorm", "positions": "learned", "qkv_bias": True, "o_bias": True, "bias": True,
+                   "qk_norm": False, "sliding_window": None},
         {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
         r".*\.attn\.(bias|masked_bias)",
         classifier="GPT2ForSequenceClassification", writes={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        models="GPT-2",
     ),
     "bert": Family(
         "bert", "BertForMaskedLM", "bert.", BERT_RULES,
@@ -411,9 +265,9 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
             "hidden_act": "gelu",
         },
-        _PLAIN | {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True, "norm": "layernorm",
-                  "positions": "learned", "qkv_bias": True, "bias": True, "qk_norm": False, "sliding_window": None,
-                  "moe.num_experts": 0},
+        PLAIN | {"causal": False, "norm_place": "post", "embedding_norm": True, "head_bias": True, "norm": "layernorm",
+                  "positions": "learned", "qkv_bias": True, "o_bias": True, "bias": True, "qk_norm": False,
+                 "sliding_window": None, "head_dense_bias": True, "moe.num_experts": 0},
         {"position_embedding_type": ("absolute",), "is_decoder": (False,), "tie_word_embeddings": (True,)},
         r".*\.position_ids|cls\.predictions\.decoder\.bias",
         head="mlm", tied="cls.predictions.decoder.weight",
@@ -422,5 +276,6 @@ FAMILIES: dict[str, Family] = {
         aside=r"cls\.seq_relationship\..*|bert\.pooler\..*",
         spellings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
         writes={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": True},
+        models="BERT, uncased and cased",
     ),
-}  # fmt: skip
+} | LAYERED  # fmt: skip

@@ -271,3 +271,20 @@ def match_shapes(
         raise CheckpointError(
             f"{folder} does not hold the model of its config.json: {'; '.join(problems[:3])}{more}."
         )
+
+def packing_problem(config: Any) -> str | None:
+    """Returns what of a quantization_config is not read, None when all of it is."""
+    if not isinstance(config, dict) or config.get("quant_method") not in ("mxfp4", "fp8"):
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        return (
+            f"quantization_config is of {str(method)[:40]!r}; mxfp4 and fp8 (block scales) are read"
+        )
+    block = config.get("weight_block_size")
+    good = isinstance(block, list) and len(block) == 2
+    good = good and all(type(n) is int and n > 0 for n in block)
+    if config["quant_method"] == "fp8" and not (good and config.get("fmt", "e4m3") == "e4m3"):
+        return (
+            f"quantization_config has weight_block_size {str(block)[:40]} and fmt "
+            f"{config.get('fmt')}; fp8 is read in blocks of two sizes and e4m3"
+        )
+    return None

@@ -118,26 +118,38 @@ SPARSE = ConfigExtension(
 # DeepSeek.
 
 
-def _read_deepseek(raw: Raw, problems: list[str]) -> dict[str, Any]:
-    width = whole(raw, "moe_intermediate_size", 2048, problems)
-    queries = (
-        0
-        if "q_lora_rank" in raw and raw["q_lora_rank"] is None
-        else whole(raw, "q_lora_rank", 1536, problems)
-    )
+def _read_shared(
+    raw: Raw, problems: list[str], width: int, shared: int, first: int
+) -> dict[str, Any]:
+    """Returns shared experts and dense layers in front; the numbers are what absent keys mean."""
+    width = whole(raw, "moe_intermediate_size", width, problems)
     return {
-        "moe.shared_ffn_hidden_size": whole(raw, "n_shared_experts", 1, problems) * width,
-        "moe.first_dense": whole(raw, "first_k_dense_replace", 3, problems, least=0),
-        "mla.q_lora_dim": queries,
-        "mtp.depth": whole(raw, "num_nextn_predict_layers", 0, problems, least=0),
+        "moe.shared_ffn_hidden_size": whole(raw, "n_shared_experts", shared, problems) * width,
+        "moe.first_dense": whole(raw, "first_k_dense_replace", first, problems, least=0),
     }
 
 
-def _write_deepseek(model: ModelConfig) -> dict[str, Any]:
+def _read_queries(raw: Raw, problems: list[str]) -> dict[str, Any]:
+    none = "q_lora_rank" in raw and raw["q_lora_rank"] is None
+    return {"mla.q_lora_dim": 0 if none else whole(raw, "q_lora_rank", 1536, problems)}
+
+
+def _read_deepseek(raw: Raw, problems: list[str]) -> dict[str, Any]:
+    depth = whole(raw, "num_nextn_predict_layers", 0, problems, least=0)
+    found = _read_shared(raw, problems, 2048, 1, 3) | _read_queries(raw, problems)
+    return found | {"mtp.depth": depth}
+
+
+def _write_shared(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
     return {
         "n_shared_experts": moe.shared_ffn_hidden_size // moe.ffn_hidden_size,
         "first_k_dense_replace": moe.first_dense,
+    }
+
+
+def _write_deepseek(model: ModelConfig) -> dict[str, Any]:
+    return _write_shared(model) | {
         "q_lora_rank": model.mla.q_lora_dim or None,
         "num_nextn_predict_layers": model.mtp.depth,
         "moe_layer_freq": 1,
@@ -148,11 +160,16 @@ def _write_deepseek(model: ModelConfig) -> dict[str, Any]:
 
 
 def _not_deepseek(model: ModelConfig) -> list[str]:
-    moe, found = model.moe, []
+    found = []
     if not model.mla.on:
-        found.append("model.mla.kv_lora_dim is 0, deepseek_v3 has latent attention")
+        found.append("model.mla.kv_lora_dim is 0, this family has latent attention")
     if (model.mla.norm_eps or model.norm_eps) != 1e-6:
         found.append("the norms of latents (model.mla.norm_eps) have another epsilon than 1e-06")
+    return found + _not_shared(model)
+
+
+def _not_shared(model: ModelConfig) -> list[str]:
+    moe, found = model.moe, []
     if not moe.shared_ffn_hidden_size or moe.shared_ffn_hidden_size % moe.ffn_hidden_size:
         found.append("model.moe.shared_ffn_hidden_size is not that of one or several experts")
     if model.mtp.depth and not model.mtp.joins:
@@ -182,3 +199,116 @@ ONLY_IN_DEEPSEEK: dict[str, tuple[Any, ...]] = {
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
     }),
 }  # fmt: skip
+
+
+def _read_deepseek_2(raw: Raw, problems: list[str]) -> dict[str, Any]:
+    found = _read_shared(raw, problems, 1407, 2, 0) | _read_queries(raw, problems)
+    if raw.get("topk_method") == "group_limited_greedy":
+        found["moe.num_groups"] = whole(raw, "n_group", 1, problems)
+        found["moe.top_groups"] = whole(raw, "topk_group", 1, problems)
+    return found
+
+
+def _write_deepseek_2(model: ModelConfig) -> dict[str, Any]:
+    grouped = model.moe.num_groups > 1
+    return _write_shared(model) | {
+        "q_lora_rank": model.mla.q_lora_dim or None,
+        "topk_method": "group_limited_greedy" if grouped else "greedy",
+        "n_group": model.moe.num_groups,
+        "topk_group": model.moe.top_groups,
+        "norm_topk_prob": False,
+        "moe_layer_freq": 1,
+        "scoring_func": "softmax",
+    }
+
+
+DEEPSEEK_2 = ConfigExtension(
+    frozenset((*_DEEPSEEK_KEYS, "n_group", "topk_group")),
+    _read_deepseek_2,
+    _write_deepseek_2,
+    _not_deepseek,
+)
+ONLY_IN_DEEPSEEK_2: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (),
+    "scoring_func": ("softmax",),
+    "topk_method": ("greedy", "group_limited_greedy"),
+    "norm_topk_prob": (False,),
+    "moe_layer_freq": (1,),
+    "auto_map": ({}, {  # as in `ONLY_IN_DEEPSEEK`
+        "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+        "AutoModel": "modeling_deepseek.DeepseekV2Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+    }),
+}  # fmt: skip
+
+
+# GLM-4.5: DeepSeek's experts beside ordinary attention.
+
+
+def _read_glm4(raw: Raw, problems: list[str]) -> dict[str, Any]:
+    depth = whole(raw, "num_nextn_predict_layers", 1, problems, least=0)
+    return _read_shared(raw, problems, 1408, 1, 1) | {"mtp.depth": depth}
+
+
+def _write_glm4(model: ModelConfig) -> dict[str, Any]:
+    return _write_shared(model) | {"num_nextn_predict_layers": model.mtp.depth}
+
+
+GLM4 = ConfigExtension(
+    frozenset(("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")),
+    _read_glm4,
+    _write_glm4,
+    _not_shared,
+)
+
+
+# ERNIE: from a first layer to a last one, every nth.
+
+
+def _read_ernie(raw: Raw, problems: list[str]) -> dict[str, Any]:
+    layers = whole(raw, "num_hidden_layers", 28, problems)
+    step = whole(raw, "moe_layer_interval", 1, problems)
+    begin = whole(raw, "moe_layer_start_index", 1, problems, least=0)
+    end = raw.get("moe_layer_end_index", -1)
+    here = range(begin, min(layers, LARGEST_LAYERS))
+    sparse = [n for n in here if (n + 1) % step == 0]
+    if not sparse or end not in (None, -1) and not (type(end) is int and end >= sparse[-1]):
+        problems.append(
+            f"moe_layer_start_index, moe_layer_interval and moe_layer_end_index {str(end)[:40]} "
+            "must leave experts in every nth layer up to the last one"
+        )
+        return {}
+    width = whole(raw, "moe_intermediate_size", 1536, problems)
+    shared = whole(raw, "moe_num_shared_experts", 2, problems, least=0)
+    return {
+        "moe.first_dense": sparse[0],
+        "moe.every": step,
+        "moe.shared_ffn_hidden_size": shared * width,
+    }
+
+
+def _write_ernie(model: ModelConfig) -> dict[str, Any]:
+    moe = model.moe
+    return {
+        "moe_layer_start_index": moe.first_dense,
+        "moe_layer_end_index": model.num_layers - 1,
+        "moe_layer_interval": moe.every,
+        "moe_num_shared_experts": moe.shared_ffn_hidden_size // moe.ffn_hidden_size,
+        "use_bias": False,
+    }
+
+
+def _not_ernie(model: ModelConfig) -> list[str]:
+    moe, found = model.moe, _some_layer(model)
+    if moe.shared_ffn_hidden_size % moe.ffn_hidden_size:
+        found.append("model.moe.shared_ffn_hidden_size is not that of whole experts")
+    if (moe.first_dense + 1) % moe.every:
+        found.append("model.moe.first_dense + 1 is not a multiple of model.moe.every")
+    return found
+
+
+_ERNIE_KEYS = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_num_shared_experts",
+               "num_nextn_predict_layers", "moe_capacity", "moe_gate", "moe_use_aux_free", "moe_norm_min")  # fmt: skip
+ERNIE = ConfigExtension(frozenset(_ERNIE_KEYS), _read_ernie, _write_ernie, _not_ernie)

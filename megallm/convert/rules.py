@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from megallm.base.errors import InternalError
@@ -31,9 +32,11 @@ class WeightRule:
     the names stands for the layer number, `{x}` for that of an expert, `{d}` for a depth of
     multi-token prediction and `{m}` for the number of its block in their count of layers.
 
-    With `by_head` every head has its share of each matrix of ours, one after another. With `pairs`
-    the last `rotated` rows (of every head) are rotary features that theirs keeps as neighbours
-    `(x0, y0, x1, y1, ...)` and ours as halves `(x0, x1, ..., y0, y1, ...)`. A `copy` repeats what
+    With `by_head` every head has its share of each matrix of ours, one after another; keys and
+    values have heads of their own number. With `interleave` the rows of the sources take turns.
+    With `pairs` the last `rotated` rows (of every head) are rotary features that theirs keeps as
+    neighbours `(x0, y0, x1, y1, ...)` and ours as halves `(x0, x1, ..., y0, y1, ...)`. A `copy`
+    repeats what
     other rules hold: it is written, and may be absent. `where` names a tensor of ours without
     which, or with `!` before it with which, the rule is left out.
     """
@@ -42,6 +45,7 @@ class WeightRule:
     ours: tuple[str, ...]
     transpose: bool = False
     by_head: bool = False
+    interleave: bool = False
     pairs: bool = False
     copy: bool = False
     where: str = ""
@@ -70,6 +74,7 @@ class Counts:
     experts: int = 0
     depths: int = 0  # of multi-token prediction
     heads: int = 1
+    kv_heads: int = 1
     rotated: int = 0  # rotary features of a head
 
 
@@ -79,7 +84,7 @@ class TensorLink:
     tensor `theirs`.
 
     Either may have leading stack dims of size 1; with `transpose` the last two dims change places.
-    `theirs_box` has every `step`th row from its offset on.
+    `theirs_box` has every `step`th row from its offset on (column, with `transpose`).
     """
 
     ours: str
@@ -88,10 +93,11 @@ class TensorLink:
     theirs_box: Box
     transpose: bool = False
     step: int = 1
+    dims: int = 0  # of what lies in the stack, a vector or a matrix; 0: as many as fit both sides
 
     @property
     def _dims(self) -> int:
-        return min(2, len(self.ours_box.shape), len(self.theirs_box.shape))
+        return self.dims or min(2, len(self.ours_box.shape), len(self.theirs_box.shape))
 
     @property
     def stack_dims(self) -> int:
@@ -115,9 +121,14 @@ class TensorLink:
         if self.transpose:
             offset.reverse()
             shape.reverse()
-        offset[0] *= self.step
+        offset[-1 if self.transpose else 0] *= self.step
         inner = (o + s for o, s in zip(offset, self.theirs_box.offset[j:], strict=True))
         return Box((*self.theirs_box.offset[:j], *inner), (*self.theirs_box.shape[:j], *shape))
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Returns the steps of rows and columns of theirs."""
+        return (1, self.step) if self.transpose else (self.step, 1)
 
     def part_in(self, box: Box) -> tuple[Box, tuple[slice, ...]] | None:
         """Returns what of this link lies in `box` of theirs (all its rows): the box of ours, and
@@ -129,7 +140,7 @@ class TensorLink:
             self.theirs_box.offset, self.theirs_box.shape, box.offset, box.shape, strict=True
         )
         for dim, (start, count, begin, length) in enumerate(rows):
-            step = self.step if dim == j else 1
+            step = self.step if dim == j + self.transpose else 1
             first = max(0, -((start - begin) // step))
             last = min(count, -((start - begin - length) // step))
             if first >= last:
@@ -202,12 +213,14 @@ def plan_bridge(
         frozenset(copies),
     )
     for name, full in ours.items():
-        _check_cover(name, full, [(link.ours_box, 1, 0) for link in bridge.by_ours[name]])
+        _check_cover(name, full, [(link.ours_box, 1, 0, 0) for link in bridge.by_ours[name]])
     for name, full in theirs.items():
         found = bridge.by_theirs[name]
-        _check_cover(
-            name, full, [(link.theirs_box, link.step, link.their_stack_dims) for link in found]
-        )
+        spread = [
+            (link.theirs_box, link.step, link.their_stack_dims, int(link.transpose))
+            for link in found
+        ]
+        _check_cover(name, full, spread)
     return bridge
 
 
@@ -270,8 +283,10 @@ def _links(
 ) -> tuple[tuple[int, ...], list[TensorLink]]:
     """Returns the full shape of the rule's tensor as far as this rule tells, and its links."""
     made, rows, columns = [], 0, None
-    for head in range(counts.heads if each.by_head else 1):
-        for name, stack, full in sources:
+    heads = counts.kv_heads if ".kv." in sources[0][0] else counts.heads
+    step = len(sources) if each.interleave else 1
+    for head in range(heads if each.by_head else 1):
+        for place, (name, stack, full) in enumerate(sources):
             matrix = full[len(stack) :]
             if columns not in (None, matrix[1:]):
                 raise InternalError(
@@ -279,14 +294,15 @@ def _links(
                     "join."
                 )
             columns = matrix[1:]
-            count, uneven = divmod(matrix[0], counts.heads if each.by_head else 1)
+            count, uneven = divmod(matrix[0], heads if each.by_head else 1)
             if uneven:
                 raise InternalError(
-                    f"{name} of {matrix[0]} rows has no equal share for {counts.heads} heads."
+                    f"{name} of {matrix[0]} rows has no equal share for {heads} heads."
                 )
             last = name == sources[-1][0]
             paired = counts.rotated if each.pairs and last else 0
-            for begin, length, at, step in _runs(count, paired):
+            runs = [(0, count, place - rows, step)] if each.interleave else _runs(count, paired)
+            for begin, length, at, every in runs:
                 ours_box = Box(
                     (*stack, head * count + begin, *(0 for _ in columns)),
                     (*(1 for _ in stack), length, *columns),
@@ -295,7 +311,8 @@ def _links(
                 if each.transpose:
                     offset, shape = offset[::-1], shape[::-1]
                 box = Box((*their_stack, *offset), (*(1 for _ in their_stack), *shape))
-                made.append(TensorLink(name, ours_box, theirs, box, each.transpose, step))
+                how = each.transpose, every, len(matrix)
+                made.append(TensorLink(name, ours_box, theirs, box, *how))
             rows += count
     matrix = (rows, *columns)[::-1] if each.transpose else (rows, *columns)
     return (*(i + 1 for i in their_stack), *matrix), made
@@ -319,28 +336,40 @@ def _grouped(
     return groups
 
 
-def _check_cover(name: str, full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> None:
-    """Every element of a tensor is held once; `held` are boxes, the step of their rows, and the dim
-    of rows.
-    """
-    spread = any(step > 1 for _, step, _ in held)
-    problem = (
-        _rows_problem(full, held) if spread else cover_problem(full, [box for box, _, _ in held])
-    )
+Held = Sequence[tuple[Box, int, int, int]]  # a box, its step, stack dims, and the dim of the step
+
+
+def _check_cover(name: str, full: tuple[int, ...], held: Held) -> None:
+    """Every element of a tensor is held once."""
+    spread = any(step > 1 for _, step, *_ in held)
+    problem = _rows_problem(full, held) if spread else cover_problem(full, [h[0] for h in held])
     if problem is not None:
         raise InternalError(
             f"The conversion rules do not hold {name} of shape {full} exactly once: {problem}."
         )
 
 
-def _rows_problem(full: tuple[int, ...], held: Sequence[tuple[Box, int, int]]) -> str | None:
-    """Returns the same for boxes of whole rows of a matrix, some of every second row."""
-    seen = bytearray(full[0])
-    for box, step, dim in held:
-        if dim or box.shape[1:] != full[1:] or box.offset[0] + (box.shape[0] - 1) * step >= full[0]:
+def _rows_problem(full: tuple[int, ...], held: Held) -> str | None:
+    """Returns the same for boxes of whole rows (or columns) of the matrices of a stack, some of
+    every few of them.
+    """
+    seen: dict[tuple[int, ...], bytearray] = {}
+    stack_dims = held[0][2]
+    for box, step, stack, axis in held:
+        dim = stack + axis
+        begin, count = box.offset[dim], box.shape[dim]
+        others = [d for d in range(stack, len(full)) if d != dim]
+        whole = stack == stack_dims and all(box.shape[d] == full[d] for d in others)
+        if not whole or begin + (count - 1) * step >= full[dim]:
             return f"the rows at {box.offset} are not whole rows of it"
-        rows = slice(box.offset[0], box.offset[0] + (box.shape[0] - 1) * step + 1, step)
-        if any(seen[rows]):
-            return f"rows from {box.offset[0]} on are held twice"
-        seen[rows] = bytes([1]) * box.shape[0]
-    return None if all(seen) else f"row {seen.index(0)} is not held"
+        mine = seen.setdefault(tuple(box.offset[:stack]), bytearray(full[dim]))
+        rows = slice(begin, begin + (count - 1) * step + 1, step)
+        if any(mine[rows]):
+            return f"rows from {begin} on are held twice"
+        mine[rows] = bytes([1]) * count
+    for rows in seen.values():
+        if not all(rows):
+            return f"row {rows.index(0)} is not held"
+    if len(seen) < prod(full[:stack_dims]):
+        return "some matrices of it are not held"
+    return None

@@ -24,6 +24,7 @@ from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.heads import local_logits
 from megallm.models.router import Routers
+from megallm.ops.cross_entropy import soft_cap
 from megallm.ops.precision import wide_dtype
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.shard import named_shards
@@ -73,7 +74,8 @@ def compare(
     rounds their weights to a dtype first, as the conversion did.
     """
     tokens = sample_tokens(model)
-    judge = load_transformers(theirs, model.head, round_theirs)
+    padding = model.position_offset - 1 if model.position_offset else None
+    judge = load_transformers(theirs, model.head, round_theirs, padding)
     expected = transformers_logits(judge, tokens)
     found = our_logits(model, ours, tokens)
     scale = expected.abs().max()
@@ -94,7 +96,9 @@ def sample_tokens(model: ModelConfig) -> Tensor:
     """
     length = min(TOKENS, model.max_positions)
     generator = torch.Generator().manual_seed(20)
-    return torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
+    tokens = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
+    padding = model.position_offset - 1
+    return torch.where(tokens == padding, padding + 1, tokens) if padding >= 0 else tokens
 
 
 def loaded_stage(model: ModelConfig, source: WeightSource, mesh: Mesh) -> Stage:
@@ -129,9 +133,11 @@ def our_logits(model: ModelConfig, source: WeightSource, tokens: Tensor) -> Tens
     )
     features = stage.features(hidden)
     if model.head in VOCABULARY_HEADS:
-        return local_logits(features, stage.head_weight, mesh, sp=False, bias=stage.head_bias)
+        operands = stage.head_operands(features)
+        logits = local_logits(*operands, mesh, sp=False, bias=stage.head_bias)
+        return soft_cap(logits, model.logit_cap)
     if model.head == "none":
-        return torch.cat((hidden, features[:, :1]), 1) if model.pooler else hidden
+        return torch.cat((hidden, features[:, :1]), 1) if model.pooler else features
     return stage.head.logits(features[:, -1:] if model.causal else features[:, :1])
 
 
@@ -158,9 +164,14 @@ AUTO = {
 
 
 @torch.no_grad()
-def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | None = None) -> Any:
+def load_transformers(
+    folder: Path,
+    head: str = "lm",
+    rounded: torch.dtype | None = None,
+    padding: int | None = None,
+) -> Any:
     """Returns transformers' float32 model of the folder, its weights rounded to a dtype first when
-    one is given.
+    one is given. `padding` is the id that positions are counted from.
     """
     transformers = check_available()
     transformers.utils.logging.disable_progress_bar()
@@ -168,7 +179,7 @@ def load_transformers(folder: Path, head: str = "lm", rounded: torch.dtype | Non
     try:
         config = transformers.AutoConfig.for_model(**raw)
         config._attn_implementation, config.use_cache = "eager", False
-        config.pad_token_id = None  # with one, some tokens of the sample would not count
+        config.pad_token_id = padding  # with one, some tokens of the sample would not count
         model = (
             getattr(transformers, AUTO[head])
             .from_pretrained(

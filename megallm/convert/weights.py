@@ -24,6 +24,7 @@ from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.families import Family
 from megallm.convert.folder import TensorEntry, catalogue, match_shapes
 from megallm.convert.hf_config import read_config
+from megallm.convert.packed import FP8, MXFP4, PackedEntry, unpacked
 from megallm.convert.rules import Bridge, Counts, WeightRule, plan_bridge
 from megallm.convert.tokenizer_files import tokenizer_spec
 from megallm.models.config import ModelConfig
@@ -35,6 +36,7 @@ from megallm.parallel.shard import Box, WeightSource, named_shards
 BODY = {
     "head": "none",
     "head_bias": False,
+    "head_dense_bias": False,
     "num_labels": None,
     "pooler": False,
     "tie_embeddings": False,
@@ -59,6 +61,11 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shard.full) for name, _, shard in shards} | model.state_shapes()
 
 
+def stored_dtype(entry: TensorEntry) -> torch.dtype:
+    """Returns the dtype of a stored tensor's numbers; those with scales are read into bf16."""
+    return HF_DTYPES.get(entry.dtype, torch.bfloat16)
+
+
 def _head(model: ModelConfig) -> tuple[Any, ...]:
     return model.head, model.num_labels, model.pooler
 
@@ -73,7 +80,8 @@ def is_state(name: str) -> bool:
 def counts_of(model: ModelConfig) -> Counts:
     """Returns how often the rules of a resolved model are spelled out."""
     experts, depths = model.moe.num_experts, model.mtp.depth
-    return Counts(model.num_layers, experts, depths, model.num_heads, model.rope_size)
+    heads = model.num_heads, model.num_kv_heads
+    return Counts(model.num_layers, experts, depths, *heads, model.rope_size)
 
 
 def bridge_of(model: ModelConfig, rules: Iterable[WeightRule]) -> Bridge:
@@ -107,7 +115,7 @@ class HfReader:
         self.folder = Path(folder)
         described = read_config(self.folder)
         self.model, self.notes = described.model, described.notes
-        found = catalogue(self.folder)
+        found = unpacked(catalogue(self.folder), described.raw.get("quantization_config"))
         family = described.family
         _check_size(self.folder, self.model, found)
         self.new_head = wanted is not None and _head(wanted) != _head(self.model)
@@ -180,7 +188,7 @@ class HfReader:
                 f"{_DIFFERENT}"
             )
         for name in self.bridge.theirs:
-            if name in named and named[name].dtype not in HF_DTYPES:
+            if name in named and named[name].dtype not in HF_DTYPES | dict.fromkeys((MXFP4, FP8)):
                 kinds = ", ".join(HF_DTYPES)
                 raise CheckpointError(
                     f"{name} in {self.folder} is {named[name].dtype}; weights are {kinds}."
@@ -253,9 +261,7 @@ class HfReader:
         return None
 
     def _rows(self, entry: TensorEntry, begin: int, count: int) -> Tensor:
-        dtype = HF_DTYPES[entry.dtype]
-        data = self._bytes(entry, begin * dtype.itemsize, count * dtype.itemsize)
-        return torch.frombuffer(data, dtype=dtype).to(torch.float64)
+        return self._stored(entry, begin, count, 1).to(torch.float64)
 
     def check_copies(self, sample: bool = False) -> None:
         """Check that tensors that repeat others hold the same numbers (in their first and last
@@ -264,14 +270,14 @@ class HfReader:
         for name in sorted(self.bridge.copies & self.entries.keys()):
             (link,), entry = self.bridge.by_theirs[name], self.entries[name]
             rows, columns = entry.shape
-            step = max(1, BLOCK_BYTES // (columns * HF_DTYPES[entry.dtype].itemsize))
+            step = max(1, BLOCK_BYTES // (columns * stored_dtype(entry).itemsize))
             begins = range(0, rows, step)
             if sample:
                 step, begins = 1, (0, rows - 1)
             for begin in begins:
                 box = Box((begin, 0), (min(step, rows - begin), columns))
-                copy, own = (torch.empty(box.shape, dtype=HF_DTYPES[entry.dtype]) for _ in range(2))
-                self._read_box(entry, box, copy, 1)
+                copy, own = (torch.empty(box.shape, dtype=stored_dtype(entry)) for _ in range(2))
+                self._read_box(entry, box, copy)
                 self.read_into(link.ours, box.offset, own)
                 if not torch.equal(copy, own):
                     raise CheckpointError(
@@ -287,7 +293,7 @@ class HfReader:
         weights = [
             links[0].theirs for name, links in self.bridge.by_ours.items() if not is_state(name)
         ]
-        kinds = {HF_DTYPES[self.entries[name].dtype] for name in weights}
+        kinds = {stored_dtype(self.entries[name]) for name in weights}
         if kinds == {torch.bfloat16}:
             return torch.bfloat16
         return torch.float64 if torch.float64 in kinds else torch.float32
@@ -304,9 +310,9 @@ class HfReader:
         """Returns full logical shape, and the dtype of the first stored piece."""
         if name not in self.bridge.ours:
             raise CheckpointError(f"{self.folder} holds no tensor for {name}.")
-        return self.bridge.ours[name], HF_DTYPES[
-            self.entries[self.bridge.by_ours[name][0].theirs].dtype
-        ]
+        return self.bridge.ours[name], stored_dtype(
+            self.entries[self.bridge.by_ours[name][0].theirs]
+        )
 
     @torch.no_grad()
     def read_into(self, name: str, offset: Sequence[int], tensor: Tensor) -> None:
@@ -326,31 +332,39 @@ class HfReader:
                 continue
             view = tensor[common.slices(target)][(0,) * link.stack_dims]
             view = view.transpose(-1, -2) if link.transpose and view.dim() > 1 else view
-            self._read_box(self.entries[link.theirs], link.to_theirs(common), view, link.step)
+            self._read_box(self.entries[link.theirs], link.to_theirs(common), view, link.steps)
 
-    def _read_box(self, entry: TensorEntry, box: Box, into: Tensor, step: int) -> None:
-        """Copy a box of a stored tensor, or every `step`th row of it, whole rows at a time.
+    def _read_box(
+        self, entry: TensorEntry, box: Box, into: Tensor, steps: tuple[int, int] = (1, 1)
+    ) -> None:
+        """Copy a box of a stored tensor, or every few of its rows or columns, whole rows at a time.
 
         `into` is a vector or a matrix: stack dims of the box have one element and stand before it.
         """
-        stack, dtype = len(entry.shape) - into.dim(), HF_DTYPES[entry.dtype]
+        stack, dtype, (step, across) = len(entry.shape) - into.dim(), stored_dtype(entry), steps
         row = prod(entry.shape[stack + 1 :])
         first = 0  # number of the first row, counted through the stack
         for size, offset in zip(entry.shape[: stack + 1], box.offset, strict=False):
             first = first * size + offset
         inner = tuple(
-            slice(o, o + n)
+            slice(o, o + (n - 1) * across + 1, across)
             for o, n in zip(box.offset[stack + 1 :], box.shape[stack + 1 :], strict=True)
         )
         most = max(1, BLOCK_BYTES // (row * dtype.itemsize * step))
         for begin in range(0, into.shape[0], most):
             count = min(most, into.shape[0] - begin)
             rows = (count - 1) * step + 1
-            data = self._bytes(
-                entry, (first + begin * step) * row * dtype.itemsize, rows * row * dtype.itemsize
-            )
-            block = torch.frombuffer(data, dtype=dtype).view(rows, *entry.shape[stack + 1 :])
+            block = self._stored(entry, first + begin * step, rows, row)
+            block = block.view(rows, *entry.shape[stack + 1 :])
             into[begin : begin + count].copy_(block[(slice(None, None, step), *inner)])
+
+    def _stored(self, entry: TensorEntry, first: int, rows: int, row: int) -> Tensor:
+        """Rows of `row` numbers of a stored tensor, those of a packed one in float32."""
+        if isinstance(entry, PackedEntry):
+            return entry.rows(self._bytes, first, rows)
+        dtype = HF_DTYPES[entry.dtype]
+        data = self._bytes(entry, first * row * dtype.itemsize, rows * row * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype)
 
     def _bytes(self, entry: TensorEntry, offset: int, nbytes: int) -> bytearray:
         if entry.path not in self._files:

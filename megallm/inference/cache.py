@@ -133,17 +133,18 @@ class RowCache(PagedLayer):
         window: int | None,
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
+        cap: float | None = None,
     ) -> Tensor:
         """Computes attention of each row's new query to that row's positions, and a prefix that all
         rows see.
         """
         capacity = self.pages.table.shape[1] * BLOCK
-        exact = sinks is not None or k.shape[-1] != v.shape[-1]
+        exact = sinks is not None or cap is not None or k.shape[-1] != v.shape[-1]
         bias = self.pages.bias(capacity, window, wide_dtype(q.dtype) if exact else q.dtype)
         if prefix is not None:
             rows = [x.expand(len(q), *x.shape) for x in prefix]
             k, v = torch.cat((rows[0], k), 1), torch.cat((rows[1], v), 1)
-        return attend_rows(q, k, v, bias, sinks)
+        return attend_rows(q, k, v, bias, sinks, cap)
 
     def attend(
         self, q: Tensor, kv: Tensor, inputs: AttentionInputs, heads: HeadPlan, window: int | None
@@ -204,6 +205,7 @@ class NoCache(LayerCache):
         window: int | None,
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
+        cap: float | None = None,
     ) -> Tensor:
         return q.new_empty((*q.shape[:-1], v.shape[-1]))
 

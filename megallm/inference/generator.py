@@ -249,14 +249,25 @@ class Rollout:
         plain = [is_plain(block) for block in stage.layers.values()]
         return PagedCache(shapes, blocks, self.model.dtype, self.device, plain)
 
-    def _rope_tables(self, longest: int) -> tuple[Tensor, Tensor] | None:
-        """Rotary tables `[positions, E/2]` of all positions that there will be, made once."""
+    def _rope_tables(self, longest: int) -> list[tuple[Tensor, Tensor]]:
+        """Rotary tables `[kinds * positions, E/2]` of all positions that there will be, made once.
+
+        LongRoPE has two kinds, for texts within and beyond the old context; a request is of one
+        kind from its first token on, by the length that it may reach.
+        """
         config = self.model.config
         if config.positions != "rope":
-            return None
+            return []
         positions, dtype = torch.arange(longest, device=self.device), wide_dtype(self.model.dtype)
-        scaling = config.rope_scaling_spec
-        return rope_tables(positions, config.rope_size, config.rope_theta, dtype, scaling)
+        lengths = (0,) if config.rope_scaling != "longrope" else (0, config.rope_positions + 1)
+        made = []
+        for theta, scaling in config.ropes:
+            kinds = [
+                rope_tables(positions, config.rope_size, theta, dtype, scaling, length)
+                for length in lengths
+            ]
+            made.append(tuple(torch.cat(parts) for parts in zip(*kinds, strict=True)))
+        return made
 
     def run(self) -> None:
         """Run, tick by tick, this rank's part of the operations in their order, until all have
@@ -304,7 +315,7 @@ class Rollout:
             pages = self.pages[group][place] if one is not None else None
             tokens, positions, caches = self._inputs(one, pages, cache)
             x = self._taken(taken, place, one)
-            inputs = self._attention_inputs(stage, positions)
+            inputs = self._attention_inputs(stage, positions, one)
             x = stage.decode(x, tokens, positions, caches, inputs)
             if one is not None and (number < self.last or one.outputs):
                 made.append(self._rows(x, one) if number == self.last else x)
@@ -340,11 +351,16 @@ class Rollout:
         positions = torch.arange(one.begin, one.begin + one.count, device=self.device)
         return tokens, positions.expand_as(tokens), cache.chunks(pages, one.begin)
 
-    def _attention_inputs(self, stage, positions: Tensor) -> AttentionInputs:
-        if self.tables is None:
+    def _attention_inputs(self, stage, positions: Tensor, one: Pass | None) -> AttentionInputs:
+        if not self.tables:
             return AttentionInputs(None, None, stage.context)
-        cos, sin = (table[positions] for table in self.tables)
-        return AttentionInputs(cos, sin, stage.context)
+        config = self.model.config
+        if config.rope_scaling == "longrope" and one is not None:
+            grown = [each.request.most > config.rope_positions for each in one.sequences]
+            kinds = torch.tensor(grown, device=self.device)[:, None]
+            positions = positions + kinds * (len(self.tables[0][0]) // 2)
+        tables = [(cos[positions], sin[positions]) for cos, sin in self.tables]
+        return AttentionInputs.with_tables(tables, stage.context)
 
     def _send(self, operation: Operation) -> None:
         """Hand a stage's results to the rank of the next one, or take them."""

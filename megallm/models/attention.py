@@ -4,15 +4,17 @@ tp, and key/value heads where they divide), and what its relatives share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megallm.models.balance import RoutingInputs
 from megallm.models.config import ModelConfig
+from megallm.models.layer_plan import LayerPlan
 from megallm.ops.attention import Prefix, causal_attention
 from megallm.ops.precision import wide
 from megallm.ops.rope import apply_rope
@@ -65,24 +67,50 @@ class LayerCache:
         window: int | None,
         sinks: Tensor | None = None,
         prefix: Prefix | None = None,
+        cap: float | None = None,
     ) -> Tensor:
         """Computes attention of new queries, which stand last, to what `append` returned (after
         pairing of heads), and to a prefix.
         """
-        return causal_attention(q, k, v, window, sinks, prefix)
+        return causal_attention(q, k, v, window, sinks, prefix, cap)
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
     """This rank's tokens of a microbatch: rotary tables `[B, T/cp, E/2]` of their positions, what
     they may see, and where those stand that it routes to experts (None without experts, and in
-    decoding)."""
+    decoding). `windowed` are those of layers with a window, where their rotary tables differ."""
 
     cos: Tensor | None
     sin: Tensor | None
     context: Context
     mask_spec: MaskSpec | None = None
     routing: RoutingInputs | None = None
+    windowed: AttentionInputs | None = None
+
+    @staticmethod
+    def with_tables(tables: list[tuple[Tensor, Tensor]], *rest: Any) -> AttentionInputs:
+        """Returns inputs of the tables of all layers, or those of most and of the windowed ones."""
+        first, *others = (AttentionInputs(*pair, *rest) for pair in tables)
+        return replace(first, windowed=others[0]) if others else first
+
+    @property
+    def tables(self) -> tuple[Tensor | None, ...]:
+        further = () if self.windowed is None else self.windowed.tables
+        return self.cos, self.sin, *further
+
+    def of(self, plan: LayerPlan) -> AttentionInputs:
+        """Returns those of a layer."""
+        return self.windowed if plan.window_rope and self.windowed is not None else self
+
+    def visible(self, window: int | None, cap: float | None, tokens: int) -> MaskSpec | None:
+        """Returns what a layer with this window sees of its scores, with their soft cap; None for
+        ordinary causal attention on one rank.
+        """
+        if self.mask_spec is None and cap is None:
+            return None
+        spec = self.mask_spec or MaskSpec((0, tokens))
+        return replace(spec, window=window, cap=cap)
 
     @cached_property
     def whole_tables(self) -> tuple[Tensor, Tensor]:
@@ -161,26 +189,32 @@ class Attention(ShardedModule):
     row-parallel.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool, plan: LayerPlan
+    ) -> None:
         super().__init__(mesh, sp)
         self.run = runner(recomputes)
-        self.head_size, self.window = config.head_size, config.sliding_window
-        self.rope = config.positions == "rope"
+        self.head_size, self.plan, self.window = config.head_size, plan, plan.window
+        self.factor, self.cap = config.query_factor, config.attention_cap
+        # What `decode.plain_step` computes.
+        self.plain = plan.rope and config.rope_size == config.head_size
+        self.plain = self.plain and self.factor == 1 and self.cap is None
         self.heads = HeadPlan.of(config.num_heads, config.num_kv_heads, mesh.tp.size, mesh.tp.rank)
         d, e, init = config.hidden_size, config.head_size, normal(config.init_std)
         self.q = ColumnLinear(mesh, (config.num_heads * e, d), init, config.qkv_bias)
         self.kv = ColumnLinear(
             mesh, (2, config.num_kv_heads * e, d), init, config.qkv_bias, self.heads.replicated
         )
-        self.o = RowLinear(mesh, (d, config.num_heads * e), scaled_init(config), config.bias, sp)
+        self.o = RowLinear(mesh, (d, config.num_heads * e), scaled_init(config), config.o_bias, sp)
         self.q_norm = self.k_norm = None
         if config.qk_norm and config.qk_norm_span == "all":
             self.q_norm = JointNorm(mesh, config, config.num_heads)
             self.k_norm = JointNorm(mesh, config, config.num_kv_heads, self.heads)
         elif config.qk_norm:
             partial = ("tp",) if mesh.tp.size > 1 else ()
-            self.q_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
-            self.k_norm = Norm(mesh, "rmsnorm", e, config.norm_eps, partial)
+            kind = "rmsnorm_unit" if config.norm == "rmsnorm_unit" else "rmsnorm"
+            self.q_norm = Norm(mesh, kind, e, config.norm_eps, partial)
+            self.k_norm = Norm(mesh, kind, e, config.norm_eps, partial)
         self.prefix = Slot(mesh)  # gives keys and values [P, K_local, E] that every query sees
         add_sinks(self, config)
 
@@ -207,8 +241,11 @@ class Attention(ShardedModule):
         self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, cache: LayerCache | None
     ) -> Tensor:
         """Rotate, attend; `[B, T/cp, H/tp, E]`. Decoding has whole sequences on every cp rank."""
-        if inputs.cos is not None:
+        inputs = inputs.of(self.plan)
+        if inputs.cos is not None and self.plan.rope:
             q, k = apply_rope(q, inputs.cos, inputs.sin), apply_rope(k, inputs.cos, inputs.sin)
+        if self.factor != 1:
+            q = q * self.factor
         if cache is not None:
             k, v = cache.append(k, v)
         prefix = self.prefix(None)
@@ -217,8 +254,9 @@ class Attention(ShardedModule):
             prefix = prefix and self._pair(*prefix)
         further = self.window, self.sinks, prefix
         if cache is not None:
-            return cache.cached_attention(q, k, v, *further)
-        return inputs.context.parallel_attention(q, k, v, inputs.mask_spec, *further)
+            return cache.cached_attention(q, k, v, *further, self.cap)
+        spec = inputs.visible(self.window, self.cap, q.shape[1])
+        return inputs.context.parallel_attention(q, k, v, spec, *further)
 
     def _pair(self, k: Tensor, v: Tensor) -> Prefix:
         """Keys and values `[..., K_local, E]` -> those of each local query head."""

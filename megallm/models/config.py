@@ -12,8 +12,9 @@ from typing import Any
 
 from megallm.base.errors import UsageError
 from megallm.base.suggest import did_you_mean
+from megallm.models.layer_plan import LETTERS, LayerPlan, check_pattern, letter_of
 from megallm.models.presets import FAMILIES, PRESETS
-from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope
+from megallm.models.rope_scaling import ROPE_SCALINGS, RopeScaling, check_rope, rotated
 from megallm.models.sections import MTP_KINDS, MlaConfig, MoeConfig, MtpConfig
 
 
@@ -34,36 +35,57 @@ class ModelConfig:
     vocab_size: int | None = None  # rows of the embedding; null: the vocabulary of the tokenizer that made the data
     max_positions: int | None = None  # the longest text the model is made for; learned positions: rows of them
     tie_embeddings: bool | None = None  # the head uses the matrix of the embedding
-    norm: str | None = None  # rmsnorm | layernorm (with a bias)
+    # rmsnorm | rmsnorm_unit (weights are counted from 1) | layernorm (with a bias) | layernorm_unbiased
+    norm: str | None = None
     norm_eps: float | None = None  # beside the mean of squares in a norm, against a division by 0
-    activation: str | None = None  # swiglu (gated) | gelu | gelu_tanh, of the feed-forward layers
+    # of the feed-forward layers: swiglu | geglu | geglu_tanh | swiglu_clamped (gpt-oss), all gated | gelu | gelu_tanh
+    activation: str | None = None
     positions: str | None = None  # rope (rotary embedding) | learned (a vector for each position)
     causal: bool | None = None  # false: every token sees its whole document (encoders, masked diffusion)
-    norm_place: str | None = None  # pre: before attention and mlp | post: after they were added, and none at the end
+    # pre: before attention and mlp | output: of what they give, before it is added (OLMo 2) | both (Gemma) |
+    # post: after it was added, and none at the end (BERT)
+    norm_place: str | None = None
+    first_norm: bool | None = None  # false: layer 0 has no norm before attention (ModernBERT)
+    parallel_residual: bool | None = None  # attention and mlp read the same hidden state (GPT-NeoX)
     embedding_norm: bool | None = None  # a norm after the embedding
     token_types: int | None = None  # kinds of tokens with a learned vector each (BERT's segments); 0: none
     head: str | None = None  # lm | mlm | classification | value (regression, reward, critic) | none (the body alone)
     head_bias: bool | None = None  # of the head's matrices
+    head_dense_bias: bool | None = None  # of its layer before the last one (mlm, pooler); null: as head_bias
     num_labels: int | None = None  # classes of the classification head
     pooler: bool | None = None  # a tanh layer before the classification or value head
     critic: str | None = None  # beside head lm: value (of a state) | q (and twice of each next token: ILQL); null: none
+    position_offset: int | None = None  # learned positions: rows of their table before the first one (RoBERTa)
     rope_theta: float | None = None  # base of the wave lengths of the rotary embedding
-    rope_scaling: str | None = None  # linear | ntk | dynamic | llama3 | yarn: stretches positions by rope_factor
+    rope_fraction: float | None = None  # only this part of a head's features is rotated, the first ones; null: all
+    window_rope_theta: float | None = None  # base in layers with a window, which are then not stretched; null: the same
+    rope_scaling: str | None = None  # linear | ntk | dynamic | llama3 | yarn | longrope: positions times rope_factor
     rope_factor: float | None = None  # how many times longer texts become than the model knew, with rope_scaling
     rope_low_factor: float | None = None  # llama3: waves longer than rope_positions / this are stretched in full
     rope_high_factor: float | None = None  # llama3: waves shorter than rope_positions / this are left alone
-    rope_positions: int | None = None  # dynamic, llama3, yarn: positions that the model knew before it was stretched
+    rope_positions: int | None = None  # dynamic, llama3, yarn, longrope: positions that it knew before it was stretched
     rope_beta_fast: float | None = None  # yarn: waves that turn this often in rope_positions are left alone; null: 32
     rope_beta_slow: float | None = None  # yarn: waves that turn this often are stretched in full; null: 1
-    rope_attention_factor: float | None = None  # yarn: size of cosines and sines; null: from factor and mscales
+    rope_attention_factor: float | None = None  # yarn, longrope: size of cosines and sines; null: from the rest
     rope_mscale: float | None = None  # yarn: numerator of that size, with rope_mscale_all_dim
     rope_mscale_all_dim: float | None = None  # yarn: its denominator; its square also scales latent attention
     rope_truncate: bool | None = None  # yarn: the ramp begins and ends at whole features; null: true
+    rope_short_factors: tuple[float, ...] | None = None  # longrope: a divisor for each wave
+    rope_long_factors: tuple[float, ...] | None = None  # longrope: the same in texts of more than rope_positions
     qkv_bias: bool | None = None  # biases of the query, key and value projections; null: as bias
-    bias: bool | None = None  # o, up, down; and qkv unless qkv_bias says otherwise
+    o_bias: bool | None = None  # of the output projection of attention; null: as bias
+    bias: bool | None = None  # up, down; and qkv and o unless qkv_bias and o_bias say otherwise
     qk_norm: bool | None = None  # a norm of queries and keys before their product (Qwen3, OLMoE)
     qk_norm_span: str | None = None  # head: each head by itself (Qwen3) | all: the heads of a layer together (OLMoE)
     sliding_window: int | None = None  # a token sees so many tokens back, itself included; null: all
+    # a letter for each layer, repeated: f sees all, w has the window, n and m the same without rotary positions
+    layer_pattern: str | None = None
+    attention_scale: float | None = None  # what scores are multiplied by; null: 1 / sqrt(head_size)
+    attention_cap: float | None = None  # soft cap: scores become cap * tanh(score / cap) (Gemma 2); null: none
+    logit_cap: float | None = None  # the same of the language model's logits
+    embedding_scale: float | None = None  # what the embedding's output is multiplied by; null: 1
+    residual_scale: float | None = None  # what the outputs of attention and mlp are multiplied by (Granite); null: 1
+    logits_scaling: float | None = None  # what logits are divided by (Granite); null: 1
     # a learned score for each head, which takes weight and gives no value (gpt-oss)
     attention_sinks: bool | None = None
     init_std: float | None = None  # standard deviation of the initial weights
@@ -76,6 +98,9 @@ class ModelConfig:
             given = getattr(self, name)
             if isinstance(given, Mapping):  # plain JSON of a checkpoint or an oracle row
                 object.__setattr__(self, name, section(**given))
+        for name in ("rope_short_factors", "rope_long_factors"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def resolve(self) -> ModelConfig:
         """Fill the fields from preset, family and defaults; raises UsageError naming what is missing."""
@@ -115,13 +140,41 @@ class ModelConfig:
         return RopeScaling.of(vars(self))
 
     @property
+    def ropes(self) -> list[tuple[float, RopeScaling | None]]:
+        """Returns base and scaling of the rotary embedding, and of that of layers with a window where it differs."""
+        turned = self.window_rope_theta is not None and self.sliding_window is not None
+        windowed = [(self.window_rope_theta, None)] if turned else []
+        return [(self.rope_theta, self.rope_scaling_spec), *windowed]
+
+    @property
     def rope_size(self) -> int:
         """Features of a head that are rotated."""
-        return self.mla.rope_head_size if self.mla.on else self.head_size
+        return rotated(vars(self))
 
     @property
     def gated(self) -> bool:
-        return self.activation == "swiglu"
+        return self.activation in GATED
+
+    def layer_plan(self, number: int) -> LayerPlan:
+        """Returns what the block of this number is; those of multi-token prediction follow the layers."""
+        windowed, rope = LETTERS[letter_of(self.layer_pattern, self.sliding_window, number)]
+        return LayerPlan(
+            self.sliding_window if windowed else None,
+            rope and self.positions == "rope",
+            windowed and self.window_rope_theta is not None,
+            self.norm_place in ("pre", "both", "post") and (self.first_norm or number > 0),
+            self.moe.has_experts(number),
+        )
+
+    @property
+    def layer_plans(self) -> list[LayerPlan]:
+        """Returns the plans of all blocks."""
+        return [self.layer_plan(number) for number in range(self.num_blocks)]
+
+    @property
+    def query_factor(self) -> float:
+        """Number that queries are multiplied by, so that scores of 1 / sqrt(head_size) have attention_scale."""
+        return 1.0 if self.attention_scale is None else self.attention_scale * self.head_size**0.5
 
     def num_params(self, active: bool = False) -> int:
         """Number of parameters of the resolved model; tied embeddings count once. Equals the built
@@ -130,15 +183,17 @@ class ModelConfig:
         `active` leaves out the experts that a token does not go to.
         """
         norm = self._norm_params
-        total = self.num_blocks * (2 * norm + self._attention_params) + self._ffn_params(active)
-        total += norm * (self.norm_place == "pre") + norm * self.embedding_norm
-        rows = self.vocab_size + self.token_types + (self.max_positions if self.positions == "learned" else 0)
+        norms = {"both": 4}.get(self.norm_place, 2)
+        total = self.num_blocks * (norms * norm + self._attention_params) + self._ffn_params(active)
+        total += norm * ((self.norm_place != "post") + self.embedding_norm - (not self.first_norm))
+        learned = self.max_positions + self.position_offset if self.positions == "learned" else 0
+        rows = self.vocab_size + self.token_types + learned
         return total + rows * self.hidden_size + self._head_params + self._mtp_params
 
     @property
     def _attention_params(self) -> int:
         q, kv = self.num_heads * self.head_size, 2 * self.num_kv_heads * self.head_size
-        total = self.attention_matrices + self.hidden_size * self.bias + self.num_heads * self.attention_sinks
+        total = self.attention_matrices + self.hidden_size * self.o_bias + self.num_heads * self.attention_sinks
         if self.mla.on:
             return total + self.mla.q_lora_dim + self.mla.kv_lora_dim  # the norms of the latents
         return total + (q + kv) * self.qkv_bias + self._qk_norm_params
@@ -150,8 +205,10 @@ class ModelConfig:
 
     def _ffn_params(self, active: bool) -> int:
         """Of all feed-forward layers."""
-        biases = self.hidden_size + (2 if self.gated else 1) * self.ffn_hidden_size
-        return self._ffn_matrices(active) + self.bias * self.num_blocks * biases  # no biases beside experts
+        matrices = 2 if self.gated else 1
+        biases = self.hidden_size + matrices * self.ffn_hidden_size
+        total = self._ffn_matrices(active) + self.bias * self.num_blocks * biases  # model.bias is not beside experts
+        return total + self.num_expert_layers * self.moe.layer_biases(self.hidden_size, matrices, active)
 
     def _ffn_matrices(self, active: bool) -> int:
         """Weights of the matrices (and gates) of all feed-forward layers: `active` are those that one token uses."""
@@ -227,7 +284,7 @@ class ModelConfig:
     @property
     def _head_params(self) -> int:
         d, outputs, layers = self.hidden_size, self.head_outputs, self.head_layers
-        total = layers * d * (d + self.head_bias) + self._norm_params * (self.head == "mlm")
+        total = layers * d * (d + self.head_dense_bias) + self._norm_params * (self.head == "mlm")
         return total + outputs * (d * (not self.tie_embeddings) + self.head_bias) + self.critic_matrices
 
     @property
@@ -268,13 +325,17 @@ class ModelConfig:
         `causal` counts the lower triangle only; without it, the full square (Megatron's convention).
         """
         matrices = self.num_blocks * self.attention_matrices + self._ffn_matrices(active=True)
-        span = min(seq_len, self.sliding_window or seq_len)
         value_size = self.mla.value_head_size if self.mla.on else self.head_size
-        attention = 2 * self.num_heads * (self.head_size + value_size) * span * 3
-        if causal:
-            attention = attention * (2 * seq_len - span) // (2 * seq_len)
+        attention = 0
+        for plan in self.layer_plans:
+            span = min(seq_len, plan.window or seq_len)
+            work = 2 * self.num_heads * (self.head_size + value_size) * span * 3
+            if not self.causal and plan.window:  # it looks to both sides
+                span = min(seq_len, 2 * plan.window - 1)
+                work = 2 * self.num_heads * (self.head_size + value_size) * span * 3
+            attention += work * (2 * seq_len - span) // (2 * seq_len) if causal else work
         further = self.mtp.depth * (self.mtp_matrices + self.head_matrices)
-        return self.num_blocks * attention + 6 * (matrices + self.head_matrices + further)
+        return attention + 6 * (matrices + self.head_matrices + further)
 
 
 def _entry(key: str, name: str, table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -303,14 +364,20 @@ def _derive(values: dict[str, Any]) -> None:
             f"use one of {fits}."
         )
     if "ffn_hidden_size" not in values:
-        gated = values["activation"] == "swiglu"
+        gated = values["activation"] in GATED
         values["ffn_hidden_size"] = -(-8 * d // 3 // 64) * 64 if gated else 4 * d
+    check_pattern(values)
     check_rope(values)
     _check_head(values)
     _check_mtp(values)
     _check_experts(values)
-    if values.get("qkv_bias") is None:
-        values["qkv_bias"] = values["bias"]
+    for name, like in (("qkv_bias", "bias"), ("o_bias", "bias"), ("head_dense_bias", "head_bias")):
+        if values.get(name) is None:
+            values[name] = values[like]
+    if values["parallel_residual"] and values["norm_place"] == "post":
+        raise UsageError("model.parallel_residual reads one hidden state: model.norm_place post has none such.")
+    if not values["first_norm"] and values["norm_place"] != "pre":
+        raise UsageError("model.first_norm false leaves a norm out before attention: model.norm_place must be pre.")
 
 
 def _check_head(values: dict[str, Any]) -> None:
@@ -330,8 +397,6 @@ def _check_head(values: dict[str, Any]) -> None:
             f"model.critic {values['critic']} stands beside model.head lm without further tokens; model.head is {head} "
             f"and model.mtp.depth {values['mtp'].depth}."
         )
-    if not values["causal"] and values.get("sliding_window") is not None:
-        raise UsageError("model.sliding_window looks back only; model.causal false cannot have one: leave it out.")
 
 
 def _derive_latent(values: dict[str, Any]) -> None:
@@ -347,7 +412,7 @@ def _derive_latent(values: dict[str, Any]) -> None:
         raise UsageError(f"model.mla.rope_head_size {mla.rope_head_size} must be even: rotary positions turn pairs.")
     if values["positions"] != "rope":
         raise UsageError("Latent attention (model.mla) has its own rotary key: model.positions must be rope.")
-    for name in ("qkv_bias", "qk_norm"):
+    for name in ("qkv_bias", "qk_norm", "attention_scale", "attention_cap", "rope_fraction", "window_rope_theta"):
         if values.get(name):
             raise UsageError(f"Latent attention (model.mla) has no model.{name}: leave it out.")
     values["qkv_bias"] = False
@@ -363,28 +428,28 @@ def _check_experts(values: dict[str, Any]) -> None:
     moe.check()
     if values["bias"]:
         raise UsageError(
-            f"model.moe.num_experts is {moe.num_experts}, but experts have no biases and model.bias is true: "
-            "set model.bias=false (model.qkv_bias may stay true)."
+            f"model.moe.num_experts is {moe.num_experts}, but model.bias is true, which is of dense layers: "
+            "set model.bias=false (model.qkv_bias, model.o_bias and model.moe.bias may be true)."
         )
 
 
 def _check_mtp(values: dict[str, Any]) -> None:
     """Multi-token prediction belongs to a causal language model with pre-norm blocks."""
-    if values["mtp"].depth and not (values["head"] == "lm" and values["causal"] and values["norm_place"] == "pre"):
+    if values["mtp"].depth and not (values["head"] == "lm" and values["causal"] and values["norm_place"] != "post"):
         raise UsageError(
             f"model.mtp.depth {values['mtp'].depth} predicts further tokens: that takes model.head lm, "
-            "model.causal true and model.norm_place pre. Or leave it at 0."
+            "model.causal true and another model.norm_place than post. Or leave it at 0."
         )
 
 
 SECTIONS = {"moe": MoeConfig, "mla": MlaConfig, "mtp": MtpConfig}
 CHOICES = {
     "rope_scaling": tuple(ROPE_SCALINGS),
-    "norm": ("rmsnorm", "layernorm"),
-    "activation": ("swiglu", "gelu", "gelu_tanh"),
+    "norm": ("rmsnorm", "rmsnorm_unit", "layernorm", "layernorm_unbiased"),
+    "activation": ("swiglu", "geglu", "geglu_tanh", "swiglu_clamped", "gelu", "gelu_tanh"),
     "positions": ("rope", "learned"),
     "mtp.kind": MTP_KINDS,
-    "norm_place": ("pre", "post"),
+    "norm_place": ("pre", "output", "both", "post"),
     "qk_norm_span": ("head", "all"),
     "moe.score": ("softmax", "sigmoid"),
     "moe.drop": ("score", "position"),
@@ -393,3 +458,4 @@ CHOICES = {
 }
 VOCABULARY_HEADS = ("lm", "mlm")
 CRITIC_SCORES = {"value": ("value",), "q": ("value", "q1", "q2", "q1_log_prob", "q2_log_prob")}
+GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_clamped")

@@ -26,16 +26,18 @@ def is_plain(block: Block) -> bool:
     been switched.
     """
     attention, mlp = block.attention, block.mlp
-    if block.post or not isinstance(attention, Attention) or not isinstance(mlp, Mlp):
+    if not (block.plain and isinstance(attention, Attention) and isinstance(mlp, Mlp)):
         return False
     norms = [block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm]
     linears = [module for module in block.modules() if isinstance(module, Linear)]
     return (
         block.mesh.tp.size == 1
-        and attention.rope
+        and attention.plain
         and mlp.activation is swiglu
         and block.attention_norm.weight.dtype in (torch.float32, torch.float64)
-        and all(norm is None or (isinstance(norm, Norm) and norm.bias is None) for norm in norms)
+        and all(
+            norm is None or (isinstance(norm, Norm) and norm.kind == "rmsnorm") for norm in norms
+        )
         and all(
             linear.bias is None
             and linear.fp8 is None
@@ -61,7 +63,7 @@ def plain_step(x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCac
     k, v = kv.unbind(2)
     if attention.q_norm is not None:
         q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
-    cos, sin = inputs.whole_tables
+    cos, sin = inputs.of(attention.plan).whole_tables
     half = size // 2
     k, v = cache.append(torch.addcmul(k * cos, k.roll(half, -1), sin), v)
     q = torch.addcmul(q * cos, q.roll(half, -1), sin)

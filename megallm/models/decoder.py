@@ -126,7 +126,8 @@ class Stage(ShardedModule):
                 mesh, config.vocab_size, config.hidden_size, normal(config.init_std), self.sp
             )
         if span.first and config.positions == "learned":
-            self.positions = TokenTable(config, mesh, config.max_positions, self.sp)
+            rows = config.max_positions + config.position_offset
+            self.positions = TokenTable(config, mesh, rows, self.sp)
         if span.first and config.token_types:
             self.token_types = TokenTable(config, mesh, config.token_types, self.sp)
         if span.first and config.embedding_norm:
@@ -137,14 +138,12 @@ class Stage(ShardedModule):
         parts = compute.recomputed  # of each local layer: what activation checkpointing runs again
         self.layers = nn.ModuleDict(
             {
-                str(n): Block(
-                    config, mesh, self.sp, parts(n - span.begin), config.moe.has_experts(n)
-                )
+                str(n): Block(config, mesh, self.sp, parts(n - span.begin), config.layer_plan(n))
                 for n in range(span.begin, span.end)
             }
         )
         if span.last:
-            if config.norm_place == "pre":
+            if config.norm_place != "post":
                 self.final_norm = final_norm(config, mesh, self.sp)
             self.head = build_head(config, mesh, self.sp)
             if config.critic is not None:
@@ -169,8 +168,10 @@ class Stage(ShardedModule):
 
     def head_operands(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what the head over the vocabulary multiplies: features `[..., D]` and its matrix
-        `[V/tp, D]`, both wider with an adapter.
+        `[V/tp, D]`, both wider with an adapter. What divides logits divides the features.
         """
+        if self.config.logits_scaling is not None:
+            features = features / self.config.logits_scaling
         if self.head is None:
             return features, self.head_weight
         return self.head.widened(features, self.head_weight)
@@ -204,17 +205,22 @@ class Stage(ShardedModule):
         """Returns the sum of the embedding's rows and of the learned positions and types that there
         are.
         """
-        x = self.noise(self.embedding(tokens))
+        x = self.noise(self.scaled(self.embedding(tokens)))
         if virtual is not None:
             here = comm.own_slice(virtual, self.mesh.tp, SEQUENCE_DIM) if self.sp else virtual
             x = run_unit(self.units, ("prompt",), self.prompt, x, here)
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x + self.positions(positions + self.config.position_offset)
         if self.token_types is not None:
             x = x + self.token_types(
                 torch.zeros_like(tokens) if token_types is None else token_types
             )
         return x
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Returns embeddings times their scale, which has their precision (as in Gemma)."""
+        scale = self.config.embedding_scale
+        return x if scale is None else x * torch.tensor(scale, dtype=x.dtype).item()
 
     def blocks(
         self, x: Tensor, inputs: AttentionInputs, caches: list[LayerCache] | None = None
@@ -241,11 +247,11 @@ class Stage(ShardedModule):
         if config.positions != "rope":
             return AttentionInputs(None, None, self.context, mask_spec, routing)
         longest = positions.shape[1] if mask_spec is None else mask_spec.longest
-        scaling = config.rope_scaling_spec
-        tables = rope_tables(
-            positions, config.rope_size, config.rope_theta, dtype, scaling, longest
-        )
-        return AttentionInputs(*tables, self.context, mask_spec, routing)
+        made = [
+            rope_tables(positions, config.rope_size, theta, dtype, scaling, longest)
+            for theta, scaling in config.ropes
+        ]
+        return AttentionInputs.with_tables(made, self.context, mask_spec, routing)
 
     def block(
         self, x: Tensor, block: Block, inputs: AttentionInputs, cache: LayerCache | None
@@ -255,7 +261,7 @@ class Stage(ShardedModule):
             return plain_step(x, block, inputs, cache)
         if self.offload is None or not torch.is_grad_enabled():
             return block.run(block, x, inputs, cache)
-        with self.offload.block((*block.parameters(), inputs.cos, inputs.sin)):
+        with self.offload.block((*block.parameters(), *inputs.tables)):
             return block.run(block, x, inputs, cache)
 
     def features(self, x: Tensor) -> Tensor:
@@ -319,6 +325,11 @@ class Stage(ShardedModule):
         """Returns what the teacher says of this rank's tokens that count: its hidden states `[n,
         D]`, or ids and log-probs `[n, K]` of those `[B, T, K]` of whole rows.
         """
+        if self.config.logit_cap is not None:
+            raise UsageError(
+                "The divergence from a teacher is not defined for logits with a soft cap: "
+                f"model.logit_cap is {self.config.logit_cap:g}, null can be distilled."
+            )
         if self.teacher is None:
             raise UsageError(
                 "The loss needs the divergence from a teacher, and the engine has none: "
@@ -457,6 +468,7 @@ class Stage(ShardedModule):
             )
         counted = None if mask is None else counted_tokens(self.context.local(mask), x.device)
         shape, own = labels.shape, select_counted(labels, counted)
+        wanted = wanted._replace(cap=self.config.logit_cap)
         taught = self.taught(batch, counted) if "divergence" in wanted.names else ()
         if taught or fuses(self.fused_head, own.numel(), self.head_weight):
             given = ready, own, counted, wanted, taught
@@ -504,7 +516,7 @@ class Stage(ShardedModule):
         inputs: AttentionInputs,
     ) -> Tensor:
         """Runs one depth of multi-token prediction."""
-        embedded = None if tokens is None else self.embedding(tokens)
+        embedded = None if tokens is None else self.scaled(self.embedding(tokens))
         return depth.run(depth, ready(x), embedded, inputs)
 
     def _local(self, batch: dict[str, Tensor], name: str) -> Tensor | None:
@@ -547,6 +559,5 @@ class Stage(ShardedModule):
         own = self.features(x[:, -1:])
         features, weight = self.head_operands(own)
         added = self.q_beta * self.critic.least_q(own) if self.q_beta else None
-        return next_token_logits(
-            features, weight, self.mesh, self.config.vocab_size, self.head_bias, added
-        )
+        vocab, cap = self.config.vocab_size, self.config.logit_cap
+        return next_token_logits(features, weight, self.mesh, vocab, self.head_bias, added, cap)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.ops.activation import ACTIVATIONS
+from megallm.ops.cross_entropy import soft_cap
 from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.linear import WeightGradQueue, linear
@@ -135,7 +136,7 @@ class TokenHead(ShardedModule):
 def square(config: ModelConfig, mesh: Mesh, sp: bool) -> TokenLinear:
     """Returns a layer `(D, D)` of the head."""
     size = config.hidden_size
-    return TokenLinear(mesh, (size, size), normal(config.init_std), config.head_bias, sp)
+    return TokenLinear(mesh, (size, size), normal(config.init_std), config.head_dense_bias, sp)
 
 
 Head = VocabularyHead | TokenHead
@@ -211,9 +212,10 @@ def next_token_logits(
     vocab: int,
     bias: Tensor | None = None,
     added: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
-    """Returns wide logits `[B, V]` of the last position on every tp rank, for sampling; no
-    gradient. `added` `[B, 1, V/tp]` is added to this rank's.
+    """Returns wide logits `[B, V]` of the last position on every tp rank, for sampling, with a soft
+    cap; no gradient. `added` `[B, 1, V/tp]` is added to this rank's behind the cap.
     """
-    own = local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias)
+    own = soft_cap(local_logits(hidden[:, -1:], weight, mesh, sp=False, bias=bias), cap)
     return gather_logits(own if added is None else own + added, mesh, vocab)[:, -1]

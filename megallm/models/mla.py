@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megallm.models.attention import AttentionInputs, CacheShape, LayerCache, add_sinks, scaled_init
 from megallm.models.config import ModelConfig
+from megallm.models.layer_plan import LayerPlan
 from megallm.ops.attention import causal_attention
 from megallm.ops.rope import apply_rope, score_factor
 from megallm.parallel.mesh import Mesh
@@ -44,10 +45,12 @@ class LatentAttention(ShardedModule):
     reorders the rows of checkpoints that pair neighbours.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, sp: bool, recomputes: bool, plan: LayerPlan
+    ) -> None:
         super().__init__(mesh, sp)
         mla, d, h, init = config.mla, config.hidden_size, config.num_heads, normal(config.init_std)
-        self.window = config.sliding_window
+        self.window = plan.window
         self.run = runner(recomputes)
         self.num_heads = h // mesh.tp.size
         self.plain, self.rotated, self.value_size = (
@@ -68,7 +71,7 @@ class LatentAttention(ShardedModule):
         self.k_rope = TokenLinear(mesh, (self.rotated, d), init, False, sp)
         self.k_up = ColumnLinear(mesh, (h * self.plain, mla.kv_lora_dim), init, False)
         self.v_up = ColumnLinear(mesh, (h * self.value_size, mla.kv_lora_dim), init, False)
-        self.o = RowLinear(mesh, (d, h * self.value_size), scaled_init(config), config.bias, sp)
+        self.o = RowLinear(mesh, (d, h * self.value_size), scaled_init(config), config.o_bias, sp)
         self.prefix = Slot(mesh)  # gives keys [P, H/tp, N + R] and values [P, H/tp, E], not latents
         add_sinks(self, config)
 
@@ -129,6 +132,7 @@ class LatentAttention(ShardedModule):
             if seen.shape[1] > q.shape[1] or q.shape[1] == 1:
                 return self.absorbed(plain, rotated, seen, cache)
         further = self.window, self.sinks, self.prefix(None)
+        spec = inputs.visible(self.window, None, q.shape[1])
         q, latent, context = torch.cat((plain, rotated), dim=-1), latent[:, :, None], inputs.context
         exact = (
             self.k_up.fp8 is None and self.k_up.te is None
@@ -138,14 +142,14 @@ class LatentAttention(ShardedModule):
                 # The exchange sees tensors, not the matrices: all below may be frozen but these.
                 latent = latent.detach().requires_grad_()
             return context.parallel_latent_attention(
-                q, latent, key, self.keys_and_values, inputs.mask_spec, *further[1:]
+                q, latent, key, self.keys_and_values, spec, *further[1:]
             )
         k, v = self.keys_and_values(latent, key)
         if (
             cache is not None
         ):  # a whole prompt: keys and values of its tokens are cheaper than its latents
             return causal_attention(q, k, v, *further)
-        return context.parallel_attention(q, k, v, inputs.mask_spec, *further)
+        return context.parallel_attention(q, k, v, spec, *further)
 
     def keys_and_values(self, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Returns those of all heads, `[B, T, H/tp, N + R or E]`, of latents `[B, T, 1, C]` and

@@ -47,14 +47,13 @@ class Experts(ShardedModule):
             )
         self.gated = config.gated
         self.activation = ACTIVATIONS[config.activation]
+        experts, f = moe.num_experts, moe.ffn_hidden_size
         if self.gated:
-            self.gate_up = GroupedLinear(mesh, (moe.num_experts, 2, moe.ffn_hidden_size, d), init)
+            self.gate_up = GroupedLinear(mesh, (experts, 2, f, d), init, moe.bias)
         else:
-            self.up = GroupedLinear(mesh, (moe.num_experts, moe.ffn_hidden_size, d), init)
+            self.up = GroupedLinear(mesh, (experts, f, d), init, moe.bias)
         self.scale = Slot(mesh)  # on what `down` is applied to
-        self.down = GroupedLinear(
-            mesh, (moe.num_experts, d, moe.ffn_hidden_size), scaled_init(config)
-        )
+        self.down = GroupedLinear(mesh, (experts, d, f), scaled_init(config), moe.bias)
         self.run = runner(recomputes)
 
     def inner(self, hidden: Tensor, runs: Runs) -> Tensor:

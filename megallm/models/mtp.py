@@ -43,7 +43,7 @@ class MtpModule(ShardedModule):
                 Norm(mesh, config.norm, d, config.norm_eps, partial) for _ in range(2)
             )
             self.projection = TokenLinear(mesh, (d, 2 * d), normal(config.init_std), False, sp)
-        self.block = Block(config, mesh, sp, recompute - {BLOCK}, config.moe.has_experts(number))
+        self.block = Block(config, mesh, sp, recompute - {BLOCK}, config.layer_plan(number))
         self.norm = final_norm(config, mesh, sp)
         self.run = runner(BLOCK in recompute)
 

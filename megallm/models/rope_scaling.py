@@ -1,5 +1,5 @@
-"""RoPE scaling (linear, NTK, YaRN, Llama 3): the numbers each way needs, and their check. No torch;
-the maths is `ops.rope`.
+"""RoPE scaling (linear, NTK, YaRN, Llama 3, LongRoPE): the numbers each way needs, and their check.
+No torch; the maths is `ops.rope`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "dynamic": ("rope_factor", "rope_positions"),
     "llama3": ("rope_factor", "rope_low_factor", "rope_high_factor", "rope_positions"),
     "yarn": ("rope_factor", "rope_positions"),
+    "longrope": ("rope_factor", "rope_positions", "rope_short_factors", "rope_long_factors"),
 }
 ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
     "yarn": (
@@ -27,6 +28,7 @@ ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
         "rope_mscale_all_dim",
         "rope_truncate",
     ),
+    "longrope": ("rope_attention_factor",),
 }
 ROPE_NUMBERS = tuple(
     dict.fromkeys(
@@ -53,6 +55,8 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
 
     @staticmethod
     def of(values: Mapping[str, Any]) -> RopeScaling | None:
@@ -84,7 +88,8 @@ def check_rope(values: Mapping[str, Any]) -> None:
         if name not in allowed and given != (name in needed):
             must = "needs" if name in needed else "has no"
             raise UsageError(f"model.rope_scaling {kind or 'null'} {must} model.{name}.")
-        if given and name != "rope_truncate" and values[name] <= 0:
+        numbers = values.get(name) if name.endswith("factors") else (values.get(name),)
+        if given and name != "rope_truncate" and min(numbers, default=1) <= 0:
             raise UsageError(f"model.{name} is {values[name]}; it must be greater than 0.")
     for low, high in (
         ("rope_low_factor", "rope_high_factor"),
@@ -101,14 +106,34 @@ def check_rope(values: Mapping[str, Any]) -> None:
     _check_waves(kind, values)
 
 
+def rotated(values: Mapping[str, Any]) -> int:
+    """Returns how many features of a head are rotated, of the fields of a model."""
+    if values["mla"].on:
+        return values["mla"].rope_head_size
+    fraction = values.get("rope_fraction")
+    return values["head_size"] if fraction is None else int(values["head_size"] * fraction)
+
+
 def _check_waves(kind: str | None, values: Mapping[str, Any]) -> None:
     """There are waves to scaling, and slow ones among them."""
+    fraction = values.get("rope_fraction")
+    if fraction is not None and not (0 < fraction <= 1 and rotated(values) > 0):
+        raise UsageError(
+            f"model.rope_fraction is {fraction}; it must be greater than 0, at most 1, and rotate "
+            f"2 features at least of the {values['head_size']} of a head."
+        )
+    for name in ("rope_short_factors", "rope_long_factors"):
+        if kind == "longrope" and len(values[name]) != rotated(values) // 2:
+            raise UsageError(
+                f"model.{name} has {len(values[name])} numbers; a head has {rotated(values) // 2} "
+                "waves, each with one."
+            )
     if kind is not None and values["positions"] != "rope":
         raise UsageError(
             f"model.rope_scaling {kind} stretches rotary positions, but model.positions is "
             f"{values['positions']}: leave it out."
         )
-    if kind in ("ntk", "dynamic") and _rotated(values) == 2:
+    if kind in ("ntk", "dynamic") and rotated(values) == 2:
         raise UsageError(
             f"model.rope_scaling {kind} keeps the fastest wave and stretches the slowest, but a "
             "head has 2 rotated features and so a single wave: give it at least 4, or take "
@@ -120,7 +145,3 @@ def _check_waves(kind: str | None, values: Mapping[str, Any]) -> None:
             "1, or no wave is slower than another."
         )
 
-
-def _rotated(values: Mapping[str, Any]) -> int:
-    """Rotated features of a head."""
-    return values["mla"].rope_head_size if values["mla"].on else values["head_size"]

@@ -30,7 +30,7 @@ from megallm.models.sections import MoeConfig
 from megallm.ops.precision import wide
 from megallm.parallel import comm
 from megallm.parallel.mesh import Mesh
-from megallm.parallel.shard import Box, Shard, StateTensor, normal
+from megallm.parallel.shard import Box, Shard, StateTensor, constant, normal
 from megallm.parallel.tensor import ShardedModule
 
 TERMS = ("moe_balance", "moe_z")  # the router's losses, as a step reports them
@@ -61,6 +61,10 @@ class Router(ShardedModule):
             (config.moe.num_experts, config.hidden_size), {}, partial, normal(config.init_std)
         )
         self.add_parameter("weight", shard)
+        self.register_parameter("logit_bias", None)
+        if config.moe.router_bias:
+            shard = Shard((config.moe.num_experts,), {}, partial, constant(0.0), decay=False)
+            self.add_parameter("logit_bias", shard)
         self.stats = RouterStats(config.moe, mesh.device)
 
     def forward(self, x: Tensor, routing: RoutingInputs | None) -> Choice:
@@ -68,7 +72,8 @@ class Router(ShardedModule):
         nothing reported.
         """
         moe = self.moe
-        logits = F.linear(wide(x), wide(self.weight))
+        bias = None if self.logit_bias is None else wide(self.logit_bias)
+        logits = F.linear(wide(x), wide(self.weight), bias)
         scores = logits.sigmoid() if moe.score == "sigmoid" else logits.softmax(-1)
         experts = select_experts(scores.detach(), self.stats.bias, moe)
         chosen = scores.gather(-1, experts)

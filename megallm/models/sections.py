@@ -55,6 +55,8 @@ class MoeConfig(Section):
         "aux_coef": 0.001,
         "z_coef": 0.0,
         "drop": "score",
+        "bias": False,
+        "router_bias": False,
     }
 
     num_experts: int | None = None  # 0: dense feed-forward layers
@@ -74,6 +76,8 @@ class MoeConfig(Section):
     aux_coef: float | None = None  # weight of the balancing loss of each sequence
     z_coef: float | None = None  # weight of the squared log-sum-exp of router logits (arXiv 2202.08906)
     capacity: float | None = None  # most copies an expert takes of a sequence, over the even share; null: all
+    bias: bool | None = None  # of the experts' matrices (gpt-oss)
+    router_bias: bool | None = None  # of the router's logits, which is trained (gpt-oss)
     drop: str | None = None  # score | position: beyond its capacity, which tokens of a sequence an expert keeps
 
     def has_experts(self, layer: int) -> bool:
@@ -91,6 +95,12 @@ class MoeConfig(Section):
         width = experts * self.ffn_hidden_size + self.shared_ffn_hidden_size
         gate = hidden * (self.shared_gate and self.shared_ffn_hidden_size > 0)
         return self.num_experts * hidden + matrices * hidden * width + gate
+
+    def layer_biases(self, hidden: int, matrices: int, active: bool = False) -> int:
+        """Number of biases of one layer with experts, `matrices` of which lead into an expert."""
+        experts = self.top_k if active else self.num_experts
+        of_experts = experts * (matrices * (self.ffn_hidden_size or 0) + hidden)
+        return of_experts * self.bias + self.num_experts * self.router_bias
 
     def check(self) -> None:
         """Raise UsageError for numbers of a model with experts that do not go together."""

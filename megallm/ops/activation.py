@@ -42,4 +42,34 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"swiglu": swiglu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+def geglu(gate_up: Tensor) -> Tensor:
+    """Computes `gelu(gate) * up` for `[..., 2 F]` with the gate first -> `[..., F]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def geglu_tanh(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+CLAMP, SIGMOID_SLOPE = 7.0, 1.702
+
+
+def swiglu_clamped(gate_up: Tensor) -> Tensor:
+    """Computes `gate * sigmoid(1.702 gate) * (up + 1)`, with the gate at most 7 and up between -7
+    and 7 (gpt-oss, arXiv 2508.10925).
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=CLAMP)
+    return gate * (SIGMOID_SLOPE * gate).sigmoid() * (up.clamp(-CLAMP, CLAMP) + 1)
+
+
+ACTIVATIONS = {
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "geglu_tanh": geglu_tanh,
+    "swiglu_clamped": swiglu_clamped,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}

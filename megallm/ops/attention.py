@@ -36,6 +36,7 @@ from megallm.ops.tiles import (
     BAND,
     CAUSAL,
     FULL,
+    NEAR,
     MaskSpec,
     Span,
     Tile,
@@ -68,17 +69,18 @@ def causal_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     prefix: Prefix | None = None,
+    cap: float | None = None,
 ) -> Tensor:
-    """Computes causal softmax attention, scale `E**-0.5`.
+    """Computes causal softmax attention, scale `E**-0.5`; `cap` is a soft cap of the scores.
 
     q `[B, Tq, H, E]`, k `[B, Tk, K, E]` and v `[B, Tk, K, Ev]` with H a multiple of K, sinks `[H]`;
     the queries are the *last* Tq of the Tk positions. Returns `[B, Tq, H, Ev]`.
     """
     tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
     windowed = window is not None and window < tk
-    further = sinks is not None or prefix is not None
+    further = sinks is not None or prefix is not None or cap is not None
     if further or tq > 1 and (windowed or tq != tk) or not _sdpa_fits(q, v):
-        return packed_attention(q, k, v, MaskSpec((0, tk), window), sinks, prefix)
+        return packed_attention(q, k, v, MaskSpec((0, tk), window, cap=cap), sinks, prefix)
     mask = None
     if windowed:
         places = torch.arange(tk, device=q.device)
@@ -121,7 +123,7 @@ def packed_attention(
     A row that is one document and sees itself whole is torch's own attention. Only tiles with
     something visible are computed, so work grows with the documents (and the window), not with T^2.
     """
-    plain = sinks is None and prefix is None
+    plain = sinks is None and prefix is None and mask_spec.window is None and mask_spec.cap is None
     one = not mask_spec.causal and len(mask_spec.documents) == 2
     if one and plain and _sdpa_fits(q, v):
         return _sdpa(q, k, v, None, False)[..., : v.shape[-1]]
@@ -145,8 +147,9 @@ class _Packed(torch.autograd.Function):
         ctx.tiles = plan_tiles(queries, (Span(0, end),), mask_spec, strips)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
-        partial.add_prefix(q, *prefix)
+        partial.add_prefix(q, *prefix, cap=mask_spec.cap)
         out = partial.finish(sinks).to(q.dtype)
+        ctx.cap = mask_spec.cap
         ctx.save_for_backward(q, k, v, sinks, *prefix, out, partial.lse)
         return out
 
@@ -155,7 +158,7 @@ class _Packed(torch.autograd.Function):
         q, k, v, sinks, *prefix, out, lse = ctx.saved_tensors
         queries, grads = Queries(q, out, lse, grad), Gradients.zeros(q, k, v)
         grads.add(queries, k, v, ctx.tiles)
-        prefix_grads = grads.add_prefix(queries, *prefix)
+        prefix_grads = grads.add_prefix(queries, *prefix, cap=ctx.cap)
         return (
             grads.q.to(q.dtype),
             grads.k.to(k.dtype),
@@ -186,15 +189,16 @@ class Partial:
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile]) -> None:
         """Merge tiles of the queries against further keys, in place."""
-        kind = executor(q, v)
+        tiles = tuple(tiles)
+        kind = executor(q, v, tiles)
         if kind == flash.RUNS:
-            for run in runs_of(tuple(tiles)):
+            for run in runs_of(tiles):
                 rows, keys = run.rows, run.keys
                 self._merge(rows, *flash.run_forward(q[:, rows], k[:, keys], v[:, keys], run))
             return
         if kind == flash.TRITON:
             kernels, whole = _triton(), (q.shape[1], k.shape[1], q.device)
-            for plan in kernels.intervals_of(tuple(tiles), *whole):
+            for plan in kernels.intervals_of(tiles, *whole):
                 self._merge(slice(None), *kernels.forward(q, k, v, plan))
             return
         for tile in tiles if kind == flash.CPU else _pieces(tiles):
@@ -208,12 +212,14 @@ class Partial:
         so_far.mul_((before - base).exp_()[..., None]).add_(out * (lse - base).exp_()[..., None])
         before.copy_(after)
 
-    def add_prefix(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    def add_prefix(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, cap: float | None = None
+    ) -> None:
         """Merge a prefix `[P, K, E or Ev]`, the same for all rows, in place; None: there is
         none.
         """
         if k is not None:
-            self.add(q, *_rows_of(q, k, v), (_prefix_tile(q, k),))
+            self.add(q, *_rows_of(q, k, v), (_prefix_tile(q, k, cap),))
 
     def finish(self, sinks: Tensor | None) -> Tensor:
         """Returns `out` when all keys were seen; with sinks `[H]` one more score a head, of a value
@@ -265,9 +271,10 @@ class Gradients:
 
     def add(self, queries: Queries, k: Tensor, v: Tensor, tiles: Iterable[Tile]) -> None:
         """Add what the tiles contribute, in place."""
-        kind = executor(queries.q, v)
+        tiles = tuple(tiles)
+        kind = executor(queries.q, v, tiles)
         if kind == flash.RUNS:
-            for run in runs_of(tuple(tiles)):
+            for run in runs_of(tiles):
                 rows, keys, mine = run.rows, run.keys, queries.rows(run.rows)
                 given = mine.q, mine.out, mine.lse, mine.grad
                 grads = flash.run_backward(given, k[:, keys], v[:, keys], run)
@@ -276,7 +283,7 @@ class Gradients:
         if kind == flash.TRITON:
             kernels, whole = _triton(), (queries.q.shape[1], k.shape[1], k.device)
             given = queries.q, queries.out, queries.lse, queries.grad
-            for plan in kernels.intervals_of(tuple(tiles), *whole):
+            for plan in kernels.intervals_of(tiles, *whole):
                 self._add(slice(None), slice(None), kernels.backward(given, k, v, plan))
             return
         for tile in tiles if kind == flash.CPU else _pieces(tiles):
@@ -290,7 +297,7 @@ class Gradients:
             total[:, where] += part
 
     def add_prefix(
-        self, queries: Queries, k: Tensor | None, v: Tensor | None
+        self, queries: Queries, k: Tensor | None, v: Tensor | None, cap: float | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Add what a prefix contributes to the gradient of q; returns those of its keys and
         values.
@@ -299,12 +306,12 @@ class Gradients:
             return None, None
         keys, values = _rows_of(queries.q, k, v)
         sums = Gradients(self.q, *(torch.zeros_like(x, dtype=self.q.dtype) for x in (keys, values)))
-        sums.add(queries, keys, values, (_prefix_tile(queries.q, k),))
+        sums.add(queries, keys, values, (_prefix_tile(queries.q, k, cap),))
         return sums.k.sum(0).to(k.dtype), sums.v.sum(0).to(v.dtype)
 
 
-def _prefix_tile(q: Tensor, k: Tensor) -> Tile:
-    return Tile(FULL, 0, q.shape[1], 0, len(k), 0)
+def _prefix_tile(q: Tensor, k: Tensor, cap: float | None) -> Tile:
+    return Tile(FULL, 0, q.shape[1], 0, len(k), 0, cap=cap)
 
 
 def _rows_of(q: Tensor, *tensors: Tensor) -> list[Tensor]:
@@ -317,7 +324,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
 
     Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
-    if executor(q, v) != flash.CPU:
+    if executor(q, v, (tile,)) != flash.CPU:
         return _block(q, k, v, tile)
     tokens, size = q.shape[1], v.shape[-1]
     q, k, v = (_lengthened(x, tile, q.dtype).transpose(1, 2) for x in (q, k, _widened(v, q)))
@@ -333,7 +340,7 @@ def attention_block_backward(
     """Returns gradients of q, k and v through this block, one of those merged into `queries.out`
     and `queries.lse`.
     """
-    if executor(queries.q, v) != flash.CPU:
+    if executor(queries.q, v, (tile,)) != flash.CPU:
         return _block_backward(queries, k, v, tile)
     tokens, size, whole = (
         k.shape[1],
@@ -350,11 +357,17 @@ def attention_block_backward(
     return grad_q[:, : tile.q_end - tile.q_begin], grad_k[:, :tokens], grad_v[:, :tokens, :, :size]
 
 
-def executor(q: Tensor, v: Tensor) -> str:
-    """Returns who computes the blocks of these queries; see `flash.executor_of`."""
+def executor(q: Tensor, v: Tensor, tiles: Iterable[Tile] = ()) -> str:
+    """Returns who computes these tiles of the queries; see `flash.executor_of`. No kernel knows a
+    soft cap of the scores, and none of GPUs a window to both sides: those are written out.
+    """
     capability = flash.capability_of(q.device)
     sizes, installed = (q.shape[-1], v.shape[-1]), q.is_cuda and _has_triton()
-    return flash.executor_of(q.device.type, capability, q.dtype, sizes, installed)
+    kind = flash.executor_of(q.device.type, capability, q.dtype, sizes, installed)
+    for tile in tiles:
+        if tile.cap is not None or tile.kind == NEAR and kind != flash.CPU:
+            return flash.WRITTEN_OUT
+    return kind
 
 
 @cache
@@ -390,16 +403,18 @@ def _lengthened(x: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
 
 def _seen(tile: Tile, device: torch.device) -> Tensor | None:
     """Bool `[Tq, Tk]` of what a tile shows; None when it shows everything."""
-    if tile.kind not in (CAUSAL, BAND):
+    if tile.kind == FULL:
         return None
     rows = torch.arange(tile.q_end - tile.q_begin, device=device) + tile.shift
     keys = torch.arange(tile.k_end - tile.k_begin, device=device)
+    if tile.kind == NEAR:
+        return (rows[:, None] - keys).abs() < tile.window
     return visible(rows, keys, tile.window)
 
 
 def _additive(tile: Tile, q: Tensor) -> Tensor | None:
-    """A BAND as what the flash kernel adds to the scores."""
-    if tile.kind != BAND:
+    """A BAND, or a window to both sides, as what the flash kernel adds to the scores."""
+    if tile.kind not in (BAND, NEAR):
         return None
     seen = _seen(tile, q.device)
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
@@ -420,15 +435,19 @@ def _ungrouped(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _scores(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+def _scores(q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """The scores as softmax takes them, and with a soft cap its derivative at each of them."""
+    scores, slope = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, None
+    if tile.cap is not None:
+        bent = scores.div_(tile.cap).tanh_()
+        scores, slope = bent * tile.cap, 1 - bent.square()
     seen = _seen(tile, q.device)
-    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf), slope
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     rows, keys = _grouped(q, k)
-    scores = _scores(rows, keys, tile)
+    scores, _ = _scores(rows, keys, tile)
     lse = scores.logsumexp(-1, keepdim=True)
     base = lse.clamp(min=torch.finfo(lse.dtype).min)  # a query may see nothing of a piece
     out = (scores - base).exp_() @ wide(v).transpose(1, 2)[:, :, None]
@@ -443,12 +462,14 @@ def _block_backward(
     out, grad, lse = (
         _grouped(x, k)[0] for x in (queries.out, queries.grad, queries.lse[..., None])
     )
-    weights = (_scores(rows, keys, tile) - lse).exp_()
+    scores, slope = _scores(rows, keys, tile)
+    weights = (scores - lse).exp_()
     inner = (
         (grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
         * weights
         * rows.shape[-1] ** -0.5
     )
+    inner = inner if slope is None else inner * slope
     grad_k, grad_v = (
         (inner.transpose(-1, -2) @ rows).sum(2),
         (weights.transpose(-1, -2) @ grad).sum(2),

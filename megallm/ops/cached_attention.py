@@ -25,31 +25,45 @@ def length_bias(
 
 
 def attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Computes softmax attention of q `[n, 1, H, E]`, scale `E**-0.5`, to k `[n, C, K, E]` and v
     `[n, C, K, Ev]` with H a multiple of K; `bias` is that of `length_bias`.
 
     What the bias hides must be finite. Keys in front of the biased ones, as an adapter's prefix
     gives them, are seen by every query. Sinks `[H]` are one more score a head, of a value that is
-    zero. Fast where the C positions of a head lie together. Returns `[n, 1, H, Ev]`.
+    zero; `cap` is a soft cap of the scores. Fast where the C positions of a head lie together.
+    Returns `[n, 1, H, Ev]`.
     """
     if k.shape[1] > bias.shape[-1]:
         bias = F.pad(bias, (k.shape[1] - bias.shape[-1], 0))
     rows = q.view(q.shape[0], k.shape[2], -1, q.shape[-1])  # [n, K, H/K, E]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if sinks is not None or k.shape[-1] != v.shape[-1]:
-        out = _written_out(rows, k, v, bias, sinks)
+    if sinks is not None or cap is not None or k.shape[-1] != v.shape[-1]:
+        out = _written_out(rows, k, v, bias, sinks, cap)
     else:
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=bias)
     return out.reshape(q.shape[0], 1, -1, v.shape[-1])
 
 
 def _written_out(
-    rows: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor | None
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    sinks: Tensor | None,
+    cap: float | None,
 ) -> Tensor:
     """The same for q `[n, K, H/K, E]`; no key or value is copied for the heads that share it."""
-    scores = wide(rows @ k.mT).mul(rows.shape[-1] ** -0.5).add_(bias)
+    scores = wide(rows @ k.mT).mul(rows.shape[-1] ** -0.5)
+    if cap is not None:
+        scores.div_(cap).tanh_().mul_(cap)
+    scores.add_(bias)
     lse = scores.logsumexp(-1, keepdim=True)
     if sinks is not None:
         lse = torch.logaddexp(lse, wide(sinks).view(k.shape[1], -1, 1))

@@ -28,11 +28,13 @@ BLOCK_BYTES = 2**20  # of wide logits that several passes go over while they are
 
 class Targets(NamedTuple):
     """Labels `[T]` of tokens, counted from entry 0 of the vocabulary, beside logits of its entries
-    from `begin` on, which are divided by `temperature` before the softmax."""
+    from `begin` on, which are softly capped (`soft_cap`) and divided by `temperature` before the
+    softmax."""
 
     labels: Tensor
     begin: int = 0
     temperature: float = 1.0
+    cap: float | None = None
 
     def of(self, rows: slice) -> Targets:
         """Returns those of some tokens."""
@@ -80,6 +82,11 @@ class Upstream(NamedTuple):
         return Upstream(*(None if x is None else x[rows] for x in self))
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """Returns `cap * tanh(logits / cap)` (Gemma 2, arXiv 2408.00118); without a cap the logits."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
 def chunk_tokens(vocab: int, dtype: torch.dtype) -> int:
     """Number of tokens whose logits over `vocab` entries are made at once."""
     return max(MIN_TOKENS, CHUNK_BYTES // (vocab * wide_dtype(dtype).itemsize))
@@ -97,7 +104,9 @@ def statistics(
     With `reuse` wide logits are overwritten. `powers` takes `exp(z - top)`, which may be the logits
     themselves.
     """
-    labels, begin, temperature = targets
+    labels, begin, temperature, cap = targets
+    if cap is not None:
+        logits, reuse = soft_cap(wide(logits), cap), True
     here, local = locate(labels, begin, logits.shape[-1])
     label = wide(logits.gather(-1, local[..., None])).squeeze(-1) * here
     # Written in place: small allocations between blocks fragment memory.
@@ -162,10 +171,10 @@ def _gradient(
 ) -> Tensor:
     """Of logits `[T, V]`, in `dtype`; in their place when that is theirs.
 
-    For divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y) - p_j` and
-    `d H / d z_j = -p_j (log p_j + H)`.
+    For capped and divided logits z, p = softmax(z) and H its entropy, `d log p_y / d z_j = (j = y)
+    - p_j` and `d H / d z_j = -p_j (log p_j + H)`.
     """
-    labels, begin, temperature = targets
+    labels, begin, temperature, cap = targets
     here, local = locate(labels, begin, logits.shape[-1])
     of_log_prob = upstream.log_prob / temperature
     of_entropy = None if upstream.entropy is None else upstream.entropy / temperature
@@ -174,6 +183,9 @@ def _gradient(
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     for rows in _blocks(logits):
         share = wide(logits[rows])
+        if cap is not None:
+            bent = (share / cap).tanh()
+            share = bent * cap
         if temperature != 1.0:
             share.div_(temperature)
         share.sub_(softmax.lse[rows, None])
@@ -184,7 +196,9 @@ def _gradient(
             factor.mul_(-of_entropy[rows, None]).sub_(of_log_prob[rows, None])
             share.exp_().mul_(factor)
         share.scatter_add_(-1, local[rows, None], at_label[rows, None])
-        if into is not logits or share.dtype != dtype:
+        if cap is not None:
+            share.mul_(1 - bent.square())
+        if into is not logits or share.dtype != dtype or cap is not None:
             into[rows] = share
     return into
 

@@ -39,6 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Computes `(x - mean) / sqrt(var + eps) * weight + bias`, `[..., D]` in the dtype of `x`."""
-    return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps).to(x.dtype)
+    bias = None if bias is None else wide(bias)
+    return F.layer_norm(wide(x), weight.shape, wide(weight), bias, eps).to(x.dtype)

@@ -2,8 +2,8 @@
 no buffers.
 
 A `Scaling` adapts it to longer texts than the model knew: by smaller frequencies (linear, llama3,
-yarn), by a larger theta (ntk, dynamic), and with YaRN also by larger cosines and sines. Frequencies
-equal those of transformers.
+yarn, longrope), by a larger theta (ntk, dynamic), and with YaRN and LongRoPE also by larger cosines
+and sines. Frequencies equal those of transformers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from torch.autograd.function import FunctionCtx
 class Scaling(Protocol):
     """How a rotary embedding is adapted; each `kind` reads the numbers named beside it."""
 
-    kind: str  # linear | ntk | dynamic | llama3 | yarn, all of which read `factor`
+    kind: str  # linear | ntk | dynamic | llama3 | yarn | longrope, all of which read `factor`
     factor: float
     low_factor: float | None  # llama3
     high_factor: float | None  # llama3
-    positions: int | None  # dynamic, llama3, yarn: positions that the model knew before
+    positions: int | None  # dynamic, llama3, yarn, longrope: positions that the model knew before
     beta_fast: float  # yarn, like all that follow
     beta_slow: float
     attention_factor: float | None
     mscale: float | None
     mscale_all_dim: float | None
     truncate: bool
+    short_factors: tuple[float, ...] | None  # longrope, one for each wave
+    long_factors: tuple[float, ...] | None
 
 
 def rope_tables(
@@ -42,14 +44,14 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Returns cos and sin `[B, T, E/2]` of the angles at `positions` `[B, T]`, in the wide `dtype`.
 
-    `length` is that of the longest text, in tokens; only a dynamic stretch looks at it.
+    `length` is that of the longest text, in tokens; only dynamic and longrope look at it.
     """
     if scaling is not None:
         theta = stretched_theta(theta, head_size, scaling, length)
     exponent = torch.arange(0, head_size, 2, dtype=dtype, device=positions.device) / head_size
     frequencies = theta**-exponent
     if scaling is not None:
-        frequencies = stretched(frequencies, scaling, theta)
+        frequencies = stretched(frequencies, scaling, theta, length)
     angles = positions.to(dtype)[..., None] * frequencies
     size = table_factor(scaling)
     return (angles.cos(), angles.sin()) if size == 1 else (angles.cos() * size, angles.sin() * size)
@@ -70,7 +72,9 @@ def stretched_theta(theta: float, head_size: int, scaling: Scaling, length: int)
     return theta * factor ** (head_size / (head_size - 2))
 
 
-def stretched(frequencies: Tensor, scaling: Scaling, theta: float = 10000.0) -> Tensor:
+def stretched(
+    frequencies: Tensor, scaling: Scaling, theta: float = 10000.0, length: int = 0
+) -> Tensor:
     """Returns lowered frequencies `[E/2]`; `theta` is the one that they were made with (yarn looks
     at it).
 
@@ -78,12 +82,18 @@ def stretched(frequencies: Tensor, scaling: Scaling, theta: float = 10000.0) -> 
     those of waves that did not turn `low_factor` times within the old context of `positions`,
     leaves those that turned more than `high_factor` times, and blends in between. yarn (arXiv
     2309.00071) does the same between `beta_slow` and `beta_fast` turns, but blends evenly over the
-    features.
+    features. longrope (arXiv 2402.13753) divides each by a number of its own, another one where the
+    longest text has more tokens than the old context.
     """
     if scaling.kind in ("ntk", "dynamic"):
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        grown = length > scaling.positions
+        return frequencies / frequencies.new_tensor(
+            scaling.long_factors if grown else scaling.short_factors
+        )
     if scaling.kind == "yarn":
         kept = _kept_by_yarn(frequencies, scaling, theta)
     else:
@@ -123,12 +133,15 @@ def mscale(factor: float, weight: float = 1.0) -> float:
 
 def table_factor(scaling: Scaling | None) -> float:
     """Returns what cosines and sines are multiplied by: `attention_factor`, or what YaRN makes of
-    its mscales; else 1.
+    its mscales and LongRoPE of the old context; else 1.
     """
-    if scaling is None or scaling.kind != "yarn":
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
+    if scaling.kind == "longrope":
+        grown = math.log(max(scaling.factor, 1.0))
+        return math.sqrt(1 + grown / math.log(scaling.positions))
     if scaling.mscale and scaling.mscale_all_dim:
         return mscale(scaling.factor, scaling.mscale) / mscale(
             scaling.factor, scaling.mscale_all_dim
@@ -146,7 +159,9 @@ def score_factor(scaling: Scaling | None) -> float:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` `[B, T, H, E]` by the tables `[B, T, E/2]`; the result has the dtype of `x`."""
+    """Rotate `x` `[B, T, H, E]` by the tables `[B, T, R/2]`; the result has the dtype of `x`. With
+    R less than E the first R features are rotated and the others pass.
+    """
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
 
 
@@ -165,9 +180,10 @@ class _Rotated(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """`sign` -1 turns back."""
-    first, second = x.chunk(2, dim=-1)
-    into = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = into.chunk(2, dim=-1)
+    into, size = torch.empty_like(x, memory_format=torch.contiguous_format), 2 * cos.shape[-1]
+    into[..., size:] = x[..., size:]
+    first, second = x[..., :size].chunk(2, dim=-1)
+    left, right = into[..., :size].chunk(2, dim=-1)
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=right).addcmul_(first, sin, value=sign)
     return into

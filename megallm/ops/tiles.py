@@ -1,9 +1,9 @@
 """Which rectangles of the attention matrix hold anything visible. Pure.
 
 Causality, documents and a window leave most of the matrix empty. `plan_tiles` cuts what is left
-into rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL) or
-with a band (BAND); a rectangle in which nothing is visible is not in the plan, so nothing is
-computed for it.
+into rectangles that a kernel runs without a mask (FULL), with the ordinary causal mask (CAUSAL),
+with a band (BAND) or with a window to both sides (NEAR); a rectangle in which nothing is visible is
+not in the plan, so nothing is computed for it.
 
 Documents may share a prefix: a prompt that stands in the row once is seen by each of its answers,
 which do not see each other. That is one more rectangle, queries of answers by keys of the prompt.
@@ -19,7 +19,7 @@ from itertools import pairwise, product
 
 from megallm.base.errors import DataError
 
-FULL, CAUSAL, BAND = "full", "causal", "band"
+FULL, CAUSAL, BAND, NEAR = "full", "causal", "band", "near"
 SHORTEST_STRIP = 64  # queries of a BAND tile, where the window is shorter
 LONGEST_STRIP = 512  # and where it is longer: what is added to the scores of a strip is a tensor
 
@@ -28,9 +28,10 @@ LONGEST_STRIP = 512  # and where it is longer: what is added to the scores of a 
 class MaskSpec:
     """What a query at token t of a row may see: keys `t - window < j <= t` of its own document.
 
-    When not causal it sees its document whole. Padding is a document of its own, which no other
-    token sees. `documents` are the ends of the documents, first 0 and last T (cu_seqlens); a row
-    without packing is `(0, T)`.
+    When not causal it sees its document whole, or what is less than `window` away to either side.
+    Scores are capped softly, `cap * tanh(score / cap)` (Gemma 2, arXiv 2408.00118). Padding is a
+    document of its own, which no other token sees. `documents` are the ends of the documents, first
+    0 and last T (cu_seqlens); a row without packing is `(0, T)`.
 
     `prefix_of` names for each document the one that stands before it, -1 for none; empty: none has
     one. A document sees its prefix, and that one's prefix, as if they stood right before it.
@@ -39,6 +40,7 @@ class MaskSpec:
     documents: tuple[int, ...]
     window: int | None = None
     causal: bool = True
+    cap: float | None = None
     prefix_of: tuple[int, ...] = ()
 
     @property
@@ -89,6 +91,7 @@ class Tile:
     k_end: int
     shift: int
     window: int | None = None
+    cap: float | None = None  # of the scores
 
     @property
     def work(self) -> int:
@@ -122,7 +125,7 @@ def row_mask_spec(
         )
     if len(prefix_of):
         _check_prefixes(ends, prefix_of, causal)
-        return MaskSpec(ends, window, causal, tuple(prefix_of))
+        return MaskSpec(ends, window, causal, prefix_of=tuple(prefix_of))
     return MaskSpec(tuple(sorted(set(ends))), window, causal)
 
 
@@ -166,13 +169,12 @@ def plan_tiles(
                 cuts = (
                     _cut(*mine, there, low + distance, mask_spec.window, strips)
                     if mask_spec.causal
-                    else _rectangle(mine, k, (begin, end))
+                    else _rectangle(mine, k, (begin, end), mask_spec.window)
                 )
                 for kind, (a, b), (c, d) in cuts:
                     q_at, k_at = a - q.begin + q.at, c - distance - k.begin + k.at
-                    tiles.append(
-                        Tile(kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c, mask_spec.window)
-                    )
+                    place = kind, q_at, q_at + b - a, k_at, k_at + d - c, a - c
+                    tiles.append(Tile(*place, mask_spec.window, mask_spec.cap))
     return _joined(tiles) if mask_spec.prefix_of else tuple(tiles)
 
 
@@ -206,13 +208,25 @@ def _documents(ends: tuple[int, ...], span: Span) -> Iterator[int]:
 Cut = tuple[str, tuple[int, int], tuple[int, int]]  # kind, queries and keys as tokens of the row
 
 
-def _rectangle(queries: tuple[int, int], k: Span, document: tuple[int, int]) -> Iterator[Cut]:
+def _rectangle(
+    queries: tuple[int, int], k: Span, document: tuple[int, int], window: int | None
+) -> Iterator[Cut]:
     """The one tile of some queries of a document that sees itself whole, against the keys of it in
-    `k`.
+    `k`; with a window strips of the queries that it reaches.
     """
     begin, end = max(k.begin, document[0]), min(k.end, document[1])
-    if begin < end:
-        yield FULL, queries, (begin, end)
+    if window is None:
+        if begin < end:
+            yield FULL, queries, (begin, end)
+        return
+    size = max(window, SHORTEST_STRIP)
+    for x in range(*queries, size):
+        y = min(x + size, queries[1])
+        low, high = max(begin, x - window + 1), min(end, y - 1 + window)
+        x, y = max(x, low - window + 1), min(y, high - 1 + window)
+        if low < high and x < y:
+            whole = max(y - 1 - low, high - 1 - x) < window
+            yield FULL if whole else NEAR, (x, y), (low, high)
 
 
 def _cut(
@@ -257,20 +271,21 @@ def pieces_of(tile: Tile, limit: int) -> Iterator[Tile]:
     if max(tile.q_end - tile.q_begin, tile.k_end - tile.k_begin) <= limit:
         yield tile
         return
-    masked = tile.kind in (CAUSAL, BAND)
+    masked, near = tile.kind != FULL, tile.kind == NEAR
     for q in range(tile.q_begin, tile.q_end, limit):
         for k in range(tile.k_begin, tile.k_end, limit):
             q_end, k_end = min(q + limit, tile.q_end), min(k + limit, tile.k_end)
             shift = tile.shift + (q - tile.q_begin) - (k - tile.k_begin)
             least, most = shift - (k_end - k - 1), shift + (q_end - q - 1)  # query minus key
-            window = tile.window if tile.kind == BAND else None
-            if masked and (most < 0 or (window is not None and least >= window)):
+            window = tile.window if tile.kind in (BAND, NEAR) else None
+            first = 1 - window if near else 0  # the least distance that is seen
+            if masked and (most < first or (window is not None and least >= window)):
                 continue
-            whole = not masked or (least >= 0 and (window is None or most < window))
-            kind = FULL if whole else BAND
+            whole = not masked or (least >= first and (window is None or most < window))
+            kind = FULL if whole else NEAR if near else BAND
             if kind == BAND and window is None and shift == 0 and q_end - q == k_end - k:
                 kind = CAUSAL
-            yield Tile(kind, q, q_end, k, k_end, shift, window)
+            yield Tile(kind, q, q_end, k, k_end, shift, window, tile.cap)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megallm.oracle.reference_dropout import Drop
-from megallm.oracle.reference_mla import Weights, attention, linear, rms
+from megallm.oracle.reference_mla import Weights, attention, linear, of_layer, rms
 from megallm.oracle.reference_moe import Notes, experts, has_experts, moved_biases
 from megallm.oracle.reference_mtp import further_loss
 
@@ -34,6 +34,7 @@ def forward(
 
 NOT_DECAYED = (
     ".bias", ".sinks", ".lora_E", ".lora_magnitude_vector", ".ia3_l", ".keys", ".values",
+    ".logit_bias",
 )  # fmt: skip
 
 
@@ -52,9 +53,9 @@ class Seen(NamedTuple):
 
 
 def _last_layer(config: Mapping[str, Any], weights: Weights, tokens: Tensor, seen: Seen) -> Tensor:
-    x = weights["embedding.weight"][tokens]
+    x = weights["embedding.weight"][tokens] * (config["embedding_scale"] or 1.0)
     if config["positions"] == "learned":
-        x = x + weights["positions.weight"][seen.positions]
+        x = x + weights["positions.weight"][seen.positions + config["position_offset"]]
     for layer in range(config["num_layers"]):
         x = block(config, weights, f"layers.{layer}.", layer, x, seen)
     return x
@@ -65,8 +66,10 @@ def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: T
     after.
     """
 
+    own = of_layer(config, layer)
+
     def attend(y: Tensor) -> Tensor:
-        made = attention(config, weights, at + "attention.", y, seen.positions, seen.documents)
+        made = attention(own, weights, at + "attention.", y, seen.positions, seen.documents)
         return seen.drop(at + "attention", _bottleneck(weights, at, "after_attention", y, made))
 
     def feed(y: Tensor) -> Tensor:
@@ -79,8 +82,19 @@ def block(config: Mapping[str, Any], weights: Weights, at: str, layer: int, x: T
     if config["norm_place"] == "post":
         x = norm(config, weights, at + "attention_norm", x + attend(x))
         return norm(config, weights, at + "mlp_norm", x + feed(x))
-    x = x + attend(norm(config, weights, at + "attention_norm", x))
-    return x + feed(norm(config, weights, at + "mlp_norm", x))
+
+    def branch(name: str, sublayer: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        if at + name + "_norm.weight" in weights:
+            y = norm(config, weights, at + name + "_norm", y)
+        y = sublayer(y)
+        if at + name + "_output_norm.weight" in weights:
+            y = norm(config, weights, at + name + "_output_norm", y)
+        return y * (config["residual_scale"] or 1.0)
+
+    if config["parallel_residual"]:
+        return x + branch("attention", attend, x) + branch("mlp", feed, x)
+    x = x + branch("attention", attend, x)
+    return x + branch("mlp", feed, x)
 
 
 def _bottleneck(weights: Weights, at: str, place: str, x: Tensor, y: Tensor) -> Tensor:
@@ -96,23 +110,36 @@ def _bottleneck(weights: Weights, at: str, place: str, x: Tensor, y: Tensor) -> 
 
 def _logits(config: Mapping[str, Any], weights: Weights, x: Tensor) -> Tensor:
     head = "head.weight" if "head.weight" in weights else "embedding.weight"
-    return norm(config, weights, "final_norm", x) @ weights[head].T
+    logits = norm(config, weights, "final_norm", x) @ weights[head].T / (config["logits_scaling"] or 1.0)
+    cap = config["logit_cap"]
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def norm(config: Mapping[str, Any], weights: Weights, name: str, x: Tensor) -> Tensor:
-    if config["norm"] == "layernorm":
+    weight = weights[name + ".weight"]
+    if config["norm"].startswith("layernorm"):
         centred = x - x.mean(-1, keepdim=True)
         scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + config["norm_eps"])
-        return centred * scale * weights[name + ".weight"] + weights[name + ".bias"]
-    return rms(x, weights[name + ".weight"], config["norm_eps"])
+        scaled = centred * scale * weight
+        return scaled + weights[name + ".bias"] if config["norm"] == "layernorm" else scaled
+    return rms(x, 1 + weight if config["norm"] == "rmsnorm_unit" else weight, config["norm_eps"])
+
+
+_SEVEN = torch.tensor(7.0, dtype=torch.float64)
 
 
 def mlp(config: Mapping[str, Any], weights: Weights, at: str, x: Tensor) -> Tensor:
-    if config["activation"] == "swiglu":
-        hidden = F.silu(linear(weights, at + "gate_up", x, 0)) * linear(weights, at + "gate_up", x, 1)
-    else:
-        approximate = "tanh" if config["activation"] == "gelu_tanh" else "none"
+    kind = config["activation"]
+    approximate = "tanh" if kind.endswith("tanh") else "none"
+    if kind.startswith("gelu"):
         hidden = F.gelu(linear(weights, at + "up", x), approximate=approximate)
+    else:
+        gate, up = (linear(weights, at + "gate_up", x, part) for part in (0, 1))
+        if kind == "swiglu_clamped":
+            gate, up = torch.minimum(gate, _SEVEN), torch.maximum(torch.minimum(up, _SEVEN), -_SEVEN)
+            hidden = (1 + up) * gate / (1 + torch.exp(-1.702 * gate))
+        else:
+            hidden = (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate=approximate)) * up
     return linear(weights, at + "down", hidden)
 
 

@@ -31,9 +31,9 @@ def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes |
     """Returns what the head reads, [B, T, D]; a batch may have `token_types` and `documents` [B,
     T]; experts need `notes`.
     """
-    x = weights["embedding.weight"][batch["tokens"]]
+    x = weights["embedding.weight"][batch["tokens"]] * (config["embedding_scale"] or 1.0)
     if config["positions"] == "learned":
-        x = x + weights["positions.weight"][batch["positions"]]
+        x = x + weights["positions.weight"][batch["positions"] + config["position_offset"]]
     if config["token_types"]:
         x = x + weights["token_types.weight"][batch["token_types"]]
     if config["embedding_norm"]:
@@ -42,7 +42,7 @@ def hidden_states(config: Config, weights: Weights, batch: Batch, notes: Notes |
     x = seen.drop("embedding", x)
     for layer in range(config["num_layers"]):
         x = block(config, weights, f"layers.{layer}.", layer, x, seen)
-    return norm(config, weights, "final_norm", x) if config["norm_place"] == "pre" else x
+    return x if config["norm_place"] == "post" else norm(config, weights, "final_norm", x)
 
 
 def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None = None) -> Tensor:
@@ -51,12 +51,15 @@ def scores(config: Config, weights: Weights, batch: Batch, notes: Notes | None =
     """
     x = hidden_states(config, weights, batch, notes)
     if config["head"] == "mlm":
-        act = "tanh" if config["activation"] == "gelu_tanh" else "none"
+        act = "tanh" if config["activation"].endswith("gelu_tanh") else "none"
         x = norm(config, weights, "head.norm", F.gelu(linear(weights, "head.dense", x), approximate=act))
     if config["pooler"]:
         x = torch.tanh(linear(weights, "head.pooler", x))
     matrix = weights["head.weight" if "head.weight" in weights else "embedding.weight"]
     found = x @ matrix.T + weights.get("head.bias", torch.zeros((), dtype=x.dtype))
+    if config["head"] in ("lm", "mlm"):
+        cap, found = config["logit_cap"], found / (config["logits_scaling"] or 1.0)
+        found = found if cap is None else cap * torch.tanh(found / cap)
     beside = [weights[f"critic.{one}"] for one in ("value", "q1", "q2") if f"critic.{one}" in weights]
     return torch.cat([found, *(x @ one.T for one in beside)], -1)
 

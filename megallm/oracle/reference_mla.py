@@ -22,7 +22,9 @@ PREFIX = "prefix.adapter.default."  # keys and values that every token sees (arX
 def attention(
     config: Config, weights: Weights, at: str, x: Tensor, positions: Tensor, documents: Tensor | None
 ) -> Tensor:
-    """Of x [B, T, D] at positions [B, T], inside `documents` [B, T]."""
+    """Of x [B, T, D] at positions [B, T], inside `documents` [B, T]; `config` is that of the layer
+    (`of_layer`).
+    """
     if config["mla"]["kv_lora_dim"]:
         return _latent(config, weights, at, x, positions, documents)
     batch, length, _ = x.shape
@@ -31,23 +33,50 @@ def attention(
     k = linear(weights, at + "kv", x, 0).view(batch, length, kv_heads, size)
     v = linear(weights, at + "kv", x, 1).view(batch, length, kv_heads, size)
     if config["qk_norm"]:
+        unit = 1.0 if config["norm"] == "rmsnorm_unit" else 0.0
         together = 2 if config["qk_norm_span"] == "all" else 1  # dims that a norm goes over
         q, k = (
-            rms(z.flatten(-together), weights[at + name], config["norm_eps"]).view_as(z)
+            rms(z.flatten(-together), weights[at + name] + unit, config["norm_eps"]).view_as(z)
             for z, name in ((q, "q_norm.weight"), (k, "k_norm.weight"))
         )
     if config["positions"] == "rope":
         q, k = (_rotate(z, positions, config, documents) for z in (q, k))
     k, v = (z.repeat_interleave(heads // kv_heads, dim=2) for z in (k, v))
+    scale = config["attention_scale"] or size**-0.5
     ahead = None
     if at + PREFIX + "keys" in weights:
         keys, values = (
             weights[at + PREFIX + name].unflatten(-1, (kv_heads, size)).repeat_interleave(heads // kv_heads, dim=1)
             for name in ("keys", "values")
         )
-        ahead = torch.einsum("bihe,phe->bhip", q, keys) / size**0.5, values
-    scores = torch.einsum("bihe,bjhe->bhij", q, k) / size**0.5
+        ahead = _capped(torch.einsum("bihe,phe->bhip", q, keys) * scale, config), values
+    scores = _capped(torch.einsum("bihe,bjhe->bhij", q, k) * scale, config)
     return linear(weights, at + "o", _mix(config, scores, v, documents, weights.get(at + "sinks"), ahead))
+
+
+def of_layer(config: Config, layer: int) -> Config:
+    """Returns the configuration of one layer: without the window, or rotary positions, that it lacks.
+    """
+    word = config["layer_pattern"]
+    if word is None:
+        turned = config["sliding_window"] is not None
+        letter = "w" if turned else "f"
+    else:
+        letter = word[layer % len(word)]
+        turned = letter in "wm"
+    own = dict(config)
+    if letter in "fn":
+        own["sliding_window"] = None
+    if letter in "nm":
+        own["positions"] = "none"
+    if turned and config["window_rope_theta"] is not None:
+        own |= {"rope_theta": config["window_rope_theta"], "rope_scaling": None}
+    return own
+
+
+def _capped(scores: Tensor, config: Config) -> Tensor:
+    cap = config["attention_cap"]
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def _latent(
@@ -89,8 +118,10 @@ def _mix(
     """
     length = scores.shape[-1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    visible = (j <= i) & (j > i - (config["sliding_window"] or length))
-    visible = visible | (not config["causal"])
+    reach = config["sliding_window"] or length
+    visible = (j <= i) & (j > i - reach)
+    if not config["causal"]:
+        visible = (i - j).abs() < reach
     if documents is not None:
         visible = visible & (documents[:, None, :, None] == documents[:, None, None, :])
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -122,6 +153,10 @@ def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | No
     """Rotary embedding, Su et al. 2021 (arXiv 2104.09864), halves paired as in Llama; x [B, T,
     heads, E].
     """
+    if config["rope_fraction"] is not None:
+        part = int(config["rope_fraction"] * x.shape[-1])
+        whole = config | {"rope_fraction": None}
+        return torch.cat((_rotate(x[..., :part], positions, whole, documents), x[..., part:]), dim=-1)
     size, kind, base, height = x.shape[-1], config["rope_scaling"], config["rope_theta"], 1.0
     if kind == "ntk":
         base = base * config["rope_factor"] ** (size / (size - 2))
@@ -132,6 +167,8 @@ def _rotate(x: Tensor, positions: Tensor, config: Config, documents: Tensor | No
         speed, height = _yarn(speed, config)
     elif kind == "dynamic":
         speed = torch.stack([_dynamic(row, size, config) for row in _longest(positions, documents)])[:, None]
+    elif kind == "longrope":
+        speed, height = _longrope(speed, max(_longest(positions, documents)), config)
     angle = (positions[..., None].to(x.dtype) * speed)[:, :, None, :]
     cos, sin, (low, high) = angle.cos() * height, angle.sin() * height, x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
@@ -150,6 +187,16 @@ def _dynamic(longest: int, size: int, config: Config) -> Tensor:
     if longest > known:
         base = base * (factor * longest / known - (factor - 1)) ** (size / (size - 2))
     return base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+
+def _longrope(speeds: Tensor, longest: int, config: Config) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv 2402.13753): a divisor for each frequency [E/2], and the height of the tables."""
+    known = config["rope_positions"]
+    divisors = config["rope_long_factors" if longest > known else "rope_short_factors"]
+    height = config["rope_attention_factor"]
+    if height is None:
+        height = math.sqrt(1 + math.log(config["rope_factor"]) / math.log(known))
+    return speeds / torch.tensor(divisors, dtype=speeds.dtype), height
 
 
 def _slower(speed: Tensor, config: Config) -> Tensor:

@@ -56,7 +56,7 @@ def has_experts(config: Config, layer: int) -> bool:
 def experts(config: Config, weights: Weights, at: str, x: Tensor, notes: Notes, mlp: Mlp) -> Tensor:
     """`[B, T, D]` -> the same; leaves its losses and loads in `notes`."""
     moe, number = config["moe"], config["moe"]["num_experts"]
-    logits = x @ weights[at + "router.weight"].T
+    logits = x @ weights[at + "router.weight"].T + weights.get(at + "router.logit_bias", 0.0)
     scores = logits.sigmoid() if moe["score"] == "sigmoid" else logits.softmax(-1)
     chosen = _chosen(moe, scores.detach(), weights.get(at + "router.bias"))
     share = scores * chosen
@@ -69,6 +69,7 @@ def experts(config: Config, weights: Weights, at: str, x: Tensor, notes: Notes, 
     out = torch.zeros_like(x)
     for e in range(number):
         one, names = f"{at}experts.{e}.", ("gate_up.weight", "up.weight", "down.weight")
+        names += ("gate_up.bias", "up.bias", "down.bias")
         own = {one + name: weights[f"{at}experts.{name}"][e] for name in names if f"{at}experts.{name}" in weights}
         out = out + share[..., e, None] * moe["routed_scale"] * mlp(config, own, one, x * taken[..., e, None])
     if moe["shared_ffn_hidden_size"]:

@@ -17,6 +17,7 @@ from megallm.oracle.encoders import ENCODER_CONTROLS, ENCODER_MODELS, ENCODER_RO
 from megallm.oracle.experts import EXPERT_CONTROLS, EXPERT_MODELS, EXPERT_ROWS
 from megallm.oracle.frozen import FROZEN_ROWS
 from megallm.oracle.latents import LATENT_CONTROLS, LATENT_MODELS, LATENT_ROWS
+from megallm.oracle.layered import LAYERED_MODELS, LAYERED_ROWS
 from megallm.oracle.memory import FP8_ROWS, MEMORY_ROWS
 from megallm.oracle.optimizers import RULE_CONTROLS, RULE_ROWS, SMOOTH_RULES
 from megallm.oracle.outputs import OUTPUT_CONTROLS, OUTPUT_ROWS
@@ -69,6 +70,7 @@ MODELS: dict[str, dict[str, Any]] = (
     | ENCODER_MODELS
     | LATENT_MODELS
     | EXPERT_MODELS
+    | LAYERED_MODELS
 )
 
 
@@ -287,6 +289,7 @@ ROWS: tuple[Row, ...] = (
             + FROZEN_ROWS
             + BRANCH_ROWS
             + OUTPUT_ROWS
+            + LAYERED_ROWS
         )
     ),
 )

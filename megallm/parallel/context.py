@@ -257,7 +257,8 @@ class _Attend(torch.autograd.Function):
         *prefix: Tensor | None,
     ) -> Tensor:
         partial = exchange.transport.forward(q, k, v, exchange)
-        partial.add_prefix(q, *prefix)  # each rank for its queries: together each meets it once
+        # Each rank for its queries: together each meets it once.
+        partial.add_prefix(q, *prefix, cap=exchange.mask_spec.cap)
         out = partial.finish(sinks).to(q.dtype)
         ctx.exchange = exchange
         ctx.save_for_backward(q, k, v, sinks, *prefix, out, partial.lse)
@@ -268,7 +269,8 @@ class _Attend(torch.autograd.Function):
         q, k, v, sinks, *prefix, out, lse = ctx.saved_tensors
         queries = Queries(q, out, lse, grad)
         grads = ctx.exchange.transport.backward(queries, k, v, ctx.exchange)
-        further = queries.sink_gradient(sinks), *grads.add_prefix(queries, *prefix)
+        of_prefix = grads.add_prefix(queries, *prefix, cap=ctx.exchange.mask_spec.cap)
+        further = queries.sink_gradient(sinks), *of_prefix
         return grads.q.to(q.dtype), grads.k.to(k.dtype), grads.v.to(v.dtype), None, *further
 
 

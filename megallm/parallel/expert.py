@@ -21,7 +21,7 @@ from megallm.ops.moe_permute import permute, unpermute
 from megallm.parallel import comm
 from megallm.parallel.fp8 import fp8_grouped_linear
 from megallm.parallel.mesh import Axis, Mesh
-from megallm.parallel.shard import Init, Shard
+from megallm.parallel.shard import Init, Shard, constant
 from megallm.parallel.tensor import Linear
 
 
@@ -102,13 +102,17 @@ def expert_replicas(mesh: Mesh) -> Axis:
 
 
 class GroupedLinear(Linear):
-    """A linear of each expert: W `(X, *stack, out, in)`, whole experts divided over ep; never split
-    over tp.
+    """A linear of each expert: W `(X, *stack, out, in)` and perhaps a bias `(X, *stack, out)`;
+    whole experts divided over ep, never split over tp.
     """
 
-    def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init) -> None:
+    def __init__(self, mesh: Mesh, full: tuple[int, ...], init: Init, bias: bool = False) -> None:
         super().__init__(mesh)
         self.add_parameter("weight", Shard(full, {0: "ep"}, (), init))
+        self.register_parameter("bias", None)
+        if bias:
+            shard = Shard(full[:-1], {0: "ep"}, (), constant(0.0), decay=False)
+            self.add_parameter("bias", shard)
 
     def forward(self, x: Tensor, runs: Runs) -> Tensor:
         """Maps rows sorted by expert `[N, in]` -> `[N, stack * out]`."""
@@ -118,6 +122,10 @@ class GroupedLinear(Linear):
             y = fp8_grouped_linear(x, self.weight.flatten(1, -2), runs, self.fp8, self.weight_grads)
         else:
             y = grouped_linear(x, self.weight.flatten(1, -2), runs, self.weight_grads)
+        if self.bias is not None:
+            places = torch.arange(len(x), dtype=runs.ends.dtype, device=x.device)
+            experts = torch.searchsorted(runs.ends, places, right=True)
+            y = y + self.bias.flatten(1).index_select(0, experts)
         return self.adapted(x, y, runs)
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megallm.ops.low_precision import Fp8Options
 from megallm.ops.norm import layer_norm, rms_norm
+from megallm.ops.precision import wide
 from megallm.ops.te_linear import TeLinear
 from megallm.parallel import comm
 from megallm.parallel.fp8 import Fp8Linear, fp8_linear
@@ -309,19 +310,24 @@ class RowLinear(Linear):
 
 
 class Norm(ShardedModule):
-    """RMSNorm or LayerNorm over the last dim, computed wide."""
+    """RMSNorm or LayerNorm over the last dim, computed wide. With `rmsnorm_unit` the weights are
+    counted from 1 (Gemma); `layernorm_unbiased` has no bias.
+    """
 
     def __init__(
         self, mesh: Mesh, kind: str, size: int, eps: float, partial: tuple[str, ...]
     ) -> None:
         super().__init__(mesh)
-        self.eps = eps
+        self.eps, self.kind = eps, kind
         self.register_parameter("bias", None)
-        self.add_parameter("weight", Shard((size,), {}, partial, constant(1.0), decay=False))
+        start = constant(0.0 if kind == "rmsnorm_unit" else 1.0)
+        self.add_parameter("weight", Shard((size,), {}, partial, start, decay=False))
         if kind == "layernorm":
             self.add_parameter("bias", Shard((size,), {}, partial, constant(0.0), decay=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
+        if self.kind == "rmsnorm":
             return rms_norm(x, self.weight, self.eps)
+        if self.kind == "rmsnorm_unit":
+            return rms_norm(x, wide(self.weight) + 1, self.eps)
         return layer_norm(x, self.weight, self.bias, self.eps)

@@ -72,6 +72,7 @@ class Wanted(NamedTuple):
     names: tuple[str, ...] = ("log_prob",)
     temperature: float = 1.0
     top_k: int = 0
+    cap: float | None = None  # soft cap of the logits
 
 
 class _Scores(torch.autograd.Function):
@@ -208,7 +209,7 @@ def label_scores(
     values. The backward pass overwrites the logits.
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
-    targets = Targets(labels.flatten(), begin, wanted.temperature)
+    targets = Targets(labels.flatten(), begin, wanted.temperature, wanted.cap)
     found = _Scores.apply(logits.flatten(0, -2), targets, wanted.names, mesh.tp)
     return {name: x.view(labels.shape) for name, x in zip(wanted.names, found, strict=True)}
 
@@ -228,7 +229,7 @@ def fused_scores(
     still to be summed over tp (`tensor.gather_input` does it).
     """
     begin, _ = piece(vocab, mesh.tp.size, mesh.tp.rank)
-    targets = Targets(labels.flatten(), begin, wanted.temperature)
+    targets = Targets(labels.flatten(), begin, wanted.temperature, wanted.cap)
     found = _FusedScores.apply(hidden.flatten(0, -2), *head, targets, wanted.names, mesh.tp)
     return {name: x.view(labels.shape) for name, x in zip(wanted.names, found, strict=True)}
 

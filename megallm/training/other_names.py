@@ -61,6 +61,14 @@ model.bias: use_bias add_bias_linear disable_bias_linear mlp_bias
 model.qkv_bias: add_qkv_bias attention_bias attn_bias
 model.qk_norm: qk_layernorm use_qk_norm
 model.sliding_window: window_size attention_window local_attention_window
+model.layer_pattern: layer_types sliding_window_pattern window_attn_skip_freq no_rope_layers
+model.rope_fraction: partial_rotary_factor rotary_percent rotary_pct
+model.attention_cap: attn_logit_softcapping attn_logit_softcap
+model.logit_cap: final_logit_softcapping logits_soft_cap
+model.attention_scale: attention_multiplier softmax_scale
+model.embedding_scale: embedding_multiplier embed_scale
+model.residual_scale: residual_multiplier
+model.parallel_residual: use_parallel_residual parallel_attn
 model.init_std: initializer_range init_method_std init_range
 model.moe.num_experts: num_local_experts n_routed_experts num_moe_experts moe_num_experts
     n_experts experts

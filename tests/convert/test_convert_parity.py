@@ -228,7 +228,8 @@ def test_stretched_rotary_embeddings_equal_the_reference():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"rope_scaling": "longrope"}, "it must be one of linear, ntk"),
+        ({"rope_scaling": "wobble"}, "it must be one of linear, ntk"),
+        ({"rope_scaling": "longrope", "rope_factor": 2.0, "rope_positions": 8}, "needs model.rope_short_factors"),
         ({"rope_scaling": "linear"}, "linear needs model.rope_factor"),
         ({"rope_factor": 2.0}, "null has no model.rope_factor"),
         ({"rope_scaling": "linear", "rope_factor": -2.0}, "rope_factor is -2.0"),

@@ -33,7 +33,14 @@ PUBLISHED = {
     "gpt2": 124.4, "gpt2-xl": 1557.6, "llama2-7b": 6738.4, "llama2-70b": 68976.6, "llama3-8b": 8030.3,
     "qwen2-0.5b": 494.0, "qwen2.5-7b": 7615.6, "qwen3-0.6b": 596.0, "qwen3-8b": 8190.7, "mistral-7b": 7241.7,
     "phi-4": 14659.5, "mixtral-8x7b": 46702.8, "qwen1.5-moe-a2.7b": 14315.8, "qwen3-30b-a3b": 30532.1,
-    "olmoe-1b-7b": 6919.2,
+    "olmoe-1b-7b": 6919.2, "gemma2-2b": 2614.3, "gemma2-9b": 9241.7, "gemma2-27b": 27227.1, "gemma3-270m": 268.1,
+    "gemma3-1b": 999.9, "gpt-oss-20b": 20914.8, "gpt-oss-120b": 116829.2, "smollm3-3b": 3075.1, "olmo2-1b": 1484.9,
+    "olmo2-7b": 7298.6, "olmo2-13b": 13716.2, "olmo2-32b": 32234.3, "granite3-2b": 2533.5, "granite3-8b": 8170.8,
+    "seed-oss-36b": 36151.1, "ernie-4.5-0.3b": 360.7, "starcoder2-3b": 3030.4, "starcoder2-7b": 7173.9,
+    "starcoder2-15b": 15957.9, "pythia-70m": 70.4, "pythia-160m": 162.3, "pythia-410m": 405.3, "pythia-1b": 1011.8,
+    "pythia-1.4b": 1414.6, "pythia-2.8b": 2775.2, "pythia-6.9b": 6857.3, "pythia-12b": 11846.1,
+    "gpt-neox-20b": 20554.6, "deepseek-v2-lite": 15706.5, "modernbert-base": 149.7, "roberta-base": 124.7,
+    "roberta-large": 355.4,
 }  # fmt: skip
 
 
@@ -167,6 +174,9 @@ FLOP_CONFIGS = {
     "latent, direct queries": {"mla": LATENT | {"q_lora_dim": 0}, "num_kv_heads": None},
     "further tokens": {"mtp": {"depth": 2}},
     "further tokens by heads": {"mtp": {"depth": 3, "kind": "heads"}, "tie_embeddings": True},
+    "norms of the output, geglu": {"norm_place": "both", "activation": "geglu_tanh", "norm": "rmsnorm_unit"},
+    "parallel, partly rotated": {"parallel_residual": True, "rope_fraction": 0.5, "norm": "layernorm", "bias": True},
+    "a soft cap of logits": {"logit_cap": 5.0, "qkv_bias": True, "o_bias": True},
     "latent, further": {"mtp": {"depth": 1}, "mla": LATENT, "num_kv_heads": None},
 }
 
@@ -176,6 +186,22 @@ def test_flops_equal_counted_ones(name, monkeypatch):
     monkeypatch.setattr(attention, "_widened", lambda x, q: x)  # zeros that a fast kernel wants are no work of ours
     config = replace(TINY, **FLOP_CONFIGS[name]).resolve()
     assert counted_flops(config, 16) == config.num_flops(16)
+
+
+def test_layers_with_and_without_a_window_are_counted_each():
+    whole, window, mixed = (
+        replace(TINY, num_layers=4, sliding_window=window, layer_pattern=pattern).resolve()
+        for window, pattern in ((None, None), (8, None), (8, "wffw"))
+    )
+    for causal in (False, True):
+        counts = [config.num_flops(64, causal) for config in (whole, window, mixed)]
+        assert counts[1] < counts[2] < counts[0] and 2 * counts[2] == counts[0] + counts[1]
+    experts = {"num_experts": 4, "bias": True, "router_bias": True, "ffn_hidden_size": 9}
+    for norm, place, bias in product(("rmsnorm_unit", "layernorm_unbiased"), ("pre", "output", "both"), (False, True)):
+        moe = {"moe": experts} if bias else {}
+        more = {"norm": norm, "norm_place": place, "o_bias": bias, "first_norm": place != "pre", "qk_norm": bias}
+        config = replace(TINY, **more, **moe).resolve()
+        assert config.num_params() == built_count(config), more
 
 
 def test_causal_flops_count_the_triangle():

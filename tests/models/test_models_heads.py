@@ -102,7 +102,6 @@ def test_correct_tells_the_likeliest_class():
         ({"num_labels": 3}, "model.head lm has no model.num_labels"),
         ({"head": "classification", "num_labels": 1}, "at least 2. For one number take model.head value"),
         ({"pooler": True}, "model.pooler stands before a classification or value head; model.head is lm"),
-        ({"causal": False, "sliding_window": 4}, "model.sliding_window looks back only"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields, words):

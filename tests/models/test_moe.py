@@ -91,7 +91,7 @@ def test_sizes_that_do_not_go_together_are_refused(moe, said):
 
 
 def test_biases_are_refused():
-    with pytest.raises(UsageError, match="experts have no biases"):
+    with pytest.raises(UsageError, match="model.bias is true, which is of dense layers"):
         ModelConfig(**SIZES, bias=True, moe={"num_experts": 4}).resolve()
 
 

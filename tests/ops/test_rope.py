@@ -109,11 +109,12 @@ def test_scores_of_latent_attention_grow_with_the_mscale_of_all_dims() -> None:
 
 # What a configuration may say
 
-TINY = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, vocab_size=61)
+TINY = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, vocab_size=61, head_size=SIZE)
 NUMBERS: dict[str, Any] = {
     "rope_factor": 4.0, "rope_low_factor": 1.0, "rope_high_factor": 4.0, "rope_positions": 128, "rope_beta_fast": 16.0,
     "rope_beta_slow": 2.0, "rope_attention_factor": 1.2, "rope_mscale": 0.7, "rope_mscale_all_dim": 1.1,
     "rope_truncate": False,
+    "rope_short_factors": (1.0,) * (SIZE // 2), "rope_long_factors": (2.0,) * (SIZE // 2),
 }  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def test_bounds_that_cross_are_refused() -> None:
     with pytest.raises(UsageError, match="rope_beta_slow 2.0 must be less than model.rope_beta_fast 1.0"):
         dataclasses.replace(TINY, **yarn).resolve()
     with pytest.raises(UsageError, match="must be one of linear, ntk, dynamic, llama3, yarn"):
-        dataclasses.replace(TINY, rope_scaling="longrope").resolve()
+        dataclasses.replace(TINY, rope_scaling="wobble").resolve()
 
 
 @pytest.mark.parametrize(("changed", "said"), [

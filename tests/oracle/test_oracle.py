@@ -16,6 +16,7 @@ from megallm.oracle import compare, run, table
 from megallm.oracle.compare import RankRecord, Verdict, frozen, run_row, train_rank
 from megallm.oracle.feed import global_batch, micro_batches
 from megallm.oracle.fine_tuning import FINE_TUNING, control_row
+from megallm.oracle.layered import LAYERED_CONTROLS
 from megallm.oracle.table import (
     CONTROLS,
     MASKS,
@@ -64,6 +65,13 @@ def test_leaving_a_reduction_out_is_noticed(name: str) -> None:
     assert verdict.initial or name == "dora.norm"  # DoRA's magnitudes start as lengths
     assert not verdict.passed
     assert verdict.failures
+
+
+@pytest.mark.parametrize(("name", "reduction"), LAYERED_CONTROLS, ids=str)
+def test_leaving_a_reduction_out_is_noticed_where_layers_differ(name: str, reduction: str) -> None:
+    """Norms of outputs, biases of routers and experts, windows on a ring, caps in the fused head, and so on."""
+    verdict = run_row(pool(), row_named(name), frozenset({reduction}))
+    assert verdict.problem is None and verdict.initial and verdict.failures
 
 
 def test_a_missing_clip_norm_or_report_is_blamed_on_what_it_touches() -> None:

@@ -70,6 +70,7 @@ PURE = (
     "optim.config", "optim.lr", "optim.groups", "optim.rules", "convert.megatron.",
     "optim.buckets", "checkpoint.plan", "checkpoint.manifest", "checkpoint.shard_file",
     "checkpoint.writer", "convert.rules", "convert.families",
+    "convert.layer_keys", "convert.listing", "models.layer_plan",
     "convert.folder", "convert.hf_config", "convert.tokenizer_files", "engine.config", "inference.request",
     "losses.advantage", "peft.config", "rewards.", "training.finetune", "training.preference_config",
     "training.distill_config", "training.starting", "training.shared_prefix", "training.rl_config",
@@ -132,8 +133,8 @@ MAX_COLUMNS, MIN_ROWS = 100, 3
 PRAGMAS = ("# noqa", "# type: ignore", 'r"', "https://")  # r": regular expressions are not cut
 # Files whose lines are still as long as those of tests (120): tables of settings and keys, examples of formats.
 WIDE = {
-    "base.config", "convert.hf_config", "convert.megatron.translate", "data.indexed.dataset", "models.config",
-    "checkpoint.manifest", "curate.config", "curate.datatrove_blocks",
+    "base.config", "convert.hf_config", "convert.layer_keys", "convert.megatron.translate", "data.indexed.dataset",
+    "models.config", "checkpoint.manifest", "curate.config", "curate.datatrove_blocks",
 }  # fmt: skip
 DOCUMENTED = set(FLOORS) - {"oracle"}  # packages whose public functions' docstrings all begin with a verb
 _VERBS = """

@@ -400,7 +400,7 @@ BROKEN = [
         {"model.moe.num_experts": 4, "model.moe.aux_coef": -1.0},
         "model.moe.aux_coef is -1.0; it must be at least 0.",
     ),
-    ("model", {"model.moe.num_experts": 4, "model.bias": True}, "experts have no biases and model.bias is true"),
+    ("model", {"model.moe.num_experts": 4, "model.bias": True}, "model.bias is true, which is of dense layers"),
     ("model", {"model.num_kv_heads": 3}, "is not a multiple of model.num_kv_heads 3"),
     ("model", {"model.hidden_size": None}, "The model lacks model.hidden_size"),
     ("model", {"model.preset": "lama3-8b"}, "Did you mean 'llama3-8b'?"),

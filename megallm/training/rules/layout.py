@@ -44,8 +44,8 @@ def heads(facts: Facts) -> Iterator[Problem]:
     if facts.model.positions == "rope" and facts.model.rope_size % 2:
         size = facts.model.head_size
         sentence = (
-            f"model.head_size is {size}; rotary positions turn pairs of features, so "
-            "it must be even."
+            f"model.head_size is {size}, of which {facts.model.rope_size} features are rotated; "
+            "rotary positions turn pairs of features, so it must be even."
         )
         yield Problem(
             "head_size", sentence, nearest_fixes("model.head_size", size, (size - 1, size + 1))
