@@ -272,6 +272,9 @@ def test_rows_that_cannot_be_compared(place):
 REFUSED = {
     "dpo.loss names 'dpo'; it must be one of": {"dpo.loss": "dpo"},
     "dpo.mixture has one of orpo, simpo, cpo, which stand alone": {"dpo.mixture": {"orpo": 1.0, "ipo": 1.0}},
+    "dpo.mixture weighs sigmoid with -1.0": {"dpo.mixture": {"sigmoid": -1.0}},
+    "dpo.mixture weighs sigmoid with nan": {"dpo.mixture": {"sigmoid": math.nan}},
+    "dpo.gamma is nan": {"dpo.gamma": math.nan},
     "dpo.label_smoothing has no effect on sigmoid": {"dpo.label_smoothing": 0.1},
     "exo_pair needs a dpo.label_smoothing above 0": {"dpo.loss": "exo_pair"},
     "dpo.gamma has no effect on ipo": {"dpo.loss": "ipo", "dpo.gamma": 1.0},

@@ -182,7 +182,7 @@ def test_labels_are_learned(tmp_path, head):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"data__condition": "<{reward}> "}, "data.condition tells the reward of an answer, which rows of the kind sft"),
+        ({"data__condition": "<{reward}> "}, "data.condition tells the reward of an answer, which rows of the kind"),
         ({"data__shared_prefix": "on"}, "data.shared_prefix is on, which rows of the kind sft do not read"),
         ({"data__pairs": "all"}, "data.pairs is all, which rows of the kind sft do not read"),
     ],
