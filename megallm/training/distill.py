@@ -232,6 +232,7 @@ class DistillRun(ChatRun):
         config, named = self.config, self.config.teacher.model
         fresh = config.peft.method in NEUTRAL and config.peft.adapter is None
         own = named is not None and named in (config.model.hf, config.model.init)
+        own = own and config.peft.quantize == "none"  # the teacher that is named is not quantised
         return fresh and (own or config.teacher_kind == "adapter_off")
 
     # Losses and batches

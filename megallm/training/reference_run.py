@@ -237,8 +237,12 @@ class ReferenceRun(ChatRun):
 
     @property
     def begins_as_reference(self) -> bool:
-        """Whether policy and reference are the same model before the first update."""
-        neutral = self.config.peft.method in NEUTRAL or self.kind != "adapter_off"
+        """Whether policy and reference are the same model before the first update; an adapter that
+        was trained before is another one while some of its inputs are dropped.
+        """
+        peft = self.config.peft
+        neutral = peft.method in NEUTRAL or self.kind != "adapter_off"
+        neutral = neutral and not (peft.adapter is not None and peft.dropout)
         return self.reference is not None and self.config.reference.model is None and neutral
 
     def check_first(self, stats: StepStats) -> None:

@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ class ReferenceTable:
         try:
             with np.load(path) as file:
                 return ReferenceTable(file["samples"], file["values"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}): remove it, and it is computed again."
             ) from error

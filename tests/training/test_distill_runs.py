@@ -84,6 +84,13 @@ OTHERS = {
 }
 
 
+def test_a_quantised_student_learns_from_its_own_base(place):
+    """The teacher that is named is not in 4 bit, so that the first divergence is above 0."""
+    own = {"teacher.model": place[1], "peft.method": "lora", "peft.dim": 4, "train.steps": 1}
+    rows = metrics(train("own-nf4", place, **own, **{"peft.quantize": "nf4"}))
+    assert rows[0]["train/loss"] > 1e-4
+
+
 def on_ranks(place: tuple) -> None:
     for title, name in (("tp2-pp2", "reward"), ("cp2-dp2-zero3", "live")):
         given = values_of(name, place) | LAYOUTS[title] | OTHERS[title]

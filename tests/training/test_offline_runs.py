@@ -205,6 +205,8 @@ def test_a_prompt_is_told_the_reward(tmp_path, edges, condition, said):
         ({"prompt": "a", "completion": "b", "reward": None}, ":2: the column reward is missing or null"),
         ({"prompt": "a", "completion": "b", "reward": "good"}, ":2: reward is 'good', want a number"),
         ({"prompt": "a", "completion": "b", "reward": float("nan")}, ":2: reward is 'nan', want a number"),
+        ({"prompt": "a", "completion": "b", "reward": 10**400}, ":2: reward is '1000.*', want a number"),
+        ({"prompt": "a", "completion": "b", "reward": 1e300}, r":2: reward is '1e\+300', want a number"),
         ({"prompt": "a", "completion": "", "reward": 1}, ":2: completion is empty"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megallm.base.config import to_yaml
-from megallm.base.errors import DataError, InternalError, UsageError
+from megallm.base.errors import CheckpointError, DataError, InternalError, UsageError
 from megallm.checkpoint.reader import step_folders
 from megallm.losses import preference as losses
 from megallm.losses.reduce import per_sequence
@@ -26,7 +26,7 @@ from megallm.training import reference_run
 from megallm.training.kto import KtoRun
 from megallm.training.preference import loss_of
 from megallm.training.preference_config import PAIR_LOSSES, SMOOTHED, WITH_MARGIN, DpoOptions
-from megallm.training.references import AdapterOff, Frozen
+from megallm.training.references import AdapterOff, Frozen, ReferenceTable
 from tests.ranks import run_ranks
 from tests.system.commands import ROOT
 from tests.training.preference_cases import (
@@ -272,6 +272,9 @@ def test_rows_that_cannot_be_compared(place):
 REFUSED = {
     "dpo.loss names 'dpo'; it must be one of": {"dpo.loss": "dpo"},
     "dpo.mixture has one of orpo, simpo, cpo, which stand alone": {"dpo.mixture": {"orpo": 1.0, "ipo": 1.0}},
+    "dpo.mixture weighs sigmoid with -1.0": {"dpo.mixture": {"sigmoid": -1.0}},
+    "dpo.mixture weighs sigmoid with nan": {"dpo.mixture": {"sigmoid": math.nan}},
+    "dpo.gamma is nan": {"dpo.gamma": math.nan},
     "dpo.label_smoothing has no effect on sigmoid": {"dpo.label_smoothing": 0.1},
     "exo_pair needs a dpo.label_smoothing above 0": {"dpo.loss": "exo_pair"},
     "dpo.gamma has no effect on ipo": {"dpo.loss": "ipo", "dpo.gamma": 1.0},
@@ -330,6 +333,27 @@ def test_another_reference_is_noticed_in_the_first_step(place, monkeypatch):
     with pytest.raises(InternalError, match=words):
         values = {"reference.kind": "frozen", "run.seed": 99}
         train("dpo", folder / "wrong", start, source, **values)
+
+
+def test_an_adapter_with_dropout_begins_as_no_reference(place):
+    """Its B is not 0, so the first step, with inputs dropped, has another loss than ln 2, and rightly so."""
+    folder, start, source = place
+    lora = {"peft.method": "lora", "peft.dim": 4, "train.steps": 2}
+    begun = train("dpo", folder / "begun", start, source, **lora)
+    lora |= {"peft.adapter": str(begun / "adapter"), "train.steps": 1}
+    assert metrics(train("dpo", folder / "dry", start, source, **lora))[0]["train/loss"] == pytest.approx(math.log(2))
+    dropped = metrics(train("dpo", folder / "dropped", start, source, **lora, **{"peft.dropout": 0.3}))
+    assert dropped[0]["train/loss"] != pytest.approx(math.log(2), rel=1e-4)
+
+
+def test_a_damaged_table_of_the_reference_is_named(tmp_path):
+    path = tmp_path / "table.npz"
+    ReferenceTable.of([(3, 0, -1.0)]).save(path)
+    whole = path.read_bytes()
+    for piece in (whole[: len(whole) // 2], b"", b"no archive"):
+        path.write_bytes(piece)
+        with pytest.raises(CheckpointError, match=r"table\.npz cannot be read .*: remove it"):
+            ReferenceTable.load(path)
 
 
 def local_points(folder: Path, start: str, source: str) -> None:

@@ -179,6 +179,20 @@ def test_labels_are_learned(tmp_path, head):
     assert rows[-1].get("val/mean_token_accuracy", 1.0) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"data__condition": "<{reward}> "}, "data.condition tells the reward of an answer, which rows of the kind"),
+        ({"data__shared_prefix": "on"}, "data.shared_prefix is on, which rows of the kind sft do not read"),
+        ({"data__pairs": "all"}, "data.pairs is all, which rows of the kind sft do not read"),
+    ],
+)
+def test_settings_of_other_rows_are_refused(tmp_path, values, sentence):
+    """data.condition was a traceback here, the others did nothing."""
+    with pytest.raises(UsageError, match=sentence):
+        check(config_of(tmp_path, **values))
+
+
 def test_a_class_that_the_model_lacks_is_named(tmp_path):
     sources = {write_rows(tmp_path / "labels.jsonl", [{"text": "aa", "label": n} for n in (0, 1, 7)]): None}
     values = {"data__sources": sources, "data__valid_sources": {}, "model__head": "classification"}

@@ -26,6 +26,8 @@ from megallm.data.chat.messages import (
     tools_of,
 )
 
+_LARGEST = 1e38  # of numbers of rows, which are kept and computed with in 32 bits
+
 RowKind = Literal[
     "sft", "preference", "reward", "ranked", "unpaired", "scored", "prompts", "classification",
     "regression",
@@ -323,12 +325,13 @@ def detect_format(name: str, row: RawRow, kind: RowKind) -> tuple[RowFormat, str
 
 
 def number_of(value: Any, what: str) -> float:
-    """Returns a finite number, also where CSV keeps it as text."""
+    """Returns a number that 32 bits hold, also where CSV keeps it as text."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value - value != 0:
-        raise BadRow(f"{what} is {str(value)[:40]!r}, want a number")
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not usable or not abs(value) <= _LARGEST:
+        raise BadRow(f"{what} is {str(value)[:40]!r}, want a number (at most {_LARGEST:.0e})")
     return float(value)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megallm.base.errors import MegallmError
+from megallm.data.chat.formats import RowKind
+from megallm.data.chat.reader import SHARED
 from megallm.data.shared_prefix import SharedPrefix
 from megallm.optim.groups import pattern_problem
 from megallm.training.finetune import FinetuneConfig
@@ -17,6 +19,12 @@ from megallm.training.shared_prefix import obstacle
 from megallm.training.starting import tokenizer_of_model
 
 HEADS = ("lm", "classification", "value")
+# The kinds of rows of which a value of the section `data` changes something.
+_READ_BY: dict[tuple[str, Any], tuple[RowKind, ...]] = {
+    ("shared_prefix", "on"): SHARED,
+    ("pairs", "all"): ("preference", "reward", "ranked"),  # reward.ranked has a rule of its own
+    ("train_on", "all"): ("sft", "prompts"),
+}
 
 
 def chat_sections(config: FinetuneConfig) -> Iterator[Problem]:
@@ -29,6 +37,20 @@ def chat_sections(config: FinetuneConfig) -> Iterator[Problem]:
         problem = pattern_problem(pattern)
         if problem is not None:
             yield Problem("freeze", f"freeze: '{pattern}' {problem}.")
+
+
+def unread(config: FinetuneConfig) -> Iterator[Problem]:
+    """Yields settings of the section `data` that rows of this kind do not have."""
+    for (name, value), kinds in _READ_BY.items():
+        if vars(config.data)[name] == value and config.kind not in kinds:
+            sentence = f"data.{name} is {value}, which rows of the kind {config.kind} do not read: "
+            usual = vars(type(config.data)())[name]
+            yield Problem("unread", f"{sentence}leave it out.", ({f"data.{name}": usual},))
+    if config.data.condition and config.kind != "scored":
+        sentence = "data.condition tells the reward of an answer, which rows of the kind "
+        sentence += f"{config.kind} do not have: leave it and data.return_edges out."
+        fix = {"data.condition": "", "data.return_edges": ()}
+        yield Problem("unread", sentence, (fix,))
 
 
 def unfilled_chat(config: FinetuneConfig) -> Iterator[Problem]:
@@ -105,7 +127,7 @@ def chat_inferred(config: FinetuneConfig) -> dict[str, Any]:
 
 
 # Of every trainer on conversations; one of its own adds to them, as SFT does.
-GIVEN = (chat_sections, unfilled_chat, named_tokenizer, need_base)
+GIVEN = (chat_sections, unread, unfilled_chat, named_tokenizer, need_base)
 RESOLVED = {chat_lengths: ("layout.tp", "layout.cp", "data.seq_len", "model.max_positions")}
 RANGES = {"data.seed": SEED, "data.seq_len": COUNT, "data.window": COUNT}
 SFT = Rules(

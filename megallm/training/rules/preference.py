@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 from megallm.base.suggest import nearest
@@ -30,6 +31,10 @@ def losses(config: DpoConfig) -> Iterator[Problem]:
             sentence = f"{key} names '{name}'; it must be one of {', '.join(PAIR_LOSSES)}."
             fixes = ({"dpo.loss": close},) if not options.mixture else ()
             yield Problem("losses", sentence, fixes, key)
+    for name, weight in options.mixture.items():
+        if not 0 < weight < inf:
+            sentence = f"dpo.mixture weighs {name} with {weight}; it must be a finite number above "
+            yield Problem("mixture", f"{sentence}0.", ({"dpo.mixture": {}},))
     if options.mixture and set(names) & set(ALONE):
         sentence = f"dpo.mixture has one of {', '.join(ALONE)}, which stand alone: take dpo.loss."
         yield Problem("losses", sentence)
@@ -136,6 +141,7 @@ DPO = Rules(
         "dpo.beta": Range(above=0, high=1e6),
         "dpo.label_smoothing": Range(low=0, high=0.499),
         "dpo.rpo_alpha": NOT_NEGATIVE,
+        "dpo.gamma": Range(low=-1e6, high=1e6),
         "dpo.discopop_tau": Range(above=0, high=1e6),
         "dpo.watch_steps": NOT_NEGATIVE,
     },
