@@ -202,10 +202,18 @@ def test_a_reward_function_that_raises_ends_the_run_or_is_told(tmp_path):
     ({"data.packing": "true"}, "it is rl.packing"),
     ({"peft.dropout": 0.1, "peft.method": "lora"}, "another one than that which has sampled"),
     ({"model.head": "value"}, "trains language models"),
+    ({"sampling.stop": "['']"}, "ends each answer at its first token"),
+    ({"rl.replay.low": 3}, "rl.replay.low 3 is above rl.replay.high 2"),
+    ({"rl.opsm": -1}, "rl.opsm is -1"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_said(tmp_path, options, said):
     with pytest.raises(UsageError, match=said):
         made(tmp_path, **options)
+
+
+def test_bounds_that_the_algorithm_rules_out_are_no_internal_error(tmp_path):
+    with pytest.raises(UsageError, match=r"rl.algorithm grpo: dual_clip is 0.5; it must be above 1 \+ high"):
+        grpo.run(made(tmp_path, **{"rl.dual_clip": 0.5}), Mesh.single(), "never")
 
 
 def test_no_reward_function_is_refused(tmp_path, capsys):
