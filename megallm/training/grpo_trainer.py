@@ -364,7 +364,7 @@ class GrpoTrainer:
         if self._tolerance == COARSE:
             report = {name: 0.0 if "clip" in name else x for name, x in report.items()}
             report["off_policy"] = 0.0
-        own = self.config.rl.kl.reference is None and self.config.peft.adapter is None
+        own = self.config.rl.kl.reference is None and self.config.peft.begins_as_base
         fault = first_update_fault(report, reference_is_policy and own, self._tolerance)
         if fault is not None and stats.counts["ratio/mean"]:
             raise InternalError(f"Step {step}: {fault}")

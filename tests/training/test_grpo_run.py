@@ -177,6 +177,12 @@ def test_adapters_have_the_base_as_their_reference(quiet, tmp_path):
     assert (tmp_path / "lora" / "run" / "adapter" / "adapter_config.json").is_file()
 
 
+def test_virtual_tokens_make_another_policy_than_the_reference_from_the_start(quiet, tmp_path):
+    options = {"peft.method": "prompt", "peft.virtual_tokens": 2, "rl.kl.loss": 0.1, "train.steps": 1}
+    grpo.run(made(tmp_path, **start_of(quiet), **options, **ON_POLICY), Mesh.single(), "auto")
+    assert rows_of(tmp_path)[0]["rl/kl"] > 1e-4
+
+
 # Rewards and rules
 
 
