@@ -23,7 +23,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what trains: pretrain (default); sft; lora, rslora, dora, adalora, ia3, prefix, "
         "prompt, p-tuning, houlsby, parallel, qlora beside a frozen model; reward, dpo, kto, "
-        "grpo, gspo, ppo, awr, ilql",
+        "grpo, gspo, ppo, chord, awr, ilql",
     )
     parser.add_argument("--layout", metavar="k=v,..", help="one layout, such as tp=2,pp=2,sp=true")
     parser.add_argument(

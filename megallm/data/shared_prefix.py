@@ -86,13 +86,14 @@ class SharedRow:
         """Returns `positions` `[1, length]`, `cu_seqlens` and `prefix_of` of a row that is filled
         up to `length`.
         """
-        ends, before, starts = [*self.ends], [*self.prefix_of], np.zeros(length, np.int64)
-        if ends[-1] < length:
-            ends.append(length)
-            before.append(-1)
+        ends, before = [*self.ends], [*self.prefix_of]
+        starts = np.arange(length)  # padding stays at position 0: learned ones have an end
         for begin, end, parent in zip(ends, ends[1:], before, strict=False):
             shift = 0 if parent < 0 else ends[parent + 1] - ends[parent]
             starts[begin:end] = begin - shift
+        if ends[-1] < length:
+            ends.append(length)
+            before.append(-1)
         return {
             "positions": (np.arange(length) - starts)[None],
             "cu_seqlens": np.array(ends, np.int32),

@@ -36,10 +36,10 @@ from megallm.inference.generator import Generator
 from megallm.losses.reduce import mean_by_sequence, num_sequences
 from megallm.losses.terms import Loss, Terms
 from megallm.models.build import initial_values
-from megallm.models.heads import HIDDEN, MASK_ON_CPU
+from megallm.models.heads import MASK_ON_CPU
 from megallm.models.parallel_model import ParallelModel, Prepare
 from megallm.ops.documents import OF_DOCUMENTS
-from megallm.ops.precision import wide_dtype
+from megallm.ops.precision import wide, wide_dtype
 from megallm.optim.buckets import ParamGroup
 from megallm.optim.clip import clip_gradients
 from megallm.optim.groups import check_groups, param_group
@@ -241,11 +241,11 @@ class Engine:
         """
 
         def means(outputs: dict[str, Tensor], batch: Batch) -> Tensor:
-            return mean_by_sequence(outputs[HIDDEN], batch)
+            return mean_by_sequence(wide(outputs["whole_hidden"]), batch)
 
         size = self.config.model.hidden_size
         shapes = [(num_sequences(batch), size) for batch in batches]
-        return self._outputs(batches, Wanted((HIDDEN,)), means, shapes)
+        return self._outputs(batches, Wanted(("whole_hidden",)), means, shapes)
 
     def _outputs(
         self,

@@ -16,7 +16,6 @@ from megallm.models.config import VOCABULARY_HEADS, ModelConfig
 from megallm.models.critic import CriticHeads
 from megallm.models.decode import plain_step
 from megallm.models.heads import (
-    HIDDEN,
     MASK_ON_CPU,
     build_head,
     counted_tokens,
@@ -30,7 +29,7 @@ from megallm.models.mtp import MtpModule, shift_labels, shift_row_mask
 from megallm.models.stages import StageSpan
 from megallm.ops.cross_entropy import Projection
 from megallm.ops.embedding import look_up
-from megallm.ops.precision import wide, wide_dtype
+from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
 from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
@@ -271,12 +270,6 @@ class Stage(ShardedModule):
         x = x if self.final_norm is None else self.final_norm(x)
         return x if self.head is None else self.head.features(x)
 
-    def hidden_states(self, x: Tensor) -> Tensor:
-        """Maps hidden states of the last block to wide final ones, `[B, T/cp, D]`, without
-        gradient.
-        """
-        return wide(gather_input(self.features(x), self.mesh, self.sp, "vocab.logits")).detach()
-
     def logits(self, x: Tensor, ready: Ready, counted: Tensor | None = None) -> Tensor:
         """Returns this rank's piece of the logits, `[B, T/cp, V/tp]` or of the tokens `counted`
         `[n, V/tp]`; of a head with few outputs `[B, T/cp/tp or T/cp, C]`.
@@ -408,8 +401,6 @@ class Stage(ShardedModule):
     ) -> dict[str, Tensor]:
         """Returns the wanted scalars `[B, T/cp]` of the next token, of classes or of values."""
         names = tuple(name for name in self.wanted.names if not name.startswith("mtp_"))
-        if HIDDEN in names:
-            return {HIDDEN: run_unit(self.units, self.head_keys, self.hidden_states, x)}
         mask = batch.get(MASK_ON_CPU, batch.get("mask"))
         found: dict[str, Tensor] = {}
         if self.critic is not None:

@@ -173,7 +173,6 @@ def local_logits(
     return linear(rows, weight, bias, weight_grads)
 
 
-HIDDEN = "hidden"  # name of the final hidden states among what a stage is asked for
 MASK_ON_CPU = "mask_on_cpu"  # in a batch on another device: the mask that need not be waited for
 
 

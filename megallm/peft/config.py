@@ -46,6 +46,12 @@ class PeftConfig:
     orthogonal: float = 0.5  # adalora: weight of the regulariser that keeps A and B orthogonal
 
     @property
+    def begins_as_base(self) -> bool:
+        """Whether a model computes with its new adapters what it does without them."""
+        other = ("prefix", "prompt", "p-tuning", "houlsby")
+        return self.adapter is None and self.method not in other
+
+    @property
     def first_dim(self) -> int:
         """The rank that adapters are made with."""
         adapts = self.method == "adalora"

@@ -21,6 +21,7 @@ from megallm.rewards.tools import schema_of, unknown_tool
 
 Told = dict[str, Any]
 OWN = ("reset", "get_reward")  # methods of TRL's environments that are no tools
+LONGEST = 1_000_000  # characters of a reply: encoding more holds the run up, and no answer has room
 
 # The signatures, as they are shown.
 FORMS = {
@@ -173,7 +174,7 @@ class Host:
         except TypeError as error:
             return {"error": f"{name}{inspect.signature(tool)}: {error}"}
         try:
-            return {"result": str(_result(tool(**call["arguments"])))}
+            return {"result": _text(str(_result(tool(**call["arguments"]))))}
         except Exception as error:  # the boundary of a tool: the model is told
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -255,6 +256,8 @@ def _step_gymnasium(
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"it said {type(value).__name__} {str(value)[:80]!r}, not a text")
+    if len(value) > LONGEST:
+        raise ValueError(f"it said {len(value)} characters; {LONGEST} are the most")
     value.encode("utf-8")
     return value
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megallm.base.errors import InternalError
+from megallm.base.errors import InternalError, UsageError
 from megallm.base.rng import key_of, permutation
 from megallm.data.chat.rows import PromptRow
 from megallm.engine.engine import Engine, Part, StepStats
@@ -57,18 +57,18 @@ PolicyReference = Callable[[], AbstractContextManager[Engine]]
 
 
 def policy_loss_of(rl: RlConfig, max_new_tokens: int, temperature: float) -> Policy:
-    """Returns the loss of an algorithm with what the configuration says otherwise."""
+    """Returns the loss of an algorithm with what the configuration says otherwise. Errors:
+    UsageError for a bound that the algorithm's others rule out.
+    """
     given = {key: vars(rl)[key] for key in ("low", "high", "dual_clip", "opsm")}
     changes = {key: value for key, value in given.items() if value is not None}
-    return policy_loss(
-        rl.algorithm,
-        length=max_new_tokens,
-        temperature=temperature,
-        beta=rl.kl.loss,
-        kl=rl.kl.estimator,
-        entropy_coef=rl.entropy_coef,
-        **changes,
-    )
+    changes |= {"beta": rl.kl.loss, "kl": rl.kl.estimator, "entropy_coef": rl.entropy_coef}
+    try:
+        return policy_loss(
+            rl.algorithm, length=max_new_tokens, temperature=temperature, **changes
+        )
+    except ValueError as error:
+        raise UsageError(f"rl.algorithm {rl.algorithm}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class GrpoTrainer:
         if self._tolerance == COARSE:
             report = {name: 0.0 if "clip" in name else x for name, x in report.items()}
             report["off_policy"] = 0.0
-        own = self.config.rl.kl.reference is None and self.config.peft.adapter is None
+        own = self.config.rl.kl.reference is None and self.config.peft.begins_as_base
         fault = first_update_fault(report, reference_is_policy and own, self._tolerance)
         if fault is not None and stats.counts["ratio/mean"]:
             raise InternalError(f"Step {step}: {fault}")

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megallm.base.errors import UsageError
 from megallm.data.chat.config import ChatDataConfig
 from megallm.data.chat.formats import Example
 from megallm.data.chat.prepare import template_of
@@ -66,6 +67,7 @@ def open_rewards(job: Job, engine: Engine) -> list[FurtherReward]:
         if target == "reward_model":
             scorer = open_scorer(config.reward_model.model, engine.mesh, config.train.precision)
             call = RewardModel(scorer, job.words()[0], config)
+            call.check_length()
         elif target == "judge":
             given = {"template": config.judge.template or JUDGE_PROMPT} | options
             given = {"pattern": config.judge.pattern, "most": config.judge.most} | given
@@ -88,8 +90,23 @@ class RewardModel:
     words: Tokenizer  # the policy's
     config: GrpoConfig
 
+    @property
+    def _reads_ids(self) -> bool:
+        return self.opened.words.fingerprint == self.words.fingerprint
+
+    def check_length(self) -> None:
+        """Errors: UsageError for a model with fewer learned positions than answers may need."""
+        config, model = self.config, self.opened.engine.config.model
+        longest = config.data.seq_len + config.sampling.max_new_tokens
+        if self._reads_ids and model.positions == "learned" and longest > model.max_positions:
+            raise UsageError(
+                f"reward_model.model {config.reward_model.model} has {model.max_positions} "
+                f"positions; data.seq_len {config.data.seq_len} and sampling.max_new_tokens "
+                f"{config.sampling.max_new_tokens} need {longest}."
+            )
+
     def __call__(self, samples: Sequence[Completion]) -> list[float]:
-        if self.opened.words.fingerprint == self.words.fingerprint:
+        if self._reads_ids:
             ids = [np.array([*one.prompt_ids, *one.completion_ids], np.int32) for one in samples]
         else:
             ids = self._written(samples)

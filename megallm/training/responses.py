@@ -84,7 +84,6 @@ class Response:
         """Tokens that the model reads: the last one is only predicted."""
         return len(self.prompt) + len(self.tokens) - 1
 
-
     def compared(self, now: Sequence[float], version: int) -> LogProbPair:
         """Returns the sampler's log-probs beside the trainer's `now`, whose weights are those of
         `version`.
@@ -278,8 +277,7 @@ class ResponseRows:
         length, whole = shape.length, self.packing or shape.shared
         rows = 1 if whole else len(micro)
         size = rows, length
-        batch: Arrays = {name: np.zeros(size, np.int64) for name in ("tokens", "labels")}
-        batch["positions"] = np.tile(np.arange(length), (rows, 1))
+        batch: Arrays = {name: np.zeros(size, np.int64) for name in ("tokens", "labels", "positions")}
         batch["mask"] = np.zeros(size, bool)
         batch |= {name: np.zeros(size) for name in wanted}
         ends = [0]
@@ -290,6 +288,7 @@ class ResponseRows:
                 continue
             count, end = len(answer.tokens), begin + answer.size - skipped
             batch["tokens"][row, begin:end] = [*answer.prompt, *answer.tokens[:-1]][skipped:]
+            batch["positions"][row, begin:end] = np.arange(skipped, answer.size)
             batch["labels"][row, at : at + count] = answer.tokens
             kept = batch["mask"][row, at : at + count] = np.array(answer.sampled)
             for name, key in wanted.items():

@@ -86,15 +86,18 @@ class Experience:
         return replace(self, table=self.table[list(kept)], **lists)
 
     def join(self, other: Experience) -> Experience:
-        """Returns both, one after the other."""
+        """Returns both, one after the other; metrics that both have are means over the answers."""
         if not self.answers:
             return other
+        mine, theirs = len(self.answers), len(other.answers)
+        metrics = self.metrics | other.metrics
+        for name in self.metrics.keys() & other.metrics.keys():
+            told = self.metrics[name] * mine + other.metrics[name] * theirs
+            metrics[name] = told / (mine + theirs)
         lists = {name: values + vars(other)[name] for name, values in self._lists()}
         table = np.concatenate([self.table, other.table])
         failures = self.failures + other.failures
-        return replace(
-            self, table=table, metrics=self.metrics | other.metrics, failures=failures, **lists
-        )
+        return replace(self, table=table, metrics=metrics, failures=failures, **lists)
 
     def _lists(self) -> list[tuple[str, list]]:
         return [(name, vars(self)[name]) for name in ("answers", "columns", "texts", "extras")]

@@ -157,11 +157,11 @@ def score(engine: Engine, sequences: Sequence[np.ndarray], batch: int) -> list[f
 
 
 def _batch(sequences: Sequence[np.ndarray], rows: int, length: int) -> Batch:
-    tokens, mask = torch.zeros((2, rows, length), dtype=torch.int64)
+    tokens, mask, positions = torch.zeros((3, rows, length), dtype=torch.int64)
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
         mask[row, len(ids) - 1] = 1
-    positions = torch.arange(length).expand(rows, length).contiguous()
+        positions[row, : len(ids)] = torch.arange(len(ids))
     return {
         "tokens": tokens,
         "labels": torch.zeros_like(tokens),

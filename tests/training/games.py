@@ -83,6 +83,14 @@ def junk(left: int, right: int) -> int:
     os._exit(3)
 
 
+def endless(left: int, right: int) -> str:
+    return "1" * 2_000_000
+
+
+def garbled(left: int, right: int) -> str:
+    return "1\ud800"
+
+
 def killed(left: int, right: int) -> int:
     """Kills the trainer, once, in the middle of a call."""
     marker = Path("kill")
@@ -113,6 +121,14 @@ def calls_raises(text):
 
 def calls_junk(text):
     return _calls(text, "junk")
+
+
+def calls_endless(text):
+    return _calls(text, "endless")
+
+
+def calls_garbled(text):
+    return _calls(text, "garbled")
 
 
 def calls_killed(text):

@@ -17,6 +17,7 @@ from megallm.parallel.mesh import Mesh
 from megallm.training.advantages import ESTIMATORS
 from megallm.training.responses import Response, ResponseRows
 from megallm.training.rl_config import Algorithm, Estimator
+from megallm.training.rollout import Experience
 from tests.engine.tiny import engine_of
 from tests.ranks import run_ranks
 from tests.training.rl import MODEL, OPTIM, Functions, learn, trainer_of
@@ -182,6 +183,12 @@ def broken_on_one_rank(layout: Layout) -> str:
 
 def test_an_error_of_the_rank_that_calls_reaches_all():
     assert len(set(run_ranks(2, broken_on_one_rank, Layout(dp=2)))) == 1
+
+
+def test_metrics_of_several_draws_are_means_over_their_answers():
+    draws = [Experience([None] * n, np.zeros((n, 1)), [{}] * n, [""] * n, [{}] * n, {"turns": x, str(n): 1.0})
+             for n, x in ((1, 4.0), (3, 2.0))]  # fmt: skip
+    assert draws[0].join(draws[1]).metrics == {"turns": 2.5, "1": 1.0, "3": 1.0}
 
 
 def test_groups_without_a_difference_are_replaced():

@@ -177,6 +177,12 @@ def test_adapters_have_the_base_as_their_reference(quiet, tmp_path):
     assert (tmp_path / "lora" / "run" / "adapter" / "adapter_config.json").is_file()
 
 
+def test_virtual_tokens_make_another_policy_than_the_reference_from_the_start(quiet, tmp_path):
+    options = {"peft.method": "prompt", "peft.virtual_tokens": 2, "rl.kl.loss": 0.1, "train.steps": 1}
+    grpo.run(made(tmp_path, **start_of(quiet), **options, **ON_POLICY), Mesh.single(), "auto")
+    assert rows_of(tmp_path)[0]["rl/kl"] > 1e-4
+
+
 # Rewards and rules
 
 
@@ -202,10 +208,18 @@ def test_a_reward_function_that_raises_ends_the_run_or_is_told(tmp_path):
     ({"data.packing": "true"}, "it is rl.packing"),
     ({"peft.dropout": 0.1, "peft.method": "lora"}, "another one than that which has sampled"),
     ({"model.head": "value"}, "trains language models"),
+    ({"sampling.stop": "['']"}, "ends each answer at its first token"),
+    ({"rl.replay.low": 3}, "rl.replay.low 3 is above rl.replay.high 2"),
+    ({"rl.opsm": -1}, "rl.opsm is -1"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_said(tmp_path, options, said):
     with pytest.raises(UsageError, match=said):
         made(tmp_path, **options)
+
+
+def test_bounds_that_the_algorithm_rules_out_are_no_internal_error(tmp_path):
+    with pytest.raises(UsageError, match=r"rl.algorithm grpo: dual_clip is 0.5; it must be above 1 \+ high"):
+        grpo.run(made(tmp_path, **{"rl.dual_clip": 0.5}), Mesh.single(), "never")
 
 
 def test_no_reward_function_is_refused(tmp_path, capsys):

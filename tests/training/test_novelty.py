@@ -72,29 +72,30 @@ def test_its_state_comes_back_bit_for_bit():
 NEW = {"rl.novelty.coefficient": 0.5, "rl.novelty.width": 16, "train.global_batch": 8}
 
 
-def train(layout: Layout, zero: int = 0, packing: bool = False) -> list[list[float]]:
+def train(layout: Layout, zero: int = 0, packing: bool = False, sharing: str = "off") -> list[list[float]]:
     mesh = Mesh.start(layout) if layout.world > 1 else Mesh.single()
     engine = engine_of(mesh, model=MODEL, optim=OPTIM, zero=zero, sp=layout.tp > 1)
-    trainer = trainer_of(mesh, engine, Functions, **NEW, **{"rl.packing": packing})
+    trainer = trainer_of(mesh, engine, Functions, **NEW, **{"rl.packing": packing, "rl.shared_prefix": sharing})
     names = ("novelty/reward", "novelty/error")
     reports = [trainer.step(step) for step in (1, 2)]
     return [[r.losses["train/loss"], r.stats.grad_norm, *(r.metrics[name] for name in names)] for r in reports]
 
 
 @pytest.mark.parametrize(
-    ("layout", "zero", "packing"),
-    [(Layout(dp=2), 3, False), (Layout(tp=2, pp=2), 0, False), (Layout(cp=2), 0, True), (Layout(), 0, True)],
-)
-def test_the_same_rewards_at_every_layout(layout, zero, packing):
+    ("layout", "zero", "packing", "sharing"),
+    [(Layout(dp=2), 3, False, "off"), (Layout(tp=2, pp=2), 0, False, "on"), (Layout(cp=2), 0, True, "off"),
+     (Layout(), 0, True, "on")],
+)  # fmt: skip
+def test_the_same_rewards_at_every_layout(layout, zero, packing, sharing):
     alone = train(Layout())
     plain = trainer_of(**{"train.global_batch": 8}).step(1)
     assert alone[0][2:] != alone[1][2:] and alone[0][1] != plain.stats.grad_norm
-    for numbers in run_ranks(layout.world, train, layout, zero, packing):
+    for numbers in run_ranks(layout.world, train, layout, zero, packing, sharing):
         np.testing.assert_allclose(numbers, alone, rtol=1e-8, atol=1e-12)
 
 
 def test_pooled_states_are_means_of_hidden_states_over_the_answer():
-    trainer = trainer_of(**NEW)
+    trainer = trainer_of(**NEW, **{"rl.shared_prefix": "off"})
     answers = trainer.rollouts.draw(1, 1, trainer.feeds.prompts, lambda name: torch.no_grad()).answers[:5]
     found = trainer.rows.pooled(answers)
     stage, seen = trainer.engine.model.stages[0], []

@@ -212,7 +212,7 @@ def test_a_row_says_where_everything_stands() -> None:
     assert row.cost == RowCost(28, causal(4) + causal(5) + 20 + causal(2) + 8 + 2 * causal(5) + causal(7))
     made = row.of_documents(30)
     assert made["positions"][0].tolist() == [
-        *range(4), *range(4, 9), *range(4, 6), *range(5), *range(5), *range(7), 0, 1
+        *range(4), *range(4, 9), *range(4, 6), *range(5), *range(5), *range(7), 0, 0
     ]  # fmt: skip
     assert made["cu_seqlens"].tolist()[-2:] == [28, 30] and made["prefix_of"].tolist() == [-1, 0, 0, -1, -1, -1, -1]
     assert shared_row([]).of_documents(4)["cu_seqlens"].tolist() == [0, 4]
@@ -220,6 +220,20 @@ def test_a_row_says_where_everything_stands() -> None:
 
 def drawn(prompt: int, sizes: Sequence[int]) -> list[Response]:
     return [Response(i, 0, 1, [1] * prompt, [2] * n, [0.0] * n, "stop", 0) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(("packing", "sharing"), [(False, None), (True, None), (False, ALWAYS)])
+def test_padding_needs_no_position_that_no_answer_has(packing: bool, sharing: PrefixSharing | None) -> None:
+    """Learned positions end with the longest prompt and answer; rows are longer."""
+    model = dataclasses.replace(MODELS["learned"], max_positions=11).resolve()
+    engine = Engine.build(config_of(model, SEEN), Mesh.single())
+    rows = ResponseRows(engine, 4, 8, packing, torch.float64, sharing)
+    found = drawn(9, [3] * 5)
+    batches = rows.batches(found)
+    assert [int(batch["positions"].max()) for batch in batches] == [10, 10]
+    assert {batch["tokens"].shape[1] for batch in batches} <= {16, 24, 48}
+    alone = [rows.scores([one], engine.log_probs)[0] for one in found]
+    np.testing.assert_allclose(rows.scores(found, engine.log_probs), alone, rtol=1e-12)
 
 
 def test_auto_shares_where_it_is_cheaper() -> None:

@@ -166,6 +166,8 @@ def test_advantages_skip_replies():
     ("hangs", "it took longer than 0.3 seconds", 0.3),
     ("raises", "ValueError: no sums today", 20),
     ("junk", "it ended its process with exit status 3", 20),
+    ("endless", "it said 2000000 characters; 1000000 are the most", 20),
+    ("garbled", "UnicodeEncodeError", 20),
 ])  # fmt: skip
 def test_a_tool_that_fails_is_told_or_ends(name, said, seconds):
     options = {**OPTIONS, "train.global_batch": 4, "sampling.group": 4, "sampling.max_new_tokens": 60}

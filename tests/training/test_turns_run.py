@@ -191,6 +191,21 @@ def test_another_tokenizer_reads_the_text(reward_model, tmp_path):
     assert RewardModel(opened, Other(), config)(samples) == pytest.approx(same)
 
 
+def test_a_reward_model_of_few_learned_positions(tmp_path):
+    """Positions for the longest answer are enough, padded rows or not; fewer are refused at once."""
+    config = made(tmp_path, **BASE)
+    for positions in (33, 31):
+        model = changed(MODEL, head="value", tie_embeddings=False, positions="learned", max_positions=positions)
+        opened = open_scorer(write_start(tmp_path / f"reward{positions}", model), Mesh.single(), "fp64")
+        reward = RewardModel(opened, opened.words, config)
+        if positions == 31:
+            with pytest.raises(UsageError, match="has 31 positions; data.seq_len 16 and .* 16 need 32"):
+                reward.check_length()
+            continue
+        reward.check_length()
+        assert len(reward([Completion("1", "2", [49] * 17, [50] * 16), Completion("1", "2", [49], [50])])) == 2
+
+
 def test_models_of_another_kind_are_refused(reward_model, tmp_path):
     start = write_start(tmp_path / "start")
     with pytest.raises(UsageError, match="reward_model.model .* has the head lm, which gives no score"):

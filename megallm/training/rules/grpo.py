@@ -63,6 +63,14 @@ def turns(config: GrpoConfig) -> Iterator[Problem]:
         yield Problem("partial", sentence, ({"sampling.partial.tokens": 0},))
 
 
+def stops(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields a stop text that every answer holds from its first token on."""
+    if "" in config.sampling.stop:
+        kept = tuple(text for text in config.sampling.stop if text)
+        sentence = "sampling.stop holds an empty text, which ends each answer at its first token."
+        yield Problem("stop", sentence, ({"sampling.stop": kept},))
+
+
 def groups(config: GrpoConfig) -> Iterator[Problem]:
     """Yields a step that is no whole number of groups."""
     train, group, updates = config.train, config.sampling.group, config.rl.updates
@@ -95,8 +103,11 @@ def divergence(config: GrpoConfig) -> Iterator[Problem]:
 
 
 def old_answers(config: GrpoConfig) -> Iterator[Problem]:
-    """Yields half of a replay buffer."""
+    """Yields half of a replay buffer, and bounds of importance weights that cross."""
     replay = config.rl.replay
+    if replay.low is not None and replay.low > replay.high:
+        sentence = f"rl.replay.low {replay.low:g} is above rl.replay.high {replay.high:g}."
+        yield Problem("replay", sentence, ({"rl.replay.low": None},))
     if (replay.staleness > 0) != (replay.prompts > 0):
         sentence = (
             f"rl.replay.staleness {replay.staleness} and rl.replay.prompts {replay.prompts}: "
@@ -193,7 +204,9 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.chat_inferred(config)
 
 
-_GIVEN = (*finetune.GIVEN, reward_rules, groups, divergence, old_answers, alone, turns, expert)
+_GIVEN = (
+    *finetune.GIVEN, reward_rules, stops, groups, divergence, old_answers, alone, turns, expert
+)
 RULES = Rules(
     (*_GIVEN, without_critic),
     finetune.RESOLVED
@@ -204,9 +217,9 @@ RULES = Rules(
     | {f"rl.{name}": COUNT for name in ("updates", "epochs")}
     | {
         f"rl.{name}": NOT_NEGATIVE
-        for name in ("low", "high", "entropy_coef", "overlong_cache", "show")
+        for name in ("low", "high", "opsm", "entropy_coef", "overlong_cache", "show")
     }
-    | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "high")}
+    | {f"rl.replay.{name}": NOT_NEGATIVE for name in ("staleness", "prompts", "low", "high")}
     | {f"sampling.partial.{name}": NOT_NEGATIVE for name in ("tokens", "staleness")}
     | {"turns.tokens": NOT_NEGATIVE, "turns.timeout_seconds": Range(above=0)}
     | {"turns.memory_gib": Range(above=0), "judge.most": Range(above=0)}
