@@ -96,9 +96,10 @@ lines = [f"| {name} | {' | '.join(f'{each[key]:.3f}' for key in columns)} |" for
 print(f"""# Fine-tuning or reinforcement learning
 
 Measured by `{command}` with one seed: {seconds} s of training on two cores,
-then 200 held-out prompts of each kind, {SAMPLES} samples of each at temperature 1. The start knows sums and differences;
-every run then trains {len(steps)} steps of 128 rows on sums whose first number is below 70: SFT from right answers, GRPO
-from rewards, CHORD from both. The standard error of a greedy share is at most 0.035: smaller differences say nothing.
+then 200 held-out prompts of each kind, {SAMPLES} samples of each at temperature 1. The start knows sums and
+differences; every run then trains {len(steps)} steps of 128 rows on sums whose first number is below 70: SFT from right
+answers, GRPO from rewards, CHORD from both. The standard error of a greedy share is at most 0.035:
+smaller differences say nothing.
 
 | | {" | ".join(columns.values())} |
 |---|{"---|" * len(columns)}
@@ -111,7 +112,8 @@ Against the start:
 - In and out of distribution (Chu et al., arXiv 2501.17161), greedy: below 70 {both("in")}; from 70 on {both("out")}.
 - pass@1 and pass@16 (Matsutani et al., arXiv 2509.21128), below 70: pass@1 {both("in1")}; pass@16 {both("in16")}.
   From 70 on: pass@1 {both("out1")}; pass@16 {both("out16")}.
-- Forgetting (arXiv 2510.18874), of differences: greedy {both("kept")}; pass@1 {both("kept1")}; pass@16 {both("kept16")}.
+- Forgetting (arXiv 2510.18874), of differences: greedy {both("kept")}; pass@1 {both("kept1")};
+  pass@16 {both("kept16")}.
 - Both, greedy below 70 and from 70 on: SFT, then GRPO, which has twice the steps, {pair(BOTH)};
   CHORD-mu {pair("CHORD-mu")}; CHORD-phi {pair("CHORD-phi")}.
 - Reward of GRPO, first and last ten steps: {mean(steps[:10]):.3f} and {mean(steps[-10:]):.3f}.""")
