@@ -44,18 +44,18 @@ print(f"""# A small student with partly wrong labels learns sums from a larger t
 Measured by `{command}` in {seconds} s on two cores.
 {wrong:.0%} of the labels that the students see have a wrong digit; the teacher, four times as large, was trained on
 right ones. {len(runs)} seeds, 150 steps of 96 sums after the same start on the same labels; the share of 200 held-out
-sums that are right, greedily and drawn at temperature 1 (mean, and each seed), and the seconds of the steps. The teacher's
-greedy share is {teacher:.3f}.
+sums that are right, greedily and drawn at temperature 1 (mean, and each seed), and the seconds of the steps. The
+teacher's greedy share is {teacher:.3f}.
 
 | | greedy | at temperature 1 | seconds |
 |---|---|---|---|
 {chr(10).join(lines)}
 
 Of the {len(grid)} places of the grid {above[0]} are above further SFT greedily ({mean("SFT"):.3f}), and {above[1]} at
-temperature 1 ({mean("SFT", "sampled"):.3f}). The best is {best} ({mean(best):.3f}), the worst {worst} ({mean(worst):.3f}).
-Means of the greedy shares, beta 0, 0.5 and 1: {", ".join(of("beta", value) for value in values)}; lmbda (share of
-steps on own answers) 0, 0.5 and 1: {", ".join(of("lmbda", value) for value in values)}. The reverse KL divergence as a reward
-has {mean("reverse KL as a reward"):.3f} (the start {mean("start"):.3f}).
+temperature 1 ({mean("SFT", "sampled"):.3f}). The best is {best} ({mean(best):.3f}), the worst {worst}
+({mean(worst):.3f}). Means of the greedy shares, beta 0, 0.5 and 1: {", ".join(of("beta", value) for value in values)}; lmbda (share of
+steps on own answers) 0, 0.5 and 1: {", ".join(of("lmbda", value) for value in values)}. The reverse KL
+divergence as a reward has {mean("reverse KL as a reward"):.3f} (the start {mean("start"):.3f}).
 
 ![shares of right sums](right.png)""")
 figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
