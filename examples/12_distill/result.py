@@ -53,8 +53,8 @@ teacher's greedy share is {teacher:.3f}.
 
 Of the {len(grid)} places of the grid {above[0]} are above further SFT greedily ({mean("SFT"):.3f}), and {above[1]} at
 temperature 1 ({mean("SFT", "sampled"):.3f}). The best is {best} ({mean(best):.3f}), the worst {worst}
-({mean(worst):.3f}). Means of the greedy shares, beta 0, 0.5 and 1: {", ".join(of("beta", value) for value in values)}; lmbda (share of
-steps on own answers) 0, 0.5 and 1: {", ".join(of("lmbda", value) for value in values)}. The reverse KL
+({mean(worst):.3f}). Means of the greedy shares, beta 0, 0.5 and 1: {", ".join(of("beta", value) for value in values)};
+lmbda (share of steps on own answers) 0, 0.5 and 1: {", ".join(of("lmbda", value) for value in values)}. The reverse KL
 divergence as a reward has {mean("reverse KL as a reward"):.3f} (the start {mean("start"):.3f}).
 
 ![shares of right sums](right.png)""")
