@@ -26,7 +26,7 @@ train seed2 run.seed=2 "$@"
 wait $first
 tail -n 3 $work/seed1.log
 say "3/4 the same at a learning rate twenty times as high"
-train high optim.lr=6.0e-3 train.steps=40 "$@"
+train high optim.lr=8.0e-3 optim.warmup_steps=0 train.steps=40 "$@"
 grep -h "warning" $work/high.log | head -n 3 || true
 say "4/4 what came out"
 for run in seed1 seed2 high; do

@@ -17,6 +17,6 @@ for temperature in ("0", "1"):
              temperature, "--max-new-tokens", "4", "--batch", "200", "--json", str(made)],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        answers = [json.loads(line)["text"] for line in made.read_text().splitlines()]
-    shares.append(sum(row["answer"] == answer for row, answer in zip(rows, answers, strict=True)) / len(rows))
+        first_lines = [json.loads(line)["text"].strip().split("\n")[0] for line in made.read_text().splitlines()]
+    shares.append(sum(row["answer"] == line for row, line in zip(rows, first_lines, strict=True)) / len(rows))
 print(f"{shares[0]:.3f} {shares[1]:.3f}")

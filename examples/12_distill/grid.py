@@ -20,25 +20,26 @@ def megallm(*words: str) -> None:
         sys.exit(code)
 
 
-def right(model: Path, work: Path, name: str) -> float:
-    """The share of held-out sums that greedy answers get right."""
-    made = work / "answers" / f"{name}.jsonl"
-    made.parent.mkdir(exist_ok=True)
-    megallm(
-        "generate", "--model", str(model), "--prompts", str(work / "held_out.jsonl"), "--temperature", "0",
-        "--max-new-tokens", "5", "--batch", "200", "--json", str(made), "--overwrite",
-    )  # fmt: skip
-    wanted, answers = (
-        [json.loads(line)[key] for line in path.read_text().splitlines()]
-        for path, key in ((work / "held_out.jsonl", "answer"), (made, "text"))
-    )
-    return sum(map(str.__eq__, wanted, answers)) / len(wanted)
+def shares(model: Path, work: Path, name: str) -> dict[str, float]:
+    """The shares of held-out sums that greedy answers, and answers drawn at temperature 1, get right."""
+    wanted = [json.loads(line)["answer"] for line in (work / "held_out.jsonl").read_text().splitlines()]
+    found = {}
+    for kind, temperature in (("greedy", "0"), ("sampled", "1")):
+        made = work / "answers" / f"{name}-{kind}.jsonl"
+        made.parent.mkdir(exist_ok=True)
+        megallm(
+            "generate", "--model", str(model), "--prompts", str(work / "held_out.jsonl"), "--temperature", temperature,
+            "--max-new-tokens", "4", "--batch", "200", "--json", str(made), "--overwrite",
+        )  # fmt: skip
+        answers = [json.loads(line)["text"] for line in made.read_text().splitlines()]
+        found[kind] = sum(map(str.__eq__, wanted, answers)) / len(wanted)
+    return found
 
 
 def student(seed: str, work: Path) -> dict[str, dict[str, float]]:
     start = work / f"student-{seed}"
     megallm("sft", str(HERE / "student.yaml"), f"run.dir={start}", f"run.seed={seed}")
-    found = {"start": {"right": right(start, work, f"{seed}-start"), "seconds": 0.0}}
+    found = {"start": {**shares(start, work, f"{seed}-start"), "seconds": 0.0}}
     common = [f"model.init={start}", f"run.seed={seed}"]
     lines = (HERE / "distill.yaml").read_text().splitlines()
     sft = [line for line in lines if not line.startswith(("teacher", "distill"))]
@@ -50,7 +51,7 @@ def student(seed: str, work: Path) -> dict[str, dict[str, float]]:
         megallm(verb, str(config), f"run.dir={run}", *common, *values)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         seconds = sum(row["perf/step_seconds"] for row in rows)
-        found[name] = {"right": right(run, work, run.name), "seconds": seconds, "loss": rows[-1]["train/loss"]}
+        found[name] = {**shares(run, work, run.name), "seconds": seconds}
     return found
 
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from megallm.ops import attention, flash
+from megallm.ops import flash
 from megallm.ops import triton_attention as kernels
 from megallm.ops.attention import packed_attention
 from megallm.ops.tiles import MaskSpec, Span, plan_tiles
