@@ -35,7 +35,9 @@ def compare_with(student: Engine, teacher: Engine | None, beta: float, tail: Tai
     vocabulary.
     """
     head, stage = None, _last_stage(student)
+    _check_head(student, "student")
     if teacher is not None and teacher is not student:
+        _check_head(teacher, "teacher")
         sizes = student.config.model.vocab_size, teacher.config.model.vocab_size
         if sizes[0] != sizes[1]:
             raise UsageError(
@@ -47,6 +49,18 @@ def compare_with(student: Engine, teacher: Engine | None, beta: float, tail: Tai
             head = _resharded_head(teacher, head, student)
     if stage is not None:
         stage.teacher = Teacher(beta, tail, head)
+
+
+def _check_head(engine: Engine, who: str) -> None:
+    """Errors: UsageError for logits that are not the product of hidden states and a matrix."""
+    model = engine.config.model
+    for key in ("logit_cap", "logits_scaling"):
+        if vars(model)[key] is not None:
+            raise UsageError(
+                f"The {who} has model.{key} {vars(model)[key]:g}: the divergence is computed from "
+                "hidden states and the head's matrix, and does not know it. Models without it can "
+                "be distilled."
+            )
 
 
 def hidden_states(teacher: Engine, batches: Sequence[Batch], student: Engine) -> list[Batch]:
@@ -73,6 +87,7 @@ def teacher_top_k(
     0 where the mask is False, on one rank of each replica and None on the others. Forward passes
     only; collective over the world.
     """
+    _check_head(teacher, "teacher")
     found = _lessons(teacher, batches, Wanted(("top",), temperature, k))
     first = not any(teacher.mesh.coords[axis] for axis in ("cp", "tp"))
     return [(each["ids"], each["log_probs"]) if each and first else None for each in found]

@@ -25,6 +25,7 @@ from megallm.models.heads import (
     put_back,
     select_counted,
 )
+from megallm.models.lesson import lesson
 from megallm.models.mtp import MtpModule, shift_labels, shift_row_mask
 from megallm.models.stages import StageSpan
 from megallm.ops.cross_entropy import Projection
@@ -35,7 +36,7 @@ from megallm.ops.tiles import MaskSpec
 from megallm.parallel import comm
 from megallm.parallel.config import LayoutConfig
 from megallm.parallel.context import Context
-from megallm.parallel.divergence import Teacher, live_divergence, stored_divergence, top_log_probs
+from megallm.parallel.divergence import Teacher, live_divergence, stored_divergence
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.offload import Offload
 from megallm.parallel.shard import Shard, normal
@@ -318,11 +319,6 @@ class Stage(ShardedModule):
         """Returns what the teacher says of this rank's tokens that count: its hidden states `[n,
         D]`, or ids and log-probs `[n, K]` of those `[B, T, K]` of whole rows.
         """
-        if self.config.logit_cap is not None:
-            raise UsageError(
-                "The divergence from a teacher is not defined for logits with a soft cap: "
-                f"model.logit_cap is {self.config.logit_cap:g}, null can be distilled."
-            )
         if self.teacher is None:
             raise UsageError(
                 "The loss needs the divergence from a teacher, and the engine has none: "
@@ -332,34 +328,6 @@ class Stage(ShardedModule):
             return (batch["teacher_hidden"],)
         stored = ("teacher_ids", "teacher_log_probs")
         return tuple(select_counted(self._local(batch, name), counted) for name in stored)
-
-    def counted_hidden(self, x: Tensor) -> Tensor:
-        """Returns what a head would multiply, `[B, T/cp, D]`, on every tp rank."""
-        return gather_input(self.features(x), self.mesh, self.sp, "vocab.logits")
-
-    def lesson(self, x: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns what a teacher is asked for: `hidden` `[n, D]` of this rank's tokens that count,
-        `whole_hidden` `[B, T, D]`, or `ids` and `log_probs` `[B, T, K]` of its likeliest entries, 0
-        where tokens do not count.
-        """
-        mask, keys = batch.get(MASK_ON_CPU, batch["mask"]), self.head_keys
-        counted = counted_tokens(self.context.local(mask), x.device)
-        if self.wanted.names == ("hidden",):
-            found = run_unit(self.units, keys, self.counted_hidden, x)
-            return {"hidden": select_counted(found, counted).flatten(0, -2)}
-        if self.wanted.names == ("whole_hidden",):
-            found = run_unit(self.units, keys, self.counted_hidden, x)
-            return {"whole_hidden": self.context.whole(found)}
-        shape = self.context.local(batch["labels"]).shape
-        found = run_unit(self.units, keys, self.top_entries, x, counted)
-        made = (put_back(y, counted, shape).view(*shape, -1) for y in found)
-        return dict(zip(("ids", "log_probs"), map(self.context.whole, made), strict=True))
-
-    def top_entries(self, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns ids and log-probs `[n, K]` of the likeliest entries of tokens that count."""
-        hidden = select_counted(self.counted_hidden(x), counted).flatten(0, -2)
-        head, (_, temperature, k) = Projection(self.head_weight, self.head_bias), self.wanted
-        return top_log_probs(hidden, head, k, temperature, (self.mesh, self.config.vocab_size))
 
     def forward(self, x: Tensor | None, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Runs one microbatch and returns hidden states to the next stage, or per-token scalars
@@ -390,7 +358,7 @@ class Stage(ShardedModule):
                 "on."
             )
         if self.wanted.names in (("hidden",), ("whole_hidden",), ("top",)):
-            return self.lesson(x, batch)
+            return lesson(self, x, batch)
         outputs = self.own_scores(x, labels, batch)
         if any(name.startswith("mtp_") for name in self.wanted.names):
             outputs |= self.mtp_scores(x, batch, inputs)

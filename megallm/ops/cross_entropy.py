@@ -243,8 +243,8 @@ def linear_statistics(
 def frozen_gradient(
     weight: Tensor, targets: Targets, found: Statistics, lse: Tensor, upstream: Tensor
 ) -> Tensor:
-    """Returns the gradient of hidden states `[T, D]` through a head that is not trained, for that of
-    log-probabilities `[T]`: `sum_j ((j = y) - p_j) W_j`, of this piece of the vocabulary.
+    """Returns the gradient of hidden states `[T, D]` through a head that is not trained, for that
+    of log-probabilities `[T]`: `sum_j ((j = y) - p_j) W_j`, of this piece of the vocabulary.
 
     The label's own share is apart, so that a likely label's `1 - p` is not lost in rounding.
     """

@@ -243,7 +243,8 @@ def fuses(choice: str, tokens: int, weight: Tensor) -> bool:
     of the head's time, and only large ones are worth it.
     """
     if choice == "auto":
-        return not weight.requires_grad or tokens * weight.shape[0] * wide_dtype(weight.dtype).itemsize > FUSE_BYTES
+        nbytes = tokens * weight.shape[0] * wide_dtype(weight.dtype).itemsize
+        return not weight.requires_grad or nbytes > FUSE_BYTES
     return choice == "on"
 
 

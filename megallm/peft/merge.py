@@ -99,8 +99,8 @@ def _check_matrix(name: str, module: Adaptable) -> None:
     if isinstance(module, Slot) or any(isinstance(each, ScaledOutputs) for each in used):
         raise UsageError(
             f"{name} has an adapter that is no part of a matrix: only those of lora and adalora "
-            "can be merged. Use the adapter beside the base: `megallm generate --model RUN`, or its "
-            "folder of PEFT's."
+            "can be merged. Use the adapter beside the base: `megallm generate --model RUN`, or "
+            "its folder of PEFT's."
         )
 
 

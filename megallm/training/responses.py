@@ -277,7 +277,8 @@ class ResponseRows:
         length, whole = shape.length, self.packing or shape.shared
         rows = 1 if whole else len(micro)
         size = rows, length
-        batch: Arrays = {name: np.zeros(size, np.int64) for name in ("tokens", "labels", "positions")}
+        names = ("tokens", "labels", "positions")
+        batch: Arrays = {name: np.zeros(size, np.int64) for name in names}
         batch["mask"] = np.zeros(size, bool)
         batch |= {name: np.zeros(size) for name in wanted}
         ends = [0]

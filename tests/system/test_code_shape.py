@@ -116,9 +116,10 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.kept_tokenizer": {"convert.folder", "convert.tokenizer_files"},  # copies a tokenizer, no weights
 }
 
-# 38,000 lines and 300 settings were planned; with seven trainers, at 100 columns a line, it is more (docs/log.md).
+# 38,000 lines and 300 settings were planned; with ten trainers and 45 families, at 100 columns a line, it is more
+# (docs/log.md).
 # A package's own budget is a ratchet with room for what is planned.
-MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 51_000, 2_200, 400
+MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 51_000, 2_200, 420
 MAX_LINES_OF = {
     "data": 7_800,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
     "curate": 4_800, "convert": 4_700, "training": 8_600, "cli": 3_400, "parallel": 3_300,

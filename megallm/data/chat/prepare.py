@@ -56,8 +56,8 @@ class Prepared:
             for row in source.table[source.table["label"] >= num_labels][:1]:
                 raise DataError(
                     f"{name}:{row['line']}: label is {row['label']:g}, but model.num_labels is "
-                    f"{num_labels}, so classes go from 0 to {num_labels - 1}: mend the row, or give "
-                    "the model more classes."
+                    f"{num_labels}, so classes go from 0 to {num_labels - 1}: mend the row, or "
+                    "give the model more classes."
                 )
 
     @property
