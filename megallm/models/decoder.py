@@ -353,10 +353,7 @@ class Stage(ShardedModule):
         if not self.span.last:
             return x
         if self.config.head == "none":
-            raise UsageError(
-                "model.head is none: this model is a body alone, which computes nothing to train "
-                "on."
-            )
+            raise UsageError("model.head is none: a body alone computes nothing to train on.")
         if self.wanted.names in (("hidden",), ("whole_hidden",), ("top",)):
             return lesson(self, x, batch)
         outputs = self.own_scores(x, labels, batch)

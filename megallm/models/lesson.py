@@ -1,5 +1,5 @@
-"""What a teacher's last stage says of a microbatch: hidden states that its head would multiply, or its
-likeliest tokens.
+"""What a teacher's last stage says of a microbatch: hidden states that its head would multiply, or
+its likeliest tokens.
 """
 
 from __future__ import annotations
