@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megallm.base.errors import UsageError
 from megallm.engine.engine import Engine
 from megallm.engine.footprint import plan_bytes
 from megallm.engine.state import count_params
@@ -10,9 +11,14 @@ from megallm.run.config import JobConfig
 
 def opening(config: JobConfig, engine: Engine, begin: str) -> str:
     """Returns one line about what starts or goes on; `begin` is a clause about the weights.
-    Collective over the world.
+    Collective over the world. Errors: UsageError when nothing is trained.
     """
     layout, sizes = engine.mesh.layout, count_params(engine)
+    if not sizes.trained:
+        raise UsageError(
+            "No parameter is trained: what freeze and optim.groups name is all that there is. Leave "
+            "out a pattern, or add adapters (peft.method)."
+        )
     size = f"{config.model.num_params() / 1e6:.1f}M parameters"
     if config.model.moe.num_experts:
         size += f" ({config.model.num_params(active=True) / 1e6:.1f}M for a token)"

@@ -165,6 +165,8 @@ def test_what_is_frozen_stays(tmp_path):
     assert moved and all(name.startswith(("layers.1.", "final_norm")) for name in moved)
     with pytest.raises(UsageError, match=r"'layers\.9\.\*' takes no parameter"):
         train(config_of(tmp_path, freeze=("layers.9.*",), run__dir=str(tmp_path / "none")))
+    with pytest.raises(UsageError, match=r"No parameter is trained: what freeze"):
+        train(config_of(tmp_path, freeze=("*",), run__dir=str(tmp_path / "nothing")))
 
 
 @pytest.mark.parametrize("head", ["classification", "value"])
