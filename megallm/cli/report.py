@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megallm.base import terminal
 from megallm.base.files import atomic_write_text
+from megallm.cli.output import check_outputs, overwrite_argument
 from megallm.cli.table import Command
 from megallm.report.facts import read_run
 from megallm.report.page import render_page
@@ -19,11 +20,15 @@ from megallm.report.watch import watch
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, whether the run goes on or not")
     parser.add_argument(
-        "--output", metavar="F.html", help="where the page goes (default: RUN/report.html)"
+        "--output",
+        metavar="F.html",
+        help="where the page goes (default: RUN/report.html, which is made anew each time)",
     )
+    overwrite_argument(parser)
 
 
 def _report(args: argparse.Namespace) -> int:
+    check_outputs(args, args.output)
     facts = read_run(args.run)
     output = Path(args.output) if args.output else facts.path / "report.html"
     atomic_write_text(output, render_page(facts))

@@ -199,14 +199,15 @@ class Mesh:
         if axis.size == 1:
             return [value]
         payload = torch.frombuffer(bytearray(to_payload(value)), dtype=torch.uint8)
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(axis.size)]
-        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=axis.group)
-        counts = [int(size) for size in sizes]
-        padded = torch.zeros(max(counts), dtype=torch.uint8)
-        padded[: payload.numel()] = payload
-        rows = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(rows, padded, group=axis.group)
-        pairs = zip(rows, counts, strict=True)
+        sizes = torch.empty(axis.size, dtype=torch.int64, device=self.device)
+        own = torch.tensor([payload.numel()], device=self.device)
+        dist.all_gather_into_tensor(sizes, own, group=axis.group)
+        counts = sizes.tolist()
+        padded = torch.zeros(max(counts), dtype=torch.uint8, device=self.device)
+        padded[: payload.numel()] = payload.to(self.device)
+        rows = torch.empty(axis.size * max(counts), dtype=torch.uint8, device=self.device)
+        dist.all_gather_into_tensor(rows, padded, group=axis.group)
+        pairs = zip(rows.cpu().view(axis.size, -1), counts, strict=True)
         return [from_payload(row[:count].numpy().tobytes()) for row, count in pairs]
 
     def largest(self, value: int) -> int:

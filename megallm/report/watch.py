@@ -96,7 +96,7 @@ def watch(
     """
     facts = read_run(path)
     if not console.is_terminal or facts.holder is None:
-        console.print(draw(facts, console.width))
+        console.print(draw(facts, console.width), soft_wrap=True)
         return
     with Live(draw(facts, console.width), console=console, auto_refresh=False) as live:
         while facts.holder is not None and not ended():

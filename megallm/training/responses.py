@@ -294,7 +294,7 @@ class ResponseRows:
             kept = batch["mask"][row, at : at + count] = np.array(answer.sampled)
             for name, key in wanted.items():
                 values = vars(answer)[key]
-                filled = values if len(values) else 0.0
+                filled = values if values else 0.0  # of a demonstration there are none
                 batch[name][row, at : at + count] = np.where(kept, filled, 0.0)
             ends.append(end)
         if shape.shared:

@@ -206,4 +206,4 @@ def test_it_imports_torch_and_the_standard_library_only(part: ModuleType) -> Non
     others = {name for name in names if not name.startswith("megallm.oracle.reference")}
     assert {name.split(".")[0] for name in others} <= {"torch"} | set(sys.stdlib_module_names)
     code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 170  # with the keys of an adapter in front of attention
+    assert len(code) <= 205  # with the keys of an adapter in front of attention, and what differs by layer

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.oracle
 NARROW = [layout for layout in LAYOUTS if layout[0] != "dp2-tp2-pp2-zero2"]
 # Every layout with one kind, so that every kind has one or two; and some that only their kind has.
 KINDS = list(TRAINERS)
-SLICE = [f"{KINDS[n % len(KINDS)]}-{layout[0]}" for n, layout in enumerate(NARROW)]
+SLICE = [f"{KINDS[n % len(KINDS)]}-{NARROW[n % len(NARROW)][0]}" for n in range(max(len(KINDS), len(NARROW)))]
 SLICE += ["sft-dropout-tp2-sp-full", "sft-dropout-cp2-dp2-zero3-packed", "lora-dropout-dp2-tp2-sp"]
 SLICE += ["lora-ends-tied-pp2-sp", "dpo-lora-dp2-tp2", "dpo-packed", "gspo-cp2-ulysses-packed", "reward-zb-v"]
 SLICE += ["distill-tp4-two-kv", "distill-stored-cp2-packed", "distill-self-lora-pp2-tp2"]

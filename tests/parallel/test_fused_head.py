@@ -165,7 +165,8 @@ def test_it_equals_the_path_through_logits_and_keeps_no_logits():
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         x = hidden.clone().requires_grad_()
-        log_prob = fused_scores(x, Projection(weight), labels, Mesh.single(), VOCAB)["log_prob"]
+        trained = Projection(weight.clone().requires_grad_())
+        log_prob = fused_scores(x, trained, labels, Mesh.single(), VOCAB)["log_prob"]
     assert max(kept) < 2 * 7 * VOCAB and sum(kept) == hidden.numel() + 2 * labels.numel()
     y = hidden.clone().requires_grad_()
     other = label_scores(F.linear(y, weight), labels, Mesh.single(), VOCAB)["log_prob"]
@@ -176,10 +177,11 @@ def test_it_equals_the_path_through_logits_and_keeps_no_logits():
 
 
 def test_auto_fuses_when_the_logits_would_be_large():
-    weight = torch.empty(128_000, 8, device="meta")
+    weight = torch.empty(128_000, 8, device="meta", requires_grad=True)
     tokens = vocab.FUSE_BYTES // (128_000 * 4)
     assert fuses("auto", tokens + 1, weight) and not fuses("auto", tokens, weight)
     assert fuses("on", 1, weight) and not fuses("off", 10**9, weight)
+    assert fuses("auto", 1, weight.detach()), "a head that is not trained needs its logits once"
 
 
 def test_memory_grows_by_one_copy_of_the_logits_or_eight_times_less():

@@ -164,9 +164,9 @@ def test_a_prefix_counted_by_every_rank_is_wrong(monkeypatch):
     numbers = trained(case, "prefix")[0]
     real = Partial.add_prefix
 
-    def twice(self: Partial, *args: Any) -> None:
-        real(self, *args)
-        real(self, *args)
+    def twice(self: Partial, *args: Any, **named: Any) -> None:
+        real(self, *args, **named)
+        real(self, *args, **named)
 
     monkeypatch.setattr(Partial, "add_prefix", twice)
     assert trained(case, "prefix")[0][0] != pytest.approx(numbers[0], rel=1e-6)

@@ -229,7 +229,7 @@ def test_b14_a_lease_lost_while_a_save_was_written_is_not_committed(tmp_path, co
 
     names = sorted(path.name for path in root.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_assemble", losing(store.assemble))
+        patch.setattr(store, "assemble", losing(store.assemble))
         with pytest.raises(LeaseLost):
             store.save(root, 8, [], {}, Mesh.single(), store.RetentionPolicy(1, None, guard))
     assert sorted(path.name for path in root.iterdir()) == names

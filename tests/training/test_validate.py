@@ -219,7 +219,7 @@ BROKEN = [
         "data.masking.rate is 0.3, which data.objective diffusion does not read.",
     ),
     ("choices", {"model.head": "mlmm"}, "Nearest valid: model.head=mlm."),
-    ("choices", {"model.norm_place": "front"}, "must be one of pre, post."),
+    ("choices", {"model.norm_place": "front"}, "must be one of pre, output, both, post."),
     ("model", {"model.head": "classification"}, "model.head classification needs model.num_labels"),
     ("ranges", {"layout.tp": 0}, "layout.tp is 0; it must be at least 1."),
     ("ranges", {"train.steps": -5}, "train.steps is -5; it must be at least 1 and at most"),
@@ -425,7 +425,8 @@ def test_what_a_check_filled_in_passes_another(values):
     assert check(once) == once
 
 
-OWN_TESTS = ("precision", "finetune", "preference", "grpo")  # rules that are tested with their trainers
+# rules that are tested with their trainers
+OWN_TESTS = ("precision", "finetune", "preference", "grpo", "offline", "distill")
 
 
 def test_every_rule_has_a_row():
