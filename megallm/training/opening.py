@@ -16,8 +16,8 @@ def opening(config: JobConfig, engine: Engine, begin: str) -> str:
     layout, sizes = engine.mesh.layout, count_params(engine)
     if not sizes.trained:
         raise UsageError(
-            "No parameter is trained: what freeze and optim.groups name is all that there is. Leave "
-            "out a pattern, or add adapters (peft.method)."
+            "No parameter is trained: what freeze and optim.groups name is all that there is. "
+            "Leave out a pattern, or add adapters (peft.method)."
         )
     size = f"{config.model.num_params() / 1e6:.1f}M parameters"
     if config.model.moe.num_experts:
