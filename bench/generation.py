@@ -25,6 +25,8 @@ SIZES = {
            "vocab_size": 4096, "max_positions": 1024},
     "10M": {"num_layers": 8, "hidden_size": 320, "ffn_hidden_size": 864, "num_heads": 8, "num_kv_heads": 4,
             "vocab_size": 4096, "max_positions": 1024},
+    "135M": {"num_layers": 30, "hidden_size": 576, "ffn_hidden_size": 1536, "num_heads": 9, "num_kv_heads": 3,
+             "vocab_size": 49152, "max_positions": 1024},
 }  # fmt: skip
 LOADS = {"batch 1": (1, 1), "batch 32": (32, 1), "group": (4, 8)}  # prompts, samples of each
 PROMPT, NEW = 64, 64
