@@ -1,4 +1,4 @@
-"""The toy of examples/07_reward and 11_dpo: sums of numbers with two digits, a character a token.
+"""The toy of examples/07_reward: sums of numbers with two digits, a character a token.
 
 toy.py data WORK                        problems to learn, and others that are held out
 toy.py pairs SAMPLES OUT [random]       pairs of the right answer and a wrong one: a sampled one, or a random number

@@ -93,6 +93,17 @@ class AsyncSaver:
             self._writer = WriterProcess(self._memory.fd)
         return self._writer
 
+    def _hand_over(self, plan: ShardPlan) -> WriterProcess | CannotWrite:
+        """Returns the writer process, with the state in its memory, or why there is none: what one
+        rank meets is told with its report, since the others go on.
+        """
+        try:
+            with writing(self.root):
+                self._memory.fill(plan)
+            return self._start_writer()
+        except CannotWrite as error:
+            return error
+
     @property
     def busy(self) -> bool:
         """Whether this rank still writes, or as rank 0 waits for another that does."""
@@ -113,9 +124,7 @@ class AsyncSaver:
         begun = self.mesh.broadcast_json(begin_save(self.root, step, keeping) if first else None)
         raise_failure(begun)
         plan = plan_shard(parts)
-        with writing(self.root):
-            self._memory.fill(plan)
-        writer = self._start_writer()
+        writer = self._hand_over(plan)
         kept = json.loads(json.dumps(meta))  # what counts is how it is now
         under_way = _Save(
             self.root / begun["folder"], step, self.mesh.world.rank, self.mesh.world.size, plan
@@ -183,7 +192,7 @@ class _Save:
         }
 
 
-def _write(save: _Save, writer: WriterProcess) -> dict[str, Any]:
+def _write(save: _Save, writer: WriterProcess | CannotWrite) -> dict[str, Any]:
     """Have the shard written and its report laid beside it; returns the failure or {}."""
     report = _report(save, writer)
     try:
@@ -193,7 +202,9 @@ def _write(save: _Save, writer: WriterProcess) -> dict[str, Any]:
     return {"error": report["error"], "kind": report["kind"]} if "error" in report else {}
 
 
-def _report(save: _Save, writer: WriterProcess) -> dict[str, Any]:
+def _report(save: _Save, writer: WriterProcess | CannotWrite) -> dict[str, Any]:
+    if isinstance(writer, CannotWrite):
+        return failure(writer)
     if not save.plan.parts:
         return {"files": {}, "tensors": {}}
     try:

@@ -1,5 +1,6 @@
 """A save beside training holds what the state was when it started, and a failure of its writer loses that step only."""
 
+import errno
 import math
 import os
 import signal
@@ -148,6 +149,28 @@ def test_finite_numbers_pass_whatever_their_bits():
     late = np.zeros(3 << 18, np.float32)
     late[-1] = np.nan
     assert not is_finite(memoryview(late.tobytes()), "float32"), "in a later chunk"
+
+
+def test_too_little_memory_on_one_rank_fails_the_save_on_all(tmp_path, cluster):
+    """The others have a save under way by then: nobody may leave before its result is known."""
+
+    def body(mesh):
+        saver = AsyncSaver(tmp_path, mesh)
+        if mesh.world.rank == 1:
+
+            def grow(nbytes):
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+            saver._memory.grow = grow
+        parts = [Part(f"of.{mesh.world.rank}", (3,), (0,), torch.ones(3))]
+        saver.start(1, parts, {}, RetentionPolicy())
+        saver.wait()
+        saver.close()
+        return saver.result()
+
+    results = cluster.run(3, body)
+    assert [result.outcome.get("kind") for result in results] == ["CannotWrite", "CannotWrite", None]
+    assert "Cannot allocate memory" in results[0].outcome["error"] and step_folders(tmp_path) == []
 
 
 def test_a_folder_that_goes_away_is_told_and_nothing_is_left(tmp_path, saver):
