@@ -119,14 +119,14 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
 # 38,000 lines and 300 settings were planned; with ten trainers and 45 families, at 100 columns a line, it is more
 # (docs/log.md).
 # A package's own budget is a ratchet with room for what is planned.
-MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 51_000, 2_200, 420
+MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 57_000, 2_200, 450
 MAX_LINES_OF = {
     "data": 7_800,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
-    "curate": 4_800, "convert": 4_700, "training": 8_600, "cli": 3_400, "parallel": 3_300,
+    "curate": 4_800, "convert": 4_700, "training": 9_200, "cli": 3_700, "parallel": 3_900,
     "peft": 2_500,  # six methods, their files as PEFT writes and reads them, merging
     "models": 3_200,  # with the slots of adapters, heads of values and classes
-    "optim": 1_500, "checkpoint": 1_700, "base": 1_300, "ops": 2_200,
-    "run": 1_200, "inference": 2_900, "launch": 800, "engine": 1_100,
+    "optim": 1_600, "checkpoint": 2_300, "base": 1_400, "ops": 3_000,
+    "run": 1_700, "inference": 3_000, "launch": 2_600, "engine": 1_300,
     "oracle": 4_400,  # with a referee of its own for every adapter and loss that fine-tunes; counts as tests
     "losses": 1_500,  # every loss of post-training that TRL and the papers name, distillation and offline RL
 }  # fmt: skip
