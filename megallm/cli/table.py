@@ -74,6 +74,7 @@ _ROWS = (
         "train",
         "train a student on a teacher's distribution, on its own answers or on given ones",
     ),
+    ("launch", "launch", "start a run on Slurm, with fewer ranks when nodes are lost"),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
     ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),

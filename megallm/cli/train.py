@@ -12,12 +12,12 @@ import sys
 from functools import partial
 
 from megallm.base.errors import UsageError
-from megallm.base.stopping import ignore_stop_signals
+from megallm.base.stopping import JOB_END, ignore_stop_signals
 from megallm.cli import text
 from megallm.cli.board import tell
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
-from megallm.launch.environment import RankEnv
+from megallm.launch.environment import RankEnv, job_end
 from megallm.launch.start import start, world_size
 from megallm.run.config import JobConfig
 from megallm.run.lease import drop_dead_lease, held_by
@@ -86,6 +86,7 @@ def _train(kind: Kind, args: argparse.Namespace) -> int:
     config = load_and_check(args.config, overrides, world_size(args.nproc), kind=kind)
     kind.check_files(config)  # what is missing or cannot be used ends here, before any rank
     folder = RunFolder(config.run.dir)
+    JOB_END.at = job_end()
     preload = (module, "megallm.launch.group")  # imported once, before the ranks are forked
     try:
         world, owns = config.layout.grid().world, partial(held_by, folder)

@@ -33,6 +33,7 @@ class StepsConfig:
     stop_at: int | None = None  # save and stop after this step; the schedule keeps the horizon of train.steps
     global_batch: int = 8  # samples per step over all ranks
     micro_batch: int = 1  # samples per forward pass of one rank
+    time_limit: float | None = None  # minutes of one start, before which it saves and leaves with exit code 75; null: those of its Slurm job
 
 
 @dataclass(frozen=True)

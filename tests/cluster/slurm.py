@@ -1,0 +1,112 @@
+"""A real Slurm of virtual nodes on this machine, for tests (`slurm_up.sh`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.system.commands import ROOT
+
+CLUSTER = ROOT / "tests/cluster"
+LIMIT_SECONDS = 240.0
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
+OVER = ("FAILED", "CANCELLED", "TIMEOUT")
+ENVIRONMENT = os.environ | {
+    "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo", "NO_COLOR": "1",
+}  # fmt: skip
+
+
+def missing() -> str:
+    """Why there can be no Slurm here, or an empty text."""
+    if os.geteuid() != 0:
+        return "Slurm's daemons need root"
+    lacking = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    return f"not installed: {', '.join(lacking)} (tests/install_facilities.sh installs them)" if lacking else ""
+
+
+def shell(*words: str | Path, environment: dict[str, str] | None = None, timeout: float = 60.0) -> str:
+    done = subprocess.run(
+        [str(word) for word in words], env=environment or ENVIRONMENT, cwd=ROOT, capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def until(condition: Callable[[], object], what: str, more: Callable[[], str] = str) -> None:
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < LIMIT_SECONDS, f"{what} did not happen.\n{more()}"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """A running Slurm of two virtual nodes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "log/ctld.log"
+        self.environment = ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def submit(self, *words: str | Path, **variables: str) -> str:
+        out = shell("sbatch", "--parsable", *words, environment=self.environment | variables)
+        return out.strip()
+
+    def field(self, job: str, name: str) -> str:
+        out = shell("scontrol", "show", "job", job, environment=self.environment)
+        return out.partition(f"{name}=")[2].split()[0]
+
+    def call(self, *words: str) -> None:
+        shell(*words, environment=self.environment)
+
+    def start_again(self, job: str) -> None:
+        """A requeued job is held for two minutes; wait less, but not nothing: a start in the second in which the first
+        one ended is refused and fails the job ("Job credential revoked": Slurm compares whole seconds)."""
+        until(lambda: self.field(job, "JobState") in ("PENDING", "RUNNING", "COMPLETED"), "requeueing")
+        if self.field(job, "JobState") == "PENDING":
+            time.sleep(2)
+            self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def wait(self, job: str, output: Path) -> None:
+        """Until the job has completed, started again when it is queued again."""
+
+        def ended() -> bool:
+            state = self.field(job, "JobState")
+            if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
+                self.start_again(job)
+            assert state not in OVER, f"{state}\n{output.read_text()}\n{self.log.read_text()}"
+            return state == "COMPLETED"
+
+        until(ended, "the end of the job", output.read_text)
+
+
+def daemons() -> set[str]:
+    """Command lines of Slurm's and munge's processes that run (not of zombies)."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        name = Path(words[0].decode(errors="replace")).name
+        if name in ("slurmctld", "slurmd", "munged", "slurmstepd:"):
+            found.add(f"{folder.name} {name}")
+    return found
+
+
+@contextmanager
+def running_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
+    """Slurm with its state in `folder`; its daemons end with the context."""
+    before = daemons()
+    try:
+        shell("bash", CLUSTER / "slurm_up.sh", folder, str(nodes))
+        yield Cluster(folder)
+    finally:
+        subprocess.run(["bash", str(CLUSTER / "slurm_down.sh"), str(folder)], timeout=60, check=False)
+        until(lambda: daemons() <= before, "the end of the daemons", lambda: str(daemons()))
