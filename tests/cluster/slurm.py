@@ -48,7 +48,7 @@ def until(condition: Callable[[], object], what: str, more: Callable[[], str] = 
 
 
 class Cluster:
-    """A running Slurm of two virtual nodes."""
+    """A running Slurm."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log/ctld.log"
@@ -86,27 +86,27 @@ class Cluster:
         until(ended, "the end of the job", output.read_text)
 
 
-def daemons() -> set[str]:
-    """Command lines of Slurm's and munge's processes that run (not of zombies)."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+def daemons(folder: Path) -> set[str]:
+    """The processes of the cluster in a folder, and its munged, that run (not zombies)."""
+    name, found = folder / "munge", set()
+    own = [str(folder).encode(), name.read_text().strip().encode() if name.exists() else b"?"]
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            words = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        name = Path(words[0].decode(errors="replace")).name
-        if name in ("slurmctld", "slurmd", "munged", "slurmstepd:"):
-            found.add(f"{folder.name} {name}")
+        program = Path(words.split(b"\0")[0].decode(errors="replace")).name
+        if program in ("slurmctld", "slurmd", "munged") and any(word in words for word in own):
+            found.add(f"{process.name} {program}")
     return found
 
 
 @contextmanager
 def running_cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
     """Slurm with its state in `folder`; its daemons end with the context."""
-    before = daemons()
     try:
         shell("bash", CLUSTER / "slurm_up.sh", folder, str(nodes))
         yield Cluster(folder)
     finally:
         subprocess.run(["bash", str(CLUSTER / "slurm_down.sh"), str(folder)], timeout=60, check=False)
-        until(lambda: daemons() <= before, "the end of the daemons", lambda: str(daemons()))
+        until(lambda: not daemons(folder), "the end of the daemons", lambda: str(daemons(folder)))
