@@ -11,6 +11,7 @@ from typing import Any
 
 from megallm.base.device import peak_flops, peak_memory_gib
 from megallm.base.errors import Diverged, Requeue
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.checkpoint import store
 from megallm.engine.engine import StepStats
 from megallm.run.config import JobConfig
@@ -73,7 +74,9 @@ class Loop:
             row = self._step(step)
             request, evaluates = self.request, self._due(self.config.eval.every, step)
             if evaluates and step < last:
+                HEARTBEAT.enter("evaluate")
                 row |= self.trainer.evaluate()
+                HEARTBEAT.enter("between")
             if step == self.config.log.trace_step:
                 self.recorder.pipeline(self.engine.timeline(), self.engine.model.placement, step)
             # Signals of a long while, of which no update has told; alone, asking costs nothing.
@@ -89,6 +92,7 @@ class Loop:
             if (
                 not request or self.ledger.step == last
             ):  # a finished run has no later chance to evaluate
+                HEARTBEAT.enter("evaluate")
                 row |= self.trainer.evaluate()
             self.recorder.row(row)
             self._check_end(
@@ -162,7 +166,9 @@ class Loop:
     def _step(self, step: int) -> dict[str, Any]:
         """One step; returns its metrics."""
         begin, ledger = time.monotonic(), self.ledger
+        HEARTBEAT.enter_step(step)
         report = self.trainer.step(step)
+        HEARTBEAT.enter("between")
         self.request = report.stats.request
         ledger.step = step
         ledger.consumed_samples += report.samples
@@ -220,7 +226,9 @@ class Loop:
                 "not_saved", step=self.ledger.step, reason="the gradients were not finite"
             )
             return
+        HEARTBEAT.enter("save")
         self.saver.save(final)
+        HEARTBEAT.enter("between")
 
 
 def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:
