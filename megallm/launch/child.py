@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megallm.base.errors import InternalError, PeerLost, Requeue
 from megallm.base.stopping import INTERRUPTED, NOTHING_TO_SAVE
+from megallm.launch.blame import mismatch
 from megallm.launch.board import RankState
 from megallm.launch.incident import Incident
 from megallm.launch.rank import RankExit
@@ -93,7 +95,7 @@ def describe(rank: Rank, nproc: int, state: RankState | None) -> str:
         return rank.cause()
     if rank.ending is not None and rank.ending.expected:
         return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
-    where = "" if state is None else f" {state.place} (process {rank.pid})"
+    where = "" if state is None else f", {state.place} (process {rank.pid})"
     begin = f"rank {rank.number} of {nproc} failed: {rank.cause()}{where}."
     if rank.ending is not None and rank.number == 0:
         return f"{begin} What it wrote stands above, and in {rank.log}."
@@ -106,17 +108,26 @@ def describe(rank: Rank, nproc: int, state: RankState | None) -> str:
     return f"{begin} {rank.log} ends with:{tail}"
 
 
-def incident_of(rank: Rank, nproc: int, state: RankState | None) -> Incident:
-    """Returns the end of a rank as an incident; `state` is where it was, if it told."""
+def incident_of(rank: Rank, nproc: int, states: Sequence[RankState]) -> Incident:
+    """Returns the end of a rank as an incident; `states` are where the ranks were, if they told.
+
+    Collectives that did not match are the cause of what a backend makes of them.
+    """
+    state = next((one for one in states if one.rank == rank.number and one.beats > 2), None)
+    sentence, differing = describe(rank, nproc, state), mismatch(states)
     code = 0 if rank.ending is not None else os.waitstatus_to_exitcode(rank.status or 0)
     kind = "killed" if code < 0 else "left" if rank.ending is None else "failed"
     if rank.code == PeerLost.exit_code:
         kind = "lost"
     explained = rank.ending is not None and rank.ending.expected
+    if not explained and differing is not None:
+        kind = "mismatch"
+        sentence = f"{differing.sentence}. {sentence}"
     return Incident(
-        kind, rank.code, describe(rank, nproc, state), rank.number, socket.gethostname(), rank.pid,
+        kind, rank.code, sentence, rank.number, socket.gethostname(), rank.pid,
         signal.Signals(-code).name if code < 0 else None,
         state.step if state else 0, state.phase if state else "",
         round(max(0.0, rank.ended_at - state.beat_at), 3) if state else 0.0,
         expected=explained and rank.code not in (PeerLost.exit_code, InternalError.exit_code),
+        table=differing.table if differing is not None and kind == "mismatch" else (),
     )  # fmt: skip

@@ -39,10 +39,13 @@ class Incident:
         return self.kind, self.code, self.rank if self.kind == "hang" else None, _without_pid(words)
 
     def lines(self) -> list[str]:
-        """Returns the incident for a terminal: the sentence, who waits, who issued what, stacks."""
+        """Returns the incident for a terminal: the sentence, who waits, who issued what, and the
+        stack of the rank to blame.
+        """
         found = [self.sentence, *(f"    {line}" for line in (*self.table, *self.waits))]
-        for rank, stack in self.stacks.items():
-            found.append(f"    stack of rank {rank}:")
+        stack = self.stacks.get(str(self.rank), "")
+        if stack:
+            found.append(f"    stack of rank {self.rank} (those of all are in events.jsonl):")
             found += [f"        {line}" for line in stack.splitlines()]
         return found
 

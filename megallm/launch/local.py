@@ -24,7 +24,7 @@ import termios
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -55,7 +55,7 @@ SHOW_SECONDS = 1.0  # at the end, for a reader that does not read
 
 class RanksFailed(MegallmError):
     """A local rank failed; `exit_code` is that of the rank that failed first. `incident` says what
-    happened, None when it was asked for; `last_step` is the last one that a rank began.
+    happened, None when it was asked for; `last_step` is the last one that all ranks began.
     """
 
     def __init__(
@@ -73,13 +73,16 @@ class Hooks:
     event: Callable[[str, str, dict], None] = lambda kind, sentence, fields: None
 
 
+NO_HOOKS = Hooks()
+
+
 def run_ranks(
     fn: Callable[..., None],
     args: Sequence[Any],
     nproc: int | Start,
     log_dir: Path | None = None,
     preload: Sequence[str] = ("torch",),
-    hooks: Hooks = Hooks(),
+    hooks: Hooks = NO_HOOKS,
     saves: bool = True,
 ) -> None:
     """Run `fn(env: RankEnv, *args)` in `nproc` forked ranks and wait for all of them; a Start says
@@ -361,9 +364,10 @@ class _Launch:
                 "what was saved."
             )
             raise RanksFailed(text, INTERRUPTED)
-        last = max((state.step for state in self.states), default=0)
+        last = min((state.step for state in self.states), default=0)
         if self.hang is not None:
-            raise RanksFailed("\n".join(self.hang.lines()), self.hang.code, self.hang, last)
+            told = replace(self.hang, expected=self.stopping)  # no restart then
+            raise RanksFailed("\n".join(told.lines()), told.code, told, last)
         # A rank killed by us ended at infinity. A lost peer is a consequence and an interrupt was
         # asked for: any other cause goes first.
         failed = [rank for rank in self.ranks if rank.failed and rank.ended_at < float("inf")]
@@ -375,8 +379,7 @@ class _Launch:
                 failed,
                 key=lambda rank: (rank.code in (PeerLost.exit_code, INTERRUPTED), moment(rank)),
             )
-            told = [one for one in self.states if one.rank == first.number and one.beats > 2]
-            incident = incident_of(first, self.begin.size, told[0] if told else None)
+            incident = incident_of(first, self.begin.size, self.states)
             asked = self.stopping or first.code == INTERRUPTED
             raise RanksFailed(incident.sentence, first.code, None if asked else incident, last)
         if saved:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megallm.base.errors import InternalError
+from megallm.base.stopping import hear_again
 from megallm.launch.environment import LOOPBACK
 from megallm.launch.incident import Incident
 
@@ -119,7 +120,7 @@ def supervise(
     """Call `attempt(start)` until it returns, or `choose` says to stop; the last error is raised.
 
     `attempt` raises `Ended` for an incident; any other error passes. `tell(kind, sentence, fields)`
-    is called with "incident", "restart" and "stopped".
+    is called with "incident" (which the error tells), "restart" and "gave_up".
     """
     history: list[Attempt] = []
     while True:
@@ -130,17 +131,18 @@ def supervise(
         except Ended as ended:
             history.append(ended.attempt)
             error, incident = ended.error, ended.attempt.incident
-        tell("incident", "\n".join(incident.lines()), incident.fields() | {"attempt": start.attempt})
+        tell("incident", "", incident.fields() | {"attempt": start.attempt})
         chosen = choose(start, history, restarts)
         if isinstance(chosen, Stop):
             if chosen.sentence:
-                tell("stopped", chosen.sentence, {"restarts": start.attempt})
+                tell("gave_up", chosen.sentence, {"restarts": start.attempt})
             raise error
-        tell("restart", chosen.sentence, {
+        tell("restart", "\n".join([*incident.lines(), chosen.sentence]), {
             "attempt": chosen.start.attempt, "pause_seconds": chosen.pause_seconds,
             "ran_seconds": time.monotonic() - begin, "overrides": list(chosen.start.overrides),
         })  # fmt: skip
         if chosen.start.attempt <= start.attempt:
             raise InternalError(f"Attempt {start.attempt} is followed by {chosen.start.attempt}.")
+        hear_again()
         time.sleep(chosen.pause_seconds)
         start = chosen.start

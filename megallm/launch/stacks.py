@@ -14,6 +14,7 @@ from contextlib import suppress
 SECONDS, MAX_LINES = 5.0, 40
 WRITE_STACK = signal.SIGRTMIN + 7
 _ANSWER_SECONDS = 0.3
+ENTRY = "_joined"  # the function of the launcher that calls what the ranks run
 
 
 class StackFile:
@@ -72,7 +73,12 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def _short(text: str) -> str:
-    """The main thread's stack, which is where a hang is, and what fits of the others."""
+    """The main thread's stack, which is where a hang is, up to the launcher; of others what fits.
+    """
     blocks = [block for block in text.strip().split("\n\n") if block.strip()]
     blocks.sort(key=lambda block: "MainThread" not in block and "Current thread" not in block)
-    return "\n".join("\n".join(blocks).splitlines()[:MAX_LINES])
+    if not blocks:
+        return ""
+    lines = blocks[0].splitlines()
+    own = next((n for n, line in enumerate(lines) if ENTRY in line), len(lines))
+    return "\n".join([*lines[:own], *"\n".join(blocks[1:]).splitlines()][:MAX_LINES])

@@ -17,7 +17,7 @@ from megallm.base.errors import PeerLost, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, FdWriter, LossyText
 from megallm.launch.environment import RankEnv, detect, thread_count
-from megallm.launch.local import Hooks, run_ranks
+from megallm.launch.local import NO_HOOKS, Hooks, run_ranks
 from megallm.launch.process import default_signals, keep_memory, limit_threads
 from megallm.launch.rank import lost_peer
 from megallm.launch.restart import Start
@@ -52,7 +52,7 @@ def start(
     nproc: int | Start,
     log_dir: Path | None,
     preload: Sequence[str] = ("torch",),
-    hooks: Hooks = Hooks(),
+    hooks: Hooks = NO_HOOKS,
     saves: bool = True,
 ) -> None:
     """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process
