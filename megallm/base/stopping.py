@@ -86,6 +86,14 @@ class BeforeRanks:
         os._exit(INTERRUPTED if interrupted else REQUEUE)
 
 
+def hear_again() -> None:
+    """Let the handlers of `before_ranks` act again: the ranks are gone, and others will follow."""
+    for number in (*stop_signals(), signal.SIGINT):
+        handler = signal.getsignal(number)
+        if isinstance(handler, BeforeRanks):
+            handler.over = False
+
+
 @contextmanager
 def before_ranks(wanted: bool) -> Iterator[None]:
     """Let `BeforeRanks` handle signals inside the context, if wanted and where handlers can be set.

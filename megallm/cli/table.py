@@ -67,6 +67,7 @@ _ROWS = (
     ("offline", "train", "learn from answers with rewards, sampling none: RAFT, AWR, ILQL, ..."),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
+    ("launch", "launch", "run a verb that trains, and start it again after crashes and hangs; --slurm: as a job"),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),
     ("report", "report", "write a page about a run: curves, goodput, incidents, samples"),
     (
@@ -74,7 +75,6 @@ _ROWS = (
         "train",
         "train a student on a teacher's distribution, on its own answers or on given ones",
     ),
-    ("launch", "launch", "start a run on Slurm, with fewer ranks when nodes are lost"),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
     ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from megallm.base.device import peak_flops, peak_memory_gib
 from megallm.base.errors import Diverged, Requeue
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.base.stopping import StepAbandoned
 from megallm.checkpoint import store
 from megallm.engine.engine import StepStats
@@ -36,7 +37,7 @@ class Loop:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests
         self.engine, self.mesh = trainer.engine, trainer.engine.mesh
-        self.limit = TimeLimit(config.train.time_limit)
+        self.limit = TimeLimit(config.launch.time_limit)
         self.saver = Saver(trainer, config.checkpoint, ledger, recorder)
         self.saver.told = self.limit.saved
         self.first_step = ledger.step
@@ -118,13 +119,17 @@ class Loop:
         """Held-out numbers; none of an evaluation that a request cuts short. The last one of a run
         has no later chance: it is made after a save.
         """
+        HEARTBEAT.enter("evaluate")
         try:
             return self.trainer.evaluate()
         except StepAbandoned:
             if not final:
                 return {}
+        finally:
+            HEARTBEAT.enter("between")
         self._save()
         self.engine.request = lambda: 0
+        HEARTBEAT.enter("evaluate")
         return self.trainer.evaluate()
 
     def _check_end(self, request: int, held_out: dict[str, float | None]) -> None:
@@ -190,7 +195,9 @@ class Loop:
     def _step(self, step: int) -> dict[str, Any]:
         """One step; returns its metrics."""
         begin, ledger = time.monotonic(), self.ledger
+        HEARTBEAT.enter_step(step)
         report = self.trainer.step(step)
+        HEARTBEAT.enter("between")
         self.request = report.stats.request
         ledger.step = step
         ledger.consumed_samples += report.samples
@@ -250,7 +257,9 @@ class Loop:
                 "not_saved", step=self.ledger.step, reason="the gradients were not finite"
             )
             return
+        HEARTBEAT.enter("save")
         self.saver.save(final)
+        HEARTBEAT.enter("between")
 
 
 def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:
