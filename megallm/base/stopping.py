@@ -33,8 +33,11 @@ class JobEnd:
     """
 
     def __init__(self) -> None:
-        self.at: float | None = None
-        self.began = time.time()
+        self.set(None)
+
+    def set(self, at: float | None) -> None:
+        """Take notice of the end of a job that begins now."""
+        self.at, self.began = at, time.time()
 
 
 JOB_END = JobEnd()  # of this process; ranks that it forks inherit it

@@ -107,7 +107,7 @@ def train(
         overrides = [*overrides, *storing]
     config = load_and_check(args.config, overrides, world_size(args.nproc), kind=kind)
     kind.check_files(config)  # what is missing or cannot be used ends here, before any rank
-    JOB_END.at = job_end()
+    JOB_END.set(job_end())
     job = _Job(kind, args, overrides, module, config)
     supervised(job.attempt, job.first(), config.launch.restarts if restarts else 0, job.tell)
     if module != kind.module:

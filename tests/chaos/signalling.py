@@ -2,6 +2,7 @@
 
 `MEGALLM_SIGNAL="PHASE COUNT SIGNAL WHO"`: when a rank enters the phase for the COUNT-th time, WHO is sent SIGNAL: the
 launcher (`all`, by rank 0: it tells every rank) or one rank alone (its number). What runs is the command itself.
+`MEGALLM_SLOW_DISK=SECONDS`: every shard of a checkpoint takes so long.
 """
 
 from __future__ import annotations
@@ -31,9 +32,17 @@ SEEN = "signalled"  # a file of the folder in which the command runs: when the s
 
 def install() -> None:
     """Put the signal in its place; what is not imported yet is imported."""
-    phase, count, name, who = os.environ["MEGALLM_SIGNAL"].split()
-    fire = _Once(int(count), signal.Signals[name], who)
-    for target in PHASES[phase]:
+    if "MEGALLM_SLOW_DISK" in os.environ:
+        seconds = float(os.environ["MEGALLM_SLOW_DISK"])
+        _put(("megallm.checkpoint.store:write_shard",), lambda: time.sleep(seconds))
+    if "MEGALLM_SIGNAL" in os.environ:
+        phase, count, name, who = os.environ["MEGALLM_SIGNAL"].split()
+        _put(PHASES[phase], _Once(int(count), signal.Signals[name], who))
+
+
+def _put(targets: tuple[str, ...], fire: Callable[[], None]) -> None:
+    """Call `fire` before each of these functions."""
+    for target in targets:
         module, _, path = target.partition(":")
         *outer, last = path.split(".")
         owner: Any = importlib.import_module(module)

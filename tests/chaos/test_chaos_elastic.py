@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from megallm.cli.elastic import layout_for
 from megallm.launch.elastic import BatchRule, Sizes, choose_layout, valid_worlds
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
+from tests.cluster.slurm import Cluster, missing, running_cluster, shell, until
 from tests.system.commands import losses_of, make_corpus, megallm, start, write_config
 
 STEPS = 14
@@ -130,3 +135,75 @@ def test_rows_32_33_a_place_is_lost_and_comes_back(tmp_path, corpus, train):
         assert ours == theirs
     worst = max(abs(a - b) / abs(b) for (_, a), (_, b) in zip(ours, theirs, strict=True))
     assert worst <= 1e-6, worst
+
+
+# --- on a real Slurm -------------------------------------------------------------------------------------------------
+
+
+def lose_node(cluster: Cluster, name: str) -> None:
+    """SIGKILL to everything of a virtual node: its slurmd, and the steps with their ranks below it."""
+    daemon = int((cluster.folder / f"slurmd-{name}.pid").read_text())
+    steps = [pid for pid in _processes() if _environment_of(pid).get("SLURMD_NODENAME") == name]
+    for pid in (daemon, *_step_daemons(name), *steps):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _environment_of(pid: int) -> dict[str, str]:
+    try:
+        text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(pair.partition("=")[::2] for pair in text.split("\0"))
+
+
+def _step_daemons(name: str) -> set[int]:
+    """The slurmstepds of a node: the parents of what runs there."""
+    found = set()
+    for pid in _processes():
+        if _environment_of(pid).get("SLURMD_NODENAME") != name:
+            continue
+        with suppress(OSError):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                found.add(parent)
+    return found
+
+
+@pytest.mark.slow
+def test_rows_32_33_a_node_of_slurm_goes_down_and_comes_back(tmp_path, corpus):
+    """Three nodes, two after one was lost, three again: every step once, the losses of a quiet run to 1e-6."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    steps = 300
+    config = written(tmp_path, corpus, train=PLAIN | {"steps": steps}, checkpoint={"every": 5, "keep": 3})
+    run = tmp_path / "run"
+    with running_cluster(tmp_path / "slurm", 3) as cluster:
+        environment = cluster.environment | {"CHECK_SECONDS": "1"}
+        words = ("launch", "--slurm", "--nodes", "3", "--min-nodes", "2", "pretrain", config, f"run.dir={run}")
+        job = shell(sys.executable, "-m", "megallm", *words, environment=environment).partition("job ")[2].split()[0]
+        output = run / f"logs/slurm-{job}.out"
+
+        def said(text: str) -> bool:
+            return output.exists() and text in output.read_text()
+
+        def told() -> str:
+            return output.read_text() if output.exists() else cluster.log.read_text()
+
+        until(lambda: len(losses_of(run)) >= 12, "the beginning", told)
+        lose_node(cluster, "n3")
+        until(lambda: said("2 nodes, 2 ranks layout.dp=2"), "the start on two nodes", told)
+        until(lambda: said("resumed at step"), "going on with two ranks", told)
+        shell("slurmd", "-f", cluster.folder / "slurm.conf", "-N", "n3", environment=environment)
+        until(lambda: said("3 nodes can be had again"), "the node that came back", told)
+        cluster.wait(job, output)
+    text = output.read_text()
+    assert text.count("3 nodes, 3 ranks") == 2, text
+    ours, theirs = losses_of(run), quiet(tmp_path, config)
+    assert [step for step, _ in ours] == list(range(1, steps + 1))
+    assert max(abs(a - b) / abs(b) for (_, a), (_, b) in zip(ours[:60], theirs[:60], strict=True)) <= 1e-5

@@ -6,13 +6,14 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from megallm.base.stopping import JOB_END
+from megallm.run.signals import TimeLimit
 from tests.chaos.signalling import SEEN
 from tests.system.commands import make_corpus, megallm, rows_of, start, wait_for
 
@@ -103,7 +104,7 @@ def stopped_in(phase: str, count: int, name: str, who: str, verb: str, folder: P
 
 SWEEPS = {
     "pretrain": COMMON,
-    "sft": COMMON[:1] + COMMON[3:6],
+    "sft": (*COMMON[:1], ("build", 3, "SIGTERM", "1"), *COMMON[3:6]),
     "dpo": (*COMMON[:1], ("reference", 2, "SIGTERM", "all"), COMMON[4], COMMON[5]),
     "grpo": (
         *COMMON[:1], ("rollout", 20, "SIGTERM", "all"), ("rollout", 30, "SIGTERM", "1"), ("reward", 2, "SIGUSR1", "all"),
@@ -134,6 +135,93 @@ def test_rows_16_17_18_stopped_in_every_phase_ends_as_the_quiet_run(tmp_path, ve
     assert figures(run) == figures(tmp_path / "quiet") and len(figures(run)) == STEPS
     lost = [row for row in _events(run) if row.get("lost_steps")]
     assert not lost
+
+
+def test_row_18_a_rollout_and_its_rewards_are_given_up_at_once(tmp_path):
+    """Answers that take a minute, and a reward of an hour: the run leaves in seconds, and makes the step again."""
+    config, run = prepared(tmp_path, "grpo"), tmp_path / "run"
+    slow = "import time\ndef odd(completions, **rest):\n    time.sleep(3600)\n    return [0.0] * len(completions)\n"
+    (tmp_path / "rewards.py").write_text(slow)
+    code, said, seconds = stopped_in("reward", 1, "SIGTERM", "all", "grpo", tmp_path)
+    assert code == 75 and seconds < REACTION_SECONDS and "before step 1" in said, said
+    assert [row["step"] for row in _events(run) if row["event"] == "abandoned"] == [1]
+    (tmp_path / "rewards.py").write_text(slow.replace("3600", "0"))
+    long = ("sampling.max_new_tokens=4000", "model.max_positions=8192", "data.seq_len=16")
+    running = start("grpo", config, *long, "run.dir=long", "sampling.stop=[]", cwd=tmp_path, imported=True)
+    try:
+        assert wait_for(lambda: "rollout" in running.output.read_text(), running)
+        time.sleep(1.0)
+        begin = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        done = running.wait()
+    finally:
+        running.kill_all()
+    assert done.code == 75 and time.monotonic() - begin < REACTION_SECONDS, done.out
+    assert [row["step"] for row in _events(tmp_path / "long") if row["event"] == "abandoned"] == [1]
+
+
+def test_row_19_three_sigterms_then_sigkill_before_the_save_ends(tmp_path):
+    """A slow disk: asking again changes nothing, and the checkpoint before stays the newest valid one."""
+    config, run = prepared(tmp_path, "pretrain"), tmp_path / "run"
+    running = start("pretrain", config, cwd=tmp_path, imported=True, MEGALLM_TEST_HOOK="tests.chaos.signalling:install",
+                    MEGALLM_SLOW_DISK="2")  # fmt: skip
+    try:
+        assert wait_for(lambda: newest(run) >= 2 and len(rows_of(run)) >= 3, running)
+        for _ in range(3):
+            running.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        assert wait_for(lambda: list((run / "checkpoints").glob("*.tmp-*")), running)
+        before = newest(run)
+        running.kill_all()
+        done = running.wait()
+    finally:
+        running.kill_all()
+    assert done.code < 0 and newest(run) == before >= 2, done
+    assert done.out.count("SIGTERM: stopping") == 1, done.out
+    verified = megallm("ckpt", "verify", run, cwd=tmp_path)
+    assert verified.code == 0, verified.err
+    again = megallm("pretrain", config, "--resume", "must", cwd=tmp_path)
+    quiet = megallm("pretrain", config, "run.dir=quiet", cwd=tmp_path)
+    assert again.code == quiet.code == 0, again.err
+    assert figures(run) == figures(tmp_path / "quiet") and not list((run / "checkpoints").glob("*.tmp-*"))
+
+
+def test_row_21_the_end_of_the_time_is_foreseen(tmp_path):
+    """The variables of a batch job whose time is nearly over; no signal is sent."""
+    config, run = prepared(tmp_path, "pretrain"), tmp_path / "run"
+    end = int(time.time()) + 20
+    words = ("train.steps=100000", "checkpoint.every=0", "eval.batches=0", "layout.dp=1")
+    running = start("pretrain", config, *words, cwd=tmp_path, imported=True, SLURM_JOB_ID="7",
+                    SLURM_JOB_END_TIME=str(end))  # fmt: skip
+    try:
+        done = running.wait()
+    finally:
+        running.kill_all()
+    assert done.code == 75 and "Stopped by the time limit after step" in done.out, done.out
+    assert time.time() < end, "it was too late"
+    assert newest(run) == len(rows_of(run)) > 0
+
+
+def test_row_21_what_is_left_for_stopping_follows_from_steps_and_saves(monkeypatch):
+    monkeypatch.setattr(JOB_END, "began", 0.0)
+    monkeypatch.setattr(JOB_END, "at", 3600.0)
+    now = [0.0]
+    limit = TimeLimit(None, lambda: now[0])
+
+    def first_second() -> int:
+        return next(second for second in range(4000) if now.__setitem__(0, second) or limit.near)
+
+    assert first_second() == 3600 - 70  # 10 s, and a save that nobody has seen
+    limit.step(60.0)
+    assert first_second() == 3600 - 250
+    limit.saved(5.0)
+    limit.step(1.0)  # the longest counts
+    assert first_second() == 3600 - 205
+    limit.step(2000.0)
+    assert first_second() == 3600 - 900, "at most a quarter"
+    assert TimeLimit(10.0, lambda: 599.0).near and not TimeLimit(10.0, lambda: 400.0).near
+    monkeypatch.setattr(JOB_END, "at", None)
+    assert not TimeLimit(None, lambda: 1e12).near
 
 
 def _events(run: Path) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ class Cluster:
     """A running Slurm."""
 
     def __init__(self, folder: Path) -> None:
-        self.log = folder / "log/ctld.log"
+        self.folder, self.log = folder, folder / "log/ctld.log"
         self.environment = ENVIRONMENT | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def submit(self, *words: str | Path, **variables: str) -> str:
