@@ -109,7 +109,8 @@ class SlurmJob:
         options = {
             "job-name": f"megallm-{name}",
             "nodes": nodes,
-            "ntasks-per-node": self.ranks_per_node,
+            # With a number of tasks Slurm gives the fewest nodes; whole nodes have room for all.
+            "ntasks-per-node": None if self.elastic else self.ranks_per_node,
             "gpus-per-node": self.gpus_per_node or None,
             "cpus-per-task": self.cpus_per_task,
             "time": self.time,
@@ -123,6 +124,8 @@ class SlurmJob:
         for name, value in options.items():
             if value is not None:
                 yield f"#SBATCH --{name}={_quoted(str(value))}"
+        if self.elastic:
+            yield "#SBATCH --exclusive"
 
 
 def _quoted(value: str) -> str:
@@ -172,6 +175,7 @@ _STEPS = {
     "srun": """\
     # --wait: when one rank has left, the others get a minute to finish saving.
     srun --no-kill --wait=60 --kill-on-bad-exit=0 --nodes="${#hosts[@]}" --ntasks="$ranks" \\
+        --ntasks-per-node="$ranks_per_node" \\
         --nodelist="$(IFS=,; echo "${hosts[*]}")" \\
         "$python" -m megallm "${words[@]}" "${layout[@]}" &""",
     "torchrun": """\
