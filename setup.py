@@ -127,6 +127,7 @@ setup(
         "test": [
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "gigatoken==0.10.0",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from tests.system.commands import ROOT, losses_of, make_corpus, megallm, write_c
 
 CLUSTER = ROOT / "tests/cluster"
 BATCH = ROOT / "examples/slurm/pretrain.sbatch"
-STEPS, LIMIT_SECONDS = 200, 240.0
+STEPS, LIMIT_SECONDS = 200, 120.0
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 OVER = ("FAILED", "CANCELLED", "TIMEOUT")
 ENVIRONMENT = os.environ | {
@@ -42,10 +45,15 @@ def shell(*words: str | Path, environment: dict[str, str] | None = None, timeout
     return done.stdout
 
 
+class NotInTime(AssertionError):
+    """Something of Slurm or of a job did not happen within LIMIT_SECONDS."""
+
+
 def until(condition: Callable[[], object], what: str, more: Callable[[], str] = str) -> None:
     begin = time.monotonic()
     while not condition():
-        assert time.monotonic() - begin < LIMIT_SECONDS, f"{what} did not happen.\n{more()}"
+        if time.monotonic() - begin > LIMIT_SECONDS:
+            raise NotInTime(f"{what} did not happen.\n{more()}")
         time.sleep(0.1)
 
 
@@ -86,6 +94,36 @@ class Cluster:
             return state == "COMPLETED"
 
         until(ended, "the end of the job", output.read_text)
+
+    def runs_jobs(self) -> bool:
+        """Whether a job that does nothing comes to its end, once all others are cancelled."""
+        try:
+            self.call("scancel", "--user=root")
+            job = self.submit("--nodes=2", "--wrap=true", "--output=/dev/null")
+            until(lambda: self.field(job, "JobState") == "COMPLETED", "the end of a job that does nothing")
+        except (NotInTime, AssertionError, subprocess.TimeoutExpired):
+            return False
+        return True
+
+
+def again_if_late(test: Callable[..., None]) -> Callable[..., None]:
+    """The test once more where something took too long although Slurm runs jobs; skipped where it runs none."""
+
+    @wraps(test)
+    def attempts(cluster: Cluster, **fixtures) -> None:
+        try:
+            test(cluster, "", **fixtures)
+        except NotInTime as late:
+            if not cluster.runs_jobs():
+                pytest.skip(f"Slurm's daemons no longer run jobs here: {cluster.log.read_text()[-2000:]}")
+            warnings.warn(f"tried again: {late}", stacklevel=2)
+            test(cluster, "-again", **fixtures)
+
+    signature = inspect.signature(test)
+    attempts.__signature__ = signature.replace(  # what pytest reads the fixtures from
+        parameters=[parameter for name, parameter in signature.parameters.items() if name != "attempt"]
+    )
+    return attempts
 
 
 def daemons() -> set[str]:
@@ -150,9 +188,10 @@ def _text(path: Path) -> str:
     return path.read_text() if path.exists() else "no output yet"
 
 
-def test_a_preempted_job_goes_on_where_it_was(cluster, config, quiet):
+@again_if_late
+def test_a_preempted_job_goes_on_where_it_was(cluster, attempt, config, quiet):
     """Direct srun: a job of a higher priority takes the nodes; ours saves, is queued again and loses nothing."""
-    job, run, output = submit(cluster, config, "preempted", "srun")
+    job, run, output = submit(cluster, config, f"preempted{attempt}", "srun")
     other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
     until(lambda: cluster.field(other, "JobState") == "COMPLETED", "the other job", output.read_text)
     assert losses_of(run)[-1][0] < STEPS, "it was over before it could be preempted"
@@ -162,9 +201,10 @@ def test_a_preempted_job_goes_on_where_it_was(cluster, config, quiet):
     assert cluster.field(job, "Restarts") == "1" and "start 2" in text and "resumed at step" in text, text
 
 
-def test_a_job_whose_time_runs_out_queues_itself_again(cluster, config, quiet):
+@again_if_late
+def test_a_job_whose_time_runs_out_queues_itself_again(cluster, attempt, config, quiet):
     """torchrun: SIGUSR1 (what --signal sends before the end) makes it save and leave with 75; the script requeues."""
-    job, run, output = submit(cluster, config, "usr1", "torchrun")
+    job, run, output = submit(cluster, config, f"usr1{attempt}", "torchrun")
     cluster.call("scancel", "--signal=USR1", job)
     until(lambda: "queued again" in output.read_text(), "queueing again", output.read_text)
     assert losses_of(run)[-1][0] < STEPS
@@ -173,13 +213,53 @@ def test_a_job_whose_time_runs_out_queues_itself_again(cluster, config, quiet):
     assert cluster.field(job, "Restarts") == "1" and "saved; queued again" in output.read_text()
 
 
-def test_a_job_that_fails_is_not_queued_again(cluster, config):
+@again_if_late
+def test_a_job_that_fails_is_not_queued_again(cluster, attempt, config):
     """Negative control: a mistake in the configuration ends the job with its own exit code."""
-    output = config.parent / "typo.out"
+    output = config.parent / f"typo{attempt}.out"
     job = cluster.submit("--nodes=2", "--ntasks-per-node=1", f"--output={output}", BATCH, config, "layout.tq=2")
     until(lambda: cluster.field(job, "JobState") == "FAILED", "the failure", lambda: _text(output))
     assert cluster.field(job, "ExitCode") == "2:0" and cluster.field(job, "Restarts") == "0"
     assert "Did you mean 'layout.tp'?" in output.read_text()
+
+
+class Other:
+    """A cluster that does, or does not, run jobs."""
+
+    def __init__(self, folder: Path, well: bool) -> None:
+        self.log, self.well = folder / "log", well
+        self.log.write_text("why not")
+
+    def runs_jobs(self) -> bool:
+        return self.well
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_what_is_late_is_tried_again_once_where_slurm_runs_jobs(tmp_path, well):
+    attempts = []
+
+    @again_if_late
+    def late(cluster, attempt):
+        attempts.append(attempt)
+        raise NotInTime("the end")
+
+    with pytest.raises(NotInTime if well else pytest.skip.Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        late(cluster=Other(tmp_path, well))
+    assert attempts == (["", "-again"] if well else [""])
+
+
+def test_what_is_wrong_is_not_tried_again(tmp_path):
+    attempts = []
+
+    @again_if_late
+    def wrong(cluster, attempt):
+        attempts.append(attempt)
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        wrong(cluster=Other(tmp_path, True))
+    assert attempts == [""]
 
 
 # torchrun without Slurm.
