@@ -9,7 +9,8 @@ bash tools/install.sh test
 bash tests/install_facilities.sh
 python=$PWD/.venv/bin/python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-parallel=(-n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder)
+# A process that dies ends the run: pytest-xdist 3.8 waits for ever for the tests that it had.
+parallel=(-n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 if [ "${1:-}" = --quick ]; then
   exec "$python" -m pytest -q "${parallel[@]}" "${@:2}" @tests/quick.txt
 fi
