@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
@@ -157,6 +158,10 @@ class Engine:
         self.observers.append(observer)
         self.providers.append(observer)
 
+    def asked_to_stop(self) -> bool:
+        """Returns whether any rank's `request` asks the run to stop; collective over the world."""
+        return self.mesh.largest(self.request()) > 0
+
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
@@ -171,6 +176,7 @@ class Engine:
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
+        HEARTBEAT.enter("reduce")
         self.parameters.finish()
         self.parameters.note(self.request())
         norm = clip_gradients(
@@ -179,6 +185,7 @@ class Engine:
         # Squares that underflow count as 0: such a gradient is far below any eps of an update.
         empty = (norm == 0) | run.nothing
         skip = ~norm.isfinite() | empty
+        HEARTBEAT.enter("optimizer")
         self.optimizer.step(lr, skip=skip)
         self.model.fp8.commit()
         loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite(), empty)

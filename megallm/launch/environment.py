@@ -50,6 +50,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
     return None
 
 
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Returns when Slurm ends this job, in seconds since 1970; None without Slurm, or a limit."""
+    text = environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() and "SLURM_JOB_ID" in environ else None
+
+
 def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> int:
     """Returns threads of one rank: OMP_NUM_THREADS when the user set it, else this process's cores
     divided by the ranks.

@@ -24,7 +24,9 @@ def rank_device(env: RankEnv) -> torch.device:
 
 
 @contextmanager
-def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torch.device]:
+def process_group(
+    env: RankEnv, timeout_seconds: float = 600.0, meet_seconds: float = 120.0
+) -> Iterator[torch.device]:
     """Join the world of `env` (collective over it) and leave at the end; yields this rank's device.
 
     A world of one makes no group. Raises PeerLost when not all ranks arrive in time.

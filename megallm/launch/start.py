@@ -17,9 +17,10 @@ from megallm.base.errors import PeerLost, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, FdWriter, LossyText
 from megallm.launch.environment import RankEnv, detect, thread_count
-from megallm.launch.local import run_ranks
+from megallm.launch.local import NO_HOOKS, Hooks, run_ranks
 from megallm.launch.process import default_signals, keep_memory, limit_threads
 from megallm.launch.rank import lost_peer
+from megallm.launch.restart import Start
 
 
 def world_size(nproc: int | None) -> int | None:
@@ -48,10 +49,10 @@ def started_by_others() -> RankEnv | None:
 def start(
     fn: Callable[..., None],
     args: Sequence[Any],
-    nproc: int,
+    nproc: int | Start,
     log_dir: Path | None,
     preload: Sequence[str] = ("torch",),
-    owns_logs: Callable[[int], bool] = lambda pid: True,
+    hooks: Hooks = NO_HOOKS,
     saves: bool = True,
 ) -> None:
     """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process
@@ -59,7 +60,7 @@ def start(
     """
     env = started_by_others()
     if env is None:
-        run_ranks(fn, args, nproc, log_dir, preload, owns_logs, saves)
+        run_ranks(fn, args, nproc, log_dir, preload, hooks, saves)
         return
     if env.rank != 0 and log_dir is not None:
         with writing(log_dir):
