@@ -30,7 +30,7 @@ PATIENCE = {
     "rollout": START_SECONDS, "reward": START_SECONDS, "score": 120.0,
 }  # fmt: skip
 TICKS = os.sysconf("SC_CLK_TCK")
-STRAGGLER_STEPS, STRAGGLER_SECONDS, STRAGGLER_RATIO, STRAGGLER_SHARE = 20, 5.0, 1.5, 0.1
+STRAGGLER_STEPS, STRAGGLER_SECONDS, STRAGGLER_RATIO, STRAGGLER_SHARE = 20, 2.0, 1.5, 0.1
 OWN_WORK = ("data", "forward", "backward", "optimizer")
 
 
