@@ -18,7 +18,7 @@ from megallm.launch.board import Board, open_board
 from tests.system.commands import Done, dump, losses_of, make_corpus, megallm, start, write_config
 
 STEPS, EVERY = 24, 2
-HANG_SECONDS = 2.0
+HANG_SECONDS, LAUNCH_SECONDS = 2.0, 400.0
 LAYOUTS: dict[str, dict[str, int]] = {
     "dp2 tp2": {"dp": 2, "tp": 2},
     "pp2 dp2": {"pp": 2, "dp": 2},
@@ -45,18 +45,15 @@ class Scene:
             given[section] = given.get(section, {}) | values
         return write_config(self.folder / f"{name}.yaml", self.corpus, **given)
 
-    @cache
     def quiet(self, layout: str) -> Path:
         """The run that nobody disturbs."""
-        name = f"quiet-{layout.replace(' ', '-')}"
-        done = megallm("pretrain", self.config(name, layout), cwd=self.folder)
-        assert done.code == 0, done.err
-        return self.folder / name
+        return quiet_run(self, layout)[0]
 
     def launch(self, name: str, layout: str, faults: Sequence[str] = (), **sections: Any) -> tuple[Path, Done]:
         """A run under `megallm launch` with faults, to its end."""
         with fault_variable(faults):
-            done = megallm("launch", "pretrain", self.config(name, layout, **sections), cwd=self.folder)
+            config = self.config(name, layout, **sections)
+            done = megallm("launch", "pretrain", config, cwd=self.folder, timeout=LAUNCH_SECONDS)
         return self.folder / name, done
 
     def begin(self, name: str, layout: str, **sections: Any):
@@ -65,11 +62,20 @@ class Scene:
 
     def check_same(self, run: Path, layout: str) -> None:
         """The final state and every loss are those of the quiet run, bit for bit."""
-        quiet = self.quiet(layout)
-        ours, theirs = dump(run), dump(quiet)
+        quiet, theirs = quiet_run(self, layout)
+        ours = dump(run)
         assert ours.keys() == theirs.keys()
         assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
         assert losses_of(run) == losses_of(quiet)
+
+
+@cache
+def quiet_run(scene: Scene, layout: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The run that nobody disturbs, and its final state."""
+    name = f"quiet-{layout.replace(' ', '-')}"
+    done = megallm("pretrain", scene.config(name, layout), cwd=scene.folder)
+    assert done.code == 0, done.err
+    return scene.folder / name, dump(scene.folder / name)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_the_missing_rank_is_named_on_every_rank():
     hosts = ("n1", "n2", "n3")
     said = meet_all([0, 1], env=replace(ENV, hosts=hosts))
     assert {str(error).partition(".")[0] for error in said} == {
-        "have 2 of 3 ranks, missing rank 2 (host n3)" 
+        "have 2 of 3 ranks, missing rank 2 (host n3)"
     } and all(isinstance(error, PeerLost) for error in said)
     assert "missing rank 2 (node 2)" in str(meet_all([0, 1])[0])
 

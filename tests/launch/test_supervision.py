@@ -108,7 +108,8 @@ def test_the_rank_outside_of_the_collective_is_named(board):
         wait_in(beats[rank])
     finding = find_culprit(board.all(), {})
     assert (finding.kind, finding.rank) == ("outside", 2) and "3 of 4 ranks wait" in finding.sentence
-    assert finding.waits[0] == "rank 0 waits in all_reduce of 64 bytes, number 2 of world [0-3], in step 7, backward, for rank 2"
+    waits = "rank 0 waits in all_reduce of 64 bytes, number 2 of world [0-3], in step 7, backward, for rank 2"
+    assert finding.waits[0] == waits
 
 
 def test_a_chain_of_waits_is_followed_to_its_end(board):
