@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from megallm.base.config import to_dict
 from megallm.base.errors import UsageError
 from megallm.base.stopping import JOB_END, ignore_stop_signals
 from megallm.cli import text
@@ -162,13 +163,16 @@ class _Job:
 
 def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: list[str]) -> None:
     from megallm.launch.group import process_group
+    from megallm.launch.meeting import digest_of
     from megallm.parallel.mesh import Mesh
 
     run = importlib.import_module(module).run
     own_log = (
         env.launcher != "local" or sys.stdout.isatty()
     )  # else our launcher copies rank 0's lines to its log
-    with process_group(env, meet_seconds=config.launch.meet_seconds) as device:
+    sections = to_dict(config) if env.world > 1 else {}
+    alike = {f"{name}:": digest_of(repr(value)) for name, value in sections.items()}
+    with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
         try:
             run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
         finally:
