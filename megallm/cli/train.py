@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from functools import partial
 
@@ -102,13 +103,18 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     from megallm.launch.group import process_group
     from megallm.parallel.mesh import Mesh
 
+    if config.train.determinism == "strict":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first use
+
     run = importlib.import_module(module).run
+    guard = importlib.import_module("megallm.training.guard")
     own_log = (
         env.launcher != "local" or sys.stdout.isatty()
     )  # else our launcher copies rank 0's lines to its log
     with process_group(env) as device:
         try:
-            run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
+            mesh = Mesh.start(config.layout.grid(), device)
+            guard.run_guarded(run, config, mesh, resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 
