@@ -154,14 +154,14 @@ class ReplicaCheck:
         hashes = mesh.gather_json([bits_hash(each.tensor) for each in held])
         found: Any = None
         if self._keys is not None:
-            found = compare(self._keys, hashes)
+            found = compare_hashes(self._keys, hashes)
         return [
             Mismatch(name, tuple(ranks), tuple(others))
             for name, ranks, others in mesh.broadcast_json(found)
         ]
 
 
-def compare(keys: list[list[str]], hashes: list[list[int]]) -> list[Mismatch]:
+def compare_hashes(keys: list[list[str]], hashes: list[list[int]]) -> list[Mismatch]:
     """Returns the tensors whose holders do not all have the same hash; lists by rank. Pure."""
     holders: dict[str, dict[int, list[int]]] = {}
     for rank, (names, values) in enumerate(zip(keys, hashes, strict=True)):

@@ -171,13 +171,11 @@ class Engine:
         An update whose loss or gradient norm is not finite, or beyond `limits` that skip, is left
         out (`skipped`), and so is one in which nothing counts or all gradients are 0 (`empty`):
         weights, moments, decay, the routers' biases and the loss scale stay as they are, on all
-        ranks alike, whichever of them has seen it. Raises UsageError for a loss
-        that needs what the head does not have, and Diverged when the loss scale of fp16 had to fall
-        below its minimum, on all ranks.
+        ranks alike, whichever of them has seen it. Raises UsageError for a loss that needs what the
+        head does not have, and Diverged when fp16 overflows again and again at its smallest loss
+        scale, on all ranks.
         """
-        self.parameters.begin_step()
-        run = self._run(batches, loss, training=True)
-        self.parameters.finish()
+        run = self.compute_gradients(batches, loss)
         self.parameters.note(self.request(), self.limits.seen(run))
         norm = clip_gradients(
             self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
@@ -214,9 +212,9 @@ class Engine:
             self.examine(batches, loss)
         return stats
 
-    def rerun(self, batches: Sequence[Batch], loss: Loss) -> LossSums:
-        """Returns the losses of a step that is computed once more, with its backward passes; its
-        gradients are left where they accumulate, and no update follows. Collective over the world.
+    def compute_gradients(self, batches: Sequence[Batch], loss: Loss) -> LossSums:
+        """Returns the losses of a step without an update; its gradients are complete where they
+        accumulate, neither unscaled nor clipped. Collective over the world.
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)

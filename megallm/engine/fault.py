@@ -74,7 +74,7 @@ class _Finding(NamedTuple):
     layer: str
 
 
-def finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
     """Returns whether every number of a tensor is finite; those that are no floats are."""
     x = x._values() if x.is_sparse else x
     if not x.is_floating_point() or x.element_size() == 1:
@@ -155,7 +155,7 @@ class Tracer:
         micro, order = self.here[number]
         self.here[number] = (micro, order + 1)
         for x in tensors_in(outputs):
-            if not finite(x):
+            if not is_finite(x):
                 self.outputs.append((micro, number, order, name))
             elif x.is_floating_point() and x.numel():
                 largest = float(x.detach().abs().max())
@@ -183,13 +183,13 @@ class Tracer:
         self, at: tuple[int, int], tensor: tuple[int, int], kind: str, name: str, grad: Tensor
     ) -> None:
         self.at = at
-        if self._tensor is None and not finite(grad):
+        if self._tensor is None and not is_finite(grad):
             self._tensor, self.found_at = tensor, at
         if tensor == self._tensor:
             self.gradients.append((kind, name))
 
     def _parameter(self, name: str, grad: Tensor) -> None:
-        if self.found_at is None and not finite(grad):
+        if self.found_at is None and not is_finite(grad):
             self.found_at = self.at
             self.gradients.append(("parameter", name))
 
@@ -223,7 +223,7 @@ def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> Fault:
     found = [*_in_data(batches, first), *_in_weights(engine)]
     tracer = Tracer(engine.model.stages)
     with tracer.hooked(engine.model.stages, engine.parameters.params):
-        engine.rerun(batches, loss)
+        engine.compute_gradients(batches, loss)
     found += [
         _Finding(2, first + micro, stage, order, name)
         for micro, stage, order, name in tracer.outputs[:1]
@@ -250,7 +250,7 @@ def _first(told: list[list[Any]]) -> list[Any]:
 
 def _in_data(batches: Sequence[Batch], first: int) -> Iterator[_Finding]:
     for micro, batch in enumerate(batches):
-        bad = next((name for name in sorted(batch) if not finite(batch[name])), None)
+        bad = next((name for name in sorted(batch) if not is_finite(batch[name])), None)
         if bad is not None:
             yield _Finding(0, first + micro, 0, 0, bad)
             return
@@ -263,20 +263,20 @@ def _in_weights(engine: Engine) -> Iterator[_Finding]:
     held = ((piece.name, piece.tensor) for piece in pieces(parameters, own))
     freed = any(bucket.frees_params for bucket in parameters.flat)
     whole = () if freed else parameters.views.items()
-    bad = next((name for name, x in (*held, *whole) if not finite(x)), None)
+    bad = next((name for name, x in (*held, *whole) if not is_finite(x)), None)
     if bad is not None:
         yield _Finding(1, -1, 0, 0, bad)
 
 
 def _in_losses(engine: Engine, first: int) -> Iterator[_Finding]:
     for micro, terms in sorted(engine.last_run.results.items()):
-        bad = next((name for name, x in terms.losses.items() if not finite(x)), None)
+        bad = next((name for name, x in terms.losses.items() if not is_finite(x)), None)
         if bad is not None:
             yield _Finding(3, first + micro, 0, 0, bad)
             return
 
 
 def _in_gradients(engine: Engine) -> Iterator[_Finding]:
-    bad = next((piece.name for piece in engine.gradients() if not finite(piece.tensor)), None)
+    bad = next((piece.name for piece in engine.gradients() if not is_finite(piece.tensor)), None)
     if bad is not None:
         yield _Finding(5, -1, 0, 0, bad)

@@ -1,4 +1,4 @@
-"""What an update may show before it is called a spike, and the one decision of all ranks about it."""
+"""What an update may show before it is a spike, and the one decision of all ranks about it."""
 
 from __future__ import annotations
 

@@ -55,14 +55,14 @@ class GuardConfig:
     remember something else than their replicas (docs/guard.md).
     """
 
-    non_finite: Literal["skip", "stop", "rollback"] = "skip"  # such a loss or gradient norm; ten skips in a row stop the run
+    non_finite: Literal["skip", "stop", "rollback"] = "skip"  # such a loss or gradient norm; ten skips in a row stop
     spike: Literal["off", "warn", "skip", "rollback"] = "warn"  # a loss or gradient norm far above those before
     spike_sigma: float = 6.0  # standard deviations above the mean from which on it is a spike
     spike_window: int = 128  # steps that mean and deviation are taken over
     rollback: int = 1  # checkpoints to go back; what was trained since the last of them is left out then
     skip_batches: int = 0  # batches that are left out besides, after the one that made the run go back
     max_rollbacks: int = 3  # of a run; one more stops it
-    replica_check_every: int = 0  # steps between comparisons of what ranks hold alike; also before saves; 0: never
+    replica_check_every: int = 0  # steps between comparisons of what ranks hold alike, besides saves; 0: never
     digest_every: int | None = None  # steps between digests of the weights in the metrics; null: 10 if strict, else 0
 
 

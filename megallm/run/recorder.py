@@ -109,9 +109,13 @@ class Recorder:
         self.lease.check()
         self.folder.write_config(to_yaml(config))
         same = self.folder.write_environment(environment)
+        goes_back = False  # to where it reads other batches than it did
+        for event in read_rows(self.folder.events):
+            back = event.get("event") == "rollback"
+            goes_back = back or (goes_back and event.get("event") not in ("resumed", "started"))
         last: dict[str, Any] = {}
         for last in read_rows(self.folder.metrics):
-            if same and last.get("step", 0) > resumed_step and last.get(DIGEST):
+            if same and not goes_back and last.get("step", 0) > resumed_step and last.get(DIGEST):
                 self.digests[last["step"]] = last[DIGEST]
         self.metrics = Metrics(self.folder.metrics, resumed_step, self.lease.check)
         self.events = Events(self.folder.events, self.lease.check)

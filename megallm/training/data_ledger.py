@@ -57,7 +57,7 @@ class DataLedger:
         return number
 
     def add(self, step: int, to: int, reason: str, further: int) -> dict[str, Any]:
-        """Leave out the batches of the steps after `to` up to `step`, and `further` ones; returns
+        """Add the batches of the steps after `to` up to `step`, and `further` ones, to
         the entry."""
         batches = [self.number(to) + 1, self.number(step) + further]
         entry = {"step": step, "to": to, "reason": reason, "batches": batches}

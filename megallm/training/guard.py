@@ -1,5 +1,5 @@
-"""What a run does about numbers that go wrong: losses that are not finite, loss spikes, replicas that
-differ, and a step that does not repeat itself.
+"""What a run does about numbers that go wrong: losses that are not finite, loss spikes, replicas
+that differ, and a step that does not repeat itself.
 
 `Loop` has one `Guard`, which sees each step before and after. All decisions are the same on every
 rank: they come from numbers that all ranks have, or rank 0 tells them.
@@ -211,10 +211,11 @@ class Guard:
     def _spiked(self, loss: float, norm: float, leaves: bool) -> None:
         policy, limits = self.options.spike, self.engine.limits
         self.spikes_in_a_row += 1
-        figures = {"loss_limit": limits.loss, "grad_norm_limit": limits.grad_norm}
-        self.recorder.event(
-            "spike", step=self.step, loss=loss, grad_norm=norm, action=policy, **figures
-        )
+        if policy != "warn" or self.spikes_in_a_row == 1:
+            figures = {"loss_limit": limits.loss, "grad_norm_limit": limits.grad_norm}
+            self.recorder.event(
+                "spike", step=self.step, loss=loss, grad_norm=norm, action=policy, **figures
+            )
         what = (
             f"the loss {loss:.4g} and the gradient norm {norm:.4g} of step {self.step} are a spike "
             f"(limits {limits.loss:.4g} and {limits.grad_norm:.4g})"
