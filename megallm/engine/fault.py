@@ -76,6 +76,7 @@ class _Finding(NamedTuple):
 
 def is_finite(x: Tensor) -> bool:
     """Returns whether every number of a tensor is finite; those that are no floats are."""
+    x = x.detach()  # or what is looked at would be kept for a backward pass
     x = x._values() if x.is_sparse else x
     if not x.is_floating_point() or x.element_size() == 1:
         return True
@@ -106,6 +107,7 @@ class Tracer:
         self.at = (0, 0)  # the microbatch and the stage of the backward pass that runs
         self.gradients: list[tuple[str, str]] = []  # (input | output | parameter, name)
         self.found_at: tuple[int, int] | None = None
+        self.order = self._fired = 0  # of the gradients of that microbatch and stage
         self._tensor: tuple[int, int] | None = None
         self._nodes: list[Any] = []  # kept, so that no other node has the number of one of these
 
@@ -182,15 +184,16 @@ class Tracer:
     def _gradient(
         self, at: tuple[int, int], tensor: tuple[int, int], kind: str, name: str, grad: Tensor
     ) -> None:
+        self._fired = self._fired + 1 if self.at == at else 0
         self.at = at
         if self._tensor is None and not is_finite(grad):
-            self._tensor, self.found_at = tensor, at
+            self._tensor, self.found_at, self.order = tensor, at, self._fired
         if tensor == self._tensor:
             self.gradients.append((kind, name))
 
-    def _parameter(self, name: str, grad: Tensor) -> None:
-        if self.found_at is None and not is_finite(grad):
-            self.found_at = self.at
+    def _parameter(self, name: str, grad: Tensor | None) -> None:
+        if grad is not None and self.found_at is None and not is_finite(grad):
+            self.found_at, self.order = self.at, self._fired
             self.gradients.append(("parameter", name))
 
     def backward_layer(self) -> str:
@@ -231,7 +234,7 @@ def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> Fault:
     found += _in_losses(engine, first)
     if tracer.gradients:
         micro, stage = tracer.found_at or (0, 0)
-        found.append(_Finding(4, first + micro, -stage, 0, tracer.backward_layer()))
+        found.append(_Finding(4, first + micro, -stage, tracer.order, tracer.backward_layer()))
     found += _in_gradients(engine)
     own = min(found, default=_Finding(6, -1, 0, 0, ""))
     told = engine.mesh.gather_json([*own, rank, engine.mesh.coords])

@@ -151,7 +151,7 @@ class Guard:
         told = self.mesh.gather_json(written)
         written = self.mesh.broadcast_json(told and told[fault.ranks[0]])
         weights = self._write_weights() if self.replays == 1 else {}
-        self.told = f" {written['told']}"
+        self.told = f" {written.pop('told')}"
         self.recorder.event("not_finite", step=self.step, **fault._asdict(), **written, **weights)
 
     def _write_batch(
