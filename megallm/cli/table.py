@@ -75,6 +75,11 @@ _ROWS = (
         "train",
         "train a student on a teacher's distribution, on its own answers or on given ones",
     ),
+    (
+        "replay",
+        "replay",
+        "run the batch of a step that was not finite again, on the CPU, and name the layer",
+    ),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),
     ("rewards list", "rewards", "list the rewards that have a name, and the accepted signatures"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -166,7 +167,11 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     from megallm.launch.meeting import digest_of
     from megallm.parallel.mesh import Mesh
 
+    if config.train.determinism == "strict":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first use
+
     run = importlib.import_module(module).run
+    guard = importlib.import_module("megallm.training.guard")
     own_log = (
         env.launcher != "local" or sys.stdout.isatty()
     )  # else our launcher copies rank 0's lines to its log
@@ -174,7 +179,8 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     alike = {f"{name}:": digest_of(repr(value)) for name, value in sections.items()}
     with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
         try:
-            run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
+            mesh = Mesh.start(config.layout.grid(), device)
+            guard.run_guarded(run, config, mesh, resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 

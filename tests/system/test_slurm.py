@@ -14,7 +14,16 @@ import pytest
 
 from megallm.launch.slurm import SlurmJob, write_script
 from tests.cluster.slurm import (
-    CLUSTER, ENVIRONMENT, LIMIT_SECONDS, Cluster, NotInTime, again_if_late, missing, running_cluster, shell, until,
+    CLUSTER,
+    ENVIRONMENT,
+    LIMIT_SECONDS,
+    Cluster,
+    NotInTime,
+    again_if_late,
+    missing,
+    running_cluster,
+    shell,
+    until,
 )  # fmt: skip
 from tests.system.commands import ROOT, losses_of, make_corpus, megallm, write_config
 
