@@ -10,6 +10,7 @@ as one UsageError.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -335,6 +336,9 @@ def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> s
     section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
     known = list(leaves(root_cls))
     close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == suggest.plain(name)])
+    typo = None if close else suggest.typo_of(f"{prefix}{name}", [*known, *(f"{prefix}{hint}" for hint in hints)])
+    if typo is not None and suggest.plain(f"{prefix}{name}") not in _other_names(root_cls):
+        return f"unknown key '{prefix}{name}'. Did you mean '{typo}'? {section} are: {', '.join(hints)}."
     elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
     if elsewhere is not None:
         return f"unknown key '{prefix}{name}'. {elsewhere}"
@@ -347,11 +351,15 @@ def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> s
     return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
 
 
+def _other_names(root_cls: type) -> dict[str, str]:
+    return vars(root_cls).get("OTHER_NAMES", {})
+
+
 def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
     """Returns what another system's name of a setting is called here, by the class's `OTHER_NAMES`;
     None when unknown.
     """
-    table = vars(root_cls).get("OTHER_NAMES", {})
+    table = _other_names(root_cls)
     for name in (key, key.rpartition(".")[2]):
         found = table.get(suggest.plain(name.lstrip("-")))
         if found is not None:
@@ -463,6 +471,7 @@ def _expected(hint: Any) -> str:
 # Looking at classes.
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
