@@ -1,4 +1,4 @@
-"""FAULTS row 73: a key with one wrong letter is refused at once, in every kind of training, with the right one first."""
+"""FAULTS row 73: a key with one wrong letter is refused at once, in each kind of training, with the right one first."""
 
 from __future__ import annotations
 
