@@ -336,30 +336,25 @@ def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> s
     section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
     known = list(leaves(root_cls))
     close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == suggest.plain(name)])
-    typo = None if close else suggest.typo_of(f"{prefix}{name}", [*known, *(f"{prefix}{hint}" for hint in hints)])
-    if typo is not None and suggest.plain(f"{prefix}{name}") not in _other_names(root_cls):
-        return f"unknown key '{prefix}{name}'. Did you mean '{typo}'? {section} are: {', '.join(hints)}."
-    elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
+    other = close or suggest.plain(f"{prefix}{name}") in vars(root_cls).get("OTHER_NAMES", {})
+    typo = None if other else suggest.typo_of(f"{prefix}{name}", [*known, *(f"{prefix}{hint}" for hint in hints)])
+    elsewhere = None if close or typo else _pointer(root_cls, f"{prefix}{name}", known)
     if elsewhere is not None:
         return f"unknown key '{prefix}{name}'. {elsewhere}"
     last = suggest.plain(name.rpartition(".")[2])
     same = [leaf for leaf in known if suggest.plain(leaf.rpartition(".")[2]) == last]
     close = close or (None if same and "." in name else suggest.nearest(name, hints, cutoff=0.5))
-    close = f"{prefix}{close}" if close else next(iter(same), None)
+    close = typo or (f"{prefix}{close}" if close else next(iter(same), None))
     close = close or suggest.nearest(f"{prefix}{name}", known, cutoff=0.75)
     hint = f" Did you mean '{close}'?" if close else ""
     return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
-
-
-def _other_names(root_cls: type) -> dict[str, str]:
-    return vars(root_cls).get("OTHER_NAMES", {})
 
 
 def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
     """Returns what another system's name of a setting is called here, by the class's `OTHER_NAMES`;
     None when unknown.
     """
-    table = _other_names(root_cls)
+    table = vars(root_cls).get("OTHER_NAMES", {})
     for name in (key, key.rpartition(".")[2]):
         found = table.get(suggest.plain(name.lstrip("-")))
         if found is not None:

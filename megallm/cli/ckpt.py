@@ -166,7 +166,8 @@ def _dump(args: argparse.Namespace) -> int:
         args,
         done,
         [
-            f"step {done['step']}: {done['tensors']} tensors, {_gib(done['bytes'])} -> {done['output']}"
+            f"step {done['step']}: {done['tensors']} tensors, {_gib(done['bytes'])} -> "
+            f"{done['output']}"
         ],
     )
 
@@ -207,7 +208,10 @@ def _upcycle(args: argparse.Namespace) -> int:
     )
     done = run(request)
     BOARD.end()
-    sizes = f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for a token"
+    sizes = (
+        f"{done['params'] / 1e6:.1f}M parameters, {done['active_params'] / 1e6:.1f}M of them for "
+        "a token"
+    )
     return _out(
         args,
         done,
