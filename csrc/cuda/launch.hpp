@@ -58,7 +58,7 @@ struct Adamw {
   std::vector<Array> params, grads, averages, squares, copies;
   std::vector<I64> sizes;
   Array count, skip, clip;
-  float lr, beta1, beta2, log_beta1, log_beta2, eps, decay;
+  float lr, beta1, beta2, rest1, rest2, log_beta1, log_beta2, eps, decay;  // rest = 1 - beta, of the double
   bool decoupled;
 };
 void adamw(const Adamw& a, void* stream);
