@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.ops import native
+
 
 class _SwiGlu(torch.autograd.Function):
     """Keeps its input only; autograd would keep `silu(gate)` too."""
@@ -14,12 +16,16 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if native.kernels(gate_up) and gate_up.is_contiguous():
+            return native.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if native.kernels(gate_up, grad) and gate_up.is_contiguous():
+            return native.swiglu_backward(grad, gate_up)
         into = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), into.chunk(2, dim=-1)
         torch.mul(grad, up, out=grad_gate)

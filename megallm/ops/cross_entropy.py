@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops import native
 from megallm.ops.precision import wide, wide_dtype
 
 CHUNK_BYTES = (
@@ -105,6 +106,8 @@ def statistics(
     themselves.
     """
     labels, begin, temperature, cap = targets
+    if powers is None and cap is None and _is_native(logits):
+        return Statistics(*native.softmax_statistics(logits, targets[:3], moment, best))
     if cap is not None:
         logits, reuse = soft_cap(wide(logits), cap), True
     here, local = locate(labels, begin, logits.shape[-1])
@@ -129,6 +132,10 @@ def statistics(
     if temperature != 1.0:
         top, label = top / temperature, label / temperature
     return Statistics(top, total, label, moments, places)
+
+
+def _is_native(logits: Tensor) -> bool:
+    return native.kernels(logits) is not None and logits.is_contiguous() and logits.shape[-1] > 0
 
 
 def _blocks(logits: Tensor) -> list[slice]:
@@ -181,6 +188,9 @@ def _gradient(
     at_label = of_log_prob if upstream.logit is None else of_log_prob + upstream.logit / temperature
     at_label = at_label * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    if cap is None and _is_native(logits) and native.kernels(into):
+        given = softmax.lse, softmax.entropy, of_log_prob, of_entropy, at_label
+        return native.softmax_gradient(logits, targets[:3], given, into)
     for rows in _blocks(logits):
         share = wide(logits[rows])
         if cap is not None:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.ops import native
+from megallm.ops.precision import wide
+
 
 class Scaling(Protocol):
     """How a rotary embedding is adapted; each `kind` reads the numbers named beside it."""
@@ -162,7 +165,23 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` `[B, T, H, E]` by the tables `[B, T, R/2]`; the result has the dtype of `x`. With
     R less than E the first R features are rotated and the others pass.
     """
+    if native.kernels(x):
+        tables = (wide(table).expand(*x.shape[:2], -1).contiguous() for table in (cos, sin))
+        return _NativelyRotated.apply(x, *tables)
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
+
+
+class _NativelyRotated(torch.autograd.Function):
+    """The same by the kernels for CPUs, with wide tables."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return native.rope(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return native.rope(grad, *ctx.saved_tensors, -1), None, None
 
 
 class _Rotated(torch.autograd.Function):
