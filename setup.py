@@ -64,18 +64,21 @@ def extensions():
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
-    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose)]
+    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # torch's own threads: it brings the same library
+    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose + threads, threads)]
 
 
-def extension(folder, flags):
+def extension(folder, flags, link=()):
     """`megallm._FOLDER` from csrc/FOLDER."""
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.cpp"))
     headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.hpp"))
     if MISSING:
         return Extension(f"megallm._{folder}", sources, depends=headers)
     flags = ["-O3", "-g0", *flags]
-    return Pybind11Extension(f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, depends=headers)
+    return Pybind11Extension(
+        f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, extra_link_args=list(link), depends=headers
+    )
 
 
 setup(
