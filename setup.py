@@ -60,12 +60,13 @@ class OptionalBuild(build_ext):
 
 
 def extensions():
-    """`megallm._index` from csrc/index and `megallm._ops` from csrc/ops."""
+    """`megallm._index`, `megallm._ops` and `megallm._collectives` from the folders of csrc."""
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
     loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose)]
+    strict = ["-ffp-contract=off"]
+    return [extension("index", strict), extension("ops", loose), extension("collectives", strict)]
 
 
 def extension(folder, flags):

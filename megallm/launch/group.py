@@ -12,8 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megallm.base import shared_memory
 from megallm.base.errors import PeerLost, UsageError
-from megallm.launch.environment import RankEnv, gpu_of, use_loopback
+from megallm.launch.environment import RankEnv, gpu_of, use_loopback, uses_shared_memory
 
 
 def rank_device(env: RankEnv) -> torch.device:
@@ -43,8 +44,8 @@ def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torc
 
 
 def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.device) -> None:
-    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, gloo on
-    CPUs; see `process_group`.
+    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, on CPUs
+    shared memory within a host and gloo between hosts; see `process_group`.
     """
     if env.one_host:
         use_loopback()
@@ -60,7 +61,7 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
         )
         _check_alike(dist.PrefixStore(f"devices/{env.attempt}", store), env, device)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            _backend(device),
             store=dist.PrefixStore(f"megallm/{env.attempt}", store),
             rank=env.rank,
             world_size=env.world,
@@ -71,6 +72,12 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
             f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} "
             f"within {timeout_seconds:g} s: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _backend(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "cpu:gloo,cuda:nccl"
+    return shared_memory.register() if uses_shared_memory() else "gloo"
 
 
 def _check_alike(store: dist.Store, env: RankEnv, device: torch.device) -> None:
