@@ -89,6 +89,18 @@ def gpu_of(visible: int, env: RankEnv, node: str) -> int | None:
     )
 
 
+def uses_shared_memory(environ: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether groups of one host may exchange tensors of the CPU over shared memory:
+    MEGALLM_COLLECTIVES is `auto` (the default), or `gloo` for gloo in any case.
+    """
+    given = environ.get("MEGALLM_COLLECTIVES", "auto")
+    if given not in ("auto", "gloo"):
+        raise UsageError(
+            f"The environment variable MEGALLM_COLLECTIVES is '{given}'; it can be auto or gloo."
+        )
+    return given == "auto"
+
+
 def use_loopback() -> None:
     """Let gloo talk over the loopback device (all ranks on one host), unless the user named
     another.
