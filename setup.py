@@ -64,7 +64,7 @@ def extensions():
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
-    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
     return [extension("index", ["-ffp-contract=off"]), extension("ops", loose)]
 
 
