@@ -32,7 +32,6 @@ from megallm.run.runfolder import RunFolder
 from megallm.training.kinds import KINDS
 from megallm.training.validate import find_problems
 
-
 LOOK_SECONDS = 0.5  # between two looks for a new checkpoint
 LOST = ("killed", "left", "hang", "lost")  # incidents that may mean that a place for a rank is gone
 _STEP = re.compile(r"step-(\d+)")

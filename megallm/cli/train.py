@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from megallm.base.config import to_dict
 from megallm.base.errors import UsageError
 from megallm.base.stopping import JOB_END, ignore_stop_signals
 from megallm.cli import text
@@ -162,15 +164,23 @@ class _Job:
 
 def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: list[str]) -> None:
     from megallm.launch.group import process_group
+    from megallm.launch.meeting import digest_of
     from megallm.parallel.mesh import Mesh
 
+    if config.train.determinism == "strict":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first use
+
     run = importlib.import_module(module).run
+    guard = importlib.import_module("megallm.training.guard")
     own_log = (
         env.launcher != "local" or sys.stdout.isatty()
     )  # else our launcher copies rank 0's lines to its log
-    with process_group(env, meet_seconds=config.launch.meet_seconds) as device:
+    sections = to_dict(config) if env.world > 1 else {}
+    alike = {f"{name}:": digest_of(repr(value)) for name, value in sections.items()}
+    with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
         try:
-            run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
+            mesh = Mesh.start(config.layout.grid(), device)
+            guard.run_guarded(run, config, mesh, resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 

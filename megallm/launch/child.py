@@ -120,11 +120,13 @@ def incident_of(rank: Rank, nproc: int, states: Sequence[RankState]) -> Incident
     if rank.code == PeerLost.exit_code:
         kind = "lost"
     explained = rank.ending is not None and rank.ending.expected
+    culprit = rank.number
     if not explained and differing is not None:
         kind = "mismatch"
+        culprit = rank.number if differing.rank is None else differing.rank
         sentence = f"{differing.sentence}. {sentence}"
     return Incident(
-        kind, rank.code, sentence, rank.number, socket.gethostname(), rank.pid,
+        kind, rank.code, sentence, culprit, socket.gethostname(), rank.pid,
         signal.Signals(-code).name if code < 0 else None,
         state.step if state else 0, state.phase if state else "",
         round(max(0.0, rank.ended_at - state.beat_at), 3) if state else 0.0,

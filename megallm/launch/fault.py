@@ -28,7 +28,7 @@ class Fault:
     rank: int
     step: int
     phase: str
-    attempts: int = 1  # starts that it strikes; 0: all
+    attempt: int | None = 0  # the start that it strikes, 0 is the first; None: each
 
 
 class Faults:
@@ -83,12 +83,12 @@ def parse_faults(text: str) -> list[Fault]:
         try:
             fault = Fault(
                 pairs["kind"], int(pairs["rank"]), int(pairs["step"]), pairs["phase"],
-                int(pairs.get("attempts", 1)),
+                None if pairs.get("attempt") == "all" else int(pairs.get("attempt", 0)),
             )  # fmt: skip
         except (KeyError, ValueError) as error:
             raise UsageError(
                 f"{VARIABLE} is '{part}'; it must look like "
-                "rank=2,step=7,phase=backward,kind=kill (further: attempts=N)."
+                "rank=2,step=7,phase=backward,kind=kill (further: attempt=N or attempt=all)."
             ) from error
         if fault.kind not in KINDS or fault.phase not in (*PHASES, *OPERATIONS[1:]):
             raise UsageError(
@@ -109,7 +109,7 @@ def install_faults(
     own = [
         fault
         for fault in parse_faults(text)
-        if fault.rank == rank and (fault.attempts == 0 or attempt < fault.attempts)
+        if fault.rank == rank and fault.attempt in (attempt, None)
     ]
     if own:
         heartbeat.fault = Faults(own)

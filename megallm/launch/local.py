@@ -15,6 +15,7 @@ import fcntl
 import importlib
 import os
 import pty
+import secrets
 import selectors
 import signal
 import socket
@@ -123,6 +124,7 @@ class _Launch:
     ) -> None:
         self.fn, self.args, self.begin, self.log_dir = fn, args, start, log_dir
         self.nproc, self.hooks = start.nproc, hooks
+        self.token = start.token or secrets.token_hex(16)
         self.board = Board(start.nproc, start.first_rank)
         self.stacks = [StackFile() for _ in range(start.nproc)]
         self.monitor = Monitor(self.board, start.hang_seconds, start.stages)
@@ -225,6 +227,7 @@ class _Launch:
         return RankEnv(
             begin.first_rank + number, begin.size, number, self.nproc, begin.host, port,
             server.fileno() if server is not None and listens else None, attempt=begin.attempt,
+            token=self.token,
         )  # fmt: skip
 
     def _fork(self, number: int, server: socket.socket | None) -> None:

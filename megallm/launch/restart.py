@@ -30,6 +30,7 @@ class Start:
     world: int | None = None  # ranks of all nodes; None: this node is alone
     host: str = LOOPBACK  # where rank 0 answers
     port: int = 0  # 0: any, opened before the ranks are forked (alone only)
+    token: str = ""  # of the run, the same on all nodes; empty: one is drawn (alone only)
     stages: int = 1  # pipeline stages: ranks of one stage do equal work
     hang_seconds: float = 10.0  # without a sign of life; 0: hangs are not looked for
 

@@ -7,20 +7,23 @@ than its peers. Names and arguments are those of torch.distributed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megallm.base.heartbeat import HEARTBEAT, OPERATION
+from megallm.base.heartbeat import HEARTBEAT, OPERATION, ranges
 
 # torch 2.13 renamed the two; older releases have the old names only.
 _RENAMED = "all_gather_single" in vars(dist)
 _all_gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
 
-_purposes: dict[str, str] = {}  # group name -> what it is for
+# Of each group, by its identity: a name that its ranks agree on, what it is for, its ranks.
+_groups: dict[int, tuple[str, str, tuple[int, ...]]] = {}
+_made: Counter[str] = Counter()  # groups of the same ranks
 Group = dist.ProcessGroup | None
 
 
@@ -54,10 +57,20 @@ class NothingIssued:
         return True
 
 
-def name_group(group: Group, purpose: str) -> None:
+def note_group(group: Group, ranks: Sequence[int]) -> None:
+    """Take notice of a new group: all its ranks make their groups in one order, and so give it one
+    name.
+    """
+    text = ranges(ranks)
+    _made[text] += 1
+    _groups[id(_world(group))] = (f"{text} {_made[text]}", "group", tuple(ranks))
+
+
+def say_purpose(group: Group, purpose: str) -> None:
     """Say what a group is for, as incidents show it; the first purpose stays."""
-    if group is not None:
-        _purposes.setdefault(_world(group).group_name, purpose)
+    if group is not None and id(group) in _groups:
+        name, before, ranks = _groups[id(group)]
+        _groups[id(group)] = (name, purpose if before == "group" else before, ranks)
 
 
 def _world(group: Group) -> dist.ProcessGroup:
@@ -68,14 +81,14 @@ def _world(group: Group) -> dist.ProcessGroup:
 
 def _slot(group: Group, peers: tuple[int, int] | None = None) -> int:
     of = _world(group)
-    name = of.group_name
+    if id(of) not in _groups:
+        note_group(of, dist.get_process_group_ranks(of))
+    name, purpose, ranks = _groups[id(of)]
     slot = HEARTBEAT.slots.get((name, peers))
     if slot is not None:
         return slot
     way = f" {peers[0]}>{peers[1]}" if peers else ""
-    purpose = f"{_purposes.get(name, 'group')}{way}"
-    ranks = peers or dist.get_process_group_ranks(of)
-    return HEARTBEAT.new_slot((name, peers), f"{name}{way}", purpose, ranks)
+    return HEARTBEAT.new_slot((name, peers), f"{name}{way}", f"{purpose}{way}", peers or ranks)
 
 
 def _noted(

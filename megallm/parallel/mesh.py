@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallm.base import shared_memory
 from megallm.base.errors import UsageError
 from megallm.base.payload import from_payload, to_payload
 from megallm.parallel import ledger
@@ -94,7 +95,8 @@ class Mesh:
                 f"dp={layout.dp} cp={layout.cp} tp={layout.tp} needs {layout.world}."
             )
         mesh = Mesh(layout, dist.get_rank(), torch.device(device), {})
-        ledger.name_group(dist.group.WORLD, "world")
+        ledger.note_group(dist.group.WORLD, range(layout.world))
+        ledger.say_purpose(dist.group.WORLD, "world")
         mesh._open(dist.group.WORLD)
         made = {tuple(range(layout.world)): dist.group.WORLD}
         for ranks in layout.communicators(mesh.rank):
@@ -103,7 +105,7 @@ class Mesh:
         for purpose in PURPOSES:
             ranks = layout.ranks(purpose, of=mesh.rank)
             axis = Axis(purpose, ranks.index(mesh.rank), len(ranks), ranks, made.get(ranks), broken)
-            ledger.name_group(axis.group, purpose)
+            ledger.say_purpose(axis.group, purpose)
             mesh.axes[purpose] = axis
         mesh._name_axes()
         return mesh
@@ -124,15 +126,17 @@ class Mesh:
             backend=device_backend(self.device),
             use_local_synchronization=True,
         )
+        ledger.note_group(group, ranks)
         if opened and len(ranks) > 1:
             self._open(group)
         return group
 
     @property
     def connects_late(self) -> bool:
-        """Whether communicators are made at first use (nccl): gloo connects when a group is made.
+        """Whether communicators are made at first use (nccl): gloo and shared memory connect when a
+        group is made.
         """
-        return dist.get_backend() != "gloo"
+        return dist.get_backend() not in ("gloo", shared_memory.NAME)
 
     def _open(self, group: dist.ProcessGroup) -> None:
         if self.connects_late:

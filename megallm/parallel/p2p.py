@@ -104,7 +104,7 @@ def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str]
     }
     mesh.lines[placement] = groups
     for group in groups.values():
-        ledger.name_group(group, "pp")
+        ledger.say_purpose(group, "pp")
     for edge in edges:
         if mesh.pp.rank in edge[:2]:
             source, destination, kind = line[edge[0]], line[edge[1]], edge[2]

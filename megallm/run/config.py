@@ -8,7 +8,7 @@ The comment beside a field is its documentation (`megallm config --schema` print
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megallm.engine.config import EngineConfig
 from megallm.models.compute import ComputeConfig
@@ -47,6 +47,23 @@ class CheckpointConfig:
     every: int = 500  # steps; 0 saves only at the end
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     async_save: bool = False  # a process beside training writes: a step pays a copy of the state, in memory
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about numbers that are not finite, loss spikes, and ranks that compute or
+    remember something else than their replicas (docs/guard.md).
+    """
+
+    non_finite: Literal["skip", "stop", "rollback"] = "skip"  # such a loss or gradient norm; ten skips in a row stop
+    spike: Literal["off", "warn", "skip", "rollback"] = "warn"  # a loss or gradient norm far above those before
+    spike_sigma: float = 6.0  # standard deviations above the mean from which on it is a spike
+    spike_window: int = 128  # steps that mean and deviation are taken over
+    rollback: int = 1  # checkpoints to go back; what was trained since the last of them is left out then
+    skip_batches: int = 0  # batches that are left out besides, after the one that made the run go back
+    max_rollbacks: int = 3  # of a run; one more stops it
+    replica_check_every: int = 0  # steps between comparisons of what ranks hold alike, besides saves; 0: never
+    digest_every: int | None = None  # steps between digests of the weights in the metrics; null: 10 if strict, else 0
 
 
 @dataclass(frozen=True)
@@ -92,8 +109,16 @@ class JobConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    @property
+    def digest_every(self) -> int:
+        """Returns the steps between digests of the weights; 0: none are made."""
+        if self.guard.digest_every is not None:
+            return self.guard.digest_every
+        return 10 if self.train.determinism == "strict" else 0
 
     @property
     def engine(self) -> EngineConfig:

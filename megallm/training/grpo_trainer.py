@@ -120,6 +120,7 @@ class GrpoTrainer:
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
         self.entered: Callable[[int, str], None] = lambda step, name: None
         self._before: Experience | None = None  # of the negative control
+        self._trained: list[Response] = []  # the answers of the last step
 
     # Steps
 
@@ -138,6 +139,7 @@ class GrpoTrainer:
         for answer, values in zip(fresh, self.advantages(credit, fresh), strict=True):
             answer.advantages = values
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
+        self._trained = [*fresh, *again]
         with phases("update"):
             stats = self._train(step, [*fresh, *again], lr, updates_before == 0)
         self.buffer.add(step, fresh)
@@ -403,6 +405,10 @@ class GrpoTrainer:
         kept = [x[list(s)] for x, s in zip(credit.penalties, credit.sampled, strict=True)]
         per_token = mean(np.concatenate(kept) / self.coefficient)
         return {"kl": per_token, "rl/kl": per_token, "rl/kl_coefficient": self.coefficient}
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Returns the answers of the last step, of all ranks."""
+        return [{"answer": one.id, "group": one.group} for one in self._trained]
 
     def evaluate(self) -> dict[str, float | None]:
         """Returns the mean reward of greedy answers to the held-out prompts; collective over the

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.device import peak_flops, peak_memory_gib
-from megallm.base.errors import Diverged, Requeue
+from megallm.base.errors import BadStep, Diverged, Requeue, RollBack
 from megallm.base.heartbeat import HEARTBEAT
 from megallm.base.stopping import StepAbandoned
 from megallm.checkpoint import store
@@ -19,6 +19,7 @@ from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
 from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests, TimeLimit
+from megallm.training.guard import Guard
 from megallm.training.saving import Saver
 from megallm.training.trainer import Ledger, StepReport, Trainer, finite
 
@@ -40,6 +41,7 @@ class Loop:
         self.limit = TimeLimit(config.launch.time_limit)
         self.saver = Saver(trainer, config.checkpoint, ledger, recorder)
         self.saver.told = self.limit.saved
+        self.guard = Guard(trainer, config, ledger, recorder)
         self.first_step = ledger.step
         self.skipped_in_a_row = 0
         requests.told = recorder.stopping
@@ -53,10 +55,16 @@ class Loop:
         diverged.
 
         Raises Requeue after SIGTERM (state is safe), KeyboardInterrupt after SIGINT (state is
-        safe), Diverged, CannotWrite when checkpoints fail again and again.
+        safe), Diverged, CannotWrite when checkpoints fail again and again; RollBack when it is to
+        be run again, from an earlier checkpoint.
         """
         try:
             self._train()
+        except BadStep:
+            raise
+        except RollBack as asked:
+            self.saver.settle()
+            raise self.guard.roll_back(asked) from asked
         except Diverged as error:  # the same on every rank
             told = self.recorder.set_diverged_aside(self.ledger.step) if self.mesh.rank == 0 else ""
             raise Diverged(f"{error} {self.mesh.broadcast_json(told)}") from error
@@ -196,9 +204,11 @@ class Loop:
         """One step; returns its metrics."""
         begin, ledger = time.monotonic(), self.ledger
         HEARTBEAT.enter_step(step)
+        self.guard.before(step)
         report = self.trainer.step(step)
         HEARTBEAT.enter("between")
         self.request = report.stats.request
+        self.guard.judge(report)
         ledger.step = step
         ledger.consumed_samples += report.samples
         ledger.consumed_tokens += report.tokens
@@ -210,18 +220,14 @@ class Loop:
         self._watch(report.stats, step)
         seconds = time.monotonic() - begin
         self.limit.step(seconds)
-        return self._metrics(report, seconds)
+        return self._metrics(report, seconds) | self.guard.after()
 
     def _watch(self, stats: StepStats, step: int) -> None:
         """Refuse to go on with numbers that are not finite."""
         # A loss scale that is too large is made smaller step by step, and has an end of its own
         # (LossScaler.check).
-        alone = stats.skipped and stats.loss_scale is None
+        alone = stats.skipped and not stats.spiked and stats.loss_scale is None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if alone else 0
-        if stats.skipped:
-            self.recorder.event(
-                "skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm)
-            )
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(
                 f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} "
@@ -257,6 +263,7 @@ class Loop:
                 "not_saved", step=self.ledger.step, reason="the gradients were not finite"
             )
             return
+        self.guard.before_save()
         HEARTBEAT.enter("save")
         self.saver.save(final)
         HEARTBEAT.enter("between")

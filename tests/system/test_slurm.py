@@ -6,13 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megallm.launch.slurm import SlurmJob, write_script
-from tests.cluster.slurm import CLUSTER, ENVIRONMENT, LIMIT_SECONDS, Cluster, missing, running_cluster, shell, until
+from tests.cluster.slurm import (
+    CLUSTER,
+    ENVIRONMENT,
+    LIMIT_SECONDS,
+    Cluster,
+    NotInTime,
+    again_if_late,
+    missing,
+    running_cluster,
+    shell,
+    until,
+)  # fmt: skip
 from tests.system.commands import ROOT, losses_of, make_corpus, megallm, write_config
 
 STEPS = 200
@@ -61,9 +73,10 @@ def _text(path: Path) -> str:
     return path.read_text() if path.exists() else "no output yet"
 
 
-def test_a_preempted_job_goes_on_where_it_was(cluster, config, quiet):
+@again_if_late
+def test_a_preempted_job_goes_on_where_it_was(cluster, attempt, config, quiet):
     """Direct srun: a job of a higher priority takes the nodes; ours saves, is queued again and loses nothing."""
-    job, run, output = launch(cluster, config, "preempted")
+    job, run, output = launch(cluster, config, f"preempted{attempt}")
     other = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
     until(lambda: cluster.field(other, "JobState") == "COMPLETED", "the other job", output.read_text)
     assert losses_of(run)[-1][0] < STEPS, "it was over before it could be preempted"
@@ -73,9 +86,10 @@ def test_a_preempted_job_goes_on_where_it_was(cluster, config, quiet):
     assert cluster.field(job, "Restarts") == "1" and "start 2" in text and "resumed at step" in text, text
 
 
-def test_a_job_whose_time_runs_out_queues_itself_again(cluster, config, quiet):
+@again_if_late
+def test_a_job_whose_time_runs_out_queues_itself_again(cluster, attempt, config, quiet):
     """torchrun: SIGUSR1 (what --signal sends before the end) makes it save and leave with 75; the script requeues."""
-    job, run, output = launch(cluster, config, "usr1", "--launcher", "torchrun")
+    job, run, output = launch(cluster, config, f"usr1{attempt}", "--launcher", "torchrun")
     cluster.call("scancel", "--signal=USR1", job)
     until(lambda: "queued again" in output.read_text(), "queueing again", output.read_text)
     assert losses_of(run)[-1][0] < STEPS
@@ -84,14 +98,54 @@ def test_a_job_whose_time_runs_out_queues_itself_again(cluster, config, quiet):
     assert cluster.field(job, "Restarts") == "1" and "saved; queued again" in output.read_text()
 
 
-def test_a_job_that_fails_is_not_queued_again(cluster, config):
+@again_if_late
+def test_a_job_that_fails_is_not_queued_again(cluster, attempt, config):
     """Negative control: a mistake in the script's words ends the job with its own exit code."""
-    run = config.parent / "typo"
+    run = config.parent / f"typo{attempt}"
     job = SlurmJob(["pretrain", str(config), "layout.tq=2"], run, ROOT, sys.executable, nodes=2)
     number, output = cluster.submit(write_script(job)), run / "logs"
     until(lambda: cluster.field(number, "JobState") == "FAILED", "the failure")
     assert cluster.field(number, "ExitCode") == "2:0" and cluster.field(number, "Restarts") == "0"
     assert "Did you mean 'layout.tp'?" in (output / f"slurm-{number}.out").read_text()
+
+
+class Other:
+    """A cluster that does, or does not, run jobs."""
+
+    def __init__(self, folder: Path, well: bool) -> None:
+        self.log, self.well = folder / "log", well
+        self.log.write_text("why not")
+
+    def runs_jobs(self) -> bool:
+        return self.well
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_what_is_late_is_tried_again_once_where_slurm_runs_jobs(tmp_path, well):
+    attempts = []
+
+    @again_if_late
+    def late(cluster, attempt):
+        attempts.append(attempt)
+        raise NotInTime("the end")
+
+    with pytest.raises(NotInTime if well else pytest.skip.Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        late(cluster=Other(tmp_path, well))
+    assert attempts == (["", "-again"] if well else [""])
+
+
+def test_what_is_wrong_is_not_tried_again(tmp_path):
+    attempts = []
+
+    @again_if_late
+    def wrong(cluster, attempt):
+        attempts.append(attempt)
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        wrong(cluster=Other(tmp_path, True))
+    assert attempts == [""]
 
 
 # torchrun without Slurm.
