@@ -40,12 +40,12 @@ _STEP = re.compile(r"step-(\d+)")
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a world that may shrink."""
     group = parser.add_argument_group("elastic")
-    group.add_argument("--fit", type=int, metavar="RANKS", help="print the layout for so many ranks"
-                       ": their number and settings; start nothing")  # fmt: skip
-    group.add_argument("--min-ranks", type=int, metavar="N", help="go on with fewer ranks, down to "
-                       "N, when starting again with all brings nothing")  # fmt: skip
-    group.add_argument("--max-ranks", type=int, metavar="N", help="ranks when none is lost "
-                       "(default: --nproc, or what the layout asks for)")  # fmt: skip
+    for option, text in (
+        ("--fit", "print the layout for so many ranks: their number and settings; start nothing"),
+        ("--min-ranks", "go on with fewer ranks, down to N, when all of them bring nothing"),
+        ("--max-ranks", "ranks when none is lost (default: --nproc, or what the layout asks for)"),
+    ):
+        group.add_argument(option, type=int, metavar="N", help=text)
 
 
 def layout_for(

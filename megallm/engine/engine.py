@@ -163,10 +163,6 @@ class Engine:
         self.observers.append(observer)
         self.providers.append(observer)
 
-    def asked_to_stop(self) -> bool:
-        """Returns whether any rank's `request` asks the run to stop; collective over the world."""
-        return self.mesh.largest(self.request()) > 0
-
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
