@@ -13,7 +13,6 @@ from megallm.cli.config import load_and_check
 from megallm.launch.slurm import LAUNCHERS, SlurmJob, submit, write_script
 from megallm.training.kinds import KINDS
 
-
 # Numbers: option, default, what it is.
 _COUNTS: tuple[tuple[str, int | None, str], ...] = (
     ("--nodes", 1, "nodes (default: 1)"),
@@ -25,7 +24,7 @@ _COUNTS: tuple[tuple[str, int | None, str], ...] = (
 )
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def slurm_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a batch job."""
     group = parser.add_argument_group("Slurm")
     group.add_argument("--slurm", action="store_true", help="write RUN/launch.sbatch, submit it")

@@ -177,7 +177,8 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     )  # else our launcher copies rank 0's lines to its log
     sections = to_dict(config) if env.world > 1 else {}
     alike = {f"{name}:": digest_of(repr(value)) for name, value in sections.items()}
-    with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
+    seconds = config.launch.timeout_seconds, config.launch.meet_seconds
+    with process_group(env, *seconds, alike) as device:
         try:
             mesh = Mesh.start(config.layout.grid(), device)
             guard.run_guarded(run, config, mesh, resume, own_log, allowed)
