@@ -22,7 +22,7 @@ from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv
 from megallm.launch.local import Hooks, RanksFailed
-from megallm.launch.restart import Attempt, Ended, Start, supervise
+from megallm.launch.restart import Attempt, AttemptEnded, Start, supervise
 from megallm.launch.start import start, world_size
 from megallm.run.config import JobConfig
 from megallm.run.lease import drop_dead_lease, held_by
@@ -42,7 +42,8 @@ def _arguments(kind: Kind, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--store",
             metavar="DIR",
-            help="write the top k log-probs of teacher.model for every row to DIR, and train nothing",
+            help="write the top k log-probs of teacher.model for every row to DIR, and train "
+            "nothing",
         )
 
 
@@ -66,10 +67,13 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         "one; never: refuse one",
     )
     parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY",
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
         help="go on from a checkpoint although this key, or section, makes it another run; may be "
              "given again",
-    )  # fmt: skip
+    )
 
 
 def _run(kind: Kind, args: argparse.Namespace) -> int:
@@ -128,7 +132,7 @@ class _Job:
         return Start(world, hang_seconds=launch.hang_seconds, stages=self.config.layout.pp)
 
     def attempt(self, begin: Start) -> None:
-        """Start the ranks and wait for them. Errors: `Ended` for an incident."""
+        """Start the ranks and wait for them. Errors: `AttemptEnded` for an incident."""
         config, args = self.config, self.args
         if begin.overrides:
             words = [*self.overrides, *begin.overrides]
@@ -142,7 +146,7 @@ class _Job:
         except RanksFailed as error:
             if error.incident is None:
                 raise
-            raise Ended(Attempt(error.incident, error.last_step), error) from error
+            raise AttemptEnded(Attempt(error.incident, error.last_step), error) from error
         finally:
             drop_dead_lease(self.folder)  # of rank 0, when another rank's failure ended it
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.base.heartbeat import HEARTBEAT
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
@@ -172,7 +171,6 @@ class Engine:
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
-        HEARTBEAT.enter("reduce")
         self.parameters.finish()
         self.parameters.note(self.request())
         norm = clip_gradients(
@@ -181,7 +179,6 @@ class Engine:
         # Squares that underflow count as 0: such a gradient is far below any eps of an update.
         empty = (norm == 0) | run.nothing
         skip = ~norm.isfinite() | empty
-        HEARTBEAT.enter("optimizer")
         self.optimizer.step(lr, skip=skip)
         self.model.fp8.commit()
         loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite(), empty)

@@ -1,4 +1,5 @@
-"""Faults made on purpose, for the chaos tests: `MEGALLM_FAULT="rank=2,step=7,phase=backward,kind=kill"`.
+"""Faults made on purpose, for the chaos tests:
+`MEGALLM_FAULT="rank=2,step=7,phase=backward,kind=kill"`.
 
 The hook is asked where a phase begins or a collective is issued; without the variable there is
 none.
@@ -82,9 +83,12 @@ def parse_faults(text: str) -> list[Fault]:
         pairs = dict(pair.partition("=")[::2] for pair in part.split(","))
         try:
             fault = Fault(
-                pairs["kind"], int(pairs["rank"]), int(pairs["step"]), pairs["phase"],
+                pairs["kind"],
+                int(pairs["rank"]),
+                int(pairs["step"]),
+                pairs["phase"],
                 None if pairs.get("attempt") == "all" else int(pairs.get("attempt", 0)),
-            )  # fmt: skip
+            )
         except (KeyError, ValueError) as error:
             raise UsageError(
                 f"{VARIABLE} is '{part}'; it must look like "

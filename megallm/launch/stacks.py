@@ -73,8 +73,7 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def _short(text: str) -> str:
-    """The main thread's stack, which is where a hang is, up to the launcher; of others what fits.
-    """
+    """The main thread's stack, which is where a hang is, up to the launcher; then what fits."""
     blocks = [block for block in text.strip().split("\n\n") if block.strip()]
     blocks.sort(key=lambda block: "MainThread" not in block and "Current thread" not in block)
     if not blocks:
