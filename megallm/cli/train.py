@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from megallm.base.config import to_dict
 from megallm.base.errors import UsageError
-from megallm.base.stopping import ignore_stop_signals
+from megallm.base.stopping import JOB_END, ignore_stop_signals
 from megallm.cli import text
 from megallm.cli.board import tell
 from megallm.cli.config import load_and_check, overrides_argument
 from megallm.cli.table import Command
-from megallm.launch.environment import RankEnv
+from megallm.launch.environment import RankEnv, job_end
 from megallm.launch.local import Hooks, RanksFailed
 from megallm.launch.restart import Attempt, AttemptEnded, Start, supervise
 from megallm.launch.start import start, world_size
@@ -96,8 +97,15 @@ def _train(kind: Kind, args: argparse.Namespace) -> int:
     return train(kind, args, restarts=False)
 
 
-def train(kind: Kind, args: argparse.Namespace, restarts: bool) -> int:
-    """Train as the arguments say; the exit code. `restarts`: start again after an incident."""
+def train(
+    kind: Kind,
+    args: argparse.Namespace,
+    restarts: bool,
+    supervised: Callable[..., None] = supervise,
+) -> int:
+    """Train as the arguments say; the exit code. `restarts`: start again after an incident, as
+    `supervised` does.
+    """
     overrides, module = args.overrides, kind.module
     if kind.name == STORING and args.store is not None:
         module = "megallm.training.store_teacher"
@@ -105,8 +113,9 @@ def train(kind: Kind, args: argparse.Namespace, restarts: bool) -> int:
         overrides = [*overrides, *storing]
     config = load_and_check(args.config, overrides, world_size(args.nproc), kind=kind)
     kind.check_files(config)  # what is missing or cannot be used ends here, before any rank
+    JOB_END.set(job_end())
     job = _Job(kind, args, overrides, module, config)
-    supervise(job.attempt, job.first(), config.launch.restarts if restarts else 0, job.tell)
+    supervised(job.attempt, job.first(), config.launch.restarts if restarts else 0, job.tell)
     if module != kind.module:
         tell(f"the teacher's log-probs of all rows are in {args.store}.")
     return 0
@@ -162,7 +171,11 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     from megallm.launch.meeting import digest_of
     from megallm.parallel.mesh import Mesh
 
+    if config.train.determinism == "strict":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at its first use
+
     run = importlib.import_module(module).run
+    guard = importlib.import_module("megallm.training.guard")
     own_log = (
         env.launcher != "local" or sys.stdout.isatty()
     )  # else our launcher copies rank 0's lines to its log
@@ -170,7 +183,8 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     alike = {f"{name}:": digest_of(repr(value)) for name, value in sections.items()}
     with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
         try:
-            run(config, Mesh.start(config.layout.grid(), device), resume, own_log, allowed)
+            mesh = Mesh.start(config.layout.grid(), device)
+            guard.run_guarded(run, config, mesh, resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 

@@ -53,6 +53,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
     return None
 
 
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Returns when Slurm ends this job, in seconds since 1970; None without Slurm, or a limit."""
+    text = environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() and "SLURM_JOB_ID" in environ else None
+
+
 def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> int:
     """Returns threads of one rank: OMP_NUM_THREADS when the user set it, else this process's cores
     divided by the ranks.
@@ -81,6 +87,18 @@ def gpu_of(visible: int, env: RankEnv, node: str) -> int | None:
         "each needs one of its own. Start as many ranks as there are GPUs, or train on the CPU "
         "with CUDA_VISIBLE_DEVICES= in the environment."
     )
+
+
+def uses_shared_memory(environ: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether groups of one host may exchange tensors of the CPU over shared memory:
+    MEGALLM_COLLECTIVES is `auto` (the default), or `gloo` for gloo in any case.
+    """
+    given = environ.get("MEGALLM_COLLECTIVES", "auto")
+    if given not in ("auto", "gloo"):
+        raise UsageError(
+            f"The environment variable MEGALLM_COLLECTIVES is '{given}'; it can be auto or gloo."
+        )
+    return given == "auto"
 
 
 def use_loopback() -> None:

@@ -12,8 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megallm.base import shared_memory
 from megallm.base.errors import PeerLost
-from megallm.launch.environment import RankEnv, gpu_of, use_loopback
+from megallm.launch.environment import RankEnv, gpu_of, use_loopback, uses_shared_memory
 from megallm.launch.meeting import installation, listen, meet
 
 
@@ -56,8 +57,8 @@ def start_process_group(
     meet_seconds: float = 120.0,
     alike: Mapping[str, str] = {},
 ) -> None:
-    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, gloo on
-    CPUs; see `process_group`.
+    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, on CPUs
+    shared memory within a host and gloo between hosts; see `process_group`.
     """
     if env.one_host:
         use_loopback()
@@ -70,7 +71,7 @@ def start_process_group(
         word = meet(store, env, same, meet_seconds)
         store.set_timeout(timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            _backend(device),
             store=dist.PrefixStore(f"megallm/{env.attempt}/{word}", store),
             rank=env.rank,
             world_size=env.world,
@@ -81,6 +82,12 @@ def start_process_group(
             f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} "
             f"within {meet_seconds:g} s{_name_trouble(env)}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _backend(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "cpu:gloo,cuda:nccl"
+    return shared_memory.register() if uses_shared_memory() else "gloo"
 
 
 def _open_store(env: RankEnv, seconds: float) -> dist.TCPStore:

@@ -381,7 +381,8 @@ class _Launch:
         # asked for: any other cause goes first.
         failed = [rank for rank in self.ranks if rank.failed and rank.ended_at < float("inf")]
         saved = [rank for rank in self.ranks if rank.code == Requeue.exit_code]
-        if self.stopping and saved and all(rank.code == PeerLost.exit_code for rank in failed):
+        told = self.stopping or any(rank.left_early for rank in self.ranks)
+        if told and saved and all(rank.code == PeerLost.exit_code for rank in failed):
             failed = []  # they met the end of those that were told first
         if failed:
             first = min(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallm.base import shared_memory
 from megallm.base.errors import UsageError
 from megallm.base.payload import from_payload, to_payload
 from megallm.parallel import ledger
@@ -132,9 +133,10 @@ class Mesh:
 
     @property
     def connects_late(self) -> bool:
-        """Whether communicators are made at first use (nccl): gloo connects when a group is made.
+        """Whether communicators are made at first use (nccl): gloo and shared memory connect when a
+        group is made.
         """
-        return dist.get_backend() != "gloo"
+        return dist.get_backend() not in ("gloo", shared_memory.NAME)
 
     def _open(self, group: dist.ProcessGroup) -> None:
         if self.connects_late:
