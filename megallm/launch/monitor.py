@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -148,15 +149,29 @@ class Monitor:
 
 
 def _busy(pid: int) -> bool:
-    """Whether a process computes or wants to, in a look of half a second."""
+    """Whether a process computes or wants to, or a thread of it waits for a disk, in a look of half
+    a second.
+    """
     _, before = process_state(pid)
     begin, letters = time.monotonic(), []
     for _ in range(SAMPLES):
         time.sleep(0.1)
-        letters.append(process_state(pid)[0])
+        letters.append(_liveliest(pid))
     used = process_state(pid)[1] - before
     wanted = sum(letter in "RD" for letter in letters)
     return wanted >= 2 or used > 0.2 * (time.monotonic() - begin)
+
+
+def _liveliest(pid: int) -> str:
+    """The state of a thread that runs or waits for a disk, else of any."""
+    letter = "X"
+    with suppress(OSError):  # it may end meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            text = (task / "stat").read_text(encoding="utf-8", errors="replace")
+            letter = text.rpartition(")")[2].split()[0]
+            if letter in "RD":
+                break
+    return letter
 
 
 class Stragglers:
