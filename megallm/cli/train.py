@@ -20,6 +20,7 @@ from megallm.base.stopping import JOB_END, ignore_stop_signals
 from megallm.cli import text
 from megallm.cli.board import tell
 from megallm.cli.config import load_and_check, overrides_argument
+from megallm.cli.memory import explained_memory
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv, job_end
 from megallm.launch.local import Hooks, RanksFailed
@@ -184,7 +185,8 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
         try:
             mesh = Mesh.start(config.layout.grid(), device)
-            guard.run_guarded(run, config, mesh, resume, own_log, allowed)
+            with explained_memory(config, env, device):
+                guard.run_guarded(run, config, mesh, resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 
