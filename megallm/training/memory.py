@@ -18,7 +18,8 @@ from megallm.base.config import replace
 from megallm.run.config import JobConfig
 from megallm.training.validate import find_problems
 
-GIB, MARGIN, SHOWN = 2**30, 0.9, 3
+GIB, SHOWN = 2**30, 3
+MARGIN = 0.7  # of the limit: the step was not over when memory ran out
 Settings = dict[str, Any]
 
 
@@ -55,9 +56,10 @@ def demand_of(config: JobConfig) -> Demand:
     tokens = train.micro_batch * config.data.seq_len / layout.cp
     width, layers = model.hidden_size, model.num_layers
     each = 34 / layout.tp if layout.sp else 10 + 24 / layout.tp
-    if train.recompute == "full":
-        each = 2 + each / max(1, layers)  # the inputs of the blocks, and one block at a time
-    each = 2 if train.offload and train.recompute == "none" else each
+    block = 2.5 * each / max(1, layers)  # of the block whose backward pass runs, with gradients
+    if train.recompute == "full" or train.offload:
+        each = 2  # the inputs of the blocks
+    each += block
     logits = 0 if train.fused_head == "on" else 2 * tokens * (model.vocab_size or 0) / layout.tp
     return Demand(state, tokens * layers * width * each * narrow / 2 + logits * wide)
 
