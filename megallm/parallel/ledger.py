@@ -40,6 +40,10 @@ class NotedWork:
         HEARTBEAT.done(since)
         return done
 
+    def beside(self, work: Any) -> NotedWork:
+        """Returns other work that belongs to the same collective."""
+        return NotedWork(work, self._noted)
+
     def is_completed(self) -> bool:
         """Returns whether it is done."""
         return self._work.is_completed()
@@ -206,4 +210,6 @@ def batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[Any]:
         return works[0]
 
     noted = _noted(begin, "exchange", _slot(first.group), nbytes, True)
-    return [noted, *works[1:]]
+    if isinstance(noted, NothingIssued):
+        return [noted]
+    return [noted, *(noted.beside(work) for work in works[1:])]

@@ -20,7 +20,7 @@ from megallm.training.validate import find_problems
 
 GIB, SHOWN = 2**30, 3
 MARGIN = 0.7  # of the limit: the step was not over when memory ran out
-Settings = dict[str, Any]
+SettingChanges = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ def demand_of(config: JobConfig) -> Demand:
 
 def advise(
     config: JobConfig, needed: float, limit: float, world: int
-) -> list[tuple[Settings, float]]:
+) -> list[tuple[SettingChanges, float]]:
     """Returns up to three changes of settings with which a rank fits into `limit` bytes, least
     intrusive first, each with the bytes that it would need; `needed` bytes were not to be had.
     """
     demand = demand_of(config)
     factor = max(1.0, (needed - demand.state) / demand.activations)
-    found: list[tuple[Settings, float]] = []
-    others: list[tuple[Settings, float]] = []  # more of the same
+    found: list[tuple[SettingChanges, float]] = []
+    others: list[tuple[SettingChanges, float]] = []  # more of the same
     options = list(_options(config))
     for count in (1, 2, 3):
         for chosen in combinations(options, count):
-            settings: Settings = {key: value for one in chosen for key, value in one.items()}
+            settings: SettingChanges = {key: value for one in chosen for key, value in one.items()}
             keys = [key for one in chosen for key in one]
             if len(keys) != len(set(keys)):
                 continue
@@ -98,7 +98,7 @@ def _needed(
     return demand_of(changed).scaled(factor).total
 
 
-def _options(config: JobConfig) -> Iterator[Settings]:
+def _options(config: JobConfig) -> Iterator[SettingChanges]:
     """Single changes, those first that change the least about a run."""
     train, layout, zero = config.train, config.layout, config.zero
     if (layout.dp or 1) * layout.cp > 1:
