@@ -30,6 +30,8 @@ from megallm.training.config import PretrainConfig
 from megallm.training.data_ledger import DataLedger
 from megallm.training.guard import run_guarded
 from megallm.training.rerun import replay, saved_batch
+from megallm.training.rl_config import GrpoConfig
+from megallm.training.rules.grpo import going_back
 from megallm.training.validate import check
 from tests.engine.tiny import batches, engine_of, equal, share, state_of
 from tests.ranks import run_ranks
@@ -292,6 +294,41 @@ def test_row_59_a_run_that_goes_back_too_often_stops(config, monkeypatch):
     with pytest.raises(BadStep, match="went back 2 times"):
         train(config, "guard.non_finite=rollback", "guard.max_rollbacks=2")
     assert len(events(config, "rollback")) == 2
+
+
+def rolled_back(path: str) -> str:
+    """Two data ranks, of which the second one's eighth batch is bad: both go back."""
+    real, seen = Engine.train_step, set()
+
+    def train_step(self, given, loss, lr):
+        seen.add(given[0]["tokens"].sum().item())
+        if len(seen) == 8 and self.mesh.rank == 1 and lr > 0:
+            given = [batch | {"mask": batch["mask"] * math.nan} for batch in given]
+        return real(self, given, loss, lr)
+
+    Engine.train_step = train_step
+    try:
+        mesh = Mesh.start(Layout(dp=2))
+        train(Path(path), "layout.dp=2", "train.stop_at=9", "guard.non_finite=rollback", mesh=mesh)
+    finally:
+        Engine.train_step = real
+    return "ended"
+
+
+def test_rows_58_59_what_one_rank_sees_takes_all_ranks_back(config):
+    assert run_ranks(2, rolled_back, str(config)) == ["ended", "ended"]
+    (found,) = events(config, "not_finite")
+    assert (found["phase"], found["layer"], found["ranks"], found["micro"]) == ("data", "mask", [1], 2)
+    assert {row["micro"] for row in found["rows"]} == {2}, "the rows that this rank read"
+    assert (config.parent / "run/replay/step-8-rank-1.safetensors").is_file()
+    assert [(e["to"], e["batches"]) for e in events(config, "rollback")] == [(6, [7, 8])]
+    assert [row["step"] for row in rows_of(config.parent / "run")] == list(range(1, 10))
+
+
+def test_row_59_answers_that_are_sampled_have_no_batches_to_leave_out():
+    config = load(GrpoConfig, None, ["guard.spike=rollback"])
+    assert [str(problem) for problem in going_back(config)][0].startswith("guard.spike rollback leaves out")
+    assert not list(going_back(load(GrpoConfig, None, ["guard.spike=skip"])))
 
 
 # Spikes
