@@ -53,6 +53,10 @@ class CheckpointError(MegallmError):
     exit_code = 74
 
 
+class NewerCheckpoint(CheckpointError):
+    """A checkpoint of a later megallm: whole, and not for this one to pass over or rename."""
+
+
 class Requeue(MegallmError):
     """The job was asked to stop, its state is safe, and it may be queued again."""
 

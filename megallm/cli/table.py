@@ -67,6 +67,7 @@ _ROWS = (
     ("offline", "train", "learn from answers with rewards, sampling none: RAFT, AWR, ILQL, ..."),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
+    ("launch", "launch", "run a verb that trains, and start it again after crashes and hangs; --slurm: as a job"),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),
     ("report", "report", "write a page about a run: curves, goodput, incidents, samples"),
     (
@@ -92,6 +93,9 @@ _ROWS = (
     ("ckpt show", "ckpt", "print what a checkpoint holds"),
     ("ckpt verify", "ckpt", "read every byte of a checkpoint and compare its hashes"),
     ("ckpt diff", "ckpt", "compare two checkpoints bit by bit"),
+    ("ckpt pin", "ckpt", "keep a checkpoint whatever checkpoint.keep says"),
+    ("ckpt unpin", "ckpt", "let a pinned checkpoint go when it is old"),
+    ("ckpt reshard", "ckpt", "write a checkpoint as the ranks of another layout would"),
     ("ckpt dump", "ckpt", "write a checkpoint's logical tensors to one safetensors file"),
     ("ckpt upcycle", "ckpt", "make a mixture of experts of a dense checkpoint"),
     ("schedule", "schedule", "print, draw or trace what each pipeline rank does when"),
@@ -113,7 +117,7 @@ KEPT = {
                                                                         "wrong so far.",
     "data merge": _NOTHING, "data split": _NOTHING, "data stats": _NOTHING, "data stream": _NOTHING, "curate": _WORK,
     "curate train-classifier": _NOTHING, "curate train-lm": _NOTHING, "synth": _NOTHING, "convert": _NOTHING,
-    "merge": _NOTHING,
+    "merge": _NOTHING, "ckpt reshard": _NOTHING,
     "ckpt verify": "nothing was found to be wrong so far.", "ckpt diff": _NOTHING, "ckpt dump": _NOTHING,
     "ckpt upcycle": _NOTHING, "generate": _NOTHING, "score": _NOTHING, "oracle": "the rows above are done; --json "
                                                               "was not written.",

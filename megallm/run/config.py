@@ -85,6 +85,16 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How the ranks are watched and started again."""
+
+    restarts: int = 3  # in a row without a new step, before `megallm launch` gives up; other verbs never restart
+    hang_seconds: float = 10.0  # without a sign of life, or 5 x the 99th percentile of the step time: a hang; 0: never
+    time_limit: float | None = None  # minutes of one start, before which it saves and leaves with exit code 75; null: those of its Slurm job
+    meet_seconds: float = 120.0  # for all ranks to come to the start; then the missing ones are named
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """The sections that every trainer has; a trainer's own configuration says what `data` is, and
     may add sections.
@@ -101,6 +111,7 @@ class JobConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     @property
     def digest_every(self) -> int:

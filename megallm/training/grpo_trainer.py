@@ -203,8 +203,10 @@ class GrpoTrainer:
             self._wonder(drawn, phases)
             return drawn, drawn
         wanted = self.config.prompts * sampling.group
-        for _ in range(1 + sampling.resample):
+        for number in range(1 + sampling.resample):
             self.draws += 1
+            # What novelty has learned of the draw before cannot be given up.
+            self.rollouts.may_stop = number == 0 or self.novelty is None
             drawn = self.rollouts.draw(step, self.draws, self.feeds.prompts, phases)
             self._wonder(drawn, phases)
             seen = seen.join(drawn)
@@ -420,6 +422,7 @@ class GrpoTrainer:
         if self.feeds.held_out is None or not self.config.eval.batches:
             return {}
         prompts, seen = self.feeds.held_out(), Experience()
+        self.rollouts.may_stop = True
         for number in range(1, self.config.eval.batches + 1):
             rows = [row for _, row in prompts.examples(number)]
             if not rows:

@@ -114,6 +114,7 @@ train.steps: max_steps train_iters iters num_steps total_steps max_iters train_s
     training.steps num_train_steps max_train_steps total_training_steps num_training_steps
     iterations max_iterations num_iters lr_decay_iters max_update
 train.stop_at: exit_interval stop_after exit_step
+launch.time_limit: exit_duration_in_mins max_time run_timeout timeout_minutes
 train.global_batch: global_batch_size batch_size train_batch_size total_batch_size batch gbs
     effective_batch_size samples_per_step
 train.micro_batch: micro_batch_size per_device_train_batch_size train_micro_batch_size_per_gpu
