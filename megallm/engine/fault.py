@@ -25,7 +25,7 @@ from megallm.parallel.tensor import Linear, Slot
 PHASES = ("data", "weights", "forward", "loss", "backward", "gradients", "none")
 
 
-class Fault(NamedTuple):
+class NonFinite(NamedTuple):
     """Where a number that is not finite came first, and what was found there; the same on every
     rank.
 
@@ -215,7 +215,7 @@ class Tracer:
         return "the loss" if name == "head" else name
 
 
-def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> Fault:
+def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> NonFinite:
     """Returns what of a step was not finite first; collective over the world.
 
     `batches` are this data rank's, the weights those that the step was computed with. The step is
@@ -240,7 +240,7 @@ def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> Fault:
     told = engine.mesh.gather_json([*own, rank, engine.mesh.coords])
     chosen = engine.mesh.broadcast_json(told and _first(told))
     phase, micro, layer, ranks, coords = chosen
-    return Fault(PHASES[phase], layer, None if micro < 0 else micro, tuple(ranks), coords)
+    return NonFinite(PHASES[phase], layer, None if micro < 0 else micro, tuple(ranks), coords)
 
 
 def _first(told: list[list[Any]]) -> list[Any]:
