@@ -15,6 +15,7 @@ import torch
 
 from megallm.base.config import load
 from megallm.base.errors import BadStep, Diverged, InternalError
+from megallm.cli.main import main
 from megallm.engine.digest import ReplicaCheck, bits_hash, checksum, compare_hashes, weights_digest
 from megallm.engine.engine import Engine
 from megallm.engine.fault import find_fault
@@ -236,6 +237,22 @@ def test_row_57_skip_goes_on_saves_the_batch_and_replay_names_the_layer(config, 
     with poisoned_norm():
         found = replay(batch, run, "fp64")
     assert (found.phase, found.layer) == ("forward", "layers.1.mlp_norm")
+
+
+def test_row_56_an_overflow_is_named_again_by_the_replay_and_is_none_in_float64(config, capsys):
+    """Nothing is patched: weights so large that the first block overflows fp32 in the first step."""
+    with pytest.raises(BadStep, match=r"is that of layers\.0\.[\w.]+, in the forward pass of microbatch 0 on rank 0"):
+        train(config, "model.init_std=2e18", "guard.non_finite=stop")
+    layer = events(config, "not_finite")[0]["layer"]
+    run = str(config.parent / "run")
+    capsys.readouterr()
+    assert main(["replay", run, "--step", "1", "--precision", "fp32"]) == 0
+    assert f"the first that is not finite: forward {layer}." in capsys.readouterr().out
+    assert main(["replay", run, "--step", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer"] is None and found["exact"] and found["about"]["fault"]["layer"] == layer
+    assert max(found["largest"].values()) > 1e36, "where the large numbers are"
+    assert main(["replay", run, "--step", "2"]) == 2 and "step-1-rank-0.safetensors" in capsys.readouterr().err
 
 
 @contextmanager
