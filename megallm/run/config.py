@@ -8,7 +8,7 @@ The comment beside a field is its documentation (`megallm config --schema` print
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megallm.engine.config import EngineConfig
 from megallm.models.compute import ComputeConfig
@@ -44,9 +44,13 @@ class TrainConfig(ComputeConfig, StepsConfig):
 class CheckpointConfig:
     """When states are saved and how many are kept."""
 
-    every: int = 500  # steps; 0 saves only at the end
+    every: int | Literal["auto"] = 500  # steps; 0: only at the end; auto: by stall and failures (Young, Daly)
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     async_save: bool = False  # a process beside training writes: a step pays a copy of the state, in memory
+
+    def may_follow(self, step: int) -> bool:
+        """Returns whether a save may follow this step; with auto it may follow any."""
+        return self.every == "auto" or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from megallm.run.changes import Change, table_of
 from megallm.run.config import JobConfig
 from megallm.run.console import Console, LossCurve, Reporter, Sink, TensorBoard
 from megallm.run.divergence import DivergenceDetector
+from megallm.run.interval import FailureRate, failure_rate
 from megallm.run.lease import Lease
 from megallm.run.rows import Events, Metrics, read_rows
 from megallm.run.runfolder import RunFolder
@@ -204,6 +206,11 @@ class Recorder:
             if self.writes
             else RetentionPolicy(newest)
         )
+
+    def failures(self) -> FailureRate:
+        """Returns how often the run has failed so far, as its events tell; rank 0 knows."""
+        events = read_rows(self.folder.events) if self.writes else ()
+        return failure_rate(events, time.time())
 
     def damaged(self, step: int, warnings: Sequence[str]) -> None:
         """Say which checkpoints were passed over, and rename them: no later save may take them for

@@ -13,6 +13,7 @@ from megallm.checkpoint import store
 from megallm.checkpoint.async_save import AsyncSaver, SaveResult
 from megallm.engine.engine import Part
 from megallm.run.config import CheckpointConfig
+from megallm.run.interval import PROBE_STEPS, plan_interval
 from megallm.run.recorder import Recorder
 from megallm.training.trainer import Ledger, Trainer
 
@@ -36,6 +37,9 @@ class Saver:
         self.stall_seconds = 0.0  # of the save under way
         self.under_way = 0  # its step
         self.ended: SaveResult | None = None  # what this rank knows of it and the others may not
+        self.next_save = ledger.step + PROBE_STEPS  # with checkpoint.every=auto
+        self.planned = (ledger.step, time.monotonic())  # when that was decided
+        self.told = 0  # the interval that was shown last, in steps
         self.beside: AsyncSaver | None = None
         if config.async_save and config.every:
             self.beside = AsyncSaver(recorder.checkpoints, self.mesh)
@@ -51,6 +55,24 @@ class Saver:
             self._save_now(final)
         else:
             self._save_beside(self.beside)
+        if self.config.every == "auto" and not final:
+            self._plan()
+
+    def due(self, step: int) -> bool:
+        """Returns whether a save follows this step, the same on every rank."""
+        return step >= self.next_save if self.config.every == "auto" else self.config.may_follow(step)
+
+    def _plan(self) -> None:
+        """Decide when to save next, from what saving and steps cost on rank 0 so far."""
+        (step, since), now = self.planned, time.monotonic()
+        self.planned = self.ledger.step, now
+        took = max(0.0, now - since - self.stall_seconds) / max(1, self.ledger.step - step)
+        interval = plan_interval(self.stall_seconds, took, self.recorder.failures(), self.mesh.layout.world)
+        self.next_save = self.ledger.step + self.mesh.broadcast_json(interval.steps)
+        if not self.told or not 0.8 <= interval.steps / self.told <= 1.25:
+            self.told = interval.steps
+            self.recorder.note(str(interval))
+            self.recorder.event("save_interval", step=self.ledger.step, **vars(interval))
 
     def look(self) -> None:
         """Record a save beside training that has ended here; not collective. Errors: `LeaseLost`.
@@ -133,6 +155,7 @@ class Saver:
             return
         self.failed_saves, self.saved_step = 0, step
         seconds = time.monotonic() - begin
+        self.stall_seconds = seconds
         self.recorder.saved(step, seconds, seconds)
 
     def _before(self) -> store.RetentionPolicy:
