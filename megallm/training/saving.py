@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megallm.base.errors import CannotWrite, Diverged, LeaseLost, MegallmError
+from megallm.base.redact import redacted
 from megallm.checkpoint import store
 from megallm.checkpoint.async_save import AsyncSaver, SaveResult
 from megallm.engine.engine import Part
@@ -164,7 +165,8 @@ class Saver:
 
     def _meta(self) -> dict[str, Any]:
         ledger = vars(self.ledger)
-        return {"engine": self.trainer.counters(), "ledger": ledger, **self.trainer.identity}
+        told = redacted({"ledger": ledger, **self.trainer.identity})
+        return {"engine": self.trainer.counters(), **told}
 
     def _check_finite(self, parts: Sequence[Part]) -> None:
         bad = next((part.name for part in parts if not _is_finite(part)), "")
