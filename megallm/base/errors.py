@@ -73,3 +73,13 @@ class Diverged(MegallmError):
     """The loss or the gradients are not finite."""
 
     exit_code = 77
+
+
+class BadStep(Diverged):
+    """A step that the run's policy does not go over; the state before it is sound."""
+
+
+class RollBack(MegallmError):
+    """The run goes back to an earlier checkpoint; started again, it goes on from there."""
+
+    exit_code = 75

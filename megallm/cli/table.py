@@ -67,12 +67,18 @@ _ROWS = (
     ("offline", "train", "learn from answers with rewards, sampling none: RAFT, AWR, ILQL, ..."),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
+    ("launch", "launch", "run a verb that trains, and start it again after crashes and hangs; --slurm: as a job"),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),
     ("report", "report", "write a page about a run: curves, goodput, incidents, samples"),
     (
         "distill",
         "train",
         "train a student on a teacher's distribution, on its own answers or on given ones",
+    ),
+    (
+        "replay",
+        "replay",
+        "run the batch of a step that was not finite again, on the CPU, and name the layer",
     ),
     ("score", "score", "write the reward of each row of a file"),
     ("rewards try", "rewards", "call reward functions on rows of a file, as training would"),

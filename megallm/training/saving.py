@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,13 @@ class Saver:
         self.mesh = trainer.engine.mesh
         self.saved_step = ledger.step
         self.failed_saves = 0
+        self.told: Callable[[float], None] = lambda seconds: None  # how long a save was
         self.stall_seconds = 0.0  # of the save under way
         self.under_way = 0  # its step
         self.ended: SaveResult | None = None  # what this rank knows of it and the others may not
         self.next_save = ledger.step + PROBE_STEPS  # with checkpoint.every=auto
         self.planned = (ledger.step, time.monotonic())  # when that was decided
-        self.told = 0  # the interval that was shown last, in steps
+        self.shown = 0  # the interval that was shown last, in steps
         self.beside: AsyncSaver | None = None
         if config.async_save and config.every:
             self.beside = AsyncSaver(recorder.checkpoints, self.mesh)
@@ -70,8 +71,8 @@ class Saver:
         took = max(0.0, now - since - self.stall_seconds) / max(1, self.ledger.step - step)
         interval = plan_interval(self.stall_seconds, took, self.recorder.failures(), self.mesh.layout.world)
         self.next_save = self.ledger.step + self.mesh.broadcast_json(interval.steps)
-        if not self.told or not 0.8 <= interval.steps / self.told <= 1.25:
-            self.told = interval.steps
+        if not self.shown or not 0.8 <= interval.steps / self.shown <= 1.25:
+            self.shown = interval.steps
             self.recorder.note(str(interval))
             self.recorder.event("save_interval", step=self.ledger.step, **vars(interval))
 
@@ -83,6 +84,7 @@ class Saver:
             return
         self.ended = result
         if not result.outcome:
+            self.told(result.seconds)
             self.recorder.saved(result.step, self.stall_seconds, result.seconds)
         elif result.outcome["kind"] == LeaseLost.__name__:
             result.check()
@@ -157,6 +159,7 @@ class Saver:
         self.failed_saves, self.saved_step = 0, step
         seconds = time.monotonic() - begin
         self.stall_seconds = seconds
+        self.told(seconds)
         self.recorder.saved(step, seconds, seconds)
 
     def _before(self) -> store.RetentionPolicy:

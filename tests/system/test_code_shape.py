@@ -90,6 +90,8 @@ DESCRIPTIONS = {
 }  # fmt: skip
 BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.loop": {"checkpoint.store"},  # the names of steps
+    "training.guard": {"checkpoint.store"},  # saves the weights that a bad step was computed with
+    "training.rerun": {"checkpoint.reader", "peft.adapted"},  # and opens them
     "training.saving": {"checkpoint.async_save", "checkpoint.store"},  # saves what a trainer yields
     "training.resuming": {"checkpoint.store", "checkpoint.reader", "convert.convert", "convert.weights"},  # its meta
     # where weights come from
