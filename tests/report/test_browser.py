@@ -1,4 +1,4 @@
-"""`megallm report` in a real browser (Debian's chromium-headless-shell): curves are drawn, nothing is fetched, no error.
+"""`megallm report` in a real browser (Debian's chromium-headless-shell): curves are drawn, nothing is fetched.
 
 tests/install_facilities.sh installs the browser where it can; without one these tests are skipped and say so.
 """
