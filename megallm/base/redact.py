@@ -25,12 +25,13 @@ def redacted_text(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """Returns a JSON value in which texts under keys such as `api_key`, and credentials inside other
-    texts, are replaced; everything else is as it was.
+    """Returns a JSON value in which texts under keys such as `api_key`, and credentials inside
+    other texts, are replaced; everything else is as it was.
     """
     if isinstance(value, dict):
+        hidden = {key for key in value if _KEY.search(str(key))}
         return {
-            key: HIDDEN if isinstance(item, str) and item and _KEY.search(str(key)) else redacted(item)
+            key: HIDDEN if key in hidden and isinstance(item, str) and item else redacted(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -30,7 +30,7 @@ class FailureRate:
     failures: int
 
     def mtbf(self, world: int) -> float:
-        """Mean seconds between failures: the run's own, else of `world` ranks by default."""
+        """Number of seconds between failures: the run's own, else of `world` ranks by default."""
         if self.failures:
             return self.seconds / self.failures
         return max(self.seconds, DEFAULT_RANK_HOURS * 3600 / world)

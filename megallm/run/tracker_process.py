@@ -38,7 +38,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class Run:
+class TrackedRun:
     """What a tracker is told of the run: where it is, its name, id, project and configuration."""
 
     def __init__(self, folder: Path, project: str, identity: str) -> None:
@@ -51,7 +51,7 @@ class Run:
 class Wandb:
     """W&B, online or offline as WANDB_MODE says."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         wandb = optional.need("wandb", WITHOUT)
         self.run = wandb.init(
             project=run.project,
@@ -73,7 +73,7 @@ class Wandb:
 class Mlflow:
     """MLflow: the server of MLFLOW_TRACKING_URI, else files in RUN/mlruns."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         mlflow = optional.need("mlflow", WITHOUT)
         self.entities = optional.need("mlflow.entities", WITHOUT)
         variables = optional.need("mlflow.environment_variables", WITHOUT)
@@ -107,7 +107,7 @@ class Mlflow:
 class Trackio:
     """trackio: its local database, where TRACKIO_DIR says."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         self.trackio = optional.need("trackio", WITHOUT)
         name = f"{run.name}-{run.id}"
         self.trackio.init(
@@ -121,7 +121,7 @@ class Trackio:
         self.trackio.finish()
 
 
-TRACKERS: dict[str, Callable[[Run], Tracker]] = {
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     "wandb": Wandb,
     "mlflow": Mlflow,
     "trackio": Trackio,
@@ -136,7 +136,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", str(value)
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+def row_numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """Returns the metrics of a row that are numbers."""
     return {
         key: float(value)
@@ -163,7 +163,7 @@ def send_new(tracker: Tracker, file: BinaryIO, sent: Sent) -> None:
     for row in new_rows(file):
         step = row.get("step")
         if type(step) is int and step > sent.step:
-            tracker.send(step, numbers(row))
+            tracker.send(step, row_numbers(row))
             sent.keep(step, sent.id)
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     os.nice(5)
     sent = Sent(folder, name)
     sent.keep(sent.step, sent.id or secrets.token_hex(4))
-    tracker = TRACKERS[name](Run(folder, project, sent.id))
+    tracker = TRACKERS[name](TrackedRun(folder, project, sent.id))
     ended = False
     with RunFolder(folder).metrics.open("rb") as file:
         while not ended:

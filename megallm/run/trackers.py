@@ -1,4 +1,4 @@
-"""Dashboards of other people: W&B, MLflow, trackio. TensorBoard is written by `console.TensorBoard`.
+"""Dashboards of other people: W&B, MLflow, trackio; `console.TensorBoard` writes its own files.
 
 metrics.jsonl is the truth and the spool: a process beside rank 0 reads it and sends what its
 library has not had yet, at its own pace. Training hands nothing over and waits for nothing but, at
@@ -43,7 +43,7 @@ class TrackerProcess:
         self._start()
 
     def add(self, row: MetricRow) -> None:
-        """Start the process again when it has ended and its pause is over; the row is in the file."""
+        """Start the process again when it has ended and its pause is over; the file has the row."""
         process = self._process
         if process is None or process.poll() is not None:
             self._ended(process)

@@ -62,14 +62,17 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Returns whether a save follows this step, the same on every rank."""
-        return step >= self.next_save if self.config.every == "auto" else self.config.may_follow(step)
+        if self.config.every == "auto":
+            return step >= self.next_save
+        return self.config.may_follow(step)
 
     def _plan(self) -> None:
         """Decide when to save next, from what saving and steps cost on rank 0 so far."""
         (step, since), now = self.planned, time.monotonic()
         self.planned = self.ledger.step, now
         took = max(0.0, now - since - self.stall_seconds) / max(1, self.ledger.step - step)
-        interval = plan_interval(self.stall_seconds, took, self.recorder.failures(), self.mesh.layout.world)
+        rate, world = self.recorder.failures(), self.mesh.layout.world
+        interval = plan_interval(self.stall_seconds, took, rate, world)
         self.next_save = self.ledger.step + self.mesh.broadcast_json(interval.steps)
         if not self.shown or not 0.8 <= interval.steps / self.shown <= 1.25:
             self.shown = interval.steps
