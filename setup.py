@@ -127,6 +127,7 @@ setup(
             "selectolax>=0.4",
             "datatrove>=0.10",
         ],
+        "trackers": ["tensorboard>=2.16", "wandb>=0.25", "mlflow-skinny>=3.10", "trackio>=0.40"],
         "rewards": ["math-verify[antlr4-13-2]>=0.9", "reasoning-gym>=0.1.25"],
         "bench": ["transformers>=4.57", "deepspeed==0.19.8", "datatrove>=0.10", "spacy>=3.7"],
         "test": [
