@@ -131,22 +131,27 @@ def called(words):
 
 
 def extensions():
-    """`megallm._index` from csrc/index, `megallm._ops` from csrc/ops, and `megallm._cuda` from csrc/cuda."""
+    """`megallm._index`, `megallm._ops`, `megallm._collectives` and `megallm._cuda` from the folders of csrc."""
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
-    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose), Extension(CUDA, [])]
+    strict = ["-ffp-contract=off"]
+    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # torch's own threads: it brings the same library
+    for_cpus = [extension("index", strict), extension("ops", loose + threads, threads), extension("collectives", strict)]
+    return [*for_cpus, Extension(CUDA, [])]
 
 
-def extension(folder, flags):
+def extension(folder, flags, link=()):
     """`megallm._FOLDER` from csrc/FOLDER."""
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.cpp"))
     headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.hpp"))
     if MISSING:
         return Extension(f"megallm._{folder}", sources, depends=headers)
     flags = ["-O3", "-g0", *flags]
-    return Pybind11Extension(f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, depends=headers)
+    return Pybind11Extension(
+        f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, extra_link_args=list(link), depends=headers
+    )
 
 
 setup(
@@ -198,6 +203,7 @@ setup(
         "test": [
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "gigatoken==0.10.0",

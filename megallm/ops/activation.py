@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.ops import native
 from megallm.ops.kernels import KERNELS
 
 
@@ -23,12 +24,16 @@ class _SwiGlu(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         if kernels is not None:
             return out
+        if native.kernels(gate_up) and gate_up.is_contiguous():
+            return native.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
+        if native.kernels(gate_up, grad) and gate_up.is_contiguous():
+            return native.swiglu_backward(grad, gate_up), None
         into = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         if ctx.kernels is not None:
             ctx.kernels.swiglu(gate_up, grad.contiguous(), into)

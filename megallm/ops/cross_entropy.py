@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops import native
 from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide, wide_dtype
 
@@ -113,6 +114,8 @@ def statistics(
         numbers = labels.contiguous(), begin, temperature, cap or 0.0
         kernels.cross_entropy_statistics(logits, *numbers, top, total, label, moments)
         return Statistics(top, total, label, moments)
+    if powers is None and cap is None and _is_native(logits):
+        return Statistics(*native.softmax_statistics(logits, targets[:3], moment, best))
     if cap is not None:
         logits, reuse = soft_cap(wide(logits), cap), True
     here, local = locate(labels, begin, logits.shape[-1])
@@ -141,6 +144,10 @@ def statistics(
 
 def _kernels_for(logits: Tensor) -> object | None:
     return KERNELS.of(logits) if logits.is_contiguous() else None
+
+
+def _is_native(logits: Tensor) -> bool:
+    return native.kernels(logits) is not None and logits.is_contiguous() and logits.shape[-1] > 0
 
 
 def _blocks(logits: Tensor) -> list[slice]:
@@ -202,6 +209,9 @@ def _gradient(
     at_label = of_log_prob if upstream.logit is None else of_log_prob + upstream.logit / temperature
     at_label = at_label * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    if cap is None and _is_native(logits) and native.kernels(into):
+        given = softmax.lse, softmax.entropy, of_log_prob, of_entropy, at_label
+        return native.softmax_gradient(logits, targets[:3], given, into)
     for rows in _blocks(logits):
         share = wide(logits[rows])
         if cap is not None:

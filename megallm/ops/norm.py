@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.ops import native
 from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide, wide_dtype
 
@@ -22,6 +23,11 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if native.kernels(x, weight):
+            x = x.contiguous()
+            out, scale = native.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return out
         values = wide(x)
         scale = values.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -30,6 +36,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         x, weight, scale = ctx.saved_tensors
+        if native.kernels(x, weight, grad) and x.is_contiguous():
+            grad_x, grad_weight = native.rms_norm_backward(grad, x, weight, scale)
+            return grad_x, grad_weight.to(weight.dtype), None
         unit, grad = x * scale, wide(grad)  # the product is wide because the scale is
         grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * wide(weight)
@@ -85,7 +94,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     kernels = KERNELS.of(x, weight)
     if kernels is not None:
         return _KernelNorm.apply(x, None, weight, None, kernels, eps)
-    if not torch.is_grad_enabled() and x.dtype == weight.dtype == wide_dtype(x.dtype):
+    same = x.dtype == weight.dtype == wide_dtype(x.dtype)
+    if not torch.is_grad_enabled() and same and not native.kernels(x, weight):
         return F.rms_norm(x, weight.shape, weight, eps)  # the same operations, in one call
     return _RmsNorm.apply(x, weight, eps)
 

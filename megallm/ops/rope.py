@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.ops import native
 from megallm.ops.kernels import KERNELS
 from megallm.ops.norm import rms_norm
 from megallm.ops.precision import wide
@@ -169,6 +170,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     kernels = KERNELS.of(x, cos, sin)
     if kernels is not None:
         return _KernelRotated.apply(x, *_tables(cos, sin), kernels)
+    if native.kernels(x):
+        tables = (wide(table).expand(*x.shape[:2], -1).contiguous() for table in (cos, sin))
+        return _NativelyRotated.apply(x, *tables)
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
 
 
@@ -242,6 +246,19 @@ class _KernelNormRotated(torch.autograd.Function):
         kept = wide(weight).contiguous()
         ctx.kernels.norm_rope_backward(_rows(grad), x, cos, sin, kept, ctx.eps, grad_x, parts)
         return grad_x, parts.sum(0).to(weight.dtype), None, None, None, None
+
+
+class _NativelyRotated(torch.autograd.Function):
+    """The same by the kernels for CPUs, with wide tables."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return native.rope(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        return native.rope(grad, *ctx.saved_tensors, -1), None, None
 
 
 class _Rotated(torch.autograd.Function):
