@@ -96,7 +96,9 @@ def compile_cuda(library, objects, gpus=GPUS):
 
     tests/ops/test_cuda_build.py calls it too.
     """
-    nvcc = shutil.which("nvcc") or next((path for path in ("/usr/local/cuda/bin/nvcc",) if os.access(path, os.X_OK)), None)
+    nvcc = shutil.which("nvcc") or next(
+        (path for path in ("/usr/local/cuda/bin/nvcc",) if os.access(path, os.X_OK)), None
+    )
     if nvcc is None:
         raise RuntimeError("there is no nvcc")
     torch = importlib.util.find_spec("torch")
@@ -107,7 +109,14 @@ def compile_cuda(library, objects, gpus=GPUS):
     if shutil.which(compiler) is None:
         raise RuntimeError(f"there is no C++ compiler {compiler}")
     objects.mkdir(parents=True, exist_ok=True)
-    host = ["-O3", "-std=c++17", "-fPIC", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", f"-I{torch / 'include'}"]
+    host = [
+        "-O3",
+        "-std=c++17",
+        "-fPIC",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        "-DUSE_CUDA",
+        f"-I{torch / 'include'}",
+    ]
     generate = [word for gpu in gpus for word in ("-gencode", gpu)]
     device = ["-O3", "-std=c++17", "-ccbin", compiler, "-Xcompiler", "-fPIC", *generate]
     sources = [*sorted((HERE / "csrc/cuda").glob("*.cu")), HERE / "csrc/cuda/bindings.cpp"]
@@ -121,7 +130,22 @@ def compile_cuda(library, objects, gpus=GPUS):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(compiled, sources))
     linked = [f"-l{name}" for name in ("torch_cuda", "torch_cpu", "c10") if (torch / f"lib/lib{name}.so").exists()]
-    called([nvcc, *generate, "-ccbin", compiler, "-shared", "-cudart", "shared", *made, f"-L{torch / 'lib'}", *linked, "-o", str(library)])
+    called(
+        [
+            nvcc,
+            *generate,
+            "-ccbin",
+            compiler,
+            "-shared",
+            "-cudart",
+            "shared",
+            *made,
+            f"-L{torch / 'lib'}",
+            *linked,
+            "-o",
+            str(library),
+        ]
+    )
 
 
 def called(words):
@@ -138,7 +162,11 @@ def extensions():
     strict = ["-ffp-contract=off"]
     loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
     threads = ["-fopenmp"] if sys.platform == "linux" else []  # torch's own threads: it brings the same library
-    for_cpus = [extension("index", strict), extension("ops", loose + threads, threads), extension("collectives", strict)]
+    for_cpus = [
+        extension("index", strict),
+        extension("ops", loose + threads, threads),
+        extension("collectives", strict),
+    ]
     return [*for_cpus, Extension(CUDA, [])]
 
 

@@ -98,7 +98,8 @@ class _KernelCombine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         y, order, weights, slots = ctx.saved_tensors
-        grad, grad_y, grad_weights = grad.contiguous(), torch.empty_like(y), torch.empty_like(weights)
+        grad, grad_weights = grad.contiguous(), torch.empty_like(weights)
+        grad_y = torch.empty_like(y)
         ctx.kernels.moe_gather(grad, order.contiguous(), weights, weights.shape[1], grad_y)
         ctx.kernels.moe_dot(y, slots, grad, grad_weights)
         return grad_y, None, grad_weights, None

@@ -1,4 +1,4 @@
-"""csrc/cuda compiled by nvcc, as setup.py does it: for one GPU in every run of the tests, for all of them in slow ones."""
+"""csrc/cuda compiled by nvcc, as setup.py does it: for one GPU in every run of the tests, for all in slow ones."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ namespace["compile_cuda"](Path("library.so"), Path("objects"), gpus)
 LOAD = """
 import ctypes, sys, torch
 from pathlib import Path
-from megallm.ops.kernels import load
+from megallm.base.extension import CUDA_VERSION
+from megallm.ops.kernels import load, version_of
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
 load(Path("library.so"), "megallm_cuda")
-print(*sorted({one.name for one in torch._C._jit_get_all_schemas() if one.name.startswith("megallm_cuda::")}), sep="\\n")
+assert version_of(Path("library.so")) == CUDA_VERSION
+names = {one.name for one in torch._C._jit_get_all_schemas()}
+print(*sorted(name for name in names if name.startswith("megallm_cuda::")), sep="\\n")
 x = torch.ones(2, 8, device="meta")
 torch.ops.megallm_cuda.swiglu(x, None, torch.ones(2, 4, device="meta"))
 """
@@ -86,12 +89,16 @@ def test_it_registers_the_operations_that_the_emulation_has(hopper, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     bindings = (SOURCES / "bindings.cpp").read_text()
-    assert done.stdout.split() == [f"megallm_cuda::{name}" for name in sorted(re.findall(r'm\.impl\("(\w+)"', bindings))]
+    assert done.stdout.split() == [
+        f"megallm_cuda::{name}" for name in sorted(re.findall(r'm\.impl\("(\w+)"', bindings))
+    ]
 
 
 def test_it_depends_on_no_version_of_torch(hopper):
     """Of torch it uses the stable ABI, C functions only; torch 2.10 has all of them by the target that is set."""
-    names = subprocess.run(["nm", "-D", "--undefined-only", str(hopper)], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(hopper)], capture_output=True, text=True, check=True
+    ).stdout
     used = re.findall(r"U (\S+)", names)
     assert [name for name in used if "c10" in name or "torch" in name and name.startswith("_Z")] == []
     assert any(name.startswith("aoti_torch_") for name in used)
