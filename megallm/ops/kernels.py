@@ -22,7 +22,6 @@ BUILD = "with nvcc, python setup.py build_ext --inplace or pip install --no-buil
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-
 @dataclass
 class Kernels:
     """Kernels by type of device. `mode`: "reference" takes none, "native" refuses to run on a GPU
@@ -44,7 +43,7 @@ class Kernels:
         if self.mode == "reference" or first.dtype not in DTYPES:
             return None
         if found is None and self.mode == "native" and first.device.type == "cuda":
-            raise UsageError(f"Native operations were asked for, but {missing()}.")
+            raise UsageError(f"Native operations were asked for, but {unbuilt()}.")
         narrow = all(x is None or x.dtype in (first.dtype, torch.float32) for x in tensors)
         return found if narrow else None
 
@@ -80,7 +79,7 @@ def _nothing(*arguments: object) -> None:
     """What a fake tensor sees of an operation that returns nothing."""
 
 
-def missing() -> str:
+def unbuilt() -> str:
     """Returns a clause that says why there are no kernels."""
     found = extension.cuda()
     if found.loaded:
