@@ -6,6 +6,8 @@
 namespace {
 
 constexpr int kItems = 4, kRowsOfWarps = 4;
+// With so many threads in a block each has 128 registers; the gradients of LayerNorm need more.
+constexpr int kMaxThreads = 512, kFewThreads = 256;
 
 // Sums over the threads of a row: a warp, or a block.
 DEVICE float row_sum(float value, float* scratch) { return blockDim.x == kWarp ? warp_sum(value) : block_sum(value, scratch); }
@@ -32,7 +34,7 @@ struct Row {
 };
 
 template <typename T, typename W, int V, bool MEAN>
-__global__ void forward(const T* x, const T* residual, const W* weight, const W* bias, T* y, T* sum, float* means,
+__global__ void __launch_bounds__(kMaxThreads) forward(const T* x, const T* residual, const W* weight, const W* bias, T* y, T* sum, float* means,
                         float* scales, I64 rows, int width, float eps) {
   SHARED(float, scratch, kWarp);
   const I64 row = static_cast<I64>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -91,7 +93,7 @@ __global__ void forward(const T* x, const T* residual, const W* weight, const W*
 // Each of `parts` streams of rows sums the weight's gradient of its rows in its own row of grad_weight: the caller adds
 // those up, in a fixed order.
 template <typename T, typename W, int V, bool MEAN>
-__global__ void backward(const T* grad, const T* grad_sum, const T* x, const W* weight, const float* means,
+__global__ void __launch_bounds__(MEAN ? kFewThreads : kMaxThreads) backward(const T* grad, const T* grad_sum, const T* x, const W* weight, const float* means,
                          const float* scales, T* grad_x, float* grad_weight, float* grad_bias, I64 rows, int width,
                          int parts) {
   SHARED(float, scratch, kWarp);
@@ -164,10 +166,10 @@ __global__ void backward(const T* grad, const T* grad_sum, const T* x, const W* 
   }
 }
 
-dim3 threads_for(int packs) {
+dim3 threads_for(int packs, int most) {
   if (packs <= kWarp * kItems) return dim3(kWarp, kRowsOfWarps);
   const int lanes = ceil_div(ceil_div(packs, kItems), kWarp) * kWarp;
-  return dim3(lanes < 1024 ? lanes : 1024, 1);
+  return dim3(lanes < most ? lanes : most, 1);
 }
 
 // Calls run(T, W, V) for the kinds of rows and weights and for whether packs of 16 bytes fit.
@@ -197,7 +199,7 @@ void norm_forward(const NormForward& a, void* stream) {
     using T = typename decltype(t)::Type;
     using W = typename decltype(w)::Type;
     constexpr int V = decltype(v)::value;
-    const dim3 threads = threads_for(static_cast<int>(a.width / V));
+    const dim3 threads = threads_for(static_cast<int>(a.width / V), kMaxThreads);
     const auto kernel = a.mean.data ? forward<T, W, V, true> : forward<T, W, V, false>;
     LAUNCH(kernel, dim3(ceil_div(a.rows, I64(threads.y))), threads, 0, stream, a.x.as<T>(), a.residual.as<T>(),
            a.weight.as<W>(), a.bias.as<W>(), a.y.as<T>(), a.sum.as<T>(), a.mean.as<float>(), a.scale.as<float>(),
@@ -213,7 +215,7 @@ void norm_backward(const NormBackward& a, void* stream) {
     using T = typename decltype(t)::Type;
     using W = typename decltype(w)::Type;
     constexpr int V = decltype(v)::value;
-    const dim3 threads = threads_for(static_cast<int>(a.width / V));
+    const dim3 threads = threads_for(static_cast<int>(a.width / V), a.mean.data ? kFewThreads : kMaxThreads);
     const auto kernel = a.mean.data ? backward<T, W, V, true> : backward<T, W, V, false>;
     LAUNCH(kernel, dim3(ceil_div(a.parts, I64(threads.y))), threads, 0, stream, a.grad.as<T>(), a.grad_sum.as<T>(),
            a.x.as<T>(), a.weight.as<W>(), a.mean.as<float>(), a.scale.as<float>(), a.grad_x.as<T>(),

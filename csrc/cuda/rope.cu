@@ -30,7 +30,7 @@ struct Shape {
 };
 
 template <typename T, int V>
-__global__ void rotate(const T* x, const float* cos, const float* sin, const float* weight, T* out, Shape at, float sign) {
+__global__ void __launch_bounds__(kThreads) rotate(const T* x, const float* cos, const float* sin, const float* weight, T* out, Shape at, float sign) {
   const I64 group = (static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x) / at.lanes;
   const int lane = threadIdx.x % at.lanes, rest = at.size - 2 * at.half;
   const I64 row = group < at.rows ? group : at.rows - 1;  // those behind the last one help to sum
@@ -66,7 +66,7 @@ __global__ void rotate(const T* x, const float* cos, const float* sin, const flo
 // Of a normalised and rotated head: turned back, then the gradient of RMSNorm. Each of `parts` groups sums the weight's
 // gradient of its rows in its own row of grad_weight. Two passes over a head, whose lines are in the cache by then.
 template <typename T, int ITEMS>
-__global__ void backward(const T* grad, const T* x, const float* cos, const float* sin, const float* weight, T* grad_x,
+__global__ void __launch_bounds__(kThreads) backward(const T* grad, const T* x, const float* cos, const float* sin, const float* weight, T* grad_x,
                          float* grad_weight, Shape at, Shape of_grad, int parts) {
   const I64 group = (static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x) / at.lanes;
   const int lane = threadIdx.x % at.lanes;
