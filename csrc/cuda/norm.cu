@@ -80,10 +80,11 @@ __global__ void __launch_bounds__(kMaxThreads) forward(const T* x, const T* resi
   }
   own.each([&](Pack<T, V>& values, int pack) {
     Pack<T, V> result;
+    const Pack<W, V> by = load<V>(weight + pack * V), added = MEAN && bias ? load<V>(bias + pack * V) : by;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      float one = (wide(values.x[i]) - mean) * scale * wide(weight[pack * V + i]);
-      if (MEAN && bias) one += wide(bias[pack * V + i]);
+      float one = (wide(values.x[i]) - mean) * scale * wide(by.x[i]);
+      if (MEAN && bias) one += wide(added.x[i]);
       result.x[i] = Narrow<T>::of(one);
     }
     store(y + row * width + static_cast<I64>(pack) * V, result);
@@ -124,9 +125,10 @@ __global__ void __launch_bounds__(MEAN ? kFewThreads : kMaxThreads) backward(con
         run(load<V>(values.at + static_cast<I64>(pack) * V), load<V>(upstream.at + static_cast<I64>(pack) * V), -1, pack);
     };
     each([&](const Pack<T, V>& one, const Pack<T, V>& dy, int item, int pack) {
+      const Pack<W, V> by = load<V>(weight + pack * V);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float unit = (wide(one.x[i]) - mean) * scale, up = wide(dy.x[i]), share = up * wide(weight[pack * V + i]);
+        const float unit = (wide(one.x[i]) - mean) * scale, up = wide(dy.x[i]), share = up * wide(by.x[i]);
         product += share * unit;
         if (MEAN) total += share;
         if (item >= 0) {
@@ -143,12 +145,13 @@ __global__ void __launch_bounds__(MEAN ? kFewThreads : kMaxThreads) backward(con
     if (MEAN) total = row_sum(total, scratch) / width;
     each([&](const Pack<T, V>& one, const Pack<T, V>& dy, int, int pack) {
       const I64 place = row * width + static_cast<I64>(pack) * V;
-      Pack<T, V> result;
+      const Pack<W, V> by = load<V>(weight + pack * V);
+      Pack<T, V> result = grad_sum ? load<V>(grad_sum + place) : one;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float unit = (wide(one.x[i]) - mean) * scale;
-        float down = (wide(dy.x[i]) * wide(weight[pack * V + i]) - total - unit * product) * scale;
-        if (grad_sum) down += wide(grad_sum[place + i]);
+        float down = (wide(dy.x[i]) * wide(by.x[i]) - total - unit * product) * scale;
+        if (grad_sum) down += wide(result.x[i]);
         result.x[i] = Narrow<T>::of(down);
       }
       store(grad_x + place, result);
@@ -193,7 +196,7 @@ void with_shape(const Array& x, const Array& weight, bool packed, Run run) {
 
 void norm_forward(const NormForward& a, void* stream) {
   if (a.rows == 0 || a.width == 0) return;
-  const bool fits = aligned(a.x) && aligned(a.residual) && aligned(a.y) && aligned(a.sum);
+  const bool fits = aligned(a.x) && aligned(a.residual) && aligned(a.y) && aligned(a.sum) && aligned(a.weight) && aligned(a.bias);
   const int pack = 16 / (a.x.kind == Kind::f32 ? 4 : 2);
   with_shape(a.x, a.weight, fits && a.width % pack == 0, [&](auto t, auto w, auto v) {
     using T = typename decltype(t)::Type;
@@ -209,7 +212,7 @@ void norm_forward(const NormForward& a, void* stream) {
 
 void norm_backward(const NormBackward& a, void* stream) {
   if (a.rows == 0 || a.width == 0) return;
-  const bool fits = aligned(a.x) && aligned(a.grad) && aligned(a.grad_x);
+  const bool fits = aligned(a.x) && aligned(a.grad) && aligned(a.grad_x) && aligned(a.grad_sum) && aligned(a.weight);
   const int pack = 16 / (a.x.kind == Kind::f32 ? 4 : 2);
   with_shape(a.x, a.weight, fits && a.width % pack == 0, [&](auto t, auto w, auto v) {
     using T = typename decltype(t)::Type;

@@ -42,10 +42,11 @@ __global__ void __launch_bounds__(kThreads) rotate(const T* x, const float* cos,
   for (int i = lane * V; i < at.half; i += at.lanes * V) {
     Pack<T, V> left = load<V>(from + i), right = load<V>(from + at.half + i);
     const Pack<float, V> c = load<V>(cos + i), s = load<V>(sin + i);
+    const Pack<float, V> first = weight ? load<V>(weight + i) : c, second = weight ? load<V>(weight + at.half + i) : s;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       float a = wide(left.x[j]), b = wide(right.x[j]);
-      if (weight) a *= scale * weight[i + j], b *= scale * weight[at.half + i + j];
+      if (weight) a *= scale * first.x[j], b *= scale * second.x[j];
       left.x[j] = Narrow<T>::of(a * c.x[j] - b * s.x[j] * sign);
       right.x[j] = Narrow<T>::of(b * c.x[j] + a * s.x[j] * sign);
     }
@@ -138,7 +139,7 @@ void rope(const Rope& a, void* stream) {
       LAUNCH(kernel, dim3(ceil_div(shape.rows * shape.lanes, I64(kThreads))), dim3(kThreads), 0, stream, a.x.as<T>(),
              a.cos.as<float>(), a.sin.as<float>(), a.weight.as<float>(), a.out.as<T>(), shape, a.sign);
     };
-    bool fits = aligned(a.x) && aligned(a.out) && aligned(a.cos) && aligned(a.sin);
+    bool fits = aligned(a.x) && aligned(a.out) && aligned(a.cos) && aligned(a.sin) && aligned(a.weight);
     for (const I64 size : {I64(shape.half), a.size, a.strides[0], a.strides[1], a.strides[2]}) fits = fits && size % V == 0;
     if (fits)
       run(rotate<T, V>, V);

@@ -61,7 +61,7 @@ def load_built() -> object | None:
 
 def version_of(library: Path) -> int:
     """Returns the version that a library says it has, which loads it."""
-    return ctypes.CDLL(str(library)).megallm_cuda_version()
+    return ctypes.CDLL(str(library.resolve())).megallm_cuda_version()
 
 
 def load(library: Path, namespace: str) -> object:

@@ -47,7 +47,7 @@ torch.ops.megallm_cuda.swiglu(x, None, torch.ones(2, 4, device="meta"))
 
 def build(folder: Path, gpus: str) -> Path:
     done = subprocess.run(
-        [sys.executable, "-c", SETUP], cwd=folder, input=gpus, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, "-c", SETUP], cwd=folder, input=gpus, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "library.so"
