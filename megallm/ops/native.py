@@ -221,7 +221,8 @@ def softmax_gradient(
     """
     rows, size = logits.shape
     labels, begin, temperature = targets
-    labels, given = labels.contiguous(), [x if x is None else x.contiguous() for x in given]
+    labels = labels.contiguous()
+    given = [x if x is None else x.to(torch.float32).contiguous() for x in given]
     extension.ops().softmax_gradient(
         rows,
         size,

@@ -165,7 +165,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` `[B, T, H, E]` by the tables `[B, T, R/2]`; the result has the dtype of `x`. With
     R less than E the first R features are rotated and the others pass.
     """
-    if native.kernels(x):
+    if native.kernels(x, cos, sin):
         tables = (wide(table).expand(*x.shape[:2], -1).contiguous() for table in (cos, sin))
         return _NativelyRotated.apply(x, *tables)
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
