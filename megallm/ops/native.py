@@ -224,7 +224,8 @@ def softmax_gradient(
     """
     rows, size = logits.shape
     labels, begin, temperature = targets
-    labels, given = labels.contiguous(), [x if x is None else x.contiguous() for x in given]
+    labels = labels.contiguous()
+    given = [x if x is None else x.to(torch.float32).contiguous() for x in given]
     extension.ops().softmax_gradient(
         rows,
         size,
@@ -235,4 +236,16 @@ def softmax_gradient(
         out.data_ptr(),
         _half(out),
     )
+    return out
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Computes `a b` of float32 matrices into contiguous `out`, or onto it with `add`; see
+    `ops.product`.
+    """
+    out = torch.empty(a.shape[0], b.shape[1]) if out is None else out
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    sizes = (*out.shape, a.shape[1])
+    left, right = ((x.data_ptr(), *x.stride()) for x in (a, b))
+    extension.ops().product(sizes, left, right, out.data_ptr(), add)
     return out
