@@ -64,19 +64,22 @@ def extensions():
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
-    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
     strict = ["-ffp-contract=off"]
-    return [extension("index", strict), extension("ops", loose), extension("collectives", strict)]
+    loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # torch's own threads: it brings the same library
+    return [extension("index", strict), extension("ops", loose + threads, threads), extension("collectives", strict)]
 
 
-def extension(folder, flags):
+def extension(folder, flags, link=()):
     """`megallm._FOLDER` from csrc/FOLDER."""
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.cpp"))
     headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.hpp"))
     if MISSING:
         return Extension(f"megallm._{folder}", sources, depends=headers)
     flags = ["-O3", "-g0", *flags]
-    return Pybind11Extension(f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, depends=headers)
+    return Pybind11Extension(
+        f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, extra_link_args=list(link), depends=headers
+    )
 
 
 setup(
@@ -128,6 +131,7 @@ setup(
         "test": [
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "gigatoken==0.10.0",
