@@ -349,7 +349,7 @@ def test_sums_of_what_cannot_be_summed_are_refused() -> None:
 
 def refused() -> None:
     with pytest.raises(RuntimeError, match="is not possible over shared memory"):
-        dist.all_reduce(torch.zeros(2, dtype=torch.complex64))
+        dist.all_reduce(torch.zeros(2, dtype=torch.float8_e4m3fn))
     with pytest.raises(RuntimeError, match="SUM, AVG, MAX, MIN, PRODUCT"):
         dist.all_reduce(torch.zeros(2, dtype=torch.int64), dist.ReduceOp.BXOR)
     with pytest.raises(ValueError, match="is not 2 times"):
