@@ -83,6 +83,7 @@ def work(args: argparse.Namespace) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     import torch.distributed as dist
+
     from megallm.base import shared_memory
 
     torch.set_num_threads(1)

