@@ -60,22 +60,26 @@ class OptionalBuild(build_ext):
 
 
 def extensions():
-    """`megallm._index` from csrc/index and `megallm._ops` from csrc/ops."""
+    """`megallm._index`, `megallm._ops` and `megallm._collectives` from the folders of csrc."""
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
+    strict = ["-ffp-contract=off"]
     loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
-    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose)]
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # torch's own threads: it brings the same library
+    return [extension("index", strict), extension("ops", loose + threads, threads), extension("collectives", strict)]
 
 
-def extension(folder, flags):
+def extension(folder, flags, link=()):
     """`megallm._FOLDER` from csrc/FOLDER."""
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.cpp"))
     headers = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / folder).glob("*.hpp"))
     if MISSING:
         return Extension(f"megallm._{folder}", sources, depends=headers)
     flags = ["-O3", "-g0", *flags]
-    return Pybind11Extension(f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, depends=headers)
+    return Pybind11Extension(
+        f"megallm._{folder}", sources, cxx_std=17, extra_compile_args=flags, extra_link_args=list(link), depends=headers
+    )
 
 
 setup(
@@ -127,6 +131,7 @@ setup(
         "test": [
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "gigatoken==0.10.0",

@@ -95,11 +95,16 @@ void attend(const py::tuple& addresses, const py::tuple& sizes, bool twice) {
 
 }  // namespace
 
+namespace megallm {
+void add_kernels(py::module_& m);  // kernels.cpp
+}
+
 PYBIND11_MODULE(_ops, m) {
-  m.attr("VERSION") = 3;  // must equal that of megallm/base/extension.py
+  m.attr("VERSION") = 4;  // must equal that of megallm/base/extension.py
   m.attr("BLOCK") = kBlock;
   m.def("norm", &norm);
   m.def("swiglu", &swiglu);
   m.def("attend", &attend);
+  megallm::add_kernels(m);
   bind_stack(m);
 }

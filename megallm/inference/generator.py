@@ -33,7 +33,7 @@ from megallm.models.decode import is_plain
 from megallm.models.parallel_model import ParallelModel
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
-from megallm.parallel import comm
+from megallm.parallel import comm, ledger
 from megallm.parallel.p2p import Channel
 from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
@@ -299,7 +299,7 @@ class Rollout:
         left = bool(self.waiting) or any(each.busy for each in self.groups)
         if self.in_step:
             vote = torch.tensor([len(step.passes), int(left)], device=self.device)
-            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.mesh.grads.group)
+            ledger.all_reduce(vote, dist.ReduceOp.MAX, group=self.mesh.grads.group)
             self.passes[group], left = vote.tolist()
         self.left = left
         self.pages[group] = [self._pages(one) for one in step.passes]

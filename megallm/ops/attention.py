@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -30,7 +30,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megallm.base.optional import version
-from megallm.ops import flash
+from megallm.ops import flash, native
 from megallm.ops.precision import wide, wide_dtype
 from megallm.ops.tiles import (
     BAND,
@@ -79,6 +79,7 @@ def causal_attention(
     tq, tk, size = q.shape[1], k.shape[1], v.shape[-1]
     windowed = window is not None and window < tk
     further = sinks is not None or prefix is not None or cap is not None
+    further = further or native.takes_attention(q, k, v)
     if further or tq > 1 and (windowed or tq != tk) or not _sdpa_fits(q, v):
         return packed_attention(q, k, v, MaskSpec((0, tk), window, cap=cap), sinks, prefix)
     mask = None
@@ -125,6 +126,7 @@ def packed_attention(
     """
     plain = sinks is None and prefix is None and mask_spec.window is None and mask_spec.cap is None
     one = not mask_spec.causal and len(mask_spec.documents) == 2
+    one = one and not native.takes_attention(q, k, v)
     if one and plain and _sdpa_fits(q, v):
         return _sdpa(q, k, v, None, False)[..., : v.shape[-1]]
     return _Packed.apply(q, k, v, mask_spec, sinks, *(prefix or (None, None)))
@@ -143,7 +145,7 @@ class _Packed(torch.autograd.Function):
     ) -> Tensor:
         end = k.shape[1]
         queries = (Span(end - q.shape[1], end),)
-        strips = executor(q, v) not in (flash.RUNS, flash.TRITON)
+        strips = executor(q, v) not in (flash.NATIVE, flash.RUNS, flash.TRITON)
         ctx.tiles = plan_tiles(queries, (Span(0, end),), mask_spec, strips)
         partial = Partial.empty(q, v)
         partial.add(q, k, v, ctx.tiles)
@@ -191,6 +193,9 @@ class Partial:
         """Merge tiles of the queries against further keys, in place."""
         tiles = tuple(tiles)
         kind = executor(q, v, tiles)
+        if kind == flash.NATIVE:
+            native.attend_(self.out, self.lse, q, k, v, tiles)
+            return
         if kind == flash.RUNS:
             for run in runs_of(tiles):
                 rows, keys = run.rows, run.keys
@@ -273,6 +278,10 @@ class Gradients:
         """Add what the tiles contribute, in place."""
         tiles = tuple(tiles)
         kind = executor(queries.q, v, tiles)
+        if kind == flash.NATIVE:
+            given = queries.q, queries.out, queries.lse, queries.grad
+            native.attend_backward_((self.q, self.k, self.v), given, k, v, tiles)
+            return
         if kind == flash.RUNS:
             for run in runs_of(tiles):
                 rows, keys, mine = run.rows, run.keys, queries.rows(run.rows)
@@ -324,7 +333,12 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor
 
     Returns the output `[B, Tq, H, Ev]` and the wide log-sum-exp `[B, Tq, H]` of the scaled scores.
     """
-    if executor(q, v, (tile,)) != flash.CPU:
+    kind = executor(q, v, (tile,))
+    if kind == flash.NATIVE:
+        part = Partial.empty(q, v)
+        native.attend_(part.out, part.lse, q, k, v, (_alone(tile),))
+        return part.out.to(q.dtype), part.lse
+    if kind != flash.CPU:
         return _block(q, k, v, tile)
     tokens, size = q.shape[1], v.shape[-1]
     q, k, v = (_lengthened(x, tile, q.dtype).transpose(1, 2) for x in (q, k, _widened(v, q)))
@@ -340,7 +354,12 @@ def attention_block_backward(
     """Returns gradients of q, k and v through this block, one of those merged into `queries.out`
     and `queries.lse`.
     """
-    if executor(queries.q, v, (tile,)) != flash.CPU:
+    kind = executor(queries.q, v, (tile,))
+    if kind == flash.NATIVE:
+        sums = Gradients.zeros(queries.q, k, v)
+        sums.add(queries, k, v, (_alone(tile),))
+        return sums.q, sums.k, sums.v
+    if kind != flash.CPU:
         return _block_backward(queries, k, v, tile)
     tokens, size, whole = (
         k.shape[1],
@@ -357,12 +376,20 @@ def attention_block_backward(
     return grad_q[:, : tile.q_end - tile.q_begin], grad_k[:, :tokens], grad_v[:, :tokens, :, :size]
 
 
+def _alone(tile: Tile) -> Tile:
+    """The tile of queries and keys that hold nothing else."""
+    queries, keys = tile.q_end - tile.q_begin, tile.k_end - tile.k_begin
+    return replace(tile, q_begin=0, q_end=queries, k_begin=0, k_end=keys)
+
+
 def executor(q: Tensor, v: Tensor, tiles: Iterable[Tile] = ()) -> str:
     """Returns who computes these tiles of the queries; see `flash.executor_of`. No kernel knows a
     soft cap of the scores, and none of GPUs a window to both sides: those are written out.
     """
     capability = flash.capability_of(q.device)
     sizes, installed = (q.shape[-1], v.shape[-1]), q.is_cuda and _has_triton()
+    if native.takes_attention(q, v) and all(tile.cap is None for tile in tiles):
+        return flash.NATIVE
     kind = flash.executor_of(q.device.type, capability, q.dtype, sizes, installed)
     for tile in tiles:
         if tile.cap is not None or tile.kind == NEAR and kind != flash.CPU:

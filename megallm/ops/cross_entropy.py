@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops import native
+from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide, wide_dtype
 
 CHUNK_BYTES = (
@@ -105,6 +107,15 @@ def statistics(
     themselves.
     """
     labels, begin, temperature, cap = targets
+    kernels = None if best or powers is not None else _kernels_for(logits)
+    if kernels is not None:
+        top, total, label = (torch.empty_like(labels, dtype=torch.float32) for _ in range(3))
+        moments = torch.empty_like(top) if moment else None
+        numbers = labels.contiguous(), begin, temperature, cap or 0.0
+        kernels.cross_entropy_statistics(logits, *numbers, top, total, label, moments)
+        return Statistics(top, total, label, moments)
+    if powers is None and cap is None and _is_native(logits):
+        return Statistics(*native.softmax_statistics(logits, targets[:3], moment, best))
     if cap is not None:
         logits, reuse = soft_cap(wide(logits), cap), True
     here, local = locate(labels, begin, logits.shape[-1])
@@ -129,6 +140,14 @@ def statistics(
     if temperature != 1.0:
         top, label = top / temperature, label / temperature
     return Statistics(top, total, label, moments, places)
+
+
+def _kernels_for(logits: Tensor) -> object | None:
+    return KERNELS.of(logits) if logits.is_contiguous() else None
+
+
+def _is_native(logits: Tensor) -> bool:
+    return native.kernels(logits) is not None and logits.is_contiguous() and logits.shape[-1] > 0
 
 
 def _blocks(logits: Tensor) -> list[slice]:
@@ -175,12 +194,24 @@ def _gradient(
     - p_j` and `d H / d z_j = -p_j (log p_j + H)`.
     """
     labels, begin, temperature, cap = targets
+    kernels = _kernels_for(logits)
+    if kernels is not None:
+        into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+        entropy = softmax.entropy if upstream.entropy is not None else None
+        given = softmax.lse, upstream.log_prob, entropy, upstream.entropy, upstream.logit
+        given = [x if x is None else x.contiguous() for x in given]
+        numbers = labels.contiguous(), begin, temperature, cap or 0.0
+        kernels.cross_entropy_gradient(logits, *numbers, *given, into)
+        return into
     here, local = locate(labels, begin, logits.shape[-1])
     of_log_prob = upstream.log_prob / temperature
     of_entropy = None if upstream.entropy is None else upstream.entropy / temperature
     at_label = of_log_prob if upstream.logit is None else of_log_prob + upstream.logit / temperature
     at_label = at_label * here
     into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    if cap is None and _is_native(logits) and native.kernels(into):
+        given = softmax.lse, softmax.entropy, of_log_prob, of_entropy, at_label
+        return native.softmax_gradient(logits, targets[:3], given, into)
     for rows in _blocks(logits):
         share = wide(logits[rows])
         if cap is not None:

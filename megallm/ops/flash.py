@@ -18,6 +18,7 @@ MAX_HEAD_SIZE = 256
 SDPA_DTYPES = (*HALF, torch.float32)
 
 CPU, RUNS, TRITON, WRITTEN_OUT = "torch's kernel of CPUs", "torch's flash", "Triton", "written out"
+NATIVE = "the extension's kernel of CPUs"
 
 
 def executor_of(
