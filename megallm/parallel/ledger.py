@@ -92,9 +92,11 @@ def _slot(group: Group, peers: tuple[int, int] | None = None) -> int:
 
 
 def _noted(
-    call: Callable[[], Any], operation: str, slot: int, nbytes: int, async_op: bool
+    call: Callable[[], Any], operation: str, slot: int, nbytes: int, async_op: bool, own: int = 0
 ) -> Any:
-    """Issue a collective, with what the supervisor must know of it."""
+    """Issue a collective, with what the supervisor must know of it; `own` are bytes of this rank
+    that other ranks do not know of.
+    """
     if HEARTBEAT.fault is not None:
         HEARTBEAT.fault(HEARTBEAT, operation)
     if HEARTBEAT.skips:
@@ -102,6 +104,8 @@ def _noted(
         return NothingIssued()
     code = OPERATION[operation]
     number = HEARTBEAT.issue(code, slot, nbytes)
+    if HEARTBEAT.listener is not None:
+        HEARTBEAT.listener.issued(operation, slot, own or nbytes)
     if async_op:
         return NotedWork(call(), (code, slot, number, nbytes))
     since = HEARTBEAT.wait(code, slot, number, nbytes)
@@ -155,7 +159,7 @@ def all_to_all_single(
     """
     return _noted(
         lambda: dist.all_to_all_single(out, x, received, sent, group=group),
-        "all_to_all", _slot(group), 0, False,
+        "all_to_all", _slot(group), 0, False, x.nbytes,
     )  # fmt: skip
 
 
