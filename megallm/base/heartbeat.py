@@ -41,7 +41,7 @@ RING_AT = GROUPS_AT + NUM_GROUPS * GROUP.size
 RECORD_BYTES = RING_AT + NUMBER.size + NUM_ISSUED * ISSUED.size
 
 
-class Listener(Protocol):
+class StepListener(Protocol):
     """Hears at once what a rank does: a profiler (`training.profiling`). Times are those of
     time.monotonic.
     """
@@ -64,7 +64,7 @@ class Heartbeat:
 
     def __init__(self) -> None:
         self.fault: Callable[[Heartbeat, str], None] | None = None  # of the chaos tests
-        self.listener: Listener | None = None
+        self.listener: StepListener | None = None
         self.skips = 0  # collectives to leave out: a bug made on purpose
         self.attach(bytearray(RECORD_BYTES), 0)
 

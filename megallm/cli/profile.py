@@ -19,7 +19,7 @@ from megallm.launch.environment import RankEnv
 from megallm.launch.start import start, world_size
 from megallm.parallel.picture import to_svg
 from megallm.run.config import JobConfig
-from megallm.run.profile import RankProfile, Span, draw, table
+from megallm.run.profile import RankProfile, StepSpan, draw_step, table
 from megallm.training.kinds import KINDS
 
 
@@ -36,9 +36,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (2)")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine")
     parser.add_argument(
-        "--output", metavar="DIR", help="folder of profile.json, the traces and timeline.svg "
-        "(default: profile in run.dir)"
-    )  # fmt: skip
+        "--output",
+        metavar="DIR",
+        help="folder of profile.json, the traces and timeline.svg (default: profile in run.dir)",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -90,25 +91,33 @@ def _rank(
 
 def _report(folder: Path, world: int) -> None:
     """Print the table, and write it with the picture."""
-    ranks = read(folder, world)
+    ranks = read_profiles(folder, world)
     lines = list(table(ranks))
     print("\n".join(lines))
-    rows = [{"seconds": rank.seconds(), "parts": rank.parts(), "shares": rank.shares(),
-             "traffic": rank.traffic, "device": rank.device} for rank in ranks]  # fmt: skip
+    rows = [
+        {
+            "seconds": rank.seconds(),
+            "parts": rank.parts(),
+            "shares": rank.shares(),
+            "traffic": rank.traffic,
+            "device": rank.device,
+        }
+        for rank in ranks
+    ]
     atomic_write_text(folder / "profile.json", json.dumps({"ranks": rows}, indent=1))
-    atomic_write_text(folder / "timeline.svg", to_svg(draw([rank.steps[-1] for rank in ranks])))
+    atomic_write_text(folder / "timeline.svg", to_svg(draw_step([rank.steps[-1] for rank in ranks])))
     tell(
         f"written: {folder}/profile.json, {folder}/timeline.svg, and for chrome://tracing or "
         f"Perfetto {folder}/trace-rank-N.json."
     )
 
 
-def read(folder: Path, world: int) -> list[RankProfile]:
+def read_profiles(folder: Path, world: int) -> list[RankProfile]:
     """Returns what each rank has written."""
     found = []
     for rank in range(world):
         row: dict[str, Any] = json.loads((folder / f"rank-{rank}.json").read_text())
-        steps = [[Span(**span) for span in spans] for spans in row.pop("steps")]
+        steps = [[StepSpan(**span) for span in spans] for spans in row.pop("steps")]
         found.append(RankProfile(steps, **row))
     return found
 

@@ -30,7 +30,7 @@ LEFT, TOP, ROW, GAP, PLOT = 58, 66, 24, 5, 1000
 
 
 @dataclass(frozen=True)
-class Span:
+class StepSpan:
     """A stretch of a step, in seconds: a phase, or `wait AXIS OPERATION`."""
 
     name: str
@@ -53,7 +53,7 @@ class RankProfile:
     operation), and the seconds of operations inside the part compute.
     """
 
-    steps: list[list[Span]] = field(default_factory=list)
+    steps: list[list[StepSpan]] = field(default_factory=list)
     traffic: dict[str, list[int]] = field(default_factory=dict)  # "tp all_reduce" -> calls, bytes
     operations: dict[str, float] = field(default_factory=dict)
     traced_compute: float = 0.0  # seconds of compute in the step of `operations`
@@ -106,7 +106,8 @@ def table(ranks: Sequence[RankProfile], most: int = 12) -> Iterator[str]:
     """
     step = fmean(rank.seconds() for rank in ranks)
     count = len(ranks[0].steps)
-    yield f"step {step:.4f} s (mean of {count} steps, {len(ranks)} ranks; then least and most of a rank)"
+    of = f"mean of {count} steps, {len(ranks)} ranks; then least and most of a rank"
+    yield f"step {step:.4f} s ({of})"
     parts = [rank.parts() for rank in ranks]
     means = _means(parts)
     shares = _means([rank.shares() for rank in ranks])
@@ -153,7 +154,7 @@ def _traffic(ranks: Sequence[RankProfile], part: str) -> Iterator[str]:
         yield f"    {axis} {operation}: {calls:g} calls, {size:.3f} MiB a step and rank"
 
 
-def draw(ranks: Sequence[Sequence[Span]]) -> Drawing:
+def draw_step(ranks: Sequence[Sequence[StepSpan]]) -> Drawing:
     """Returns a picture of a step: a row of spans for each rank, one time axis."""
     begin = min(spans[0].begin for spans in ranks)
     span = max(spans[-1].end for spans in ranks) - begin or 1.0
@@ -173,7 +174,8 @@ def draw(ranks: Sequence[Sequence[Span]]) -> Drawing:
         for one in spans:
             at, size = (one.begin - begin) / span * PLOT, (one.end - one.begin) / span * PLOT
             hint = f"{one.name}: {(one.end - one.begin) * 1e3:.3f} ms"
-            drawing.rects.append(Rect(LEFT + at, top, size, ROW, COLOURS.get(_kind(one.name), IDLE), hint))
+            colour = COLOURS.get(_kind(one.name), IDLE)
+            drawing.rects.append(Rect(LEFT + at, top, size, ROW, colour, hint))
     for tick in ticks(span):
         x, bottom = LEFT + tick / span * PLOT, height - 36
         drawing.rects.append(Rect(x - 0.5, bottom, 1, 4, FAINT))

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megallm.base.files import atomic_write_text
 from megallm.base.heartbeat import HEARTBEAT, ranks_of
 from megallm.engine.engine import Mesh
-from megallm.run.profile import COMPUTE, WAIT, RankProfile, Span, device_parts, part_of
+from megallm.run.profile import COMPUTE, WAIT, RankProfile, StepSpan, device_parts, part_of
 
 AXES = ("tp", "cp", "pp", "ep", "dp", "data", "grads", "expert_grads", "model", "world")
 
@@ -29,7 +29,7 @@ class Profiler:
         self.mesh, self.warmup, self.measured = mesh, warmup, steps
         self.found, self.finished, self.steps = RankProfile(), False, 0
         self._axes: dict[int, str] = {}
-        self._spans: list[Span] | None = None  # of the step under way
+        self._spans: list[StepSpan] | None = None  # of the step under way
         self._name, self._since, self._phase = "", 0.0, ""
         self._mark: record_function | None = None
         self._traffic: Counter[tuple[str, int]] = Counter()
@@ -93,7 +93,7 @@ class Profiler:
             self._mark.__exit__(None, None, None)
             self._mark = None
         assert self._spans is not None
-        self._spans.append(Span(self._name, self._since + self._offset, now + self._offset))
+        self._spans.append(StepSpan(self._name, self._since + self._offset, now + self._offset))
 
     def _end(self) -> None:
         spans, self._spans = self._spans or [], None

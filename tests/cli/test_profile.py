@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from megallm.cli.main import main
-from megallm.cli.profile import read
+from megallm.cli.profile import read_profiles
 from megallm.parallel.picture import to_svg
-from megallm.run.profile import RankProfile, Span, device_parts, draw, part_of, table
+from megallm.run.profile import RankProfile, StepSpan, device_parts, draw_step, part_of, table
 from tests.system.commands import megallm
 
 
@@ -34,7 +34,7 @@ def config_of(folder: Path) -> str:
 def test_parts_sum_to_the_step(tmp_path, capsys):
     assert main(["profile", config_of(tmp_path), "--kind", "sft", "--steps", "2", "--warmup", "1"]) == 0
     folder = tmp_path / "run" / "profile"
-    (found,) = read(folder, 1)
+    (found,) = read_profiles(folder, 1)
     assert len(found.steps) == 2
     for spans in found.steps:
         assert all(before.end == after.begin for before, after in pairwise(spans)), "a gap"
@@ -46,7 +46,8 @@ def test_parts_sum_to_the_step(tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists()
     names = {event.get("name") for event in json.loads((folder / "trace-rank-0.json").read_text())["traceEvents"]}
     assert {"megallm forward", "aten::mm"} <= names
-    assert "<svg" in (folder / "timeline.svg").read_text() and json.loads((folder / "profile.json").read_text())["ranks"]
+    assert "<svg" in (folder / "timeline.svg").read_text()
+    assert json.loads((folder / "profile.json").read_text())["ranks"]
 
 
 def test_ranks_say_what_they_exchange(tmp_path):
@@ -69,15 +70,15 @@ def test_too_few_steps_are_refused(tmp_path, capsys):
 
 
 def test_the_account_of_made_up_spans():
-    spans = [Span("data", 0, 1), Span("forward", 1, 4), Span("wait pp recv", 4, 5), Span("wait tp all_reduce", 5, 7),
-             Span("forward", 7, 8), Span("optimizer", 8, 10)]  # fmt: skip
+    spans = [StepSpan("data", 0, 1), StepSpan("forward", 1, 4), StepSpan("wait pp recv", 4, 5), StepSpan("wait tp all_reduce", 5, 7),
+             StepSpan("forward", 7, 8), StepSpan("optimizer", 8, 10)]  # fmt: skip
     rank = RankProfile([spans], {"tp all_reduce": [3, 2**20]}, {"aten::mm": 3.0}, 4.0)
     assert rank.parts() == {"data": 1, "compute": 4, "bubble": 1, "communication tp": 2, "optimizer": 2}
     assert rank.shares() == {"aten::mm": 0.75, "Python and launches": 0.25}
     said = "\n".join(table([rank, rank]))
     assert "tp all_reduce: 3 calls, 1.000 MiB" in said and "step 10.0000 s" in said
     assert part_of("wait ep all_to_all") == "communication ep" and part_of("between") == "other"
-    picture = to_svg(draw([spans, spans]))
+    picture = to_svg(draw_step([spans, spans]))
     assert picture.count("wait tp all_reduce: 2000.000 ms") == 2 and "rank 1" in picture
 
 
