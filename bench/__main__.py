@@ -1,8 +1,8 @@
 """Runs the comparisons of this folder: python -m bench [NAME] [--rounds N] [--json F] [--quick] [-- OPTIONS]
 
-Without a name it lists them. What stands behind `--` goes to the comparison as it is; `--quick` takes the smallest cases
-and two rounds: it shows that everything runs, its figures are not worth much. `--json` writes what was printed, with the
-command and the machine. Peers that do not fit into the environment of megallm live in their own: bash bench/setup.sh.
+Without a name it lists them. What stands behind `--` goes to the comparison as it is; `--quick` takes the smallest
+cases and two rounds: it shows that everything runs, its figures are worth little. `--json` writes what was printed, with
+the command and the machine. Peers that do not fit into the environment of megallm live in their own: bash bench/setup.sh.
 """
 
 from __future__ import annotations

@@ -70,8 +70,10 @@ def test_too_few_steps_are_refused(tmp_path, capsys):
 
 
 def test_the_account_of_made_up_spans():
-    spans = [StepSpan("data", 0, 1), StepSpan("forward", 1, 4), StepSpan("wait pp recv", 4, 5), StepSpan("wait tp all_reduce", 5, 7),
-             StepSpan("forward", 7, 8), StepSpan("optimizer", 8, 10)]  # fmt: skip
+    names = ("data", 1), ("forward", 4), ("wait pp recv", 5), ("wait tp all_reduce", 7), ("forward", 8)
+    names += (("optimizer", 10),)
+    begins = (0, *(end for _, end in names))
+    spans = [StepSpan(name, begin, end) for begin, (name, end) in zip(begins, names, strict=False)]
     rank = RankProfile([spans], {"tp all_reduce": [3, 2**20]}, {"aten::mm": 3.0}, 4.0)
     assert rank.parts() == {"data": 1, "compute": 4, "bubble": 1, "communication tp": 2, "optimizer": 2}
     assert rank.shares() == {"aten::mm": 0.75, "Python and launches": 0.25}
