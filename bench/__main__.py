@@ -1,8 +1,9 @@
 """Runs the comparisons of this folder: python -m bench [NAME] [--rounds N] [--json F] [--quick] [-- OPTIONS]
 
 Without a name it lists them. What stands behind `--` goes to the comparison as it is; `--quick` takes the smallest
-cases and two rounds: it shows that everything runs, its figures are worth little. `--json` writes what was printed, with
-the command and the machine. Peers that do not fit into the environment of megallm live in their own: bash bench/setup.sh.
+cases and two rounds: it shows that everything runs, its figures are worth little. `--json` writes what was printed,
+with the command and the machine. Peers that do not fit into the environment of megallm live in their own:
+bash bench/setup.sh.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ BENCHES = {
                         "--megabytes 20"),
     "posttrain": Bench("posttrain.py", "fine-tuning, LoRA, DPO and GRPO steps beside PEFT and TRL",
                        "--cases lora-15M"),
+    "attention": Bench("attention.py", "attention on a CPU beside torch's", ""),
     "optimizers": Bench("optimizers.py", "an update by each rule beside torch.optim", "adamw"),
     "experts": Bench("experts.py", "a layer of experts beside transformers'", "--tokens 256", rounds=False),
     "latent": Bench("latent.py", "decoding with latent attention, absorbed and not", "--context 256 --batch 1",
