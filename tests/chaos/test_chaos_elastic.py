@@ -180,7 +180,7 @@ def test_rows_32_33_a_node_of_slurm_goes_down_and_comes_back(tmp_path, corpus):
     reason = missing()
     if reason:
         pytest.skip(reason)
-    steps = 200
+    steps = 120
     config = written(tmp_path, corpus, train=PLAIN | {"steps": steps}, checkpoint={"every": 5, "keep": 3})
     run = tmp_path / "run"
     with running_cluster(tmp_path / "slurm", 3) as cluster:
