@@ -60,13 +60,14 @@ class OptionalBuild(build_ext):
 
 
 def extensions():
-    """`megallm._index` from csrc/index and `megallm._ops` from csrc/ops."""
+    """`megallm._index`, `megallm._ops` and `megallm._collectives` from the folders of csrc."""
     if not MISSING:
         ParallelCompile().install()  # one file a core
     # No fused multiply-add: the bits must equal numpy's. Operations on tensors may sum in any order.
+    strict = ["-ffp-contract=off"]
     loose = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast"]
     threads = ["-fopenmp"] if sys.platform == "linux" else []  # torch's own threads: it brings the same library
-    return [extension("index", ["-ffp-contract=off"]), extension("ops", loose + threads, threads)]
+    return [extension("index", strict), extension("ops", loose + threads, threads), extension("collectives", strict)]
 
 
 def extension(folder, flags, link=()):
@@ -130,6 +131,7 @@ setup(
         "test": [
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "gigatoken==0.10.0",

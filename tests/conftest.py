@@ -26,6 +26,7 @@ LONG = (
     "system/test_bad_input.py", "system/test_huggingface.py", "system/test_objectives.py",
     "inference/test_generator.py", "inference/test_chat.py",
 )  # fmt: skip
+LONG_MARKERS = ("chaos", "slow", "oracle_full", "gpu")
 
 
 # Without these every property would have to hold within 200 ms an example, on any machine and at any load.
@@ -43,7 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, files of LONG before the others, each in its own order."""
+    """Under pytest-xdist, files of LONG before the others, each in its own order; hours for tests that take long."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in LONG_MARKERS):
+            item.add_marker(pytest.mark.timeout(4 * 3600))
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
         items.sort(key=lambda item: places.get(item.path, len(LONG)))

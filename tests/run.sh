@@ -9,14 +9,17 @@ bash tools/install.sh test
 bash tests/install_facilities.sh
 python=$PWD/.venv/bin/python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-parallel=(-n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder)
+# A process that dies ends the run: pytest-xdist 3.8 waits for ever for the tests that it had.
+parallel=(-n "${JOBS:-2}" --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
 if [ "${1:-}" = --quick ]; then
   exec "$python" -m pytest -q "${parallel[@]}" "${@:2}" @tests/quick.txt
 fi
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest -q -rs "$@"
 fi
+# A limit for the whole, so that a test that never ends still leaves a summary.
+limited=(timeout --foreground --signal=INT --kill-after=60 4500)
 status=0
 "$python" -m pytest -q --without-extension tests/data/test_{data_bounds,data_megatron_blends,data_order,data_objective,data_rows,data_samples,data_state_cache,data_stream,chat_engine,chat_reader}.py || status=$?
-"$python" -m pytest -q -rs "${parallel[@]}" || status=$?
+"${limited[@]}" "$python" -m pytest -q -rs "${parallel[@]}" || status=$?
 exit $status

@@ -28,7 +28,7 @@ pip() { "$python" -m pip --disable-pip-version-check -q "$@"; }
 # Whatever torch is there stays: a build for this machine's GPU must not be replaced.
 torch=$("$python" -W ignore -c 'import torch; print(torch.__version__)')
 sed "s/^torch==.*/torch==$torch/" tests/constraints.txt > "$venv/constraints.txt"
-rm -f megallm/_index*.so
+rm -f megallm/_index*.so megallm/_ops*.so megallm/_collectives*.so
 pip install -c "$venv/constraints.txt" -e ".${extras:+[$extras]}"
 "$python" - <<'PY'
 from megallm.base.extension import status

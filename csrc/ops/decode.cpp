@@ -6,71 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define INLINE inline __attribute__((always_inline))
-#else
-#define WIDE
-#define INLINE inline
-#endif
+#include "decode.hpp"
 
 namespace py = pybind11;
 
+void bind_stack(py::module_& m);  // decode_stack.cpp
+
 namespace {
-
-using I64 = std::int64_t;
-
-constexpr I64 kBlock = 16;  // positions of a block: BLOCK of megallm/inference/blocks.py
-
-INLINE double exponential(double x) { return std::exp(x); }
-
-// e^x to a rounding or two, in a form that compilers vectorise: 2^n p(r) with |r| <= log(2) / 2 (Cephes).
-INLINE float exponential(float x) {
-  x = std::min(std::max(x, -87.0f), 88.0f);
-  const float n = std::floor(x * 1.44269504088896341f + 0.5f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
-
-template <typename T>
-INLINE void norm_rows(const T* x, const T* weight, T* out, I64 rows, I64 size, double eps) {
-  for (I64 row = 0; row < rows; ++row, x += size, out += size) {
-    T squares = 0;
-    for (I64 i = 0; i < size; ++i) squares += x[i] * x[i];
-    const T scale = T(1) / std::sqrt(squares / T(size) + T(eps));
-    for (I64 i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
-  }
-}
-
-template <typename T>
-INLINE void swiglu_rows(const T* both, T* out, I64 rows, I64 size) {
-  for (I64 row = 0; row < rows; ++row, both += 2 * size, out += size)
-    for (I64 i = 0; i < size; ++i) out[i] = both[i] / (T(1) + exponential(-both[i])) * both[size + i];
-}
-
-template <typename T>
-INLINE void rotate(const T* x, const T* cos, const T* sin, T* out, I64 half, T scale) {
-  for (I64 i = 0; i < half; ++i) {
-    out[i] = (x[i] * cos[i] - x[half + i] * sin[i]) * scale;
-    out[half + i] = (x[half + i] * cos[i] + x[i] * sin[i]) * scale;
-  }
-}
 
 struct Shape {
   I64 rows, heads, kv_heads, size, width, positions, window;
@@ -98,43 +43,12 @@ INLINE void attend_rows(const T* q, const T* kv, const T* cos, const T* sin, T* 
     const I64 end = lengths[row] + 1, first = at.window ? std::max<I64>(end - at.window, 0) : 0;
     const I64* blocks = table + row * at.width;
     for (I64 head = 0; head < at.heads; ++head) {
-      const I64 pool = head / group * at.positions;
+      const I64 pool = head / group * at.positions * size;
       rotate(q + (row * at.heads + head) * size, cos + row * half, sin + row * half, turned.data(), half, scale);
-      T* weight = weights.data();
-      T largest = -std::numeric_limits<T>::infinity();
-      for (I64 begin = first; begin < end;) {
-        const I64 stop = std::min(end, (begin / kBlock + 1) * kBlock);
-        const T* key = keys + (pool + blocks[begin / kBlock] * kBlock + begin % kBlock) * size;
-        for (I64 i = begin; i < stop; ++i, key += size) {
-          T sum = 0;
-          for (I64 j = 0; j < size; ++j) sum += turned[j] * key[j];
-          weight[i - first] = sum;
-          largest = std::max(largest, sum);
-        }
-        begin = stop;
-      }
-      T total = 0;
-      for (I64 i = 0; i < end - first; ++i) {
-        weight[i] = exponential(weight[i] - largest);
-        total += weight[i];
-      }
-      T* result = out + (row * at.heads + head) * size;
-      std::fill(result, result + size, T(0));
-      for (I64 begin = first; begin < end;) {
-        const I64 stop = std::min(end, (begin / kBlock + 1) * kBlock);
-        const T* value = values + (pool + blocks[begin / kBlock] * kBlock + begin % kBlock) * size;
-        for (I64 i = begin; i < stop; ++i, value += size)
-          for (I64 j = 0; j < size; ++j) result[j] += weight[i - first] * value[j];
-        begin = stop;
-      }
-      for (I64 j = 0; j < size; ++j) result[j] /= total;
+      attend_row(turned.data(), keys + pool, values + pool, blocks, first, end, size, weights.data(),
+                 out + (row * at.heads + head) * size);
     }
   }
-}
-
-template <typename T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 #define BOTH(NAME, PARAMETERS, ARGUMENTS)                               \
@@ -186,10 +100,11 @@ void add_kernels(py::module_& m);  // kernels.cpp
 }
 
 PYBIND11_MODULE(_ops, m) {
-  m.attr("VERSION") = 2;  // must equal that of megallm/base/extension.py
+  m.attr("VERSION") = 4;  // must equal that of megallm/base/extension.py
   m.attr("BLOCK") = kBlock;
   m.def("norm", &norm);
   m.def("swiglu", &swiglu);
   m.def("attend", &attend);
   megallm::add_kernels(m);
+  bind_stack(m);
 }

@@ -10,6 +10,7 @@ as one UsageError.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -332,19 +333,19 @@ def _build(root_cls: type, cls: type, node: Node, prefix: str, problems: list[st
 
 
 def _unknown(root_cls: type, hints: dict[str, Any], prefix: str, name: str) -> str:
-    section = f"Keys of {prefix[:-1]}" if prefix else "Keys"
-    known = list(leaves(root_cls))
+    full, known = f"{prefix}{name}", list(leaves(root_cls))
     close = suggest.nearest(name, [hint for hint in hints if suggest.plain(hint) == suggest.plain(name)])
-    elsewhere = None if close else _pointer(root_cls, f"{prefix}{name}", known)
+    other = close or suggest.plain(full) in vars(root_cls).get("OTHER_NAMES", {})
+    typo = None if other else suggest.typo_of(full, [*known, *(f"{prefix}{hint}" for hint in hints)])
+    elsewhere = None if close or typo else _pointer(root_cls, full, known)
     if elsewhere is not None:
-        return f"unknown key '{prefix}{name}'. {elsewhere}"
+        return f"unknown key '{full}'. {elsewhere}"
     last = suggest.plain(name.rpartition(".")[2])
     same = [leaf for leaf in known if suggest.plain(leaf.rpartition(".")[2]) == last]
     close = close or (None if same and "." in name else suggest.nearest(name, hints, cutoff=0.5))
-    close = f"{prefix}{close}" if close else next(iter(same), None)
-    close = close or suggest.nearest(f"{prefix}{name}", known, cutoff=0.75)
-    hint = f" Did you mean '{close}'?" if close else ""
-    return f"unknown key '{prefix}{name}'.{hint} {section} are: {', '.join(hints)}."
+    close = typo or (f"{prefix}{close}" if close else next(iter(same), None)) or suggest.nearest(full, known, 0.75)
+    hint, section = f" Did you mean '{close}'?" if close else "", f"Keys{f' of {prefix[:-1]}' if prefix else ''}"
+    return f"unknown key '{full}'.{hint} {section} are: {', '.join(hints)}."
 
 
 def _pointer(root_cls: type, key: str, known: list[str]) -> str | None:
@@ -463,6 +464,7 @@ def _expected(hint: Any) -> str:
 # Looking at classes.
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

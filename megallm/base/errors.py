@@ -53,6 +53,10 @@ class CheckpointError(MegallmError):
     exit_code = 74
 
 
+class NewerCheckpoint(CheckpointError):
+    """A checkpoint of a later megallm: whole, and not for this one to pass over or rename."""
+
+
 class Requeue(MegallmError):
     """The job was asked to stop, its state is safe, and it may be queued again."""
 
@@ -69,3 +73,13 @@ class Diverged(MegallmError):
     """The loss or the gradients are not finite."""
 
     exit_code = 77
+
+
+class BadStep(Diverged):
+    """A step that the run's policy does not go over; the state before it is sound."""
+
+
+class RollBack(MegallmError):
+    """The run goes back to an earlier checkpoint; started again, it goes on from there."""
+
+    exit_code = 75

@@ -1,7 +1,8 @@
-"""Loads the C++ extensions `megallm._index` and `megallm._ops`, and says why when it cannot.
+"""Loads the C++ extensions `megallm._index`, `megallm._ops` and `megallm._collectives`, and says why
+when it cannot.
 
 Nothing depends on them: every function of the first one has a numpy twin with the same bits next to
-its caller, those of the second one a twin in torch with the same results to rounding.
+its caller, those of the second one a twin in torch with the same results to rounding, the third has gloo.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ REASON = (
     Path(__file__).parents[1] / "_index_not_built.txt"
 )  # why the build failed; `setup.py` writes it
 VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
-OPS, OPS_VERSION = "megallm._ops", 2  # the same of csrc/ops/decode.cpp
+OPS, OPS_VERSION = "megallm._ops", 4  # the same of csrc/ops/decode.cpp
+COLLECTIVES, COLLECTIVES_VERSION = "megallm._collectives", 1  # and of csrc/collectives/module.cpp
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ def _found(name: str, version: int, twin: str) -> tuple[ModuleType | None, str]:
 def ops() -> ModuleType | None:
     """Returns the extension of operations on tensors, or None when the caller must use torch."""
     return _found(OPS, OPS_VERSION, "torch")[0]
+
+
+@cache
+def collectives() -> ModuleType | None:
+    """Returns the extension of collectives over shared memory, or None: gloo is used then."""
+    return _found(COLLECTIVES, COLLECTIVES_VERSION, "gloo")[0]
 
 
 def _reason(error: ImportError) -> str:

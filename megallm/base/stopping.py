@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -18,6 +19,28 @@ NOTHING_TO_SAVE = "before the first step: there is nothing to save. The same com
 
 _PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
+
+
+class StepAbandoned(Exception):
+    """A step, or an evaluation, is given up on all ranks alike since the run was asked to stop: the
+    state is as it was before, and is saved.
+    """
+
+
+class JobEnd:
+    """When a batch system ends this job, in seconds of `time.time`, and when it began; `at` is None
+    where that is not known.
+    """
+
+    def __init__(self) -> None:
+        self.set(None)
+
+    def set(self, at: float | None) -> None:
+        """Take notice of the end of a job that begins now."""
+        self.at, self.began = at, time.time()
+
+
+JOB_END = JobEnd()  # of this process; ranks that it forks inherit it
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -64,6 +87,14 @@ class BeforeRanks:
             with suppress(OSError):
                 os.write(2, f"megallm: {how} {NOTHING_TO_SAVE}\n".encode())
         os._exit(INTERRUPTED if interrupted else REQUEUE)
+
+
+def hear_again() -> None:
+    """Let the handlers of `before_ranks` act again: the ranks are gone, and others will follow."""
+    for number in (*stop_signals(), signal.SIGINT):
+        handler = signal.getsignal(number)
+        if isinstance(handler, BeforeRanks):
+            handler.over = False
 
 
 @contextmanager

@@ -74,6 +74,26 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
     return by_plain[close[0]] if close else None
 
 
+def typo_of(word: str, choices: Iterable[str]) -> str | None:
+    """Returns the first choice that is one edit away: two neighbours swapped, else a letter more,
+    less or another.
+    """
+    close = [choice for choice in choices if _one_edit(word, choice)]
+    return next((one for one in close if sorted(one) == sorted(word)), next(iter(close), None))
+
+
+def _one_edit(a: str, b: str) -> bool:
+    if a == b or abs(len(a) - len(b)) > 1:
+        return False
+    begin = 0
+    while begin < min(len(a), len(b)) and a[begin] == b[begin]:
+        begin += 1
+    a, b = a[begin:], b[begin:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
+
+
 def did_you_mean(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """Returns ` Did you mean 'x'?`, or nothing."""
     close = nearest(word, choices, cutoff)

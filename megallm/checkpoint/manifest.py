@@ -28,7 +28,8 @@ from typing import Any
 
 import xxhash
 
-from megallm.base.errors import CheckpointError
+from megallm.base.errors import CheckpointError, NewerCheckpoint
+from megallm.base.version import VERSION
 from megallm.checkpoint.plan import cover_problem
 from megallm.parallel.shard import Box
 
@@ -229,7 +230,7 @@ def decode(data: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}.") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def table_from_json(value: Any) -> dict[str, TensorRecord]:
@@ -255,10 +256,12 @@ def _manifest(content: Any) -> Manifest:
         raise CheckpointError(
             f"'format' is {content.get('format')!r}, not {FORMAT!r}: this is no megallm checkpoint."
         )
-    if type(content.get("schema")) is not int or content["schema"] != SCHEMA:
-        raise CheckpointError(
-            f"It has schema {content.get('schema')!r}; this megallm reads schema {SCHEMA}. "
-            f"It needs megallm >= {content.get('needs')}."
+    schema = content.get("schema")
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        newer = type(schema) is int and schema > SCHEMA
+        raise (NewerCheckpoint if newer else CheckpointError)(
+            f"It has schema {schema!r}; this megallm, {VERSION}, reads schema {SCHEMA}. "
+            f"It needs megallm >= {str(content.get('needs'))[:40]}."
         )
     _fields(
         content, ("format", "schema", "needs", "step", "files", "tensors", "meta"), "the manifest"

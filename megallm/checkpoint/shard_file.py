@@ -14,6 +14,8 @@ from typing import Any
 from megallm.base.errors import CheckpointError
 from megallm.checkpoint.manifest import DTYPES
 
+_BEGIN_BYTES = 8 << 20  # after so many the disk is told to begin
+
 
 def header_bytes(
     entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]
@@ -39,12 +41,12 @@ def header_bytes(
 
 class ShardWriter:
     """An unbuffered new file that counts its bytes and is synced when the block ends without an
-    error.
+    error. The disk begins while the rest is still being written.
     """
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self.position = 0
+        self.position = self._begun = 0
 
     def write(self, data: Any) -> None:
         view = memoryview(data)
@@ -52,6 +54,11 @@ class ShardWriter:
             count = os.write(self.fd, view)
             self.position += count
             view = view[count:]
+        if self.position - self._begun >= _BEGIN_BYTES:
+            # Dirty pages are sent to the disk, not dropped: the sync at the end finds little left.
+            count = self.position - self._begun
+            os.posix_fadvise(self.fd, self._begun, count, os.POSIX_FADV_DONTNEED)
+            self._begun = self.position
 
     def __enter__(self) -> ShardWriter:
         return self

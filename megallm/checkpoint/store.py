@@ -26,6 +26,7 @@ from megallm.base.errors import (
     InternalError,
     LeaseLost,
     MegallmError,
+    NewerCheckpoint,
 )
 from megallm.base.files import fsync_dir, writing
 from megallm.checkpoint.io import Part, write_shard
@@ -75,7 +76,8 @@ def latest(
     """Returns the newest valid step under `root` (None without any), and a warning for each newer
     one that is damaged.
 
-    Steps whose names are in `without` are left out. Hashes of tensors are not looked at.
+    Steps whose names are in `without` are left out. Hashes of tensors are not looked at. Errors:
+    `NewerCheckpoint` when the newest step is of a later megallm: that is no damage.
     """
     warnings = []
     for _, folder in step_folders(root):
@@ -83,6 +85,8 @@ def latest(
             continue
         try:
             load_manifest(folder)
+        except NewerCheckpoint:
+            raise
         except CheckpointError as error:
             warnings.append(f"{folder.name} is damaged and passed over: {error}")
         else:
@@ -118,15 +122,16 @@ def latest_whole(
 
     Collective over the world: each rank reads its share, so a start reads a checkpoint once more,
     from the page cache if it fits (2 to 10 GB/s a rank, the speed of the file system or of xxh3).
-    None: this process is alone.
+    None: this process is alone. Errors, on all ranks: as of `latest`.
     """
     rank, size = (0, 1) if mesh is None else (mesh.world.rank, mesh.world.size)
     damaged: list[str] = []
     warnings: list[str] = []
     while True:
-        found, passed = latest(root, damaged) if rank == 0 else (None, [])
-        answer = [found.name if found else None, passed]
-        name, passed = answer if mesh is None else mesh.broadcast_json(answer)
+        answer = _newest(root, damaged) if rank == 0 else {}
+        answer = answer if mesh is None else mesh.broadcast_json(answer)
+        raise_failure(answer)
+        name, passed = answer["name"], answer["passed"]
         warnings = sorted({*warnings, *passed}, reverse=True)  # by step, the newest first
         if name is None:
             return None, warnings
@@ -138,6 +143,15 @@ def latest_whole(
             return Path(root) / name, warnings
         damaged.append(name)
         warnings.append(f"{name} is damaged and passed over: {problem}")
+
+
+def _newest(root: str | os.PathLike[str], damaged: Sequence[str]) -> dict[str, Any]:
+    """What rank 0 tells the others of `latest`."""
+    try:
+        found, passed = latest(root, damaged)
+    except CheckpointError as error:
+        return failure(error)
+    return {"name": found.name if found else None, "passed": passed}
 
 
 def _first_problem(folder: Path, rank: int, size: int, wanted: Callable[[str], bool]) -> str:
@@ -186,7 +200,7 @@ def save(
 
 _KINDS = {
     kind.__name__: kind
-    for kind in (CannotWrite, CheckpointError, Diverged, InternalError, LeaseLost)
+    for kind in (CannotWrite, CheckpointError, Diverged, InternalError, LeaseLost, NewerCheckpoint)
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megallm.base.progress import Progress, quiet
 from megallm.checkpoint.io import raw
 from megallm.checkpoint.manifest import MANIFEST
 from megallm.checkpoint.reader import CheckpointReader, load_manifest, step_folders
-from megallm.checkpoint.retention import pin_file
+from megallm.checkpoint.retention import pin, pin_file, unpin
 from megallm.checkpoint.shard_file import ShardWriter, header_bytes
 from megallm.checkpoint.store import latest, latest_whole
 
@@ -166,8 +166,8 @@ def _extra_files(folder: Path, known: set[str]) -> list[str]:
 def diff(
     first: str | os.PathLike[str], second: str | os.PathLike[str], progress: Progress = quiet
 ) -> dict[str, Any]:
-    """Returns what differs between two steps: `same`, `tensors` (name, what, max_abs_error) and
-    `meta` (keys that differ).
+    """Returns what differs between two steps: `same`, `tensors` (name, what, max_abs_error), `meta`
+    (keys that differ) and `changes` (rows of dotted key, first, second).
 
     `what` is "only in first", "only in second", "shape or dtype" or "values". Values are compared
     bit by bit; max_abs_error is computed in float64 and is NaN when a NaN stands against a number,
@@ -192,8 +192,8 @@ def diff(
                 row = _value_row(name, a.read(name), b.read(name))
             if row is not None:
                 rows.append(row)
-        meta = _differing_keys(a.meta, b.meta)
-    return {"same": not rows and not meta, "tensors": rows, "meta": meta}
+        meta, changes = _differing_keys(a.meta, b.meta), list(_changes(a.meta, b.meta, ""))
+    return {"same": not rows and not meta, "tensors": rows, "meta": meta, "changes": changes}
 
 
 def _value_row(name: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, Any] | None:
@@ -220,6 +220,26 @@ def _differing_keys(a: Any, b: Any) -> list[str]:
             key for key in a.keys() | b.keys() if key not in a or key not in b or a[key] != b[key]
         )
     return [] if a == b else ["meta"]
+
+
+def _changes(a: Any, b: Any, key: str) -> Iterator[dict[str, Any]]:
+    """Yields a row for each value of two metas that differs; what one lacks is None there."""
+    if isinstance(a, dict | None) and isinstance(b, dict | None) and (a or b):
+        a, b = a or {}, b or {}
+        for name in sorted(a.keys() | b.keys()):
+            yield from _changes(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+    elif a != b:
+        yield {"key": key, "first": a, "second": b}
+
+
+def set_pin(source: str | os.PathLike[str], pinned: bool) -> dict[str, Any]:
+    """Keep a step whatever retention says, or let it go again; returns step, path, pinned.
+
+    Errors: `CheckpointError` when there is no valid step, `CannotWrite`.
+    """
+    folder = resolve_step(source)
+    (pin if pinned else unpin)(folder)
+    return {"step": load_manifest(folder).step, "path": str(folder), "pinned": pinned}
 
 
 def dump(

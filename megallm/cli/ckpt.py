@@ -1,5 +1,5 @@
-"""`megallm ckpt ls|show|verify|diff|dump|upcycle`: look into checkpoints, and give a dense one
-experts.
+"""`megallm ckpt ls|show|verify|diff|pin|unpin|dump|reshard|upcycle`: look into checkpoints, keep
+them, and write them in another form.
 """
 
 from __future__ import annotations
@@ -91,9 +91,65 @@ def _diff(args: argparse.Namespace) -> int:
         + (f", max error {row['max_abs_error']:.3e}" if row["max_abs_error"] is not None else "")
         for row in found["tensors"]
     ]
-    lines += [f"meta.{key} differs" for key in found["meta"]]
+    lines += [
+        f"meta.{row['key']}: {_short(row['first'])} -> {_short(row['second'])}"
+        for row in found["changes"]
+    ]
     _out(args, found, lines or ["The checkpoints are equal bit for bit."])
     return 0 if found["same"] else 1
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _pin(args: argparse.Namespace) -> int:
+    return _set_pin(args, True)
+
+
+def _unpin(args: argparse.Namespace) -> int:
+    return _set_pin(args, False)
+
+
+def _set_pin(args: argparse.Namespace, pinned: bool) -> int:
+    from megallm.checkpoint import tools
+
+    done = tools.set_pin(args.source, pinned)
+    told = "stays whatever checkpoint.keep says" if pinned else "may go when it is old"
+    return _out(args, done, [f"{done['path']} {told}."])
+
+
+def _reshard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help=SOURCE)
+    parser.add_argument("output", metavar="DST", help="the run folder to make")
+    parser.add_argument(
+        "--layout",
+        required=True,
+        metavar="tp=N,pp=N,..",
+        help="the ranks whose files are written: tp, pp, cp, ep, dp, chunks, schedule, stages",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    overwrite_argument(parser)
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from megallm.base.config import load
+    from megallm.convert.reshard import ReshardRequest, reshard
+    from megallm.parallel.config import LayoutConfig
+
+    layout = load(LayoutConfig, None, [part for part in args.layout.split(",") if part])
+    request = ReshardRequest(args.source, args.output, layout, args.overwrite)
+    done = reshard(request, BOARD.show)
+    BOARD.end()
+    return _out(
+        args,
+        done,
+        [
+            f"step {done['step']}: {done['tensors']} tensors in {done['files']} files, "
+            f"{_gib(done['bytes'])} -> {done['output']}"
+        ],
+    )
 
 
 def _dump(args: argparse.Namespace) -> int:
@@ -182,5 +238,8 @@ COMMANDS = {
     "ckpt verify": Command(_one, _verify),
     "ckpt diff": Command(_diff_arguments, _diff),
     "ckpt dump": Command(_dump_arguments, _dump),
+    "ckpt pin": Command(_one, _pin),
+    "ckpt unpin": Command(_one, _unpin),
+    "ckpt reshard": Command(_reshard_arguments, _reshard),
     "ckpt upcycle": Command(_upcycle_arguments, _upcycle),
 }

@@ -35,7 +35,7 @@ TEXTS = (
 )  # arguments that are never paths
 HELP = ("-h", "--help", "help")
 OF_ONE = "`megallm VERB --help` shows the arguments of one."
-FASTER_WITH_EXTENSION = ("preprocess", *TRAINING, "curate", "data verify", "data stream")
+FASTER_WITH_EXTENSION = ("preprocess", *TRAINING, "launch", "curate", "data verify", "data stream")
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -97,7 +97,7 @@ def _run(arguments: list[str], program: bool) -> int:
     kept = "" if verb is None else verb.kept
     if program and verb is not None and kept and not {"-h", "--help"} & set(arguments):
         return supervised(verb.words, kept, lambda: _ended(arguments, kept))
-    with before_ranks(arguments[:1] != [] and arguments[0] in TRAINING):
+    with before_ranks(arguments[:1] != [] and arguments[0] in (*TRAINING, "launch")):
         return _ended(arguments, kept)
 
 

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
+from megallm.engine.limits import UpdateLimits
 from megallm.engine.state import (
     ParameterState,
     Piece,
@@ -32,6 +34,7 @@ from megallm.engine.state import (
     stored_parameters,
 )
 from megallm.engine.stats import LossSums, StepStats
+from megallm.engine.tie import tie_axis
 from megallm.inference.generator import Generator
 from megallm.losses.reduce import mean_by_sequence, num_sequences
 from megallm.losses.terms import Loss, Terms
@@ -47,9 +50,9 @@ from megallm.optim.optimizer import Optimizer
 from megallm.optim.scaler import LossScaler
 from megallm.optim.zero import ShardedParameters, Sharing, shard_groups
 from megallm.parallel import comm
-from megallm.parallel.mesh import Axis, Mesh
+from megallm.parallel.mesh import Mesh
 from megallm.parallel.pipeline import Batch, ScheduleRun
-from megallm.parallel.schedule import Action, Placement
+from megallm.parallel.schedule import Action
 from megallm.parallel.shard import Shard, StateProvider, StateTensor, WeightSource, piece
 from megallm.parallel.simulate import TimedAction, Timeline, peak_live
 from megallm.parallel.tensor import ADAPTER
@@ -109,6 +112,9 @@ class Engine:
         ]
         self.observers: list[StepObserver] = []
         self.request: Callable[[], int] = lambda: 0  # 0, 1 or 2, told to all ranks with each update
+        self.limits = UpdateLimits()  # set before a step by whoever watches the run
+        # Called at the end of a step whose numbers are not finite, on all ranks alike.
+        self.examine: Callable[[Sequence[Batch], Loss], None] = lambda batches, loss: None
         self.last_run: ScheduleRun | None = None
 
     @staticmethod
@@ -157,31 +163,36 @@ class Engine:
         self.observers.append(observer)
         self.providers.append(observer)
 
+    def asked_to_stop(self) -> bool:
+        """Returns whether any rank's `request` asks the run to stop; collective over the world."""
+        return self.mesh.largest(self.request()) > 0
+
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
         """Train one update from this data rank's microbatches (gradient accumulation); every data
         rank gives the same number of them.
 
-        An update whose gradient norm is not finite is left out (`skipped`), and so is one in which
-        nothing counts or all gradients are 0 (`empty`): weights, moments, decay, the routers'
-        biases and the loss scale stay as they are, on all ranks alike. Raises UsageError for a loss
-        that needs what the head does not have, and Diverged when the loss scale of fp16 had to fall
-        below its minimum, on all ranks.
+        An update whose loss or gradient norm is not finite, or beyond `limits` that skip, is left
+        out (`skipped`), and so is one in which nothing counts or all gradients are 0 (`empty`):
+        weights, moments, decay, the routers' biases and the loss scale stay as they are, on all
+        ranks alike, whichever of them has seen it. Raises UsageError for a loss that needs what the
+        head does not have, and Diverged when fp16 overflows again and again at its smallest loss
+        scale, on all ranks.
         """
-        self.parameters.begin_step()
-        run = self._run(batches, loss, training=True)
-        self.parameters.finish()
-        self.parameters.note(self.request())
+        run = self.compute_gradients(batches, loss)
+        self.parameters.note(self.request(), self.limits.seen(run))
         norm = clip_gradients(
             self.parameters, self.config.optim.clip, self.scaler and self.scaler.scale
         )
         # Squares that underflow count as 0: such a gradient is far below any eps of an update.
         empty = (norm == 0) | run.nothing
-        skip = ~norm.isfinite() | empty
+        finite, spiked = self.limits.judge(norm, self.parameters.verdicts)
+        skip = ~finite | empty | (spiked & self.limits.skips)
+        HEARTBEAT.enter("optimizer")
         self.optimizer.step(lr, skip=skip)
         self.model.fp8.commit()
-        loss_scale = None if self.scaler is None else self.scaler.advance(norm.isfinite(), empty)
+        loss_scale = None if self.scaler is None else self.scaler.advance(finite, empty)
         routing = None if self.model.routers is None else self.model.routers.finish(skip=skip)
         sums, counts = run.read()  # the only wait for the device, when everything is on its way
         means = {name: total / (counts[name] or 1) for name, total in sums.items()}
@@ -189,10 +200,10 @@ class Engine:
         if self.scaler is not None:
             self.scaler.check()
         metrics = {name: means[name] for name in (*run.metrics, *run.largest)} | metrics
-        skipped = not math.isfinite(norm)
+        bad, skipped = not bool(finite), bool(skip & ~empty)
         for observer in self.observers:
             metrics |= observer.finish(skipped or bool(empty))
-        return StepStats(
+        stats = StepStats(
             {name: means[name] for name in run.losses} | further,
             {name: counts[name] for name in run.counted},
             float(norm),
@@ -201,7 +212,21 @@ class Engine:
             metrics,
             bool(empty),
             self.parameters.largest_noted(),
+            bool(spiked),
         )
+        if bad:
+            self.examine(batches, loss)
+        return stats
+
+    def compute_gradients(self, batches: Sequence[Batch], loss: Loss) -> LossSums:
+        """Returns the losses of a step without an update; its gradients are complete where they
+        accumulate, neither unscaled nor clipped. Collective over the world.
+        """
+        self.parameters.begin_step()
+        run = self._run(batches, loss, training=True)
+        HEARTBEAT.enter("reduce")
+        self.parameters.finish()
+        return run
 
     def evaluate(
         self, batches: Sequence[Batch], loss: Loss
@@ -568,20 +593,3 @@ class Engine:
 
 def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in terms.items()}
-
-
-def tie_axis(mesh: Mesh, placement: Placement, tied: bool) -> Axis:
-    """Returns the holders of the first and the last stage, size 1 when nothing is shared;
-    collective over pp.
-    """
-    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
-    if not tied or first == last:
-        return Axis("tie")
-    ends = (mesh.pp.ranks[first], mesh.pp.ranks[last])
-    here = mesh.rank in ends
-    group = mesh.pp.group
-    if mesh.pp.size > 2:
-        group = mesh.group(ends if here else (mesh.rank,))  # as many groups on every rank
-    if not here:
-        return Axis("tie")
-    return Axis("tie", ends.index(mesh.rank), 2, ends, group, mesh.pp.broken)

@@ -12,8 +12,9 @@ from torch import Tensor
 @dataclass(frozen=True)
 class StepStats:
     """One update: each term divided by its global count, the counts, the norm before clipping, and
-    whether the update was left out: `skipped` because the norm is not finite, `empty` because
-    nothing counted or every gradient was exactly 0."""
+    whether the update was left out: `skipped` because loss or norm are not finite, or beyond limits
+    that skip, `empty` because nothing counted or every gradient was exactly 0. `spiked`: they were
+    finite and beyond their limits."""
 
     losses: dict[str, float]
     counts: dict[str, float]  # int where it is a whole number
@@ -24,6 +25,7 @@ class StepStats:
     metrics: dict[str, float] = field(default_factory=dict)
     empty: bool = False
     request: int = 0  # the largest `Engine.request` of all ranks at the end of the backward pass
+    spiked: bool = False
 
     @property
     def loss(self) -> float:
@@ -44,6 +46,21 @@ class LossSums(NamedTuple):
     sums: Tensor
     counted: list[str]
     counts: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """The losses, each divided by its count: float64 on the device."""
+        at = [self.counted.index(name) if name in self.counted else 0 for name in self.losses]
+        counts = torch.stack([self.counts[i] for i in at])
+        return self.sums[: len(at)] / torch.where(counts == 0, 1.0, counts)
+
+    @property
+    def main(self) -> Tensor:
+        """The loss that a run is followed by, a scalar on the device: the term of that name, or
+        the sum of all.
+        """
+        means = self.means
+        return means[self.losses.index("loss")] if "loss" in self.losses else means.sum()
 
     @property
     def nothing(self) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Many
 from contextlib import ExitStack
 from itertools import count
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from megallm.base.errors import UsageError
 from megallm.inference.blocks import BlockPool, blocks_of
 from megallm.inference.cache import NoCache, PagedCache, Pages
+from megallm.inference.native import NativeStage
 from megallm.inference.rotation import BEGIN, RUN, SEND, Operation, Rotation
 from megallm.inference.samples import Request, Sample
 from megallm.inference.sampling import Draws, Sampling, sample
@@ -31,7 +33,7 @@ from megallm.models.decode import is_plain
 from megallm.models.parallel_model import ParallelModel
 from megallm.ops.precision import wide_dtype
 from megallm.ops.rope import rope_tables
-from megallm.parallel import comm
+from megallm.parallel import comm, ledger
 from megallm.parallel.p2p import Channel
 from megallm.parallel.pipeline import buffer_maker
 from megallm.parallel.schedule import FORWARD
@@ -273,6 +275,11 @@ class Rollout:
         """Run, tick by tick, this rank's part of the operations in their order, until all have
         ended.
         """
+        stages = self.model.stages
+        self.native = [
+            {number: NativeStage.of(stages[number], cache, self.tables) for number, cache in each.items()}
+            for each in self.caches
+        ]
         doing = {BEGIN: self._begin, RUN: self._run, SEND: self._send}
         for tick in count():
             for operation in self.rotation.operations(tick):
@@ -292,7 +299,7 @@ class Rollout:
         left = bool(self.waiting) or any(each.busy for each in self.groups)
         if self.in_step:
             vote = torch.tensor([len(step.passes), int(left)], device=self.device)
-            dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.mesh.grads.group)
+            ledger.all_reduce(vote, dist.ReduceOp.MAX, group=self.mesh.grads.group)
             self.passes[group], left = vote.tolist()
         self.left = left
         self.pages[group] = [self._pages(one) for one in step.passes]
@@ -313,6 +320,12 @@ class Rollout:
         for place in range(self.passes[group]):
             one = step.passes[place] if place < len(step.passes) else None
             pages = self.pages[group][place] if one is not None else None
+            native = self.native[group][number]
+            if one is not None and native is not None and native.suits(one.tokens):
+                x, rows = self._taken(taken, place, one), [row for row, _ in one.outputs]
+                x = native.run(self._fed(one), x, pages, self._further(one), rows)
+                made += [x] if number < self.last or rows else []
+                continue
             tokens, positions, caches = self._inputs(one, pages, cache)
             x = self._taken(taken, place, one)
             inputs = self._attention_inputs(stage, positions, one)
@@ -342,23 +355,33 @@ class Rollout:
             nothing = torch.empty((0, 1), dtype=torch.int64, device=self.device)
             empty = torch.empty(0, device=self.device)
             return nothing, nothing, [NoCache(empty, empty) for _ in cache.layers]
-        fed = [
-            each.request.tokens(each.stored - one.count, each.stored) for each in one.sequences
-        ]
-        tokens = torch.tensor(fed, device=self.device)
+        tokens = torch.from_numpy(self._fed(one)).to(self.device)
         if one.begin is None:
             return tokens, pages.lengths[:, None], cache.rows(pages)
         positions = torch.arange(one.begin, one.begin + one.count, device=self.device)
         return tokens, positions.expand_as(tokens), cache.chunks(pages, one.begin)
 
+    @staticmethod
+    def _fed(one: Pass) -> np.ndarray:
+        """The tokens of a pass, int64 `[n, T]`."""
+        fed = [
+            each.request.tokens(each.stored - one.count, each.stored) for each in one.sequences
+        ]
+        return np.array(fed, dtype=np.int64)
+
+    def _further(self, one: Pass) -> np.ndarray:
+        """By how many rows LongRoPE's tables of long texts stand behind the others, `[n, 1]`."""
+        config = self.model.config
+        if config.rope_scaling != "longrope":
+            return np.zeros((1, 1), dtype=np.int64)
+        grown = [each.request.most > config.rope_positions for each in one.sequences]
+        return np.array(grown)[:, None] * (len(self.tables[0][0]) // 2)
+
     def _attention_inputs(self, stage, positions: Tensor, one: Pass | None) -> AttentionInputs:
         if not self.tables:
             return AttentionInputs(None, None, stage.context)
-        config = self.model.config
-        if config.rope_scaling == "longrope" and one is not None:
-            grown = [each.request.most > config.rope_positions for each in one.sequences]
-            kinds = torch.tensor(grown, device=self.device)[:, None]
-            positions = positions + kinds * (len(self.tables[0][0]) // 2)
+        if one is not None:
+            positions = positions + torch.from_numpy(self._further(one)).to(self.device)
         tables = [(cos[positions], sin[positions]) for cos, sin in self.tables]
         return AttentionInputs.with_tables(tables, stage.context)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megallm.base import extension
 from megallm.base.errors import CheckpointError
 from megallm.base.rng import key_of, uniform
 
@@ -78,6 +80,9 @@ def sample(
     tokens that the repetition penalty applies to. The draw inverts the cumulative distribution, so
     it needs nothing but its number. Raises CheckpointError when logits are not numbers.
     """
+    ops = extension.ops() if logits.device.type == "cpu" and not sampling.filters else None
+    if ops is not None and logits.dtype in (torch.float32, torch.float64):
+        return _native(logits.contiguous(), sampling.temperature, draws, ops)
     logits = logits.to(torch.float64)
     if sampling.temperature > 0 and not sampling.filters:
         return _drawn(logits, sampling.temperature, draws)
@@ -98,6 +103,18 @@ def sample(
         policy = (at / sampling.temperature - scaled.logsumexp(-1, keepdim=True))[:, 0]
     behaviour = (probs.gather(-1, tokens) / total).log()[:, 0]
     return Chosen(tokens[:, 0], plain, policy, behaviour)
+
+
+def _native(logits: Tensor, temperature: float, draws: Tensor | None, ops: ModuleType) -> Chosen:
+    """The same by the extension: exponentials in the precision of the logits, sums in float64."""
+    out = torch.empty((3, len(logits)), dtype=torch.float64)
+    numbers = 0 if temperature == 0 else draws.contiguous().data_ptr()
+    addresses = logits.data_ptr(), numbers, out.data_ptr()
+    ops.draw(*addresses, *logits.shape, temperature, logits.dtype == torch.float64)
+    tokens, plain, policy = out.unbind()
+    _checked(plain)
+    behaviour = torch.zeros_like(plain) if temperature == 0 else policy
+    return Chosen(tokens.to(torch.int64), plain, policy, behaviour)
 
 
 def _drawn(logits: Tensor, temperature: float, draws: Tensor) -> Chosen:

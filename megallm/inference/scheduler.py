@@ -47,6 +47,10 @@ class Pass:
     count: int
     outputs: list[tuple[int, Sequence]]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.sequences) * self.count
+
 
 @dataclass(frozen=True)
 class Step:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megallm.base.errors import UsageError
 
 LOOPBACK = "127.0.0.1"
+TOKEN = "MEGALLM_RUN_TOKEN"  # a secret that signs the meeting of the ranks, the same on each
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class RankEnv:
     listen_fd: int | None = None
     launcher: str = "local"  # local | torchrun | srun
     agent_store: bool = False  # torchrun's agent already listens at host:port
-    attempt: int = 0  # how often torchrun restarted the ranks; keeps their keys in its store apart
+    attempt: int = 0  # how often the ranks were restarted; keeps their keys in a store apart
+    token: str = ""  # known to the ranks of this run only: signs what they leave in the store
+    hosts: tuple[str, ...] = ()  # of each rank, where the launcher says so
 
     @property
     def one_host(self) -> bool:
@@ -48,6 +51,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> RankEnv | None:
     if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ and not batch_script:
         return _slurm(environ)
     return None
+
+
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Returns when Slurm ends this job, in seconds since 1970; None without Slurm, or a limit."""
+    text = environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() and "SLURM_JOB_ID" in environ else None
 
 
 def thread_count(local_world: int, environ: Mapping[str, str] = os.environ) -> int:
@@ -80,6 +89,18 @@ def gpu_of(visible: int, env: RankEnv, node: str) -> int | None:
     )
 
 
+def uses_shared_memory(environ: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether groups of one host may exchange tensors of the CPU over shared memory:
+    MEGALLM_COLLECTIVES is `auto` (the default), or `gloo` for gloo in any case.
+    """
+    given = environ.get("MEGALLM_COLLECTIVES", "auto")
+    if given not in ("auto", "gloo"):
+        raise UsageError(
+            f"The environment variable MEGALLM_COLLECTIVES is '{given}'; it can be auto or gloo."
+        )
+    return given == "auto"
+
+
 def use_loopback() -> None:
     """Let gloo talk over the loopback device (all ranks on one host), unless the user named
     another.
@@ -107,6 +128,7 @@ def _torchrun(environ: Mapping[str, str]) -> RankEnv:
             launcher="torchrun",
             agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=_integer(environ, "TORCHELASTIC_RESTART_COUNT", 0, 0),
+            token=environ.get(TOKEN) or environ.get("TORCHELASTIC_RUN_ID", ""),
         )
     )
 
@@ -140,6 +162,8 @@ def _slurm(environ: Mapping[str, str]) -> RankEnv:
             host=environ.get("MASTER_ADDR") or first_host(nodes),
             port=_integer(environ, "MASTER_PORT", 1, rendezvous_port(job, step)),
             launcher="srun",
+            token=environ.get(TOKEN) or f"slurm {job}.{step}",
+            hosts=hosts_of_ranks(nodes, tasks, world),
         )
     )
 
@@ -148,6 +172,39 @@ def first_host(nodelist: str) -> str:
     """Maps `"n[03-05,9],m1"` -> `"n03"`: Slurm's compressed host list, its first name."""
     first = re.split(r",(?![^\[]*\])", nodelist.strip())[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def all_hosts(nodelist: str) -> list[str]:
+    """Maps `"n[03-05,9],m1"` -> `["n03", "n04", "n05", "n9", "m1"]`: Slurm's compressed list."""
+    found: list[str] = []
+    for part in re.split(r",(?![^\[]*\])", nodelist.strip()):
+        names = [""]
+        for fixed, inside in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
+            numbers = [fixed] if fixed else _numbers(inside)
+            names = [name + number for name in names for number in numbers]
+        found += names
+    return found
+
+
+def _numbers(text: str) -> list[str]:
+    """Maps `"03-05,9"` -> `["03", "04", "05", "9"]`."""
+    found: list[str] = []
+    for run in text.split(","):
+        first, _, last = run.partition("-")
+        if last and first.isdigit() and last.isdigit():
+            found += [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        else:
+            found.append(run)
+    return found
+
+
+def hosts_of_ranks(nodelist: str, tasks: str, world: int) -> tuple[str, ...]:
+    """Returns the host of each rank where Slurm fills one node after the other, as it does unless
+    told otherwise; nothing where the numbers do not fit.
+    """
+    hosts = all_hosts(nodelist)
+    found = [host for n, host in enumerate(hosts) for _ in range(tasks_per_node(tasks, n))]
+    return tuple(found) if len(found) == world else ()
 
 
 def tasks_per_node(text: str, node: int) -> int:

@@ -5,15 +5,17 @@ exit).
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from megallm.base.errors import PeerLost, UsageError
-from megallm.launch.environment import RankEnv, gpu_of, use_loopback
+from megallm.base import shared_memory
+from megallm.base.errors import PeerLost
+from megallm.launch.environment import RankEnv, gpu_of, use_loopback, uses_shared_memory
+from megallm.launch.meeting import installation, listen, meet
 
 
 def rank_device(env: RankEnv) -> torch.device:
@@ -24,10 +26,16 @@ def rank_device(env: RankEnv) -> torch.device:
 
 
 @contextmanager
-def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torch.device]:
+def process_group(
+    env: RankEnv,
+    timeout_seconds: float = 600.0,
+    meet_seconds: float = 120.0,
+    alike: Mapping[str, str] = {},
+) -> Iterator[torch.device]:
     """Join the world of `env` (collective over it) and leave at the end; yields this rank's device.
 
-    A world of one makes no group. Raises PeerLost when not all ranks arrive in time.
+    A world of one makes no group. Raises PeerLost when not all ranks arrive within `meet_seconds`,
+    UsageError when they are not `alike`: names of what must be the same everywhere, and its values.
     """
     device = rank_device(env)
     if device.type == "cuda":
@@ -35,33 +43,36 @@ def process_group(env: RankEnv, timeout_seconds: float = 600.0) -> Iterator[torc
     if env.world == 1:
         yield device
         return
-    start_process_group(env, timeout_seconds, device)
+    start_process_group(env, timeout_seconds, device, meet_seconds, alike)
     try:
         yield device
     finally:
         dist.destroy_process_group()
 
 
-def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.device) -> None:
-    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, gloo on
-    CPUs; see `process_group`.
+def start_process_group(
+    env: RankEnv,
+    timeout_seconds: float,
+    device: torch.device,
+    meet_seconds: float = 120.0,
+    alike: Mapping[str, str] = {},
+) -> None:
+    """Start the process group (`init_process_group`) over `env`: nccl beside gloo on GPUs, on CPUs
+    shared memory within a host and gloo between hosts; see `process_group`.
     """
     if env.one_host:
         use_loopback()
     timeout = timedelta(seconds=timeout_seconds)
+    same = {"device": device.type, **alike}
+    if env.launcher != "local":  # forked ranks have one installation
+        same |= installation()
     try:
-        store = dist.TCPStore(
-            env.host,
-            env.port,
-            env.world,
-            is_master=env.rank == 0 and not env.agent_store,
-            timeout=timeout,
-            master_listen_fd=env.listen_fd,
-        )
-        _check_alike(dist.PrefixStore(f"devices/{env.attempt}", store), env, device)
+        store = _open_store(env, meet_seconds)
+        word = meet(store, env, same, meet_seconds)
+        store.set_timeout(timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"megallm/{env.attempt}", store),
+            _backend(device),
+            store=dist.PrefixStore(f"megallm/{env.attempt}/{word}", store),
             rank=env.rank,
             world_size=env.world,
             timeout=timeout,
@@ -69,19 +80,38 @@ def start_process_group(env: RankEnv, timeout_seconds: float, device: torch.devi
     except (dist.DistError, RuntimeError) as error:
         raise PeerLost(
             f"Rank {env.rank} of {env.world} did not meet the others at {env.host}:{env.port} "
-            f"within {timeout_seconds:g} s: {str(error).splitlines()[0]}"
+            f"within {meet_seconds:g} s{_name_trouble(env)}: {str(error).splitlines()[0]}"
         ) from error
 
 
-def _check_alike(store: dist.Store, env: RankEnv, device: torch.device) -> None:
-    """Refuse a world in which some ranks found GPUs and others not: their groups would never meet.
+def _backend(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "cpu:gloo,cuda:nccl"
+    return shared_memory.register() if uses_shared_memory() else "gloo"
+
+
+def _open_store(env: RankEnv, seconds: float) -> dist.TCPStore:
+    """Returns the store of this run; rank 0's listens on the interface of `env.host` alone, where
+    it can.
     """
-    if env.rank == 0:
-        store.set("kind", device.type)
-    first = store.get("kind").decode()
-    if first != device.type:
-        raise UsageError(
-            f"Rank {env.rank} on the node {socket.gethostname()} has the device {device.type}, "
-            f"rank 0 {first}: all need the same. Is a driver missing there, or a "
-            "CUDA_VISIBLE_DEVICES set?"
-        )
+    serves = env.rank == 0 and not env.agent_store
+    listen_fd = env.listen_fd
+    if serves and listen_fd is None:
+        listen_fd = listen(env).detach()
+    return dist.TCPStore(
+        env.host,
+        env.port,
+        env.world,
+        is_master=serves,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        master_listen_fd=listen_fd,
+    )
+
+
+def _name_trouble(env: RankEnv) -> str:
+    try:
+        socket.getaddrinfo(env.host, env.port)
+    except OSError as error:
+        return f" (the host name '{env.host}' has no address here: {error.strerror or error})"
+    return ""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import fcntl
 import importlib
-import json
 import os
 import pty
+import secrets
 import selectors
 import signal
 import socket
@@ -25,132 +25,111 @@ import termios
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megallm.base.errors import InternalError, MegallmError, PeerLost, Requeue, UsageError
+from megallm.base.errors import MegallmError, PeerLost, Requeue, UsageError
 from megallm.base.files import writing
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.base.output import BackgroundWriter, descriptor
-from megallm.base.stopping import INTERRUPTED, NOTHING_TO_SAVE, BeforeRanks, stop_signals
+from megallm.base.stopping import INTERRUPTED, BeforeRanks, stop_signals
+from megallm.launch.board import Board, RankState
+from megallm.launch.child import Rank, hear, incident_of, moment
 from megallm.launch.environment import LOOPBACK, RankEnv
-from megallm.launch.rank import RankExit, rank_main
+from megallm.launch.fault import install_faults
+from megallm.launch.incident import Incident
+from megallm.launch.monitor import Monitor
+from megallm.launch.rank import rank_main
+from megallm.launch.restart import Start
+from megallm.launch.stacks import StackFile, dump_stacks
 
 POLL_SECONDS = 0.03
 SETTLE_SECONDS = (
     0.3  # after a failure: peers may still say more about the cause, then they are killed
 )
-TAIL_LINES = 20
 STOPPING = "stopping when this step is done; press Ctrl-C again to stop at once"
 SHOW_SECONDS = 1.0  # at the end, for a reader that does not read
 
 
 class RanksFailed(MegallmError):
-    """A local rank failed; `exit_code` is that of the rank that failed first."""
+    """A local rank failed; `exit_code` is that of the rank that failed first. `incident` says what
+    happened, None when it was asked for; `last_step` is the last one that all ranks began.
+    """
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(
+        self, message: str, exit_code: int, incident: Incident | None = None, last_step: int = 0
+    ) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.incident, self.last_step = exit_code, incident, last_step
 
 
-@dataclass
-class Rank:
-    """One child process as the launcher sees it."""
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller of `run_ranks` decides and hears while ranks run."""
 
-    number: int
-    pid: int
-    log: Path
-    log_begin: int  # size of the log when the rank started: what stands before is of earlier runs
-    report: int
-    status: int | None = None  # of waitpid
-    ended_at: float = 0.0
-    ending: RankExit | None = None
+    owns_logs: Callable[[int], bool] = lambda pid: True  # asked with the process id of rank 0
+    event: Callable[[str, str, dict], None] = lambda kind, sentence, fields: None
 
-    @property
-    def failed(self) -> bool:
-        """Ended otherwise than by finishing or by saving for a requeue."""
-        return self.status is not None and self.code not in (0, Requeue.exit_code)
 
-    @property
-    def left_early(self) -> bool:
-        """Ended by a signal before it trained: nobody it would have met can go on, as in gloo's
-        rendezvous.
-        """
-        return self.ending is not None and self.ending.message.endswith(NOTHING_TO_SAVE)
-
-    @property
-    def code(self) -> int:
-        """Exit code; a death by signal is 128 + its number, an exit 0 without a report is not a
-        success.
-        """
-        if self.ending is not None:
-            return self.ending.code
-        code = os.waitstatus_to_exitcode(self.status or 0)
-        if code < 0:
-            return 128 - code
-        return code or InternalError.exit_code
-
-    def cause(self) -> str:
-        """Returns what happened, in words."""
-        if self.ending is not None:
-            return self.ending.message
-        code = os.waitstatus_to_exitcode(self.status or 0)
-        if code < 0:
-            return f"killed by signal {-code} ({signal.Signals(-code).name})"
-        return f"it left with exit code {code} before its end"
+NO_HOOKS = Hooks()
 
 
 def run_ranks(
     fn: Callable[..., None],
     args: Sequence[Any],
-    nproc: int,
+    nproc: int | Start,
     log_dir: Path | None = None,
     preload: Sequence[str] = ("torch",),
-    owns_logs: Callable[[int], bool] = lambda pid: True,
+    hooks: Hooks = NO_HOOKS,
     saves: bool = True,
 ) -> None:
-    """Run `fn(env: RankEnv, *args)` in `nproc` forked ranks and wait for all of them.
+    """Run `fn(env: RankEnv, *args)` in `nproc` forked ranks and wait for all of them; a Start says
+    more about them, and has hangs looked for.
 
     Output goes to `log_dir/rank-N.log` (None: a folder that is removed afterwards), rank 0's also
     to ours. The first failure ends all ranks within a second and raises RanksFailed with that
     rank's number, cause, exit code and last lines; ranks that saved and left with 75 raise Requeue.
     SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and SIGHUP (not under nohup) are passed on; so is a first
     SIGINT, while a second one ends everything at once. With `saves` False the ranks have nothing to
-    save: what a handler of ours raises ends them at once, and is raised. `owns_logs(process id of
-    rank 0)` is asked before `log_dir` is written by the launcher.
+    save: what a handler of ours raises ends them at once, and is raised. `hooks.owns_logs` is asked
+    before `log_dir` is written by the launcher.
     """
-    if nproc < 1:
-        raise UsageError(f"--nproc is {nproc}; it must be at least 1.")
+    begin = Start(nproc, hang_seconds=0.0) if isinstance(nproc, int) else nproc
+    if begin.nproc < 1:
+        raise UsageError(f"--nproc is {begin.nproc}; it must be at least 1.")
     for name in preload:
         importlib.import_module(name)
     if log_dir is not None:
         with writing(log_dir):
             log_dir.mkdir(parents=True, exist_ok=True)
-        _Launch(fn, tuple(args), nproc, log_dir, owns_logs).run(saves)
+        _Launch(fn, tuple(args), begin, log_dir, hooks).run(saves)
         return
     with tempfile.TemporaryDirectory(prefix="megallm-") as folder:
-        _Launch(fn, tuple(args), nproc, Path(folder), owns_logs).run(saves)
+        _Launch(fn, tuple(args), begin, Path(folder), hooks).run(saves)
 
 
 class _Launch:
-    """One start of `nproc` ranks."""
+    """One start of this node's ranks."""
 
     def __init__(
         self,
         fn: Callable[..., None],
         args: tuple[Any, ...],
-        nproc: int,
+        start: Start,
         log_dir: Path,
-        owns_logs: Callable[[int], bool],
+        hooks: Hooks,
     ) -> None:
-        self.fn, self.args, self.nproc, self.log_dir, self.owns_logs = (
-            fn,
-            args,
-            nproc,
-            log_dir,
-            owns_logs,
-        )
+        self.fn, self.args, self.begin, self.log_dir = fn, args, start, log_dir
+        self.nproc, self.hooks = start.nproc, hooks
+        self.token = start.token or secrets.token_hex(16)
+        self.board = Board(start.nproc, start.first_rank)
+        self.stacks = [StackFile() for _ in range(start.nproc)]
+        self.monitor = Monitor(self.board, start.hang_seconds, start.stages)
+        self.hang: Incident | None = None
+        self.states: list[RankState] = []
         self.ranks: list[Rank] = []
         self.selector = selectors.DefaultSelector()
         self.out = BackgroundWriter(descriptor(sys.stdout, 1))
@@ -189,6 +168,7 @@ class _Launch:
                 self._tell(self.ranks[told:], number)
             self._watch()
         finally:
+            self.states = self.board.all()
             self._kill()
             for number, handler in handlers.items():
                 if isinstance(handler, BeforeRanks):
@@ -197,6 +177,8 @@ class _Launch:
             for fd in list(self.screens) + [rank.report for rank in self.ranks]:
                 os.close(fd)
             self.selector.close()
+            for file in (self.board, *self.stacks):
+                file.close()
             self._finish_output()
         self._judge()
 
@@ -221,25 +203,38 @@ class _Launch:
         os.close(self.log.fd)
 
     def _log(self, data: bytes) -> None:
-        if self.owns_logs(self.ranks[0].pid if self.ranks else 0):
+        if self.hooks.owns_logs(self.ranks[0].pid if self.ranks else 0):
             self.log.write(data)
 
     def _fork_all(self) -> None:
         """Fork each rank with its log and a pipe on which it reports its end; signals are
         blocked.
         """
-        with socket.create_server((LOOPBACK, 0), backlog=max(128, self.nproc)) as server:
+        alone = self.begin.world is None
+        if not alone and self.begin.first_rank:  # rank 0 listens, on another node
+            for number in range(self.nproc):
+                self._fork(number, None)
+            return
+        address = (LOOPBACK, 0) if alone else (self.begin.host, self.begin.port)
+        with socket.create_server(address, backlog=max(128, self.begin.size)) as server:
             for number in range(self.nproc):
                 self._fork(number, server)
 
-    def _fork(self, number: int, server: socket.socket) -> None:
-        listen_fd = server.fileno() if number == 0 else None
-        env = RankEnv(
-            number, self.nproc, number, self.nproc, LOOPBACK, server.getsockname()[1], listen_fd
-        )
+    def _place(self, number: int, server: socket.socket | None) -> RankEnv:
+        begin = self.begin
+        port = begin.port if server is None else server.getsockname()[1]
+        listens = server is not None and number == 0
+        return RankEnv(
+            begin.first_rank + number, begin.size, number, self.nproc, begin.host, port,
+            server.fileno() if server is not None and listens else None, attempt=begin.attempt,
+            token=self.token,
+        )  # fmt: skip
+
+    def _fork(self, number: int, server: socket.socket | None) -> None:
+        env = self._place(number, server)
         path = self.log_dir / f"rank-{env.rank}.log"
         log_begin = path.stat().st_size if path.exists() else 0
-        if env.rank == 0:
+        if number == 0:
             pairs = [_terminal_or_pipe(sys.stdout), os.pipe()]
             outputs = (pairs[0][1], pairs[1][1])
         else:
@@ -249,9 +244,10 @@ class _Launch:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            if number != 0:
+            if number != 0 and server is not None:
                 server.close()
-            rank_main(self.fn, self.args, env, parent, outputs, write_end)
+            fn = partial(self._joined, number)
+            rank_main(fn, self.args, env, parent, outputs, write_end)
         for fd in {*outputs, write_end}:
             os.close(fd)
         with suppress(
@@ -265,15 +261,23 @@ class _Launch:
             self.screens[fd] = writer
             self.selector.register(fd, selectors.EVENT_READ)
 
+    def _joined(self, number: int, env: RankEnv, *args: Any) -> None:
+        """The function of a rank, in its process, with its heartbeat on the board."""
+        self.board.join(number)
+        self.stacks[number].answer()
+        install_faults(HEARTBEAT, env.rank, env.attempt)
+        self.fn(env, *args)
+
     def _watch(self) -> None:
-        """Until all ranks have ended, or SETTLE_SECONDS after the first that failed or never
-        began.
+        """Until all ranks have ended, SETTLE_SECONDS after the first that failed or never began, or
+        until they hang.
         """
         deadline = float("inf")
         while (
             any(rank.status is None for rank in self.ranks)
             and time.monotonic() < deadline
             and self.interrupts < 2
+            and self.hang is None
         ):
             for key, _ in self.selector.select(POLL_SECONDS):
                 self._show(key.fd)
@@ -283,9 +287,21 @@ class _Launch:
                 rank.failed or rank.left_early for rank in self.ranks
             ):
                 deadline = time.monotonic() + SETTLE_SECONDS
+            if deadline == float("inf"):
+                self._look()
         for fd in list(self.selector.get_map()):
             while self._show(fd):
                 pass
+
+    def _look(self) -> None:
+        """See whether the ranks move, and which are slow."""
+        finding = self.monitor.look()
+        if finding is not None:
+            pids = {rank.number: rank.pid for rank in self.ranks if rank.status is None}
+            files = {rank.number: file for rank, file in zip(self.ranks, self.stacks, strict=True)}
+            self.hang = self.monitor.detected(finding, dump_stacks(pids, files))
+        for sentence, fields in self.monitor.slow_ranks():
+            self.hooks.event("straggler", sentence, fields)
 
     def _show(self, fd: int) -> bool:
         """Copy what rank 0 wrote to its log and to our own output; False when there is nothing
@@ -315,7 +331,7 @@ class _Launch:
         if pid == 0:
             return
         rank.status, rank.ended_at = status, time.monotonic()
-        _hear(rank, self.owns_logs(self.ranks[0].pid))
+        hear(rank, self.hooks.owns_logs(self.ranks[0].pid))
 
     def _kill(self) -> None:
         """End every rank that still runs, and collect it."""
@@ -351,59 +367,27 @@ class _Launch:
                 "what was saved."
             )
             raise RanksFailed(text, INTERRUPTED)
+        last = min((state.step for state in self.states), default=0)
+        if self.hang is not None:
+            told = replace(self.hang, expected=self.stopping)  # no restart then
+            raise RanksFailed("\n".join(told.lines()), told.code, told, last)
         # A rank killed by us ended at infinity. A lost peer is a consequence and an interrupt was
         # asked for: any other cause goes first.
         failed = [rank for rank in self.ranks if rank.failed and rank.ended_at < float("inf")]
         saved = [rank for rank in self.ranks if rank.code == Requeue.exit_code]
-        if self.stopping and saved and all(rank.code == PeerLost.exit_code for rank in failed):
+        told = self.stopping or any(rank.left_early for rank in self.ranks)
+        if told and saved and all(rank.code == PeerLost.exit_code for rank in failed):
             failed = []  # they met the end of those that were told first
         if failed:
             first = min(
                 failed,
-                key=lambda rank: (rank.code in (PeerLost.exit_code, INTERRUPTED), _moment(rank)),
+                key=lambda rank: (rank.code in (PeerLost.exit_code, INTERRUPTED), moment(rank)),
             )
-            raise RanksFailed(_describe(first, self.nproc), first.code)
+            incident = incident_of(first, self.begin.size, self.states)
+            asked = self.stopping or first.code == INTERRUPTED
+            raise RanksFailed(incident.sentence, first.code, None if asked else incident, last)
         if saved:
             raise Requeue(saved[0].cause())
-
-
-def _moment(rank: Rank) -> float:
-    return rank.ending.at if rank.ending is not None else rank.ended_at
-
-
-def _hear(rank: Rank, keep: bool) -> None:
-    """Read what the rank reported of its end, if it did; `keep` it in the rank's log."""
-    try:
-        said = os.read(rank.report, 1 << 20)
-    except BlockingIOError:
-        return
-    if not said:
-        return
-    rank.ending = RankExit(**json.loads(said))
-    if (
-        keep and rank.ending.expected and rank.ending.message
-    ):  # ours to show; the rank's log keeps it too
-        with suppress(OSError), rank.log.open("a") as log:
-            log.write(f"megallm: error: {rank.ending.message}\n")
-
-
-def _describe(rank: Rank, nproc: int) -> str:
-    if rank.code == INTERRUPTED and rank.ending is not None:
-        return rank.cause()
-    if rank.ending is not None and rank.ending.expected:
-        return rank.cause() if nproc == 1 else f"rank {rank.number}: {rank.cause()}"
-    if rank.ending is not None and rank.number == 0:
-        return (
-            f"rank 0 of {nproc} failed: {rank.cause()}. What it wrote stands above, and in "
-            f"{rank.log}."
-        )
-    lines = (
-        rank.log.read_bytes()[rank.log_begin :][-8192:]
-        .decode(errors="replace")
-        .splitlines()[-TAIL_LINES:]
-    )
-    tail = "".join(f"\n    {line}" for line in lines) or " (empty)"
-    return f"rank {rank.number} of {nproc} failed: {rank.cause()}. {rank.log} ends with:{tail}"
 
 
 def _terminal_or_pipe(stream: Any) -> tuple[int, int]:

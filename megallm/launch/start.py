@@ -8,7 +8,8 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from megallm.base.errors import PeerLost, UsageError
 from megallm.base.files import writing
 from megallm.base.output import BackgroundWriter, FdWriter, LossyText
 from megallm.launch.environment import RankEnv, detect, thread_count
-from megallm.launch.local import run_ranks
+from megallm.launch.local import NO_HOOKS, Hooks, run_ranks
 from megallm.launch.process import default_signals, keep_memory, limit_threads
 from megallm.launch.rank import lost_peer
+from megallm.launch.restart import Start
+from megallm.launch.watcher import watched
 
 
 def world_size(nproc: int | None) -> int | None:
@@ -48,10 +51,10 @@ def started_by_others() -> RankEnv | None:
 def start(
     fn: Callable[..., None],
     args: Sequence[Any],
-    nproc: int,
+    nproc: int | Start,
     log_dir: Path | None,
     preload: Sequence[str] = ("torch",),
-    owns_logs: Callable[[int], bool] = lambda pid: True,
+    hooks: Hooks = NO_HOOKS,
     saves: bool = True,
 ) -> None:
     """Run `fn(env, *args)` on every rank: in forked ones here (see `run_ranks`), or in this process
@@ -59,7 +62,7 @@ def start(
     """
     env = started_by_others()
     if env is None:
-        run_ranks(fn, args, nproc, log_dir, preload, owns_logs, saves)
+        run_ranks(fn, args, nproc, log_dir, preload, hooks, saves)
         return
     if env.rank != 0 and log_dir is not None:
         with writing(log_dir):
@@ -70,13 +73,20 @@ def start(
             ),
             1,
         )
-    _use_lossy_output(own_log=env.rank != 0 and log_dir is not None)
+    hung = isinstance(nproc, Start) and nproc.hang_seconds > 0
+    with watched(env, nproc, hooks.event) if hung else nullcontext():
+        _run_here(partial(fn, env, *args), env, env.rank != 0 and log_dir is not None, saves)
+
+
+def _run_here(run: Callable[[], None], env: RankEnv, own_log: bool, saves: bool) -> None:
+    """Call `run` in this process, a rank that others started."""
+    _use_lossy_output(own_log)
     if saves:
         default_signals()
     keep_memory()
     limit_threads(thread_count(env.local_world))
     try:
-        fn(env, *args)
+        run()
     except Exception as error:
         if lost_peer(error):
             raise PeerLost(f"rank {env.rank} of {env.world} lost a peer: {error}") from error

@@ -30,7 +30,7 @@ class ComputeConfig:
     recompute_layers: int | None = None  # only the first so many of each pipeline stage; null: all
     offload: bool = False  # what the blocks keep for the backward pass waits in CPU memory
     fused_head: Literal["auto", "on", "off"] = "auto"  # logits never exist whole; auto: large, or a frozen head
-    determinism: Literal["none", "tree"] = "none"  # tree: gradients summed in one fixed order whatever dp is
+    determinism: Literal["none", "tree", "strict"] = "none"  # tree: one order of sums at any dp; strict: repeats itself
 
     def recomputed(self, place: int) -> frozenset[str]:
         """Returns what is recomputed of the block at `place` of its stage: nothing, some of PARTS,

@@ -8,36 +8,47 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.ops import native
+from megallm.ops.kernels import KERNELS
 
 
 class _SwiGlu(torch.autograd.Function):
     """Keeps its input only; autograd would keep `silu(gate)` too."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gate_up: Tensor, kernels: object | None) -> Tensor:
+        ctx.kernels = kernels
+        if kernels is not None:
+            gate_up = gate_up.contiguous()
+            out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+            kernels.swiglu(gate_up, None, out)
         ctx.save_for_backward(gate_up)
+        if kernels is not None:
+            return out
         if native.kernels(gate_up) and gate_up.is_contiguous():
             return native.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
         if native.kernels(gate_up, grad) and gate_up.is_contiguous():
-            return native.swiglu_backward(grad, gate_up)
+            return native.swiglu_backward(grad, gate_up), None
         into = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        if ctx.kernels is not None:
+            ctx.kernels.swiglu(gate_up, grad.contiguous(), into)
+            return into, None
         (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), into.chunk(2, dim=-1)
         torch.mul(grad, up, out=grad_gate)
         # silu_backward is wide inside, unlike a product of narrow factors.
         torch.ops.aten.silu_backward(grad_gate, gate, grad_input=grad_gate)
         torch.ops.aten.silu(gate, out=grad_up).mul_(grad)
-        return into
+        return into, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """Computes `silu(gate) * up` for `[..., 2 F]` with the gate first -> `[..., F]`."""
-    return _SwiGlu.apply(gate_up)
+    return _SwiGlu.apply(gate_up, KERNELS.of(gate_up))
 
 
 def gelu(x: Tensor) -> Tensor:

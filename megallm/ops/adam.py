@@ -4,10 +4,15 @@ functional form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim.adam import adam
+
+from megallm.ops.kernels import KERNELS
+from megallm.ops.precision import wide
 
 
 class AdamRule(NamedTuple):
@@ -39,14 +44,37 @@ def adamw_(state: FlatState, rule: AdamRule, count: Tensor, skip: Tensor) -> Non
     `decoupled` wd p is added to the gradient instead. With `skip` 1.0 instead of 0.0 nothing
     changes; neither tensor is read by the host.
     """
-    steps = count.clone()  # the functional form counts on it
+    adamw_lists_([state], rule, count, skip)
+
+
+def adamw_lists_(
+    states: Sequence[FlatState],
+    rule: AdamRule,
+    count: Tensor,
+    skip: Tensor,
+    clip: Tensor | None = None,
+    copies: Sequence[Tensor] = (),
+) -> None:
+    """Apply `adamw_` to many buffers at once; gradients count `clip` (a float scalar tensor) times,
+    and `copies` in a narrow dtype follow the parameters: one pass over memory on a GPU.
+    """
+    params, grads, averages, squares = (list(each) for each in zip(*states, strict=True))
+    kernels = KERNELS.of(params[0], *params, *averages, *squares)
+    narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in copies)
+    if kernels is not None and params[0].dtype == torch.float32 and narrow:
+        scalars = [x if x is None else wide(x) for x in (count, skip, clip)]
+        numbers = rule.lr, *rule.betas, rule.eps, rule.weight_decay, rule.decoupled
+        kernels.adamw(params, grads, averages, squares, list(copies), *scalars, *numbers)
+        return
+    if clip is not None:
+        grads = [grad * clip for grad in grads]
     adam(
-        [state.param],
-        [state.grad],
-        [state.exp_avg],
-        [state.exp_avg_sq],
+        params,
+        [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)],
+        averages,
+        squares,
         [],
-        [steps],
+        [count.clone() for _ in params],  # the functional form counts on it
         fused=True,
         found_inf=skip,
         amsgrad=False,
@@ -58,3 +86,5 @@ def adamw_(state: FlatState, rule: AdamRule, count: Tensor, skip: Tensor) -> Non
         maximize=False,
         decoupled_weight_decay=rule.decoupled,
     )
+    for copy, param in zip(copies, params, strict=False):
+        copy.copy_(param)

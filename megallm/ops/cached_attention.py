@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide
 
 
@@ -68,3 +71,47 @@ def _written_out(
     if sinks is not None:
         lse = torch.logaddexp(lse, wide(sinks).view(k.shape[1], -1, 1))
     return scores.sub_(lse).exp_().to(v.dtype) @ v
+
+
+PAGE = 16  # positions of a block of the paged cache (inference/blocks.py)
+KERNEL_HEAD = 256  # features of the largest head that csrc/cuda/paged_attention.cu takes
+SPLIT = 512  # positions that one block of threads goes over, at least
+MAX_SPLITS = 32
+
+
+class Paged(NamedTuple):
+    """Pools of keys and values `[K, positions, E]`, and of each of n rows the blocks of PAGE
+    positions that hold its text, int64 `[n, blocks]`, and how many positions it sees, its new one
+    among them, int64 `[n]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    lengths: Tensor
+
+
+def attend_pages(
+    q: Tensor,
+    pages: Paged,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """Computes what `attend_rows` does, of q `[n, H, E]` to the blocks of a paged cache where they
+    lie -> `[n, H, E]`.
+    """
+    keys, values, table, lengths = pages
+    kernels = KERNELS.of(q, keys, values) if keys.shape == values.shape else None
+    if kernels is not None and keys.dtype == values.dtype == q.dtype and q.shape[-1] <= KERNEL_HEAD:
+        splits = max(1, min(MAX_SPLITS, table.shape[1] * PAGE // SPLIT))
+        parts = q.new_empty(*q.shape[:2], splits, q.shape[2] + 2, dtype=torch.float32)
+        out, sinks = torch.empty_like(q), None if sinks is None else wide(sinks)
+        numbers = window or 0, cap or 0.0
+        kernels.paged_attention(q, keys, values, table, lengths, sinks, *numbers, parts, out)
+        return out
+    places = (table[..., None] * PAGE + torch.arange(PAGE, device=table.device)).flatten(1)
+    k, v = (pool[:, places].permute(1, 2, 0, 3) for pool in (keys, values))
+    bias = length_bias(lengths, places.shape[1], window, wide(q).dtype)
+    exact = sinks is not None or cap is not None or k.shape[-1] != v.shape[-1]
+    return attend_rows(q[:, None], k, v, bias if exact else bias.to(q.dtype), sinks, cap)[:, 0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megallm.ops import native, product
+from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide, wide_dtype
 
 CHUNK_BYTES = (
@@ -105,6 +106,13 @@ def statistics(
     themselves.
     """
     labels, begin, temperature, cap = targets
+    kernels = None if best or powers is not None else _kernels_for(logits)
+    if kernels is not None:
+        top, total, label = (torch.empty_like(labels, dtype=torch.float32) for _ in range(3))
+        moments = torch.empty_like(top) if moment else None
+        numbers = labels.contiguous(), begin, temperature, cap or 0.0
+        kernels.cross_entropy_statistics(logits, *numbers, top, total, label, moments)
+        return Statistics(top, total, label, moments)
     if powers is None and cap is None and _is_native(logits):
         return Statistics(*native.softmax_statistics(logits, targets[:3], moment, best))
     if cap is not None:
@@ -131,6 +139,10 @@ def statistics(
     if temperature != 1.0:
         top, label = top / temperature, label / temperature
     return Statistics(top, total, label, moments, places)
+
+
+def _kernels_for(logits: Tensor) -> object | None:
+    return KERNELS.of(logits) if logits.is_contiguous() else None
 
 
 def _is_native(logits: Tensor) -> bool:
@@ -181,6 +193,15 @@ def _gradient(
     - p_j` and `d H / d z_j = -p_j (log p_j + H)`.
     """
     labels, begin, temperature, cap = targets
+    kernels = _kernels_for(logits)
+    if kernels is not None:
+        into = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+        entropy = softmax.entropy if upstream.entropy is not None else None
+        given = softmax.lse, upstream.log_prob, entropy, upstream.entropy, upstream.logit
+        given = [x if x is None else x.contiguous() for x in given]
+        numbers = labels.contiguous(), begin, temperature, cap or 0.0
+        kernels.cross_entropy_gradient(logits, *numbers, *given, into)
+        return into
     here, local = locate(labels, begin, logits.shape[-1])
     of_log_prob = upstream.log_prob / temperature
     of_entropy = None if upstream.entropy is None else upstream.entropy / temperature

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide, wide_dtype
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -61,6 +62,11 @@ def amax_of(x: Tensor, scaled: str) -> Tensor:
 
     Zero where there is nothing: an expert may have no rows.
     """
+    kernels = KERNELS.of(x) if scaled == "tensor" and x.is_contiguous() else None
+    if kernels is not None:
+        amax = x.new_zeros((), dtype=torch.float32)
+        kernels.fp8_amax(x, amax)
+        return amax
     size = x.abs()
     if scaled == "tensor":
         return wide(size.amax() if size.numel() else size.new_zeros(()))
@@ -78,8 +84,54 @@ def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
     value, as no format rounds.
     """
     largest = LARGEST[form]
+    kernels = KERNELS.of(x, scale) if scale.dim() == 0 and x.is_contiguous() else None
+    if kernels is not None:
+        data = torch.empty_like(x, dtype=FORMATS[form])
+        kernels.fp8_quantise(x, wide(scale), data, None, None, 0, 0, False)
+        return Quantised(data, 1.0 / scale)
     data = times(wide(x), scale).clamp_(-largest, largest).to(FORMATS[form])
     return Quantised(data, 1.0 / scale)
+
+
+BLOCK_ROWS = {"row": 0, "block": 1, "square": BLOCK}  # a scale's rows; 0: a row of any length
+
+
+class Scaling(NamedTuple):
+    """How `quantised` makes scales: of the format `form`, by `scaled` as in `amax_of`."""
+
+    form: str
+    scaled: str
+    margin: int = 0
+    powers: bool = False
+
+
+def quantised(
+    x: Tensor, scaling: Scaling, transposed: bool = False
+) -> tuple[Quantised, Quantised | None]:
+    """Returns `[R, C]` by scales of its own largest magnitudes, and where it is wanted the
+    transpose, which scales of a tensor or of square blocks have; one pass over memory on a GPU
+    (two with one scale).
+    """
+    form, scaled, margin, powers = scaling
+    kernels = KERNELS.of(x) if x.is_contiguous() else None
+    if kernels is None:
+        scale = scale_of(amax_of(x, scaled), LARGEST[form], margin, powers)
+        made = quantise(x, form, scale)
+        return made, made.transposed() if transposed else None
+    rows, columns = x.shape
+    data = torch.empty_like(x, dtype=FORMATS[form])
+    other = data.new_empty(columns, rows) if transposed else None
+    if scaled == "tensor":
+        scale = scale_of(amax_of(x, scaled), LARGEST[form], margin, powers)
+        kernels.fp8_quantise(x, scale, data, None, other, 0, 0, False)
+        inverse = 1.0 / scale
+    else:
+        height = BLOCK_ROWS[scaled]
+        shape = (rows, 1) if not height else (-(-rows // height), -(-columns // BLOCK))
+        inverse = x.new_ones(shape, dtype=torch.float32)
+        kernels.fp8_quantise(x, None, data, inverse, other, height, margin, powers)
+    back = None if other is None else Quantised(other, inverse.t().contiguous() if inverse.dim() else inverse)
+    return Quantised(data, inverse), back
 
 
 def times(x: Tensor, scale: Tensor) -> Tensor:

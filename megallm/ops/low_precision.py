@@ -16,7 +16,8 @@ class LossScaleOptions:
 
     initial: float = 65536.0  # halved at every overflow
     growth_steps: int = 1000  # updates without an overflow after which it doubles
-    minimum: float = 1.0  # below this the run has diverged
+    minimum: float = 1.0  # it is not made smaller than this
+    overflows: int = 4  # in a row at the minimum: the run has diverged
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.ops.kernels import KERNELS
+
 
 def order_of(
     experts: Tensor, num_experts: int, keep: Tensor | None = None
@@ -52,8 +54,61 @@ class _Permute(torch.autograd.Function):
         return flat.view(rows, ctx.copies, width).sum(1) if ctx.copies > 1 else flat, None, None
 
 
+def slots_of(order: Tensor, rows: int, copies: int) -> Tensor:
+    """Returns which row of the order each copy is, int64 `[rows, copies]`; -1 where it is in none.
+    """
+    slots = order.new_full((rows * copies,), -1)
+    places = torch.arange(len(order), device=order.device)
+    return slots.index_copy_(0, order, places).view(rows, copies)
+
+
+class _KernelPermute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, order: Tensor, copies: int, kernels: object
+    ) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.sizes, ctx.kernels = (len(x), copies), kernels
+        out = x.new_empty(len(order), x.shape[1])
+        kernels.moe_gather(x.contiguous(), order.contiguous(), None, copies, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        out = grad.new_empty(ctx.sizes[0], grad.shape[1])
+        slots = slots_of(ctx.saved_tensors[0], *ctx.sizes)
+        ctx.kernels.moe_sum(grad.contiguous(), slots, None, out)
+        return out, None, None, None
+
+
+class _KernelCombine(torch.autograd.Function):
+    """Keeps the experts' rows as they came, in their order; nothing is scattered."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, y: Tensor, order: Tensor, weights: Tensor, kernels: object
+    ) -> Tensor:
+        y, weights, slots = y.contiguous(), weights.contiguous(), slots_of(order, *weights.shape)
+        out = y.new_empty(len(weights), y.shape[1])
+        kernels.moe_sum(y, slots, weights, out)
+        ctx.save_for_backward(y, order, weights, slots)
+        ctx.kernels = kernels
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        y, order, weights, slots = ctx.saved_tensors
+        grad, grad_y, grad_weights = grad.contiguous(), torch.empty_like(y), torch.empty_like(weights)
+        ctx.kernels.moe_gather(grad, order.contiguous(), weights, weights.shape[1], grad_y)
+        ctx.kernels.moe_dot(y, slots, grad, grad_weights)
+        return grad_y, None, grad_weights, None
+
+
 def permute(x: Tensor, order: Tensor, copies: int) -> Tensor:
     """Gathers tokens `[N, D]` -> their copies in the given order `[M, D]`."""
+    kernels = KERNELS.of(x)
+    if kernels is not None:
+        return _KernelPermute.apply(x, order, copies, kernels)
     return _Permute.apply(x, order, copies)
 
 
@@ -102,6 +157,9 @@ def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     `[N, k]` -> `[N, D]`.
     """
     rows, copies = weights.shape
+    kernels = KERNELS.of(y, weights)
+    if kernels is not None and weights.dtype == torch.float32 and copies:
+        return _KernelCombine.apply(y, order, weights, kernels)
     return _WeightedSum.apply(
         unpermute(y, order, rows * copies).view(rows, copies, y.shape[1]), weights
     )

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megallm.ops.kernels import DTYPES, KERNELS
+
 BLOCK, OUTER_BLOCK = 64, 256
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -33,6 +35,12 @@ def pair_table(device: torch.device) -> Tensor:
     levels = torch.tensor(LEVELS, dtype=torch.float32)
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
     return pairs.to(device)
+
+
+@cache
+def level_table(device: torch.device) -> Tensor:
+    """Returns LEVELS as float32 `[16]`."""
+    return torch.tensor(LEVELS, dtype=torch.float32).to(device)
 
 
 @cache
@@ -132,6 +140,13 @@ class Nf4:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the piece in `dtype`, computed in float32."""
         piece, device = self.piece, self.codes.device
+        kernels = KERNELS.of(self.outer) if piece.is_aligned and dtype in DTYPES else None
+        if kernels is not None:
+            out = self.outer.new_empty(piece.shape, dtype=dtype)
+            stored = self.codes, self.scales.flatten(), self.outer, self.mean
+            tables = level_table(device), dynamic_table(device)
+            kernels.nf4_dequantise(*stored, *tables, *piece.runs, out)
+            return out
         blocks = _blocks(piece, device)
         stored = blocks if piece.is_aligned else torch.arange(len(self.scales), device=device)
         scales = dynamic_table(device)[self.scales.to(torch.int32)]

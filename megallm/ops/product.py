@@ -1,7 +1,7 @@
 """Matrix products of float32 on CPUs by the kernels of csrc/ops, and by torch elsewhere.
 
-MKL, which torch multiplies float32 with, takes its AVX2 path on AMD; oneDNN is faster there but compiles and keeps a kernel
-for every shape that it meets. Other dtypes are torch's.
+MKL, which torch multiplies float32 with, takes its AVX2 path on AMD; oneDNN is faster there but
+compiles and keeps a kernel for every shape that it meets. Other dtypes are torch's.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megallm.ops import native
+from megallm.ops.kernels import KERNELS
+from megallm.ops.norm import rms_norm
 from megallm.ops.precision import wide
 
 
@@ -165,10 +167,85 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` `[B, T, H, E]` by the tables `[B, T, R/2]`; the result has the dtype of `x`. With
     R less than E the first R features are rotated and the others pass.
     """
+    kernels = KERNELS.of(x, cos, sin)
+    if kernels is not None:
+        return _KernelRotated.apply(x, *_tables(cos, sin), kernels)
     if native.kernels(x, cos, sin):
         tables = (wide(table).expand(*x.shape[:2], -1).contiguous() for table in (cos, sin))
         return _NativelyRotated.apply(x, *tables)
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
+
+
+def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns `apply_rope(rms_norm(x, weight, eps), cos, sin)`: heads `[B, T, H, E]`, weight `[E]`;
+    one pass over memory on a GPU.
+    """
+    kernels = KERNELS.of(x, weight, cos, sin)
+    if kernels is None or x.shape[-1] > KERNEL_HEAD:
+        return apply_rope(rms_norm(x, weight, eps), cos, sin)
+    return _KernelNormRotated.apply(x, weight, *_tables(cos, sin), kernels, eps)
+
+
+KERNEL_HEAD = 256  # features of the largest head that csrc/cuda/rope.cu normalises
+PARTS = 2048  # sums of weight gradients over some of the heads each
+
+
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As a kernel reads them: float32, rows behind each other."""
+    return wide(cos).contiguous(), wide(sin).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As a kernel reads heads: any strides, but the features of one lie together."""
+    return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+
+
+class _KernelRotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor, kernels: object) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.kernels = kernels
+        return _KernelRotated.turned(kernels, x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        turned = _KernelRotated.turned(ctx.kernels, grad, *ctx.saved_tensors, -1.0)
+        return turned, None, None, None
+
+    @staticmethod
+    def turned(kernels: object, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+        into = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels.rope(_rows(x), cos, sin, None, 0.0, sign, into)
+        return into
+
+
+class _KernelNormRotated(torch.autograd.Function):
+    """Keeps the heads as they came; their scales are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kernels: object,
+        eps: float,
+    ) -> Tensor:
+        x, into = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels.rope(x, cos, sin, wide(weight).contiguous(), eps, 1.0, into)
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.kernels, ctx.eps = kernels, eps
+        return into
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
+        x, weight, cos, sin = ctx.saved_tensors
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        parts = cos.new_empty(min(x.shape[:-1].numel(), PARTS), x.shape[-1])
+        kept = wide(weight).contiguous()
+        ctx.kernels.norm_rope_backward(_rows(grad), x, cos, sin, kept, ctx.eps, grad_x, parts)
+        return grad_x, parts.sum(0).to(weight.dtype), None, None, None, None
 
 
 class _NativelyRotated(torch.autograd.Function):

@@ -24,10 +24,12 @@ class LossScaler:
         self.options = options
         self.scale = torch.tensor(options.initial, dtype=torch.float32, device=device)
         self.held = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflows = torch.zeros((), dtype=torch.int64, device=device)  # at the minimum
 
     def advance(self, finite: Tensor, empty: Tensor) -> Tensor:
         """Updates the scale after a step: half where the gradients were not finite, twice after
-        `growth_steps` that were; no change after one without gradients (`empty`).
+        `growth_steps` that were, within the minimum and LARGEST; no change after one without
+        gradients (`empty`).
 
         Returns the scale that this step had.
         """
@@ -36,22 +38,31 @@ class LossScaler:
         factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
         held = torch.where(finite & ~grows, self.held + 1, 0)
         self.held.copy_(torch.where(empty, self.held, held))
-        self.scale.copy_(torch.where(empty, before, (before * factor).clamp(max=LARGEST)))
+        changed = (before * factor).clamp(min=self.options.minimum, max=LARGEST)
+        at_minimum = ~finite & (before <= self.options.minimum)
+        overflows = torch.where(at_minimum, self.overflows + 1, 0)
+        self.overflows.copy_(torch.where(empty, self.overflows, overflows))
+        self.scale.copy_(torch.where(empty, before, changed))
         return before
 
     def check(self) -> None:
-        """Raise Diverged when the scale has fallen below its minimum; waits for the device."""
-        if self.scale < self.options.minimum:
+        """Raise Diverged when gradients overflow again and again at the smallest scale; waits for
+        the device."""
+        if self.overflows >= self.options.overflows:
             raise Diverged(
-                f"The loss scale fell to {float(self.scale):g}, below train.loss_scale.minimum "
-                f"{self.options.minimum:g}: gradients overflow fp16 however small the loss is "
-                "made. Lower optim.lr, take train.precision bf16, or start again from an earlier "
-                "checkpoint."
+                f"The loss scale is at train.loss_scale.minimum {self.options.minimum:g}, and "
+                f"gradients overflowed {int(self.overflows)} times in a row there: they overflow "
+                "fp16 however small the loss is made. Lower optim.lr, take train.precision bf16, "
+                "or start again from an earlier checkpoint."
             )
 
     def counters(self) -> dict[str, float]:
         """Returns what a checkpoint remembers."""
-        return {"loss_scale": float(self.scale), "loss_scale_held": int(self.held)}
+        return {
+            "loss_scale": float(self.scale),
+            "loss_scale_held": int(self.held),
+            "loss_scale_overflows": int(self.overflows),
+        }
 
     def restore(self, counters: dict[str, float]) -> None:
         """Take up a checkpoint's scale; one of another precision has none, and the scale starts
@@ -59,3 +70,4 @@ class LossScaler:
         """
         self.scale.fill_(counters.get("loss_scale", self.options.initial))
         self.held.fill_(counters.get("loss_scale_held", 0))
+        self.overflows.fill_(counters.get("loss_scale_overflows", 0))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megallm.parallel import ledger
 from megallm.parallel.mesh import Axis
 
 
@@ -66,7 +67,7 @@ def exchanger(axis: Axis) -> Callable[[Tensor, int], Tensor]:
             dist.P2POp(dist.isend, x, peer, axis.group),
             dist.P2POp(dist.irecv, other, peer, axis.group),
         ]
-        for handle in dist.batch_isend_irecv(work):
+        for handle in ledger.batch_isend_irecv(work):
             handle.wait()
         return other
 

@@ -383,14 +383,23 @@ class ShardedParameters:
             comm.all_reduce_(self.noted, self.mesh.data, "clip.norm")
         return both[0]
 
-    def note(self, value: int) -> None:
-        """Tell all ranks a number, 0, 1 or 2, with the next gradient norm."""
-        counts = torch.tensor([value == 1, value == 2], dtype=torch.float64)
+    def note(self, value: int, verdicts: Tensor | None = None) -> None:
+        """Tell all ranks a number, 0, 1 or 2, with the next gradient norm, and two `verdicts`,
+        float64 `[2]` on the device, which are added up (None: zeros).
+        """
+        counts = torch.tensor([value == 1, value == 2, 0, 0], dtype=torch.float64)
         self.noted = counts.to(self.mesh.device, non_blocking=True)
+        if verdicts is not None:
+            self.noted[2:] = verdicts
+
+    @property
+    def verdicts(self) -> Tensor:
+        """The verdicts of all ranks, added up, once the norm is known: `[2]` on the device."""
+        return self.noted[2:]
 
     def largest_noted(self) -> int:
         """Returns the largest number that a rank told; waits for the device."""
-        ones, twos = self.noted.tolist()
+        ones, twos = self.noted[:2].tolist()
         return 2 if twos else int(ones > 0)
 
     def _counts(self, name: str) -> bool:

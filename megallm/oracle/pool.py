@@ -1,5 +1,5 @@
-"""A pool of ranks (gloo, or nccl on GPUs) that stays alive: importing torch costs seconds, a call
-milliseconds.
+"""A pool of ranks (shared memory, gloo, or nccl on GPUs) that stays alive: importing torch costs
+seconds, a call milliseconds.
 
 Workers are forked from a server that has imported torch and run nothing (after one operation on two
 threads a forked child hangs). Each call gets a process group of its own. A rank that raises ends:
@@ -30,13 +30,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallm.base import shared_memory
 from megallm.base.errors import Hang, InternalError, PeerLost, UsageError
 from megallm.oracle import emulated_nccl
 from megallm.oracle.emulated_device import EmulatedDevice
 from megallm.oracle.emulated_nccl import NAME as EMULATED
 
 MAX_RANKS = 8
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", EMULATED: EMULATED}
+BACKENDS = {
+    "cpu": shared_memory.NAME,
+    "gloo": "gloo",
+    "cuda": "cpu:gloo,cuda:nccl",
+    EMULATED: EMULATED,
+}
 GRACE_SECONDS = 1.0  # how long peers of a failed rank may still report before they are killed
 
 
@@ -60,7 +66,8 @@ class _Call:
     size: int
     store: str
     timeout: float
-    # cpu; cuda: rank r takes GPU r, and CUDA tensors travel over nccl; emulated: as there, on a CPU
+    # cpu: shared memory; gloo; cuda: rank r takes GPU r, and CUDA tensors travel over nccl;
+    # emulated: as there, on a CPU
     device: str
     path: list[str]  # the caller's sys.path, so that functions of test modules can be imported
     job: bytes  # pickled (fn, args); opened only after `path` is in force
@@ -114,6 +121,8 @@ def _perform(rank: int, call: _Call) -> Any:
     torch.manual_seed(0)
     store = dist.FileStore(call.store, call.size)
     limit = timedelta(seconds=call.timeout)
+    if call.device == "cpu":
+        shared_memory.register()
     if call.device == "cuda":
         torch.cuda.set_device(rank)
     if call.device == EMULATED:
@@ -144,8 +153,8 @@ class Pool:
         timeout: float = 60.0,
         device: str = "cpu",
     ) -> list[Any]:
-        """Call `fn(*args)` on `size` ranks inside a fresh world (gloo; on `cuda` nccl beside it;
-        `emulated`: gloo by nccl's rules); the results, by rank.
+        """Call `fn(*args)` on `size` ranks inside a fresh world (shared memory; `gloo`; on `cuda`
+        nccl beside gloo; `emulated`: gloo by nccl's rules); the results, by rank.
 
         `fn` must be importable by name (no lambda, no nested function); it, its arguments and its
         results travel by pickle. Raises RankFailed with the first rank's traceback, PeerLost naming

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megallm.parallel import ledger
 from megallm.parallel.mesh import Axis
 from megallm.parallel.shard import piece
 
@@ -91,25 +92,20 @@ MISTAKES = {
 }
 BREAKS = REDUCTIONS | MISTAKES
 
-# torch 2.13 renamed the two; older releases have the old names only.
-_RENAMED = "all_gather_single" in vars(dist)
-_all_gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
-_reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
-
 
 def all_reduce_(
     x: Tensor, axis: Axis, name: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Tensor:
     """Reduce `x` in place over the axis and return it; no gradient."""
     if axis.size > 1 and name not in axis.broken:
-        dist.all_reduce(x, op=op, group=axis.group)
+        ledger.all_reduce(x, op=op, group=axis.group)
     return x
 
 
 def broadcast_(x: Tensor, axis: Axis, source: int) -> Tensor:
     """Give every rank of the axis the values that its rank `source` has, in place."""
     if axis.size > 1:
-        dist.broadcast(x, axis.ranks[source], group=axis.group)
+        ledger.broadcast(x, axis.ranks[source], group=axis.group)
     return x
 
 
@@ -118,7 +114,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((axis.size, *x.shape))
-    _all_gather(out.flatten(0, 1), x.contiguous(), group=axis.group)
+    ledger.all_gather(out.flatten(0, 1), x.contiguous(), group=axis.group)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -130,7 +126,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
         return own_slice(x, axis, dim)
     pieces = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     out = torch.empty_like(pieces[0])
-    _reduce_scatter(out, pieces.flatten(0, 1), group=axis.group)
+    ledger.reduce_scatter(out, pieces.flatten(0, 1), group=axis.group)
     return out
 
 
@@ -138,12 +134,12 @@ def start_all_reduce(x: Tensor, axis: Axis, name: str) -> Callable[[], None]:
     """Begin summing `x` in place over the axis; call the result before reading it."""
     if axis.size == 1 or name in axis.broken:
         return lambda: None
-    return dist.all_reduce(x, group=axis.group, async_op=True).wait
+    return ledger.all_reduce(x, group=axis.group, async_op=True).wait
 
 
-def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> dist.Work:
+def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> ledger.NotedWork:
     """Begin gathering equal flat pieces into `out`; wait on the result before reading it."""
-    return _all_gather(out, piece, group=axis.group, async_op=True)
+    return ledger.all_gather(out, piece, group=axis.group, async_op=True)
 
 
 def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:
@@ -157,7 +153,7 @@ def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable
         front = torch.cat((front, front.new_zeros(longest - len(front), *front.shape[1:])))
     out = front.new_empty(axis.size * longest, *front.shape[1:])
     sent = front.contiguous()
-    work = _all_gather(out, sent, group=axis.group, async_op=True)
+    work = ledger.all_gather(out, sent, group=axis.group, async_op=True)
 
     def finish(sent: Tensor = sent) -> Tensor:  # holds what is being sent until it has left
         work.wait()
@@ -170,11 +166,11 @@ def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable
     return finish
 
 
-def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> dist.Work:
+def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> ledger.NotedWork:
     """Begin summing `whole` over the axis into this rank's piece `out`; wait on the result before
     reading it.
     """
-    return _reduce_scatter(out, whole, group=axis.group, async_op=True)
+    return ledger.reduce_scatter(out, whole, group=axis.group, async_op=True)
 
 
 def own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -303,7 +299,7 @@ def exchange_rows(x: Tensor, axis: Axis, sent: list[int], received: list[int], n
         both = min(len(out), len(x))
         out[:both] = x[:both]
     else:
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
+        ledger.all_to_all_single(out, x.contiguous(), received, sent, group=axis.group)
     return out
 
 
@@ -322,7 +318,7 @@ def _all_to_all(x: Tensor, axis: Axis, name: str) -> Tensor:
     if name in axis.broken:
         return x.clone()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+    ledger.all_to_all_single(out, x.contiguous(), group=axis.group)
     return out
 
 

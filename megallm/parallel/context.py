@@ -31,7 +31,7 @@ from megallm.ops.attention import (
 )
 from megallm.ops.precision import wide_dtype
 from megallm.ops.tiles import MaskSpec, Span, Tile, plan_tiles, row_mask_spec
-from megallm.parallel import comm
+from megallm.parallel import comm, ledger
 from megallm.parallel.config import LayoutConfig
 from megallm.parallel.mesh import Axis, Mesh
 from megallm.parallel.zigzag import check_length, natural_order, rank_order, spans, ulysses_degree
@@ -65,7 +65,7 @@ def pass_on(x: Tensor, axis: Axis, tag: int) -> Moving:
     """
     arriving = torch.empty_like(x)
     after, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[(axis.rank - 1) % axis.size]
-    works = dist.batch_isend_irecv(
+    works = ledger.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, x, after, axis.group, tag),
             dist.P2POp(dist.irecv, arriving, before, axis.group, tag),

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megallm.base import shared_memory
 from megallm.base.errors import UsageError
 from megallm.base.payload import from_payload, to_payload
+from megallm.parallel import ledger
 from megallm.parallel.layout import PURPOSES, Layout, grid_lines
 
 
@@ -93,6 +95,8 @@ class Mesh:
                 f"dp={layout.dp} cp={layout.cp} tp={layout.tp} needs {layout.world}."
             )
         mesh = Mesh(layout, dist.get_rank(), torch.device(device), {})
+        ledger.note_group(dist.group.WORLD, range(layout.world))
+        ledger.say_purpose(dist.group.WORLD, "world")
         mesh._open(dist.group.WORLD)
         made = {tuple(range(layout.world)): dist.group.WORLD}
         for ranks in layout.communicators(mesh.rank):
@@ -101,6 +105,7 @@ class Mesh:
         for purpose in PURPOSES:
             ranks = layout.ranks(purpose, of=mesh.rank)
             axis = Axis(purpose, ranks.index(mesh.rank), len(ranks), ranks, made.get(ranks), broken)
+            ledger.say_purpose(axis.group, purpose)
             mesh.axes[purpose] = axis
         mesh._name_axes()
         return mesh
@@ -121,19 +126,21 @@ class Mesh:
             backend=device_backend(self.device),
             use_local_synchronization=True,
         )
+        ledger.note_group(group, ranks)
         if opened and len(ranks) > 1:
             self._open(group)
         return group
 
     @property
     def connects_late(self) -> bool:
-        """Whether communicators are made at first use (nccl): gloo connects when a group is made.
+        """Whether communicators are made at first use (nccl): gloo and shared memory connect when a
+        group is made.
         """
-        return dist.get_backend() != "gloo"
+        return dist.get_backend() not in ("gloo", shared_memory.NAME)
 
     def _open(self, group: dist.ProcessGroup) -> None:
         if self.connects_late:
-            dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+            ledger.all_reduce(torch.zeros(1, device=self.device), group=group)
 
     def view(self, name: str, inner: int) -> tuple[Axis, Axis]:
         """Returns an axis as a grid `(outer, inner)`: `inner` neighbours form the inner axis, equal
@@ -165,7 +172,7 @@ class Mesh:
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = torch.zeros(self.world.size, dtype=torch.int64)
         sizes[self.world.rank] = payload.numel()
-        dist.all_reduce(sizes, group=self.world.group)
+        ledger.all_reduce(sizes, group=self.world.group)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: payload.numel()] = payload
         rows = (
@@ -173,7 +180,7 @@ class Mesh:
             if self.world.rank == 0
             else None
         )
-        dist.gather(padded, rows, dst=0, group=self.world.group)
+        ledger.gather(padded, rows, dst=0, group=self.world.group)
         if rows is None:
             return None
         return [
@@ -186,10 +193,10 @@ class Mesh:
             return value
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([payload.numel()])
-        dist.broadcast(size, 0, group=self.world.group)
+        ledger.broadcast(size, 0, group=self.world.group)
         if self.world.rank != 0:
             payload = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(payload, 0, group=self.world.group)
+        ledger.broadcast(payload, 0, group=self.world.group)
         return json.loads(bytes(payload.numpy()))
 
     def all_values(self, value: Any, axis: Axis) -> list[Any]:
@@ -201,12 +208,12 @@ class Mesh:
         payload = torch.frombuffer(bytearray(to_payload(value)), dtype=torch.uint8)
         sizes = torch.empty(axis.size, dtype=torch.int64, device=self.device)
         own = torch.tensor([payload.numel()], device=self.device)
-        dist.all_gather_into_tensor(sizes, own, group=axis.group)
+        ledger.all_gather(sizes, own, group=axis.group)
         counts = sizes.tolist()
         padded = torch.zeros(max(counts), dtype=torch.uint8, device=self.device)
         padded[: payload.numel()] = payload.to(self.device)
         rows = torch.empty(axis.size * max(counts), dtype=torch.uint8, device=self.device)
-        dist.all_gather_into_tensor(rows, padded, group=axis.group)
+        ledger.all_gather(rows, padded, group=axis.group)
         pairs = zip(rows.cpu().view(axis.size, -1), counts, strict=True)
         return [from_payload(row[:count].numpy().tobytes()) for row, count in pairs]
 
@@ -215,10 +222,10 @@ class Mesh:
         if self.world.size == 1:
             return value
         vote = torch.tensor([value])
-        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.world.group)
+        ledger.all_reduce(vote, dist.ReduceOp.MAX, group=self.world.group)
         return int(vote)
 
     def barrier(self) -> None:
         """Wait for every rank of the world."""
         if self.world.size > 1:
-            dist.all_reduce(torch.zeros(1), group=self.world.group)
+            ledger.all_reduce(torch.zeros(1), group=self.world.group)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import InternalError
+from megallm.parallel import ledger
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.schedule import Edge, Placement, pipeline_edges
 
@@ -39,16 +40,16 @@ class Channel:
         """Exchange an empty message, so that both ends are connected."""
         x = torch.zeros(1, device=device)
         if rank == self.source:
-            dist.isend(x, self.destination, group=self.group).wait()
+            ledger.isend(x, self.destination, group=self.group).wait()
         else:
-            dist.irecv(x, self.source, group=self.group).wait()
+            ledger.irecv(x, self.source, group=self.group).wait()
 
     def send(self, x: Tensor) -> None:
         """Start sending; the tensor is kept alive until it has left."""
         while self.sent and self.sent[0][1].is_completed():
             self.sent.popleft()
         x = x.contiguous()
-        self.sent.append((x, dist.isend(x, self.destination, group=self.group)))
+        self.sent.append((x, ledger.isend(x, self.destination, group=self.group)))
 
     def expect(self, keys: Sequence[Key], new_buffer: Callable[[], Tensor]) -> None:
         """Name the coming messages in the sender's order and post the first receives."""
@@ -81,7 +82,7 @@ class Channel:
     def _post(self) -> None:
         while self.expected and len(self.posted) < self.ahead:
             buffer = self.new_buffer()
-            work = dist.irecv(buffer, self.source, group=self.group)
+            work = ledger.irecv(buffer, self.source, group=self.group)
             self.posted.append((self.expected.popleft(), buffer, work))
 
 
@@ -102,6 +103,8 @@ def open_channels(mesh: Mesh, placement: Placement) -> dict[tuple[int, int, str]
         way: mesh.group(line, opened=False) for way in dict.fromkeys(map(_way, edges))
     }
     mesh.lines[placement] = groups
+    for group in groups.values():
+        ledger.say_purpose(group, "pp")
     for edge in edges:
         if mesh.pp.rank in edge[:2]:
             source, destination, kind = line[edge[0]], line[edge[1]], edge[2]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megallm.base.device import Stopwatch
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.parallel.linear import WeightGradQueue, compute_weight_grads
 from megallm.parallel.mesh import Mesh
 from megallm.parallel.p2p import Key, open_channels
@@ -156,6 +157,10 @@ class Pipeline:
         if stage > 0:
             x = self._obtain(run, FORWARD, micro, stage).requires_grad_(training)
         begin = self.watch.mark()
+        if training:
+            HEARTBEAT.enter("forward")
+        else:
+            HEARTBEAT.beat()
         out = self.stages[stage](x, batch)
         if stage == self.last:
             out, report = loss_of(out, batch)
@@ -172,6 +177,7 @@ class Pipeline:
         x, out = run.live.pop((micro, stage))
         grad = self._obtain(run, BACKWARD, micro, stage) if stage < self.last else None
         begin = self.watch.mark()
+        HEARTBEAT.enter("backward")
         if out.requires_grad:  # a first stage may be frozen as a whole
             torch.autograd.backward(out, grad)
         if split:

@@ -17,6 +17,7 @@ from megallm.report import chart
 from megallm.report.facts import RunFacts
 from megallm.report.goodput import PARTS, attempts, goodput
 from megallm.run.console import MetricRow
+from megallm.run.rows import LONG_FIELDS
 
 # Charts that stand first: title, and the metrics that share it. Every other number has its own.
 FIRST = (
@@ -130,7 +131,8 @@ def _incidents(events: Sequence[MetricRow]) -> Iterator[tuple[str, str, str, str
     for event in events:
         if event["event"] in INCIDENTS[:1]:
             continue
-        told = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
+        hidden = ("time", "event", "step", *LONG_FIELDS)
+        told = {key: value for key, value in event.items() if key not in hidden}
         words = "; ".join(f"{key}: {value}" for key, value in told.items())
         yield _time(float(event["time"])), event["event"], str(event.get("step", "")), words
 

@@ -17,6 +17,7 @@ from megallm.report.chart import bin_points
 from megallm.report.facts import RunFacts, read_run
 from megallm.report.goodput import goodput
 from megallm.run.console import EtaClock, MetricRow, format_line, format_seconds
+from megallm.run.rows import LONG_FIELDS
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 SHOWN = (
@@ -81,7 +82,7 @@ def _eta(rows: Sequence[MetricRow], steps: int) -> float | None:
 
 def _event(event: MetricRow) -> str:
     when = time.strftime("%H:%M:%S", time.localtime(float(event["time"])))
-    told = {key: value for key, value in event.items() if key not in ("time", "event")}
+    told = {key: value for key, value in event.items() if key not in ("time", "event", *LONG_FIELDS)}
     return f"{when}  {event['event']}  " + "  ".join(
         f"{key}={value}" for key, value in told.items()
     )

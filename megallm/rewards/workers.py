@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megallm.base.errors import RewardError, UsageError
+from megallm.base.stopping import StepAbandoned
 from megallm.rewards.config import RewardConfig
 from megallm.rewards.samples import Completion
 from megallm.rewards.sandbox import confined
@@ -29,6 +30,7 @@ from megallm.rewards.signatures import Notes, Rewards, numbers
 from megallm.rewards.table import GIVEN, TABLE, judged, resolved
 
 START_SECONDS = 300.0  # to import what the functions import
+LOOK_SECONDS = 0.5  # between two looks at whether the run is to stop
 Given = Callable[[Sequence[Completion]], Rewards]
 
 
@@ -143,6 +145,7 @@ class _Pool:
     """Workers that have loaded the same functions."""
 
     def __init__(self, specs: Sequence[str], config: RewardConfig, alone: bool) -> None:
+        self.stopped: Callable[[], bool] = lambda: False
         self._new = lambda: Worker(("load", list(specs)), config.memory_gib, alone)
         self.config = config
         self.workers: list[Worker] = []
@@ -202,7 +205,13 @@ class _Pool:
             for worker in busy:
                 selector.register(worker.connection, selectors.EVENT_READ, worker)
             first = min(worker.deadline for worker in busy)
-            return [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
+            while True:
+                seconds = max(0.0, first - time.monotonic())
+                found = selector.select(min(seconds, LOOK_SECONDS))
+                if self.stopped():
+                    raise StepAbandoned
+                if found or seconds <= LOOK_SECONDS:
+                    return [key.data for key, _ in found]
 
     def _looked_at(self, worker: Worker, ready: bool) -> bool:
         """Take a worker's answer, which counts even where we come late to read it, or end it at its
@@ -231,7 +240,8 @@ class RewardFunctions:
     """The reward functions of a configuration; `close` ends their processes.
 
     `names` and `weights` `[k]` go with the columns of the rewards; `failures`, `extras` (columns of
-    the sample table) and `metrics` are those of the last call.
+    the sample table) and `metrics` are those of the last call. While functions are being waited for
+    `stopped` is asked now and then; when it says so the call ends with StepAbandoned.
     """
 
     def __init__(self, config: RewardConfig, given: Mapping[str, Callable[..., Any]]) -> None:
@@ -241,6 +251,7 @@ class RewardFunctions:
         self.failures: list[Failure] = []
         self.extras: dict[str, list[Any]] = {}
         self.metrics: dict[str, float] = {}
+        self.stopped: Callable[[], bool] | None = None
         self._given: dict[int, Given] = {}
         self._pools: list[tuple[_Pool, list[int]]] = []
         kinds: dict[bool, list[int]] = {}
@@ -277,6 +288,7 @@ class RewardFunctions:
         for column, function in self._given.items():
             tasks.append(RewardCall(-1, column, everything, _called(function, samples)))
         for pool, columns in self._pools:
+            pool.stopped = self.stopped or (lambda: False)
             planned = self._plan(pool, columns, len(samples))
             pool.run(planned, samples, step)
             tasks += planned

@@ -8,7 +8,7 @@ The comment beside a field is its documentation (`megallm config --schema` print
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megallm.engine.config import EngineConfig
 from megallm.models.compute import ComputeConfig
@@ -50,6 +50,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about numbers that are not finite, loss spikes, and ranks that compute or
+    remember something else than their replicas (docs/guard.md).
+    """
+
+    non_finite: Literal["skip", "stop", "rollback"] = "skip"  # such a loss or gradient norm; ten skips in a row stop
+    spike: Literal["off", "warn", "skip", "rollback"] = "warn"  # a loss or gradient norm far above those before
+    spike_sigma: float = 6.0  # standard deviations above the mean from which on it is a spike
+    spike_window: int = 128  # steps that mean and deviation are taken over
+    rollback: int = 1  # checkpoints to go back; what was trained since the last of them is left out then
+    skip_batches: int = 0  # batches that are left out besides, after the one that made the run go back
+    max_rollbacks: int = 3  # of a run; one more stops it
+    replica_check_every: int = 0  # steps between comparisons of what ranks hold alike, besides saves; 0: never
+    digest_every: int | None = None  # steps between digests of the weights in the metrics; null: 10 if strict, else 0
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out loss during the run."""
 
@@ -68,6 +85,16 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """How the ranks are watched and started again."""
+
+    restarts: int = 3  # in a row without a new step, before `megallm launch` gives up; other verbs never restart
+    hang_seconds: float = 10.0  # without a sign of life, or 5 x the 99th percentile of the step time: a hang; 0: never
+    time_limit: float | None = None  # minutes of one start, before which it saves and leaves with exit code 75; null: those of its Slurm job
+    meet_seconds: float = 120.0  # for all ranks to come to the start; then the missing ones are named
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """The sections that every trainer has; a trainer's own configuration says what `data` is, and
     may add sections.
@@ -82,7 +109,16 @@ class JobConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    @property
+    def digest_every(self) -> int:
+        """Returns the steps between digests of the weights; 0: none are made."""
+        if self.guard.digest_every is not None:
+            return self.guard.digest_every
+        return 10 if self.train.determinism == "strict" else 0
 
     @property
     def engine(self) -> EngineConfig:

@@ -428,7 +428,7 @@ class TensorBoard:
             return
         try:
             for key, value in row.items():
-                if "/" in key and value is not None:
+                if "/" in key and isinstance(value, int | float):
                     self._writer.add_scalar(key, value, row["step"])
         except OSError as error:
             self._off(error)

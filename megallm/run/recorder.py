@@ -7,8 +7,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +31,7 @@ from megallm.run.rows import Events, Metrics, read_rows
 from megallm.run.runfolder import RunFolder
 
 STOPPING = "stopping when this step is done"
+DIGEST = "guard/weights_digest"  # its name in metrics.jsonl
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ class Recorder:
         )
         self.soundness = DivergenceDetector()
         self.last_words: tuple[str, ...] = ()  # shown at the end of a run without an error
+        self.changes: Sequence[Change] = ()  # of the configuration since the last start
+        # Digests of steps that were made before and are made again; none in another environment.
+        self.digests: dict[int, str] = {}
 
     @property
     def checkpoints(self) -> Path:
@@ -105,8 +108,15 @@ class Recorder:
         config = self.config
         self.lease.check()
         self.folder.write_config(to_yaml(config))
-        self.folder.write_environment(environment)
-        last = next(iter(deque(read_rows(self.folder.metrics), maxlen=1)), {})
+        same = self.folder.write_environment(environment)
+        goes_back = False  # to where it reads other batches than it did
+        for event in read_rows(self.folder.events):
+            back = event.get("event") == "rollback"
+            goes_back = back or (goes_back and event.get("event") not in ("resumed", "started"))
+        last: dict[str, Any] = {}
+        for last in read_rows(self.folder.metrics):
+            if same and not goes_back and last.get("step", 0) > resumed_step and last.get(DIGEST):
+                self.digests[last["step"]] = last[DIGEST]
         self.metrics = Metrics(self.folder.metrics, resumed_step, self.lease.check)
         self.events = Events(self.folder.events, self.lease.check)
         for row in read_rows(self.folder.metrics):
@@ -221,6 +231,7 @@ class Recorder:
 
     def changed(self, step: int, changes: Sequence[Change]) -> None:
         """Say in one table what is not as it was in this run folder, and keep it."""
+        self.changes = changes
         if not self.writes or not changes:
             return
         self.note(f"changed since the last start in this run folder:\n{table_of(changes)}")
@@ -228,6 +239,12 @@ class Recorder:
             {"key": change.key, "before": change.before, "now": change.now} for change in changes
         ]
         self.event("changed", step=step, changes=rows)
+
+    def set_back(self, step: int, first: int, fields: Mapping[str, Any]) -> None:
+        """Record that the run goes back at `step`, and rename the checkpoints from `first` on."""
+        self.lease.check()
+        moved = quarantine(self.checkpoints, first, "rolled-back")
+        self.event("rollback", step=step, set_aside=[path.name for path in moved], **fields)
 
     def set_diverged_aside(self, step: int) -> str:
         """Rename the checkpoints whose state led to the divergence noticed at `step`; sentences for

@@ -24,6 +24,7 @@ from megallm.base.files import atomic_path, cannot_write, writing
 
 log = logging.getLogger(__name__)
 
+LONG_FIELDS = ("stacks", "waits", "table", "sentence")  # of an incident: not for one line
 _MAX_PENDING = 100_000  # rows kept in memory while the disk is full
 
 
@@ -131,6 +132,23 @@ class Events(JsonLines):
 
     def add(self, kind: str, **fields: Any) -> None:
         self.append({"time": time.time(), "event": kind, **fields})
+
+
+def append_event(path: Path, event: str, fields: Mapping[str, Any]) -> None:
+    """Add one event to events.jsonl from outside of the run, in one write; lost where that fails."""
+    row = {"time": time.time(), "event": event, **fields}
+    line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        with suppress(OSError):
+            os.write(fd, b"\n" * torn + line)
+    finally:
+        os.close(fd)
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

@@ -5,11 +5,13 @@ RUN/run.yaml        resolved configuration          RUN/logs/rank-*.log
 RUN/env.json        versions, commit, layout        RUN/checkpoints/
 RUN/metrics.jsonl   one row a step: the truth       RUN/plots/
 RUN/events.jsonl    saves, restarts, skips          RUN/LOCK   lease of the job that runs
+RUN/replay/         batches that went wrong         RUN/data_ledger.json   batches left out
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import secrets
@@ -37,6 +39,8 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.plots = self.path / "plots"
         self.lock = self.path / "LOCK"
+        self.replays = self.path / "replay"
+        self.data_ledger = self.path / "data_ledger.json"
 
     def prepare(self) -> None:
         """Make the folders and prove that they can be written. Errors: `CannotWrite`, before any
@@ -58,11 +62,20 @@ class RunFolder:
         """Write run.yaml: the resolved configuration. Errors: `CannotWrite`."""
         atomic_write_text(self.config, text)
 
-    def write_environment(self, extra: Mapping[str, Any]) -> None:
+    def write_environment(self, extra: Mapping[str, Any]) -> bool:
         """Write env.json: host, versions and commit, and what the caller adds (layout, world,
-        backend, ...).
+        backend, ...). Returns whether, but for the host, it says what it said before; True where
+        there was none.
         """
-        atomic_write_json(self.environment, {**describe_environment(), **extra})
+        now = {**describe_environment(), **extra}
+        try:
+            before = json.loads(self.environment.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            before = now
+        except (OSError, ValueError):
+            before = {}
+        atomic_write_json(self.environment, now)
+        return all(before.get(key) == now[key] for key in now if key != "host")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from megallm.peft.export import export
 from megallm.peft.noise import add_noise
 from megallm.peft.sources import Joined
 from megallm.training.finetune import FinetuneConfig
-from megallm.training.starting import model_of
+from megallm.training.starting import check_source, model_of
 from megallm.training.weights import build_engine, starting_weights
 
 FOLDER = "adapter"  # of the run: PEFT's form of what was trained
@@ -152,15 +152,17 @@ def _with_head(peft: PeftConfig, model: ModelConfig) -> PeftConfig:
 
 
 def frozen_engine(
-    config: FinetuneConfig, source: str | None, mesh: Mesh, same_model: bool = True
+    config: FinetuneConfig, source: str | None, key: str, mesh: Mesh, same_model: bool = True
 ) -> Engine:
     """Returns an engine with the weights that the run starts from, or with those of `source` (a
     Hugging Face folder, a run or a step of one), none of them trained; collective over the world.
 
+    `key` of the configuration names `source`.
     `same_model`: `source` has the sizes of the run's model; otherwise it has its own. Nothing of it
     is updated: its weights are always divided, and gradients are summed in no order.
     """
     if source is not None:
+        check_source(key, source)
         place = "hf" if (Path(source) / "config.json").is_file() else "init"
         model = config.model
         if not same_model:

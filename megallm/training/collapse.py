@@ -61,6 +61,9 @@ SIGNS = (
 )  # fmt: skip
 
 
+UNREWARDED = "unrewarded"  # the name of the warning about answers without any reward
+
+
 class CollapseMonitor:
     """Sees each row once, in order, and yields warnings."""
 
@@ -71,8 +74,9 @@ class CollapseMonitor:
 
     def see(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Yields (name, sentence) for each bad sign that was not told lately. Rows without a figure
-        say nothing about it.
+        say nothing about it, but one without any reward, which trains nothing.
         """
+        yield from self._unrewarded(row)
         for sign in SIGNS:
             value = row.get(sign.figure)
             if value is None:
@@ -89,3 +93,15 @@ class CollapseMonitor:
             if sign.bad(before, now):
                 self._told[sign.name] = row["step"]
                 yield sign.name, sign.sentence.format(first=before, now=now)
+
+    def _unrewarded(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yields a warning about a step in which every answer was left without a reward."""
+        told = self._told.get(UNREWARDED, -QUIET)
+        if row.get("reward", 0.0) is not None or row["step"] - told < QUIET:
+            return
+        self._told[UNREWARDED] = row["step"]
+        yield UNREWARDED, (
+            "no answer has a reward: every function returned None (or its errors became None, "
+            "reward.on_error), so the step trained nothing. None leaves an answer out; return a "
+            "number, and look at the column rewards of RUN/rollouts.jsonl"
+        )

@@ -163,7 +163,7 @@ class DistillRun(ChatRun):
         there = self._teacher_grid(mesh)
         if there is not None:
             config, mesh = dataclasses.replace(config, layout=there), self.teacher_mesh
-        return frozen_engine(config, config.teacher.model, mesh, same_model=False)
+        return frozen_engine(config, config.teacher.model, "teacher.model", mesh, False)
 
     @property
     def multiple(self) -> int:

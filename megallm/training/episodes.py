@@ -46,6 +46,8 @@ class EpisodeRunner:
         self.watch: PhaseLine | None = None
         self.listen: Callable[[Request], None] | None = None
         self.several = False  # whether anything answers a turn
+        self.stopped: Callable[[], bool] | None = None  # ends answers early
+        self.check: Callable[[], None] = lambda: None  # may give the step up, on all ranks
 
     def open(
         self, rows: Sequence[PromptRow], first: int, group: int, step: int, kind: str
@@ -118,7 +120,8 @@ class EpisodeRunner:
         ]
         if self.watch is not None:
             self.watch.expect(len(asked))
-        made = generator.generate(asked, sampling, self.listen)
+        made = generator.generate(asked, sampling, self.listen, self.stopped)
+        self.check()
         every = self.engine.all([vars(each) for each in made])
         return {each["id"]: Sample(**each) for each in every}
 

@@ -114,7 +114,7 @@ class GrpoRun(ChatRun):
                 f"{reader} the weights that the run started from, which nothing names: give "
                 "model.hf, model.init, or a folder instead of null."
             )
-        frozen = frozen_engine(config, given, engine.mesh)
+        frozen = frozen_engine(config, given, "rl.kl.reference", engine.mesh)
 
         @contextmanager
         def apart() -> Iterator[Engine]:

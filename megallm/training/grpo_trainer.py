@@ -120,6 +120,7 @@ class GrpoTrainer:
         self.coefficient = float(ledger.get("kl_coefficient", rl.kl.reward))
         self.entered: Callable[[int, str], None] = lambda step, name: None
         self._before: Experience | None = None  # of the negative control
+        self._trained: list[Response] = []  # the answers of the last step
 
     # Steps
 
@@ -138,6 +139,7 @@ class GrpoTrainer:
         for answer, values in zip(fresh, self.advantages(credit, fresh), strict=True):
             answer.advantages = values
         lr = learning_rate(self.config.optim, step, self.config.train.steps)
+        self._trained = [*fresh, *again]
         with phases("update"):
             stats = self._train(step, [*fresh, *again], lr, updates_before == 0)
         self.buffer.add(step, fresh)
@@ -196,8 +198,10 @@ class GrpoTrainer:
             self._wonder(drawn, phases)
             return drawn, drawn
         wanted = self.config.prompts * sampling.group
-        for _ in range(1 + sampling.resample):
+        for number in range(1 + sampling.resample):
             self.draws += 1
+            # What novelty has learned of the draw before cannot be given up.
+            self.rollouts.may_stop = number == 0 or self.novelty is None
             drawn = self.rollouts.draw(step, self.draws, self.feeds.prompts, phases)
             self._wonder(drawn, phases)
             seen = seen.join(drawn)
@@ -402,6 +406,10 @@ class GrpoTrainer:
         per_token = mean(np.concatenate(kept) / self.coefficient)
         return {"kl": per_token, "rl/kl": per_token, "rl/kl_coefficient": self.coefficient}
 
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Returns the answers of the last step, of all ranks."""
+        return [{"answer": one.id, "group": one.group} for one in self._trained]
+
     def evaluate(self) -> dict[str, float | None]:
         """Returns the mean reward of greedy answers to the held-out prompts; collective over the
         world.
@@ -409,6 +417,7 @@ class GrpoTrainer:
         if self.feeds.held_out is None or not self.config.eval.batches:
             return {}
         prompts, seen = self.feeds.held_out(), Experience()
+        self.rollouts.may_stop = True
         for number in range(1, self.config.eval.batches + 1):
             rows = [row for _, row in prompts.examples(number)]
             if not rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megallm.base.stopping import StepAbandoned
 from megallm.data.batches import BatchReader
 from megallm.data.loader import Batch, to_tensors
 from megallm.engine.engine import Engine, Loss
@@ -35,7 +36,8 @@ class HeldOut:
 
     def __call__(self) -> dict[str, float | None]:
         """Returns `val/TERM` in the unit of the term, such as nats per token for `val/loss`; None
-        without held-out data. Collective over the world.
+        without held-out data. Collective over the world. Raises StepAbandoned when the run is asked
+        to stop meanwhile.
         """
         if self.open_reader is None:
             return {"val/loss": None}
@@ -43,6 +45,8 @@ class HeldOut:
         totals: dict[str, float] = {}
         numbers: dict[str, float] = {}
         for batch in range(first, first + self.batches):
+            if self.engine.asked_to_stop():
+                raise StepAbandoned
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
             micros = self.complete(self.engine, micros)
             sums, counts = self.engine.evaluate(micros, self.loss)

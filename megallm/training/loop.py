@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megallm.base.device import peak_flops, peak_memory_gib
-from megallm.base.errors import Diverged, Requeue
+from megallm.base.errors import BadStep, Diverged, Requeue, RollBack
+from megallm.base.heartbeat import HEARTBEAT
+from megallm.base.stopping import StepAbandoned
 from megallm.checkpoint import store
 from megallm.engine.engine import StepStats
 from megallm.run.config import JobConfig
 from megallm.run.divergence import MAX_SKIPPED
 from megallm.run.recorder import Recorder
-from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests
+from megallm.run.signals import INTERRUPTED, PREEMPTED, SignalRequests, TimeLimit
+from megallm.training.guard import Guard
 from megallm.training.saving import Saver
 from megallm.training.trainer import Ledger, StepReport, Trainer, finite
 
@@ -35,11 +38,14 @@ class Loop:
         self.trainer, self.config, self.ledger = trainer, config, ledger
         self.recorder, self.requests = recorder, requests
         self.engine, self.mesh = trainer.engine, trainer.engine.mesh
+        self.limit = TimeLimit(config.launch.time_limit)
         self.saver = Saver(trainer, config.checkpoint, ledger, recorder)
+        self.saver.told = self.limit.saved
+        self.guard = Guard(trainer, config, ledger, recorder)
         self.first_step = ledger.step
         self.skipped_in_a_row = 0
         requests.told = recorder.stopping
-        self.engine.request = lambda: requests.seen
+        self.engine.request = self._seen
         self.request = requests.seen  # of all ranks, as the last update told
         peak = peak_flops(self.mesh.device)
         self.peak_flops = None if peak is None else peak * self.mesh.layout.world
@@ -49,10 +55,16 @@ class Loop:
         diverged.
 
         Raises Requeue after SIGTERM (state is safe), KeyboardInterrupt after SIGINT (state is
-        safe), Diverged, CannotWrite when checkpoints fail again and again.
+        safe), Diverged, CannotWrite when checkpoints fail again and again; RollBack when it is to
+        be run again, from an earlier checkpoint.
         """
         try:
             self._train()
+        except BadStep:
+            raise
+        except RollBack as asked:
+            self.saver.settle()
+            raise self.guard.roll_back(asked) from asked
         except Diverged as error:  # the same on every rank
             told = self.recorder.set_diverged_aside(self.ledger.step) if self.mesh.rank == 0 else ""
             raise Diverged(f"{error} {self.mesh.broadcast_json(told)}") from error
@@ -65,20 +77,26 @@ class Loop:
             self.recorder.note(
                 f"step {self.ledger.step} was reached before; nothing is left up to {last}."
             )
-        request = self.mesh.largest(self.requests.seen)
+        self.requests.training = True
+        request = self.mesh.largest(self._seen())
         if request:
             self._leave(request)
         row: dict[str, Any] | None = None
         for step in range(self.ledger.step + 1, last + 1):
-            row = self._step(step)
+            try:
+                row = self._step(step)
+            except StepAbandoned:
+                row, request = None, self.mesh.largest(self._seen())
+                self.recorder.event("abandoned", step=step)
+                break
             request, evaluates = self.request, self._due(self.config.eval.every, step)
             if evaluates and step < last:
-                row |= self.trainer.evaluate()
+                row |= self._evaluate()
             if step == self.config.log.trace_step:
                 self.recorder.pipeline(self.engine.timeline(), self.engine.model.placement, step)
             # Signals of a long while, of which no update has told; alone, asking costs nothing.
             if step == last or evaluates or self.mesh.layout.world == 1:
-                request = self.mesh.largest(self.requests.seen)
+                request = self.mesh.largest(self._seen())
             if step == last or request:
                 break
             self.recorder.row(row)
@@ -89,7 +107,7 @@ class Loop:
             if (
                 not request or self.ledger.step == last
             ):  # a finished run has no later chance to evaluate
-                row |= self.trainer.evaluate()
+                row |= self._evaluate(final=True)
             self.recorder.row(row)
             self._check_end(
                 request, {name: row[name] for name in row if name.startswith("val/")}
@@ -98,6 +116,29 @@ class Loop:
         if self.saver.saved_step < self.ledger.step and not self.skipped_in_a_row:
             self._save(final=True)
         self._leave(request)
+
+    def _seen(self) -> int:
+        """What this rank is asked for, by a signal or by the end of its time."""
+        if self.limit.near and not self.requests.seen:
+            self.requests.ask(PREEMPTED, "the time limit")
+        return self.requests.seen
+
+    def _evaluate(self, final: bool = False) -> dict[str, float | None]:
+        """Held-out numbers; none of an evaluation that a request cuts short. The last one of a run
+        has no later chance: it is made after a save.
+        """
+        HEARTBEAT.enter("evaluate")
+        try:
+            return self.trainer.evaluate()
+        except StepAbandoned:
+            if not final:
+                return {}
+        finally:
+            HEARTBEAT.enter("between")
+        self._save()
+        self.engine.request = lambda: 0
+        HEARTBEAT.enter("evaluate")
+        return self.trainer.evaluate()
 
     def _check_end(self, request: int, held_out: dict[str, float | None]) -> None:
         """Errors: Diverged when a run ends at its last step with a state that gives no finite
@@ -162,8 +203,12 @@ class Loop:
     def _step(self, step: int) -> dict[str, Any]:
         """One step; returns its metrics."""
         begin, ledger = time.monotonic(), self.ledger
+        HEARTBEAT.enter_step(step)
+        self.guard.before(step)
         report = self.trainer.step(step)
+        HEARTBEAT.enter("between")
         self.request = report.stats.request
+        self.guard.judge(report)
         ledger.step = step
         ledger.consumed_samples += report.samples
         ledger.consumed_tokens += report.tokens
@@ -173,18 +218,16 @@ class Loop:
             self.recorder.event(kind, step=step, reason=sentence)
             self.recorder.note(f"warning: {sentence}")
         self._watch(report.stats, step)
-        return self._metrics(report, time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        self.limit.step(seconds)
+        return self._metrics(report, seconds) | self.guard.after()
 
     def _watch(self, stats: StepStats, step: int) -> None:
         """Refuse to go on with numbers that are not finite."""
         # A loss scale that is too large is made smaller step by step, and has an end of its own
         # (LossScaler.check).
-        alone = stats.skipped and stats.loss_scale is None
+        alone = stats.skipped and not stats.spiked and stats.loss_scale is None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if alone else 0
-        if stats.skipped:
-            self.recorder.event(
-                "skipped", step=step, loss=str(stats.loss), grad_norm=str(stats.grad_norm)
-            )
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(
                 f"The gradients were not finite for {MAX_SKIPPED} steps in a row, up to {step} "
@@ -220,7 +263,10 @@ class Loop:
                 "not_saved", step=self.ledger.step, reason="the gradients were not finite"
             )
             return
+        self.guard.before_save()
+        HEARTBEAT.enter("save")
         self.saver.save(final)
+        HEARTBEAT.enter("between")
 
 
 def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:

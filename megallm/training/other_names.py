@@ -114,6 +114,7 @@ train.steps: max_steps train_iters iters num_steps total_steps max_iters train_s
     training.steps num_train_steps max_train_steps total_training_steps num_training_steps
     iterations max_iterations num_iters lr_decay_iters max_update
 train.stop_at: exit_interval stop_after exit_step
+launch.time_limit: exit_duration_in_mins max_time run_timeout timeout_minutes
 train.global_batch: global_batch_size batch_size train_batch_size total_batch_size batch gbs
     effective_batch_size samples_per_step
 train.micro_batch: micro_batch_size per_device_train_batch_size train_micro_batch_size_per_gpu
@@ -128,7 +129,13 @@ train.recompute: gradient_checkpointing activation_checkpointing recompute_granu
     checkpoint_activations
 train.recompute_layers: recompute_num_layers
 train.loss_scale.initial: initial_loss_scale init_scale loss_scale_init
+train.loss_scale.minimum: min_loss_scale
 train.determinism: deterministic deterministic_mode full_determinism
+guard.non_finite: check_for_nan_in_loss_and_grad check_for_nan_in_loss error_on_nan
+guard.spike: check_for_spiky_loss check_for_large_grads
+guard.spike_sigma: sigma_factor
+guard.spike_window: rolling_interval_length
+guard.replica_check_every: check_weight_hash_across_dp_replicas_interval
 optim.rule: adafactor optimizer_name optimizer_type optim_name optimizer.type optimizer.name
     algorithm
 optim.lr: learning_rate max_lr base_lr peak_lr max_learning_rate initial_lr peak_learning_rate

@@ -4,11 +4,13 @@ still growing go on in the next one, with other weights (Kimi k1.5, arXiv 2501.1
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from megallm.base.stopping import StepAbandoned
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.data.chat.rows import PromptRow
@@ -41,7 +43,22 @@ class PartialRollouts:
     ) -> Experience:
         """Returns the scored answers of `groups` groups, the oldest that are whole; `fresh` gives
         the rows of a further draw, and the id of its first answer. Collective over the world.
+        StepAbandoned leaves the open answers as they were.
         """
+        before = copy.deepcopy(self.open)
+        try:
+            return self._draw(step, groups, fresh, phases)
+        except StepAbandoned:
+            self.open = before
+            raise
+
+    def _draw(
+        self,
+        step: int,
+        groups: int,
+        fresh: Callable[[], tuple[int, Sequence[PromptRow]]],
+        phases: Phases,
+    ) -> Experience:
         size = self.rollouts.config.group
         with phases("rollout"):
             while len(self.open) < 2 * groups * size:

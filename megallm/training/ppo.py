@@ -19,6 +19,7 @@ from megallm.training.advantages import Credit
 from megallm.training.grpo import GrpoIdentity, GrpoRun, PolicyTrainer, run_policy
 from megallm.training.responses import Response
 from megallm.training.rl_config import PpoConfig
+from megallm.training.starting import check_source
 from megallm.training.trainer import StepReport
 from megallm.training.weights import build_engine
 
@@ -170,6 +171,7 @@ class PpoRun(GrpoRun):
         given, config = self.config.critic.model, self.config
         model = dataclasses.replace(config.model, head="value")
         if given is not None:
+            check_source("critic.model", given)
             place = "hf" if (Path(given) / "config.json").is_file() else "init"
             model = dataclasses.replace(model, hf=None, init=None, **{place: given})
         config = dataclasses.replace(config, model=model)

@@ -168,7 +168,7 @@ class ReferenceRun(ChatRun):
 
     def frozen(self, mesh: Mesh) -> Engine:
         """Returns an engine whose weights are those of the reference, none of them trained."""
-        return frozen_engine(self.config, self.config.reference.model, mesh)
+        return frozen_engine(self.config, self.config.reference.model, "reference.model", mesh)
 
     def _table(self, rows: Prepared, engine: Engine, found: Path | None) -> ReferenceTable:
         """Returns the stored numbers of all rows; of a run that begins they are made anew."""

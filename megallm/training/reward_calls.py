@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megallm.base.errors import DataError, RewardError, UsageError
+from megallm.base.stopping import StepAbandoned
 from megallm.engine.engine import Mesh
 from megallm.rewards.samples import Completion
 
@@ -17,7 +18,7 @@ from megallm.rewards.samples import Completion
 class Functions(Protocol):
     """Reward functions (`rewards.workers.RewardFunctions`), which return for each sample the reward
     of each function, None where it has none; `failures`, `extras` and `metrics` are of the last
-    call.
+    call. When `stopped` says so a call ends with StepAbandoned.
     """
 
     names: Sequence[str]
@@ -25,6 +26,7 @@ class Functions(Protocol):
     failures: Sequence[Any]
     extras: Mapping[str, Sequence[Any]]
     metrics: Mapping[str, float]
+    stopped: Callable[[], bool] | None
 
     def __call__(
         self, samples: Sequence[Completion], step: int = 0
@@ -33,12 +35,12 @@ class Functions(Protocol):
     def close(self) -> None: ...
 
 
-_ERRORS = {kind.__name__: kind for kind in (RewardError, UsageError, DataError)}
+_ERRORS = {kind.__name__: kind for kind in (RewardError, UsageError, DataError, StepAbandoned)}
 
 
 def tell_all(mesh: Mesh, ask: Callable[[], Any]) -> Any:
     """Returns what rank 0 gets, which JSON can hold, on every rank; collective over the world. An
-    error of a reward, of usage or of data is raised on all ranks.
+    error of a reward, of usage or of data is raised on all ranks, and so is StepAbandoned.
     """
     told: dict[str, Any] = {}
     if mesh.rank == 0:
@@ -73,6 +75,7 @@ class NoFunctions:
     failures: Sequence[Any] = ()
     extras: Mapping[str, Sequence[Any]] = {}
     metrics: Mapping[str, float] = {}
+    stopped: Callable[[], bool] | None = None
 
     def __call__(self, samples: Sequence[Completion], step: int = 0) -> list[list[float | None]]:
         return [[] for _ in samples]
@@ -136,11 +139,16 @@ class RewardCaller:
         self.names: list[str] = [*told["names"], *(one.name for one in self.further)]
         self.weights: list[float] = [*told["weights"], *(one.weight for one in self.further)]
 
-    def score(self, samples: Sequence[Completion], step: int) -> Scores:
-        """Returns what n samples earn, on every rank."""
+    def score(
+        self, samples: Sequence[Completion], step: int, stopped: Callable[[], bool] | None = None
+    ) -> Scores:
+        """Returns what n samples earn, on every rank. Raises StepAbandoned on all of them when
+        `stopped` says so on rank 0 before all functions have answered.
+        """
 
         def call() -> dict[str, Any]:
             made = self._functions
+            made.stopped = stopped
             rewards = [list(row) for row in made(samples, step)]
             told = {"rewards": rewards, "metrics": dict(made.metrics)}
             return told | {"failures": [str(each) for each in made.failures]}

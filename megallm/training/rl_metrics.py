@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.losses.advantage import Floats
 
 Figures = dict[str, float | None]
@@ -28,6 +29,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time inside to that of the phase."""
         self.enter(name)
+        HEARTBEAT.enter(name)
         begin = time.monotonic()
         try:
             yield

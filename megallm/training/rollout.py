@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megallm.base.stopping import StepAbandoned
 from megallm.data.chat.rows import PromptRow
 from megallm.data.text.tokenizer import Tokenizer
 from megallm.engine.engine import Engine
@@ -118,6 +119,19 @@ class Rollouts:
         self.watch: PhaseLine | None = None
         self.listen: Callable[[Request], None] | None = None
         self.runner = EpisodeRunner(engine, codec.request, codec.text, config.max_new_tokens)
+        self.may_stop = True  # a step that is given up leaves the state as it was
+
+    @property
+    def stopped(self) -> Callable[[], bool] | None:
+        """Returns what tells a generator to end its answers; None while a stop has to wait."""
+        return (lambda: self.engine.request() > 0) if self.may_stop else None
+
+    def check_stopped(self) -> None:
+        """Give up what is being made if the run is asked to stop; collective over the world. Raises
+        StepAbandoned.
+        """
+        if self.may_stop and self.engine.asked_to_stop():
+            raise StepAbandoned
 
     def show(self, watch: PhaseLine) -> None:
         """Let `watch` be told of each token that this rank's replica samples; rank 0."""
@@ -157,8 +171,12 @@ class Rollouts:
             self.watch.expect(len(self.engine.mine(asked)))
         with self.engine.generator(self.config.batch) as generator:
             made = generator.generate(
-                self.engine.mine(asked), self.greedy if greedy else self.sampling, self.listen
+                self.engine.mine(asked),
+                self.greedy if greedy else self.sampling,
+                self.listen,
+                self.stopped,
             )
+        self.check_stopped()
         shares = self.engine.all([pack_samples(made)])
         return [one for share in shares for one in unpack_samples(share)]
 
@@ -179,6 +197,7 @@ class Rollouts:
         """Let episodes end, or grow by `budget` sampled tokens."""
         kind = "greedy" if greedy else "train"
         sampling = self.greedy if greedy else self.sampling
+        self.runner.stopped, self.runner.check = self.stopped, self.check_stopped
         self.runner.advance(episodes, sampling, self.config.batch, kind, budget)
 
     def draw(self, step: int, number: int, prompts: Prompts, phases: Phases) -> Experience:
@@ -206,7 +225,8 @@ class Rollouts:
             )
             for each, text, row in zip(samples, texts, columns, strict=True)
         ]
-        scores = self.scorer.score(told, step)
+        scores = self.scorer.score(told, step, self.stopped)
+        self.check_stopped()
         answers = [
             Response(**{"id": each.id, "group": each.id // group, "step": step} | _sampled(each))
             for each in samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Saver:
         self.mesh = trainer.engine.mesh
         self.saved_step = ledger.step
         self.failed_saves = 0
+        self.told: Callable[[float], None] = lambda seconds: None  # how long a save was
         self.stall_seconds = 0.0  # of the save under way
         self.under_way = 0  # its step
         self.ended: SaveResult | None = None  # what this rank knows of it and the others may not
@@ -60,6 +61,7 @@ class Saver:
             return
         self.ended = result
         if not result.outcome:
+            self.told(result.seconds)
             self.recorder.saved(result.step, self.stall_seconds, result.seconds)
         elif result.outcome["kind"] == LeaseLost.__name__:
             result.check()
@@ -133,6 +135,7 @@ class Saver:
             return
         self.failed_saves, self.saved_step = 0, step
         seconds = time.monotonic() - begin
+        self.told(seconds)
         self.recorder.saved(step, seconds, seconds)
 
     def _before(self) -> store.RetentionPolicy:

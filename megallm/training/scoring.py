@@ -25,6 +25,7 @@ from megallm.engine.engine import Engine, Mesh
 from megallm.inference.generate import find_place, find_tokenizer
 from megallm.models.compute import ComputeConfig
 from megallm.peft.adapted import AdaptedModel, open_adapted
+from megallm.training.starting import check_source
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,14 @@ def open_frozen(model: str, mesh: Mesh, precision: str, scores: bool = False) ->
 
     Errors: UsageError for a model with another head than is wanted.
     """
+    key = "reward_model.model" if scores else "judge.model"
+    check_source(key, model)
     with open_adapted(find_place(model, mesh), None, mesh) as opened:
         if scores:
-            _check_head(opened, f"reward_model.model {model}")
+            _check_head(opened, f"{key} {model}")
         elif opened.model.head != "lm" or not opened.model.causal:
             raise UsageError(
-                f"judge.model {model} has the head {opened.model.head}; a judge answers in words."
+                f"{key} {model} has the head {opened.model.head}; a judge answers in words."
             )
         spec, folder = find_tokenizer(opened.reader, None)
         engine = _frozen(opened, precision, mesh)

@@ -36,6 +36,23 @@ def newest_step(source: str) -> Path:
     return root / steps[-1]
 
 
+def check_source(key: str, source: str) -> None:
+    """Checks that a folder that `key` of the configuration names holds a model. Errors:
+    `UsageError` that names the key.
+    """
+    path = Path(source)
+    if (path / "config.json").is_file():
+        return
+    try:
+        newest_step(source)
+    except UsageError:
+        why = "holds no model" if path.is_dir() else "is not there"
+        raise UsageError(
+            f"{key} {source}: this folder {why}. Give a Hugging Face folder (with config.json), a "
+            "run folder with a checkpoint, or one of its step folders."
+        ) from None
+
+
 def meta_of(source: str) -> dict[str, Any]:
     """Returns what that checkpoint remembers beside tensors. Errors: `CheckpointError`,
     `UsageError`.

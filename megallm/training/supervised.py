@@ -23,6 +23,7 @@ from megallm.run.changes import Change
 from megallm.run.config import JobConfig
 from megallm.run.recorder import Recorder
 from megallm.run.signals import SignalRequests, handle_signals
+from megallm.training.data_ledger import SkippingReader, ledger_of_data
 from megallm.training.loop import Loop, closing
 from megallm.training.opening import opening
 from megallm.training.resuming import (
@@ -50,6 +51,7 @@ class Feed:
     wait_seconds: Callable[[], float]
     data_after: Callable[[int], dict[str, Any]]
     seq_len: int
+    rows: Callable[[int], list[dict[str, Any]]] = lambda step: []  # of a step, which this rank reads
 
 
 Evaluation = Callable[[], dict[str, float | None]]  # held-out numbers under their names in metrics
@@ -98,6 +100,10 @@ class SupervisedTrainer:
     def completed(self, step: int, batches: list[Batch]) -> list[Batch]:
         """Returns the microbatches of a step with what the loss needs besides."""
         return self.job.complete(self.engine, batches)
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Returns the rows of one of the last steps that this rank reads."""
+        return self.feed.rows(step)
 
     def evaluate(self) -> dict[str, float | None]:
         """Returns the held-out numbers; collective over the world."""
@@ -286,14 +292,18 @@ def run_supervised(
     with open_run(job, mesh, resume, own_log, allowed) as opened:
         engine, ledger, recorder = opened.engine, opened.ledger, opened.recorder
         share = Share(train.global_batch, train.micro_batch, mesh.data.size, mesh.data.rank)
-        reader, first = job.reader(share, ledger.step + 1, ledger.data), ledger.step + 1
+        first, left_out = ledger.step + 1, ledger_of_data(recorder.folder, mesh)
+        reader = job.reader(share, left_out.number(ledger.step) + 1, ledger.data)
+        if left_out.rollbacks:
+            reader = SkippingReader(reader, left_out, first)
         end = (train.stop_at or train.steps) + 1
         with (
             Loader(reader.batches, first, end, pin=mesh.device.type == "cuda") as loader,
             _logged(job, mesh, loader, reader, ledger.step) as batches,
         ):
             evaluation = job.evaluation(engine, share, ledger)
-            feed = Feed(batches, lambda: loader.wait_seconds, reader.state_after, job.seq_len())
+            waited, kept = (lambda: loader.wait_seconds), reader.state_after
+            feed = Feed(batches, waited, kept, job.seq_len(), reader.consumed)
             values = opened.identity.values | job.meta
             trainer = job.trainer(job, engine, feed, evaluation, values)
             Loop(trainer, config, ledger, recorder, opened.requests).run()

@@ -58,6 +58,12 @@ class Trainer(Protocol):
         """Train one step, numbered from 1."""
         ...
 
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Returns what this rank has trained on in the step that was made last: {micro, row, ...},
+        or the answers' ids.
+        """
+        ...
+
     def evaluate(self) -> dict[str, float | None]:
         """Returns held-out numbers under their names in metrics.jsonl; None where there is nothing
         to evaluate.

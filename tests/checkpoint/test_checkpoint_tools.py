@@ -99,7 +99,13 @@ def test_diff_names_tensors_and_errors(tmp_path, cluster):
         "new": ("only in second", None),
         "shape": ("shape or dtype", None),
     }
-    assert tools.diff(a, a) == {"same": True, "tensors": [], "meta": []}
+    assert result["changes"] == [{"key": "step", "first": 1, "second": 2}]
+    assert tools.diff(a, a) == {"same": True, "tensors": [], "meta": [], "changes": []}
+    deep = save(3, {"step": 1, "more": {"x": [1], "y": 2}, "seed": None}, same=base)
+    assert tools.diff(a, deep)["changes"] == [
+        {"key": "more.x", "first": None, "second": [1]}, {"key": "more.y", "first": None, "second": 2},
+        {"key": "seed", "first": 3, "second": None},
+    ]  # fmt: skip
 
 
 def test_a_source_without_checkpoints_is_told(tmp_path):

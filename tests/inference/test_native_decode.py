@@ -1,4 +1,5 @@
-"""Decoding by the C++ extension gives the tokens and log-probabilities of the way in torch."""
+"""Generation by the C++ extension gives the tokens and log-probabilities of the way in torch: a whole stage in one
+call, for each kind of CPU, and the steps between the products."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import pytest
 import torch
 
 from megallm.base import extension
+from megallm.base.errors import CheckpointError
 from megallm.inference import cache
 from megallm.inference.generator import Generator
+from megallm.inference.native import NativeStage
 from megallm.inference.samples import Request
-from megallm.inference.sampling import Sampling
+from megallm.inference.sampling import Sampling, sample
 from megallm.models import decode
 from megallm.models.config import ModelConfig
 from megallm.parallel.mesh import Mesh
@@ -32,32 +35,81 @@ def generated(engine, batch: int = 7) -> list[tuple[list[int], list[float]]]:
     return [(each.tokens, each.log_probs) for each in samples]
 
 
+def counted(monkeypatch, owner, name: str) -> list[int]:
+    """A list that grows with every call of a function."""
+    calls, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: calls.append(1) or function(*args))
+    return calls
+
+
+def model_of(name: str) -> ModelConfig:
+    return ModelConfig(
+        family="llama", num_layers=2, hidden_size=24, ffn_hidden_size=40, vocab_size=50, max_positions=128,
+        init_std=0.3, **SHAPES[name],
+    ).resolve()  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
 def test_tokens_and_log_probs_are_those_of_torch(monkeypatch, name, precision):
-    model = ModelConfig(
-        family="llama", num_layers=2, hidden_size=24, ffn_hidden_size=40, vocab_size=50, max_positions=128,
-        init_std=0.3,
-        **SHAPES[name],
-    ).resolve()  # fmt: skip
-    engine, calls = engine_of(Mesh.single(), model=model, precision=precision), []
-    step = decode.native_step
-    monkeypatch.setattr(decode, "native_step", lambda *args: calls.append(1) or step(*args))
+    engine = engine_of(Mesh.single(), model=model_of(name), precision=precision)
+    whole, steps = counted(monkeypatch, NativeStage, "run"), counted(monkeypatch, decode, "native_step")
     native = generated(engine)
-    assert len(calls) > 40
+    assert len(whole) > 20
     assert [tokens for tokens, _ in generated(engine, 2)] == [tokens for tokens, _ in native], "rows do not meet"
-    calls.clear()
+    assert not steps
+    monkeypatch.setattr(NativeStage, "suits", lambda self, rows: False)
+    by_step = generated(engine)
+    assert len(steps) > 40
     monkeypatch.setattr(extension, "ops", lambda: None)
+    whole.clear(), steps.clear()
     plain = generated(engine)
-    assert not calls
+    assert not steps and not whole
     worst = 1e-12 if precision == "fp64" else 2e-5
-    for (ours, found), (theirs, wanted) in zip(native, plain, strict=True):
-        assert ours == theirs
-        assert torch.allclose(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=worst)
+    for found in (native, by_step):
+        for (ours, log_probs), (theirs, wanted) in zip(found, plain, strict=True):
+            assert ours == theirs
+            assert torch.allclose(torch.tensor(log_probs), torch.tensor(wanted), rtol=0, atol=worst)
+
+
+@pytest.mark.parametrize("isa", ["v4", "v3", "plain"])
+@pytest.mark.parametrize("batch", [1, 7, 40])
+def test_every_kind_of_cpu_computes_the_same(monkeypatch, isa, batch):
+    """A kind that this CPU lacks is computed by the plainest one. 40 rows are two panels, and the texts' chunks more."""
+    engine, make = engine_of(Mesh.single(), model=model_of("gqa"), precision="fp64"), NativeStage.__init__
+    asked = [Request.of(n, [n, 7, 3] * (1 + n % 5), 12) for n in range(40)]
+    sampling = Sampling(12, 0.9, seed=5)
+    wanted = Generator(engine.model, 40).generate(asked, sampling)
+    monkeypatch.setattr(NativeStage, "__init__", lambda self, *args: make(self, *args, isa=isa))
+    again = [Request.of(each.id, each.prompt, 12) for each in asked]
+    for ours, theirs in zip(Generator(engine.model, batch).generate(again, sampling), wanted, strict=True):
+        assert ours.tokens == theirs.tokens
+        assert torch.allclose(torch.tensor(ours.log_probs), torch.tensor(theirs.log_probs), rtol=0, atol=1e-12)
+
+
+def test_draws_are_those_of_torch(monkeypatch):
+    logits = torch.randn(20, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 3
+    draws = torch.linspace(0.001, 0.999, 20, dtype=torch.float64)
+    logits[3, 5:] = -torch.inf
+    draws[3] = 1 - 1e-16
+    ways = Sampling(temperature=1.0), Sampling(temperature=0.7), Sampling(temperature=0.0)
+    for kind, worst in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        native = [sample(logits.to(kind), each, draws) for each in ways]
+        with monkeypatch.context() as patch:
+            patch.setattr(extension, "ops", lambda: None)
+            plain = [sample(logits.to(kind), each, draws) for each in ways]
+        for ours, theirs in zip(native, plain, strict=True):
+            assert torch.equal(ours.tokens, theirs.tokens)
+            for found, wanted in zip(ours[1:], theirs[1:], strict=True):
+                assert torch.allclose(found, wanted, rtol=0, atol=worst)
+    logits[7, 9] = torch.nan
+    with pytest.raises(CheckpointError, match="not numbers"):
+        sample(logits, ways[0], draws)
 
 
 def test_a_wrong_position_would_be_noticed(monkeypatch):
     """The control: keys turned as if each stood one further."""
+    monkeypatch.setattr(NativeStage, "suits", lambda self, rows: False)
     engine = engine_of(Mesh.single(), precision="fp64")
     right, attend = generated(engine), cache.RowCache.attend
 
@@ -66,6 +118,18 @@ def test_a_wrong_position_would_be_noticed(monkeypatch):
         return attend(self, q, kv, inputs, heads, window)
 
     monkeypatch.setattr(cache.RowCache, "attend", wrong)
+    assert generated(engine) != right
+
+
+def test_a_wrong_position_of_a_whole_stage_would_be_noticed(monkeypatch):
+    """The control: the tables of sines and cosines the wrong way round."""
+    engine = engine_of(Mesh.single(), precision="fp64")
+    right, make = generated(engine), NativeStage.__init__
+
+    def wrong(self, stage, cache, tables):
+        make(self, stage, cache, [(sin, cos) for cos, sin in tables])
+
+    monkeypatch.setattr(NativeStage, "__init__", wrong)
     assert generated(engine) != right
 
 

@@ -109,3 +109,60 @@ def test_one_srun_task_is_a_plain_process(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RANK", raising=False)
     assert started_by_others() is None and world_size(4) == 4
+
+
+HANG = """
+import os, signal, sys, time
+from megallm.base.heartbeat import HEARTBEAT, OPERATION
+from megallm.launch.restart import Start
+from megallm.launch.start import start
+def work(env):
+    if env.rank == 1 and sys.argv[1] == "killed":
+        HEARTBEAT.enter_step(1)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    for step in range(1, 6):
+        HEARTBEAT.enter_step(step)
+        time.sleep(0.3)
+    HEARTBEAT.enter("forward")
+    if env.rank == 1 and sys.argv[1] == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[1] != "ends":
+        HEARTBEAT.wait(OPERATION["all_reduce"], HEARTBEAT.new_slot("w", "w", "world", (0, 1)), 1, 8)
+        time.sleep(60 if sys.argv[1] == "stopped" else 5)
+def tell(kind, sentence, fields):
+    print(kind, fields["kind"], fields["rank"], sentence, file=sys.stderr)
+from megallm.launch.local import Hooks
+start(work, (), Start(2, hang_seconds=1.0), None, hooks=Hooks(event=tell), saves=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("ends", ""),
+        ("stopped", "incident hang 1 no rank moved for"),
+        ("killed", "incident killed 1 rank 1 (process"),
+    ],
+)
+def test_ranks_that_others_started_are_watched(how, said):
+    """Under torchrun: who hangs or is gone is named, and nobody waits for ever."""
+    plain = {name: value for name, value in os.environ.items() if name not in STARTED}
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANG, how], cwd=ROOT, env=plain | torchrun(rank) | {"MASTER_PORT": port},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        told = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    codes = [rank.returncode for rank in ranks]
+    assert codes == {"ends": [0, 0], "stopped": [-9, -9], "killed": [0, -9]}[how], told
+    assert said in told[0] and bool(said) == bool(told[0]), told
+    assert not list(Path("/dev/shm").glob("megallm-*"))

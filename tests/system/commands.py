@@ -151,15 +151,15 @@ def _alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def start(*words: str | Path, cwd: Path, imported: bool = False) -> Started:
+def start(*words: str | Path, cwd: Path, imported: bool = False, **variables: str) -> Started:
     """Start one command with its output in a file; `imported` when its imports are not a part of the test."""
-    output = cwd / f"output-{time.monotonic_ns()}.txt"
+    output, environment = cwd / f"output-{time.monotonic_ns()}.txt", _environment() | variables
     if imported:
-        return Started(warm.Command([*map(str, words)], cwd, _environment(), output, None), output)
+        return Started(warm.Command([*map(str, words)], cwd, environment, output, None), output)
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "megallm", *map(str, words)],
-            cwd=cwd, env=_environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=cwd, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     return Started(process, output)
 

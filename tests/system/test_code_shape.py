@@ -90,6 +90,8 @@ DESCRIPTIONS = {
 }  # fmt: skip
 BESIDE_THE_ENGINE: dict[str, set[str]] = {
     "training.loop": {"checkpoint.store"},  # the names of steps
+    "training.guard": {"checkpoint.store"},  # saves the weights that a bad step was computed with
+    "training.rerun": {"checkpoint.reader", "peft.adapted"},  # and opens them
     "training.saving": {"checkpoint.async_save", "checkpoint.store"},  # saves what a trainer yields
     "training.resuming": {"checkpoint.store", "checkpoint.reader", "convert.convert", "convert.weights"},  # its meta
     # where weights come from
@@ -122,7 +124,7 @@ BESIDE_THE_ENGINE: dict[str, set[str]] = {
 MAX_LINES, MAX_LINES_OF_OTHERS, MAX_FIELDS = 57_000, 2_200, 450
 MAX_LINES_OF = {
     "data": 7_800,  # text, indexed, stream, Megatron's order: 4,900; chat (formats, templates, packing, cache): 2,100
-    "curate": 4_800, "convert": 4_700, "training": 9_200, "cli": 3_700, "parallel": 3_900,
+    "curate": 4_800, "convert": 4_850, "training": 9_200, "cli": 3_700, "parallel": 3_900,
     "peft": 2_500,  # six methods, their files as PEFT writes and reads them, merging
     "models": 3_200,  # with the slots of adapters, heads of values and classes
     "optim": 1_600, "checkpoint": 2_300, "base": 1_400, "ops": 3_000,

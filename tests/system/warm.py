@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import signal
@@ -158,5 +159,8 @@ if __name__ == "__main__":
     from megallm.cli.main import main
 
     sys.argv[1:] = serve(sys.argv[1])
+    if hook := os.environ.get("MEGALLM_TEST_HOOK"):  # module:function, called in the command before it begins
+        module, _, name = hook.partition(":")
+        vars(importlib.import_module(module))[name]()
     sys.argv[0] = str(ROOT / "megallm/__main__.py")
     sys.exit(main())

@@ -251,6 +251,17 @@ def test_collapse_is_noticed_once():
     assert told(completions__clipped_ratio=[0.0] * 5 + [1.0] * 60) == [(8, "truncated"), (58, "truncated")]
 
 
+def test_a_run_without_rewards_is_warned_of(tmp_path, capsys):
+    made(tmp_path)
+    (tmp_path / "rewards.py").write_text("def odd(completions, **rest):\n    return [None] * len(completions)\n")
+    only = {"reward.functions": "{" + f"{tmp_path}/rewards.py:odd: 1.0" + "}"}
+    grpo.run(loaded(tmp_path, only | ON_POLICY | {"train.steps": 2, "eval.every": 0}), Mesh.single(), "never")
+    assert rows_of(tmp_path)[0]["reward"] is None
+    said = "".join(capsys.readouterr())
+    assert said.count("no answer has a reward: every function returned None") == 1
+    assert told(reward=[0.0] * 3) == []
+
+
 # PPO
 
 PPO = {"rl.algorithm": "ppo", "rl.replay.prompts": 0, "rl.replay.staleness": 0, "rl.kl.reward": 0.1}

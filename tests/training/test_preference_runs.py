@@ -20,6 +20,7 @@ from megallm.base.errors import CheckpointError, DataError, InternalError, Usage
 from megallm.checkpoint.reader import step_folders
 from megallm.losses import preference as losses
 from megallm.losses.reduce import per_sequence
+from megallm.parallel.mesh import Mesh
 from megallm.run.lease import read_holder
 from megallm.run.runfolder import RunFolder
 from megallm.training import reference_run
@@ -27,6 +28,7 @@ from megallm.training.kto import KtoRun
 from megallm.training.preference import loss_of
 from megallm.training.preference_config import PAIR_LOSSES, SMOOTHED, WITH_MARGIN, DpoOptions
 from megallm.training.references import AdapterOff, Frozen, ReferenceTable
+from megallm.training.scoring import open_frozen, open_scorer
 from tests.ranks import run_ranks
 from tests.system.commands import ROOT
 from tests.training.preference_cases import (
@@ -282,6 +284,9 @@ REFUSED = {
     "give model.hf or model.init": {"model.init": None, "model.vocab_size": 257, "model.hidden_size": 8,
                                     "model.num_layers": 1, "model.num_heads": 1},
     "there is no adapter to switch off": {"reference.kind": "adapter_off"},
+    "dpo.discopop_tau has no effect on sigmoid": {"dpo.discopop_tau": 0.1},
+    "reference.every is 7, which moves a reference of the kind synced": {"reference.every": 7},
+    "reference.alpha is 1.0, .* reference.kind is frozen": {"reference.kind": "frozen", "reference.alpha": 1.0},
     "synced takes the run's own model": {"reference.kind": "synced", "reference.model": "x"},
     "preferences are learned by causal language models": {"model.head": "value"},
 }  # fmt: skip
@@ -292,6 +297,18 @@ def test_what_does_not_go_together_is_refused(place, words):
     folder, start, source = place
     with pytest.raises(UsageError, match=words):
         config_of("dpo", folder / "never", start, source, **REFUSED[words])
+
+
+def test_a_reference_that_is_not_there_is_named_by_its_key(place):
+    folder, start, source = place
+    for gone, why in (("nowhere", "is not there"), (str(folder), "holds no model")):
+        with pytest.raises(UsageError, match=f"^reference.model {gone}: this folder {why}. Give"):
+            train("dpo", folder / "gone", start, source, **{"reference.kind": "frozen", "reference.model": gone})
+    frozen = Mesh.single(), "fp64"
+    with pytest.raises(UsageError, match="^judge.model nowhere: this folder is not there"):
+        open_frozen("nowhere", *frozen)
+    with pytest.raises(UsageError, match="^reward_model.model nowhere: this folder is not there"):
+        open_scorer("nowhere", *frozen)
 
 
 def test_the_tables_of_the_configuration_are_those_of_the_losses():

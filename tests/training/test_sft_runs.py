@@ -327,6 +327,7 @@ def test_other_rows_are_another_run(tmp_path):
         ({"peft__method": "lora"}, "peft.method lora trains beside a model that is there"),
         ({"freeze": ("/(/",)}, "freeze: '/\\(/' is no regular expression"),
         ({"sft__neftune_alpha": -1.0}, "sft.neftune_alpha is -1.0; it must be at least 0"),
+        ({"sft__neftune_alpha": float("inf")}, "sft.neftune_alpha is inf; it must be at least 0 and less than inf"),
         ({"sft__hidden_dropout": 1.0}, "sft.hidden_dropout is 1.0; it must be at least 0 and less than 1"),
         ({"model__causal": False}, "model.causal is false"),
         ({"model__head": "value", "model__tie_embeddings": None, "sft__dft": True}, "sft.dft weighs the tokens"),
@@ -338,6 +339,14 @@ def test_other_rows_are_another_run(tmp_path):
 def test_what_does_not_go_together_is_told(tmp_path, values, sentence):
     with pytest.raises(UsageError, match=sentence):
         check(config_of(tmp_path, **values))
+
+
+def test_virtual_tokens_need_positions(tmp_path, base):
+    most = check(from_base(tmp_path, base)).model.max_positions
+    config = from_base(tmp_path, base, peft__method="p-tuning", data__seq_len=most)
+    with pytest.raises(UsageError, match=f"20 virtual tokens of peft.method p-tuning before it need {most + 20} pos"):
+        check(config)
+    check(from_base(tmp_path, base, peft__method="p-tuning", data__seq_len=most - 20))
 
 
 def test_the_run_folder_keeps_what_the_model_was_taught_with(tmp_path, base):

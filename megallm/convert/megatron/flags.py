@@ -180,7 +180,7 @@ FLAGS: tuple[Flag, ...] = (
     _set("--train-iters", "train.steps"),
     _read("--train-samples", "train.steps", "samples / global batch"),
     _read("--exit-interval", "train.stop_at"),
-    _dropped("--exit-duration-in-mins", "send SIGTERM or SIGUSR1 before the end (docs/slurm.md)"),
+    _set("--exit-duration-in-mins", "launch.time_limit"),
     _alike("--exit-signal-handler", "SIGTERM always saves and leaves with exit code 75"),
     # Optimizer and learning rate.
     _set("--optimizer", "optim.rule", choices={"adam": "adamw", "sgd": "sgd"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 from megallm.base.errors import MegallmError
@@ -14,7 +15,7 @@ from megallm.training.finetune import FinetuneConfig
 from megallm.training.rules.files import placeholders
 from megallm.training.rules.layout import row_length
 from megallm.training.rules.problem import Facts, Problem, Rules
-from megallm.training.rules.ranges import COUNT, NOT_NEGATIVE, SEED, SHARE
+from megallm.training.rules.ranges import COUNT, SEED, SHARE, Range
 from megallm.training.shared_prefix import obstacle
 from megallm.training.starting import tokenizer_of_model
 
@@ -91,6 +92,20 @@ def chat_lengths(facts: Facts) -> Iterator[Problem]:
     for problem in row_length(facts, data.seq_len):
         if problem.rule == "positions" or data.packing:
             yield problem
+    yield from virtual_positions(facts, "data.seq_len", data.seq_len)
+
+
+def virtual_positions(facts: Facts, key: str, tokens: int) -> Iterator[Problem]:
+    """Yields texts that fit the model's positions, but not behind the virtual tokens of prompt and
+    P-tuning.
+    """
+    peft, most = facts.config.peft, facts.model.max_positions
+    virtual = peft.virtual_tokens if peft.method in ("prompt", "p-tuning") else 0
+    if tokens <= most < tokens + virtual and facts.model.rope_scaling != "dynamic":
+        sentence = f"{key} {tokens} and the {virtual} virtual tokens of peft.method {peft.method} "
+        sentence += f"before it need {tokens + virtual} positions; model.max_positions is {most}."
+        fixes = () if most <= virtual else ({key: most - virtual},)
+        yield Problem("positions", sentence, fixes)
 
 
 def shared_prefix(facts: Facts, key: str, wanted: SharedPrefix) -> Iterator[Problem]:
@@ -133,6 +148,6 @@ RANGES = {"data.seed": SEED, "data.seq_len": COUNT, "data.window": COUNT}
 SFT = Rules(
     GIVEN,
     RESOLVED | {objective: ("model.head",)},
-    RANGES | {"sft.neftune_alpha": NOT_NEGATIVE, "sft.hidden_dropout": SHARE},
+    RANGES | {"sft.neftune_alpha": Range(low=0, below=inf), "sft.hidden_dropout": SHARE},
     chat_inferred,
 )

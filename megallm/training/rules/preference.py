@@ -54,6 +54,10 @@ def loss_options(config: DpoConfig) -> Iterator[Problem]:
         sentence = f"dpo.gamma has no effect on {', '.join(sorted(names))}; losses with a margin "
         sentence += f"are {', '.join(WITH_MARGIN)}."
         yield Problem("gamma", sentence, ({"dpo.gamma": None},))
+    usual = type(dpo)().discopop_tau
+    if dpo.discopop_tau != usual and "discopop" not in names:
+        sentence = f"dpo.discopop_tau has no effect on {', '.join(sorted(names))}; it is for discopop."
+        yield Problem("discopop_tau", sentence, ({"dpo.discopop_tau": usual},))
 
 
 def reference_of_pairs(config: DpoConfig) -> Iterator[Problem]:
@@ -83,6 +87,13 @@ def reference(config: PreferenceConfig) -> Iterator[Problem]:
         if why:
             fixes = ({"reference.kind": "precomputed"},)
             yield Problem("reference", f"reference.kind is adapter_off, but {why}.", fixes)
+    usual = type(given)()
+    for key in ("alpha", "every"):
+        if given.kind != "synced" and vars(given)[key] != vars(usual)[key]:
+            sentence = f"reference.{key} is {vars(given)[key]}, which moves a reference of the kind "
+            sentence += f"synced; reference.kind is {given.kind or 'null'}, which stays as it is."
+            fixes = ({f"reference.{key}": vars(usual)[key]}, {"reference.kind": "synced"})
+            yield Problem("reference", sentence, fixes)
     if given.kind in ("adapter_off", "synced") and given.model is not None:
         sentence = f"reference.kind {given.kind} takes the run's own model; reference.model names "
         fixes = ({"reference.model": None}, {"reference.kind": "precomputed"})

@@ -55,6 +55,14 @@ RANGES: dict[str, Range] = {
     "train.recompute_layers": COUNT,
     "train.loss_scale.initial": Range(low=2**-14, high=2**24),
     "train.loss_scale.minimum": Range(above=0),
+    "train.loss_scale.overflows": COUNT,
+    "guard.spike_sigma": Range(above=0),
+    "guard.spike_window": Range(low=8, high=10**6),
+    "guard.rollback": COUNT,
+    **{
+        f"guard.{name}": NOT_NEGATIVE
+        for name in ("skip_batches", "max_rollbacks", "replica_check_every", "digest_every")
+    },
     **{
         f"train.{name}": Range(low=1, high=10**6)
         for name in ("loss_scale.growth_steps", "fp8.history")
