@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megallm.base import extension
 from megallm.base.errors import UsageError
+from megallm.ops.kernels import KERNELS
 from megallm.ops.tiles import BAND, CAUSAL, NEAR, Tile
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,8 +30,10 @@ def use(mode: Mode | str) -> str:
     """Choose the kernels of this process: `auto` the best ones, `reference` none, `native` insists,
     or those of an instruction set by its name. Returns which are used.
 
-    Raises UsageError where what was asked for is not there.
+    Raises UsageError where what was asked for is not there; that of a GPU's kernels comes when a
+    tensor there asks for them.
     """
+    KERNELS.mode = mode if mode in ("reference", "native") else "auto"
     module = extension.ops()
     if module is None:
         if mode in ("auto", "reference"):

@@ -44,9 +44,13 @@ class TrainConfig(ComputeConfig, StepsConfig):
 class CheckpointConfig:
     """When states are saved and how many are kept."""
 
-    every: int = 500  # steps; 0 saves only at the end
+    every: int | Literal["auto"] = 500  # steps; 0: only at the end; auto: by stall and failures (Young, Daly)
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     async_save: bool = False  # a process beside training writes: a step pays a copy of the state, in memory
+
+    def may_follow(self, step: int) -> bool:
+        """Returns whether a save may follow this step; with auto it may follow any."""
+        return self.every == "auto" or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class LogConfig:
 
     every: int = 1  # steps between printed lines
     tensorboard: bool = False  # also write TensorBoard event files (optional package)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()  # dashboards that get every row too
+    project: str = "megallm"  # what trackers call the project, or the experiment
     plot: bool = True  # draw RUN/plots/loss.png at the end
     trace_step: int | None = None  # draw how the pipeline ran in this step: RUN/plots/pipeline.svg and .json
 
@@ -90,7 +96,8 @@ class LaunchConfig:
 
     restarts: int = 3  # in a row without a new step, before `megallm launch` gives up; other verbs never restart
     hang_seconds: float = 10.0  # without a sign of life, or 5 x the 99th percentile of the step time: a hang; 0: never
-    time_limit: float | None = None  # minutes of one start, before which it saves and leaves with exit code 75; null: those of its Slurm job
+    time_limit: float | None = None  # minutes; saves and leaves with 75 before; null: as its Slurm job
+    timeout_seconds: float = 600.0  # for one exchange between ranks; then a rank that cannot be reached ends the run
     meet_seconds: float = 120.0  # for all ranks to come to the start; then the missing ones are named
 
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from megallm.base.errors import InternalError
 from megallm.base.files import atomic_path, cannot_write, writing
+from megallm.base.redact import redacted
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +132,11 @@ class Events(JsonLines):
     """events.jsonl: what happened, when: `{"time": seconds since 1970, "event": kind, ...}`."""
 
     def add(self, kind: str, **fields: Any) -> None:
-        self.append({"time": time.time(), "event": kind, **fields})
+        self.append({"time": time.time(), "event": kind, **redacted(fields)})
 
 
 def append_event(path: Path, event: str, fields: Mapping[str, Any]) -> None:
-    """Add one event to events.jsonl from outside of the run, in one write; lost where that fails."""
+    """Add one event to events.jsonl from outside of the run; it is lost where that fails."""
     row = {"time": time.time(), "event": event, **fields}
     line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     try:
