@@ -53,7 +53,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     keep_memory()
     torch.set_num_threads(1)
-    print(json.dumps({"command": sys.argv, "kernels": native.use("auto"), **machine()}))
+    print(json.dumps({"command": sys.argv, "kernels": native.use_kernels("auto"), **machine()}))
     for dtype in (torch.float32, torch.bfloat16):
         for b, t, h, k_heads, e in SHAPES:
             inputs = tuple(torch.randn(b, t, n, e, dtype=dtype).requires_grad_() for n in (h, k_heads, k_heads))
