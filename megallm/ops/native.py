@@ -1,9 +1,10 @@
-"""Kernels for CPUs in C++ (csrc/ops), chosen by the CPU's instruction set when the extension is loaded: AVX-512, AVX2
-or portable ones. Each stands in for an operation of this package, whose torch form is the reference.
+"""Kernels for CPUs in C++ (csrc/ops), chosen by the CPU's instruction set when the extension is
+loaded: AVX-512, AVX2 or portable ones. Each stands in for an operation of this package, whose torch
+form is the reference.
 
-They take float32 and bfloat16 tensors on CPUs; float64, which the oracle computes in, is always left to the reference.
-Threads are torch's. The environment variable MEGALLM_OPS_ISA (avx512, avx2, portable or reference) names the kernels to
-use; `use_kernels` does the same in a running process.
+They take float32 and bfloat16 tensors on CPUs; float64, which the oracle computes in, is always
+left to the reference. Threads are torch's. The environment variable MEGALLM_OPS_ISA (avx512, avx2,
+portable or reference) names the kernels to use; `use_kernels` does the same in a running process.
 """
 
 from __future__ import annotations
@@ -216,7 +217,10 @@ def softmax_statistics(
 
 
 def softmax_gradient(
-    logits: Tensor, targets: tuple[Tensor, int, float], given: tuple[Tensor | None, ...], out: Tensor
+    logits: Tensor,
+    targets: tuple[Tensor, int, float],
+    given: tuple[Tensor | None, ...],
+    out: Tensor,
 ) -> Tensor:
     """Writes the gradient of contiguous logits `[T, V]` into `out`, which may be the logits, and
     returns it. `given`: lse, entropy, the gradients of log-probabilities and of entropies, divided
