@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
@@ -34,34 +35,35 @@ def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
+def timer(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> Callable[[], float]:
+    """What runs five times forward and backward, and returns CPU seconds."""
+
+    def seconds() -> float:
+        begin = time.process_time()
+        for _ in range(5):
+            torch.autograd.grad(function(*inputs), inputs, grad)
+        return time.process_time() - begin
+
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     keep_memory()
     torch.set_num_threads(1)
-    print(json.dumps({"command": sys.argv, "kernels": native.use("auto"), **machine()}))
+    print(json.dumps({"command": sys.argv, "kernels": native.use_kernels("auto"), **machine()}))
     for dtype in (torch.float32, torch.bfloat16):
         for b, t, h, k_heads, e in SHAPES:
-            q, k, v = (torch.randn(b, t, n, e, dtype=dtype).requires_grad_() for n in (h, k_heads, k_heads))
-            grad, found = torch.randn(b, t, h, e, dtype=dtype), []
-
-            def seconds(function) -> float:
-                begin = time.process_time()
-                for _ in range(5):
-                    torch.autograd.grad(function(q, k, v), (q, k, v), grad)
-                found.append(time.process_time() - begin)
-                return found[-1]
-
-            def ours() -> float:
-                return seconds(causal_attention)
-
-            ours(), seconds(theirs)
-            ratio = paired_ratio(abba(ours, lambda: seconds(theirs), rounds))
-            same = statistics.median(abba(ours, ours, 3))
-            found.clear()
+            inputs = tuple(torch.randn(b, t, n, e, dtype=dtype).requires_grad_() for n in (h, k_heads, k_heads))
+            grad = torch.randn(b, t, h, e, dtype=dtype)
+            ours, torchs = (timer(function, inputs, grad) for function in (causal_attention, theirs))
+            ours(), torchs()
+            ratio, same = paired_ratio(abba(ours, torchs, rounds)), statistics.median(abba(ours, ours, 3))
             speed = 5 * 14 * b * h * t * t / 2 * e / min(ours(), ours()) / 1e9
-            print(f"{str(dtype)[6:]:<9} B{b} T{t} H{h} K{k_heads} E{e}: {ratio}, ours {speed:.0f} GFLOP/s, A/A {same:.2f}")
+            name = f"{str(dtype)[6:]:<9} B{b} T{t} H{h} K{k_heads} E{e}"
+            print(f"{name}: {ratio}, ours {speed:.0f} GFLOP/s, A/A {same:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 The same tokens (4 rows of 256), initial weights and AdamW without clipping; losses of the first steps must agree before
 anything is timed. `default` is transformers as its users run it, `tuned` with torch.compile, fused AdamW and malloc
 settings. In bf16 the tuned peer holds its weights and moments in bf16 (no master weights, which ours keep in fp32) and
-the default one runs under autocast. `reference` is ours without the extension's kernels. Every system is a process of its
-own on one core; rounds run A B B A and count CPU time, and the A/A row must be 1.00 within 3 %.
+the default one runs under autocast. `reference` is ours without the extension's kernels. Every system is a process of
+its own on one core; rounds run A B B A and count CPU time, and the A/A row must be 1.00 within 3 %.
 """
 
 from __future__ import annotations

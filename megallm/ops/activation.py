@@ -25,7 +25,7 @@ class _SwiGlu(torch.autograd.Function):
         if kernels is not None:
             return out
         if native.kernels(gate_up) and gate_up.is_contiguous():
-            return native.swiglu(gate_up)
+            return native.swiglu_forward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 

@@ -256,7 +256,7 @@ def linear_statistics(
     """
     parts = []
     for rows in token_chunks(hidden.shape[0], head.weight):
-        logits, own = product.linear(hidden[rows], *head), targets.of(rows)
+        logits, own = product.dense(hidden[rows], *head), targets.of(rows)
         if not others:
             parts.append(statistics(logits, own, moment, best, reuse=True))
             continue
@@ -329,7 +329,7 @@ def linear_backward(
     weight = weight.detach()
     for rows in token_chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        dy = gradient(product.linear(x, weight, bias), rows)
+        dy = gradient(product.dense(x, weight, bias), rows)
         product.matmul(dy.to(x.dtype), weight, into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)

@@ -1,9 +1,10 @@
-"""Kernels for CPUs in C++ (csrc/ops), chosen by the CPU's instruction set when the extension is loaded: AVX-512, AVX2
-or portable ones. Each stands in for an operation of this package, whose torch form is the reference.
+"""Kernels for CPUs in C++ (csrc/ops), chosen by the CPU's instruction set when the extension is
+loaded: AVX-512, AVX2 or portable ones. Each stands in for an operation of this package, whose torch
+form is the reference.
 
-They take float32 and bfloat16 tensors on CPUs; float64, which the oracle computes in, is always left to the reference.
-Threads are torch's. The environment variable MEGALLM_OPS_ISA (avx512, avx2, portable or reference) names the kernels to
-use; `use` does the same in a running process.
+They take float32 and bfloat16 tensors on CPUs; float64, which the oracle computes in, is always
+left to the reference. Threads are torch's. The environment variable MEGALLM_OPS_ISA (avx512, avx2,
+portable or reference) names the kernels to use; `use_kernels` does the same in a running process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FAR = 2**62  # no distance between a query and a key
 Mode = Literal["auto", "native", "reference"]
 
 
-def use(mode: Mode | str) -> str:
+def use_kernels(mode: Mode | str) -> str:
     """Choose the kernels of this process: `auto` the best ones, `reference` none, `native` insists,
     or those of an instruction set by its name. Returns which are used.
 
@@ -141,7 +142,7 @@ def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if x is None else x.data_ptr() for x in tensors)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Computes RMSNorm of contiguous x `[..., D]`; returns it and the wide factor of each row."""
     out, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     x_at, weight_at, out_at, scale_at = _addresses(x, weight, out, scale)
@@ -164,7 +165,7 @@ def rms_norm_backward(
     return out, of_weight
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu_forward(gate_up: Tensor) -> Tensor:
     """Computes `silu(gate) * up` for contiguous `[..., 2 F]`."""
     size = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], size))
@@ -216,7 +217,10 @@ def softmax_statistics(
 
 
 def softmax_gradient(
-    logits: Tensor, targets: tuple[Tensor, int, float], given: tuple[Tensor | None, ...], out: Tensor
+    logits: Tensor,
+    targets: tuple[Tensor, int, float],
+    given: tuple[Tensor | None, ...],
+    out: Tensor,
 ) -> Tensor:
     """Writes the gradient of contiguous logits `[T, V]` into `out`, which may be the logits, and
     returns it. `given`: lse, entropy, the gradients of log-probabilities and of entropies, divided
@@ -239,7 +243,7 @@ def softmax_gradient(
     return out
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+def matrix_product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """Computes `a b` of float32 matrices into contiguous `out`, or onto it with `add`; see
     `ops.product`.
     """

@@ -25,7 +25,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if native.kernels(x, weight):
             x = x.contiguous()
-            out, scale = native.rms_norm(x, weight, eps)
+            out, scale = native.rms_norm_forward(x, weight, eps)
             ctx.save_for_backward(x, weight, scale)
             return out
         values = wide(x)

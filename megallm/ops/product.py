@@ -1,7 +1,7 @@
 """Matrix products of float32 on CPUs by the kernels of csrc/ops, and by torch elsewhere.
 
-MKL, which torch multiplies float32 with, takes its AVX2 path on AMD; oneDNN is faster there but compiles and keeps a kernel
-for every shape that it meets. Other dtypes are torch's.
+MKL, which torch multiplies float32 with, takes its AVX2 path on AMD; oneDNN is faster there but
+compiles and keeps a kernel for every shape that it meets. Other dtypes are torch's.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -
     it.
     """
     if takes(a.shape[0], b.shape[1], a.shape[1], a, b):
-        return native.product(a, b, out, add)
+        return native.matrix_product(a, b, out, add)
     if add:
         return out.addmm_(a, b)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `x W^T + b` for x `[..., in]` and W `[out, in]`, differentiable."""
     rows = x.numel() // max(x.shape[-1], 1)
     if not takes(rows, *weight.shape, x, weight) or bias is not None and bias.dtype != x.dtype:

@@ -60,7 +60,7 @@ def linear(
     there.
     """
     if weight_grads is None or not weight.requires_grad:
-        return product.linear(x, weight, bias)
+        return product.dense(x, weight, bias)
     return _SplitLinear.apply(x, weight, bias, weight_grads)
 
 
@@ -77,7 +77,7 @@ class _SplitLinear(torch.autograd.Function):
         # Not save_for_backward: recomputation would hand back a detached copy, which leads to no
         # parameter.
         ctx.weight, ctx.weight_grads, ctx.has_bias = weight, weight_grads, bias is not None
-        return product.linear(x, weight, bias)
+        return product.dense(x, weight, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:

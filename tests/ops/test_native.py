@@ -29,11 +29,11 @@ DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "bf16"])
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
-        native.use(request.param)
+        native.use_kernels(request.param)
     except UsageError as error:
         pytest.skip(f"NOT TESTED on this machine: {error}")
     yield request.param
-    native.use("auto")
+    native.use_kernels("auto")
     torch.set_num_threads(1)
 
 
@@ -52,8 +52,8 @@ def compare(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.
     assert found.dtype == dtype and wanted.dtype == torch.float64
     grad = torch.randn(wanted.shape, dtype=torch.float64).to(dtype)
     close(found, wanted, dtype)
-    pairs = zip(torch.autograd.grad(found, narrow, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True)
-    for mine, reference in pairs:
+    mine_all, all_wanted = torch.autograd.grad(found, narrow, grad), torch.autograd.grad(wanted, exact, grad.double())
+    for mine, reference in zip(mine_all, all_wanted, strict=True):
         close(mine, reference, dtype)
 
 
@@ -62,7 +62,7 @@ def test_the_kernels_are_used(isa: str) -> None:
     assert extension.ops().isa() == isa and attention.executor(x, x) == flash.NATIVE
     for other in (x.double(), x.half(), x.to("meta")):
         assert native.kernels(other) is None
-    native.use("reference")
+    native.use_kernels("reference")
     assert native.kernels(x) is None and attention.executor(x, x) == flash.CPU
 
 
@@ -148,7 +148,7 @@ def test_results_do_not_depend_on_threads(isa: str) -> None:
         assert extension.ops().num_threads() == threads
         out = attention.packed_attention(q, k, v, spec)
         norm = rms_norm(x, gain, 1e-6)
-        made = native.product(x.detach(), w.detach().mT)
+        made = native.matrix_product(x.detach(), w.detach().mT)
         grads = torch.autograd.grad(out.square().sum() + norm.square().sum(), (q, k, v, x, gain))
         found.append(((out, norm, made), grads))
     torch.set_num_threads(1)
@@ -208,9 +208,9 @@ def test_products(isa: str) -> None:
         wanted = a.double() @ b.double()
         forms = (a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT), (a[:, ::1], b.repeat(1, 2)[:, :n])
         for left, right in forms:
-            found = native.product(left, right)
+            found = native.matrix_product(left, right)
             assert (found - wanted).abs().max() <= 2e-6 * max(1.0, k**0.5)
-            again = native.product(left, right, start.clone(), add=True)
+            again = native.matrix_product(left, right, start.clone(), add=True)
             assert (again - start - wanted).abs().max() <= 4e-6 * max(1.0, k**0.5)
 
 
@@ -218,7 +218,7 @@ def test_a_linear(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "takes", lambda *sizes: sizes[-1].dtype == torch.float32)
     draw = torch.manual_seed(6)
     shapes = (2, 9, 40), (50, 40), (50,)
-    compare(product.linear, [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes], torch.float32)
+    compare(product.dense, [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes], torch.float32)
 
 
 def test_a_broken_kernel_is_noticed(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_broken_kernel_is_noticed(isa: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(native, "_described", lambda tiles: described(tiles) - torch.tensor([0, 0, 0, 0, 1, 0, 0]))
     with pytest.raises(AssertionError):
         test_attention(isa, "window", torch.float32)
-    monkeypatch.setattr(native, "swiglu", lambda x, swiglu=native.swiglu: swiglu(x) * 1.001)
+    monkeypatch.setattr(native, "swiglu_forward", lambda x, swiglu=native.swiglu_forward: swiglu(x) * 1.001)
     with pytest.raises(AssertionError):
         test_operations_on_rows(isa, 24, torch.float32)
 
@@ -243,4 +243,4 @@ def test_the_environment_variable_names_the_kernels() -> None:
 
 def test_kernels_that_are_not_there_are_an_error() -> None:
     with pytest.raises(UsageError, match="auto, native, reference"):
-        native.use("sse9")
+        native.use_kernels("sse9")
