@@ -112,6 +112,7 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.3"],
+        "supervision": ["py-spy>=0.4"],  # stacks of ranks that hang; without it those of faulthandler
         "data": [
             "pyarrow>=14",
             "gigatoken==0.10.0",
@@ -143,6 +144,7 @@ setup(
             "peft>=0.21",
             "pybind11>=2.11",
             "ruff>=0.8",
+            "py-spy>=0.4",
             "bitsandbytes>=0.50",
             "math-verify[antlr4-13-2]>=0.9",
             "reasoning-gym>=0.1.25",

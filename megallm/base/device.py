@@ -4,9 +4,13 @@ events.
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -20,6 +24,36 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def memory_use(device: torch.device) -> tuple[int, int]:
+    """Returns the bytes that count against the limit of this process's memory, and that limit: of
+    the GPU, else the process's own limit where one is set, else the control group's or machine's.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    status = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
+    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            return int(status[name].split()[0]) * 1024, limit
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            total = min(total, int(Path(path).read_text()))
+    return int(status["VmRSS"].split()[0]) * 1024, total
+
+
+def bytes_refused(error: BaseException) -> int | None:
+    """Returns how many bytes an allocation asked for that failed; None for any other error."""
+    text = str(error)
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", text)
+    if found is None:
+        return 0 if isinstance(error, MemoryError) else None
+    unit = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]]
+    return int(float(found[1].rstrip(".")) * unit)
 
 
 # Dense bf16 FLOP/s of the chips for which a utilisation is reported, by a word of their name.

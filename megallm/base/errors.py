@@ -13,6 +13,10 @@ class UsageError(MegallmError):
     exit_code = 2
 
 
+class OutOfMemory(UsageError):
+    """The configuration needs more memory than a rank has."""
+
+
 class DataError(MegallmError):
     """A corpus, a dataset or a prompt file is missing or bad."""
 

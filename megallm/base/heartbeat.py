@@ -61,14 +61,31 @@ class Heartbeat:
         self._head(self._since, 0, 0, 0, 0, 0, self._since)
 
     def _head(
-        self, now: float, waiting: int, operation: int, slot: int, number: int, nbytes: int,
+        self,
+        now: float,
+        waiting: int,
+        operation: int,
+        slot: int,
+        number: int,
+        nbytes: int,
         since: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._beats += 1
         HEAD.pack_into(
-            self._memory, self._begin, self._pid, self._beats, now, self.step, self._phase,
-            waiting, operation, slot, number, nbytes, since,
-        )  # fmt: skip
+            self._memory,
+            self._begin,
+            self._pid,
+            self._beats,
+            now,
+            self.step,
+            self._phase,
+            waiting,
+            operation,
+            slot,
+            number,
+            nbytes,
+            since,
+        )
 
     def enter_step(self, step: int) -> None:
         """Say that a step begins, and with it the phase that reads data."""

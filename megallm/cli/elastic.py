@@ -17,7 +17,7 @@ from megallm.base.config import load
 from megallm.base.config import replace as changed
 from megallm.base.errors import Requeue, UsageError
 from megallm.base.stopping import hear_again
-from megallm.launch.elastic import Sizes, choose_layout
+from megallm.launch.elastic import LayoutSizes, choose_layout
 from megallm.launch.restart import (
     Attempt,
     Restart,
@@ -37,20 +37,20 @@ LOST = ("killed", "left", "hang", "lost")  # incidents that may mean that a plac
 _STEP = re.compile(r"step-(\d+)")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def elastic_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a world that may shrink."""
     group = parser.add_argument_group("elastic")
-    group.add_argument("--fit", type=int, metavar="RANKS", help="print the layout for so many ranks"
-                       ": their number and settings; start nothing")  # fmt: skip
-    group.add_argument("--min-ranks", type=int, metavar="N", help="go on with fewer ranks, down to "
-                       "N, when starting again with all brings nothing")  # fmt: skip
-    group.add_argument("--max-ranks", type=int, metavar="N", help="ranks when none is lost "
-                       "(default: --nproc, or what the layout asks for)")  # fmt: skip
+    for option, text in (
+        ("--fit", "print the layout for so many ranks: their number and settings; start nothing"),
+        ("--min-ranks", "go on with fewer ranks, down to N, when all of them bring nothing"),
+        ("--max-ranks", "ranks when none is lost (default: --nproc, or what the layout asks for)"),
+    ):
+        group.add_argument(option, type=int, metavar="N", help=text)
 
 
 def layout_for(
     verb: str, config: JobConfig, ranks: int, least: int = 1, most: int | None = None
-) -> tuple[Sizes, list[str]]:
+) -> tuple[LayoutSizes, list[str]]:
     """Returns the layout with which a run goes on with at most `ranks` ranks, and the settings that
     say it. `config` is as loaded, before it is checked; `most` is the number of ranks when none is
     lost. Errors: UsageError with the numbers of ranks that fit.
@@ -58,9 +58,9 @@ def layout_for(
     vocab, given = KINDS[verb].tokenizer_vocab(config), config.layout
     rest = given.pp * given.cp * given.tp
     dp = given.dp or max(1, (most or rest) // rest)
-    wish = Sizes(given.pp, dp, given.cp, given.tp, given.ep)
+    wish = LayoutSizes(given.pp, dp, given.cp, given.tp, given.ep)
 
-    def fault(sizes: Sizes) -> str:
+    def fault(sizes: LayoutSizes) -> str:
         trial = changed(config, {f"layout.{name}": size for name, size in vars(sizes).items()})
         found = find_problems(trial, sizes.world, vocab)
         return found[0].sentence.rstrip(".") if found else ""
@@ -171,12 +171,12 @@ class Elastic:
         they were asked.
         """
         over, asked = threading.Event(), threading.Event()
-        known = steps_of(self.checkpoints)
+        known = saved_steps(self.checkpoints)
 
         def watch() -> None:
             seen = set(known)
             while not over.wait(LOOK_SECONDS):
-                seen |= steps_of(self.checkpoints)
+                seen |= saved_steps(self.checkpoints)
                 if len(seen - known) >= self.patience:
                     asked.set()
                     os.kill(os.getpid(), signal.SIGUSR2)
@@ -191,7 +191,7 @@ class Elastic:
             thread.join()
 
 
-def steps_of(checkpoints: Path) -> set[int]:
+def saved_steps(checkpoints: Path) -> set[int]:
     """Returns the steps that are saved in a folder."""
     names = os.listdir(checkpoints) if checkpoints.is_dir() else []
     return {int(found[1]) for found in map(_STEP.fullmatch, names) if found}

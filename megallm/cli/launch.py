@@ -16,8 +16,8 @@ from megallm.training.kinds import KINDS
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("verb", metavar="VERB", help=f"what to run: {', '.join(KINDS)}")
     train.common_arguments(parser)
-    elastic.arguments(parser)
-    slurm.arguments(parser)
+    elastic.elastic_arguments(parser)
+    slurm.slurm_arguments(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -13,26 +13,33 @@ from megallm.cli.config import load_and_check
 from megallm.launch.slurm import LAUNCHERS, SlurmJob, submit, write_script
 from megallm.training.kinds import KINDS
 
+# Numbers: option, default, what it is.
+_COUNTS: tuple[tuple[str, int | None, str], ...] = (
+    ("--nodes", 1, "nodes (default: 1)"),
+    ("--min-nodes", None, "go on with fewer, down to N, when nodes are lost; with all again later"),
+    ("--gpus-per-node", 0, "GPUs of a node"),
+    ("--ranks-per-node", None, "ranks of a node (default: one a GPU, else 1)"),
+    ("--cpus-per-task", None, "cores of a rank"),
+    ("--signal-seconds", 180, "the ranks are told to save N seconds before --time is over"),
+)
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+
+def slurm_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a batch job."""
     group = parser.add_argument_group("Slurm")
     group.add_argument("--slurm", action="store_true", help="write RUN/launch.sbatch, submit it")
     group.add_argument("--dry-run", action="store_true", help="print it; write and submit nothing")
-    group.add_argument("--nodes", type=int, metavar="N", default=1, help="nodes (default: 1)")
-    group.add_argument("--min-nodes", type=int, metavar="N", help="go on with fewer, down to N, "
-                       "when nodes are lost, and with all when they are back")  # fmt: skip
-    group.add_argument("--gpus-per-node", type=int, metavar="N", default=0, help="GPUs of a node")
-    group.add_argument("--ranks-per-node", type=int, metavar="N",
-                       help="ranks of a node (default: one a GPU, else 1)")  # fmt: skip
-    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a rank")
+    for option, default, text in _COUNTS:
+        group.add_argument(option, type=int, metavar="N", default=default, help=text)
     group.add_argument("--time", metavar="D-HH:MM:SS", help="limit of one start of the job")
     group.add_argument("--partition", metavar="NAME", help="partition")
     group.add_argument("--account", metavar="NAME", help="account")
-    group.add_argument("--signal-seconds", type=int, metavar="S", default=180,
-                       help="the ranks are told to save S seconds before --time is over")  # fmt: skip
-    group.add_argument("--launcher", choices=LAUNCHERS, default=LAUNCHERS[0],
-                       help="srun: a task is a rank; torchrun: one a node (default: srun)")  # fmt: skip
+    group.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default=LAUNCHERS[0],
+        help="srun: a task is a rank; torchrun: one a node (default: srun)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,8 +52,10 @@ def run(args: argparse.Namespace) -> int:
     path = write_script(job)
     number = submit(path)
     print(f"megallm: job {number} is submitted; {path} is what it runs.")
-    print(f"megallm: `squeue -j {number}` says where it stands, {job.folder}/logs what it prints; "
-          f"`scancel {number}` ends it.")  # fmt: skip
+    print(
+        f"megallm: `squeue -j {number}` says where it stands, {job.folder}/logs what it prints; "
+        f"`scancel {number}` ends it."
+    )
     return 0
 
 

@@ -67,7 +67,11 @@ _ROWS = (
     ("offline", "train", "learn from answers with rewards, sampling none: RAFT, AWR, ILQL, ..."),
     ("grpo", "train", "train a model on rewards of its own answers: GRPO, DAPO, RLOO, GSPO, ..."),
     ("ppo", "train", "train a model on rewards of its own answers, with a critic: PPO"),
-    ("launch", "launch", "run a verb that trains, and start it again after crashes and hangs; --slurm: as a job"),
+    (
+        "launch",
+        "launch",
+        "run a verb that trains, and start it again after crashes and hangs; --slurm: as a job",
+    ),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),
     ("report", "report", "write a page about a run: curves, goodput, incidents, samples"),
     (

@@ -20,10 +20,11 @@ from megallm.base.stopping import JOB_END, ignore_stop_signals
 from megallm.cli import text
 from megallm.cli.board import tell
 from megallm.cli.config import load_and_check, overrides_argument
+from megallm.cli.memory import explained_memory
 from megallm.cli.table import Command
 from megallm.launch.environment import RankEnv, job_end
 from megallm.launch.local import Hooks, RanksFailed
-from megallm.launch.restart import Attempt, Ended, Start, supervise
+from megallm.launch.restart import Attempt, AttemptEnded, Start, supervise
 from megallm.launch.start import start, world_size
 from megallm.run.config import JobConfig
 from megallm.run.lease import drop_dead_lease, held_by
@@ -43,7 +44,8 @@ def _arguments(kind: Kind, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--store",
             metavar="DIR",
-            help="write the top k log-probs of teacher.model for every row to DIR, and train nothing",
+            help="write the top k log-probs of teacher.model for every row to DIR, and train "
+            "nothing",
         )
 
 
@@ -67,10 +69,13 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         "one; never: refuse one",
     )
     parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY",
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
         help="go on from a checkpoint although this key, or section, makes it another run; may be "
              "given again",
-    )  # fmt: skip
+    )
 
 
 def _run(kind: Kind, args: argparse.Namespace) -> int:
@@ -137,7 +142,7 @@ class _Job:
         return Start(world, hang_seconds=launch.hang_seconds, stages=self.config.layout.pp)
 
     def attempt(self, begin: Start) -> None:
-        """Start the ranks and wait for them. Errors: `Ended` for an incident."""
+        """Start the ranks and wait for them. Errors: `AttemptEnded` for an incident."""
         config, args = self.config, self.args
         if begin.overrides:
             words = [*self.overrides, *begin.overrides]
@@ -151,7 +156,7 @@ class _Job:
         except RanksFailed as error:
             if error.incident is None:
                 raise
-            raise Ended(Attempt(error.incident, error.last_step), error) from error
+            raise AttemptEnded(Attempt(error.incident, error.last_step), error) from error
         finally:
             drop_dead_lease(self.folder)  # of rank 0, when another rank's failure ended it
 
@@ -177,10 +182,12 @@ def _rank(env: RankEnv, module: str, config: JobConfig, resume: str, allowed: li
     )  # else our launcher copies rank 0's lines to its log
     sections = to_dict(config) if env.world > 1 else {}
     alike = {f"{name}:": digest_of(repr(value)) for name, value in sections.items()}
-    with process_group(env, meet_seconds=config.launch.meet_seconds, alike=alike) as device:
+    seconds = config.launch.timeout_seconds, config.launch.meet_seconds
+    with process_group(env, *seconds, alike) as device:
         try:
             mesh = Mesh.start(config.layout.grid(), device)
-            guard.run_guarded(run, config, mesh, resume, own_log, allowed)
+            with explained_memory(config, env, device):
+                guard.run_guarded(run, config, mesh, resume, own_log, allowed)
         finally:
             ignore_stop_signals()
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
-from megallm.base.heartbeat import HEARTBEAT
 from megallm.checkpoint.io import Part
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.engine.config import EngineConfig
@@ -163,10 +162,6 @@ class Engine:
         self.observers.append(observer)
         self.providers.append(observer)
 
-    def asked_to_stop(self) -> bool:
-        """Returns whether any rank's `request` asks the run to stop; collective over the world."""
-        return self.mesh.largest(self.request()) > 0
-
     # Steps
 
     def train_step(self, batches: Sequence[Batch], loss: Loss, lr: float) -> StepStats:
@@ -189,7 +184,6 @@ class Engine:
         empty = (norm == 0) | run.nothing
         finite, spiked = self.limits.judge(norm, self.parameters.verdicts)
         skip = ~finite | empty | (spiked & self.limits.skips)
-        HEARTBEAT.enter("optimizer")
         self.optimizer.step(lr, skip=skip)
         self.model.fp8.commit()
         loss_scale = None if self.scaler is None else self.scaler.advance(finite, empty)
@@ -224,7 +218,6 @@ class Engine:
         """
         self.parameters.begin_step()
         run = self._run(batches, loss, training=True)
-        HEARTBEAT.enter("reduce")
         self.parameters.finish()
         return run
 

@@ -25,7 +25,7 @@ from megallm.parallel.tensor import Linear, Slot
 PHASES = ("data", "weights", "forward", "loss", "backward", "gradients", "none")
 
 
-class Fault(NamedTuple):
+class NonFinite(NamedTuple):
     """Where a number that is not finite came first, and what was found there; the same on every
     rank.
 
@@ -74,7 +74,7 @@ class _Finding(NamedTuple):
     layer: str
 
 
-def is_finite(x: Tensor) -> bool:
+def all_finite(x: Tensor) -> bool:
     """Returns whether every number of a tensor is finite; those that are no floats are."""
     x = x.detach()  # or what is looked at would be kept for a backward pass
     x = x._values() if x.is_sparse else x
@@ -157,7 +157,7 @@ class Tracer:
         micro, order = self.here[number]
         self.here[number] = (micro, order + 1)
         for x in tensors_in(outputs):
-            if not is_finite(x):
+            if not all_finite(x):
                 self.outputs.append((micro, number, order, name))
             elif x.is_floating_point() and x.numel():
                 largest = float(x.detach().abs().max())
@@ -186,13 +186,13 @@ class Tracer:
     ) -> None:
         self._fired = self._fired + 1 if self.at == at else 0
         self.at = at
-        if self._tensor is None and not is_finite(grad):
+        if self._tensor is None and not all_finite(grad):
             self._tensor, self.found_at, self.order = tensor, at, self._fired
         if tensor == self._tensor:
             self.gradients.append((kind, name))
 
     def _parameter(self, name: str, grad: Tensor | None) -> None:
-        if grad is not None and self.found_at is None and not is_finite(grad):
+        if grad is not None and self.found_at is None and not all_finite(grad):
             self.found_at, self.order = self.at, self._fired
             self.gradients.append(("parameter", name))
 
@@ -215,7 +215,7 @@ class Tracer:
         return "the loss" if name == "head" else name
 
 
-def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> Fault:
+def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> NonFinite:
     """Returns what of a step was not finite first; collective over the world.
 
     `batches` are this data rank's, the weights those that the step was computed with. The step is
@@ -240,7 +240,7 @@ def find_fault(engine: Engine, batches: Sequence[Batch], loss: Loss) -> Fault:
     told = engine.mesh.gather_json([*own, rank, engine.mesh.coords])
     chosen = engine.mesh.broadcast_json(told and _first(told))
     phase, micro, layer, ranks, coords = chosen
-    return Fault(PHASES[phase], layer, None if micro < 0 else micro, tuple(ranks), coords)
+    return NonFinite(PHASES[phase], layer, None if micro < 0 else micro, tuple(ranks), coords)
 
 
 def _first(told: list[list[Any]]) -> list[Any]:
@@ -253,7 +253,7 @@ def _first(told: list[list[Any]]) -> list[Any]:
 
 def _in_data(batches: Sequence[Batch], first: int) -> Iterator[_Finding]:
     for micro, batch in enumerate(batches):
-        bad = next((name for name in sorted(batch) if not is_finite(batch[name])), None)
+        bad = next((name for name in sorted(batch) if not all_finite(batch[name])), None)
         if bad is not None:
             yield _Finding(0, first + micro, 0, 0, bad)
             return
@@ -266,20 +266,20 @@ def _in_weights(engine: Engine) -> Iterator[_Finding]:
     held = ((piece.name, piece.tensor) for piece in pieces(parameters, own))
     freed = any(bucket.frees_params for bucket in parameters.flat)
     whole = () if freed else parameters.views.items()
-    bad = next((name for name, x in (*held, *whole) if not is_finite(x)), None)
+    bad = next((name for name, x in (*held, *whole) if not all_finite(x)), None)
     if bad is not None:
         yield _Finding(1, -1, 0, 0, bad)
 
 
 def _in_losses(engine: Engine, first: int) -> Iterator[_Finding]:
     for micro, terms in sorted(engine.last_run.results.items()):
-        bad = next((name for name, x in terms.losses.items() if not is_finite(x)), None)
+        bad = next((name for name, x in terms.losses.items() if not all_finite(x)), None)
         if bad is not None:
             yield _Finding(3, first + micro, 0, 0, bad)
             return
 
 
 def _in_gradients(engine: Engine) -> Iterator[_Finding]:
-    bad = next((piece.name for piece in engine.gradients() if not is_finite(piece.tensor)), None)
+    bad = next((piece.name for piece in engine.gradients() if not all_finite(piece.tensor)), None)
     if bad is not None:
         yield _Finding(5, -1, 0, 0, bad)

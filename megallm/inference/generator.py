@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base.errors import UsageError
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.inference.blocks import BlockPool, blocks_of
 from megallm.inference.cache import NoCache, PagedCache, Pages
 from megallm.inference.native import NativeStage
@@ -292,6 +293,7 @@ class Rollout:
 
     def _begin(self, operation: Operation) -> None:
         """Plan a group's next step, and agree with others on the number of its passes."""
+        HEARTBEAT.beat()
         group = operation.group
         scheduler = self.groups[group]
         step = self.steps[group] = scheduler.step()

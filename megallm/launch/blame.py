@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megallm.launch.board import Group, Issued, RankState
+from megallm.launch.board import Issued, KnownGroup, RankState
 
 STOPPED = ("T", "t")  # of /proc/PID/stat: by a signal, by a debugger
 ONE_SIDED = ("send", "recv")  # both ends count one message, each under its own name
@@ -37,7 +37,7 @@ def find_culprit(states: Sequence[RankState], process_states: Mapping[int, str])
         more = f" (so {_are(stopped[1:])} stopped)" if len(stopped) > 1 else ""
         sentence = f"rank {first.rank} (process {first.pid}) is stopped {first.place}{more}"
         return Finding("stopped", first.rank, sentence, waits)
-    differing = mismatch(states)
+    differing = find_mismatch(states)
     if differing is not None:
         return Finding("mismatch", differing.rank, differing.sentence, waits, differing.table)
     outside = [state for state in states if state.waits is None]
@@ -112,7 +112,7 @@ class _Difference:
     table: tuple[str, ...]
 
 
-def mismatch(states: Sequence[RankState]) -> _Difference | None:
+def find_mismatch(states: Sequence[RankState]) -> _Difference | None:
     """Returns the first collective of a group that its ranks did not issue alike; None without."""
     keys = {key: group for state in states for key, group in state.groups.items()}
     found = []
@@ -124,7 +124,7 @@ def mismatch(states: Sequence[RankState]) -> _Difference | None:
 
 
 def _first_difference(
-    group: Group, states: Sequence[RankState]
+    group: KnownGroup, states: Sequence[RankState]
 ) -> tuple[float, _Difference] | None:
     members = [state for state in states if group.key in state.groups]
     issued = {state.rank: state.groups[group.key].issued for state in members}
@@ -145,7 +145,7 @@ def _comparable(one: Issued) -> tuple[str, int]:
 
 
 def _difference(
-    group: Group, number: int, here: Mapping[int, Issued], kinds: Counter[tuple[str, int]]
+    group: KnownGroup, number: int, here: Mapping[int, Issued], kinds: Counter[tuple[str, int]]
 ) -> _Difference:
     usual, most = kinds.most_common(1)[0]
     odd = [rank for rank, one in here.items() if _comparable(one) != usual]

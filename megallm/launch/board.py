@@ -29,7 +29,7 @@ class Issued:
 
 
 @dataclass
-class Group:
+class KnownGroup:
     """A process group as one rank knows it: how many collectives it issued there, the last ones."""
 
     key: int
@@ -54,8 +54,8 @@ class RankState:
     step: int
     phase: str
     waits: Issued | None = None  # the collective that it is inside of
-    group: Group | None = None  # where that is
-    groups: dict[int, Group] = field(default_factory=dict)  # by key
+    group: KnownGroup | None = None  # where that is
+    groups: dict[int, KnownGroup] = field(default_factory=dict)  # by key
     step_seconds: tuple[float, ...] = ()
     own_seconds: tuple[float, ...] = ()  # by phase, without waits
     longest: tuple[float, ...] = ()  # the longest visit to each phase
@@ -68,7 +68,7 @@ class RankState:
         return f"in step {self.step}, {self.phase}"
 
 
-class Board:
+class HeartbeatBoard:
     """The records of `count` ranks of this node, the first of them rank `first`.
 
     Make it before the ranks are forked; each then calls `join`.
@@ -109,7 +109,7 @@ class Board:
         return [self.read(index) for index in range(self.count)]
 
 
-def open_board(pid: int) -> Board:
+def open_board(pid: int) -> HeartbeatBoard:
     """Returns the heartbeats of the ranks that the launcher `pid` of this machine started; for
     tools. Errors: `FileNotFoundError`.
     """
@@ -122,7 +122,7 @@ def open_board(pid: int) -> Board:
             continue
         if found:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            return Board(os.fstat(fd).st_size // RECORD_BYTES, fd=fd)
+            return HeartbeatBoard(os.fstat(fd).st_size // RECORD_BYTES, fd=fd)
     raise FileNotFoundError(f"process {pid} has no heartbeats of ranks.")
 
 
@@ -138,14 +138,22 @@ def _state(rank: int, record: bytes) -> RankState:
         group = slots[slot]
         waits = Issued(number, OPERATIONS[operation], nbytes, since)
     return RankState(
-        rank, pid, beats, at, step, PHASES[phase], waits, group,
-        {each.key: each for each in slots}, seconds[: min(steps, len(seconds))],
+        rank,
+        pid,
+        beats,
+        at,
+        step,
+        PHASES[phase],
+        waits,
+        group,
+        {each.key: each for each in slots},
+        seconds[: min(steps, len(seconds))],
         layout.OWN_SECONDS.unpack_from(record, layout.OWN_AT),
         layout.OWN_SECONDS.unpack_from(record, layout.LONGEST_AT),
-    )  # fmt: skip
+    )
 
 
-def _groups(record: bytes) -> list[Group]:
+def _groups(record: bytes) -> list[KnownGroup]:
     """The groups of a record, in the order of their slots, with their last collectives."""
     found = []
     for slot in range(layout.NUM_GROUPS):
@@ -155,7 +163,7 @@ def _groups(record: bytes) -> list[Group]:
         if not key:
             break
         purpose, _, ranks = text.rstrip(b"\0").decode(errors="replace").rpartition(" ")
-        found.append(Group(key, purpose, layout.ranks_of(ranks), count))
+        found.append(KnownGroup(key, purpose, layout.ranks_of(ranks), count))
     (total,) = layout.NUMBER.unpack_from(record, layout.RING_AT)
     for place in range(min(total, layout.NUM_ISSUED)):
         number, slot, operation, nbytes, at = layout.ISSUED.unpack_from(
@@ -174,6 +182,6 @@ def step_percentile(states: Sequence[RankState], fraction: float = 0.99) -> floa
     return seconds[min(len(seconds) - 1, int(fraction * len(seconds)))]
 
 
-def silent_since(board: Board) -> float:
+def silent_since(board: HeartbeatBoard) -> float:
     """Returns for how many seconds no rank of the board has beaten."""
     return time.monotonic() - max(board.beat(index)[1] for index in range(board.count))

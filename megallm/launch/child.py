@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megallm.base.errors import InternalError, PeerLost, Requeue
 from megallm.base.stopping import INTERRUPTED, NOTHING_TO_SAVE
-from megallm.launch.blame import mismatch
+from megallm.launch.blame import find_mismatch
 from megallm.launch.board import RankState
 from megallm.launch.incident import Incident
 from megallm.launch.rank import RankExit
@@ -36,7 +36,7 @@ class Rank:
 
     @property
     def failed(self) -> bool:
-        """Ended otherwise than by finishing or by saving for a requeue."""
+        """AttemptEnded otherwise than by finishing or by saving for a requeue."""
         return self.status is not None and self.code not in (0, Requeue.exit_code)
 
     @property
@@ -114,7 +114,7 @@ def incident_of(rank: Rank, nproc: int, states: Sequence[RankState]) -> Incident
     Collectives that did not match are the cause of what a backend makes of them.
     """
     state = next((one for one in states if one.rank == rank.number and one.beats > 2), None)
-    sentence, differing = describe(rank, nproc, state), mismatch(states)
+    sentence, differing = describe(rank, nproc, state), find_mismatch(states)
     code = 0 if rank.ending is not None else os.waitstatus_to_exitcode(rank.status or 0)
     kind = "killed" if code < 0 else "left" if rank.ending is None else "failed"
     if rank.code == PeerLost.exit_code:
@@ -126,10 +126,16 @@ def incident_of(rank: Rank, nproc: int, states: Sequence[RankState]) -> Incident
         culprit = rank.number if differing.rank is None else differing.rank
         sentence = f"{differing.sentence}. {sentence}"
     return Incident(
-        kind, rank.code, sentence, culprit, socket.gethostname(), rank.pid,
+        kind,
+        rank.code,
+        sentence,
+        culprit,
+        socket.gethostname(),
+        rank.pid,
         signal.Signals(-code).name if code < 0 else None,
-        state.step if state else 0, state.phase if state else "",
+        state.step if state else 0,
+        state.phase if state else "",
         round(max(0.0, rank.ended_at - state.beat_at), 3) if state else 0.0,
         expected=explained and rank.code not in (PeerLost.exit_code, InternalError.exit_code),
         table=differing.table if differing is not None and kind == "mismatch" else (),
-    )  # fmt: skip
+    )

@@ -17,7 +17,7 @@ MOST_SHOWN = 12  # sizes of the world in a refusal
 
 
 @dataclass(frozen=True)
-class Sizes:
+class LayoutSizes:
     """The sizes of a layout: world = pp x dp x cp x tp; ep divides dp x cp x tp."""
 
     pp: int = 1
@@ -31,7 +31,7 @@ class Sizes:
         """Returns the number of ranks."""
         return self.pp * self.dp * self.cp * self.tp
 
-    def settings(self, of: Sizes) -> list[str]:
+    def settings(self, of: LayoutSizes) -> list[str]:
         """Returns `layout.dp=3` and what else differs from the layout `of`, for a command line; dp
         always, since a configuration may leave it open.
         """
@@ -39,7 +39,7 @@ class Sizes:
         return [f"layout.{name}={vars(self)[name]}" for name in names]
 
 
-Fault = Callable[[Sizes], str]  # why a layout cannot be, empty when it can
+LayoutFault = Callable[[LayoutSizes], str]  # why a layout cannot be, empty when it can
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class BatchRule:
         count, rest = divmod(self.global_batch, self.micro_batch * dp)
         return 0 if rest else count
 
-    def __call__(self, sizes: Sizes) -> str:
+    def __call__(self, sizes: LayoutSizes) -> str:
         if self.microbatches(sizes.dp):
             return ""
         return (
@@ -63,7 +63,7 @@ class BatchRule:
         )
 
 
-def choose_layout(wish: Sizes, ranks: int, fault: Fault, least: int = 1) -> Sizes:
+def choose_layout(wish: LayoutSizes, ranks: int, fault: LayoutFault, least: int = 1) -> LayoutSizes:
     """Returns the layout to go on with on at most `ranks` ranks, the largest that keeps what the
     wish divides the model by, else the one that changes the least of it.
 
@@ -83,13 +83,13 @@ def choose_layout(wish: Sizes, ranks: int, fault: Fault, least: int = 1) -> Size
     )
 
 
-def valid_worlds(wish: Sizes, fault: Fault) -> list[int]:
+def valid_worlds(wish: LayoutSizes, fault: LayoutFault) -> list[int]:
     """Returns the numbers of ranks up to the wish's for which there is a layout, ascending."""
     found = {sizes.world for sizes in _candidates(wish, wish.world) if not fault(sizes)}
     return sorted(found)
 
 
-def _candidates(wish: Sizes, ranks: int) -> Iterator[Sizes]:
+def _candidates(wish: LayoutSizes, ranks: int) -> Iterator[LayoutSizes]:
     """Layouts of at most `ranks` ranks in the order in which they are tried: fewer replicas, then a
     smaller cp, a smaller pp, a smaller tp; each with as many replicas as there is room for.
     """
@@ -98,7 +98,7 @@ def _candidates(wish: Sizes, ranks: int) -> Iterator[Sizes]:
         for dp in range(min(wish.dp, ranks // (tp * pp * cp)), 0, -1):
             stage = dp * cp * tp
             ep = next(size for size in _divisors(wish.ep) if stage % size == 0)
-            yield Sizes(pp, dp, cp, tp, ep)
+            yield LayoutSizes(pp, dp, cp, tp, ep)
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,4 +1,5 @@
-"""Faults made on purpose, for the chaos tests: `MEGALLM_FAULT="rank=2,step=7,phase=backward,kind=kill"`.
+"""Faults made on purpose, for the chaos tests:
+`MEGALLM_FAULT="rank=2,step=7,phase=backward,kind=kill"`.
 
 The hook is asked where a phase begins or a collective is issued; without the variable there is
 none.
@@ -21,7 +22,7 @@ FOR_EVER, SLOW_SECONDS = 1_000_000, 0.05
 
 
 @dataclass(frozen=True)
-class Fault:
+class InjectedFault:
     """One fault: what happens, on which rank, at which step and phase (or collective)."""
 
     kind: str
@@ -34,7 +35,7 @@ class Fault:
 class Faults:
     """The faults of one rank; each strikes once, but for `slow`, which lasts."""
 
-    def __init__(self, faults: list[Fault]) -> None:
+    def __init__(self, faults: list[InjectedFault]) -> None:
         self.left = faults
 
     def __call__(self, heartbeat: Heartbeat, name: str) -> None:
@@ -75,16 +76,19 @@ KINDS: dict[str, Callable[[Heartbeat], object]] = {
 }
 
 
-def parse_faults(text: str) -> list[Fault]:
+def parse_faults(text: str) -> list[InjectedFault]:
     """Returns the faults of the variable, which `;` divides. Errors: `UsageError`."""
     found = []
     for part in filter(None, text.split(";")):
         pairs = dict(pair.partition("=")[::2] for pair in part.split(","))
         try:
-            fault = Fault(
-                pairs["kind"], int(pairs["rank"]), int(pairs["step"]), pairs["phase"],
+            fault = InjectedFault(
+                pairs["kind"],
+                int(pairs["rank"]),
+                int(pairs["step"]),
+                pairs["phase"],
                 None if pairs.get("attempt") == "all" else int(pairs.get("attempt", 0)),
-            )  # fmt: skip
+            )
         except (KeyError, ValueError) as error:
             raise UsageError(
                 f"{VARIABLE} is '{part}'; it must look like "

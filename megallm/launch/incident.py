@@ -29,7 +29,9 @@ class Incident:
 
     def fields(self) -> dict[str, Any]:
         """Returns what events.jsonl keeps of it."""
-        kept = {key: value for key, value in asdict(self).items() if value not in (None, "", (), {})}
+        kept = {
+            key: value for key, value in asdict(self).items() if value not in (None, "", (), {})
+        }
         return kept | {"code": self.code, "step": self.step}
 
     @property

@@ -36,7 +36,7 @@ from megallm.base.files import writing
 from megallm.base.heartbeat import HEARTBEAT
 from megallm.base.output import BackgroundWriter, descriptor
 from megallm.base.stopping import INTERRUPTED, BeforeRanks, stop_signals
-from megallm.launch.board import Board, RankState
+from megallm.launch.board import HeartbeatBoard, RankState
 from megallm.launch.child import Rank, hear, incident_of, moment
 from megallm.launch.environment import LOOPBACK, RankEnv
 from megallm.launch.fault import install_faults
@@ -125,7 +125,7 @@ class _Launch:
         self.fn, self.args, self.begin, self.log_dir = fn, args, start, log_dir
         self.nproc, self.hooks = start.nproc, hooks
         self.token = start.token or secrets.token_hex(16)
-        self.board = Board(start.nproc, start.first_rank)
+        self.board = HeartbeatBoard(start.nproc, start.first_rank)
         self.stacks = [StackFile() for _ in range(start.nproc)]
         self.monitor = Monitor(self.board, start.hang_seconds, start.stages)
         self.hang: Incident | None = None
@@ -225,10 +225,16 @@ class _Launch:
         port = begin.port if server is None else server.getsockname()[1]
         listens = server is not None and number == 0
         return RankEnv(
-            begin.first_rank + number, begin.size, number, self.nproc, begin.host, port,
-            server.fileno() if server is not None and listens else None, attempt=begin.attempt,
+            begin.first_rank + number,
+            begin.size,
+            number,
+            self.nproc,
+            begin.host,
+            port,
+            server.fileno() if server is not None and listens else None,
+            attempt=begin.attempt,
             token=self.token,
-        )  # fmt: skip
+        )
 
     def _fork(self, number: int, server: socket.socket | None) -> None:
         env = self._place(number, server)

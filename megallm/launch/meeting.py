@@ -36,7 +36,7 @@ class Store(Protocol):
     """What this needs of torch's stores."""
 
     def set(self, key: str, value: str) -> None:
-        """Leave a value."""
+        """Set a value."""
 
     def get(self, key: str) -> bytes:
         """Returns a value, waiting for it."""
@@ -135,12 +135,15 @@ def _judge(store: Store, env: RankEnv, meeting: str, deadline: float) -> dict[st
             time.sleep(POLL_SECONDS * bool(missing))
     except PeerLost as error:
         return {"kind": "lost", "error": str(error)}
-    differing = differences(peers)
+    differing = peer_differences(peers)
     if differing:
         table = "".join(f"\n    {line}" for line in differing)
-        return {"kind": "usage", "error": f"The ranks are not alike; rank 0 has something else "
-                f"than these:{table}\nStart all of them from one installation and with one "
-                "command."}  # fmt: skip
+        return {
+            "kind": "usage",
+            "error": f"The ranks are not alike; rank 0 has something else "
+            f"than these:{table}\nStart all of them from one installation and with one "
+            "command.",
+        }
     return {"word": secrets.token_hex(8)}
 
 
@@ -148,9 +151,7 @@ def _await_verdict(store: Store, env: RankEnv, meeting: str, deadline: float) ->
     key = f"{meeting}/verdict"
     if _until(lambda: store.check([key]), deadline + GRACE_SECONDS):
         return _verified(store.get(key), env.token, "What rank 0 says")
-    missing = [
-        rank for rank in range(env.world) if not store.check([f"{meeting}/peer/{rank}"])
-    ]
+    missing = [rank for rank in range(env.world) if not store.check([f"{meeting}/peer/{rank}"])]
     return {"kind": "lost", "error": _absent(env, missing or [0])}
 
 
@@ -172,7 +173,7 @@ def _where(env: RankEnv, rank: int) -> str:
     return f" (node {rank // env.local_world})"
 
 
-def differences(peers: Mapping[int, Mapping[str, Any]]) -> list[str]:
+def peer_differences(peers: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """Returns a line for each rank that is not like rank 0: what differs."""
     first, found = peers[0]["alike"], []
     for rank, peer in sorted(peers.items()):

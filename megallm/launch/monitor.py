@@ -13,22 +13,28 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
 from megallm.base.errors import Hang
 from megallm.base.heartbeat import PHASES
 from megallm.launch.blame import STOPPED, Finding, find_culprit
-from megallm.launch.board import Board, RankState, silent_since, step_percentile
+from megallm.launch.board import HeartbeatBoard, RankState, silent_since, step_percentile
 from megallm.launch.incident import Incident
 
 LOOK_SECONDS, SAMPLES = 0.2, 5
 START_SECONDS = 600.0  # for imports, weights, an index: before a rank has its step times
 BUSY_FACTOR, STEP_FACTOR = 6.0, 5.0
 PATIENCE = {
-    "start": START_SECONDS, "end": START_SECONDS, "save": 120.0, "evaluate": 60.0,
-    "rollout": START_SECONDS, "reward": START_SECONDS, "score": 120.0,
-}  # fmt: skip
+    "start": START_SECONDS,
+    "end": START_SECONDS,
+    "save": 120.0,
+    "evaluate": 60.0,
+    "rollout": START_SECONDS,
+    "reward": START_SECONDS,
+    "score": 120.0,
+}
 TICKS = os.sysconf("SC_CLK_TCK")
 STRAGGLER_STEPS, STRAGGLER_SECONDS, STRAGGLER_RATIO, STRAGGLER_SHARE = 20, 2.0, 1.5, 0.1
 OWN_WORK = ("data", "forward", "backward", "optimizer")
@@ -47,8 +53,7 @@ def process_state(pid: int) -> tuple[str, float]:
 
 
 def hang_limit(states: Sequence[RankState], least: float) -> float:
-    """Returns for how many seconds nothing may happen before it is a hang, no rank being stopped.
-    """
+    """Returns how many seconds without a sign of life are a hang, no rank being stopped."""
     percentile = step_percentile(states)
     if percentile is None:
         return max(least, START_SECONDS)
@@ -69,7 +74,7 @@ class Monitor:
     """
 
     def __init__(
-        self, board: Board, hang_seconds: float, stages: int, whole: bool = True
+        self, board: HeartbeatBoard, hang_seconds: float, stages: int, whole: bool = True
     ) -> None:
         self.board, self.least, self.whole = board, hang_seconds, whole
         self.stragglers = Stragglers(stages)
@@ -127,24 +132,46 @@ class Monitor:
         kind = "mismatch" if finding.kind == "mismatch" else "hang"
         newest = max(self.board.all(), key=lambda one: one.step)
         return Incident(
-            kind, Hang.exit_code,
+            kind,
+            Hang.exit_code,
             f"no rank moved for {seconds:.1f} s: {finding.sentence}.",
-            finding.rank, socket.gethostname(), state.pid if state else None, None,
-            (state or newest).step, state.phase if state else "", round(seconds, 2),
-            waits=finding.waits, table=finding.table, stacks=stacks,
-        )  # fmt: skip
+            finding.rank,
+            socket.gethostname(),
+            state.pid if state else None,
+            None,
+            (state or newest).step,
+            state.phase if state else "",
+            round(seconds, 2),
+            waits=finding.waits,
+            table=finding.table,
+            stacks=stacks,
+        )
 
 
 def _busy(pid: int) -> bool:
-    """Whether a process computes or wants to, in a look of half a second."""
+    """Whether a process computes or wants to, or a thread of it waits for a disk, in a look of half
+    a second.
+    """
     _, before = process_state(pid)
     begin, letters = time.monotonic(), []
     for _ in range(SAMPLES):
         time.sleep(0.1)
-        letters.append(process_state(pid)[0])
+        letters.append(_liveliest(pid))
     used = process_state(pid)[1] - before
     wanted = sum(letter in "RD" for letter in letters)
     return wanted >= 2 or used > 0.2 * (time.monotonic() - begin)
+
+
+def _liveliest(pid: int) -> str:
+    """The state of a thread that runs or waits for a disk, else of any."""
+    letter = "X"
+    with suppress(OSError):  # it may end meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            text = (task / "stat").read_text(encoding="utf-8", errors="replace")
+            letter = text.rpartition(")")[2].split()[0]
+            if letter in "RD":
+                break
+    return letter
 
 
 class Stragglers:
@@ -159,7 +186,7 @@ class Stragglers:
         self._suspects: dict[tuple[int, str], int] = {}  # -> the step since when
         self._told: set[tuple[int, str]] = set()
 
-    def look(self, board: Board) -> list[tuple[str, dict]]:
+    def look(self, board: HeartbeatBoard) -> list[tuple[str, dict]]:
         """Returns a sentence and the fields of an event for each rank that turned out to be one."""
         now = time.monotonic()
         if now < self._next or board.count < 2:
@@ -179,9 +206,7 @@ class Stragglers:
         self._begin, self._at = states, now
         return self._confirmed(slow, since)
 
-    def _confirmed(
-        self, slow: dict[tuple[int, str], float], since: int
-    ) -> list[tuple[str, dict]]:
+    def _confirmed(self, slow: dict[tuple[int, str], float], since: int) -> list[tuple[str, dict]]:
         found = []
         for key, ratio in slow.items():
             if key in self._suspects and key not in self._told:

@@ -103,7 +103,7 @@ def without_progress(history: Sequence[Attempt]) -> int:
     return count
 
 
-class Ended(Exception):
+class AttemptEnded(Exception):
     """An attempt was ended by an incident."""
 
     def __init__(self, attempt: Attempt, error: Exception) -> None:
@@ -120,8 +120,8 @@ def supervise(
 ) -> None:
     """Call `attempt(start)` until it returns, or `choose` says to stop; the last error is raised.
 
-    `attempt` raises `Ended` for an incident; any other error passes. `tell(kind, sentence, fields)`
-    is called with "incident" (which the error tells), "restart" and "gave_up".
+    `attempt` raises `AttemptEnded` for an incident; any other error passes. `tell(kind, sentence,
+    fields)` is called with "incident" (which the error tells), "restart" and "gave_up".
     """
     history: list[Attempt] = []
     while True:
@@ -129,7 +129,7 @@ def supervise(
         try:
             attempt(start)
             return
-        except Ended as ended:
+        except AttemptEnded as ended:
             history.append(ended.attempt)
             error, incident = ended.error, ended.attempt.incident
         tell("incident", "", incident.fields() | {"attempt": start.attempt})
@@ -138,10 +138,16 @@ def supervise(
             if chosen.sentence:
                 tell("gave_up", chosen.sentence, {"restarts": start.attempt})
             raise error
-        tell("restart", "\n".join([*incident.lines(), chosen.sentence]), {
-            "attempt": chosen.start.attempt, "pause_seconds": chosen.pause_seconds,
-            "ran_seconds": time.monotonic() - begin, "overrides": list(chosen.start.overrides),
-        })  # fmt: skip
+        tell(
+            "restart",
+            "\n".join([*incident.lines(), chosen.sentence]),
+            {
+                "attempt": chosen.start.attempt,
+                "pause_seconds": chosen.pause_seconds,
+                "ran_seconds": time.monotonic() - begin,
+                "overrides": list(chosen.start.overrides),
+            },
+        )
         if chosen.start.attempt <= start.attempt:
             raise InternalError(f"Attempt {start.attempt} is followed by {chosen.start.attempt}.")
         hear_again()

@@ -109,7 +109,8 @@ class SlurmJob:
         options = {
             "job-name": f"megallm-{name}",
             "nodes": nodes,
-            "ntasks-per-node": self.ranks_per_node,
+            # With a number of tasks Slurm gives the fewest nodes; whole nodes have room for all.
+            "ntasks-per-node": None if self.elastic else self.ranks_per_node,
             "gpus-per-node": self.gpus_per_node or None,
             "cpus-per-task": self.cpus_per_task,
             "time": self.time,
@@ -123,6 +124,8 @@ class SlurmJob:
         for name, value in options.items():
             if value is not None:
                 yield f"#SBATCH --{name}={_quoted(str(value))}"
+        if self.elastic:
+            yield "#SBATCH --exclusive"
 
 
 def _quoted(value: str) -> str:
@@ -171,7 +174,9 @@ def submit(path: Path) -> str:
 _STEPS = {
     "srun": """\
     # --wait: when one rank has left, the others get a minute to finish saving.
-    srun --no-kill --wait=60 --kill-on-bad-exit=0 --nodes="${#hosts[@]}" --ntasks="$ranks" \\
+    # --overlap: a step of which a node was lost counts as running for a while.
+    srun --overlap --no-kill --wait=60 --kill-on-bad-exit=0 --nodes="${#hosts[@]}" --ntasks="$ranks" \\
+        --ntasks-per-node="$ranks_per_node" \\
         --nodelist="$(IFS=,; echo "${hosts[*]}")" \\
         "$python" -m megallm "${words[@]}" "${layout[@]}" &""",
     "torchrun": """\
@@ -248,7 +253,8 @@ while :; do
     ranks=$((${#hosts[@]} * ranks_per_node))
     if [ ${#hosts[@]} -lt $most_nodes ]; then
         # Fewer replicas, the same global batch and order of data.
-        fit=$("$python" -m megallm launch --fit "$ranks" --max-ranks $((most_nodes * ranks_per_node)) "${words[@]}") || exit $?
+        most_ranks=$((most_nodes * ranks_per_node))
+        fit=$("$python" -m megallm launch --fit $ranks --max-ranks $most_ranks "${words[@]}") || exit $?
         read -r ranks fit <<< "$fit"
         read -r -a layout <<< "$fit"
         hosts=("${hosts[@]:0:$(((ranks + ranks_per_node - 1) / ranks_per_node))}")
@@ -269,11 +275,12 @@ while :; do
     0 | 2 | 65 | 73 | 74 | 77 | 130) exit $status ;;  # done; or starting again would not help
     esac
     # A rank or a node was lost, or it hung: start again, unless that brings nothing.
-    if [ "$(newest)" = "$before" ]; then stuck=$((stuck + 1)); else stuck=0; fi
+    saved=$(newest)
+    if [ "$saved" = "$before" ]; then stuck=$((stuck + 1)); else stuck=0; fi
     if [ $stuck -ge 3 ]; then
         echo "job $SLURM_JOB_ID: ended with $status three times without a new checkpoint" >&2
         exit $status
     fi
-    echo "job $SLURM_JOB_ID: ended with $status; starting again from ${before:-the beginning}"
+    echo "job $SLURM_JOB_ID: ended with $status; starting again from ${saved:-the beginning}"
 done
 """

@@ -7,9 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 SECONDS, MAX_LINES = 5.0, 40
 WRITE_STACK = signal.SIGRTMIN + 7
@@ -44,7 +46,8 @@ def dump_stacks(pids: Mapping[int, int], files: Mapping[int, StackFile]) -> dict
     """Returns the stacks of processes (rank -> pid), by rank; within SECONDS, and without stopping
     any of them.
     """
-    program, found = shutil.which("py-spy"), {}
+    beside = Path(sys.executable).with_name("py-spy")
+    program, found = shutil.which("py-spy") or shutil.which(beside), {}
     if program is not None:
         command = [program, "dump", "--nonblocking", "--pid"]
         running = {
@@ -73,8 +76,7 @@ def _output(process: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def _short(text: str) -> str:
-    """The main thread's stack, which is where a hang is, up to the launcher; of others what fits.
-    """
+    """The main thread's stack, which is where a hang is, up to the launcher; then what fits."""
     blocks = [block for block in text.strip().split("\n\n") if block.strip()]
     blocks.sort(key=lambda block: "MainThread" not in block and "Current thread" not in block)
     if not blocks:

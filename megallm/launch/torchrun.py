@@ -14,4 +14,4 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(error.get_first_failure()[1].exitcode)
+        raise SystemExit(error.get_first_failure()[1].exitcode) from error

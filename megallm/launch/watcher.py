@@ -1,5 +1,5 @@
-"""The supervisor of ranks that srun or torchrun started: a process beside those of a node, forked by
-the first of them, which reads their heartbeats from a file in shared memory.
+"""The supervisor of ranks that srun or torchrun started: a process beside those of a node, forked
+by the first of them, which reads their heartbeats from a file in shared memory.
 
 It cannot start ranks again, which is the business of who started them; it names a rank that died or
 hangs, and ends a node's ranks when nothing moves, so that the job does not sit there.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megallm.base.errors import PeerLost
 from megallm.base.heartbeat import HEARTBEAT, RECORD_BYTES
-from megallm.launch.board import Board, RankState
+from megallm.launch.board import HeartbeatBoard, RankState
 from megallm.launch.environment import RankEnv
 from megallm.launch.fault import install_faults
 from megallm.launch.incident import Incident
@@ -33,12 +33,12 @@ Event = Callable[[str, str, dict], None]
 
 @contextmanager
 def watched(env: RankEnv, start: Start, event: Event) -> Iterator[None]:
-    """Have this rank watched inside the context, by a process that the node's first rank forks."""
+    """Let a process that the node's first rank forks watch this rank inside the context."""
     path = board_path(env)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if os.fstat(fd).st_size < env.local_world * RECORD_BYTES:
         os.ftruncate(fd, env.local_world * RECORD_BYTES)
-    board = Board(env.local_world, env.rank - env.local_rank, fd)
+    board = HeartbeatBoard(env.local_world, env.rank - env.local_rank, fd)
     if env.local_rank == 0:
         rank = os.getpid()
         if os.fork() == 0:
@@ -53,27 +53,36 @@ def watched(env: RankEnv, start: Start, event: Event) -> Iterator[None]:
 
 def board_path(env: RankEnv) -> Path:
     """Returns the file that the ranks of one node, run and attempt share."""
-    told = f"{os.getuid()} {env.token} {env.host}:{env.port} {env.attempt} {env.rank - env.local_rank}"
+    told = (
+        f"{os.getuid()} {env.token} {env.host}:{env.port} {env.attempt} {env.rank - env.local_rank}"
+    )
     shared = Path("/dev/shm")
     folder = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     return folder / f"megallm-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
-def _watch_and_leave(board: Board, path: Path, start: Start, event: Event, first: int) -> None:
+def _watch_and_leave(
+    board: HeartbeatBoard, path: Path, start: Start, event: Event, first: int
+) -> None:
     """The body of the watching process; never returns."""
     try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGHUP,
+        ):
             signal.signal(number, signal.SIG_IGN)  # they are for the ranks, whose end is awaited
-        watch(board, start, event, first)
+        watch_ranks(board, start, event, first)
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         os._exit(0)
 
 
-def watch(board: Board, start: Start, event: Event, first: int) -> None:
-    """Watch the ranks of a board until they are gone, or hang; `first` is the process of the first.
-    """
+def watch_ranks(board: HeartbeatBoard, start: Start, event: Event, first: int) -> None:
+    """Wait until the ranks of a board are gone, or hang; `first` is the process of the first."""
     monitor = Monitor(board, start.hang_seconds, start.stages, whole=board.count == start.size)
     # Records that a job left which was killed as a whole are nobody's.
     told = {state.pid for state in board.all() if process_state(state.pid)[0] in "XZ"}
@@ -104,8 +113,13 @@ def watch(board: Board, start: Start, event: Event, first: int) -> None:
 def _died(state: RankState) -> Incident:
     sentence = f"rank {state.rank} (process {state.pid}) is gone without a word, {state.place}."
     return Incident(
-        "killed", PeerLost.exit_code, sentence, state.rank, socket.gethostname(), state.pid,
-        step=state.step, phase=state.phase, detected_seconds=round(time.monotonic() - state.beat_at, 3),
-    )  # fmt: skip
-
-
+        "killed",
+        PeerLost.exit_code,
+        sentence,
+        state.rank,
+        socket.gethostname(),
+        state.pid,
+        step=state.step,
+        phase=state.phase,
+        detected_seconds=round(time.monotonic() - state.beat_at, 3),
+    )

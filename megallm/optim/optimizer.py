@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.optim.adafactor import Adafactor
 from megallm.optim.config import OptimConfig
 from megallm.optim.elementwise import APPLY, Clock, Elementwise
@@ -96,6 +97,7 @@ class Optimizer:
     def step(self, lr: float, skip: Tensor) -> None:
         """Apply the completed and clipped gradients, unless `skip` (a bool scalar, on the device)
         says not to, and send the new weights on their way."""
+        HEARTBEAT.enter("optimizer")
         skip = skip.cpu() if self.parameters.options.offload else skip  # here the host waits
         clock = Clock(self.count, skip.to(self.count.dtype))
         for bucket in self.parameters.trainable:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megallm.base.heartbeat import HEARTBEAT
 from megallm.ops.precision import wide_dtype
 from megallm.optim import buckets
 from megallm.optim.buckets import BucketParam, ParamGroup, ParamSlice, plan_buckets
@@ -295,6 +296,7 @@ class ShardedParameters:
 
     def finish(self) -> None:
         """Complete all gradients; collective over dp x cp, the partial axes and the tie."""
+        HEARTBEAT.enter("reduce")
         self.last = True
         for bucket in self.trainable:
             self._take(bucket)

@@ -114,7 +114,7 @@ def all_gather(x: Tensor, axis: Axis, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     out = x.new_empty((axis.size, *x.shape))
-    ledger.all_gather(out.flatten(0, 1), x.contiguous(), group=axis.group)
+    ledger.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=axis.group)
     return out.movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -126,7 +126,7 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int, name: str) -> Tensor:
         return own_slice(x, axis, dim)
     pieces = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
     out = torch.empty_like(pieces[0])
-    ledger.reduce_scatter(out, pieces.flatten(0, 1), group=axis.group)
+    ledger.reduce_scatter_tensor(out, pieces.flatten(0, 1), group=axis.group)
     return out
 
 
@@ -139,7 +139,7 @@ def start_all_reduce(x: Tensor, axis: Axis, name: str) -> Callable[[], None]:
 
 def start_all_gather(out: Tensor, piece: Tensor, axis: Axis) -> ledger.NotedWork:
     """Begin gathering equal flat pieces into `out`; wait on the result before reading it."""
-    return ledger.all_gather(out, piece, group=axis.group, async_op=True)
+    return ledger.all_gather_into_tensor(out, piece, group=axis.group, async_op=True)
 
 
 def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable[[], Tensor]:
@@ -153,7 +153,7 @@ def start_gather_uneven(x: Tensor, axis: Axis, dim: int, total: int) -> Callable
         front = torch.cat((front, front.new_zeros(longest - len(front), *front.shape[1:])))
     out = front.new_empty(axis.size * longest, *front.shape[1:])
     sent = front.contiguous()
-    work = ledger.all_gather(out, sent, group=axis.group, async_op=True)
+    work = ledger.all_gather_into_tensor(out, sent, group=axis.group, async_op=True)
 
     def finish(sent: Tensor = sent) -> Tensor:  # holds what is being sent until it has left
         work.wait()
@@ -170,7 +170,7 @@ def start_reduce_scatter(out: Tensor, whole: Tensor, axis: Axis) -> ledger.Noted
     """Begin summing `whole` over the axis into this rank's piece `out`; wait on the result before
     reading it.
     """
-    return ledger.reduce_scatter(out, whole, group=axis.group, async_op=True)
+    return ledger.reduce_scatter_tensor(out, whole, group=axis.group, async_op=True)
 
 
 def own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:

@@ -24,7 +24,7 @@ _reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatte
 # Of each group, by its identity: a name that its ranks agree on, what it is for, its ranks.
 _groups: dict[int, tuple[str, str, tuple[int, ...]]] = {}
 _made: Counter[str] = Counter()  # groups of the same ranks
-Group = dist.ProcessGroup | None
+_Group = dist.ProcessGroup | None
 
 
 class NotedWork:
@@ -39,6 +39,10 @@ class NotedWork:
         done = self._work.wait()
         HEARTBEAT.done(since)
         return done
+
+    def beside(self, work: Any) -> NotedWork:
+        """Returns other work that belongs to the same collective."""
+        return NotedWork(work, self._noted)
 
     def is_completed(self) -> bool:
         """Returns whether it is done."""
@@ -57,7 +61,7 @@ class NothingIssued:
         return True
 
 
-def note_group(group: Group, ranks: Sequence[int]) -> None:
+def note_group(group: _Group, ranks: Sequence[int]) -> None:
     """Take notice of a new group: all its ranks make their groups in one order, and so give it one
     name.
     """
@@ -66,20 +70,20 @@ def note_group(group: Group, ranks: Sequence[int]) -> None:
     _groups[id(_world(group))] = (f"{text} {_made[text]}", "group", tuple(ranks))
 
 
-def say_purpose(group: Group, purpose: str) -> None:
+def say_purpose(group: _Group, purpose: str) -> None:
     """Say what a group is for, as incidents show it; the first purpose stays."""
     if group is not None and id(group) in _groups:
         name, before, ranks = _groups[id(group)]
         _groups[id(group)] = (name, purpose if before == "group" else before, ranks)
 
 
-def _world(group: Group) -> dist.ProcessGroup:
+def _world(group: _Group) -> dist.ProcessGroup:
     world = dist.group.WORLD if group is None else group
     assert world is not None
     return world
 
 
-def _slot(group: Group, peers: tuple[int, int] | None = None) -> int:
+def _slot(group: _Group, peers: tuple[int, int] | None = None) -> int:
     of = _world(group)
     if id(of) not in _groups:
         note_group(of, dist.get_process_group_ranks(of))
@@ -91,9 +95,7 @@ def _slot(group: Group, peers: tuple[int, int] | None = None) -> int:
     return HEARTBEAT.new_slot((name, peers), f"{name}{way}", f"{purpose}{way}", peers or ranks)
 
 
-def _noted(
-    call: Callable[[], Any], operation: str, slot: int, nbytes: int, async_op: bool
-) -> Any:
+def _noted(call: Callable[[], Any], operation: str, slot: int, nbytes: int, async_op: bool) -> Any:
     """Issue a collective, with what the supervisor must know of it."""
     if HEARTBEAT.fault is not None:
         HEARTBEAT.fault(HEARTBEAT, operation)
@@ -113,34 +115,50 @@ def _noted(
 def all_reduce(
     x: Tensor,
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-    group: Group = None,
+    group: _Group = None,
     async_op: bool = False,
 ) -> Any:
     """Reduce `x` in place over the group."""
     return _noted(
-        lambda: dist.all_reduce(x, op, group, async_op), "all_reduce", _slot(group), x.nbytes, async_op
+        lambda: dist.all_reduce(x, op=op, group=group, async_op=async_op),
+        "all_reduce",
+        _slot(group),
+        x.nbytes,
+        async_op,
     )
 
 
-def broadcast(x: Tensor, src: int, group: Group = None) -> Any:
+def broadcast(x: Tensor, src: int, group: _Group = None) -> Any:
     """Give every rank of the group what the global rank `src` has."""
-    return _noted(lambda: dist.broadcast(x, src, group), "broadcast", _slot(group), x.nbytes, False)
+    return _noted(
+        lambda: dist.broadcast(x, src, group=group), "broadcast", _slot(group), x.nbytes, False
+    )
 
 
-def all_gather(out: Tensor, x: Tensor, group: Group = None, async_op: bool = False) -> Any:
+def all_gather_into_tensor(
+    out: Tensor, x: Tensor, group: _Group = None, async_op: bool = False
+) -> Any:
     """Gather equal pieces into `out`."""
     return _noted(
         lambda: _all_gather(out, x, group=group, async_op=async_op),
-        "all_gather", _slot(group), out.nbytes, async_op,
-    )  # fmt: skip
+        "all_gather",
+        _slot(group),
+        out.nbytes,
+        async_op,
+    )
 
 
-def reduce_scatter(out: Tensor, x: Tensor, group: Group = None, async_op: bool = False) -> Any:
+def reduce_scatter_tensor(
+    out: Tensor, x: Tensor, group: _Group = None, async_op: bool = False
+) -> Any:
     """Sum over the group and keep this rank's piece."""
     return _noted(
         lambda: _reduce_scatter(out, x, group=group, async_op=async_op),
-        "reduce_scatter", _slot(group), x.nbytes, async_op,
-    )  # fmt: skip
+        "reduce_scatter",
+        _slot(group),
+        x.nbytes,
+        async_op,
+    )
 
 
 def all_to_all_single(
@@ -148,32 +166,37 @@ def all_to_all_single(
     x: Tensor,
     received: list[int] | None = None,
     sent: list[int] | None = None,
-    group: Group = None,
+    group: _Group = None,
 ) -> Any:
     """Exchange runs of rows with every rank of the group; how many may differ between ranks, so
     that no bytes are noted.
     """
     return _noted(
         lambda: dist.all_to_all_single(out, x, received, sent, group=group),
-        "all_to_all", _slot(group), 0, False,
-    )  # fmt: skip
+        "all_to_all",
+        _slot(group),
+        0,
+        False,
+    )
 
 
-def gather(x: Tensor, rows: list[Tensor] | None, dst: int, group: Group = None) -> Any:
+def gather(x: Tensor, rows: list[Tensor] | None, dst: int, group: _Group = None) -> Any:
     """Gather equal tensors on the global rank `dst`."""
-    return _noted(lambda: dist.gather(x, rows, dst, group), "gather", _slot(group), x.nbytes, False)
+    return _noted(
+        lambda: dist.gather(x, rows, dst=dst, group=group), "gather", _slot(group), x.nbytes, False
+    )
 
 
-def isend(x: Tensor, dst: int, group: Group = None) -> Any:
+def isend(x: Tensor, dst: int, group: _Group = None) -> Any:
     """Begin to send to a global rank."""
     slot = _slot(group, (dist.get_rank(), dst))
-    return _noted(lambda: dist.isend(x, dst, group), "send", slot, x.nbytes, True)
+    return _noted(lambda: dist.isend(x, dst, group=group), "send", slot, x.nbytes, True)
 
 
-def irecv(x: Tensor, src: int, group: Group = None) -> Any:
+def irecv(x: Tensor, src: int, group: _Group = None) -> Any:
     """Begin to receive from a global rank."""
     slot = _slot(group, (src, dist.get_rank()))
-    return _noted(lambda: dist.irecv(x, src, group), "recv", slot, x.nbytes, True)
+    return _noted(lambda: dist.irecv(x, src, group=group), "recv", slot, x.nbytes, True)
 
 
 def batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[Any]:
@@ -187,4 +210,6 @@ def batch_isend_irecv(operations: Sequence[dist.P2POp]) -> list[Any]:
         return works[0]
 
     noted = _noted(begin, "exchange", _slot(first.group), nbytes, True)
-    return [noted, *works[1:]]
+    if isinstance(noted, NothingIssued):
+        return [noted]
+    return [noted, *(noted.beside(work) for work in works[1:])]

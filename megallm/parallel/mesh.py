@@ -208,12 +208,12 @@ class Mesh:
         payload = torch.frombuffer(bytearray(to_payload(value)), dtype=torch.uint8)
         sizes = torch.empty(axis.size, dtype=torch.int64, device=self.device)
         own = torch.tensor([payload.numel()], device=self.device)
-        ledger.all_gather(sizes, own, group=axis.group)
+        ledger.all_gather_into_tensor(sizes, own, group=axis.group)
         counts = sizes.tolist()
         padded = torch.zeros(max(counts), dtype=torch.uint8, device=self.device)
         padded[: payload.numel()] = payload.to(self.device)
         rows = torch.empty(axis.size * max(counts), dtype=torch.uint8, device=self.device)
-        ledger.all_gather(rows, padded, group=axis.group)
+        ledger.all_gather_into_tensor(rows, padded, group=axis.group)
         pairs = zip(rows.cpu().view(axis.size, -1), counts, strict=True)
         return [from_payload(row[:count].numpy().tobytes()) for row, count in pairs]
 

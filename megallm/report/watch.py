@@ -82,7 +82,8 @@ def _eta(rows: Sequence[MetricRow], steps: int) -> float | None:
 
 def _event(event: MetricRow) -> str:
     when = time.strftime("%H:%M:%S", time.localtime(float(event["time"])))
-    told = {key: value for key, value in event.items() if key not in ("time", "event", *LONG_FIELDS)}
+    hidden = ("time", "event", *LONG_FIELDS)
+    told = {key: value for key, value in event.items() if key not in hidden}
     return f"{when}  {event['event']}  " + "  ".join(
         f"{key}={value}" for key, value in told.items()
     )

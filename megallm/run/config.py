@@ -90,7 +90,8 @@ class LaunchConfig:
 
     restarts: int = 3  # in a row without a new step, before `megallm launch` gives up; other verbs never restart
     hang_seconds: float = 10.0  # without a sign of life, or 5 x the 99th percentile of the step time: a hang; 0: never
-    time_limit: float | None = None  # minutes of one start, before which it saves and leaves with exit code 75; null: those of its Slurm job
+    time_limit: float | None = None  # minutes; saves and leaves with 75 before; null: as its Slurm job
+    timeout_seconds: float = 600.0  # for one exchange between ranks; then a rank that cannot be reached ends the run
     meet_seconds: float = 120.0  # for all ranks to come to the start; then the missing ones are named
 
 

@@ -135,7 +135,7 @@ class Events(JsonLines):
 
 
 def append_event(path: Path, event: str, fields: Mapping[str, Any]) -> None:
-    """Add one event to events.jsonl from outside of the run, in one write; lost where that fails."""
+    """Add one event to events.jsonl from outside of the run; it is lost where that fails."""
     row = {"time": time.time(), "event": event, **fields}
     line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     try:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megallm.base.errors import CheckpointError
+from megallm.base.errors import CheckpointError, DataError
 from megallm.base.files import atomic_write_json
 from megallm.data.batches import Arrays, BatchReader
 from megallm.engine.engine import Mesh
@@ -85,10 +85,17 @@ class SkippingReader:
     def batches(self, step: int) -> list[Arrays]:
         """Returns this rank's microbatches of a step; see `BatchReader`."""
         number = self.number(step)
-        for left_out in range(self._last + 1, number):
-            self.reader.consumed(left_out)
+        try:
+            for left_out in range(self._last + 1, number):
+                self.reader.consumed(left_out)
+            made = self.reader.batches(number)
+        except IndexError as error:  # the samples of an order that was made for so many
+            raise DataError(
+                f"{error} Batches were left out (data_ledger.json), so step {step} needs batch "
+                f"{number}. End the run before (train.stop_at), or plan a new one with more: "
+                "data.samples."
+            ) from error
         self._last = number
-        made = self.reader.batches(number)
         rows: list[Mapping[str, Any]] = self.reader.consumed(number)
         self._rows[step] = [{**row, "step": step, "batch": number} for row in rows]
         self._states[step] = self.reader.state_after(number)

@@ -151,7 +151,12 @@ class GrpoTrainer:
         losses = [each.loss for each in stats]
         tokens = sum(len(each.prompt) + len(each.tokens) for each in seen.answers)
         return StepReport(
-            replace(stats[-1], metrics={}),
+            replace(
+                stats[-1],
+                metrics={},
+                skipped=any(each.skipped for each in stats),
+                spiked=any(each.spiked for each in stats),
+            ),
             lr,
             len(seen.answers),
             tokens,

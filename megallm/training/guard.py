@@ -23,7 +23,7 @@ from megallm.base.files import writing
 from megallm.checkpoint import store
 from megallm.engine.digest import Mismatch, ReplicaCheck, weights_digest
 from megallm.engine.engine import Loss, Mesh, StepStats
-from megallm.engine.fault import Fault, find_fault
+from megallm.engine.fault import NonFinite, find_fault
 from megallm.engine.limits import UpdateLimits
 from megallm.run.config import JobConfig
 from megallm.run.divergence import SpikeDetector
@@ -54,7 +54,7 @@ class Guard:
         self.spikes = SpikeDetector(self.options.spike_window, self.options.spike_sigma)
         self.replicas = ReplicaCheck(self.engine)
         self.step, self.replays, self.spikes_in_a_row = ledger.step, 0, 0
-        self.fault: Fault | None = None  # of the step that runs
+        self.fault: NonFinite | None = None  # of the step that runs
         self.told = ""  # where the batch of that step is
         self._begin()
         self.engine.examine = self._examine

@@ -45,7 +45,7 @@ class HeldOut:
         totals: dict[str, float] = {}
         numbers: dict[str, float] = {}
         for batch in range(first, first + self.batches):
-            if self.engine.asked_to_stop():
+            if self.engine.mesh.largest(self.engine.request()):
                 raise StepAbandoned
             micros = [to_tensors(arrays) for arrays in reader.batches(batch)]
             micros = self.complete(self.engine, micros)

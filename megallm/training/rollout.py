@@ -130,7 +130,7 @@ class Rollouts:
         """Give up what is being made if the run is asked to stop; collective over the world. Raises
         StepAbandoned.
         """
-        if self.may_stop and self.engine.asked_to_stop():
+        if self.may_stop and self.engine.mesh.largest(self.engine.request()):
             raise StepAbandoned
 
     def show(self, watch: PhaseLine) -> None:

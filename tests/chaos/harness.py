@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megallm.launch.board import Board, open_board
-from tests.system.commands import Done, dump, losses_of, make_corpus, megallm, start, write_config
+from megallm.launch.board import HeartbeatBoard, open_board
+from tests.system.commands import Done, Started, dump, losses_of, make_corpus, megallm, start, write_config
 
 STEPS, EVERY = 24, 2
 HANG_SECONDS, LAUNCH_SECONDS = 2.0, 400.0
@@ -110,7 +110,9 @@ def fault(kind: str, rank: int, step: int, phase: str, attempt: int | str = 0) -
     return f"rank={rank},step={step},phase={phase},kind={kind},attempt={attempt}"
 
 
-def wait_for_phase(launcher: int, running, rank: int, phase: str, step: int, seconds: float = 60.0) -> Board | None:
+def wait_for_phase(
+    launcher: int, running: Started, rank: int, phase: str, step: int, seconds: float = 60.0
+) -> HeartbeatBoard | None:
     """The board once `rank` is in `phase` of `step` or later; None when the command ended before."""
     end = time.monotonic() + seconds
     while running.running and time.monotonic() < end:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megallm.base.config import load
 from megallm.base.errors import UsageError
 from megallm.cli.elastic import layout_for
-from megallm.launch.elastic import BatchRule, Sizes, choose_layout, valid_worlds
+from megallm.launch.elastic import BatchRule, LayoutSizes, choose_layout, valid_worlds
 from megallm.training.config import PretrainConfig
 from megallm.training.validate import check
 from tests.cluster.slurm import Cluster, missing, running_cluster, shell, until
@@ -45,16 +45,16 @@ def written(folder: Path, corpus: str, **sections: Any) -> Path:
 @pytest.mark.parametrize(
     ("wish", "ranks", "batch", "expected"),
     [
-        (Sizes(dp=4), 3, 12, Sizes(dp=3)),
-        (Sizes(dp=4), 3, 8, Sizes(dp=2)),  # 8 samples are no 3 equal shares
-        (Sizes(dp=4), 4, 8, Sizes(dp=4)),  # they are back
-        (Sizes(pp=2, dp=2, tp=2), 7, 8, Sizes(pp=2, dp=1, tp=2)),  # row 34: 8 -> 7
-        (Sizes(pp=2, dp=4, tp=2), 15, 12, Sizes(pp=2, dp=3, tp=2)),
-        (Sizes(pp=2, dp=1, cp=2, tp=2), 7, 8, Sizes(pp=2, dp=1, cp=1, tp=2)),  # no replica fits: cp gives way first
-        (Sizes(pp=4, dp=1, tp=2), 5, 8, Sizes(pp=2, dp=1, tp=2)),  # then pp
-        (Sizes(tp=4, dp=1), 3, 8, Sizes(tp=2, dp=1)),  # then tp
-        (Sizes(dp=4, ep=4), 3, 12, Sizes(dp=3, ep=1)),
-        (Sizes(dp=8, ep=4), 7, 24, Sizes(dp=6, ep=2)),
+        (LayoutSizes(dp=4), 3, 12, LayoutSizes(dp=3)),
+        (LayoutSizes(dp=4), 3, 8, LayoutSizes(dp=2)),  # 8 samples are no 3 equal shares
+        (LayoutSizes(dp=4), 4, 8, LayoutSizes(dp=4)),  # they are back
+        (LayoutSizes(pp=2, dp=2, tp=2), 7, 8, LayoutSizes(pp=2, dp=1, tp=2)),  # row 34: 8 -> 7
+        (LayoutSizes(pp=2, dp=4, tp=2), 15, 12, LayoutSizes(pp=2, dp=3, tp=2)),
+        (LayoutSizes(pp=2, dp=1, cp=2, tp=2), 7, 8, LayoutSizes(pp=2, dp=1, cp=1, tp=2)),  # no replica: cp gives way
+        (LayoutSizes(pp=4, dp=1, tp=2), 5, 8, LayoutSizes(pp=2, dp=1, tp=2)),  # then pp
+        (LayoutSizes(tp=4, dp=1), 3, 8, LayoutSizes(tp=2, dp=1)),  # then tp
+        (LayoutSizes(dp=4, ep=4), 3, 12, LayoutSizes(dp=3, ep=1)),
+        (LayoutSizes(dp=8, ep=4), 7, 24, LayoutSizes(dp=6, ep=2)),
     ],
 )  # fmt: skip
 def test_row_34_the_next_layout(wish, ranks, batch, expected):
@@ -62,35 +62,35 @@ def test_row_34_the_next_layout(wish, ranks, batch, expected):
 
 
 def test_row_34_a_world_that_cannot_be_is_refused_with_those_that_can():
-    with pytest.raises(UsageError, match=r"7 ranks are left, .* 7 to 7 ranks fits: .* Numbers of ranks that fit: 1, 2, 4, 8"):
-        choose_layout(Sizes(dp=8), 7, BatchRule(8), least=7)
+    with pytest.raises(UsageError, match=r"7 ranks are left, .* 7 to 7 ranks fits: .* ranks that fit: 1, 2, 4, 8"):
+        choose_layout(LayoutSizes(dp=8), 7, BatchRule(8), least=7)
     with pytest.raises(UsageError, match=r"0 ranks are left"):
-        choose_layout(Sizes(dp=8), 0, BatchRule(8))
-    assert valid_worlds(Sizes(dp=4, tp=2), BatchRule(12)) == [1, 2, 3, 4, 6, 8]
+        choose_layout(LayoutSizes(dp=8), 0, BatchRule(8))
+    assert valid_worlds(LayoutSizes(dp=4, tp=2), BatchRule(12)) == [1, 2, 3, 4, 6, 8]
 
 
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 4), st.integers(1, 40), st.integers(1, 48))
 def test_row_34_a_chosen_layout_always_fits(pp, dp, tp, ranks, batch):
-    wish, rule = Sizes(pp=pp, dp=dp, tp=tp), BatchRule(batch)
+    wish, rule = LayoutSizes(pp=pp, dp=dp, tp=tp), BatchRule(batch)
     try:
         found = choose_layout(wish, ranks, rule)
     except UsageError:
-        assert rule(Sizes()) != ""  # one rank with one replica is the last resort
+        assert rule(LayoutSizes()) != ""  # one rank with one replica is the last resort
         return
     assert found.world <= ranks and found.dp <= dp and not rule(found)
     assert found.dp * rule.microbatches(found.dp) == batch, "the global batch stays"
     kept = [size for size in range(1, dp + 1) if size * pp * tp <= ranks and batch % size == 0]
     if kept:
-        assert found == Sizes(pp=pp, dp=max(kept), tp=tp), "what divides the model stays while a replica fits"
+        assert found == LayoutSizes(pp=pp, dp=max(kept), tp=tp), "what divides the model stays while a replica fits"
 
 
 def test_row_34_the_rules_of_the_configuration_decide(tmp_path, corpus):
     """Not the batch alone: a vocabulary, heads, layers, ZeRO and the tree have a say."""
     config = load(PretrainConfig, written(tmp_path, corpus, train=TREE, layout={"tp": 2}))
     sizes, words = layout_for("pretrain", config, 7, 1, 8)
-    assert (sizes, words) == (Sizes(dp=2, tp=2), ["layout.dp=2"])
+    assert (sizes, words) == (LayoutSizes(dp=2, tp=2), ["layout.dp=2"])
     sizes, words = layout_for("pretrain", config, 1, 1, 8)
-    assert (sizes, words) == (Sizes(), ["layout.dp=1", "layout.tp=1"])
+    assert (sizes, words) == (LayoutSizes(), ["layout.dp=1", "layout.tp=1"])
     for ranks in range(1, 9):
         sizes, words = layout_for("pretrain", config, ranks, 1, 8)
         check(load(PretrainConfig, tmp_path / "c.yaml", words), sizes.world)  # UsageError if it did not fit
@@ -104,8 +104,8 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("event", row.get("kind")) == kind]
 
 
-def quiet(folder: Path, config: Path) -> list[tuple[int, float]]:
-    done = megallm("pretrain", config, "run.dir=quiet", cwd=folder)
+def quiet(folder: Path, config: Path, *words: str) -> list[tuple[int, float]]:
+    done = megallm("pretrain", config, "run.dir=quiet", *words, cwd=folder)
     assert done.code == 0, done.err
     return losses_of(folder / "quiet")
 
@@ -180,7 +180,7 @@ def test_rows_32_33_a_node_of_slurm_goes_down_and_comes_back(tmp_path, corpus):
     reason = missing()
     if reason:
         pytest.skip(reason)
-    steps = 300
+    steps = 200
     config = written(tmp_path, corpus, train=PLAIN | {"steps": steps}, checkpoint={"every": 5, "keep": 3})
     run = tmp_path / "run"
     with running_cluster(tmp_path / "slurm", 3) as cluster:
@@ -204,6 +204,6 @@ def test_rows_32_33_a_node_of_slurm_goes_down_and_comes_back(tmp_path, corpus):
         cluster.wait(job, output)
     text = output.read_text()
     assert text.count("3 nodes, 3 ranks") == 2, text
-    ours, theirs = losses_of(run), quiet(tmp_path, config)
+    ours, theirs = losses_of(run), quiet(tmp_path, config, "train.stop_at=40")
     assert [step for step, _ in ours] == list(range(1, steps + 1))
-    assert max(abs(a - b) / abs(b) for (_, a), (_, b) in zip(ours[:60], theirs[:60], strict=True)) <= 1e-5
+    assert max(abs(a - b) / abs(b) for (_, a), (_, b) in zip(ours[:40], theirs, strict=True)) <= 1e-5

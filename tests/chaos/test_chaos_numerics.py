@@ -15,6 +15,7 @@ import torch
 
 from megallm.base.config import load
 from megallm.base.errors import BadStep, Diverged, InternalError
+from megallm.cli.main import main
 from megallm.engine.digest import ReplicaCheck, bits_hash, checksum, compare_hashes, weights_digest
 from megallm.engine.engine import Engine
 from megallm.engine.fault import find_fault
@@ -30,6 +31,8 @@ from megallm.training.config import PretrainConfig
 from megallm.training.data_ledger import DataLedger
 from megallm.training.guard import run_guarded
 from megallm.training.rerun import replay, saved_batch
+from megallm.training.rl_config import GrpoConfig
+from megallm.training.rules.grpo import going_back
 from megallm.training.validate import check
 from tests.engine.tiny import batches, engine_of, equal, share, state_of
 from tests.ranks import run_ranks
@@ -236,6 +239,22 @@ def test_row_57_skip_goes_on_saves_the_batch_and_replay_names_the_layer(config, 
     assert (found.phase, found.layer) == ("forward", "layers.1.mlp_norm")
 
 
+def test_row_56_an_overflow_is_named_again_by_the_replay_and_is_none_in_float64(config, capsys):
+    """Nothing is patched: weights so large that the first block overflows fp32 in the first step."""
+    with pytest.raises(BadStep, match=r"is that of layers\.0\.[\w.]+, in the forward pass of microbatch 0 on rank 0"):
+        train(config, "model.init_std=2e18", "guard.non_finite=stop")
+    layer = events(config, "not_finite")[0]["layer"]
+    run = str(config.parent / "run")
+    capsys.readouterr()
+    assert main(["replay", run, "--step", "1", "--precision", "fp32"]) == 0
+    assert f"the first that is not finite: forward {layer}." in capsys.readouterr().out
+    assert main(["replay", run, "--step", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer"] is None and found["exact"] and found["about"]["fault"]["layer"] == layer
+    assert max(found["largest"].values()) > 1e36, "where the large numbers are"
+    assert main(["replay", run, "--step", "2"]) == 2 and "step-1-rank-0.safetensors" in capsys.readouterr().err
+
+
 @contextmanager
 def poisoned_norm() -> Iterator[None]:
     """The norm before the second mlp is called through its module's hooks: the third norm of the model."""
@@ -292,6 +311,41 @@ def test_row_59_a_run_that_goes_back_too_often_stops(config, monkeypatch):
     with pytest.raises(BadStep, match="went back 2 times"):
         train(config, "guard.non_finite=rollback", "guard.max_rollbacks=2")
     assert len(events(config, "rollback")) == 2
+
+
+def rolled_back(path: str) -> str:
+    """Two data ranks, of which the second one's eighth batch is bad: both go back."""
+    real, seen = Engine.train_step, set()
+
+    def train_step(self, given, loss, lr):
+        seen.add(given[0]["tokens"].sum().item())
+        if len(seen) == 8 and self.mesh.rank == 1 and lr > 0:
+            given = [batch | {"mask": batch["mask"] * math.nan} for batch in given]
+        return real(self, given, loss, lr)
+
+    Engine.train_step = train_step
+    try:
+        mesh = Mesh.start(Layout(dp=2))
+        train(Path(path), "layout.dp=2", "train.stop_at=9", "guard.non_finite=rollback", mesh=mesh)
+    finally:
+        Engine.train_step = real
+    return "ended"
+
+
+def test_rows_58_59_what_one_rank_sees_takes_all_ranks_back(config):
+    assert run_ranks(2, rolled_back, str(config)) == ["ended", "ended"]
+    (found,) = events(config, "not_finite")
+    assert (found["phase"], found["layer"], found["ranks"], found["micro"]) == ("data", "mask", [1], 2)
+    assert {row["micro"] for row in found["rows"]} == {2}, "the rows that this rank read"
+    assert (config.parent / "run/replay/step-8-rank-1.safetensors").is_file()
+    assert [(e["to"], e["batches"]) for e in events(config, "rollback")] == [(6, [7, 8])]
+    assert [row["step"] for row in rows_of(config.parent / "run")] == list(range(1, 10))
+
+
+def test_row_59_answers_that_are_sampled_have_no_batches_to_leave_out():
+    config = load(GrpoConfig, None, ["guard.spike=rollback"])
+    assert [str(problem) for problem in going_back(config)][0].startswith("guard.spike rollback leaves out")
+    assert not list(going_back(load(GrpoConfig, None, ["guard.spike=skip"])))
 
 
 # Spikes

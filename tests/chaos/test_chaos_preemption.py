@@ -57,13 +57,13 @@ def prepared(folder: Path, verb: str) -> Path:
     else:
         for name in ("train", "valid"):
             (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows(verb)))
-        config["data"] = {"sources": {str(folder / "train.jsonl"): 1}, "valid_sources": {str(folder / "valid.jsonl"): 1},
-                          "tokenizer": "bytes", "seq_len": 128}  # fmt: skip
+        train, valid = str(folder / "train.jsonl"), str(folder / "valid.jsonl")
+        config["data"] = {"sources": {train: 1}, "valid_sources": {valid: 1}, "tokenizer": "bytes", "seq_len": 128}
     if verb == "dpo":
         config["model"] = {"init": str(folder / "policy")}
+        data = {"sources": {str(folder / "policy.jsonl"): 1}, "tokenizer": "bytes", "seq_len": 128}
         policy = {"run": {"dir": "policy", "seed": 1}, "model": MODEL, "train": {"steps": 1, "global_batch": 4},
-                  "log": {"plot": False}, "eval": {"batches": 0},
-                  "data": {"sources": {str(folder / "policy.jsonl"): 1}, "tokenizer": "bytes", "seq_len": 128}}  # fmt: skip
+                  "log": {"plot": False}, "eval": {"batches": 0}, "data": data}  # fmt: skip
         (folder / "policy.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows("sft")))
         (folder / "policy.yaml").write_text(yaml.safe_dump(policy))
         done = megallm("sft", folder / "policy.yaml", cwd=folder)
@@ -107,8 +107,8 @@ SWEEPS = {
     "sft": (*COMMON[:1], ("build", 3, "SIGTERM", "1"), *COMMON[3:6]),
     "dpo": (*COMMON[:1], ("reference", 2, "SIGTERM", "all"), COMMON[4], COMMON[5]),
     "grpo": (
-        *COMMON[:1], ("rollout", 20, "SIGTERM", "all"), ("rollout", 30, "SIGTERM", "1"), ("reward", 2, "SIGUSR1", "all"),
-        COMMON[3], ("save", 1, "SIGTERM", "all"),
+        *COMMON[:1], ("rollout", 20, "SIGTERM", "all"), ("rollout", 30, "SIGTERM", "1"),
+        ("reward", 2, "SIGUSR1", "all"), COMMON[3], ("save", 1, "SIGTERM", "all"),
     ),
 }  # fmt: skip
 

@@ -54,7 +54,10 @@ def test_torchrun_wins_over_slurm_which_may_have_started_it():
 
 def test_slurm():
     env = detect(SLURM)
-    assert env == RankEnv(3, 4, 1, 2, "node07", rendezvous_port(1234, 0), None, "srun")
+    assert env == RankEnv(
+        3, 4, 1, 2, "node07", rendezvous_port(1234, 0), None, "srun", token="slurm 1234.0",
+        hosts=("node07", "node07", "node08", "node08"),
+    )  # fmt: skip
 
 
 def test_slurm_with_the_least_it_needs():

@@ -129,11 +129,13 @@ def test_hosts_of_ranks():
 
 CODE = """
 import sys
+import torch
 from megallm.launch.environment import detect
 from megallm.launch.group import process_group
 from megallm.base.errors import MegallmError
 try:
     with process_group(detect(), meet_seconds=float(sys.argv[1])):
+        torch.distributed.barrier()
         print("met")
 except MegallmError as error:
     print(error)

@@ -12,11 +12,11 @@ from megallm.base import heartbeat
 from megallm.base.errors import UsageError
 from megallm.base.heartbeat import OPERATION, PHASES, Heartbeat, ranges, ranks_of
 from megallm.launch import monitor
-from megallm.launch.blame import find_culprit, mismatch
-from megallm.launch.board import Board, RankState, open_board
+from megallm.launch.blame import find_culprit, find_mismatch
+from megallm.launch.board import HeartbeatBoard, RankState, open_board
 from megallm.launch.fault import Faults, install_faults, parse_faults
 from megallm.launch.incident import Incident
-from megallm.launch.restart import Attempt, Ended, Restart, Start, Stop, next_start, supervise
+from megallm.launch.restart import Attempt, AttemptEnded, Restart, Start, Stop, next_start, supervise
 from megallm.launch.stacks import dump_stacks
 
 ALL_REDUCE, BROADCAST, SEND, RECV = (OPERATION[name] for name in ("all_reduce", "broadcast", "send", "recv"))
@@ -24,12 +24,12 @@ ALL_REDUCE, BROADCAST, SEND, RECV = (OPERATION[name] for name in ("all_reduce", 
 
 @pytest.fixture
 def board():
-    board = Board(4)
+    board = HeartbeatBoard(4)
     yield board
     board.close()
 
 
-def beats_of(board: Board) -> list[Heartbeat]:
+def beats_of(board: HeartbeatBoard) -> list[Heartbeat]:
     """A writer for each rank, as the ranks' processes would have."""
     found = []
     for index in range(board.count):
@@ -134,7 +134,7 @@ def test_a_stopped_rank_is_named_even_inside_a_collective(board):
 def test_collectives_that_do_not_match_are_a_table(board):
     beats = beats_of(board)
     complete(beats)
-    assert mismatch(board.all()) is None
+    assert find_mismatch(board.all()) is None
     for rank in (0, 1, 3):
         wait_in(beats[rank])
     wait_in(beats[2], BROADCAST, 128)
@@ -151,7 +151,7 @@ def test_a_send_and_its_receive_match(board):
     beats = beats_of(board)
     wait_in(beats[0], SEND, name="pp 0>1", ranks=(0, 1))
     wait_in(beats[1], RECV, name="pp 0>1", ranks=(0, 1))
-    assert mismatch(board.all()) is None
+    assert find_mismatch(board.all()) is None
 
 
 def test_a_rank_that_skipped_one_and_waits_elsewhere_is_named(board):
@@ -243,7 +243,7 @@ def test_supervise_restarts_with_what_was_chosen(monkeypatch):
     def run(start: Start) -> None:
         starts.append(start)
         if start.attempt < 2:
-            raise Ended(attempt(3 + start.attempt), ValueError("lost"))
+            raise AttemptEnded(attempt(3 + start.attempt), ValueError("lost"))
 
     def smaller(start: Start, history, restarts):
         assert len(history) == start.attempt + 1 and restarts == 3
@@ -277,7 +277,10 @@ def test_a_fault_strikes_once_where_it_is_told(monkeypatch):
         assert quiet.fault is None
 
 
-@pytest.mark.parametrize("text", ["kind=kill", "rank=a,step=1,phase=data,kind=kill", "rank=0,step=1,phase=lunch,kind=kill"])
+BAD_FAULTS = ("kind=kill", "rank=a,step=1,phase=data,kind=kill", "rank=0,step=1,phase=lunch,kind=kill")
+
+
+@pytest.mark.parametrize("text", BAD_FAULTS)
 def test_bad_faults_are_refused(text):
     with pytest.raises(UsageError, match="MEGALLM_FAULT is"):
         parse_faults(text)

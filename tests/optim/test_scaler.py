@@ -48,13 +48,18 @@ def test_the_scale_halves_at_an_overflow_and_doubles_after_steps_without():
     assert walk(LossScaleOptions(LARGEST, 1), [True, True])[-1] == LARGEST
 
 
-def test_a_scale_below_its_minimum_is_an_error():
-    scaler = LossScaler(LossScaleOptions(initial=2.0, minimum=1.0), CPU)
-    scaler.advance(torch.tensor(False), FULL)
-    scaler.check()
-    scaler.advance(torch.tensor(False), FULL)
-    with pytest.raises(Diverged, match="train.loss_scale.minimum 1"):
+def test_overflows_in_a_row_at_the_minimum_are_an_error():
+    bad, good = torch.tensor(False), torch.tensor(True)
+    scaler = LossScaler(LossScaleOptions(initial=2.0, minimum=1.0, overflows=2), CPU)
+    for finite in (bad, bad, good, bad):  # one halving; one overflow at the minimum; none; one again
+        scaler.advance(finite, FULL)
         scaler.check()
+        assert scaler.scale >= 1
+    again = LossScaler(LossScaleOptions(initial=2.0, minimum=1.0, overflows=2), CPU)
+    again.restore(scaler.counters())
+    again.advance(bad, FULL)
+    with pytest.raises(Diverged, match=r"train.loss_scale.minimum 1, .* 2 times in a row there"):
+        again.check()
 
 
 def half(mesh: Mesh | None = None, **changes: object) -> Engine:

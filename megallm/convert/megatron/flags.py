@@ -243,7 +243,7 @@ FLAGS: tuple[Flag, ...] = (
            "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --enable-cuda-graph "
            "--use-cpu-initialization --empty-unused-memory-level --cuda-graph-impl "
            "--cuda-graph-scope --external-cuda-graph --disable-bf16-reduced-precision-matmul "
-           "--manual-gc --manual-gc-interval --deterministic-mode "
+           "--manual-gc --manual-gc-interval "
            "--no-async-tensor-model-parallel-allreduce",
            "kernels are chosen by what is installed"),
     # Data.
@@ -285,6 +285,8 @@ FLAGS: tuple[Flag, ...] = (
     _read("--load", "-", "a run goes on from its own folder; Megatron-LM's checkpoints are not "
                          "read"),
     _set("--save-interval", "checkpoint.every"),
+    _set("--check-weight-hash-across-dp-replicas-interval", "guard.replica_check_every"),
+    _set("--deterministic-mode", "train.determinism", value="strict"),
     _alike("--ckpt-format --dist-ckpt-format --use-dist-ckpt --async-save "
            "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --auto-detect-ckpt-format "
            "--ckpt-assume-constant-structure --use-checkpoint-args --dist-ckpt-strictness "

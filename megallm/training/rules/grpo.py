@@ -204,8 +204,20 @@ def inferred(config: GrpoConfig) -> dict[str, Any]:
     return finetune.chat_inferred(config)
 
 
+def going_back(config: GrpoConfig) -> Iterator[Problem]:
+    """Yields policies that leave out batches, of which there are none: answers are made anew."""
+    for key, usual in (("non_finite", "skip"), ("spike", "warn")):
+        if vars(config.guard)[key] == "rollback":
+            sentence = (
+                f"guard.{key} rollback leaves out the batches of the steps that it takes back; "
+                "answers that are sampled anew are in none. Skip the step, or stop."
+            )
+            yield Problem("rollback", sentence, ({f"guard.{key}": usual},))
+
+
 _GIVEN = (
-    *finetune.GIVEN, reward_rules, stops, groups, divergence, old_answers, alone, turns, expert
+    *finetune.GIVEN, reward_rules, stops, groups, divergence, old_answers, alone, turns, expert,
+    going_back,
 )
 RULES = Rules(
     (*_GIVEN, without_critic),
