@@ -144,7 +144,8 @@ def test_a_build_without_a_compiler_is_told_by_doctor_and_by_the_first_run(built
 def test_doctor_has_the_reason():
     found = {"extension": {"name": "x", "loaded": False, "detail": "not built (why)"}}
     found |= {key: {} for key in ("required", "optional", "backends")} | {"gpus": []}
-    found |= dict.fromkeys(("megallm", "python", "platform", "cores", "memory_gib", "launcher", "gloo", "sandbox"), "")
+    texts = "megallm python platform cores memory_gib launcher gloo collectives sandbox"
+    found |= dict.fromkeys(texts.split(), "")
     assert "extension x: not loaded, not built (why)" in "\n".join(_lines(found))
 
 
