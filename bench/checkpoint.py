@@ -3,7 +3,7 @@
 A state of fp32 matrices of `--megabytes` in one process, on one disk: `megallm.checkpoint` (`store.save`,
 `AsyncSaver`), `torch.distributed.checkpoint` (`save`, `async_save`) and `torch.save`. The stall is how long the
 caller waits; the save ends when everything is durable, so files of torch's are synced, which they are not by
-themselves. Loading fills tensors that are there; ours checks the hash of every byte, the others none. `reshard`
+themselves. Every system keeps the checkpoint before until the new one is durable. Loading fills tensors that are there; ours checks the hash of every byte, the others none. `reshard`
 reads every matrix as two halves of its columns. Rounds interleave the systems; medians are reported.
 
     python bench/checkpoint.py [--megabytes 200 1000] [--rounds 5] [--folder DIR] [--json]
@@ -107,10 +107,12 @@ class Dcp:
         self.folder, self.state, self.number = folder, state, 0
 
     def _next(self) -> Path:
-        if self.number:
-            shutil.rmtree(self._folder())
         self.number += 1
         return self._folder()
+
+    def _retire(self) -> None:
+        """Remove the one before, when the new one is durable."""
+        shutil.rmtree(self.folder / f"dcp-{self.number - 1}", ignore_errors=True)
 
     def _folder(self) -> Path:
         return self.folder / f"dcp-{self.number}"
@@ -119,6 +121,7 @@ class Dcp:
         def whole() -> None:
             dcp.save(self.state, checkpoint_id=self._next())
             sync_files(self._folder())
+            self._retire()
 
         return {"DCP: save": seconds(whole)}
 
@@ -128,6 +131,7 @@ class Dcp:
         stall = time.monotonic() - begin
         future.result()
         sync_files(self._folder())
+        self._retire()
         return {"DCP, async: stall": stall, "DCP, async: save": time.monotonic() - begin}
 
     def load(self) -> Times:
@@ -146,8 +150,9 @@ class Plain:
 
     def save(self) -> Times:
         def whole() -> None:
-            torch.save(self.state, self.path)
+            torch.save(self.state, self.path.with_suffix(".new"))
             sync_files(self.path.parent)
+            self.path.with_suffix(".new").replace(self.path)
 
         return {"torch.save: save": seconds(whole)}
 

@@ -177,7 +177,7 @@ def seconds(system: Workers) -> Callable[[], float]:
 def environment(system: str) -> dict[str, str]:
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     settings |= MALLOC if system == "tuned" else {}
-    return settings | ({"MEGALLM_OPS": "reference"} if system == "reference" else {})
+    return settings | ({"MEGALLM_OPS_ISA": "reference"} if system == "reference" else {})
 
 
 def compare(shape: str, other: str, args: argparse.Namespace, folder: Path) -> str:

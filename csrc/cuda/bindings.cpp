@@ -333,6 +333,9 @@ void attend(const Tensor& q, const Tensor& keys, const Tensor& values, const Ten
 
 }  // namespace
 
+// Must equal CUDA_VERSION of megallm/base/extension.py, so that a stale build is never used.
+extern "C" int megallm_cuda_version() { return 1; }
+
 STABLE_TORCH_LIBRARY(OPERATIONS, m) {
   m.def(
       "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, Tensor(a!) y, Tensor(b!)? sum, "

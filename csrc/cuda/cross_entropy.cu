@@ -35,7 +35,7 @@ struct Sums {
 };
 
 template <typename T>
-__global__ void statistics(const T* logits, const I64* labels, float* tops, float* totals, float* at_label,
+__global__ void __launch_bounds__(kThreads) statistics(const T* logits, const I64* labels, float* tops, float* totals, float* at_label,
                            float* moments, I64 vocab, I64 begin, float scale, float cap) {
   SHARED(float, scratch, kWarp);
   const T* row = logits + static_cast<I64>(blockIdx.x) * vocab;
@@ -78,7 +78,7 @@ struct Upstream {
 
 // For z = logits * scale, p = softmax(z), H its entropy: d log p_y / d z_j = (j = y) - p_j, d H / d z_j = -p_j (log p_j + H).
 template <typename T, typename O>
-__global__ void gradient(const T* logits, const I64* labels, const float* lses, const float* entropies, Upstream up,
+__global__ void __launch_bounds__(kThreads) gradient(const T* logits, const I64* labels, const float* lses, const float* entropies, Upstream up,
                          O* out, I64 vocab, I64 begin, float scale, float cap) {
   const I64 token = blockIdx.x, label = labels[token] - begin;
   const T* row = logits + token * vocab;

@@ -46,7 +46,7 @@ struct Scaling {
 };
 
 template <typename T>
-__global__ void largest(const T* x, I64 count, unsigned* out) {
+__global__ void __launch_bounds__(kThreads) largest(const T* x, I64 count, unsigned* out) {
   SHARED(unsigned, scratch, kWarps);
   constexpr int V = 16 / sizeof(T);
   unsigned value = 0;
@@ -98,7 +98,7 @@ DEVICE Pack<F, kPack> stored(const Pack<T, kPack>& values, float scale) {
 
 // A block a row.
 template <typename T, typename F>
-__global__ void quantise_rows(const T* x, F* data, float* inverse, I64 columns, Scaling scaling, bool packed) {
+__global__ void __launch_bounds__(kThreads) quantise_rows(const T* x, F* data, float* inverse, I64 columns, Scaling scaling, bool packed) {
   SHARED(unsigned, scratch, kWarps);
   const T* row = x + blockIdx.x * columns;
   unsigned value = 0;
@@ -120,7 +120,7 @@ struct Tiled {
 
 // A block a tile of 128 x 128, a warp every eighth row of it, a lane four columns.
 template <typename T, typename F>
-__global__ void quantise_tiles(const T* x, const float* given, F* data, float* inverse, F* transposed, Tiled at, Scaling scaling) {
+__global__ void __launch_bounds__(kThreads) quantise_tiles(const T* x, const float* given, F* data, float* inverse, F* transposed, Tiled at, Scaling scaling) {
   SHARED(unsigned, scratch, kWarps);
   SHARED(std::uint8_t, tile, kTile * kPitch);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 
 // out[i] = x[order[i] / copies], times weights[order[i]] where there are some.
 template <typename T, int V>
-__global__ void gather(const T* x, const I64* order, const float* weights, T* out, I64 packs, int packs_of_row, int copies) {
+__global__ void __launch_bounds__(kThreads) gather(const T* x, const I64* order, const float* weights, T* out, I64 packs, int packs_of_row, int copies) {
   const I64 pack = static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x;
   if (pack >= packs) return;
   const I64 row = pack / packs_of_row, copy = order[row], column = pack % packs_of_row * V;
@@ -24,7 +24,7 @@ __global__ void gather(const T* x, const I64* order, const float* weights, T* ou
 
 // out[t] = sum over j of x[slots[t, j]], times weights[t, j] where there are some.
 template <typename T, int V>
-__global__ void gather_sum(const T* x, const I64* slots, const float* weights, T* out, I64 packs, int packs_of_row, int copies) {
+__global__ void __launch_bounds__(kThreads) gather_sum(const T* x, const I64* slots, const float* weights, T* out, I64 packs, int packs_of_row, int copies) {
   const I64 pack = static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x;
   if (pack >= packs) return;
   const I64 token = pack / packs_of_row, column = pack % packs_of_row * V;
@@ -45,7 +45,7 @@ __global__ void gather_sum(const T* x, const I64* slots, const float* weights, T
 
 // out[t, j] = grad[t] . x[slots[t, j]]: a warp each.
 template <typename T, int V>
-__global__ void gather_dot(const T* x, const I64* slots, const T* grad, float* out, I64 count, int packs_of_row, int copies) {
+__global__ void __launch_bounds__(kThreads) gather_dot(const T* x, const I64* slots, const T* grad, float* out, I64 count, int packs_of_row, int copies) {
   const I64 copy = (static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (copy >= count) return;  // a whole warp
   const I64 row = slots[copy], width = static_cast<I64>(packs_of_row) * V;

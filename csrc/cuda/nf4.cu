@@ -12,7 +12,7 @@ struct Runs {
 };
 
 template <typename T>
-__global__ void dequantise(const std::uint8_t* codes, const std::uint8_t* scales, const float* outer, const float* mean,
+__global__ void __launch_bounds__(kThreads) dequantise(const std::uint8_t* codes, const std::uint8_t* scales, const float* outer, const float* mean,
                            const float* levels, const float* table, T* out, Runs runs, bool packed) {
   const I64 first = (static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x) * kValues, total = runs.count * runs.length;
   if (first >= total) return;

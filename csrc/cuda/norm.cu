@@ -6,6 +6,8 @@
 namespace {
 
 constexpr int kItems = 4, kRowsOfWarps = 4;
+// With so many threads in a block each has 128 registers; the gradients of LayerNorm need more.
+constexpr int kMaxThreads = 512, kFewThreads = 256;
 
 // Sums over the threads of a row: a warp, or a block.
 DEVICE float row_sum(float value, float* scratch) { return blockDim.x == kWarp ? warp_sum(value) : block_sum(value, scratch); }
@@ -32,7 +34,7 @@ struct Row {
 };
 
 template <typename T, typename W, int V, bool MEAN>
-__global__ void forward(const T* x, const T* residual, const W* weight, const W* bias, T* y, T* sum, float* means,
+__global__ void __launch_bounds__(kMaxThreads) forward(const T* x, const T* residual, const W* weight, const W* bias, T* y, T* sum, float* means,
                         float* scales, I64 rows, int width, float eps) {
   SHARED(float, scratch, kWarp);
   const I64 row = static_cast<I64>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -78,10 +80,11 @@ __global__ void forward(const T* x, const T* residual, const W* weight, const W*
   }
   own.each([&](Pack<T, V>& values, int pack) {
     Pack<T, V> result;
+    const Pack<W, V> by = load<V>(weight + pack * V), added = MEAN && bias ? load<V>(bias + pack * V) : by;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      float one = (wide(values.x[i]) - mean) * scale * wide(weight[pack * V + i]);
-      if (MEAN && bias) one += wide(bias[pack * V + i]);
+      float one = (wide(values.x[i]) - mean) * scale * wide(by.x[i]);
+      if (MEAN && bias) one += wide(added.x[i]);
       result.x[i] = Narrow<T>::of(one);
     }
     store(y + row * width + static_cast<I64>(pack) * V, result);
@@ -91,7 +94,7 @@ __global__ void forward(const T* x, const T* residual, const W* weight, const W*
 // Each of `parts` streams of rows sums the weight's gradient of its rows in its own row of grad_weight: the caller adds
 // those up, in a fixed order.
 template <typename T, typename W, int V, bool MEAN>
-__global__ void backward(const T* grad, const T* grad_sum, const T* x, const W* weight, const float* means,
+__global__ void __launch_bounds__(MEAN ? kFewThreads : kMaxThreads) backward(const T* grad, const T* grad_sum, const T* x, const W* weight, const float* means,
                          const float* scales, T* grad_x, float* grad_weight, float* grad_bias, I64 rows, int width,
                          int parts) {
   SHARED(float, scratch, kWarp);
@@ -122,9 +125,10 @@ __global__ void backward(const T* grad, const T* grad_sum, const T* x, const W* 
         run(load<V>(values.at + static_cast<I64>(pack) * V), load<V>(upstream.at + static_cast<I64>(pack) * V), -1, pack);
     };
     each([&](const Pack<T, V>& one, const Pack<T, V>& dy, int item, int pack) {
+      const Pack<W, V> by = load<V>(weight + pack * V);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float unit = (wide(one.x[i]) - mean) * scale, up = wide(dy.x[i]), share = up * wide(weight[pack * V + i]);
+        const float unit = (wide(one.x[i]) - mean) * scale, up = wide(dy.x[i]), share = up * wide(by.x[i]);
         product += share * unit;
         if (MEAN) total += share;
         if (item >= 0) {
@@ -141,12 +145,13 @@ __global__ void backward(const T* grad, const T* grad_sum, const T* x, const W* 
     if (MEAN) total = row_sum(total, scratch) / width;
     each([&](const Pack<T, V>& one, const Pack<T, V>& dy, int, int pack) {
       const I64 place = row * width + static_cast<I64>(pack) * V;
-      Pack<T, V> result;
+      const Pack<W, V> by = load<V>(weight + pack * V);
+      Pack<T, V> result = grad_sum ? load<V>(grad_sum + place) : one;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float unit = (wide(one.x[i]) - mean) * scale;
-        float down = (wide(dy.x[i]) * wide(weight[pack * V + i]) - total - unit * product) * scale;
-        if (grad_sum) down += wide(grad_sum[place + i]);
+        float down = (wide(dy.x[i]) * wide(by.x[i]) - total - unit * product) * scale;
+        if (grad_sum) down += wide(result.x[i]);
         result.x[i] = Narrow<T>::of(down);
       }
       store(grad_x + place, result);
@@ -164,10 +169,10 @@ __global__ void backward(const T* grad, const T* grad_sum, const T* x, const W* 
   }
 }
 
-dim3 threads_for(int packs) {
+dim3 threads_for(int packs, int most) {
   if (packs <= kWarp * kItems) return dim3(kWarp, kRowsOfWarps);
   const int lanes = ceil_div(ceil_div(packs, kItems), kWarp) * kWarp;
-  return dim3(lanes < 1024 ? lanes : 1024, 1);
+  return dim3(lanes < most ? lanes : most, 1);
 }
 
 // Calls run(T, W, V) for the kinds of rows and weights and for whether packs of 16 bytes fit.
@@ -191,13 +196,13 @@ void with_shape(const Array& x, const Array& weight, bool packed, Run run) {
 
 void norm_forward(const NormForward& a, void* stream) {
   if (a.rows == 0 || a.width == 0) return;
-  const bool fits = aligned(a.x) && aligned(a.residual) && aligned(a.y) && aligned(a.sum);
+  const bool fits = aligned(a.x) && aligned(a.residual) && aligned(a.y) && aligned(a.sum) && aligned(a.weight) && aligned(a.bias);
   const int pack = 16 / (a.x.kind == Kind::f32 ? 4 : 2);
   with_shape(a.x, a.weight, fits && a.width % pack == 0, [&](auto t, auto w, auto v) {
     using T = typename decltype(t)::Type;
     using W = typename decltype(w)::Type;
     constexpr int V = decltype(v)::value;
-    const dim3 threads = threads_for(static_cast<int>(a.width / V));
+    const dim3 threads = threads_for(static_cast<int>(a.width / V), kMaxThreads);
     const auto kernel = a.mean.data ? forward<T, W, V, true> : forward<T, W, V, false>;
     LAUNCH(kernel, dim3(ceil_div(a.rows, I64(threads.y))), threads, 0, stream, a.x.as<T>(), a.residual.as<T>(),
            a.weight.as<W>(), a.bias.as<W>(), a.y.as<T>(), a.sum.as<T>(), a.mean.as<float>(), a.scale.as<float>(),
@@ -207,13 +212,13 @@ void norm_forward(const NormForward& a, void* stream) {
 
 void norm_backward(const NormBackward& a, void* stream) {
   if (a.rows == 0 || a.width == 0) return;
-  const bool fits = aligned(a.x) && aligned(a.grad) && aligned(a.grad_x);
+  const bool fits = aligned(a.x) && aligned(a.grad) && aligned(a.grad_x) && aligned(a.grad_sum) && aligned(a.weight);
   const int pack = 16 / (a.x.kind == Kind::f32 ? 4 : 2);
   with_shape(a.x, a.weight, fits && a.width % pack == 0, [&](auto t, auto w, auto v) {
     using T = typename decltype(t)::Type;
     using W = typename decltype(w)::Type;
     constexpr int V = decltype(v)::value;
-    const dim3 threads = threads_for(static_cast<int>(a.width / V));
+    const dim3 threads = threads_for(static_cast<int>(a.width / V), a.mean.data ? kFewThreads : kMaxThreads);
     const auto kernel = a.mean.data ? backward<T, W, V, true> : backward<T, W, V, false>;
     LAUNCH(kernel, dim3(ceil_div(a.parts, I64(threads.y))), threads, 0, stream, a.grad.as<T>(), a.grad_sum.as<T>(),
            a.x.as<T>(), a.weight.as<W>(), a.mean.as<float>(), a.scale.as<float>(), a.grad_x.as<T>(),

@@ -23,7 +23,7 @@ struct Weight {
 DEVICE float share(float top, float all) { return top == -INFINITY ? 0.0f : __expf(top - all); }
 
 template <typename T, int V, int ITEMS>
-__global__ void attend(const T* q, const T* keys, const T* values, const I64* table, const I64* lengths, float* parts, Shape at) {
+__global__ void __launch_bounds__(kThreads) attend(const T* q, const T* keys, const T* values, const I64* table, const I64* lengths, float* parts, Shape at) {
   constexpr int N = V * ITEMS;
   SHARED(float, sums, kThreads * N * kGroup);
   SHARED(Weight, weights, kThreads * kGroup);
@@ -100,7 +100,7 @@ __global__ void attend(const T* q, const T* keys, const T* values, const I64* ta
 
 // A block a head of a sequence. A sink is one more score, of a value that is zero.
 template <typename T>
-__global__ void merge(const float* parts, const float* sinks, T* out, int heads, int size, int splits) {
+__global__ void __launch_bounds__(kThreads) merge(const float* parts, const float* sinks, T* out, int heads, int size, int splits) {
   const float* from = parts + static_cast<I64>(blockIdx.x) * splits * (size + 2);
   const float sink = sinks ? sinks[blockIdx.x % heads] : -INFINITY;
   float top = sink;

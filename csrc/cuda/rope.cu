@@ -30,7 +30,7 @@ struct Shape {
 };
 
 template <typename T, int V>
-__global__ void rotate(const T* x, const float* cos, const float* sin, const float* weight, T* out, Shape at, float sign) {
+__global__ void __launch_bounds__(kThreads) rotate(const T* x, const float* cos, const float* sin, const float* weight, T* out, Shape at, float sign) {
   const I64 group = (static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x) / at.lanes;
   const int lane = threadIdx.x % at.lanes, rest = at.size - 2 * at.half;
   const I64 row = group < at.rows ? group : at.rows - 1;  // those behind the last one help to sum
@@ -42,10 +42,11 @@ __global__ void rotate(const T* x, const float* cos, const float* sin, const flo
   for (int i = lane * V; i < at.half; i += at.lanes * V) {
     Pack<T, V> left = load<V>(from + i), right = load<V>(from + at.half + i);
     const Pack<float, V> c = load<V>(cos + i), s = load<V>(sin + i);
+    const Pack<float, V> first = weight ? load<V>(weight + i) : c, second = weight ? load<V>(weight + at.half + i) : s;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       float a = wide(left.x[j]), b = wide(right.x[j]);
-      if (weight) a *= scale * weight[i + j], b *= scale * weight[at.half + i + j];
+      if (weight) a *= scale * first.x[j], b *= scale * second.x[j];
       left.x[j] = Narrow<T>::of(a * c.x[j] - b * s.x[j] * sign);
       right.x[j] = Narrow<T>::of(b * c.x[j] + a * s.x[j] * sign);
     }
@@ -66,7 +67,7 @@ __global__ void rotate(const T* x, const float* cos, const float* sin, const flo
 // Of a normalised and rotated head: turned back, then the gradient of RMSNorm. Each of `parts` groups sums the weight's
 // gradient of its rows in its own row of grad_weight. Two passes over a head, whose lines are in the cache by then.
 template <typename T, int ITEMS>
-__global__ void backward(const T* grad, const T* x, const float* cos, const float* sin, const float* weight, T* grad_x,
+__global__ void __launch_bounds__(kThreads) backward(const T* grad, const T* x, const float* cos, const float* sin, const float* weight, T* grad_x,
                          float* grad_weight, Shape at, Shape of_grad, int parts) {
   const I64 group = (static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x) / at.lanes;
   const int lane = threadIdx.x % at.lanes;
@@ -138,7 +139,7 @@ void rope(const Rope& a, void* stream) {
       LAUNCH(kernel, dim3(ceil_div(shape.rows * shape.lanes, I64(kThreads))), dim3(kThreads), 0, stream, a.x.as<T>(),
              a.cos.as<float>(), a.sin.as<float>(), a.weight.as<float>(), a.out.as<T>(), shape, a.sign);
     };
-    bool fits = aligned(a.x) && aligned(a.out) && aligned(a.cos) && aligned(a.sin);
+    bool fits = aligned(a.x) && aligned(a.out) && aligned(a.cos) && aligned(a.sin) && aligned(a.weight);
     for (const I64 size : {I64(shape.half), a.size, a.strides[0], a.strides[1], a.strides[2]}) fits = fits && size % V == 0;
     if (fits)
       run(rotate<T, V>, V);

@@ -7,7 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T, int V, bool GRADIENT>
-__global__ void swiglu_rows(const T* gate_up, const T* grad, T* out, I64 packs, int packs_of_row) {
+__global__ void __launch_bounds__(kThreads) swiglu_rows(const T* gate_up, const T* grad, T* out, I64 packs, int packs_of_row) {
   const I64 pack = static_cast<I64>(blockIdx.x) * kThreads + threadIdx.x;
   if (pack >= packs) return;
   const I64 row = pack / packs_of_row, column = (pack % packs_of_row) * V, width = static_cast<I64>(packs_of_row) * V;

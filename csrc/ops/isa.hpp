@@ -9,11 +9,13 @@ namespace {
 #include "vector.hpp"
 
 #include "attention.hpp"
+#include "product.hpp"
 #include "rows.hpp"
 
 const Kernels kKernels = {
     TABLE,    WIDTH,    QUERIES,         KEYS, pack_keys, pack_queries, attention_forward,  attention_backward,
     rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, softmax_statistics, softmax_gradient,
+    product,
 };
 
 }  // namespace

@@ -47,6 +47,14 @@ struct Softmax {  // of logits [rows, size]
   bool half, half_out;
 };
 
+// Of A [rows, depth] and B [depth, columns] by strides, one of which is 1 for each; C [rows, columns] has rows of ldc.
+struct Product {
+  const float *a, *b;
+  float* c;
+  I64 rows, columns, depth, a_row, a_column, b_row, b_column, ldc;
+  bool add;
+};
+
 // Every function works on items [begin, end) of what can be done side by side.
 struct Kernels {
   const char* name;
@@ -69,6 +77,7 @@ struct Kernels {
                              float* moment, I64* best, I64, I64);
   void (*softmax_gradient)(const Softmax&, I64 size, const void* logits, const float* lse, const float* entropy,
                            const float* of_log_prob, const float* of_entropy, const float* at_label, void* out, I64, I64);
+  void (*product)(const Product&, I64, I64, I64, I64);
 };
 
 const Kernels* avx512_kernels();  // null where the build has none

@@ -114,7 +114,23 @@ KERNEL IVec counting() {
   return lanes;
 }
 
-// e^x to a rounding or two, 0 below -87.3: 2^n p(r) with |r| <= log(2) / 2 (Cephes).
+#if WIDTH == 16
+// e^x to a rounding or two: 2^n p(r) with |r| <= log(2) / 2 (Cephes). A NaN stays one.
+KERNEL Vec exponential(Vec x) {
+  x = (Vec)_mm512_max_ps((__m512)all(-200.0f), (__m512)x);
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 8);
+  Vec r = (Vec)_mm512_fnmadd_ps((__m512)n, (__m512)all(0.693359375f), (__m512)x);
+  r = (Vec)_mm512_fnmadd_ps((__m512)n, (__m512)all(-2.12194440e-4f), (__m512)r);
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+#else
+// The same; 0 below -87.3.
 KERNEL Vec exponential(Vec x) {
   const IVec tiny = x < all(-87.3f);
   x = x > all(88.0f) ? all(88.0f) : x;
@@ -136,6 +152,7 @@ KERNEL Vec exponential(Vec x) {
   p = p * (Vec)((whole + 127) << 23);
   return tiny ? Vec{} : p;
 }
+#endif
 
 // WIDTH rows of WIDTH words, in place: in step `gap` the lanes that differ in that bit change places with rows that do.
 template <int kGap>
@@ -175,7 +192,7 @@ KERNEL void multiply_panel(I64 depth, const float* a, I64 row, I64 column, const
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) total[i][j] = kAdd ? load(c + i * ldc + j * WIDTH) : Vec{};
+    for (int j = 0; j < NV; ++j) total[i][j] = Vec{};
   for (I64 k = 0; k < depth; ++k, a += column, b += ldb) {
     Vec right[NV];
 #pragma GCC unroll 4
@@ -190,7 +207,10 @@ KERNEL void multiply_panel(I64 depth, const float* a, I64 row, I64 column, const
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * WIDTH, total[i][j]);
+    for (int j = 0; j < NV; ++j) {  // what is there is added last: it may be large beside one product
+      float* to = c + i * ldc + j * WIDTH;
+      store(to, kAdd ? load(to) + total[i][j] : total[i][j]);
+    }
 }
 
 template <int M, bool kAdd>

@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import io
 import math
 import re
-import tokenize
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -28,6 +26,7 @@ import yaml
 
 from megallm.base import suggest
 from megallm.base.errors import UsageError
+from megallm.base.field_docs import field_docs
 from megallm.base.paths import expand_home
 
 Config = TypeVar("Config")
@@ -43,6 +42,7 @@ _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _RADIX_INT = re.compile(r"0x[0-9a-fA-F]+|0o[0-7]+")
 _MAX_DIGITS = 100  # 1e6 is a fine number of steps; the digits of 1e999999999 would fill the memory
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_UNIONS = (types.UnionType, typing.Union)
 _BAD = object()  # a value that could not be read; its problem is on the list
 
 
@@ -373,6 +373,9 @@ def _convert(hint: Any, node: Node, key: str, problems: list[str]) -> Any:
         value = choices.get(node.text, choices.get(str(_to_int(node)), _BAD))
     elif isinstance(node, Scalar) and hint in _SCALARS:
         value = _SCALARS[hint](node)
+    elif isinstance(node, Scalar) and typing.get_origin(hint) in _UNIONS:
+        tried = (_convert(one, node, key, []) for one in typing.get_args(hint))
+        value = next((found for found in tried if found is not _BAD), _BAD)
     elif isinstance(node, Items) and origin is tuple:
         return _convert_items(hint, node, key, problems)
     elif isinstance(node, Table) and dataclasses.is_dataclass(hint):
@@ -450,6 +453,10 @@ def _expected(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return f"a mapping of {', '.join(_hints(hint))}"
+    if typing.get_origin(hint) in _UNIONS:
+        return " or ".join(_expected(one) for one in args)
+    if origin is Literal and len(args) == 1:
+        return f"'{args[0]}'"
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in args)
     if origin is tuple:
@@ -471,44 +478,11 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _unwrap(hint: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True)."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return inner, True
+    """`X | None` -> (X, True); a number or a word, `int | Literal["auto"]`, stays as it is."""
+    if typing.get_origin(hint) in _UNIONS:
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return (inner[0], True) if len(inner) == 1 else (hint, False)
     return hint, False
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Returns the comment beside each field, and the comment lines directly above it; those of
-    base classes too.
-    """
-    docs = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            docs |= _own_field_docs(base)
-    return docs
-
-
-def _own_field_docs(cls: type) -> dict[str, str]:
-    source = inspect.getsource(cls)
-    comments, alone = {}, set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ").strip()
-            if not token.line[: token.start[1]].strip():
-                alone.add(token.start[0])
-    docs = {}
-    names = {field.name for field in dataclasses.fields(cls)}
-    for number, line in enumerate(source.splitlines(), start=1):
-        match = re.match(r"    (\w+):", line)
-        if not match or match[1] not in names:
-            continue
-        above, row = [], number - 1
-        while row in alone:
-            above.insert(0, comments[row])
-            row -= 1
-        docs[match[1]] = " ".join([*above, *([comments[number]] if number in comments else [])])
-    return docs
 
 
 def _schema_of(hint: Any) -> dict[str, Any]:
@@ -518,6 +492,8 @@ def _schema_of(hint: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         return _schema_of_class(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if typing.get_origin(hint) in _UNIONS:
+        return {"anyOf": [_schema_of(one) for one in args]}
     if origin is Literal:
         return {"enum": list(args)}
     if origin is tuple:

@@ -22,6 +22,8 @@ REASON = (
 )  # why the build failed; `setup.py` writes it
 VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
 OPS, OPS_VERSION = "megallm._ops", 4  # the same of csrc/ops/decode.cpp
+CUDA, CUDA_VERSION = "megallm._cuda", 1  # and of csrc/cuda/bindings.cpp
+CUDA_REASON = Path(__file__).parents[1] / "_cuda_not_built.txt"
 COLLECTIVES, COLLECTIVES_VERSION = "megallm._collectives", 1  # and of csrc/collectives/module.cpp
 
 
@@ -62,6 +64,20 @@ def ops() -> ModuleType | None:
 def collectives() -> ModuleType | None:
     """Returns the extension of collectives over shared memory, or None: gloo is used then."""
     return _found(COLLECTIVES, COLLECTIVES_VERSION, "gloo")[0]
+
+
+def cuda() -> Status:
+    """Returns whether there are kernels for GPUs, with the library's path or why there is none; it
+    is no Python module, but a library that torch loads (`ops.kernels`).
+    """
+    files = sorted(CUDA_REASON.parent.glob("_cuda*.so"))
+    if files:
+        return Status(CUDA, True, str(files[0]))
+    try:
+        reason = " ".join(CUDA_REASON.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
+        reason = "no build of it was tried"
+    return Status(CUDA, False, f"not built when megallm was installed ({reason})")
 
 
 def _reason(error: ImportError) -> str:

@@ -15,6 +15,7 @@ from types import ModuleType
 from megallm.base.errors import UsageError
 
 DATA_EXTRA = "pip install 'megallm[data]'"
+TRACKERS_EXTRA = "pip install 'megallm[trackers]'"
 REWARDS_EXTRA = "pip install 'megallm[rewards]'"
 
 
@@ -64,7 +65,10 @@ LIBRARIES: dict[str, Library] = {
         key="attention on a GPU",
         backend=True,
     ),
-    "tensorboard": Library("tensorboard", "log.tensorboard", "pip install tensorboard"),
+    "tensorboard": Library("tensorboard", "log.tensorboard", TRACKERS_EXTRA),
+    "wandb": Library("wandb", "log.trackers", TRACKERS_EXTRA),
+    "mlflow": Library("mlflow-skinny", "log.trackers", TRACKERS_EXTRA),
+    "trackio": Library("trackio", "log.trackers", TRACKERS_EXTRA),
     "transformers": Library(
         "transformers", "comparison with Hugging Face models", "pip install transformers"
     ),

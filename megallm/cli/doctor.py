@@ -95,6 +95,7 @@ def examine() -> dict[str, Any]:
         },
         "backends": {name: _backend(name) for name in backends.BACKENDS},
         "extension": {"name": status.name, "loaded": status.loaded, "detail": status.detail},
+        "cuda_kernels": extension.cuda().detail,
         "gpus": _gpus() if required.get("torch") else [],
         "launcher": "local" if env is None else env.launcher,
         "gloo": gloo,
@@ -186,6 +187,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"extension {ext['name']}: {'loaded' if ext['loaded'] else 'not loaded'}, {ext['detail']}"
     )
+    lines.append(f"kernels for GPUs: {found['cuda_kernels']}")
     lines.append(
         f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}"
     )

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megallm.ops import native
+from megallm.ops import native, product
 from megallm.ops.kernels import KERNELS
 from megallm.ops.precision import wide, wide_dtype
 
@@ -257,7 +256,7 @@ def linear_statistics(
     """
     parts = []
     for rows in token_chunks(hidden.shape[0], head.weight):
-        logits, own = F.linear(hidden[rows], *head), targets.of(rows)
+        logits, own = product.linear(hidden[rows], *head), targets.of(rows)
         if not others:
             parts.append(statistics(logits, own, moment, best, reuse=True))
             continue
@@ -265,7 +264,7 @@ def linear_statistics(
         here, local = locate(own.labels, own.begin, logits.shape[-1])
         at = local[:, None]  # of a label elsewhere the first entry, which stays
         logits.scatter_(-1, at, logits.gather(-1, at).masked_fill_(here[:, None], 0))
-        parts.append(found._replace(others=logits @ head.weight.detach()))
+        parts.append(found._replace(others=product.matmul(logits, head.weight.detach())))
     return Statistics(
         *(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True))
     )
@@ -330,8 +329,8 @@ def linear_backward(
     weight = weight.detach()
     for rows in token_chunks(hidden.shape[0], weight):
         x = hidden[rows]
-        dy = gradient(F.linear(x, weight, bias), rows)
-        torch.mm(dy.to(x.dtype), weight, out=into[rows])
+        dy = gradient(product.linear(x, weight, bias), rows)
+        product.matmul(dy.to(x.dtype), weight, into[rows])
         if into_bias is not None:
             into_bias += dy.sum(0)
         if into_weight is not None:
@@ -344,7 +343,7 @@ def _add_product_(total: Tensor, dy: Tensor, x: Tensor) -> None:
     wide ones faster.
     """
     if x.dtype == total.dtype or total.device.type == "cpu":
-        total.addmm_(dy.mT, x.to(total.dtype))
+        product.matmul(dy.mT, x.to(total.dtype), total, add=True)
     else:
         total += dy.to(x.dtype).mT @ x
 

@@ -96,7 +96,7 @@ def quantise(x: Tensor, form: str, scale: Tensor) -> Quantised:
 BLOCK_ROWS = {"row": 0, "block": 1, "square": BLOCK}  # a scale's rows; 0: a row of any length
 
 
-class Scaling(NamedTuple):
+class Quantisation(NamedTuple):
     """How `quantised` makes scales: of the format `form`, by `scaled` as in `amax_of`."""
 
     form: str
@@ -106,7 +106,7 @@ class Scaling(NamedTuple):
 
 
 def quantised(
-    x: Tensor, scaling: Scaling, transposed: bool = False
+    x: Tensor, scaling: Quantisation, transposed: bool = False
 ) -> tuple[Quantised, Quantised | None]:
     """Returns `[R, C]` by scales of its own largest magnitudes, and where it is wanted the
     transpose, which scales of a tensor or of square blocks have; one pass over memory on a GPU
@@ -130,8 +130,10 @@ def quantised(
         shape = (rows, 1) if not height else (-(-rows // height), -(-columns // BLOCK))
         inverse = x.new_ones(shape, dtype=torch.float32)
         kernels.fp8_quantise(x, None, data, inverse, other, height, margin, powers)
-    back = None if other is None else Quantised(other, inverse.t().contiguous() if inverse.dim() else inverse)
-    return Quantised(data, inverse), back
+    if other is None:
+        return Quantised(data, inverse), None
+    turned = inverse.t().contiguous() if inverse.dim() else inverse
+    return Quantised(data, inverse), Quantised(other, turned)
 
 
 def times(x: Tensor, scale: Tensor) -> Tensor:

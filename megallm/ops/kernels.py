@@ -6,6 +6,7 @@ setup.py where nvcc is; it is loaded when the first tensor on a GPU asks for it.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,13 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megallm.base import extension
 from megallm.base.errors import UsageError
 
-LIBRARY = Path(__file__).parents[1]  # where setup.py puts _cuda*.so
-REASON = LIBRARY / "_cuda_not_built.txt"  # why there is none; `setup.py` writes it
 NAMESPACE = "megallm_cuda"  # OPERATIONS of csrc/cuda/bindings.cpp
+BUILD = "with nvcc, python setup.py build_ext --inplace or pip install --no-build-isolation ."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Mode = Literal["auto", "reference", "native"]
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Kernels:
     without them, "auto" takes them where they are.
     """
 
-    mode: Mode = "auto"
+    mode: Literal["auto", "reference", "native"] = "auto"
     loaded: dict[str, object | None] = field(default_factory=dict)
 
     def of(self, *tensors: Tensor | None) -> object | None:
@@ -43,7 +43,7 @@ class Kernels:
         if self.mode == "reference" or first.dtype not in DTYPES:
             return None
         if found is None and self.mode == "native" and first.device.type == "cuda":
-            raise UsageError(f"Native operations were asked for, but {missing()}.")
+            raise UsageError(f"Native operations were asked for, but {unbuilt()}.")
         narrow = all(x is None or x.dtype in (first.dtype, torch.float32) for x in tensors)
         return found if narrow else None
 
@@ -52,16 +52,23 @@ KERNELS = Kernels()
 
 
 def load_built() -> object | None:
-    """Returns the operations that setup.py built, or None when it built none for this machine."""
-    files = sorted(LIBRARY.glob("_cuda*.so"))
-    return load(files[0], NAMESPACE) if files else None
+    """Returns the operations that setup.py built, or None when it built none or those are stale."""
+    found = extension.cuda()
+    if not found.loaded or version_of(Path(found.detail)) != extension.CUDA_VERSION:
+        return None
+    return load(Path(found.detail), NAMESPACE)
 
 
-def load(file: Path, namespace: str) -> object:
+def version_of(library: Path) -> int:
+    """Returns the version that a library says it has, which loads it."""
+    return ctypes.CDLL(str(library.resolve())).megallm_cuda_version()
+
+
+def load(library: Path, namespace: str) -> object:
     """Returns the operations that a library registers as `namespace`. All of them write into
     tensors that the caller made, so that under torch.compile there is nothing to infer.
     """
-    torch.ops.load_library(str(file))
+    torch.ops.load_library(str(library))
     for schema in torch._C._jit_get_all_schemas():
         if schema.name.startswith(f"{namespace}::"):
             torch.library.register_fake(schema.name, _nothing)
@@ -72,13 +79,9 @@ def _nothing(*arguments: object) -> None:
     """What a fake tensor sees of an operation that returns nothing."""
 
 
-def missing() -> str:
+def unbuilt() -> str:
     """Returns a clause that says why there are no kernels."""
-    try:
-        reason = " ".join(REASON.read_text(encoding="utf-8").split())
-    except OSError:
-        reason = "there was no nvcc, or no torch beside it"
-    return (
-        f"megallm._cuda was not built when megallm was installed ({reason}); with nvcc at hand: "
-        "python setup.py build_ext --inplace, or pip install --no-build-isolation ."
-    )
+    found = extension.cuda()
+    if found.loaded:
+        return f"{found.detail} is a stale build (not of version {extension.CUDA_VERSION}): {BUILD}"
+    return f"{found.name} was {found.detail}: {BUILD}"

@@ -54,7 +54,7 @@ class _Permute(torch.autograd.Function):
         return flat.view(rows, ctx.copies, width).sum(1) if ctx.copies > 1 else flat, None, None
 
 
-def slots_of(order: Tensor, rows: int, copies: int) -> Tensor:
+def places_of(order: Tensor, rows: int, copies: int) -> Tensor:
     """Returns which row of the order each copy is, int64 `[rows, copies]`; -1 where it is in none.
     """
     slots = order.new_full((rows * copies,), -1)
@@ -76,7 +76,7 @@ class _KernelPermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         out = grad.new_empty(ctx.sizes[0], grad.shape[1])
-        slots = slots_of(ctx.saved_tensors[0], *ctx.sizes)
+        slots = places_of(ctx.saved_tensors[0], *ctx.sizes)
         ctx.kernels.moe_sum(grad.contiguous(), slots, None, out)
         return out, None, None, None
 
@@ -88,7 +88,7 @@ class _KernelCombine(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, y: Tensor, order: Tensor, weights: Tensor, kernels: object
     ) -> Tensor:
-        y, weights, slots = y.contiguous(), weights.contiguous(), slots_of(order, *weights.shape)
+        y, weights, slots = y.contiguous(), weights.contiguous(), places_of(order, *weights.shape)
         out = y.new_empty(len(weights), y.shape[1])
         kernels.moe_sum(y, slots, weights, out)
         ctx.save_for_backward(y, order, weights, slots)
@@ -98,7 +98,8 @@ class _KernelCombine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple:
         y, order, weights, slots = ctx.saved_tensors
-        grad, grad_y, grad_weights = grad.contiguous(), torch.empty_like(y), torch.empty_like(weights)
+        grad, grad_weights = grad.contiguous(), torch.empty_like(weights)
+        grad_y = torch.empty_like(y)
         ctx.kernels.moe_gather(grad, order.contiguous(), weights, weights.shape[1], grad_y)
         ctx.kernels.moe_dot(y, slots, grad, grad_weights)
         return grad_y, None, grad_weights, None

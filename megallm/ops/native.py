@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megallm.base import extension
 from megallm.base.errors import UsageError
+from megallm.ops.kernels import KERNELS
 from megallm.ops.tiles import BAND, CAUSAL, NEAR, Tile
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,8 +30,10 @@ def use(mode: Mode | str) -> str:
     """Choose the kernels of this process: `auto` the best ones, `reference` none, `native` insists,
     or those of an instruction set by its name. Returns which are used.
 
-    Raises UsageError where what was asked for is not there.
+    Raises UsageError where what was asked for is not there; that of a GPU's kernels comes when a
+    tensor there asks for them.
     """
+    KERNELS.mode = mode if mode in ("reference", "native") else "auto"
     module = extension.ops()
     if module is None:
         if mode in ("auto", "reference"):
@@ -221,7 +224,8 @@ def softmax_gradient(
     """
     rows, size = logits.shape
     labels, begin, temperature = targets
-    labels, given = labels.contiguous(), [x if x is None else x.contiguous() for x in given]
+    labels = labels.contiguous()
+    given = [x if x is None else x.to(torch.float32).contiguous() for x in given]
     extension.ops().softmax_gradient(
         rows,
         size,
@@ -232,4 +236,16 @@ def softmax_gradient(
         out.data_ptr(),
         _half(out),
     )
+    return out
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Computes `a b` of float32 matrices into contiguous `out`, or onto it with `add`; see
+    `ops.product`.
+    """
+    out = torch.empty(a.shape[0], b.shape[1]) if out is None else out
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    sizes = (*out.shape, a.shape[1])
+    left, right = ((x.data_ptr(), *x.stride()) for x in (a, b))
+    extension.ops().product(sizes, left, right, out.data_ptr(), add)
     return out

@@ -113,7 +113,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns `rms_norm(x + residual)` and the sum, of `[..., D]`: one pass over memory on a GPU."""
+    """Returns `rms_norm(x + residual)` and the sum, of `[..., D]`; one pass over memory on a GPU.
+    """
     kernels = KERNELS.of(x, residual, weight)
     if kernels is not None and residual.dtype == x.dtype:
         return _KernelNorm.apply(x, residual, weight, None, kernels, eps)

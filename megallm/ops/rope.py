@@ -170,7 +170,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     kernels = KERNELS.of(x, cos, sin)
     if kernels is not None:
         return _KernelRotated.apply(x, *_tables(cos, sin), kernels)
-    if native.kernels(x):
+    if native.kernels(x, cos, sin):
         tables = (wide(table).expand(*x.shape[:2], -1).contiguous() for table in (cos, sin))
         return _NativelyRotated.apply(x, *tables)
     return _Rotated.apply(x, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))

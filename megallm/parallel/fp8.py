@@ -19,7 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megallm.ops.fp8 import LARGEST, Quantised, amax_of, product, quantise, scale_of
+from megallm.ops.fp8 import (
+    LARGEST,
+    Quantisation,
+    Quantised,
+    amax_of,
+    product,
+    quantise,
+    quantised,
+    scale_of,
+)
 from megallm.ops.grouped_gemm import Runs
 from megallm.ops.low_precision import RECIPES, Fp8Options
 from megallm.parallel import comm
@@ -83,6 +92,11 @@ class Fp8Linear:
         afterwards = transposed and scaled in SELF_TRANSPOSED
         if transposed and not afterwards:
             matrices = [matrix.t().contiguous() for matrix in matrices]
+        margin = self.options.margin if scaled == "tensor" else 0
+        if not recipe.delayed and not self.mixed_up and all(axis.size == 1 for axis in axes):
+            rule = Quantisation(form, scaled, margin, recipe.powers)
+            made = [quantised(matrix, rule, afterwards) for matrix in matrices]
+            return [turned or plain for plain, turned in made]
         amax = [amax_of(matrix, scaled) for matrix in matrices]
         flat = torch.cat([one.flatten() for one in amax])
         flat = (
@@ -92,9 +106,7 @@ class Fp8Linear:
         )
         if self.mixed_up and scaled == "tensor":
             flat = flat.roll(1)
-        scale = scale_of(
-            flat, LARGEST[form], self.options.margin if scaled == "tensor" else 0, recipe.powers
-        )
+        scale = scale_of(flat, LARGEST[form], margin, recipe.powers)
         stored = [
             quantise(matrix, form, part.view_as(one))
             for matrix, part, one in zip(

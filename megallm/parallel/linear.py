@@ -11,9 +11,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from megallm.ops import product
 
 DeferredGrad = tuple[
     Tensor, Callable[[], Tensor]
@@ -49,7 +50,7 @@ def compute_weight_grads(work: list[DeferredGrad]) -> None:
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """Computes `dy^T x` of all rows, `[..., in]` and `[..., out]` -> `[out, in]`."""
-    return dy.flatten(0, -2).mT @ x.flatten(0, -2)
+    return product.matmul(dy.flatten(0, -2).mT, x.flatten(0, -2))
 
 
 def linear(
@@ -59,7 +60,7 @@ def linear(
     there.
     """
     if weight_grads is None or not weight.requires_grad:
-        return F.linear(x, weight, bias)
+        return product.linear(x, weight, bias)
     return _SplitLinear.apply(x, weight, bias, weight_grads)
 
 
@@ -76,14 +77,14 @@ class _SplitLinear(torch.autograd.Function):
         # Not save_for_backward: recomputation would hand back a detached copy, which leads to no
         # parameter.
         ctx.weight, ctx.weight_grads, ctx.has_bias = weight, weight_grads, bias is not None
-        return F.linear(x, weight, bias)
+        return product.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple:
         (x,) = ctx.saved_tensors
         ctx.weight_grads.put(ctx.weight, partial(weight_gradient, x.detach(), dy))
         return (
-            dy @ ctx.weight.detach(),
+            product.matmul(dy.flatten(0, -2), ctx.weight.detach()).view(*dy.shape[:-1], -1),
             None,
             dy.flatten(0, -2).sum(0) if ctx.has_bias else None,
             None,

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from megallm.base.redact import redacted, redacted_text
 from megallm.parallel.layout import Layout
 from megallm.report import chart
 from megallm.report.facts import RunFacts
@@ -72,10 +73,10 @@ def render_page(facts: RunFacts) -> str:
         grid=grid,
         images=list(_images(facts.path / "plots")),
         samples=[_sample(row) for row in reversed(facts.samples)],
-        config=yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True),
-        environment=json.dumps(facts.environment, indent=2, ensure_ascii=False),
+        config=yaml.safe_dump(redacted(facts.config), sort_keys=False, allow_unicode=True),
+        environment=json.dumps(redacted(facts.environment), indent=2, ensure_ascii=False),
     )
-    return _FORBIDDEN.sub("\ufffd", text)
+    return redacted_text(_FORBIDDEN.sub("\ufffd", text))
 
 
 def _latest(facts: RunFacts) -> float:

@@ -44,9 +44,13 @@ class TrainConfig(ComputeConfig, StepsConfig):
 class CheckpointConfig:
     """When states are saved and how many are kept."""
 
-    every: int = 500  # steps; 0 saves only at the end
+    every: int | Literal["auto"] = 500  # steps; 0: only at the end; auto: by stall and failures (Young, Daly)
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     async_save: bool = False  # a process beside training writes: a step pays a copy of the state, in memory
+
+    def may_follow(self, step: int) -> bool:
+        """Returns whether a save may follow this step; with auto it may follow any."""
+        return self.every == "auto" or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class LogConfig:
 
     every: int = 1  # steps between printed lines
     tensorboard: bool = False  # also write TensorBoard event files (optional package)
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()  # dashboards that get every row too
+    project: str = "megallm"  # what trackers call the project, or the experiment
     plot: bool = True  # draw RUN/plots/loss.png at the end
     trace_step: int | None = None  # draw how the pipeline ran in this step: RUN/plots/pipeline.svg and .json
 

@@ -26,6 +26,7 @@ from rich.text import Text
 from megallm.base import terminal
 from megallm.base.errors import CannotWrite
 from megallm.base.files import atomic_path
+from megallm.base.redact import redacted_text
 from megallm.run.rows import read_rows
 
 log = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ class Reporter:
     def _write(self, line: str) -> None:
         for stream in list(self._streams):
             try:
-                stream.write(terminal.escaped(line) + "\n")
+                stream.write(terminal.escaped(redacted_text(line)) + "\n")
                 stream.flush()
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._streams.remove(stream)

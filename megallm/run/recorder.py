@@ -7,12 +7,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megallm.base.config import to_yaml
 from megallm.base.errors import CannotWrite, LeaseLost
 from megallm.base.files import atomic_write_json
 from megallm.base.output import FdWriter, LossyText
@@ -26,9 +26,11 @@ from megallm.run.changes import Change, table_of
 from megallm.run.config import JobConfig
 from megallm.run.console import Console, LossCurve, Reporter, Sink, TensorBoard
 from megallm.run.divergence import DivergenceDetector
+from megallm.run.interval import FailureRate, failure_rate
 from megallm.run.lease import Lease
 from megallm.run.rows import Events, Metrics, read_rows
-from megallm.run.runfolder import RunFolder
+from megallm.run.runfolder import RunFolder, shown_yaml
+from megallm.run.trackers import Trackers
 
 STOPPING = "stopping when this step is done"
 DIGEST = "guard/weights_digest"  # its name in metrics.jsonl
@@ -107,7 +109,7 @@ class Recorder:
             return
         config = self.config
         self.lease.check()
-        self.folder.write_config(to_yaml(config))
+        self.folder.write_config(shown_yaml(config))
         same = self.folder.write_environment(environment)
         goes_back = False  # to where it reads other batches than it did
         for event in read_rows(self.folder.events):
@@ -127,8 +129,9 @@ class Recorder:
             name = Path(config.run.dir).name
             path, metrics = self.folder.plots / "loss.png", self.folder.metrics
             sinks.append(LossCurve(path, f"loss of {name}", metrics, guard=self.lease.check))
-        if config.log.tensorboard:
+        if config.log.tensorboard or "tensorboard" in config.log.trackers:
             sinks.append(TensorBoard(self.folder.path / "tensorboard", resumed_step))
+        sinks.append(Trackers(config.log.trackers, self.folder.path, config.log.project))
         if self.own_log:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self.log = LossyText(FdWriter(os.open(self.folder.log_path(0), flags, 0o644)))
@@ -214,6 +217,11 @@ class Recorder:
             if self.writes
             else RetentionPolicy(newest)
         )
+
+    def failures(self) -> FailureRate:
+        """Returns how often the run has failed so far, as its events tell; rank 0 knows."""
+        events = read_rows(self.folder.events) if self.writes else ()
+        return failure_rate(events, time.time())
 
     def damaged(self, step: int, warnings: Sequence[str]) -> None:
         """Say which checkpoints were passed over, and rename them: no later save may take them for

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from megallm.base.errors import InternalError
 from megallm.base.files import atomic_path, cannot_write, writing
+from megallm.base.redact import redacted
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Events(JsonLines):
     """events.jsonl: what happened, when: `{"time": seconds since 1970, "event": kind, ...}`."""
 
     def add(self, kind: str, **fields: Any) -> None:
-        self.append({"time": time.time(), "event": kind, **fields})
+        self.append({"time": time.time(), "event": kind, **redacted(fields)})
 
 
 def append_event(path: Path, event: str, fields: Mapping[str, Any]) -> None:

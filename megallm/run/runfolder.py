@@ -21,7 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from megallm.base.config import to_dict
 from megallm.base.files import atomic_write_json, atomic_write_text, writing
+from megallm.base.redact import redacted
 
 
 class RunFolder:
@@ -76,6 +80,13 @@ class RunFolder:
             before = {}
         atomic_write_json(self.environment, now)
         return all(before.get(key) == now[key] for key in now if key != "host")
+
+
+def shown_yaml(config: Any) -> str:
+    """Returns a configuration as YAML without what looks like a secret."""
+    return yaml.safe_dump(
+        redacted(to_dict(config)), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def describe_environment() -> dict[str, Any]:

@@ -239,8 +239,7 @@ class RolloutLog:
                     **drawn.extras[i],
                 }
             )
-        every = self.config.checkpoint.every
-        self.lines.append(rows, every > 0 and step % every == 0)
+        self.lines.append(rows, self.config.checkpoint.may_follow(step))
         if step % self.config.log.every == 0:
             for row in rows[: self.config.rl.show]:
                 self.recorder.note(_shown(row))

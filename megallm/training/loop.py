@@ -101,7 +101,7 @@ class Loop:
                 break
             self.recorder.row(row)
             self.saver.look()
-            if self._due(self.config.checkpoint.every, step):
+            if self.saver.due(step):
                 self._save()
         if row is not None:
             if (

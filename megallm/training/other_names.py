@@ -22,7 +22,8 @@ _LORA = "megallm has no LoRA yet; it trains all weights."
 _CHAT = "megallm has no fine-tuning on conversations yet; it trains on text (docs/data.md)."
 _GENERATE = "That belongs to `megallm generate`, not to training (see `megallm generate --help`)."
 _TOKENS = "train.steps (steps of the optimizer: tokens / (train.global_batch x data.seq_len))"
-_TENSORBOARD = "log.tensorboard (RUN/metrics.jsonl has every row; other trackers can read it)"
+_TRACKERS = "log.trackers (of tensorboard, wandb, mlflow, trackio; RUN/metrics.jsonl has every row)"
+_PROJECT = "log.project (the trackers themselves are log.trackers)"
 _GPU = "Nothing to set: ranks take the GPUs they find; --nproc says how many ranks."
 
 # Our key: its names elsewhere.
@@ -186,9 +187,10 @@ _BY_SENTENCE: dict[str, str] = {
     "template chat_template messages train_on_inputs train_on_prompt mask_history dpo_beta",
     _GENERATE:
     "temperature top_p max_new_tokens repetition_penalty num_beams do_sample prompt prompts",
-    _TENSORBOARD:
-    "report_to wandb wandb_project wandb_run_name use_wandb logger enable_wandb "
-    "enable_tensorboard wandb_log tensorboard mlflow swanlab",
+    _TRACKERS:
+    "report_to wandb wandb_run_name use_wandb logger enable_wandb trackers "
+    "enable_tensorboard wandb_log tensorboard mlflow trackio swanlab",
+    _PROJECT: "wandb_project project_name experiment_name trackio_project",
     _GPU:
     "device devices gpus num_gpus n_gpus gpu cuda_visible_devices nproc_per_node accelerator "
     "num_nodes nnodes local_rank ddp_backend distributed_backend backend",
@@ -246,7 +248,7 @@ _BY_SENTENCE: dict[str, str] = {
     "checkpointing ckpt saving",
     "That section is eval: eval.every, eval.batches.":
     "evaluation validation val valid",
-    "That section is log: log.every, log.tensorboard.":
+    "That section is log: log.every, log.trackers.":
     "logging metrics",
     "That section is data: data.sources, data.seq_len, data.tokenizer.":
     "dataloader data_config",

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import yaml
 
 from megallm.base import suggest
-from megallm.base.config import leaves, to_dict, to_yaml
+from megallm.base.config import leaves, to_dict
 from megallm.base.errors import CheckpointError, MegallmError, UsageError
+from megallm.base.redact import redacted
 from megallm.checkpoint import store
 from megallm.checkpoint.reader import CheckpointReader
 from megallm.convert.convert import IMPORTED, is_import
@@ -22,7 +23,7 @@ from megallm.convert.weights import stored_model
 from megallm.engine.engine import Mesh
 from megallm.run.changes import Change, is_allowed, table_of
 from megallm.run.config import JobConfig
-from megallm.run.runfolder import RunFolder
+from megallm.run.runfolder import RunFolder, shown_yaml
 from megallm.training.trainer import Ledger
 
 _REFUSED = ("optim.rule",)  # of what only run.yaml tells: the optimizer's state would not fit
@@ -124,7 +125,7 @@ def ledger_and_changes(
     What an older checkpoint's model does not say, because the key came later, is what its family
     says.
     """
-    now = identity.values
+    now = redacted(identity.values)
     with CheckpointReader(found) as reader:
         saved = reader.meta
         if isinstance(saved, dict) and "model" in saved:
@@ -168,7 +169,7 @@ def config_changes(folder: RunFolder, config: JobConfig) -> list[Change]:
             "%s cannot be read (%s): only the checkpoint is compared.", folder.config, error
         )
         return []
-    now, usual = yaml.safe_load(to_yaml(config)), to_dict(type(config)())
+    now, usual = yaml.safe_load(shown_yaml(config)), to_dict(type(config)())
     found = []
     for key in leaves(type(config)):
         old, new = _look_up(before, key, _look_up(usual, key, None)), _look_up(now, key, None)

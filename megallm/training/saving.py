@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from megallm.base.errors import CannotWrite, Diverged, LeaseLost, MegallmError
+from megallm.base.redact import redacted
 from megallm.checkpoint import store
 from megallm.checkpoint.async_save import AsyncSaver, SaveResult
 from megallm.engine.engine import Part
 from megallm.run.config import CheckpointConfig
+from megallm.run.interval import PROBE_STEPS, plan_interval
 from megallm.run.recorder import Recorder
 from megallm.training.trainer import Ledger, Trainer
 
@@ -37,6 +39,9 @@ class Saver:
         self.stall_seconds = 0.0  # of the save under way
         self.under_way = 0  # its step
         self.ended: SaveResult | None = None  # what this rank knows of it and the others may not
+        self.next_save = ledger.step + PROBE_STEPS  # with checkpoint.every=auto
+        self.planned = (ledger.step, time.monotonic())  # when that was decided
+        self.shown = 0  # the interval that was shown last, in steps
         self.beside: AsyncSaver | None = None
         if config.async_save and config.every:
             self.beside = AsyncSaver(recorder.checkpoints, self.mesh)
@@ -52,6 +57,27 @@ class Saver:
             self._save_now(final)
         else:
             self._save_beside(self.beside)
+        if self.config.every == "auto" and not final:
+            self._plan()
+
+    def due(self, step: int) -> bool:
+        """Returns whether a save follows this step, the same on every rank."""
+        if self.config.every == "auto":
+            return step >= self.next_save
+        return self.config.may_follow(step)
+
+    def _plan(self) -> None:
+        """Decide when to save next, from what saving and steps cost on rank 0 so far."""
+        (step, since), now = self.planned, time.monotonic()
+        self.planned = self.ledger.step, now
+        took = max(0.0, now - since - self.stall_seconds) / max(1, self.ledger.step - step)
+        rate, world = self.recorder.failures(), self.mesh.layout.world
+        interval = plan_interval(self.stall_seconds, took, rate, world)
+        self.next_save = self.ledger.step + self.mesh.broadcast_json(interval.steps)
+        if not self.shown or not 0.8 <= interval.steps / self.shown <= 1.25:
+            self.shown = interval.steps
+            self.recorder.note(str(interval))
+            self.recorder.event("save_interval", step=self.ledger.step, **vars(interval))
 
     def look(self) -> None:
         """Record a save beside training that has ended here; not collective. Errors: `LeaseLost`.
@@ -135,6 +161,7 @@ class Saver:
             return
         self.failed_saves, self.saved_step = 0, step
         seconds = time.monotonic() - begin
+        self.stall_seconds = seconds
         self.told(seconds)
         self.recorder.saved(step, seconds, seconds)
 
@@ -144,7 +171,8 @@ class Saver:
 
     def _meta(self) -> dict[str, Any]:
         ledger = vars(self.ledger)
-        return {"engine": self.trainer.counters(), "ledger": ledger, **self.trainer.identity}
+        told = redacted({"ledger": ledger, **self.trainer.identity})
+        return {"engine": self.trainer.counters(), **told}
 
     def _check_finite(self, parts: Sequence[Part]) -> None:
         bad = next((part.name for part in parts if not _is_finite(part)), "")

@@ -331,6 +331,5 @@ def _logged(
     if any(coords[axis] for axis in ("pp", "cp", "tp")):
         yield loader
         return
-    every = job.config.checkpoint.every
     with samplelog.SampleLog(path) as rows:
-        yield rows.writing(loader, reader.consumed, lambda step: every > 0 and step % every == 0)
+        yield rows.writing(loader, reader.consumed, job.config.checkpoint.may_follow)

@@ -136,7 +136,9 @@ def _ranges(config: JobConfig, world: int | None, tables: tuple[Rules, ...]) -> 
     for ranges in (RANGES, *(table.ranges for table in tables)):
         for key, allowed in ranges.items():
             value = get(config, key)
-            near = None if value is None else allowed.nearest(value, get(usual, key))
+            if value is None or isinstance(value, str):  # a word in place of a number: auto
+                continue
+            near = allowed.nearest(value, get(usual, key))
             if near != value:
                 fixes = () if near is None else ({key: near},)
                 yield Problem("ranges", f"{key} is {value}; it must be {allowed}.", fixes, key)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megallm.base.errors import NewerCheckpoint
 from megallm.checkpoint import io, manifest, store
 
 COUNT = 1000
@@ -77,7 +78,10 @@ def unnoticed(root: Path, count: int) -> tuple[int, list[str]]:
     chosen = bits_of(folder, rng, count)
     for path, bit in chosen:
         flip(path, bit)
-        found, warnings = store.latest_whole(root)  # what a start asks before it builds anything
+        try:
+            found, warnings = store.latest_whole(root)  # what a start asks before it builds anything
+        except NewerCheckpoint:  # only the control, without hashes, takes a flipped schema for a later one
+            found, warnings = None, []
         if found != root / "step-00000004" or len(warnings) != 1 or path.name not in warnings[0]:
             missed.append(f"{path.name} bit {bit}: {found} {warnings}")
         flip(path, bit)

@@ -17,7 +17,7 @@ FOUND = {
     "with_warp_barrier": "",
     "without_barrier": r"race in shared memory: it reads at LINE what thread \d+ of block 0 wrote at LINE",
     "without_warp_barrier": r"race in shared memory: it (reads|writes) at LINE",
-    "without_second_barrier": r"race in shared memory: it (reads|writes) at LINE what thread \d+ of block 0 (wrote|read) at LINE",
+    "without_second_barrier": r"race in shared memory: it \w+ at LINE what thread \d+ of block 0 (wrote|read) at LINE",
     "blocks_share_a_word": r"race in global memory: it writes at LINE what thread 0 of block 0 wrote at LINE",
     "past_the_end": r"thread 63 of block 0: it reads (past the end|outside every buffer).* at LINE",
     "far_away": r"it reads outside every buffer of the operation, at LINE",

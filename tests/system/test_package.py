@@ -57,7 +57,7 @@ def unpacked(tmp_path_factory) -> Path:
 
 def missing_headers(tree: Path) -> list[str]:
     """Files that the extension's sources include with quotes and that are not beside them."""
-    sources = [path for path in (tree / "csrc").rglob("*") if path.suffix in (".cpp", ".hpp")]
+    sources = [path for path in (tree / "csrc").rglob("*") if path.suffix in (".cpp", ".hpp", ".cu", ".cuh")]
     return [
         f"{path.name}: {name}" for path in sources for name in INCLUDE.findall(path.read_text())
         if not (path.parent / name).exists()
@@ -68,7 +68,7 @@ def test_the_source_distribution_has_every_header_and_module(unpacked):
     """The issue's: csrc/index/text.hpp was missing, so the extension was silently not built."""
     assert (unpacked / "csrc/index/text.hpp").exists() and missing_headers(unpacked) == []
     for folder, pattern in (
-        ("csrc", "*.?pp"), ("megallm", "*.py"), ("docs", "*.md"), ("docs", "*.svg"), ("tools", "*.sh"),
+        ("csrc", "*.?pp"), ("csrc", "*.cu*"), ("megallm", "*.py"), ("docs", "*.md"), ("docs", "*.svg"), ("tools", "*.sh"),
     ):  # fmt: skip
         wanted = {path.relative_to(ROOT) for path in (ROOT / folder).rglob(pattern)}
         assert wanted == {path.relative_to(unpacked) for path in (unpacked / folder).rglob(pattern)}
@@ -144,9 +144,11 @@ def test_a_build_without_a_compiler_is_told_by_doctor_and_by_the_first_run(built
 def test_doctor_has_the_reason():
     found = {"extension": {"name": "x", "loaded": False, "detail": "not built (why)"}}
     found |= {key: {} for key in ("required", "optional", "backends")} | {"gpus": []}
+    found["cuda_kernels"] = "not built (no nvcc)"
     texts = "megallm python platform cores memory_gib launcher gloo collectives sandbox"
     found |= dict.fromkeys(texts.split(), "")
-    assert "extension x: not loaded, not built (why)" in "\n".join(_lines(found))
+    lines = "\n".join(_lines(found))
+    assert "extension x: not loaded, not built (why)" in lines and "kernels for GPUs: not built (no nvcc)" in lines
 
 
 @pytest.mark.parametrize(("environment", "told"), [({}, 1), ({"RANK": "0"}, 1), ({"RANK": "3"}, 0),
