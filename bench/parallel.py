@@ -4,11 +4,11 @@
     python bench/parallel.py --only tp pp-1f1b --rounds 2 --shape tiny     # a smoke run
 
 Both systems of a comparison get the same tokens, the same initial weights and AdamW with the same settings and no
-clipping, on two processes of one thread each, pinned to two cores, over gloo; ours over shared memory, as
-`megallm pretrain` on one host. Losses of the first steps must agree within `--tolerance`, or nothing is timed. Peers are DDP, FSDP2, DTensor tensor parallelism and torch's pipelining;
-context parallelism has no peer on CPU and stands beside one process. With `--tuned` both get malloc settings and
-oneDNN matrix multiplies, and the peer torch.compile where it can. Memory is by how much a rank's resident size grew
-from the moment before its model was built.
+clipping, on two processes of one thread each, pinned to two cores, over gloo; ours over shared memory, as `megallm
+pretrain` on one host. Losses of the first steps must agree within `--tolerance`, or nothing is timed. Peers are DDP,
+FSDP2, DTensor tensor parallelism and torch's pipelining; context parallelism has no peer on CPU and stands beside one
+process. With `--tuned` both get malloc settings and oneDNN matrix multiplies, and the peer torch.compile where it
+can. Memory is by how much a rank's resident size grew from the moment before its model was built.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return self._work(self.native.send(sent.data_ptr(), sent.nbytes, peer, tag), (sent,), ())
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> SharedMemoryWork:
-        """Receive the next message of a tag."""
+        """Take the next message of a tag."""
         (x,) = tensors
         dense, landing = _out(x)
         handle = self.native.receive(dense.data_ptr(), dense.nbytes, peer, tag)

@@ -79,7 +79,7 @@ def signature(node: ast.ClassDef | ast.FunctionDef) -> inspect.Signature:
         if not inits:
             fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
             return inspect.Signature([
-                kinds(ast.unparse(each.target), kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if each.value is None else each)
+                kinds(ast.unparse(each.target), kinds.POSITIONAL_OR_KEYWORD, default=each.value or kinds.empty)
                 for each in fields
             ])  # fmt: skip
         node = inits[0]

@@ -146,7 +146,8 @@ def test_doctor_has_the_reason():
     found = {"extension": {"name": "x", "loaded": False, "detail": "not built (why)"}}
     found |= {key: {} for key in ("required", "optional", "backends")} | {"gpus": []}
     found["cuda_kernels"] = "not built (no nvcc)"
-    found |= dict.fromkeys(("megallm", "python", "platform", "cores", "memory_gib", "launcher", "gloo", "sandbox"), "")
+    texts = "megallm python platform cores memory_gib launcher gloo collectives sandbox"
+    found |= dict.fromkeys(texts.split(), "")
     lines = "\n".join(_lines(found))
     assert "extension x: not loaded, not built (why)" in lines and "kernels for GPUs: not built (no nvcc)" in lines
 
