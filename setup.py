@@ -77,6 +77,7 @@ class OptionalBuild(build_ext):
         """Kernels for GPUs, a library that registers itself with torch; without nvcc or torch there is none."""
         library.parent.mkdir(parents=True, exist_ok=True)
         try:
+            need_cuda_torch()
             if not library.exists() or any(file.stat().st_mtime > library.stat().st_mtime for file in CUDA_FILES):
                 compile_cuda(library, Path(self.build_temp) / "cuda")
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -89,6 +90,14 @@ class OptionalBuild(build_ext):
         failed += [ext for ext in self.extensions if ext.name == CUDA and self.without_cuda]
         self.extensions = [ext for ext in self.extensions if ext not in failed]
         super().copy_extensions_to_source()
+
+
+def need_cuda_torch():
+    """A torch for CPUs could not use what takes minutes to compile."""
+    torch = importlib.util.find_spec("torch")
+    here = torch is not None and Path(torch.origin).with_name("lib").joinpath("libtorch_cuda.so").exists()
+    if torch is not None and not here and "MEGALLM_BUILD_CUDA" not in os.environ:
+        raise RuntimeError("this torch is one for CPUs; MEGALLM_BUILD_CUDA=1 compiles all the same")
 
 
 def compile_cuda(library, objects, gpus=GPUS):

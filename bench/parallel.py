@@ -4,8 +4,8 @@
     python bench/parallel.py --only tp pp-1f1b --rounds 2 --shape tiny     # a smoke run
 
 Both systems of a comparison get the same tokens, the same initial weights and AdamW with the same settings and no
-clipping, on two processes of one thread each, pinned to two cores, over gloo. Losses of the first steps must agree
-within `--tolerance`, or nothing is timed. Peers are DDP, FSDP2, DTensor tensor parallelism and torch's pipelining;
+clipping, on two processes of one thread each, pinned to two cores, over gloo; ours over shared memory, as
+`megallm pretrain` on one host. Losses of the first steps must agree within `--tolerance`, or nothing is timed. Peers are DDP, FSDP2, DTensor tensor parallelism and torch's pipelining;
 context parallelism has no peer on CPU and stands beside one process. With `--tuned` both get malloc settings and
 oneDNN matrix multiplies, and the peer torch.compile where it can. Memory is by how much a rank's resident size grew
 from the moment before its model was built.
@@ -65,6 +65,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--agree", type=int, default=20, help="steps whose losses must agree")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest relative difference of a loss")
     parser.add_argument("--tuned", action="store_true", help="malloc settings, oneDNN, torch.compile for the peer")
+    parser.add_argument("--collectives", choices=("auto", "gloo"), default="auto", help="ours; peers have gloo")
     parser.add_argument("--cores", type=int, nargs=RANKS, default=list(range(RANKS)))
     parser.add_argument("--json", metavar="F", help="write the rows to this file")
     worker = parser.add_argument_group("one rank of one system (internal)")
@@ -80,6 +81,7 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, obje
     """One row: losses first, then the rounds."""
     ours, peer, micros = COMPARISONS[name]
     shared = ["--shape", args.shape, "--rows", str(args.rows), "--micros", str(micros), *["--tuned"] * args.tuned]
+    shared += ["--collectives", args.collectives]
     env = {"OMP_NUM_THREADS": "1", **(MALLOC if args.tuned else {})}
     row: dict[str, object] = {"name": name, "ours": ours, "peer": peer, "tuned": args.tuned}
 
@@ -123,11 +125,15 @@ def work(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from systems import Job, build
 
+    from megallm.base import shared_memory
+
     torch.set_num_threads(1)
     if args.tuned:
         torch.set_float32_matmul_precision("medium")
     store, limit = dist.FileStore(args.store, RANKS), timedelta(seconds=300)
-    dist.init_process_group("gloo", store=store, rank=args.rank, world_size=RANKS, timeout=limit)
+    own = args.system.startswith("megallm") and args.collectives == "auto"
+    backend = shared_memory.register() if own else "gloo"  # as `megallm pretrain` does on one host
+    dist.init_process_group(backend, store=store, rank=args.rank, world_size=RANKS, timeout=limit)
     before = ratio.resident_bytes()
     step = build(args.system, Job(SHAPES[args.shape], args.rows, args.micros, args.tuned))
     number = 0

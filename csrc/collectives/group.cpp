@@ -3,17 +3,39 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace collectives {
 namespace {
 
 constexpr std::size_t kSmall = 16 << 10;   // bytes that every rank sums for itself, in one step
 constexpr std::size_t kPiece = 128 << 10;  // of a message, after which the other end may go on
+constexpr std::size_t kLarge = 16 << 20;   // results that are written past the caches
 constexpr std::size_t kLine = 64;
 
 enum Kind : std::uint32_t { kAllReduce = 1, kReduceScatter, kAllGather, kAllToAll, kBroadcast, kGather };
 const char* const kNames[] = {"", "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "gather"};
 
 std::size_t up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Copies out of shared memory; `past`: without reading what is overwritten, and without filling the caches.
+void take(char* to, const char* from, std::size_t bytes, bool past) {
+#if defined(__SSE2__)
+  if (past) {
+    const std::size_t head = std::min(bytes, -reinterpret_cast<std::uintptr_t>(to) % 16);
+    std::memcpy(to, from, head);
+    to += head, from += head, bytes -= head;
+    for (; bytes >= kLine; to += kLine, from += kLine, bytes -= kLine)
+      for (std::size_t i = 0; i < kLine; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm_sfence();
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
 
 std::string told(int rank, const Signature& call) {
   return "rank " + std::to_string(rank) + " " + (call.kind <= kGather ? kNames[call.kind] : "?") + " of " +
@@ -141,6 +163,7 @@ void Group::sum_large(char* data, std::size_t count, const Sum& sum, const Patie
   const std::size_t chunk = unit * ranks_;
   const Signature mine{kAllReduce, static_cast<std::uint32_t>(sum.type), static_cast<std::uint32_t>(sum.op), 0,
                        count * sum.width, 0};
+  const bool past = count * sum.width >= kLarge;
   // Elements of a part: where it begins, and how many there are.
   const auto part = [&](std::size_t k, int owner) {
     const std::size_t from = k * chunk, n = std::min(chunk, count - from);
@@ -169,7 +192,7 @@ void Group::sum_large(char* data, std::size_t count, const Sum& sum, const Patie
           const int owner = (rank_ + next) % ranks_;
           const auto [from, elements] = part(k, owner);
           segment_.await(segment_.place(owner).reduced, step + 1, owner, patience, "all_reduce");
-          std::memcpy(data + from * sum.width, segment_.slot(owner, step) + owner * room, elements * sum.width);
+          take(data + from * sum.width, segment_.slot(owner, step) + owner * room, elements * sum.width, past);
         }
       });
 }
@@ -218,14 +241,14 @@ Group::Begun Group::all_gather(Address in, Address out, std::size_t bytes, bool 
             [&](std::size_t k, char* slot) {
               const std::size_t at = k * kSlotBytes, n = std::min(kSlotBytes, bytes - at);
               std::memcpy(slot, from + at, n);
-              if (own != from) std::memcpy(own + at, from + at, n);
+              if (own != from) take(own + at, from + at, n, bytes * ranks_ >= kLarge);
             },
             [&](std::size_t k, std::uint32_t step) {
               const std::size_t at = k * kSlotBytes, n = std::min(kSlotBytes, bytes - at);
               for (int next = 1; next < ranks_; ++next) {
                 const int peer = (rank_ + next) % ranks_;
                 await_part(step, peer, mine, k == 0, patience, "all_gather");
-                std::memcpy(reinterpret_cast<char*>(outs[peer]) + at, segment_.slot(peer, step), n);
+                take(reinterpret_cast<char*>(outs[peer]) + at, segment_.slot(peer, step), n, bytes * ranks_ >= kLarge);
               }
             });
       },
@@ -255,6 +278,7 @@ void Group::exchange(const char* in, char* out, const std::vector<std::size_t>& 
   if (sent[rank_] != received[rank_]) throw Mismatch("all_to_all: what a rank sends itself has two sizes.");
   const Signature mine{kAllToAll, 0, 0, 0, 0, std::max<std::size_t>(1, (longest + room - 1) / room)};
   std::uint64_t most = 1;
+  const bool past = to[ranks_] >= kLarge;
   const auto share = [&](std::size_t k, std::size_t bytes) { return bytes > k * room ? std::min(room, bytes - k * room) : 0; };
   const auto put = [&](std::size_t k, char* slot) {
     for (int peer = 0; peer < ranks_; ++peer)
@@ -269,10 +293,10 @@ void Group::exchange(const char* in, char* out, const std::vector<std::size_t>& 
       await_part(step, peer, mine, k == 0, patience, "all_to_all");
       if (k == 0) most = std::max(most, segment_.place(peer).signature[step % kSlots].steps);
       const std::size_t n = share(k, received[peer]);
-      if (n) std::memcpy(out + to[peer] + k * room, segment_.slot(peer, step) + rank_ * room, n);
+      if (n) take(out + to[peer] + k * room, segment_.slot(peer, step) + rank_ * room, n, past);
     }
   };
-  std::memcpy(out + to[rank_], in + from[rank_], sent[rank_]);
+  take(out + to[rank_], in + from[rank_], sent[rank_], past);
   steps(1, mine, patience, "all_to_all", put, get);
   most = std::max(most, mine.steps);
   if (most == 1) return;
@@ -295,7 +319,7 @@ Group::Begun Group::broadcast(Address data, std::size_t bytes, int root, bool la
               const std::size_t at = k * kSlotBytes;
               if (rank_ == root) return;
               await_part(step, root, mine, k == 0, patience, "broadcast");
-              std::memcpy(x + at, segment_.slot(root, step), std::min(kSlotBytes, bytes - at));
+              take(x + at, segment_.slot(root, step), std::min(kSlotBytes, bytes - at), bytes >= kLarge);
             });
       },
       later);
@@ -342,12 +366,13 @@ void Group::write(int peer, const char* from, std::size_t bytes, const Patience&
 
 void Group::read(int peer, char* to, std::size_t bytes, const Patience& patience) {
   Ring& ring = segment_.ring(peer, rank_);
+  const bool past = bytes >= kLarge;
   while (bytes) {
     const std::uint32_t read = ring.read.value.load(std::memory_order_relaxed), at = read % kRingBytes;
     segment_.await(ring.written, read + 1, peer, patience, "recv");
     const std::uint32_t there = ring.written.value.load(std::memory_order_acquire) - read;
     const std::size_t n = std::min({bytes, kPiece, static_cast<std::size_t>(kRingBytes - at), std::size_t(there)});
-    std::memcpy(to, ring.data + at, n);
+    take(to, ring.data + at, n, past);
     segment_.raise(ring.read, read + static_cast<std::uint32_t>(n));
     to += n, bytes -= n;
   }
@@ -393,6 +418,19 @@ void Group::receive_message(int peer, Job& job, const Patience& patience) {
   }
 }
 
+// Whether the next message is the one asked for, and all of it has come.
+bool Group::is_there(int peer, const Job& job) {
+  if (!peers_[peer]->receiving.idle()) return false;
+  Ring& ring = segment_.ring(peer, rank_);
+  const std::uint32_t read = ring.read.value.load(std::memory_order_relaxed);
+  const std::uint32_t there = ring.written.value.load(std::memory_order_acquire) - read;
+  if (there < sizeof(Message) + job.bytes || !peers_[peer]->unexpected[job.tag].empty()) return false;
+  Message message;
+  for (std::size_t i = 0; i < sizeof message; ++i)
+    reinterpret_cast<char*>(&message)[i] = ring.data[(read + i) % kRingBytes];
+  return message.tag == job.tag && message.bytes == job.bytes;
+}
+
 Group::Begun Group::send(Address data, std::size_t bytes, int peer, std::uint32_t tag) {
   if (closed_) throw Aborted("The group was destroyed.");
   auto job = std::make_shared<Job>();
@@ -415,6 +453,10 @@ Group::Begun Group::receive(Address data, std::size_t bytes, int peer, std::uint
   job->to = reinterpret_cast<char*>(data), job->bytes = bytes, job->tag = tag;
   job->run = [this, peer, raw = job.get()](const Patience& patience) { receive_message(peer, *raw, patience); };
   Lane& lane = peers_[peer]->receiving;
+  if (is_there(peer, *job) && lane.run(job, patience())) {
+    if (job->error) std::rethrow_exception(job->error);
+    return nullptr;
+  }
   lane.queue(job);
   return std::make_unique<Handle>(Handle{shared_from_this(), &lane, job});
 }

@@ -78,6 +78,7 @@ class Group : public std::enable_shared_from_this<Group> {
   void write(int peer, const char* from, std::size_t bytes, const Patience& patience);
   void read(int peer, char* to, std::size_t bytes, const Patience& patience);
   void send_message(int peer, const Job& job, const Patience& patience);
+  bool is_there(int peer, const Job& job);
   void receive_message(int peer, Job& job, const Patience& patience);
 
   Segment segment_;

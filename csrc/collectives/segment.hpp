@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 constexpr int kMaxRanks = 64;
 constexpr int kSlots = 4;                       // steps that a rank may be ahead of the slowest reader
 constexpr std::size_t kSlotBytes = 256 << 10;   // of one rank in one step
-constexpr std::uint32_t kRingBytes = 1 << 20;   // between two ranks, one direction; a power of two
+constexpr std::uint32_t kRingBytes = 4 << 20;   // between two ranks, one direction; a power of two
 
 struct PeerGone : std::runtime_error {
   using std::runtime_error::runtime_error;

@@ -1,8 +1,9 @@
-"""Loads the C++ extensions `megallm._index`, `megallm._ops` and `megallm._collectives`, and says why
-when it cannot.
+"""Loads the C++ extensions `megallm._index`, `megallm._ops` and `megallm._collectives`, and says
+why when it cannot.
 
 Nothing depends on them: every function of the first one has a numpy twin with the same bits next to
-its caller, those of the second one a twin in torch with the same results to rounding, the third has gloo.
+its caller, those of the second one a twin in torch with the same results to rounding, and gloo does
+what the third does.
 """
 
 from __future__ import annotations

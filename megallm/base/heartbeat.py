@@ -12,6 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 from zlib import crc32
 
 PHASES = (
@@ -40,11 +41,30 @@ RING_AT = GROUPS_AT + NUM_GROUPS * GROUP.size
 RECORD_BYTES = RING_AT + NUMBER.size + NUM_ISSUED * ISSUED.size
 
 
+class StepListener(Protocol):
+    """Hears at once what a rank does: a profiler (`training.profiling`). Times are those of
+    time.monotonic.
+    """
+
+    finished: bool  # it has heard enough: the run ends without a checkpoint
+
+    def enter_step(self, now: float) -> None: ...
+
+    def enter(self, phase: str, now: float) -> None: ...
+
+    def issued(self, operation: str, slot: int, nbytes: int) -> None: ...
+
+    def wait(self, operation: str, slot: int, now: float) -> None: ...
+
+    def done(self, now: float) -> None: ...
+
+
 class Heartbeat:
     """The writer of one rank's record."""
 
     def __init__(self) -> None:
         self.fault: Callable[[Heartbeat, str], None] | None = None  # of the chaos tests
+        self.listener: StepListener | None = None
         self.skips = 0  # collectives to leave out: a bug made on purpose
         self.attach(bytearray(RECORD_BYTES), 0)
 
@@ -97,6 +117,8 @@ class Heartbeat:
             self._steps += 1
             NUMBER.pack_into(self._memory, at, self._steps)
         self.step, self._step_since = step, now
+        if self.listener is not None:
+            self.listener.enter_step(now)
         self.enter("data")
 
     def enter(self, phase: str) -> None:
@@ -111,6 +133,8 @@ class Heartbeat:
         self._phase, self._since, self._waited = PHASE[phase], now, 0.0
         self.phase_name = phase
         self._head(now, 0, 0, 0, 0, 0, now)
+        if self.listener is not None:
+            self.listener.enter(phase, now)
         if self.fault is not None:
             self.fault(self, phase)
 
@@ -131,6 +155,11 @@ class Heartbeat:
         GROUP.pack_into(self._memory, self._group_at(place), crc32(name.encode()), 0, text)
         return place
 
+    def group(self, slot: int) -> str:
+        """Returns what a group is for and its ranks, such as `tp 0-1` or `pp 0>1 0-1`."""
+        text = GROUP.unpack_from(self._memory, self._group_at(slot))[2]
+        return text.rstrip(b"\0").decode(errors="replace")
+
     def _group_at(self, slot: int) -> int:
         return self._begin + GROUPS_AT + slot * GROUP.size
 
@@ -150,6 +179,8 @@ class Heartbeat:
         """Note that this rank waits in a collective; returns when, for `done`."""
         now = time.monotonic()
         self._head(now, 1, operation, slot, number, nbytes, now)
+        if self.listener is not None:
+            self.listener.wait(OPERATIONS[operation], slot, now)
         return now
 
     def done(self, since: float) -> None:
@@ -157,6 +188,8 @@ class Heartbeat:
         now = time.monotonic()
         self._waited += now - since
         self._head(now, 0, 0, 0, 0, 0, now)
+        if self.listener is not None:
+            self.listener.done(now)
 
 
 def ranges(ranks: Sequence[int]) -> str:

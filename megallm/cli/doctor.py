@@ -16,7 +16,7 @@ from megallm.base import extension, optional
 from megallm.base.errors import InternalError, MegallmError, UsageError
 from megallm.base.version import VERSION
 from megallm.cli.table import Command
-from megallm.launch.environment import RankEnv, detect, thread_count
+from megallm.launch.environment import RankEnv, detect, thread_count, uses_shared_memory
 from megallm.launch.local import run_ranks
 from megallm.ops import backends
 from megallm.oracle.table import row_for_layout
@@ -99,6 +99,7 @@ def examine() -> dict[str, Any]:
         "gpus": _gpus() if required.get("torch") else [],
         "launcher": "local" if env is None else env.launcher,
         "gloo": gloo,
+        "collectives": _collectives(),
         "sandbox": _sandbox(),
     }
 
@@ -112,6 +113,15 @@ def _sandbox() -> str:
     return "ok"
 
 
+def _collectives() -> str:
+    """Returns what moves tensors of the CPU between ranks of this host."""
+    if not uses_shared_memory():
+        return "gloo (MEGALLM_COLLECTIVES=gloo)"
+    if extension.collectives() is None:
+        return "gloo (the extension megallm._collectives is not built)"
+    return "shared memory"
+
+
 def _backend(name: str) -> dict[str, str | None]:
     """Returns a row of the table of optional libraries, and the version found."""
     backend = backends.BACKENDS[name]
@@ -123,7 +133,9 @@ def _backend(name: str) -> dict[str, str | None]:
 
 
 def check_gloo() -> str:
-    """Returns `ok` when two ranks of this machine can sum a number, else what went wrong."""
+    """Returns `ok` when two ranks of this machine can sum a number, else what went wrong; over what
+    ranks of one host use, which meet over the loopback device as gloo does.
+    """
     try:
         run_ranks(_sum, (), 2, saves=False)
     except (MegallmError, ImportError) as error:
@@ -179,6 +191,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"ranks started by: {found['launcher']}; gloo between two ranks here: {found['gloo']}"
     )
+    lines.append(f"tensors of the CPU between ranks of this host go over: {found['collectives']}")
     lines.append(f"sandbox for the reward 'code': {found['sandbox']}")
     return lines
 

@@ -72,6 +72,7 @@ _ROWS = (
         "launch",
         "run a verb that trains, and start it again after crashes and hangs; --slurm: as a job",
     ),
+    ("profile", "profile", "run some steps of a configuration and say where their time goes"),
     ("watch", "report", "show a run on the terminal, while it goes on or after"),
     ("report", "report", "write a page about a run: curves, goodput, incidents, samples"),
     (

@@ -278,7 +278,10 @@ class Rollout:
         """
         stages = self.model.stages
         self.native = [
-            {number: NativeStage.of(stages[number], cache, self.tables) for number, cache in each.items()}
+            {
+                number: NativeStage.of(stages[number], cache, self.tables)
+                for number, cache in each.items()
+            }
             for each in self.caches
         ]
         doing = {BEGIN: self._begin, RUN: self._run, SEND: self._send}

@@ -1,4 +1,5 @@
-"""A pipeline stage's layers for one pass in a single call of the extension (csrc/ops/decode_stack.cpp).
+"""A pipeline stage's layers for one pass in a single call of the extension
+(csrc/ops/decode_stack.cpp).
 
 With few tokens a step's time goes to Python and torch's operators in small models, and to what a
 matrix library prepares in larger ones. The results are those of the modules to rounding; whatever
@@ -32,7 +33,9 @@ class NativeStage:
     generator, on weights that stay where they are.
     """
 
-    def __init__(self, stage: Stage, cache: PagedCache, tables: list[Tables], isa: str = "") -> None:
+    def __init__(
+        self, stage: Stage, cache: PagedCache, tables: list[Tables], isa: str = ""
+    ) -> None:
         self.stage, self.embeds = stage, stage.span.first and has_plain_embedding(stage)
         self.heads = stage.span.last and has_plain_head(stage)
         config, blocks = stage.config, list(stage.layers.values())
@@ -113,7 +116,7 @@ class NativeStage:
         further: np.ndarray,
         outputs: list[int],
     ) -> Tensor:
-        """Feeds tokens `[n, T]` or hidden states `[n, T, D]` behind what the cache holds; their
+        """Appends tokens `[n, T]` or hidden states `[n, T, D]` behind what the cache holds; their
         rows of the rotary tables are their positions and `further` `[n, 1]`. Returns hidden states
         `[n, T, D]`, of the last stage the logits `[outputs, V]` of the last positions of the
         sequences `outputs`.

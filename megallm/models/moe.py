@@ -96,12 +96,18 @@ class Moe(ShardedModule):
 
     def routed(self, tokens: Tensor, choice: Choice) -> Tensor:
         """Returns the weighted sum of each token's experts, `[n, D]`; collective over ep."""
+        weights = choice.weights
         order, counts = order_of(choice.experts, self.router.moe.num_experts, choice.keep)
         plan = plan_dispatch(counts, self.mesh)
+        if choice.keep is not None and (plan.sent or self.experts.down.fp8 is not None):
+            # The host knows what is sent; FP8 scales must not see what is dropped.
+            order = order[: sum(plan.sent or plan.runs.sizes)]
+        elif choice.keep is not None:  # without a wait: dropped copies weigh nothing
+            plan = dataclasses.replace(plan, runs=plan.runs.with_rest(len(order)))
+            weights = weights.masked_fill(~choice.keep, 0.0)
         rows = dispatch(permute(tokens, order, self.router.moe.top_k), plan, self.mesh)
-        return combine(
-            combine_rows(self.experts(rows, plan.runs), plan, self.mesh), order, choice.weights
-        )
+        y = combine_rows(self.experts(rows, plan.runs), plan, self.mesh)
+        return combine(y, order, weights)
 
     def forward(self, x: Tensor, routing: RoutingInputs | None = None) -> Tensor:
         flat = x.flatten(0, 1)

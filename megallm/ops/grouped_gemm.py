@@ -39,6 +39,10 @@ class Runs:
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return Runs(ends.to(device, non_blocking=True), tuple(sizes))
 
+    def with_rest(self, rows: int) -> Runs:
+        """Returns the runs of `rows` in all: those behind the last run are given to it."""
+        return Runs(torch.cat((self.ends[:-1], torch.full_like(self.ends[-1:], rows))))
+
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of rows of each matrix on the host: the loop needs them, the kernel does not. May

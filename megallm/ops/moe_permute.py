@@ -18,10 +18,11 @@ from megallm.ops.kernels import KERNELS
 def order_of(
     experts: Tensor, num_experts: int, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sorts copies by expert: experts `[N, k]` -> (order int64 `[M]` of the copies by expert,
+    """Sorts copies by expert: experts `[N, k]` -> (order int64 `[N k]` of the copies by expert,
     copies per expert int64 `[X]`).
 
-    `keep` `[N, k]` says which copies are not dropped; counting those waits for the device.
+    `keep` `[N, k]` says which copies are not dropped; the others come last and are not counted. How
+    many there are only the device knows.
     """
     flat = experts.flatten()
     if keep is not None:
@@ -29,8 +30,7 @@ def order_of(
     counts = flat.new_zeros(num_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[
         :num_experts
     ]
-    order = flat.argsort(stable=True)
-    return order if keep is None else order[: int(counts.sum())], counts
+    return flat.argsort(stable=True), counts
 
 
 def _room(like: Tensor, order: Tensor, rows: int) -> Tensor:

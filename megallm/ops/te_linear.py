@@ -6,6 +6,7 @@ machine here has it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -28,11 +29,19 @@ class TeLinear:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.module is None:
-            sizes = (weight.shape[1], weight.shape[0])
-            self.module = self.te.Linear(*sizes, bias=False, params_dtype=x.dtype, device="meta")
-        with self.te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=self.group):
+            self.module = self.te.Linear(
+                weight.shape[1], weight.shape[0], bias=False, params_dtype=x.dtype, device="meta"
+            )
+        with self._autocast():
             y = torch.func.functional_call(self.module, {"weight": weight}, (x,))
         return y if bias is None else y + bias
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if "autocast" in vars(self.te):  # from 2.8 on; the older name is to be removed
+            return self.te.autocast(
+                enabled=True, recipe=self.recipe, amax_reduction_group=self.group
+            )
+        return self.te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=self.group)
 
 
 def te_recipe(options: Fp8Options) -> object:

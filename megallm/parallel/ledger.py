@@ -95,8 +95,12 @@ def _slot(group: _Group, peers: tuple[int, int] | None = None) -> int:
     return HEARTBEAT.new_slot((name, peers), f"{name}{way}", f"{purpose}{way}", peers or ranks)
 
 
-def _noted(call: Callable[[], Any], operation: str, slot: int, nbytes: int, async_op: bool) -> Any:
-    """Issue a collective, with what the supervisor must know of it."""
+def _noted(
+    call: Callable[[], Any], operation: str, slot: int, nbytes: int, async_op: bool, own: int = 0
+) -> Any:
+    """Issue a collective, with what the supervisor must know of it; `own` are bytes of this rank
+    that other ranks do not know of.
+    """
     if HEARTBEAT.fault is not None:
         HEARTBEAT.fault(HEARTBEAT, operation)
     if HEARTBEAT.skips:
@@ -104,6 +108,8 @@ def _noted(call: Callable[[], Any], operation: str, slot: int, nbytes: int, asyn
         return NothingIssued()
     code = OPERATION[operation]
     number = HEARTBEAT.issue(code, slot, nbytes)
+    if HEARTBEAT.listener is not None:
+        HEARTBEAT.listener.issued(operation, slot, own or nbytes)
     if async_op:
         return NotedWork(call(), (code, slot, number, nbytes))
     since = HEARTBEAT.wait(code, slot, number, nbytes)
@@ -177,6 +183,7 @@ def all_to_all_single(
         _slot(group),
         0,
         False,
+        x.nbytes,
     )
 
 

@@ -29,7 +29,7 @@ class SignalRequests:
         self.training = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Take notice of a signal."""
         name, interrupted = signal.Signals(number).name, number == signal.SIGINT
         self.ask(INTERRUPTED if interrupted else PREEMPTED, name)
         if self.training:

@@ -89,6 +89,8 @@ class Loop:
                 row, request = None, self.mesh.largest(self._seen())
                 self.recorder.event("abandoned", step=step)
                 break
+            if HEARTBEAT.listener is not None and HEARTBEAT.listener.finished:
+                return
             request, evaluates = self.request, self._due(self.config.eval.every, step)
             if evaluates and step < last:
                 row |= self._evaluate()
@@ -270,7 +272,11 @@ class Loop:
 
 
 def closing(config: JobConfig, step: int, then: str) -> tuple[str, ...]:
-    """Returns what a run says at its end: where its results are, and what to do with them."""
+    """Returns what a run says at its end: where its results are, and what to do with them; nothing
+    after one that was only listened to.
+    """
+    if HEARTBEAT.listener is not None and HEARTBEAT.listener.finished:
+        return ()
     run = Path(config.run.dir)
     where = f"step {step} is saved in {run / 'checkpoints' / store.step_name(step)}"
     if config.log.plot:

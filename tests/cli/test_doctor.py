@@ -25,6 +25,16 @@ def test_doctor_json(capfd):
     assert set(found["backends"]) == {"transformer_engine", "flash_attn", "apex", "triton"}
 
 
+def test_doctor_says_what_ranks_of_one_host_use(monkeypatch):
+    monkeypatch.delenv("MEGALLM_COLLECTIVES", raising=False)
+    monkeypatch.setattr(extension, "collectives", lambda: object())
+    assert doctor._collectives() == "shared memory"
+    monkeypatch.setattr(extension, "collectives", lambda: None)
+    assert doctor._collectives().startswith("gloo (the extension")
+    monkeypatch.setenv("MEGALLM_COLLECTIVES", "gloo")
+    assert doctor._collectives() == "gloo (MEGALLM_COLLECTIVES=gloo)"
+
+
 def test_doctor_fails_when_ranks_cannot_talk(capfd, monkeypatch):
     monkeypatch.setattr(doctor, "check_gloo", lambda: "rank 1 did not answer")
     assert main(["doctor"]) == 70

@@ -75,7 +75,7 @@ def test_tokens_and_log_probs_are_those_of_torch(monkeypatch, name, precision):
 @pytest.mark.parametrize("isa", ["v4", "v3", "plain"])
 @pytest.mark.parametrize("batch", [1, 7, 40])
 def test_every_kind_of_cpu_computes_the_same(monkeypatch, isa, batch):
-    """A kind that this CPU lacks is computed by the plainest one. 40 rows are two panels, and the texts' chunks more."""
+    """A kind that this CPU lacks is computed by the plainest one. 40 rows are two panels, chunks of texts more."""
     engine, make = engine_of(Mesh.single(), model=model_of("gqa"), precision="fp64"), NativeStage.__init__
     asked = [Request.of(n, [n, 7, 3] * (1 + n % 5), 12) for n in range(40)]
     sampling = Sampling(12, 0.9, seed=5)

@@ -91,6 +91,9 @@ def test_permuting_and_combining_are_their_definitions(tokens, k, num_experts, d
     weights = torch.rand(tokens, k, generator=draw, dtype=torch.float64, requires_grad=True)
     factor = torch.arange(1.0, num_experts + 1, dtype=torch.float64)  # what each expert multiplies by
     order, counts = order_of(experts, num_experts, keep)
+    assert torch.equal(order.sort().values, torch.arange(tokens * k))
+    assert bool(kept.flatten()[order[: counts.sum()]].all())
+    order = order[: counts.sum()]
     sorted_experts = experts.flatten()[order]
     assert torch.equal(sorted_experts, sorted_experts.sort().values)
     assert torch.equal(counts, torch.bincount(experts[kept], minlength=num_experts))

@@ -1,4 +1,5 @@
-"""The adapter to Transformer Engine against a stand-in with its documented signatures: the library was never run."""
+"""The adapter to Transformer Engine against a stand-in with its signatures, which `test_backend_contracts` reads from
+the library itself: that was never run."""
 
 from __future__ import annotations
 
@@ -50,9 +51,15 @@ RECIPES = SimpleNamespace(
 )
 
 
-@pytest.fixture(autouse=True)
-def library(monkeypatch):
-    te = SimpleNamespace(Linear=Linear, fp8_autocast=fp8_autocast)
+@contextmanager
+def autocast(enabled: bool, recipe: object, amax_reduction_group: object):
+    with fp8_autocast(enabled, recipe, amax_reduction_group):
+        yield
+
+
+@pytest.fixture(autouse=True, params=[{"fp8_autocast": fp8_autocast}, {"autocast": autocast}], ids=["old", "new"])
+def library(monkeypatch, request):
+    te = SimpleNamespace(Linear=Linear, **request.param)
     monkeypatch.setattr(backends, "require", lambda name, module=None: RECIPES if module else te)
 
 

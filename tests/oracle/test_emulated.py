@@ -159,7 +159,7 @@ def cost_of_step(layout: Layout, options: dict[str, Any], packed: bool) -> tuple
     return found, sizes[1:]
 
 
-MOE = dataclasses.replace(MODEL, moe=MoeConfig(num_experts=4, ffn_hidden_size=16), tie_embeddings=False).resolve()
+MODEL_MOE = MoeConfig(num_experts=4, ffn_hidden_size=16)
 DENSE = {
     "dp2-zero3": (Layout(dp=2), {"zero": 3}, False),
     "pp2-zb-v": (Layout(pp=2), {"schedule": "zb-v", "chunks": 2}, False),
@@ -181,15 +181,31 @@ def test_a_dense_step_never_waits_for_the_device_and_allocates_the_same_each_tim
         assert before == after > 0
 
 
-def test_what_a_step_with_experts_waits_for_is_known() -> None:
-    """The sizes of an exchange over ep, once a layer and microbatch; without ep nothing, where the kernel takes the
-    sizes."""
-    options = {"model": MOE, "precision": "fp32"}
-    (waits, _), *_ = emulated(2, cost_of_step, Layout(dp=2), options, False)
-    assert waits == []
-    (waits, _), *_ = emulated(2, cost_of_step, Layout(dp=2, ep=2), options, False)
-    places = {place for _, place in waits if place != "a kernel"}
-    assert places == {"parallel/expert.py:plan_dispatch"}
+def waits_with_experts(layout: Layout, precision: str = "fp32", **moe: Any) -> list[str]:
+    """Where the host waits in a step of two layers and two microbatches a rank, by place."""
+    model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL_MOE, **moe), tie_embeddings=False).resolve()
+    options = {"model": model, "precision": precision}
+    (waits, _), *_ = emulated(2, cost_of_step, layout, options, False)
+    return [place for _, place in waits if place != "a kernel"]
+
+
+@pytest.mark.parametrize("moe", [{}, {"capacity": 0.5}, {"shared_ffn_hidden_size": 16, "selection_bias": True}])
+def test_experts_on_one_rank_wait_for_nothing_where_the_kernel_takes_the_sizes(moe: dict[str, Any]) -> None:
+    assert waits_with_experts(Layout(dp=2), **moe) == []
+
+
+@pytest.mark.parametrize("moe", [{}, {"capacity": 0.5}])
+def test_an_exchange_over_ep_waits_once_a_layer_and_microbatch_for_its_sizes(moe: dict[str, Any]) -> None:
+    """Also where copies are dropped, or the kernel does not fit: the host knows the rows of each expert by then."""
+    for sizes in ({}, {"ffn_hidden_size": 18}):
+        places = waits_with_experts(Layout(dp=2, ep=2), **moe, **sizes)
+        assert places == ["parallel/expert.py:plan_dispatch"] * (MODEL.num_layers * 2)
+
+
+def test_the_loop_over_experts_waits_once_a_layer_and_microbatch() -> None:
+    """Rows that are no multiple of 16 bytes, or float64: the host has to know how many rows each expert has."""
+    for moe in ({"ffn_hidden_size": 18}, {"ffn_hidden_size": 18, "capacity": 0.5}):
+        assert waits_with_experts(Layout(dp=2), **moe) == ["ops/grouped_gemm.py:sizes"] * (MODEL.num_layers * 2)
 
 
 def test_a_wait_inside_a_step_would_be_seen() -> None:

@@ -78,7 +78,7 @@ PURE = (
     "inference.blocks", "inference.rotation", "inference.samples", "inference.scheduler",
     "report.", "launch.environment", "launch.process", "launch.rank", "launch.local", "launch.start",
 )  # fmt: skip
-WITH_TORCH = ("data.loader", "base.device")
+WITH_TORCH = ("data.loader", "base.device", "base.shared_memory")
 
 # Packages of the model's side, which trainers reach through `engine`; and their pure modules that say what a
 # configuration may hold, which rules compare with each other.

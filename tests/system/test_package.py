@@ -68,7 +68,8 @@ def test_the_source_distribution_has_every_header_and_module(unpacked):
     """The issue's: csrc/index/text.hpp was missing, so the extension was silently not built."""
     assert (unpacked / "csrc/index/text.hpp").exists() and missing_headers(unpacked) == []
     for folder, pattern in (
-        ("csrc", "*.?pp"), ("csrc", "*.cu*"), ("megallm", "*.py"), ("docs", "*.md"), ("docs", "*.svg"), ("tools", "*.sh"),
+        ("csrc", "*.?pp"), ("csrc", "*.cu*"), ("megallm", "*.py"), ("docs", "*.md"), ("docs", "*.svg"),
+        ("tools", "*.sh"),
     ):  # fmt: skip
         wanted = {path.relative_to(ROOT) for path in (ROOT / folder).rglob(pattern)}
         assert wanted == {path.relative_to(unpacked) for path in (unpacked / folder).rglob(pattern)}

@@ -87,7 +87,10 @@ def test_without_the_search_for_one_edit_fewer_are_right(monkeypatch):
 
 
 def test_a_real_command_refuses_in_a_second_without_torch(tmp_path):
-    """Three typos with one command: all are told at once, with file and line."""
+    """Three typos with one command: all are told at once, with file and line, before torch is imported: half a second
+    on an idle machine (printed), which the suite's may not be.
+    """
+    (tmp_path / "torch.py").write_text("raise SystemExit(99)\n")
     (tmp_path / "c.yaml").write_text("trian: {steps: 3}\noptim: {lrr: 1}\ndata: {seq_len: 16}\n")
     seconds = []
     for verb in ("pretrain", "sft", "grpo"):
@@ -98,7 +101,6 @@ def test_a_real_command_refuses_in_a_second_without_torch(tmp_path):
                       "Did you mean 'optim.lr'?", "'checkpoint.evry'. Did you mean 'checkpoint.every'?"):  # fmt: skip
             assert words in done.err, done.err
     print(f"\nseconds of a command: {seconds}")
-    assert min(seconds) < 5.0  # 0.3 on a machine of its own; the suite's may be loaded
 
 
 @pytest.mark.parametrize(

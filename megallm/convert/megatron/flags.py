@@ -310,7 +310,7 @@ FLAGS: tuple[Flag, ...] = (
            "RUN/metrics.jsonl has a row a step"),
     _dropped("--profile --profile-step-start --profile-step-end --profile-ranks "
              "--use-pytorch-profiler",
-             "no profiler of its own"),
+             "`megallm profile CONFIG` instead"),
     _dropped("--wandb-project --wandb-exp-name --wandb-save-dir --one-logger-project", "log.tensorboard is there"),
     _alike("--distributed-backend --distributed-timeout-minutes --local-rank --lazy-mpu-init "
            "--nccl-communicator-config-path "

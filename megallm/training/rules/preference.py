@@ -56,7 +56,8 @@ def loss_options(config: DpoConfig) -> Iterator[Problem]:
         yield Problem("gamma", sentence, ({"dpo.gamma": None},))
     usual = type(dpo)().discopop_tau
     if dpo.discopop_tau != usual and "discopop" not in names:
-        sentence = f"dpo.discopop_tau has no effect on {', '.join(sorted(names))}; it is for discopop."
+        sentence = f"dpo.discopop_tau has no effect on {', '.join(sorted(names))}; it is for "
+        sentence += "discopop."
         yield Problem("discopop_tau", sentence, ({"dpo.discopop_tau": usual},))
 
 
@@ -90,8 +91,8 @@ def reference(config: PreferenceConfig) -> Iterator[Problem]:
     usual = type(given)()
     for key in ("alpha", "every"):
         if given.kind != "synced" and vars(given)[key] != vars(usual)[key]:
-            sentence = f"reference.{key} is {vars(given)[key]}, which moves a reference of the kind "
-            sentence += f"synced; reference.kind is {given.kind or 'null'}, which stays as it is."
+            sentence = f"reference.{key} is {vars(given)[key]}, which moves a reference of the "
+            sentence += f"kind synced; reference.kind is {given.kind or 'null'}, which stays as it is."
             fixes = ({f"reference.{key}": vars(usual)[key]}, {"reference.kind": "synced"})
             yield Problem("reference", sentence, fixes)
     if given.kind in ("adapter_off", "synced") and given.model is not None:
