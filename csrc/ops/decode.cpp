@@ -100,7 +100,7 @@ void add_kernels(py::module_& m);  // kernels.cpp
 }
 
 PYBIND11_MODULE(_ops, m) {
-  m.attr("VERSION") = 4;  // must equal that of megallm/base/extension.py
+  m.attr("VERSION") = 5;  // must equal that of megallm/base/extension.py
   m.attr("BLOCK") = kBlock;
   m.def("norm", &norm);
   m.def("swiglu", &swiglu);

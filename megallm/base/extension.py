@@ -21,7 +21,7 @@ REASON = (
     Path(__file__).parents[1] / "_index_not_built.txt"
 )  # why the build failed; `setup.py` writes it
 VERSION = 3  # must equal VERSION in csrc/index/index.cpp, so that a stale build is never used
-OPS, OPS_VERSION = "megallm._ops", 4  # the same of csrc/ops/decode.cpp
+OPS, OPS_VERSION = "megallm._ops", 5  # the same of csrc/ops/decode.cpp
 CUDA, CUDA_VERSION = "megallm._cuda", 1  # and of csrc/cuda/bindings.cpp
 CUDA_REASON = Path(__file__).parents[1] / "_cuda_not_built.txt"
 COLLECTIVES, COLLECTIVES_VERSION = "megallm._collectives", 1  # and of csrc/collectives/module.cpp
