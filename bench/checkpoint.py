@@ -3,8 +3,9 @@
 A state of fp32 matrices of `--megabytes` in one process, on one disk: `megallm.checkpoint` (`store.save`,
 `AsyncSaver`), `torch.distributed.checkpoint` (`save`, `async_save`) and `torch.save`. The stall is how long the
 caller waits; the save ends when everything is durable, so files of torch's are synced, which they are not by
-themselves. Every system keeps the checkpoint before until the new one is durable. Loading fills tensors that are there; ours checks the hash of every byte, the others none. `reshard`
-reads every matrix as two halves of its columns. Rounds interleave the systems; medians are reported.
+themselves. Every system keeps the checkpoint before until the new one is durable. Loading fills tensors that are
+there; ours checks the hash of every byte, the others none. `reshard` reads every matrix as two halves of its columns.
+Rounds interleave the systems; medians are reported.
 
     python bench/checkpoint.py [--megabytes 200 1000] [--rounds 5] [--folder DIR] [--json]
 """

@@ -105,7 +105,8 @@ def _report(folder: Path, world: int) -> None:
         for rank in ranks
     ]
     atomic_write_text(folder / "profile.json", json.dumps({"ranks": rows}, indent=1))
-    atomic_write_text(folder / "timeline.svg", to_svg(draw_step([rank.steps[-1] for rank in ranks])))
+    picture = to_svg(draw_step([rank.steps[-1] for rank in ranks]))
+    atomic_write_text(folder / "timeline.svg", picture)
     tell(
         f"written: {folder}/profile.json, {folder}/timeline.svg, and for chrome://tracing or "
         f"Perfetto {folder}/trace-rank-N.json."

@@ -92,7 +92,7 @@ def reference(config: PreferenceConfig) -> Iterator[Problem]:
     for key in ("alpha", "every"):
         if given.kind != "synced" and vars(given)[key] != vars(usual)[key]:
             sentence = f"reference.{key} is {vars(given)[key]}, which moves a reference of the "
-            sentence += f"kind synced; reference.kind is {given.kind or 'null'}, which stays as it is."
+            sentence += f"kind synced; reference.kind is {given.kind or 'null'}, which stays."
             fixes = ({f"reference.{key}": vars(usual)[key]}, {"reference.kind": "synced"})
             yield Problem("reference", sentence, fixes)
     if given.kind in ("adapter_off", "synced") and given.model is not None:
