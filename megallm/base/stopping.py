@@ -10,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -66,6 +66,21 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
+
+
+@contextmanager
+def signals_held() -> Iterator[Callable[[], None]]:
+    """Hold signals back inside the context; what it yields lets them through, for a forked child.
+
+    An exception of a handler inside a hook of `os.fork` is swallowed, and the lock that the hook
+    was to give back (that of `logging`, of imports) stays taken: any other thread that wants it
+    waits for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class BeforeRanks:

@@ -108,8 +108,8 @@ def sample(
 def _native(logits: Tensor, temperature: float, draws: Tensor | None, ops: ModuleType) -> Chosen:
     """The same by the extension: exponentials in the precision of the logits, sums in float64."""
     out = torch.empty((3, len(logits)), dtype=torch.float64)
-    numbers = 0 if temperature == 0 else draws.contiguous().data_ptr()
-    addresses = logits.data_ptr(), numbers, out.data_ptr()
+    draws = None if temperature == 0 else draws.contiguous()  # kept by its name until the call is over
+    addresses = logits.data_ptr(), 0 if draws is None else draws.data_ptr(), out.data_ptr()
     ops.draw(*addresses, *logits.shape, temperature, logits.dtype == torch.float64)
     tokens, plain, policy = out.unbind()
     _checked(plain)

@@ -35,7 +35,7 @@ from megallm.base.errors import MegallmError, PeerLost, Requeue, UsageError
 from megallm.base.files import writing
 from megallm.base.heartbeat import HEARTBEAT
 from megallm.base.output import BackgroundWriter, descriptor
-from megallm.base.stopping import INTERRUPTED, BeforeRanks, stop_signals
+from megallm.base.stopping import INTERRUPTED, BeforeRanks, signals_held, stop_signals
 from megallm.launch.board import HeartbeatBoard, RankState
 from megallm.launch.child import Rank, hear, incident_of, moment
 from megallm.launch.environment import LOOPBACK, RankEnv
@@ -248,20 +248,22 @@ class _Launch:
             pairs, outputs = [], (file, file)
         read_end, write_end = os.pipe()
         parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            if number != 0 and server is not None:
-                server.close()
-            fn = partial(self._joined, number)
-            rank_main(fn, self.args, env, parent, outputs, write_end)
+        with signals_held() as let_through:
+            pid = os.fork()
+            if pid == 0:
+                let_through()
+                if number != 0 and server is not None:
+                    server.close()
+                fn = partial(self._joined, number)
+                rank_main(fn, self.args, env, parent, outputs, write_end)
+            os.set_blocking(read_end, False)
+            self.ranks.append(Rank(env.rank, pid, path, log_begin, read_end))
         for fd in {*outputs, write_end}:
             os.close(fd)
         with suppress(
             PermissionError, ProcessLookupError
         ):  # the child does the same; whoever comes first
             os.setpgid(pid, pid)
-        os.set_blocking(read_end, False)
-        self.ranks.append(Rank(env.rank, pid, path, log_begin, read_end))
         for (fd, _), writer in zip(pairs, (self.out, self.err), strict=False):
             os.set_blocking(fd, False)
             self.screens[fd] = writer

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megallm.base.errors import PeerLost
 from megallm.base.heartbeat import HEARTBEAT, RECORD_BYTES
+from megallm.base.stopping import signals_held
 from megallm.launch.board import HeartbeatBoard, RankState
 from megallm.launch.environment import RankEnv
 from megallm.launch.fault import install_faults
@@ -41,8 +42,10 @@ def watched(env: RankEnv, start: Start, event: Event) -> Iterator[None]:
     board = HeartbeatBoard(env.local_world, env.rank - env.local_rank, fd)
     if env.local_rank == 0:
         rank = os.getpid()
-        if os.fork() == 0:
-            _watch_and_leave(board, path, start, event, rank)
+        with signals_held() as let_through:
+            if os.fork() == 0:
+                let_through()
+                _watch_and_leave(board, path, start, event, rank)
     board.join(env.local_rank)
     install_faults(HEARTBEAT, env.rank, env.attempt)
     try:

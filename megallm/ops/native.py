@@ -157,7 +157,8 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and, wide, of the weight."""
     out, of_weight = torch.empty_like(x), torch.empty(x.shape[-1:], dtype=torch.float32)
-    given = _addresses(grad.contiguous(), x, weight)
+    grad = grad.contiguous()  # kept by its name: an address keeps nothing
+    given = _addresses(grad, x, weight)
     rest = _addresses(scale, out, of_weight)
     extension.ops().rms_norm_backward(
         scale.numel(), x.shape[-1], _half(x), *given, _half(weight), *rest

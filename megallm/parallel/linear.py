@@ -84,7 +84,7 @@ class _SplitLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.weight_grads.put(ctx.weight, partial(weight_gradient, x.detach(), dy))
         return (
-            product.matmul(dy.flatten(0, -2), ctx.weight.detach()).view(*dy.shape[:-1], -1),
+            product.matmul(dy.flatten(0, -2), ctx.weight.detach()).view(x.shape),
             None,
             dy.flatten(0, -2).sum(0) if ctx.has_bias else None,
             None,

@@ -149,7 +149,7 @@ def test_row_18_a_rollout_and_its_rewards_are_given_up_at_once(tmp_path):
     long = ("sampling.max_new_tokens=4000", "model.max_positions=8192", "data.seq_len=16")
     running = start("grpo", config, *long, "run.dir=long", "sampling.stop=[]", cwd=tmp_path, imported=True)
     try:
-        assert wait_for(lambda: "rollout" in running.output.read_text(), running)
+        assert wait_for(lambda: running.output.exists() and "rollout" in running.output.read_text(), running)
         time.sleep(1.0)
         begin = time.monotonic()
         running.process.send_signal(signal.SIGTERM)

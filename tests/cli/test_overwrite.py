@@ -94,7 +94,8 @@ def test_b17_what_is_there_is_refused_and_overwrite_allows_it(place, capsys, cas
 def test_b17_every_verb_with_an_output_has_the_option(capsys):
     without = {*KINDS, "rewards try", "rewards list",
                "config", "doctor", "completion", "data show", "data trace", "data verify", "data stats",
-               "ckpt ls", "ckpt show", "ckpt verify", "ckpt diff", "chat", "presets", "watch"}  # fmt: skip
+               "ckpt ls", "ckpt show", "ckpt verify", "ckpt diff", "chat", "presets", "watch", "launch", "ckpt pin",
+               "ckpt unpin", "replay", "profile"}  # fmt: skip
     for words in VERBS:
         with contextlib.suppress(SystemExit):
             main([*words.split(), "--help"])

@@ -15,7 +15,7 @@ from megallm.models.config import ModelConfig
 from megallm.models.decoder import Stage
 from megallm.models.presets import PRESETS
 from megallm.models.stages import StageSpan, plan_stages
-from megallm.ops import attention
+from megallm.ops import attention, native
 from megallm.parallel.config import LayoutConfig
 from megallm.parallel.layout import Layout
 from megallm.parallel.mesh import Mesh
@@ -70,9 +70,18 @@ def batch_of(rows: int, tokens: int, vocab: int = 57) -> dict[str, torch.Tensor]
 def counted_flops(config: ModelConfig, tokens: int, rows: int = 2) -> float:
     """A token's, forward and backward of one batch, with attention as plain matrix products so that each is seen."""
     stage, batch = built(config).float(), batch_of(rows, tokens)
+    kernels = native.use_kernels("reference")  # the counter sees torch's operations only
+    assert kernels == "reference"
+    try:
+        return _counted(stage, batch) / (rows * tokens)
+    finally:
+        native.use_kernels("auto")
+
+
+def _counted(stage: Stage, batch: dict[str, torch.Tensor]) -> int:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         sum(found.sum() for found in stage(None, batch).values()).backward()
-    return counter.get_total_flops() / (rows * tokens)
+    return counter.get_total_flops()
 
 
 def built_count(config: ModelConfig) -> int:
