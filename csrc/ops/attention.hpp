@@ -96,7 +96,7 @@ static void forward_panel(const Attention& a, const Tile& tile, I64 b, I64 head,
     tops[i] = a.lse[(b * a.q_tokens + from + i) * a.heads + head];
     sums[i] = Vec{};
     const float* before = out + ((b * a.q_tokens + from + i) * a.heads + head) * a.value_size;
-    const bool seen = tops[i] > -kInfinity;
+    const bool seen = tops[i] != -kInfinity;  // a NaN stays one
     sums[i][0] = seen ? 1.0f : 0.0f;
     for (I64 j = 0; j < value; j += WIDTH)
       store(total + i * value + j, seen ? load_some(before + j, a.value_size - j) : Vec{});

@@ -68,7 +68,10 @@ class NativeStage:
     def of(stage: Stage, cache: PagedCache, tables: list[Tables]) -> NativeStage | None:
         """Returns a stage by the extension, or None for one that it cannot compute."""
         blocks = list(stage.layers.values())
-        if extension.ops() is None or not blocks or not tables or stage.offload is not None:
+        ops = extension.ops()
+        if ops is None or ops.isa() == "reference":
+            return None
+        if not blocks or not tables or stage.offload is not None:
             return None
         keys, values = cache.layers[0]
         pools = keys.shape == values.shape and keys.device.type == "cpu" and keys.shape[-1] % 2 == 0

@@ -81,7 +81,7 @@ def sample(
     it needs nothing but its number. Raises CheckpointError when logits are not numbers.
     """
     ops = extension.ops() if logits.device.type == "cpu" and not sampling.filters else None
-    if ops is not None and logits.dtype in (torch.float32, torch.float64):
+    if ops is not None and ops.isa() != "reference" and logits.dtype in (torch.float32, torch.float64):
         return _native(logits.contiguous(), sampling.temperature, draws, ops)
     logits = logits.to(torch.float64)
     if sampling.temperature > 0 and not sampling.filters:

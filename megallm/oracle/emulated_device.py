@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megallm.base import extension
 from megallm.base.errors import InternalError
+from megallm.ops import native
 
 MARK = "on_host"
 _FACTORIES = """
@@ -67,14 +69,19 @@ class EmulatedDevice(TorchFunctionMode):
         super().__init__()
         self.waits: list[tuple[str, str]] = []
         self.patches = ExitStack()
+        self.kernels = "reference"
 
     def __enter__(self) -> EmulatedDevice:
         self.patches.enter_context(patch.object(torch, "frombuffer", marking(torch.frombuffer)))
         self.patches.enter_context(patch.object(torch, "from_numpy", marking(torch.from_numpy)))
+        module = extension.ops()  # its kernels are for hosts, and make tensors that no mode sees
+        self.kernels = "reference" if module is None else module.isa()
+        native.use_kernels("reference")
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self.patches.close()
+        native.use_kernels(self.kernels)
         super().__exit__(*error)
 
     def __torch_function__(

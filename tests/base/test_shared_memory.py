@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megallm.base import extension, shared_memory
-from megallm.base.errors import UsageError
+from megallm.base.errors import InternalError, UsageError
 from megallm.launch.environment import uses_shared_memory
 from megallm.launch.rank import hung_up, lost_peer
 from tests.base import lost_peers
@@ -351,9 +351,9 @@ def test_sums_of_what_cannot_be_summed_are_refused() -> None:
 
 
 def refused() -> None:
-    with pytest.raises(RuntimeError, match="is not possible over shared memory"):
+    with pytest.raises(InternalError, match="is not possible over shared memory"):
         dist.all_reduce(torch.zeros(2, dtype=torch.float8_e4m3fn))
-    with pytest.raises(RuntimeError, match="SUM, AVG, MAX, MIN, PRODUCT"):
+    with pytest.raises(InternalError, match="SUM, AVG, MAX, MIN, PRODUCT"):
         dist.all_reduce(torch.zeros(2, dtype=torch.int64), dist.ReduceOp.BXOR)
     with pytest.raises(ValueError, match="is not 2 times"):
         dist.all_gather_into_tensor(torch.empty(5), torch.empty(2))
