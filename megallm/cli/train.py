@@ -27,7 +27,7 @@ from megallm.launch.local import Hooks, RanksFailed
 from megallm.launch.restart import Attempt, AttemptEnded, Start, supervise
 from megallm.launch.start import start, world_size
 from megallm.run.config import JobConfig
-from megallm.run.lease import drop_dead_lease, held_by
+from megallm.run.lease import drop_dead_lease, held_by, is_taken
 from megallm.run.rows import append_event
 from megallm.run.runfolder import RunFolder
 from megallm.training.kinds import KINDS, Kind
@@ -162,7 +162,8 @@ class _Job:
 
     def tell(self, kind: str, sentence: str, fields: dict[str, Any]) -> None:
         """Write an event of the launcher, and show its sentence."""
-        append_event(self.folder.events, kind, fields)
+        if not is_taken(self.folder):
+            append_event(self.folder.events, kind, fields)
         if sentence:
             tell(sentence)
 

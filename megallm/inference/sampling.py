@@ -81,7 +81,8 @@ def sample(
     it needs nothing but its number. Raises CheckpointError when logits are not numbers.
     """
     ops = extension.ops() if logits.device.type == "cpu" and not sampling.filters else None
-    if ops is not None and ops.isa() != "reference" and logits.dtype in (torch.float32, torch.float64):
+    takes = ops is not None and ops.isa() != "reference"
+    if takes and logits.dtype in (torch.float32, torch.float64):
         return _native(logits.contiguous(), sampling.temperature, draws, ops)
     logits = logits.to(torch.float64)
     if sampling.temperature > 0 and not sampling.filters:
@@ -108,7 +109,7 @@ def sample(
 def _native(logits: Tensor, temperature: float, draws: Tensor | None, ops: ModuleType) -> Chosen:
     """The same by the extension: exponentials in the precision of the logits, sums in float64."""
     out = torch.empty((3, len(logits)), dtype=torch.float64)
-    draws = None if temperature == 0 else draws.contiguous()  # kept by its name until the call is over
+    draws = None if temperature == 0 else draws.contiguous()  # an address keeps nothing
     addresses = logits.data_ptr(), 0 if draws is None else draws.data_ptr(), out.data_ptr()
     ops.draw(*addresses, *logits.shape, temperature, logits.dtype == torch.float64)
     tokens, plain, policy = out.unbind()

@@ -196,6 +196,20 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
+def is_taken(folder: RunFolder) -> bool:
+    """Returns whether a job that this process did not start holds a run's folder."""
+    holder = read_holder(folder.lock)
+    if holder is None or holder.is_here and not holder.runs:
+        return False
+    if not holder.is_here:
+        return True
+    try:
+        words = Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has just ended
+        return False
+    return int(words[1]) != os.getpid() and holder.pid != os.getpid()
+
+
 def held_by(folder: RunFolder, pid: int) -> bool:
     """Returns whether process `pid` of this machine may write: it holds the LOCK, or nobody
     does.

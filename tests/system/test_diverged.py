@@ -11,8 +11,8 @@ import pytest
 from megallm.base.config import load
 from megallm.base.errors import Diverged
 from megallm.engine.engine import Engine
-from megallm.parallel.mesh import Mesh
 from megallm.ops import native
+from megallm.parallel.mesh import Mesh
 from megallm.run.divergence import DivergenceDetector
 from megallm.training import pretrain, saving
 from megallm.training.config import PretrainConfig
