@@ -70,17 +70,31 @@ def die_with(parent: int) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[Callable[[], None]]:
-    """Hold signals back inside the context; what it yields lets them through, for a forked child.
+    """Let handlers of signals act when the context is left; what it yields gives a forked child
+    their handlers back.
 
     An exception of a handler inside a hook of `os.fork` is swallowed, and the lock that the hook
     was to give back (that of `logging`, of imports) stays taken: any other thread that wants it
-    waits for ever.
+    waits for ever. A mask would not do: another thread may take the signal.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    noted: list[int] = []
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        before = {number: handler for number, handler in found.items() if callable(handler)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, lambda number, frame: noted.append(number))
     try:
-        yield lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield restore
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        restore()
+        for number in noted:
+            before[number](number, None)
 
 
 class BeforeRanks:

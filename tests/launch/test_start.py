@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megallm.base.errors import UsageError
+from megallm.base.stopping import signals_held
 from megallm.launch.environment import rendezvous_port
 from megallm.launch.start import started_by_others, world_size
 
@@ -166,3 +169,19 @@ def test_ranks_that_others_started_are_watched(how, said):
     assert codes == {"ends": [0, 0], "stopped": [-9, -9], "killed": [0, -9]}[how], told
     assert said in told[0] and bool(said) == bool(told[0]), told
     assert not list(Path("/dev/shm").glob("megallm-*"))
+
+
+def test_a_signal_inside_a_fork_is_heard_after_it():
+    """KeyboardInterrupt inside a hook of os.fork was swallowed, and the lock of logging stayed taken."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    inside = []
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            inside.append("went on")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)  # the control, and the handler is back
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert inside == ["went on"]
