@@ -146,11 +146,11 @@ def test_row_18_a_rollout_and_its_rewards_are_given_up_at_once(tmp_path):
     assert code == 75 and seconds < REACTION_SECONDS and "before step 1" in said, said
     assert [row["step"] for row in _events(run) if row["event"] == "abandoned"] == [1]
     (tmp_path / "rewards.py").write_text(slow.replace("3600", "0"))
-    long = ("sampling.max_new_tokens=4000", "model.max_positions=8192", "data.seq_len=16")
+    long = ("sampling.max_new_tokens=8000", "model.max_positions=8192", "data.seq_len=16")
     running = start("grpo", config, *long, "run.dir=long", "sampling.stop=[]", cwd=tmp_path, imported=True)
     try:
         assert wait_for(lambda: running.output.exists() and "rollout" in running.output.read_text(), running)
-        time.sleep(1.0)
+        time.sleep(0.2)
         begin = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         done = running.wait()
