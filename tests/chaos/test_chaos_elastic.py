@@ -23,7 +23,7 @@ from megallm.training.validate import check
 from tests.cluster.slurm import Cluster, missing, running_cluster, shell, until
 from tests.system.commands import losses_of, make_corpus, megallm, start, write_config
 
-STEPS = 14
+STEPS = 120  # long enough that a new checkpoint is seen before the end
 TREE = {"steps": STEPS, "global_batch": 8, "micro_batch": 1, "determinism": "tree"}
 PLAIN = {"steps": STEPS, "global_batch": 12, "micro_batch": 1}
 
