@@ -21,5 +21,5 @@ fi
 limited=(timeout --foreground --signal=INT --kill-after=60 4500)
 status=0
 "$python" -m pytest -q --without-extension tests/data/test_{data_bounds,data_megatron_blends,data_order,data_objective,data_rows,data_samples,data_state_cache,data_stream,chat_engine,chat_reader}.py || status=$?
-"${limited[@]}" "$python" -m pytest -q -rs "${parallel[@]}" || status=$?
+"${limited[@]}" "$python" -m pytest -q -rfEs "${parallel[@]}" || status=$?
 exit $status

@@ -244,3 +244,31 @@ def test_the_environment_variable_names_the_kernels() -> None:
 def test_kernels_that_are_not_there_are_an_error() -> None:
     with pytest.raises(UsageError, match="auto, native, reference"):
         native.use_kernels("sse9")
+
+
+def test_a_strided_gradient_of_a_norm_is_kept_while_it_is_read(isa: str) -> None:
+    """Its dense copy was freed before the kernel read it: the allocator had written into it by then."""
+    for _ in range(20):
+        x, weight = torch.randn(9, 33, dtype=torch.float64), torch.rand(33, dtype=torch.float64)
+        compare(lambda x, w: rms_norm(x, w, 1e-6).mT, [x, weight], torch.float32)
+
+
+@pytest.mark.parametrize(("size", "finite"), [(1e10, True), (1e18, True), (3e19, False)])
+def test_large_scores_overflow_where_a_sum_of_float32_does(isa: str, size: float, finite: bool) -> None:
+    """torch's attention on CPUs gives gradients of NaN long before (tests/system/test_diverged.py)."""
+    q, k, v = (torch.randn(1, 70, 2, 8) for _ in range(3))
+    inputs = [(q * size).requires_grad_(), (k * size).requires_grad_(), v.requires_grad_()]
+    out = attention.causal_attention(*inputs)
+    numbers = [out, *torch.autograd.grad(out.sum(), inputs)]
+    assert all(x.isfinite().all() == finite for x in numbers)
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(isa: str, which: int, number: float) -> None:
+    """The same elements as in float64 are not finite, over several tiles of keys."""
+    inputs = [torch.randn(1, 600, 2, 8) for _ in range(3)]
+    inputs[which][0, 5, 0, 0] = number
+    found = attention.causal_attention(*inputs)
+    wanted = attention.causal_attention(*(x.double() for x in inputs))
+    assert not wanted.isfinite().all() and torch.equal(found.isfinite(), wanted.isfinite())

@@ -40,7 +40,7 @@ def train(path: Path, *overrides: str) -> None:
 
 @pytest.fixture(autouse=True)
 def attention_of_torch():
-    """Scores of 1e20 are NaN in torch's attention on CPUs; the kernels of csrc/ops go on with a softmax of one key."""
+    """At scores of 1e20 the gradients of torch's attention on CPUs are NaN; those of csrc/ops are right (tests/ops/test_native.py)."""
     native.use_kernels("reference")
     yield
     native.use_kernels("auto")
