@@ -40,7 +40,7 @@ def train(path: Path, *overrides: str) -> None:
 
 @pytest.fixture(autouse=True)
 def attention_of_torch():
-    """At scores of 1e20 gradients of torch's attention on CPUs are NaN; those of csrc/ops are right (test_native.py)."""
+    """At scores of 1e20 gradients of torch's attention are NaN; those of csrc/ops are right (test_native.py)."""
     native.use_kernels("reference")
     yield
     native.use_kernels("auto")
