@@ -17,7 +17,7 @@ from zlib import crc32
 
 PHASES = (
     "start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save",
-    "rollout", "reward", "score", "update", "between", "end",
+    "rollout", "reward", "score", "update", "between", "close", "end",
 )  # fmt: skip
 OPERATIONS = (
     "none", "all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all", "gather",

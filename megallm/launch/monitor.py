@@ -30,6 +30,7 @@ PATIENCE = {
     "start": START_SECONDS,
     "end": START_SECONDS,
     "save": 120.0,
+    "close": 120.0,  # a save beside training settles, trackers take what is left
     "evaluate": 60.0,
     "rollout": START_SECONDS,
     "reward": START_SECONDS,

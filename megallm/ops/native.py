@@ -93,9 +93,9 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...]) -> tuple:
+def _arguments(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor) -> tuple:
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-    return sizes, q.shape[-1] ** -0.5, _described(tiles).data_ptr(), len(tiles)
+    return sizes, q.shape[-1] ** -0.5, tiles.data_ptr(), len(tiles)
 
 
 def attend_(
@@ -107,7 +107,9 @@ def attend_(
     q, k, v = _dense(q, k, v)
     tensors = tuple(_strided(x) for x in (q, k, v, out))
     if tiles:
-        extension.ops().attention_forward(*_arguments(q, k, v, tiles), tensors, lse.data_ptr())
+        described = _described(tiles)  # all that an address is taken of is kept by a name
+        arguments = _arguments(q, k, v, described)
+        extension.ops().attention_forward(*arguments, tensors, lse.data_ptr())
 
 
 def attend_backward_(
@@ -126,8 +128,9 @@ def attend_backward_(
     if not tiles:
         return
     sums = [x if x.is_contiguous() else torch.zeros(x.shape) for x in grads]
+    described = _described(tiles)
     extension.ops().attention_backward(
-        *_arguments(q, k, v, tiles), tensors, lse.data_ptr(), _addresses(*sums)
+        *_arguments(q, k, v, described), tensors, lse.data_ptr(), _addresses(*sums)
     )
     for total, part in zip(grads, sums, strict=True):
         if part is not total:

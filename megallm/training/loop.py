@@ -69,6 +69,7 @@ class Loop:
             told = self.recorder.set_diverged_aside(self.ledger.step) if self.mesh.rank == 0 else ""
             raise Diverged(f"{error} {self.mesh.broadcast_json(told)}") from error
         finally:
+            HEARTBEAT.enter("close")
             self.saver.close()
 
     def _train(self) -> None:

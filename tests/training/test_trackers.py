@@ -235,7 +235,8 @@ def test_a_whole_run_beside_a_dead_backend_ends_well(tmp_path, monkeypatch):
     with silent() as address:
         for key, value in (("MLFLOW_TRACKING_URI", address), ("WANDB_BASE_URL", address), ("WANDB_API_KEY", "a" * 40)):
             monkeypatch.setenv(key, value)
-        done = megallm("pretrain", "c.yaml", "train.steps=6", "log.trackers=[mlflow,wandb]", cwd=tmp_path)
+        done = megallm("pretrain", "c.yaml", "train.steps=6", "log.trackers=[mlflow,wandb]", "launch.hang_seconds=3",
+                       cwd=tmp_path)  # fmt: skip
     assert done.code == 0, done.err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
